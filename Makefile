@@ -2,14 +2,14 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test nightly check style types pytest debian bench chaos soak clean
+.PHONY: help run test nightly check style types pytest debian venv bench chaos soak clean
 
 BIN := .venv/bin
 # Packages are installed uncompiled: an environment that forbids .pyc files would compile them at each start.
 export PYTHONDONTWRITEBYTECODE :=
 ARGS ?=
-# Test processes: much of a test is waiting for other processes.
-WORKERS ?= 2
+# Test processes, for two cores: much of a test is waiting for other processes.
+WORKERS ?= 3
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
 IS_3_11 := import sys; sys.exit(sys.version_info[:2] != (3, 11))
 PYTHON ?= $(shell for name in python3.11 python3 python; do \
@@ -34,9 +34,10 @@ help: ## Lists the targets.
 run: .venv/ready ## Sets everything up and starts the whole loop; ARGS="--kafka.port 9192" passes flags.
 	@exec $(BIN)/springtide up $(ARGS)
 
-# Types take a minute of one core: they are checked while the tests begin.
-test: .venv/ready-dev ## Checks, and runs the tests and doctests; ARGS="tests/state -x" narrows the tests.
-	@$(MAKE) --no-print-directory -j2 style debian
+# Packages of Debian come while those of Python are installed, and types are checked while the tests begin.
+test: ## Checks, and runs the tests and doctests; ARGS="tests/state -x" narrows the tests.
+	@$(MAKE) --no-print-directory -j3 .venv/ready-dev debian
+	@$(MAKE) --no-print-directory style
 	@$(MAKE) --no-print-directory -j2 types pytest
 
 nightly: .venv/ready-dev debian ## Runs the long tests that `make test` leaves out; ARGS="tests/e2e/test_year.py" narrows them.
@@ -51,10 +52,12 @@ style: .venv/ready-dev
 types: .venv/ready-dev
 	@$(BIN)/mypy
 
+# On a new machine one process compiles all tests before several would compile them at once.
 pytest: .venv/ready-dev
+	@ls tests/__pycache__/conftest.*.pyc >/dev/null 2>&1 || $(BIN)/python -m pytest --collect-only -qq >/dev/null
 	@$(PYTEST) $(ARGS)
 
-debian: .venv/ready-dev ## Fetches what only tests need, where it is missing and may be: Debian's Prometheus and Chromium.
+debian: venv ## Fetches what only tests need, where it is missing and may be: Debian's Prometheus and Chromium.
 	@.ci/debian $(BIN)
 
 bench: .venv/ready-dev ## Takes the figures; BENCHES="step windows" narrows them; JSON in build/bench.
@@ -70,28 +73,36 @@ clean: ## Removes what was built here, .venv included; the state directory stays
 	@rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -not -path './.springtide/*' -prune -exec rm -rf {} +
 
-# The packages of `make run`; those of tests and checks come on top in .venv/ready-dev.
-.venv/ready: constraints.txt constraints-apart.txt pyproject.toml
-	@if ! "$(PYTHON)" -c '$(IS_3_11)' >/dev/null 2>&1; then \
+venv:
+	@[ -e .venv/packages ] || "$(PYTHON)" -c '$(IS_3_11)' >/dev/null 2>&1 || { \
 		echo "springtide: needs Python 3.11, found $$("$(or $(PYTHON),python3)" --version 2>/dev/null || echo none); install it or name it with PYTHON=/path/to/python3.11" >&2; \
 		exit 1; \
-	fi
-	@echo "packages     into .venv with $$("$(PYTHON)" --version); the first time this takes a few minutes"
-	@if ! $(BIN)/python -c '$(IS_3_11)' >/dev/null 2>&1; then "$(PYTHON)" -m venv --clear .venv; fi
+	}
+	@[ -e .venv/packages ] || $(BIN)/python -c '$(IS_3_11)' >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv
+
+# The packages of `make run`; those of tests and checks come on top in .venv/dev.
+.venv/packages: constraints.txt constraints-apart.txt pyproject.toml | venv
+	@echo "packages     into .venv with $$($(BIN)/python --version); the first time this takes a few minutes"
 	@begin=$$SECONDS; \
 	$(INSTALL) -r constraints.txt | $(PROGRESS); \
 	$(INSTALL) --quiet --no-deps -r constraints-apart.txt; \
 	PYTHONWARNINGS=ignore $(PIP) --quiet --no-deps --editable .; \
 	rm -rf .venv/lib/python3.11/site-packages/$(HEADERS); \
 	echo "packages     ready after $$((SECONDS - begin)) s"
+	@touch $@
+
+.venv/ready: .venv/packages
 	@echo "kernels      are compiled once, half a minute on two cores"
 	@$(BIN)/python -m state.kernels --all
 	@touch $@
 
-# Without a resolver: constraints-dev.txt has all that is missing after .venv/ready.
-.venv/ready-dev: .venv/ready constraints-dev.txt
+# Without a resolver: constraints-dev.txt has all that is missing after .venv/packages.
+.venv/dev: .venv/packages constraints-dev.txt
 	@echo "packages     of tests and checks"
 	@begin=$$SECONDS; \
 	$(INSTALL) --no-deps -r constraints-dev.txt | $(PROGRESS); \
 	echo "packages     ready after $$((SECONDS - begin)) s"
+	@touch $@
+
+.venv/ready-dev: .venv/ready .venv/dev
 	@touch $@

@@ -1,13 +1,8 @@
-"""Sends attributes of users and items from files to their compacted Kafka topics.
+"""Sends attributes of users and items from files to their compacted Kafka topics: `springtide attributes`.
 
-    python -m deploy.attributes --users FILE... --items FILE... [--columns A,B,...] [--format F] [--delimiter C]
-
-    read -> encode -> judge -> send -> acknowledged
-
-Each row becomes one record. Its key is the id, and its fields are those that `[attributes]` lists.
-
-The stream's own code validates each record before it is sent. A record that the stream would refuse
-is not sent, so the topic keeps the record it has for that id. The refused row is named and counted.
+Each row becomes one record. Its key is the id, and its fields are those that `[attributes]` lists. The stream's own
+code validates each record before it is sent. A row that the stream would refuse is reported and not sent, so the
+topic keeps the record it has for that id.
 
 If an id occurs several times, the last row wins. If a run ends early, run it again.
 """
@@ -26,15 +21,15 @@ from typing import TextIO
 import numpy as np
 import orjson
 
+from deploy.command_line import run_command
 from deploy.operate.options import SETTINGS_HELP
 from deploy.replaying.sender import LARGEST_VALUE, Outbox, Piece, Progress, rows_within
 from state.attributes.values import SIDES, AttributeTable, id_of, tables_of
 from state.config.loading import load
 from state.config.settings import Settings
 from state.config.sources import split_settings
-from state.errors import DecodeError, SettingsError, SpringtideError
+from state.errors import DecodeError, SettingsError
 from state.log import Topics, topic_plan
-from state.process.closed_output import while_read
 from state.process.ending import stop_on_signals
 from state.process.wall_clock import wall_ms
 from state.recordings.files import Recording, add_format_arguments, find
@@ -50,14 +45,10 @@ NOT_THERE = "correct [attributes]"
 
 @dataclass(frozen=True)
 class AttributeFiles:
-    """The files of one side and what they are.
+    """The files of one side (user or item), the topic of their records, and `key`, the column of the id.
 
     Attributes:
-        side: user or item.
-        recording: The files.
         table: What a record contains.
-        topic: Where records go.
-        key: The column of the id.
         most_bytes: Larger records are refused.
     """
 
@@ -71,17 +62,15 @@ class AttributeFiles:
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns that are read."""
-        return tuple(dict.fromkeys([self.key, *(one.path for one in self.table.fields)]))
+        return tuple(dict.fromkeys([self.key, *(attribute.path for attribute in self.table.fields)]))
 
 
 @dataclass(frozen=True)
 class AttributeRecords:
-    """Rows as records.
+    """Key and value of each record that the stream accepts, and the refused rows with the reason.
 
     Attributes:
-        records: Key and value of each record that the stream accepts.
-        refused: Rows that it does not, with the reason.
-        valued: Per attribute the records that have a value.
+        valued: By attribute, the number of records that have a value.
     """
 
     records: list[Record]
@@ -90,14 +79,9 @@ class AttributeRecords:
 
 
 def encode(rows: RecordedRows, files: AttributeFiles) -> AttributeRecords:
-    """The records of rows, judged as the stream judges them.
-
-    Args:
-        rows: With the columns of `files`.
-        files: What they are.
-    """
-    table, made = files.table, AttributeRecords([], [], Counter())
-    paths = tuple(dict.fromkeys(one.path for one in table.fields))
+    """Encodes rows as records, and validates them as the stream does. The rows have the columns of `files`."""
+    table, encoded = files.table, AttributeRecords([], [], Counter())
+    paths = tuple(dict.fromkeys(attribute.path for attribute in table.fields))
     columns = [rows.columns[path] for path in paths]
     for row, (one, *values) in enumerate(zip(rows.columns[files.key], *columns, strict=True)):
         try:
@@ -106,12 +90,12 @@ def encode(rows: RecordedRows, files: AttributeFiles) -> AttributeRecords:
             texts = table.read(value, files.most_bytes)
             id_of(key)
         except DecodeError as error:
-            made.refused.append((row, str(error.reason)))
+            encoded.refused.append((row, str(error.reason)))
             continue
         assert key is not None
-        made.records.append((key, value))
-        made.valued.update(name for name, text in zip(table.names, texts, strict=True) if text is not None)
-    return made
+        encoded.records.append((key, value))
+        encoded.valued.update(name for name, text in zip(table.names, texts, strict=True) if text is not None)
+    return encoded
 
 
 def _value(fields: dict[str, object], rows: RecordedRows, row: int) -> bytes:
@@ -124,13 +108,10 @@ def _value(fields: dict[str, object], rows: RecordedRows, row: int) -> bytes:
 
 @dataclass
 class SentAttributes:
-    """What became of the rows of one side.
+    """The result of sending one side: records sent, rows refused by reason, and whether all files were read.
 
     Attributes:
-        sent: Records.
-        refused: Rows by reason.
-        valued: Per attribute the records that have a value.
-        complete: Whether the files were read to their ends.
+        valued: By attribute, the number of records that have a value.
     """
 
     sent: int
@@ -150,9 +131,9 @@ def send(
 
     Args:
         files: What to send.
-        deliver: Takes records and returns when they are acknowledged.
-        progress: Receives the progress.
-        stopped: Ends it between two pieces.
+        deliver: Sends records and returns when they are acknowledged.
+        progress: Reports the progress.
+        stopped: Ends it between two batches.
         wall_ms: Unix time, the records' timestamp.
 
     Raises:
@@ -162,19 +143,19 @@ def send(
     """
     outcome = SentAttributes(0, Counter(), Counter())
     for number, rows in rows_of_files(files):
-        made = encode(rows, files)
-        reasons = Counter(reason for _, reason in made.refused)
-        if not outcome.sent and not made.records and len(rows) >= ENOUGH_ROWS:
+        encoded = encode(rows, files)
+        reasons = Counter(reason for _, reason in encoded.refused)
+        if not outcome.sent and not encoded.records and len(rows) >= ENOUGH_ROWS:
             raise SettingsError(
                 f"none of the first {len(rows):,} rows of {files.recording.files[number].path} is a record of "
                 f"{article(files.side)}: {shown_reasons(reasons, REFUSED)}",
                 f"{files.recording.remedy}; nothing was sent",
             )
-        for row, reason in made.refused:
+        for row, reason in encoded.refused:
             progress.name(f"{files.recording.files[number].path}:{int(rows.lines[row])}", reason)
         outcome.refused += reasons
-        outcome.valued += made.valued
-        left = made.records
+        outcome.valued += encoded.valued
+        left = encoded.records
         while left:
             if stopped.is_set():
                 return outcome
@@ -197,16 +178,12 @@ def rows_of_files(files: AttributeFiles) -> Iterator[tuple[int, RecordedRows]]:
 
 
 def article(side: str) -> str:
-    """A side with its article.
-
-    >>> article("user"), article("item")
-    ('a user', 'an item')
-    """
+    """Returns a side with its article, such as `an item`."""
     return f"an {side}" if side == "item" else f"a {side}"
 
 
 def summary(files: AttributeFiles, outcome: SentAttributes, took_s: float) -> str:
-    """What a run did.
+    """Describes the result of a run.
 
     A name without a value in any record may be misspelled; JSON lines have no header to check.
     """
@@ -216,26 +193,26 @@ def summary(files: AttributeFiles, outcome: SentAttributes, took_s: float) -> st
         f"({seen / took_s:,.0f} rows/s), {shown_reasons(outcome.refused, REFUSED)}",
     ]
     parts += [
-        f"no record has a value for {one.name}: is the field {one.path!r} spelled so?"
-        for one in files.table.fields
-        if outcome.sent and not outcome.valued[one.name]
+        f"no record has a value for {attribute.name}: is the field {attribute.path!r} spelled so?"
+        for attribute in files.table.fields
+        if outcome.sent and not outcome.valued[attribute.name]
     ]
     parts.append("complete" if outcome.complete else "stopped before the end: the same command sends all of it again")
     return "; ".join(parts)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's options; settings are removed from the arguments before."""
-    made = argparse.ArgumentParser(
+    """Returns the parser of the command; settings have been removed from the arguments before."""
+    command = argparse.ArgumentParser(
         prog="springtide attributes",
         description="Write attributes of users and items to their compacted topics. [attributes] names the topics and "
         "the columns. The last row of an id wins, and the command is idempotent.",
         epilog=SETTINGS_HELP,
         allow_abbrev=False,
     )
-    add_sides(made)
-    add_format_arguments(made, ", of one side")
-    return made
+    add_sides(command)
+    add_format_arguments(command, ", of one side")
+    return command
 
 
 def add_sides(parser: argparse._ActionsContainer) -> None:
@@ -250,7 +227,7 @@ def add_sides(parser: argparse._ActionsContainer) -> None:
 
 
 def files_of(options: argparse.Namespace, settings: Settings) -> list[AttributeFiles]:
-    """What to send according to the command line and `[attributes]`.
+    """Returns what to send, according to the command line and `[attributes]`.
 
     Raises:
         SettingsError: A side has no topic, no fields or no file, or its id no column.
@@ -258,10 +235,10 @@ def files_of(options: argparse.Namespace, settings: Settings) -> list[AttributeF
     asked = {side: getattr(options, sides) for side, sides in BY_SIDE.items()}
     if not any(asked.values()):
         raise SettingsError(
-            "say what to send: --users FILE... or --items FILE...", "see `springtide attributes --help`"
+            "name what to send: --users FILE... or --items FILE...", "see `springtide attributes --help`"
         )
     if all(asked.values()) and options.columns:
-        raise SettingsError("--columns is of the files of one side: run the command for users and for items")
+        raise SettingsError("--columns is for the files of one side: run the command once for users and once for items")
     tables, found = tables_of(settings.attributes), []
     for side in SIDES:
         if not asked[side]:
@@ -291,7 +268,7 @@ def run(
     """Sends the files named on the command line.
 
     Raises:
-        SpringtideError: Files, settings or Kafka are in the way.
+        SpringtideError: Files, settings or Kafka cannot be used.
     """
     for files in files_of(options, settings):
         with Topics(settings.kafka) as topics:
@@ -304,16 +281,15 @@ def run(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    flags, words = split_settings(sys.argv[1:] if argv is None else argv)
-    options = parser().parse_args(words)
-    stopped = stop_on_signals()
-    try:
+
+    def work(arguments: Sequence[str]) -> None:
+        flags, words = split_settings(arguments)
+        options = parser().parse_args(words)
+        stopped = stop_on_signals()
         run(options, load(flags), stopped)
-    except SpringtideError as problem:
-        print(f"springtide attributes: {problem}", file=sys.stderr)
-        return problem.exit_code
-    return 0
+
+    return run_command("springtide attributes", work, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(while_read(main))
+    sys.exit(main())

@@ -1,13 +1,7 @@
 """Entry point of the command line: `springtide COMMAND [options] [--section.name VALUE ...]`.
 
-A command either becomes a process of the loop or is an operator's command that runs here. To become
-a process, it replaces the interpreter, so that signals reach the process directly.
-
-Settings may appear anywhere in the arguments, as for every process: `--kafka.port 9192`, `--config
-FILE`. Exit codes: 0 done, 1 failed, 2 wrong use.
-
-`springtide config` shows the effective settings with their origin, one setting in full, or all of
-them as documentation.
+A command of a process replaces the interpreter, so that signals reach the process directly. An operator's command runs
+here. Settings may appear anywhere in the arguments. Exit codes: 0 done, 1 failed, 2 wrong use.
 """
 
 from __future__ import annotations
@@ -19,13 +13,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from deploy.command_line import OWN_HELP, PROCESSES, READERS, parser, with_times
+from deploy.command_line import OWN_HELP, PROCESSES, READERS, parser, run_command, with_times
 from state.config.loading import load
-from state.config.sections import SECTIONS, KnownSetting, known_settings
-from state.config.settings import Settings
-from state.config.sources import MASK, as_text, nearest, nearest_setting, split_settings, variable
-from state.errors import SettingsError, SpringtideError
-from state.process.closed_output import while_read
+from state.config.settings import SECTIONS, KnownSetting, Settings, as_text, known_settings, variable
+from state.config.sources import MASK, nearest, nearest_setting, split_settings
+from state.errors import SettingsError
 from state.process.private_files import keep_private
 from state.process.user_code import for_children
 from state.process.wall_clock import wall_ms
@@ -35,7 +27,7 @@ Command = Callable[[Settings, argparse.Namespace, int, Callable[[str], None]], N
 
 
 def chosen(names: Sequence[str]) -> list[KnownSetting]:
-    """The settings of these names and sections, in the order of their declaration; all if no name is given.
+    """Returns the settings of these names and sections, in the order of their declaration; all if no name is given.
 
     >>> [one.name for one in chosen(["registry", "kafka.port"])][:2]
     ['kafka.port', 'registry.durable_s']
@@ -44,22 +36,21 @@ def chosen(names: Sequence[str]) -> list[KnownSetting]:
         SettingsError: There is no such section or setting.
     """
     declared = list(known_settings())
-    known = {one.name: one for one in declared}
+    known = {known_setting.name: known_setting for known_setting in declared}
     for name in names:
         if "." not in name and name not in SECTIONS:
             raise SettingsError(f"argument {name}: no such section", f"the nearest is {nearest(name, SECTIONS)}")
         if "." in name and name not in known:
             raise SettingsError(f"argument {name}: no such setting", f"the nearest is {nearest_setting(name, known)}")
-    return [one for one in declared if not names or {one.name, one.name.partition(".")[0]} & {*names}]
+    return [setting for setting in declared if not names or {setting.name, setting.name.partition(".")[0]} & {*names}]
 
 
-def changed(settings: Settings, listed: Sequence[KnownSetting]) -> list[KnownSetting]:
-    """The settings of `listed` that were set explicitly."""
-    return [one for one in listed if one.name in settings.origins]
+def _changed(settings: Settings, listed: Sequence[KnownSetting]) -> list[KnownSetting]:
+    return [setting for setting in listed if setting.name in settings.origins]
 
 
 def origin(settings: Settings, known: KnownSetting) -> str:
-    """Where a setting's value came from.
+    """Returns where a setting's value came from.
 
     >>> from state.config.loading import load
     >>> servers = next(known for known in known_settings() if known.name == SERVERS)
@@ -71,10 +62,9 @@ def origin(settings: Settings, known: KnownSetting) -> str:
 
 
 def as_lines(settings: Settings, listed: Sequence[KnownSetting]) -> str:
-    """The effective settings as springtide.toml would write them, each with its origin.
+    """Formats the effective settings as springtide.toml would write them, each with its origin.
 
-    What must not be read back is a comment: a masked secret, and the address of
-    the local Kafka, which names a cluster of the user's where it is set.
+    Values that must not be read back are comments: a masked secret, and the address of the local Kafka.
     """
     lines: list[str] = []
     section = ""
@@ -90,8 +80,8 @@ def as_lines(settings: Settings, listed: Sequence[KnownSetting]) -> str:
     return "\n".join(lines)
 
 
-def as_pages(settings: Settings, listed: Sequence[KnownSetting]) -> str:
-    """Each setting in full: value, origin, help, bounds, and how it is written in file, variable and flag."""
+def _as_pages(settings: Settings, listed: Sequence[KnownSetting]) -> str:
+    """Formats each setting in full: value, origin, help, bounds, and how it is written in file, variable and flag."""
     pages = [
         "\n".join(
             [
@@ -109,8 +99,7 @@ def as_pages(settings: Settings, listed: Sequence[KnownSetting]) -> str:
     return "\n\n".join(pages)
 
 
-def as_json(settings: Settings, listed: Sequence[KnownSetting]) -> str:
-    """The effective settings as a JSON list; secrets masked."""
+def _as_json(settings: Settings, listed: Sequence[KnownSetting]) -> str:
     entries = [
         {
             "name": known.name,
@@ -128,7 +117,7 @@ def as_json(settings: Settings, listed: Sequence[KnownSetting]) -> str:
 
 
 def as_markdown() -> str:
-    """Documentation of every setting, one table per section, made from their declarations."""
+    """Documents every setting, one table per section, from their declarations."""
     lines = [
         "# Settings",
         "",
@@ -160,7 +149,7 @@ def _rows(section: str) -> Iterator[str]:
 
 
 def allowed(known: KnownSetting) -> str:
-    """The values that a setting may have by itself, in words; empty where its type is all there is.
+    """Describes the values that a setting may have; empty if its type is the only restriction.
 
     >>> by_name = {known.name: known for known in known_settings()}
     >>> [allowed(by_name[name]) for name in ("kafka.port", "trainer.device", "paths.state", "events.max_age_s")]
@@ -180,28 +169,18 @@ def allowed(known: KnownSetting) -> str:
 
 
 def as_number(bound: float) -> str:
-    """A bound without a needless point or exponent.
-
-    >>> as_number(65535.0), as_number(0.01), as_number(1e-12)
-    ('65535', '0.01', '1e-12')
-    """
+    """Formats a bound without a needless point or exponent."""
     return str(int(bound)) if float(bound).is_integer() else f"{bound:g}"
 
 
 def shown(settings: Settings, known: KnownSetting) -> Any:
-    """A setting's value as it may be shown.
-
-    >>> from state.config.settings import Kafka
-    >>> secret = next(known for known in known_settings() if known.name == "kafka.sasl_password")
-    >>> shown(Settings(kafka=Kafka(sasl_password="hunter2")), secret)
-    '********'
-    """
+    """Returns a setting's value as it may be shown: a secret is masked."""
     value = settings.value(known.name)
     return MASK if known.secret and value else value
 
 
 def as_toml(value: Any) -> str:
-    """A value as TOML writes it.
+    """Formats a value as TOML writes it.
 
     >>> as_toml(("view", "cart")), as_toml(0.2), as_toml(7)
     ('["view", "cart"]', '0.2', '7')
@@ -216,15 +195,15 @@ def config(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Call
         return
     listed = chosen(asked.names)
     if asked.changed:
-        listed = changed(settings, listed)
-    # One setting alone is asked for to be understood.
+        listed = _changed(settings, listed)
+    # A single setting is explained in full.
     explain = asked.explain or any("." in name for name in asked.names)
-    show = as_json if asked.output == "json" else as_pages if explain else as_lines
+    show = _as_json if asked.output == "json" else _as_pages if explain else as_lines
     say(show(settings, listed) or "every setting has its default")
 
 
 def check_model(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Callable[[str], None]) -> None:
-    """Checks the functions of the user's own, and that the newest version fits the model."""
+    """Checks the custom functions, and that the newest version fits the model."""
     from deploy.startup import model_checks
     from state.registry.model_fit import require_same_model
 
@@ -234,8 +213,8 @@ def check_model(settings: Settings, asked: argparse.Namespace, now_ms: int, say:
     model_checks.check(settings, say)
 
 
-def operator_command(name: str) -> Command:
-    """The function of an operator's command; its imports wait until it is asked for."""
+def _operator_command(name: str) -> Command:
+    """Returns the function of an operator's command; its modules are imported only if it is given."""
     if name in ("config", "check-model"):
         return config if name == "config" else check_model
     if name == "rollback":
@@ -248,12 +227,12 @@ def operator_command(name: str) -> Command:
 
         return backing_up.backup if name == "backup" else backing_up.restore
     if name == "erase":
-        # Likewise: it asks Kafka where clicks end.
+        # Likewise: it reads the ends of topics.
         from deploy.operate import erase
 
         return erase.erase
     if name == "experiment":
-        # Likewise: it compares numbers.
+        # Likewise: it needs NumPy.
         from deploy.experiments import commands as experiments
 
         return experiments.experiment
@@ -278,16 +257,10 @@ def operator_command(name: str) -> Command:
 
 
 def run(argv: Sequence[str], become: Callable[[str, list[str]], None], now_ms: int, say: Callable[[str], None]) -> None:
-    """Runs one command line.
-
-    Args:
-        argv: The words after `springtide`.
-        become: Replaces this process by `python -m MODULE FLAGS`.
-        now_ms: Wall clock.
-        say: Prints a line.
+    """Runs one command line, the words after `springtide`; `become` replaces this process by a module's main.
 
     Raises:
-        SpringtideError: What went wrong; the message is for the operator.
+        SpringtideError: The command failed; the message is for the operator.
     """
     flags, words = split_settings(argv)
     asked, unknown = parser(words).parse_known_args(with_times(words))
@@ -297,15 +270,19 @@ def run(argv: Sequence[str], become: Callable[[str, list[str]], None], now_ms: i
         # Report a mistake here, with exit code 2, before anything starts.
         settings = load(flags)
         if asked.command == "bootstrap" and not {"--help", "-h"} & {*words}:
+            from deploy.startup import model_checks
+
             # The preprocessing is checked by the bootstrap itself.
-            _check_tower(settings)
-        become(PROCESSES[asked.command][0], [*_accepted(asked), *_runner(asked), *unknown, *flags])
+            model_checks.check_tower(settings)
+        runner = getattr(asked, "runner", None)
+        chosen_runner = [] if runner is None else ["--runner", runner]
+        become(PROCESSES[asked.command][0], [*_accepted(asked), *chosen_runner, *unknown, *flags])
         return
-    operator_command(asked.command)(load(flags), asked, now_ms, say)
+    _operator_command(asked.command)(load(flags), asked, now_ms, say)
 
 
 def _accepted(asked: argparse.Namespace) -> list[str]:
-    """The arguments for the gaps that the operator accepts; mistakes in them are reported here too."""
+    """Returns the options for accepted gaps; mistakes in them are reported here too."""
     if asked.command not in READERS:
         return []
     from state.log import accepted_gaps
@@ -317,18 +294,6 @@ def _accepted(asked: argparse.Namespace) -> list[str]:
     return ["--upgrade", *options, *([] if "--reason" in options else ["--reason", asked.reason])]
 
 
-def _runner(asked: argparse.Namespace) -> list[str]:
-    """The words that name another runner of the stream."""
-    runner = getattr(asked, "runner", None)
-    return [] if runner is None else ["--runner", runner]
-
-
-def _check_tower(settings: Settings) -> None:
-    from deploy.startup import model_checks
-
-    model_checks.check_tower(settings)
-
-
 def become(module: str, flags: list[str]) -> None:
     """Replaces this process by a module's main; the process id and the terminal stay."""
     sys.stdout.flush()
@@ -338,18 +303,7 @@ def become(module: str, flags: list[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `springtide`; returns the exit status."""
     keep_private()
-    return while_read(lambda: _status(sys.argv[1:] if argv is None else argv))
-
-
-def _status(argv: Sequence[str]) -> int:
-    try:
-        run(argv, become, wall_ms(), print)
-    except SpringtideError as error:
-        print(f"springtide: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 1
-    return 0
+    return run_command("springtide", lambda words: run(words, become, wall_ms(), print), argv)
 
 
 if __name__ == "__main__":

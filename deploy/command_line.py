@@ -1,4 +1,4 @@
-"""Defines the argument parser of `springtide`: its commands, including `springtide experiment`, their options and help texts.
+"""The argument parser of `springtide`: its commands, their options and help texts.
 
 Settings are removed from the arguments before parsing; see `state.config.sources`.
 """
@@ -8,14 +8,16 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from deploy.backup import options as backing_up
 from deploy.operate import options as operating
 from deploy.operate.options import SETTINGS_HELP, Add, positive
-from state.config.spans import span_ms
-from state.errors import SettingsError
+from state.config.sources import span_ms
+from state.errors import SettingsError, SpringtideError, of_disk
+from state.process.ending import while_read
 
 EXPERIMENT_VERBS = ("start", "status", "rollout", "halt", "resume", "back", "report", "promote", "stop")
 READERS = ("stream", "train", "up")  # stop at a gap; continue if the loss is accepted
@@ -24,7 +26,7 @@ _UNKNOWN = re.compile(r"argument .+: invalid choice: '(.*)' \(choose from (.*)\)
 
 
 def experiment(add: Add) -> argparse.ArgumentParser:
-    """The command about experiments."""
+    """Adds `experiment` and returns its parser."""
     command = add(
         "experiment",
         "Try other settings on the same rows next to the live trainer, then on a share of the users, and promote them.",
@@ -85,11 +87,6 @@ def _percentages(text: str) -> tuple[float, ...]:
 
 
 def _span_s(text: str) -> float:
-    """Parses a duration to seconds.
-
-    >>> _span_s("30m"), _span_s("1.5s")
-    (1800.0, 1.5)
-    """
     if not (span := span_ms(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is no duration: write 30m, 2h or 90s")
     return span / 1000
@@ -119,7 +116,7 @@ PROCESSES = {
         "Maintain, list and export segments of users, and find lookalikes: segments run, list, export, lookalikes.",
     ),
     "webhook": (
-        "deploy.alerting.receiver",
+        "deploy.webhook",
         "Receive Alertmanager notifications, and pin answers to a version from before the alert.",
     ),
     "flink": (
@@ -188,11 +185,35 @@ OWN_HELP = (
 )  # their modules have options of their own and explain them
 
 
+def run_command(program: str, work: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None) -> int:
+    """Runs a command and prints the error that ends it; returns the exit code.
+
+    Args:
+        program: Name of the command in its errors.
+        work: Runs the command with its arguments; returns the exit code, None for 0.
+        argv: The arguments; None for those of this process.
+    """
+
+    def run() -> int:
+        try:
+            return work(sys.argv[1:] if argv is None else argv) or 0
+        except BrokenPipeError:
+            raise
+        except (SpringtideError, OSError) as problem:
+            error = of_disk(problem)
+            print(f"{program}: {error}", file=sys.stderr, flush=True)
+            return error.exit_code
+        except KeyboardInterrupt:
+            return 1
+
+    return while_read(run)
+
+
 class RefusingParser(argparse.ArgumentParser):
     """An argument parser that raises our errors, and suggests the nearest word for an unknown one."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises it.
+        """Raises a `SettingsError`.
 
         >>> RefusingParser(prog="springtide").error("argument COMMAND: invalid choice: 'statsu' (choose from 'up', 'status')")
         Traceback (most recent call last):
@@ -207,8 +228,6 @@ class RefusingParser(argparse.ArgumentParser):
 
 
 class _Version(argparse.Action):
-    """Prints the release; looked up only when asked for."""
-
     def __call__(self, parser: argparse.ArgumentParser, *asked: object) -> None:
         from importlib.metadata import PackageNotFoundError, version
 
@@ -220,7 +239,7 @@ class _Version(argparse.Action):
 
 
 def parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
-    """The parser of the command line; settings are removed from the arguments before.
+    """Returns the parser of the command line; settings have been removed from the arguments before.
 
     Args:
         words: The arguments to parse. Options whose import takes long (those of the log) are only added to commands
@@ -276,10 +295,8 @@ def parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
         "Takes seconds and starts or changes nothing. up, bootstrap and train run the same check before they start.",
     )
     printing += [experiment(add), _history(add), _config(add)]
-    for one in printing:
-        one.add_argument(
-            "-o", "--output", choices=("text", "json"), default="text", help="output format (default text)"
-        )
+    for command in printing:
+        operating.output(command)
     return whole
 
 
@@ -321,11 +338,9 @@ def _verbs(add: Add) -> list[argparse.ArgumentParser]:
         add("pause", "Pause training. Answers continue.", "`springtide resume` undoes it."),
         add("resume", "Resume training after a pause, or after a hold by the guard."),
     ]
-    for one in verbs:
-        one.add_argument(
-            "--reason", default="none given", metavar="TEXT", help="reason; recorded with your name in the history"
-        )
-        operating.if_generation(one)
+    for verb in verbs:
+        operating.reason(verb, default="none given")
+        operating.if_generation(verb)
     return verbs
 
 

@@ -1,13 +1,11 @@
 """Measures the latency of the whole loop with clicks of probe users: `springtide probe [-o json] [--continuously]`.
 
-It runs once, or every `probe.every_s` seconds with its figures on /metrics. It sends clicks to
-Kafka like any producer and requests answers like any client, so it runs wherever both can be
-reached.
+It runs once, or every `probe.every_s` seconds with its figures on /metrics. It sends clicks to Kafka like any producer
+and requests answers like any client, so it runs wherever both can be reached.
 
 1. Request an answer, which shows that serving works and when the user's last click was.
-2. Send the click; Kafka acknowledges it at a position.
-3. Request answers until the user's features show the click, and until the version has learned from
-   its position.
+2. Send the click; Kafka acknowledges it at an offset.
+3. Request answers until the user's features show the click, and until the version has learned from its offset.
 """
 
 from __future__ import annotations
@@ -21,30 +19,30 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from deploy.operate.options import SETTINGS_HELP
+from deploy.command_line import run_command
+from deploy.operate.options import SETTINGS_HELP, output
 from deploy.replaying.sender import Outbox, Piece
 from deploy.serving.requests.access import READ, are_wanted, tokens_in
 from deploy.watch.address import serving_address
 from springtide_client import Client, ClientError, Profile, Refused, Retries
 from state.config.loading import load
 from state.config.settings import Settings
-from state.errors import LogError, SettingsError, SpringtideError
+from state.errors import LogError, SettingsError
 from state.events.identity import SLOTS, probe_user
 from state.log import Topics
 from state.metrics import ProbeMetrics, served
 from state.process import log_lines
-from state.process.closed_output import while_read
 from state.process.ending import stop_on_signals
 from state.process.said_once import SaidOnce
 from state.process.wall_clock import wall_ms
 
-LOOK_S = 0.02
+POLL_S = 0.02
 DECODER = "state.events.decoding:decode_json"
 NEVER = 255
 REASONS = ("kafka", "answers", "refused", "features", "weights")
@@ -62,15 +60,15 @@ class Sent(NamedTuple):
 
 @dataclass(frozen=True)
 class Passage:
-    """What became of a probe's click.
+    """The result of one probe.
 
     Attributes:
-        source: "topic id:partition" that it was sent to; empty where it was not.
-        offset: Its offset; -1 where it was not sent.
-        feature_seconds: From sending it until an answer's features showed it; None where none did.
+        source: "topic id:partition" of the click; empty if it was not sent.
+        offset: Its offset; -1 if it was not sent.
+        feature_seconds: From sending it until an answer's features showed it; None if none did.
         weight_seconds: From sending it until an answer's version had learned from it; None if no version did.
         version: That version, or the last one that answered; 0 for none.
-        reason: Why it did not come through: kafka, answers, refused, features, weights; empty where it did.
+        reason: Why the probe failed: kafka, answers, refused, features, weights; empty if it succeeded.
         problem: The same in words.
     """
 
@@ -83,11 +81,11 @@ class Passage:
     problem: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Returns the result as JSON values."""
         return asdict(self)
 
     def __str__(self) -> str:
-        """In words.
+        """Describes the result.
 
         >>> print(Passage("ab:0", 7, 0.2, 0.5, 41))
         the click at offset 7 of partition 0 was in answers after 0.20 s, and version 41 had learned from it after 0.50 s
@@ -102,20 +100,20 @@ class Passage:
 
 
 def action_of(settings: Settings) -> str:
-    """The action of probe clicks: the first that waits for no label and is no label.
+    """Returns the action of probe clicks: the first that waits for no label and is no label.
 
     >>> action_of(Settings())
     'view'
     """
     later = {*settings.labels.impressions, *settings.labels.outcomes}
-    return next((one for one in settings.events.actions if one not in later), settings.events.actions[0])
+    return next((action for action in settings.events.actions if action not in later), settings.events.actions[0])
 
 
 def click_of(user: str, at_ms: int, settings: Settings) -> bytes:
-    """A click that names nothing but its user, as the settings' producers write one.
+    """Returns a click that names only its user, as the settings' producers write one.
 
     Raises:
-        SettingsError: Clicks are not JSON here.
+        SettingsError: The settings' clicks are not JSON.
 
     >>> click_of("springtide-probe-1", 1_500, Settings())
     b'{"user": "springtide-probe-1", "action": "view", "time": 1500}'
@@ -137,13 +135,13 @@ def click_of(user: str, at_ms: int, settings: Settings) -> bytes:
 
 
 class Stopwatch:
-    """Sends clicks and times them. One thread.
+    """Sends clicks and times them. Not thread-safe.
 
     Args:
-        settings: Of the loop.
+        settings: Settings of the loop.
         send: Sends a click of a user and returns its position once it is acknowledged.
-        ask: Gives a profile with features and sources, of a user at a time.
-        now_ms: The wall clock.
+        ask: Requests a profile with features and sources, of a user at a time.
+        now_ms: Wall clock.
         clock: Monotonic seconds.
         sleep: Waits so many seconds.
         stopped: Whether to stop early.
@@ -167,7 +165,7 @@ class Stopwatch:
         """Sends one click of a probe user and waits for it, at most `probe.timeout_s`.
 
         Raises:
-            SettingsError: Clicks are not JSON here, or the tokens cannot be read.
+            SettingsError: The settings' clicks are not JSON, or the tokens cannot be read.
         """
         at_ms = self._now_ms()
         click = click_of(user, at_ms, self._settings)
@@ -189,7 +187,6 @@ class Stopwatch:
         return (answer.features or {}).get(self._feature, NEVER)
 
     def _look(self, user: str, at_ms: int, before: int, begun_s: float, found: Passage) -> Passage:
-        values: dict[str, Any] = {}
         timeout_s = self._settings.probe.timeout_s
         while True:
             asked_s = self._clock() - begun_s
@@ -197,18 +194,19 @@ class Stopwatch:
                 answer = self._ask(user, at_ms)
             except ClientError as error:
                 if asked_s > timeout_s or self._stopped():
-                    return _unanswered(Passage(**{**asdict(found), **values}), error)
+                    return _unanswered(found, error)
             else:
-                took_s, values["version"] = self._clock() - begun_s, answer.version.number
-                if "feature_seconds" not in values and self._recency(answer) < before:
-                    values["feature_seconds"] = took_s
-                if "weight_seconds" not in values and self._learned(answer, found):
-                    values["weight_seconds"] = took_s
-                if {"feature_seconds", "weight_seconds"} <= {*values}:
-                    return Passage(**{**asdict(found), **values})
+                took_s = self._clock() - begun_s
+                found = replace(found, version=answer.version.number)
+                if found.feature_seconds is None and self._recency(answer) < before:
+                    found = replace(found, feature_seconds=took_s)
+                if found.weight_seconds is None and self._learned(answer, found):
+                    found = replace(found, weight_seconds=took_s)
+                if found.feature_seconds is not None and found.weight_seconds is not None:
+                    return found
             if asked_s > timeout_s or self._stopped():
-                return _late(Passage(**{**asdict(found), **values}), timeout_s)
-            self._sleep(LOOK_S)
+                return _late(found, timeout_s)
+            self._sleep(POLL_S)
 
     @staticmethod
     def _learned(answer: Profile, found: Passage) -> bool:
@@ -217,32 +215,29 @@ class Stopwatch:
 
 def _unanswered(found: Passage, error: ClientError) -> Passage:
     refused = isinstance(error, Refused) and error.status in (401, 403)
-    return Passage(
-        **{**asdict(found), "reason": "refused" if refused else "answers", "problem": f"no answer came: {error}"}
-    )
+    return replace(found, reason="refused" if refused else "answers", problem=f"no answer came: {error}")
 
 
 def _late(found: Passage, timeout_s: float) -> Passage:
     partition = found.source.rpartition(":")[2]
     where = f"the click at offset {found.offset} of partition {partition}"
     if found.feature_seconds is None:
-        said = f"{where} is in no answer after {timeout_s:g} s: see whether it is a dead letter, and whether stream and applier run"
-        return Passage(**{**asdict(found), "reason": "features", "problem": said})
-    said = (
-        f"{where} was in answers after {found.feature_seconds:.2f} s, and version {found.version} has not learned from it "
-        f"after {timeout_s:g} s: see whether it is pinned, or training is held"
+        return replace(
+            found,
+            reason="features",
+            problem=f"{where} is in no answer after {timeout_s:g} s: see whether it is a dead letter, and whether stream and "
+            "applier run",
+        )
+    return replace(
+        found,
+        reason="weights",
+        problem=f"{where} was in answers after {found.feature_seconds:.2f} s, and version {found.version} has not learned "
+        f"from it after {timeout_s:g} s: see whether it is pinned, or training is held",
     )
-    return Passage(**{**asdict(found), "reason": "weights", "problem": said})
 
 
 class Probe:
-    """A stopwatch on a real loop; a probe begins with connections of its own, as after any failure.
-
-    Args:
-        settings: Of the loop.
-        stop: Ends the probe that is running.
-        first: The number of the first probe user; each probe uses the next one.
-    """
+    """A stopwatch on a real loop. Each probe opens its own connections and uses the next probe user after `first`."""
 
     def __init__(self, settings: Settings, stop: threading.Event, first: int) -> None:
         self._settings, self._stop, self._number = settings, stop, first
@@ -251,7 +246,7 @@ class Probe:
         """Times one click; connecting is not counted.
 
         Raises:
-            SettingsError: Clicks are not JSON here, or the token or certificate cannot be read.
+            SettingsError: The settings' clicks are not JSON, or the token or certificate cannot be read.
         """
         self._number += 1
         kafka = self._settings.kafka
@@ -290,7 +285,7 @@ class Probe:
 
 
 def count(found: Passage, metrics: ProbeMetrics, now_s: float) -> None:
-    """Counts what became of a probe; what it reached before it failed counts too."""
+    """Counts the result of a probe, also what it reached before it failed."""
     if found.feature_seconds is not None:
         metrics.feature_seconds.observe(found.feature_seconds)
     if found.weight_seconds is not None:
@@ -302,7 +297,7 @@ def count(found: Passage, metrics: ProbeMetrics, now_s: float) -> None:
 
 
 def run(settings: Settings, stop: threading.Event, time_one: Callable[[], Passage], metrics: ProbeMetrics) -> None:
-    """Probes each `probe.every_s` until `stop`."""
+    """Sends a probe each `probe.every_s` until `stop`."""
     for reason in REASONS:
         metrics.failures.labels(reason)
     say, every_s = SaidOnce(_log.warning), settings.probe.every_s or EVERY_S
@@ -320,8 +315,8 @@ def run(settings: Settings, stop: threading.Event, time_one: Callable[[], Passag
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's options; settings are parsed separately."""
-    made = argparse.ArgumentParser(
+    """Returns the parser of the command; settings are parsed separately."""
+    command = argparse.ArgumentParser(
         prog="springtide probe",
         description="Send a click of a probe user through the loop, and measure the time until answers include it and until their "
         "version has learned it. The click has no item and no category, so it changes no metric, candidate or weight. "
@@ -329,35 +324,35 @@ def parser() -> argparse.ArgumentParser:
         epilog=SETTINGS_HELP,
         allow_abbrev=False,
     )
-    made.add_argument("-o", "--output", choices=("text", "json"), default="text", help="output format (default text)")
-    made.add_argument(
+    output(command)
+    command.add_argument(
         "--continuously",
         action="store_true",
         help=f"send a probe every probe.every_s ({EVERY_S:g} s if that is 0) until Ctrl-C, with metrics on probe.metrics_port",
     )
-    return made
+    return command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    asked, flags = parser().parse_known_args(sys.argv[1:] if argv is None else argv)
+    return run_command("springtide probe", _main, argv)
+
+
+def _main(words: Sequence[str]) -> int:
+    asked, flags = parser().parse_known_args(words)
     stop = stop_on_signals()
     # A failed attempt is reported once, with what failed; the client's own messages would repeat it.
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
-    try:
-        settings = load(flags)
-        probe = Probe(settings, stop, random.randrange(SLOTS))
-        if asked.continuously:
-            log_lines.begin("probe")
-            log_lines.follow(settings.logs)
-            logging.getLogger("httpx").setLevel(logging.WARNING)
-            with served(settings.probe.metrics_port, settings.metrics.host) as registry:
-                run(settings, stop, probe.time, ProbeMetrics(registry))
-            return 0
-        found = probe.time()
-    except SpringtideError as error:
-        print(f"springtide probe: {error}", file=sys.stderr)
-        return error.exit_code
+    settings = load(flags)
+    probe = Probe(settings, stop, random.randrange(SLOTS))
+    if asked.continuously:
+        log_lines.begin("probe")
+        log_lines.follow(settings.logs)
+        logging.getLogger("httpx").setLevel(logging.WARNING)
+        with served(settings.probe.metrics_port, settings.metrics.host) as registry:
+            run(settings, stop, probe.time, ProbeMetrics(registry))
+        return 0
+    found = probe.time()
     if asked.output == "json":
         print(json.dumps(found.to_json()))
     elif found.reason:
@@ -368,4 +363,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(while_read(main))
+    sys.exit(main())

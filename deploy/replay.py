@@ -1,14 +1,7 @@
-"""Sends clicks to the topic, from files or from synthetic shoppers whose taste drifts.
+"""Sends clicks to the topic, from files or from synthetic shoppers whose taste drifts: `springtide replay`.
 
-    python -m deploy.replay FILE... [--speed 60x|max] [--keep-time] [--limit N] [--sort memory|assume] [--dry-run]
-    python -m deploy.replay --synthetic [--rate N] [--limit N] [--speed X] [--seed N]
-    python -m deploy.replay --burst USER CATEGORY N
-
-Before Kafka is contacted, the files and the mapping are checked. The command reports which rows the
-stream will refuse, why, and by which setting. It stops if no row is a click.
-
-`replay --dry-run` sends nothing and needs no Kafka. It reports counts, the refused rows by reason
-and line, and the first events.
+Before Kafka is contacted, the files and the mapping are checked. The command reports which rows the stream will
+refuse, why, and by which setting. It stops if no row is a click. `--dry-run` sends nothing and needs no Kafka.
 """
 
 from __future__ import annotations
@@ -21,9 +14,9 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, TextIO
 
+from deploy.command_line import run_command
 from deploy.operate.options import SETTINGS_HELP
 from deploy.replaying.clock import MAX, parse_speed
-from deploy.replaying.journal import ReplayJournal, folder_of, key_of
 from deploy.replaying.recording import (
     NAMED_LINES,
     Findings,
@@ -31,7 +24,10 @@ from deploy.replaying.recording import (
     Outcome,
     RecordingSource,
     Replay,
+    ReplayJournal,
     check,
+    folder_of,
+    key_of,
     try_out,
 )
 from deploy.replaying.sender import Outbox, Progress
@@ -40,9 +36,8 @@ from state.config.loading import load
 from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.disk.lock import DirectoryLock
-from state.errors import LogError, SettingsError, SpringtideError
+from state.errors import LogError, SettingsError
 from state.log import Topics, topic_plan
-from state.process.closed_output import while_read
 from state.process.ending import stop_on_signals
 from state.process.wall_clock import wall_ms
 from state.recordings.crowd import as_utc
@@ -52,7 +47,11 @@ from state.recordings.rows import NO_TIME, mapped_fields, shown_reasons
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    flags, words = split_settings(sys.argv[1:] if argv is None else argv)
+    return run_command("springtide replay", _main, argv)
+
+
+def _main(arguments: Sequence[str]) -> None:
+    flags, words = split_settings(arguments)
     parser = argparse.ArgumentParser(
         prog="springtide replay",
         description="Send clicks to the clicks topic: from files, or from synthetic shoppers.",
@@ -84,35 +83,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="number of earlier clicks of the shoppers, which are sent at once",
     )
     parser.add_argument("--seed", type=int, help="random seed of the shoppers")
-    add_arguments(parser)
+    _add_arguments(parser)
     options = parser.parse_args(words)
     stopped = stop_on_signals()
-    try:
-        if bool(options.files) + options.synthetic + bool(options.burst) != 1:
-            raise SettingsError("say what to replay: files, --synthetic, or --burst", "see `springtide replay --help`")
-        if options.files and (options.rate is not None or options.seed is not None):
-            raise SettingsError("--rate and --seed are of --synthetic", "files go at --speed")
-        if options.dry_run and not options.files:
-            raise SettingsError("--dry-run is of files", "name them")
-        settings = load([*flags, *as_settings(options)])
-        if options.files:
-            send_files(options, settings, stopped)
-        else:
-            with Topics(settings.kafka) as topics:
-                topics.ensure(*topic_plan.clicks(settings))
-            make_clicks(options, settings, stopped)
-    except SpringtideError as problem:
-        print(f"springtide replay: {problem}", file=sys.stderr)
-        return problem.exit_code
-    return 0
+    if bool(options.files) + options.synthetic + bool(options.burst) != 1:
+        raise SettingsError("name what to replay: files, --synthetic, or --burst", "see `springtide replay --help`")
+    if options.files and (options.rate is not None or options.seed is not None):
+        raise SettingsError("--rate and --seed are for --synthetic", "use --speed for files")
+    if options.dry_run and not options.files:
+        raise SettingsError("--dry-run is for files", "name them")
+    settings = load([*flags, *as_settings(options)])
+    if options.files:
+        _send_files(options, settings, stopped)
+        return
+    with Topics(settings.kafka) as topics:
+        topics.ensure(*topic_plan.clicks(settings))
+    _make_clicks(options, settings, stopped)
 
 
-def make_clicks(options: argparse.Namespace, settings: Settings, stopped: threading.Event) -> None:
-    """Sends the clicks of shoppers, or a burst of one.
-
-    Raises:
-        SpringtideError: Kafka refused.
-    """
+def _make_clicks(options: argparse.Namespace, settings: Settings, stopped: threading.Event) -> None:
     with Outbox(settings.kafka, settings.kafka.clicks_topic) as outbox:
 
         def send(clicks: Clicks) -> None:
@@ -136,8 +125,7 @@ def make_clicks(options: argparse.Namespace, settings: Settings, stopped: thread
         print(f"sent {sent} clicks in {took_s:.1f} s ({sent / took_s:.0f}/s)", flush=True)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of files; `--speed` and `--limit` are shared with the shoppers and not among them."""
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_file_arguments(parser, "Only the columns in [events] are sent. The same command resumes where it stopped.")
     times = parser.add_mutually_exclusive_group()
     times.add_argument(
@@ -164,7 +152,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def identity(source: RecordingSource, topic: str, topic_id: str) -> dict[str, Any]:
-    """What makes two runs the same replay: files by content, mapping, order, kind of time, and the topic."""
+    """Returns what makes two runs the same replay: files by content, mapping, order, kind of time, and the topic."""
     recording, events, options = source.recording, source.events, source.options
     return {
         "files": [[digest(file.path), file.format, file.delimiter] for file in recording.files],
@@ -177,7 +165,7 @@ def identity(source: RecordingSource, topic: str, topic_id: str) -> dict[str, An
     }
 
 
-def send_files(
+def _send_files(
     options: argparse.Namespace,
     settings: Settings,
     stopped: threading.Event,
@@ -191,7 +179,7 @@ def send_files(
     3. Contact Kafka, and send the rows.
 
     Raises:
-        SpringtideError: Files, settings, Kafka or another replay of the same files are in the way.
+        SpringtideError: The files, the settings or Kafka cannot be used, or another replay of the same files runs.
     """
     events, topic = settings.events, settings.kafka.clicks_topic
     recording = chosen(options, events)
@@ -226,13 +214,13 @@ def send_files(
         try:
             outcome = Replay(source, outbox, journal, progress, stopped, wall_ms).run()
         except LogError:
-            progress.say("Kafka stopped the replay; the same command goes on where it was")
+            progress.say("Kafka stopped the replay; the same command resumes where it stopped")
             raise
     say(summary(outcome, topic, progress.took_s))
 
 
 def summary(outcome: Outcome, topic: str, took_s: float) -> str:
-    """What a run did and how to continue."""
+    """Describes the result of a run and how to continue."""
     position = outcome.position
     if position.complete and not outcome.sent:
         return f"all {position.acknowledged:,} rows are in {topic} already; --restart sends them again"
@@ -243,14 +231,12 @@ def summary(outcome: Outcome, topic: str, took_s: float) -> str:
     if position.unsendable:
         parts.append(f"{position.unsendable:,} too large to send")
     of = "" if outcome.total is None else f" of {outcome.total:,}"
-    state = (
-        "complete" if position.complete else f"row {position.acknowledged:,}{of}; the same command goes on from there"
-    )
+    state = "complete" if position.complete else f"row {position.acknowledged:,}{of}; the same command resumes there"
     return f"{done}: {', '.join(parts)}; {state}"
 
 
 def report(findings: Findings, files: int, topic: str) -> str:
-    """What was found, in lines.
+    """Formats the findings of a dry run.
 
     >>> print(report(Findings(9, {"wrong_type": (3, ["a.csv:4", "a.csv:7"])}, [], ['{"user":"u"}']), 1, "clicks"))
     9 rows of 1 file: 6 clicks, 3 dead letters (3 wrong_type)
@@ -282,7 +268,7 @@ def report(findings: Findings, files: int, topic: str) -> str:
 
 
 def _listed(places: Sequence[str]) -> str:
-    """Places, the file of each only where it is another than before."""
+    """Formats lines of files, each file once for its consecutive lines."""
     files = ["", *(place.rpartition(":")[0] for place in places)]
     return ", ".join(
         place.removeprefix(before) if file == before else place
@@ -295,4 +281,4 @@ def _span(span: tuple[int, int]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(while_read(main))
+    sys.exit(main())

@@ -2,7 +2,7 @@
 
 `read` queries Kafka, registry, stores and disks, which takes up to some seconds. `measured` needs only the metrics of
 one poll. Each section is JSON values, or None if there is nothing to show. Its text in `TEXTS` is a keyword and a
-description, whose sentences end with semicolons.
+description, whose sentences are separated by semicolons.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.experiments import status as experiments
-from deploy.operate import horizon
+from deploy.operate.log_view import horizon_here, horizon_text
 from deploy.operate.versions import open_registry
 from deploy.watch import accounts, scrape
 from deploy.watch.figures import segments_behind
@@ -37,40 +37,30 @@ Text = tuple[str, str]
 
 
 def read(settings: Settings, now_ms: int) -> dict[str, Any]:
-    """Returns the sections of Kafka, registry, stores, disks, validation and experiments.
-
-    Args:
-        settings: The loop's settings.
-        now_ms: Wall clock.
-    """
+    """Returns the sections of Kafka, registry, stores, disks, validation and experiments."""
     kafka = kafka_lag(settings)
     return {
         "kafka": kafka,
         "registry": registry_state(settings, now_ms),
         "held": held_update(settings),
         "privacy": privacy_budget(settings),
-        "rollback": horizon.look(settings, now_ms) if kafka["answers"] else None,
+        "rollback": horizon_here(settings, now_ms) if kafka["answers"] else None,
         "storage": disk_usage(settings),
         "rows": row_store(settings),
-        "histories": history_stores(settings),
+        "histories": _history_stores(settings),
         "accounting": accounts.account(settings),
         "live_clicks": live_clicks(settings),
         "experiments": experiments.reported(settings),
-        "retrain": experiments.look_at_retrain(settings, now_ms),
+        "retrain": experiments.retrain_status(settings, now_ms),
     }
 
 
 def measured(settings: Settings, scrapes: Mapping[str, Scrape]) -> dict[str, Any]:
-    """Returns the sections that come from the processes' metrics.
-
-    Args:
-        settings: The loop's settings.
-        scrapes: Metrics by process.
-    """
+    """Returns the sections that come from the metrics of the processes."""
     return {
-        "parity": parity(scrapes["applier"]),
+        "parity": _parity(scrapes["applier"]),
         "quality": quality(scrapes["trainer"]),
-        "churn": churn(scrapes["trainer"]),
+        "churn": _churn(scrapes["trainer"]),
         "segments": segments(settings, scrapes),
     }
 
@@ -98,9 +88,8 @@ def kafka_lag(settings: Settings, connect: Callable[[Any], Topics] = Topics) -> 
     }
 
 
-def kafka_text(kafka: Mapping[str, Any]) -> Text:
-    """Formats the broker's offsets."""
-    return "runs" if kafka["answers"] else "away", kafka["problem"] or (
+def _kafka_text(kafka: Mapping[str, Any]) -> Text:
+    return "runs" if kafka["answers"] else "unreachable", kafka["problem"] or (
         f"{kafka['servers']}; {shown(kafka['clicks'])} clicks, {shown(kafka['lag'])} not yet committed by the stream; "
         f"training log at {shown(kafka['training_log'])}"
     )
@@ -139,14 +128,14 @@ def registry_state(settings: Settings, now_ms: int) -> dict[str, Any]:
 def registry_text(registry: Mapping[str, Any]) -> Text:
     """Formats newest version and control."""
     if not registry["answers"]:
-        return "away", registry["problem"]
+        return "unreadable", registry["problem"]
     control = registry["control"]
     newest = f"newest version {shown(registry['newest'])}, {seconds(registry['newest_age_s'])} old, {registry['versions']} kept"
     if control is None:
-        return "there", f"{newest}; no control yet"
+        return "readable", f"{newest}; no control yet"
     wanted = "the newest version" if control["serving"] == "follow" else f"version {control['version']} (pinned)"
     return (
-        "there",
+        "readable",
         f"{newest}; wanted: {wanted} in epoch {control['epoch']}, by {control['actor']}'s {control['action']}: {control['reason']}",
     )
 
@@ -182,7 +171,10 @@ def held_text(held: Mapping[str, Any]) -> Text:
     serving = (
         f"answers stay at version {held['version']}" if held["followed"] else "answers stay where an operator put them"
     )
-    return "HOLDS", f"{held['words']}; {serving}; without these clicks: {roll_back}; if they are good: {release}"
+    return (
+        "HOLDS",
+        f"{held['words']}; {serving}; to roll back without these clicks: {roll_back}; to accept them: {release}",
+    )
 
 
 def privacy_budget(settings: Settings) -> dict[str, Any] | None:
@@ -225,7 +217,7 @@ def privacy_text(budget: Mapping[str, Any]) -> Text:
     )
     if not budget["held"]:
         return "counts", text
-    return "SPENT", f"{text}; training holds and answers go on; trainer/PRIVACY.md says what a larger budget means"
+    return "SPENT", f"{text}; training is held and answers continue; see trainer/PRIVACY.md about a larger budget"
 
 
 def disk_usage(settings: Settings) -> dict[str, Any] | None:
@@ -267,7 +259,7 @@ def row_store(settings: Settings) -> dict[str, Any] | None:
     return _store(settings, settings.serving_dir / layout.ROWS, settings.serving.rows_dir, "serving starts again")
 
 
-def history_stores(settings: Settings) -> list[dict[str, Any]]:
+def _history_stores(settings: Settings) -> list[dict[str, Any]]:
     """Returns location and size of the histories of stream and serving; on disk while no process writes them."""
     links = [*layout.streams(settings.state_dir), settings.serving_dir / layout.HISTORIES]
     found = ((link, _store(settings, link, "", "their writer starts")) for link in links)
@@ -286,7 +278,7 @@ def _store(settings: Settings, link: Path, configured: str, moves_when: str) -> 
         "bytes": memory_place.size(found.path),
         "why": ""
         if intended
-        else memory_place.lack(link, memory) or f"{memory} has room now, and they move there when {moves_when}",
+        else memory_place.lack(link, memory) or f"{memory} has space now, and the store moves there when {moves_when}",
     }
 
 
@@ -331,7 +323,7 @@ def live_clicks_text(window: Mapping[str, Any]) -> Text:
     """Formats the validation's result.
 
     >>> live_clicks_text({"rows": 12000, "baseline": 0, "anomalies": {}})
-    ('as ever', 'the newest window, of 12,000 rows, is like the baseline of the bootstrap')
+    ('unchanged', 'the newest window, of 12,000 rows, is like the baseline of the bootstrap')
     >>> word, text = live_clicks_text({"rows": 500, "baseline": 2, "anomalies": {"ENUM_TYPE_UNEXPECTED_STRING_VALUES": 1}})
     >>> print(word, *text.split("; "), sep=chr(10))
     CHANGED
@@ -342,14 +334,14 @@ def live_clicks_text(window: Mapping[str, Any]) -> Text:
     baseline = f"baseline {window['baseline']}" if window["baseline"] else "the baseline of the bootstrap"
     rows, anomalies = f"the newest window, of {window['rows']:,} rows,", window["anomalies"]
     if not anomalies:
-        return "as ever", f"{rows} is like {baseline}"
+        return "unchanged", f"{rows} is like {baseline}"
     count = sum(anomalies.values())
     listed = ", ".join(f"{name} ({features})" for name, features in sorted(anomalies.items()))
     differs = f"{rows} differs from {baseline} in {count} feature{'s' * (count > 1)}"
     return "CHANGED", f"{differs}; {listed}; `springtide schema diff` shows the differences"
 
 
-def parity(applier: Scrape) -> dict[str, int] | None:
+def _parity(applier: Scrape) -> dict[str, int] | None:
     """Returns sampled rows by outcome: whether serving computes the features that were trained on; None without any."""
     rows = {name: int(count) for name, count in applier.by("springtide_serving_parity_rows_total", "outcome").items()}
     return rows if any(rows.values()) else None
@@ -440,9 +432,9 @@ def quality_text(found: Mapping[str, Any]) -> Text:
         f"({change}), missed {_percent(every['missed'])}",
     ]
     parts += [
-        f"{users} users: top 1 {_percent(one['top1'])}, top 5 {_percent(one['top5'])}, log loss {_number(one['log_loss'])}"
-        for users, one in model.items()
-        if users != "all" and one["top1"] is not None
+        f"{users} users: top 1 {_percent(measured['top1'])}, top 5 {_percent(measured['top5'])}, log loss {_number(measured['log_loss'])}"
+        for users, measured in model.items()
+        if users != "all" and measured["top1"] is not None
     ]
     if found["skipped"]:
         parts.append(f"of these rows {_percent(found['skipped'])} were skipped by the guard and not learned")
@@ -462,7 +454,7 @@ CHURN = {
 """By name of the figure, the suffix of its series."""
 
 
-def churn(trainer: Scrape) -> dict[str, float] | None:
+def _churn(trainer: Scrape) -> dict[str, float] | None:
     """Returns the quality of the churn prediction; None if there are no examples and none wait."""
     found = {name: trainer.value(f"springtide_trainer_churn_{end}") or 0.0 for name, end in CHURN.items()}
     return found if found["examples"] or found["waiting"] else None
@@ -494,12 +486,7 @@ def churn_text(found: Mapping[str, Any]) -> Text:
 
 
 def segments(settings: Settings, scrapes: Mapping[str, Scrape]) -> dict[str, Any] | None:
-    """Returns each segment with its size, and the progress of their keeper; None if no segment is configured.
-
-    Args:
-        settings: Settings of the loop.
-        scrapes: Metrics by process, including the keeper's.
-    """
+    """Returns each segment with its size, and the progress of their process; None if no segment is configured."""
     texts, keeper = texts_of(settings), scrapes.get(SEGMENTS)
     if not texts or keeper is None:
         return None
@@ -518,7 +505,7 @@ def segments(settings: Settings, scrapes: Mapping[str, Scrape]) -> dict[str, Any
 
 
 def segments_text(found: Mapping[str, Any]) -> Text:
-    """Formats segments and the progress of their keeper.
+    """Formats segments and the progress of their process.
 
     >>> found = {"problem": "", "lag": 2.0, "waiting": 0.0, "sweep_s": 41.0, "behind": ""}
     >>> found["segments"] = [{"name": "sporty", "users": 1200, "expression": "..."}, {"name": "idle", "users": 0, "expression": "..."}]
@@ -528,12 +515,12 @@ def segments_text(found: Mapping[str, Any]) -> Text:
     sporty 1,200, idle 0 users
     2 records of the training log and 0 users wait, all users were evaluated in 41 s
     >>> segments_text(found | {"behind": "4,000 records wait"})[0], segments_text(found | {"problem": "it does not answer"})
-    ('BEHIND', ('AWAY', 'it does not answer'))
+    ('BEHIND', ('UNREACHABLE', 'it does not answer'))
     """
     if found["problem"]:
-        return "AWAY", found["problem"]
+        return "UNREACHABLE", found["problem"]
     lag, waiting, sweep_s = (found[name] or 0.0 for name in ("lag", "waiting", "sweep_s"))
-    sizes = ", ".join(f"{one['name']} {one['users'] or 0:,}" for one in found["segments"])
+    sizes = ", ".join(f"{segment['name']} {segment['users'] or 0:,}" for segment in found["segments"])
     swept = f"all users were evaluated in {seconds(sweep_s)}" if sweep_s else "not all users are evaluated yet"
     text = f"{sizes} users; {lag:,.0f} records of the training log and {waiting:,.0f} users wait, {swept}"
     return "BEHIND" if found["behind"] else "kept", text
@@ -548,11 +535,11 @@ def _number(value: float | None) -> str:
 
 
 TEXTS: Mapping[str, tuple[str, Callable[[Any], Text]]] = {
-    "kafka": ("kafka", kafka_text),
+    "kafka": ("kafka", _kafka_text),
     "registry": ("registry", registry_text),
     "held": ("guard", held_text),
     "privacy": ("privacy", privacy_text),
-    "rollback": ("rollback", horizon.as_text),
+    "rollback": ("rollback", horizon_text),
     "storage": ("storage", disk_text),
     "rows": ("rows", store_text),
     "histories": ("histories", store_text),
@@ -574,5 +561,5 @@ def labelled(state: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     for name, (label, text) in TEXTS.items():
         section = state.get(name) or []
         listed: Sequence[Any] = section if isinstance(section, list) else [section]
-        found += [(label, *text(one)) for one in listed]
+        found += [(label, *text(element)) for element in listed]
     return found

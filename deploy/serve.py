@@ -1,7 +1,7 @@
-"""Serving on one host: starts the applier and the workers, and stops them together.
+"""Serving on one host: starts the applier and the workers, and stops them together: `springtide serve`.
 
-`python -m deploy.serve [flags]`. SIGTERM and SIGINT stop all processes. If one dies by itself, the others are stopped
-and this process ends with status 1, so that its supervisor restarts the whole host.
+If one process dies by itself, the others are stopped and this process ends with status 1, so that its supervisor
+restarts the whole host.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from state.errors import ProcessFailed, SpringtideError
 from state.process.private_files import keep_private
 
 STOP_S = 10.0
-LOOK_S = 0.1
+POLL_S = 0.1
 
 
 def commands(flags: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -60,7 +60,7 @@ def run(
                     raise ProcessFailed(
                         f"{name} ended unasked ({how(process.returncode)})", "its reason is above; serving stops here"
                     )
-            time.sleep(LOOK_S)
+            time.sleep(POLL_S)
     finally:
         for _, process in reversed(running):
             if process.poll() is None:

@@ -1,16 +1,9 @@
-"""Reports what runs and how well: `springtide status`.
+"""Reports what runs and how well: `springtide status [-o json] [--watch | --wait-for CONDITION]`.
 
-    python -m deploy.status [-o json] [--watch | --wait-for CONDITION]
+Each part is queried separately, so an unreachable part does not hide the others. Rates cover the seconds that a
+reading takes. Quantiles cover the time since each process started, and with `--watch` the last minute.
 
-Each part is queried separately, so an unreachable part does not hide the others. Rates cover the
-seconds that a reading takes. Quantiles cover the time since each process started, and with
-`--watch` the last minute.
-
-`--wait-for` polls the running loop and reports what is still missing. A poll costs some
-milliseconds, for `well` as much as a whole report; a part that does not answer counts as missing.
-
-For the clicks, the report compares Kafka's ends of partitions with the offsets that the stream has
-committed.
+`--wait-for` polls the running loop until a condition holds. A part that does not answer counts as missing.
 """
 
 from __future__ import annotations
@@ -24,6 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from deploy import sections
+from deploy.command_line import run_command
+from deploy.operate.control import current
+from deploy.operate.options import output
 from deploy.operate.versions import open_registry
 from deploy.startup.hints import addresses
 from deploy.watch import scrape
@@ -34,8 +30,7 @@ from deploy.watch.scrape import Scrape
 from deploy.watch.snapshot import Poller, Snapshot
 from state.config.loading import load
 from state.config.settings import Settings
-from state.errors import RegistryError, SettingsError, SpringtideError
-from state.process.closed_output import while_read
+from state.errors import SettingsError, SpringtideError
 from state.process.ending import stop_on_signals
 from state.process.wall_clock import wall_ms
 from state.registry.control import Control
@@ -61,12 +56,7 @@ not."""
 
 
 class Condition(NamedTuple):
-    """One condition.
-
-    Attributes:
-        meaning: What holds then, in words.
-        missing: Looks.
-    """
+    """A condition: its meaning in words, and what polls it."""
 
     meaning: str
     missing: Missing
@@ -82,7 +72,7 @@ def wait(
     """Waits for a condition, see `condition_of`; returns the seconds that it took.
 
     Raises:
-        SpringtideError: It did not come in time; with what was missing.
+        SpringtideError: It did not hold in time; the message says what was missing.
     """
     began_s = clock()
     condition = condition_of(name)
@@ -105,19 +95,19 @@ def _looked(condition: Condition, settings: Settings) -> str:
 
 def ready(settings: Settings) -> str:
     """Serving reports that it can answer."""
-    code, said = scrape.fetch(serving_address(settings, "/readyz"))
-    return "" if code == 200 else said or "nothing answers"
+    code, body = scrape.fetch(serving_address(settings, "/readyz"))
+    return "" if code == 200 else body or "nothing answers"
 
 
 def well(settings: Settings) -> str:
-    """No problem needs somebody to act."""
+    """No problem needs action."""
     return ", ".join(problem.text for problem in take(settings).faults)
 
 
 def caught_up(settings: Settings) -> str:
-    """The trainer works in control's epoch and has learned again what a rollback took back."""
+    """The trainer works in control's epoch and has relearned the clicks of a rollback."""
     registry, control = _control(settings)
-    trainer = scrape.scrape({"trainer": scrape.urls(settings)["trainer"]})["trainer"]
+    trainer = scrape.scrape_one(settings, "trainer")
     if trainer.problem:
         return trainer.problem
     if (epoch := trainer.value("springtide_trainer_epoch")) != control.epoch:
@@ -138,15 +128,15 @@ def caught_up(settings: Settings) -> str:
 def answering(settings: Settings) -> str:
     """Answers of this host come from a version that control wants."""
     registry, control = _control(settings)
-    return _unlike(registry, control, _applier(settings))
+    return _unlike(registry, control, scrape.scrape_one(settings, "applier"))
 
 
 def following(settings: Settings) -> str:
     """Answers follow the newest version, and come from control's epoch already, with the histories that belong to it."""
     registry, control = _control(settings)
     if control.serving.mode != "follow":
-        return f"answers are to stay at version {control.serving.version}: `springtide follow` lets them go"
-    applier = _applier(settings)
+        return f"answers are pinned to version {control.serving.version}: `springtide follow` unpins them"
+    applier = scrape.scrape_one(settings, "applier")
     if missing := _unlike(registry, control, applier):
         return missing
     epoch, lag = (applier.value(f"springtide_serving_{name}") for name in ("history_epoch", "microbatch_lag_records"))
@@ -155,12 +145,8 @@ def following(settings: Settings) -> str:
     return "" if (lag or 0) <= NEAR_RECORDS else f"the histories are {lag:,.0f} records behind"
 
 
-def _applier(settings: Settings) -> scrape.Scrape:
-    return scrape.scrape({"applier": scrape.urls(settings)["applier"]})["applier"]
-
-
 def _unlike(registry: Registry, control: Control, applier: scrape.Scrape) -> str:
-    """In what answers differ from what control wants."""
+    """Returns how answers differ from what control requires; empty if they do not."""
     if applier.problem:
         return applier.problem
     version, epoch = (applier.value(f"springtide_serving_{name}") or 0.0 for name in ("version", "epoch"))
@@ -197,7 +183,7 @@ CONDITIONS: Mapping[str, Condition] = {
 
 
 def condition_of(text: str) -> Condition:
-    """The condition that an operator wrote: one of `CONDITIONS`, or one of `NUMBERS` with = or >= and a number.
+    """Returns the condition that an operator wrote: one of `CONDITIONS`, or one of `NUMBERS` with = or >= and a number.
 
     >>> condition_of("answers=176").meaning
     'answers is 176'
@@ -215,7 +201,7 @@ def condition_of(text: str) -> Condition:
     process, series = NUMBERS[name]
 
     def missing(settings: Settings) -> str:
-        found = scrape.scrape({process: scrape.urls(settings)[process]})[process]
+        found = scrape.scrape_one(settings, process)
         value = found.value(series)
         if found.problem or value is None:
             return found.problem or f"{name} is not known yet"
@@ -226,15 +212,12 @@ def condition_of(text: str) -> Condition:
 
 def _control(settings: Settings) -> tuple[Registry, Control]:
     registry = open_registry(settings)
-    control = registry.control()
-    if control is None:
-        raise RegistryError(f"{registry.path}: no control yet", "start the trainer first, it writes generation 1")
-    return registry, control
+    return registry, current(registry)
 
 
 EPILOG = (
     "Conditions: "
-    + "; ".join(f"{name}: {one.meaning}" for name, one in CONDITIONS.items())
+    + "; ".join(f"{name}: {condition.meaning}" for name, condition in CONDITIONS.items())
     + ". Settings are written --section.name VALUE; `springtide config` lists them. Exit codes: 0 nothing is wrong, or the "
     "condition holds; 1 something is wrong, or the condition timed out; 2 wrong use."
 )
@@ -274,19 +257,19 @@ FIGURES: Mapping[str, Sequence[tuple[str, str]]] = {
 
 
 def processes(scrapes: Mapping[str, Scrape], up_s: Mapping[str, float]) -> dict[str, dict[str, Any]]:
-    """Per process whether it answers, why not, since when it is up, and its figures.
+    """Returns by process whether it answers, why not, since when it is up, and its figures.
 
     >>> processes({"worker": Scrape(problem="refused")}, {})["worker"]
     {'answers': False, 'problem': 'refused', 'up_s': None, 'figures': {}}
     """
     return {
         name: {
-            "answers": not one.problem,
-            "problem": one.problem,
+            "answers": not scraped.problem,
+            "problem": scraped.problem,
             "up_s": up_s.get(name),
-            "figures": {} if one.problem else {label: _figure(one, series) for label, series in FIGURES[name]},
+            "figures": {} if scraped.problem else {label: _figure(scraped, series) for label, series in FIGURES[name]},
         }
-        for name, one in scrapes.items()
+        for name, scraped in scrapes.items()
     }
 
 
@@ -297,12 +280,7 @@ def _figure(scraped: Scrape, series: str) -> float | None:
 
 
 def take(settings: Settings, between_s: float = BETWEEN_S) -> Snapshot:
-    """Returns a snapshot with all sections, whatever of the loop runs.
-
-    Args:
-        settings: The loop's settings.
-        between_s: Minimum time between the two polls that the rates come from.
-    """
+    """Returns a snapshot with all sections; the two polls for the rates are at least `between_s` apart."""
     poller, begin_s = Poller(settings, spread_s=None), time.monotonic()
     first = poller.poll()
     # The other parts are queried between the two polls.
@@ -333,7 +311,7 @@ def as_text(settings: Settings, snapshot: Snapshot) -> str:
     """Formats a snapshot as one screen of text: the figures, the sections, where to read more, and what to try."""
     state = document(settings, snapshot)
     rows = [
-        (name, "runs" if process["answers"] else "away", process["problem"] or f"up {seconds(process['up_s'])}")
+        (name, "runs" if process["answers"] else "unreachable", process["problem"] or f"up {seconds(process['up_s'])}")
         for name, process in state["processes"].items()
     ]
     rows += sections.labelled(state)
@@ -349,14 +327,7 @@ def as_text(settings: Settings, snapshot: Snapshot) -> str:
 
 
 def watch(settings: Settings, screen: Screen, stop: Callable[[], bool], wait: Callable[[float], object]) -> None:
-    """Rewrites the figures until it is stopped.
-
-    Args:
-        settings: The loop's settings.
-        screen: Takes the view.
-        stop: Whether to stop.
-        wait: Waits a number of seconds, or until the stop.
-    """
+    """Redraws the figures until it is stopped; `wait` waits a number of seconds, or until the stop."""
     poller = Poller(settings)
     while not stop():
         snapshot = poller.poll()
@@ -367,10 +338,14 @@ def watch(settings: Settings, screen: Screen, stop: Callable[[], bool], wait: Ca
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the state; returns the exit code."""
+    return run_command("springtide", _main, argv)
+
+
+def _main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="springtide status", allow_abbrev=False, description=DESCRIPTION, epilog=EPILOG
     )
-    parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="output format (default text)")
+    output(parser)
     parser.add_argument("-w", "--watch", action="store_true", help="refresh every second until Ctrl-C")
     parser.add_argument(
         "--wait-for",
@@ -384,29 +359,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="S",
         help=f"maximum wait in seconds (default {TIMEOUT_S:.0f})",
     )
-    asked, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    try:
-        settings = load(flags)
-        if asked.wait_for is not None:
-            took_s = wait(settings, asked.wait_for, asked.timeout)
-            found = {"condition": asked.wait_for, "seconds": round(took_s, 3)}
-            print(json.dumps(found) if asked.output == "json" else f"{asked.wait_for} after {took_s:.1f} s")
-            return 0
-        if asked.watch:
-            if asked.output == "json":
-                raise SettingsError("argument --watch: it is for people", "ask again and again for -o json")
-            stopping = stop_on_signals()
-            watch(settings, Screen(), stopping.is_set, stopping.wait)
-            print()
-            return 0
-        snapshot = take(settings)
-    except SpringtideError as error:
-        print(f"springtide: {error}", file=sys.stderr)
-        return error.exit_code
+    asked, flags = parser.parse_known_args(words)
+    settings = load(flags)
+    if asked.wait_for is not None:
+        took_s = wait(settings, asked.wait_for, asked.timeout)
+        found = {"condition": asked.wait_for, "seconds": round(took_s, 3)}
+        print(json.dumps(found) if asked.output == "json" else f"{asked.wait_for} after {took_s:.1f} s")
+        return 0
+    if asked.watch:
+        if asked.output == "json":
+            raise SettingsError("--watch prints text only", "repeat `springtide status -o json` instead")
+        stopping = stop_on_signals()
+        watch(settings, Screen(), stopping.is_set, stopping.wait)
+        print()
+        return 0
+    snapshot = take(settings)
     as_json = asked.output == "json"
     print(json.dumps(document(settings, snapshot), indent=2) if as_json else as_text(settings, snapshot))
     return int(bool(snapshot.faults))
 
 
 if __name__ == "__main__":
-    sys.exit(while_read(main))
+    sys.exit(main())

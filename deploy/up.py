@@ -1,4 +1,4 @@
-"""Runs the whole loop on one machine: `python -m deploy.up`, `springtide up`, `make run`.
+"""Runs the whole loop on one machine: `springtide up`, `make run`.
 
 1. Check Python, the state directory's lock, disk and ports.
 2. Create the salt.
@@ -71,12 +71,7 @@ class Signals:
 
 
 class AcceptedLosses(NamedTuple):
-    """The data losses that the operator accepts, as arguments for the processes that meet them.
-
-    Attributes:
-        stream: Arguments of the stream.
-        trainer: Arguments of the trainer.
-    """
+    """The data losses that the operator accepts, as arguments for stream and trainer."""
 
     stream: Sequence[str] = ()
     trainer: Sequence[str] = ()
@@ -133,13 +128,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         accepted, words = take_accepted(words)
         shoppers, watched = "--no-shoppers" not in words, "--prometheus" in words
         settings = load([word for word in words if word not in ("--no-shoppers", "--prometheus")])
-        beside = processes.plans(settings)
-        beside += [prometheus.plan(settings, prometheus.require_program())] if watched else []
+        others = processes.plans(settings)
+        others += [prometheus.plan(settings, prometheus.require_program())] if watched else []
         # Before anything starts, check the segment expressions, and that the settings can load the newest version.
         segments_of(settings)
         upgrade_or_refuse(settings, upgrade, functools.partial(print, flush=True))
         signals = Signals()
-        return Startup(settings, shoppers, Screen(), signals.stop, signals.hurry, accepted, beside).run()
+        return Startup(settings, shoppers, Screen(), signals.stop, signals.hurry, accepted, others).run()
     except SpringtideError as error:
         print(f"springtide: {error}", file=sys.stderr, flush=True)
         return error.exit_code

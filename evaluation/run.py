@@ -32,7 +32,8 @@ from state.process.quiet_stderr import quiet_stderr
 from state.recordings.rows import shown_reasons
 from streaming.preprocessing import analysed, load_preprocessing
 from trainer.device import prepare
-from trainer.engine.step import Trainer, trainer_of
+from trainer.engine.making import trainer_of
+from trainer.engine.step import Trainer
 from trainer.model.preprocessing import Preprocessing
 from trainer.versions.program import build, preprocessing_of
 

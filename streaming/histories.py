@@ -37,7 +37,7 @@ from state.history.store import HistoryStore, open_history_store
 from state.layout import HISTORIES, MARK
 from state.log import Log
 from state.process import killpoints
-from state.registry.model_fit import require_same_features
+from state.registry.model_fit import require_same_model
 from state.registry.specs import SpecActions
 from state.storage.shares import STREAM
 from streaming.writer import id_of_first_release, last_id, note_first_release, transactional_id
@@ -177,7 +177,7 @@ def open_histories(settings: Settings, spec: FeatureSpec) -> Iterator[tuple[Hist
     """
     folder = settings.stream_dir
     # Windows that the model does not use yet are not written to the training log.
-    require_same_features(settings)
+    require_same_model(settings, features_only=True)
     # 1.
     folder.mkdir(parents=True, exist_ok=True)
     with DirectoryLock(folder):

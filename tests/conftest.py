@@ -1,4 +1,4 @@
-"""What tests of several folders share: one real Kafka, and which tests share a process."""
+"""What tests of several folders share: one real Kafka, and how tests are divided among test processes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,18 @@ from xdist.scheduler import LoadScopeScheduling
 from xdist.workermanage import WorkerController
 
 from state.config.sections import Kafka
+from tests import forked
 from tests.disks import forget_memory
 from tests.one_kafka import OneKafka, Running, ask
 
 KafkaFactory = Callable[..., Kafka]
 
-LOOP = "tests/e2e/loop/"
+TOGETHER = ("tests/e2e/loop/", "tests/laws/")
+"""The tests of the running loop, so that it is started once, and the laws, so that sources are parsed once."""
+FIRST = ("tests/e2e/loop/", "tests/e2e/", "tests/streaming/", "tests/conformance/", "tests/trainer/", "tests/deploy/")
+"""Folders by the time that one of their files takes."""
 KAFKA = pytest.StashKey[OneKafka]()
+FORKS = pytest.StashKey[forked.Server]()
 # A busy machine makes slow examples of all of them.
 property_tests.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 property_tests.load_profile("untimed")
@@ -32,8 +37,8 @@ _numbers = itertools.count(1)
 
 
 def group(file: str) -> str:
-    """Which files one test process takes together: each its own, and all of the running loop's, so that it is made once."""
-    return LOOP if file.startswith(LOOP) else file
+    """Which files one test process takes together: those of a folder in `TOGETHER`, or the file alone."""
+    return next((folder for folder in TOGETHER if file.startswith(folder)), file)
 
 
 class ByFile(LoadScopeScheduling):  # type: ignore[misc]
@@ -49,14 +54,28 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByFile:
     return ByFile(config, log)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Starts with what takes longest, so that at the end no test process waits for another one."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: next((n for n, at in enumerate(FIRST) if item.nodeid.startswith(at)), len(FIRST)))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: WorkerController) -> None:
-    """Tells each test process where it can ask for the broker."""
+    """Tells each test process where it can ask for the broker, and for processes."""
     config = node.config
     if KAFKA not in config.stash:
-        config.stash[KAFKA] = OneKafka()
+        config.stash[KAFKA], config.stash[FORKS] = OneKafka(), forked.Server()
         config.add_cleanup(config.stash[KAFKA].stop)
-    node.workerinput["kafka"] = config.stash[KAFKA].address
+        config.add_cleanup(config.stash[FORKS].stop)
+    node.workerinput["kafka"], node.workerinput["forks"] = config.stash[KAFKA].address, config.stash[FORKS].address
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Takes the address of the server of forks."""
+    if hasattr(config, "workerinput"):
+        forked.use(config.workerinput["forks"])
+    config.add_cleanup(forked.stop)
 
 
 @pytest.hookimpl(wrapper=True)

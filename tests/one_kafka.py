@@ -22,6 +22,15 @@ class Running(NamedTuple):
     log_path: Path
 
 
+def broker_like(running: Running, directory: Path, **options: float) -> Broker:
+    """A broker of a test's own, not started; its storage is formatted as that of a running one, which saves a Java process."""
+    data, first = directory / "data", Path("__cluster_metadata-0", "00000000000000000000-0000000000.checkpoint")
+    (data / first).parent.mkdir(parents=True)
+    for name in ("meta.properties", first):
+        shutil.copy(running.directory / "data" / name, data / name)
+    return Broker(directory, free_port(), heap_mb=256, **options)  # type: ignore[arg-type]
+
+
 class OneKafka:
     """A broker that is started when first asked for, in this process or by `ask` in another.
 

@@ -38,7 +38,7 @@ from trainer.engine.step import Trainer
 from trainer.intake import take_in
 from trainer.place import TrainingPlace
 from trainer.versions import checkpoint
-from trainer.versions.first_version import nothing_learned
+from trainer.versions.carrying import nothing_learned
 
 POLL_S, PROGRESS_S = 0.2, 10.0
 PIPE_BYTES = 1 << 20

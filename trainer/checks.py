@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from state.config.asked_model import AskedModel
+from state.config.sections import AskedModel
 from state.config.sections import Model as ModelSettings
 from state.config.settings import Settings
 from state.errors import SettingsError
@@ -70,7 +70,7 @@ def check_model(settings: Settings, spec: FeatureSpec, transform: Path | None) -
     """
     from trainer import device
     from trainer.model.default_ranker import DefaultRanker
-    from trainer.versions.fit import require_settings_fit
+    from trainer.versions.carrying import require_settings_fit
     from trainer.versions.program import build, preprocessing_of
 
     # Threads have to be fixed before TensorFlow's first operation, and loading the graph is one.

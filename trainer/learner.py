@@ -29,8 +29,8 @@ from state.process import killpoints
 from state.process.said_once import SaidOnce
 from state.registry.control import Control
 from state.registry.log_line import onward
+from state.registry.model_fit import former_specs
 from state.registry.registry import Registry
-from state.registry.upgrades import former_specs
 from state.storage.waiting import Room
 from trainer import accounts, gauges
 from trainer.accounts import Passages
@@ -43,11 +43,10 @@ from trainer.holding import UpdateGuard
 from trainer.intake import LogRecord, former, records_of, take_in, take_or_leave
 from trainer.measures.step_scores import SUMS
 from trainer.place import TrainingPlace
-from trainer.privacy.budget import PrivacyBudget
+from trainer.privacy_budget import PrivacyBudget
 from trainer.publications import Publications
-from trainer.versions.draft import Drafter
-from trainer.versions.first_version import restore_or_carry
-from trainer.versions.publisher import Publisher
+from trainer.versions.carrying import restore_or_carry
+from trainer.versions.publisher import Drafter, Publisher
 
 REMEMBERED = 32
 """The most erasures of an epoch that a version records with their offsets."""

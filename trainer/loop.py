@@ -304,7 +304,7 @@ def prepare(
     with quiet_stderr():
         from trainer import device
         from trainer.beginning import beginning_of
-        from trainer.engine.step import trainer_of
+        from trainer.engine.making import trainer_of
         from trainer.learner import Learner, ServedModel, Surroundings
         from trainer.versions import checkpoint
         from trainer.versions.program import preprocessing_of, program_of
@@ -345,7 +345,7 @@ def upgrade_to_this_release(registry: Registry, settings: Settings, spec: Featur
         SpringtideError: The registry cannot be used.
     """
     from trainer.upgrade import planned_for, propose
-    from trainer.versions.fit import is_of_release, require_ranker_fits
+    from trainer.versions.carrying import is_of_release, require_ranker_fits
 
     try:
         require_ranker_fits(registry, settings, spec, trainer.model)

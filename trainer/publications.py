@@ -25,8 +25,7 @@ from trainer.model.ranker import Ranker
 from trainer.place import TrainingPlace
 from trainer.versions import checkpoint
 from trainer.versions.content import Array
-from trainer.versions.draft import Drafter
-from trainer.versions.publisher import Publisher, Saving
+from trainer.versions.publisher import Drafter, Publisher, Saving
 
 LATE_PACES = 5
 """Intervals between two versions where learning is late."""

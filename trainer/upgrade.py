@@ -31,15 +31,14 @@ from state.errors import RegistryError, SettingsError, SpringtideError, of_disk
 from state.features.spec import FeatureSpec
 from state.process import log_lines
 from state.process.actor import actor
-from state.process.closed_output import while_read
+from state.process.ending import while_read
 from state.process.private_files import keep_private
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.process.wall_clock import wall_ms
 from state.registry.control import Control
 from state.registry.manifest import Manifest
-from state.registry.model_fit import accepted, differences, version_to_go_on_from
+from state.registry.model_fit import accepted, differences, going_on_to, upgrade, version_to_go_on_from
 from state.registry.registry import Registry
-from state.registry.upgrades import going_on_to, upgrade
 from state.rows.tables import OPTIONAL
 
 if TYPE_CHECKING:
@@ -115,7 +114,7 @@ def planning(
     """
     with quiet_stderr():
         from trainer import device
-        from trainer.engine.step import trainer_of
+        from trainer.engine.making import trainer_of
         from trainer.versions.program import preprocessing_of
 
         device.prepare(settings.trainer.device, settings.trainer.threads)

@@ -35,13 +35,13 @@ from state.log import Log, Reader
 from state.log.accepted_gaps import Journal
 from state.log.follow import Position, open_topic
 from state.process import log_lines
-from state.process.closed_output import while_read
+from state.process.ending import while_read
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.registry.control import Control
 from state.registry.manifest import Manifest
+from state.registry.model_fit import first_after, former_specs
 from state.registry.registry import Registry
 from state.registry.segments import base_of, segments_of
-from state.registry.upgrades import first_after, former_specs
 from trainer.replay import ACCOUNT, Replay, SegmentReader
 
 if TYPE_CHECKING:
@@ -115,8 +115,8 @@ class Comparison:
 def compare(registry: Registry, target: Manifest, trainer: Trainer, done: Replay) -> tuple[Difference | None, str]:
     """The first difference between the version and the recomputed one, and the version's digest."""
     from trainer.versions import checkpoint, content
+    from trainer.versions.content import CrossedIds, without
     from trainer.versions.difference import Difference, first_difference, marks_difference
-    from trainer.versions.erased_rows import CrossedIds, without
 
     base, deltas = registry.chain(target.version)
     # The probe of a version is not part of its state.
@@ -279,7 +279,7 @@ def run(settings: Settings, version: int, wanted_base: int | None, say: Callable
         # TensorFlow is loaded only once the version is known to exist.
         with quiet_stderr():
             from trainer import device
-            from trainer.engine.step import trainer_of
+            from trainer.engine.making import trainer_of
             from trainer.versions.program import preprocessing_of
 
             device.prepare(settings.trainer.device, settings.trainer.threads)

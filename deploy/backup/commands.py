@@ -15,7 +15,7 @@ import msgspec
 
 from deploy.backup import location, making, restoring
 from deploy.backup.location import Backup, Objects
-from deploy.operate.commands import Say
+from deploy.operate.control import Say
 from deploy.operate.times import age, iso
 from deploy.operate.versions import table
 from state.config.settings import Settings
@@ -34,16 +34,12 @@ SALT_OUT = "the salt is not in it: keep a copy of {path} elsewhere, without it n
 
 
 def backup(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Makes a backup, lists those of a location, or verifies one.
-
-    Raises:
-        SpringtideError: See `make`.
-    """
+    """Makes a backup, lists those of a location, or verifies one."""
     store = open_store(asked.to)
     if asked.list:
         show(store, asked, now_ms, say)
         return
-    progress = Amount("read")
+    progress = _Amount("read")
     if asked.check:
         found = location.read_backup(store, asked.at)
         location.verify(store, found, progress)
@@ -56,11 +52,11 @@ def backup(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
         f"sent, in {progress.took_s:.1f} s",
         SALT_IN if made.with_salt else SALT_OUT.format(path=settings.salt_path),
         *(
-            ["no version in it can be trained on from: look at `springtide versions`"]
+            ["training cannot continue from any version in it: see `springtide versions`"]
             if made.versions and made.version is None
             else []
         ),
-        *(f"left out, it is damaged: {one}" for one in made.left_out),
+        *(f"left out, it is damaged: {part}" for part in made.left_out),
     ]
     result: dict[str, Any] = {"made": summary(made) | {"seconds": round(progress.took_s, 3)}}
     if asked.keep:
@@ -71,16 +67,12 @@ def backup(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
 
 
 def restore(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Restores a backup.
-
-    Raises:
-        SpringtideError: See `deploy.backup.restoring.restore`.
-    """
-    store, progress = open_store(asked.source), Amount("written")
+    """Restores a backup."""
+    store, progress = open_store(asked.source), _Amount("written")
     found = location.read_backup(store, asked.at)
     spec = FeatureSpec.from_settings(settings).digest
     by = restoring.By(actor(), now_ms)
-    known, unknown = later_erasures(store, found, asked.erasures_from)
+    known, unknown = _later_erasures(store, found, asked.erasures_from)
     done = restoring.restore(settings, store, found, by, progress, known, asked.kafka_lost)
     lines = [
         f"restored backup {found.id} of {iso(found.created_at_ms)}, {age((now_ms - found.created_at_ms) / 1000)} old: "
@@ -113,15 +105,8 @@ def restore(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say
     _print(asked, result, "\n".join(lines), say)
 
 
-def later_erasures(store: FileStore, found: Backup, registry: Path | None) -> tuple[Erased, list[str]]:
-    """What is known of erasures after a backup: by the newest one there, and by a registry that was not lost.
-
-    Returns:
-        The larger of the two, and a message if the newest backup cannot be read.
-
-    Raises:
-        BackupError: `registry` is not a registry.
-    """
+def _later_erasures(store: FileStore, found: Backup, registry: Path | None) -> tuple[Erased, list[str]]:
+    """Erasures made after a backup, and a message if the newest backup cannot be read."""
     known, messages = [Erased.NOBODY], []
     if registry is not None:
         known.append(restoring.erasures_in(registry))
@@ -132,31 +117,30 @@ def later_erasures(store: FileStore, found: Backup, registry: Path | None) -> tu
                 known.append(restoring.erasures_known_to(newest, Objects(store, listed=False), Path(folder)))
     except DamagedBackup as error:
         messages.append(f"erasures that later backups know may be missing, repeat them: {error.what}")
-    return max(known, key=lambda one: one.last), messages
+    return max(known, key=lambda erased: erased.last), messages
 
 
 def show(store: FileStore, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
     """Lists the backups of a location, oldest first."""
-    found = [location.read_backup(store, one) for one in location.ids(store)]
+    found = [location.read_backup(store, entry) for entry in location.ids(store)]
     head = ["backup", "age", "version", "versions", "size", "sent", "salt"]
     rows = [
         [
-            one.id,
-            age((now_ms - one.created_at_ms) / 1000),
-            "none" if one.version is None else str(one.version),
-            str(one.versions),
-            size(one.bytes),
-            size(one.sent_bytes),
-            "in it" if one.with_salt else one.salt,
+            entry.id,
+            age((now_ms - entry.created_at_ms) / 1000),
+            "none" if entry.version is None else str(entry.version),
+            str(entry.versions),
+            size(entry.bytes),
+            size(entry.sent_bytes),
+            "in it" if entry.with_salt else entry.salt,
         ]
-        for one in found
+        for entry in found
     ]
     text = table([head, *rows]) if rows else f"{store.name} has no backup"
-    _print(asked, {"backups": [summary(one) for one in found]}, text, say)
+    _print(asked, {"backups": [summary(entry) for entry in found]}, text, say)
 
 
 def _print(asked: argparse.Namespace, document: dict[str, Any], text: str, say: Callable[[str], None]) -> None:
-    """Prints the result as text or JSON."""
     say(json.dumps(document, indent=2) if asked.output == "json" else text)
 
 
@@ -168,7 +152,7 @@ def summary(backup: Backup) -> dict[str, Any]:
 
 
 def described(backup: Backup) -> str:
-    """What is in a backup, in words."""
+    """The content of a backup, in words."""
     newest = "no version yet" if backup.version is None else f"version {backup.version}"
     return f"{newest} of {backup.versions}, control generation {backup.generation}"
 
@@ -182,12 +166,8 @@ def size(bytes: int) -> str:
     return f"{bytes / 1e9:.2f} GB" if bytes >= 1e9 else f"{bytes / 1e6:.1f} MB"
 
 
-class Amount:
-    """Shows how many bytes were done, now and then.
-
-    Args:
-        verb: What was done with them.
-    """
+class _Amount:
+    """Shows now and then how many bytes were done; `verb` says how."""
 
     def __init__(self, verb: str) -> None:
         self._verb, self._bytes, self._begun_s = verb, 0, time.monotonic()

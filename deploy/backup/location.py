@@ -4,9 +4,8 @@
     backups/<id>.json                     document of a backup, sealed with its digest and written last
     locks/<owner>.json                    who writes here now
 
-Files are stored in pieces of at most 4 MiB, each an object named by its SHA-256. A piece that is stored already is not
-sent again. A piece is compressed; its digest is that of the uncompressed bytes, and every read verifies it. Only one
-piece is in memory at a time, whatever the file's size.
+Files are stored in pieces of at most 4 MiB, each an object named by the SHA-256 of its uncompressed bytes, which every
+read verifies. A piece that exists is not sent again. Only one piece is in memory at a time.
 """
 
 from __future__ import annotations
@@ -78,7 +77,6 @@ class Backup(msgspec.Struct, frozen=True):
         log: The position in the training log from which the trainer continues.
         positions: By shard, the next offset of each source; the shard's histories are at least that far.
         versions: How many versions are in the backup.
-        files: All files of the backup.
         left_out: Damaged parts that are not in the backup, with the reason.
         sent_bytes: How many bytes this backup added to the object store, after compression.
     """
@@ -120,26 +118,21 @@ def id_at(now_ms: int) -> str:
     return f"{at:%Y%m%dT%H%M%S}.{now_ms % 1000:03d}Z"
 
 
-def is_inside(path: str) -> bool:
+def _is_inside(path: str) -> bool:
     """Whether a relative path stays below its base directory.
 
-    >>> is_inside("registry/control/00000001.json"), is_inside("registry/../x"), is_inside("/etc/passwd"), is_inside("")
+    >>> _is_inside("registry/control/00000001.json"), _is_inside("registry/../x"), _is_inside("/etc/passwd"), _is_inside("")
     (True, False, False, False)
     """
     return all(part not in ("", ".", "..") and "\0" not in part for part in path.split("/"))
 
 
 def _decoded(data: bytes) -> Backup:
-    """Decodes a backup's document.
-
-    Raises:
-        ValueError: The digest does not match, this release does not read the format, or a file entry is invalid.
-    """
     backup = sealed.decode(data, Backup)
     if backup.format != FORMAT:
         raise ValueError(f"it is of format {backup.format}; this release reads {FORMAT}")
     for file in backup.files:
-        if not is_inside(file.path) or not all(map(_DIGEST.fullmatch, (file.sha256, *file.pieces))):
+        if not _is_inside(file.path) or not all(map(_DIGEST.fullmatch, (file.sha256, *file.pieces))):
             raise ValueError(f"it names an impossible file {file.path!r}")
     return backup
 
@@ -159,12 +152,10 @@ def read_backup(store: FileStore, wanted: str = "") -> Backup:
     """
     known = ids(store)
     if not known:
-        raise BackupError(
-            f"{store.name} has no backup", "look whether the place is right: `springtide backup TO --list`"
-        )
+        raise BackupError(f"{store.name} has no backup", "check the location: `springtide backup TO --list`")
     wanted = wanted or known[-1]
     if wanted not in known:
-        raise BackupError(f"{store.name} has no backup {wanted}", f"take one of {', '.join(known[-5:])}")
+        raise BackupError(f"{store.name} has no backup {wanted}", f"use one of {', '.join(known[-5:])}")
     name = f"{BACKUPS}/{wanted}.json"
     try:
         return _decoded(store.read(name))
@@ -184,22 +175,8 @@ def newest_backup(store: FileStore) -> Backup | None:
     return None
 
 
-def write_backup(store: FileStore, backup: Backup) -> None:
-    """Writes the document of a backup, which makes it valid.
-
-    Raises:
-        UnusablePlace: The location refused.
-    """
-    store.write(f"{BACKUPS}/{backup.id}.json", sealed.encode(backup))
-
-
 class Pruned(NamedTuple):
-    """What `prune` removed.
-
-    Attributes:
-        backups: How many backups.
-        objects: How many objects that no remaining backup uses.
-    """
+    """How many backups `prune` removed, and how many objects that no remaining backup uses."""
 
     backups: int
     objects: int
@@ -217,10 +194,10 @@ def prune(store: FileStore, keep: int) -> Pruned:
     """
     with Lease(store) as lease:
         known = ids(store)
-        remaining = [read_backup(store, one) for one in known[-keep:]]
+        remaining = [read_backup(store, backup_id) for backup_id in known[-keep:]]
         # 1.
-        for one in known[:-keep]:
-            store.remove(f"{BACKUPS}/{one}.json")
+        for backup_id in known[:-keep]:
+            store.remove(f"{BACKUPS}/{backup_id}.json")
         killpoints.reach("prune.documents")
         # 2.
         used = {piece for backup in remaining for file in backup.files for piece in file.pieces}
@@ -232,12 +209,7 @@ def prune(store: FileStore, keep: int) -> Pruned:
 
 
 def verify(store: FileStore, backup: Backup, progress: Callable[[int], None]) -> None:
-    """Reads a whole backup and verifies every digest.
-
-    Args:
-        store: Where the backup is stored.
-        backup: The backup.
-        progress: Called with the number of bytes of each piece read.
+    """Reads a whole backup and verifies every digest; calls `progress` with the size of each piece.
 
     Raises:
         DamagedBackup: Something is missing or fails its digest; the message names it.
@@ -254,12 +226,8 @@ def verify(store: FileStore, backup: Backup, progress: Callable[[int], None]) ->
 class Objects:
     """The objects of a backup location, as used by one backup or one restore.
 
-    Args:
-        store: Where the objects are stored.
-        listed: Whether to list the existing objects first; a backup must, because it adds to them.
-
-    Attributes:
-        sent_bytes: Bytes added, after compression.
+    A backup must list the existing objects first (`listed`), because it adds to them. `sent_bytes` are the bytes added,
+    after compression.
     """
 
     def __init__(self, store: FileStore, listed: bool = True) -> None:
@@ -274,15 +242,12 @@ class Objects:
         return self._stored.issuperset(file.pieces)
 
     def keep(self, path: str, source: BinaryIO, progress: Callable[[int], None]) -> KeptFile:
-        """Stores the content of `source`, to its end.
+        """Stores the content of `source`, to its end; returns its entry in the backup.
 
         Args:
             path: Path of the file in a restored system.
             source: The content; it may be a pipe with short reads.
-            progress: Called with the number of bytes of each piece.
-
-        Returns:
-            The entry of the file in the backup.
+            progress: Called with the size of each piece.
         """
         whole, size, pieces = hashlib.sha256(), 0, []
         while piece := _next_piece(source):
@@ -351,14 +316,13 @@ def _object_name(digest: str) -> str:
 
 
 def _digests(store: FileStore) -> list[str]:
-    """The digests of all objects in a backup location."""
     return [name.rpartition("/")[2] for name in store.names(OBJECTS)]
 
 
 def _damaged(what: str, store: FileStore, how: str = " fails its digest") -> DamagedBackup:
     return DamagedBackup(
         f"{what} at {store.name}{how}",
-        "restore another backup; where you remove that file, the next backup sends it again if it still has it",
+        "restore another backup; if you remove that file, the next backup sends it again if it still has it",
     )
 
 
@@ -366,8 +330,6 @@ def _damaged(what: str, store: FileStore, how: str = " fails its digest") -> Dam
 
 
 class _Lock(msgspec.Struct):
-    """The document of a lock: host, pid and start time of its holder, and the time of its last refresh."""
-
     owner: str
     at_ms: int
 
@@ -375,15 +337,12 @@ class _Lock(msgspec.Struct):
 class Lease:
     """Context manager that holds the lock of a backup location: only one process makes a backup there or prunes.
 
-    Without it, a prune could remove objects that a backup in progress relies on.
-
     1. The writer creates a file under `locks/` with its identity and the time of its last refresh.
     2. If it then sees another lock, it removes its own and gives up. Of two writers at once both may give up, but at
        least one does.
 
-    A dead writer on this machine is recognised by its process id, one on another machine by its silence. Before a
-    backup becomes valid, its writer checks that it still holds its lock. If a writer was suspended for long, its lock
-    has been removed and the backup must be repeated.
+    A dead writer on this machine is recognised by its process id, one on another machine by its silence. Before a backup
+    becomes valid, its writer checks that it still holds its lock.
 
     Args:
         store: The backup location.
@@ -433,8 +392,8 @@ class Lease:
         """Raises BackupError if another process removed the lock as stale."""
         if self._name not in self._store.names(LOCKS):
             raise BackupError(
-                f"{self._store.name} was given to another while this one was silent",
-                "repeat it; what was sent is there",
+                f"{self._store.name} was taken over by another process while this one was suspended",
+                "repeat it; what was sent is not sent again",
             )
 
     def _write(self) -> None:

@@ -1,24 +1,17 @@
 """Makes a backup of a running system.
 
 1. Lock the backup location, so that nobody prunes it meanwhile.
-2. Copy the histories of each shard with their positions, each from one moment; then the files next
-   to them.
+2. Copy the histories of each shard with their positions, each from one moment; then the files next to them.
 3. Copy control, and the versions that exist under it.
-4. If this machine serves, copy serving's notes next to its histories. Upload the pieces that the
-   location lacks.
-5. Write the backup document, which makes the backup valid. After a crash before this step there is
-   no backup, but the pieces already uploaded are not sent again.
+4. If this machine serves, copy serving's notes next to its histories. Only missing pieces are sent.
+5. Write the backup document, which makes the backup valid.
 
-Histories come before control. After an outage, a stream also meets control that is newer than its
-histories, and it rolls back where it must. The trainer's position in its log and the stream's
-position in the clicks come from different moments. Both continue from those positions in Kafka, and
-repeated rows are trimmed by position.
+Histories come before control, because a stream rolls back where it meets control that is newer than its histories.
+Trainer and stream continue in Kafka from their own positions, and repeated rows are trimmed by position.
 
-`cut` selects what of a registry is copied: one consistent cut, while trainer, compactor and operator
-continue. Versions are immutable directories. They appear and disappear by one rename, and a version is
-removed only before the versions that it depends on. If every listed directory still exists once the
-list is complete, they all existed at one moment: the cut. Control is read before and after. Files of a
-later control generation are not in the cut.
+`cut` selects one consistent cut of the registry. Versions are immutable directories that appear and disappear by one
+rename, and a version is removed only before the versions that it depends on. If every listed directory still exists
+once the list is complete, they all existed at one moment: the cut.
 """
 
 from __future__ import annotations
@@ -47,10 +40,9 @@ from state.events.identity import load_salt
 from state.file_store import FileStore
 from state.history.store import HistoryStore
 from state.process import killpoints
-from state.registry import manifest
+from state.registry import manifest, sealed
 from state.registry.control import Control, named
-from state.registry.directory import file_bytes
-from state.registry.manifest import FileEntry, Manifest, sees
+from state.registry.manifest import Manifest, sees
 from state.registry.registry import DURABLE, MANIFEST, Registry
 
 SALT_OF = "salt"  # an extra of the stream's histories
@@ -61,10 +53,10 @@ _LEFT_ALONE = (*DURABLE, layout.RECENT, layout.TEMPORARY, layout.ERASURES)
 
 
 class Scope(NamedTuple):
-    """What is asked for.
+    """The parts to back up.
 
     Attributes:
-        with_salt: Also the secret of the pseudonyms.
+        with_salt: Include the secret of the pseudonyms.
         newest_only: Only the versions from which the trainer continues and those that control names.
     """
 
@@ -72,24 +64,12 @@ class Scope(NamedTuple):
     newest_only: bool = False
 
 
-class Notes(NamedTuple):
-    """What serving noted next to its histories.
-
-    Attributes:
-        files: What was kept of it; none where this machine does not serve.
-        left_out: Why there are none although this machine serves.
-    """
-
-    files: tuple[KeptFile, ...] = ()
-    left_out: tuple[str, ...] = ()
-
-
 class Shard(NamedTuple):
-    """The histories of one shard.
+    """The histories of one shard, as copied.
 
     Attributes:
-        name: Of its directory.
-        files: What was kept of it.
+        name: Name of its directory.
+        files: Its files in the backup.
         positions: The next offset of each source, or further.
         salt: Fingerprint of the salt that its users have.
     """
@@ -104,9 +84,9 @@ def make(settings: Settings, store: FileStore, scope: Scope, now_ms: int, progre
     """Makes a backup.
 
     Args:
-        settings: Of the system.
+        settings: All settings.
         store: Destination of the backup.
-        scope: What of it.
+        scope: The parts to back up.
         now_ms: Wall clock.
         progress: Called repeatedly with the number of bytes copied.
 
@@ -130,8 +110,8 @@ def make(settings: Settings, store: FileStore, scope: Scope, now_ms: int, progre
         killpoints.reach("backup.histories")
         # 3. and 4.
         found, kept = making.registry(scope.newest_only)
-        notes = making.notes(shards)
-        files = [*(one for shard in shards for one in shard.files), *kept, *notes.files]
+        notes, without_notes = making.notes(shards)
+        files = [*(file for shard in shards for file in shard.files), *kept, *notes]
         if scope.with_salt:
             files.append(making.whole("salt", settings.salt_path))
         newest = newest_whole(found.parts, found.control)
@@ -146,37 +126,35 @@ def make(settings: Settings, store: FileStore, scope: Scope, now_ms: int, progre
             version=None if newest is None else newest.version,
             log=None if newest is None else newest.log,
             positions={shard.name: shard.positions for shard in shards},
-            versions=len({one.version for one in found.parts.values()}),
+            versions=len({part.version for part in found.parts.values()}),
             files=tuple(files),
             left_out=(
                 *(f"registry/{name}: {reason}" for name, reason in sorted(found.damaged.items())),
-                *notes.left_out,
+                *without_notes,
             ),
             sent_bytes=making.sent_bytes,
         )
         # 5.
         lease.require_held()
         killpoints.reach("backup.sent")
-        location.write_backup(store, made)
+        store.write(f"{location.BACKUPS}/{made.id}.json", sealed.encode(made))
     return made
 
 
 def release() -> str:
-    """Of Springtide; empty where it runs from its source and is not installed."""
+    """The release of Springtide; empty where it runs from its source and is not installed."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version("springtide")
     return ""
 
 
 class _Making:
-    """One backup on its way."""
-
     def __init__(self, settings: Settings, store: FileStore, lease: Lease, progress: Callable[[int], None]) -> None:
         self._settings, self._lease, self._report = settings, lease, progress
         self._objects = Objects(store)
         earlier = location.newest_backup(store)
         # Whole files by digest: those of versions never change, and are read once in their lives.
-        self._known = {} if earlier is None else {one.sha256: one for one in earlier.files}
+        self._known = {} if earlier is None else {file.sha256: file for file in earlier.files}
 
     @property
     def sent_bytes(self) -> int:
@@ -187,13 +165,12 @@ class _Making:
 
         Raises:
             CorruptStore: A power cut may have damaged them.
-            StoreError: They cannot be read.
         """
         mark, folder = clean_mark.read(path / layout.MARK), path.parent
         if mark is not None and not mark.trusts(clean_mark.boot_id()):
             raise CorruptStore(
                 f"{path} was open when the machine went down, so that pages may be missing; it is not copied",
-                "start the stream first, which makes it anew",
+                "start the stream first, which rebuilds it",
             )
         map_bytes = self._settings.stream.map_gb << 30
         store = HistoryStore(path, self._settings.features.history, map_bytes, readonly=True)
@@ -206,38 +183,37 @@ class _Making:
         finally:
             store.close()
         files += [
-            self.whole(f"{folder.name}/{one}", folder / one) for one in NEXT_TO_HISTORIES if (folder / one).exists()
+            self.whole(f"{folder.name}/{name}", folder / name) for name in NEXT_TO_HISTORIES if (folder / name).exists()
         ]
         return Shard(folder.name, files, positions, salt.decode())
 
-    def notes(self, shards: Sequence[Shard]) -> Notes:
-        """Copies serving's items and names, once serving has applied the clicks of the copied histories."""
+    def notes(self, shards: Sequence[Shard]) -> tuple[list[KeptFile], list[str]]:
+        """Copies serving's notes, once serving has applied the clicks of the copied histories.
+
+        Returns:
+            The file, none where this machine does not serve; and the reason if the notes cannot be read.
+        """
         path = self._settings.serving_dir / layout.HISTORIES
         if not os.path.lexists(path):
-            return Notes()
+            return [], []
         try:
             store = HistoryStore(
                 path, self._settings.features.history, self._settings.serving.map_gb << 30, readonly=True
             )
         except StoreError as error:
-            return Notes(left_out=(f"{serving_start.NOTES_PATH}: {error.what}",))
+            return [], [f"{serving_start.NOTES_PATH}: {error.what}"]
         try:
             for shard in shards:
                 serving_start.await_clicks(store, shard.positions)
             with tempfile.TemporaryFile() as file:
                 serving_start.write_notes(store, file)
                 file.seek(0)
-                return Notes((self._objects.keep(serving_start.NOTES_PATH, file, self._progress),))
+                return [self._objects.keep(serving_start.NOTES_PATH, file, self._progress)], []
         finally:
             store.close()
 
     def registry(self, newest_only: bool) -> tuple[RegistryCut, list[KeptFile]]:
-        """Copies one moment of the registry; files that the compactor removed meanwhile are looked up again.
-
-        Raises:
-            BackupError: It never holds still.
-            RegistryError: It cannot be read.
-        """
+        """Copies one moment of the registry; starts again where the compactor removed a file meanwhile."""
         registry = Registry(self._settings.registry_dir)
         for _ in range(TRIES):
             found = cut(registry, newest_only)
@@ -245,7 +221,7 @@ class _Making:
                 damaged, kept = dict(found.damaged), []
                 for folder, part in found.parts.items():
                     try:
-                        kept += self._part(registry.path, folder, part.files)
+                        kept += self._part(registry, folder, part)
                     except _Differs as error:
                         damaged[folder] = str(error)
                 kept += [self.whole(f"{layout.REGISTRY}/{name}", registry.path / name) for name in found.files]
@@ -255,29 +231,23 @@ class _Making:
             return replace(found, parts=good, damaged=damaged), kept
         raise BackupError(f"{registry.path} changed while it was copied, {TRIES} times", "repeat it")
 
-    def _part(self, path: Path, folder: str, entries: dict[str, FileEntry]) -> list[KeptFile]:
+    def _part(self, registry: Registry, folder: str, part: Manifest) -> list[KeptFile]:
         """The files of one version; files that the backup location already has are not read."""
         kept = []
-        for name, entry in entries.items():
+        for name, entry in part.files.items():
             known = self._known.get(entry.sha256)
             path_in_backup = f"{layout.REGISTRY}/{folder}/{name}"
             if known is not None and self._objects.has(known):
                 kept.append(changed(known, path=path_in_backup))
                 self._progress(entry.bytes)
                 continue
-            made = self.whole(path_in_backup, path / folder / name)
+            made = self.whole(path_in_backup, registry.path_of(part, name))
             if (made.sha256, made.bytes) != (entry.sha256, entry.bytes):
                 raise _Differs(f"{name} fails its digest")
             kept.append(made)
-        return [*kept, self.whole(f"{layout.REGISTRY}/{folder}/{MANIFEST}", path / folder / MANIFEST)]
+        return [*kept, self.whole(f"{layout.REGISTRY}/{folder}/{MANIFEST}", registry.path / folder / MANIFEST)]
 
     def whole(self, name: str, path: Path) -> KeptFile:
-        """Keeps a file.
-
-        Raises:
-            FileNotFoundError: It is gone.
-            BackupError: It cannot be read.
-        """
         with usable(str(path), "be read"), path.open("rb", buffering=0) as source:
             made = self._objects.keep(name, source, self._progress)
         self._known[made.sha256] = made
@@ -341,11 +311,9 @@ class RegistryCut:
 
 
 def cut(registry: Registry, newest_only: bool = False) -> RegistryCut:
-    """Takes one consistent cut of `registry`.
+    """Takes one consistent cut of a live registry.
 
-    Args:
-        registry: The live registry.
-        newest_only: Take only the versions that the trainer needs to continue and those that control names.
+    With `newest_only`, it has only the versions that the trainer needs to continue and those that control names.
 
     Raises:
         BackupError: There is no control yet, or it never stops changing.
@@ -357,7 +325,7 @@ def cut(registry: Registry, newest_only: bool = False) -> RegistryCut:
             raise BackupError(f"{registry.path} has no control yet", "start the system once, then repeat it")
         try:
             folders = list_folders(registry.path)
-            parts, damaged = _manifests(registry.path, folders, control)
+            parts, damaged = _manifests(registry, folders, control)
             if newest_only:
                 wanted = _needed(parts, control)
                 parts = {name: parts[name] for name in parts if name in wanted}
@@ -371,48 +339,43 @@ def cut(registry: Registry, newest_only: bool = False) -> RegistryCut:
 
 
 def list_folders(path: Path) -> list[str]:
-    """Lists the directories of durable versions, relative to the registry at `path`; quarantined ones are left out."""
+    """The directories of durable versions, relative to the registry at `path`; quarantined ones are left out."""
     with usable(str(path), "be listed"):
         return sorted(
-            f"{folder}/{one.name}"
+            f"{folder}/{version.name}"
             for folder in DURABLE
             if (path / folder).is_dir()
-            for one in (path / folder).iterdir()
-            if one.name.replace("-", "").isdecimal()
+            for version in (path / folder).iterdir()
+            if version.name.replace("-", "").isdecimal()
         )
 
 
 def list_files(path: Path, generation: int) -> tuple[str, ...]:
-    """Lists all other files, relative to the registry at `path`; control files only up to `generation`."""
+    """All other files, relative to the registry at `path`; control files only up to `generation`."""
     with usable(str(path), "be listed"):
         found = [
-            one
+            file
             for folder in sorted(path.iterdir())
             if folder.is_dir() and folder.name not in _LEFT_ALONE
-            for one in sorted(folder.rglob("*"))
-            if one.is_file()
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
         ]
     kept = {f"{number:08d}.json" for number in range(generation + 1)}
-    left = {one for one in found if one.parent.name == layout.CONTROL and one.name not in kept}
-    return tuple(one.relative_to(path).as_posix() for one in found if one not in left)
+    left = {file for file in found if file.parent.name == layout.CONTROL and file.name not in kept}
+    return tuple(file.relative_to(path).as_posix() for file in found if file not in left)
 
 
 def chain_of(parts: Mapping[str, Manifest], version: int) -> set[str] | None:
-    """Returns the directories in `parts` that make up a version, as a registry with only these parts would read it.
+    """The directories in `parts` that make up a version, as a registry with only these parts would read it.
 
-    Args:
-        parts: Directories of versions, with their manifests.
-        version: The version.
-
-    Returns:
-        The directories; None if one is missing.
+    None if one is missing.
     """
-    bases = {one.version: name for name, one in parts.items() if one.kind == "base"}
+    bases = {part.version: name for name, part in parts.items() if part.kind == "base"}
     deltas: dict[int, str] = {}
-    for name, one in parts.items():
-        # A merged version takes precedence over the delta, and among merged ones the one with the oldest parent.
-        if one.kind != "base" and (one.version not in deltas or _rank(one) < _rank(parts[deltas[one.version]])):
-            deltas[one.version] = name
+    for name, part in parts.items():
+        # A merged version takes precedence over the delta, and among merged ones the part with the oldest parent.
+        if part.kind != "base" and (part.version not in deltas or _rank(part) < _rank(parts[deltas[part.version]])):
+            deltas[part.version] = name
     newest = deltas.get(version) or bases.get(version)
     if newest is None:
         return None
@@ -430,18 +393,23 @@ def chain_of(parts: Mapping[str, Manifest], version: int) -> set[str] | None:
 
 def newest_whole(parts: Mapping[str, Manifest], control: Control) -> Manifest | None:
     """Returns the newest complete version of control's epoch; the epoch's base if the epoch has none."""
-    ours = {one.version: one for one in parts.values() if one.epoch == control.epoch or one.version == control.base}
+    ours = {
+        part.version: part for part in parts.values() if part.epoch == control.epoch or part.version == control.base
+    }
     return next((ours[number] for number in sorted(ours, reverse=True) if chain_of(parts, number)), None)
 
 
-def _manifests(path: Path, folders: Collection[str], control: Control) -> tuple[dict[str, Manifest], dict[str, str]]:
+def _manifests(
+    registry: Registry, folders: Collection[str], control: Control
+) -> tuple[dict[str, Manifest], dict[str, str]]:
     parts: dict[str, Manifest] = {}
     damaged: dict[str, str] = {}
     for folder in folders:
+        path = registry.path / folder
         try:
-            found = manifest.decode(file_bytes(path / folder / MANIFEST))
+            found = manifest.decode(registry.manifest_bytes(path))
         except FileNotFoundError:
-            if not (path / folder).is_dir():
+            if not path.is_dir():
                 raise
             damaged[folder] = "its manifest is missing"
         except ValueError as error:
@@ -453,10 +421,10 @@ def _manifests(path: Path, folders: Collection[str], control: Control) -> tuple[
 
 
 def _needed(parts: Mapping[str, Manifest], control: Control) -> set[str]:
-    """Returns the existing directories of the versions that the trainer needs to continue and that control names."""
+    """The existing directories of the versions that the trainer needs to continue and that control names."""
     newest = newest_whole(parts, control)
     wanted = named(control) if newest is None else named(control) | {newest.version}
-    return set().union(*(chain_of(parts, one) or () for one in wanted))
+    return set().union(*(chain_of(parts, version) or () for version in wanted))
 
 
 def _rank(part: Manifest) -> tuple[bool, int]:

@@ -1,20 +1,17 @@
 """Restores a backup on an empty machine: `springtide restore FROM`.
 
-1. Check that the restore would lose or mix no existing state, and that the salt is the one of the
-   backup's users.
+1. Check that the restore would lose or mix no existing state, and that the salt is the one of the backup's users.
 2. Build every file under `restoring/`, and compare each piece with its digest.
-3. Check that the histories open and reach the backup's positions, and that the newest version is
-   complete. Serving gets a copy of the histories, so that answers stay the same if Kafka cannot
-   replay the clicks.
-4. Reserve the version numbers that the lost system may have used. A serving host that still has
-   such versions then never mixes them with new ones. Apply known erasures made after the backup
-   again. A new control generation records who restored what.
-5. Move the files to their final paths: histories first, control last. A crash before this step
-   leaves only `restoring/`. A crash during it leaves a directory that the next restore refuses;
-   empty it first.
+3. Check that the histories open and reach the backup's positions, and that the newest version is complete. Serving
+   gets a copy of the histories, so that answers stay the same if Kafka cannot replay the clicks.
+4. Reserve the version numbers that the lost system may have used, so that a serving host that still has such versions
+   never mixes them with new ones. Apply known erasures made after the backup again. A new control generation records
+   who restored what.
+5. Move the files to their final paths: histories first, control last. A crash before this step leaves only
+   `restoring/`. A crash during it leaves a directory that the next restore refuses; empty it first.
 
-Afterwards the system starts as after a crash. Stream, trainer and serving continue in Kafka from
-the positions in the backup.
+Afterwards the system starts as after a crash: stream, trainer and serving continue in Kafka from the positions in the
+backup.
 """
 
 from __future__ import annotations
@@ -40,7 +37,7 @@ from state.events.identity import load_salt
 from state.features.erased import Erased, Erasure
 from state.file_store import FileStore
 from state.history.appends import Appends
-from state.history.rewinding import line_extra
+from state.history.rewinding import branch_extra
 from state.history.store import HistoryStore
 from state.positions import Source
 from state.process import killpoints
@@ -61,54 +58,25 @@ MOST_VERSIONS_PER_S = 100
 CONTROL_FILES = tuple(f"{layout.REGISTRY}/{folder}/" for folder in (layout.CONTROL, layout.MASKS))
 
 
-def require_restorable(settings: Settings, backup: Backup) -> None:
-    """Refuses where a backup cannot be restored; writes nothing.
-
-    Raises:
-        BackupError: State is there already; the message names it.
-        MissingSalt, SaltMismatch, SettingsError: See `_require_salt`.
-    """
-    _require_empty(settings)
-    _require_salt(settings, backup)
-
-
-def _require_empty(settings: Settings) -> None:
-    """Refuses where state is there that would be lost, or mixed with another.
-
-    Raises:
-        BackupError: State exists already; the message names it.
-    """
-    state, registry = settings.state_dir, settings.registry_dir
-    there = [
-        one for one in _entries(state) if one.name not in _MAY_BE_THERE and one not in (registry, settings.salt_path)
-    ]
-    there += [one for one in _entries(registry) if one.name not in _MAY_BE_IN_REGISTRY]
-    if settings.registry_dir != state / layout.REGISTRY:
-        there += _entries(state / layout.REGISTRY)
-    there = [one for one in there if _has_files(one)]
-    if there:
+def _require_restorable(settings: Settings, backup: Backup) -> None:
+    """Refuses where state would be lost or mixed with another, or where the salt is missing or another."""
+    state, registry, salt = settings.state_dir, settings.registry_dir, settings.salt_path
+    found = [path for path in _entries(state) if path.name not in _MAY_BE_THERE and path not in (registry, salt)]
+    found += [path for path in _entries(registry) if path.name not in _MAY_BE_IN_REGISTRY]
+    if registry != state / layout.REGISTRY:
+        found += _entries(state / layout.REGISTRY)
+    if found := [path for path in found if _has_files(path)]:
         raise BackupError(
-            f"{there[0]} is there: a backup is restored on an empty machine",
+            f"{found[0]} exists: a backup is restored on an empty machine",
             "move it away, or choose another paths.state; the salt and Kafka's data may stay",
         )
-
-
-def _require_salt(settings: Settings, backup: Backup) -> None:
-    """Refuses another salt than that of the backup's users, and none where the backup has none.
-
-    Raises:
-        MissingSalt: There is no salt.
-        SaltMismatch: It is another.
-        SettingsError: It cannot be read.
-    """
-    path = settings.salt_path
-    if path.exists():
-        mine = load_salt(path, create=False)
+    if salt.exists():
+        mine = load_salt(salt, create=False)
         if mine.fingerprint != backup.salt:
             raise SaltMismatch.between(f"backup {backup.id}", backup.salt, mine.fingerprint)
     elif not backup.with_salt:
         raise MissingSalt(
-            f"backup {backup.id} was made without the salt {backup.salt}, and there is none at {path}",
+            f"backup {backup.id} was made without the salt {backup.salt}, and there is none at {salt}",
             "put its copy there, mode 0600, or name it with --paths.salt_file FILE",
         )
 
@@ -118,35 +86,28 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _has_files(path: Path) -> bool:
-    return not path.is_dir() or any(not one.is_dir() for one in path.rglob("*"))
+    return not path.is_dir() or any(not file.is_dir() for file in path.rglob("*"))
 
 
 class By(NamedTuple):
-    """Who restores, and when.
-
-    Attributes:
-        actor: Named in the history.
-        now_ms: Wall clock.
-    """
+    """Who restores, and when by the wall clock."""
 
     actor: str
     now_ms: int
 
 
 class Restored(NamedTuple):
-    """What was restored.
+    """The result of a restore.
 
     Attributes:
-        backup: Of which backup.
         users: How many users have a history, over all shards.
         positions: By shard the next offset of each source.
         generation: The control generation that records the restore.
         first_number: The least number that the next version may have.
-        erasures: How many erasures of after the backup count again.
+        erasures: How many erasures made after the backup were applied again.
         version: The version that the trainer continues from; None without one.
     """
 
-    backup: Backup
     users: int
     positions: dict[str, dict[str, int]]
     generation: int
@@ -167,10 +128,10 @@ def restore(
     """Restores a backup; durable when this returns.
 
     Args:
-        settings: Where to.
+        settings: Settings of the new system.
         store: Location of the backup.
-        backup: Which one.
-        by: Who does it, and when.
+        backup: The backup.
+        by: Who restores, and when.
         progress: Called repeatedly with the number of bytes written.
         erased: Erasures that are still known elsewhere; those that the backup lacks are applied again.
         kafka_lost: Whether the topics are lost too, so that the trainer continues in another log.
@@ -178,14 +139,14 @@ def restore(
     Raises:
         BackupError: State exists already, the disk refused, or the erasures are of another system.
         DamagedBackup: An object is missing or fails its digest; the message names it.
-        MissingSalt, SaltMismatch: The salt of its users is not there, or is another.
+        MissingSalt, SaltMismatch: The salt of its users is missing, or is another.
         LockHeld: The system runs.
     """
     state, registry_dir = settings.state_dir, settings.registry_dir
     # 1. Before the locks too, which would leave their files where a restore is refused.
-    require_restorable(settings, backup)
+    _require_restorable(settings, backup)
     with DirectoryLock(state), DirectoryLock(registry_dir, layout.TRAINER_LOCK):
-        require_restorable(settings, backup)
+        _require_restorable(settings, backup)
         with _built_aside(settings) as aside:
             # 2.
             _write_all(settings, store, backup, progress)
@@ -204,12 +165,12 @@ def restore(
             shutil.rmtree(registry.path / layout.TEMPORARY)
             # 5.
             _move_to_final_paths(aside)
-    return Restored(backup, users, positions, generation, first, len(again), version)
+    return Restored(users, positions, generation, first, len(again), version)
 
 
 @contextmanager
 def _built_aside(settings: Settings) -> Iterator[list[Path]]:
-    """The empty directories to build in; their content is removed if the block fails."""
+    """The empty directories to build in; their content is removed at the end."""
     aside = [settings.state_dir / RESTORING, settings.registry_dir / RESTORING]
     with usable(str(settings.state_dir), "be written"):
         for folder in aside:
@@ -234,7 +195,6 @@ def _write_all(settings: Settings, store: FileStore, backup: Backup, progress: C
 
 
 def _path_of(settings: Settings, file: KeptFile) -> Path:
-    """Where a file is built."""
     first, _, rest = file.path.partition("/")
     if first == layout.REGISTRY:
         return settings.registry_dir / RESTORING / rest
@@ -260,7 +220,7 @@ def _finish_stores(settings: Settings, backup: Backup, kafka_lost: bool) -> tupl
         if kafka_lost:
             # A branch of a log that no longer exists leads nowhere.
             writing = HistoryStore(*opened)
-            writing.commit(Appends.none(), (), line_extra(WHOLE))
+            writing.commit(Appends.none(), (), branch_extra(WHOLE))
             writing.close()
         store = HistoryStore(*opened, readonly=True)
         try:
@@ -277,7 +237,7 @@ def _finish_stores(settings: Settings, backup: Backup, kafka_lost: bool) -> tupl
 
 
 def _begin_serving(settings: Settings, backup: Backup, kafka_lost: bool) -> None:
-    """Gives serving a copy of the stream's histories, where the backed-up machine served or nothing else has the clicks."""
+    """Gives serving a copy of the histories if the backed-up machine served, or if nothing else has the clicks."""
     aside = settings.state_dir / RESTORING
     streams, serving = layout.streams(aside), aside / layout.SERVING
     # Histories of several shards of an earlier release become one store at the next start only.
@@ -299,7 +259,7 @@ def _reserve_numbers(registry: Registry, backup: Backup, now_ms: int) -> int:
 def _record(
     registry: Registry, backup: Backup, positions: Mapping[str, Mapping[str, int]], by: By, kafka_lost: bool
 ) -> tuple[int | None, int]:
-    """Writes the control generation that records the restore; returns the version to continue from, and the generation's number."""
+    """Writes the generation that records the restore; returns the version to continue from, and the generation's number."""
     who: Any = {"actor": by.actor, "reason": f"restored backup {backup.id}", "now_ms": by.now_ms}
     if not kafka_lost:
         return backup.version, registry.change(lambda now: transitions.restored(now, **who)).generation
@@ -313,10 +273,10 @@ def _record(
 
 
 def _not_ahead(registry: Registry, backup: Backup, positions: Mapping[Source, int]) -> int | None:
-    """The newest version on the branch that learned no click missing from the histories, because such a click cannot be read again."""
+    """The newest version on the branch that learned no click missing from the histories: such a click cannot be read again."""
     if backup.version is None:
         return None
-    line = registry.visible(backup.version)
+    line = registry.manifest(backup.version).visible
     for number in reversed(registry.versions()):
         if number <= backup.version and sees(line, number):
             marks = registry.manifest(number).marks
@@ -327,17 +287,16 @@ def _not_ahead(registry: Registry, backup: Backup, positions: Mapping[Source, in
 
 
 def _move_to_final_paths(aside: list[Path]) -> None:
-    """Moves what was built aside to where it belongs, and removes the rest."""
     for folder in aside:
         durable.sync_tree(folder)
     for folder in aside:
         # Control makes a directory a registry: the trainer creates the first control if it is missing.
-        for one in sorted(folder.iterdir(), key=lambda one: (one.name == layout.CONTROL, one.name)):
-            final = folder.parent / one.name
+        for path in sorted(folder.iterdir(), key=lambda path: (path.name == layout.CONTROL, path.name)):
+            final = folder.parent / path.name
             if final.is_dir():
                 # Of empty directories alone, as was seen before.
                 shutil.rmtree(final)
-            one.rename(final)
+            path.rename(final)
             killpoints.reach("restore.taken")
         durable.sync_directory(folder.parent)
 
@@ -348,12 +307,7 @@ def _move_to_final_paths(aside: list[Path]) -> None:
 
 
 def erasures_known_to(backup: Backup, objects: Objects, folder: Path) -> Erased:
-    """Returns the erasures recorded in a backup.
-
-    Args:
-        backup: Any backup in the object store.
-        objects: The objects of that store.
-        folder: Where to write the backup's control; a directory that does not exist.
+    """The erasures that a backup knows; its control is written to `folder`, which must not exist.
 
     Raises:
         DamagedBackup: An object of the backup is missing or fails its digest.
@@ -368,7 +322,7 @@ def erasures_known_to(backup: Backup, objects: Objects, folder: Path) -> Erased:
 
 
 def erasures_in(path: Path) -> Erased:
-    """Returns the erasures recorded in a registry that was not lost.
+    """The erasures recorded in a registry that was not lost.
 
     Raises:
         BackupError: `path` is not a registry.
@@ -390,13 +344,9 @@ def _erasures_of(controls: Controls) -> Erased:
 
 
 def _missing(here: Erased, known: Erased) -> tuple[Erasure, ...]:
-    """Returns the erasures of `known` that must be repeated, in order.
-
-    Raises:
-        BackupError: `here` and `known` belong to different systems.
-    """
+    """The erasures of `known` that must be repeated, in order; refuses those of another system."""
     # A repeated erasure has another generation, so generations are not compared.
-    mine, theirs = ([(one.users, one.until) for one in erased] for erased in (here, known))
+    mine, theirs = ([(erasure.users, erasure.until) for erasure in erased] for erased in (here, known))
     shared = min(len(mine), len(theirs))
     if mine[:shared] != theirs[:shared]:
         raise BackupError(
@@ -407,15 +357,10 @@ def _missing(here: Erased, known: Erased) -> tuple[Erasure, ...]:
 
 
 def _repeat(registry: Registry, erasures: tuple[Erasure, ...], backup_id: str, actor: str, now_ms: int) -> None:
-    """Repeats each erasure as a new control generation.
+    for erasure in erasures:
+        reason = f"erasure {erasure.id}, made after backup {backup_id}, is applied again"
 
-    Raises:
-        RegistryError: The registry refused the change.
-    """
-    for one in erasures:
-        reason = f"erasure {one.id}, made after backup {backup_id}, is applied again"
-
-        def decided(control: Control, one: Erasure = one, reason: str = reason) -> Control:
-            return transitions.erase(control, one.users, one.until, actor=actor, reason=reason, now_ms=now_ms)
+        def decided(control: Control, erasure: Erasure = erasure, reason: str = reason) -> Control:
+            return transitions.erase(control, erasure.users, erasure.until, actor=actor, reason=reason, now_ms=now_ms)
 
         registry.change(decided)

@@ -1,10 +1,8 @@
 """Builds the state of a restored serving host from the stream's histories and serving's own notes.
 
-Serving's histories are a copy of the training log, which may be lost, or shorter
-than the windows. A backup therefore keeps serving's notes: categories and names
-of items, recently clicked items, and the event clock. A restore gives serving a
-copy of the stream's histories with these notes. When serving reads the log, the
-positions skip the clicks that the copy already contains.
+Serving's histories copy the training log, which may be lost, or shorter than the windows. So a backup keeps serving's
+notes: categories and names of items, recently clicked items, and the event clock. A restore gives serving a copy of the
+stream's histories with these notes. When serving reads the log, the positions skip the clicks in the copy.
 
 `serving/notes` in a backup is a sequence of names and values in turn, each preceded by its length as a 4-byte
 big-endian integer.
@@ -26,9 +24,8 @@ from deploy.serving.item_feed import EXTRAS as FEED_EXTRAS
 from deploy.serving.notes import CLOCK_EXTRA, SEEN
 from state.history.actions import ACTIONS
 from state.history.appends import Appends
-from state.history.forgetting import FORGOTTEN
 from state.history.rewinding import LINE
-from state.history.store import HistoryStore
+from state.history.store import FORGOTTEN, HistoryStore
 from state.history.sweeping import READ_TIMES
 from state.layout import HISTORIES, SERVING
 
@@ -47,10 +44,6 @@ def await_clicks(store: HistoryStore, positions: Mapping[str, int]) -> None:
     """Waits until serving's histories have reached the backup's positions, so that the notes know all its items.
 
     It waits at most `WAIT_S`, and not at all for a store that no process writes.
-
-    Args:
-        store: The host's histories, read only.
-        positions: By source, the next offset in the backup.
     """
     deadline_s = time.monotonic() + WAIT_S
     while True:
@@ -71,7 +64,7 @@ def write_notes(store: HistoryStore, file: BinaryIO) -> None:
                 file.write(_LENGTH.pack(len(part)) + part)
 
 
-def read_notes(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
+def _read_notes(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
     """Yields the notes that `write_notes` wrote; the file's digest has been verified."""
 
     def part() -> bytes:
@@ -87,7 +80,7 @@ def begin(stream: Path, serving: Path, opened: tuple[int, int], created_at_ms: i
     """Creates serving's histories from the stream's, in a directory that has none.
 
     Args:
-        stream: The stream's histories, closed in order.
+        stream: The stream's histories, closed cleanly.
         serving: Serving's directory; its notes file is read and removed.
         opened: Arguments for opening a store: events kept per user, and the maximum size in bytes.
         created_at_ms: When the backup was made, wall clock.
@@ -109,7 +102,7 @@ def begin(stream: Path, serving: Path, opened: tuple[int, int], created_at_ms: i
         _commit(store, [(WHOLE_EXTRA, b"0")])
         if notes.exists():
             with notes.open("rb") as file:
-                _commit(store, read_notes(file))
+                _commit(store, _read_notes(file))
             notes.unlink()
         if store.extra(CLOCK_EXTRA) is None and (newest_ms := _newest_ms(store)):
             clock = {"event_ms": min(newest_ms, created_at_ms), "accepted_ms": created_at_ms}
@@ -127,7 +120,6 @@ def _extras(store: HistoryStore, prefix: str) -> Iterator[tuple[str, bytes]]:
 
 
 def _commit(store: HistoryStore, extras: Iterable[tuple[str, bytes | None]]) -> None:
-    """Commits extras in batches of `AT_ONCE`."""
     some: dict[str, bytes | None] = {}
     for name, value in extras:
         some[name] = value
@@ -139,7 +131,7 @@ def _commit(store: HistoryStore, extras: Iterable[tuple[str, bytes | None]]) -> 
 
 
 def _newest_ms(store: HistoryStore) -> int:
-    """Returns the newest event time of all users, ms; 0 if there are none."""
+    """The newest event time of all users, ms; 0 if there are none."""
     newest_ms, start = 0, 0
     while True:
         ends = store.ends(start, AT_ONCE)

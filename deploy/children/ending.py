@@ -29,11 +29,7 @@ _PR_SET_PDEATHSIG = 1
 def die_with(parent: int, by: signal.Signals = signal.SIGKILL) -> Callable[[], None]:
     """Returns a function that binds a child to its parent; the child calls it between fork and exec, or later.
 
-    The kernel then ends the child when the parent's thread that started it ends.
-
-    Args:
-        parent: The parent's process id.
-        by: The signal that ends the child.
+    The kernel then ends the child with the signal `by` when the parent's thread that started it ends.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -48,12 +44,7 @@ def die_with(parent: int, by: signal.Signals = signal.SIGKILL) -> Callable[[], N
 
 
 def end(process: subprocess.Popen[bytes], timeout_s: float) -> None:
-    """Ends a child and waits for it: SIGTERM, then SIGKILL after the timeout. The child may have ended before.
-
-    Args:
-        process: The child.
-        timeout_s: How long it may take to end after SIGTERM.
-    """
+    """Ends a child and waits for it: SIGTERM, then SIGKILL after the timeout. The child may have ended before."""
     process.terminate()
     try:
         process.wait(timeout_s)
@@ -88,7 +79,7 @@ def last_line(log: Path) -> str:
             lines: Sequence[str] = file.read().decode("utf-8", "replace").splitlines()
     except OSError:
         lines = ()
-    return shortened(as_text(next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")))
+    return shortened(as_text(next((line.strip() for line in reversed(lines) if line.strip()), "no output")))
 
 
 def as_text(line: str) -> str:
@@ -100,8 +91,8 @@ def as_text(line: str) -> str:
     ('Killed', '{no json')
     """
     try:
-        said = json.loads(line)
-        return f"{said['part']} {said['level']} {said['message']}"
+        entry = json.loads(line)
+        return f"{entry['part']} {entry['level']} {entry['message']}"
     except (ValueError, TypeError, KeyError):
         return line
 
@@ -120,9 +111,8 @@ class Backoff:
     """Consecutive deaths of a process without a healthy run between them.
 
     Attributes:
-        deaths: How many deaths.
-        waits_for_others: Whether the process died because a broker, a disk or a store was unavailable. Such a start
-            fails within a second or two, and the process should run soon after the dependency is available again.
+        waits_for_others: Whether the process died because a broker, a disk or a store was unavailable. It should run soon
+            after that is available again, so its waits are shorter.
     """
 
     deaths: int = 0
@@ -158,10 +148,10 @@ class Backoff:
         longest_s = LONGEST_WAIT_FOR_OTHERS_S if self.waits_for_others else LONGEST_WAIT_S
         return min(longest_s, FIRST_WAIT_S * 2.0 ** min(self.deaths - 1, 16))
 
-    def told(self) -> str:
+    def as_text(self) -> str:
         """Describes when the next start is and how often the process died.
 
-        >>> Backoff(1).told(), Backoff(3).told()
+        >>> Backoff(1).as_text(), Backoff(3).as_text()
         ('starting it again in 0.25 s', 'starting it again in 1 s, after 3 deaths in a row')
         """
         often = f", after {self.deaths} deaths in a row" if self.deaths > 1 else ""

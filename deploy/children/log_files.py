@@ -17,7 +17,7 @@ from state.storage.shares import LOGS, kept_bytes
 
 LOG_BYTES, OLDER_LOGS = 10_000_000, 1
 READ_BYTES = 1 << 16
-LOOK_S = 0.5
+POLL_S = 0.5
 MOST_READS = 64  # in a row, of a child that does not stop
 CHILDREN = 16  # that the share of the logs is meant for
 
@@ -45,27 +45,27 @@ class LogFile:
         self._path, self._most_bytes, self._older = path, most_bytes, older
         self._lost = 0
 
-    def add(self, said: bytes) -> None:
+    def add(self, output: bytes) -> None:
         """Appends a child's output, and rotates the file at a line end if it is full."""
         try:
             size = self._path.stat().st_size if self._path.exists() else 0
-            if size + len(said) > self._most_bytes and size:
+            if size + len(output) > self._most_bytes and size:
                 # The rest of an unfinished line stays in the same file.
-                begun = said.find(b"\n") + 1 if not self._ends_a_line() else 0
-                self._append(said[:begun])
-                said = said[begun:]
+                begun = output.find(b"\n") + 1 if not self._ends_a_line() else 0
+                self._append(output[:begun])
+                output = output[begun:]
                 if begun or self._ends_a_line():
                     self._turn()
-            self._append(said)
+            self._append(output)
         except OSError:
-            self._lost += said.count(b"\n") + 1
+            self._lost += output.count(b"\n") + 1
 
-    def _append(self, said: bytes) -> None:
-        if not said:
+    def _append(self, output: bytes) -> None:
+        if not output:
             return
         note = f"({self._lost} lines could not be written here)\n".encode() if self._lost else b""
         with self._path.open("ab") as file:
-            file.write(note + said)
+            file.write(note + output)
         self._lost = 0
 
     def _ends_a_line(self) -> bool:
@@ -83,12 +83,7 @@ class LogFile:
 
 
 class LogPump:
-    """Reads the pipes of all children into their logs.
-
-    Args:
-        most_bytes: Maximum size of one file.
-        older: How many full files of each child are kept.
-    """
+    """Reads the pipes of all children into their logs, each with `older` full files of at most `most_bytes`."""
 
     def __init__(self, most_bytes: int, older: int) -> None:
         self._most_bytes, self._older = most_bytes, older
@@ -119,19 +114,18 @@ class LogPump:
 
     def _run(self) -> None:
         while True:
-            ready = self._selector.select(LOOK_S)
+            ready = self._selector.select(POLL_S)
             if ready:
                 self.catch_up()
 
     def _read(self, key: selectors.SelectorKey) -> bool:
-        """Reads a pipe once; returns False if there was nothing to read."""
         try:
-            said = os.read(key.fd, READ_BYTES)
+            output = os.read(key.fd, READ_BYTES)
         except BlockingIOError:
             return False
-        if said:
+        if output:
             log: LogFile = key.data
-            log.add(said)
+            log.add(output)
             return True
         # All writers have closed the pipe.
         self._selector.unregister(key.fd)

@@ -1,11 +1,10 @@
 """Supervises the processes of the loop: starts them, restarts them after a death, stops them in order.
 
-A process that cannot run waits longer before each next start (`deploy/children/ending.py`), and does not affect the
-others. If a process ends with an error that has a remedy, the remedy runs first, as a process of its own. The failed
-process starts again once the remedy is done.
+A process that keeps dying waits longer before each start (`ending.py`), and does not affect the others. If a process
+ends with an error that has a remedy, the remedy runs first, as a process of its own.
 
 Every child ends with this process, however this process ends. The kernel kills a child when the thread that started
-it ends (Linux), so call `start` and `look` only from the main thread.
+it ends (Linux), so call `start` and `poll` only from the main thread.
 """
 
 from __future__ import annotations
@@ -38,16 +37,14 @@ then grows for hours."""
 
 @dataclass(frozen=True)
 class ProcessPlan:
-    """One process of the loop.
+    """One process of the loop; its log has its name.
 
     Attributes:
-        name: Its name in messages and the name of its log.
-        command: The program and its arguments.
         stop_s: How long it may take to end after SIGTERM.
         lasting: Whether it runs forever; other processes end with status 0 when their work is done.
         remedies: By class of an error in its last log line, the process that must finish before it starts again.
         wanted: For a process that runs only now and then: returns whether there is work. It starts then, and ends with
-            status 0 when the work is done. None for all other processes.
+            status 0 when the work is done.
     """
 
     name: str
@@ -56,6 +53,13 @@ class ProcessPlan:
     lasting: bool = True
     remedies: Mapping[str, ProcessPlan] = field(default_factory=dict)
     wanted: Callable[[], bool] | None = None
+
+
+def environment_of(settings: Settings) -> dict[str, str]:
+    """Returns the environment of processes with these settings, and with those of the allocator."""
+    environment = {**MALLOC, **os.environ}
+    environment = {name: value for name, value in environment.items() if not name.startswith("SPRINGTIDE_")}
+    return environment | settings.environment() | {"PYTHONUNBUFFERED": "1"}
 
 
 @dataclass
@@ -68,8 +72,8 @@ class _Child:
     starts: int = 0
     backoff: Backoff = field(default_factory=Backoff)
     done: bool = False
-    told: str = ""
-    tell_at: float = 0.0
+    reported: str = ""
+    report_at: float = 0.0
 
 
 class Supervisor:
@@ -114,10 +118,8 @@ class Supervisor:
         clock: Callable[[], float] = time.monotonic,
     ) -> Supervisor:
         """Creates a supervisor for these settings, which the processes receive in their environment."""
-        environment = {**MALLOC, **os.environ}
-        environment = {name: value for name, value in environment.items() if not name.startswith("SPRINGTIDE_")}
-        environment |= settings.environment() | {"PYTHONUNBUFFERED": "1"}
-        return cls(settings.logs_dir, for_children(environment), say, metrics, clock, *log_sizes(settings))
+        environment = for_children(environment_of(settings))
+        return cls(settings.logs_dir, environment, say, metrics, clock, *log_sizes(settings))
 
     @property
     def settled(self) -> bool:
@@ -130,14 +132,14 @@ class Supervisor:
         self._metrics.settled.set(settled)
 
     def start(self, plan: ProcessPlan) -> None:
-        """Starts a process; from now on `look` restarts it after a death."""
+        """Starts a process; from now on `poll` restarts it after a death."""
         child = self._children[plan.name] = _Child(plan)
         if plan.wanted is None:
             self._launch(child)
         else:
             child.start_at = self._clock()
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Detects deaths and starts the processes that are due; never blocks.
 
         Raises:
@@ -225,7 +227,6 @@ class Supervisor:
             os.close(log)
 
     def _last_line(self, name: str) -> str:
-        """Returns the last line that a process logged."""
         self._pump.catch_up()
         return last_line(self.log_path(name))
 
@@ -236,18 +237,17 @@ class Supervisor:
             self._say(f"{name} has run for {HEALTHY_S:g} s again")
             child.backoff = Backoff()
             self._metrics.deaths_in_a_row.labels(name).set(0)
-        if any(other.remedy is child.plan for other in self._children.values()) and now >= child.tell_at:
-            child.tell_at, line = now + PROGRESS_S, self._last_line(name)
-            if line != child.told and child.told:
+        if any(other.remedy is child.plan for other in self._children.values()) and now >= child.report_at:
+            child.report_at, line = now + PROGRESS_S, self._last_line(name)
+            if line != child.reported and child.reported:
                 self._say(f"{name}: {line}")
-            child.told = line
+            child.reported = line
 
     def _may_start(self, child: _Child) -> bool:
-        """Returns whether the process has work and no pending remedy; starts the remedy if there is one."""
         return (child.plan.wanted is None or child.plan.wanted()) and self._is_cured(child)
 
     def _is_cured(self, child: _Child) -> bool:
-        """Returns whether no remedy is pending; starts the remedy if there is one."""
+        """Whether no remedy is pending; starts the remedy if there is one."""
         if child.remedy is None:
             return True
         cure = self._children.get(child.remedy.name)
@@ -283,10 +283,9 @@ class Supervisor:
         self._fail(child, f"{plan.name} died ({how(status)}): {last}", last)
 
     def _fail(self, child: _Child, what: str, last_line: str = "") -> None:
-        """Counts and reports a death, and schedules the next start."""
         name = child.plan.name
         child.backoff = child.backoff.after(self._clock() - child.started_at, last_line)
         child.start_at = self._clock() + child.backoff.wait_s
         self._metrics.deaths.labels(name).inc()
         self._metrics.deaths_in_a_row.labels(name).set(child.backoff.deaths)
-        self._say(f"{what}; {child.backoff.told()}")
+        self._say(f"{what}; {child.backoff.as_text()}")

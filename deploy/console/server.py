@@ -1,12 +1,8 @@
-"""Serves the operator's console over HTTP: `python -m deploy.console.server [flags]`, `springtide console`.
+"""Serves the operator's console over HTTP: `springtide console`; `springtide up` starts it too.
 
-`springtide up` starts it too. It is its own process and not part of a serving worker. It reads the
-registry and Kafka, changes control, and may block for seconds, which must not delay answers to
-users.
-
-The ASGI application authorizes requests, answers them and reports errors. It logs no request path,
-because a path may contain a user id. It answers these read requests; `steering.py` has those that
-change something:
+It is its own process and not part of a serving worker: it reads the registry and Kafka, changes control, and may block
+for seconds, which must not delay answers to users. It logs no request path, because a path may contain a user id. It
+answers these read requests; `steering.py` has those that change something:
 
     GET /                   the page, and each file of `static`; all are read once and nothing is loaded from elsewhere
     GET /api/session
@@ -17,8 +13,8 @@ change something:
     GET /api/masks
     GET /api/profiles/{user_id}?label=    one user's profile, with an explanation
 
-Access control uses tokens and origins, not cookies. So a browser never sends anything on its own
-that another page could use. A request that changes something must
+Access control uses tokens and origins, not cookies, so a browser never sends anything on its own that another page
+could use. A request that changes something must
 
 - carry a token of the role `operate` in a header,
 - declare a JSON body, which an HTML form cannot,
@@ -35,16 +31,15 @@ import hashlib
 import json
 import logging
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 from urllib.parse import quote, urlencode
 
 import msgspec
 from prometheus_client import CollectorRegistry
 
-from deploy.console.steering import ReadCache, Steering, run_command, status_of
+from deploy.console.steering import CommandRunner, Steering, status_of
 from deploy.console.watching import LoopWatch
 from deploy.serving.requests.access import OPEN, OPERATE, READ, Access, Certificate, Tokens, are_wanted, make_missing
 from deploy.serving.requests.connections import ConnectionLimits
@@ -89,7 +84,7 @@ POLICY = "; ".join(
     )
 )
 """Content security policy: the page may load its own files, and nothing inline."""
-TOLD: Headers = [
+SECURITY_HEADERS: Headers = [
     (b"content-security-policy", POLICY.encode()),
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
@@ -98,8 +93,6 @@ TOLD: Headers = [
     (b"cross-origin-resource-policy", b"same-origin"),
 ]
 """Headers of every answer."""
-KEEP_S = {"versions": 3.0, "history": 1.0, "masks": 1.0}
-"""How long each list that was read is reused, seconds."""
 ANSWER_S = 10.0
 FIELDS = "features,attributes"
 INTERESTS = "12"
@@ -121,7 +114,7 @@ class RequestGuard:
     """Authorizes requests, or refuses them with a reason.
 
     Args:
-        tokens: Of both roles.
+        tokens: The tokens of both roles.
         open_to_read: Whether every client that reaches the port may read.
     """
 
@@ -129,7 +122,7 @@ class RequestGuard:
         self._tokens, self.open_to_read = tokens, open_to_read
 
     def require(self, scope: Scope, endpoint: Endpoint) -> None:
-        """Lets through who may ask for this.
+        """Authorizes one request.
 
         Raises:
             Unauthorized: A token is required, and the request has none or an unknown one.
@@ -137,12 +130,12 @@ class RequestGuard:
             BadRequest: It changes something and is no JSON.
         """
         if scope["method"] not in READING:
-            require_own_page(scope)
+            _require_own_page(scope)
         if endpoint.role != READ or not self.open_to_read:
             self._tokens.require(header(scope, b"authorization"), endpoint.role)
 
     def role(self, scope: Scope) -> str:
-        """The role of a request's token: `operate`, `read`, or nothing."""
+        """Returns the role of a request's token: `operate`, `read`, or nothing."""
         for role in (OPERATE, READ):
             try:
                 self._tokens.require(header(scope, b"authorization"), role)
@@ -161,13 +154,8 @@ def open_to_read(settings: Settings) -> bool:
     return not are_wanted(settings) and not are_wanted(settings, settings.console.host)
 
 
-def require_own_page(scope: Scope) -> None:
-    """Refuses what a browser sends for another page.
-
-    Raises:
-        Forbidden: It does.
-        BadRequest: The body is not declared as JSON.
-    """
+def _require_own_page(scope: Scope) -> None:
+    """Refuses a request that a browser sends for another page."""
     origin, site = header(scope, b"origin"), header(scope, b"sec-fetch-site")
     foreign = origin is not None and origin.partition("://")[2] != header(scope, b"host")
     if foreign or site not in (None, "same-origin", "none"):
@@ -177,49 +165,31 @@ def require_own_page(scope: Scope) -> None:
 
 
 class SeriesParameters(msgspec.Struct, forbid_unknown_fields=True):
-    """Of the curves: those behind a moment, ms since 1970."""
+    """Parameters of the curves: the points after a moment, ms since 1970."""
 
     after_ms: int = 0
 
 
 class ListParameters(msgspec.Struct, forbid_unknown_fields=True):
-    """Of a list: how many of the newest."""
+    """Parameters of a list: how many of the newest."""
 
     last: Annotated[int, msgspec.Meta(ge=1, le=500)] = 40
 
 
 class ProfileLookup(msgspec.Struct, forbid_unknown_fields=True):
-    """The category of a profile that is explained; the first one if none is named."""
+    """Parameters of a profile: the category to explain; the first one if none is named."""
 
     label: str = ""
 
 
 class Reading:
-    """The endpoints that read.
+    """The endpoints that read."""
 
-    Args:
-        settings: Of the system.
-        watch: Knows the loop.
-        guard: Knows roles.
-        lately: Lists read lately.
-        stores: Held while a store is open.
-        now_ms: Wall clock.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        watch: LoopWatch,
-        guard: RequestGuard,
-        lately: ReadCache,
-        stores: threading.Lock,
-        now_ms: Callable[[], int],
-    ) -> None:
-        self._settings, self._watch, self._guard = settings, watch, guard
-        self._lately, self._stores, self._now_ms = lately, stores, now_ms
+    def __init__(self, watch: LoopWatch, guard: RequestGuard, commands: CommandRunner) -> None:
+        self._watch, self._guard, self._commands = watch, guard, commands
 
     def endpoints(self) -> list[Endpoint]:
-        """What is offered."""
+        """Returns the endpoints."""
         lists = [
             Endpoint(name, METHODS, f"/api/{name}", self._list, parameters=ListParameters)
             for name in ("versions", "history")
@@ -249,17 +219,10 @@ class Reading:
         words = [name]
         if name != "masks":
             words.append(f"--last={request.parameters(ListParameters).last}")
-        return Response(200, encode(await asyncio.to_thread(self._listed, words)))
-
-    def _listed(self, words: Sequence[str]) -> Any:
-        def read() -> Any:
-            with self._stores:
-                return run_command(self._settings, words, self._now_ms())
-
-        return self._lately.of(tuple(words), KEEP_S[words[0]], read)
+        return Response(200, encode(await asyncio.to_thread(self._commands.listed, words)))
 
     async def _profile(self, request: Request) -> Response:
-        """As serving answers; the user's id is passed on and kept nowhere."""
+        """Returns what serving answers; the user's id is passed on and stored nowhere."""
         user_id, label = request.path["user_id"], request.parameters(ProfileLookup).label
         return await asyncio.to_thread(self._looked_up, quote(user_id, safe=""), label)
 
@@ -268,21 +231,21 @@ class Reading:
         if status != 200:
             return Response(status, body.encode())
         profile, explanation = json.loads(body), None
-        label = label or next((one["label"] for one in profile["interests"]), "")
+        label = label or next((interest["label"] for interest in profile["interests"]), "")
         if label:
             status, body = self._served(f"/v1/profiles/{user}/explain?{urlencode({'label': label, 'top': INTERESTS})}")
             explanation = json.loads(body)
         return Response(200, encode({"profile": profile, "explanation": explanation}))
 
     def _served(self, path: str) -> tuple[int, str]:
-        status, body = scrape.fetch(serving_address(self._settings, path), ANSWER_S)
+        status, body = scrape.fetch(serving_address(self._commands.settings, path), ANSWER_S)
         if not status:
             raise NotReady(f"serving does not answer: {body}", "look at its log, or at `springtide status`")
         return status, body
 
 
 def endpoints(folder: Path = STATIC) -> list[Endpoint]:
-    """One for each file; `index.html` is the page itself.
+    """Returns one endpoint for each static file; `index.html` is the page itself.
 
     >>> [one.path for one in endpoints()][0]
     '/'
@@ -298,7 +261,7 @@ def endpoints(folder: Path = STATIC) -> list[Endpoint]:
 def _endpoint(name: str, path: Path) -> Endpoint:
     content = path.read_bytes()
     tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
-    # Asked for each time, and sent only where it is another one than before.
+    # Browsers ask each time, and get the file only if it has changed.
     headers = [(b"content-type", KINDS[path.suffix]), (b"etag", tag.encode()), (b"cache-control", b"no-cache")]
 
     async def answer(request: Request) -> Response:
@@ -312,25 +275,20 @@ def _endpoint(name: str, path: Path) -> Endpoint:
 class Console:
     """The ASGI application.
 
-    Args:
-        settings: Of the system.
-        guard: Lets requests in.
-        now_ms: Wall clock.
-
     Attributes:
         watch: Collects the loop's figures; the caller that runs the application starts it.
-        endpoints: What is offered.
+        endpoints: All endpoints.
         draining: Whether the process is about to end: answers then end their connections.
     """
 
     def __init__(self, settings: Settings, guard: RequestGuard, now_ms: Callable[[], int]) -> None:
-        stores, lately = threading.Lock(), ReadCache()
-        self.watch = LoopWatch(settings, stores, now_ms)
+        commands = CommandRunner(settings, now_ms)
+        self.watch = LoopWatch(settings, commands.stores, now_ms)
         self.draining = False
         self.endpoints = [
-            *Reading(settings, self.watch, guard, lately, stores, now_ms).endpoints(),
-            *Steering(settings, lately, stores, self.watch.changed, now_ms).endpoints(),
-            Endpoint("metrics", METHODS, "/metrics", self._told),
+            *Reading(self.watch, guard, commands).endpoints(),
+            *Steering(commands, self.watch.changed).endpoints(),
+            Endpoint("metrics", METHODS, "/metrics", self._show_metrics),
             *endpoints(),
         ]
         self._registry = CollectorRegistry()
@@ -340,7 +298,7 @@ class Console:
         self._say = SaidOnce(_log.warning)
 
     def count_refused(self, reason: str) -> None:
-        """Says once that something was refused at the door, and why."""
+        """Logs once that a connection or request was refused, and why."""
         self._say(f"a connection or request was refused: {reason}")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -358,17 +316,22 @@ class Console:
             response = failure(WorkerFailed("the console failed; its log says why", "report it with the console's log"))
         self._metrics.requests.labels(outcome(response.status)).inc()
         kept = any(one == b"cache-control" for one, _ in response.headers)
-        headers = [*response.headers, *TOLD, *(() if kept else (NO_STORE,)), *((LAST,) if self.draining else ())]
+        headers = [
+            *response.headers,
+            *SECURITY_HEADERS,
+            *(() if kept else (NO_STORE,)),
+            *((LAST,) if self.draining else ()),
+        ]
         body = b"" if scope["method"] == "HEAD" else response.body
         await answer(send, Response(response.status, body, headers))
 
-    async def _told(self, request: Request) -> Response:
+    async def _show_metrics(self, request: Request) -> Response:
         body, media_type = rendered(self._registry, header(request.scope, b"accept") or "")
         return Response(200, body, [(b"content-type", media_type.encode())])
 
 
 def outcome(status: int) -> str:
-    """What metrics call a status of HTTP.
+    """Returns the label of an HTTP status in metrics.
 
     >>> [outcome(status) for status in (200, 304, 403, 409, 503)]
     ['answered', 'answered', 'refused', 'refused', 'failed']
@@ -377,24 +340,24 @@ def outcome(status: int) -> str:
 
 
 def access_of(settings: Settings) -> tuple[Access, RequestGuard]:
-    """How the console lets in: by serving's certificate and tokens, which are made where they are missing.
+    """Returns the console's access control: serving's certificate and tokens, which are created if they are missing.
 
     Raises:
         SettingsError: The files that the settings name cannot be used.
     """
     serving = settings.serving
     for path in make_missing(settings.tokens_dir):
-        _log.warning("made a token: %s", path)
+        _log.warning("created a token: %s", path)
     tokens = Tokens(settings.tokens_dir)
     certificate = Certificate(Path(serving.tls_cert), Path(serving.tls_key)) if serving.tls_cert else None
     return Access(certificate, tokens), RequestGuard(tokens, open_to_read(settings))
 
 
 def run(settings: Settings) -> None:
-    """Answers until SIGTERM or SIGINT.
+    """Serves until SIGTERM or SIGINT.
 
     Raises:
-        PortTaken: Somebody listens on the port.
+        PortTaken: The port is in use.
         SettingsError: There is no port, or files cannot be used.
     """
     port, host = settings.console.port, settings.console.host
@@ -404,7 +367,7 @@ def run(settings: Settings) -> None:
     bound = listen(host, port, "console.port")
     app = Console(settings, guard, wall_ms)
     serving = settings.serving
-    limits = ConnectionLimits(serving.max_head_bytes, serving.timeout_s, CONNECTIONS, own_hosts=guard.open_to_read)
+    limits = ConnectionLimits(serving.timeout_s, CONNECTIONS, own_hosts=guard.open_to_read)
     server = DrainingServer(app, limits, DRAIN_S, access=access)
     server.end_on_signals()
     app.watch.start()

@@ -1,11 +1,9 @@
-"""Collects what the console shows of the loop, and keeps figures over time in memory for its curves.
+"""Collects what the console shows of the loop, and stores the last hour of figures in memory for its curves.
 
-While somebody has the console open, figures are read every second; otherwise only as often as the
-curves need them. The curves have one point every few seconds and cover the last hour.
-
-Figures that no process exposes on /metrics (Kafka, registry, accounts, disks) are read less often,
-and only while somebody has the console open. One thread at a time opens stores, because LMDB cannot
-open the same store twice in a process.
+While somebody has the console open, figures are read every second; otherwise only as often as the curves need them.
+Sections that no process exposes on /metrics (Kafka, registry, accounts, disks) are read less often, and only while
+somebody has the console open. One thread at a time opens stores, because LMDB cannot open the same store twice in a
+process.
 """
 
 from __future__ import annotations
@@ -64,25 +62,14 @@ _log = logging.getLogger(__name__)
 
 
 class Curves:
-    """The newest points. One thread adds, others read.
-
-    Args:
-        every_s: The least time between two points.
-        keep_s: The time that they span.
-    """
+    """The newest points, at least `every_s` apart. One thread adds, others read."""
 
     def __init__(self, every_s: float = EVERY_S, keep_s: float = KEEP_S) -> None:
         self._every_ms = round(every_s * 1000)
         self._points: deque[tuple[int, tuple[float | None, ...]]] = deque(maxlen=int(keep_s / every_s))
 
     def add(self, at_ms: int, figures: Figures, lift: float | None = None) -> bool:
-        """Adds a point where one is due; whether it did.
-
-        Args:
-            at_ms: Wall clock.
-            figures: Of that moment.
-            lift: Of that moment, 0 to 1 more or less.
-        """
+        """Adds a point if one is due, and returns whether it did. `lift` is the model's, about 0 to 1."""
         if self._points and 0 <= at_ms - self._points[-1][0] < self._every_ms:
             return False
         found = [_rounded(getattr(figures, name)) for name in CURVES]
@@ -92,10 +79,7 @@ class Curves:
         return True
 
     def document(self, after_ms: int = 0) -> dict[str, Any]:
-        """The points behind a moment as JSON values: `at_ms`, and as many values of each curve.
-
-        Args:
-            after_ms: Wall clock.
+        """Returns the points after a moment as JSON values: `at_ms`, and as many values of each curve.
 
         >>> kept = Curves(1.0)
         >>> kept.add(1000, Figures(lag_events=7.0)), kept.add(1200, Figures()), kept.add(2000, Figures())
@@ -103,7 +87,7 @@ class Curves:
         >>> kept.document(1500)["at_ms"], kept.document()["curves"]["lag_events"]
         ([2000], [7.0, None])
         """
-        points = [one for one in list(self._points) if one[0] > after_ms]
+        points = [point for point in list(self._points) if point[0] > after_ms]
         names = (*CURVES, *QUANTILES, LIFT)
         return {
             "at_ms": [at_ms for at_ms, _ in points],
@@ -112,18 +96,11 @@ class Curves:
 
 
 def _rounded(value: float | None) -> float | None:
-    """Six digits, which is more than a curve shows."""
     return None if value is None else float(f"{value:.6g}")
 
 
 class LoopWatch:
-    """Polls the loop in threads of its own.
-
-    Args:
-        settings: The loop's settings.
-        stores: Held while a store is open.
-        now_ms: Wall clock.
-    """
+    """Polls the loop in its own threads; `stores` is held while a store is open."""
 
     def __init__(self, settings: Settings, stores: threading.Lock, now_ms: Callable[[], int]) -> None:
         self._settings, self._stores, self._now_ms = settings, stores, now_ms
@@ -136,7 +113,7 @@ class LoopWatch:
         self._polling, self._reading = threading.Lock(), threading.Lock()
 
     def start(self) -> None:
-        """Polls from now on, until `stop`."""
+        """Starts polling."""
         threading.Thread(target=self._run, name="watch", daemon=True).start()
         threading.Thread(target=self._run_sections, name="sections", daemon=True).start()
 

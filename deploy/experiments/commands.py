@@ -29,7 +29,7 @@ import msgspec
 from deploy.experiments import status
 from deploy.experiments.rollout import as_line, evaluate, roll_out
 from deploy.experiments.start import overrides_of, settings_of, start
-from deploy.operate.commands import Say, control_document, current
+from deploy.operate.control import Say, control_document, current
 from deploy.operate.versions import open_registry
 from state import layout
 from state.config.settings import Settings
@@ -43,9 +43,8 @@ from state.process.actor import actor
 from state.process.ending import stop_on_signals
 from state.registry.control import Control
 from state.registry.manifest import Manifest
-from state.registry.model_fit import differences, version_to_go_on_from
+from state.registry.model_fit import differences, going_on_to, upgrade, version_to_go_on_from
 from state.registry.registry import Registry
-from state.registry.upgrades import going_on_to, upgrade
 
 WAIT_S = 60.0
 """How long a promotion waits for the experiment's trainer to end."""
@@ -97,12 +96,11 @@ def experiment(settings: Settings, asked: argparse.Namespace, now_ms: int, say: 
 
 
 def _result(settings: Settings, asked: argparse.Namespace, by: By) -> tuple[Any, str]:
-    """Runs a command; returns its result as JSON values and as text."""
     verb, name, experiments = asked.what, asked.name, Experiments(settings)
     if verb == "status":
-        found = [one for one in status.look(settings, by.now_ms) if name in ("", one["name"])]
+        found = [experiment for experiment in status.listed(settings, by.now_ms) if name in ("", experiment["name"])]
         lines = status.as_lines(found)
-        if (retrain := status.look_at_retrain(settings, by.now_ms)) is not None:
+        if (retrain := status.retrain_status(settings, by.now_ms)) is not None:
             lines.append("retrain: " + ", ".join(status.retrain_as_text(retrain)))
         return found, "\n".join(lines)
     if verb == "report":

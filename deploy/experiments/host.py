@@ -1,7 +1,7 @@
 """Answers users for an experiment until its rollout is over: `python -m deploy.experiments.host`, a child of `up`.
 
 It runs an applier and a worker like `springtide serve`, on the experiment's registry, at `rollout.address`. Their state
-is in the experiment's directory and is removed with the rollout. It ends with status 0 once the rollout is over.
+is in the experiment's directory and is removed with the rollout.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from deploy.children.supervisor import ProcessPlan, Supervisor
 from state.config.settings import Settings
-from state.config.spans import span_ms
+from state.config.sources import span_ms
 from state.errors import SpringtideError
 from state.experiments.experiment import Experiments
 from state.metrics import SupervisorMetrics, served
@@ -86,13 +86,7 @@ def hosted(experiments: Experiments) -> str | None:
 
 
 def run(settings: Settings, registry: CollectorRegistry, stop: threading.Event) -> None:
-    """Runs the processes without `springtide up` until `stop` is set; call it from the main thread.
-
-    Args:
-        settings: Settings of the loop.
-        registry: Where metrics are registered.
-        stop: Ends this process and its children.
-    """
+    """Runs the processes without `springtide up` until `stop` is set; call it from the main thread."""
     from deploy.experiments.status import ExperimentCollector
 
     registry.register(ExperimentCollector(settings))
@@ -105,7 +99,7 @@ def run(settings: Settings, registry: CollectorRegistry, stop: threading.Event) 
             supervisor.start(plan)
     try:
         while not stop.is_set():
-            supervisor.look()
+            supervisor.poll()
             stop.wait(POLL_S)
     finally:
         supervisor.stop_all()

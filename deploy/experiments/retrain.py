@@ -28,7 +28,7 @@ from deploy.operate.times import age
 from state import layout
 from state.config.sections import RetrainSettings
 from state.config.settings import Settings
-from state.config.spans import span_ms
+from state.config.sources import span_ms
 from state.disk.lock import DirectoryLock
 from state.errors import CorruptStore, LockHeld, SpringtideError, UnusableRegistry, of_disk
 from state.experiments.comparison import ComparisonFigures, read_figures
@@ -123,12 +123,7 @@ def judge(
 
 
 class Retrainer:
-    """Runs the schedule. One thread.
-
-    Args:
-        settings: Of the loop.
-        now_ms: Wall clock.
-    """
+    """Runs the schedule. Not thread-safe."""
 
     def __init__(self, settings: Settings, now_ms: Callable[[], int] = wall_ms) -> None:
         self._settings, self._now_ms = settings, now_ms

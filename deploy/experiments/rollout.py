@@ -1,8 +1,8 @@
 """Drives a rollout: `springtide experiment rollout NAME`, and its report.
 
-The command stays in the foreground until the rollout is done or rolled back, or Ctrl-C. Run again, it continues where
-it was. While it does not run, shares stay as they are, and no other process waits for it. All evidence comes from the
-two topics, from the offsets at which the rollout began, so a restart has the same evidence. Each step:
+The command stays in the foreground until the rollout is done or rolled back, or Ctrl-C; the same command resumes it.
+While it does not run, shares stay as they are. All evidence comes from the two topics, from the offsets at which the
+rollout began, so a restart has the same evidence. Each round:
 
 1. Read exposures, up to their topic's end.
 2. Read engagements and count each after a delay, because the exposure before it can arrive later.
@@ -21,7 +21,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy.operate.commands import Say
+from deploy.operate.control import Say
 from deploy.operate.times import age
 from state import http, layout
 from state.config.settings import Settings
@@ -59,14 +59,7 @@ _log = logging.getLogger(__name__)
 
 
 class RolloutDriver:
-    """Drives the newest rollout of an experiment. Used by one thread; call `close` at the end.
-
-    Args:
-        settings: Settings of the loop.
-        log: The log with the topics.
-        experiments: The experiments.
-        experiment: The experiment; it has a rollout.
-        now_ms: The wall clock.
+    """Drives the newest rollout of an experiment, which must have one. Not thread-safe; call `close` at the end.
 
     Attributes:
         evidence: The evidence about both arms.
@@ -124,7 +117,7 @@ class RolloutDriver:
 
     def report(self) -> RolloutReport:
         """Returns the current report about both arms."""
-        return report(self._experiment, self.evidence, self._settings.rollout.equal_within, self._now_ms())
+        return report(self._experiment, self.evidence, self._now_ms())
 
     def keep(self) -> None:
         """Stores the report for status, page and metrics; a disk error is logged, and the next call retries."""
@@ -144,7 +137,7 @@ class RolloutDriver:
         # 1.
         for batch in self._exposures.poll(FETCH_S, RECORDS_AT_ONCE):
             exposures = (exposure.decode(value) for value in batch.values if value is not None)
-            self.evidence.expose(one for one in exposures if one is not None)
+            self.evidence.expose(shown for shown in exposures if shown is not None)
         # 2.
         now_ms = self._now_ms()
         for batch in self._clicks.poll(0.0, RECORDS_AT_ONCE):
@@ -211,15 +204,7 @@ def roll_out(
 ) -> None:
     """Starts the rollout of an experiment, or continues it, until it is over or `stop` is set.
 
-    Args:
-        settings: Settings of the loop.
-        name: The experiment.
-        steps: Shares of the users in percent, for a new rollout.
-        every_s: Minimum duration of a step, likewise.
-        by: Who starts it, and why.
-        log: The log with the topics.
-        stop: Ends the command.
-        say: Prints a line.
+    `steps`, shares of the users in percent, and `every_s`, their minimum duration, are for a new rollout.
 
     Raises:
         SettingsError: No address is set, or the steps are invalid.

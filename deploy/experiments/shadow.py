@@ -29,7 +29,6 @@ from prometheus_client import CollectorRegistry
 from deploy.children.supervisor import ProcessPlan, Supervisor
 from deploy.experiments.start import copied_control, flags_of
 from state import layout
-from state.config.sections import TrialSettings
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import LockHeld, SpringtideError, of_disk
@@ -55,14 +54,7 @@ logger = logging.getLogger(__name__)
 
 
 class LossComparison:
-    """The comparison of one running experiment; used by one thread.
-
-    Args:
-        folder: The experiment's directory.
-        live: The registry of the live trainer.
-        own: The registry of the experiment's trainer.
-        settings: Confidence level and planned rows.
-        elapsed: Monotonic seconds.
+    """The comparison of one running experiment with the live trainer, by their registries. Not thread-safe.
 
     Raises:
         CorruptStore: The stored comparison cannot be read.
@@ -73,11 +65,10 @@ class LossComparison:
         folder: Path,
         live: Path,
         own: Path,
-        settings: TrialSettings,
         elapsed: Callable[[], float] = time.monotonic,
     ) -> None:
         self._folder, self._elapsed = folder, elapsed
-        self._comparison = comparison.read(folder) or PairedComparison(settings.alpha, settings.planned_rows)
+        self._comparison = comparison.read(folder) or PairedComparison()
         self._live, self._own = LossReader(live), LossReader(own)
         self._kept_s, self._kept_records = elapsed(), self._comparison.records
 
@@ -117,23 +108,16 @@ def is_taken_over(live: Registry, experiment: Experiment) -> bool:
 
 
 def _part_of(name: str) -> str:
-    """Name of an experiment's trainer among the processes, and of its log."""
     return f"shadow-{name}"
 
 
 class _Running(NamedTuple):
-    """The registry and the comparison of an experiment that runs."""
-
     registry: Registry
     compared: LossComparison
 
 
 class ShadowRunner:
-    """Runs the trainers of experiments. One thread, the main one.
-
-    Args:
-        settings: Of the loop.
-    """
+    """Runs the trainers of experiments. Use it from the main thread."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings, self._experiments = settings, Experiments(settings)
@@ -163,7 +147,7 @@ class ShadowRunner:
                 continue
             except (SpringtideError, OSError) as error:
                 say(f"experiment {name}: {of_disk(error)}")
-        self._supervisor.look()
+        self._supervisor.poll()
         return bool(self._experiments.open())
 
     def close(self) -> None:
@@ -183,7 +167,7 @@ class ShadowRunner:
         name, running = experiment.name, self._running.get(experiment.name)
         own = self._experiments.registry(name)
         if running is None:
-            compared = LossComparison(self._experiments.folder(name), self._live.path, own, self._settings.trials)
+            compared = LossComparison(self._experiments.folder(name), self._live.path, own)
             running = self._running[name] = _Running(Registry(own), compared)
         # 1.
         for registry in (self._live, running.registry):
@@ -225,12 +209,6 @@ class ShadowRunner:
         logger.info("experiment %s: what it learned is removed", name)
 
 
-def lower_priority(cores: int) -> None:
-    """Limits this process and its children to this many cores, at low priority."""
-    os.nice(NICENESS)
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-cores:])
-
-
 def run(settings: Settings, stopping: threading.Event) -> None:
     """Runs the trainers until none is left, or `stopping` is set.
 
@@ -238,7 +216,8 @@ def run(settings: Settings, stopping: threading.Event) -> None:
         LockHeld: Another process runs them.
     """
     with DirectoryLock(settings.state_dir / layout.EXPERIMENTS):
-        lower_priority(settings.trials.cores)
+        os.nice(NICENESS)
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-settings.trials.cores :])
         runner = ShadowRunner(settings)
         try:
             while not stopping.is_set() and runner.step():

@@ -16,7 +16,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from deploy.operate.commands import current
+from deploy.operate.control import current
 from deploy.operate.times import iso
 from deploy.operate.versions import open_registry
 from state import layout
@@ -29,9 +29,8 @@ from state.features.spec import FeatureSpec
 from state.registry import control
 from state.registry.control import Control
 from state.registry.manifest import Manifest
-from state.registry.model_fit import differences, version_to_go_on_from
+from state.registry.model_fit import differences, going_on_to, version_to_go_on_from
 from state.registry.registry import Registry
-from state.registry.upgrades import going_on_to
 
 SECTIONS = ("model", "trainer", "guard")
 OWN = ("trainer.metrics_port", "trainer.partition", "trainer.publish_s", "trainer.device")
@@ -76,11 +75,6 @@ def overrides_of(words: Sequence[str]) -> dict[str, str]:
 def flags_of(settings: Settings, overrides: Mapping[str, str], registry: Path) -> list[str]:
     """Returns the flags of an experiment's trainer, for a process with the loop's settings in its environment.
 
-    Args:
-        settings: Settings of the loop.
-        overrides: Overrides of the experiment.
-        registry: The experiment's registry.
-
     >>> flags_of(Settings(), {"model.dim": "16"}, Path("r"))[:2]
     ['--model.dim=16', '--paths.registry=r']
     """
@@ -106,12 +100,12 @@ def settings_of(settings: Settings, overrides: Mapping[str, str], registry: Path
 
 
 def first_control(live: Control, version: int | None, plan: dict[str, Any] | None, by: By) -> Control:
-    """The first generation of an experiment's control: its own epoch, from a live version or from scratch.
+    """Returns the first generation of an experiment's control: its own epoch, from a live version or from scratch.
 
     Args:
         live: The control of the live trainer.
         version: The version to continue from; None to start from scratch.
-        plan: Plan of an upgrade, if the experiment has another model; see `state/registry/upgrades.py`.
+        plan: Plan of an upgrade, if the experiment has another model; see `state/registry/model_fit.py`.
         by: Who began it, and why.
 
     >>> live = control.start(actor="trainer", reason="first start", now_ms=0)
@@ -127,7 +121,7 @@ def first_control(live: Control, version: int | None, plan: dict[str, Any] | Non
 
 
 def copied_control(own: Control, live: Control) -> Control:
-    """The next generation of an experiment's control; the same one if the live control has nothing new.
+    """Returns the next generation of an experiment's control; the same one if the live control has nothing new.
 
     >>> live = control.start(actor="trainer", reason="first start", now_ms=0)
     >>> own = first_control(live, 40, None, By("ann", "see", 5))
@@ -144,14 +138,7 @@ def copied_control(own: Control, live: Control) -> Control:
 
 
 def start(settings: Settings, name: str, origin: Origin, overrides: dict[str, str], by: By) -> tuple[Experiment, str]:
-    """Starts an experiment; returns it and a description.
-
-    Args:
-        settings: Settings of the loop.
-        name: Its name, a valid one.
-        origin: What its trainer starts from.
-        overrides: Settings that differ, by name.
-        by: Who starts it, and why.
+    """Starts an experiment of a valid name; returns it and a description.
 
     Raises:
         SettingsError: A setting cannot be tried, or `privacy.epsilon` is set.
@@ -197,14 +184,6 @@ def _filler(
     live: Registry, live_control: Control, version: Manifest | None, tried: Settings, past: Past | None, by: By
 ) -> Callable[[Path], None]:
     """Returns a function that fills the directory of an experiment's registry.
-
-    Args:
-        live: The registry of the live trainer.
-        live_control: Its control.
-        version: To begin from; None for nothing.
-        tried: The experiment's settings.
-        past: What its trainer learns first; None for nothing.
-        by: Who begins it, and why.
 
     Raises:
         SettingsError: Clicks were not analysed for its preprocessing.

@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 from deploy.operate.times import age, iso
 from state import layout
 from state.config.settings import Settings
-from state.config.spans import span_ms
+from state.config.sources import span_ms
 from state.disk.lock import is_held
 from state.errors import SpringtideError
 from state.experiments.comparison import ComparisonFigures, read_figures
@@ -25,7 +25,6 @@ from state.metrics import RetrainMetrics, RolloutMetrics, TrialMetrics
 from state.process.wall_clock import wall_ms
 from state.registry.control import Control
 from state.registry.registry import Registry
-from state.registry.sealed import as_values
 
 NOT_LEARNING = {"held": "held by its guard", "paused": "paused", "down": "no trainer"}
 """Reasons why an experiment that runs does not learn, so that its comparison gets no rows."""
@@ -37,12 +36,8 @@ UNWATCHED_S = 60.0
 """A running rollout not judged for this long has no driver; a driver judges it every two seconds."""
 
 
-def look(settings: Settings, now_ms: int) -> list[dict[str, Any]]:
+def listed(settings: Settings, now_ms: int) -> list[dict[str, Any]]:
     """Returns all experiments as JSON values, the newest last.
-
-    Args:
-        settings: Settings of the loop.
-        now_ms: Wall clock.
 
     Raises:
         RegistryError: The document is damaged.
@@ -50,16 +45,20 @@ def look(settings: Settings, now_ms: int) -> list[dict[str, Any]]:
     experiments = Experiments(settings)
     found = experiments.document().experiments
     report = experiments.read_report(RolloutReport)
-    return [_document(experiments, one, report, now_ms) for one in found]
+    return [_document(experiments, experiment, report, now_ms) for experiment in found]
 
 
 def reported(settings: Settings) -> list[dict[str, Any]]:
     """Returns the experiments that run, are being promoted, or still answer users; or what is damaged."""
     try:
-        found = look(settings, wall_ms())
+        found = listed(settings, wall_ms())
     except SpringtideError as error:
         return [{"problem": str(error)}]
-    return [one for one in found if one["stage"] in ("shadow", "rollout", "promoting") or one["share"]]
+    return [
+        experiment
+        for experiment in found
+        if experiment["stage"] in ("shadow", "rollout", "promoting") or experiment["share"]
+    ]
 
 
 def _document(
@@ -82,7 +81,8 @@ def _document(
     except (SpringtideError, OSError) as error:
         problem = str(error)
     decided = experiment.newest
-    return as_values(experiment) | {
+    return {
+        **msgspec.to_builtins(experiment),
         "at_ms": decided.at_ms,
         "actor": decided.actor,
         "reason": decided.reason,
@@ -102,7 +102,8 @@ def _rollout(experiment: Experiment, report: RolloutReport | None, now_ms: int) 
         return None
     watched = experiment.stage == "rollout" and experiment.phase == "running"
     unwatched_s = (now_ms - _judged_ms(experiment, report)) / 1000 if watched else 0.0
-    return as_values(experiment.rollout) | {
+    return {
+        **msgspec.to_builtins(experiment.rollout),
         "stopped": experiment.is_stopped_by_gate,
         "unwatched_s": unwatched_s if unwatched_s > UNWATCHED_S else None,
         "compared": None if report is None else msgspec.to_builtins(report),
@@ -110,7 +111,6 @@ def _rollout(experiment: Experiment, report: RolloutReport | None, now_ms: int) 
 
 
 def _judged_ms(experiment: Experiment, report: RolloutReport | None) -> int:
-    """Returns when the rollout was last judged or changed, wall clock ms."""
     return max(experiment.newest.at_ms, 0 if report is None else report.judged_ms)
 
 
@@ -124,14 +124,14 @@ def as_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
     if not found:
         return ["there was no experiment yet: `springtide experiment start NAME --reason TEXT` begins one"]
     lines: list[str] = []
-    for one in found:
-        word, text = as_text(one)
+    for experiment in found:
+        word, text = as_text(experiment)
         first, *others = text.split("; ")
         lines += [f"{word:<18}{first}", *(f"{'':<18}{sentence}" for sentence in others)]
     return lines
 
 
-def as_text(one: Mapping[str, Any]) -> tuple[str, str]:
+def as_text(experiment: Mapping[str, Any]) -> tuple[str, str]:
     """Formats an experiment's status: a word, and a description whose sentences are separated by semicolons.
 
     The word is the first of: a document is damaged, its rollout needs attention, why it does not learn, that it is over,
@@ -151,31 +151,31 @@ def as_text(one: Mapping[str, Any]) -> tuple[str, str]:
     log loss 2.400 against 2.500 of the live trainer on the same 9 rows
     difference -0.1000 (-0.2000 to -0.0500): at most 5 % of equal experiments are reported as different
     """
-    if "name" not in one:
-        return "DAMAGED", one["problem"]
-    begins = one["origin"] if one["version"] is None else f"version {one['version']}"
-    tried = ", ".join(f"{name} {value}" for name, value in one["overrides"].items()) or "the same settings"
-    runs, rollout, figures = one["stage"] in ("shadow", "rollout"), one["rollout"], _figures(one)
-    does = "learns" if runs else f"is {one['stage']} and began"
+    if "name" not in experiment:
+        return "DAMAGED", experiment["problem"]
+    begins = experiment["origin"] if experiment["version"] is None else f"version {experiment['version']}"
+    tried = ", ".join(f"{name} {value}" for name, value in experiment["overrides"].items()) or "the same settings"
+    runs, rollout, figures = experiment["stage"] in ("shadow", "rollout"), experiment["rollout"], _figures(experiment)
+    does = "learns" if runs else f"is {experiment['stage']} and began"
     sentences = [
-        f"{one['name']} {does} from {begins} with {tried}",
-        f"{one['actor']}, {iso(one['at_ms'])}: {one['reason']}",
+        f"{experiment['name']} {does} from {begins} with {tried}",
+        f"{experiment['actor']}, {iso(experiment['at_ms'])}: {experiment['reason']}",
     ]
-    words = ["DAMAGED"] if one["problem"] else []
+    words = ["DAMAGED"] if experiment["problem"] else []
     if rollout is not None:
         words += ["UNWATCHED"] if rollout["unwatched_s"] is not None else []
         words += [STOPPED[rollout["phase"]]] if rollout["phase"] in STOPPED else []
-        sentences += _rollout_sentences(one)
-    if one["held"]:
-        sentences.append(f"held by its guard: {one['held']}")
-    elif one["standing"] == "paused":
+        sentences += _rollout_sentences(experiment)
+    if experiment["held"]:
+        sentences.append(f"held by its guard: {experiment['held']}")
+    elif experiment["standing"] == "paused":
         sentences.append("training is paused by an operator")
-    elif one["standing"] == "down":
-        sentences.append(f"its trainer does not run: see logs/shadow-{one['name']}.log")
-    words += [NOT_LEARNING[one["standing"]]] if one["standing"] in NOT_LEARNING else []
-    words += [one["stage"]] if not runs else [rollout["phase"]] if rollout is not None else []
-    if one["problem"]:
-        sentences.append(one["problem"])
+    elif experiment["standing"] == "down":
+        sentences.append(f"its trainer does not run: see logs/shadow-{experiment['name']}.log")
+    words += [NOT_LEARNING[experiment["standing"]]] if experiment["standing"] in NOT_LEARNING else []
+    words += [experiment["stage"]] if not runs else [rollout["phase"]] if rollout is not None else []
+    if experiment["problem"]:
+        sentences.append(experiment["problem"])
     if figures is None or not figures.rows:
         return [*words, "waits"][0], "; ".join([*sentences, "no row was scored by both yet"])
     sentences.append(
@@ -187,12 +187,12 @@ def as_text(one: Mapping[str, Any]) -> tuple[str, str]:
     return [*words, _verdict(figures)][0], "; ".join(sentences)
 
 
-def _rollout_sentences(one: Mapping[str, Any]) -> list[str]:
-    rollout = one["rollout"]
-    sentences = [f"it answers {100 * one['share']:.4g}% of the users"]
+def _rollout_sentences(experiment: Mapping[str, Any]) -> list[str]:
+    rollout = experiment["rollout"]
+    sentences = [f"it answers {100 * experiment['share']:.4g}% of the users"]
     if rollout["unwatched_s"] is not None:
         sentences.append(
-            f"nothing has judged its rollout for {age(rollout['unwatched_s'])}: `springtide experiment rollout {one['name']}` "
+            f"nothing has judged its rollout for {age(rollout['unwatched_s'])}: `springtide experiment rollout {experiment['name']}` "
             "continues"
         )
     if rollout["compared"] is None:
@@ -205,8 +205,8 @@ def _rollout_sentences(one: Mapping[str, Any]) -> list[str]:
     return [*sentences, rollout["compared"]["verdict"]]
 
 
-def _figures(one: Mapping[str, Any]) -> ComparisonFigures | None:
-    return None if one["compared"] is None else msgspec.convert(one["compared"], ComparisonFigures)
+def _figures(experiment: Mapping[str, Any]) -> ComparisonFigures | None:
+    return None if experiment["compared"] is None else msgspec.convert(experiment["compared"], ComparisonFigures)
 
 
 def _verdict(figures: ComparisonFigures) -> str:
@@ -217,13 +217,8 @@ def _nats(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def look_at_retrain(settings: Settings, now_ms: int) -> dict[str, Any] | None:
-    """Returns the schedule and the newest retrain; None if there is no schedule and never was one.
-
-    Args:
-        settings: Settings of the loop.
-        now_ms: Wall clock.
-    """
+def retrain_status(settings: Settings, now_ms: int) -> dict[str, Any] | None:
+    """Returns the schedule and the newest retrain; None if there is no schedule and never was one."""
     try:
         schedule = Experiments(settings).document().schedule
     except SpringtideError as error:
@@ -234,7 +229,7 @@ def look_at_retrain(settings: Settings, now_ms: int) -> dict[str, Any] | None:
     due_ms = None if every_ms is None or schedule.under_way else schedule.due_ms(every_ms)
     due_in_s = None if due_ms is None else (due_ms - now_ms) / 1000
     found: dict[str, Any] = {"every": settings.retrain.every, "problem": "", "due_ms": due_ms, "due_in_s": due_in_s}
-    return found | as_values(schedule)
+    return {**found, **msgspec.to_builtins(schedule)}
 
 
 def retrain_as_text(found: Mapping[str, Any]) -> tuple[str, str]:
@@ -260,11 +255,7 @@ def retrain_as_text(found: Mapping[str, Any]) -> tuple[str, str]:
 
 
 class ExperimentCollector(Collector):
-    """Exports the comparison of running experiments, the reported rollout, and the retrain schedule at each scrape.
-
-    Args:
-        settings: Settings of the loop.
-    """
+    """Exports the comparison of running experiments, the reported rollout, and the retrain schedule at each scrape."""
 
     def __init__(self, settings: Settings) -> None:
         self._experiments = Experiments(settings)

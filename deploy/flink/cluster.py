@@ -25,7 +25,7 @@ from prometheus_client import CollectorRegistry
 import deploy
 from deploy.children.ending import last_line
 from deploy.children.log_files import log_sizes
-from deploy.children.supervisor import MALLOC, ProcessPlan, Supervisor
+from deploy.children.supervisor import ProcessPlan, Supervisor, environment_of
 from deploy.flink import jars
 from deploy.kafka.configuration import free_port, listens
 from deploy.startup.checks import Port
@@ -54,12 +54,9 @@ OPENED = (
 
 
 def configuration(settings: FlinkSettings, directory: Path, rpc_port: int) -> str:
-    """Returns `config.yaml` of a cluster: the fixed part, then the paths, addresses and sizes of this cluster.
+    """Returns `config.yaml` of a cluster: the fixed part, then its paths, addresses and sizes.
 
-    Args:
-        settings: Ports and sizes.
-        directory: Directory of the cluster.
-        rpc_port: Port on which TaskManagers reach the JobManager.
+    TaskManagers reach the JobManager on `rpc_port`.
     """
     own: dict[str, object] = {
         "state.checkpoints.dir": (directory / CHECKPOINTS).absolute().as_uri(),
@@ -98,18 +95,13 @@ def process_plans(
 ) -> list[ProcessPlan]:
     """Returns all processes in start order; the latest started is stopped first.
 
-    Args:
-        settings: Ports and sizes.
-        directory: Directory of the cluster.
-        jar: Class path of every Java process.
-        java: The Java executable.
-        python: The interpreter of the worker pool.
+    `jar` is the class path of every Java process, and `python` the interpreter of the worker pool.
     """
     conf = ("--configDir", str(directory / CONFIGURATION))
 
     def flink(name: str, main: str, *options: str, words: tuple[str, ...] = ()) -> ProcessPlan:
         temporary = directory / TEMPORARY / name
-        options = (*java_options(settings.heap_mb), f"-Djava.io.tmpdir={temporary}", *options)
+        options = (*_java_options(settings.heap_mb), f"-Djava.io.tmpdir={temporary}", *options)
         return ProcessPlan(name, (*EMPTIED, str(temporary), java, *options, "-cp", str(jar), main, *words), STOP_S)
 
     def own_temporary(name: str) -> tuple[str, str]:
@@ -140,8 +132,7 @@ def process_plans(
     return [*plans, flink(JOB_SERVER, driver, words=job_server)]
 
 
-def java_options(heap_mb: int) -> list[str]:
-    """Returns the options of each Java process."""
+def _java_options(heap_mb: int) -> list[str]:
     return [
         f"-Xmx{heap_mb}m",
         "-XX:+UseSerialGC",
@@ -176,13 +167,6 @@ def run(settings: Settings, jar: Path, say: Say, stop: Callable[[], bool], hurry
     4. Restarts processes that die.
     5. Ends jobs by savepoint, then the processes, the latest started first.
 
-    Args:
-        settings: Settings of the cluster, and of the stream whose workers run in it.
-        jar: Class path of every Java process.
-        say: Receives a line for the operator.
-        stop: Returns whether the operator asked to stop.
-        hurry: Returns whether the operator asked again.
-
     Raises:
         SpringtideError: The cluster does not start; none of its processes is left running.
     """
@@ -192,7 +176,7 @@ def run(settings: Settings, jar: Path, say: Say, stop: Callable[[], bool], hurry
     supervisor = _supervisor(settings, directory, say)
     try:
         # 2.
-        for plan in process_plans(settings.flink, directory, jar, jars.java()):
+        for plan in process_plans(settings.flink, directory, jar, jars.flink().java()):
             supervisor.start(plan)
         # 3.
         if _wait_until_up(settings, manager, supervisor, stop):
@@ -207,7 +191,7 @@ def run(settings: Settings, jar: Path, say: Say, stop: Callable[[], bool], hurry
             say("Ctrl-C, or `springtide flink down`, ends jobs by savepoint, then all of it")
         # 4.
         while not stop():
-            supervisor.look()
+            supervisor.poll()
             time.sleep(POLL_S)
     finally:
         # 5.
@@ -241,9 +225,7 @@ def _supervisor(settings: Settings, directory: Path, say: Say) -> Supervisor:
 
     This release comes first in their PYTHONPATH, and its Python first in their PATH.
     """
-    environment = {**MALLOC, **os.environ}
-    environment = {name: value for name, value in environment.items() if not name.startswith("SPRINGTIDE_")}
-    environment |= settings.environment() | {"PYTHONUNBUFFERED": "1"}
+    environment = environment_of(settings)
     release = str(Path(deploy.__path__[0]).parent)
     for name, first in (("PYTHONPATH", release), ("PATH", str(Path(sys.executable).parent))):
         environment[name] = os.pathsep.join(filter(None, [first, environment.get(name)]))
@@ -252,16 +234,12 @@ def _supervisor(settings: Settings, directory: Path, say: Say) -> Supervisor:
 
 
 def _wait_until_up(settings: Settings, manager: JobManager, supervisor: Supervisor, stop: Callable[[], bool]) -> bool:
-    """Returns True once a job can be submitted, False if the operator stops the cluster before.
-
-    Raises:
-        FlinkFailed: The cluster is not ready within `START_S`.
-    """
+    """Returns True once a job can be submitted, False if the operator stops the cluster before."""
     deadline_s = time.monotonic() + START_S
     while missing := _missing(settings, manager):
         if stop():
             return False
-        supervisor.look()
+        supervisor.poll()
         if time.monotonic() >= deadline_s:
             log = supervisor.log_path(missing)
             raise FlinkFailed(f"{missing} did not come up in {START_S:.0f} s", f"see {log}: {last_line(log)}")
@@ -283,12 +261,6 @@ def _missing(settings: Settings, manager: JobManager) -> str:
 
 def end_jobs(manager: JobManager, say: Say, savepoint: bool = True, hurry: Callable[[], bool] = lambda: False) -> None:
     """Ends all jobs and reports what each can be resumed from; a job without a savepoint is cancelled.
-
-    Args:
-        manager: The JobManager of the jobs.
-        say: Receives lines for the operator.
-        savepoint: Whether to make savepoints.
-        hurry: Returns whether to stop waiting.
 
     Raises:
         FlinkFailed: The JobManager does not answer.
@@ -316,11 +288,6 @@ def end_jobs(manager: JobManager, say: Say, savepoint: bool = True, hurry: Calla
 
 
 def _savepoint(manager: JobManager, job: str, hurry: Callable[[], bool]) -> str:
-    """Makes a savepoint and returns its path.
-
-    Raises:
-        FlinkFailed: The savepoint failed, or was not ready within `SAVEPOINT_S`.
-    """
     request, deadline_s = manager.begin_savepoint(job), time.monotonic() + SAVEPOINT_S
     while not (path := manager.savepoint(job, request)):
         if hurry() or time.monotonic() >= deadline_s:

@@ -9,24 +9,30 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from deploy.children.ending import has_ended
-from deploy.flink import cluster, jars, status
-from deploy.flink.cluster import LOGS, ports
+from deploy.command_line import run_command
+from deploy.flink import cluster, jars
+from deploy.flink.cluster import CHECKPOINTS, LOGS, SAVEPOINTS, ports
+from deploy.kafka.configuration import listens
+from deploy.operate.options import output
 from deploy.startup.checks import require_disk, require_ports
 from deploy.up import Signals
+from deploy.watch.messages import seconds
+from deploy.watch.panel import lines
 from state import layout
 from state.config.loading import load
 from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.disk.lock import DirectoryLock
-from state.errors import FlinkFailed, LockHeld, SettingsError, SpringtideError
-from state.flink import JobManager, url
-from state.process.closed_output import while_read
+from state.errors import FlinkFailed, LockHeld, SettingsError
+from state.flink import Job, JobManager, Overview, url
 from state.process.private_files import keep_private
 from state.process.wall_clock import wall_ms
 
@@ -41,6 +47,10 @@ EPILOG = (
 )
 LEAST_FREE_BYTES = 1 << 30
 DOWN_S, POLL_S = 90.0, 0.1
+COLUMNS = (16, 12)
+# A job starts a checkpoint about every second; one without a completed checkpoint for so long makes no progress.
+STALE_S = 60.0
+SHOWN_ENDED = 5
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,9 +63,7 @@ def parser() -> argparse.ArgumentParser:
         help="down: cancel the jobs without a savepoint; they can resume from their newest checkpoint",
     )
     found.add_argument("--url", help="status: JobManager of another cluster, http://HOST:PORT")
-    found.add_argument(
-        "-o", "--output", choices=("text", "json"), default="text", help="status: output format (default text)"
-    )
+    output(found, of="status: ")
     return found
 
 
@@ -115,36 +123,117 @@ def holder(directory: Path) -> psutil.Process | None:
             return None
 
 
+def read_state(settings: Settings, url: str, now_ms: int, local: bool = True) -> dict[str, Any]:
+    """Returns the state of a cluster as JSON values, even if only parts of it run.
+
+    `local` says whether the processes other than the JobManager are on this machine too.
+    """
+    state: dict[str, Any] = {"url": url}
+    running: set[str] = set()
+    try:
+        overview = JobManager(url).overview()
+        running = {job.id for job in overview.jobs if not job.ended}
+        state |= {"wrong": problems(overview, now_ms), "job_manager": asdict(overview)}
+    except FlinkFailed as failure:
+        state |= {"wrong": [str(failure)], "job_manager": None}
+    if not local:
+        return state | {"listening": {}, "resumable": {}}
+    flink = settings.flink
+    listening = {"job server": listens(flink.job_port), "workers": listens(flink.worker_port)}
+    return state | {"listening": listening, "resumable": resumable(settings.flink_dir, running)}
+
+
+def problems(overview: Overview, now_ms: int) -> list[str]:
+    """Returns descriptions of what is wrong with TaskManagers and jobs."""
+    found = [] if overview.task_managers else ["no TaskManager has reported: no job can run"]
+    jobs = (_problem(job, overview.free_slots, now_ms) for job in overview.jobs if not job.ended)
+    return found + [problem for problem in jobs if problem]
+
+
+def _problem(job: Job, free_slots: int, now_ms: int) -> str:
+    if job.state != "RUNNING":
+        return f"{job.name} is {job.state}"
+    if job.running < job.tasks:
+        waits = "" if free_slots else ": it waits for a slot, and none is free"
+        return f"{job.name}: {job.running} of {job.tasks} tasks run{waits}"
+    newest_ms = job.checkpoint.at_ms + job.checkpoint.took_ms if job.checkpoint else job.since_ms
+    if now_ms - newest_ms > STALE_S * 1000:
+        return f"{job.name}: no checkpoint for {seconds((now_ms - newest_ms) / 1000)}, {job.failed_checkpoints} failed"
+    return ""
+
+
+def resumable(directory: Path, running: set[str]) -> dict[str, str]:
+    """Returns the newest savepoint, and the newest checkpoint of a job that does not run, if they exist."""
+    checkpoints = (directory / CHECKPOINTS).glob("*/chk-*/_metadata")
+    found = {
+        "savepoint": list((directory / SAVEPOINTS).glob("*/_metadata")),
+        "checkpoint": [path for path in checkpoints if path.parts[-3] not in running],
+    }
+    newest = {kind: max(paths, key=lambda path: path.stat().st_mtime) for kind, paths in found.items() if paths}
+    return {kind: path.parent.absolute().as_uri() for kind, path in newest.items()}
+
+
+def is_wrong(state: Mapping[str, Any]) -> bool:
+    """Returns whether the state reports any problem."""
+    return bool(state["wrong"]) or not all(state["listening"].values())
+
+
+def as_text(state: Mapping[str, Any], now_ms: int) -> str:
+    """Formats the state for a terminal."""
+    rows: list[Sequence[str]] = [("state", "WRONG", problem) for problem in state["wrong"]]
+    found, jobs = state["job_manager"], []
+    if found is None:
+        rows.append(("job manager", "unreachable", state["url"]))
+    else:
+        rows.append(("job manager", "runs", f"{state['url']}, Flink {found['version']}"))
+        slots = f"{found['free_slots']} of {found['slots']} slots free"
+        rows.append(("task managers", str(found["task_managers"]), slots))
+        jobs = found["jobs"]
+    rows += [(name, "listens" if there else "unreachable", "") for name, there in state["listening"].items()]
+    ended = [job for job in jobs if Job(**job).ended]
+    for job in jobs:
+        if job not in ended[SHOWN_ENDED:]:
+            age = seconds((now_ms - job["since_ms"]) / 1000)
+            rows.append(("job", job["state"].lower(), f"{job['name']}, id {job['id']}, begun {age} ago"))
+            rows += [] if job in ended else [("", "", detail) for detail in _details(job, now_ms)]
+    rows += [("resume from", kind, path) for kind, path in state["resumable"].items()]
+    return "\n".join(line.rstrip() for line in lines(rows, COLUMNS))
+
+
+def _details(job: Mapping[str, Any], now_ms: int) -> tuple[str, str]:
+    restarts = "unknown" if job["restarts"] is None else job["restarts"]
+    tasks = f"{job['running']} of {job['tasks']} tasks run, restarts {restarts}"
+    newest = job["checkpoint"]
+    if newest is None:
+        return tasks, f"no checkpoint yet, {job['failed_checkpoints']} failed"
+    at, size = seconds((now_ms - newest["at_ms"]) / 1000), newest["state_bytes"] / 1e6
+    return tasks, f"checkpoint {newest['number']}, {at} ago: {size:.1f} MB in {newest['took_ms']} ms"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     keep_private()
-    return while_read(lambda: _main(sys.argv[1:] if argv is None else list(argv)))
+    return run_command("springtide", _main, argv)
 
 
 def _main(words: Sequence[str]) -> int:
-    try:
-        flags, rest = split_settings(words)
-        asked = parser().parse_args(rest)
-        if asked.url is not None and (asked.action != "status" or not asked.url.startswith(("http://", "https://"))):
-            raise SettingsError("--url is for status, and is written http://HOST:PORT")
-        if asked.no_savepoint and asked.action != "down":
-            raise SettingsError("--no-savepoint is for down")
-        settings = load(flags)
-        if asked.action == "up":
-            up(settings)
-        elif asked.action == "down":
-            down(settings, not asked.no_savepoint)
-        else:
-            now_ms, other = wall_ms(), asked.url
-            state = status.read(settings, (other or url(settings)).rstrip("/"), now_ms, local=other is None)
-            print(json.dumps(state, indent=2) if asked.output == "json" else status.as_text(state, now_ms))
-            return int(status.is_wrong(state))
-        return 0
-    except SpringtideError as error:
-        print(f"springtide: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 1
+    flags, rest = split_settings(words)
+    asked = parser().parse_args(rest)
+    if asked.url is not None and (asked.action != "status" or not asked.url.startswith(("http://", "https://"))):
+        raise SettingsError("--url is for status, and is written http://HOST:PORT")
+    if asked.no_savepoint and asked.action != "down":
+        raise SettingsError("--no-savepoint is for down")
+    settings = load(flags)
+    if asked.action == "up":
+        up(settings)
+    elif asked.action == "down":
+        down(settings, not asked.no_savepoint)
+    else:
+        now_ms, other = wall_ms(), asked.url
+        state = read_state(settings, (other or url(settings)).rstrip("/"), now_ms, local=other is None)
+        print(json.dumps(state, indent=2) if asked.output == "json" else as_text(state, now_ms))
+        return int(is_wrong(state))
+    return 0
 
 
 if __name__ == "__main__":

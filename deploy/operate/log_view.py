@@ -7,14 +7,17 @@ the time that training on the record takes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deploy.operate.times import age
 from state import layout
 from state.config.settings import Settings
-from state.errors import LogError, UnfitVersion
+from state.errors import CorruptVersion, LogError, SpringtideError, UnfitVersion, UnknownVersion
 from state.features.mask import Mask, MaskAt
 from state.features.masked_users import MaskedUsers
 from state.history.branch_records import branch_records
@@ -23,13 +26,14 @@ from state.log.accepted_gaps import Journal, past
 from state.microbatch.batch import MicroBatch, masked, trained, trim
 from state.microbatch.codec import glance
 from state.positions import Source
+from state.registry.control import MaskEntry
 from state.registry.log_line import LogLine, onward
-from state.registry.manifest import Manifest
-from state.registry.masks import MaskEntry
+from state.registry.manifest import Manifest, sees
 from state.registry.registry import Registry
 from state.registry.segments import LogSegment
 
 ASK_KAFKA_S = 5.0
+ASK_BRIEFLY_S = 1.0
 STALLED_S = 30.0
 
 
@@ -40,16 +44,11 @@ def open_log(settings: Settings) -> Log:
 
 @dataclass(frozen=True)
 class LogView:
-    """The state of both topics at one moment.
+    """The state of training log and clicks topic at one moment.
 
     Attributes:
-        log: The log that holds the topics.
-        topic: Name of the training log's topic.
-        topic_id: Id of that topic.
-        partition: Partition of the training log.
-        begin: Its first kept offset.
+        begin: The first kept offset of the training log's partition.
         end: The offset of its next record.
-        clicks_id: Id of the clicks topic.
         clicks: By partition of the clicks topic, its first kept and its next offset.
     """
 
@@ -84,19 +83,19 @@ class LogView:
         if to.log.topic_id and to.log.topic_id != self.topic_id:
             raise UnfitVersion(
                 f"version {to.version} was trained on topic id {to.log.topic_id}, {self.topic} is now {self.topic_id}: "
-                "it was deleted and made again, so that the trainer cannot go on from there",
-                f"let answers stay at it with `springtide pin {to.version}`, or restore the topic",
+                "the topic was recreated, so the trainer cannot continue from there",
+                f"keep answers at it with `springtide pin {to.version}`, or restore the topic",
             )
         if not self.reaches(registry, to):
             raise UnfitVersion(
-                f"version {to.version} goes on at offset {to.log.next} and the training log begins at {self.begin}: it can "
-                "serve and not be trained on from",
-                f"let answers stay at it with `springtide pin {to.version}`, or take a version that is not marked "
+                f"version {to.version} continues at offset {to.log.next} and the training log begins at {self.begin}: it can "
+                "serve, but training cannot continue from it",
+                f"keep answers at it with `springtide pin {to.version}`, or take a version that is not marked "
                 "`serve only` in `springtide versions`",
             )
 
 
-def look(settings: Settings, patience_s: float = ASK_KAFKA_S) -> LogView | None:
+def view_of(settings: Settings, patience_s: float = ASK_KAFKA_S) -> LogView | None:
     """Asks Kafka for the ends of both topics; returns None if it does not answer in time or a topic does not exist."""
     partition = settings.trainer.partition
     kafka = replace(settings.kafka, request_timeout_s=min(patience_s, settings.kafka.request_timeout_s))
@@ -120,14 +119,45 @@ def look(settings: Settings, patience_s: float = ASK_KAFKA_S) -> LogView | None:
         return None
 
 
+def horizon(registry: Registry, view: LogView, now_ms: int) -> dict[str, Any] | None:
+    """Returns how far back a rollback can go: number and age of the oldest version that it can return to; None for none.
+
+    The version is of the newest one's branch, and the training log is complete from it on.
+    """
+    numbers = registry.versions()
+    with suppress(CorruptVersion, UnknownVersion):
+        branch = registry.manifest(numbers[-1]).visible if numbers else ()
+        for number in numbers:
+            # Versions that are damaged, or removed in the meantime, are skipped.
+            with suppress(CorruptVersion, UnknownVersion):
+                if sees(branch, number) and view.reaches(registry, version := registry.manifest(number)):
+                    return {"version": number, "age_s": max(0, now_ms - version.created_at_ms) / 1000}
+    return None
+
+
+def horizon_here(settings: Settings, now_ms: int) -> dict[str, Any] | None:
+    """Returns the horizon of these settings; None if it is unknown: no registry, or no answer from Kafka."""
+    if not settings.registry_dir.is_dir():
+        return None
+    try:
+        view = view_of(settings, ASK_BRIEFLY_S)
+        return None if view is None else horizon(Registry(settings.registry_dir), view, now_ms)
+    except (SpringtideError, OSError):
+        return None
+
+
+def horizon_text(found: Mapping[str, Any]) -> tuple[str, str]:
+    """Formats the horizon for `springtide status`: a keyword and a description.
+
+    >>> horizon_text({"version": 7, "age_s": 5400.0})
+    ('reaches', 'back 1 h 30 min, to version 7')
+    """
+    return "reaches", f"back {age(found['age_s'])}, to version {found['version']}"
+
+
 @dataclass(frozen=True, slots=True)
 class FirstHit:
-    """The position of the first masked row.
-
-    Attributes:
-        epoch: Control epoch in which the record was read.
-        offset: Offset of the record in the training log.
-    """
+    """The first masked row: the control epoch in which its record was read, and the record's offset in the training log."""
 
     epoch: int
     offset: int
@@ -173,7 +203,7 @@ def first_hit(
         reader: Reads the training log.
         partition: Its partition.
         segments: The segments of the branch, oldest first, each with its masks at that time.
-        mask: What is masked now.
+        mask: The mask.
         exact: Whether to include rows that were not learned: events for histories only, and rows already masked.
 
     Raises:
@@ -203,10 +233,10 @@ class Counting:
 
     def __init__(self, marks: dict[Source, int], mask_at: MaskAt, new: Sequence[MaskEntry], longest_ms: int) -> None:
         self._marks, self._mask_at, self._longest_ms = marks, mask_at, longest_ms
-        self._new = [(one.id, one.mask) for one in new]
+        self._new = [(entry.id, entry.mask) for entry in new]
         self._poisoned: dict[int, int] = {}
         self._names = MaskedUsers.NOBODY
-        self.found = Counted(by_mask={one.id: (0, set()) for one in new})
+        self.found = Counted(by_mask={entry.id: (0, set()) for entry in new})
 
     def take(self, batch: MicroBatch) -> None:
         """Counts the next record of the branch."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from deploy.operate.times import iso, parse_times
 from state.config.settings import Settings
-from state.config.spans import UNITS_MS
+from state.config.sources import UNITS_MS
 from state.errors import SaltMismatch, SettingsError
 from state.events.identity import load_salt, user_id
 from state.features.mask import Mask
@@ -47,12 +47,7 @@ def mask_of(settings: Settings, asked: argparse.Namespace, newest: Manifest, now
 
 
 def require_positions(mask: Mask, topic_id: str, ends: Ends) -> None:
-    """Checks that the clicks topic has all offsets of a mask.
-
-    Args:
-        mask: The mask.
-        topic_id: Id of the clicks topic; offsets of other topics are not checked.
-        ends: The ends of its partitions.
+    """Checks that the clicks topic has all offsets of a mask; offsets of other topics are not checked.
 
     >>> require_positions(Mask(offsets=((42, 3, 5, 20),)), "0000002a" + "0" * 24, {3: (0, 20)})
 
@@ -76,9 +71,7 @@ def require_positions(mask: Mask, topic_id: str, ends: Ends) -> None:
 def parse_place(text: str, topic_ids: Collection[str]) -> tuple[int, int, int, int]:
     """Parses a mask entry from `PARTITION:A-B` (both included), or `TOPIC_ID:PARTITION:A-B`.
 
-    Args:
-        text: The text that the operator typed.
-        topic_ids: Ids of the click topics that versions were trained on, 32 hexadecimal digits each.
+    `topic_ids` are those that versions were trained on, 32 hexadecimal digits each.
 
     >>> parse_place("3:100-199", ["0000002a" + "0" * 24])
     (42, 3, 100, 200)
@@ -89,7 +82,7 @@ def parse_place(text: str, topic_ids: Collection[str]) -> tuple[int, int, int, i
     match = re.fullmatch(r"(?:([0-9a-f]+):)?(\d+):(\d+)-(\d+)", text.strip())
     if not match or int(match[3]) > int(match[4]):
         raise SettingsError(f"--skip {text}: write PARTITION:A-B with offsets A up to B, such as 3:1000-1999")
-    found = sorted(one for one in topic_ids if one.startswith(match[1] or ""))
+    found = sorted(topic_id for topic_id in topic_ids if topic_id.startswith(match[1] or ""))
     if len(found) != 1:
         known = ", ".join(sorted(topic_ids)) or "none yet"
         raise SettingsError(
@@ -99,14 +92,10 @@ def parse_place(text: str, topic_ids: Collection[str]) -> tuple[int, int, int, i
 
 
 def ids_in(file: Path, option: str) -> list[str]:
-    """The user ids of a file with one id a line, each once; `-` reads standard input.
-
-    Args:
-        file: The file.
-        option: The option that names it, for messages, which never quote the file.
+    """Returns the user ids of a file with one id a line, each once; `-` reads standard input.
 
     Raises:
-        SettingsError: The file cannot be read.
+        SettingsError: The file cannot be read. The message names `option` and never quotes the file.
     """
     try:
         text = sys.stdin.read() if file == STDIN else file.read_text(encoding="utf-8")
@@ -119,16 +108,11 @@ def ids_in(file: Path, option: str) -> list[str]:
 
 
 def pseudonyms(settings: Settings, ids: Iterable[str], fingerprint: str) -> MaskedUsers:
-    """The pseudonyms of user ids.
-
-    Args:
-        settings: Names the salt.
-        ids: The user ids.
-        fingerprint: Fingerprint of the salt that the versions were trained with; another salt would match no user.
+    """Returns the pseudonyms of user ids.
 
     Raises:
         MissingSalt: The salt file is missing.
-        SaltMismatch: The salt is another one.
+        SaltMismatch: The salt is not that of `fingerprint`, with which the versions were trained.
     """
     salt = load_salt(settings.salt_path, create=False)
     if salt.fingerprint != fingerprint:

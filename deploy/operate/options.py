@@ -59,9 +59,7 @@ def rollback(add: Add) -> argparse.ArgumentParser:
         metavar="S",
         help=f"seconds to wait for the answers of this host to switch (default {WAIT_S:.0f}; 0: do not wait)",
     )
-    command.add_argument(
-        "--reason", required=True, metavar="TEXT", help="reason; recorded with your name in the history"
-    )
+    reason(command, required=True)
     command.add_argument("--dry-run", action="store_true", help="print the plan and change nothing")
     if_generation(command)
     return command
@@ -98,6 +96,18 @@ def if_generation(command: argparse.ArgumentParser) -> None:
     )
 
 
+def reason(command: argparse.ArgumentParser, required: bool = False, default: str = "", of: str = "") -> None:
+    """Adds `--reason`; `of` names the verb that it belongs to, if the command has several."""
+    help = f"{of}reason; recorded with your name in the history"
+    command.add_argument("--reason", required=required, default=default, metavar="TEXT", help=help)
+
+
+def output(command: argparse.ArgumentParser, of: str = "") -> None:
+    """Adds `-o text|json`; `of` names the verb that it belongs to, if the command has several."""
+    help = f"{of}output format (default text)"
+    command.add_argument("-o", "--output", choices=("text", "json"), default="text", help=help)
+
+
 def erase(add: Add) -> argparse.ArgumentParser:
     """Adds `erase` and returns its parser."""
     command = add(
@@ -112,7 +122,7 @@ def erase(add: Add) -> argparse.ArgumentParser:
         "--users", type=Path, metavar="FILE", help="file with user ids, one per line; - reads standard input"
     )
     who.add_argument("--status", action="store_true", help="show where data of erased users remains, and until when")
-    command.add_argument("--reason", default="", metavar="TEXT", help="reason; recorded with your name in the history")
+    reason(command)
     return command
 
 
@@ -127,9 +137,7 @@ def masks(add: Add) -> list[argparse.ArgumentParser]:
     lifting.add_argument(
         "masks", type=positive, nargs="+", metavar="N", help="mask number, as listed by `springtide masks`"
     )
-    lifting.add_argument(
-        "--reason", required=True, metavar="TEXT", help="reason; recorded with your name in the history"
-    )
+    reason(lifting, required=True)
     if_generation(lifting)
     return [listing, lifting]
 
@@ -150,29 +158,19 @@ def schema(add: Add) -> argparse.ArgumentParser:
     command.add_argument(
         "--schema", type=Path, metavar="FILE", help="accept: use the domains and thresholds of this schema.pbtxt"
     )
-    command.add_argument(
-        "--reason", default="", metavar="TEXT", help="accept: reason; recorded with your name in the history"
-    )
+    reason(command, of="accept: ")
     return command
 
 
 def positive(text: str) -> int:
-    """Parses an integer that is at least 1.
-
-    >>> positive("7")
-    7
-    """
+    """Parses an integer that is at least 1."""
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text!r}")
     return int(text)
 
 
 def seconds(text: str) -> float:
-    """Parses seconds, 0 or more.
-
-    >>> seconds("2.5")
-    2.5
-    """
+    """Parses seconds, 0 or more."""
     try:
         found = float(text)
     except ValueError:

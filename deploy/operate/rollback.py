@@ -1,18 +1,14 @@
 """`springtide rollback`: rolls the whole system back to a version, and trains on without the named clicks.
 
-1. Choose the version, or refuse and say what to do (`deploy/operate/branch.py`).
+1. Choose the version, or refuse and say what to do (`deploy/operate/branch.py`). Every file that makes up the version
+   is read and its digest compared.
 2. Create the next control generation, with one exclusive create.
 3. Wait until this host answers from that version, and report when it does.
-4. Count the rest of the plan in the training log, report it, and store it next to control, where
-   the trainer adds what happened.
+4. Count the rest of the plan in the training log, report it, and store it next to control, where the trainer adds what
+   happened.
 
-A dry run does steps 1 and 4. A second identical command changes nothing. If the first one was
-killed between steps 2 and 4, the second one does step 4.
-
-Before the rollback, every file that makes up the version is read and its digest compared. The plan
-states the effects in figures and words; a dry run computes it before anything changes. For an exact
-rollback it also states requirements and costs: where the log branches, which clicks are read again,
-and which histories are rebuilt.
+A dry run does steps 1 and 4. A second identical command changes nothing. If the first one was killed between steps 2
+and 4, the second one does step 4.
 """
 
 from __future__ import annotations
@@ -27,12 +23,12 @@ from typing import Any
 import msgspec
 
 from deploy.operate.branch import ServingBranch, Target, choose
-from deploy.operate.commands import Say, control_document, current
-from deploy.operate.log_view import Counted, Counting, LogView, look, records
+from deploy.operate.control import Say, control_document, current
+from deploy.operate.log_view import Counted, Counting, LogView, records, view_of
 from deploy.operate.masking import describe, mask_document, mask_of, require_positions
 from deploy.operate.times import age, parse_time
 from deploy.operate.versions import open_registry, served_version, versions_here
-from deploy.watch.scrape import scrape, urls
+from deploy.watch.scrape import scrape_one
 from state import layout
 from state.config.settings import Settings
 from state.errors import CorruptVersion, LogError, SettingsError, StoreError, UnfitVersion
@@ -40,10 +36,9 @@ from state.features.mask import always
 from state.process import killpoints
 from state.process.actor import actor
 from state.registry import log_line
-from state.registry.control import Control, roll_back
+from state.registry.control import Control, MaskEntry, added, joined, roll_back
 from state.registry.log_line import LogLine
 from state.registry.manifest import Manifest, sees
-from state.registry.masks import MaskEntry, added, joined
 from state.registry.registry import SERVING, Registry
 from state.registry.segments import ClickRanges, clicks_in, from_json, learned_before, to_json
 
@@ -61,7 +56,7 @@ class Switch:
 
     Attributes:
         serves: Whether this host has a row store.
-        here: Whether the version is in the row store.
+        here: Whether the version is in it.
         bytes: How many bytes an applier must read from the registry if it is not.
     """
 
@@ -136,7 +131,7 @@ class ExactPlan:
         return clicks_in(self.again)
 
     def lines(self) -> list[str]:
-        """The plan for people, one line per fact.
+        """Formats the plan, one line per fact.
 
         >>> ExactPlan(log_line.WHOLE, {}, 7).lines()[1]
         'histories     7 to be rebuilt from the training log; the others drop what they gained'
@@ -150,22 +145,18 @@ class ExactPlan:
         ]
 
     def document(self) -> dict[str, Any]:
-        """It as JSON values."""
+        """Returns the plan as JSON values."""
         return {"clicks": self.clicks, "histories": self.histories, "log_epoch": self.branch[-1].epoch}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A rollback: what it does, and, once it is counted, what that affects.
+    """A rollback from the control generation `before` to a version: what it does, and, once counted, what that affects.
 
     Attributes:
-        before: The control generation before it.
-        to: The version to roll back to.
-        age_s: Its age.
         new: The masks that the rollback adds.
         view: The topics as they are; None if Kafka does not answer.
         topic: Name of the training log.
-        switch: How serving switches to the version.
         then_follow: Whether serving follows again once the trainer has caught up.
         exact: What an exact rollback does in addition; None for a fast one.
         counted: The records from the version to the end of the log; None until `count`, or without `view`.
@@ -221,7 +212,7 @@ class Plan:
         return (self.counted.rows - self.counted.masked) / self.rows_per_s
 
     def lines(self) -> list[str]:
-        """The plan for people, one line per fact."""
+        """Formats the plan, one line per fact."""
         mask = joined((*self.before.masks, *self.new), 0)
         following = (
             "they follow once the trainer has caught up"
@@ -256,7 +247,7 @@ class Plan:
         return lines
 
     def document(self) -> dict[str, Any]:
-        """The plan as JSON values; users are counted, not listed."""
+        """Returns the plan as JSON values; users are counted, not listed."""
         log = {"topic": self.topic, "partition": self.to.log.partition, "first": self.to.log.next, "end": self.end}
         document: dict[str, Any] = {
             "to": self.to.version,
@@ -284,18 +275,13 @@ class Plan:
         return document if self.exact is None else document | {"exact": self.exact.document()}
 
 
-def exact_plan(
+def _exact_plan(
     registry: Registry, control: Control, to: Manifest, view: LogView | None, again: ClickRanges | None = None
 ) -> ExactPlan:
-    """Where the log branches, and what is read again; histories are not counted yet.
+    """Returns where the log branches, and what is read again; histories are not counted yet.
 
-    Args:
-        registry: Where versions are.
-        control: The one before the rollback.
-        to: The version to roll back to.
-        view: Of the log.
-        again: The clicks that are read again, where they are known; those learned since `to`, or before a rollback
-            that this one interrupts, where they are not.
+    `again` are the clicks that are read again. If it is None, they are those learned since `to`, or before a rollback that
+    this one interrupts.
 
     Raises:
         UnfitVersion: The clicks no longer reach back to the version.
@@ -326,13 +312,7 @@ def exact_plan(
 
 
 def _histories_to_rebuild(settings: Settings, branch: LogLine, to: Manifest, view: LogView) -> int | None:
-    """The number of users whose histories have lost events that they had at a version; None if it is unknown.
-
-    Args:
-        settings: All settings.
-        branch: The branch of the log before the rollback.
-        to: The version.
-        view: Of the log.
+    """Returns how many users' histories have lost events that they had at a version; None if it is unknown.
 
     Raises:
         LogError: The log cannot be read.
@@ -340,7 +320,7 @@ def _histories_to_rebuild(settings: Settings, branch: LogLine, to: Manifest, vie
     # Not at the top: they load the window kernel, which no other command needs.
     from state.history.branch_records import branch_records
     from state.history.rewind import Since
-    from state.history.rewinding import line_of
+    from state.history.rewinding import branch_of
     from state.history.store import HistoryStore
 
     users = None
@@ -355,7 +335,7 @@ def _histories_to_rebuild(settings: Settings, branch: LogLine, to: Manifest, vie
                 for _, batch in branch_records(log, view.partition, to.log.next, view.end, branch):
                     since.take(batch)
             users = (users or 0) + len(store.lacking(since, to.marks))
-            if line_of(store) != branch:
+            if branch_of(store) != branch:
                 # The store was rolled back meanwhile.
                 return None
         finally:
@@ -364,15 +344,15 @@ def _histories_to_rebuild(settings: Settings, branch: LogLine, to: Manifest, vie
 
 
 def _rows_per_s(settings: Settings) -> float | None:
-    """Rows that the trainer learned in a second of its steps since it started; None where it does not answer."""
-    trainer = scrape({"trainer": urls(settings)["trainer"]})["trainer"]
+    """Returns the rows that the trainer learns in a second of its steps; None if it does not answer."""
+    trainer = scrape_one(settings, "trainer")
     rows = trainer.total("springtide_trainer_rows_total", outcome=["trained", "skipped"])
     busy_s = trainer.value("springtide_trainer_step_seconds_sum")
     return rows / busy_s if rows and busy_s else None
 
 
 def total_bytes(registry: Registry, version: int) -> int:
-    """The bytes of all files that a version is put together from.
+    """Returns the bytes of all files that make up a version.
 
     Raises:
         UnknownVersion, CorruptVersion: One of its parts cannot be read.
@@ -381,13 +361,8 @@ def total_bytes(registry: Registry, version: int) -> int:
     return sum(file.bytes for part in (base, *deltas) for file in part.files.values())
 
 
-def require_sound(registry: Registry, version: Manifest) -> None:
-    """Refuses a version of which a file fails its digest.
-
-    Raises:
-        UnknownVersion: A part is no longer kept.
-        UnfitVersion: A file is damaged; the version before the damage is named.
-    """
+def _require_sound(registry: Registry, version: Manifest) -> None:
+    """Refuses a version of which a file fails its digest."""
 
     def problem_of(part: Manifest) -> CorruptVersion | None:
         try:
@@ -406,7 +381,7 @@ def require_sound(registry: Registry, version: Manifest) -> None:
 
 
 def _before(registry: Registry, version: Manifest, bad: Manifest) -> str:
-    """The version to use instead of one whose part `bad` is damaged."""
+    """Describes the version to use instead of one whose part `bad` is damaged."""
     if bad.kind == "delta" and bad.parent is not None:
         return f"take {bad.parent}, the version before the damage"
     older = [base for base in registry.bases() if base < bad.version and sees(version.visible, base)]
@@ -416,7 +391,7 @@ def _before(registry: Registry, version: Manifest, bad: Manifest) -> str:
 
 
 def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Does one rollback; see the module.
+    """Executes or plans one rollback.
 
     Raises:
         UnknownVersion, UnfitVersion: The version is not kept, or cannot be rolled back to.
@@ -432,50 +407,50 @@ def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Sa
         say(json.dumps(document, indent=2) if asked.output == "json" else "\n".join(lines))
 
     # 1.
-    plan, made = _planned(settings, asked, registry, control, now_ms)
+    plan, decided = _planned(settings, asked, registry, control, now_ms)
     later = plan.switch.here and not asked.dry_run and total_bytes(registry, plan.to.version) > CHECKED_FIRST_BYTES
     if not later:
-        require_sound(registry, plan.to)
-    if asked.dry_run and made is not None:
+        _require_sound(registry, plan.to)
+    if asked.dry_run and decided is not None:
         plan = plan.count(settings)
         show({"plan": plan.document()}, [*plan.lines(), "dry run: nothing was changed"])
         return
-    if made is None or made is control:
+    if decided is None or decided is control:
         if not asked.dry_run:
             _count_interrupted(settings, registry, control, plan)
-        done = f"generation {control.generation}: it is so already; nothing was changed"
+        done = f"generation {control.generation}: already in this state; nothing was changed"
         show({"changed": False, "control": control_document(control)}, [done])
         return
     # 2.
-    registry.propose(made)
+    registry.propose(decided)
     killpoints.reach("rollback.proposed")
     # 3.
     took_s = None
     if asked.wait and _serves(settings) and _wait_for_answers(settings, plan.to.version, asked.wait):
         took_s = round(time.monotonic() - began_s, 3)
-        registry.generations.add_outcome(made.epoch, "answered", {"seconds": took_s})
+        registry.generations.add_outcome(decided.epoch, "answered", {"seconds": took_s})
     if asked.output == "text":
         answered = "" if took_s is None else f"; answers of this host come from it after {took_s:.2f} s"
-        say(f"generation {made.generation}: epoch {made.epoch} starts from version {plan.to.version}{answered}")
+        say(f"generation {decided.generation}: epoch {decided.epoch} starts from version {plan.to.version}{answered}")
     if later:
-        require_sound(registry, plan.to)
+        _require_sound(registry, plan.to)
     killpoints.reach("rollback.answered")
     # 4.
-    document = {"plan": None, "answered_s": took_s, "changed": True, "control": control_document(made)}
+    document = {"plan": None, "answered_s": took_s, "changed": True, "control": control_document(decided)}
     try:
         plan = plan.count(settings)
     except LogError as error:
         # The control generation exists; only the figures are missing.
         show(document | {"problem": str(error)}, [f"the plan could not be counted: {error}"])
         return
-    registry.generations.add_outcome(made.epoch, "planned", plan.document())
+    registry.generations.add_outcome(decided.epoch, "planned", plan.document())
     show(document | {"plan": plan.document()}, plan.lines())
 
 
 def _planned(
     settings: Settings, asked: argparse.Namespace, registry: Registry, control: Control, now_ms: int
 ) -> tuple[Plan, Control | None]:
-    """The plan, and the generation that does it: `control` itself if it is done, None if all asked is left out already."""
+    """Returns the plan and the generation that executes it; `control` itself if that is done, None if all is masked already."""
     branch, exact = ServingBranch(registry, control), asked.mode == "exact"
     is_named = asked.to is not None or asked.before is not None
     names_clicks = bool(asked.skip or asked.skip_time or asked.skip_users is not None or asked.minutes is not None)
@@ -486,7 +461,7 @@ def _planned(
             "write --to V, --before TIME, or what to leave out; see `springtide rollback --help`",
         )
     mask = mask_of(settings, asked, branch.newest, now_ms)
-    view = look(settings)
+    view = view_of(settings)
     if view is not None:
         require_positions(mask, view.clicks_id, view.clicks)
     new = added(control.masks, mask, control.last_mask, control.generation + 1)
@@ -506,11 +481,11 @@ def _planned(
         topic=to.log.topic or settings.kafka.microbatches_topic,
         switch=Switch.to(settings, registry, to),
         then_follow=asked.follow_when_caught_up,
-        exact=exact_plan(registry, control, to, view) if exact else None,
+        exact=_exact_plan(registry, control, to, view) if exact else None,
     )
     if done_at is not None:
         return plan, None
-    made = roll_back(
+    decided = roll_back(
         *(control, to.version, mask),
         actor=actor(),
         reason=asked.reason,
@@ -518,10 +493,10 @@ def _planned(
         log=None if plan.exact is None else plan.exact.branch,
         then_follow=asked.follow_when_caught_up,
     )
-    if view is not None and made is not control and made.epoch != control.epoch:
+    if view is not None and decided is not control and decided.epoch != control.epoch:
         again = {} if plan.exact is None else {"again": to_json(plan.exact.again)}
-        made = msgspec.structs.replace(made, plan={"end": view.end} | again)
-    return plan, made
+        decided = msgspec.structs.replace(decided, plan={"end": view.end} | again)
+    return plan, decided
 
 
 def _count_interrupted(settings: Settings, registry: Registry, control: Control, plan: Plan) -> None:
@@ -543,21 +518,19 @@ def _count_interrupted(settings: Settings, registry: Registry, control: Control,
         view = replace(view, end=int(stored["end"]))
     if exact is not None:
         known = None if stored is None or "again" not in stored else from_json(stored["again"])
-        exact = exact_plan(registry, before, plan.to, view, known)
+        exact = _exact_plan(registry, before, plan.to, view, known)
     new = [mask for mask in began.masks if mask.generation == began.generation]
     interrupted = replace(plan, before=before, new=new, view=view, exact=exact)
     registry.generations.add_outcome(control.epoch, "planned", interrupted.count(settings).document())
 
 
 def _serves(settings: Settings) -> bool:
-    """Whether an applier runs on this host, according to its metrics."""
     if not (settings.serving_dir / layout.ROWS).is_dir():
         return False
-    return not scrape({"applier": urls(settings)["applier"]})["applier"].problem
+    return not scrape_one(settings, "applier").problem
 
 
 def _wait_for_answers(settings: Settings, version: int, limit_s: float) -> bool:
-    """Waits up to `limit_s` until this host serves `version`; returns whether it does."""
     until_s = time.monotonic() + limit_s
     while served_version(settings.serving_dir) != version:
         if time.monotonic() >= until_s:

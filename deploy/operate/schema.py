@@ -1,11 +1,7 @@
 """`springtide schema`: shows the schema that live clicks are validated against, compares it, and accepts a new baseline.
 
-    show      the baseline: each feature with type, presence, values and how far it may move; --pbtxt for the schema's text
-    diff      the newest window against the baseline and the window before, largest distance first
-    accept    the newest window becomes the baseline; --schema FILE takes domains and thresholds as edited
-
-Output is text or JSON. An accepted baseline also creates a control generation that changes nothing
-else, so that `springtide history` shows who accepted it, when and why.
+An accepted baseline also creates a control generation that changes nothing else, so that `springtide history` shows who
+accepted it, when and why.
 """
 
 from __future__ import annotations
@@ -22,7 +18,7 @@ from tensorflow_metadata.proto.v0.anomalies_pb2 import Anomalies, AnomalyInfo
 from tensorflow_metadata.proto.v0.schema_pb2 import Schema
 from tensorflow_metadata.proto.v0.statistics_pb2 import FeatureNameStatistics
 
-from deploy.operate.commands import Say, current
+from deploy.operate.control import Say, current
 from deploy.operate.times import iso
 from deploy.operate.versions import open_registry, table
 from deploy.validation.windows import KeptWindow, KeptWindows
@@ -39,16 +35,16 @@ from state.statistics.schema import as_text, infer, of_text
 LISTED = 12
 
 
-def present(one: FeatureNameStatistics | None) -> float:
-    """In which share of the rows a feature has a value."""
-    if one is None:
+def present(statistics: FeatureNameStatistics | None) -> float:
+    """Returns the share of the rows in which a feature has a value."""
+    if statistics is None:
         return 0.0
-    there, missing = common(one).num_non_missing, common(one).num_missing
+    there, missing = common(statistics).num_non_missing, common(statistics).num_missing
     return float(there / max(1, there + missing))
 
 
-def limits(feature: schema_pb2.Feature) -> dict[str, float]:
-    """How far a feature may move: from the baseline, and from the window before."""
+def _limits(feature: schema_pb2.Feature) -> dict[str, float]:
+    """Returns how far a feature may move: from the baseline, and from the window before."""
     found = {}
     for against, comparator in (("baseline", feature.skew_comparator), ("previous", feature.drift_comparator)):
         for kind in ("infinity_norm", "jensen_shannon_divergence"):
@@ -57,73 +53,67 @@ def limits(feature: schema_pb2.Feature) -> dict[str, float]:
     return found
 
 
-def feature_document(feature: schema_pb2.Feature, one: FeatureNameStatistics | None) -> dict[str, Any]:
-    """A feature of the baseline as JSON values."""
+def _feature_document(feature: schema_pb2.Feature, statistics: FeatureNameStatistics | None) -> dict[str, Any]:
     document: dict[str, Any] = {
         "name": feature.name,
         "type": schema_pb2.FeatureType.Name(feature.type),
-        "present": present(one),
+        "present": present(statistics),
         "min_fraction": feature.presence.min_fraction,
-        "thresholds": limits(feature),
+        "thresholds": _limits(feature),
     }
-    if one is not None and one.HasField("string_stats"):
-        return document | {"distinct": one.string_stats.unique, "domain": len(feature.string_domain.value)}
-    if one is not None and common(one).num_non_missing:
-        numbers = one.num_stats
+    if statistics is not None and statistics.HasField("string_stats"):
+        return document | {"distinct": statistics.string_stats.unique, "domain": len(feature.string_domain.value)}
+    if statistics is not None and common(statistics).num_non_missing:
+        numbers = statistics.num_stats
         return document | {"mean": numbers.mean, "median": numbers.median, "min": numbers.min, "max": numbers.max}
     return document
 
 
-def feature_line(feature: schema_pb2.Feature, one: FeatureNameStatistics | None, names: Mapping[str, str]) -> list[str]:
-    """A feature of the baseline as a row of a table."""
-    allowed = limits(feature)
+def _feature_line(
+    feature: schema_pb2.Feature, statistics: FeatureNameStatistics | None, names: Mapping[str, str]
+) -> list[str]:
+    allowed = _limits(feature)
     moves = ", ".join(
         f"{allowed[against]:g} from {what}"
         for against, what in (("baseline", "it"), ("previous", "the window before"))
         if against in allowed
     )
     kind = schema_pb2.FeatureType.Name(feature.type).lower()
-    there = f"{present(one):.0%} (at least {feature.presence.min_fraction:.0%})"
-    return [feature.name, kind, there, typical(one, names), moves or "anything"]
+    there = f"{present(statistics):.0%} (at least {feature.presence.min_fraction:.0%})"
+    return [feature.name, kind, there, _typical(statistics, names), moves or "anything"]
 
 
-def typical(one: FeatureNameStatistics | None, names: Mapping[str, str]) -> str:
-    """The most frequent value of a categorical feature with its share, or the middle of a numeric one."""
-    if one is None or not (there := common(one).num_non_missing):
+def _typical(statistics: FeatureNameStatistics | None, names: Mapping[str, str]) -> str:
+    """Returns the most frequent value of a categorical feature with its share, or the middle of a numeric one."""
+    if statistics is None or not (there := common(statistics).num_non_missing):
         return "none"
-    if one.HasField("num_stats"):
-        return f"median {one.num_stats.median:g}, {one.num_stats.min:g} to {one.num_stats.max:g}"
-    found = frequencies(one)
+    if statistics.HasField("num_stats"):
+        return f"median {statistics.num_stats.median:g}, {statistics.num_stats.min:g} to {statistics.num_stats.max:g}"
+    found = frequencies(statistics)
     if not found:
-        return f"{one.string_stats.unique:,} different"
+        return f"{statistics.string_stats.unique:,} different"
     value, count = next(iter(found.items()))
-    return f"{names.get(value, value)} {count / there:.1%} of {one.string_stats.unique:,}"
+    return f"{names.get(value, value)} {count / there:.1%} of {statistics.string_stats.unique:,}"
 
 
-def with_names(text: str, names: Mapping[str, str]) -> str:
-    """A text with the names of ids where they are known."""
+def _with_names(text: str, names: Mapping[str, str]) -> str:
     for value in {word.strip(".,:()") for word in text.split()} & names.keys():
         text = text.replace(value, names[value])
     return text
 
 
 class Bootstrapped(NamedTuple):
-    """The bootstrap that the settings ask for.
-
-    Attributes:
-        name: Its name in the registry.
-        about: What the feature means.
-    """
+    """The bootstrap of the settings: its name in the registry, and its document."""
 
     name: str
     about: Mapping[str, Any]
 
 
 def schema(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Shows, compares or accepts.
+    """Shows, compares or accepts a baseline.
 
     Raises:
-        SettingsError: There is nothing to show yet, or the words do not fit together.
+        SettingsError: There is nothing to show yet, or the options do not fit together.
         RegistryError: There is no registry, or a file of it is damaged.
     """
     if asked.what != "accept" and (asked.schema or asked.reason):
@@ -135,13 +125,13 @@ def schema(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
     else:
         if not asked.reason:
             raise SettingsError(
-                "a new baseline needs --reason TEXT", "say why; it is kept with your name in the history"
+                "a new baseline needs --reason TEXT", "give it: it is recorded with your name in the history"
             )
-        made = accept_window(settings, actor(), asked.reason, now_ms, asked.schema)
+        baseline = accept_window(settings, actor(), asked.reason, now_ms, asked.schema)
         if asked.output == "json":
-            say(json.dumps(dataclasses.asdict(made), indent=2))
+            say(json.dumps(dataclasses.asdict(baseline), indent=2))
         else:
-            say(f"baseline {made.number}: the next window is held against it; `springtide schema show` shows it")
+            say(f"baseline {baseline.number}: the next window is held against it; `springtide schema show` shows it")
 
 
 def show(settings: Settings, asked: argparse.Namespace, say: Say) -> None:
@@ -156,12 +146,15 @@ def show(settings: Settings, asked: argparse.Namespace, say: Say) -> None:
         return
     counted = by_name(baseline.statistics)
     if asked.output == "json":
-        features = [feature_document(one, counted.get(one.name)) for one in baseline.schema.feature]
+        features = [_feature_document(feature, counted.get(feature.name)) for feature in baseline.schema.feature]
         say(json.dumps({**_about(baseline), "rows": baseline.statistics.num_examples, "features": features}, indent=2))
         return
     say(_title(baseline))
     head = ["feature", "type", "has a value", "values", "may move by"]
-    rows = [feature_line(one, counted.get(one.name), found.about.get("names", {})) for one in baseline.schema.feature]
+    rows = [
+        _feature_line(feature, counted.get(feature.name), found.about.get("names", {}))
+        for feature in baseline.schema.feature
+    ]
     say(table([head, *rows]))
 
 
@@ -192,7 +185,7 @@ def diff(settings: Settings, asked: argparse.Namespace, say: Say) -> None:
     names = found.about.get("names", {})
     say(f"the window until {iso(window.end_ms)}, {rows:,} events, against {_title(baseline)}")
     for name, reasons in wrong.items():
-        say(f"{name}: {' '.join(with_names(one['what'], names) for one in reasons)}")
+        say(f"{name}: {' '.join(_with_names(reason['what'], names) for reason in reasons)}")
     if not wrong:
         say("nothing is wrong with it")
     head = ["feature", "from", "distance", "may be", "here", "there"]
@@ -203,35 +196,40 @@ def diff(settings: Settings, asked: argparse.Namespace, say: Say) -> None:
     }
     listed = [
         [
-            one["feature"],
-            "the baseline" if one["against"] == "baseline" else "the window before",
-            f"{one['distance']:.3f}",
-            f"{one['threshold']:g}",
-            typical(here.get(one["feature"]), names),
-            typical(befores[one["against"]].get(one["feature"]), names),
+            distance["feature"],
+            "the baseline" if distance["against"] == "baseline" else "the window before",
+            f"{distance['distance']:.3f}",
+            f"{distance['threshold']:g}",
+            _typical(here.get(distance["feature"]), names),
+            _typical(befores[distance["against"]].get(distance["feature"]), names),
         ]
-        for one in distances[:LISTED]
+        for distance in distances[:LISTED]
     ]
     if listed:
         say(table([head, *listed]))
 
 
 def _distances(anomalies: Anomalies) -> list[dict[str, Any]]:
-    """Every distance, the farthest beyond its threshold first."""
+    """Returns all distances, the farthest beyond its threshold first."""
     found = [
         {
-            "feature": one.path.step[0],
+            "feature": feature.path.step[0],
             "against": against,
             "measure": type(measurement).Type.Name(measurement.type),
             "distance": measurement.value,
             "threshold": measurement.threshold,
         }
-        for one in anomalies.drift_skew_info
-        for against, measured in (("baseline", one.skew_measurements), ("previous", one.drift_measurements))
+        for feature in anomalies.drift_skew_info
+        for against, measured in (("baseline", feature.skew_measurements), ("previous", feature.drift_measurements))
         for measurement in measured
     ]
     return sorted(
-        found, key=lambda one: (-one["distance"] / max(one["threshold"], 1e-9), one["feature"], one["against"])
+        found,
+        key=lambda distance: (
+            -distance["distance"] / max(distance["threshold"], 1e-9),
+            distance["feature"],
+            distance["against"],
+        ),
     )
 
 
@@ -240,17 +238,12 @@ def accept_window(
 ) -> AcceptedBaseline:
     """Makes the newest window the baseline.
 
-    Args:
-        settings: Of the loop.
-        who: Who does it.
-        reason: Why.
-        now_ms: Wall clock.
-        schema_file: A `schema.pbtxt` with domains and thresholds; None for what the window and the settings suggest.
+    `schema_file` has domains and thresholds; None for what the window and the settings suggest.
 
     Raises:
-        SettingsError: There is no window or no bootstrap yet, or the file holds no schema.
+        SettingsError: There is no window or no bootstrap yet, or the file contains no schema.
         RegistryError: There is no control yet.
-        ControlConflict: Somebody else did so just now.
+        ControlConflict: Another client accepted a baseline in the meantime.
     """
     registry, found = _bootstrapped(settings)
     current(registry)
@@ -258,10 +251,10 @@ def accept_window(
     spec = FeatureSpec.from_settings(settings)
     # From then on histories that are full are the rule.
     warm = window.end_ms - int(found.about["newest_ms"]) >= spec.windows_s[-1] * 1000
-    made = infer(window.statistics, warm) if schema_file is None else _read(schema_file)
+    edited = infer(window.statistics, warm) if schema_file is None else _read(schema_file)
     baselines = Baselines(settings.registry_dir)
     number = baselines.newest_number(found.name) + 1
-    new = baselines.add(found.name, AcceptedBaseline(number, who, reason, now_ms), made, window.statistics)
+    new = baselines.add(found.name, AcceptedBaseline(number, who, reason, now_ms), edited, window.statistics)
     registry.change(lambda control: accepted(control, new))
     return new
 

@@ -47,10 +47,9 @@ def versions(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Ca
     if served is not None and served in numbers and served not in kept:
         kept = [served, *kept]
     # Imported here, because other commands that open a registry need no log.
-    from deploy.operate import horizon
-    from deploy.operate.log_view import look
+    from deploy.operate.log_view import horizon, horizon_text, view_of
 
-    view = look(settings, ASK_KAFKA_S)
+    view = view_of(settings, ASK_KAFKA_S)
     listed = (_entry(registry, number, control, served, now_ms, view) for number in kept)
     entries = [entry for entry in listed if entry is not None]
     if asked.output == "json":
@@ -62,21 +61,21 @@ def versions(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Ca
     head = ["version", "epoch", "age", "kind", "log", *FIGURES, ""]
     lines = [
         [
-            str(one["version"]),
-            str(one.get("epoch", "?")),
-            age(one["age_s"]) if "age_s" in one else "?",
-            one.get("kind", "?"),
-            f"{one['log']['first']}-{one['log']['next']}" if "log" in one else "?",
-            *(_figure(one, name) for name in FIGURES.values()),
-            ", ".join(one["marks"]),
+            str(entry["version"]),
+            str(entry.get("epoch", "?")),
+            age(entry["age_s"]) if "age_s" in entry else "?",
+            entry.get("kind", "?"),
+            f"{entry['log']['first']}-{entry['log']['next']}" if "log" in entry else "?",
+            *(_figure(entry, name) for name in FIGURES.values()),
+            ", ".join(entry["marks"]),
         ]
-        for one in reversed(entries)
+        for entry in reversed(entries)
     ]
     say(table([head, *lines]))
-    if view is not None and (back := horizon.oldest(registry, lambda one: view.reaches(registry, one))) is not None:
-        say(f"a rollback reaches {horizon.as_text(horizon.of(back, now_ms))[1]}")
+    if view is not None and (back := horizon(registry, view, now_ms)) is not None:
+        say(f"a rollback reaches {horizon_text(back)[1]}")
     if len(kept) < len(numbers):
-        say(f"{len(numbers) - len(kept):,} older ones are kept too; --all lists them")
+        say(f"{len(numbers) - len(kept):,} older versions are kept too; --all lists them")
 
 
 def open_registry(settings: Settings) -> Registry:

@@ -6,9 +6,7 @@
     kept      max     recorded                          none              at once
     kept      60x     recorded                          none              paced
 
-`now` is the wall clock at the start of the replay.
-
-- Rebased at full speed, the newest click gets the time `now`, and gaps stay as recorded.
+- Rebased at full speed, the newest click gets the wall clock's time at the start, and gaps stay as recorded.
 - Rebased at 60x, an hour passes in a minute. The click being sent gets the current time, and gaps are a sixtieth. A
   click that follows a later one is late by as much as in the recording, divided by the speed.
 - A kept time is never compared with today. Those records carry no Kafka timestamp, so that neither the parser's bounds
@@ -79,17 +77,17 @@ class Stamped:
     high_ms: I64
 
     def cut(self, first: int, after: int) -> Stamped:
-        """Returns the records [first, after)."""
+        """The records [first, after)."""
         part = slice(first, after)
         return Stamped(self.at_ms[part], self.kafka_ms[part], self.due_ms[part], self.high_ms[part])
 
     def oldest_s(self, rows: int) -> float:
-        """Returns how far the oldest of the first `rows` records is before its Kafka timestamp, seconds."""
+        """How far the oldest of the first `rows` records is before its Kafka timestamp, seconds."""
         timed = (self.at_ms[:rows] != NO_TIME) & (self.kafka_ms[:rows] != NO_TIMESTAMP)
         return int((self.kafka_ms[:rows] - self.at_ms[:rows])[timed].max(initial=0)) / 1000
 
     def hand(self, row: int) -> Hand:
-        """Returns the clock's state after record `row`."""
+        """The clock's state after record `row`."""
         return Hand(int(self.high_ms[row]), float(self.due_ms[row]))
 
 

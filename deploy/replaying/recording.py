@@ -2,31 +2,33 @@
 
     read -> encode -> order -> stamp -> (wait) -> judge -> journal -> send -> acknowledged
 
-A journal records the progress, so that a replay that was interrupted continues where it stopped.
-
-Every row of the files ends up in the topic, where the stream makes it a click or a dead letter. A
-row that no record can hold is counted and named here instead. A dry run takes the same steps up to
-the judgement of each row.
+Every row of the files ends up in the topic, where the stream makes it a click or a dead letter. A row that no record can
+hold is counted and named here instead. A dry run takes the same steps up to the judgement of each row.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+import msgspec
 import numpy as np
 import psutil
 
 from deploy.replaying.clock import MAX, NO_TIMESTAMP, Clock, Hand, Stamped, stamp
-from deploy.replaying.journal import Position, ReplayJournal
-from deploy.replaying.sender import LARGEST_VALUE, Piece, Progress, Record, missing, rows_within
+from deploy.replaying.sender import LARGEST_VALUE, Outbox, Piece, Progress, missing, rows_within
+from state import layout
 from state.config.sections import Events
-from state.errors import DecodeError, SettingsError
+from state.disk import files as durable
+from state.errors import CorruptStore, DecodeError, SettingsError
 from state.events.dead_letters import DeadLetter, Reason
 from state.events.decoding import load_decoder, parse_time
 from state.events.identity import Salt
@@ -78,9 +80,87 @@ class Options:
     longest_wait_s: float = 10.0
 
 
+FILE = "journal.json"
+
+
+@dataclass(frozen=True)
+class Position:
+    """The position of a replay.
+
+    Attributes:
+        now_ms: Wall clock at the start of its first run.
+        newest_ms: Latest time of the recording; NO_TIME if it was not needed.
+        acknowledged: Rows of the recording that are done.
+        sending: Rows that are done when the piece in flight has arrived; equal to `acknowledged` if there is none.
+        hand: The clock's state before the piece in flight.
+        ends: By partition, a position before which nothing of the piece in flight can be.
+        refused: By reason, the rows so far that become dead letters in the stream.
+        unsendable: Rows so far that are too large for a record.
+        complete: Whether the recording has ended.
+    """
+
+    now_ms: int
+    newest_ms: int
+    acknowledged: int
+    sending: int
+    hand: Hand
+    ends: Mapping[int, int]
+    refused: Mapping[str, int]
+    unsendable: int = 0
+    complete: bool = False
+    format: Literal[1] = 1
+
+    def after(self, hand: Hand, ends: Mapping[int, int]) -> Position:
+        """The position once the piece in flight has arrived."""
+        return replace(self, acknowledged=self.sending, hand=hand, ends=dict(ends))
+
+
+def key_of(identity: Mapping[str, Any]) -> str:
+    """The key of a recording with its options: 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class ReplayJournal:
+    """The position of one replay, on disk. For one process at a time: hold a lock on `folder`, which must exist."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / FILE
+
+    def read(self) -> Position | None:
+        """The stored position; None if there is none.
+
+        Raises:
+            CorruptStore: The file cannot be read, or another release wrote it.
+        """
+        try:
+            return msgspec.json.decode(self._path.read_bytes(), type=Position)
+        except FileNotFoundError:
+            return None
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise CorruptStore(
+                f"{self._path}: not readable ({error})", "--restart sends the recording again from its beginning"
+            ) from None
+
+    def write(self, position: Position) -> None:
+        """Stores a position durably."""
+        durable.replace(self._path, msgspec.json.encode(position))
+
+    def forget(self) -> None:
+        """Removes the stored position, so that the replay starts again from the beginning."""
+        self._path.unlink(missing_ok=True)
+        durable.sync_directory(self._path.parent)
+
+
+def folder_of(state_dir: Path, key: str) -> Path:
+    """The journal's directory; creates it if it is missing."""
+    folder = state_dir / layout.REPLAY / key
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 @dataclass(frozen=True)
 class RecordingSource:
-    """What is replayed, and how.
+    """A recording, and how it is replayed.
 
     Attributes:
         recording: The files.
@@ -97,7 +177,7 @@ class RecordingSource:
         return f"{self.recording.files[file].path}:{line}"
 
 
-def recorded_times(recording: Recording, events: Events, latest_ms: int) -> RecordedTimes:
+def _recorded_times(recording: Recording, events: Events, latest_ms: int) -> RecordedTimes:
     """Collects all recorded times; reads the time column of all files."""
     field, unit, times = events.time, events.time_unit, RecordedTimes()
     if not field:
@@ -125,11 +205,7 @@ def _behind(chunks: Iterator[EncodedRows], done: int) -> Iterator[EncodedRows]:
 
 
 class Judge:
-    """Determines which records will be dead letters, with the parser that the stream runs.
-
-    Args:
-        events: The section `[events]`.
-    """
+    """Determines which records will be dead letters, with the parser that the stream runs."""
 
     def __init__(self, events: Events) -> None:
         # Whether a record is refused does not depend on the salt, and no parsed data is kept.
@@ -158,17 +234,8 @@ class Judge:
         return f"{letter.reason} by {TOO_OLD}" if after_ms < -self._events.max_age_s * 1000 else str(letter.reason)
 
 
-def refuse_all_dead(refused: Mapping[int, str], count: int, oldest_s: float = 0.0) -> None:
-    """Stops before the topic is filled with dead letters.
-
-    Args:
-        refused: Row -> reason, of the first rows.
-        count: How many rows those are.
-        oldest_s: Age of the oldest record relative to its Kafka timestamp.
-
-    Raises:
-        SettingsError: None of them is a click.
-    """
+def _refuse_all_dead(refused: Mapping[int, str], count: int, oldest_s: float = 0.0) -> None:
+    """Stops if none of the first `count` rows is a click; `oldest_s` is the age of the oldest before its Kafka timestamp."""
     if count < ENOUGH_ROWS or len(refused) < count:
         return
     reasons = Counter(refused.values())
@@ -179,7 +246,7 @@ def refuse_all_dead(refused: Mapping[int, str], count: int, oldest_s: float = 0.
             "leave them out, or say --keep-time"
         )
     elif most.endswith(TOO_NEW):
-        do = "their times are later than this machine's clock: look at both, and at events.time_unit"
+        do = "their times are later than this machine's clock: check both, and events.time_unit"
     else:
         do = "correct [events] (fields, actions, time_unit, decoder), --columns or --constant"
     raise SettingsError(
@@ -187,7 +254,7 @@ def refuse_all_dead(refused: Mapping[int, str], count: int, oldest_s: float = 0.
     )
 
 
-class JudgedPiece(NamedTuple):
+class _JudgedPiece(NamedTuple):
     """Consecutive rows, and the records that they are sent as.
 
     Attributes:
@@ -207,22 +274,14 @@ class JudgedPiece(NamedTuple):
     too_large: list[int]
 
 
-class Walk:
+class _Walk:
     """Reads a recording from a position on, and turns its rows into judged pieces.
 
-    Args:
-        source: The recording; if its times are rebased, the newest time is found before the first row.
-        position: Rows before it are passed over.
-
     Attributes:
-        chunks: The rows that are left, in send order.
+        chunks: The remaining rows, in send order.
         total: Rows of the recording; None if they are not counted yet.
         clock: Computes the times.
         stray: Which rows are excluded from finding the newest time; empty without any.
-
-    Raises:
-        SettingsError: The files do not fit into memory, or columns are missing.
-        UnreadableRecording: A file is truncated or damaged.
     """
 
     def __init__(self, source: RecordingSource, position: Position) -> None:
@@ -242,7 +301,7 @@ class Walk:
         else:
             self.chunks = _behind(recording.encoded(self._encoder, events), position.acknowledged)
             if find_newest:
-                times = recorded_times(recording, events, latest_ms)
+                times = _recorded_times(recording, events, latest_ms)
         newest_ms = position.newest_ms
         if find_newest:
             crowd = times.crowd(round(events.max_age_s * 1000))
@@ -258,7 +317,7 @@ class Walk:
         numbers = [row for row, value in enumerate(values) if len(value) <= LARGEST_VALUE]
         return (piece, numbers) if len(numbers) == len(values) else (piece.take(numbers), numbers)
 
-    def judged(self, encoded: EncodedRows, stamped: Stamped, first: int, after: int) -> JudgedPiece:
+    def judged(self, encoded: EncodedRows, stamped: Stamped, first: int, after: int) -> _JudgedPiece:
         """The rows from `first` on and before `after`, as many as fit into a piece; at least one."""
         rows = encoded.cut(first, after)
         count = rows_within([len(key) + len(body) for key, body in zip(rows.keys, rows.bodies, strict=True)])
@@ -266,27 +325,23 @@ class Walk:
         piece, numbers = self.records(rows, stamped)
         refused = {numbers[record]: reason for record, reason in self._judge.judge(piece).items()}
         too_large = sorted({*range(count)} - {*numbers}) if len(numbers) < count else []
-        return JudgedPiece(rows, stamped.at_ms, piece, numbers, refused, too_large)
+        return _JudgedPiece(rows, stamped.at_ms, piece, numbers, refused, too_large)
 
     def require_click(self, encoded: EncodedRows, stamped: Stamped) -> None:
-        """Stops where none of the first rows is a click, however few of them are due.
-
-        Raises:
-            SettingsError: None is.
-        """
+        """Stops where none of the first rows is a click, however few of them are due."""
         if len(encoded):
             judged = self.judged(encoded, stamped, 0, len(encoded))
-            refuse_all_dead(judged.refused, len(judged.numbers), stamped.oldest_s(len(judged.rows)))
+            _refuse_all_dead(judged.refused, len(judged.numbers), stamped.oldest_s(len(judged.rows)))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run did.
+    """The result of one run.
 
     Attributes:
         sent: Rows of this run.
         late: Of these, those after a row of a later time.
-        total: Rows of the recording, where they are known.
+        total: Rows of the recording; None if they are not counted.
         position: Progress of the replay.
     """
 
@@ -302,40 +357,17 @@ class Outcome:
         return position.acknowledged - sum(position.refused.values()) - position.unsendable
 
 
-class Destination(Protocol):
-    """Where pieces go; see `deploy.replaying.sender.Outbox`."""
-
-    def send(self, piece: Piece) -> Mapping[int, int]:
-        """Returns when the piece is acknowledged."""
-
-    def arrived_since(self, ends: Mapping[int, int]) -> list[Record]:
-        """What arrived after positions."""
-
-    def ends(self) -> Mapping[int, int]:
-        """The end of each partition."""
-
-
 class Replay:
     """Sends a recording from the journal's position to its end, `options.limit` or `stopped`.
 
-    1. Look up in the topic the piece that was in flight when the last run ended,
-       and send the part that did not arrive.
-    2. For each piece: record it in the journal, send it, and wait until all of it
-       is acknowledged.
-
-    Args:
-        source: The recording.
-        destination: The topic.
-        journal: Keeps the position.
-        progress: Reports rows that are no clicks.
-        stopped: Ends the replay between two pieces.
-        wall_ms: Wall clock.
+    1. Look up in the topic the piece that was in flight when the last run ended, and send the part that did not arrive.
+    2. For each piece: record it in the journal, send it, and wait until all of it is acknowledged.
     """
 
     def __init__(
         self,
         source: RecordingSource,
-        destination: Destination,
+        destination: Outbox,
         journal: ReplayJournal,
         progress: Progress,
         stopped: threading.Event,
@@ -359,7 +391,7 @@ class Replay:
             return Outcome(0, 0, stored.acknowledged, stored)
         begin = Position(now_ms, NO_TIME, 0, 0, Hand(NO_TIME, float(now_ms)), {}, {})
         self._position = replace(begin, ends=self._destination.ends()) if stored is None else stored
-        walk = Walk(self._source, self._position)
+        walk = _Walk(self._source, self._position)
         if walk.stray:
             self._progress.say(walk.stray)
         self._position = replace(self._position, newest_ms=walk.clock.newest_ms)
@@ -368,7 +400,7 @@ class Replay:
         self._journal.write(self._position)
         return Outcome(self._sent, self._late, walk.total, self._position)
 
-    def _send_all(self, walk: Walk) -> bool:
+    def _send_all(self, walk: _Walk) -> bool:
         """Sends until the end (True) or until limit or stop."""
         hand: Hand | None = None
         limit, total = self._source.options.limit, walk.total
@@ -404,7 +436,7 @@ class Replay:
                 hand = stamped.hand(len(encoded) - 1)
         return True
 
-    def _recovered(self, chunk: EncodedRows, walk: Walk) -> EncodedRows:
+    def _recovered(self, chunk: EncodedRows, walk: _Walk) -> EncodedRows:
         """Completes the piece that was in flight; returns the rows behind it."""
         position = self._position
         count = position.sending - position.acknowledged
@@ -419,7 +451,7 @@ class Replay:
         self._position = position.after(stamped.hand(count - 1), position.ends)
         return chunk.cut(count, len(chunk))
 
-    def _deliver(self, judged: JudgedPiece, stamped: Stamped, after: int) -> None:
+    def _deliver(self, judged: _JudgedPiece, stamped: Stamped, after: int) -> None:
         """Sends a piece that ends before row `after` of the stamped rows."""
         rows, count, position = judged.rows, len(judged.rows), self._position
         for row, reason in judged.refused.items():
@@ -449,7 +481,7 @@ class Replay:
 
 @dataclass
 class Findings:
-    """What a replay would send.
+    """The result of a dry run.
 
     Attributes:
         rows: Rows read.
@@ -469,7 +501,7 @@ class Findings:
     sent: tuple[int, int] = (NO_TIME, NO_TIME)
     stray: str = ""
 
-    def add(self, judged: JudgedPiece, source: RecordingSource) -> None:
+    def add(self, judged: _JudgedPiece, source: RecordingSource) -> None:
         """Adds a piece."""
         rows = judged.rows
         self.rows += len(rows)
@@ -496,14 +528,14 @@ class Findings:
 
 
 def try_out(source: RecordingSource, now_ms: int) -> Findings:
-    """Does what a replay that began at `now_ms` would do, from the first row on, but sends nothing.
+    """Takes all steps of a replay that began at `now_ms`, but sends nothing.
 
     Raises:
         SettingsError: None of the first rows is a click, or they do not fit into memory.
-        UnreadableRecording: A file is cut or damaged.
+        UnreadableRecording: A file is truncated or damaged.
     """
     hand = Hand(NO_TIME, float(now_ms))
-    walk = Walk(source, Position(now_ms, NO_TIME, 0, 0, hand, {}, {}))
+    walk = _Walk(source, Position(now_ms, NO_TIME, 0, 0, hand, {}, {}))
     findings = Findings(stray=walk.stray)
     left = math.inf if source.options.limit is None else source.options.limit
     for chunk in walk.chunks:
@@ -528,18 +560,13 @@ def _wider(span: tuple[int, int], at_ms: int) -> tuple[int, int]:
 
 
 def check(recording: Recording, events: Events, latest_ms: int) -> None:
-    """Opens each file, and reads on in them until a row is a click.
+    """Opens each file, and reads on in them until a row is a click. Times are not compared with today here.
 
-    Times are not compared with today here: that depends on how they are moved.
-
-    Args:
-        recording: The files.
-        events: How their columns are fields.
-        latest_ms: Later times are none.
+    A time after `latest_ms` counts as none.
 
     Raises:
         SettingsError: A field is no column of a file, or none of the first rows is a click.
-        UnreadableRecording: A file is cut or damaged.
+        UnreadableRecording: A file is truncated or damaged.
     """
     fields = mapped_fields(events)
     for number in range(len(recording.files)):
@@ -548,7 +575,7 @@ def check(recording: Recording, events: Events, latest_ms: int) -> None:
     judge, encoder = Judge(events), Encoder(events, recording.constants or {}, latest_ms)
     refused: dict[int, str] = {}
     seen = 0
-    with closing(_encoded(recording, fields, encoder)) as chunks:
+    with closing(recording.encoded(encoder, events, CHUNK_ROWS)) as chunks:
         for encoded in chunks:
             stamps = np.full(len(encoded), NO_TIMESTAMP, np.int64)
             found = judge.judge(Piece(encoded.keys, encoder.values(encoded, encoded.at_ms), stamps))
@@ -556,10 +583,4 @@ def check(recording: Recording, events: Events, latest_ms: int) -> None:
             seen += len(encoded)
             if len(refused) < seen or seen >= MOST_ROWS:
                 break
-    refuse_all_dead(refused, seen)
-
-
-def _encoded(recording: Recording, fields: tuple[str, ...], encoder: Encoder) -> Generator[EncodedRows]:
-    for number in range(len(recording.files)):
-        with closing(recording.rows(number, fields, CHUNK_ROWS)) as chunks:
-            yield from (encoder.encode(rows, number) for rows in chunks)
+    _refuse_all_dead(refused, seen)

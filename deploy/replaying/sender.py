@@ -1,8 +1,4 @@
-"""Sends pieces of a recording to Kafka with acknowledgement, and shows the progress.
-
-All records of a user go to one partition. In a terminal the progress is one updating line, otherwise a line every ten
-seconds.
-"""
+"""Sends pieces of a recording to Kafka with acknowledgement, and shows the progress."""
 
 from __future__ import annotations
 
@@ -45,7 +41,7 @@ class Piece:
         return len(self.keys)
 
     def take(self, rows: Sequence[int]) -> Piece:
-        """Returns the piece with only the records `rows`."""
+        """The piece with only the records `rows`."""
         return Piece(
             [self.keys[row] for row in rows],
             [self.values[row] for row in rows],
@@ -53,12 +49,12 @@ class Piece:
         )
 
     def records(self) -> list[Record]:
-        """Returns key, value and timestamp of each record."""
+        """Key, value and timestamp of each record."""
         return list(zip(self.keys, self.values, self.kafka_ms.tolist(), strict=True))
 
 
 def rows_within(sizes: Sequence[int], limit: int = PIECE_BYTES) -> int:
-    """Returns how many of the first records, of these sizes, fit into one piece; at least one.
+    """How many of the first records, of these sizes, fit into one piece; at least one.
 
     >>> rows_within([4, 4, 4], limit=10), rows_within([11], limit=10)
     (2, 1)
@@ -67,7 +63,7 @@ def rows_within(sizes: Sequence[int], limit: int = PIECE_BYTES) -> int:
 
 
 def missing(piece: Piece, arrived: Sequence[Record]) -> Piece:
-    """Returns the records of `piece` that have not arrived; equal records are counted individually.
+    """The records of `piece` that have not arrived; equal records are counted individually.
 
     >>> piece = Piece([b"u", b"u"], [b"{}", b"{}"], np.array([5, 5]))
     >>> len(missing(piece, [(b"u", b"{}", 5)])), len(missing(piece, [(b"u", b"{}", 6)]))
@@ -84,12 +80,7 @@ def missing(piece: Piece, arrived: Sequence[Record]) -> Piece:
 
 
 class Outbox:
-    """Sends pieces to a topic. Used by one thread.
-
-    Args:
-        kafka: Connection settings.
-        topic: An existing topic.
-    """
+    """Sends pieces to an existing topic; all records of a user go to one partition. Used by one thread."""
 
     def __init__(self, kafka: Kafka, topic: str) -> None:
         self._kafka = kafka
@@ -98,10 +89,7 @@ class Outbox:
         self._partitions: dict[bytes, int] = {}
 
     def send(self, piece: Piece) -> dict[int, int]:
-        """Sends a piece; returns when all of it is acknowledged.
-
-        Returns:
-            By partition that received records, the position after them.
+        """Sends a piece; returns when all of it is acknowledged: by partition that received records, the position after them.
 
         Raises:
             LogError: Kafka refused, or did not answer; part of the piece may have arrived.
@@ -123,20 +111,12 @@ class Outbox:
         return {partition: begin + len(rows[partition]) for partition, begin in begins.items()}
 
     def ends(self) -> dict[int, int]:
-        """Returns the position of the next record of each partition.
-
-        Raises:
-            LogError: Kafka does not answer.
-        """
+        """The position of the next record of each partition."""
         with Topics(self._kafka) as topics:
             return {partition: end for partition, (_, end) in topics.ends(self._topic).items()}
 
     def arrived_since(self, ends: Mapping[int, int]) -> list[Record]:
-        """Returns all records in the topic from the positions `ends` on, of any producer.
-
-        Raises:
-            LogError: Kafka does not answer.
-        """
+        """All records in the topic from the positions `ends` on, of any producer."""
         with Topics(self._kafka) as topics:
             kept = topics.ends(self._topic)
         begins = {partition: max(begin, ends.get(partition, 0)) for partition, (begin, _) in kept.items()}
@@ -144,7 +124,9 @@ class Outbox:
         found: list[Record] = []
         if not left:
             return found
-        with Reader(self._kafka, self._topic, sorted(left), {one: begins[one] for one in left}) as reader:
+        with Reader(
+            self._kafka, self._topic, sorted(left), {partition: begins[partition] for partition in left}
+        ) as reader:
             ends_now = {partition: kept[partition][1] for partition in left}
             for batches in read_to(reader, ends_now, stalled_s=self._kafka.request_timeout_s):
                 for batch in batches:
@@ -172,7 +154,7 @@ NAMED_ROWS = 5
 
 
 def progress_line(done: int, total: int | None, rate: float, bad: int, called: str = "dead letter") -> str:
-    """Formats the progress of a replay as one line; `called` is the name of a bad row.
+    """The progress of a replay as one line; `called` is the name of a bad row.
 
     >>> progress_line(500, 1000, 250.0, 2)
     '[##########----------]  50 %  500 of 1,000 rows  250 rows/s  2 dead letters'
@@ -186,13 +168,9 @@ def progress_line(done: int, total: int | None, rate: float, bad: int, called: s
 
 
 class Progress:
-    """Writes the progress of one replay.
+    """Writes the progress of one replay: in a terminal as one updating line, otherwise as a line every ten seconds.
 
-    Args:
-        out: Where to write.
-        monotonic_s: Monotonic clock, seconds.
-        row: Name of a good row.
-        called: Name of a bad row.
+    `row` and `called` are the names of a good and a bad row.
     """
 
     def __init__(
@@ -210,11 +188,7 @@ class Progress:
     def show(self, sent: int, done: int, total: int | None, bad: int) -> None:
         """Shows the progress if an update is due.
 
-        Args:
-            sent: Rows of this run.
-            done: Rows of this run and earlier runs.
-            total: Rows of the recording; None if they are not counted yet.
-            bad: Bad rows.
+        `sent` rows are of this run, `done` rows of this and earlier runs. `total` is None if the rows are not counted yet.
         """
         self._line.show(lambda: progress_line(done, total, sent / self.took_s, bad, self._called))
 

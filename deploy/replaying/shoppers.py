@@ -1,16 +1,15 @@
 """Synthetic shoppers whose taste drifts, and the pace at which they click.
 
-Each shopper has a taste: a vector of weights over the categories. A few favourites have nearly all
-of the weight, the strongest first.
+Each shopper has a taste: a vector of weights over the categories, nearly all of it on a few favourites.
 
-1. A shopper shops in sessions: consecutive clicks stay near one category with probability `STAY`.
-2. Otherwise the category is drawn from the shopper's taste or, with probability `WANDER`, from the
-   overall popularity (Zipf).
-3. The taste drifts: its focus moves from one favourite to the next, once in `drift_s` on average. A
-   fifth of the moves jump to a new category.
+1. Consecutive clicks stay near one category with probability `STAY`.
+2. Otherwise the category is drawn from the shopper's taste or, with probability `WANDER`, from the overall popularity
+   (Zipf).
+3. The focus of the taste moves from one favourite to the next, once in `drift_s` on average. A fifth of the moves jump
+   to a new category.
 4. Items belong to categories. Within a category their popularity is Zipf too.
 
-The clicks are deterministic: they depend only on the seed and the order of calls.
+The clicks depend only on the seed and the order of calls.
 """
 
 from __future__ import annotations
@@ -77,11 +76,7 @@ def zipf(n: int, exponent: float = POPULARITY) -> F64:
 
 
 def action_shares(n: int) -> F64:
-    """`[n]` float64: how often each of n actions happens.
-
-    >>> action_shares(2).round(2).tolist(), len(action_shares(6))
-    ([0.92, 0.08], 6)
-    """
+    """`[n]` float64: how often each of n actions happens."""
     shares = np.array((ACTION_SHARES + (ACTION_SHARES[-1] / 2,) * n)[:n])
     return np.asarray(shares / shares.sum())
 
@@ -215,8 +210,8 @@ class Pace:
 
     Attributes:
         rate: Clicks per second of the shoppers' clock; 0: as fast as the sender accepts them.
-        speed: Seconds of the shoppers' clock per second of the wall's.
-        limit: So many clicks in all; None for no end.
+        speed: Seconds of the shoppers' clock per second of wall clock.
+        limit: Number of clicks in all; None for no end.
         head_start_s: How long the shoppers have been clicking already; those clicks are due at once.
     """
 
@@ -235,15 +230,8 @@ def let_click(
 ) -> int:
     """Lets the shoppers click until `stopped` or the limit; returns the number of clicks sent.
 
-    Every tenth of a second all clicks that are due go out together. A sender
-    that cannot keep up falls behind in wall time, never in order.
-
-    Args:
-        shoppers: Whose clicks; their clock starts at `wall_s()`, less the head start.
-        send: Takes clicks and returns when they are acknowledged.
-        pace: How fast, and how many.
-        stopped: Ends it between two slices.
-        wall_s: Unix time, seconds.
+    Every tenth of a second all clicks that are due are passed to `send`, which returns once they are acknowledged. A sender
+    that cannot keep up falls behind in wall time, never in order. `wall_s` returns Unix time, in seconds.
     """
     started_s, sent = wall_s() - pace.head_start_s, 0
     while not stopped.is_set() and (pace.limit is None or sent < pace.limit):

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from deploy.command_line import RefusingParser
-from deploy.operate.options import SETTINGS_HELP, positive
+from deploy.command_line import RefusingParser, run_command
+from deploy.operate.options import SETTINGS_HELP, output, positive
 from deploy.operate.versions import table
 from deploy.segments import process
 from deploy.segments.judging import open_host, opened
@@ -23,8 +23,7 @@ from state.config.loading import load
 from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.disk import files as durable
-from state.errors import NotReady, SpringtideError, UnknownSegment, of_disk
-from state.process.closed_output import while_read
+from state.errors import BadRequest, NotReady
 from state.process.progress_line import ProgressLine, bar
 from state.segments.expression import segments_of
 from state.segments.members import SegmentStore, all_members
@@ -49,14 +48,14 @@ ROWS_AT_ONCE = 10_000
 
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command; settings have been removed from the arguments before."""
-    made = RefusingParser(
+    command = RefusingParser(
         prog="springtide segments",
         description="Maintain, list and export segments of users, and find users similar to their members: run | list [-o json] | "
         "export NAME --to FILE.parquet | lookalikes NAME [--count N] [--to FILE.parquet].",
         epilog=SETTINGS_HELP,
         allow_abbrev=False,
     )
-    actions = made.add_subparsers(dest="action", metavar="ACTION", required=True)
+    actions = command.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     def add(name: str, help: str) -> argparse.ArgumentParser:
         return actions.add_parser(name, help=help, description=help, epilog=SETTINGS_HELP, allow_abbrev=False)
@@ -65,18 +64,16 @@ def parser() -> argparse.ArgumentParser:
     listing = add("list", "List the segments with their sizes and expressions.")
     export = add("export", "Export the members of a segment to a Parquet file.")
     like = add("lookalikes", "Find the users nearest to the members of a segment, and report the precision.")
-    for one in (export, like):
-        one.add_argument("name", metavar="NAME", help="name of the segment")
+    for verb in (export, like):
+        verb.add_argument("name", metavar="NAME", help="name of the segment")
     export.add_argument("--to", required=True, type=Path, metavar="FILE.parquet", help="output file")
     like.add_argument("--count", type=positive, default=100, metavar="N", help="number of users (default 100)")
     like.add_argument(
         "--to", type=Path, metavar="FILE.parquet", help="write them to this file instead of printing them"
     )
-    for one in (listing, export, like):
-        one.add_argument(
-            "-o", "--output", choices=("text", "json"), default="text", help="output format (default text)"
-        )
-    return made
+    for verb in (listing, export, like):
+        output(verb)
+    return command
 
 
 def run(asked: argparse.Namespace, settings: Settings, say: Say) -> None:
@@ -91,15 +88,16 @@ def run(asked: argparse.Namespace, settings: Settings, say: Say) -> None:
         with opened(settings) as store:
             sizes = store.sizes()
         listed = [
-            {"name": one.name, "size": sizes.get(one.name, 0), "expression": one.text} for one in segments.values()
+            {"name": segment.name, "size": sizes.get(segment.name, 0), "expression": segment.text}
+            for segment in segments.values()
         ]
         head = ["segment", "users", "expression"]
-        rows = [[str(value) for value in one.values()] for one in listed]
+        rows = [[str(value) for value in segment.values()] for segment in listed]
         say(json.dumps(listed) if asked.output == "json" else table([head, *rows]))
         return
     if asked.name not in segments:
         do = f"name one of {', '.join(segments)}" if segments else "name segments in [segments]"
-        raise UnknownSegment(f"there is no segment {asked.name}", do)
+        raise BadRequest(f"there is no segment {asked.name}", do)
     with opened(settings) as store:
         (export if asked.action == "export" else lookalikes)(asked, settings, store, say)
 
@@ -122,7 +120,9 @@ def lookalikes(asked: argparse.Namespace, settings: Settings, store: SegmentStor
     """Finds the users nearest to the members of a segment, and prints or writes them."""
     within = [user for page in all_members(store, asked.name) for user, _ in page]
     if not within:
-        raise NotReady(f"nobody is in {asked.name}", "look again when somebody is: `springtide segments list`")
+        raise NotReady(
+            f"segment {asked.name} has no members", "repeat this when it has some: `springtide segments list`"
+        )
     host = open_host(settings)
     progress = ProgressLine(sys.stderr, LINE_EVERY_S)
     try:
@@ -148,7 +148,7 @@ def lookalikes(asked: argparse.Namespace, settings: Settings, store: SegmentStor
             "members": int(members.sum()),
             "users": len(found.users),
             "lookalikes": [{"pseudonym": f"{user:016x}", "similarity": score} for user, score in near],
-            "precision": [one._asdict() for one in curve],
+            "precision": [point._asdict() for point in curve],
         }
         say(json.dumps(document))
         return
@@ -158,11 +158,11 @@ def lookalikes(asked: argparse.Namespace, settings: Settings, store: SegmentStor
     else:
         say(f"{asked.to}: the {len(near)} nearest")
     if not curve:
-        say("too few members to hold some back: how good this is, is not known")
+        say("too few members to hold some out: the precision is unknown")
         return
-    say("of the first k so many are members that were held back:")
+    say("precision at k, measured with held-out members:")
     head = ["k", "lookalikes", "most clicks", "chance"]
-    say(table([head, *([str(one.k), *(f"{value:.3f}" for value in one[1:])] for one in curve)]))
+    say(table([head, *([str(point.k), *(f"{value:.3f}" for value in point[1:])] for point in curve)]))
 
 
 def members(store: SegmentStore, segment: str) -> Iterator[pa.RecordBatch]:
@@ -170,20 +170,18 @@ def members(store: SegmentStore, segment: str) -> Iterator[pa.RecordBatch]:
     for page in all_members(store, segment, ROWS_AT_ONCE):
         columns = [
             [f"{user:016x}" for user, _ in page],
-            [one.since_ms for _, one in page],
-            [one.version for _, one in page],
+            [membership.since_ms for _, membership in page],
+            [membership.version for _, membership in page],
         ]
-        yield pa.record_batch([pa.array(one, kind) for one, kind in zip(columns, MEMBERS.types, strict=True)], MEMBERS)
+        yield pa.record_batch(
+            [pa.array(column, kind) for column, kind in zip(columns, MEMBERS.types, strict=True)], MEMBERS
+        )
 
 
 def write(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch], wrote: Callable[[int], None]) -> int:
     """Writes a file, or replaces an existing one; returns the number of rows.
 
-    Args:
-        path: The file.
-        schema: Schema of the rows.
-        batches: The rows.
-        wrote: Called with the number of rows written so far, after each batch.
+    `wrote` is called with the number of rows written so far, after each batch.
 
     Raises:
         OSError: The file cannot be written; an existing file stays as it was.
@@ -206,18 +204,17 @@ def write(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch], wrot
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    flags, words = split_settings(sys.argv[1:] if argv is None else argv)
-    try:
+
+    def work(arguments: Sequence[str]) -> int:
+        flags, words = split_settings(arguments)
         asked = parser().parse_args(words)
         if asked.action == "run":
             return process.main(flags)
         run(asked, load(flags), print)
-    except (SpringtideError, OSError) as problem:
-        error = of_disk(problem)
-        print(f"springtide segments: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+        return 0
+
+    return run_command("springtide segments", work, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(while_read(main))
+    sys.exit(main())

@@ -19,14 +19,7 @@ from state.segments.members import SegmentStore
 
 
 class JudgedUser(NamedTuple):
-    """The result of evaluating all expressions on one user's profile.
-
-    Attributes:
-        user: The pseudonym.
-        at_ms: The time for which the profile was computed.
-        version: The version that computed it.
-        within: The segments whose expression holds; empty for an unknown user.
-    """
+    """The segments whose expression holds for a user at a time, computed by a version; none for an unknown user."""
 
     user: int
     at_ms: int
@@ -35,25 +28,17 @@ class JudgedUser(NamedTuple):
 
 
 class ProfileJudge:
-    """Evaluates all segments for users; use it in one thread.
-
-    Args:
-        segments: The segments by name.
-    """
+    """Evaluates all segments for users. Not thread-safe."""
 
     def __init__(self, segments: Mapping[str, Segment]) -> None:
-        self._expressions = {one.name: one.expression for one in segments.values()}
-        kinds = frozenset[str]().union(*(one.kinds for one in self._expressions.values()))
+        self._expressions = {segment.name: segment.expression for segment in segments.values()}
+        kinds = frozenset[str]().union(*(expression.kinds for expression in self._expressions.values()))
         asked = {"feature": "features", "attribute": "attributes"}
         self._fields = frozenset(field for kind, field in asked.items() if kind in kinds)
         self._top = None if "interest" in kinds else 0
 
     def judge(self, predictor: Predictor, users: Sequence[int]) -> list[JudgedUser]:
-        """Evaluates users; each batch uses one version.
-
-        Args:
-            predictor: Computes the profiles; its queries identify users by pseudonym.
-            users: Their pseudonyms.
+        """Evaluates users by pseudonym; each batch uses one version.
 
         Raises:
             NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: As `Predictor.profiles`.
@@ -67,16 +52,16 @@ class ProfileJudge:
 
     def _judged(self, answer: Answer) -> JudgedUser:
         # An unknown user is in no segment, even if an expression holds for all-zero features.
-        facts = facts_of(answer)
-        within = (name for name, one in self._expressions.items() if answer.known and one.holds(facts))
+        facts = _facts_of(answer)
+        within = (name for name, expression in self._expressions.items() if answer.known and expression.holds(facts))
         return JudgedUser(pseudonym(answer.user_id), answer.at_ms, answer.version["number"], frozenset(within))
 
 
-def facts_of(answer: Answer) -> ProfileFacts:
+def _facts_of(answer: Answer) -> ProfileFacts:
     """Returns what expressions can refer to in an answer; of categories with the same name the most probable counts."""
     interests: dict[str, float] = {}
-    for one in answer.interests:
-        interests.setdefault(one["label"], one["probability"])
+    for interest in answer.interests:
+        interests.setdefault(interest["label"], interest["probability"])
     return ProfileFacts(answer.features or {}, interests, answer.attributes or {}, answer.churn)
 
 

@@ -3,14 +3,14 @@
     v_u     the vector of user u less the mean over all users, at unit length
     s(u)    v_u . mean of v_m over the members m: the mean cosine of u with the members
 
-The mean is subtracted because all vectors share it; without this all users are near to each other. One query runs
-against all users, so all products are computed exactly; an index pays off only for many queries.
+The mean is subtracted because all vectors share it. One query runs against all users, so all products are computed
+exactly; an index pays off only for many queries.
 
-The quality is measured with held-out members. A fifth of the members, chosen by pseudonym, are added to the users who
-are not members. The measure is precision at k: the share of held-out members among the first k. It is compared with
-the order by most clicks, and with chance.
+The quality is precision at k with held-out members: a fifth of the members, chosen by pseudonym, are added to the users
+who are not members, and the measure is the share of them among the first k. It is compared with the order by most
+clicks, and with chance.
 
-Workers read one list a segment. The process that keeps members starts a child at intervals (`python -m
+Workers read one list per segment. The process of segments starts a child at intervals (`python -m
 deploy.segments.lookalikes`), which writes the lists to a temporary directory. After a successful end the parent moves
 them to their final location. A change of control removes all lists and stops the child.
 """
@@ -75,12 +75,10 @@ class UserVectors(NamedTuple):
     version: int
 
 
-def vectors_of(predictor: Predictor, looked: Callable[[int], None]) -> UserVectors:
+def vectors_of(predictor: Predictor, report: Callable[[int], None]) -> UserVectors:
     """Computes the current vectors of all users with a history; needs 4 bytes per number and user.
 
-    Args:
-        predictor: Computes the profiles; its queries identify users by pseudonym.
-        looked: Called with the number of users read so far, after each batch.
+    `report` is called with the number of users read so far, after each batch.
 
     Raises:
         NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: As `Predictor.profiles`.
@@ -98,7 +96,7 @@ def vectors_of(predictor: Predictor, looked: Callable[[int], None]) -> UserVecto
                 clicks.append(answer.features[_CLICKS])
                 version = answer.version["number"]
         seen += len(some)
-        looked(seen)
+        report(seen)
     stacked = np.stack(vectors) if vectors else np.empty((0, 0), np.float32)
     return UserVectors(np.array(users, np.uint64), stacked, np.array(clicks, np.int64), version)
 
@@ -154,7 +152,7 @@ def precision_curve(found: UserVectors, members: Flags, cuts: Sequence[int] = CU
         return []
     hits = held[asked]
     orders = [similarities(found.vectors, given)[asked], found.clicks[asked]]
-    ours, most = (np.cumsum(hits[np.argsort(-one, kind="stable")]) for one in orders)
+    ours, most = (np.cumsum(hits[np.argsort(-order, kind="stable")]) for order in orders)
     chance = float(hits.mean())
     return [PrecisionAt(k, float(ours[k - 1] / k), float(most[k - 1] / k), chance) for k in cuts if k < len(hits)]
 
@@ -165,12 +163,7 @@ def aside(settings: Settings) -> Path:
 
 
 class LookalikeLists:
-    """The lookalike lists of one host; used by the main thread, which keeps members.
-
-    Args:
-        settings: Settings of the loop; without `segments.lookalikes` there are no lists.
-        clock_s: A monotonic clock.
-    """
+    """The lookalike lists of one host; without `segments.lookalikes` there are none. Use it in the main thread."""
 
     def __init__(self, settings: Settings, clock_s: Callable[[], float]) -> None:
         self._settings, self._clock_s = settings, clock_s
@@ -237,7 +230,7 @@ def run(settings: Settings) -> None:
     host, folder = open_host(settings), aside(settings)
     folder.mkdir()
     try:
-        found = vectors_of(host.predictor(), lambda looked: None)
+        found = vectors_of(host.predictor(), lambda users: None)
     finally:
         host.close()
     with opened(settings) as store:
@@ -247,7 +240,7 @@ def run(settings: Settings) -> None:
             if not members.any():
                 continue
             near = nearest(found, members, settings.segments.lookalikes)
-            made = LookalikeList(
+            listed = LookalikeList(
                 found.version,
                 wall_ms(),
                 int(members.sum()),
@@ -255,7 +248,7 @@ def run(settings: Settings) -> None:
                 tuple(NearUser(f"{user:016x}", similarity) for user, similarity in near),
                 tuple(precision_curve(found, members)),
             )
-            write(folder, segment, made)
+            write(folder, segment, listed)
     durable.sync_directory(folder)
 
 

@@ -1,35 +1,25 @@
-"""Keeps the members of each segment up to date: `python -m deploy.segments.process`, `springtide segments run`.
+"""Updates the members of each segment: `python -m deploy.segments.process`, `springtide segments run`.
 
-The process runs on one serving host, next to its applier and workers, and reads their stores. No
-other process waits for it. If it is slow or dead, clicks, training and answers continue. After a
-restart it evaluates all users.
+The process runs on one serving host, next to its applier and workers, and reads their stores. If it is slow or dead,
+clicks, training and answers continue. After a restart it evaluates all users.
 
-It evaluates users who clicked at once, and all users periodically. After a change of control it
-evaluates all users at once. Each round (`SegmentKeeper.step`):
+It evaluates users who clicked at once, and all users periodically, because windows expire and versions learn without a
+click of the user. After a change of control it evaluates all users at once. Each round (`SegmentKeeper.step`):
 
-1. Read control, the mask and the pointer. After a rollback, a pin, a mask or an erasure all users
-   are evaluated again, erased users first.
-2. Mark the users as due whose clicks have reached this host's histories; they come from the
-   training log's records.
-3. Evaluate some of the due users, as a worker would answer for them now, and some users of the
-   periodic pass.
+1. Read control, the mask and the pointer. After a rollback, a pin, a mask or an erasure all users are evaluated again,
+   erased users first.
+2. Mark the users as due whose clicks have reached this host's histories; they come from the training log's records.
+3. Evaluate some of the due users, as a worker would answer for them now, and some users of the periodic pass.
 4. Write each entry and exit to the topic, then to the store that workers read.
-5. Once all erased users have left, rewrite the store without their bytes, and report it to the
-   registry.
+5. Once all erased users have left, rewrite the store without their bytes, and report it to the registry.
 6. Periodically a child process lists lookalikes. If step 1 finds a change, all lists are removed.
-
-The periodic pass (`UserSweep`) is needed because windows expire and versions learn without a click
-of the user. It visits users with a history in the order of their pseudonyms, then members without
-one. A pass spreads its work over `every_s`; a pass that is hurried takes only the time that it
-needs.
 
 Memberships (`Members`) are written in an order that survives a crash:
 
 1. At the start, read the compacted topic from where this host's copy ends to the topic's end.
 2. Send each change as a record. Once it is acknowledged, commit it to the copy.
 
-A crash between the two leaves a record that the next start reads. No other process writes the
-topic.
+A crash between the two leaves a record that the next start reads. No other process writes the topic.
 """
 
 from __future__ import annotations
@@ -97,6 +87,7 @@ AT_ONCE = 256
 """Users evaluated per round, due ones and those of the periodic pass each; about 70 ms."""
 FETCH_S, SOON_S = 0.1, 0.01
 MOST_DUE = 200_000
+SWEEP_S = 600.0  # in which every user is evaluated again, because windows expire without a click
 """Maximum of due users, about 100 bytes each; above it all users are evaluated instead."""
 CLICK, SWEEP, CHANGE = "click", "sweep", "change"
 RETRY_S = 1.0
@@ -106,15 +97,7 @@ _log = logging.getLogger(__name__)
 
 
 class Members:
-    """The memberships; used by one thread, the topic's and the store's only writer.
-
-    Args:
-        log: Where the topic is.
-        topic: Its name.
-        store: This host's copy.
-        names: The segments that there are.
-        metrics: Of the process.
-    """
+    """The memberships of the segments `names`: the only writer of topic and store. Not thread-safe."""
 
     def __init__(
         self, log: Log, topic: str, store: SegmentStore, names: Collection[str], metrics: SegmentMetrics
@@ -153,28 +136,28 @@ class Members:
         self._show()
 
     def take(self, judged: Sequence[JudgedUser]) -> None:
-        """2. Takes users in and out, as they were judged; durable in the topic and seen by readers of the store when it returns.
+        """2. Adds and removes members as judged; durable in the topic and visible to readers of the store when it returns.
 
         Raises:
-            LogError: The topic cannot be written; come again with the same users.
+            LogError: The topic cannot be written; call again with the same users.
             StoreFull: The store has no room; its content stays.
         """
-        wanted = [(name, one) for one in judged for name in self._names]
-        before = self._store.memberships([(name, one.user) for name, one in wanted])
+        wanted = [(name, result) for result in judged for name in self._names]
+        before = self._store.memberships([(name, result.user) for name, result in wanted])
         changes: dict[Member, Membership | None] = {}
-        for (name, one), membership in zip(wanted, before, strict=True):
-            if (name in one.within) != (membership is not None):
-                changes[name, one.user] = Membership(one.at_ms, one.version) if name in one.within else None
+        for (name, result), membership in zip(wanted, before, strict=True):
+            if (name in result.within) != (membership is not None):
+                changes[name, result.user] = Membership(result.at_ms, result.version) if name in result.within else None
         if changes:
             self._write(changes)
             self._show()
 
     def compact(self) -> None:
-        """Takes bytes of who left out of the store's file; raises as `LmdbStore.compact`."""
+        """Removes the bytes of former members from the store's file; raises as `LmdbStore.compact`."""
         self._store.compact()
 
     def disconnect(self) -> None:
-        """Ends the connection; the next change makes another."""
+        """Closes the connection; the next change opens another."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -198,7 +181,7 @@ class Members:
 
 
 def _changes(batch: PartitionBatch) -> dict[Member, Membership | None]:
-    """The memberships in records, the last one of each member; records of other segments are left out."""
+    """Returns the memberships in records, the last one of each member; skips malformed records."""
     found: dict[Member, Membership | None] = {}
     for offset, key, value in zip(batch.offsets.tolist(), batch.keys, batch.values, strict=True):
         member = member_of(key)
@@ -214,19 +197,14 @@ def _changes(batch: PartitionBatch) -> dict[Member, Membership | None]:
 
 
 class _Record(NamedTuple):
-    """One record: the offset after it, and `[k]` uint64, its users."""
+    """A record: the offset after it, and `[k]` uint64, its users."""
 
     next: int
     users: NDArray[np.uint64]
 
 
 class ClickedUsers:
-    """Follows the log from where the histories end; used by one thread.
-
-    Args:
-        settings: Of the loop.
-        log: Where it is.
-        metrics: Of the process.
+    """Follows the log from where the histories end. Not thread-safe.
 
     Attributes:
         missed: Whether unknown users clicked: at the start, and after a gap. The caller evaluates all users
@@ -242,14 +220,10 @@ class ClickedUsers:
         self.missed = True
 
     def take(self, histories: HistoryStore, timeout_s: float) -> list[int]:
-        """The users whose clicks reached the histories since the last call, each once.
-
-        Args:
-            histories: This host's.
-            timeout_s: How long to wait for records.
+        """Returns the users whose clicks reached the histories since the last call, each once; waits `timeout_s` for records.
 
         Raises:
-            LogError: The log cannot be read; come again.
+            LogError: The log cannot be read; call again.
         """
         self._histories = histories
         for batch in self._log.poll(timeout_s, RECORDS_AT_ONCE):
@@ -260,7 +234,7 @@ class ClickedUsers:
         reached = self._reached(histories)
         while self._waiting and self._waiting[0].next <= reached:
             found.update(dict.fromkeys(self._waiting.popleft().users.tolist()))
-        if sum(len(one.users) for one in self._waiting) > MOST_WAITING:
+        if sum(len(record.users) for record in self._waiting) > MOST_WAITING:
             self._waiting.clear()
             self.missed = True
         return list(found)
@@ -271,7 +245,7 @@ class ClickedUsers:
         return bool(self._waiting)
 
     def disconnect(self) -> None:
-        """Ends the connection; the next call makes another, where the histories end by then."""
+        """Closes the connection; the next call opens another, where the histories end by then."""
         self._log.disconnect()
 
     def _stored(self) -> Position | None:
@@ -289,24 +263,18 @@ class ClickedUsers:
             _log.warning("record %d of the training log is left out: %s", offset, error)
 
     def _reached(self, histories: HistoryStore) -> int:
-        """Where the histories end in the log."""
+        """Returns the offset at which the histories end."""
         stored = position_of(histories)
         return 0 if stored is None else stored.next.get(self._partition, 0)
 
 
 class UserSweep:
-    """Chooses the users to evaluate next; used by one thread.
+    """Chooses the users of the periodic pass: users with a history by pseudonym, then members without one.
 
-    Args:
-        histories: Gives this host's, which may be opened again.
-        store: The members.
-        names: The segments.
-        every_s: Duration of a pass.
-        clock_s: A monotonic clock.
-        at_once: The most users at a time.
+    A pass spreads its work over `every_s`; a hurried pass takes only the time that it needs. Not thread-safe.
 
     Attributes:
-        hurried: Whether this pass waits for nothing.
+        hurried: Whether this pass is hurried.
         took_s: How long the last whole pass took; 0 before.
     """
 
@@ -327,11 +295,11 @@ class UserSweep:
         self.hurried, self.took_s = False, 0.0
 
     def hurry(self) -> None:
-        """Begins a pass now, in place of the running one."""
+        """Begins a hurried pass now, in place of the running one."""
         self._pass, self.hurried = None, True
 
     def users(self) -> list[int]:
-        """The users to evaluate now; none if it is too early."""
+        """Returns the users to evaluate now; none if it is too early."""
         now_s = self._clock_s()
         if not self.hurried and now_s < self._due_s:
             return []
@@ -361,15 +329,15 @@ class UserSweep:
 
 
 class SegmentKeeper:
-    """Keeps the segments of one deployment on one of its serving hosts; used by one thread.
+    """Updates the segments of one deployment on one of its serving hosts. Not thread-safe.
 
     Args:
-        settings: Of the loop; they name segments.
-        predictor: Gives what answers on this host; its questions call users by their pseudonyms.
-        log: Where the topics are.
-        metrics: Of the process.
-        now_ms: The wall clock.
-        clock_s: A monotonic clock.
+        settings: Settings of the loop; they name segments.
+        predictor: Returns what answers on this host; its queries identify users by pseudonym.
+        log: The log with the topics.
+        metrics: Metrics of the process.
+        now_ms: Wall clock.
+        clock_s: Monotonic seconds.
 
     Raises:
         SettingsError: An expression is invalid.
@@ -393,8 +361,7 @@ class SegmentKeeper:
         self._judge = ProfileJudge(segments)
         self._members = Members(log, settings.segments.topic, self._store, segments, metrics)
         self._clicked = ClickedUsers(settings, log, metrics)
-        every_s = settings.segments.sweep_s
-        self._sweep = UserSweep(lambda: predictor().histories, self._store, segments, every_s, clock_s, AT_ONCE)
+        self._sweep = UserSweep(lambda: predictor().histories, self._store, segments, SWEEP_S, clock_s, AT_ONCE)
         self._lists = LookalikeLists(settings, clock_s)
         self._begun = False
         self._due: dict[int, None] = {}
@@ -404,7 +371,7 @@ class SegmentKeeper:
         self._erased, self._told = -1, 0
 
     def step(self) -> None:
-        """One round; waits for clicks `FETCH_S` at most where there is nothing else to do.
+        """Runs one round; waits for clicks at most `FETCH_S` if there is nothing else to do.
 
         Raises:
             SpringtideError: A store or topic is unreachable; call again later.
@@ -440,12 +407,12 @@ class SegmentKeeper:
             self._lists.tick()
 
     def disconnect(self) -> None:
-        """Ends the connections to the log; the next step makes others."""
+        """Closes the connections to the log; the next step opens others."""
         self._clicked.disconnect()
         self._members.disconnect()
 
     def close(self) -> None:
-        """Ends the connections, and closes the store of members."""
+        """Closes the connections and the store of members."""
         self.disconnect()
         self._lists.close()
         self._store.close()
@@ -464,13 +431,12 @@ class SegmentKeeper:
         if control != known:
             erased = Mask.from_bytes(mask or b"{}").erased
             if erased.last > self._erased:
-                self._leaving.update(user for one in erased.after(max(self._erased, 0)) for user in one.users)
+                self._leaving.update(user for erasure in erased.after(max(self._erased, 0)) for user in erasure.users)
                 self._due = dict.fromkeys(self._leaving) | self._due
                 self._erased = erased.last
         self._sweep.hurry()
 
     def _take(self, users: list[int], cause: str) -> None:
-        """Evaluates users, and adds or removes memberships."""
         if not users:
             return
         # Get them each time: the stores may be reopened, and the old ones are closed then.
@@ -489,29 +455,18 @@ class SegmentKeeper:
         _log.info("erasure %d: users have left all segments", last)
 
 
-def require_segments(settings: Settings) -> None:
-    """Refuses expressions that are none, and settings without any.
-
-    Raises:
-        SettingsError: Says which, and where.
-    """
+def _require_segments(settings: Settings) -> None:
     if not segments_of(settings):
         raise SettingsError("[segments] names no segment: there is nothing to keep", 'write NAME = "EXPRESSION" there')
 
 
 def run(settings: Settings, log: Log, registry: CollectorRegistry, stop: threading.Event) -> None:
-    """Keeps the segments until `stop` is set.
-
-    Args:
-        settings: Of the loop.
-        log: Where its topics are.
-        registry: Where metrics are collected.
-        stop: Ends it, within some tenths of a second.
+    """Updates the segments until `stop` is set, which takes some tenths of a second.
 
     Raises:
         SettingsError: There are no segments, or an expression is invalid.
     """
-    require_segments(settings)
+    _require_segments(settings)
     metrics, say = SegmentMetrics(registry), SaidOnce(_log.warning)
     host: Host | None = None
     keeper: SegmentKeeper | None = None
@@ -536,9 +491,9 @@ def run(settings: Settings, log: Log, registry: CollectorRegistry, stop: threadi
                     keeper.disconnect()
                 stop.wait(RETRY_S)
     finally:
-        for one in (keeper, host):
-            if one is not None:
-                one.close()
+        for opened in (keeper, host):
+            if opened is not None:
+                opened.close()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -549,7 +504,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(settings: Settings, stop: threading.Event) -> None:
     os.nice(NICENESS)
-    require_segments(settings)
+    _require_segments(settings)
     with (
         DirectoryLock(settings.serving_dir, SEGMENTS_LOCK),
         served(settings.segments.metrics_port, settings.metrics.host) as registry,

@@ -11,8 +11,7 @@ from deploy.startup import prometheus
 from deploy.watch import scrape
 from deploy.watch.address import address
 from state.config.loading import FILE
-from state.config.settings import Settings
-from state.config.sources import as_text
+from state.config.settings import Settings, as_text
 
 
 def question(settings: Settings, shoppers: bool) -> str:
@@ -31,15 +30,7 @@ def question(settings: Settings, shoppers: bool) -> str:
 
 
 def addresses(settings: Settings, shoppers: bool) -> list[tuple[str, str]]:
-    """Returns a query, the metrics address of each process and the logs, each with a keyword.
-
-    >>> addresses(Settings(), shoppers=True)[0]
-    ('try', 'curl -s http://127.0.0.1:8501/v1/profiles/shopper-1')
-
-    Args:
-        settings: The loop's settings.
-        shoppers: Whether synthetic shoppers click.
-    """
+    """Returns a query, the metrics address of each process and the logs, each with a keyword."""
     metrics = [f"{url} ({name})" for name, url in scrape.urls(settings).items()]
     return [
         ("try", question(settings, shoppers)),
@@ -50,7 +41,7 @@ def addresses(settings: Settings, shoppers: bool) -> list[tuple[str, str]]:
 
 def commands(settings: Settings, shoppers: bool, watched: bool = False) -> list[str]:
     """Returns the lines that `up` prints once everything runs, with or without synthetic shoppers and Prometheus."""
-    command = springtide_command()
+    command = _springtide_command()
     lines = [
         question(settings, shoppers),
         f"{command} status        {command} status --watch",
@@ -66,19 +57,14 @@ def commands(settings: Settings, shoppers: bool, watched: bool = False) -> list[
 
 
 def console(settings: Settings) -> list[str]:
-    """Returns the address of the page and the token that it needs to control the loop; empty if the page is off.
-
-    >>> console(Settings())
-    ['page: http://127.0.0.1:8502, to steer with the token in .springtide/tokens/operate']
-    """
+    """Returns the address of the page and the token that it needs to control the loop; empty if the page is off."""
     if not settings.console.port:
         return []
     url = address(settings, settings.console.host, settings.console.port)
     return [f"page: {url}, to steer with the token in {settings.tokens_dir / OPERATE}"]
 
 
-def springtide_command() -> str:
-    """Returns the shell command that runs `springtide` from the current directory."""
+def _springtide_command() -> str:
     script = Path(sys.executable).with_name("springtide")
     if not script.exists():
         return f"{sys.executable} -m deploy.cli"
@@ -91,7 +77,11 @@ def repeated_flags(settings: Settings) -> str:
     >>> repeated_flags(Settings(origins={"kafka.port": "flag --kafka.port", "stream.cut_ms": "my shop.toml:3"}))
     " --config 'my shop.toml' --kafka.port 9092"
     """
-    files = {one.rpartition(":")[0] for one in settings.origins.values() if not one.startswith(("flag ", "variable "))}
+    files = {
+        origin.rpartition(":")[0]
+        for origin in settings.origins.values()
+        if not origin.startswith(("flag ", "variable "))
+    }
     flags = [("config", file) for file in sorted(files - {FILE})]
     flags += [
         (name, as_text(settings.value(name))) for name, origin in settings.origins.items() if origin.startswith("flag ")

@@ -1,10 +1,7 @@
 """Checks the model before anything starts: custom functions, and settings unlike those of the trained registry.
 
-`springtide check-model` and `springtide up` run each check in a process of its own, so that TensorFlow is loaded only
-there. Ranker and tower are checked with the output of the preprocessing.
-
-If the registry was trained with other settings, `up` reports what an upgrade would carry over, and upgrades only on
-request. A change of the release needs no request: the trainer handles it.
+Each check runs in a process of its own, so that TensorFlow is loaded only there. Ranker and tower are checked with the
+output of the preprocessing. A change of the release needs no request for an upgrade: the trainer handles it.
 """
 
 from __future__ import annotations
@@ -115,7 +112,7 @@ def take_upgrade(words: Sequence[str]) -> tuple[str | None, list[str]]:
     reasons = [after for word, after in itertools.pairwise(rest) if word == "--reason"]
     reasons += [word.removeprefix("--reason=") for word in rest if word.startswith("--reason=")]
     if not reasons or not reasons[0].strip():
-        raise SettingsError("--upgrade needs --reason TEXT: an upgrade is decided by somebody, for a reason")
+        raise SettingsError("--upgrade needs --reason TEXT, which is recorded in the history")
     return reasons[0], rest
 
 

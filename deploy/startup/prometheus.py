@@ -26,8 +26,8 @@ def require_program() -> str:
     Raises:
         SettingsError: It is not installed.
     """
-    beside = Path(sys.executable).with_name(NAME)
-    found = str(beside) if beside.exists() else shutil.which(NAME)
+    own = Path(sys.executable).with_name(NAME)
+    found = str(own) if own.exists() else shutil.which(NAME)
     if found is None:
         raise SettingsError(
             "--prometheus: there is no program `prometheus` here",
@@ -37,11 +37,7 @@ def require_program() -> str:
 
 
 def address(settings: Settings) -> str:
-    """Returns the URL of this Prometheus.
-
-    >>> address(Settings())
-    'http://127.0.0.1:9090'
-    """
+    """Returns the URL of this Prometheus."""
     return f"http://127.0.0.1:{settings.up.prometheus_port}"
 
 
@@ -82,12 +78,7 @@ def write_configuration(settings: Settings) -> None:
 
 
 def plan(settings: Settings, program: str) -> ProcessPlan:
-    """Returns the process of Prometheus.
-
-    Args:
-        settings: The loop's settings.
-        program: The path from `require_program`.
-    """
+    """Returns the process of Prometheus; `program` is its path."""
     folder = settings.prometheus_dir
     return ProcessPlan(
         NAME,

@@ -1,10 +1,4 @@
-"""Runs the steps of `springtide up`, from the first check to the last stop.
-
-- The loop's processes on one machine: their commands, ports and stop order.
-- The local Kafka, if the loop uses one: it starts first, is restarted when it dies, and stops last.
-- The topics that the loop needs: missing ones are created.
-- The signs that the loop is up: the trainer has a version, and serving answers with one.
-"""
+"""Runs the steps of `springtide up`, from the first check to the last stop: processes, local Kafka and topics."""
 
 from __future__ import annotations
 
@@ -86,7 +80,7 @@ ROOM_S = 1.0
 PATIENCE_S = 0.5
 """Timeout of a request to a process; one that compiles may answer late."""
 STEPS = 9
-LOOK_S = 0.1
+POLL_S = 0.1
 REMIND_S = 30.0
 PROGRESS_S = 5.0
 Found = TypeVar("Found")
@@ -98,13 +92,13 @@ def process_plans(
     accepted: Sequence[str] = (),
     accepted_by_trainer: Sequence[str] = (),
 ) -> dict[str, ProcessPlan]:
-    """All processes by name; settings reach them by the environment.
+    """Returns all processes by name; settings reach them by the environment.
 
     Args:
         head_start: Clicks that the shoppers send at once.
         python: The interpreter.
-        accepted: Words for the stream: gaps that the operator accepts.
-        accepted_by_trainer: Words for the trainer: gaps and bad records that the operator accepts.
+        accepted: Arguments of the stream: gaps that the operator accepts.
+        accepted_by_trainer: Arguments of the trainer: gaps and bad records that the operator accepts.
 
     >>> process_plans(python="python")["stream"].command
     ('python', '-m', 'streaming.pipeline')
@@ -132,11 +126,11 @@ def process_plans(
         plan(CONSOLE, "deploy.console.server", stop_s=15.0),
         plan(PROBE, "deploy.probe", "--continuously", stop_s=3.0),
     )
-    return {one.name: one for one in listed}
+    return {listed_plan.name: listed_plan for listed_plan in listed}
 
 
 def left_out(settings: Settings) -> set[str]:
-    """The processes that the settings ask to do without.
+    """Returns the processes that the settings disable.
 
     >>> sorted(left_out(Settings()))
     ['probe', 'segments']
@@ -145,7 +139,7 @@ def left_out(settings: Settings) -> set[str]:
 
 
 def ports(settings: Settings, local_kafka: bool, watched: bool = False) -> list[Port]:
-    """The ports that the loop is going to listen on.
+    """Returns the ports that the loop will listen on.
 
     >>> [port.setting for port in ports(Settings(), local_kafka=True)][:2]
     ['kafka.port', 'serving.port']
@@ -170,16 +164,9 @@ def ports(settings: Settings, local_kafka: bool, watched: bool = False) -> list[
 
 
 class LocalKafka:
-    """A broker that is kept alive.
+    """A broker that is restarted when it dies.
 
     A broker whose disk is full ends. It is started again when there is room; this wait does not count as a death.
-
-    Args:
-        settings: The loop's settings.
-        say: Prints a line for the operator.
-        metrics: Where deaths and starts are counted.
-        clock: Monotonic seconds.
-        storage: Metrics of its waits for free space.
     """
 
     def __init__(
@@ -194,7 +181,7 @@ class LocalKafka:
         self._say = say
         self._metrics = metrics
         self._clock = clock
-        # No wait in `wait_for`: `look` is called again anyway.
+        # No wait in `wait_for`: `poll` is called again anyway.
         self._room = Room(KAFKA, storage, lambda _: True, lambda form, *words: say(form % words))
         self._started_at: float | None = None
         self._start_at: float | None = None
@@ -226,7 +213,7 @@ class LocalKafka:
         self._came_up = self._broker.is_up()
         return self._came_up
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Notices its death and restarts it once that is due; failures are reported."""
         if self._start_at is None:
             # One that never came up has an end in `is_up`.
@@ -254,7 +241,7 @@ class LocalKafka:
         self._start_at = self._clock() + self._backoff.wait_s
         self._metrics.deaths.labels(NAME).inc()
         self._metrics.deaths_in_a_row.labels(NAME).set(self._backoff.deaths)
-        self._say(f"{shortened(str(failure))}; {self._backoff.told()}")
+        self._say(f"{shortened(str(failure))}; {self._backoff.as_text()}")
 
     def _lived_s(self) -> float:
         return self._clock() - (self._started_at or 0.0)
@@ -264,14 +251,12 @@ class LocalKafka:
         self._broker.stop(timeout_s)
 
 
-def trained_version(settings: Settings) -> int:
-    """The version that the trainer has loaded or made; 0 without one."""
-    addresses = {TRAINER: scrape.urls(settings)[TRAINER]}
-    return int(scrape.scrape(addresses)[TRAINER].value("springtide_trainer_version") or 0)
+def _trained_version(settings: Settings) -> int:
+    return int(scrape.scrape_one(settings, TRAINER).value("springtide_trainer_version") or 0)
 
 
-def preparing(settings: Settings, running: Collection[str]) -> str:
-    """What the running processes that do not work yet do, as the live view shows it; empty if all of them work."""
+def _preparing(settings: Settings, running: Collection[str]) -> str:
+    """Describes the phase of running processes that do not work yet; empty if all of them work."""
     urls = scrape.targets(settings)
     scrapes = scrape.scrape(
         {name: url for name, url in urls.items() if name in running}, lambda url: scrape.fetch(url, PATIENCE_S)
@@ -279,35 +264,26 @@ def preparing(settings: Settings, running: Collection[str]) -> str:
     return ", ".join(f"{name} {text}" for name, text in starting(scrapes).items())
 
 
-def answered_version(settings: Settings) -> int:
-    """The version of an answer requested just now; 0 if a worker gives none or is not ready."""
+def _answered_version(settings: Settings) -> int:
+    """Returns the version of an answer requested just now; 0 if a worker gives none or is not ready."""
     if scrape.fetch(serving_address(settings, "/readyz"))[0] != 200:
         return 0
     status, answer = scrape.fetch(scrape.profile_url(settings))
     return int(json.loads(answer)["version"]["number"]) if status == 200 else 0
 
 
-def ensure_topics(settings: Settings, say: Callable[[str], None], local: bool = False) -> str:
-    """Creates missing topics and reports which topics the loss of one broker would harm; returns the topics as text.
-
-    Args:
-        settings: The loop's settings.
-        say: Prints a line for the operator.
-        local: Whether the Kafka is the loop's own: its topics keep to their share of `storage.budget_gb` then.
-
-    Raises:
-        LogError: Kafka does not answer, or refused.
-    """
+def _ensure_topics(settings: Settings, say: Callable[[str], None], local: bool = False) -> str:
+    """Creates missing topics and reports which topics the loss of one broker would harm; returns the topics as text."""
     kafka = settings.kafka
     wanted = [topic_plan.clicks(settings), topic_plan.dead_letters(settings), topic_plan.microbatches(settings)]
     with Topics(kafka) as topics:
         if settings.segments.expressions:
             wanted.append(topic_plan.segments(settings))
-        for one in [*wanted, *topic_plan.attributes(settings)]:
-            topics.ensure(*one)
+        for topic in [*wanted, *topic_plan.attributes(settings)]:
+            topics.ensure(*topic)
             # The loop's own Kafka is one broker: there is nothing to ask.
-            if not local and (weakness := topics.copies(one.name).weakness()):
-                say(f"topic {one.name}: {weakness}")
+            if not local and (weakness := topics.copies(topic.name).weakness()):
+                say(f"topic {topic.name}: {weakness}")
         for name, config in topic_plan.bounds(settings).items() if local else ():
             topics.bound(name, config)
         partitions = topics.describe(kafka.clicks_topic).partitions
@@ -322,13 +298,13 @@ class Startup:
     """One run of the loop.
 
     Args:
-        settings: The loop's settings.
+        settings: Settings of the loop.
         shoppers: Whether synthetic shoppers click.
-        screen: Takes the lines.
+        screen: Receives the lines.
         stop: Whether the operator asked to stop.
         hurry: Whether the operator asked again.
-        accepted: Words for stream and for trainer: losses that the operator accepts.
-        beside: Other processes to run, such as a Prometheus.
+        accepted: Arguments of stream and trainer: losses that the operator accepts.
+        others: Other processes to run, such as a Prometheus.
         clock: Monotonic seconds.
         sleep: Waits a number of seconds, or until a signal.
     """
@@ -341,7 +317,7 @@ class Startup:
         stop: Callable[[], bool],
         hurry: Callable[[], bool],
         accepted: tuple[Sequence[str], Sequence[str]] = ((), ()),
-        beside: Sequence[ProcessPlan] = (),
+        others: Sequence[ProcessPlan] = (),
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -361,16 +337,16 @@ class Startup:
             settings.bootstrap.min_rows if fresh else 0,
             accepted=[*(OF_LOCAL_KAFKA if local else ()), *stream],
             accepted_by_trainer=trainer,
-        ) | {one.name: one for one in beside}
+        ) | {other.name: other for other in others}
         self._supervisor: Supervisor | None = None
         self._steps_done = self._answered = 0
 
     def run(self) -> int:
-        """Goes up, watches, and stops when asked to; returns the exit code.
+        """Starts the loop, watches it, and stops it when asked to; returns the exit code.
 
         Raises:
-            SpringtideError: A step cannot be done, or a process was used wrongly; everything is stopped then. Once
-                all of it ran, nothing ends it but the operator.
+            SpringtideError: A step failed, or a process was used wrongly; everything is stopped then. Once the whole loop
+                ran, only the operator ends it.
         """
         state = self._settings.state_dir
         require_disk(state, LEAST_FREE_BYTES)
@@ -393,7 +369,7 @@ class Startup:
         # start before it: serving answers from an earlier run's data. In a fresh state directory the first answers wait
         # for Kafka and the bootstrap, so these come first. The trainer imports TensorFlow meanwhile.
         self._say_whose_kafka()
-        topics = ensure_topics(settings, self._screen.say) if self._kafka is None else ""
+        topics = _ensure_topics(settings, self._screen.say) if self._kafka is None else ""
         where = f"yours at {settings.kafka.bootstrap_servers}"
         goes_on = model_checks.is_bootstrapped(settings)
         self._supervisor = Supervisor.of(settings, self._screen.say, self._metrics, self._clock)
@@ -403,7 +379,7 @@ class Startup:
         self._start(() if goes_on else (TRAINER, *ANSWERING))
         if self._kafka is not None:
             self._wait(self._kafka.is_up, "starting Kafka")
-            topics = ensure_topics(settings, self._screen.say, local=True)
+            topics = _ensure_topics(settings, self._screen.say, local=True)
             where = f"local broker on {settings.kafka.bootstrap_servers}, data in {settings.kafka_dir}"
         self._step("Kafka", where)
         self._step("topics", topics)
@@ -413,7 +389,7 @@ class Startup:
         self._await_bootstrap()
         # No answer waits for the validation: it compares with what the bootstrap found, and reads what it missed.
         self._start({VALIDATION} - left_out(settings))
-        version = self._wait(lambda: trained_version(settings), "waiting for the trainer's first version")
+        version = self._wait(lambda: _trained_version(settings), "waiting for the trainer's first version")
         self._step("trainer", f"version {version}")
         self._wait(lambda: self._answered, "waiting for the first answer")
         # 9. What to try. The page comes last, because no other step waits for it.
@@ -422,7 +398,6 @@ class Startup:
         self._say_what_to_try()
 
     def _check(self) -> None:
-        """Refuses what cannot run, and finds or makes the salt."""
         settings = self._settings
         watched = prometheus.NAME in self._plans
         if watched:
@@ -453,7 +428,6 @@ class Startup:
             )
 
     def _start(self, names: Iterable[str]) -> None:
-        """Starts the wanted processes that do not run yet."""
         supervisor = self._running()
         for name in names:
             if name in self._plans and name not in supervisor.names():
@@ -487,10 +461,10 @@ class Startup:
         self._step("bootstrap", "preprocessing constants found on the first clicks")
 
     def _notice_answer(self) -> None:
-        """Says once that serving answers, and with which version."""
+        """Reports once that serving answers, and with which version."""
         if self._answered or self._running().pid(WORKER) is None:
             return
-        self._answered = answered_version(self._settings)
+        self._answered = _answered_version(self._settings)
         if self._answered:
             url, port = serving_address(self._settings), self._settings.serving.grpc_port
             where = f"{url} with version {self._answered}{f', gRPC on port {port}' if port else ''}"
@@ -500,53 +474,47 @@ class Startup:
         self._step("running", "try, in another terminal:")
         for line in hints.commands(self._settings, self._shoppers, prometheus.NAME in self._plans):
             self._screen.say(f"      {line}")
-        self._screen.say("Ctrl-C stops everything; the next run goes on from here.")
+        self._screen.say("Ctrl-C stops everything; the next run resumes from here.")
 
     def _watch(self) -> None:
         settings = self._settings
         poller = Poller(settings, clock_s=self._clock)
         due = self._clock()
         while True:
-            self._look()
+            self._poll()
             if self._clock() >= due:
                 due = self._clock() + self._screen.every_s
                 snapshot = poller.poll()
                 if not self._stop():
                     tries = hints.addresses(settings, self._shoppers)
                     self._screen.live(live_line(snapshot), panel(snapshot, tries, settings.serving.processes))
-            self._sleep(LOOK_S)
+            self._sleep(POLL_S)
 
     def _wait(self, look: Callable[[], Found], what: str) -> Found:
-        """Watches the processes until `look` returns something, and returns that; reports what it waits for if it takes long."""
+        """Watches the processes until `poll` returns something, and returns that; reports what takes long."""
         remind, report = self._clock() + REMIND_S, self._clock() + PROGRESS_S
         while not (found := look()):
-            self._look()
+            self._poll()
             self._notice_answer()
             if self._clock() >= report:
                 report = self._clock() + PROGRESS_S
-                if progress := preparing(self._settings, self._running().names()):
+                if progress := _preparing(self._settings, self._running().names()):
                     self._screen.say(f"{self._clock() - self._begin:7.1f} s       {progress}")
             if self._clock() >= remind:
                 remind = self._clock() + REMIND_S
                 self._screen.say(f"{self._clock() - self._begin:7.1f} s  still {what}; see {self._settings.logs_dir}")
-            self._sleep(LOOK_S)
+            self._sleep(POLL_S)
         return found
 
-    def _look(self) -> None:
-        """Takes notice of stops and deaths.
-
-        Raises:
-            Stopped: The operator asked for it.
-            ProcessFailed: A process reports wrong use at its first start.
-        """
+    def _poll(self) -> None:
+        """Raises `Stopped` if the operator asked for it; restarts what died."""
         if self._stop():
             raise Stopped
-        self._running().look()
+        self._running().poll()
         if self._kafka is not None:
-            self._kafka.look()
+            self._kafka.poll()
 
     def _come_down(self) -> None:
-        """Stops shoppers, stream, trainer, serving and Kafka, in this order."""
         begin = self._clock()
         took: list[str] = []
 

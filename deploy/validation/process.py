@@ -1,14 +1,12 @@
 """Validates live clicks against the baseline: `python -m deploy.validation.process`, `springtide validate`.
 
-The process follows the training log in parallel to the trainer. It collects the statistics of each
-window of log time. When a window ends, it compares the window with the baseline and the window
-before. It reports findings as metrics and log lines. No other process waits for it. If it is slow
-or dead, clicks, training and answers continue. It resumes the log where its open window began.
+The process follows the training log in parallel to the trainer and collects the statistics of each window of log time.
+When a window ends, it compares the window with the baseline and the window before, and reports findings as metrics and
+log lines. If it is slow or dead, clicks, training and answers continue. It resumes the log where its open window began.
 
-The same log always gives the same windows. A record belongs as a whole to the window of its log
-time: the time by many users' clocks after its last event, and never earlier than that of the
-previous record. The first record of a later window ends a window. The rows of about one in `every`
-records are counted, chosen by a hash of the record's offset.
+The same log always gives the same windows. A record belongs as a whole to the window of its log time: the time by many
+users' clocks after its last event, and never earlier than that of the previous record. The first record of a later
+window ends a window. The rows of about one in `every` records are counted, chosen by a hash of the record's offset.
 """
 
 from __future__ import annotations
@@ -72,18 +70,17 @@ BACKGROUND = 10
 RETRY_S = 1.0
 RECORDS_AT_ONCE = 64
 LOOK_BACK_WINDOWS = 2
+KEPT_WINDOWS = 12
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Window:
-    """A span of log time and what was counted in it.
+    """A span of log time and the statistics of its rows.
 
     Attributes:
         start_ms: Its beginning, a multiple of its length.
-        end_ms: When it is over.
         first: Offset of its first record in the training log.
-        statistics: Of its rows.
         whole: Whether its beginning was seen.
     """
 
@@ -103,10 +100,10 @@ def chosen(offset: int, every: int) -> bool:
     return (offset * _SPREAD % 2**64 >> 32) % every == 0
 
 
-def log_time_ms(batch: MicroBatch) -> int:
-    """The time after the last event of a batch by the clocks of many users, ms; 0 if it is unknown.
+def _log_time_ms(batch: MicroBatch) -> int:
+    """Returns the time after the last event of a batch by the clocks of many users, ms; 0 if it is unknown.
 
-    What 0.1.0 wrote has no clocks: the newest of the rows' own times then.
+    Batches of 0.1.0 have no clocks: their time is that of their newest row.
     """
     if batch.header.clocks:
         return max(after for _, after in batch.header.clocks)
@@ -114,12 +111,9 @@ def log_time_ms(batch: MicroBatch) -> int:
 
 
 class Windows:
-    """Takes records in the order of the log.
+    """Divides records, in the order of the log, into windows of `window_s` seconds; `new` returns empty statistics.
 
-    Args:
-        window_s: Length of a window, seconds.
-        new: Makes empty statistics.
-        resumed: Whether the first record to come is the first of its window.
+    `resumed`: the first record to come is the first of its window.
     """
 
     def __init__(self, window_s: int, new: Callable[[], Statistics], resumed: bool = False) -> None:
@@ -131,7 +125,7 @@ class Windows:
 
     def take(self, offset: int, batch: MicroBatch) -> Window | None:
         """Counts the rows of the record at `offset`; returns the window that it ended, if it did."""
-        self._now_ms = max(self._now_ms, log_time_ms(batch))
+        self._now_ms = max(self._now_ms, _log_time_ms(batch))
         ended = None
         if self.open is None or self._now_ms >= self.open.end_ms:
             ended = self.open
@@ -143,9 +137,9 @@ class Windows:
 
 
 def labels_of(names: Iterable[str]) -> dict[str, str]:
-    """The value of the metrics' label `feature` of each feature, at most `MOST_LABELS` different ones.
+    """Returns the value of the metrics' label `feature` of each feature, at most `MOST_LABELS` different ones.
 
-    Each input has its own; the integers of the feature spec have that of what they are about.
+    Each input has its own; the integers of the feature spec have that of what they describe.
 
     >>> labels_of(["category", "features.view.count_1h", "features.view.recency"])
     {'category': 'category', 'features.view.count_1h': 'features.view', 'features.view.recency': 'features.view'}
@@ -158,14 +152,7 @@ def labels_of(names: Iterable[str]) -> dict[str, str]:
 
 
 class WindowJudge:
-    """Judges windows as they end.
-
-    Args:
-        settings: Of the loop.
-        spec: Digest of its feature spec.
-        kept: Where windows stay.
-        metrics: Of the validation.
-    """
+    """Judges windows as they end; `spec` is the digest of the feature spec."""
 
     def __init__(self, settings: Settings, spec: str, kept: KeptWindows, metrics: ValidationMetrics) -> None:
         self._settings, self._spec, self._kept, self._metrics = settings, spec, kept, metrics
@@ -187,7 +174,7 @@ class WindowJudge:
             return None
         counted = dataset(window.statistics, f"window until {window.end_ms}")
         previous = self._previous(window)
-        self._kept.add(KeptWindow(window.end_ms, counted), self._settings.validation.keep)
+        self._kept.add(KeptWindow(window.end_ms, counted), KEPT_WINDOWS)
         baseline = self._baseline()
         if baseline is None:
             self._clear()
@@ -196,7 +183,7 @@ class WindowJudge:
         metrics.windows.labels("judged").inc()
         metrics.baseline.set(baseline.accepted.number)
         if previous is not None and not self._settled(window):
-            previous = without_features(previous)
+            previous = _without_features(previous)
         found = validate(counted, baseline.schema, baseline.statistics, previous)
         self._show(counted, found)
         self._tell(found, rows)
@@ -211,7 +198,7 @@ class WindowJudge:
         return None if before is None else before.statistics
 
     def _settled(self, window: Window) -> bool:
-        """Whether histories, which begin empty with the bootstrap, grow slowly enough by now to be like a window before."""
+        """Whether histories, which begin empty with the bootstrap, grow slowly enough to compare with the window before."""
         specs = Specs(Directory(self._settings.registry_dir))
         name = specs.bootstrapped(self._spec, self._settings.model)
         begun_ms = 0 if name is None else int(specs.spec(name)["newest_ms"])
@@ -231,28 +218,27 @@ class WindowJudge:
 
     def _clear(self) -> None:
         """Clears the metrics of the previous window, so that none of them is shown for this one."""
-        for one in (self._metrics.distance, self._metrics.missing_ratio):
-            one.clear()
+        for metric in (self._metrics.distance, self._metrics.missing_ratio):
+            metric.clear()
         self._count({})
 
     def _show(self, counted: DatasetFeatureStatistics, found: Anomalies) -> None:
         self._clear()
         features = by_name(counted)
         labels = labels_of(features)
-        for label, against, distance in largest(found, labels):
+        for label, against, distance in _largest(found, labels):
             self._metrics.distance.labels(label, against).set(distance)
         for name, feature in features.items():
             if not name.startswith(f"{FEATURES}.") and labels[name] != OTHERS:
                 there, missing = common(feature).num_non_missing, common(feature).num_missing
                 self._metrics.missing_ratio.labels(name).set(missing / max(1, there + missing))
-        self._count(Counter(AnomalyInfo.Type.Name(kind) for kind in kinds(found)))
+        self._count(Counter(AnomalyInfo.Type.Name(kind) for kind in _kinds(found)))
 
     def _count(self, features: Mapping[str, int]) -> None:
         for kind in KINDS:
             self._metrics.anomalies.labels(kind).set(features.get(kind, 0))
 
     def _tell(self, found: Anomalies, rows: int) -> None:
-        """Logs each anomaly in one line when it begins, and when it is over."""
         now = {*found.anomaly_info}
         for name in sorted(now - self._seen):
             _log.warning("%s: %s (%d rows)", name, found.anomaly_info[name].description, rows)
@@ -261,45 +247,33 @@ class WindowJudge:
         self._seen = now
 
 
-def without_features(statistics: DatasetFeatureStatistics) -> DatasetFeatureStatistics:
-    """Statistics of the inputs alone."""
-    made = DatasetFeatureStatistics(name=statistics.name, num_examples=statistics.num_examples)
-    made.features.extend(one for one in statistics.features if not one.path.step[0].startswith(f"{FEATURES}."))
-    return made
+def _without_features(statistics: DatasetFeatureStatistics) -> DatasetFeatureStatistics:
+    inputs = DatasetFeatureStatistics(name=statistics.name, num_examples=statistics.num_examples)
+    inputs.features.extend(
+        feature for feature in statistics.features if not feature.path.step[0].startswith(f"{FEATURES}.")
+    )
+    return inputs
 
 
-def largest(found: Anomalies, labels: Mapping[str, str]) -> Iterable[tuple[str, str, float]]:
-    """Label, what it is from, and the largest distance of the features with that label.
-
-    Args:
-        found: What a window was found to be.
-        labels: By feature its label.
-    """
+def _largest(found: Anomalies, labels: Mapping[str, str]) -> Iterable[tuple[str, str, float]]:
+    """Returns label, reference, and the largest distance of the features with that label, by `labels` of features."""
     distances: dict[tuple[str, str], float] = {}
-    for one in found.drift_skew_info:
-        label = labels[one.path.step[0]]
-        for against, measured in (("baseline", one.skew_measurements), ("previous", one.drift_measurements)):
+    for feature in found.drift_skew_info:
+        label = labels[feature.path.step[0]]
+        for against, measured in (("baseline", feature.skew_measurements), ("previous", feature.drift_measurements)):
             for measurement in measured:
                 key = label, against
                 distances[key] = max(distances.get(key, 0.0), measurement.value)
     return [(label, against, distance) for (label, against), distance in sorted(distances.items())]
 
 
-def kinds(found: Anomalies) -> Iterable[int]:
-    """The kinds of anomalies, each once a feature."""
+def _kinds(found: Anomalies) -> Iterable[int]:
     for info in found.anomaly_info.values():
         yield from sorted({reason.type for reason in info.reason})
 
 
 class LogValidation:
-    """Follows one partition of the training log; used by one thread.
-
-    Args:
-        settings: Of the loop.
-        log: Where the training log is.
-        metrics: Where it counts.
-        clock: Wall clock, seconds.
-    """
+    """Follows one partition of the training log. Not thread-safe."""
 
     def __init__(self, settings: Settings, log: Log, metrics: ValidationMetrics, clock: Callable[[], float]) -> None:
         self._settings, self._kafka, self._metrics, self._clock = settings, log, metrics, clock
@@ -312,27 +286,26 @@ class LogValidation:
         self._say = SaidOnce(_log.warning)
 
     def step(self) -> None:
-        """Takes what has arrived, waiting `FETCH_S` at most.
+        """Reads what has arrived, waiting at most `FETCH_S`.
 
         Raises:
-            LogError: The log cannot be read; come again.
-            RegistryError: A window could not be judged; it is kept, and the next one is judged as always.
+            LogError: The log cannot be read; call again.
+            RegistryError: A window could not be judged; it is stored, and the next one is judged.
         """
         for batch in self._log.poll(FETCH_S, RECORDS_AT_ONCE):
             self._take(batch)
         self._metrics.lag_records.set(self._log.lag())
 
     def disconnect(self) -> None:
-        """Ends the connection; the next step makes another."""
+        """Closes the connection; the next step opens another."""
         self._log.disconnect()
 
     def _stored(self) -> Position | None:
-        """The start of the open window."""
         place = self._kept.place()
         return None if place is None else Position(place[0], {self._partition: place[1]})
 
     def _opened(self, opening: Opening) -> None:
-        """Without the start of a window, goes some windows back."""
+        """Without a stored offset, starts some windows back."""
         self._windows = self._new_windows(opening.resumed)
         if not opening.resumed:
             back_ms = 1000 * LOOK_BACK_WINDOWS * self._settings.validation.window_s
@@ -371,14 +344,7 @@ class LogValidation:
 
 
 def run(settings: Settings, log: Log, registry: CollectorRegistry, stop: threading.Event) -> None:
-    """Follows the log until `stop` is set.
-
-    Args:
-        settings: Of the loop.
-        log: Where the training log is.
-        registry: Where metrics are collected.
-        stop: Ends it, within some `FETCH_S`.
-    """
+    """Follows the log until `stop` is set, which takes at most some `FETCH_S`."""
     validation = LogValidation(settings, log, ValidationMetrics(registry), time.time)
     say = SaidOnce(_log.warning)
     keep_what_is_there()

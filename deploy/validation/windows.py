@@ -3,8 +3,7 @@
     validation/windows/<end of the window, log time in ms>.pb    a binary DatasetFeatureStatisticsList
     validation/place.json                                       topic id, and offset of the open window's first record
 
-After a restart the process reads from that offset and counts the open window again, so it stores nothing else. If
-these files are lost, one window is lost.
+After a restart the process counts the open window again, from that offset.
 """
 
 from __future__ import annotations
@@ -23,23 +22,14 @@ WINDOWS, PLACE = "windows", "place.json"
 
 
 class KeptWindow(NamedTuple):
-    """The statistics of a window.
-
-    Attributes:
-        end_ms: End of the window, log time.
-        statistics: Statistics of its rows.
-    """
+    """The statistics of the window that ended at `end_ms`, log time."""
 
     end_ms: int
     statistics: DatasetFeatureStatistics
 
 
 class KeptWindows:
-    """The windows in one directory, written by one process.
-
-    Args:
-        path: The directory `validation`; the first write creates it.
-    """
+    """The windows in the directory `validation`, written by one process; the first write creates the directory."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -57,7 +47,7 @@ class KeptWindows:
     def ends(self) -> list[int]:
         """Returns the end times of all windows, ascending."""
         folder = self._path / WINDOWS
-        return sorted(int(one.stem) for one in folder.glob("*.pb") if one.stem.isdigit()) if folder.is_dir() else []
+        return sorted(int(path.stem) for path in folder.glob("*.pb") if path.stem.isdigit()) if folder.is_dir() else []
 
     def read(self, end_ms: int) -> KeptWindow:
         """Reads one window.

@@ -2,17 +2,16 @@
 
 The order of reading makes the account exact while everything runs:
 
-1. The newest version: what became of the rows the trainer had, and the next offset of each source.
-2. The stream's store: what became of the positions it has committed.
-3. The training log from the version's position on: the rows in flight, counted up to the store's
-   position and no further.
+1. The newest version: the outcomes of the trainer's rows, and the next offset of each source.
+2. The stream's store: the outcomes of the positions it has committed.
+3. The training log from the version's position on: the rows in flight, up to the store's position.
 4. The broker's first and last offsets.
 
-A row is in the log before the store counts it, and in the store soon after. So if the version is
-ahead of the store, the store is read again.
+A row is in the log before the store counts it, and in the store soon after. So if the version is ahead of the store,
+the store is read again.
 
-If the stream runs on an engine, its stores are on the engine's machines. Its account is then what
-it shows on /metrics, up to a second old, and is not compared with the trainer's.
+If the stream runs on a distributed runner, its stores are on other machines. Its account is then what it reports on
+/metrics, up to a second old, and is not compared with the trainer's.
 """
 
 from __future__ import annotations
@@ -47,9 +46,7 @@ LONGEST_S = 3.0
 SETTLE_S = 1.0
 OUTCOMES = ("rows", "dead", "filtered", "absent", "gap")
 RARE = ("opened", "feedback", "masked")
-AS_SHOWN = (
-    "no stream has a store here: its account is what it shows on /metrics, and is not compared with the trainer's"
-)
+AS_SHOWN = "no stream has a store here: its account comes from /metrics and is not compared with the trainer's"
 
 
 @dataclass(frozen=True)
@@ -57,8 +54,7 @@ class InFlight:
     """Rows between the trainer's position and the stream's, counted separately.
 
     Attributes:
-        rows: New rows.
-        duplicate: Rows written again by a stream that crashed.
+        duplicate: Rows written again by a stream that crashed; `rows` are new.
         marks: The next offset of each source afterwards.
         complete: Whether the log was read to its end.
     """
@@ -84,18 +80,19 @@ def in_flight(batches: Iterable[MicroBatch], marks: Mapping[Source, int], until:
 
 
 def stream_account(counts: Counts) -> StreamAccount:
-    """The account over all sources.
+    """Returns the account over all sources.
 
     >>> one = {"first": 0, "next": 3, "rows": 2, "dead": 1, "filtered": 0, "absent": 0}
     >>> stream_account({Source("ab" * 16, 0): one, Source("ab" * 16, 1): one}).rows
     4
     """
-    parts = [StreamAccount.of(one) for one in counts.values()]
-    return StreamAccount(*(sum(getattr(one, each.name) for one in parts) for each in dataclasses.fields(StreamAccount)))
+    parts = [StreamAccount.of(source) for source in counts.values()]
+    return StreamAccount(
+        *(sum(getattr(part, each.name) for part in parts) for each in dataclasses.fields(StreamAccount))
+    )
 
 
-def trainer_account(version: Manifest, flying: InFlight) -> TrainerAccount:
-    """The version's account, with the rows in flight after it."""
+def _trainer_account(version: Manifest, flying: InFlight) -> TrainerAccount:
     counted = {
         name: int(version.metrics.get(f"account.{name}", 0))
         for name in ("rows", "trained", "skipped", "duplicate", "masked", "gap", "other_features")
@@ -113,13 +110,7 @@ def trainer_account(version: Manifest, flying: InFlight) -> TrainerAccount:
 
 
 def comparable(counts: Counts, version: Manifest, flying: InFlight) -> str:
-    """Why the stream's rows and the trainer's cannot be compared; empty if they can.
-
-    Args:
-        counts: Of the stream's stores.
-        version: The trainer's newest version.
-        flying: The rows in flight after it.
-    """
+    """Returns why the rows of stream and trainer cannot be compared; empty if they can."""
     if not flying.complete:
         return f"the trainer is more than {LONGEST_TAIL:,} positions behind: rows in flight are not counted"
     ahead = sum(max(0, mark - counts[source]["next"]) for source, mark in version.marks.items() if source in counts)
@@ -127,34 +118,23 @@ def comparable(counts: Counts, version: Manifest, flying: InFlight) -> str:
         return f"the trainer has {ahead:,} positions that the stream has still to commit"
     if unknown := [str(source) for source in version.marks if source not in counts]:
         return f"the trainer has sources that no store here counts: {', '.join(unknown)}"
-    began = sum(one["first"] for source, one in counts.items() if source in flying.marks)
+    began = sum(counted["first"] for source, counted in counts.items() if source in flying.marks)
     if "account.before" not in version.metrics:
-        return "the version was made by a release that did not count where its line began"
+        return "the version is of a release that did not record where its branch began"
     if flying.marks.keys() == version.marks.keys() and int(version.metrics["account.before"]) != began:
-        return "the trainer's line began later than the stream's store, or earlier: its log had been cut, or the store is new"
+        return "the trainer's branch and the stream's store begin at different positions: the log was truncated, or the store is new"
     return ""
 
 
 class Stores(NamedTuple):
-    """What all stores of this machine count.
-
-    Attributes:
-        counts: By source.
-        accepted: The gaps that were accepted, as JSON values.
-        waiting: Rows that wait for their label.
-    """
+    """What all stores of this machine count: by source, accepted gaps as JSON values, and rows that wait for their label."""
 
     counts: dict[Source, dict[str, int]]
     accepted: list[dict[str, Any]]
     waiting: int
 
 
-def read_stores(settings: Settings) -> Stores:
-    """What the stores of this machine count.
-
-    Raises:
-        SpringtideError: There is no version, or one cannot be read.
-    """
+def _read_stores(settings: Settings) -> Stores:
     counts: dict[Source, dict[str, int]] = {}
     accepted: list[dict[str, Any]] = []
     waiting = 0
@@ -164,7 +144,7 @@ def read_stores(settings: Settings) -> Stores:
             of_store, waits = store.cut()
             counts |= of_store
             waiting += waits
-            accepted += [one.to_json() for one in accepted_gaps.decode(store.extra(layout.GAPS))]
+            accepted += [gap.to_json() for gap in accepted_gaps.decode(store.extra(layout.GAPS))]
         finally:
             store.close()
     if not counts:
@@ -173,12 +153,11 @@ def read_stores(settings: Settings) -> Stores:
 
 
 class Shown(NamedTuple):
-    """The account that a stream shows on /metrics.
+    """The account that a stream reports on /metrics; None if no stream answers, or it has committed nothing.
 
     Attributes:
-        account: Over all sources; None where no stream answers, or it has committed nothing.
         waiting: Rows that wait for their label.
-        unread: Positions of the clicks that it has still to read.
+        unread: Positions of the clicks that it has not read yet.
     """
 
     account: StreamAccount | None = None
@@ -186,29 +165,20 @@ class Shown(NamedTuple):
     unread: int = 0
 
 
-def read_shown(settings: Settings) -> Shown:
-    """What the stream shows, wherever it runs.
-
-    Raises:
-        SettingsError: `metrics.hosts` is not written as it should be.
-    """
-    stream = scrape.scrape({"stream": scrape.urls(settings)["stream"]})["stream"]
+def _read_shown(settings: Settings) -> Shown:
+    stream = scrape.scrape_one(settings, "stream")
     shown = stream.by("springtide_accounting_labels", "outcome") | stream.by(
         "springtide_accounting_positions", "outcome"
     )
     if not shown.get("positions"):
         return Shown()
-    account = StreamAccount(**{one.name: int(shown[one.name]) for one in dataclasses.fields(StreamAccount)})
+    account = StreamAccount(**{outcome.name: int(shown[outcome.name]) for outcome in dataclasses.fields(StreamAccount)})
     return Shown(account, int(shown["waiting"]), int(stream.value("springtide_stream_lag_events") or 0))
 
 
-def read_tail(settings: Settings, version: Manifest, until: Mapping[Source, int], line: LogLine = WHOLE) -> InFlight:
-    """The rows between the version's position in the log and the stream's, along a branch of the log.
-
-    Raises:
-        LogError: The log cannot be read from there.
-    """
-    kafka = quick(settings)
+def _read_tail(settings: Settings, version: Manifest, until: Mapping[Source, int], line: LogLine = WHOLE) -> InFlight:
+    """Counts the rows between the version's position in the log and the stream's, along a branch of the log."""
+    kafka = _quick(settings)
     partition, place = version.log.partition, onward(line, version.log.next)
     with Topics(kafka) as topics:
         _, end = topics.ends(version.log.topic, committed_only=True)[partition]
@@ -227,15 +197,14 @@ def read_tail(settings: Settings, version: Manifest, until: Mapping[Source, int]
     return in_flight(batches, version.marks, until)
 
 
-def quick(settings: Settings) -> Any:
-    """The Kafka settings with a short patience."""
+def _quick(settings: Settings) -> Any:
     return dataclasses.replace(settings.kafka, request_timeout_s=min(LONGEST_S, settings.kafka.request_timeout_s))
 
 
-def settled(
-    settings: Settings, version: Manifest, read: Callable[[Settings], Stores] = read_stores, wait_s: float = SETTLE_S
+def _settled(
+    settings: Settings, version: Manifest, read: Callable[[Settings], Stores] = _read_stores, wait_s: float = SETTLE_S
 ) -> Stores:
-    """The stores, once they have what the version has, or after a moment."""
+    """Reads the stores until they have what the version has, for at most `wait_s`."""
     deadline_s = time.monotonic() + wait_s
     while True:
         stores = read(settings)
@@ -246,17 +215,17 @@ def settled(
 
 
 def account(settings: Settings) -> dict[str, Any]:
-    """The whole account as JSON values; a part that cannot be read has a reason, and the rest is still checked."""
+    """Returns the whole account as JSON values; a part that cannot be read has a reason, and the rest is still checked."""
     found: dict[str, Any] = {"answers": True, "problem": "", "notes": [], "faults": []}
     (version, line), counts, waiting, unread = _newest(settings, found), None, None, 0
     stream: StreamAccount | None = None
     # 2.
     try:
-        stores = read_stores(settings) if version is None else settled(settings, version)
+        stores = _read_stores(settings) if version is None else _settled(settings, version)
         counts, found["gaps_accepted"], waiting = stores
         stream = stream_account(counts)
     except SpringtideError as error:
-        stream, waiting, unread = read_shown(settings)
+        stream, waiting, unread = _read_shown(settings)
         found["notes"].append(str(error) if stream is None else AS_SHOWN)
     # 3.
     trainer = compared = None
@@ -264,11 +233,11 @@ def account(settings: Settings) -> dict[str, Any]:
         flying = InFlight(0, 0, version.marks, complete=False)
         try:
             if counts is not None:
-                until = {source: one["next"] for source, one in counts.items()}
-                flying = read_tail(settings, version, until, line)
+                until = {source: counted["next"] for source, counted in counts.items()}
+                flying = _read_tail(settings, version, until, line)
         except SpringtideError as error:
             found["notes"].append(f"rows in flight are not counted: {error}")
-        trainer = trainer_account(version, flying)
+        trainer = _trainer_account(version, flying)
         why = "" if counts is None else comparable(counts, version, flying)
         compared = trainer if counts is not None and not why else None
         if why:
@@ -281,13 +250,15 @@ def account(settings: Settings) -> dict[str, Any]:
         }
     # 4.
     broker = _broker(settings, counts or {}, found)
-    found["faults"] += [fault for one in (counts or {}).values() for fault in check_accounts(StreamAccount.of(one))]
+    found["faults"] += [
+        fault for source in (counts or {}).values() for fault in check_accounts(StreamAccount.of(source))
+    ]
     checked = check_accounts(stream, compared, broker, waiting)
     found["faults"] += [fault for fault in checked if fault not in found["faults"]]
     if trainer is not None and compared is None:
         found["faults"] += check_accounts(trainer=trainer)
     if stream is not None:
-        unread = sum(one.unread for one in broker) if counts else unread
+        unread = sum(source.unread for source in broker) if counts else unread
         found["stream"] = {**dataclasses.asdict(stream), "waiting": waiting, "unread": unread}
     found["balanced"] = None if stream is None and trainer is None else not found["faults"]
     found["compared"] = compared is not None
@@ -295,7 +266,6 @@ def account(settings: Settings) -> dict[str, Any]:
 
 
 def _newest(settings: Settings, found: dict[str, Any]) -> tuple[Manifest | None, LogLine]:
-    """The newest version of control's epoch, and the branch of the log that control names."""
     # 1.
     try:
         if not (settings.registry_dir / "versions").is_dir():
@@ -310,25 +280,24 @@ def _newest(settings: Settings, found: dict[str, Any]) -> tuple[Manifest | None,
 
 
 def _broker(settings: Settings, counts: Counts, found: dict[str, Any]) -> list[BrokerAccount]:
-    """What the broker keeps of each source of the topic as it is now."""
     if not counts:
         return []
     try:
-        with Topics(quick(settings)) as topics:
+        with Topics(_quick(settings)) as topics:
             topic_id = topics.describe(settings.kafka.clicks_topic).topic_id
             ends = topics.ends(settings.kafka.clicks_topic)
     except SpringtideError as error:
         found["notes"].append(f"the broker's offsets are not known: {error}")
         return []
     return [
-        BrokerAccount(source, one["next"], *ends[source.partition])
-        for source, one in sorted(counts.items())
+        BrokerAccount(source, counted["next"], *ends[source.partition])
+        for source, counted in sorted(counts.items())
         if source.topic_id == topic_id and source.partition in ends
     ]
 
 
 def as_text(found: Mapping[str, Any]) -> str:
-    """The account in one line.
+    """Formats the account in one line.
 
     >>> as_text({"balanced": None, "notes": ["no registry"], "faults": []})
     'no registry'

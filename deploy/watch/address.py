@@ -25,9 +25,9 @@ class Address(str):
 
     def __new__(cls, url: str, token_file: Path | None = None, certificate: Path | None = None) -> Self:
         """Creates the string with its attributes."""
-        made = super().__new__(cls, url)
-        made.token_file, made.certificate = token_file, certificate
-        return made
+        address = super().__new__(cls, url)
+        address.token_file, address.certificate = token_file, certificate
+        return address
 
     def request(self) -> urllib.request.Request:
         """Returns a GET request with the token.
@@ -62,13 +62,7 @@ def reached(host: str) -> str:
 
 
 def address(settings: Settings, host: str, port: int, path: str = "") -> Address:
-    """Returns the address of one of our ports on this machine.
-
-    Args:
-        settings: Settings with the tokens and the certificate, which all ports share.
-        host: The address that the port listens on.
-        port: The port.
-        path: Path of the URL.
+    """Returns the address of one of our ports on this machine; all ports share the tokens and the certificate.
 
     >>> address(Settings(), "0.0.0.0", 8502)
     'http://127.0.0.1:8502'
@@ -80,20 +74,12 @@ def address(settings: Settings, host: str, port: int, path: str = "") -> Address
 
 
 def serving_address(settings: Settings, path: str = "") -> Address:
-    """Returns the address of serving on this machine.
-
-    >>> serving_address(Settings(), "/readyz")
-    'http://127.0.0.1:8501/readyz'
-    """
+    """Returns the address of serving on this machine."""
     return address(settings, settings.serving.host, settings.serving.port, path)
 
 
 def console_address(settings: Settings, path: str = "") -> Address:
-    """Returns the address of the page on this machine.
-
-    >>> console_address(Settings(), "/metrics")
-    'http://127.0.0.1:8502/metrics'
-    """
+    """Returns the address of the page on this machine."""
     found = address(settings, settings.console.host, settings.console.port, path)
     # The page shows serving's answers too, so it requires a token if either of them does.
     token_file = settings.tokens_dir / OPERATE if are_wanted(settings) else found.token_file

@@ -1,10 +1,7 @@
 """Computes the figures of the running loop from the metrics that its processes serve on /metrics. Pure.
 
 Rates cover the last `RATE_S` seconds. Quantiles cover the last minute, or, for a single poll, the time since each
-process started. Both compare with an earlier poll of the same process; a process that has restarted since then
-counts as another one. Quantiles are computed from histograms as Prometheus does.
-
-The metrics of `springtide up` add which processes keep dying and whether synthetic shoppers run.
+process started. A process that has restarted since the earlier poll counts as another one.
 """
 
 from __future__ import annotations
@@ -30,7 +27,7 @@ SLACK_S = 0.5
 LEAST_BETWEEN_S = 0.9
 FEW_RECORDS = 100  # of the training log: about ten seconds
 QUEUED_S = 10.0
-FEW_USERS = 20_000  # who wait for the keeper of segments: evaluated within six seconds
+FEW_USERS = 20_000  # who wait for the process of segments: evaluated within six seconds
 NEAR_LIMIT = 0.9
 STALE_S = 20.0
 
@@ -77,11 +74,9 @@ WAITS = {
 
 
 class Backlog(NamedTuple):
-    """The metrics that describe what waits for a process.
+    """The gauge of items that wait for a process, and the counter of processed items.
 
     Attributes:
-        waiting: Name of the gauge with the number of waiting items.
-        done: Name of the counter of processed items.
         what: Name of the items in messages.
         waiting_s: Name of the gauge with their waiting time; without one, `FEW_RECORDS` of them may wait.
     """
@@ -103,12 +98,9 @@ BACKLOGS = {
 
 @dataclass(frozen=True)
 class Spread:
-    """Summary of a distribution.
+    """Count, median and 99th percentile of a distribution; None without observations.
 
     Attributes:
-        count: Number of observations.
-        p50: The median; None without observations.
-        p99: The 99th percentile; None without observations.
         most: The highest finite bound; a quantile that reaches it may be larger.
     """
 
@@ -155,11 +147,7 @@ def between(after: Buckets, before: Buckets) -> Buckets:
 
 
 def spread(buckets: Buckets) -> Spread:
-    """Computes the median and the 99th percentile.
-
-    >>> spread({0.1: 50, 0.2: 100, math.inf: 100})
-    Spread(count=100, p50=0.1, p99=0.198, most=0.2)
-    """
+    """Computes the median and the 99th percentile."""
     finite = [bound for bound in buckets if not math.isinf(bound)]
     if not finite:
         return Spread()
@@ -181,24 +169,20 @@ class BudgetLeft:
     spent: bool
 
 
-def budget_of(trainer: Scrape) -> BudgetLeft | None:
-    """Returns the budget; None if none is set, or the trainer does not report it."""
-    epsilon, taken, held = (
+def _budget_of(trainer: Scrape) -> BudgetLeft | None:
+    epsilon, spent, held = (
         trainer.value(f"springtide_trainer_privacy_{name}") for name in ("epsilon_limit", "epsilon_spent", "held")
     )
-    return BudgetLeft(epsilon, max(0.0, epsilon - (taken or 0.0)), bool(held)) if epsilon else None
+    return BudgetLeft(epsilon, max(0.0, epsilon - (spent or 0.0)), bool(held)) if epsilon else None
 
 
 @dataclass(frozen=True)
 class ClocksOff:
-    """Clicks whose clock is off in one direction.
+    """Clicks since the stream's start whose clock is off in one direction; the other figures are of the newest one.
 
     Attributes:
-        clicks: Their number since the stream's start.
-        partition: Partition of the newest one.
-        offset: Offset of the newest one.
-        by_s: How far the newest one is off, seconds; 0 if unknown.
-        age_s: How long ago the newest one was read, seconds.
+        by_s: How far it is off, seconds; 0 if unknown.
+        age_s: How long ago it was read, seconds.
     """
 
     clicks: float
@@ -216,10 +200,6 @@ def clocks_off(stream: Scrape, wall_s: float) -> dict[str, ClocksOff]:
     ...     ("s_off_total", 2), ("_off_partition", 1), ("_off_offset", 70), ("_off_seconds", 3000), ("_off_time_seconds", 5)))
     >>> clocks_off(Scrape(parsed(chr(10).join(lines))), wall_s=9.0)
     {'ahead': ClocksOff(clicks=2.0, partition=1, offset=70, by_s=3000.0, age_s=4.0)}
-
-    Args:
-        stream: The stream's metrics.
-        wall_s: Seconds since 1970.
     """
     clicks = stream.by("springtide_stream_clocks_off_total", "direction")
     partition, offset, by_s, at_s = (
@@ -236,15 +216,7 @@ def clocks_off(stream: Scrape, wall_s: float) -> dict[str, ClocksOff]:
 
 
 def starting(scrapes: Mapping[str, Scrape]) -> dict[str, str]:
-    r"""Returns, by process that answers on /metrics but does not work yet, what it does.
-
-    >>> from deploy.watch.scrape import parsed
-    >>> kernels = "springtide_kernels_total 30\nspringtide_kernels_ready 12"
-    >>> starting({"stream": Scrape(parsed(kernels)), "trainer": Scrape(parsed("springtide_trainer_version 0"))})
-    {'stream': 'compiling kernels, 12 of 30', 'trainer': 'starting'}
-    >>> starting({"trainer": Scrape(parsed("springtide_trainer_version 7"))})
-    {'trainer': 'lag unknown'}
-    """
+    r"""Returns the phase of each process that answers on /metrics but does not work yet."""
     found = {}
     for name, scraped in scrapes.items():
         if not scraped.values:
@@ -262,24 +234,7 @@ def starting(scrapes: Mapping[str, Scrape]) -> dict[str, str]:
 def falls_behind(name: str, now: Scrape, earlier: Scrape | None, elapsed_s: float) -> str:
     r"""Describes the backlog of a process that makes no progress, or too little; empty if it keeps up.
 
-    >>> from deploy.watch.scrape import parsed
-    >>> lag = "springtide_trainer_lag_records"
-    >>> behind = [Scrape(parsed(f"{lag} {waiting}\nspringtide_trainer_rows_total {rows}"))
-    ...           for waiting, rows in ((5600, 70), (5673, 70), (5673, 90), (9, 90))]
-    >>> falls_behind("trainer", behind[1], behind[0], 2.0)
-    '5,673 records wait and none is read'
-    >>> falls_behind("trainer", behind[2], behind[0], 2.0)
-    '5,673 records wait and their number grows'
-    >>> falls_behind("trainer", behind[3], behind[2], 2.0)
-    ''
-    >>> falls_behind("trainer", behind[2], None, 0.0), falls_behind("trainer", behind[3], None, 0.0)
-    ('5,673 records wait', '')
-
-    Args:
-        name: The process.
-        now: Its metrics.
-        earlier: Its metrics at an earlier poll; None if there was none.
-        elapsed_s: The time between the two polls.
+    `earlier` are its metrics `elapsed_s` before; None if there was no earlier poll.
     """
     backlog = BACKLOGS.get(name)
     if backlog is None or any(now.value(series) for series in STOPPED):
@@ -298,12 +253,12 @@ def falls_behind(name: str, now: Scrape, earlier: Scrape | None, elapsed_s: floa
 
 
 def segments_behind(keeper: Scrape) -> str:
-    """Describes the backlog of the keeper of segments; empty if it keeps up. The alert has the same bounds."""
+    """Describes the backlog of the process of segments; empty if it keeps up. The alert has the same bounds."""
     lag, users = (keeper.value(f"springtide_segments_{name}") or 0.0 for name in ("lag_records", "waiting"))
     return f"{shown(lag)} records and {shown(users)} users wait" if lag > FEW_RECORDS or users > FEW_USERS else ""
 
 
-def kafka_answers(scrapes: Mapping[str, Scrape]) -> bool | None:
+def _kafka_answers(scrapes: Mapping[str, Scrape]) -> bool | None:
     """Returns whether serving reaches Kafka; None if unknown."""
     applier = scrapes.get("applier", UNREACHABLE)
     if applier.value("springtide_serving_log_away"):
@@ -312,28 +267,23 @@ def kafka_answers(scrapes: Mapping[str, Scrape]) -> bool | None:
 
 
 def full_parts(scrapes: Iterable[Scrape]) -> list[str]:
-    r"""Describes which parts wait for disk space, and which ones use almost all of their share; the worst first.
-
-    >>> from deploy.watch.scrape import parsed
-    >>> name = "springtide_storage_"
-    >>> trainer = f'{name}waiting{{part="registry"}} 1\n{name}used_bytes{{part="registry"}} 99\n'
-    >>> full_parts([Scrape(parsed(trainer + f'{name}limit_bytes{{part="registry"}} 100')), Scrape()])
-    ['publishing waits for room', 'registry takes 99% of its share of the disk']
-    """
+    r"""Describes which parts wait for disk space, and which ones use almost all of their share; the worst first."""
     found = {name: dict[str, float]() for name in ("waiting", "used_bytes", "limit_bytes")}
     for scraped in scrapes:
         for name, parts in found.items():
             for part, value in scraped.by(f"springtide_storage_{name}", "part").items():
                 parts[part] = parts.get(part, 0.0) + value
     waits = [f"{WAITS.get(part, part)} waits for room" for part, count in found["waiting"].items() if count]
-    taken = {part: found["used_bytes"].get(part, 0.0) / limit for part, limit in found["limit_bytes"].items() if limit}
-    near = sorted(((share, part) for part, share in taken.items() if share > NEAR_LIMIT), reverse=True)
+    shares_used = {
+        part: found["used_bytes"].get(part, 0.0) / limit for part, limit in found["limit_bytes"].items() if limit
+    }
+    near = sorted(((share, part) for part, share in shares_used.items() if share > NEAR_LIMIT), reverse=True)
     return [*waits, *(f"{part} takes {share:.0%} of its share of the disk" for share, part in near)]
 
 
 @dataclass(frozen=True)
 class Figures:
-    """The figures of the loop at one moment; None for unknown ones.
+    """The figures of the loop at one moment; None for unknown ones. Rates end with `_per_s`, seconds with `_s`.
 
     Attributes:
         up_s: Process -> seconds since it started, of those that answer.
@@ -341,45 +291,24 @@ class Figures:
         up: The state of `springtide up`: `starting` its processes, or `running`; empty if it does not answer.
         starting: Process that answers and does not work yet -> its phase, in words.
         behind: Process that stands still or falls behind -> the work that waits for it, in words.
-        kafka_away: Whether no broker answers, as far as known.
         events: Positions of the clicks topic read since the stream's start.
-        events_per_s: Their rate.
         lag_events: Positions of the clicks topic not yet read.
         lag_s: Wall time since the newest click read was appended to Kafka; 0 if none waits.
         dead: Reason -> dead letters since the stream's start.
-        dead_per_s: Their rate.
-        microbatches_per_s: Micro-batches written.
-        microbatch_rows: Rows of one, on average.
-        steps_per_s: Training steps.
         rows_per_s: Rows of the training log read, with any outcome.
-        trainer_lag: Positions of the training log the trainer has not read.
-        log_loss: Of the interests, scored before learning.
-        auc: Of the engagement, scored before learning.
-        top1: Share of rows whose category led, scored before learning.
-        skipped_per_s: Rows of the training log that the guard skipped.
-        held: Whether the guard holds training.
-        budget: The privacy budget; None if none is set.
-        paused: Whether an operator pauses training.
-        publishing_held: Whether an operator holds the publishing of versions.
-        version: Version that serving uses.
-        epoch: Its epoch.
-        newest_version: The trainer's newest.
-        pinned: Whether an operator pins the version.
-        serving_lag: Positions of the training log not in serving's histories.
+        trainer_lag: Positions of the training log the trainer has not read; `serving_lag` likewise of the histories.
+        log_loss: Of the interests, scored before learning, as are `auc` of the engagement and `top1`.
+        version: Version that serving uses; `newest_version` is the trainer's.
         features_s: Age of the newest click in the histories that serving uses.
         weights_s: Age of the newest click trained into the version that serving uses.
-        answers_per_s: Requests for profiles.
-        answers: Their number since the worker's start.
+        answers: Requests for profiles since the worker's start.
         failed: Those of them that failed, or were refused because a worker had too many (429).
-        failed_per_s: Their rate.
-        cold_starts: Answers for unknown users.
         faults: Accounts that do not balance.
         corrupt: Versions that serving refused for their digests.
         differing: Sampled rows that were trained with other features than serving computes.
         refused: The newest version that failed its probe, if it is newer than the served one.
         full: What waits for disk space, and which data takes almost all of a share, in words.
         dying: Process that does not answer -> how often in a row it died, of those that `springtide up` restarts.
-        shoppers: Whether `springtide up` runs synthetic shoppers.
         clocks_off: Direction -> the clicks whose clock is off.
         spreads: Name -> quantiles, in seconds.
         spread_s: The quantiles cover this many last seconds; None: since each process's start.
@@ -434,7 +363,7 @@ class Figures:
     spread_s: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values; a name ends with its unit."""
+        """Returns the figures as JSON values; names end with their units."""
         found = dataclasses.asdict(self)
         found["spreads"] = {
             f"{name}_s": {key: value for key, value in one.items() if key != "most"}
@@ -443,11 +372,7 @@ class Figures:
         return found
 
     def with_kafka(self, kafka: Mapping[str, Any]) -> Figures:
-        """The figures with those of a broker: whether it answers and, if the stream does not report it, the lag.
-
-        Args:
-            kafka: Of `snapshot.kafka_lag`.
-        """
+        """Returns the figures with those of a broker (`sections.kafka_lag`): whether it answers, and the lag if it is unknown."""
         if not kafka["answers"]:
             return dataclasses.replace(self, kafka_away=self.kafka_away or kafka["away"])
         lag_events = kafka["lag"] if self.lag_events is None else self.lag_events
@@ -456,11 +381,7 @@ class Figures:
 
     @property
     def has_old_clicks(self) -> bool:
-        """Whether incoming clicks are old themselves, as in a replay: none waits, and the newest is old.
-
-        >>> Figures(lag_s=0.1, serving_lag=2.0, features_s=1_933_200.0).has_old_clicks
-        True
-        """
+        """Whether incoming clicks are old themselves, as in a replay: none waits, and the newest is old."""
         if self.lag_s is None or self.serving_lag is None or self.kafka_away or "stream" in self.behind:
             return False
         waits = self.lag_s > QUEUED_S or self.serving_lag > FEW_RECORDS
@@ -469,42 +390,30 @@ class Figures:
 
 @dataclass(frozen=True)
 class Seen:
-    """One process now and at an earlier poll, if there was one.
-
-    Attributes:
-        now: Its metrics.
-        earlier: Its metrics then.
-        elapsed_s: The time between.
-    """
+    """The metrics of one process now and at an earlier poll, if there was one, and the time between."""
 
     now: Scrape
     earlier: Scrape | None = None
     elapsed_s: float = 0.0
 
     def rate(self, series: str, **labels: Collection[str]) -> float | None:
-        """Growth of a counter per second; None without an earlier poll.
-
-        >>> from deploy.watch.scrape import parsed
-        >>> counted = [Scrape(parsed(f"steps_total {steps}")) for steps in (10, 30)]
-        >>> Seen(counted[1], counted[0], 4.0).rate("steps_total")
-        5.0
-        """
+        """Returns the growth of a counter per second; None without an earlier poll."""
         if self.earlier is None or not self.elapsed_s > 0 or self.now.problem:
             return None
         grown = self._grown(series, **labels)
         return grown / self.elapsed_s if grown >= 0 else None
 
     def count(self, series: str, **labels: Collection[str]) -> float | None:
-        """A counter since the process's start; 0 before its first event, None if the process is unreachable."""
+        """Returns a counter since the process's start; 0 before its first event, None if the process is unreachable."""
         return self.now.total(series, **labels) or (0.0 if self.now.values else None)
 
     def buckets(self, series: str, **labels: Collection[str]) -> Buckets:
-        """A histogram's growth; all of it without an earlier poll."""
+        """Returns a histogram's growth since the earlier poll; all of it if there was none."""
         after = self.now.buckets(series, **labels)
         return after if self.earlier is None else between(after, self.earlier.buckets(series, **labels))
 
     def mean(self, series: str) -> float | None:
-        """The mean of a histogram's observations since the earlier poll; None without an observation."""
+        """Returns the mean of a histogram's observations since the earlier poll; None without an observation."""
         total, count = (self._grown(f"{series}_{part}") for part in ("sum", "count"))
         return total / count if count > 0 else None
 
@@ -518,7 +427,7 @@ class Watch:
     """Computes figures from successive polls of the loop.
 
     Args:
-        spread_s: How far back the quantiles reach; None: to the start of each process.
+        spread_s: The period that quantiles cover; None: since the start of each process.
     """
 
     def __init__(self, spread_s: float | None = SPREAD_S) -> None:
@@ -526,10 +435,10 @@ class Watch:
         self._polls: deque[tuple[float, Mapping[str, Scrape]]] = deque()
 
     def figures(self, scrapes: Mapping[str, Scrape], now_s: float, wall_s: float) -> Figures:
-        """The figures of now.
+        """Returns the figures of one poll.
 
         Args:
-            scrapes: Process -> its metrics.
+            scrapes: Metrics by process.
             now_s: Monotonic time of the poll.
             wall_s: Seconds since 1970, for how long a process is up.
         """
@@ -543,7 +452,7 @@ class Watch:
             spanned = {name: self._seen(name, scrapes, now_s, self._spread_s) for name in BORN}
         self._polls.append((now_s, scrapes))
         born = {name: scraped.value(BORN[name]) for name, scraped in scrapes.items() if name in BORN}
-        up, kafka = scrapes.get(UP, UNREACHABLE), kafka_answers(scrapes)
+        up, kafka = scrapes.get(UP, UNREACHABLE), _kafka_answers(scrapes)
         answering = {name for name, scraped in scrapes.items() if scraped.values} | ({"kafka"} if kafka else set())
         behind = {name: falls_behind(name, seen.now, seen.earlier, seen.elapsed_s) for name, seen in lately.items()}
         behind[SEGMENTS] = segments_behind(scrapes.get(SEGMENTS, UNREACHABLE))
@@ -573,7 +482,7 @@ class Watch:
         )
 
     def _seen(self, name: str, scrapes: Mapping[str, Scrape], now_s: float, within_s: float) -> Seen:
-        """The process now and at its oldest poll within that time, or else at its last poll."""
+        """Returns the process now and at its oldest poll within that time, or else at its last poll."""
         now = scrapes.get(name, UNREACHABLE)
         born = now.value(BORN[name])
         polls = [(at_s, seen[name]) for at_s, seen in self._polls if name in seen and not seen[name].problem]
@@ -585,7 +494,7 @@ class Watch:
 
 
 def read(stream: Seen, trainer: Seen, applier: Seen, worker: Seen) -> Figures:
-    """The figures of the four processes, without those that `Watch` adds."""
+    """Returns the figures of the four processes, without those that `Watch` adds."""
     learned = bool(trainer.now.total("springtide_trainer_steps_total"))
     dead = stream.now.by("springtide_stream_dead_letters_total", "reason")
     accounts = {"stream": stream, "trainer": trainer}.items()
@@ -607,7 +516,7 @@ def read(stream: Seen, trainer: Seen, applier: Seen, worker: Seen) -> Figures:
         top1=trainer.now.value("springtide_trainer_top1_ratio") if learned else None,
         skipped_per_s=trainer.rate("springtide_trainer_rows_total", outcome=("skipped",)),
         held=bool(trainer.now.value("springtide_trainer_held")),
-        budget=budget_of(trainer.now),
+        budget=_budget_of(trainer.now),
         paused=bool(trainer.now.value("springtide_trainer_paused")),
         publishing_held=bool(trainer.now.value("springtide_trainer_publishing_held")),
         # Versions and epochs begin with 1.

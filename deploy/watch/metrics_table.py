@@ -42,23 +42,23 @@ def as_markdown() -> str:
         "`_total`; a histogram has `_bucket`, `_sum` and `_count`. No label contains an id, and label values are bounded.",
     ]
     for process in (*metrics.PROCESSES, *metrics.OF_EACH_PROCESS):
-        told = OFFERED[process]
-        lines += ["", f"## {process.__name__.removesuffix('Metrics')}", "", told, "", *_rows(process)]
+        description = OFFERED[process]
+        lines += ["", f"## {process.__name__.removesuffix('Metrics')}", "", description, "", *_rows(process)]
     lines += ["", "## Any process", "", "Each process, under the standard names of Prometheus clients.", ""]
     lines += ["| name | description |", "|---|---|"]
-    lines += [f"| `{name}` | {told} |" for name, told in metrics.OF_ANY_PROCESS.items()]
+    lines += [f"| `{name}` | {description} |" for name, description in metrics.OF_ANY_PROCESS.items()]
     return "\n".join(lines) + "\n"
 
 
 def _rows(process: type[metrics.Metrics]) -> Sequence[str]:
     registry = CollectorRegistry()
-    made = process(registry)
-    labels = {one._name: one._labelnames for one in vars(made).values() if hasattr(one, "_labelnames")}
+    instance = process(registry)
+    labels = {metric._name: metric._labelnames for metric in vars(instance).values() if hasattr(metric, "_labelnames")}
     found = ["| name | kind | labels | description |", "|---|---|---|---|"]
     for family in registry.collect():
         named = ", ".join(f"`{label}`" for label in labels[family.name])
-        told = family.documentation.replace("|", "\\|")
-        found.append(f"| `{family.name}` | {family.type} | {named} | {told} |")
+        description = family.documentation.replace("|", "\\|")
+        found.append(f"| `{family.name}` | {family.type} | {named} | {description} |")
     return found
 
 

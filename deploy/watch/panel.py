@@ -1,13 +1,5 @@
 """The operator's terminal: the loop's figures as one screen of text, or one line, that is redrawn.
 
-    state           nothing is wrong                      up 12 min
-    clicks          226/s       lag 0 events, 0.0 s       1,234,567 taken up
-    ...
-                    now       p50       p99       over the last 60 s
-    weights         0.35 s    0.30 s    0.62 s    age of the newest click learned
-    ...
-    try             curl -s http://127.0.0.1:8501/v1/profiles/shopper-1
-
 Problems come first, then throughput, then latencies. Columns keep their positions while the numbers change. If the
 terminal is small, the view is one line. If the output is not a terminal, that line is written now and then.
 """
@@ -46,13 +38,7 @@ MEANINGS = {
 }
 
 
-def happenings(snapshot: Snapshot, workers: int = 1) -> list[Sequence[str]]:
-    """Returns the cells of the throughput lines: a label, the rate, and details.
-
-    Args:
-        snapshot: Of one poll.
-        workers: Worker processes of this host, whose figures are summed.
-    """
+def _happenings(snapshot: Snapshot, workers: int = 1) -> list[Sequence[str]]:
     figures = snapshot.figures
     budget = figures.budget
     top1 = "-" if figures.top1 is None else f"{figures.top1:.1%}"
@@ -62,7 +48,7 @@ def happenings(snapshot: Snapshot, workers: int = 1) -> list[Sequence[str]]:
             "clicks",
             rate(figures.events_per_s),
             f"lag {shown(figures.lag_events)} events, {seconds(figures.lag_s)}",
-            f"{shown(figures.events)} taken up",
+            f"{shown(figures.events)} read",
         ),
         ("dead letters", rate(figures.dead_per_s), "-" if figures.events is None else reasons(figures.dead)),
         *(
@@ -101,8 +87,7 @@ def happenings(snapshot: Snapshot, workers: int = 1) -> list[Sequence[str]]:
     ]
 
 
-def distributions(figures: Figures) -> list[Sequence[str]]:
-    """Returns the cells of the latency lines: a label, the current value, median, 99th percentile, and the meaning."""
+def _distributions(figures: Figures) -> list[Sequence[str]]:
     now = {"features": duration(figures.features_s), "weights": duration(figures.weights_s)}
     means = MEANINGS | ({"features": "age of the newest, an old click"} if figures.has_old_clicks else {})
     return [
@@ -176,24 +161,18 @@ def aligned(cells: Sequence[str], columns: Sequence[int]) -> str:
 
 
 def panel(snapshot: Snapshot, hints: Sequence[tuple[str, str]] = (), workers: int = 1) -> list[str]:
-    """Returns the lines of the screen.
-
-    Args:
-        snapshot: Of one poll.
-        hints: What to try: a label, and what to type or to open.
-        workers: Worker processes of this host.
-    """
+    """Returns the lines of the screen; `hints` are labels, each with what to type or to open."""
     return [
-        *lines(happenings(snapshot, workers)),
+        *lines(_happenings(snapshot, workers)),
         "",
-        *lines(distributions(snapshot.figures), DISTRIBUTIONS),
+        *lines(_distributions(snapshot.figures), DISTRIBUTIONS),
         *(["", *lines(hints)] if hints else []),
     ]
 
 
 def lines(cells: Sequence[Sequence[str]], columns: Sequence[int] = HAPPENINGS) -> list[str]:
     """Formats lines with their cells in columns."""
-    return [aligned(one, columns) for one in cells]
+    return [aligned(row, columns) for row in cells]
 
 
 def live_line(snapshot: Snapshot) -> str:
@@ -217,12 +196,7 @@ def live_line(snapshot: Snapshot) -> str:
 
 
 class Screen:
-    """Writes permanent lines and, on a terminal, redraws the view below them.
-
-    Args:
-        out: Where to write.
-        size: Returns columns and lines of the terminal; called for each view.
-    """
+    """Writes permanent lines and, on a terminal, redraws the view below them."""
 
     def __init__(
         self, out: TextIO | None = None, size: Callable[[], os.terminal_size] = shutil.get_terminal_size

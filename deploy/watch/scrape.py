@@ -37,19 +37,11 @@ class Scrape:
     problem: str = ""
 
     def value(self, name: str, **labels: str) -> float | None:
-        """Returns one series; None if it is absent.
-
-        >>> Scrape(parsed("held 1")).value("held")
-        1.0
-        """
+        """Returns one series; None if it is absent."""
         return self.values.get((name, tuple(sorted(labels.items()))))
 
     def total(self, name: str, **labels: Collection[str]) -> float | None:
-        r"""Returns a series summed over its labels; None if it is absent.
-
-        Args:
-            name: The series.
-            labels: By label, the values to include; all values of a label that is not named.
+        r"""Returns a series summed over its labels; None if it is absent. `labels` restricts the values of a label.
 
         >>> text = 'rows_total{outcome="dead"} 2\nrows_total{outcome="rows"} 3'
         >>> Scrape(parsed(text)).total("rows_total"), Scrape(parsed(text)).total("rows_total", outcome=["dead"])
@@ -106,14 +98,14 @@ def parsed(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
 def hosts(settings: Settings) -> dict[str, str]:
     """Returns the hosts of processes that `metrics.hosts` names.
 
-    >>> from state.config.settings import MetricsSettings
+    >>> from state.config.sections import MetricsSettings
     >>> hosts(Settings(metrics=MetricsSettings(hosts=("trainer=train-0",))))
     {'trainer': 'train-0'}
 
     Raises:
         SettingsError: An entry has an invalid form.
     """
-    found = dict(one.partition("=")[::2] for one in settings.metrics.hosts)
+    found = dict(entry.partition("=")[::2] for entry in settings.metrics.hosts)
     if not (found.keys() <= {*ELSEWHERE} and all(found.values())):
         raise SettingsError(
             f"metrics.hosts is {','.join(settings.metrics.hosts)}",
@@ -144,33 +136,24 @@ def targets(settings: Settings) -> dict[str, str]:
     }
     elsewhere = hosts(settings)
     return {
-        **{name: metrics_url(settings, port, elsewhere.get(name)) for name, port in ports.items()},
+        **{name: _metrics_url(settings, port, elsewhere.get(name)) for name, port in ports.items()},
         "worker": serving_address(settings, "/metrics"),
-        **{name: metrics_url(settings, port, elsewhere.get(name)) for name, (port, runs) in others.items() if runs},
+        **{name: _metrics_url(settings, port, elsewhere.get(name)) for name, (port, runs) in others.items() if runs},
         **({"console": console_address(settings, "/metrics")} if settings.console.port else {}),
     }
 
 
 def urls(settings: Settings) -> dict[str, str]:
-    """Returns the metrics URLs of the processes between a click and an answer, in the order of the data flow.
-
-    >>> urls(Settings())["trainer"]
-    'http://127.0.0.1:9102/metrics'
-    """
+    """Returns the metrics URLs of the processes between a click and an answer, in the order of the data flow."""
     return {name: url for name, url in targets(settings).items() if name in (*LINE, "worker")}
 
 
 def watched_urls(settings: Settings) -> dict[str, str]:
-    """Returns the metrics URLs of processes that must run: the loop, `up`, and the keeper of segments if any are named.
-
-    >>> list(watched_urls(Settings()))
-    ['stream', 'trainer', 'applier', 'worker', 'up']
-    """
+    """Returns the metrics URLs of processes that must run: the loop, `up`, and the process of segments if there are any."""
     return {name: url for name, url in targets(settings).items() if name in (*LINE, "worker", UP, SEGMENTS)}
 
 
-def metrics_url(settings: Settings, port: int, host: str | None = None) -> str:
-    """Returns the URL of `/metrics` on a port, by default on this machine."""
+def _metrics_url(settings: Settings, port: int, host: str | None = None) -> str:
     return f"http://{reached(host or settings.metrics.host)}:{port}/metrics"
 
 
@@ -194,13 +177,13 @@ def fetch(url: str | urllib.request.Request, timeout_s: float = TIMEOUT_S) -> tu
     return http.ask(url, timeout_s)
 
 
-def scrape(addresses: Mapping[str, str], get: Callable[[str], tuple[int, str]] = fetch) -> dict[str, Scrape]:
-    """Reads the metrics of all processes in parallel.
+def scrape_one(settings: Settings, process: str) -> Scrape:
+    """Reads the metrics of one process between a click and an answer."""
+    return scrape({process: urls(settings)[process]})[process]
 
-    Args:
-        addresses: URLs by process.
-        get: Returns status and body of a URL.
-    """
+
+def scrape(addresses: Mapping[str, str], get: Callable[[str], tuple[int, str]] = fetch) -> dict[str, Scrape]:
+    """Reads the metrics of all processes in parallel; `get` returns status and body of a URL."""
 
     def one(url: str) -> Scrape:
         status, body = get(url)

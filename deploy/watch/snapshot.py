@@ -35,7 +35,7 @@ class Problem:
     """Something that is wrong, unknown, not started, or held.
 
     Attributes:
-        severity: As of alerts. `info` is worth a look and no fault of the loop; `hold` is what an operator wants.
+        severity: As of alerts. `info` needs no action; `hold` is what an operator wants.
         text: What is wrong, in a few words.
         section: Its section of the runbook.
         stage: The stage of the loop that it concerns: clicks, stream, trainer, versions or answers; empty for others.
@@ -63,13 +63,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What the system looks like at one moment.
+    """What the system looks like at one moment, `at_ms`: figures and metrics by process.
 
     Attributes:
-        figures: The figures of the processes' metrics.
-        scrapes: These metrics, by process.
         sections: What Kafka, registry, stores and disks show (see `sections.read`); empty if they were not read.
-        at_ms: Wall clock of the poll.
     """
 
     figures: Figures = field(default_factory=Figures)
@@ -97,7 +94,7 @@ class Snapshot:
 
     @property
     def faults(self) -> list[Problem]:
-        """The problems that need somebody to act."""
+        """The problems that need action."""
         return [problem for problem in self.problems if problem.is_fault]
 
     @property
@@ -111,14 +108,7 @@ class Snapshot:
 
 
 class Poller:
-    """Polls the metrics of the loop's processes.
-
-    Args:
-        settings: The loop's settings.
-        spread_s: How far back quantiles reach; None: to the start of each process.
-        clock_s: Monotonic seconds.
-        now_ms: Wall clock.
-    """
+    """Polls the metrics of the loop's processes; `spread_s` as in `Watch`."""
 
     def __init__(
         self,
@@ -190,7 +180,7 @@ def _of_processes(figures: Figures) -> Iterator[Problem]:
     nothing_runs = not figures.up_s and not figures.up
     # Without Kafka other processes wait or do not answer, so Kafka comes first.
     if figures.kafka_away and not nothing_runs:
-        yield Problem("critical", "Kafka away", "kafka-is-away", "clicks")
+        yield Problem("critical", "Kafka unreachable", "kafka-is-away", "clicks")
     if nothing_runs:
         yield Problem("critical", "nothing answers", "a-part-cannot-run")
     else:
@@ -199,7 +189,7 @@ def _of_processes(figures: Figures) -> Iterator[Problem]:
                 yield Problem("warning", f"{name} not started yet", "a-part-starts")
             else:
                 section = "segments-are-not-kept" if name == scrape.SEGMENTS else "a-part-cannot-run"
-                yield Problem("critical", f"{name} away", section)
+                yield Problem("critical", f"{name} unreachable", section)
     for name, text in figures.starting.items():
         yield Problem("warning", f"{name} {text}", "a-part-starts", STAGES.get(name, ""))
     for name, deaths in figures.dying.items():
@@ -238,7 +228,7 @@ def _of_sections(sections: Mapping[str, Any]) -> Iterator[Problem]:
         if rollout["stopped"]:
             yield Problem("warning", "a rollout was stopped", "a-rollout-was-stopped")
         if rollout["unwatched_s"] is not None:
-            yield Problem("warning", "nobody watches the rollout", "nobody-watches-a-rollout")
+            yield Problem("warning", "no command drives the rollout", "nobody-watches-a-rollout")
     if (retrain := sections.get("retrain")) and retrain.get("outcome") == "failed":
         yield Problem("info", "the last retrain failed", "a-retrain-fails")
     if (live_clicks := sections.get("live_clicks")) and live_clicks["anomalies"]:

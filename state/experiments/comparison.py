@@ -1,11 +1,9 @@
-"""Compares an experiment with the live trainer: sums over paired rows, and a confidence sequence of their differences.
+"""Compares an experiment with the live trainer by the log losses of the rows that both scored before they learned from them.
 
-A difference is the experiment's log loss minus the live one's, for one row that both scored before they learned from
-it. Below 0 the experiment was better. The interval of the mean holds at all times at once
-(`state/statistics/confidence_sequence.py`), so it may be checked as often as wanted, and stopped early.
-All of it is in one document, replaced as a whole; a restart continues from there.
+A difference is the experiment's loss minus the live one's; below 0 the experiment is better. The interval of the mean
+is a confidence sequence (`state/statistics/confidence_sequence.py`): it may be checked at any time and stopped early.
 
-The losses of rows are in files of bounded size, which a trainer writes only while something reads them:
+A trainer writes its losses only while something reads them:
 
     <registry>/losses/<name>.wanted       a reader exists
     <registry>/losses/<number>.losses     frames, one for each record of the training log, in the order of training
@@ -16,9 +14,9 @@ A frame has three parts, all little-endian:
 - for each row with a category the block of its user, uint16: `users modulo BLOCKS`, so it has no pseudonym;
 - the log loss of each of these rows, float64.
 
-Each start of a trainer begins a new file, so only the last frame of a file may be torn; a torn frame is never read.
-Records that a trainer learns again after a crash are in the files again. Nothing is synced. Losses that a power failure
-destroys are left out of the comparison.
+Each start of a trainer begins a new file, so only the last frame of a file can be torn; a torn frame is never read.
+Records that a trainer learns again after a crash are in the files again. Nothing is synced: losses that a power
+failure destroys are left out of the comparison.
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ from state import layout
 from state.disk import files as durable
 from state.errors import CorruptStore
 from state.registry import sealed
-from state.statistics.confidence_sequence import BLOCKS, ConfidenceSequence
+from state.statistics.confidence_sequence import ALPHA, BLOCKS, PLANNED_ROWS, ConfidenceSequence
 
 Blocks = NDArray[np.uint16]
 F64 = NDArray[np.float64]
@@ -83,11 +81,7 @@ def blocks_of(users: NDArray[np.uint64]) -> Blocks:
 
 
 def want(registry: Path, name: str) -> None:
-    """Requests that the trainer of a registry writes its losses; idempotent.
-
-    Raises:
-        OSError: The disk refused.
-    """
+    """Requests that the trainer of a registry writes its losses; idempotent."""
     mark = registry / layout.LOSSES / f"{name}{_WANTED}"
     if not mark.exists():
         mark.parent.mkdir(exist_ok=True)
@@ -95,11 +89,7 @@ def want(registry: Path, name: str) -> None:
 
 
 def unwant(registry: Path, name: str) -> None:
-    """Withdraws the request; the trainer removes the files if there is no other reader.
-
-    Raises:
-        OSError: The disk refused.
-    """
+    """Withdraws the request; the trainer removes the files once no request is left."""
     (registry / layout.LOSSES / f"{name}{_WANTED}").unlink(missing_ok=True)
 
 
@@ -112,7 +102,7 @@ def is_wanted(registry: Path) -> bool:
 
 
 def segments(registry: Path) -> list[int]:
-    """The numbers of the files, ascending."""
+    """Returns the numbers of the files, ascending."""
     try:
         names = [path.name for path in (registry / layout.LOSSES).iterdir()]
     except OSError:
@@ -121,7 +111,7 @@ def segments(registry: Path) -> list[int]:
 
 
 def path_of(registry: Path, segment: int) -> Path:
-    """The path of a file by its number."""
+    """Returns the path of a file by its number."""
     return registry / layout.LOSSES / f"{segment:08d}{_SEGMENT}"
 
 
@@ -132,12 +122,9 @@ def remove_all(registry: Path) -> None:
 
 
 class LossWriter:
-    """Writes the losses of one start of a trainer, in new files. Use it from one thread only.
+    """Writes the losses of one start of a trainer, in new files of `segment_bytes`; the newest `kept` stay.
 
-    Args:
-        registry: The trainer's registry; its `losses/` exists.
-        segment_bytes: Size at which a new file begins.
-        kept: Number of files that are kept.
+    Not thread-safe. The directory `losses` of the registry must exist.
     """
 
     def __init__(self, registry: Path, segment_bytes: int = SEGMENT_BYTES, kept: int = SEGMENTS) -> None:
@@ -145,7 +132,7 @@ class LossWriter:
         self._handle, self._bytes = -1, 0
 
     def append(self, record: RowLosses) -> None:
-        """Writes a record's frame with one system call, so that a reader in another process sees it at once.
+        """Writes a record's frame with one system call, so that readers see it at once.
 
         Raises:
             OSError: The disk refused; the next frame begins a new file.
@@ -176,11 +163,7 @@ class LossWriter:
 
 
 class LossReader:
-    """Reads a trainer's losses, beginning with the oldest file that is kept. Use it from one thread only.
-
-    Args:
-        registry: The trainer's registry.
-    """
+    """Reads a trainer's losses, beginning with the oldest kept file. Not thread-safe."""
 
     def __init__(self, registry: Path) -> None:
         self._registry = registry
@@ -200,13 +183,12 @@ class LossReader:
                 data = file.read()
             found = list(_frames(data))
             if found:
-                self._at += sum(_HEAD.size + _ROW_BYTES * len(one.losses) for one in found)
+                self._at += sum(_HEAD.size + _ROW_BYTES * len(record.losses) for record in found)
                 return found
         return []
 
 
 def _frames(data: bytes) -> Iterator[RowLosses]:
-    """The complete frames at the beginning of `data`."""
     at = 0
     while at + _HEAD.size <= len(data):
         offset, rows, checksum = _HEAD.unpack_from(data, at)
@@ -224,16 +206,15 @@ class ComparisonFigures(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     Attributes:
         rows: Rows that both scored.
         records: Records that were paired.
-        alone: Records that one side had and the other skipped.
-        unlike: Records for which the sides had different rows.
-        differing: Rows of which the two losses differ in a bit at least.
+        alone: Records that one side has and the other skipped.
+        unlike: Records for which the sides have different rows.
+        differing: Rows whose two losses differ in at least one bit.
         live_log_loss: Mean log loss of the live trainer, nats.
-        trial_log_loss: Likewise of the experiment's trainer.
+        trial_log_loss: Mean log loss of the experiment's trainer, nats.
         difference: The second minus the first.
         low: Lower end of its interval.
         high: Upper end of its interval.
-        alpha: Probability that a difference is ever reported if there is none.
-        verdict: The verdict on the experiment.
+        alpha: Probability that equal trainers are ever reported as different.
     """
 
     rows: int
@@ -269,20 +250,20 @@ class _Document(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PairedComparison:
-    """Pairs the records of an experiment and the live trainer, and compares them; one thread.
+    """Pairs the records of an experiment and the live trainer, and compares them. Not thread-safe.
 
-    Each side arrives in the order of the log, except for what a trainer learns again after a crash. A side may begin
-    later, lag or stop. A record is paired once, if both sides have it with the same rows. Rows that one side lacks are
-    counted and not compared; for example, a mask removed them that the other side did not have yet.
+    Each side arrives in the order of the log, except for records learned again after a crash. A side may begin later, lag
+    or stop. A record is paired once, if both sides have it with the same rows. Rows that one side lacks are counted and
+    not compared: for example, only one side had applied a mask yet.
 
     Args:
-        alpha: Probability that a difference is ever reported if there is none.
-        planned_rows: After how many rows the interval is about as narrow as it can be.
+        alpha: Probability that equal trainers are ever reported as different.
+        planned_rows: The number of rows for which the interval is tuned to be narrowest.
 
     Attributes:
         next: Records before this offset were paired or skipped.
-        alone: Records that one side had and the other skipped.
-        unlike: Records for which the sides had different rows.
+        alone: Records that one side has and the other skipped.
+        unlike: Records for which the sides have different rows.
         records: Records that were paired.
 
     >>> def record(offset, *losses):
@@ -293,7 +274,7 @@ class PairedComparison:
     (-0.5, 1, 7, 1)
     """
 
-    def __init__(self, alpha: float, planned_rows: int) -> None:
+    def __init__(self, alpha: float = ALPHA, planned_rows: int = PLANNED_ROWS) -> None:
         self.next = self.alone = self.unlike = self.records = 0
         self._sequence = ConfidenceSequence(alpha, planned_rows)
         self._differing, self._live, self._trial = 0, 0.0, 0.0
@@ -302,20 +283,17 @@ class PairedComparison:
 
     @property
     def behind(self) -> tuple[bool, bool]:
-        """Whether to read more for the live side and for the other: the side that is ahead waits.
-
-        So the waiting records are bounded by one read.
-        """
+        """Whether to read more of the live side, and of the other. The side ahead waits, which bounds the waiting records."""
         live, trial = self._newest
         return live <= trial, trial <= live
 
     def add(self, live: Iterable[RowLosses] = (), trial: Iterable[RowLosses] = ()) -> None:
-        """Takes records of both sides, and compares those that both have; a repeated record replaces the earlier copy."""
+        """Adds records of both sides and compares those that both have; a repeated record replaces the earlier copy."""
         for side, records in enumerate((live, trial)):
-            for one in records:
-                self._newest[side] = max(self._newest[side], one.offset)
-                if one.offset >= self.next:
-                    self._sides[side][one.offset] = one
+            for record in records:
+                self._newest[side] = max(self._newest[side], record.offset)
+                if record.offset >= self.next:
+                    self._sides[side][record.offset] = record
         lives, trials = self._sides
         both = sorted(lives.keys() & trials.keys())
         for offset in both:
@@ -342,7 +320,7 @@ class PairedComparison:
         self._sequence.add(differences, live.blocks.astype(np.uint64))
 
     def figures(self) -> ComparisonFigures:
-        """The figures for people and metrics."""
+        """Returns the current figures."""
         rows, (low, high) = self._sequence.rows, self._sequence.interval()
         return ComparisonFigures(
             rows=rows,
@@ -360,7 +338,7 @@ class PairedComparison:
         )
 
     def encode(self) -> bytes:
-        """The state from which a restart continues, exact to the last bit."""
+        """Encodes the state from which a restart continues, exact to the last bit."""
         sequence = self._sequence.document()
         return sealed.encode(_Document(self.figures(), self.next, self._live, self._trial, sequence))
 
@@ -397,16 +375,12 @@ def _verdict(rows: int, differing: int, low: float, high: float) -> Verdict:
 
 
 def write(folder: Path, comparison: PairedComparison) -> None:
-    """Replaces the document of an experiment; durable when this returns.
-
-    Raises:
-        OSError: The disk refused; the former document is unchanged.
-    """
+    """Replaces the stored comparison of an experiment; durable when this returns."""
     durable.replace(folder / COMPARISON, comparison.encode())
 
 
 def read(folder: Path) -> PairedComparison | None:
-    """The comparison of an experiment; None before anything was compared.
+    """Reads the comparison of an experiment; None before anything was compared.
 
     Raises:
         CorruptStore: It is damaged.
@@ -424,10 +398,10 @@ def read(folder: Path) -> PairedComparison | None:
 
 
 def read_figures(folder: Path) -> ComparisonFigures | None:
-    """The figures of an experiment's comparison; None before anything was compared.
+    """Reads the figures of an experiment's comparison; None before anything was compared.
 
     Raises:
-        CorruptStore: The document is damaged.
+        CorruptStore: It is damaged.
     """
     comparison = read(folder)
     return None if comparison is None else comparison.figures()

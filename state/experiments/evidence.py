@@ -1,14 +1,11 @@
 """Evidence about the two arms of a rollout: exposures, and the engagements that followed them. Pure.
 
-An engagement counts for the arm and the step of its user's last exposure before
-it became known. Times are by the clocks of this system's own processes. The rate
-is engagements per answer. Arms are compared within each step, because users behave
-differently at different hours (`state/statistics/strata.py`). The variance is
-that of sums per user.
+An engagement counts for the arm and step of its user's last exposure before it became known to the stream. The rate
+is engagements per answer. Arms are compared within each step, because users behave differently at different hours
+(`state/statistics/arms.py`). The variance is that of sums per user.
 
-Failures, latencies and the sample ratio are those of the newest step. A user who
-moves from one arm to the other when the share grows contributes to both. Their
-difference then varies less than the interval assumes.
+Failures, latencies and the sample ratio are those of the newest step. A user who changes arms when the share grows
+contributes to both. Their difference then varies less than the interval assumes.
 """
 
 from __future__ import annotations
@@ -22,10 +19,9 @@ from numpy.typing import NDArray
 
 from state.experiments.exposure import ARMS, LIVE, TRIAL, Arm, Exposure
 from state.statistics import arms
-from state.statistics.arms import Contrast
+from state.statistics.arms import Contrast, Strata
 from state.statistics.confidence_sequence import ALPHA, BlockSums
 from state.statistics.sample_ratio import SampleRatio
-from state.statistics.strata import StratifiedArm, stratified
 
 MOST_USERS = 1_000_000
 """Users that are tracked, up to 500 bytes each. Later users count only for failures and latencies."""
@@ -41,12 +37,12 @@ bin, and the ratio between the edges of neighbouring bins. The last edge is abou
 
 
 def no_latencies() -> NDArray[np.int64]:
-    """An empty histogram, `[BINS]` int64."""
+    """Returns an empty histogram, `[BINS]` int64."""
     return np.zeros(BINS, np.int64)
 
 
 def latency_bin(took_us: float) -> int:
-    """The bin of a duration.
+    """Returns the bin of a duration.
 
     >>> latency_bin(0), latency_bin(100), latency_bin(101), latency_bin(1e12) == BINS - 1
     (0, 0, 1, True)
@@ -57,17 +53,13 @@ def latency_bin(took_us: float) -> int:
 
 
 def quantile_ms(counts: NDArray[np.int64], share: float) -> float:
-    """The quantile of the latencies, ms: the upper edge of its bin; 0 for an empty histogram.
+    """Returns a quantile (0 to 1) of a `[BINS]` int64 histogram, ms: the upper edge of its bin; 0 if it is empty.
 
     >>> counts = no_latencies()
     >>> counts[latency_bin(1000)] += 99
     >>> counts[latency_bin(50_000)] += 1
     >>> 1.0 <= quantile_ms(counts, 0.5) <= 1.1, 50 <= quantile_ms(counts, 0.999) <= 55
     (True, True)
-
-    Args:
-        counts: `[BINS]` int64, the histogram.
-        share: The quantile, 0 to 1.
     """
     total = int(counts.sum())
     if not total:
@@ -78,13 +70,10 @@ def quantile_ms(counts: NDArray[np.int64], share: float) -> float:
 
 @dataclass
 class StepSums:
-    """Sums of one arm in one step.
+    """Sums of one arm in one step: exposures, exposures for which it could not answer, and users.
 
     Attributes:
-        answers: Exposures.
-        failures: Exposures for which the arm could not answer.
         took: `[BINS]` int64, histogram of the latencies of answers outside of batches.
-        users: Users of the exposures.
     """
 
     answers: int = 0
@@ -97,7 +86,7 @@ class Evidence:
     """The sums of one rollout.
 
     Args:
-        name: Name of the trial.
+        name: Name of the experiment.
         planned_answers: Number of answers of the smaller arm for which intervals are tuned to be narrowest.
 
     Attributes:
@@ -123,17 +112,17 @@ class Evidence:
         """Adds exposures. Skips those of other rollouts; late ones of an earlier step count only in the rates."""
         found: dict[tuple[int, Arm], list[int]] = {}
         came = dict.fromkeys(ARMS, 0)
-        for one in exposures:
-            if one.rollout != self._name:
+        for exposure in exposures:
+            if exposure.rollout != self._name:
                 continue
-            if one.step > self.step:
+            if exposure.step > self.step:
                 self._count(came)
-                self._begin(one.step, one.share)
-            if one.step == self.step:
-                self._in_newest(one, came)
-            user = int(one.user, 16)
-            if self._is_known(user, one):
-                found.setdefault((one.step, one.arm), []).append(user)
+                self._begin(exposure.step, exposure.share)
+            if exposure.step == self.step:
+                self._in_newest(exposure, came)
+            user = int(exposure.user, 16)
+            if self._is_known(user, exposure):
+                found.setdefault((exposure.step, exposure.arm), []).append(user)
         self._count(came)
         for (step, arm), users in found.items():
             self._sums(step)[arm].add(np.zeros(len(users)), np.array(users, np.uint64))
@@ -155,11 +144,11 @@ class Evidence:
 
     def difference(self) -> Contrast:
         """Engagements per answer of the trial, minus those of the live arm."""
-        return arms.difference(*self._both(), ALPHA, self._planned)
+        return arms.difference(self._strata(), ALPHA, self._planned)
 
     def lift(self) -> Contrast | None:
         """The relative difference of the trial's rate to the live arm's; None if an arm has no engagements."""
-        return arms.lift(*self._both(), ALPHA, self._planned)
+        return arms.lift(self._strata(), ALPHA, self._planned)
 
     @property
     def mismatch(self) -> bool:
@@ -168,7 +157,7 @@ class Evidence:
 
     @property
     def mismatch_p(self) -> float:
-        """P-value of the sample ratio test: valid at any time, however often it is read."""
+        """P-value of the sample ratio test, valid at any time."""
         return 1.0 if self._ratio is None else self._ratio.p_value
 
     def answers(self, arm: Arm) -> int:
@@ -179,8 +168,8 @@ class Evidence:
         """Engagements that followed an arm's exposures."""
         return round(sum(float(of_step[arm].totals.sum()) for of_step in self.rates.values()))
 
-    def _both(self) -> tuple[StratifiedArm, StratifiedArm]:
-        return stratified([(of_step[TRIAL], of_step[LIVE]) for of_step in self.rates.values()])
+    def _strata(self) -> Strata:
+        return [(of_step[TRIAL], of_step[LIVE]) for of_step in self.rates.values()]
 
     def _sums(self, step: int) -> dict[Arm, BlockSums]:
         return self.rates.setdefault(step, {arm: BlockSums() for arm in ARMS})

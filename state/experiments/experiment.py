@@ -1,6 +1,6 @@
 """Experiments: other settings tried in parallel with the live trainer, on a share of users, and live. One document.
 
-    <registry>/experiments/experiments.json    this: all experiments and the retrain schedule, replaced as a whole
+    <registry>/experiments/experiments.json    all experiments and the retrain schedule, replaced as a whole
     <registry>/experiments/lock                held for each change
     <registry>/experiments/rollout.lock        of the command that drives a rollout
     <registry>/experiments/report.json         the newest report on a rollout, for display only
@@ -8,8 +8,7 @@
     <state>/experiments/<name>/comparison.json see `state/experiments/comparison.py`
     <state>/experiments/lock                   of the process that runs the trainers
 
-Commands, the gate of a rollout and the retrain schedule write the desired state. The processes converge to it, also
-after an outage. Stages:
+Commands, the gate of a rollout and the retrain schedule write the desired state. The processes converge to it. Stages:
 
     shadow     its trainer learns in parallel and serves no users
     rollout    likewise, and it answers a share of the users
@@ -81,16 +80,7 @@ class By(NamedTuple):
 
 
 class Change(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A decision about an experiment.
-
-    Attributes:
-        at_ms: When, wall clock.
-        stage: The stage from then on.
-        phase: The phase of its rollout from then on; None without one.
-        share: The share of users whom it answers from then on, 0 to 1.
-        actor: Who decided.
-        reason: Why.
-    """
+    """A decision about an experiment: stage, phase of its rollout, and share of users (0 to 1) from then on."""
 
     at_ms: int
     stage: Stage
@@ -106,9 +96,6 @@ class Rollout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         steps: Shares of the users in percent, ascending.
         every_s: Minimum duration of a step.
-        step: Index of the current step, from 0.
-        phase: One of the phases above.
-        started_ms: When the rollout began, wall clock.
         since_ms: When this step began.
         exposures_from: Offset at which its exposures begin in their topic.
         log_from: Offset of the training log when the rollout began.
@@ -131,8 +118,6 @@ class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     raises `SettingsError` for invalid steps.
 
     Attributes:
-        name: Its name.
-        stage: One of the stages above.
         origin: What its trainer started from: the live version, nothing, or past clicks (`state/experiments/past.py`).
         version: That version; None for the other origins.
         epoch: Epoch of the live trainer when the experiment began.
@@ -201,7 +186,7 @@ class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def rollout_history(self) -> tuple[Change, ...]:
         """The decisions since its newest rollout began."""
         since_ms = self.history[-1].at_ms if self.rollout is None else self.rollout.started_ms
-        return tuple(one for one in self.history if one.phase is not None and one.at_ms >= since_ms)
+        return tuple(change for change in self.history if change.phase is not None and change.at_ms >= since_ms)
 
     def start_rollout(
         self, steps: tuple[float, ...], every_s: float, exposures_from: int, log_from: int, by: By
@@ -300,8 +285,7 @@ class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         since_ms: When the schedule was first read, wall clock.
         name: Name of the newest retrain; empty before the first.
         begun_at_ms: When it began.
-        outcome: Its outcome.
-        reason: Why.
+        outcome: Its outcome, and in `reason` why.
         judged_at_ms: When a retrain was last judged, promoted or dropped; 0 for never.
     """
 
@@ -350,28 +334,23 @@ class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ExperimentsDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The desired state of all experiments.
-
-    Attributes:
-        experiments: All experiments, the newest last.
-        schedule: The retrain schedule; None before it was first read.
-    """
+    """The desired state of all experiments, the newest last, and the retrain schedule, None before it was first read."""
 
     experiments: tuple[Experiment, ...] = ()
     schedule: Schedule | None = None
 
     def find(self, name: str) -> Experiment | None:
-        """The experiment of a name; None if there is none."""
-        return next((one for one in self.experiments if one.name == name), None)
+        """Returns the experiment of a name; None if there is none."""
+        return next((experiment for experiment in self.experiments if experiment.name == name), None)
 
     def get(self, name: str) -> Experiment:
-        """The experiment of a name.
+        """Returns the experiment of a name.
 
         Raises:
             RegistryError: There is none.
         """
         if (found := self.find(name)) is None:
-            known = ", ".join(one.name for one in self.experiments) or "there is none"
+            known = ", ".join(experiment.name for experiment in self.experiments) or "there is none"
             raise RegistryError(
                 f"there is no experiment {name}", f"take one of `springtide experiment status`: {known}"
             )
@@ -380,17 +359,17 @@ class ExperimentsDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
     @property
     def rolled_out(self) -> Experiment | None:
         """The experiment whose rollout is not over; there is one at most."""
-        return next((one for one in self.experiments if one.is_hosted), None)
+        return next((experiment for experiment in self.experiments if experiment.is_hosted), None)
 
     def with_experiment(self, experiment: Experiment) -> ExperimentsDocument:
-        """The document with a new experiment, or with the next state of one.
+        """Returns the document with a new experiment, or with the next state of one.
 
         Raises:
             RegistryError: Too many experiments would run.
             ControlConflict: Another rollout is open.
         """
         before = self.find(experiment.name)
-        running = [one.name for one in self.experiments if one.runs and one.name != experiment.name]
+        running = [other.name for other in self.experiments if other.runs and other.name != experiment.name]
         if before is None and len(running) >= MOST_RUNNING:
             raise RegistryError(
                 f"{len(running)} experiments run already: {', '.join(running)}", "stop one of them first"
@@ -403,7 +382,7 @@ class ExperimentsDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
             )
         if before is None:
             return replace(self, experiments=(*self.experiments, experiment))
-        changed = (experiment if one.name == experiment.name else one for one in self.experiments)
+        changed = (experiment if other.name == experiment.name else other for other in self.experiments)
         return replace(self, experiments=tuple(changed))
 
 
@@ -412,8 +391,6 @@ def require_name(name: str) -> None:
 
     Raises:
         SettingsError: The name is invalid.
-
-    >>> require_name("wider-rows")
     """
     if not _NAME.fullmatch(name):
         raise SettingsError(
@@ -423,24 +400,20 @@ def require_name(name: str) -> None:
 
 
 def require_steps(steps: tuple[float, ...]) -> None:
-    """Refuses invalid steps.
+    """Refuses steps that are empty, not ascending, or not percentages.
 
     >>> require_steps((1.0, 5.0, 50.0, 100.0))
 
     Raises:
-        SettingsError: They are empty, not ascending, or not percentages.
+        SettingsError: They are.
     """
     if not steps or list(steps) != sorted(set(steps)) or not 0 < steps[0] <= steps[-1] <= 100:
-        shown = ",".join(f"{one:g}" for one in steps)
+        shown = ",".join(f"{step:g}" for step in steps)
         raise SettingsError(f"--steps {shown} are no steps", "give ascending percentages above 0, such as 1,5,50,100")
 
 
 class Experiments:
-    """The experiments of a registry, and their directories. Use one object per thread.
-
-    Args:
-        settings: Settings of the loop: its state directory and its registry.
-    """
+    """The experiments of a registry, and their directories. Not thread-safe."""
 
     def __init__(self, settings: Settings) -> None:
         self._state = settings.state_dir
@@ -449,7 +422,7 @@ class Experiments:
         self._cached: tuple[tuple[int, ...], ExperimentsDocument] = ((), ExperimentsDocument())
 
     def document(self) -> ExperimentsDocument:
-        """The newest document. Cheap enough to poll: it asks for the file's inode and time.
+        """Returns the newest document. Cheap enough to poll: it reads the file only if its inode, time or size changed.
 
         Raises:
             RegistryError: It is damaged or cannot be read.
@@ -472,7 +445,7 @@ class Experiments:
         return self._cached[1]
 
     def get(self, name: str) -> Experiment:
-        """One experiment.
+        """Returns one experiment.
 
         Raises:
             RegistryError: There is none of this name, or the document cannot be read.
@@ -491,7 +464,7 @@ class Experiments:
             return self._replace(transition)
 
     def change(self, name: str, transition: Callable[[Experiment], Experiment]) -> Experiment:
-        """Applies a pure transition to one experiment, likewise.
+        """Applies a pure transition to one experiment; otherwise as `edit`.
 
         Raises:
             RegistryError: There is no such experiment, or the document cannot be changed.
@@ -501,15 +474,11 @@ class Experiments:
         return self.edit(lambda now: now.with_experiment(transition(now.get(name)))).get(name)
 
     def add(self, experiment: Experiment, fill: Callable[[Path], None]) -> None:
-        """Adds an experiment, completely or not at all.
+        """Adds an experiment, completely or not at all; `fill` fills the directory of its registry.
 
         1. Its registry is built under a temporary name, and synced.
         2. One rename makes it visible.
         3. The experiment is added to the document. After a crash before this step, `sweep` removes the directory.
-
-        Args:
-            experiment: The experiment.
-            fill: Fills its registry's directory, which exists.
 
         Raises:
             RegistryError: An experiment of that name exists, too many run, or the document cannot be changed.
@@ -542,24 +511,20 @@ class Experiments:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def folder(self, name: str) -> Path:
-        """The directory of an experiment."""
+        """Returns the directory of an experiment."""
         return self.path / name
 
     def registry(self, name: str) -> Path:
-        """The registry of an experiment; it exists as long as something may need what it learned."""
+        """Returns the registry of an experiment; it exists as long as something may need what it learned."""
         return layout.experiment_registry(self._state, name)
 
     def open(self) -> list[str]:
-        """The names of experiments with a registry or a part of one: there is something to run or to remove."""
+        """Returns the names of experiments with a registry or a part of one: there is something to run or to remove."""
         left = (path for name in (layout.REGISTRY, f"{_GONE}*") for path in self.path.glob(f"[!.]*/{name}"))
         return sorted({path.parent.name for path in left})
 
     def drop_registry(self, name: str) -> None:
-        """Removes the registry of an experiment; its comparison stays.
-
-        Raises:
-            OSError: The disk refused.
-        """
+        """Removes the registry of an experiment; its comparison stays."""
         registry, folder = self.registry(name), self.folder(name)
         if registry.is_dir():
             # One rename, so that a half-removed registry is never taken for one.
@@ -573,7 +538,6 @@ class Experiments:
         Raises:
             LockHeld: Other processes kept changing the document.
             RegistryError: The document is damaged.
-            OSError: The disk refused.
         """
         for temporary in self.path.glob(".*~*"):
             if durable.is_dead(temporary.name.rpartition("~")[2]):
@@ -586,15 +550,11 @@ class Experiments:
                         shutil.rmtree(self.folder(name))
 
     def write_report(self, report: object) -> None:
-        """Replaces the newest report on a rollout, see `state/experiments/gate.py`; durable when this returns.
-
-        Raises:
-            OSError: The disk refused; the earlier report stays.
-        """
+        """Replaces the newest report on a rollout, see `state/experiments/gate.py`; durable when this returns."""
         durable.replace(self.shared / REPORT, msgspec.json.encode(report))
 
     def read_report(self, kind: type[Document]) -> Document | None:
-        """The newest report on a rollout; None if there is none yet, or it cannot be read."""
+        """Reads the newest report on a rollout; None if there is none yet, or it cannot be read."""
         try:
             return msgspec.json.decode((self.shared / REPORT).read_bytes(), type=kind)
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError):

@@ -1,9 +1,9 @@
 """Arms of a rollout and exposures: records of `kafka.exposures_topic`, one for each answer to a user during a rollout.
 
-A keyed hash of the pseudonym assigns a user to an arm, so shares are nested and stable as they grow.
+A keyed hash of the pseudonym assigns a user to an arm, so a growing share only adds users to the trial.
 
-A record is one JSON object, keyed by the pseudonym; `state/FORMATS.md` has an example. An exposure contains neither
-the content of the answer nor the user's id as it was sent.
+A record is one JSON object, keyed by the pseudonym (`state/FORMATS.md`). It contains neither the content of the answer
+nor the user's id as it was sent.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ ARMS = (TRIAL, LIVE)
 
 
 def position_of(salt: Salt, name: str, user: int) -> float:
-    """The user's position between 0 and 1: HMAC-SHA-256 of the rollout's name and the pseudonym, keyed by the salt.
+    """Returns a user's position between 0 and 1: HMAC-SHA-256 of the rollout's name and the pseudonym, keyed by the salt.
 
-    Without the salt nobody can choose an id that falls into a given arm. The positions of a user in two rollouts are
-    independent.
+    Without the salt nobody can choose an id that falls into a given arm. Positions in two rollouts are independent.
 
     >>> salt = Salt(b"not a secret")
     >>> position_of(salt, "wider", 7) == position_of(salt, "wider", 7) != position_of(salt, "deeper", 7)
@@ -36,7 +35,7 @@ def position_of(salt: Salt, name: str, user: int) -> float:
 
 
 def arm_of(position: float, share: float) -> Arm:
-    """The arm of a user when the trial has the given share. A user in the trial at 5 % is in it at 50 % too.
+    """Returns the arm of a user when the trial has the given share. A user in the trial at 5 % is in it at 50 % too.
 
     >>> arm_of(0.04, 0.05), arm_of(0.04, 0.5), arm_of(0.4, 0.05), arm_of(0.99, 1.0)
     ('trial', 'trial', 'live', 'trial')
@@ -52,8 +51,7 @@ class Exposure(msgspec.Struct, frozen=True):
         rollout: The experiment's name.
         step: Step of the rollout.
         share: Share of users in the arm `trial` at this step.
-        arm: The user's arm, even if the trial could not answer and the live trainer's version did. Otherwise users
-            whom the trial fails would count for the other side.
+        arm: The user's arm, also if the trial failed and the live version answered: the failure counts for the trial.
         at_ms: When the request arrived, wall clock.
         took_us: Latency in microseconds; None in a batch, where each arm answers a part of another size.
         failed: Whether the arm could not answer.

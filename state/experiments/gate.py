@@ -29,20 +29,17 @@ LEAST_FAILURES = 10
 LEAST_ANSWERS = 500
 """Minimum answers of each arm before latencies are compared, so that the slowest hundredth is a few answers."""
 
+EQUAL_WITHIN = 0.05
+"""Arms are equal if the whole interval of the lift is within plus and minus this."""
+
 Finding = Literal["mismatch", "too early", "better", "worse", "equal", "undecided"]
 
 
 class ArmFigures(msgspec.Struct, frozen=True):
-    """Figures of one arm.
+    """Figures of one arm over the whole rollout; failures and latencies are those of the newest step.
 
     Attributes:
-        users: Users ever exposed in it.
-        answers: Answers over the whole rollout.
-        engagements: Engagements after its users' exposures.
         rate: Engagements per answer.
-        failures: Failures of the newest step.
-        p50_ms: Median latency of the newest step.
-        p99_ms: 99th percentile of it.
     """
 
     users: int
@@ -63,7 +60,7 @@ class Interval(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, contrast: Contrast) -> Interval:
-        """The interval of a contrast."""
+        """Returns the interval of a contrast."""
         return cls(*(end if math.isfinite(end) else None for end in (contrast.value, contrast.low, contrast.high)))
 
     def as_text(self, form: str) -> str:
@@ -82,15 +79,10 @@ class RolloutReport(msgspec.Struct, frozen=True):
     """A report on a rollout, for display.
 
     Attributes:
-        name: The experiment.
-        started_ms: When the rollout began, wall clock.
-        judged_ms: When it was judged.
         arms: Figures by arm.
         difference: Engagements per answer of the trial minus those of the live arm, compared within each step.
         lift: The same relative to the live arm; None if an arm has no engagements.
         mismatch_p: P-value of the sample ratio test.
-        finding: The result in a word.
-        verdict: The result in a sentence.
     """
 
     name: str
@@ -117,14 +109,7 @@ class Decision(NamedTuple):
 
 
 def decide(experiment: Experiment, evidence: Evidence, settings: RolloutSettings, now_ms: int) -> Decision | None:
-    """Decides the next action; None for no action.
-
-    Args:
-        experiment: The experiment in its newest state.
-        evidence: Evidence about its arms.
-        settings: The bounds.
-        now_ms: Wall clock.
-    """
+    """Decides the next action for a rollout from the evidence; None for no action."""
     rollout = experiment.rollout
     if rollout is None or experiment.stage != "rollout" or rollout.phase not in ("running", "halted"):
         return None
@@ -167,18 +152,11 @@ def _failing(sums: StepSums) -> float:
     return sums.failures / max(sums.answers, 1)
 
 
-def report(experiment: Experiment, evidence: Evidence, equal_within: float, now_ms: int) -> RolloutReport:
-    """Builds the report on the newest rollout of an experiment.
-
-    Args:
-        experiment: The experiment; it has a rollout.
-        evidence: Evidence about the arms.
-        equal_within: Arms are equal if the whole interval of the lift is within plus and minus this.
-        now_ms: Wall clock.
-    """
+def report(experiment: Experiment, evidence: Evidence, now_ms: int) -> RolloutReport:
+    """Builds the report on the newest rollout of an experiment, which must have one."""
     assert experiment.rollout is not None
     lift = evidence.lift()
-    finding, verdict = _verdict(evidence, lift, equal_within)
+    finding, verdict = _verdict(evidence, lift)
     return RolloutReport(
         name=experiment.name,
         started_ms=experiment.rollout.started_ms,
@@ -205,7 +183,7 @@ def _figures(evidence: Evidence, arm: Literal["trial", "live"]) -> ArmFigures:
     )
 
 
-def _verdict(evidence: Evidence, lift: Contrast | None, equal_within: float) -> tuple[Finding, str]:
+def _verdict(evidence: Evidence, lift: Contrast | None) -> tuple[Finding, str]:
     if evidence.mismatch:
         return (
             "mismatch",
@@ -219,13 +197,13 @@ def _verdict(evidence: Evidence, lift: Contrast | None, equal_within: float) -> 
         return "better", f"better: {between}"
     if lift.high < 0:
         return "worse", f"worse: {between}"
-    if -equal_within < lift.low and lift.high < equal_within:
-        return "equal", f"equal within {equal_within:.0%}: {between}"
+    if lift.low > -EQUAL_WITHIN and lift.high < EQUAL_WITHIN:
+        return "equal", f"equal within {EQUAL_WITHIN:.0%}: {between}"
     return "undecided", f"undecided: {between}"
 
 
 def as_document(found: RolloutReport, experiment: Experiment) -> dict[str, Any]:
-    """The report as JSON values, with the history of the rollout."""
+    """Returns the report as JSON values, with the history of the rollout."""
     return {
         **msgspec.to_builtins(found),
         "phase": experiment.phase,
@@ -235,7 +213,7 @@ def as_document(found: RolloutReport, experiment: Experiment) -> dict[str, Any]:
 
 
 def as_lines(found: RolloutReport, experiment: Experiment) -> list[str]:
-    """The report as text lines."""
+    """Formats the report as lines of text."""
     newest = experiment.newest
     lines = [f"{found.name}: {experiment.phase}, {experiment.share:g} of the users ({newest.actor}: {newest.reason})"]
     lines.append(

@@ -1,15 +1,14 @@
-"""Past clicks that an experiment's trainer learns before it follows the training log, up to a cut where the log takes over.
+"""Past clicks that an experiment's trainer learns before it follows the training log, and the cut between the two.
 
-    <its registry>/past.json    this; sealed like a manifest, written once
+    <its registry>/past.json    sealed like a manifest, written once
 
-The cut is a durable version of the live trainer. It gives the offset at which the
-training log continues from it. For each source of clicks it gives the mark below
-which rows are in the log before that offset. A past row is learned if the live
-trainer would drop it after the cut as a duplicate (`state.microbatch.batch.trim`).
-Other rows come with the log. So each click of the topic is learned once.
+The cut is a durable version of the live trainer. It names the offset at which the training log continues and, for each
+source of clicks, the offset below which rows are in the log before the cut. A past row is learned if the live trainer
+would drop it after the cut as a duplicate (`state.microbatch.batch.trim`). Other rows come with the log, so each click
+of the topic is learned once.
 
-Files have no offsets, so for them the cut is in log time. A click that reached
-the log late, with a time before the cut, is learned twice if a file has it too.
+Files have no offsets, so for them the cut is in log time. A click that reached the log late, with a time before the
+cut, is learned twice if a file has it too.
 """
 
 from __future__ import annotations
@@ -53,11 +52,11 @@ class Past:
 
     @property
     def marks(self) -> dict[Source, int]:
-        """The next offset of each source at the cut."""
+        """Next offset of each source at the cut."""
         return dict(self.sources)
 
     def has(self, batch: MicroBatch) -> NDArray[np.bool_]:
-        """The rows of a micro-batch in log time that are to be learned, `[n]` bool."""
+        """Returns which rows of a micro-batch are to be learned, `[n]` bool."""
         since: NDArray[np.bool_] = batch.at_ms >= self.begin_ms
         if self.files:
             return since & (batch.at_ms <= self.until_ms)
@@ -66,14 +65,10 @@ class Past:
 
 
 def past_until(version: Manifest | None, settings: RetrainSettings) -> Past:
-    """The past of an experiment that begins now.
-
-    Args:
-        version: The newest durable version of the live trainer; None for none.
-        settings: The length of the past, and its source.
+    """Returns the past of an experiment that begins now.
 
     Raises:
-        RegistryError: Nothing was learned yet, so there is no cut at which the log could continue.
+        RegistryError: `version`, the newest durable one of the live trainer, is None or learned nothing: there is no cut.
     """
     if version is None or not version.sources or not version.event_time_ms:
         raise RegistryError(
@@ -85,11 +80,7 @@ def past_until(version: Manifest | None, settings: RetrainSettings) -> Past:
 
 
 def write_past(registry: Path, past: Past) -> None:
-    """Writes the past into an experiment's registry under construction; durable when this returns.
-
-    Raises:
-        OSError: The disk refused.
-    """
+    """Writes the past into an experiment's registry under construction; durable when this returns."""
     durable.write(registry / layout.PAST, sealed.encode(past))
 
 

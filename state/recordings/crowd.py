@@ -1,13 +1,9 @@
 """Finds the newest time of a recording, ignoring a few stray rows far after all the others. Pure.
 
-A replay at full speed shifts the newest time to now, and `events.max_age_s`
-decides which other rows are too old. One row with a wrong clock, weeks after
-the rest, would make all other rows too old. So the newest time is the one with
-the lowest cost: `STRAY_COST` for each row after it, called a stray, plus one
-for each row that is too old. Strays are excluded only if that at least halves
-the cost.
-
-Times are counted by the hour, so this also works for a recording larger than memory.
+A replay at full speed shifts the newest time to now, and `events.max_age_s` decides which rows are then too old. One row
+with a wrong clock, weeks after the rest, would make all others too old. So the newest time is the one with the lowest
+cost: `STRAY_COST` for each row after it, called a stray, plus one for each row that is too old. Strays are excluded only
+if that at least halves the cost. Times are counted by the hour, so a recording may be larger than memory.
 """
 
 from __future__ import annotations
@@ -79,15 +75,12 @@ class RecordedTimes:
                 self._hours[hour] = _Hour(known.rows + count, max(known.newest_ms, newest_ms), min(known.first, place))
 
     def crowd(self, max_age_ms: int) -> Crowd:
-        """The newest time, without strays.
+        """The newest time, without strays. Rows more than `max_age_ms` before the newest time are too old.
 
         >>> times, day = RecordedTimes(), 86_400_000
         >>> times.add(np.array([*range(0, 9 * day, day), 60 * day]), 0, np.arange(2, 12))
         >>> times.crowd(30 * day)
         Crowd(newest_ms=691200000, strays=1, first=(0, 11), latest_ms=5184000000, spared=9)
-
-        Args:
-            max_age_ms: A row further before the newest time than this is refused.
         """
         if not self._hours:
             return Crowd(NO_TIME)
@@ -112,25 +105,12 @@ class RecordedTimes:
 
 
 def as_utc(at_ms: int) -> str:
-    """Formats a time as text.
-
-    >>> as_utc(1_511_544_070_000)
-    '2017-11-24T17:21:10Z'
-    """
+    """Formats a time as text."""
     return f"{np.datetime64(at_ms, 'ms').astype('datetime64[s]')}Z"
 
 
 def described(crowd: Crowd, first: str, max_age_s: float) -> str:
-    """Describes the excluded strays in a sentence.
-
-    >>> described(Crowd(0, 1, (0, 17), 10**12, 900), "clicks.csv:17", 2_592_000.0)
-    'clicks.csv:17: 1 row is long after all the others (2001-09-09T01:46:40Z): if it set the clock, events.max_age_s (2,592,000 s) would refuse 900 of them; the newest of the others sets it (1970-01-01T00:00:00Z)'
-
-    Args:
-        crowd: A result with strays.
-        first: File and line of the first stray, as text.
-        max_age_s: The value of `events.max_age_s`.
-    """
+    """Describes the excluded strays in a sentence; `first` is file and line of the first one."""
     one = crowd.strays == 1
     rows = "1 row is" if one else f"this row and {crowd.strays - 1:,} more are"
     return (

@@ -12,19 +12,27 @@ a feature.
 from __future__ import annotations
 
 import argparse
+import csv
 import glob
 import hashlib
 import io
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import math
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
+import msgspec
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from state.config.sections import Events
+from state.config.sources import nearest
 from state.errors import SettingsError, UnreadableRecording
-from state.recordings.formats import CHUNK_ROWS, REMEDY, csv_rows, json_rows, parquet_rows
 from state.recordings.rows import EncodedRows, Encoder, RecordedRows, mapped_fields
 
 FORMATS = ("csv", "json", "parquet")
@@ -45,15 +53,276 @@ COMPRESSION = 6
 MEMORY_SHARE = 0.7
 
 
+CHUNK_ROWS = 8192
+LONGEST_RECORD_LINES = 100  # a quoted field with more lines is a stray quote
+REMEDY = "correct [events], or say --constant FIELD=VALUE"
+BOM = b"\xef\xbb\xbf"
+
+Record = tuple[int, bytes, list[str] | None]
+
+
+def csv_rows(
+    stream: BinaryIO,
+    where: str,
+    wanted: Sequence[str],
+    columns: Sequence[str] = (),
+    delimiter: str = ",",
+    chunk_rows: int = CHUNK_ROWS,
+    remedy: str = REMEDY,
+) -> Iterator[RecordedRows]:
+    """Reads CSV.
+
+    Args:
+        stream: The bytes.
+        where: The file's name, for messages.
+        wanted: The fields to read.
+        columns: Column names of a file without a header; if empty, the first line is the header.
+        delimiter: One character.
+        chunk_rows: Rows at a time.
+        remedy: Advice for the error about a missing column.
+
+    Raises:
+        SettingsError: The file has no column for a wanted field.
+    """
+    names, records = _named(stream, where, columns, delimiter)
+    places = {name: names.index(name) for name in wanted if name in names}
+    missing = [name for name in wanted if name not in places]
+    if missing:
+        if columns:
+            raise SettingsError(f"--columns {','.join(names)}: has no {missing[0]!r}", f"name the column, or {remedy}")
+        raise SettingsError(
+            _no_column(where, missing[0], names), f"{remedy}, or give --columns if the file has no header"
+        )
+    nothing = [None] * len(names)
+
+    def rows_of(chunk: list[Record]) -> RecordedRows:
+        cells = [record[2] or nothing for record in chunk]
+        return RecordedRows(
+            columns={name: [row[place] for row in cells] for name, place in places.items()},
+            lines=np.array([record[0] for record in chunk], np.int64),
+            broken=frozenset(row for row, one in enumerate(chunk) if one[2] is None),
+            text=lambda row: chunk[row][1],
+        )
+
+    yield from (rows_of(chunk) for chunk in _chunks(records, chunk_rows))
+
+
+def _named(stream: BinaryIO, where: str, columns: Sequence[str], delimiter: str) -> tuple[list[str], Iterator[Record]]:
+    """Returns the column names and the rows below the header."""
+    lines = enumerate(stream, 1)
+    for number, line in lines:
+        text = line.removeprefix(BOM) if number == 1 else line
+        if text.strip():
+            break
+    else:
+        return list(columns), iter(())
+    first = _split(text.rstrip(b"\r\n"), delimiter) or []
+    if not columns:
+        return [name.strip() for name in first], _records(lines, delimiter, len(first))
+    names = list(columns)
+    if [name.strip() for name in first] == names:
+        return names, _records(lines, delimiter, len(names))
+    if len(first) != len(names):
+        raise SettingsError(
+            f"{where}:{number}: {len(first)} columns, but --columns names {len(names)}: {','.join(names)}",
+            "name each, `-` for one not needed",
+        )
+
+    def from_first() -> Iterator[tuple[int, bytes]]:
+        yield number, text
+        yield from lines
+
+    return names, _records(from_first(), delimiter, len(names))
+
+
+def _no_column(where: str, missing: str, names: Sequence[str]) -> str:
+    near = nearest(missing, dict.fromkeys(names or ["none"]))
+    return f"{where}: no column {missing!r} (the nearest is {near!r}); it has {', '.join(names[:30])}"
+
+
+def _split(text: bytes, delimiter: str) -> list[str] | None:
+    """Splits one line into cells; None if it is not UTF-8 or its quotes are wrong.
+
+    >>> _split(b'1,"a, b",c', ","), _split(b'1,"a', ",")
+    (['1', 'a, b', 'c'], None)
+    """
+    try:
+        line = text.decode()
+    except UnicodeDecodeError:
+        return None
+    return _quoted(line, delimiter) if '"' in line else line.split(delimiter)
+
+
+def _quoted(text: str, delimiter: str) -> list[str] | None:
+    r"""Splits `text`, which must be one record, into cells; None if its quotes are wrong.
+
+    >>> _quoted('1,"two\nlines"', ",")
+    ['1', 'two\nlines']
+    """
+    try:
+        found = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+    except csv.Error:
+        return None
+    return found[0] if len(found) == 1 else None
+
+
+def _records(lines: Iterator[tuple[int, bytes]], delimiter: str, width: int) -> Iterator[Record]:
+    """Yields line number, text and cells of each row; cells are None unless the text has `width` cells."""
+    waiting: deque[tuple[int, bytes]] = deque()
+    while (found := waiting.popleft() if waiting else next(lines, None)) is not None:
+        number, text = found
+        text = text.rstrip(b"\r\n")
+        if not text.strip(b" "):
+            continue
+        cells = None
+        if b'"' not in text or text.count(b'"') % 2 == 0:
+            cells = _split(text, delimiter)
+        else:
+            # A quoted field may continue in the next lines. If no quote ends it, or the result is not a row, the quote
+            # is a stray one and only its line is broken.
+            held = [found]
+            while len(held) < LONGEST_RECORD_LINES and (more := waiting.popleft() if waiting else next(lines, None)):
+                held.append(more)
+                if more[1].count(b'"') % 2:
+                    whole = b"".join(line for _, line in held).rstrip(b"\r\n")
+                    cells = _split(whole, delimiter)
+                    break
+            if cells is not None and len(cells) == width:
+                text = whole
+            else:
+                waiting.extendleft(reversed(held[1:]))
+        yield number, text, cells if cells is not None and len(cells) == width else None
+
+
+def json_rows(
+    stream: BinaryIO, where: str, wanted: Sequence[str], chunk_rows: int = CHUNK_ROWS
+) -> Iterator[RecordedRows]:
+    """Reads JSON lines: one object a line.
+
+    Args:
+        stream: The bytes.
+        where: The file's name, for messages.
+        wanted: The fields to read; other fields are skipped.
+        chunk_rows: Rows at a time.
+
+    Raises:
+        SettingsError: The file is one JSON array.
+    """
+    decode = _decoder(wanted)
+    numbered = ((number, line.removeprefix(BOM) if number == 1 else line) for number, line in enumerate(stream, 1))
+    lines = ((number, line) for number, line in numbered if line.strip())
+    first = True
+    for chunk in _chunks(lines, chunk_rows):
+        if first and chunk[0][1].lstrip().startswith(b"["):
+            raise SettingsError(
+                f"{where}: a JSON array", "a recording has one object a line: `jq -c '.[]' FILE` makes one"
+            )
+        yield _json_chunk(chunk, wanted, decode)
+        first = False
+
+
+def _decoder(wanted: Sequence[str]) -> Callable[[bytes], tuple[Any, ...]]:
+    """Returns a decoder that reads the wanted fields of one object, in their order."""
+    fields: list[Any] = [(f"field_{place}", Any, None) for place in range(len(wanted))]
+    rename = {f"field_{place}": name for place, name in enumerate(wanted)}
+    decode = msgspec.json.Decoder(msgspec.defstruct("Row", fields, rename=rename, gc=False)).decode
+    return lambda line: msgspec.structs.astuple(decode(line))
+
+
+def _json_chunk(
+    chunk: list[tuple[int, bytes]], wanted: Sequence[str], decode: Callable[[bytes], tuple[Any, ...]]
+) -> RecordedRows:
+    nothing = (None,) * len(wanted)
+    rows: list[tuple[Any, ...]] = []
+    broken: list[int] = []
+    for row, (_, line) in enumerate(chunk):
+        try:
+            rows.append(decode(line))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            rows.append(nothing)
+            broken.append(row)
+    return RecordedRows(
+        columns=dict(zip(wanted, zip(*rows, strict=True), strict=True)),
+        lines=np.array([number for number, _ in chunk], np.int64),
+        broken=frozenset(broken),
+        text=lambda row: chunk[row][1].strip(),
+    )
+
+
+def _chunks(items: Iterator[Any], count: int) -> Iterator[list[Any]]:
+    chunk: list[Any] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == count:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _parquet_rows(
+    path: Path, wanted: Sequence[str], chunk_rows: int = CHUNK_ROWS, remedy: str = REMEDY
+) -> Iterator[RecordedRows]:
+    """Reads Parquet; only the wanted columns are decoded."""
+    with pq.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        for name in wanted:
+            if name not in names:
+                raise SettingsError(_no_column(str(path), name, names), remedy)
+        first = 1
+        for batch in file.iter_batches(batch_size=chunk_rows, columns=list(wanted)):
+            columns = {name: _as_values(batch.column(name)) for name in wanted}
+            yield RecordedRows(
+                columns, np.arange(first, first + len(batch), dtype=np.int64), frozenset(), _text_of(columns)
+            )
+            first += len(batch)
+
+
+def _as_values(column: pa.Array) -> list[Any]:
+    """Converts a column to Python values that JSON can represent; nulls and NaN become None.
+
+    pandas writes a column of integers with gaps as floats. So 7.0 becomes 7, because it is likely an id.
+    """
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column = column.dictionary_decode()
+        kind = column.type
+    if pa.types.is_timestamp(kind):
+        # Python has no type for nanoseconds.
+        return list(column.cast(pa.timestamp("us", kind.tz), safe=False).to_pylist())
+    values: list[Any] = column.to_pylist()
+    if pa.types.is_floating(kind):
+        return [None if value is None or math.isnan(value) else _whole(value) for value in values]
+    if pa.types.is_decimal(kind):
+        return [None if value is None else _exact(value) for value in values]
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return [None if value is None else _as_text(value) for value in values]
+    return values
+
+
+def _whole(value: float) -> float | int:
+    return int(value) if value.is_integer() else value
+
+
+def _exact(value: Decimal) -> int | str:
+    return int(value) if value == value.to_integral_value() else str(value)
+
+
+def _as_text(value: bytes) -> str | bytes:
+    """Decodes bytes as UTF-8. Other bytes stay bytes: JSON cannot represent them, so the row becomes a dead letter."""
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value
+
+
+def _text_of(columns: Mapping[str, Sequence[Any]]) -> Callable[[int], bytes]:
+    return lambda row: "; ".join(f"{name}: {values[row]!r}" for name, values in columns.items()).encode()
+
+
 @dataclass(frozen=True)
 class RecordedFile:
-    """A file of clicks.
-
-    Attributes:
-        path: Path of the file.
-        format: csv, json or parquet.
-        delimiter: Delimiter of a CSV file.
-    """
+    """A file of clicks: its path, its format (csv, json or parquet), and the delimiter of a CSV file."""
 
     path: Path
     format: str
@@ -88,7 +357,7 @@ class Recording:
         last = 0
         try:
             if file.format == "parquet":
-                chunks = parquet_rows(file.path, wanted, chunk_rows, self.remedy)
+                chunks = _parquet_rows(file.path, wanted, chunk_rows, self.remedy)
             else:
                 stream = _opened(file.path)
                 where = str(file.path)
@@ -107,7 +376,7 @@ class Recording:
                 "repair the file, leave it out, or name its format with --format",
             ) from None
 
-    def encoded(self, encoder: Encoder, events: Events) -> Iterator[EncodedRows]:
+    def encoded(self, encoder: Encoder, events: Events, chunk_rows: int = CHUNK_ROWS) -> Generator[EncodedRows]:
         """Encodes all rows of all files as records, in the order of the files.
 
         Raises:
@@ -116,12 +385,12 @@ class Recording:
         """
         fields = mapped_fields(events)
         for number in range(len(self.files)):
-            for rows in self.rows(number, fields):
-                yield encoder.encode(rows, number)
+            with closing(self.rows(number, fields, chunk_rows)) as chunks:
+                yield from (encoder.encode(rows, number) for rows in chunks)
 
 
 def _opened(path: Path) -> BinaryIO:
-    """Opens a file decompressed. Unlike the gzip and zstandard readers, it refuses a cut file and reads all frames."""
+    """Opens a file decompressed. Unlike the gzip and zstandard readers, it refuses a truncated file and reads all frames."""
     return cast(BinaryIO, io.BufferedReader(pa.input_stream(str(path), compression="detect"), BUFFER_BYTES))
 
 
@@ -161,20 +430,17 @@ def _described(path: Path, format: str, delimiter: str) -> RecordedFile:
 def constants_of(written: Sequence[str], events: Events) -> dict[str, str]:
     """Parses constants written as `field=value`.
 
-    >>> constants_of(["action=view"], Events())
-    {'action': 'view'}
-
     Raises:
         SettingsError: A constant is malformed, or names a field that `[events]` does not have.
     """
     constants: dict[str, str] = {}
     fields = mapped_fields(events)
-    for one in written:
-        name, equals, value = one.partition("=")
+    for constant in written:
+        name, equals, value = constant.partition("=")
         if not equals:
-            raise SettingsError(f"constant {one!r}: write FIELD=VALUE, such as action=view")
+            raise SettingsError(f"constant {constant!r}: write FIELD=VALUE, such as action=view")
         if name not in fields:
-            raise SettingsError(f"constant {one!r}: [events] names no field {name!r}, only {', '.join(fields)}")
+            raise SettingsError(f"constant {constant!r}: [events] names no field {name!r}, only {', '.join(fields)}")
         constants[name] = value
     return constants
 
@@ -205,12 +471,7 @@ def refuse_beyond_memory(recording: Recording, available: int) -> None:
 
 
 def add_file_arguments(parser: argparse.ArgumentParser, about: str) -> None:
-    """Adds `FILE...` and the options for reading the files.
-
-    Args:
-        parser: The parser to extend.
-        about: What the command does with the rows, one or two sentences for its help.
-    """
+    """Adds `FILE...` and the options for reading the files; `about` tells in the help what the command does with the rows."""
     parser.add_argument(
         "files", nargs="*", metavar="FILE", help="files or globs: CSV, JSON lines or Parquet; .gz, .zst"
     )
@@ -237,12 +498,7 @@ def add_file_arguments(parser: argparse.ArgumentParser, about: str) -> None:
 
 
 def add_format_arguments(parser: argparse._ActionsContainer, of: str = "") -> None:
-    """Adds the options for the format of the files.
-
-    Args:
-        parser: The parser, or a group of its options.
-        of: Text for the help that says which files `--columns` applies to; empty for all.
-    """
+    """Adds the options for the format of the files; `of` tells in the help which files `--columns` applies to."""
     parser.add_argument(
         "--format", choices=FORMATS, default="", help="format of all files (default: from the name of each file)"
     )

@@ -1,9 +1,8 @@
-"""Encodes rows of a recording as records of the topic: JSON objects with the field names of `[events]`.
+"""Encodes rows of a recording as records of the topic: JSON objects with the field names of `[events]`. Pure.
 
-The time of a row is added when it is sent, since a replay shifts it. Rows that
-cannot be clicks are not dropped. A row with wrong fields is sent with them, and
-a row that cannot be split into fields is sent as its text. The stream's parser
-turns each into a dead letter. Pure.
+The time of a row is added when it is sent, since a replay shifts it. Rows that cannot be clicks are not dropped: a row
+with wrong fields is sent with them, and a row that cannot be split into fields is sent as its text. The stream's parser
+turns each into a dead letter.
 """
 
 from __future__ import annotations
@@ -127,10 +126,10 @@ def mapped_fields(events: Events) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in names if name))
 
 
-def as_label(value: Any) -> Any:
+def _as_label(value: Any) -> Any:
     """Converts a label that is text, as in CSV, to a number. Other text stays, and the parser refuses it.
 
-    >>> [as_label(value) for value in ("1", "0.5", "true", "", "often", 1)]
+    >>> [_as_label(value) for value in ("1", "0.5", "true", "", "often", 1)]
     [1, 0.5, True, None, 'often', 1]
     """
     if type(value) is not str:
@@ -164,12 +163,8 @@ def time_of(value: Any, unit: str, latest_ms: int) -> int:
     return at_ms if at_ms <= latest_ms else NO_TIME
 
 
-def times_as(at_ms: I64, unit: str) -> list[bytes]:
-    """Formats `[n]` int64 times as JSON in the configured unit.
-
-    >>> times_as(np.array([1_511_544_070_500]), "s"), times_as(np.array([1_511_544_070_500]), "iso")
-    ([b'1511544070.5'], [b'"2017-11-24T17:21:10.500Z"'])
-    """
+def _times_as(at_ms: I64, unit: str) -> list[bytes]:
+    """Formats `[n]` int64 times as JSON in the configured unit."""
     if unit == "iso":
         return [b'"%sZ"' % text.encode() for text in at_ms.astype("datetime64[ms]").astype(str).tolist()]
     if unit == "s" or (unit == "auto" and len(at_ms) and at_ms.min() < SECONDS_BELOW):
@@ -194,7 +189,7 @@ class Encoder:
         self._events = events
         self._latest_ms = latest_ms
         self._constants = {
-            name: as_label(value) if name == events.label else value for name, value in constants.items()
+            name: _as_label(value) if name == events.label else value for name, value in constants.items()
         }
         self._names = tuple(name for name in mapped_fields(events) if name != events.time)
         self._time_key = b"," + orjson.dumps(events.time) + b":"
@@ -230,7 +225,7 @@ class Encoder:
 
     def values(self, encoded: EncodedRows, at_ms: I64) -> list[bytes]:
         """Completes the values with the times to send; a body without a time is returned as it is."""
-        endings = times_as(np.where(encoded.at_ms == NO_TIME, 1 << 41, at_ms), self._events.time_unit)
+        endings = _times_as(np.where(encoded.at_ms == NO_TIME, 1 << 41, at_ms), self._events.time_unit)
         has_time = (encoded.at_ms != NO_TIME).tolist()
         key = self._time_key
         return [
@@ -244,7 +239,7 @@ class Encoder:
         values = rows.columns.get(name)
         if values is None:
             return [None] * len(rows)
-        return [as_label(value) for value in values] if name == self._events.label else values
+        return [_as_label(value) for value in values] if name == self._events.label else values
 
 
 def shown_reasons(refused: Mapping[str, int], called: str = "dead letter") -> str:

@@ -1,16 +1,15 @@
-"""Control: the desired state of the system in numbered generations, their documents, and the transitions between them.
+"""Control: the desired state of the system in numbered generations, and the pure transitions between them.
 
-The operator writes the next generation. Serving and trainer converge to it and report what they run. A generation
-never changes, so the sequence of all generations is the audit log. `state/registry/controls.py` stores them. The
-transitions are pure. Those of an upgrade are in `state/registry/upgrades.py`.
+An operator writes the next generation. Serving and the trainer converge to it and report what they run. A generation
+never changes, so the sequence of generations is the audit log.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any, Literal, TypedDict, Unpack
 
 import msgspec
@@ -21,7 +20,6 @@ from state.features.erased import Erased
 from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
 from state.registry.log_line import WHOLE, LogLine, from_json, to_json
-from state.registry.masks import MaskEntry, added, entries, joined
 
 FORMAT, EXTENDED = 1, 2
 """FORMAT holds what 0.1.0 knew. EXTENDED holds what a release that reads only format 1 would get wrong."""
@@ -39,7 +37,7 @@ class ServingChoice:
     """The version that serving uses.
 
     Attributes:
-        mode: `follow` the newest version of the control's epoch, or stay at a pinned version with `pin`.
+        mode: `follow` the newest version of the control's epoch, or `pin` one version.
         version: The pinned version; None while following.
         then_follow: Whether the trainer switches serving to `follow` once it has caught up.
     """
@@ -55,9 +53,6 @@ class SuspectClicks:
 
     Attributes:
         topic_id: The topic's id, 32 hexadecimal digits.
-        partition: The partition.
-        first: The first offset.
-        next: The offset after the last one.
     """
 
     topic_id: str
@@ -68,7 +63,7 @@ class SuspectClicks:
 
 @dataclass(frozen=True, slots=True)
 class HeldUpdate:
-    """The update that the guard holds, stored for serving, operators and a restarted trainer.
+    """The update that the guard holds.
 
     Attributes:
         rule: Name of the rule.
@@ -77,7 +72,7 @@ class HeldUpdate:
         usual: Its usual value.
         version: The newest durable version before the suspect window; 0 if there is none.
         first: Offset of the training log where the window begins.
-        next: Offset of the training log after the record at which the update was held. Training pauses there.
+        next: Offset after the record at which the update was held; training pauses there.
         first_ms: Log time where the window begins.
         next_ms: Log time where training pauses.
         clicks: The update's clicks by partition.
@@ -103,9 +98,90 @@ class HeldUpdate:
         'user: share of one user is 30, usually 1, from partition 2 offset 5 on (training log 40 to 89)'
         """
         numbers = f"{self.meaning} is {self.signal:.3g}, usually {self.usual:.3g}"
-        places = ", ".join(f"partition {one.partition} offset {one.first}" for one in self.clicks)
+        places = ", ".join(f"partition {clicks.partition} offset {clicks.first}" for clicks in self.clicks)
         since = f", from {places} on" if places else ""
         return f"{self.rule}: {numbers}{since} (training log {self.first} to {self.next - 1})"
+
+
+class MaskEntry(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One mask, from one option of a rollback: a range of offsets, a time span, or users.
+
+    Attributes:
+        id: Its number; numbers are never reused.
+        generation: Generation of the control that set it.
+        offsets: (topic word, partition, first, next), or None.
+        times: (from, to) of event time in milliseconds, or None.
+        users: Pseudonyms; empty for a mask of offsets or times.
+        lifted: The generation that lifted it; 0 while it is in force.
+        excluded: Whether the training log has none of its events, because an exact rollback rewrote the log under it.
+    """
+
+    id: int
+    generation: int
+    offsets: tuple[int, int, int, int] | None = None
+    times: tuple[int, int] | None = None
+    users: MaskedUsers = MaskedUsers.NOBODY
+    lifted: int = 0
+    excluded: bool = False
+
+    @property
+    def mask(self) -> Mask:
+        """This entry alone, as a mask."""
+        return joined((self,), self.generation)
+
+
+def entries(mask: Mask) -> list[MaskEntry]:
+    """Splits a mask into entries, numbered from 1.
+
+    >>> [entry.id for entry in entries(Mask(3, times=((0, 9), (20, 30)), users=MaskedUsers.of([7])))]
+    [1, 2, 3]
+    """
+    parts: list[MaskEntry] = [MaskEntry(0, mask.generation, offsets=part) for part in sorted(set(mask.offsets))]
+    parts += [MaskEntry(0, mask.generation, times=part) for part in sorted(set(mask.times))]
+    if mask.users:
+        parts.append(MaskEntry(0, mask.generation, users=mask.users))
+    return [changed(part, id=number) for number, part in enumerate(parts, 1)]
+
+
+def added(held: Sequence[MaskEntry], mask: Mask, last: int, generation: int) -> list[MaskEntry]:
+    """The parts of `mask` that `held` does not have.
+
+    Args:
+        held: The entries in force.
+        mask: What to leave out in addition.
+        last: The last number given.
+        generation: Generation of the control that sets them.
+
+    >>> held = entries(Mask(times=((0, 9),)))
+    >>> [(entry.id, entry.times) for entry in added(held, Mask(times=((0, 9), (5, 7))), 4, 3)]
+    [(5, (5, 7))]
+    """
+    known = {(entry.offsets, entry.times) for entry in held}
+    users = reduce(lambda all_users, entry: all_users | entry.users, held, MaskedUsers.NOBODY)
+    new: list[MaskEntry] = []
+    for part in entries(mask):
+        if part.users:
+            fresh = part.users.ids[~users.has(part.users.ids)]
+            if not len(fresh):
+                continue
+            part = changed(part, users=part.users if len(fresh) == len(part.users) else MaskedUsers(fresh))
+        elif (part.offsets, part.times) in known:
+            continue
+        new.append(changed(part, id=last + len(new) + 1, generation=generation))
+    return new
+
+
+def joined(held: Iterable[MaskEntry], generation: int) -> Mask:
+    """Joins all of `held` into one mask."""
+    held = tuple(held)
+    if not held:
+        return replace(Mask.NONE, generation=generation)
+    return Mask(
+        generation,
+        tuple(sorted(entry.offsets for entry in held if entry.offsets is not None)),
+        tuple(sorted(entry.times for entry in held if entry.times is not None)),
+        reduce(lambda users, entry: users | entry.users, held, MaskedUsers.NOBODY),
+    )
 
 
 class Control(msgspec.Struct, frozen=True, dict=True, omit_defaults=True):
@@ -122,21 +198,19 @@ class Control(msgspec.Struct, frozen=True, dict=True, omit_defaults=True):
         base: The version that the epoch starts from; None if it starts from scratch.
         serving: The version that serving uses.
         masks: Masks in force: what training and windows leave out, by number.
-        lifted: Masks that were lifted since the epoch began, each with the generation that lifted it.
+        lifted: Masks that were lifted since the epoch began.
         mask_generation: Generation of the last change of `masks` or `erased`.
         last_mask: The last number given to a mask.
-        mode: Mode of the rollback that began the epoch: `exact` if the stream was rolled back too.
+        mode: `exact` if the rollback that began the epoch rolled the stream back too.
         log: The branch of the training log: the records that count.
         upgraded: Whether the epoch began with an upgrade, so that its versions have another model than its base.
         publishing: Whether the trainer publishes versions.
         training: Whether the trainer consumes records.
         labels: Names of versions, each with its version, in order.
         erased: Erased users; no generation restores one.
-        held: The update that the trainer's guard holds, None for none. Training pauses at its end.
+        held: The update that the trainer's guard holds. Training pauses at its end.
         released: End offsets, in the training log, of held updates that an operator released. They are not held again.
-        plan: Facts that the command recorded, None if there are none. A rollback records `end`, the end of the training
-            log; an exact one also `again`, the clicks that are learned again, see `state/registry/segments.py`. An upgrade
-            records its target, see `state/registry/upgrades.py`. An accepted baseline records its number.
+        plan: Facts that the command recorded, see `state/FORMATS.md`.
     """
 
     generation: int
@@ -167,17 +241,16 @@ class Control(msgspec.Struct, frozen=True, dict=True, omit_defaults=True):
 
     @cached_property
     def mask(self) -> Mask:
-        """The events that windows, stream and serving leave out. Its generation is that of the last change of masks."""
+        """The events that windows, stream and serving leave out."""
         return replace(joined(self.masks, self.mask_generation), erased=self.erased)
 
     def mask_at(self, generation: int) -> Mask:
         """The mask that training applies to a record that the stream wrote under the mask of `generation`.
 
-        A mask that was lifted since the epoch began still applies to records written
-        before that. So the offset at which it ends does not depend on when the trainer
-        polled control.
+        A mask that was lifted since the epoch began still applies to records written before that. So the offset at which it
+        ends does not depend on when the trainer polled control.
         """
-        kept = tuple(one for one in self.lifted if one.lifted > generation)
+        kept = tuple(mask for mask in self.lifted if mask.lifted > generation)
         if not kept:
             return self.mask
         if kept not in self._masks_at:
@@ -222,15 +295,6 @@ def encode(control: Control) -> bytes:
 def decode(data: bytes, users_of: UsersOf, erased_of: ErasedOf) -> Control:
     """Decodes the control that `encode` wrote; fields of later releases are ignored.
 
-    Args:
-        data: The JSON document.
-        users_of: Reads the users of a mask.
-        erased_of: Reads the erasures.
-
-    >>> first = start(actor="trainer", reason="first start", now_ms=0)
-    >>> decode(encode(first), lambda digest: MaskedUsers.NOBODY, lambda digest: Erased.NOBODY) == first
-    True
-
     Raises:
         ValueError: This release does not read its format, a field is missing or has another type, or a file is missing.
     """
@@ -265,7 +329,6 @@ def upgraded(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _file_of(users: MaskedUsers) -> dict[str, Any]:
-    """A mask's users as a reference to their file."""
     return {"sha256": users.digest, "count": len(users)}
 
 
@@ -278,11 +341,7 @@ class Decision(TypedDict):
 
 
 def start(*, actor: str, reason: str, now_ms: int) -> Control:
-    """Generation 1: train from scratch, serve the newest version.
-
-    >>> start(actor="trainer", reason="first start", now_ms=0).epoch
-    1
-    """
+    """Generation 1: train from scratch, serve the newest version."""
     return Control(1, now_ms, actor, reason, "start", epoch=1)
 
 
@@ -300,12 +359,7 @@ def pin(control: Control, version: int, **decision: Unpack[Decision]) -> Control
 
 
 def follow(control: Control, **decision: Unpack[Decision]) -> Control:
-    """Makes serving follow the newest version of the epoch. Returns the same control if nothing changes.
-
-    >>> first = start(actor="trainer", reason="first start", now_ms=0)
-    >>> follow(first, actor="ann", reason="no need", now_ms=5) is first
-    True
-    """
+    """Makes serving follow the newest version of the epoch. Returns the same control if nothing changes."""
     return _next(control, "follow", decision, serving=ServingChoice())
 
 
@@ -320,13 +374,9 @@ def roll_back(
 ) -> Control:
     """Rolls the whole system back: serving is pinned to version `to`, and a new epoch trains from it.
 
-    Masks in force stay in force, so that a second rollback does not bring poisoned
-    events back. If the epoch already started from `to`, with nothing new to mask
-    and no mask lifted, only the pin may change. The trainer then does not repeat
-    its work.
-
-    An exact rollback rewrites the log under all masks, so that the log has none of
-    the masked events. The caller must choose a `to` from before all of them.
+    Masks in force stay in force, so that a second rollback does not bring poisoned events back. If the epoch already
+    started from `to`, with nothing new to mask and no mask lifted, only the pin may change: the trainer does not repeat its
+    work. An exact rollback rewrites the log under all masks, so `to` must be from before all masked events.
 
     Args:
         control: The control to start from.
@@ -340,8 +390,6 @@ def roll_back(
     >>> back = roll_back(first, 40, Mask.NONE, actor="ann", reason="poison", now_ms=9)
     >>> back.epoch, back.base, back.serving.version
     (2, 40, 40)
-    >>> roll_back(back, 40, Mask.NONE, actor="ann", reason="retry", now_ms=10) is back
-    True
     """
     generation = control.generation + 1
     new = added(control.masks, mask, control.last_mask, generation)
@@ -358,7 +406,7 @@ def roll_back(
         serving=serving,
         epoch=control.epoch + 1,
         base=to,
-        masks=masks if log is None else tuple(changed(one, excluded=True) for one in masks),
+        masks=masks if log is None else tuple(changed(entry, excluded=True) for entry in masks),
         lifted=(),
         mask_generation=generation if new else control.mask_generation,
         last_mask=control.last_mask + len(new),
@@ -382,33 +430,26 @@ def recover(control: Control, to: int, **decision: Unpack[Decision]) -> Control:
 
 
 def unmask(control: Control, numbers: Collection[int], **decision: Unpack[Decision]) -> Control:
-    """Lifts masks: from now on nothing that they name is left out. Returns the same control if all were lifted already.
+    """Lifts masks. Returns the same control if all were lifted already.
 
-    Events that were left out meanwhile are not learned by this. Only an exact
-    rollback brings them back.
+    Events that were left out meanwhile are not learned by this. Only an exact rollback brings them back.
 
     Raises:
         UnfitMask: One of the numbers was never given.
-
-    >>> first = start(actor="trainer", reason="first start", now_ms=0)
-    >>> back = roll_back(first, 40, Mask(times=((0, 9),)), actor="ann", reason="poison", now_ms=9)
-    >>> free = unmask(back, [1], actor="ann", reason="it was none", now_ms=10)
-    >>> bool(free.mask), bool(free.mask_at(2)), bool(free.mask_at(3))
-    (False, True, False)
     """
     unknown = [number for number in numbers if not 1 <= number <= control.last_mask]
     if unknown:
-        known = ", ".join(str(one.id) for one in control.masks) or "none is set"
-        raise UnfitMask(f"there is no mask {unknown[0]}", f"take one of `springtide masks`: {known}")
+        known = ", ".join(str(mask.id) for mask in control.masks) or "none is set"
+        raise UnfitMask(f"there is no mask {unknown[0]}", f"use one of `springtide masks`: {known}")
     generation = control.generation + 1
-    gone = tuple(changed(one, lifted=generation) for one in control.masks if one.id in numbers)
+    gone = tuple(changed(mask, lifted=generation) for mask in control.masks if mask.id in numbers)
     if not gone:
         return control
     return _next(
         control,
         "unmask",
         decision,
-        masks=tuple(one for one in control.masks if one.id not in numbers),
+        masks=tuple(mask for mask in control.masks if mask.id not in numbers),
         lifted=(*control.lifted, *gone),
         mask_generation=generation,
     )
@@ -430,14 +471,14 @@ def hold(control: Control, held: HeldUpdate, **decision: Unpack[Decision]) -> Co
     Returns the same control if an update is held already, or if an operator released this one before.
 
     >>> first = start(actor="trainer", reason="first start", now_ms=0)
-    >>> found = HeldUpdate("user", "share of one user", 30.0, 1.0, 7, 40, 90, 0, 9000)
-    >>> stopped = hold(first, found, actor="guard", reason="a flood", now_ms=5)
-    >>> stopped.action, stopped.serving.version, stopped.held == found
+    >>> held = HeldUpdate("user", "share of one user", 30.0, 1.0, 7, 40, 90, 0, 9000)
+    >>> stopped = hold(first, held, actor="guard", reason="a flood", now_ms=5)
+    >>> stopped.action, stopped.serving.version, stopped.held == held
     ('hold', 7, True)
-    >>> gone_on = release(stopped, actor="ann", reason="a sale", now_ms=6)
-    >>> gone_on.action, gone_on.serving.mode, gone_on.held, gone_on.released
+    >>> resumed = release(stopped, actor="ann", reason="a sale", now_ms=6)
+    >>> resumed.action, resumed.serving.mode, resumed.held, resumed.released
     ('release', 'follow', None, (90,))
-    >>> hold(gone_on, found, actor="guard", reason="a flood", now_ms=7) is gone_on
+    >>> hold(resumed, held, actor="guard", reason="a flood", now_ms=7) is resumed
     True
     """
     if control.held is not None or held.next in control.released:
@@ -467,13 +508,7 @@ def release(
 
 
 def label(control: Control, name: str, version: int | None, **decision: Unpack[Decision]) -> Control:
-    """Gives a label to a version, or removes it. Returns the same control if nothing changes.
-
-    Args:
-        control: The control to start from.
-        name: The label.
-        version: The version that gets the label; None to remove the label.
-        **decision: Who decided, why and when.
+    """Gives a label to a version, or removes the label if `version` is None. Returns the same control if nothing changes.
 
     Raises:
         UnfitVersion: The label is malformed, or there would be too many.
@@ -491,12 +526,12 @@ def label(control: Control, name: str, version: int | None, **decision: Unpack[D
         raise UnfitVersion(
             f"{name[:100]!r} is no label", "use up to 32 of a-z, 0-9, - and _, a letter first, such as stable or canary"
         )
-    labels = {one: number for one, number in control.labels if one != name}
+    labels = {known: number for known, number in control.labels if known != name}
     if version is not None:
         labels[name] = version
     if len(labels) > MOST_LABELS:
         raise UnfitVersion(
-            f"there are {MOST_LABELS} labels already", "take one away with `springtide label NAME --remove`"
+            f"there are {MOST_LABELS} labels already", "remove one with `springtide label NAME --remove`"
         )
     if dict(control.labels) == labels:
         return control
@@ -533,29 +568,14 @@ def erase(
 
 
 def restored(control: Control, **decision: Unpack[Decision]) -> Control:
-    """Records that a full backup was restored: a generation that changes nothing else.
-
-    >>> first = start(actor="trainer", reason="first start", now_ms=0)
-    >>> back = restored(first, actor="ann", reason="the disk was lost", now_ms=5)
-    >>> back.generation, back.action, back.epoch
-    (2, 'restore', 1)
-    """
+    """Records that a full backup was restored: a generation that changes nothing else."""
     return following(control, "restore", **decision)
 
 
 def restored_without_log(control: Control, version: int | None, lost: int, **decision: Unpack[Decision]) -> Control:
     """Records that a backup was restored without its log: a new epoch continues from `version` on the new log.
 
-    Args:
-        control: The control to start from.
-        version: The version to continue from; None if there was none yet.
-        lost: Click positions between the version and the histories.
-        **decision: Who decided, why and when.
-
-    >>> first = start(actor="trainer", reason="first start", now_ms=0)
-    >>> back = restored_without_log(first, 40, 7, actor="ann", reason="all was lost", now_ms=5)
-    >>> back.epoch, back.base, back.plan
-    (2, 40, {'log': 'anew', 'lost': 7})
+    `version` is None if there was none yet. `lost` is the number of clicks between the version and the histories.
     """
     made = restored(control, **decision)
     plan = {"log": "anew", "lost": lost}

@@ -1,8 +1,8 @@
 """Reads and appends the control generations of a registry; each one is a file that only one process can create.
 
 Control refers to files of users by digest: masks, and erasures, each of which names its predecessor. In a shared
-registry they are pushed before a generation refers to them. Other hosts fetch them when a generation does.
-Outcomes of rollbacks are files next to control, one for each epoch and part. Each is written once.
+registry they are pushed before a generation refers to them, and other hosts fetch them when a generation does.
+Outcomes of rollbacks are files next to control, one for each epoch and part, each written once.
 """
 
 from __future__ import annotations
@@ -42,12 +42,7 @@ _log = logging.getLogger(__name__)
 
 
 class Controls:
-    """The generations of one registry directory. One object per thread.
-
-    Args:
-        path: The registry's directory.
-        directory: The same directory, if another part of the registry has opened it.
-    """
+    """The generations of one registry directory. One object per thread."""
 
     def __init__(self, path: Path, directory: Directory | None = None) -> None:
         self._directory = directory or Directory(path)
@@ -59,7 +54,7 @@ class Controls:
         self._erased: dict[str, Erased] = {"": Erased.NOBODY}
 
     def control(self) -> Control | None:
-        """The newest control generation; None before the first. Only the first call lists all; the next ones check one file name.
+        """The newest generation; None before the first. The first call lists all generations, later ones check one file name.
 
         Raises:
             CorruptVersion: The file fails its digest.
@@ -73,10 +68,7 @@ class Controls:
         return self._control
 
     def controls(self, last: int | None = None) -> list[Control]:
-        """The generations in order: the audit log.
-
-        Args:
-            last: How many of the newest; None for all, which can be many in an old system.
+        """The generations in order, or only the `last` newest of them: the audit log.
 
         Raises:
             CorruptVersion: A file fails its digest.
@@ -163,13 +155,12 @@ class Controls:
 
         1. The users of its masks and its erasures, each in a file of their own.
         2. The generation, in a temporary file.
-        3. If the registry is shared, its file in the shared store, which only one process can create. It counts from then
-           on.
-        4. A hard link by its number, which only one process can make; the directory is synced. It counts from here on at
-           the latest.
+        3. If the registry is shared, its file in the object store, which only one process can create. It counts from then on.
+        4. A hard link by its number, which only one process can make; the directory is synced. It counts from here on at the
+           latest.
 
-        A crash before 3 leaves control as it was. After a later crash it counts here once it is fetched. Proposing the
-        newest generation again, as after a crash, changes nothing.
+        A crash before 3 leaves control as it was. After a later crash it counts here once it is fetched. Proposing the newest
+        generation again, as after a crash, changes nothing.
 
         Raises:
             ControlConflict: Its generation exists and differs, or does not follow the newest one.
@@ -183,7 +174,7 @@ class Controls:
         if number != (newest.generation if newest else 0) + 1:
             raise ControlConflict(
                 f"control generation {number} does not follow {newest.generation if newest else 'nothing'}",
-                "look at `springtide history`, then repeat the command",
+                "see `springtide history`, then repeat the command",
             )
         data = sealed.seal(documents.encode(control))
         if len(data) > MOST_BYTES:
@@ -192,7 +183,7 @@ class Controls:
                 "name users or a span of time in place of so many ranges, or lift some: `springtide unmask`",
             )
         temporary = self._directory.temporary(f"control-{number}")
-        with usable(f"take control generation {number}"):
+        with usable(f"store control generation {number}"):
             try:
                 # 1.
                 self._keep_users_of(control)
@@ -209,19 +200,13 @@ class Controls:
         if not created and (other := self._read_control(number)) != control:
             raise ControlConflict(
                 f"control generation {number} was just created by {other.actor} ({other.action}: {other.reason})",
-                "look at `springtide history`, then repeat the command",
+                "see `springtide history`, then repeat the command",
             )
         killpoints.reach("control.linked")
         return control
 
     def _create_shared(self, generation: int, data: bytes) -> bool:
-        """Creates the file of a generation in the shared store; True if the registry is not shared.
-
-        If another process created it, fetches that file and returns False.
-
-        Raises:
-            UnusableRegistry: The shared store cannot be reached.
-        """
+        """Creates the file of a generation in the object store. If another process created it, fetches it and returns False."""
         if (store := self._directory.shared) is None:
             return True
         name = f"{layout.CONTROL}/{self._path_of(generation).name}"
@@ -233,21 +218,20 @@ class Controls:
         return False
 
     def receive(self, generation: int, data: bytes) -> None:
-        """Stores a generation from the shared store here, durably; the files of its users first.
+        """Stores a generation from the object store here, durably; the files of its users first.
 
         Raises:
             CorruptVersion: It fails its digest, or a file of users is missing there.
-            UnusableRegistry: The disk refused, or the shared store cannot be reached.
+            UnusableRegistry: The disk refused, or the object store cannot be reached.
         """
         path = self._path_of(generation)
         self._decoded(path, data)
-        with usable(f"take control generation {generation}"):
+        with usable(f"store control generation {generation}"):
             self._directory.create(path, data)
 
     # Files of users
 
     def _keep_users_of(self, control: Control) -> None:
-        """Writes the users of its masks and its erasures, each to a separate file, durably; existing files stay."""
         for entry in (*control.masks, *control.lifted):
             if entry.users and entry.users.digest not in self._users:
                 self._keep(self._masks / f"{entry.users.digest}.users", entry.users.to_bytes())
@@ -265,13 +249,12 @@ class Controls:
             killpoints.reach("control.users")
 
     def _masked_users(self, digest: str) -> MaskedUsers:
-        """The users of a mask, read once; control generations share them."""
         if digest not in self._users:
             self._users[digest] = MaskedUsers.from_bytes(self._kept(f"{digest}.users", "the users of a mask"))
         return self._users[digest]
 
     def _erasures(self, digest: str) -> Erased:
-        """The chain of erasures up to the file of this SHA-256, each read once; control generations share them."""
+        """The chain of erasures up to the file of this SHA-256."""
         unread: list[tuple[str, Erasure]] = []
         while digest not in self._erased:
             erasure, before = Erasure.from_bytes(self._kept(f"{digest}.erased", "an erasure"))
@@ -352,11 +335,7 @@ class Controls:
 
 
 class ControlPoll:
-    """Polls control for a process that keeps running without it. Use it from one thread only.
-
-    Args:
-        registry: The registry's directory, which may not exist.
-    """
+    """Polls control for a process that keeps running without it; the registry may not exist. Use it from one thread only."""
 
     def __init__(self, registry: Path) -> None:
         self._path = registry

@@ -1,9 +1,8 @@
 """The registry's directory, and the object store with which a shared registry keeps it in step.
 
-A shared registry is in an object store (`state/file_store.py`), under the file names of a registry directory. Each
-host has a directory of its own. The trainer's is the origin: what it publishes is durable there first, and is pushed
-to the store in the background. All others are copies: they fetch names of versions at once, and files when they are
-read. Control is created exclusively in the store before it takes effect anywhere.
+The store has the file names of a registry directory. Each host has a directory of its own. The trainer's is the origin:
+what it publishes is durable there first, and is pushed to the store in the background. All others are copies: they
+fetch names of versions at once, and files when they are read.
 """
 
 from __future__ import annotations
@@ -59,11 +58,7 @@ def bound(path: Path) -> Binding | None:
 
 
 class Directory:
-    """A registry's directory, with a folder for temporary files, whose names carry their writer.
-
-    Args:
-        path: The directory.
-    """
+    """A registry's directory, with a folder for temporary files, whose names carry their writer."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -91,20 +86,22 @@ class Directory:
         """A path for a temporary file or folder of this process, which does not exist yet."""
         return self.path / layout.TEMPORARY / f"{name}-{os.urandom(4).hex()}~{durable.owner_mark()}"
 
-    def create(self, path: Path, data: bytes) -> bool:
-        """Creates a file durably; False if it exists.
+    @contextmanager
+    def staged(self, name: str) -> Iterator[Path]:
+        """A new folder under `tmp/`, for content that one rename will make visible; what is left of it is removed."""
+        folder = self.temporary(name)
+        try:
+            folder.mkdir()
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
-        Raises:
-            OSError: The disk refused.
-        """
+    def create(self, path: Path, data: bytes) -> bool:
+        """Creates a file durably; False if it exists."""
         return durable.create(path, data, self.temporary(path.name))
 
     def replace(self, path: Path, data: bytes) -> None:
-        """Creates or replaces a file durably.
-
-        Raises:
-            OSError: The disk refused; the old file is unchanged.
-        """
+        """Creates or replaces a file durably."""
         durable.replace(path, data, self.temporary(path.name))
 
     @property
@@ -149,30 +146,34 @@ class Directory:
         return None
 
     def content(self, path: Path, sha256: str) -> bytes:
-        """Reads a file that is known by its digest; fetches and keeps it if it is missing here.
+        """Reads an immutable file that is known by its digest; fetches and keeps it if it is missing here.
+
+        A copy also fetches a file that is damaged here.
 
         Raises:
-            FileNotFoundError: It exists neither here nor in the object store.
+            FileNotFoundError: It exists neither here nor in the object store, or its folder was removed.
             ValueError: It fails its digest.
             UnusableRegistry: It cannot be read, or the object store cannot be reached.
         """
         try:
-            data, fetched = file_bytes(path), False
+            data = file_bytes(path)
+            if durable.digest(data) == sha256:
+                return data
+            if not self.is_copy:
+                raise ValueError(f"{path} fails its digest")
         except FileNotFoundError:
-            from_store = self.fetch(path)
-            if from_store is None:
+            if not path.parent.is_dir():
                 raise
-            data, fetched = from_store, True
-        if durable.digest(data) != sha256:
+        fetched = self.fetch(path)
+        if fetched is None:
+            raise FileNotFoundError(path)
+        if durable.digest(fetched) != sha256:
             raise ValueError(f"{path} fails its digest")
-        if fetched:
-            self.keep(path, data)
-        return data
+        self.keep(path, fetched)
+        return fetched
 
     def keep(self, path: Path, data: bytes) -> None:
-        """Writes fetched bytes to their file in this directory, durably; an existing file is replaced.
-
-        Nothing is written if the file's folder was removed meanwhile.
+        """Replaces a file by fetched bytes, durably. Does nothing if the file's folder was removed meanwhile.
 
         Raises:
             UnusableRegistry: The disk refused.
@@ -214,10 +215,7 @@ def sharing() -> Iterator[None]:
 
 @contextmanager
 def usable(doing: str) -> Iterator[None]:
-    """Converts an error of the operating system to an error of the registry.
-
-    A file that cannot be read is not treated as damaged: nothing is set aside, and
-    nothing older replaces it.
+    """Converts an error of the operating system to an error of the registry. The file is not treated as damaged.
 
     Raises:
         UnusableRegistry: The disk is full or read-only, or permissions are missing.

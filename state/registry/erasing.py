@@ -62,7 +62,7 @@ def all_reports(registry: Registry) -> list[ErasureReport]:
     Raises:
         UnusableRegistry: The object store of the shared registry cannot be reached.
     """
-    found = {one.part: one for one in reports(registry.path)}
+    found = {local.part: local for local in reports(registry.path)}
     if (store := registry.directory.shared) is not None:
         with sharing():
             for name in store.names(layout.ERASURES):

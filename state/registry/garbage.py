@@ -7,8 +7,7 @@
 | `outcomes/` (shared registry: never) | neither a kept version nor control is of its epoch |
 | `tmp/` | its writer is dead, or on another machine |
 
-The newest program or spec stays because the trainer may be about to use it. Control
-is the audit log and is never deleted, nor are the users that it names (`masks/`).
+The newest program or spec stays because the trainer may be about to use it. Control and `masks/` are never deleted.
 """
 
 from __future__ import annotations
@@ -29,17 +28,13 @@ TEMPORARY_MS = DAY_MS
 def collect(registry: Registry, keep_ms: int, now_ms: int, in_use: Collection[str] = ()) -> list[str]:
     """Removes garbage older than `keep_ms`; returns the paths, relative to the registry.
 
-    Args:
-        registry: The registry. The caller holds the compactor's lock.
-        keep_ms: How long unreferenced files are kept; files in `tmp/` are kept for a day.
-        now_ms: Wall clock.
-        in_use: Digests of specs that stay.
+    Specs whose digests are `in_use` stay. Files in `tmp/` are kept for a day. The caller holds the compactor's lock.
 
     Raises:
         CorruptVersion: A manifest or control is damaged: nothing was removed.
         UnusableRegistry: The disk refused.
     """
-    with usable("be cleared of what nobody needs"):
+    with usable("delete unused files"):
         gone = [*_garbage(registry, keep_ms, now_ms, frozenset(in_use)), *_left_by_writers(registry, now_ms)]
         for path in gone:
             # One rename, as for versions, so that a crash leaves no half-deleted folder.
@@ -52,8 +47,8 @@ def collect(registry: Registry, keep_ms: int, now_ms: int, in_use: Collection[st
 def _garbage(registry: Registry, keep_ms: int, now_ms: int, in_use: frozenset[str]) -> list[Path]:
     kept = [registry.manifest(number) for number in registry.versions()]
     control = registry.control()
-    newest_version = max((one.version for one in kept), default=0)
-    epochs = {one.epoch for one in kept} | ({control.epoch} if control else set())
+    newest_version = max((version.version for version in kept), default=0)
+    epochs = {version.epoch for version in kept} | ({control.epoch} if control else set())
     found: list[Path] = []
     for folder in (layout.VERSIONS, layout.MERGED, layout.BASES):
         if not (registry.path / folder).is_dir():
@@ -62,14 +57,17 @@ def _garbage(registry: Registry, keep_ms: int, now_ms: int, in_use: frozenset[st
         found += [path for path in aside if int(path.name.partition(".")[0].partition("-")[0]) < newest_version]
     # A copy fetches small shared files again if they are missing, so specs and outcomes stay.
     shared = registry.directory.binding is not None
-    named_by = {layout.PROGRAMS: {one.program for one in kept}, layout.SPECS: {one.spec for one in kept}}
+    named_by = {
+        layout.PROGRAMS: {version.program for version in kept},
+        layout.SPECS: {version.spec for version in kept},
+    }
     for folder, named in named_by.items():
         if shared and folder == layout.SPECS:
             continue
         every = list((registry.path / folder).iterdir())
         newest = max(every, key=_age_of, default=None)
-        old = [one for one in _older(registry.path / folder, keep_ms, now_ms) if one != newest]
-        found += [one for one in old if one.name.removesuffix(".tflite") not in named | in_use]
+        old = [path for path in _older(registry.path / folder, keep_ms, now_ms) if path != newest]
+        found += [path for path in old if path.name.removesuffix(".tflite") not in named | in_use]
     if shared:
         return found
     found += [

@@ -1,10 +1,8 @@
 """Branches of the training log: which records count, and where to read next when a segment ends. Pure.
 
-An exact rollback rewinds the stream. It then writes its clicks again at the
-log's end, into a new epoch of the log. The records that it had written since
-the version rolled back to no longer count. So the reader follows a branch: a
-sequence of segments (`Stretch`), each with an epoch, which its records name,
-and each behind the previous one.
+An exact rollback rewinds the stream, which then writes its clicks again at the log's end, in a new epoch of the log.
+Records written since the version rolled back to no longer count. A branch is a sequence of segments (`BranchSegment`), each
+with an epoch, which its records name, and each behind the previous one.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from state.positions import Source
 FIRST_EPOCH = 1
 
 
-class Stretch(NamedTuple):
+class BranchSegment(NamedTuple):
     """A segment of a branch: the records of one epoch of the log at offsets `[first, until)`.
 
     Attributes:
@@ -37,17 +35,12 @@ class Stretch(NamedTuple):
         return self.until is None or offset < self.until
 
 
-LogLine = tuple[Stretch, ...]
-WHOLE: LogLine = (Stretch(FIRST_EPOCH, 0),)
+LogLine = tuple[BranchSegment, ...]
+WHOLE: LogLine = (BranchSegment(FIRST_EPOCH, 0),)
 
 
-class Parting(NamedTuple):
-    """The point at which two branches diverge.
-
-    Attributes:
-        offset: Offset of the log. From here on, the branches have different records.
-        sources: Per source the offset of the clicks up to which both branches have them.
-    """
+class _Parting(NamedTuple):
+    """The offset at which two branches diverge, and per source the offset of the clicks up to which both have them."""
 
     offset: int
     sources: tuple[tuple[Source, int], ...]
@@ -60,7 +53,7 @@ def counts(line: LogLine, epoch: int, offset: int) -> bool:
     >>> [counts(line, 1, 39), counts(line, 1, 40), counts(line, 1, 70), counts(line, 2, 70)]
     [True, False, False, True]
     """
-    return any(one.epoch == epoch and one.first <= offset and one.reaches(offset) for one in line)
+    return any(segment.epoch == epoch and segment.first <= offset and segment.reaches(offset) for segment in line)
 
 
 def onward(line: LogLine, offset: int) -> int:
@@ -86,7 +79,8 @@ def has(line: LogLine, epoch: int, offset: int) -> bool:
     [True, False, False, True]
     """
     return any(
-        one.epoch == epoch and one.first <= offset and (one.until is None or offset <= one.until) for one in line
+        segment.epoch == epoch and segment.first <= offset and (segment.until is None or offset <= segment.until)
+        for segment in line
     )
 
 
@@ -101,20 +95,20 @@ def turned(line: LogLine, epoch: int, offset: int, end: int, sources: Sequence[t
         sources: Per source the offset of the clicks at the branch point.
 
     >>> twice = turned(turned(WHOLE, 1, 40, 60, ()), 1, 30, 90, ())
-    >>> [(one.epoch, one.first, one.until) for one in twice]
+    >>> [(segment.epoch, segment.first, segment.until) for segment in twice]
     [(1, 0, 30), (3, 90, None)]
 
     Raises:
         ValueError: The branch point is not on the branch.
     """
     if not has(line, epoch, offset):
-        raise ValueError(f"offset {offset} of log epoch {epoch} is not on the line {line}")
-    kept = [one for one in line if one.epoch <= epoch]
+        raise ValueError(f"offset {offset} of log epoch {epoch} is not on the branch {line}")
+    kept = [segment for segment in line if segment.epoch <= epoch]
     kept[-1] = kept[-1]._replace(until=offset)
-    return (*kept, Stretch(line[-1].epoch + 1, max(end, offset), None, tuple(sorted(sources))))
+    return (*kept, BranchSegment(line[-1].epoch + 1, max(end, offset), None, tuple(sorted(sources))))
 
 
-def parting(mine: LogLine, now: LogLine) -> Parting | None:
+def parting(mine: LogLine, now: LogLine) -> _Parting | None:
     """The point to which a reader of branch `mine` must rewind to read `now`; None if the branches are equal.
 
     >>> once = turned(WHOLE, 1, 40, 60, ())
@@ -132,26 +126,22 @@ def parting(mine: LogLine, now: LogLine) -> Parting | None:
     cut = shared < len(mine) and shared < len(now) and mine[shared].epoch == now[shared].epoch
     after = shared + 1 if cut else shared
     if after >= len(now):
-        raise ValueError(f"the line {now} does not go on from {mine}")
+        raise ValueError(f"the branch {now} does not continue {mine}")
     before = now[after - 1].until
-    assert before is not None, "only the last stretch is open"
-    return Parting(before, now[after].sources)
+    assert before is not None, "only the last segment is open"
+    return _Parting(before, now[after].sources)
 
 
 def to_json(line: LogLine) -> list[dict[str, Any]]:
-    """Converts a branch to JSON values.
-
-    >>> from_json(to_json(WHOLE)) == WHOLE
-    True
-    """
+    """Converts a branch to JSON values."""
     return [
         {
-            "epoch": one.epoch,
-            "first": one.first,
-            "until": one.until,
-            "sources": {str(source): after for source, after in one.sources},
+            "epoch": segment.epoch,
+            "first": segment.first,
+            "until": segment.until,
+            "sources": {str(source): after for source, after in segment.sources},
         }
-        for one in line
+        for segment in line
     ]
 
 
@@ -162,15 +152,15 @@ def from_json(document: Sequence[Mapping[str, Any]]) -> LogLine:
         KeyError: A field is missing.
     """
     return tuple(
-        Stretch(
-            int(one["epoch"]),
-            int(one["first"]),
-            None if one["until"] is None else int(one["until"]),
-            tuple(sorted((Source.parse(source), int(after)) for source, after in one["sources"].items())),
+        BranchSegment(
+            int(segment["epoch"]),
+            int(segment["first"]),
+            None if segment["until"] is None else int(segment["until"]),
+            tuple(sorted((Source.parse(source), int(after)) for source, after in segment["sources"].items())),
         )
-        for one in document
+        for segment in document
     )
 
 
-def _at(line: LogLine, offset: int) -> Stretch:
-    return next(one for one in line if one.reaches(offset))
+def _at(line: LogLine, offset: int) -> BranchSegment:
+    return next(segment for segment in line if segment.reaches(offset))

@@ -1,16 +1,13 @@
 """Manifests: the description of a version, and the versions that it descends from.
 
-A version is a set of files and this manifest. The manifest carries everything
-that a restart, a rollback or serving must know without reading the weights:
-the offset in the training log, the offsets of the sources, and the descent.
+A manifest has everything that a restart, a rollback or serving must know without reading the weights.
 """
 
 from __future__ import annotations
 
-import builtins
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from state.disk import files as durable
@@ -43,8 +40,7 @@ class LogRange:
         first: The offset of the first record.
         next: The offset at which the trainer continues.
         epoch: The epoch of the log at `next`, see `state/registry/log_line.py`.
-        leader_epoch: Kafka's leader epoch of the record before `next`. It shows whether the log was truncated there.
-            -1 if unknown, as in versions of 0.1.0.
+        leader_epoch: Kafka's leader epoch of the record before `next`; -1 if unknown, as in versions of 0.1.0.
     """
 
     topic: str = ""
@@ -58,22 +54,10 @@ class LogRange:
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """Digest and size that a file of a version must have.
-
-    Attributes:
-        sha256: Digest of its bytes, hexadecimal.
-        bytes: Its size.
-
-    >>> FileEntry(durable.digest(b"12"), 2).fits(b"12"), FileEntry("", 2).fits(b"13")
-    (True, False)
-    """
+    """Size and SHA-256 (hexadecimal) that a file of a version must have."""
 
     sha256: str
     bytes: int
-
-    def fits(self, data: builtins.bytes) -> bool:
-        """Whether `data` has this size and digest."""
-        return len(data) == self.bytes and durable.digest(data) == self.sha256
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +65,9 @@ class Draft:
     """The part of a manifest that its author knows; the registry adds number, descent and files.
 
     Attributes:
-        kind: `base` holds the full state, `delta` what changed since the durable version `parent`. `recent` holds what
-            serving needs of what changed since `parent`, durable or not, and is not durable.
+        kind: How it is stored.
         epoch: The control's epoch in which it was trained.
-        parent: The version it continues; None for the very first.
+        parent: The version it continues, durable unless it is `recent`; None for the very first.
         log: The range of the training log since the parent.
         sources: Per source the offset after the newest row trained; duplicates are dropped by it.
         steps: Steps since the beginning of the descent.
@@ -166,30 +149,8 @@ def complete(draft: Draft, version: int, ancestors: Visible, contents: Mapping[s
     return Manifest(**known, version=version, visible=visible, files=entries(contents))
 
 
-def complete_twin(draft: Draft, recent: Manifest, files: Mapping[str, bytes]) -> Manifest:
-    """Builds the manifest of a version that is in `recent/` already, as `draft` stores it: same number and descent."""
-    return replace(recent, kind=draft.kind, parent=draft.parent, log=draft.log, files=entries(files))
-
-
-def complete_base(of: Manifest, files: Mapping[str, bytes]) -> Manifest:
-    """Builds the manifest of the full state at the version `of`."""
-    return replace(of, kind="base", files=entries(files))
-
-
-def complete_merged(parts: Sequence[Manifest], files: Mapping[str, bytes]) -> Manifest:
-    """Builds the manifest of one file set that merges consecutive deltas."""
-    first, last = parts[0], parts[-1]
-    log = replace(last.log, first=first.log.first)
-    rewritten = max(part.rewritten for part in parts)
-    return replace(last, kind="merged", parent=first.parent, log=log, files=entries(files), rewritten=rewritten)
-
-
 def entries(files: Mapping[str, bytes]) -> dict[str, FileEntry]:
-    """Digest and size of each file.
-
-    >>> entries({"a": b"12"})["a"].bytes
-    2
-    """
+    """Digest and size of each file."""
     return {name: FileEntry(durable.digest(data), len(data)) for name, data in sorted(files.items())}
 
 

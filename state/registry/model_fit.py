@@ -1,19 +1,24 @@
-"""Checks early whether the version that training continues from fits the settings, and says what to do if not.
+"""Whether the version that training continues from fits the settings; and upgrades, with which other settings continue.
 
-The version's manifest names the settings that it was trained with. The headers
-of its files have the shapes of its weights. Neither needs TensorFlow.
+The version's manifest names the settings that it was trained with, and the headers of its files have the shapes of its
+weights. Neither needs TensorFlow. An upgrade that an operator requested passes all checks.
 
-`require_same_model` checks what the settings alone decide, before anything
-starts. `require_fit` checks what only a built model knows, such as the weights
-of the user's own tower, before its program is lowered. An upgrade that an
-operator requested passes both checks.
+The generation that begins the epoch of an upgrade has this plan:
+
+    spec        digest of the feature spec that training continues with
+    was         digest of the feature spec of the base version; none if training starts from scratch
+    model       the settings of `SETTINGS` that training continues with, by name, as text
+    carried     what is carried over from the version; `trainer.versions.carrying` defines how
+    anew        what starts from scratch, in words
+
+Until the epoch has a version of its own, the trainer may carry its base over.
 """
 
 from __future__ import annotations
 
 import ast
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from state import layout
@@ -23,9 +28,9 @@ from state.errors import ModelMismatch, RegistryError, SaltMismatch, SpecMismatc
 from state.events.identity import Salt
 from state.features.spec import FeatureSpec
 from state.registry import tensor_files
-from state.registry.manifest import Manifest
+from state.registry.control import Control, ServingChoice, following
+from state.registry.manifest import Manifest, sees
 from state.registry.registry import SERVING, Registry
-from state.registry.upgrades import SETTINGS, is_accepted
 
 SHOWN = 3
 FORMER_TOWERS = ("trainer.network:build", "trainer.model.network:build")
@@ -45,10 +50,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def version_to_go_on_from(registry: Registry) -> Manifest | None:
-    """The newest version of control's epoch, else the epoch's base; None if it cannot be read.
-
-    A damaged version cannot be compared. The code that loads versions sets it aside.
-    """
+    """The newest version of control's epoch, else the epoch's base; None if it cannot be read."""
     try:
         control = registry.control()
         if control is None:
@@ -71,27 +73,18 @@ def require_same_salt(registry: Registry, salt: Salt) -> None:
             raise SaltMismatch.between(f"the registry {registry.path}", stored, salt.fingerprint)
 
 
-def require_same_model(settings: Settings) -> None:
+def require_same_model(settings: Settings, features_only: bool = False) -> None:
     """Refuses settings that contradict those of the current version, as far as the settings alone show.
 
     Does nothing if nothing was trained yet or the registry cannot be read; other code reports that.
 
+    Args:
+        settings: All settings.
+        features_only: Whether only the features count, as for the stream, which knows no model.
+
     Raises:
         ModelMismatch: The features, the preprocessing, or the rows' or the layers' widths differ.
     """
-    _require(settings, features_only=False)
-
-
-def require_same_features(settings: Settings) -> None:
-    """Like `require_same_model`, but checks only the features: for the stream, which knows no model.
-
-    Raises:
-        ModelMismatch: The features differ.
-    """
-    _require(settings, features_only=True)
-
-
-def _require(settings: Settings, features_only: bool) -> None:
     if not (settings.registry_dir / layout.VERSIONS).is_dir():
         return
     registry, spec = Registry(settings.registry_dir), FeatureSpec.from_settings(settings)
@@ -120,12 +113,14 @@ def _decisive(own: Model, differing: Collection[str]) -> list[str]:
 
 def _asked_otherwise(registry: Registry, version: Manifest, model: Model) -> bool:
     """Whether an option differs that the version's preprocessing asked for; its graph contains the options."""
-    before = dict(one.split("=", 1) for one in ast.literal_eval(version.environment.get("model.options", "()")))
+    before = dict(option.split("=", 1) for option in ast.literal_eval(version.environment.get("model.options", "()")))
     for name in registry.specs.names():
         about = registry.specs.spec(name) if name.partition(".")[0] == version.spec else {}
         if about.get("preprocessing") == model.preprocessing:
             asked = about.get("asked", {}).items()
-            return any(before.get(one, default) != model.written.get(one, default) for one, (_, default) in asked)
+            return any(
+                before.get(option, default) != model.written.get(option, default) for option, (_, default) in asked
+            )
     return False
 
 
@@ -160,7 +155,7 @@ def require_fit(
         ModelMismatch: A weight or a table is missing on one side, or has another shape; or the features differ.
     """
     version = version_to_go_on_from(registry)
-    if version is None or accepted(registry, settings, spec) or (shapes := shapes_of(registry, version)) is None:
+    if version is None or accepted(registry, settings, spec) or (shapes := _shapes_of(registry, version)) is None:
         return
     wanted = {f"dense.{name}": shape for name, shape in dense.items()}
     wanted |= {f"{table}.rows": (width,) for table, width in widths.items()}
@@ -172,25 +167,23 @@ def require_fit(
     # A table that an upgrade dropped still exists, with rows of width 0.
     theirs = {name.removesuffix(".rows") for name, shape in shapes.items() if name.endswith(".rows") and shape[-1]}
     wrong += [f"{table}.rows none, but in the version" for table in sorted(theirs - {*widths, *optional})]
-    if (wrong or version.spec != spec.digest) and _undamaged(registry, version):
+    if wrong or version.spec != spec.digest:
+        try:
+            registry.read(version, SERVING)
+        except RegistryError:
+            # The shapes may be damaged. The code that loads the version reports that.
+            return
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         differing = differences(registry, version, settings, spec)
-        said = [f"{name} {text}" for name, text in differing.items()]
+        settings_differ = [f"{name} {text}" for name, text in differing.items()]
         weights = [f"weights: {'; '.join(wrong[:SHOWN])}{more}"] if wrong else []
-        raise mismatch(version, settings, differing, [*said, *weights] or ["its windows were computed otherwise"])
+        raise mismatch(
+            version, settings, differing, [*settings_differ, *weights] or ["its windows were computed otherwise"]
+        )
 
 
-def _undamaged(registry: Registry, version: Manifest) -> bool:
-    """Whether the version's serving file, from which the shapes were read, is intact."""
-    try:
-        registry.read(version, SERVING)
-    except RegistryError:
-        return False
-    return True
-
-
-def shapes_of(registry: Registry, version: Manifest) -> Shapes | None:
-    """The shapes of the tensors that a version gives to serving, from its file's header; None if it cannot be read."""
+def _shapes_of(registry: Registry, version: Manifest) -> Shapes | None:
+    """The shapes of the tensors that a version gives to serving; None if they cannot be read."""
     try:
         return tensor_files.shapes_in(registry.path_of(version, SERVING))
     # The code that loads the version reports what is wrong with it.
@@ -198,7 +191,9 @@ def shapes_of(registry: Registry, version: Manifest) -> Shapes | None:
         return None
 
 
-def mismatch(version: Manifest, settings: Settings, differing: Mapping[str, str], told: Sequence[str]) -> ModelMismatch:
+def mismatch(
+    version: Manifest, settings: Settings, differing: Mapping[str, str], reasons: Sequence[str]
+) -> ModelMismatch:
     """Builds the error, with the commands to type."""
     before = {f"model.{name}": version.environment.get(f"model.{name}") for name in SETTINGS}
     back = [
@@ -207,9 +202,9 @@ def mismatch(version: Manifest, settings: Settings, differing: Mapping[str, str]
     back += [f"--{name} {text.split()[1]}" for name, text in differing.items() if name in FEATURES.values()]
     put_back = f"put the settings back ({' '.join(back)})" if back else "put the model's code back"
     return ModelMismatch(
-        f"version {version.version} in {settings.registry_dir} was trained with another model: {', '.join(told)}",
-        "`springtide upgrade --dry-run` says what of it goes on, `springtide upgrade --reason TEXT` (or `springtide up "
-        f"--upgrade --reason TEXT`) goes on from it; or {put_back}",
+        f"version {version.version} in {settings.registry_dir} was trained with another model: {', '.join(reasons)}",
+        "`springtide upgrade --dry-run` shows what is carried over, `springtide upgrade --reason TEXT` (or `springtide up "
+        f"--upgrade --reason TEXT`) continues from it; or {put_back}",
     )
 
 
@@ -264,3 +259,105 @@ def _last(shape: tuple[int, ...] | None, axes: int) -> tuple[int, ...] | None:
 
 def _shown(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "a number"
+
+
+SETTINGS = ("ranker", "tower", "dim", "hidden", "options", "preprocessing")
+"""Settings of `[model]` that may change the weights of a version, or their meaning."""
+
+
+def going_on_to(settings: Settings, spec: str) -> dict[str, Any]:
+    """The part of a plan that describes the settings and the digest of their feature spec.
+
+    >>> going_on_to(Settings(), "ab")["model"]["dim"]
+    '32'
+    """
+    return {"spec": spec, "model": {name: str(getattr(settings.model, name)) for name in SETTINGS}}
+
+
+def upgrade(
+    control: Control,
+    base: int | None,
+    plan: Mapping[str, Any],
+    *,
+    actor: str,
+    reason: str,
+    now_ms: int,
+    answers: int | None = None,
+) -> Control:
+    """Begins an epoch in which another model, feature spec or release continues from version `base`.
+
+    Args:
+        control: The control to start from.
+        base: The version to continue from; None to train from scratch.
+        plan: What is carried over to which settings; see the module.
+        actor: Who decided.
+        reason: Why.
+        now_ms: Wall clock.
+        answers: The version to pin serving to until the trainer has caught up; None to leave serving as it is.
+    """
+    serving = control.serving if answers is None else ServingChoice("pin", answers, then_follow=True)
+    return following(
+        control,
+        "upgrade",
+        actor,
+        reason,
+        now_ms,
+        epoch=control.epoch + 1,
+        base=base,
+        serving=serving,
+        lifted=(),
+        mode="fast",
+        upgraded=True,
+        plan=dict(plan),
+    )
+
+
+def pending(registry: Registry, control: Control) -> Control | None:
+    """The generation that began control's epoch, if it is an upgrade without a version so far; otherwise None.
+
+    Raises:
+        CorruptVersion: A manifest or a generation fails its digest.
+    """
+    began = registry.generations.beginning_of(control.epoch)
+    if began is None or began.action != "upgrade" or registry.newest(control.epoch) is not None:
+        return None
+    return began
+
+
+def is_accepted(registry: Registry, control: Control, settings: Settings, spec: str) -> bool:
+    """Whether an operator accepted that these settings continue from what others learned.
+
+    Raises:
+        CorruptVersion: A manifest or a generation fails its digest.
+    """
+    began = pending(registry, control)
+    if began is None or began.plan is None:
+        return False
+    return all(began.plan.get(name) == value for name, value in going_on_to(settings, spec).items())
+
+
+def former_specs(beginnings: Iterable[Control]) -> frozenset[str]:
+    """The digests of all feature specs that upgrades went from and to; `beginnings` are the generations that began epochs."""
+    plans = [began.plan for began in beginnings if began.action == "upgrade" and began.plan is not None]
+    return frozenset(str(spec) for plan in plans for spec in (plan.get("spec"), plan.get("was")) if spec)
+
+
+def first_after(
+    registry: Registry, beginnings: Sequence[Control], base: Manifest | None, target: Manifest
+) -> Manifest | None:
+    """The oldest kept version of `target`'s descent after the last upgrade since `base`; None if there is no upgrade.
+
+    Raises:
+        UnknownVersion: A version that an epoch began from is no longer kept.
+    """
+    began = {control.epoch: control for control in beginnings}
+    epoch = target.epoch
+    while (base is None or epoch > base.epoch) and epoch in began:
+        control = began[epoch]
+        if control.base is None:
+            return None
+        if control.action == "upgrade":
+            numbers = (number for number in registry.versions() if sees(target.visible, number))
+            return next(found for number in numbers if (found := registry.manifest(number)).epoch == epoch)
+        epoch = registry.manifest(control.base).epoch
+    return None

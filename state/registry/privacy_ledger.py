@@ -1,8 +1,6 @@
 """The privacy ledger: which periods were charged, and how much of the log may have been learned.
 
-It is not part of a version. A version that is rolled back to knows nothing of
-later releases, but people who saw them do not forget them. So the ledger only
-grows. Pure, except for `read` and `write`.
+It is not part of a version: a rollback does not undo a release, so the ledger only grows.
 """
 
 from __future__ import annotations
@@ -47,13 +45,11 @@ class PrivacyLedger(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         key: Fingerprint of the noise key.
         unit: The unit of privacy: user or example.
         periods: The charges, oldest first.
-        epsilon: The budget in the trainer's settings.
-        delta: Likewise.
-        spent: Epsilon of all charges together, at that delta.
+        epsilon: The budget in the trainer's settings, at `delta`.
+        spent: Epsilon of all charges together, at `delta`.
         held: Whether training is held, because the next charge exceeds the budget.
         source: Topic id and partition of the training log to which `through` belongs.
         through: Records before this offset may have been learned; no record from here on was.
-        format: Format of the ledger.
     """
 
     key: str
@@ -70,7 +66,7 @@ class PrivacyLedger(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def is_charged(ledger: PrivacyLedger, period: PrivacyPeriod) -> bool:
     """Whether a charge covers the line of `period`."""
-    return any(_same_terms(one, period) and set(period.lines) <= set(one.lines) for one in ledger.periods)
+    return any(_same_terms(charge, period) and set(period.lines) <= set(charge.lines) for charge in ledger.periods)
 
 
 def charged(ledger: PrivacyLedger, period: PrivacyPeriod, again: bool) -> PrivacyLedger:
@@ -97,57 +93,26 @@ def charged(ledger: PrivacyLedger, period: PrivacyPeriod, again: bool) -> Privac
     return msgspec.structs.replace(ledger, periods=(*before, longer))
 
 
-def encode(ledger: PrivacyLedger) -> bytes:
-    """Encodes the ledger as JSON.
-
-    >>> decode(encode(PrivacyLedger("1f", "user", (PrivacyPeriod(1, 7, 8, 2.5),))), "there").periods[0].noise
-    2.5
-    """
-    return msgspec.json.format(msgspec.json.encode(ledger, order="sorted"), indent=1) + b"\n"
-
-
-def decode(data: bytes, where: str) -> PrivacyLedger:
-    """Decodes what `encode` wrote, in this release or an earlier one.
-
-    Args:
-        data: The bytes.
-        where: Their location, for messages.
-
-    Raises:
-        RegistryError: They are damaged, or a later release wrote them.
-    """
-    try:
-        return msgspec.convert(upgraded(msgspec.json.decode(data, type=dict[str, Any])), PrivacyLedger)
-    except (msgspec.DecodeError, ValueError) as error:
-        raise RegistryError(
-            f"the ledger of the privacy budget at {where} cannot be read ({error})", "restore it from a backup"
-        ) from None
-
-
-def upgraded(document: dict[str, Any]) -> dict[str, Any]:
-    """Upgrades a ledger's JSON values to this format.
-
-    Charges of format 1 stay spent. They have no lines and so cover nothing, because that release added other noise.
-
-    Raises:
-        ValueError: A later release wrote it.
-    """
-    if (found := document.get("format", 1)) not in (1, FORMAT):
-        raise ValueError(f"its format is {found}, this release reads formats up to {FORMAT}")
-    return {**document, "format": FORMAT}
-
-
 def read(path: Path) -> PrivacyLedger | None:
-    """Reads the ledger in a file; None if the file does not exist.
+    """Reads a ledger of this release or an earlier one; None if the file does not exist.
+
+    Charges of format 1 stay spent, but cover nothing, because that release added other noise.
 
     Raises:
         RegistryError: It is damaged, or a later release wrote it.
         OSError: The disk refused.
     """
     try:
-        return decode(path.read_bytes(), str(path))
+        document = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        if (number := document.get("format", 1)) not in (1, FORMAT):
+            raise ValueError(f"its format is {number}, this release reads formats up to {FORMAT}")
+        return msgspec.convert({**document, "format": FORMAT}, PrivacyLedger)
     except FileNotFoundError:
         return None
+    except (msgspec.DecodeError, ValueError) as error:
+        raise RegistryError(
+            f"the ledger of the privacy budget at {path} cannot be read ({error})", "restore it from a backup"
+        ) from None
 
 
 def write(path: Path, ledger: PrivacyLedger) -> None:
@@ -157,7 +122,7 @@ def write(path: Path, ledger: PrivacyLedger) -> None:
         OSError: The disk refused.
     """
     path.parent.mkdir(exist_ok=True)
-    durable.replace(path, encode(ledger))
+    durable.replace(path, msgspec.json.format(msgspec.json.encode(ledger, order="sorted"), indent=1) + b"\n")
 
 
 def _same_terms(one: PrivacyPeriod, other: PrivacyPeriod) -> bool:

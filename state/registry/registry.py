@@ -1,24 +1,12 @@
 """The registry: versions, control generations that say which to use, and the files that versions refer to.
 
-    versions/<number>/         a durable version, what changed since the one before: manifest.json and its files
-    merged/<number>-<parent>/  likewise since an older one: several deltas in one, made by the compactor
-    bases/<number>/            the full state at that version: the first one, and those of the compactor
-    recent/<number>/           each version for some seconds, for followers: what changed since the one before
-    control/<generation>.json  the desired state; never changed, never deleted
-    masks/<sha256>.users       users that masks of control name, 8 bytes each in order
-    outcomes/<epoch>-*.json    the outcome of the rollback that began an epoch
-    programs/<sha256>.tflite   programs that serving runs
-    specs/<digest>/            spec.json and transform/ of the bootstrap
-    tmp/                       files being written; names carry their writer
+`state/layout.py` lists its folders. Any number of processes may read. Only the trainer, under its lock, publishes
+versions. Every process that may write the directory may propose control.
 
-Any number of processes may read. Only the trainer, under its lock, publishes versions. Every process that may write
-the directory may propose control.
-
-A version is complete or absent. It is written under `tmp/` and appears with one rename; it is removed with one rename
-too. A durable one is synced first. Every read checks the digest and never returns data that fails it. Deltas may be
-merged while somebody reads them: the merged delta appears before the others are removed, so a reader that misses a
-file finds it on its next read. In a copy of a shared registry, a version may be an empty folder. Its files are fetched
-when they are read, checked against their digests and kept.
+A version is complete or absent. It is written under `tmp/` and appears with one rename, after a sync if it is durable;
+it is removed with one rename too. Every read checks the digest and never returns data that fails it. A merged delta
+appears before the deltas that it replaces are removed, so a reader that misses a file finds it on its next read. In a
+copy of a shared registry, a version may be an empty folder. Its files are fetched when they are read, and kept.
 
 Versions between two durable ones are recent: they are stored for some seconds, without sync, and removed before the
 kernel writes their pages to disk. Nobody rolls back to one, because the training log reproduces it, bit for bit. A
@@ -32,7 +20,9 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +35,7 @@ from state.registry import manifest
 from state.registry.control import Control
 from state.registry.controls import Controls
 from state.registry.directory import Directory, file_bytes, usable
-from state.registry.manifest import Draft, FileEntry, Kind, Manifest, Visible, sees
+from state.registry.manifest import Draft, Kind, Manifest, sees
 from state.registry.specs import Specs
 
 MANIFEST = "manifest.json"
@@ -77,7 +67,7 @@ class Chain(NamedTuple):
     deltas: list[Manifest]
 
 
-class BadPart(CorruptVersion):
+class _BadPart(CorruptVersion):
     """A corrupt version, and which of its directories it is."""
 
     def __init__(self, part: Path, version: int, message: str) -> None:
@@ -87,12 +77,9 @@ class BadPart(CorruptVersion):
 
 
 class Numbers:
-    """The versions in one directory, whose entries are named `<number>` or `<number>-<parent>`.
+    """The versions in one directory, whose entries are named `<number>` or `<number>-<parent>`; none if it does not exist.
 
     They are listed again only when the directory changed.
-
-    Args:
-        path: The directory; a missing one counts as empty.
     """
 
     def __init__(self, path: Path) -> None:
@@ -144,9 +131,6 @@ class Numbers:
 
 class Registry:
     """One registry directory. Use one object per thread; only `read` may run in any thread.
-
-    Args:
-        path: The directory.
 
     Attributes:
         path: The directory.
@@ -222,7 +206,7 @@ class Registry:
             folders.append(self.folder("merged", version, parent))
         kinds: tuple[Kind, ...] = ("delta", "base") if kind is None else (kind,)
         return folders + [
-            self.folder(one, version) for one in kinds if one != "merged" and version in self._numbers[one]
+            self.folder(stored, version) for stored in kinds if stored != "merged" and version in self._numbers[stored]
         ]
 
     def _delta_folders(self, version: int) -> list[Path]:
@@ -234,13 +218,14 @@ class Registry:
     def _not_kept(self, version: int) -> UnknownVersion:
         """The error for a version that cannot be rolled back to, with the versions to use instead."""
         kept = self.versions()
-        nearest = [*[one for one in kept if one < version][-1:], *[one for one in kept if one > version][:1]]
+        nearest = [
+            *[number for number in kept if number < version][-1:],
+            *[number for number in kept if number > version][:1],
+        ]
         message = f"version {version} is not kept in {self.path}"
         if version in self._numbers["recent"]:
-            message = (
-                f"version {version} can be followed and not gone back to: it is not durable, the log makes it again"
-            )
-        return UnknownVersion(message, f"take {' or '.join(map(str, nearest))}" if nearest else "there is none yet")
+            message = f"version {version} is recent: serving can follow it, but a rollback needs a durable version"
+        return UnknownVersion(message, f"use {' or '.join(map(str, nearest))}" if nearest else "there is none yet")
 
     # Reading
 
@@ -257,13 +242,13 @@ class Registry:
                 self._manifests[folder] = cached
                 return cached
             try:
-                read = manifest.decode(self._manifest_bytes(folder))
+                read = manifest.decode(self.manifest_bytes(folder))
             except FileNotFoundError:
                 if folder.is_dir():
-                    raise BadPart(folder, version, f"{folder / MANIFEST} is missing") from None
+                    raise _BadPart(folder, version, f"{folder / MANIFEST} is missing") from None
                 continue
             except ValueError as error:
-                raise BadPart(folder, version, f"{folder / MANIFEST} is damaged: {error}") from error
+                raise _BadPart(folder, version, f"{folder / MANIFEST} is damaged: {error}") from error
             self._cache(folder, read)
             return read
         raise self._not_kept(version)
@@ -288,27 +273,29 @@ class Registry:
             CorruptVersion: The file is missing or fails its digest; the message names it.
         """
         part = self.manifest(version) if isinstance(version, int) else version
-        path = self.folder_of(part) / name
-        entry = part.files.get(name)
+        folder = self.folder_of(part)
+        path, entry = folder / name, part.files.get(name)
         if entry is None:
-            raise BadPart(path.parent, part.version, f"it never had a file {path}")
-        data = self._file(path, entry)
-        if data is None:
-            if not path.parent.is_dir():
-                self._manifests.pop(path.parent, None)
-                raise self._not_kept(part.version)
-            raise BadPart(path.parent, part.version, f"{path} is missing")
-        if not entry.fits(data):
+            raise _BadPart(folder, part.version, f"it has no file {path}")
+        try:
+            return self.directory.content(path, entry.sha256)
+        except FileNotFoundError:
+            self.refresh(folder)
+            if folder.is_dir():
+                raise _BadPart(folder, part.version, f"{path} is missing") from None
+            self._manifests.pop(folder, None)
+            raise self._not_kept(part.version) from None
+        except ValueError as error:
             if (rewritten := self._rewritten(part)) is not None:
                 return self.read(rewritten, name)
-            raise BadPart(path.parent, part.version, f"{path} fails its digest")
-        return data
+            raise _BadPart(folder, part.version, str(error)) from None
 
     def path_of(self, version: Manifest, name: str) -> Path:
         """The path of a version's file, fetched if it is missing here. The file may still be damaged or missing."""
         path = self.folder_of(version) / name
         if not path.exists() and name in version.files:
-            self._file(path, version.files[name])
+            with suppress(FileNotFoundError, ValueError):
+                self.directory.content(path, version.files[name].sha256)
         return path
 
     def verify(self, version: Manifest) -> None:
@@ -352,17 +339,6 @@ class Registry:
                 return recent
         return None if newest is None else self.manifest(newest)
 
-    def next_after(self, version: int) -> int | None:
-        """The next version, durable or recent, with a higher number, of any epoch. Cheap enough to poll."""
-        with usable("be read"):
-            if (self.folder("recent", version + 1) / MANIFEST).exists():
-                return version + 1
-        return min((number for number in (*self.recents(), *self.versions()) if number > version), default=None)
-
-    def visible(self, version: int) -> Visible:
-        """The versions that `version` descends from, including itself, as closed intervals, newest first."""
-        return self.manifest(version).visible
-
     def chain(self, version: int) -> Chain:
         """The newest base that the durable `version` descends from (or is), and the deltas since.
 
@@ -382,7 +358,7 @@ class Registry:
                 if base not in self.bases():
                     # The compactor has just merged deltas across the base.
                     return self.chain(version)
-                raise BadPart(
+                raise _BadPart(
                     self.folder_of(delta), at, f"its parent {delta.parent} does not lie between base {base} and itself"
                 )
             deltas.append(delta)
@@ -398,6 +374,7 @@ class Registry:
         """The manifest of a part to which `replace` gave other files meanwhile; None if it is unchanged."""
         folder = self.folder_of(part)
         self._manifests.pop(folder, None)
+        self.refresh(folder)
         try:
             now = manifest.decode(file_bytes(folder / MANIFEST))
         except (OSError, ValueError):
@@ -415,9 +392,6 @@ class Registry:
 
         Returns:
             Whether the manifest changed or the folder was removed.
-
-        Raises:
-            UnusableRegistry: It cannot be read.
         """
         path = folder / MANIFEST
         if not (self.directory.is_copy and folder.parent.name in DURABLE):
@@ -440,47 +414,27 @@ class Registry:
         self.directory.keep(path, data)
         return True
 
-    def _manifest_bytes(self, folder: Path) -> bytes:
+    def manifest_bytes(self, folder: Path) -> bytes:
+        """Reads the manifest in a version's folder, and fetches it if it is missing here.
+
+        Raises:
+            FileNotFoundError: It exists neither here nor in the object store.
+            UnusableRegistry: It cannot be read, or the object store cannot be reached.
+        """
         path = folder / MANIFEST
         try:
             return file_bytes(path)
         except FileNotFoundError:
-            data = self.directory.fetch(path) if self._is_fetched(folder) else None
+            # In the folders of durable versions, what is missing may be in the object store.
+            if folder.parent.name not in DURABLE or not folder.is_dir():
+                raise
+            data = self.directory.fetch(path)
             if data is None:
-                if self._is_fetched(folder) and self.directory.is_copy:
+                if self.directory.is_copy:
                     self.directory.remove_folder(folder)
                 raise
         self.directory.keep(path, data)
         return data
-
-    def _file(self, path: Path, entry: FileEntry) -> bytes | None:
-        """Reads a version's file, and fetches it if it is missing; None if it does not exist.
-
-        A fetched file that matches its digest is kept. The caller must check the digest of the returned bytes.
-        """
-        try:
-            data = file_bytes(path)
-        except FileNotFoundError:
-            if not self._is_fetched(path.parent):
-                return None
-            fetched = self.directory.fetch(path)
-            if fetched is not None and entry.fits(fetched):
-                self.directory.keep(path, fetched)
-            else:
-                # The version was rewritten or removed meanwhile; the manifest shows which.
-                self.refresh(path.parent)
-            return fetched
-        if not entry.fits(data) and self.directory.is_copy:
-            # Damaged here, or rewritten in the object store.
-            self.refresh(path.parent)
-            with usable("be read"):
-                path.unlink(missing_ok=True)
-            return self._file(path, entry)
-        return data
-
-    def _is_fetched(self, folder: Path) -> bool:
-        """Whether what is missing in a version's folder may be in the object store."""
-        return folder.parent.name in DURABLE and folder.is_dir() and self.directory.binding is not None
 
     # Publishing
 
@@ -503,84 +457,78 @@ class Registry:
             if recent is None:
                 part = manifest.complete(draft, self.next_number(), ancestors, files)
             else:
-                part = manifest.complete_twin(draft, recent, files)
-            add = self.add if part.durable else self.add_recent
-            if add(part, files, last_check=lambda: self._check_epoch(draft.epoch)):
+                # The same number and descent.
+                kept = manifest.entries(files)
+                part = replace(recent, kind=draft.kind, parent=draft.parent, log=draft.log, files=kept)
+            if self.add(part, files, last_check=lambda: self._check_epoch(draft.epoch)):
                 return part
             if recent is not None:
                 raise RuntimeError(f"version {part.version} was published before")
 
     def add_base(self, of: Manifest, files: Mapping[str, bytes]) -> Manifest:
         """Stores the full state at the version `of`; does nothing if it exists."""
-        base = manifest.complete_base(of, files)
+        base = replace(of, kind="base", files=manifest.entries(files))
         self.add(base, files)
         return base
 
     def add_merged(self, parts: Sequence[Manifest], files: Mapping[str, bytes]) -> Manifest:
         """Stores `parts`, consecutive deltas, merged into one delta of the last one."""
-        merged = manifest.complete_merged(parts, files)
+        first, last = parts[0], parts[-1]
+        merged = replace(
+            last,
+            kind="merged",
+            parent=first.parent,
+            log=replace(last.log, first=first.log.first),
+            files=manifest.entries(files),
+            rewritten=max(part.rewritten for part in parts),
+        )
         self.add(merged, files)
         return merged
 
-    def add_recent(
-        self, part: Manifest, files: Mapping[str, bytes], last_check: Callable[[], None] = lambda: None
-    ) -> bool:
-        """Adds a version to `recent/`, complete when this returns and never synced. False if the number is taken.
-
-        Raises:
-            UnusableRegistry: The disk refused; nothing of the version is left.
-        """
-        final, temporary = self.folder_of(part), self.directory.temporary(f"recent-{part.version}")
-        with usable(f"take version {part.version}"):
-            temporary.mkdir()
-            try:
-                for name, data in files.items():
-                    (temporary / name).write_bytes(data)
-                (temporary / MANIFEST).write_bytes(manifest.encode(part))
-                killpoints.reach("recent.written")
-                last_check()
-                if not _appears(temporary, final):
-                    return False
-                killpoints.reach("recent.renamed")
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-        self._cache(final, part)
-        return True
-
     def add(self, part: Manifest, files: Mapping[str, bytes], last_check: Callable[[], None] = lambda: None) -> bool:
-        """Adds a delta or base. It is complete and durable when this returns. False if the number is taken.
+        """Adds a version, complete when this returns, and durable unless it is recent. False if the number is taken.
 
-        1. Files and manifest are written under `tmp/` and synced.
+        1. Files and manifest are written under `tmp/`; those of a durable version are synced.
         2. `last_check` may still refuse by raising an exception.
-        3. One rename makes the version visible; the directory is synced.
+        3. One rename makes the version visible; the directory of a durable version is synced.
 
         Raises:
             UnusableRegistry: The disk refused; nothing of the version is left.
         """
         final = self.folder_of(part)
-        temporary = self.directory.temporary(f"{part.kind}-{final.name}")
-        with usable(f"take version {part.version}"):
-            temporary.mkdir()
+        # 1.
+        with usable(f"store version {part.version}"), self._staged(part, files) as temporary:
+            killpoints.reach("publish.written" if part.durable else "recent.written")
+            # 2.
+            last_check()
+            killpoints.reach("publish.checked" if part.durable else "recent.checked")
+            # 3.
             try:
-                # 1.
-                for name, data in files.items():
-                    durable.write(temporary / name, data)
-                    killpoints.reach("publish.file")
-                durable.write(temporary / MANIFEST, manifest.encode(part))
-                durable.sync_directory(temporary)
-                killpoints.reach("publish.written")
-                # 2.
-                last_check()
-                killpoints.reach("publish.checked")
-                # 3.
-                if not _appears(temporary, final):
+                temporary.rename(final)
+            except OSError:
+                if final.is_dir():
                     return False
-                killpoints.reach("publish.renamed")
+                raise
+            killpoints.reach("publish.renamed" if part.durable else "recent.renamed")
+            if part.durable:
                 durable.sync_directory(final.parent)
                 killpoints.reach("publish.synced")
-                return True
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                self._cache(final, part)
+        return True
+
+    @contextmanager
+    def _staged(self, part: Manifest, files: Mapping[str, bytes]) -> Iterator[Path]:
+        """A folder under `tmp/` with a version's files, synced if it is durable; what is left of it is removed."""
+        write: Callable[[Path, bytes], object] = durable.write if part.durable else Path.write_bytes
+        with self.directory.staged(f"{part.kind}-{part.version}") as temporary:
+            for name, data in files.items():
+                write(temporary / name, data)
+                killpoints.reach("publish.file" if part.durable else "recent.file")
+            write(temporary / MANIFEST, manifest.encode(part))
+            if part.durable:
+                durable.sync_directory(temporary)
+            yield temporary
 
     def _check_epoch(self, epoch: int) -> None:
         control = self.control()
@@ -589,43 +537,31 @@ class Registry:
             raise WrongEpoch(f"a version of epoch {epoch} was refused: {now}")
 
     def replace(self, part: Manifest, files: Mapping[str, bytes]) -> None:
-        """Replaces the files of a stored part; after a crash either the old or the new files are there.
+        """Replaces the files of a stored durable part; after a crash either the old or the new files are there.
 
         1. Files and manifest are written under `tmp/` and synced.
-        2. Both directories exchange names; the directories are synced.
-        3. The old files are removed.
+        2. Both directories exchange names; the directory is synced. The old files are removed.
 
         Raises:
             UnusableRegistry: The disk refused; the old files are unchanged.
         """
         final = self.folder_of(part)
-        temporary = self.directory.temporary(f"rewritten-{part.kind}-{final.name}")
-        with usable(f"rewrite version {part.version}"):
-            try:
-                # 1.
-                temporary.mkdir()
-                for name, data in files.items():
-                    durable.write(temporary / name, data)
-                durable.write(temporary / MANIFEST, manifest.encode(part))
-                durable.sync_directory(temporary)
-                killpoints.reach("rewrite.written")
-                # 2.
-                durable.exchange(temporary, final)
-                killpoints.reach("rewrite.exchanged")
-                durable.sync_directory(final.parent)
-                self._manifests.pop(final, None)
-            finally:
-                # 3.
-                shutil.rmtree(temporary, ignore_errors=True)
+        # 1.
+        with usable(f"rewrite version {part.version}"), self._staged(part, files) as temporary:
+            killpoints.reach("rewrite.written")
+            # 2.
+            durable.exchange(temporary, final)
+            killpoints.reach("rewrite.exchanged")
+            durable.sync_directory(final.parent)
+            self._manifests.pop(final, None)
 
     # Removing
 
     def newest_good(self, epoch: int) -> int | None:
         """The newest version of `epoch` with an intact chain: every file passes its check. None if there is none.
 
-        A corrupt version is set aside and the reason is logged, and so is a version
-        that needs one that is gone. So nothing loads them, and no fallback goes
-        unnoticed. Only the process with the trainer's lock calls it.
+        A corrupt version is set aside and the reason is logged, and so is a version that needs one that is gone. So nothing
+        loads them, and no fallback goes unnoticed. Only the process with the trainer's lock calls it.
         """
         doubted: object = None
         while True:
@@ -638,7 +574,7 @@ class Registry:
                 for part in (base, *deltas):
                     self.verify(part)
                 return version
-            except BadPart as error:
+            except _BadPart as error:
                 self.set_aside(error.part, error.version, str(error))
             except UnknownVersion as error:
                 if version is None:
@@ -682,17 +618,11 @@ class Registry:
         self.directory.remove_folder(folder)
 
     def sweep_recent(self, boot: str | None = None) -> int:
-        """Removes everything in `recent/`. Only the process with the trainer's lock calls it, before it publishes.
+        """Removes everything in `recent/`; returns how many versions that were. The process with the trainer's lock calls it.
 
         1. The highest number that may have been used stays taken.
-        2. The boot id of the machine, under which numbers are taken from here on, is stored.
+        2. The boot id of the machine (`boot`, by default the kernel's), under which numbers are taken from here on, is stored.
         3. The versions are removed.
-
-        Args:
-            boot: Boot id of the machine; by default the kernel's.
-
-        Returns:
-            How many versions were removed.
 
         Raises:
             UnusableRegistry: The disk refused.
@@ -725,14 +655,3 @@ class Registry:
             durable.write(keeper, b"")
             durable.sync_directory(keeper.parent)
         return keeper
-
-
-def _appears(temporary: Path, final: Path) -> bool:
-    """Moves a version from `tmp/` to its final path by one rename; returns False if the number is taken."""
-    try:
-        temporary.rename(final)
-    except OSError:
-        if final.is_dir():
-            return False
-        raise
-    return True

@@ -40,11 +40,6 @@ def unseal(data: bytes) -> bytes:
 
 
 def _as_kind(data: bytes, kind: type[Document]) -> Document:
-    """Decodes JSON as a type.
-
-    Raises:
-        ValueError: It is not JSON, or has another shape.
-    """
     try:
         return msgspec.json.decode(data, type=kind)
     except msgspec.MsgspecError as error:
@@ -68,9 +63,3 @@ def decode(data: bytes, kind: type[Document]) -> Document:
         ValueError: It is damaged, or a document of another kind.
     """
     return _as_kind(unseal(data), kind)
-
-
-def as_values(document: Any) -> dict[str, Any]:
-    """Converts a dataclass to JSON values, for printing."""
-    found: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(document))
-    return found

@@ -1,7 +1,4 @@
-"""Ranges to learn again: of the training log, to recompute a version from a base; of the clicks, after a rollback.
-
-After a rollback, the clicks from the version rolled back to, up to the last one learned before, are learned again.
-"""
+"""Ranges to learn again: of the training log, to recompute a version from a base; of the clicks, after a rollback."""
 
 from __future__ import annotations
 
@@ -54,10 +51,10 @@ def base_of(registry: Registry, target: Manifest, wanted: int | None) -> Manifes
         if wanted > target.version or not sees(target.visible, wanted):
             raise UnknownVersion(
                 f"version {target.version} does not descend from version {wanted}",
-                "leave --from out, or take one of `springtide versions` on its line",
+                "leave --from out, or use one of `springtide versions` on its branch",
             )
         return registry.manifest(wanted)
-    below = [one for one in registry.bases() if one < target.version and sees(target.visible, one)]
+    below = [number for number in registry.bases() if number < target.version and sees(target.visible, number)]
     if below:
         return registry.manifest(below[-1], "base")
     if target.parent is None:
@@ -71,14 +68,9 @@ def base_of(registry: Registry, target: Manifest, wanted: int | None) -> Manifes
 def segments_to_end(
     registry: Registry, control: Control, base: Manifest, newest: Manifest, end: int
 ) -> list[LogSegment]:
-    """The segments from `base` along the branch of `newest`, and on to offset `end` under `control`.
+    """The segments from `base` along the branch of `newest`, and on to offset `end` of the log under `control`.
 
-    Args:
-        registry: Holds versions and control.
-        control: The newest control.
-        base: A version that `newest` descends from, or `newest` itself.
-        newest: The newest version of control's epoch, or the version that the epoch begins from.
-        end: End offset of the log.
+    `newest` is the newest version of control's epoch, or the version that the epoch begins from. It descends from `base`.
 
     Raises:
         UnknownVersion: A version that an epoch began from is no longer kept.
@@ -119,13 +111,7 @@ def segments_of(
 
 
 def parted(whole: LogSegment, end: Manifest, control: Control, erased: int) -> list[LogSegment]:
-    """Splits a segment at the offsets where its epoch applied erasures.
-
-    Args:
-        whole: The segment.
-        end: The version at its end, which names those offsets.
-        control: The last control of its epoch.
-        erased: The last erasure that was applied before it.
+    """Splits the segment before version `end` at the offsets where its epoch applied erasures, after number `erased`.
 
     Raises:
         UnknownVersion: There were more erasures than a version names.
@@ -133,7 +119,7 @@ def parted(whole: LogSegment, end: Manifest, control: Control, erased: int) -> l
     if end.erasures and end.erasures[0][0] > erased + 1 and end.erased - erased > len(end.erasures):
         raise UnknownVersion(
             f"version {end.version} cannot be recomputed from so far back: it does not say where all erasures between fell",
-            "take a younger base with --from",
+            "use a younger base with --from",
         )
     found, forget = list[LogSegment](), Erased.NOBODY
     for number, offset in end.erasures:
@@ -164,11 +150,7 @@ ClickRanges = Mapping[Source, tuple[int, int]]
 def learned_before(registry: Registry, epoch: int) -> dict[Source, int]:
     """For each source, the first click that was not learned when `epoch` began.
 
-    If the previous epoch had not caught up, the epochs before it count too.
-
-    Args:
-        registry: Holds versions, control and outcomes.
-        epoch: Epoch of control; its versions and those of later epochs do not count.
+    If the previous epoch had not caught up, the epochs before it count too. Versions of `epoch` and later do not count.
 
     Raises:
         CorruptVersion: A control generation or an outcome fails its digest.
@@ -214,11 +196,7 @@ def clicks_in(ranges: ClickRanges) -> int:
 
 
 def to_json(ranges: ClickRanges) -> dict[str, list[int]]:
-    """Converts ranges to JSON values.
-
-    >>> from_json(to_json({Source("ab" * 16, 0): (4, 9)}))[Source("ab" * 16, 0)]
-    (4, 9)
-    """
+    """Converts ranges to JSON values."""
     return {str(source): [first, after] for source, (first, after) in sorted(ranges.items())}
 
 

@@ -18,7 +18,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -43,6 +43,7 @@ from state.registry.sync import Copier, DurableSender, RecentSender
 EXCLUSIVE = "exclusive"
 """The file with which a store is tested for exclusive creation."""
 RETRY_S, JOIN_S, STAND_BY_S = 1.0, 3.0, 1.0
+SEND_S, COPY_S = 0.3, 0.25  # between packs that the trainer sends, and between polls of a host
 NOTE_MS = 1000
 LAST_S, POLL_S = 10.0, 0.1
 """How long an ending trainer continues to send, and how often it is checked whether a copier has begun."""
@@ -96,21 +97,13 @@ def _has_own_control(path: Path) -> bool:
 
 
 def own(path: Path, url: str, now_ms: int) -> tuple[FileStore, int]:
-    """Makes the directory the origin of the shared registry, or finds that it is.
+    """Makes the directory the origin of the shared registry, or finds that it is; returns the store and the claim.
 
     1. The local content is pushed if the directory was not shared before: masks, then control.
     2. The versions are claimed.
     3. The store's content is fetched: control, the names of versions, programs, small files.
     4. Numbers that the preceding trainer may have used are skipped.
-    5. The directory is bound as the origin.
-
-    Args:
-        path: The registry's directory, with the trainer's lock held.
-        url: The object store.
-        now_ms: Wall clock.
-
-    Returns:
-        The store, and the claim.
+    5. The directory is bound as the origin. The caller holds the trainer's lock.
 
     Raises:
         SettingsError: The directory is of another registry.
@@ -122,7 +115,7 @@ def own(path: Path, url: str, now_ms: int) -> tuple[FileStore, int]:
         if store.create(EXCLUSIVE, b"") and store.create(EXCLUSIVE, b""):
             raise UnusablePlace(
                 f"{store.name} replaces a file that was to be created",
-                "take a store that heeds `If-None-Match: *`: two operators at once would both win in this one",
+                "use a store that supports `If-None-Match: *`: in this one, two operators at once would both win",
             )
     binding = bound(path)
     if binding is not None and not binding.is_copy:
@@ -143,7 +136,7 @@ def own(path: Path, url: str, now_ms: int) -> tuple[FileStore, int]:
     # 3.
     Copier(path, store).step()
     with sharing():
-        catalog = sync.catalog_of(store)
+        catalog = sync.read_catalog(lambda: store.read(sync.CATALOG))
     registry.directory.shared = store
     for digest in catalog.programs:
         registry.specs.program(digest)
@@ -156,12 +149,7 @@ def own(path: Path, url: str, now_ms: int) -> tuple[FileStore, int]:
 
 
 def _push_control(registry: Registry, store: FileStore) -> None:
-    """Pushes the control of a registry that was not shared to an empty store, all generations in order.
-
-    Raises:
-        SettingsError: The store has the control of another registry.
-        UnusableRegistry: The store cannot be reached.
-    """
+    """Pushes the control of a registry that was not shared to an empty store, all generations in order."""
     newest = registry.control()
     if newest is None:
         return
@@ -174,72 +162,60 @@ def _push_control(registry: Registry, store: FileStore) -> None:
             if not store.create(name, data) and store.read(name) != data:
                 raise SettingsError(
                     f"{registry.path} and {store.name} are two registries: control generation {generation} differs",
-                    "name an empty place in paths.shared_registry, or give this host another paths.registry",
+                    "name an empty location in paths.shared_registry, or give this host another paths.registry",
                 )
 
 
 class Ownership:
-    """Whether the trainer still owns the versions; its loop polls this."""
+    """Whether the trainer still owns the versions."""
 
-    def __init__(self) -> None:
-        self._failure: BaseException | None = None
-
-    def fail(self, error: BaseException) -> None:
-        """Records the error that ended the ownership: another trainer's claim, or that of a failed thread."""
-        self._failure = self._failure or error
+    def __init__(self, senders: Sequence[_Repeating] = ()) -> None:
+        self._senders = senders
 
     def check(self) -> None:
-        """Raises what ended a thread.
+        """Raises the error that ended a sender.
 
         Raises:
             LockHeld: Another trainer has claimed the versions.
         """
-        if self._failure is not None:
-            raise self._failure
+        for sender in self._senders:
+            if sender.failure is not None:
+                raise sender.failure
 
 
 @contextmanager
 def owning(
-    settings: Settings,
-    collected: CollectorRegistry,
-    stopping: threading.Event,
-    now_ms: Callable[[], int] = wall_ms,
+    settings: Settings, collected: CollectorRegistry, stopping: threading.Event, now_ms: Callable[[], int] = wall_ms
 ) -> Iterator[Ownership]:
     """Owns the versions of a shared registry while the block runs, and sends them; does nothing if it is not shared.
 
-    Waits for the store at the start, until `stopping`: a trainer must know that no other one trains.
-
-    Args:
-        settings: Of the whole system; the trainer's lock is held.
-        collected: The registry of the metrics.
-        stopping: The process is to end.
-        now_ms: Wall clock.
+    Waits for the store at the start, until `stopping`: a trainer must know that no other one trains. The caller holds the
+    trainer's lock.
 
     Raises:
         SettingsError: The directory is of another registry.
         LockHeld: Another trainer owns the versions.
     """
-    ownership = Ownership()
     require_as_set(settings)
     path, url, warn_once = settings.registry_dir, settings.paths.shared_registry, SaidOnce(_log.warning)
     if not url:
-        yield ownership
+        yield Ownership()
         return
     while True:
         try:
-            found, claim = own(path, url, now_ms())
+            origin, claim = own(path, url, now_ms())
             break
         except RegistryError as error:
             warn_once(f"{error}; the trainer waits for it")
             if stopping.wait(RETRY_S):
                 raise
-    _log.info("the registry is shared at %s; its versions are this trainer's, claim %d", found.name, claim)
+    _log.info("the registry is shared at %s; this trainer owns its versions, claim %d", origin.name, claim)
     metrics, stop = SharedMetrics(collected), threading.Event()
     metrics.sent_seconds.set_to_current_time()
-    store = CountedStore(found, metrics)
+    store = CountedStore(origin, metrics)
     versions = DurableSender(path, store, claim)
     recent = RecentSender(path, store, claim, lambda: versions.serial)
-    copier = HostCopier(settings, metrics)
+    copier = _HostCopier(settings, metrics)
 
     def send_durable() -> bool:
         more = versions.send()
@@ -247,15 +223,14 @@ def owning(
             metrics.sent_seconds.set_to_current_time()
         return more
 
-    pause_s = settings.registry.share_s
-    threads = [
-        Repeating("share-recent", lambda: recent.send() < 0, pause_s, stop, ownership.fail),
-        Repeating("share-durable", send_durable, pause_s, stop, ownership.fail),
-        *_copier_threads(settings, copier, stop),
+    senders = [
+        _Repeating("share-recent", lambda: recent.send() < 0, SEND_S, stop),
+        _Repeating("share-durable", send_durable, SEND_S, stop),
     ]
+    threads = [*senders, *_copier_threads(settings, copier, stop)]
     with _running(threads, copier, stop):
-        yield ownership
-    if not any(thread.runs for thread in threads):
+        yield Ownership(senders)
+    if not any(thread.is_alive() for thread in threads):
         _send_the_rest(recent, versions)
 
 
@@ -277,11 +252,7 @@ def _send_the_rest(recent: RecentSender, versions: DurableSender) -> None:
 def copying(settings: Settings, collected: CollectorRegistry, first: threading.Event | None = None) -> Iterator[None]:
     """Keeps this host's directory in step while the block runs; does nothing if the registry is not shared.
 
-    Args:
-        settings: Of the whole system.
-        collected: The registry of the metrics.
-        first: The block begins after the first poll of the store by a process of this host, or when this is set. None:
-            it begins at once.
+    With `first`, the block begins after the first poll of the store by a process of this host, or when `first` is set.
 
     Raises:
         SettingsError: The directory belongs to another store.
@@ -292,7 +263,7 @@ def copying(settings: Settings, collected: CollectorRegistry, first: threading.E
         yield
         return
     stop = threading.Event()
-    copier = HostCopier(settings, SharedMetrics(collected))
+    copier = _HostCopier(settings, SharedMetrics(collected))
     with _running(_copier_threads(settings, copier, stop), copier, stop):
         while first is not None and not copier.polled.wait(POLL_S) and not first.is_set():
             pass
@@ -315,26 +286,17 @@ def visit(settings: Settings) -> None:
 
 
 def reached_ms(registry: Path) -> int:
-    """When a process of this host last reached the store of the shared registry, in milliseconds since 1970; 0 for never.
-
-    Args:
-        registry: The directory of this host's copy.
-    """
+    """When a process of this host last reached the store of the shared registry, in milliseconds since 1970; 0 for never."""
     try:
         return (registry / layout.SHARED_LOOKED).stat().st_mtime_ns // 1_000_000
     except FileNotFoundError:
         return 0
 
 
-class HostCopier:
+class _HostCopier:
     """The copier of one host; one of its processes runs it and the others stand by.
 
-    Args:
-        settings: Of the whole system; `paths.shared_registry` is set.
-        metrics: Counts requests.
-
-    Attributes:
-        polled: Set once this process has polled the store, or another one of the host does so.
+    `polled` is set once this process has polled the store, or another one of the host does so.
     """
 
     def __init__(self, settings: Settings, metrics: SharedMetrics) -> None:
@@ -348,11 +310,7 @@ class HostCopier:
         self._log_once = SaidOnce(_log.info)
 
     def step(self) -> None:
-        """One round, unless another process of this host has the copier.
-
-        Raises:
-            RegistryError: The store cannot be reached, or the disk refused.
-        """
+        """One round, unless another process of this host has the copier."""
         path = self._settings.registry_dir
         if _has_own_control(path):
             self._log_once(f"{path} has versions of its own: its trainer shares them when it starts")
@@ -380,11 +338,7 @@ class HostCopier:
         self.polled.set()
 
     def step_control(self) -> None:
-        """Fetches control if this process has the copier; in a separate thread, so that versions do not delay a pin.
-
-        Raises:
-            RegistryError: The store cannot be reached, or the disk refused.
-        """
+        """Fetches control if this process has the copier; in a separate thread, so that versions do not delay a pin."""
         if self._copier is not None:
             self._copier.fetch_control()
 
@@ -399,55 +353,32 @@ class HostCopier:
                 os.utime(path, ns=(at_ms * 1_000_000, at_ms * 1_000_000))
 
     def close(self) -> None:
-        """Releases the copier for another process."""
         self._lock.release()
 
 
 # Threads
 
 
-class Repeating:
+class _Repeating(threading.Thread):
     """A thread that repeats one action; errors of the object store, the registry and the disk are logged and retried.
 
-    Args:
-        name: Name of the thread.
-        act: The action. It returns True if there is more to do at once.
-        pause_s: Pause between two calls if there is not.
-        stop: Event that ends the thread.
-        failed: Called with any other error, which ends the thread.
+    The action returns True if there is more to do at once. Any other error ends the thread, which keeps it as `failure`.
     """
 
-    def __init__(
-        self,
-        name: str,
-        act: Callable[[], bool | None],
-        pause_s: float,
-        stop: threading.Event,
-        failed: Callable[[BaseException], None],
-    ) -> None:
-        self._act, self._pause_s, self._stop, self._failed = act, pause_s, stop, failed
+    def __init__(self, name: str, act: Callable[[], bool | None], pause_s: float, stop: threading.Event) -> None:
+        super().__init__(name=name, daemon=True)
+        self._act, self._pause_s, self._ending = act, pause_s, stop
+        self.failure: BaseException | None = None
         self._warn_once = SaidOnce(_log.warning)
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
-    def start(self) -> None:
-        """Starts the thread."""
-        self._thread.start()
-
-    def join(self) -> None:
-        """Waits for the thread to end. A request that hangs ends with the process."""
-        self._thread.join(JOIN_S)
-
-    @property
-    def runs(self) -> bool:
-        """Whether the thread is alive."""
-        return self._thread.is_alive()
-
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Repeats the action until the event is set."""
         try:
-            while not self._stop.is_set():
-                self._stop.wait(self._once())
+            while not self._ending.is_set():
+                self._ending.wait(self._once())
         except BaseException as error:
-            self._failed(error)
+            self.failure = error
+            _log.error("%s has ended: %s", self.name, error)
             raise
 
     def _once(self) -> float:
@@ -461,16 +392,13 @@ class Repeating:
         return 0.0 if more else self._pause_s
 
 
-def _copier_threads(settings: Settings, copier: HostCopier, stop: threading.Event) -> list[Repeating]:
-    def failed(error: BaseException) -> None:
-        _log.error("the registry is not kept in step any more: %s", error)
-
+def _copier_threads(settings: Settings, copier: _HostCopier, stop: threading.Event) -> list[_Repeating]:
     acts = (("share-copy", copier.step), ("share-control", copier.step_control))
-    return [Repeating(name, act, settings.registry.look_ms / 1000, stop, failed) for name, act in acts]
+    return [_Repeating(name, act, COPY_S, stop) for name, act in acts]
 
 
 @contextmanager
-def _running(threads: list[Repeating], copier: HostCopier, stop: threading.Event) -> Iterator[None]:
+def _running(threads: list[_Repeating], copier: _HostCopier, stop: threading.Event) -> Iterator[None]:
     for thread in threads:
         thread.start()
     try:
@@ -478,5 +406,6 @@ def _running(threads: list[Repeating], copier: HostCopier, stop: threading.Event
     finally:
         stop.set()
         for thread in threads:
-            thread.join()
+            # A request that hangs ends with the process.
+            thread.join(JOIN_S)
         copier.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -68,8 +67,7 @@ class Specs:
     def bootstrapped(self, spec: str, model: Model) -> str | None:
         """The name under which a feature spec was bootstrapped with the preprocessing of `model`; None if it was not.
 
-        The first bootstrap is named by the spec's digest, as in every release. Those with another preprocessing have a
-        number appended.
+        The first bootstrap is named by the spec's digest. Those with another preprocessing have a number appended.
 
         Raises:
             CorruptVersion: A file fails its digest.
@@ -99,26 +97,22 @@ class Specs:
             UnusableRegistry: The disk refused.
         """
         final = self._specs / digest
-        temporary = self._directory.temporary(f"spec-{digest}")
-        with usable(f"take feature spec {digest[:12]}"):
-            temporary.mkdir()
+        with usable(f"store feature spec {digest[:12]}"), self._directory.staged(f"spec-{digest}") as temporary:
+            fill(temporary)
+            files = {
+                str(path.relative_to(temporary)): durable.digest(path.read_bytes())
+                for path in sorted(temporary.rglob("*"))
+                if path.is_file()
+            }
+            durable.write(temporary / SPEC, sealed.encode({**document, "files": files}))
+            durable.sync_tree(temporary)
+            killpoints.reach("spec.written")
             try:
-                fill(temporary)
-                files = {
-                    str(path.relative_to(temporary)): durable.digest(path.read_bytes())
-                    for path in sorted(temporary.rglob("*"))
-                    if path.is_file()
-                }
-                durable.write(temporary / SPEC, sealed.encode({**document, "files": files}))
-                durable.sync_tree(temporary)
-                killpoints.reach("spec.written")
                 temporary.rename(final)
             except OSError:
                 if not (final / SPEC).exists():
                     raise
                 return False
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
             durable.sync_directory(final.parent)
         return True
 
@@ -159,26 +153,14 @@ class Specs:
 
 
 def fits(about: Mapping[str, Any], model: Model) -> bool:
-    """Whether a bootstrap was done with this preprocessing and with the options that it asked for.
-
-    Its graph contains these options. Options of a ranker or a tower may change: versions record them.
-
-    Args:
-        about: The document that the bootstrap wrote.
-        model: The section `[model]`.
-    """
+    """Whether a bootstrap, whose document is `about`, was done with this preprocessing and with the options that it asked for."""
     if about.get("preprocessing", model.preprocessing) != model.preprocessing:
         return False
     return all(model.written.get(name, default) == then for name, (then, default) in about.get("asked", {}).items())
 
 
 class SpecActions:
-    """Names of actions by number, by the digest of a feature spec that was ever bootstrapped; cached.
-
-    Args:
-        registry: The registry's directory, which may not exist.
-        own: The spec of the settings.
-    """
+    """Names of actions by number, by the digest of a feature spec that was ever bootstrapped; cached. `own` is always known."""
 
     def __init__(self, registry: Path, own: FeatureSpec) -> None:
         self._registry = registry

@@ -33,10 +33,9 @@ import hashlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 import zstandard
@@ -66,7 +65,7 @@ AT_ONCE = 16
 
 _MARK_DIGITS = 16
 _COMPLETE = ("spec.json", "baseline.json")  # mark a folder as complete, so they are copied last
-_DIGEST_BYTES, _LENGTH_BYTES, _LEVEL = 32, 8, 1
+_DIGEST_BYTES, _LEVEL = 32, 1
 # A directory that changes twice within one tick of the file system's clock keeps its modification time.
 _TICK_NS = 100_000_000
 _log = logging.getLogger(__name__)
@@ -131,15 +130,11 @@ class Catalog(msgspec.Struct, frozen=True):
     programs: tuple[str, ...] = ()
 
 
-def catalog_of(store: FileStore) -> Catalog:
-    """Reads the catalogue in order to update it; an empty one if it is missing or damaged.
-
-    Raises:
-        UnusablePlace: The object store cannot be reached.
-    """
+def read_catalog(read: Callable[[], bytes]) -> Catalog:
+    """The catalogue that `read` returns; an empty one if it is missing or damaged."""
     try:
-        return sealed.decode(store.read(CATALOG), Catalog)
-    except (FileNotFoundError, ValueError):
+        return sealed.decode(read(), Catalog)
+    except (OSError, ValueError):
         return Catalog()
 
 
@@ -159,7 +154,7 @@ def _mark(data: bytes) -> str:
 # Packs
 
 
-class Pack(NamedTuple):
+class Pack(msgspec.Struct, frozen=True):
     """Several recent versions in one file, so that a host fetches them with one request a second.
 
     Attributes:
@@ -168,36 +163,21 @@ class Pack(NamedTuple):
     """
 
     serial: int
-    versions: Sequence[tuple[int, Mapping[str, bytes]]]
-
-
-class _Head(msgspec.Struct):
-    """The head of a pack: the serial number, and the names and sizes of each version's files, in order."""
-
-    catalog: int
-    versions: list[tuple[int, list[tuple[str, int]]]]
+    versions: list[tuple[int, dict[str, bytes]]]
 
 
 def pack_name(first: int) -> str:
-    """The name of the pack that begins with this version. A host that has the previous version knows it.
-
-    >>> pack_name(7)
-    'recent/000000000007'
-    """
+    """The name of the pack that begins with this version. A host that has the previous version knows it."""
     return f"{RECENT}/{first:012d}"
 
 
 def encode_pack(pack: Pack) -> bytes:
-    """Encodes a pack: the SHA-256 of a zstd frame, then the frame: the head's length (8 bytes), the head, the files.
+    """Encodes a pack: the SHA-256 of a zstd frame, then the frame: MessagePack.
 
     >>> decode_pack(encode_pack(Pack(4, [(7, {"manifest.json": b"{}", "a": b"12"})])))
     Pack(serial=4, versions=[(7, {'manifest.json': b'{}', 'a': b'12'})])
     """
-    listed = [(number, [(name, len(data)) for name, data in files.items()]) for number, files in pack.versions]
-    head = msgspec.json.encode(_Head(pack.serial, listed))
-    parts = [len(head).to_bytes(_LENGTH_BYTES, "little"), head]
-    parts += [data for _, files in pack.versions for data in files.values()]
-    frame = zstandard.ZstdCompressor(level=_LEVEL).compress(b"".join(parts))
+    frame = zstandard.ZstdCompressor(level=_LEVEL).compress(msgspec.msgpack.encode(pack))
     return hashlib.sha256(frame).digest() + frame
 
 
@@ -211,18 +191,8 @@ def decode_pack(data: bytes) -> Pack:
     if hashlib.sha256(frame).digest() != data[:_DIGEST_BYTES]:
         raise ValueError("a pack of versions fails its digest")
     if not 0 <= zstandard.frame_content_size(frame) <= MOST_PACK_BYTES:
-        raise ValueError("a pack of versions says that it is larger than any")
-    body = memoryview(zstandard.ZstdDecompressor().decompress(frame))
-    at = _LENGTH_BYTES + int.from_bytes(body[:_LENGTH_BYTES], "little")
-    head = msgspec.json.decode(body[_LENGTH_BYTES:at], type=_Head)
-    versions = []
-    for number, listed in head.versions:
-        files = {}
-        for name, size in listed:
-            files[name] = bytes(body[at : at + size])
-            at += size
-        versions.append((number, files))
-    return Pack(head.catalog, versions)
+        raise ValueError("a pack of versions is larger than any")
+    return msgspec.msgpack.decode(zstandard.ZstdDecompressor().decompress(frame), type=Pack)
 
 
 # The trainer's side
@@ -278,7 +248,7 @@ class RecentSender:
         self._remove_old()
         return len(versions)
 
-    def _complete(self, numbers: list[int]) -> Iterator[tuple[int, Mapping[str, bytes]]]:
+    def _complete(self, numbers: list[int]) -> Iterator[tuple[int, dict[str, bytes]]]:
         """The files of recent versions that still exist here; the manifest is the last file of each."""
         for number in numbers:
             folder = self._registry.folder("recent", number)
@@ -302,10 +272,7 @@ class RecentSender:
 class DurableSender:
     """Pushes durable versions, and deletes those that were deleted here. Use it from one thread only.
 
-    Args:
-        path: The registry's directory; the caller holds the trainer's lock.
-        store: The object store.
-        claim: The claim number under which this trainer owns the versions.
+    The arguments are those of `RecentSender`.
     """
 
     def __init__(self, path: Path, store: FileStore, claim: int) -> None:
@@ -334,7 +301,9 @@ class DurableSender:
         if changed_ns == self._settled_ns:
             return False
         here = self._here(catalog.folders)
-        unsent = [one for one in here.items() if catalog.folders.get(one[0]) != one[1] and one not in self._damaged]
+        unsent = [
+            entry for entry in here.items() if catalog.folders.get(entry[0]) != entry[1] and entry not in self._damaged
+        ]
         removed = [folder for folder in catalog.folders if folder not in here]
         if unsent:
             self._send(catalog, min((folder for folder, _ in unsent), key=_age))
@@ -351,7 +320,7 @@ class DurableSender:
 
     def _first_catalog(self) -> Catalog:
         """Reads the catalogue, and removes files that a killed trainer left outside it."""
-        catalog = catalog_of(self._store)
+        catalog = read_catalog(lambda: self._store.read(CATALOG))
         here = self._here(catalog.folders)
         for folder in DURABLE:
             for name in self._store.names(folder):
@@ -478,7 +447,7 @@ class Copier:
         # Of its own, because another thread may use it.
         self._controls = Controls(path)
         self._recent_s, self._elapsed = recent_s, elapsed
-        self._catalog = self._kept_catalog()
+        self._catalog = read_catalog((path / layout.SHARED_CATALOG).read_bytes)
         self._wanted_serial = self._catalog.serial
         self._next: int | None = None
         self._last_fetched = 0
@@ -492,10 +461,7 @@ class Copier:
         self._began = False
 
     def step(self, control: bool = True) -> None:
-        """One round.
-
-        Args:
-            control: Whether it fetches control too; another thread may do that.
+        """One round; `control` is False if another thread fetches control.
 
         Raises:
             UnusableRegistry: The store cannot be reached, or the disk refused.
@@ -522,7 +488,7 @@ class Copier:
         if not self._began:
             with sharing():
                 listed = [name.removesuffix(".json") for name in self._store.names(layout.CONTROL)]
-            numbers = sorted(int(one) for one in listed if one.isdecimal() and int(one) > at)
+            numbers = sorted(int(name) for name in listed if name.isdecimal() and int(name) > at)
             with ThreadPoolExecutor(AT_ONCE) as threads:
                 for number, data in zip(numbers, threads.map(self._fetch_generation, numbers), strict=True):
                     if data is not None:
@@ -609,7 +575,7 @@ class Copier:
         added = False
         for number, files in pack.versions:
             part = manifest.decode(files[MANIFEST])
-            if self._registry.add_recent(part, {name: data for name, data in files.items() if name != MANIFEST}):
+            if self._registry.add(part, {name: data for name, data in files.items() if name != MANIFEST}):
                 self._recent.append((self._elapsed(), number))
                 added = True
         return added
@@ -634,7 +600,7 @@ class Copier:
         self._wanted_serial = catalog.serial
         if catalog == before:
             return
-        with usable("take the names of versions"):
+        with usable("store the names of versions"):
             # 1.
             for folder in catalog.folders:
                 (path / folder).mkdir(parents=True, exist_ok=True)
@@ -650,12 +616,6 @@ class Copier:
             # 3.
             self._directory.keep(path / layout.SHARED_CATALOG, data)
         self._catalog = catalog
-
-    def _kept_catalog(self) -> Catalog:
-        try:
-            return sealed.decode((self._registry.path / layout.SHARED_CATALOG).read_bytes(), Catalog)
-        except (OSError, ValueError):
-            return Catalog()
 
     def _push_reports(self) -> None:
         """Pushes the erasure reports of this host's processes that changed."""
@@ -695,7 +655,7 @@ def exchange_small(registry: Registry, store: FileStore) -> int:
         for name in sorted(theirs - ours, key=_complete_last):
             if (data := registry.directory.fetch(root / name)) is None:
                 continue
-            with usable(f"take {folder}"):
+            with usable(f"store {folder}"):
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
             registry.directory.keep(root / name, data)
             killpoints.reach("copy.small")

@@ -1,10 +1,7 @@
 """Tensor files of durable versions: safetensors, with lossless compression of tensors.
 
-A packed tensor is stored as uint8: its bytes as one zstd frame, in byte planes.
-The first bytes of all elements come before the second bytes, because
-neighbouring weights share their exponents. `packed` in the file's metadata has
-type and shape of each packed tensor, as JSON. Files of earlier releases have
-no `packed`, and can be read too.
+A packed tensor is stored as uint8: its bytes as one zstd frame, the first bytes of all elements before the second
+bytes. `packed` in the file's metadata has type and shape of each packed tensor, as JSON. Files of 0.1.0 have none.
 """
 
 from __future__ import annotations

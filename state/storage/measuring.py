@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from prometheus_client import CollectorRegistry
 
@@ -27,7 +28,7 @@ def used_bytes(folders: Iterable[Path]) -> int:
     >>> used_bytes([Path("no/such/folder")])
     0
     """
-    total, left = 0, [os.fspath(one) for one in folders]
+    total, left = 0, [os.fspath(folder) for folder in folders]
     while left:
         # Files that are removed meanwhile take no space.
         with contextlib.suppress(OSError), os.scandir(left.pop()) as entries:
@@ -49,34 +50,20 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(_existing(folder)).free
 
 
-def disk_bytes(folder: Path) -> int:
-    """The bytes of the disk where `folder` is or will be.
-
-    Raises:
-        OSError: The disk cannot be queried.
-    """
-    return shutil.disk_usage(_existing(folder)).total
-
-
 def _existing(folder: Path) -> Path:
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
-def _told(ask: Callable[[Path], int], folder: Path) -> float:
-    """The disk's answer; NaN if it cannot be queried, so that the other metrics are still exported."""
+def _exported(field: Literal["free", "total"], folder: Path) -> float:
+    """A property of the disk; NaN if it cannot be queried, so that the other metrics are still exported."""
     try:
-        return float(ask(folder))
+        return float(getattr(shutil.disk_usage(_existing(folder)), field))
     except OSError:
         return math.nan
 
 
 class PartUse:
-    """The disk use of one part, measured at most every `FRESH_S`. Thread-safe.
-
-    Args:
-        folders: The part's directories.
-        clock: Monotonic seconds.
-    """
+    """The disk use of one part's directories, measured at most every `FRESH_S`. Thread-safe."""
 
     def __init__(self, folders: Sequence[Path], clock: Callable[[], float] = time.monotonic) -> None:
         self._folders, self._clock = folders, clock
@@ -92,19 +79,13 @@ class PartUse:
 
 
 def offer(collected: CollectorRegistry, settings: Settings, parts: Iterable[str]) -> StorageMetrics:
-    """Exports used bytes, limit and disk of the parts that this process owns.
-
-    Args:
-        collected: The metrics of this process.
-        settings: The effective settings.
-        parts: Names of parts in `state.storage.shares`.
-    """
+    """Exports used bytes, limit and disk of the parts that this process owns."""
     metrics = StorageMetrics(collected)
     for part in parts:
         folders = [settings.stream_dir] if part == shares.STREAM else shares.folders(settings, part)
         metrics.used_bytes.labels(part).set_function(PartUse(folders))
-        metrics.free_bytes.labels(part).set_function(partial(_told, free_bytes, folders[0]))
-        metrics.disk_bytes.labels(part).set_function(partial(_told, disk_bytes, folders[0]))
+        metrics.free_bytes.labels(part).set_function(partial(_exported, "free", folders[0]))
+        metrics.disk_bytes.labels(part).set_function(partial(_exported, "total", folders[0]))
         metrics.limit_bytes.labels(part).set(shares.limit_bytes(settings, part))
         metrics.waiting.labels(part).set(0)
     return metrics

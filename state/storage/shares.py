@@ -8,12 +8,8 @@
 | `serving` | 15 % | attributes, segments; likewise histories; rows if memory has no room | the stores' maps |
 | `logs` | 5 % | one log a process, and older ones | rotation by size |
 
-Stores in memory take no disk space. The share limits histories there too,
-because a clean stop writes them to disk.
-
-A part is kept at `KEPT` of its share. So a part above 90 % shows that its
-mechanism fails. A Kafka cluster of the user's own is not limited; nothing else
-uses its share then.
+Stores in memory take no disk space until a clean stop writes them to disk. A part is kept at `KEPT` of its share, so a
+part above 90 % shows that its mechanism fails. A Kafka cluster of the user's own is not limited.
 """
 
 from __future__ import annotations
@@ -42,12 +38,7 @@ _SLACK, _SLACK_BYTES = 1.05, 64 << 20
 
 
 def budget_bytes(settings: Settings) -> int:
-    """The whole budget.
-
-    >>> from state.config.settings import Settings
-    >>> budget_bytes(Settings())
-    10000000000
-    """
+    """The whole budget."""
     return int(settings.storage.budget_gb * 1e9)
 
 
@@ -62,12 +53,7 @@ def limit_bytes(settings: Settings, part: str) -> int:
 
 
 def kept_bytes(settings: Settings, part: str) -> int:
-    """The target size of a part, for code that removes the oldest data.
-
-    >>> from state.config.settings import Settings
-    >>> kept_bytes(Settings(), "registry")
-    2000000000
-    """
+    """The target size of a part, for code that removes the oldest data."""
     return int(limit_bytes(settings, part) * KEPT)
 
 
@@ -82,7 +68,7 @@ def store_bytes(settings: Settings, part: str, store: str) -> int:
 
 
 def map_bytes(settings: Settings, part: str, store: str, folder: Path) -> int:
-    """The map size with which the writer opens the store in `folder`: its share, or a little above its present size.
+    """The map size with which the writer opens a store: its share, or a little above its present size.
 
     Args:
         settings: The effective settings.
@@ -100,7 +86,7 @@ def map_bytes(settings: Settings, part: str, store: str, folder: Path) -> int:
 def folders(settings: Settings, part: str) -> list[Path]:
     """The directories of a part; for the stream, those of all streams under this state directory."""
     if part == STREAM:
-        return [one.parent for one in layout.streams(settings.state_dir)]
+        return [path.parent for path in layout.streams(settings.state_dir)]
     named = {
         KAFKA: settings.kafka_dir,
         REGISTRY: settings.registry_dir,

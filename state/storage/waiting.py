@@ -36,11 +36,7 @@ def is_full(error: BaseException) -> bool:
 
 @contextmanager
 def unless_full(say: Callable[[str], object]) -> Iterator[None]:
-    """Ends the block quietly if the disk is full, and reports that. The caller has to notice and retry.
-
-    Args:
-        say: Called with the error and what to do about it.
-    """
+    """Ends the block quietly if the disk is full, and reports the error by `say`. The caller has to notice and retry."""
     try:
         yield
     except (StoreError, RegistryError, OSError) as error:
@@ -57,6 +53,9 @@ class Room:
         metrics: Metrics of this process.
         sleep: Sleeps for the given seconds; returns True if the wait is to end.
         say: A logger's method: takes a format string and its arguments.
+
+    Attributes:
+        waits: Whether an action was refused and has not succeeded since.
     """
 
     def __init__(
@@ -67,19 +66,10 @@ class Room:
         say: Callable[..., object] = logger.warning,
     ) -> None:
         self._part, self._metrics, self._sleep, self._say = part, metrics, sleep, say
-        self._waits = False
-
-    @property
-    def waits(self) -> bool:
-        """Whether an action was refused and has not succeeded since."""
-        return self._waits
+        self.waits = False
 
     def wait_for(self, act: Callable[[], Done], what: str) -> Done:
-        """Retries `act` while there is no disk space. A refused `act` must have changed nothing.
-
-        Args:
-            act: The action that needs space.
-            what: Name of the waiting activity, for the log.
+        """Retries `act` while there is no disk space. A refused `act` must have changed nothing; `what` names it in the log.
 
         Raises:
             StoreFull, UnusableRegistry, OSError: There is no space, and the wait is to end.
@@ -100,15 +90,15 @@ class Room:
 
     def refused(self, error: BaseException, what: str) -> None:
         """Records that there is no space; logs and counts it if that is new."""
-        if not self._waits:
-            self._waits = True
+        if not self.waits:
+            self.waits = True
             self._metrics.waits.labels(self._part).inc()
             self._metrics.waiting.labels(self._part).inc()
             self._say("%s waits for room: %s", what, error)
 
     def found(self, what: str) -> None:
         """Records that there is space; logs it if that is new."""
-        if self._waits:
-            self._waits = False
+        if self.waits:
+            self.waits = False
             self._metrics.waiting.labels(self._part).dec()
             self._say("%s goes on: there is room again", what)

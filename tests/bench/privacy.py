@@ -42,11 +42,12 @@ from tests.bench.quality import analysis
 from tests.bench.recorded import KUAIRAND_SETTINGS, Recorded, micro_batches, read_clicks, read_impressions
 from tests.bench.report import Figure, Stages, report
 from trainer.engine.adam import EPSILON
+from trainer.engine.making import trainer_of
+from trainer.engine.private_step import PrivateTrainer
 from trainer.engine.record import Recorder
-from trainer.engine.step import Trainer, trainer_of
+from trainer.engine.step import Trainer
 from trainer.model.preprocessing import Preprocessing
 from trainer.privacy.history import NoisePlace
-from trainer.privacy.learning import PrivateTrainer
 
 F32 = npt.NDArray[np.float32]
 

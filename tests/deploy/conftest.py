@@ -18,7 +18,7 @@ from tests.memory_log import MemoryLog
 @pytest.fixture
 def undisturbed_signals() -> Iterator[None]:
     """Puts back the signal handlers that `main` sets."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

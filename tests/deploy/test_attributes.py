@@ -95,10 +95,10 @@ def test_a_wrong_mapping_stops_before_anything_is_sent(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "say what to send"),
+        ([], "name what to send"),
         (["--users", "nowhere.csv"], "nowhere.csv: no such file"),
         (["--users", "{csv}", "--attributes.user_topic="], "attributes.user_topic names no topic"),
-        (["--users", "{csv}", "--items", "{csv}", "--columns", "a,b"], "--columns is of the files of one side"),
+        (["--users", "{csv}", "--items", "{csv}", "--columns", "a,b"], "--columns is for the files of one side"),
         (["--items", "{csv}", "--events.item="], "name the column of the id with --item-id"),
         (["--users", "{csv}", "--attributes.user_fields=town"], "no column 'town'"),
         (["--users", "{csv}", "--user-id", "visitor"], "no column 'visitor'"),

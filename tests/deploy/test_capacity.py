@@ -11,26 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.capacity import (
-    APPLIER,
-    CONSTANTS,
-    KAFKA,
-    REST,
-    STREAM,
-    TRAINER,
-    VALUES,
-    WORKERS,
-    Load,
-    Sizing,
-    main,
-    page,
-)
+from deploy.capacity import CONSTANTS, VALUES, Load, Sizing, main, page
 from state.config.settings import Settings
 from tests.manifests import ROOT
 
 SOAK = Load(clicks=10_000, users=20_000, items=4_000, versions=4.65, answers=2, retention_h=1)
 """What `python -m tests.e2e.soak` runs, on two cores."""
 SETTINGS = Settings()
+STREAM, TRAINER, APPLIER, WORKERS = "stream", "trainer", "applier", "workers"
+REST, KAFKA = "validation and console", "kafka"
 loads = st.builds(
     Load,
     clicks=st.floats(1, 1e6),

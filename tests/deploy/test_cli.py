@@ -81,19 +81,6 @@ def test_a_failure_is_one_line_and_a_status(
         assert said.out
 
 
-def test_the_process_ends_with_the_status_and_the_line(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "deploy.cli", "rollbac"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("springtide: ") and len(done.stderr.splitlines()) == 1
-
-
 def test_a_directory_named_as_a_package_of_ours_hides_it_from_no_process(tmp_path: Path) -> None:
     """The console script never looks into the current directory; what it becomes must not either."""
     for name in ("state", "deploy"):
@@ -127,12 +114,6 @@ def test_a_gap_is_accepted_at_the_start_of_a_reader_with_a_reason(operator: Oper
         operator("train", "--accept-gap", "0:5-9")
     with pytest.raises(SettingsError, match="PARTITION:A-B"):
         operator("train", "--accept-gap", "9-5", "--reason", "x")
-
-
-def test_verify_becomes_the_trainers_own_process(operator: Operator) -> None:
-    operator("verify", "3", "--from", "1", "-o", "json")
-    module, flags = operator.became[-1]
-    assert (module, flags[:5]) == ("trainer.verify", ["3", "--from", "1", "-o", "json"])
 
 
 @pytest.mark.parametrize("words", [["config", "--explain"], ["status", "-o", "json"], ["replay", "{csv}", "--dry-run"]])

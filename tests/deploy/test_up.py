@@ -6,15 +6,13 @@ import gc
 import signal
 import socket
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from deploy import up
 from deploy.kafka.configuration import free_port
-from deploy.startup.hints import commands, repeated_flags
-from deploy.startup.model_checks import has_spec
+from deploy.startup.hints import repeated_flags
 from deploy.startup.steps import STOP_ORDER, ports, process_plans
 from state.config.loading import load
 from state.config.settings import Settings
@@ -33,14 +31,7 @@ PORTS = (
 )
 
 
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    """`main` takes the process's signals; a test gives them back."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("undisturbed_signals")
 
 
 @pytest.fixture
@@ -134,11 +125,6 @@ def test_a_second_run_on_the_same_state_names_the_first(
     assert "is in use by process" in line
 
 
-def test_an_unknown_setting_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
-    assert up.main(["--kafka.prot", "1"]) == 2
-    assert "kafka.port" in capsys.readouterr().err
-
-
 def test_an_accepted_gap_names_its_topic_and_reaches_stream_and_trainer_only(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -191,14 +177,6 @@ def test_producers_stop_before_what_they_write_to() -> None:
     assert {*process_plans(), "prometheus", "retrain", "experiments", "rollout-host"} == set(STOP_ORDER)
 
 
-def test_a_spec_counts_when_it_is_complete(tmp_path: Path) -> None:
-    assert not has_spec(tmp_path)
-    (tmp_path / "specs" / "abc").mkdir(parents=True)
-    assert not has_spec(tmp_path)
-    (tmp_path / "specs" / "abc" / "spec.json").write_text("{}")
-    assert has_spec(tmp_path)
-
-
 def test_other_commands_are_shown_with_the_flags_of_this_run_and_no_password() -> None:
     settings = load(
         ["--kafka.port", "9192"], {"SPRINGTIDE_KAFKA_SASL_PASSWORD": "hush", "SPRINGTIDE_STREAM_CUT_MS": "50"}
@@ -214,9 +192,3 @@ def test_signals_ask_once_to_stop_and_twice_to_hurry() -> None:
     assert not signals.hurry()
     signal.raise_signal(signal.SIGTERM)
     assert signals.hurry()
-
-
-def test_a_shopper_is_suggested_only_where_shoppers_click() -> None:
-    assert commands(Settings(), shoppers=True)[0].endswith("/v1/profiles/shopper-1")
-    assert commands(Settings(), shoppers=False)[0].endswith("/v1/profiles/USER (USER: an id of your clicks)")
-    assert "shopper" not in "".join(commands(Settings(), shoppers=False))

@@ -49,6 +49,8 @@ SHORT: Mapping[str, object] = {
     "bootstrap.min_rows": 300,
     "trainer.base_every_s": 20,
     "registry.durable_s": 1,
+    # Most of what an idle loop takes is the cost of versions.
+    "trainer.publish_s": 0.2,
     # A machine that has other things to do is no reason to refuse an answer; what is has tests of its own.
     "serving.max_queue_ms": 60_000,
     # Only where they are looked at: each takes a second of a core to start.

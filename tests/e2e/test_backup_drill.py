@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from state.layout import HISTORIES
 from state.process import killpoints
 from state.process.wall_clock import wall_ms
 from state.registry.registry import Registry
+from tests import forked
 from tests.e2e.evidence import state_at
 from tests.e2e.running import ROOT
 from tests.e2e.small_loop import BATCH, Applying, SmallLoop, Training
@@ -88,7 +88,7 @@ def test_what_is_restored_goes_on_as_if_nothing_had_happened(tmp_path: Path, sal
     loop.click(*clicks(0, sent))
     loop.settle()
     # 1. A process beside the running loop, whose clicks go on; it is held where it has the histories, and no version yet.
-    backup = subprocess.Popen(
+    backup = forked.Popen(
         [sys.executable, "-m", "deploy.cli", "backup", str(backups), "--with-salt"],
         cwd=ROOT,
         env={**os.environ, **loop.settings.environment(), killpoints.VARIABLE: "backup.histories:1:stop"},
@@ -159,7 +159,7 @@ def test_control_that_is_newer_than_the_histories_takes_them_back(tmp_path: Path
     assert found == never_saw(tmp_path / "alone", salt, loop.control)
 
 
-@pytest.mark.parametrize("point", ["restore.written", "restore.taken"])
+@pytest.mark.parametrize("point", [pytest.param("restore.written", marks=pytest.mark.nightly), "restore.taken"])
 def test_what_was_killed_is_repeated_or_refused_and_never_taken_for_whole(
     tmp_path: Path, salt: Path, point: str
 ) -> None:
@@ -168,7 +168,7 @@ def test_what_was_killed_is_repeated_or_refused_and_never_taken_for_whole(
     loop.settle()
     loop.close()
     # A backup that was killed is none, and does not keep the next one from its place.
-    died = subprocess.run(
+    died = forked.run(
         [sys.executable, "-m", "deploy.cli", "backup", str(backups)],
         cwd=ROOT,
         env={**os.environ, **loop.settings.environment(), killpoints.VARIABLE: "backup.object:3"},
@@ -184,14 +184,14 @@ def test_what_was_killed_is_repeated_or_refused_and_never_taken_for_whole(
     words = ["restore", str(backups), "--paths.state", str(tmp_path / "there")]
     line = [sys.executable, "-m", "deploy.cli", *words]
     environment = {**os.environ, **loop.settings.environment()}
-    killed = subprocess.run(line, cwd=ROOT, env={**environment, killpoints.VARIABLE: point}, check=False)
+    killed = forked.run(line, cwd=ROOT, env={**environment, killpoints.VARIABLE: point}, check=False)
     assert killed.returncode == -9
     assert Registry(loop.settings.registry_dir).control() is None
     if point == "restore.taken":
-        with pytest.raises(BackupError, match="serving is there"):
+        with pytest.raises(BackupError, match="serving exists"):
             bring_back(loop, backups)
         shutil.rmtree(tmp_path / "there")
-    assert subprocess.run(line, cwd=ROOT, env=environment, check=False).returncode == 0
+    assert forked.run(line, cwd=ROOT, env=environment, check=False).returncode == 0
     store = HistoryStore(loop.settings.stream_dir / HISTORIES, loop.settings.features.history, 1 << 27, readonly=True)
     assert store.digest() == digest
     store.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from deploy import cli
 from deploy.kafka.configuration import free_ports
 from state.config.loading import load
+from tests import forked
 from tests.e2e.running import PORTS, ROOT
 
 EXAMPLE = ROOT / "deploy" / "examples" / "own_model"
@@ -57,7 +57,7 @@ def test_up_refuses_what_does_not_lower_in_one_line_with_the_operation_and_start
     (tmp_path / "shop.py").write_text(BAD)
     ports = [f"--{name}={port}" for name, port in free_ports(PORTS).items()]
     words = ["up", "--model.tower=shop:build", "--paths.state", str(tmp_path / "state"), *ports]
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-m", "deploy.cli", *words],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},

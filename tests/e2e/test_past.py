@@ -26,7 +26,8 @@ from trainer.learner import Learner
 
 pytestmark = pytest.mark.usefixtures("no_plan")
 BEFORE, BEHIND = 6 * BATCH, 3 * BATCH
-POINTS = ("past.stepped:3", "past.learned", "publish.written", "publish.renamed", "loop.stepped:2")
+POINTS = ("past.learned", "publish.written")
+RARE_POINTS = ("past.stepped:3", "publish.renamed", "loop.stepped:2")
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,9 @@ class PastTrial:
                 self.deaths.append(str(death))
 
 
-@pytest.mark.parametrize("point", ("", *POINTS))
+@pytest.mark.parametrize(
+    "point", ["", *POINTS, *(pytest.param(point, marks=pytest.mark.nightly) for point in RARE_POINTS)]
+)
 def test_each_click_is_learned_once_and_the_result_is_the_live_trainer(
     loop: tuple[SmallLoop, Past], tmp_path: Path, point: str
 ) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import os
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -25,6 +24,7 @@ from state.events.identity import public_id
 from state.history.store import HistoryStore
 from state.log import Topics
 from state.microbatch.batch import MicroBatch
+from tests import forked
 from tests.conftest import KafkaFactory
 from tests.streaming.streams import deduplicated, following, headers_of, running, until
 
@@ -72,7 +72,7 @@ def replay(settings: Settings, path: Path, *words: str) -> str:
 
 def springtide(settings: Settings, *words: str) -> list[str]:
     """Runs a command; returns its lines."""
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-m", "deploy.cli", *words],
         cwd=ROOT,
         env={**os.environ, **settings.environment()},
@@ -117,7 +117,7 @@ def test_taobao_its_cut_line_and_its_rows_out_of_range_are_dead_letters(
     settings = settings_of("taobao.toml", kafka_settings, tmp_path / "state")
     lines = TAOBAO.read_bytes().splitlines()
     # Two runs: the second goes on where the first one's limit was.
-    assert "row 3,000 of 84,476; the same command goes on" in replay(settings, TAOBAO, "--limit", "3000")
+    assert "row 3,000 of 84,476; the same command resumes" in replay(settings, TAOBAO, "--limit", "3000")
     assert sent(settings) == 3000
     last = replay(settings, TAOBAO)
     assert "84,440 clicks, 36 dead letters (35 implausible_time by events.max_age_s, 1 wrong_type); complete" in last

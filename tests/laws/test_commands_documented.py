@@ -20,8 +20,8 @@ from state.config.loading import load
 from state.config.sources import split_settings
 from state.errors import SettingsError
 from tests import runbook
+from tests.laws.sources import ROOT, files, name, nodes
 
-ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
     path for path in ROOT.rglob("*.md") if not any(part[0] == "." for part in path.relative_to(ROOT).parts)
 )
@@ -50,7 +50,7 @@ def shown(program: str) -> Iterator[Shown]:
             for line, said in zip(lines, [*lines[1:], ""], strict=True):
                 if found := re.match(rf"(?:\$ )?(?:\.venv/bin/)?{program} (?!\.\.\.)(.*)", line):
                     words = shlex.split(runbook.filled(found[1]), comments=True)
-                    yield Shown(path.relative_to(ROOT).as_posix(), words, said)
+                    yield Shown(name(path), words, said)
 
 
 HELP = """
@@ -123,7 +123,7 @@ def test_every_make_target_shown_is_there() -> None:
 def test_every_command_named_in_a_sentence_is_there() -> None:
     known = {name for action in parser()._actions for name in (action.choices or ()) if action.dest == "command"}
     named = [
-        (path.relative_to(ROOT).as_posix(), command)
+        (name(path), command)
         for path in DOCUMENTS
         for command in re.findall(r"`springtide ([a-z][a-z-]*)", path.read_text())
     ]
@@ -134,7 +134,7 @@ def test_every_command_named_in_a_sentence_is_there() -> None:
 def texts(path: Path) -> Iterator[str]:
     """The strings of a file; what is put into one is a version."""
     inside: set[int] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.JoinedStr):
             inside |= {id(part) for part in node.values}
             yield "".join(str(part.value) if isinstance(part, ast.Constant) else "V" for part in node.values)
@@ -145,9 +145,8 @@ def texts(path: Path) -> Iterator[str]:
 def test_every_command_that_a_message_says_to_type_is_taken() -> None:
     """Those with options; one alone may be named in a sentence."""
     said = {
-        (path.relative_to(ROOT).as_posix(), line)
-        for package in ("state", "streaming", "trainer", "deploy")
-        for path in (ROOT / package).rglob("*.py")
+        (name(path), line)
+        for path in files()
         for text in texts(path)
         for line in re.findall(r"`springtide ([a-z-]+ [^`]*--(?!help)[^`]*)`", text)
     }
@@ -161,7 +160,7 @@ def test_every_command_that_a_message_says_to_type_is_taken() -> None:
 
 def test_every_module_named_as_a_process_is_there() -> None:
     named = [
-        (path.relative_to(ROOT).as_posix(), module)
+        (name(path), module)
         for path in DOCUMENTS
         for module in re.findall(r"python -m ((?:deploy|state|streaming|trainer|tests)[\w.]*\w)", path.read_text())
     ]

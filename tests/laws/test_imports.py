@@ -7,11 +7,11 @@ import functools
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-PACKAGES = ("state", "streaming", "trainer", "deploy", "evaluation", "springtide_client")
+from tests.laws.sources import PACKAGES, ROOT, files, imports, name, nodes
+
 ALLOWED = {
     "state": {"state"},
     "streaming": {"streaming", "state"},
@@ -29,55 +29,50 @@ HEAVY = {"tensorflow", "keras", "apache_beam", "tensorflow_transform", "torch", 
 IMPORTERS = ("import_module", "__import__")
 
 
-def imported(tree: ast.AST) -> Iterator[str]:
-    """Absolute module names imported anywhere in a module, inside functions too."""
-    for node in ast.walk(tree):
+@functools.cache
+def imported(path: Path) -> frozenset[str]:
+    """Absolute module names imported anywhere in a file, inside functions too."""
+    found = set[str]()
+    for node in nodes(path):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports hide where a name comes from"
-            yield node.module or ""
+            found.add(node.module or "")
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in IMPORTERS:
-            yield from (str(word.value) for word in node.args[:1] if isinstance(word, ast.Constant))
-
-
-@functools.cache
-def trees() -> dict[Path, ast.Module]:
-    """Each file of ours, parsed once and not before a test asks: every test process imports this module."""
-    paths = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
-    return {path.relative_to(ROOT): ast.parse(path.read_text()) for path in paths}
+            found |= {str(word.value) for word in node.args[:1] if isinstance(word, ast.Constant)}
+    return frozenset(found)
 
 
 @functools.cache
 def tops_of_files() -> dict[str, set[str]]:
     """File -> the first parts of the modules that it imports."""
-    return {path.as_posix(): {name.partition(".")[0] for name in imported(tree)} for path, tree in trees().items()}
+    return {name(path): {module.partition(".")[0] for module in imported(path)} for path in files()}
 
 
 @functools.cache
-def trees_of_modules() -> dict[str, ast.Module]:
-    """Module -> its tree; a package counts by what its `__init__` imports."""
-    return {".".join(path.with_suffix("").parts).removesuffix(".__init__"): tree for path, tree in trees().items()}
+def files_of_modules() -> dict[str, Path]:
+    """Module -> its file; a package counts by what its `__init__` imports."""
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files()}
 
 
 def test_a_package_imports_only_what_it_may() -> None:
     # What stands in for a user's own code builds on what the trainer offers.
     allowed = {
-        name: {*ALLOWED[name.partition("/")[0]], *(name.startswith(EXAMPLES) * ("trainer",))}
-        for name in tops_of_files()
+        file: {*ALLOWED[file.partition("/")[0]], *(file.startswith(EXAMPLES) * ("trainer",))}
+        for file in tops_of_files()
     }
-    found = {name: tops & {*PACKAGES, "tests"} - allowed[name] for name, tops in tops_of_files().items()}
-    assert {name: tops for name, tops in found.items() if tops} == {}
+    found = {file: tops & {*PACKAGES, "tests"} - allowed[file] for file, tops in tops_of_files().items()}
+    assert {file: tops for file, tops in found.items() if tops} == {}
 
 
 def test_only_the_log_knows_the_kafka_client() -> None:
-    assert [
-        name for name, tops in tops_of_files().items() if "kafka" in tops and not name.startswith(KAFKA_ALONE)
-    ] == []
+    users = [file for file, tops in tops_of_files().items() if "kafka" in tops]
+    assert [file for file in users if not file.startswith(KAFKA_ALONE)] == []
 
 
 def test_nothing_is_pickled() -> None:
-    assert {name: tops & PICKLES for name, tops in tops_of_files().items() if tops & PICKLES} == {}
+    assert {file: tops & PICKLES for file, tops in tops_of_files().items() if tops & PICKLES} == {}
 
 
 def circle(edges: Mapping[str, set[str]]) -> list[str]:
@@ -109,39 +104,42 @@ def edges(part: Callable[[str], str]) -> dict[str, set[str]]:
     Args:
         part: Of a module.
     """
+    known = files_of_modules()
     found: dict[str, set[str]] = {}
-    for module, tree in trees_of_modules().items():
+    for module, path in known.items():
         # A name that is taken from a package may be a module of it, which is then what is imported.
-        wanted = {name for name in modules_of(tree) if name in trees_of_modules()}
+        wanted = modules_of(path) & known.keys()
         targets = {part(name) for name in wanted if not any(other.startswith(f"{name}.") for other in wanted)}
         # A module that runs as a program imports itself by its real name.
         found.setdefault(part(module), set()).update(targets - {part(module)})
     return found
 
 
-def room(module: str) -> str:
-    """The room that a module lies in: a package with those in it, or a module that lies in none.
+def package(module: str) -> str:
+    """The package of a module, or a module that is in none.
 
-    >>> room("state.history.store"), room("state.errors")
+    >>> package("state.history.store"), package("state.errors")
     ('state.history', 'state.errors')
     """
     return ".".join(module.split(".")[:2])
 
 
-def modules_of(tree: ast.AST) -> Iterator[str]:
-    """What is imported, with the names taken from it, which may be modules."""
-    yield from imported(tree)
-    for node in ast.walk(tree):
+@functools.cache
+def modules_of(path: Path) -> set[str]:
+    """What a file imports, with the names taken from it, which may be modules."""
+    found = set(imported(path))
+    for node in imports(path):
         if isinstance(node, ast.ImportFrom):
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
 
 
 def test_modules_import_one_another_without_a_circle() -> None:
     assert circle(edges(lambda module: module)) == []
 
 
-def test_rooms_import_one_another_without_a_circle() -> None:
-    assert circle(edges(room)) == []
+def test_packages_import_one_another_without_a_circle() -> None:
+    assert circle(edges(package)) == []
 
 
 def serving_modules() -> list[str]:

@@ -49,9 +49,7 @@ PORTS = {
 nobody: Any = None
 PATHS = {
     "worker": [one for one in health_endpoints(nobody, nobody, lambda: False) if one.role == OPEN],
-    "console": [
-        one for one in Reading(Settings(), nobody, nobody, nobody, nobody, lambda: 0).endpoints() if one.role == OPEN
-    ],
+    "console": [one for one in Reading(nobody, nobody, nobody).endpoints() if one.role == OPEN],
 }
 every_box = pytest.mark.parametrize("box", BOXES, ids=lambda box: f"{box.owner} {box.name}")
 

@@ -5,15 +5,11 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-PACKAGES = ("state", "streaming", "trainer", "deploy", "evaluation", "springtide_client")
+from tests.laws.sources import PACKAGES, ROOT, files, name, nodes, tree
+
 VAGUE = {"utils", "util", "helpers", "helper", "common", "base", "manager", "misc", "shared", "core", "tools"}
-FILES = sorted(path for package in (*PACKAGES, "tests") for path in (ROOT / package).rglob("*.py"))
-OURS = [path for path in FILES if path.relative_to(ROOT).parts[0] in PACKAGES]
-
-
-def name(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
+HANDLERS = ("basicConfig", "StreamHandler")
+FILES = files(*PACKAGES, "tests")
 
 
 def test_no_name_is_vague() -> None:
@@ -24,9 +20,15 @@ def test_no_name_is_vague() -> None:
 
 
 def test_a_file_begins_with_what_it_does() -> None:
-    docstrings = {name(path): ast.get_docstring(ast.parse(path.read_text())) or "" for path in FILES}
+    docstrings = {name(path): ast.get_docstring(tree(path)) or "" for path in FILES}
     assert [file for file, docstring in docstrings.items() if len(docstring.partition("\n")[0]) <= 10] == []
 
 
 def test_every_package_is_a_package() -> None:
-    assert [name(path) for path in OURS if not (path.parent / "__init__.py").exists()] == []
+    assert [name(path) for path in files() if not (path.parent / "__init__.py").exists()] == []
+
+
+def test_logging_is_set_up_in_one_place() -> None:
+    """Another handler or format would write lines that no machine reads."""
+    calls = [(path, node) for path in files() for node in nodes(path) if isinstance(node, ast.Call)]
+    assert [name(path) for path, call in calls if getattr(call.func, "attr", "") in HANDLERS] == []

@@ -7,10 +7,12 @@ import functools
 import importlib.metadata
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-PACKAGES = ("state", "streaming", "trainer", "deploy", "evaluation", "springtide_client")
+from tests.laws.sources import PACKAGES, ROOT, files, imports
+from tests.laws.sources import name as name_of
+
 MISSION = ["tensorflow", "apache-beam", "kafka-python", "tensorflow-transform", "prometheus-client"]
 # Used through another library or as a program, never imported here.
 UNSEEN = {
@@ -61,25 +63,31 @@ def locked_in(text: str) -> dict[str, str]:
 
 
 @functools.cache
+def owners() -> Mapping[str, list[str]]:
+    """The distributions of each module that is installed."""
+    return importlib.metadata.packages_distributions()
+
+
+@functools.cache
+def modules_of(path: Path) -> set[str]:
+    """The top modules of others that a file imports."""
+    named = set[str]()
+    for node in imports(path):
+        named |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else {node.module or ""}
+    # Many distributions have something in `google`.
+    named = {"google.protobuf" if one.startswith("google.protobuf") else one.partition(".")[0] for one in named}
+    return named - {*sys.stdlib_module_names, *PACKAGES, "tests"}
+
+
+@functools.cache
 def imported(*folders: str) -> dict[str, set[str]]:
-    """Distributions of the third-party modules that our files import, and one file of each."""
-    owners = importlib.metadata.packages_distributions()
+    """The distributions that our files import, and the files that import each."""
     found: dict[str, set[str]] = {}
-    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom) and node.module:
-                modules = [node.module]
-            # Many distributions have something in `google`.
-            modules = ["google.protobuf" if one.startswith("google.protobuf") else one for one in modules]
-            for top in {one if one in PARTS else one.partition(".")[0] for one in modules} - {
-                *sys.stdlib_module_names,
-                *PACKAGES,
-                "tests",
-            }:
-                # One that is not installed yet, in an environment of before, is taken for what its module is called.
-                for owner in [PARTS[top]] if top in PARTS else owners.get(top, [top]):
-                    found.setdefault(canonical(owner), set()).add(path.relative_to(ROOT).as_posix())
+    for path in files(*folders):
+        for top in modules_of(path):
+            # A module that is not installed is taken for a distribution of the same name.
+            for owner in [PARTS[top]] if top in PARTS else owners().get(top, [top]):
+                found.setdefault(canonical(owner), set()).add(name_of(path))
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +25,9 @@ from state.log import PartitionBatch, Reader, Topics, Writer, client_options
 from state.microbatch.batch import NAMES, MicroBatch, trim
 from state.microbatch.codec import decode
 from state.positions import Source
-from tests.streaming.forked import Forked
+from tests import forked
 
-DEADLINE_S = 120.0
+DEADLINE_S = 300.0
 # The clicks are old, so that the broker would soon delete them.
 FOREVER = {"retention.ms": "-1"}
 BEGIN_MS = 1_700_000_000_000
@@ -84,7 +85,9 @@ class StreamProcess:
         env = {**os.environ, **settings.environment(), "SPRINGTIDE_KILL_AT": kill_at}
         if not kill_at:
             del env["SPRINGTIDE_KILL_AT"]
-        self.process = Forked(arguments, env, log)
+        with log.open("ab") as errors:
+            command = [sys.executable, "-m", "streaming.pipeline", *arguments]
+            self.process = forked.Popen(command, env=env, stderr=errors)
 
     def wait(self) -> int:
         """The exit code."""

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from deploy.kafka.broker import Broker
-from deploy.kafka.configuration import free_port
 from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import UnreachableBroker
@@ -19,6 +18,7 @@ from state.log import Topics
 from state.microbatch.codec import decode
 from streaming.rebuild import end_open_transaction, read
 from streaming.writer import open_writer
+from tests.one_kafka import Running, broker_like
 from tests.segments import cut_back
 from tests.trainer.clicks import microbatch
 
@@ -26,10 +26,10 @@ ALL = 1 << 40
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> Iterator[Broker]:
-    broker = Broker(tmp_path / "kafka", free_port(), heap_mb=256, retention_h=876_000).start()
+def own(kafka: Running, tmp_path: Path) -> Iterator[Broker]:
+    broker = broker_like(kafka, tmp_path / "kafka", retention_h=876_000).start()
     yield broker
-    broker.stop()
+    broker.kill()
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ from state.registry.registry import Registry
 from streaming.attributes import Join
 from streaming.context import open_job
 from streaming.past import PastRows, of_topic, run, segment_of
+from tests import forked
 from tests.conftest import KafkaFactory
 from tests.memory_log import MemoryLog
 from tests.streaming.distributed.shop import (
@@ -234,7 +235,7 @@ def child(settings: Settings, past: Past) -> subprocess.Popen[bytes]:
     write_past(registry.path, past)
     environment: Mapping[str, str] = settings.environment()
     command = [sys.executable, "-m", "streaming.past", f"--paths.registry={registry.path}"]
-    return subprocess.Popen(command, env=dict(environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return forked.Popen(command, env=dict(environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 @pytest.fixture
@@ -263,7 +264,7 @@ def test_its_rows_are_those_in_the_training_log_and_it_ends_in_order(settings: S
 
     # Nobody reads on: its trainer was killed.
     registry = settings.state_dir / "experiments" / "anew" / "registry"
-    left = subprocess.Popen(made.args, env=settings.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    left = forked.Popen(made.args, env=settings.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert left.stdout is not None and left.stderr is not None
     assert left.stdout.read(4)
     left.stdout.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from state.process import killpoints
 from streaming import histories
 from streaming.accounts import faults
 from streaming.rebuild import Rebuilt, progress_on, rebuild
+from tests import forked
 from tests.conftest import KafkaFactory
 from tests.one_kafka import Running
 from tests.streaming.streams import (
@@ -133,9 +133,7 @@ def test_a_store_from_before_a_power_cut_is_refused_rebuilt_and_gone_on_from(los
     assert "CorruptStore" in line and "springtide rebuild-history" in line
 
     command = [sys.executable, "-m", "streaming.rebuild"]
-    done = subprocess.run(
-        command, env={**os.environ, **settings.environment()}, capture_output=True, text=True, check=True
-    )
+    done = forked.run(command, env={**os.environ, **settings.environment()}, capture_output=True, text=True, check=True)
     assert "complete; the old store is " in done.stdout and "histories.bad1" in done.stdout
     assert "100 %" in done.stderr and "rows/s" in done.stderr
     assert held(settings) == (lost.digest, lost.counts)
@@ -180,7 +178,7 @@ def test_a_copy_is_gone_on_from_and_one_not_closed_in_order_is_refused(lost: Los
     store = HistoryStore(first.stream_dir / HISTORIES, first.features.history, 1 << 30)
     store.copy_to(copy)
     store._env.close()  # as a kill does
-    with pytest.raises(CorruptStore, match="was not closed in order"):
+    with pytest.raises(CorruptStore, match="was not closed cleanly"):
         rebuilt(lost.elsewhere(tmp_path / "second"), first.stream_dir / "histories")
     second = lost.elsewhere(tmp_path / "second")
     found = rebuilt(second, copy)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 
 from state.errors import CorruptVersion, UnusableRegistry
 from state.registry.registry import Registry
+from tests import forked
 from tests.disks import ROOT, small_disk
 from tests.trainer.clicks import microbatch, small_settings
 from tests.trainer.logs import bits_of, learner, run_to_end, started, written
@@ -73,7 +73,7 @@ def test_a_trainer_that_builds_on_a_damaged_version_ends_when_its_compactor_fail
 def test_on_a_read_only_disk_a_process_ends_with_one_line(tmp_path: Path, module: str) -> None:
     with small_disk(tmp_path / "disk", "1m") as disk:
         disk.remount("ro")
-        done = subprocess.run(
+        done = forked.run(
             [sys.executable, "-m", module, "--paths.state", str(disk.path / "state")],
             cwd=ROOT, env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}, capture_output=True, text=True, check=False,
             timeout=120,

@@ -14,9 +14,8 @@ from state.features.mask import Mask
 from state.features.spec import FeatureSpec
 from state.process import killpoints
 from state.registry.control import roll_back
-from state.registry.model_fit import require_same_features, require_same_model
+from state.registry.model_fit import former_specs, require_same_model
 from state.registry.registry import Registry
-from state.registry.upgrades import former_specs
 from tests.memory_log import MemoryLog
 from tests.trainer.clicks import SPEC, microbatch, small_settings
 from tests.trainer.logs import ABOUT, account_in, append, learner, run_to_end, started, write_transform, written
@@ -137,10 +136,10 @@ def test_records_with_former_windows_are_skipped_and_counted(registry: Registry,
     behind.close()
     assert trainers["old"].counters.steps == 5  # nothing of the stream's new records is lost
     with pytest.raises(ModelMismatch, match=r"features.windows_s was 3600,86400,604800 and is 1800,604800"):
-        require_same_features(settings(registry, *WINDOWS))
+        require_same_model(settings(registry, *WINDOWS), features_only=True)
     said = decided(registry, *WINDOWS)
     assert "  features.windows_s was 3600,86400,604800 and is 1800,604800" in said
-    require_same_features(settings(registry, *WINDOWS))
+    require_same_model(settings(registry, *WINDOWS), features_only=True)
     # A record of the old windows that came late.
     append(log, [RECORDS[7], microbatch(8, spec=OTHER)])
     ours = learned(registry, log, trainers["windows"], spec=OTHER)

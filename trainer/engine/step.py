@@ -322,22 +322,3 @@ class Trainer:
         """Counts the clicks of an accepted update; a skipped one leaves no trace."""
         self.popular.update(batch.category, self.counters.log_ms)
         self.transitions.count(record.newest, np.where(record.targets.weight > 0, batch.category, np.uint64(0)))
-
-
-def trainer_of(settings: Settings, spec: FeatureSpec, preprocessing: Preprocessing | None = None) -> Trainer:
-    """An untrained trainer. With a privacy budget it learns with differential privacy.
-
-    Args:
-        settings: All settings.
-        spec: The feature spec of the micro-batches.
-        preprocessing: `[B, D]` float32 raw integers to `[B, D']`; None takes logarithms.
-
-    Raises:
-        SettingsError: A budget is set, and the noise key is missing.
-    """
-    if not settings.privacy.epsilon:
-        return Trainer(settings, spec, preprocessing)
-    # Imported here, because the privacy accountant takes a second to load.
-    from trainer.privacy.learning import PrivateTrainer
-
-    return PrivateTrainer(settings, spec, preprocessing)

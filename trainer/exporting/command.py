@@ -1,8 +1,7 @@
 """Exports a version: `springtide export [--version V]`, or with `--tflite FILE` as one file for a device.
 
-The command is a separate process that loads TensorFlow. It runs next to the live
-system and reads the registry and the log. If two exports of SavedModels run at the
-same time, the second is refused. Exit codes: 0 done, 1 failed, 2 wrong use.
+The command is a separate process that loads TensorFlow. It runs next to the live system and reads the registry and the
+log. Of two exports of SavedModels at the same time the second is refused.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from state.features.spec import FeatureSpec
 from state.layout import VERSIONS
 from state.log import Log
 from state.process import log_lines
-from state.process.closed_output import while_read
+from state.process.ending import while_read
 from state.process.private_files import keep_private
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.registry.registry import Registry
@@ -150,8 +149,8 @@ def run(settings: Settings, asked: argparse.Namespace) -> None:
         from trainer import device
         from trainer.engine.step import Trainer
         from trainer.exporting import exporting, saved_model
-        from trainer.exporting.choosing import read_users
-        from trainer.exporting.known_answers import KnownAnswers
+        from trainer.exporting.device_file import read_users
+        from trainer.exporting.saved_model import KnownAnswers
         from trainer.versions.program import preprocessing_of
 
         chosen = read_users(asked.users, users) if users is not None and asked.tflite else []

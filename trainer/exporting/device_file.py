@@ -3,9 +3,8 @@
     signature raw     the program's own inputs, as in serving
     signature device  row indices instead of rows: an input `<name>_at` (int32) for each of `<name>`
 
-An index is a line of a list in the same file. The lists are a ZIP archive after
-the program, which is where TensorFlow Lite keeps associated files: `unzip` and
-every ZIP library read it, and LiteRT ignores it.
+An index is a line of a list in the same file. The lists are a ZIP archive after the program, where TensorFlow Lite keeps
+associated files. LiteRT ignores it.
 
     rows/<table>.txt   line n is the id at index n, 16 hexadecimal digits; index 0, "-", stands for every other id
     version.json       the version, its feature spec and context fields
@@ -25,10 +24,14 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from state.errors import SettingsError
+from state.events.identity import Salt, user_id
 from state.lowering import Quantize, lower_saved_model
+from trainer.engine.step import Trainer
 from trainer.exporting.saved_model import RAW, raw_signature
 from trainer.model.inputs import Input
 from trainer.model.ranker import Ranker
+from trainer.tables.table import Table
 
 DEVICE = "device"
 AT = "_at"
@@ -63,22 +66,20 @@ class ChosenRows(NamedTuple):
 
 def placed(ranker: Ranker) -> list[Input]:
     """The ranker's inputs that become indices: those that are the row of one id for each row of the batch."""
-    return [one for one in ranker.inputs if one.table and not one.training and not one.mean and one.shape[0] == "B"]
+    return [
+        input_
+        for input_ in ranker.inputs
+        if input_.table and not input_.training and not input_.mean and input_.shape[0] == "B"
+    ]
 
 
-def device_signature(ranker: Ranker, rows: Mapping[str, ChosenRows], kept: Mapping[str, F32]) -> Any:
-    """`Ranker.predict` with row indices instead of rows. Inputs that do not depend on the batch row are constants.
-
-    Args:
-        ranker: With the version's weights.
-        rows: By table.
-        kept: Values, by name, of inputs that do not depend on the batch row.
-    """
+def _device_signature(ranker: Ranker, rows: Mapping[str, ChosenRows], kept: Mapping[str, F32]) -> Any:
+    """`Ranker.predict` with row indices instead of rows. Inputs that do not depend on the batch row (`kept`) are constants."""
     specs = {name: spec for name, spec in ranker.specs().items() if name not in kept}
-    tables = {one.name: one.table for one in placed(ranker)}
+    tables = {input_.name: input_.table for input_ in placed(ranker)}
     held = {
-        name: np.concatenate([np.zeros_like(one.rows[:1], shape=(1, one.rows.shape[1])), one.rows])
-        for name, one in rows.items()
+        name: np.concatenate([np.zeros_like(chosen.rows[:1], shape=(1, chosen.rows.shape[1])), chosen.rows])
+        for name, chosen in rows.items()
     }
     given = {
         name + AT if name in tables else name: tf.TensorSpec(spec.shape[:-1], tf.int32, name + AT)
@@ -109,7 +110,7 @@ def lower(
     module = tf.Module()
     module.model = ranker
     # LiteRT does not support default values of inputs: all are required.
-    signatures = {RAW: raw_signature(ranker, {}), DEVICE: device_signature(ranker, rows, kept)}
+    signatures = {RAW: raw_signature(ranker, {}), DEVICE: _device_signature(ranker, rows, kept)}
     with tempfile.TemporaryDirectory(prefix="springtide-device-") as folder:
         tf.saved_model.save(module, folder, signatures=signatures)
         return lower_saved_model(Path(folder), sorted(signatures), what, frozen=True, quantize=quantize)
@@ -119,31 +120,48 @@ def with_lists(program: bytes, rows: Mapping[str, ChosenRows], about: Mapping[st
     """The program followed by the archive of its lists."""
     file = io.BytesIO(program)
     with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as archive:
-        for table, one in rows.items():
-            lines = [OTHERS, *(f"{identity:016x}" for identity in one.ids.tolist())]
+        for table, chosen in rows.items():
+            lines = [OTHERS, *(f"{identity:016x}" for identity in chosen.ids.tolist())]
             archive.writestr(f"rows/{table}.txt", "\n".join(lines) + "\n")
         archive.writestr("version.json", json.dumps(about, indent=1))
     return file.getvalue()
 
 
-class DeviceProgram:
-    """Runs a device's file as the device does.
+def read_users(path: Path, salt: Salt) -> list[int]:
+    """The pseudonyms of the users in a file, which has one raw id a line; empty lines are ignored.
 
-    Args:
-        content: The content of the file.
+    Raises:
+        SettingsError: The file cannot be read.
     """
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(
+            f"the users in {path} cannot be read ({error})", "name a file with one user id a line"
+        ) from error
+    return [user_id(salt, line.strip()) for line in lines if line.strip()]
 
-    def __init__(self, content: bytes) -> None:
-        from ai_edge_litert.interpreter import Interpreter
 
-        # A runner does not keep its interpreter alive, so a reference is held here.
-        self._interpreter = Interpreter(model_content=content, num_threads=1)
-        self._run = self._interpreter.get_signature_runner(DEVICE)
+def choose(trainer: Trainer, users: Sequence[int], most: int) -> dict[str, ChosenRows]:
+    """The rows, by table, that a device's file contains: of `users` in their order, and at most `most` of any other table.
 
-    def predict(self, inputs: Mapping[str, Any]) -> dict[str, F32]:
-        """The outputs of the signature `device`."""
-        outputs: dict[str, F32] = self._run(**inputs)
-        return outputs
+    The trainer is restored to the version. A user without a row has zeros.
+    """
+    return {
+        name: _of(trainer, name, users, most) for name in sorted({input_.table for input_ in placed(trainer.model)})
+    }
+
+
+def _of(trainer: Trainer, name: str, users: Sequence[int], most: int) -> ChosenRows:
+    table = trainer.tables[name]
+    assert isinstance(table, Table)
+    if name == "user":
+        ids: U64 = np.array(users, np.uint64)
+        return ChosenRows(ids, table.gather(table.find(ids)))
+    held = table.state()
+    # Newest first, ties by id, so that the same version gives the same file.
+    newest = np.lexsort((held.ids, -held.last_seen_ms))[:most]
+    return ChosenRows(held.ids[newest], held.rows[newest])
 
 
 def device_inputs(
@@ -155,7 +173,7 @@ def device_inputs(
 ) -> dict[str, npt.NDArray[Any]]:
     """The inputs of the signature `device` for rows whose ids and raw inputs are known."""
     found: dict[str, npt.NDArray[Any]] = {name: value for name, value in inputs.items() if name not in kept}
-    for one in placed(ranker):
-        del found[one.name]
-        found[one.name + AT] = rows[one.table].places(ids[one.ids])
+    for input_ in placed(ranker):
+        del found[input_.name]
+        found[input_.name + AT] = rows[input_.table].places(ids[input_.ids])
     return found

@@ -1,8 +1,8 @@
 """Exports a version: writes it, compares it with serving's program on rows of the training log, and reports the result.
 
 1. The version is loaded into a trainer, as a restart would.
-2. A sample of serving's inputs is made of the latest records that the version learned, by the tables of the restored
-   trainer. If the log is unreachable, made-up rows are used.
+2. A sample of serving's inputs is made of the latest records that the version learned, or of made-up rows if the log is
+   unreachable.
 3. The SavedModel, or the device's file, is written and loaded as its user loads it. Its outputs are compared with those
    of the version's program on the same rows: by probabilities, and by which candidate comes first.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,8 +32,8 @@ from trainer.engine.engine import CROSS
 from trainer.engine.record import Recorder
 from trainer.engine.step import Trainer
 from trainer.exporting import device_file, saved_model
-from trainer.exporting.choosing import choose
-from trainer.exporting.known_answers import KnownAnswers
+from trainer.exporting.device_file import choose
+from trainer.exporting.saved_model import KnownAnswers
 from trainer.model.attributes import Columns
 from trainer.model.inputs import Input
 from trainer.replay import SegmentReader
@@ -58,12 +58,8 @@ TOLERANCE = 1e-5
 Say = Callable[[str], None]
 
 
-class Replayed:
-    """The rows of some micro-batches as inputs of serving's program.
-
-    Args:
-        trainer: Restored to the version.
-        batches: One or more.
+class _Replayed:
+    """The rows of one or more micro-batches as inputs of serving's program.
 
     Attributes:
         ids: By name, as a record has them.
@@ -88,25 +84,25 @@ class Replayed:
         }
         values = {name: np.concatenate([held[name] for _, held in pieces])[:ROWS] for name in pieces[0][1]}
         self.inputs: dict[str, F32] = {
-            one.name: self._rows(one) if one.table else np.asarray(values[one.name], np.float32)
-            for one in trainer.model.inputs
-            if not one.training
+            input_.name: self._rows(input_) if input_.table else np.asarray(values[input_.name], np.float32)
+            for input_ in trainer.model.inputs
+            if not input_.training
         }
 
     def _crosses(self, pairs: Values) -> F32:
-        """`[n]` float32: what the crosses of pairs add up to."""
+        """`[n]` float32: the sum of the crosses of each pair."""
         table, crosses = self._trainer.tables[CROSS], self._trainer.crosses
         assert isinstance(table, Table)
         ids = crosses.ids(pairs)
         rows = table.gather(table.find(ids.reshape(-1))).reshape(*ids.shape, -1)
         return logits_of(rows, table.gather(table.find(crosses.shares)))
 
-    def _rows(self, one: Input) -> F32:
+    def _rows(self, input_: Input) -> F32:
         """The rows of an input, as serving finds them."""
-        found = self._looked_up(one.table, self.ids[one.ids])
-        if one.mean:
+        found = self._looked_up(input_.table, self.ids[input_.ids])
+        if input_.mean:
             found = found.sum(-2) / np.float32(max(found.shape[-2], 1))
-        if one.attributes and (attributes := self.ids[one.attributes]).shape[1]:
+        if input_.attributes and (attributes := self.ids[input_.attributes]).shape[1]:
             found = found + self._looked_up("context", attributes).sum(1) / np.float32(attributes.shape[1])
         return np.asarray(found, np.float32)
 
@@ -118,10 +114,13 @@ class Replayed:
 
 
 def latest(log: Log, version: Manifest) -> list[MicroBatch]:
-    """The latest micro-batches that a version learned; none if the log no longer has them, or is unreachable."""
-    first, found = max(0, version.log.next - 2 * RECORDS), list[MicroBatch]()
+    """The latest micro-batches that a version learned, as many as have `ROWS` rows together.
+
+    None if the log no longer has them, or is unreachable.
+    """
+    first, batches = max(0, version.log.next - 2 * RECORDS), list[MicroBatch]()
     if not version.log.topic_id:
-        return found
+        return batches
     topic, partition = version.log.topic, version.log.partition
     reader = SegmentReader(
         lambda offset: log.reader(topic, [partition], {partition: offset}), version.log, (), PATIENCE_S
@@ -130,29 +129,21 @@ def latest(log: Log, version: Manifest) -> list[MicroBatch]:
         for _, value in reader.records(LogSegment(first, version.log.next)):
             batch = None if value is None else decode(value)
             if batch is not None and len(batch) and batch.header.spec == version.spec:
-                found.append(batch)
+                batches.append(batch)
+                while sum(map(len, batches[1:])) >= ROWS:
+                    del batches[0]
     except (GapError, LogError, MicroBatchError, OSError):
-        return found
+        pass
     finally:
         reader.close()
-    return found
-
-
-def enough(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-    """The latest micro-batches that have `ROWS` rows together."""
-    kept: list[Any] = []
-    for batch in reversed(batches):
-        kept.insert(0, batch)
-        if sum(map(len, kept)) >= ROWS:
-            break
-    return kept
+    return batches
 
 
 class Agreement(NamedTuple):
     """How far the outputs of two programs agree.
 
     Attributes:
-        rows: Compared.
+        rows: Number of rows compared.
         outputs: The largest difference of any output, relative to 1 + the other's value.
         probability: The largest difference of an interest's or an engagement's probability.
         first: Share of rows in which the same category is the most probable.
@@ -165,15 +156,10 @@ class Agreement(NamedTuple):
 
 
 def agreement(ours: Outputs, theirs: Outputs) -> Agreement:
-    """Compares outputs of n rows.
-
-    Args:
-        ours: Of the program under test.
-        theirs: Of the reference program, by the same names.
-    """
-    interests = [_softmax(np.concatenate([one[name] for name in LOGITS], 1)) for one in (ours, theirs)]
-    engagement = [1 / (1 + np.exp(-one["engagement_logit"].astype(np.float64))) for one in (ours, theirs)]
-    apart = [np.abs(one[0] - one[1]).max() for one in (interests, engagement)]
+    """Compares the outputs of the program under test with those of the reference program on the same rows."""
+    interests = [_softmax(np.concatenate([outputs[name] for name in LOGITS], 1)) for outputs in (ours, theirs)]
+    engagement = [1 / (1 + np.exp(-outputs["engagement_logit"].astype(np.float64))) for outputs in (ours, theirs)]
+    apart = [np.abs(both[0] - both[1]).max() for both in (interests, engagement)]
     first = interests[0].argmax(1) == interests[1].argmax(1)
     return Agreement(
         len(first),
@@ -188,33 +174,6 @@ def _softmax(logits: F32) -> npt.NDArray[np.float64]:
     return np.asarray(grown / grown.sum(1, keepdims=True))
 
 
-def median_us(call: Callable[[int], object], rows: int, elapsed: Callable[[], float]) -> float:
-    """Median microseconds of `call(row)`, one row after another.
-
-    Args:
-        call: Answers one row.
-        rows: How many there are.
-        elapsed: Monotonic seconds.
-    """
-    took = []
-    for count in range(TIMED):
-        began_s = elapsed()
-        call(count % rows)
-        took.append(elapsed() - began_s)
-    return float(np.median(took)) * 1e6
-
-
-def one_row(inputs: Mapping[str, npt.NDArray[Any]], fixed: frozenset[str], row: int) -> dict[str, npt.NDArray[Any]]:
-    """The inputs of one row alone.
-
-    Args:
-        inputs: By name, of n rows.
-        fixed: Names of inputs that all rows share.
-        row: The row's number.
-    """
-    return {name: value if name in fixed else value[row : row + 1] for name, value in inputs.items()}
-
-
 class Compared(NamedTuple):
     """The sample and the program that an export is compared with.
 
@@ -222,8 +181,8 @@ class Compared(NamedTuple):
         trainer: Restored to the version.
         version: Its manifest.
         program: What serving runs, with its weights.
-        inputs: Of the sample, by name.
-        ids: Likewise; None for made-up rows.
+        inputs: The sample's inputs by name.
+        ids: The sample's ids by name; None for made-up rows.
         of: A description of the sample.
     """
 
@@ -242,14 +201,7 @@ class Compared(NamedTuple):
 
 
 def load(registry: Registry, number: int, trainer: Trainer, spec: str, log: Log) -> Compared:
-    """Loads the version, and makes a sample for it.
-
-    Args:
-        registry: Is only read.
-        number: Of the version.
-        trainer: Is cleared first.
-        spec: Digest of the feature spec of the settings.
-        log: The log with the training log.
+    """Loads the version into `trainer`, and makes a sample for it.
 
     Raises:
         SpringtideError: The version cannot be loaded with these settings.
@@ -259,9 +211,9 @@ def load(registry: Registry, number: int, trainer: Trainer, spec: str, log: Log)
     program = Program(registry.specs.program(version.program))
     program.load(trainer.model.weights())
     # 2.
-    batches = enough(latest(log, version))
+    batches = latest(log, version)
     if batches:
-        found = Replayed(trainer, batches)
+        found = _Replayed(trainer, batches)
         rows = len(found.ids["user"])
         return Compared(trainer, version, program, found.inputs, found.ids, f"{rows} rows of the training log")
     inputs = sample(trainer.model, ROWS)
@@ -269,13 +221,7 @@ def load(registry: Registry, number: int, trainer: Trainer, spec: str, log: Log)
 
 
 def export_saved_model(of: Compared, folder: Path, say: Say, known: KnownAnswers | None = None) -> Path:
-    """Writes a SavedModel; returns its directory.
-
-    Args:
-        of: The version, and what to compare on.
-        folder: Of all versions.
-        say: Takes lines.
-        known: Answers by id; None for none.
+    """Writes a SavedModel into the directory of all versions; returns its path.
 
     Raises:
         ProgramError: Its outputs differ from serving's; it is not stored.
@@ -292,23 +238,16 @@ def export_saved_model(of: Compared, folder: Path, say: Say, known: KnownAnswers
         )
     took_us = _median_us(exported.predict, of.inputs, of.kept)
     path = saved_model.publish(writing, of.version.version)
-    say(f"saved model  {path}, {saved_model.bytes_of(path) / 1e6:.2f} MB")
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    say(f"saved model  {path}, {size / 1e6:.2f} MB")
     if known is not None:
         say(f"by id        {known.users:,} users and {known.items:,} items, as of {known.at_ms} ms")
-    say(_told(found, of, took_us))
+    say(_comparison(found, of, took_us))
     return path
 
 
 def export_device_file(of: Compared, path: Path, users: Sequence[int], most: int, quantize: Quantize, say: Say) -> None:
-    """Writes a file for a device, by one rename.
-
-    Args:
-        of: The version, and what to compare on.
-        path: Of the file.
-        users: Pseudonyms, in the order of their places.
-        most: Rows of any other table.
-        quantize: How constants are kept.
-        say: Takes lines.
+    """Writes a file for a device, with the rows of `users` and at most `most` rows of any other table, by one rename.
 
     Raises:
         ProgramError: The model does not lower.
@@ -325,34 +264,39 @@ def export_device_file(of: Compared, path: Path, users: Sequence[int], most: int
     content = device_file.with_lists(lowered, rows, about)
     path.parent.mkdir(parents=True, exist_ok=True)
     durable.replace(path, content)
-    counts = ", ".join(f"{len(one.ids):,} of {name}" for name, one in rows.items())
+    counts = ", ".join(f"{len(chosen.ids):,} of {name}" for name, chosen in rows.items())
     say(f"device file  {path}, {len(content) / 1e6:.2f} MB, {quantize}; rows: {counts}")
     if of.ids is None:
         say("agreement    not taken: the training log has no rows to replay")
         return
-    program = device_file.DeviceProgram(content)
+    program = Program(content, device_file.DEVICE)
     asked = device_file.device_inputs(ranker, rows, of.ids, of.inputs, list(of.kept))
     found = agreement(program.predict(asked), of.program.predict(of.inputs))
-    say(_told(found, of, _median_us(program.predict, asked, {})))
+    say(_comparison(found, of, _median_us(program.predict, asked)))
     aboard = {
-        one.table: rows[one.table].places(of.ids[one.ids]) > 0
-        for one in device_file.placed(ranker)
-        if one.ids == one.table
+        input_.table: rows[input_.table].places(of.ids[input_.ids]) > 0
+        for input_ in device_file.placed(ranker)
+        if input_.ids == input_.table
     }
     say("on board     " + ", ".join(f"{name} of {share.mean():.0%} of the rows" for name, share in aboard.items()))
 
 
 def _median_us(
-    predict: Callable[[Mapping[str, Any]], object],
-    inputs: Mapping[str, npt.NDArray[Any]],
-    kept: Mapping[str, F32],
+    predict: Callable[[Mapping[str, Any]], object], inputs: Mapping[str, npt.NDArray[Any]], kept: Collection[str] = ()
 ) -> float:
-    fixed = frozenset(kept)
-    rows = len(next(value for name, value in inputs.items() if name not in fixed))
-    return median_us(lambda row: predict(one_row(inputs, fixed, row)), rows, time.perf_counter)
+    """Median microseconds of a prediction of one row alone; all rows share the inputs in `kept`."""
+    rows = len(next(value for name, value in inputs.items() if name not in kept))
+    took = []
+    for count in range(TIMED):
+        row = count % rows
+        asked = {name: value if name in kept else value[row : row + 1] for name, value in inputs.items()}
+        began_s = time.perf_counter()
+        predict(asked)
+        took.append(time.perf_counter() - began_s)
+    return float(np.median(took)) * 1e6
 
 
-def _told(found: Agreement, of: Compared, took_us: float) -> str:
+def _comparison(found: Agreement, of: Compared, took_us: float) -> str:
     ours_us = _median_us(of.program.predict, of.inputs, of.kept)
     return (
         f"agreement    {of.of}: probabilities within {found.probability:.1g}, the same category first in {found.first:.1%}\n"

@@ -11,6 +11,7 @@ are not numbers, so it never sees a version that is being written.
 from __future__ import annotations
 
 import inspect
+import io
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,6 @@ import tensorflow as tf
 from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
 from state.disk import files as durable
-from trainer.exporting.known_answers import BY_ID, KnownAnswers
 from trainer.model.ranker import Ranker
 from trainer.versions.program import sample
 
@@ -35,12 +35,7 @@ F32 = npt.NDArray[np.float32]
 
 
 def raw_signature(ranker: Ranker, kept: Mapping[str, F32]) -> Any:
-    """`Ranker.predict` as a function in which the inputs of `kept` are optional.
-
-    Args:
-        ranker: With the version's weights.
-        kept: Default values, by name, of inputs that do not depend on the batch row.
-    """
+    """`Ranker.predict` as a function in which the inputs of `kept`, which do not depend on the batch row, are optional."""
     specs = ranker.specs()
     # Inputs with a default come last, as in every Python signature.
     names = [*(name for name in specs if name not in kept), *kept]
@@ -57,7 +52,7 @@ def raw_signature(ranker: Ranker, kept: Mapping[str, F32]) -> Any:
     return tf.function(predict, autograph=False, input_signature=[specs[name] for name in names])
 
 
-def warm_up_requests(ranker: Ranker, version: int) -> list[bytes]:
+def _warm_up_requests(ranker: Ranker, version: int) -> list[bytes]:
     """Requests, on made-up rows, that TensorFlow Serving runs before it reports a version as available."""
     found = []
     for rows in WARM_UP_ROWS:
@@ -77,12 +72,7 @@ def write(
 ) -> Path:
     """Writes a version to a temporary directory next to the others, and returns that directory.
 
-    Args:
-        folder: The directory of all versions.
-        version: Its number.
-        ranker: With the version's weights.
-        kept: As for `raw_signature`.
-        known: Answers by id; None for none.
+    `kept` are the default values of optional inputs, and `known` the answers by id.
     """
     writing = folder / f".writing-{version}"
     shutil.rmtree(writing, ignore_errors=True)
@@ -94,7 +84,7 @@ def write(
     warm_up = writing / WARM_UP
     warm_up.parent.mkdir()
     with tf.io.TFRecordWriter(str(warm_up)) as records:
-        for request in warm_up_requests(ranker, version):
+        for request in _warm_up_requests(ranker, version):
             records.write(request)
     return writing
 
@@ -115,24 +105,100 @@ def sweep(folder: Path) -> None:
 
 
 def keep_newest(folder: Path, count: int) -> list[int]:
-    """Removes all versions but the newest, each by one rename; returns the removed ones.
-
-    Args:
-        folder: The directory of all versions.
-        count: How many to keep.
-    """
+    """Removes all versions but the newest `count`, each by one rename; returns the removed ones."""
     numbers = sorted((int(path.name) for path in folder.iterdir() if path.name.isdigit()), reverse=True)
     for number in numbers[count:]:
-        remove(folder / str(number))
+        removed = folder / f".removed-{number}"
+        (folder / str(number)).rename(removed)
+        shutil.rmtree(removed)
     return numbers[count:]
 
 
-class Exported:
-    """An exported version, loaded by TensorFlow.
+BY_ID = "serving_default"
+NOW = -1
+
+Tensor = Any
+
+
+class KnownAnswers(tf.Module):
+    """Looks up answers by raw id.
 
     Args:
-        path: Its directory.
+        content: An `.npz` file with `user_ids` `[U]` and `item_ids` `[I]` (bytes), `at_ms`, `engagements` `[U + 1, I]`
+            float32, and as `outputs.<name>` `[U + 1, ...]` serving's outputs without an item. Row 0 is an unknown user.
+
+    Attributes:
+        users: The number of users.
+        items: The number of items.
+        at_ms: The time that all answers are for.
     """
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(name="known_answers")
+        with np.load(io.BytesIO(content), allow_pickle=False) as held:
+            users, items = held["user_ids"], held["item_ids"]
+            self.users, self.items, self.at_ms = len(users), len(items), int(held["at_ms"])
+            nothing = np.full((self.users + 1, 1), np.nan, np.float32)
+            self._engagements = tf.constant(np.concatenate([nothing, held["engagements"]], 1))
+            self._outputs = {
+                name.removeprefix("outputs."): tf.constant(_plain(held[name]))
+                for name in held.files
+                if name.startswith("outputs.")
+            }
+        self._user_places, self._item_places = _places(users, 1, 0), _places(np.append(items, b""), 1, -1, last=0)
+
+    def signature(self) -> Any:
+        """The function of `user_id`, with optional `item`, `category` and `at`, one value a row."""
+        optional = {"item": tf.constant([b""]), "category": tf.constant([b""]), "at": tf.constant([NOW], tf.int64)}
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = [inspect.Parameter("user_id", kind)]
+        parameters += [inspect.Parameter(name, kind, default=value) for name, value in optional.items()]
+
+        def answer(*given: Tensor) -> dict[str, Tensor]:
+            return self._answer(*given)
+
+        answer.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        specs = [tf.TensorSpec([None], tf.string, "user_id")]
+        specs += [tf.TensorSpec([None], value.dtype, name) for name, value in optional.items()]
+        return tf.function(answer, autograph=False, input_signature=specs)
+
+    def _answer(self, user: Tensor, item: Tensor, category: Tensor, at: Tensor) -> dict[str, Tensor]:
+        rows = tf.shape(user)
+        # An omitted input has one value for all rows.
+        item, at = tf.broadcast_to(item, rows), tf.broadcast_to(at, rows)
+        place, column = self._user_places.lookup(user), self._item_places.lookup(item)
+        checks = [
+            tf.debugging.Assert(tf.reduce_all((at == NOW) | (at == self.at_ms)), [f"this model answers for {self.at_ms} ms only, at =", at]),
+            tf.debugging.Assert(tf.reduce_all(column >= 0), ["this model knows the items that it was exported with only, item =", item]),
+            tf.debugging.Assert(tf.reduce_all(category == b""), ["this model takes each item's own category, category =", category]),
+        ]  # fmt: skip
+        with tf.control_dependencies(checks):
+            found = {name: tf.gather(value, place) for name, value in self._outputs.items()}
+            engaged = tf.gather_nd(self._engagements, tf.stack([place, column], 1))
+            return found | {"engagement": engaged, "at": tf.fill(rows, tf.constant(self.at_ms, tf.int64))}
+
+
+def _plain(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Converts byte strings to the object arrays that TensorFlow accepts."""
+    return values.astype(np.object_) if values.dtype.kind == "S" else values
+
+
+def _places(keys: npt.NDArray[np.bytes_], first: int, other: int, last: int | None = None) -> Any:
+    """A lookup table from keys to consecutive indices from `first` on; `other` for every other key.
+
+    `last` is the index of the last key, if it is out of order.
+    """
+    places = np.arange(first, first + len(keys), dtype=np.int64)
+    if last is not None:
+        places[-1] = last
+    # TensorFlow cannot create a table without keys.
+    given = (keys, places) if len(keys) else (np.array([b"\0"]), np.array([other], np.int64))
+    initializer = tf.lookup.KeyValueTensorInitializer(tf.constant(_plain(given[0])), tf.constant(given[1]))
+    return tf.lookup.StaticHashTable(initializer, other)
+
+
+class Exported:
+    """An exported version, loaded by TensorFlow from its directory."""
 
     def __init__(self, path: Path) -> None:
         # A signature function does not keep its model alive, so a reference is held here.
@@ -143,15 +209,3 @@ class Exported:
         """The outputs of the signature `raw`."""
         given = {name: tf.constant(value) for name, value in inputs.items()}
         return {name: np.asarray(value.numpy()) for name, value in self._raw(**given).items()}
-
-
-def bytes_of(path: Path) -> int:
-    """The total size of a version's files."""
-    return sum(one.stat().st_size for one in path.rglob("*") if one.is_file())
-
-
-def remove(path: Path) -> None:
-    """Removes a version; one rename makes it disappear."""
-    grave = path.with_name(f".removed-{path.name}")
-    path.rename(grave)
-    shutil.rmtree(grave)

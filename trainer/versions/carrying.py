@@ -1,20 +1,37 @@
-"""Decides what another model, feature spec or release carries over from a version, and what starts from scratch.
+"""What a trainer continues from: its version bit for bit, or what another model carries over from it.
 
-A table is carried over if it keeps its name and width, a dense weight if it keeps its
-name and shape; the optimizer's slots follow it. Counters, metrics, popular categories
-and transition counts are facts of the log and are always carried over. Pure functions.
+A table is carried over if it keeps its name and width, a dense weight if it keeps its name and shape; the optimizer's
+slots follow it. Counters, metrics, popular categories and transition counts are facts of the log and always carried over.
+
+To promote an experiment, the live trainer takes over the state of the experiment's trainer. The epoch's first version is
+then a delta of the live version that the epoch begins from, so readers of versions need no knowledge of experiments.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from state.rows.tables import tables_in
-from trainer.versions.content import COLUMNS, QUALITY, Array, Tensors
+from state import layout
+from state.config.sections import Model
+from state.config.settings import Settings
+from state.errors import UnknownVersion
+from state.features.spec import FeatureSpec
+from state.registry.control import RESTORE, Control
+from state.registry.manifest import LogRange, Manifest
+from state.registry.model_fit import differences, pending, require_fit, version_to_go_on_from
+from state.registry.registry import Registry
+from state.rows.tables import OPTIONAL, tables_in
+from trainer.engine.build import EMBEDDINGS, ranker_of
+from trainer.engine.step import Trainer
+from trainer.model.ranker import Ranker
+from trainer.versions import checkpoint, content
+from trainer.versions.content import COLUMNS, PENDING, QUALITY, Array, Tensors
+from trainer.versions.program import preprocessing_of
 
 _POWERS = "slots.powers"
 _MOVING = "slots.moving."
@@ -22,49 +39,22 @@ _GUARD = "state.guard."
 
 
 @dataclass(frozen=True, slots=True)
-class CarriedTable:
-    """A table before and after.
+class CarriedPart:
+    """A table or a dense weight, before and after.
 
     Attributes:
+        kind: Which of the two.
         name: Its name.
-        rows: The number of its rows in the version.
-        was: Their width; None if the version has no such table.
-        now: Their width now; None if the model reads no such table.
+        was: Width of the table's rows, or shape of the weight, in the version; None if the version has none.
+        now: Likewise in the model; None if it reads no such table or has no such weight.
+        rows: The number of the table's rows in the version.
     """
 
-    name: str
-    rows: int
-    was: int | None
-    now: int | None
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether its rows are kept."""
-        return self.was == self.now
-
-    def __str__(self) -> str:
-        """The table's outcome as text.
-
-        >>> str(CarriedTable("user", 1200, 32, 32)), str(CarriedTable("user", 1200, 32, 16))
-        ('user: 1,200 rows of width 32', 'user: 1,200 rows of width 32, the width is now 16')
-        """
-        rows = None if self.was is None else f"{self.rows:,} rows of width {self.was}"
-        return fate(self.name, rows, "width", None if self.now is None else str(self.now), self.goes_on)
-
-
-@dataclass(frozen=True, slots=True)
-class CarriedWeight:
-    """A dense weight before and after.
-
-    Attributes:
-        name: Its name.
-        was: Its shape; None if the version has none.
-        now: Its shape now; None if the model has none.
-    """
-
+    kind: Literal["table", "weight"]
     name: str
     was: tuple[int, ...] | None
     now: tuple[int, ...] | None
+    rows: int = 0
 
     @property
     def goes_on(self) -> bool:
@@ -72,13 +62,24 @@ class CarriedWeight:
         return self.was == self.now
 
     def __str__(self) -> str:
-        """The weight's outcome as text.
+        """The outcome as text.
 
-        >>> str(CarriedWeight("query.bias", None, (8,))), str(CarriedWeight("query.bias", (8,), (4,)))
-        ('query.bias: the version has none', 'query.bias: 8, the shape is now 4')
+        >>> str(CarriedPart("table", "user", (32,), (32,), 1200)), str(CarriedPart("table", "user", (32,), None, 7))
+        ('user: 1,200 rows of width 32', 'user: 7 rows of width 32, no longer read')
+        >>> str(CarriedPart("weight", "query", None, (8, 4))), str(CarriedPart("weight", "query", (8,), (8, 4)))
+        ('query: the version has none', 'query: 8, the shape is now 8x4')
         """
-        was, now = (None if shape is None else shown(shape) for shape in (self.was, self.now))
-        return fate(self.name, was, "shape", now, self.goes_on)
+        if self.was is None:
+            return f"{self.name}: the version has none"
+        was, now = (
+            None if shape is None else "x".join(map(str, shape)) or "a number" for shape in (self.was, self.now)
+        )
+        is_table = self.kind == "table"
+        text = f"{self.name}: {self.rows:,} rows of width {was}" if is_table else f"{self.name}: {was}"
+        if self.goes_on:
+            return text
+        change = "no longer read" if now is None else f"the {'width' if is_table else 'shape'} is now {now}"
+        return f"{text}, {change}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,96 +94,61 @@ class Carrying:
         popular: The version's number of popular categories.
     """
 
-    tables: tuple[CarriedTable, ...]
-    weights: tuple[CarriedWeight, ...]
+    tables: tuple[CarriedPart, ...]
+    weights: tuple[CarriedPart, ...]
     steps: int = 0
     trained: int = 0
     popular: int = 0
 
     @property
-    def anew(self) -> tuple[CarriedTable | CarriedWeight, ...]:
+    def anew(self) -> tuple[CarriedPart, ...]:
         """The tables and weights that start from scratch."""
-        return (*self.tables_anew, *(one for one in self.weights if not one.goes_on))
+        return tuple(part for part in (*self.tables, *self.weights) if not part.goes_on)
 
-    @property
-    def tables_anew(self) -> tuple[CarriedTable, ...]:
-        """The tables that start from scratch."""
-        return tuple(one for one in self.tables if not one.goes_on)
-
-    def wanting(self, optional: Collection[str] = ()) -> tuple[CarriedTable | CarriedWeight, ...]:
+    def wanting(self, optional: Collection[str] = ()) -> tuple[CarriedPart, ...]:
         """What keeps a trainer from loading the version as is: all that starts from scratch but `optional` tables."""
-        return tuple(one for one in self.anew if not (isinstance(one, CarriedTable) and one.name in optional))
+        return tuple(part for part in self.anew if not (part.kind == "table" and part.name in optional))
 
     def lines(self) -> list[str]:
         """The plan as text: each table, a summary of the weights, each weight that starts from scratch."""
-        weights = [one for one in self.weights if one.goes_on]
-        numbers = sum(int(np.prod(one.was or ())) for one in weights)
-        said = ["carried over:", *(f"  table {one}" for one in self.tables if one.goes_on)]
-        now = sum(one.now is not None for one in self.weights)
-        said += [
+        weights = [weight for weight in self.weights if weight.goes_on]
+        numbers = sum(int(np.prod(weight.was or ())) for weight in weights)
+        lines = ["carried over:", *(f"  table {table}" for table in self.tables if table.goes_on)]
+        now = sum(weight.now is not None for weight in self.weights)
+        lines += [
             f"  {len(weights)} of {now} dense weights, {numbers:,} numbers, with their optimizer's slots",
             f"  the counts of {self.steps:,} steps and {self.trained:,} rows, {self.popular:,} popular categories, "
             "and all measures",
         ]
         if not self.anew:
-            return [*said, "begins anew: nothing"]
-        said.append("begins anew:")
-        said += [f"  {'table' if isinstance(one, CarriedTable) else 'weight'} {one}" for one in self.anew]
-        if any(isinstance(one, CarriedWeight) for one in self.anew):
-            said.append("  the guard's running loss, with the weights")
-        return said
+            return [*lines, "starts from scratch: nothing"]
+        lines.append("starts from scratch:")
+        lines += [f"  {part.kind} {part}" for part in self.anew]
+        if any(part.kind == "weight" for part in self.anew):
+            lines.append("  the guard's running loss, with the weights")
+        return lines
 
     def document(self) -> dict[str, Any]:
         """As JSON values, for control."""
         return {
-            "tables": {one.name: one.rows for one in self.tables if one.goes_on},
-            "weights": sum(one.goes_on for one in self.weights),
-            "anew": [str(one) for one in self.anew],
+            "tables": {table.name: table.rows for table in self.tables if table.goes_on},
+            "weights": sum(weight.goes_on for weight in self.weights),
+            "anew": [str(part) for part in self.anew],
         }
 
 
-def fate(name: str, was: str | None, measure: str, now: str | None, goes_on: bool) -> str:
-    """The outcome of a table or a weight as text.
-
-    Args:
-        name: Its name.
-        was: Its description in the version; None if the version has none.
-        measure: The property that must stay the same for it to be carried over.
-        now: That property in the model; None if the model has none.
-        goes_on: Whether it is carried over.
-
-    >>> fate("item", "7 rows of width 32", "width", None, goes_on=False)
-    'item: 7 rows of width 32, no longer read'
-    """
-    if was is None:
-        return f"{name}: the version has none"
-    change = "no longer read" if now is None else f"the {measure} is now {now}"
-    return f"{name}: {was}" if goes_on else f"{name}: {was}, {change}"
-
-
-def shown(shape: tuple[int, ...]) -> str:
-    """A shape as text.
-
-    >>> shown((128, 256)), shown(())
-    ('128x256', 'a number')
-    """
-    return "x".join(map(str, shape)) or "a number"
-
-
 def plan(old: Tensors, fresh: Tensors) -> Carrying:
-    """Plans what a model carries over from the full state `old`.
+    """Plans what a model carries over from the full state `old`, as a base holds it.
 
-    Args:
-        old: The full state, as a base holds it.
-        fresh: The full state of the untrained model; of its tables and weights only names and shapes count.
+    `fresh` is the full state of the untrained model; of its tables and weights only names and shapes count.
     """
     tables = tuple(
-        CarriedTable(name, len(old.get(f"{name}.ids", ())), _width(name, old), _width(name, fresh))
+        CarriedPart("table", name, _width(name, old), _width(name, fresh), len(old.get(f"{name}.ids", ())))
         for name in _united(tables_in(fresh), tables_in(old))
         if _width(name, old) is not None or _width(name, fresh) is not None
     )
     weights = tuple(
-        CarriedWeight(name, _shape(f"dense.{name}", old), _shape(f"dense.{name}", fresh))
+        CarriedPart("weight", name, _shape(f"dense.{name}", old), _shape(f"dense.{name}", fresh))
         for name in _united(_under("dense.", fresh), _under("dense.", old))
     )
     steps, trained = (int(old.get(f"state.counters.{name}", np.int64(0))) for name in ("steps", "trained"))
@@ -190,16 +156,12 @@ def plan(old: Tensors, fresh: Tensors) -> Carrying:
 
 
 def carried(old: Tensors, fresh: Tensors, planned: Carrying, fast: Collection[str] = ()) -> dict[str, Array]:
-    """The full state with which a trainer continues.
+    """The full state with which a trainer continues: `planned` applied to the states that it was planned for.
 
-    Args:
-        old: As for `plan`.
-        fresh: As for `plan`.
-        planned: Their plan.
-        fast: Names of the weights whose slots are kept together, as `moving.`.
+    `fast` are the names of the weights whose slots are kept together, as `moving.`.
     """
-    kept_weights = {one.name for one in planned.weights if one.goes_on}
-    all_kept = all(one.goes_on for one in planned.weights if one.now is not None)
+    kept_weights = {weight.name for weight in planned.weights if weight.goes_on}
+    all_kept = all(weight.goes_on for weight in planned.weights if weight.now is not None)
     found: dict[str, Array] = {}
     # 1. Tables.
     for table in planned.tables:
@@ -236,8 +198,8 @@ def removals(old: Tensors, fresh: Tensors, planned: Carrying) -> dict[str, Array
     a table of width 0.
     """
     found: dict[str, Array] = {}
-    for table in planned.tables_anew:
-        if table.was is None:
+    for table in planned.tables:
+        if table.goes_on or table.was is None:
             continue
         if table.now is None:
             empty = {name: old[f"{table.name}.{name}"][:0] for name in COLUMNS}
@@ -249,11 +211,12 @@ def removals(old: Tensors, fresh: Tensors, planned: Carrying) -> dict[str, Array
     return found
 
 
-def _width(table: str, tensors: Tensors) -> int | None:
+def _width(table: str, tensors: Tensors) -> tuple[int, ...] | None:
     """The width of a table's rows; None if there is no such table, or an upgrade dropped it."""
     if f"{table}.ids" not in tensors:
         return None
-    return tensors[f"{table}.rows"].shape[1] or None
+    width = tensors[f"{table}.rows"].shape[1:]
+    return width if width[0] else None
 
 
 def _shape(name: str, tensors: Tensors) -> tuple[int, ...] | None:
@@ -267,3 +230,164 @@ def _under(prefix: str, tensors: Mapping[str, Any]) -> Iterator[str]:
 def _united(ours: Collection[str] | Iterator[str], theirs: Collection[str] | Iterator[str]) -> list[str]:
     first = list(ours)
     return [*first, *sorted(set(theirs) - set(first))]
+
+
+EXPERIMENT = "experiment"
+"""Key in the plan of a control generation: the name of the experiment that the epoch continues from."""
+
+logger = logging.getLogger(__name__)
+
+
+def _take_over(
+    live: Registry, recorded: Mapping[str, Any], version: int, trainer: Trainer, spec: str
+) -> tuple[Manifest, dict[str, Array]]:
+    """Restores `trainer` to the experiment's version, as the start of an epoch that begins from the live `version`.
+
+    Returns:
+        The experiment's manifest with the identity of the live version, and what the epoch's first version holds.
+
+    Raises:
+        UnknownVersion: The experiment's registry is gone, or a version of it.
+    """
+    path = layout.experiment_registry(trainer.settings.state_dir, str(recorded[EXPERIMENT]))
+    if not path.is_dir():
+        raise UnknownVersion(
+            f"the epoch continues from experiment {recorded[EXPERIMENT]}, and {path} is gone",
+            f"roll back: `springtide rollback --to {version} --reason TEXT`",
+        )
+    found = checkpoint.restore(Registry(path), int(recorded["version"]), trainer, spec)
+    of, old = checkpoint.full_state(live, version)
+    mine = checkpoint.full(trainer)
+    changes = checkpoint.changes(trainer) | mine | ends(old, mine) | removals(old, mine, plan(old, mine))
+    return replace(
+        found, version=of.version, kind=of.kind, epoch=of.epoch, parent=of.parent, visible=of.visible
+    ), changes
+
+
+def ends(old: Tensors, mine: Tensors) -> dict[str, Array]:
+    """The removals in a delta from full state `old` to `mine`: rows and sightings that only `old` has, in tables of both.
+
+    >>> ids = np.array([3, 5], np.uint64)
+    >>> zeros = {"pending_counts": np.zeros(0, np.int32), "pending_seen_ms": np.zeros(0, np.int64)}
+    >>> def of(ids):
+    ...     table = {"ids": ids, "rows": np.zeros((len(ids), 2)), "pending_ids": ids[:0], **zeros}
+    ...     return {f"user.{name}": column for name, column in table.items()}
+    >>> ends(of(ids), of(ids[1:]))["user.removed"].tolist()
+    [3]
+    """
+    found: dict[str, Array] = {}
+    both = mine.keys() & old.keys()
+    for table in (name for name in tables_in(both) if f"{name}.ids" in both):
+        found[f"{table}.removed"] = np.setdiff1d(old[f"{table}.ids"], mine[f"{table}.ids"])
+        waits, ours = old[f"{table}.{PENDING[0]}"], mine[f"{table}.{PENDING[0]}"]
+        over = np.setdiff1d(waits, ours)
+        ended = {PENDING[0]: over, PENDING[1]: np.zeros(len(over), np.int32), PENDING[2]: np.zeros(len(over), np.int64)}
+        order = np.argsort(np.concatenate([ours, over]), kind="stable")
+        found |= {
+            f"{table}.{name}": np.concatenate([mine[f"{table}.{name}"], column])[order]
+            for name, column in ended.items()
+        }
+    return found
+
+
+class CarriedOver(NamedTuple):
+    """A version that a trainer of another model continues from, and what the first version holds besides the carried parts."""
+
+    manifest: Manifest
+    planned: Carrying
+    changes: dict[str, content.Array]
+
+
+def carry_over(versions: Registry, version: int, trainer: Trainer) -> CarriedOver:
+    """Loads the fitting parts of `version` into `trainer`; the rest is initialised.
+
+    Raises:
+        UnknownVersion: A part of its chain is not kept.
+        CorruptVersion: A file of its chain fails its digest.
+    """
+    manifest, old = checkpoint.full_state(versions, version)
+    trainer.clear()
+    fresh = checkpoint.full(trainer)
+    planned = plan(old, fresh)
+    checkpoint.load(trainer, carried(old, fresh, planned, trainer.model.fast_weights))
+    # Carried rows are the base's: the version need not repeat them.
+    changes = checkpoint.changes(trainer) | removals(old, fresh, planned)
+    return CarriedOver(manifest, planned, changes)
+
+
+def restore_or_carry(
+    registry: Registry, control: Control, version: int, trainer: Trainer, spec: str
+) -> tuple[Manifest, dict[str, content.Array] | None]:
+    """Restores the trainer that published `version`, or carries it over if an upgrade begins.
+
+    Returns:
+        The manifest of the version, and what the first version of an upgrade holds; None without an upgrade.
+
+    Raises:
+        UnknownVersion, CorruptVersion: The version cannot be read.
+        SpecMismatch, SettingsError: It has other features or another model, and no upgrade was requested.
+    """
+    began = pending(registry, control)
+    if began is not None and began.plan is not None and EXPERIMENT in began.plan:
+        logger.info("epoch %d continues from experiment %s", control.epoch, began.plan[EXPERIMENT])
+        return _take_over(registry, began.plan, version, trainer, spec)
+    if began is None:
+        return _without_lost_log(registry, control, checkpoint.restore(registry, version, trainer, spec)), None
+    found = carry_over(registry, version, trainer)
+    logger.info("epoch %d continues from version %d: %s", control.epoch, version, "; ".join(found.planned.lines()))
+    return found.manifest, found.changes
+
+
+def _without_lost_log(registry: Registry, control: Control, version: Manifest) -> Manifest:
+    """A version as control's epoch continues from it. If its log was lost, it has no log position and counts the loss."""
+    began = registry.generations.beginning_of(control.epoch)
+    if began is None or began.action != RESTORE or began.plan is None or version.epoch == control.epoch:
+        return version
+    gap = version.metrics.get("account.gap", 0.0) + int(began.plan["lost"])
+    log = LogRange(version.log.topic, partition=version.log.partition)
+    return replace(version, log=log, metrics={**version.metrics, "account.gap": gap})
+
+
+def nothing_learned(trainer: Trainer, about: Mapping[str, Any]) -> dict[str, content.Array]:
+    """Clears everything that `trainer` has learned; returns what the first base holds."""
+    checkpoint.begin(trainer, about)
+    return checkpoint.full(trainer)
+
+
+def require_ranker_fits(registry: Registry, settings: Settings, spec: FeatureSpec, ranker: Ranker) -> None:
+    """Refuses a ranker whose weights or rows differ from the current version, unless an upgrade was requested.
+
+    Raises:
+        ModelMismatch: It names what differs and the command to run.
+    """
+    widths = dict.fromkeys(EMBEDDINGS, settings.model.dim) | dict(ranker.tables)
+    dense = {name: tuple(variable.shape) for name, variable in ranker.dense.items()}
+    require_fit(registry, settings, spec, dense, widths, OPTIONAL)
+
+
+def is_of_release(registry: Registry, settings: Settings, spec: FeatureSpec) -> bool:
+    """Whether only this release's own code can differ from the current version: no custom code, same settings."""
+    own, default = settings.model, Model()
+    if (own.ranker, own.tower, own.preprocessing) != (default.ranker, default.tower, default.preprocessing):
+        return False
+    version = version_to_go_on_from(registry)
+    return version is not None and not differences(registry, version, settings, spec)
+
+
+def require_settings_fit(settings: Settings, spec: FeatureSpec) -> None:
+    """Like `require_ranker_fits`, for the ranker of the settings; does nothing if nothing was trained.
+
+    Raises:
+        ModelMismatch: See `require_ranker_fits`.
+        SettingsError: There is no such ranker.
+        RegistryError: The registry cannot be read.
+    """
+    if not settings.registry_dir.is_dir():
+        return
+    registry = Registry(settings.registry_dir)
+    if (
+        registry.control() is not None
+        and (name := registry.specs.bootstrapped(spec.digest, settings.model)) is not None
+    ):
+        preprocessing = preprocessing_of(registry.specs.transform(name))
+        require_ranker_fits(registry, settings, spec, ranker_of(settings, spec, preprocessing))

@@ -1,8 +1,4 @@
-"""Copies a trainer's state for a version, and restores a trainer from a version with the same bits.
-
-The step thread copies the changes, which takes a few milliseconds. The background
-thread encodes, digests and writes them, see `trainer/versions/publisher.py`.
-"""
+"""Copies a trainer's state for a version, and restores a trainer from a version with the same bits."""
 
 from __future__ import annotations
 
@@ -34,7 +30,7 @@ from trainer.versions import content
 
 # Settings of [trainer] in addition to all of [model].
 _DECIDING = (
-    "admit_after", "admit_crosses_after", "max_rows", "max_crosses", "expire_s", "guard_factor", "guard_patience",
+    "admit_after", "max_rows", "max_crosses", "expire_s", "guard_factor", "guard_patience",
     "rows_per_update",
 )  # fmt: skip
 # CPU features that affect the order of floating-point sums.
@@ -70,21 +66,12 @@ def digest(trainer: Trainer) -> str:
 
 
 def restore(versions: Registry, version: int, trainer: Trainer, spec: str) -> Manifest:
-    """Restores `trainer` to the state that published `version`, whatever its state and table layout were before.
-
-    Args:
-        versions: Where the version is stored.
-        version: Its number.
-        trainer: Is cleared first.
-        spec: Digest of the trainer's feature spec.
-
-    Returns:
-        The manifest of the version.
+    """Restores `trainer` to the state that published `version`, whatever its state was before; returns the version's manifest.
 
     Raises:
         UnknownVersion: A part of its chain is not kept.
         CorruptVersion: A file of its chain fails its digest.
-        SpecMismatch: It was trained on other features.
+        SpecMismatch: It was trained on other features than those of digest `spec`.
         SettingsError: It is of another model.
     """
     base, deltas = versions.chain(version)
@@ -92,10 +79,21 @@ def restore(versions: Registry, version: int, trainer: Trainer, spec: str) -> Ma
     if newest.spec != spec:
         raise SpecMismatch(
             f"version {version} was trained on feature spec {newest.spec[:12]}, the settings make {spec[:12]}",
-            "put [features] and events.actions back, or go on from it: `springtide upgrade --reason TEXT`",
+            "put [features] and events.actions back, or continue from it: `springtide upgrade --reason TEXT`",
         )
     load(trainer, content.merge(tensors_of(versions, part) for part in (base, *deltas)))
     return newest
+
+
+def full_state(versions: Registry, version: int) -> tuple[Manifest, dict[str, content.Array]]:
+    """The manifest of a version, and its full state as a base holds it.
+
+    Raises:
+        UnknownVersion: A part of its chain is not kept.
+        CorruptVersion: A file of its chain fails its digest.
+    """
+    base, deltas = versions.chain(version)
+    return (deltas[-1] if deltas else base), content.merge(tensors_of(versions, part) for part in (base, *deltas))
 
 
 def tensors_of(versions: Registry, part: Manifest) -> dict[str, content.Array]:
@@ -120,7 +118,7 @@ def load(trainer: Trainer, tensors: content.Tensors) -> None:
         if widths.get(name) != ours.get(name):
             raise SettingsError(
                 f"rows of {name}: expected width {ours.get(name, 'none')}, the version has {widths.get(name, 'none')}",
-                "put the [model] settings back, or go on from it: `springtide upgrade --reason TEXT`",
+                "put the [model] settings back, or continue from it: `springtide upgrade --reason TEXT`",
             )
     for name, table in trainer.tables.items():
         if name in OPTIONAL and widths.get(name) != table.dim:
@@ -135,12 +133,7 @@ def load(trainer: Trainer, tensors: content.Tensors) -> None:
 
 
 def begin(trainer: Trainer, about: Mapping[str, Any]) -> None:
-    """Makes `trainer` an untrained one that knows the popular labels of the bootstrap.
-
-    Args:
-        trainer: Is cleared first.
-        about: What the bootstrap wrote about the feature spec.
-    """
+    """Makes `trainer` an untrained one that knows the popular labels of the bootstrap, whose document is `about`."""
     trainer.clear()
     popular = sorted((int(label, 16), int(clicks)) for label, clicks in about["popular"])
     # The bootstrap's counts have no noise, so they are not used with a privacy budget.
@@ -156,11 +149,7 @@ def environment(
 ) -> dict[str, str]:
     """What the bits of a step depend on besides the log. Versions with different environments are not comparable.
 
-    Args:
-        settings: All settings.
-        device: The device of the variables.
-        engine: The engine that computes steps; each engine rounds differently.
-        cpuinfo: The file that lists the CPU's features.
+    `device` has the variables. `cpuinfo` lists the CPU's features.
     """
     flags: set[str] = set()
     if cpuinfo.exists():
@@ -200,7 +189,6 @@ def deciding(settings: Settings) -> dict[str, str]:
     if settings.churn.days:
         own |= {
             "churn.days": str(settings.churn.days),
-            "churn.examples": str(settings.churn.examples),
             "churn.code": str(CHURN_CODE),
         }
     return model | own | {f"attributes.{name}": str(getattr(wanted, name)) for name in ("slices", "slice_values")}

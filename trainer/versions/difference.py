@@ -64,7 +64,7 @@ def first_difference(kept: Tensors, recomputed: Tensors) -> Difference | None:
         if found is not None:
             return found
     tabled = {f"{table}.{name}" for table in tables for name in COLUMNS}
-    for name in sorted(one for one in (kept.keys() | recomputed.keys()) - tabled if not one.startswith(BESIDE)):
+    for name in sorted(name for name in (kept.keys() | recomputed.keys()) - tabled if not name.startswith(BESIDE)):
         if name not in kept or name not in recomputed:
             return Difference(name, "", None, None, _presence(name in kept), _presence(name in recomputed))
         at = _unequal(kept[name], recomputed[name])

@@ -54,7 +54,7 @@ def preprocessing_of(transform: Path) -> Callable[[Any], Any]:
 
 
 def lower(ranker: Ranker) -> bytes:
-    """The LiteRT program of `ranker`. The ranker's weights are unchanged afterwards.
+    """The LiteRT program of `ranker`.
 
     Raises:
         ProgramError: An operation has no LiteRT counterpart; the message names it.
@@ -92,20 +92,21 @@ def _own(ranker: Ranker) -> str:
 
 
 class Program:
-    """A loaded program, for checks. Serving has its own class, without TensorFlow."""
+    """A loaded program, of which `predict` runs one signature, for checks. Serving has its own class, without TensorFlow."""
 
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, content: bytes, signature: str = "predict") -> None:
         from ai_edge_litert.interpreter import Interpreter
 
+        # A runner does not keep its interpreter alive, so a reference is held here.
         self._interpreter = Interpreter(model_content=content, num_threads=1)
-        self._predict = self._interpreter.get_signature_runner("predict")
-        self._load = self._interpreter.get_signature_runner("load")
+        self._predict = self._interpreter.get_signature_runner(signature)
 
     def load(self, weights: Mapping[str, F32]) -> None:
         """Sets the dense weights, named as in the model."""
-        self._load(**{argument(name): weight for name, weight in weights.items()})
+        load = self._interpreter.get_signature_runner("load")
+        load(**{argument(name): weight for name, weight in weights.items()})
 
-    def predict(self, inputs: Mapping[str, F32]) -> dict[str, F32]:
+    def predict(self, inputs: Mapping[str, Any]) -> dict[str, F32]:
         """Computes the outputs of `Ranker.predict`."""
         outputs: dict[str, F32] = self._predict(**inputs)
         return outputs
@@ -138,7 +139,7 @@ def sample(ranker: Ranker, rows: int = 32, training: bool = False) -> dict[str, 
     """Made-up inputs of serving, or of training: the same each time, with edge cases."""
     drawn = np.random.default_rng(7)
     made: dict[str, F32] = {}
-    whole = {one.name for one in ranker.inputs if one.whole}
+    whole = {input_.name for input_ in ranker.inputs if input_.whole}
     for name, spec in ranker.specs(training).items():
         shape = [rows if size is None else size for size in spec.shape]
         if name in whole:
@@ -168,15 +169,8 @@ def program_of(
 ) -> str:
     """The name of the ranker's program in the registry.
 
-    Lowering takes seconds of each start. So the program of `version` is used again if that version was trained with this
-    feature spec and in this environment, and if the program still computes the ranker's outputs.
-
-    Args:
-        registry: Where the program is stored.
-        version: The version that training continues from; None lowers in any case.
-        spec: Digest of the feature spec.
-        environment: As a manifest has it.
-        ranker: The model.
+    Lowering takes seconds. So the program of `version` is used again if that version was trained with this feature spec and
+    in this environment, and if the program still computes the ranker's outputs.
 
     Raises:
         ProgramError: The model does not lower, or the outputs of program and model differ.

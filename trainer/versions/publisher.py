@@ -4,28 +4,117 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from state.config.settings import Settings
 from state.errors import UnusableRegistry
 from state.metrics import TrainerMetrics
-from state.registry.manifest import Draft, Manifest
+from state.registry.control import Control
+from state.registry.log_line import epoch_at
+from state.registry.manifest import TOLD_MS, Draft, Kind, LogRange, Manifest
 from state.registry.registry import Registry
 from state.storage.waiting import Room
-from trainer.versions import content
+from trainer.engine.step import Trainer
+from trainer.measures import breakdown
+from trainer.measures.breakdown import SliceMeasures
+from trainer.place import TrainingPlace
+from trainer.versions import checkpoint, content
+
+
+@dataclass(frozen=True)
+class Drafter:
+    """Drafts the versions of one process; holds the fields that all of them share.
+
+    Attributes:
+        topic: Name of the training log's topic.
+        partition: Its partition.
+        spec: Digest of the feature spec.
+        program: SHA-256 of the program that fits the model.
+        salt: Fingerprint of the salt.
+        environment: What the bits of a step depend on besides the log.
+    """
+
+    topic: str
+    partition: int
+    spec: str
+    program: str
+    salt: str
+    environment: Mapping[str, str]
+
+    @classmethod
+    def of(cls, settings: Settings, trainer: Trainer, spec: str, program: str, salt: str) -> Drafter:
+        """The drafter of a process with these settings."""
+        topic, partition = settings.kafka.microbatches_topic, settings.trainer.partition
+        environment = checkpoint.environment(settings, trainer.device, trainer.engine.name)
+        return cls(topic, partition, spec, program, salt, environment)
+
+    def draft(
+        self,
+        kind: Kind,
+        place: TrainingPlace,
+        trainer: Trainer,
+        account: Mapping[str, int],
+        topic_id: str,
+        control: Control,
+        now_ms: int,
+        judged: tuple[str, Mapping[str, float]] = ("", {}),
+        slices: Sequence[SliceMeasures] = (),
+    ) -> Draft:
+        """The draft of a version with the current weights of `trainer`.
+
+        Args:
+            kind: `base`, `delta` or `recent`. The parent of a recent version is the last version, of others the last
+                durable one.
+            place: The trainer's position.
+            trainer: Provides counters and metrics.
+            account: Rows by outcome.
+            topic_id: Id of the training log's topic.
+            control: The control under which it learned: its mask, and the branch of the log.
+            now_ms: Wall clock.
+            judged: The guard's verdict, and how near its rules are to a hold.
+            slices: The metrics of slices; empty for a version that is not durable.
+        """
+        counters = trainer.counters
+        parent, first = (place.parent, place.first) if kind == "recent" else (place.durable, place.durable_first)
+        return Draft(
+            kind=kind,
+            epoch=place.epoch,
+            parent=parent or None,
+            log=LogRange(
+                *(self.topic, topic_id, self.partition, first, place.next),
+                epoch_at(control.log, place.next),
+                place.leader_epoch,
+            ),
+            sources=tuple(place.marks.items()),
+            steps=counters.steps,
+            rows=counters.trained,
+            created_at_ms=now_ms,
+            event_time_ms=counters.event_time_ms,
+            spec=self.spec,
+            program=self.program,
+            salt=self.salt,
+            mask_generation=control.mask.generation,
+            metrics=trainer.measures.evaluation.values()
+            | trainer.measures.progressive.values()
+            | dict(breakdown.values(slices))
+            | ({} if trainer.churn is None else trainer.churn.values())
+            | {f"account.{name}": float(value) for name, value in account.items()}
+            | {TOLD_MS: float(place.told_ms)},
+            environment=self.environment,
+            erased=place.erased,
+            erasures=place.erasures,
+            verdict=judged[0],
+            guard=judged[1],
+        )
 
 
 @dataclass(frozen=True)
 class Saving:
-    """The data that makes a version durable.
-
-    Attributes:
-        draft: Its draft, relative to the previous durable version.
-        tensors: The changes since that version.
-    """
+    """The data that makes a version durable: its draft relative to the previous durable version, and the changes since then."""
 
     draft: Draft
     tensors: content.Tensors
@@ -34,8 +123,8 @@ class Saving:
 class Publisher:
     """A thread that encodes, digests and syncs versions. The step thread calls every method.
 
-    If the registry's disk is full, a version waits until there is room, while the
-    steps continue; the next version contains all of their changes.
+    If the registry's disk is full, a version waits until there is room, while the steps continue; the next version
+    contains all of their changes.
 
     Args:
         path: The registry's directory; the thread has its own registry object.
@@ -70,10 +159,7 @@ class Publisher:
     def offer(self, draft: Draft, served: content.Tensors, saving: Saving | None = None) -> None:
         """Starts to publish; the tensors must not change any more. Must not be called while busy.
 
-        Args:
-            draft: The draft of the recent version.
-            served: The changes since the previous version, of the tensors that serving needs.
-            saving: Makes it durable too.
+        `served` are the changes since the previous version that serving needs. `saving` makes the version durable too.
         """
         if self.busy:
             raise RuntimeError("a version is still being published")
@@ -88,8 +174,7 @@ class Publisher:
     def settle(self, wait: bool = False) -> Manifest | None:
         """The version that was published since the last call, durable if it was to be; None if there is none.
 
-        Args:
-            wait: Whether to wait for a version that is being published.
+        With `wait`, it waits for a version that is being published.
 
         Raises:
             WrongEpoch: It was refused, because control is at another epoch.

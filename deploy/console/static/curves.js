@@ -9,7 +9,7 @@ const PLOTS = [
   { title: "Freshness", told: span, curves: { features: "features_s", weights: "weights_s" } },
   { title: "Log loss", told: (value) => decimal(value), free: true, curves: { "log loss": "log_loss" } },
   { title: "Ranking", told: (value) => decimal(value), free: true, curves: { AUC: "auc", "top 1": "top1" } },
-  { title: "Lift over what is simple", told: (value) => (value === null || value === undefined ? NONE : `${(100 * value).toFixed(1)} pp`), free: true, curves: { "top 1": "lift_top1" } },
+  { title: "Lift over simple baselines", told: (value) => (value === null || value === undefined ? NONE : `${(100 * value).toFixed(1)} pp`), free: true, curves: { "top 1": "lift_top1" } },
   { title: "Answers", told: rate, curves: { answers: "answers_per_s", failed: "failed_per_s" } },
   { title: "Time of an answer", told: span, curves: { median: "answer_p50_s", p99: "answer_p99_s" } },
   { title: "Behind", told: count, curves: { clicks: "lag_events", trainer: "trainer_lag", serving: "serving_lag" } },

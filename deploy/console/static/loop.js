@@ -11,7 +11,7 @@ const STAGES = [
   {
     name: "Clicks", key: "clicks", processes: [], kafka: true, curve: "events_per_s", well: () => "arriving",
     known: (f) => f.events, main: (f) => rate(f.events_per_s),
-    facts: (f) => [["taken up", count(f.events)], ["dead letters", rate(f.dead_per_s)]],
+    facts: (f) => [["read", count(f.events)], ["dead letters", rate(f.dead_per_s)]],
   },
   {
     name: "Stream", key: "stream", processes: ["stream"], curve: "lag_events", well: () => "keeps up",
@@ -43,8 +43,8 @@ const STAGES = [
 
 /** The state of a stage in words: its worst problem, or that nothing is wrong with it. */
 function stateOf(stage, { figures, problems, processes }) {
-  if (stage.kafka && figures.kafka_away) return ["away", "Kafka away"];
-  if (stage.processes.some((name) => !processes[name].answers)) return figures.up === "starting" ? ["slow", "not started yet"] : ["away", "away"];
+  if (stage.kafka && figures.kafka_away) return ["away", "Kafka unreachable"];
+  if (stage.processes.some((name) => !processes[name].answers)) return figures.up === "starting" ? ["slow", "not started yet"] : ["away", "unreachable"];
   const problem = problems.find((one) => one.stage === stage.key);
   if (problem) return [problem.severity === "hold" ? "held" : "slow", problem.text];
   return stage.known(figures) === null ? ["slow", "unknown"] : ["ok", stage.well(figures)];

@@ -51,7 +51,7 @@ function reasons(explanation) {
   });
   return [
     h("h3", {}, `Why ${explanation.label} is ${percent(explanation.probability)}`),
-    h("p", { class: "quiet" }, `For somebody of whom nothing is known it would be ${percent(explanation.cold_start_probability)}. What adds to that, and what takes away:`),
+    h("p", { class: "quiet" }, `For an unknown user it would be ${percent(explanation.cold_start_probability)}. What increases it, and what decreases it:`),
     rows.length ? h("ul", { class: "reasons" }, rows) : h("p", {}, "Nothing."),
     Math.abs(explanation.rest) >= 0.0005 ? h("p", { class: "quiet" }, `Smaller parts together: ${percent(explanation.rest)}.`) : null,
   ].filter(Boolean);

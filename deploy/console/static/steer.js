@@ -74,7 +74,7 @@ function verb(name, title, told, more = {}) {
   const shown = generation;
   return ask(title, told, why(), title, async (given) => {
     const done = await change(`api/${name}`, { generation: shown, ...more, ...who(given) });
-    say(done.changed ? `Done: generation ${done.control.generation}, ${done.control.action}.` : "It is so already; nothing was changed.");
+    say(done.changed ? `Done: generation ${done.control.generation}, ${done.control.action}.` : "Already in this state; nothing was changed.");
     await refresh();
   });
 }
@@ -93,11 +93,11 @@ export function back(version) {
 
 const SWITCHES = [
   { name: "Answers", state: (c) => (c.serving.version == null ? "follow the newest version" : `stay at version ${c.serving.version}`), on: (c) => c.serving.version == null, act: ["follow", "Follow", "Answers follow the newest version of the epoch again."] },
-  { name: "Publishing", state: (c) => (c.publishing !== false ? "versions are published" : "held by an operator"), on: (c) => c.publishing !== false, off: ["hold", "Hold publishing", "The trainer learns on and publishes no version."], act: ["release", "Release publishing", "The trainer publishes versions again."] },
-  { name: "Training", state: (c, held) => (c.training === false ? "paused by an operator" : held ? "held by the guard" : "records are taken"), on: (c, held) => c.training !== false && !held, off: ["pause", "Pause training", "The trainer takes no record; answers go on."], act: ["resume", "Resume training", "The trainer takes records again."] },
+  { name: "Publishing", state: (c) => (c.publishing !== false ? "versions are published" : "held by an operator"), on: (c) => c.publishing !== false, off: ["hold", "Hold publishing", "The trainer continues to learn and publishes no version."], act: ["release", "Release publishing", "The trainer publishes versions again."] },
+  { name: "Training", state: (c, held) => (c.training === false ? "paused by an operator" : held ? "held by the guard" : "records are read"), on: (c, held) => c.training !== false && !held, off: ["pause", "Pause training", "The trainer reads no records; answers continue."], act: ["resume", "Resume training", "The trainer reads records again."] },
 ];
 
-/** Shows what control wants, by its newest generation, in which what is as ever is left out. */
+/** Shows the newest generation of control, without what is unchanged. */
 export function show(newest, held, found) {
   control = newest;
   generation = newest?.generation ?? null;
@@ -135,7 +135,7 @@ function suspect(held) {
     h("p", { class: "quiet" }, clicks.length ? `Its clicks, partition and offsets: ${clicks.join(", ")}` : "Its clicks are not known."),
     h("div", { class: "row" },
       h("button", { type: "button", onclick: () => propose(held, clicks) }, "Go back without these clicks"),
-      h("button", { type: "button", class: "plain", onclick: () => verb("release", "Let it go on", "The clicks are good: the trainer goes on, and this place is not held again.") }, "They are good: go on")),
+      h("button", { type: "button", class: "plain", onclick: () => verb("release", "Accept the clicks", "The clicks are good: the trainer continues, and these records are not held again.") }, "They are good: continue")),
   );
   say(`The guard holds an update: ${held.meaning}.`, "problem");
 }
@@ -176,7 +176,7 @@ function facts({ plan }) {
     ["Learn again", learn],
     ["Leave out", left.length ? `${left.join("; ")}: ${count(plan.masked ?? null)} rows of ${count(plan.users ?? null)} users` : "nothing"],
   ];
-  if (plan.after) found.push(["Windows", `up to ${count(plan.after)} later rows still count what is left out; exact makes them anew`]);
+  if (plan.after) found.push(["Windows", `up to ${count(plan.after)} later rows still count what is left out; exact computes them again`]);
   if (plan.exact) found.push(["Stream", `reads ${count(plan.exact.clicks)} positions again`]);
   return found.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]);
 }
@@ -213,7 +213,7 @@ function showPlan(found) {
     try {
       const done = await change("api/rollback", { plan: found.digest, confirm: Number(given.confirm), ...who(given) });
       const turned = done.answered_s == null ? "" : ` Answers of this host come from it after ${done.answered_s.toFixed(2)} s.`;
-      say(done.changed ? `Generation ${done.control.generation}: epoch ${done.control.epoch} starts from version ${done.control.base}.${turned}` : "It is so already; nothing was changed.");
+      say(done.changed ? `Generation ${done.control.generation}: epoch ${done.control.epoch} starts from version ${done.control.base}.${turned}` : "Already in this state; nothing was changed.");
       go.hidden = true;
       at("plan").querySelector("button").focus();
       await refresh();

@@ -109,7 +109,7 @@ export function showAudit(history) {
 function outcome(found) {
   if (!found) return "";
   const { planned, answered, learned } = found;
-  const said = [answered ? `answers after ${answered.seconds.toFixed(1)} s` : "when answers turned is not known"];
+  const said = [answered ? `answers after ${answered.seconds.toFixed(1)} s` : "the time at which answers switched is unknown"];
   said.push(learned ? `caught up after ${age(learned.seconds)}` : "not caught up yet");
   if (learned?.again) said.push(`${count(learned.again.rows)} rows read again${planned?.rows === undefined ? "" : ` (planned ${count(planned.rows)})`}`);
   return said.join("; ");

@@ -2,7 +2,7 @@
 
 `python -m deploy.serving.answers.known_answers --users FILE [--items FILE] --version V --to FILE`
 reads the host's stores in parallel with its workers, and writes an `.npz` file.
-`trainer/exporting/known_answers.py` defines the format.
+`trainer/exporting/saved_model.py` defines the format.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def answers(predictor: Predictor, number: int, users: Sequence[str], items: Sequ
 
     Raises:
         SettingsError: There are more than `MOST_PAIRS` pairs.
-        UnknownModel: The version is not on this host.
+        BadRequest: The version is not on this host.
         SpringtideError: See `Predictor.profiles`.
     """
     if len(users) * len(items) > MOST_PAIRS:

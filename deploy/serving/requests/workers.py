@@ -126,7 +126,7 @@ class Workers:
             worker.deaths = Backoff() if process.exitcode == 0 else worker.deaths.after(now_s - worker.since_s)
             worker.again_s = now_s + worker.deaths.wait_s
             ended = how(process.exitcode or 0)
-            _log.warning("serving worker %d ended (%s); %s", worker.number, ended, worker.deaths.told())
+            _log.warning("serving worker %d ended (%s); %s", worker.number, ended, worker.deaths.as_text())
         if now_s >= worker.again_s:
             arguments = (worker.number, self._bound, worker.ready, self._arguments)
             worker.process = self._context.Process(target=self._target, args=arguments)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from deploy.backup.location import PIECE_BYTES, id_at
+from state.config.settings import Settings
 from state.errors import BackupError, DamagedBackup, MissingSalt, SaltMismatch
 from state.events.identity import load_salt
 from state.process import killpoints
@@ -29,18 +30,23 @@ def to(tmp_path: Path) -> Path:
     return tmp_path / "backups"
 
 
+@pytest.fixture
+def there(tmp_path: Path) -> Settings:
+    """The empty machine."""
+    return settings_of(tmp_path / "there")
+
+
 def sent(said: str) -> int:
     made = json.loads(said)["made"]
     return int(made["sent_bytes"])
 
 
 def test_what_is_restored_is_equal_bit_for_bit_and_says_who_restored_it(
-    system: System, to: Path, tmp_path: Path
+    system: System, to: Path, there: Settings
 ) -> None:
     said = springtide(system.settings, "backup", str(to), "--with-salt")
     assert "version 4 of 4, control generation 2" in said and "the salt is in this backup" in said
     before = content(system.settings)
-    there = settings_of(tmp_path / "there")
     said = springtide(there, "restore", str(to), now_ms=NOW_MS + MINUTE_MS)
     assert "its version is of feature spec spec, the settings here make" in said
     assert f"restored backup {id_at(NOW_MS)}" in said and "histories of 500 users" in said
@@ -55,12 +61,11 @@ def test_what_is_restored_is_equal_bit_for_bit_and_says_who_restored_it(
 
 
 def test_a_number_that_the_lost_system_may_have_used_is_not_used_again(
-    system: System, to: Path, tmp_path: Path
+    system: System, to: Path, there: Settings
 ) -> None:
     springtide(system.settings, "backup", str(to), "--with-salt")
     for parent in range(4, 30):
         publish(system.registry, parent, epoch=2)
-    there = settings_of(tmp_path / "there")
     springtide(there, "restore", str(to), now_ms=NOW_MS + MINUTE_MS)
     restored = Registry(there.registry_dir)
     restored.sweep_recent()
@@ -87,7 +92,7 @@ def test_what_did_not_change_is_not_sent_again_and_a_file_of_a_version_not_even_
     assert 0 < sent(springtide(system.settings, "backup", str(to), "-o", "json", now_ms=NOW_MS + 2)) < first / 4
 
 
-def test_histories_of_several_pieces_send_only_those_that_changed(system: System, to: Path, tmp_path: Path) -> None:
+def test_histories_of_several_pieces_send_only_those_that_changed(system: System, to: Path, there: Settings) -> None:
     system.click(range(1000, 100_000))
     data = system.settings.stream_dir / "histories/data.mdb"
     assert data.stat().st_size > 3 * PIECE_BYTES
@@ -97,7 +102,6 @@ def test_histories_of_several_pieces_send_only_those_that_changed(system: System
         sent(springtide(system.settings, "backup", str(to), "--with-salt", "-o", "json", now_ms=NOW_MS + 1))
         < 0.7 * first
     )
-    there = settings_of(tmp_path / "there")
     springtide(there, "restore", str(to))
     after = content(there)
     after.pop("control/00000003.json")
@@ -143,7 +147,7 @@ def test_the_newest_are_kept_with_all_that_they_need(system: System, to: Path, t
 
 
 def test_pruning_that_broke_off_leaves_what_stays_whole_and_is_ended_by_the_next(
-    system: System, to: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    system: System, to: Path, there: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def strike() -> None:
         raise KeyboardInterrupt
@@ -163,12 +167,11 @@ def test_pruning_that_broke_off_leaves_what_stays_whole_and_is_ended_by_the_next
         for piece in one["pieces"]
     }
     assert {one.name for one in (to / "objects").rglob("*/*")} == named
-    springtide(settings_of(tmp_path / "there"), "restore", str(to))
+    springtide(there, "restore", str(to))
 
 
-def test_a_damaged_object_is_named_and_nothing_is_left(system: System, to: Path, tmp_path: Path) -> None:
+def test_a_damaged_object_is_named_and_nothing_is_left(system: System, to: Path, there: Settings) -> None:
     springtide(system.settings, "backup", str(to), "--with-salt")
-    there = settings_of(tmp_path / "there")
     objects = sorted((to / "objects").rglob("*/*"))
     for harm in (lambda data: data[:-3], lambda data: data[:9] + bytes([data[9] ^ 4]) + data[10:], None):
         path = objects[len(objects) // 2]
@@ -187,38 +190,34 @@ def test_a_damaged_object_is_named_and_nothing_is_left(system: System, to: Path,
 
 
 def test_a_damaged_document_is_refused_and_an_older_backup_still_there(
-    system: System, to: Path, tmp_path: Path
+    system: System, to: Path, there: Settings
 ) -> None:
     for number in (0, 1):
         springtide(system.settings, "backup", str(to), "--with-salt", now_ms=NOW_MS + number)
     newest = to / "backups" / f"{id_at(NOW_MS + 1)}.json"
     newest.write_bytes(newest.read_bytes().replace(b'"epoch":2', b'"epoch":3'))
-    there = settings_of(tmp_path / "there")
     with pytest.raises(DamagedBackup, match="digest"):
         springtide(there, "restore", str(to))
     springtide(there, "restore", str(to), "--at", id_at(NOW_MS))
 
 
-def test_a_damaged_version_is_left_out_and_named(system: System, to: Path, tmp_path: Path) -> None:
+def test_a_damaged_version_is_left_out_and_named(system: System, to: Path, there: Settings) -> None:
     publish(system.registry, 4, epoch=2)
     (system.settings.registry_dir / "versions/000000000005/serving.safetensors").write_bytes(b"rows of 3")
     said = springtide(system.settings, "backup", str(to), "--with-salt")
     assert "left out, it is damaged: registry/versions/000000000005: serving.safetensors fails its digest" in said
-    there = settings_of(tmp_path / "there")
     assert "version 4 of 4" in springtide(there, "restore", str(to))
 
 
-def test_the_needed_versions_alone_are_enough_to_continue(system: System, to: Path, tmp_path: Path) -> None:
+def test_the_needed_versions_alone_are_enough_to_continue(system: System, to: Path, there: Settings) -> None:
     springtide(system.settings, "backup", str(to), "--with-salt", "--versions", "newest")
-    there = settings_of(tmp_path / "there")
     springtide(there, "restore", str(to))
     restored = Registry(there.registry_dir)
     assert (restored.versions(), restored.newest_good(2)) == ([1, 2, 4], 4)
 
 
-def test_without_the_salt_in_it_the_right_one_must_be_there(system: System, to: Path, tmp_path: Path) -> None:
+def test_without_the_salt_in_it_the_right_one_must_be_there(system: System, to: Path, there: Settings) -> None:
     assert "keep a copy" in springtide(system.settings, "backup", str(to))
-    there = settings_of(tmp_path / "there")
     with pytest.raises(MissingSalt, match=r"paths\.salt_file"):
         springtide(there, "restore", str(to))
     other = load_salt(there.salt_path)
@@ -229,18 +228,17 @@ def test_without_the_salt_in_it_the_right_one_must_be_there(system: System, to: 
     assert content(there)["stream-0"] == content(system.settings)["stream-0"]
 
 
-def test_nothing_that_is_there_is_overwritten(system: System, to: Path, tmp_path: Path) -> None:
+def test_nothing_that_is_there_is_overwritten(system: System, to: Path, there: Settings) -> None:
     springtide(system.settings, "backup", str(to), "--with-salt")
     before = content(system.settings)
-    with pytest.raises(BackupError, match="stream-0 is there"):
+    with pytest.raises(BackupError, match="stream-0 exists"):
         springtide(system.settings, "restore", str(to))
     assert content(system.settings) == before
-    there = settings_of(tmp_path / "there")
     (there.serving_dir / "rows").mkdir(parents=True)
     (there.serving_dir / "rows" / "data.mdb").write_bytes(b"of another line")
     (there.kafka_dir / "data").mkdir(parents=True)
     (there.kafka_dir / "data" / "log").write_bytes(b"clicks")
-    with pytest.raises(BackupError, match="serving is there"):
+    with pytest.raises(BackupError, match="serving exists"):
         springtide(there, "restore", str(to))
     assert sorted(one.name for one in there.state_dir.iterdir()) == ["kafka", "serving"]
     (there.serving_dir / "rows" / "data.mdb").unlink()
@@ -248,9 +246,8 @@ def test_nothing_that_is_there_is_overwritten(system: System, to: Path, tmp_path
     assert (there.kafka_dir / "data" / "log").read_bytes() == b"clicks"
 
 
-def test_only_its_owner_reads_what_a_backup_holds(system: System, to: Path, tmp_path: Path) -> None:
+def test_only_its_owner_reads_what_a_backup_holds(system: System, to: Path, there: Settings) -> None:
     springtide(system.settings, "backup", str(to), "--with-salt")
-    there = settings_of(tmp_path / "there")
     springtide(there, "restore", str(to))
     files = [one for folder in (to, there.state_dir) for one in folder.rglob("*") if one.is_file()]
     open_ones = [one for one in files if stat.S_IMODE(one.stat().st_mode) & 0o077]

@@ -20,6 +20,7 @@ from state.registry.control import pin, roll_back
 from state.registry.manifest import Manifest
 from state.registry.registry import SERVING, Registry
 from tests.deploy.backup.systems import NOW_MS, System
+from tests.state.registry.hosts import CopyHost, Origin
 from tests.state.registry.test_registry import WHO, draft, publish, started
 
 
@@ -27,7 +28,7 @@ def merged(registry: Registry, version: int, parent: int) -> Manifest:
     """A delta in one piece since an older version, as the compactor makes it."""
     of = registry.manifest(version, "delta")
     made = manifest.complete(
-        draft(parent), version, registry.visible(parent), {SERVING: b"%d since %d" % (version, parent)}
+        draft(parent), version, registry.manifest(parent).visible, {SERVING: b"%d since %d" % (version, parent)}
     )
     found = replace(made, kind="merged", visible=of.visible)
     registry.add(found, {SERVING: b"%d since %d" % (version, parent)})
@@ -138,6 +139,19 @@ def test_what_the_compactor_takes_away_while_it_is_copied_is_looked_for_again(
     assert "registry/merged/000000000002-000000000001/manifest.json" in paths
     assert not [one for one in paths if "versions/000000000002" in one]
     assert made.version == 4
+
+
+def test_versions_that_a_copy_of_a_shared_registry_has_not_read_yet_are_fetched(tmp_path: Path) -> None:
+    url = str(tmp_path / "shared")
+    origin = Origin(tmp_path / "trainer", url)
+    for parent in (None, 1, 2):
+        origin.publish(parent)
+    origin.send()
+    host = CopyHost(tmp_path / "host", url, open_store(url))
+    host.look()
+    found = cut(host.registry)
+    assert (found.parts, found.damaged) == (cut(origin.registry).parts, {})
+    assert newest_whole(found.parts, found.control) == origin.registry.manifest(3)
 
 
 def test_a_registry_without_control_has_nothing_to_keep(tmp_path: Path) -> None:

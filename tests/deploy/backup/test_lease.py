@@ -71,9 +71,9 @@ def test_a_writer_that_slept_while_another_came_does_not_go_on(place: DirectoryS
     with Lease(place, clock, ELSEWHERE) as slept:
         clock.now_s += STALE_S + 1
         with Lease(place, clock):
-            with pytest.raises(BackupError, match="given to another"):
+            with pytest.raises(BackupError, match="taken over by another"):
                 slept.refresh()
-            with pytest.raises(BackupError, match="given to another"):
+            with pytest.raises(BackupError, match="taken over by another"):
                 slept.require_held()
 
 

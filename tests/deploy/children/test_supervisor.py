@@ -58,7 +58,7 @@ def test_a_killed_process_is_said_and_started_again(supervisor: Supervisor, line
     os.kill(first, signal.SIGKILL)
 
     def again() -> bool:
-        supervisor.look()
+        supervisor.poll()
         return supervisor.pid("stream") not in (None, first)
 
     until(again)
@@ -82,14 +82,14 @@ def test_a_process_that_keeps_dying_is_started_ever_more_slowly_and_ends_nothing
     healthy = supervisor.pid("worker")
     for number, wait_s in enumerate(waits, 1):
         until(lambda: supervisor.pid("trainer") is None)
-        supervisor.look()
+        supervisor.poll()
         assert collected.get_sample_value("springtide_up_deaths_in_a_row", {"part": "trainer"}) == number
         # It is not started a moment before its time.
         now[0] += wait_s - 0.01
-        supervisor.look()
+        supervisor.poll()
         assert collected.get_sample_value("springtide_up_starts_total", {"part": "trainer"}) == number
         now[0] += 0.02
-        supervisor.look()
+        supervisor.poll()
         assert collected.get_sample_value("springtide_up_starts_total", {"part": "trainer"}) == number + 1
     assert lines[0] == f"trainer died (exit 1): {last_words}; starting it again in 0.25 s"
     assert lines[-1].endswith(f"starting it again in {waits[-1]:g} s, after {len(waits)} deaths in a row")
@@ -106,12 +106,12 @@ def test_a_healthy_life_is_told_and_begins_the_waits_anew(tmp_path: Path, lines:
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
         until(lambda: supervisor.pid("stream") is None)
-        supervisor.look()
+        supervisor.poll()
         now[0] += 5.0
-        supervisor.look()
+        supervisor.poll()
     assert "after 3 deaths in a row" in lines[-1]
     now[0] += 60.0
-    supervisor.look()
+    supervisor.poll()
     assert lines[-1] == "stream has run for 60 s again"
     assert collected.get_sample_value("springtide_up_deaths_in_a_row", {"part": "stream"}) == 0
     assert collected.get_sample_value("springtide_up_deaths_total", {"part": "stream"}) == 3
@@ -123,7 +123,7 @@ def test_wrong_use_at_the_very_first_start_is_given_up_at_once(supervisor: Super
 
     def given_up() -> bool:
         try:
-            supervisor.look()
+            supervisor.poll()
         except ProcessFailed as error:
             assert "kafka.port is no number" in error.what and "stream.log" in error.do
             return True
@@ -139,7 +139,7 @@ def test_wrong_use_of_one_part_does_not_end_a_loop_that_ran(tmp_path: Path, line
     supervisor.settled = True
     assert collected.get_sample_value("springtide_up_settled") == 1
     supervisor.start(python("stream", "raise SystemExit(2)"))
-    until(lambda: (supervisor.look(), bool(lines))[1])
+    until(lambda: (supervisor.poll(), bool(lines))[1])
     assert lines[0].startswith("stream died (exit 2)")
 
 
@@ -161,7 +161,7 @@ def test_an_error_with_a_remedy_gets_it_before_the_next_start(
     supervisor.start(python("stream", stream, remedies={"CorruptStore": rebuild}))
 
     def healed() -> bool:
-        supervisor.look()
+        supervisor.poll()
         return made.exists() and supervisor.pid("stream") is not None
 
     until(healed)
@@ -239,7 +239,7 @@ def test_a_process_whose_log_cannot_be_made_is_started_once_there_is_room(tmp_pa
         ]
         disk.remount("nr_inodes=1000")
         now[0] += 0.3
-        supervisor.look()
+        supervisor.poll()
         assert supervisor.pid("stream") is not None
         supervisor.stop_all(hurry=lambda: True)
 
@@ -250,16 +250,16 @@ def test_one_that_is_wanted_now_and_then_starts_with_its_work_and_ends_with_it(
     work = tmp_path / "work"
     code = f"import pathlib; pathlib.Path({str(work)!r}).unlink()"
     supervisor.start(python("trials", code, wanted=work.exists))
-    supervisor.look()
+    supervisor.poll()
     assert supervisor._children["trials"].starts == 0
     for times in (1, 2):
         work.touch()
 
         def is_done(times: int = times) -> bool:
-            supervisor.look()
+            supervisor.poll()
             return not work.exists() and supervisor.pid("trials") is None
 
         until(is_done)
         assert supervisor._children["trials"].starts == times
-    supervisor.look()
+    supervisor.poll()
     assert supervisor._children["trials"].starts == 2 and lines == []

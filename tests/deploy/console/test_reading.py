@@ -43,7 +43,13 @@ def test_the_state_is_the_document_of_springtide_status(console: Reached) -> Non
     assert (found["figures"]["version"], found["registry"]["newest"]) == (3, printed["registry"]["newest"])
     assert found["problems"] == printed["problems"]
     shown = [problem["text"] for problem in found["problems"]]
-    assert shown[:5] == ["Kafka away", "stream away", "trainer away", "worker away", "applier lag unknown"]
+    assert shown[:5] == [
+        "Kafka unreachable",
+        "stream unreachable",
+        "trainer unreachable",
+        "worker unreachable",
+        "applier lag unknown",
+    ]
     assert series["curves"]["version"] == [3]
     with console.client() as client:
         assert client.get(f"/api/series?after_ms={series['at_ms'][-1]}").json()["at_ms"] == []

@@ -15,6 +15,7 @@ import pytest
 from deploy.console import server
 from deploy.kafka.configuration import free_port
 from deploy.serving.requests.access import READ, tokens_in
+from tests import forked
 from tests.deploy.operating import Operator
 from tests.deploy.serving.edge.certificates import write_certificate
 from tests.deploy.serving.test_rest import until
@@ -27,7 +28,7 @@ def test_a_process_asks_for_tokens_over_tls_and_ends_in_order(operator: Operator
     environment = os.environ | {f"SPRINGTIDE_SERVING_{name}": value for name, value in given.items()}
     line = [sys.executable, "-m", "deploy.console.server", "--console.port", str(port)]
     line += ["--paths.state", str(operator.state)]
-    process = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = forked.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     trusted = ssl.create_default_context(cafile=str(cert))
     try:
         with httpx.Client(

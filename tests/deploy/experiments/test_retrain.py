@@ -101,7 +101,7 @@ class Shop:
         return plan.wanted()
 
     def told(self) -> tuple[str, str]:
-        found = status.look_at_retrain(self.settings, self.now_ms)
+        found = status.retrain_status(self.settings, self.now_ms)
         assert found is not None
         return status.retrain_as_text(found)
 
@@ -313,4 +313,4 @@ def test_wrong_schedules_are_refused_and_without_one_there_is_none(tmp_path: Pat
         with pytest.raises(SettingsError, match=said):
             load(flags, {}, "/dev/null")
     without = load(["--paths.state", str(tmp_path)], {}, "/dev/null")
-    assert [one.name for one in plans(without)] == [EXPERIMENTS] and status.look_at_retrain(without, 0) is None
+    assert [one.name for one in plans(without)] == [EXPERIMENTS] and status.retrain_status(without, 0) is None

@@ -35,6 +35,7 @@ from state.microbatch.batch import NAMES
 from state.microbatch.codec import decode, encode
 from state.process.wall_clock import wall_ms
 from state.registry.registry import Registry
+from tests import forked
 from tests.deploy.serving.conftest import lowered as lowered
 from tests.deploy.serving.fire import Line, Trainer
 from tests.deploy.serving.stocked import DIM, SALT_KEY, Lowered
@@ -69,7 +70,7 @@ class ServedHost:
         for _ in range(versions):
             trainer.publish()
         self.log = (folder / "log").open("w+")
-        self.process = subprocess.Popen(
+        self.process = forked.Popen(
             [sys.executable, "-m", "deploy.serve", *self.flags], stdout=self.log, stderr=subprocess.STDOUT
         )
 
@@ -168,7 +169,7 @@ class Site:
         return [sys.executable, "-m", "deploy.cli", "experiment", *words, *self.live.flags]
 
     def said(self, *words: str) -> str:
-        found = subprocess.run(self.command(*words), capture_output=True, text=True, timeout=PATIENCE_S)
+        found = forked.run(self.command(*words), capture_output=True, text=True, timeout=PATIENCE_S)
         assert found.returncode == 0, found.stderr
         return found.stdout
 
@@ -188,7 +189,7 @@ class Driving:
     def __init__(self, site: Site, log: Path, *words: str) -> None:
         self.log = log
         with log.open("a") as output:
-            self.process = subprocess.Popen(site.command("rollout", *words), stdout=output, stderr=subprocess.STDOUT)
+            self.process = forked.Popen(site.command("rollout", *words), stdout=output, stderr=subprocess.STDOUT)
         site.driven.append(self.process)
 
     def says(self, what: str) -> bool:
@@ -239,7 +240,7 @@ def test_an_operator_halts_resumes_and_rolls_back_and_each_endpoint_is_split(sit
     assert "back, 0 of the users" in site.said("back", "steady", "--reason", "enough")
     until(lambda: site.ask(1) == (None, 1))
     assert driving.process.wait(timeout=60) == 0
-    other = subprocess.run(site.command("halt", "nobody"), capture_output=True, text=True, timeout=60)
+    other = forked.run(site.command("halt", "nobody"), capture_output=True, text=True, timeout=60)
     assert other.returncode == 1 and "there is no experiment nobody" in other.stderr
     site.said("stop", "steady", "--reason", "enough")
 

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,16 +26,9 @@ from state.features.spec import FeatureSpec
 from state.registry.control import roll_back, start, train
 from state.registry.registry import Registry
 from tests.deploy.operating import Operator
+from tests.e2e.running import until
 
 DEADLINE_S = 180.0
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    """Polls until `condition`, or fails."""
-    end_s = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < end_s, what
-        time.sleep(0.02)
 
 
 @pytest.fixture

@@ -126,7 +126,7 @@ def test_a_damaged_document_is_reported_and_nothing_is_removed(settings: Setting
     word, text = status.as_text(found)
     assert word == "DAMAGED" and str(path) in text and "remove it" in text
     if damaged == "document":
-        retrain = status.look_at_retrain(settings, 0)
+        retrain = status.retrain_status(settings, 0)
         assert retrain is not None and status.retrain_as_text(retrain)[0] == "unknown"
         (plan,) = plans(settings)
         assert plan.wanted is not None and plan.wanted() and experiments.open() == ["wider"]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from deploy import java_jars
 from deploy.flink import jars
 from deploy.flink.jars import SERVICES, merge
-from deploy.java import jars as any_jars
 from state.errors import FlinkFailed
 
 
@@ -29,14 +29,14 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "org.a:one:1": jar(tmp_path / "one.jar", {"a/One.class": "1", f"{SERVICES}a.Store": "a.One\n"}),
         "org.a:two:1": jar(tmp_path / "two.jar", {"a/Two.class": "2", f"{SERVICES}a.Store": "a.Two"}),
     }
-    monkeypatch.setattr(any_jars, "_repository", lambda: found.__getitem__)
+    monkeypatch.setattr(java_jars, "_repository", lambda: found.__getitem__)
     lock = tmp_path / "jars.lock"
-    any_jars.write(lock, {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in found.items()})
+    java_jars.write(lock, {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in found.items()})
     return lock
 
 
 def test_the_lock_file_has_what_a_cluster_is_made_of() -> None:
-    locked = any_jars.locked(jars.LOCK)
+    locked = java_jars.locked(jars.LOCK)
     assert set(jars.CONSISTS_OF) <= set(locked)
     assert [digest for digest in locked.values() if not re.fullmatch(r"[0-9a-f]{64}", digest)] == []
     for part in ("flink-runtime", "flink-streaming-java", "flink-rpc-akka-loader", "beam-runners-java-job-service"):

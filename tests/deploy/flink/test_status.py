@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.flink import status
+from deploy.flink import command
 from deploy.kafka.configuration import free_ports
 from state.config.sections import FlinkSettings, Paths
 from state.config.settings import Settings
@@ -21,8 +21,8 @@ WELL = Overview("1.19.0", 1, 2, 1, (JOB,))
 
 
 def shown(overview: Overview) -> str:
-    state = {"wrong": status.problems(overview, NOW_MS), "url": "http://a:1", "job_manager": asdict(overview)}
-    return status.as_text(state | {"listening": {"workers": True}, "resumable": {}}, NOW_MS)
+    state = {"wrong": command.problems(overview, NOW_MS), "url": "http://a:1", "job_manager": asdict(overview)}
+    return command.as_text(state | {"listening": {"workers": True}, "resumable": {}}, NOW_MS)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def shown(overview: Overview) -> str:
 )
 def test_what_is_wrong_with_a_job_is_said(job: Job, slots: int, says: str) -> None:
     overview = replace(WELL, jobs=(job,), free_slots=slots)
-    assert status.problems(overview, NOW_MS) == [says]
+    assert command.problems(overview, NOW_MS) == [says]
     assert shown(overview).splitlines()[0].split(maxsplit=2) == ["state", "WRONG", says]
 
 
@@ -50,7 +50,7 @@ def test_what_is_wrong_with_a_job_is_said(job: Job, slots: int, says: str) -> No
     [JOB, replace(JOB, state="CANCELED", running=0, checkpoint=None), replace(JOB, since_ms=NOW_MS, checkpoint=None)],
 )
 def test_a_job_that_is_well_or_over_or_new_is_no_trouble(job: Job) -> None:
-    assert status.problems(replace(WELL, jobs=(job,)), NOW_MS) == []
+    assert command.problems(replace(WELL, jobs=(job,)), NOW_MS) == []
 
 
 def test_status_shows_slots_jobs_checkpoints_and_restarts() -> None:
@@ -67,7 +67,7 @@ def test_status_shows_slots_jobs_checkpoints_and_restarts() -> None:
 def test_only_the_newest_jobs_that_are_over_are_shown() -> None:
     over = tuple(replace(JOB, id=f"{number:032}", state="CANCELED") for number in range(9))
     text = shown(replace(WELL, jobs=(JOB, *over)))
-    assert text.count("canceled") == status.SHOWN_ENDED
+    assert text.count("canceled") == command.SHOWN_ENDED
     assert JOB.id in text and over[0].id in text and over[8].id not in text
 
 
@@ -80,21 +80,21 @@ def test_the_newest_checkpoint_of_a_job_that_does_not_run_can_be_resumed_from(tm
         os.utime(tmp_path / place / "_metadata", (1000 - age_s, 1000 - age_s))
     # One that was never finished has no metadata.
     (tmp_path / "checkpoints" / "old" / "chk-10").mkdir()
-    found = status.resumable(tmp_path, {"new"})
+    found = command.resumable(tmp_path, {"new"})
     assert found == {
         kind: (tmp_path / place).as_uri()
         for kind, place in (("checkpoint", "checkpoints/old/chk-8"), ("savepoint", "savepoints/savepoint-a"))
     }
-    assert status.resumable(tmp_path, set())["checkpoint"].endswith("new/chk-9")
-    assert status.resumable(tmp_path / "nowhere", set()) == {}
+    assert command.resumable(tmp_path, set())["checkpoint"].endswith("new/chk-9")
+    assert command.resumable(tmp_path / "nowhere", set()) == {}
 
 
 def test_where_nothing_runs_it_says_so(tmp_path: Path) -> None:
     ports = free_ports(("rest_port", "job_port", "worker_port"))
     settings = Settings(paths=Paths(state=str(tmp_path)), flink=FlinkSettings(**ports))
-    state = status.read(settings, f"http://127.0.0.1:{ports['rest_port']}", NOW_MS)
-    assert status.is_wrong(state)
+    state = command.read_state(settings, f"http://127.0.0.1:{ports['rest_port']}", NOW_MS)
+    assert command.is_wrong(state)
     assert state["listening"] == {"job server": False, "workers": False}
     (wrong,) = state["wrong"]
     assert wrong.endswith("start one with `springtide flink up`, or correct flink.rest_port")
-    assert "job manager     away" in status.as_text(state, NOW_MS)
+    assert "job manager     unreachable" in command.as_text(state, NOW_MS)

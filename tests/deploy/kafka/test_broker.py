@@ -18,7 +18,7 @@ from deploy.kafka.configuration import free_port
 from state.config.sections import Kafka as KafkaSettings
 from state.errors import KafkaFailed, PortTaken
 from state.log import Reader, Topics
-from tests.one_kafka import Running
+from tests.one_kafka import Running, broker_like
 from tests.reading import eventually
 
 
@@ -73,34 +73,29 @@ CHILD = """
 import os, sys
 from deploy.kafka.broker import Broker
 broker = Broker(sys.argv[1], int(sys.argv[2]), heap_mb=192).start()
-print(broker.pid, flush=True)
-if sys.argv[3] == "crash":
-    sys.stdin.read()
-else:
-    broker.stop()
-    assert broker.failure() is None
-    first = broker.start().pid
-    assert broker.failure() is None
-    os.kill(first, 9)
-    while broker.failure() is None: os.sched_yield()
-    print(broker.failure(), flush=True)
+broker.stop()
+assert broker.failure() is None
+first = broker.start().pid
+assert broker.failure() is None
+os.kill(first, 9)
+while broker.failure() is None: os.sched_yield()
+print(broker.failure(), flush=True)
+print(broker.start().pid, flush=True)
+sys.stdin.read()
 """
 
 
-def child(tmp_path: Path, how: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(tmp_path / "kafka"), str(free_port()), how],
+@pytest.mark.skipif(sys.platform != "linux", reason="the death signal of a parent is Linux's")
+def test_a_stopped_broker_starts_again_a_killed_one_is_reported_and_it_dies_with_its_parent(tmp_path: Path) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(tmp_path / "kafka"), str(free_port())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": str(Path.cwd())},
     )
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the death signal of a parent is Linux's")
-def test_the_broker_dies_with_its_parent(tmp_path: Path) -> None:
-    parent = child(tmp_path, "crash")
     assert parent.stdout is not None
+    assert "ended with status -9" in parent.stdout.readline()
     pid = int(parent.stdout.readline())
     assert runs(pid)
     parent.send_signal(signal.SIGKILL)
@@ -109,14 +104,9 @@ def test_the_broker_dies_with_its_parent(tmp_path: Path) -> None:
     parent.communicate()
 
 
-def test_a_stopped_broker_starts_again_and_a_killed_one_is_reported(tmp_path: Path) -> None:
-    output, _ = child(tmp_path, "restart").communicate(timeout=120)
-    assert "ended with status -9" in output
-
-
-def test_a_broker_that_hangs_is_not_reachable_though_its_connections_are_open(tmp_path: Path) -> None:
-    settings = KafkaSettings(bootstrap_servers=f"127.0.0.1:{free_port()}")
-    broker = Broker(tmp_path, int(settings.bootstrap_servers.rpartition(":")[2]), heap_mb=192).start()
+def test_a_broker_that_hangs_is_not_reachable_though_its_connections_are_open(kafka: Running, tmp_path: Path) -> None:
+    broker = broker_like(kafka, tmp_path).start()
+    settings = KafkaSettings(bootstrap_servers=broker.bootstrap_servers)
     try:
         with Topics(settings) as topics:
             topics.ensure("clicks", 1)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from apache_beam.options.pipeline_options import FlinkRunnerOptions, PortableOptions
 
-from deploy.capacity import APPLIER, RESERVE, STREAM, TRAINER, Load, Sizing
+from deploy.capacity import RESERVE, Load, Sizing
 from deploy.watch import scrape
 from state import layout
 from state.config.sections import SegmentSettings
@@ -280,10 +280,10 @@ def memory_volume(box: Box) -> float:
 @each_overlay
 def test_an_overlay_is_as_large_as_the_load_that_it_says_it_is_for(overlay: str) -> None:
     wanted, needs = sizing(overlay), sizing(overlay).parts()
-    for part, name in ((STREAM, "stream"), (TRAINER, "trainer"), (APPLIER, "applier")):
+    for name in ("stream", "trainer", "applier"):
         request = of_name(overlay, name).told["resources"]["requests"]
-        assert quantity(request["memory"]) >= RESERVE * needs[part].memory_bytes, name
-        assert quantity(request["cpu"]) >= needs[part].cores, name
+        assert quantity(request["memory"]) >= RESERVE * needs[name].memory_bytes, name
+        assert quantity(request["cpu"]) >= needs[name].cores, name
     stream, applier, worker = (of_name(overlay, name) for name in ("stream", "applier", "worker"))
     assert memory_volume(stream) >= RESERVE * wanted["stream_histories_bytes"]
     assert memory_volume(applier) >= RESERVE * (wanted["host_histories_bytes"] + wanted["served_bytes"])

@@ -42,7 +42,7 @@ def test_history_lists_who_did_what_and_why_and_reads_no_older_generations(opera
     first.write_text("damaged")
     text = operator("history", "--last", "1")
     assert "later" in text and "poisoned feed" not in text
-    assert "2 older ones are kept too" in text
+    assert "2 older generations are stored too" in text
     with pytest.raises(CorruptVersion, match=first.name):
         operator("history", "--all")
     first.write_bytes(kept)

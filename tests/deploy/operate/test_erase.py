@@ -87,7 +87,7 @@ def test_attributes_are_taken_out_first_in_every_partition_and_again_after_a_kil
         erasing(*words)
     control = erasing.registry.control()
     assert control is not None and not control.erased
-    assert "taken out of users" in erasing(*words)
+    assert "removed from users" in erasing(*words)
     with log.reader("users") as reader:
         found = {batch.partition: list(zip(batch.keys, batch.values, strict=True)) for batch in reader.poll(0.0)}
     assert found == {partition: [(PLAIN.encode(), None)] * 2 for partition in (0, 1)}
@@ -101,7 +101,7 @@ def test_attributes_are_taken_out_first_in_every_partition_and_again_after_a_kil
     assert "plain ids" in erasing("erase", "--status", *ATTRIBUTES)
     log.topics().delete_before("users", {1: 2})
     assert "plain ids" not in erasing("erase", "--status", *ATTRIBUTES)
-    assert "nothing holds anything of them any more" not in erasing("erase", "--status", *ATTRIBUTES), "versions do"
+    assert "no data of erased users remains" not in erasing("erase", "--status", *ATTRIBUTES), "versions do"
     with log.writer() as writer:
         writer.send("users", 1, PLAIN.encode(), b"{}", (), control_at(erasing) - 1)
         writer.flush()
@@ -117,7 +117,7 @@ def control_at(operator: Operator) -> int:
 @pytest.mark.parametrize(
     ("words", "match"),
     [
-        (("--reason", "asked"), "say who"),
+        (("--reason", "asked"), "name the users"),
         (("--user", PLAIN), "--reason TEXT is missing"),
         (("--user", " ", "--reason", "asked"), "no user is named"),
         (("--users", "/nowhere", "--reason", "asked"), "not readable"),
@@ -152,7 +152,7 @@ def holding(operator: Operator) -> dict[str, str]:
 def test_status_shows_what_still_holds_something_until_nothing_does(
     erasing: Operator, log: MemoryLog, tmp_path: Path
 ) -> None:
-    assert erasing("erase", "--status") == "nobody was erased"
+    assert erasing("erase", "--status") == "no user was erased"
     (tmp_path / "stream-0" / "histories").mkdir(parents=True)
     erasing("erase", "--user", PLAIN, "--reason", "request 71")
     kafka = Kafka()
@@ -181,7 +181,7 @@ def test_status_shows_what_still_holds_something_until_nothing_does(
     for name in (kafka.clicks_topic, kafka.microbatches_topic):
         topics.delete_before(name, {partition: end for partition, (_, end) in topics.ends(name).items()})
     assert holding(erasing) == {}
-    assert "nothing holds anything of them any more" in erasing("erase", "--status")
+    assert "no data of erased users remains" in erasing("erase", "--status")
     bad = registry.path / "bases" / "000000000001.bad"
     bad.mkdir()
     os.utime(bad, (NOW_MS // 1000 - 9, NOW_MS // 1000 - 9))

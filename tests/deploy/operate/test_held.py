@@ -52,7 +52,7 @@ def test_release_and_resume_let_go_what_is_held(operator: Operator) -> None:
             )
         )
         said = operator(command, "--reason", "a sale")
-        assert "is let go" in said and "not held again" in said
+        assert "is accepted" in said and "not held again" in said
         control = operator.registry.control()
         assert control is not None and control.held is None and control.serving.mode == "follow"
         assert (control.action, control.reason) == (command, "a sale")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from deploy.operate import log_view, rollback
 from deploy.operate import rollback as digests
 from state.config.sections import Kafka
 from state.errors import (
-    ControlConflict,
     LogError,
     SaltMismatch,
     SettingsError,
@@ -426,17 +424,3 @@ def test_a_rollback_during_a_rollback_goes_farther_back(operator: Operator) -> N
     operator("rollback", "--skip", "1:100-110", "--reason", "and earlier")
     assert newest(operator).base == 1
     assert len(newest(operator).masks) == 3, "what was masked stays masked"
-
-
-def test_a_race_between_two_operators_has_one_winner(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = Operator(operator.state)
-    real: Callable[..., object] = log_view.look
-
-    def meanwhile(settings: object) -> object:
-        other("pin", "4", "--reason", "first")
-        return real(settings)
-
-    monkeypatch.setattr(rollback, "look", meanwhile)
-    with pytest.raises(ControlConflict, match=r"history.*repeat the command"):
-        operator("rollback", "--to", "3", "--reason", "second")
-    assert [one.action for one in operator.registry.controls()] == ["start", "pin"]

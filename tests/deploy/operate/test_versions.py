@@ -16,7 +16,7 @@ from tests.memory_log import MemoryLog
 
 
 def test_versions_lists_the_newest_first_with_age_log_and_metrics(operator: Operator) -> None:
-    assert "3 older ones" in operator("versions", "--last", "2")
+    assert "3 older versions" in operator("versions", "--last", "2")
     lines = operator("versions").splitlines()
     assert lines[0].split()[:5] == ["version", "epoch", "age", "kind", "log"]
     assert [line.split()[0] for line in lines[1:6]] == ["5", "4", "3", "2", "1"]

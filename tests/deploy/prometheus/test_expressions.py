@@ -19,18 +19,6 @@ def test_every_expression_uses_metrics_that_exist_as_their_type_and_labels_allow
     assert {name: said for name, said in wrong.items() if said} == {}
 
 
-def test_the_alerts_that_the_loop_needs_are_there() -> None:
-    assert set(ALERTS) >= {
-        "SpringtideLagGrowing",
-        "SpringtideNoNewVersion",
-        "SpringtideDeadLetters",
-        "SpringtideWeightsStale",
-        "SpringtideTrainingHeld",
-        "SpringtideTargetDown",
-        "SpringtidePartDying",
-    }
-
-
 def test_prometheus_scrapes_all_processes_at_their_default_ports() -> None:
     settings = Settings()
     ports = {

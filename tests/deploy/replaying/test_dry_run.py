@@ -88,3 +88,16 @@ def test_a_file_whose_clicks_come_late_is_no_wrong_mapping(tmp_path: Path, capsy
     path = write(tmp_path, [*(row.replace("view", "stare") for row in clicks(1500)), *clicks(1500)])
     assert main([str(path), "--dry-run", NOWHERE]) == 0
     assert "1,500 clicks, 1,500 dead letters (1,500 unknown_action)" in capsys.readouterr().out
+
+
+def test_files_without_header_and_actions_are_said_on_the_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.log").write_text("".join(f"{BEGIN_S + n};{name}{n};x;i;c\n" for n in range(10)))
+    words = ["--format", "csv", "--delimiter", ";", "--columns", "time,user,-,item,category"]
+    assert main([str(tmp_path / "*.log"), *words, "--constant", "action=cart", "--dry-run", NOWHERE]) == 0
+    counts, *said = capsys.readouterr().out.splitlines()
+    assert counts == "20 rows of 2 files: 20 clicks, 0 dead letters"
+    (first, *_) = [json.loads(line) for line in said if line.startswith("  {")]
+    assert first.pop("time") and first == {"user": "a0", "item": "i", "category": "c", "action": "cart"}

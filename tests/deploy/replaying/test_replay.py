@@ -18,8 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deploy.replaying import recording as replaying
-from deploy.replaying.journal import ReplayJournal
-from deploy.replaying.recording import Options, Outcome, RecordingSource, Replay
+from deploy.replaying.recording import Options, Outcome, RecordingSource, Replay, ReplayJournal
 from deploy.replaying.sender import LARGEST_VALUE, Piece, Progress, Record, missing
 from state.config.sections import Events
 from state.errors import CorruptStore, LogError, SettingsError

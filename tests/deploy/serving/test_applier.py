@@ -19,6 +19,7 @@ from state.registry.control import start
 from state.registry.manifest import Draft, LogRange
 from state.registry.registry import SERVING, Registry
 from state.rows.store import RowStore
+from tests import forked
 from tests.deploy.serving.test_following import tensors
 from tests.deploy.serving.test_rest import until
 from tests.state.registry.hosts import Origin, away
@@ -37,7 +38,7 @@ def test_an_applier_waits_for_a_registry_that_cannot_be_read(tmp_path: Path) -> 
     (tmp_path / "registry").write_text("")
     log = tmp_path / "log"
     with log.open("w") as errors:
-        process = subprocess.Popen([sys.executable, "-m", "deploy.serving.applier"], env=environment, stderr=errors)
+        process = forked.Popen([sys.executable, "-m", "deploy.serving.applier"], env=environment, stderr=errors)
     try:
         until(lambda: "the registry cannot be followed" in log.read_text())
         registry = Registry(tmp_path / "later")
@@ -73,11 +74,11 @@ def test_the_process_applies_without_kafka_and_stops_in_order(tmp_path: Path) ->
     registry = Registry(tmp_path / "registry")
     registry.propose(start(**BY))
     command = [sys.executable, "-m", "deploy.serving.applier"]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    process = forked.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     try:
         rows = tmp_path / "serving" / ROWS
         until(lambda: (rows / "mark.json").exists())
-        second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        second = forked.run(command, env=environment, capture_output=True, text=True, timeout=60)
         assert second.returncode == 1 and "in use by process" in second.stderr
         draft = Draft("base", 1, None, LogRange(), (), 1, 1, 5, 4, "spec", registry.specs.add_program(b"p"), "salt")
         version = registry.publish(draft, {SERVING: save(tensors({1: 1.0}))}).version
@@ -112,7 +113,7 @@ def test_a_shared_registry_that_is_unreachable_makes_a_host_old(tmp_path: Path) 
     def age_s() -> float:
         return time.time() - noted.stat().st_mtime
 
-    process = subprocess.Popen(
+    process = forked.Popen(
         [sys.executable, "-m", "deploy.serving.applier"], env=environment, stderr=subprocess.PIPE, text=True
     )
     try:

@@ -21,6 +21,7 @@ from deploy.serving.requests.connections import ConnectionLimits
 from deploy.serving.requests.server import DrainingServer
 from deploy.serving.rest import App
 from state.events.identity import Salt
+from tests import forked
 from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Stores, digest_of, manifest, tensors
 
 
@@ -35,7 +36,7 @@ def worker(
     } | more  # fmt: skip
     environment = os.environ | {f"SPRINGTIDE_SERVING_{name.upper()}": value for name, value in given.items()}
     environment["SPRINGTIDE_PATHS_STATE"] = stores.settings.paths.state
-    process = subprocess.Popen(
+    process = forked.Popen(
         [sys.executable, "-m", "deploy.serving.rest"], env=environment, stderr=subprocess.PIPE, text=True
     )
     try:
@@ -87,7 +88,7 @@ def test_a_signal_before_the_server_runs_still_ends_it(stores: Stores) -> None:
     """A parent that is killed while its worker starts must not leave the worker behind."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     app = App(Host(stores.settings, Salt(SALT_KEY), now_ms=lambda: NOW_MS), CollectorRegistry())
-    server = DrainingServer(app, ConnectionLimits(8192, 10.0, 10), drain_s=0.0)
+    server = DrainingServer(app, ConnectionLimits(10.0, 10), drain_s=0.0)
     try:
         server.end_on_signals()
         signal.raise_signal(signal.SIGTERM)

@@ -34,7 +34,7 @@ def test_a_broker_that_cannot_start_waits_longer_and_is_there_once_it_can(tmp_pa
         os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + 30
         while not lines:
-            kafka.look()
+            kafka.poll()
             assert time.monotonic() < deadline
             time.sleep(0.01)
         assert "ended with status -9" in lines[0] and lines[0].endswith("starting it again in 0.25 s")
@@ -43,18 +43,18 @@ def test_a_broker_that_cannot_start_waits_longer_and_is_there_once_it_can(tmp_pa
             holder.bind(("127.0.0.1", port))
             holder.listen()
             now[0] += 0.2
-            kafka.look()
+            kafka.poll()
             assert len(lines) == 1, "it is not time yet"
             now[0] += 0.1
-            kafka.look()
+            kafka.poll()
         assert f"port {port}" in lines[1] and lines[1].endswith("starting it again in 0.5 s, after 2 deaths in a row")
         assert collected.get_sample_value("springtide_up_deaths_in_a_row", {"part": "kafka"}) == 2
         now[0] += 1.0
-        kafka.look()
+        kafka.poll()
         assert listens(port) and len(lines) == 2
         assert (collected.get_sample_value("springtide_storage_used_bytes", {"part": "kafka"}) or 0.0) > 10_000
         now[0] += 60.0
-        kafka.look()
+        kafka.poll()
         assert collected.get_sample_value("springtide_up_deaths_in_a_row", {"part": "kafka"}) == 0
     finally:
         kafka.stop(20.0)
@@ -79,12 +79,12 @@ def test_a_broker_whose_disk_is_full_waits_for_room_and_is_not_tried_before(tmp_
             kafka._bury(KafkaFailed("Kafka ended with status 1", "the disk is full"))
             for _ in range(5):
                 now[0] += 2.0
-                kafka.look()
+                kafka.poll()
             assert (starts(), waiting(), len(lines)) == (0, 1, 2)
             assert lines[1].startswith("Kafka waits for room: Kafka was not started: ") and "0 MB free" in lines[1]
             full.unlink()
             now[0] += 2.0
-            kafka.look()
+            kafka.poll()
             assert (starts(), waiting(), len(lines)) == (1, 0, 3)
             assert lines[2] == "Kafka goes on: there is room again"
             assert listens(settings.kafka.port)

@@ -13,6 +13,7 @@ from deploy import sections
 from deploy.kafka.configuration import free_port
 from deploy.watch.scrape import scrape
 from state.log import Log
+from tests import forked
 from tests.conftest import KafkaFactory
 from tests.deploy.validation.live import bootstrapped, minutes, settings_at
 
@@ -39,7 +40,7 @@ def test_the_process_judges_windows_of_a_real_log_and_ends_when_asked_to(
                 writer.send(topic, 0, None, value)
     changed = ("paths.state", "validation.window_s", "validation.min_rows", "events.context")
     own = [word for name in changed for word in (f"--{name}", str_of(settings.value(name)))]
-    process = subprocess.Popen(
+    process = forked.Popen(
         [sys.executable, "-m", "deploy.validation.process", *own, *flags],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
         stderr=subprocess.PIPE,

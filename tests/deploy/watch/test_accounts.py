@@ -93,7 +93,7 @@ def test_a_cut_in_which_the_trainer_is_ahead_or_began_elsewhere_is_not_compared(
     version = version_of(tmp_path, draft(LogRange(), {CLICKS: 30}))
     assert rows_in_flight.comparable({CLICKS: COUNTS}, version, flying) == ""
     assert "still to commit" in rows_in_flight.comparable({CLICKS: COUNTS | {"next": 20}}, version, flying)
-    assert "began later" in rows_in_flight.comparable({CLICKS: COUNTS | {"first": 3}}, version, flying)
+    assert "begin at different positions" in rows_in_flight.comparable({CLICKS: COUNTS | {"first": 3}}, version, flying)
     assert "no store here" in rows_in_flight.comparable({}, version, flying)
     assert "not counted" in rows_in_flight.comparable(
         {CLICKS: COUNTS}, version, rows_in_flight.InFlight(0, 0, {}, False)

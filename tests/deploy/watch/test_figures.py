@@ -91,7 +91,7 @@ def test_the_view_says_them_in_fixed_columns_with_the_trouble_first(loop: Loop) 
     found = busy(loop)
     assert panel(Snapshot(found), [("try", "curl")])[:7] == [
         "state           2% dead letters, 0.5/s answers fail   up 0.0 s",
-        "clicks          200/s       lag 12 events, 0.5 s      500 taken up",
+        "clicks          200/s       lag 12 events, 0.5 s      500 read",
         "dead letters    5.0/s       10: 7 undecodable, 3 missing_field",
         "micro-batches   10.0/s      20.0 rows each            trainer 0 behind",
         "training        190 rows/s  log loss 1.250, AUC 0.625 9.0 steps/s, top 1 0.0%",
@@ -164,7 +164,7 @@ def test_parts_that_up_has_still_to_start_are_not_called_away() -> None:
     found = Watch().figures({**away, "up": scraped("springtide_up_settled 0")}, 0.0, 0.0)
     assert texts(found) == ["stream not started yet", "trainer not started yet"]
     found = Watch().figures({**away, "up": scraped("springtide_up_settled 1")}, 0.0, 0.0)
-    assert texts(found) == ["stream away", "trainer away"]
+    assert texts(found) == ["stream unreachable", "trainer unreachable"]
     assert texts(Watch().figures(away, 0.0, 0.0)) == ["nothing answers"]
 
 
@@ -215,8 +215,8 @@ def test_without_kafka_kafka_is_named_first() -> None:
     }
     found = Watch().figures(scrapes, 0.0, 0.0)
     assert texts(found) == [
-        "Kafka away",
-        "stream away",
+        "Kafka unreachable",
+        "stream unreachable",
         "applier lag unknown",
         "stream cannot run, 4 deaths in a row",
     ]
@@ -342,14 +342,14 @@ def test_each_problem_is_reported_from_its_bound_on(figures: dict[str, Any], wor
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"kafka": {"answers": False, "away": True}}, "Kafka away"),
+        ({"kafka": {"answers": False, "away": True}}, "Kafka unreachable"),
         ({"kafka": {"answers": False, "away": False}}, "Kafka has no topics yet"),
         ({"registry": {"answers": False}}, "no registry can be read"),
         ({"accounting": {"balanced": None}}, "accounts unknown"),
         ({"accounting": {"balanced": False}}, "accounts do not balance"),
         (
             {"experiments": [{"rollout": {"stopped": True, "unwatched_s": 90.0}}]},
-            "a rollout was stopped, nobody watches the rollout",
+            "a rollout was stopped, no command drives the rollout",
         ),
         ({"experiments": [{"problem": "damaged"}], "retrain": {"problem": "damaged"}}, "experiments cannot be read"),
         ({"retrain": {"problem": "", "outcome": "failed"}}, "the last retrain failed"),

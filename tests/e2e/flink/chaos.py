@@ -34,8 +34,8 @@ from typing import Any
 import psutil
 from prometheus_client import CollectorRegistry
 
-from deploy.flink import status
 from deploy.flink.cluster import end_jobs
+from deploy.flink.command import read_state
 from deploy.kafka.broker import Broker
 from deploy.serving.following.clicks import HistoryFollower
 from deploy.serving.notes import CAUGHT_UP_EXTRA
@@ -342,7 +342,7 @@ class FlinkChaos:
 
     def _state(self) -> dict[str, Any]:
         """What `springtide flink status` knows."""
-        return status.read(self.settings, self._manager.url, wall_ms())
+        return read_state(self.settings, self._manager.url, wall_ms())
 
     def _settled(self) -> dict[str, Any] | None:
         """The job, once all of its tasks run and it has a checkpoint since it last began."""

@@ -133,7 +133,7 @@ def test_axe_finds_nothing_grave_in_light_in_dark_and_on_a_phone(page: Page) -> 
     page.get_by_role("textbox", name="User").fill(USER)
     page.keyboard.press("Enter")
     expect(page.locator("#found .reasons li").first).to_be_visible()
-    for scheme, width in (("light", 1360), ("dark", 1360), ("dark", 390), ("light", 390)):
+    for scheme, width in (("light", 1360), ("dark", 390)):
         page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
         page.set_viewport_size({"width": width, "height": 844})
         found = Axe().run(page).response

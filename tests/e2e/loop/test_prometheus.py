@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 
 import promql_parser as promql
 import pytest
 
+from deploy.grafana.__main__ import load, queries
 from deploy.watch import scrape
 from state.log import Writer
 from state.process.wall_clock import wall_ms
@@ -96,9 +98,15 @@ def test_what_an_operator_holds_is_an_alert_until_it_is_released(loop: Loop, wat
     watching.wait_until_over("SpringtideHeldByOperator")
 
 
-def test_a_pinned_version_is_an_alert_until_answers_follow(loop: Loop, watching: Watching) -> None:
-    version, _ = loop.kept()
-    loop.springtide("pin", str(version), "--reason", "a test")
-    watching.wait_for("SpringtidePinned")
-    loop.springtide("follow", "--reason", "a test")
-    watching.wait_until_over("SpringtidePinned")
+def test_every_query_of_a_dashboard_returns_a_number(loop: Loop, watching: Watching) -> None:
+    asked = {query.where: query.expr for query in queries(load(), "30s") if not query.may_be_empty}
+
+    def silent() -> list[str]:
+        # Rates need requests while they are polled.
+        loop.profile("one-who-is-counted")
+        for where, expr in list(asked.items()):
+            if any(not math.isnan(float(one["value"][1])) for one in watching.query(expr)):
+                del asked[where]
+        return list(asked)
+
+    until(lambda: not silent(), lambda: f"no number from {asked}")

@@ -24,22 +24,6 @@ def following(loop: Loop) -> None:
     loop.springtide("follow", "--reason", "a test begins")
 
 
-def test_pinned_answers_stay_and_training_goes_on_until_follow(loop: Loop) -> None:
-    version, epoch = loop.kept()
-    loop.springtide("pin", str(version), "--reason", "look at this one")
-    # Answers may have been at this version before.
-    until(lambda: loop.metrics("applier").value("springtide_serving_pinned") == 1.0, "the pin is not seen")
-    until(lambda: served(loop)[0] == version, "the pin is not seen")
-    trained = loop.metrics("trainer").value("springtide_trainer_version") or 0.0
-    until(
-        lambda: (loop.metrics("trainer").value("springtide_trainer_version") or 0.0) > trained,
-        "training did not go on",
-    )
-    assert served(loop) == (version, epoch)
-    loop.springtide("follow", "--reason", "seen enough")
-    until(lambda: served(loop)[0] > version, "answers do not follow")
-
-
 def test_under_load_no_request_fails_none_mixes_versions_and_the_pin_outlives_the_worker(loop: Loop) -> None:
     users = [f"shopper-{number}" for number in range(200)]
     clients = [Client(serving_address(loop.settings), users, every_s=0.01) for _ in range(4)]

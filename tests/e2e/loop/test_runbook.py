@@ -247,17 +247,31 @@ def kafkas_disk_is_lost(terminal: Terminal, section: Section) -> None:
 
 
 def a_user_asks_to_be_forgotten(terminal: Terminal, section: Section) -> None:
-    loop, user, asked = terminal.loop, "one-who-asks", terminal.directory / "asked.txt"
-    erase, look, compact = section.commands
-    known = loop.answer_trained_on(user, loop.click([(user, "book", HONEST, "purchase")] * 3))
-    assert known["known"]
-    asked.write_text(f"{user}\n")
+    """What the commands do is proved by `test_erase.py`."""
+    asked = terminal.directory / "asked.txt"
+    erase, *others = section.commands
+    asked.write_text("user-who-asks\n")
     assert "of 1 user;" in terminal.type(erase, **{"asked.txt": str(asked)})
-    until(lambda: (loop.profile(user) or {}).get("cold_start"), "the user is still known")
-    terminal.type(compact)
-    told = terminal.type(look)
-    for name in (loop.settings.kafka.clicks_topic, loop.settings.kafka.microbatches_topic):
-        assert re.search(rf"^topic {re.escape(name)} .*its retention, 20", told, re.MULTILINE), told
+    for command in others:
+        if command not in terminal.typed:
+            assert terminal.type(command)
+
+
+def a_probe_does_not_come_through(terminal: Terminal, section: Section) -> None:
+    loop = terminal.loop
+    probe, status = section.commands
+    refused = loop.metrics("stream").total("springtide_stream_dead_letters_total")
+    found = re.match(
+        r"the click at offset (\d+) of partition (\d+) was in answers after [\d.]+ s", terminal.type(probe)
+    )
+    assert found is not None
+    offset = int(found[1])
+    (source,) = (one for one in loop.ends() if one.endswith(f":{found[2]}"))
+    assert loop.ends()[source] > offset
+    answer = until(lambda: loop.profile("anyone"), "no answer")
+    assert answer["version"]["sources"][source] > offset
+    assert loop.metrics("stream").total("springtide_stream_dead_letters_total") == refused
+    terminal.type(status)
 
 
 def a_release_goes_in(terminal: Terminal, section: Section) -> None:
@@ -265,7 +279,7 @@ def a_release_goes_in(terminal: Terminal, section: Section) -> None:
     look, start, wait = section.commands
     epoch = new_release.stopped(loop)
     planned = terminal.type(look)
-    assert "begins anew:" in planned and "  table user: " in planned.partition("begins anew:")[0]
+    assert "starts from scratch:" in planned and "  table user: " in planned.partition("starts from scratch:")[0]
     terminal.type(start)
     with new_release.asking(loop) as seen:
         loop.start("--upgrade", "--reason", "the drill")
@@ -288,6 +302,7 @@ DRILLS: dict[str, Callable[[Terminal, Section], None]] = {
     "Live clicks have changed": live_clicks_have_changed,
     "The disk is lost": the_disk_is_lost,
     "Kafka's disk is lost": kafkas_disk_is_lost,
+    "A probe does not come through": a_probe_does_not_come_through,
     "A user asks to be forgotten": a_user_asks_to_be_forgotten,
     "A new release": a_release_goes_in,
 }

@@ -49,12 +49,12 @@ def started(path: Path, versions: int) -> Registry:
 def test_a_version_that_does_not_fit_is_absent_and_the_one_before_stays(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "1m") as disk:
         registry = started(disk.path / "registry", 2)
-        with pytest.raises(UnusableRegistry, match=r"cannot take version 3 \(.*No space left on device.*free space"):
+        with pytest.raises(UnusableRegistry, match=r"cannot store version 3 \(.*No space left on device.*free space"):
             publish(registry, 2, size=4 << 20)
         assert Registry(registry.path).newest_good(1) == 2
         assert not list((registry.path / "tmp").iterdir())
         full = disk.fill()
-        with pytest.raises(UnusableRegistry, match="cannot take control generation 2"):
+        with pytest.raises(UnusableRegistry, match="cannot store control generation 2"):
             registry.change(lambda control: _pinned(control, 1))
         assert len(registry.controls()) == 1
         full.unlink()

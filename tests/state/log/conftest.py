@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from deploy.kafka.broker import Broker
-from deploy.kafka.configuration import free_port
 from state.config.sections import Kafka
 from state.log import Topics
 from tests.conftest import KafkaFactory
+from tests.one_kafka import Running, broker_like
 
 
 @pytest.fixture
@@ -39,9 +38,14 @@ def refused() -> Iterator[None]:
     gc.collect()
 
 
-@pytest.fixture
-def own(tmp_path: Path) -> Iterator[Broker]:
-    broker = Broker(tmp_path / "kafka", free_port(), heap_mb=256, retention_h=876_000)
-    broker.start()
+@pytest.fixture(scope="session")
+def mortal(kafka: Running, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    broker = broker_like(kafka, tmp_path_factory.mktemp("kafka"), retention_h=876_000)
     yield broker
-    broker.stop()
+    broker.kill()
+
+
+@pytest.fixture
+def own(mortal: Broker) -> Broker:
+    """A running broker that may die; tests have topics of their own."""
+    return mortal.start()

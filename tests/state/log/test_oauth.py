@@ -13,11 +13,10 @@ from dataclasses import replace
 import pytest
 
 from deploy.kafka import broker as java
-from deploy.kafka import jars
 from deploy.kafka.configuration import HOST, free_port, listens, properties
-from state.config.loading import load
+from deploy.kafka.jars import KAFKA
 from state.config.sections import Kafka
-from state.errors import LogError, SettingsError
+from state.errors import LogError
 from state.log import Topics
 
 START_S = 90.0
@@ -61,7 +60,7 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
     fixed = properties(plain, controller, folder / "data", 1)
     # The later of two lines counts.
     configuration.write_text(fixed + LISTENER.format(host=HOST, port=port, plain=plain, controller=controller))
-    class_path = os.pathsep.join(map(str, jars.resolve()))
+    class_path = os.pathsep.join(map(str, KAFKA.jars()))
     java.format_storage(class_path, log, configuration)
     words = java.command(class_path, log, "-Xmx256m", "kafka.Kafka", str(configuration))
     broker = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
@@ -99,16 +98,3 @@ def test_without_a_good_token_it_stays_shut_in_one_line(secured: Kafka, provider
     with pytest.raises(LogError, match=message) as raised:
         Topics(shut)
     assert "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--kafka.sasl_mechanism", "OAUTHBEARER"],
-        ["--kafka.sasl_mechanism", "PLAIN", "--kafka.sasl_token_provider", "shop:token"],
-    ],
-)
-def test_the_mechanism_and_its_provider_need_each_other(words: list[str]) -> None:
-    environment = {"SPRINGTIDE_KAFKA_SASL_USERNAME": "a", "SPRINGTIDE_KAFKA_SASL_PASSWORD": "b"}
-    with pytest.raises(SettingsError, match="need each other"):
-        load(["--kafka.security_protocol", "SASL_PLAINTEXT", *words], environment)

@@ -12,8 +12,8 @@ from deploy.kafka.broker import Broker
 from state.config.sections import Kafka
 from state.errors import UnknownTopic, UnreachableBroker
 from state.log import Log, Reader, Topics, Writer, client_options
-from state.log.bulk import BulkWriter, append_encoded
-from tests.reading import eventually, joined, read_until, values, write
+from state.log.bulk import BulkWriter
+from tests.reading import append_encoded, eventually, joined, read_until, values, write
 
 LEFT_SOCKETS = pytest.mark.filterwarnings("ignore:unclosed <s:ResourceWarning")
 
@@ -59,9 +59,13 @@ def test_a_topic_made_again_stops_the_reader(
 def test_a_broker_killed_and_back_costs_nothing_but_time(own: Broker) -> None:
     settings = Kafka(bootstrap_servers=own.bootstrap_servers, request_timeout_s=60.0)
     with Topics(settings) as topics:
-        topics.ensure("clicks", 1)
-    with Reader(settings, "clicks") as reader, Writer(settings) as writer, Writer(settings, "tx") as transactional:
-        writer.send("clicks", 0, None, b"before")
+        topics.ensure("killed-clicks", 1)
+    with (
+        Reader(settings, "killed-clicks") as reader,
+        Writer(settings) as writer,
+        Writer(settings, "tx") as transactional,
+    ):
+        writer.send("killed-clicks", 0, None, b"before")
         writer.flush()
         seen = read_until(reader, {0: 1})
         assert reader.reachable()
@@ -71,11 +75,11 @@ def test_a_broker_killed_and_back_costs_nothing_but_time(own: Broker) -> None:
         assert eventually(lambda: not reader.reachable())
         with pytest.raises(UnreachableBroker):
             Topics(replace(settings, request_timeout_s=0.5))
-        writer.send("clicks", 0, None, b"while away")
+        writer.send("killed-clicks", 0, None, b"while away")
         own.start()
         writer.flush()
         with transactional.transaction():
-            transactional.send("clicks", 0, None, b"in a transaction")
+            transactional.send("killed-clicks", 0, None, b"in a transaction")
         seen += read_until(reader, {0: 4})
         assert reader.reachable()
     assert values(seen) == [b"before", b"while away", b"in a transaction"]
@@ -83,11 +87,11 @@ def test_a_broker_killed_and_back_costs_nothing_but_time(own: Broker) -> None:
 
     hasty = Writer(replace(settings, request_timeout_s=20.0), "tx2")
     with hasty.transaction():
-        hasty.send("clicks", 0, None, b"the last")
+        hasty.send("killed-clicks", 0, None, b"the last")
     own.kill()
     start = time.monotonic()
     with pytest.raises(UnreachableBroker), hasty.transaction():
-        hasty.send("clicks", 0, None, b"lost")
+        hasty.send("killed-clicks", 0, None, b"lost")
     hasty.close(0.5)
     assert time.monotonic() - start < 60
 
@@ -97,16 +101,16 @@ def test_a_broker_killed_and_back_costs_nothing_but_time(own: Broker) -> None:
 def test_a_batch_damaged_on_disk_is_a_corrupt_range_between_good_ones(own: Broker) -> None:
     settings = Kafka(bootstrap_servers=own.bootstrap_servers, request_timeout_s=20.0)
     with Topics(settings) as topics:
-        topics.ensure("clicks", 1)
-    with BulkWriter(settings, "clicks") as bulk:
+        topics.ensure("damaged-clicks", 1)
+    with BulkWriter(settings, "damaged-clicks") as bulk:
         for word in (b"good", b"damaged", b"fine"):
             append_encoded(bulk, [b"k"] * 3, [word + b"-%d" % n for n in range(3)], np.arange(3), [0] * 3)
     own.stop()
-    (segment,) = (own.directory / "data" / "clicks-0").glob("*.log")
+    (segment,) = (own.directory / "data" / "damaged-clicks-0").glob("*.log")
     content = segment.read_bytes()
     segment.write_bytes(content.replace(b"damaged-1", b"dAmaged-1"))
     own.start()
-    with Reader(settings, "clicks") as reader:
+    with Reader(settings, "damaged-clicks") as reader:
         batches = read_until(reader, {0: 9})
     assert values(batches) == [b"good-%d" % n for n in range(3)] + [b"fine-%d" % n for n in range(3)]
     assert joined(batches) == (0, 9)

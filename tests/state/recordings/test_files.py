@@ -21,8 +21,7 @@ from hypothesis import strategies as st
 
 from state.config.sections import Events
 from state.errors import SettingsError, UnreadableRecording
-from state.recordings.files import RecordedFile, Recording, constants_of, find
-from state.recordings.formats import csv_rows, json_rows
+from state.recordings.files import RecordedFile, Recording, constants_of, csv_rows, find, json_rows
 from state.recordings.rows import RecordedRows
 
 FIELDS = ("user", "item", "time")

@@ -10,15 +10,14 @@ from typing import TypeVar
 
 from state.errors import UnknownVersion, UnusablePlace
 from state.file_store import FileStore
-from state.positions import Source
 from state.registry import sharing
 from state.registry.control import start
-from state.registry.manifest import Draft, LogRange, Manifest
+from state.registry.manifest import Draft, Manifest
 from state.registry.registry import SERVING, TRAINING, Registry
 from state.registry.sync import SILENT_S, Copier, DurableSender, RecentSender
+from tests.state.registry.test_registry import WHO
+from tests.state.registry.test_registry import draft as some_draft
 
-WHO = {"actor": "ann", "reason": "because", "now_ms": 5}
-SOURCE = Source("ab" * 16, 1)
 Answer = TypeVar("Answer")
 
 
@@ -112,10 +111,7 @@ class Origin:
         )
 
     def draft(self, parent: int | None, kind: str = "delta") -> Draft:
-        return Draft(
-            "base" if parent is None else kind, 1, parent, LogRange("log", "cd" * 16, 0, 4, 9), ((SOURCE, 7),), 3, 12,
-            1000, 900, "spec", self.program, "salt",
-        )  # fmt: skip
+        return replace(some_draft(parent), kind="base" if parent is None else kind, program=self.program)
 
     def publish(self, parent: int | None) -> Manifest:
         """A durable version."""

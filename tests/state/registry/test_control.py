@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,12 +15,18 @@ from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
 from state.positions import Source
 from state.registry.control import (
+    MOST_RELEASED,
     Control,
+    HeldUpdate,
+    SuspectClicks,
     decode,
     encode,
     follow,
+    hold,
     pin,
     publish,
+    recover,
+    release,
     roll_back,
     start,
     train,
@@ -183,3 +190,63 @@ def test_users_who_are_masked_already_are_not_stored_again() -> None:
     more = roll_back(back, 1, Mask(users=MaskedUsers.of([2, 3, 4])), **WHO)
     assert [list(one.users) for one in more.masks] == [[1, 2, 3], [4]]
     assert list(more.mask.users) == [1, 2, 3, 4]
+
+
+CLICKS = (SuspectClicks("ab" * 16, 0, 5, 80), SuspectClicks("ab" * 16, 2, 0, 9))
+HELD = HeldUpdate("user", "share of one user", 30.5, 1.0, 7, 40, 90, 1000, 9000, CLICKS)
+
+
+def test_what_is_held_and_what_was_let_go_is_written_and_read() -> None:
+    held = hold(start(**WHO), HELD, **WHO)
+    assert reread(held) == held
+    let_go = release(held, **WHO)
+    assert reread(let_go) == let_go
+    assert let_go.released == (90,)
+
+
+def test_a_field_that_is_missing_is_no_control() -> None:
+    document = json.loads(encode(hold(start(**WHO), HELD, **WHO)))
+    del document["held"]["first"]
+    with pytest.raises(ValueError, match="first"):
+        decode(json.dumps(document).encode(), {}.__getitem__, {}.__getitem__)
+
+
+def test_answers_that_an_operator_pinned_stay_there_through_hold_and_release() -> None:
+    pinned = pin(start(**WHO), 3, **WHO)
+    held = hold(pinned, HELD, **WHO)
+    assert held.serving.version == 3 and held.held is not None and not held.held.followed
+    assert release(held, **WHO).serving.version == 3
+
+
+def test_answers_that_were_let_follow_or_pinned_meanwhile_stay_so_at_the_release() -> None:
+    held = hold(start(**WHO), HELD, **WHO)
+    assert release(follow(held, **WHO), **WHO).serving.mode == "follow"
+    assert release(pin(held, 2, **WHO), **WHO).serving.version == 2
+
+
+def test_nothing_is_pinned_where_no_version_is_before_it() -> None:
+    held = hold(start(**WHO), replace(HELD, version=0), **WHO)
+    assert held.serving.mode == "follow" and held.held is not None
+
+
+@pytest.mark.parametrize(
+    "back", [lambda held: roll_back(held, 7, Mask.NONE, **WHO), lambda held: recover(held, 7, **WHO)]
+)
+def test_a_new_epoch_holds_nothing_and_remembers_what_was_let_go(back: Any) -> None:
+    let_go = release(hold(start(**WHO), HELD, **WHO), **WHO)
+    held = hold(let_go, replace(HELD, next=200), **WHO)
+    assert held.held is not None
+    assert (back(held).held, back(held).released, back(held).epoch) == (None, (90,), 2)
+
+
+def test_a_second_hold_waits_for_the_first_and_a_release_of_nothing_changes_nothing() -> None:
+    held = hold(start(**WHO), HELD, **WHO)
+    assert hold(held, replace(HELD, next=200), **WHO) is held
+    assert release(start(**WHO), **WHO) == start(**WHO)
+
+
+def test_only_so_many_releases_are_remembered() -> None:
+    control = start(**WHO)
+    for at in range(MOST_RELEASED + 5):
+        control = release(hold(control, replace(HELD, next=at), **WHO), **WHO)
+    assert control.released == tuple(range(5, MOST_RELEASED + 5))

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from state.disk import files as durable
-from state.features.mask import Mask
-from state.registry.control import pin, roll_back, start
+from state.registry.control import start
 from state.registry.garbage import DAY_MS, collect
 from state.registry.registry import SERVING, Registry
 from tests.state.registry.test_registry import WHO, draft
@@ -105,30 +104,3 @@ def test_what_writers_left_goes_once_they_are_dead_or_elsewhere_for_a_day(regist
         aged(path, days)
     assert sorted(collect(registry, KEEP_MS, NOW_MS)) == sorted(f"tmp/{path.name}" for path in (dead, away))
     assert sorted(path.name for path in folder.iterdir()) == sorted([young.name, own.name])
-
-
-def test_the_newest_generation_is_found_without_reading_the_others(
-    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for number in range(2, 40):
-        registry.propose(pin(registry.control() or start(**WHO), number, **WHO))
-    read: list[str] = []
-    read_bytes = Path.read_bytes
-
-    def counted(path: Path) -> bytes:
-        read.append(path.name)
-        return read_bytes(path)
-
-    monkeypatch.setattr(Path, "read_bytes", counted)
-    other = Registry(tmp_path)
-    assert (other.control() or start(**WHO)).generation == 39
-    assert read == ["00000039.json"]
-    # An epoch is found by halves, and what ended it likewise.
-    registry.propose(roll_back(registry.control() or start(**WHO), 3, Mask.NONE, **WHO))
-    registry.propose(pin(registry.control() or start(**WHO), 4, **WHO))
-    read.clear()
-    other = Registry(tmp_path)
-    assert [(other.generations.beginning_of(epoch) or start(**WHO)).generation for epoch in (1, 2)] == [1, 40]
-    assert other.generations.beginning_of(3) is None
-    assert [one.generation for one in other.generations.last_of_epochs(1, 2)] == [39, 41]
-    assert len(read) < 30

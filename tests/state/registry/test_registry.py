@@ -14,13 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from state.disk.files import HOST
-from state.errors import ControlConflict, CorruptVersion, SpecMismatch, UnknownVersion, WrongEpoch
+from state.errors import ControlConflict, CorruptVersion, SaltMismatch, SpecMismatch, UnknownVersion, WrongEpoch
+from state.events.identity import Salt
 from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
 from state.positions import Source
 from state.process import killpoints
 from state.registry.control import Control, follow, pin, roll_back, start
 from state.registry.manifest import Draft, LogRange, Manifest, sees
+from state.registry.model_fit import require_same_salt
 from state.registry.registry import SERVING, Registry
 from tests.disks import folder_in_memory
 
@@ -150,7 +152,7 @@ def test_a_base_stays_readable_as_its_version_when_the_delta_is_removed(registry
     assert registry.versions() == [1, 2, 3]
     assert registry.read(2, SERVING) == b"all"
     assert registry.manifest(2).visible == ((1, 2),)
-    with pytest.raises(UnknownVersion, match="take 3"):
+    with pytest.raises(UnknownVersion, match="use 3"):
         registry.manifest(9)
 
 
@@ -177,7 +179,7 @@ def test_visible_intervals_are_the_ancestors_after_any_rollbacks(plan: list[int]
             while at is not None:
                 ancestors.add(at)
                 at = parents[at]
-            line = registry.visible(version)
+            line = registry.manifest(version).visible
             assert {other for other in parents if sees(line, other)} == ancestors
             assert list(line) == sorted(line, reverse=True)
             base, deltas = registry.chain(version)
@@ -261,6 +263,15 @@ def test_the_registry_of_release_1_is_still_read(tmp_path: Path) -> None:
     control = registry.control()
     assert control is not None
     assert (control.action, control.mask.users) == ("rollback", MaskedUsers.of([2**64 - 1]))
+
+
+def test_another_salt_than_that_of_the_registry_is_refused(tmp_path: Path) -> None:
+    registry, ours, other = Registry(tmp_path), Salt(b"ours" * 8), Salt(b"other" * 8)
+    require_same_salt(registry, ours)
+    registry.specs.add_spec("abc", {"salt": ours.fingerprint}, lambda folder: (folder / "transform").mkdir())
+    require_same_salt(registry, ours)
+    with pytest.raises(SaltMismatch, match=f"{ours.fingerprint}.*{other.fingerprint}"):
+        require_same_salt(registry, other)
 
 
 if __name__ == "__main__" and "--golden" in sys.argv:

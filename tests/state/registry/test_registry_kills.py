@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -13,14 +14,14 @@ from hypothesis import strategies as st
 
 from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
-from state.positions import Source
 from state.process import killpoints
 from state.registry.control import Control, roll_back, start
 from state.registry.manifest import Draft, LogRange, Manifest
 from state.registry.registry import SERVING, TRAINING, Registry
 from tests.disks import folder_in_memory
+from tests.state.registry.test_registry import SOURCE, WHO
+from tests.state.registry.test_registry import draft as some_draft
 
-WHO = {"actor": "ann", "reason": "because", "now_ms": 5}
 PUBLISH = ("publish.file", "publish.written", "publish.checked", "publish.renamed", "publish.synced")
 CONTROL = ("control.users", "control.written", "control.linked")
 _remove = shutil.rmtree
@@ -64,19 +65,10 @@ def draft(registry: Registry, control: Control) -> Draft:
     newest = registry.newest(control.epoch)
     parent = control.base if newest is None else newest
     offset = 0 if parent is None else registry.manifest(parent).log.next
-    return Draft(
-        kind="base" if parent is None else "delta",
-        epoch=control.epoch,
-        parent=parent,
+    return replace(
+        some_draft(parent, control.epoch),
         log=LogRange("microbatches", "cd" * 16, 0, offset, offset + 1),
-        sources=((Source("ab" * 16, 0), 10 * (offset + 1)),),
-        steps=offset + 1,
-        rows=10 * (offset + 1),
-        created_at_ms=0,
-        event_time_ms=0,
-        spec="spec",
-        program="program",
-        salt="salt",
+        sources=((SOURCE, 10 * (offset + 1)),),
     )
 
 
@@ -99,14 +91,14 @@ def test_a_version_is_whole_or_absent_and_never_changes(plan: list[tuple[str, st
             if what == "publish":
                 dead = dies(point, count, partial(registry.publish, draft(registry, control), files(number)))
                 # It was there from the rename on, and not a moment earlier.
-                assert (len(registry_at(path).versions()) > len(versions)) == (
+                assert (len(Registry(path).versions()) > len(versions)) == (
                     not dead or point in ("publish.renamed", "publish.synced")
                 )
             elif what == "roll back" and versions:
                 mask = Mask(users=MaskedUsers.of([number]))
                 change = partial(roll_back, to=versions[count % len(versions)], mask=mask, **WHO)
                 dead = dies(point, 1, partial(registry.change, change))
-                after = registry_at(path).control()
+                after = Registry(path).control()
                 assert after == (control if dead and point != "control.linked" else change(control))
             elif what == "compact" and versions:
                 of = registry.manifest(versions[count % len(versions)])
@@ -114,13 +106,8 @@ def test_a_version_is_whole_or_absent_and_never_changes(plan: list[tuple[str, st
             else:
                 dead = False
             if dead or what == "restart":
-                registry = registry_at(path)
+                registry = Registry(path)
             check(registry, seen, generations)
-
-
-def registry_at(path: Path) -> Registry:
-    """As a process that has just started sees it."""
-    return Registry(path)
 
 
 def check(registry: Registry, seen: dict[tuple[str, int], Manifest], generations: list[Control]) -> None:

@@ -29,8 +29,8 @@ from trainer.churn.learning import ChurnLearner
 from trainer.engine.guard import Verdict
 from trainer.learner import Learner
 from trainer.versions import checkpoint, content
-from trainer.versions.erased_rows import CrossedIds
-from trainer.versions.erased_rows import without as without_users
+from trainer.versions.content import CrossedIds
+from trainer.versions.content import without as without_users
 
 RECORDS = [microbatch(number) for number in range(24)]
 ON = ("--churn.days", "0.002")
@@ -85,7 +85,7 @@ def test_a_version_has_measures_weights_and_code_and_is_recomputed(tmp_path: Pat
     found = asked(*ON)
     assert found.outcome == "equal", found.text()
     assert asked().environment == (
-        *(f"churn.{name} was {made.environment[f'churn.{name}']} and is off" for name in ("code", "days", "examples")),
+        *(f"churn.{name} was {made.environment[f'churn.{name}']} and is off" for name in ("code", "days")),
     )
 
 

@@ -25,7 +25,7 @@ from tests.trainer.clicks import SMALL, SPEC, microbatch, small_settings
 from tests.trainer.logs import ABOUT, learner, run_to_end, started, write_transform, written
 from trainer.engine.step import Trainer
 from trainer.exporting import command, device_file, exporting, saved_model
-from trainer.exporting.choosing import choose, read_users
+from trainer.exporting.device_file import choose, read_users
 from trainer.exporting.exporting import agreement
 from trainer.versions.program import Program, build, preprocessing_of
 
@@ -152,7 +152,7 @@ def test_a_devices_file_has_rows_by_place_and_says_how_far_it_is_off(stocked: St
         assert f"{quantize}; rows: " in told and f"{len(users)} of user" in told and "user of 100% of the rows" in told
         sizes[quantize], rows = path.stat().st_size, choose(of.trainer, users, 1000)
         asked = device_file.device_inputs(of.trainer.model, rows, of.ids, of.inputs, list(of.kept))
-        found = device_file.DeviceProgram(path.read_bytes()).predict(asked)
+        found = Program(path.read_bytes(), device_file.DEVICE).predict(asked)
         apart[quantize] = agreement(found, of.program.predict(of.inputs))
     assert sizes["int8"] < sizes["float16"] < sizes["none"]
     assert apart["none"].outputs < 1e-4 and apart["none"].first == 1.0

@@ -17,7 +17,7 @@ from tests.deploy.serving.conftest import stores as stores
 from tests.deploy.serving.stocked import NOW_MS, Stores
 from tests.deploy.serving.test_predictor import predictor
 from trainer.exporting import saved_model
-from trainer.exporting.known_answers import KnownAnswers
+from trainer.exporting.saved_model import KnownAnswers
 
 KEPT = {"popular_rows": np.zeros((4, 8), np.float32)}
 

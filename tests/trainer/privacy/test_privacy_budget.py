@@ -202,6 +202,7 @@ def test_a_ledger_of_the_first_format_is_loaded_stays_spent_and_covers_nothing(t
 @pytest.mark.parametrize(
     "document", [b'{"key": "1f", "unit": "user", "format": 3}', b'{"key": "1f", "unit": "user", "x": 1}']
 )
-def test_a_ledger_with_what_this_release_does_not_know_is_refused(document: bytes) -> None:
+def test_a_ledger_with_what_this_release_does_not_know_is_refused(tmp_path: Path, document: bytes) -> None:
+    (tmp_path / "ledger.json").write_bytes(document)
     with pytest.raises(RegistryError, match="cannot be read"):
-        privacy_ledger.decode(document, "there")
+        privacy_ledger.read(tmp_path / "ledger.json")

@@ -57,10 +57,6 @@ def test_lowering_leaves_the_weights_and_gives_the_same_bytes_again(lowered: byt
         np.testing.assert_array_equal(weight, before[name])
 
 
-def test_a_program_without_weights_answers_nan(model: DefaultRanker, lowered: bytes) -> None:
-    assert np.isnan(Program(lowered).predict(sample(model))["engagement_logit"]).all()
-
-
 def test_a_parity_failure_is_an_error(model: DefaultRanker, lowered: bytes) -> None:
     other = DefaultRanker(SMALL, FeatureSpec(), preprocessing=lambda x: tf.sqrt(x))
     with pytest.raises(ProgramError, match="differs from the model's"):

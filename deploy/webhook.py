@@ -1,15 +1,12 @@
 """Receives Alertmanager notifications over HTTP and pins serving to the last good version: `springtide webhook`.
 
-`deploy/prometheus/README.md` shows how to configure both ends.
-The notification format is version 4 of Alertmanager's webhook JSON:
+`deploy/prometheus/README.md` shows how to configure both ends. The format is version 4 of Alertmanager's webhook JSON:
 https://prometheus.io/docs/alerting/latest/configuration/#webhook_config
 
-A firing alert pins serving to the newest version that existed before the alert began. A decision
-that an operator made is not changed. A resolved alert changes nothing: an operator checks first and
-then lets serving follow the newest version again.
+A firing alert pins serving to the newest version from before the alert. It never changes what an operator decided.
+A resolved alert changes nothing: an operator checks first and then lets serving follow the newest version again.
 
-Only POST on one path changes anything. It always needs a token of the role `operate`, even where
-read requests need no token.
+Only POST on one path changes anything. It always needs a token of the role `operate`.
 """
 
 from __future__ import annotations
@@ -26,7 +23,7 @@ from typing import Any
 import orjson
 
 from deploy.operate.branch import ServingBranch, described
-from deploy.operate.commands import current
+from deploy.operate.control import current
 from deploy.operate.times import iso, parse_time
 from deploy.operate.versions import open_registry
 from deploy.serving.requests.access import OPERATE, Access, Certificate, Tokens, make_missing
@@ -51,7 +48,6 @@ from state.errors import (
     BadRequest,
     SettingsError,
     SpringtideError,
-    TooLarge,
     UnknownVersion,
 )
 from state.process.part import run_part
@@ -72,13 +68,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Notification:
-    """The alert of a notification that began first.
-
-    Attributes:
-        alert: Its name.
-        began_ms: When it began to fire.
-        summary: Its text.
-    """
+    """The alert of a notification that began first; `summary` is its text."""
 
     alert: str
     began_ms: int
@@ -86,7 +76,7 @@ class Notification:
 
 
 def firing(body: bytes) -> Notification | None:
-    """The first of the alerts that fire; None where all are resolved.
+    """Returns the earliest alert that fires; None if all are resolved.
 
     >>> one = {"status": "firing", "labels": {"alertname": "A"}, "annotations": {}, "startsAt": "2026-05-01T00:00:00Z"}
     >>> firing(orjson.dumps({"version": "4", "alerts": [one]}))
@@ -104,42 +94,37 @@ def firing(body: bytes) -> Notification | None:
         raise BadRequest("the body is no notification of version 4", "send what Alertmanager's webhook sends")
     alerts = document.get("alerts")
     if not isinstance(alerts, list) or not alerts:
-        raise BadRequest("it has no alerts", "send what Alertmanager's webhook sends", "/alerts")
+        raise BadRequest("the notification has no alerts", "send what Alertmanager's webhook sends", "/alerts")
     found = [_alert(one, number) for number, one in enumerate(alerts)]
-    return min((one for one in found if one is not None), key=lambda one: one.began_ms, default=None)
+    return min((alert for alert in found if alert is not None), key=lambda one: one.began_ms, default=None)
 
 
 def _alert(found: Any, number: int) -> Notification | None:
     where = f"/alerts/{number}"
     if not isinstance(found, dict) or found.get("status") not in ("firing", "resolved"):
-        raise BadRequest("an alert has the status firing or resolved", where=f"{where}/status")
+        raise BadRequest("the status of an alert is firing or resolved", where=f"{where}/status")
     labels, annotations = found.get("labels"), found.get("annotations", {})
     name = labels.get("alertname") if isinstance(labels, dict) else None
     # The name goes into the audit log, so it must not contain a line break.
     if not isinstance(name, str) or not re.fullmatch(r"[\w:-]{1,100}", name, re.ASCII):
-        raise BadRequest("an alert has a name of letters, digits and _:-", where=f"{where}/labels/alertname")
+        raise BadRequest("the name of an alert consists of letters, digits and _:-", where=f"{where}/labels/alertname")
     summary = annotations.get("summary", "") if isinstance(annotations, dict) else ""
     try:
         began_ms = parse_time(str(found["startsAt"]), 0)
     except (KeyError, SettingsError):
-        raise BadRequest("an alert has a time at which it began", where=f"{where}/startsAt") from None
+        raise BadRequest("an alert needs the time at which it began", where=f"{where}/startsAt") from None
     if found["status"] == "resolved":
         return None
-    words = "".join(one if one.isprintable() else " " for one in str(summary)).split()
+    words = "".join(letter if letter.isprintable() else " " for letter in str(summary)).split()
     return Notification(name, began_ms, " ".join(words)[:MOST_TEXT])
 
 
-def pin_before(registry: Registry, notification: Notification, now_ms: int) -> str:
-    """Pins serving and returns what was done; a repeated call changes nothing. Durable when it returns.
-
-    Args:
-        registry: Where versions and control are.
-        notification: The alert.
-        now_ms: Wall clock.
+def _pin_before(registry: Registry, notification: Notification, now_ms: int) -> str:
+    """Pins serving to a version from before an alert; returns what was done. Idempotent; durable when it returns.
 
     Raises:
         UnknownVersion: No such version is kept.
-        ControlConflict: Somebody else changed control meanwhile; Alertmanager asks again by itself.
+        ControlConflict: Another client changed control in the meantime; Alertmanager repeats the notification.
         RegistryError: There is no control yet.
     """
     control = current(registry)
@@ -161,12 +146,7 @@ def pin_before(registry: Registry, notification: Notification, now_ms: int) -> s
 
 
 class Webhook:
-    """The ASGI application: takes notifications on one path, with a token of the role `operate`.
-
-    Args:
-        settings: Where the registry is.
-        tokens: The tokens of both roles.
-        now_ms: Wall clock.
+    """The ASGI application: accepts notifications on one path, with a token of the role `operate`.
 
     Attributes:
         draining: Whether the process is about to end.
@@ -188,7 +168,9 @@ class Webhook:
             self._tokens.require(header(scope, b"authorization"), endpoint.role)
             length = header(scope, b"content-length") or "0"
             if not length.isdecimal() or int(length) > MOST_BYTES:
-                raise TooLarge(f"the body has {length:.20} bytes", f"at most {MOST_BYTES} are accepted")
+                raise BadRequest(
+                    f"the body has {length:.20} bytes", f"at most {MOST_BYTES} are accepted", http_status=413
+                )
             response = await endpoint.answer(Request(scope, receive, placeholders, endpoint, MOST_BYTES))
         except SpringtideError as error:
             response = failure(error)
@@ -200,11 +182,10 @@ class Webhook:
         return Response(200, encode({"done": await asyncio.to_thread(self._act, body)}))
 
     def _act(self, body: bytes) -> str:
-        """Does what a notification asks for; returns what was done."""
         found = firing(body)
         if found is None:
-            return "resolved; nothing was changed: `springtide follow` lets answers follow again"
-        done = pin_before(open_registry(self._settings), found, self._now_ms())
+            return "resolved; nothing was changed: `springtide follow` makes answers follow the newest version again"
+        done = _pin_before(open_registry(self._settings), found, self._now_ms())
         _log.warning("%s fires: %s", found.alert, done)
         return done
 
@@ -216,10 +197,10 @@ def server_of(settings: Settings, now_ms: Callable[[], int]) -> DrainingServer:
         SettingsError: Tokens or certificate cannot be used.
     """
     for path in make_missing(settings.tokens_dir):
-        _log.info("made a token: %s", path)
+        _log.info("created a token: %s", path)
     serving, tokens = settings.serving, Tokens(settings.tokens_dir)
     certificate = Certificate(Path(serving.tls_cert), Path(serving.tls_key)) if serving.tls_cert else None
-    limits = ConnectionLimits(serving.max_head_bytes, TIMEOUT_S, CONNECTIONS)
+    limits = ConnectionLimits(TIMEOUT_S, CONNECTIONS)
     return DrainingServer(Webhook(settings, tokens, now_ms), limits, 0.0, access=Access(certificate, tokens))
 
 
@@ -233,12 +214,12 @@ def run(settings: Settings) -> None:
     host, port = settings.webhook.host, settings.webhook.port
     bound, server = listen(host, port, "webhook.port"), server_of(settings, wall_ms)
     server.end_on_signals()
-    _log.info("notifications are taken at %s, port %d, %s", *bound.getsockname()[:2], PATH)
+    _log.info("notifications are received at %s, port %d, %s", *bound.getsockname()[:2], PATH)
     server.run(sockets=[bound])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m deploy.alerting.receiver [flags]`; returns the exit code."""
+    """Runs the receiver with the settings of `argv`; returns the exit code."""
     return run_part("webhook", run, argv, _log)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from deploy.alerting import receiver
+from deploy import webhook
 from deploy.kafka.configuration import free_port
 from deploy.operate.times import iso
 from deploy.serving.requests.server import listen
@@ -67,11 +67,11 @@ def settings(operator: Operator) -> Settings:
 
 @pytest.fixture
 def url(settings: Settings) -> Iterator[str]:
-    bound, server = listen("127.0.0.1", settings.webhook.port), receiver.server_of(settings, lambda: NOW_MS)
+    bound, server = listen("127.0.0.1", settings.webhook.port), webhook.server_of(settings, lambda: NOW_MS)
     thread = Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
     until(lambda: server.started, "the webhook does not start")
-    yield f"http://127.0.0.1:{settings.webhook.port}{receiver.PATH}"
+    yield f"http://127.0.0.1:{settings.webhook.port}{webhook.PATH}"
     server.should_exit = True
     thread.join()
 
@@ -172,8 +172,8 @@ def test_nothing_but_a_post_at_its_place_changes_something(operator: Operator, s
 
 def test_a_body_without_end_is_refused_before_it_comes(operator: Operator, settings: Settings, url: str) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", settings.webhook.port, timeout=10)
-    headers = {"content-length": str(receiver.MOST_BYTES + 1), "authorization": f"Bearer {token_of(settings)}"}
-    connection.request("POST", receiver.PATH, headers=headers)
+    headers = {"content-length": str(webhook.MOST_BYTES + 1), "authorization": f"Bearer {token_of(settings)}"}
+    connection.request("POST", webhook.PATH, headers=headers)
     assert connection.getresponse().status == 413
     connection.close()
 

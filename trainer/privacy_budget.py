@@ -1,6 +1,6 @@
 """The privacy budget: charges the ledger before records are learned, and holds training if too little is left.
 
-A record is learned only under a charge for its period and its branch (`history.py`). The order matters:
+A record is learned only under a charge for its period and its branch (`trainer/privacy/history.py`). The order matters:
 
 1. The ledger is written. It also names an offset, `through`, before which records may have been learned. It is raised
    by `RESERVED` offsets at a time.
@@ -64,7 +64,7 @@ class PrivacyBudget:
         metrics.privacy_epsilon_limit.set(self._wanted.epsilon)
         if self._wanted.epsilon:
             # Not at the top: the accountant's import takes a second.
-            from trainer.privacy.learning import PrivateTrainer
+            from trainer.engine.private_step import PrivateTrainer
 
             assert isinstance(trainer, PrivateTrainer), "what trainer_of makes where a budget is set"
             self._private, self._key = trainer.private, private_files.fingerprint(own_key(settings))

@@ -24,13 +24,13 @@ from state.microbatch.batch import MicroBatch
 from trainer.engine.adam import Adam
 from trainer.engine.build import labelled
 from trainer.engine.engine import F32, Measured
+from trainer.engine.private_engine import LOSSES, Normal, PrivateEngine
 from trainer.engine.record import Record
 from trainer.engine.report import Report, Update
 from trainer.engine.step import Trainer
 from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.model.preprocessing import Preprocessing
 from trainer.privacy.accounting import COUNT_NOISE, noise_for
-from trainer.privacy.engine import LOSSES, Normal, PrivateEngine
 from trainer.privacy.history import History, NoisePlace, own_key
 from trainer.privacy.noise import Noise
 from trainer.privacy.participation import Participation

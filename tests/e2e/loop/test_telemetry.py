@@ -1,7 +1,8 @@
-"""What the real processes offer on /metrics: few series, all of ours declared, in text and OpenMetrics; lag as Kafka's clients see it."""
+"""What the real processes report: few series, all declared; consumer lag that Kafka's clients see; log lines without user ids."""
 
 from __future__ import annotations
 
+import re
 import urllib.request
 
 import pytest
@@ -16,6 +17,8 @@ from tests.e2e.running import Loop, until
 
 MOST_SERIES = 300
 OPENMETRICS = {"accept": "application/openmetrics-text; version=1.0.0"}
+LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (\w+) (DEBUG|INFO|WARNING|ERROR|CRITICAL) \S")
+USER = "ada-who-is-in-no-log"
 VERSIONED = {"applier": "springtide_serving_weight_age_seconds", "worker": "springtide_request_seconds"}
 
 
@@ -63,3 +66,22 @@ def test_the_group_that_kafka_knows_follows_both_topics(loop: Loop) -> None:
             lambda topic=topic, then=then: sum(seen(topic).values()) > then, f"the group stays where it is in {topic}"
         )
     consumer.close()
+
+
+@pytest.mark.parametrize("part", ["stream", "trainer", "applier", "worker", "console"])
+def test_a_line_says_when_who_and_how_bad(loop: Loop, part: str) -> None:
+    lines = (loop.settings.logs_dir / f"{part}.log").read_text().splitlines()
+    assert [line for line in lines if not LOG_LINE.match(line)] == []
+
+
+def test_no_log_names_a_user_as_it_was_sent(loop: Loop) -> None:
+    """Neither one who clicks and is answered, nor one in a click that is refused, nor one in a question that is."""
+    loop.answer_trained_on(
+        USER, loop.click([(USER, "kettle", "kitchen", "view"), (USER, "kettle", "kitchen", "stare")])
+    )
+    assert loop.get(f"/v1/profiles/{USER}?at=never")[0] == 400
+    said = {
+        path.name: path.read_text() for path in loop.settings.logs_dir.glob("*.log*") if "shoppers" not in path.name
+    }
+    assert said
+    assert [name for name, text in said.items() if USER in text or re.search(r"shopper-\d", text)] == []
