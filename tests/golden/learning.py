@@ -16,7 +16,7 @@ from tests.golden.archive import Document, Topic
 from trainer import device
 from trainer.engine.step import Trainer
 from trainer.intake import take_in
-from trainer.versions import checkpoint
+from trainer.versions import checkpoint, content
 from trainer.versions.program import preprocessing_of
 
 STEPS_ON = 4
@@ -61,7 +61,9 @@ def learn_on(trainer: Trainer, registry: Registry, log: Topic, version: int | No
         "mask": mask.to_json(),
         "steps": found,
         "marks": {str(source): after for source, after in sorted(marks.items())},
-        "norms": norms(checkpoint.full(trainer)),
+        "norms": norms(
+            {name: one for name, one in checkpoint.full(trainer).items() if not name.startswith(content.ADDED)}
+        ),
     }
 
 

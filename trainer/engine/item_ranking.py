@@ -117,7 +117,9 @@ class ItemRanking:
         self._squares = np.zeros_like(self._weights)
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """The weights, their sums of squared gradients, and how many rows taught them."""
+        """The weights, their sums of squared gradients, and how many rows taught them; empty if none did."""
+        if not self.learned:
+            return {}
         return {"weights": self._weights.copy(), "squares": self._squares.copy(), "learned": np.array(self.learned)}
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:

@@ -42,6 +42,8 @@ QUALITY = "quality."
 """Prefix of tensors of metrics."""
 GUARDED = "guard."
 """Prefix of the windows by which updates are judged."""
+ADDED = ("clicked.", "followed.", "visited.", f"state.{ITEM_SCORE}", ITEM_SCORE)
+"""Prefixes of the item lists and the item score, which 0.1.0 lacks. Nothing else is learned from them."""
 BESIDE = (QUALITY, GUARDED)
 """Tensors that do not affect what is learned. Digests omit them, because a release without them learns the same."""
 
@@ -70,10 +72,10 @@ def decode(files: Iterable[bytes]) -> dict[str, Array]:
 
 
 def digest(tensors: Tensors) -> str:
-    """SHA-256 (hex) over names, types, shapes and bytes in the order of the names, without BESIDE."""
+    """SHA-256 (hex) over names, types, shapes and bytes in the order of the names, without BESIDE and empty item lists."""
     sha = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        if name.startswith(BESIDE):
+        if name.startswith(BESIDE) or (name.startswith(ADDED) and tensor.size == 0):
             continue
         sha.update(f"{name} {tensor.dtype.str} {tensor.shape} ".encode())
         sha.update(tensor.tobytes())

@@ -15,7 +15,7 @@ import numpy as np
 from state.config.sections import Model
 from state.registry.model_fit import FORMER_TOWERS
 from state.rows.tables import tables_in
-from trainer.versions.content import BESIDE, COLUMNS, PENDING, ROWS, Array, Tensors
+from trainer.versions.content import ADDED, BESIDE, COLUMNS, PENDING, ROWS, Array, Tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +56,13 @@ class Difference:
 def first_difference(kept: Tensors, recomputed: Tensors) -> Difference | None:
     """The first difference of the states: tables in their order, then everything else by name; None if they are equal.
 
-    Tensors that do not affect learning (BESIDE) are not compared, because older releases lack them.
+    Tensors that do not affect learning (BESIDE) are not compared, because older releases lack them. Item lists and the item
+    score (ADDED) are compared only if both states have them.
     """
+    if not all(any(name.startswith(ADDED) for name in side) for side in (kept, recomputed)):
+        kept, recomputed = (
+            {name: tensor for name, tensor in side.items() if not name.startswith(ADDED)} for side in (kept, recomputed)
+        )
     tables = tables_in(kept.keys() | recomputed.keys())
     for table in tables:
         found = _of_table(table, kept, recomputed)

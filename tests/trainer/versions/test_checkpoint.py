@@ -42,7 +42,7 @@ def registry(tmp_path: Path) -> Registry:
 
 
 def test_the_tables_are_those_of_the_step() -> None:
-    assert tuple(made().tables) == content.TABLES
+    assert tuple(made().tables) == (*content.TABLES, "clicked", "followed", "visited")
 
 
 def test_a_restored_trainer_goes_on_with_the_same_bits_in_another_layout(registry: Registry) -> None:
@@ -151,7 +151,11 @@ def test_encoding_is_exact_and_splits_what_serving_needs_from_the_rest() -> None
     assert content.digest(back) == content.digest(tensors)
     served = content.decode([files["serving.safetensors"]])
     assert {name for name in served if not name.startswith("dense.")} == {
-        *(f"{table}.{name}" for table in content.TABLES for name in ("ids", "rows", "removed")),
+        *(
+            f"{table}.{name}"
+            for table in (*content.TABLES, "clicked", "followed")
+            for name in ("ids", "rows", "removed")
+        ),
         "popular",
     }
 
