@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from state.compiled import compiled, layout
 from state.compiled.mixing import mix
 from state.ranking.item_lists import HALF_LIVES_S, LISTS_OF_EVERYTHING, LIVES, ItemLists
-from state.rows.tables import ITEM_SCORE
 
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
@@ -50,7 +49,7 @@ INTERESTS = 8
 MOST = 2048
 """The most candidates of a user."""
 
-WEIGHTS = f"{ITEM_SCORE}weights"
+WEIGHTS = "recommend.weights"
 """The tensor of w in a version, `[FEATURES, COLUMNS]` float64."""
 
 _SLOTS = 2 * MOST
