@@ -55,7 +55,7 @@ Flags = npt.NDArray[np.bool_]
 ROWS_OF_A_LIST = 8
 """`trainer.max_rows` allows one list for so many rows."""
 CAPACITY = 1024
-FIRST_ROWS, FIRST_EVERY, EVERY = 1024, 8, 256
+FIRST_ROWS, FIRST_EVERY, EVERY = 1024, 16, 256
 """One in `EVERY` rows teaches the weights; until `FIRST_ROWS` did, one in `FIRST_EVERY`."""
 LEAST_ROWS = 64
 """So many rows must have taught the weights before a version has them."""
@@ -71,8 +71,9 @@ class _Seen(NamedTuple):
         at_ms: `[n]` int64.
         keys: `[n, 1 + K]` uint64, the keys in `clicked` of each: category and context values.
         taught: `[n]` bool, the m rows that teach the weights.
-        read: `[m, r]` uint64, the keys in `clicked` that serving would read for them, without those of everything.
-        shares: `[m, INTERESTS]` float32, the probabilities of the likeliest categories.
+        candidates: `[m, c]` uint64, their candidate categories, the newest category first.
+        logits: `[m, c]` float32, of these.
+        context: `[m, K]` uint64, their context values.
     """
 
     user: U64
@@ -80,8 +81,9 @@ class _Seen(NamedTuple):
     at_ms: I64
     keys: U64
     taught: Flags
-    read: U64
-    shares: F32
+    candidates: U64
+    logits: F32
+    context: U64
 
 
 class ItemRanking:
@@ -154,9 +156,9 @@ class ItemRanking:
         parts = [part[at] for part in (scores.recent_logits, scores.popular_logits, scores.successor_logits)]
         recent = batch.recent_categories[at]
         ids = np.concatenate([recent, np.broadcast_to(popular, (at.size, popular.size)), successors[at]], 1)
-        likely, shares = item_scores.likeliest(np.concatenate(parts, 1), ids)
-        read = np.concatenate([recent[:, :1], likely, batch.context[at]], 1)
-        self._seen.append(_Seen(user, batch.item[rows], at_ms, keys, taught, read, shares))
+        self._seen.append(
+            _Seen(user, batch.item[rows], at_ms, keys, taught, ids, np.concatenate(parts, 1), batch.context[at])
+        )
 
     def count(self) -> None:
         """Learns from the rows seen since the last call, and counts them."""
@@ -179,10 +181,12 @@ class ItemRanking:
         taught = np.flatnonzero(seen.taught)
         found = clicked.find(keys)
         everything = found[: len(EVERYTHING)].copy()
-        read_ids = np.concatenate([np.broadcast_to(EVERYTHING, (taught.size, len(EVERYTHING))), seen.read], 1)
+        likely, shares = item_scores.likeliest(seen.logits, seen.candidates)
+        every = np.broadcast_to(EVERYTHING, (taught.size, len(EVERYTHING)))
+        read_ids = np.concatenate([every, seen.candidates[:, :1], likely, seen.context], 1)
         sources = item_scores.sources_of(seen.keys.shape[1] - 1)
         weights = np.ones((taught.size, len(sources)), np.float32)
-        weights[:, sources == INTERESTS_AT] = seen.shares
+        weights[:, sources == INTERESTS_AT] = shares
         # 3. One row after another is learned from and counted.
         self.learned += _learn_and_count(
             seen.item,
