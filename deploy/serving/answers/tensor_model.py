@@ -26,7 +26,7 @@ from deploy.serving.answers.query import Answer, Query
 from deploy.serving.answers.queue import MOST_AT_ONCE, StepQueue
 from deploy.serving.answers.version import LoadedVersion, named
 from deploy.serving.notes import CONTROL_NOTE
-from state.errors import BadRequest, NotReady, UnknownModel
+from state.errors import BadRequest, NotReady
 from state.metrics import WorkerMetrics
 from state.rows.reader import RowReader, Served
 
@@ -164,17 +164,18 @@ class ModelChoice(NamedTuple):
         """Returns the number of the version; None for the serving one.
 
         Raises:
-            UnknownModel: There is no such model or label.
+            BadRequest: There is no such model or label.
         """
         if self.name != MODEL:
-            raise UnknownModel(f"there is no model {self.name[:200]!r}", f"ask for {MODEL}")
+            raise BadRequest(f"there is no model {self.name[:200]!r}", f"ask for {MODEL}", http_status=404)
         if self.label is None:
             if self.version is not None and self.version < 0:
                 raise _unknown(reader, self.version)
             return self.version
         labels = labels_of(reader)
         if self.label not in labels:
-            raise UnknownModel(f"there is no label {self.label[:200]!r}", f"ask for one of {', '.join(sorted(labels))}")
+            known = ", ".join(sorted(labels))
+            raise BadRequest(f"there is no label {self.label[:200]!r}", f"ask for one of {known}", http_status=404)
         return labels[self.label]
 
 
@@ -202,7 +203,7 @@ class TensorModel:
         """Returns the requested version; if none is named, all that are available, the serving one first.
 
         Raises:
-            UnknownModel: There is no such model, version or label here.
+            BadRequest: There is no such model, version or label here.
             NotReady: There is no version yet.
         """
         with self._predictor().reading() as reader:
@@ -222,7 +223,7 @@ class TensorModel:
         """Returns the requested version, and its signatures.
 
         Raises:
-            UnknownModel, NotReady: As `versions`.
+            BadRequest, NotReady: As `versions`.
             SpringtideError: The version cannot be run.
         """
         predictor = self._predictor()
@@ -246,7 +247,7 @@ class TensorModel:
             wanted: Names of outputs; none for all.
 
         Raises:
-            UnknownModel, NotReady: As `versions`.
+            BadRequest, NotReady: As `versions`.
             BadRequest: The signature does not exist, or the inputs are not of its form.
             Overloaded, TookTooLong: More is requested than can be answered in time.
             SpringtideError: The version cannot be run.
@@ -293,8 +294,8 @@ class TensorModel:
         return parts
 
 
-def _unknown(reader: RowReader, number: int) -> UnknownModel:
-    return UnknownModel(f"version {number} is not here", f"ask for one of {named(reader)}")
+def _unknown(reader: RowReader, number: int) -> BadRequest:
+    return BadRequest(f"version {number} is not here", f"ask for one of {named(reader)}", http_status=404)
 
 
 def _queries(inputs: Tensors, rows: int) -> list[Query]:
