@@ -1,8 +1,7 @@
-"""Writes this host's current answers about given users and items to a file, for an exported model that takes ids.
+"""Writes this host's current answers about given users and items to an `.npz` file.
 
-`python -m deploy.serving.answers.known_answers --users FILE [--items FILE] --version V --to FILE`
-reads the host's stores in parallel with its workers, and writes an `.npz` file.
-`trainer/exporting/saved_model.py` defines the format.
+`python -m deploy.serving.answers.known_answers --users FILE [--items FILE] --version V --to FILE` reads the host's
+stores in parallel with its workers. `trainer/exporting/saved_model.py` defines the format.
 """
 
 from __future__ import annotations

@@ -5,9 +5,8 @@ There are two signatures:
     serving_default   users by id: serving looks up histories, windows and rows
     raw               the program's own inputs, with the names in the version's graph
 
-A request uses the serving version, or any version that this host's rows still hold, by number or by label. One version
-answers all rows of a request. A label refers to the version that the operator assigned. Without one, `stable` is the
-version that answers and `previous` the one before it.
+One version answers all rows of a request: the served one, or any that this host still holds, by number or label.
+`stable` is the version that answers and `previous` the one before it, unless the operator assigned them.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ from state.rows.reader import RowReader, Served
 BY_ID, RAW = "serving_default", "raw"
 CONTEXT = "context."
 NOW = -1
-"""The default value of `at`: the current time."""
 STABLE, PREVIOUS = "stable", "previous"
 MODEL = "profile"
 MOST_ROWS = 1000
@@ -154,7 +152,7 @@ def labels_of(reader: RowReader) -> dict[str, int]:
 
 
 class ModelChoice(NamedTuple):
-    """Which model is requested: the version that answers if neither number nor label is given."""
+    """The requested model; the served version if neither number nor label is given."""
 
     name: str
     version: int | None = None
@@ -187,19 +185,13 @@ class Prediction(NamedTuple):
 
 
 class TensorModel:
-    """The model of one host. Used in one event loop.
-
-    Args:
-        predictor: Returns the host's predictor.
-        steps: Admits requests, and answers others in between.
-        metrics: The worker's metrics.
-    """
+    """The model of one host. Used in one event loop."""
 
     def __init__(self, predictor: Callable[[], Predictor], steps: StepQueue, metrics: WorkerMetrics) -> None:
         self._predictor, self._steps, self._metrics = predictor, steps, metrics
 
     def versions(self, choice: ModelChoice) -> list[Served]:
-        """Returns the requested version; if none is named, all that are available, the serving one first.
+        """Returns the requested version; if none is named, all available ones, the served one first.
 
         Raises:
             UnknownModel: There is no such model, version or label here.
@@ -239,11 +231,7 @@ class TensorModel:
     ) -> Prediction:
         """Answers all rows from one version.
 
-        Args:
-            choice: Which model.
-            signature: Its name; empty for `serving_default`.
-            inputs: Reads the inputs, once it is known what they should be.
-            wanted: Names of outputs; none for all.
+        `inputs` reads the inputs, given the signature. `wanted` names outputs; empty for all.
 
         Raises:
             UnknownModel, NotReady: As `versions`.
@@ -278,7 +266,6 @@ class TensorModel:
         given: Tensors,
         rows: int,
     ) -> Generator[None, None, list[dict[str, Tensor]]]:
-        """Answers at most `MOST_AT_ONCE` rows in each step."""
         parts = []
         queries = [] if name == RAW else _queries(given, rows)
         for at in range(0, rows, MOST_AT_ONCE):
@@ -355,7 +342,6 @@ def tensors_of(answers: Sequence[Answer], signature: Signature) -> dict[str, Ten
 
 
 def _run(version: LoadedVersion, signature: Signature, given: Tensors, at: int, rows: int) -> dict[str, Tensor]:
-    """Runs the program on one part of the raw rows."""
     here = min(MOST_AT_ONCE, rows - at)
     fed: dict[str, Tensor] = {}
     for name, spec in signature.inputs.items():
