@@ -38,15 +38,8 @@ class Refused(ClientError):
 
     Args:
         status: HTTP status code.
-        what: What happened.
-        do: What to do.
         where: The part of the request at fault, if there is one: a parameter, or a JSON pointer into the body.
         retry_after_s: When the worker asks to retry, in seconds; None if it does not say.
-
-    Attributes:
-        status: As given.
-        where: As given.
-        retry_after_s: As given.
     """
 
     def __init__(
