@@ -51,11 +51,7 @@ ASKED_ITEMS, FALLING = 10, 0.8
 
 @dataclass(slots=True)
 class UserPast:
-    """The earlier events of one user; `category` is that of the last click, 0 for none.
-
-    Attributes:
-        items: The items of the latest events, oldest first.
-    """
+    """The earlier events of one user, `items` oldest first; `category` is that of the last click, 0 for none."""
 
     items: deque[int] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     seen: set[int] = field(default_factory=set)
@@ -106,16 +102,13 @@ class Growing:
 
 
 class Ordered:
-    """Weights that only grow, and the `most` items with the largest ones, in order.
+    """Weights that only grow, and the `most` items with the largest ones (`best`), by falling weight.
 
     >>> ordered = Ordered(2)
     >>> for item in (7, 8, 8, 9):
     ...     ordered.add(item, 1.0)
     >>> ordered.best
     [8, 7]
-
-    Attributes:
-        best: Items by falling weight.
     """
 
     def __init__(self, most: int) -> None:
@@ -153,11 +146,7 @@ class Ordered:
 
 
 class PopularItems:
-    """The most clicked items of all users.
-
-    Args:
-        new_first: Whether items that are new to the user come first.
-    """
+    """The most clicked items of all users; with `new_first`, items that are new to the user come first."""
 
     def __init__(self, name: str, half_life_ms: float = math.inf, new_first: bool = False) -> None:
         self.name, self._new_first = name, new_first

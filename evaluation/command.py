@@ -92,11 +92,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def settings_of(options: argparse.Namespace, flags: Sequence[str]) -> Settings:
-    """The effective settings.
-
-    Raises:
-        SettingsError: An option or a setting is invalid.
-    """
+    """Returns the effective settings; raises SettingsError if an option or a setting is invalid."""
     if bool(options.files) == bool(options.synthetic):
         raise SettingsError("say what to evaluate: files, or --synthetic", "see `springtide evaluate --help`")
     for name in ("clicks", "record_rows"):

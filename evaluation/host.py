@@ -34,12 +34,7 @@ KEPT_VERSIONS = 2
 
 
 class ServingHost:
-    """The stores of one host, and what answers from them. Used by one thread.
-
-    Args:
-        settings: The effective settings; `paths.state` is a directory of its own.
-        program: The LiteRT program that fits the versions.
-    """
+    """The stores of one host, in a directory `paths.state` of its own, and what answers from them. Used by one thread."""
 
     def __init__(
         self,

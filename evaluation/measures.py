@@ -39,8 +39,7 @@ class Figure(msgspec.Struct, frozen=True):
 class Score(msgspec.Struct, frozen=True):
     """One predictor in a table.
 
-    Attributes:
-        difference: By measure, Springtide's figure minus this one, for the same rows; empty for Springtide itself.
+    `difference` is Springtide's figure minus this one, for the same rows, by measure; empty for Springtide itself.
     """
 
     name: str
@@ -49,11 +48,7 @@ class Score(msgspec.Struct, frozen=True):
 
 
 class Table(msgspec.Struct, frozen=True):
-    """The figures of several predictors for the same rows.
-
-    Attributes:
-        scores: Springtide first.
-    """
+    """The figures of several predictors for the same rows; the first of `scores` is Springtide's."""
 
     about: str
     rows: int

@@ -142,11 +142,8 @@ class Asked(NamedTuple):
 
 @dataclass
 class Lists:
-    """The recommended lists of one kind of request; `items` by predictor.
-
-    Attributes:
-        listed: Recommended items of Springtide by source.
-        candidates: Items that were ranked, by source.
+    """The recommended lists of one kind of request: `items` by predictor; Springtide's `listed` and ranked `candidates`
+    by source.
     """
 
     items: dict[str, set[int]] = field(default_factory=dict)
@@ -158,8 +155,6 @@ class ProgressiveValidation:
     """Predicts and learns the records of a log in order. Used by one thread.
 
     Args:
-        trainer: New; learns each record.
-        host: Recommends; None if nobody asks for recommendations.
         contexts: By id the name and the text of each value of a context field.
 
     Attributes:

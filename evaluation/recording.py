@@ -73,11 +73,10 @@ class RecordLimits(NamedTuple):
 
 @dataclass
 class RecordedEvents:
-    """All events of a recording, in order of time.
+    """All events of a recording in order of time, one of `batches` for each record of the training log.
 
     Attributes:
         topic_id: Stands in for the topic's id.
-        batches: The events, one batch for each record of the training log.
         refused: Records that are not clicks, by reason.
         contexts: By id the name and the text of each value of a context field.
     """
@@ -177,9 +176,7 @@ class KnownFields(NamedTuple):
 
 @contextmanager
 def open_attributes(settings: Settings, files: Sequence[AttributeFiles]) -> Iterator[KnownFields | None]:
-    """Yields the attributes in files; None if `[attributes]` names no topic.
-
-    Users and items in no file have unknown attributes.
+    """Yields the attributes in files, unknown ones for other users and items; None if `[attributes]` names no topic.
 
     Raises:
         SettingsError: The columns do not fit.

@@ -58,14 +58,10 @@ class Period(msgspec.Struct, frozen=True):
 
 
 class Evaluation(msgspec.Struct, frozen=True):
-    """The result of one run.
+    """The result of one run; the first table of each kind is of all evaluated rows.
 
-    Attributes:
-        recording: What was read: names, counts of events, users, items, categories and refused records, and times.
-        evaluated: The evaluated part: its first and last time, and its number of events.
-        interests, engagement, recommendation: The tables; the first one of each is of all evaluated rows.
-        sources: By name what each source contributed to the first table of recommendations.
-        unseen_sources: Likewise to lists without items that the user has seen.
+    `sources` has what each source contributed to the first table of recommendations. `unseen_sources` is the same
+    for lists without items that the user has seen.
     """
 
     recording: dict[str, Any]

@@ -52,8 +52,7 @@ P = ParamSpec("P")
 class Cap:
     """The maximum number of times (`count`) that a user may see an item within a period.
 
-    Attributes:
-        within_s: Length in seconds of the period, which ends at the requested time (`at`).
+    The period ends at the requested time (`at`) and has `within_s` seconds.
     """
 
     count: int

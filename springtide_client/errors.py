@@ -13,12 +13,7 @@ from __future__ import annotations
 
 
 class ClientError(Exception):
-    """Base class of the client's errors: a call got no response, or an error.
-
-    Attributes:
-        what: What happened.
-        do: What to do.
-    """
+    """Base class of the client's errors: a call got no response, or an error. `what` happened, and what to `do`."""
 
     def __init__(self, what: str, do: str = "") -> None:
         super().__init__(f"{what}; {do}" if do else what)

@@ -262,10 +262,9 @@ def _endpoint(name: str, path: Path) -> Endpoint:
 
 
 class Console:
-    """The ASGI application; the caller that runs it starts `watch`, which collects the loop's figures.
+    """The ASGI application. The caller that runs it starts `watch`, which collects the loop's figures.
 
-    Attributes:
-        draining: Whether the process is about to end: answers then end their connections.
+    With `draining` set, the process is about to end, and answers end their connections.
     """
 
     def __init__(self, settings: Settings, guard: RequestGuard, now_ms: Callable[[], int]) -> None:
@@ -327,7 +326,7 @@ def outcome(status: int) -> str:
 
 
 def access_of(settings: Settings) -> tuple[Access, RequestGuard]:
-    """Returns the console's access control: serving's certificate and tokens, which are created if they are missing.
+    """Returns the console's access control: serving's certificate and tokens, which are created if missing.
 
     Raises:
         SettingsError: The files that the settings name cannot be used.

@@ -204,8 +204,7 @@ class _Keyed(msgspec.Struct):
 class AttributesFollower:
     """Follows both topics of attributes into the host's store. Call `run` in its own thread, then `close`.
 
-    Args:
-        room: The space that the store needs.
+    `room` is the space that the store needs.
 
     Raises:
         MissingSalt: The salt's file is missing.
@@ -226,11 +225,7 @@ class AttributesFollower:
         ]
 
     def run(self, stop: threading.Event) -> None:
-        """Follows until `stop`.
-
-        Raises:
-            StoreError: The store cannot be written.
-        """
+        """Follows until `stop`; raises StoreError if the store cannot be written."""
         for one in self._followers:
             self._count(one.side)
         keep_following(self._followers, stop, self._took, "answers use the attributes they have", self._room)
@@ -273,8 +268,7 @@ def show_ages(served: Served | None, newest_ms: int, now_ms: int, metrics: Appli
 class LogCheck:
     """Checks whether histories have reached the end offsets that the log last reported. Used by one thread.
 
-    Args:
-        every_ms: The interval between requests for the end offsets.
+    `every_ms` is the interval between requests for the end offsets.
     """
 
     def __init__(self, every_ms: int) -> None:
@@ -325,11 +319,7 @@ class Every:
 
 
 class Applier:
-    """The followers and their upkeep. `run` until `stop` is set.
-
-    Args:
-        stop: Ends all threads; a thread that fails sets it.
-    """
+    """The followers and their upkeep. `run` until `stop` is set; a thread that fails sets it."""
 
     def __init__(
         self,

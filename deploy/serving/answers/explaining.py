@@ -75,7 +75,7 @@ I32 = NDArray[np.int32]
 
 
 class Group(NamedTuple):
-    """Inputs that describe the same thing.
+    """Inputs that describe the same thing; `place` is the slot of a category or the number of an action, else 0.
 
     Attributes:
         kind: What that is:
@@ -90,7 +90,6 @@ class Group(NamedTuple):
             context     the user's attributes
             crosses     the pair's crosses
             pair        the item and its category, the same in both answers
-        place: The slot of a category, the number of an action; else 0.
     """
 
     kind: str
@@ -157,7 +156,6 @@ class Behind(NamedTuple):
     """What explains a part.
 
     Attributes:
-        words: A description.
         about: The category or the action that it is about; None if it is about neither.
         events: The newest of the events behind it, each with `at`, `action`, `category` and `item`.
     """
@@ -179,12 +177,9 @@ class ExplainedPart(TypedDict):
 
 @dataclass(slots=True)
 class Explanation(About):
-    """Why a probability differs from that of an unknown user.
+    """Why a probability differs from that of an unknown user at the same moment.
 
     Attributes:
-        label: The category whose interest is explained; None for an item.
-        item: The item whose engagement is explained; None for a category.
-        cold_start_probability: The probability for an unknown user, computed at the same moment.
         reasons: The largest parts of the difference, the largest first.
         rest: The sum of all smaller parts: reasons and rest add up to the difference of the probabilities.
     """
@@ -219,16 +214,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 class Words:
-    """Describes one user's events.
-
-    Args:
-        events: `[m]` EVENT, newest first, the ones that windows count.
-        at_ms: The time of the query.
-        spec: Names actions and windows.
-        name_of: Returns the name of a category.
-        recent_categories: The user's categories, newest first.
-        attributes: The user's attributes, as names and texts.
-    """
+    """Describes one user's events: `[m]` EVENT, newest first, the ones that windows count."""
 
     def __init__(
         self,

@@ -41,11 +41,7 @@ Found = TypeVar("Found", bound=About)
 class Host:
     """The stores of one serving host, as a worker reads them; reopened if the applier rebuilt them. Used by one thread.
 
-    Args:
-        pseudonym: Maps a query's user to a pseudonym; None if queries contain raw ids.
-
     Attributes:
-        segments: The segments and their members.
         impressions: The numbers of the actions that are impressions (`labels.impressions`).
         kernels: The kernels that this process compiles; None if answers do not wait for them.
         warm: Whether answers of each kind have been computed once to warm up.
@@ -201,9 +197,7 @@ class Host:
 class Answers:
     """Answers the queries of all protocols from one host, and counts cold starts. Used by one event loop.
 
-    Attributes:
-        profiles: Answers profile queries in batches, each from one version.
-        steps: Runs long answers in steps.
+    `profiles` answers profile queries in batches, and `steps` runs long answers in steps.
     """
 
     def __init__(self, host: Host, metrics: WorkerMetrics, limits: QueueLimits) -> None:

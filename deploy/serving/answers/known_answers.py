@@ -34,11 +34,7 @@ MOST_PAIRS = 1_000_000
 
 
 def read_ids(path: Path | None) -> list[str]:
-    """Reads the distinct ids in a file, one per line; empty lines are skipped.
-
-    Raises:
-        SettingsError: The file cannot be read.
-    """
+    """Reads the distinct ids in a file, one per line, without empty lines; raises SettingsError if it cannot be read."""
     if path is None:
         return []
     try:

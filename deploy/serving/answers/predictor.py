@@ -66,9 +66,6 @@ class AttributeValues(NamedTuple):
 class KnownAttributes:
     """Looks up the newest attributes of users and items by id. Used by one thread.
 
-    Args:
-        store: The host's attributes, opened read-only; None if there are none.
-
     Attributes:
         names: The names of the attributes by side; empty for a side without a table.
     """
@@ -98,7 +95,6 @@ class Asked(NamedTuple):
 
     Attributes:
         user: The pseudonym; 0 if the version must treat the user as unknown.
-        at_ms: The time at which the answer is evaluated.
         recent_categories: The user's categories, newest first, without padding.
         item: The item's id; 0 if the query has no item.
         category: The item's category; 0 if unknown.
@@ -121,10 +117,8 @@ class Prepared(NamedTuple):
     """n queries with their data and the program's inputs; valid as long as the reader is open.
 
     Attributes:
-        vectors: The windows of their users, n rows.
         has_row: Whether each user has a row in the version.
         successors: `[n, S]` uint64, the successor candidates, padded with 0.
-        inputs: The program's inputs.
         clock: The clock that gives the time of queries without a time.
     """
 
@@ -141,17 +135,14 @@ class Prepared(NamedTuple):
 
 
 class Predictor:
-    """Answers queries from one host's stores. Used by one thread.
+    """Answers queries from one host's stores, opened read-only. Used by one thread.
 
     Args:
-        rows: The row store, opened read-only.
         programs: The directory with the applier's copies of programs.
-        clock: `event` or `wall`.
         pseudonym: Maps a query's user to a pseudonym; None if queries contain raw ids.
 
     Attributes:
         catalogue: Looks up the names and categories of items in the histories.
-        item_attributes: Whether item attributes are configured.
     """
 
     def __init__(
@@ -385,18 +376,11 @@ def churn_probabilities(
     spec: FeatureSpec,
     users: Sequence[int],
 ) -> list[float | None]:
-    """Computes the churn probabilities of n users, each at its own time; None for a user without events, or whose
-    latest event is older than the trained horizon.
+    """Computes the churn probabilities of n users, each at its own time. A user without events, or whose latest event
+    is older than the trained horizon, has None.
 
     Windows are as of the arrival of the user's latest event, so they equal those of its row in the training log.
-
-    Args:
-        weights: The version's churn weights; None if it has none.
-        histories: n arrays `[m]` EVENT in append order.
-        at_ms: n times in milliseconds.
-        mask: The events to exclude.
-        spec: The version's feature spec.
-        users: n pseudonyms.
+    `histories` are n arrays `[m]` EVENT in append order.
     """
     probabilities: list[float | None] = [None] * len(histories)
     if weights is None:

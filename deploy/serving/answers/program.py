@@ -36,14 +36,10 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 class _FixedBatch:
-    """Runs `predict` on inputs of one shape.
+    """Runs `predict` on inputs of one shape; `inputs` and `outputs` translate the program's own names.
 
     A `SignatureRunner` resizes and allocates all tensors in each call, which costs as much as computing a row. This
     class does so once, through the wrapper's methods, because LiteRT has no public API for it.
-
-    Args:
-        inputs: Input name to the program's own name.
-        outputs: The program's own name of an output to its name.
     """
 
     def __init__(
@@ -62,11 +58,7 @@ class _FixedBatch:
         self._wrapper.AllocateTensors(self._subgraph)
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
-        """Runs the program; each output is a copy.
-
-        Raises:
-            ValueError: The number of inputs differs from the program's, or an input has a wrong shape or type.
-        """
+        """Runs the program, and copies each output; raises ValueError if a number, shape or type of inputs is wrong."""
         if len(inputs) != len(self._inputs):
             raise ValueError(f"the program has {len(self._inputs)} inputs, not {len(inputs)}")
         wrapper, subgraph = self._wrapper, self._subgraph
@@ -116,10 +108,8 @@ class LoadedProgram:
         self._by_row = next(name for name, shape in self.shapes.items() if shape[0] < 0)
 
     def load(self, weights: Arrays) -> None:
-        """Sets the dense weights; `predict` gives NaN before the first load.
-
-        Raises:
-            ProgramError: A weight is missing or has a wrong shape.
+        """Sets the dense weights, without which `predict` gives NaN; raises ProgramError if one is missing or has a
+        wrong shape.
         """
         given = {argument(name): value for name, value in weights.items()}
         missing = [name for name in self._weights if name not in given]

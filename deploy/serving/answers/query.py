@@ -108,10 +108,8 @@ class About:
     """The user, time and model version of an answer.
 
     Attributes:
-        user_id: The id in the query.
         known: Whether the user has a visible click or a row.
         cold_start: Whether this is the answer for unknown users.
-        version: The version that computed the answer.
         at: The time at which the windows are evaluated, ISO 8601.
         clock: The source of that time: `event`, `wall` or `request`.
     """

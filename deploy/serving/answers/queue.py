@@ -36,11 +36,7 @@ class QueueLimits(NamedTuple):
     waited_s: float = math.inf
 
     def admit(self, expected_s: float) -> None:
-        """Refuses a request with too long an expected wait.
-
-        Raises:
-            Overloaded: The wait exceeds `expected_s`; the error has a retry-after header.
-        """
+        """Refuses a request with too long an expected wait: raises Overloaded, with a retry-after header."""
         if expected_s > self.expected_s:
             refusal = Overloaded("more is asked than can be answered in time", "ask again later, and less at a time")
             refusal.http_headers = ((b"retry-after", b"%d" % math.ceil(expected_s)),)

@@ -60,12 +60,9 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Signature:
-    """The inputs and outputs of one signature.
+    """The inputs and outputs of one signature by name, required inputs first.
 
-    Attributes:
-        inputs: The inputs by name, required ones first.
-        outputs: The outputs by name.
-        kept: Inputs without a row dimension for which the version has a value, by name.
+    `kept` has the inputs without a row dimension for which the version has a value.
     """
 
     inputs: Mapping[str, TensorSpec]
@@ -159,11 +156,7 @@ class ModelChoice(NamedTuple):
     label: str | None = None
 
     def resolve(self, reader: RowReader) -> int | None:
-        """Returns the number of the version; None for the serving one.
-
-        Raises:
-            UnknownModel: There is no such model or label.
-        """
+        """Returns the number of the version (None: the served one); raises UnknownModel."""
         if self.name != MODEL:
             raise UnknownModel(f"there is no model {self.name[:200]!r}", f"ask for {MODEL}")
         if self.label is None:
@@ -285,11 +278,7 @@ def _unknown(reader: RowReader, number: int) -> UnknownModel:
 
 
 def _queries(inputs: Tensors, rows: int) -> list[Query]:
-    """Converts rows by id to queries.
-
-    Raises:
-        BadRequest: A string is not UTF-8, or a time is invalid.
-    """
+    """Converts rows by id to queries; raises BadRequest if a string is not UTF-8, or a time is invalid."""
     texts = {name: _texts(name, values) for name, values in inputs.items() if name != "at"}
     times = inputs["at"].tolist() if "at" in inputs else [NOW] * rows
     for place, at in enumerate(times):

@@ -60,9 +60,8 @@ _log = logging.getLogger(__name__)
 class Upkeep:
     """Sweeps a host's histories, items and names; used by the store's writing thread.
 
-    Args:
-        reach_ms: How much older than the newest event one can be that still matters.
-        lose: Called when users whose events still count were removed.
+    `reach_ms` is how much older than the newest event one can be that still matters. `lose` is called when users
+    whose events still count were removed.
     """
 
     def __init__(

@@ -34,8 +34,7 @@ def name_of(folder: Path, part: str = "serving") -> str:
 class HostErasures:
     """Applies erasures to the histories of one host. Used by the thread that writes the histories.
 
-    Args:
-        rows: Returns the number of the erasure up to which the row store is done.
+    `rows` returns the number of the erasure up to which the row store is done.
     """
 
     def __init__(

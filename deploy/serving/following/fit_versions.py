@@ -77,8 +77,7 @@ def _answers(program: LoadedProgram) -> dict[str, NDArray[np.float32]]:
 class FitVersions:
     """All versions except those that failed; used by the thread that writes the rows.
 
-    Args:
-        refuse: Called with `probe`, the number of a version that fails, and the reason.
+    `refuse` is called with `probe`, the number of a version that fails, and the reason.
     """
 
     def __init__(

@@ -73,9 +73,8 @@ def differences(trained: Vector, served: Vector, spec: FeatureSpec) -> Iterator[
 class Parity:
     """Samples rows as they are added to the histories. Used by the thread that writes the histories.
 
-    Args:
-        reach_ms: The maximum age, relative to a row, of an event that its windows cover.
-        choose: Returns a random row index from 0, given the number of rows.
+    `reach_ms` is the maximum age, relative to a row, of an event that its windows cover. `choose` returns a random
+    row index, given the number of rows.
     """
 
     def __init__(

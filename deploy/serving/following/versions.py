@@ -168,7 +168,7 @@ def _last_durable(version: Manifest, registry: Registry) -> int | None:
 
 
 def onto_what_is_here(wanted: int, registry: Registry, rows: RowStore, here: Collection[int]) -> list[Manifest] | None:
-    """Deltas from the nearest ancestor that is here; None where a base is needed.
+    """Deltas from the nearest ancestor in `here`; None if a base is needed.
 
     Raises:
         CorruptVersion, UnknownVersion: One of them cannot be read.
@@ -249,9 +249,8 @@ class NewestVersion:
 class Labelled:
     """Applies what labelled versions lack; used by the thread that writes the rows.
 
-    Args:
-        refuse: Called with the kind of a version that cannot be read, its number, and the reason.
-        apply: Applies a step without moving the pointer. With the flag, into a separate lane even if it is on this host.
+    `refuse` is called with the kind, number and reason of a version that cannot be read. `apply` applies a step
+    without moving the pointer; with the flag, into a separate lane even if it is on this host.
     """
 
     def __init__(
@@ -337,7 +336,6 @@ class VersionFollower:
 
     Args:
         programs: Directory for copies of programs and feature specs.
-        keep_s: How long versions stay after they were applied.
         crosses: The crosses in the settings, to find those of erased users; None without crosses.
 
     Attributes:

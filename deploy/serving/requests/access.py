@@ -40,10 +40,8 @@ class _WatchedFiles:
         self._load()
 
     def look(self) -> None:
-        """Reloads the files if they have changed.
-
-        Raises:
-            SettingsError: They cannot be used; the previous content stays in effect.
+        """Reloads the files if they have changed. If they cannot be used, raises SettingsError and keeps the previous
+        content.
         """
         before, self._seen = self._seen, self._states()
         if before != self._seen:
@@ -100,10 +98,7 @@ class Certificate(_WatchedFiles):
 
 
 class Tokens(_WatchedFiles):
-    """The tokens of a host.
-
-    Args:
-        folder: The directory with one file per role.
+    """The tokens of a host, from a directory with one file per role.
 
     Raises:
         SettingsError: A file is missing, other users can read it, or it has no valid tokens.

@@ -156,10 +156,7 @@ class GrpcHealth(health_pb2_grpc.HealthServicer):
     """The standard gRPC health service: reports SERVING while the worker can answer, like `/readyz`.
 
     It replaces `grpc_health`'s, whose watchers of a service miss updates once one of them leaves, and keep the
-    server from stopping.
-
-    Args:
-        services: The names of the services, in addition to the whole worker (the empty name).
+    server from stopping. `services` are the names besides the empty one, which is the whole worker.
     """
 
     def __init__(self, ready: Callable[[], bool], services: Collection[str]) -> None:
@@ -217,11 +214,9 @@ class GrpcHealth(health_pb2_grpc.HealthServicer):
 
 @dataclass(frozen=True)
 class GrpcAddress:
-    """Where a gRPC server listens.
+    """Where a gRPC server listens: `host:port`; port 0 selects a free one.
 
-    Attributes:
-        address: `host:port`; port 0 selects a free one.
-        most_calls: Concurrent calls, watching ones included; further ones are refused.
+    Above `most_calls` concurrent calls, including watching ones, further calls are refused.
     """
 
     address: str
@@ -230,13 +225,7 @@ class GrpcAddress:
 
 
 class GrpcServer:
-    """Answers until `stop`; made and used in one event loop.
-
-    Args:
-        services: The services, in addition to health and reflection.
-
-    Attributes:
-        port: The port that it listens on.
+    """Answers until `stop`; made and used in one event loop. `services` are those besides health and reflection.
 
     Raises:
         RuntimeError: The address cannot be bound.

@@ -46,12 +46,7 @@ _SHOWN = 200
 
 
 class Request(NamedTuple):
-    """An HTTP request.
-
-    Attributes:
-        path: The decoded values of the placeholders in the endpoint's path, by name.
-        most_body_bytes: The maximum body size; a larger body is refused.
-    """
+    """An HTTP request; `path` has the decoded values of the placeholders in the endpoint's path, by name."""
 
     scope: Scope
     receive: Receive

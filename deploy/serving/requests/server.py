@@ -39,11 +39,7 @@ _log = logging.getLogger(__name__)
 
 
 def listen(host: str, port: int, setting: str = "serving.port") -> socket.socket:
-    """Binds a socket to a port; `setting` names the setting to change if the port is in use.
-
-    Raises:
-        PortTaken: The port is in use.
-    """
+    """Binds a socket to a port; raises PortTaken, which names `setting`, if the port is in use."""
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -61,9 +57,6 @@ class Acceptor:
 
     It accepts many waiting connections per iteration of the event loop. uvloop's own server accepts one, so under
     load a new client would wait for seconds.
-
-    Args:
-        backlog: How many connections may wait.
     """
 
     def __init__(
@@ -143,10 +136,8 @@ class Companion(Protocol):
 class DrainingServer(uvicorn.Server):
     """The HTTP server of a worker.
 
-    Args:
-        drain_s: How long connections are still accepted.
-        ready: Called once connections are accepted.
-        grpc: Makes the gRPC server in the event loop; None for HTTP alone.
+    Connections are still accepted for `drain_s` after a signal. `ready` is called once they are accepted. `grpc`
+    makes the gRPC server in the event loop.
     """
 
     def __init__(

@@ -194,13 +194,10 @@ class _Answered(msgspec.Struct):
 
 
 class QuestionBatch(msgspec.Struct, frozen=True):
-    """A batch of queries, as the client sent it.
+    """A batch of queries, as the client sent it, in raw JSON but for the user ids.
 
-    Attributes:
-        name: The field with the queries: `profiles` (objects with `user_id`) or `users` (ids).
-        questions: The queries as raw JSON.
-        users: The raw user id of each query.
-        rest: The other fields by name, as raw JSON.
+    `name` is the field with the queries, `profiles` (objects with `user_id`) or `users` (ids); `rest` has the other
+    fields.
     """
 
     name: str

@@ -57,9 +57,8 @@ class Worker:
 class Workers:
     """Starts and supervises a host's workers; `run` returns after `stop`.
 
-    Args:
-        counters: Directory of their counters; emptied.
-        target: What a worker's process calls, by name: (number, socket, event, parent's arguments).
+    `counters` is the directory of their counters, which is emptied. `target` names what a worker's process calls:
+    (number, socket, event, parent's arguments).
     """
 
     def __init__(
@@ -127,10 +126,9 @@ class Workers:
 
 
 def make_counters(folder: Path, count: int) -> None:
-    """Creates empty counter files for this many workers, at their full size, so that no worker runs out of space later.
+    """Creates empty counter files for this many workers, at their full size; raises OSError if there is no space.
 
-    Raises:
-        OSError: There is no space. Later that would end a worker that writes there.
+    Later, a lack of space would end a worker that writes there.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
