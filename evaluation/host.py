@@ -34,7 +34,7 @@ KEPT_VERSIONS = 2
 
 
 class ServingHost:
-    """The stores of one host, in a directory `paths.state` of its own, and what answers from them. Used by one thread."""
+    """The stores of one host, in its own `paths.state`, and what answers from them. Used by one thread."""
 
     def __init__(
         self,

@@ -85,9 +85,7 @@ class Plan(NamedTuple):
 
 @dataclass
 class Interests:
-    """The predictions of categories for evaluated rows; `scores`: by predictor `[t, 3]` float64, `INTERESTS` of each
-    row.
-    """
+    """The predictions of categories for evaluated rows; `scores` are `[t, 3]` float64, `INTERESTS`, by predictor."""
 
     users: list[U64] = field(default_factory=list)
     at_ms: list[I64] = field(default_factory=list)
@@ -142,9 +140,7 @@ class Asked(NamedTuple):
 
 @dataclass
 class Lists:
-    """The recommended lists of one kind of request: `items` by predictor; Springtide's `listed` and ranked `candidates`
-    by source.
-    """
+    """The recommended lists of one kind of request: `items` by predictor; `listed` and ranked `candidates` by source."""
 
     items: dict[str, set[int]] = field(default_factory=dict)
     listed: Counter[str] = field(default_factory=Counter)
@@ -183,9 +179,7 @@ class ProgressiveValidation:
         self.lists, self.unseen_lists = Lists(), Lists()
 
     def take(self, batch: MicroBatch) -> Report | None:
-        """Takes one record as it comes from the training log; returns the report of the step, None if no row is
-        learned.
-        """
+        """Takes one record of the training log; returns the report of the step, None if no row is learned."""
         # 1.
         if self._host is not None:
             self._ask(batch.take(happened(batch.kind)))

@@ -62,6 +62,10 @@ class Evaluation(msgspec.Struct, frozen=True):
 
     `sources` has what each source contributed to the first table of recommendations. `unseen_sources` is the same
     for lists without items that the user has seen.
+
+    Attributes:
+        recording: What was read: names, counts of events, users, items, categories and refused records, and times.
+        evaluated: The evaluated part: its first and last time, and its number of events.
     """
 
     recording: dict[str, Any]

@@ -207,9 +207,7 @@ class AsyncClient:
     async def profiles(
         self, users: Sequence[str | User], *, fields: Sequence[str] = (), top: int | None = None
     ) -> list[Profile]:
-        """Returns profiles of up to 1,000 users in their order, all of one version; arguments and errors as of
-        `profile`.
-        """
+        """Returns the profiles of up to 1,000 users in their order, all of one version; otherwise as `profile`."""
         asked = [_without_none((User(user) if isinstance(user, str) else user)._asdict()) for user in users]
         body = {"profiles": asked, "fields": list(fields) or None, "top": top}
         return (await self._ask("POST", "/v1/profiles:batch", Profiles, json=_without_none(body))).profiles

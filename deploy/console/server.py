@@ -14,9 +14,14 @@ something:
     GET /api/profiles/{user_id}?label=    one user's profile, with an explanation
 
 Access control uses tokens and origins, not cookies, so a browser sends nothing on its own that another page could
-use. A request that changes something must carry a token of the role `operate` in a header, declare a JSON body,
-which an HTML form cannot, and come from this page, if the browser sends an origin. Where reading needs no token, the
-connection checks the host of each request (`deploy/serving/requests/connections.py`).
+use. A request that changes something must
+
+- carry a token of the role `operate` in a header,
+- declare a JSON body, which an HTML form cannot,
+- come from this page, if the browser sends an origin.
+
+Where reading needs no token, the connection checks the host of each request
+(`deploy/serving/requests/connections.py`).
 """
 
 from __future__ import annotations

@@ -295,8 +295,9 @@ class Words:
 
 
 def _values(slots: Sequence[int], inputs: Mapping[str, F32], outputs: Mapping[str, F32]) -> F64:
-    """Returns the explained probability in each row, `[n]` float64, given the slots in which the category may be scored
-    (none for an engagement); 0 where it is no candidate.
+    """Returns the explained probability in each row, `[n]` float64; 0 where the category is in none of the slots.
+
+    `slots` are those in which the category may be scored; none for an engagement.
     """
     if not slots:
         logits = outputs["engagement_logit"].reshape(-1).astype(np.float64)

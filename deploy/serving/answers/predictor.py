@@ -222,11 +222,10 @@ class Predictor:
         return self.answered(prepared, prepared.version.program.predict(prepared.inputs))
 
     def prepare(self, queries: Sequence[Query], reader: RowReader, number: int | None = None) -> Prepared:
-        """Collects the data of at most `queue.MOST_AT_ONCE` queries and builds the program's inputs; raises as
-        `profiles` does.
+        """Collects the data of at most `queue.MOST_AT_ONCE` queries and builds the program's inputs.
 
         The program keeps the weights of version `number` (None: the served one) until queries are prepared for
-        another version.
+        another version. Raises as `profiles` does.
         """
         now_ms = self._now_ms()
         # 1. Version and mask.
@@ -335,9 +334,7 @@ class Predictor:
     def _asked(
         self, queries: Sequence[Query], mask: Mask, default_ms: int, version: LoadedVersion
     ) -> tuple[list[Asked], Vector]:
-        """Collects each query's data on this host; a user who was erased after the version was trained counts as
-        unknown.
-        """
+        """Collects each query's data on this host; a user erased after the version was trained counts as unknown."""
         features, erased = version.features, version.served.erased
         users = [self._pseudonym(query.user) for query in queries]
         items = [0 if query.item is None else public_id(query.item) for query in queries]
@@ -376,11 +373,11 @@ def churn_probabilities(
     spec: FeatureSpec,
     users: Sequence[int],
 ) -> list[float | None]:
-    """Computes the churn probabilities of n users, each at its own time. A user without events, or whose latest event
-    is older than the trained horizon, has None.
+    """Computes the churn probabilities of n users, each at its own time.
 
-    Windows are as of the arrival of the user's latest event, so they equal those of its row in the training log.
-    `histories` are n arrays `[m]` EVENT in append order.
+    A user without events, or whose latest event is older than the trained horizon, has None. Windows are as of the
+    arrival of the user's latest event, so they equal those of its row in the training log. `histories` are n arrays
+    `[m]` EVENT in append order.
     """
     probabilities: list[float | None] = [None] * len(histories)
     if weights is None:
@@ -416,8 +413,9 @@ def _latest(events: Events, now_ms: int, mask: Mask, user: int) -> int | None:
 def _program_inputs(
     version: LoadedVersion, rows: VersionRows, asked: Sequence[Asked], vectors: Vector
 ) -> tuple[Inputs, list[bool]]:
-    """Builds the inputs of n queries, except those for transitions between categories: float32 by name, padded with
-    zeros to the program's batch size. Also returns whether each user has a row.
+    """Builds the inputs of n queries, without transitions between categories, and whether each user has a row.
+
+    The inputs are float32 by name, padded with zeros to the program's batch size.
     """
     shapes, count = version.program.shapes, batch_of(len(asked))
     inputs = {name: np.zeros((count, *shape[1:]), np.float32) for name, shape in shapes.items() if shape[0] < 0}

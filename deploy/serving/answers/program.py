@@ -108,8 +108,8 @@ class LoadedProgram:
         self._by_row = next(name for name, shape in self.shapes.items() if shape[0] < 0)
 
     def load(self, weights: Arrays) -> None:
-        """Sets the dense weights, without which `predict` gives NaN; raises ProgramError if one is missing or has a
-        wrong shape.
+        """Sets the dense weights; `predict` gives NaN before. Raises ProgramError if one is missing or of a wrong
+        shape.
         """
         given = {argument(name): value for name, value in weights.items()}
         missing = [name for name in self._weights if name not in given]

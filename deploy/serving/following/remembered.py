@@ -79,10 +79,9 @@ class Remembered:
         return {kind.rstrip(":"): self._kinds[kind].count for kind in KINDS}
 
     def news(self, events: Events, names: Mapping[int, str], clock_ms: int) -> dict[str, bytes]:
-        """Returns the extras to commit with clicks, `[m]` EVENT: new or changed categories, names, and entries first
-        seen today.
+        """Returns the extras to commit with clicks: new or changed categories, names, and entries first seen today.
 
-        `names` are those that came with the events, by id.
+        `events` are `[m]` EVENT, and `names` came with them, by id.
         """
         self._turn(clock_ms)
         day, extras = self._day.to_bytes(4, "big"), dict[str, bytes]()

@@ -40,8 +40,9 @@ class _WatchedFiles:
         self._load()
 
     def look(self) -> None:
-        """Reloads the files if they have changed. If they cannot be used, raises SettingsError and keeps the previous
-        content.
+        """Reloads the files if they have changed.
+
+        If they cannot be used, raises SettingsError, and the previous content stays in effect.
         """
         before, self._seen = self._seen, self._states()
         if before != self._seen:

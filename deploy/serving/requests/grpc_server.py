@@ -258,8 +258,8 @@ class GrpcServer:
         self._health.poll()
 
     async def stop(self, grace_s: float) -> None:
-        """Stops accepting requests, notifies watching clients, and returns when open requests are answered or after
-        `grace_s`.
+        """Stops accepting requests, notifies watchers, and returns after open requests are answered or `grace_s` is
+        over.
         """
         for task in self._tasks:
             task.cancel()

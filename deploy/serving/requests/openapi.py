@@ -1,7 +1,6 @@
-"""The OpenAPI 3.1 document of the HTTP API, built from the table of endpoints and their types, and a page that shows
-it.
+"""The OpenAPI 3.1 document of the HTTP API, built from the endpoints and their types, and a page that shows it.
 
-    GET /openapi.json /docs
+GET /openapi.json /docs
 """
 
 from __future__ import annotations

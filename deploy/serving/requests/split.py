@@ -68,7 +68,9 @@ class Split:
         self._say = SaidOnce(_log.warning)
 
     async def answer(self, request: Request) -> Response:
-        """Answers a request with its user's arm; without an open rollout, the endpoint answers. Raises what it raises."""
+        """Answers a request with its user's arm, or the endpoint if no rollout is open; raises what the endpoint
+        raises.
+        """
         experiment = self._split()
         if experiment is None or request.endpoint.name not in (*ROUTES, MANY):
             return await request.endpoint.answer(request)

@@ -1,12 +1,11 @@
-"""TensorFlow Serving's interfaces over REST and gRPC: status, metadata and predictions, with its formats and status
-codes.
+"""TensorFlow Serving's interfaces over REST and gRPC: status, metadata and predictions in its formats.
 
     GET  /v1/models/profile[/versions/V|/labels/L][/metadata]
     POST /v1/models/profile[/versions/V|/labels/L]:predict    {"instances": [...]} or {"inputs": {...}}
 
 Tensors in JSON are by row (`instances`) or by column (`inputs`), with bytes as `{"b64": TEXT}`; errors are
 `{"error": TEXT}`. Over gRPC, `PredictionService` and `ModelService` answer as far as they apply to this model, with
-strings as bytes in arrays of objects.
+strings as bytes in arrays of objects. Status codes are TensorFlow Serving's.
 """
 
 from __future__ import annotations
@@ -309,7 +308,7 @@ def _listed(values: Tensor) -> list[Any]:
 
 
 def to_array(name: str, proto: Any) -> Tensor:
-    """Converts a `tensorflow.TensorProto`; raises BadRequest, with the input's `name`, if type, shape and values do not
+    """Converts a `tensorflow.TensorProto`; raises BadRequest if type, shape and values of the input `name` do not
     match.
     """
     kind = _NAME_OF.get(proto.dtype, str(proto.dtype))

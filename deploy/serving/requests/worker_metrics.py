@@ -61,8 +61,9 @@ class RequestCounts:
 
 
 def rendered(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
-    """Renders metrics in a format that the client accepts (OpenMetrics with exemplars, or Prometheus text); returns
-    them and their media type.
+    """Renders metrics in a format that the client accepts, and returns them and their media type.
+
+    The formats are OpenMetrics with exemplars, and Prometheus text.
 
     >>> rendered(CollectorRegistry(), "application/openmetrics-text; version=1.0.0")[0].decode().strip()
     '# EOF'
