@@ -15,9 +15,8 @@ from typing import Any
 
 from deploy.command_line import OWN_HELP, PROCESSES, READERS, parser, run_command, with_times
 from state.config.loading import load
-from state.config.sections import SECTIONS, KnownSetting, known_settings
-from state.config.settings import Settings
-from state.config.sources import MASK, as_text, nearest, nearest_setting, split_settings, variable
+from state.config.settings import SECTIONS, KnownSetting, Settings, as_text, known_settings, variable
+from state.config.sources import MASK, nearest, nearest_setting, split_settings
 from state.errors import SettingsError
 from state.process.private_files import keep_private
 from state.process.user_code import for_children

@@ -15,9 +15,9 @@ from typing import NoReturn
 from deploy.backup import options as backing_up
 from deploy.operate import options as operating
 from deploy.operate.options import SETTINGS_HELP, Add, positive
-from state.config.spans import span_ms
+from state.config.sources import span_ms
 from state.errors import SettingsError, SpringtideError, of_disk
-from state.process.closed_output import while_read
+from state.process.ending import while_read
 
 EXPERIMENT_VERBS = ("start", "status", "rollout", "halt", "resume", "back", "report", "promote", "stop")
 READERS = ("stream", "train", "up")  # stop at a gap; continue if the loss is accepted

@@ -48,7 +48,6 @@ from state.errors import (
     BadRequest,
     SettingsError,
     SpringtideError,
-    TooLarge,
     UnknownVersion,
 )
 from state.process.part import run_part
@@ -169,7 +168,9 @@ class Webhook:
             self._tokens.require(header(scope, b"authorization"), endpoint.role)
             length = header(scope, b"content-length") or "0"
             if not length.isdecimal() or int(length) > MOST_BYTES:
-                raise TooLarge(f"the body has {length:.20} bytes", f"at most {MOST_BYTES} are accepted")
+                raise BadRequest(
+                    f"the body has {length:.20} bytes", f"at most {MOST_BYTES} are accepted", http_status=413
+                )
             response = await endpoint.answer(Request(scope, receive, placeholders, endpoint, MOST_BYTES))
         except SpringtideError as error:
             response = failure(error)
@@ -199,7 +200,7 @@ def server_of(settings: Settings, now_ms: Callable[[], int]) -> DrainingServer:
         _log.info("created a token: %s", path)
     serving, tokens = settings.serving, Tokens(settings.tokens_dir)
     certificate = Certificate(Path(serving.tls_cert), Path(serving.tls_key)) if serving.tls_cert else None
-    limits = ConnectionLimits(serving.max_head_bytes, TIMEOUT_S, CONNECTIONS)
+    limits = ConnectionLimits(TIMEOUT_S, CONNECTIONS)
     return DrainingServer(Webhook(settings, tokens, now_ms), limits, 0.0, access=Access(certificate, tokens))
 
 

@@ -25,8 +25,7 @@ from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.errors import SettingsError, SpringtideError, of_disk
 from state.process import log_lines
-from state.process.closed_output import while_read
-from state.process.ending import stop_on_signals
+from state.process.ending import stop_on_signals, while_read
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.process.wall_clock import wall_ms
 from state.recordings.files import add_file_arguments, as_settings, chosen

@@ -108,7 +108,7 @@ class ServingHost:
             files={},
         )
         self.rows.apply(manifest, tensors, wall_ms(), follow=True)
-        self.rows.forget({self._version - KEPT_VERSIONS})
+        self.rows.drop({self._version - KEPT_VERSIONS})
         while self.rows.tidy():
             pass
 

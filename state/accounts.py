@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from state.positions import COUNTED, MOST_LEARNED, Source
@@ -10,22 +10,7 @@ from state.positions import COUNTED, MOST_LEARNED, Source
 
 @dataclass(frozen=True)
 class StreamAccount:
-    """What the stream has committed, for one source or summed over sources.
-
-    Attributes:
-        positions: Offsets passed: from the first offset ever read to the next one.
-        rows: Offsets that became rows.
-        dead: Offsets sent to the dead letters.
-        filtered: Offsets left out on purpose.
-        absent: Offsets without a record.
-        gap: Offsets deleted unread, a loss that an operator accepted.
-        opened: Impressions whose label arrives later.
-        feedback: Outcomes, which update only the histories.
-        joined: Impressions that an outcome labelled.
-        expired: Impressions whose wait ended without an outcome.
-        dropped: Impressions that could not wait.
-        masked: Offsets that the mask of the control file left out.
-    """
+    """What the stream has committed, for one source or summed over sources: the outcomes of `Range`, and offsets passed."""
 
     positions: int
     rows: int
@@ -42,11 +27,7 @@ class StreamAccount:
 
     @property
     def learnable(self) -> int:
-        """Rows that the trainer learns from: those labelled at once, and those labelled later.
-
-        >>> StreamAccount(positions=5, rows=2, opened=3, joined=1, expired=1).learnable
-        4
-        """
+        """Rows that the trainer learns from: those labelled at once, and those labelled later."""
         return self.rows + self.joined + self.expired
 
     @property
@@ -56,11 +37,7 @@ class StreamAccount:
 
     @classmethod
     def of(cls, counts: Mapping[str, int]) -> StreamAccount:
-        """Builds the account of one source from the history store's counts.
-
-        >>> StreamAccount.of({"first": 3, "next": 5, "rows": 2, "dead": 0, "filtered": 0, "absent": 0}).positions
-        2
-        """
+        """Builds the account of one source from the history store's counts."""
         outcomes = {name: counts.get(name, 0) for name in COUNTED if name != "elsewhere"}
         # For a bucket, count only its own offsets. Over all buckets of a partition each offset counts once.
         return cls(counts["next"] - counts["first"] - counts.get("elsewhere", 0), **outcomes)
@@ -77,7 +54,7 @@ class TrainerAccount:
         duplicate: Rows seen before, by source position.
         in_flight: Rows not yet consumed, counted independently (log end minus the trainer's offset).
         masked: Rows that a mask left out.
-        gap: Source offsets that no record of the log contained, a loss that an operator accepted.
+        gap: Source offsets that no record contained, a loss that an operator accepted.
         other_features: Rows of a former feature spec, which an upgrade skipped.
     """
 
@@ -93,14 +70,7 @@ class TrainerAccount:
 
 @dataclass(frozen=True)
 class BrokerAccount:
-    """The position of the stream and of the broker in one source.
-
-    Attributes:
-        source: The source.
-        next: The stream's next offset.
-        begin: The first offset that the broker keeps.
-        end: The offset after the broker's last record.
-    """
+    """The stream's next offset in one source, the first offset that the broker keeps, and the one after its last record."""
 
     source: Source
     next: int
@@ -109,11 +79,7 @@ class BrokerAccount:
 
     @property
     def unread(self) -> int:
-        """Offsets that the stream has not read yet.
-
-        >>> BrokerAccount(Source("ab" * 16, 0), next=5, begin=0, end=9).unread
-        4
-        """
+        """Offsets that the stream has not read yet."""
         return max(0, self.end - self.next)
 
 
@@ -127,13 +93,12 @@ def check_accounts(
 
     1. In the stream each offset has one outcome.
     2. In the trainer each row of the log has one outcome.
-    3. The stream's rows equal the log's rows without duplicates: no row was
-       lost in between, and none arrived twice. If the trainer accepted a gap,
-       at most the rows of that many positions may be missing: one each, or
-       `MOST_LEARNED` each where impressions wait.
+    3. The stream's rows equal the log's rows without duplicates: no row was lost in between, and none arrived twice. If
+       the trainer accepted a gap, at most the rows of that many positions may be missing: one each, or `MOST_LEARNED`
+       each where impressions wait.
     4. The broker still has every unread offset, and its end is not before the stream's position.
-    5. Each opened impression was joined, expired or dropped, or is one of the
-       `waiting` ones, which are counted independently.
+    5. Each opened impression was joined, expired or dropped, or is one of the `waiting` ones, which are counted
+       independently.
 
     >>> check_accounts(StreamAccount(positions=10, rows=8, dead=1, absent=1), TrainerAccount(rows=8, trained=8))
     ()
@@ -142,70 +107,50 @@ def check_accounts(
     >>> check_accounts(StreamAccount(positions=8, rows=8), TrainerAccount(rows=7, trained=7))
     ('log: the stream made 8 rows, but the log holds 7 without duplicates: 1 lost',)
     """
-    return (
-        *([] if stream is None else _unbalanced_stream(stream)),
-        *([] if trainer is None else _unbalanced_trainer(trainer)),
-        *([] if stream is None or trainer is None else _lost_between(stream, trainer)),
-        *(fault for one in broker for fault in _misplaced(one)),
-        *([] if stream is None or waiting is None else _lost_while_waiting(stream, waiting)),
-    )
-
-
-def _unbalanced_stream(stream: StreamAccount) -> Iterator[str]:
-    """Checks rule 1."""
-    outcomes = (stream.rows, stream.dead, stream.filtered, stream.absent, stream.gap, stream.opened, stream.feedback)
-    total = sum(outcomes) + stream.masked
-    if total != stream.positions:
-        yield (
-            f"stream: {stream.positions} positions, but {stream.rows} rows + {stream.dead} dead + "
-            f"{stream.filtered} filtered + {stream.absent} absent + {stream.gap} gap + {stream.opened} opened + "
-            f"{stream.feedback} feedback + {stream.masked} masked = {total}"
-        )
-
-
-def _unbalanced_trainer(trainer: TrainerAccount) -> Iterator[str]:
-    """Checks rule 2."""
-    total = trainer.trained + trainer.skipped + trainer.duplicate + trainer.masked + trainer.in_flight
-    total += trainer.other_features
-    if total != trainer.rows:
-        other = f"{trainer.other_features} of other features + " if trainer.other_features else ""
-        yield (
-            f"trainer: {trainer.rows} rows, but {trainer.trained} trained + {trainer.skipped} skipped + "
-            f"{trainer.duplicate} duplicate + {trainer.masked} masked + {other}{trainer.in_flight} in flight = {total}"
-        )
-
-
-def _lost_between(stream: StreamAccount, trainer: TrainerAccount) -> Iterator[str]:
-    """Checks rule 3."""
-    distinct = trainer.rows - trainer.duplicate
-    lost = stream.learnable - distinct
-    excused = trainer.gap * (MOST_LEARNED if stream.opened else 1)
-    if not 0 <= lost <= excused:
-        what = f"{-lost} came twice" if lost < 0 else f"{lost - excused} lost"
-        accepted = f", and a gap of {trainer.gap} was accepted" if trainer.gap else ""
-        yield (
-            f"log: the stream made {stream.learnable} rows, but the log holds {distinct} without duplicates{accepted}: {what}"
-        )
-
-
-def _misplaced(one: BrokerAccount) -> Iterator[str]:
-    """Checks rule 4."""
-    if one.begin > one.next:
-        yield (
-            f"clicks {one.source}: the stream is at {one.next} and the broker begins at {one.begin}: "
-            f"{one.begin - one.next} positions were deleted unread"
-        )
-    elif one.end < one.next:
-        yield (
-            f"clicks {one.source}: the stream is at {one.next} and the broker ends at {one.end}: "
-            "it lost its newest records, or another cluster answers"
-        )
-
-
-def _lost_while_waiting(stream: StreamAccount, waiting: int) -> Iterator[str]:
-    """Checks rule 5."""
-    if waiting != stream.waiting:
-        yield (
+    found: list[str] = []
+    if stream is not None:
+        outcomes = (stream.rows, stream.dead, stream.filtered, stream.absent, stream.gap, stream.opened)
+        total = sum(outcomes) + stream.feedback + stream.masked
+        if total != stream.positions:
+            found.append(
+                f"stream: {stream.positions} positions, but {stream.rows} rows + {stream.dead} dead + "
+                f"{stream.filtered} filtered + {stream.absent} absent + {stream.gap} gap + {stream.opened} opened + "
+                f"{stream.feedback} feedback + {stream.masked} masked = {total}"
+            )
+    if trainer is not None:
+        total = trainer.trained + trainer.skipped + trainer.duplicate + trainer.masked + trainer.in_flight
+        total += trainer.other_features
+        if total != trainer.rows:
+            other = f"{trainer.other_features} of other features + " if trainer.other_features else ""
+            found.append(
+                f"trainer: {trainer.rows} rows, but {trainer.trained} trained + {trainer.skipped} skipped + "
+                f"{trainer.duplicate} duplicate + {trainer.masked} masked + {other}{trainer.in_flight} in flight = {total}"
+            )
+    if stream is not None and trainer is not None:
+        distinct = trainer.rows - trainer.duplicate
+        lost = stream.learnable - distinct
+        excused = trainer.gap * (MOST_LEARNED if stream.opened else 1)
+        if not 0 <= lost <= excused:
+            what = f"{-lost} came twice" if lost < 0 else f"{lost - excused} lost"
+            accepted = f", and a gap of {trainer.gap} was accepted" if trainer.gap else ""
+            found.append(
+                f"log: the stream made {stream.learnable} rows, but the log holds {distinct} without duplicates"
+                f"{accepted}: {what}"
+            )
+    for one in broker:
+        if one.begin > one.next:
+            found.append(
+                f"clicks {one.source}: the stream is at {one.next} and the broker begins at {one.begin}: "
+                f"{one.begin - one.next} positions were deleted unread"
+            )
+        elif one.end < one.next:
+            found.append(
+                f"clicks {one.source}: the stream is at {one.next} and the broker ends at {one.end}: "
+                "it lost its newest records, or another cluster answers"
+            )
+    if stream is not None and waiting is not None and waiting != stream.waiting:
+        found.append(
             f"labels: {stream.opened} impressions opened, but {stream.joined} joined + {stream.expired} expired + "
             f"{stream.dropped} dropped + {waiting} waiting = {stream.opened - stream.waiting + waiting}"
         )
+    return tuple(found)

@@ -1,23 +1,21 @@
 """The churn model's contract between trainer and serving: its moments, its inputs, and its tensors in a version.
 
-**Moments.** A user has churned at a moment if no event follows within the span. After each event come
-moments, up to the user's next event: the first is drawn at random, the others follow one stride apart. So
-each user is sampled once a stride, at any time of day, and mostly not at a click.
+**Moments.** A user has churned at a moment if no event follows within the span. After each event come moments, up to
+the user's next event: the first is drawn at random, the others follow one stride apart. So each user is sampled once a
+stride, at any time of day, and mostly not at a click.
 
-**Inputs.** The windows before a user's latest event, that event's action, and its age. The windows are the
-row's own, bit for bit, at whatever moment churn is asked: only the age grows. Windows as of the moment
-itself cannot be computed from a row.
+**Inputs.** The windows before a user's latest event, that event's action, and its age. The windows are the row's own,
+bit for bit, at whatever moment churn is asked: only the age grows.
 
 1. A constant.
-2. The windows of the user, without those of single categories: counts as
-   log(1 + n), recencies and gaps as they are, in octaves.
+2. The windows of the user, without those of single categories: counts as log(1 + n), recencies and gaps as they are, in
+   octaves.
 3. The action of the latest event, one-hot.
 4. The age: its logarithm, the square of the logarithm, and its share of the longest age.
-5. The logarithm of the age times the features that measure how often the user
-   comes: gaps, sessions, days. So an age is relative to the user's own pace.
+5. The logarithm of the age times the features that measure how often the user comes: gaps, sessions, days.
 
-**Tensors.** The weights of a logistic regression, and the calibration of its logits. A version has them once
-enough was learned. Serving's store keeps them next to the dense weights, under names that no dense weight has.
+**Tensors.** A version has them once enough was learned. Serving's store keeps them next to the dense weights, under
+names that no dense weight has.
 
     churn.about    `[3]` int64: the code of the inputs, the span in ms, the digest of the inputs
     churn.weights  `[2 + I]` float64: slope and intercept of the calibration, then a weight for each input
@@ -47,7 +45,7 @@ class Horizon(NamedTuple):
     Attributes:
         span_ms: The time without an event that counts as churn.
         stride_ms: The time between two moments of one user.
-        reach_ms: After this time without an event nothing is learned or answered.
+        reach_ms: The age from which on nothing is learned or answered.
     """
 
     span_ms: int
@@ -56,12 +54,7 @@ class Horizon(NamedTuple):
 
     @classmethod
     def of(cls, span_ms: int, spec: FeatureSpec) -> Horizon:
-        """The horizon for a span. A user without an event in the longest window is unknown, so the reach ends there.
-
-        >>> days = [part / 86_400_000 for part in Horizon.of(2 * 86_400_000, FeatureSpec())]
-        >>> days
-        [2.0, 1.0, 7.0]
-        """
+        """The horizon for a span. A user without an event in the longest window is unknown, so the reach ends there."""
         longest_ms = spec.windows_s[-1] * 1000
         stride_ms = min(DAY_MS, span_ms, longest_ms)
         return cls(span_ms, stride_ms, min(longest_ms, MOST_STRIDES * stride_ms))
@@ -82,19 +75,10 @@ _MINUTE_MS = 60_000
 class ChurnInputs:
     """Computes the churn inputs for one feature spec.
 
-    Args:
-        spec: The feature spec.
-        horizon: The churn horizon.
-
     Attributes:
         columns: `[C]` int64, the indices of the features that are inputs.
         width: I, the number of inputs.
         digest: 63-bit digest of the inputs' meaning.
-
-    >>> made = ChurnInputs(FeatureSpec(), Horizon.of(86_400_000, FeatureSpec()))
-    >>> one = np.zeros((1, len(made.columns)), np.uint16)
-    >>> made.of(one, np.array([0], np.uint8), np.array([0])).shape == (1, made.width)
-    True
     """
 
     def __init__(self, spec: FeatureSpec, horizon: Horizon) -> None:
@@ -174,11 +158,7 @@ class ChurnWeights:
 
 
 def calibrated(logits: F64, slope: float, intercept: float) -> F64:
-    """Calibrated probabilities, `[n]` float64, of `[n]` float64 logits, after Platt (1999).
-
-    >>> calibrated(np.array([0.0, 1e9]), 1.0, 0.0).round(4).tolist()
-    [0.5, 1.0]
-    """
+    """Calibrated probabilities, `[n]` float64, of `[n]` float64 logits, after Platt (1999)."""
     logits = np.clip(logits, -STEEPEST_LOGIT, STEEPEST_LOGIT)
     return np.asarray(1.0 / (1.0 + np.exp(-(slope * logits + intercept))))
 
@@ -193,12 +173,7 @@ def tensors_of(weights: ChurnWeights) -> dict[str, NDArray[Any]]:
 
 
 def weights_in(stored: Mapping[str, NDArray[Any]], spec: FeatureSpec) -> ChurnWeights | None:
-    """Decodes the churn weights of a version; None if it has none, or its inputs are not those of this release.
-
-    Args:
-        stored: The tensors stored with the version's dense weights.
-        spec: The feature spec of the version.
-    """
+    """Decodes the churn weights of a version; None if it has none, or its inputs are not those of this release."""
     about, held = (stored.get(f"{STORED}{PREFIX}{name}") for name in ("about", "weights"))
     if about is None or held is None or int(about[0]) != CODE:
         return None

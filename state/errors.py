@@ -9,7 +9,7 @@
     │   ├── GapError
     │   │   └── TruncatedLog
     ├── StoreError
-    │   ├── LockHeld, PositionConflict, LineTurned, CorruptStore, StoreFull, UnusableDisk
+    │   ├── LockHeld, PositionConflict, RewoundLog, CorruptStore, StoreFull, UnusableDisk
     ├── RegistryError
     │   ├── UnknownVersion, CorruptVersion, UnusableRegistry, WrongEpoch, ControlConflict,
     │   ├── UnfitVersion, UnfitMask
@@ -17,16 +17,14 @@
     ├── UnusablePlace
     ├── BackupError
     │   └── DamagedBackup
-    ├── BadRequest                  HTTP 400
-    │   ├── Unauthorized, Forbidden     HTTP 401, 403
-    │   ├── UnknownPath, UnknownModel, UnknownSegment, WrongMethod, NotOffered    HTTP 404, 404, 404, 405, 501
-    │   └── TooSlow, TooLarge, HeadTooLarge, NotHttp    HTTP 408, 413, 431, 400
+    ├── BadRequest                  HTTP 400, 404, 405, 408, 413, 431, 501
+    │   └── Unauthorized, Forbidden     HTTP 401, 403
     ├── Overloaded, TookTooLong     HTTP 429, 504
     ├── WorkerFailed                HTTP 500
     └── PortTaken, UnsupportedPython, KafkaFailed, JobFailed, FlinkFailed, ProcessFailed
 
-An error states in one line what happened, to which input, and what to do,
-without a raw user id. A bad record is no error: it goes to the dead letters.
+An error states in one line what happened, to which input, and what to do, without a raw user id. A bad record is no
+error: it goes to the dead letters.
 """
 
 from __future__ import annotations
@@ -45,13 +43,6 @@ class SpringtideError(Exception):
     Args:
         what: What happened, to which input.
         do: What to do; by default the advice of the class.
-
-    Attributes:
-        what: What happened, to which input.
-        do: What to do.
-        exit_code: 1 for a failure, 2 for wrong use.
-        http_status: The status of an HTTP response for this error.
-        http_headers: Further headers of that response.
 
     >>> error = StoreFull("rows/ is full", "free space")
     >>> str(error), error.what, error.do
@@ -86,11 +77,7 @@ class MissingSalt(SpringtideError):
 
     @classmethod
     def at(cls, path: object) -> MissingSalt:
-        """The error for a missing file.
-
-        >>> str(MissingSalt.at("state/salt"))
-        'there is no salt at state/salt; restore the file, or set paths.salt_file to where it is'
-        """
+        """The error for a missing file."""
         return cls(f"there is no salt at {path}", "restore the file, or set paths.salt_file to where it is")
 
 
@@ -99,11 +86,7 @@ class SaltMismatch(SpringtideError):
 
     @classmethod
     def between(cls, holder: str, stored: str, ours: str) -> SaltMismatch:
-        """The error for data whose users were made with another salt, with the fingerprints of both salts.
-
-        >>> str(SaltMismatch.between("version 7", "1f", "2e"))
-        'version 7 has users of salt 1f, the salt here is 2e; restore the salt file (paths.salt_file); without it start a new state directory (paths.state)'
-        """
+        """The error for data whose users were made with another salt, with the fingerprints of both salts."""
         return cls(
             f"{holder} has users of salt {stored}, the salt here is {ours}",
             "restore the salt file (paths.salt_file); without it start a new state directory (paths.state)",
@@ -111,11 +94,11 @@ class SaltMismatch(SpringtideError):
 
 
 class SpecMismatch(SpringtideError):
-    """The feature settings are not those of the stored state. Put `[features]` and `events.actions` back, or go on from what was learned as the message says."""
+    """The feature settings are not those of the stored state. Put `[features]` and `events.actions` back, or continue from the learned state as the message says."""
 
 
 class ModelMismatch(SettingsError):
-    """The newest version was trained with another model. Put the settings back that the message names, or learn anew from the training log as it says."""
+    """The newest version was trained with another model. Put the settings back that the message names, or learn from the training log from scratch as it says."""
 
 
 class LogError(SpringtideError):
@@ -143,7 +126,7 @@ class GapError(LogError):
 
 
 class TruncatedLog(GapError):
-    """A log was truncated below our position, so that the offsets of its gap are used again. Do as the message says: it differs by who meets it."""
+    """A log was truncated below our position, so that the offsets of its gap are used again. Do as the message says: it depends on the process."""
 
     @property
     def kept(self) -> int:
@@ -167,12 +150,12 @@ class PositionConflict(StoreError):
     """A batch does not begin where the store ends. Find the second writer; a restart reads again from the stored position."""
 
 
-class LineTurned(StoreError):
-    """The training log branched off before the position that a distributed job has read. Resume the job from an older savepoint."""
+class RewoundLog(StoreError):
+    """The training log was rewound to before the position that a distributed job has read. Resume the job from an older savepoint."""
 
 
 class CorruptStore(StoreError):
-    """Stored bytes cannot be trusted; they are not used. Run `springtide rebuild-history`: it makes them anew from Kafka."""
+    """Stored bytes cannot be trusted; they are not used. Run `springtide rebuild-history`: it rebuilds them from Kafka."""
 
 
 class StoreFull(StoreError):
@@ -188,11 +171,11 @@ class RegistryError(SpringtideError):
 
 
 class UnknownVersion(RegistryError):
-    """No such version is kept. Take one of `springtide versions`; the message names the nearest."""
+    """No such version is kept. Use one of `springtide versions`; the message names the nearest."""
 
 
 class CorruptVersion(RegistryError):
-    """A version's file fails its digest. Roll back to an earlier version, and look after the disk."""
+    """A version's file fails its digest. Roll back to an earlier version, and check the disk."""
 
 
 class UnusableRegistry(RegistryError):
@@ -200,19 +183,19 @@ class UnusableRegistry(RegistryError):
 
 
 class WrongEpoch(RegistryError):
-    """A version of an epoch that control no longer names was refused. Nothing to do: the trainer reloads and goes on in control's epoch."""
+    """A version of an epoch that control no longer names was refused. Nothing to do: the trainer reloads and continues in control's epoch."""
 
 
 class ControlConflict(RegistryError):
-    """Somebody else created this control generation first. Look at `springtide history`, then repeat the command if it still applies."""
+    """Another operator created this control generation first. Check `springtide history`, then repeat the command if it still applies."""
 
 
 class UnfitVersion(RegistryError):
-    """The system cannot go back to this version as asked. Take the version that the message names."""
+    """The system cannot be rolled back to this version. Use the version that the message names."""
 
 
 class UnfitMask(RegistryError):
-    """A mask is not set, or the masks do not fit into control. Take one of `springtide masks`, or name fewer ranges."""
+    """A mask is not set, or the masks do not fit into control. Use one of `springtide masks`, or name fewer ranges."""
 
 
 class MicroBatchError(SpringtideError):
@@ -232,19 +215,19 @@ class DecodeError(SpringtideError):
 
 
 class UnreadableRecording(SpringtideError):
-    """A file to replay is cut, damaged or of another format. Repair it or leave it out; what the message says was sent stays sent."""
+    """A file to replay is cut, damaged or of another format. Repair it or leave it out; records that the message reports as sent stay sent."""
 
 
 class UnusablePlace(SpringtideError):
-    """A directory or an object store for files cannot be reached, or refused; no file in it is half written. Check the network and your rights there, and repeat it."""
+    """A directory or an object store for files cannot be reached, or refused; no file in it is half written. Check the network and your permissions, and repeat the command."""
 
 
 class BackupError(SpringtideError):
-    """A backup cannot be made or restored as asked. Do as the message says; what was there before is as it was."""
+    """A backup cannot be made or restored as asked. Do as the message says; the state before is unchanged."""
 
 
 class DamagedBackup(BackupError):
-    """Something of a backup is missing or fails its digest; nothing was restored. Take another one: `springtide backup FROM --list`."""
+    """A part of a backup is missing or fails its digest; nothing was restored. Use another one: `springtide backup FROM --list`."""
 
 
 class ProgramError(SpringtideError):
@@ -252,26 +235,27 @@ class ProgramError(SpringtideError):
 
 
 class TrainingHeld(SpringtideError):
-    """The guard held training after many bad steps. Look at the input, then `springtide rollback --to V --reason TEXT`, or `springtide resume` where it is good."""
+    """The guard held training after many bad steps. Check the input, then `springtide rollback --to V --reason TEXT`, or `springtide resume` where it is good."""
 
 
 class NotReady(SpringtideError):
-    """Something that answers need is not available yet. Wait for the applier, or look at its log."""
+    """Something that answers need is not available yet. Wait for the applier, or check its log."""
 
 
 class BadRequest(SpringtideError):
     """A request cannot be answered as it is. Correct it as the answer says.
 
-    Attributes:
-        where: A JSON pointer into the body, or a parameter's name; empty if the error concerns the whole request.
+    `where` is a JSON pointer into the body, or a parameter's name; empty if the error concerns the whole request.
     """
 
     exit_code = 2
     http_status = 400
 
-    def __init__(self, what: str, do: str = "", where: str = "") -> None:
+    def __init__(self, what: str, do: str = "", where: str = "", http_status: int | None = None) -> None:
         super().__init__(what, do)
         self.where = where
+        if http_status is not None:
+            self.http_status = http_status
 
 
 class Unauthorized(BadRequest):
@@ -285,58 +269,6 @@ class Forbidden(BadRequest):
     """A token's role does not allow this. Send one of the role that the answer names."""
 
     http_status = 403
-
-
-class UnknownPath(BadRequest):
-    """Nothing answers at this path. Ask one of the paths that the answer names."""
-
-    http_status = 404
-
-
-class UnknownModel(BadRequest):
-    """No such model, version, label or signature answers here. Ask one of those that the answer names."""
-
-    http_status = 404
-
-
-class UnknownSegment(BadRequest):
-    """There is no such segment. Ask for one that `[segments]` names."""
-
-    http_status = 404
-
-
-class NotOffered(BadRequest):
-    """A method of another server's interface that is not offered. Use the one that the answer names."""
-
-    http_status = 501
-
-
-class WrongMethod(BadRequest):
-    """The path takes another HTTP method. Use the one that the answer names."""
-
-    http_status = 405
-
-
-class TooLarge(BadRequest):
-    """A request's body is too large. Send less in one request, or raise `serving.max_body_bytes`."""
-
-    http_status = 413
-
-
-class TooSlow(BadRequest):
-    """A request did not arrive in time. Send it at once, or raise `serving.timeout_s`."""
-
-    http_status = 408
-
-
-class HeadTooLarge(BadRequest):
-    """A request's headers are too long. Send shorter ones, or raise `serving.max_head_bytes`."""
-
-    http_status = 431
-
-
-class NotHttp(BadRequest):
-    """A client does not speak HTTP/1.1. Let it send HTTP/1.1."""
 
 
 class Overloaded(SpringtideError):
@@ -394,10 +326,6 @@ def of_disk(problem: SpringtideError | OSError) -> SpringtideError:
 
 
 def reason_of(problem: OSError) -> str:
-    """File and reason of an operating system's error, in one line.
-
-    >>> reason_of(OSError(13, "Permission denied", "registry/control"))
-    'registry/control: Permission denied'
-    """
+    """File and reason of an operating system's error, in one line."""
     reason = problem.strerror or str(problem) or type(problem).__name__
     return f"{problem.filename}: {reason}" if problem.filename else reason

@@ -1,12 +1,9 @@
 """File stores for backups and shared registries: a directory or an object store, with the same five operations.
 
-A file is complete or absent. `open_store` opens the store that an argument or a setting names.
-
-`DirectoryStore` writes a temporary file, syncs it, renames or links it, and syncs the directory. `ObjectStore` is an
-S3 (or compatible) bucket, Google Cloud Storage or Azure. An object is durable once the store confirms it. S3 creates
-an object exclusively by the header `If-None-Match: *`. Each operation is one request, except lists of more than a
-thousand names, and files larger than `PART_BYTES`, which are sent in parts. Each request has a time limit. A request
-that exceeds it fails, and the caller decides whether to retry.
+A file is complete or absent. `DirectoryStore` writes a temporary file, syncs it, renames or links it, and syncs the
+directory. `ObjectStore` is an S3 (or compatible) bucket, Google Cloud Storage or Azure; an object is durable once the
+store confirms it. Each operation is one request with a time limit, except lists of more than a thousand names, and
+files larger than `PART_BYTES`, which are sent in parts. The caller decides whether to retry a failed request.
 """
 
 from __future__ import annotations
@@ -39,36 +36,25 @@ Answer = TypeVar("Answer")
 
 
 class FileStore(Protocol):
-    """A file store. Names are relative paths with `/` between their parts. Any thread may call.
-
-    Attributes:
-        name: Its name in messages, without a password.
-    """
+    """A file store. Its `name` is for messages. Names of files are relative paths with `/` between their parts. Any thread may call."""
 
     name: str
 
     def names(self, folder: str) -> list[str]:
         """The names of all files below `folder`, relative to it, ascending; empty if there is no such folder.
 
-        Raises:
-            UnusablePlace: The files cannot be listed.
+        Like every other method it raises `UnusablePlace` if the request failed.
         """
         ...
 
     def read(self, name: str) -> bytes:
-        """Reads a file.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-            UnusablePlace: The file cannot be read.
-        """
+        """Reads a file; FileNotFoundError if there is none."""
         ...
 
     def write(self, name: str, data: bytes) -> None:
         """Creates or replaces a file as a whole; durable when this returns.
 
-        Raises:
-            UnusablePlace: The request failed. The file is unchanged, or new if only the response was lost.
+        If it fails, the file is unchanged, or new if only the response was lost.
         """
         ...
 
@@ -76,18 +62,11 @@ class FileStore(Protocol):
         """Creates a file durably and returns True, or False if the file exists. Of concurrent callers one gets True.
 
         A caller that retries after a lost response may get False for its own file: compare the content.
-
-        Raises:
-            UnusablePlace: The request failed; whether the file exists is unknown.
         """
         ...
 
     def remove(self, name: str) -> None:
-        """Removes a file; no error if it does not exist.
-
-        Raises:
-            UnusablePlace: The request failed.
-        """
+        """Removes a file; no error if it does not exist."""
         ...
 
 
@@ -96,9 +75,6 @@ def open_store(text: str) -> FileStore:
 
     >>> open_store("/mnt/backups").name, open_store("file:///mnt/backups").name
     ('/mnt/backups', '/mnt/backups')
-
-    Raises:
-        UnusablePlace: There are no credentials, or the URL names no store.
     """
     if "://" not in text or text.startswith("file://"):
         return DirectoryStore(Path(text.removeprefix("file://")))
@@ -120,10 +96,15 @@ class DirectoryStore:
     def names(self, folder: str) -> list[str]:
         """See `FileStore`."""
         root = self._path / folder
+
+        def raise_unless_missing(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):
+                raise error
+
         with usable(self.name, "be listed"):
             found = [
                 Path(at, name).relative_to(root).as_posix()
-                for at, _, names in os.walk(root, onerror=_raise_unless_missing)
+                for at, _, names in os.walk(root, onerror=raise_unless_missing)
                 for name in names
                 if not durable.is_temporary(name)
             ]
@@ -159,19 +140,11 @@ class DirectoryStore:
         return path
 
 
-def _raise_unless_missing(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
-        raise error
-
-
 class ObjectStore:
     """A folder of an object store, such as `s3://bucket/folder`. See `FileStore`.
 
     Credentials and region for S3 are found as AWS's own tools find them: in the environment, a profile, or the
-    machine's role.
-
-    Raises:
-        UnusablePlace: There are no credentials, or the URL names no store.
+    machine's role. Without credentials, or if the URL names no store, it raises `UnusablePlace`.
     """
 
     def __init__(self, url: str) -> None:
@@ -250,12 +223,7 @@ class ObjectStore:
 
 
 class CountedStore:
-    """A `FileStore` that counts its requests, their failures, and the bytes transferred.
-
-    Args:
-        store: The file store.
-        metrics: The counters.
-    """
+    """A `FileStore` that counts its requests, their failures, and the bytes transferred."""
 
     def __init__(self, store: FileStore, metrics: SharedMetrics) -> None:
         self._store, self._metrics = store, metrics
@@ -302,16 +270,9 @@ def without_password(url: str) -> str:
 
 @contextmanager
 def usable(name: str, doing: str, failed: type[SpringtideError] = UnusablePlace) -> Iterator[None]:
-    """Converts an operating system error in the block to one of ours; FileNotFoundError passes unchanged.
+    """Converts an operating system error in the block to an error of class `failed`; FileNotFoundError passes unchanged.
 
-    Args:
-        name: The directory's name in messages.
-        doing: The operation, for the message.
-        failed: The class of the error to raise.
-
-    Raises:
-        FileNotFoundError: A file does not exist.
-        SpringtideError: The disk is full or read-only, or rights are missing: `failed`.
+    `name` is the directory's name and `doing` the operation, for the message.
     """
     try:
         yield

@@ -18,15 +18,7 @@ ENDED = ("FINISHED", "CANCELED", "FAILED")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A completed checkpoint.
-
-    Attributes:
-        number: Its number within the job, from 1 on.
-        at_ms: When it was triggered.
-        took_ms: Its duration.
-        state_bytes: The size of its state.
-        path: The path from which a job can be resumed.
-    """
+    """A completed checkpoint; `number` counts from 1 within the job, and `path` is what a job can be resumed from."""
 
     number: int
     at_ms: int
@@ -34,37 +26,10 @@ class Checkpoint:
     state_bytes: int
     path: str
 
-    @classmethod
-    def of(cls, document: Mapping[str, Any]) -> Checkpoint:
-        """Decodes a checkpoint of the REST interface.
-
-        >>> Checkpoint.of({"id": 7, "trigger_timestamp": 5, "end_to_end_duration": 150, "state_size": 9, "external_path": "file:/a"})
-        Checkpoint(number=7, at_ms=5, took_ms=150, state_bytes=9, path='file:/a')
-        """
-        return cls(
-            document["id"],
-            document["trigger_timestamp"],
-            document["end_to_end_duration"],
-            document["state_size"],
-            document["external_path"],
-        )
-
 
 @dataclass(frozen=True)
 class Job:
-    """A job that the JobManager knows.
-
-    Attributes:
-        id: Flink's job id, 32 hexadecimal digits.
-        name: Its name.
-        state: RUNNING, RESTARTING, FAILED and so on; also RUNNING while its tasks wait for slots.
-        since_ms: When it was submitted.
-        running: How many of its tasks run.
-        tasks: How many tasks it has.
-        restarts: How often it restarted; None if unknown.
-        checkpoint: Its newest checkpoint; None before the first.
-        failed_checkpoints: How many checkpoints failed.
-    """
+    """A job that the JobManager knows."""
 
     id: str
     name: str
@@ -84,15 +49,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Overview:
-    """The state of a JobManager at one moment.
-
-    Attributes:
-        version: Flink's version.
-        task_managers: How many TaskManagers have registered.
-        slots: How many slots they have.
-        free_slots: How many slots are free.
-        jobs: The jobs, newest first.
-    """
+    """The state of a JobManager at one moment, with its jobs, newest first."""
 
     version: str
     task_managers: int
@@ -102,20 +59,12 @@ class Overview:
 
 
 def url(settings: Settings) -> str:
-    """The URL of the local cluster's JobManager.
-
-    >>> url(Settings())
-    'http://127.0.0.1:8081'
-    """
+    """The URL of the local cluster's JobManager."""
     return f"http://127.0.0.1:{settings.flink.rest_port}"
 
 
 class JobManager:
-    """The REST interface of one JobManager.
-
-    Args:
-        url: Its address, `http://HOST:PORT`.
-    """
+    """The REST interface of one JobManager at `http://HOST:PORT`. Every method but `answers` raises `FlinkFailed` if it does not answer or refuses."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -125,11 +74,7 @@ class JobManager:
         return http.ask(f"{self.url}/overview", 1.0)[0] == 200
 
     def overview(self) -> Overview:
-        """The cluster and all its jobs; takes two further requests per job.
-
-        Raises:
-            FlinkFailed: It does not answer.
-        """
+        """The cluster and all its jobs; takes two further requests per job."""
         found = self._ask("/overview")
         jobs = sorted(self._ask("/jobs/overview")["jobs"], key=lambda one: -int(one["start-time"]))
         return Overview(
@@ -141,45 +86,25 @@ class JobManager:
         )
 
     def running(self) -> list[str]:
-        """The ids of the jobs that have not ended.
-
-        Raises:
-            FlinkFailed: It does not answer.
-        """
+        """The ids of the jobs that have not ended."""
         return [one["jid"] for one in self._ask("/jobs/overview")["jobs"] if one["state"] not in ENDED]
 
     def state(self, job: str) -> str:
-        """A job's state.
-
-        Raises:
-            FlinkFailed: It does not answer, or knows no such job.
-        """
+        """A job's state."""
         return str(self._ask(f"/jobs/{job}")["state"])
 
     def named(self, name: str) -> str | None:
-        """The id of the newest job with a name; None if there is none.
-
-        Raises:
-            FlinkFailed: It does not answer.
-        """
+        """The id of the newest job with a name; None if there is none."""
         found = [one for one in self._ask("/jobs/overview")["jobs"] if one["name"] == name]
         return str(max(found, key=lambda one: int(one["start-time"]))["jid"]) if found else None
 
     def failure(self, job: str) -> str:
-        """The stack trace of a job's last task failure; empty if there was none.
-
-        Raises:
-            FlinkFailed: It does not answer, or knows no such job.
-        """
+        """The stack trace of a job's last task failure; empty if there was none."""
         failures = self._ask(f"/jobs/{job}/exceptions")["exceptionHistory"]["entries"]
         return str(failures[0]["stacktrace"]) if failures else ""
 
     def last_savepoint(self, job: str) -> str:
-        """The path of a job's newest savepoint, if no checkpoint followed, as in a job stopped with it; else empty.
-
-        Raises:
-            FlinkFailed: It does not answer, or knows no such job.
-        """
+        """The path of a job's newest savepoint, if no checkpoint followed, as in a job stopped with it; else empty."""
         latest = self._ask(f"/jobs/{job}/checkpoints")["latest"]
         savepoint, checkpoint = latest["savepoint"], latest["completed"]
         if savepoint is None or (checkpoint is not None and checkpoint["id"] > savepoint["id"]):
@@ -187,20 +112,12 @@ class JobManager:
         return str(savepoint["external_path"])
 
     def begin_savepoint(self, job: str) -> str:
-        """Requests a savepoint after which the job is cancelled; returns the request's id.
-
-        Raises:
-            FlinkFailed: It does not answer, or refuses.
-        """
+        """Requests a savepoint after which the job is cancelled; returns the request's id."""
         # Not `stop`: it asks the sources to end, which sources of portable jobs cannot do.
         return str(self._ask(f"/jobs/{job}/savepoints", {"cancel-job": True})["request-id"])
 
     def savepoint(self, job: str, request: str) -> str:
-        """The location of a requested savepoint; empty while it is in progress.
-
-        Raises:
-            FlinkFailed: It could not be made.
-        """
+        """The location of a requested savepoint; empty while it is in progress. FlinkFailed if it could not be made."""
         found = self._ask(f"/jobs/{job}/savepoints/{request}")
         if found["status"]["id"] != "COMPLETED":
             return ""
@@ -213,17 +130,20 @@ class JobManager:
         return str(operation["location"])
 
     def cancel(self, job: str) -> None:
-        """Asks a job to end, without a further savepoint; it can be resumed from its newest checkpoint.
-
-        Raises:
-            FlinkFailed: It does not answer, or refuses.
-        """
+        """Asks a job to end, without a further savepoint; it can be resumed from its newest checkpoint."""
         self._ask(f"/jobs/{job}?mode=cancel", method="PATCH")
 
     def _job(self, listed: Mapping[str, Any]) -> Job:
         checkpoints = self._ask(f"/jobs/{listed['jid']}/checkpoints")
-        latest = checkpoints["latest"]["completed"]
-        tasks = listed["tasks"]
+        latest, tasks = checkpoints["latest"]["completed"], listed["tasks"]
+        checkpoint = latest and Checkpoint(
+            latest["id"],
+            latest["trigger_timestamp"],
+            latest["end_to_end_duration"],
+            latest["state_size"],
+            latest["external_path"],
+        )
+        metrics = self._ask(f"/jobs/{listed['jid']}/metrics?get=numRestarts")
         return Job(
             listed["jid"],
             listed["name"],
@@ -231,15 +151,11 @@ class JobManager:
             int(listed["start-time"]),
             tasks["running"],
             tasks["total"],
-            self._restarts(listed["jid"]),
-            Checkpoint.of(latest) if latest else None,
+            # A job that has ended has no metrics.
+            next((int(float(one["value"])) for one in metrics), None),
+            checkpoint,
             checkpoints["counts"]["failed"],
         )
-
-    def _restarts(self, job: str) -> int | None:
-        found = self._ask(f"/jobs/{job}/metrics?get=numRestarts")
-        # A job that has ended has no metrics.
-        return next((int(float(one["value"])) for one in found), None)
 
     def _ask(self, path: str, body: object = None, method: str | None = None) -> Any:
         content = None if body is None else json.dumps(body).encode()
@@ -256,10 +172,6 @@ class JobManager:
 
 
 def _first(text: str, most: int = 300) -> str:
-    r"""The first line of a Java message, without its stack trace.
-
-    >>> _first('{"errors":["Job could not be found.\n\tat a.B"]}')
-    '{"errors":["Job could not be found.'
-    """
+    r"""The first line of a Java message, without its stack trace."""
     lines = text.replace("\\n", "\n").strip().splitlines()
     return lines[0][:most] if lines else "it does not say why"

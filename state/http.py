@@ -11,13 +11,7 @@ from http.client import HTTPException
 def ask(
     asked: str | urllib.request.Request, timeout_s: float, context: ssl.SSLContext | None = None
 ) -> tuple[int, str]:
-    """Status and body of a GET, or of the given request; status 0 and the reason if there is no response.
-
-    Args:
-        asked: The URL, or the request.
-        timeout_s: The time limit of each step.
-        context: The TLS settings.
-    """
+    """Status and body of a GET, or of the given request; status 0 and the reason if there is no response in time."""
     try:
         with urllib.request.urlopen(asked, timeout=timeout_s, context=context) as answer:
             return int(answer.status), answer.read().decode()

@@ -1,10 +1,8 @@
 """Compiles kernels before the processes that use them start: `python -m state.kernels [--all] [MODULE...]`.
 
-Each process prepares its own kernels when it starts. This program prepares them earlier:
-
-- An installation runs it with `--all`. It compiles the kernels of all modules into `__pycache__` next to their source
-  files, with one process for each core, four at most.
-- An init container fills a shared cache, because its limit of processor time is higher than that of the other containers.
+An installation runs it with `--all`, which compiles the kernels of all modules into `__pycache__` next to their source
+files, with one process for each core, four at most. An init container fills a shared cache, because its limit of
+processor time is higher than that of the other containers.
 """
 
 from __future__ import annotations

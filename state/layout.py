@@ -31,7 +31,7 @@
     │   ├── rows                 a link to the rows, in memory    state/disk/memory_place.py, state/rows/store.py
     │   ├── rows.disk/           the rows if memory has no room
     │   ├── histories attributes/   as for the stream
-    │   ├── segments/            members of segments              state/segments/store.py
+    │   ├── segments/            members of segments              state/segments/members.py
     │   ├── lookalikes/          the newest list for each segment state/segments/lookalikes.py
     │   ├── current.version, current.histories   times only       deploy/serving/notes.py
     │   ├── exposures/           exposures that workers have not sent to Kafka yet   deploy/serving/exposures.py
@@ -83,18 +83,14 @@ FLINK = "flink"
 WRITER, LEADERS = "writer", "leaders.json"
 HISTORIES, ATTRIBUTES, ROWS, SEGMENTS = "histories", "attributes", "rows", "segments"
 LOOKALIKES = "lookalikes"
-ROWS_DISK, WORKER_COUNTERS, CURRENT, EXPOSURES = "rows.disk", "counters", "current", "exposures"
+WORKER_COUNTERS, CURRENT, EXPOSURES = "counters", "current", "exposures"
 DATA, MARK = "data.mdb", "mark.json"
 
 _STREAM = "stream-"
 
 
 def stream(state: Path) -> Path:
-    """The directory of the stream, with its number from releases that had shards.
-
-    >>> stream(Path("state")).as_posix()
-    'state/stream-0'
-    """
+    """The directory of the stream, with its number from releases that had shards."""
     return state / f"{_STREAM}0"
 
 
@@ -105,11 +101,7 @@ def streams(state: Path) -> list[Path]:
 
 
 def experiment_registry(state: Path, name: str) -> Path:
-    """The registry of an experiment.
-
-    >>> experiment_registry(Path("state"), "wider").as_posix()
-    'state/experiments/wider/registry'
-    """
+    """The registry of an experiment."""
     return state / EXPERIMENTS / name / REGISTRY
 
 

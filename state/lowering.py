@@ -1,7 +1,6 @@
 """Lowers a TensorFlow SavedModel to a LiteRT program of built-in operations, and compares outputs.
 
-TensorFlow and LiteRT are imported when they are needed, so other processes do
-not load them.
+TensorFlow and LiteRT are imported when they are needed, so other processes do not load them.
 """
 
 from __future__ import annotations
@@ -26,11 +25,7 @@ ROWS_TOLERANCE = 1e-5
 
 
 def argument(name: str) -> str:
-    """The argument name for the weight `dense.<name>` in a program's signature `load`.
-
-    >>> argument("tower.kernel_0")
-    'dense_tower_kernel_0'
-    """
+    """The argument name for the weight `dense.<name>` in a program's signature `load`."""
     return f"dense.{name}".replace(".", "_")
 
 
@@ -63,22 +58,12 @@ def lower_saved_model(
         return bytes(converter.convert())
     # The converter raises several types, none of them public.
     except Exception as error:
+        text = str(error).strip()
+        named = re.findall(r"'(tf\.[A-Z]\w+)' op is neither", text) or re.findall(r"\btf\.[A-Z]\w+", text)
+        missing = ", ".join(sorted(set(named))) or text.partition("\n")[0] or "counterpart of some operation"
         raise ProgramError(
-            f"{what} does not lower to LiteRT: it has no {', '.join(missing_operations(str(error)))}",
-            "use operations that LiteRT has built in",
+            f"{what} does not lower to LiteRT: it has no {missing}", "use operations that LiteRT has built in"
         ) from error
-
-
-def missing_operations(message: str) -> list[str]:
-    """The operations named in a converter's error message.
-
-    >>> missing_operations("error: 'tf.BesselI0e' op is neither a custom op nor a flex op")
-    ['tf.BesselI0e']
-    """
-    named = re.findall(r"'(tf\.[A-Z]\w+)' op is neither", message) or re.findall(r"\btf\.[A-Z]\w+", message)
-    return sorted(set(named)) or [
-        message.strip().splitlines()[0] if message.strip() else "counterpart of some operation"
-    ]
 
 
 def run_lowered(content: bytes, signature: str, inputs: Mapping[str, Any]) -> dict[str, F32]:
@@ -92,10 +77,6 @@ def run_lowered(content: bytes, signature: str, inputs: Mapping[str, Any]) -> di
 
 
 def difference(ours: F32, expected: F32) -> float:
-    """The largest difference, relative to 1 + the expected value; infinite if a value is NaN.
-
-    >>> difference(np.array([1.0, 3.0], np.float32), np.array([1.0, 1.0], np.float32))
-    1.0
-    """
+    """The largest difference, relative to 1 + the expected value; infinite if a value is NaN."""
     apart = np.abs(ours.astype(np.float64) - expected) / (1.0 + np.abs(expected))
     return float(np.nan_to_num(apart, nan=np.inf).max(initial=0.0))

@@ -1,18 +1,19 @@
 """Declares every metric with name, help, labels and buckets, one class per process.
 
-A process creates its class on its own `CollectorRegistry` and exposes it with
-`serve`. Tests check dashboards and alerts against this file. Label values are
-bounded, and no label contains an id.
+A process creates its class on its own `CollectorRegistry` and exposes it with `serve`. Tests check dashboards and
+alerts against this file. Label values are bounded, and no label contains an id.
 """
 
 from __future__ import annotations
 
 import errno
 import math
-from collections.abc import Callable, Iterator
+import platform
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, cast
+from functools import cache
+from importlib import metadata
+from typing import Any, ClassVar, NamedTuple, cast
 
 from prometheus_client import (
     CollectorRegistry,
@@ -25,7 +26,6 @@ from prometheus_client import (
 )
 
 from state.errors import PortTaken
-from state.process.build import build
 
 SHORT_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 FRESHNESS_SECONDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -45,47 +45,56 @@ ROWS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096)
 disable_created_metrics()
 
 
-class _Declared(partial[Any]):
+class _Declared(NamedTuple):
     """A metric declaration; the metric is created when its process has a registry."""
 
+    make: Callable[..., Any]
+    name: str
+    text: str
+    labels: tuple[str, ...]
+    options: Mapping[str, Any] = {}
 
-def counter(name: str, text: str, *labels: str) -> Counter:
-    """Declares a counter."""
+
+def counter(text: str, *labels: str, name: str = "") -> Counter:
+    """Declares a counter; without `name` it is called like its attribute, after the prefix of its class. Likewise below."""
     return cast(Counter, _Declared(Counter, name, text, labels))
 
 
-def gauge(name: str, text: str, *labels: str, of_workers: str = "max") -> Gauge:
+def gauge(text: str, *labels: str, name: str = "", of_workers: str = "max") -> Gauge:
     """Declares a gauge. If several workers share their metrics, it shows the largest value, or the smallest (`min`)."""
-    return cast(Gauge, _Declared(Gauge, name, text, labels, multiprocess_mode=of_workers))
+    return cast(Gauge, _Declared(Gauge, name, text, labels, {"multiprocess_mode": of_workers}))
 
 
-def unset_gauge(name: str, text: str) -> Gauge:
+def unset_gauge(text: str) -> Gauge:
     """Declares a gauge of a single process that is NaN until it is first set."""
 
-    def make(*, registry: CollectorRegistry) -> Gauge:
-        made = Gauge(name, text, registry=registry)
+    def make(name: str, text: str, labels: tuple[str, ...], registry: CollectorRegistry) -> Gauge:
+        made = Gauge(name, text, labels, registry=registry)
         made.set(math.nan)
         return made
 
-    return cast(Gauge, _Declared(make))
+    return cast(Gauge, _Declared(make, "", text, ()))
 
 
-def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+def histogram(text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
     """Declares a histogram."""
-    return cast(Histogram, _Declared(Histogram, name, text, labels, buckets=buckets))
+    return cast(Histogram, _Declared(Histogram, "", text, labels, {"buckets": buckets}))
 
 
 class Metrics:
-    """The metrics of one process, as its class declares them; also sets `began`, if declared.
+    """The metrics of one process in a registry, as its class declares them; also sets `began`, if declared.
 
-    Args:
-        registry: The registry that collects them.
+    `prefix` is what the names of its metrics begin with.
     """
+
+    prefix: ClassVar[str]
 
     def __init__(self, registry: CollectorRegistry) -> None:
         for attribute, declared in vars(type(self)).items():
             if isinstance(declared, _Declared):
-                setattr(self, attribute, declared(registry=registry))
+                make, name, text, labels, options = declared
+                name = name or f"{self.prefix}{attribute}"
+                setattr(self, attribute, make(name, text, labels, registry=registry, **options))
         if isinstance(began := vars(self).get("began"), Gauge):
             began.set_to_current_time()
 
@@ -93,498 +102,318 @@ class Metrics:
 class StreamMetrics(Metrics):
     """Metrics of the Beam job."""
 
-    began = gauge("springtide_stream_began_seconds", BEGAN)
+    prefix = "springtide_stream_"
+    began = gauge(BEGAN, name="springtide_stream_began_seconds")
     events = counter(
-        "springtide_stream_events",
         "Processed positions of the clicks topic, by outcome: rows, dead, filtered, absent, opened, feedback, masked.",
         "outcome",
     )
-    dead_letters = counter("springtide_stream_dead_letters", "Dead letters, by reason.", "reason")
+    dead_letters = counter("Dead letters, by reason.", "reason")
     clocks_off = counter(
-        "springtide_stream_clocks_off",
         "Clicks with a wrong clock, by direction: ahead, behind (or late), refused (reason implausible_time).",
         "direction",
     )
-    clock_off_partition = gauge(
-        "springtide_stream_clock_off_partition",
-        "Partition of the newest click with a wrong clock, by direction.",
-        "direction",
-    )
-    clock_off_offset = gauge(
-        "springtide_stream_clock_off_offset",
-        "Offset of the newest click with a wrong clock, by direction.",
-        "direction",
-    )
+    clock_off_partition = gauge("Partition of the newest click with a wrong clock, by direction.", "direction")
+    clock_off_offset = gauge("Offset of the newest click with a wrong clock, by direction.", "direction")
     clock_off_seconds = gauge(
-        "springtide_stream_clock_off_seconds",
         "Difference between the time of that click and the time of the clicks around it; 0 for a refused click.",
         "direction",
     )
-    clock_off_time_seconds = gauge(
-        "springtide_stream_clock_off_time_seconds",
-        "Time at which that click was read, in seconds since 1970.",
-        "direction",
-    )
-    busy_seconds = counter(
-        "springtide_stream_busy_seconds",
-        "Time that the reader thread has spent on processing clicks, including waits for commits.",
-    )
-    lag_events = unset_gauge(
-        "springtide_stream_lag_events",
-        "Positions of the clicks topic that are not yet read and committed; NaN while unknown.",
-    )
+    clock_off_time_seconds = gauge("Time at which that click was read, in seconds since 1970.", "direction")
+    busy_seconds = counter("Time that the reader thread has spent on processing clicks, including waits for commits.")
+    lag_events = unset_gauge("Positions of the clicks topic that are not yet read and committed; NaN while unknown.")
     lag_seconds = unset_gauge(
-        "springtide_stream_lag_seconds",
-        "Wall time since the newest committed click was appended to Kafka; 0 if none waits, NaN while unknown.",
+        "Wall time since the newest committed click was appended to Kafka; 0 if none waits, NaN while unknown."
     )
-    microbatches = counter("springtide_stream_microbatches", "Micro-batches written.")
-    microbatch_rows = histogram("springtide_stream_microbatch_rows", "Number of rows of a micro-batch.", ROWS)
-    commit_seconds = histogram(
-        "springtide_stream_commit_seconds", "Time to write and commit a micro-batch.", SHORT_SECONDS
-    )
-    truncated_histories = counter(
-        "springtide_stream_truncated_histories",
-        "Rows whose longest window starts before the oldest event of the history.",
-    )
-    cached_users = gauge("springtide_stream_cached_users", "Users whose histories are cached in memory.")
-    history_users = gauge("springtide_stream_history_users", "Users with a stored history.")
-    swept_events = counter(
-        "springtide_stream_swept_events", "Stored events removed because no window covers them any more."
-    )
+    microbatches = counter("Micro-batches written.")
+    microbatch_rows = histogram("Number of rows of a micro-batch.", ROWS)
+    commit_seconds = histogram("Time to write and commit a micro-batch.", SHORT_SECONDS)
+    truncated_histories = counter("Rows whose longest window starts before the oldest event of the history.")
+    cached_users = gauge("Users whose histories are cached in memory.")
+    history_users = gauge("Users with a stored history.")
+    swept_events = counter("Stored events removed because no window covers them any more.")
     swept_users = counter(
-        "springtide_stream_swept_users",
         "Stored users removed, by reason: old (no window covers their events), too_many (least recently read).",
         "reason",
     )
     attribute_records = gauge(
-        "springtide_stream_attribute_records",
         "Positions of the attribute topics that were read since the store was created, by side (user, item) and outcome: value, removed, dead, absent.",
         "side",
         "outcome",
     )
-    attributes_known = gauge("springtide_stream_attributes_known", "Users and items with attributes, by side.", "side")
+    attributes_known = gauge("Users and items with attributes, by side.", "side")
     accounting_positions = gauge(
-        "springtide_accounting_positions",
         "Positions of the clicks topic since the store was created, by outcome: positions (all), rows, dead, filtered, absent, gap, opened (impressions that wait for a label), feedback (outcomes), masked (excluded by a mask in control).",
         "outcome",
+        name="springtide_accounting_positions",
     )
     accounting_labels = gauge(
-        "springtide_accounting_labels",
         "Impressions that wait for a label, counted since the store was created, by outcome: opened (all), joined, expired (negative), dropped, waiting. unmatched counts outcomes without an impression.",
         "outcome",
+        name="springtide_accounting_labels",
     )
     accounting_faults = gauge(
-        "springtide_accounting_stream_faults",
         "Accounts of the stream that do not balance; 0 if every position has one outcome.",
+        name="springtide_accounting_stream_faults",
     )
-    gaps_accepted = counter(
-        "springtide_stream_gaps_accepted",
-        "Gaps in the clicks topic that operators have accepted since the store was created.",
-    )
+    gaps_accepted = counter("Gaps in the clicks topic that operators have accepted since the store was created.")
 
 
 class TrainerMetrics(Metrics):
     """Metrics of the trainer."""
 
-    began = gauge("springtide_trainer_began_seconds", BEGAN)
+    prefix = "springtide_trainer_"
+    began = gauge(BEGAN, name="springtide_trainer_began_seconds")
     rows = counter(
-        "springtide_trainer_rows",
         "Rows of the training log, by outcome: trained, skipped, duplicate, masked, other_features (from an earlier feature spec).",
         "outcome",
     )
-    steps = counter("springtide_trainer_steps", "Training steps, one for each record of the training log.")
-    step_seconds = histogram("springtide_trainer_step_seconds", "Time of a training step.", SHORT_SECONDS)
+    steps = counter("Training steps, one for each record of the training log.")
+    step_seconds = histogram("Time of a training step.", SHORT_SECONDS)
     log_loss = gauge(
-        "springtide_trainer_log_loss",
-        "Log loss of the user's next category over serving's candidates, including misses; computed before learning.",
+        "Log loss of the user's next category over serving's candidates, including misses; computed before learning."
     )
-    auc = gauge("springtide_trainer_auc", "AUC of engagement, computed before learning.")
-    top1_ratio = gauge(
-        "springtide_trainer_top1_ratio",
-        "Top-1 accuracy: share of rows whose category ranked first, computed before learning.",
-    )
+    auc = gauge("AUC of engagement, computed before learning.")
+    top1_ratio = gauge("Top-1 accuracy: share of rows whose category ranked first, computed before learning.")
     quality_log_loss = gauge(
-        "springtide_trainer_quality_log_loss",
         "Log loss of the next category, by predictor (the model and the baselines popular, previous, came_next) and users (all, new, known).",
         "predictor",
         "users",
     )
     quality_reciprocal_rank = gauge(
-        "springtide_trainer_quality_reciprocal_rank",
-        "Mean reciprocal rank of the next category among the candidates; a miss counts as 0.",
-        "predictor",
-        "users",
+        "Mean reciprocal rank of the next category among the candidates; a miss counts as 0.", "predictor", "users"
     )
     quality_top1_ratio = gauge(
-        "springtide_trainer_quality_top1_ratio",
-        "Share of rows whose category ranked first, for the model and the baselines.",
-        "predictor",
-        "users",
+        "Share of rows whose category ranked first, for the model and the baselines.", "predictor", "users"
     )
-    quality_top5_ratio = gauge(
-        "springtide_trainer_quality_top5_ratio",
-        "Share of rows whose category ranked in the top five.",
-        "predictor",
-        "users",
-    )
-    quality_missed_ratio = gauge(
-        "springtide_trainer_quality_missed_ratio",
-        "Share of rows whose category was not among the candidates.",
-        "predictor",
-        "users",
-    )
+    quality_top5_ratio = gauge("Share of rows whose category ranked in the top five.", "predictor", "users")
+    quality_missed_ratio = gauge("Share of rows whose category was not among the candidates.", "predictor", "users")
     quality_skipped_ratio = gauge(
-        "springtide_trainer_quality_skipped_ratio",
-        "Share of recent rows that the guard skipped; they are measured but not learned from.",
+        "Share of recent rows that the guard skipped; they are measured but not learned from."
     )
-    lift_log_loss = gauge(
-        "springtide_trainer_lift_log_loss",
-        "Log loss of the best baseline minus that of the model; negative if the model is worse.",
-    )
+    lift_log_loss = gauge("Log loss of the best baseline minus that of the model; negative if the model is worse.")
     lift_top1_ratio = gauge(
-        "springtide_trainer_lift_top1_ratio",
-        "Top-1 accuracy of the model minus that of the best baseline; negative if the model is worse.",
+        "Top-1 accuracy of the model minus that of the best baseline; negative if the model is worse."
     )
     slice_rows = gauge(
-        "springtide_trainer_slice_rows",
         "Recent rows of a slice: by action, by users (new, known) and by the values of `attributes.slices`. Only the largest slices are exported.",
         "attribute",
         "value",
     )
     slice_log_loss = gauge(
-        "springtide_trainer_slice_log_loss",
-        "Log loss of the next category in the slice, defined as for springtide_trainer_log_loss.",
-        "attribute",
-        "value",
+        "Log loss of the next category in the slice, defined as for springtide_trainer_log_loss.", "attribute", "value"
     )
-    slice_auc = gauge(
-        "springtide_trainer_slice_auc",
-        "AUC of engagement in the slice, computed before learning.",
-        "attribute",
-        "value",
-    )
+    slice_auc = gauge("AUC of engagement in the slice, computed before learning.", "attribute", "value")
     slice_calibration_ratio = gauge(
-        "springtide_trainer_slice_calibration_ratio",
-        "Predicted divided by observed engagement in the slice; 1 is ideal.",
-        "attribute",
-        "value",
+        "Predicted divided by observed engagement in the slice; 1 is ideal.", "attribute", "value"
     )
     slice_gap = gauge(
-        "springtide_trainer_slice_gap",
         "Difference between the best and the worst slice of an attribute, by measure (log_loss, auc).",
         "attribute",
         "measure",
     )
     slice_gap_sure = gauge(
-        "springtide_trainer_slice_gap_sure",
         "Part of that difference that lies between the confidence intervals, corrected for the number of slices.",
         "attribute",
         "measure",
     )
-    churn_examples = gauge(
-        "springtide_trainer_churn_examples",
-        "Churn examples (`churn.days`) learned from since the epoch began.",
-    )
-    churn_waiting = gauge("springtide_trainer_churn_waiting", "Rows that wait for their churn label.")
+    churn_examples = gauge("Churn examples (`churn.days`) learned from since the epoch began.")
+    churn_waiting = gauge("Rows that wait for their churn label.")
     churn_dropped = gauge(
-        "springtide_trainer_churn_dropped",
-        "Waiting rows that were dropped, together with their users, since the epoch began, because `churn.examples` was reached.",
+        "Waiting rows that were dropped, together with their users, since the epoch began, because 20,000 rows wait."
     )
-    churn_left_ratio = gauge("springtide_trainer_churn_left_ratio", "Share of recent examples whose user churned.")
-    churn_log_loss = gauge("springtide_trainer_churn_log_loss", "Log loss of churn, computed before learning.")
-    churn_auc = gauge("springtide_trainer_churn_auc", "AUC of churn, computed before learning.")
-    churn_calibration_ratio = gauge(
-        "springtide_trainer_churn_calibration_ratio", "Predicted divided by observed churn; 1 is ideal."
-    )
+    churn_left_ratio = gauge("Share of recent examples whose user churned.")
+    churn_log_loss = gauge("Log loss of churn, computed before learning.")
+    churn_auc = gauge("AUC of churn, computed before learning.")
+    churn_calibration_ratio = gauge("Predicted divided by observed churn; 1 is ideal.")
     churn_calibration_error = gauge(
-        "springtide_trainer_churn_calibration_error",
-        "Mean absolute difference of predicted and observed churn over ten bins of the probability.",
+        "Mean absolute difference of predicted and observed churn over ten bins of the probability."
     )
-    version = gauge("springtide_trainer_version", "Newest published version.")
-    epoch = gauge("springtide_trainer_epoch", "Current epoch of the trainer.")
-    durable_version = gauge("springtide_trainer_durable_version", "Newest durable version.")
-    publish_seconds = histogram(
-        "springtide_trainer_publish_seconds", "Time until a version is available to its followers.", SHORT_SECONDS
-    )
-    save_seconds = histogram(
-        "springtide_trainer_save_seconds", "Time from publication until a durable version is on disk.", SHORT_SECONDS
-    )
-    publish_stall_seconds = histogram(
-        "springtide_trainer_publish_stall_seconds", "Time for which a publication blocked training.", SHORT_SECONDS
-    )
-    lag_records = unset_gauge(
-        "springtide_trainer_lag_records", "Positions of the training log that are not yet read; NaN while unknown."
-    )
+    version = gauge("Newest published version.")
+    epoch = gauge("Current epoch of the trainer.")
+    durable_version = gauge("Newest durable version.")
+    publish_seconds = histogram("Time until a version is available to its followers.", SHORT_SECONDS)
+    save_seconds = histogram("Time from publication until a durable version is on disk.", SHORT_SECONDS)
+    publish_stall_seconds = histogram("Time for which a publication blocked training.", SHORT_SECONDS)
+    lag_records = unset_gauge("Positions of the training log that are not yet read; NaN while unknown.")
     lag_seconds = unset_gauge(
-        "springtide_trainer_lag_seconds",
-        "Wall time since the newest record that the trainer has processed was appended to Kafka; 0 if none waits, NaN while unknown.",
+        "Wall time since the newest record that the trainer has processed was appended to Kafka; 0 if none waits, NaN while unknown."
     )
     phase = gauge(
-        "springtide_trainer_phase",
         "1 for the current phase of the trainer, 0 for the others: loading TensorFlow, compiling kernels, waiting for the bootstrap, building the model, lowering the program, loading the version, catching up, learning.",
         "phase",
     )
-    caught_up = gauge("springtide_trainer_caught_up", "1 once this epoch has read the training log to its end.")
+    caught_up = gauge("1 once this epoch has read the training log to its end.")
     device_memory_bytes = gauge(
-        "springtide_trainer_device_memory_bytes",
-        "GPU memory that TensorFlow has allocated, by kind: current, peak; absent on a CPU.",
-        "kind",
+        "GPU memory that TensorFlow has allocated, by kind: current, peak; absent on a CPU.", "kind"
     )
-    table_rows = gauge("springtide_trainer_table_rows", "Rows in use, by table.", "table")
-    table_rows_limit = gauge(
-        "springtide_trainer_table_rows_limit",
-        "Maximum number of rows, by table; the least used rows are evicted first.",
-        "table",
-    )
-    guard = counter("springtide_trainer_guard", "Verdicts of the guard: accept, skip, hold.", "verdict")
-    held = gauge("springtide_trainer_held", "1 while the guard holds training.")
-    held_rule = gauge(
-        "springtide_trainer_held_rule", "1 for the rule by which the guard holds training, 0 for the others.", "rule"
-    )
-    held_offset = gauge(
-        "springtide_trainer_held_offset", "First suspect offset of the training log in a held update; 0 if none."
-    )
+    table_rows = gauge("Rows in use, by table.", "table")
+    table_rows_limit = gauge("Maximum number of rows, by table; the least used rows are evicted first.", "table")
+    guard = counter("Verdicts of the guard: accept, skip, hold.", "verdict")
+    held = gauge("1 while the guard holds training.")
+    held_rule = gauge("1 for the rule by which the guard holds training, 0 for the others.", "rule")
+    held_offset = gauge("First suspect offset of the training log in a held update; 0 if none.")
     hold_waits = gauge(
-        "springtide_trainer_hold_waits",
-        "1 while a hold cannot be written, for example because the store of a shared registry is unreachable; nothing is published until it is.",
+        "1 while a hold cannot be written, for example because the store of a shared registry is unreachable; nothing is published until it is."
     )
-    guard_ratio = gauge(
-        "springtide_trainer_guard_ratio",
-        "Score of each rule of the guard as a share of its hold threshold; 1 is a hold.",
-        "rule",
-    )
-    guard_windows = gauge(
-        "springtide_trainer_guard_windows",
-        "Windows in the guard's baseline; below guard.warm_up the guard judges nothing.",
-    )
-    withheld = gauge("springtide_trainer_withheld", "1 while versions wait because the guard suspects an update.")
-    privacy_epsilon_spent = gauge(
-        "springtide_trainer_privacy_epsilon_spent", "Spent privacy budget, as epsilon at privacy.delta."
-    )
-    privacy_epsilon_limit = gauge(
-        "springtide_trainer_privacy_epsilon_limit", "Privacy budget, privacy.epsilon; 0 if there is none."
-    )
-    privacy_held = gauge(
-        "springtide_trainer_privacy_held", "1 while training is held because the privacy budget is spent."
-    )
+    guard_ratio = gauge("Score of each rule of the guard as a share of its hold threshold; 1 is a hold.", "rule")
+    guard_windows = gauge("Windows in the guard's baseline; below guard.warm_up the guard judges nothing.")
+    withheld = gauge("1 while versions wait because the guard suspects an update.")
+    privacy_epsilon_spent = gauge("Spent privacy budget, as epsilon at privacy.delta.")
+    privacy_epsilon_limit = gauge("Privacy budget, privacy.epsilon; 0 if there is none.")
+    privacy_held = gauge("1 while training is held because the privacy budget is spent.")
     privacy_rows_left_out = gauge(
-        "springtide_trainer_privacy_rows_left_out",
-        "Rows of the current branch that were not learned from because their user had no update left in the period.",
+        "Rows of the current branch that were not learned from because their user had no update left in the period."
     )
     compactor_failures = gauge(
-        "springtide_trainer_compactor_failures_in_a_row", "Consecutive failed runs of the compactor."
+        "Consecutive failed runs of the compactor.", name="springtide_trainer_compactor_failures_in_a_row"
     )
-    paused = gauge("springtide_trainer_paused", "1 while an operator has paused training.")
-    publishing_held = gauge(
-        "springtide_trainer_publishing_held", "1 while an operator holds the publishing of versions."
-    )
+    paused = gauge("1 while an operator has paused training.")
+    publishing_held = gauge("1 while an operator holds the publishing of versions.")
     accounting_rows = gauge(
-        "springtide_accounting_rows",
         "Rows of the training log since the current branch began, by outcome: rows (all), trained, skipped, duplicate, masked, other_features (from an earlier feature spec). gap counts positions without a record.",
         "outcome",
+        name="springtide_accounting_rows",
     )
     accounting_faults = gauge(
-        "springtide_accounting_trainer_faults",
         "Accounts of the trainer that do not balance; 0 if every row has one outcome.",
+        name="springtide_accounting_trainer_faults",
     )
-    gaps_accepted = counter(
-        "springtide_trainer_gaps_accepted", "Gaps that operators have accepted since the registry was created."
-    )
+    gaps_accepted = counter("Gaps that operators have accepted since the registry was created.")
     records_left_out = counter(
-        "springtide_trainer_records_left_out",
-        "Records of the training log that could not be learned from and that operators have skipped since the registry was created.",
+        "Records of the training log that could not be learned from and that operators have skipped since the registry was created."
     )
 
 
 class ApplierMetrics(Metrics):
     """Metrics of serving's applier."""
 
-    began = gauge("springtide_serving_began_seconds", BEGAN)
-    version = gauge("springtide_serving_version", "Version that answers use.")
-    epoch = gauge("springtide_serving_epoch", "Epoch of the version that answers use.")
-    version_age_seconds = gauge(
-        "springtide_serving_version_age_seconds", "Time since the version that answers use was created."
-    )
-    pinned = gauge("springtide_serving_pinned", "1 while an operator has pinned the version.")
-    masks = gauge("springtide_serving_masks", "Masks in control that answers exclude.")
-    applied_versions = counter("springtide_serving_applied_versions", "Versions whose rows were applied.")
-    apply_seconds = histogram("springtide_serving_apply_seconds", "Time to apply the rows of a version.", SHORT_SECONDS)
-    rows_bytes = gauge(
-        "springtide_serving_rows_bytes",
-        "Size of the serving rows, by place: memory, disk (if memory has too little space).",
-        "place",
-    )
-    feature_freshness_seconds = gauge(
-        "springtide_serving_feature_freshness_seconds", "Age of the newest click in the histories that answers use."
-    )
-    weight_freshness_seconds = gauge(
-        "springtide_serving_weight_freshness_seconds",
-        "Age of the newest click trained into the version that answers use.",
-    )
-    attributes_known = gauge(
-        "springtide_serving_attributes_known",
-        "Users and items whose attributes answers use, by side (user, item).",
-        "side",
-    )
-    history_rows = counter("springtide_serving_history_rows", "Rows added to serving's histories.")
-    history_users = gauge("springtide_serving_history_users", "Users with a history on this host.")
+    prefix = "springtide_serving_"
+    began = gauge(BEGAN, name="springtide_serving_began_seconds")
+    version = gauge("Version that answers use.")
+    epoch = gauge("Epoch of the version that answers use.")
+    version_age_seconds = gauge("Time since the version that answers use was created.")
+    pinned = gauge("1 while an operator has pinned the version.")
+    masks = gauge("Masks in control that answers exclude.")
+    applied_versions = counter("Versions whose rows were applied.")
+    apply_seconds = histogram("Time to apply the rows of a version.", SHORT_SECONDS)
+    rows_bytes = gauge("Size of the serving rows, by place: memory, disk (if memory has too little space).", "place")
+    feature_freshness_seconds = gauge("Age of the newest click in the histories that answers use.")
+    weight_freshness_seconds = gauge("Age of the newest click trained into the version that answers use.")
+    attributes_known = gauge("Users and items whose attributes answers use, by side (user, item).", "side")
+    history_rows = counter("Rows added to serving's histories.")
+    history_users = gauge("Users with a history on this host.")
     microbatch_lag_records = unset_gauge(
-        "springtide_serving_microbatch_lag_records",
-        "Positions of the micro-batch topic that are not yet in the histories; NaN while unknown.",
+        "Positions of the micro-batch topic that are not yet in the histories; NaN while unknown."
     )
-    history_epoch = gauge(
-        "springtide_serving_history_epoch", "Epoch of the training log from which serving's histories are updated."
-    )
-    control_generation = gauge(
-        "springtide_serving_control_generation", "Newest control generation that serving has read."
-    )
-    corrupt_versions = counter(
-        "springtide_serving_corrupt_versions", "Versions refused because the digest of a file does not match."
-    )
-    failed_probes = counter(
-        "springtide_serving_failed_probes", "Versions refused because their answers differ from those of their trainer."
-    )
+    history_epoch = gauge("Epoch of the training log from which serving's histories are updated.")
+    control_generation = gauge("Newest control generation that serving has read.")
+    corrupt_versions = counter("Versions refused because the digest of a file does not match.")
+    failed_probes = counter("Versions refused because their answers differ from those of their trainer.")
     refused_version = gauge(
-        "springtide_serving_refused_version",
-        "Newest version that failed its probe and is newer than the version that answers use; 0 if none.",
+        "Newest version that failed its probe and is newer than the version that answers use; 0 if none."
     )
-    swept_versions = counter("springtide_serving_swept_versions", "Old versions removed.")
-    segments = gauge(
-        "springtide_serving_segments", "Segments in the settings. `springtide segments run` must maintain them."
-    )
+    swept_versions = counter("Old versions removed.")
+    segments = gauge("Segments in the settings. `springtide segments run` must maintain them.")
     parity_rows = counter(
-        "springtide_serving_parity_rows",
         "Sampled rows of the training log recomputed from serving's histories, by outcome: equal, differs, unknown (another feature spec or mask, or a history that began before this host's).",
         "outcome",
     )
-    history_duplicates = counter(
-        "springtide_serving_history_duplicates", "Rows of the micro-batch topic that the histories already contained."
-    )
-    gap_positions = counter(
-        "springtide_serving_gap_positions",
-        "Positions that no micro-batch covers or that were deleted before they were read.",
-    )
-    unreadable_microbatches = counter(
-        "springtide_serving_unreadable_microbatches",
-        "Records of the micro-batch topic that are not valid micro-batches.",
-    )
-    log_failures = counter("springtide_serving_log_failures", "Failed reads of the micro-batch topic.")
-    log_away = gauge("springtide_serving_log_away", "1 while no broker of the micro-batch topic is reachable.")
+    history_duplicates = counter("Rows of the micro-batch topic that the histories already contained.")
+    gap_positions = counter("Positions that no micro-batch covers or that were deleted before they were read.")
+    unreadable_microbatches = counter("Records of the micro-batch topic that are not valid micro-batches.")
+    log_failures = counter("Failed reads of the micro-batch topic.")
+    log_away = gauge("1 while no broker of the micro-batch topic is reachable.")
     feature_age_seconds = histogram(
-        "springtide_serving_feature_age_seconds",
-        "Age of the newest click in the histories, sampled ten times per second.",
-        FRESHNESS_SECONDS,
+        "Age of the newest click in the histories, sampled ten times per second.", FRESHNESS_SECONDS
     )
     weight_age_seconds = histogram(
-        "springtide_serving_weight_age_seconds",
-        "Age of the newest click trained into the served version, sampled ten times per second.",
-        FRESHNESS_SECONDS,
+        "Age of the newest click trained into the served version, sampled ten times per second.", FRESHNESS_SECONDS
     )
 
 
 class WorkerMetrics(Metrics):
     """Metrics of a serving worker."""
 
-    began = gauge("springtide_worker_began_seconds", BEGAN)
-    requests = counter("springtide_requests", "Requests, by route and status code.", "route", "code")
+    prefix = "springtide_"
+    began = gauge(BEGAN, name="springtide_worker_began_seconds")
+    requests = counter("Requests, by route and status code.", "route", "code")
     request_seconds = histogram(
-        "springtide_request_seconds",
         "Duration of a request, by route; routes that no version answers share the label other.",
         ANSWER_SECONDS,
         "route",
     )
-    cold_starts = counter("springtide_cold_starts", "Answers for users without a history.")
+    cold_starts = counter("Answers for users without a history.")
     refused = counter(
-        "springtide_connections_refused",
         "Connections closed before a valid request, by reason: no_http, host (a Host other than an address or localhost, without tokens), head (too long), slow, connections (too many).",
         "reason",
+        name="springtide_connections_refused",
     )
-    worker_starts = counter("springtide_worker_starts", "Starts of serving workers that have accepted connections.")
+    worker_starts = counter("Starts of serving workers that have accepted connections.")
 
 
 class ValidationMetrics(Metrics):
     """Metrics of the validation of live clicks; a window lasts `validation.window_s`."""
 
+    prefix = "springtide_validation_"
     records = counter(
-        "springtide_validation_records",
         "Records of the training log, by outcome: read, passed (not sampled), other_features (from an earlier feature spec), unreadable.",
         "outcome",
     )
-    rows = counter("springtide_validation_rows", "Rows of the training log that were read.")
-    lag_records = gauge("springtide_validation_lag_records", "Positions of the training log that are not yet read.")
+    rows = counter("Rows of the training log that were read.")
+    lag_records = gauge("Positions of the training log that are not yet read.")
     windows = counter(
-        "springtide_validation_windows",
         "Completed windows, by outcome: judged, few_rows (fewer than validation.min_rows), begun_before (their start was not observed), no_baseline.",
         "outcome",
     )
-    window_rows = gauge("springtide_validation_window_rows", "Events in the newest completed window.")
-    baseline = gauge(
-        "springtide_validation_baseline",
-        "Number of the baseline that it was compared with; 0 is the baseline of the bootstrap.",
-    )
+    window_rows = gauge("Events in the newest completed window.")
+    baseline = gauge("Number of the baseline that it was compared with; 0 is the baseline of the bootstrap.")
     distance = gauge(
-        "springtide_validation_distance_ratio",
         "Distance of a feature of the newest window, by feature and against (baseline, previous window): L-infinity distance of a categorical feature, Jensen-Shannon divergence of a numeric feature. A family of features shows its largest distance.",
         "feature",
         "against",
+        name="springtide_validation_distance_ratio",
     )
-    missing_ratio = gauge(
-        "springtide_validation_missing_ratio",
-        "Share of rows of the newest window without a value of the feature.",
-        "feature",
-    )
-    anomalies = gauge(
-        "springtide_validation_anomalies",
-        "Features of the newest window with an anomaly, by TensorFlow Data Validation type.",
-        "type",
-    )
+    missing_ratio = gauge("Share of rows of the newest window without a value of the feature.", "feature")
+    anomalies = gauge("Features of the newest window with an anomaly, by TensorFlow Data Validation type.", "type")
 
 
 class SegmentMetrics(Metrics):
     """Metrics of the process that maintains the segments named in the settings."""
 
-    members = gauge("springtide_segments_members", "Users in a segment.", "segment")
-    changes = counter(
-        "springtide_segments_changes",
-        "Membership changes written to the topic, by change: joined, left.",
-        "segment",
-        "change",
-    )
+    prefix = "springtide_segments_"
+    members = gauge("Users in a segment.", "segment")
+    changes = counter("Membership changes written to the topic, by change: joined, left.", "segment", "change")
     judged = counter(
-        "springtide_segments_judged",
         "Evaluated profiles, by cause: click, sweep (the periodic pass over all users), change (of control, such as a rollback, a mask or an erasure, and at the start).",
         "cause",
     )
-    lag_records = gauge("springtide_segments_lag_records", "Positions of the training log that are not yet processed.")
-    waiting = gauge("springtide_segments_waiting", "Users who have clicked and wait to be evaluated.")
-    sweep_seconds = gauge("springtide_segments_sweep_seconds", "Duration of the last pass over all users.")
+    lag_records = gauge("Positions of the training log that are not yet processed.")
+    waiting = gauge("Users who have clicked and wait to be evaluated.")
+    sweep_seconds = gauge("Duration of the last pass over all users.")
     failures_in_a_row = gauge(
-        "springtide_segments_failures_in_a_row",
-        "Consecutive failed rounds. Members stay unchanged, and the process retries every second.",
+        "Consecutive failed rounds. Members stay unchanged, and the process retries every second."
     )
 
 
 class SupervisorMetrics(Metrics):
     """Metrics of `springtide up` about the parts that it supervises."""
 
-    starts = counter("springtide_up_starts", "Starts of a part by `springtide up`.", "part")
-    deaths = counter("springtide_up_deaths", "Unexpected exits of a part.", "part")
+    prefix = "springtide_up_"
+    starts = counter("Starts of a part by `springtide up`.", "part")
+    deaths = counter("Unexpected exits of a part.", "part")
     deaths_in_a_row = gauge(
-        "springtide_up_deaths_in_a_row",
         "Exits of a part since it last ran for a minute. The restart delay starts at 0.25 s and doubles up to 30 s, or to 4 s if the part waits for Kafka, a disk or a store.",
         "part",
     )
-    settled = gauge(
-        "springtide_up_settled",
-        "1 once every part has started for the first time; 0 while `springtide up` starts them.",
-    )
+    settled = gauge("1 once every part has started for the first time; 0 while `springtide up` starts them.")
 
 
 class ConsoleMetrics(Metrics):
     """Metrics of the console page."""
 
+    prefix = "springtide_console_"
     requests = counter(
-        "springtide_console_requests",
         "Requests to the console, by outcome: answered, refused (unauthorised, not found or invalid), failed (also if the part that it asked did not answer).",
         "outcome",
     )
@@ -593,42 +422,36 @@ class ConsoleMetrics(Metrics):
 class ProbeMetrics(Metrics):
     """Latencies that `springtide probe --continuously` measures with clicks of probe users."""
 
+    prefix = "springtide_probe_"
     feature_seconds = histogram(
-        "springtide_probe_feature_seconds",
-        "Time from sending a probe user's click until the features of an answer include it.",
-        FRESHNESS_SECONDS,
+        "Time from sending a probe user's click until the features of an answer include it.", FRESHNESS_SECONDS
     )
     weight_seconds = histogram(
-        "springtide_probe_weight_seconds",
         "Time from sending a probe user's click until the version of an answer has learned its position.",
         FRESHNESS_SECONDS,
     )
     failures = counter(
-        "springtide_probe_failures",
         "Failed probes, by reason: kafka (the click could not be sent), answers (serving does not answer), refused (no valid token), features, weights (not within probe.timeout_s).",
         "reason",
     )
     last_success = gauge(
-        "springtide_probe_last_success_timestamp_seconds",
         "Time of the last successful probe, in seconds since 1970; 0 before the first.",
+        name="springtide_probe_last_success_timestamp_seconds",
     )
 
 
 class TrialMetrics(Metrics):
     """Comparisons of the running experiments, at most four, with the live trainer."""
 
-    rows = gauge("springtide_trial_rows", "Rows that both trainers scored before they learned from them.", "trial")
-    log_loss = gauge(
-        "springtide_trial_log_loss", "Mean log loss of these rows in nats, by side: trial, live.", "trial", "side"
-    )
+    prefix = "springtide_trial_"
+    rows = gauge("Rows that both trainers scored before they learned from them.", "trial")
+    log_loss = gauge("Mean log loss of these rows in nats, by side: trial, live.", "trial", "side")
     difference = gauge(
-        "springtide_trial_difference",
         "Log loss of the trial minus that of the live trainer, in nats per row, by end: mean, and low and high of the anytime-valid confidence interval. Negative if the trial is better.",
         "trial",
         "end",
     )
     unpaired_records = gauge(
-        "springtide_trial_unpaired_records",
         "Records of the training log that only one side has scored, or with different rows: before the other side began, or while a mask had reached only one.",
         "trial",
     )
@@ -637,42 +460,29 @@ class TrialMetrics(Metrics):
 class RolloutMetrics(Metrics):
     """Metrics of the arms of the newest rollout, until it is over; the label `trial` is its experiment."""
 
-    share_ratio = gauge("springtide_rollout_share_ratio", "Share of users that the trial answers.", "trial")
+    prefix = "springtide_rollout_"
+    share_ratio = gauge("Share of users that the trial answers.", "trial")
     stopped = gauge(
-        "springtide_rollout_stopped",
         "1 if the gate has halted or rolled back the rollout and no operator has resumed or ended it; otherwise 0.",
         "trial",
     )
-    users = gauge(
-        "springtide_rollout_users", "Users that the arm has ever answered, by arm: trial, live.", "trial", "arm"
-    )
-    answers = gauge("springtide_rollout_answers", "Answers of the arm.", "trial", "arm")
-    engagements = gauge(
-        "springtide_rollout_engagements", "Engagements that follow an answer of the arm.", "trial", "arm"
-    )
-    failures = gauge("springtide_rollout_failures", "Failed answers of the arm in the current step.", "trial", "arm")
+    users = gauge("Users that the arm has ever answered, by arm: trial, live.", "trial", "arm")
+    answers = gauge("Answers of the arm.", "trial", "arm")
+    engagements = gauge("Engagements that follow an answer of the arm.", "trial", "arm")
+    failures = gauge("Failed answers of the arm in the current step.", "trial", "arm")
     difference = gauge(
-        "springtide_rollout_difference",
         "Engagements per answer of the trial minus those of the live versions, by end: mean, and low and high of the anytime-valid confidence interval. Positive if the trial is better.",
         "trial",
         "end",
     )
-    lift_ratio = gauge(
-        "springtide_rollout_lift_ratio", "The difference relative to the live versions, by end.", "trial", "end"
-    )
+    lift_ratio = gauge("The difference relative to the live versions, by end.", "trial", "end")
     finding = gauge(
-        "springtide_rollout_finding",
         "1 for the current finding about the trial, 0 for the others: mismatch (sample ratio mismatch), too early, better, worse, equal, undecided.",
         "trial",
         "finding",
     )
-    mismatch_p = gauge(
-        "springtide_rollout_mismatch_p",
-        "Anytime-valid p-value of the sample ratio mismatch test.",
-        "trial",
-    )
+    mismatch_p = gauge("Anytime-valid p-value of the sample ratio mismatch test.", "trial")
     judged_timestamp_seconds = gauge(
-        "springtide_rollout_judged_timestamp_seconds",
         "Time at which `springtide experiment rollout` last evaluated the running rollout, or at which its step began, in seconds since 1970.",
         "trial",
     )
@@ -681,17 +491,17 @@ class RolloutMetrics(Metrics):
 class RetrainMetrics(Metrics):
     """Outcomes of scheduled retrains."""
 
-    under_way = gauge("springtide_retrain_under_way", "1 while a scheduled retrain runs.")
+    prefix = "springtide_retrain_"
+    under_way = gauge("1 while a scheduled retrain runs.")
     due = gauge(
-        "springtide_retrain_due_time_seconds",
         "Time at which the next retrain is due, in seconds since 1970; 0 while one runs.",
+        name="springtide_retrain_due_time_seconds",
     )
     judged = gauge(
-        "springtide_retrain_judged_time_seconds",
         "Time at which a retrain was last promoted or dropped, or at which the schedule began, in seconds since 1970.",
+        name="springtide_retrain_judged_time_seconds",
     )
     outcome = gauge(
-        "springtide_retrain_outcome",
         "1 for the outcome of the newest retrain: promoted, dropped, failed; 0 for the others, and for all while one runs.",
         "outcome",
     )
@@ -700,54 +510,43 @@ class RetrainMetrics(Metrics):
 class StorageMetrics(Metrics):
     """Disk usage, as each process reports it for the parts of `storage.budget_gb` that it owns."""
 
+    prefix = "springtide_storage_"
     used_bytes = gauge(
-        "springtide_storage_used_bytes",
         "Bytes on disk, by part: kafka (a local one), registry, stream, serving, logs; measured at most every 5 s.",
         "part",
     )
-    limit_bytes = gauge("springtide_storage_limit_bytes", "Share of storage.budget_gb of the part.", "part")
-    free_bytes = gauge("springtide_storage_free_bytes", "Free bytes on the disk of the part.", "part")
-    disk_bytes = gauge("springtide_storage_disk_bytes", "Size of the disk of the part in bytes.", "part")
+    limit_bytes = gauge("Share of storage.budget_gb of the part.", "part")
+    free_bytes = gauge("Free bytes on the disk of the part.", "part")
+    disk_bytes = gauge("Size of the disk of the part in bytes.", "part")
     waiting = gauge(
-        "springtide_storage_waiting",
         "Number of writers of the part that wait for space because its disk or its share is full; 0 if none waits.",
         "part",
     )
-    waits = counter(
-        "springtide_storage_waits", "Number of times that a writer of the part began to wait for space.", "part"
-    )
+    waits = counter("Number of times that a writer of the part began to wait for space.", "part")
 
 
 class SharedMetrics(Metrics):
     """Metrics of a process that syncs a shared registry: the trainer, and one process of each host."""
 
+    prefix = "springtide_shared_"
     requests = counter(
-        "springtide_shared_requests",
-        "Requests to the object store of the shared registry, by operation: get, put, list, delete.",
-        "operation",
+        "Requests to the object store of the shared registry, by operation: get, put, list, delete.", "operation"
     )
-    bytes = counter(
-        "springtide_shared_bytes", "Bytes sent to and received from the object store, by direction.", "direction"
-    )
+    bytes = counter("Bytes sent to and received from the object store, by direction.", "direction")
     looked_seconds = gauge(
-        "springtide_shared_looked_seconds",
-        "Time of this host's last successful poll of the shared registry, or of its first attempt, in seconds since 1970; 0 if another process of the host polls.",
+        "Time of this host's last successful poll of the shared registry, or of its first attempt, in seconds since 1970; 0 if another process of the host polls."
     )
     sent_seconds = gauge(
-        "springtide_shared_sent_seconds",
-        "Time at which the shared registry last held all durable versions of the trainer, or at which the upload began, in seconds since 1970; 0 in other processes.",
+        "Time at which the shared registry last held all durable versions of the trainer, or at which the upload began, in seconds since 1970; 0 in other processes."
     )
 
 
 class KernelMetrics(Metrics):
     """Progress of a process in compiling or loading its kernels before it is ready."""
 
-    total = gauge("springtide_kernels_total", "Kernels that this process prepares at startup.")
-    ready = gauge(
-        "springtide_kernels_ready",
-        "Prepared kernels; the process is ready only once all are.",
-        of_workers="min",
-    )
+    prefix = "springtide_kernels_"
+    total = gauge("Kernels that this process prepares at startup.")
+    ready = gauge("Prepared kernels; the process is ready only once all are.", of_workers="min")
 
 
 PROCESSES = (
@@ -790,8 +589,8 @@ def names() -> frozenset[str]:
 class BuildMetrics(Metrics):
     """The versions of the software that a process runs."""
 
+    prefix = "springtide_build_"
     info = gauge(
-        "springtide_build_info",
         "1, with the running release, Python, TensorFlow, Beam and Kafka client as labels (empty: not installed).",
         "version",
         "python",
@@ -813,6 +612,23 @@ OF_ANY_PROCESS = {
 """Standard process metrics, which every process exposes. For several workers they are sums, including the parent."""
 
 
+PACKAGES = {"version": "springtide", "tensorflow": "tensorflow", "beam": "apache-beam", "kafka": "kafka-python"}
+"""Label of `springtide_build_info` -> package. No package is imported to find its version."""
+
+
+@cache
+def build() -> dict[str, str]:
+    """The labels of the build info: Python, and `PACKAGES`; empty for a package that is not installed."""
+
+    def version(package: str) -> str:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return ""
+
+    return {"python": platform.python_version(), **{label: version(name) for label, name in PACKAGES.items()}}
+
+
 def add_process(registry: CollectorRegistry) -> None:
     """Adds the process metrics and the build info."""
     ProcessCollector(registry=registry)
@@ -825,11 +641,7 @@ def say_build(registry: CollectorRegistry) -> None:
 
 
 def serve(registry: CollectorRegistry, port: int, host: str = "127.0.0.1") -> Callable[[], None]:
-    """Adds the process metrics to `registry` and exposes it, as `offer` does.
-
-    Raises:
-        PortTaken: The port is in use.
-    """
+    """Adds the process metrics to `registry` and exposes it, as `offer` does; PortTaken if the port is in use."""
     add_process(registry)
     return offer(registry, port, host)
 
@@ -837,10 +649,7 @@ def serve(registry: CollectorRegistry, port: int, host: str = "127.0.0.1") -> Ca
 def offer(registry: CollectorRegistry, port: int, host: str) -> Callable[[], None]:
     """Exposes `registry` on http://host:port/metrics from a daemon thread; returns a function that stops it.
 
-    Clients that request OpenMetrics get that format.
-
-    Raises:
-        PortTaken: The port is in use.
+    Clients that request OpenMetrics get that format. Raises `PortTaken`.
     """
     try:
         server, thread = start_http_server(port, addr=host, registry=registry)
@@ -861,11 +670,7 @@ def offer(registry: CollectorRegistry, port: int, host: str) -> Callable[[], Non
 
 @contextmanager
 def served(port: int, host: str = "127.0.0.1") -> Iterator[CollectorRegistry]:
-    """A registry that is exposed on http://host:port/metrics within the block.
-
-    Raises:
-        PortTaken: The port is in use.
-    """
+    """A registry that is exposed on http://host:port/metrics within the block; PortTaken if the port is in use."""
     registry = CollectorRegistry()
     stop = serve(registry, port, host)
     try:

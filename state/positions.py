@@ -1,14 +1,13 @@
 """Positions in a log: sources, ranges with the outcome of each offset, and gaps.
 
-A position names the topic by its id, never by its name: a recreated topic is
-another topic. Everything here is a value; `state/history/store.py` and
-`state/registry/registry.py` store positions in their transactions.
+A position names the topic by its id, never by its name: a recreated topic is another topic. Everything here is a value;
+`state/history/store.py` and `state/registry/registry.py` store positions in their transactions.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -42,11 +41,7 @@ class Source(NamedTuple):
 
     @property
     def topic(self) -> int:
-        """The topic's short number in event records: the first 8 digits of its id.
-
-        >>> hex(Source("deadbeef" + "0" * 24, 3).topic)
-        '0xdeadbeef'
-        """
+        """The topic's short number in event records: the first 8 digits of its id."""
         return int(self.topic_id[:8], 16)
 
     def has(self, user: int) -> bool:
@@ -58,24 +53,13 @@ class Source(NamedTuple):
         return user % SHARES % self.buckets == self.bucket
 
     def __str__(self) -> str:
-        """`topic id:partition`, followed by the bucket if there are several.
-
-        >>> str(Source("ab" * 16, 3))
-        'abababababababababababababababab:3'
-        """
+        """`topic id:partition`, followed by the bucket if there are several."""
         share = "" if self.buckets == 1 else f":{self.bucket}/{self.buckets}"
         return f"{self.topic_id}:{self.partition}{share}"
 
     @classmethod
     def parse(cls, text: str) -> Source:
-        """Parses the output of `str`.
-
-        >>> Source.parse(str(Source("ab" * 16, 3, 1, 4))) == Source("ab" * 16, 3, 1, 4)
-        True
-
-        Raises:
-            ValueError: `text` is no source.
-        """
+        """Parses the output of `str`; ValueError if `text` is no source."""
         topic_id, partition, *share = text.split(":")
         if not _TOPIC_ID.fullmatch(topic_id) or len(share) > 1:
             raise ValueError(f"{text!r} is no source: expected <32 hex digits>:<partition>[:<bucket>/<buckets>]")
@@ -84,23 +68,13 @@ class Source(NamedTuple):
 
 
 def share_of(user: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """The share of each user, `[n]` int64, of the `SHARES` shares of a partition's users; pseudonyms are random.
-
-    >>> share_of(np.array([5, 64, 2**64 - 1], np.uint64)).tolist()
-    [5, 0, 63]
-    """
+    """The share of each user, `[n]` int64, of the `SHARES` shares of a partition's users; pseudonyms are random."""
     return (user % np.uint64(SHARES)).astype(np.int64)
 
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """The positions `[first, next)` of a source that are missing.
-
-    Attributes:
-        source: The source.
-        first: The first missing position.
-        next: The position after the last one.
-    """
+    """The positions `[first, next)` of a source that are missing."""
 
     source: Source
     first: int
@@ -121,11 +95,7 @@ class Gap:
         return f"{self.source.topic_id[:8]}:{self.source.partition}:{self.first}-{self.next - 1}"
 
     def __str__(self) -> str:
-        """Partition, both ends and the number of positions.
-
-        >>> str(Gap(Source("ab" * 16, 3), 10, 20))
-        'partition 3, positions 10 to 19 (10)'
-        """
+        """Partition, both ends and the number of positions."""
         return f"partition {self.source.partition}, positions {self.first} to {self.next - 1} ({self.positions})"
 
 
@@ -193,16 +163,7 @@ COUNTED = tuple(one.name for one in fields(Range))[3:]
 
 
 def merge_ranges(earlier: Range, later: Range) -> Range:
-    """Merges two adjacent ranges of a source.
-
-    >>> source = Source("ab" * 16, 0)
-    >>> merged = merge_ranges(Range(source, 0, 2, rows=2), Range(source, 2, 5, rows=1, absent=2))
-    >>> merged.first, merged.next, merged.rows, merged.absent
-    (0, 5, 3, 2)
-
-    Raises:
-        ValueError: The sources differ, or `later` does not begin where `earlier` ends.
-    """
+    """Merges two adjacent ranges of a source; ValueError if the sources differ, or `later` does not begin where `earlier` ends."""
     if earlier.source != later.source or earlier.next != later.first:
         raise ValueError(
             f"[{earlier.first}, {earlier.next}) of {earlier.source} and "
@@ -219,24 +180,15 @@ def merge_ranges(earlier: Range, later: Range) -> Range:
 def split_range(
     whole: Range, at: int, rows_before: int, others: Mapping[str, int] | None = None
 ) -> tuple[Range, Range]:
-    """Splits `whole` before offset `at`, with `rows_before` of its rows in the first part.
+    """Splits `whole` before offset `at`, with `rows_before` of its rows in the first part; ValueError if that cannot be.
 
-    A range counts dead, filtered and absent offsets, but does not say which they
-    are. So the first part takes the dead first, then the filtered, the masked, the
-    absent, those elsewhere and the gap. The sums over both parts equal the whole.
-
-    Args:
-        whole: The range.
-        at: The first offset of the later part.
-        rows_before: Its `rows` below `at`.
-        others: Its `opened`, `feedback`, `joined`, `expired`, `dropped` below `at`; by default none.
+    A range counts dead, filtered and absent offsets, but does not say which they are. So the first part takes the dead
+    first, then the filtered, the masked, the absent, those elsewhere and the gap. The sums over both parts equal the
+    whole. `others` has the `opened`, `feedback`, `joined`, `expired` and `dropped` below `at`.
 
     >>> before, after = split_range(Range(Source("ab" * 16, 0), 0, 10, rows=7, dead=1, absent=2), at=5, rows_before=3)
     >>> before.outcomes, after.outcomes["rows"], after.outcomes["absent"]
     ({'rows': 3, 'dead': 1, 'filtered': 0, 'absent': 1}, 4, 1)
-
-    Raises:
-        ValueError: The rows and outcomes cannot be divided this way.
     """
     before = {"opened": 0, "feedback": 0, **(others or {}), "rows": rows_before}
     rest = at - whole.first - rows_before - before["opened"] - before["feedback"]
@@ -267,11 +219,7 @@ def to_json(part: Range) -> dict[str, Any]:
 
 
 def from_json(document: Mapping[str, Any]) -> Range:
-    """Decodes the output of `to_json`.
-
-    Raises:
-        ValueError: A field is missing or has another type, or the outcomes do not add up.
-    """
+    """Decodes the output of `to_json`; ValueError if a field is missing or has another type, or the outcomes do not add up."""
     topic_id = document.get("topic_id")
     if not isinstance(topic_id, str) or not _TOPIC_ID.fullmatch(topic_id):
         raise ValueError(f"topic_id {topic_id!r} is not 32 hexadecimal digits")
@@ -284,12 +232,3 @@ def from_json(document: Mapping[str, Any]) -> Range:
         numbers[name] = number
     source = Source(topic_id, numbers.pop("partition"), numbers.pop("bucket"), numbers.pop("buckets"))
     return Range(source, **numbers)
-
-
-def positions_after(ranges: Iterable[Range]) -> dict[Source, int]:
-    """The next offset of each source after `ranges`, which are in order.
-
-    >>> positions_after([Range(Source("ab" * 16, 0), 0, 2, rows=2)])[Source("ab" * 16, 0)]
-    2
-    """
-    return {part.source: part.next for part in ranges}

@@ -2,9 +2,8 @@
 
     probe.<output>   `[64, ...]` float32, among the tensors of a version that answers need
 
-A host that is about to serve a version runs its program on the same inputs and
-compares. The inputs are derived from integers alone, so that later NumPy
-releases give the same values.
+A host that is about to serve a version runs its program on the same inputs and compares. The inputs are derived from
+integers alone, so that later NumPy releases give the same values.
 """
 
 from __future__ import annotations
@@ -39,21 +38,24 @@ WHOLE = frozenset(
 def inputs(shapes: Mapping[str, tuple[int | None, ...]]) -> dict[str, F32]:
     """The probe's inputs for a program or model.
 
-    >>> inputs({"features": (None, 2), "popular_rows": (3, 1)})["features"][:1].tolist()
-    [[0.0, 0.0]]
-
     Args:
         shapes: Input name -> shape; None or -1 means the number of rows.
     """
-    return {name: _values(name, tuple(_size(one) for one in shape)) for name, shape in shapes.items()}
-
-
-def _size(of: int | None) -> int:
-    return ROWS if of is None or of < 0 else of
+    return {
+        name: _values(name, tuple(ROWS if size is None or size < 0 else size for size in shape))
+        for name, shape in shapes.items()
+    }
 
 
 def _values(name: str, shape: tuple[int, ...]) -> F32:
-    drawn = _drawn(name, int(np.prod(shape))).reshape(shape)
+    # Pseudorandom 64-bit numbers: SplitMix64's finaliser applied to a counter.
+    with np.errstate(over="ignore"):
+        drawn = np.arange(int(np.prod(shape)), dtype=np.uint64) + (
+            np.uint64(zlib.crc32(name.encode())) << np.uint64(32)
+        )
+        drawn = (drawn ^ (drawn >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        drawn = (drawn ^ (drawn >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        drawn = (drawn ^ (drawn >> np.uint64(31))).reshape(shape)
     if name in WHOLE:
         # Twelve bits, shifted right at random: windows of all magnitudes.
         whole = (drawn >> np.uint64(52)) >> (drawn & np.uint64(7))
@@ -62,16 +64,6 @@ def _values(name: str, shape: tuple[int, ...]) -> F32:
     if name.endswith("_mask"):
         return (drawn & np.uint64(1)).astype(np.float32)
     return (0.4 * ((drawn >> np.uint64(40)).astype(np.float64) / 2.0**24 - 0.5)).astype(np.float32)
-
-
-def _drawn(name: str, count: int) -> npt.NDArray[np.uint64]:
-    """`count` pseudorandom 64-bit numbers: SplitMix64's finaliser applied to a counter."""
-    with np.errstate(over="ignore"):
-        mixed = np.arange(count, dtype=np.uint64) + (np.uint64(zlib.crc32(name.encode())) << np.uint64(32))
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed ^= mixed >> np.uint64(31)
-    return mixed
 
 
 def answers_in(tensors: Mapping[str, npt.NDArray[Any]]) -> dict[str, F32]:
@@ -85,15 +77,7 @@ def without(tensors: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[An
 
 
 def check(version: int, trained: Mapping[str, F32], answered: Mapping[str, F32]) -> float:
-    """Compares a host's probe outputs with the trainer's; returns the largest difference.
-
-    >>> round(check(7, {"vector": np.array([[1.0, 3.0]])}, {"vector": np.array([[1.000008, 3.0]])}), 7)
-    2e-06
-
-    Args:
-        version: The version's number, for the error.
-        trained: Output name -> the trainer's outputs, `[n, ...]` float32.
-        answered: Output name -> the outputs to compare.
+    """Compares a host's probe outputs with the trainer's, by name; returns the largest difference.
 
     Raises:
         ProgramError: An output differs by more than `TOLERANCE`, or is missing.
@@ -104,18 +88,14 @@ def check(version: int, trained: Mapping[str, F32], answered: Mapping[str, F32])
         if apart > TOLERANCE:
             raise ProgramError(
                 f"version {version} answers otherwise than its trainer: {name} differs by {apart:.2g} (allowed {TOLERANCE:g})",
-                "answers stay at the last good version; look after this host, and whether its packages are the trainer's",
+                "answers stay at the last good version; check this host, and that its packages are those of the trainer",
             )
         largest = max(largest, apart)
     return largest
 
 
 def _scales(trained: Mapping[str, F32]) -> npt.NDArray[np.float64]:
-    """1 + the largest output of each row, `[n]`: the scale of its rounding errors.
-
-    >>> _scales({"popular_logits": np.array([[3.0, -1e9]]), "engagement_logit": np.array([-5.0])}).tolist()
-    [6.0]
-    """
+    """1 + the largest output of each row, `[n]`: the scale of its rounding errors."""
     largest = [
         np.where(np.abs(one) < _NOT_THERE, np.abs(one), 0.0).reshape(len(one), -1).max(axis=1)
         for one in trained.values()

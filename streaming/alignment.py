@@ -25,6 +25,7 @@ from state.log import PartitionBatch, Reader
 from state.microbatch.batch import TOLERANCE_MS
 
 SILENT_S = 1.0
+MAX_SKEW_MS = 60_000  # event time by which a partition may be read ahead of those that lag
 LEAST_PACE_MS = 1e-3  # of a record; many records may share one time
 PROBE = 16  # records to read of a partition whose pace is unknown
 PACE_RECORDS = 64  # a batch of this size has half of the weight in the pace
@@ -209,7 +210,6 @@ class AlignedReader:
     Args:
         reader: Reads the partitions.
         reached: Event time at the position of a partition. It is called once everything read so far is included in it.
-        max_skew_s: How far a partition may be read ahead of others.
         clock_s: Monotonic clock in seconds.
     """
 
@@ -217,11 +217,10 @@ class AlignedReader:
         self,
         reader: Reader,
         reached: Callable[[int], Reached],
-        max_skew_s: float,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._reader, self._reached, self._clock_s = reader, reached, clock_s
-        self._alignment = Alignment(max_skew_ms=round(max_skew_s * 1000))
+        self._alignment = Alignment(MAX_SKEW_MS)
         self._read: dict[int, int] = {}
         self._left: dict[int, int] | None = None
         self._most = 0

@@ -44,8 +44,8 @@ from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.tfrecordio import WriteToTFRecord
 from apache_beam.pvalue import PCollection
 
-from state.config.asked_model import AskedModel
 from state.config.loading import load
+from state.config.sections import AskedModel
 from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.disk import files as durable
@@ -86,7 +86,7 @@ from streaming.steps import Handle, ParseEvents, Step, opened
 
 POLL_S = 0.2
 PROGRESS_S = 2.0
-COMPRESSIONS = {"gzip": CompressionTypes.GZIP, "none": CompressionTypes.UNCOMPRESSED}
+COMPRESSION = "gzip"
 Say = Callable[[str], None]
 logger = logging.getLogger(__name__)
 
@@ -345,9 +345,9 @@ def _write_examples(rows: PCollection[Rows], settings: Settings, folder: Path) -
         | "Write examples"
         >> WriteToTFRecord(
             str(folder / PREFIX),
-            file_name_suffix=SUFFIXES[bootstrap.compression],
+            file_name_suffix=SUFFIXES[COMPRESSION],
             num_shards=math.ceil(bootstrap.sample_rows / bootstrap.shard_rows),
-            compression_type=COMPRESSIONS[bootstrap.compression],
+            compression_type=CompressionTypes.GZIP,
         )
     )
 
@@ -362,7 +362,7 @@ def _describe(folder: Path, sample: Sample, about: Mapping[str, Any]) -> None:
         "actions": list(sample.spec.actions),
         "context": list(context),
         "rows": sample.tally.examples,
-        "compression": sample.settings.bootstrap.compression,
+        "compression": COMPRESSION,
         "preprocessing": sample.settings.model.preprocessing,
         **about,
     }

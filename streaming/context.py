@@ -34,7 +34,7 @@ from state.events.identity import Salt
 from state.events.parser import EventBatch, Parser
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
-from state.history.rewinding import line_of
+from state.history.rewinding import branch_of
 from state.history.store import HistoryStore
 from state.history.waiting import Changes, Extra
 from state.layout import ATTRIBUTES
@@ -181,7 +181,7 @@ def open_stream(
         topics = stack.enter_context(log.topics())
         clicks = ensure_topics(settings, topics)
         # 4.
-        watch = ControlWatch(settings.registry_dir, line_of(store))
+        watch = ControlWatch(settings.registry_dir, branch_of(store))
         desired = watch.desired
         # 5.
         encoding = Encoding.of(settings.stream, spec.digest, salt.fingerprint)

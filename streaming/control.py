@@ -26,13 +26,13 @@ import numpy as np
 
 from state.config.settings import Settings
 from state.disk.files import HOST
+from state.disk.lmdb_store import PAGES_MS
 from state.errors import StoreError, StoreFull
 from state.features.erased import Erased
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
-from state.history.forgetting import PAGES_MS
 from state.history.rewind import Before
-from state.history.rewinding import go_back
+from state.history.rewinding import rewind
 from state.history.store import HistoryStore
 from state.log import Log, Reader
 from state.microbatch.batch import trim
@@ -153,7 +153,7 @@ def roll_back_histories(
     def open_at(offset: int) -> Reader:
         return log.reader(settings.kafka.microbatches_topic, [PARTITION], {PARTITION: offset})
 
-    result = go_back(store, desired.branch, open_at, PARTITION, spec.reach_ms(settings.events), extra=extra, timed=True)
+    result = rewind(store, desired.branch, open_at, PARTITION, spec.reach_ms(settings.events), extra=extra, timed=True)
     if result is not None:
         logger.info("epoch %d of the training log: %s", desired.log_epoch, result)
     return written_letters(store)

@@ -128,8 +128,7 @@ def of_topic(settings: Settings, segment: ClicksSegment, log: Log, reached: Call
     if not begins:
         return
     with log.reader(topic, sorted(begins), begins) as reader:
-        skew_s = settings.stream.max_skew_s
-        aligned = AlignedReader(reader, lambda partition: reached(Source(segment.topic_id, partition)), skew_s)
+        aligned = AlignedReader(reader, lambda partition: reached(Source(segment.topic_id, partition)))
 
         def poll() -> list[PartitionBatch]:
             aligned.begin(settings.stream.cut_rows)

@@ -27,14 +27,13 @@ import pyarrow as pa
 from apache_beam.pvalue import PCollection
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
-from state.config.asked_model import AskedModel
-from state.config.sections import Model
+from state.config.sections import AskedModel, Model
 from state.config.settings import Settings
 from state.errors import ProgramError
 from state.features.spec import FeatureSpec
 from state.lowering import ROWS_TOLERANCE, TOLERANCE, difference, lower_saved_model, run_lowered
 from state.process.part import OPTIONS_READ, run_check
-from state.process.user_code import first_line, load_named, told
+from state.process.user_code import error_line, first_line, load_named
 
 FEATURES = "features"
 CATEGORY = "category"
@@ -283,7 +282,7 @@ def _analysed(function: Preprocessing, rows: F32, output: Path, what: str) -> No
             failures.append(error)
             raise
         except Exception as error:
-            failures.append(ProgramError(f"{what} raised {told(error)}"))
+            failures.append(ProgramError(f"{what} raised {error_line(error)}"))
             raise
 
     try:

@@ -39,7 +39,7 @@ from state.features.erased import Flags
 from state.features.spec import FeatureSpec
 from state.history.actions import renumbered
 from state.history.appends import Appends, events_of
-from state.history.rewinding import line_of
+from state.history.rewinding import branch_of
 from state.history.store import HistoryStore
 from state.history.waiting import Changes, Extra, WaitingRows, keys_of, place_of
 from state.layout import GAPS, HISTORIES
@@ -491,7 +491,7 @@ def rebuild(settings: Settings, copy: Path | None, progress: ProgressLine) -> Re
         try:
             actions = SpecActions(settings.registry_dir, spec)
             check_identity(store, spec, salt.fingerprint, actions)
-            desired = ControlWatch(settings.registry_dir, line_of(store)).desired
+            desired = ControlWatch(settings.registry_dir, branch_of(store)).desired
             roll_back_histories(log, settings, spec, store, desired)
             # 2. and 3.
             result = Rebuild(settings, store, actions, salt, progress, desired).run()

@@ -181,7 +181,6 @@ class ClickReader:
         self._reader = AlignedReader(
             context.reader,
             lambda partition: clock.reached(Source(topic_id, partition)),
-            context.settings.stream.max_skew_s,
         )
 
     def poll(self) -> list[PartitionBatch]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from state.log import Log, PartitionBatch, Reader
+from state.log.bulk import BulkWriter, encode_batch
+from state.log.records import I64
 
 
 def eventually(condition: Callable[[], bool], within_s: float = 60.0) -> bool:
@@ -61,3 +63,22 @@ def joined(batches: list[PartitionBatch], partition: int = 0) -> tuple[int, int]
     for before, after in pairwise(mine):
         assert before.next == after.first
     return mine[0].first, mine[-1].next
+
+
+def append_encoded(
+    writer: BulkWriter,
+    keys: Sequence[bytes],
+    values: Sequence[bytes],
+    timestamps_ms: I64,
+    partitions: Sequence[int] | I64,
+) -> None:
+    """Appends records in whole batches, one per partition of `partitions` (see `partition_of`); each partition keeps the order of its records."""
+    rows: dict[int, list[int]] = {}
+    for row, partition in enumerate(partitions):
+        rows.setdefault(int(partition), []).append(row)
+    writer.append(
+        {
+            partition: encode_batch([keys[row] for row in mine], [values[row] for row in mine], timestamps_ms[mine])
+            for partition, mine in rows.items()
+        }
+    )

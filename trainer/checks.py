@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from state.config.asked_model import AskedModel
+from state.config.sections import AskedModel
 from state.config.sections import Model as ModelSettings
 from state.config.settings import Settings
 from state.errors import SettingsError

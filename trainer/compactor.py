@@ -57,6 +57,7 @@ PART = "compactor"
 NICENESS = 10
 GARBAGE_KEEP_D = 30  # of damaged versions and of files that no kept version refers to
 PATIENCE_S, WAIT_S = 300.0, 0.5
+THIN_EVERY_MS = 600_000  # between versions older than `registry.delta_keep_s`
 HOUR_MS = 3_600_000
 DAY_MS = 24 * HOUR_MS
 SPARE_BASES = 2
@@ -309,8 +310,8 @@ def tiers_of(settings: Settings) -> Tiers:
         each_ms=int(kept.delta_keep_s * 1000),
         thin_ms=kept.base_keep_h * HOUR_MS,
         sparse_ms=kept.base_keep_d * DAY_MS,
-        thin_every_ms=int(kept.thin_s * 1000),
-        sparse_every_ms=int(kept.sparse_s * 1000),
+        thin_every_ms=THIN_EVERY_MS,
+        sparse_every_ms=HOUR_MS,
         most_bytes=min(int(kept.delta_keep_gb * 1e9), kept_bytes(settings, REGISTRY)),
         load_bytes=int(kept.load_mb * 1e6),
     )

@@ -25,7 +25,7 @@ from state.config.settings import Settings
 from state.errors import ProgramError, SettingsError
 from state.features.spec import FeatureSpec
 from state.lowering import ROWS_TOLERANCE, TOLERANCE, difference, lower_saved_model, run_lowered
-from state.process.user_code import told
+from state.process.user_code import error_line
 from state.rows.tables import CODES, TAKEN, is_name
 from trainer.engine.build import EMBEDDINGS, ranker_of
 from trainer.model.inputs import INPUTS, SEQUENCES, own_rows
@@ -161,7 +161,7 @@ def _called(call: Callable[[], Any], what: str, wanted: str) -> Any:
         # The trainer runs TensorFlow in a mode that refuses nondeterministic operations.
         if "determinism" in str(error):
             raise ProgramError(f"{what} draws at random", SEEDED) from error
-        raise ProgramError(f"{what} raised {told(error)}", wanted) from error
+        raise ProgramError(f"{what} raised {error_line(error)}", wanted) from error
 
 
 def _scores(ranker: Ranker, inputs: Mapping[str, F32], what: str, seed: tuple[int, int] = SEEDS[0]) -> dict[str, F32]:
@@ -330,7 +330,7 @@ def _built(settings: ModelSettings, width_in: int, what: str) -> Any:
     except SettingsError:
         raise
     except Exception as error:
-        raise ProgramError(f"{what} raised {told(error)}", wanted) from error
+        raise ProgramError(f"{what} raised {error_line(error)}", wanted) from error
     if not isinstance(tower, tf.Module) or not callable(tower):
         raise ProgramError(f"{what} returned {type(tower).__name__}", wanted)
     return tower

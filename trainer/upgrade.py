@@ -31,7 +31,7 @@ from state.errors import RegistryError, SettingsError, SpringtideError, of_disk
 from state.features.spec import FeatureSpec
 from state.process import log_lines
 from state.process.actor import actor
-from state.process.closed_output import while_read
+from state.process.ending import while_read
 from state.process.private_files import keep_private
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.process.wall_clock import wall_ms

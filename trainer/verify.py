@@ -35,7 +35,7 @@ from state.log import Log, Reader
 from state.log.accepted_gaps import Journal
 from state.log.follow import Position, open_topic
 from state.process import log_lines
-from state.process.closed_output import while_read
+from state.process.ending import while_read
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.registry.control import Control
 from state.registry.manifest import Manifest

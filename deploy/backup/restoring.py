@@ -37,7 +37,7 @@ from state.events.identity import load_salt
 from state.features.erased import Erased, Erasure
 from state.file_store import FileStore
 from state.history.appends import Appends
-from state.history.rewinding import line_extra
+from state.history.rewinding import branch_extra
 from state.history.store import HistoryStore
 from state.positions import Source
 from state.process import killpoints
@@ -220,7 +220,7 @@ def _finish_stores(settings: Settings, backup: Backup, kafka_lost: bool) -> tupl
         if kafka_lost:
             # A branch of a log that no longer exists leads nowhere.
             writing = HistoryStore(*opened)
-            writing.commit(Appends.none(), (), line_extra(WHOLE))
+            writing.commit(Appends.none(), (), branch_extra(WHOLE))
             writing.close()
         store = HistoryStore(*opened, readonly=True)
         try:

@@ -24,9 +24,8 @@ from deploy.serving.item_feed import EXTRAS as FEED_EXTRAS
 from deploy.serving.notes import CLOCK_EXTRA, SEEN
 from state.history.actions import ACTIONS
 from state.history.appends import Appends
-from state.history.forgetting import FORGOTTEN
 from state.history.rewinding import LINE
-from state.history.store import HistoryStore
+from state.history.store import FORGOTTEN, HistoryStore
 from state.history.sweeping import READ_TIMES
 from state.layout import HISTORIES, SERVING
 

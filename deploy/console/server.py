@@ -358,7 +358,7 @@ def run(settings: Settings) -> None:
     bound = listen(host, port, "console.port")
     app = Console(settings, guard, wall_ms)
     serving = settings.serving
-    limits = ConnectionLimits(serving.max_head_bytes, serving.timeout_s, CONNECTIONS, own_hosts=guard.open_to_read)
+    limits = ConnectionLimits(serving.timeout_s, CONNECTIONS, own_hosts=guard.open_to_read)
     server = DrainingServer(app, limits, DRAIN_S, access=access)
     server.end_on_signals()
     app.watch.start()

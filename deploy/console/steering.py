@@ -28,7 +28,7 @@ from deploy.operate.versions import open_registry
 from deploy.serving.requests.access import OPERATE
 from deploy.serving.requests.http import Endpoint, Request, Response, encode
 from state.config.settings import Settings
-from state.config.spans import UNITS_MS
+from state.config.sources import UNITS_MS
 from state.errors import BadRequest, ControlConflict, SpringtideError
 from state.process.actor import acting, actor
 

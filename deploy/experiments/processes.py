@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from deploy.children.supervisor import ProcessPlan, Supervisor
 from state.config.settings import Settings
-from state.config.spans import span_ms
+from state.config.sources import span_ms
 from state.errors import SpringtideError
 from state.experiments.experiment import Experiments
 from state.metrics import SupervisorMetrics, served

@@ -28,7 +28,7 @@ from deploy.operate.times import age
 from state import layout
 from state.config.sections import RetrainSettings
 from state.config.settings import Settings
-from state.config.spans import span_ms
+from state.config.sources import span_ms
 from state.disk.lock import DirectoryLock
 from state.errors import CorruptStore, LockHeld, SpringtideError, UnusableRegistry, of_disk
 from state.experiments.comparison import ComparisonFigures, read_figures

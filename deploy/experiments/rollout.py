@@ -117,7 +117,7 @@ class RolloutDriver:
 
     def report(self) -> RolloutReport:
         """Returns the current report about both arms."""
-        return report(self._experiment, self.evidence, self._settings.rollout.equal_within, self._now_ms())
+        return report(self._experiment, self.evidence, self._now_ms())
 
     def keep(self) -> None:
         """Stores the report for status, page and metrics; a disk error is logged, and the next call retries."""

@@ -29,7 +29,6 @@ from prometheus_client import CollectorRegistry
 from deploy.children.supervisor import ProcessPlan, Supervisor
 from deploy.experiments.start import copied_control, flags_of
 from state import layout
-from state.config.sections import TrialSettings
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import LockHeld, SpringtideError, of_disk
@@ -66,11 +65,10 @@ class LossComparison:
         folder: Path,
         live: Path,
         own: Path,
-        settings: TrialSettings,
         elapsed: Callable[[], float] = time.monotonic,
     ) -> None:
         self._folder, self._elapsed = folder, elapsed
-        self._comparison = comparison.read(folder) or PairedComparison(settings.alpha, settings.planned_rows)
+        self._comparison = comparison.read(folder) or PairedComparison()
         self._live, self._own = LossReader(live), LossReader(own)
         self._kept_s, self._kept_records = elapsed(), self._comparison.records
 
@@ -169,7 +167,7 @@ class ShadowRunner:
         name, running = experiment.name, self._running.get(experiment.name)
         own = self._experiments.registry(name)
         if running is None:
-            compared = LossComparison(self._experiments.folder(name), self._live.path, own, self._settings.trials)
+            compared = LossComparison(self._experiments.folder(name), self._live.path, own)
             running = self._running[name] = _Running(Registry(own), compared)
         # 1.
         for registry in (self._live, running.registry):

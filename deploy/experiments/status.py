@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 from deploy.operate.times import age, iso
 from state import layout
 from state.config.settings import Settings
-from state.config.spans import span_ms
+from state.config.sources import span_ms
 from state.disk.lock import is_held
 from state.errors import SpringtideError
 from state.experiments.comparison import ComparisonFigures, read_figures

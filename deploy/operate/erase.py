@@ -30,11 +30,11 @@ from deploy.operate.versions import open_registry, table
 from state import layout
 from state.attributes.values import id_of
 from state.config.settings import Settings
+from state.disk.lmdb_store import PAGES_MS
 from state.errors import DecodeError, LogError, MissingSalt, RegistryError, SettingsError
 from state.events.identity import load_salt, user_id
 from state.experiments.experiment import Experiments
 from state.features.erased import EVERYTHING, Erased, Erasure
-from state.history.forgetting import PAGES_MS
 from state.log import Log, topic_plan
 from state.log.follow import read_to
 from state.process import killpoints

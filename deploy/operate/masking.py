@@ -12,7 +12,7 @@ from typing import Any
 
 from deploy.operate.times import iso, parse_times
 from state.config.settings import Settings
-from state.config.spans import UNITS_MS
+from state.config.sources import UNITS_MS
 from state.errors import SaltMismatch, SettingsError
 from state.events.identity import load_salt, user_id
 from state.features.mask import Mask

@@ -320,7 +320,7 @@ def _histories_to_rebuild(settings: Settings, branch: LogLine, to: Manifest, vie
     # Not at the top: they load the window kernel, which no other command needs.
     from state.history.branch_records import branch_records
     from state.history.rewind import Since
-    from state.history.rewinding import line_of
+    from state.history.rewinding import branch_of
     from state.history.store import HistoryStore
 
     users = None
@@ -335,7 +335,7 @@ def _histories_to_rebuild(settings: Settings, branch: LogLine, to: Manifest, vie
                 for _, batch in branch_records(log, view.partition, to.log.next, view.end, branch):
                     since.take(batch)
             users = (users or 0) + len(store.lacking(since, to.marks))
-            if line_of(store) != branch:
+            if branch_of(store) != branch:
                 # The store was rolled back meanwhile.
                 return None
         finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from datetime import UTC, datetime
 
-from state.config.spans import span_ms
+from state.config.sources import span_ms
 from state.errors import SettingsError
 
 

@@ -23,7 +23,7 @@ from state.config.loading import load
 from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.disk import files as durable
-from state.errors import NotReady, UnknownSegment
+from state.errors import BadRequest, NotReady
 from state.process.progress_line import ProgressLine, bar
 from state.segments.expression import segments_of
 from state.segments.members import SegmentStore, all_members
@@ -97,7 +97,7 @@ def run(asked: argparse.Namespace, settings: Settings, say: Say) -> None:
         return
     if asked.name not in segments:
         do = f"name one of {', '.join(segments)}" if segments else "name segments in [segments]"
-        raise UnknownSegment(f"there is no segment {asked.name}", do)
+        raise BadRequest(f"there is no segment {asked.name}", do)
     with opened(settings) as store:
         (export if asked.action == "export" else lookalikes)(asked, settings, store, say)
 

@@ -87,6 +87,7 @@ AT_ONCE = 256
 """Users evaluated per round, due ones and those of the periodic pass each; about 70 ms."""
 FETCH_S, SOON_S = 0.1, 0.01
 MOST_DUE = 200_000
+SWEEP_S = 600.0  # in which every user is evaluated again, because windows expire without a click
 """Maximum of due users, about 100 bytes each; above it all users are evaluated instead."""
 CLICK, SWEEP, CHANGE = "click", "sweep", "change"
 RETRY_S = 1.0
@@ -360,8 +361,7 @@ class SegmentKeeper:
         self._judge = ProfileJudge(segments)
         self._members = Members(log, settings.segments.topic, self._store, segments, metrics)
         self._clicked = ClickedUsers(settings, log, metrics)
-        every_s = settings.segments.sweep_s
-        self._sweep = UserSweep(lambda: predictor().histories, self._store, segments, every_s, clock_s, AT_ONCE)
+        self._sweep = UserSweep(lambda: predictor().histories, self._store, segments, SWEEP_S, clock_s, AT_ONCE)
         self._lists = LookalikeLists(settings, clock_s)
         self._begun = False
         self._due: dict[int, None] = {}

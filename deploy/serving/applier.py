@@ -43,6 +43,7 @@ from state.attributes.values import tables_of
 from state.compiled.preparing import Kernels
 from state.config.settings import Settings
 from state.disk import memory_place as place
+from state.disk.lmdb_store import PAGES_MS
 from state.disk.lock import DirectoryLock
 from state.errors import (
     GapError,
@@ -55,7 +56,6 @@ from state.events.identity import fingerprint_at, load_salt
 from state.features.spec import FeatureSpec
 from state.history.actions import ACTIONS, numbered
 from state.history.appends import Appends
-from state.history.forgetting import PAGES_MS
 from state.history.store import open_or_replace
 from state.layout import ATTRIBUTES, CURRENT, EXPOSURES, GAPS, PROGRAMS, ROWS
 from state.log import KERNELS, Log, Reader, Topics, Writer

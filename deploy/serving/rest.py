@@ -299,7 +299,7 @@ def serve(
     else:
         add_process(registry)
     own_hosts = access.tokens is None and is_loopback(serving.host)
-    limits = ConnectionLimits(serving.max_head_bytes, serving.timeout_s, serving.max_connections, own_hosts)
+    limits = ConnectionLimits(serving.timeout_s, serving.max_connections, own_hosts)
     warming = Warming(host, Kernels(registry, _log))
 
     def grpc() -> GrpcServer:

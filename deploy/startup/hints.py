@@ -11,8 +11,7 @@ from deploy.startup import prometheus
 from deploy.watch import scrape
 from deploy.watch.address import address
 from state.config.loading import FILE
-from state.config.settings import Settings
-from state.config.sources import as_text
+from state.config.settings import Settings, as_text
 
 
 def question(settings: Settings, shoppers: bool) -> str:

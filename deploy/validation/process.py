@@ -70,6 +70,7 @@ BACKGROUND = 10
 RETRY_S = 1.0
 RECORDS_AT_ONCE = 64
 LOOK_BACK_WINDOWS = 2
+KEPT_WINDOWS = 12
 _log = logging.getLogger(__name__)
 
 
@@ -173,7 +174,7 @@ class WindowJudge:
             return None
         counted = dataset(window.statistics, f"window until {window.end_ms}")
         previous = self._previous(window)
-        self._kept.add(KeptWindow(window.end_ms, counted), self._settings.validation.keep)
+        self._kept.add(KeptWindow(window.end_ms, counted), KEPT_WINDOWS)
         baseline = self._baseline()
         if baseline is None:
             self._clear()

@@ -98,7 +98,7 @@ def parsed(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
 def hosts(settings: Settings) -> dict[str, str]:
     """Returns the hosts of processes that `metrics.hosts` names.
 
-    >>> from state.config.settings import MetricsSettings
+    >>> from state.config.sections import MetricsSettings
     >>> hosts(Settings(metrics=MetricsSettings(hosts=("trainer=train-0",))))
     {'trainer': 'train-0'}
 

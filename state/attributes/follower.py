@@ -1,14 +1,8 @@
-"""Follows a compacted topic of attributes and writes them to the store.
+"""Follows a compacted topic of attributes and writes them to the store: the last record of a key wins, a tombstone removes it.
 
-The last record of a key wins, and a tombstone removes the key.
-
-1. Records are read by position. The store keeps the positions next to the attributes.
-2. An invalid record (no key, no JSON object, a wrong type) changes nothing. It
-   is reported with a reason before the positions move.
-3. The newest record of each key and the positions are one commit.
-
-The topic is read again from its beginning if the store has other fields,
-another salt or another topic, or if its positions are out of range.
+An invalid record (no key, no JSON object, a wrong type) changes nothing; it is reported with a reason before the
+positions move. The newest record of each key and the positions are one commit. The topic is read from its beginning if
+the store has other fields, another salt or another topic, or if its positions are out of range.
 """
 
 from __future__ import annotations
@@ -86,12 +80,7 @@ class AttributeFollower:
         return sum(max(0, end - self.place.next.get(partition, 0)) for partition, end in self._ends.items())
 
     def connect(self) -> None:
-        """Starts to read at the position that the store holds.
-
-        Raises:
-            UnknownTopic: There is no such topic.
-            LogError: No broker answered, or the cluster refused the request.
-        """
+        """Starts to read at the position that the store holds."""
         self._log.connect()
 
     def disconnect(self) -> None:
@@ -186,14 +175,7 @@ def packed(table: AttributeTable, value: bytes, most_bytes: int) -> bytes:
 
 
 def follow(followers: Sequence[AttributeFollower], timeout_s: float) -> dict[str, list[int]]:
-    """Runs one step of each follower.
-
-    Returns:
-        The ids whose attributes changed, by side.
-
-    Raises:
-        LogError: A topic cannot be read now; what was committed stays.
-    """
+    """Runs one step of each follower; returns the ids whose attributes changed, by side."""
     return {one.side: one.step(timeout_s) for one in followers}
 
 
@@ -208,13 +190,10 @@ def keep_following(
 
     Args:
         followers: The followers of both sides.
-        stop: Set it to end the loop.
+        stop: Ends the loop.
         take: Called with a side and the ids whose attributes changed.
         meanwhile: What continues while a topic cannot be read, for the log message.
         room: Counts how often the store was full.
-
-    Raises:
-        StoreError: The store cannot be written, though it is not full.
     """
     say = SaidOnce(logger.warning)
     while not stop.is_set():

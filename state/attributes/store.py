@@ -3,22 +3,22 @@
     user, item   id u64 BE -> the attributes' ids, u64 LE each, then their texts as JSON
     meta         user, item -> `TopicPosition` as JSON; format
 
-The store is derived: a compacted topic still has the newest record of each
-key. If the store cannot be trusted (a power cut, damage, other settings,
-another topic), it is cleared and the topic is read from its beginning.
+The store is derived: a compacted topic still has the newest record of each key. If the store cannot be trusted (a power
+cut, damage, other settings, another topic), it is cleared and the topic is read from its beginning.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from state.attributes.values import SIDES
-from state.disk.lmdb_store import LmdbStore
+from state.disk.lmdb_store import LmdbStore, put_all
 
 OUTCOMES = ("value", "removed", "dead", "absent")
 
@@ -43,18 +43,7 @@ class TopicPosition:
 
 
 class AttributeStore(LmdbStore):
-    """Attributes by side and id. One thread commits; any thread of any process may read.
-
-    Args:
-        path: The store's directory.
-        map_bytes: Its maximum size.
-        readonly: True for readers; the writer must have created the store.
-        boot_id: The boot id of this machine; by default the kernel's.
-
-    Raises:
-        CorruptStore: The store cannot be trusted; see `open_anew`.
-        StoreError: The store cannot be opened.
-    """
+    """Attributes by side and id. One thread commits; any thread of any process may read. Arguments as for `LmdbStore`."""
 
     noun = "attributes"
     databases = SIDES
@@ -72,10 +61,7 @@ class AttributeStore(LmdbStore):
         """The position in the side's topic; None if nothing was read yet."""
         with self._env.begin(db=self._meta) as transaction:
             stored = transaction.get(side.encode())
-        if stored is None:
-            return None
-        fields = json.loads(bytes(stored))
-        return TopicPosition(**fields | {"next": {int(partition): at for partition, at in fields["next"].items()}})
+        return None if stored is None else msgspec.json.decode(stored, type=TopicPosition)
 
     def count(self, side: str) -> int:
         """The number of ids that have attributes."""
@@ -83,26 +69,17 @@ class AttributeStore(LmdbStore):
             return int(transaction.stat(self._databases[side])["entries"])
 
     def commit(self, side: str, changes: Mapping[int, bytes | None], place: TopicPosition) -> None:
-        """Sets or removes (None) the changed values and stores the position, in one transaction.
-
-        Raises:
-            StoreFull: The map or the disk is full; nothing was changed.
-            UnusableDisk: The disk refused the write; nothing was changed.
-        """
+        """Sets or removes (None) the changed values and stores the position, in one transaction; if it raises, nothing changed."""
         with self._write() as transaction:
-            for one, value in changes.items():
-                key = one.to_bytes(8, "big")
-                if value is None:
-                    transaction.delete(key, db=self._databases[side])
-                else:
-                    transaction.put(key, value, db=self._databases[side])
-            transaction.put(side.encode(), json.dumps(asdict(place)).encode(), db=self._meta)
+            values = {one.to_bytes(8, "big"): value for one, value in changes.items()}
+            put_all(transaction, self._databases[side], values)
+            transaction.put(side.encode(), msgspec.json.encode(place), db=self._meta)
 
     def begin_anew(self, side: str, place: TopicPosition) -> None:
         """Clears a side and sets its position; the topic is read again from `place`."""
         with self._write() as transaction:
             transaction.drop(self._databases[side], delete=False)
-            transaction.put(side.encode(), json.dumps(asdict(place)).encode(), db=self._meta)
+            transaction.put(side.encode(), msgspec.json.encode(place), db=self._meta)
 
 
 def pack(ids: Sequence[int], texts: Sequence[str | None]) -> bytes:
@@ -111,12 +88,7 @@ def pack(ids: Sequence[int], texts: Sequence[str | None]) -> bytes:
 
 
 def ids_in(value: bytes, attributes: int) -> NDArray[np.uint64]:
-    """The ids in a value, `[A]` uint64.
-
-    >>> value = pack([7, 9], ["a", None])
-    >>> ids_in(value, 2).tolist(), texts_in(value, 2)
-    ([7, 9], ['a', None])
-    """
+    """The ids in a value, `[A]` uint64."""
     return np.frombuffer(value, "<u8", attributes)
 
 

@@ -1,14 +1,10 @@
 """Attributes of users and items: decodes the records of their compacted topics, and derives the ids of the values.
 
-Each attribute of a user or an item is one of
-
-    a value     the id of "user:age_band=25-34"
+    a value     the id of "user:age_band=25-34"; numbers become bands
     none        the id of "user:age_band": there is a record, but it has no such value (null, "" or missing)
     unknown     the id of "user:age_band?": there is no record, or a tombstone removed it
 
-To the model, none and unknown are values like any other: a user who does not
-state an age differs from a user that the CRM does not know. Numbers become
-bands. The last record of a key wins. The module has no side effects.
+To the model, none and unknown are values like any other. No side effects.
 """
 
 from __future__ import annotations
@@ -70,14 +66,7 @@ def band(value: float, edges: Sequence[float]) -> str:
 
 
 def id_of(key: bytes | None) -> str:
-    """Decodes the plain id in a record's key.
-
-    >>> id_of(b"ada")
-    'ada'
-
-    Raises:
-        DecodeError: The key is missing, empty, or not valid UTF-8.
-    """
+    """Decodes the plain id in a record's key; DecodeError if the key is missing, empty, or not valid UTF-8."""
     if not key:
         raise DecodeError(Reason.MISSING_FIELD if key is None else Reason.EMPTY_ID)
     try:
@@ -150,11 +139,7 @@ class AttributeTable:
 
 
 def _text(one: Field, value: Any) -> str | None:
-    """A value as text, or the band of a number.
-
-    Raises:
-        DecodeError: The type is not allowed, or the number is not finite.
-    """
+    """A value as text, or the band of a number; DecodeError if the type is not allowed, or the number is not finite."""
     if value is None or value == "":
         return None
     if not isinstance(value, str | bool | int | float):
@@ -171,11 +156,7 @@ def _text(one: Field, value: Any) -> str | None:
 
 
 def tables_of(settings: Attributes) -> dict[str, AttributeTable]:
-    """The tables of the sides that have a topic, users first.
-
-    >>> list(tables_of(Attributes(item_topic="items", item_fields=("brand",))))
-    ['item']
-    """
+    """The tables of the sides that have a topic, users first."""
     return {
         side: AttributeTable(side, fields_of(getattr(settings, f"{side}_fields")))
         for side in SIDES

@@ -1,20 +1,15 @@
-"""Typed wrappers of Numba: kernels that touch every event or row are compiled.
+"""Typed wrappers of Numba: kernels that touch every event or row are compiled. Integers give the same bits as in NumPy.
 
-A pure NumPy window kernel costs some 10 us a row, a compiled loop 1-2 us.
-Integers give the same bits in both. Numba has no type stubs, so strict type
-checks need this one module.
-
-A kernel that Python calls declares its argument types, so that a process can
-compile it, or load it from the cache, before the first call:
+A kernel that Python calls declares its argument types, so that a process can compile it, or load it from the cache,
+before the first call:
 
     @compiled("i8[:, ::1], const(u8[::1]), i8, Tables")
     def kernel(events: I64, ids: U64, at_ms: int, tables: Tables) -> None: ...
 
-Types are Numba's short names: `i8[:, ::1]` is a contiguous two-dimensional
-array of int64, and `const(...)` is a read-only array. A named tuple is named by
-its class, whose fields declare their types with `@layout`.
-`state.compiled.preparing` prepares all declared kernels of a process. A kernel
-that only kernels call declares nothing: it is compiled as a part of them.
+Types are Numba's short names: `i8[:, ::1]` is a contiguous two-dimensional array of int64, and `const(...)` is a
+read-only array. A named tuple is named by its class, whose fields declare their types with `@layout`.
+`state.compiled.preparing` prepares all declared kernels of a process. A kernel that only kernels call declares nothing:
+it is compiled as a part of them.
 """
 
 from __future__ import annotations
@@ -60,14 +55,11 @@ def compiled(signature: str, /, *more: str) -> Callable[[Kernel], Kernel]: ...
 def compiled(kernel: Any, /, *more: str) -> Any:
     """Compiles a kernel: for its declared argument types at the start of the process, for others at their first call.
 
-    The machine code is cached in `__pycache__` next to the source file, or in
-    the user's cache folder if that is read-only. Machine code that an
-    installation left in `__pycache__` is found in both cases. All processes
-    share the cache: one compiles, the others wait and load.
+    The machine code is cached in `__pycache__` next to the source file, or in the user's cache folder if that is
+    read-only. All processes share the cache: one compiles, the others wait and load.
 
-    A kernel is compiled again if its file changed, or the file of a kernel that
-    it calls, or a constant or named tuple that it uses. Define these above it.
-    The kernel runs without the GIL. Division follows NumPy, not Python.
+    A kernel is compiled again if its file changed, or the file of a kernel that it calls, or a constant or named tuple
+    that it uses. Define these above it. The kernel runs without the GIL. Division follows NumPy, not Python.
 
     Args:
         kernel: The kernel, or the types of its arguments.
@@ -77,11 +69,7 @@ def compiled(kernel: Any, /, *more: str) -> Any:
 
 
 def inlined(part: Kernel) -> Kernel:
-    """Inlines a function into each `compiled` kernel that calls it.
-
-    A call that passes many arrays costs some 50 ns, mostly for their descriptors. A row of the window kernel took
-    1.98 us with calls and 1.29 us without (15 events).
-    """
+    """Inlines a function into each `compiled` kernel that calls it: passing many arrays costs some 50 ns a call."""
     _STAMPS[part] = _stamp_of(part)
     return cast(Kernel, _njit(nogil=True, error_model="numpy", forceinline=True, **_NO_WRAPPERS)(part))
 
@@ -93,9 +81,8 @@ def compiled_sums(signature: str, /, *more: str) -> Callable[[Kernel], Kernel]: 
 def compiled_sums(kernel: Any, /, *more: str) -> Any:
     """Like `compiled`, for floating-point sums: their terms may be regrouped to fill the processor's vectors.
 
-    The grouping is fixed when the kernel is compiled for a processor. The same
-    calls give the same bits on that kind of processor, and other bits on
-    another kind. Every function that such a kernel calls must be a `part_of_sums`.
+    The grouping is fixed when the kernel is compiled for a processor. The same calls give the same bits on that kind of
+    processor, and other bits on another kind. Every function that such a kernel calls must be a `part_of_sums`.
     """
     return _decorated(
         kernel,
@@ -107,9 +94,8 @@ def compiled_sums(kernel: Any, /, *more: str) -> Any:
 def part_of_sums(part: Kernel) -> Kernel:
     """Inlines a function into each `compiled_sums` kernel that calls it.
 
-    If it were called by name, its machine code would differ between the process
-    that compiled the kernel and one that loaded the kernel from the cache: the
-    grouping of its sums would depend on the order of compilation.
+    If it were called by name, its machine code would differ between the process that compiled the kernel and one that
+    loaded the kernel from the cache: the grouping of its sums would depend on the order of compilation.
     """
     _STAMPS[part] = _stamp_of(part)
     return cast(
@@ -128,13 +114,7 @@ def layout(types: str) -> Callable[[Class], Class]:
 
 
 class Declared(NamedTuple):
-    """A kernel that declares its argument types.
-
-    Attributes:
-        dispatcher: Numba's dispatcher.
-        signatures: The declared signatures.
-        names: The global names of its module.
-    """
+    """A kernel that declares its argument types: Numba's dispatcher, the signatures, and the global names of its module."""
 
     dispatcher: Any
     signatures: tuple[str, ...]
@@ -194,14 +174,7 @@ _LOCKED: set[Path] = set()
 
 
 class _CacheFile(IndexDataCacheFile):
-    """Numba's cache file of a kernel, with the installation's cache, which may be read-only, as a fallback.
-
-    Args:
-        folder: Where new machine code is written.
-        installed: The folder that the installation wrote to.
-        name: Base name of the files.
-        stamp: Digest of the sources of the machine code.
-    """
+    """Numba's cache file of a kernel; new machine code goes to `folder`, and `installed`, which may be read-only, is the fallback."""
 
     def __init__(self, folder: str, installed: str, name: str, stamp: str) -> None:
         super().__init__(folder, name, stamp)

@@ -17,13 +17,10 @@ SAY_S = 2.0
 
 
 class Kernels:
-    """The kernels of all modules that this process has imported.
-
-    Processes that start together share the work: a kernel that one of them has compiled is loaded by the others.
+    """The kernels of all modules that this process has imported. Processes that start together share the work.
 
     Args:
-        registry: Registry of the metrics for the number of kernels and of ready ones. Create this object as soon as the
-            registry is served.
+        registry: Registry of the metrics. Create this object as soon as the registry is served.
         logger: Logs the progress.
         without: Modules whose kernels the settings leave unused.
         uses: Modules that are imported late, and whose kernels are prepared too.
@@ -55,11 +52,7 @@ class Kernels:
         return f"compiling kernels, {self.ready} of {self.total}"
 
     def prepare(self, stopping: Callable[[], bool] = lambda: False) -> None:
-        """Prepares all kernels in this thread; returns early if the process is stopping.
-
-        Args:
-            stopping: Whether the process is stopping.
-        """
+        """Prepares all kernels in this thread; returns early if the process is stopping."""
         waiting = deque(self.wanted())
         begin_s = said_s = time.monotonic()
         self.total, self.ready = len(waiting), 0

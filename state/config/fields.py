@@ -27,15 +27,12 @@ class Field:
 
 
 def field_of(written: str) -> Field:
-    """Parses one attribute.
+    """Parses one attribute; another form raises ValueError.
 
     >>> field_of("age=ageBand")
     Field(name='age', path='ageBand', edges=())
     >>> field_of("price:10|50").edges
     (10.0, 50.0)
-
-    Raises:
-        ValueError: The text has another form.
     """
     head, colon, edges = written.partition(":")
     name, equals, path = head.partition("=")
@@ -53,9 +50,5 @@ def field_of(written: str) -> Field:
 
 
 def fields_of(written: Sequence[str]) -> tuple[Field, ...]:
-    """Parses the attributes of one side, in order.
-
-    Raises:
-        ValueError: An attribute has another form.
-    """
+    """Parses the attributes of one side, in order."""
     return tuple(field_of(one) for one in written)

@@ -4,16 +4,9 @@
     environment       SPRINGTIDE_KAFKA_PORT=9192
     flags             --kafka.port 9192
 
-The later source wins. An unknown name or impossible value is a `SettingsError`. It names the file and line, the
-variable or the flag, and the nearest known name.
-
-Settings can be valid alone and impossible together; `check_together` refuses these before any process starts.
-Each rule in `RULES` is a pure function of the settings that yields conflicts. A conflict lists its settings, the
-one to change first at the front. The error points at the first of them that is set explicitly, because a default is
-never the cause.
-
-`privacy` lists what differential privacy rules out. That is everything that lets one user's rows reach another user
-without a clipping bound and noise. `retrain` lists what scheduled retraining rules out.
+The later source wins. Each rule in `RULES` yields conflicts of settings that are valid alone. A conflict lists its
+settings, the one to change first at the front; the error points at the first of them that is set explicitly, because a
+default is never the cause.
 """
 
 from __future__ import annotations
@@ -26,10 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from state.config.fields import fields_of
-from state.config.sections import SECTIONS, Model, TrainerSettings, known_settings
-from state.config.settings import Settings
-from state.config.sources import PREFIX, checked, from_environment, from_file, from_flags
-from state.config.spans import span_ms
+from state.config.sections import Model, TrainerSettings
+from state.config.settings import PREFIX, SECTIONS, Settings, known_settings
+from state.config.sources import checked, from_environment, from_file, from_flags, span_ms
 from state.errors import SettingsError
 
 MOST_ACTIONS = 255
@@ -48,7 +40,7 @@ class Conflict(NamedTuple):
 
 
 def privacy(settings: Settings) -> Iterator[Conflict]:
-    """Only the TensorFlow engine clips gradients by row, only for the default ranker and tower; nothing else is learned."""
+    """Nothing lets a user's rows reach another user without clipping and noise: only TensorFlow's default ranker clips."""
     if not settings.privacy.epsilon:
         return
     wanted = {"model.ranker": Model().ranker, "model.tower": Model().tower}
@@ -56,9 +48,9 @@ def privacy(settings: Settings) -> Iterator[Conflict]:
         if settings.value(name) != only:
             yield Conflict(
                 (name, "privacy.epsilon"),
-                f"{name} {settings.value(name)!r} cannot be learned with privacy.epsilon {settings.privacy.epsilon:g}: of "
-                "code of one's own nobody knows whether a row's loss reads other rows",
-                "take it out, or set privacy.epsilon to 0",
+                f"{name} {settings.value(name)!r} cannot be learned with privacy.epsilon {settings.privacy.epsilon:g}: the "
+                "loss of a row in custom code may read other rows",
+                "remove it, or set privacy.epsilon to 0",
             )
     if settings.trainer.engine not in (TrainerSettings().engine, "tensorflow"):
         yield Conflict(
@@ -69,14 +61,14 @@ def privacy(settings: Settings) -> Iterator[Conflict]:
     if settings.churn.days:
         yield Conflict(
             ("churn.days", "privacy.epsilon"),
-            "churn.days is set: who leaves is learned of each user's rows, neither clipped nor with noise, which privacy.epsilon rules out",
+            "churn.days is set: churn is learned from each user's rows without clipping and noise, which privacy.epsilon rules out",
             "set churn.days or privacy.epsilon to 0",
         )
     if settings.segments.lookalikes:
         yield Conflict(
             ("segments.lookalikes", "privacy.epsilon"),
             f"segments.lookalikes is {settings.segments.lookalikes}: lookalikes compare the exact rows of different users, "
-            "so that the list of one user tells of others, which privacy.epsilon rules out",
+            "so the list of one user reveals others, which privacy.epsilon rules out",
             "set segments.lookalikes or privacy.epsilon to 0",
         )
 
@@ -90,9 +82,9 @@ def retrain(settings: Settings) -> Iterator[Conflict]:
     if settings.retrain.every and settings.privacy.epsilon:
         yield Conflict(
             ("retrain.every", "privacy.epsilon"),
-            f"retrain.every {settings.retrain.every} begins experiments, and with privacy.epsilon {settings.privacy.epsilon:g} there "
-            "are none: two trainers would take the same noise, and who compares them is rid of it",
-            "take retrain.every out, or set privacy.epsilon to 0",
+            f"retrain.every {settings.retrain.every} begins experiments, which privacy.epsilon {settings.privacy.epsilon:g} rules "
+            "out: two trainers would use the same noise, and comparing them removes it",
+            "remove retrain.every, or set privacy.epsilon to 0",
         )
 
 
@@ -100,11 +92,7 @@ Rule = Callable[["Settings"], Iterator[Conflict]]
 
 
 def check_together(settings: Settings) -> None:
-    """Refuses the first conflict.
-
-    Raises:
-        SettingsError: Two settings conflict; the error names the setting to change, its origin, and why.
-    """
+    """Refuses the first conflict: the SettingsError names the setting to change, its origin, and why."""
     for rule in RULES:
         for names, why, do in rule(settings):
             name = next((one for one in names if one in settings.origins), names[0])
@@ -167,7 +155,7 @@ def fields(settings: Settings) -> Iterator[Conflict]:
             yield Conflict(
                 (f"events.{name}", "events.outcomes", "events.label"),
                 f"events.{name} names {field!r}, an outcome: known only after the event, it would leak the label",
-                f"take it out, or say events.allow_outcomes {field}",
+                f"remove it, or set events.allow_outcomes to {field}",
             )
 
 
@@ -209,7 +197,7 @@ def parts(settings: Settings) -> Iterator[Conflict]:
         yield Conflict(
             ("features.sequence", "features.history"),
             f"features.sequence {settings.features.sequence} must not be above features.history = "
-            f"{settings.features.history}: no more events are remembered",
+            f"{settings.features.history}: no more events are stored",
         )
     for name in ("events.decoder", "model.ranker", "model.tower", "model.preprocessing"):
         if not re.fullmatch(r"[\w.]+:\w+", settings.value(name)):
@@ -265,7 +253,7 @@ def attributes(settings: Settings) -> Iterator[Conflict]:
         if not TOPIC.fullmatch(topic) or topic in (".", ".."):
             yield Conflict((named_topic,), f"{named_topic} {topic!r} is no name of a topic")
         if not written:
-            yield Conflict((named_topic,), f"{named_topic} needs {named_fields}: name what is to be read there")
+            yield Conflict((named_topic,), f"{named_topic} needs {named_fields}: name the fields to read")
         if topic in taken:
             yield Conflict((named_topic,), f"{named_topic} must be a topic of its own, not {topic}")
         taken.add(topic)
@@ -346,16 +334,12 @@ def _unused(settings: Settings, names: Sequence[str], wanted: str) -> Iterator[C
             yield Conflict(
                 (name, "kafka.security_protocol"),
                 f"{name} is set, and kafka.security_protocol {settings.kafka.security_protocol} does not use it",
-                f"set kafka.security_protocol to {wanted}, or take {name} out",
+                f"set kafka.security_protocol to {wanted}, or remove {name}",
             )
 
 
 def repeated(values: Sequence[str]) -> str | None:
-    """The first value that is repeated; None if all differ.
-
-    >>> repeated(["view", "cart", "view"]), repeated(["view"])
-    ('view', None)
-    """
+    """The first value that is repeated; None if all differ."""
     return next((one for place, one in enumerate(values) if one in values[:place]), None)
 
 

@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from state.errors import SettingsError
@@ -16,43 +14,17 @@ from state.errors import SettingsError
 T = TypeVar("T")
 
 
-def setting(
-    default: T,
-    unit: str = "",
-    help: str = "",
-    secret: bool = False,
-    least: float | None = None,
-    most: float | None = None,
-    above: float | None = None,
-    filled: bool = False,
-    choices: tuple[str, ...] = (),
-    auto: bool = False,
-) -> T:
+def setting(default: T, unit: str = "", help: str = "", secret: bool = False, **limits: Any) -> T:
     """Declares one setting as a dataclass field.
 
     Args:
         default: The value used when none is given; its type is the setting's type.
-        unit: The unit in words, where the name does not carry it.
+        unit: The unit in words.
         help: One sentence for `springtide config`.
         secret: Whether the value is masked wherever it is shown.
-        least: The smallest allowed value; for a list, of each element. Likewise for the next three.
-        most: The largest allowed value.
-        above: An exclusive lower bound.
-        filled: Whether an empty text is refused.
-        choices: The only allowed values.
-        auto: Whether a number may be written `auto`, which means 0.
+        limits: See `state.config.settings.KnownSetting`.
     """
-    metadata = {
-        "unit": unit,
-        "help": help,
-        "secret": secret,
-        "least": least,
-        "most": most,
-        "above": above,
-        "filled": filled,
-        "choices": choices,
-        "auto": auto,
-    }
+    metadata = {"unit": unit, "help": help, "secret": secret, **limits}
     declared: Any = field(default=default, repr=not secret, metadata=metadata)
     return declared  # type: ignore[no-any-return]
 
@@ -300,13 +272,6 @@ class Stream:
     batch_events: int = setting(
         2048, "events", least=1, most=1_000_000, help="Maximum number of events in a columnar batch."
     )
-    max_skew_s: float = setting(
-        60.0,
-        "s",
-        least=0,
-        most=86_400,
-        help="Maximum event time by which a partition may be read ahead of the partitions that lag.",
-    )
     cache_users: int = setting(
         20_000, "users", least=1, most=100_000_000, help="Number of users whose histories are cached in memory."
     )
@@ -407,6 +372,29 @@ class Model:
 
 
 @dataclass(frozen=True)
+class AskedModel(Model):
+    """The section `[model]` for user code; `asked` records each option that the code reads, as effective value and default.
+
+    >>> given = AskedModel.of(Model(options=("buckets=16", "heads=4")), {})
+    >>> given.option("buckets", 8), given.option("even", True), given.asked
+    (16, True, {'buckets': ['16', '8'], 'even': ['true', 'true']})
+    """
+
+    asked: dict[str, list[str]] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def of(cls, settings: Model, asked: dict[str, list[str]]) -> AskedModel:
+        """Wraps a section; reads are added to `asked`."""
+        return cls(**{one.name: getattr(settings, one.name) for one in fields(Model)}, asked=asked)
+
+    def option(self, name: str, default: Any) -> Any:
+        """Like `Model.option`, and records the read."""
+        text = str(default).lower() if isinstance(default, bool) else str(default)
+        self.asked[name] = [self.written.get(name, text), text]
+        return super().option(name, default)
+
+
+@dataclass(frozen=True)
 class TrainerSettings:
     """The trainer."""
 
@@ -440,12 +428,6 @@ class TrainerSettings:
     )
     base_every_s: float = setting(600.0, "s", least=1.0, help="Interval between bases that the compactor writes.")
     admit_after: int = setting(1, "sightings", least=1, help="Number of sightings of an id before it gets its own row.")
-    admit_crosses_after: int = setting(
-        0,
-        "sightings",
-        least=0,
-        help="Number of sightings of a cross before it gets its own row; 0: `trainer.admit_after`.",
-    )
     expire_s: float = setting(
         2_592_000.0, "s", least=1.0, help="Log time without a sighting after which a row expires."
     )
@@ -508,13 +490,6 @@ class ChurnSettings:
         least=0.0,
         most=365.0,
         help="Log time without an event after which a user counts as churned, such as 7; 0: churn is neither learned nor answered.",
-    )
-    examples: int = setting(
-        20_000,
-        "rows",
-        least=100,
-        most=10_000_000,
-        help="Maximum number of rows that wait for their label, at 200 bytes each in a durable version. Beyond it, only a sample of the users is learned from.",
     )
 
 
@@ -590,19 +565,15 @@ class RegistrySettings:
         3600.0,
         "s",
         least=1.0,
-        help="Age up to which every durable version is kept; older versions are thinned to one per `thin_s`.",
+        help="Age up to which every durable version is kept; older versions are thinned to one per 10 minutes.",
     )
-    thin_s: float = setting(600.0, "s", least=1.0, help="Interval between versions that are older than `delta_keep_s`.")
     base_keep_h: int = setting(
         24,
         "h",
         least=1,
-        help="Age up to which one version per `thin_s` is kept; older versions are thinned to one per `sparse_s`.",
+        help="Age up to which one version per 10 minutes is kept; older versions are thinned to one per hour.",
     )
-    sparse_s: float = setting(
-        3600.0, "s", least=1.0, help="Interval between versions that are older than `base_keep_h`."
-    )
-    base_keep_d: int = setting(7, "d", least=1, help="Age up to which one version per `sparse_s` is kept.")
+    base_keep_d: int = setting(7, "d", least=1, help="Age up to which one version per hour is kept.")
     delta_keep_gb: float = setting(
         4.0, "GB", least=0.01, help="Maximum size of all versions together; the oldest are removed first."
     )
@@ -611,16 +582,6 @@ class RegistrySettings:
         "MB",
         least=0.001,
         help="Maximum size of the deltas that are read after a base to load a version, or the size of the base if that is larger.",
-    )
-    share_s: float = setting(
-        0.3,
-        "s",
-        least=0.05,
-        most=5.0,
-        help="Interval between packs of recent versions that the trainer sends to `paths.shared_registry`.",
-    )
-    look_ms: int = setting(
-        250, "ms", least=10, most=60_000, help="Interval between polls of `paths.shared_registry` by a host."
     )
 
 
@@ -640,13 +601,6 @@ class ServingSettings:
         least=1024,
         most=1 << 30,
         help="Maximum size of a request body; larger requests are refused (413).",
-    )
-    max_head_bytes: int = setting(
-        32_768,
-        "bytes",
-        least=1024,
-        most=1 << 20,
-        help="Maximum size of request line and headers together; larger requests are refused (431).",
     )
     max_queue_ms: int = setting(
         250,
@@ -739,11 +693,7 @@ class ServingSettings:
 
     @property
     def processes(self) -> int:
-        """How many workers there are.
-
-        >>> ServingSettings(workers=3).processes
-        3
-        """
+        """How many workers there are."""
         return self.workers or len(os.sched_getaffinity(0))
 
 
@@ -770,18 +720,6 @@ class TrialSettings:
     )
     registry_gb: float = setting(
         1.0, "GB", least=0.01, help="Maximum size of the versions of an experiment; not part of `storage.budget_gb`."
-    )
-    alpha: float = setting(
-        0.05,
-        least=0.0001,
-        most=0.5,
-        help="Maximum false positive rate of the comparison with the live trainer, over all looks together.",
-    )
-    planned_rows: int = setting(
-        100_000,
-        "rows",
-        least=1000,
-        help="Number of paired rows for which the confidence interval of the difference is optimised.",
     )
     metrics_port: int = setting(
         9109, least=0, most=65535, help="Port of /metrics of experiments that run without `springtide up`."
@@ -847,12 +785,6 @@ class LogSettings:
         choices=("text", "json"),
         help="Format of a log line: text, or a JSON object with time, part, level, logger, event, message and, if they apply, version, epoch, partition and offset.",
     )
-    repeats: int = setting(
-        20,
-        "lines",
-        least=1,
-        help="Maximum number of lines per minute for one event; further occurrences are counted in one line.",
-    )
 
 
 @dataclass(frozen=True)
@@ -877,10 +809,12 @@ class Bootstrap:
     sample_rows: int = setting(50_000, "rows", least=1, help="Maximum number of rows that are analysed.")
     min_rows: int = setting(2000, "rows", least=1, help="Number of rows that the analysis waits for.")
     timeout_s: int = setting(120, "s", least=1, help="Maximum wait for these rows.")
-    compression: str = setting(
-        "gzip", choices=("gzip", "none"), help="Compression of the files that `springtide bootstrap --examples` writes."
+    shard_rows: int = setting(
+        10_000,
+        "rows",
+        least=1,
+        help="Approximate number of examples in each file that `springtide bootstrap --examples` writes.",
     )
-    shard_rows: int = setting(10_000, "rows", least=1, help="Approximate number of examples in each of these files.")
 
 
 @dataclass(frozen=True)
@@ -902,9 +836,6 @@ class Validation:
         help="Sampling interval: about one record of the training log in this many is read.",
     )
     min_rows: int = setting(1000, "rows", least=1, help="Minimum number of rows of a window that is judged.")
-    keep: int = setting(
-        12, "windows", least=2, most=10_000, help="Number of the newest windows whose statistics are kept."
-    )
     metrics_port: int = setting(9106, least=0, most=65535, help="Port of /metrics of the validation.")
 
 
@@ -918,12 +849,6 @@ class SegmentSettings:
     )
     topic: str = setting(
         "springtide.segments.v1", filled=True, help="Compacted topic of memberships, keyed by pseudonym and segment."
-    )
-    sweep_s: float = setting(
-        600.0,
-        "s",
-        least=1.0,
-        help="Interval in which every user is evaluated again, even without a click, because windows expire.",
     )
     lookalikes: int = setting(
         0,
@@ -962,12 +887,6 @@ class RolloutSettings:
         least=0.0,
         most=60_000.0,
         help="Maximum by which the 99th percentile latency of the experiment may exceed that of the live versions.",
-    )
-    equal_within: float = setting(
-        0.05,
-        above=0.0,
-        most=1.0,
-        help="Largest absolute lift that is called equal; the whole confidence interval must be within it.",
     )
     planned_answers: int = setting(
         20_000,
@@ -1074,65 +993,3 @@ class FlinkSettings:
         choices=("hashmap", "rocksdb"),
         help="State backend of the TaskManagers: hashmap keeps user state in the heap, rocksdb keeps it on disk at half the speed.",
     )
-
-
-SECTIONS: dict[str, type[Any]] = {
-    "paths": Paths,
-    "kafka": Kafka,
-    "events": Events,
-    "labels": LabelSettings,
-    "attributes": Attributes,
-    "features": Features,
-    "stream": Stream,
-    "model": Model,
-    "trainer": TrainerSettings,
-    "guard": GuardSettings,
-    "churn": ChurnSettings,
-    "privacy": PrivacySettings,
-    "registry": RegistrySettings,
-    "serving": ServingSettings,
-    "export": ExportSettings,
-    "trials": TrialSettings,
-    "retrain": RetrainSettings,
-    "storage": StorageSettings,
-    "logs": LogSettings,
-    "metrics": MetricsSettings,
-    "bootstrap": Bootstrap,
-    "validation": Validation,
-    "segments": SegmentSettings,
-    "rollout": RolloutSettings,
-    "shoppers": Shoppers,
-    "up": Supervision,
-    "console": ConsoleSettings,
-    "probe": ProbeSettings,
-    "webhook": WebhookSettings,
-    "flink": FlinkSettings,
-}
-
-
-@dataclass(frozen=True)
-class KnownSetting:
-    """One setting as declared: dotted name, default, unit, help, secrecy, bounds, choices, `auto`; see `setting`."""
-
-    name: str
-    default: Any
-    unit: str
-    help: str
-    secret: bool
-    least: float | None
-    most: float | None
-    above: float | None
-    filled: bool
-    choices: tuple[str, ...]
-    auto: bool
-
-
-def known_settings() -> Iterator[KnownSetting]:
-    """Every setting, in order.
-
-    >>> next(known_settings()).name
-    'paths.state'
-    """
-    for section, kind in SECTIONS.items():
-        for declared in dataclasses.fields(kind):
-            yield KnownSetting(name=f"{section}.{declared.name}", default=declared.default, **declared.metadata)

@@ -1,90 +1,53 @@
-"""The effective settings of a process, one attribute per section, and the paths on disk that follow from them."""
+"""The effective settings of a process: one attribute per section, the paths on disk, and the list of all settings."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from state import layout
-from state.config.sections import (
-    SECTIONS,
-    Attributes,
-    Bootstrap,
-    ChurnSettings,
-    ConsoleSettings,
-    Events,
-    ExportSettings,
-    Features,
-    FlinkSettings,
-    GuardSettings,
-    Kafka,
-    LabelSettings,
-    LogSettings,
-    MetricsSettings,
-    Model,
-    Paths,
-    PrivacySettings,
-    ProbeSettings,
-    RegistrySettings,
-    RetrainSettings,
-    RolloutSettings,
-    SegmentSettings,
-    ServingSettings,
-    Shoppers,
-    StorageSettings,
-    Stream,
-    Supervision,
-    TrainerSettings,
-    TrialSettings,
-    Validation,
-    WebhookSettings,
-    known_settings,
-)
-from state.config.sources import as_text, variable
+from state.config import sections
 
-__all__ = ["Settings", *(kind.__name__ for kind in SECTIONS.values())]
+PREFIX = "SPRINGTIDE_"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The effective settings, one attribute per section, and where each value came from.
+    """The effective settings, one attribute per section; `origins` says where each value came from that is not the default."""
 
-    Attributes:
-        origins: Dotted name -> where its value came from; names with their default value are absent.
-    """
-
-    paths: Paths = field(default_factory=Paths)
-    kafka: Kafka = field(default_factory=Kafka)
-    events: Events = field(default_factory=Events)
-    labels: LabelSettings = field(default_factory=LabelSettings)
-    attributes: Attributes = field(default_factory=Attributes)
-    features: Features = field(default_factory=Features)
-    stream: Stream = field(default_factory=Stream)
-    model: Model = field(default_factory=Model)
-    trainer: TrainerSettings = field(default_factory=TrainerSettings)
-    guard: GuardSettings = field(default_factory=GuardSettings)
-    churn: ChurnSettings = field(default_factory=ChurnSettings)
-    privacy: PrivacySettings = field(default_factory=PrivacySettings)
-    registry: RegistrySettings = field(default_factory=RegistrySettings)
-    serving: ServingSettings = field(default_factory=ServingSettings)
-    export: ExportSettings = field(default_factory=ExportSettings)
-    trials: TrialSettings = field(default_factory=TrialSettings)
-    retrain: RetrainSettings = field(default_factory=RetrainSettings)
-    storage: StorageSettings = field(default_factory=StorageSettings)
-    logs: LogSettings = field(default_factory=LogSettings)
-    metrics: MetricsSettings = field(default_factory=MetricsSettings)
-    bootstrap: Bootstrap = field(default_factory=Bootstrap)
-    validation: Validation = field(default_factory=Validation)
-    segments: SegmentSettings = field(default_factory=SegmentSettings)
-    rollout: RolloutSettings = field(default_factory=RolloutSettings)
-    shoppers: Shoppers = field(default_factory=Shoppers)
-    up: Supervision = field(default_factory=Supervision)
-    console: ConsoleSettings = field(default_factory=ConsoleSettings)
-    probe: ProbeSettings = field(default_factory=ProbeSettings)
-    webhook: WebhookSettings = field(default_factory=WebhookSettings)
-    flink: FlinkSettings = field(default_factory=FlinkSettings)
+    paths: sections.Paths = field(default_factory=sections.Paths)
+    kafka: sections.Kafka = field(default_factory=sections.Kafka)
+    events: sections.Events = field(default_factory=sections.Events)
+    labels: sections.LabelSettings = field(default_factory=sections.LabelSettings)
+    attributes: sections.Attributes = field(default_factory=sections.Attributes)
+    features: sections.Features = field(default_factory=sections.Features)
+    stream: sections.Stream = field(default_factory=sections.Stream)
+    model: sections.Model = field(default_factory=sections.Model)
+    trainer: sections.TrainerSettings = field(default_factory=sections.TrainerSettings)
+    guard: sections.GuardSettings = field(default_factory=sections.GuardSettings)
+    churn: sections.ChurnSettings = field(default_factory=sections.ChurnSettings)
+    privacy: sections.PrivacySettings = field(default_factory=sections.PrivacySettings)
+    registry: sections.RegistrySettings = field(default_factory=sections.RegistrySettings)
+    serving: sections.ServingSettings = field(default_factory=sections.ServingSettings)
+    export: sections.ExportSettings = field(default_factory=sections.ExportSettings)
+    trials: sections.TrialSettings = field(default_factory=sections.TrialSettings)
+    retrain: sections.RetrainSettings = field(default_factory=sections.RetrainSettings)
+    storage: sections.StorageSettings = field(default_factory=sections.StorageSettings)
+    logs: sections.LogSettings = field(default_factory=sections.LogSettings)
+    metrics: sections.MetricsSettings = field(default_factory=sections.MetricsSettings)
+    bootstrap: sections.Bootstrap = field(default_factory=sections.Bootstrap)
+    validation: sections.Validation = field(default_factory=sections.Validation)
+    segments: sections.SegmentSettings = field(default_factory=sections.SegmentSettings)
+    rollout: sections.RolloutSettings = field(default_factory=sections.RolloutSettings)
+    shoppers: sections.Shoppers = field(default_factory=sections.Shoppers)
+    up: sections.Supervision = field(default_factory=sections.Supervision)
+    console: sections.ConsoleSettings = field(default_factory=sections.ConsoleSettings)
+    probe: sections.ProbeSettings = field(default_factory=sections.ProbeSettings)
+    webhook: sections.WebhookSettings = field(default_factory=sections.WebhookSettings)
+    flink: sections.FlinkSettings = field(default_factory=sections.FlinkSettings)
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -160,7 +123,7 @@ class Settings:
     def environment(self) -> dict[str, str]:
         """Environment variables that give a child process the same settings; secrets stay off its command line.
 
-        >>> Settings(kafka=Kafka(port=9192, clicks_topic="shop")).environment()
+        >>> Settings(kafka=sections.Kafka(port=9192, clicks_topic="shop")).environment()
         {'SPRINGTIDE_KAFKA_CLICKS_TOPIC': 'shop', 'SPRINGTIDE_KAFKA_PORT': '9192'}
         """
         return {
@@ -177,3 +140,65 @@ class Settings:
         """
         section, _, key = name.partition(".")
         return getattr(getattr(self, section), key)
+
+
+SECTIONS = {
+    section.name: cast(type[Any], section.default_factory) for section in fields(Settings) if section.name != "origins"
+}
+"""Section -> its class, in the order of `Settings`."""
+
+
+@dataclass(frozen=True)
+class KnownSetting:
+    """One setting as declared.
+
+    Attributes:
+        name: The dotted name.
+        least: The smallest allowed value; for a list, of each element. Likewise for the next three.
+        most: The largest allowed value.
+        above: An exclusive lower bound.
+        filled: Whether an empty text is refused.
+        choices: The only allowed values.
+        auto: Whether a number may be written `auto`, which means 0.
+    """
+
+    name: str
+    default: Any
+    unit: str
+    help: str
+    secret: bool
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    filled: bool = False
+    choices: tuple[str, ...] = ()
+    auto: bool = False
+
+
+def known_settings() -> Iterator[KnownSetting]:
+    """Every setting, in order."""
+    for section, kind in SECTIONS.items():
+        for declared in fields(kind):
+            yield KnownSetting(name=f"{section}.{declared.name}", default=declared.default, **declared.metadata)
+
+
+def variable(name: str) -> str:
+    """The environment variable of a dotted name.
+
+    >>> variable("kafka.sasl_password")
+    'SPRINGTIDE_KAFKA_SASL_PASSWORD'
+    """
+    return PREFIX + name.replace(".", "_", 1).upper()
+
+
+def as_text(value: Any) -> str:
+    """A value as a variable or a flag writes it.
+
+    >>> as_text((3600, 86400)), as_text(0.2), as_text(("category=a,b",))
+    ('3600,86400', '0.2', '["category=a,b"]')
+    """
+    if not isinstance(value, tuple):
+        return str(value)
+    words = [str(one) for one in value]
+    plain = all("," not in word and word == word.strip("[] ") for word in words)
+    return ",".join(words) if plain else json.dumps(value, ensure_ascii=False)

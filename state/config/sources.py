@@ -1,11 +1,8 @@
 """Reads single settings from a TOML file, from environment variables and from flags, and checks each value.
 
-Every reader yields (dotted name, value, origin); `state.config.settings` puts them together. Unknown names and
-impossible values are refused here, with their origin and the nearest known name.
-
-Settings of earlier releases are handled here too: `RENAMED` maps them to their present names, and `GONE` lists those
-that no longer have an effect. A setting that is a list of `name=value` may also be written in the file as keys of its
-section: `name = "value"` (`NAMED`).
+Every reader yields (dotted name, value, origin). `RENAMED` maps settings of earlier releases to their present names;
+those in `GONE` no longer have an effect. A setting that is a list of `name=value` may also be written in the file as
+keys of its section: `name = "value"` (`NAMED`).
 """
 
 from __future__ import annotations
@@ -22,10 +19,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from state.config.sections import SECTIONS, KnownSetting
+from state.config.settings import PREFIX, SECTIONS, KnownSetting, as_text, variable
 from state.errors import SettingsError, reason_of
 
-PREFIX = "SPRINGTIDE_"
 MASK = "********"
 NO_SETTINGS = ("SPRINGTIDE_CONFIG", "SPRINGTIDE_KILL_AT")
 SHORT_FLAGS = {"bootstrap-servers": "kafka.bootstrap_servers", "state": "paths.state"}
@@ -39,10 +35,16 @@ RENAMED = {"features.labels": "features.recent_categories"}
 SHARDS = {"stream.shard": "0", "stream.shards": "1"}
 """Former settings that shared the partitions among several streams, and their values for a single stream."""
 
-_CUT = "a store that was open in a power cut is made anew"
+_CUT = "a store that was open in a power cut is rebuilt"
 _ONE = "one stream reads all partitions"
-GONE = {"stream.sync_s": _CUT, "serving.sync_s": _CUT, **dict.fromkeys(SHARDS, _ONE)}
-"""Settings that no longer have an effect, and why."""
+_ZIPPED = "examples are always compressed"
+GONE = {
+    "stream.sync_s": _CUT,
+    "serving.sync_s": _CUT,
+    **dict.fromkeys(SHARDS, _ONE),
+    "bootstrap.compression": _ZIPPED,
+}
+"""Settings that were removed and are ignored, and why."""
 
 _logger = logging.getLogger(__name__)
 
@@ -52,15 +54,6 @@ def listed(section: str, table: Mapping[str, Any], path: Path, lines: Mapping[st
 
     >>> listed("segments", {"busy": "events.visible > 20"}, Path(), {})
     {'expressions': ['busy=events.visible > 20']}
-
-    Args:
-        section: Its name.
-        table: Its keys and values in the file.
-        path: The file.
-        lines: The line of each key.
-
-    Raises:
-        SettingsError: The value of such a key is not a string.
     """
     if section not in NAMED:
         return table
@@ -88,43 +81,17 @@ def is_gone(name: str, value: Any, origin: str) -> bool:
     """
     if name in SHARDS and str(value).strip() != SHARDS[name]:
         raise SettingsError(
-            f"{origin}: there is no {name} any more: {_ONE}",
-            "stop all streams of this deployment, leave the setting out and start one; where histories of other shards "
-            "lie beside its own it asks for `springtide rebuild-history`, which `springtide up` runs by itself",
+            f"{origin}: {name} was removed: {_ONE}",
+            "stop all streams of this deployment, leave the setting out and start one stream. If histories of other shards "
+            "exist, it asks for `springtide rebuild-history`, which `springtide up` runs by itself",
         )
     if name in GONE:
-        _logger.warning("%s: %s decides nothing any more: %s; leave it out", origin, name, GONE[name])
+        _logger.warning("%s: %s was removed and is ignored: %s; leave it out", origin, name, GONE[name])
     return name in GONE
 
 
-def variable(name: str) -> str:
-    """The environment variable of a dotted name.
-
-    >>> variable("kafka.sasl_password")
-    'SPRINGTIDE_KAFKA_SASL_PASSWORD'
-    """
-    return PREFIX + name.replace(".", "_", 1).upper()
-
-
-def as_text(value: Any) -> str:
-    """A value as a variable or a flag writes it.
-
-    >>> as_text((3600, 86400)), as_text(0.2), as_text(("category=a,b",))
-    ('3600,86400', '0.2', '["category=a,b"]')
-    """
-    if not isinstance(value, tuple):
-        return str(value)
-    words = [str(one) for one in value]
-    plain = all("," not in word and word == word.strip("[] ") for word in words)
-    return ",".join(words) if plain else json.dumps(value, ensure_ascii=False)
-
-
 def as_list(text: str) -> list[Any]:
-    """The elements of a list written as text: with commas, or as JSON where an element has one.
-
-    >>> as_list("view, cart"), as_list("[60, 120]"), as_list('["category=a,b"]')
-    (['view', 'cart'], [60, 120], ['category=a,b'])
-    """
+    """The elements of a list written as text: with commas, or as JSON where an element has one."""
     if text.lstrip().startswith("["):
         with contextlib.suppress(ValueError):
             return list(json.loads(text))
@@ -254,30 +221,19 @@ def nearest_setting(name: str, known: Mapping[str, object]) -> str:
         return RENAMED[name]
     section, _, key = name.rpartition(".")
     same = [one for one in known if one.partition(".")[2] == key]
-    return nearest(name, dict.fromkeys(same, 1) or known) if same or section else _nearest_key(name, known)
-
-
-def _nearest_key(key: str, known: Mapping[str, object]) -> str:
-    """The setting whose key, without its section, is most similar to `key`."""
-    near = nearest(key, {one.partition(".")[2]: 1 for one in known})
+    if same or section:
+        return nearest(name, dict.fromkeys(same, 1) or known)
+    near = nearest(name, {one.partition(".")[2]: 1 for one in known})
     return next(one for one in known if one.partition(".")[2] == near)
 
 
 def nearest(name: str, candidates: Mapping[str, object]) -> str:
-    """The candidate most similar to `name`.
-
-    >>> nearest("kafka.prot", {"kafka.port": 1, "kafka.group": 2})
-    'kafka.port'
-    """
+    """The candidate most similar to `name`."""
     return difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.0)[0]
 
 
 def line_numbers(text: str) -> dict[str, int]:
-    r"""The line of each `[section]` and of each key of a TOML text; tomllib keeps none.
-
-    >>> line_numbers("[kafka]\n\nport = 9192\n")
-    {'kafka': 1, 'kafka.port': 3}
-    """
+    r"""The line of each `[section]` and of each key of a TOML text; tomllib keeps none."""
     lines: dict[str, int] = {}
     section = ""
     for number, line in enumerate(text.splitlines(), 1):
@@ -294,11 +250,7 @@ def line_numbers(text: str) -> dict[str, int]:
 
 
 def checked(known: KnownSetting, value: Any, origin: str) -> Any:
-    """The value in the setting's type and bounds.
-
-    Raises:
-        SettingsError: It is not of the type, or out of bounds.
-    """
+    """The value in the setting's type and bounds; SettingsError if it is not of the type, or out of bounds."""
     where = f"{origin}: {known.name}"
     value = 0 if known.auto and value == "auto" else value
     if isinstance(known.default, tuple):
@@ -308,14 +260,10 @@ def checked(known: KnownSetting, value: Any, origin: str) -> Any:
             raise SettingsError(
                 f"{where} must be a list, such as {as_text(known.default) or 'one,two'}, not {_shown(known, value)}"
             )
-        kind = _element_kind(known)
+        # An empty default is a list of strings.
+        kind = type(known.default[0]) if known.default else str
         return tuple(_in_bounds(known, _scalar(known, kind, one, where), where) for one in value)
     return _in_bounds(known, _scalar(known, type(known.default), value, where), where)
-
-
-def _element_kind(known: KnownSetting) -> type:
-    """The type of a list's elements; an empty default is a list of strings."""
-    return type(known.default[0]) if known.default else str
 
 
 def _scalar(known: KnownSetting, kind: type, value: Any, where: str) -> Any:
@@ -353,3 +301,16 @@ def _in_bounds(known: KnownSetting, value: Any, where: str) -> Any:
 
 def _shown(known: KnownSetting, value: Any) -> str:
     return MASK if known.secret else repr(value)
+
+
+UNITS_MS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+
+
+def span_ms(text: str) -> float | None:
+    """The milliseconds of a time span such as `30m`; None if the text is no time span.
+
+    >>> span_ms("30m"), span_ms("1.5s"), span_ms("30")
+    (1800000.0, 1500.0, None)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", text)
+    return float(found[1]) * UNITS_MS[found[2]] if found else None

@@ -1,8 +1,7 @@
 """The marker file of a store that is not synced at each commit: whether it was closed cleanly, and the last boot id.
 
-After kill -9 such a store is complete, since the kernel still writes its
-pages. After a power cut any pages may be missing; then the boot id in the
-marker differs from the machine's.
+After kill -9 such a store is complete, since the kernel still writes its pages. After a power cut any pages may be
+missing; then the boot id in the marker differs from the machine's.
 """
 
 from __future__ import annotations
@@ -17,22 +16,13 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class CleanMark(NamedTuple):
-    """The content of a marker file.
-
-    Attributes:
-        clean: Whether the store was closed cleanly.
-        boot_id: The machine's boot id when the store was last open.
-    """
+    """The content of a marker file: whether the store was closed cleanly, and the machine's boot id when it was last open."""
 
     clean: bool
     boot_id: str
 
     def trusts(self, boot: str) -> bool:
-        """Whether the store has all its pages: it was closed cleanly, or was last open under this boot id.
-
-        >>> CleanMark(False, "a").trusts("a"), CleanMark(False, "a").trusts("b"), CleanMark(True, "a").trusts("b")
-        (True, False, True)
-        """
+        """Whether the store has all its pages: it was closed cleanly, or was last open under this boot id."""
         return self.clean or self.boot_id == boot
 
 
@@ -42,11 +32,7 @@ def boot_id() -> str:
 
 
 def parse(text: bytes) -> CleanMark:
-    """Parses a marker file; a damaged file gives a marker that no boot id trusts.
-
-    >>> parse(b'{"clean": true, "boot_id": "a"}'), parse(b'{"cle').trusts("a")
-    (CleanMark(clean=True, boot_id='a'), False)
-    """
+    """Parses a marker file; a damaged file gives a marker that no boot id trusts."""
     try:
         fields = json.loads(text)
         return CleanMark(bool(fields["clean"]), str(fields["boot_id"]))
@@ -55,18 +41,10 @@ def parse(text: bytes) -> CleanMark:
 
 
 def read(path: Path) -> CleanMark | None:
-    """Reads the marker at `path`; None if there is none.
-
-    Raises:
-        OSError: It cannot be read.
-    """
+    """Reads the marker at `path`; None if there is none."""
     return parse(path.read_bytes()) if path.exists() else None
 
 
 def write(path: Path, mark: CleanMark) -> None:
-    """Replaces the marker; durable when this returns.
-
-    Raises:
-        OSError: It cannot be written.
-    """
+    """Replaces the marker; durable when this returns."""
     durable.replace(path, json.dumps(mark._asdict()).encode())

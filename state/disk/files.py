@@ -31,15 +31,9 @@ def write(path: Path, data: bytes) -> None:
 
 
 def replace(path: Path, data: bytes, temporary: Path | None = None) -> None:
-    """Creates or replaces a file; durable when this returns.
+    """Creates or replaces a file; durable when this returns. If the disk refuses (OSError), the old file is unchanged.
 
-    Args:
-        path: The file.
-        data: Its new content.
-        temporary: A path on the same file system that no other writer uses; None if the file has one writer at a time.
-
-    Raises:
-        OSError: The disk refused; the old file is unchanged.
+    Without `temporary` the file must have one writer at a time.
     """
     if temporary is None:
         temporary = path.with_name(f".{path.name}.new")
@@ -55,13 +49,7 @@ def replace(path: Path, data: bytes, temporary: Path | None = None) -> None:
 def create(path: Path, data: bytes, temporary: Path) -> bool:
     """Creates a file durably and returns True, or False if it exists. Of concurrent callers one gets True.
 
-    Args:
-        path: The file.
-        data: Its content.
-        temporary: A path on the same file system that no other writer uses.
-
-    Raises:
-        OSError: The disk refused; nothing was created.
+    No other writer may use `temporary`. An OSError means that nothing was created.
     """
     try:
         write(temporary, data)
@@ -117,11 +105,7 @@ def sync_tree(path: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> None:
-    """Exchanges the names of two directories, atomically if the file system can; else `other` is missing for a moment.
-
-    Raises:
-        OSError: The exchange failed.
-    """
+    """Exchanges the names of two directories, atomically if the file system can; else `other` is missing for a moment."""
     renamed = _LIBC.renameat2(_HERE, os.fsencode(one.absolute()), _HERE, os.fsencode(other.absolute()), _EXCHANGE)
     if renamed == 0:
         return
@@ -137,11 +121,7 @@ def owner_mark() -> str:
 
 
 def is_dead(mark: str) -> bool:
-    """Whether the process that `owner_mark` identified has ended; a process of another host counts as alive.
-
-    >>> is_dead(owner_mark()), is_dead(f"{HOST}@{2**22 + 1}@0.00")
-    (False, True)
-    """
+    """Whether the process that `owner_mark` identified has ended; a process of another host counts as alive."""
     host, pid, started = mark.rsplit("@", 2)
     if host != HOST:
         return False

@@ -4,10 +4,8 @@
     data.mdb    the databases that the class names, and `meta`:
                 format -> {"format": its number, and the parameters of the store}, JSON
 
-A commit is visible to every reader at once and survives a kill. It survives a
-power cut only after the next `sync`. So a store is trusted after kill -9, and
-refused if it was open at a power cut. `compact` rewrites a store so that no
-deleted data remains, on free pages or in inner pages.
+A commit is visible to every reader at once and survives a kill. It survives a power cut only after the next `sync`. So
+a store is trusted after kill -9, and refused if it was open at a power cut.
 """
 
 from __future__ import annotations
@@ -36,6 +34,9 @@ MAX_READERS = 512
 AT_ONCE = 4096
 """Entries per transaction of `compact`. LMDB keeps memory for as many pages as its largest transaction changed."""
 
+PAGES_MS = 600_000
+"""Least time between two compactions of a store after erasures: LMDB keeps deleted data on free pages of its file."""
+
 FORMAT = b"format"
 _DAMAGED = (lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError, lmdb.VersionMismatchError)
 _logger = logging.getLogger(__name__)
@@ -44,10 +45,8 @@ _logger = logging.getLogger(__name__)
 class LmdbStore:
     """An open store. One thread writes; any thread of any process may read.
 
-    Subclasses set the class attributes.
-
     Attributes:
-        noun: What the store holds, for messages.
+        noun: What the store holds, for messages. Subclasses set this and the following attributes.
         databases: The names of its databases, besides `meta`.
         later: Those of `databases` that a store of an older release may lack.
         number: The number of its format.
@@ -76,7 +75,9 @@ class LmdbStore:
     remedy: ClassVar[str]
     origin: ClassVar[str]
 
-    def __init__(self, path: Path, map_bytes: int, readonly: bool = False, boot_id: str | None = None) -> None:
+    def __init__(
+        self, path: Path, map_bytes: int = 1 << 34, readonly: bool = False, boot_id: str | None = None
+    ) -> None:
         self.path, self.readonly = Path(path), readonly
         self._boot_id = boot_id or clean_mark.boot_id()
         self._swapping = threading.Lock()
@@ -130,27 +131,13 @@ class LmdbStore:
 
     @classmethod
     def open_anew(cls, path: Path, *arguments: Any) -> Self:
-        """Opens a derived store for its writer; a store that cannot be trusted is replaced by an empty one.
-
-        Args:
-            path: Its directory.
-            *arguments: The other arguments of the class.
-
-        Raises:
-            StoreError: The store cannot be opened.
-        """
+        """Opens a derived store for its writer; a store that cannot be trusted is replaced by an empty one."""
         try:
             return cls(path, *arguments)
         except CorruptStore as error:
-            _logger.warning("the %s at %s are begun anew from %s: %s", cls.noun, path, cls.origin, error.what)
+            _logger.warning("the %s at %s are rebuilt from %s: %s", cls.noun, path, cls.origin, error.what)
             shutil.rmtree(path)
             return cls(path, *arguments)
-
-    def bytes_used(self) -> int:
-        """The size of the part of the map that holds data or once did; waits for a running `compact`."""
-        with self._swapping:
-            info, stat = self._env.info(), self._env.stat()
-        return int((info["last_pgno"] + 1) * stat["psize"])
 
     def bytes_limit(self) -> int:
         """The maximum size of the store."""
@@ -170,24 +157,14 @@ class LmdbStore:
         return mark is not None and mark.clean
 
     def sync(self) -> None:
-        """Makes all commits durable against a power cut.
-
-        Raises:
-            StoreFull: The disk is full; nothing is lost as long as the machine runs.
-            UnusableDisk: The disk refused for another reason; likewise.
-        """
+        """Makes all commits durable against a power cut. `StoreFull` and `UnusableDisk` lose nothing as long as the machine runs."""
         try:
             self._env.sync(True)
         except (lmdb.Error, OSError) as error:
             raise self._refused(error, "synced") from error
 
     def close(self) -> None:
-        """Syncs a writer's commits, closes the store and marks it as closed cleanly.
-
-        Raises:
-            StoreFull: The disk is full; the store is closed without the mark, as after a kill.
-            UnusableDisk: The disk refused for another reason; likewise.
-        """
+        """Syncs a writer's commits, closes the store and marks it as closed cleanly; without the mark if the disk refuses."""
         try:
             if not self.readonly:
                 self.sync()
@@ -197,16 +174,12 @@ class LmdbStore:
             try:
                 clean_mark.write(self._mark_path, CleanMark(True, self._boot_id))
             except OSError as error:
-                raise self._refused(error, "marked as closed in order") from error
+                raise self._refused(error, "marked as closed cleanly") from error
 
     def copy_as_is(self, handle: int) -> None:
         """Writes a snapshot of the store to an open file or pipe. Unchanged pages keep their position and content.
 
         Commits continue meanwhile, but pages that they free are not reused until the copy ends.
-
-        Raises:
-            StoreFull: The disk is full.
-            UnusableDisk: The disk refused for another reason.
         """
         try:
             self._env.copyfd(handle)
@@ -214,14 +187,11 @@ class LmdbStore:
             raise self._refused(error, "copied") from error
 
     def compact(self) -> None:
-        """Copies the live entries one by one to a new store, and replaces the old one with it.
+        """Copies the live entries one by one to a new store, and replaces the old one with it; no deleted data remains.
 
-        LMDB's own compacting copy leaves free pages out but takes inner pages as they are. An inner page names the
-        first key that the page below it had when it was created, even if that key was deleted since. Copying a million
-        entries of 600 bytes takes 1.2 s of a core, four times as long as LMDB's copy.
-
-        The writer calls it while no other thread of this process reads the store. Readers in other processes have the
-        old file until they open the store again, which they do when the file was replaced.
+        LMDB's own compacting copy would keep inner pages, which name keys that were deleted since. The writer calls
+        this while no other thread of this process reads the store. Readers in other processes have the old file until
+        they open the store again, which they do when the file was replaced.
 
         Raises:
             StoreFull: The disk has no room for both; nothing was changed.
@@ -234,7 +204,7 @@ class LmdbStore:
                 self._copy_alive(self._aside)
                 clean_mark.write(self._aside / layout.MARK, CleanMark(False, self._boot_id))
             except (lmdb.Error, OSError) as error:
-                refused = self._refused(error, "written anew")
+                refused = self._refused(error, "rewritten")
                 shutil.rmtree(self._aside, ignore_errors=True)
                 raise refused from error
             killpoints.reach("compact.copied")
@@ -280,13 +250,7 @@ class LmdbStore:
 
     @contextmanager
     def _write(self) -> Iterator[lmdb.Transaction]:
-        """A write transaction, committed at the end of the block; an exception leaves the store unchanged.
-
-        Raises:
-            StoreFull: The map or the disk is full; nothing was changed.
-            CorruptStore: The store is damaged.
-            UnusableDisk: The disk refused the write; nothing was changed.
-        """
+        """A write transaction, committed at the end of the block; an exception leaves the store unchanged."""
         try:
             with self._env.begin(write=True) as transaction:
                 yield transaction
@@ -369,7 +333,7 @@ class LmdbStore:
                 do = f"free space in memory, or start {self.writer} again: the store is on the disk if memory has no room"
                 return StoreFull(f"{what}: memory is full", do)
             return StoreFull(what, "free space on its disk")
-        return UnusableDisk(what, "look after its disk and its access rights, and start again")
+        return UnusableDisk(what, "check its disk and its access rights, and start again")
 
 
 def _is_full(error: Exception, path: Path) -> bool:
@@ -389,8 +353,8 @@ def put_all(transaction: lmdb.Transaction, database: Any, values: Mapping[bytes,
             transaction.put(key, value, db=database)
 
 
-def keys_with(cursor: lmdb.Cursor, prefix: bytes, start: bytes, limit: int) -> list[tuple[bytes, bytes]]:
-    """The first `limit` entries from key `start` on whose key begins with `prefix`, as (key, value)."""
+def keys_with(cursor: lmdb.Cursor, prefix: bytes, start: bytes, limit: int | None = None) -> list[tuple[bytes, bytes]]:
+    """The first `limit` entries, or all, from key `start` on whose key begins with `prefix`, as (key, value)."""
     found: list[tuple[bytes, bytes]] = []
     if cursor.set_range(start):
         for key, value in cursor:
@@ -401,9 +365,5 @@ def keys_with(cursor: lmdb.Cursor, prefix: bytes, start: bytes, limit: int) -> l
 
 
 def pages_bytes(stat: Mapping[str, Any]) -> int:
-    """The size of the pages that a database uses, from LMDB's statistics.
-
-    >>> pages_bytes({"psize": 4096, "branch_pages": 1, "leaf_pages": 3, "overflow_pages": 0})
-    16384
-    """
+    """The size of the pages that a database uses, from LMDB's statistics."""
     return int(stat["psize"] * (stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]))

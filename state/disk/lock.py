@@ -1,7 +1,6 @@
 """One writer per state directory: an exclusive file lock that names its holder.
 
-The kernel releases the lock when its process ends, however it ends, so a kill
-leaves nothing to clean up.
+The kernel releases the lock when its process ends, however it ends, so a kill leaves nothing to clean up.
 """
 
 from __future__ import annotations
@@ -26,12 +25,7 @@ RETRY_S = 0.02
 
 
 class DirectoryLock:
-    """Holds the lock of directory `path` from `acquire` (or `with`) to `release`.
-
-    Args:
-        path: The directory; created if it is missing.
-        name: The lock file's name, where several kinds of writer share a directory.
-    """
+    """Holds the lock of directory `path`, which is created if missing, from `acquire` (or `with`) to `release`."""
 
     def __init__(self, path: Path, name: str = layout.LOCK) -> None:
         self._path = Path(path)
@@ -39,15 +33,7 @@ class DirectoryLock:
         self._handle: int | None = None
 
     def acquire(self, wait_s: float = 0.0) -> DirectoryLock:
-        """Takes the lock, and writes host, pid and start time into the lock file.
-
-        Args:
-            wait_s: How long to wait for another holder.
-
-        Raises:
-            LockHeld: Another process holds it, or another lock object of this process.
-            UnusableDisk: The directory cannot be created or written.
-        """
+        """Takes the lock within `wait_s`, else raises `LockHeld`; the lock file names host, pid and start time."""
         end_s = time.monotonic() + wait_s
         while True:
             try:
@@ -113,13 +99,7 @@ def is_held(path: Path, name: str = layout.LOCK) -> bool:
 
 
 def _holder(content: bytes) -> str:
-    """Describes the lock's holder, which may not have written the file yet.
-
-    >>> _holder(b'{"host": "a", "pid": 7, "started_s": 0.0}')
-    'process 7 on a, started 1970-01-01T00:00:00Z'
-    >>> _holder(b'')
-    'a process that has just started'
-    """
+    """Describes the lock's holder, which may not have written the file yet."""
     try:
         fields = json.loads(content)
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(fields["started_s"]))

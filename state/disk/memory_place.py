@@ -1,7 +1,5 @@
 """Chooses the location of a store whose pages change all the time: in memory if there is room, else on the disk.
 
-A link in the state directory leads to the store:
-
     /dev/shm/springtide_<digest>/   mode 0700; the digest is derived from the link
     ├── link                        the path of the link that leads here
     └── <name of the link>/         the store
@@ -10,11 +8,8 @@ A link in the state directory leads to the store:
     STATE/serving/histories         a link to the store in memory while its writer runs, else the store itself
     STATE/stream-0/histories        likewise
 
-On a disk each of these pages would be written again within 30 s of its last
-change. A power cut would still lose what is not synced. Rows are a copy
-of the registry: if their link is missing or dangling, they are rebuilt from
-scratch. The writer of histories saves them on the disk when it closes them
-(`state/disk/memory_store.py`).
+Rows are a copy of the registry: if their link is missing or dangling, they are rebuilt from scratch. The writer of
+histories saves them on the disk when it closes them (`state/disk/memory_store.py`).
 """
 
 from __future__ import annotations
@@ -25,7 +20,6 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,13 +40,7 @@ IN_MEMORY = ("tmpfs", "ramfs")
 
 @dataclass(frozen=True)
 class Place:
-    """The location of one store.
-
-    Attributes:
-        path: The store's own directory.
-        in_memory: Whether it is in memory.
-        why: Why it is not in memory, if the settings do not ask for that; else empty.
-    """
+    """The location of one store. `why` says why it is not in memory, if the settings do not ask for that."""
 
     path: Path
     in_memory: bool
@@ -64,13 +52,9 @@ def choose(link: Path, asked: str, memory: str, least_bytes: int | None = None) 
 
     Args:
         link: A link in a directory whose lock is held.
-        asked: `serving.rows_dir`: a directory to use in any case, or empty.
+        asked: `serving.rows_dir`: a directory to use in any case, or empty; `UnusableDisk` if it cannot be used.
         memory: `storage.memory_dir`, used if it has room; empty if nothing may be in memory.
-        least_bytes: The least room required, `LEAST_BYTES` by default. An existing store also requires a quarter more
-            than its size.
-
-    Raises:
-        UnusableDisk: The directory that `asked` names cannot be used.
+        least_bytes: The least room required. An existing store also requires a quarter more than its size.
     """
     link.parent.mkdir(parents=True, exist_ok=True)
     if asked:
@@ -112,9 +96,6 @@ def home(parent: Path, link: Path) -> Path:
     """The path of a link's store in `parent`, in a directory that no other link has.
 
     A link at the same path in another container gets another directory.
-
-    Raises:
-        OSError: The link's directory is missing.
     """
     whole = link.parent.resolve()
     status = whole.stat()
@@ -123,11 +104,7 @@ def home(parent: Path, link: Path) -> Path:
 
 
 def own(store: Path) -> Path:
-    """Creates the directory that contains a store, accessible only by its owner; returns `store`.
-
-    Raises:
-        OSError: It cannot be created, or belongs to another user.
-    """
+    """Creates the directory that contains a store, accessible only by its owner; returns `store`."""
     folder = store.parent
     try:
         folder.mkdir(mode=0o700)
@@ -154,18 +131,11 @@ def current(link: Path) -> Place | None:
 
 
 def settle(link: Path, place: Place) -> None:
-    """Points the link to `place`, and removes every other store of this link.
+    """Points the link to `place`, and removes every other store of this link. The caller holds the directory's lock.
 
     1. An existing store at `place` that the link does not point to is stale, and removed.
     2. The link is replaced atomically: a reader finds the old store or the new one.
     3. The other stores are removed; processes that have them open can still read them.
-
-    Args:
-        link: A link in a directory whose lock is held.
-        place: The new location.
-
-    Raises:
-        OSError: The disk refused.
     """
     before = target_of(link)
     inside = place.path.is_relative_to(link.parent)
@@ -189,11 +159,7 @@ def settle(link: Path, place: Place) -> None:
 
 
 def note(store: Path, link: Path) -> None:
-    """Records next to a store in memory which link leads to it. If that link is gone, the store may be removed.
-
-    Raises:
-        OSError: There is no room.
-    """
+    """Records next to a store in memory which link leads to it. If that link is gone, the store may be removed."""
     (store.parent / LINK).write_text(str(link.absolute()))
 
 
@@ -233,14 +199,19 @@ def is_open(store: Path) -> bool:
 
 
 def remove_forgotten(memory: str, now_s: float | None = None) -> list[Path]:
-    """Removes stores in memory whose link is gone or leads elsewhere; returns their directories.
-
-    Args:
-        memory: The directory to search, `storage.memory_dir`.
-        now_s: Wall clock; directories younger than a minute stay.
-    """
-    now_s = time.time() if now_s is None else now_s
-    return [one for one in _folders_in(memory) if _is_forgotten(one, now_s) and _gone(one)]
+    """Removes stores in `memory` whose link is gone or leads elsewhere; returns their directories. Those younger than a minute stay."""
+    now_s, removed = time.time() if now_s is None else now_s, list[Path]()
+    for folder in sorted(Path(memory).glob(f"{NAME}*")) if memory else ():
+        try:
+            found = folder.lstat()
+        except FileNotFoundError:  # Another process removed it since the directory was read.
+            continue
+        ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+        if ours and now_s - found.st_mtime >= FORGOTTEN_S and _is_forgotten(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                removed.append(folder)
+    return removed
 
 
 def size(store: Path) -> int:
@@ -252,11 +223,7 @@ def size(store: Path) -> int:
 
 
 def disk_kind(path: Path) -> str:
-    """The file system type of `path`, such as ext4 or tmpfs; empty if it is unknown.
-
-    Raises:
-        OSError: There is no such path.
-    """
+    """The file system type of `path`, such as ext4 or tmpfs; empty if it is unknown."""
     path = path.resolve(strict=True)
     mounts = {Path(one.mountpoint): one.fstype for one in psutil.disk_partitions(all=True)}
     return next((mounts[one] for one in (path, *path.parents) if one in mounts), "")
@@ -275,23 +242,8 @@ def _beside(link: Path) -> Path:
     return link.with_name(f"{link.name}.disk")
 
 
-def _folders_in(memory: str) -> Iterator[Path]:
-    """Directories of stores in `memory` that this user owns."""
-    for folder in sorted(Path(memory).glob(f"{NAME}*")) if memory else ():
-        try:
-            found = folder.lstat()
-        except FileNotFoundError:  # Another process removed it since the directory was read.
-            continue
-        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid():
-            yield folder
-
-
-def _is_forgotten(folder: Path, now_s: float) -> bool:
-    try:
-        if now_s - folder.stat().st_mtime < FORGOTTEN_S:
-            return False
-    except FileNotFoundError:
-        return False
+def _is_forgotten(folder: Path) -> bool:
+    """Whether the link of a directory of a store is gone or leads elsewhere, and no process has the store open."""
     try:
         link = Path((folder / LINK).read_text())
         if target_of(link) == folder / link.name:
@@ -299,11 +251,6 @@ def _is_forgotten(folder: Path, now_s: float) -> bool:
     except OSError:
         pass
     return not any(is_open(store) for store in folder.glob("*/"))
-
-
-def _gone(folder: Path) -> bool:
-    shutil.rmtree(folder, ignore_errors=True)
-    return not folder.exists()
 
 
 def _mb(count: int) -> str:

@@ -1,15 +1,14 @@
 """A store that lives in memory while its writer runs, and is saved to the disk on close.
 
-`enter` decides at the start. If memory is full later, commits are refused as on
-a full disk, until there is room or the writer is started again.
+`enter` decides at the start. If memory is full later, commits are refused as on a full disk, until there is room or the
+writer is started again.
 
     histories           the store on the disk while no writer runs; else a link to the store in memory
     histories.link      replaces it at a start; after the exchange it is the copy on the disk, which is removed
     histories.saving    replaces it at a clean stop; after the exchange it is the link, which is removed
 
-So after kill -9 the store in memory is used. After a power cut the link is
-dangling, and the store is refused like any store that was open then: no older
-copy is left that could be mistaken for it.
+So after kill -9 the store in memory is used. After a power cut the link is dangling, and the store is refused like any
+store that was open then: no older copy is left that could be mistaken for it.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class MemoryStore(LmdbStore):
     def _open(self, map_bytes: int) -> None:
         if not self.readonly and self.in_memory and not self.path.exists():
             raise CorruptStore(
-                f"{self.path} lay in memory, {self.path.readlink()}, which is gone: the machine or its container went down",
+                f"{self.path} was in memory, {self.path.readlink()}, which is gone: the machine or its container went down",
                 self.remedy,
             )
         super()._open(map_bytes)
@@ -53,9 +52,7 @@ class MemoryStore(LmdbStore):
     def close(self) -> None:
         """Closes the store. When this returns, a store in memory is on the disk, durable and marked as closed cleanly.
 
-        Raises:
-            StoreFull: The disk is full; the store stays in memory, as after a kill.
-            UnusableDisk: The disk refused for another reason; likewise.
+        If the disk refuses, it stays in memory, as after a kill.
         """
         if self.readonly or not self.in_memory:
             super().close()
@@ -70,13 +67,7 @@ class MemoryStore(LmdbStore):
             raise self._refused(error, "saved") from error
 
     def _saved(self) -> Path:
-        """Copies the store next to the link, page by page, so that the next backup finds most pages unchanged.
-
-        The copy is synced, and marked as closed cleanly.
-
-        Raises:
-            StoreFull, UnusableDisk: As `LmdbStore.close` does; no copy is left.
-        """
+        """Copies the store next to the link, page by page, so that the next backup finds most pages unchanged; syncs and marks it."""
         copy = _beside(self.path, _SAVING)
         try:
             _clear(copy)
@@ -97,20 +88,16 @@ class MemoryStore(LmdbStore):
 def enter(link: Path, memory: str, boot_id: str | None = None) -> Place:
     """Moves a link's store into memory if there is room, before its writer opens it; else it stays on the disk.
 
+    The caller holds the lock of the link's directory.
+
     1. Remove what a crash left next to the link.
     2. A store already in memory stays there if it has room to grow. A store that a power cut removed, or may have
        damaged, stays as it is: opening it reports the error.
     3. Copy a store on the disk into memory. Move a store in memory without room to the disk, if that has room.
     4. Replace the store by the link, durably before the first commit, and remove the source of the copy.
 
-    Args:
-        link: A link in a directory whose lock is held.
-        memory: `storage.memory_dir`.
-        boot_id: The boot id of this machine; by default the kernel's.
-
     Raises:
         StoreError: The store belongs to another state directory that is in use.
-        OSError: The disk refused.
     """
     link.parent.mkdir(parents=True, exist_ok=True)
     # 1.
@@ -170,11 +157,7 @@ def _load(link: Path, place: Place) -> str:
 
 
 def land(link: Path, copy: Path) -> None:
-    """Replaces a link by a directory next to it, and removes the store in memory; open readers can still read that.
-
-    Raises:
-        OSError: The disk refused.
-    """
+    """Replaces a link by a directory next to it, and removes the store in memory; open readers can still read that."""
     before = memory_place.target_of(link)
     _exchange(copy, link)
     killpoints.reach("memory.landed")
@@ -184,11 +167,7 @@ def land(link: Path, copy: Path) -> None:
 
 
 def bring_back(link: Path) -> None:
-    """Moves a link's store, which no process writes, from memory to the disk; removes a dangling link.
-
-    Raises:
-        OSError: There is no room.
-    """
+    """Moves a link's store, which no process writes, from memory to the disk; removes a dangling link."""
     before = memory_place.target_of(link)
     if before is None:
         return

@@ -23,25 +23,13 @@ class Reason(enum.StrEnum):
 
 
 def reason_of(error: Exception) -> Reason:
-    """The reason code of an error raised by a decoder or the parser; an unknown code counts as undecodable.
-
-    >>> str(reason_of(ValueError("no JSON")))
-    'undecodable'
-    """
+    """The reason code of an error raised by a decoder or the parser; an unknown code counts as undecodable."""
     code = getattr(error, "reason", Reason.UNDECODABLE)
     return Reason(code) if code in set(Reason) else Reason.UNDECODABLE
 
 
 class DeadLetter(NamedTuple):
-    """A record that cannot become an event.
-
-    Attributes:
-        source: The partition of the record.
-        offset: Its offset.
-        reason: Why it was refused.
-        key: Its key, a user's raw id; only for the dead-letter writer, if writing bytes is enabled.
-        value: Its value, likewise.
-    """
+    """A record that cannot become an event. Key and value are only for the dead-letter writer, if writing bytes is enabled: the key is a user's raw id."""
 
     source: Source
     offset: int

@@ -37,9 +37,8 @@ _KINDS: dict[str, Any] = {
 def decode_json(settings: EventSettings) -> Decoder:
     """Makes the decoder of JSON objects; also the example for a decoder of your own.
 
-    `events.decoder` names a function like this one as `module:name`. The function
-    gets the section `[events]` and returns a function that maps a record's value to
-    any object with the attributes
+    `events.decoder` names a function like this one as `module:name`. The function gets the section `[events]` and
+    returns a function that maps a record's value to any object with the attributes
 
         user, item, category, action: str | int | None
         time:    int | float | str | None
@@ -48,8 +47,8 @@ def decode_json(settings: EventSettings) -> Decoder:
                  `events.context`; may be missing where none are configured
         request: str | int | None; may be missing where `events.request` is empty
 
-    None means that the field is missing; the parser checks everything else. For a value that cannot be decoded
-    the function raises ValueError, or DecodeError with one of `state.events.dead_letters.Reason`.
+    None means that the field is missing; the parser checks everything else. For a value that cannot be decoded the
+    function raises ValueError, or DecodeError with one of `state.events.dead_letters.Reason`.
 
     >>> decode_json(EventSettings(user="who"))(b'{"who": 7, "item": "a", "more": []}').user
     7
@@ -104,26 +103,17 @@ def why(value: bytes, error: Exception) -> Reason:
 
 
 def load_decoder(settings: EventSettings) -> Decoder:
-    """Loads the decoder that `events.decoder` names.
-
-    Raises:
-        SettingsError: There is no such function.
-    """
+    """Loads the decoder that `events.decoder` names."""
     return cast(Decoder, load_named(settings.decoder, "events.decoder")(settings))
 
 
 def parse_time(value: Any, unit: str) -> int:
     """Parses an event's time to milliseconds since 1970, UTC.
 
-    Args:
-        value: A number, or text with a number or an ISO 8601 time; without a zone it is UTC.
-        unit: auto, ms, s or iso.
+    `value` is a number, or text with a number or an ISO 8601 time, without a zone in UTC; `unit` is auto, ms, s or iso.
 
     >>> [parse_time(value, "auto") for value in (1_700_000_000, 1.7e12, "1700000000.5", "2023-11-14T22:13:20Z")]
     [1700000000000, 1700000000000, 1700000000500, 1700000000000]
-
-    Raises:
-        DecodeError: The value is no time in that unit.
     """
     kind = type(value)
     if kind is str:

@@ -1,7 +1,7 @@
 """Ids of 64 bits: pseudonyms of users under a secret salt, and plain hashes of everything else.
 
-Two of 1e8 ids collide with probability below 3e-4. 0 means "none"; a hash of
-0 becomes 1. An id may be text or an integer: 7 and "7" are the same.
+Two of 1e8 ids collide with probability below 3e-4. 0 means "none"; a hash of 0 becomes 1. An id may be text or an
+integer: 7 and "7" are the same.
 """
 
 from __future__ import annotations
@@ -25,21 +25,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Salt:
-    """The secret key of the pseudonyms.
-
-    Attributes:
-        key: The secret; never printed.
-    """
+    """The secret key of the pseudonyms; it is never printed."""
 
     key: bytes = field(repr=False)
 
     @property
     def fingerprint(self) -> str:
-        """The first 16 hexadecimal digits of the key's SHA-256, which may be stored and shown.
-
-        >>> Salt(b"not a secret").fingerprint
-        '8f260a0b09492f08'
-        """
+        """The first 16 hexadecimal digits of the key's SHA-256, which may be stored and shown."""
         return private_files.fingerprint(self.key)
 
 
@@ -58,12 +50,7 @@ def user_id(salt: Salt, user: str | int) -> int:
 
 
 def pseudonyms(salt: Salt) -> Callable[[str | int], int]:
-    """`user_id` with one salt, for many users: the key is hashed once (HMAC, RFC 2104).
-
-    >>> salt = Salt(b"not a secret")
-    >>> pseudonyms(salt)("7") == user_id(salt, "7")
-    True
-    """
+    """`user_id` with one salt, for many users: the key is hashed once (HMAC, RFC 2104)."""
     key = salt.key if len(salt.key) <= _BLOCK_BYTES else hashlib.sha256(salt.key).digest()
     padded = key.ljust(_BLOCK_BYTES, b"\0")
     inner, outer = (hashlib.sha256(bytes(byte ^ pad for byte in padded)) for pad in (0x36, 0x5C))
@@ -87,30 +74,17 @@ def public_id(text: str | int) -> int:
 
 
 def context_text(value: str | int | float | bool) -> str:
-    """The text of a context value, as JSON writes it without quotes.
-
-    >>> [context_text(value) for value in ("phone", True, 7, 0.5)]
-    ['phone', 'true', '7', '0.5']
-    """
+    """The text of a context value, as JSON writes it without quotes."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def context_id(name: str, text: str) -> int:
-    """The id of one value of a context field.
-
-    >>> context_id("device", "phone") == public_id("device=phone")
-    True
-    """
+    """The id of one value of a context field."""
     return public_id(f"{name}={text}")
 
 
 def own_salt(settings: Settings) -> Salt:
-    """The salt of a state directory. It is created at the first start, and never again once users are stored there.
-
-    Raises:
-        MissingSalt: The file is missing; with a new salt none of the stored users would be found.
-        SettingsError: The file cannot be read, or the key is too short.
-    """
+    """The salt of a state directory, see `load_salt`; created at the first start, and never once users are stored there."""
     return load_salt(settings.salt_path, create=not layout.has_users(settings.state_dir, settings.registry_dir))
 
 
@@ -126,10 +100,6 @@ def load_salt(path: Path, create: bool = True) -> Salt:
     """Reads or creates the salt; safe for several processes at once.
 
     The file holds the key in hexadecimal; any other content is the key itself.
-
-    Args:
-        path: The salt's file.
-        create: Whether to create a missing file, with mode 0600.
 
     Raises:
         MissingSalt: The file is missing and may not be created.
@@ -151,18 +121,10 @@ SLOTS = 512
 
 
 def probe_user(number: int) -> str:
-    """The raw id of a probe user.
-
-    >>> probe_user(SLOTS + 3)
-    'springtide-probe-3'
-    """
+    """The raw id of a probe user."""
     return f"{PREFIX}{number % SLOTS}"
 
 
 def is_probe_user(user: object) -> bool:
-    """Whether a raw id belongs to a probe user.
-
-    >>> is_probe_user("springtide-probe-3"), is_probe_user("ann"), is_probe_user(7)
-    (True, False, False)
-    """
+    """Whether a raw id belongs to a probe user."""
     return type(user) is str and user.startswith(PREFIX)

@@ -1,10 +1,9 @@
 """Parses records of the clicks topic into columns of events, or into dead letters with a reason.
 
-Validation is repeatable: a record is compared with its own Kafka timestamp,
-never with the current time, so reading the log again gives the same events.
-The producer sets both times, or none. So a quorum of users decides how far a
-time that passes here may affect other users (`streaming/event_clock.py`). Users
-become pseudonyms here; no raw user id leaves the parser.
+Validation is repeatable: a record is compared with its own Kafka timestamp, never with the current time, so reading the
+log again gives the same events. The producer sets both times, or none. So a quorum of users decides how far a time that
+passes here may affect other users (`streaming/event_clock.py`). Users become pseudonyms here; no raw user id leaves the
+parser.
 """
 
 from __future__ import annotations
@@ -114,11 +113,7 @@ class IdTable:
             self._forget()
 
     def column(self, values: Sequence[Any]) -> NDArray[np.uint64] | None:
-        """The ids of n values, `[n]` uint64; None if the values must be read one by one.
-
-        Raises:
-            DecodeError: A text is empty.
-        """
+        """The ids of n values, `[n]` uint64; None if the values must be read one by one. DecodeError if a text is empty."""
         if not {*map(type, values)} <= _ID_TYPES:
             return None
         try:
@@ -133,11 +128,7 @@ class IdTable:
         return self._ids[numbers]
 
     def id_of(self, value: str | int) -> int:
-        """The id of one value.
-
-        Raises:
-            DecodeError: The text is empty.
-        """
+        """The id of one value; DecodeError if the text is empty."""
         number = self._numbers.get(value)
         if number is None:
             number = self._add(value)
@@ -217,12 +208,7 @@ class _Columns(NamedTuple):
 
 
 class Parser:
-    """Turns records into events. For one thread; its only state is caches and announced names.
-
-    Args:
-        settings: The section `[events]`.
-        salt: The salt of the user pseudonyms.
-    """
+    """Turns records into events under the section `[events]`. For one thread; its only state is caches and announced names."""
 
     def __init__(self, settings: EventSettings, salt: Salt) -> None:
         self._settings = settings
@@ -243,11 +229,7 @@ class Parser:
         self._contexts: dict[tuple[str, str], int] = {}
 
     def parse(self, batches: Sequence[PartitionBatch]) -> EventBatch:
-        """Turns the result of one poll into events and dead letters, with the outcomes of every position.
-
-        Args:
-            batches: Contiguous ranges of partitions with their records.
-        """
+        """Turns the result of one poll into events and dead letters, with the outcomes of every position."""
         for table in (self._users, self._items, self._categories):
             table.begin()
         found: list[_Columns] = []
@@ -497,11 +479,7 @@ class Parser:
 
 
 def label_column(labels: list[Any]) -> NDArray[np.float32] | None:
-    """A column of labels, `[n]` float32 with NaN for None; None if a label is invalid.
-
-    >>> label_column([None, True, 0.5]), label_column([2.0])
-    (array([nan, 1. , 0.5], dtype=float32), None)
-    """
+    """A column of labels, `[n]` float32 with NaN for None; None if a label is invalid."""
     unknown = labels.count(None)
     if unknown == len(labels):
         return np.full(unknown, np.nan, np.float32)

@@ -38,7 +38,7 @@ from state import layout
 from state.disk import files as durable
 from state.errors import CorruptStore
 from state.registry import sealed
-from state.statistics.confidence_sequence import BLOCKS, ConfidenceSequence
+from state.statistics.confidence_sequence import ALPHA, BLOCKS, PLANNED_ROWS, ConfidenceSequence
 
 Blocks = NDArray[np.uint16]
 F64 = NDArray[np.float64]
@@ -274,7 +274,7 @@ class PairedComparison:
     (-0.5, 1, 7, 1)
     """
 
-    def __init__(self, alpha: float, planned_rows: int) -> None:
+    def __init__(self, alpha: float = ALPHA, planned_rows: int = PLANNED_ROWS) -> None:
         self.next = self.alone = self.unlike = self.records = 0
         self._sequence = ConfidenceSequence(alpha, planned_rows)
         self._differing, self._live, self._trial = 0, 0.0, 0.0

@@ -2,7 +2,7 @@
 
 An engagement counts for the arm and step of its user's last exposure before it became known to the stream. The rate
 is engagements per answer. Arms are compared within each step, because users behave differently at different hours
-(`state/statistics/strata.py`). The variance is that of sums per user.
+(`state/statistics/arms.py`). The variance is that of sums per user.
 
 Failures, latencies and the sample ratio are those of the newest step. A user who changes arms when the share grows
 contributes to both. Their difference then varies less than the interval assumes.
@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 
 from state.experiments.exposure import ARMS, LIVE, TRIAL, Arm, Exposure
 from state.statistics import arms
-from state.statistics.arms import Contrast
+from state.statistics.arms import Contrast, Strata
 from state.statistics.confidence_sequence import ALPHA, BlockSums
 from state.statistics.sample_ratio import SampleRatio
-from state.statistics.strata import StratifiedArm, stratified
 
 MOST_USERS = 1_000_000
 """Users that are tracked, up to 500 bytes each. Later users count only for failures and latencies."""
@@ -145,11 +144,11 @@ class Evidence:
 
     def difference(self) -> Contrast:
         """Engagements per answer of the trial, minus those of the live arm."""
-        return arms.difference(*self._both(), ALPHA, self._planned)
+        return arms.difference(self._strata(), ALPHA, self._planned)
 
     def lift(self) -> Contrast | None:
         """The relative difference of the trial's rate to the live arm's; None if an arm has no engagements."""
-        return arms.lift(*self._both(), ALPHA, self._planned)
+        return arms.lift(self._strata(), ALPHA, self._planned)
 
     @property
     def mismatch(self) -> bool:
@@ -169,8 +168,8 @@ class Evidence:
         """Engagements that followed an arm's exposures."""
         return round(sum(float(of_step[arm].totals.sum()) for of_step in self.rates.values()))
 
-    def _both(self) -> tuple[StratifiedArm, StratifiedArm]:
-        return stratified([(of_step[TRIAL], of_step[LIVE]) for of_step in self.rates.values()])
+    def _strata(self) -> Strata:
+        return [(of_step[TRIAL], of_step[LIVE]) for of_step in self.rates.values()]
 
     def _sums(self, step: int) -> dict[Arm, BlockSums]:
         return self.rates.setdefault(step, {arm: BlockSums() for arm in ARMS})

@@ -29,6 +29,9 @@ LEAST_FAILURES = 10
 LEAST_ANSWERS = 500
 """Minimum answers of each arm before latencies are compared, so that the slowest hundredth is a few answers."""
 
+EQUAL_WITHIN = 0.05
+"""Arms are equal if the whole interval of the lift is within plus and minus this."""
+
 Finding = Literal["mismatch", "too early", "better", "worse", "equal", "undecided"]
 
 
@@ -149,18 +152,11 @@ def _failing(sums: StepSums) -> float:
     return sums.failures / max(sums.answers, 1)
 
 
-def report(experiment: Experiment, evidence: Evidence, equal_within: float, now_ms: int) -> RolloutReport:
-    """Builds the report on the newest rollout of an experiment, which must have one.
-
-    Args:
-        experiment: The experiment.
-        evidence: Evidence about the arms.
-        equal_within: Arms are equal if the whole interval of the lift is within plus and minus this.
-        now_ms: Wall clock.
-    """
+def report(experiment: Experiment, evidence: Evidence, now_ms: int) -> RolloutReport:
+    """Builds the report on the newest rollout of an experiment, which must have one."""
     assert experiment.rollout is not None
     lift = evidence.lift()
-    finding, verdict = _verdict(evidence, lift, equal_within)
+    finding, verdict = _verdict(evidence, lift)
     return RolloutReport(
         name=experiment.name,
         started_ms=experiment.rollout.started_ms,
@@ -187,7 +183,7 @@ def _figures(evidence: Evidence, arm: Literal["trial", "live"]) -> ArmFigures:
     )
 
 
-def _verdict(evidence: Evidence, lift: Contrast | None, equal_within: float) -> tuple[Finding, str]:
+def _verdict(evidence: Evidence, lift: Contrast | None) -> tuple[Finding, str]:
     if evidence.mismatch:
         return (
             "mismatch",
@@ -201,8 +197,8 @@ def _verdict(evidence: Evidence, lift: Contrast | None, equal_within: float) -> 
         return "better", f"better: {between}"
     if lift.high < 0:
         return "worse", f"worse: {between}"
-    if -equal_within < lift.low and lift.high < equal_within:
-        return "equal", f"equal within {equal_within:.0%}: {between}"
+    if lift.low > -EQUAL_WITHIN and lift.high < EQUAL_WITHIN:
+        return "equal", f"equal within {EQUAL_WITHIN:.0%}: {between}"
     return "undecided", f"undecided: {between}"
 
 

@@ -1,7 +1,7 @@
 """The arrays that the window kernel reads and writes, and the constants of its counts.
 
-An event is five 64-bit words, the bytes of `EVENT`: time, category, item,
-offset, and topic | partition << 32 | action << 48 | flags << 56.
+An event is five 64-bit words, the bytes of `EVENT`: time, category, item, offset, and topic | partition << 32 | action
+<< 48 | flags << 56.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Erasures: which users are erased, up to which offsets, and which of their rows and events that removes.
 
-An erasure names users and, for each source of clicks, the offset below which
-their clicks are gone. Later clicks create a new user with the same pseudonym.
-Erasures go by position, never by the clock: a record in a log or a copy stays
+An erasure names users and, for each source of clicks, the offset below which their clicks are gone. Later clicks create
+a new user with the same pseudonym. Erasures go by position, never by the clock: a record in a log or a copy stays
 erased whenever it is read again.
 """
 
@@ -53,11 +52,7 @@ class Erasure:
         return out
 
     def to_bytes(self, before: str) -> bytes:
-        """Encodes the erasure as a file, which names the previous one: a line of JSON, then the bytes of `users`.
-
-        Args:
-            before: SHA-256 of the file of the previous erasure; empty for the first.
-        """
+        """Encodes the erasure as a file, which names the previous one: a line of JSON, then the bytes of `users`."""
         head = {
             "id": self.id,
             "generation": self.generation,
@@ -69,11 +64,7 @@ class Erasure:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> tuple[Erasure, str]:
-        """Decodes the output of `to_bytes`: the erasure, and the SHA-256 of the previous file.
-
-        Raises:
-            ValueError: The data is no such file.
-        """
+        """Decodes the output of `to_bytes`: the erasure, and the SHA-256 of the previous file; ValueError if the data is no such file."""
         line, _, users = data.partition(b"\n")
         head = json.loads(line)
         until = tuple((int(word), int(part), int(after)) for word, part, after in head["until"])
@@ -83,10 +74,7 @@ class Erasure:
 
 @dataclass(frozen=True)
 class Erased:
-    """All erasures so far; immutable.
-
-    Attributes:
-        entries: The erasures in order.
+    """All erasures so far, in order; immutable.
 
     >>> gone = Erased((Erasure(1, 5, 0, MaskedUsers.of([7]), ((42, 0, 100),)),))
     >>> gone.last, gone.hides(7, through=0), gone.hides(7, through=1), gone.hides(8, through=0)
@@ -137,17 +125,7 @@ class Erased:
         offset: NDArray[np.int64],
         ranges: Sequence[Range],
     ) -> Flags:
-        """Which rows of a batch are erased.
-
-        Args:
-            user: `[n]` uint64 pseudonyms.
-            source: `[n]` uint16 indices into `ranges`.
-            offset: `[n]` int64.
-            ranges: The batch's source ranges.
-
-        Returns:
-            `[n]` bool.
-        """
+        """Which rows of a batch are erased; arguments as for `Mask.rows`."""
         out = np.zeros(len(user), np.bool_)
         # Erased users rarely come back: compute the rest only for their rows.
         theirs = np.flatnonzero(self.users.has(user))
@@ -190,11 +168,7 @@ class Erased:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Erased:
-        """Decodes the output of `to_bytes`.
-
-        Raises:
-            ValueError: The data is no such value.
-        """
+        """Decodes the output of `to_bytes`; ValueError if the data is no such value."""
         found, at = [], 0
         while at < len(data):
             size = int.from_bytes(data[at : at + 8], "big")

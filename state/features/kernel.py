@@ -1,21 +1,19 @@
 """The window kernel: computes one row of integer features from one user's recent events.
 
-The stream calls it for whole batches on its arena of ring buffers; serving calls it for stored histories. Both run
-this code, so the same events give the same bits. It sees integers only. For each row:
+The stream calls it for whole batches on its arena of ring buffers; serving calls it for stored histories. Both run this
+code, so the same events give the same bits. It sees integers only. For each row:
 
-1. The visible events are put in order, newest first, by (time, offset, source). Their order alone gives sessions,
-   gaps and switches (`put_in_order`, `follow`).
-2. They are summed, newest first: counts and decayed counts by action, by category, and of first occurrences
-   (`sum_up`).
-3. The sums are written as the row, saturated to 16 bits, in the order of the names of `FeatureSpec`
-   (`write_features`).
-4. Where a spec asks for them, the latest events themselves are written, newest first, for a ranker that reads
-   single events (`write_sequence`).
+1. The visible events are put in order, newest first, by (time, offset, source). Their order alone gives sessions, gaps
+   and switches (`put_in_order`, `follow`).
+2. They are summed, newest first: counts and decayed counts by action, by category, and of first occurrences (`sum_up`).
+3. The sums are written as the row, saturated to 16 bits, in the order of the names of `FeatureSpec` (`write_features`).
+4. Where a spec asks for them, the latest events themselves are written, newest first, for a ranker that reads single
+   events (`write_sequence`).
 
 Each event of step 4 has an item, a category, an action and a recency. Actions count from 1 in the order of
-`events.actions`; an unnamed action gets the next number. The recency encodes the event's age at the row's time in
-eight steps per octave of 1.024 s, 0 to 254. A missing item or category is 0. Slots beyond the visible events are 0
-in all four columns; the action tells them apart.
+`events.actions`; an unnamed action gets the next number. The recency encodes the event's age at the row's time in eight
+steps per octave of 1.024 s, 0 to 254. A missing item or category is 0. Slots beyond the visible events are 0 in all
+four columns; the action tells them apart.
 
 Each thread has its own working memory (`Scratch`).
 """
@@ -503,9 +501,9 @@ def many_rows(events: I64, starts: I64, at_ms: I64, tables: Tables, hidden: Hidd
         events: `[m, 5]` int64, the histories one after another, each at most N events in append order.
         starts: `[n + 1]` int64, where each of them begins, and the end of the last.
         at_ms: `[n]` int64, the time each row speaks of.
-        tables: the spec's constants.
-        hidden: the mask.
-        rows: of n rows, written.
+        tables: The spec's constants.
+        hidden: The mask.
+        rows: Of n rows, written.
     """
     work = scratch_of(tables)
     for n in range(at_ms.shape[0]):

@@ -1,8 +1,7 @@
 """The mask: which clicks an operator excludes, by log position, time or user; and the clicks of erased users.
 
-A masked event is left out of every window as if it had never happened;
-nothing is deleted. The bound on a history counts events before the mask is
-applied, so a masked event still uses one of a user's N slots.
+A masked event is left out of every window as if it had never happened; nothing is deleted. The bound on a history
+counts events before the mask is applied, so a masked event still uses one of a user's N slots.
 """
 
 from __future__ import annotations
@@ -93,9 +92,6 @@ class Mask:
             source: `[n]` uint16 indices into `ranges`.
             offset: `[n]` int64.
             ranges: The batch's source ranges.
-
-        Returns:
-            `[n]` bool, True where the row is masked.
         """
         words = [part.source.topic for part in ranges] or [0]
         partitions = [part.source.partition for part in ranges] or [0]
@@ -141,11 +137,7 @@ class Mask:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Mask:
-        """Decodes the output of `to_bytes`, or the JSON of `to_json` as release 0.1.0 wrote it.
-
-        Raises:
-            ValueError: The data is neither.
-        """
+        """Decodes the output of `to_bytes`, or the JSON of `to_json` as release 0.1.0 wrote it; ValueError if the data is neither."""
         line, _, users = data.partition(b"\n")
         document = json.loads(line)
         if "users" in document:

@@ -1,8 +1,4 @@
-"""A set of users as sorted pseudonyms, as masks and their files hold it.
-
-A million users take 8 MB. Lookup is a binary search. All masks that name the
-same file share one set.
-"""
+"""A set of users as sorted pseudonyms, as masks and their files hold it; all masks that name the same file share one set."""
 
 from __future__ import annotations
 
@@ -18,10 +14,7 @@ STORED = np.dtype("<u8")
 
 
 class MaskedUsers:
-    """Pseudonyms of users; immutable.
-
-    Args:
-        ids: `[n]` uint64, ascending and unique.
+    """Pseudonyms of users, `[n]` uint64, ascending and unique; immutable.
 
     >>> users = MaskedUsers.of([9, 3, 9])
     >>> len(users), 3 in users, 4 in users, users.has(np.array([9, 1], np.uint64)).tolist()
@@ -41,11 +34,7 @@ class MaskedUsers:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> MaskedUsers:
-        """Decodes the output of `to_bytes`.
-
-        Raises:
-            ValueError: The pseudonyms are not in order.
-        """
+        """Decodes the output of `to_bytes`; ValueError if the pseudonyms are not in order."""
         ids = np.frombuffer(data, STORED).astype(np.uint64)
         if not np.all(ids[1:] > ids[:-1]):
             raise ValueError("users of a mask are not in order")

@@ -1,20 +1,18 @@
 """The feature spec and `vectorise`: a user's recent events as named integers.
 
-The stream and serving compute windows with the one kernel of
-`state/features/kernel.py`, so the same events give the same bits. The rules:
+The stream and serving compute windows with the one kernel of `state/features/kernel.py`, so the same events give the
+same bits. The rules:
 
-- A history is the last N events in append order. The bound applies before
-  the mask; masked events are then left out as if they had never happened.
-- The window of w seconds is `(at - w, at]`. Events later than `at`, and those
-  older than the longest window, affect no output. So sweeping old events
-  cannot change an answer.
-- "Last" is by (time, offset), then by partition. The windows `of_latest_5`,
-  `of_latest_20` and `follows` of a category use the same order: the category's
-  events among the user's latest 5 and 20, and how often it came next after the
-  category of the user's latest event. An event without a category counts among
-  the latest events, but no category counts as coming next after it.
-- Every output is a uint16 that saturates. A decayed count is in 1/256 events;
-  recency is the age in steps of an eighth of an octave, 255 for never.
+- A history is the last N events in append order. The bound applies before the mask; masked events are then left out as
+  if they had never happened.
+- The window of w seconds is `(at - w, at]`. Events later than `at`, and those older than the longest window, affect no
+  output. So sweeping old events cannot change an answer.
+- "Last" is by (time, offset), then by partition. The windows `of_latest_5`, `of_latest_20` and `follows` of a category
+  use the same order: the category's events among the user's latest 5 and 20, and how often it came next after the
+  category of the user's latest event. An event without a category counts among the latest events, but no category
+  counts as coming next after it.
+- Every output is a uint16 that saturates. A decayed count is in 1/256 events; recency is the age in steps of an eighth
+  of an octave, 255 for never.
 """
 
 from __future__ import annotations
@@ -61,11 +59,7 @@ Events = NDArray[Any]
 
 
 def _span(seconds: int) -> str:
-    """The name of a duration.
-
-    >>> [_span(s) for s in (1800, 3600, 604800, 90)]
-    ['30m', '1h', '7d', '90s']
-    """
+    """The name of a duration."""
     for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
         if seconds % size == 0:
             return f"{seconds // size}{unit}"
@@ -123,11 +117,7 @@ class FeatureSpec:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> FeatureSpec:
-        """Builds the spec from the sections `events` and `features` of the settings.
-
-        Raises:
-            SettingsError: The settings give no valid spec.
-        """
+        """Builds the spec from the sections `events` and `features` of the settings; SettingsError if the settings give no valid spec."""
         features = settings.features
         try:
             return cls(
@@ -199,11 +189,7 @@ class FeatureSpec:
         )
 
     def empty(self, rows: int) -> Vector:
-        """Empty arrays for so many rows, for a kernel to fill.
-
-        >>> FeatureSpec(sequence=20).empty(3).sequence_items.shape
-        (3, 20)
-        """
+        """Empty arrays for so many rows, for a kernel to fill."""
         recent, events = (rows, self.recent_categories), (rows, self.sequence)
         return Vector(
             features=np.empty((rows, len(self.names)), np.uint16),
@@ -226,16 +212,12 @@ class FeatureSpec:
 
     @classmethod
     def from_json(cls, values: dict[str, Any] | str) -> FeatureSpec:
-        """Decodes the output of `to_json`, as values or as text.
-
-        Raises:
-            ValueError: Another code version wrote it, whose integers have another meaning.
-        """
+        """Decodes the output of `to_json`, as values or as text; ValueError if another code version wrote it, whose integers have another meaning."""
         document: dict[str, Any] = json.loads(values) if isinstance(values, str) else values
         if document["code"] != CODE:
             raise ValueError(
                 f"feature spec of code version {document['code']}; this program computes version {CODE}; "
-                "read it with the release that wrote it, or make it anew with this one"
+                "read it with the release that wrote it, or compute it again with this one"
             )
         return cls(
             actions=tuple(document["actions"]),
@@ -258,21 +240,15 @@ def _plain(value: Any) -> Any:
 
 
 def vectorise(history: Events, at_ms: int, before: int | None, mask: Mask, spec: FeatureSpec, user: int = 0) -> Vector:
-    """Computes one user's row as of `at_ms`.
+    """Computes one user's row as of `at_ms`, milliseconds.
 
     Args:
         history: `[m]` EVENT in append order; only the last N count.
-        at_ms: The time of the answer, milliseconds.
+        at_ms: The time of the answer.
         before: How many leading events of `history` are visible; None for all.
         mask: The events to leave out.
         spec: The feature spec.
         user: The pseudonym, for masks that name users.
-
-    >>> click = np.zeros(1, EVENT)
-    >>> click["at_ms"], click["category"] = 1_000, 7
-    >>> row = vectorise(click, 2_000, None, Mask.NONE, FeatureSpec())
-    >>> int(row.features[0]), int(row.recent_categories[0]), int(row.recent_categories[1])
-    (1, 7, 0)
     """
     events = history if before is None else history[:before]
     return Vector(*[column[0] for column in vectorise_many([events], [at_ms], mask, spec, [user])])
@@ -281,17 +257,14 @@ def vectorise(history: Events, at_ms: int, before: int | None, mask: Mask, spec:
 def vectorise_many(
     histories: Sequence[Events], at_ms: Sequence[int], mask: Mask, spec: FeatureSpec, users: Sequence[int]
 ) -> Vector:
-    """Computes the rows of n users, each as of its own time.
+    """Computes the rows of n users, each as of its own time in milliseconds: `[n, ...]` of each array.
 
     Args:
         histories: n times `[m]` EVENT in append order; only the last N events of each count.
-        at_ms: n times, milliseconds.
+        at_ms: n times.
         mask: The events to leave out.
         spec: The feature spec.
         users: n pseudonyms, for masks that name users.
-
-    Returns:
-        `[n, ...]` of each array.
 
     >>> click = np.zeros(1, EVENT)
     >>> click["at_ms"], click["category"] = 1_000, 7

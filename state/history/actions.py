@@ -1,10 +1,8 @@
 """Numbers the actions in a store of histories, independent of their order in the settings. No side effects.
 
-An event stores its action as one byte: its index in `events.actions` at the
-time of storing. The store has its own list of names, which only grows, and
-converts the numbers on write and read. So stored events keep their meaning when
-the setting changes. A name that the reader does not know becomes `OTHER`: windows
-count it among all actions, but not for any single action.
+An event stores its action as one byte. The store has its own list of names, which only grows, and converts the numbers
+on write and read, so stored events keep their meaning when `events.actions` changes. A name that the reader does not
+know becomes `OTHER`: windows count it among all actions, but not for any single action.
 """
 
 from __future__ import annotations
@@ -26,11 +24,7 @@ Numbers = NDArray[np.uint8]
 
 
 def grown(held: Sequence[str], actions: Sequence[str]) -> tuple[str, ...]:
-    """The store's names, extended by new `actions`.
-
-    >>> grown(("view", "cart"), ("cart", "wish"))
-    ('view', 'cart', 'wish')
-    """
+    """The store's names, extended by new `actions`."""
     return (*held, *(name for name in actions if name not in held))
 
 
@@ -67,12 +61,7 @@ def renumbered(batch: MicroBatch, then: Sequence[str], now: Sequence[str]) -> Mi
 
 @dataclass(frozen=True)
 class Numbering:
-    """The conversions between a store's action numbers and those of the settings.
-
-    Attributes:
-        into: The table from settings to store; None if the numbers are the same.
-        out_of: The table from store to settings.
-    """
+    """The conversions between a store's action numbers and those of the settings; a table is None if the numbers are the same."""
 
     into: Numbers | None = None
     out_of: Numbers | None = None
@@ -91,13 +80,7 @@ def numbered(
 ) -> tuple[Numbering, dict[str, bytes]]:
     """The numbering of a store under the given settings, and the extra to commit with it.
 
-    Args:
-        stored: The store's extra `ACTIONS`.
-        actions: The actions in the order of the settings.
-        before: The names in a store of a release that did not keep them; by default `actions`.
-
-    >>> numbered(None, ("cart", "view"), before=("view", "cart"))[1]
-    {'actions': b'["view", "cart"]'}
+    `stored` is the store's extra `ACTIONS`; `before` has the names in a store of a release that did not keep them.
     """
     held = tuple(json.loads(stored)) if stored is not None else tuple(before or actions)
     now = grown(held, actions)

@@ -32,20 +32,12 @@ class Appends:
 
     @classmethod
     def none(cls) -> Appends:
-        """No events.
-
-        >>> len(Appends.none().users)
-        0
-        """
+        """No events."""
         return cls(np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, EVENT))
 
     @classmethod
     def of(cls, users: NDArray[np.uint64], events: Events) -> Appends:
         """Groups events by user.
-
-        Args:
-            users: `[m]` uint64, the user of each event.
-            events: `[m]` EVENT in order of arrival.
 
         >>> appends = Appends.of(np.array([7, 5, 7], np.uint64), np.zeros(3, EVENT))
         >>> appends.users.tolist(), appends.starts.tolist(), appends.lengths.tolist()
@@ -60,12 +52,7 @@ class Appends:
 
 
 def events_of(rows: EventBatch | MicroBatch, ranges: Sequence[Range]) -> Events:
-    """Converts rows to the form that histories store, `[n]` EVENT.
-
-    Args:
-        rows: Rows with one event each at its own offset.
-        ranges: The source ranges; `rows.source` is an index of them.
-    """
+    """Converts rows with one event each at its own offset to the form that histories store, `[n]` EVENT; `rows.source` is an index of `ranges`."""
     sources = [part.source for part in ranges]
     events = np.empty(len(rows.offset), EVENT)
     for name in ("at_ms", "category", "item", "offset", "action"):

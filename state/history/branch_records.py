@@ -27,15 +27,6 @@ def branch_records(
 ) -> Iterator[tuple[int, MicroBatch]]:
     """Yields the records of a branch with offsets in [`first`, `end`), and their offsets; logs and skips unreadable ones.
 
-    Args:
-        reader: Reads the training log.
-        partition: Its partition.
-        first: The first offset.
-        end: The offset after the last one.
-        line: The branch.
-        read: Decodes a record: `decode`, or `glance` for the columns that identify clicks.
-        stalled_s: The longest wait for a record.
-
     Raises:
         LogError: No record arrived for `stalled_s`, or the log cannot be read.
     """

@@ -2,9 +2,8 @@
 
 user u64 BE, ~chunk u32 BE -> up to 16 EVENTs, in append order
 
-The chunk's number is stored inverted, so that one seek finds a user's newest
-chunk. Its number and length give the user's total number of events. An append
-rewrites that one small value. Chunks below the last N events are deleted. A
+The chunk's number is stored inverted, so that one seek finds a user's newest chunk. Its number and length give the
+user's total number of events. An append rewrites that one small value. Chunks below the last N events are deleted. A
 sweep reads the ends of users' histories, and removes old events and whole users.
 """
 
@@ -12,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import takewhile
 from typing import NamedTuple, cast
 
 import lmdb
@@ -40,11 +40,7 @@ def key_of(prefix: bytes, chunk: int) -> bytes:
 
 
 def number_of(key: bytes) -> int:
-    """The chunk's number.
-
-    >>> number_of(key_of(prefix_of(258), 3))
-    3
-    """
+    """The chunk's number."""
     return _INVERT - int.from_bytes(key[8:12], "big")
 
 
@@ -69,11 +65,7 @@ def read(cursor: lmdb.Cursor, prefix: bytes, history: int) -> tuple[bytes, int]:
 
 
 def append(cursor: lmdb.Cursor, appends: Appends, history: int) -> int:
-    """Writes the chunks that changed, and deletes the chunks before the last `history` events.
-
-    Returns:
-        The number of new users.
-    """
+    """Writes the chunks that changed, and deletes the chunks before the last `history` events. Returns the number of new users."""
     data = appends.events.tobytes()
     prefixes = appends.users.astype(">u8").tobytes()
     written: Chunks = []
@@ -131,11 +123,7 @@ def by_user(cursor: lmdb.Cursor, start: bytes = b"") -> Iterator[tuple[bytes, Ch
 
 
 def total_of(chunks: Chunks) -> int:
-    """A user's total number of events, from its chunks, newest first.
-
-    >>> total_of([(key_of(prefix_of(7), 2), bytes(3 * EVENT_BYTES))])
-    35
-    """
+    """A user's total number of events, from its chunks, newest first."""
     key, newest = chunks[0]
     return number_of(key) * CHUNK + len(newest) // EVENT_BYTES
 
@@ -179,10 +167,10 @@ _USERS = 1 << 64
 
 
 class Ends(NamedTuple):
-    """The first and last events of some users' histories, ordered by pseudonym.
+    """The first and last events of k users' histories, ordered by pseudonym.
 
     Attributes:
-        users: k pseudonyms.
+        users: The pseudonyms.
         newest: `[k]` EVENT, the last event appended for each user.
         oldest: `[k]` EVENT, the first event kept for each user.
         following: The next user in the store; None at its end.
@@ -226,26 +214,8 @@ def all_of(cursor: lmdb.Cursor, user: int) -> Chunks:
     return theirs if found == prefix else []
 
 
-def leading_old(chunks: Chunks, is_old: Callable[[Events], NDArray[np.bool_]]) -> tuple[list[bytes], int]:
-    """The keys of a user's leading chunks that contain only old events, and the number of these events."""
-    keys: list[bytes] = []
-    events = 0
-    for key, value in reversed(chunks):
-        if not is_old(events_in(value)).all():
-            break
-        keys.append(key)
-        events += len(value) // EVENT_BYTES
-    return keys, events
-
-
 class Removed(NamedTuple):
-    """Counts of removed events and users.
-
-    Attributes:
-        events: Old events removed.
-        aged: Users removed because all their events were old.
-        evicted: Users evicted.
-    """
+    """Counts of old events removed, of users removed because all their events were old, and of users evicted."""
 
     events: int = 0
     aged: int = 0
@@ -259,9 +229,9 @@ def remove(cursor: lmdb.Cursor, aged: Sequence[int], is_old: IsOld, evicted: Seq
     events = gone = 0
     for user in aged:
         theirs = all_of(cursor, user)
-        old, deleted = leading_old(theirs, is_old)
-        keys.append(old)
-        events += deleted
+        old = list(takewhile(lambda chunk: is_old(events_in(chunk[1])).all(), reversed(theirs)))
+        keys.append([key for key, _ in old])
+        events += sum(len(value) for _, value in old) // EVENT_BYTES
         gone += bool(theirs) and len(old) == len(theirs)
     for key in (key for theirs in keys for key in theirs):
         cursor.pop(key)

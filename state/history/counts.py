@@ -16,22 +16,7 @@ Counts = dict[str, int]
 
 
 def advanced(counts: Mapping[str, int] | None, part: Range, holder: str) -> Counts:
-    """The counts of a source after reading `part`.
-
-    Args:
-        counts: The counts before; None for the first range.
-        part: The range, which must begin where the counts end.
-        holder: The owner of the counts, for the message.
-
-    >>> from state.positions import Source
-    >>> source = Source("ab" * 16, 0)
-    >>> counts = advanced(None, Range(source, 5, 7, rows=2), "the histories")
-    >>> advanced(counts, Range(source, 7, 8, dead=1), "the histories")
-    {'first': 5, 'next': 8, 'rows': 2, 'dead': 1, 'filtered': 0, 'absent': 0}
-
-    Raises:
-        PositionConflict: The range begins at another offset.
-    """
+    """The counts of a source after reading `part`; PositionConflict if the range begins at another offset."""
     found = {"first": part.first, "next": part.first, **dict.fromkeys(OUTCOMES, 0)} if counts is None else dict(counts)
     if found["next"] != part.first:
         raise PositionConflict(
@@ -45,11 +30,7 @@ def advanced(counts: Mapping[str, int] | None, part: Range, holder: str) -> Coun
 
 
 def returned(counts: Mapping[str, int], taken: Mapping[str, int], at: int) -> Counts:
-    """The counts of a source after rolling back to offset `at` the outcomes `taken` since then.
-
-    >>> returned({"first": 5, "next": 9, "rows": 3, "dead": 1, "filtered": 0, "absent": 0}, {"rows": 2}, 7)
-    {'first': 5, 'next': 7, 'rows': 1, 'dead': 1, 'filtered': 0, 'absent': 0}
-    """
+    """The counts of a source after rolling back to offset `at` the outcomes `taken` since then."""
     found = {name: count - taken.get(name, 0) for name, count in counts.items()}
     named = {name: count for name, count in found.items() if count or name not in RARE}
     return {**named, "first": counts["first"], "next": at}

@@ -1,13 +1,11 @@
 """Rewinds a store of histories to an earlier position: what changes, and how that is written.
 
-A follower of the training log that rewinds, the stream as well as each serving
-host, reads the log in two directions:
+A follower of the training log that rewinds reads the log in two directions:
 
-1. `Since`: forward from the rewind position. It finds the users that gained events
-   since, the outcomes of the positions, and the impressions that stopped waiting.
-2. `Before`: backward from that position, for what the store lacks. A history keeps
-   the last N events, so a user who gained events since has lost as many of the
-   oldest ones. Impressions whose wait has ended are missing too.
+1. `Since`: forward from the rewind position. It finds the users that gained events since, the outcomes of the
+   positions, and the impressions that stopped waiting.
+2. `Before`: backward from that position, for what the store lacks. A history keeps the last N events, so a user who
+   gained events since has lost as many of the oldest ones. Impressions whose wait has ended are missing too.
 
 Both results form a `Rewind`, which is one transaction of the store.
 """
@@ -97,8 +95,8 @@ class Since:
     def counts(self, stored: Mapping[Source, Counts]) -> dict[Source, Counts | None]:
         """The store's counts at the position; None for a source that it had not read then.
 
-        A stream that crashed may have written positions again in other ranges; it
-        counted the last ones. So the ranges are followed backward from the end.
+        A stream that crashed may have written positions again in other ranges; it counted the last ones. So the ranges
+        are followed backward from the end.
         """
         low = {source: stored[source]["next"] for source in self.sources}
         taken: dict[Source, Counter[str]] = {source: Counter() for source in low}
@@ -133,11 +131,10 @@ class Before:
         timed: Sources whose latest clicks are needed, because their clock is rewound.
 
     Attributes:
-        categories: Item -> the category in its latest click, as far as found.
+        categories: Item -> the category in its latest click, if found.
         opened: The impressions found, each as a micro-batch of one row.
-        latest: The events of the nearest block, record by record, in order. Before them come the events of `timed`
-            sources of which that block has too few.
-        timed: The argument.
+        latest: The events of the nearest block, record by record, in order, after the events of `timed` sources of
+            which that block has too few.
     """
 
     def __init__(
@@ -189,7 +186,9 @@ class Before:
             named = np.isin(events.item, self._items) & (events.category != 0)
             narrow.append(events.take(np.isin(events.user, self._users) | named))
         for events in latest:
-            self._count_turns(events)
+            for number, part in enumerate(events.header.ranges):
+                users = events.user[events.source == number]
+                self._turns[part.source] += int((users[1:] != users[:-1]).sum()) + (len(users) > 0)
         self.latest = [*latest, *self.latest]
         for events in reversed(narrow):
             for item, category in zip(events.item[::-1].tolist(), events.category[::-1].tolist(), strict=True):
@@ -197,11 +196,6 @@ class Before:
                     self.categories.setdefault(item, category)
             self._take(events)
         return max(times) or None
-
-    def _count_turns(self, events: MicroBatch) -> None:
-        for number, part in enumerate(events.header.ranges):
-            users = events.user[events.source == number]
-            self._turns[part.source] += int((users[1:] != users[:-1]).sum()) + (len(users) > 0)
 
     def _find_opened(self, batch: MicroBatch) -> None:
         for row in np.flatnonzero(batch.kind == Kind.OPENED).tolist() if self.waited else ():
@@ -270,14 +264,7 @@ class Rewind:
 
 
 def kept(history: Events, user: int, marks: Mapping[Source, int], sources: Iterable[Source]) -> NDArray[np.bool_]:
-    """Which events of a history are before the marks, `[m]` bool.
-
-    Args:
-        history: `[m]` EVENT.
-        user: The user.
-        marks: The next offset of each source; all events of a source without one count as after it.
-        sources: The sources that rewind; events of other sources stay.
-    """
+    """Which events of a history are before the marks, `[m]` bool."""
     stays = np.ones(len(history), np.bool_)
     for source in sources:
         if not source.has(user):

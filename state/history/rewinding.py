@@ -2,8 +2,8 @@
 
 1. Find where the store's branch and the new branch part, and the click positions there.
 2. Read forward from there: what the store has gained since (`Since`).
-3. Read backward from there: what the store lacks (`Before`). Stop when that is found, the log has no more
-   records, or older records are beyond every window.
+3. Read backward from there: what the store lacks (`Before`). Stop when that is found, the log has no more records, or
+   older records are beyond every window.
 4. Commit in one transaction: histories, positions, waiting rows, and the new branch.
 
 A crash before 4 leaves the store unchanged; after 4 there is nothing to do.
@@ -41,15 +41,14 @@ OpenAt = Callable[[int], Reader]
 
 
 @dataclass(frozen=True)
-class WentBack:
+class Rewound:
     """The result of a rewind.
 
     Attributes:
         positions: Click positions rolled back.
         users: Users who had gained events.
         rebuilt: Those of them whose history had lost events, which are restored.
-        short: Those of these whose oldest events are gone from the log too, or may be: for an evicted user the earlier
-            number of events is unknown.
+        short: Those of these whose oldest events are gone from the log too, or may be, as for an evicted user.
         waiting: Impressions that wait again.
     """
 
@@ -60,28 +59,24 @@ class WentBack:
     waiting: int = 0
 
     def __str__(self) -> str:
-        """A summary for people.
-
-        >>> str(WentBack(positions=900, users=40, rebuilt=3, short=1))
-        '900 positions of 40 users taken back, 3 histories rebuilt from the log, 1 of them without its oldest events'
-        """
+        """A summary for people."""
         short = f", {self.short:,} of them without its oldest events" if self.short else ""
         waits = f", {self.waiting:,} impressions wait again" if self.waiting else ""
-        return f"{self.positions:,} positions of {self.users:,} users taken back, {self.rebuilt:,} histories rebuilt from the log{short}{waits}"
+        return f"{self.positions:,} positions of {self.users:,} users rolled back, {self.rebuilt:,} histories rebuilt from the log{short}{waits}"
 
 
-def line_of(store: HistoryStore) -> LogLine:
+def branch_of(store: HistoryStore) -> LogLine:
     """The branch of the log from which the store's histories were built."""
     stored = store.extra(LINE)
     return WHOLE if stored is None else from_json(json.loads(stored))
 
 
-def line_extra(line: LogLine) -> dict[str, bytes]:
+def branch_extra(line: LogLine) -> dict[str, bytes]:
     """The store's extra that records its branch."""
     return {LINE: json.dumps(to_json(line)).encode()}
 
 
-def go_back(
+def rewind(
     store: HistoryStore,
     line: LogLine,
     open_at: OpenAt,
@@ -91,8 +86,8 @@ def go_back(
     mask: Mask = Mask.NONE,
     extra: Extras = lambda _, __: {},
     timed: bool = False,
-) -> WentBack | None:
-    """Rewinds `store` to the branch `line`; committed when this returns.
+) -> Rewound | None:
+    """Rewinds `store` to the branch `line`; returns what was rolled back, None if the store was on that branch already.
 
     Args:
         store: The store; only its writer may call.
@@ -105,24 +100,21 @@ def go_back(
         extra: Returns more extras to commit.
         timed: Whether `extra` needs the latest clicks of each source that rewinds.
 
-    Returns:
-        What was rolled back; None if the store was on that branch already.
-
     Raises:
         GapError: The log no longer reaches back to the branch point.
         LogError: The log cannot be read.
         StoreFull: Nothing was changed.
     """
     # 1.
-    mine = line_of(store)
+    mine = branch_of(store)
     found = parting(mine, line)
     if found is None:
         return None
     marks, positions = dict(found.sources), store.positions()
     since = Since(marks, positions, mask)
     if not since.sources:
-        store.go_back(Rewind(marks, extra={**extra(found.offset, Before(marks, {})), **line_extra(line)}))
-        return WentBack()
+        store.rewind(Rewind(marks, extra={**extra(found.offset, Before(marks, {})), **branch_extra(line)}))
+        return Rewound()
     with open_at(found.offset) as reader:
         # 2.
         until = reader.position(partition) + reader.lag()[partition] if end is None else end
@@ -132,33 +124,24 @@ def go_back(
         clocks = since.sources if timed else ()
         before = Before(marks, store.lacking(since, marks), since.ended, since.masked_items, clocks)
         needed = len(before.histories())
-        look_back(reader, partition, found.offset, mine, before, reach_ms)
+        read_before(reader, partition, found.offset, mine, before, reach_ms)
     # 4.
-    taken = _give_back(store, since, before, marks, {**extra(found.offset, before), **line_extra(line)})
-    return WentBack(taken, len(since.gained), needed, before.short, len(before.opened))
-
-
-def _give_back(
-    store: HistoryStore, since: Since, before: Before, marks: Mapping[Source, int], more: Mapping[str, bytes | None]
-) -> int:
-    """Commits the rewind; returns how many positions were rolled back."""
     stored = store.counts()
     counted = since.counts(stored)
-    waiting, told = _waiting(store, before, counted, marks)
+    waiting, formats = _waiting(store, before, counted, marks)
+    more = {**formats, **extra(found.offset, before), **branch_extra(line)}
     killpoints.reach("back.found")
-    store.go_back(Rewind(marks, since.gained, before.histories(), counted, {**told, **more}, waiting))
+    store.rewind(Rewind(marks, since.gained, before.histories(), counted, more, waiting))
     killpoints.reach("back.committed")
-    return sum(stored[source]["next"] - marks.get(source, stored[source]["first"]) for source in counted)
+    taken = sum(stored[source]["next"] - marks.get(source, stored[source]["first"]) for source in counted)
+    return Rewound(taken, len(since.gained), needed, before.short, len(before.opened))
 
 
-def look_back(reader: Reader, partition: int, end: int, line: LogLine, before: Before, reach_ms: int) -> None:
+def read_before(reader: Reader, partition: int, end: int, line: LogLine, before: Before, reach_ms: int) -> None:
     """Passes the records before `end` to `before`, newest first, until it has everything or no older event matters.
 
     Only for categories of items and clocks of sources, it reads at most `BLOCKS_FOR_ITEMS` blocks: a flood may have
     named new items, and a partition may have had no click for a long time.
-
-    Raises:
-        LogError: The log cannot be read.
     """
     size, newest_ms, blocks = BLOCK, None, 0
     while end > 0 and (newest_ms is None or not before.done):
@@ -188,7 +171,7 @@ def _waiting(
 ) -> tuple[Changes, Extra]:
     """The waiting rows to restore or remove, and the extras about them. Rows not found again are counted as dropped."""
     changes: Changes = {}
-    told: Extra = {}
+    formats: Extra = {}
     rows = WaitingRows(store)
     for key, _ in store.waiting():
         source, offset = place_of(key)
@@ -196,9 +179,9 @@ def _waiting(
             changes[key] = None
     for one in before.opened:
         source = one.header.ranges[int(one.source[0])].source
-        (value,) = rows.adopt(one.columns, changes, told).pack(one.columns)
+        (value,) = rows.adopt(one.columns, changes, formats).pack(one.columns)
         changes[key_of(source, int(one.offset[0]))] = value
     for source, _ in before.waited:
         if (theirs := counted[source]) is not None:
             theirs["dropped"] = theirs.get("dropped", 0) + 1
-    return changes, told
+    return changes, formats

@@ -12,16 +12,17 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import lmdb
+import msgspec
 import numpy as np
 
 from state.config.settings import Settings
 from state.disk import memory_place
 from state.disk.clean_mark import CleanMark
-from state.disk.lmdb_store import keys_with, pages_bytes, put_all
+from state.disk.lmdb_store import PAGES_MS, keys_with, pages_bytes, put_all
 from state.disk.memory_store import MemoryStore, enter
 from state.errors import CorruptStore
 from state.features.erased import Erased
@@ -31,27 +32,48 @@ from state.history.actions import Numbering
 from state.history.appends import Appends
 from state.history.chunks import EVENT_BYTES, Ends, IsOld, Removed, by_user, prefix_of, remove
 from state.history.counts import Counts, move, summed
-from state.history.forgetting import FORGOTTEN, ForgottenUsers
 from state.history.rewind import Rewind, Since, lacking, write_back
 from state.history.waiting import WaitingRows, place_of
 from state.layout import HISTORIES
 from state.positions import Range, Source
 from state.storage.shares import map_bytes
 
+FORGOTTEN = "erased"  # name of the store's extra
+
+
+@dataclass(frozen=True)
+class ForgottenUsers:
+    """How far a store has applied erasures.
+
+    Attributes:
+        through: The last erasure whose users' records are removed.
+        pages: The last erasure whose users' records are also gone from free pages.
+        paged_ms: When the store was last compacted, wall clock.
+    """
+
+    through: int = 0
+    pages: int = 0
+    paged_ms: int = 0
+
+    def due_ms(self) -> int | None:
+        """When the store is due for compaction; None if it is not needed."""
+        return None if self.pages >= self.through else self.paged_ms + PAGES_MS
+
+    def to_json(self) -> bytes:
+        """Encodes it as the store keeps it."""
+        return msgspec.json.encode(self)
+
+    @classmethod
+    def from_json(cls, value: bytes | None) -> ForgottenUsers:
+        """Decodes the output of `to_json`; None if nothing was erased yet."""
+        return cls() if value is None else msgspec.json.decode(value, type=cls)
+
 
 class HistoryStore(MemoryStore):
     """The histories of one process. One thread commits; any thread of any process may read.
 
-    Args:
-        path: The store's directory.
-        history: N, the events kept per user. Histories stored under another N stay as they are.
-        map_bytes: The store's maximum size.
-        readonly: True for readers; the writer must have created the store.
-        boot_id: The boot id of this machine; by default the kernel's.
-
-    Raises:
-        CorruptStore: It is damaged, or a power cut may have damaged it.
-        StoreError: It cannot be opened.
+    `history` is N, the events kept per user; histories stored under another N stay as they are. Other arguments and
+    errors as for `LmdbStore`.
     """
 
     noun = "histories"
@@ -59,7 +81,7 @@ class HistoryStore(MemoryStore):
     later = frozenset({"waiting"})
     map_setting = "stream.map_gb or serving.map_gb"
     writer = "the stream or the applier"
-    remedy = "`springtide rebuild-history` makes the stream's histories anew from Kafka"
+    remedy = "`springtide rebuild-history` rebuilds the stream's histories from Kafka"
     origin = "the micro-batch topic"
 
     def __init__(
@@ -126,16 +148,10 @@ class HistoryStore(MemoryStore):
 
     def cut(self) -> tuple[dict[Source, Counts], int]:
         """The counts and the number of waiting rows, from one snapshot."""
-        found = {}
         with self._begin("meta") as transaction:
             waits = 0 if self._waiting is None else int(transaction.stat(self._waiting)["entries"])
-            cursor = transaction.cursor()
-            if cursor.set_range(b"p:"):
-                for key, value in cursor:
-                    if not key.startswith(b"p:"):
-                        break
-                    found[Source.parse(bytes(key[2:]).decode())] = json.loads(bytes(value))
-        return found, waits
+            found = keys_with(transaction.cursor(), b"p:", b"p:")
+        return {Source.parse(key[2:].decode()): json.loads(value) for key, value in found}, waits
 
     def positions(self) -> dict[Source, int]:
         """The next offset of each source."""
@@ -148,8 +164,7 @@ class HistoryStore(MemoryStore):
 
     def extra(self, name: str) -> bytes | None:
         """The value that the last commit stored for extra `name`; None if there is none."""
-        with self._begin("meta") as transaction:
-            return None if (value := transaction.get(b"x:" + name.encode())) is None else bytes(value)
+        return self.extra_of_each([name])[0]
 
     def extra_of_each(self, names: Sequence[str]) -> list[bytes | None]:
         """The values of n extras, from one snapshot; see `extra`."""
@@ -198,8 +213,7 @@ class HistoryStore(MemoryStore):
 
         Raises:
             PositionConflict: A range does not begin at its source's next offset.
-            StoreFull: The map or the disk is full; nothing was changed.
-            UnusableDisk: The disk refused the write; nothing was changed.
+            StoreFull, UnusableDisk: Nothing was changed.
         """
         appends = replace(appends, events=self.numbering.inwards(appends.events))
         with self._write() as transaction:
@@ -222,7 +236,7 @@ class HistoryStore(MemoryStore):
         with self._env.begin() as transaction:
             return lacking(transaction, self._databases, since, marks, self.history)
 
-    def go_back(self, back: Rewind) -> None:
+    def rewind(self, back: Rewind) -> None:
         """Rewinds events and positions in one transaction; visibility, durability and errors are those of `commit`."""
         rebuilt = {user: self.numbering.inwards(events) for user, events in back.rebuilt.items()}
         back = replace(back, rebuilt=rebuilt)
@@ -237,11 +251,8 @@ class HistoryStore(MemoryStore):
     def forget(self, erased: Erased) -> ForgottenUsers:
         """Removes the data of users erased since the last call, in one transaction like that of `commit`.
 
-        Waiting rows are checked every time, since a rewind may have restored some.
-
-        Raises:
-            CorruptStore: A waiting row cannot be read.
-            StoreFull, UnusableDisk: Nothing was changed.
+        Waiting rows are checked every time, since a rewind may have restored some; `CorruptStore` if one cannot be
+        read.
         """
         before = self.forgotten
         waiting = WaitingRows(self).of_erased(erased) if erased else []
@@ -270,16 +281,7 @@ class HistoryStore(MemoryStore):
         return now
 
     def compact_if_due(self, now_ms: int) -> ForgottenUsers:
-        """Compacts the store if an erasure requires it, so that free pages hold nothing of erased users.
-
-        The writer calls it while no other thread of this process reads the store.
-
-        Args:
-            now_ms: Wall clock.
-
-        Raises:
-            StoreFull: There is no room for both files; the store is unchanged.
-        """
+        """Compacts the store if an erasure requires it, so that free pages hold nothing of erased users; see `compact`."""
         done = self.forgotten
         due_ms = done.due_ms()
         if due_ms is None or now_ms < due_ms:
@@ -326,10 +328,8 @@ class HistoryStore(MemoryStore):
     def copy_to(self, path: Path) -> None:
         """Writes a snapshot of the store to the directory `path`, synced and marked as closed cleanly.
 
-        Commits continue meanwhile, but pages that they free are not reused until the copy ends.
-
-        Raises:
-            StoreFull, UnusableDisk: The disk is full, or refused for another reason; the content of `path` is unusable.
+        Commits continue meanwhile, but pages that they free are not reused until the copy ends. If the disk refuses,
+        the content of `path` is unusable.
         """
         try:
             path.mkdir(parents=True)
@@ -341,17 +341,12 @@ class HistoryStore(MemoryStore):
 
     @classmethod
     def copied(cls, source: Path, path: Path, history: int, map_bytes: int) -> None:
-        """Copies a store that was closed cleanly to `path`; the source is unchanged.
-
-        Raises:
-            CorruptStore: The store was not closed cleanly, so pages may be missing.
-            StoreError: The store cannot be read or copied.
-        """
+        """Copies a store that was closed cleanly, else `CorruptStore`, to `path`; the source is unchanged."""
         store = cls(source, history, map_bytes, readonly=True)
         try:
             if not store.closed_in_order():
                 raise CorruptStore(
-                    f"{source} was not closed in order, so that pages may be missing; it is not used",
+                    f"{source} was not closed cleanly, so that pages may be missing; it is not used",
                     "name another copy, or rebuild without one",
                 )
             store.copy_to(path)
@@ -365,15 +360,9 @@ logger = logging.getLogger(__name__)
 def open_history_store(settings: Settings, part: str, folder: Path) -> HistoryStore:
     """Opens the histories in `folder`, whose lock this process holds; closing them saves them to the disk.
 
-    Args:
-        settings: The effective settings.
-        part: `stream` or `serving`: the part whose share of the disk limits them, even in memory.
-        folder: The directory of the stream, or of serving.
-
     Raises:
         CorruptStore: A power cut removed them or may have damaged them.
         StoreError: They cannot be opened.
-        OSError: The disk refused.
     """
     link, memory = folder / HISTORIES, settings.storage.memory_dir
     for gone in memory_place.remove_forgotten(memory):
@@ -381,7 +370,7 @@ def open_history_store(settings: Settings, part: str, folder: Path) -> HistorySt
     place = enter(link, memory)
     if place.why:
         logger.warning(
-            "the histories lie on the disk, %s: %s. Each page that a click changes is written there, at 5,000 clicks/s "
+            "the histories are on the disk, %s: %s. Each page that a click changes is written there, at 5,000 clicks/s "
             "some 8 GB an hour",
             link,
             place.why,
@@ -390,15 +379,10 @@ def open_history_store(settings: Settings, part: str, folder: Path) -> HistorySt
 
 
 def open_or_replace(settings: Settings, part: str, folder: Path) -> HistoryStore:
-    """Like `open_history_store`, but replaces unusable histories by empty ones: they are derived from the training log.
-
-    Raises:
-        StoreError: They cannot be opened.
-        OSError: The disk refused.
-    """
+    """Like `open_history_store`, but replaces unusable histories by empty ones: they are derived from the training log."""
     try:
         return open_history_store(settings, part, folder)
     except CorruptStore as error:
-        logger.warning("the histories at %s are begun anew from %s: %s", folder, HistoryStore.origin, error.what)
+        logger.warning("the histories at %s are rebuilt from %s: %s", folder, HistoryStore.origin, error.what)
         memory_place.forget(folder / HISTORIES)
         return open_history_store(settings, part, folder)

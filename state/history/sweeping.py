@@ -1,21 +1,16 @@
 """Bounds the size of histories: removes old events, and evicts the users read longest ago if there are too many.
 
-Each step processes some hundred users in the order of their pseudonyms; a pass
-covers all users. Whenever log time has advanced by a 64th of the reach, a mark
-is made and a pass begins. A pass also begins when there are too many users.
+Each step processes some hundred users in the order of their pseudonyms; a pass covers all users. Whenever log time has
+advanced by a 64th of the reach, a mark is made and a pass begins. A pass also begins when there are too many users.
 
-1. An event is old if both its own time and its read time are before the reach.
-   The reach is the longest window plus the allowed lateness of a click. So no
-   later row can see an old event, and removing it changes no bit of any row.
-2. A pass counts when users were last read. If there are too many users, the next
-   pass evicts as many of those read longest ago. Among users read at about the
-   same time, the lowest pseudonyms go first. Event times play no part: a wrong
-   clock does not keep a user longer.
+1. An event is old if both its own time and its read time are before the reach, the longest window plus the allowed
+   lateness of a click. So no later row can see it, and removing it changes no bit of any row.
+2. If there are too many users, the next pass evicts as many of those read longest ago; among users read at about the
+   same time, those with the lowest pseudonyms. Event times play no part: a wrong clock does not keep a user longer.
 
-There are too many users if they exceed the allowed number, or if the pages in
-use nearly fill the store's map. Pages of evicted users become free only as
-their neighbours are removed or grow. So more users are evicted only when the
-pages grow again. An evicted user is unknown, as before the first click.
+There are too many users if they exceed the allowed number, or if the pages in use nearly fill the store's map. Pages of
+evicted users become free only as their neighbours are removed or grow, so more users are evicted only when the pages
+grow again. An evicted user is unknown, as before the first click.
 """
 
 from __future__ import annotations
@@ -41,11 +36,7 @@ _OFFSETS = 1 << 45  # offsets per source; with 16 bits for sources they fit into
 
 
 class ReadTimes:
-    """Marks per source, at most some 65 each if `mark` creates and drops them.
-
-    Args:
-        marks: Source -> (log time in ms, next offset), both ascending.
-    """
+    """Marks per source, (log time in ms, next offset), both ascending; at most some 65 each if `mark` creates and drops them."""
 
     def __init__(self, marks: Mapping[Source, Sequence[tuple[int, int]]] = {}) -> None:
         self._marks: Marks = {source: list(theirs) for source, theirs in marks.items()}
@@ -61,11 +52,6 @@ class ReadTimes:
 
         Of the marks older than `keep_ms` only the newest stays: it bounds everything read before it. Marks ahead of a
         clock or a position that was set back are dropped.
-
-        Args:
-            positions: The next offset of each source.
-            clock_ms: Log time.
-            keep_ms: How far back read times matter.
         """
         before = dict(self._marks)
         for source, position in positions.items():
@@ -77,21 +63,10 @@ class ReadTimes:
         self._arrange()
         return self._marks != before
 
-    def at_latest(self, events: Events, clock_ms: int) -> I64:
-        """Upper bound of each event's read time, `[m]` int64 log time; `clock_ms` for events after the last mark.
-
-        >>> from state.features.spec import EVENT
-        >>> source, events = Source("ab" * 16, 0), np.zeros(3, EVENT)
-        >>> events["topic"], events["offset"] = source.topic, [0, 9, 10]
-        >>> ReadTimes({source: [(1000, 5), (2000, 10)]}).at_latest(events, 2500).tolist()
-        [1000, 2000, 2500]
-        """
-        return self._bounds(events, clock_ms)[1]
-
     def are_old(self, events: Events, horizon_ms: int, clock_ms: int) -> NDArray[np.bool_]:
         """Which of `[m]` events both happened and were read by `horizon_ms`, `[m]` bool."""
         old = events["at_ms"] <= horizon_ms
-        return old & (self.at_latest(events, clock_ms) <= horizon_ms) if old.any() else old
+        return old & (self._bounds(events, clock_ms)[1] <= horizon_ms) if old.any() else old
 
     def about(self, events: Events, clock_ms: int) -> I64:
         """Estimated read time of each event, `[m]` int64 log time, interpolated between two marks.
@@ -110,7 +85,7 @@ class ReadTimes:
         return np.where(after < 0, latest, earliest + ((latest - earliest) * (passed / steps)).astype(np.int64))
 
     def _bounds(self, events: Events, clock_ms: int) -> tuple[I64, I64, I64]:
-        """Per event the index of the mark after it, that mark's time, and the index of the mark before it; or -1."""
+        """Per event the index of the mark after it, that mark's time (else `clock_ms`), and the index of the mark before it; or -1."""
         keys = _keys(events["topic"], events["partition"])
         number = np.minimum(np.searchsorted(self._sources, keys), max(0, len(self._sources) - 1))
         known = self._sources[number] == keys if len(self._sources) else np.zeros(len(events), np.bool_)
@@ -140,11 +115,7 @@ class ReadTimes:
 
     @classmethod
     def from_json(cls, value: bytes | None) -> ReadTimes:
-        """Decodes the output of `to_json`; None means no marks.
-
-        >>> ReadTimes.from_json(ReadTimes({Source("ab" * 16, 0): [(10, 5)]}).to_json()).newest_ms
-        10
-        """
+        """Decodes the output of `to_json`; None means no marks."""
         stored = json.loads(value or b"{}")
         return cls({Source.parse(name): [(int(a), int(b)) for a, b in theirs] for name, theirs in stored.items()})
 
@@ -228,11 +199,7 @@ class Sweeper:
         self.due_s = 0.0
 
     def look(self, clock_ms: int) -> Removed:
-        """Runs one step if it is due: processes some users and removes what may go. Takes a few milliseconds at most.
-
-        Raises:
-            StoreFull, UnusableDisk: Nothing was changed.
-        """
+        """Runs one step if it is due: processes some users and removes what may go. Takes a few milliseconds at most."""
         now_s = self._elapsed()
         # Do not wait for a clock that was set back.
         if 0 < self.due_s - now_s <= REST_S:
@@ -249,11 +216,7 @@ class Sweeper:
         return self._take(self._pass, clock_ms)
 
     def hurry(self, clock_ms: int) -> None:
-        """Runs many steps at once, because the store refused a commit and so has too many users.
-
-        Raises:
-            StoreFull, UnusableDisk: As `look` does.
-        """
+        """Runs many steps at once, because the store refused a commit and so has too many users."""
         self._hurried = True
         try:
             for _ in range(HURRIED_LOOKS):

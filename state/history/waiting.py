@@ -3,10 +3,8 @@
     key     topic id (16 bytes), partition (4, BE), offset (8, BE)
     value   the row's columns of a micro-batch, fixed widths, one after another
 
-The widths depend on the feature spec, on the context fields and on the release.
-The store keeps them as an extra. If they have changed since, each row is read
-with the old widths. A column that was missing, or had another shape, is 0, as
-for an event without a value.
+The store keeps the widths as an extra. If they have changed since (feature spec, context fields, release), each row is
+read with the old widths. A column that was missing, or had another shape, is 0, as for an event without a value.
 """
 
 from __future__ import annotations
@@ -33,11 +31,7 @@ Extra = dict[str, bytes]
 
 
 def key_of(source: Source, offset: int) -> bytes:
-    """The key of the row at `offset`.
-
-    >>> place_of(key_of(Source("ab" * 16, 3), 70))
-    (Source(topic_id='abababababababababababababababab', partition=3, bucket=0, buckets=1), 70)
-    """
+    """The key of the row at `offset`."""
     return bytes.fromhex(source.topic_id) + source.partition.to_bytes(4, "big") + offset.to_bytes(8, "big")
 
 
@@ -47,17 +41,10 @@ def place_of(key: bytes) -> tuple[Source, int]:
 
 
 class RowFormat:
-    """The column widths of waiting rows; encodes and decodes rows.
-
-    Args:
-        shapes: Column -> its shape without the row dimension.
+    """The column widths of waiting rows, by column without the row dimension; encodes and decodes rows.
 
     Raises:
         CorruptStore: This release does not know a column.
-
-    >>> made = RowFormat({"user": (), "features": (2,)})
-    >>> made.dtype.itemsize, RowFormat.from_json(made.to_json()) == made
-    (12, True)
     """
 
     def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:
@@ -85,11 +72,7 @@ class RowFormat:
 
     @classmethod
     def from_json(cls, value: bytes) -> RowFormat:
-        """Decodes the output of `to_json`.
-
-        Raises:
-            CorruptStore: A later release wrote it.
-        """
+        """Decodes the output of `to_json`; CorruptStore if a later release wrote it."""
         names = {written: name for name, written in WRITTEN.items()}
         return cls({names.get(name, name): shape for name, shape in json.loads(value).items()})
 
@@ -103,15 +86,11 @@ class RowFormat:
         return [data[at : at + size] for at in range(0, len(data), size)]
 
     def unpack(self, values: Sequence[bytes]) -> dict[str, NDArray[Any]]:
-        """Decodes rows to columns.
-
-        Raises:
-            CorruptStore: A value has another length.
-        """
+        """Decodes rows to columns; CorruptStore if a value has another length."""
         if any(len(value) != self.dtype.itemsize for value in values):
             raise CorruptStore(
                 f"a row that waits has not {self.dtype.itemsize} bytes",
-                "`springtide rebuild-history` makes the store anew",
+                "`springtide rebuild-history` rebuilds the store",
             )
         rows = np.frombuffer(b"".join(values), self.dtype)
         return {name: np.ascontiguousarray(rows[name]) for name in self.shapes}
@@ -169,11 +148,7 @@ class WaitingRows:
         return [changes[key] if key in changes else stored[key] for key in keys]
 
     def of_erased(self, erased: Erased) -> list[bytes]:
-        """The keys of the waiting rows of erased users.
-
-        Raises:
-            CorruptStore: A row cannot be read.
-        """
+        """The keys of the waiting rows of erased users; CorruptStore if a row cannot be read."""
         rows = dict(self._store.waiting()) if self.format is not None else {}
         if self.format is None or not rows:
             return []

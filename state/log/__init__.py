@@ -1,18 +1,8 @@
 """Access to Kafka: topics, reads by position, acknowledged writes.
 
-A log has topics, a topic has partitions, a partition has positions. A record has
-one position. A position may never have a record (a transaction marker, an
-aborted or compacted record). Records written in a transaction become visible
+A log has topics, a topic has partitions, a partition has positions. A record has one position. A position may never
+have a record (a transaction marker, an aborted or compacted record). Records written in a transaction become visible
 when it commits. Writing moves a partition's end, retention its beginning.
-
-    follow         follows a topic: start, recreated topic, lost range, lag, stop; reads a topic up to an end
-    reader         partitions as columns, by position; `batch_decoder` decodes whole record batches
-    writer         acknowledged records, transactions
-    topics         creates and describes topics; their ends, positions of groups; `topic_plan` how each is created
-    accepted_gaps  losses that an operator accepts
-    bulk           whole record batches, for load generators
-    client         connections, and one function per kind of error
-    records        the data of a partition
 
 Only the files of this package import the Kafka client. `tests/conformance/test_logs.py` tests what a log promises,
 against Kafka and a log in memory.
@@ -31,11 +21,7 @@ from state.log.writer import Writer, partition_of
 
 
 class Log:
-    """The cluster that the settings name; each reader, writer and topics object has its own connections.
-
-    Args:
-        settings: The section `[kafka]`.
-    """
+    """The cluster that the section `[kafka]` names; each reader, writer and topics object has its own connections."""
 
     def __init__(self, settings: Kafka) -> None:
         self._settings = settings

@@ -1,11 +1,9 @@
 """The losses in a log that an operator accepts: options, consent, and the journal of what was accepted.
 
-A gap is a range of positions that can never be read: deleted by retention
-before we read it, or covered by no record of the training log. A process that
-meets a gap stops and reports it. Restarted with `--accept-gap P:A-B --reason
-TEXT` it skips the gap, and records who accepted what, when and why.
-`--skip-record OFFSET --reason TEXT` likewise skips a record of the training log
-that is no micro-batch of this system's stream.
+A gap is a range of positions that can never be read: deleted by retention before we read it, or covered by no record of
+the training log. A process that meets a gap stops and reports it. Restarted with `--accept-gap P:A-B --reason TEXT` it
+skips the gap, and records who accepted what, when and why. `--skip-record OFFSET` does so for a record of the training
+log that is no micro-batch of this system's stream.
 """
 
 from __future__ import annotations
@@ -28,14 +26,7 @@ _FORM = re.compile(r"(?:([0-9a-f]{8,32}):)?(\d+):(\d+)-(\d+)")
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """A loss that an operator accepts in advance: any missing part of `[first, next)`.
-
-    Attributes:
-        partition: The partition.
-        first: The first position.
-        next: The position after the last.
-        topic: Prefix of the topic's id; empty for the topic that the process reads.
-    """
+    """A loss that an operator accepts in advance: any missing part of `[first, next)` of a partition. `topic` is a prefix of the topic's id; empty for the topic that the process reads."""
 
     partition: int
     first: int
@@ -51,10 +42,6 @@ class Allowance:
         (True, False)
         >>> parse_allowance("abababab:3:0-99").covers(gap, "cd" * 16), parse_allowance("3:0-99").covers(gap, "cd" * 16)
         (True, False)
-
-        Args:
-            gap: The missing range.
-            read_topic: Id of the topic that the process reads.
         """
         source = gap.source
         return (
@@ -66,11 +53,7 @@ class Allowance:
 
 
 def parse_allowance(text: str) -> Allowance:
-    """Parses `P:A-B` or `TOPIC_ID:P:A-B`, both ends included.
-
-    Raises:
-        SettingsError: The text has another form.
-    """
+    """Parses `P:A-B` or `TOPIC_ID:P:A-B`, both ends included; SettingsError if the text has another form."""
     match = _FORM.fullmatch(text.strip())
     if not match or int(match[3]) > int(match[4]):
         raise SettingsError(
@@ -80,14 +63,7 @@ def parse_allowance(text: str) -> Allowance:
 
 
 def parse_records(text: str) -> range:
-    """Parses `OFFSET`, or `A-B` with both ends included, as a range of offsets.
-
-    >>> parse_records("7"), parse_records("7-9")
-    (range(7, 8), range(7, 10))
-
-    Raises:
-        SettingsError: The text has another form.
-    """
+    """Parses `OFFSET`, or `A-B` with both ends included, as a range of offsets; SettingsError if the text has another form."""
     match = _RECORDS.fullmatch(text.strip())
     if not match or int(match[1]) > int(match[2] or match[1]):
         raise SettingsError(
@@ -115,25 +91,16 @@ class Consent:
     cut_back: bool = False
 
     def covers(self, gap: Gap, read_topic: str) -> bool:
-        """Whether `gap` may be skipped."""
+        """Whether `gap` may be skipped by a process that reads the topic with the id `read_topic`."""
         return any(one.covers(gap, read_topic) for one in self.allowances)
 
     def leaves_out(self, offset: int) -> bool:
-        """Whether the record at `offset` of the training log may be skipped.
-
-        >>> Consent(records=(parse_records("7-9"),)).leaves_out(9)
-        True
-        """
+        """Whether the record at `offset` of the training log may be skipped."""
         return any(offset in one for one in self.records)
 
 
 def in_words(lost: TruncatedLog) -> str:
-    """Describes what a truncated log lost, short enough for a reason.
-
-    >>> from state.positions import Source
-    >>> in_words(TruncatedLog("", "", [Gap(Source("ab" * 16, 0), 60, 90)]))
-    'was cut back to offset 60, and we were at 90'
-    """
+    """Describes what a truncated log lost, short enough for a reason."""
     return f"was cut back to offset {lost.kept}, and we were at {lost.gaps[0].next}"
 
 
@@ -144,10 +111,6 @@ def how_to_go_on(error: GapError, command: str) -> GapError:
     >>> gap = Gap(Source("ab" * 16, 3), 10, 20)
     >>> print(how_to_go_on(GapError("10 positions are gone", "restore them", [gap]), "springtide stream (or up)"))
     10 positions are gone; restore them; to go on without them: springtide stream (or up) --accept-gap abababab:3:10-19 --reason TEXT
-
-    Args:
-        error: The error that stopped the process.
-        command: The command that starts the process, to which the options are added.
     """
     if not error.gaps:
         return error
@@ -164,8 +127,8 @@ class Accepted:
         actor: Who accepted it.
         reason: Why.
         at_ms: When, wall clock.
-        marks: The reader's position in each source of the rows that the gap contained, as text: rows
-            that follow each position may be missing too. Only for a gap in the training log.
+        marks: The reader's position in each source of the rows that the gap contained, as text: rows that follow each
+            position may be missing too. Only for a gap in the training log.
         record: Why the record could not be learned from; empty if there was no record.
     """
 
@@ -177,12 +140,7 @@ class Accepted:
     record: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """The gap as JSON values.
-
-        >>> one = Accepted(Gap(Source("ab" * 16, 3), 10, 20), "ann", "old", 5)
-        >>> Accepted.from_json(one.to_json()) == one
-        True
-        """
+        """The gap as JSON values."""
         gap = {"source": str(self.gap.source), "first": self.gap.first, "next": self.gap.next}
         who = {"actor": self.actor, "reason": self.reason, "at_ms": self.at_ms}
         what = {"record": self.record} if self.record else {}
@@ -198,11 +156,7 @@ class Accepted:
 
 
 def encode(accepted: Iterable[Accepted]) -> bytes:
-    """Encodes accepted gaps.
-
-    >>> decode(encode([])), decode(None)
-    ([], [])
-    """
+    """Encodes accepted gaps."""
     return json.dumps([one.to_json() for one in accepted], sort_keys=True).encode()
 
 
@@ -212,11 +166,7 @@ def decode(data: bytes | None) -> list[Accepted]:
 
 
 class Journal:
-    """The gaps that the trainer skipped: one immutable file each in a directory. One writer, under its lock.
-
-    Args:
-        path: The directory; created with the first gap.
-    """
+    """The gaps that the trainer skipped: one immutable file each in a directory. One writer, under its lock."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -252,13 +202,7 @@ def past(accepted: Iterable[Accepted], source: Source, offset: int) -> int:
 
 
 def left_out(accepted: Iterable[Accepted], source: Source, offset: int) -> bool:
-    """Whether the record at `offset` is skipped, whatever it contains.
-
-    >>> log = Source("cd" * 16, 0)
-    >>> one = Accepted(Gap(log, 10, 11), "ann", "a test wrote it", 5, record="no micro-batch")
-    >>> left_out([one], log, 10), left_out([one], log, 11)
-    (True, False)
-    """
+    """Whether the record at `offset` is skipped, whatever it contains."""
     return any(
         bool(one.record) and one.gap.source == source and one.gap.first <= offset < one.gap.next for one in accepted
     )
@@ -320,8 +264,6 @@ def as_options(asked: argparse.Namespace, records: bool = True) -> list[str]:
     >>> parser = argparse.ArgumentParser()
     >>> add_options(parser, records=True)
     >>> asked = parser.parse_args(["--accept-gap", "0:5-9", "--skip-record", "7", "--reason", "old"])
-    >>> as_options(asked)
-    ['--accept-gap', '0:5-9', '--skip-record', '7', '--reason', 'old']
     >>> as_options(asked, records=False)
     ['--accept-gap', '0:5-9', '--reason', 'old']
     """
@@ -338,9 +280,6 @@ def take_options(argv: Sequence[str], actor: str, records: bool = False) -> tupl
     >>> consent, rest = take_options(["--accept-gap", "0:5-9", "--reason", "old", "--kafka.port", "9"], "ann")
     >>> consent.allowances[0].first, consent.reason, rest
     (5, 'old', ['--kafka.port', '9'])
-
-    Raises:
-        SettingsError: A loss has the wrong form, or there is no reason.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     add_options(parser, records)

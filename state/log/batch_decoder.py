@@ -1,9 +1,6 @@
-"""Decodes whole Kafka record batches (format 2) into columns. No side effects: no connection.
+"""Decodes whole Kafka record batches (format 2) into columns. No side effects. Part of `state.log`.
 
 Format: https://kafka.apache.org/documentation/#recordbatch
-
-The client builds a 13-field tuple for each record, which costs 5 us. Reading a
-batch's varints in one compiled loop costs a tenth of that. Part of `state.log`.
 """
 
 from __future__ import annotations
@@ -94,18 +91,14 @@ def _varint(data: npt.NDArray[np.uint8], at: int, end: int) -> tuple[int, int]:
 
 @compiled("const(u1[::1]), i8, i8, i8[:, ::1]")
 def scan_records(data: npt.NDArray[np.uint8], at: int, end: int, out: I64) -> bool:
-    """Reads the records of one uncompressed batch in `data[at:end]`.
+    """Reads the n records of one uncompressed batch in `data[at:end]`; returns whether they fill it exactly.
 
     Args:
         data: `[bytes]` uint8.
         at: Start of the first record.
         end: Required end of the last record.
-        out: `[6, n]` int64, filled per record with the delta of its offset, the
-            delta of its timestamp, and start and end of its key and of its value;
-            a missing key or value ends at -1.
-
-    Returns:
-        Whether exactly n whole records fill `data[at:end]`.
+        out: `[6, n]` int64, filled per record with the delta of its offset, the delta of its timestamp, and start and
+            end of its key and of its value; a missing key or value ends at -1.
     """
     for row in range(out.shape[1]):
         length, at = _varint(data, at, end)
@@ -150,17 +143,13 @@ def decode_batches(
     aborted: Sequence[tuple[int, int]] = (),
     committed_only: bool = True,
 ) -> list[Chunk]:
-    """Decodes a fetched part of a partition's log.
+    """Decodes a fetched part of a partition's log into chunks whose ranges are contiguous from `position` on.
 
     Args:
         data: Whole batches, possibly followed by an incomplete one.
         position: The first position wanted; earlier records are left out.
-        aborted: (producer id, first offset) of the aborted transactions that
-            the broker reported with this part.
+        aborted: (producer id, first offset) of the aborted transactions that the broker reported with this part.
         committed_only: Leave out records of aborted transactions.
-
-    Returns:
-        Chunks whose ranges are contiguous from `position` on.
 
     Raises:
         LogError: The library for the batch's compression is not installed.
@@ -201,12 +190,7 @@ def decode_batches(
 
 
 class Transactions:
-    """Finds the records of aborted transactions in a fetched part. Pass it the batches in order.
-
-    Args:
-        aborted: (producer id, first offset) of the aborted transactions that
-            the broker reported with the part.
-    """
+    """Finds the records of aborted transactions in a fetched part. Pass it the batches in order."""
 
     def __init__(self, aborted: Sequence[tuple[int, int]]) -> None:
         self._begun = sorted(aborted, key=lambda transaction: transaction[1], reverse=True)

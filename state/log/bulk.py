@@ -101,13 +101,7 @@ def put_records(
 
 
 def encode_batch(keys: Sequence[bytes], values: Sequence[bytes], timestamps_ms: Sequence[int] | I64) -> bytes:
-    """Encodes one uncompressed record batch, as a producer without transactions does.
-
-    Args:
-        keys: n keys.
-        values: n values.
-        timestamps_ms: `[n]` int64, when each record was made.
-    """
+    """Encodes one uncompressed record batch, as a producer without transactions does, from n keys, values and timestamps."""
     count = len(values)
     times = np.asarray(timestamps_ms, np.int64)
     key_sizes = np.fromiter(map(len, keys), np.int64, count)
@@ -145,17 +139,11 @@ def encode_batch(keys: Sequence[bytes], values: Sequence[bytes], timestamps_ms: 
 class BulkWriter:
     """Appends whole record batches to one topic.
 
-    Writes are acknowledged (acks=all) but not idempotent: after a broken
-    connection a batch may be in the log twice.
+    Writes are acknowledged (acks=all) but not idempotent: after a broken connection a batch may be in the log twice.
     """
 
     def __init__(self, settings: Kafka, topic: str) -> None:
-        """Connects.
-
-        Raises:
-            UnreachableBroker: No broker answered in time.
-            UnknownTopic: There is no such topic.
-        """
+        """Connects; `UnknownTopic` if there is no such topic."""
         self._settings = settings
         self.topic = topic
         with Topics(settings) as topics:
@@ -167,11 +155,8 @@ class BulkWriter:
     def append(self, batches: dict[int, bytes]) -> dict[int, int]:
         """Appends one encoded batch per partition and waits for all acknowledgements.
 
-        Args:
-            batches: Partition -> a batch made by `encode_batch`.
-
-        Returns:
-            Partition -> the offset of its batch's first record.
+        `batches` has a batch made by `encode_batch` for each partition. Returns the offset of each batch's first
+        record.
 
         Raises:
             UnreachableBroker: No acknowledgement arrived in time.
@@ -245,30 +230,3 @@ class BulkWriter:
                 for partition in topic.partition_responses:
                     answers[partition.index] = (partition.error_code, partition.base_offset)
         return answers
-
-
-def append_encoded(
-    writer: BulkWriter,
-    keys: Sequence[bytes],
-    values: Sequence[bytes],
-    timestamps_ms: I64,
-    partitions: Sequence[int] | I64,
-) -> None:
-    """Appends records in whole batches, one per partition; each partition keeps the order of its records.
-
-    Args:
-        writer: The writer of the topic.
-        keys: n keys.
-        values: n values.
-        timestamps_ms: `[n]` int64, Kafka's timestamps.
-        partitions: `[n]` the partition of each record (see `partition_of`).
-    """
-    rows: dict[int, list[int]] = {}
-    for row, partition in enumerate(partitions):
-        rows.setdefault(int(partition), []).append(row)
-    writer.append(
-        {
-            partition: encode_batch([keys[row] for row in mine], [values[row] for row in mine], timestamps_ms[mine])
-            for partition, mine in rows.items()
-        }
-    )

@@ -26,7 +26,7 @@ from state.errors import (
     UnreachableBroker,
 )
 from state.positions import Gap, Source
-from state.process.user_code import load_named, told
+from state.process.user_code import error_line, load_named
 
 # The client logs each lost connection as a warning or an error. What an operator
 # can act on reaches them as one of our errors. A program that wants the client's
@@ -85,23 +85,14 @@ class ClientSelector(selectors.DefaultSelector):
         return key
 
     def get_key(self, fileobj: Any) -> selectors.SelectorKey:
-        """Returns the key of a registered socket.
-
-        Raises:
-            KeyError: It is not registered.
-        """
+        """Returns the key of a registered socket; KeyError if it is not registered."""
         number = fileobj if isinstance(fileobj, int) else fileobj.fileno()
         # A closed socket has no number, and may still be registered.
         return self._keys[number] if number >= 0 else super().get_key(fileobj)
 
 
 def client_options(settings: Kafka) -> dict[str, Any]:
-    """The options of every client: servers, time-outs, SASL and TLS.
-
-    >>> options = client_options(Kafka(sasl_mechanism="PLAIN", sasl_username="ada"))
-    >>> options["sasl_plain_username"], "ssl_cafile" in options
-    ('ada', False)
-    """
+    """The options of every client: servers, time-outs, SASL and TLS."""
     request_ms = int(settings.request_timeout_s * 1000)
     options: dict[str, Any] = {
         "bootstrap_servers": [server.strip() for server in settings.bootstrap_servers.split(",") if server.strip()],
@@ -129,11 +120,7 @@ def client_options(settings: Kafka) -> dict[str, Any]:
 
 
 class _TokenProvider(AbstractTokenProvider):
-    """Calls the user's function for a token whenever a connection needs one.
-
-    Args:
-        path: The function, as `module:name`.
-    """
+    """Calls the user's function, `module:name`, for a token whenever a connection needs one."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -150,8 +137,8 @@ class _TokenProvider(AbstractTokenProvider):
             token = self._ask()
         # User code may fail in any way.
         except Exception as error:
-            failed = f"kafka.sasl_token_provider {self._path} failed: {told(error)}"
-            self.failure = LogError(failed, "mend what it asks, or the function")
+            failed = f"kafka.sasl_token_provider {self._path} failed: {error_line(error)}"
+            self.failure = LogError(failed, "correct the function, or the service that it asks")
             raise self.failure from error
         if not isinstance(token, str) or not token:
             self.failure = LogError(
@@ -162,16 +149,13 @@ class _TokenProvider(AbstractTokenProvider):
 
 
 def connect(settings: Kafka, doing: str, make: Callable[..., Any], **options: object) -> Any:
-    """Creates a client of kafka-python; if it cannot connect, its threads and sockets are closed.
+    """Creates a client of kafka-python; if it cannot connect, its threads and sockets are closed. Errors as of `translated`.
 
     Args:
         settings: Connection settings.
         doing: The purpose; see `translated`.
         make: One of the client's classes.
         options: Options in addition to `client_options`.
-
-    Raises:
-        UnreachableBroker, LogError: See `translated`.
     """
     begun: list[Any] = []
 
@@ -196,10 +180,6 @@ def connect(settings: Kafka, doing: str, make: Callable[..., Any], **options: ob
 @contextmanager
 def translated(settings: Kafka, doing: str) -> Iterator[None]:
     """Translates exceptions of the Kafka client into one of our errors, with a message of one line.
-
-    Args:
-        settings: Contains the servers for the message.
-        doing: What was attempted, such as "describe topic clicks".
 
     Raises:
         UnreachableBroker: No broker answered in time.
@@ -273,16 +253,7 @@ def fenced(doing: str) -> FencedWriter:
 
 
 def gap(topic: str, topic_id: str, partition: int, ours: int, begin: int, end: int) -> GapError:
-    """The error for a position outside a partition: deleted before we read it, or truncated.
-
-    Args:
-        topic: The topic's name.
-        topic_id: Its id.
-        partition: Number of the partition.
-        ours: Our position.
-        begin: The first position kept.
-        end: The position of the next record.
-    """
+    """The error for our position `ours` outside a partition `[begin, end)`: deleted before we read it, or truncated."""
     if ours < begin:
         return GapError(
             f"topic {topic} partition {partition}: we were at {ours}, but the log now begins at {begin}: "
@@ -294,33 +265,19 @@ def gap(topic: str, topic_id: str, partition: int, ours: int, begin: int, end: i
 
 
 def require_kept(topic: str, topic_id: str, partition: int, ours: int, begin: int, end: int) -> None:
-    """Checks that a partition with the positions `[begin, end)` can be read from `ours` on.
-
-    Raises:
-        GapError: The position is before `begin`.
-        TruncatedLog: The position is after `end`.
-    """
+    """Checks that a partition with the positions `[begin, end)` can be read from `ours` on: else `GapError` or `TruncatedLog`."""
     if not begin <= ours <= end:
         raise gap(topic, topic_id, partition, ours, begin, end)
 
 
 def truncated(topic: str, topic_id: str, partition: int, ours: int, kept: int, end: int) -> TruncatedLog:
-    """The error for a partition that was truncated below our position, and may have grown again since.
-
-    Args:
-        topic: The topic's name.
-        topic_id: Its id.
-        partition: Number of the partition.
-        ours: Our position.
-        kept: The offset up to which the log is still the one that was read.
-        end: The position of the next record.
-    """
+    """The error for a partition that was truncated to `kept`, below our position `ours`, and may have grown again to `end`."""
     again = f" and has grown again to {end}" if end > kept else ""
     return TruncatedLog(
         f"topic {topic} partition {partition}: we were at {ours}, but what we read ends at {kept}: the log was cut back"
         f"{again}, so that offsets {kept} to {ours - 1} are used twice (a leader was elected that lacked records, a broker "
-        "lost what was not on disk, the topic was made again, or another cluster answers)",
-        "look after the brokers (unclean.leader.election.enable=false, min.insync.replicas) and restore the log if you can",
+        "lost what was not on disk, the topic was deleted and made again, or another cluster answers)",
+        "check the brokers (unclean.leader.election.enable=false, min.insync.replicas) and restore the log if you can",
         [Gap(Source(topic_id, partition), kept, ours)],
     )
 

@@ -1,22 +1,19 @@
 """Follows a topic from a stored position, and reads a topic up to an end. Part of `state.log`.
 
-Every process that follows a topic uses `Follower`, so these rules exist once:
-
 - A position belongs to a topic's id. In a recreated topic reading starts at the beginning.
 - If records were deleted before they were read, or the log was truncated below the position, `lost` decides where
   reading continues: by default at the first record that is kept, or where the log is still the one that was read.
 - After a loss or an error the reader is closed and another is opened, from the position that is stored by then.
-
-`read_to` is for those who read up to an end: rebuilds, scans, rewinds.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+
+import msgspec
 
 from state.errors import GapError, LogError, TruncatedLog
 from state.log import Log, PartitionBatch, Reader
@@ -43,24 +40,13 @@ class Position:
     leaders: Mapping[int, int] = field(default_factory=dict)
 
     def to_json(self) -> bytes:
-        """Encodes the position.
-
-        >>> position = Position("ab" * 16, {0: 7}, {0: 2})
-        >>> Position.from_json(position.to_json()) == position, Position.from_json(None)
-        (True, None)
-        """
-        columns = {"next": self.next, "leaders": self.leaders}
-        named = {name: {str(one): at for one, at in column.items()} for name, column in columns.items()}
-        return json.dumps({"topic_id": self.topic_id, **named}).encode()
+        """Encodes the position."""
+        return msgspec.json.encode(self)
 
     @classmethod
     def from_json(cls, data: bytes | None) -> Position | None:
         """Decodes the output of `to_json`; None for no data."""
-        if not data:
-            return None
-        document = json.loads(data)
-        columns = (document["next"], document.get("leaders", {}))
-        return cls(document["topic_id"], *({int(one): int(at) for one, at in column.items()} for column in columns))
+        return msgspec.json.decode(data, type=cls) if data else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +104,6 @@ def open_topic(
         partitions: The partitions to read; None for all, including later ones.
         stored: Where reading resumes; partitions that it does not name start at their beginning.
         lost: Returns the offset at which to continue after a loss, or raises.
-
-    Raises:
-        UnknownTopic: There is no such topic or partition.
-        LogError: The log cannot be read.
-        GapError: From `lost`.
     """
     while True:
         with log.topics() as topics:
@@ -207,10 +188,8 @@ class Follower:
     def poll(self, timeout_s: float, max_records: int = 10_000) -> list[PartitionBatch]:
         """Connects if needed, and waits up to `timeout_s` for new records or positions.
 
-        After a loss it opens the topic again, where it was stored and `lost` decides, and returns nothing.
-
-        Raises:
-            LogError: The topic cannot be read; it is closed, and the next call opens it where it was stored.
+        After a loss it opens the topic again, where it was stored and `lost` decides, and returns nothing. After a
+        LogError the topic is closed, and the next call opens it where it was stored.
         """
         try:
             self.connect()
@@ -256,13 +235,6 @@ def read_to(
 ) -> Iterator[list[PartitionBatch]]:
     """Yields what each poll finds, until all partitions are read to their ends; the last batch may go beyond.
 
-    Args:
-        reader: Reads the partitions.
-        ends: Partition -> the offset up to which it is read, which the log has reached.
-        max_records: The most records of a poll.
-        stalled_s: The longest wait for records.
-        poll: Polls the reader in another way.
-
     Raises:
         LogError: Nothing arrived for `stalled_s`, or the log cannot be read.
     """
@@ -277,5 +249,5 @@ def read_to(
             raise LogError(
                 f"topic {reader.topic} gave nothing for {stalled_s:g} s at offset {reader.position(partition)} of {end} of "
                 f"partition {partition}",
-                "look after the broker and try again: a transaction may still be open",
+                "check the broker and try again: a transaction may still be open",
             )

@@ -1,12 +1,10 @@
 """Reads a topic by position: no consumer group, no automatic commits, and nothing skipped unseen. Part of `state.log`.
 
-The Kafka client returns one object per record. `BatchConsumer` makes it return
-whole record batches, by some of its private names: its version is pinned below
-3.1, and `tests/conformance/test_kafka_client.py` compares both ways of reading.
+The Kafka client returns one object per record. `BatchConsumer` makes it return whole record batches, by some of its
+private names: its version is pinned below 3.1, and `tests/conformance/test_kafka_client.py` compares both ways.
 
-A reader holds one fetch of each partition beyond the one that it delivers.
-While some partitions wait for others, no more is fetched, so that memory is
-bounded.
+A reader holds one fetch of each partition beyond the one that it delivers. While some partitions wait for others, no
+more is fetched, so that memory is bounded.
 """
 
 from __future__ import annotations
@@ -98,16 +96,9 @@ class BatchConsumer:
 
     Only this class and `BatchRecords` use private names of the client's consumer.
 
-    Args:
-        settings: Connection settings.
-        topic: The topic's name.
-        committed_only: Leave out records of open and aborted transactions.
-
     Attributes:
-        refused: Whether a broker has answered a fetch with an error, so that the topic may be gone. The caller resets it.
-
-    Raises:
-        UnreachableBroker: No broker answered in time.
+        refused: Whether a broker has answered a fetch with an error, so that the topic may be gone. The caller resets
+            it.
     """
 
     def __init__(self, settings: Kafka, topic: str, committed_only: bool) -> None:
@@ -151,10 +142,7 @@ class BatchConsumer:
         """Asks for each position with an epoch whether the log is still the one that was read up to there (KIP-320).
 
         The client does so by itself only once it has read a record. What is not answered in time is asked again while
-        it is read.
-
-        Raises:
-            LogTruncationError: The client's: the log was truncated below a position.
+        it is read. Raises the client's `LogTruncationError` if the log was truncated below a position.
         """
         assigned = self._consumer._subscription.assignment
         asked = [state for state in assigned.values() if state.position.leader_epoch >= 0]
@@ -259,10 +247,6 @@ class Reader:
         committed_only: Leave out records of open and aborted transactions.
         leaders: Partition -> `leader_epoch` of its position, if known.
 
-    Attributes:
-        topic: The topic's name.
-        topic_id: 32 hexadecimal digits.
-
     Raises:
         UnreachableBroker: No broker answered in time.
         UnknownTopic: There is no such topic or partition.
@@ -318,16 +302,13 @@ class Reader:
     def poll(
         self, timeout_s: float, max_records: int = 10_000, shares: Mapping[int, int] | None = None
     ) -> list[PartitionBatch]:
-        """Waits up to `timeout_s` for new records or positions.
+        """Waits up to `timeout_s` for new records or positions; at most one batch per partition, including ranges without records.
 
         Args:
             timeout_s: Seconds; 0 takes what has arrived.
             max_records: The most records over all partitions.
             shares: Partition -> its most records; further fetched records are kept for later polls. None sets no limit
                 per partition.
-
-        Returns:
-            At most one batch per partition, including ranges without records.
 
         Raises:
             GapError: Records were deleted before we read them.
@@ -362,8 +343,8 @@ class Reader:
     def leader_epoch(self, partition: int, offset: int) -> int:
         """The epoch of the leader that wrote the newest record before `offset`; -1 if unknown. Any thread may call.
 
-        Store it with a position and pass it to the reader that resumes there: it shows
-        whether the log was truncated meanwhile.
+        Store it with a position and pass it to the reader that resumes there: it shows whether the log was truncated
+        meanwhile.
         """
         return epoch_before(self._leaders.get(partition, ()), offset)
 

@@ -1,13 +1,9 @@
 """The data that a log returns: records of a partition as columns, descriptions of topics, and known leader epochs.
 
-Part of `state.log`. No side effects.
-
-A partition's leader has an epoch, which increases with each election. Every
-record carries the epoch of the leader that wrote it. A log is truncated if the
-elected leader lacks records, or if a broker lost what was not on disk. If it
-grows again, offsets are used twice. Then the epoch of the record before our
-position ends before that position. The known epochs of a partition are a tuple
-of (first offset, epoch), ascending (`Known`).
+A partition's leader has an epoch, which increases with each election. Every record carries the epoch of the leader that
+wrote it. If a truncated log grows again, offsets are used twice; then the epoch of the record before our position ends
+before that position. The known epochs of a partition are a tuple of (first offset, epoch), ascending (`Known`). Part of
+`state.log`. No side effects.
 """
 
 from __future__ import annotations
@@ -32,13 +28,12 @@ class PartitionBatch:
         partition: Number of the partition.
         first: First position covered; earlier batches covered the one before it.
         next: Position after the last one covered.
-        offsets: `[n]` int64, ascending; positions without a record are absent
-            (transaction markers, aborted or compacted records).
+        offsets: `[n]` int64, ascending; positions without a record are absent (transaction markers, aborted or
+            compacted records).
         timestamps_ms: `[n]` int64, Kafka's timestamps.
         keys: n keys.
         values: n values.
-        corrupt: (first, next, reason) of ranges that cannot be read; they contain no
-            records.
+        corrupt: (first, next, reason) of ranges that cannot be read; they contain no records.
     """
 
     topic_id: str
@@ -59,12 +54,7 @@ class PartitionBatch:
         return True
 
     def one_by_one(self) -> Iterator[PartitionBatch]:
-        """Splits the batch into one batch per record, covering the same positions; one batch if there are no records.
-
-        >>> found = PartitionBatch("ab" * 16, 0, 3, 9, np.array([4, 6]), np.array([1, 1]), [None] * 2, [b"x", b"y"], ((3, 4, "cut"),))
-        >>> [(one.first, one.next, one.values, one.corrupt) for one in found.one_by_one()]
-        [(3, 5, [b'x'], ((3, 4, 'cut'),)), (5, 9, [b'y'], ())]
-        """
+        """Splits the batch into one batch per record, covering the same positions; one batch if there are no records."""
         begin = self.first
         for end in [*(self.offsets[:-1] + 1).tolist(), self.next]:
             yield self.between(begin, end)
@@ -88,10 +78,7 @@ class PartitionBatch:
 class TopicInfo:
     """A topic as the cluster describes it.
 
-    Attributes:
-        topic_id: 32 hexadecimal digits; a topic that was deleted and created
-            again has another id.
-        partitions: The number of partitions.
+    `topic_id` has 32 hexadecimal digits; a topic that was deleted and created again has another id.
     """
 
     topic_id: str
@@ -144,17 +131,7 @@ _NOTHING: I64 = np.empty(0, np.int64)
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One record batch as a reader sees it: the positions [first, next) and the records there.
-
-    Attributes:
-        first: First position; `next` is the position after the last.
-        offsets: `[n]` int64 of the records; positions without a record are absent
-            (markers, aborted or compacted records).
-        timestamps_ms: `[n]` int64, Kafka's timestamps.
-        keys: n keys; `values`: n values.
-        corrupt: Why the batch cannot be read; empty if it can.
-        leader_epoch: Epoch of the leader that wrote it.
-    """
+    """One record batch as a reader sees it: the positions `[first, next)`, and columns like those of `PartitionBatch`. `corrupt` says why the batch cannot be read; empty if it can."""
 
     first: int
     next: int
@@ -167,12 +144,7 @@ class Chunk:
 
 
 def split(chunk: Chunk, records: int) -> tuple[Chunk, Chunk]:
-    """Splits a chunk into its first `records` records and the rest.
-
-    >>> whole = Chunk(5, 9, np.array([6, 8]), np.array([0, 0]), [b"a", b"b"], [b"", b""])
-    >>> [(part.first, part.next, part.keys) for part in split(whole, 1)]
-    [(5, 8, [b'a']), (8, 9, [b'b'])]
-    """
+    """Splits a chunk into its first `records` records and the rest."""
     at = int(chunk.offsets[records])
 
     def part(first: int, after: int, rows: slice) -> Chunk:
@@ -201,14 +173,7 @@ def take(chunks: deque[Chunk], max_records: int) -> list[Chunk]:
 
 
 def as_batch(topic_id: str, partition: int, first: int, chunks: Sequence[Chunk]) -> PartitionBatch:
-    """Joins contiguous chunks into one batch.
-
-    Args:
-        topic_id: 32 hexadecimal digits.
-        partition: Number of the partition.
-        first: The position at which reading resumed.
-        chunks: At least one.
-    """
+    """Joins contiguous chunks, at least one, into one batch that begins at `first`, where reading resumed."""
     return PartitionBatch(
         topic_id=topic_id,
         partition=partition,

@@ -36,14 +36,7 @@ SEGMENTS, LARGEST_SEGMENT, LARGEST_RECORD = 8, 1 << 30, 17 << 20
 
 
 class TopicPlan(NamedTuple):
-    """How a topic is created; the fields are the arguments of `Topics.ensure`, in order.
-
-    Attributes:
-        name: Its name.
-        partitions: The number of partitions.
-        config: Kafka's topic configuration.
-        replication: The number of replicas; 0 for the cluster's default.
-    """
+    """How a topic is created; the fields are the arguments of `Topics.ensure`, in order. `replication` 0 is the cluster's default."""
 
     name: str
     partitions: int

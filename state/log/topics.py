@@ -61,16 +61,12 @@ class Topics:
         return self.describe(name)
 
     def bound(self, name: str, config: Mapping[str, str]) -> None:
-        """Sets the given configuration of a topic; other entries stay unchanged.
-
-        Raises:
-            UnknownTopic: There is no such topic.
-        """
+        """Sets the given configuration of a topic; other entries stay unchanged."""
         self.describe(name)
         wanted, doing = ConfigResource(ConfigResourceType.TOPIC, name, dict(config)), f"set what bounds topic {name}"
         answer = self._call(doing, lambda: self._admin.alter_configs([wanted], raise_on_unknown=False))
-        if (said := answer["topic"][name]) != "OK":
-            raise LogError(f"Kafka does not {doing} ({said})", "let this client alter configurations")
+        if (status := answer["topic"][name]) != "OK":
+            raise LogError(f"Kafka does not {doing} ({status})", "let this client alter configurations")
 
     def describe(self, name: str) -> TopicInfo:
         """The topic's id and number of partitions.
@@ -82,11 +78,7 @@ class Topics:
         return TopicInfo(UUID(str(topic["topic_id"])).hex, len(topic["partitions"]))
 
     def copies(self, name: str) -> Copies:
-        """The topic's replication, and the number of the cluster's brokers.
-
-        Raises:
-            UnknownTopic: There is no such topic.
-        """
+        """The topic's replication, and the number of the cluster's brokers."""
         topic = self._described(name)
         wanted = ConfigResource(ConfigResourceType.TOPIC, name, {"min.insync.replicas": None})
         answer = self._call(
@@ -104,11 +96,7 @@ class Topics:
         return sorted(self._call("list topics", self._admin.list_topics))
 
     def ends(self, name: str, committed_only: bool = False) -> dict[int, tuple[int, int]]:
-        """Partition -> the first position kept, and the position of the next record or of the first open transaction.
-
-        Raises:
-            UnknownTopic: There is no such topic.
-        """
+        """Partition -> the first position kept, and the position of the next record or of the first open transaction."""
         partitions = self._partitions(name)
         begin = self._offsets(name, dict.fromkeys(partitions, OffsetSpec.EARLIEST))
         end = self._offsets(name, dict.fromkeys(partitions, OffsetSpec.LATEST), committed_only)
@@ -117,11 +105,7 @@ class Topics:
     def offset_before(self, name: str, time_ms: int) -> dict[int, int]:
         """Partition -> the first position whose record's Kafka timestamp is `time_ms` or later.
 
-        If all records are older, it is the end: a reader that starts there sees only
-        new records.
-
-        Raises:
-            UnknownTopic: There is no such topic.
+        If all records are older, it is the end: a reader that starts there sees only new records.
         """
         partitions = self._partitions(name)
         found = self._offsets(name, dict.fromkeys(partitions, time_ms))
@@ -129,11 +113,7 @@ class Topics:
         return {each.partition: found[each] if found[each] >= 0 else end[each] for each in partitions}
 
     def delete(self, name: str) -> None:
-        """Deletes the topic with all its records; returns when it is gone.
-
-        Raises:
-            UnknownTopic: There is no such topic.
-        """
+        """Deletes the topic with all its records; returns when it is gone."""
         gone = self.describe(name).topic_id
         self._call(f"delete topic {name}", lambda: self._admin.delete_topics([name]))
         deadline = time.monotonic() + self._settings.request_timeout_s

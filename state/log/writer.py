@@ -32,22 +32,14 @@ PATIENCE = 3
 
 
 class Writer:
-    """Sends records that all replicas acknowledge (acks=all), without duplicates (idempotent).
+    """Sends records that all replicas acknowledge (acks=all), without duplicates (idempotent). For one thread.
 
-    For one thread.
-
-    With a transactional id every record belongs to a `transaction`; a second
-    writer with the same id fences the first. After an error, close the writer
-    and create another.
+    With a transactional id every record belongs to a `transaction`; a second writer with the same id fences the first.
+    After an error, close the writer and create another.
     """
 
     def __init__(self, settings: Kafka, transactional_id: str | None = None) -> None:
-        """Connects; with a transactional id this also aborts its predecessor's open transaction.
-
-        Raises:
-            UnreachableBroker: No broker answered in time.
-            LogError: The cluster refused.
-        """
+        """Connects; with a transactional id this also aborts its predecessor's open transaction."""
         self._settings = settings
         self._patience_s = settings.request_timeout_s / PATIENCE
         self._known: set[str] = set()
@@ -193,9 +185,5 @@ class Writer:
 
 
 def partition_of(key: bytes, partitions: int) -> int:
-    """The partition that Kafka's clients choose for a key.
-
-    >>> partition_of(b"shopper-1", 4) in range(4)
-    True
-    """
+    """The partition that Kafka's clients choose for a key."""
     return int((murmur2(key) & 0x7FFFFFFF) % partitions)

@@ -1,21 +1,17 @@
 """The micro-batch: the rows of one training step, and a header with their origin. No side effects.
 
-One micro-batch is one record of the micro-batch log and one training step.
-`state/microbatch/codec.py` encodes it, and splits one that is too large.
+One micro-batch is one record of the micro-batch log and one training step. `state/microbatch/codec.py` encodes it, and
+splits one that is too large.
 
-Each row has a `Kind`. An event whose label is known, or that never gets one, is
-one row: it goes into the histories and into the weights. An impression whose
-label comes later is two rows: one at its own offset, for the histories, and one
-where its label became known, for the weights. An outcome, such as a click on an
-impression, goes only into the histories, since its impression's row carries it
-as the label. So several rows can share one offset, and a micro-batch never ends
-between them.
+Each row has a `Kind`. An event whose label is known, or that never gets one, is one row: it goes into the histories and
+into the weights. An impression whose label comes later is two rows: one at its own offset, for the histories, and one
+where its label became known, for the weights. An outcome, such as a click on an impression, goes only into the
+histories, since its impression's row carries it as the label. So several rows can share one offset, and a micro-batch
+never ends between them.
 
-Log time (`log_times`) is when each row happened, as far as it affects other
-users. A row's own time is what its producer's clock said; it affects only the
-row's own user. Expiry, sightings, sweeps and serving's event clock use log time:
-the row's own time if the header confirms it, else the time that its partition
-had reached.
+Log time (`log_times`) is when each row happened, as far as it affects other users. A row's own time is what its
+producer's clock said; it affects only the row's own user. Expiry, sightings, sweeps and serving's event clock use log
+time: the row's own time if the header confirms it, else the time that its partition had reached.
 """
 
 from __future__ import annotations
@@ -130,21 +126,13 @@ class Known:
 
 
 def happened(kind: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Which rows are events at their own offset, for histories.
-
-    >>> happened(np.array([Kind.ROW, Kind.FEEDBACK, Kind.JOINED], np.uint8)).tolist()
-    [True, True, False]
-    """
+    """Which rows are events at their own offset, for histories."""
     found: NDArray[np.bool_] = kind < Kind.JOINED
     return found
 
 
 def trained(kind: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Which rows are learned from.
-
-    >>> trained(np.array([Kind.ROW, Kind.OPENED, Kind.EXPIRED], np.uint8)).tolist()
-    [True, False, True]
-    """
+    """Which rows are learned from."""
     found: NDArray[np.bool_] = (kind == Kind.ROW) | (kind >= Kind.JOINED)
     return found
 
@@ -196,8 +184,8 @@ class Header:
         names: Id -> name, of categories and measured attributes that the stream had not announced recently.
         attributes: Names of the attributes of users and of items, in the order of their columns.
         log_epoch: The epoch of the log in which it was written, see `state/registry/log_line.py`.
-        clocks: For each range the time before its first and after its last event, ms, by the clocks of many users;
-            see `log_times`. Empty if the stream did not write it.
+        clocks: For each range the time before its first and after its last event, ms, by the clocks of many users; see
+            `log_times`. Empty if the stream did not write it.
     """
 
     spec: str
@@ -300,15 +288,11 @@ class MicroBatch:
 
 
 def trim(batch: MicroBatch, marks: Mapping[Source, int]) -> tuple[NDArray[np.bool_], dict[Source, int]]:
-    """Finds the rows that are new to a reader that has everything below `marks`, and its marks afterwards.
+    """Finds the rows that are new to a reader that has everything below `marks`, `[n]` bool, and its marks afterwards.
 
-    After a crash the stream writes rows again; their source positions identify
-    them. A source that `marks` does not name is new. So all its rows are new,
-    except those that came earlier in other buckets, if a partition was divided
+    After a crash the stream writes rows again; their source positions identify them. A source that `marks` does not
+    name is new. So all its rows are new, except those that came earlier in other buckets, if a partition was divided
     into another number of buckets.
-
-    Returns:
-        `[n]` bool, and the next offset of each source.
     """
     ranges = batch.header.ranges
     floors = np.array([marks.get(part.source, 0) for part in ranges] or [0], np.int64)
@@ -386,9 +370,8 @@ TOLERANCE_MS = 1_200_000
 def log_times(batch: MicroBatch) -> NDArray[np.int64]:
     """The log time of each row, `[n]` int64 ms; the rows' own times if the header has no clocks.
 
-    A row whose label came later is checked by the time at which the label became
-    known. A waiting impression counts by the time at which its wait began. An
-    expired one may be arbitrarily late, since its wait may have ended long before.
+    A row whose label came later is checked by the time at which the label became known. A waiting impression counts by
+    the time at which its wait began. An expired one may be arbitrarily late, since its wait may have ended long before.
     """
     clocks = batch.header.clocks
     if not clocks or not len(batch):

@@ -1,8 +1,7 @@
 """Encodes micro-batches: an Arrow IPC stream (zstd) with one record batch.
 
-The schema's metadata holds a JSON header. It names the feature spec, the salt,
-the mask and, per source, the contiguous range of positions that the rows came
-from. Format 1 had one kind of row and no attributes. A micro-batch has format 3
+The schema's metadata holds a JSON header. It names the feature spec, the salt, the mask and, per source, the contiguous
+range of positions that the rows came from. Format 1 had one kind of row and no attributes. A micro-batch has format 3
 if its rows contain sequences, else format 2.
 """
 
@@ -95,12 +94,8 @@ def encode(header: Header, columns: Columns) -> bytes:
 
 
 def decode(value: bytes) -> MicroBatch:
-    """Decodes a micro-batch; its arrays are read-only views of the decoded buffers.
-
-    Raises:
-        MicroBatchError: `value` is no micro-batch of a format that this release reads, or is inconsistent.
-    """
-    with damage_told(value), pa.ipc.open_stream(pa.py_buffer(value), options=_READ) as reader:
+    """Decodes a micro-batch; its arrays are read-only views of the decoded buffers."""
+    with damage_reported(value), pa.ipc.open_stream(pa.py_buffer(value), options=_READ) as reader:
         document = document_of(reader.schema)
         batch = reader.read_next_batch()
         # Damage can make lists longer than their buffers.
@@ -114,12 +109,8 @@ def decode(value: bytes) -> MicroBatch:
 
 
 @contextmanager
-def damage_told(value: bytes) -> Iterator[None]:
-    """Converts the errors that Arrow raises in the block for a damaged `value` to `MicroBatchError`.
-
-    Raises:
-        MicroBatchError: `value` is no micro-batch.
-    """
+def damage_reported(value: bytes) -> Iterator[None]:
+    """Converts the errors that Arrow raises in the block for a damaged `value` to `MicroBatchError`."""
     try:
         yield
     # Arrow raises its own tree, OSError, StopIteration and KeyError for a damaged stream.
@@ -232,12 +223,8 @@ _OPTIONS = pa.ipc.IpcReadOptions(use_threads=False, included_fields=_NUMBERS)
 
 
 def glance(value: bytes) -> MicroBatch:
-    """The micro-batch in `value` with only the columns `LOOKED_AT`; the other columns are zero or empty.
-
-    Raises:
-        MicroBatchError: `value` is no micro-batch of a format that this release reads.
-    """
-    with damage_told(value), pa.ipc.open_stream(pa.py_buffer(value), options=_OPTIONS) as reader:
+    """The micro-batch in `value` with only the columns `LOOKED_AT`; the other columns are zero or empty."""
+    with damage_reported(value), pa.ipc.open_stream(pa.py_buffer(value), options=_OPTIONS) as reader:
         document = document_of(reader.schema)
         batch = reader.read_next_batch()
         batch.validate()
@@ -258,9 +245,8 @@ def glance(value: bytes) -> MicroBatch:
 def split(header: Header, columns: Columns, max_record_bytes: int, max_rows: int = 2**31) -> list[bytes]:
     """Encodes the rows, in this order, as micro-batches within both limits.
 
-    Most batches fit at once. A batch that does not fit is halved by rows until its
-    parts fit. Each part's ranges end where the next part's begin. Rows with the
-    same offset stay together, even if they exceed `max_rows`.
+    A batch that does not fit is halved by rows until its parts fit. Each part's ranges end where the next part's begin.
+    Rows with the same offset stay together, even if they exceed `max_rows`.
 
     Raises:
         MicroBatchError: The rows of a single offset exceed the limit, or the columns do not fit the header.
@@ -339,10 +325,6 @@ class Frames:
 
     Attributes:
         ended: Whether the end marker has arrived.
-
-    >>> frames = Frames()
-    >>> [list(frames.take(part)) for part in (framed(b"one") + framed(b"two")[:5], b"wo" + END)], frames.ended
-    ([[b'one'], [b'two']], True)
     """
 
     def __init__(self) -> None:

@@ -7,10 +7,9 @@ A directory of examples contains
     transform/transform_fn/               the preprocessing that the bootstrap analysed, a SavedModel
     spec.json                             names of the columns, and the origin of the rows; written last
 
-The rows are those that the trainer learns from. With `[labels]` an impression
-has the label that its wait determined, and the features of its own time; the
-clicks that labelled it are no rows. An impression that still waited when
-the clicks ended has no label and is left out.
+The rows are those that the trainer learns from. With `[labels]` an impression has the label that its wait determined,
+and the features of its own time; the clicks that labelled it are no rows. An impression that still waited when the
+clicks ended has no label and is left out.
 
 An example has
 
@@ -55,15 +54,7 @@ BATCH_ROWS = 1024
 
 
 def shapes(spec: FeatureSpec, fields: int) -> dict[str, tuple[type, tuple[int, ...]]]:
-    """Type and shape of each feature of an example, in order.
-
-    Args:
-        spec: Defines the D features, the L categories and the F windows of each.
-        fields: K, the number of context fields.
-
-    >>> shapes(FeatureSpec(), 0)["label_windows"]
-    (<class 'int'>, (360,))
-    """
+    """Type and shape of each feature of an example, in order."""
     found: dict[str, tuple[type, tuple[int, ...]]] = {
         **dict.fromkeys((*IDS, "action", "at_ms", "offset"), (int, ())),
         "label": (float, ()),
@@ -94,11 +85,7 @@ def schema(spec: FeatureSpec, fields: int) -> Any:
 
 
 def record_batch(every: Columns) -> pa.RecordBatch:
-    """Converts the rows that are learned from to the Arrow columns that tfx-bsl encodes as examples.
-
-    Args:
-        every: The columns of a micro-batch by name.
-    """
+    """Converts the rows that are learned from to the Arrow columns that tfx-bsl encodes as examples."""
     keep = trained(every["kind"])
     found = {name: column[keep] for name, column in every.items()}
     count = int(keep.sum())
@@ -126,11 +113,7 @@ def _lists(column: Any) -> pa.Array:
 
 
 def about(path: Path) -> dict[str, Any]:
-    """Reads spec.json of a directory of examples.
-
-    Raises:
-        SettingsError: The directory holds no complete examples, or another format.
-    """
+    """Reads spec.json of a directory of examples; SettingsError if the directory holds no complete examples, or another format."""
     try:
         document: dict[str, Any] = json.loads((path / SPEC).read_text())
     except (OSError, ValueError) as error:
@@ -147,12 +130,10 @@ def about(path: Path) -> dict[str, Any]:
 def dataset(path: str | Path, batch_rows: int = BATCH_ROWS) -> Any:
     """A `tf.data.Dataset` over the examples of a directory, in batches of dictionaries.
 
-    Ids and numbers are as in an example. The inputs of `DefaultRanker.predict` in
-    `trainer.model.default_ranker` have the form that it expects: `features`
-    `[B, D]` float32 and `category_windows` `[B, L, F]` float32, raw integers;
-    `recent_mask` `[B, L]` float32, 1 where there is a category. A batch comes from
-    one file. Shuffle with a buffer of some batches, since the order of the rows
-    within a file is not random.
+    Ids and numbers are as in an example. The inputs of `DefaultRanker.predict` in `trainer.model.default_ranker` have
+    the form that it expects: `features` `[B, D]` float32 and `category_windows` `[B, L, F]` float32, raw integers;
+    `recent_mask` `[B, L]` float32, 1 where there is a category. A batch comes from one file. Shuffle with a buffer of
+    some batches, since the order of the rows within a file is not random.
 
     Args:
         path: The directory.

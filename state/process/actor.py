@@ -23,12 +23,7 @@ def actor() -> str:
 
 @contextmanager
 def acting(name: str) -> Iterator[None]:
-    """Sets the actor for commands within the block, for a process that acts on a user's behalf.
-
-    >>> with acting("ann (console)"):
-    ...     actor()
-    'ann (console)'
-    """
+    """Sets the actor for commands within the block, for a process that acts on a user's behalf."""
     before = _named.set(name)
     try:
         yield

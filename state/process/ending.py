@@ -1,9 +1,11 @@
-"""Ends a process: on a signal, or on an error that is logged in one line."""
+"""Ends a process: on a signal, on an error that is logged in one line, or when nobody reads its output."""
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 
@@ -19,14 +21,26 @@ def stop_on_signals() -> threading.Event:
 
 
 def reported(work: Callable[[], int | None], logger: logging.Logger) -> int:
-    """Runs a process's work; returns its exit code, and logs an error that ends it in one line with its class.
-
-    >>> reported(lambda: None, logging.getLogger(__name__))
-    0
-    """
+    """Runs a process's work; returns its exit code, and logs an error that ends it in one line with its class."""
     try:
         return work() or 0
     except (SpringtideError, OSError) as problem:
         error = of_disk(problem)
         logger.error("%s: %s", type(error).__name__, error)
         return error.exit_code
+
+
+def while_read(main: Callable[[], int]) -> int:
+    """Runs a command that prints to standard output; returns its exit code, or 0 if the reader closed the pipe.
+
+    `head`, for example, closes the pipe after ten lines.
+    """
+    try:
+        code = main()
+        # Flush here, where a broken pipe can be caught, rather than when Python ends.
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes again when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code

@@ -13,9 +13,8 @@ EVERY_S = 10.0
 def keep_what_is_there() -> None:
     """Excludes all existing objects, such as modules, from garbage collection; call it once a process is set up.
 
-    Python collects old objects only when the new long-lived objects reach a quarter of them. With TensorFlow's million
-    objects that is rare: cycles hold whole arrays meanwhile, and a collection takes half a second. Afterwards there are
-    few old objects, so that collections are frequent and cheap.
+    Python collects old objects only when the new long-lived objects reach a quarter of them, which is rare beside
+    TensorFlow's million objects. Afterwards collections are frequent and cheap.
     """
     gc.collect()
     gc.freeze()
@@ -28,9 +27,6 @@ class Holes:
 
     glibc by itself returns only memory at the end of its heap. Memory freed between live blocks is reused only if a new
     block fits. Without trimming, a trainer's heap grows for hours.
-
-    Args:
-        clock: A monotonic clock in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

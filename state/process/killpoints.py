@@ -1,8 +1,7 @@
 """Named kill points: places in the code where a test can kill or stop the process, to crash it between any two steps.
 
-`SPRINGTIDE_KILL_AT=publish.renamed:3` kills the process with SIGKILL when it
-reaches that kill point for the third time. `publish.renamed:3:stop` stops it
-there with SIGSTOP. A kill point that is not armed costs one comparison.
+`SPRINGTIDE_KILL_AT=publish.renamed:3` kills the process with SIGKILL when it reaches that kill point for the third
+time. `publish.renamed:3:stop` stops it there with SIGSTOP. A kill point that is not armed costs one comparison.
 """
 
 from __future__ import annotations
@@ -19,13 +18,7 @@ STOP = ":stop"
 
 @dataclass
 class Armed:
-    """A kill point that is armed.
-
-    Attributes:
-        name: Name of the kill point.
-        left: How often it must still be reached before `strike` is called.
-        strike: Kills or stops the process.
-    """
+    """A kill point that is armed: `strike` kills or stops the process after the point was reached `left` more times."""
 
     name: str
     left: int
@@ -33,14 +26,7 @@ class Armed:
 
 
 def parse(text: str, strike: Callable[[], None]) -> Armed | None:
-    """Parses `name`, `name:count` or `name:count:stop`; returns None for an empty string.
-
-    >>> parse("publish.renamed:3", lambda: None).left, parse("", lambda: None)
-    (3, None)
-
-    Raises:
-        ValueError: The count is not a number.
-    """
+    """Parses `name`, `name:count` or `name:count:stop`; returns None for an empty string."""
     if not text:
         return None
     name, _, count = text.removesuffix(STOP).partition(":")
@@ -48,7 +34,6 @@ def parse(text: str, strike: Callable[[], None]) -> Armed | None:
 
 
 def _kill() -> None:
-    """Kills this process at once, without flushing anything."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -1,9 +1,7 @@
 """Log lines of a process: one line an event, as text or JSON, with version, partition and offset where they apply.
 
-Call `begin` before the process knows its settings, and `follow` once it does.
-An event that repeats is written only a limited number of times a minute. The
-suppressed lines are counted, and the count is logged when the minute is over.
-No line contains a user id as the client sent it.
+Call `begin` before the process knows its settings, and `follow` once it does. An event that repeats is written only a
+limited number of times a minute; the suppressed lines are counted. No line contains a user id as the client sent it.
 """
 
 from __future__ import annotations
@@ -25,6 +23,8 @@ NOISY = ("kafka", "apache_beam", "absl", "tensorflow")
 _PLACE = re.compile(rf"\b({'|'.join(FIELDS)}) (\d+)\b")
 _CONVERSION = re.compile(r"%[-+ #0-9.]*[a-zA-Z]")
 MINUTE_S = 60.0
+MOST_A_MINUTE = 20
+"""Lines of one event that are written in a minute; further ones are counted in one line."""
 MOST_EVENTS = 1000
 
 
@@ -35,10 +35,7 @@ def event_of(record: logging.LogRecord) -> str:
 
 
 def places(record: logging.LogRecord) -> dict[str, int]:
-    """The first version, epoch, partition and offset that a line names.
-
-    The function searches the format string and the texts of errors. It does not
-    search other string arguments, such as a reason that an operator typed.
+    """The first version, epoch, partition and offset that a line names, in its format string or in an error's text.
 
     >>> places(logging.LogRecord("", 20, "", 0, "epoch %d: at version %d, by %s", (2, 7, "ann, version 3"), None))
     {'epoch': 2, 'version': 7}
@@ -46,13 +43,13 @@ def places(record: logging.LogRecord) -> dict[str, int]:
     {'partition': 1, 'offset': 9}
     """
     form, found = str(record.msg).replace("%%", ""), dict[str, int]()
-    given = record.args if isinstance(record.args, tuple) else ()
+    arguments = record.args if isinstance(record.args, tuple) else ()
     bare = form == "%s"
     texts = [form]
-    for value in given:
+    for value in arguments:
         number = isinstance(value, int) and not isinstance(value, bool)
-        told = str(value) if number or bare or isinstance(value, Exception) else ""
-        texts = [*texts[:-1], *_filled(texts[-1], told)]
+        text = str(value) if number or bare or isinstance(value, Exception) else ""
+        texts = [*texts[:-1], *_filled(texts[-1], text)]
     for name, number_text in _PLACE.findall("".join(texts)):
         found.setdefault(name, int(number_text))
     return found
@@ -66,36 +63,22 @@ def _filled(form: str, value: str) -> tuple[str, str]:
     return form[: match.start()] + value, form[match.end() :]
 
 
-class OwnLine(logging.Formatter):
-    """Base class of the formatters: formats the log lines of one process.
+class LineFormatter(logging.Formatter):
+    """Formats the log lines of the process `part`: as text for people, or as JSON objects, see `state.process.log_lines`."""
 
-    Args:
-        part: Name of the process.
-    """
-
-    def __init__(self, part: str) -> None:
+    def __init__(self, part: str, json_lines: bool = False) -> None:
         super().__init__()
-        self._part = part
-
-
-class TextLine(OwnLine):
-    """Formats a line for people: time, process, level, message, and version, epoch, partition and offset."""
+        self._part, self._json_lines = part, json_lines
 
     def format(self, record: logging.LogRecord) -> str:
-        """Formats the record as one line; the lines of a message or traceback are separated by bars."""
-        told = [record.getMessage(), *([self.formatException(record.exc_info)] if record.exc_info else ())]
-        where = "".join(f" {name}={value}" for name, value in places(record).items())
-        text = " | ".join(line.rstrip() for one in told for line in one.splitlines() if line.strip())
-        return f"{self.formatTime(record)} {self._part} {record.levelname} {text}{where}"
-
-
-class JsonLine(OwnLine):
-    """Formats a line for machines: a JSON object with time, part, level, logger, event, message and the `places`."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Formats the record as JSON. `event` is the same for all lines of one kind; times are UTC."""
+        """Formats the record as one line."""
+        if not self._json_lines:
+            parts = [record.getMessage(), *([self.formatException(record.exc_info)] if record.exc_info else ())]
+            where = "".join(f" {name}={value}" for name, value in places(record).items())
+            text = " | ".join(line.rstrip() for part in parts for line in part.splitlines() if line.strip())
+            return f"{self.formatTime(record)} {self._part} {record.levelname} {text}{where}"
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        said: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "time": f"{seconds}.{int(record.msecs):03d}Z",
             "part": self._part,
             "level": record.levelname,
@@ -105,22 +88,19 @@ class JsonLine(OwnLine):
             **places(record),
         }
         if record.exc_info:
-            said["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(said, ensure_ascii=False)
+            fields["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(fields, ensure_ascii=False)
 
 
 @dataclass
-class _Said:
+class _Counted:
     since_s: float
     times: int = 1
-    left_out: int = 0
+    suppressed: int = 0
 
 
 class Repeats:
-    """Rate limit: counts how often each event is logged within a minute.
-
-    Args:
-        most: Lines of one event that are written in a minute.
+    """Rate limit: admits `most` lines of each event within a minute and counts the others.
 
     >>> repeats = Repeats(most=2)
     >>> [repeats.admits("the broker is away", now_s) for now_s in (0.0, 1.0, 2.0, 3.0)]
@@ -130,77 +110,70 @@ class Repeats:
     """
 
     def __init__(self, most: int) -> None:
-        self.most = most
-        self._said: dict[Any, _Said] = {}
+        self._most = most
+        self._counted: dict[Any, _Counted] = {}
 
     def admits(self, event: Any, now_s: float) -> bool:
         """Counts a line of this event; returns whether it is written."""
-        said = self._said.get(event)
-        if said is None or now_s - said.since_s >= MINUTE_S:
-            if len(self._said) >= MOST_EVENTS:
+        counted = self._counted.get(event)
+        if counted is None or now_s - counted.since_s >= MINUTE_S:
+            if len(self._counted) >= MOST_EVENTS:
                 # Drops the event that is known for longest.
-                del self._said[next(iter(self._said))]
-            self._said[event] = _Said(now_s)
+                del self._counted[next(iter(self._counted))]
+            self._counted[event] = _Counted(now_s)
             return True
-        said.times += 1
-        if said.times <= self.most:
+        counted.times += 1
+        if counted.times <= self._most:
             return True
-        said.left_out += 1
+        counted.suppressed += 1
         return False
 
     def over(self, now_s: float) -> Iterator[tuple[Any, int]]:
         """Yields the events whose minute is over and how many of their lines were suppressed, and forgets them."""
-        done = [event for event, said in self._said.items() if said.left_out and now_s - said.since_s >= MINUTE_S]
+        done = [
+            event
+            for event, counted in self._counted.items()
+            if counted.suppressed and now_s - counted.since_s >= MINUTE_S
+        ]
         for event in done:
-            yield event, self._said.pop(event).left_out
+            yield event, self._counted.pop(event).suppressed
 
 
 class Lines(logging.StreamHandler[TextIO]):
-    """The log handler of a process; thread-safe.
+    """The log handler of a process; thread-safe."""
 
-    Args:
-        part: Name of the process.
-        stream: Where the lines are written.
-        clock_s: A monotonic clock.
-    """
-
-    def __init__(self, part: str, stream: TextIO, clock_s: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, part: str, stream: TextIO, clock_s: Callable[[], float] = time.monotonic, most: int = MOST_A_MINUTE
+    ) -> None:
         super().__init__(stream)
         self._part, self._clock_s = part, clock_s
-        self._repeats = Repeats(LogSettings().repeats)
-        self.setFormatter(TextLine(part))
+        self._repeats = Repeats(most)
+        self.setFormatter(LineFormatter(part))
 
     def use(self, logs: LogSettings) -> None:
-        """Applies the log settings: format and rate limit."""
-        self._repeats.most = logs.repeats
-        self.setFormatter(JsonLine(self._part) if logs.format == "json" else TextLine(self._part))
+        """Applies the log settings."""
+        self.setFormatter(LineFormatter(self._part, logs.format == "json"))
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes a line unless its event exceeds the rate limit; counts of suppressed lines that are due come first."""
         now_s = self._clock_s()
-        self._say_left_out(now_s)
+        self._report_suppressed(now_s)
         if self._repeats.admits((record.name, record.levelno, event_of(record)), now_s):
             super().emit(record)
 
     def close(self) -> None:
         """Writes the counts of suppressed lines that are left, and closes the handler."""
-        self._say_left_out(float("inf"))
+        self._report_suppressed(float("inf"))
         super().close()
 
-    def _say_left_out(self, now_s: float) -> None:
+    def _report_suppressed(self, now_s: float) -> None:
         for (name, level, event), count in self._repeats.over(now_s):
-            form = "said %d times more within a minute: %s"
+            form = "repeated %d more times within a minute: %s"
             super().emit(logging.LogRecord(name, level, "", 0, form, (count, event), None))
 
 
 def begin(part: str, stream: TextIO | None = None, level: int = logging.INFO) -> None:
-    """Starts logging to standard error, as text until `follow` is called. Keeps handlers that exist already.
-
-    Args:
-        part: Name of the process in each line.
-        stream: Where to write instead of standard error.
-        level: The lowest level that is logged.
-    """
+    """Starts logging to standard error, or `stream`, as text until `follow` is called. Keeps handlers that exist already."""
     root = logging.getLogger()
     if not root.handlers:
         root.addHandler(Lines(part, stream or sys.stderr))

@@ -28,14 +28,7 @@ OPTIONS_READ = "options_read.json"
 def run_part(
     name: str, work: Callable[[Settings], int | None], argv: Sequence[str] | None, logger: logging.Logger
 ) -> int:
-    """Runs a process whose command line has only settings, see `run_process`.
-
-    Args:
-        name: Name of the process in its log lines.
-        work: Runs the process with its settings. It returns the exit code, None for 0.
-        argv: The flags; None for those of this process.
-        logger: Logs the error that ended the process.
-    """
+    """Runs a process whose command line has only settings, see `run_process`."""
 
     def start(words: Sequence[str]) -> tuple[Settings, Work]:
         settings = load(words)
@@ -54,6 +47,8 @@ def run_process(
 ) -> int:
     """Runs a process: private files, log lines under its name, settings, and one line for the error that ends it.
 
+    Returns the exit code.
+
     Args:
         name: Name of the process in its log lines.
         start: Parses the command line; returns the settings and the work, which returns the exit code, None for 0.
@@ -61,9 +56,6 @@ def run_process(
         logger: Logs the error that ended the process.
         stream: Where log lines are written; None for standard error.
         level: The lowest level that is logged.
-
-    Returns:
-        The exit code.
     """
     keep_private()
     log_lines.begin(name, stream, level)
@@ -81,12 +73,9 @@ def run_process(
 
 
 def run_check(argv: Sequence[str] | None, option: str, check: Check) -> int:
-    """Runs a check, and prints its result, or its error to standard error; returns the exit code.
+    """Runs a check on the settings and the directory that `option`, such as `--keep`, names; returns the exit code.
 
-    Args:
-        argv: The command line: settings and `option DIR`; None for that of the process.
-        option: The command-line option for a directory, such as `--keep`.
-        check: Takes the settings and that directory, and returns its result in one line.
+    Prints the check's result, one line, or its error to standard error.
     """
     quiet_tensorflow(os.environ)
     errors = own_stderr()
@@ -96,10 +85,10 @@ def run_check(argv: Sequence[str] | None, option: str, check: Check) -> int:
     try:
         settings = load(flags, os.environ)
         with quiet_stderr():
-            said = check(settings, asked.folder)
+            result = check(settings, asked.folder)
     except (SpringtideError, OSError) as problem:
         error = of_disk(problem)
         print(error, file=errors)
         return error.exit_code
-    print(said)
+    print(result)
     return 0

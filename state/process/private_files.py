@@ -40,9 +40,6 @@ def others_may(path: Path) -> bool:
 
     A file of root may be readable by its group if that is one of ours. Kubernetes mounts a secret this way for a user
     other than root, and nobody else is in that group.
-
-    Raises:
-        OSError: The file does not exist.
     """
     status = path.stat()
     mounted = status.st_uid == 0 and os.geteuid() != 0 and status.st_gid in {os.getegid(), *os.getgroups()}
@@ -50,21 +47,12 @@ def others_may(path: Path) -> bool:
 
 
 def fingerprint(key: bytes) -> str:
-    """The first 16 hexadecimal digits of a key's SHA-256, which may be stored and shown.
-
-    >>> fingerprint(b"not a secret")
-    '8f260a0b09492f08'
-    """
+    """The first 16 hexadecimal digits of a key's SHA-256, which may be stored and shown."""
     return hashlib.sha256(key).hexdigest()[:16]
 
 
 def read_key(path: Path, what: str, setting: str) -> bytes:
     """Reads the key in a file. The content is hexadecimal; any other content is the key itself.
-
-    Args:
-        path: The file, which exists.
-        what: What the key is called, for messages.
-        setting: The setting that names the file.
 
     Raises:
         SettingsError: The file cannot be read, or the key is too short.

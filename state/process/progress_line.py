@@ -21,14 +21,7 @@ def bar(done: int, total: int, width: int) -> str:
 
 
 class ProgressLine:
-    """Writes progress lines; on a terminal each line replaces the one before.
-
-    Args:
-        out: The stream to write to.
-        line_every_s: Seconds between lines when `out` is not a terminal.
-        monotonic_s: A monotonic clock in seconds.
-        at_once: Whether a terminal shows the first line without waiting.
-    """
+    """Writes progress lines: on a terminal each replaces the one before, otherwise one every `line_every_s`."""
 
     def __init__(
         self,

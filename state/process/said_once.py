@@ -6,10 +6,7 @@ from collections.abc import Callable
 
 
 class SaidOnce:
-    """Logs lines, but skips one that equals the previous line.
-
-    Args:
-        log: A logger's method: takes a format string and its argument.
+    """Logs lines, but skips one that equals the previous line. `log` takes a format string and its argument.
 
     >>> say = SaidOnce(lambda form, line: print(form % line))
     >>> for line in ("waiting", "waiting", "there"):

@@ -1,7 +1,7 @@
 """Imports of this process and its children: our packages from one location, and the user's own functions.
 
-`python -m` searches the current directory first, where a directory named `state` would hide ours. User modules may be in
-the current directory: it is searched last.
+`python -m` searches the current directory first, where a directory named `state` would hide ours. User modules may be
+in the current directory: it is searched last.
 """
 
 from __future__ import annotations
@@ -22,12 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def for_children(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment in which Python ignores the current directory and finds our packages.
-
-    >>> found = for_children({"PYTHONPATH": "/theirs", "LANG": "C"})
-    >>> found["PYTHONSAFEPATH"], found["PYTHONPATH"].endswith("/theirs"), found["LANG"]
-    ('1', True, 'C')
-    """
+    """An environment in which Python ignores the current directory and finds our packages."""
     paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
     # Installed packages are found anyway; if they came first, their neighbours would hide Python's own modules.
     if Path(sysconfig.get_path("purelib")) != ROOT:
@@ -35,7 +30,7 @@ def for_children(environment: Mapping[str, str]) -> dict[str, str]:
     return {**environment, "PYTHONSAFEPATH": "1", **({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})}
 
 
-def look_here_last() -> None:
+def search_here_last() -> None:
     """Adds the current directory at the end of this process's import path."""
     here = str(Path.cwd())
     if here not in sys.path:
@@ -43,20 +38,13 @@ def look_here_last() -> None:
 
 
 def load_named(path: str, setting: str) -> Any:
-    """Loads the function that `path` names, from a module on Python's path or in the current directory.
+    """Loads the function that `path` names, from a module on Python's path or in the current directory; else SettingsError.
 
-    >>> load_named("state.process.user_code:told", "model.tower").__name__
-    'told'
-
-    Args:
-        path: `module:name`.
-        setting: The setting that names the function, for the message.
-
-    Raises:
-        SettingsError: The function cannot be loaded.
+    >>> load_named("state.process.user_code:error_line", "model.tower").__name__
+    'error_line'
     """
     module, _, name = path.partition(":")
-    look_here_last()
+    search_here_last()
     try:
         return getattr(importlib.import_module(module), name)
     # The user's module may fail in any way.
@@ -68,18 +56,14 @@ def load_named(path: str, setting: str) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text that is not blank.
-
-    >>> first_line(ValueError("  in user code: x is negative "))
-    'in user code: x is negative'
-    """
+    """The first line of an error's text that is not blank."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
 
 
-def told(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """Formats an error of the user's code in one line, with the file and line that raised it.
 
-    >>> told(ValueError("x is negative"))
+    >>> error_line(ValueError("x is negative"))
     'ValueError: x is negative'
     """
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]

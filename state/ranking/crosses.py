@@ -1,21 +1,18 @@
 """Crosses: single values and pairs of values of a row, hashed to ids in the table of cross weights.
 
-A cross is a value, such as the item or the user's age band, or a pair, such as
-the user and the category. That this user likes that category is then a number
-of its own, which no product of two embedding rows has to find. The trainer and
-serving compute ids with this one function, so a row has the same ids in both.
-It uses integers only, so the bits are the same on every machine.
+A cross is a value, such as the item or the user's age band, or a pair, such as the user and the category. That this
+user likes that category is then a number of its own, which no product of two embedding rows has to find. The trainer
+and serving compute ids with this one function, so a row has the same ids in both. It uses integers only, so the bits
+are the same on every machine.
 
 Each cross has two learned numbers, both logits:
 
-- The weight is a term of the sum of all weights of a row. The weights are
-  learned together, so each explains only what the others do not.
-- The marginal logit is by how much the labels of the cross's own rows differ
-  from those of all rows. It ignores what else those rows have in common. It is
-  known after few rows, and does not move with what other crosses learn.
+- The weight is a term of the sum of all weights of a row. The weights are learned together, so each explains only what
+  the others do not.
+- The marginal logit is by how much the labels of the cross's own rows differ from those of all rows. It ignores what
+  else those rows have in common. It is known after few rows, and does not move with what other crosses learn.
 
-Their errors differ, so a mixture of both is more accurate than either. The
-crosses' part of a row's engagement logit is
+Their errors differ, so a mixture of both is more accurate than either. The crosses' part of a row's engagement logit is
 
     sum over its crosses c of  weight share of c * weight + marginal share of c * marginal logit
 
@@ -25,9 +22,8 @@ The shares are learned too, one pair for each name of a cross.
     with user   item, category, each context field, each attribute of the item
     in context  each context field with category and with each attribute of the item
 
-An answer is a banded summary of the user's labels and events so far. Examples
-are how many of how many impressions were positive, or that this event is the
-third of a session. A missing value (id 0) removes the crosses that it is part of.
+An answer is a banded summary of the user's labels and events so far. Examples are how many of how many impressions were
+positive, or that this event is the third of a session. A missing value (id 0) removes the crosses that it is part of.
 """
 
 from __future__ import annotations
@@ -147,14 +143,10 @@ def _hashed(kind: str, names: Sequence[str]) -> U64:
 
 
 def logits_of(rows: F32, shares: F32) -> F32:
-    """The logit that a row's crosses contribute.
+    """The logit that a row's crosses contribute, `[n]` float32.
 
-    Args:
-        rows: `[n, C, 2]` float32 weights and marginal logits, 0 where there is no cross.
-        shares: `[C, 2]` float32, learned offsets to the initial shares.
-
-    Returns:
-        `[n]` float32.
+    `rows` has the weights and marginal logits, `[n, C, 2]` float32, 0 where there is no cross; `shares`, `[C, 2]`
+    float32, the learned offsets to the initial shares.
     """
     found: F32 = ((shares + np.array(FIRST_SHARES, np.float32)) * rows).sum((1, 2))
     return found
@@ -233,11 +225,7 @@ class Crosses:
     def of_user(self, user: int, items: U64, categories: U64, contexts: U64) -> U64:
         """The ids of all crosses of one user with the given values, `[n]` uint64. Only these may have a row.
 
-        Args:
-            user: The pseudonym.
-            items: `[i]` uint64, the known items.
-            categories: `[c]` uint64, the known categories.
-            contexts: `[k]` uint64, the known values of context fields and of attributes.
+        `contexts` are the known values of context fields and of attributes.
 
         >>> crosses, values = Crosses(FeatureSpec(), ("tab",)), np.arange(2, 9, dtype=np.uint64)
         >>> found = crosses.of_user(1, values[:2], values[2:3], values[3:5])

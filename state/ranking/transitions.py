@@ -1,18 +1,18 @@
 """Transitions: which categories came next after a category, over all users, as features and candidates.
 
-Each category has a list of the FOLLOWERS categories that most often came next, with counts. The category itself may be in
-it. The trainer and serving read a list with `succession`: for each category of the user and each popular one, it returns
-how often it came next after the user's newest category. The SUCCESSORS most frequent followers that are neither become
-candidates of their own. It uses integers only, so the bits are the same on every machine.
+Each category has a list of the FOLLOWERS categories that most often came next, with counts. The category itself may be
+in it. The trainer and serving read a list with `succession`: for each category of the user and each popular one, it
+returns how often it came next after the user's newest category. The SUCCESSORS most frequent followers that are neither
+become candidates of their own. It uses integers only, so the bits are the same on every machine.
 
 In versions and in serving's row store, a list is a row of the table `transition`, float32 like the rows of every table.
 All values are whole numbers below 2^24, and an id takes three of them:
 
     count x FOLLOWERS | bits 42.. of the id x FOLLOWERS | bits 21..41 | bits 0..20
 
-Slots behind a list's end hold zeros. Their signs carry no information, but they exist: a new row holds numbers between -1
-and 1 times 0, like an embedding that is initialised with zero. Digests and `verify` compare bits, so the trainer keeps the
-signs next to its lists.
+Slots behind a list's end hold zeros. Their signs carry no information, but they exist: a new row holds numbers between
+-1 and 1 times 0, like an embedding that is initialised with zero. Digests and `verify` compare bits, so the trainer
+keeps the signs next to its lists.
 """
 
 from __future__ import annotations
@@ -85,10 +85,9 @@ class Succession(NamedTuple):
 def _count(counts: I32, ids: U64, category: np.uint64) -> None:
     """Counts one transition to `category` in one list and keeps the counts in descending order.
 
-    When the list is full and lacks the category, the last count is incremented. The
-    category replaces the last entry with probability 1 / new count, which keeps each
-    count unbiased (Ting 2018, Unbiased Space Saving). A hash of category and total
-    makes the choice.
+    When the list is full and lacks the category, the last count is incremented. The category replaces the last entry
+    with probability 1 / new count, which keeps each count unbiased (Ting 2018, Unbiased Space Saving). A hash of
+    category and total makes the choice.
     """
     at, total = -1, 0
     for k in range(FOLLOWERS):
@@ -137,11 +136,6 @@ def record(at: I32, followers: U64, lists: Lists) -> Flags:
 
     Returns:
         `[n]` bool, where the counts of the row's list were halved.
-
-    >>> lists = Lists.empty(2)
-    >>> halved = record(np.array([1, 1, 1], np.int32), np.array([5, 1 << 63, 1 << 63], np.uint64), lists)
-    >>> lists.counts[1, :3].tolist(), int(lists.ids[1, 0]) == 1 << 63, int(lists.ids[1, 1]), halved.any()
-    ([2, 1, 0], True, 5, np.False_)
     """
     halved = np.zeros(at.size, np.bool_)
     _record(at, np.ascontiguousarray(followers), lists, halved)
@@ -257,22 +251,13 @@ def _pack(lists: Lists, signs: U8, rows: F32) -> None:
 
 
 def pack(lists: Lists, signs: U8) -> F32:
-    """Packs lists into rows.
-
-    Args:
-        lists: n lists.
-        signs: `[n, SIGN_BYTES]` uint8, from `signs_of`.
-
-    Returns:
-        `[n, WIDTH]` float32.
+    """Packs n lists and their `signs`, `[n, SIGN_BYTES]` uint8 from `signs_of`, into rows, `[n, WIDTH]` float32.
 
     >>> lists = Lists.empty(1)
     >>> lists.counts[0, 0], lists.ids[0, 0] = 9, (3 << 42) + (2 << 21) + 1
     >>> rows = pack(lists, np.full((1, SIGN_BYTES), 255, np.uint8))
     >>> rows[0, ::FOLLOWERS].tolist(), rows[0, 1::FOLLOWERS].tolist()
     ([9.0, 3.0, 2.0, 1.0], [-0.0, -0.0, -0.0, -0.0])
-    >>> bool(unpack(rows).ids[0, 0] == lists.ids[0, 0])
-    True
     """
     rows = np.empty((len(lists.counts), WIDTH), np.float32)
     _pack(lists, signs, rows)
@@ -303,18 +288,10 @@ def unpack(rows: F32) -> Lists:
 
 
 def from_stored(stored: Sequence[bytes | None]) -> tuple[I32, Lists]:
-    """Unpacks the lists of n categories that were read from the row store.
+    """Unpacks the lists of n categories that were read from the row store, the bytes of each row or None.
 
-    Args:
-        stored: The bytes of each row, None where the version has none. A row of another width, from a release with
-            other lists, counts as None.
-
-    Returns:
-        `[n]` int32, the index of each category's list, 0 for none; and the lists. List 0 is that of no category.
-
-    >>> at, lists = from_stored([None, np.ones(WIDTH, "<f4").tobytes(), b"1234"])
-    >>> at.tolist(), lists.counts[:, 0].tolist()
-    ([0, 1, 0], [0, 1])
+    Returns the index of each category's list, `[n]` int32, 0 for none, and the lists. List 0 is that of no category. A
+    row of another width, from a release with other lists, counts as None.
     """
     fitting = [place for place, row in enumerate(stored) if row is not None and len(row) == 4 * WIDTH]
     at = np.zeros(len(stored), np.int32)

@@ -43,6 +43,7 @@ from state.registry.sync import Copier, DurableSender, RecentSender
 EXCLUSIVE = "exclusive"
 """The file with which a store is tested for exclusive creation."""
 RETRY_S, JOIN_S, STAND_BY_S = 1.0, 3.0, 1.0
+SEND_S, COPY_S = 0.3, 0.25  # between packs that the trainer sends, and between polls of a host
 NOTE_MS = 1000
 LAST_S, POLL_S = 10.0, 0.1
 """How long an ending trainer continues to send, and how often it is checked whether a copier has begun."""
@@ -222,10 +223,9 @@ def owning(
             metrics.sent_seconds.set_to_current_time()
         return more
 
-    pause_s = settings.registry.share_s
     senders = [
-        _Repeating("share-recent", lambda: recent.send() < 0, pause_s, stop),
-        _Repeating("share-durable", send_durable, pause_s, stop),
+        _Repeating("share-recent", lambda: recent.send() < 0, SEND_S, stop),
+        _Repeating("share-durable", send_durable, SEND_S, stop),
     ]
     threads = [*senders, *_copier_threads(settings, copier, stop)]
     with _running(threads, copier, stop):
@@ -394,7 +394,7 @@ class _Repeating(threading.Thread):
 
 def _copier_threads(settings: Settings, copier: _HostCopier, stop: threading.Event) -> list[_Repeating]:
     acts = (("share-copy", copier.step), ("share-control", copier.step_control))
-    return [_Repeating(name, act, settings.registry.look_ms / 1000, stop) for name, act in acts]
+    return [_Repeating(name, act, COPY_S, stop) for name, act in acts]
 
 
 @contextmanager

@@ -1,17 +1,17 @@
 """Reads the row store: a consistent snapshot with each applied version.
 
-The version is inverted in the keys. So one range seek per row finds the newest
-entry that is not above the requested version.
+The version is inverted in the keys. So one range seek per row finds the newest entry that is not above the requested
+version.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import lmdb
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors
@@ -54,13 +54,11 @@ class Served:
     @classmethod
     def parse(cls, record: bytes | memoryview) -> Served:
         """Parses the record that `to_json` wrote."""
-        fields = json.loads(bytes(record))
-        fields["visible"] = tuple((low, high) for low, high in fields["visible"])
-        return cls(**fields)
+        return msgspec.json.decode(record, type=cls)
 
     def to_json(self) -> bytes:
         """Encodes this record as a JSON object."""
-        return json.dumps(asdict(self)).encode()
+        return msgspec.json.encode(self)
 
     @classmethod
     def of(
@@ -91,9 +89,8 @@ class Served:
 def joined(parent: Served, manifest: Manifest) -> Visible:
     """The versions that a delta sees when it is applied onto `parent`.
 
-    Recent versions between two durable ones are on one branch with both. Those that
-    are stored belong to the past of the newer one, so one interval contains them
-    all. This saves seeks: a reader seeks once for each interval.
+    Recent versions between two durable ones are on one branch with both. Those that are stored belong to the past of
+    the newer one, so one interval contains them all. This saves seeks: a reader seeks once for each interval.
     """
     (low, high), *older = parent.visible
     if high == parent.version and any(first <= high and manifest.version <= last for first, last in manifest.visible):
@@ -106,12 +103,7 @@ Databases = Mapping[str, lmdb._Database]
 
 @dataclass
 class LastServed:
-    """Cache of the last parsed version record, which most readers request again.
-
-    Attributes:
-        pointer: Version and serial that the store's pointer had then.
-        record: The record of that version.
-    """
+    """Cache of the last parsed version record, which most readers request again, and of the pointer that it was read for."""
 
     pointer: bytes = b""
     record: Served | None = None
@@ -124,11 +116,7 @@ def stored(transaction: lmdb.Transaction, key: bytes, database: lmdb._Database) 
 
 
 def required(transaction: lmdb.Transaction, version: int, database: lmdb._Database) -> bytes:
-    """The value that a database has for an applied version.
-
-    Raises:
-        UnknownVersion: The version is not applied.
-    """
+    """The value that a database has for an applied version."""
     value = stored(transaction, u64(version), database)
     if value is None:
         raise UnknownVersion(f"version {version} is not applied here", "apply it before it is served")
@@ -136,13 +124,7 @@ def required(transaction: lmdb.Transaction, version: int, database: lmdb._Databa
 
 
 class RowReader:
-    """One read transaction: everything it returns is of one snapshot. Use it from one thread only.
-
-    Args:
-        transaction: The transaction.
-        databases: The store's databases, by name.
-        last: Cache that the store's readers share.
-    """
+    """One read transaction: everything it returns is of one snapshot. Use it from one thread only. Readers of a store share `last`."""
 
     def __init__(self, transaction: lmdb.Transaction, databases: Databases, last: LastServed) -> None:
         self._transaction = transaction
@@ -209,16 +191,10 @@ class RowReader:
     def rows_from(
         self, table: str, start: int, most: int, at: Served
     ) -> tuple[NDArray[np.uint64], NDArray[np.float32], int | None]:
-        """Rows of a table at version `at`, in the order of their ids.
+        """`[k]` uint64 ids and `[k, dim]` float32 rows of a table at version `at`, from id `start` on in the order of ids.
 
-        Args:
-            table: One of `TABLES`.
-            start: The first id.
-            most: How many ids to check, including those without a row at `at`.
-            at: An applied version.
-
-        Returns:
-            `[k]` uint64 ids and `[k, dim]` float32 rows, and the id to continue from; None at the end.
+        Checks at most `most` ids, including those without a row at `at`. Also returns the id to continue from; None at
+        the end.
         """
         code, dim, following = CODES[table], at.dims.get(table, 0), None
         cursor, found = self._transaction.cursor(self._databases["rows"]), dict[int, bytes | None]()

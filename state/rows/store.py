@@ -10,14 +10,17 @@
 A base gets a lane of its own, of which there are 32; deltas use their parent's lane. Entries of other lanes are never
 visible, and a lane without versions is deleted. A version whose writing was interrupted is rolled back (`take_back`).
 
-Old versions are forgotten in one short transaction. Rows that only they needed are deleted afterwards, a few at a
-time. What a forgotten version wrote counts as written by the next retained one. So each retained version knows which
-rows have entries since its predecessor, and only those are checked when it is forgotten too. The list of rows to
-check is in memory. If the process ends first, those rows keep one entry too many until their next check.
+Old versions are dropped in one short transaction. Rows that only they needed are deleted afterwards, a few at a time.
+What a dropped version wrote counts as written by the next retained one, so only rows with entries since its predecessor
+are checked when that is dropped too. The list of rows to check is in memory: if the process ends first, those rows keep
+one entry too many until their next check.
 
-For erased users every earlier entry is deleted, in all lanes, whatever version still reads it.
+Version numbers only grow. After a rollback to version 30 the next epoch begins at, say, 51 with parent 30. The versions
+that version 52 may see are then closed intervals, newest first: `((51, 52), (1, 30))`. Versions 31 to 50 are abandoned:
+their rows may still be stored, but no reader of 52 sees them.
 
-The store is a copy of the registry. After a power cut it is rebuilt.
+For erased users every earlier entry is deleted, in all lanes, whatever version still reads it. The store is a copy of
+the registry. After a power cut it is rebuilt.
 """
 
 from __future__ import annotations
@@ -27,7 +30,6 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lmdb
@@ -42,10 +44,22 @@ from state.disk.lmdb_store import LmdbStore
 from state.errors import StoreError, UnknownVersion
 from state.features.erased import Erased
 from state.process import killpoints
-from state.registry.manifest import Manifest, Visible
+from state.registry.manifest import Manifest, Visible, sees
 from state.rows.reader import Databases, LastServed, RowReader, Served, required, stored
-from state.rows.sweep import Branch, branches_of, delete_dead_lanes, has_rows, sweep_row
-from state.rows.tables import CODES, LANES, OWN, TABLES, TOP, lane_of, row_keys, stem, tables_in, u64, version_of
+from state.rows.tables import (
+    CODES,
+    LANES,
+    OWN,
+    TABLES,
+    TOP,
+    lane_of,
+    lane_start,
+    row_keys,
+    stem,
+    tables_in,
+    u64,
+    version_of,
+)
 
 if TYPE_CHECKING:
     # Its kernels load a compiler, which commands do without.
@@ -86,27 +100,8 @@ def rows_of(parts: Sequence[Changes], at_least: int = 1) -> Changes:
     return np.concatenate(found, axis=1)
 
 
-def heirs_of(gone: Sequence[int], stay: Sequence[int]) -> dict[int | None, list[int]]:
-    """The forgotten versions by the next retained one, None if there is none; both ascending.
-
-    >>> heirs_of([1, 2, 4, 9], [3, 7])
-    {3: [1, 2], 7: [4], None: [9]}
-    """
-    found: dict[int | None, list[int]] = {}
-    for version in gone:
-        place = bisect_left(stay, version)
-        found.setdefault(stay[place] if place < len(stay) else None, []).append(version)
-    return found
-
-
 class Entries(NamedTuple):
-    """The rows of one version.
-
-    Attributes:
-        pairs: Key and value of each, those of a table in the order of their keys.
-        changes: `[2, k]` uint64, table and id of each.
-        dims: By table the width of its rows, of tables that have some.
-    """
+    """The rows of one version: key and value of each, `[2, k]` uint64 table and id of each, and the width of each table's rows."""
 
     pairs: list[tuple[bytes, bytes]]
     changes: NDArray[np.uint64]
@@ -114,13 +109,7 @@ class Entries(NamedTuple):
 
 
 def entries_of(tensors: Mapping[str, NDArray[Any]], lane: int, version: int) -> Entries:
-    """The entries of a version's rows, and empty ones of those that it removed.
-
-    Args:
-        tensors: `<table>.ids` `[k]` uint64, `<table>.rows` `[k, dim]` float32, `<table>.removed` `[r]` uint64.
-        lane: The lane of the entries.
-        version: The version that wrote them.
-    """
+    """The entries of a version's rows, and empty ones of those that it removed."""
     pairs, dims = list[tuple[bytes, bytes]](), dict[str, int]()
     changes = [np.empty((2, 0), np.uint64)]
     for name in tables_in(tensors):
@@ -140,19 +129,8 @@ def entries_of(tensors: Mapping[str, NDArray[Any]], lane: int, version: int) -> 
 
 
 def pieces(text: bytes, size: int) -> list[bytes]:
-    """`text` in pieces of `size` bytes.
-
-    >>> pieces(b"abcdef", 2)
-    [b'ab', b'cd', b'ef']
-    """
+    """`text` in pieces of `size` bytes."""
     return [text[at : at + size] for at in range(0, len(text), size)]
-
-
-def begin(
-    transaction: lmdb.Transaction, databases: Databases, version: int, lane: int, changes: NDArray[np.uint64]
-) -> None:
-    """Records that a version's rows are being written, before the first of them is."""
-    transaction.put(BEGUN, u64(version) + u64(lane) + changes.tobytes(), db=databases["meta"])
 
 
 def take_back(transaction: lmdb.Transaction, databases: Databases) -> None:
@@ -190,56 +168,6 @@ def put_dense(
     transaction.put(u64(version), save_tensors(dense), db=databases["dense"])
     listed = np.asarray(() if popular is None else popular, "<u8")
     transaction.put(u64(version), listed.tobytes(), db=databases["popular"])
-
-
-def erase(
-    transaction: lmdb.Transaction,
-    databases: Mapping[str, lmdb._Database],
-    erased: Erased,
-    crosses: Crosses,
-    version: int | None = None,
-) -> int:
-    """Deletes entries of erased users that versions from before the erasures wrote; returns how many.
-
-    Serving at such a version leaves these users' rows out anyway.
-
-    Args:
-        transaction: Of the store.
-        databases: The store's, by name.
-        erased: The erasures.
-        crosses: With the columns of the settings.
-        version: Only what this version wrote; None for all stored versions, which is recorded.
-    """
-    rows, deleted = databases["rows"], 0
-    records = [Served.parse(record) for _, record in transaction.cursor(databases["versions"])]
-    known = [ids_in(transaction, rows, table) for table in ("item", "category", "context")]
-    for one in erased:
-        later = min((record.version for record in records if record.erased >= one.id), default=1 << 63)
-        wrote = (0, later) if version is None else (version, version + 1)
-        gone = dict.fromkeys(user_tables(records), one.users.ids)
-        pairs = [crosses.of_user(user, *known) for user in one.users]
-        gone["cross"] = np.concatenate([np.empty(0, np.uint64), *pairs])
-        deleted += delete_entries(transaction, rows, gone, *wrote)
-        before = [one_of.version for one_of in records if one_of.erased < one.id]
-        changes = databases["changes"]
-        _leave_out(transaction, changes, before if version is None else [version], np.concatenate([*gone.values()]))
-    if version is None:
-        transaction.put(b"erased", u64(erased.last), db=databases["meta"])
-    return deleted
-
-
-def _leave_out(transaction: lmdb.Transaction, changes: lmdb._Database, versions: Iterable[int], ids: U64) -> None:
-    """Removes ids from the lists of what versions changed, because they have no entries any more."""
-    for version in versions:
-        written = np.frombuffer(transaction.get(u64(version), b"", db=changes), np.uint64).reshape(2, -1)
-        theirs = np.isin(written[1], ids)
-        if theirs.any():
-            transaction.put(u64(version), written[:, ~theirs].tobytes(), db=changes)
-
-
-def user_tables(records: Iterable[Served]) -> set[str]:
-    """The tables that may have rows of users: the user table, and a ranker's own tables with user ids only."""
-    return {"user", *(name for record in records for name in record.dims if name not in TABLES)}
 
 
 def ids_in(transaction: lmdb.Transaction, rows: lmdb._Database, table: str) -> U64:
@@ -283,31 +211,95 @@ def _lanes(cursor: lmdb.Cursor) -> Iterator[int]:
         found = cursor.set_range(bytes([lane << 3 | OWN]) + b"\xff" * 21)
 
 
-class RowStore(LmdbStore):
-    """The store; one process writes (one thread of it), any number of processes read.
+class Branch(NamedTuple):
+    """Retained versions of one branch, ascending, its first version after the branch point, and the intervals that they see before it."""
 
-    Args:
-        path: Its directory, created if it is missing.
-        map_bytes: Upper bound of its size; address space, not memory.
-        readonly: Opens an existing store for reading only.
-        boot_id: Which start of the machine this is; by default the kernel's.
+    start: int
+    before: Visible
+    versions: list[int]
 
-    Raises:
-        CorruptStore: It cannot be trusted; see `open_anew`.
-        StoreError: It cannot be opened; with `readonly`, there may be none yet.
+
+def branches_of(retained: Mapping[int, Visible]) -> list[Branch]:
+    """The branches that the `retained` versions are on.
+
+    >>> branches_of({52: ((51, 52), (1, 30)), 29: ((1, 29),), 30: ((1, 30),)})
+    [Branch(start=1, before=(), versions=[29, 30]), Branch(start=51, before=((1, 30),), versions=[52])]
     """
+    found: dict[tuple[int, Visible], list[int]] = {}
+    for version in sorted(retained):
+        (start, _), *before = retained[version]
+        found.setdefault((start, tuple(before)), []).append(version)
+    return [Branch(*line, versions) for line, versions in found.items()]
+
+
+def needed(versions: Sequence[int], branches: Iterable[Branch]) -> set[int]:
+    """The entries of one row (their versions, newest first) that some retained version reads.
+
+    >>> needed([9, 7, 5, 2], [Branch(1, (), [6, 7, 8])]) == {7, 5}
+    True
+    >>> needed([52, 44, 12, 3], [Branch(51, ((1, 30),), [51, 53])]) == {52, 12}
+    True
+    """
+    kept: set[int] = set()
+    for start, before, readers in branches:
+        newer: int | None = None
+        for version in versions:
+            if version < start:
+                break
+            # The oldest reader that may see it reads it, unless a newer entry hides it.
+            place = bisect_left(readers, version)
+            if place < len(readers) and (newer is None or readers[place] < newer):
+                kept.add(version)
+            newer = version
+        if before and (newer is None or newer > readers[0]):
+            oldest = next((version for version in versions if sees(before, version)), None)
+            if oldest is not None:
+                kept.add(oldest)
+    return kept
+
+
+def sweep_row(cursor: lmdb.Cursor, start: bytes, branches: Sequence[Branch]) -> int:
+    """Deletes the entries of one row that no version reads.
+
+    Returns:
+        The newest tombstone that was dropped: no version up to it may be applied to this lane again. 0 if none was.
+    """
+    size = len(start)
+    entries: list[tuple[int, bool]] = []
+    found = cursor.set_range(start)
+    while found and (key := bytes(cursor.key()))[:size] == start:
+        entries.append((version_of(key), not cursor.value()))
+        found = cursor.next()
+    floor = 0
+    kept = needed([version for version, _ in entries], branches)
+    for version, empty in reversed(entries):
+        # A tombstone with nothing older under it is redundant, but no version up to it may be applied here again.
+        if version in kept and not empty:
+            break
+        if version in kept:
+            floor = max(floor, version)
+            kept.discard(version)
+    for version, _ in entries:
+        if version not in kept and cursor.set_key(start + u64(TOP - version)):
+            cursor.delete()
+    return floor
+
+
+def has_rows(transaction: lmdb.Transaction, rows: lmdb._Database, lane: int) -> bool:
+    """Whether a lane has any rows."""
+    cursor = transaction.cursor(rows)
+    return bool(cursor.set_range(lane_start(lane))) and lane_of(bytes(cursor.key())) == lane
+
+
+class RowStore(LmdbStore):
+    """The store; one process writes (one thread of it), any number of processes read. Arguments and errors as for `LmdbStore`."""
 
     noun = "rows"
     databases = ("rows", "versions", "dense", "popular", "changes")
     map_setting = "serving.map_gb"
     writer = "the applier"
-    remedy = "remove it: the applier makes it anew from the registry"
+    remedy = "remove it: the applier rebuilds it from the registry"
     origin = "the registry"
-
-    def __init__(
-        self, path: Path, map_bytes: int = 1 << 34, readonly: bool = False, boot_id: str | None = None
-    ) -> None:
-        super().__init__(path, map_bytes, readonly, boot_id)
 
     def _bind(self) -> None:
         opened = self._databases
@@ -337,18 +329,6 @@ class RowStore(LmdbStore):
             return None
         return parent
 
-    def _required_parent(self, manifest: Manifest, transaction: lmdb.Transaction) -> Served | None:
-        """The stored parent of a delta; None for a base."""
-        if manifest.kind == "base":
-            return None
-        parent = self._parent(manifest, transaction)
-        if parent is None:
-            raise UnknownVersion(
-                f"version {manifest.version} builds on version {manifest.parent}, whose rows are not here",
-                "apply its base",
-            )
-        return parent
-
     def _floors(self, transaction: lmdb.Transaction) -> dict[str, int]:
         """By lane the version up to which none may return there."""
         floors: dict[str, int] = json.loads(stored(transaction, b"floor", self._meta) or b"{}")
@@ -360,26 +340,22 @@ class RowStore(LmdbStore):
     def apply(
         self, manifest: Manifest, tensors: Tensors, now_ms: int, follow: bool = False, replace: bool = False
     ) -> bool:
-        """Adds one version, atomically for all readers; with `follow` serving uses it from then on.
+        """Adds one version, atomically for all readers; returns False if it was stored already.
 
-        Rows beyond WRITTEN_AT_ONCE are written before, invisible to readers. LMDB keeps the memory of as many pages as its
-        largest transaction changed, and nearly each row is on a page of its own.
+        Rows beyond WRITTEN_AT_ONCE are written before, invisible to readers. LMDB keeps the memory of as many pages as
+        its largest transaction changed, and nearly each row is on a page of its own.
 
         Args:
             manifest: The version; a base sees its own rows only, a delta its parent's too.
-            tensors: `<table>.ids` `[k]` uint64, `<table>.rows` `[k, dim]` float32, `<table>.removed` `[r]`
-                uint64, `dense.<name>`, `popular` `[P]` uint64. Where there are no dense ones, they are the parent's.
+            tensors: `<table>.ids` `[k]` uint64, `<table>.rows` `[k, dim]` float32, `<table>.removed` `[r]` uint64,
+                `dense.<name>`, `popular` `[P]` uint64. Where there are no dense ones, they are the parent's.
             now_ms: The time of application.
-            follow: Moves the pointer in the same transaction.
+            follow: Makes serving use the version from then on, in the same transaction.
             replace: Applies it again where it is applied already (a rebuilt lane).
-
-        Returns:
-            Whether it was added; False if it was stored already.
 
         Raises:
             UnknownVersion: The parent is not stored, or entries that the delta needs were deleted.
-            StoreFull: Disk or map are full; no visible row was changed.
-            UnusableDisk: The disk refused; no visible row was changed.
+            StoreFull, UnusableDisk: No visible row was changed.
         """
         with self._write() as transaction:
             take_back(transaction, self._databases)
@@ -388,11 +364,17 @@ class RowStore(LmdbStore):
                 if follow:
                     self._point(manifest.version, transaction)
                 return False
-            parent = self._required_parent(manifest, transaction)
+            parent = None if manifest.kind == "base" else self._parent(manifest, transaction)
+            if parent is None and manifest.kind != "base":
+                raise UnknownVersion(
+                    f"version {manifest.version} builds on version {manifest.parent}, whose rows are not here",
+                    "apply its base",
+                )
             lane = self._begin_lane(transaction) if parent is None else parent.lane
             entries = entries_of(tensors, lane, manifest.version)
             if len(entries.pairs) > WRITTEN_AT_ONCE:
-                begin(transaction, self._databases, manifest.version, lane, entries.changes)
+                begun = u64(manifest.version) + u64(lane) + entries.changes.tobytes()
+                transaction.put(BEGUN, begun, db=self._meta)
         while len(entries.pairs) > WRITTEN_AT_ONCE:
             with self._write() as transaction:
                 transaction.cursor(self._rows).putmulti(entries.pairs[:WRITTEN_AT_ONCE])
@@ -400,7 +382,7 @@ class RowStore(LmdbStore):
             killpoints.reach("rows.begun")
         with self._write() as transaction:
             # Its changes in the former lane count as written by the next version there.
-            _, left = self._forget(transaction, {manifest.version}) if is_here else (0, [])
+            _, left = self._drop(transaction, {manifest.version}) if is_here else (0, [])
             transaction.cursor(self._rows).putmulti(entries.pairs)
             transaction.delete(BEGUN, db=self._meta)
             transaction.put(u64(manifest.version), entries.changes.tobytes(), db=self._changes)
@@ -437,11 +419,7 @@ class RowStore(LmdbStore):
         transaction.put(b"served", u64(version) + u64(record.serial), db=self._meta)
 
     def serve(self, version: int) -> None:
-        """Moves the pointer: from now on serving uses `version`.
-
-        Raises:
-            UnknownVersion: It is not applied here.
-        """
+        """Moves the pointer: from now on serving uses `version`. Raises UnknownVersion if it is not applied here."""
         self.steer({}, version)
 
     def steer(self, notes: Mapping[str, bytes], version: int | None = None) -> None:
@@ -468,47 +446,19 @@ class RowStore(LmdbStore):
             f"all {LANES} lanes of {self.path} hold versions", "lower serving.keep_s so that old ones are swept"
         )
 
-    def sweep(self, horizon_ms: int, keep: Sequence[int] = ()) -> int:
-        """Forgets versions applied before `horizon_ms`, and deletes the rows that only they could see.
-
-        The served version and those of `keep` stay.
-
-        Args:
-            horizon_ms: Versions applied at or after this time stay.
-            keep: Versions that stay whatever their age.
-
-        Returns:
-            How many versions were forgotten.
-        """
-        with self.reader() as reader:
-            old = [one.version for one in reader.versions() if one.applied_at_ms < horizon_ms]
-        forgotten = self.forget(set(old) - {*keep})
-        while self.tidy():
-            pass
-        return forgotten
-
-    def forget(self, versions: Collection[int]) -> int:
-        """Forgets these versions except the served one, with their dense weights; `tidy` deletes their leftover rows.
-
-        Returns:
-            How many there were.
-
-        Raises:
-            StoreFull: Nothing was changed.
-        """
+    def drop(self, versions: Collection[int]) -> int:
+        """Drops these versions except the served one, with their dense weights; `tidy` deletes their leftover rows. Returns how many there were."""
         with self._write() as transaction:
             served = stored(transaction, b"served", self._meta) or bytes(8)
-            forgotten, left = self._forget(transaction, {*versions} - {int.from_bytes(served[:8], "big")})
+            dropped, left = self._drop(transaction, {*versions} - {int.from_bytes(served[:8], "big")})
         self._left += left
-        return forgotten
+        return dropped
 
     def _records(self, transaction: lmdb.Transaction) -> list[Served]:
         return [Served.parse(record) for _, record in transaction.cursor(self._versions)]
 
-    def _forget(
-        self, transaction: lmdb.Transaction, versions: Collection[int]
-    ) -> tuple[int, list[tuple[int, Changes]]]:
-        """Forgets versions; returns how many were stored, and by lane the rows to check once that is committed."""
+    def _drop(self, transaction: lmdb.Transaction, versions: Collection[int]) -> tuple[int, list[tuple[int, Changes]]]:
+        """Drops versions; returns how many were stored, and by lane the rows to check once that is committed."""
         records = self._records(transaction)
         gone = [one for one in records if one.version in versions]
         left: list[tuple[int, Changes]] = []
@@ -525,14 +475,18 @@ class RowStore(LmdbStore):
     def _hand_on(
         self, transaction: lmdb.Transaction, gone: Sequence[int], stay: Mapping[int, Visible]
     ) -> list[Changes]:
-        """Adds what forgotten versions of a lane wrote to what the next ones wrote; returns the rows to check."""
+        """Adds what dropped versions of a lane wrote to what the next ones wrote; returns the rows to check."""
         found = list[Changes]()
         one_branch = len(branches_of(stay)) == 1
 
         def wrote(version: int) -> Changes:
             return np.frombuffer(required(transaction, version, self._changes), np.uint64).reshape(2, -1)
 
-        for heir, theirs in heirs_of(gone, sorted(stay)).items():
+        # The dropped versions by the next retained one, None if there is none.
+        heirs: dict[int | None, list[int]] = {}
+        for version in gone:
+            heirs.setdefault(min((one for one in stay if one > version), default=None), []).append(version)
+        for heir, theirs in heirs.items():
             # Rows that the oldest version of a branch reads are useless only if later versions wrote them too.
             oldest = one_branch and heir == min(stay)
             parts = [*map(wrote, theirs[1:] if oldest else theirs), *([] if heir is None else [wrote(heir)])]
@@ -546,21 +500,9 @@ class RowStore(LmdbStore):
                 found.append(rows)
         return found
 
-    @property
-    def _has_left(self) -> bool:
-        """Whether rows are left to check."""
-        return bool(self._left) or self._dead_lanes
-
     def tidy(self, at_most: int | None = None) -> bool:
-        """Checks some rows of forgotten versions and deletes unread entries; returns whether rows are left to check.
-
-        Args:
-            at_most: How many rows, so that no version waits long; None for ROWS_AT_ONCE, and more if many are left.
-
-        Raises:
-            StoreFull: Unchecked rows are left to check.
-        """
-        if not self._has_left:
+        """Checks at most `at_most` rows of dropped versions (by default ROWS_AT_ONCE or more), and deletes unread entries; returns whether rows are left to check."""
+        if not self._left and not self._dead_lanes:
             return False
         if at_most is None:
             at_most = max(ROWS_AT_ONCE, sum(rows.shape[1] for _, rows in self._left) // ROUNDS)
@@ -573,7 +515,7 @@ class RowStore(LmdbStore):
             at_most -= self._check_rows(retained, min(at_most, ROWS_IN_TRANSACTION))
         if at_most > 0 and self._dead_lanes and not self._left:
             self._delete_dead_lanes(retained)
-        return self._has_left
+        return bool(self._left) or self._dead_lanes
 
     def _check_rows(self, retained: Mapping[int, Sequence[Branch]], at_most: int) -> int:
         """Deletes unread entries of the next `at_most` rows; returns how many rows it checked."""
@@ -593,18 +535,56 @@ class RowStore(LmdbStore):
 
     def _delete_dead_lanes(self, retained: Mapping[int, Sequence[Branch]]) -> None:
         """Deletes some rows of lanes without versions, once no row is left to check."""
+        empty, at_most = set(range(LANES)) - {*retained}, LANE_ROWS_AT_ONCE
         with self._write() as transaction:
-            empty = delete_dead_lanes(transaction, self._rows, {*retained}, LANE_ROWS_AT_ONCE)
+            for lane in sorted(empty):
+                cursor = transaction.cursor(self._rows)
+                cursor.set_range(lane_start(lane))
+                # The cursor has an empty key after the last row of all.
+                while (key := bytes(cursor.key())) and lane_of(key) == lane:
+                    if not at_most:
+                        empty.discard(lane)
+                        break
+                    cursor.delete()
+                    at_most -= 1
             floors = self._floors(transaction)
             kept = {lane: floor for lane, floor in floors.items() if int(lane) not in empty}
             if kept != floors:
                 self._put_floors(transaction, kept)
         self._dead_lanes = len(empty) + len(retained) < LANES
 
-    def erase(self, erased: Erased, crosses: Crosses, version: int | None = None) -> int:
-        """Deletes entries of erased users, of all versions or of one; see `erase`. Returns how many."""
+    def forget(self, erased: Erased, crosses: Crosses, version: int | None = None) -> int:
+        """Deletes entries of erased users that versions from before the erasures wrote; returns how many.
+
+        `crosses` are those of the settings. With `version` it checks only what that version wrote; else all stored
+        versions, which is recorded, see `erased`. Serving at such a version leaves these users' rows out anyway.
+        """
+        deleted = 0
         with self._write() as transaction:
-            return erase(transaction, self._databases, erased, crosses, version)
+            records = self._records(transaction)
+            known = [ids_in(transaction, self._rows, table) for table in ("item", "category", "context")]
+            # The tables that may have rows of users: the user table, and a ranker's own tables.
+            tables = {"user", *(name for record in records for name in record.dims if name not in TABLES)}
+            for one in erased:
+                later = min((record.version for record in records if record.erased >= one.id), default=1 << 63)
+                wrote = (0, later) if version is None else (version, version + 1)
+                gone = dict.fromkeys(tables, one.users.ids)
+                pairs = [crosses.of_user(user, *known) for user in one.users]
+                gone["cross"] = np.concatenate([np.empty(0, np.uint64), *pairs])
+                deleted += delete_entries(transaction, self._rows, gone, *wrote)
+                before = [record.version for record in records if record.erased < one.id]
+                for writer in before if version is None else [version]:
+                    self._leave_out(transaction, writer, np.concatenate([*gone.values()]))
+            if version is None:
+                transaction.put(b"erased", u64(erased.last), db=self._meta)
+        return deleted
+
+    def _leave_out(self, transaction: lmdb.Transaction, version: int, ids: U64) -> None:
+        """Removes ids from the list of what a version changed, because they have no entries any more."""
+        written = np.frombuffer(transaction.get(u64(version), b"", db=self._changes), np.uint64).reshape(2, -1)
+        theirs = np.isin(written[1], ids)
+        if theirs.any():
+            transaction.put(u64(version), written[:, ~theirs].tobytes(), db=self._changes)
 
     def erased(self) -> int:
         """The last erasure whose users have no earlier entries here."""

@@ -1,8 +1,7 @@
 """Tables of rows (those of every version, and a ranker's own with their program inputs), and the keys of stored rows.
 
-The name of a ranker's own table has small letters, digits and underscores. Its
-rows are inputs of a program, called `<table>_of_<ids>`. So the signature of a
-program tells the runner which rows to look up.
+The name of a ranker's own table has small letters, digits and underscores. Its rows are inputs of a program, called
+`<table>_of_<ids>`. So the signature of a program tells the runner which rows to look up.
 
 >>> own_input("attended", "sequence_items"), own_rows_of("attended_of_sequence_items")
 ('attended_of_sequence_items', ('attended', 'sequence_items'))
@@ -57,20 +56,12 @@ CODES = _Codes({name: number for number, name in enumerate(TABLES)})
 
 
 def is_name(text: str) -> bool:
-    """Whether a ranker's own table may have this name.
-
-    >>> is_name("attended"), is_name("Attended"), is_name("cross")
-    (True, False, False)
-    """
+    """Whether a ranker's own table may have this name."""
     return _NAME.fullmatch(text) is not None and text not in TAKEN
 
 
 def tables_in(tensors: Iterable[str]) -> tuple[str, ...]:
-    """The tables of a version, from the names of its tensors: those of every version, then a ranker's own by name.
-
-    >>> tables_in(["item.ids", "attended.ids", "attended.rows", "state.popular.ids"])[len(TABLES):]
-    ('attended',)
-    """
+    """The tables of a version, from the names of its tensors: those of every version, then a ranker's own by name."""
     return *TABLES, *sorted(name[:-4] for name in tensors if name.endswith(".ids") and is_name(name[:-4]))
 
 
@@ -80,10 +71,7 @@ def own_input(table: str, ids: str) -> str:
 
 
 def own_rows_of(name: str) -> tuple[str, str] | None:
-    """Parses the name of a program's input into table and ids; None for any other input.
-
-    >>> own_rows_of("item_row")
-    """
+    """Parses the name of a program's input into table and ids; None for any other input."""
     table, _, ids = name.rpartition("_of_")
     return (table, ids) if ids in SERVED_IDS and is_name(table) else None
 
@@ -110,11 +98,7 @@ def stem(lane: int, table: int, identity: int) -> bytes:
 
 
 def version_of(key: bytes) -> int:
-    """The version that wrote the entry under `key`.
-
-    >>> version_of(row_keys(1, 2, np.array([258], np.uint64), 7).tobytes())
-    7
-    """
+    """The version that wrote the entry under `key`."""
     return TOP - int.from_bytes(key[-VERSION_BYTES:], "big")
 
 
@@ -129,16 +113,7 @@ def lane_of(key: bytes) -> int:
 
 
 def row_keys(lane: int, table: int, ids: NDArray[np.uint64], version: int) -> NDArray[np.uint8]:
-    """The stored keys of `ids` at `version`.
-
-    Args:
-        lane: Below 32.
-        table: One of `state.rows.tables.CODES`.
-        ids: `[k]` uint64.
-        version: The version that wrote them.
-
-    Returns:
-        `[k, 17]` uint8, `[k, 21]` of a ranker's own table.
+    """The stored keys of `[k]` uint64 ids at `version`, `[k, 17]` uint8; `[k, 21]` for a ranker's own table.
 
     >>> row_keys(1, 2, np.array([258], np.uint64), 1).tobytes().hex()
     '0a0000000000000102fffffffffffffffe'

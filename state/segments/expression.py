@@ -43,13 +43,7 @@ SETTING = "segments.expressions"
 
 
 class Vocabulary(NamedTuple):
-    """The names that an expression may use.
-
-    Attributes:
-        features: The names of the features.
-        attributes: The names of users' attributes.
-        churn: Whether profiles have a churn probability.
-    """
+    """The names of features and of users' attributes that an expression may use, and whether profiles have a churn probability."""
 
     features: Collection[str]
     attributes: Collection[str]
@@ -76,12 +70,7 @@ Test = Callable[[ProfileFacts], bool]
 
 
 class Expression(NamedTuple):
-    """A checked expression.
-
-    Attributes:
-        holds: Whether it is true for a profile.
-        kinds: What it reads of a profile: feature, interest, attribute, churn.
-    """
+    """A checked expression: whether it holds for a profile, and what it reads of one (feature, interest, attribute, churn)."""
 
     holds: Test
     kinds: frozenset[str]
@@ -95,19 +84,12 @@ class _Operand(NamedTuple):
 
 
 def parse(text: str, known: Vocabulary) -> Expression:
-    """Checks an expression.
+    """Checks an expression; `known` has the names that it may use.
 
     >>> known = Vocabulary(["view.count_7d"], ["age_band"])
     >>> asked = parse("view.count_7d>=5 and(not interest['Sport'] < 0.3)", known)
     >>> asked.holds(ProfileFacts({"view.count_7d": 5}, {"Sport": 0.4}, {})), sorted(asked.kinds)
     (True, ['feature', 'interest'])
-    >>> parse("view.count_7d >= 5 and views > 1", known)
-    Traceback (most recent call last):
-    ValueError: column 24: views is no feature; the nearest is view.count_7d
-
-    Args:
-        text: The expression.
-        known: The names that it may use.
 
     Raises:
         ValueError: It is not an expression, or uses an unknown name; the message begins with the column, from 1 on.
@@ -249,12 +231,7 @@ class Segment(NamedTuple):
 
 
 def texts_of(settings: Settings) -> dict[str, str]:
-    """The expression of each segment by name, as written and unchecked.
-
-    >>> from state.config.sections import SegmentSettings
-    >>> texts_of(Settings(segments=SegmentSettings(expressions=("busy=view.count_1d >= 20",))))
-    {'busy': 'view.count_1d >= 20'}
-    """
+    """The expression of each segment by name, as written and unchecked."""
     return {
         name.strip(): text.strip() for name, _, text in (one.partition("=") for one in settings.segments.expressions)
     }

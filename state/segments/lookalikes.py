@@ -2,8 +2,8 @@
 
     lookalikes/<segment>.json   `LookalikeList` as JSON, with its digest
 
-A file is complete or absent. The process that stores members removes all files
-when control changes. So no file has an erased user or a rolled-back version.
+A file is complete or absent. The process that stores members removes all files when control changes. So no file has an
+erased user or a rolled-back version.
 """
 
 from __future__ import annotations
@@ -55,24 +55,16 @@ class LookalikeList(msgspec.Struct, frozen=True):
 
 
 def write(folder: Path, segment: str, found: LookalikeList) -> None:
-    """Writes a segment's list; durable once its directory is in place and synced.
-
-    Raises:
-        OSError: The disk refused.
-    """
+    """Writes a segment's list; durable once its directory is in place and synced."""
     durable.write(folder / f"{segment}.json", sealed.encode(found))
 
 
 def read(folder: Path, segment: str) -> LookalikeList | None:
-    """Reads a segment's list; None if there is none.
-
-    Raises:
-        CorruptStore: It is damaged.
-    """
+    """Reads a segment's list; None if there is none."""
     path = folder / f"{segment}.json"
     try:
         return sealed.decode(path.read_bytes(), LookalikeList)
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise CorruptStore(f"{path} is damaged ({error})", "remove it: it is made again") from error
+        raise CorruptStore(f"{path} is damaged ({error})", "remove it: it is computed again") from error

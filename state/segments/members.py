@@ -5,16 +5,16 @@ A record of the topic (what other programs read; a change needs another topic):
     key     <pseudonym, 16 hexadecimal digits>:<segment>
     value   {"in": true, "since": "<ISO 8601>", "since_ms": ..., "version": ...}, or none: the user is out
 
-`since_ms` is the time of the profile by which the user joined, and `version` the version that computed it. A
-user who leaves gets a tombstone. It removes the record before when Kafka compacts the topic.
+`since_ms` is the time of the profile by which the user joined, and `version` the version that computed it. A user who
+leaves gets a tombstone. It removes the record before when Kafka compacts the topic.
 
 The copy, for workers and commands of this host:
 
     members   <segment>, 0, pseudonym u64 BE -> since i64 BE, version u64 BE
     meta      size:<segment> -> number of members; place -> `SegmentsPlace` as JSON; format
 
-A member takes some 50 bytes. The topic has all of the data. If the store cannot be trusted, it is rebuilt
-from the beginning of the topic.
+A member takes some 50 bytes. The topic has all of the data. If the store cannot be trusted, it is rebuilt from the
+beginning of the topic.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ import json
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import NamedTuple
 
 import lmdb
+import msgspec
 
-from state.disk.lmdb_store import LmdbStore
+from state.disk.lmdb_store import LmdbStore, keys_with
 
 _KEY = re.compile(rb"([0-9a-f]{16}):([A-Za-z0-9_-]{1,64})")
 
@@ -46,11 +47,7 @@ Member = tuple[str, int]
 
 
 def key_of(member: Member) -> bytes:
-    """The key of a record.
-
-    >>> key_of(("sporty", 0xAB))
-    b'00000000000000ab:sporty'
-    """
+    """The key of a record."""
     segment, user = member
     return b"%016x:%b" % (user, segment.encode())
 
@@ -79,13 +76,10 @@ def member_of(key: bytes | None) -> Member | None:
 
 
 def membership_of(value: bytes | None) -> Membership | None:
-    """The membership in a record's value; None for a tombstone.
+    """The membership in a record's value; None for a tombstone, ValueError if it is not a record of a membership.
 
     >>> membership_of(value_of(Membership(1500, 7))), membership_of(None)
     (Membership(since_ms=1500, version=7), None)
-
-    Raises:
-        ValueError: It is not a record of a membership.
     """
     if value is None:
         return None
@@ -103,30 +97,14 @@ LAST_USER = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class SegmentsPlace:
-    """Position up to which the topic was read.
-
-    Attributes:
-        topic_id: Id of the topic; positions in another topic do not count.
-        next: Partition -> next offset.
-    """
+    """The topic, by its id, and the next offset of each partition up to which it was read."""
 
     topic_id: str
     next: Mapping[int, int]
 
 
 class SegmentStore(LmdbStore):
-    """Members by segment and pseudonym. One thread commits; any thread of any process may read.
-
-    Args:
-        path: The store's directory.
-        map_bytes: Maximum size.
-        readonly: For readers; the writer must have created the store.
-        boot_id: Boot id of the machine; by default the kernel's.
-
-    Raises:
-        CorruptStore: It cannot be trusted; see `open_anew`.
-        StoreError: It cannot be opened.
-    """
+    """Members by segment and pseudonym. One thread commits; any thread of any process may read. Arguments as for `LmdbStore`."""
 
     noun = "members of segments"
     databases = ("members",)
@@ -140,48 +118,30 @@ class SegmentStore(LmdbStore):
 
     def place(self) -> SegmentsPlace | None:
         """The position up to which the topic was read; None before anything was read."""
-        if (stored := self._stored(_PLACE)) is None:
-            return None
-        fields = json.loads(stored)
-        return SegmentsPlace(fields["topic_id"], {int(partition): at for partition, at in fields["next"].items()})
+        stored = self._stored(_PLACE)
+        return None if stored is None else msgspec.json.decode(stored, type=SegmentsPlace)
 
     def sizes(self) -> dict[str, int]:
         """The number of members of each segment, in one snapshot; empty segments may be missing."""
-        found = {}
         with self._env.begin(db=self._meta) as transaction:
-            cursor = transaction.cursor()
-            if cursor.set_range(_SIZE):
-                for key, value in cursor:
-                    if not bytes(key).startswith(_SIZE):
-                        break
-                    found[bytes(key)[len(_SIZE) :].decode()] = int(bytes(value))
-        return found
+            found = keys_with(transaction.cursor(), _SIZE, _SIZE)
+        return {key[len(_SIZE) :].decode(): int(value) for key, value in found}
 
     def memberships(self, members: Sequence[Member]) -> list[Membership | None]:
         """The membership of each user in the segment, in one snapshot; None for a user who is not in it."""
         with self._env.begin(db=self._members) as transaction:
-            return [_membership(transaction.get(_key(one))) for one in members]
+            found = [transaction.get(_key(one)) for one in members]
+        return [None if value is None else Membership(*_VALUE.unpack(value)) for value in found]
 
     def page(self, segment: str, start: int, most: int) -> list[tuple[int, Membership]]:
         """The first `most` members of a segment from the pseudonym `start` on, in the order of pseudonyms."""
-        found: list[tuple[int, Membership]] = []
         prefix = _prefix(segment)
         with self._env.begin(db=self._members) as transaction:
-            cursor = transaction.cursor()
-            if cursor.set_range(_key((segment, start))):
-                for key, value in cursor:
-                    if len(found) == most or not bytes(key).startswith(prefix):
-                        break
-                    found.append((int.from_bytes(bytes(key)[len(prefix) :], "big"), Membership(*_VALUE.unpack(value))))
-        return found
+            found = keys_with(transaction.cursor(), prefix, _key((segment, start)), most)
+        return [(int.from_bytes(key[len(prefix) :], "big"), Membership(*_VALUE.unpack(value))) for key, value in found]
 
     def commit(self, changes: Mapping[Member, Membership | None], place: SegmentsPlace | None = None) -> None:
-        """Adds members, or removes those with None, and stores `place`, if given, as the position: all or nothing.
-
-        Raises:
-            StoreFull: The map or the disk is full; nothing changed.
-            UnusableDisk: The disk refused; nothing changed.
-        """
+        """Adds members, or removes those with None, and stores `place`, if given, as the position: all or nothing."""
         moved = dict[str, int]()
         with self._write() as transaction:
             for member, membership in changes.items():
@@ -210,7 +170,7 @@ class SegmentStore(LmdbStore):
             else:
                 transaction.delete(key, db=self._meta)
         if place is not None:
-            transaction.put(_PLACE, json.dumps(asdict(place)).encode(), db=self._meta)
+            transaction.put(_PLACE, msgspec.json.encode(place), db=self._meta)
 
 
 def all_members(store: SegmentStore, segment: str, at_once: int = 1000) -> Iterator[list[tuple[int, Membership]]]:
@@ -230,7 +190,3 @@ def _prefix(segment: str) -> bytes:
 def _key(member: Member) -> bytes:
     segment, user = member
     return _prefix(segment) + user.to_bytes(8, "big")
-
-
-def _membership(value: bytes | None) -> Membership | None:
-    return None if value is None else Membership(*_VALUE.unpack(value))

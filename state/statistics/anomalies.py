@@ -12,8 +12,8 @@ These checks of TensorFlow Data Validation exist here, under its names:
     COMPARATOR_L_INFTY_HIGH                     a categorical feature moved, see `l_infinity`
     COMPARATOR_JENSEN_SHANNON_DIVERGENCE_HIGH   a numeric one did, see `jensen_shannon`
 
-`drift_skew_info` has every distance, whether it is beyond its threshold or not. Skew is the distance from the
-baseline, drift the distance from the preceding window. Both distances are computed as in TensorFlow Data Validation
+`drift_skew_info` has every distance, whether it is beyond its threshold or not. Skew is the distance from the baseline,
+drift the distance from the preceding window. Both distances are computed as in TensorFlow Data Validation
 (`anomalies/metrics.cc` there), so a threshold means the same in both.
 """
 
@@ -43,12 +43,7 @@ _TYPES = {
 
 
 class Largest(NamedTuple):
-    """A distance and the value that makes it.
-
-    Attributes:
-        distance: From 0 to 1.
-        value: The value whose share differs most; empty if nothing was counted.
-    """
+    """A distance from 0 to 1, and the value whose share differs most; empty if nothing was counted."""
 
     distance: float
     value: str
@@ -56,10 +51,6 @@ class Largest(NamedTuple):
 
 def l_infinity(one: Mapping[str, float], other: Mapping[str, float]) -> Largest:
     """The largest difference of any value's share: max over v of |P(v) - Q(v)|, P and Q each of sum 1.
-
-    Args:
-        one: Counts by value.
-        other: Likewise.
 
     >>> l_infinity({"a": 3, "b": 1}, {"a": 1, "b": 1, "c": 2})
     Largest(distance=0.5, value='a')
@@ -77,14 +68,10 @@ def l_infinity(one: Mapping[str, float], other: Mapping[str, float]) -> Largest:
 
 
 def jensen_shannon(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
-    """Jensen-Shannon divergence of two histograms over the same buckets, in bits, so from 0 to 1.
+    """Jensen-Shannon divergence of two histograms, `[buckets]` float64 counts each, in bits, so from 0 to 1.
 
     JSD(P, Q) = (D(P | M) + D(Q | M)) / 2 with M = (P + Q) / 2 and D(P | M) = sum of P log2(P / M) (Lin, Divergence
     measures based on the Shannon entropy, 1991).
-
-    Args:
-        one: `[buckets]` float64 counts.
-        other: `[buckets]` float64.
 
     >>> jensen_shannon(np.array([1.0, 0.0]), np.array([0.0, 2.0])), jensen_shannon(np.array([1.0, 2.0]), np.array([2.0, 4.0]))
     (1.0, 0.0)
@@ -109,14 +96,8 @@ def aligned(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Two histograms over the bounds of both, as if the values of a bucket were spread over it evenly.
 
-    Histograms of Springtide have the same bounds everywhere and are only merged; those of another origin are split.
-
-    Args:
-        one: Counts by bucket, (lower, upper) bound, none of them infinite.
-        other: Likewise.
-
-    Returns:
-        Two `[buckets]` float64: first the buckets between all bounds, then the single points.
+    Both are counts by bucket, (lower, upper) bound, none of them infinite. Returns two `[buckets]` float64: first the
+    buckets between all bounds, then the single points.
 
     >>> [counts.tolist() for counts in aligned({(0, 2): 4.0}, {(0, 1): 1.0, (1, 3): 2.0})]
     [[2.0, 2.0, 0.0], [1.0, 1.0, 1.0]]
@@ -138,13 +119,7 @@ def aligned(
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong with a feature.
-
-    Attributes:
-        kind: Which, of `AnomalyInfo.Type`.
-        short: In a few words.
-        description: With numbers.
-    """
+    """One thing that is wrong with a feature: its `AnomalyInfo.Type`, in a few words, and with numbers."""
 
     kind: int
     short: str
@@ -157,14 +132,7 @@ def validate(
     baseline: DatasetFeatureStatistics | None = None,
     previous: DatasetFeatureStatistics | None = None,
 ) -> Anomalies:
-    """Compares a window with the schema, the baseline and the preceding window.
-
-    Args:
-        statistics: Of the window.
-        schema: With the thresholds.
-        baseline: The statistics that `skew_comparator` compares with; None for no comparison.
-        previous: Those that `drift_comparator` compares with, likewise.
-    """
+    """Compares a window with the schema, the baseline and the preceding window."""
     found = Anomalies(baseline=schema)
     here = by_name(statistics)
     befores = [None if one is None else by_name(one) for one in (baseline, previous)]

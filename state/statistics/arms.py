@@ -1,101 +1,99 @@
 """Compares two arms of independent users: difference of means, and lift, with anytime-valid intervals. Pure.
 
-The difference of two running means has, at two times s < t, a covariance equal
-to its variance at t. Divided by its variance it is a random walk in the time 1 /
-variance, whatever shares of the rows the arms have and had. So the boundary of a
-single mean is valid (`confidence_sequence.py`). Its clock is the effective number
-of rows of the difference, 1 / (1 / n + 1 / m). A share that grows from 1 to
-50 % causes no bias as long as user behaviour is constant. If behaviour changes
-with the hour, `strata.py` compares within each share.
+The difference of two running means has, at two times s < t, a covariance equal to its variance at t. Divided by its
+variance it is a random walk in the time 1 / variance, whatever shares of the rows the arms have and had. So the
+boundary of a single mean is valid (`confidence_sequence.py`), with the effective number of rows of the difference, 1 /
+(1 / n + 1 / m), as its clock.
+
+If behaviour changes with the hour while a share grows, the means over all rows differ although the arms do not
+(Simpson's paradox). So the arms are compared within each period of constant shares, a stratum, and the strata are
+weighted by their effective number of rows: post-stratification (Cochran, Sampling Techniques, 1977, chapter 5A). These
+numbers add up to the clock of the whole. Strata follow each other in time, so the boundary of a single difference stays
+valid.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from state.statistics.confidence_sequence import ALPHA, PLANNED_ROWS, UNBOUNDED, half_width, tuning
+import numpy as np
 
+from state.statistics.confidence_sequence import BLOCKS, TELLING_BLOCKS, UNBOUNDED, BlockSums, half_width, tuning
 
-class ArmMean(Protocol):
-    """The mean of an arm: `BlockSums`, or those of several strata (`strata.py`)."""
-
-    @property
-    def rows(self) -> float:
-        """Number of rows."""
-
-    @property
-    def mean(self) -> float:
-        """Mean of all values."""
-
-    @property
-    def variance(self) -> float:
-        """Variance of the mean."""
-
-    @property
-    def telling(self) -> bool:
-        """Whether there is enough data for an interval."""
+Strata = Sequence[tuple[BlockSums, BlockSums]]
+"""The sums of both arms in each stratum, by blocks of their users; one without rows of one arm is ignored."""
 
 
 class Contrast(NamedTuple):
-    """The comparison of an arm with the other.
-
-    Attributes:
-        value: The estimate.
-        low: Lower end of the interval.
-        high: Upper end of the interval.
-    """
+    """The comparison of an arm with the other: the estimate, and the ends of its interval."""
 
     value: float
     low: float
     high: float
 
 
-def difference(arm: ArmMean, other: ArmMean, alpha: float = ALPHA, planned_rows: float = PLANNED_ROWS) -> Contrast:
-    """The mean of an arm minus that of the other.
+def difference(strata: Strata, alpha: float, planned_rows: float) -> Contrast:
+    """The mean of the first arm minus that of the other; infinite ends until both have values other than 0 in enough blocks.
 
     Args:
-        arm: Values of its rows, by blocks of its users. For a click rate, a value is 1 for a click and else 0.
-        other: Likewise, of other users.
+        strata: The values of both arms. For a click rate, a value is 1 for a click and else 0.
         alpha: The rate of false alarms over all looks together.
         planned_rows: Effective number of rows, 1 / (1 / n + 1 / m), for which the interval is tuned to be narrowest.
             Fixed before the first look.
-
-    Returns:
-        Infinite ends until both arms have values other than 0 in enough blocks.
     """
+    arm, other, rows = _combined(strata)
     value = arm.mean - other.mean
     if not (arm.telling and other.telling):
         return Contrast(value, *UNBOUNDED)
-    half = _half(arm.variance + other.variance, arm, other, alpha, planned_rows)
+    half = half_width(arm.variance + other.variance, rows, tuning(planned_rows, alpha), alpha)
     return Contrast(value, value - half, value + half)
 
 
-def lift(arm: ArmMean, other: ArmMean, alpha: float = ALPHA, planned_rows: float = PLANNED_ROWS) -> Contrast | None:
-    """The relative difference of the mean of an arm to that of the other: 0.1 is a tenth more.
+def lift(strata: Strata, alpha: float, planned_rows: float) -> Contrast | None:
+    """The relative difference of the mean of the first arm to that of the other: 0.1 is a tenth more.
 
-    The interval is that of the difference of logarithms. Their variances are those of the means over the means' squares
-    (the delta method).
-
-    Args:
-        arm: Nonnegative values, as in `difference`.
-        other: Likewise.
-        alpha: The rate of false alarms over all looks together.
-        planned_rows: As in `difference`.
-
-    Returns:
-        None if an arm has only zeros, as there is no ratio. The ends are -1 and infinite until both have enough data.
+    Arguments as of `difference`. The interval is that of the difference of logarithms. Their variances are those of the
+    means over the means' squares (the delta method). None if an arm has only zeros, as there is no ratio. The ends are
+    -1 and infinite until both arms have enough data.
     """
+    arm, other, rows = _combined(strata)
     if arm.mean <= 0 or other.mean <= 0:
         return None
     ratio = math.log(arm.mean / other.mean)
     if not (arm.telling and other.telling):
         return Contrast(math.expm1(ratio), -1.0, math.inf)
     spread = arm.variance / arm.mean**2 + other.variance / other.mean**2
-    half = _half(spread, arm, other, alpha, planned_rows)
+    half = half_width(spread, rows, tuning(planned_rows, alpha), alpha)
     return Contrast(math.expm1(ratio), math.expm1(ratio - half), math.expm1(ratio + half))
 
 
-def _half(variance: float, arm: ArmMean, other: ArmMean, alpha: float, planned_rows: float) -> float:
-    worth = 1 / (1 / arm.rows + 1 / other.rows)
-    return half_width(variance, worth, tuning(planned_rows, alpha), alpha)
+class _Arm(NamedTuple):
+    """An arm over all strata: the weighted mean of their means, its variance, and whether there is enough data for an interval."""
+
+    mean: float
+    variance: float
+    telling: bool
+
+
+def _combined(strata: Strata) -> tuple[_Arm, _Arm, float]:
+    """Both arms over all strata, and the effective number of rows."""
+    known = [pair for pair in strata if pair[0].rows and pair[1].rows]
+    worths = [1 / (1 / one.rows + 1 / other.rows) for one, other in known]
+    whole = sum(worths)
+    first, second = (_arm([pair[place] for pair in known], [worth / whole for worth in worths]) for place in (0, 1))
+    return first, second, whole
+
+
+def _arm(sums: Sequence[BlockSums], weights: Sequence[float]) -> _Arm:
+    """Combines one arm; rows of a user may be in several strata, so the variance is by blocks over all of them."""
+    totals, rows, apart = np.zeros(BLOCKS), np.zeros(BLOCKS, np.int64), np.zeros(BLOCKS)
+    for one, weight in zip(sums, weights, strict=True):
+        totals += one.totals
+        rows += one.counts
+        apart += weight * (one.totals - one.mean * one.counts) / one.rows
+    used = int(np.count_nonzero(rows))
+    variance = float((apart * apart).sum()) * used / (used - 1) if used > 1 else 0.0
+    mean = sum(weight * one.mean for one, weight in zip(sums, weights, strict=True))
+    return _Arm(mean, variance, int(np.count_nonzero(totals)) >= TELLING_BLOCKS)

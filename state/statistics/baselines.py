@@ -4,10 +4,9 @@
     baselines/<name>/<number>/schema.pbtxt, statistics.pb
                              /baseline.json             who accepted them, when and why
 
-`schema.pbtxt` is the text of a `Schema`. `statistics.pb` is a binary
-`DatasetFeatureStatisticsList` with one dataset. `tfdv.load_schema_text` and
-`tfdv.load_stats_binary` read them. The highest number is in force; none is
-changed or deleted.
+`schema.pbtxt` is the text of a `Schema`. `statistics.pb` is a binary `DatasetFeatureStatisticsList` with one dataset.
+`tfdv.load_schema_text` and `tfdv.load_stats_binary` read them. The highest number is in force; none is changed or
+deleted.
 """
 
 from __future__ import annotations
@@ -36,14 +35,7 @@ SCHEMA, STATISTICS, ABOUT = "schema.pbtxt", "statistics.pb", "baseline.json"
 
 @dataclass(frozen=True)
 class AcceptedBaseline:
-    """The origin of a baseline.
-
-    Attributes:
-        number: Its number, 0 for that of the bootstrap.
-        actor: Who accepted it; empty for the bootstrap.
-        reason: Why.
-        at_ms: When, wall clock.
-    """
+    """The origin of a baseline: its number (0 for that of the bootstrap), and who accepted it, why and when."""
 
     number: int
     actor: str
@@ -53,13 +45,7 @@ class AcceptedBaseline:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A baseline that live clicks are compared with.
-
-    Attributes:
-        accepted: Its origin.
-        schema: Domains and thresholds.
-        statistics: Statistics of its rows.
-    """
+    """A baseline that live clicks are compared with: its origin, domains and thresholds, and the statistics of its rows."""
 
     accepted: AcceptedBaseline
     schema: Schema
@@ -67,14 +53,7 @@ class Baseline:
 
 
 def accepted(control: Control, baseline: AcceptedBaseline) -> Control:
-    """Records that an operator accepted live statistics as the new baseline: a generation that changes nothing else.
-
-    >>> from state.registry.control import start
-    >>> first = start(actor="trainer", reason="first start", now_ms=0)
-    >>> taken = accepted(first, AcceptedBaseline(1, "ann", "a new season", 5))
-    >>> taken.generation, taken.action, taken.plan
-    (2, 'accept', {'baseline': 1})
-    """
+    """Records that an operator accepted live statistics as the new baseline: a generation that changes nothing else."""
     plan = {"baseline": baseline.number}
     return following(control, "accept", baseline.actor, baseline.reason, baseline.at_ms, plan=plan)
 
@@ -96,22 +75,14 @@ class Baselines:
         self._directory.ensure()
 
     def newest_number(self, spec: str) -> int:
-        """The number of the baseline in force; 0 for the bootstrap's.
-
-        Args:
-            spec: The name of a bootstrap, from `Specs.bootstrapped`.
-        """
+        """The number of the baseline in force for a bootstrap of `Specs.bootstrapped`; 0 for the bootstrap's own."""
         with usable("be listed"):
             folder = self.path / layout.BASELINES / spec
             found = [int(one.name) for one in folder.iterdir() if one.name.isdigit()] if folder.is_dir() else []
         return max(found, default=0)
 
     def newest(self, spec: str) -> Baseline | None:
-        """The baseline in force; None if the bootstrap is of a release that wrote none.
-
-        Raises:
-            CorruptVersion: A file is missing or fails its digest.
-        """
+        """The baseline in force; None if the bootstrap is of a release that wrote none. CorruptVersion if a file is missing or fails its digest."""
         number = self.newest_number(spec)
         folder = self._folder(spec, number) if number else self.path / layout.SPECS / spec
         about = self._about(folder / (ABOUT if number else SPEC))
@@ -130,18 +101,7 @@ class Baselines:
     def add(
         self, spec: str, accepted: AcceptedBaseline, schema: Schema, statistics: DatasetFeatureStatistics
     ) -> AcceptedBaseline:
-        """Stores a baseline, durably; from then on it is in force.
-
-        Args:
-            spec: The name of a bootstrap.
-            accepted: Its origin; the number follows the newest one.
-            schema: Domains and thresholds.
-            statistics: Statistics of its rows.
-
-        Raises:
-            ControlConflict: Another baseline with this number was just accepted.
-            UnusableRegistry: The disk refused.
-        """
+        """Stores a baseline, durably; from then on it is in force. `ControlConflict` if another one got this number just before."""
         files = baseline_files(schema, statistics)
         about = {
             "actor": accepted.actor,

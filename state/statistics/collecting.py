@@ -9,21 +9,23 @@
     delay_s                      how much later than the event its label became known
     features.NAME                each integer of the feature spec
 
-An event counts once, in the row where it happened. Its label and its delay count
-in the row where they became known (`state/microbatch/batch.py`).
+An event counts once, in the row where it happened. Its label and its delay count in the row where they became known
+(`state/microbatch/batch.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
+from tfx_bsl.sketches import KmvSketch, MisraGriesSketch
 
 from state.attributes.values import AttributeTable
 from state.microbatch.batch import ATTRIBUTES, Columns, happened, trained
-from state.statistics.categorical import Categorical
 from state.statistics.numeric import SHARES, Numeric
 
 USER, ACTION, ITEM = "user", "action", "item"
@@ -32,15 +34,76 @@ FEATURES = "features"
 LONGEST_DELAY_S = 65_535
 
 
+BUCKETS = 4096
+DISTINCT_BUCKETS = 2048
+
+
+class Categorical:
+    """Counts the ids of one feature; 0 is a missing value. Of users (`listed` is False) only the number of distinct ids is stored.
+
+    It uses two mergeable sketches of tfx-bsl, as TensorFlow Data Validation does. Misra-Gries (Finding repeated
+    elements, 1982) finds the most frequent values; it is exact while there are no more values than buckets. K minimum
+    values (Bar-Yossef et al., Counting distinct elements in a data stream, 2002) estimates the number of distinct
+    values.
+
+    >>> counted = Categorical()
+    >>> counted.add(np.array([7, 9, 7, 0], np.uint64))
+    >>> counted.rows, counted.missing, counted.frequent(), counted.distinct
+    (4, 1, [(7, 2.0), (9, 1.0)], 2)
+    """
+
+    def __init__(self, listed: bool = True) -> None:
+        self.rows = self.missing = 0
+        self._listed = listed
+        self._frequent = MisraGriesSketch(BUCKETS)
+        self._different = KmvSketch(DISTINCT_BUCKETS)
+
+    def add(self, ids: NDArray[np.uint64]) -> None:
+        """Counts `[n]` uint64 ids."""
+        found, counts = np.unique(ids, return_counts=True)
+        self.rows += len(ids)
+        if len(found) and found[0] == 0:
+            self.missing += int(counts[0])
+            found, counts = found[1:], counts[1:]
+        if not len(found):
+            return
+        values = pa.array(found.view(np.int64))
+        self._different.AddValues(values)
+        if self._listed:
+            self._frequent.AddValues(values, pa.array(counts.astype(np.float32)))
+
+    def merge(self, other: Categorical) -> None:
+        """Adds the counts of `other`, which does not change."""
+        self.rows += other.rows
+        self.missing += other.missing
+        self._frequent.Merge(other._frequent)
+        self._different.Merge(other._different)
+
+    @property
+    def distinct(self) -> int:
+        """Estimated number of distinct values, exact up to about two thousand."""
+        return int(self._different.Estimate())
+
+    def frequent(self, most: int = BUCKETS) -> list[tuple[int, float]]:
+        """The most frequent values with their counts, highest count first, lower id first among equals."""
+        estimate: Any = self._frequent.Estimate()
+        if not len(estimate):
+            return []
+        values: Sequence[bytes] = estimate.field("values").to_pylist()
+        counts: Sequence[float] = estimate.field("counts").to_pylist()
+        # The sketch returns an id as a signed decimal number.
+        found = [(int(value) % 2**64, count) for value, count in zip(values, counts, strict=True)]
+        return sorted(found, key=lambda entry: (-entry[1], entry[0]))[:most]
+
+
 @dataclass
 class Statistics:
-    """Statistics of some rows.
+    """Statistics of some rows, each event counted once.
 
     Attributes:
         actions: Names of the actions, in the order of their numbers.
         names: Names of the D features of the spec.
         context: Names of the K fields of `events.context`.
-        rows: Number of events, each counted once.
         categorical: Statistics of ids, by feature name.
         label: Statistics of the label.
         delay: Statistics of the delay in whole seconds.
@@ -60,12 +123,7 @@ class Statistics:
         self.features = Numeric(len(self.names))
 
     def add(self, columns: Columns, attributes: Sequence[Sequence[str]] = ((), ())) -> None:
-        """Counts rows.
-
-        Args:
-            columns: Columns of a micro-batch by name, `[n, ...]` each.
-            attributes: Names of the attributes of users and of items, in the order of their columns.
-        """
+        """Counts rows: `[n, ...]` columns of a micro-batch by name, with the names of the attributes in the order of their columns."""
         kinds = columns["kind"]
         here = happened(kinds)
         every = bool(here.all())

@@ -1,24 +1,18 @@
 """Confidence sequences: intervals for a mean that are valid at all times at once, however often one looks. Pure.
 
-If an interval of fixed size is computed after each row, it misses the true mean
-sooner or later. These intervals are wider by a logarithm. The probability that
-any of them ever misses the true mean is at most `alpha`. So it is valid to stop
-as soon as the result is clear, and to continue while it is not.
+The probability that any of them ever misses the true mean is at most `alpha`. So it is valid to stop as soon as the
+result is clear, and to continue while it is not.
 
-The boundary is the two-sided normal mixture (Robbins, Statistical methods related to
-the law of the iterated logarithm, 1970; Howard, Ramdas, McAuliffe and Sekhon,
-Time-uniform, nonparametric, nonasymptotic confidence sequences, 2021, equation 14):
-S with variance process V meets |S| >= sqrt((V + r) log((V + r) / (alpha^2 r))) at
-some time with probability at most alpha. The variance is estimated, which is valid
-asymptotically (Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas, Time-uniform
-central limit theory and asymptotic confidence sequences, 2021, theorem 2.2, with
-1 / rho^2 there as `r` here).
+The boundary is the two-sided normal mixture (Robbins, Statistical methods related to the law of the iterated logarithm,
+1970; Howard, Ramdas, McAuliffe and Sekhon, Time-uniform, nonparametric, nonasymptotic confidence sequences, 2021,
+equation 14): S with variance process V meets |S| >= sqrt((V + r) log((V + r) / (alpha^2 r))) at some time with
+probability at most alpha. The variance is estimated, which is valid asymptotically (Waudby-Smith, Arbour, Sinha,
+Kennedy and Ramdas, Time-uniform central limit theory and asymptotic confidence sequences, 2021, theorem 2.2, with 1 /
+rho^2 there as `r` here).
 
-Rows of one user are not independent. So all rows of a user are in one of BLOCKS
-blocks. The variance is that of the blocks' sums, whatever the dependence within
-a block (the ratio estimator of cluster sampling: Cochran, Sampling
-Techniques, 1977, chapter 9A). Sums whose later parts correlate with their earlier
-ones meet a boundary more rarely than a random walk of the same variances (Slepian,
+Rows of one user are not independent. So all rows of a user are in one of BLOCKS blocks, and the variance is that of the
+blocks' sums (the ratio estimator of cluster sampling: Cochran, Sampling Techniques, 1977, chapter 9A). Sums whose later
+parts correlate with their earlier ones meet a boundary more rarely than a random walk of the same variances (Slepian,
 The one-sided barrier problem for Gaussian noise, 1962), so the sequence stays valid.
 """
 
@@ -50,12 +44,8 @@ def tuning(planned_rows: float, alpha: float) -> float:
     """The `r` of the normal mixture for which intervals are about as narrow as possible after `planned_rows` rows.
 
     r = n / (log(1 / alpha^2) + log(1 + log(1 / alpha^2))) (Howard et al. 2021, section 3.5). It must be fixed before
-    the first row. At other times intervals are wider than the narrowest possible ones: by a quarter after a tenth of
-    the rows, by 7 % after ten times as many.
-
-    Args:
-        planned_rows: More than 0.
-        alpha: The rate of false alarms, between 0 and 1.
+    the first row. Intervals are wider than the narrowest possible ones by a quarter after a tenth of the rows, and by 7
+    % after ten times as many.
 
     >>> round(tuning(1000, 0.05), 1)
     126.0
@@ -65,9 +55,7 @@ def tuning(planned_rows: float, alpha: float) -> float:
 
 
 def half_width(variance: float, rows: float, tuned: float, alpha: float) -> float:
-    """Half the width of the interval of a mean.
-
-    It is the boundary above, divided by the rows: sqrt(variance (1 + r / n) log((n + r) / (alpha^2 r))).
+    """Half the width of the interval of a mean: sqrt(variance (1 + r / n) log((n + r) / (alpha^2 r))), see above.
 
     Args:
         variance: Estimated variance of the mean.
@@ -82,11 +70,7 @@ def half_width(variance: float, rows: float, tuned: float, alpha: float) -> floa
 
 
 class BlockSums:
-    """Sums of values and numbers of rows, by blocks of users.
-
-    Attributes:
-        totals: `[BLOCKS]` float64, the sum of the values of each block.
-        counts: `[BLOCKS]` int64, the number of rows of each block.
+    """Sums of values (`totals`, float64) and numbers of rows (`counts`, int64), `[BLOCKS]` by blocks of users.
 
     >>> sums = BlockSums()
     >>> sums.add(np.array([1.0, 3.0]))
@@ -99,12 +83,9 @@ class BlockSums:
         self.counts: NDArray[np.int64] = np.zeros(BLOCKS, np.int64)
 
     def add(self, values: NDArray[np.floating[Any]], users: NDArray[np.uint64] | None = None) -> None:
-        """Adds rows.
+        """Adds rows: finite values `[n]`, and `[n]` uint64 pseudonyms, whose low bits are evenly distributed.
 
-        Args:
-            values: `[n]` float, finite.
-            users: `[n]` uint64 pseudonyms, whose low bits are evenly distributed. Without them each row counts as
-                independent of all others.
+        Without pseudonyms each row counts as independent of all others.
         """
         if users is None:
             blocks = ((self.rows + np.arange(len(values))) % BLOCKS).astype(np.int64)
@@ -114,12 +95,7 @@ class BlockSums:
         self.counts += np.bincount(blocks, minlength=BLOCKS)
 
     def credit(self, values: NDArray[np.floating[Any]], users: NDArray[np.uint64]) -> None:
-        """Adds to the values of rows that were added before, such as clicks on items that were shown.
-
-        Args:
-            values: `[n]` float, finite.
-            users: `[n]` uint64, the users of these rows.
-        """
+        """Adds `[n]` float values to rows of `[n]` uint64 users that were added before, such as clicks on items that were shown."""
         self.totals += np.bincount((users % np.uint64(BLOCKS)).astype(np.int64), values, BLOCKS)
 
     @property
@@ -166,8 +142,10 @@ class BlockSums:
         return sums
 
 
-class ConfidenceSequence:
+class ConfidenceSequence(BlockSums):
     """The mean of paired differences, one a row, with an interval that is valid at all times at once.
+
+    Always add the users too: a user has several rows, which correlate.
 
     Args:
         alpha: The rate of false alarms over all looks together.
@@ -180,51 +158,28 @@ class ConfidenceSequence:
     """
 
     def __init__(self, alpha: float = ALPHA, planned_rows: int = PLANNED_ROWS) -> None:
+        super().__init__()
         self.alpha, self.planned_rows = alpha, planned_rows
-        self._sums, self._tuned = BlockSums(), tuning(planned_rows, alpha)
-
-    def add(self, differences: NDArray[np.floating[Any]], users: NDArray[np.uint64] | None = None) -> None:
-        """Adds rows.
-
-        Args:
-            differences: `[n]` float, one a row, such as the loss of one ranker minus that of the other.
-            users: `[n]` uint64 pseudonyms of their users. Always pass them: a user has several rows, which correlate.
-        """
-        self._sums.add(differences, users)
-
-    @property
-    def rows(self) -> int:
-        """Number of rows added."""
-        return self._sums.rows
-
-    @property
-    def mean(self) -> float:
-        """Mean of all differences; 0 if there are none."""
-        return self._sums.mean
+        self._tuned = tuning(planned_rows, alpha)
 
     def interval(self) -> tuple[float, float]:
         """The interval of the true mean, valid at this look and at all others.
 
-        Returns:
-            Lower and upper end; infinite until `TELLING_BLOCKS` blocks have a sum other than 0. So if no row differs,
-            there is no interval, however many rows there are, and the mean is 0.
+        The ends are infinite until `TELLING_BLOCKS` blocks have a sum other than 0. So if no row differs, there is no
+        interval, however many rows there are, and the mean is 0.
         """
-        if not self._sums.telling:
+        if not self.telling:
             return UNBOUNDED
-        half = half_width(self._sums.variance, self.rows, self._tuned, self.alpha)
+        half = half_width(self.variance, self.rows, self._tuned, self.alpha)
         return self.mean - half, self.mean + half
 
     def document(self) -> dict[str, Any]:
-        """The whole state as JSON values; a sequence restored from it continues as if nothing had happened."""
-        return {"alpha": self.alpha, "planned_rows": self.planned_rows, **self._sums.document()}
+        """The whole state as JSON values."""
+        return {"alpha": self.alpha, "planned_rows": self.planned_rows, **super().document()}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> ConfidenceSequence:
-        """Restores the sequence that `document` returned.
-
-        Raises:
-            KeyError, ValueError: The document is not a sequence, or has another number of blocks.
-        """
-        sequence = cls(document["alpha"], document["planned_rows"])
-        sequence._sums = BlockSums.from_json(document)
+        """Restores the sequence that `document` returned."""
+        sequence, sums = cls(document["alpha"], document["planned_rows"]), BlockSums.from_json(document)
+        sequence.totals, sequence.counts = sums.totals, sums.counts
         return sequence

@@ -1,9 +1,8 @@
 """Statistics of numeric features: a histogram with fixed buckets, and exact sums.
 
-The buckets are the same for every window and every baseline. So counts can be
-added and histograms compared without assumptions about the distribution within
-a bucket. Whole numbers have one bucket each up to 7, and four buckets an octave
-from there up to 65,535. Shares have ten buckets of equal width.
+The buckets are the same for every window and every baseline. So counts can be added and histograms compared without
+assumptions about the distribution within a bucket. Whole numbers have one bucket each up to 7, and four buckets an
+octave from there up to 65,535. Shares have ten buckets of equal width.
 """
 
 from __future__ import annotations
@@ -110,10 +109,6 @@ def _count(
 
 def median(counts: NDArray[np.int64], edges: NDArray[np.int64] | NDArray[np.float64]) -> float:
     """The median of a histogram, as if the values of a bucket were evenly distributed in it.
-
-    Args:
-        counts: `[buckets]` int64, not all 0.
-        edges: `[buckets + 1]`, bounds of the buckets.
 
     >>> median(np.array([2, 2]), np.array([0, 10, 30]))
     10.0

@@ -1,8 +1,7 @@
 """Converts statistics to TensorFlow Metadata's `DatasetFeatureStatisticsList`, which TensorFlow Data Validation reads.
 
-A categorical feature has `string_stats`. Its values are written as 16 hexadecimal
-digits, those of an action by name. A numeric feature has `num_stats` with one
-STANDARD histogram. `rank_histogram` has the most frequent values. If a feature
+A categorical feature has `string_stats`. Its values are written as 16 hexadecimal digits, those of an action by name. A
+numeric feature has `num_stats` with one STANDARD histogram. `rank_histogram` has the most frequent values. If a feature
 has more values than that, the rest counts only in the totals.
 """
 
@@ -19,8 +18,7 @@ from tensorflow_metadata.proto.v0.statistics_pb2 import (
     Histogram,
 )
 
-from state.statistics.categorical import Categorical
-from state.statistics.collecting import ACTION, DELAY, FEATURES, ITEM, LABEL, Statistics
+from state.statistics.collecting import ACTION, DELAY, FEATURES, ITEM, LABEL, Categorical, Statistics
 from state.statistics.numeric import Numeric, median
 
 MOST_VALUES = 2000
@@ -30,10 +28,6 @@ TOP_VALUES = 10
 
 def dataset(statistics: Statistics, name: str) -> DatasetFeatureStatistics:
     """Converts the statistics to one dataset of TensorFlow Data Validation.
-
-    Args:
-        statistics: The statistics.
-        name: Name of the dataset.
 
     >>> made = dataset(Statistics(("view",), ()), "none")
     >>> made.name, made.num_examples, [one.path.step[0] for one in made.features]

@@ -1,13 +1,12 @@
 """Sample ratio test: whether the split of users between the arms of an experiment matches its shares. Pure.
 
-A mismatch means that users or their events are lost on one side. Then no other
-comparison of the arms is valid. The test is valid at any time.
+A mismatch means that users or their events are lost on one side. Then no other comparison of the arms is valid. The
+test is valid at any time.
 
-The test is that of Lindon and Malek, Anytime-valid inference for multinomial
-count data, 2022. The Bayes factor of a Dirichlet mixture against the shares is a
-martingale if they are right. So it ever reaches 1 / alpha with probability at
-most alpha (Ville, 1939). When the shares change, a new factor begins with the
-next user, and the product of all factors is a martingale too.
+The test is that of Lindon and Malek, Anytime-valid inference for multinomial count data, 2022. The Bayes factor of a
+Dirichlet mixture against the shares is a martingale if they are right. So it ever reaches 1 / alpha with probability at
+most alpha (Ville, 1939). When the shares change, a new factor begins with the next user, and the product of all factors
+is a martingale too.
 """
 
 from __future__ import annotations
@@ -21,14 +20,10 @@ CONCENTRATION = 100.0
 
 
 def log_evidence(counts: Sequence[int], shares: Sequence[float], concentration: float = CONCENTRATION) -> float:
-    """The logarithm of the Bayes factor against the shares.
+    """The logarithm of the Bayes factor against the shares: log B(c p + n) - log B(c p) - sum of n_i log p_i.
 
-    log B(c p + n) - log B(c p) - sum of n_i log p_i, with B the multivariate beta function.
-
-    Args:
-        counts: Users of each arm, n.
-        shares: Expected shares p; each more than 0, with sum 1.
-        concentration: c.
+    B is the multivariate beta function, n the users of each arm, p the expected shares, each more than 0, with sum 1,
+    and c the `concentration`.
 
     >>> round(log_evidence([500, 500], [0.5, 0.5]), 2), round(log_evidence([450, 550], [0.5, 0.5]), 2)
     (-1.2, 3.35)
@@ -47,10 +42,7 @@ def log_evidence(counts: Sequence[int], shares: Sequence[float], concentration: 
 class SampleRatio:
     """Test state: the users of each arm since the shares last changed, and the evidence before.
 
-    A user counts once under the same shares.
-
-    Args:
-        shares: Expected shares, each more than 0, with sum 1.
+    A user counts once under the same shares; each share is more than 0, and their sum 1.
 
     >>> ratio = SampleRatio([0.5, 0.5])
     >>> ratio.add([480, 520])
@@ -83,11 +75,7 @@ class SampleRatio:
         return math.exp(-self._most)
 
     def mismatch(self, alpha: float) -> bool:
-        """Whether the split of users contradicts the shares.
-
-        Args:
-            alpha: The rate of false alarms over all looks together.
-        """
+        """Whether the split of users contradicts the shares, with a rate of false alarms `alpha` over all times together."""
         return self.p_value <= alpha
 
     def document(self) -> dict[str, Any]:
@@ -96,11 +84,7 @@ class SampleRatio:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> SampleRatio:
-        """Restores the state that `document` returned.
-
-        Raises:
-            KeyError: The document is not a sample ratio.
-        """
+        """Restores the state that `document` returned."""
         ratio = cls(document["shares"])
         ratio._counts, ratio._before, ratio._most = list(document["counts"]), document["before"], document["most"]
         return ratio

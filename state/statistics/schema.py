@@ -1,15 +1,12 @@
 """Infers a schema from a baseline's statistics: types, domains, presence, and allowed distance of a window.
 
-It is a `Schema` of TensorFlow Metadata, like that of `tfdv.infer_schema`. Its
-comparators have the meaning of TensorFlow Data Validation. `skew_comparator`
-compares a window with the baseline, `drift_comparator` compares a window with the
-one before it. To change a threshold, edit the text and accept it with
-`springtide schema accept --schema FILE`.
+It is a `Schema` of TensorFlow Metadata, like that of `tfdv.infer_schema`. Its comparators have the meaning of
+TensorFlow Data Validation. `skew_comparator` compares a window with the baseline, `drift_comparator` compares a window
+with the one before it. To change a threshold, edit the text and accept it with `springtide schema accept --schema
+FILE`.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 from google.protobuf import text_format
 from tensorflow_metadata.proto.v0 import schema_pb2
@@ -30,12 +27,10 @@ _BOUNDS = {"is_last": 1, "truncated": 1, "same_label": 1, "recency": 255, "age":
 
 
 def infer(statistics: DatasetFeatureStatistics, warm: bool) -> Schema:
-    """Infers the schema of `statistics`.
+    """Infers the schema of the statistics of a baseline.
 
-    Args:
-        statistics: Statistics of a baseline.
-        warm: Whether windows were full. Only then are their integers compared with the baseline too. A bootstrap's are
-            not, since its histories begin with its first click.
+    `warm` says whether windows were full. Only then are their integers compared with the baseline too: a bootstrap's
+    histories begin with its first click.
     """
     schema = Schema()
     for one in statistics.features:
@@ -77,11 +72,7 @@ def as_text(schema: Schema) -> str:
 
 
 def of_text(text: str) -> Schema:
-    """Parses the text of a `schema.pbtxt`.
-
-    Raises:
-        ValueError: The text is not a schema.
-    """
+    """Parses the text of a `schema.pbtxt`; ValueError if the text is not a schema."""
     try:
         return text_format.Parse(text, Schema())
     except text_format.ParseError as error:
@@ -108,14 +99,10 @@ def _numeric(feature: schema_pb2.Feature, name: str, warm: bool) -> None:
         feature.int_domain.min, feature.int_domain.max = 0, LARGEST
     else:
         feature.int_domain.min, feature.int_domain.max = bounds(name)
-    for comparator in _comparators(feature, name, warm):
-        comparator.jensen_shannon_divergence.threshold = MAX_DIVERGENCE
-
-
-def _comparators(feature: schema_pb2.Feature, name: str, warm: bool) -> Sequence[schema_pb2.FeatureComparator]:
-    if not name.startswith(f"{FEATURES}."):
-        return feature.skew_comparator, feature.drift_comparator
+    of_spec = name.startswith(f"{FEATURES}.")
     # The hour differs between windows. A history's age is the age of the log until the history is full.
-    if name.removeprefix(f"{FEATURES}.").startswith(("clock.", "events.", "sessions.count")):
-        return ()
-    return (feature.skew_comparator, feature.drift_comparator) if warm else (feature.drift_comparator,)
+    if of_spec and name.removeprefix(f"{FEATURES}.").startswith(("clock.", "events.", "sessions.count")):
+        return
+    feature.drift_comparator.jensen_shannon_divergence.threshold = MAX_DIVERGENCE
+    if warm or not of_spec:
+        feature.skew_comparator.jensen_shannon_divergence.threshold = MAX_DIVERGENCE

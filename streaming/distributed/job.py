@@ -35,7 +35,7 @@ from apache_beam.transforms.periodicsequence import PeriodicImpulse, RebaseMode
 
 from state import errors
 from state.config.settings import Settings
-from state.errors import FlinkFailed, GapError, JobFailed, LineTurned, SaltMismatch, SettingsError
+from state.errors import FlinkFailed, GapError, JobFailed, RewoundLog, SaltMismatch, SettingsError
 from state.events.identity import own_salt
 from state.flink import JobManager, url
 from state.log import Log
@@ -54,7 +54,7 @@ FOLLOW_S = 0.5
 TRIES, POLL_S = 6, 0.25
 OF_CLUSTER = "[auto]"
 OURS = re.compile(r"state\.errors\.(\w+): (.+?)(?: \[while running .*)?$", re.MULTILINE)
-PERMANENT = (GapError, LineTurned, SaltMismatch, SettingsError)
+PERMANENT = (GapError, RewoundLog, SaltMismatch, SettingsError)
 """Errors that only a new job can fix: one with other settings or consent, or from an older checkpoint."""
 logger = logging.getLogger(__name__)
 
@@ -165,8 +165,8 @@ class FlinkJob:
 def permanent(failure: str) -> str:
     r"""The class and message of the `PERMANENT` error that a failure ends with; empty for any other failure.
 
-    >>> permanent("a.B: c\nstate.errors.LineTurned: turned off; resume it [while running 'Read']\n\n\tat a.B")
-    'LineTurned: turned off; resume it'
+    >>> permanent("a.B: c\nstate.errors.RewoundLog: turned off; resume it [while running 'Read']\n\n\tat a.B")
+    'RewoundLog: turned off; resume it'
     >>> permanent("state.errors.UnreachableBroker: no broker answers")
     ''
     """

@@ -29,7 +29,7 @@ from apache_beam.transforms.userstate import BagStateSpec, ReadModifyWriteStateS
 from apache_beam.transforms.window import TimestampedValue
 from apache_beam.utils.timestamp import Timestamp
 
-from state.errors import GapError, LineTurned, StoreError, TruncatedLog, UnreachableBroker
+from state.errors import GapError, RewoundLog, StoreError, TruncatedLog, UnreachableBroker
 from state.events.parser import EventBatch, Parser
 from state.features.mask import Mask
 from state.log import PartitionBatch, Reader
@@ -175,15 +175,14 @@ class Partitions:
         self._reader: Reader | None = reader
         self._aligned: AlignedReader | None = None
         if reader is not None:
-            skew_s = self._settings.stream.max_skew_s
-            self._aligned = AlignedReader(reader, lambda partition: clock.reached(Source(topic_id, partition)), skew_s)
+            self._aligned = AlignedReader(reader, lambda partition: clock.reached(Source(topic_id, partition)))
 
     def read(self, moment_s: float) -> tuple[list[Portion], SourceReading | None]:
         """The clicks of a moment by bucket, and the new reading; empty and None if nothing is new.
 
         Raises:
             GapError, LogError: As at opening; or the topic was recreated.
-            LineTurned: Control asks for an older position of the log.
+            RewoundLog: Control asks for an older position of the log.
         """
         control = self._control.poll()
         log_epoch = self._epoch(control)
@@ -250,7 +249,7 @@ class Partitions:
             )
         ahead = sorted({place for segment in branch if segment.epoch > mine for place in self._ahead_of(segment)})
         if ahead:
-            raise LineTurned(
+            raise RewoundLog(
                 f"the training log branched into epoch {now} before what this job has read: partition "
                 + ", ".join(f"{partition} at {at}" for partition, at in ahead),
                 "stop the job without a savepoint, and resume it from a savepoint or checkpoint that had read no further "

@@ -25,9 +25,8 @@ from prometheus_client import CollectorRegistry
 
 from state.attributes.follower import Report
 from state.compiled.preparing import Kernels
-from state.config.sections import Kafka, known_settings
-from state.config.settings import Settings
-from state.config.sources import variable
+from state.config.sections import Kafka
+from state.config.settings import Settings, known_settings, variable
 from state.errors import SaltMismatch
 from state.events.dead_letters import DeadLetter
 from state.events.identity import Salt, load_salt

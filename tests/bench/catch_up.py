@@ -1,6 +1,6 @@
 """What a backlog teaches: through four partitions at full speed as much as through one, and in large steps as in small.
 
-    python -m tests.bench.catch_up [--only taobao|kuairand|news] [--partitions N] [--stream.max_skew_s S ...]
+    python -m tests.bench.catch_up [--only taobao|kuairand|news] [--partitions N] [--stream.cut_rows N ...]
 
 Each log is written into a topic of a real Kafka, in order of time, the user its
 key, and the real stream drains it; its micro-batches are learned one by one, as
@@ -30,7 +30,7 @@ from state.config.sections import Attributes, Kafka, Paths
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.log import Reader, Topics, partition_of
-from state.log.bulk import BulkWriter, append_encoded
+from state.log.bulk import BulkWriter
 from state.microbatch.batch import MicroBatch, in_log_time
 from state.microbatch.codec import decode
 from state.positions import Range
@@ -45,6 +45,7 @@ from tests.bench.recorded import (
 )
 from tests.bench.report import Figure, Stages, report
 from tests.bench.stream import passed, start, stop
+from tests.reading import append_encoded
 from trainer.device import prepare
 from trainer.engine.step import Trainer
 from trainer.model.preprocessing import Preprocessing

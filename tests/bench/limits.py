@@ -35,12 +35,13 @@ from deploy.kafka.broker import Broker
 from deploy.kafka.configuration import HOST, free_port, free_ports
 from state.config.sections import Kafka
 from state.log import Topics
-from state.log.bulk import BulkWriter, append_encoded
+from state.log.bulk import BulkWriter
 from state.process.wall_clock import wall_ms
 from tests.bench.loop import freshness
 from tests.bench.report import Figure, Stages, report
 from tests.bench.stream import CHUNK, PACE_S, PARTITIONS, Clicks
 from tests.e2e.running import PORTS, ROOT
+from tests.reading import append_encoded
 
 OLD_PORTS = ("serving.port", "stream.metrics_port", "trainer.metrics_port", "serving.metrics_port")
 """Ports of 0.1.0."""

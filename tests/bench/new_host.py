@@ -22,6 +22,7 @@ from deploy.serving.following.clicks import HistoryFollower
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
+from state.layout import DATA
 from state.metrics import ApplierMetrics
 from state.microbatch.batch import Header
 from state.microbatch.codec import encode
@@ -87,7 +88,7 @@ def main() -> None:
         # The first steps compile.
         steady = took[len(took) // 4 :]
         rows = ROWS * asked.records * len(steady) / len(took)
-        size, events = store.bytes_used(), min(SPEC.history * asked.users, ROWS * asked.records)
+        size, events = (store.path / DATA).stat().st_size, min(SPEC.history * asked.users, ROWS * asked.records)
         grown = psutil.Process().memory_info().rss - begun
         host.disconnect()
         store.close()

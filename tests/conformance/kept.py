@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -84,6 +85,16 @@ class Histories(Kept[HistoryStore]):
         return max(offsets, default=0)
 
 
+def sweep(store: RowStore, horizon_ms: int, keep: Sequence[int] = ()) -> int:
+    """Drops the versions applied before `horizon_ms` except the served one and those of `keep`, with all their rows."""
+    with store.reader() as reader:
+        old = [one.version for one in reader.versions() if one.applied_at_ms < horizon_ms]
+    dropped = store.drop({*old} - {*keep})
+    while store.tidy():
+        pass
+    return dropped
+
+
 class Rows(Kept[RowStore]):
     """Serving's rows: rows, dense weights and pointer."""
 
@@ -97,7 +108,7 @@ class Rows(Kept[RowStore]):
         }
         store.apply(manifest(number), tensors, number, follow=True)
         if number % 20 == 0:
-            store.sweep(number - 10)
+            sweep(store, number - 10)
 
     def seen(self, store: RowStore) -> int:
         with store.reader() as reader:

@@ -58,7 +58,7 @@ def hosts(loop: Loop, place: str, tmp_path_factory: pytest.TempPathFactory) -> I
     folder = tmp_path_factory.mktemp("further")
     made = [
         ServingHost("second", folder / "second", loop, {}),
-        ServingHost("third", folder / "third", loop, {"paths.shared_registry": place, "registry.look_ms": 100}),
+        ServingHost("third", folder / "third", loop, {"paths.shared_registry": place}),
     ]
     # The second one is of the same directory: its processes stand by while the trainer keeps it in step.
     for one in made:
@@ -140,7 +140,7 @@ def test_a_host_that_was_away_until_nothing_led_on_from_what_it_has_catches_up(
     # What takes a day otherwise: versions of an hour ago are merged into later ones.
     newest = until(lambda: next((one for one in registry.versions()[::-1] if one > max(before)), None), "no version")
     until(lambda: (registry.newest(1) or 0) > newest, "no version")
-    command(loop.flags, "compact", "--registry.delta_keep_s", "1", "--registry.thin_s", "36000")
+    command(loop.flags, "compact", "--registry.delta_keep_s", "1")
     assert not {*before} & {*registry.versions()}, "the host's version is still kept"
     ends = loop.click([(USER, "tent", "outdoors", "purchase")] * 3)
     learned = loop.answer_trained_on(USER, ends)["version"]["number"]

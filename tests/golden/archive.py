@@ -23,9 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from state.config.loading import load
-from state.config.sections import known_settings
-from state.config.settings import Settings
-from state.config.sources import as_text, variable
+from state.config.settings import Settings, as_text, known_settings, variable
 
 HERE = Path(__file__).parent
 EXPECTED = "expected.json"

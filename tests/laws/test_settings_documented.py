@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import re
 from pathlib import Path
 
 from deploy.cli import as_markdown
 from deploy.command_line import parser
-from state.config.sections import SECTIONS, KnownSetting, known_settings
-from state.config.settings import Settings
+from state.config.settings import KnownSetting, known_settings
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "deploy" / "settings.md"
@@ -24,10 +22,6 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 
 def test_the_document_is_the_one_the_declarations_make() -> None:
     assert DOCUMENT.read_text() == as_markdown() + "\n", "run: springtide config --markdown > deploy/settings.md"
-
-
-def test_settings_have_the_declared_sections() -> None:
-    assert [one.name for one in dataclasses.fields(Settings)] == [*SECTIONS, "origins"]
 
 
 def test_a_setting_explains_itself() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import socket
 import urllib.request
+from importlib import metadata
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -17,7 +18,6 @@ from state.metrics import (
     PROCESSES,
     BuildMetrics,
     StreamMetrics,
-    WorkerMetrics,
     names,
     serve,
 )
@@ -51,12 +51,6 @@ def test_processes_do_not_share_a_name() -> None:
     assert {"springtide_serving_weight_freshness_seconds", "springtide_serving_feature_freshness_seconds"} <= names()
 
 
-def test_two_registries_count_apart() -> None:
-    one, two = WorkerMetrics(CollectorRegistry()), WorkerMetrics(CollectorRegistry())
-    one.cold_starts.inc()
-    assert (one.cold_starts._value.get(), two.cold_starts._value.get()) == (1.0, 0.0)
-
-
 def test_metrics_are_offered_until_stopped() -> None:
     registry = CollectorRegistry()
     StreamMetrics(registry).dead_letters.labels("undecodable").inc(3)
@@ -69,6 +63,7 @@ def test_metrics_are_offered_until_stopped() -> None:
         stop()
     assert 'springtide_stream_dead_letters_total{reason="undecodable"} 3.0' in text
     assert f'python="{platform.python_version()}"' in text
+    assert f'kafka="{metadata.version("kafka-python")}"' in text
     offered = {line.split()[0] for line in text.splitlines()}
     assert set(OF_ANY_PROCESS) <= offered
     assert set(OF_ANY_PROCESS) <= names()

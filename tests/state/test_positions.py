@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from state.positions import Range, Source, from_json, merge_ranges, positions_after, split_range, to_json
+from state.positions import Range, Source, from_json, merge_ranges, split_range, to_json
 
 CLICKS = Source("ab" * 16, 2)
 counts = st.integers(0, 50)
@@ -19,19 +19,14 @@ def ranges(draw: st.DrawFn, source: Source = CLICKS) -> Range:
     return Range(source, first, first + rows + dead + filtered + absent, rows, dead, filtered, absent)
 
 
-def test_an_offset_without_an_outcome_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("next_offset", "rows", "dead"),
+    [(3, 1, 1), (1, 1, 1), (1, 2, -1)],
+    ids=["an offset without an outcome", "an offset with two", "a negative count hides a difference"],
+)
+def test_outcomes_that_do_not_add_up_are_refused(next_offset: int, rows: int, dead: int) -> None:
     with pytest.raises(ValueError, match="do not add up"):
-        Range(CLICKS, 0, 3, rows=1, dead=1)
-
-
-def test_an_offset_with_two_outcomes_is_refused() -> None:
-    with pytest.raises(ValueError, match="do not add up"):
-        Range(CLICKS, 0, 1, rows=1, dead=1)
-
-
-def test_negative_counts_cannot_hide_a_difference() -> None:
-    with pytest.raises(ValueError, match="do not add up"):
-        Range(CLICKS, 0, 1, rows=2, dead=-1)
+        Range(CLICKS, 0, next_offset, rows=rows, dead=dead)
 
 
 @given(ranges(), ranges())
@@ -42,14 +37,10 @@ def test_merging_adjacent_ranges_keeps_each_outcome(earlier: Range, other: Range
     assert merged.outcomes == {name: earlier.outcomes[name] + later.outcomes[name] for name in merged.outcomes}
 
 
-def test_ranges_with_a_hole_between_them_do_not_merge() -> None:
+@pytest.mark.parametrize(("source", "first"), [(CLICKS, 3), (Source("cd" * 16, 2), 2)], ids=["hole", "recreated topic"])
+def test_ranges_that_are_not_adjacent_do_not_merge(source: Source, first: int) -> None:
     with pytest.raises(ValueError, match="not adjacent"):
-        merge_ranges(Range(CLICKS, 0, 2, rows=2), Range(CLICKS, 3, 4, rows=1))
-
-
-def test_ranges_of_a_recreated_topic_do_not_merge() -> None:
-    with pytest.raises(ValueError, match="not adjacent"):
-        merge_ranges(Range(CLICKS, 0, 2, rows=2), Range(Source("cd" * 16, 2), 2, 3, rows=1))
+        merge_ranges(Range(CLICKS, 0, 2, rows=2), Range(source, first, first + 1, rows=1))
 
 
 @given(ranges(), st.data())
@@ -77,9 +68,3 @@ def test_a_bucket_survives_json_and_text() -> None:
 def test_a_damaged_range_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"topic_id|integer"):
         from_json(to_json(Range(CLICKS, 0, 1, rows=1)) | change)
-
-
-def test_the_next_position_is_that_of_the_last_range() -> None:
-    other = Source("ab" * 16, 0)
-    done = [Range(CLICKS, 0, 2, rows=2), Range(other, 4, 5, dead=1), Range(CLICKS, 2, 3, absent=1)]
-    assert positions_after(done) == {CLICKS: 3, other: 5}

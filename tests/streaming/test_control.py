@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 
 from state import layout
-from state.disk.lmdb_store import LmdbStore
+from state.disk.lmdb_store import PAGES_MS, LmdbStore
 from state.errors import StoreError, StoreFull
 from state.features.erased import Erased
 from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
-from state.history.forgetting import PAGES_MS
-from state.history.rewinding import line_of
+from state.history.rewinding import branch_of
 from state.layout import CONTROL, HISTORIES
 from state.process import killpoints
 from state.registry.control import follow, pin, roll_back, start
@@ -148,7 +147,7 @@ def test_a_store_that_has_no_room_for_its_copy_is_tried_again_and_a_registry_tha
 def test_the_job_ends_in_order_when_the_shard_is_to_be_opened_again(tmp_path: Path) -> None:
     store, now_s = filled(tmp_path / HISTORIES), [100.0]
     (tmp_path / "registry" / CONTROL).mkdir(parents=True)
-    watch = ControlWatch(tmp_path / "registry", line_of(store), lambda: now_s[0])
+    watch = ControlWatch(tmp_path / "registry", branch_of(store), lambda: now_s[0])
     watch.open_again_in(None)
     now_s[0] += 1e6
     assert not watch.changed()

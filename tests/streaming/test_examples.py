@@ -179,7 +179,7 @@ def test_a_second_run_writes_more_examples_but_never_into_the_same_directory(
     made: tuple[Path, Settings, str], tmp_path: Path
 ) -> None:
     folder, _, _ = made
-    line = [folder / "clicks.csv", *flags_of(folder), "--bootstrap.compression", "none", "--rows", "128"]
+    line = [folder / "clicks.csv", *flags_of(folder), "--rows", "128"]
     with pytest.raises(SettingsError, match="already exists"):
         bootstrap(*line, "--examples", folder / "examples")
     assert bootstrap(*line, "--examples", tmp_path / "more")[-1] == f"128 examples in {tmp_path / 'more'}"

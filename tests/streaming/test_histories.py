@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from state.config.settings import Settings, StorageSettings
+from state.config.sections import StorageSettings
+from state.config.settings import Settings
 from state.disk.memory_place import MEMORY
 from state.errors import SaltMismatch, SpecMismatch
 from state.features.spec import FeatureSpec

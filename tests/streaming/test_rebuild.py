@@ -178,7 +178,7 @@ def test_a_copy_is_gone_on_from_and_one_not_closed_in_order_is_refused(lost: Los
     store = HistoryStore(first.stream_dir / HISTORIES, first.features.history, 1 << 30)
     store.copy_to(copy)
     store._env.close()  # as a kill does
-    with pytest.raises(CorruptStore, match="was not closed in order"):
+    with pytest.raises(CorruptStore, match="was not closed cleanly"):
         rebuilt(lost.elsewhere(tmp_path / "second"), first.stream_dir / "histories")
     second = lost.elsewhere(tmp_path / "second")
     found = rebuilt(second, copy)

@@ -55,6 +55,7 @@ TENTHS = 10
 _LEAST = 1e-12
 
 DAY_S = 86_400
+MOST_EXAMPLES = 20_000  # rows that wait for their label; each takes 200 bytes of a durable version
 FEW = 50
 """Users that must have left, and that must have stayed, before probabilities are served."""
 
@@ -357,7 +358,7 @@ class ChurnLearner:
         if not wanted.days:
             return None
         late_s = labels.wait_s if labels.impressions else 0.0
-        return cls(spec, max(1, round(wanted.days * DAY_S * 1000)), round(late_s * 1000), wanted.examples)
+        return cls(spec, max(1, round(wanted.days * DAY_S * 1000)), round(late_s * 1000), MOST_EXAMPLES)
 
     def clear(self) -> None:
         """Forgets everything learned, and drops the waiting rows."""

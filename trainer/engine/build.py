@@ -12,7 +12,7 @@ from state.config.settings import Settings
 from state.errors import ProgramError, SettingsError
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch
-from state.process.user_code import load_named, told
+from state.process.user_code import error_line, load_named
 from state.ranking.crosses import WIDTH, Crosses
 from trainer.engine.adam import Adam, HostAdam
 from trainer.engine.compiled.engine import CompiledEngine
@@ -67,7 +67,7 @@ def ranker_of(settings: Settings, spec: FeatureSpec, preprocessing: Preprocessin
         raise ProgramError(f"model.ranker {path!r}: {error.what}", error.do) from error
     # A ranker of the user's own may fail in any way.
     except Exception as error:
-        raise ProgramError(f"model.ranker {path!r} raised {told(error)}", WANTED) from error
+        raise ProgramError(f"model.ranker {path!r} raised {error_line(error)}", WANTED) from error
     if not isinstance(found, Ranker):
         raise ProgramError(f"model.ranker {path!r} returned {type(found).__name__}", WANTED)
     found.origin = f"model.ranker {path!r}"
@@ -107,8 +107,7 @@ def tables_of(ranker: Ranker, settings: Settings, device: str | None) -> dict[st
         )
 
     # The weight and the marginal logit of a new cross are 0.
-    admit_after = trainer.admit_crosses_after or trainer.admit_after
-    cross = table_of(device, CROSS, WIDTH, trainer.capacity, 0.0, admit_after, 0.0, trainer.max_crosses)
+    cross = table_of(device, CROSS, WIDTH, trainer.capacity, 0.0, trainer.admit_after, 0.0, trainer.max_crosses)
     return {**{name: table(name) for name in EMBEDDINGS}, CROSS: cross, **{name: table(name) for name in own}}
 
 

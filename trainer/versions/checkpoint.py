@@ -31,7 +31,7 @@ from trainer.versions import content
 
 # Settings of [trainer] in addition to all of [model].
 _DECIDING = (
-    "admit_after", "admit_crosses_after", "max_rows", "max_crosses", "expire_s", "guard_factor", "guard_patience",
+    "admit_after", "max_rows", "max_crosses", "expire_s", "guard_factor", "guard_patience",
     "rows_per_update",
 )  # fmt: skip
 # CPU features that affect the order of floating-point sums.
@@ -187,7 +187,6 @@ def deciding(settings: Settings) -> dict[str, str]:
     if settings.churn.days:
         own |= {
             "churn.days": str(settings.churn.days),
-            "churn.examples": str(settings.churn.examples),
             "churn.code": str(CHURN_CODE),
         }
     return model | own | {f"attributes.{name}": str(getattr(wanted, name)) for name in ("slices", "slice_values")}

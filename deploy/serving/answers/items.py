@@ -42,7 +42,7 @@ from deploy.serving.answers.program import BATCHES, PAIRS, batch_of
 from deploy.serving.answers.query import About, Cap, NamedItem, Query, WantedItems, about_same, probability
 from deploy.serving.answers.version import VersionRows
 from deploy.serving.item_feed import NEW_MS, NewItem
-from state.errors import BadRequest, NotOffered
+from state.errors import BadRequest
 from state.events.identity import public_id
 from state.features.arrays import Vector
 from state.features.mask import Mask
@@ -541,7 +541,7 @@ def similar(predictor: Predictor, near: NearItems, query: Query, wanted: WantedI
         wanted: The parameters of the request; the category is ignored.
 
     Raises:
-        NotOffered: The version's model has no output `item_query`.
+        BadRequest: The version's model has no output `item_query`.
         NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: See `Predictor.profiles`.
     """
     with predictor.reading() as reader:
@@ -550,9 +550,10 @@ def similar(predictor: Predictor, near: NearItems, query: Query, wanted: WantedI
         (about,) = predictor.answered(prepared, outputs)
         question = prepared.asked[0]
         if "item_query" not in outputs:
-            raise NotOffered(
+            raise BadRequest(
                 f"the model of version {about.version['number']} has no query of items",
                 "ask /v1/recommendations, or give the ranker an item_query",
+                http_status=501,
             )
         user = outputs["item_query"][0].copy()
         seen = {*predictor.events_by(question, prepared.mask)["item"].tolist()} if wanted.exclude_seen else set[int]()

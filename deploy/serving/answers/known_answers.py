@@ -49,7 +49,7 @@ def answers(predictor: Predictor, number: int, users: Sequence[str], items: Sequ
 
     Raises:
         SettingsError: There are more than `MOST_PAIRS` pairs.
-        UnknownModel: The version is not on this host.
+        BadRequest: The version is not on this host.
         SpringtideError: See `Predictor.profiles`.
     """
     if len(users) * len(items) > MOST_PAIRS:

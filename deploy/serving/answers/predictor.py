@@ -210,7 +210,7 @@ class Predictor:
 
         Raises:
             NotReady: There is no version yet.
-            UnknownModel: The version is not on this host.
+            BadRequest: The version is not on this host.
             SaltMismatch: The version's pseudonyms use another salt.
             SpecMismatch: The version's features cannot be computed on this host.
             ProgramError: The version's program cannot be run.

@@ -6,7 +6,7 @@ from typing import TypedDict
 
 from deploy.serving.answers.query import iso
 from state.config.settings import Settings
-from state.errors import NotReady, StoreError, UnknownSegment
+from state.errors import BadRequest, NotReady, StoreError
 from state.events.identity import Salt, user_id
 from state.layout import DATA, LOOKALIKES, SEGMENTS
 from state.segments import lookalikes
@@ -99,7 +99,7 @@ class HostSegments:
         """Returns a page of at most `most` members of a segment, from pseudonym `start` on.
 
         Raises:
-            UnknownSegment: No segment has this name.
+            BadRequest: No segment has this name.
             NotReady: This host has no store of members.
         """
         self._require(segment)
@@ -129,7 +129,7 @@ class HostSegments:
         """Returns at most `most` lookalikes of a segment's members.
 
         Raises:
-            UnknownSegment: No segment has this name.
+            BadRequest: No segment has this name.
             NotReady: This host has no store of members, or no list of lookalikes yet.
             CorruptStore: The list is damaged.
         """
@@ -179,7 +179,7 @@ class HostSegments:
         if segment not in self._texts:
             listed = ", ".join(self._texts)
             do = f"ask for one of {listed}" if listed else "name it in [segments], and start again"
-            raise UnknownSegment(f"there is no segment {segment[:80]!r}", do)
+            raise BadRequest(f"there is no segment {segment[:80]!r}", do, http_status=404)
 
     def _size(self, name: str, sizes: dict[str, int]) -> SegmentSize:
         return {"name": name, "expression": self._texts[name], "size": sizes.get(name, 0)}

@@ -25,7 +25,7 @@ from deploy.serving.answers.query import Answer, Query
 from deploy.serving.answers.queue import MOST_AT_ONCE, StepQueue
 from deploy.serving.answers.version import LoadedVersion, named
 from deploy.serving.notes import CONTROL_NOTE
-from state.errors import BadRequest, NotReady, UnknownModel
+from state.errors import BadRequest, NotReady
 from state.metrics import WorkerMetrics
 from state.rows.reader import RowReader, Served
 
@@ -156,16 +156,17 @@ class ModelChoice(NamedTuple):
     label: str | None = None
 
     def resolve(self, reader: RowReader) -> int | None:
-        """Returns the number of the version (None: the served one); raises UnknownModel."""
+        """Returns the number of the version (None: the served one); raises BadRequest without such a model or label."""
         if self.name != MODEL:
-            raise UnknownModel(f"there is no model {self.name[:200]!r}", f"ask for {MODEL}")
+            raise BadRequest(f"there is no model {self.name[:200]!r}", f"ask for {MODEL}", http_status=404)
         if self.label is None:
             if self.version is not None and self.version < 0:
                 raise _unknown(reader, self.version)
             return self.version
         labels = labels_of(reader)
         if self.label not in labels:
-            raise UnknownModel(f"there is no label {self.label[:200]!r}", f"ask for one of {', '.join(sorted(labels))}")
+            known = ", ".join(sorted(labels))
+            raise BadRequest(f"there is no label {self.label[:200]!r}", f"ask for one of {known}", http_status=404)
         return labels[self.label]
 
 
@@ -187,7 +188,7 @@ class TensorModel:
         """Returns the requested version; if none is named, all available ones, the served one first.
 
         Raises:
-            UnknownModel: There is no such model, version or label here.
+            BadRequest: There is no such model, version or label here.
             NotReady: There is no version yet.
         """
         with self._predictor().reading() as reader:
@@ -207,7 +208,7 @@ class TensorModel:
         """Returns the requested version, and its signatures.
 
         Raises:
-            UnknownModel, NotReady: As `versions`.
+            BadRequest, NotReady: As `versions`.
             SpringtideError: The version cannot be run.
         """
         predictor = self._predictor()
@@ -227,7 +228,7 @@ class TensorModel:
         `inputs` reads the inputs, given the signature. `wanted` names outputs; empty for all.
 
         Raises:
-            UnknownModel, NotReady: As `versions`.
+            BadRequest, NotReady: As `versions`.
             BadRequest: The signature does not exist, or the inputs are not of its form.
             Overloaded, TookTooLong: More is requested than can be answered in time.
             SpringtideError: The version cannot be run.
@@ -273,8 +274,8 @@ class TensorModel:
         return parts
 
 
-def _unknown(reader: RowReader, number: int) -> UnknownModel:
-    return UnknownModel(f"version {number} is not here", f"ask for one of {named(reader)}")
+def _unknown(reader: RowReader, number: int) -> BadRequest:
+    return BadRequest(f"version {number} is not here", f"ask for one of {named(reader)}", http_status=404)
 
 
 def _queries(inputs: Tensors, rows: int) -> list[Query]:

@@ -19,7 +19,7 @@ from deploy.serving.answers.program import LoadedProgram
 from deploy.serving.notes import REFUSED_NOTE, item_extra, item_parts, name_extra, refused_versions
 from deploy.serving.version_files import read_program, read_spec
 from state.churn import ChurnWeights, weights_in
-from state.errors import NotReady, SaltMismatch, SpecMismatch, UnknownModel
+from state.errors import BadRequest, NotReady, SaltMismatch, SpecMismatch
 from state.events.identity import Salt
 from state.features.spec import FeatureSpec
 from state.history.actions import Numbers, exchange
@@ -339,7 +339,7 @@ class VersionLoader:
 
         Raises:
             NotReady: There is no version yet.
-            UnknownModel: The version is not on this host, or was refused.
+            BadRequest: The version is not on this host, or was refused.
             SaltMismatch: The version's pseudonyms use another salt.
             SpecMismatch: The version's features cannot be computed on this host.
             ProgramError: The version's program cannot be run.
@@ -365,9 +365,9 @@ class VersionLoader:
         """Returns a version that is not the serving one, with a program and weights of its own."""
         served = reader.version(version)
         if served is None:
-            raise UnknownModel(f"version {version} is not here", f"ask for one of {named(reader)}")
+            raise BadRequest(f"version {version} is not here", f"ask for one of {named(reader)}", http_status=404)
         if (why := refused_versions(reader.note(REFUSED_NOTE)).get(version)) is not None:
-            raise UnknownModel(f"version {version} is refused: {why}", f"ask for one of {named(reader)}")
+            raise BadRequest(f"version {version} is refused: {why}", f"ask for one of {named(reader)}", http_status=404)
         loaded = self._others.pop(served.serial, None)
         if loaded is None:
             features = self._features_of(served)

@@ -35,7 +35,7 @@ from state.features.spec import EVENT, Events, FeatureSpec
 from state.history.actions import renumbered
 from state.history.appends import Appends, events_of
 from state.history.rewind import Before
-from state.history.rewinding import OpenAt, WentBack, go_back, line_of
+from state.history.rewinding import OpenAt, Rewound, branch_of, rewind
 from state.history.store import HistoryStore
 from state.history.sweeping import Sweeper
 from state.log import Log, PartitionBatch
@@ -138,7 +138,7 @@ class HistoryFollower:
         own_salt: str | None = None,
         kept: ServingSettings = DEFAULTS,
     ) -> None:
-        self._store, self._line, self._erased = store, line_of(store), Erased.NOBODY
+        self._store, self._line, self._erased = store, branch_of(store), Erased.NOBODY
         self._accepted, self._named, self._actions = accepted, actions, spec.actions
         self._metrics = metrics
         self._now_ms = now_ms
@@ -364,7 +364,7 @@ def position_of(store: HistoryStore) -> Position | None:
 
 def take_back(
     store: HistoryStore, line: LogLine, mask: Mask, partition: int, open_at: OpenAt, reach_ms: int, now_ms: int
-) -> WentBack | None:
+) -> Rewound | None:
     """Rewinds `store` to the branch `line`.
 
     One transaction also sets the topic's position, the event clock and items' categories. An item that only masked
@@ -395,4 +395,4 @@ def take_back(
             found[CLOCK_EXTRA] = json.dumps({"event_ms": newest_ms, "accepted_ms": now_ms}).encode()
         return found
 
-    return go_back(store, line, open_at, partition, reach_ms, at, mask, extra)
+    return rewind(store, line, open_at, partition, reach_ms, at, mask, extra)

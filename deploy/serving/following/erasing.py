@@ -13,8 +13,7 @@ from pathlib import Path
 from state.disk.files import HOST
 from state.errors import StoreFull
 from state.features.erased import Erased
-from state.history.forgetting import ForgottenUsers
-from state.history.store import HistoryStore
+from state.history.store import ForgottenUsers, HistoryStore
 from state.process import killpoints
 from state.process.said_once import SaidOnce
 from state.registry.erasing import ErasureReport, report

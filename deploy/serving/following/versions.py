@@ -28,9 +28,9 @@ from pathlib import Path
 from deploy.serving.following.fit_versions import FitVersions
 from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
 from deploy.serving.version_files import VersionFiles
+from state.disk.lmdb_store import PAGES_MS
 from state.errors import CorruptVersion, UnknownVersion
 from state.features.erased import Erased
-from state.history.forgetting import PAGES_MS
 from state.metrics import ApplierMetrics
 from state.process import killpoints
 from state.process.said_once import SaidOnce
@@ -393,7 +393,7 @@ class VersionFollower:
         self._erased = control.erased
         if self.erased < control.erased.last and self._crosses is not None:
             # The mask already excludes them from answers.
-            self._rows.erase(control.erased.after(self.erased), self._crosses)
+            self._rows.forget(control.erased.after(self.erased), self._crosses)
             self.erased = control.erased.last
             # The record of removed rows is removed with its version; only then has the file no data of the erased users.
             self._anew_ms = self._now_ms() + max(PAGES_MS, 3 * (self._keep_ms + SWEEP_MS))
@@ -437,7 +437,7 @@ class VersionFollower:
         if control is not None:
             needed |= named(control)
         old = too_old(self._here, now_ms, self._keep_ms, durable, needed)
-        self._metrics.swept_versions.inc(self._rows.forget(old))
+        self._metrics.swept_versions.inc(self._rows.drop(old))
         self._swept_ms = now_ms
         self._here = applied_ms(self._rows)
         self._fit.keep(self._here)
@@ -544,7 +544,7 @@ class VersionFollower:
             self._rows.apply(manifest, tensors, now_ms, follow=follow, replace=rebuild)
         killpoints.reach("apply.applied")
         if manifest.erased < self._erased.last and self._crosses is not None:
-            self._rows.erase(self._erased.after(manifest.erased), self._crosses, manifest.version)
+            self._rows.forget(self._erased.after(manifest.erased), self._crosses, manifest.version)
         self._here[manifest.version] = now_ms
         self._metrics.applied_versions.inc()
         if follow or (self.served is not None and self.served.version == manifest.version):

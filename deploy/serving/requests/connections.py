@@ -34,10 +34,11 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from deploy.serving.requests.http import JSON, LAST, Response, answer, failure
-from state.errors import Forbidden, HeadTooLarge, NotHttp, Overloaded, SpringtideError, TooSlow
+from state.errors import BadRequest, Forbidden, Overloaded, SpringtideError
 
 PIPELINED = 16
 """Requests of one connection that may wait behind the current one."""
+MAX_HEAD_BYTES = 32_768
 PIECE_BYTES = 2048
 """Bytes parsed at once. The parser cannot stop inside a piece, so its requests may exceed `PIPELINED`."""
 _JSON_LINE = b"".join(name + b": " + value + b"\r\n" for name, value in JSON) + b"content-length: "
@@ -50,10 +51,10 @@ def one_host(hosts: list[bytes]) -> str:
     'localhost'
 
     Raises:
-        NotHttp: The request has no host, or more than one.
+        BadRequest: The request has no host, or more than one.
     """
     if len(hosts) != 1:
-        raise NotHttp(f"the request has {len(hosts)} headers `host`", "send one")
+        raise BadRequest(f"the request has {len(hosts)} headers `host`", "send one")
     return hosts[0].decode("latin-1")
 
 
@@ -85,15 +86,15 @@ class ConnectionLimits(NamedTuple):
     """What a connection may do.
 
     Attributes:
-        head_bytes: Size of request line and headers together.
         connections: Of one worker at a time.
         own_hosts: Whether a request must name an address or localhost as its host.
+        head_bytes: Size of request line and headers together.
     """
 
-    head_bytes: int
     timeout_s: float
     connections: int
     own_hosts: bool = False
+    head_bytes: int = MAX_HEAD_BYTES
 
 
 class _Flow(FlowControl):
@@ -168,7 +169,7 @@ class BoundedConnection(HttpToolsProtocol):
                 self.cycle.keep_alive = False
         except httptools.HttpParserError:
             if not self._ended:
-                self._refuse("no_http", NotHttp("this is no HTTP/1.1 request", "send one"))
+                self._refuse("no_http", BadRequest("this is no HTTP/1.1 request", "send one"))
             return
         if self._in_request and only == self._requests and not self._ended:
             self._received += len(data)
@@ -266,11 +267,8 @@ class BoundedConnection(HttpToolsProtocol):
                 host = one_host(hosts)
                 if self._limits.own_hosts:
                     require_own_host(host)
-        except NotHttp as error:
-            self._refuse("no_http", error)
-            return False
-        except Forbidden as error:
-            self._refuse("host", error)
+        except BadRequest as error:
+            self._refuse("host" if isinstance(error, Forbidden) else "no_http", error)
             return False
         self._known_hosts = hosts
         return True
@@ -303,17 +301,14 @@ class BoundedConnection(HttpToolsProtocol):
         if self._ended or self.transport.is_closing() or buffered:
             self.transport.abort()
         elif self._in_request and not self._unparsed:
-            seconds = f"{self._limits.timeout_s:g}"
-            self._refuse(
-                "slow", TooSlow(f"the request did not arrive within {seconds} s", "send it at once, or ask for less")
-            )
+            late = f"the request did not arrive within {self._limits.timeout_s:g} s"
+            self._refuse("slow", BadRequest(late, "send it at once, or ask for less", http_status=408))
         elif self.cycle is None:
             self.transport.close()
 
     def _too_large(self) -> SpringtideError:
-        return HeadTooLarge(
-            f"request line and headers exceed {self._limits.head_bytes} bytes", "send shorter headers and parameters"
-        )
+        what = f"request line and headers exceed {self._limits.head_bytes} bytes"
+        return BadRequest(what, "send shorter headers and parameters", http_status=431)
 
     def _refuse(self, reason: str, error: SpringtideError) -> None:
         """Answers in place of the application, after all pending answers, and closes the connection."""

@@ -18,7 +18,7 @@ import orjson
 
 from deploy.serving.requests.access import READ
 from springtide_client.answers import Failure
-from state.errors import BadRequest, SpringtideError, TooLarge, UnknownPath, WrongMethod
+from state.errors import BadRequest, SpringtideError
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -68,8 +68,7 @@ class Request(NamedTuple):
         """Parses the JSON body as one of the types that the endpoint declares.
 
         Raises:
-            BadRequest: It matches none of them.
-            TooLarge: The body is too large.
+            BadRequest: It matches none of them, or is too large.
         """
         return document(await self.body(), self.endpoint.body, self.endpoint.example)
 
@@ -77,8 +76,7 @@ class Request(NamedTuple):
         """Reads the whole body.
 
         Raises:
-            BadRequest: The client disconnected before the body was complete.
-            TooLarge: The body exceeds `most_body_bytes`.
+            BadRequest: The client disconnected before the body was complete, or it exceeds `most_body_bytes`.
         """
         body, more = b"", True
         while more:
@@ -88,7 +86,9 @@ class Request(NamedTuple):
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > self.most_body_bytes:
-                raise TooLarge(f"the body exceeds {self.most_body_bytes} bytes", "ask for less in one request")
+                raise BadRequest(
+                    f"the body exceeds {self.most_body_bytes} bytes", "ask for less in one request", http_status=413
+                )
         return body
 
 
@@ -155,10 +155,8 @@ class Routes:
         """Returns the endpoint of a request and the values of its placeholders.
 
         Raises:
-            UnknownPath: No endpoint has this path.
-            WrongMethod: The endpoint does not offer the method.
-            BadRequest: The path's percent-encoding is invalid, a placeholder's value is not UTF-8, or there are
-                parameters but none are declared.
+            BadRequest: No endpoint has this path, it does not offer the method, the path's percent-encoding is
+                invalid, a placeholder's value is not UTF-8, or there are parameters but none are declared.
         """
         raw: str = scope["raw_path"].decode("latin-1")
         if wrong := _NO_ESCAPE.search(raw):
@@ -174,13 +172,12 @@ class Routes:
                     break
             else:
                 offered = ", ".join(endpoint.path for endpoint in self._endpoints)
-                raise UnknownPath(f"there is no {scope['path'][:200]}", f"ask one of {offered}")
+                raise BadRequest(f"there is no {scope['path'][:200]}", f"ask one of {offered}", http_status=404)
         if not endpoint.methods:
             return endpoint, placeholders
         if scope["method"] not in endpoint.methods:
-            refusal = WrongMethod(
-                f"{scope['method']} {endpoint.path} is not offered", f"use {' or '.join(endpoint.methods)}"
-            )
+            use = f"use {' or '.join(endpoint.methods)}"
+            refusal = BadRequest(f"{scope['method']} {endpoint.path} is not offered", use, http_status=405)
             refusal.http_headers = ((b"allow", ", ".join(endpoint.methods).encode()),)
             raise refusal
         if endpoint.parameters is None and scope["query_string"]:

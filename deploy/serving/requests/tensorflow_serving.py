@@ -33,7 +33,7 @@ from deploy.serving.answers.tensor_model import (
 from deploy.serving.requests.grpc_server import POOL, Method, Service, message
 from deploy.serving.requests.http import FAILED, JSON, Endpoint, Request, Response, encode
 from springtide_client.answers import ModelFailure, ModelMetadata, ModelOutputs, ModelPredictions, ModelStatus
-from state.errors import BadRequest, NotOffered, SpringtideError
+from state.errors import BadRequest, SpringtideError
 
 FORM = 'send {"instances": [...]} or {"inputs": {...}}'
 _KINDS = {"f": "iuf", "i": "iu", "b": "b"}
@@ -120,7 +120,7 @@ def model_endpoints(model: TensorModel) -> list[Endpoint]:
         return Response(200, encode({"model_version_status": shown}))
 
     async def not_offered(request: Request) -> Response:
-        raise NotOffered(f"{request.scope['path'][:200]} is not offered", "use :predict")
+        raise BadRequest(f"{request.scope['path'][:200]} is not offered", "use :predict", http_status=501)
 
     def endpoints(
         name: str, suffix: str, method: str, answer: Any, *, shown: bool = True, **more: Any
@@ -436,6 +436,6 @@ def _refusing(service: str, name: str, instead: str) -> Method:
     """Returns a method that is not offered; its error names the alternative."""
 
     async def refuse(_: Any) -> Any:
-        raise NotOffered(f"{service}.{name} is not offered", instead)
+        raise BadRequest(f"{service}.{name} is not offered", instead, http_status=501)
 
     return Method(name, "", refuse)

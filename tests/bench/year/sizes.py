@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from state.disk.lmdb_store import LmdbStore
-from state.layout import CONTROL
+from state.layout import CONTROL, DATA
 from tests.bench.year.chain import Chain
 from tests.memory_log import MemoryLog
 
@@ -30,7 +30,7 @@ def of(chain: Chain) -> dict[str, float]:
         "serving.rows": chain.serving.rows,
     }
     for name, store in stores.items():
-        found |= {f"{name}.bytes": live_bytes(store), f"{name}.file": store.bytes_used()}
+        found |= {f"{name}.bytes": live_bytes(store), f"{name}.file": (store.path / DATA).stat().st_size}
         found |= {f"{name}.{part}": count for part, count in entries(store).items()}
     found["registry.bytes"] = sum(one.stat().st_size for one in _files(settings.registry_dir))
     found["registry.files"] = len(_files(settings.registry_dir)) - len(_files(settings.registry_dir / CONTROL))

@@ -47,7 +47,7 @@ class Reached:
         self.app = Console(settings, guard, lambda: NOW_MS)
         bound = listen("127.0.0.1", 0, "console.port")
         self.url = f"http://127.0.0.1:{bound.getsockname()[1]}"
-        self._server = DrainingServer(self.app, ConnectionLimits(8192, 60.0, 100, guard.open_to_read), drain_s=0.0)
+        self._server = DrainingServer(self.app, ConnectionLimits(60.0, 100, guard.open_to_read), drain_s=0.0)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [bound]})
         self._thread.start()
         while not self._server.started:

@@ -177,7 +177,7 @@ def keeping(stores: Stores, kafka_settings: KafkaFactory) -> Iterator[Callable[.
 
     def make(expressions: Sequence[str], lookalikes: int = 0) -> KeptHost:
         kafka = kafka_settings()
-        segments = SegmentSettings(tuple(expressions), f"segments-of-{kafka.group}", 60.0, lookalikes)
+        segments = SegmentSettings(tuple(expressions), f"segments-of-{kafka.group}", lookalikes)
         made.append(KeptHost(stores, replace(stores.settings, kafka=kafka, segments=segments)))
         return made[-1]
 

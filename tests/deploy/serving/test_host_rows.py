@@ -14,7 +14,7 @@ from deploy.serving.applier import HostRows
 from state.config.settings import Settings
 from state.disk import memory_place as place
 from state.errors import StoreFull
-from state.layout import ROWS, ROWS_DISK
+from state.layout import ROWS
 from state.metrics import ApplierMetrics
 from state.registry.registry import Registry
 from state.rows.store import RowStore
@@ -98,7 +98,7 @@ def test_rows_for_which_memory_has_become_too_small_are_on_the_disk_after_the_ne
     again, _ = opened(tmp_path)
     followed(again)
     again.close()
-    assert (settings.serving_dir / ROWS).readlink() == Path(ROWS_DISK)
+    assert (settings.serving_dir / ROWS).readlink() == Path("rows.disk")
     assert served(settings) == second and not [*memory.path.glob("*/rows")]
 
 
@@ -112,5 +112,5 @@ def test_where_memory_is_too_small_at_the_start_log_and_status_say_so(
         assert caplog.text.count(why) == 1
         shown = sections.row_store(settings)
         assert shown is not None and shown["why"] == why
-        assert shown["path"] == str(settings.serving_dir / ROWS_DISK)
+        assert shown["path"] == str(settings.serving_dir / "rows.disk")
         rows.close()

@@ -15,7 +15,7 @@ from deploy.serving.following.fit_versions import Probing
 from deploy.serving.version_files import program_path
 from state import probe
 from state.config.settings import Settings
-from state.errors import ProgramError, UnknownModel
+from state.errors import BadRequest, ProgramError
 from state.events.identity import Salt
 from state.features.spec import FeatureSpec
 from state.registry.control import pin
@@ -80,7 +80,7 @@ def test_readiness_names_it_and_it_cannot_be_asked_for(settings: Settings, train
     predictor = worker.predictor()
     with predictor.reading() as reader:
         assert predictor.take_up(reader).served.version == good
-        with pytest.raises(UnknownModel, match=f"version {bad} is refused"):
+        with pytest.raises(BadRequest, match=f"version {bad} is refused"):
             predictor.take_up(reader, bad)
     worker.close()
     again = HostWriter(settings, trainer.registry)

@@ -88,7 +88,7 @@ def test_a_signal_before_the_server_runs_still_ends_it(stores: Stores) -> None:
     """A parent that is killed while its worker starts must not leave the worker behind."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     app = App(Host(stores.settings, Salt(SALT_KEY), now_ms=lambda: NOW_MS), CollectorRegistry())
-    server = DrainingServer(app, ConnectionLimits(8192, 10.0, 10), drain_s=0.0)
+    server = DrainingServer(app, ConnectionLimits(10.0, 10), drain_s=0.0)
     try:
         server.end_on_signals()
         signal.raise_signal(signal.SIGTERM)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
+from deploy.validation import process
 from deploy.validation.process import KINDS, MOST_LABELS, OTHERS, LogValidation, labels_of
 from deploy.validation.windows import KeptWindows
 from state.config.settings import Settings
@@ -74,8 +75,11 @@ def test_rows_like_those_of_the_baseline_have_no_anomaly_and_a_window_is_a_minut
     assert near is not None and 0 < near < 0.1
 
 
-def test_without_a_baseline_windows_are_kept_up_to_their_number_and_not_judged(tmp_path: Path) -> None:
-    settings = settings_at(tmp_path / "state", "--validation.keep", "2")
+def test_without_a_baseline_windows_are_kept_up_to_their_number_and_not_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "KEPT_WINDOWS", 2)
+    settings = settings_at(tmp_path / "state")
     run = Run(settings, written(minutes(6)))
     run.catch_up()
     assert [*windows(settings)] == [START_MS + minute * MINUTE_MS for minute in (4, 5)]

@@ -123,7 +123,7 @@ def test_a_killed_worker_a_savepoint_and_an_exact_rollback_leave_the_rows_of_the
         # An exact rollback to before what the job has read: no restart mends that.
         turn(shop, {0: 6, 1: 6}, topic_id)
         assert following.wait(60) == 1, second.read_text()
-        assert "LineTurned: the training log branched into epoch 2" in second.read_text()
+        assert "RewoundLog: the training log branched into epoch 2" in second.read_text()
         until(lambda: not JobManager(url(flink.settings)).running(), "the job is cancelled")
 
 

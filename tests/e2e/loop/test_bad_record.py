@@ -9,7 +9,6 @@ import pytest
 
 from deploy import status
 from state.log import Topics, Writer
-from state.process.wall_clock import wall_ms
 from tests.e2e.running import Loop, until
 from tests.e2e.watching import Watching
 
@@ -64,4 +63,4 @@ def balanced(loop: Loop) -> dict[str, dict[str, int]] | None:
 
 def state_of(loop: Loop) -> dict[str, Any]:
     """What `springtide status -o json` shows, whatever is wrong."""
-    return status.status(loop.settings, wall_ms())[1]
+    return status.document(loop.settings, status.take(loop.settings))

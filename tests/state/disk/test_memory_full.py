@@ -38,19 +38,6 @@ def test_full_memory_refuses_commits_and_the_disk_takes_over_at_the_next_start(t
         assert not link.is_symlink() and held(memory) == []
 
 
-def test_a_store_that_outgrew_its_memory_goes_to_the_disk_at_the_next_start(link: Path, memory: Disk) -> None:
-    store = opened(link, memory)
-    commit(store, 5)
-    before = told(store)
-    crash(store)
-    memory.fill()
-    place = enter(link, str(memory.path))
-    assert "has room for" in place.why and not link.is_symlink() and held(memory) == []
-    store = opened(link, None)
-    assert told(store) == before
-    store.close()
-
-
 def test_with_too_little_memory_or_none_wanted_it_stays_on_the_disk_and_says_why(link: Path, memory: Disk) -> None:
     store = opened(link, memory)
     commit(store, 5)

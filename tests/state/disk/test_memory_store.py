@@ -67,7 +67,7 @@ def test_after_a_power_cut_no_saved_copy_is_taken_for_the_newest(link: Path, mem
     crash(store)
     power_cut(memory)
     for _ in range(2):
-        with pytest.raises(CorruptStore, match=r"lay in memory, .* which is gone"):
+        with pytest.raises(CorruptStore, match=r"was in memory, .* which is gone"):
             opened(link, memory, "boot-2")
     assert layout.streams(link.parent.parent) == [link]
     with pytest.raises(StoreError, match="start the stream"):

@@ -92,7 +92,7 @@ class Traffic:
         return self.experiment.rollout.step
 
     def report(self) -> RolloutReport:
-        return report(self.experiment, self.evidence, SETTINGS.equal_within, self.now_ms)
+        return report(self.experiment, self.evidence, self.now_ms)
 
 
 def test_arms_are_nested_as_large_as_their_shares_and_independent_of_other_splits() -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from state.accounts import StreamAccount
+from state.disk.lmdb_store import PAGES_MS
 from state.features.erased import Erased
 from state.features.masked_users import MaskedUsers
 from state.features.spec import EVENT, Events
 from state.history.appends import Appends
-from state.history.forgetting import PAGES_MS
 from state.history.store import HistoryStore
 from state.history.waiting import WIDTHS, RowFormat, key_of
 from state.positions import Range, Source

@@ -73,7 +73,7 @@ def test_a_host_whose_histories_went_with_the_memory_begins_them_anew_and_a_stre
         open_history_store(settings, STREAM, settings.stream_dir)
     store = open_or_replace(settings, SERVING, settings.serving_dir)
     assert store.in_memory and store.users() == 0
-    assert "are begun anew from the micro-batch topic" in caplog.text
+    assert "are rebuilt from the micro-batch topic" in caplog.text
     store.close()
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from state.history.appends import Appends, events_of
-from state.history.rewinding import WentBack, go_back, line_of
+from state.history.rewinding import Rewound, branch_of, rewind
 from state.history.store import HistoryStore
 from state.history.waiting import WaitingRows, key_of
 from state.microbatch.batch import Header, Kind, MicroBatch, counts_by_range, happened
@@ -104,8 +104,8 @@ class Writer:
     def end(self) -> int:
         return self.log.topics().ends(LOG)[0][1]
 
-    def back(self, line: LogLine) -> WentBack | None:
-        return go_back(self.store, line, lambda at: self.log.reader(LOG, [0], {0: at}), 0, LONG_MS)
+    def back(self, line: LogLine) -> Rewound | None:
+        return rewind(self.store, line, lambda at: self.log.reader(LOG, [0], {0: at}), 0, LONG_MS)
 
 
 def _placed(found: dict[str, int]) -> list[int]:
@@ -168,7 +168,7 @@ def test_going_back_undoes_what_came_since(
     assert found is not None
     then = HistoryStore(folder / "then", HISTORY, 1 << 26)
     assert content(writer.store) == content(then)
-    assert (line_of(writer.store), writer.back(line)) == (line, None)
+    assert (branch_of(writer.store), writer.back(line)) == (line, None)
     assert found.short == 0
     # It goes on as that one does.
     writer.next = {source.partition: marks.get(source, 0) for source in (Source(TOPIC, 0), Source(TOPIC, 1))}
@@ -265,8 +265,8 @@ def test_a_store_that_had_not_come_that_far_takes_up_the_line_alone(tmp_path: Pa
     value, after = behind.batch(60)
     behind.commit(value, after)
     before = content(behind.store)
-    assert behind.back(line) == WentBack()
-    assert (content(behind.store), line_of(behind.store)) == (before, line)
+    assert behind.back(line) == Rewound()
+    assert (content(behind.store), branch_of(behind.store)) == (before, line)
 
 
 @settings(max_examples=15, deadline=None)
@@ -292,7 +292,7 @@ def test_after_any_rollbacks_also_unseen_ones_the_store_is_as_it_was_at_the_last
         places.append((epoch, offset, writer.store.positions(), behind, content(writer.store)))
 
     for records_written, choice, seen in turns:
-        for _ in range(records_written if line == line_of(writer.store) else 0):
+        for _ in range(records_written if line == branch_of(writer.store) else 0):
             value, behind = writer.batch(25, epoch)
             writer.write(value)
             writer.commit(value, behind)
@@ -307,5 +307,5 @@ def test_after_any_rollbacks_also_unseen_ones_the_store_is_as_it_was_at_the_last
             assert content(writer.store) == then
             note(line[-1].first)
     writer.back(line)
-    assert (content(writer.store), line_of(writer.store)) == (then, line)
+    assert (content(writer.store), branch_of(writer.store)) == (then, line)
     writer.store.close()

@@ -12,8 +12,8 @@ from kafka.record.default_records import DefaultRecordBatch
 from state.config.sections import Kafka
 from state.errors import UnknownTopic
 from state.log import Log, Reader, Writer, partition_of
-from state.log.bulk import BulkWriter, append_encoded, encode_batch
-from tests.reading import all_ends, read_until, values
+from state.log.bulk import BulkWriter, encode_batch
+from tests.reading import all_ends, append_encoded, read_until, values
 
 
 def test_encoded_batches_arrive_in_order_in_the_partition_of_their_key(clicks: str, settings: Kafka) -> None:

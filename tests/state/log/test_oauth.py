@@ -15,9 +15,8 @@ import pytest
 from deploy.kafka import broker as java
 from deploy.kafka.configuration import HOST, free_port, listens, properties
 from deploy.kafka.jars import KAFKA
-from state.config.loading import load
 from state.config.sections import Kafka
-from state.errors import LogError, SettingsError
+from state.errors import LogError
 from state.log import Topics
 
 START_S = 90.0
@@ -99,16 +98,3 @@ def test_without_a_good_token_it_stays_shut_in_one_line(secured: Kafka, provider
     with pytest.raises(LogError, match=message) as raised:
         Topics(shut)
     assert "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--kafka.sasl_mechanism", "OAUTHBEARER"],
-        ["--kafka.sasl_mechanism", "PLAIN", "--kafka.sasl_token_provider", "shop:token"],
-    ],
-)
-def test_the_mechanism_and_its_provider_need_each_other(words: list[str]) -> None:
-    environment = {"SPRINGTIDE_KAFKA_SASL_USERNAME": "a", "SPRINGTIDE_KAFKA_SASL_PASSWORD": "b"}
-    with pytest.raises(SettingsError, match="need each other"):
-        load(["--kafka.security_protocol", "SASL_PLAINTEXT", *words], environment)

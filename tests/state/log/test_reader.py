@@ -12,8 +12,8 @@ from deploy.kafka.broker import Broker
 from state.config.sections import Kafka
 from state.errors import UnknownTopic, UnreachableBroker
 from state.log import Log, Reader, Topics, Writer, client_options
-from state.log.bulk import BulkWriter, append_encoded
-from tests.reading import eventually, joined, read_until, values, write
+from state.log.bulk import BulkWriter
+from tests.reading import append_encoded, eventually, joined, read_until, values, write
 
 LEFT_SOCKETS = pytest.mark.filterwarnings("ignore:unclosed <s:ResourceWarning")
 

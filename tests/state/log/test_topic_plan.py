@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 from kafka import KafkaAdminClient
 from kafka.admin import ConfigResource, ConfigResourceType
@@ -12,26 +9,18 @@ from kafka.admin import ConfigResource, ConfigResourceType
 from state.config.loading import load
 from state.config.sections import Kafka
 from state.config.settings import Settings
-from state.errors import LogError, SettingsError, UnknownTopic
+from state.errors import LogError, UnknownTopic
 from state.log import Reader, Topics, Writer, client_options, topic_plan
 from state.log.records import Copies
 from state.storage import shares
 from tests.conftest import KafkaFactory
 from tests.reading import next_batches
 
-ROOT = Path(__file__).parents[3]
-TOPIC_SETTING = re.compile(r'"(?:retention\.ms|retention\.bytes|segment\.bytes|cleanup\.policy|max\.message\.bytes)": ')
 HOUR_MS = 3_600_000
 
 
 def settings_of(*flags: str) -> Settings:
     return load(list(flags), {})
-
-
-def test_only_the_plan_says_how_a_topic_is_made() -> None:
-    files = [path for package in ("state", "streaming", "trainer", "deploy") for path in (ROOT / package).rglob("*.py")]
-    found = [path.relative_to(ROOT).as_posix() for path in files if TOPIC_SETTING.search(path.read_text())]
-    assert found == ["state/log/topic_plan.py"]
 
 
 @pytest.mark.parametrize(("retention_h", "base_keep_d", "hours"), [(24, 7, 168), (500, 7, 500)])
@@ -121,8 +110,3 @@ def test_replicas_are_planned_and_what_a_lost_broker_would_cost_is_said(kafka_se
     assert "one copy of each record" in Copies(1, 1, 3).weakness()
     assert "one copy is enough" in Copies(3, 1, 3).weakness()
     assert Copies(3, 2, 3).weakness() == ""
-
-
-def test_more_replicas_in_step_than_there_are_is_refused() -> None:
-    with pytest.raises(SettingsError, match=r"min_insync_replicas 3 is more than kafka\.replication 2"):
-        settings_of("--kafka.replication", "2", "--kafka.min_insync_replicas", "3")

@@ -11,14 +11,13 @@ from state.config.sections import Kafka
 from state.errors import TruncatedLog
 from state.log import Log
 from state.positions import Gap, Source
-from tests.memory_log import MemoryLog
 from tests.reading import read_until, values
 from tests.segments import cut_back
 
 TOPIC = "truncated-clicks"
 
 
-def write(log: Log | MemoryLog, sent: list[bytes]) -> None:
+def write(log: Log, sent: list[bytes]) -> None:
     """One record batch each."""
     with log.writer() as writer:
         for value in sent:
@@ -62,21 +61,3 @@ def test_a_partition_of_kafka_cut_back_and_grown_again(own: Broker) -> None:
     with log.reader(TOPIC, positions={0: 6}, leaders={0: epoch}) as again:
         assert values(read_until(again, {0: 15})) == [b"new %d" % number for number in range(9)]
         assert again.leader_epoch(0, 6) == epoch < again.leader_epoch(0, 7) == again.leader_epoch(0, 15)
-
-
-def test_the_log_in_memory_reports_the_same() -> None:
-    log = MemoryLog()
-    log.topics().ensure(TOPIC, 1)
-    write(log, [b"old"] * 10)
-    running = log.reader(TOPIC)
-    running.poll(0.0)
-    epoch = running.leader_epoch(0, 10)
-    log.cut_back(TOPIC, {0: 6})
-    with pytest.raises(TruncatedLog, match=r"ends at 6: the log was cut back, so that offsets 6 to 9"):
-        running.poll(0.0)
-    write(log, [b"new"] * 9)
-    for ask in (lambda: running.poll(0.0), lambda: log.reader(TOPIC, positions={0: 10}, leaders={0: epoch})):
-        with pytest.raises(TruncatedLog, match="has grown again to 15") as raised:
-            ask()
-        assert raised.value.kept == 6
-    assert log.reader(TOPIC, positions={0: 10}).poll(0.0)[0].first == 10, "without an epoch nobody can tell"

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from state.config.sections import LogSettings
-from state.process.log_lines import Lines, Repeats, event_of
+from state.process.log_lines import Lines, event_of
 
 
 class Said:
     """A logger of a process, on a clock that one sets."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = 20) -> None:
         self.stream, self.now_s = io.StringIO(), 0.0
-        self.lines = Lines("trainer", self.stream, lambda: self.now_s)
+        self.lines = Lines("trainer", self.stream, lambda: self.now_s, most)
         self.log = logging.Logger("trainer.learner")
         self.log.addHandler(self.lines)
 
@@ -81,8 +81,8 @@ def test_a_traceback_is_part_of_its_line(said: Said, form: str) -> None:
     assert "a request failed" in line and "second line" in line and "Traceback" in line
 
 
-def test_what_is_said_too_often_is_counted(said: Said) -> None:
-    said.lines.use(LogSettings(repeats=2))
+def test_what_is_said_too_often_is_counted() -> None:
+    said = Said(most=2)
     for number in range(10):
         said.log.warning("the broker is away: %s", number)
     said.log.warning("something else")
@@ -90,17 +90,17 @@ def test_what_is_said_too_often_is_counted(said: Said) -> None:
     said.now_s = 60.0
     said.log.warning("the broker is away: %s", 10)
     assert said.text()[3:] == [
-        "trainer WARNING said 8 times more within a minute: the broker is away: %s",
+        "trainer WARNING repeated 8 more times within a minute: the broker is away: %s",
         "trainer WARNING the broker is away: 10",
     ]
 
 
-def test_what_was_left_out_is_told_at_the_end(said: Said) -> None:
-    said.lines.use(LogSettings(repeats=1))
+def test_what_was_left_out_is_told_at_the_end() -> None:
+    said = Said(most=1)
     for _ in range(3):
         said.log.warning("again")
     said.lines.close()
-    assert said.text()[-1] == "trainer WARNING said 2 times more within a minute: again"
+    assert said.text()[-1] == "trainer WARNING repeated 2 more times within a minute: again"
 
 
 def test_lines_that_differ_in_numbers_alone_are_one_event() -> None:
@@ -109,10 +109,3 @@ def test_lines_that_differ_in_numbers_alone_are_one_event() -> None:
         logging.LogRecord("", 20, "", 0, "%s", (f"version {number} is rebuilt",), None) for number in (7, 8)
     )
     assert event_of(first) == event_of(second)
-
-
-def test_events_without_end_take_no_memory_without_end() -> None:
-    repeats = Repeats(most=1)
-    for number in range(5000):
-        repeats.admits(number, 0.0)
-    assert len(repeats._said) <= 1000

@@ -20,6 +20,7 @@ from state.process import killpoints
 from state.registry.manifest import Kind, LogRange, Manifest
 from state.rows.reader import RowReader, Served
 from state.rows.store import ROWS_AT_ONCE, WRITTEN_AT_ONCE, RowStore
+from tests.conformance.kept import sweep
 from tests.disks import folder_in_memory
 
 DIM = 4
@@ -159,10 +160,10 @@ def test_any_history_reads_as_its_replay(operations: list[tuple[str, Any, Any]])
                 case "serve":
                     store.serve(here[first % len(here)])
                 case "sweep":
-                    store.sweep(clock - first, keep=[*second, head])
+                    sweep(store, clock - first, keep=[*second, head])
                 case "forget":
                     # Some at any place, and what they leave not to its end.
-                    store.forget({here[one % len(here)] for one in first} - {head})
+                    store.drop({here[one % len(here)] for one in first} - {head})
                     store.tidy(second)
                 case "base":
                     store.apply(
@@ -211,7 +212,7 @@ def test_versions_of_two_lifetimes_leave_one_entry_a_row_between_those_that_stay
             store.apply(manifest(version, version - 1), tensors(fresh, removed), now_ms=version, follow=True)
             if version % every == 0:
                 here = [one for one in truth if one < version]
-                store.forget([one for one in here if one % every or one < version - 3 * every])
+                store.drop([one for one in here if one % every or one < version - 3 * every])
                 while store.tidy(1):
                     pass
                 with store.reader() as reader:
@@ -227,7 +228,7 @@ def test_versions_of_two_lifetimes_leave_one_entry_a_row_between_those_that_stay
                 assert len(values) <= store.entries() <= most
         last = len(steps) + 2
         store.apply(manifest(last, last - 1), {}, now_ms=last, follow=True)
-        store.sweep(last)
+        sweep(store, last)
         assert store.entries() == len(truth[last - 1]), "no tombstone, and one entry a row"
 
 
@@ -239,14 +240,14 @@ def test_what_changed_since_a_version_is_known_as_long_as_it_is_here(tmp_path: P
         put = {("user", version): 1.0, ("category", 9): float(version)}
         store.apply(manifest(version, version - 1), tensors(put), now_ms=1, follow=True)
     store.apply(manifest(5, 2, epoch=2), tensors({("user", 3): 5.0}), now_ms=1)
-    store.forget([3])
+    store.drop([3])
     with store.reader() as reader:
         one, two, four, five = (reader.version(number) for number in (1, 2, 4, 5))
         assert one is not None and two is not None and four is not None and five is not None
         named = [reader.changed("user", *pair) for pair in ((one, four), (two, four), (four, four))]
         assert [[] if ids is None else ids.tolist() for ids in named] == [[2, 3, 4], [3, 4], []]
         assert reader.changed("user", four, five) is None and reader.changed("user", four, two) is None
-    store.forget([1])
+    store.drop([1])
     with store.reader() as reader:
         assert reader.changed("user", one, four) is None
 
@@ -256,11 +257,11 @@ def test_what_a_process_did_not_live_to_delete_goes_with_the_next_entry_of_its_r
     store.apply(manifest(1, None, "base"), tensors({("user", 1): 1.0}), now_ms=1)
     for version in (2, 3, 4):
         store.apply(manifest(version, version - 1), tensors({("user", 1): float(version)}), now_ms=1, follow=True)
-    assert store.forget([1, 2]) == 2
+    assert store.drop([1, 2]) == 2
     store.close()
     again = RowStore(tmp_path, 1 << 26)
     assert (again.entries(), read(again, 4)) == (4, {("user", 1): 4.0})
-    again.forget([3])
+    again.drop([3])
     while again.tidy():
         pass
     assert (again.entries(), read(again, 4)) == (1, {("user", 1): 4.0})
@@ -274,7 +275,7 @@ def test_what_is_left_to_look_at_stays_as_much_as_some_rounds_leave(tmp_path: Pa
         ids = rng.choice(10 * ROWS_AT_ONCE, 5 * ROWS_AT_ONCE, replace=False)
         put = {("user", int(one)): float(version) for one in ids}
         store.apply(manifest(version, version - 1), tensors(put), now_ms=version, follow=True)
-        store.forget([version - 10])
+        store.drop([version - 10])
         store.tidy()
         entries.append(store.entries())
     assert max(entries[50:]) < 1.1 * max(entries[30:50])
@@ -285,7 +286,7 @@ def test_where_nothing_is_to_be_deleted_nothing_is_written(tmp_path: Path) -> No
     store.apply(manifest(1, None, "base"), tensors({("user", 1): 1.0}), now_ms=1, follow=True)
     store.tidy()
     before = store._env.info()["last_txnid"]
-    assert store.forget([1, 7]) == 0 and not store.tidy() and store.sweep(99) == 0
+    assert store.drop([1, 7]) == 0 and not store.tidy() and sweep(store, 99) == 0
     assert store._env.info()["last_txnid"] == before
 
 

@@ -145,10 +145,10 @@ def test_segments_are_keys_of_their_section_and_reach_child_processes(tmp_path: 
     settings = from_file(
         tmp_path,
         '[attributes]\nuser_topic = "users"\nuser_fields = ["age_band"]\n'
-        "[segments]\nsweep_s = 5\n"
+        "[segments]\nlookalikes = 5\n"
         "sporty = \"interest['Sport, shoes'] > 0.3 and user.age_band == '25-34'\"\nbusy = \"view.count_1d >= 20\"\n",
     )
-    assert [*texts_of(settings)] == ["sporty", "busy"] and settings.segments.sweep_s == 5.0
+    assert [*texts_of(settings)] == ["sporty", "busy"] and settings.segments.lookalikes == 5
     child = load([], env=settings.environment(), path="/dev/null")
     assert texts_of(child) == texts_of(settings) and [*segments_of(child)] == ["sporty", "busy"]
 

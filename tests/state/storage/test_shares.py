@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from state.config.loading import load
-from state.config.sections import known_settings
-from state.config.settings import Settings
+from state.config.settings import Settings, known_settings
 from state.storage import shares
 
 ROOT = Path(__file__).parents[3]

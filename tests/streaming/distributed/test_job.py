@@ -19,7 +19,7 @@ from deploy.kafka.configuration import free_port
 from deploy.watch import accounts
 from deploy.watch.scrape import scrape, urls
 from state.config.settings import Settings
-from state.errors import LineTurned, SettingsError
+from state.errors import RewoundLog, SettingsError
 from state.events.identity import load_salt
 from state.features.mask import Mask
 from state.log import Topics
@@ -192,7 +192,7 @@ def test_where_the_line_turned_off_a_job_that_is_ahead_stops_and_an_older_savepo
     assert early is not None and late is not None
     assert (early.next, late.next, late.log_epoch) == ({0: 4}, {0: 8}, 1)
     turn(settings, {0: 6}, late.topic_id)
-    with pytest.raises(LineTurned, match="into epoch 2 before what this job has read: partition 0 at 6"):
+    with pytest.raises(RewoundLog, match="into epoch 2 before what this job has read: partition 0 at 6"):
         partitions.read(1.0)
     partitions.close()
     again = reading(settings, 2, log, early)

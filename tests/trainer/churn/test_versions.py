@@ -85,7 +85,7 @@ def test_a_version_has_measures_weights_and_code_and_is_recomputed(tmp_path: Pat
     found = asked(*ON)
     assert found.outcome == "equal", found.text()
     assert asked().environment == (
-        *(f"churn.{name} was {made.environment[f'churn.{name}']} and is off" for name in ("code", "days", "examples")),
+        *(f"churn.{name} was {made.environment[f'churn.{name}']} and is off" for name in ("code", "days")),
     )
 
 

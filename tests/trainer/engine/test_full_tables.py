@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from state.microbatch.batch import MicroBatch
-from tests.trainer.engine.test_crosses import NAMES, fresh, impressions, values_of
+from tests.trainer.engine.test_crosses import NAMES, fresh, impressions
 from tests.trainer.engine.test_step import digests, learned
 from trainer.engine.step import Trainer
 from trainer.versions import checkpoint, content
@@ -81,15 +81,3 @@ def test_a_cap_that_is_not_reached_changes_no_bit() -> None:
 def test_shares_of_crosses_are_never_evicted() -> None:
     trainer = learned(log(), small(64))
     assert np.all(trainer.tables["cross"].find(NAMES.shares) != 0)
-
-
-def test_a_cross_may_need_more_sightings_than_a_row() -> None:
-    trainer = fresh(admit_crosses_after=2)
-    batch = log()[0]
-    trainer.step(batch)
-    crosses = trainer.tables["cross"]
-    distinct, seen = np.unique(NAMES.ids(values_of(batch.take(~np.isnan(batch.label)))), return_counts=True)
-    seldom, often = distinct[(seen == 1) & (distinct != 0)], distinct[(seen > 1) & (distinct != 0)]
-    assert seldom.size > 100 and crosses.pending >= seldom.size and not crosses.find(seldom).any()
-    assert often.size > 50 and crosses.find(often).all()
-    assert trainer.tables["user"].pending == 0

@@ -29,7 +29,8 @@ from deploy.serving.requests.access import (
 from deploy.serving.rest import App
 from deploy.watch import scrape
 from deploy.watch.address import serving_address
-from state.config.settings import ServingSettings, Settings
+from state.config.sections import ServingSettings
+from state.config.settings import Settings
 from state.errors import Forbidden, SettingsError, Unauthorized
 from state.events.identity import Salt
 from tests.deploy.serving.edge.certificates import write_certificate

@@ -115,7 +115,7 @@ def test_a_worker_that_slept_too_long_reads_all_again(store: RowStore) -> None:
     near = asked(store)
     publish(store, 2, {7: 9.0}, 1)
     publish(store, 3, {9: 8.0}, 2)
-    store.forget([1])
+    store.drop([1])
     assert settled(near).nearest(ALONG, 2) == [7, 9]
 
 
