@@ -8,14 +8,13 @@ Next item (`ItemBaseline`), for one request at a time:
     own items              the user's items: each event counts 1 / sqrt(k), k = 1 for the newest
     item-kNN               cosine of decayed co-visits with the user's latest items
 
-Next category (`CategoryBaseline`), for the rows of a record:
-
-    popular so far, popular now (1h), previous category (and the ones before it, newest first)
+Next category (`CategoryBaseline`), for the rows of a record: popular so far, popular now (1h), previous category
+(and the ones before it, newest first).
 
 Engagement (`click_rates`): the click rate so far, and the decayed click rate of the item.
 
-Decayed counts never shrink. A click weighs 2 ** ((time - begin) / half-life), which orders items in the same way, so the
-best items can be kept in order. All weights are divided when they become too large.
+Decayed counts never shrink: a click weighs 2 ** ((time - begin) / half-life), which keeps the order of items. All
+weights are divided when they become too large.
 """
 
 from __future__ import annotations
@@ -41,26 +40,18 @@ U64 = NDArray[np.uint64]
 HOUR_MS = 3_600_000
 HALF_LIVES_MS = {"30m": HOUR_MS // 2, "6h": 6 * HOUR_MS, "1d": 24 * HOUR_MS}
 LISTED = 1024
-"""Items in the ordered list of a popularity; of a category an eighth of it."""
+"""Items in the ordered list of a popularity; for a category an eighth of it."""
 LARGEST_EXPONENT = 256.0
 REMEMBERED = 256
-"""Events of a user that count for own items."""
 COVISITED, NEIGHBOURS = 5, 128
-"""Earlier items of the user with which a click counts as a co-visit, and how many co-visited items an item keeps."""
+"""Earlier items of the user that a click counts as co-visits, and co-visited items kept per item."""
 ASKED_ITEMS, FALLING = 10, 0.8
-"""Latest items of a user whose neighbours are proposed; each next one weighs so much less."""
+"""Latest items of a user whose neighbours are proposed, and the weight of each relative to the one before."""
 
 
 @dataclass(slots=True)
 class UserPast:
-    """The earlier events of one user.
-
-    Attributes:
-        items: The items of the latest events, oldest first.
-        seen: All items.
-        category: The category of the last click; 0 for none.
-        clicks: Number of clicks.
-    """
+    """The earlier events of one user, `items` oldest first; `category` is that of the last click, 0 for none."""
 
     items: deque[int] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     seen: set[int] = field(default_factory=set)
@@ -89,15 +80,11 @@ class ItemBaseline(Protocol):
         """Returns items, best first, each once; may include items that the user has seen."""
 
     def learn(self, click: ItemClick, past: UserPast) -> None:
-        """Learns a click of a user with this past, which does not include the click."""
+        """Learns a click of a user whose `past` does not include it."""
 
 
 class Growing:
-    """The weight of a click, which doubles with each half-life; infinite half-lives weigh 1.
-
-    Args:
-        half_life_ms: The half-life.
-    """
+    """The weight of a click, which doubles with each half-life; an infinite half-life weighs 1."""
 
     def __init__(self, half_life_ms: float) -> None:
         self._half_life_ms, self._begin_ms = half_life_ms, 0
@@ -115,19 +102,13 @@ class Growing:
 
 
 class Ordered:
-    """Weights that only grow, and the items with the largest ones in order.
+    """Weights that only grow, and the `most` items with the largest ones (`best`), by falling weight.
 
     >>> ordered = Ordered(2)
     >>> for item in (7, 8, 8, 9):
     ...     ordered.add(item, 1.0)
     >>> ordered.best
     [8, 7]
-
-    Args:
-        most: Length of the list.
-
-    Attributes:
-        best: Items by falling weight.
     """
 
     def __init__(self, most: int) -> None:
@@ -165,13 +146,7 @@ class Ordered:
 
 
 class PopularItems:
-    """The most clicked items of all users.
-
-    Args:
-        name: Of the baseline.
-        half_life_ms: Half-life of a click.
-        new_first: Whether items that are new to the user come first.
-    """
+    """The most clicked items of all users; with `new_first`, items that are new to the user come first."""
 
     def __init__(self, name: str, half_life_ms: float = math.inf, new_first: bool = False) -> None:
         self.name, self._new_first = name, new_first
@@ -228,17 +203,14 @@ class OwnItems:
         return iter(sorted(sums, key=lambda item: -sums[item]))
 
     def learn(self, click: ItemClick, past: UserPast) -> None:
-        """See `ItemBaseline`: the past has all that it needs."""
+        """See `ItemBaseline`; nothing is learned, because the past has all that it needs."""
 
 
 class ItemNeighbours:
     """Items that users clicked next to the user's latest items.
 
-    The similarity of items i and j is w(i, j) / sqrt(w(i) w(j)), where w(i, j) sums the decayed co-visits and w(i) the
-    decayed clicks (item-based collaborative filtering, Sarwar et al. 2001, with decay).
-
-    Args:
-        half_life_ms: Half-life of a click and of a co-visit.
+    The similarity of items i and j is w(i, j) / sqrt(w(i) w(j)), where w(i, j) sums the decayed co-visits and w(i)
+    the decayed clicks (item-based collaborative filtering, Sarwar et al. 2001, with decay).
     """
 
     name = "item-kNN"
@@ -278,7 +250,6 @@ class ItemNeighbours:
             self._covisits[item] = {one: covisits[one] for one in kept}
 
     def _scale(self, factor: float) -> None:
-        """Multiplies all weights; items whose clicks become 0 are dropped."""
         clicks = {item: weight * factor for item, weight in self._clicks.items() if weight * factor > 0.0}
         self._clicks = clicks
         self._covisits = {
@@ -300,7 +271,6 @@ class CategoryRows(NamedTuple):
     Attributes:
         category: `[t]` int64, the number of what was clicked, counted from 0 in order of appearance.
         recent: `[t, 5]` int64, numbers of the user's latest categories, newest first; -1 pads.
-        at_ms: `[t]` int64.
     """
 
     category: I64
@@ -314,21 +284,11 @@ class CategoryBaseline(Protocol):
     name: str
 
     def predict(self, rows: CategoryRows, categories: int) -> CategoryPrediction:
-        """Predicts each row, then learns it before the next one.
-
-        Args:
-            rows: The rows.
-            categories: More than any number in `rows`.
-        """
+        """Predicts each row, then learns it before the next one; `categories` is more than any number in `rows`."""
 
 
 class PopularCategories:
-    """All categories, by their clicks.
-
-    Args:
-        name: Of the baseline.
-        half_life_ms: Half-life of a click.
-    """
+    """All categories, by their decayed clicks."""
 
     def __init__(self, name: str, half_life_ms: float = math.inf) -> None:
         self.name, self._half_life_ms = name, half_life_ms
@@ -388,7 +348,7 @@ class PreviousCategories:
         self._hits = np.full(5, 0.5)
 
     def predict(self, rows: CategoryRows, categories: int) -> CategoryPrediction:
-        """See `CategoryBaseline`; the shares are learned after the record."""
+        """See `CategoryBaseline`; shares are learned after the record."""
         there, right = rows.recent >= 0, rows.recent == rows.category[:, None]
         hit, place = right.any(1), right.argmax(1)
         total = (there * self._hits).sum(1)
@@ -405,23 +365,19 @@ def category_baselines() -> list[CategoryBaseline]:
 
 RATE_SO_FAR, RATE_OF_ITEM = "click rate so far", "click rate of the item (1d)"
 PRIOR_ROWS = 10.0
-"""An item's click rate begins as if so many rows had had the click rate of all items."""
+"""An item's click rate starts as if this many rows had had the click rate of all items."""
 
 
 class ClickRates:
-    """The click rate of all rows so far, and that of the item, of which rows halve each day."""
+    """The click rate of all rows so far, and that of the item, whose rows halve each day."""
 
     def __init__(self) -> None:
         self._items, self._state = np.zeros((1024, 3)), np.array([0.5, 1.0])
 
     def predict(self, item: I64, clicked: NDArray[np.bool_], at_ms: I64, items: int) -> dict[str, F64]:
-        """The click probability of each of n rows by both baselines, `[n]` float64; each row is then learned.
+        """Predicts the click probability of each of n rows by both baselines, `[n]` float64, then learns the row.
 
-        Args:
-            item: `[n]` int64 number of the item.
-            clicked: `[n]` bool.
-            at_ms: `[n]` int64.
-            items: More than any number in `item`.
+        `item` is `[n]` int64 numbers, all below `items`; `clicked` is `[n]` bool, and `at_ms` `[n]` int64.
         """
         while len(self._items) < items:
             self._items = np.concatenate([self._items, np.zeros_like(self._items)])
@@ -472,7 +428,7 @@ class Numbers:
         return len(self._numbers)
 
     def of(self, ids: U64) -> I64:
-        """The numbers of ids, of the same shape, int64; -1 for id 0."""
+        """Returns the numbers of ids, of the same shape, int64; -1 for id 0."""
         numbers, flat = self._numbers, ids.reshape(-1)
         unique, places = np.unique(flat, return_inverse=True)
         mine = [numbers.setdefault(one, len(numbers)) if one else -1 for one in unique.tolist()]

@@ -18,12 +18,11 @@ PANELS = (
     ("engagement", "log_loss", "engagement"),
 )
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
-"""Of Springtide and then of the baselines."""
 TICKS = 4
 
 
 def svg(periods: Sequence[Period]) -> str:
-    """The chart; panels without figures are left out."""
+    """Draws the chart; panels without figures are left out."""
     panels = [
         (f"{task}: {NAMES.get(measure, measure)}", measure, lines)
         for kind, measure, task in PANELS
@@ -41,7 +40,7 @@ def svg(periods: Sequence[Period]) -> str:
 
 
 def _lines(periods: Sequence[Period], kind: str, measure: str) -> dict[str, list[tuple[int, float]]]:
-    """By predictor the number of each period with a figure, and the figure."""
+    """Returns, by predictor, the number of each period with a figure, and the figure."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for number, period in enumerate(periods):
         figures: Mapping[str, Mapping[str, float]] = getattr(period, kind)

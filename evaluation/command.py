@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 SYNTHETIC = ("news", "shoppers")
 CLICKS = 100_000
 BEGIN_MS = 1_790_000_000_000
-"""The time of the first synthetic click, so that each run is the same."""
+"""The time of the first synthetic click; fixed, so that runs are reproducible."""
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of `springtide evaluate`; settings are removed from the arguments before."""
+    """Returns the parser of the command line without settings, which are removed from the arguments before."""
     made = argparse.ArgumentParser(
         prog="springtide evaluate",
         allow_abbrev=False,
@@ -91,11 +91,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def settings_of(options: argparse.Namespace, flags: Sequence[str]) -> Settings:
-    """The effective settings.
-
-    Raises:
-        SettingsError: An option or a setting is invalid.
-    """
+    """Returns the effective settings; raises SettingsError if an option or a setting is invalid."""
     if bool(options.files) == bool(options.synthetic):
         raise SettingsError("say what to evaluate: files, or --synthetic", "see `springtide evaluate --help`")
     for name in ("clicks", "record_rows"):
@@ -129,10 +125,9 @@ def read(options: argparse.Namespace, settings: Settings, limits: RecordLimits, 
 
 
 def run(options: argparse.Namespace, flags: Sequence[str], errors: TextIO) -> str:
-    """Evaluates, writes the files that were asked for, and returns the output.
+    """Evaluates, writes the requested files, and returns the output.
 
     Raises:
-        SpringtideError: What went wrong.
         OSError: A file cannot be written.
     """
     settings = settings_of(options, flags)
@@ -141,7 +136,7 @@ def run(options: argparse.Namespace, flags: Sequence[str], errors: TextIO) -> st
     for path in (options.json, options.chart):
         if path is not None and not path.absolute().parent.is_dir():
             raise SettingsError(f"{path}: there is no directory {path.absolute().parent}", "create it")
-    # TensorFlow and Beam are loaded only once the command line is known to be right.
+    # TensorFlow and Beam are loaded only after the command line is checked.
     with quiet_stderr():
         from evaluation.chart import svg
         from evaluation.recording import RecordLimits

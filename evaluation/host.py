@@ -34,15 +34,7 @@ KEPT_VERSIONS = 2
 
 
 class ServingHost:
-    """The stores of one host, and what answers from them. One thread.
-
-    Args:
-        settings: The effective settings; `paths.state` is a directory of its own.
-        spec: The feature spec of histories and versions.
-        salt: The salt of the users' pseudonyms.
-        program: The LiteRT program that fits the versions.
-        attributes: The attributes of users and items; None without any.
-    """
+    """The stores of one host, in its own `paths.state`, and what answers from them. Used by one thread."""
 
     def __init__(
         self,
@@ -77,23 +69,22 @@ class ServingHost:
         )
 
     def click(self, users: U64, events: Events) -> None:
-        """Commits clicks of one commit of the applier: `[m]` uint64 pseudonyms and `[m]` EVENT."""
+        """Commits clicks as one commit of the applier does: `[m]` uint64 pseudonyms and `[m]` EVENT."""
         if not len(users):
             return
         extras = self._upkeep.news(events, {}, int(events["at_ms"].max()))
         self.histories.commit(Appends.of(users, events), (), extras)
 
     def follow(self) -> None:
-        """Lets the worker's candidate sources read all that they have not read yet."""
+        """Lets the worker's candidate sources read everything new."""
         while self.sources.turn():
             pass
 
     def serve(self, tensors: Mapping[str, Any], whole: bool = False) -> None:
         """Applies the next version; answers use it from now on.
 
-        Args:
-            tensors: Its content, as in a registry.
-            whole: Whether it is a base; otherwise it has the changes since the version before.
+        `tensors` is its content, as in a registry. `whole`: it is a base and not the changes since the version
+        before.
         """
         parent, self._version = self._version, self._version + 1
         manifest = Manifest(
@@ -124,7 +115,7 @@ class ServingHost:
     def recommend(
         self, user: int, at_ms: int, wanted: WantedItems, context: Mapping[str, str] = MappingProxyType({})
     ) -> Recommendations:
-        """What a worker answers to `/v1/recommendations` for a pseudonym at a time."""
+        """Returns what a worker answers to `/v1/recommendations` for a pseudonym at a time."""
         query = Query(str(user), context=context, at_ms=at_ms)
         return finished(recommend(self.predictor, self.sources, query, wanted))
 
@@ -135,7 +126,7 @@ class ServingHost:
 
 
 def finished(steps: Generator[None, None, Answer]) -> Answer:
-    """The return value of a generator."""
+    """Runs a generator to its end and returns its return value."""
     while True:
         try:
             next(steps)

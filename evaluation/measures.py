@@ -1,10 +1,9 @@
 """Figures with 95 % confidence intervals, and their paired differences. Pure.
 
-Clicks of one user are not independent, so an interval counts users and not clicks. Each figure is linearised: the
-influence of a row is how much the figure changes with the row's weight. The variance of a figure is the sum over users of
-the squared sum of their influences, times u / (u - 1) for u users. For a mean this is the delta method of Deng, Knoblich
-and Lu (2018), for an AUC the method of DeLong et al. (1988) with the clusters of Obuchowski (1997). A paired difference
-has the difference of the influences.
+Clicks of one user are not independent, so the variance of a figure is a sum over users: the squared sums of their
+influences, times u / (u - 1) for u users. The influence of a row is how much the figure changes with the row's
+weight. For a mean this is the delta method of Deng, Knoblich and Lu (2018), for an AUC the method of DeLong et al.
+(1988) with the clusters of Obuchowski (1997). A paired difference has the difference of the influences.
 """
 
 from __future__ import annotations
@@ -24,19 +23,14 @@ OURS = "springtide"
 
 
 class Estimate(NamedTuple):
-    """A figure of n rows.
-
-    Attributes:
-        value: The figure.
-        influence: `[n]` float64, how much the figure changes with each row's weight.
-    """
+    """A figure of n rows; `influence`: `[n]` float64, how much the figure changes with each row's weight."""
 
     value: float
     influence: F64
 
 
 class Figure(msgspec.Struct, frozen=True):
-    """A figure, and half the width of its 95 % confidence interval; null where it cannot be computed."""
+    """A figure, and half the width of its 95 % confidence interval; null if it cannot be computed."""
 
     value: float | None
     interval: float | None
@@ -45,10 +39,7 @@ class Figure(msgspec.Struct, frozen=True):
 class Score(msgspec.Struct, frozen=True):
     """One predictor in a table.
 
-    Attributes:
-        name: Of the predictor.
-        figures: By measure.
-        difference: By measure, Springtide's figure minus this one, for the same rows; empty for Springtide itself.
+    `difference` is Springtide's figure minus this one, for the same rows, by measure; empty for Springtide itself.
     """
 
     name: str
@@ -57,14 +48,7 @@ class Score(msgspec.Struct, frozen=True):
 
 
 class Table(msgspec.Struct, frozen=True):
-    """The figures of several predictors for the same rows.
-
-    Attributes:
-        about: Which rows they are.
-        rows: How many.
-        users: Of how many users.
-        scores: Springtide first.
-    """
+    """The figures of several predictors for the same rows; the first of `scores` is Springtide's."""
 
     about: str
     rows: int
@@ -122,9 +106,7 @@ def area_under_curve(scores: NDArray[Any], positive: NDArray[np.bool_]) -> Estim
 def half_width(influence: F64, users: NDArray[Any]) -> float:
     """Half the width of the 95 % confidence interval; NaN with fewer than two users.
 
-    Args:
-        influence: `[n]` float64.
-        users: `[n]`, the user of each row.
+    `influence` is `[n]` float64, and `users` `[n]` has the user of each row.
     """
     _, numbers = np.unique(users, return_inverse=True)
     sums = np.bincount(numbers, influence)
@@ -141,10 +123,7 @@ def figure(estimate: Estimate, users: NDArray[Any]) -> Figure:
 def table(about: str, users: NDArray[Any], estimates: Mapping[str, Mapping[str, Estimate]]) -> Table:
     """The table of several predictors, of which `OURS` is one.
 
-    Args:
-        about: Which rows they are.
-        users: `[n]`, the user of each row.
-        estimates: By predictor and measure.
+    `users` is `[n]`, the user of each row; `estimates` are by predictor and measure.
     """
     scores = []
     for name, measures in estimates.items():

@@ -2,10 +2,10 @@
 
 For each record of the training log, in order:
 
-1. Before each sampled click, the clicks before it go into the serving host's histories, the changes of the trainer into
-   its rows, and the host recommends items. The baselines have learned the same clicks.
-2. The trainer scores all rows of the record and then learns them. The baselines of interests and engagement predict and
-   learn the rows one after another.
+1. Before each sampled click, the clicks before it go into the serving host's histories, the changes of the trainer
+   into its rows, and the host recommends items. The baselines have learned the same clicks.
+2. The trainer scores all rows of the record and then learns them. The baselines of interests and engagement predict
+   and learn the rows one after another.
 
 So histories are as fresh as in a loop without delay, and weights are at most one record old.
 """
@@ -67,7 +67,6 @@ class Plan(NamedTuple):
     Attributes:
         begin: Offset of the first evaluated event; earlier ones are only learned.
         every: About one evaluated click in so many is a request for recommendations; 0 for none.
-        seed: Chooses them.
     """
 
     begin: int = 0
@@ -86,12 +85,7 @@ class Plan(NamedTuple):
 
 @dataclass
 class Interests:
-    """The predictions of categories for evaluated rows.
-
-    Attributes:
-        users, at_ms, evaluated: Of each row.
-        scores: By predictor `[t, 3]` float64, `INTERESTS` of each row.
-    """
+    """The predictions of categories for evaluated rows; `scores` are `[t, 3]` float64, `INTERESTS`, by predictor."""
 
     users: list[U64] = field(default_factory=list)
     at_ms: list[I64] = field(default_factory=list)
@@ -102,13 +96,7 @@ class Interests:
 
 @dataclass
 class Engagements:
-    """The predicted click probabilities of labelled rows.
-
-    Attributes:
-        users, at_ms, evaluated, clicked: Of each row.
-        predicted: By predictor `[m]` float64 probabilities.
-        losses: By predictor `[m]` float64.
-    """
+    """The predicted click probabilities of labelled rows; `predicted` and `losses`: by predictor `[m]` float64."""
 
     users: list[U64] = field(default_factory=list)
     at_ms: list[I64] = field(default_factory=list)
@@ -118,14 +106,7 @@ class Engagements:
 
 
 class RequestOf(NamedTuple):
-    """The click that a request precedes.
-
-    Attributes:
-        user: The pseudonym.
-        item: The clicked item.
-        at_ms: The time.
-        context: Values of context fields by name.
-    """
+    """The click that a request precedes."""
 
     user: int
     item: int
@@ -137,8 +118,6 @@ class Asked(NamedTuple):
     """One request for recommendations as of a click.
 
     Attributes:
-        user: The pseudonym.
-        at_ms: The time of the click.
         seen: Whether the user had an event with the clicked item before.
         history: Number of the user's clicks before.
         ranks: By predictor the place of the clicked item in the list, from 0; ABSENT if it is not in it.
@@ -161,13 +140,7 @@ class Asked(NamedTuple):
 
 @dataclass
 class Lists:
-    """The recommended lists of one kind of request.
-
-    Attributes:
-        items: By predictor all recommended items.
-        listed: Recommended items of Springtide by source.
-        candidates: Items that were ranked, by source.
-    """
+    """The recommended lists of one kind of request: `items` by predictor; `listed` and ranked `candidates` by source."""
 
     items: dict[str, set[int]] = field(default_factory=dict)
     listed: Counter[str] = field(default_factory=Counter)
@@ -175,13 +148,9 @@ class Lists:
 
 
 class ProgressiveValidation:
-    """Predicts and learns the records of a log in order. One thread.
+    """Predicts and learns the records of a log in order. Used by one thread.
 
     Args:
-        settings: The effective settings.
-        trainer: New; learns each record.
-        host: Recommends; None if nobody asks for recommendations.
-        plan: Which clicks are evaluated.
         contexts: By id the name and the text of each value of a context field.
 
     Attributes:
@@ -210,11 +179,7 @@ class ProgressiveValidation:
         self.lists, self.unseen_lists = Lists(), Lists()
 
     def take(self, batch: MicroBatch) -> Report | None:
-        """Takes one record; returns the report of the step, None if no row is learned.
-
-        Args:
-            batch: As it comes from the training log.
-        """
+        """Takes one record of the training log; returns the report of the step, None if no row is learned."""
         # 1.
         if self._host is not None:
             self._ask(batch.take(happened(batch.kind)))
@@ -242,7 +207,7 @@ class ProgressiveValidation:
         self._learn(batch, events, clicks, done, len(batch))
 
     def _learn(self, batch: MicroBatch, events: Events, clicks: Flags, first: int, after: int) -> None:
-        """Shows events to the host and to the baselines of items."""
+        """Feeds events to the host and to the baselines of items."""
         if first == after:
             return
         assert self._host is not None
@@ -293,7 +258,7 @@ class ProgressiveValidation:
         )
 
     def _ranks(self, about: RequestOf, past: UserPast, exclude_seen: bool, lists: Lists) -> tuple[dict[str, int], str]:
-        """The place of the item in each predictor's list, and its source in ours."""
+        """Returns the rank of the item in each predictor's list, and its source in ours."""
         assert self._host is not None
         wanted = WantedItems(SHOWN, None, exclude_seen)
         answer = self._host.recommend(about.user, about.at_ms, wanted, about.context).items
@@ -311,7 +276,6 @@ class ProgressiveValidation:
         return ranks, answer[ranks[OURS]]["reason"] if ranks[OURS] >= 0 else ""
 
     def _judge(self, batch: MicroBatch, report: Report) -> None:
-        """Scores the interests and the engagement of a record's rows."""
         order = report.order
         targets = np.concatenate([judged.targets for judged in report.judged])
         rows = order[targets]
@@ -344,7 +308,7 @@ class ProgressiveValidation:
             interests.scores.setdefault(baseline.name, []).append(scored)
 
     def _scored(self, name: str, predicted: CategoryPrediction, known: Flags, categories: int) -> F64:
-        """INTERESTS of each row; a category that is no candidate costs the same as for the model."""
+        """Returns INTERESTS of each row; a category that is no candidate costs the same as for the model."""
         sums = self._sums[name]
         recent = sums[1:]
         without = recent[:, SUMS.index("rows")] - recent[:, _OFFERED]

@@ -1,10 +1,10 @@
 """Recorded or synthetic clicks as the records that the stream would write to the training log, without Kafka.
 
-A record ends after `rows` clicks or `span_s` of log time, whichever comes first. A live stream ends it after
-`stream.cut_ms`, so at recorded rates of one click in some seconds a live record has one row.
-
     files      -> recorded_batches -> Parser ┐
     synthetic  -> encode           -> Parser ┴> events -> windows, labels (the stream's code) -> micro-batches
+
+A live stream ends a record after `stream.cut_ms`, so at recorded rates of one click in some seconds a live record
+has one row.
 """
 
 from __future__ import annotations
@@ -52,12 +52,7 @@ SYNTHETIC_TOPIC = "5e" * 16
 
 
 class RecordLimits(NamedTuple):
-    """Where a record of the training log ends.
-
-    Attributes:
-        rows: Maximum number of clicks.
-        span_s: Maximum log time between its first and its last click, s.
-    """
+    """Where a record of the training log ends: after `rows` clicks or `span_s` of log time, whichever comes first."""
 
     rows: int = 512
     span_s: float = 300.0
@@ -65,11 +60,10 @@ class RecordLimits(NamedTuple):
     def size(self, at_ms: I64) -> int:
         """The number of clicks of the next record, at least 1.
 
+        `at_ms` is `[n]` int64, the times of the remaining clicks, ascending; NO_TIME for none.
+
         >>> RecordLimits(3, 1.0).size(np.array([0, 900, 1100])), RecordLimits(1, 1.0).size(np.array([0, 900]))
         (2, 1)
-
-        Args:
-            at_ms: `[n]` int64, the times of the clicks that are left, ascending; NO_TIME for none.
         """
         times = at_ms[: self.rows]
         begin = times[times != NO_TIME][:1]
@@ -79,12 +73,10 @@ class RecordLimits(NamedTuple):
 
 @dataclass
 class RecordedEvents:
-    """All events of a recording, in order of time.
+    """All events of a recording in order of time, one of `batches` for each record of the training log.
 
     Attributes:
-        source: What was read, for people.
         topic_id: Stands in for the topic's id.
-        batches: The events, one batch for each record of the training log.
         refused: Records that are not clicks, by reason.
         contexts: By id the name and the text of each value of a context field.
     """
@@ -125,14 +117,9 @@ class RecordedEvents:
 def read_files(
     settings: Settings, recording: Recording, sort: str, limits: RecordLimits, say: Callable[[str], None]
 ) -> RecordedEvents:
-    """Reads the events of files.
+    """Reads the events of files. `say` receives messages about strange rows.
 
-    Args:
-        settings: `[events]` is used.
-        recording: The files.
-        sort: memory (read everything, then order by time) or assume (the files are in order).
-        limits: Where records end.
-        say: Receives messages about strange rows.
+    `sort` is `memory` (read everything, then order by time) or `assume` (the files are in order).
 
     Raises:
         SettingsError: The columns do not fit, no row is a click, or the files do not fit in memory.
@@ -156,15 +143,7 @@ def read_files(
 def synthetic(
     settings: Settings, name: str, click: Callable[[int], Clicks], clicks: int, limits: RecordLimits
 ) -> RecordedEvents:
-    """The events of synthetic users.
-
-    Args:
-        settings: `[events]` is used.
-        name: What they are, for people.
-        click: Returns the next n clicks.
-        clicks: How many.
-        limits: Where records end.
-    """
+    """Generates the events of synthetic users; `click` returns the next n clicks, and `name` describes them."""
     events, parser = RecordedEvents(name, SYNTHETIC_TOPIC), Parser(settings.events, SALT)
     made = encode(click(clicks), settings.events)
     first = 0
@@ -188,13 +167,7 @@ def synthetic(
 
 
 class KnownFields(NamedTuple):
-    """The attributes of users and items, which are the same during the whole recording.
-
-    Attributes:
-        store: The attributes by id.
-        tables: By side.
-        join: Joins them with rows.
-    """
+    """The attributes of users and items, which are constant during the recording; `join` joins them with rows."""
 
     store: AttributeStore
     tables: Mapping[str, AttributeTable]
@@ -203,7 +176,7 @@ class KnownFields(NamedTuple):
 
 @contextmanager
 def open_attributes(settings: Settings, files: Sequence[AttributeFiles]) -> Iterator[KnownFields | None]:
-    """Yields the attributes in files; None if `[attributes]` names no topic. Users and items in no file have unknown ones.
+    """Yields the attributes in files, unknown ones for other users and items; None if `[attributes]` names no topic.
 
     Raises:
         SettingsError: The columns do not fit.
@@ -240,12 +213,7 @@ def micro_batches(
 ) -> Iterator[Iterator[MicroBatch]]:
     """Yields an iterator over the records of the training log, made by the stream's code from empty histories.
 
-    Args:
-        settings: The effective settings.
-        spec: The feature spec.
-        events: The recording.
-        attributes: The attributes of users and items; None if none are configured.
-        batches: Its first batches; by default all.
+    `batches` are the first ones of the recording; by default all.
     """
     with tempfile.TemporaryDirectory(prefix="springtide-evaluate-") as folder:
         store = HistoryStore(Path(folder), spec.history, settings.stream.map_gb << 30)

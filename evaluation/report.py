@@ -17,7 +17,7 @@ I64 = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
 PERIODS = 40
-"""Most periods of equal length over which figures are shown."""
+"""Maximum of periods, of equal length, with figures."""
 FEWEST_IN_PERIOD = 20
 HISTORIES = ((0, 0), (1, 4), (5, 19), (20, 1 << 62))
 BY_HISTORY = {
@@ -48,12 +48,7 @@ class Source(msgspec.Struct, frozen=True):
 
 
 class Period(msgspec.Struct, frozen=True):
-    """Figures of a part of the evaluated time, without intervals.
-
-    Attributes:
-        begin_ms, end_ms: The part.
-        interests, engagement, recommendation: By measure and predictor.
-    """
+    """Figures of a part of the evaluated time, by measure and predictor, without intervals."""
 
     begin_ms: int
     end_ms: int
@@ -63,17 +58,14 @@ class Period(msgspec.Struct, frozen=True):
 
 
 class Evaluation(msgspec.Struct, frozen=True):
-    """The result of one run.
+    """The result of one run; the first table of each kind is of all evaluated rows.
+
+    `sources` has what each source contributed to the first table of recommendations. `unseen_sources` is the same
+    for lists without items that the user has seen.
 
     Attributes:
         recording: What was read: names, counts of events, users, items, categories and refused records, and times.
         evaluated: The evaluated part: its first and last time, and its number of events.
-        options: How it was evaluated.
-        interests, engagement, recommendation: The tables; the first one of each is of all evaluated rows.
-        sources: By name what each source contributed to the first table of recommendations.
-        unseen_sources: Likewise to lists without items that the user has seen.
-        periods: Figures over time.
-        took_s: Duration of the pass, s.
     """
 
     recording: dict[str, Any]
@@ -89,7 +81,7 @@ class Evaluation(msgspec.Struct, frozen=True):
 
 
 def joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """The parts as one array; empty without parts."""
+    """Joins the parts to one array; empty without parts."""
     return np.concatenate(parts) if parts else np.empty(0)
 
 
@@ -185,7 +177,7 @@ def _rank_table(about: str, asked: Sequence[Asked], ranks: Callable[[Asked], dic
 
 
 def with_coverage(shown: Table, lists: Lists, items: int) -> Table:
-    """The table with the share of the recording's items that each predictor recommended at least once."""
+    """Adds the share of the recording's items that each predictor recommended at least once."""
     scores = [
         msgspec.structs.replace(
             score, figures={**score.figures, "coverage": Figure(len(lists.items.get(score.name, ())) / items, None)}
@@ -196,12 +188,10 @@ def with_coverage(shown: Table, lists: Lists, items: int) -> Table:
 
 
 def sources_of(lists: Lists, found: Sequence[str], hits: Sequence[str]) -> dict[str, Source]:
-    """What each source contributed, the one with most hits first.
+    """Returns what each source contributed, the one with most hits first.
 
-    Args:
-        lists: All lists.
-        found: By request the source that proposed the clicked item; empty if none did.
-        hits: By request the source of the clicked item in the list; empty without a hit.
+    `found` and `hits` have, by request, the source that proposed the clicked item, and its source in the list; empty
+    without one.
     """
     names = {**lists.listed, **lists.candidates}
     sources = {
@@ -211,7 +201,7 @@ def sources_of(lists: Lists, found: Sequence[str], hits: Sequence[str]) -> dict[
 
 
 def periods(validation: ProgressiveValidation) -> list[Period]:
-    """The figures of parts of equal length of the evaluated time."""
+    """Returns the figures of parts of equal length of the evaluated time."""
     interests, engagements, asked = validation.interests, validation.engagements, validation.asked
     kinds = [(interests.at_ms, interests.evaluated), (engagements.at_ms, engagements.evaluated)]
     times = [joined(at_ms)[joined(evaluated).astype(bool)] for at_ms, evaluated in kinds]
@@ -311,7 +301,6 @@ def _table_lines(shown: Table) -> Iterator[str]:
 
 
 def _history_lines(tables: Sequence[Table]) -> Iterator[str]:
-    """One column for each table."""
     yield "  recall@20 by the number of earlier clicks of the user"
     cells = [["", *(BY_HISTORY[shown.about] for shown in tables)]]
     cells.append(["clicks", *(f"{shown.rows:,}" for shown in tables)])
@@ -356,7 +345,7 @@ def _share(part: int, whole: int) -> str:
 
 
 def _aligned(cells: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Lines of columns: the first one flush left, the others flush right."""
+    """Aligns columns: the first one to the left, the others to the right."""
     widths = [max(len(row[place]) for row in cells) for place in range(len(cells[0]))]
     for first, *others in cells:
         yield "    " + "  ".join(

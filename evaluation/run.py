@@ -50,7 +50,6 @@ class Wanted(NamedTuple):
         last: Only the last so many events are evaluated; None for all.
         from_ms: Only events from this time on; None for all.
         requests: About so many clicks are requests for recommendations; 0 for none.
-        seed: Chooses them.
     """
 
     last: int | None = None
@@ -60,11 +59,7 @@ class Wanted(NamedTuple):
 
 
 def begin_of(events: RecordedEvents, wanted: Wanted) -> int:
-    """The place of the first evaluated event.
-
-    Raises:
-        SettingsError: No event is evaluated.
-    """
+    """Returns the index of the first evaluated event; raises SettingsError if there is none."""
     count = len(events)
     if wanted.last is not None:
         if wanted.last < 1:
@@ -112,16 +107,10 @@ def evaluate(
     stopped: threading.Event,
     attributes: Sequence[AttributeFiles] = (),
 ) -> Evaluation:
-    """Evaluates a recording.
+    """Evaluates a recording; nothing is written to the directories of `settings`.
 
-    Args:
-        settings: The effective settings; nothing is written to their directories.
-        events: The recording.
-        wanted: What to evaluate.
-        limits: Where records ended when it was read.
-        progress_to: Receives the progress.
-        stopped: Ends the pass early; the result is of the events until then.
-        attributes: The files with attributes of users and items.
+    `limits` says where records ended when it was read. `stopped` ends the pass early; the result is of the events
+    until then.
 
     Raises:
         SettingsError: Nothing can be evaluated.
@@ -169,7 +158,7 @@ def learn_all(
     progress: ProgressLine,
     stopped: threading.Event,
 ) -> tuple[int, float]:
-    """Predicts and learns all records, or those before `stopped`; returns how many events they have, and the time in s."""
+    """Predicts and learns all records, or those before `stopped`; returns their number of events, and the time in s."""
     began_s, done = time.monotonic(), 0
 
     def line() -> str:
@@ -189,7 +178,7 @@ def learn_all(
 def open_host(
     settings: Settings, spec: FeatureSpec, trainer: Trainer, attributes: KnownFields | None = None
 ) -> ServingHost:
-    """A serving host for the versions of a trainer."""
+    """Returns a serving host for the versions of a trainer."""
     known = None if attributes is None else KnownAttributes(attributes.store, attributes.tables)
     with quiet_stderr():
         return ServingHost(settings, spec, SALT, build(trainer.model), known)

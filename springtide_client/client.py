@@ -50,11 +50,9 @@ P = ParamSpec("P")
 
 @dataclass(frozen=True)
 class Cap:
-    """The maximum number of times that a user may see an item within a period.
+    """The maximum number of times (`count`) that a user may see an item within a period.
 
-    Attributes:
-        count: The item is left out once the user has seen it this many times.
-        within_s: Length in seconds of the period, which ends at the requested time (`at`).
+    The period ends at the requested time (`at`) and has `within_s` seconds.
     """
 
     count: int
@@ -62,10 +60,9 @@ class Cap:
 
 
 class Item(NamedTuple):
-    """An item to rank.
+    """An item to rank; `item` and `category` are raw ids.
 
     Attributes:
-        item: The raw id.
         category: Its category; by default the one it was last seen in.
         bid: What an engagement is worth; either all items have a bid, or none.
         cap: How often the user may see it.
@@ -81,11 +78,9 @@ class User(NamedTuple):
     """One user of a batch request.
 
     Attributes:
-        user_id: The raw id.
         item: An item; the response then includes the probability that the user engages with it.
         category: The item's category; by default the one it was last seen in.
         at: The time to compute the profile for: milliseconds since 1970, or ISO 8601; by default now.
-        context: Values of context fields.
     """
 
     user_id: str
@@ -110,7 +105,10 @@ class Retries:
     first_wait_s: float = 0.1
 
     def wait_s(self, tried: int, retry_after_s: float | None, chance: float, left_s: float = math.inf) -> float | None:
-        """Returns how long to wait before the next attempt; None for no further attempt.
+        """Returns how long to wait after attempt number `tried`; None for no further attempt.
+
+        `chance`, from 0 to 1, is jitter: it scales the wait to between half of it and the whole. `left_s` is the
+        time until the call's deadline, after which there is no attempt.
 
         >>> [Retries(most=3).wait_s(tried, None, 1.0) for tried in (1, 2, 3, 4)]
         [0.1, 0.2, 0.4, None]
@@ -119,12 +117,6 @@ class Retries:
         >>> Retries().wait_s(1, 2.0, 0.5, left_s=1.5)
         >>> Retries(most=10_000).wait_s(5000, None, 1.0)
         5.0
-
-        Args:
-            tried: Attempts so far.
-            retry_after_s: The wait that the worker asks for; None if it asks for none.
-            chance: From 0 to 1; jitter, which scales the wait to between half of it and the whole.
-            left_s: Time until the deadline of the call, after which there is no attempt.
         """
         if tried > self.most:
             return None
@@ -144,7 +136,6 @@ class AsyncClient:
     Args:
         url: Address of a worker, or of a load balancer in front of several, such as `http://localhost:8501`.
         timeout_s: Time limit of a call in seconds, including all retries and the waits between them.
-        retries: How often, and for how long, a temporarily refused call is retried.
         token: Sent with each request as `authorization: Bearer`, if the server requires one.
         headers: Additional headers of each request, for example for a proxy.
         verify: Whether to verify the certificate of an `https` address, or the SSL context to verify it with.
@@ -182,7 +173,7 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Ends its connections."""
+        """Closes its connections."""
         await self._http.aclose()
 
     async def profile(
@@ -196,7 +187,7 @@ class AsyncClient:
         fields: Sequence[str] = (),
         top: int | None = None,
     ) -> Profile:
-        """One user's profile.
+        """Returns one user's profile.
 
         Args:
             user_id: The raw id.
@@ -216,7 +207,7 @@ class AsyncClient:
     async def profiles(
         self, users: Sequence[str | User], *, fields: Sequence[str] = (), top: int | None = None
     ) -> list[Profile]:
-        """Profiles of up to 1,000 users in their order, all of one version; arguments and errors as of `profile`."""
+        """Returns the profiles of up to 1,000 users in their order, all of one version; otherwise as `profile`."""
         asked = [_without_none((User(user) if isinstance(user, str) else user)._asdict()) for user in users]
         body = {"profiles": asked, "fields": list(fields) or None, "top": top}
         return (await self._ask("POST", "/v1/profiles:batch", Profiles, json=_without_none(body))).profiles
@@ -229,9 +220,9 @@ class AsyncClient:
         at: str | int | None = None,
         context: Mapping[str, str] | None = None,
     ) -> Ranking:
-        """Up to 1,000 items, the most probable for this user first; arguments and errors as of `profile`.
+        """Ranks up to 1,000 items, the most probable for this user first; arguments and errors as of `profile`.
 
-        With bids the item of the highest expected value comes first; items at their cap are only in `left_out`.
+        With bids, the item of the highest expected value comes first. Items at their cap are only in `left_out`.
         """
         named = [item if isinstance(item, str) else _item(item) for item in items]
         body = {"user_id": user_id, "items": named, "at": at, "context": context}
@@ -247,7 +238,7 @@ class AsyncClient:
         at: str | int | None = None,
         context: Mapping[str, str] | None = None,
     ) -> Recommendations:
-        """Items for this user, each with its reason.
+        """Returns items for this user, each with its reason; other arguments as of `profile`.
 
         Args:
             user_id: The raw id.
@@ -272,7 +263,7 @@ class AsyncClient:
         at: str | int | None = None,
         context: Mapping[str, str] | None = None,
     ) -> SimilarItems:
-        """The items that are nearest to this user; arguments and errors as of `recommend`."""
+        """Returns the items that are nearest to this user; arguments and errors as of `recommend`."""
         given = {"n": n, "exclude_seen": "true" if exclude_seen else None, "at": at}
         return await self._get(f"/v1/similar/{in_path(user_id)}", SimilarItems, given, context)
 
@@ -287,25 +278,15 @@ class AsyncClient:
         context: Mapping[str, str] | None = None,
         top: int | None = None,
     ) -> Explanation:
-        """Why an interest (`label`) or an engagement (`item`) is as probable as it is.
+        """Explains the probability of an interest (`label`, as a profile shows it) or of an engagement (`item`).
 
-        Args:
-            user_id: The raw id.
-            label: A category, as a profile shows it; or
-            item: An item.
-            category: As of `profile`.
-            at: Likewise.
-            context: Likewise.
-            top: The most reasons; by default 10.
-
-        Raises:
-            ClientError: See `springtide_client.errors`.
+        `top` is the maximum number of reasons, by default 10. Other arguments and errors are as of `profile`.
         """
         given = {"label": label, "item": item, "category": category, "at": at, "top": top}
         return await self._get(f"/v1/profiles/{in_path(user_id)}/explain", Explanation, given, context)
 
     async def ready(self) -> Readiness:
-        """Whether the worker can answer, and what it lacks; there are no retries.
+        """Returns whether the worker can answer, and what it lacks; there are no retries.
 
         Raises:
             ClientError: The worker does not answer.
@@ -368,8 +349,8 @@ def _blocking(
 class Client:
     """Client of one serving address. Threads may share it. Use it in a `with`, or call `close`.
 
-    It runs an `AsyncClient` in an event loop in a thread of its own, because only a task can be cancelled at any moment:
-    so a server that sends one byte at a time does not hold a call beyond its time limit.
+    It runs an `AsyncClient` in an event loop in its own thread, because only a task can be cancelled at any moment.
+    So a server that sends one byte at a time does not hold a call beyond its time limit.
 
     Args: As of `AsyncClient`; `sleep` and `transport` run in that event loop.
     """
@@ -411,7 +392,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Ends its connections."""
+        """Closes its connections."""
         if not self._loop.is_closed():
             self._run(self._client.close())
             self._loop.call_soon_threadsafe(self._loop.stop)

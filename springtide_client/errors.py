@@ -13,12 +13,7 @@ from __future__ import annotations
 
 
 class ClientError(Exception):
-    """Base class of the client's errors: a call got no response, or an error.
-
-    Attributes:
-        what: What happened.
-        do: What to do.
-    """
+    """Base class of the client's errors: a call got no response, or an error. `what` happened, and what to `do`."""
 
     def __init__(self, what: str, do: str = "") -> None:
         super().__init__(f"{what}; {do}" if do else what)
@@ -38,15 +33,8 @@ class Refused(ClientError):
 
     Args:
         status: HTTP status code.
-        what: What happened.
-        do: What to do.
         where: The part of the request at fault, if there is one: a parameter, or a JSON pointer into the body.
         retry_after_s: When the worker asks to retry, in seconds; None if it does not say.
-
-    Attributes:
-        status: As given.
-        where: As given.
-        retry_after_s: As given.
     """
 
     def __init__(

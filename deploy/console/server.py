@@ -1,8 +1,8 @@
 """Serves the operator's console over HTTP: `springtide console`; `springtide up` starts it too.
 
-It is its own process and not part of a serving worker: it reads the registry and Kafka, changes control, and may block
-for seconds, which must not delay answers to users. It logs no request path, because a path may contain a user id. It
-answers these read requests; `steering.py` has those that change something:
+It is its own process, because it may block for seconds, which must not delay answers to users. It logs no request
+path, because a path may contain a user id. It answers these read requests; `steering.py` has those that change
+something:
 
     GET /                   the page, and each file of `static`; all are read once and nothing is loaded from elsewhere
     GET /api/session
@@ -13,8 +13,8 @@ answers these read requests; `steering.py` has those that change something:
     GET /api/masks
     GET /api/profiles/{user_id}?label=    one user's profile, with an explanation
 
-Access control uses tokens and origins, not cookies, so a browser never sends anything on its own that another page
-could use. A request that changes something must
+Access control uses tokens and origins, not cookies, so a browser sends nothing on its own that another page could
+use. A request that changes something must
 
 - carry a token of the role `operate` in a header,
 - declare a JSON body, which an HTML form cannot,
@@ -92,7 +92,6 @@ SECURITY_HEADERS: Headers = [
     (b"cross-origin-opener-policy", b"same-origin"),
     (b"cross-origin-resource-policy", b"same-origin"),
 ]
-"""Headers of every answer."""
 ANSWER_S = 10.0
 FIELDS = "features,attributes"
 INTERESTS = "12"
@@ -111,12 +110,7 @@ _log = logging.getLogger(__name__)
 
 
 class RequestGuard:
-    """Authorizes requests, or refuses them with a reason.
-
-    Args:
-        tokens: The tokens of both roles.
-        open_to_read: Whether every client that reaches the port may read.
-    """
+    """Authorizes requests, or refuses them with a reason. `open_to_read`: every client may read."""
 
     def __init__(self, tokens: Tokens, open_to_read: bool) -> None:
         self._tokens, self.open_to_read = tokens, open_to_read
@@ -222,7 +216,7 @@ class Reading:
         return Response(200, encode(await asyncio.to_thread(self._commands.listed, words)))
 
     async def _profile(self, request: Request) -> Response:
-        """Returns what serving answers; the user's id is passed on and stored nowhere."""
+        """Returns serving's answer; the user's id is passed on and stored nowhere."""
         user_id, label = request.path["user_id"], request.parameters(ProfileLookup).label
         return await asyncio.to_thread(self._looked_up, quote(user_id, safe=""), label)
 
@@ -273,12 +267,9 @@ def _endpoint(name: str, path: Path) -> Endpoint:
 
 
 class Console:
-    """The ASGI application.
+    """The ASGI application. The caller that runs it starts `watch`, which collects the loop's figures.
 
-    Attributes:
-        watch: Collects the loop's figures; the caller that runs the application starts it.
-        endpoints: All endpoints.
-        draining: Whether the process is about to end: answers then end their connections.
+    With `draining` set, the process is about to end, and answers end their connections.
     """
 
     def __init__(self, settings: Settings, guard: RequestGuard, now_ms: Callable[[], int]) -> None:
@@ -298,7 +289,7 @@ class Console:
         self._say = SaidOnce(_log.warning)
 
     def count_refused(self, reason: str) -> None:
-        """Logs once that a connection or request was refused, and why."""
+        """Logs the first refusal of each reason."""
         self._say(f"a connection or request was refused: {reason}")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -340,7 +331,7 @@ def outcome(status: int) -> str:
 
 
 def access_of(settings: Settings) -> tuple[Access, RequestGuard]:
-    """Returns the console's access control: serving's certificate and tokens, which are created if they are missing.
+    """Returns the console's access control: serving's certificate and tokens, which are created if missing.
 
     Raises:
         SettingsError: The files that the settings name cannot be used.

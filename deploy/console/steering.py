@@ -4,8 +4,7 @@
     POST /api/rollback   executes a plan that was shown
     POST /api/pin /api/follow /api/hold /api/release /api/pause /api/resume /api/unmask
 
-Plans of rollbacks are kept in memory. A rollback executes only a plan that was shown, and only while control is the
-same as when it was shown.
+Plans are kept in memory. A rollback executes only a plan that was shown, while control is the same as then.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from state.process.actor import acting, actor
 
 MOST, KEEP_S = 32, 900.0
 LISTED_S = {"versions": 3.0, "history": 1.0, "masks": 1.0}
-"""How long each list that was read is reused, seconds."""
+"""How long each list is reused, seconds."""
 LONGEST_REASON, LONGEST_NAME, MOST_SKIPS = 500, 64, 50
 Answer = Callable[[Request], Awaitable[Response]]
 Skips = Annotated[list[str], msgspec.Meta(max_length=MOST_SKIPS)]
@@ -52,7 +51,7 @@ COMMANDS = {
     "unmask": control.unmask,
     **dict.fromkeys(control.SWITCHES, control.switch),
 }
-"""By command, the function that runs it; the function outputs one JSON document."""
+"""The function of each command; it outputs one JSON document."""
 
 
 def status_of(error: SpringtideError) -> int:
@@ -69,8 +68,7 @@ def status_of(error: SpringtideError) -> int:
 class CommandRunner:
     """Runs the operator's commands for the console, one at a time: LMDB cannot open a store twice in a process.
 
-    Attributes:
-        stores: Held while a store is open.
+    `stores` is held while a store is open.
     """
 
     def __init__(self, settings: Settings, now_ms: Callable[[], int]) -> None:
@@ -80,11 +78,9 @@ class CommandRunner:
         self._lists: dict[tuple[str, ...], tuple[float, Any]] = {}
 
     def run(self, words: Sequence[str]) -> Any:
-        """Runs a command and returns its JSON output.
+        """Runs a command, the arguments as typed after `springtide`, and returns its JSON output.
 
-        Args:
-            words: The arguments as typed after `springtide`. Pass untrusted values as `--option=VALUE`, so that they are
-                never parsed as options.
+        Pass untrusted values as `--option=VALUE`, so that they are never parsed as options.
 
         Raises:
             SettingsError: The arguments are invalid.
@@ -97,7 +93,7 @@ class CommandRunner:
         return json.loads(printed[-1])
 
     def listed(self, words: Sequence[str]) -> Any:
-        """Runs a command that lists, or returns what it listed within `LISTED_S`; one thread runs it, others wait."""
+        """Returns what a listing command lists, or listed within `LISTED_S`; one thread runs it, others wait."""
         key = tuple(words)
         with self._listing:
             read_s, found = self._lists.get(key, (-math.inf, None))
@@ -118,8 +114,7 @@ class CommandRunner:
 class ShownPlan(NamedTuple):
     """A rollback as it was shown: its words without reason and name, with all times written out, and the version.
 
-    Attributes:
-        shown_s: When, monotonic seconds.
+    `shown_s` is monotonic.
     """
 
     words: tuple[str, ...]
@@ -178,7 +173,7 @@ EXAMPLES: dict[type, str] = {
 
 
 class Steering:
-    """The endpoints that change something, and the plan; `changed` is called after a change, in the thread that made it."""
+    """The endpoints that change something; `changed` is called after a change, in the thread that made it."""
 
     def __init__(self, commands: CommandRunner, changed: Callable[[], None]) -> None:
         self._commands, self._changed = commands, changed
@@ -259,7 +254,7 @@ class Steering:
 
 
 def words_of(wanted: PlanWanted, now_ms: int) -> list[str]:
-    """Returns the words of a rollback without its target. Times are written out, so that they mean the same later.
+    """Returns the words of a rollback without its target; times are written out, so that they mean the same later.
 
     >>> words_of(PlanWanted(skip=["0:5-9"], minutes=1, mode="exact"), 1_800_000_000_000)
     ['rollback', '--mode=exact', '--skip=0:5-9', '--skip-time=1799999940000..1800000000000']
@@ -279,13 +274,10 @@ def words_of(wanted: PlanWanted, now_ms: int) -> list[str]:
 
 
 def checked(text: str, what: str, longest: int) -> str:
-    """Returns a text for the audit log, stripped.
+    """Returns a text for the audit log, stripped; raises BadRequest if it is empty, too long, or not printable.
 
     >>> checked(" bots clicked ", "reason", 500)
     'bots clicked'
-
-    Raises:
-        BadRequest: It is empty, too long, or not printable.
     """
     text = text.strip()
     if not text or len(text) > longest or not text.isprintable():

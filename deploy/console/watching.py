@@ -2,8 +2,7 @@
 
 While somebody has the console open, figures are read every second; otherwise only as often as the curves need them.
 Sections that no process exposes on /metrics (Kafka, registry, accounts, disks) are read less often, and only while
-somebody has the console open. One thread at a time opens stores, because LMDB cannot open the same store twice in a
-process.
+somebody has it open. One thread at a time opens stores, because LMDB cannot open a store twice in a process.
 """
 
 from __future__ import annotations
@@ -51,13 +50,13 @@ QUANTILES: Mapping[str, tuple[str, str]] = {
 }
 """Curve -> the histogram and its quantile."""
 LIFT = "lift_top1"
-"""The curve of the model's top-1 hit rate compared with the best simple baseline."""
+"""Curve of the model's top-1 hit rate compared with the best simple baseline."""
 WATCHED_S = 20.0
 """How long after a request the console counts as open."""
 POLL_S = 1.0
 SECTIONS_S = 15.0
 AWAY_S = 5.0
-"""Interval of reads while Kafka is unreachable; short, so that its return shows soon."""
+"""Interval of reads while Kafka is unreachable."""
 _log = logging.getLogger(__name__)
 
 

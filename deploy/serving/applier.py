@@ -6,16 +6,14 @@
     attributes  the topics of attributes, if any     attributes              state/attributes/follower.py
     exposures   exposures that workers kept, if any  the exposures topic     `ExposureForwarder`
 
-The threads are independent. If Kafka is unreachable, new versions still arrive. If the registry is
-unreachable, new clicks still arrive. A thread whose store or disk is full waits alone. Workers
-answer in any case.
+The threads are independent: an unreachable registry delays no clicks, unreachable Kafka delays no versions, and a
+full store or disk stops only the thread that writes to it.
 
-Rows are in memory where possible. If memory stays full, the row store and its follower move to the
-disk while workers continue to answer.
+Rows are in memory where possible. If memory stays full, the row store and its follower move to the disk while
+workers continue to answer.
 
-Serving reads the topics of attributes itself. So an answer uses a user's attributes moments after
-their record arrives, with or without a click. A user without a record has the value "unknown",
-which the model learns like any other value.
+Serving reads the topics of attributes itself, so an answer uses a user's attributes moments after their record
+arrives.
 """
 
 from __future__ import annotations
@@ -91,14 +89,6 @@ _log = logging.getLogger(__name__)
 class HostRows:
     """The rows that this host's workers read; used by one thread that holds the lock of the serving directory.
 
-    Args:
-        settings: Of the whole system.
-        metrics: Of the applier.
-        now_ms: The wall clock.
-
-    Attributes:
-        versions: Fills the store that answers read.
-
     Raises:
         StoreError: The store cannot be opened.
     """
@@ -126,7 +116,7 @@ class HostRows:
         )
 
     def step(self) -> bool:
-        """One round of following and of removing old versions; returns whether there may be more to do at once.
+        """Follows and removes old versions once; returns whether there may be more to do at once.
 
         Raises:
             StoreFull: There is no room now; nothing was changed, and the next call tries again.
@@ -143,7 +133,7 @@ class HostRows:
         return more
 
     def keep_house(self) -> None:
-        """Frees what readers that died have left, and measures; every second or so."""
+        """Frees what readers that died have left, and measures; called about once a second."""
         self._store.clear_stale_readers()
         used = place.size(self._place.path)
         self._metrics.rows_bytes.labels("memory").set(used if self._place.in_memory else 0)
@@ -155,21 +145,14 @@ class HostRows:
 
 
 class ExposureForwarder:
-    """Sends the exposures that workers keep, until `stop` is set.
-
-    Args:
-        folder: The host's directory of exposures.
-        log: Where the topic is.
-        topic: Its name.
-        now_ms: The wall clock.
-    """
+    """Sends the exposures that workers keep, until `stop` is set."""
 
     def __init__(self, folder: Path, log: Log, topic: str, now_ms: Callable[[], int]) -> None:
         self._folder, self._log, self._topic, self._now_ms = folder, log, topic, now_ms
         self._writer: Writer | None = None
 
     def run(self, stop: threading.Event) -> None:
-        """Sends until `stop`; what is left is sent after the next start."""
+        """Sends until `stop`; the rest is sent after the next start."""
         say = SaidOnce(_log.warning)
         try:
             while not stop.is_set():
@@ -215,19 +198,13 @@ class ExposureForwarder:
 
 
 class _Keyed(msgspec.Struct):
-    """The user of an exposure."""
-
     user: str
 
 
 class AttributesFollower:
-    """The applier's part: both topics into the host's store. `run` in a thread of its own, `close` after it.
+    """Follows both topics of attributes into the host's store. Call `run` in its own thread, then `close`.
 
-    Args:
-        settings: Of the whole system; at least one topic of attributes is configured.
-        path: Directory of the store.
-        metrics: Of the applier.
-        room: The space that the store needs.
+    `room` is the space that the store needs.
 
     Raises:
         MissingSalt: The salt's file is missing.
@@ -248,11 +225,7 @@ class AttributesFollower:
         ]
 
     def run(self, stop: threading.Event) -> None:
-        """Follows until `stop`.
-
-        Raises:
-            StoreError: The store cannot be written.
-        """
+        """Follows until `stop`; raises StoreError if the store cannot be written."""
         for one in self._followers:
             self._count(one.side)
         keep_following(self._followers, stop, self._took, "answers use the attributes they have", self._room)
@@ -279,14 +252,7 @@ class AttributesFollower:
 
 
 def show_ages(served: Served | None, newest_ms: int, now_ms: int, metrics: ApplierMetrics) -> None:
-    """Records the age of the version and of the histories.
-
-    Args:
-        served: The served version; None while there is none.
-        newest_ms: Time of the newest click in the histories; 0 while there is none.
-        now_ms: The wall clock.
-        metrics: The applier's metrics.
-    """
+    """Records the age of the version (None: there is none) and of the newest click (time 0: there is none)."""
     if served is not None:
         metrics.version_age_seconds.set((now_ms - served.created_at_ms) / 1000)
     if served is not None and served.event_time_ms:
@@ -302,8 +268,7 @@ def show_ages(served: Served | None, newest_ms: int, now_ms: int, metrics: Appli
 class LogCheck:
     """Checks whether histories have reached the end offsets that the log last reported. Used by one thread.
 
-    Args:
-        every_ms: The interval between requests for the end offsets.
+    `every_ms` is the interval between requests for the end offsets.
     """
 
     def __init__(self, every_ms: int) -> None:
@@ -334,7 +299,7 @@ class LogCheck:
 
 
 class Every:
-    """Says at most once in `period_s` that it is time.
+    """Rate limit: true at most once in `period_s`.
 
     >>> due = Every(1.0)
     >>> due(10.0), due(10.5), due(11.0)
@@ -354,14 +319,7 @@ class Every:
 
 
 class Applier:
-    """The followers and their upkeep. `run` until `stop` is set.
-
-    Args:
-        settings: Of the whole system.
-        registry: Where the metrics go.
-        stop: Ends all threads; a thread that fails sets it.
-        now_ms: The wall clock.
-    """
+    """The followers and their upkeep. `run` until `stop` is set; a thread that fails sets it."""
 
     def __init__(
         self,
@@ -407,7 +365,7 @@ class Applier:
         return self._rows.versions
 
     def _number_actions(self, spec: FeatureSpec, known: SpecActions) -> None:
-        """Histories that 0.1.0 kept have the actions of the version that answered last."""
+        """Gives histories that 0.1.0 kept the actions of the version that answered last."""
         store, served = self._histories, self.versions.served
         before = None if served is None else known.of(served.spec)
         store.numbering, extra = numbered(store.extra(ACTIONS), spec.actions, before)
@@ -452,11 +410,10 @@ class Applier:
         ExposureForwarder(folder, Log(kafka), kafka.exposures_topic, self._now_ms).run(self._stop)
 
     def _room(self) -> Room:
-        """The space that one thread needs."""
         return Room(SERVING, self._storage, self._stop.wait, _log.warning)
 
     def _registry_ms(self) -> int:
-        """Until when the registry's directory has all versions: now, or the last time its shared location was reached."""
+        """Until when the registry's directory has all versions: now, or the last contact with its shared location."""
         now_ms = self._now_ms()
         if not self._settings.paths.shared_registry:
             return now_ms

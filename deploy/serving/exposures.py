@@ -1,8 +1,8 @@
 """A spool of exposures: workers, which do not use Kafka, write files that the applier of their host sends to Kafka.
 
-Each worker writes its own files, one per quarter of a second in which it answers queries. The applier sends the files that
-are no longer written, and removes them once Kafka has acknowledged them. After a crash in between, some exposures are sent
-twice. That does no harm, because exposures count users, not records.
+Each worker writes one file per quarter of a second in which it answers queries. The applier sends settled files, and
+removes them once Kafka has acknowledged them. A crash in between sends some exposures twice. That does no harm,
+because exposures count users, not records.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 from state.process.said_once import SaidOnce
 
 FILE_MS = 250
-"""How long a worker writes to one file."""
 
 SETTLED_MS = 500
 """The age after which a file is no longer written."""

@@ -75,12 +75,9 @@ class ItemFeed:
         self._oldest = Feed(max(0, self._feed.seq - SLOTS), max(0, self._feed.new - NEW_SLOTS))
 
     def news(self, events: Events, categories: Mapping[str, bytes], clock_ms: int) -> dict[str, bytes | None]:
-        """Returns the extras to commit together with clicks.
+        """Returns the extras to commit together with clicks, `[m]` EVENT.
 
-        Args:
-            events: `[m]` EVENT.
-            categories: The extras with items' categories that are committed with them; they include all new items.
-            clock_ms: Log time.
+        `categories` has the extras with items' categories of that commit, which include all new items.
         """
         clicked = _clicked(events)
         if not len(clicked):
@@ -120,7 +117,7 @@ class ItemFeed:
 
 
 def _clicked(events: Events) -> np.ndarray[tuple[int], np.dtype[np.void]]:
-    """Counts the clicks of each item with a category, `[k]` CLICKED; the category is that of its last click."""
+    """Counts the clicks of each item with a category, `[k]` CLICKED; its category is that of its last click."""
     some = events[(events["item"] != 0) & (events["category"] != 0)][::-1]
     items, first, clicks = np.unique(some["item"], return_index=True, return_counts=True)
     clicked = np.zeros(len(items), CLICKED)

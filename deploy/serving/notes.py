@@ -108,12 +108,11 @@ NOTE_MS = 1000
 
 
 class Currency:
-    """The files that record how current the stores of one host are: the time up to which they are complete.
+    """Records in files up to which time the stores of one host are complete.
 
-    The applier writes that time, and workers read it. It is not the age of the data: without new clicks, old histories are
-    current. Once the applier has consumed the log up to its end offsets, its histories hold all that the log held when it
-    requested them. A poll of the registry that finds nothing new counts in the same way. So an unreachable broker or
-    registry, a stopped applier and an applier that falls behind all become visible.
+    The applier writes that time, and workers read it. It is not the age of the data: without new clicks, old
+    histories are current. Histories that reach the log's end offsets hold all that the log held when these were
+    requested. A poll of the registry that finds nothing new counts in the same way.
 
     The time is the modification time of a file, so recording it is cheap.
     """

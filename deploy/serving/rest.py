@@ -1,10 +1,7 @@
 """A serving worker's process: `python -m deploy.serving.rest [flags]`, HTTP and gRPC on one event loop.
 
-One thread of one process answers. If `serving.workers` is above 1, this process is the parent of several workers on one
-port (`requests/workers.py`).
-
-Before a worker reports ready, it prepares its kernels and computes one answer of each kind. So the first client waits no
-longer than the second.
+If `serving.workers` is above 1, this process is the parent of several workers on one port (`requests/workers.py`).
+Before a worker reports ready, it prepares its kernels and computes one answer of each kind.
 """
 
 from __future__ import annotations
@@ -73,7 +70,7 @@ from state.process.wall_clock import wall_ms
 USER = "springtide-warm-up"
 """User id of the warm-up answers; no user has it."""
 ITEMS = BATCHES[-1] + 1
-"""So many items need the program for many pairs."""
+"""Enough items to need the program for many pairs."""
 POLL_S = 0.1
 OWN_FILES = 256
 """Open files of a worker in addition to its connections."""
@@ -87,19 +84,11 @@ class App:
     """A worker's HTTP API as an ASGI application: routes requests, answers them, reports errors and counts.
 
     Args:
-        host: The host whose stores answer.
-        registry: The worker's metrics.
-        serving: The limits of requests.
         shown_metrics: The metrics that /metrics shows; None for `registry`.
         tokens: The tokens that requests need; None if they need none.
-        clock_s: A monotonic clock.
         split: Answers a share of the users from a trial; None if this host takes part in no rollout.
 
     Attributes:
-        host: As given.
-        metrics: The worker's metrics.
-        counts: Counts the requests.
-        endpoints: The endpoints.
         draining: Whether the worker is about to end: answers then end their connections.
     """
 
@@ -160,13 +149,8 @@ class App:
     def respond(self, scope: Scope, receive: Receive, done: Done) -> Coroutine[Any, Any, None] | None:
         """Answers one request with minimal overhead: the endpoint of a profile needs no task.
 
-        Args:
-            scope: The ASGI scope.
-            receive: The ASGI receive function.
-            done: Called with the response, in a later iteration of the event loop.
-
-        Returns:
-            What is to be awaited; None if nothing is.
+        `done` is called with the response, in a later iteration of the event loop. Returns what is to be awaited, if
+        anything.
         """
         began_s, name = self.counts.clock_s(), UNKNOWN
         try:
@@ -202,7 +186,7 @@ class App:
         done(self._counted(name, response, began_s))
 
     def _failure(self, name: str, error: BaseException) -> Response:
-        """Reports an error. At this edge of the process, others are logged, and further requests answered."""
+        """Reports an error. Errors of other types are logged, and further requests are answered."""
         if isinstance(error, SpringtideError):
             return failure(error)
         _log.error("a request for %s failed", name, exc_info=error)
@@ -214,12 +198,7 @@ class App:
 
 
 class Warming:
-    """Prepares a worker: its kernels, then one answer of each kind.
-
-    Args:
-        host: Until the kernels are ready it answers `NotReady`; until the answers are computed, it is not ready.
-        kernels: The kernels of this process.
-    """
+    """Prepares a worker: its kernels, then one answer of each kind. Until then the host is not ready."""
 
     def __init__(self, host: Host, kernels: Kernels) -> None:
         self._host, self._kernels = host, kernels
@@ -302,12 +281,8 @@ def serve(
 ) -> None:
     """Runs one worker until SIGTERM or SIGINT; requests in progress are answered before it returns.
 
-    Args:
-        settings: The system's settings.
-        bound: The socket from which it accepts connections.
-        ready: Called once it does.
-        shared: Whether other workers answer on the same port, whose counters its metrics add up.
-        again: Whether it replaces a worker. Others answer meanwhile, so it accepts connections once it is prepared.
+    `ready` is called once it accepts connections. `shared`: other workers answer on the same port, and its metrics
+    add up their counters. `again`: it replaces a worker, so it is prepared before it accepts connections.
     """
     salt, serving = load_salt(settings.salt_path, create=False), settings.serving
     host = Host(settings, salt, now_ms=wall_ms)
@@ -363,7 +338,7 @@ def shared_worker(number: int, bound: socket.socket, ready: Event, argv: list[st
 
 
 def allow_connections(wanted: int) -> None:
-    """Raises this process's limit of open files to what so many connections need, as far as the system lets it."""
+    """Raises this process's limit of open files to what so many connections need, as far as the system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted + OWN_FILES:
         most = wanted + OWN_FILES if hard == resource.RLIM_INFINITY else min(hard, wanted + OWN_FILES)

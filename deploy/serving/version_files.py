@@ -15,9 +15,7 @@ from state.registry.registry import Registry
 class VersionFiles:
     """Copies programs and feature specs from the registry, so that workers read only this host's disk.
 
-    Args:
-        folder: The target directory; created if it is missing.
-        registry: The source registry.
+    `folder` is created if it is missing.
     """
 
     def __init__(self, folder: Path, registry: Registry) -> None:

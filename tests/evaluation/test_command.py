@@ -137,8 +137,8 @@ def test_impressions_with_context_and_attributes_give_tables_of_engagement(
     ("rows", "words", "message"),
     [
         ([], [], "is a click: the recording is empty"),
-        (["u1,,c1,view,1700000000"], [], "no click has an item: there is nothing to recommend"),
-        (["u1,i1,c1,stare,1700000000"], [], "is a click: 1 dead letter (1 wrong_type)"),
+        (["u1,i1,c1,view,1700000000"], ["--events.item="], "no click has an item: there is nothing to recommend"),
+        (["u1,i1,c1,stare,1700000000"], [], "is a click: 1 dead letter (1 unknown_action)"),
         (["u1,i1,c1,view,1700000000"], ["--from", "2024-01-01"], "is after the last click of the recording"),
         (["u1,i1,c1,view,1700000000"], ["--last", "0"], "--last 0"),
         (["u1,i1,c1,view,1700000000"], ["--synthetic", "news"], "files, or --synthetic"),

@@ -1,22 +1,12 @@
 """Explains a predicted probability: splits its difference from an unknown user's probability into parts that add up.
 
-The explained probability is that of one candidate, or of engagement with an item.
-
-1. Two questions, one about the user and one about an unknown user, are prepared at one moment and answered by one
-   version.
-2. Inputs that differ are put into groups, by what they describe. The program is evaluated with some groups from the
-   user's question and the others from the unknown user's. A group's part is its Shapley value: how much the probability
-   changes when the group becomes the user's, on average over orders.
-3. The parts are returned with the events behind them, in words: "viewed phones 14 times in 7 days, last 3 min ago". A
-   check confirms that the parts add up to the difference of the two answers.
-
-Only outputs of the program are needed. So this works for any ranker and preprocessing, and serving needs neither
-TensorFlow nor a second program.
-
-A group's Shapley value (Shapley 1953, "A Value for n-Person Games") is a mean over all orders in which the groups become
-the user's. It averages the change that the group's own step makes. The changes of each order add up to the whole
-difference, so the values do too. With more than `EXACT` groups, `ORDERS` random orders stand for all: half of them, and
-the same ones reversed (Castro, Gomez and Tejada 2009).
+1. One version answers two queries at one moment, one about the user and one about an unknown user.
+2. Inputs that differ are grouped by what they describe. A group's part is its Shapley value (Shapley 1953, "A Value
+   for n-Person Games"): the mean, over all orders in which the groups become the user's, of how much the probability
+   changes when this group does. With more than `EXACT` groups, `ORDERS` random orders stand for all: half of them,
+   and the same ones reversed (Castro, Gomez and Tejada 2009).
+3. Each part is returned with the events behind it, in words. A check confirms that the parts add up to the
+   difference.
 
 The fields of the explanation are those of the JSON that the API returns.
 """
@@ -85,7 +75,7 @@ I32 = NDArray[np.int32]
 
 
 class Group(NamedTuple):
-    """Inputs that describe the same thing.
+    """Inputs that describe the same thing; `place` is the slot of a category or the number of an action, else 0.
 
     Attributes:
         kind: What that is:
@@ -100,7 +90,6 @@ class Group(NamedTuple):
             context     the user's attributes
             crosses     the pair's crosses
             pair        the item and its category, the same in both answers
-        place: The slot of a category, the number of an action; else 0.
     """
 
     kind: str
@@ -110,10 +99,9 @@ class Group(NamedTuple):
 def groups_of(
     spec: FeatureSpec, shapes: Mapping[str, tuple[int, ...]], own_popular: Sequence[int]
 ) -> tuple[list[Group], dict[str, I32]]:
-    """Returns the groups, and for each input with a row per question the group number of each of its values.
+    """Returns the groups, and for each input with a row per query the group number of each of its values.
 
-    A popular category that is also the user's own is scored once, as the user's own.
-    So its slot among the popular ones belongs to the group of the category.
+    A popular category that is also the user's own belongs to the group of the user's own, because it is scored once.
 
     >>> shapes = {"user_row": (-1, 2), "recent_next": (-1, 2, 1), "popular_mask": (-1, 3), "popular_rows": (3, 2)}
     >>> groups, numbers = groups_of(FeatureSpec(), shapes, [-1, 1, -1])
@@ -148,7 +136,6 @@ def groups_of(
 
 
 def _of_features(spec: FeatureSpec) -> list[Group]:
-    """Returns the group of each feature, in the order of the names."""
     of_action = len(spec.windows_s) + len(spec.half_lives_s) + 1
     groups = [Group("action", place) for place in range(len(spec.actions)) for _ in range(of_action)]
     for name in spec.names[len(groups) :]:
@@ -159,7 +146,6 @@ def _of_features(spec: FeatureSpec) -> list[Group]:
 
 
 def _kind(name: str) -> str:
-    """Returns the kind of an input whose values all describe the same thing."""
     own = own_rows_of(name)
     if own is not None:
         return "sequence" if own[1].startswith("sequence") else _OWN.get(own[1], "pair")
@@ -170,7 +156,6 @@ class Behind(NamedTuple):
     """What explains a part.
 
     Attributes:
-        words: A description.
         about: The category or the action that it is about; None if it is about neither.
         events: The newest of the events behind it, each with `at`, `action`, `category` and `item`.
     """
@@ -192,13 +177,9 @@ class ExplainedPart(TypedDict):
 
 @dataclass(slots=True)
 class Explanation(About):
-    """Why a probability differs from that of an unknown user.
+    """Why a probability differs from that of an unknown user at the same moment.
 
     Attributes:
-        label: The category whose interest is explained; None for an item.
-        item: The item whose engagement is explained; None for a category.
-        probability: For this user.
-        cold_start_probability: The probability for an unknown user, computed at the same moment.
         reasons: The largest parts of the difference, the largest first.
         rest: The sum of all smaller parts: reasons and rest add up to the difference of the probabilities.
     """
@@ -233,16 +214,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 class Words:
-    """Describes one user's events.
-
-    Args:
-        events: `[m]` EVENT, newest first, the ones that windows count.
-        at_ms: The time of the query.
-        spec: Names actions and windows.
-        name_of: Returns the name of a category.
-        recent_categories: The user's categories, newest first.
-        attributes: The user's attributes, as names and texts.
-    """
+    """Describes one user's events: `[m]` EVENT, newest first, the ones that windows count."""
 
     def __init__(
         self,
@@ -296,7 +268,7 @@ class Words:
         return Behind(words, None, self._shown(shown))
 
     def _done(self, events: Events, what: str, about: str) -> Behind:
-        """Describes what was done, how often and when last: with one category, or one action with all."""
+        """Describes one category's or one action's events: how often, and the last time."""
         counts = np.bincount(events["action"], minlength=len(self._spec.actions)).tolist()
         done = []
         for action, count in zip(self._spec.actions, counts, strict=False):
@@ -323,12 +295,9 @@ class Words:
 
 
 def _values(slots: Sequence[int], inputs: Mapping[str, F32], outputs: Mapping[str, F32]) -> F64:
-    """Returns the explained probability in each of n rows, `[n]` float64; 0 where the category is no candidate.
+    """Returns the explained probability in each row, `[n]` float64; 0 where the category is in none of the slots.
 
-    Args:
-        slots: Those in which the category may be scored, as the user's own or a popular one; none for the engagement.
-        inputs: Of the program, with the masks of the candidates.
-        outputs: Of the program.
+    `slots` are those in which the category may be scored; none for an engagement.
     """
     if not slots:
         logits = outputs["engagement_logit"].reshape(-1).astype(np.float64)
@@ -341,12 +310,9 @@ def _values(slots: Sequence[int], inputs: Mapping[str, F32], outputs: Mapping[st
 
 
 def candidate(prepared: Prepared, place: int, label: str) -> int | None:
-    """Returns the slot of a category in one of the questions; None if it is no candidate there.
+    """Returns the slot of a category in query number `place`; None if it is no candidate there.
 
-    Args:
-        prepared: Some questions.
-        place: Index of the question.
-        label: The category's raw id, or the hexadecimal id that an answer shows if no name is known.
+    `label` is the category's raw id, or the hexadecimal id that an answer shows if no name is known.
     """
     inputs, recent = prepared.inputs, prepared.vectors.recent_categories[place]
     by_kind = {"recent": recent, "popular": prepared.version.popular, "successor": prepared.successors[place]}
@@ -390,10 +356,9 @@ class Coalitions:
         self._at = at.reshape(len(self._orders), groups + 1)
 
     def shares(self, values: F64) -> F64:
-        """Returns the value of each group, `[groups]` float64; they add up to the last of `values` less the first.
+        """Returns the value of each group, `[groups]` float64, from the function at `members`, `[n]` float64.
 
-        Args:
-            values: `[n]` float64, the function at `members`.
+        They add up to the last of `values` less the first.
         """
         found = np.zeros(self._orders.shape[1])
         np.add.at(found, self._orders, np.diff(values[self._at], axis=1))
@@ -401,12 +366,9 @@ class Coalitions:
 
 
 def explain(predictor: Predictor, query: Query, label: str | None) -> Generator[None, None, Explanation]:
-    """Explains an answer and returns the explanation; yields after each batch, so that others are answered in between.
+    """Explains an answer; yields after each batch, so that other requests are answered in between.
 
-    Args:
-        predictor: The predictor.
-        query: About the user, and about the item if one is explained.
-        label: The category that is explained; None for the item.
+    `label` is the category to explain; None for the query's item.
 
     Raises:
         BadRequest: Not exactly one of item and label is given, or the category is no candidate.
@@ -457,7 +419,6 @@ def explain(predictor: Predictor, query: Query, label: str | None) -> Generator[
 def _parts(
     predictor: Predictor, prepared: Prepared, reader: RowReader, slots: Sequence[int]
 ) -> Generator[None, None, list[tuple[Group, float]]]:
-    """Computes the share of each group of inputs that differs."""
     version = prepared.version
     own = prepared.vectors.recent_categories[0]
     own_popular = [
@@ -468,7 +429,7 @@ def _parts(
     of = np.concatenate([numbers[name].reshape(-1) for name in names])
     end, begin = (np.concatenate([prepared.inputs[name][row].reshape(-1) for name in names]) for row in (0, 1))
     moving = np.unique(of[begin != end])
-    # The columns of a coalition's members: that of each group that moves, and any for what stays as it is.
+    # Each value's column of the coalitions' members: its group's if that moves, else any.
     column = np.searchsorted(moving, of).clip(max=max(len(moving) - 1, 0))
     coalitions = Coalitions(max(len(moving), 1))
     fixed = {name: value for name, value in prepared.inputs.items() if name not in numbers}
@@ -489,7 +450,7 @@ def _parts(
 
 
 def _split(points: F32, sizes: Mapping[str, tuple[int, ...]]) -> Inputs:
-    """Returns the inputs of points, `[n, ...]` each, out of all their values side by side."""
+    """Splits points into inputs by name, `[n, ...]` each."""
     inputs, first = {}, 0
     for name, shape in sizes.items():
         count = int(np.prod(shape))
@@ -499,7 +460,6 @@ def _split(points: F32, sizes: Mapping[str, tuple[int, ...]]) -> Inputs:
 
 
 def _words(predictor: Predictor, prepared: Prepared) -> Words:
-    """Describes the events that the windows of the first question count."""
     asked, features = prepared.asked[0], prepared.version.features
     events = exchanged(predictor.events_by(asked, prepared.mask), features.actions)
     return Words(

@@ -28,9 +28,9 @@ from state.metrics import WorkerMetrics
 from state.rows.store import RowStore
 
 DEGRADED_S = 60.0
-"""The delay before a part counts as degraded; the same as that of the alert `SpringtideSharedAway`."""
+"""The delay before a part counts as degraded; also that of the alert `SpringtideSharedAway`."""
 TURN_S = 0.1
-"""The interval between updates of the item sources, after the first request for items."""
+"""Interval between updates of the item sources, after the first request for items."""
 MORE_S = 0.005
 """The interval while there is more to read."""
 _CHECK_MS = 1000
@@ -41,14 +41,7 @@ Found = TypeVar("Found", bound=About)
 class Host:
     """The stores of one serving host, as a worker reads them; reopened if the applier rebuilt them. Used by one thread.
 
-    Args:
-        settings: The locations of the stores and the definition of their features.
-        salt: The salt of the pseudonyms.
-        now_ms: The wall clock.
-        pseudonym: Maps a query's user to a pseudonym; None if queries contain raw ids.
-
     Attributes:
-        segments: The segments and their members.
         impressions: The numbers of the actions that are impressions (`labels.impressions`).
         kernels: The kernels that this process compiles; None if answers do not wait for them.
         warm: Whether answers of each kind have been computed once to warm up.
@@ -100,13 +93,11 @@ class Host:
 
     @property
     def version(self) -> int | None:
-        """The version of the last answer; None before the first answer."""
+        """The version of the last answer, if any."""
         return None if self._predictor is None else self._predictor.version
 
     def sources(self) -> ItemSources:
-        """Returns the sources of candidate items; they are rebuilt when the stores are reopened.
-
-        The caller decides how far they are read.
+        """Returns the sources of candidate items, rebuilt when the stores are reopened; the caller reads them.
 
         Raises:
             NotReady: A store does not exist yet.
@@ -118,9 +109,9 @@ class Host:
         return self._sources
 
     def missing(self) -> dict[str, str]:
-        """Returns the reasons why this worker cannot answer, by part (histories, version, program); empty when ready.
+        """Returns why this worker cannot answer, by part (histories, version, program); empty when ready.
 
-        If `serving.max_age_s` is set, parts that are too old are included.
+        With `serving.max_age_s`, parts that are too old are included.
         """
         if self.kernels is not None and not self.kernels.done:
             return {"program": self.kernels.progress}
@@ -206,15 +197,7 @@ class Host:
 class Answers:
     """Answers the queries of all protocols from one host, and counts cold starts. Used by one event loop.
 
-    Args:
-        host: The host whose stores answer.
-        metrics: The worker's metrics.
-        limits: How long a query may wait.
-
-    Attributes:
-        host: The host.
-        profiles: Answers profile queries in batches, each from one version.
-        steps: Runs long answers in steps.
+    `profiles` answers profile queries in batches, and `steps` runs long answers in steps.
     """
 
     def __init__(self, host: Host, metrics: WorkerMetrics, limits: QueueLimits) -> None:

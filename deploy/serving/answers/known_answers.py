@@ -1,8 +1,7 @@
-"""Writes this host's current answers about given users and items to a file, for an exported model that takes ids.
+"""Writes this host's current answers about given users and items to an `.npz` file.
 
-`python -m deploy.serving.answers.known_answers --users FILE [--items FILE] --version V --to FILE`
-reads the host's stores in parallel with its workers, and writes an `.npz` file.
-`trainer/exporting/saved_model.py` defines the format.
+`python -m deploy.serving.answers.known_answers --users FILE [--items FILE] --version V --to FILE` reads the host's
+stores in parallel with its workers. `trainer/exporting/saved_model.py` defines the format.
 """
 
 from __future__ import annotations
@@ -35,11 +34,7 @@ MOST_PAIRS = 1_000_000
 
 
 def read_ids(path: Path | None) -> list[str]:
-    """Reads the distinct ids in a file, one per line; empty lines are skipped.
-
-    Raises:
-        SettingsError: The file cannot be read.
-    """
+    """Reads the distinct ids in a file, one per line, without empty lines; raises SettingsError if it cannot be read."""
     if path is None:
         return []
     try:

@@ -1,17 +1,17 @@
 """Computes users' profiles from the host's stores: histories to windows, rows to logits, logits to answers.
 
 Every answer reads one version in one transaction over pointer, rows, dense weights and mask, and one snapshot of the
-user's history. It does not use TensorFlow. Queries that arrive together are answered in one batch: the program takes
-55 us for one row and 150 us for sixteen.
+user's history. Queries that arrive together form a batch: the program takes 55 us for one row and 150 us for
+sixteen.
 
 1. Read pointer, control and mask; load program and dense weights if the version changed.
 2. Compute the users' pseudonyms with the salt, and read their histories.
 3. Compute the windows as of `at`, without masked events; look up categories, and the attributes of user and item.
-4. Read the rows of the user, the context, the categories, the item, and the attributes of user and item. For an item,
-   compute the crosses of the user-item pair.
-5. Build the candidates: the user's categories, newest first, then the other popular ones, then the successors. Successors
-   are the most frequent other categories that came next after the newest category over all users. A candidate's slot is
-   its index in the program's logits. Add how often each candidate came next, and the rows of the ranker's custom tables.
+4. Read the rows of user, context, categories, item and attributes. For an item, compute the crosses of the pair.
+5. Build the candidates: the user's categories, newest first, then the other popular ones, then the successors.
+   Successors are the other categories that most often came next after the newest one over all users. A candidate's
+   slot is its index in the program's logits. Add how often each candidate came next, and the rows of the ranker's
+   custom tables.
 6. Compute logits and the softmax over the candidates, and look up names.
 """
 
@@ -43,7 +43,7 @@ from state.rows.reader import RowReader, Served
 from state.rows.store import RowStore
 
 KINDS = ("recent", "popular", "successor")
-"""Kinds of candidates, in slot order; the names of the program's masks and logits begin with them."""
+"""Kinds of candidates, in slot order; prefixes of the program's masks and logits."""
 
 U64 = NDArray[np.uint64]
 F32 = NDArray[np.float32]
@@ -65,10 +65,6 @@ class AttributeValues(NamedTuple):
 
 class KnownAttributes:
     """Looks up the newest attributes of users and items by id. Used by one thread.
-
-    Args:
-        store: The host's attributes, opened read-only; None if there are none.
-        tables: The attribute tables by side (user or item).
 
     Attributes:
         names: The names of the attributes by side; empty for a side without a table.
@@ -98,16 +94,11 @@ class Asked(NamedTuple):
     """A query with the host's data about its user and item.
 
     Attributes:
-        query: The query.
         user: The pseudonym; 0 if the version must treat the user as unknown.
-        at_ms: The time at which the answer is evaluated.
         recent_categories: The user's categories, newest first, without padding.
-        user_attributes: The user's attributes.
         item: The item's id; 0 if the query has no item.
         category: The item's category; 0 if unknown.
-        item_attributes: The item's attributes.
         context: One id per context field; 0 if the field is not given.
-        churn: The probability that the user churns; None if unknown.
     """
 
     query: Query
@@ -126,16 +117,9 @@ class Prepared(NamedTuple):
     """n queries with their data and the program's inputs; valid as long as the reader is open.
 
     Attributes:
-        version: The loaded version.
-        rows: The version's rows.
-        asked: The queries.
-        vectors: The windows of their users, n rows.
         has_row: Whether each user has a row in the version.
         successors: `[n, S]` uint64, the successor candidates, padded with 0.
-        inputs: The program's inputs.
         clock: The clock that gives the time of queries without a time.
-        now_ms: The wall clock in milliseconds.
-        mask: The mask.
     """
 
     version: LoadedVersion
@@ -151,25 +135,14 @@ class Prepared(NamedTuple):
 
 
 class Predictor:
-    """Answers queries from one host's stores. Used by one thread.
+    """Answers queries from one host's stores, opened read-only. Used by one thread.
 
     Args:
-        rows: The row store, opened read-only.
-        histories: The history store, opened read-only.
         programs: The directory with the applier's copies of programs.
-        spec: The feature spec of the settings.
-        salt: The salt of the pseudonyms.
-        context_fields: The names of the context fields, as in the stream.
-        clock: `event` or `wall`.
-        now_ms: The wall clock.
-        attributes: The attributes of users and items; None if none are configured.
         pseudonym: Maps a query's user to a pseudonym; None if queries contain raw ids.
 
     Attributes:
-        context_fields: The names of the context fields.
-        histories: The history store.
         catalogue: Looks up the names and categories of items in the histories.
-        item_attributes: Whether item attributes are configured.
     """
 
     def __init__(
@@ -249,14 +222,10 @@ class Predictor:
         return self.answered(prepared, prepared.version.program.predict(prepared.inputs))
 
     def prepare(self, queries: Sequence[Query], reader: RowReader, number: int | None = None) -> Prepared:
-        """Collects the data of queries and builds the program's inputs; raises the errors of `profiles`.
+        """Collects the data of at most `queue.MOST_AT_ONCE` queries and builds the program's inputs.
 
-        The program keeps the version's weights until queries are prepared for another version.
-
-        Args:
-            queries: At most `queue.MOST_AT_ONCE`.
-            reader: The snapshot of versions and mask.
-            number: The version; None for the served one.
+        The program keeps the weights of version `number` (None: the served one) until queries are prepared for
+        another version. Raises as `profiles` does.
         """
         now_ms = self._now_ms()
         # 1. Version and mask.
@@ -275,7 +244,7 @@ class Predictor:
         return Prepared(version, rows, asked, vectors, has_row, following.ids, inputs, clock, now_ms, mask)
 
     def answered(self, prepared: Prepared, outputs: Mapping[str, F32]) -> list[Answer]:
-        """Builds the answers to prepared queries from the program's outputs, each with the fields that it requests."""
+        """Builds the answers to prepared queries from the program's outputs."""
         version, vectors = prepared.version, prepared.vectors
         ranked = _interests(prepared, outputs, self.catalogue.name_of)
         lean: Version = {
@@ -320,15 +289,13 @@ class Predictor:
         return answers
 
     def take_up(self, reader: RowReader, number: int | None = None) -> LoadedVersion:
-        """Loads the version that `reader` sees, or version `number`, with its weights; raises as `profiles` does."""
+        """Loads version `number`, or the one that `reader` sees, with its weights; raises as `profiles` does."""
         return self._versions.take_up(reader, number)
 
     def items_of(self, asked: Asked, items: Sequence[tuple[int, int]]) -> list[Asked]:
-        """Returns one query for each of n items, all about the same user.
+        """Returns one query for each of n items, given as ids of item and category, all about the same user.
 
-        Args:
-            asked: The query without an item.
-            items: The id of each item and of its category; 0 for the category that the item was last seen in.
+        Category 0 stands for the one that the item was last seen in.
         """
         query = asked.query._replace(item="")
         attributes = self._attributes.of("item", [item for item, _ in items])
@@ -345,12 +312,11 @@ class Predictor:
         return newest_first
 
     def ready(self) -> Served:
-        """Returns the version that answers would use now; raises the errors of `profiles`."""
+        """Returns the version that answers would use now; raises as `profiles` does."""
         with self._rows.reader() as reader:
             return self._versions.take_up(reader).served
 
     def _mask(self, reader: RowReader) -> Mask:
-        """Returns the mask of the newest control that the applier has read."""
         control = reader.note(CONTROL_NOTE)
         if control != self._control[0]:
             self._control = (control, Mask.from_bytes(reader.note(MASK_NOTE) or b"{}"))
@@ -368,10 +334,7 @@ class Predictor:
     def _asked(
         self, queries: Sequence[Query], mask: Mask, default_ms: int, version: LoadedVersion
     ) -> tuple[list[Asked], Vector]:
-        """Collects each query's data on this host: windows, categories, attributes and churn.
-
-        A user who was erased after the version was trained counts as unknown.
-        """
+        """Collects each query's data on this host; a user erased after the version was trained counts as unknown."""
         features, erased = version.features, version.served.erased
         users = [self._pseudonym(query.user) for query in queries]
         items = [0 if query.item is None else public_id(query.item) for query in queries]
@@ -412,19 +375,9 @@ def churn_probabilities(
 ) -> list[float | None]:
     """Computes the churn probabilities of n users, each at its own time.
 
-    The windows are computed as of the arrival of the user's latest event. So they equal those of its row in the training
-    log, which the weights were trained on.
-
-    Args:
-        weights: The version's churn weights; None if it has none.
-        histories: n arrays `[m]` EVENT in append order.
-        at_ms: n times in milliseconds.
-        mask: The events to exclude.
-        spec: The version's feature spec.
-        users: n pseudonyms.
-
-    Returns:
-        n probabilities; None for a user without events, or whose latest event is older than the trained horizon.
+    A user without events, or whose latest event is older than the trained horizon, has None. Windows are as of the
+    arrival of the user's latest event, so they equal those of its row in the training log. `histories` are n arrays
+    `[m]` EVENT in append order.
     """
     probabilities: list[float | None] = [None] * len(histories)
     if weights is None:
@@ -460,11 +413,9 @@ def _latest(events: Events, now_ms: int, mask: Mask, user: int) -> int | None:
 def _program_inputs(
     version: LoadedVersion, rows: VersionRows, asked: Sequence[Asked], vectors: Vector
 ) -> tuple[Inputs, list[bool]]:
-    """Builds the inputs of n queries, except those for transitions between categories.
+    """Builds the inputs of n queries, without transitions between categories, and whether each user has a row.
 
-    Returns:
-        The inputs by name, float32, padded with zeros to the program's batch size; and n flags, whether each user has
-        a row.
+    The inputs are float32 by name, padded with zeros to the program's batch size.
     """
     shapes, count = version.program.shapes, batch_of(len(asked))
     inputs = {name: np.zeros((count, *shape[1:]), np.float32) for name, shape in shapes.items() if shape[0] < 0}
@@ -499,15 +450,7 @@ def _program_inputs(
 def add_items(
     inputs: Inputs, version: LoadedVersion, rows: VersionRows, asked: Sequence[Asked], features: NDArray[np.uint16]
 ) -> None:
-    """Adds the inputs for the item of each query that has one.
-
-    Args:
-        inputs: Zeros, with at least one row per query.
-        version: The loaded version.
-        rows: The version's rows.
-        asked: n queries.
-        features: `[n, D]` uint16, the features of their users.
-    """
+    """Adds the inputs for the item of each query that has one. `features`: `[n, D]` uint16."""
     about = [place for place, question in enumerate(asked) if question.query.item is not None]
     if about and "item_row" in inputs:
         inputs["item_row"][about] = item_rows(rows, [asked[place] for place in about])
@@ -532,10 +475,7 @@ def item_rows(rows: VersionRows, asked: Sequence[Asked]) -> F32:
 def cross_logits(rows: VersionRows, asked: Sequence[Asked], features: NDArray[np.uint16]) -> F32:
     """Returns the cross logits of n user-item pairs, `[n]` float32. The version must have learned crosses.
 
-    Args:
-        rows: The version's rows.
-        asked: The pairs.
-        features: `[n, D]` uint16, the features of their users.
+    `features` are those of the users, `[n, D]` uint16.
     """
     return rows.cross_logits(
         Values(
@@ -556,7 +496,6 @@ def _table(ids: Sequence[Sequence[int]]) -> U64:
 
 
 def _add_sequence(inputs: Inputs, place: int, vectors: Vector, rows: VersionRows) -> None:
-    """Adds the user's latest events, for a program that reads them."""
     vector = Vector(*[column[place] for column in vectors])
     known = int((vector.sequence_actions != 0).sum())
     if "sequence_item_rows" in inputs:
@@ -572,7 +511,6 @@ def _add_sequence(inputs: Inputs, place: int, vectors: Vector, rows: VersionRows
 
 
 def _add_context(inputs: Inputs, place: int, question: Asked, rows: VersionRows) -> None:
-    """Adds the mean of the rows of the context fields and the user's attributes."""
     given = [field for field in question.context if field]
     if given or question.user_attributes.ids:
         # As in training, a field that is not given counts as zeros.
@@ -605,13 +543,7 @@ def add_own_rows(
 ) -> None:
     """Adds rows of the ranker's custom tables, for a program that uses some.
 
-    Args:
-        inputs: Zeros, with at least one row per query.
-        version: The loaded version.
-        rows: The version's rows.
-        asked: n queries.
-        vectors: The windows of their users, n rows.
-        successors: `[n, S]` uint64, padded with 0.
+    `vectors` has n rows; `successors` is `[n, S]` uint64, padded with 0.
     """
     inputs |= version.own_popular
     own = [each for each in version.own if each.ids != "popular"]
@@ -648,7 +580,6 @@ def _ids_of(question: Asked, vector: Vector, successors: U64) -> dict[str, list[
 def _interests(
     prepared: Prepared, outputs: Mapping[str, F32], name_of: Callable[[int], ShownName]
 ) -> list[list[Interest]]:
-    """Ranks each user's candidates, best first."""
     asked, version = prepared.asked, prepared.version
     successors_of = prepared.successors.tolist()
     names = [f"{kind}_logits" for kind in KINDS]

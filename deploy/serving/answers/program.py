@@ -1,7 +1,6 @@
 """Runs a LiteRT program with the model's two signatures: `load(weights)` and `predict(inputs)`.
 
-The program is shipped once. Weights are data of each version and load in tens of
-microseconds. This module does not import TensorFlow.
+The program is shipped once; weights are data of each version and load in tens of microseconds.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from state.process.quiet_stderr import quiet_stderr
 
 BATCHES = (1, 4, 16)
 PAIRS = 256
-"""An additional batch size, for many items of one user; its interpreter is created at its first use."""
+"""An additional batch size, for many items of one user; its interpreter is created on first use."""
 
 _spoken: list[bool] = []
 
@@ -31,23 +30,16 @@ RENAMED = {
     "label_mask": "recent_mask",
     "label_logits": "recent_logits",
 }
-"""Names of inputs and outputs in programs lowered by release 0.1.0, and their current names."""
+"""Old to current names of inputs and outputs in programs lowered by release 0.1.0."""
 
 Arrays = Mapping[str, NDArray[Any]]
 
 
 class _FixedBatch:
-    """Runs `predict` on inputs of one shape.
+    """Runs `predict` on inputs of one shape; `inputs` and `outputs` translate the program's own names.
 
-    A `SignatureRunner` resizes all inputs and allocates all tensors in each call, which costs as much as the
-    computation of one row. This class does both once. LiteRT has no public API for that, so it uses the wrapper's
-    methods.
-
-    Args:
-        runner: A runner of an interpreter that nothing else uses.
-        inputs: Input name to the program's own name.
-        outputs: The program's own name of an output to its name.
-        shapes: The shapes of the inputs, by name.
+    A `SignatureRunner` resizes and allocates all tensors in each call, which costs as much as computing a row. This
+    class does so once, through the wrapper's methods, because LiteRT has no public API for it.
     """
 
     def __init__(
@@ -66,11 +58,7 @@ class _FixedBatch:
         self._wrapper.AllocateTensors(self._subgraph)
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
-        """Runs the program; each output is a copy.
-
-        Raises:
-            ValueError: The number of inputs differs from the program's, or an input has a wrong shape or type.
-        """
+        """Runs the program, and copies each output; raises ValueError if a number, shape or type of inputs is wrong."""
         if len(inputs) != len(self._inputs):
             raise ValueError(f"the program has {len(self._inputs)} inputs, not {len(inputs)}")
         wrapper, subgraph = self._wrapper, self._subgraph
@@ -83,11 +71,8 @@ class _FixedBatch:
 class LoadedProgram:
     """A program for a few fixed batch sizes. Used by one thread.
 
-    A change of the batch size costs more than an answer. So each size has its
-    own interpreter, and smaller batches are padded with zeros.
-
-    Args:
-        data: The bytes of a `.tflite` file.
+    Each size has its own interpreter, because a change of size costs more than an answer. Smaller batches are padded
+    with zeros.
 
     Raises:
         ProgramError: The data is not a program, or lacks a signature.
@@ -123,10 +108,8 @@ class LoadedProgram:
         self._by_row = next(name for name, shape in self.shapes.items() if shape[0] < 0)
 
     def load(self, weights: Arrays) -> None:
-        """Sets the dense weights; `predict` gives NaN before the first load.
-
-        Raises:
-            ProgramError: A weight is missing or has a wrong shape.
+        """Sets the dense weights; `predict` gives NaN before. Raises ProgramError if one is missing or of a wrong
+        shape.
         """
         given = {argument(name): value for name, value in weights.items()}
         missing = [name for name in self._weights if name not in given]
@@ -168,7 +151,7 @@ class LoadedProgram:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences stderr at its first use: once per process, LiteRT writes its backend there, bypassing its log."""
+    """Silences stderr at its first use: LiteRT writes its backend there once per process."""
     with nullcontext() if _spoken else quiet_stderr():
         yield
     _spoken[:] = [True]

@@ -24,15 +24,12 @@ STEEPEST_LOGIT = 60.0
 
 
 class Query(NamedTuple):
-    """A query about one user.
+    """A query about one user; `user`, the raw id, is returned but never stored.
 
     Attributes:
-        user: The raw id. It is used to compute the pseudonym and is returned, but never stored.
         item: An item to score the engagement for.
         category: The item's category; by default the one the item was last seen in.
-        context: Values of context fields.
         at_ms: The time to answer for; by default the current time of the configured clock.
-        fields: The subset of `FIELDS` to include in the answer.
         top: The maximum number of interests in the answer; None for all.
     """
 
@@ -56,7 +53,6 @@ class NamedItem(NamedTuple):
     """An item to rank.
 
     Attributes:
-        item: The raw id.
         category: The raw id of its category; by default the one it was last seen in.
         bid: The value of an engagement; None to rank items by probability.
         cap: How often the user may see the item; None for no limit.
@@ -72,7 +68,6 @@ class WantedItems(NamedTuple):
     """Which recommended or similar items are requested.
 
     Attributes:
-        most: The maximum number of items.
         category: Only items of the category with this raw id.
         exclude_seen: Whether to leave out items that the user clicked.
     """
@@ -113,12 +108,9 @@ class About:
     """The user, time and model version of an answer.
 
     Attributes:
-        user_id: The id in the query.
         known: Whether the user has a visible click or a row.
         cold_start: Whether this is the answer for unknown users.
-        version: The version that computed the answer.
         at: The time at which the windows are evaluated, ISO 8601.
-        at_ms: The same time in milliseconds.
         clock: The source of that time: `event`, `wall` or `request`.
     """
 

@@ -1,8 +1,7 @@
 """Admission control for the work of one event loop: answers in steps, and profile queries in batches.
 
-An event loop does one thing at a time. A request is admitted if its expected wait is short enough. The expected wait is
-derived from the queue's length and the recent duration of such work. Otherwise the request is refused at once, with the
-time after which to retry. A request that has waited too long is dropped.
+A request is admitted if its expected wait, from the queue's length and recent durations, is short enough. Otherwise
+it is refused at once, with the time after which to retry. A request that has waited too long is dropped.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from state.errors import Overloaded, TookTooLong
 MOST_AT_ONCE = BATCHES[-1]
 """The maximum number of queries in a batch."""
 _FASTER = 0.1
-"""The weight of the newest piece if it was faster than expected."""
 _SLOWER = 4
 _AT_LEAST_S = 0.002
 
@@ -32,22 +30,13 @@ Profiles = Callable[[Sequence[Query]], Sequence[Answer]]
 
 
 class QueueLimits(NamedTuple):
-    """How long a query may wait.
-
-    Attributes:
-        expected_s: A query with a longer expected wait is refused.
-        waited_s: A query that has waited longer is dropped.
-    """
+    """How long a query may wait: longer expected waits are refused, longer actual waits dropped."""
 
     expected_s: float = math.inf
     waited_s: float = math.inf
 
     def admit(self, expected_s: float) -> None:
-        """Refuses a request with too long an expected wait.
-
-        Raises:
-            Overloaded: The wait exceeds `expected_s`; the error has a retry-after header.
-        """
+        """Refuses a request with too long an expected wait: raises Overloaded, with a retry-after header."""
         if expected_s > self.expected_s:
             refusal = Overloaded("more is asked than can be answered in time", "ask again later, and less at a time")
             refusal.http_headers = ((b"retry-after", b"%d" % math.ceil(expected_s)),)
@@ -65,7 +54,7 @@ class QueueLimits(NamedTuple):
 def expected_next(before_s: float, took_s: float) -> float:
     """Estimates the duration of the next piece: grows at most fourfold after a slow one, shrinks at most by a tenth.
 
-    The estimate adapts quickly to several slow pieces. A single one, such as the first of a process, counts little.
+    A single slow piece, such as the first of a process, counts little.
 
     >>> expected_next(1.0, 1.5), expected_next(1.0, 9.0), expected_next(1.0, 0.5), expected_next(0.0, 9.0)
     (1.5, 4.0, 0.95, 0.002)
@@ -76,12 +65,7 @@ def expected_next(before_s: float, took_s: float) -> float:
 
 
 class StepQueue:
-    """A queue of requests that are answered in steps, one request's between those of others. Used by one event loop.
-
-    Args:
-        limits: How long a request may wait.
-        clock_s: A monotonic clock.
-    """
+    """Answers requests in steps, one request's between those of others. Used by one event loop."""
 
     def __init__(self, limits: QueueLimits, clock_s: Callable[[], float] = time.perf_counter) -> None:
         self._limits, self._clock_s = limits, clock_s
@@ -90,9 +74,7 @@ class StepQueue:
     async def run(self, steps: Generator[None, None, Result], pieces: int = 1) -> Result:
         """Runs a generator and returns its result; other requests are answered between its steps.
 
-        Args:
-            steps: The generator.
-            pieces: The amount of work, in pieces of about equal duration.
+        `pieces` is the amount of work, in pieces of about equal duration.
 
         Raises:
             Overloaded: The expected wait is too long.
@@ -124,8 +106,6 @@ class StepQueue:
 
 
 class _Waiting(NamedTuple):
-    """A queued query, the conversion of its answer, the future of that, and the time it was queued."""
-
     query: Query
     body: Callable[[Answer], Any]
     future: asyncio.Future[Any]
@@ -135,14 +115,11 @@ class _Waiting(NamedTuple):
 class Batcher:
     """Answers queries that arrive together in one batch, without waiting for a batch to fill. Used by one event loop.
 
-    Queries that arrive while a batch is computed are read from the network when it ends, and form the next batch. A
-    query whose client no longer waits is not computed.
+    Queries that arrive while a batch is computed form the next batch. Queries of clients that no longer wait are
+    dropped.
 
     Args:
-        answer: Answers from the current version.
         held: A context manager whose function answers from one version while it is open, even if a newer one arrives.
-        limits: How long a query may wait.
-        clock_s: A monotonic clock.
     """
 
     def __init__(
@@ -160,14 +137,9 @@ class Batcher:
         self._ended_s: float | None = None
 
     def one(self, query: Query, body: Callable[[Answer], Result]) -> asyncio.Future[Result]:
-        """Queues a query; queries of one event loop iteration are answered together.
+        """Queues a query and returns the future of its answer, converted by `body`; raises Overloaded.
 
-        Args:
-            query: The query.
-            body: Converts the answer to the result of the future.
-
-        Raises:
-            Overloaded: The expected wait is too long.
+        Queries of one event loop iteration are answered together.
         """
         self._limits.admit(self.expected_s)
         loop = asyncio.get_running_loop()
@@ -202,7 +174,7 @@ class Batcher:
 
     @property
     def expected_s(self) -> float:
-        """The expected wait of one more query, in seconds; 0 if less than a full batch waits, because it joins that."""
+        """The expected wait of one more query, in seconds; 0 if it fits into the next batch."""
         return (len(self._waiting) + self._of_requests) // MOST_AT_ONCE * self._batch_s
 
     def _answer_waiting(self) -> None:

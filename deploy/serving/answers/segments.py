@@ -81,12 +81,7 @@ class SegmentLookalikes(TypedDict):
 
 
 class HostSegments:
-    """Reads segments, members and lookalikes. Used by one thread.
-
-    Args:
-        settings: The definitions of the segments, and the location of their members.
-        salt: The salt of the pseudonyms.
-    """
+    """Reads segments, members and lookalikes. Used by one thread."""
 
     def __init__(self, settings: Settings, salt: Salt) -> None:
         self._path, self._map_bytes = settings.serving_dir / SEGMENTS, settings.serving.map_gb << 30
@@ -96,21 +91,12 @@ class HostSegments:
         self._file = (0, 0)
 
     def sizes(self) -> SegmentSizes:
-        """Returns all segments with their sizes.
-
-        Raises:
-            NotReady: This host has no store of members.
-        """
+        """Returns all segments with their sizes; raises NotReady if this host has no store of members."""
         sizes = self._opened().sizes() if self._texts else {}
         return {"segments": [self._size(name, sizes) for name in self._texts]}
 
     def page(self, segment: str, start: int, most: int) -> SegmentPage:
-        """Returns a page of a segment's members.
-
-        Args:
-            segment: The segment's name.
-            start: The pseudonym to start from.
-            most: The maximum number of members.
+        """Returns a page of at most `most` members of a segment, from pseudonym `start` on.
 
         Raises:
             BadRequest: No segment has this name.
@@ -140,11 +126,7 @@ class HostSegments:
         }
 
     def lookalikes(self, segment: str, most: int) -> SegmentLookalikes:
-        """Returns the lookalikes of a segment's members.
-
-        Args:
-            segment: The segment's name.
-            most: The maximum number of users.
+        """Returns at most `most` lookalikes of a segment's members.
 
         Raises:
             BadRequest: No segment has this name.
@@ -182,7 +164,6 @@ class HostSegments:
             self._store = None
 
     def _opened(self) -> SegmentStore:
-        """Returns the store, reopened if its file was replaced."""
         path = self._path / DATA
         file = (path.stat().st_dev, path.stat().st_ino) if path.exists() else (0, 0)
         if self._store is None or file != self._file:

@@ -5,9 +5,8 @@ There are two signatures:
     serving_default   users by id: serving looks up histories, windows and rows
     raw               the program's own inputs, with the names in the version's graph
 
-A request uses the serving version, or any version that this host's rows still hold, by number or by label. One version
-answers all rows of a request. A label refers to the version that the operator assigned. Without one, `stable` is the
-version that answers and `previous` the one before it.
+One version answers all rows of a request: the served one, or any that this host still holds, by number or label.
+`stable` is the version that answers and `previous` the one before it, unless the operator assigned them.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ from state.rows.reader import RowReader, Served
 BY_ID, RAW = "serving_default", "raw"
 CONTEXT = "context."
 NOW = -1
-"""The default value of `at`: the current time."""
 STABLE, PREVIOUS = "stable", "previous"
 MODEL = "profile"
 MOST_ROWS = 1000
@@ -62,12 +60,9 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Signature:
-    """The inputs and outputs of one signature.
+    """The inputs and outputs of one signature by name, required inputs first.
 
-    Attributes:
-        inputs: The inputs by name, required ones first.
-        outputs: The outputs by name.
-        kept: Inputs without a row dimension for which the version has a value, by name.
+    `kept` has the inputs without a row dimension for which the version has a value.
     """
 
     inputs: Mapping[str, TensorSpec]
@@ -154,18 +149,14 @@ def labels_of(reader: RowReader) -> dict[str, int]:
 
 
 class ModelChoice(NamedTuple):
-    """Which model is requested: the version that answers if neither number nor label is given."""
+    """The requested model; the served version if neither number nor label is given."""
 
     name: str
     version: int | None = None
     label: str | None = None
 
     def resolve(self, reader: RowReader) -> int | None:
-        """Returns the number of the version; None for the serving one.
-
-        Raises:
-            BadRequest: There is no such model or label.
-        """
+        """Returns the number of the version (None: the served one); raises BadRequest without such a model or label."""
         if self.name != MODEL:
             raise BadRequest(f"there is no model {self.name[:200]!r}", f"ask for {MODEL}", http_status=404)
         if self.label is None:
@@ -188,19 +179,13 @@ class Prediction(NamedTuple):
 
 
 class TensorModel:
-    """The model of one host. Used in one event loop.
-
-    Args:
-        predictor: Returns the host's predictor.
-        steps: Admits requests, and answers others in between.
-        metrics: The worker's metrics.
-    """
+    """The model of one host. Used in one event loop."""
 
     def __init__(self, predictor: Callable[[], Predictor], steps: StepQueue, metrics: WorkerMetrics) -> None:
         self._predictor, self._steps, self._metrics = predictor, steps, metrics
 
     def versions(self, choice: ModelChoice) -> list[Served]:
-        """Returns the requested version; if none is named, all that are available, the serving one first.
+        """Returns the requested version; if none is named, all available ones, the served one first.
 
         Raises:
             BadRequest: There is no such model, version or label here.
@@ -240,11 +225,7 @@ class TensorModel:
     ) -> Prediction:
         """Answers all rows from one version.
 
-        Args:
-            choice: Which model.
-            signature: Its name; empty for `serving_default`.
-            inputs: Reads the inputs, once it is known what they should be.
-            wanted: Names of outputs; none for all.
+        `inputs` reads the inputs, given the signature. `wanted` names outputs; empty for all.
 
         Raises:
             BadRequest, NotReady: As `versions`.
@@ -279,7 +260,6 @@ class TensorModel:
         given: Tensors,
         rows: int,
     ) -> Generator[None, None, list[dict[str, Tensor]]]:
-        """Answers at most `MOST_AT_ONCE` rows in each step."""
         parts = []
         queries = [] if name == RAW else _queries(given, rows)
         for at in range(0, rows, MOST_AT_ONCE):
@@ -299,11 +279,7 @@ def _unknown(reader: RowReader, number: int) -> BadRequest:
 
 
 def _queries(inputs: Tensors, rows: int) -> list[Query]:
-    """Converts rows by id to queries.
-
-    Raises:
-        BadRequest: A string is not UTF-8, or a time is invalid.
-    """
+    """Converts rows by id to queries; raises BadRequest if a string is not UTF-8, or a time is invalid."""
     texts = {name: _texts(name, values) for name, values in inputs.items() if name != "at"}
     times = inputs["at"].tolist() if "at" in inputs else [NOW] * rows
     for place, at in enumerate(times):
@@ -356,7 +332,6 @@ def tensors_of(answers: Sequence[Answer], signature: Signature) -> dict[str, Ten
 
 
 def _run(version: LoadedVersion, signature: Signature, given: Tensors, at: int, rows: int) -> dict[str, Tensor]:
-    """Runs the program on one part of the raw rows."""
     here = min(MOST_AT_ONCE, rows - at)
     fed: dict[str, Tensor] = {}
     for name, spec in signature.inputs.items():

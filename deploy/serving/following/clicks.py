@@ -3,16 +3,14 @@
 1. Read records by position. The position read up to is stored with the histories.
 2. Skip rows that the histories already have (the stream wrote them again after a crash).
 3. Treat positions that no micro-batch covers as a gap: count it, log it, and continue.
-4. For each record, commit histories, source positions, the topic's position, names, items'
-   categories and the event clock together.
+4. For each record, commit histories, source positions, the topic's position, names, items' categories and the event
+   clock together.
 
-Records that are not on control's branch of the log are skipped. If the branch point is before the
-end of the histories, the histories are rolled back to it first.
+Records that are not on control's branch of the log are skipped. If the branch point is before the end of the
+histories, the histories are rolled back to it first.
 
-The topic is opened where the histories end. If the log was truncated before that position, reading
-starts where the remaining log ends.
-
-Periodic maintenance (`Upkeep`) bounds the growth of histories, items and names.
+The topic is opened where the histories end, or where the remaining log ends if it was truncated before that
+position.
 """
 
 from __future__ import annotations
@@ -60,15 +58,10 @@ _log = logging.getLogger(__name__)
 
 
 class Upkeep:
-    """Sweeps a host's histories and the data next to them; used by the store's writing thread.
+    """Sweeps a host's histories, items and names; used by the store's writing thread.
 
-    Args:
-        store: The host's histories.
-        reach_ms: How much older than the newest event one can be that still matters.
-        kept: How many users and items are kept, and how long.
-        metrics: Of the applier.
-        now_ms: The wall clock.
-        lose: Called when users whose events still count were removed.
+    `reach_ms` is how much older than the newest event one can be that still matters. `lose` is called when users
+    whose events still count were removed.
     """
 
     def __init__(
@@ -85,7 +78,7 @@ class Upkeep:
         self.begin()
 
     def begin(self) -> None:
-        """Restarts from the store's content, after it was rolled back or refused a commit."""
+        """Restarts from the store's content, after a rollback or a refused commit."""
         self._remembered = Remembered(self._store, self._kept.items_keep_d, MAX_ITEMS)
         self._feed = ItemFeed(self._store)
         self._sweeper = Sweeper(
@@ -98,10 +91,7 @@ class Upkeep:
         return found | self._feed.news(events, found, clock_ms)
 
     def look(self, newest_ms: int) -> None:
-        """Checks some users and items if that is due, and removes what has expired.
-
-        Args:
-            newest_ms: Log time; 0 if it is unknown.
+        """Checks some users and items if that is due, and removes what has expired; log time 0 is unknown.
 
         Raises:
             StoreFull: There is no room to write; nothing was changed.
@@ -112,7 +102,7 @@ class Upkeep:
             self._remembered.look(newest_ms)
 
     def make_room(self, newest_ms: int) -> None:
-        """Looks at many, where the store is full; what cannot be done now is left."""
+        """Checks many users and items when the store is full; does what is possible now."""
         # What was not stored is not known either.
         self._remembered.forget()
         self._feed = ItemFeed(self._store)
@@ -130,15 +120,10 @@ class HistoryFollower:
     """Applies the micro-batch topic to the histories; used by one thread, the store's only writer.
 
     Args:
-        store: The host's histories.
-        spec: The host's features.
         reach_ms: How much older than the newest event one can be that still matters; see `FeatureSpec.reach_ms`.
-        metrics: Of the applier.
-        now_ms: The wall clock.
         accepted: The losses that operators accepted, including records that the trainer leaves out.
         actions: Returns the action names of a record by its feature spec; None for an unknown spec.
         own_salt: Fingerprint of this host's salt; records with another salt before the first one with ours are left out.
-        kept: How many users and items are kept, and how long; how often a row is compared.
     """
 
     def __init__(
@@ -170,11 +155,7 @@ class HistoryFollower:
         self._housekept_ms = 0
 
     def connect(self, log: Log, topic: str) -> None:
-        """Begins to read where the histories end.
-
-        Args:
-            log: The log with the micro-batch topic.
-            topic: Its name.
+        """Begins to read a topic where the histories end.
 
         Raises:
             LogError: The log cannot be read.
@@ -206,15 +187,10 @@ class HistoryFollower:
         self._positions = dict(opening.next)
 
     def turn(self, line: LogLine, mask: Mask, partition: int, open_at: OpenAt) -> bool:
-        """Moves the histories to the log branch that control names; returns whether they were rolled back.
+        """Moves the histories to the log branch that control names; returns whether the branch changed.
 
-        They are disconnected then: `connect` again.
-
-        Args:
-            line: The branch.
-            mask: The clicks that do not come again.
-            partition: The topic's partition that the branch belongs to.
-            open_at: Opens that partition at an offset.
+        They are disconnected then: `connect` again. `mask` has the clicks that are not read again. `open_at` opens
+        the branch's partition of the topic at an offset.
 
         Raises:
             GapError: The log no longer reaches back to the branch point.
@@ -236,7 +212,7 @@ class HistoryFollower:
 
     @property
     def positions(self) -> Mapping[int, int]:
-        """By partition of the log where the histories end."""
+        """By partition of the log, where the histories end."""
         return self._positions
 
     @property
@@ -251,7 +227,7 @@ class HistoryFollower:
             self._log.disconnect()
 
     def step(self, timeout_s: float) -> int:
-        """Takes what has arrived, waiting at most `timeout_s`; returns how many records.
+        """Applies what has arrived, waiting at most `timeout_s`; returns the number of records.
 
         Raises:
             GapError: Records were deleted before they were read; `disconnect` and `connect` again.
@@ -274,7 +250,7 @@ class HistoryFollower:
         return sum(map(len, batches))
 
     def _take(self, batch: PartitionBatch) -> None:
-        """One commit for what was found in one partition."""
+        """Commits the records of one partition together."""
         for first, following, reason in batch.corrupt:
             self._metrics.unreadable_microbatches.inc()
             _log.error(
@@ -322,7 +298,7 @@ class HistoryFollower:
         self._marks = marks
 
     def _decode(self, value: bytes | None, log: Source, offset: int) -> MicroBatch | None:
-        """The micro-batch, or None if the record is not one; that is data and does not stop serving."""
+        """Returns the micro-batch, or None for a record that is not one, which does not stop serving."""
         try:
             found = decode(value or b"")
         except MicroBatchError as error:
@@ -360,7 +336,7 @@ class HistoryFollower:
         self._metrics.history_rows.inc(len(appends.events))
 
     def _keep_house(self, idle: bool) -> None:
-        """Each second: the lag, and how much is kept."""
+        """Once a second: measures the lag and the store."""
         now_ms = self._now_ms()
         if 0 <= now_ms - self._housekept_ms < EVERY_MS and not (idle and not self._caught_up):
             return
@@ -382,7 +358,7 @@ def clock_of(store: HistoryStore) -> int:
 
 
 def position_of(store: HistoryStore) -> Position | None:
-    """Returns where the store's histories end in the micro-batch topic; None if nothing was read, or after a restore."""
+    """Returns where the histories end in the micro-batch topic; None if nothing was read, or after a restore."""
     return Position.from_json(store.extra(POSITION_EXTRA))
 
 
@@ -391,18 +367,12 @@ def take_back(
 ) -> Rewound | None:
     """Rewinds `store` to the branch `line`.
 
-    One transaction also sets the topic's position, the event clock and items' categories. An item that only
-    masked clicks have named since the branch point gets its previous category back. If none is found nearby,
-    the item has no category until the next click.
+    One transaction also sets the topic's position, the event clock and items' categories. An item that only masked
+    clicks have named since the branch point gets its previous category back, or none until the next click if none is
+    found nearby.
 
-    Args:
-        store: The host's histories.
-        line: The branch that control names.
-        mask: The clicks that are not read again.
-        partition: The partition of the topic that the branch belongs to.
-        open_at: Opens that partition at an offset.
-        reach_ms: The maximum age, relative to the newest event, of an event that still matters.
-        now_ms: The wall clock.
+    `mask` has the clicks that are not read again, and `open_at` opens partition `partition` of the topic at an
+    offset. `reach_ms` is the maximum age, relative to the newest event, of an event that still matters.
 
     Raises:
         GapError: The log no longer reaches back to the branch point.

@@ -1,7 +1,6 @@
-"""Erases users from a host's histories, and reports the progress to the registry.
+"""Erases users from a host's histories, and reports the progress to the registry; `versions.py` handles the row store.
 
-Answers exclude erased users, by the mask, as soon as the applier has read control. This module deletes their data from the
-histories; `versions.py` handles the row store.
+Answers exclude erased users, by the mask, as soon as the applier has read control.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 def name_of(folder: Path, part: str = "serving") -> str:
-    """Returns the name under which a host reports, unique because it contains the host name and a digest of the path.
+    """Returns the name under which a host reports; it contains the host name and a digest of the path.
 
     >>> name_of(Path("/srv/state/serving")).startswith(f"serving-{HOST}-")
     True
@@ -34,12 +33,7 @@ def name_of(folder: Path, part: str = "serving") -> str:
 class HostErasures:
     """Applies erasures to the histories of one host. Used by the thread that writes the histories.
 
-    Args:
-        folder: The serving directory.
-        registry: The registry that receives the reports.
-        histories: The host's histories.
-        rows: Returns the number of the erasure up to which the row store is done.
-        now_ms: The wall clock.
+    `rows` returns the number of the erasure up to which the row store is done.
     """
 
     def __init__(

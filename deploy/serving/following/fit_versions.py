@@ -1,10 +1,8 @@
 """Tracks which versions in a host's rows may serve answers: those that did not fail their probe.
 
-A version without a probe has the verdict of the version it builds on.
-
-Before a version answers anybody, its program is asked the questions that its trainer asked the
-model. A version whose answers differ stays in the rows, because later versions build on it. A note
-next to the rows excludes it from serving, also after a restart.
+Before a version serves, its program answers the probe: the questions that its trainer asked the model. A version
+whose answers differ stays in the rows, because later versions build on it. A note next to the rows excludes it from
+serving, also after a restart. A version without a probe has the verdict of the version it builds on.
 """
 
 from __future__ import annotations
@@ -34,23 +32,16 @@ _DENSE = "dense."
 
 
 class Probing:
-    """Probes versions; used by the thread that writes the rows.
-
-    Args:
-        programs: Directory with the host's copies of programs.
-    """
+    """Probes versions with this host's copies of programs; used by the thread that writes the rows."""
 
     def __init__(self, programs: Path) -> None:
         self._programs = programs
         self._loaded: tuple[str, LoadedProgram] | None = None
 
     def check(self, version: int, program: str, tensors: Mapping[str, NDArray[Any]]) -> None:
-        """Compares what the program answers with these weights; a version of a release without probes passes.
+        """Compares the program's answers with these weights to the probe; a version of a release without probes passes.
 
-        Args:
-            version: Its number, for the error.
-            program: SHA-256 of its program, which is on this host.
-            tensors: Of the version.
+        `program` is the SHA-256 of the version's program, which is on this host.
 
         Raises:
             ProgramError: It cannot be run with these weights, or it answers otherwise than the trainer did.
@@ -72,7 +63,7 @@ class Probing:
 
 
 def _answers(program: LoadedProgram) -> dict[str, NDArray[np.float32]]:
-    """What a program answers to the probe, in batches as questions come in."""
+    """Answers the probe in batches, as queries are."""
     given = probe.inputs(program.shapes)
     by_row = {name for name, shape in program.shapes.items() if shape[0] < 0}
     found: dict[str, list[NDArray[np.float32]]] = {}
@@ -86,11 +77,7 @@ def _answers(program: LoadedProgram) -> dict[str, NDArray[np.float32]]:
 class FitVersions:
     """All versions except those that failed; used by the thread that writes the rows.
 
-    Args:
-        rows: The host's row store, in which they are noted.
-        programs: Directory with the host's copies of programs.
-        metrics: Of the applier.
-        refuse: Called with `probe`, the number of a version that fails, and the reason.
+    `refuse` is called with `probe`, the number of a version that fails, and the reason.
     """
 
     def __init__(
@@ -105,11 +92,9 @@ class FitVersions:
         return version not in self._refused
 
     def admit(self, manifest: Manifest, tensors: Mapping[str, NDArray[Any]]) -> bool:
-        """Whether answers may be of a version that is about to be applied; if not, that is noted when this returns.
+        """Whether a version that is about to be applied may serve; if not, that is recorded when this returns.
 
-        Args:
-            manifest: The version; its program is on this host.
-            tensors: All of it.
+        Its program must be on this host, and `tensors` has all of it.
         """
         version = manifest.version
         if version not in self._refused:

@@ -1,15 +1,14 @@
 """Detects training-serving skew: compares sampled rows of the training log with features computed by serving.
 
-A row of the log contains the windows that the stream computed before its click; the trainer learns from them. When the
-applier adds that click to serving's histories, the windows computed from these must be equal for the same time, bit for
-bit. The outcomes are:
+A row contains the windows that the stream computed before its click. When the applier adds that click to serving's
+histories, the windows computed from these must be equal for the same time, bit for bit. The outcomes are:
 
     equal    they are equal
     differs  they differ: training and serving use different features
     unknown  they may differ for a known reason: another feature spec, or a mask that only one side has yet; or
              histories may lack events that a window covers (from before this host started, or in a gap)
 
-Each comparison is one read of one user and one call of the window kernel, outside the transaction.
+Each comparison reads one user and calls the window kernel once, outside the transaction.
 """
 
 from __future__ import annotations
@@ -74,17 +73,8 @@ def differences(trained: Vector, served: Vector, spec: FeatureSpec) -> Iterator[
 class Parity:
     """Samples rows as they are added to the histories. Used by the thread that writes the histories.
 
-    Args:
-        store: The host's histories.
-        spec: The feature spec of the settings.
-        reach_ms: The maximum age, relative to a row, of an event that its windows cover.
-        kept: The serving settings, which define how often to compare.
-        metrics: The applier's metrics.
-        now_ms: The wall clock.
-        choose: Returns a random row index from 0, given the number of rows.
-
-    Attributes:
-        mask: The mask of control.
+    `reach_ms` is the maximum age, relative to a row, of an event that its windows cover. `choose` returns a random
+    row index, given the number of rows.
     """
 
     def __init__(
@@ -111,12 +101,10 @@ class Parity:
         self._lost = True
 
     def meet(self, ranges: Sequence[Range], marks: Mapping[Source, int], missing: int) -> None:
-        """Checks the ranges of a record for positions that no record covers, including those before the first range.
+        """Checks a record's ranges for positions that no record covers, including those before the first range.
 
-        Args:
-            ranges: The ranges in the record's header.
-            marks: By source, the next offset that the histories need.
-            missing: The number of positions that no record covered.
+        `marks` has the next offset that the histories need, by source. `missing` counts positions that no record
+        covered.
         """
         self._lost |= missing > 0 or any(part.first > 0 and part.source not in marks for part in ranges)
 
@@ -132,11 +120,8 @@ class Parity:
     ) -> None:
         """Compares one row of a record if a comparison is due.
 
-        Args:
-            rows: The rows about to be added to the histories, one for each event.
-            place: The partition and offset of the record in the training log.
-            users: The users of each part of the pending commit; the last part belongs to `rows`.
-            events: The events of each part.
+        `place` is the record's partition and offset in the training log. `users` and `events` are the parts of the
+        pending commit; the last part belongs to `rows`, which has one row per event.
         """
         now_ms = self._now_ms()
         if not self._every_ms or not len(rows) or 0 <= now_ms - self._looked_ms < self._every_ms:

@@ -4,10 +4,10 @@
     name:<id>        the text of a category, of a measured attribute value, or of an item without a category
     seen:item:<id>   the day of log time on which the item was last seen, 4 bytes; also `seen:name:<id>` for names
 
-All are extras of the histories, and are committed with the clicks that contain them. A pass over all of them begins with
-each day of log time. It removes entries that have not been seen for the configured number of days. If there are too many,
-it also removes those seen longest ago; within one day, those with the lowest ids. An entry without a day, from an older
-release, counts as seen at the first pass.
+All are extras of the histories, committed with the clicks that contain them. With each day of log time a pass over
+all of them begins. It removes entries not seen for the configured number of days and, above the limit, those seen
+longest ago; within one day, those with the lowest ids. An entry without a day, from an older release, counts as seen
+at the first pass.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SPARE = 50  # a pass over a full store removes 1/SPARE of the limit more than ne
 
 @dataclass
 class _Kind:
-    """The state of one kind, items or names: an upper bound on their number, and what the next pass removes."""
+    """The state of items or of names: an upper bound on their number, and what the next pass removes."""
 
     kept: Counter[int] = field(default_factory=Counter)
     count: int = 0
@@ -59,7 +59,6 @@ class Remembered:
     """The items and names in one host's histories. Used by the thread that commits to them.
 
     Args:
-        store: The histories.
         keep_days: Entries that have not been seen for more days of log time are removed.
         most: The maximum number of items, and of names.
     """
@@ -82,10 +81,7 @@ class Remembered:
     def news(self, events: Events, names: Mapping[int, str], clock_ms: int) -> dict[str, bytes]:
         """Returns the extras to commit with clicks: new or changed categories, names, and entries first seen today.
 
-        Args:
-            events: `[m]` EVENT.
-            names: The names that came with the events, by id.
-            clock_ms: Log time.
+        `events` are `[m]` EVENT, and `names` came with them, by id.
         """
         self._turn(clock_ms)
         day, extras = self._day.to_bytes(4, "big"), dict[str, bytes]()

@@ -12,10 +12,8 @@
     V is corrupt              the last good version keeps answering; another base is tried
     V fails its probe         likewise; its rows stay on this host, because later versions build on them
 
-Each version is one transaction. While control follows, that transaction also moves the pointer.
-
-A version that cannot be read is logged once and tried again after a while. `VersionFollower.sweep`
-removes old versions from the host.
+Each version is one transaction. While control follows, that transaction also moves the pointer. A version that
+cannot be read is logged once and tried again after a while.
 """
 
 from __future__ import annotations
@@ -54,12 +52,7 @@ _log = logging.getLogger(__name__)
 
 
 class Refusals:
-    """Remembers what was corrupt or gone.
-
-    Args:
-        metrics: Of the applier.
-        now_ms: The wall clock.
-    """
+    """Remembers versions that cannot be read."""
 
     def __init__(self, metrics: ApplierMetrics, now_ms: Callable[[], int]) -> None:
         self._metrics = metrics
@@ -67,13 +60,9 @@ class Refusals:
         self._again_ms: dict[tuple[str, int], int] = {}
 
     def add(self, kind: str, version: int, error: Exception, answering: str) -> None:
-        """Remembers for a second that a version cannot be read, and logs it once.
+        """Remembers for a second that a version cannot be read, and logs it once with the version that keeps answering.
 
-        Args:
-            kind: `manifest`, `delta`, `base`, or `probe`, which is not tried again.
-            version: Which.
-            error: Why.
-            answering: The version that keeps answering.
+        `kind` is `manifest`, `delta`, `base`, or `probe`, which is not tried again.
         """
         if (kind, version) not in self._again_ms:
             if isinstance(error, CorruptVersion):
@@ -95,7 +84,7 @@ class Refusals:
         return any(kind == "manifest" for kind, _ in self._again_ms)
 
     def clear(self) -> None:
-        """Forgets all of it."""
+        """Forgets all refusals."""
         self._again_ms.clear()
 
 
@@ -104,7 +93,6 @@ class Route:
     """How to get to a version.
 
     Attributes:
-        target: The version.
         steps: Steps still to apply, in this order; empty if the version is on this host.
         rebuild: Whether the steps go into a separate lane; else onto a version on this host.
     """
@@ -126,17 +114,11 @@ def route_to(
     """The route to `wanted` without a recently refused version; None while there is none.
 
     1. Recent versions, from one on this host.
-    2. Durable ones from one on this host, or a base and the deltas since, up to the last durable one before `wanted`;
-       recent ones from there on.
+    2. Durable ones from one on this host, or a base and its deltas, up to the last durable one before `wanted`; then
+       recent ones. If nothing leads to a recent `wanted`, the route ends at that durable one.
 
-    Args:
-        wanted: A version. If it is recent and nothing leads to it, the route ends at the last durable one before it.
-        registry: Where versions are.
-        rows: The host's row store.
-        here: The versions in it.
-        recents: The recent versions that can be read.
-        refusals: The versions that cannot be read.
-        refuse: Called with the kind of a version that cannot be read, its number, and the reason.
+    `here` are the versions in `rows`, and `recents` the recent ones that can be read. `refuse` is called with the
+    kind, number and reason of a version that cannot be read.
     """
     # 1.
     steps = recent_steps(wanted, registry, here, recents)
@@ -186,7 +168,7 @@ def _last_durable(version: Manifest, registry: Registry) -> int | None:
 
 
 def onto_what_is_here(wanted: int, registry: Registry, rows: RowStore, here: Collection[int]) -> list[Manifest] | None:
-    """Deltas from the nearest ancestor that is here; None where a base is needed.
+    """Deltas from the nearest ancestor in `here`; None if a base is needed.
 
     Raises:
         CorruptVersion, UnknownVersion: One of them cannot be read.
@@ -207,12 +189,9 @@ def onto_what_is_here(wanted: int, registry: Registry, rows: RowStore, here: Col
 
 
 class NewestVersion:
-    """Lists the registry again only when there is another version.
+    """The newest version of an epoch; lists the registry again only when there is another version.
 
-    Args:
-        registry: Where versions are.
-        refusals: The versions that cannot be read.
-        refuse: Called with `manifest`, the number of a version whose manifest cannot be read, and the reason.
+    `refuse` is called with `manifest`, the number of a version whose manifest cannot be read, and the reason.
     """
 
     def __init__(self, registry: Registry, refusals: Refusals, refuse: Callable[[str, int, Exception], None]) -> None:
@@ -233,11 +212,11 @@ class NewestVersion:
         return self._found[1]
 
     def recents(self) -> frozenset[int]:
-        """The recent versions that can be read, as far as is known."""
+        """The recent versions that can be read, as far as known."""
         return frozenset(self._registry.recents()) - self._lost
 
     def lose(self, version: int) -> None:
-        """A recent version cannot be read: it was removed meanwhile, or a power cut damaged it. Durable ones lead past it."""
+        """Leaves out a recent version that cannot be read: it was removed, or a power loss damaged it."""
         self._lost = self._lost.intersection(self._registry.recents()) | {version}
 
     def _find(self, epoch: int) -> int | None:
@@ -270,12 +249,8 @@ class NewestVersion:
 class Labelled:
     """Applies what labelled versions lack; used by the thread that writes the rows.
 
-    Args:
-        registry: Where versions are.
-        rows: The host's row store.
-        refusals: The versions that cannot be read.
-        refuse: Called with the kind of a version that cannot be read, its number, and the reason.
-        apply: Applies a step without moving the pointer. With the flag, into a separate lane even if it is on this host.
+    `refuse` is called with the kind, number and reason of a version that cannot be read. `apply` applies a step
+    without moving the pointer; with the flag, into a separate lane even if it is on this host.
     """
 
     def __init__(
@@ -333,17 +308,13 @@ def applied_ms(rows: RowStore) -> dict[int, int]:
 def too_old(
     here: Mapping[int, int], now_ms: int, keep_ms: int, durable: Collection[int], needed: Collection[int]
 ) -> list[int]:
-    """The versions to remove.
+    """The versions to remove, out of `here`, which has the time when each was applied.
+
+    They are not in `needed`, and older than `keep_ms` if durable, otherwise older than the lesser of `keep_ms` and
+    `RECENT_MS`.
 
     >>> too_old({1: 0, 2: 0, 3: 0, 4: 15_000}, 20_000, 60_000, durable={1}, needed={3})
     [2]
-
-    Args:
-        here: When each was applied, by number.
-        now_ms: Now.
-        keep_ms: How long durable versions are kept.
-        durable: The durable versions.
-        needed: Versions to keep in any case.
     """
     recent_ms = min(RECENT_MS, keep_ms)
     return [
@@ -364,12 +335,7 @@ class VersionFollower:
     """Keeps the row store at the version that control wants; used by one thread, the store's only writer.
 
     Args:
-        registry: Where versions and control are.
-        rows: The host's row store.
         programs: Directory for copies of programs and feature specs.
-        metrics: Of the applier.
-        keep_s: How long versions stay after they were applied.
-        now_ms: The wall clock.
         crosses: The crosses in the settings, to find those of erased users; None without crosses.
 
     Attributes:
@@ -429,7 +395,7 @@ class VersionFollower:
             # The mask already excludes them from answers.
             self._rows.forget(control.erased.after(self.erased), self._crosses)
             self.erased = control.erased.last
-            # The record of removed rows leaves with its version; only then the file has nothing of the erased users.
+            # The record of removed rows is removed with its version; only then has the file no data of the erased users.
             self._anew_ms = self._now_ms() + max(PAGES_MS, 3 * (self._keep_ms + SWEEP_MS))
         show_control(control, self._metrics)
         # 2.
@@ -503,7 +469,7 @@ class VersionFollower:
         return control.base if newest is None else newest
 
     def _approach(self, wanted: int, control: Control) -> bool:
-        # A rebuild is not begun again because the epoch has moved on by a version.
+        # A rebuild does not restart because the epoch has a newer version.
         if self._route is None or (self._route.target != wanted and not self._route.rebuild):
             recents = self._newest.recents()
             self._route = route_to(
@@ -538,7 +504,7 @@ class VersionFollower:
         return True
 
     def _give_up(self, step: Manifest, error: Exception) -> bool:
-        """A step cannot be read; returns whether to look for another route at once."""
+        """Handles a step that cannot be read; returns whether to look for another route at once."""
         if step.kind == "recent":
             self._newest.lose(step.version)
             return True
@@ -550,7 +516,7 @@ class VersionFollower:
         return False
 
     def _settle_for(self, version: int, control: Control) -> bool:
-        """Nothing leads on from `version`, which is here; answers use it where it is newer than what they use."""
+        """Ends the route at `version`, which is on this host; answers use it if it is newer than the served one."""
         self._route = None
         with self._rows.reader() as reader:
             here = reader.version(version)

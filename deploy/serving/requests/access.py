@@ -1,9 +1,8 @@
-"""How a worker authenticates clients: its TLS certificate, and bearer tokens; both are reloaded when their files change.
+"""Authenticates clients of a worker: its TLS certificate, and bearer tokens; both are reloaded when their files change.
 
-There is one file of tokens per role, readable only by its owner, created at the first start. The role `read` may request
-answers. The role `operate` may also request metrics and every operation that changes something. A request carries its
-token as `Authorization: Bearer TOKEN`, over HTTP and gRPC alike. A file has one token per line, so a new token can be
-issued before the old one is revoked. A change takes effect within a second, without a restart.
+Each role has a file of tokens, one per line, readable only by its owner and created at the first start. `read` may
+request answers; `operate` also metrics and every operation that changes something. A request carries its token as
+`Authorization: Bearer TOKEN`, over HTTP and gRPC alike. A change takes effect within a second, without a restart.
 """
 
 from __future__ import annotations
@@ -43,8 +42,7 @@ class _WatchedFiles:
     def look(self) -> None:
         """Reloads the files if they have changed.
 
-        Raises:
-            SettingsError: They cannot be used; the previous content stays in effect.
+        If they cannot be used, raises SettingsError, and the previous content stays in effect.
         """
         before, self._seen = self._seen, self._states()
         if before != self._seen:
@@ -101,10 +99,7 @@ class Certificate(_WatchedFiles):
 
 
 class Tokens(_WatchedFiles):
-    """The tokens of a host.
-
-    Args:
-        folder: The directory with one file per role.
+    """The tokens of a host, from a directory with one file per role.
 
     Raises:
         SettingsError: A file is missing, other users can read it, or it has no valid tokens.
@@ -115,11 +110,7 @@ class Tokens(_WatchedFiles):
         super().__init__([folder / role for role in (READ, OPERATE)])
 
     def require(self, authorization: str | None, role: str) -> None:
-        """Checks that a request has the given role.
-
-        Args:
-            authorization: The `Authorization` header, if there is one.
-            role: `OPEN`, `READ` or `OPERATE`.
+        """Checks that the `Authorization` header, if any, has the given role (`OPEN`, `READ` or `OPERATE`).
 
         Raises:
             Unauthorized: The token is missing or unknown.
@@ -147,12 +138,7 @@ def _digest(token: str) -> bytes:
 
 @dataclass
 class Access:
-    """The access control of a worker.
-
-    Attributes:
-        certificate: None without TLS.
-        tokens: None if requests need no token.
-    """
+    """The access control of a worker; `certificate` is None without TLS, `tokens` if requests need none."""
 
     certificate: Certificate | None = None
     tokens: Tokens | None = None
@@ -160,11 +146,7 @@ class Access:
 
     @classmethod
     def of(cls, settings: Settings) -> Access:
-        """Builds the access control from the settings.
-
-        Raises:
-            SettingsError: The files that the settings name cannot be used.
-        """
+        """Builds the access control from the settings; raises SettingsError if their files cannot be used."""
         serving = settings.serving
         certificate = Certificate(Path(serving.tls_cert), Path(serving.tls_key)) if serving.tls_cert else None
         return cls(certificate, Tokens(settings.tokens_dir) if are_wanted(settings) else None)
@@ -182,9 +164,7 @@ class Access:
 def are_wanted(settings: Settings, host: str | None = None) -> bool:
     """Whether requests need tokens: `serving.tokens` decides; `auto` requires them unless the address is loopback.
 
-    Args:
-        settings: The system's settings.
-        host: The address that the port listens on; None for `serving.host`.
+    `host` is the address that the port listens on; None for `serving.host`.
 
     >>> are_wanted(Settings()), are_wanted(Settings(), "0.0.0.0")
     (False, True)
@@ -230,11 +210,7 @@ def tokens_in(path: Path) -> list[str]:
 
 
 def make_missing(folder: Path) -> list[Path]:
-    """Creates the missing files, each with a new token; safe for several processes at once.
-
-    Returns:
-        The files that were created.
-    """
+    """Creates the missing files, each with a new token, and returns them; safe for several processes at once."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     made = []
     for role in (READ, OPERATE):

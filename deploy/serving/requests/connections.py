@@ -9,20 +9,17 @@
     the client does not read an answer for `timeout_s`         none
     no request for `timeout_s` after the connection opened     none
 
-A client may pipeline requests. They are answered in order, one at a time. While `PIPELINED`
-requests wait, the rest is neither parsed nor read from the socket. While uvloop's write buffer
-holds 64 KiB or more, the next answer waits. So a client that does not read its answers stops only
-its own connection.
+Pipelined requests are answered in order, one at a time. While `PIPELINED` requests wait, the rest is neither parsed
+nor read from the socket. While uvloop's write buffer holds 64 KiB or more, the next answer waits, so a client that
+does not read its answers stops only its own connection.
 
-If the application has `respond` (`deploy/serving/rest.py`), it is called instead of ASGI. Its answer is written
-at once, without a task, by the same rules.
+If the application has `respond` (`deploy/serving/rest.py`), it is called instead of ASGI. Its answer is written at
+once, without a task, by the same rules.
 
-A client may close its half of the connection after its request, and is still answered. The server
-calls `look` for each connection every second, so that no request needs a timer.
+A client may close its half of the connection after its request, and is still answered. The server calls `look` for
+each connection every second, so that no request needs a timer.
 
-`own_hosts` protects against DNS rebinding where nothing else keeps another site's page out. Such a
-page can resolve its own name to 127.0.0.1. A browser then sends the page's requests here, with that
-name as their host. An address or `localhost` cannot be such a name.
+`own_hosts` protects against DNS rebinding (`deploy/serving/API.md`).
 """
 
 from __future__ import annotations
@@ -40,15 +37,15 @@ from deploy.serving.requests.http import JSON, LAST, Response, answer, failure
 from state.errors import BadRequest, Forbidden, Overloaded, SpringtideError
 
 PIPELINED = 16
+"""Requests of one connection that may wait behind the current one."""
 MAX_HEAD_BYTES = 32_768
-"""Requests of one connection that may wait behind the current one; parsing stops at this number."""
 PIECE_BYTES = 2048
-"""Bytes parsed at once. The parser cannot stop inside a piece, so one piece may exceed `PIPELINED` by its requests."""
+"""Bytes parsed at once. The parser cannot stop inside a piece, so its requests may exceed `PIPELINED`."""
 _JSON_LINE = b"".join(name + b": " + value + b"\r\n" for name, value in JSON) + b"content-length: "
 
 
 def one_host(hosts: list[bytes]) -> str:
-    """The host of a request of HTTP/1.1, out of the values of its header `host`.
+    """The host of an HTTP/1.1 request, from the values of its header `host`.
 
     >>> one_host([b"localhost"])
     'localhost'
@@ -89,7 +86,6 @@ class ConnectionLimits(NamedTuple):
     """What a connection may do.
 
     Attributes:
-        timeout_s: See the module.
         connections: Of one worker at a time.
         own_hosts: Whether a request must name an address or localhost as its host.
         head_bytes: Size of request line and headers together.
@@ -102,7 +98,7 @@ class ConnectionLimits(NamedTuple):
 
 
 class _Flow(FlowControl):
-    """uvicorn's flow control, which resumes reading after each answer; not while received bytes are unparsed."""
+    """uvicorn's flow control, except that an answer does not resume reading while received bytes are unparsed."""
 
     unparsed = False
 
@@ -115,9 +111,7 @@ class BoundedConnection(HttpToolsProtocol):
     """A connection within limits; uvicorn makes one for each that is accepted.
 
     Args:
-        limits: The limits.
         refused: Counts refusals, by reason.
-        given: The arguments that uvicorn passes to its protocols.
     """
 
     flow: _Flow
@@ -134,7 +128,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._respond = getattr(self.app, "respond", None)
 
     def connection_made(self, transport: Any) -> None:
-        """Counts a new connection; above the limit each of its requests is refused."""
+        """Counts a new connection; above the limit, each of its requests is refused."""
         super().connection_made(transport)
         self.flow = _Flow(transport)
         if len(self.connections) > self._limits.connections:
@@ -152,7 +146,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._parse()
 
     def _parse(self) -> None:
-        """Parses what was received, until `PIPELINED` requests wait; then reading is paused."""
+        """Parses what was received, until `PIPELINED` requests wait; then pauses reading."""
         while self._unparsed and not self._ended and len(self.pipeline) < PIPELINED:
             piece, self._unparsed = self._unparsed[:PIECE_BYTES], self._unparsed[PIECE_BYTES:]
             self._parse_piece(piece)
@@ -169,7 +163,7 @@ class BoundedConnection(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            # Nothing is offered to change to; what follows would not be HTTP.
+            # No upgrade is offered; what follows would not be HTTP.
             self._unparsed = memoryview(b"")
             if self.cycle is not None:
                 self.cycle.keep_alive = False
@@ -184,9 +178,9 @@ class BoundedConnection(HttpToolsProtocol):
                 self._refuse("head", self._too_large())
 
     def on_response_complete(self) -> None:
-        """An answer is written: requests that were received and not parsed may come next.
+        """Continues with pending requests after an answer.
 
-        As in uvicorn, except that `look` closes idle connections and no answer needs a timer.
+        Unlike in uvicorn, `look` closes idle connections, so no answer needs a timer.
         """
         self.server_state.total_requests += 1
         if self.transport.is_closing():
@@ -214,7 +208,7 @@ class BoundedConnection(HttpToolsProtocol):
         self.tasks.add(task)
 
     def _write(self, cycle: RequestResponseCycle, response: Response) -> None:
-        """Writes an answer at once; if the client does not read, or there are more headers, the way uvicorn does."""
+        """Writes an answer at once, or as uvicorn does if the client does not read or there are more headers."""
         if response.headers is not JSON or self.flow.write_paused or not cycle.keep_alive or cycle.disconnected:
             self._start(answer(cast(Any, cycle.send), response))
             return
@@ -231,7 +225,7 @@ class BoundedConnection(HttpToolsProtocol):
         cycle.on_response = _nothing
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """The client sends no more. Its requests are still answered, except over TLS, which has no half-closed state."""
+        """Keeps answering a client that sends no more, except over TLS, which has no half-closed state."""
         if self.scheme == "https" or self._in_request or self.cycle is None or self.cycle.response_complete:
             return False
         self._ended = True
@@ -247,7 +241,7 @@ class BoundedConnection(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header; one behind the body is of no use here."""
+        """Takes a header; one behind the body is ignored."""
         if self._in_head:
             super().on_header(name, value)
 
@@ -267,7 +261,7 @@ class BoundedConnection(HttpToolsProtocol):
         super().on_headers_complete()
 
     def _takes_host(self, hosts: list[bytes]) -> bool:
-        """Checks the hosts of a request; those of the request before it on the connection are known."""
+        """Checks the hosts of a request; those of the connection's previous request are known."""
         try:
             if hosts or self.parser.get_http_version() != "1.0":
                 host = one_host(hosts)
@@ -292,11 +286,7 @@ class BoundedConnection(HttpToolsProtocol):
             super().on_message_complete()
 
     def look(self, now_s: float) -> None:
-        """Closes a connection that exceeds a time limit; called every second.
-
-        Args:
-            now_s: By the loop's clock.
-        """
+        """Closes a connection that exceeds a time limit, by the loop's clock; called every second."""
         cycle = self.cycle
         is_idle = cycle is not None and cycle.response_complete and not self._in_request and not self._unparsed
         if is_idle and now_s - self._answered_s >= self.timeout_keep_alive:
@@ -326,7 +316,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._ended = True
         cycle = self.cycle
         if cycle is not None and not cycle.response_complete and not cycle.more_body:
-            # The answers that are owed come first, and the last of them ends the connection.
+            # Pending answers come first, and the last of them ends the connection.
             cycle.keep_alive = False
             return
         if not self.pipeline and (cycle is None or cycle.response_complete or not cycle.response_started):

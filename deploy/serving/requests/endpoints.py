@@ -1,29 +1,20 @@
-"""The questions that a worker answers: profiles, items, explanations and segments, over HTTP and gRPC, and its health.
+"""The endpoints of a worker: profiles, items, explanations and segments, over HTTP and gRPC, and its health.
 
-Errors over HTTP are JSON. `error` says what happened, `do` says what to do, and `where` names the position in the request
-if the request is at fault. `deploy/serving/API.md` documents the API for callers. The gRPC service `springtide.v1.Profiles`
-gives the same answers; its requests are converted to the parameters and bodies of HTTP.
-
-Profiles and explanations:
+`deploy/serving/API.md` documents the API for callers. The gRPC service `springtide.v1.Profiles` gives the same
+answers; its requests are converted to the parameters and bodies of HTTP.
 
     GET  /v1/profiles/{user_id}?item=&category=&at=&context.NAME=&fields=&top=
     POST /v1/profiles:batch      {"profiles": [{"user_id": ..., "item": ..., ...}, ...]} or {"users": [...]}, "fields", "top"
     GET  /v1/profiles/{user_id}/explain?label=|item=&category=&at=&context.NAME=&top=
 
-Items for a user:
-
     POST /v1/rank      {"user_id": ..., "items": [...], "context": {...}, "at": ...}
     GET  /v1/recommendations/{user_id}?n=&category=&exclude_seen=&at=&context.NAME=
     GET  /v1/similar/{user_id}?n=&exclude_seen=&at=&context.NAME=
-
-Segments:
 
     GET /v1/segments
     GET /v1/segments/{segment}?from=&n=
     GET /v1/segments/{segment}/users/{user_id}
     GET /v1/segments/{segment}/lookalikes?n=
-
-Whether the worker runs and can answer, and its metrics:
 
     GET /healthz /readyz /metrics
 """
@@ -292,7 +283,6 @@ def _convert(given: Mapping[str, Any], kind: type[Parameters]) -> Parameters:
 
 
 def _filled(name: str, answer: Any) -> Any:
-    """Returns the message with the fields of an answer."""
     return message(f"{PACKAGE}.{name}")(
         **{field.name: getattr(answer, field.name) for field in dataclasses.fields(answer)}
     )
@@ -373,13 +363,7 @@ def segment_endpoints(host: Host) -> list[Endpoint]:
 
 
 def health_endpoints(host: Host, registry: CollectorRegistry, draining: Callable[[], bool]) -> list[Endpoint]:
-    """Returns the endpoints about the worker itself.
-
-    Args:
-        host: The host.
-        registry: The metrics.
-        draining: Whether the worker is about to end.
-    """
+    """Returns the endpoints about the worker itself; `draining` reports whether it is about to end."""
 
     async def alive(_: Request) -> Response:
         return Response(200, b'{"status":"ok"}')

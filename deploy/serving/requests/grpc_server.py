@@ -1,8 +1,7 @@
 """A worker's gRPC server on its own event loop: messages, services and their errors, health and reflection.
 
-The messages are those of `protos/*.proto`, in a descriptor pool of their own. TensorFlow's messages have the same names in
-protobuf's default pool, and one pool cannot contain both. These commands build `protos/descriptors.pb` from the `.proto`
-files:
+The messages have a descriptor pool of their own, because TensorFlow's have the same names in protobuf's default
+pool. These commands build `protos/descriptors.pb`:
 
     cd deploy/serving/requests/protos
     python -m grpc_tools.protoc -I. --include_imports --descriptor_set_out=descriptors.pb *.proto
@@ -45,10 +44,9 @@ CODES = {
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
-"""gRPC status codes by the HTTP status of an error."""
 MOST_MESSAGE_BYTES = 4 << 20
 POLL_S = 0.2
-"""Interval of polls for the server's end; while a call is open, only a poll notices it."""
+"""Interval of polls for the server's end, which while a call is open only a poll notices."""
 AGAIN_S = 0.05
 """Wait before the next attempt to bind the port of a server that ended."""
 HEALTH_S = 1.0
@@ -56,7 +54,7 @@ _log = logging.getLogger(__name__)
 
 
 def _pool() -> DescriptorPool:
-    """Returns the pool of all messages and services, including health and reflection, so that reflection lists all."""
+    """Returns the pool of all messages and services, which reflection lists."""
     pool = DescriptorPool()
     for file in FileDescriptorSet.FromString((PROTOS / "descriptors.pb").read_bytes()).file:
         pool.AddSerializedFile(file.SerializeToString())
@@ -101,13 +99,7 @@ class Service:
 
 
 def handler_of(service: Service, counts: RequestCounts, tokens: Tokens | None = None) -> grpc.GenericRpcHandler:
-    """Returns the handler of all methods of a service.
-
-    Args:
-        service: The service.
-        counts: Counts the requests.
-        tokens: The tokens that requests need; None if they need none.
-    """
+    """Returns the handler of all methods of a service; with `tokens`, requests need one."""
 
     def answering(route: str, method: Method) -> Any:
         async def answer(data: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
@@ -141,7 +133,7 @@ def handler_of(service: Service, counts: RequestCounts, tokens: Tokens | None = 
 
 
 def _parsed(name: str, data: bytes) -> Any:
-    """Parses a request. If grpc parsed it, an invalid message would be reported as a server failure."""
+    """Parses a request; if grpc parsed it, an invalid message would count as a server failure."""
     if not name:
         return data
     try:
@@ -163,12 +155,8 @@ async def _refuse(context: grpc.aio.ServicerContext[Any, Any], code: grpc.Status
 class GrpcHealth(health_pb2_grpc.HealthServicer):
     """The standard gRPC health service: reports SERVING while the worker can answer, like `/readyz`.
 
-    It replaces the implementation of `grpc_health`. There, all watchers of a service miss updates once one of them leaves,
-    and watchers keep the server from stopping.
-
-    Args:
-        ready: Whether the worker can answer.
-        services: The names of the services, in addition to the whole worker (the empty name).
+    It replaces `grpc_health`'s, whose watchers of a service miss updates once one of them leaves, and keep the
+    server from stopping. `services` are the names besides the empty one, which is the whole worker.
     """
 
     def __init__(self, ready: Callable[[], bool], services: Collection[str]) -> None:
@@ -177,7 +165,7 @@ class GrpcHealth(health_pb2_grpc.HealthServicer):
         self._changed = asyncio.Event()
 
     def poll(self) -> None:
-        """Polls the worker's status, and notifies watchers of a change."""
+        """Notifies watchers if the worker's status has changed."""
         ready = self._ready()
         if ready != self._is_ready:
             self._is_ready = ready
@@ -226,12 +214,9 @@ class GrpcHealth(health_pb2_grpc.HealthServicer):
 
 @dataclass(frozen=True)
 class GrpcAddress:
-    """Where a gRPC server listens.
+    """Where a gRPC server listens: `host:port`; port 0 selects a free one.
 
-    Attributes:
-        address: `host:port`; port 0 selects a free one.
-        shared: Whether other workers listen there too.
-        most_calls: Concurrent calls, watching ones included; further ones are refused.
+    Above `most_calls` concurrent calls, including watching ones, further calls are refused.
     """
 
     address: str
@@ -240,17 +225,7 @@ class GrpcAddress:
 
 
 class GrpcServer:
-    """Answers until `stop`; made and used in one event loop.
-
-    Args:
-        services: The services, in addition to health and reflection.
-        counts: Counts the requests.
-        ready: Whether the worker can answer.
-        access: How clients authenticate.
-        listen: Where it listens.
-
-    Attributes:
-        port: The port that it listens on.
+    """Answers until `stop`; made and used in one event loop. `services` are those besides health and reflection.
 
     Raises:
         RuntimeError: The address cannot be bound.
@@ -273,17 +248,19 @@ class GrpcServer:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Takes requests from now on."""
+        """Accepts requests from now on."""
         self._health.poll()
         await self._server.start()
         self._tasks = [asyncio.create_task(self._health.follow()), asyncio.create_task(self._keep())]
 
     def poll(self) -> None:
-        """Notifies watching clients at once when the worker becomes ready or stops being ready."""
+        """Notifies watching clients if the worker's readiness has changed."""
         self._health.poll()
 
     async def stop(self, grace_s: float) -> None:
-        """Stops accepting requests, notifies watching clients, and returns when open requests are answered or `grace_s` is over."""
+        """Stops accepting requests, notifies watchers, and returns after open requests are answered or `grace_s` is
+        over.
+        """
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -316,7 +293,7 @@ class GrpcServer:
         """Restarts the server if it ended by itself: grpc's does so at a request whose path is not UTF-8."""
         address = f"{self._listen.address.rpartition(':')[0]}:{self.port}"
         while True:
-            # It raises what it ended with, whatever that was. Without a time limit a cancelled wait would end its end.
+            # Raises what the server ended with. Without a time limit, a cancelled wait would end the server's shutdown.
             with suppress(Exception):
                 while await self._server.wait_for_termination(POLL_S):
                     pass

@@ -30,14 +30,14 @@ MOST_BODY_BYTES = 1 << 20
 METHODS = ("GET", "HEAD")
 """The methods of read-only endpoints."""
 LAST = (b"connection", b"close")
-"""A header that marks the last response of a connection."""
+"""Marks the last response of a connection."""
 JSON: Headers = [(b"content-type", b"application/json")]
 FAILED: Mapping[int, type] = dict.fromkeys((400, 408, 429, 431, 500), Failure)
-"""The error responses that every endpoint can return: HTTP status to type of the JSON."""
+"""Type of the JSON by HTTP status, for the errors of every endpoint."""
 ASKED = {**FAILED, 503: Failure, 504: Failure}
-"""The error responses of endpoints that a model version answers."""
+"""Likewise for endpoints that a model version answers."""
 SENT = {**ASKED, 413: Failure}
-"""The error responses of endpoints with a request body."""
+"""Likewise for endpoints with a request body."""
 _NO_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2}).{0,2}")
 _PLACEHOLDER = re.compile(r"\\{(\w+)\\}")
 _PLACE = re.compile(r" - at `\$(.*)`$", re.DOTALL)
@@ -46,15 +46,7 @@ _SHOWN = 200
 
 
 class Request(NamedTuple):
-    """An HTTP request.
-
-    Attributes:
-        scope: The ASGI scope.
-        receive: The ASGI receive function.
-        path: The decoded values of the placeholders in the endpoint's path, by name.
-        endpoint: The endpoint.
-        most_body_bytes: The maximum body size; a larger body is refused.
-    """
+    """An HTTP request; `path` has the decoded values of the placeholders in the endpoint's path, by name."""
 
     scope: Scope
     receive: Receive
@@ -69,11 +61,7 @@ class Request(NamedTuple):
         return query_string
 
     def parameters(self, kind: type[Parameters]) -> Parameters:
-        """Parses the query parameters as `kind`, the type that the endpoint declares.
-
-        Raises:
-            BadRequest: They do not match the type.
-        """
+        """Parses the query parameters as `kind`, the type that the endpoint declares; raises BadRequest."""
         return parameters(self.query_string, kind)
 
     async def document(self) -> Any:
@@ -117,18 +105,15 @@ class Endpoint:
     """An endpoint of the HTTP API.
 
     Attributes:
-        name: The name in metrics.
         methods: The HTTP methods; empty if `answer` checks methods and parameters itself.
         path: The path with placeholders, such as `/v1/profiles/{user_id}`. A placeholder matches any characters except
             a slash that is not percent-encoded.
-        answer: Answers a request.
         summary: A sentence that describes the response.
         parameters: The type of the query parameters; None if there are none, and then any parameter is refused.
         body: The types that the body may have; empty if no body is read.
         example: An example body, shown in the error about an invalid one.
         role: The role that a request needs, if requests need tokens.
         returns: The types that the response's JSON may have; empty if the response is not JSON.
-        media_type: The media type of a response that is not JSON.
         failures: The type of the JSON of each other status.
         placeholders: Additional JSON Schema in the OpenAPI document for the values of placeholders.
         shown_methods: The methods in the OpenAPI document; `methods` by default. The document omits an endpoint without
@@ -160,11 +145,7 @@ class Endpoint:
 
 
 class Routes:
-    """Finds the endpoint of a request.
-
-    Args:
-        endpoints: The endpoints; if two match a path, the first one is used.
-    """
+    """Finds the endpoint of a request; if two match a path, the first one is used."""
 
     def __init__(self, endpoints: Sequence[Endpoint]) -> None:
         self._endpoints = tuple(endpoints)
@@ -329,7 +310,7 @@ def encode(document: object) -> bytes:
 
 
 def failure(error: SpringtideError) -> Response:
-    """Builds an error response: what happened, what to do, and the position in the request if one is known."""
+    """Builds the response of an error."""
     document = {"error": error.what, "do": error.do}
     if isinstance(error, BadRequest) and error.where:
         document["where"] = error.where

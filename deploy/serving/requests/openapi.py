@@ -1,8 +1,6 @@
-"""The OpenAPI 3.1 document of the HTTP API, built from the table of endpoints and their types, and a page that shows it.
+"""The OpenAPI 3.1 document of the HTTP API, built from the endpoints and their types, and a page that shows it.
 
-    GET /openapi.json /docs
-
-The page is one file without scripts. It loads nothing from elsewhere and needs no internet.
+GET /openapi.json /docs
 """
 
 from __future__ import annotations
@@ -59,7 +57,6 @@ _POLICY = (
     f"default-src 'none'; style-src 'sha256-{b64encode(sha256(_STYLE.encode()).digest()).decode()}'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""The page's Content-Security-Policy: its own style and nothing else."""
 _PAGE: Headers = [
     (b"content-type", HTML.encode()),
     (b"content-security-policy", _POLICY.encode()),
@@ -71,7 +68,7 @@ Schemas = Mapping[Any, dict[str, Any]]
 
 
 def document_endpoints(others: Sequence[Endpoint]) -> list[Endpoint]:
-    """Returns the endpoints of the document and the page, which are built when they are first requested."""
+    """Returns the endpoints of the document and the page, which are built when first requested."""
     built: list[bytes] = []
 
     def both() -> list[bytes]:
@@ -227,7 +224,7 @@ def _response(endpoint: Endpoint, status: int, method: str, schemas: Schemas) ->
 
 
 def page(document: Mapping[str, Any]) -> str:
-    """Builds the page of a document."""
+    """Builds the HTML page of a document."""
     about = document["info"]
     operations = [
         (path, method, operation)

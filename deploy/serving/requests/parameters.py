@@ -15,7 +15,6 @@ from state.errors import BadRequest
 MOST_PROFILES = 1000
 LATEST_MS = 253_402_300_799_000  # the end of the year 9999
 TOP = 10
-"""The default number of interests, or of reasons, in an answer."""
 MOST_TOP = 10_000
 MOST_RECOMMENDED = 100
 LEAN: frozenset[str] = frozenset()
@@ -65,13 +64,10 @@ class ProfileParameters(_Given, frozen=True):
     top: Top = TOP
 
     def query(self, user: str) -> Query:
-        """Converts to a query.
+        """Converts to a query; raises BadRequest if `at` is not a time, or `fields` names an unknown field.
 
         >>> ProfileParameters(item="i1", context={"device": "tv"}).query("ann")
         Query(user='ann', item='i1', category=None, context={'device': 'tv'}, at_ms=None, fields=frozenset(), top=10)
-
-        Raises:
-            BadRequest: `at` is not a time, or `fields` names an unknown field.
         """
         fields = LEAN if self.fields is None else fields_of(self.fields.split(","))
         return Query(user, self.item, self.category, self.context, _time_ms(self.at), fields, self.top)
@@ -110,13 +106,10 @@ class ProfilesQuestion(_Given, frozen=True):
     top: Top = TOP
 
     def queries(self) -> list[Query]:
-        """Converts to queries.
+        """Converts to queries; raises BadRequest if an `at` is not a time.
 
         >>> ProfilesQuestion([ProfileQuestion("ann", item=7)]).queries()
         [Query(user='ann', item='7', category=None, context={}, at_ms=None, fields=frozenset(), top=10)]
-
-        Raises:
-            BadRequest: An `at` is not a time.
         """
         fields = frozenset[str](self.fields)
         return [
@@ -255,13 +248,10 @@ def time_ms(given: str | int, where: str = "at") -> int:
 
 
 def fields_of(names: list[str]) -> frozenset[str]:
-    """Returns the requested optional fields.
+    """Returns the requested optional fields; raises BadRequest if one is unknown.
 
     >>> fields_of(["vector"])
     frozenset({'vector'})
-
-    Raises:
-        BadRequest: A field is unknown.
     """
     for name in names:
         if name not in FIELDS:

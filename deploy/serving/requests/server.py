@@ -39,11 +39,7 @@ _log = logging.getLogger(__name__)
 
 
 def listen(host: str, port: int, setting: str = "serving.port") -> socket.socket:
-    """Binds a socket to a port; `setting` names the setting to change if the port is in use.
-
-    Raises:
-        PortTaken: The port is in use.
-    """
+    """Binds a socket to a port; raises PortTaken, which names `setting`, if the port is in use."""
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -59,14 +55,8 @@ def listen(host: str, port: int, setting: str = "serving.port") -> socket.socket
 class Acceptor:
     """Accepts connections from its creation until `close`; stands in for the server object that uvicorn expects.
 
-    It accepts many waiting connections in one iteration of the event loop. uvloop's own server accepts one per iteration.
-    Under load, when iterations are long, a new client would then wait for seconds.
-
-    Args:
-        bound: The socket.
-        backlog: How many connections may wait.
-        make: Makes the protocol of a connection.
-        tls: The certificate's context; None without TLS.
+    It accepts many waiting connections per iteration of the event loop. uvloop's own server accepts one, so under
+    load a new client would wait for seconds.
     """
 
     def __init__(
@@ -87,7 +77,7 @@ class Acceptor:
         self._loop.remove_reader(self._bound)
 
     async def wait_closed(self) -> None:
-        """Returns when what was accepted is open, or was given up."""
+        """Returns when each accepted connection is open, or was given up."""
         await asyncio.gather(*self._opening, return_exceptions=True)
 
     def _listen(self) -> None:
@@ -119,26 +109,22 @@ class Acceptor:
 
 
 class Application(Protocol):
-    """An ASGI application that this server lets end in order.
-
-    Attributes:
-        draining: Whether the process is about to end.
-    """
+    """An ASGI application that this server lets end in order; `draining` is set when the process is about to end."""
 
     draining: bool
 
     def count_refused(self, reason: str) -> None:
-        """Counts what was refused before it reached the application."""
+        """Counts a request or connection that was refused before it reached the application."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answers one request."""
 
 
 class Companion(Protocol):
-    """A server that starts and ends with this one, such as `GrpcServer`, which the console does not import."""
+    """A server that starts and ends with this one, such as `GrpcServer`."""
 
     async def start(self) -> None:
-        """Takes requests from now on."""
+        """Accepts requests from now on."""
 
     def poll(self) -> None:
         """Notifies clients of a change of readiness."""
@@ -150,13 +136,8 @@ class Companion(Protocol):
 class DrainingServer(uvicorn.Server):
     """The HTTP server of a worker.
 
-    Args:
-        app: The application.
-        limits: The limits of its connections.
-        drain_s: How long connections are still accepted.
-        ready: Called once connections are accepted.
-        grpc: Makes the gRPC server in the event loop; None for HTTP alone.
-        access: How clients authenticate.
+    Connections are still accepted for `drain_s` after a signal. `ready` is called once they are accepted. `grpc`
+    makes the gRPC server in the event loop.
     """
 
     def __init__(
@@ -190,8 +171,8 @@ class DrainingServer(uvicorn.Server):
     def end_on_signals(self) -> None:
         """Lets SIGTERM and SIGINT start the shutdown from now on, not only once the server runs.
 
-        uvicorn has handlers of its own while it runs, and raises the signal again after its end. A signal between this
-        process's start and that moment would be lost, and with it the end of a worker whose parent was killed.
+        uvicorn's own handlers exist only while it runs. An earlier signal would be lost, and with it the end of a
+        worker whose parent was killed.
         """
 
         def end(*_: object) -> None:
@@ -220,7 +201,7 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Ends in order, see the module."""
+        """Ends in the order of the module docstring."""
         # 1. Clients may switch to another host.
         self._app.draining = True
         if self._grpc is not None:

@@ -2,8 +2,7 @@
 
 1. Read the user of the query; a keyed hash of the user decides the arm (`state/experiments/exposure.py`).
 2. For the arm `trial`, forward the query unchanged to the workers at `rollout.address`.
-3. If they do not answer, this worker answers, so a failed trial costs no user an answer. The exposure records the
-   failure.
+3. If they do not answer, this worker answers, and the exposure records the failure.
 4. The answer names its arm in the header `springtide-arm`, and the exposure is stored.
 
 In a batch, each row has its own arm. The trial's workers answer their rows while this worker answers the others.
@@ -38,21 +37,13 @@ MANY = "batch"
 """The endpoint that answers about several users."""
 POLL_S = 0.25
 MOST_IDLE = 64
-"""The maximum number of idle connections to the trial; each query in flight uses one connection."""
+"""Maximum of idle connections to the trial; each query in flight uses one."""
 _PASSED_ON = (b"authorization", b"content-type", b"accept")
 _log = logging.getLogger(__name__)
 
 
 class Split:
-    """Splits the queries of one worker. Used in its event loop.
-
-    Args:
-        settings: The system's settings.
-        salt: The salt of the pseudonyms.
-        now_ms: The wall clock.
-        clock_s: A monotonic clock.
-        transport: The HTTP transport to the trial; by default httpx's own.
-    """
+    """Splits the queries of one worker. Used in its event loop."""
 
     def __init__(
         self,
@@ -77,10 +68,8 @@ class Split:
         self._say = SaidOnce(_log.warning)
 
     async def answer(self, request: Request) -> Response:
-        """Answers a request with its user's arm; without an open rollout, the endpoint answers.
-
-        Raises:
-            SpringtideError: The endpoint raised it.
+        """Answers a request with its user's arm, or the endpoint if no rollout is open; raises what the endpoint
+        raises.
         """
         experiment = self._split()
         if experiment is None or request.endpoint.name not in (*ROUTES, MANY):
@@ -147,14 +136,14 @@ class Split:
         return rows if rows is not None and len(rows) == len(places) else None
 
     def _exposure(self, experiment: Experiment, user: str, at_ms: int) -> Exposure:
-        """Builds the exposure of a user, with the fields that are known before the answer."""
+        """Builds a user's exposure with what is known before the answer."""
         assert experiment.rollout is not None
         pseudonym, share = user_id(self._salt, user), experiment.share
         arm = arm_of(position_of(self._salt, experiment.name, pseudonym), share)
         return Exposure(f"{pseudonym:016x}", experiment.name, experiment.rollout.step, share, arm, at_ms, None)
 
     def _store(self, exposures: Sequence[Exposure], failed: Sequence[Arm], took_us: int | None = None) -> None:
-        """Stores exposures; marks those of the arms `failed` as failed."""
+        """Stores exposures; those of the arms `failed` are marked as failed."""
         done = (msgspec.structs.replace(one, took_us=took_us, failed=one.arm in failed) for one in exposures)
         self._spool.write(b"\n".join(map(encode, done)))
 
@@ -166,7 +155,7 @@ class Split:
         self._spool.close()
 
     def _split(self) -> Experiment | None:
-        """Returns the experiment with an open rollout, at most `POLL_S` old; if it cannot be read, the last known one."""
+        """Returns the experiment with an open rollout, at most `POLL_S` old; the last known one if it cannot be read."""
         now_s = self._clock_s()
         if now_s - self._polled_s >= POLL_S:
             self._polled_s = now_s
@@ -207,13 +196,10 @@ class _Answered(msgspec.Struct):
 
 
 class QuestionBatch(msgspec.Struct, frozen=True):
-    """A batch of queries, as the client sent it.
+    """A batch of queries, as the client sent it, in raw JSON but for the user ids.
 
-    Attributes:
-        name: The field with the queries: `profiles` (objects with `user_id`) or `users` (ids).
-        questions: The queries as raw JSON.
-        users: The raw user id of each query.
-        rest: The other fields by name, as raw JSON.
+    `name` is the field with the queries, `profiles` (objects with `user_id`) or `users` (ids); `rest` has the other
+    fields.
     """
 
     name: str
@@ -271,7 +257,6 @@ def joined(answers: Iterable[tuple[Arm, bytes]]) -> bytes:
 
 
 async def _ours(request: Request, batch: QuestionBatch, places: Sequence[int]) -> list[bytes]:
-    """Computes the rows of this worker's arm; raises what the endpoint raises."""
     if not places:
         return []
     given = await request.endpoint.answer(request._replace(receive=_whole(batch.part(places))))
@@ -289,7 +274,6 @@ def _user_in(body: bytes) -> str | None:
 
 
 def _whole(body: bytes) -> Receive:
-    """Returns an ASGI receive function that replays a body."""
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": body, "more_body": False}

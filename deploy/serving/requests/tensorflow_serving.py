@@ -1,13 +1,11 @@
-"""TensorFlow Serving's interfaces over REST and gRPC: status, metadata and predictions, with its formats and status codes.
+"""TensorFlow Serving's interfaces over REST and gRPC: status, metadata and predictions in its formats.
 
     GET  /v1/models/profile[/versions/V|/labels/L][/metadata]
     POST /v1/models/profile[/versions/V|/labels/L]:predict    {"instances": [...]} or {"inputs": {...}}
 
-Tensors in JSON are as in TensorFlow Serving: by row (`instances`) or by column (`inputs`), with bytes as `{"b64": TEXT}`.
-Errors are `{"error": TEXT}`, as clients of TensorFlow Serving read them.
-
-Over gRPC, `PredictionService` and `ModelService` answer as far as they apply to this model. Strings are bytes in arrays of
-objects.
+Tensors in JSON are by row (`instances`) or by column (`inputs`), with bytes as `{"b64": TEXT}`; errors are
+`{"error": TEXT}`. Over gRPC, `PredictionService` and `ModelService` answer as far as they apply to this model, with
+strings as bytes in arrays of objects. Status codes are TensorFlow Serving's.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ from state.errors import BadRequest, SpringtideError
 
 FORM = 'send {"instances": [...]} or {"inputs": {...}}'
 _KINDS = {"f": "iuf", "i": "iu", "b": "b"}
-"""Kind of tensor -> the NumPy kinds of JSON values that it accepts."""
+"""NumPy kinds of JSON values that each kind of tensor accepts."""
 CHOICES = ("", "/versions/{version}", "/labels/{label}")
 LARGEST = 2**63 - 1
 _PLACEHOLDERS: Mapping[str, Mapping[str, Any]] = {"model": {"enum": [MODEL]}, "version": {"pattern": "^[0-9]{1,18}$"}}
@@ -177,7 +175,6 @@ def model_endpoints(model: TensorModel) -> list[Endpoint]:
 def _as_tensorflow_serving(
     answer: Callable[[Request], Awaitable[Response]], method: str
 ) -> Callable[[Request], Awaitable[Response]]:
-    """Reports errors, wrong methods included, as TensorFlow Serving does."""
 
     async def wrapped(request: Request) -> Response:
         try:
@@ -193,11 +190,7 @@ def _as_tensorflow_serving(
 
 
 def chosen(request: Request) -> ModelChoice:
-    """Returns the choice that a path makes.
-
-    Raises:
-        BadRequest: The version is no number.
-    """
+    """Returns the model that a path selects; raises BadRequest if the version is no number."""
     path = request.path
     version = path.get("version")
     # Digits of other scripts are numbers too.
@@ -221,11 +214,7 @@ def _document(body: bytes) -> dict[str, Any]:
 
 
 def tensors(document: Mapping[str, Any], signature: Signature) -> Tensors:
-    """Returns the inputs of a document.
-
-    Raises:
-        BadRequest: They do not match the signature; the error names the position.
-    """
+    """Returns the inputs of a document; raises BadRequest, with the position, if they do not match the signature."""
     given = _by_column(document["instances"], signature) if "instances" in document else document["inputs"]
     if not isinstance(given, dict) or _is_bytes(given):
         given = {_only(signature, "inputs"): given}
@@ -261,11 +250,7 @@ def _by_column(instances: Any, signature: Signature) -> dict[str, list[Any]]:
 
 
 def _only(signature: Signature, key: str) -> str:
-    """Returns the one required input.
-
-    Raises:
-        BadRequest: There are more of them.
-    """
+    """Returns the one required input; raises BadRequest if there are more."""
     needed = signature.required()
     if len(needed) != 1:
         raise BadRequest(f"'{key}' has values without names", f"name them: {', '.join(needed)}")
@@ -323,14 +308,8 @@ def _listed(values: Tensor) -> list[Any]:
 
 
 def to_array(name: str, proto: Any) -> Tensor:
-    """Returns the tensor of a message.
-
-    Args:
-        name: The name of the input, for errors.
-        proto: A `tensorflow.TensorProto`.
-
-    Raises:
-        BadRequest: Type, shape and values do not belong together.
+    """Converts a `tensorflow.TensorProto`; raises BadRequest if type, shape and values of the input `name` do not
+    match.
     """
     kind = _NAME_OF.get(proto.dtype, str(proto.dtype))
     if kind not in _FIELDS:
@@ -373,10 +352,7 @@ def to_proto(values: Tensor) -> Any:
 
 
 def signature_map(signatures: Mapping[str, Signature]) -> Any:
-    """Returns the `tensorflow.serving.SignatureDefMap` of signatures.
-
-    The default of an input with one row per request row is one row.
-    """
+    """Returns the `tensorflow.serving.SignatureDefMap` of signatures; one row is the default of an input by row."""
     signature_map = message(f"{PACKAGE}.SignatureDefMap")()
     for name, signature in signatures.items():
         made = SignatureDef(method_name=METHOD)
@@ -446,7 +422,7 @@ def model_services(model: TensorModel) -> list[Service]:
 
 
 def choice_of(spec: Any) -> ModelChoice:
-    """Returns the choice that a `tensorflow.serving.ModelSpec` makes."""
+    """Returns the model that a `tensorflow.serving.ModelSpec` selects."""
     version = spec.version.value if spec.HasField("version") else None
     return ModelChoice(spec.name, version, spec.version_label if spec.HasField("version_label") else None)
 
@@ -457,7 +433,7 @@ def _fill(spec: Any, version: int, signature: str = "") -> None:
 
 
 def _refusing(service: str, name: str, instead: str) -> Method:
-    """Returns a method of TensorFlow Serving that is not offered; it answers what to use instead."""
+    """Returns a method that is not offered; its error names the alternative."""
 
     async def refuse(_: Any) -> Any:
         raise BadRequest(f"{service}.{name} is not offered", instead, http_status=501)

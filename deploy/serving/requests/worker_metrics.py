@@ -24,14 +24,10 @@ EXEMPLAR_S = 1.0
 class RequestCounts:
     """Counts and times the requests of one protocol, with exemplars that name the version. Used by one event loop.
 
-    Only routes that a version answers have their own latency series, so a worker has few series. In OpenMetrics, each
-    bucket shows a recent request as an exemplar. An exemplar is recorded at most once a second, so it costs other requests
-    nothing.
+    Only routes that a version answers have their own latency series. In OpenMetrics, each bucket shows a recent
+    request as an exemplar, recorded at most once a second.
 
-    Args:
-        metrics: The worker's metrics.
-        version: The version that the worker last answered with; None before its first answer.
-        clock_s: A monotonic clock.
+    `version` returns the version that the worker last answered with, if any.
     """
 
     def __init__(
@@ -45,13 +41,7 @@ class RequestCounts:
         self._due_s: dict[tuple[Any, int], float] = {}
 
     def count(self, route: str, code: str | int, began_s: float) -> None:
-        """Counts a request that has just been answered.
-
-        Args:
-            route: The endpoint or method.
-            code: The HTTP or gRPC status code.
-            began_s: The arrival time, by `clock_s`.
-        """
+        """Counts a request that has just been answered; `began_s` is its arrival by `clock_s`."""
         series = self._series.get((route, code))
         if series is None:
             timed = route if route in ANSWERING_ROUTES else OTHER_ROUTES
@@ -71,10 +61,9 @@ class RequestCounts:
 
 
 def rendered(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
-    """Renders metrics in a format that the client accepts: OpenMetrics with exemplars, or Prometheus text.
+    """Renders metrics in a format that the client accepts, and returns them and their media type.
 
-    Returns:
-        The rendered metrics and their media type.
+    The formats are OpenMetrics with exemplars, and Prometheus text.
 
     >>> rendered(CollectorRegistry(), "application/openmetrics-text; version=1.0.0")[0].decode().strip()
     '# EOF'
@@ -88,8 +77,7 @@ def rendered(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
 def of_all_workers(own: CollectorRegistry) -> CollectorRegistry:
     """Returns the combined metrics of all workers with the same parent process.
 
-    Args:
-        own: This worker's metrics. Exemplars come only from these, because they are not written to files.
+    Exemplars are only those of this worker, because they are not written to files.
     """
     registry = CollectorRegistry()
     registry.register(_Summed(own))
@@ -98,7 +86,7 @@ def of_all_workers(own: CollectorRegistry) -> CollectorRegistry:
 
 
 class _Summed(Collector):
-    """Collects the sums over all workers from their metric files, with the exemplars of `own`."""
+    """Sums the metric files of all workers, with the exemplars of `own`."""
 
     def __init__(self, own: CollectorRegistry) -> None:
         self._own = own

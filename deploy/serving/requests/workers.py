@@ -1,11 +1,10 @@
 """Supervises a host's workers on one port: starts them, and restarts one that dies while the others continue.
 
-The parent owns the socket, and all workers accept from it. So a new connection goes to a worker that runs, and none is
-lost when a worker ends. Counters are stored in files, one set per worker, which its successor continues. Each worker's
-/metrics therefore shows the sum of all workers.
+All workers accept from the parent's socket, so no connection is lost when a worker ends. Each worker's counters are
+stored in files, which its successor continues, and each worker's /metrics shows the sum of all workers.
 
-If a worker never accepts a connection, its settings cannot work, and all workers end. They also end when the parent is
-killed.
+If a worker never accepts a connection, its settings cannot work, and all workers end. They also end when the parent
+is killed.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ from deploy.children.ending import Backoff, how
 
 WAIT_S = 0.1
 COUNTERS = "PROMETHEUS_MULTIPROC_DIR"
-"""Environment variable with prometheus_client's directory of counters."""
 KINDS = ("counter", "histogram", "gauge_max", "gauge_min")
 COUNTER_BYTES = 1 << 20
 """Initial size of a counter file, as prometheus_client creates it; one per kind and worker."""
@@ -43,10 +41,7 @@ class Worker:
     """One of the workers.
 
     Attributes:
-        number: Its own.
         ready: Set once it accepted connections, in its first life or a later one.
-        process: Its newest process.
-        since_s: When that began.
         deaths: In a row.
         again_s: When it is started again; None while it runs.
     """
@@ -62,13 +57,8 @@ class Worker:
 class Workers:
     """Starts and supervises a host's workers; `run` returns after `stop`.
 
-    Args:
-        bound: The socket from which all workers accept.
-        count: Number of workers.
-        counters: Directory of their counters; emptied.
-        target: What a worker's process calls, by name: (number, socket, event, parent's arguments).
-        arguments: The command-line arguments.
-        clock_s: A monotonic clock.
+    `counters` is the directory of their counters, which is emptied. `target` names what a worker's process calls:
+    (number, socket, event, parent's arguments).
     """
 
     def __init__(
@@ -112,7 +102,7 @@ class Workers:
         return int(failed)
 
     def _check(self, worker: Worker) -> bool:
-        """Starts a worker, or restarts it when that is due; false if it never became ready."""
+        """Starts a worker, or restarts it when due; false if it never became ready."""
         now_s = self._clock_s()
         if worker.again_s is None:
             process = worker.process
@@ -136,10 +126,9 @@ class Workers:
 
 
 def make_counters(folder: Path, count: int) -> None:
-    """Creates empty counter files for this many workers, at their full size.
+    """Creates empty counter files for this many workers, at their full size; raises OSError if there is no space.
 
-    Raises:
-        OSError: There is no space. Later that would end a worker that writes there.
+    Later, a lack of space would end a worker that writes there.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -150,7 +139,7 @@ def make_counters(folder: Path, count: int) -> None:
 
 
 def end_with_parent() -> None:
-    """Makes this process end cleanly when its parent is gone; otherwise it would hold the port for ever."""
+    """Makes this process end cleanly when its parent is gone, so that it does not keep the port."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -27,17 +27,28 @@ def test_nearly_all_clicks_are_on_articles_that_are_new_to_the_reader(clicks: Cl
 
 def test_articles_live_for_hours(clicks: Clicks) -> None:
     first: dict[str, int] = {}
-    ages = [at - first.setdefault(item, at) for item, at in zip(clicks.items, clicks.at_ms.tolist(), strict=True)]
-    assert max(ages) <= (News().ends_h + 12) * HOUR_MS
+    read = set[tuple[str, str]]()
+    ages = []
+    for user, item, at_ms in zip(clicks.users, clicks.items, clicks.at_ms.tolist(), strict=True):
+        begin_ms = first.setdefault(item, at_ms)
+        # A reader may open an old article again.
+        if (user, item) not in read:
+            ages.append(at_ms - begin_ms)
+        read.add((user, item))
+    assert max(ages) <= News().ends_h * HOUR_MS
     assert np.mean(np.array(ages) < 6 * HOUR_MS) > 0.8
 
 
 def test_popular_articles_and_a_readers_sections_have_most_clicks(clicks: Clicks) -> None:
     counts = np.array(sorted(Counter(clicks.items).values(), reverse=True))
     assert counts[: counts.size // 20].sum() > 0.3 * CLICKS
-    busiest = Counter(clicks.users).most_common(1)[0][0]
-    sections = Counter(c for user, c in zip(clicks.users, clicks.categories, strict=True) if user == busiest)
-    assert sum(count for _, count in sections.most_common(4)) > 0.6 * sections.total()
+    # The busiest readers read nearly everything.
+    usual = {user for user, count in Counter(clicks.users).items() if 15 <= count <= 40}
+    shares = []
+    for user in usual:
+        sections = Counter(section for one, section in zip(clicks.users, clicks.categories, strict=True) if one == user)
+        shares.append(sum(count for _, count in sections.most_common(4)) / sections.total())
+    assert np.mean(shares) > 0.6
 
 
 def test_times_ascend_and_days_are_busier_than_nights(clicks: Clicks) -> None:
