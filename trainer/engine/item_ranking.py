@@ -109,8 +109,8 @@ class ItemRanking:
 
     @classmethod
     def of(cls, settings: Settings) -> ItemRanking | None:
-        """What the settings want; None with a privacy budget."""
-        return None if settings.privacy.epsilon else cls(settings)
+        """What the settings want; None with a privacy budget, or without `trainer.rank_items`."""
+        return cls(settings) if settings.trainer.rank_items and not settings.privacy.epsilon else None
 
     def clear(self) -> None:
         """Forgets the weights. The trainer clears the tables."""

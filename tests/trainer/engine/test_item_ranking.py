@@ -119,6 +119,11 @@ def test_a_forgotten_user_has_no_list() -> None:
     assert not ranking.tables[VISITED].has(user)
 
 
+def test_a_setting_turns_the_lists_off() -> None:
+    settings = Settings()
+    assert ItemRanking.of(replace(settings, trainer=replace(settings.trainer, rank_items=False))) is None
+
+
 def test_a_private_log_has_no_lists() -> None:
     settings = Settings()
     assert ItemRanking.of(replace(settings, privacy=replace(settings.privacy, epsilon=1.0))) is None
