@@ -75,7 +75,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="springtide-bench-", dir=SETTINGS.storage.memory_dir) as folder:
         store = HistoryStore(Path(folder) / "histories", SPEC.history, MAP_BYTES)
         metrics = ApplierMetrics(CollectorRegistry())
-        host = HistoryFollower(store, SPEC, SETTINGS.events.max_age_s, metrics, lambda: now_ms)
+        host = HistoryFollower(store, SPEC, SPEC.reach_ms(SETTINGS.events), metrics, lambda: now_ms)
         with log.topics() as topics:
             info, ends = topics.describe(TOPIC), topics.ends(TOPIC)
         progress.say("reading it")

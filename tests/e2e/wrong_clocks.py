@@ -153,7 +153,11 @@ class Loop:
         self._served = HistoryStore(path / "serving", SPEC.history, 1 << 28)
         self._wall_ms = 0
         self._follower = HistoryFollower(
-            self._served, SPEC, 600.0, ApplierMetrics(CollectorRegistry()), lambda: self._wall_ms
+            self._served,
+            SPEC,
+            1000 * SPEC.windows_s[-1] + 600_000,
+            ApplierMetrics(CollectorRegistry()),
+            lambda: self._wall_ms,
         )
         self._follower.connect(self._log, LOG)
         self._next, self._marks = [0] * PARTITIONS, dict[Any, int]()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -111,8 +111,12 @@ def test_a_disk_error_stops_no_training(registry: Registry, caplog: pytest.LogCa
     recorder = LossRecorder(registry.path, lambda: 0.0)
     report = trainer_of(running).step(_batch(3))
     recorder.take(5, _batch(3).user, report)
-    shutil.rmtree(registry.path / "losses")
-    recorder.take(6, _batch(3).user, report)
-    recorder.take(8, _batch(3).user, report)
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, most))
+    try:
+        recorder.take(6, _batch(3).user, report)
+        recorder.take(8, _batch(3).user, report)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
     assert "no experiment is compared meanwhile" in caplog.text
     running.close()

@@ -110,7 +110,7 @@ class Serving:
         )
         spec = FeatureSpec.from_settings(settings)
         self.clicks = HistoryFollower(
-            self.histories, spec, settings.events.max_age_s, metrics, clock.now_ms, kept=settings.serving
+            self.histories, spec, spec.reach_ms(settings.events), metrics, clock.now_ms, kept=settings.serving
         )
 
     def run(self) -> None:

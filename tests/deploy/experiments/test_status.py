@@ -76,7 +76,7 @@ def test_a_running_rollout_is_unwatched_unless_it_was_judged_lately(settings: Se
     evidence = Evidence("wider", settings.rollout.planned_answers)
     for ago_ms, word in ((0, "running"), (AGO_MS - 1_000, "UNWATCHED")):
         judged_ms = wall_ms() - ago_ms
-        experiments.write_report(report(experiments.get("wider"), evidence, 0.05, judged_ms))
+        experiments.write_report(report(experiments.get("wider"), evidence, judged_ms))
         with DirectoryLock(experiments.registry("wider"), layout.TRAINER_LOCK):
             found, metrics = seen(settings)
         assert status.as_text(found)[0] == word and found["rollout"]["compared"]["finding"] == "too early"

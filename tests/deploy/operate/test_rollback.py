@@ -334,7 +334,7 @@ def test_what_is_beyond_the_logs_beginning_can_only_serve(operator: Operator, lo
 def test_a_swept_version_and_one_that_cannot_be_put_together_are_refused(operator: Operator) -> None:
     refused(operator, UnknownVersion, "9 is not kept.*5", "--to", "9")
     operator.registry.remove("delta", 2)
-    refused(operator, UnknownVersion, "version 2 is not kept.*take 1 or 3", "--to", "2")
+    refused(operator, UnknownVersion, "version 2 is not kept.*use 1 or 3", "--to", "2")
     refused(operator, UnknownVersion, "2 is not kept", "--to", "3")
     operator("rollback", "--before", "6m", "--reason", "x")
     assert newest(operator).base == 1, "the newest that can be put together"
