@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import resource
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from state.microbatch.batch import MicroBatch, in_log_time
 from state.registry.registry import Registry
 from tests.trainer.clicks import batches, microbatch
 from tests.trainer.logs import append, kill, learner, run_to_end, started, trainer_of, with_weight, written
+from trainer.engine.guard import Verdict
 from trainer.learner import Learner, LossRecorder
 
 RECORDS = [microbatch(number) for number in range(8)]
@@ -110,13 +112,9 @@ def test_a_disk_error_stops_no_training(registry: Registry, caplog: pytest.LogCa
     running = learned(registry, 2)
     recorder = LossRecorder(registry.path, lambda: 0.0)
     report = trainer_of(running).step(_batch(3))
-    recorder.take(5, _batch(3).user, report)
-    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1, most))
-    try:
-        recorder.take(6, _batch(3).user, report)
-        recorder.take(8, _batch(3).user, report)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    recorder.take(5, _batch(3).user, replace(report, verdict=Verdict.SKIP))
+    shutil.rmtree(registry.path / "losses")
+    recorder.take(6, _batch(3).user, report)
+    recorder.take(8, _batch(3).user, report)
     assert "no experiment is compared meanwhile" in caplog.text
     running.close()
