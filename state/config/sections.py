@@ -419,10 +419,11 @@ class TrainerSettings:
         most=65536,
         help="Rows of one update of all weights and rows, about: a micro-batch is learned in equal updates; 0: in one.",
     )
-    rank_items: bool = setting(
-        True,
-        help="Whether recommendations are ranked by decayed clicks of items, which takes about a tenth of a step; "
-        "false: by engagement, with a bonus for the user's own items.",
+    item_ranking: str = setting(
+        "counts",
+        choices=("counts", "engagement"),
+        help="What recommendations are ranked by: decayed counts of clicks, which takes about a tenth of a step; or engagement, "
+        "with a bonus for the user's own items.",
     )
     publish_s: float = setting(
         0.1,

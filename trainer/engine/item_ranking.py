@@ -109,8 +109,8 @@ class ItemRanking:
 
     @classmethod
     def of(cls, settings: Settings) -> ItemRanking | None:
-        """What the settings want; None with a privacy budget, or without `trainer.rank_items`."""
-        return cls(settings) if settings.trainer.rank_items and not settings.privacy.epsilon else None
+        """What the settings want; None with a privacy budget, or with `trainer.item_ranking = engagement`."""
+        return cls(settings) if settings.trainer.item_ranking == "counts" and not settings.privacy.epsilon else None
 
     def clear(self) -> None:
         """Forgets the weights. The trainer clears the tables."""

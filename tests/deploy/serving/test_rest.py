@@ -37,7 +37,11 @@ def worker(
     environment = os.environ | {f"SPRINGTIDE_SERVING_{name.upper()}": value for name, value in given.items()}
     environment["SPRINGTIDE_PATHS_STATE"] = stores.settings.paths.state
     process = forked.Popen(
-        [sys.executable, "-m", "deploy.serving.rest"], env=environment, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "deploy.serving.rest"],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
     )
     try:
         yield process

@@ -121,7 +121,7 @@ def test_a_forgotten_user_has_no_list() -> None:
 
 def test_a_setting_turns_the_lists_off() -> None:
     settings = Settings()
-    assert ItemRanking.of(replace(settings, trainer=replace(settings.trainer, rank_items=False))) is None
+    assert ItemRanking.of(replace(settings, trainer=replace(settings.trainer, item_ranking="engagement"))) is None
 
 
 def test_a_private_log_has_no_lists() -> None:
