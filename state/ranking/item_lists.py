@@ -1,7 +1,7 @@
 """Lists of items with decayed click counts, by key: what is clicked now, what follows an item, what a user clicked.
 
 A list holds at most a fixed number of items. Each item has one count per half-life of `HALF_LIVES_S`, decayed to the list's
-time. The trainer keeps three tables of such lists, and versions contain them as rows (`trainer/recommend`):
+time. The trainer keeps three tables of such lists, and versions contain them as rows (`trainer/engine/item_ranking.py`):
 
     clicked    by category, by context value, and in `EVERYTHING` over all clicks: the items clicked
     followed   by item: the items that its users clicked next
