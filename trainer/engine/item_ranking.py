@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from state.compiled import compiled
-from state.compiled.mixing import mix
+from state.compiled.mixing import mix, mixed
 from state.config.settings import Settings
 from state.microbatch.batch import MicroBatch
 from state.ranking import item_scores
@@ -151,7 +151,8 @@ class ItemRanking:
             return
         user, at_ms = batch.user[rows], batch.at_ms[rows]
         keys = np.concatenate([batch.category[rows, None], batch.context[rows]], 1)
-        taught = _teaching(user, at_ms, FIRST_EVERY if self.learned < FIRST_ROWS else EVERY)
+        every = np.uint64(FIRST_EVERY if self.learned < FIRST_ROWS else EVERY)
+        taught = mixed(user ^ mixed(at_ms.astype(np.uint64))) % every == 0
         at = rows[taught]
         parts = [part[at] for part in (scores.recent_logits, scores.popular_logits, scores.successor_logits)]
         recent = batch.recent_categories[at]
@@ -221,19 +222,6 @@ def _newest(own: I32, item: U64, visited: ItemLists, within: U64, newest: U64) -
         newest[0, i], newest[1, i] = within[row, 0], within[row, 1]
         if within[row, 0] != item[i]:
             within[row, 0], within[row, 1] = item[i], within[row, 0]
-
-
-@compiled("u8[::1], i8[::1], i8, bool[::1]")
-def _choose(user: U64, at_ms: I64, every: int, chosen: Flags) -> None:
-    for i in range(user.shape[0]):
-        chosen[i] = mix(user[i] ^ mix(np.uint64(at_ms[i]))) % np.uint64(every) == np.uint64(0)
-
-
-def _teaching(user: U64, at_ms: I64, every: int) -> Flags:
-    """Which of `[n]` rows teach the weights, about one in `every`."""
-    chosen = np.zeros(len(user), np.bool_)
-    _choose(user, np.ascontiguousarray(at_ms), every, chosen)
-    return chosen
 
 
 @compiled(
