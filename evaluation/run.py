@@ -86,15 +86,16 @@ def analyse(
         if sum(map(len, first)) >= settings.bootstrap.sample_rows:
             break
         first.append(batch)
-    with (
-        quiet_stderr(),
-        tempfile.TemporaryDirectory(prefix="springtide-evaluate-") as folder,
-        micro_batches(settings, spec, events, attributes, first) as batches,
-    ):
-        # Threads are fixed before TensorFlow's first operation, which the analysis is.
-        prepare(settings.trainer.device, settings.trainer.threads)
-        features = np.concatenate([batch.features for batch in batches])
-        analysed([features], load_preprocessing(settings.model.preprocessing, settings.model), Path(folder))
+    with quiet_stderr(), micro_batches(settings, spec, events, attributes, first) as batches:
+        return preprocessing_for([np.concatenate([batch.features for batch in batches])], settings)
+
+
+def preprocessing_for(features: Iterable[NDArray[Any]], settings: Settings) -> Preprocessing:
+    """The preprocessing with the feature constants of some rows, `[n, F]` uint16 each."""
+    # Threads are fixed before TensorFlow's first operation, which the analysis is.
+    prepare(settings.trainer.device, settings.trainer.threads)
+    with tempfile.TemporaryDirectory(prefix="springtide-analysis-") as folder:
+        analysed(features, load_preprocessing(settings.model.preprocessing, settings.model), Path(folder))
         return preprocessing_of(Path(folder))
 
 

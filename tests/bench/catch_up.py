@@ -25,6 +25,7 @@ import numpy as np
 from deploy.kafka.broker import Broker
 from deploy.kafka.configuration import free_port
 from evaluation.measures import area_under_curve
+from evaluation.run import preprocessing_for
 from state.config.loading import load
 from state.config.sections import Attributes, Kafka, Paths
 from state.config.settings import Settings
@@ -34,7 +35,6 @@ from state.log.bulk import BulkWriter
 from state.microbatch.batch import MicroBatch, in_log_time
 from state.microbatch.codec import decode
 from state.positions import Range
-from streaming.preprocessing import analysed, load_preprocessing
 from tests.bench.recorded import (
     SOURCE,
     Recorded,
@@ -46,10 +46,8 @@ from tests.bench.recorded import (
 from tests.bench.report import Figure, Stages, report
 from tests.bench.stream import passed, start, stop
 from tests.reading import append_encoded
-from trainer.device import prepare
 from trainer.engine.step import Trainer
 from trainer.model.preprocessing import Preprocessing
-from trainer.versions.program import preprocessing_of
 
 STEPS = (256, 512, 1024, 2048)
 WITHIN = ">= -0.5"
@@ -154,19 +152,6 @@ def learned(batches: Iterator[MicroBatch], settings: Settings, preprocessing: Pr
     return {"top-1": 100 * measures["total.known.top1"], "AUC": 100 * area_under_curve(scores, positive).value}
 
 
-def analysis(batches: Sequence[MicroBatch], settings: Settings) -> Preprocessing:
-    """What the bootstrap makes of the rows, once for all that is compared."""
-    # Threads are fixed before TensorFlow's first operation, which the analysis is.
-    prepare(settings.trainer.device, settings.trainer.threads)
-    with tempfile.TemporaryDirectory(prefix="springtide-catch-up-") as folder:
-        analysed(
-            (batch.features for batch in batches),
-            load_preprocessing(settings.model.preprocessing, settings.model),
-            Path(folder),
-        )
-        return preprocessing_of(Path(folder))
-
-
 def disorder_s(batches: Sequence[MicroBatch]) -> float:
     """How long before a row others that happened later have come, s, in the mean."""
     at_ms = np.concatenate([batch.at_ms for batch in batches])
@@ -190,7 +175,7 @@ def compare(
     figures: dict[str, Figure] = {}
     progress.say(f"{name}: one partition")
     ordered = drained(settings, kafka, folder / name, recorded, 1)
-    preprocessing = analysis(ordered, settings)
+    preprocessing = preprocessing_for((batch.features for batch in ordered), settings)
     in_order = learned(iter(ordered), settings, preprocessing)
     progress.say(f"{name}: {partitions} partitions")
     spread = drained(settings, kafka, folder / name, recorded, partitions)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import tempfile
 from itertools import islice
 from pathlib import Path
 
@@ -25,10 +24,10 @@ import numpy as np
 from evaluation.measures import OURS, Table, area_under_curve
 from evaluation.progressive import Plan, ProgressiveValidation
 from evaluation.report import engagement_tables, interests_tables
+from evaluation.run import preprocessing_for
 from state.config.loading import load
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
-from streaming.preprocessing import analysed, load_preprocessing
 from tests.bench.recorded import (
     KUAIRAND_SETTINGS,
     STEP_ROWS,
@@ -40,12 +39,10 @@ from tests.bench.recorded import (
     read_impressions,
 )
 from tests.bench.report import Figure, report
-from trainer.device import prepare
 from trainer.engine.report import Report
 from trainer.engine.step import Trainer
 from trainer.model.preprocessing import Preprocessing
 from trainer.versions import checkpoint
-from trainer.versions.program import preprocessing_of
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "deploy" / "examples"
 SHOPPERS_CLICKS = 240 * STEP_ROWS
@@ -54,17 +51,9 @@ SHOPPERS_CLICKS = 240 * STEP_ROWS
 
 def analysis(recorded: Recorded, spec: FeatureSpec, settings: Settings, steps: int | None = None) -> Preprocessing:
     """What the bootstrap makes of a log before anything is trained: the preprocessing, analysed over its beginning."""
-    # Threads are fixed before TensorFlow's first operation, which the analysis is.
-    prepare(settings.trainer.device, settings.trainer.threads)
     rows = settings.bootstrap.sample_rows if steps is None else min(settings.bootstrap.sample_rows, steps * STEP_ROWS)
     batches = islice(micro_batches(recorded, spec, settings.events.action_weights), -(-rows // STEP_ROWS))
-    with tempfile.TemporaryDirectory(prefix="springtide-quality-") as folder:
-        analysed(
-            (batch.features for batch in batches),
-            load_preprocessing(settings.model.preprocessing, settings.model),
-            Path(folder),
-        )
-        return preprocessing_of(Path(folder))
+    return preprocessing_for((batch.features for batch in batches), settings)
 
 
 def validated(
