@@ -86,8 +86,7 @@ class UserShares:
 
     def has(self, users: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Which of `[n]` uint64 pseudonyms belong to the set, `[n]` bool."""
-        bits: NDArray[np.uint64] = self.mask >> users % SHARES
-        return bits & 1 == 1
+        return (self.mask >> users % SHARES & 1).astype(bool)
 
 
 ALL = UserShares((1 << SHARES) - 1)

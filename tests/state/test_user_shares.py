@@ -12,7 +12,9 @@ from state.user_shares import ALL, SHARES, UserShares
 
 
 @given(st.sets(st.integers(0, SHARES - 1), min_size=1), st.lists(st.integers(1, (1 << 64) - 1), max_size=20))
-def test_the_text_of_shares_reads_back_and_their_users_are_those_of_share_of(shares: set[int], users: list[int]) -> None:
+def test_the_text_of_shares_reads_back_and_their_users_are_those_of_share_of(
+    shares: set[int], users: list[int]
+) -> None:
     held = UserShares.of(shares)
     assert UserShares.parse(str(held)) == held and {*held} == shares
     pseudonyms = np.array(users, np.uint64)

@@ -18,7 +18,7 @@ from state.attributes.store import AttributeStore
 from state.attributes.values import tables_of
 from state.compiled.preparing import Kernels
 from state.config.settings import Settings
-from state.errors import NotReady, SpringtideError, StoreError
+from state.errors import NotHeld, NotReady, SpringtideError, StoreError
 from state.events.identity import Salt
 from state.features.spec import FeatureSpec
 from state.history.actions import ACTIONS, numbered
@@ -26,6 +26,7 @@ from state.history.store import HistoryStore
 from state.layout import ATTRIBUTES, CURRENT, DATA, HISTORIES, PROGRAMS, ROWS
 from state.metrics import WorkerMetrics
 from state.rows.store import RowStore
+from state.user_shares import SHARES
 
 DEGRADED_S = 60.0
 """The delay before a part counts as degraded; also that of the alert `SpringtideSharedAway`."""
@@ -43,6 +44,7 @@ class Host:
 
     Attributes:
         impressions: The numbers of the actions that are impressions (`labels.impressions`).
+        require: Raises NotHeld if this host does not hold a user, by pseudonym; None if it holds all users.
         kernels: The kernels that this process compiles; None if answers do not wait for them.
         warm: Whether answers of each kind have been computed once to warm up.
     """
@@ -60,6 +62,8 @@ class Host:
         self.segments = HostSegments(settings, salt)
         impressions = settings.labels.impressions
         self.impressions = tuple(n for n, name in enumerate(settings.events.actions) if name in impressions)
+        self.shares = settings.serving.user_shares
+        self.require: Callable[[int], None] | None = None if self.shares.is_all else self._require
         self.kernels: Kernels | None = None
         self.warm = True
         self._spec = FeatureSpec.from_settings(settings)
@@ -184,7 +188,12 @@ class Host:
             self._now_ms,
             KnownAttributes(self._attributes, self._tables),
             self._pseudonym,
+            self.require,
         )
+
+    def _require(self, user: int) -> None:
+        if user not in self.shares:
+            raise NotHeld(f"the user is of share {user % SHARES}, and this host holds {self.shares}")
 
     def _file(self, name: str) -> tuple[int, int]:
         """Returns a store file's device and inode; inode numbers are unique only within one device."""
