@@ -90,7 +90,7 @@ def without_age(answer: Mapping[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def loop(tmp_path: Path) -> Iterator[Loop]:
-    made = Loop(tmp_path / "loop", {**SHORT, "segments.expressions": "", "shoppers.rate": 20})
+    made = Loop(tmp_path / "loop", {**SHORT, "shoppers.rate": 20})
     made.start()
     yield made
     made.stop()

@@ -15,7 +15,6 @@ import asyncio
 import logging
 import random
 import ssl
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -108,17 +107,16 @@ class Router:
         host: Host,
         metrics: WorkerMetrics,
         now_ms: Callable[[], int],
-        clock_s: Callable[[], float] = time.monotonic,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         serving = settings.serving
-        self._registry, self._host, self._now_ms, self._clock_s = settings.registry_dir, host, now_ms, clock_s
+        self._registry, self._host, self._now_ms = settings.registry_dir, host, now_ms
         self._entry = HostEntry(name_of(settings.serving_dir), address_of(settings), str(host.shares), 0)
         self._pseudonym, self._forwards, self._unheld = pseudonyms(salt), metrics.forwarded, metrics.unheld_shares
         self._first_s = min(FIRST_S, serving.timeout_s)
         self._forwarder = Forwarder(serving.timeout_s, trusted(serving.tls_cert), transport)
         self.held, self.table = UserShares(0), RoutingTable()
-        self._avoided: dict[str, float] = {}
+        self._avoided_ms: dict[str, float] = {}
         self._renewed_ms, self._leaving = 0, False
         self._task: asyncio.Task[None] | None = None
         self._say = SaidOnce(_log.warning)
@@ -307,7 +305,7 @@ class Router:
         return sorted(others, key=self._rank)[:MOST_TRIED]
 
     def _rank(self, host: HostEntry) -> tuple[bool, float]:
-        return self._clock_s() < self._avoided.get(host.name, 0.0), random.random()
+        return self._now_ms() < self._avoided_ms.get(host.name, 0.0), random.random()
 
     async def _sent(self, host: HostEntry, request: Request, body: bytes, is_last: bool) -> Response | None:
         """Forwards a request; returns None if the host does not answer."""
@@ -315,7 +313,7 @@ class Router:
         try:
             return await self._forwarder.send(host.address, request, body, headers, timeout_s)
         except httpx.HTTPError as error:
-            self._avoided[host.name] = self._clock_s() + AVOIDED_S
+            self._avoided_ms[host.name] = self._now_ms() + AVOIDED_S * 1000
             self._say(f"{host.address} does not answer ({type(error).__name__}): {error}")
             return None
 

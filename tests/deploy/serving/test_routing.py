@@ -83,7 +83,7 @@ class Network(httpx.AsyncBaseTransport):
     apps: dict[str, App] = field(default_factory=dict)
     away: set[str] = field(default_factory=set)
     asked: list[str] = field(default_factory=list)
-    now_s: float = 0.0
+    now_ms: int = NOW_MS
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         name = request.url.host
@@ -122,7 +122,7 @@ def network(tmp_path: Path, lowered: Lowered) -> Iterator[Network]:
         host, registry = Host(settings, SALT, now_ms=lambda: NOW_MS), CollectorRegistry()
         app = made.apps[name] = App(host, registry)
         if shares:
-            app.router = Router(settings, SALT, host, app.metrics, lambda: NOW_MS, lambda: made.now_s, made)
+            app.router = Router(settings, SALT, host, app.metrics, lambda: made.now_ms, made)
     yield made
     for app in made.apps.values():
         app.close()
@@ -179,7 +179,7 @@ def test_a_host_that_is_away_is_replaced_by_the_other_one_of_the_share_and_tried
     for user in users:
         assert network.ask("a", f"/v1/profiles/{user}").status_code == 200
     assert network.asked.count("b") == 1
-    network.now_s += AVOIDED_S + 1
+    network.now_ms += int(1000 * AVOIDED_S) + 1
     batch = network.ask("a", "/v1/profiles:batch", {"users": USERS})
     assert [one["user_id"] for one in batch.json()["profiles"]] == USERS
 
@@ -276,9 +276,7 @@ def test_a_host_with_other_shares_rebuilds_its_stores_or_drops_the_users_of_othe
 
 def test_an_entry_that_is_not_renewed_leaves_the_table(network: Network) -> None:
     network.run()
-    later = int(NOW_MS + 1000 * LIVE_S)
-    router = network.apps["a"].router
-    assert router is not None
-    router._now_ms = lambda: later
-    asyncio.run(router.poll())
-    assert [host.address for host in router.table.hosts] == ["http://a"]
+    network.away |= set("bcd")
+    network.now_ms += int(1000 * LIVE_S)
+    assert network.ask("a", "/v1/hosts").json() == {"hosts": [{"address": "http://a", "shares": "0-31"}]}
+    assert network.apps["a"].metrics.unheld_shares._value.get() == 32
