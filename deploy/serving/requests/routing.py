@@ -180,7 +180,9 @@ class Router:
     def require(self, user: int) -> None:
         """Raises NotHeld, which names the hosts to ask, if this host does not hold a user, by pseudonym."""
         if user not in self._host.shares:
-            raise self._not_held(user % SHARES)
+            share = user % SHARES
+            addresses = " or ".join(host.address for host in self._candidates(share)) or "a host that holds it"
+            raise NotHeld(f"the user is of share {share}, and this host holds {self._host.shares}", f"ask {addresses}")
 
     def is_here(self, request: Request) -> bool:
         """Whether this host answers a request about the user in its path, without anything about routing."""
@@ -234,9 +236,9 @@ class Router:
             refused = response or refused
         if share in self._host.shares:
             return await here(request)
-        self._forwards.labels("failed").inc()
         if refused is None:
-            raise self._not_held(share)
+            raise self._no_host(share)
+        self._forwards.labels("failed").inc()
         return refused
 
     async def _many(self, request: Request, body: bytes, shares: Sequence[int], here: Answer) -> Response:
@@ -275,7 +277,7 @@ class Router:
             elif refused is not None:
                 return refused
             else:
-                raise self._not_held(share)
+                raise self._no_host(share)
         await self._fill_here(asked, alone)
         return next(
             filter(
@@ -317,11 +319,11 @@ class Router:
             self._say(f"{host.address} does not answer ({type(error).__name__}): {error}")
             return None
 
-    def _not_held(self, share: int) -> NotHeld:
-        addresses = " or ".join(host.address for host in self._candidates(share))
+    def _no_host(self, share: int) -> NotHeld:
+        """Counts a request of whose share no host answers, and returns the error."""
+        self._forwards.labels("failed").inc()
+        addresses = ", ".join(host.address for host in self._candidates(share))
+        do = "start a host that holds it; `springtide status` shows all"
         if not addresses:
-            return NotHeld(
-                f"no live host holds share {share} of the users",
-                "start a host that holds it; `springtide status` shows all",
-            )
-        return NotHeld(f"the user is of share {share}, and this host holds {self._host.shares}", f"ask {addresses}")
+            return NotHeld(f"no live host holds share {share} of the users", do)
+        return NotHeld(f"no host that holds share {share} of the users answers: {addresses}", do)
