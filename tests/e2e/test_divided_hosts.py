@@ -140,7 +140,7 @@ def test_halves_of_the_users_on_four_hosts_that_come_and_go_answer_like_one_host
         sizes = {name: hosts[name].metrics("springtide_serving_history_users") for name in "ac"}
         assert min(sizes.values()) > 0 and max(sizes.values()) < loop.metrics("applier").value("springtide_serving_history_users")  # type: ignore[operator]  # fmt: skip
 
-        asking = Asking([address(hosts[name]) for name in "bcd"])
+        asking = Asking([address(hosts[name]) for name in "cdb"])
         asking.start()
         # Killed: the table still lists it for a while.
         kill(hosts["a"])
@@ -158,7 +158,7 @@ def test_halves_of_the_users_on_four_hosts_that_come_and_go_answer_like_one_host
         # Rolled back: a new epoch on all hosts.
         loop.springtide("follow", "--reason", "a comparison ends")
         back, epoch = loop.kept()
-        loop.springtide("rollback", "--to", str(back), "--reason", "a test")
+        loop.springtide("rollback", "--to", str(back), "--reason", "a test", "--follow-when-caught-up", "--wait", "60")
         followed = [loop.profile, *(hosts[name].profile for name in "cde")]
         until(lambda: all((one(USERS[0]) or {"version": {"epoch": 0}})["version"]["epoch"] > epoch for one in followed), "no new epoch")  # fmt: skip
 
