@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def alerts() -> str:
     lines = [
         "# Alerts",
         "",
-        "Generated from `deploy/prometheus/rules`. `{{ $value }}` is the measured value. "
+        "Generated from `deploy/prometheus/rules`. N is the measured value. "
         "[Monitoring](monitoring.md) shows how to run Prometheus with these rules.",
     ]
     for severity, meaning in SEVERITIES.items():
@@ -59,7 +60,9 @@ def alerts() -> str:
 def _alert(rule: Mapping[str, Any]) -> str:
     notes = rule["annotations"]
     section = notes["runbook"].partition("#")[2]
-    summary = notes["summary"].strip().replace("|", "\\|")
+    # Prometheus's templates: a label by its name, the value as N.
+    summary = re.sub(r"\{\{ \$labels\.(\w+) \}\}", r"\1", notes["summary"].strip())
+    summary = re.sub(r"\{\{[^}]*\$value[^}]*\}\}", "N", summary)
     return f"| `{rule['alert']}` | {rule['for']} | {summary} | [section](runbook.md#{section}) |"
 
 

@@ -30,6 +30,7 @@ UNSEEN = {
     "grpcio-tools",
     "httptools",
     "uvloop",
+    "mkdocs-material",
     "mypy",
     "ruff",
 }
