@@ -21,7 +21,7 @@ from state.events.parser import Parser
 from state.log import PartitionBatch
 from tests.laws.sources import ROOT, name
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 MOST_WORDS = 30
 BANNED = (
     "told", "said", "telling", "anew", "from nothing", "beside", "room", "going back", "goes back", "goes on", "whoever",
