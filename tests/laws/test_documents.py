@@ -93,6 +93,13 @@ def test_the_settings_of_an_own_topic_read_its_record_as_written(document: Path,
     assert set(json.loads(record)) == {events.user, events.item, events.category, events.action, events.time}
 
 
+@pytest.mark.parametrize("document", [path for path in DOCUMENTS if fenced(path.read_text(), "toml")], ids=name)
+def test_settings_that_a_page_shows_are_accepted(document: Path, tmp_path: Path) -> None:
+    for block in fenced(document.read_text(), "toml"):
+        (tmp_path / "springtide.toml").write_text(block)
+        load(["--config", str(tmp_path / "springtide.toml")], env={})
+
+
 def test_commands_name_the_program_where_make_installs_it() -> None:
     """Except in a container or a pod, where it is on the path."""
     bare = [
@@ -100,7 +107,7 @@ def test_commands_name_the_program_where_make_installs_it() -> None:
         for document in DOCUMENTS
         for block in fenced(document.read_text())
         for line in re.findall(r"^(?:\$ )?(?:springtide|python -m) .*", re.sub(r"\\\n\s*", " ", block), re.MULTILINE)
-        if not line.startswith("springtide: ")
+        if not re.match(r"springtide(?: \w+)?: ", line)
     ]
     assert bare == []
 
