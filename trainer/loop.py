@@ -1,6 +1,6 @@
 """The trainer's process: `python -m trainer.loop [--section.name VALUE ...]`.
 
-1. Takes the registry's trainer lock; a second trainer ends here.
+1. Claims the registry. A second trainer waits here as a standby, with TensorFlow and its kernels loaded.
 2. Checks a custom tower, then waits until the bootstrap has analysed the feature spec of the settings.
 3. Builds the trainer and lowers its program, checked against the model. If the newest version no longer fits this
    release's model, an epoch begins from the parts that fit. If the settings differ, that is refused.
@@ -41,12 +41,10 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
-from state import layout
 from state.compiled.preparing import Kernels
 from state.config.loading import load
 from state.config.sections import Model
 from state.config.settings import Settings
-from state.disk.lock import DirectoryLock
 from state.errors import CorruptVersion, ModelMismatch, TruncatedLog, UnusableRegistry
 from state.features.spec import FeatureSpec
 from state.log import KERNELS as LOG_KERNELS
@@ -60,6 +58,7 @@ from state.process.part import Work, run_process
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.process.wall_clock import wall_ms
 from state.registry import control as transitions
+from state.registry.claim import LEASE_S, claiming
 from state.registry.control import Control, start
 from state.registry.model_fit import require_same_model, version_to_go_on_from
 from state.registry.registry import Registry
@@ -77,6 +76,7 @@ if TYPE_CHECKING:
 
 HURRY_S = 30.0
 
+STANDBY = "standing by"
 IMPORTS = "loading TensorFlow"
 KERNELS = "compiling kernels"
 BOOTSTRAP = "waiting for the bootstrap"
@@ -85,7 +85,7 @@ PROGRAM = "lowering the program"
 VERSION = "loading the version"
 CATCHING_UP = "catching up"
 LEARNING = "learning"
-PHASES = (IMPORTS, KERNELS, BOOTSTRAP, MODEL, PROGRAM, VERSION, CATCHING_UP, LEARNING)
+PHASES = (STANDBY, IMPORTS, KERNELS, BOOTSTRAP, MODEL, PROGRAM, VERSION, CATCHING_UP, LEARNING)
 
 LOG_S = 5.0
 WAIT_S = 0.02
@@ -204,10 +204,15 @@ def _hopeless(lost: TruncatedLog, do: str) -> TruncatedLog:
 
 
 class Phases:
-    """The phase of a trainer's start, as a gauge and in the log: a slow restart shows its cause."""
+    """The phase of a trainer's start, as a gauge and in the log: a slow restart shows its cause.
+
+    Attributes:
+        loaded: The phase that follows loading TensorFlow and compiling kernels.
+    """
 
     def __init__(self, metrics: TrainerMetrics) -> None:
         self._metrics, self._phase = metrics, ""
+        self.loaded = BOOTSTRAP
         self._since_s = self._logged_s = time.monotonic()
 
     def enter(self, phase: str) -> None:
@@ -254,6 +259,7 @@ def unused_kernels(settings: Settings) -> list[str]:
 
 def _import_model(kernels: Kernels, phases: Phases, stopping: threading.Event) -> None:
     """Imports TensorFlow and the model, and prepares the kernels of the engine."""
+    phases.enter(IMPORTS)
     began_s, began_cpu_s = time.monotonic(), time.process_time()
     with quiet_stderr():
         importlib.import_module("trainer.learner")
@@ -265,7 +271,7 @@ def _import_model(kernels: Kernels, phases: Phases, stopping: threading.Event) -
     )
     phases.enter(KERNELS)
     kernels.prepare(stopping.is_set)
-    phases.enter(BOOTSTRAP)
+    phases.enter(phases.loaded)
 
 
 def _check_own(settings: Settings) -> None:
@@ -388,24 +394,43 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
     """Runs the trainer until `stopping` is set.
 
     Raises:
-        LockHeld: Another trainer uses this registry.
+        LockHeld: Another trainer took over this registry, because this one was frozen.
         SpringtideError: See `prepare` and `Learner.tick`.
     """
     collected = CollectorRegistry()
     metrics = TrainerMetrics(collected)
+    phases = Phases(metrics)
     room = Room(REGISTRY, offer(collected, settings, [REGISTRY]), stopping.wait)
+    kernels = Kernels(collected, logger, unused_kernels(settings), [LOG_KERNELS])
+    imports = threading.Thread(target=_import_model, args=(kernels, phases, stopping), name="imports", daemon=True)
+    serve(collected, settings.trainer.metrics_port, settings.metrics.host)
+
+    def stand_by(holder: str) -> None:
+        logger.info(
+            "standing by: %s; this trainer takes over when that one ends, or is silent for %g s", holder, LEASE_S
+        )
+        metrics.standby.set(1)
+        phases.loaded = STANDBY
+        imports.start()
+
     # 1.
-    with DirectoryLock(settings.registry_dir, layout.TRAINER_LOCK), owning(settings, collected, stopping) as ownership:
-        registry = Registry(settings.registry_dir)
+    with (
+        claiming(settings.registry_dir, stopping, stand_by) as claim,
+        owning(settings, collected, stopping) as ownership,
+    ):
+        metrics.standby.set(0)
+        phases.loaded = BOOTSTRAP
+        if imports.ident is not None:
+            logger.warning("this trainer takes over")
+            if not imports.is_alive():
+                phases.enter(BOOTSTRAP)
+        registry = Registry(settings.registry_dir, claim.staging)
         # Before TensorFlow: some settings alone show that the newest version cannot be loaded.
         require_same_model(settings)
         _sweep(registry)
-        kernels, phases = Kernels(collected, logger, unused_kernels(settings), [LOG_KERNELS]), Phases(metrics)
-        serve(collected, settings.trainer.metrics_port, settings.metrics.host)
         # 2. TensorFlow's import and the kernels take seconds: they overlap with the bootstrap.
-        phases.enter(IMPORTS)
-        imports = threading.Thread(target=_import_model, args=(kernels, phases, stopping), name="imports", daemon=True)
-        imports.start()
+        if imports.ident is None:
+            imports.start()
         if is_own(settings.model):
             # Before the wait for clicks: a model that does not lower is refused at once.
             imports.join()
@@ -441,6 +466,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
         # 6.
         try:
             while not stopping.is_set():
+                claim.check()
                 ownership.check()
                 learner.tick(WAIT_S, stopping.is_set)
                 phases.follow(learner.caught_up, lag.records)

@@ -58,10 +58,15 @@ def bound(path: Path) -> Binding | None:
 
 
 class Directory:
-    """A registry's directory, with a folder for temporary files, whose names carry their writer."""
+    """A registry's directory, with a folder for temporary files, whose names carry their writer.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: The directory.
+        staging: The folder of the trainer's claim for temporary files (`state/registry/claim.py`); None for `tmp/`.
+    """
+
+    def __init__(self, path: Path, staging: Path | None = None) -> None:
+        self.path, self.staging = path, staging
         self._store: FileStore | None = None
 
     def ensure(self, *folders: str) -> None:
@@ -84,7 +89,8 @@ class Directory:
 
     def temporary(self, name: str) -> Path:
         """A path for a temporary file or folder of this process, which does not exist yet."""
-        return self.path / layout.TEMPORARY / f"{name}-{os.urandom(4).hex()}~{durable.owner_mark()}"
+        folder = self.staging or self.path / layout.TEMPORARY
+        return folder / f"{name}-{os.urandom(4).hex()}~{durable.owner_mark()}"
 
     @contextmanager
     def staged(self, name: str) -> Iterator[Path]:

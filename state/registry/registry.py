@@ -132,6 +132,10 @@ class Numbers:
 class Registry:
     """One registry directory. Use one object per thread; only `read` may run in any thread.
 
+    Args:
+        path: The directory.
+        staging: See `Directory`; only a trainer has one.
+
     Attributes:
         path: The directory.
         directory: Its files, and the object store where it is shared.
@@ -139,9 +143,9 @@ class Registry:
         specs: Programs and feature specs.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, staging: Path | None = None) -> None:
         self.path = path
-        self.directory = Directory(path)
+        self.directory = Directory(path, staging)
         self.directory.ensure(*_FOLDERS.values())
         self.generations = Controls(path, self.directory)
         self.specs = Specs(self.directory)
@@ -640,7 +644,10 @@ class Registry:
                 self.directory.replace(mark, boot.encode())
             # 3.
             for path in left:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                # A trainer that lost its claim removes nothing: its staging folder is gone.
+                grave = self.directory.temporary(path.name)
+                path.rename(grave)
+                shutil.rmtree(grave) if grave.is_dir() else grave.unlink()
         self._manifests.clear()
         return sum(path.name.isdecimal() for path in left)
 
