@@ -411,12 +411,13 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
         )
         metrics.standby.set(1)
         phases.loaded = STANDBY
-        imports.start()
+        if imports.ident is None:
+            imports.start()
 
     # 1.
     with (
         claiming(settings.registry_dir, stopping, stand_by) as claim,
-        owning(settings, collected, stopping) as ownership,
+        owning(settings, collected, stopping, claim, stand_by) as ownership,
     ):
         metrics.standby.set(0)
         phases.loaded = BOOTSTRAP
@@ -424,10 +425,13 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
             logger.warning("this trainer takes over")
             if not imports.is_alive():
                 phases.enter(BOOTSTRAP)
-        registry = Registry(settings.registry_dir, claim.staging)
+        registry = Registry(settings.registry_dir, claim)
         # Before TensorFlow: some settings alone show that the newest version cannot be loaded.
         require_same_model(settings)
         _sweep(registry)
+        if ownership.took_over and registry.control() is not None:
+            who, reason = f"trainer:{getpass.getuser()}", "the former trainer did not renew its claim"
+            registry.change(lambda now: transitions.take_over(now, actor=who, reason=reason, now_ms=wall_ms()))
         # 2. TensorFlow's import and the kernels take seconds: they overlap with the bootstrap.
         if imports.ident is None:
             imports.start()

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from state import layout
 from state.disk import files as durable
-from state.disk.lock import DirectoryLock, Seen, holder_of
+from state.disk.lock import DirectoryLock, Seen, holder_of, is_held
 from state.errors import LockHeld, RegistryError
 from state.process import killpoints
 from state.registry.directory import usable
@@ -50,7 +50,7 @@ class Silence:
         elapsed: Monotonic seconds.
     """
 
-    MOST_S = 1.0
+    MOST_S = 4.0
 
     def __init__(self, elapsed: Callable[[], float] = time.monotonic) -> None:
         self._elapsed = elapsed
@@ -68,7 +68,7 @@ class Silence:
 
 
 class Claim:
-    """The claim of one trainer on a registry's directory. One thread, besides `check`.
+    """The claim of one trainer on a registry's directory. Any thread may check and confirm.
 
     Args:
         path: The registry's directory.
@@ -78,14 +78,18 @@ class Claim:
         staging: The folder from which this trainer publishes; it exists while the claim is held.
         held: Whether `take` succeeded; whether the claim was lost since is another question, see `check`.
         took_over: Whether the claim was taken from a process that may still run.
+        ask_store: Checks the claim in the object store of a shared registry (LockHeld, UnusableRegistry); None if the
+            registry is not shared.
     """
 
     def __init__(self, path: Path, elapsed: Callable[[], float] = time.monotonic) -> None:
         self._path, self._silence = path, Silence(elapsed)
         self.staging = path / layout.TEMPORARY / f"{_CLAIM}{os.urandom(4).hex()}~{durable.owner_mark()}"
         self._lock = DirectoryLock(path, layout.TRAINER_LOCK, {_LEASE: self.staging.name})
-        self._stop = threading.Event()
+        self._stop, self._renewing = threading.Event(), threading.Thread(target=self._renew, name="claim", daemon=True)
         self.held = self.took_over = False
+        self.ask_store: Callable[[], None] | None = None
+        self._elapsed, self._ticked_s, self._slept = elapsed, elapsed(), False
 
     def take(self) -> None:
         """Takes the claim if it is free or its lease has expired.
@@ -114,8 +118,9 @@ class Claim:
                 if self.took_over:
                     self._lock.take_over()
                 self.staging.mkdir(parents=True)
+        self._ticked_s = self._elapsed()
         self.held = True
-        threading.Thread(target=self._renew, name="claim", daemon=True).start()
+        self._renewing.start()
 
     def check(self) -> None:
         """Checks that the claim is still held; takes some microseconds.
@@ -130,9 +135,25 @@ class Claim:
                 "start it again: it becomes the standby",
             )
 
+    def confirm(self) -> None:
+        """Checks the claim before a publication. If this process was frozen, it asks the object store too.
+
+        Raises:
+            LockHeld: Another trainer took it over.
+            UnusableRegistry: The object store must be asked and cannot be reached.
+        """
+        self.check()
+        self._tick()
+        if self._slept:
+            if self.ask_store is not None:
+                self.ask_store()
+            self._slept = False
+
     def release(self) -> None:
         """Releases the claim; another trainer takes it at once."""
         self._stop.set()
+        if self.held:
+            self._renewing.join()
         shutil.rmtree(self.staging, ignore_errors=True)
         self._lock.release()
 
@@ -155,7 +176,13 @@ class Claim:
 
     def _renew(self) -> None:
         while not self._stop.wait(RENEW_S):
+            self._tick()
             self._lock.renew()
+
+    def _tick(self) -> None:
+        now_s = self._elapsed()
+        self._slept = self._slept or now_s - self._ticked_s > LEASE_S / 2
+        self._ticked_s = now_s
 
 
 @contextmanager
@@ -212,6 +239,13 @@ class StandbyFile:
     def remove(self) -> None:
         """Removes the file."""
         self._file.unlink(missing_ok=True)
+
+
+def trainer_of(path: Path) -> str:
+    """The trainer, or the command, that holds the claim of a registry's directory, in words; empty if none does."""
+    if not is_held(path, layout.TRAINER_LOCK):
+        return ""
+    return holder_of((path / layout.TRAINER_LOCK).read_bytes())
 
 
 def standbys(path: Path, now_s: float) -> list[str]:

@@ -14,11 +14,14 @@ import pytest
 from deploy.kafka.configuration import free_port
 from deploy.watch import scrape
 from state.config.settings import Settings
+from state.file_store import open_store
 from state.log import Log
 from state.registry.registry import Registry
+from state.registry.sync import CATALOG, read_catalog
 from tests.conftest import KafkaFactory
 from tests.e2e.parts import Part
 from tests.e2e.running import until
+from tests.one_s3 import S3Server
 from tests.trainer.clicks import SALT, SPEC, microbatch, small_settings
 from tests.trainer.logs import write_transform
 from trainer import verify
@@ -38,8 +41,10 @@ def stack() -> Iterator[ExitStack]:
 class Registered:
     """A registry with a bootstrap, and its training log."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, bootstrapped: bool = False) -> None:
         self.settings, self.registry, self._log = settings, Registry(settings.registry_dir), Log(settings.kafka)
+        if bootstrapped:
+            return
         self.registry.specs.add_spec(SPEC.digest, {"salt": SALT, "popular": [], "newest_ms": 0}, write_transform)
         with self._log.topics() as topics:
             topics.ensure(settings.kafka.microbatches_topic, 1)
@@ -75,7 +80,14 @@ def is_warm_standby(part: Part, settings: Settings) -> bool:
     return metrics.value("springtide_trainer_standby") == 1.0 and phase == 1.0
 
 
-@pytest.mark.parametrize("struck", ["killed", "recent.checked", "publish.checked"])
+@pytest.mark.parametrize(
+    "struck",
+    [
+        pytest.param("killed", marks=pytest.mark.nightly),
+        "recent.checked",
+        pytest.param("publish.checked", marks=pytest.mark.nightly),
+    ],
+)
 def test_a_standby_learns_on_and_a_frozen_trainer_that_wakes_publishes_nothing(
     kafka_settings: KafkaFactory, tmp_path: Path, stack: ExitStack, struck: str
 ) -> None:
@@ -109,3 +121,45 @@ def test_a_standby_learns_on_and_a_frozen_trainer_that_wakes_publishes_nothing(
     assert [parent for _, parent in durable] == [None, *(number for number, _ in durable[:-1])]
     newest = durable[-1][0]
     assert verify.run(settings, newest, None, lambda line: None).outcome == "equal"
+
+
+def test_a_standby_on_another_host_learns_on_over_s3_and_a_trainer_that_wakes_publishes_nothing(
+    kafka_settings: KafkaFactory, tmp_path: Path, stack: ExitStack
+) -> None:
+    place = stack.enter_context(S3Server()).bucket("failover") + "/registry"
+    flags = (*PACE, "--paths.shared_registry", place, "--paths.salt_file", str(tmp_path / "salt"))
+    kafka = kafka_settings()
+    hosts = [
+        replace(small_settings(*flags, "--paths.state", str(tmp_path / name)), kafka=kafka) for name in ("one", "two")
+    ]
+    own = Registered(hosts[0])
+    first, _ = trainer(stack, hosts[0], tmp_path / "first.log", "share.file:12:stop")
+    until(lambda: own.registry.control(), first.said, DEADLINE_S)
+    standby, its = trainer(stack, hosts[1], tmp_path / "standby.log")
+    until(lambda: is_warm_standby(standby, its), standby.said, DEADLINE_S)
+    for record in RECORDS[:16]:
+        own.write([record])
+        time.sleep(0.1)
+    other = Registered(hosts[1], bootstrapped=True)
+    struck_s = time.monotonic()
+    other.write(RECORDS[16:])
+    until(lambda: "learning" in standby.said() and other.steps() == len(RECORDS), standby.said, DEADLINE_S)
+    print(f"S3: {time.monotonic() - struck_s:.1f} s until a durable version has all", standby.said(), sep="\n")
+    store = open_store(place)
+    before = read_catalog(lambda: store.read(CATALOG))
+    first.signal(signal.SIGCONT)
+    end = until(first.end, first.said, DEADLINE_S)
+    assert end.code == 1 and "has another trainer" in end.said, first.said()
+    after = read_catalog(lambda: store.read(CATALOG))
+    assert (after.claim, before.folders.items() - after.folders.items()) == (2, set())
+    assert other.registry.control().action == "take over"
+    # Started again it stands by, and has what the other one published.
+    again, its = trainer(stack, hosts[0], tmp_path / "again.log")
+    until(lambda: is_warm_standby(again, its), again.said, DEADLINE_S)
+    until(lambda: own.steps() == len(RECORDS), again.said, DEADLINE_S)
+    assert own.durable() == other.durable()
+    assert standby.stop() == 0
+    newest = other.durable()[-1][0]
+    assert verify.run(hosts[1], newest, None, lambda line: None).outcome == "equal"
+    until(lambda: "this trainer takes over" in again.said(), again.said, DEADLINE_S)
+    assert again.stop() == 0

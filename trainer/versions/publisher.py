@@ -142,7 +142,7 @@ class Publisher:
         elapsed: Callable[[], float] = time.monotonic,
     ) -> None:
         self._room = room
-        self._registry = Registry(registry.path, registry.directory.staging)
+        self._registry = Registry(registry.path, registry.directory.claim)
         self._metrics = metrics
         self._recent_s, self._elapsed = recent_s, elapsed
         self._recent: deque[tuple[float, int]] = deque()

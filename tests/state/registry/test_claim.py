@@ -39,7 +39,7 @@ from dataclasses import replace
 path, point = Path(sys.argv[1]), sys.argv[2]
 claim = Claim(path)
 claim.take()
-registry = Registry(path, claim.staging)
+registry = Registry(path, claim)
 attempts = {
     "recent.checked": lambda: registry.publish(replace(draft(2), kind="recent"), {"a": b"late"}),
     "publish.checked": lambda: publish(registry, 2),
@@ -111,7 +111,7 @@ def test_a_frozen_trainer_loses_its_claim_and_publishes_nothing_when_it_wakes(tm
             except LockHeld:
                 continue
         assert standby.took_over
-        own = Registry(tmp_path, standby.staging)
+        own = Registry(tmp_path, standby)
         own.sweep_recent()
         assert publish(own, 2).version == 3
         privacy_ledger.write(own.directory, tmp_path / "privacy" / "ledger.json", privacy_ledger.PrivacyLedger("", ""))
@@ -151,7 +151,7 @@ def test_a_standby_that_was_frozen_itself_does_not_count_that_time_as_silence_of
     elapsed = Elapsed()
     holder, standby = Claim(tmp_path), Claim(tmp_path, elapsed)
     holder.take()
-    for _ in range(3):
+    for _ in range(2):
         with pytest.raises(LockHeld):
             standby.take()
         elapsed.now_s += 100 * LEASE_S
