@@ -111,7 +111,8 @@ def registry_state(settings: Settings, now_ms: int) -> dict[str, Any]:
         "versions": len(numbers),
         "newest": newest.version if newest else None,
         # A version can be newer than `now_ms`, the start of the command.
-        "trainer": trainer_of(registry.path),
+        # The trainer of a copy is on another host.
+        "trainer": "" if registry.directory.is_copy else trainer_of(registry.path),
         "standbys": standbys(registry.path, now_ms / 1000),
         "newest_age_s": max(0, now_ms - newest.created_at_ms) / 1000 if newest else None,
         "control": control
@@ -135,7 +136,7 @@ def registry_text(registry: Mapping[str, Any]) -> Text:
     control = registry["control"]
     newest = f"newest version {shown(registry['newest'])}, {seconds(registry['newest_age_s'])} old, {registry['versions']} kept"
     if registry["standbys"]:
-        newest += f"; trainer: {registry['trainer'] or 'none'}; stands by: {', '.join(registry['standbys'])}"
+        newest += f"; trainer: {registry['trainer'] or 'unknown'}; stands by: {', '.join(registry['standbys'])}"
     if control is None:
         return "readable", f"{newest}; no control yet"
     wanted = "the newest version" if control["serving"] == "follow" else f"version {control['version']} (pinned)"

@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 from state.disk import files as durable
 from state.errors import SpringtideError, UnusablePlace, reason_of
 from state.metrics import SharedMetrics
 
 if TYPE_CHECKING:
-    from obstore import ObjectMeta, PutResult
+    from obstore import ObjectMeta, PutResult, UpdateVersion
     from obstore.auth.boto3 import Boto3CredentialProvider
 
 PROTOCOLS = ("s3", "s3a", "gs", "az", "abfs", "abfss")
@@ -242,11 +242,15 @@ class ObjectStore:
         """See `FileStore`."""
         from obstore.exceptions import AlreadyExistsError, NotFoundError, PreconditionError
 
-        e_tag, _, version = tag.partition(_OF)
+        parts = dict(zip(("e_tag", "version"), tag.split(_OF), strict=False))
         with self._reached(f"write {name}"):
             try:
                 made = self._store.put(
-                    name, data, mode={"e_tag": e_tag or None, "version": version or None} if tag else "create"
+                    name,
+                    data,
+                    mode=cast("UpdateVersion", {part: value for part, value in parts.items() if value})
+                    if tag
+                    else "create",
                 )
             except (AlreadyExistsError, NotFoundError, PreconditionError):
                 return ""

@@ -242,7 +242,10 @@ class StandbyFile:
 
 
 def trainer_of(path: Path) -> str:
-    """The trainer, or the command, that holds the claim of a registry's directory, in words; empty if none does."""
+    """The process that holds the claim of a registry's directory, in words; empty if none does.
+
+    In a copy of a shared registry that is the standby of this host.
+    """
     if not is_held(path, layout.TRAINER_LOCK):
         return ""
     return holder_of((path / layout.TRAINER_LOCK).read_bytes())

@@ -38,7 +38,7 @@ from state.process import killpoints
 from state.process.said_once import SaidOnce
 from state.process.wall_clock import wall_ms
 from state.registry import sync
-from state.registry.claim import RENEW_S, Claim, Silence
+from state.registry.claim import RENEW_S, Claim, Silence, StandbyFile
 from state.registry.directory import BINDING, Binding, bound, file_bytes, sharing
 from state.registry.registry import DURABLE, MOST_BETWEEN, Registry
 from state.registry.sync import Copier, DurableSender, RecentSender
@@ -284,8 +284,10 @@ def owning(
 
     def wait(store: FileStore) -> int:
         """Waits as a standby until the newest claim is free; returns its number."""
-        silence, number, waits = Silence(), sync.newest_claim(store), False
+        silence, number, present = Silence(), sync.newest_claim(store), StandbyFile(path)
+        waits = False
         with ExitStack() as standing_by:
+            standing_by.callback(present.remove)
             while host := sync.holder(store, number, silence):
                 if settings.privacy.epsilon:
                     raise LockHeld(
@@ -297,6 +299,7 @@ def owning(
                     on_wait(f"the registry at {store.name} has a trainer on {host}")
                     copier, ended = _HostCopier(settings, metrics), threading.Event()
                     standing_by.enter_context(_running(_copier_threads(settings, copier, ended), copier, ended))
+                present.renew()
                 if stopping.wait(RENEW_S):
                     raise SystemExit(0)
                 number += not sync.is_newest(store, number)
