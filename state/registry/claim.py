@@ -27,9 +27,9 @@ from pathlib import Path
 from state import layout
 from state.disk import files as durable
 from state.disk.lock import DirectoryLock, Seen, holder_of, is_held
-from state.errors import LockHeld, RegistryError
+from state.errors import LockHeld, RegistryError, UnusableRegistry
+from state.file_store import usable
 from state.process import killpoints
-from state.registry.directory import usable
 
 LEASE_S = 10.0
 """Time without a renewal after which a standby takes over."""
@@ -110,7 +110,7 @@ class Claim:
                 if not self._has_expired(self._lock.seen()):
                     raise
                 self.took_over = True
-            with usable("be claimed"):
+            with usable(str(self._path), "be claimed", UnusableRegistry):
                 # 2.
                 self._fence()
                 killpoints.reach("claim.fenced")
