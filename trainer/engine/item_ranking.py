@@ -181,7 +181,7 @@ class ItemRanking:
         times = np.repeat(seen.at_ms, seen.keys.shape[1])
         found = clicked.observe(keys, np.concatenate([np.full(len(EVERYTHING), seen.at_ms.max()), times]))
         # 2. Where they are.
-        if any([table.evict() for table in self.tables.values()]):
+        if sum(table.evict() for table in self.tables.values()):
             own, after, found = visited.find(seen.user), followed.find(newest[0]), clicked.find(keys)
         taught = np.flatnonzero(seen.taught)
         everything = found[: len(EVERYTHING)].copy()
@@ -254,7 +254,8 @@ def _learn_and_count(
     after = np.zeros(2, np.int32)
     following, learned = 0, 0
     for i in range(item.shape[0]):
-        if (later := i + AHEAD) < item.shape[0]:
+        later = i + AHEAD
+        if later < item.shape[0]:
             prefetch_list(own[later], visited)
             prefetch_list(newest[later], followed)
             for k in range(keys.shape[1]):
