@@ -106,12 +106,16 @@ def _decay(row: int, lists: ItemLists, at_s: int) -> None:
     if elapsed_s <= 0:
         return
     lists.at_s[row] = at_s
+    kept = np.empty(LIVES, np.float32)
     for h in range(LIVES):
-        kept = np.float32(2.0 ** (-elapsed_s / HALF_LIVES_S[h]))
-        lists.totals[row, h] *= kept
-        lists.known[row, h] *= kept
-        for k in range(lists.ids.shape[1]):
-            lists.counts[row, k, h] *= kept
+        kept[h] = 2.0 ** (-elapsed_s / HALF_LIVES_S[h])
+        lists.totals[row, h] *= kept[h]
+        lists.known[row, h] *= kept[h]
+    for k in range(lists.ids.shape[1]):
+        if lists.ids[row, k] == np.uint64(0):
+            break
+        for h in range(LIVES):
+            lists.counts[row, k, h] *= kept[h]
 
 
 @compiled
