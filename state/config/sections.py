@@ -688,6 +688,13 @@ class ServingSettings:
         most=36_500,
         help="Log time after which an item or name that no click has mentioned is evicted.",
     )
+    per_category: int = setting(
+        0,
+        "items",
+        least=0,
+        most=100,
+        help="Maximum number of recommended items of one category, in answers for all categories; 0: no limit.",
+    )
     parity_every_s: float = setting(
         1.0,
         "s",

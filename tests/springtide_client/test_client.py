@@ -150,7 +150,6 @@ def test_items_are_ranked_and_recommended(app: App, calls: Calls) -> None:
     found = calls.recommend("ann", n=3)
     assert 0 < len(found.items) <= 3 and {one.reason for one in found.items} <= {
         "again",
-        "fresh",
         "category",
         "similar",
         "popular",

@@ -43,6 +43,7 @@ class Host:
 
     Attributes:
         impressions: The numbers of the actions that are impressions (`labels.impressions`).
+        per_category: The maximum number of recommended items of one category (`serving.per_category`); 0 for no limit.
         kernels: The kernels that this process compiles; None if answers do not wait for them.
         warm: Whether answers of each kind have been computed once to warm up.
     """
@@ -60,6 +61,7 @@ class Host:
         self.segments = HostSegments(settings, salt)
         impressions = settings.labels.impressions
         self.impressions = tuple(n for n, name in enumerate(settings.events.actions) if name in impressions)
+        self.per_category = settings.serving.per_category
         self.kernels: Kernels | None = None
         self.warm = True
         self._spec = FeatureSpec.from_settings(settings)
