@@ -11,6 +11,7 @@
     │   ├── control/             one file per generation          state/registry/controls.py
     │   ├── masks/               users that masks and erasures name, by digest
     │   ├── erasures/            how far each process has applied erasures     state/registry/erasing.py
+    │   ├── hosts/               serving hosts and the users they hold              state/registry/hosts.py
     │   ├── outcomes/            outcomes of rollbacks            state/registry/controls.py
     │   ├── programs/ specs/     by digest
     │   ├── baselines/           accepted by operators            state/statistics/baselines.py
@@ -69,6 +70,7 @@ VERSIONS, MERGED, BASES, CONTROL = "versions", "merged", "bases", "control"
 RECENT, RECENT_BOOT = "recent", "recent.boot"
 SHARED_CATALOG, SHARED_LOCK, SHARED_LOOKED = "shared.catalog", "shared.lock", "shared.looked"
 MASKS, OUTCOMES, ERASURES = "masks", "outcomes", "erasures"
+HOSTS, FETCHED = "hosts", "fetched"
 PROGRAMS, SPECS, TEMPORARY = "programs", "specs", "tmp"
 BASELINES = "baselines"
 GAPS = "gaps"  # also the extra of the stream's histories with the gaps that the stream accepted

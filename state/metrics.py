@@ -353,6 +353,15 @@ class WorkerMetrics(Metrics):
         name="springtide_connections_refused",
     )
     worker_starts = counter("Starts of serving workers that have accepted connections.")
+    unheld_shares = gauge(
+        "Shares of users, of 64, that no live host holds; 0 if each host holds all users.",
+        name="springtide_serving_unheld_shares",
+    )
+    forwarded = counter(
+        "Requests that a worker forwarded to hosts that hold their users, by result: answered, failed (no host of a share answered).",
+        "result",
+        name="springtide_serving_forwarded",
+    )
 
 
 class ValidationMetrics(Metrics):

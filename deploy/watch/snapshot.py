@@ -222,6 +222,12 @@ def _of_sections(sections: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem("warning", "accounts unknown", "accounts-do-not-balance")
     if accounting and accounting["balanced"] is False:
         yield Problem("critical", "accounts do not balance", "accounts-do-not-balance")
+    if (hosts := sections.get("hosts")) and hosts["without_host"]:
+        text = f"no host holds {len(hosts['without_host'])} of 64 shares of users"
+        yield Problem("critical", text, "a-share-of-users-has-no-host", "answers")
+    if hosts and hosts["with_one_host"]:
+        text = f"one host alone holds {len(hosts['with_one_host'])} of 64 shares of users"
+        yield Problem("warning", text, "a-share-of-users-has-no-host", "answers")
     experiments = sections.get("experiments") or ()
     if any(experiment.get("problem") for experiment in experiments):
         yield Problem("warning", "experiments cannot be read", "experiments-cannot-be-read")

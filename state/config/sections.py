@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from state.errors import SettingsError
+from state.user_shares import UserShares
 
 T = TypeVar("T")
 
@@ -703,6 +704,19 @@ class ServingSettings:
         help="Interval between rows of the training log that are recomputed from serving's histories and compared; 0: off.",
     )
     metrics_port: int = setting(9103, least=0, most=65535, help="Port of /metrics of the applier.")
+    shares: str = setting(
+        "",
+        help="Shares of the users that this host holds, 0 to 63, as in 0-15,32; it forwards requests for other users. Empty: all users.",
+    )
+    advertise: str = setting(
+        "",
+        help="URL under which other hosts and clients reach this host, http://HOST:PORT; empty: host and port of this section. With `shares`, hosts forward requests to it.",
+    )
+
+    @property
+    def user_shares(self) -> UserShares:
+        """The users that this host holds."""
+        return UserShares.parse(self.shares)
 
     @property
     def processes(self) -> int:

@@ -25,7 +25,8 @@ from state.history.store import HistoryStore
 from state.history.waiting import RowFormat, key_of
 from state.microbatch.batch import Kind, MicroBatch, erased_rows, happened, new_ranges, trained, trim
 from state.microbatch.codec import decode
-from state.positions import SHARES, Source
+from state.positions import Source
+from state.user_shares import SHARES
 from streaming import labels as streaming_labels
 from streaming.accounts import faults
 from streaming.cut import Cut, Encoding, encode_cut, merge_all, merge_appends

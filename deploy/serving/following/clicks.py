@@ -333,7 +333,7 @@ class HistoryFollower:
         self._positions = positions
         if following != batch.next:
             reader.seek(batch.partition, following)
-        self._metrics.history_rows.inc(len(appends.events))
+        self._metrics.history_rows.inc(int(appends.lengths[self._store.shares.has(appends.users)].sum()))
 
     def _keep_house(self, idle: bool) -> None:
         """Once a second: measures the lag and the store."""

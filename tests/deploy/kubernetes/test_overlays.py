@@ -72,7 +72,7 @@ def test_each_object_as_it_stands_is_valid() -> None:
     ("overlay", "minor"),
     [
         ("small", MINORS[-1]),
-        *((name, MINORS[-1]) for name in ("flink", "full", "shared", "standby")),
+        *((name, MINORS[-1]) for name in ("flink", "full", "shared", "standby", "halves")),
         *(("large", minor) for minor in MINORS),
     ],
 )
