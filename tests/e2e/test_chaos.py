@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.chaos import Chaos
-from tests.e2e.findings import Findings
+from tests.e2e.chaos import POINTS, WEIGHTS, Chaos, Findings, Violence
 from tests.e2e.running import ROOT
-from tests.e2e.violence import POINTS, WEIGHTS, Violence
 
 KILLS = 8
 SEQUENCES = ("stream.", "back.", "enter.", "caught.", "loop.", "publish.", "apply.", "follow.", "control.", "rollback.")

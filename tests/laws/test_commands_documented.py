@@ -143,7 +143,6 @@ def texts(path: Path) -> Iterator[str]:
 
 
 def test_every_command_that_a_message_says_to_type_is_taken() -> None:
-    """Those with options; one alone may be named in a sentence."""
     said = {
         (name(path), line)
         for path in files()
@@ -171,6 +170,5 @@ def test_every_module_named_as_a_process_is_there() -> None:
 
 @pytest.mark.parametrize("words", [["pin", "x"], ["nothing"], ["replay", "--burts", "a"], ["up", "--kafka.prot=1"]])
 def test_a_wrong_line_is_refused(words: list[str]) -> None:
-    """The check can fail."""
     with pytest.raises(SettingsError):
         check(words)

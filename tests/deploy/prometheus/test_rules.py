@@ -1,4 +1,4 @@
-"""Prometheus's own promtool reads the rules, and finds each alert firing where it must and silent where it must."""
+"""The rules and queries of Prometheus: each alert fires where it must, by metrics that there are."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from deploy.watch.metrics_table import as_markdown
+from state.config.settings import Settings
 from tests import rules
+from tests.promql import misused
+from tests.rules import ALERTS, RECORDED
 
 
 def told(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -77,3 +82,35 @@ def test_what_an_alert_says_is_true_from_its_first_moment(alert: str) -> None:
     rule = rules.ALERTS[alert]
     spans = re.findall(r"\bfor ((?:half )?an? (?:hour|minute)|\w+ (?:minutes|hours))\b", rule["annotations"]["summary"])
     assert [span for span in spans if PROVED_BY.get(span, span) not in rule["expr"]] == []
+
+
+DEPLOY = Path(__file__).parents[3] / "deploy"
+SCRAPE = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())
+
+
+def test_every_expression_uses_metrics_that_exist_as_their_type_and_labels_allow() -> None:
+    wrong = {name: misused(rule["expr"]) for name, rule in {**RECORDED, **ALERTS}.items()}
+    assert {name: said for name, said in wrong.items() if said} == {}
+
+
+def test_prometheus_scrapes_all_processes_at_their_default_ports() -> None:
+    settings = Settings()
+    ports = {
+        "springtide-stream": settings.stream.metrics_port,
+        "springtide-trainer": settings.trainer.metrics_port,
+        "springtide-applier": settings.serving.metrics_port,
+        "springtide-worker": settings.serving.port,
+        "springtide-validation": settings.validation.metrics_port,
+        "springtide-console": settings.console.port,
+        "springtide-up": settings.up.metrics_port,
+    }
+    scraped = {job["job_name"]: job["static_configs"][0]["targets"] for job in SCRAPE["scrape_configs"]}
+    assert scraped == {job: [f"127.0.0.1:{port}"] for job, port in ports.items()}
+    assert SCRAPE["rule_files"] == ["rules/*.yml"]
+
+
+PAGE = Path(__file__).parents[3] / "deploy" / "prometheus" / "METRICS.md"
+
+
+def test_the_page_is_what_the_code_makes() -> None:
+    assert PAGE.read_text() == as_markdown(), "python -m deploy.watch.metrics_table > deploy/prometheus/METRICS.md"

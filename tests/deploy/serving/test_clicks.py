@@ -149,7 +149,6 @@ def test_each_click_is_in_the_histories_once(
 
 
 def test_events_are_those_of_the_stream(tmp_path: Path) -> None:
-    """The same record as the stream's own history keeps."""
     log = written(record(0, 3, label=0.75))
     following = Following(tmp_path, log)
     following.drain()
@@ -161,7 +160,6 @@ def test_events_are_those_of_the_stream(tmp_path: Path) -> None:
 
 
 def test_a_commit_carries_names_items_clock_and_position(tmp_path: Path) -> None:
-    """All that answers need of the log, in the histories' own transaction."""
     log = written(record(0, 9))
     following = Following(tmp_path, log, Clock(77_000))
     assert following.store.extra(CAUGHT_UP_EXTRA) is None
@@ -198,7 +196,6 @@ def test_the_event_clock_is_what_the_header_believes_and_one_that_a_click_set_ye
 
 
 def test_a_gap_between_batches_is_counted_and_passed(tmp_path: Path) -> None:
-    """Clicks that no micro-batch covers are said to be missing."""
     following = Following(tmp_path, written(record(0, 4), record(9, 12)))
     following.drain()
     assert following.offsets() == [0, 1, 2, 3, 9, 10, 11]
@@ -208,7 +205,6 @@ def test_a_gap_between_batches_is_counted_and_passed(tmp_path: Path) -> None:
 
 
 def test_records_deleted_unread_are_counted_and_passed(tmp_path: Path) -> None:
-    """Kafka's retention overtook the applier: it goes on at the log's beginning."""
     log = written(record(0, 4))
     following = Following(tmp_path, log)
     following.drain()
@@ -250,7 +246,6 @@ def test_a_topic_made_again_is_read_from_its_beginning(tmp_path: Path) -> None:
 
 
 def test_a_record_that_is_no_microbatch_is_left_out(tmp_path: Path) -> None:
-    """A foreign record is data; serving goes on."""
     following = Following(tmp_path, written(record(0, 2), b"garbage", record(2, 4)))
     following.drain()
     assert following.offsets() == [0, 1, 2, 3]
@@ -259,7 +254,6 @@ def test_a_record_that_is_no_microbatch_is_left_out(tmp_path: Path) -> None:
 
 
 def test_another_salt_stops(tmp_path: Path) -> None:
-    """Pseudonyms of two salts in one store would split every user."""
     following = Following(tmp_path, written(record(0, 2), record(2, 4, salt="other")))
     with pytest.raises(SaltMismatch, match="record 1"):
         following.drain()
@@ -268,7 +262,6 @@ def test_another_salt_stops(tmp_path: Path) -> None:
 
 
 def test_records_of_a_lost_salt_before_the_first_of_ours_are_left_out(tmp_path: Path) -> None:
-    """A new state directory on an old log: its users are nobody's here."""
     log = written(record(0, 3, salt="lost"), record(0, 2))
     following = Following(tmp_path, log, own_salt="salt")
     following.drain()
@@ -295,7 +288,6 @@ def test_a_record_of_another_salt_that_the_trainer_leaves_out_is_left_out_here_t
 
 
 def test_ranges_go_on_from_the_marks() -> None:
-    """Below the mark nothing, between mark and range a gap."""
     from state.microbatch.codec import decode
 
     batch = decode(record(4, 8))

@@ -82,7 +82,6 @@ def test_an_item_keeps_its_name_beside_its_category(store: HistoryStore) -> None
 
 
 def test_an_id_that_is_both_an_item_and_a_category_is_named_as_both(store: HistoryStore) -> None:
-    """Equal texts have equal ids; so is an item that has no category."""
     kept, catalogue = Remembered(store, keep_days=30, most=1000), Catalogue(store)
     both = clicks(1, 2)
     both["category"] = (1, 0)

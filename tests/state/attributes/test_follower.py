@@ -1,4 +1,4 @@
-"""Attributes out of a real topic: the last record wins, a tombstone removes, a restart goes on, and nothing bad stops it."""
+"""The follower of attribute topics and its store."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from state.attributes.follower import AttributeFollower, follow
-from state.attributes.store import AttributeStore, texts_in
+from state.attributes.store import AttributeStore, TopicPosition, ids_in, pack, texts_in
 from state.attributes.values import AttributeTable
 from state.config.fields import fields_of
 from state.config.sections import Kafka
@@ -156,3 +156,33 @@ def test_positions_without_a_record_are_counted_as_absent(crm: Crm) -> None:
     crm.send(("bob", {"level": 1}))
     crm.read()
     assert crm.counts() == {"value": 2, "absent": 1}
+
+
+PLACE = TopicPosition("identity", "ab" * 16, {0: 5, 1: 7})
+VALUE = pack([3, 4], ["25-34", None])
+
+
+def test_values_and_the_place_are_committed_together_and_survive(tmp_path: Path) -> None:
+    store = AttributeStore(tmp_path / "s", MAP)
+    store.commit("user", {1: VALUE, 2: VALUE}, PLACE)
+    store.close()
+    again = AttributeStore(tmp_path / "s", MAP)
+    assert again.read_many("user", [2, 9]) == [VALUE, None]
+    assert again.read_many("item", [2]) == [None]
+    assert (again.place("user"), again.place("item")) == (PLACE, None)
+    again.commit("user", {1: None, 5: None}, PLACE)
+    assert (again.read_many("user", [1, 2]), again.count("user")) == ([None, VALUE], 1)
+    assert (ids_in(VALUE, 2).tolist(), texts_in(VALUE, 2)) == ([3, 4], ["25-34", None])
+    again.close()
+
+
+def test_a_side_that_is_begun_anew_leaves_the_other(tmp_path: Path) -> None:
+    store = AttributeStore(tmp_path / "s", MAP)
+    store.commit("user", {1: VALUE}, PLACE)
+    store.commit("item", {1: VALUE}, PLACE)
+    store.begin_anew("user", TopicPosition("other", "cd" * 16, {0: 0}))
+    assert (store.count("user"), store.count("item")) == (0, 1)
+    place = store.place("user")
+    assert place is not None
+    assert place.identity == "other"
+    store.close()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +9,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from state.disk import files as durable
 from state.disk.lock import DirectoryLock
 from state.errors import CorruptVersion, LockHeld, UnusableDisk, UnusableRegistry
 from state.positions import Source
@@ -68,26 +65,6 @@ def _pinned(control: object, version: int) -> object:
     return pin(control, version, actor="ann", reason="test", now_ms=6)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT])
-def test_whatever_the_disk_says_no_part_of_a_version_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
-    registry = started(tmp_path, 1)
-    written: list[str] = []
-
-    def refuse(path: Path, data: bytes) -> None:
-        written.append(path.name)
-        if len(written) == 2:
-            path.write_bytes(data[:1])
-            raise OSError(code, os.strerror(code), str(path))
-        path.write_bytes(data)
-
-    monkeypatch.setattr(durable, "write", refuse)
-    with pytest.raises(UnusableRegistry, match=os.strerror(code)):
-        publish(registry, 1)
-    assert (registry.versions(), list((tmp_path / "tmp").iterdir())) == ([1], [])
-
-
 # Damaged files
 
 
@@ -114,7 +91,6 @@ LEFT = {("versions", 2): 4, ("versions", 3): 4, ("versions", 4): 3, ("bases", 1)
 def test_a_file_damaged_anywhere_is_never_loaded(
     chain: Path, which: tuple[str, int, str], place: float, bit: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """`bit` 8 cuts the file at `place`; else that bit of the byte there flips."""
     folder, number, name = which
     path = shutil.copytree(chain, tmp_path_factory.mktemp("damaged") / "registry")
     file = path / folder / f"{number:012d}" / name

@@ -233,7 +233,6 @@ def test_versions_of_two_lifetimes_leave_one_entry_a_row_between_those_that_stay
 
 
 def test_what_changed_since_a_version_is_known_as_long_as_it_is_here(tmp_path: Path) -> None:
-    """Also over versions that are forgotten; not to another line, and not back."""
     store = RowStore(tmp_path, 1 << 26)
     store.apply(manifest(1, None, "base"), tensors({("user", 1): 1.0}), now_ms=1)
     for version in (2, 3, 4):
@@ -356,7 +355,6 @@ def test_a_version_carries_dense_weights_popular_labels_and_provenance(tmp_path:
 
 
 def test_a_delta_without_its_parent_is_refused(tmp_path: Path) -> None:
-    """Rows on top of an unknown state would be of no version."""
     store = RowStore(tmp_path, 1 << 26)
     with pytest.raises(UnknownVersion, match="version 9 builds on version 8"):
         store.apply(manifest(9, 8), tensors({}), now_ms=1)
