@@ -59,9 +59,9 @@ def watching(loop: Loop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[W
         yield found
 
 
-@pytest.mark.parametrize("name", ["din", "two_tower"])
-def test_the_readme_of_an_example_names_its_settings(name: str) -> None:
-    assert f"--config deploy/examples/{name}/springtide.toml" in (EXAMPLES / name / "README.md").read_text()
+@pytest.mark.parametrize(("name", "page"), [("din", "own-ranker"), ("two_tower", "two-towers")])
+def test_the_documentation_of_an_example_names_its_settings(name: str, page: str) -> None:
+    assert f"--config deploy/examples/{name}/springtide.toml" in (ROOT / "docs" / "how-to" / f"{page}.md").read_text()
 
 
 @pytest.mark.nightly
@@ -152,8 +152,8 @@ OWN_MODEL_TOML = EXAMPLE / "springtide.toml"
 OWN = load(["--config", str(OWN_MODEL_TOML)], env={}).model
 
 
-def test_the_readme_shows_the_command_of_the_example() -> None:
-    text = (EXAMPLE / "README.md").read_text()
+def test_the_documentation_shows_the_command_of_the_example() -> None:
+    text = (ROOT / "docs" / "how-to" / "own-tower.md").read_text()
     assert "springtide up --config deploy/examples/own_model/springtide.toml" in text
 
 

@@ -109,8 +109,8 @@ def test_prometheus_scrapes_all_processes_at_their_default_ports() -> None:
     assert SCRAPE["rule_files"] == ["rules/*.yml"]
 
 
-PAGE = Path(__file__).parents[3] / "deploy" / "prometheus" / "METRICS.md"
+PAGE = Path(__file__).parents[3] / "docs" / "reference" / "metrics.md"
 
 
 def test_the_page_is_what_the_code_makes() -> None:
-    assert PAGE.read_text() == as_markdown(), "python -m deploy.watch.metrics_table > deploy/prometheus/METRICS.md"
+    assert PAGE.read_text() == as_markdown(), "python -m deploy.watch.metrics_table > docs/reference/metrics.md"

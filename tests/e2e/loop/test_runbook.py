@@ -1,4 +1,4 @@
-"""Each drill of the runbook, typed in a running loop."""
+"""Every command of docs/operate/runbook.md is typed while the loop runs, in the page's order, and does what the page says."""
 
 from __future__ import annotations
 

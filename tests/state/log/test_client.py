@@ -186,6 +186,7 @@ def test_the_token_of_ones_own_function_opens_the_broker(secured: Kafka) -> None
     [("old_token", r"kafka\.sasl_\*"), ("no_token", "no_token failed: ConnectionError: the identity server is away")],
 )
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("refused")
 def test_without_a_good_token_it_stays_shut_in_one_line(secured: Kafka, provider: str, message: str) -> None:
     shut = replace(secured, sasl_token_provider=f"{__name__}:{provider}", request_timeout_s=3.0)
     with pytest.raises(LogError, match=message) as raised:

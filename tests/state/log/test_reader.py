@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from dataclasses import replace
 
@@ -58,7 +60,7 @@ def test_a_topic_made_again_stops_the_reader(
 
 @LEFT_SOCKETS
 @pytest.mark.usefixtures("refused")
-def test_a_broker_killed_and_back_costs_nothing_but_time(own: Broker) -> None:
+def test_a_broker_that_hangs_or_is_killed_and_is_back_costs_nothing_but_time(own: Broker) -> None:
     settings = Kafka(bootstrap_servers=own.bootstrap_servers, request_timeout_s=60.0)
     with Topics(settings) as topics:
         topics.ensure("killed-clicks", 1)
@@ -71,6 +73,16 @@ def test_a_broker_killed_and_back_costs_nothing_but_time(own: Broker) -> None:
         writer.flush()
         seen = read_until(reader, {0: 1})
         assert reader.reachable()
+
+        def reachable() -> bool:
+            assert reader.poll(0.1) == []
+            return reader.reachable()
+
+        # Its connections stay open.
+        os.kill(own.pid or 0, signal.SIGSTOP)
+        assert eventually(lambda: not reachable())
+        os.kill(own.pid or 0, signal.SIGCONT)
+        assert eventually(reachable)
         own.kill()
         for _ in range(20):
             assert reader.poll(0.05) == []

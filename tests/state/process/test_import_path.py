@@ -80,4 +80,4 @@ def test_an_error_is_told_with_the_line_that_raised_it() -> None:
         raise ValueError("\n  the first line\nthe second")
     except ValueError as error:
         line = error.__traceback__.tb_lineno if error.__traceback__ else 0
-        assert error_line(error) == f"ValueError: the first line (test_user_code.py:{line})"
+        assert error_line(error) == f"ValueError: the first line ({Path(__file__).name}:{line})"

@@ -30,7 +30,7 @@ from tests.deploy.serving.http_api.test_app import ask
 from tests.deploy.serving.stocked import Stores
 from tests.deploy.serving.test_rest import answers, until, worker
 
-DOCUMENT = Path(__file__).parents[4] / "deploy" / "serving" / "API.md"
+DOCUMENT = Path(__file__).parents[4] / "docs" / "reference" / "api.md"
 MORE = "..."
 """A name that stands for more of the same."""
 
