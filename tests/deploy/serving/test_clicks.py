@@ -204,36 +204,6 @@ def test_a_gap_between_batches_is_counted_and_passed(tmp_path: Path) -> None:
     following.store.close()
 
 
-def test_records_deleted_unread_are_counted_and_passed(tmp_path: Path) -> None:
-    log = written(record(0, 4))
-    following = Following(tmp_path, log)
-    following.drain()
-    append(log, record(4, 6), record(6, 8))
-    log.topics().delete_before(LOG, {0: 2})
-    assert following.follower.step(0.0) == 0, "it is opened again"
-    following.drain()
-    assert following.offsets() == [0, 1, 2, 3, 6, 7]
-    following.store.close()
-
-
-@pytest.mark.parametrize("running", [True, False], ids=["running", "started again"])
-def test_a_log_cut_back_and_grown_again_is_read_from_where_it_was_cut(tmp_path: Path, running: bool) -> None:
-    following = Following(tmp_path, written(record(0, 2), record(2, 4), record(4, 6)))
-    following.drain()
-    # The stream writes what was lost again, in other records, and goes on.
-    following.log.cut_back(LOG, {0: 1})
-    append(following.log, record(2, 3), record(3, 7), record(7, 9))
-    if running:
-        assert following.follower.step(0.0) == 0, "it is opened again"
-    else:
-        following.store.close()
-        following = Following(tmp_path, following.log)
-    following.drain()
-    assert following.offsets() == list(range(9))
-    assert following.metrics.gap_positions._value.get() == 0
-    following.store.close()
-
-
 def test_a_topic_made_again_is_read_from_its_beginning(tmp_path: Path) -> None:
     """Positions belong to a topic's id; clicks that are there already are not taken twice."""
     following = Following(tmp_path, written(record(0, 4), record(4, 5)))
