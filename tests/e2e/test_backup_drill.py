@@ -83,7 +83,6 @@ def ready(loop: SmallLoop) -> bool:
         host.close()
 
 
-@pytest.mark.nightly
 def test_what_is_restored_goes_on_as_if_nothing_had_happened(tmp_path: Path, salt: Path) -> None:
     loop, backups, sent = SmallLoop(tmp_path / "here", salt), tmp_path / "backups", 2 * BATCH
     loop.click(*clicks(0, sent))
