@@ -1,7 +1,8 @@
-"""Every command that a document shows is there, with its options, its settings and its words."""
+"""Commands and settings that documents and messages show are taken as they are shown."""
 
 from __future__ import annotations
 
+import argparse
 import ast
 import functools
 import json
@@ -15,8 +16,10 @@ from typing import NamedTuple
 
 import pytest
 
+from deploy.cli import as_markdown
 from deploy.command_line import OWN_HELP, PROCESSES, parser, with_times
 from state.config.loading import load
+from state.config.settings import KnownSetting, known_settings
 from state.config.sources import split_settings
 from state.errors import SettingsError
 from tests import runbook
@@ -172,3 +175,66 @@ def test_every_module_named_as_a_process_is_there() -> None:
 def test_a_wrong_line_is_refused(words: list[str]) -> None:
     with pytest.raises(SettingsError):
         check(words)
+
+
+SETTINGS_DOCUMENTED_ROOT = Path(__file__).parents[2]
+DOCUMENT = SETTINGS_DOCUMENTED_ROOT / "docs" / "reference" / "settings.md"
+UNITS = {"_ms": {"ms"}, "_s": {"s"}, "_h": {"h"}, "_d": {"d"}, "_bytes": {"bytes"}, "_gb": {"GB", "GiB"}}
+
+
+def commands() -> dict[str, argparse.ArgumentParser]:
+    (found,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return dict(found.choices)
+
+
+def test_the_document_is_the_one_the_declarations_make() -> None:
+    assert DOCUMENT.read_text() == as_markdown() + "\n", (
+        "run: springtide config --markdown > docs/reference/settings.md"
+    )
+
+
+def test_a_setting_explains_itself() -> None:
+    def explained(known: KnownSetting) -> bool:
+        return known.help.endswith(".") and (known.help[0].isupper() or known.help.startswith(("SASL", "TLS")))
+
+    assert {known.name: known.help for known in known_settings() if not explained(known)} == {}
+
+
+def test_the_unit_agrees_with_the_name() -> None:
+    def agrees(known: KnownSetting) -> bool:
+        units = {unit for ending, units in UNITS.items() if known.name.endswith(ending) for unit in units}
+        measured = isinstance(known.default, (int, float)) or known.unit
+        return not measured or not units or known.unit in units
+
+    assert {known.name: known.unit for known in known_settings() if not agrees(known)} == {}
+
+
+def test_some_code_uses_each_setting() -> None:
+    packages = ("state", "streaming", "trainer", "deploy")
+    files = [
+        path
+        for package in packages
+        for path in (SETTINGS_DOCUMENTED_ROOT / package).rglob("*.py")
+        if path.name != "sections.py"
+    ]
+    # Attributes and strings are all that can name a setting.
+    named = set(re.findall(r"\.\w+|\"[\w.]+\"", "\n".join(path.read_text() for path in files)))
+
+    def used(known: KnownSetting) -> bool:
+        key = known.name.partition(".")[2]
+        return bool(named & {f".{key}", f'"{known.name}"', f'"{key}"'})
+
+    assert [known.name for known in known_settings() if not used(known)] == []
+
+
+def test_each_command_explains_itself() -> None:
+    for command, itself in commands().items():
+        assert len(itself.description or "") > 20, command
+        for action in itself._actions:
+            assert action.help, f"{command} {action.option_strings or action.dest} has no help"
+        assert "Exit codes" in " ".join(itself.format_help().split()), command
+
+
+def test_the_readme_names_each_command() -> None:
+    readme = (SETTINGS_DOCUMENTED_ROOT / "README.md").read_text()
+    assert [command for command in commands() if not re.search(rf"\b{command}\b", readme)] == []
