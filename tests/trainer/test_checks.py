@@ -354,7 +354,7 @@ def refused(name: str, *flags: str) -> str:
         ("unknown_ids", ": own_rows looks up 'items' by 'sequence_item'; there are user, item,"),
         ("unknown_input", ": pick names the input 'items_row'; there are features, user_row,"),
         ("nothing", "returned NoneType; wanted is build(settings, spec, preprocessing)"),
-        ("failing", "raised KeyError: 'heads' (test_ranker_checks.py:"),
+        ("failing", "raised KeyError: 'heads' (test_checks.py:"),
     ],
 )
 def test_a_wrong_ranker_is_refused_in_one_line(name: str, said: str) -> None:
