@@ -16,8 +16,8 @@ from state.disk.memory_store import bring_back, enter
 from state.errors import CorruptStore, StoreError, StoreFull
 from state.history.store import HistoryStore
 from state.process import killpoints
-from tests.disks import Disk, small_disk
-from tests.state.disk.held_histories import SOURCE, USERS, commit, crash, held, opened, power_cut, told
+from tests.disks import Disk, crash, small_disk
+from tests.state.disk.held_histories import SOURCE, USERS, commit, held, opened, power_cut, told
 
 CHILD = multiprocessing.get_context("fork")
 
