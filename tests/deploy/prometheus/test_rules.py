@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import yaml
 
-from deploy.watch.metrics_table import as_markdown
 from state.config.settings import Settings
 from tests import rules
 from tests.promql import misused
@@ -111,10 +110,3 @@ def test_prometheus_scrapes_all_processes_at_their_default_ports() -> None:
     scraped = {job["job_name"]: job["static_configs"][0]["targets"] for job in SCRAPE["scrape_configs"]}
     assert scraped == {job: [f"127.0.0.1:{port}"] for job, port in ports.items()}
     assert SCRAPE["rule_files"] == ["rules/*.yml"]
-
-
-PAGE = Path(__file__).parents[3] / "docs" / "reference" / "metrics.md"
-
-
-def test_the_page_is_what_the_code_makes() -> None:
-    assert PAGE.read_text() == as_markdown(), "python -m deploy.watch.metrics_table > docs/reference/metrics.md"
