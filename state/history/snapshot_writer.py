@@ -120,9 +120,10 @@ class SnapshotWriter:
         # 1.
         try:
             self._files = [] if before is None else [file for file in before.files if file.kind != "extras"]
-            if before is not None:
+            due = [] if before is None else due_ranges(before, sum(len(part.users) for part in cut.gained))
+            if before is not None and len(due) < len(before.ranges):
                 self._write_delta(Gained.joined(cut.gained))
-            ranges = self._write_ranges(view, before, sum(len(part.users) for part in cut.gained))
+            ranges = self._write_ranges(view, before, due)
             known = {} if before is None else {file.sha256: file for file in before.files if file.kind == "extras"}
             self._write_extras(view, known)
             branch = view.extra(LINE)
@@ -186,10 +187,11 @@ class SnapshotWriter:
             columns: Mapping[str, NDArray[Any]] = {"users": users[starts[low:high]], "lengths": lengths}
             self._put("delta", (first_share, last_share), 0, columns, mine)
 
-    def _write_ranges(self, view: StoreView, before: HistorySnapshot | None, gained: int) -> tuple[UserRange, ...]:
+    def _write_ranges(
+        self, view: StoreView, before: HistorySnapshot | None, due: Sequence[UserRange]
+    ) -> tuple[UserRange, ...]:
         if before is None:
             return tuple(self._scan(view, 0, _USERS))
-        due = due_ranges(before, gained)
         firsts = [part.first_user for part in before.ranges]
         ranges: list[UserRange] = []
         for part, end in zip(before.ranges, [*firsts[1:], _USERS], strict=True):

@@ -17,6 +17,7 @@ import numpy as np
 
 from deploy.serving.following.clicks import SALT_EXTRA, position_of
 from deploy.serving.following.erasing import name_of
+from deploy.serving.following.parity import WHOLE_EXTRA
 from deploy.serving.notes import CAUGHT_UP_EXTRA
 from state.config.settings import Settings
 from state.errors import StoreFull, UnusablePlace
@@ -220,5 +221,8 @@ def load_if_behind(settings: Settings, store: HistoryStore, salt: str | None, br
         store.finish_loading([], 0)
         return True
     if loaded is not None:
+        if store.extra(WHOLE_EXTRA) is None:
+            # The host that wrote it has lost nothing.
+            store.commit(Appends.none(), extra={WHOLE_EXTRA: b"0"})
         _log.info("the histories of %d users are from snapshot %d", loaded.users, loaded.number)
     return loaded is not None
