@@ -1,4 +1,4 @@
-"""Every command of deploy/RUNBOOK.md is typed while the loop runs, in the page's order, and does what the page says."""
+"""Every command of docs/operate/runbook.md is typed while the loop runs, in the page's order, and does what the page says."""
 
 from __future__ import annotations
 
@@ -293,17 +293,17 @@ DRILLS: dict[str, Callable[[Terminal, Section], None]] = {
     "Roll back, exactly": turn_back_exactly,
     "A mask was wrong": a_mask_was_wrong,
     "Training is held": training_is_held,
-    "An operator holds something": an_operator_holds_something,
+    "Held by an operator": an_operator_holds_something,
     "A rollout was stopped": a_rollout_was_stopped,
-    "Nobody watches a rollout": nobody_watches_a_rollout,
-    "An account is wrong": an_account_is_wrong,
+    "No command drives a rollout": nobody_watches_a_rollout,
+    "Accounts do not balance": an_account_is_wrong,
     "A version is damaged": a_version_is_damaged,
     "A clock is wrong": a_clock_is_wrong,
     "Live clicks have changed": live_clicks_have_changed,
     "The disk is lost": the_disk_is_lost,
     "Kafka's disk is lost": kafkas_disk_is_lost,
-    "A probe does not come through": a_probe_does_not_come_through,
-    "A user asks to be forgotten": a_user_asks_to_be_forgotten,
+    "A probe fails": a_probe_does_not_come_through,
+    "Erase a user": a_user_asks_to_be_forgotten,
     "A new release": a_release_goes_in,
 }
 
