@@ -105,8 +105,10 @@ class SnapshotWriter:
         self._most_bytes, self._stopped = most_bytes, stopped
         self._number, self._files = 0, list[SnapshotFile]()
 
-    def write(self, cut: Cut, now_ms: int) -> HistorySnapshot | None:
+    def write(self, cut: Cut, now_ms: int, after: int = 0) -> HistorySnapshot | None:
         """Writes a snapshot and closes the cut's view; None if it was stopped, or another process wrote one meanwhile.
+
+        Its number is above `after` and that of `cut.since`, although the clock may have been set back.
 
         1. The events gained, the ranges whose turn it is, and extras are written.
         2. The document is created; then the snapshot is complete.
@@ -116,7 +118,7 @@ class SnapshotWriter:
             UnusablePlace: The location cannot be reached.
         """
         before, view = cut.since, cut.view
-        self._number = max(now_ms, before.number + 1 if before else 0)
+        self._number = max(now_ms, after + 1, before.number + 1 if before else 0)
         # 1.
         try:
             self._files = [] if before is None else [file for file in before.files if file.kind != "extras"]

@@ -152,7 +152,7 @@ class SnapshotTaker:
             with suppress(queue.Empty):
                 found = self._cuts.get(timeout=POLL_S)
         if found is not None:
-            self._write(*found)
+            self._write(*found, after=newest.number if newest else 0)
 
     def _due(self, newest: HistorySnapshot | None, now_ms: int) -> bool:
         if newest is None:
@@ -163,10 +163,10 @@ class SnapshotTaker:
         age_ms = now_ms - newest.created_at_ms
         return age_ms >= self._every_ms * (1 if own else STANDBY) or age_ms < 0
 
-    def _write(self, cut: Cut, parts: int, restarts: int) -> None:
+    def _write(self, cut: Cut, parts: int, restarts: int, after: int) -> None:
         made = None
         try:
-            made = self._writer.write(cut, self._now_ms())
+            made = self._writer.write(cut, self._now_ms(), after)
         finally:
             self.reading = False
             with self._lock:
