@@ -99,7 +99,7 @@ def same(one: HistoryStore, other: HistoryStore) -> bool:
     return whole[0] == whole[1] and extras[0] == extras[1]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(clicks=st.lists(st.integers(0, 4000), min_size=1, max_size=8), range_bytes=st.sampled_from([1 << 26, 20_000]))
 def test_a_loaded_store_equals_the_store_at_the_cut(
     clicks: list[int], range_bytes: int, tmp_path_factory: pytest.TempPathFactory
@@ -270,3 +270,20 @@ def test_an_erased_user_comes_back_from_an_older_snapshot_only_to_be_erased_agai
     snapshots.load(host.location, after, loaded)
     assert len(loaded.read(user)) == 0 and loaded.forgotten.through == 1
     assert {name.split("/")[0] for name in host.location.names(snapshots.FILES)} == {f"{after.number:015d}"}
+
+
+def test_a_removal_that_is_killed_is_completed_by_the_next_one(tmp_path: Path) -> None:
+    """Documents go first, so no snapshot lacks a file."""
+    host = Host(tmp_path)
+    for _ in range(3):
+        host.click(2000)
+        host.last, host.gained = None, []
+        host.snapshot()
+    first, second, third = snapshots.numbers(host.location)
+    with killed_at("snapshot.unnamed", 1):
+        snapshots.remove(host.location, [first, second], 0)
+    for number in snapshots.numbers(host.location):
+        snapshots.load(host.location, snapshots.read(host.location, number), host.other(f"other{number}"))
+    snapshots.remove(host.location, [second], 0)
+    assert snapshots.numbers(host.location) == [third]
+    assert {name.partition("/")[0] for name in host.location.names(snapshots.FILES)} == {f"{third:015d}"}
