@@ -31,6 +31,8 @@ from state.metrics import ApplierMetrics
 from state.process.said_once import SaidOnce
 from state.registry.log_line import LogLine
 
+FULL_INTERVALS = 30
+"""After a snapshot that was too large, the next one is tried after so many intervals."""
 STANDBY = 3
 """Other hosts take over after so many intervals without a snapshot."""
 POLL_S, LOOK_MS = 0.2, 10_000
@@ -76,6 +78,8 @@ class SnapshotTaker:
         self._gained, self._events, self._complete = list[Gained](), 0, False
         self._last: HistorySnapshot | None = None
         self._restarts, self._is_due, self._look_ms = 0, False, 0
+        # Read here, since the store may be closed and opened again by its own thread.
+        self._erased = store.forgotten.through
         self._asked, self._cuts = threading.Event(), queue.SimpleQueue[tuple[Cut, int, int]]()
         self.reading = False
         metrics.snapshot_seconds.set(now_ms() / 1000)
@@ -96,7 +100,7 @@ class SnapshotTaker:
         with self._lock:
             self._forget()
             self._restarts += 1
-            self._is_due, self._look_ms = True, 0
+            self._is_due, self._look_ms, self._erased = True, 0, self._store.forgotten.through
 
     def _forget(self) -> None:
         self._gained, self._events, self._complete = [], 0, False
@@ -125,13 +129,17 @@ class SnapshotTaker:
         try:
             while not self._stop.wait(POLL_S):
                 now_ms = self._now_ms()
-                if 0 <= self._look_ms - now_ms <= LOOK_MS:
+                # Do not wait for a clock that was set back.
+                if 0 < self._look_ms - now_ms <= FULL_INTERVALS * self._every_ms:
                     continue
                 self._look_ms = now_ms + min(LOOK_MS, self._every_ms)
                 try:
                     self._look(now_ms)
                     say.clear()
-                except (UnusablePlace, StoreFull) as error:
+                except UnusablePlace as error:
+                    say(f"no snapshot of the histories is written: {error}")
+                except StoreFull as error:
+                    self._look_ms = now_ms + FULL_INTERVALS * self._every_ms
                     say(f"no snapshot of the histories is written: {error}")
         finally:
             while not self._cuts.empty():
@@ -158,7 +166,7 @@ class SnapshotTaker:
         if newest is None:
             return True
         own = newest.writer == self._name
-        if own and (self._is_due or newest.erased < self._store.forgotten.through):
+        if own and (self._is_due or newest.erased < self._erased):
             return True
         age_ms = now_ms - newest.created_at_ms
         return age_ms >= self._every_ms * (1 if own else STANDBY) or age_ms < 0
