@@ -593,6 +593,19 @@ class RegistrySettings:
 
 
 @dataclass(frozen=True)
+class HistorySettings:
+    """Snapshots of histories, from which hosts and streams without histories start."""
+
+    snapshot_every_s: float = setting(
+        120.0,
+        "s",
+        least=0.0,
+        most=86_400.0,
+        help="Interval between snapshots of histories in the location of the registry; a new host reads the training log from the newest one. 0: none are written.",
+    )
+
+
+@dataclass(frozen=True)
 class ServingSettings:
     """Serving: the REST and gRPC APIs."""
 
