@@ -1,7 +1,7 @@
 """Calculates how large a deployment must be: `springtide capacity`, `python -m deploy.capacity [options]`.
 
 The sizes follow from measured constants by the formulas of `capacity.toml`: what each part of the system uses, and
-which limit the design reaches first. `deploy/CAPACITY.md` prints them.
+which limit the design reaches first. `docs/operate/capacity.md` prints them.
 """
 
 from __future__ import annotations
@@ -256,7 +256,7 @@ def parser(settings: Settings) -> argparse.ArgumentParser:
         help="a constant that was measured on your machine, as NAME=VALUE; repeatable",
     )
     output(found)
-    found.add_argument("--markdown", action="store_true", help="print deploy/CAPACITY.md")
+    found.add_argument("--markdown", action="store_true", help="print docs/operate/capacity.md")
     return found
 
 
@@ -323,7 +323,7 @@ def _as_document(sizing: Sizing) -> dict[str, object]:
 
 
 def page(settings: Settings) -> str:
-    """Returns the text of `deploy/CAPACITY.md`."""
+    """Returns the text of `docs/operate/capacity.md`."""
     roomy = replace(
         settings,
         stream=replace(settings.stream, max_users=10**9),

@@ -217,7 +217,7 @@ def privacy_text(budget: Mapping[str, Any]) -> Text:
     )
     if not budget["held"]:
         return "counts", text
-    return "SPENT", f"{text}; training is held and answers continue; see trainer/PRIVACY.md about a larger budget"
+    return "SPENT", f"{text}; training is held and answers continue; see docs/model/privacy.md about a larger budget"
 
 
 def disk_usage(settings: Settings) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 """Receives Alertmanager notifications over HTTP and pins serving to the last good version: `springtide webhook`.
 
-`deploy/prometheus/README.md` shows how to configure both ends. The format is version 4 of Alertmanager's webhook JSON:
+`docs/operate/monitoring.md` shows how to configure both ends. The format is version 4 of Alertmanager's webhook JSON:
 https://prometheus.io/docs/alerting/latest/configuration/#webhook_config
 
 A firing alert pins serving to the newest version from before the alert. It never changes what an operator decided.

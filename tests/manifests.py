@@ -17,6 +17,7 @@ from state.config.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "deploy" / "kubernetes"
+PAGE = ROOT / "docs" / "how-to" / "kubernetes.md"
 BASE = FOLDER / "base"
 OVERLAYS = ("small", "large")
 KUBECTL = shutil.which("kubectl")

@@ -1,4 +1,4 @@
-"""Reads deploy/RUNBOOK.md: its tables, its sections with the commands in them, and what its capitals stand for."""
+"""Reads docs/operate/runbook.md: its tables, its sections with the commands in them, and what its capitals stand for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-DOCUMENT = Path(__file__).parents[1] / "deploy" / "RUNBOOK.md"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "operate" / "runbook.md"
 TEXT = DOCUMENT.read_text()
 
 # What stands for something that the reader fills in; the longer ones first. Any document may use them.

@@ -155,7 +155,7 @@ class PrivacyBudget:
         if self.held:
             logger.error(
                 "training holds: the privacy budget is spent, epsilon %.3g of %.3g after %d periods; serving continues; see "
-                "trainer/PRIVACY.md for what a larger budget means",
+                "docs/model/privacy.md for what a larger budget means",
                 *(before, wanted.epsilon, len(present.periods)),
             )
         return msgspec.structs.replace(

@@ -40,7 +40,7 @@ DESCRIPTION = """Run a Flink cluster on this machine for the stream on a distrib
 TaskManagers, job server and Python workers. up runs the cluster until Ctrl-C and restarts processes that exit. down stops the
 jobs with a savepoint, then the cluster. status shows TaskManagers, slots, jobs, their last checkpoints and restarts, and the
 savepoints and checkpoints to resume from; problems come first and set the exit code to 1. For your own cluster see
-deploy/flink/README.md."""
+docs/how-to/flink.md."""
 EPILOG = (
     "Settings are written --section.name VALUE; `springtide config flink` lists them. Exit codes: 0 done, 1 failed or "
     "something is wrong, 2 wrong use."

@@ -71,7 +71,7 @@ class Panel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         alerts = f"Alerts: {', '.join(self.alerts)}. " if self.alerts else ""
         return (
             f"{self.shows}\n\nNormal: {self.normal}\n\nOtherwise: {self.otherwise}\n\n"
-            f"{alerts}Runbook: deploy/RUNBOOK.md#{self.runbook}"
+            f"{alerts}Runbook: docs/operate/runbook.md#{self.runbook}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Generates the table of all metrics: `python -m deploy.watch.metrics_table > deploy/prometheus/METRICS.md`."""
+"""Generates the table of all metrics: `python -m deploy.watch.metrics_table > docs/reference/metrics.md`."""
 
 from __future__ import annotations
 

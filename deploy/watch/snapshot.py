@@ -24,7 +24,7 @@ RECENT_S = 600.0
 MANY_LAG = 10_000
 DEAD_SHARE = 0.01
 SKIPPED_SHARE = 0.01
-PAGE = "deploy/RUNBOOK.md"
+PAGE = "docs/operate/runbook.md"
 HOLDS = "an-operator-holds-something"
 STAGES = {"stream": "stream", "trainer": "trainer", "applier": "answers", "worker": "answers"}
 """Process -> its stage."""

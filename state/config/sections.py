@@ -463,7 +463,7 @@ class TrainerSettings:
     guard_factor: float = setting(
         8.0,
         least=1.0,
-        help="Multiple of the expected loss or gradient above which the guard skips an update; see `trainer/MODEL.md`.",
+        help="Multiple of the expected loss or gradient above which the guard skips an update; see `docs/model/index.md`.",
     )
     guard_patience: int = setting(
         20, "steps", least=1, help="Number of consecutive skipped updates after which training is held."
@@ -506,7 +506,7 @@ class ChurnSettings:
 
 @dataclass(frozen=True)
 class PrivacySettings:
-    """Differential privacy of the shared model; `trainer/PRIVACY.md` describes its guarantees and their limits."""
+    """Differential privacy of the shared model; `docs/model/privacy.md` describes its guarantees and their limits."""
 
     epsilon: float = setting(
         0.0,

@@ -2,7 +2,7 @@
 
 A keyed hash of the pseudonym assigns a user to an arm, so a growing share only adds users to the trial.
 
-A record is one JSON object, keyed by the pseudonym (`state/FORMATS.md`). It contains neither the content of the answer
+A record is one JSON object, keyed by the pseudonym (`docs/reference/formats.md`). It contains neither the content of the answer
 nor the user's id as it was sent.
 """
 

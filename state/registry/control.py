@@ -210,7 +210,7 @@ class Control(msgspec.Struct, frozen=True, dict=True, omit_defaults=True):
         erased: Erased users; no generation restores one.
         held: The update that the trainer's guard holds. Training pauses at its end.
         released: End offsets, in the training log, of held updates that an operator released. They are not held again.
-        plan: Facts that the command recorded, see `state/FORMATS.md`.
+        plan: Facts that the command recorded, see `docs/reference/formats.md`.
     """
 
     generation: int

@@ -123,7 +123,9 @@ def test_the_leader_of_the_training_log_sends_it_to_every_reader() -> None:
 def test_the_page_is_current_and_has_every_constant(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--markdown", "--model.dim", "64"]) == 0
     text = capsys.readouterr().out
-    assert text == (ROOT / "deploy" / "CAPACITY.md").read_text(), "springtide capacity --markdown > deploy/CAPACITY.md"
+    assert text == (ROOT / "docs" / "operate" / "capacity.md").read_text(), (
+        "springtide capacity --markdown > docs/operate/capacity.md"
+    )
     assert text == page(SETTINGS) + "\n"
     assert all(f"| `{name}` |" in text for name in CONSTANTS)
 

@@ -91,7 +91,7 @@ def test_tastes_drift() -> None:
 
 
 def test_examples_in_documents_name_what_shoppers_click_in_the_first_minute() -> None:
-    texts = [path.read_text() for path in (ROOT / "README.md", *ROOT.glob("deploy/**/*.md"))]
+    texts = [path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/**/*.md"))]
     named = {one for text in texts for one in re.findall(r"\b(?:shopper|item|category)-[0-9][0-9-]*\b", text)}
     settings = Settings()
     crowd = ShopperCrowd.from_settings(settings, None, settings.shoppers.rate, START_MS)

@@ -19,8 +19,8 @@ TOML = EXAMPLE / "springtide.toml"
 OWN = load(["--config", str(TOML)], env={}).model
 
 
-def test_the_readme_shows_the_command_of_the_example() -> None:
-    text = (EXAMPLE / "README.md").read_text()
+def test_the_documentation_shows_the_command_of_the_example() -> None:
+    text = (ROOT / "docs" / "how-to" / "own-tower.md").read_text()
     assert "springtide up --config deploy/examples/own_model/springtide.toml" in text
 
 

@@ -196,7 +196,7 @@ def test_kuairand_clicks_are_labels_outcomes_stay_out_and_attributes_are_those_o
 
 
 def test_the_examples_are_settings_and_their_document_shows_their_commands() -> None:
-    document = (EXAMPLES / "README.md").read_text()
+    document = (ROOT / "docs" / "how-to" / "recordings.md").read_text()
     for path in sorted(EXAMPLES.glob("*.toml")):
         load(["--config", str(path)], env={})
         assert f"springtide replay --config deploy/examples/{path.name}" in document

@@ -19,7 +19,7 @@ from deploy.serving.requests.endpoints import health_endpoints
 from deploy.watch import scrape
 from state.config.settings import Settings
 from tests.laws.test_commands_documented import check
-from tests.manifests import BASE, FOLDER, KUBECTL, ROOT, Box, boxes, built, documents, of_kind, selects, sizes_of
+from tests.manifests import BASE, FOLDER, KUBECTL, PAGE, ROOT, Box, boxes, built, documents, of_kind, selects, sizes_of
 
 ALL = documents(BASE)
 FULL: Sequence[dict[str, Any]] = built("overlays/full") if KUBECTL else ()
@@ -32,7 +32,7 @@ BOXES = [
 SERVICES = of_kind([*ALL, *(one for name in ADDED for one in documents(FOLDER / "components" / name))], "Service")
 MONITORS = of_kind(documents(FOLDER / "components" / "monitoring"), "ServiceMonitor")
 ROUTES = [one for name in ("gateway", "istio") for one in documents(FOLDER / "components" / name)]
-README = (FOLDER / "README.md").read_text()
+README = PAGE.read_text()
 IMAGE = (ROOT / "deploy" / "container" / "Dockerfile").read_text()
 SIZES = sizes_of(BASE / "kustomization.yaml")
 # Container -> its ports by name, and what answers GET there without a token.

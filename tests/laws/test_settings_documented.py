@@ -11,7 +11,7 @@ from deploy.command_line import parser
 from state.config.settings import KnownSetting, known_settings
 
 ROOT = Path(__file__).parents[2]
-DOCUMENT = ROOT / "deploy" / "settings.md"
+DOCUMENT = ROOT / "docs" / "reference" / "settings.md"
 UNITS = {"_ms": {"ms"}, "_s": {"s"}, "_h": {"h"}, "_d": {"d"}, "_bytes": {"bytes"}, "_gb": {"GB", "GiB"}}
 
 
@@ -21,7 +21,9 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 
 
 def test_the_document_is_the_one_the_declarations_make() -> None:
-    assert DOCUMENT.read_text() == as_markdown() + "\n", "run: springtide config --markdown > deploy/settings.md"
+    assert DOCUMENT.read_text() == as_markdown() + "\n", (
+        "run: springtide config --markdown > docs/reference/settings.md"
+    )
 
 
 def test_a_setting_explains_itself() -> None:

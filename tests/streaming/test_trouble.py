@@ -1,6 +1,6 @@
 """Broker trouble against the real Kafka: the stream loses nothing, doubles nothing, and says what it met.
 
-deploy/kafka/README.md says the same in a table.
+docs/operate/failures.md says the same in a table.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 4. Noise is added. The key and the history of the record determine it. Only then does the guard, an optimizer or a
    version see the sum.
 
-`trainer/PRIVACY.md` describes what this guarantees.
+`docs/model/privacy.md` describes what this guarantees.
 """
 
 from __future__ import annotations

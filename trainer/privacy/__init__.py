@@ -1,1 +1,1 @@
-"""Differential privacy of shared weights: participation, noise, and its accounting; see `trainer/PRIVACY.md`."""
+"""Differential privacy of shared weights: participation, noise, and its accounting; see `docs/model/privacy.md`."""

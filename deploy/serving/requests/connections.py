@@ -19,7 +19,7 @@ once, without a task, by the same rules.
 A client may close its half of the connection after its request, and is still answered. The server calls `look` for
 each connection every second, so that no request needs a timer.
 
-`own_hosts` protects against DNS rebinding (`deploy/serving/API.md`).
+`own_hosts` protects against DNS rebinding (`docs/reference/api.md`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The endpoints of a worker: profiles, items, explanations and segments, over HTTP and gRPC, and its health.
 
-`deploy/serving/API.md` documents the API for callers. The gRPC service `springtide.v1.Profiles` gives the same
+`docs/reference/api.md` documents the API for callers. The gRPC service `springtide.v1.Profiles` gives the same
 answers; its requests are converted to the parameters and bodies of HTTP.
 
     GET  /v1/profiles/{user_id}?item=&category=&at=&context.NAME=&fields=&top=

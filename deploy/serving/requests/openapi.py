@@ -128,7 +128,7 @@ def document(endpoints: Sequence[Endpoint], release: str) -> dict[str, Any]:
             "title": "Springtide",
             "version": release,
             "summary": "User profiles that learn from every click.",
-            "description": "`deploy/serving/API.md` has more, with examples. Integers are written without a fraction.",
+            "description": "`docs/reference/api.md` has more, with examples. Integers are written without a fraction.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "paths": paths,

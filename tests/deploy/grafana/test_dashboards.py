@@ -109,7 +109,7 @@ def test_a_panel_has_a_known_unit_full_sentences_and_a_section_of_the_runbook() 
     for panel in PANELS:
         assert panel.unit in UNITS, panel.title
         assert all(text.endswith(".") for text in (panel.shows, panel.normal, panel.otherwise)), panel.title
-        assert panel.runbook in ANCHORS and f"RUNBOOK.md#{panel.runbook}" in panel.description, panel.title
+        assert panel.runbook in ANCHORS and f"runbook.md#{panel.runbook}" in panel.description, panel.title
         assert 0 < len(panel.queries) <= len(string.ascii_uppercase), panel.title
         assert set(panel.dashed) <= panel.queries.keys(), panel.title
         assert bool(panel.states) == (panel.kind == "state-timeline"), panel.title
@@ -121,7 +121,7 @@ def test_a_panel_has_a_known_unit_full_sentences_and_a_section_of_the_runbook() 
 def test_a_panel_turns_red_where_its_alert_fires_and_names_the_same_section() -> None:
     for panel in (panel for panel in PANELS if panel.alerts):
         rules = [ALERTS[alert] for alert in panel.alerts]
-        assert rules[0]["annotations"]["runbook"] == f"deploy/RUNBOOK.md#{panel.runbook}", panel.title
+        assert rules[0]["annotations"]["runbook"] == f"docs/operate/runbook.md#{panel.runbook}", panel.title
         limits = {float(number) for rule in rules for number in re.findall(r"[<>]=? (\d[\d.]*)", rule["expr"])}
         # For a count, "above 0" is the same as "from 1 on".
         assert panel.critical is None or {panel.critical, panel.critical - 1} & limits, panel.title

@@ -11,7 +11,7 @@ import pytest
 from deploy.watch import scrape
 from state.config.sections import SegmentSettings
 from state.config.settings import Settings
-from tests.manifests import FOLDER, KUBECTL, WHY_NOT, Document, Peer, boxes, built, connects, of_kind, selects
+from tests.manifests import KUBECTL, PAGE, WHY_NOT, Document, Peer, boxes, built, connects, of_kind, selects
 
 pytestmark = pytest.mark.skipif(KUBECTL is None, reason=WHY_NOT)
 EVERY = ("small", "large", "full", "flink", "shared")
@@ -129,5 +129,5 @@ def test_others_may_not(overlay: str) -> None:
 
 
 def test_the_readme_names_the_labels_of_flinks_pods() -> None:
-    text = (FOLDER / "README.md").read_text()
+    text = PAGE.read_text()
     assert all(f"`{name}`" in text for name in FLINK)

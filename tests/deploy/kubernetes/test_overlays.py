@@ -25,6 +25,7 @@ from tests.manifests import (
     FOLDER,
     KUBECTL,
     OVERLAYS,
+    PAGE,
     WHY_NOT,
     Box,
     Document,
@@ -104,7 +105,7 @@ def test_an_overlay_has_every_object_once_in_its_namespace(overlay: str) -> None
 @each_overlay
 def test_what_a_pod_names_is_there_or_made_by_the_readme(overlay: str) -> None:
     made = {(one["kind"], one["metadata"]["name"]) for one in found(overlay)}
-    secrets = set(re.findall(r"create secret generic (\S+)", (FOLDER / "README.md").read_text()))
+    secrets = set(re.findall(r"create secret generic (\S+)", PAGE.read_text()))
     made |= {("Secret", name) for name in secrets}
     for box in boxes(found(overlay)):
         for volume in box.pod["volumes"]:
@@ -139,7 +140,7 @@ def test_canary_hosts_are_a_set_of_their_own() -> None:
 @with_kubectl
 def test_the_overlay_of_the_readme_gives_every_claim_a_storage_class(tmp_path: Path) -> None:
     """The default class of most clusters has no ReadWriteMany: the registry's claim would wait for ever."""
-    text = (FOLDER / "README.md").read_text()
+    text = PAGE.read_text()
     (block,) = (one for one in re.findall(r"```yaml\n(.*?)```", text, re.S) if "kind: Kustomization" in one)
     overlay = yaml.safe_load(block)
     overlay["resources"] = [

@@ -1,4 +1,4 @@
-"""Every command of deploy/RUNBOOK.md is typed while the loop runs, in the page's order, and does what the page says."""
+"""Every command of docs/operate/runbook.md is typed while the loop runs, in the page's order, and does what the page says."""
 
 from __future__ import annotations
 

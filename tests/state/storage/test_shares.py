@@ -32,9 +32,9 @@ def test_the_stores_of_a_part_fit_into_its_share_with_room_for_small_files(part:
 
 
 def test_the_help_and_the_tables_say_the_same_shares() -> None:
-    """In the help of the setting, in the guide and where the shares are."""
+    """In the help of the setting, in the documentation and where the shares are."""
     wanted = {part: f"{share:.0%}".replace("%", " %") for part, share in shares.SHARES.items()}
-    for text in (shares.__doc__ or "", (ROOT / "deploy" / "GUIDE.md").read_text()):
+    for text in (shares.__doc__ or "", (ROOT / "docs" / "operate" / "storage.md").read_text()):
         assert dict(re.findall(r"^\| `(\w+)` \| (\d+ %) \|", text, re.MULTILINE)) == wanted
     (budget,) = (one for one in known_settings() if one.name == "storage.budget_gb")
     assert sorted(re.findall(r"\d+ %", budget.help)) == sorted(wanted.values())

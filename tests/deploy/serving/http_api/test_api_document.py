@@ -20,7 +20,7 @@ from deploy.serving.requests import parameters as requests
 from tests.deploy.serving.stocked import Stores
 from tests.deploy.serving.test_rest import answers, until, worker
 
-DOCUMENT = Path(__file__).parents[4] / "deploy" / "serving" / "API.md"
+DOCUMENT = Path(__file__).parents[4] / "docs" / "reference" / "api.md"
 MORE = "..."
 """A name that stands for more of the same."""
 
