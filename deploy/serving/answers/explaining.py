@@ -314,8 +314,8 @@ def _values(slots: Sequence[int], inputs: Mapping[str, F32], outputs: Mapping[st
     `slots` are those in which the category may be scored; none for an engagement.
     """
     if not slots:
-        logits = outputs["engagement_logit"].reshape(-1).astype(np.float64)
-        return np.asarray(1.0 / (1.0 + np.exp(-np.clip(logits, -STEEPEST_LOGIT, STEEPEST_LOGIT))))
+        engagement = outputs["engagement_logit"].reshape(-1).astype(np.float64)
+        return np.asarray(1.0 / (1.0 + np.exp(-np.clip(engagement, -STEEPEST_LOGIT, STEEPEST_LOGIT))))
     kinds = [kind for kind in KINDS if f"{kind}_logits" in outputs]
     logits = np.concatenate([outputs[f"{kind}_logits"] for kind in kinds], axis=1)
     if _FACTOR in inputs:
