@@ -426,6 +426,11 @@ class TrainerSettings:
         help="What recommendations are ranked by: decayed counts of clicks, which takes about a tenth of a step; or engagement, "
         "with a bonus for the user's own items.",
     )
+    interests: str = setting(
+        "counts",
+        choices=("counts", "model"),
+        help="What interests come from: the model, corrected by decayed counts of the categories clicked next; or the model alone.",
+    )
     publish_s: float = setting(
         0.1,
         "s",

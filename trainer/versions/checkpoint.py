@@ -222,7 +222,8 @@ def _dense(trainer: Trainer) -> dict[str, content.Array]:
 
 def _beside(trainer: Trainer) -> dict[str, content.Array]:
     churn = {} if trainer.churn is None else trainer.churn.served()
-    return churn if trainer.item_ranking is None else churn | trainer.item_ranking.served()
+    counted = [part.served() for part in (trainer.item_ranking, trainer.interest_counts) if part is not None]
+    return {name: value for held in (churn, *counted) for name, value in held.items()}
 
 
 def _under(prefix: str, tensors: content.Tensors) -> dict[str, Any]:

@@ -24,6 +24,8 @@ SALT, SPEC = Salt(SALT_KEY), FeatureSpec()
 CATEGORIES = 40
 USERS = {"cleo": [1, 2, 7], "dora": [2], "emil": [4, 3, 2, 1], "finn": [35], "gus": []}
 """What each clicked, oldest first: numbers of categories."""
+AT_MS = NOW_MS - 3_600_000
+"""When the trainer's clicks begin."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,17 @@ def taught() -> Taught:
     settings = small(Settings())
     trainer = Trainer(dataclasses.replace(settings, trainer=dataclasses.replace(settings.trainer, device="cpu")), SPEC)
     for number in range(12):
-        trainer.step(micro_batch(64, first=64 * number, categories=CATEGORIES))
+        trainer.step(micro_batch(64, first=64 * number, categories=CATEGORIES, at_ms=AT_MS))
+    # The users' newest items, which others clicked before something else.
+    own = dataclasses.replace(
+        micro_batch(len(USERS), first=2000, categories=CATEGORIES, at_ms=AT_MS),
+        item=np.array([public_id(f"i{len(clicked) - 1}") for clicked in USERS.values()], np.uint64),
+    )
+    mine = np.array([user_id(SALT, name) for name in USERS], np.uint64)
+    trainer.step(dataclasses.replace(own, user=np.where([*map(bool, USERS.values())], mine, own.user)))
+    trainer.step(dataclasses.replace(own, user=own.user + np.uint64(999), offset=own.offset + 100))
+    after = micro_batch(len(USERS), first=2200, categories=CATEGORIES, at_ms=AT_MS)
+    trainer.step(dataclasses.replace(after, user=own.user + np.uint64(999)))
     lowered = Lowered(build(trainer.model), trainer.model.weights(), trainer.model)
     return Taught(trainer, checkpoint.full(trainer), lowered)
 
@@ -85,6 +97,7 @@ def asked(stores: Stores) -> MicroBatch:
         micro_batch(len(USERS), first=9000),
         user=np.array([user_id(SALT, name) for name in USERS], np.uint64),
         category=spread(np.full(len(USERS), 17)),
+        at_ms=np.full(len(USERS), NOW_MS),
         features=np.stack([vector.features for vector in vectors]),
         recent_categories=np.stack([vector.recent_categories for vector in vectors]),
         category_windows=np.stack([vector.category_windows for vector in vectors]),
@@ -123,6 +136,7 @@ def chances(answer: Answer) -> dict[str, float]:
 
 def test_each_candidate_has_the_trainers_probability_alone_and_among_others(shop: Stores, taught: Taught) -> None:
     wanted, labels = expected(shop, taught), asked(shop).recent_categories.tolist()
+    assert "interests.weights" in taught.tensors
     together = predictor(shop).profiles([Query(name) for name in USERS])
     for name, own, chance, answer in zip(USERS, labels, wanted, together, strict=True):
         assert chances(answer) == pytest.approx(chance, abs=1e-5)
