@@ -24,6 +24,7 @@ from state import layout
 from state.config.settings import Settings
 from state.disk import memory_place
 from state.errors import SpringtideError, UnknownTopic
+from state.history import snapshots
 from state.log import Topics
 from state.registry import hosts, privacy_ledger
 from state.registry.claim import standbys, trainer_of
@@ -35,6 +36,8 @@ from state.storage.measuring import free_bytes, used_bytes
 from state.user_shares import UserShares
 
 LONGEST_WAIT_S = 3.0
+LATE_INTERVALS, LATE_S = 3, 300
+"""A snapshot of histories is late after so many intervals and seconds, as in `SpringtideSnapshotOld`."""
 Text = tuple[str, str]
 
 
@@ -51,6 +54,7 @@ def read(settings: Settings, now_ms: int) -> dict[str, Any]:
         "rows": row_store(settings),
         "histories": _history_stores(settings),
         "hosts": serving_hosts(settings, now_ms),
+        "snapshots": history_snapshots(settings, now_ms),
         "accounting": accounts.account(settings),
         "live_clicks": live_clicks(settings),
         "experiments": experiments.reported(settings),
@@ -354,6 +358,50 @@ def hosts_text(found: Mapping[str, Any]) -> Text:
     return word, "; ".join(parts)
 
 
+def history_snapshots(settings: Settings, now_ms: int) -> dict[str, Any] | None:
+    """Returns the snapshots of histories with their ages, the newest first; None if none are written and none exist."""
+    every_s = settings.history.snapshot_every_s
+    try:
+        location = snapshots.location_of(settings)
+        found = list(reversed(snapshots.numbers(location)))
+        newest = snapshots.newest(location)
+    except SpringtideError as error:
+        return {"problem": str(error), "every_s": every_s, "ages_s": [], "late": False}
+    if not every_s and not found:
+        return None
+    ages_s = [max(0, now_ms - number) / 1000 for number in found]
+    return {
+        "problem": "",
+        "every_s": every_s,
+        "ages_s": ages_s,
+        "late": bool(every_s) and (not ages_s or ages_s[0] > LATE_INTERVALS * every_s + LATE_S),
+        "users": newest.users if newest else 0,
+        "bytes": newest.bytes if newest else 0,
+        "writer": newest.writer if newest else "",
+    }
+
+
+def snapshots_text(found: Mapping[str, Any]) -> Text:
+    """Formats the snapshots of histories.
+
+    >>> found = {"problem": "", "every_s": 120.0, "ages_s": [], "late": True, "users": 0, "bytes": 0, "writer": ""}
+    >>> snapshots_text(found)
+    ('none', 'written every 120 s, once serving has caught up')
+    >>> found |= {"ages_s": [42.0, 170.0, 3700.0], "late": False, "users": 20_000, "bytes": 3e6, "writer": "serving-a"}
+    >>> snapshots_text(found)
+    ('fresh', 'the newest of 3 is 42 s old, the others 2 min, 62 min; 20,000 users, 3 MB, by serving-a; every 120 s')
+    """
+    every = f"every {found['every_s']:g} s" if found["every_s"] else "no more are written"
+    if found["problem"]:
+        return "UNREACHABLE", found["problem"]
+    if not found["ages_s"]:
+        return "none", f"written {every}, once serving has caught up"
+    first, *others = (seconds(age_s) for age_s in found["ages_s"])
+    text = f"the newest of {len(others) + 1} is {first} old" + (f", the others {', '.join(others)}" if others else "")
+    size = f"{found['users']:,} users, {found['bytes'] / 1e6:,.0f} MB, by {found['writer']}"
+    return "OLD" if found["late"] else "fresh", f"{text}; {size}; {every}"
+
+
 def account_text(accounting: Mapping[str, Any]) -> Text:
     """Formats the account of all rows."""
     balanced = accounting["balanced"]
@@ -606,6 +654,7 @@ TEXTS: Mapping[str, tuple[str, Callable[[Any], Text]]] = {
     "rows": ("rows", store_text),
     "histories": ("histories", store_text),
     "hosts": ("hosts", hosts_text),
+    "snapshots": ("snapshots", snapshots_text),
     "quality": ("quality", quality_text),
     "churn": ("churn", churn_text),
     "segments": ("segments", segments_text),

@@ -18,9 +18,9 @@ Clock = Annotated[
     ),
 ]
 Reason = Annotated[
-    Literal["again", "fresh", "category", "next", "similar", "popular"],
+    Literal["again", "category", "next", "similar", "popular"],
     Meta(
-        description="The user clicked it; it is new; of a category of the user; of one that came next over all users; it is near to the user; popular."
+        description="The user clicked it; of a category of the user; it, or its category, came next over all users; it is near to the user; popular."
     ),
 ]
 Attributes = Annotated[

@@ -306,6 +306,10 @@ class ApplierMetrics(Metrics):
     attributes_known = gauge("Users and items whose attributes answers use, by side (user, item).", "side")
     history_rows = counter("Rows added to serving's histories.")
     history_users = gauge("Users with a history on this host.")
+    snapshot_seconds = unset_gauge(
+        "Unix time of the newest snapshot of histories, or of this host's start if there is none; NaN if none are written."
+    )
+    snapshot_every_seconds = gauge("Interval between snapshots of histories in the settings; 0: off.")
     microbatch_lag_records = unset_gauge(
         "Positions of the micro-batch topic that are not yet in the histories; NaN while unknown."
     )

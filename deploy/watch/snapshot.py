@@ -214,10 +214,14 @@ def _of_ages(figures: Figures) -> Iterator[Problem]:
 
 def _of_sections(sections: Mapping[str, Any]) -> Iterator[Problem]:
     kafka, registry, accounting = (sections.get(name) for name in ("kafka", "registry", "accounting"))
+    snapshots = sections.get("snapshots")
     if kafka and not kafka["answers"] and not kafka["away"]:
         yield Problem("warning", "Kafka has no topics yet", "a-process-starts")
     if registry and not registry["answers"]:
         yield Problem("warning", "no registry can be read", "the-disk-is-lost")
+    if snapshots and snapshots["ages_s"] and snapshots["late"]:
+        text = f"snapshot of histories {seconds(snapshots['ages_s'][0])} old"
+        yield Problem("warning", text, "no-fresh-snapshot-of-histories", "answers")
     if accounting and accounting["balanced"] is None:
         yield Problem("warning", "accounts unknown", "accounts-do-not-balance")
     if accounting and accounting["balanced"] is False:

@@ -426,6 +426,11 @@ class TrainerSettings:
         help="What recommendations are ranked by: decayed counts of clicks, which takes about a tenth of a step; or engagement, "
         "with a bonus for the user's own items.",
     )
+    interests: str = setting(
+        "counts",
+        choices=("counts", "model"),
+        help="What interests come from: the model, corrected by decayed counts of the categories clicked next; or the model alone.",
+    )
     publish_s: float = setting(
         0.1,
         "s",
@@ -593,6 +598,19 @@ class RegistrySettings:
 
 
 @dataclass(frozen=True)
+class HistorySettings:
+    """Snapshots of histories, from which hosts and streams without histories start."""
+
+    snapshot_every_s: float = setting(
+        120.0,
+        "s",
+        least=0.0,
+        most=86_400.0,
+        help="Interval between snapshots of histories in the location of the registry; a new host reads the training log from the newest one. 0: none are written.",
+    )
+
+
+@dataclass(frozen=True)
 class ServingSettings:
     """Serving: the REST and gRPC APIs."""
 
@@ -688,6 +706,13 @@ class ServingSettings:
         least=1,
         most=36_500,
         help="Log time after which an item or name that no click has mentioned is evicted.",
+    )
+    per_category: int = setting(
+        0,
+        "items",
+        least=0,
+        most=100,
+        help="Maximum number of recommended items of one category, in answers for all categories; 0: no limit.",
     )
     parity_every_s: float = setting(
         1.0,

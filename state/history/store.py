@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
+from typing import Any, cast
 
 import lmdb
 import msgspec
@@ -22,7 +25,7 @@ import numpy as np
 from state.config.settings import Settings
 from state.disk import memory_place
 from state.disk.clean_mark import CleanMark
-from state.disk.lmdb_store import PAGES_MS, keys_with, pages_bytes, put_all
+from state.disk.lmdb_store import FORMAT, PAGES_MS, keys_with, pages_bytes, put_all
 from state.disk.memory_store import MemoryStore, enter
 from state.errors import CorruptStore
 from state.features.erased import Erased
@@ -30,7 +33,7 @@ from state.features.spec import EVENT, Events
 from state.history import chunks
 from state.history.actions import Numbering
 from state.history.appends import Appends
-from state.history.chunks import EVENT_BYTES, Ends, IsOld, Removed, by_user, prefix_of, remove
+from state.history.chunks import EVENT_BYTES, Chunks, Ends, IsOld, Removed, by_user, prefix_of, remove
 from state.history.counts import Counts, move, summed
 from state.history.rewind import Rewind, Since, lacking, write_back
 from state.history.waiting import WaitingRows, place_of
@@ -40,6 +43,9 @@ from state.storage.shares import SERVING, map_bytes
 from state.user_shares import UserShares
 
 FORGOTTEN = "erased"  # name of the store's extra
+LOADING = "loading"  # name of the extra that marks a store into which a snapshot is being loaded
+SLICE, SLICE_PAUSE_S = 512, 1e-4
+"""Entries that `StoreView` reads between two pauses, in which other threads of the process run."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,51 @@ class ForgottenUsers:
     def from_json(cls, value: bytes | None) -> ForgottenUsers:
         """Decodes the output of `to_json`; None if nothing was erased yet."""
         return cls() if value is None else msgspec.json.decode(value, type=cls)
+
+
+class StoreView:
+    """One moment of a store; commits continue meanwhile. For one thread at a time, not necessarily the one that began it.
+
+    Pages that commits free are not reused until it is closed.
+    """
+
+    def __init__(self, transaction: lmdb.Transaction, chunks: Any, meta: Any) -> None:
+        self._transaction, self._chunks, self._meta = transaction, chunks, meta
+
+    def extra(self, name: str) -> bytes | None:
+        """See `HistoryStore.extra`."""
+        value = self._transaction.get(b"x:" + name.encode(), db=self._meta)
+        return None if value is None else bytes(value)
+
+    def users(self) -> int:
+        """See `HistoryStore.users`."""
+        return int(self._transaction.get(b"users", db=self._meta) or 0)
+
+    def positions(self) -> dict[Source, int]:
+        """See `HistoryStore.positions`."""
+        found = keys_with(self._transaction.cursor(db=self._meta), b"p:", b"p:")
+        return {Source.parse(key[2:].decode()): json.loads(value)["next"] for key, value in found}
+
+    def chunks_from(self, user: int) -> Iterator[Chunks]:
+        """The chunks of all users from `user` on, in slices that may divide a user."""
+        yield from self._slices(self._chunks, prefix_of(user))
+
+    def counts_and_extras(self) -> Iterator[Chunks]:
+        """The entries of `counts` and the extras, as `HistoryStore.finish_loading` takes them."""
+        for some in self._slices(self._meta, b"p:"):
+            yield [(key, value) for key, value in some if key[:2] in (b"p:", b"x:")]
+
+    def _slices(self, database: Any, start: bytes) -> Iterator[Chunks]:
+        cursor = self._transaction.cursor(db=database)
+        # A generator ends once; an LMDB cursor would start again.
+        entries = (entry for entry in cursor) if cursor.set_range(start) else iter(())
+        while some := cast(Chunks, list(islice(entries, SLICE))):
+            yield some
+            time.sleep(SLICE_PAUSE_S)
+
+    def close(self) -> None:
+        """Ends the read."""
+        self._transaction.abort()
 
 
 class HistoryStore(MemoryStore):
@@ -323,6 +374,38 @@ class HistoryStore(MemoryStore):
                 known = int(transaction.get(b"users", db=self._meta) or 0)
                 transaction.put(b"users", str(known - gone).encode(), db=self._meta)
         return removed
+
+    def view(self) -> StoreView:
+        """Begins to read the store as it is now; close the view before the store, and before `compact`."""
+        return StoreView(self._env.begin(), self._chunks, self._meta)
+
+    def clear(self) -> None:
+        """Removes everything, and marks the store as being loaded until `finish_loading`."""
+        with self._write() as transaction:
+            made = bytes(transaction.get(FORMAT, b"", db=self._meta))
+            for database in self._databases.values():
+                transaction.drop(database, delete=False)
+            transaction.put(FORMAT, made, db=self._meta)
+            transaction.put(b"x:" + LOADING.encode(), b"1", db=self._meta)
+
+    def load(self, entries: Chunks, appends: Appends) -> int:
+        """Writes chunks of a snapshot, and appends events to them, with the store's action numbers. Returns the new users of `appends`."""
+        with self._write() as transaction:
+            cursor = transaction.cursor(db=self._chunks)
+            cursor.putmulti(entries)
+            return chunks.append(cursor, appends, self.history)
+
+    def finish_loading(self, entries: Iterable[tuple[bytes, bytes]], users: int) -> None:
+        """Writes counts and extras of a snapshot, and the number of users; the store is complete when this returns."""
+        with self._write() as transaction:
+            transaction.cursor(db=self._meta).putmulti(entries)
+            transaction.put(b"users", str(users).encode(), db=self._meta)
+            transaction.delete(b"x:" + LOADING.encode(), db=self._meta)
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether a load was begun and not finished."""
+        return self.extra(LOADING) is not None
 
     def digest(self) -> str:
         """SHA-256 over the last N events of every user, by user: equal histories, equal digests."""

@@ -49,6 +49,7 @@ from state.rows.reader import Databases, LastServed, RowReader, Served, required
 from state.rows.tables import (
     CODES,
     COUNTED,
+    INTEREST_SCORE,
     ITEM_SCORE,
     LANES,
     OWN,
@@ -171,7 +172,11 @@ def put_dense(
     Its weights of churn and of the item score are stored next to its dense weights.
     """
     dense = {name[6:]: np.ascontiguousarray(value) for name, value in tensors.items() if name.startswith("dense.")}
-    dense |= {f"{STORED}{name}": value for name, value in tensors.items() if name.startswith((CHURN, ITEM_SCORE))}
+    dense |= {
+        f"{STORED}{name}": value
+        for name, value in tensors.items()
+        if name.startswith((CHURN, ITEM_SCORE, INTEREST_SCORE))
+    }
     popular = tensors.get("popular")
     if parent is not None:
         # Weights of a model that an upgrade replaced are not kept.

@@ -35,6 +35,7 @@ from streaming.labels import open_labels
 from streaming.profile import Profiler
 from streaming.rebuild import Waits
 from streaming.rows import Rows
+from tests.disks import crash
 from tests.streaming import pieces
 from tests.streaming.pieces import SOURCES
 from tests.streaming.test_attribution import NOTHING, Event, Resolved, by_hand
@@ -104,7 +105,7 @@ class Run:
         self.queue: deque[Rows] = deque()
 
     def crash(self) -> None:
-        self.store._env.close()
+        crash(self.store)
         self.open()
 
     def update(self, batch: EventBatch, attributes: Joined | None = None) -> None:

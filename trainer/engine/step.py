@@ -34,6 +34,7 @@ from state.errors import TrainingHeld
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch
 from state.ranking.crosses import Crosses
+from state.ranking.item_lists import NEXT_CATEGORY, VISITED
 from trainer.churn.learning import ChurnLearner
 from trainer.device import prepare
 from trainer.engine.build import (
@@ -49,6 +50,7 @@ from trainer.engine.build import (
 )
 from trainer.engine.engine import CROSS, F32, Measured
 from trainer.engine.guard import GuardState, Verdict, judge
+from trainer.engine.interest_counts import InterestCounts
 from trainer.engine.item_ranking import ItemRanking
 from trainer.engine.record import Record, Recorder, parts
 from trainer.engine.report import Measures, Report, Update, candidates_of
@@ -60,6 +62,7 @@ from trainer.model.preprocessing import Preprocessing
 from trainer.privacy.history import NoisePlace
 from trainer.tables.id_table import MISSING, IdTable
 from trainer.tables.index import U64
+from trainer.tables.item_lists import ItemListTable
 from trainer.tables.popular import HOUR_MS, Popular
 
 
@@ -126,6 +129,9 @@ class Trainer:
         self.item_ranking = ItemRanking.of(settings)
         if self.item_ranking is not None:
             self.tables |= self.item_ranking.tables
+        self.interest_counts = InterestCounts.of(settings, spec)
+        if self.interest_counts is not None:
+            self.tables[NEXT_CATEGORY] = self.interest_counts.table
         self._columns, self.churn = Columns(settings.attributes), ChurnLearner.of(settings, spec)
         self._begin()
         self._first_weights, self._first_slots = self.model.weights(), self.optimizer.slots()
@@ -141,7 +147,7 @@ class Trainer:
             table.clear()
         self.model.set_weights(self._first_weights)
         self.optimizer.set_slots(self._first_slots)
-        for part in (self.churn, self.item_ranking):
+        for part in (self.churn, self.item_ranking, self.interest_counts):
             if part is not None:
                 part.clear()
         self._begin()
@@ -171,8 +177,8 @@ class Trainer:
         for prefix, one in self._kept().items():
             one.load(part(f"{prefix}."))
 
-    def _kept(self) -> dict[str, Evaluation | Slices | Popular | ChurnLearner | ItemRanking]:
-        kept: dict[str, Evaluation | Slices | Popular | ChurnLearner | ItemRanking] = {
+    def _kept(self) -> dict[str, Evaluation | Slices | Popular | ChurnLearner | ItemRanking | InterestCounts]:
+        kept: dict[str, Evaluation | Slices | Popular | ChurnLearner | ItemRanking | InterestCounts] = {
             "evaluation": self.measures.evaluation,
             "slices": self.measures.slices,
             "popular": self.popular,
@@ -181,6 +187,8 @@ class Trainer:
             kept["churn"] = self.churn
         if self.item_ranking is not None:
             kept["recommend"] = self.item_ranking
+        if self.interest_counts is not None:
+            kept["interests"] = self.interest_counts
         return kept
 
     def step(self, batch: MicroBatch, seed: tuple[int, int] | None = None, place: NoisePlace | None = None) -> Report:
@@ -218,6 +226,8 @@ class Trainer:
             else:
                 updates.append(self._update(part, its_crosses, seed))
         self.counters.skipped += left
+        if self.interest_counts is not None:
+            updates = self.interest_counts.learn(batch, updates, self._visited())
         if self.item_ranking is not None:
             self.item_ranking.count()
         categories = len(self.tables["category"])
@@ -230,6 +240,8 @@ class Trainer:
         """
         record = self._record(batch, self._recorder.crosses_of(batch), (0, 0))
         scores = self.engine.measure(record, move=False).scores
+        if self.interest_counts is not None:
+            scores = self.interest_counts.corrected(batch, record, scores, self._visited())
         names = ("recent_logits", "popular_logits", "successor_logits")
         return {name: getattr(scores, name) for name in names}
 
@@ -249,9 +261,13 @@ class Trainer:
         ]
         gone = tables[CROSS].forget(np.concatenate([np.empty(0, np.uint64), *theirs]))
         # User ids occur in no other table's ids: 64-bit hashes do not collide.
-        named = [name for name in tables if name == "user" or name not in (*EMBEDDINGS, CROSS, TRANSITION)]
+        others = (*EMBEDDINGS, CROSS, TRANSITION, NEXT_CATEGORY)
+        named = [name for name in tables if name == "user" or name not in others]
         waiting = 0 if self.churn is None else self.churn.forget(users)
         return gone + waiting + sum(tables[name].forget(users) for name in named)
+
+    def _visited(self) -> ItemListTable | None:
+        return None if self.item_ranking is None else self.item_ranking.tables[VISITED]
 
     def _record(self, batch: MicroBatch, crosses: U64, seed: tuple[int, int] | None) -> Record:
         return self._recorder.record(batch, crosses, self.popular.top(), self.transitions, seed)

@@ -44,6 +44,7 @@ class Host:
 
     Attributes:
         impressions: The numbers of the actions that are impressions (`labels.impressions`).
+        per_category: The maximum number of recommended items of one category (`serving.per_category`); 0 for no limit.
         require: Raises NotHeld if this host does not hold a user, by pseudonym; None if it holds all users.
         kernels: The kernels that this process compiles; None if answers do not wait for them.
         warm: Whether answers of each kind have been computed once to warm up.
@@ -62,6 +63,7 @@ class Host:
         self.segments = HostSegments(settings, salt)
         impressions = settings.labels.impressions
         self.impressions = tuple(n for n, name in enumerate(settings.events.actions) if name in impressions)
+        self.per_category = settings.serving.per_category
         self.shares = settings.serving.user_shares
         self.require: Callable[[int], None] | None = None if self.shares.is_all else self._require
         self.kernels: Kernels | None = None

@@ -12,7 +12,7 @@ sixteen.
    Successors are the other categories that most often came next after the newest one over all users. A candidate's
    slot is its index in the program's logits. Add how often each candidate came next, and the rows of the ranker's
    custom tables.
-6. Compute logits and the softmax over the candidates, and look up names.
+6. Compute logits, correct them by decayed counts, take the softmax over the candidates, and look up names.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from deploy.serving.answers.interests import Correction, correction_of, newest_item
 from deploy.serving.answers.program import PAIRS, batch_of
 from deploy.serving.answers.query import NOBODY, Answer, Engagement, Interest, Query, Version, iso, probability
 from deploy.serving.answers.version import Catalogue, LoadedVersion, ShownName, VersionLoader, VersionRows
@@ -99,6 +100,7 @@ class Asked(NamedTuple):
         item: The item's id; 0 if the query has no item.
         category: The item's category; 0 if unknown.
         context: One id per context field; 0 if the field is not given.
+        newest_item: The item of the user's latest click; 0 without one, or if the version does not ask.
     """
 
     query: Query
@@ -111,6 +113,7 @@ class Asked(NamedTuple):
     item_attributes: AttributeValues
     context: list[int]
     churn: float | None = None
+    newest_item: int = 0
 
 
 class Prepared(NamedTuple):
@@ -119,6 +122,7 @@ class Prepared(NamedTuple):
     Attributes:
         has_row: Whether each user has a row in the version.
         successors: `[n, S]` uint64, the successor candidates, padded with 0.
+        correction: The correction of the logits by counts; None if the version has none.
         clock: The clock that gives the time of queries without a time.
     """
 
@@ -129,6 +133,7 @@ class Prepared(NamedTuple):
     has_row: list[bool]
     successors: NDArray[np.uint64]
     inputs: Inputs
+    correction: Correction | None
     clock: str
     now_ms: int
     mask: Mask
@@ -245,7 +250,9 @@ class Predictor:
         following = succession(at, lists, vectors.recent_categories, version.popular)
         _add_succession(inputs, following, rows)
         add_own_rows(inputs, version, rows, asked, vectors, following.ids)
-        return Prepared(version, rows, asked, vectors, has_row, following.ids, inputs, clock, now_ms, mask)
+        newest, times = [each.newest_item for each in asked], [each.at_ms for each in asked]
+        correction = correction_of(version, rows, vectors, following.ids, newest, times)
+        return Prepared(version, rows, asked, vectors, has_row, following.ids, inputs, correction, clock, now_ms, mask)
 
     def answered(self, prepared: Prepared, outputs: Mapping[str, F32]) -> list[Answer]:
         """Builds the answers to prepared queries from the program's outputs."""
@@ -358,7 +365,7 @@ class Predictor:
         recent = [[category for category in row if category] for row in vectors.recent_categories.tolist()]
         of_users, of_items = self._attributes.of("user", users), self._attributes.of("item", items)
         churn = churn_probabilities(version.churn, histories, times, mask, features.spec, users)
-        asked = []
+        asked, counted = [], version.interest_weights is not None
         for place, (query, user, item) in enumerate(zip(queries, users, items, strict=True)):
             given, fields = query.context, self.context_fields
             asked.append(
@@ -373,6 +380,7 @@ class Predictor:
                     item_attributes=of_items[place],
                     context=[context_id(name, given[name]) if name in given else 0 for name in fields],
                     churn=churn[place],
+                    newest_item=newest_item(histories[place], times[place], mask, user) if counted else 0,
                 )
             )
         return asked, vectors
@@ -598,6 +606,8 @@ def _interests(
     names = [f"{kind}_logits" for kind in KINDS]
     parts = [outputs[name][: len(asked)] for name in names if name in outputs]
     logits = np.concatenate(parts, axis=1)
+    if prepared.correction is not None:
+        logits = prepared.correction.apply(logits)
     slots, ranks = parts[0].shape[1], parts[1].shape[1]
     has_successors, popular = len(parts) == len(KINDS), set(version.popular_ids)
     counts = []

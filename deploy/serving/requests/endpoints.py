@@ -104,8 +104,9 @@ class Questions:
 
     async def recommend(self, user: str, asked: RecommendationParameters) -> Recommendations:
         """Recommends items."""
-        query, sources = asked.query(user), self._answers.sources()
-        return await self._answers.run(recommend(self._host.predictor(), sources, query, asked.wanted()))
+        query, sources, host = asked.query(user), self._answers.sources(), self._host
+        wanted = asked.wanted()._replace(per_category=host.per_category)
+        return await self._answers.run(recommend(host.predictor(), sources, query, wanted, host.impressions))
 
     async def similar(self, user: str, asked: NearParameters) -> SimilarItems:
         """Finds the nearest items."""

@@ -81,7 +81,6 @@ def test_each_object_of_an_overlay_is_valid(overlay: str, minor: str) -> None:
 
 
 def test_what_is_not_valid_is_found() -> None:
-    """The check can fail: a field that is not there."""
     (trainer,) = (
         one for one in documents(BASE) if one["kind"] == "Deployment" and "trainer" in one["metadata"]["name"]
     )
