@@ -23,9 +23,10 @@ from state.history.snapshot_writer import Cut, Gained, SnapshotWriter
 from state.history.snapshots import HistorySnapshot, Wanted
 from state.history.store import HistoryStore
 from state.log.follow import Position
-from state.positions import SHARES, Range, Source
+from state.positions import Range, Source
 from state.process import killpoints
 from state.registry.log_line import WHOLE, LogLine, turned
+from state.user_shares import SHARES, UserShares
 
 
 class Killed(Exception):
@@ -135,11 +136,13 @@ def test_users_whose_events_did_not_change_are_not_written_again(tmp_path: Path)
 
 def test_shares_are_loaded_alone(tmp_path: Path) -> None:
     """A host with some of the shares has their users, and no others."""
-    host, store = Host(tmp_path), HistoryStore(tmp_path / "part", HISTORY, MAP)
+    host = Host(tmp_path)
+    store = HistoryStore(tmp_path / "part", HISTORY, MAP, shares=UserShares.of(range(16)))
     host.click(3000)
     host.snapshot()
     host.click(500)
-    snapshots.load(host.location, host.snapshot(), store, shares=range(16))
+    made = host.snapshot()
+    assert snapshots.load_newest(host.location, host.wanted(), store) == made
     users = (np.arange(1, host.users + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)).tolist()
     for user in users:
         expected = host.store.read(user) if user % SHARES < 16 else host.store.read(0)
