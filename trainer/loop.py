@@ -37,6 +37,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
@@ -47,7 +48,7 @@ from state.config.loading import load
 from state.config.sections import Model
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
-from state.errors import CorruptVersion, ModelMismatch, TruncatedLog, UnusableRegistry
+from state.errors import CorruptVersion, ModelMismatch, ProcessFailed, TruncatedLog, UnusableRegistry
 from state.features.spec import FeatureSpec
 from state.log import KERNELS as LOG_KERNELS
 from state.log import Log
@@ -70,22 +71,25 @@ from state.storage.waiting import Room, is_full
 from trainer.checks import check_own, is_own
 from trainer.lag import Taken, TrainingLag
 from trainer.place import newest_before
+from trainer.worker import workers_of
 
 if TYPE_CHECKING:
     from trainer.engine.step import Trainer
+    from trainer.group import Group
     from trainer.learner import Learner
 
 HURRY_S = 30.0
 
 IMPORTS = "loading TensorFlow"
 KERNELS = "compiling kernels"
+WORKERS = "waiting for workers"
 BOOTSTRAP = "waiting for the bootstrap"
 MODEL = "building the model"
 PROGRAM = "lowering the program"
 VERSION = "loading the version"
 CATCHING_UP = "catching up"
 LEARNING = "learning"
-PHASES = (IMPORTS, KERNELS, BOOTSTRAP, MODEL, PROGRAM, VERSION, CATCHING_UP, LEARNING)
+PHASES = (IMPORTS, KERNELS, WORKERS, BOOTSTRAP, MODEL, PROGRAM, VERSION, CATCHING_UP, LEARNING)
 
 LOG_S = 5.0
 WAIT_S = 0.02
@@ -252,8 +256,15 @@ def unused_kernels(settings: Settings) -> list[str]:
     return unused if settings.churn.days else [*unused, "trainer.churn.regression"]
 
 
-def _import_model(kernels: Kernels, phases: Phases, stopping: threading.Event) -> None:
-    """Imports TensorFlow and the model, and prepares the kernels of the engine."""
+def _import_model(
+    kernels: Kernels,
+    phases: Phases,
+    stopping: threading.Event,
+    settings: Settings,
+    addresses: Sequence[str],
+    joined: list[Group],
+) -> None:
+    """Imports TensorFlow and the model, prepares the kernels of the engine, and joins other workers into `joined`."""
     began_s, began_cpu_s = time.monotonic(), time.process_time()
     with quiet_stderr():
         importlib.import_module("trainer.learner")
@@ -265,6 +276,16 @@ def _import_model(kernels: Kernels, phases: Phases, stopping: threading.Event) -
     )
     phases.enter(KERNELS)
     kernels.prepare(stopping.is_set)
+    if addresses:
+        # Before any operation of TensorFlow, which a custom model's check runs.
+        phases.enter(WORKERS)
+        with quiet_stderr():
+            from trainer import device
+            from trainer.group import Group
+
+            device.prepare(settings.trainer.device, settings.trainer.threads)
+            joined.append(Group(addresses, 0))
+        logger.info("%d workers have joined", len(addresses))
     phases.enter(BOOTSTRAP)
 
 
@@ -291,6 +312,7 @@ def prepare(
     arguments: Sequence[str],
     stopping: threading.Event,
     phases: Phases,
+    group: Group | None,
 ) -> Learner:
     """Builds the trainer and its program, and enters control's epoch; learns past clicks first if that is requested.
 
@@ -300,6 +322,8 @@ def prepare(
         SpringtideError: The registry or the training log cannot be used.
     """
     phases.enter(MODEL)
+    if group is not None:
+        group.wait()
     # Not at the top: TensorFlow reads its log level when it is loaded, and `main` sets it before.
     with quiet_stderr():
         from trainer import device
@@ -314,7 +338,7 @@ def prepare(
         spec = FeatureSpec.from_settings(settings)
         name = registry.specs.bootstrapped(spec.digest, settings.model) or spec.digest
         # 3.
-        trainer = trainer_of(settings, spec, preprocessing_of(registry.specs.transform(name)))
+        trainer = trainer_of(settings, spec, preprocessing_of(registry.specs.transform(name)), group)
         upgrade_to_this_release(registry, settings, spec, trainer)
         phases.enter(PROGRAM)
         # Custom code may have changed without a sign in the environment.
@@ -377,6 +401,19 @@ def enter(learner: Learner, registry: Registry, control: Control) -> None:
             control = recover(registry, control, lost, who, wall_ms())
 
 
+def _await(imports: threading.Thread, children: Sequence[subprocess.Popen[bytes]], stopping: threading.Event) -> None:
+    """Waits until `imports` ends or the process is stopping.
+
+    Raises:
+        ProcessFailed: A worker ended before it joined.
+    """
+    while imports.is_alive() and not stopping.is_set():
+        imports.join(POLL_S)
+        for index, child in enumerate(children, 1):
+            if (code := child.poll()) is not None:
+                raise ProcessFailed(f"worker {index} of the trainer ended with exit code {code}", "see its lines above")
+
+
 def _sweep(registry: Registry) -> None:
     for name in registry.directory.sweep():
         logger.info("swept %s, left by a writer that died", name)
@@ -395,7 +432,11 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
     metrics = TrainerMetrics(collected)
     room = Room(REGISTRY, offer(collected, settings, [REGISTRY]), stopping.wait)
     # 1.
-    with DirectoryLock(settings.registry_dir, layout.TRAINER_LOCK), owning(settings, collected, stopping) as ownership:
+    with (
+        DirectoryLock(settings.registry_dir, layout.TRAINER_LOCK),
+        owning(settings, collected, stopping) as ownership,
+        ExitStack() as others,
+    ):
         registry = Registry(settings.registry_dir)
         # Before TensorFlow: some settings alone show that the newest version cannot be loaded.
         require_same_model(settings)
@@ -404,19 +445,26 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
         serve(collected, settings.trainer.metrics_port, settings.metrics.host)
         # 2. TensorFlow's import and the kernels take seconds: they overlap with the bootstrap.
         phases.enter(IMPORTS)
-        imports = threading.Thread(target=_import_model, args=(kernels, phases, stopping), name="imports", daemon=True)
+        addresses, children = others.enter_context(workers_of(settings, arguments))
+        joined: list[Group] = []
+        imports = threading.Thread(
+            target=_import_model,
+            args=(kernels, phases, stopping, settings, addresses, joined),
+            name="imports",
+            daemon=True,
+        )
         imports.start()
         if is_own(settings.model):
             # Before the wait for clicks: a model that does not lower is refused at once.
-            imports.join()
+            _await(imports, children, stopping)
             _check_own(settings)
         if not await_spec(registry, FeatureSpec.from_settings(settings).digest, settings.model, stopping):
             return
-        while imports.is_alive() and not stopping.is_set():
-            imports.join(POLL_S)
+        _await(imports, children, stopping)
         if stopping.is_set():
             return
-        learner = prepare(settings, registry, metrics, consent, room, arguments, stopping, phases)
+        group = joined[0] if joined else None
+        learner = prepare(settings, registry, metrics, consent, room, arguments, stopping, phases, group)
 
         def compacted(code: int, failures: int) -> None:
             metrics.compactor_failures.set(failures)

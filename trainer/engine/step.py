@@ -22,8 +22,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,7 @@ from state.errors import TrainingHeld
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch
 from state.ranking.crosses import Crosses
+from state.rows.tables import UNSERVED
 from trainer.churn.learning import ChurnLearner
 from trainer.device import prepare
 from trainer.engine.build import (
@@ -58,9 +60,13 @@ from trainer.measures.slices import Slices
 from trainer.model.attributes import Columns
 from trainer.model.preprocessing import Preprocessing
 from trainer.privacy.history import NoisePlace
-from trainer.tables.id_table import MISSING, IdTable
+from trainer.tables.changes import Changes
+from trainer.tables.id_table import I64, MISSING, IdTable
 from trainer.tables.index import U64
 from trainer.tables.popular import HOUR_MS, Popular
+
+Taking = Literal["take_served", "take_changes", "state"]
+LoadVersion = Callable[["Trainer", int], object]
 
 
 @dataclass
@@ -150,6 +156,29 @@ class Trainer:
         self.popular = Popular(self.settings.model.popular, self.settings.trainer.max_rows)
         self.measures, self.counters, self.guard = Measures(self.settings, self._columns), Counters(), GuardState()
         self.guarded: Mapping[str, npt.NDArray[Any]] = {}
+
+    # What `DividedTrainer` does differently
+
+    def take_rows(self, how: Taking) -> dict[str, dict[str, npt.NDArray[Any]]]:
+        """Copies rows of all tables by the method `how` of `IdTable`, by table and column of `Changes`."""
+        tables = self.tables.items()
+        if how == "take_served":
+            return {name: table.take_served() for name, table in tables if name not in UNSERVED}
+        return {name: (table.state() if how == "state" else table.take_changes()).columns() for name, table in tables}
+
+    def own_rows(self, table: str, rows: Changes) -> Changes:
+        """The rows of a version that this trainer holds: all of them."""
+        return rows
+
+    def alone(self) -> AbstractContextManager[None]:
+        """In the block the trainer holds the whole model, to carry a version over to it or to learn past clicks."""
+        return nullcontext()
+
+    def rejoin(self, load: LoadVersion, version: int) -> None:
+        """Called when an epoch was entered at `version`, 0 for none. `load` restores a trainer to a version."""
+
+    def stop(self) -> None:
+        """Ends the other workers; there are none."""
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """The small state by name: counters, guard, evaluation, slices, popular, churn; without tables, weights and slots."""
@@ -253,8 +282,10 @@ class Trainer:
         waiting = 0 if self.churn is None else self.churn.forget(users)
         return gone + waiting + sum(tables[name].forget(users) for name in named)
 
-    def _record(self, batch: MicroBatch, crosses: U64, seed: tuple[int, int] | None) -> Record:
-        return self._recorder.record(batch, crosses, self.popular.top(), self.transitions, seed)
+    def _record(
+        self, batch: MicroBatch, crosses: U64, seed: tuple[int, int] | None, owners: I64 | None = None
+    ) -> Record:
+        return self._recorder.record(batch, crosses, self.popular.top(), self.transitions, seed, owners)
 
     def _observe(self, batch: MicroBatch, crosses: U64) -> U64:
         """Counts the sightings of a batch; returns its users who had no row before, repeated as they occur."""
@@ -264,9 +295,8 @@ class Trainer:
             counters.expired_hour = counters.log_ms // HOUR_MS
             for table in self.tables.values():
                 table.expire(counters.log_ms - int(expire_s * 1000))
-        # A user who was away longer than the longest window has no category left, and is not new for that.
-        new_users: U64 = batch.user[self.tables["user"].find(batch.user) == MISSING]
-        for name, ids in (("user", batch.user), ("item", batch.item), ("category", batch.category)):
+        new_users = self._observe_users(batch)
+        for name, ids in (("item", batch.item), ("category", batch.category)):
             self.tables[name].observe(np.ascontiguousarray(ids), batch.at_ms)
         context, attributes = self._recorder.context_of(batch), self._columns.items_of(batch)
         for ids in (context, attributes):
@@ -280,6 +310,12 @@ class Trainer:
             self.tables[CROSS].observe(shares, np.full(shares.size, counters.log_ms))
         for table in self.tables.values():
             table.evict()
+        return new_users
+
+    def _observe_users(self, batch: MicroBatch) -> U64:
+        # A user who was away longer than the longest window has no category left, and is not new for that.
+        new_users: U64 = batch.user[self.tables["user"].find(batch.user) == MISSING]
+        self.tables["user"].observe(np.ascontiguousarray(batch.user), batch.at_ms)
         return new_users
 
     def _update(self, batch: MicroBatch, crosses: U64, seed: tuple[int, int] | None) -> Update:
