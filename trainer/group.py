@@ -29,6 +29,9 @@ U64 = npt.NDArray[np.uint64]
 TIMEOUT_S = 8.0
 """The longest wait for another worker within a step."""
 
+SENT, GATHERED = 1024, 8192
+"""Values of the first frame of a message and of an exchange of bytes; longer ones need a second frame."""
+
 _KEY = 29
 _LEAST = 1024
 
@@ -95,11 +98,12 @@ class Group:
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
         """Exchanges bytes of any length; returns those of each worker. Raises as `gather`."""
-        lengths = self.gather(np.array([len(data)], np.int32).view(np.float32)).view(np.int32)[:, 0].tolist()
-        values = np.zeros((max(lengths) + 3) // 4, np.float32)
-        values.view(np.uint8)[: len(data)] = np.frombuffer(data, np.uint8)
-        found = self.gather(values)
-        return [row.tobytes()[:length] for row, length in zip(found, lengths, strict=True)]
+        frames = [_frame(part) for part in self.gather(_framed(data, GATHERED).view(np.float32))]
+        longest = max(length for length, _ in frames)
+        if longest <= 4 * (GATHERED - 1):
+            return [found for _, found in frames]
+        rest = _padded_bytes(data, longest).view(np.float32)
+        return [part.tobytes()[:length] for part, (length, _) in zip(self.gather(rest), frames, strict=True)]
 
     def send(self, data: bytes, timeout_s: float = TIMEOUT_S) -> None:
         """Sends bytes from the leader to the others; see `gather` about the time limit.
@@ -107,9 +111,10 @@ class Group:
         Raises:
             WorkerLost: A worker ended, or did not answer in time.
         """
-        values = np.zeros(padded((len(data) + 3) // 4), np.int32)
-        values.view(np.uint8)[: len(data)] = np.frombuffer(data, np.uint8)
-        for part in (np.array([len(data)], np.int32), values):
+        parts = [_framed(data, SENT)]
+        if len(data) > 4 * (SENT - 1):
+            parts.append(_padded_bytes(data, len(data)))
+        for part in parts:
             with _reported():
                 tf.raw_ops.CollectiveBcastSendV2(
                     input=tf.constant(part), **self._collective(1, part.size, timeout_s)
@@ -121,8 +126,10 @@ class Group:
         Raises:
             WorkerLost: The leader ended.
         """
-        size = int(self._received(1)[0])
-        return self._received(padded((size + 3) // 4)).tobytes()[:size]
+        length, data = _frame(self._received(SENT).view(np.float32))
+        if length <= 4 * (SENT - 1):
+            return data
+        return self._received(padded((length + 3) // 4)).tobytes()[:length]
 
     def wait(self) -> None:
         """Waits until every worker calls this: the leader once it has entered an epoch for the first time."""
@@ -143,6 +150,28 @@ class Group:
             "communication_hint": "ring" if kind == 2 else "auto",
             "timeout_seconds": timeout_s,
         }
+
+
+def _padded_bytes(data: bytes, length: int) -> I32:
+    """`data` in an array with room for `length` bytes."""
+    values = np.zeros(padded((length + 3) // 4), np.int32)
+    values.view(np.uint8)[: len(data)] = np.frombuffer(data, np.uint8)
+    return values
+
+
+def _framed(data: bytes, size: int) -> I32:
+    """The length of `data` and as much of it as fits, `[size]`."""
+    values = np.zeros(size, np.int32)
+    values[0] = len(data)
+    part = data[: 4 * (size - 1)]
+    values[1:].view(np.uint8)[: len(part)] = np.frombuffer(part, np.uint8)
+    return values
+
+
+def _frame(values: F32) -> tuple[int, bytes]:
+    """The length and the data of a frame, which is cut off if it does not fit."""
+    length = int(values.view(np.int32)[0])
+    return length, values[1:].tobytes()[:length]
 
 
 @contextmanager

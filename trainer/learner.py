@@ -292,6 +292,7 @@ class Learner:
                 logger.info("epoch %d: caught up at offset %d", self.place.epoch, self.place.next)
             self._catching_up.check(self.place, self.control, self._publications.busy)
         self._metrics.caught_up.set(self.caught_up)
+        gauges.show_workers(self._trainer.loads, self._metrics)
         self._faults = accounts.show(self._account(), self._metrics, self._faults)
         self._updates.show()
         return taken

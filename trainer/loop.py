@@ -71,7 +71,7 @@ from state.storage.waiting import Room, is_full
 from trainer.checks import check_own, is_own
 from trainer.lag import Taken, TrainingLag
 from trainer.place import newest_before
-from trainer.worker import workers_of
+from trainer.worker import restore_handlers, workers_of
 
 if TYPE_CHECKING:
     from trainer.engine.step import Trainer
@@ -445,7 +445,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
         serve(collected, settings.trainer.metrics_port, settings.metrics.host)
         # 2. TensorFlow's import and the kernels take seconds: they overlap with the bootstrap.
         phases.enter(IMPORTS)
-        addresses, children = others.enter_context(workers_of(settings, arguments))
+        addresses, children = others.enter_context(workers_of(settings))
         joined: list[Group] = []
         imports = threading.Thread(
             target=_import_model,
@@ -464,6 +464,8 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
         if stopping.is_set():
             return
         group = joined[0] if joined else None
+        if group is not None:
+            restore_handlers()
         learner = prepare(settings, registry, metrics, consent, room, arguments, stopping, phases, group)
 
         def compacted(code: int, failures: int) -> None:

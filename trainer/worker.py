@@ -50,6 +50,12 @@ def end_with(parent: int) -> None:
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
+def restore_handlers() -> None:
+    """Installs this process's handlers again: joining a group replaces that of SIGTERM. Only in the main thread."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.getsignal(number))
+
+
 def local_addresses(count: int) -> list[str]:
     """Addresses with free ports for workers on this machine."""
     with ExitStack() as sockets:
@@ -62,16 +68,10 @@ def local_addresses(count: int) -> list[str]:
 
 
 @contextmanager
-def workers_of(
-    settings: Settings, arguments: Sequence[str]
-) -> Iterator[tuple[list[str], list[subprocess.Popen[bytes]]]]:
+def workers_of(settings: Settings) -> Iterator[tuple[list[str], list[subprocess.Popen[bytes]]]]:
     """The addresses of the workers of a leader, and those that it runs as child processes, which end with the block.
 
     Without other workers both are empty. Workers whose addresses the settings give run elsewhere.
-
-    Args:
-        settings: All settings.
-        arguments: The settings on this process's command line.
 
     Raises:
         SettingsError: The settings give another number of addresses than of workers.
@@ -85,9 +85,11 @@ def workers_of(
     if addresses or count == 1:
         yield addresses if count > 1 else [], []
         return
-    addresses = local_addresses(count)
+    addresses, environment = local_addresses(count), {**os.environ, **settings.environment()}
     command = [sys.executable, "-m", "trainer.worker", "--addresses", ",".join(addresses), "--parent", str(os.getpid())]
-    children = [subprocess.Popen([*command, "--index", str(index), *arguments]) for index in range(1, len(addresses))]
+    children = [
+        subprocess.Popen([*command, "--index", str(index)], env=environment) for index in range(1, len(addresses))
+    ]
     try:
         yield addresses, children
     finally:
@@ -123,6 +125,7 @@ def run(settings: Settings, addresses: Sequence[str], index: int) -> None:
     device.prepare(settings.trainer.device, settings.trainer.threads)
     with quiet_stderr():
         group = Group(addresses, index)
+    restore_handlers()
     logger.info("joined as worker %d of %d", index, group.size)
     # 2.
     group.wait()
@@ -136,7 +139,10 @@ def run(settings: Settings, addresses: Sequence[str], index: int) -> None:
     trainer = DividedTrainer(lighter, spec, preprocessing_of(registry.specs.transform(name)), group)
 
     def restore(trainer: Trainer, version: int) -> None:
-        checkpoint.restore(registry, version, trainer, spec.digest)
+        if version:
+            checkpoint.restore(registry, version, trainer, spec.digest)
+        else:
+            checkpoint.begin(trainer, registry.specs.spec(name))
         logger.info("loaded version %d, %s users", version, f"{len(trainer.tables['user']):,}")
 
     # 3.

@@ -35,7 +35,7 @@ from trainer.engine.engine import CROSS, F32, I32, Gradient, Measured, Scores
 from trainer.engine.guard import GuardState
 from trainer.engine.record import Record
 from trainer.engine.report import Report, Update
-from trainer.engine.step import LoadVersion, Taking, Trainer
+from trainer.engine.step import LoadVersion, Taking, Trainer, WorkerLoad
 from trainer.group import TIMEOUT_S, Group
 from trainer.model.preprocessing import Preprocessing
 from trainer.model.ranker import Ranker
@@ -68,7 +68,7 @@ class DividedTrainer(Trainer):
     ) -> None:
         if settings.privacy.epsilon:
             raise SettingsError("trainer.workers is above 1 with privacy.epsilon", "unset one of them")
-        self.group, self._alone, self._was_alone = group, False, False
+        self.group, self._alone, self._was_alone, self._began_s = group, False, False, 0.0
         super().__init__(settings, spec, preprocessing)
         self._dense_shapes = {name: weight.shape for name, weight in self.model.weights().items()}
         self._crosses_table = cast(Table, self.tables[CROSS])
@@ -164,7 +164,9 @@ class DividedTrainer(Trainer):
         new = np.zeros(len(batch), np.float32)
         new[mine] = self.tables[USER].find(batch.user[mine]) == MISSING
         self.tables[USER].observe(np.ascontiguousarray(batch.user[mine]), batch.at_ms[mine])
-        return batch.user[self.group.gather(new).any(0)]
+        everywhere = self.group.gather(new).any(0)
+        self._began_s = self._clock()
+        return batch.user[everywhere]
 
     def _update(self, batch: MicroBatch, crosses: U64, seed: tuple[int, int] | None) -> Update:
         if self._alone:
@@ -181,13 +183,16 @@ class DividedTrainer(Trainer):
         own = self.engine.measure(record.take(mine)) if mine.size else None
         if own is not None:
             self._fill(_views(sent, shapes), own, rows, np.float32(mine.size / len(record)))
+        _views(sent, shapes)["load"][:] = self._clock() - self._began_s, len(self.tables[USER])
         parts = [_views(part, shapes) for part in self.group.gather(sent)]
+        self._began_s = self._clock()
+        self.loads = [WorkerLoad(float(part["load"][0]), int(part["load"][1])) for part in parts]
         return self._joined(parts, own, rows, owners)
 
     def _shapes(self, record: Record, rows: Mapping[str, I32], most: int) -> dict[str, tuple[int, ...]]:
         """The arrays that each worker sends, in order; a worker has at most `most` rows."""
         logits = record.ids["recent"].shape[1] + record.ids["popular"].size + record.ids["successor"].shape[1]
-        shapes: dict[str, tuple[int, ...]] = {"scores": (most, logits + 6), "user_norm": (1,)}
+        shapes: dict[str, tuple[int, ...]] = {"scores": (most, logits + 6), "user_norm": (1,), "load": (2,)}
         shapes |= {f"dense.{name}": shape for name, shape in self._dense_shapes.items()}
         shapes |= {f"fast.{name}": slot.shape for name, slot in self.optimizer.fast._asdict().items()}
         shapes |= {f"rows.{name}": (at.size, self.tables[name].dim) for name, at in rows.items() if name != USER}
@@ -216,7 +221,11 @@ class DividedTrainer(Trainer):
     def _joined(
         self, parts: Sequence[Mapping[str, F32]], own: Measured | None, rows: Mapping[str, I32], owners: I64
     ) -> Measured:
-        sums = {name: functools.reduce(np.add, (part[name] for part in parts)) for name in parts[0] if name != "scores"}
+        sums = {
+            name: functools.reduce(np.add, (part[name] for part in parts))
+            for name in parts[0]
+            if name not in ("scores", "load")
+        }
         dense = {name: sums[f"dense.{name}"] for name in self._dense_shapes}
         shared = {name: sums[f"rows.{name}"] for name in rows if name not in (USER, CROSS)}
         squared = float(sums["user_norm"][0]) + sum(float(np.square(each).sum()) for each in dense.values())

@@ -21,10 +21,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -69,6 +69,18 @@ Taking = Literal["take_served", "take_changes", "state"]
 LoadVersion = Callable[["Trainer", int], object]
 
 
+class WorkerLoad(NamedTuple):
+    """A worker's part of an update.
+
+    Attributes:
+        seconds: Time that it computed, without waiting for others.
+        users: Users whose rows it holds.
+    """
+
+    seconds: float
+    users: int
+
+
 @dataclass
 class Counters:
     """Counts since the trainer's epoch began from scratch; part of each version.
@@ -109,7 +121,10 @@ class Trainer:
         churn: What is learned of users who leave; None without `churn.days`.
         device: Of the variables.
         guarded: The state of the update guard in the loaded version, see `trainer/holding.py`.
+        loads: Of each worker in the last update; empty without other workers.
     """
+
+    loads: Sequence[WorkerLoad] = ()
 
     def __init__(
         self,
