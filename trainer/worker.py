@@ -35,6 +35,10 @@ from state.process.part import Work, run_process
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.registry.registry import Registry
 
+DESCRIPTION = (
+    "Run one of the other workers of a trainer with trainer.workers above 1. It joins the trainer, holds the rows of a part "
+    "of the users, and computes their gradients."
+)
 POLL_S = 0.5
 logger = logging.getLogger(__name__)
 
@@ -156,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def start(words: Sequence[str]) -> tuple[Settings, Work]:
-        parser = argparse.ArgumentParser(prog="springtide trainer-worker", allow_abbrev=False)
+        parser = argparse.ArgumentParser(prog="springtide train-worker", allow_abbrev=False, description=DESCRIPTION)
         parser.add_argument("--index", type=int, required=True, help="number of this worker, from 1")
         parser.add_argument(
             "--addresses", default="", help="addresses of all workers; default trainer.worker_addresses"
