@@ -100,7 +100,7 @@ def suffer(leader: Part, settings: Settings, registry: Registry, first: int, fau
     until(lambda: not any(each.is_running() and each.status() != "zombie" for each in children), "workers remain")
 
 
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.nightly)])
 def test_a_killed_or_frozen_worker_changes_no_bit_of_what_the_group_learns(
     kafka_settings: KafkaFactory, tmp_path: Path, stack: ExitStack, workers: int
 ) -> None:
