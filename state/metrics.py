@@ -143,7 +143,7 @@ class StreamMetrics(Metrics):
     )
     attributes_known = gauge("Users and items with attributes, by side.", "side")
     accounting_positions = gauge(
-        "Positions of the clicks topic since the store was created, by outcome: positions (all), rows, dead, filtered, absent, gap, opened (impressions that wait for a label), feedback (outcomes), masked (excluded by a mask in control).",
+        "Positions of the clicks topic since the store was created, by outcome: positions (all), rows, dead, filtered, absent, gap, opened, feedback, masked. Opened: impressions that wait for a label. Feedback: outcomes. Masked: excluded by control.",
         "outcome",
         name="springtide_accounting_positions",
     )
@@ -240,7 +240,7 @@ class TrainerMetrics(Metrics):
         "Wall time since the newest record that the trainer has processed was appended to Kafka; 0 if none waits, NaN while unknown."
     )
     phase = gauge(
-        "1 for the current phase of the trainer, 0 for the others: loading TensorFlow, compiling kernels, waiting for workers, waiting for the bootstrap, building the model, lowering the program, loading the version, catching up, learning.",
+        "1 for the current phase of the trainer, 0 for the others. In order: loading TensorFlow, compiling kernels, waiting for workers, waiting for the bootstrap, building the model, lowering the program, loading the version, catching up, learning.",
         "phase",
     )
     caught_up = gauge("1 once this epoch has read the training log to its end.")

@@ -57,9 +57,11 @@ def watching(loop: Loop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[W
         yield found
 
 
-@pytest.mark.parametrize(("name", "page"), [("din", "own-ranker"), ("two_tower", "two-towers")])
-def test_the_documentation_of_an_example_names_its_settings(name: str, page: str) -> None:
-    assert f"--config deploy/examples/{name}/springtide.toml" in (ROOT / "docs" / "how-to" / f"{page}.md").read_text()
+@pytest.mark.parametrize("name", ["din", "two_tower"])
+def test_the_documentation_of_an_example_names_its_settings(name: str) -> None:
+    assert (
+        f"--config deploy/examples/{name}/springtide.toml" in (ROOT / "docs" / "how-to" / "own-ranker.md").read_text()
+    )
 
 
 @pytest.mark.nightly

@@ -48,7 +48,7 @@ def shown(program: str) -> Iterator[Shown]:
         for block in re.findall(r"^```[a-z]*\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL):
             lines = re.sub(r"\\\n\s*", " ", block).splitlines()
             for line, said in zip(lines, [*lines[1:], ""], strict=True):
-                if found := re.match(rf"(?:\$ )?(?:\.venv/bin/)?{program} (?!\.\.\.)(.*)", line):
+                if found := re.match(rf"(?:\$ )?(?:\.venv/bin/)?{program} (?!\.\.\.|\w+: )(.*)", line):
                     words = shlex.split(runbook.filled(found[1]), comments=True)
                     yield Shown(name(path), words, said)
 

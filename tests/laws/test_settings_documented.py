@@ -6,24 +6,16 @@ import argparse
 import re
 from pathlib import Path
 
-from deploy.cli import as_markdown
 from deploy.command_line import parser
 from state.config.settings import KnownSetting, known_settings
 
 ROOT = Path(__file__).parents[2]
-DOCUMENT = ROOT / "docs" / "reference" / "settings.md"
 UNITS = {"_ms": {"ms"}, "_s": {"s"}, "_h": {"h"}, "_d": {"d"}, "_bytes": {"bytes"}, "_gb": {"GB", "GiB"}}
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:
     (found,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
     return dict(found.choices)
-
-
-def test_the_document_is_the_one_the_declarations_make() -> None:
-    assert DOCUMENT.read_text() == as_markdown() + "\n", (
-        "run: springtide config --markdown > docs/reference/settings.md"
-    )
 
 
 def test_a_setting_explains_itself() -> None:
@@ -61,8 +53,3 @@ def test_each_command_explains_itself() -> None:
         for action in itself._actions:
             assert action.help, f"{command} {action.option_strings or action.dest} has no help"
         assert "Exit codes" in " ".join(itself.format_help().split()), command
-
-
-def test_the_readme_names_each_command() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert [command for command in commands() if not re.search(rf"\b{command}\b", readme)] == []
