@@ -109,7 +109,7 @@ class HostRows:
             _log.warning("the rows lie on the disk, %s: %s. Each version is written there", found.path, found.why)
         # In memory, the map may be larger than the rows' share of the disk.
         most = settings.serving.map_gb << 30 if found.in_memory else map_bytes(settings, SERVING, ROWS, found.path)
-        self._place, self._store = found, RowStore.open_anew(found.path, most)
+        self._place, self._store = found, RowStore.open_anew(found.path, most, shares=settings.serving.user_shares)
         self.versions = VersionFollower(
             Registry(settings.registry_dir),
             self._store,
@@ -219,7 +219,8 @@ class AttributesFollower:
         wanted, self._metrics, self._room = settings.attributes, metrics, room
         self._removed, self._due_s = 0, float("-inf")
         salt = load_salt(settings.salt_path, create=False)
-        self.store = AttributeStore.open_anew(path, map_bytes(settings, SERVING, ATTRIBUTES, path))
+        most = map_bytes(settings, SERVING, ATTRIBUTES, path)
+        self.store = AttributeStore.open_anew(path, most, shares=settings.serving.user_shares)
         topics = {"user": wanted.user_topic, "item": wanted.item_topic}
         # The stream writes dead letters for refused records; here they are ignored.
         self._followers = [

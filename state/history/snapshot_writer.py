@@ -29,10 +29,11 @@ from state.history.snapshots import (
 )
 from state.history.store import FORGOTTEN, LOADING, ForgottenUsers, StoreView
 from state.log.follow import Position
-from state.positions import SHARES, share_of
+from state.positions import share_of
 from state.process import killpoints
 from state.registry import sealed
 from state.registry.log_line import WHOLE, to_json
+from state.user_shares import SHARES
 
 RANGE_BYTES, FILE_BYTES = 64 << 20, 1 << 20
 """The size of a range of users, and the least size of a file unless it holds all shares; before compression."""

@@ -36,11 +36,12 @@ from state.history.chunks import Chunks
 from state.history.rewinding import LINE
 from state.history.store import FORGOTTEN, HistoryStore
 from state.history.sweeping import READ_TIMES
-from state.positions import SHARES, Source, share_of
+from state.positions import Source, share_of
 from state.process import killpoints
 from state.registry import sealed
 from state.registry.log_line import LogLine, from_json, parting
 from state.storage.shares import REGISTRY, kept_bytes
+from state.user_shares import SHARES
 
 INDEX, FILES = f"{layout.SNAPSHOTS}/index", f"{layout.SNAPSHOTS}/files"
 FORMAT = 1

@@ -39,7 +39,8 @@ from state.history.rewind import Rewind, Since, lacking, write_back
 from state.history.waiting import WaitingRows, place_of
 from state.layout import HISTORIES
 from state.positions import Range, Source
-from state.storage.shares import map_bytes
+from state.storage.shares import SERVING, map_bytes
+from state.user_shares import UserShares
 
 FORGOTTEN = "erased"  # name of the store's extra
 LOADING = "loading"  # name of the extra that marks a store into which a snapshot is being loaded
@@ -124,7 +125,8 @@ class HistoryStore(MemoryStore):
     """The histories of one process. One thread commits; any thread of any process may read.
 
     `history` is N, the events kept per user; histories stored under another N stay as they are. Other arguments and
-    errors as for `LmdbStore`.
+    errors as for `LmdbStore`. Events of users of other shares are not kept. A writer may open a store of more shares: the
+    sweeper removes the others' users.
     """
 
     noun = "histories"
@@ -142,10 +144,11 @@ class HistoryStore(MemoryStore):
         map_bytes: int = 16 << 30,
         readonly: bool = False,
         boot_id: str | None = None,
+        shares: UserShares | None = None,
     ) -> None:
         self.history = history
         self.numbering = Numbering()
-        super().__init__(path, map_bytes, readonly, boot_id)
+        super().__init__(path, map_bytes, readonly, boot_id, shares)
         if not readonly and self._stored(b"boot") is not None:
             with self._write() as transaction:
                 for name in (b"boot", b"clean"):
@@ -156,6 +159,9 @@ class HistoryStore(MemoryStore):
 
     def _made_with(self) -> dict[str, int]:
         return {"history": self.history}
+
+    def _fits(self, held: UserShares, wanted: UserShares) -> bool:
+        return held.covers(wanted)
 
     def _older_mark(self) -> CleanMark | None:
         # Release 0.1.0 kept the marker of histories in `meta`, from which `__init__` removes it.
@@ -267,6 +273,8 @@ class HistoryStore(MemoryStore):
             StoreFull, UnusableDisk: Nothing was changed.
         """
         appends = replace(appends, events=self.numbering.inwards(appends.events))
+        if not self.shares.is_all:
+            appends = appends.of_users(self.shares.has(appends.users))
         with self._write() as transaction:
             # 1. Positions first, so that a conflict is found before the appends.
             for part in ranges:
@@ -285,12 +293,14 @@ class HistoryStore(MemoryStore):
     def lacking(self, since: Since, marks: Mapping[Source, int]) -> dict[int, int]:
         """User -> how many events must be found again to rewind to `marks`; see `state.history.rewind`."""
         with self._env.begin() as transaction:
-            return lacking(transaction, self._databases, since, marks, self.history)
+            found = lacking(transaction, self._databases, since, marks, self.history)
+        return {user: events for user, events in found.items() if user in self.shares}
 
     def rewind(self, back: Rewind) -> None:
         """Rewinds events and positions in one transaction; visibility, durability and errors are those of `commit`."""
         rebuilt = {user: self.numbering.inwards(events) for user, events in back.rebuilt.items()}
-        back = replace(back, rebuilt=rebuilt)
+        gained = {user: events for user, events in back.gained.items() if user in self.shares}
+        back = replace(back, rebuilt=rebuilt, gained=gained)
         with self._write() as transaction:
             write_back(transaction, self._databases, back, self.history)
 
@@ -458,7 +468,8 @@ def open_history_store(settings: Settings, part: str, folder: Path) -> HistorySt
             link,
             place.why,
         )
-    return HistoryStore(link, settings.features.history, map_bytes(settings, part, HISTORIES, link))
+    shares = settings.serving.user_shares if part == SERVING else None
+    return HistoryStore(link, settings.features.history, map_bytes(settings, part, HISTORIES, link), shares=shares)
 
 
 def open_or_replace(settings: Settings, part: str, folder: Path) -> HistoryStore:

@@ -34,6 +34,7 @@ from streaming.accounts import faults
 from streaming.rebuild import Rebuilt, progress_on, rebuild
 from tests import forked
 from tests.conftest import KafkaFactory
+from tests.disks import crash
 from tests.one_kafka import Running
 from tests.streaming.streams import (
     FOREVER,
@@ -153,7 +154,7 @@ def test_from_nothing_the_store_is_the_lost_one(lost: Lost, tmp_path: Path) -> N
 def test_a_store_from_before_a_power_cut_is_refused_rebuilt_and_gone_on_from(lost: Lost, tmp_path: Path) -> None:
     settings = lost.elsewhere(tmp_path / "state")
     shutil.copytree(lost.settings.stream_dir, settings.stream_dir)
-    HistoryStore(settings.stream_dir / "histories", 256, 1 << 30, boot_id="before the cut")._env.close()
+    crash(HistoryStore(settings.stream_dir / "histories", 256, 1 << 30, boot_id="before the cut"))
     with running(settings, tmp_path / "log") as stream:
         assert stream.wait() == 1
     (line,) = (one for one in stream.lines if " ERROR " in one)
@@ -215,7 +216,7 @@ def test_a_copy_is_gone_on_from_and_one_not_closed_in_order_is_refused(lost: Los
     copy = tmp_path / "copy"
     store = HistoryStore(first.stream_dir / HISTORIES, first.features.history, 1 << 30)
     store.copy_to(copy)
-    store._env.close()  # as a kill does
+    crash(store)
     with pytest.raises(CorruptStore, match="was not closed cleanly"):
         rebuilt(lost.elsewhere(tmp_path / "second"), first.stream_dir / "histories")
     second = lost.elsewhere(tmp_path / "second")

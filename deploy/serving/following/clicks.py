@@ -88,7 +88,7 @@ class Upkeep:
     def news(self, events: Events, names: Mapping[int, str], clock_ms: int) -> dict[str, bytes | None]:
         """The extras to commit with some clicks, see `Remembered.news` and `ItemFeed.news`."""
         found = self._remembered.news(events, names, clock_ms)
-        return found | self._feed.news(events, found, clock_ms)
+        return found | self._feed.news(events, clock_ms)
 
     def look(self, newest_ms: int) -> None:
         """Checks some users and items if that is due, and removes what has expired; log time 0 is unknown.
@@ -349,7 +349,7 @@ class HistoryFollower:
         self._positions = positions
         if following != batch.next:
             reader.seek(batch.partition, following)
-        self._metrics.history_rows.inc(len(appends.events))
+        self._metrics.history_rows.inc(int(appends.lengths[self._store.shares.has(appends.users)].sum()))
 
     def _keep_house(self, idle: bool) -> None:
         """Once a second: measures the lag and the store."""
