@@ -239,6 +239,19 @@ class Readiness(Struct, frozen=True):
     do: str = ""
 
 
+class ServingHost(Struct, frozen=True):
+    """A serving host, and the shares of users that it holds, 0 to 63, as in `0-15,32`."""
+
+    address: str
+    shares: str
+
+
+class ServingHosts(Struct, frozen=True):
+    """The live hosts that hold parts of the users."""
+
+    hosts: list[ServingHost]
+
+
 class Failure(Struct, frozen=True):
     """Why a request failed, what to do, and, if one part of the request is at fault, which."""
 

@@ -7,6 +7,10 @@ of `HALF_LIVES_S`, decayed to the list's time. The trainer keeps three tables of
     followed   by item: the items that its users clicked next
     visited    by user: the user's own items, the newest first
 
+The lists of one more table hold categories in place of items (`trainer/engine/interest_counts.py`):
+
+    next_category    by category, by item, and in `EVERYTHING` over all clicks: the categories clicked next
+
 A version stores a list of E items as a row of float32. Ids have three parts of 21 bits, like transitions; the time is in
 seconds, in two parts:
 
@@ -36,10 +40,10 @@ HALF_LIVES_S = (1_800.0, 14_400.0, 129_600.0)
 LIVES = len(HALF_LIVES_S)
 """H, the counts of an item in a list."""
 
-CLICKED, FOLLOWED, VISITED = "clicked", "followed", "visited"
+CLICKED, FOLLOWED, VISITED, NEXT_CATEGORY = "clicked", "followed", "visited", "next_category"
 """The names of the tables."""
 
-ENTRIES = {CLICKED: 64, FOLLOWED: 16, VISITED: 32}
+ENTRIES = {CLICKED: 64, FOLLOWED: 16, VISITED: 32, NEXT_CATEGORY: 16}
 """E, the items in a list of each table."""
 
 LISTS_OF_EVERYTHING = 8

@@ -160,7 +160,6 @@ def test_recent_versions_go_after_a_while(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_durable_version_comes_before_numbers_run_out(tmp_path: Path) -> None:
-    """After a power cut numbers go on so far behind the last durable one."""
     registry = started(tmp_path)
     running = learner(registry, written(RECORDS[:1]), "--registry.durable_s", "3600")
     durable = publish_all(running)
@@ -176,7 +175,6 @@ def test_a_durable_version_comes_before_numbers_run_out(tmp_path: Path) -> None:
 
 
 def test_rows_are_copied_for_a_durable_version_only(tmp_path: Path) -> None:
-    """A recent one has what answers need and nothing of the optimizer."""
     registry = started(tmp_path)
     running = learner(registry, written(RECORDS[:6]), *FEW)
     run_to_end(running)

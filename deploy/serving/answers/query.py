@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 FIELDS = frozenset(("features", "vector", "attributes", "sources"))
 """Fields that an answer has only on request."""
+NOBODY = "\0"
+"""A user id that no user has: the unknown user."""
 MOST_ITEMS = 1000
 """The maximum number of items to rank."""
 STEEPEST_LOGIT = 60.0

@@ -41,7 +41,6 @@ def recommended(stores: Stores, user: str, wanted: WantedItems, sources: ItemSou
 
 
 def test_items_come_from_categories_and_clicks_by_the_models_scores(stores: Stores) -> None:
-    """Each with its reason, scored as a profile scores it."""
     click(
         stores,
         *((category, f"{category}-{n}", 10_000) for category in ("shoes", "tea", "salt") for n in range(5)),
@@ -63,7 +62,6 @@ def test_items_come_from_categories_and_clicks_by_the_models_scores(stores: Stor
 
 
 def test_what_the_user_clicked_is_left_out_where_asked_and_a_category_is_all_there_is(stores: Stores) -> None:
-    """Both together, too."""
     click(stores, ("hats", "hat-1", 10_000), ("hats", "i1", 10_000), ("shoes", "shoe-1", 10_000))
     found = recommended(stores, "ann", WantedItems(100, exclude_seen=True))
     assert {one["id"] for one in found.items} == {name("hat-1"), name("shoe-1")}
@@ -76,7 +74,6 @@ def test_what_the_user_clicked_is_left_out_where_asked_and_a_category_is_all_the
 
 
 def test_what_the_user_clicks_often_and_late_comes_first(stores: Stores) -> None:
-    """Of clicks the k-th newest counts 1 / sqrt(k)."""
     events = clicks([("hats", "i4", 4_000), ("hats", "i1", 3_000), ("hats", "i4", 2_000), ("hats", "i5", 1_000)], 2000)
     stores.histories.commit(Appends.of(np.full(4, user_id(SALT, "ann"), np.uint64), events), (), {})
     answers = predictor(stores)
@@ -92,7 +89,6 @@ def test_what_the_user_clicks_often_and_late_comes_first(stores: Stores) -> None
 
 
 def test_somebody_unknown_gets_what_is_popular(stores: Stores) -> None:
-    """And is marked."""
     click(stores, ("tea", "tea-1", 10_000), log_ms=NOW_MS - 30 * 24 * HOUR_MS)
     found = recommended(stores, "nobody", WantedItems(10))
     assert found.cold_start and {(one["id"], one["reason"]) for one in found.items} >= {(name("tea-1"), "popular")}

@@ -56,7 +56,6 @@ def settled(clicked: ClickedItems) -> ClickedItems:
 
 
 def test_items_are_ordered_by_their_clicks_and_later_ones_count_more(store: HistoryStore) -> None:
-    """Those of a day ago count half."""
     kept, clicked = Remembered(store, 90, 100), settled(ClickedItems(store))
     take(kept, store, NOW_MS, (1, 7), (1, 7), (1, 7), (2, 7), (3, 8), (4, 0))
     settled(clicked)
@@ -68,7 +67,6 @@ def test_items_are_ordered_by_their_clicks_and_later_ones_count_more(store: Hist
 def test_a_worker_that_starts_later_knows_what_users_clicked_last(
     store: HistoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Notes are overwritten; the newest click of each user is still there."""
     monkeypatch.setattr(item_feed, "SLOTS", 2)
     monkeypatch.setattr(module, "SLOTS", 2)
     kept = Remembered(store, 90, 100)
@@ -97,7 +95,6 @@ def test_what_is_remembered_is_bounded(store: HistoryStore, monkeypatch: pytest.
 
 
 def test_a_store_begun_anew_is_followed_from_its_beginning(store: HistoryStore, tmp_path: Path) -> None:
-    """Whatever was read before."""
     kept, clicked = Remembered(store, 90, 100), ClickedItems(store)
     for _ in range(3):
         take(kept, store, NOW_MS, (1, 7))
