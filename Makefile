@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test nightly check style types pytest debian venv bench chaos soak clean
+.PHONY: help run test nightly check style types pytest docs debian venv bench chaos soak clean
 
 BIN := .venv/bin
 # Packages are installed uncompiled: an environment that forbids .pyc files would compile them at each start.
@@ -59,6 +59,9 @@ pytest: .venv/ready-dev
 
 debian: venv ## Fetches what only tests need, where it is missing and may be: Debian's Prometheus and Chromium.
 	@.ci/debian $(BIN)
+
+docs: .venv/ready-dev ## Serves the documentation on http://127.0.0.1:8000; ARGS="--dev-addr 127.0.0.1:8080".
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --quiet $(ARGS)
 
 bench: .venv/ready-dev ## Takes the figures; BENCHES="step windows" narrows them; JSON in build/bench.
 	@for bench in $(BENCHES); do $(BIN)/python -m tests.bench.$$bench; done

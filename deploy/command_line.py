@@ -37,8 +37,8 @@ def experiment(add: Add) -> argparse.ArgumentParser:
         "what",
         choices=EXPERIMENT_VERBS,
         help="start: start an experiment; status: compare it with the live trainer; rollout: answer a growing share of the users "
-        "with it, at rollout.address, while a gate continues, halts or rolls back by engagements, failures, latency and the "
-        "sample ratio (runs until the rollout is over; run it again to resume); halt: keep the share; resume: restart the step; "
+        "with it, at rollout.address, until the rollout is over (run it again to resume); its gate continues, halts or rolls back by "
+        "engagements, failures, latency and the sample ratio; halt: keep the share; resume: restart the step; "
         "back: answer all users with the live versions, or confirm that the gate did; report: compare the arms of the rollout; "
         "promote: start an epoch in which the live trainer continues from it (`springtide rollback` undoes that); stop: delete "
         "what it learned",
@@ -57,8 +57,8 @@ def experiment(add: Add) -> argparse.ArgumentParser:
         "--from",
         dest="origin",
         choices=("live", "nothing", "clicks"),
-        help="start: from the newest durable version (default), from scratch at the start of the training log, or from scratch with "
-        "the clicks of the last retrain.days and then the training log",
+        help="start: live: from the newest durable version (default); nothing: from scratch, from the start of the training log; "
+        "clicks: from scratch, with the clicks of the last retrain.days and then the training log",
     )
     command.add_argument(
         "--steps",

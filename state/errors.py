@@ -13,7 +13,7 @@
     ├── RegistryError
     │   ├── UnknownVersion, CorruptVersion, UnusableRegistry, WrongEpoch, ControlConflict,
     │   ├── UnfitVersion, UnfitMask
-    ├── MicroBatchError, DecodeError, ProgramError, TrainingHeld, UnreadableRecording, NotReady
+    ├── MicroBatchError, DecodeError, ProgramError, TrainingHeld, UnreadableRecording, NotReady, NotHeld
     ├── UnusablePlace
     ├── BackupError
     │   └── DamagedBackup
@@ -240,6 +240,10 @@ class TrainingHeld(SpringtideError):
 
 class NotReady(SpringtideError):
     """Something that answers need is not available yet. Wait for the applier, or check its log."""
+
+
+class NotHeld(SpringtideError):
+    """A user belongs to a share that this host does not hold. Ask a host that holds it, or start one with the share in `serving.shares`."""
 
 
 class BadRequest(SpringtideError):

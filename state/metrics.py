@@ -143,7 +143,7 @@ class StreamMetrics(Metrics):
     )
     attributes_known = gauge("Users and items with attributes, by side.", "side")
     accounting_positions = gauge(
-        "Positions of the clicks topic since the store was created, by outcome: positions (all), rows, dead, filtered, absent, gap, opened (impressions that wait for a label), feedback (outcomes), masked (excluded by a mask in control).",
+        "Positions of the clicks topic since the store was created, by outcome: positions (all), rows, dead, filtered, absent, gap, opened, feedback, masked. Opened: impressions that wait for a label. Feedback: outcomes. Masked: excluded by control.",
         "outcome",
         name="springtide_accounting_positions",
     )
@@ -239,8 +239,11 @@ class TrainerMetrics(Metrics):
     lag_seconds = unset_gauge(
         "Wall time since the newest record that the trainer has processed was appended to Kafka; 0 if none waits, NaN while unknown."
     )
+    standby = gauge(
+        "1 while this process stands by, because another trainer has the registry; 0 for the trainer that learns."
+    )
     phase = gauge(
-        "1 for the current phase of the trainer, 0 for the others: loading TensorFlow, compiling kernels, waiting for the bootstrap, building the model, lowering the program, loading the version, catching up, learning.",
+        "1 for the current phase of the trainer, 0 for the others. In order: standing by, loading TensorFlow, compiling kernels, waiting for the bootstrap, building the model, lowering the program, loading the version, catching up, learning.",
         "phase",
     )
     caught_up = gauge("1 once this epoch has read the training log to its end.")
@@ -303,6 +306,10 @@ class ApplierMetrics(Metrics):
     attributes_known = gauge("Users and items whose attributes answers use, by side (user, item).", "side")
     history_rows = counter("Rows added to serving's histories.")
     history_users = gauge("Users with a history on this host.")
+    snapshot_seconds = unset_gauge(
+        "Unix time of the newest snapshot of histories, or of this host's start if there is none; NaN if none are written."
+    )
+    snapshot_every_seconds = gauge("Interval between snapshots of histories in the settings; 0: off.")
     microbatch_lag_records = unset_gauge(
         "Positions of the micro-batch topic that are not yet in the histories; NaN while unknown."
     )
@@ -350,6 +357,15 @@ class WorkerMetrics(Metrics):
         name="springtide_connections_refused",
     )
     worker_starts = counter("Starts of serving workers that have accepted connections.")
+    unheld_shares = gauge(
+        "Shares of users, of 64, that no live host holds; 0 if each host holds all users.",
+        name="springtide_serving_unheld_shares",
+    )
+    forwarded = counter(
+        "Requests that a worker forwarded to hosts that hold their users, by result: answered, failed (no host of a share answered).",
+        "result",
+        name="springtide_serving_forwarded",
+    )
 
 
 class ValidationMetrics(Metrics):

@@ -1,4 +1,4 @@
-"""Reads docs/operate/runbook.md: its tables, its sections with the commands in them, and what its capitals stand for."""
+"""Reads docs/operate/runbook.md: its tables, the commands of its sections, and example values for its placeholders."""
 
 from __future__ import annotations
 
@@ -31,12 +31,18 @@ class Section:
     Attributes:
         title: Its heading.
         lines: Its lines that are not empty, fences left out.
-        commands: What is typed, in order.
+        commands: What is typed, in order, without the folder `.venv/bin`.
     """
 
     title: str
     lines: tuple[str, ...]
     commands: tuple[str, ...]
+
+    @property
+    def severity(self) -> str:
+        """What the section begins with: critical, warning, info or task."""
+        found = re.match(r"\*\*(\w+)\.\*\* ", self.lines[0])
+        return found[1].lower() if found else ""
 
     @property
     def anchor(self) -> str:
@@ -61,7 +67,7 @@ def read(text: str) -> tuple[Section, ...]:
     """
     found = []
     for part in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
-        title, _, body = part.partition("\n")
+        title, _, body = part.replace(".venv/bin/", "").partition("\n")
         commands = [
             line
             for block in re.findall(r"^```\n(.*?)^```$", body, re.MULTILINE | re.DOTALL)

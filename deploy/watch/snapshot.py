@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from deploy.watch import scrape
-from deploy.watch.figures import FEW_RECORDS, SPREAD_S, STALE_S, Figures, Watch
+from deploy.watch.figures import FEW_RECORDS, SPREAD_S, STALE_S, STANDS_BY, Figures, Watch
 from deploy.watch.messages import far, rate, seconds, shown
 from deploy.watch.scrape import Scrape
 from state.config.settings import Settings
@@ -25,7 +25,7 @@ MANY_LAG = 10_000
 DEAD_SHARE = 0.01
 SKIPPED_SHARE = 0.01
 PAGE = "docs/operate/runbook.md"
-HOLDS = "an-operator-holds-something"
+HOLDS = "held-by-an-operator"
 STAGES = {"stream": "stream", "trainer": "trainer", "applier": "answers", "worker": "answers"}
 """Process -> its stage."""
 
@@ -141,7 +141,7 @@ def _of_figures(figures: Figures) -> Iterator[Problem]:
     for text in figures.full:
         yield Problem("critical" if text.endswith("waits for room") else "warning", text, "the-disk-is-full")
     if figures.faults:
-        yield Problem("critical", "accounts do not balance", "an-account-is-wrong")
+        yield Problem("critical", "accounts do not balance", "accounts-do-not-balance")
     if figures.differing:
         text = f"rows trained with other features: {shown(figures.differing)}"
         yield Problem("critical", text, "answers-and-training-see-different-features", "answers")
@@ -155,11 +155,11 @@ def _of_figures(figures: Figures) -> Iterator[Problem]:
             "critical", "training holds: the privacy budget is spent", "the-privacy-budget-is-spent", "trainer"
         )
     for name, text in figures.behind.items():
-        section = "segments-are-not-kept" if name == scrape.SEGMENTS else "clicks-wait"
+        section = "segments-are-out-of-date" if name == scrape.SEGMENTS else "the-stream-lags"
         yield Problem("warning", f"{name}: {text}", section, STAGES.get(name, ""))
     yield from _of_ages(figures)
     if (figures.lag_events or 0.0) > MANY_LAG and "stream" not in figures.behind:
-        yield Problem("warning", f"{shown(figures.lag_events)} clicks wait", "clicks-wait", "stream")
+        yield Problem("warning", f"{shown(figures.lag_events)} clicks wait", "the-stream-lags", "stream")
     dead = _share(figures.dead_per_s, figures.events_per_s)
     if dead > DEAD_SHARE:
         yield Problem("warning", f"{dead:.0%} dead letters", "dead-letters", "clicks")
@@ -180,22 +180,25 @@ def _of_processes(figures: Figures) -> Iterator[Problem]:
     nothing_runs = not figures.up_s and not figures.up
     # Without Kafka other processes wait or do not answer, so Kafka comes first.
     if figures.kafka_away and not nothing_runs:
-        yield Problem("critical", "Kafka unreachable", "kafka-is-away", "clicks")
+        yield Problem("critical", "Kafka unreachable", "kafka-is-unreachable", "clicks")
     if nothing_runs:
-        yield Problem("critical", "nothing answers", "a-part-cannot-run")
+        yield Problem("critical", "nothing answers", "a-process-cannot-run")
     else:
         for name in figures.away:
             if figures.up == "starting":
-                yield Problem("warning", f"{name} not started yet", "a-part-starts")
+                yield Problem("warning", f"{name} not started yet", "a-process-starts")
             else:
-                section = "segments-are-not-kept" if name == scrape.SEGMENTS else "a-part-cannot-run"
+                section = "segments-are-out-of-date" if name == scrape.SEGMENTS else "a-process-cannot-run"
                 yield Problem("critical", f"{name} unreachable", section)
     for name, text in figures.starting.items():
-        yield Problem("warning", f"{name} {text}", "a-part-starts", STAGES.get(name, ""))
+        if text == STANDS_BY:
+            yield Problem("info", f"{name} {text}", "a-trainer-stands-by", STAGES.get(name, ""))
+            continue
+        yield Problem("warning", f"{name} {text}", "a-process-starts", STAGES.get(name, ""))
     for name, deaths in figures.dying.items():
-        yield Problem("critical", f"{name} cannot run, {shown(deaths)} deaths in a row", "a-part-cannot-run")
+        yield Problem("critical", f"{name} cannot run, {shown(deaths)} deaths in a row", "a-process-cannot-run")
     if figures.up == "starting" and not figures.away and not figures.starting:
-        yield Problem("warning", "up is still starting", "a-part-starts")
+        yield Problem("warning", "up is still starting", "a-process-starts")
 
 
 def _of_ages(figures: Figures) -> Iterator[Problem]:
@@ -206,21 +209,29 @@ def _of_ages(figures: Figures) -> Iterator[Problem]:
     if not any(_holds(figures)) and not learned and (figures.weights_s or 0.0) > STALE_S:
         yield Problem("warning", f"weights {seconds(figures.weights_s)} old", "no-new-version", "versions")
     if not old and (figures.features_s or 0.0) > STALE_S:
-        yield Problem(
-            "warning", f"features {seconds(figures.features_s)} old", "answers-do-not-see-new-clicks", "answers"
-        )
+        yield Problem("warning", f"features {seconds(figures.features_s)} old", "features-are-stale", "answers")
 
 
 def _of_sections(sections: Mapping[str, Any]) -> Iterator[Problem]:
     kafka, registry, accounting = (sections.get(name) for name in ("kafka", "registry", "accounting"))
+    snapshots = sections.get("snapshots")
     if kafka and not kafka["answers"] and not kafka["away"]:
-        yield Problem("warning", "Kafka has no topics yet", "a-part-starts")
+        yield Problem("warning", "Kafka has no topics yet", "a-process-starts")
     if registry and not registry["answers"]:
         yield Problem("warning", "no registry can be read", "the-disk-is-lost")
+    if snapshots and snapshots["ages_s"] and snapshots["late"]:
+        text = f"snapshot of histories {seconds(snapshots['ages_s'][0])} old"
+        yield Problem("warning", text, "no-fresh-snapshot-of-histories", "answers")
     if accounting and accounting["balanced"] is None:
-        yield Problem("warning", "accounts unknown", "an-account-is-wrong")
+        yield Problem("warning", "accounts unknown", "accounts-do-not-balance")
     if accounting and accounting["balanced"] is False:
-        yield Problem("critical", "accounts do not balance", "an-account-is-wrong")
+        yield Problem("critical", "accounts do not balance", "accounts-do-not-balance")
+    if (hosts := sections.get("hosts")) and hosts["without_host"]:
+        text = f"no host holds {len(hosts['without_host'])} of 64 shares of users"
+        yield Problem("critical", text, "a-share-of-users-has-no-host", "answers")
+    if hosts and hosts["with_one_host"]:
+        text = f"one host alone holds {len(hosts['with_one_host'])} of 64 shares of users"
+        yield Problem("warning", text, "a-share-of-users-has-no-host", "answers")
     experiments = sections.get("experiments") or ()
     if any(experiment.get("problem") for experiment in experiments):
         yield Problem("warning", "experiments cannot be read", "experiments-cannot-be-read")
@@ -228,7 +239,7 @@ def _of_sections(sections: Mapping[str, Any]) -> Iterator[Problem]:
         if rollout["stopped"]:
             yield Problem("warning", "a rollout was stopped", "a-rollout-was-stopped")
         if rollout["unwatched_s"] is not None:
-            yield Problem("warning", "no command drives the rollout", "nobody-watches-a-rollout")
+            yield Problem("warning", "no command drives the rollout", "no-command-drives-a-rollout")
     if (retrain := sections.get("retrain")) and retrain.get("outcome") == "failed":
         yield Problem("info", "the last retrain failed", "a-retrain-fails")
     if (live_clicks := sections.get("live_clicks")) and live_clicks["anomalies"]:

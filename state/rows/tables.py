@@ -25,7 +25,10 @@ from numpy.typing import NDArray
 TABLES = ("user", "item", "category", "context", "cross", "transition")
 """Tables of every version, in the order of their numbers in keys."""
 
-COUNTED = ("transition", "clicked", "followed", "visited", "next_category")
+ITEM_LISTS = ("clicked", "followed", "visited")
+"""Tables of lists of items, see `state/ranking/item_lists.py`."""
+
+COUNTED = ("transition", *ITEM_LISTS, "next_category")
 """Tables of counts, see `state/ranking`. A version of an earlier release lacks some of them, or has other ones."""
 
 UNSERVED = frozenset({"visited"})

@@ -78,7 +78,7 @@ def test_with_everything_away_each_part_says_so(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
     assert len(re.findall(r" (unreachable|unreadable) ", shown)) == 6
     assert shown.startswith("state           nothing answers")
-    assert "see             docs/operate/runbook.md#a-part-cannot-run (nothing answers)" in shown
+    assert "see             docs/operate/runbook.md#a-process-cannot-run (nothing answers)" in shown
     json.dumps(state, allow_nan=False)
 
 

@@ -30,6 +30,7 @@ UNSEEN = {
     "grpcio-tools",
     "httptools",
     "uvloop",
+    "mkdocs-material",
     "mypy",
     "ruff",
 }
@@ -76,7 +77,7 @@ def modules_of(path: Path) -> set[str]:
         named |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else {node.module or ""}
     # Many distributions have something in `google`.
     named = {"google.protobuf" if one.startswith("google.protobuf") else one.partition(".")[0] for one in named}
-    return named - {*sys.stdlib_module_names, *PACKAGES, "tests"}
+    return named - {*sys.stdlib_module_names, *PACKAGES, "tests", "docs"}
 
 
 @functools.cache

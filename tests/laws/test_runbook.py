@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from deploy.watch.figures import WAITS, BudgetLeft, ClocksOff, Figures, full_parts
+from deploy.watch.figures import STANDS_BY, WAITS, BudgetLeft, ClocksOff, Figures, full_parts
 from deploy.watch.scrape import Scrape, parsed
 from deploy.watch.snapshot import Snapshot
 from state import errors
@@ -31,11 +31,13 @@ ANCHORS = {one.anchor for one in runbook.SECTIONS.values()}
 CLASSES = {
     name: one for name, one in vars(errors).items() if isinstance(one, type) and issubclass(one, SpringtideError)
 }
-MOST_LINES, WIDTH = 10, 120
+MOST_LINES, WIDTH = 14, 120
+SEVERITIES = ("critical", "warning", "info", "task")
 SECTIONS = {
     "registry": {"answers": False},
     "rollout": {"stopped": True, "unwatched_s": 90.0},
     "retrain": {"problem": "", "outcome": "failed"},
+    "hosts": {"without_host": [*range(32)], "with_one_host": [*range(32)]},
     "live_clicks": {"anomalies": {"ENUM_TYPE_UNEXPECTED_STRING_VALUES": 1}},
 }
 STORAGE = "\n".join(
@@ -75,17 +77,21 @@ def test_each_class_of_the_error_tree_is_in_the_table_and_no_other() -> None:
 
 def test_each_section_is_reached_from_a_table_and_each_link_arrives() -> None:
     from_tables = {*runbook.links("\n".join((*runbook.STATUS.lines, *runbook.ERRORS.lines)))}
-    assert {one.anchor for one in runbook.ADVICE} - from_tables == {"look-first"}
+    assert {one.anchor for one in runbook.ADVICE} - from_tables == {"first-steps"}
     assert set(runbook.links(runbook.TEXT)) <= ANCHORS
 
 
-def test_a_link_to_another_page_arrives() -> None:
-    for target in re.findall(r"\]\(([^#)][^)]*)\)", runbook.TEXT):
-        path, _, anchor = target.partition("#")
-        page = runbook.DOCUMENT.parent / path
-        assert page.is_file(), target
-        headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
-        assert not anchor or anchor in map(runbook.anchor, headings), target
+def test_a_section_is_as_severe_as_its_worst_alert_and_the_worst_come_first() -> None:
+    severities: dict[str, set[str]] = {}
+    for rule in ALERTS.values():
+        severities.setdefault(rule["annotations"]["runbook"].partition("#")[2], set()).add(rule["labels"]["severity"])
+    for section in runbook.ADVICE:
+        known = severities.get(section.anchor, {section.severity})
+        assert section.severity == min(known, key=SEVERITIES.index), section.title
+        rows = [row for row in runbook.rows(runbook.STATUS) if runbook.links(row[-1]) == [section.anchor]]
+        assert all(row[-2] == section.severity for row in rows), section.title
+    first, *others = [section.severity for section in runbook.ADVICE]
+    assert first == "info" and others == sorted(others, key=SEVERITIES.index)
 
 
 @pytest.mark.parametrize("section", runbook.ADVICE, ids=lambda one: one.anchor)
@@ -128,8 +134,9 @@ def test_what_status_says_is_what_the_table_shows() -> None:
     stopped = Figures(away={"stream": "refused", "segments": "refused"})
     many = Figures(up_s={"worker": 1.0}, lag_events=12_000.0)
     skips = Figures(up_s={"worker": 1.0}, rows_per_s=10.0, skipped_per_s=3.0)
+    waits = Figures(up_s={"worker": 1.0}, starting={"trainer": STANDS_BY})
     held = Figures(up_s={"worker": 1.0}, paused=True, publishing_held=True, pinned=True)
-    shown = [Snapshot(figures) for figures in (wrong, begins, nearly, stopped, many, skips, held)]
+    shown = [Snapshot(figures) for figures in (wrong, begins, nearly, stopped, many, skips, waits, held)]
     shown.append(Snapshot(many).having(SECTIONS))
     shown.append(Snapshot(many).having({"kafka": {"answers": False, "away": False}, "accounting": {"balanced": None}}))
     for problem in (problem for snapshot in shown for problem in snapshot.problems):
@@ -140,7 +147,7 @@ def test_what_status_says_is_what_the_table_shows() -> None:
 
 def test_each_springtide_command_of_the_runbook_and_of_an_alert_is_taken() -> None:
     typed = [command for one in runbook.ADVICE for command in one.commands]
-    typed += re.findall(r"`(springtide [^`]+)`", runbook.TEXT)
+    typed += re.findall(r"`(?:\.venv/bin/)?(springtide [^`]+)`", runbook.TEXT)
     for rule in ALERTS.values():
         typed += re.findall(r"`(springtide [^`]+)`", rule["annotations"]["action"])
     ours = [line for line in typed if line.startswith("springtide ")]

@@ -19,7 +19,7 @@ from state.errors import SettingsError, SpecMismatch
 from state.process import private_files
 from state.registry.manifest import Manifest
 from state.registry.registry import SERVING, TRAINING, Registry
-from state.rows.tables import OPTIONAL, UNSERVED, tables_in
+from state.rows.tables import ITEM_LISTS, OPTIONAL, UNSERVED, tables_in
 from trainer.engine.build import labelled
 from trainer.engine.step import Trainer
 from trainer.model.hyperparameters import HYPERPARAMETERS, MODEL_CODE
@@ -37,12 +37,15 @@ _DECIDING = (
 _INSTRUCTIONS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "asimd", "sve")
 
 
-def served(trainer: Trainer) -> dict[str, content.Array]:
-    """Copies the content of a recent version and resets its list of changes. Only the step thread may call it."""
+def served(trainer: Trainer, item_lists: bool = True) -> dict[str, content.Array]:
+    """Copies the content of a recent version and resets its list of changes. Only the step thread may call it.
+
+    Without `item_lists`, their changes wait for the next version that has them; a version that is durable must have them.
+    """
     held = {
         f"{name}.{field}": held
         for name, table in trainer.tables.items()
-        if name not in UNSERVED
+        if name not in UNSERVED and (item_lists or name not in ITEM_LISTS)
         for field, held in table.take_served().items()
     }
     return held | _dense(trainer) | _beside(trainer) | {"popular": trainer.popular.top()}

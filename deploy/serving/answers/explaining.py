@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from deploy.serving.answers.interests import Correction
 from deploy.serving.answers.predictor import KINDS, Inputs, Predictor, Prepared
 from deploy.serving.answers.program import PAIRS, batch_of
-from deploy.serving.answers.query import STEEPEST_LOGIT, About, Query, about_same, iso
+from deploy.serving.answers.query import NOBODY, STEEPEST_LOGIT, About, Query, about_same, iso
 from state.errors import BadRequest, ProgramError
 from state.events.identity import public_id
 from state.features.spec import LABELLED, POSITIVE, Events, FeatureSpec
@@ -64,8 +64,6 @@ EXACT = 4
 """Maximum of groups for which all orders are evaluated."""
 ORDERS = 32
 """Orders evaluated for more groups; even. They are always the same, so explanations are reproducible."""
-NOBODY = "\0"
-"""A user id that no user has: the unknown user."""
 TOLERANCE = 0.01
 """Largest fraction of the difference by which the sum of the parts may deviate."""
 NEGLIGIBLE = 1e-6

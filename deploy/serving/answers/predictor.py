@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from deploy.serving.answers.interests import Correction, correction_of, newest_item
 from deploy.serving.answers.program import PAIRS, batch_of
-from deploy.serving.answers.query import Answer, Engagement, Interest, Query, Version, iso, probability
+from deploy.serving.answers.query import NOBODY, Answer, Engagement, Interest, Query, Version, iso, probability
 from deploy.serving.answers.version import (
     CANDIDATE_MASKS,
     Catalogue,
@@ -152,6 +152,7 @@ class Predictor:
     Args:
         programs: The directory with the applier's copies of programs.
         pseudonym: Maps a query's user to a pseudonym; None if queries contain raw ids.
+        require: Raises NotHeld if this host does not hold a user, by pseudonym; None if it holds all users.
 
     Attributes:
         catalogue: Looks up the names and categories of items in the histories.
@@ -169,7 +170,9 @@ class Predictor:
         now_ms: Callable[[], int],
         attributes: KnownAttributes | None = None,
         pseudonym: Callable[[str], int] | None = None,
+        require: Callable[[int], None] | None = None,
     ) -> None:
+        self._require = require
         self._attributes = attributes or KnownAttributes()
         self._rows = rows
         self.histories = histories
@@ -223,6 +226,7 @@ class Predictor:
         Raises:
             NotReady: There is no version yet.
             BadRequest: The version is not on this host.
+            NotHeld: This host does not hold one of the users.
             SaltMismatch: The version's pseudonyms use another salt.
             SpecMismatch: The version's features cannot be computed on this host.
             ProgramError: The version's program cannot be run.
@@ -314,6 +318,15 @@ class Predictor:
         """Loads version `number`, or the one that `reader` sees, with its weights; raises as `profiles` does."""
         return self._versions.take_up(reader, number)
 
+    def users_of(self, queries: Sequence[Query]) -> list[int]:
+        """Returns the pseudonyms of the users of queries; raises NotHeld if this host does not hold one of them."""
+        users = [self._pseudonym(query.user) for query in queries]
+        if self._require is not None:
+            for query, user in zip(queries, users, strict=True):
+                if query.user != NOBODY:
+                    self._require(user)
+        return users
+
     def items_of(self, asked: Asked, items: Sequence[tuple[int, int]]) -> list[Asked]:
         """Returns one query for each of n items, given as ids of item and category, all about the same user.
 
@@ -358,7 +371,7 @@ class Predictor:
     ) -> tuple[list[Asked], Vector]:
         """Collects each query's data on this host; a user erased after the version was trained counts as unknown."""
         features, erased = version.features, version.served.erased
-        users = [self._pseudonym(query.user) for query in queries]
+        users = self.users_of(queries)
         items = [0 if query.item is None else public_id(query.item) for query in queries]
         times = [default_ms if query.at_ms is None else query.at_ms for query in queries]
         self.histories.history = features.spec.history

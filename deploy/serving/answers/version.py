@@ -93,9 +93,15 @@ class Catalogue:
 
     def item_name(self, item: int) -> ShownName:
         """Returns an item's name: the id that clicks carry, or the name of the category with this id."""
-        stored = self._histories.extra(item_extra(item))
-        name = "" if stored is None else item_parts(stored)[1]
-        return ShownName(name, f"{item:016x}") if name else self.name_of(item)
+        return self.named_items([item])[0][1]
+
+    def named_items(self, items: Sequence[int]) -> list[tuple[int, ShownName]]:
+        """Returns the category of each item, 0 if nobody clicked it, and its name as in `item_name`."""
+        found = []
+        for item, stored in zip(items, self._histories.extra_of_each([*map(item_extra, items)]), strict=True):
+            category, name = (0, "") if stored is None else item_parts(stored)
+            found.append((category, ShownName(name, f"{item:016x}") if name else self.name_of(item)))
+        return found
 
 
 @dataclass(frozen=True)

@@ -368,8 +368,8 @@ def test_a_hold_is_no_fault_and_each_problem_links_to_the_runbook() -> None:
     snapshot = Snapshot(Figures(up_s=UP, paused=True, faults=1.0)).having({"accounting": {"balanced": False}})
     assert [problem.text for problem in snapshot.faults] == ["accounts do not balance"]
     assert [problem.to_json()["runbook"] for problem in snapshot.problems] == [
-        "docs/operate/runbook.md#an-account-is-wrong",
-        "docs/operate/runbook.md#an-operator-holds-something",
+        "docs/operate/runbook.md#accounts-do-not-balance",
+        "docs/operate/runbook.md#held-by-an-operator",
     ]
 
 

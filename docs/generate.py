@@ -1,0 +1,132 @@
+"""Generates the reference pages from the code: `.venv/bin/python -m docs.generate`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deploy import capacity, cli
+from deploy.command_line import OWN_HELP, parser
+from deploy.watch import metrics_table
+from state.config.settings import Settings
+from state.events.dead_letters import Reason
+
+ROOT = Path(__file__).parents[1]
+SEVERITIES = {
+    "critical": "Pages somebody: answers, accounts or durability are at risk.",
+    "warning": "Can wait until the morning.",
+    "info": "For the record.",
+}
+
+REFUSED = {
+    Reason.UNDECODABLE: "The decoder cannot read it: with the default decoder, it is not JSON.",
+    Reason.MISSING_FIELD: "A field that `[events]` names is absent or null.",
+    Reason.WRONG_TYPE: "A field has another type than expected, or the record is not a JSON object.",
+    Reason.EMPTY_ID: "A user, item or category id is an empty string.",
+    Reason.NOT_FINITE: "A number is NaN, infinite or too large for a double.",
+    Reason.IMPLAUSIBLE_TIME: "The event time differs from the Kafka timestamp by more than `events.max_future_s` or "
+    "`events.max_age_s`, or is before 1970.",
+    Reason.TOO_LARGE: "It is larger than `events.max_event_bytes`.",
+    Reason.UNKNOWN_ACTION: "Its action is not in `events.actions`.",
+    Reason.CORRUPT_RECORD: "Kafka's record batch fails its checksum or cannot be read. Each of its offsets is one dead letter.",
+}
+
+
+def alerts() -> str:
+    """Returns the page of all alerts, the worst severity first."""
+    rules: dict[str, list[dict[str, Any]]] = {severity: [] for severity in SEVERITIES}
+    for file in sorted((ROOT / "deploy/prometheus/rules").glob("*.yml")):
+        for group in yaml.safe_load(file.read_text())["groups"]:
+            for rule in group["rules"]:
+                if "alert" in rule:
+                    rules[rule["labels"]["severity"]].append(rule)
+    lines = [
+        "# Alerts",
+        "",
+        "Generated from `deploy/prometheus/rules`. N is the measured value. "
+        "[Monitoring](monitoring.md) shows how to run Prometheus with these rules.",
+    ]
+    for severity, meaning in SEVERITIES.items():
+        lines += ["", f"## {severity.capitalize()}", "", meaning, "", "| alert | after | summary | runbook |"]
+        lines += ["|---|---|---|---|", *map(_alert, sorted(rules[severity], key=lambda rule: rule["alert"]))]
+    return "\n".join(lines) + "\n"
+
+
+def _alert(rule: Mapping[str, Any]) -> str:
+    notes = rule["annotations"]
+    section = notes["runbook"].partition("#")[2]
+    title = section.replace("-", " ")
+    # Prometheus's templates: a label by its name in code, the value as N.
+    summary = re.sub(r"\{\{ \$labels\.(\w+) \}\}", r"`\1`", notes["summary"].strip())
+    summary = re.sub(r"\{\{[^}]*\$value[^}]*\}\}", "N", summary)
+    return f"| `{rule['alert']}` | {rule['for']} | {summary} | [{title}](runbook.md#{section}) |"
+
+
+def commands() -> str:
+    """Returns the page of all commands with their options."""
+    (verbs,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
+    lines = [
+        "# Command line",
+        "",
+        "Generated from `deploy/command_line.py`. Every command accepts settings as flags (`--kafka.port 9192`) and "
+        "`--config FILE`; [Configure](../how-to/configure.md) describes them. `--help` after a command prints its options "
+        "and exit codes.",
+    ]
+    for name, command in verbs.choices.items():
+        lines += ["", f"## {name}", "", _escaped(str(command.description).strip())]
+        if name in OWN_HELP:
+            lines += ["", f"`springtide {name} --help` lists its options."]
+        elif rows := list(_options(command)):
+            lines += ["", "| option | meaning |", "|---|---|", *rows]
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def _options(command: argparse.ArgumentParser) -> Iterator[str]:
+    for action in command._actions:
+        if action.dest == "help":
+            continue
+        word = ", ".join(action.option_strings) or str(action.metavar or action.dest).upper()
+        if action.option_strings and action.nargs != 0:
+            word += f" {action.metavar or '{' + ','.join(map(str, action.choices or ('VALUE',))) + '}'}"
+        yield f"| `{word.replace('|', chr(92) + '|')}` | {_escaped(str(action.help))} |"
+
+
+def dead_letters() -> str:
+    """Returns the page of the reasons of dead letters."""
+    lines = [
+        "# Dead-letter reasons",
+        "",
+        "Generated from `state/events/dead_letters.py`. A record that cannot be read as an event goes to "
+        "`kafka.dead_letters_topic`, with reason, partition and offset in its headers. "
+        "[The runbook](../operate/runbook.md#dead-letters) says what to do.",
+        "",
+        "| reason | the record |",
+        "|---|---|",
+    ]
+    lines += [f"| `{reason}` | {REFUSED[reason]} |" for reason in Reason]
+    return "\n".join(lines) + "\n"
+
+
+PAGES: Mapping[str, Callable[[], str]] = {
+    "docs/operate/alerts.md": alerts,
+    "docs/operate/capacity.md": lambda: capacity.page(Settings()) + "\n",
+    "docs/reference/commands.md": commands,
+    "docs/reference/dead-letters.md": dead_letters,
+    "docs/reference/metrics.md": metrics_table.as_markdown,
+    "docs/reference/settings.md": lambda: cli.as_markdown() + "\n",
+}
+"""By file, the function that returns its text."""
+
+
+if __name__ == "__main__":
+    for path, text in PAGES.items():
+        (ROOT / path).write_text(text())
