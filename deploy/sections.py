@@ -26,6 +26,7 @@ from state.disk import memory_place
 from state.errors import SpringtideError, UnknownTopic
 from state.log import Topics
 from state.registry import privacy_ledger
+from state.registry.claim import standbys, trainer_of
 from state.registry.control import HeldUpdate
 from state.registry.privacy_ledger import PrivacyLedger
 from state.segments.expression import texts_of
@@ -110,6 +111,9 @@ def registry_state(settings: Settings, now_ms: int) -> dict[str, Any]:
         "versions": len(numbers),
         "newest": newest.version if newest else None,
         # A version can be newer than `now_ms`, the start of the command.
+        # The trainer of a copy is on another host.
+        "trainer": "" if registry.directory.is_copy else trainer_of(registry.path),
+        "standbys": standbys(registry.path, now_ms / 1000),
         "newest_age_s": max(0, now_ms - newest.created_at_ms) / 1000 if newest else None,
         "control": control
         and {
@@ -131,6 +135,8 @@ def registry_text(registry: Mapping[str, Any]) -> Text:
         return "unreadable", registry["problem"]
     control = registry["control"]
     newest = f"newest version {shown(registry['newest'])}, {seconds(registry['newest_age_s'])} old, {registry['versions']} kept"
+    if registry["standbys"]:
+        newest += f"; trainer: {registry['trainer'] or 'unknown'}; stands by: {', '.join(registry['standbys'])}"
     if control is None:
         return "readable", f"{newest}; no control yet"
     wanted = "the newest version" if control["serving"] == "follow" else f"version {control['version']} (pinned)"

@@ -19,7 +19,8 @@
     │   ├── privacy/ledger.json      the privacy budget spent so far       state/registry/privacy_ledger.py
     │   ├── shared.json shared.catalog   the shared registry      state/registry/directory.py
     │   ├── tmp/                 files being written; swept
-    │   └── trainer.lock, compactor.lock, shared.lock
+    │   ├── trainer.lock takeover.lock   the trainer's claim      state/registry/claim.py
+    │   └── compactor.lock, shared.lock
     ├── stream-0/                lock, writer (the transactional id)   streaming/writer.py
     │   ├── leaders.json                                          streaming/accounts.py
     │   ├── histories            the stream's store; while the stream runs, a link to the store in memory
@@ -71,7 +72,7 @@ MASKS, OUTCOMES, ERASURES = "masks", "outcomes", "erasures"
 PROGRAMS, SPECS, TEMPORARY = "programs", "specs", "tmp"
 BASELINES = "baselines"
 GAPS = "gaps"  # also the extra of the stream's histories with the gaps that the stream accepted
-TRAINER_LOCK, COMPACTOR_LOCK = "trainer.lock", "compactor.lock"
+TRAINER_LOCK, TAKEOVER_LOCK, COMPACTOR_LOCK = "trainer.lock", "takeover.lock", "compactor.lock"
 SEGMENTS_LOCK = "segments.lock"
 
 SERVING, KAFKA, LOGS, REPLAY, EXPORTS = "serving", "kafka", "logs", "replay", "exports"

@@ -190,15 +190,17 @@ class Learner:
         self._salt, self._partition = str(model.about["salt"]), settings.trainer.partition
         self._metrics, self._clock, self._elapsed = metrics, clock, elapsed
         drafter = Drafter.of(settings, trainer, model.spec, model.program, self._salt)
-        self._passages = Passages(Journal(registry.path / layout.GAPS), surroundings.consent, metrics, clock)
-        self._publisher = Publisher(registry.path, metrics, settings.registry.recent_s, surroundings.room, elapsed)
+        self._passages = Passages(
+            Journal(registry.path / layout.GAPS, registry.directory.staging), surroundings.consent, metrics, clock
+        )
+        self._publisher = Publisher(registry, metrics, settings.registry.recent_s, surroundings.room, elapsed)
         self._updates = UpdateGuard(settings, registry, metrics, clock, elapsed, lambda: trainer.measures.shown())
         self._publications = Publications(
             settings, self._publisher, drafter, trainer, metrics, self._updates, clock, elapsed
         )
         self._catching_up = CatchingUp(registry, clock, elapsed)
         self._losses = LossRecorder(registry.path)
-        self._budget = PrivacyBudget(settings, trainer, metrics, drafter.environment)
+        self._budget = PrivacyBudget(settings, registry.directory, trainer, metrics, drafter.environment)
         self._log: Reader | None = None
         self.control: Control
         self.place: TrainingPlace

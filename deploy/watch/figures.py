@@ -73,6 +73,9 @@ WAITS = {
 }
 
 
+STANDS_BY = "stands by for another trainer"
+
+
 class Backlog(NamedTuple):
     """The gauge of items that wait for a process, and the counter of processed items.
 
@@ -220,6 +223,9 @@ def starting(scrapes: Mapping[str, Scrape]) -> dict[str, str]:
     found = {}
     for name, scraped in scrapes.items():
         if not scraped.values:
+            continue
+        if scraped.value("springtide_trainer_standby"):
+            found[name] = STANDS_BY
             continue
         total, ready = (scraped.value(f"springtide_kernels_{kind}") or 0.0 for kind in ("total", "ready"))
         if ready < total:

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from deploy.watch import scrape
-from deploy.watch.figures import FEW_RECORDS, SPREAD_S, STALE_S, Figures, Watch
+from deploy.watch.figures import FEW_RECORDS, SPREAD_S, STALE_S, STANDS_BY, Figures, Watch
 from deploy.watch.messages import far, rate, seconds, shown
 from deploy.watch.scrape import Scrape
 from state.config.settings import Settings
@@ -191,6 +191,9 @@ def _of_processes(figures: Figures) -> Iterator[Problem]:
                 section = "segments-are-out-of-date" if name == scrape.SEGMENTS else "a-process-cannot-run"
                 yield Problem("critical", f"{name} unreachable", section)
     for name, text in figures.starting.items():
+        if text == STANDS_BY:
+            yield Problem("info", f"{name} {text}", "a-trainer-stands-by", STAGES.get(name, ""))
+            continue
         yield Problem("warning", f"{name} {text}", "a-process-starts", STAGES.get(name, ""))
     for name, deaths in figures.dying.items():
         yield Problem("critical", f"{name} cannot run, {shown(deaths)} deaths in a row", "a-process-cannot-run")

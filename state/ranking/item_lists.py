@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from state.compiled import compiled, layout
 from state.compiled.mixing import mix
+from state.compiled.prefetch import prefetch
 
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
@@ -112,6 +113,16 @@ def _decay(row: int, lists: ItemLists, at_s: int) -> None:
         lists.known[row, h] *= kept
         for k in range(lists.ids.shape[1]):
             lists.counts[row, k, h] *= kept
+
+
+@compiled
+def prefetch_list(row: int, lists: ItemLists) -> None:
+    """Prefetches the beginning of a list that will be counted in soon: lists are read at random."""
+    prefetch(lists.ids, row)
+    prefetch(lists.counts, row)
+    prefetch(lists.totals, row)
+    prefetch(lists.known, row)
+    prefetch(lists.at_s, row)
 
 
 @compiled

@@ -323,8 +323,9 @@ def likeliest(logits: F32, ids: U64) -> tuple[U64, F32]:
     shares = np.exp(logits - logits.max(1, keepdims=True))
     shares /= shares.sum(1, keepdims=True)
     best = np.argpartition(-shares, INTERESTS - 1, 1)[:, :INTERESTS]
-    found = np.take_along_axis(shares, best, 1).astype(np.float32)
-    return np.where(found > 0.0, np.take_along_axis(ids, best, 1), np.uint64(0)), found
+    rows = np.arange(len(best))[:, None]
+    found = shares[rows, best].astype(np.float32)
+    return np.where(found > 0.0, ids[rows, best], np.uint64(0)), found
 
 
 def sources_of(context_fields: int) -> I32:

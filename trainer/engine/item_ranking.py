@@ -32,6 +32,7 @@ from state.ranking.item_lists import (
     ItemLists,
     count_click,
     count_visit,
+    prefetch_list,
 )
 from state.ranking.item_scores import (
     COLUMNS,
@@ -60,6 +61,8 @@ FIRST_ROWS, FIRST_EVERY, EVERY = 1024, 16, 256
 LEAST_ROWS = 64
 """So many rows must have taught the weights before a version has them."""
 RATE = 0.03
+AHEAD = 3
+"""The lists of a row are prefetched so many rows before it is counted."""
 
 
 class _Seen(NamedTuple):
@@ -150,13 +153,13 @@ class ItemRanking:
         if not rows.size:
             return
         user, at_ms = batch.user[rows], batch.at_ms[rows]
-        keys = np.concatenate([batch.category[rows, None], batch.context[rows]], 1)
+        keys = np.concatenate([batch.category[:, None], batch.context], 1)[rows]
         every = np.uint64(FIRST_EVERY if self.learned < FIRST_ROWS else EVERY)
         taught = mixed(user ^ mixed(at_ms.astype(np.uint64))) % every == 0
         at = rows[taught]
         parts = [part[at] for part in (scores.recent_logits, scores.popular_logits, scores.successor_logits)]
         recent = batch.recent_categories[at]
-        ids = np.concatenate([recent, np.broadcast_to(popular, (at.size, popular.size)), successors[at]], 1)
+        ids = np.concatenate([recent, popular[None].repeat(at.size, 0), successors[at]], 1)
         self._seen.append(
             _Seen(user, batch.item[rows], at_ms, keys, taught, ids, np.concatenate(parts, 1), batch.context[at])
         )
@@ -170,20 +173,20 @@ class ItemRanking:
         clicked, followed, visited = (self.tables[name] for name in (CLICKED, FOLLOWED, VISITED))
         # 1. Lists are created, and evicted.
         own = visited.observe(seen.user, seen.at_ms)
+        lists, at = visited.distinct(own)
         newest = np.zeros((2, len(own)), np.uint64)
-        _newest(own, seen.item, visited.held, np.zeros((len(visited.held.ids), 2), np.uint64), newest)
-        followed.observe(newest[0], seen.at_ms)
+        _newest(at, seen.item, visited.held.ids[lists, :2], newest)
+        after = followed.observe(newest[0], seen.at_ms)
         keys = np.concatenate([EVERYTHING, seen.keys.reshape(-1)])
         times = np.repeat(seen.at_ms, seen.keys.shape[1])
-        clicked.observe(keys, np.concatenate([np.full(len(EVERYTHING), seen.at_ms.max()), times]))
-        for table in self.tables.values():
-            table.evict()
+        found = clicked.observe(keys, np.concatenate([np.full(len(EVERYTHING), seen.at_ms.max()), times]))
         # 2. Where they are.
+        if sum(table.evict() for table in self.tables.values()):
+            own, after, found = visited.find(seen.user), followed.find(newest[0]), clicked.find(keys)
         taught = np.flatnonzero(seen.taught)
-        found = clicked.find(keys)
         everything = found[: len(EVERYTHING)].copy()
         likely, shares = item_scores.likeliest(seen.logits, seen.candidates)
-        every = np.broadcast_to(EVERYTHING, (taught.size, len(EVERYTHING)))
+        every = EVERYTHING[None].repeat(taught.size, 0)
         read_ids = np.concatenate([every, seen.candidates[:, :1], likely, seen.context], 1)
         sources = item_scores.sources_of(seen.keys.shape[1] - 1)
         weights = np.ones((taught.size, len(sources)), np.float32)
@@ -192,8 +195,8 @@ class ItemRanking:
         self.learned += _learn_and_count(
             seen.item,
             seen.at_ms // 1000,
-            visited.find(seen.user),
-            followed.find(newest[0]),
+            own,
+            after,
             followed.find(newest[1, taught]),
             found[len(EVERYTHING) :].reshape(seen.keys.shape),
             everything,
@@ -210,18 +213,18 @@ class ItemRanking:
         )
 
 
-@compiled("i4[::1], u8[::1], ItemLists, u8[:, ::1], u8[:, ::1]")
-def _newest(own: I32, item: U64, visited: ItemLists, within: U64, newest: U64) -> None:
-    """The newest item of each row's user before the row, and the one before that; `within` has zeros for each list."""
+@compiled("i4[::1], u8[::1], u8[:, ::1], u8[:, ::1]")
+def _newest(own: I32, item: U64, latest: U64, newest: U64) -> None:
+    """The newest item of each row's user before the row, and the one before that.
+
+    latest: `[u, 2]` the same of the distinct users before the first row, of which `own` are indices; changed.
+    """
     for i in range(own.shape[0]):
-        row = own[i]
-        if row == 0:
-            continue
-        if within[row, 0] == np.uint64(0):
-            within[row, 0], within[row, 1] = visited.ids[row, 0], visited.ids[row, 1]
-        newest[0, i], newest[1, i] = within[row, 0], within[row, 1]
-        if within[row, 0] != item[i]:
-            within[row, 0], within[row, 1] = item[i], within[row, 0]
+        user = own[i]
+        if user != 0:
+            newest[0, i], newest[1, i] = latest[user, 0], latest[user, 1]
+            if latest[user, 0] != item[i]:
+                latest[user, 0], latest[user, 1] = item[i], latest[user, 0]
 
 
 @compiled(
@@ -251,6 +254,12 @@ def _learn_and_count(
     after = np.zeros(2, np.int32)
     following, learned = 0, 0
     for i in range(item.shape[0]):
+        later = i + AHEAD
+        if later < item.shape[0]:
+            prefetch_list(own[later], visited)
+            prefetch_list(newest[later], followed)
+            for k in range(keys.shape[1]):
+                prefetch_list(keys[later, k], clicked)
         if following < taught.shape[0] and taught[following] == i:
             reads = Reads(read_rows[following], read_sources, read_weights[following])
             after[0], after[1] = newest[i], second[following]

@@ -14,7 +14,7 @@ from state.config.settings import Settings
 from tests.manifests import KUBECTL, PAGE, WHY_NOT, Document, Peer, boxes, built, connects, of_kind, selects
 
 pytestmark = pytest.mark.skipif(KUBECTL is None, reason=WHY_NOT)
-EVERY = ("small", "large", "full", "flink", "shared")
+EVERY = ("small", "large", "full", "flink", "shared", "standby")
 COMPONENT = "app.kubernetes.io/component"
 LABELS = {"app.kubernetes.io/name": "springtide"}
 OUTSIDE = None
