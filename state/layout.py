@@ -11,9 +11,11 @@
     │   ├── control/             one file per generation          state/registry/controls.py
     │   ├── masks/               users that masks and erasures name, by digest
     │   ├── erasures/            how far each process has applied erasures     state/registry/erasing.py
+    │   ├── hosts/               serving hosts and the users they hold              state/registry/hosts.py
     │   ├── outcomes/            outcomes of rollbacks            state/registry/controls.py
     │   ├── programs/ specs/     by digest
     │   ├── baselines/           accepted by operators            state/statistics/baselines.py
+    │   ├── snapshots/           snapshots of histories, or in the shared registry   state/history/snapshots.py
     │   ├── experiments/         experiments.json, lock, rollout.lock, report.json     state/experiments/experiment.py
     │   ├── gaps/                losses that the trainer accepted, including skipped records
     │   ├── privacy/ledger.json      the privacy budget spent so far       state/registry/privacy_ledger.py
@@ -69,8 +71,10 @@ VERSIONS, MERGED, BASES, CONTROL = "versions", "merged", "bases", "control"
 RECENT, RECENT_BOOT = "recent", "recent.boot"
 SHARED_CATALOG, SHARED_LOCK, SHARED_LOOKED = "shared.catalog", "shared.lock", "shared.looked"
 MASKS, OUTCOMES, ERASURES = "masks", "outcomes", "erasures"
+HOSTS, FETCHED = "hosts", "fetched"
 PROGRAMS, SPECS, TEMPORARY = "programs", "specs", "tmp"
 BASELINES = "baselines"
+SNAPSHOTS = "snapshots"
 GAPS = "gaps"  # also the extra of the stream's histories with the gaps that the stream accepted
 TRAINER_LOCK, TAKEOVER_LOCK, COMPACTOR_LOCK = "trainer.lock", "takeover.lock", "compactor.lock"
 SEGMENTS_LOCK = "segments.lock"

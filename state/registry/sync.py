@@ -30,6 +30,7 @@ What the copier of a host fetches:
     versions       the catalogue, when a pack names a newer one           one for each durable version
     small files    lists of four folders, both ways                       four each `SMALL_S`
     erasures       the reports of this host's processes, when changed     one each
+    hosts          if serving here is in the routing table: all entries   one, and one for each host, every `RENEW_S`
 
 If no version arrives for `SILENT_S`, the copier reads the catalogue and lists the packs again, because the numbers of
 a killed trainer continue elsewhere. If packs keep coming for `SILENT_S` without an end, the link is too slow for them.
@@ -56,10 +57,12 @@ from state.disk import files as durable
 from state.errors import CorruptVersion, LockHeld, UnknownVersion, UnusablePlace, UnusableRegistry
 from state.file_store import FileStore
 from state.process import killpoints
+from state.process.wall_clock import wall_ms
 from state.registry import manifest, sealed
 from state.registry.claim import LEASE_S, Silence
 from state.registry.controls import Controls
 from state.registry.directory import file_bytes, sharing, usable
+from state.registry.hosts import GONE_S, RENEW_S, HostEntry, decoded
 from state.registry.registry import DURABLE, MANIFEST, Registry
 
 CATALOG, RECENT, CLAIMS = "catalog.json", "recent", "trainers"
@@ -535,6 +538,8 @@ class Copier:
         now_s = elapsed()
         self._recent = deque((now_s, number) for number in self._registry.recents())
         self._reported: dict[str, int] = {}
+        self._renewed: dict[str, int] = {}
+        self._exchanged_s = float("-inf")
         self._began = False
 
     def step(self, control: bool = True) -> None:
@@ -549,6 +554,9 @@ class Copier:
         if self._directory.is_copy:
             self._fetch_versions()
         self._push_reports()
+        if self._elapsed() - self._exchanged_s >= RENEW_S and (self._registry.path / layout.HOSTS).is_dir():
+            self._exchange_hosts()
+            self._exchanged_s = self._elapsed()
         if self._elapsed() - self._small_s >= SMALL_S:
             exchange_small(self._registry, self._store)
             self._small_s = self._elapsed()
@@ -703,6 +711,40 @@ class Copier:
                 with sharing():
                     self._store.write(f"{layout.ERASURES}/{path.name}", data)
                 self._reported[path.name] = changed_ns
+
+    def _exchange_hosts(self) -> None:
+        """Pushes this host's entries of the routing table, and fetches those of other hosts.
+
+        1. Changed entries are pushed, and withdrawn ones removed.
+        2. The entries of other hosts are read. Those of hosts that are gone are removed.
+        3. They are stored here in one file.
+        """
+        folder = self._registry.path / layout.HOSTS
+        with usable("be read"):
+            ours = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("*.json")}
+        theirs = list[HostEntry]()
+        with sharing():
+            # 1.
+            for name, (changed_ns, data) in ours.items():
+                if self._renewed.get(name) != changed_ns:
+                    self._store.write(f"{layout.HOSTS}/{name}", data)
+                    self._renewed[name] = changed_ns
+            for name in self._renewed.keys() - ours.keys():
+                self._store.remove(f"{layout.HOSTS}/{name}")
+                del self._renewed[name]
+            # 2.
+            for name in self._store.names(layout.HOSTS):
+                if name in ours:
+                    continue
+                try:
+                    entries = decoded(self._store.read(f"{layout.HOSTS}/{name}"))
+                except (FileNotFoundError, ValueError):
+                    continue
+                if all(wall_ms() - entry.at_ms > GONE_S * 1000 for entry in entries):
+                    self._store.remove(f"{layout.HOSTS}/{name}")
+                theirs += entries
+        # 3.
+        self._directory.keep(folder / layout.FETCHED, msgspec.json.encode(theirs))
 
     def _fetch(self, name: str) -> bytes | None:
         return self._directory.fetch(self._registry.path / name)

@@ -37,6 +37,7 @@ SECTIONS = {
     "registry": {"answers": False},
     "rollout": {"stopped": True, "unwatched_s": 90.0},
     "retrain": {"problem": "", "outcome": "failed"},
+    "hosts": {"without_host": [*range(32)], "with_one_host": [*range(32)]},
     "live_clicks": {"anomalies": {"ENUM_TYPE_UNEXPECTED_STRING_VALUES": 1}},
 }
 STORAGE = "\n".join(

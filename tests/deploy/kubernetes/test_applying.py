@@ -15,7 +15,7 @@ from tests.kubernetes_api import Cluster, cluster
 from tests.manifests import FOLDER, KUBECTL, WHY_NOT, boxes, built
 
 pytestmark = pytest.mark.skipif(KUBECTL is None, reason=WHY_NOT)
-EVERY = ("small", "large", "full", "flink", "shared", "standby")
+EVERY = ("small", "large", "full", "flink", "shared", "standby", "halves")
 SERVING = "springtide-serving"
 
 
@@ -72,7 +72,6 @@ def test_a_small_deployment_becomes_a_larger_one_in_place(larger: str, stub: Clu
 
 
 def test_what_must_not_change_is_refused_by_the_stub(stub: Cluster, tmp_path: Path) -> None:
-    """The checks above can fail."""
     assert stub.apply(FOLDER / "overlays" / "small", tmp_path).returncode == 0
     folder = release(tmp_path / "wrong", "small", "0.1.0")
     content = yaml.safe_load((folder / "kustomization.yaml").read_text())

@@ -72,7 +72,7 @@ def test_each_object_as_it_stands_is_valid() -> None:
     ("overlay", "minor"),
     [
         ("small", MINORS[-1]),
-        *((name, MINORS[-1]) for name in ("flink", "full", "shared", "standby")),
+        *((name, MINORS[-1]) for name in ("flink", "full", "shared", "standby", "halves")),
         *(("large", minor) for minor in MINORS),
     ],
 )
@@ -81,7 +81,6 @@ def test_each_object_of_an_overlay_is_valid(overlay: str, minor: str) -> None:
 
 
 def test_what_is_not_valid_is_found() -> None:
-    """The check can fail: a field that is not there."""
     (trainer,) = (
         one for one in documents(BASE) if one["kind"] == "Deployment" and "trainer" in one["metadata"]["name"]
     )

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace as replace_fields
 
 from state.disk.files import HOST
 from state.errors import ControlConflict, CorruptVersion, LockHeld, SettingsError, UnusablePlace, UnusableRegistry
@@ -15,9 +16,12 @@ from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
 from state.file_store import FileStore, open_store
 from state.process import killpoints
+from state.process.wall_clock import wall_ms
+from state.registry import hosts
 from state.registry.claim import LEASE_S, Claim, Silence
 from state.registry.control import erase, follow, pin, start, take_over, train
 from state.registry.erasing import ErasureReport, all_reports, report
+from state.registry.hosts import GONE_S, HostEntry
 from state.registry.manifest import entries
 from state.registry.registry import MOST_BETWEEN, SERVING, TRAINING, Registry
 from state.registry.sharing import bind
@@ -384,6 +388,30 @@ def test_each_host_says_how_far_it_has_forgotten_and_all_of_them_are_told(
     report(other.registry.path, ErasureReport("serving-b", "b", "/srv", 1, 1))
     other.look()
     assert [one.through for one in all_reports(host.registry)] == [1, 1]
+
+
+def test_each_host_in_the_routing_table_knows_the_others_and_a_command_all_of_them(
+    origin: Origin, host: CopyHost, tmp_path: Path, url: str
+) -> None:
+    other = CopyHost(tmp_path / "other", url, open_store(url))
+    now_ms = wall_ms()
+    ours = {name: HostEntry(name, f"http://{name}", "0-31", now_ms) for name in ("a", "b", "gone")}
+    gone = replace_fields(ours["gone"], at_ms=now_ms - int(GONE_S * 1000) - 1)
+    for name, one in (("a", host), ("b", other)):
+        hosts.renew(one.registry.path, ours[name])
+        one.look()
+    host.look()
+    assert hosts.entries(host.registry.path) == hosts.entries(other.registry.path) == [ours["a"], ours["b"]]
+    assert hosts.all_entries(origin.registry) == [ours["a"], ours["b"]]
+    hosts.renew(other.registry.path, gone)
+    other.look()
+    hosts.withdraw(host.registry.path, "a")
+    host.look()
+    assert hosts.entries(host.registry.path) == [ours["b"], gone]
+    host.look()
+    other.look()
+    assert [one.name for one in hosts.entries(host.registry.path)] == ["b"]
+    assert hosts.all_entries(origin.registry) == [ours["b"]]
 
 
 def test_what_is_small_goes_both_ways(origin: Origin, host: CopyHost) -> None:
