@@ -29,7 +29,7 @@ SOURCE = Path(__file__).with_name("capacity.toml")
 RESERVE = 1.25
 """Provisioned memory over used memory, as `storage.memory_dir` requires; the same for disks."""
 ANSWERS = ("lean", "full", "recommend", "explain")
-BY_CLICKS = ("cores", "clicks/s", "GB/s", "h")
+BY_CLICKS = ("cores", "clicks/s", "GB/s")
 """Units of the limits that are proportional to the click rate."""
 
 
@@ -135,7 +135,10 @@ class Sizing:
 
     def __init__(self, load: Load, settings: Settings, constants: Mapping[str, float] = VALUES) -> None:
         self.load = load
-        sections = {name: getattr(settings, name) for name in ("trainer", "stream", "serving", "features", "registry")}
+        sections = {
+            name: getattr(settings, name)
+            for name in ("trainer", "stream", "serving", "features", "registry", "history")
+        }
         self._values: dict[str, Any] = {
             **asdict(load),
             **constants,
@@ -200,7 +203,7 @@ DESCRIPTION = (
 )
 EPILOG = (
     "These settings, written --section.name VALUE, affect the result: features.history, stream.max_users, serving.max_users, "
-    "trainer.max_rows, model.dim, [registry], serving.keep_s. Exit codes: 0 done, 1 the load exceeds a limit, 2 wrong use."
+    "trainer.max_rows, model.dim, [registry], serving.keep_s, history.snapshot_every_s. Exit codes: 0 done, 1 the load exceeds a limit, 2 wrong use."
 )
 EXAMPLES = (
     Load(clicks=200, users=2_000, items=4_000, answers=100),

@@ -24,15 +24,20 @@ from state import layout
 from state.config.settings import Settings
 from state.disk import memory_place
 from state.errors import SpringtideError, UnknownTopic
+from state.history import snapshots
 from state.log import Topics
-from state.registry import privacy_ledger
+from state.registry import hosts, privacy_ledger
+from state.registry.claim import standbys, trainer_of
 from state.registry.control import HeldUpdate
 from state.registry.privacy_ledger import PrivacyLedger
 from state.segments.expression import texts_of
 from state.storage import shares
 from state.storage.measuring import free_bytes, used_bytes
+from state.user_shares import UserShares
 
 LONGEST_WAIT_S = 3.0
+LATE_INTERVALS, LATE_S = 3, 300
+"""A snapshot of histories is late after so many intervals and seconds, as in `SpringtideSnapshotOld`."""
 Text = tuple[str, str]
 
 
@@ -48,6 +53,8 @@ def read(settings: Settings, now_ms: int) -> dict[str, Any]:
         "storage": disk_usage(settings),
         "rows": row_store(settings),
         "histories": _history_stores(settings),
+        "hosts": serving_hosts(settings, now_ms),
+        "snapshots": history_snapshots(settings, now_ms),
         "accounting": accounts.account(settings),
         "live_clicks": live_clicks(settings),
         "experiments": experiments.reported(settings),
@@ -110,6 +117,9 @@ def registry_state(settings: Settings, now_ms: int) -> dict[str, Any]:
         "versions": len(numbers),
         "newest": newest.version if newest else None,
         # A version can be newer than `now_ms`, the start of the command.
+        # The trainer of a copy is on another host.
+        "trainer": "" if registry.directory.is_copy else trainer_of(registry.path),
+        "standbys": standbys(registry.path, now_ms / 1000),
         "newest_age_s": max(0, now_ms - newest.created_at_ms) / 1000 if newest else None,
         "control": control
         and {
@@ -131,6 +141,8 @@ def registry_text(registry: Mapping[str, Any]) -> Text:
         return "unreadable", registry["problem"]
     control = registry["control"]
     newest = f"newest version {shown(registry['newest'])}, {seconds(registry['newest_age_s'])} old, {registry['versions']} kept"
+    if registry["standbys"]:
+        newest += f"; trainer: {registry['trainer'] or 'unknown'}; stands by: {', '.join(registry['standbys'])}"
     if control is None:
         return "readable", f"{newest}; no control yet"
     wanted = "the newest version" if control["serving"] == "follow" else f"version {control['version']} (pinned)"
@@ -290,6 +302,105 @@ def store_text(store: Mapping[str, Any]) -> Text:
     """
     text = f"{store['path']}, {store['bytes'] / 1e6:,.0f} MB"
     return "in memory" if store["in_memory"] else "on disk", "; ".join(filter(None, (text, store["why"])))
+
+
+def serving_hosts(settings: Settings, now_ms: int) -> dict[str, Any] | None:
+    """Returns the serving hosts in the routing table, and the shares of users without a live host and with only one.
+
+    Returns None if the table has no entries, because each host holds all users, or if it cannot be read.
+    """
+    try:
+        entries = hosts.all_entries(open_registry(settings))
+    except (SpringtideError, OSError):
+        return None
+    if not entries:
+        return None
+    table = hosts.RoutingTable.of(entries, now_ms)
+    return {
+        "hosts": [
+            {
+                "name": entry.name,
+                "address": entry.address,
+                "shares": entry.shares,
+                "live": entry.is_live(now_ms),
+                "age_s": max(0, now_ms - entry.at_ms) / 1000,
+            }
+            for entry in entries
+        ],
+        "without_host": [*table.held_by(0)],
+        "with_one_host": [*table.held_by(1)],
+    }
+
+
+def hosts_text(found: Mapping[str, Any]) -> Text:
+    """Formats the routing table.
+
+    >>> a, b = ({"name": name, "address": f"http://{name}", "live": name == "a", "age_s": 30.0} for name in "ab")
+    >>> found = {"hosts": [a | {"shares": "0-31"}, b | {"shares": "32-63"}], "with_one_host": range(32)}
+    >>> word, text = hosts_text(found | {"without_host": range(32, 64)})
+    >>> print(word, *text.split("; "), sep=chr(10))
+    INCOMPLETE
+    1 of 2 are live: http://a 0-31, http://b 32-63 (not renewed for 30 s)
+    no live host holds the shares 32-63
+    one live host holds the shares 0-31
+    """
+    live = sum(host["live"] for host in found["hosts"])
+    listed = ", ".join(
+        f"{host['address']} {host['shares']}" + ("" if host["live"] else f" (not renewed for {seconds(host['age_s'])})")
+        for host in found["hosts"]
+    )
+    parts = [f"{live} of {len(found['hosts'])} are live: {listed}"]
+    if found["without_host"]:
+        parts.append(f"no live host holds the shares {UserShares.of(found['without_host'])}")
+    if found["with_one_host"]:
+        parts.append(f"one live host holds the shares {UserShares.of(found['with_one_host'])}")
+    word = "INCOMPLETE" if found["without_host"] else "ONE HOST" if found["with_one_host"] else "complete"
+    return word, "; ".join(parts)
+
+
+def history_snapshots(settings: Settings, now_ms: int) -> dict[str, Any] | None:
+    """Returns the snapshots of histories with their ages, the newest first; None if none are written and none exist."""
+    every_s = settings.history.snapshot_every_s
+    try:
+        location = snapshots.location_of(settings)
+        found = list(reversed(snapshots.numbers(location)))
+        newest = snapshots.newest(location, UserShares(0))
+    except SpringtideError as error:
+        return {"problem": str(error), "every_s": every_s, "ages_s": [], "late": False}
+    if not every_s and not found:
+        return None
+    ages_s = [max(0, now_ms - number) / 1000 for number in found]
+    return {
+        "problem": "",
+        "every_s": every_s,
+        "ages_s": ages_s,
+        "late": bool(every_s) and (not ages_s or ages_s[0] > LATE_INTERVALS * every_s + LATE_S),
+        "users": newest.users if newest else 0,
+        "bytes": newest.bytes if newest else 0,
+        "writer": newest.writer if newest else "",
+        "held": newest.held if newest else "",
+    }
+
+
+def snapshots_text(found: Mapping[str, Any]) -> Text:
+    """Formats the snapshots of histories.
+
+    >>> found = {"problem": "", "every_s": 120.0, "ages_s": [], "late": True, "users": 0, "bytes": 0, "writer": "", "held": ""}
+    >>> snapshots_text(found)
+    ('none', 'written every 120 s, once serving has caught up')
+    >>> found |= {"ages_s": [42.0, 170.0, 3700.0], "late": False, "users": 20_000, "bytes": 3e6}
+    >>> snapshots_text(found | {"writer": "serving-a", "held": "0-63"})
+    ('fresh', 'the newest of 3 is 42 s old, the others 170 s, 62 min; 20,000 users of shares 0-63, 3 MB, by serving-a; every 120 s')
+    """
+    every = f"every {found['every_s']:g} s" if found["every_s"] else "no more are written"
+    if found["problem"]:
+        return "UNREACHABLE", found["problem"]
+    if not found["ages_s"]:
+        return "none", f"written {every}, once serving has caught up"
+    first, *others = (seconds(age_s) for age_s in found["ages_s"])
+    text = f"the newest of {len(others) + 1} is {first} old" + (f", the others {', '.join(others)}" if others else "")
+    size = f"{found['users']:,} users of shares {found['held']}, {found['bytes'] / 1e6:,.0f} MB, by {found['writer']}"
+    return "OLD" if found["late"] else "fresh", f"{text}; {size}; {every}"
 
 
 def account_text(accounting: Mapping[str, Any]) -> Text:
@@ -543,6 +654,8 @@ TEXTS: Mapping[str, tuple[str, Callable[[Any], Text]]] = {
     "storage": ("storage", disk_text),
     "rows": ("rows", store_text),
     "histories": ("histories", store_text),
+    "hosts": ("hosts", hosts_text),
+    "snapshots": ("snapshots", snapshots_text),
     "quality": ("quality", quality_text),
     "churn": ("churn", churn_text),
     "segments": ("segments", segments_text),

@@ -60,10 +60,11 @@ def alerts() -> str:
 def _alert(rule: Mapping[str, Any]) -> str:
     notes = rule["annotations"]
     section = notes["runbook"].partition("#")[2]
-    # Prometheus's templates: a label by its name, the value as N.
-    summary = re.sub(r"\{\{ \$labels\.(\w+) \}\}", r"\1", notes["summary"].strip())
+    title = section.replace("-", " ")
+    # Prometheus's templates: a label by its name in code, the value as N.
+    summary = re.sub(r"\{\{ \$labels\.(\w+) \}\}", r"`\1`", notes["summary"].strip())
     summary = re.sub(r"\{\{[^}]*\$value[^}]*\}\}", "N", summary)
-    return f"| `{rule['alert']}` | {rule['for']} | {summary} | [section](runbook.md#{section}) |"
+    return f"| `{rule['alert']}` | {rule['for']} | {summary} | [{title}](runbook.md#{section}) |"
 
 
 def commands() -> str:

@@ -53,7 +53,9 @@ class ServingHost:
         program_path(self.programs, self._digest).write_bytes(program)
         metrics = ApplierMetrics(CollectorRegistry())
         self._upkeep = Upkeep(self.histories, spec.reach_ms(settings.events), settings.serving, metrics, wall_ms)
-        self._version = 0
+        self._version, self._per_category = 0, settings.serving.per_category
+        impressions = {*settings.labels.impressions}
+        self._impressions = [n for n, name in enumerate(settings.events.actions) if name in impressions]
         self.sources = ItemSources(self.histories, self.rows)
         self.predictor = Predictor(
             self.rows,
@@ -117,7 +119,8 @@ class ServingHost:
     ) -> Recommendations:
         """Returns what a worker answers to `/v1/recommendations` for a pseudonym at a time."""
         query = Query(str(user), context=context, at_ms=at_ms)
-        return finished(recommend(self.predictor, self.sources, query, wanted))
+        wanted = wanted._replace(per_category=self._per_category)
+        return finished(recommend(self.predictor, self.sources, query, wanted, self._impressions))
 
     def close(self) -> None:
         """Closes the stores."""

@@ -18,9 +18,9 @@ Clock = Annotated[
     ),
 ]
 Reason = Annotated[
-    Literal["again", "fresh", "category", "next", "similar", "popular"],
+    Literal["again", "category", "next", "similar", "popular"],
     Meta(
-        description="The user clicked it; it is new; of a category of the user; of one that came next over all users; it is near to the user; popular."
+        description="The user clicked it; of a category of the user; it, or its category, came next over all users; it is near to the user; popular."
     ),
 ]
 Attributes = Annotated[
@@ -237,6 +237,19 @@ class Readiness(Struct, frozen=True):
     degraded: dict[str, str] = {}
     error: str = ""
     do: str = ""
+
+
+class ServingHost(Struct, frozen=True):
+    """A serving host, and the shares of users that it holds, 0 to 63, as in `0-15,32`."""
+
+    address: str
+    shares: str
+
+
+class ServingHosts(Struct, frozen=True):
+    """The live hosts that hold parts of the users."""
+
+    hosts: list[ServingHost]
 
 
 class Failure(Struct, frozen=True):

@@ -13,6 +13,7 @@ import random
 import ssl
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
@@ -29,6 +30,7 @@ from springtide_client.answers import (
     Ranking,
     Readiness,
     Recommendations,
+    ServingHosts,
     SimilarItems,
 )
 from springtide_client.errors import (
@@ -40,8 +42,11 @@ from springtide_client.errors import (
     UnexpectedAnswer,
     Unreachable,
 )
+from springtide_client.routing import SHARE, Routes
 
 TIMEOUT_S = 10.0
+DIRECT_S = 2.0
+"""How long a host may take to answer before the request goes to the client's own address."""
 AGAIN = frozenset((429, 503))
 """HTTP status codes of temporary refusals."""
 T = TypeVar("T")
@@ -139,6 +144,8 @@ class AsyncClient:
         token: Sent with each request as `authorization: Bearer`, if the server requires one.
         headers: Additional headers of each request, for example for a proxy.
         verify: Whether to verify the certificate of an `https` address, or the SSL context to verify it with.
+        route: Whether to send requests to the hosts that hold their users (`serving.shares`), as soon as those are
+            known; other requests go to `url`. The hosts' addresses must be reachable from here.
         transport: Sends the requests; by default httpx's own transport.
         sleep: Waits the given number of seconds.
         chance: Returns a random number from 0 to 1.
@@ -153,10 +160,12 @@ class AsyncClient:
         token: str | None = None,
         headers: Mapping[str, str] | None = None,
         verify: ssl.SSLContext | bool = True,
+        route: bool = False,
         transport: httpx.AsyncBaseTransport | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         chance: Callable[[], float] = random.random,
     ) -> None:
+        self._routes = Routes() if route else None
         self._url, self._retries, self._sleep, self._chance = url.rstrip("/"), retries, sleep, chance
         self._timeout_s = timeout_s
         own = {} if token is None else {"authorization": f"Bearer {token}"}
@@ -202,15 +211,35 @@ class AsyncClient:
             ClientError: See `springtide_client.errors`.
         """
         given = {"item": item, "category": category, "at": at, "fields": ",".join(fields) or None, "top": top}
-        return await self._get(f"/v1/profiles/{in_path(user_id)}", Profile, given, context)
+        return await self._get("/v1/profiles/{}", user_id, Profile, given, context)
 
     async def profiles(
         self, users: Sequence[str | User], *, fields: Sequence[str] = (), top: int | None = None
     ) -> list[Profile]:
-        """Returns the profiles of up to 1,000 users in their order, all of one version; otherwise as `profile`."""
-        asked = [_without_none((User(user) if isinstance(user, str) else user)._asdict()) for user in users]
-        body = {"profiles": asked, "fields": list(fields) or None, "top": top}
-        return (await self._ask("POST", "/v1/profiles:batch", Profiles, json=_without_none(body))).profiles
+        """Returns the profiles of up to 1,000 users in their order; otherwise as `profile`.
+
+        They are all of one version, unless hosts hold parts of the users: then those of one host are.
+        """
+        named = [User(user) if isinstance(user, str) else user for user in users]
+        more = {"fields": list(fields) or None, "top": top}
+
+        async def part(places: Sequence[int]) -> list[Profile]:
+            asked = [_without_none(named[place]._asdict()) for place in places]
+            body, ids = _without_none({"profiles": asked, **more}), [named[place].user_id for place in places]
+            return (await self._ask("POST", "/v1/profiles:batch", Profiles, ids, json=body)).profiles
+
+        if self._routes is None or not named:
+            return await part(range(len(named)))
+        groups: dict[tuple[str, ...], list[int]] = {}
+        for place, user in enumerate(named):
+            groups.setdefault(self._routes.holders_of(user.user_id), []).append(place)
+        parts = await asyncio.gather(*map(part, groups.values()))
+        by_place = {
+            place: profile
+            for places, profiles in zip(groups.values(), parts, strict=True)
+            for place, profile in zip(places, profiles, strict=True)
+        }
+        return [by_place[place] for place in range(len(named))]
 
     async def rank(
         self,
@@ -226,7 +255,7 @@ class AsyncClient:
         """
         named = [item if isinstance(item, str) else _item(item) for item in items]
         body = {"user_id": user_id, "items": named, "at": at, "context": context}
-        return await self._ask("POST", "/v1/rank", Ranking, json=_without_none(body))
+        return await self._ask("POST", "/v1/rank", Ranking, [user_id], json=_without_none(body))
 
     async def recommend(
         self,
@@ -252,7 +281,7 @@ class AsyncClient:
             ClientError: See `springtide_client.errors`.
         """
         given = {"n": n, "category": category, "exclude_seen": "true" if exclude_seen else None, "at": at}
-        return await self._get(f"/v1/recommendations/{in_path(user_id)}", Recommendations, given, context)
+        return await self._get("/v1/recommendations/{}", user_id, Recommendations, given, context)
 
     async def similar(
         self,
@@ -265,7 +294,7 @@ class AsyncClient:
     ) -> SimilarItems:
         """Returns the items that are nearest to this user; arguments and errors as of `recommend`."""
         given = {"n": n, "exclude_seen": "true" if exclude_seen else None, "at": at}
-        return await self._get(f"/v1/similar/{in_path(user_id)}", SimilarItems, given, context)
+        return await self._get("/v1/similar/{}", user_id, SimilarItems, given, context)
 
     async def explain(
         self,
@@ -283,7 +312,7 @@ class AsyncClient:
         `top` is the maximum number of reasons, by default 10. Other arguments and errors are as of `profile`.
         """
         given = {"label": label, "item": item, "category": category, "at": at, "top": top}
-        return await self._get(f"/v1/profiles/{in_path(user_id)}/explain", Explanation, given, context)
+        return await self._get("/v1/profiles/{}/explain", user_id, Explanation, given, context)
 
     async def ready(self) -> Readiness:
         """Returns whether the worker can answer, and what it lacks; there are no retries.
@@ -291,23 +320,26 @@ class AsyncClient:
         Raises:
             ClientError: The worker does not answer.
         """
-        response = await self._send("GET", "/readyz", asyncio.get_running_loop().time() + self._timeout_s)
+        deadline_s = asyncio.get_running_loop().time() + self._timeout_s
+        response = await self._send(self._url, "GET", "/readyz", deadline_s)
         return _decoded(response, Readiness, (200, 503))
 
-    async def _get(self, path: str, kind: type[T], given: Mapping[str, Any], context: Mapping[str, str] | None) -> T:
+    async def _get(
+        self, path: str, user_id: str, kind: type[T], given: Mapping[str, Any], context: Mapping[str, str] | None
+    ) -> T:
         named = {name: str(value) for name, value in given.items() if value is not None}
         named |= {f"context.{name}": value for name, value in (context or {}).items()}
-        return await self._ask("GET", path, kind, params=named or None)
+        return await self._ask("GET", path.format(in_path(user_id)), kind, [user_id], params=named or None)
 
-    async def _ask(self, method: str, path: str, kind: type[T], **more: Any) -> T:
-        """Sends a request until it is answered, refused for good, or out of retries or time."""
+    async def _ask(self, method: str, path: str, kind: type[T], users: Sequence[str], **more: Any) -> T:
+        """Sends a request about users until it is answered, refused for good, or out of retries or time."""
         loop, tried = asyncio.get_running_loop(), 0
         deadline_s = loop.time() + self._timeout_s
         while True:
             tried += 1
             response, pause_s = None, None
             try:
-                response = await self._send(method, path, deadline_s, **more)
+                response = await self._routed(method, path, deadline_s, users, **more)
             except Unreachable:
                 wait_s = self._retries.wait_s(tried, None, self._chance(), deadline_s - loop.time())
                 if wait_s is None:
@@ -319,18 +351,49 @@ class AsyncClient:
                     return _decoded(response, kind)
             await self._sleep(wait_s)
 
-    async def _send(self, method: str, path: str, deadline_s: float, **more: Any) -> httpx.Response:
+    async def _routed(
+        self, method: str, path: str, deadline_s: float, users: Sequence[str], **more: Any
+    ) -> httpx.Response:
+        """Sends a request to a host that holds the first user, if one is known and answers; else to the own address."""
+        routes = self._routes
+        if routes is None:
+            return await self._send(self._url, method, path, deadline_s, **more)
+        if routes.due():
+            await self._fetch_hosts(routes, deadline_s)
+        holders = routes.holders_of(users[0]) if users else ()
+        if holders:
+            host = random.choice(holders)
+            soon_s = min(deadline_s, asyncio.get_running_loop().time() + DIRECT_S)
+            try:
+                response = await self._send(host, method, path, soon_s, **more)
+                if response.status_code not in AGAIN:
+                    return response
+            except (Unreachable, TimedOut):
+                routes.avoid(host)
+        if not routes.knows(users):
+            more["headers"] = {SHARE: "1"}
+        response = await self._send(self._url, method, path, deadline_s, **more)
+        routes.learn(users, response.headers.get(SHARE))
+        return response
+
+    async def _fetch_hosts(self, routes: Routes, deadline_s: float) -> None:
+        """Fetches the table of hosts; without an answer the last one stays in use."""
+        soon_s = min(deadline_s, asyncio.get_running_loop().time() + DIRECT_S)
+        with suppress(ClientError):
+            routes.fetched(_decoded(await self._send(self._url, "GET", "/v1/hosts", soon_s), ServingHosts).hosts)
+
+    async def _send(self, url: str, method: str, path: str, deadline_s: float, **more: Any) -> httpx.Response:
         """Sends one request; the only method that uses the network."""
         try:
             async with asyncio.timeout_at(deadline_s):
-                return await self._http.request(method, self._url + path, **more)
+                return await self._http.request(method, url + path, **more)
         except UnicodeEncodeError as error:
             raise _not_unicode(error) from error
         except (httpx.TimeoutException, TimeoutError) as error:
-            raise TimedOut(f"{self._url} did not answer in time", "give more time, or ask for less at once") from error
+            raise TimedOut(f"{url} did not answer in time", "give more time, or ask for less at once") from error
         except httpx.TransportError as error:
             raise Unreachable(
-                f"{self._url} cannot be asked ({error or type(error).__name__})", "look whether a worker runs there"
+                f"{url} cannot be asked ({error or type(error).__name__})", "look whether a worker runs there"
             ) from error
 
 
@@ -364,6 +427,7 @@ class Client:
         token: str | None = None,
         headers: Mapping[str, str] | None = None,
         verify: ssl.SSLContext | bool = True,
+        route: bool = False,
         transport: httpx.AsyncBaseTransport | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         chance: Callable[[], float] = random.random,
@@ -375,6 +439,7 @@ class Client:
             token=token,
             headers=headers,
             verify=verify,
+            route=route,
             transport=transport,
             sleep=sleep,
             chance=chance,

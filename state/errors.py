@@ -13,7 +13,7 @@
     ├── RegistryError
     │   ├── UnknownVersion, CorruptVersion, UnusableRegistry, WrongEpoch, ControlConflict,
     │   ├── UnfitVersion, UnfitMask
-    ├── MicroBatchError, DecodeError, ProgramError, TrainingHeld, UnreadableRecording, NotReady
+    ├── MicroBatchError, DecodeError, ProgramError, TrainingHeld, UnreadableRecording, NotReady, NotHeld
     ├── UnusablePlace
     ├── BackupError
     │   └── DamagedBackup
@@ -21,7 +21,8 @@
     │   └── Unauthorized, Forbidden     HTTP 401, 403
     ├── Overloaded, TookTooLong     HTTP 429, 504
     ├── WorkerFailed                HTTP 500
-    └── PortTaken, UnsupportedPython, KafkaFailed, JobFailed, FlinkFailed, ProcessFailed
+    └── PortTaken, UnsupportedPython, KafkaFailed, JobFailed, FlinkFailed, ProcessFailed,
+        WorkerLost
 
 An error states in one line what happened, to which input, and what to do, without a raw user id. A bad record is no
 error: it goes to the dead letters.
@@ -242,6 +243,10 @@ class NotReady(SpringtideError):
     """Something that answers need is not available yet. Wait for the applier, or check its log."""
 
 
+class NotHeld(SpringtideError):
+    """A user belongs to a share that this host does not hold. Ask a host that holds it, or start one with the share in `serving.shares`."""
+
+
 class BadRequest(SpringtideError):
     """A request cannot be answered as it is. Correct it as the answer says.
 
@@ -308,6 +313,10 @@ class KafkaFailed(SpringtideError):
 
 class FlinkFailed(SpringtideError):
     """The local Flink did not start, does not answer or refuses. Do as the message says, or read the log that it names."""
+
+
+class WorkerLost(SpringtideError):
+    """A worker of the trainer ended or does not answer. All workers start again from the newest version."""
 
 
 class ProcessFailed(SpringtideError):

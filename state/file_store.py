@@ -1,4 +1,4 @@
-"""File stores for backups and shared registries: a directory or an object store, with the same five operations.
+"""File stores for backups and shared registries: a directory or an object store, with the same operations.
 
 A file is complete or absent. `DirectoryStore` writes a temporary file, syncs it, renames or links it, and syncs the
 directory. `ObjectStore` is an S3 (or compatible) bucket, Google Cloud Storage or Azure; an object is durable once the
@@ -8,19 +8,21 @@ files larger than `PART_BYTES`, which are sent in parts. The caller decides whet
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 from state.disk import files as durable
 from state.errors import SpringtideError, UnusablePlace, reason_of
 from state.metrics import SharedMetrics
 
 if TYPE_CHECKING:
+    from obstore import ObjectMeta, PutResult, UpdateVersion
     from obstore.auth.boto3 import Boto3CredentialProvider
 
 PROTOCOLS = ("s3", "s3a", "gs", "az", "abfs", "abfss")
@@ -62,6 +64,19 @@ class FileStore(Protocol):
         """Creates a file durably and returns True, or False if the file exists. Of concurrent callers one gets True.
 
         A caller that retries after a lost response may get False for its own file: compare the content.
+        """
+        ...
+
+    def tagged(self, name: str) -> tuple[bytes, str]:
+        """Reads a file and the tag of its content, for `swap`; two empty values if there is none."""
+        ...
+
+    def swap(self, name: str, data: bytes, tag: str) -> str:
+        """Replaces a file whose tag is still `tag`, or creates it if `tag` is empty. Of concurrent callers one succeeds.
+
+        Returns:
+            The new tag; empty if the file has another tag, and is unchanged. A caller that retries after a lost response may
+            find its own content.
         """
         ...
 
@@ -126,6 +141,28 @@ class DirectoryStore:
         with usable(self.name, f"write {name}"):
             path = self._with_folder(name)
             return durable.create(path, data, durable.unique(path))
+
+    def tagged(self, name: str) -> tuple[bytes, str]:
+        """See `FileStore`. The tag is a digest."""
+        try:
+            data = self.read(name)
+        except FileNotFoundError:
+            return b"", ""
+        return data, durable.digest(data)
+
+    def swap(self, name: str, data: bytes, tag: str) -> str:
+        """See `FileStore`. A lock file next to the file excludes others, also while its holder is frozen."""
+        with usable(self.name, f"write {name}"):
+            path = self._with_folder(name)
+            handle = os.open(path.with_name(f"{path.name}~lock"), os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+                if self.tagged(name)[1] != tag:
+                    return ""
+                self.write(name, data)
+            finally:
+                os.close(handle)
+        return durable.digest(data)
 
     def remove(self, name: str) -> None:
         """See `FileStore`."""
@@ -192,6 +229,33 @@ class ObjectStore:
                 return False
         return True
 
+    def tagged(self, name: str) -> tuple[bytes, str]:
+        """See `FileStore`. The tag is the object's ETag and version."""
+        with self._reached(f"read {name}"):
+            try:
+                found = self._store.get(name)
+            except FileNotFoundError:
+                return b"", ""
+            return found.bytes().to_bytes(), _tag(found.meta)
+
+    def swap(self, name: str, data: bytes, tag: str) -> str:
+        """See `FileStore`."""
+        from obstore.exceptions import AlreadyExistsError, NotFoundError, PreconditionError
+
+        parts = dict(zip(("e_tag", "version"), tag.split(_OF), strict=False))
+        with self._reached(f"write {name}"):
+            try:
+                made = self._store.put(
+                    name,
+                    data,
+                    mode=cast("UpdateVersion", {part: value for part, value in parts.items() if value})
+                    if tag
+                    else "create",
+                )
+            except (AlreadyExistsError, NotFoundError, PreconditionError):
+                return ""
+        return _tag(made)
+
     def remove(self, name: str) -> None:
         """See `FileStore`."""
         with self._reached(f"remove {name}"):
@@ -250,6 +314,18 @@ class CountedStore:
         self._metrics.bytes.labels("sent").inc(len(data))
         return created
 
+    def tagged(self, name: str) -> tuple[bytes, str]:
+        """See `FileStore`."""
+        data, tag = self._counted("get", lambda: self._store.tagged(name))
+        self._metrics.bytes.labels("received").inc(len(data))
+        return data, tag
+
+    def swap(self, name: str, data: bytes, tag: str) -> str:
+        """See `FileStore`."""
+        made = self._counted("put", lambda: self._store.swap(name, data, tag))
+        self._metrics.bytes.labels("sent").inc(len(data))
+        return made
+
     def remove(self, name: str) -> None:
         """See `FileStore`."""
         self._counted("delete", lambda: self._store.remove(name))
@@ -257,6 +333,13 @@ class CountedStore:
     def _counted(self, operation: str, request: Callable[[], Answer]) -> Answer:
         self._metrics.requests.labels(operation).inc()
         return request()
+
+
+_OF = " of version "
+
+
+def _tag(about: ObjectMeta | PutResult) -> str:
+    return f"{about['e_tag'] or ''}{_OF}{about['version'] or ''}"
 
 
 def without_password(url: str) -> str:

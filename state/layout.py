@@ -11,15 +11,18 @@
     │   ├── control/             one file per generation          state/registry/controls.py
     │   ├── masks/               users that masks and erasures name, by digest
     │   ├── erasures/            how far each process has applied erasures     state/registry/erasing.py
+    │   ├── hosts/               serving hosts and the users they hold              state/registry/hosts.py
     │   ├── outcomes/            outcomes of rollbacks            state/registry/controls.py
     │   ├── programs/ specs/     by digest
     │   ├── baselines/           accepted by operators            state/statistics/baselines.py
+    │   ├── snapshots/           snapshots of histories, or in the shared registry   state/history/snapshots.py
     │   ├── experiments/         experiments.json, lock, rollout.lock, report.json     state/experiments/experiment.py
     │   ├── gaps/                losses that the trainer accepted, including skipped records
     │   ├── privacy/ledger.json      the privacy budget spent so far       state/registry/privacy_ledger.py
     │   ├── shared.json shared.catalog   the shared registry      state/registry/directory.py
     │   ├── tmp/                 files being written; swept
-    │   └── trainer.lock, compactor.lock, shared.lock
+    │   ├── trainer.lock takeover.lock   the trainer's claim      state/registry/claim.py
+    │   └── compactor.lock, shared.lock
     ├── stream-0/                lock, writer (the transactional id)   streaming/writer.py
     │   ├── leaders.json                                          streaming/accounts.py
     │   ├── histories            the stream's store; while the stream runs, a link to the store in memory
@@ -68,10 +71,12 @@ VERSIONS, MERGED, BASES, CONTROL = "versions", "merged", "bases", "control"
 RECENT, RECENT_BOOT = "recent", "recent.boot"
 SHARED_CATALOG, SHARED_LOCK, SHARED_LOOKED = "shared.catalog", "shared.lock", "shared.looked"
 MASKS, OUTCOMES, ERASURES = "masks", "outcomes", "erasures"
+HOSTS, FETCHED = "hosts", "fetched"
 PROGRAMS, SPECS, TEMPORARY = "programs", "specs", "tmp"
 BASELINES = "baselines"
+SNAPSHOTS = "snapshots"
 GAPS = "gaps"  # also the extra of the stream's histories with the gaps that the stream accepted
-TRAINER_LOCK, COMPACTOR_LOCK = "trainer.lock", "compactor.lock"
+TRAINER_LOCK, TAKEOVER_LOCK, COMPACTOR_LOCK = "trainer.lock", "takeover.lock", "compactor.lock"
 SEGMENTS_LOCK = "segments.lock"
 
 SERVING, KAFKA, LOGS, REPLAY, EXPORTS = "serving", "kafka", "logs", "replay", "exports"

@@ -239,8 +239,11 @@ class TrainerMetrics(Metrics):
     lag_seconds = unset_gauge(
         "Wall time since the newest record that the trainer has processed was appended to Kafka; 0 if none waits, NaN while unknown."
     )
+    standby = gauge(
+        "1 while this process stands by, because another trainer has the registry; 0 for the trainer that learns."
+    )
     phase = gauge(
-        "1 for the current phase of the trainer, 0 for the others. In order: loading TensorFlow, compiling kernels, waiting for the bootstrap, building the model, lowering the program, loading the version, catching up, learning.",
+        "1 for the current phase of the trainer, 0 for the others. In order: standing by, loading TensorFlow, compiling kernels, waiting for workers, waiting for the bootstrap, building the model, lowering the program, loading the version, catching up, learning.",
         "phase",
     )
     caught_up = gauge("1 once this epoch has read the training log to its end.")
@@ -249,6 +252,11 @@ class TrainerMetrics(Metrics):
     )
     table_rows = gauge("Rows in use, by table.", "table")
     table_rows_limit = gauge("Maximum number of rows, by table; the least used rows are evicted first.", "table")
+    worker_seconds = gauge(
+        "Time that a worker computed in the last update, by worker; the others wait for the slowest. Only with `trainer.workers` above 1.",
+        "worker",
+    )
+    worker_users = gauge("Users whose rows a worker holds, by worker. Only with `trainer.workers` above 1.", "worker")
     guard = counter("Verdicts of the guard: accept, skip, hold.", "verdict")
     held = gauge("1 while the guard holds training.")
     held_rule = gauge("1 for the rule by which the guard holds training, 0 for the others.", "rule")
@@ -303,6 +311,10 @@ class ApplierMetrics(Metrics):
     attributes_known = gauge("Users and items whose attributes answers use, by side (user, item).", "side")
     history_rows = counter("Rows added to serving's histories.")
     history_users = gauge("Users with a history on this host.")
+    snapshot_seconds = unset_gauge(
+        "Unix time of the newest snapshot of histories, or of this host's start if there is none; NaN if none are written."
+    )
+    snapshot_every_seconds = gauge("Interval between snapshots of histories in the settings; 0: off.")
     microbatch_lag_records = unset_gauge(
         "Positions of the micro-batch topic that are not yet in the histories; NaN while unknown."
     )
@@ -350,6 +362,15 @@ class WorkerMetrics(Metrics):
         name="springtide_connections_refused",
     )
     worker_starts = counter("Starts of serving workers that have accepted connections.")
+    unheld_shares = gauge(
+        "Shares of users, of 64, that no live host holds; 0 if each host holds all users.",
+        name="springtide_serving_unheld_shares",
+    )
+    forwarded = counter(
+        "Requests that a worker forwarded to hosts that hold their users, by result: answered, failed (no host of a share answered).",
+        "result",
+        name="springtide_serving_forwarded",
+    )
 
 
 class ValidationMetrics(Metrics):

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from state.user_shares import SHARES
+
 UNPLACED = ("joined", "expired", "dropped")  # they have no offsets of their own
 # Included only if not 0.
 RARE = ("gap", "opened", "feedback", "joined", "expired", "dropped", "masked", "elsewhere")
 MOST_LEARNED = 17  # rows at one position: its own or one it joins, and twice `MOST_EXPIRED` of streaming/labels.py
-SHARES = 64  # shares of a partition's users, see `share_of`; a bucket is one or more of them
 _TOPIC_ID = re.compile(r"[0-9a-f]{32}")
 
 

@@ -48,7 +48,7 @@ I64 = NDArray[np.int64]
 U64 = NDArray[np.uint64]
 U8 = NDArray[np.uint8]
 
-SHARES = 64  # as in `state.positions`; a test compares the two
+SHARES = 64  # as in `state.user_shares`; a test compares the two
 MOST_EXPIRED = 8
 NONE = -1
 NEVER_MS = np.iinfo(np.int64).min

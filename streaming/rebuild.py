@@ -2,8 +2,8 @@
 
 1. Takes the directory's lock and fences the stream's writer, so that the micro-batch log has an end. If an earlier
    release had shards, their writers are fenced too. A transaction that a power cut left open at that end is repaired.
-2. Reads the micro-batch log to its end, from a copy's positions or from the beginning, along the branch that control
-   names. Its rows are what the lost store had; its ranges are the positions. Impressions that it opens and does not
+2. Reads the micro-batch log to its end, from a copy's positions, from the newest usable snapshot of serving's
+   histories, or from the beginning, along the branch that control names. Its rows are what the lost store had; its ranges are the positions. Impressions that it opens and does not
    close wait again.
 3. Reads positions that the log no longer covers from the clicks themselves. Positions that are gone there too are
    counted.
@@ -21,7 +21,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -33,13 +33,14 @@ from state.config.loading import load
 from state.config.sections import Kafka
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
-from state.errors import MicroBatchError, SaltMismatch, SettingsError, SpecMismatch, UnknownTopic
+from state.errors import MicroBatchError, SaltMismatch, SettingsError, SpecMismatch, UnknownTopic, UnusablePlace
 from state.events.identity import Salt, load_salt
 from state.features.erased import Flags
 from state.features.spec import FeatureSpec
 from state.history.actions import renumbered
 from state.history.appends import Appends, events_of
 from state.history.rewinding import branch_of
+from state.history.snapshots import SHARED_EXTRAS, HistorySnapshot, Wanted, load_newest, location_of
 from state.history.store import HistoryStore
 from state.history.waiting import Changes, Extra, WaitingRows, keys_of, place_of
 from state.layout import GAPS, HISTORIES
@@ -53,7 +54,8 @@ from state.process import killpoints
 from state.process.part import Work, run_process
 from state.process.progress_line import ProgressLine, bar
 from state.process.wall_clock import wall_ms
-from state.registry.log_line import counts
+from state.registry.controls import ControlPoll
+from state.registry.log_line import WHOLE, counts
 from state.registry.specs import SpecActions
 from state.storage.shares import STREAM, map_bytes
 from streaming import histories
@@ -69,6 +71,8 @@ LINE_EVERY_S = 5.0
 CLICKS_AT_ONCE, RECORDS_AT_ONCE = 20_000, 64
 ENDED_S = 3.0
 POLL_S = 0.1
+CLOCK_RECORDS = 2048
+"""Records before a snapshot's end from which the event clocks are computed again."""
 TAIL = 64
 """Last positions that are searched for hidden records; a transaction has two or three."""
 
@@ -88,6 +92,7 @@ class Rebuilt:
         users: Users with a history.
         incomplete: Users whose history may lack its oldest events: those with fewer than N events, if positions are
             lost.
+        snapshot: The snapshot from which the histories began; 0 for none.
         aside: Current path of the old store.
     """
 
@@ -98,6 +103,7 @@ class Rebuilt:
     lost: int = 0
     users: int = 0
     incomplete: int = 0
+    snapshot: int = 0
     aside: Path | None = None
 
     def in_words(self, path: Path) -> str:
@@ -108,7 +114,8 @@ class Rebuilt:
         >>> Rebuilt(records=10, rows=500, clicks=40, lost=60, users=17, incomplete=3).in_words(Path("h"))
         'h: 17 users, 500 rows of 10 records of the log and 40 positions of the clicks; 60 positions are gone from both: 3 users may lack their oldest events'
         """
-        read = f"{self.rows:,} rows of {self.records:,} records of the log"
+        read = f"snapshot {self.snapshot} and " if self.snapshot else ""
+        read += f"{self.rows:,} rows of {self.records:,} records of the log"
         read += f" and {self.clicks:,} positions of the clicks" if self.clicks else ""
         read += f" ({self.unreadable:,} records unreadable)" if self.unreadable else ""
         gone = "complete"
@@ -203,6 +210,9 @@ class Rebuild:
         salt: Of the users' pseudonyms.
         progress: Shows how far the log is read.
         desired: The records that count, and the clicks that are left out.
+
+    Attributes:
+        snapshot: The snapshot that the store was loaded from; its events are not read again.
     """
 
     def __init__(
@@ -214,6 +224,7 @@ class Rebuild:
         progress: ProgressLine,
         desired: Desired,
     ) -> None:
+        self.snapshot: HistorySnapshot | None = None
         self._settings, self._store, self._actions, self._salt = settings, store, actions, salt
         self._progress, self._desired = progress, desired
         self._accepted = Journal(settings.registry_dir / GAPS).accepted()
@@ -252,6 +263,10 @@ class Rebuild:
             except UnknownTopic as error:
                 logger.warning("%s; only the group's offsets say what the stream had read", error)
         # 1. and 2.
+        if self.snapshot is not None:
+            result.snapshot = self.snapshot.number
+            self._read_waiting(begin, next_after := dict(self.snapshot.next).get(0, begin))
+            begin = next_after
         if end > begin:
             self._read(begin, end)
             self._ranges = self._waits.dropped(self._marks)
@@ -266,12 +281,54 @@ class Rebuild:
 
     def _read(self, begin: int, end: int) -> None:
         kafka = self._settings.kafka
-        with Reader(kafka, kafka.microbatches_topic, [0]) as reader:
+        with Reader(kafka, kafka.microbatches_topic, [0], {0: begin}) as reader:
             for batches in read_to(reader, {0: end}, RECORDS_AT_ONCE):
                 for batch in batches:
                     self._take(batch)
                 self._show(min(reader.position(0), end) - begin, end - begin)
         self._show(end - begin, end - begin, last=True)
+
+    def _read_waiting(self, begin: int, end: int) -> None:
+        """Finds what a snapshot that ends at `end` lacks: the rows that still wait, and the event clock of each source.
+
+        The counts of the snapshot say how many rows wait. The log is searched backward until they are all found, and
+        then read forward from there.
+        """
+        waiting = Counter(
+            {
+                source: counts.get("opened", 0) - sum(counts.get(name, 0) for name in ("joined", "expired", "dropped"))
+                for source, counts in self._store.counts().items()
+            }
+        )
+        first, size, closed = end, CLOCK_RECORDS, set[bytes]()
+        while first > begin and (size == CLOCK_RECORDS or any(count > 0 for count in waiting.values())):
+            block, first, size = first, max(begin, first - size), 2 * size
+            found = set[bytes]()
+            for batch in self._between(first, block):
+                sources = [part.source for part in batch.header.ranges]
+                done, opened = np.flatnonzero(~happened(batch.kind)), batch.kind == Kind.OPENED
+                closed.update(keys_of(sources, batch.source[done], batch.opened[done]))
+                found.update(keys_of(sources, batch.source[opened], batch.offset[opened]))
+            waiting.subtract(place_of(key)[0] for key in found - closed)
+        marks: dict[Source, int] = {}
+        for batch in self._between(first, end):
+            keep, marks = trim(batch, marks)
+            new = batch.take(keep)
+            erased = erased_rows(new, self._desired.mask.erased)
+            self._waits.follow(new, erased, ())
+            kept = new.take(~erased & happened(new.kind))
+            self._clocks |= self._clock.follow(kept, kept.header.ranges, kept.header.created_ms).state
+        self._commit()
+
+    def _between(self, first: int, end: int) -> Iterator[MicroBatch]:
+        """The micro-batches of our branch at the positions `[first, end)`."""
+        kafka = self._settings.kafka
+        with Reader(kafka, kafka.microbatches_topic, [0], {0: first}) as reader:
+            for batches in read_to(reader, {0: end}, RECORDS_AT_ONCE):
+                for batch in batches:
+                    for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
+                        if offset < end and (mine := self._decode(value, offset)) is not None:
+                            yield mine
 
     def _show(self, done: int, total: int, last: bool = False) -> None:
         self._progress.show(lambda: progress_line(done, total, self._result.rows, self._progress.took_s), last)
@@ -488,19 +545,41 @@ def rebuild(settings: Settings, copy: Path | None, progress: ProgressLine) -> Re
         if copy is not None:
             HistoryStore.copied(copy, path, spec.history, most)
         store = HistoryStore(path, spec.history, most)
+        snapshot = None if copy is not None else load_snapshot(settings, store, salt, log)
         try:
             actions = SpecActions(settings.registry_dir, spec)
             check_identity(store, spec, salt.fingerprint, actions)
             desired = ControlWatch(settings.registry_dir, branch_of(store)).desired
             roll_back_histories(log, settings, spec, store, desired)
             # 2. and 3.
-            result = Rebuild(settings, store, actions, salt, progress, desired).run()
+            rebuilding = Rebuild(settings, store, actions, salt, progress, desired)
+            rebuilding.snapshot = snapshot
+            result = rebuilding.run()
         finally:
             store.close()
         # 4.
         histories.promise(folder)
         result.aside = histories.finish(folder)
     return result
+
+
+def load_snapshot(settings: Settings, store: HistoryStore, salt: Salt, log: Log) -> HistorySnapshot | None:
+    """Loads the newest usable snapshot of serving's histories into an empty store; None if there is none.
+
+    Raises:
+        StoreFull: The store is too small for it.
+    """
+    control = ControlPoll(settings.registry_dir).read()
+    topic = settings.kafka.microbatches_topic
+    try:
+        with log.topics() as topics:
+            topic_id, ends = topics.describe(topic).topic_id, topics.ends(topic)
+        branch = WHOLE if control is None else control.log
+        wanted = Wanted(store.history, salt.fingerprint, branch, topic_id, ends)
+        return load_newest(location_of(settings), wanted, store, keep=lambda name: name in SHARED_EXTRAS)
+    except (UnknownTopic, UnusablePlace) as error:
+        logger.warning("no snapshot of histories is used: %s", error)
+        return None
 
 
 def are_lost(settings: Settings) -> bool:

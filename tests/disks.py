@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from state.disk import memory_place as place
+from state.disk.lmdb_store import LmdbStore
 
 ROOT = Path(__file__).parents[1]
 NOBODY = 65534
@@ -57,6 +58,11 @@ def small_disk(path: Path, size: str) -> Iterator[Disk]:
         yield Disk(path)
     finally:
         subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def crash(store: LmdbStore) -> None:
+    """Leaves what kill -9 leaves: what the kernel has, without a sync or a mark."""
+    store._env.close()
 
 
 def forget_memory(under: Path) -> None:

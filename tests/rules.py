@@ -47,11 +47,6 @@ def read(file: Path) -> Any:
     return yaml.load(file.read_text(), yaml.CSafeLoader)
 
 
-def groups(file: Path) -> list[str]:
-    """The names of a file's groups, in its order."""
-    return [group["name"] for group in read(file)["groups"]]
-
-
 def _rules(file: Path, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for group in read(file)["groups"]:
         yield from ((rule[kind], rule) for rule in group["rules"] if kind in rule)

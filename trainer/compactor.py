@@ -7,6 +7,7 @@
    gives the same bits. The merged delta appears at once.
 3. The merged parts are removed. Then whatever exceeds its time or the bytes is removed, the oldest first.
 4. Garbage is removed by age (`state/registry/garbage.py`).
+5. Snapshots of histories are thinned, and those from before an erasure are removed (`thin_snapshots`).
 
 Versions that control names are never removed. A crash at any step leaves all kept versions loadable, and the rest of
 the work for the next run. Neither TensorFlow nor a pause of the trainer is needed.
@@ -36,10 +37,13 @@ from state import layout
 from state.config.settings import Settings
 from state.disk.files import HOST
 from state.disk.lock import DirectoryLock
-from state.errors import LockHeld, UnusableRegistry
+from state.errors import CorruptStore, LockHeld, UnusablePlace, UnusableRegistry
 from state.features.erased import Erased
 from state.features.masked_users import MaskedUsers
 from state.features.spec import FeatureSpec
+from state.file_store import FileStore
+from state.history import snapshots
+from state.history.snapshots import HistorySnapshot
 from state.process import killpoints
 from state.process.part import run_part
 from state.process.wall_clock import wall_ms
@@ -49,6 +53,7 @@ from state.registry.erasing import ErasureReport, report, reports
 from state.registry.garbage import collect
 from state.registry.manifest import Manifest, entries, sees
 from state.registry.registry import SERVING, TRAINING, Registry
+from state.storage.measuring import used_bytes
 from state.storage.shares import REGISTRY, kept_bytes
 from trainer.versions import content
 from trainer.versions.content import CrossedIds, without, without_tombstones
@@ -60,8 +65,9 @@ PATIENCE_S, WAIT_S = 300.0, 0.5
 THIN_EVERY_MS = 600_000  # between versions older than `registry.delta_keep_s`
 HOUR_MS = 3_600_000
 DAY_MS = 24 * HOUR_MS
-SPARE_BASES = 2
-"""The newest bases always stay: if one is damaged, the one before it is used."""
+SPARE_BASES, SPARE_SNAPSHOTS = 2, 2
+"""The newest bases and snapshots always stay: if one is damaged, the one before it is used."""
+SNAPSHOT_MS = 6 * HOUR_MS
 logger = logging.getLogger(__name__)
 
 
@@ -312,9 +318,14 @@ def tiers_of(settings: Settings) -> Tiers:
         sparse_ms=kept.base_keep_d * DAY_MS,
         thin_every_ms=THIN_EVERY_MS,
         sparse_every_ms=HOUR_MS,
-        most_bytes=min(int(kept.delta_keep_gb * 1e9), kept_bytes(settings, REGISTRY)),
+        most_bytes=min(int(kept.delta_keep_gb * 1e9), kept_bytes(settings, REGISTRY) - _of_snapshots(settings)),
         load_bytes=int(kept.load_mb * 1e6),
     )
+
+
+def _of_snapshots(settings: Settings) -> int:
+    """The bytes of snapshots of histories in the registry's directory."""
+    return used_bytes([settings.registry_dir / layout.SNAPSHOTS])
 
 
 def needed(control: Control | None) -> frozenset[int]:
@@ -386,6 +397,42 @@ def _bytes(part: Manifest) -> int:
     return sum(entry.bytes for entry in part.files.values())
 
 
+def thin_snapshots(location: FileStore, erased: int, most_bytes: int, now_ms: int) -> list[int]:
+    """Removes snapshots of histories from before the erasure `erased`, and those beyond time and size; returns their numbers.
+
+    Of each set of shares the newest `SPARE_SNAPSHOTS` stay, and of the last day the newest of each six hours.
+
+    Raises:
+        UnusablePlace: The location cannot be reached.
+    """
+    kept, gone = list[HistorySnapshot](), list[int]()
+    for number in snapshots.numbers(location):
+        try:
+            kept.append(snapshots.read(location, number))
+        except CorruptStore as error:
+            logger.error("%s; it is removed", error)
+            gone.append(number)
+    gone += [one.number for one in kept if one.erased < erased]
+    kept = [one for one in kept if one.erased >= erased]
+    young = [one for one in kept if now_ms - one.created_at_ms <= DAY_MS]
+    sparse = {(one.held, one.created_at_ms // SNAPSHOT_MS): one.number for one in young}
+    stay = {*sparse.values()}
+    for held in {one.held for one in kept}:
+        stay |= {one.number for one in [one for one in kept if one.held == held][-SPARE_SNAPSHOTS:]}
+    wanted = [one for one in kept if one.number in stay]
+    while len(wanted) > 1 and _snapshot_bytes(wanted) > most_bytes:
+        # They share files with later ones.
+        wanted = wanted[1:]
+    stay = {one.number for one in wanted}
+    gone += [one.number for one in kept if one.number not in stay]
+    snapshots.remove(location, gone, now_ms)
+    return gone
+
+
+def _snapshot_bytes(kept: Sequence[HistorySnapshot]) -> int:
+    return sum({file.name: file.bytes for one in kept for file in one.files}.values())
+
+
 def run(settings: Settings, clock: Callable[[], float] = time.time) -> None:
     """Compacts and removes once.
 
@@ -395,7 +442,16 @@ def run(settings: Settings, clock: Callable[[], float] = time.time) -> None:
     """
     with DirectoryLock(settings.registry_dir, layout.COMPACTOR_LOCK):
         registry = Registry(settings.registry_dir)
-        tiers, now_ms = tiers_of(settings), int(clock() * 1000)
+        control, now_ms = registry.control(), int(clock() * 1000)
+        try:
+            # Before versions, which have what snapshots leave.
+            erased = 0 if control is None else control.erased.last
+            location = snapshots.location_of(settings)
+            if gone := thin_snapshots(location, erased, snapshots.most_bytes(settings), now_ms):
+                logger.info("removed %d snapshots of histories", len(gone))
+        except UnusablePlace as error:
+            logger.warning("%s; snapshots of histories are thinned later", error)
+        tiers = tiers_of(settings)
         began = time.monotonic()
         try:
             rewrite(registry, crosses_of(settings))

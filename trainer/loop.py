@@ -1,6 +1,6 @@
 """The trainer's process: `python -m trainer.loop [--section.name VALUE ...]`.
 
-1. Takes the registry's trainer lock; a second trainer ends here.
+1. Claims the registry. A second trainer waits here as a standby, with TensorFlow, its kernels and the model loaded.
 2. Checks a custom tower, then waits until the bootstrap has analysed the feature spec of the settings.
 3. Builds the trainer and lowers its program, checked against the model. If the newest version no longer fits this
    release's model, an epoch begins from the parts that fit. If the settings differ, that is refused.
@@ -28,6 +28,7 @@ epoch, and starts from the newest version of the branch that learned nothing bey
 
 from __future__ import annotations
 
+import functools
 import getpass
 import importlib
 import logging
@@ -37,17 +38,23 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
-from state import layout
 from state.compiled.preparing import Kernels
 from state.config.loading import load
 from state.config.sections import Model
 from state.config.settings import Settings
-from state.disk.lock import DirectoryLock
-from state.errors import CorruptVersion, ModelMismatch, TruncatedLog, UnusableRegistry
+from state.errors import (
+    CorruptVersion,
+    ModelMismatch,
+    ProcessFailed,
+    SpringtideError,
+    TruncatedLog,
+    UnusableRegistry,
+)
 from state.features.spec import FeatureSpec
 from state.log import KERNELS as LOG_KERNELS
 from state.log import Log
@@ -60,32 +67,38 @@ from state.process.part import Work, run_process
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.process.wall_clock import wall_ms
 from state.registry import control as transitions
+from state.registry.claim import LEASE_S, claiming
 from state.registry.control import Control, start
 from state.registry.model_fit import require_same_model, version_to_go_on_from
 from state.registry.registry import Registry
 from state.registry.sharing import owning
+from state.registry.specs import Specs
 from state.storage.measuring import offer
 from state.storage.shares import REGISTRY
 from state.storage.waiting import Room, is_full
 from trainer.checks import check_own, is_own
 from trainer.lag import Taken, TrainingLag
 from trainer.place import newest_before
+from trainer.worker import restore_handlers, workers_of
 
 if TYPE_CHECKING:
     from trainer.engine.step import Trainer
-    from trainer.learner import Learner
+    from trainer.group import Group
+    from trainer.learner import Learner, Surroundings
 
 HURRY_S = 30.0
 
+STANDBY = "standing by"
 IMPORTS = "loading TensorFlow"
 KERNELS = "compiling kernels"
+WORKERS = "waiting for workers"
 BOOTSTRAP = "waiting for the bootstrap"
 MODEL = "building the model"
 PROGRAM = "lowering the program"
 VERSION = "loading the version"
 CATCHING_UP = "catching up"
 LEARNING = "learning"
-PHASES = (IMPORTS, KERNELS, BOOTSTRAP, MODEL, PROGRAM, VERSION, CATCHING_UP, LEARNING)
+PHASES = (STANDBY, IMPORTS, KERNELS, WORKERS, BOOTSTRAP, MODEL, PROGRAM, VERSION, CATCHING_UP, LEARNING)
 
 LOG_S = 5.0
 WAIT_S = 0.02
@@ -204,10 +217,15 @@ def _hopeless(lost: TruncatedLog, do: str) -> TruncatedLog:
 
 
 class Phases:
-    """The phase of a trainer's start, as a gauge and in the log: a slow restart shows its cause."""
+    """The phase of a trainer's start, as a gauge and in the log: a slow restart shows its cause.
+
+    Attributes:
+        loaded: The phase that follows loading TensorFlow and compiling kernels.
+    """
 
     def __init__(self, metrics: TrainerMetrics) -> None:
         self._metrics, self._phase = metrics, ""
+        self.loaded = BOOTSTRAP
         self._since_s = self._logged_s = time.monotonic()
 
     def enter(self, phase: str) -> None:
@@ -254,6 +272,7 @@ def unused_kernels(settings: Settings) -> list[str]:
 
 def _import_model(kernels: Kernels, phases: Phases, stopping: threading.Event) -> None:
     """Imports TensorFlow and the model, and prepares the kernels of the engine."""
+    phases.enter(IMPORTS)
     began_s, began_cpu_s = time.monotonic(), time.process_time()
     with quiet_stderr():
         importlib.import_module("trainer.learner")
@@ -265,7 +284,6 @@ def _import_model(kernels: Kernels, phases: Phases, stopping: threading.Event) -
     )
     phases.enter(KERNELS)
     kernels.prepare(stopping.is_set)
-    phases.enter(BOOTSTRAP)
 
 
 def _check_own(settings: Settings) -> None:
@@ -282,39 +300,45 @@ def _check_own(settings: Settings) -> None:
     logger.info("%s", result)
 
 
+def model_of(settings: Settings, specs: Specs, group: Group | None) -> Trainer:
+    """Builds the trainer of a bootstrapped feature spec, which shares the training with the other workers of `group`."""
+    # Not at the top: TensorFlow reads its log level when it is loaded, and `main` sets it before.
+    with quiet_stderr():
+        from trainer import device
+        from trainer.engine.making import trainer_of
+        from trainer.versions.program import preprocessing_of
+
+        # Threads are fixed before the first operation, which loading the graph is.
+        device.prepare(settings.trainer.device, settings.trainer.threads)
+        spec = FeatureSpec.from_settings(settings)
+        name = specs.bootstrapped(spec.digest, settings.model) or spec.digest
+        return trainer_of(settings, spec, preprocessing_of(specs.transform(name)), group)
+
+
 def prepare(
     settings: Settings,
     registry: Registry,
+    trainer: Trainer,
     metrics: TrainerMetrics,
-    consent: Consent,
-    room: Room,
-    arguments: Sequence[str],
-    stopping: threading.Event,
+    surroundings: Surroundings,
     phases: Phases,
 ) -> Learner:
-    """Builds the trainer and its program, and enters control's epoch; learns past clicks first if that is requested.
+    """Lowers the trainer's program, and enters control's epoch; learns past clicks first if that is requested.
 
     Raises:
         ModelMismatch: The newest version was trained with another model.
         ProgramError: The model does not lower, or the program's outputs differ from the model's.
         SpringtideError: The registry or the training log cannot be used.
     """
-    phases.enter(MODEL)
-    # Not at the top: TensorFlow reads its log level when it is loaded, and `main` sets it before.
     with quiet_stderr():
         from trainer import device
-        from trainer.beginning import beginning_of
-        from trainer.engine.making import trainer_of
-        from trainer.learner import Learner, ServedModel, Surroundings
+        from trainer.learner import Learner, ServedModel
         from trainer.versions import checkpoint
-        from trainer.versions.program import preprocessing_of, program_of
+        from trainer.versions.program import program_of
 
-        # Threads are fixed before the first operation, which loading the graph is.
-        device.prepare(settings.trainer.device, settings.trainer.threads)
+        # 3.
         spec = FeatureSpec.from_settings(settings)
         name = registry.specs.bootstrapped(spec.digest, settings.model) or spec.digest
-        # 3.
-        trainer = trainer_of(settings, spec, preprocessing_of(registry.specs.transform(name)))
         upgrade_to_this_release(registry, settings, spec, trainer)
         phases.enter(PROGRAM)
         # Custom code may have changed without a sign in the environment.
@@ -329,7 +353,6 @@ def prepare(
         control = registry.propose(start(actor=f"trainer:{getpass.getuser()}", reason="first start", now_ms=wall_ms()))
 
     model = ServedModel(program, spec.digest, registry.specs.spec(name))
-    surroundings = Surroundings(consent, room, beginning_of(registry, arguments, stopping))
     learner = Learner(settings, registry, trainer, Log(settings.kafka), model, metrics, surroundings)
     # 5.
     phases.enter(VERSION)
@@ -377,6 +400,35 @@ def enter(learner: Learner, registry: Registry, control: Control) -> None:
             control = recover(registry, control, lost, who, wall_ms())
 
 
+def _join(
+    imports: threading.Thread, settings: Settings, addresses: Sequence[str], joined: list[Group], phases: Phases
+) -> None:
+    """Joins the other workers into `joined`, before any operation of TensorFlow, which a custom model's check runs."""
+    imports.join()
+    phases.enter(WORKERS)
+    with quiet_stderr():
+        from trainer import device
+        from trainer.group import Group
+
+        device.prepare(settings.trainer.device, settings.trainer.threads)
+        joined.append(Group(addresses, 0))
+    logger.info("%d workers have joined", len(addresses))
+    phases.enter(phases.loaded)
+
+
+def _await(imports: threading.Thread, children: Sequence[subprocess.Popen[bytes]], stopping: threading.Event) -> None:
+    """Waits until `imports` ends or the process is stopping.
+
+    Raises:
+        ProcessFailed: A worker ended before it joined.
+    """
+    while imports.is_alive() and not stopping.is_set():
+        imports.join(POLL_S)
+        for index, child in enumerate(children, 1):
+            if (code := child.poll()) is not None:
+                raise ProcessFailed(f"worker {index} of the trainer ended with exit code {code}", "see its lines above")
+
+
 def _sweep(registry: Registry) -> None:
     for name in registry.directory.sweep():
         logger.info("swept %s, left by a writer that died", name)
@@ -388,35 +440,89 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
     """Runs the trainer until `stopping` is set.
 
     Raises:
-        LockHeld: Another trainer uses this registry.
+        LockHeld: Another trainer took over this registry, because this one was frozen.
         SpringtideError: See `prepare` and `Learner.tick`.
     """
     collected = CollectorRegistry()
     metrics = TrainerMetrics(collected)
+    phases = Phases(metrics)
     room = Room(REGISTRY, offer(collected, settings, [REGISTRY]), stopping.wait)
+    kernels = Kernels(collected, logger, unused_kernels(settings), [LOG_KERNELS])
+    # A standby builds the model before it has the claim, other trainers after that.
+    model = functools.cache(lambda group: model_of(settings, Registry(settings.registry_dir).specs, group))
+
+    def load() -> None:
+        _import_model(kernels, phases, stopping)
+        specs, spec = Registry(settings.registry_dir).specs, FeatureSpec.from_settings(settings)
+        alone = settings.trainer.workers == 1 and not is_own(settings.model)
+        if phases.loaded == STANDBY and alone and specs.bootstrapped(spec.digest, settings.model):
+            # What is wrong is reported when it takes over: the model of the other trainer may change until then.
+            phases.enter(MODEL)
+            with suppress(SpringtideError):
+                model(None)
+        phases.enter(phases.loaded)
+
+    imports = threading.Thread(target=load, name="imports", daemon=True)
+    serve(collected, settings.trainer.metrics_port, settings.metrics.host)
+
+    def stand_by(holder: str) -> None:
+        logger.info(
+            "standing by: %s; this trainer takes over when that one ends, or is silent for %g s", holder, LEASE_S
+        )
+        metrics.standby.set(1)
+        phases.loaded = STANDBY
+        if imports.ident is None:
+            imports.start()
+
     # 1.
-    with DirectoryLock(settings.registry_dir, layout.TRAINER_LOCK), owning(settings, collected, stopping) as ownership:
-        registry = Registry(settings.registry_dir)
+    with (
+        claiming(settings.registry_dir, stopping, stand_by) as claim,
+        owning(settings, collected, stopping, claim, stand_by) as ownership,
+        ExitStack() as others,
+    ):
+        metrics.standby.set(0)
+        phases.loaded = BOOTSTRAP
+        if imports.ident is not None:
+            logger.warning("this trainer takes over")
+            if not imports.is_alive():
+                phases.enter(BOOTSTRAP)
+        registry = Registry(settings.registry_dir, claim)
         # Before TensorFlow: some settings alone show that the newest version cannot be loaded.
         require_same_model(settings)
         _sweep(registry)
-        kernels, phases = Kernels(collected, logger, unused_kernels(settings), [LOG_KERNELS]), Phases(metrics)
-        serve(collected, settings.trainer.metrics_port, settings.metrics.host)
+        if ownership.took_over and registry.control() is not None:
+            who, reason = f"trainer:{getpass.getuser()}", "the former trainer did not renew its claim"
+            registry.change(lambda now: transitions.take_over(now, actor=who, reason=reason, now_ms=wall_ms()))
         # 2. TensorFlow's import and the kernels take seconds: they overlap with the bootstrap.
-        phases.enter(IMPORTS)
-        imports = threading.Thread(target=_import_model, args=(kernels, phases, stopping), name="imports", daemon=True)
-        imports.start()
+        if imports.ident is None:
+            imports.start()
+        children: Sequence[subprocess.Popen[bytes]] = ()
+        joined: list[Group] = []
+        ready = imports
+        if settings.trainer.workers > 1:
+            addresses, children = others.enter_context(workers_of(settings))
+            arguments_of_join = (imports, settings, addresses, joined, phases)
+            ready = threading.Thread(target=_join, args=arguments_of_join, name="workers", daemon=True)
+            ready.start()
         if is_own(settings.model):
             # Before the wait for clicks: a model that does not lower is refused at once.
-            imports.join()
+            _await(ready, children, stopping)
             _check_own(settings)
         if not await_spec(registry, FeatureSpec.from_settings(settings).digest, settings.model, stopping):
             return
-        while imports.is_alive() and not stopping.is_set():
-            imports.join(POLL_S)
+        _await(ready, children, stopping)
         if stopping.is_set():
             return
-        learner = prepare(settings, registry, metrics, consent, room, arguments, stopping, phases)
+        group = joined[0] if joined else None
+        if group is not None:
+            restore_handlers()
+            group.wait()
+        phases.enter(MODEL)
+        with quiet_stderr():
+            from trainer.beginning import beginning_of
+            from trainer.learner import Surroundings
+        surroundings = Surroundings(consent, room, beginning_of(registry, arguments, stopping))
+        learner = prepare(settings, registry, model(group), metrics, surroundings, phases)
 
         def compacted(code: int, failures: int) -> None:
             metrics.compactor_failures.set(failures)
@@ -441,6 +547,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
         # 6.
         try:
             while not stopping.is_set():
+                claim.check()
                 ownership.check()
                 learner.tick(WAIT_S, stopping.is_set)
                 phases.follow(learner.caught_up, lag.records)

@@ -24,6 +24,7 @@ from state.positions import Source
 from state.process import private_files
 from state.registry import privacy_ledger
 from state.registry.control import Control
+from state.registry.directory import Directory
 from state.registry.privacy_ledger import PrivacyLedger, PrivacyPeriod
 from trainer.engine.step import Trainer
 from trainer.intake import Intake
@@ -44,6 +45,7 @@ class PrivacyBudget:
 
     Args:
         settings: All settings; with `privacy.epsilon` 0 there is no budget.
+        directory: The registry's directory, which has the ledger.
         trainer: The trainer of the records.
         metrics: The trainer's metrics.
         environment: What the bits of a step depend on besides the log, as in manifests.
@@ -53,8 +55,14 @@ class PrivacyBudget:
     """
 
     def __init__(
-        self, settings: Settings, trainer: Trainer, metrics: TrainerMetrics, environment: Mapping[str, str]
+        self,
+        settings: Settings,
+        directory: Directory,
+        trainer: Trainer,
+        metrics: TrainerMetrics,
+        environment: Mapping[str, str],
     ) -> None:
+        self._directory = directory
         self._wanted, self._path, self._metrics = settings.privacy, settings.privacy_ledger_path, metrics
         self._trainer, self.held = trainer, False
         self._ledger: PrivacyLedger | None = None
@@ -139,7 +147,7 @@ class PrivacyBudget:
         if not self.held and not reserved:
             ledger = msgspec.structs.replace(ledger, source=source, through=at.offset + RESERVED)
         if ledger != self._ledger:
-            privacy_ledger.write(self._path, ledger)
+            privacy_ledger.write(self._directory, self._path, ledger)
         self._ledger, self._allowed = ledger, None if self.held else period
         self._show()
         return not self.held

@@ -30,8 +30,9 @@ from trainer.versions.publisher import Drafter, Publisher, Saving
 LATE_PACES = 5
 """Intervals between two versions where learning is late."""
 
-PROBE_S = 1.0
-"""Least seconds between recent versions that carry a probe: computing one costs the trainer and each host several ms."""
+FULL_S = 1.0
+"""Least seconds between recent versions that carry a probe and changed item lists. Both cost the trainer and each host
+several ms, and most lists that change in one version change in the next one too."""
 
 
 class ProbedRanker:
@@ -83,7 +84,7 @@ class Publications:
         self._publisher, self._drafter, self._trainer = publisher, drafter, trainer
         self._metrics, self._pace_s, self._clock, self._elapsed = metrics, settings.trainer.publish_s, clock, elapsed
         self._durable_s, self._probed = settings.registry.durable_s, ProbedRanker(trainer.model)
-        self._last_s = self._saved_s = self._probed_s = float("-inf")
+        self._last_s = self._saved_s = self._full_s = float("-inf")
 
     @property
     def busy(self) -> bool:
@@ -135,10 +136,10 @@ class Publications:
             or self._elapsed() - self._saved_s >= self._durable_s
             or place.parent - place.durable >= MOST_BETWEEN - 1
         )
-        probe = {}
-        if durable or self._elapsed() - self._probed_s >= PROBE_S:
-            probe, self._probed_s = self._probed.answers(), self._elapsed()
-        served = checkpoint.served(self._trainer) | probe
+        probe, is_full = {}, durable or self._elapsed() - self._full_s >= FULL_S
+        if is_full:
+            probe, self._full_s = self._probed.answers(), self._elapsed()
+        served = checkpoint.served(self._trainer, is_full) | probe
         if (at := onward(control.log, place.next)) != place.next:
             # The leader epochs of the skipped records are unknown.
             place = replace(place, next=at, leader_epoch=-1)

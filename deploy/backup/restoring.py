@@ -52,7 +52,7 @@ RESTORING = "restoring"
 """The directory in which a restore builds its files; leftovers in it have no use."""
 
 _MAY_BE_THERE = {layout.LOCK, layout.SALT, layout.KAFKA, layout.LOGS, layout.REPLAY, layout.REGISTRY, RESTORING}
-_MAY_BE_IN_REGISTRY = {layout.TRAINER_LOCK, layout.COMPACTOR_LOCK, RESTORING}
+_MAY_BE_IN_REGISTRY = {layout.TRAINER_LOCK, layout.TAKEOVER_LOCK, layout.COMPACTOR_LOCK, RESTORING}
 SALT = "salt"
 MOST_VERSIONS_PER_S = 100
 CONTROL_FILES = tuple(f"{layout.REGISTRY}/{folder}/" for folder in (layout.CONTROL, layout.MASKS))

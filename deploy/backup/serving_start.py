@@ -17,24 +17,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from deploy.serving.following.clicks import SALT_EXTRA
 from deploy.serving.following.parity import WHOLE_EXTRA
 from deploy.serving.following.remembered import KINDS
 from deploy.serving.item_feed import EXTRAS as FEED_EXTRAS
 from deploy.serving.notes import CLOCK_EXTRA, SEEN
-from state.history.actions import ACTIONS
 from state.history.appends import Appends
-from state.history.rewinding import LINE
-from state.history.store import FORGOTTEN, HistoryStore
-from state.history.sweeping import READ_TIMES
+from state.history.snapshots import SHARED_EXTRAS
+from state.history.store import HistoryStore
 from state.layout import HISTORIES, SERVING
 
 NOTES = "notes"
 NOTES_PATH = f"{SERVING}/{NOTES}"
 PREFIXES = (CLOCK_EXTRA, SEEN, *KINDS, *FEED_EXTRAS)
 """Name prefixes of serving's notes, apart from those that depend on the host's own position in the log."""
-SHARED = {SALT_EXTRA, ACTIONS, LINE, FORGOTTEN, READ_TIMES}
-"""Extras that stream and serving store under the same name with the same meaning."""
 WAIT_S, POLL_S = 10.0, 0.05
 AT_ONCE = 10_000
 _LENGTH = struct.Struct(">I")
@@ -93,7 +88,7 @@ def begin(stream: Path, serving: Path, opened: tuple[int, int], created_at_ms: i
     store = HistoryStore(path, *opened)
     try:
         # 1. Remove what belongs to the stream alone.
-        foreign = [name for name, _ in _extras(store, "") if name not in SHARED]
+        foreign = [name for name, _ in _extras(store, "") if name not in SHARED_EXTRAS]
         _commit(store, ((name, None) for name in foreign))
         waiting = [key for key, _ in store.waiting()]
         for first in range(0, len(waiting), AT_ONCE):

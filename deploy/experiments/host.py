@@ -49,6 +49,7 @@ def flags_of(settings: Settings, name: str) -> list[str]:
         "serving.tls_cert": "",
         "serving.tls_key": "",
         "rollout.address": "",
+        "history.snapshot_every_s": 0,
     }
     return [f"--{name}={value}" for name, value in own.items()]
 

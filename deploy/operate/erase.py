@@ -31,10 +31,12 @@ from state import layout
 from state.attributes.values import id_of
 from state.config.settings import Settings
 from state.disk.lmdb_store import PAGES_MS
-from state.errors import DecodeError, LogError, MissingSalt, RegistryError, SettingsError
+from state.errors import DecodeError, LogError, MissingSalt, RegistryError, SettingsError, SpringtideError
 from state.events.identity import load_salt, user_id
 from state.experiments.experiment import Experiments
 from state.features.erased import EVERYTHING, Erased, Erasure
+from state.file_store import FileStore
+from state.history import snapshots
 from state.log import Log, topic_plan
 from state.log.follow import read_to
 from state.process import killpoints
@@ -165,6 +167,7 @@ def holdings(settings: Settings, registry: Registry, control: Control, now_ms: i
     found = _of_versions(settings, registry, control, reports.pop(COMPACTOR, None))
     found += of_processes(list(reports.values()), _expected(settings), control.erased.last)
     found += of_experiments(settings, control)
+    found += of_snapshots(snapshots.location_of(settings), control.erased.last)
     found += _of_topics(settings, control, now_ms)
     return found + _set_aside(settings, registry, control)
 
@@ -207,6 +210,17 @@ def of_experiments(settings: Settings, control: Control) -> list[Holding]:
             held = _of_versions(settings, registry, changed(own, erased=control.erased), compactor)
             found += [replace(holding, where=f"experiment {name}: {holding.where}") for holding in held]
     return found
+
+
+def of_snapshots(location: FileStore, last: int) -> list[Holding]:
+    """Returns the snapshots of histories from before the newest erasure, `last`."""
+    until = "the compactor removes them, or `springtide compact`"
+    try:
+        kept = [snapshots.read(location, number) for number in snapshots.numbers(location)]
+    except SpringtideError as error:
+        return [Holding("snapshots of histories", 1, "histories", f"{until}; they cannot be read now: {error.what}")]
+    old = [found.erased for found in kept if found.erased < last]
+    return [Holding(f"{len(old)} snapshots of histories", min(old) + 1, "histories", until)] if old else []
 
 
 def _may_hold(part: Manifest, last: int) -> bool:

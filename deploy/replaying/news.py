@@ -204,6 +204,8 @@ class NewsReaders:
         if latest and random.random() < news.repeat:
             return latest[int(random.integers(len(latest)))]
         begin, end = (int(np.searchsorted(made.born_ms, time_ms)) for time_ms in (at_ms - news.ends_h * HOUR_MS, at_ms))
+        # Where no article is alive, the newest one is read.
+        begin = min(begin, end - 1)
         alive = slice(begin, end)
         ages_h = (at_ms - made.born_ms[alive]) / HOUR_MS
         likes = np.where(made.breaking[alive], 1.0 / news.sections, self._tastes[reader, made.section[alive]])

@@ -11,6 +11,7 @@ from deploy.serving.answers.predictor import Predictor
 from deploy.serving.answers.query import Answer, Query
 from deploy.serving.answers.queue import MOST_AT_ONCE
 from state.config.settings import Settings
+from state.errors import SettingsError
 from state.events.identity import load_salt
 from state.layout import SEGMENTS
 from state.process.wall_clock import wall_ms
@@ -70,7 +71,13 @@ def open_host(settings: Settings) -> Host:
 
     Raises:
         MissingSalt: There is no salt.
+        SettingsError: This host holds a part of the users.
     """
+    if settings.serving.shares:
+        raise SettingsError(
+            f"serving.shares is {settings.serving.shares}, and segments need a host with all users",
+            "run them on a host without serving.shares",
+        )
     return Host(settings, load_salt(settings.salt_path, create=False), wall_ms, pseudonym)
 
 

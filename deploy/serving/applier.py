@@ -3,6 +3,7 @@
     thread      what it follows                      what it writes          code
     main        registry and control, each poll_ms   rows, pointer, mask     `HostRows`, versions.py
     clicks      the micro-batch topic                histories, event clock  clicks.py
+    snapshots   nothing                              snapshots of histories  snapshots.py
     attributes  the topics of attributes, if any     attributes              state/attributes/follower.py
     exposures   exposures that workers kept, if any  the exposures topic     `ExposureForwarder`
 
@@ -35,6 +36,7 @@ from deploy.serving import notes
 from deploy.serving.exposures import make_room, settled
 from deploy.serving.following.clicks import HistoryFollower
 from deploy.serving.following.erasing import HostErasures
+from deploy.serving.following.snapshots import SnapshotTaker, load_if_behind
 from deploy.serving.following.versions import VersionFollower
 from deploy.serving.notes import Currency
 from state.attributes.follower import AttributeFollower, keep_following
@@ -51,6 +53,7 @@ from state.errors import (
     RegistryError,
     StoreFull,
     UnknownTopic,
+    UnusablePlace,
 )
 from state.events.identity import fingerprint_at, load_salt
 from state.features.spec import FeatureSpec
@@ -67,7 +70,9 @@ from state.process.part import run_part
 from state.process.said_once import SaidOnce
 from state.process.wall_clock import wall_ms
 from state.ranking.crosses import crosses_of
+from state.registry.control import Control
 from state.registry.controls import ControlPoll
+from state.registry.log_line import WHOLE, LogLine
 from state.registry.registry import Registry
 from state.registry.sharing import copying, reached_ms
 from state.registry.specs import SpecActions
@@ -104,7 +109,7 @@ class HostRows:
             _log.warning("the rows lie on the disk, %s: %s. Each version is written there", found.path, found.why)
         # In memory, the map may be larger than the rows' share of the disk.
         most = settings.serving.map_gb << 30 if found.in_memory else map_bytes(settings, SERVING, ROWS, found.path)
-        self._place, self._store = found, RowStore.open_anew(found.path, most)
+        self._place, self._store = found, RowStore.open_anew(found.path, most, shares=settings.serving.user_shares)
         self.versions = VersionFollower(
             Registry(settings.registry_dir),
             self._store,
@@ -214,7 +219,8 @@ class AttributesFollower:
         wanted, self._metrics, self._room = settings.attributes, metrics, room
         self._removed, self._due_s = 0, float("-inf")
         salt = load_salt(settings.salt_path, create=False)
-        self.store = AttributeStore.open_anew(path, map_bytes(settings, SERVING, ATTRIBUTES, path))
+        most = map_bytes(settings, SERVING, ATTRIBUTES, path)
+        self.store = AttributeStore.open_anew(path, most, shares=settings.serving.user_shares)
         topics = {"user": wanted.user_topic, "item": wanted.item_topic}
         # The stream writes dead letters for refused records; here they are ignored.
         self._followers = [
@@ -342,8 +348,9 @@ class Applier:
             AttributesFollower(settings, folder / ATTRIBUTES, self.metrics, self._room()) if wanted else None
         )
         self._control, spec = ControlPoll(settings.registry_dir), FeatureSpec.from_settings(settings)
-        actions = SpecActions(settings.registry_dir, spec)
-        self._number_actions(spec, actions)
+        self._spec, self._actions = spec, SpecActions(settings.registry_dir, spec)
+        self._number_actions()
+        self._salt = fingerprint_at(settings.salt_path)
         self.clicks = HistoryFollower(
             self._histories,
             spec,
@@ -351,10 +358,16 @@ class Applier:
             self.metrics,
             now_ms,
             Journal(settings.registry_dir / GAPS).accepted,
-            actions.of,
-            fingerprint_at(settings.salt_path),
+            self._actions.of,
+            self._salt,
             settings.serving,
         )
+        self._snapshots = None
+        # A host with a part of the users cannot write a snapshot of all.
+        if settings.history.snapshot_every_s and settings.serving.user_shares.is_all:
+            self._snapshots = SnapshotTaker(settings, self._histories, self.metrics, stop, now_ms)
+            self.clicks.committed = self._snapshots.take
+        self.metrics.snapshot_every_seconds.set(settings.history.snapshot_every_s)
         self._currency = Currency(folder, CURRENT)
         where = (folder, settings.registry_dir, self._histories)
         self.erasures = HostErasures(*where, lambda: self.versions.erased, now_ms)
@@ -364,11 +377,11 @@ class Applier:
         """Applies versions to the rows that workers read."""
         return self._rows.versions
 
-    def _number_actions(self, spec: FeatureSpec, known: SpecActions) -> None:
+    def _number_actions(self) -> None:
         """Gives histories that 0.1.0 kept the actions of the version that answered last."""
         store, served = self._histories, self.versions.served
-        before = None if served is None else known.of(served.spec)
-        store.numbering, extra = numbered(store.extra(ACTIONS), spec.actions, before)
+        before = None if served is None else self._actions.of(served.spec)
+        store.numbering, extra = numbered(store.extra(ACTIONS), self._spec.actions, before)
         if extra:
             store.commit(Appends.none(), (), extra)
 
@@ -382,6 +395,8 @@ class Applier:
         if self._attributes is not None:
             follow = partial(self._attributes.run, self._stop)
             threads.append(threading.Thread(target=self._guarded, args=(follow,), name="attributes"))
+        if self._snapshots is not None:
+            threads.append(threading.Thread(target=self._guarded, args=(self._snapshots.run,), name="snapshots"))
         if self._settings.rollout.address:
             threads.append(threading.Thread(target=self._guarded, args=(self._forward,), name="exposures"))
         keep_what_is_there()
@@ -458,7 +473,7 @@ class Applier:
             self._stop.set()
 
     def _follow_clicks(self) -> None:
-        say, room = SaidOnce(_log.warning), self._room()
+        say, room, begun = SaidOnce(_log.warning), self._room(), False
         kafka, partition = self._settings.kafka, self._settings.trainer.partition
         check = LogCheck(max(1000, round(250 * self._settings.serving.max_age_s)))
 
@@ -468,9 +483,11 @@ class Applier:
         while not self._stop.is_set():
             try:
                 control = self._control.poll()
+                if not begun:
+                    self._load_snapshot(WHOLE if control is None else control.log)
+                    begun = True
                 if control is not None:
-                    self.clicks.turn(control.log, control.mask, partition, open_at)
-                    self.erasures.take_up(control.erased)
+                    self._follow_control(control, open_at)
                 if not self.clicks.connected:
                     self.clicks.connect(Log(kafka), kafka.microbatches_topic)
                     say.clear()
@@ -478,6 +495,8 @@ class Applier:
                 if self.clicks.step(FETCH_S):
                     # Refused records are read again; a poll without records says nothing about free space.
                     room.found(CLICKS)
+                if self._snapshots is not None:
+                    self._snapshots.poll(self.clicks.caught_up)
                 if self._settings.serving.max_age_s:
                     self._check_log(check)
             except StoreFull as error:
@@ -485,12 +504,41 @@ class Applier:
                 self.clicks.disconnect()
                 room.refused(error, CLICKS)
                 self._stop.wait(RETRY_S)
+            except UnusablePlace as error:
+                say(f"{error}; the histories wait for their snapshot")
+                self._stop.wait(RETRY_S)
             except (GapError, UnknownTopic, LogError) as error:
                 self.clicks.disconnect()
                 self.metrics.log_failures.inc()
                 say(f"{error}; serving goes on with the clicks it has, and tries again")
                 self._stop.wait(RETRY_S)
         self.clicks.disconnect()
+
+    def _load_snapshot(self, branch: LogLine) -> None:
+        """Loads a snapshot if the histories are empty or far behind; without one they are read from the training log.
+
+        Raises:
+            LogError: The training log cannot be described.
+            UnusablePlace: The location of the registry cannot be reached, and the histories are empty.
+        """
+        try:
+            loaded = load_if_behind(self._settings, self._histories, self._salt, branch, Log(self._settings.kafka))
+        except UnusablePlace as error:
+            if self._histories.is_loading or not self._histories.positions():
+                raise
+            _log.warning("%s; the histories go on as they are", error)
+            return
+        if loaded:
+            self._number_actions()
+            self.clicks.begin()
+
+    def _follow_control(self, control: Control, open_at: Callable[[int], Reader]) -> None:
+        """Rolls the histories back and erases users, as control asks; then the next snapshot is written from scratch."""
+        snapshots = self._snapshots
+        rewound = self.clicks.turn(control.log, control.mask, self._settings.trainer.partition, open_at)
+        erased = self.erasures.take_up(control.erased, snapshots is None or not snapshots.reading)
+        if snapshots is not None and (rewound or erased):
+            snapshots.start_over()
 
     def _check_log(self, check: LogCheck) -> None:
         """Records until when the histories have what the log has."""

@@ -1,8 +1,7 @@
-"""A feed of recently clicked items and of new items; the applier writes it with the clicks, and workers read it.
+"""A feed of recently clicked items; the applier writes it with the clicks, and workers read it.
 
-    feed            seq u64, new u64: the number of entries of each kind
+    feed            seq u64: the number of entries
     clicked:<slot>  seq u64, log time i64, CLICKED of one commit; the last `SLOTS` commits
-    new:<slot>      seq u64, item u64, category u64, log time i64; the last `NEW_SLOTS` items clicked for the first time
 
 All are extras of the histories, and are deleted after a day of log time. They contain no users. A reader that falls behind
 misses clicks in its counts, and nothing else.
@@ -11,45 +10,31 @@ misses clicks in its counts, and nothing else.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from deploy.serving.notes import ITEM, item_parts
 from state.features.spec import Events
 from state.history.store import HistoryStore
 
 FEED = "feed"
-EXTRAS = (FEED, "clicked:", "new:")
+EXTRAS = (FEED, "clicked:")
 """The names of the extras, or their prefixes."""
 SLOTS = 256
-NEW_SLOTS = 4096
 MOST_ITEMS = 4096
 """The maximum number of items in a commit's entry; those with the most clicks are kept."""
-NEW_MS = 86_400_000
-"""How long an item counts as new, and how long an entry is kept."""
+KEPT_MS = 86_400_000
+"""How long an entry is kept."""
 GONE_AT_ONCE = 64
-"""The maximum number of entries of each kind that one commit deletes."""
+"""The maximum number of entries that one commit deletes."""
 
 CLICKED = np.dtype([("item", "<u8"), ("category", "<u8"), ("clicks", "<u4")])
-_HEAD = struct.Struct(">QQ")
 _NOTE = struct.Struct(">Qq")
-_NEW = struct.Struct(">Q")
-_NEW_ITEM = struct.Struct("<QQq")
 
 
-class Feed(NamedTuple):
-    """The number of entries of each kind: `seq` of clicks, `new` of new items."""
-
-    seq: int = 0
-    new: int = 0
-
-    @classmethod
-    def of(cls, store: HistoryStore) -> Feed:
-        """Reads the counts from the store."""
-        head = store.extra(FEED)
-        return cls() if head is None else cls(*_HEAD.unpack(head))
+def entries_in(store: HistoryStore) -> int:
+    """Reads the number of entries that were ever written."""
+    return int.from_bytes(store.extra(FEED) or b"", "big")
 
 
 class Clicked(NamedTuple):
@@ -59,60 +44,33 @@ class Clicked(NamedTuple):
     items: np.ndarray[tuple[int], np.dtype[np.void]]
 
 
-class NewItem(NamedTuple):
-    """A new item, its category, and the log time of its first click in milliseconds."""
-
-    item: int
-    category: int
-    at_ms: int
-
-
 class ItemFeed:
     """Writes the feed. Used by the thread that commits to the histories."""
 
     def __init__(self, store: HistoryStore) -> None:
-        self._store, self._feed = store, Feed.of(store)
-        self._oldest = Feed(max(0, self._feed.seq - SLOTS), max(0, self._feed.new - NEW_SLOTS))
+        self._store, self._next = store, entries_in(store)
+        self._oldest = max(0, self._next - SLOTS)
 
-    def news(self, events: Events, categories: Mapping[str, bytes], clock_ms: int) -> dict[str, bytes | None]:
-        """Returns the extras to commit together with clicks, `[m]` EVENT.
-
-        `categories` has the extras with items' categories of that commit, which include all new items.
-        """
+    def news(self, events: Events, clock_ms: int) -> dict[str, bytes | None]:
+        """Returns the extras to commit together with clicks, `[m]` EVENT."""
         clicked = _clicked(events)
         if not len(clicked):
             return {}
         extras = self._expired(clock_ms)
-        seq, number = self._feed
-        extras[f"clicked:{seq % SLOTS}"] = _NOTE.pack(seq, clock_ms) + clicked.tobytes()
-        for name, value in categories.items():
-            if not name.startswith(ITEM) or self._store.extra(name) is not None:
-                continue
-            item = int(name.removeprefix(ITEM), 16)
-            note = _NEW.pack(number) + _NEW_ITEM.pack(item, item_parts(value)[0], clock_ms)
-            extras[f"new:{number % NEW_SLOTS}"] = note
-            number += 1
-        self._feed = Feed(seq + 1, number)
-        return extras | {FEED: _HEAD.pack(*self._feed)}
+        extras[f"clicked:{self._next % SLOTS}"] = _NOTE.pack(self._next, clock_ms) + clicked.tobytes()
+        self._next += 1
+        return extras | {FEED: self._next.to_bytes(8, "big")}
 
     def _expired(self, clock_ms: int) -> dict[str, bytes | None]:
-        """Returns at most `GONE_AT_ONCE` entries of each kind that are too old, each with None so that it is deleted."""
+        """Returns at most `GONE_AT_ONCE` entries that are too old, each with None so that it is deleted."""
         extras: dict[str, bytes | None] = {}
-        oldest, horizon_ms = self._oldest, clock_ms - NEW_MS
-        for seq in range(oldest.seq, min(self._feed.seq, oldest.seq + GONE_AT_ONCE)):
+        for seq in range(self._oldest, min(self._next, self._oldest + GONE_AT_ONCE)):
             clicked = clicked_at(self._store, seq)
-            if clicked is not None and clicked.at_ms > horizon_ms:
+            if clicked is not None and clicked.at_ms > clock_ms - KEPT_MS:
                 break
             if clicked is not None:
                 extras[f"clicked:{seq % SLOTS}"] = None
-            self._oldest = self._oldest._replace(seq=seq + 1)
-        for number in range(oldest.new, min(self._feed.new, oldest.new + GONE_AT_ONCE)):
-            new = new_at(self._store, number)
-            if new is not None and new.at_ms > horizon_ms:
-                break
-            if new is not None:
-                extras[f"new:{number % NEW_SLOTS}"] = None
-            self._oldest = self._oldest._replace(new=number + 1)
+            self._oldest = seq + 1
         return extras
 
 
@@ -131,11 +89,3 @@ def clicked_at(store: HistoryStore, seq: int) -> Clicked | None:
     if note is None or _NOTE.unpack_from(note)[0] != seq:
         return None
     return Clicked(_NOTE.unpack_from(note)[1], np.frombuffer(note, CLICKED, offset=_NOTE.size))
-
-
-def new_at(store: HistoryStore, number: int) -> NewItem | None:
-    """Reads one entry of a new item; None if it was overwritten or never committed."""
-    note = store.extra(f"new:{number % NEW_SLOTS}")
-    if note is None or _NEW.unpack_from(note)[0] != number:
-        return None
-    return NewItem(*_NEW_ITEM.unpack_from(note, _NEW.size))

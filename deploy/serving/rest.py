@@ -26,12 +26,18 @@ from deploy.serving.answers.explaining import explain
 from deploy.serving.answers.host import Answers, Host
 from deploy.serving.answers.items import rank, recommend, similar
 from deploy.serving.answers.program import BATCHES
-from deploy.serving.answers.query import NamedItem, Query, WantedItems
+from deploy.serving.answers.query import NOBODY, NamedItem, Query, WantedItems
 from deploy.serving.answers.queue import QueueLimits
 from deploy.serving.answers.tensor_model import TensorModel
 from deploy.serving.requests.access import Access, Tokens, are_wanted, is_loopback, make_missing
 from deploy.serving.requests.connections import ConnectionLimits
-from deploy.serving.requests.endpoints import health_endpoints, profile_endpoints, profile_service, segment_endpoints
+from deploy.serving.requests.endpoints import (
+    health_endpoints,
+    host_endpoints,
+    profile_endpoints,
+    profile_service,
+    segment_endpoints,
+)
 from deploy.serving.requests.grpc_server import GrpcAddress, GrpcServer, Service
 from deploy.serving.requests.http import (
     LAST,
@@ -48,6 +54,7 @@ from deploy.serving.requests.http import (
     header,
 )
 from deploy.serving.requests.openapi import document_endpoints
+from deploy.serving.requests.routing import Router
 from deploy.serving.requests.server import DrainingServer, listen
 from deploy.serving.requests.split import Split
 from deploy.serving.requests.tensorflow_serving import model_endpoints, model_services
@@ -66,9 +73,8 @@ from state.process.ending import reported
 from state.process.garbage import keep_what_is_there
 from state.process.part import Work, run_process
 from state.process.wall_clock import wall_ms
+from state.registry.hosts import RoutingTable
 
-USER = "springtide-warm-up"
-"""User id of the warm-up answers; no user has it."""
 ITEMS = BATCHES[-1] + 1
 """Enough items to need the program for many pairs."""
 POLL_S = 0.1
@@ -89,7 +95,7 @@ class App:
         split: Answers a share of the users from a trial; None if this host takes part in no rollout.
 
     Attributes:
-        draining: Whether the worker is about to end: answers then end their connections.
+        router: Forwards requests about users that other hosts hold; None if this host is not in the routing table.
     """
 
     def __init__(
@@ -106,7 +112,8 @@ class App:
         self._most_body_bytes = serving.max_body_bytes
         self._tokens = tokens
         self._split = split
-        self.draining = False
+        self._draining = False
+        self.router: Router | None = None
         self.metrics = WorkerMetrics(registry)
         self.counts = RequestCounts(self.metrics, lambda: host.version, clock_s)
         self._answers = Answers(host, self.metrics, QueueLimits(serving.max_queue_ms / 1000, serving.timeout_s))
@@ -116,6 +123,7 @@ class App:
             *health_endpoints(host, shown_metrics or registry, lambda: self.draining),
             *model_endpoints(self._model),
             *segment_endpoints(host),
+            *host_endpoints(lambda: RoutingTable() if self.router is None else self.router.table),
         ]
         self.endpoints += document_endpoints(self.endpoints)
         self._routes = Routes(self.endpoints)
@@ -123,6 +131,17 @@ class App:
     def grpc_services(self) -> list[Service]:
         """Returns the gRPC services, which answer as the endpoints do."""
         return [profile_service(self._answers), *model_services(self._model)]
+
+    @property
+    def draining(self) -> bool:
+        """Whether the worker is about to end: answers then end their connections. Setting it withdraws the host's entry."""
+        return self._draining
+
+    @draining.setter
+    def draining(self, draining: bool) -> None:
+        self._draining = draining
+        if draining and self.router is not None:
+            self.router.leave()
 
     def ready(self) -> bool:
         """Whether this worker can answer and is not about to end."""
@@ -161,6 +180,8 @@ class App:
             request = Request(scope, receive, placeholders, endpoint, self._most_body_bytes)
             if endpoint.soon is None or self._split is not None:
                 return self._answer(request, done, began_s)
+            if self.router is not None and not self.router.is_here(request):
+                return self._answer(request, done, began_s)
             body = endpoint.soon(request)
         except Exception as error:  # noqa: BLE001 - as of `_failure`
             response = self._failure(name, error)
@@ -179,8 +200,9 @@ class App:
 
     async def _answer(self, request: Request, done: Done, began_s: float) -> None:
         name = request.endpoint.name
+        here = request.endpoint.answer if self._split is None else self._split.answer
         try:
-            response = await (request.endpoint.answer if self._split is None else self._split.answer)(request)
+            response = await (here(request) if self.router is None else self.router.answer(request, here))
         except Exception as error:  # noqa: BLE001 - as of `_failure`
             response = self._failure(name, error)
         done(self._counted(name, response, began_s))
@@ -248,7 +270,7 @@ class Warming:
 
 def one_of_each(host: Host) -> list[Callable[[], Any]]:
     """Returns functions that compute an answer of each kind, about an unknown user; none is counted or kept."""
-    everything, lean = Query(USER), Query(USER, fields=frozenset(), top=0)
+    everything, lean = Query(NOBODY), Query(NOBODY, fields=frozenset(), top=0)
     items = [NamedItem(str(number)) for number in range(ITEMS)]
 
     def profiles(count: int) -> Any:
@@ -301,6 +323,8 @@ def serve(
     own_hosts = access.tokens is None and is_loopback(serving.host)
     limits = ConnectionLimits(serving.timeout_s, serving.max_connections, own_hosts)
     warming = Warming(host, Kernels(registry, _log))
+    if serving.advertise or not host.shares.is_all:
+        app.router = Router(settings, salt, host, app.metrics, wall_ms)
 
     def grpc() -> GrpcServer:
         name = f"[{serving.host}]" if ":" in serving.host else serving.host
@@ -311,6 +335,8 @@ def serve(
     def accepts() -> None:
         warming.start()
         app.metrics.worker_starts.inc()
+        if app.router is not None:
+            app.router.start()
         ready()
 
     server = DrainingServer(app, limits, serving.drain_s, accepts, grpc if serving.grpc_port else None, access)

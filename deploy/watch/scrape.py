@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import socket
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -182,10 +184,31 @@ def scrape_one(settings: Settings, process: str) -> Scrape:
     return scrape({process: urls(settings)[process]})[process]
 
 
+def replicas(url: str) -> list[str]:
+    """Returns the URLs of all processes that a URL's host name stands for, such as the pods of a headless service.
+
+    >>> replicas("http://127.0.0.1:9102/metrics")
+    ['http://127.0.0.1:9102/metrics']
+    """
+    parts = urllib.parse.urlsplit(url)
+    try:
+        found = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM)
+    except OSError:
+        return [url]
+    hosts = dict.fromkeys(f"[{at[0]}]" if family == socket.AF_INET6 else str(at[0]) for family, *_, at in found)
+    return [parts._replace(netloc=f"{host}:{parts.port}").geturl() for host in hosts]
+
+
 def scrape(addresses: Mapping[str, str], get: Callable[[str], tuple[int, str]] = fetch) -> dict[str, Scrape]:
     """Reads the metrics of all processes in parallel; `get` returns status and body of a URL."""
 
-    def one(url: str) -> Scrape:
+    def one(name: str, url: str) -> Scrape:
+        # A name may stand for a trainer and its standbys.
+        found = [answer(each) for each in (replicas(url) if name == "trainer" else (url,))]
+        working = [each for each in found if each.values and not each.value("springtide_trainer_standby")]
+        return (working or [each for each in found if each.values] or found)[0]
+
+    def answer(url: str) -> Scrape:
         status, body = get(url)
         if status != 200:
             return Scrape(problem=f"{url} does not answer ({body if status == 0 else f'status {status}'})")
@@ -195,4 +218,4 @@ def scrape(addresses: Mapping[str, str], get: Callable[[str], tuple[int, str]] =
             return Scrape(problem=f"{url} answers with no metrics ({problem})")
 
     with ThreadPoolExecutor(max(1, len(addresses))) as pool:
-        return dict(zip(addresses, pool.map(one, addresses.values()), strict=True))
+        return dict(zip(addresses, pool.map(one, addresses, addresses.values()), strict=True))

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from deploy.watch import scrape
-from deploy.watch.figures import FEW_RECORDS, SPREAD_S, STALE_S, Figures, Watch
+from deploy.watch.figures import FEW_RECORDS, SPREAD_S, STALE_S, STANDS_BY, Figures, Watch
 from deploy.watch.messages import far, rate, seconds, shown
 from deploy.watch.scrape import Scrape
 from state.config.settings import Settings
@@ -191,6 +191,9 @@ def _of_processes(figures: Figures) -> Iterator[Problem]:
                 section = "segments-are-out-of-date" if name == scrape.SEGMENTS else "a-process-cannot-run"
                 yield Problem("critical", f"{name} unreachable", section)
     for name, text in figures.starting.items():
+        if text == STANDS_BY:
+            yield Problem("info", f"{name} {text}", "a-trainer-stands-by", STAGES.get(name, ""))
+            continue
         yield Problem("warning", f"{name} {text}", "a-process-starts", STAGES.get(name, ""))
     for name, deaths in figures.dying.items():
         yield Problem("critical", f"{name} cannot run, {shown(deaths)} deaths in a row", "a-process-cannot-run")
@@ -211,14 +214,24 @@ def _of_ages(figures: Figures) -> Iterator[Problem]:
 
 def _of_sections(sections: Mapping[str, Any]) -> Iterator[Problem]:
     kafka, registry, accounting = (sections.get(name) for name in ("kafka", "registry", "accounting"))
+    snapshots = sections.get("snapshots")
     if kafka and not kafka["answers"] and not kafka["away"]:
         yield Problem("warning", "Kafka has no topics yet", "a-process-starts")
     if registry and not registry["answers"]:
         yield Problem("warning", "no registry can be read", "the-disk-is-lost")
+    if snapshots and snapshots["ages_s"] and snapshots["late"]:
+        text = f"snapshot of histories {seconds(snapshots['ages_s'][0])} old"
+        yield Problem("warning", text, "no-fresh-snapshot-of-histories", "answers")
     if accounting and accounting["balanced"] is None:
         yield Problem("warning", "accounts unknown", "accounts-do-not-balance")
     if accounting and accounting["balanced"] is False:
         yield Problem("critical", "accounts do not balance", "accounts-do-not-balance")
+    if (hosts := sections.get("hosts")) and hosts["without_host"]:
+        text = f"no host holds {len(hosts['without_host'])} of 64 shares of users"
+        yield Problem("critical", text, "a-share-of-users-has-no-host", "answers")
+    if hosts and hosts["with_one_host"]:
+        text = f"one host alone holds {len(hosts['with_one_host'])} of 64 shares of users"
+        yield Problem("warning", text, "a-share-of-users-has-no-host", "answers")
     experiments = sections.get("experiments") or ()
     if any(experiment.get("problem") for experiment in experiments):
         yield Problem("warning", "experiments cannot be read", "experiments-cannot-be-read")

@@ -69,9 +69,13 @@ class AttributeStore(LmdbStore):
             return int(transaction.stat(self._databases[side])["entries"])
 
     def commit(self, side: str, changes: Mapping[int, bytes | None], place: TopicPosition) -> None:
-        """Sets or removes (None) the changed values and stores the position, in one transaction; if it raises, nothing changed."""
+        """Sets or removes (None) the changed values and stores the position, in one transaction; if it raises, nothing changed.
+
+        Users of other shares are left out.
+        """
         with self._write() as transaction:
-            values = {one.to_bytes(8, "big"): value for one, value in changes.items()}
+            kept = (one for one in changes if side != "user" or one in self.shares)
+            values = {one.to_bytes(8, "big"): changes[one] for one in kept}
             put_all(transaction, self._databases[side], values)
             transaction.put(side.encode(), msgspec.json.encode(place), db=self._meta)
 

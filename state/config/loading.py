@@ -23,6 +23,7 @@ from state.config.sections import Model, TrainerSettings
 from state.config.settings import PREFIX, SECTIONS, Settings, known_settings
 from state.config.sources import checked, from_environment, from_file, from_flags, span_ms
 from state.errors import SettingsError
+from state.user_shares import UserShares
 
 MOST_ACTIONS = 255
 MOST_WINDOWS = 16
@@ -202,11 +203,6 @@ def parts(settings: Settings) -> Iterator[Conflict]:
     for name in ("events.decoder", "model.ranker", "model.tower", "model.preprocessing"):
         if not re.fullmatch(r"[\w.]+:\w+", settings.value(name)):
             yield Conflict((name,), f"{name} must be written module:name, not {settings.value(name)!r}")
-    address = settings.rollout.address
-    if address and not re.fullmatch(r"https?://[^/\s]+", address):
-        yield Conflict(
-            ("rollout.address",), f"rollout.address must be http://HOST:PORT or https://HOST:PORT, not {address!r}"
-        )
 
 
 def topics(settings: Settings) -> Iterator[Conflict]:
@@ -343,7 +339,19 @@ def repeated(values: Sequence[str]) -> str | None:
     return next((one for place, one in enumerate(values) if one in values[:place]), None)
 
 
-RULES: tuple[Rule, ...] = (actions, fields, labels, windows, parts, topics, attributes, brokers, replicas, certificates, privacy, retrain)  # fmt: skip
+def hosts(settings: Settings) -> Iterator[Conflict]:
+    """A host's shares are numbers and ranges from 0 to 63, and its advertised address is a URL."""
+    try:
+        UserShares.parse(settings.serving.shares)
+    except ValueError as error:
+        yield Conflict(("serving.shares",), f"serving.shares: {error}")
+    for name in ("serving.advertise", "rollout.address"):
+        address = settings.value(name)
+        if address and not re.fullmatch(r"https?://[^/\s]+", address):
+            yield Conflict((name,), f"{name} must be http://HOST:PORT or https://HOST:PORT, not {address!r}")
+
+
+RULES: tuple[Rule, ...] = (actions, fields, labels, windows, parts, topics, attributes, brokers, replicas, certificates, hosts, privacy, retrain)  # fmt: skip
 
 
 def load(

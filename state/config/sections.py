@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from state.errors import SettingsError
+from state.user_shares import UserShares
 
 T = TypeVar("T")
 
@@ -407,6 +408,16 @@ class TrainerSettings:
         most=1024,
         help="Number of threads that share a step. With the compiled engine, the result is bit-identical for any number.",
     )
+    workers: int = setting(
+        1,
+        least=1,
+        most=64,
+        help="Number of processes that train one model together. Each keeps the rows of a part of the users.",
+    )
+    worker_addresses: tuple[str, ...] = setting(
+        (),
+        help="Address of each worker as HOST:PORT, this trainer's first; empty: the trainer starts the others on its machine.",
+    )
     engine: str = setting(
         "auto",
         choices=("auto", "compiled", "tensorflow"),
@@ -424,6 +435,11 @@ class TrainerSettings:
         choices=("counts", "engagement"),
         help="What recommendations are ranked by: decayed counts of clicks, which takes about a tenth of a step; or engagement, "
         "with a bonus for the user's own items.",
+    )
+    interests: str = setting(
+        "counts",
+        choices=("counts", "model"),
+        help="What interests come from: the model, corrected by decayed counts of the categories clicked next; or the model alone.",
     )
     publish_s: float = setting(
         0.1,
@@ -592,6 +608,19 @@ class RegistrySettings:
 
 
 @dataclass(frozen=True)
+class HistorySettings:
+    """Snapshots of histories, from which hosts and streams without histories start."""
+
+    snapshot_every_s: float = setting(
+        120.0,
+        "s",
+        least=0.0,
+        most=86_400.0,
+        help="Interval between snapshots of histories in the location of the registry; a new host reads the training log from the newest one. 0: none are written.",
+    )
+
+
+@dataclass(frozen=True)
 class ServingSettings:
     """Serving: the REST and gRPC APIs."""
 
@@ -688,6 +717,13 @@ class ServingSettings:
         most=36_500,
         help="Log time after which an item or name that no click has mentioned is evicted.",
     )
+    per_category: int = setting(
+        0,
+        "items",
+        least=0,
+        most=100,
+        help="Maximum number of recommended items of one category, in answers for all categories; 0: no limit.",
+    )
     parity_every_s: float = setting(
         1.0,
         "s",
@@ -696,6 +732,19 @@ class ServingSettings:
         help="Interval between rows of the training log that are recomputed from serving's histories and compared; 0: off.",
     )
     metrics_port: int = setting(9103, least=0, most=65535, help="Port of /metrics of the applier.")
+    shares: str = setting(
+        "",
+        help="Shares of the users that this host holds, 0 to 63, as in 0-15,32; it forwards requests for other users. Empty: all users.",
+    )
+    advertise: str = setting(
+        "",
+        help="URL under which other hosts and clients reach this host, http://HOST:PORT; empty: host and port of this section. With `shares`, hosts forward requests to it.",
+    )
+
+    @property
+    def user_shares(self) -> UserShares:
+        """The users that this host holds."""
+        return UserShares.parse(self.shares)
 
     @property
     def processes(self) -> int:

@@ -31,6 +31,7 @@ class Settings:
     churn: sections.ChurnSettings = field(default_factory=sections.ChurnSettings)
     privacy: sections.PrivacySettings = field(default_factory=sections.PrivacySettings)
     registry: sections.RegistrySettings = field(default_factory=sections.RegistrySettings)
+    history: sections.HistorySettings = field(default_factory=sections.HistorySettings)
     serving: sections.ServingSettings = field(default_factory=sections.ServingSettings)
     export: sections.ExportSettings = field(default_factory=sections.ExportSettings)
     trials: sections.TrialSettings = field(default_factory=sections.TrialSettings)

@@ -2,7 +2,8 @@
 
     mark.json   whether the store was closed cleanly (`state/disk/clean_mark.py`)
     data.mdb    the databases that the class names, and `meta`:
-                format -> {"format": its number, and the parameters of the store}, JSON
+                format -> {"format": its number, and the parameters of the store}, JSON; `shares` if it holds the users
+                of some shares only
 
 A commit is visible to every reader at once and survives a kill. It survives a power cut only after the next `sync`. So
 a store is trusted after kill -9, and refused if it was open at a power cut.
@@ -29,6 +30,7 @@ from state.disk import files as durable
 from state.disk.clean_mark import CleanMark
 from state.errors import CorruptStore, StoreError, StoreFull, UnusableDisk
 from state.process import killpoints
+from state.user_shares import UserShares
 
 MAX_READERS = 512
 AT_ONCE = 4096
@@ -54,15 +56,17 @@ class LmdbStore:
         writer: The process that creates it.
         remedy: What to do if it cannot be trusted.
         origin: The source from which `open_anew` rebuilds it.
+        shares: The shares of users that it holds; only subclasses with data of users read it.
 
     Args:
         path: Its directory; a writer creates it.
         map_bytes: Its maximum size; address space, not memory.
         readonly: True for readers; the writer must have created the store.
         boot_id: The boot id of this machine; by default the kernel's.
+        shares: The shares of users that the store holds; None for those that it was made with.
 
     Raises:
-        CorruptStore: The store is damaged, has another format, or was open at a power cut.
+        CorruptStore: The store is damaged, has another format, lacks users, or was open at a power cut.
         StoreError: The store cannot be opened.
     """
 
@@ -76,9 +80,14 @@ class LmdbStore:
     origin: ClassVar[str]
 
     def __init__(
-        self, path: Path, map_bytes: int = 1 << 34, readonly: bool = False, boot_id: str | None = None
+        self,
+        path: Path,
+        map_bytes: int = 1 << 34,
+        readonly: bool = False,
+        boot_id: str | None = None,
+        shares: UserShares | None = None,
     ) -> None:
-        self.path, self.readonly = Path(path), readonly
+        self.path, self.readonly, self._wanted = Path(path), readonly, shares
         self._boot_id = boot_id or clean_mark.boot_id()
         self._swapping = threading.Lock()
         if not readonly:
@@ -130,14 +139,14 @@ class LmdbStore:
         """Hook for subclasses, called each time the store is opened."""
 
     @classmethod
-    def open_anew(cls, path: Path, *arguments: Any) -> Self:
+    def open_anew(cls, path: Path, *arguments: Any, **named: Any) -> Self:
         """Opens a derived store for its writer; a store that cannot be trusted is replaced by an empty one."""
         try:
-            return cls(path, *arguments)
+            return cls(path, *arguments, **named)
         except CorruptStore as error:
             _logger.warning("the %s at %s are rebuilt from %s: %s", cls.noun, path, cls.origin, error.what)
             shutil.rmtree(path)
-            return cls(path, *arguments)
+            return cls(path, *arguments, **named)
 
     def bytes_limit(self) -> int:
         """The maximum size of the store."""
@@ -268,6 +277,10 @@ class LmdbStore:
         """Parameters that the store is created with, stored next to the number of its format."""
         return {}
 
+    def _fits(self, held: UserShares, wanted: UserShares) -> bool:
+        """Whether a store with the users of the shares `held` can be used for those of `wanted`."""
+        return held.covers(wanted) if self.readonly else held == wanted
+
     def _older_mark(self) -> CleanMark | None:
         """The marker in the form of older releases, which had no `mark.json` for this store."""
         return None
@@ -292,11 +305,19 @@ class LmdbStore:
                 f"{self.path} has format {made['format']}, this release reads {self.number}; it is not used",
                 self.remedy,
             )
+        held = UserShares.parse(str(made.get("shares", "")))
+        self.shares = held if self._wanted is None else self._wanted
+        if stored is not None and not self._fits(held, self.shares):
+            raise CorruptStore(
+                f"{self.path} holds the users of the shares {held}, and serving.shares is {self.shares}; it is not used",
+                self.remedy,
+            )
         if not self.readonly and not self._mark_path.exists():
             self._require_trust(self._older_mark())
 
     def _write_made(self) -> None:
-        made = json.dumps({"format": self.number, **self._made_with()}).encode()
+        shares = {} if self.shares.is_all else {"shares": str(self.shares)}
+        made = json.dumps({"format": self.number, **self._made_with(), **shares}).encode()
         if self._stored(FORMAT) != made:
             with self._write() as transaction:
                 transaction.put(FORMAT, made, db=self._meta)

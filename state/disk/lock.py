@@ -1,6 +1,7 @@
 """One writer per state directory: an exclusive file lock that names its holder.
 
-The kernel releases the lock when its process ends, however it ends, so a kill leaves nothing to clean up.
+The kernel releases the lock when its process ends, however it ends, so a kill leaves nothing to clean up. A process
+that is frozen keeps it; a lock whose holder renews it can be taken over (`state/registry/claim.py`).
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ import json
 import os
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
+from typing import NamedTuple
 
 import psutil
 
 from state import layout
+from state.disk import files as durable
 from state.errors import LockHeld, UnusableDisk, reason_of
 from state.process.private_files import close_to_others
 
@@ -24,11 +28,31 @@ RETRY_S = 0.02
 """Interval between two attempts to take a lock that another holder has."""
 
 
-class DirectoryLock:
-    """Holds the lock of directory `path`, which is created if missing, from `acquire` (or `with`) to `release`."""
+class Seen(NamedTuple):
+    """A lock file at one moment.
 
-    def __init__(self, path: Path, name: str = layout.LOCK) -> None:
-        self._path = Path(path)
+    Attributes:
+        inode: Of the file; another one after a takeover.
+        renewed_ns: When its holder last renewed it, in the file system's clock.
+        content: Describes the holder; see `holder_of`.
+    """
+
+    inode: int
+    renewed_ns: int
+    content: bytes
+
+
+class DirectoryLock:
+    """Holds the lock of directory `path`, which is created if missing, from `acquire` (or `with`) to `release`.
+
+    Args:
+        path: The directory.
+        name: Of the lock file.
+        about: More about the holder, for the lock file.
+    """
+
+    def __init__(self, path: Path, name: str = layout.LOCK, about: Mapping[str, str] = MappingProxyType({})) -> None:
+        self._path, self._about = Path(path), about
         self._file = self._path / name
         self._handle: int | None = None
 
@@ -46,31 +70,75 @@ class DirectoryLock:
     def _acquire(self) -> DirectoryLock:
         if self._handle is not None:
             return self
+        while True:
+            handle = self._open(self._file)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = holder_of(os.pread(handle, 4096, 0))
+                os.close(handle)
+                raise LockHeld(
+                    f"{self._path} is in use by {holder}", "stop that process, or choose another paths.state"
+                ) from None
+            if self._is_at(self._file, handle):
+                break
+            # Another process replaced the file meanwhile.
+            os.close(handle)
+        self._handle = handle
+        self._write_holder()
+        return self
+
+    def take_over(self) -> None:
+        """Replaces the lock file by one that this process holds. The former holder finds that its lock `is_lost`."""
+        temporary = durable.unique(self._file)
+        handle = self._open(temporary)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        self._handle = handle
+        self._write_holder()
+        temporary.replace(self._file)
+
+    def renew(self) -> None:
+        """Shows that the holder runs: changes what `seen` returns."""
+        if self._handle is not None:
+            os.utime(self._handle)
+
+    def seen(self) -> Seen:
+        """The lock file as it is now; takes no lock."""
+        with contextlib.closing(os.fdopen(self._open(self._file), "rb")) as file:
+            status = os.fstat(file.fileno())
+            return Seen(status.st_ino, status.st_mtime_ns, file.read(4096))
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether another process took over the lock that this object holds."""
+        return self._handle is not None and not self._is_at(self._file, self._handle)
+
+    def _open(self, path: Path) -> int:
         try:
             self._path.mkdir(parents=True, exist_ok=True)
             close_to_others(self._path)
-            handle = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o600)
+            return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise UnusableDisk(
                 f"{self._path} cannot be locked ({reason_of(error)})",
                 "correct its access rights, or choose another paths.state",
             ) from error
+
+    @staticmethod
+    def _is_at(path: Path, handle: int) -> bool:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = _holder(os.pread(handle, 4096, 0))
-            os.close(handle)
-            raise LockHeld(
-                f"{self._path} is in use by {holder}", "stop that process, or choose another paths.state"
-            ) from None
+            return os.path.samestat(path.stat(), os.fstat(handle))
+        except FileNotFoundError:
+            return False
+
+    def _write_holder(self) -> None:
+        assert self._handle is not None
         started_s = psutil.Process().create_time()
-        content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started_s": started_s})
+        about = {"host": socket.gethostname(), "pid": os.getpid(), "started_s": started_s, **self._about}
         # The holder's name is only a hint: a full disk must not prevent commands that free space.
         with contextlib.suppress(OSError):
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, content.encode(), 0)
-        self._handle = handle
-        return self
+            os.ftruncate(self._handle, 0)
+            os.pwrite(self._handle, json.dumps(about).encode(), 0)
 
     def release(self) -> None:
         """Releases the lock; the file stays, since removing it would allow two holders."""
@@ -98,7 +166,7 @@ def is_held(path: Path, name: str = layout.LOCK) -> bool:
         return False
 
 
-def _holder(content: bytes) -> str:
+def holder_of(content: bytes) -> str:
     """Describes the lock's holder, which may not have written the file yet."""
     try:
         fields = json.loads(content)

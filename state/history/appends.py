@@ -50,6 +50,10 @@ class Appends:
         starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
         return cls(ordered[starts], starts, np.diff(np.append(starts, len(users))), events[order])
 
+    def of_users(self, keep: NDArray[np.bool_]) -> Appends:
+        """The appends of some users; `keep` is `[k]` bool."""
+        return Appends(self.users[keep], self.starts[keep], self.lengths[keep], self.events)
+
 
 def events_of(rows: EventBatch | MicroBatch, ranges: Sequence[Range]) -> Events:
     """Converts rows with one event each at its own offset to the form that histories store, `[n]` EVENT; `rows.source` is an index of `ranges`."""

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
+from typing import Any, cast
 
 import lmdb
 import msgspec
@@ -22,7 +25,7 @@ import numpy as np
 from state.config.settings import Settings
 from state.disk import memory_place
 from state.disk.clean_mark import CleanMark
-from state.disk.lmdb_store import PAGES_MS, keys_with, pages_bytes, put_all
+from state.disk.lmdb_store import FORMAT, PAGES_MS, keys_with, pages_bytes, put_all
 from state.disk.memory_store import MemoryStore, enter
 from state.errors import CorruptStore
 from state.features.erased import Erased
@@ -30,15 +33,19 @@ from state.features.spec import EVENT, Events
 from state.history import chunks
 from state.history.actions import Numbering
 from state.history.appends import Appends
-from state.history.chunks import EVENT_BYTES, Ends, IsOld, Removed, by_user, prefix_of, remove
+from state.history.chunks import EVENT_BYTES, Chunks, Ends, IsOld, Removed, by_user, prefix_of, remove
 from state.history.counts import Counts, move, summed
 from state.history.rewind import Rewind, Since, lacking, write_back
 from state.history.waiting import WaitingRows, place_of
 from state.layout import HISTORIES
 from state.positions import Range, Source
-from state.storage.shares import map_bytes
+from state.storage.shares import SERVING, map_bytes
+from state.user_shares import UserShares
 
 FORGOTTEN = "erased"  # name of the store's extra
+LOADING = "loading"  # name of the extra that marks a store into which a snapshot is being loaded
+SLICE, SLICE_PAUSE_S = 512, 1e-4
+"""Entries that `StoreView` reads between two pauses, in which other threads of the process run."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +76,57 @@ class ForgottenUsers:
         return cls() if value is None else msgspec.json.decode(value, type=cls)
 
 
+class StoreView:
+    """One moment of a store; commits continue meanwhile. For one thread at a time, not necessarily the one that began it.
+
+    Pages that commits free are not reused until it is closed.
+    """
+
+    def __init__(self, transaction: lmdb.Transaction, chunks: Any, meta: Any) -> None:
+        self._transaction, self._chunks, self._meta = transaction, chunks, meta
+
+    def extra(self, name: str) -> bytes | None:
+        """See `HistoryStore.extra`."""
+        value = self._transaction.get(b"x:" + name.encode(), db=self._meta)
+        return None if value is None else bytes(value)
+
+    def users(self) -> int:
+        """See `HistoryStore.users`."""
+        return int(self._transaction.get(b"users", db=self._meta) or 0)
+
+    def positions(self) -> dict[Source, int]:
+        """See `HistoryStore.positions`."""
+        found = keys_with(self._transaction.cursor(db=self._meta), b"p:", b"p:")
+        return {Source.parse(key[2:].decode()): json.loads(value)["next"] for key, value in found}
+
+    def chunks_from(self, user: int) -> Iterator[Chunks]:
+        """The chunks of all users from `user` on, in slices that may divide a user."""
+        yield from self._slices(self._chunks, prefix_of(user))
+
+    def counts_and_extras(self) -> Iterator[Chunks]:
+        """The entries of `counts` and the extras, as `HistoryStore.finish_loading` takes them."""
+        for some in self._slices(self._meta, b"p:"):
+            yield [(key, value) for key, value in some if key[:2] in (b"p:", b"x:")]
+
+    def _slices(self, database: Any, start: bytes) -> Iterator[Chunks]:
+        cursor = self._transaction.cursor(db=database)
+        # A generator ends once; an LMDB cursor would start again.
+        entries = (entry for entry in cursor) if cursor.set_range(start) else iter(())
+        while some := cast(Chunks, list(islice(entries, SLICE))):
+            yield some
+            time.sleep(SLICE_PAUSE_S)
+
+    def close(self) -> None:
+        """Ends the read."""
+        self._transaction.abort()
+
+
 class HistoryStore(MemoryStore):
     """The histories of one process. One thread commits; any thread of any process may read.
 
     `history` is N, the events kept per user; histories stored under another N stay as they are. Other arguments and
-    errors as for `LmdbStore`.
+    errors as for `LmdbStore`. Events of users of other shares are not kept. A writer may open a store of more shares: the
+    sweeper removes the others' users.
     """
 
     noun = "histories"
@@ -91,10 +144,11 @@ class HistoryStore(MemoryStore):
         map_bytes: int = 16 << 30,
         readonly: bool = False,
         boot_id: str | None = None,
+        shares: UserShares | None = None,
     ) -> None:
         self.history = history
         self.numbering = Numbering()
-        super().__init__(path, map_bytes, readonly, boot_id)
+        super().__init__(path, map_bytes, readonly, boot_id, shares)
         if not readonly and self._stored(b"boot") is not None:
             with self._write() as transaction:
                 for name in (b"boot", b"clean"):
@@ -105,6 +159,9 @@ class HistoryStore(MemoryStore):
 
     def _made_with(self) -> dict[str, int]:
         return {"history": self.history}
+
+    def _fits(self, held: UserShares, wanted: UserShares) -> bool:
+        return held.covers(wanted)
 
     def _older_mark(self) -> CleanMark | None:
         # Release 0.1.0 kept the marker of histories in `meta`, from which `__init__` removes it.
@@ -216,6 +273,8 @@ class HistoryStore(MemoryStore):
             StoreFull, UnusableDisk: Nothing was changed.
         """
         appends = replace(appends, events=self.numbering.inwards(appends.events))
+        if not self.shares.is_all:
+            appends = appends.of_users(self.shares.has(appends.users))
         with self._write() as transaction:
             # 1. Positions first, so that a conflict is found before the appends.
             for part in ranges:
@@ -234,12 +293,14 @@ class HistoryStore(MemoryStore):
     def lacking(self, since: Since, marks: Mapping[Source, int]) -> dict[int, int]:
         """User -> how many events must be found again to rewind to `marks`; see `state.history.rewind`."""
         with self._env.begin() as transaction:
-            return lacking(transaction, self._databases, since, marks, self.history)
+            found = lacking(transaction, self._databases, since, marks, self.history)
+        return {user: events for user, events in found.items() if user in self.shares}
 
     def rewind(self, back: Rewind) -> None:
         """Rewinds events and positions in one transaction; visibility, durability and errors are those of `commit`."""
         rebuilt = {user: self.numbering.inwards(events) for user, events in back.rebuilt.items()}
-        back = replace(back, rebuilt=rebuilt)
+        gained = {user: events for user, events in back.gained.items() if user in self.shares}
+        back = replace(back, rebuilt=rebuilt, gained=gained)
         with self._write() as transaction:
             write_back(transaction, self._databases, back, self.history)
 
@@ -314,6 +375,38 @@ class HistoryStore(MemoryStore):
                 transaction.put(b"users", str(known - gone).encode(), db=self._meta)
         return removed
 
+    def view(self) -> StoreView:
+        """Begins to read the store as it is now; close the view before the store, and before `compact`."""
+        return StoreView(self._env.begin(), self._chunks, self._meta)
+
+    def clear(self) -> None:
+        """Removes everything, and marks the store as being loaded until `finish_loading`."""
+        with self._write() as transaction:
+            made = bytes(transaction.get(FORMAT, b"", db=self._meta))
+            for database in self._databases.values():
+                transaction.drop(database, delete=False)
+            transaction.put(FORMAT, made, db=self._meta)
+            transaction.put(b"x:" + LOADING.encode(), b"1", db=self._meta)
+
+    def load(self, entries: Chunks, appends: Appends) -> int:
+        """Writes chunks of a snapshot, and appends events to them, with the store's action numbers. Returns the new users of `appends`."""
+        with self._write() as transaction:
+            cursor = transaction.cursor(db=self._chunks)
+            cursor.putmulti(entries)
+            return chunks.append(cursor, appends, self.history)
+
+    def finish_loading(self, entries: Iterable[tuple[bytes, bytes]], users: int) -> None:
+        """Writes counts and extras of a snapshot, and the number of users; the store is complete when this returns."""
+        with self._write() as transaction:
+            transaction.cursor(db=self._meta).putmulti(entries)
+            transaction.put(b"users", str(users).encode(), db=self._meta)
+            transaction.delete(b"x:" + LOADING.encode(), db=self._meta)
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether a load was begun and not finished."""
+        return self.extra(LOADING) is not None
+
     def digest(self) -> str:
         """SHA-256 over the last N events of every user, by user: equal histories, equal digests."""
         with self._begin("chunks") as transaction:
@@ -375,7 +468,8 @@ def open_history_store(settings: Settings, part: str, folder: Path) -> HistorySt
             link,
             place.why,
         )
-    return HistoryStore(link, settings.features.history, map_bytes(settings, part, HISTORIES, link))
+    shares = settings.serving.user_shares if part == SERVING else None
+    return HistoryStore(link, settings.features.history, map_bytes(settings, part, HISTORIES, link), shares=shares)
 
 
 def open_or_replace(settings: Settings, part: str, folder: Path) -> HistoryStore:

@@ -241,12 +241,14 @@ class Sweeper:
         found = self._store.ends(walk.at, USERS_AT_ONCE)
         read_ms = self._read.about(found.newest, clock_ms)
         aged = self._is_old(found.oldest, clock_ms)
-        near = aged if self._eviction is None else aged | (read_ms < self._eviction.until_ms)
+        foreign = ~self._store.shares.has(np.array(found.users, np.uint64))
+        near = aged | foreign if self._eviction is None else aged | foreign | (read_ms < self._eviction.until_ms)
         # A transaction that deletes needs free pages too. If few are free, a small transaction may still succeed.
         most = MOST_HURRIED if self._hurried else MOST_REMOVED
         count = min(len(near), int(np.searchsorted(np.cumsum(near), most)) + 1)
         users, read_ms, aged = np.array(found.users[:count], np.uint64), read_ms[:count], aged[:count]
         going = np.zeros(count, np.bool_) if self._eviction is None else self._eviction.of(read_ms)
+        going |= foreign[:count]
         aged &= ~going
         removed = Removed()
         if going.any() or aged.any():

@@ -166,10 +166,13 @@ def decode(data: bytes | None) -> list[Accepted]:
 
 
 class Journal:
-    """The gaps that the trainer skipped: one immutable file each in a directory. One writer, under its lock."""
+    """The gaps that the trainer skipped: one immutable file each in a directory. One writer, under its lock.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    `staging` is the folder of the trainer's claim, for temporary files.
+    """
+
+    def __init__(self, path: Path, staging: Path | None = None) -> None:
+        self.path, self._staging = path, staging
 
     def accepted(self) -> list[Accepted]:
         """All accepted gaps, in the order of acceptance."""
@@ -184,7 +187,7 @@ class Journal:
         self.path.mkdir(parents=True, exist_ok=True)
         final = self.path / f"{len(known) + 1:08d}.json"
         data = json.dumps(one.to_json(), sort_keys=True).encode()
-        if not durable.create(final, data, durable.unique(final)):
+        if not durable.create(final, data, durable.unique((self._staging or self.path) / final.name)):
             raise FileExistsError(final)
 
 

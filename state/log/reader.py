@@ -1,7 +1,7 @@
 """Reads a topic by position: no consumer group, no automatic commits, and nothing skipped unseen. Part of `state.log`.
 
 The Kafka client returns one object per record. `BatchConsumer` makes it return whole record batches, by some of its
-private names: its version is pinned below 3.1, and `tests/conformance/test_kafka_client.py` compares both ways.
+private names: its version is pinned below 3.1, and `tests/conformance/test_logs.py` compares both ways.
 
 A reader holds one fetch of each partition beyond the one that it delivers. While some partitions wait for others, no
 more is fetched, so that memory is bounded.

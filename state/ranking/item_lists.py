@@ -1,16 +1,20 @@
 """Lists of items with decayed click counts, by key: what is clicked now, what follows an item, what a user clicked.
 
-A list holds at most a fixed number of items. Each item has one count per half-life of `HALF_LIVES_S`, decayed to the list's
-time. The trainer keeps three tables of such lists, and versions contain them as rows (`trainer/engine/item_ranking.py`):
+A list holds at most a fixed number of items. Each item has its age, the time since it was listed, and one count per half-life
+of `HALF_LIVES_S`, decayed to the list's time. The trainer keeps three tables of such lists, and versions contain them as rows (`trainer/engine/item_ranking.py`):
 
     clicked    by category, by context value, and in `EVERYTHING` over all clicks: the items clicked
     followed   by item: the items that its users clicked next
     visited    by user: the user's own items, the newest first
 
+The lists of one more table hold categories in place of items (`trainer/engine/interest_counts.py`):
+
+    next_category    by category, by item, and in `EVERYTHING` over all clicks: the categories clicked next
+
 A version stores a list of E items as a row of float32. Ids have three parts of 21 bits, like transitions; the time is in
 seconds, in two parts:
 
-    bits 42.. of the ids x E | bits 21..41 x E | bits 0..20 x E | counts x E x H | totals x H | known x H | time, high and low
+    bits 42.. of the ids x E | bits 21..41 x E | bits 0..20 x E | counts x E x H | ages x E | totals x H | known x H | time x 2
 """
 
 from __future__ import annotations
@@ -36,10 +40,10 @@ HALF_LIVES_S = (1_800.0, 14_400.0, 129_600.0)
 LIVES = len(HALF_LIVES_S)
 """H, the counts of an item in a list."""
 
-CLICKED, FOLLOWED, VISITED = "clicked", "followed", "visited"
+CLICKED, FOLLOWED, VISITED, NEXT_CATEGORY = "clicked", "followed", "visited", "next_category"
 """The names of the tables."""
 
-ENTRIES = {CLICKED: 64, FOLLOWED: 16, VISITED: 32}
+ENTRIES = {CLICKED: 64, FOLLOWED: 16, VISITED: 32, NEXT_CATEGORY: 16}
 """E, the items in a list of each table."""
 
 LISTS_OF_EVERYTHING = 8
@@ -56,13 +60,14 @@ _TIME_PART = 1 << 20
 _UNIT = 1.0 / (1 << 53)
 
 
-@layout("u8[:, ::1], f4[:, :, ::1], f4[:, ::1], f4[:, ::1], i8[::1]")
+@layout("u8[:, ::1], f4[:, :, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], i8[::1]")
 class ItemLists(NamedTuple):
     """n lists.
 
     Attributes:
         ids: `[n, E]` uint64, the items; 0 behind the list's end.
         counts: `[n, E, H]` float32, their decayed clicks.
+        ages: `[n, E]` float32, seconds from the click that listed the item to the list's time.
         totals: `[n, H]` float32, the decayed clicks of all items, those that are not listed too.
         known: `[n, H]` float32, the decayed clicks of items that the list contained before the click.
         at_s: `[n]` int64, the log time that the counts are decayed to, in seconds.
@@ -70,6 +75,7 @@ class ItemLists(NamedTuple):
 
     ids: U64
     counts: F32
+    ages: F32
     totals: F32
     known: F32
     at_s: I64
@@ -80,6 +86,7 @@ class ItemLists(NamedTuple):
         return cls(
             np.zeros((count, entries), np.uint64),
             np.zeros((count, entries, LIVES), np.float32),
+            np.zeros((count, entries), np.float32),
             np.zeros((count, LIVES), np.float32),
             np.zeros((count, LIVES), np.float32),
             np.zeros(count, np.int64),
@@ -97,7 +104,7 @@ class ItemLists(NamedTuple):
 
 def width(entries: int) -> int:
     """The width of the row of a list of so many entries."""
-    return entries * (3 + LIVES) + 2 * LIVES + 2
+    return entries * (4 + LIVES) + 2 * LIVES + 2
 
 
 @compiled
@@ -107,11 +114,15 @@ def _decay(row: int, lists: ItemLists, at_s: int) -> None:
     if elapsed_s <= 0:
         return
     lists.at_s[row] = at_s
+    listed = 0
+    while listed < lists.ids.shape[1] and lists.ids[row, listed] != np.uint64(0):
+        lists.ages[row, listed] += np.float32(elapsed_s)
+        listed += 1
     for h in range(LIVES):
         kept = np.float32(2.0 ** (-elapsed_s / HALF_LIVES_S[h]))
         lists.totals[row, h] *= kept
         lists.known[row, h] *= kept
-        for k in range(lists.ids.shape[1]):
+        for k in range(listed):
             lists.counts[row, k, h] *= kept
 
 
@@ -120,6 +131,7 @@ def prefetch_list(row: int, lists: ItemLists) -> None:
     """Prefetches the beginning of a list that will be counted in soon: lists are read at random."""
     prefetch(lists.ids, row)
     prefetch(lists.counts, row)
+    prefetch(lists.ages, row)
     prefetch(lists.totals, row)
     prefetch(lists.known, row)
     prefetch(lists.at_s, row)
@@ -151,7 +163,7 @@ def count_click(row: int, item: np.uint64, at_s: int, lists: ItemLists) -> None:
         grown = counts[least, _LEAST_BY] + np.float32(1.0)
         drawn = mix(item ^ mix(np.uint64(at_s) ^ np.uint64(lists.totals[row, LIVES - 1] * np.float32(256.0))))
         if (drawn >> np.uint64(11)) * _UNIT * grown < 1.0:
-            ids[least] = item
+            ids[least], lists.ages[row, least] = item, np.float32(0.0)
             for h in range(_LEAST_BY):
                 counts[least, h] = np.float32(1.0)
         for h in range(_LEAST_BY, LIVES):
@@ -172,17 +184,19 @@ def count_visit(row: int, item: np.uint64, at_s: int, lists: ItemLists) -> None:
         if ids[k] == item or ids[k] == np.uint64(0):
             at, found = k, ids[k] == item
             break
-    visits = np.ones(LIVES, np.float32)
+    visits, age = np.ones(LIVES, np.float32), np.float32(0.0)
     for h in range(LIVES):
         lists.totals[row, h] += np.float32(1.0)
         if found:
             visits[h] += counts[at, h]
             lists.known[row, h] += np.float32(1.0)
+    if found:
+        age = lists.ages[row, at]
     for k in range(at, 0, -1):
-        ids[k] = ids[k - 1]
+        ids[k], lists.ages[row, k] = ids[k - 1], lists.ages[row, k - 1]
         for h in range(LIVES):
             counts[k, h] = counts[k - 1, h]
-    ids[0] = item
+    ids[0], lists.ages[row, 0] = item, age
     for h in range(LIVES):
         counts[0, h] = visits[h]
 
@@ -213,7 +227,8 @@ def _pack(lists: ItemLists, rows: F32) -> None:
             rows[i, 2 * entries + k] = np.float32(item & _PART)
             for h in range(LIVES):
                 rows[i, (3 + h) * entries + k] = lists.counts[i, k, h]
-        at = (3 + LIVES) * entries
+            rows[i, (3 + LIVES) * entries + k] = lists.ages[i, k]
+        at = (4 + LIVES) * entries
         for h in range(LIVES):
             rows[i, at + h] = lists.totals[i, h]
             rows[i, at + LIVES + h] = lists.known[i, h]
@@ -246,7 +261,8 @@ def _unpack(rows: F32, lists: ItemLists) -> None:
             lists.ids[i, k] = (high << np.uint64(42)) | (middle << np.uint64(21)) | low
             for h in range(LIVES):
                 lists.counts[i, k, h] = rows[i, (3 + h) * entries + k]
-        at = (3 + LIVES) * entries
+            lists.ages[i, k] = rows[i, (3 + LIVES) * entries + k]
+        at = (4 + LIVES) * entries
         for h in range(LIVES):
             lists.totals[i, h] = rows[i, at + h]
             lists.known[i, h] = rows[i, at + LIVES + h]
@@ -255,7 +271,7 @@ def _unpack(rows: F32, lists: ItemLists) -> None:
 
 def unpack(rows: F32) -> ItemLists:
     """Unpacks `[n, width(E)]` float32 rows into lists."""
-    lists = ItemLists.empty(len(rows), (rows.shape[1] - 2 * LIVES - 2) // (3 + LIVES))
+    lists = ItemLists.empty(len(rows), (rows.shape[1] - 2 * LIVES - 2) // (4 + LIVES))
     _unpack(np.ascontiguousarray(rows), lists)
     return lists
 

@@ -3,7 +3,8 @@
 The candidates of a user are the items in the lists of `SOURCES` (`state/ranking/item_lists.py`). With share(k, i), the
 decayed clicks of item i in list k per click of that list at half-life h:
 
-    features   f(i) = [ log(share(k, i) + 1e-5) + 11.5 for each source and half-life | OWN of the user's own items, else 0 ]
+    features   f(i) = [ log(share(k, i) + 1e-5) + 11.5 for each source and half-life | OWN of the user's own items, else 0
+                        | log(1 + minutes since the item was listed) / 5 ]
     score      s(i) = sum over features a and columns c of w[a, c] * f_a(i) * phi_c
     phi(u)     1 | share of repeats - 0.3 | log(1 + clicks) / 3 | log(1 + clicks after the newest item) / 3
     p(i)       softmax of s over the candidates
@@ -39,7 +40,8 @@ SHARES = len(SOURCES) * LIVES
 OWN = ("recency", "own", "rank", "repeats", "clicks", "gap")
 """The features of the user's own items."""
 
-FEATURES = SHARES + len(OWN)
+AGE_AT = SHARES + len(OWN)
+FEATURES = AGE_AT + 1
 COLUMNS = 4
 """Columns of phi."""
 
@@ -61,14 +63,14 @@ def first_weights() -> F64:
     """The weights before any click is learned: each share counts the same.
 
     >>> first_weights().shape, float(first_weights()[:SHARES, 0].sum().round(2))
-    ((27, 4), 3.15)
+    ((28, 4), 3.15)
     """
     weights = np.zeros((FEATURES, COLUMNS))
     weights[:SHARES, 0] = 0.15
     return weights
 
 
-@layout("u8[::1], i4[::1], i4[::1], f4[:, ::1], f4[:, ::1], i4[::1], f4[::1]")
+@layout("u8[::1], i4[::1], i4[::1], f4[:, ::1], f4[:, ::1], i4[::1], f4[::1], f4[::1]")
 class Workspace(NamedTuple):
     """Candidates of one user, and their features; reused for each user.
 
@@ -79,6 +81,7 @@ class Workspace(NamedTuple):
         shares: `[MOST, SHARES]` float32.
         features: `[MOST, FEATURES]` float32.
         own: `[MOST]` int32, 1 + the rank among the user's own items; 0 for others.
+        ages: `[MOST]` float32, the largest age in the lists, in seconds.
         scores: `[MOST]` float32.
     """
 
@@ -88,6 +91,7 @@ class Workspace(NamedTuple):
     shares: F32
     features: F32
     own: I32
+    ages: F32
     scores: F32
 
     @classmethod
@@ -100,6 +104,7 @@ class Workspace(NamedTuple):
             np.zeros((MOST, SHARES), np.float32),
             np.zeros((MOST, FEATURES), np.float32),
             np.zeros(MOST, np.int32),
+            np.zeros(MOST, np.float32),
             np.zeros(MOST, np.float32),
         )
 
@@ -134,7 +139,7 @@ def _find(item: np.uint64, count: int, work: Workspace) -> int:
     work.slots[slot] = count + 1
     work.taken[count] = slot
     work.items[count] = item
-    work.own[count] = 0
+    work.own[count], work.ages[count] = 0, np.float32(0.0)
     for a in range(SHARES):
         work.shares[count, a] = 0.0
     return count
@@ -160,6 +165,7 @@ def _add(
             count += 1
         for h in range(LIVES):
             work.shares[at, source * LIVES + h] += lists.counts[row, k, h] * scale[h]
+        work.ages[at] = max(work.ages[at], lists.ages[row, k] + np.float32(elapsed_s))
         if source == OWN_AT:
             work.own[at] = k + 1
     return count
@@ -245,6 +251,7 @@ def gather(
         work.features[i, SHARES + 3] = repeat_share if own else 0.0
         work.features[i, SHARES + 4] = length if own else 0.0
         work.features[i, SHARES + 5] = gap if own else 0.0
+        work.features[i, AGE_AT] = np.log(np.float32(1.0) + work.ages[i] / np.float32(60.0)) / np.float32(5.0)
     return count
 
 

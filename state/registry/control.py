@@ -429,6 +429,11 @@ def recover(control: Control, to: int, **decision: Unpack[Decision]) -> Control:
     return _next(control, "recover", decision, **changes, held=None)
 
 
+def take_over(control: Control, **decision: Unpack[Decision]) -> Control:
+    """Records that a standby trainer took over. A former trainer that still runs cannot create this generation any more."""
+    return following(control, "take over", **decision)
+
+
 def unmask(control: Control, numbers: Collection[int], **decision: Unpack[Decision]) -> Control:
     """Lifts masks. Returns the same control if all were lifted already.
 

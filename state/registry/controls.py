@@ -210,6 +210,9 @@ class Controls:
         if (store := self._directory.shared) is None:
             return True
         name = f"{layout.CONTROL}/{self._path_of(generation).name}"
+        if self._directory.claim is not None and self._directory.claim.ask_store is not None:
+            # After the newest generation was read: a takeover creates one.
+            self._directory.claim.ask_store()
         with sharing():
             # If the reply was lost, the file there is our own.
             if store.create(name, data) or (theirs := store.read(name)) == data:

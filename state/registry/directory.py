@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -19,6 +20,9 @@ from state import layout
 from state.disk import files as durable
 from state.errors import SettingsError, UnusablePlace, UnusableRegistry, reason_of
 from state.file_store import FileStore, open_store
+
+if TYPE_CHECKING:
+    from state.registry.claim import Claim
 
 BINDING = "shared.json"
 
@@ -58,10 +62,15 @@ def bound(path: Path) -> Binding | None:
 
 
 class Directory:
-    """A registry's directory, with a folder for temporary files, whose names carry their writer."""
+    """A registry's directory, with a folder for temporary files, whose names carry their writer.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: The directory.
+        claim: The trainer's claim, whose staging folder has the temporary files; None in other processes.
+    """
+
+    def __init__(self, path: Path, claim: Claim | None = None) -> None:
+        self.path, self.claim = path, claim
         self._store: FileStore | None = None
 
     def ensure(self, *folders: str) -> None:
@@ -82,9 +91,15 @@ class Directory:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         return [path.name for path in left]
 
+    @property
+    def staging(self) -> Path | None:
+        """The staging folder of the trainer's claim; None without a claim."""
+        return None if self.claim is None else self.claim.staging
+
     def temporary(self, name: str) -> Path:
         """A path for a temporary file or folder of this process, which does not exist yet."""
-        return self.path / layout.TEMPORARY / f"{name}-{os.urandom(4).hex()}~{durable.owner_mark()}"
+        folder = self.staging or self.path / layout.TEMPORARY
+        return folder / f"{name}-{os.urandom(4).hex()}~{durable.owner_mark()}"
 
     @contextmanager
     def staged(self, name: str) -> Iterator[Path]:

@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
-from state.disk import files as durable
 from state.errors import RegistryError
+from state.registry.directory import Directory
 
 FORMAT = 2
 """Version of the format. Format 1 has no format number, no lines and no position of the training log."""
@@ -115,14 +115,14 @@ def read(path: Path) -> PrivacyLedger | None:
         ) from None
 
 
-def write(path: Path, ledger: PrivacyLedger) -> None:
+def write(directory: Directory, path: Path, ledger: PrivacyLedger) -> None:
     """Replaces the ledger; durable when it returns. One writer: the trainer, under its lock.
 
     Raises:
         OSError: The disk refused.
     """
     path.parent.mkdir(exist_ok=True)
-    durable.replace(path, msgspec.json.format(msgspec.json.encode(ledger, order="sorted"), indent=1) + b"\n")
+    directory.replace(path, msgspec.json.format(msgspec.json.encode(ledger, order="sorted"), indent=1) + b"\n")
 
 
 def _same_terms(one: PrivacyPeriod, other: PrivacyPeriod) -> bool:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from state import layout
 from state.disk import files as durable
@@ -37,6 +37,9 @@ from state.registry.controls import Controls
 from state.registry.directory import Directory, file_bytes, usable
 from state.registry.manifest import Draft, Kind, Manifest, sees
 from state.registry.specs import Specs
+
+if TYPE_CHECKING:
+    from state.registry.claim import Claim
 
 MANIFEST = "manifest.json"
 SERVING = "serving.safetensors"
@@ -132,6 +135,10 @@ class Numbers:
 class Registry:
     """One registry directory. Use one object per thread; only `read` may run in any thread.
 
+    Args:
+        path: The directory.
+        claim: See `Directory`; only a trainer has one.
+
     Attributes:
         path: The directory.
         directory: Its files, and the object store where it is shared.
@@ -139,9 +146,9 @@ class Registry:
         specs: Programs and feature specs.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, claim: Claim | None = None) -> None:
         self.path = path
-        self.directory = Directory(path)
+        self.directory = Directory(path, claim)
         self.directory.ensure(*_FOLDERS.values())
         self.generations = Controls(path, self.directory)
         self.specs = Specs(self.directory)
@@ -447,6 +454,7 @@ class Registry:
             recent: The manifest of the same version in `recent/`, if it is there already.
 
         Raises:
+            LockHeld: The trainer's claim was lost; nothing was added.
             WrongEpoch: Control is at another epoch; nothing was added.
             UnknownVersion: The parent is not kept.
             UnusableRegistry: The disk refused.
@@ -460,7 +468,7 @@ class Registry:
                 # The same number and descent.
                 kept = manifest.entries(files)
                 part = replace(recent, kind=draft.kind, parent=draft.parent, log=draft.log, files=kept)
-            if self.add(part, files, last_check=lambda: self._check_epoch(draft.epoch)):
+            if self.add(part, files, last_check=lambda: self._check_right(draft.epoch)):
                 return part
             if recent is not None:
                 raise RuntimeError(f"version {part.version} was published before")
@@ -529,6 +537,11 @@ class Registry:
             if part.durable:
                 durable.sync_directory(temporary)
             yield temporary
+
+    def _check_right(self, epoch: int) -> None:
+        if self.directory.claim is not None:
+            self.directory.claim.confirm()
+        self._check_epoch(epoch)
 
     def _check_epoch(self, epoch: int) -> None:
         control = self.control()
@@ -640,7 +653,10 @@ class Registry:
                 self.directory.replace(mark, boot.encode())
             # 3.
             for path in left:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                # A trainer that lost its claim removes nothing: its staging folder is gone.
+                grave = self.directory.temporary(path.name)
+                path.rename(grave)
+                shutil.rmtree(grave) if grave.is_dir() else grave.unlink()
         self._manifests.clear()
         return sum(path.name.isdecimal() for path in left)
 
@@ -652,6 +668,5 @@ class Registry:
         """
         keeper = self.path / layout.RECENT / f"{last:012d}.last"
         if not keeper.exists():
-            durable.write(keeper, b"")
-            durable.sync_directory(keeper.parent)
+            self.directory.create(keeper, b"")
         return keeper

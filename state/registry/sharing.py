@@ -4,12 +4,12 @@ One process of each host copies and the others stand by; the trainer also pushes
 the versions of a shared registry. What it does depends on the local directory and on the object store:
 
     local directory          object store         result
-    empty, or a copy         anything             claimed; the store's content is fetched, numbers begin far beyond it
+    empty, or a copy         anything             claimed once the last claim ends; the store's content is fetched, numbers begin far beyond it
     with versions, unbound   empty                claimed; the local content is pushed to the store
     with versions, unbound   of this registry     likewise
     with versions, unbound   of another one       refused
     the origin               not claimed since    continues under its own claim
-    the origin               claimed by another   refused: two would train
+    the origin               claimed by another   becomes a copy: versions that the store lacks are removed
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 from prometheus_client import CollectorRegistry
@@ -36,8 +38,9 @@ from state.process import killpoints
 from state.process.said_once import SaidOnce
 from state.process.wall_clock import wall_ms
 from state.registry import sync
+from state.registry.claim import RENEW_S, Claim, Silence, StandbyFile
 from state.registry.directory import BINDING, Binding, bound, file_bytes, sharing
-from state.registry.registry import MOST_BETWEEN, Registry
+from state.registry.registry import DURABLE, MOST_BETWEEN, Registry
 from state.registry.sync import Copier, DurableSender, RecentSender
 
 EXCLUSIVE = "exclusive"
@@ -96,18 +99,44 @@ def _has_own_control(path: Path) -> bool:
 # Ownership of the versions
 
 
-def own(path: Path, url: str, now_ms: int) -> tuple[FileStore, int]:
-    """Makes the directory the origin of the shared registry, or finds that it is; returns the store and the claim.
+class Owned(NamedTuple):
+    """A shared registry whose versions the trainer here owns.
+
+    Attributes:
+        store: The object store.
+        claim: The number of the claim.
+        took_over: Whether another trainer had the versions before.
+    """
+
+    store: FileStore
+    claim: int
+    took_over: bool = False
+
+
+def own(
+    path: Path,
+    url: str,
+    now_ms: Callable[[], int],
+    wait: Callable[[FileStore], int] = lambda store: sync.newest_claim(store),
+    took_over: bool = False,
+) -> Owned:
+    """Makes the directory the origin of the shared registry, or finds that it is.
 
     1. The local content is pushed if the directory was not shared before: masks, then control.
-    2. The versions are claimed.
+    2. The versions are claimed, once no other trainer has them. The catalogue refuses the former trainer from here on.
     3. The store's content is fetched: control, the names of versions, programs, small files.
     4. Numbers that the preceding trainer may have used are skipped.
-    5. The directory is bound as the origin. The caller holds the trainer's lock.
+    5. The directory is bound as the origin. The caller holds the trainer's claim on the directory.
+
+    Args:
+        path: The registry's directory.
+        url: Of the object store.
+        now_ms: Wall clock.
+        wait: Waits until no other trainer owns the versions; returns the number of the newest claim.
+        took_over: Whether the directory was taken over from a process that may still run and send under its claim.
 
     Raises:
         SettingsError: The directory is of another registry.
-        LockHeld: Another trainer owns the versions.
         RegistryError: The store cannot be reached, or the disk refused.
     """
     with sharing():
@@ -117,12 +146,25 @@ def own(path: Path, url: str, now_ms: int) -> tuple[FileStore, int]:
                 f"{store.name} replaces a file that was to be created",
                 "use a store that supports `If-None-Match: *`: in this one, two operators at once would both win",
             )
+        tag = store.tagged(EXCLUSIVE)[1]
+        if store.swap(EXCLUSIVE, os.urandom(8), tag) and store.swap(EXCLUSIVE, b"", tag):
+            raise UnusablePlace(
+                f"{store.name} replaces a file whose ETag is not the requested one",
+                "use a store that supports `If-Match`: in this one, a trainer that lost its claim could still publish",
+            )
     binding = bound(path)
     if binding is not None and not binding.is_copy:
         _require_same(path, binding, url)
         with sharing():
-            sync.require_newest(store, binding.claim)
-        return store, binding.claim
+            newest = sync.newest_claim(store)
+            if newest == binding.claim and not took_over:
+                return Owned(store, binding.claim)
+            if newest == binding.claim and sync.claim(store, newest + 1, now_ms()):
+                sync.fence(store, newest + 1)
+                _write_binding(path, Binding(url, newest + 1))
+                return Owned(store, newest + 1, took_over=True)
+        _become_copy(path, url, store)
+        binding = bound(path)
     registry = Registry(path)
     # 1.
     if binding is None:
@@ -131,7 +173,10 @@ def own(path: Path, url: str, now_ms: int) -> tuple[FileStore, int]:
     killpoints.reach("share.bound")
     # 2.
     with sharing():
-        claim = sync.claim(store, now_ms)
+        while not sync.claim(store, (former := wait(store)) + 1, now_ms()):
+            pass
+        claim = former + 1
+        sync.fence(store, claim)
     killpoints.reach("share.claimed")
     # 3.
     Copier(path, store).step()
@@ -145,7 +190,23 @@ def own(path: Path, url: str, now_ms: int) -> tuple[FileStore, int]:
         registry.reserve_numbers(catalog.last + MOST_BETWEEN)
     # 5.
     _write_binding(path, Binding(url, claim))
-    return store, claim
+    return Owned(store, claim, took_over=former > 0)
+
+
+def _become_copy(path: Path, url: str, store: FileStore) -> None:
+    """Makes an origin whose claim was lost a copy. Its versions that the store lacks are removed first."""
+    registry = Registry(path)
+    with sharing():
+        catalog = sync.read_catalog(lambda: store.read(sync.CATALOG))
+    here = [one for name in DURABLE for one in (path / name).iterdir() if one.name.replace("-", "").isdecimal()]
+    unsent = [one for one in here if one.relative_to(path).as_posix() not in catalog.folders]
+    for folder in (*unsent, *(registry.folder("recent", number) for number in registry.recents())):
+        registry.directory.remove_folder(folder)
+    # All names are compared with the store's again.
+    (path / layout.SHARED_CATALOG).unlink(missing_ok=True)
+    _write_binding(path, Binding(url))
+    _log.warning("another trainer claimed the registry at %s: this host has a copy from here on", store.name)
+    _log.warning("%d durable versions that were not sent are removed; the log has what they learned", len(unsent))
 
 
 def _push_control(registry: Registry, store: FileStore) -> None:
@@ -167,10 +228,14 @@ def _push_control(registry: Registry, store: FileStore) -> None:
 
 
 class Ownership:
-    """Whether the trainer still owns the versions."""
+    """Whether the trainer still owns the versions.
 
-    def __init__(self, senders: Sequence[_Repeating] = ()) -> None:
-        self._senders = senders
+    Attributes:
+        took_over: Whether another trainer had them before, which may still run.
+    """
+
+    def __init__(self, senders: Sequence[_Repeating] = (), took_over: bool = False) -> None:
+        self._senders, self.took_over = senders, took_over
 
     def check(self) -> None:
         """Raises the error that ended a sender.
@@ -185,32 +250,72 @@ class Ownership:
 
 @contextmanager
 def owning(
-    settings: Settings, collected: CollectorRegistry, stopping: threading.Event, now_ms: Callable[[], int] = wall_ms
+    settings: Settings,
+    collected: CollectorRegistry,
+    stopping: threading.Event,
+    on_directory: Claim,
+    on_wait: Callable[[str], None],
+    now_ms: Callable[[], int] = wall_ms,
 ) -> Iterator[Ownership]:
     """Owns the versions of a shared registry while the block runs, and sends them; does nothing if it is not shared.
 
-    Waits for the store at the start, until `stopping`: a trainer must know that no other one trains. The caller holds the
-    trainer's lock.
+    Waits for the store at the start, until `stopping`: a trainer must know that no other one trains. While another one
+    owns the versions, it waits as a standby and keeps this directory in step.
+
+    Args:
+        settings: All settings.
+        collected: Where metrics are registered.
+        stopping: Ends the wait: SystemExit.
+        on_directory: The held claim on the directory.
+        on_wait: Called with the present owner, in words, if this process waits as a standby.
+        now_ms: Wall clock.
 
     Raises:
         SettingsError: The directory is of another registry.
-        LockHeld: Another trainer owns the versions.
+        LockHeld: Another trainer owns the versions, and a privacy budget, which is on its host.
+        SystemExit: `stopping` was set while it waited.
     """
     require_as_set(settings)
     path, url, warn_once = settings.registry_dir, settings.paths.shared_registry, SaidOnce(_log.warning)
     if not url:
-        yield Ownership()
+        yield Ownership(took_over=on_directory.took_over)
         return
+    metrics = SharedMetrics(collected)
+
+    def wait(store: FileStore) -> int:
+        """Waits as a standby until the newest claim is free; returns its number."""
+        silence, number, present = Silence(), sync.newest_claim(store), StandbyFile(path)
+        waits = False
+        with ExitStack() as standing_by:
+            standing_by.callback(present.remove)
+            while host := sync.holder(store, number, silence):
+                if settings.privacy.epsilon:
+                    raise LockHeld(
+                        f"the registry at {store.name} has a trainer on {host}, whose ledger of the privacy budget is there",
+                        "stop it and move privacy/ledger.json and the key, or use one directory for both (paths.registry)",
+                    )
+                if not waits:
+                    waits = True
+                    on_wait(f"the registry at {store.name} has a trainer on {host}")
+                    copier, ended = _HostCopier(settings, metrics), threading.Event()
+                    standing_by.enter_context(_running(_copier_threads(settings, copier, ended), copier, ended))
+                present.renew()
+                if stopping.wait(RENEW_S):
+                    raise SystemExit(0)
+                number += not sync.is_newest(store, number)
+        return number
+
     while True:
         try:
-            origin, claim = own(path, url, now_ms())
+            origin, claim, took_over = own(path, url, now_ms, wait, on_directory.took_over)
             break
         except RegistryError as error:
             warn_once(f"{error}; the trainer waits for it")
             if stopping.wait(RETRY_S):
                 raise
     _log.info("the registry is shared at %s; this trainer owns its versions, claim %d", origin.name, claim)
-    metrics, stop = SharedMetrics(collected), threading.Event()
+    on_directory.ask_store = partial(_require_newest, origin, claim)
+    stop = threading.Event()
     metrics.sent_seconds.set_to_current_time()
     store = CountedStore(origin, metrics)
     versions = DurableSender(path, store, claim)
@@ -224,14 +329,22 @@ def owning(
         return more
 
     senders = [
+        _Repeating("share-claim", lambda: sync.renew(origin, claim, now_ms()), RENEW_S, stop),
         _Repeating("share-recent", lambda: recent.send() < 0, SEND_S, stop),
         _Repeating("share-durable", send_durable, SEND_S, stop),
     ]
     threads = [*senders, *_copier_threads(settings, copier, stop)]
     with _running(threads, copier, stop):
-        yield Ownership(senders)
+        yield Ownership(senders, took_over or on_directory.took_over)
     if not any(thread.is_alive() for thread in threads):
         _send_the_rest(recent, versions)
+        with suppress(UnusablePlace, LockHeld):
+            sync.renew(origin, claim, now_ms(), released=True)
+
+
+def _require_newest(store: FileStore, claim: int) -> None:
+    with sharing():
+        sync.require_newest(store, claim)
 
 
 def _send_the_rest(recent: RecentSender, versions: DurableSender) -> None:

@@ -8,8 +8,18 @@ The store has the same names as a registry directory (`state/registry/registry.p
 
 Each host has one copier; the trainer has the senders. A version is pushed file by file: its files, its manifest, then
 the catalogue. A deletion changes the catalogue first. So everything that the catalogue names is complete, except for a
-moment during a deletion. Before anything takes effect in the store, the claim is checked. A trainer that was presumed
-dead stops there, like a fenced producer of Kafka. If a request fails, the version stays here, durable, and is sent once
+moment during a deletion.
+
+A claim has a lease: its trainer renews it, and another trainer claims the versions if it is silent for `LEASE_S`. The
+first one then stops, like a fenced producer of Kafka:
+
+    what           how a trainer without the claim is refused
+    versions       the catalogue names its claim and is replaced only if it is unchanged (a conditional request)
+    control        a takeover creates a generation; before a trainer creates one, it checks its claim
+    recent         the claim is checked before a pack is sent, every `FENCE_S`
+
+So a pack that is on its way while its trainer is frozen may arrive after the takeover. Its versions were published
+before that on the trainer's own host. If a request fails, the version stays here, durable, and is sent once
 the store can be reached again. Training and publishing on this host never wait for it.
 
 What the copier of a host fetches:
@@ -20,6 +30,7 @@ What the copier of a host fetches:
     versions       the catalogue, when a pack names a newer one           one for each durable version
     small files    lists of four folders, both ways                       four each `SMALL_S`
     erasures       the reports of this host's processes, when changed     one each
+    hosts          if serving here is in the routing table: all entries   one, and one for each host, every `RENEW_S`
 
 If no version arrives for `SILENT_S`, the copier reads the catalogue and lists the packs again, because the numbers of
 a killed trainer continue elsewhere. If packs keep coming for `SILENT_S` without an end, the link is too slow for them.
@@ -39,15 +50,19 @@ from pathlib import Path
 
 import msgspec
 import zstandard
+from msgspec import structs
 
 from state import layout
 from state.disk import files as durable
-from state.errors import CorruptVersion, LockHeld, UnknownVersion, UnusableRegistry
+from state.errors import CorruptVersion, LockHeld, UnknownVersion, UnusablePlace, UnusableRegistry
 from state.file_store import FileStore
 from state.process import killpoints
+from state.process.wall_clock import wall_ms
 from state.registry import manifest, sealed
+from state.registry.claim import LEASE_S, Silence
 from state.registry.controls import Controls
 from state.registry.directory import file_bytes, sharing, usable
+from state.registry.hosts import GONE_S, RENEW_S, HostEntry, decoded
 from state.registry.registry import DURABLE, MANIFEST, Registry
 
 CATALOG, RECENT, CLAIMS = "catalog.json", "recent", "trainers"
@@ -74,16 +89,65 @@ _log = logging.getLogger(__name__)
 # Claims
 
 
-def claim(store: FileStore, now_ms: int) -> int:
-    """Claims the versions; returns the claim's number.
+class _Claim(msgspec.Struct):
+    host: str = "another host"
+    at_ms: int = 0
+    released: bool = False
+
+
+def newest_claim(store: FileStore) -> int:
+    """The number of the newest claim; 0 if there is none."""
+    return max((int(name.partition(".")[0]) for name in store.names(CLAIMS)), default=0)
+
+
+def is_newest(store: FileStore, number: int) -> bool:
+    """Whether no claim follows `number`; one request."""
+    try:
+        store.read(_claim_name(number + 1))
+    except FileNotFoundError:
+        return True
+    return False
+
+
+def holder(store: FileStore, number: int, silence: Silence) -> str:
+    """The host whose trainer holds a claim; empty if there is no such claim, or it was released or has expired."""
+    try:
+        data = store.read(_claim_name(number))
+        held = msgspec.json.decode(data, type=_Claim)
+    except FileNotFoundError:
+        return ""
+    except msgspec.MsgspecError:
+        held = _Claim()
+    return "" if held.released or silence.poll((number, data)) >= LEASE_S else held.host
+
+
+def claim(store: FileStore, number: int, now_ms: int) -> bool:
+    """Creates a claim; returns False if another trainer was faster."""
+    return store.create(_claim_name(number), msgspec.json.encode(_Claim(durable.HOST, now_ms)))
+
+
+def renew(store: FileStore, own: int, now_ms: int, released: bool = False) -> None:
+    """Renews a claim, or releases it.
 
     Raises:
+        LockHeld: Another trainer has claimed the versions since.
         UnusablePlace: The object store cannot be reached.
     """
-    number = 1 + max((int(name.partition(".")[0]) for name in store.names(CLAIMS)), default=0)
-    while not store.create(_claim_name(number), msgspec.json.encode({"host": durable.HOST, "at_ms": now_ms})):
-        number += 1
-    return number
+    require_newest(store, own)
+    store.write(_claim_name(own), msgspec.json.encode(_Claim(durable.HOST, now_ms, released)))
+
+
+def fence(store: FileStore, own: int) -> None:
+    """Writes the claim into the catalogue, so that the former trainer cannot replace it any more."""
+    while True:
+        catalog, tag = _tagged_catalog(store)
+        if store.swap(CATALOG, sealed.encode(structs.replace(catalog, serial=catalog.serial + 1, claim=own)), tag):
+            return
+
+
+def _tagged_catalog(store: FileStore) -> tuple[Catalog, str]:
+    data, tag = store.tagged(CATALOG)
+    return read_catalog(lambda: data), tag
 
 
 def require_newest(store: FileStore, own: int) -> None:
@@ -94,14 +158,18 @@ def require_newest(store: FileStore, own: int) -> None:
         UnusablePlace: The object store cannot be reached.
     """
     try:
-        host = msgspec.json.decode(store.read(_claim_name(own + 1)))["host"]
+        host = msgspec.json.decode(store.read(_claim_name(own + 1)), type=_Claim).host
     except FileNotFoundError:
         return
-    except (msgspec.MsgspecError, KeyError, TypeError):
-        host = "another host"
-    raise LockHeld(
-        f"the registry at {store.name} has another trainer, on {host}",
-        "stop one of the two; to train here again remove this host's registry directory: it is fetched again",
+    except msgspec.MsgspecError:
+        host = _Claim().host
+    raise _lost(store, host)
+
+
+def _lost(store: FileStore, host: str) -> LockHeld:
+    return LockHeld(
+        f"the registry at {store.name} has another trainer, on {host}: this one did not renew its claim for {LEASE_S:g} s",
+        "start it again: it becomes the standby",
     )
 
 
@@ -280,6 +348,7 @@ class DurableSender:
         self._registry.directory.shared = store
         self._path = path
         self._catalog: Catalog | None = None
+        self._tag = ""
         self._marks: dict[str, tuple[int, str]] = {}
         self._damaged: set[tuple[str, str]] = set()
         self._settled_ns: tuple[int, ...] | None = None
@@ -320,7 +389,7 @@ class DurableSender:
 
     def _first_catalog(self) -> Catalog:
         """Reads the catalogue, and removes files that a killed trainer left outside it."""
-        catalog = read_catalog(lambda: self._store.read(CATALOG))
+        catalog, self._tag = _tagged_catalog(self._store)
         here = self._here(catalog.folders)
         for folder in DURABLE:
             for name in self._store.names(folder):
@@ -408,12 +477,23 @@ class DurableSender:
                 self._store.remove(f"{layout.PROGRAMS}/{digest}.tflite")
 
     def _write_catalog(self, folders: dict[str, str], programs: set[str]) -> None:
-        """Writes the catalogue, unless another trainer owns the versions by now."""
+        """Replaces the catalogue, unless another trainer owns the versions by now.
+
+        Raises:
+            LockHeld: Another trainer replaced it.
+            UnusablePlace: An earlier request took effect whose response was lost; the next call continues from there.
+        """
         require_newest(self._store, self._claim)
         last = self._registry.next_number() - 1
         catalog = Catalog(self.serial + 1, self._claim, last, folders, tuple(sorted(programs)))
-        self._store.write(CATALOG, sealed.encode(catalog))
-        self._catalog = catalog
+        if tag := self._store.swap(CATALOG, sealed.encode(catalog), self._tag):
+            self._catalog, self._tag = catalog, tag
+            return
+        theirs, tag = _tagged_catalog(self._store)
+        if theirs.claim != self._claim:
+            raise _lost(self._store, "another host")
+        self._catalog, self._tag = theirs, tag
+        raise UnusablePlace(f"{CATALOG} at {self._store.name} has changed", "it is read again")
 
 
 def _age(folder: str) -> tuple[int, bool]:
@@ -458,6 +538,8 @@ class Copier:
         now_s = elapsed()
         self._recent = deque((now_s, number) for number in self._registry.recents())
         self._reported: dict[str, int] = {}
+        self._renewed: dict[str, int] = {}
+        self._exchanged_s = float("-inf")
         self._began = False
 
     def step(self, control: bool = True) -> None:
@@ -472,6 +554,9 @@ class Copier:
         if self._directory.is_copy:
             self._fetch_versions()
         self._push_reports()
+        if self._elapsed() - self._exchanged_s >= RENEW_S and (self._registry.path / layout.HOSTS).is_dir():
+            self._exchange_hosts()
+            self._exchanged_s = self._elapsed()
         if self._elapsed() - self._small_s >= SMALL_S:
             exchange_small(self._registry, self._store)
             self._small_s = self._elapsed()
@@ -626,6 +711,40 @@ class Copier:
                 with sharing():
                     self._store.write(f"{layout.ERASURES}/{path.name}", data)
                 self._reported[path.name] = changed_ns
+
+    def _exchange_hosts(self) -> None:
+        """Pushes this host's entries of the routing table, and fetches those of other hosts.
+
+        1. Changed entries are pushed, and withdrawn ones removed.
+        2. The entries of other hosts are read. Those of hosts that are gone are removed.
+        3. They are stored here in one file.
+        """
+        folder = self._registry.path / layout.HOSTS
+        with usable("be read"):
+            ours = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("*.json")}
+        theirs = list[HostEntry]()
+        with sharing():
+            # 1.
+            for name, (changed_ns, data) in ours.items():
+                if self._renewed.get(name) != changed_ns:
+                    self._store.write(f"{layout.HOSTS}/{name}", data)
+                    self._renewed[name] = changed_ns
+            for name in self._renewed.keys() - ours.keys():
+                self._store.remove(f"{layout.HOSTS}/{name}")
+                del self._renewed[name]
+            # 2.
+            for name in self._store.names(layout.HOSTS):
+                if name in ours:
+                    continue
+                try:
+                    entries = decoded(self._store.read(f"{layout.HOSTS}/{name}"))
+                except (FileNotFoundError, ValueError):
+                    continue
+                if all(wall_ms() - entry.at_ms > GONE_S * 1000 for entry in entries):
+                    self._store.remove(f"{layout.HOSTS}/{name}")
+                theirs += entries
+        # 3.
+        self._directory.keep(folder / layout.FETCHED, msgspec.json.encode(theirs))
 
     def _fetch(self, name: str) -> bytes | None:
         return self._directory.fetch(self._registry.path / name)

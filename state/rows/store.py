@@ -49,6 +49,7 @@ from state.rows.reader import Databases, LastServed, RowReader, Served, required
 from state.rows.tables import (
     CODES,
     COUNTED,
+    INTEREST_SCORE,
     ITEM_SCORE,
     LANES,
     OWN,
@@ -62,6 +63,7 @@ from state.rows.tables import (
     u64,
     version_of,
 )
+from state.user_shares import UserShares
 
 if TYPE_CHECKING:
     # Its kernels load a compiler, which commands do without.
@@ -100,6 +102,16 @@ def rows_of(parts: Sequence[Changes], at_least: int = 1) -> Changes:
         own = own[counts >= at_least]
         found.append(np.stack((np.full(len(own), table, np.uint64), own)))
     return np.concatenate(found, axis=1)
+
+
+def with_users(tensors: Tensors, shares: UserShares) -> dict[str, NDArray[Any]]:
+    """The tensors of a version, with only those rows of table `user` that belong to users of `shares`."""
+    found = dict(tensors)
+    for ids, columns in (("user.ids", ("user.ids", "user.rows")), ("user.removed", ("user.removed",))):
+        if ids in tensors:
+            keep = shares.has(np.asarray(tensors[ids], np.uint64))
+            found |= {name: tensors[name][keep] for name in columns}
+    return found
 
 
 class Entries(NamedTuple):
@@ -160,7 +172,11 @@ def put_dense(
     Its weights of churn and of the item score are stored next to its dense weights.
     """
     dense = {name[6:]: np.ascontiguousarray(value) for name, value in tensors.items() if name.startswith("dense.")}
-    dense |= {f"{STORED}{name}": value for name, value in tensors.items() if name.startswith((CHURN, ITEM_SCORE))}
+    dense |= {
+        f"{STORED}{name}": value
+        for name, value in tensors.items()
+        if name.startswith((CHURN, ITEM_SCORE, INTEREST_SCORE))
+    }
     popular = tensors.get("popular")
     if parent is not None:
         # Weights of a model that an upgrade replaced are not kept.
@@ -350,7 +366,8 @@ class RowStore(LmdbStore):
         Args:
             manifest: The version; a base sees its own rows only, a delta its parent's too.
             tensors: `<table>.ids` `[k]` uint64, `<table>.rows` `[k, dim]` float32, `<table>.removed` `[r]` uint64,
-                `dense.<name>`, `popular` `[P]` uint64. Where there are no dense ones, they are the parent's.
+                `dense.<name>`, `popular` `[P]` uint64. Where there are no dense ones, they are the parent's. Rows of
+                users of other shares are left out.
             now_ms: The time of application.
             follow: Makes serving use the version from then on, in the same transaction.
             replace: Applies it again where it is applied already (a rebuilt lane).
@@ -359,6 +376,8 @@ class RowStore(LmdbStore):
             UnknownVersion: The parent is not stored, or entries that the delta needs were deleted.
             StoreFull, UnusableDisk: No visible row was changed.
         """
+        if not self.shares.is_all:
+            tensors = with_users(tensors, self.shares)
         with self._write() as transaction:
             take_back(transaction, self._databases)
             is_here = transaction.get(u64(manifest.version), db=self._versions) is not None

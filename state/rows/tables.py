@@ -25,7 +25,10 @@ from numpy.typing import NDArray
 TABLES = ("user", "item", "category", "context", "cross", "transition")
 """Tables of every version, in the order of their numbers in keys."""
 
-COUNTED = ("transition", "clicked", "followed", "visited")
+ITEM_LISTS = ("clicked", "followed", "visited")
+"""Tables of lists of items, see `state/ranking/item_lists.py`."""
+
+COUNTED = ("transition", *ITEM_LISTS, "next_category")
 """Tables of counts, see `state/ranking`. A version of an earlier release lacks some of them, or has other ones."""
 
 UNSERVED = frozenset({"visited"})
@@ -37,7 +40,10 @@ OPTIONAL = frozenset({"cross", *COUNTED})
 ITEM_SCORE = "recommend."
 """Prefix of the tensors of the item score, see `state/ranking/item_scores.py`."""
 
-TAKEN = frozenset({*TABLES, *COUNTED, "dense", "slots", "state", "popular", "churn", "recommend"})
+INTEREST_SCORE = "interests."
+"""Prefix of the tensors of the correction of interests, see `state/ranking/interest_scores.py`."""
+
+TAKEN = frozenset({*TABLES, *COUNTED, "dense", "slots", "state", "popular", "churn", "recommend", "interests"})
 """Names that a ranker's own table may not have: other tensors in a version's files begin with them."""
 
 OWN = 7

@@ -3,7 +3,7 @@
 | part | share | contents | enforced by |
 |---|---|---|---|
 | `kafka` | 40 % | the local Kafka: clicks, training log, dead letters, attributes | each topic's `retention.bytes` |
-| `registry` | 25 % | versions, bases, control | the compactor thins, and drops the oldest first |
+| `registry` | 25 % | versions, bases, control, snapshots of histories | the compactor thins, and drops the oldest first |
 | `stream` | 15 % | attributes; histories, while stopped or if memory has no room | the stores' maps |
 | `serving` | 15 % | attributes, segments; likewise histories; rows if memory has no room | the stores' maps |
 | `logs` | 5 % | one log a process, and older ones | rotation by size |

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from state.events.parser import EventBatch
 from state.features.spec import EVENT
-from state.positions import SHARES, Range, share_of
+from state.positions import Range, share_of
+from state.user_shares import SHARES
 from streaming.cut import merge_all
 from streaming.event_clock import BatchClock, Moves
 from streaming.rows import COLUMNS

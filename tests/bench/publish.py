@@ -64,7 +64,7 @@ def main(rows: int) -> None:
     with tempfile.TemporaryDirectory(dir="build") as folder:
         registry = Registry(Path(folder))
         registry.propose(start(actor="bench", reason="bench", now_ms=0))
-        publisher = Publisher(Path(folder), TrainerMetrics(CollectorRegistry()))
+        publisher = Publisher(registry, TrainerMetrics(CollectorRegistry()))
         empty = {
             name: tensor[:0] if name.startswith("user.") else tensor
             for name, tensor in checkpoint.changes(trainer).items()

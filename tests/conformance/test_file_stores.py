@@ -65,6 +65,18 @@ def test_a_file_is_created_once(store: FileStore, where: str) -> None:
     assert store.names("control") == ["1.json"]
 
 
+def test_a_file_is_swapped_only_if_it_is_unchanged(store: FileStore, where: str) -> None:
+    assert store.tagged("catalog.json") == (b"", "")
+    first = store.swap("catalog.json", b"one", "")
+    assert first and not store.swap("catalog.json", b"two", "")
+    assert open_store(where).tagged("catalog.json") == (b"one", first)
+    second = store.swap("catalog.json", b"three", first)
+    assert second and not open_store(where).swap("catalog.json", b"late", first)
+    assert store.read("catalog.json") == b"three" and store.names("") == ["catalog.json"]
+    store.remove("catalog.json")
+    assert not store.swap("catalog.json", b"late", second)
+
+
 def test_of_many_at_once_one_creates(store: FileStore, where: str) -> None:
     others, won = [store, *(open_store(where) for _ in range(7))], list[int]()
     start = threading.Barrier(len(others))

@@ -1,15 +1,17 @@
-"""A ranker's own tables are kept like all others: grown, published, merged, applied, read at any version, expired."""
+"""Tables of a user's own ranker, from the trainer to the answer."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
+from state.config.sections import Model
 from state.config.settings import Settings
 from state.errors import SettingsError
 from state.features.spec import FeatureSpec
@@ -17,13 +19,15 @@ from state.registry.control import start
 from state.registry.manifest import Draft, LogRange
 from state.registry.registry import SERVING, Registry
 from state.rows.store import RowStore
-from state.rows.tables import UNSERVED, tables_in
+from state.rows.tables import SERVED_IDS, UNSERVED, tables_in
 from tests.conformance.kept import sweep
-from tests.conformance.test_rankers import CONFIGURED, batches, settings_of
+from tests.conformance.test_engines import CONFIGURED, batches, settings_of
 from trainer.checks import check_own
 from trainer.engine.build import grown_by, ranker_of
 from trainer.engine.step import Trainer
-from trainer.model.ranker import Ranker
+from trainer.model import losses
+from trainer.model.inputs import IDS, own_rows, pick, sizes
+from trainer.model.ranker import MASKED, Ranker, Targets
 from trainer.versions import checkpoint, content
 
 EVERY = "every id"
@@ -34,7 +38,7 @@ def wanted(name: str) -> Settings:
     if name != EVERY:
         return settings_of(name)
     found = settings_of("two_tower")
-    model = dataclasses.replace(found.model, ranker="tests.conformance.looking_up:build", options=(), popular=4)
+    model = dataclasses.replace(found.model, ranker="tests.conformance.test_own_tables:build", options=(), popular=4)
     events = dataclasses.replace(found.events, context=("place", "device"))
     features = dataclasses.replace(found.features, sequence=3)
     return dataclasses.replace(found, model=model, events=events, features=features)
@@ -178,3 +182,54 @@ def test_a_version_of_other_tables_is_refused_by_name() -> None:
     for here, there in ((ours, theirs), (theirs, ours)):
         with pytest.raises(SettingsError, match=r"rows of \w+: expected width \w+, the version has \w+; put the"):
             checkpoint.load(here, checkpoint.full(there))
+
+
+WIDTH, NARROW = 3, 2
+KINDS = ("recent", "popular", "successor")
+ROWS = (*(f"every_of_{ids}" for ids in SERVED_IDS if ids != "popular"), "narrow_of_sequence_items")
+"""What the vector consists of, in this order: rows of several ids one behind another."""
+
+
+class LookingUp(Ranker):
+    """Its vector is the rows themselves; a candidate's score is the sum of its row."""
+
+    def __init__(self, settings: Model, spec: FeatureSpec) -> None:
+        super().__init__(name="looking_up")
+        self.tables = {"every": WIDTH, "narrow": NARROW}
+        self.initial_ranges = {"every": 0.5}
+        masks = pick(*(f"{kind}_mask" for kind in KINDS))
+        self.inputs = (*masks, *own_rows("every", *IDS), *own_rows("narrow", "sequence_items"))
+        self.sizes = sizes(settings, spec)
+        width = sum(int(np.prod(spec.shape[1:])) for name, spec in self.specs().items() if name in ROWS)
+        self.dense = {
+            "shown": tf.Variable(np.linspace(-1, 1, width, dtype=np.float32), name="shown"),
+            "scale": tf.Variable(np.ones(1, np.float32), name="scale"),
+        }
+
+    def encode(self, inputs: Mapping[str, Any], training: bool, seed: Any) -> Any:
+        """`[B, width]`, all rows of a user and an item one behind another, but those of popular categories."""
+        return tf.concat([tf.reshape(inputs[name], [-1, int(np.prod(inputs[name].shape[1:]))]) for name in ROWS], 1)
+
+    def score(self, encoded: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Sums of rows."""
+        scores = {}
+        for kind in KINDS:
+            logits = tf.reduce_sum(inputs[f"every_of_{kind}"], -1) * self.dense["scale"]
+            mask = inputs[f"{kind}_mask"]
+            scores[f"{kind}_logits"] = logits * mask + (1.0 - mask) * MASKED
+        pair = tf.linalg.matvec(encoded, self.dense["shown"])
+        scores |= {"engagement_logit": pair, "vector": encoded * self.dense["scale"]}
+        if "every_of_other" in inputs:
+            negative = ("negative_item", "negative_category", "negative_item_attributes")
+            scores["other_logit"] = tf.reduce_sum(inputs["every_of_other"], -1)
+            scores["negative_logit"] = tf.add_n([tf.reduce_sum(inputs[f"every_of_{name}"], -1) for name in negative])
+        return scores
+
+    def losses(self, encoded: Any, inputs: Mapping[str, Any], targets: Targets) -> Any:
+        """Softmax over the candidates, and the log loss of pairs."""
+        return losses.log_losses(self.score(encoded, inputs), targets)
+
+
+def build(settings: Model, spec: FeatureSpec, preprocessing: Any) -> LookingUp:
+    """Builds it."""
+    return LookingUp(settings, spec)

@@ -20,7 +20,7 @@ from state.errors import CorruptStore, SpringtideError, StoreError, StoreFull
 from state.layout import DATA
 from state.process import killpoints
 from tests.conformance.kept import KEPT, Kept, kinds
-from tests.disks import small_disk
+from tests.disks import crash, small_disk
 
 # A child is a copy of this process: no store is open when one is made.
 CHILD = multiprocessing.get_context("fork")
@@ -42,11 +42,6 @@ def child(run: Callable[[Connection], None]) -> tuple[Any, Connection]:
     process = CHILD.Process(target=run, args=(theirs,), daemon=True)
     process.start()
     return process, ours
-
-
-def crash(store: LmdbStore) -> None:
-    """Leaves what a kill leaves: what the kernel has, without a sync or a mark."""
-    store._env.close()
 
 
 def spoil(path: Path, name: bytes, value: bytes) -> None:

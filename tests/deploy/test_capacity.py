@@ -76,13 +76,18 @@ def test_more_load_takes_nothing_less(load: Load, name: str, factor: float) -> N
 
 
 def test_one_click_a_second_of_one_user_is_sized_as_by_hand() -> None:
-    found = sized(Load(clicks=1, users=1, items=1, versions=1, answers=1000, retention_h=1, click_bytes=100))
+    load = Load(clicks=1, users=1, items=1, versions=1, answers=1000, retention_h=1, click_bytes=100)
+    found = sized(load)
     assert found["stream_cores"] == pytest.approx(VALUES["stream_us"] / 1e6)
     assert found["worker_cores"] == pytest.approx(1000 * VALUES["lean_us"] / 1e6)
     assert found["stream_histories_bytes"] == VALUES["user_bytes"] + 256 * VALUES["event_bytes"]
     kafka = found.parts()[KAFKA]
     assert kafka.disk_bytes == pytest.approx((100 + VALUES["log_row_bytes"]) * 3600) and kafka.instances == 3
-    assert found["catch_up_s"] == pytest.approx(3600 * VALUES["history_us"] / 1e6)
+    read, load_s = VALUES["history_us"] / 1e6, 256 * VALUES["load_us"] / 1e6
+    rest_s = SETTINGS.history.snapshot_every_s + load_s
+    assert found["catch_up_s"] == pytest.approx(load_s + rest_s * read / (1 - read))
+    without = replace(SETTINGS, history=replace(SETTINGS.history, snapshot_every_s=0.0))
+    assert sized(load, without)["catch_up_s"] == pytest.approx(3600 * read)
     assert found["base_bytes"] == VALUES["durable_bytes"] + 2 * VALUES["base_row_bytes"]
     order = found.orders()[STREAM]
     assert order.cores == 1 and order.disk_bytes == 1.25 * found["stream_histories_bytes"]

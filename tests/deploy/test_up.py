@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import signal
 import socket
-import sys
 from pathlib import Path
 
 import pytest
@@ -73,21 +72,6 @@ def test_a_broker_that_is_named_at_the_local_port_is_not_started_and_up_says_why
     )
 
 
-def test_a_state_directory_that_is_a_file_is_one_line(
-    capsys: pytest.CaptureFixture[str], flags: list[str], tmp_path: Path
-) -> None:
-    (tmp_path / "state").touch()
-    assert "is a file; choose another directory" in complaint(capsys, flags)
-
-
-def test_a_full_disk_is_one_line_before_anything_is_written(
-    capsys: pytest.CaptureFixture[str], flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("deploy.startup.steps.LEAST_FREE_BYTES", 2**60)
-    assert "GiB free" in complaint(capsys, flags)
-    assert not (tmp_path / "state").exists()
-
-
 def test_a_lost_salt_is_one_line_before_anything_starts_and_none_is_made_in_its_place(
     capsys: pytest.CaptureFixture[str], flags: list[str], tmp_path: Path
 ) -> None:
@@ -110,11 +94,6 @@ def test_an_unreachable_broker_is_one_line_and_starts_no_process(
     assert nobody in line
     assert not (tmp_path / "state" / "logs").exists()
     assert not (tmp_path / "state" / "kafka").exists()
-
-
-def test_an_unsupported_python_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "version_info", (3, 13, 1))
-    assert "Python 3.13 is not supported" in complaint(capsys, [])
 
 
 def test_a_second_run_on_the_same_state_names_the_first(

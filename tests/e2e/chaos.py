@@ -13,19 +13,22 @@
 3. The clicks end, and what is under way is finished.
 4. An undisturbed stream reads the same clicks, with all that was masked left
    out from the beginning, and an undisturbed trainer the log that the disturbed
-   stream left. Everything must be equal, bit for bit.
-"""
+   stream left. Everything must be equal, bit for bit."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import re
 import shutil
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -45,9 +48,10 @@ from state.positions import UNPLACED
 from state.process.wall_clock import wall_ms
 from state.registry.control import Control
 from state.registry.registry import Registry
-from tests.e2e.client import Client
+from tests.e2e.client import Answers, Client
 from tests.e2e.crowd import Crowd
 from tests.e2e.evidence import (
+    LogDifference,
     accounts,
     attributes_differ,
     compare_logs,
@@ -62,13 +66,11 @@ from tests.e2e.evidence import (
     state_at,
     stream_histories,
 )
-from tests.e2e.findings import Findings
 from tests.e2e.flink.chaos import FlinkChaos, FlinkFindings
-from tests.e2e.operator import COMMAND, Operator
+from tests.e2e.operator import COMMAND, Operator, Rollbacks
 from tests.e2e.parts import End, Parts, quiet_ports
 from tests.e2e.running import PORTS, ROOT, until
 from tests.e2e.undisturbed import begin_stream, begin_trainer, finish_stream, finish_trainer
-from tests.e2e.violence import ATTRIBUTE_POINTS, POINTS, Violence
 
 LASTING = ("stream", "trainer", "applier", "worker")
 WORKING = {
@@ -528,3 +530,264 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+POINTS: Mapping[str, Sequence[str]] = {
+    "stream": (
+        "stream.fenced",
+        "back.found",
+        "back.committed",
+        "stream.opened",
+        "stream.taken",
+        "stream.sent",
+        "stream.acknowledged",
+        "stream.committed",
+        "stream.grouped",
+    ),
+    "trainer": (
+        "enter.restored",
+        "enter.opened",
+        "caught.written",
+        "loop.stepped",
+        "publish.file",
+        "publish.written",
+        "publish.checked",
+        "publish.renamed",
+        "publish.synced",
+    ),
+    "applier": (
+        "apply.steered",
+        "apply.read",
+        "apply.applied",
+        "back.found",
+        "back.committed",
+        "follow.taken",
+        "follow.committed",
+    ),
+    "command": ("control.written", "control.linked", "rollback.proposed", "rollback.answered"),
+}
+# Reached once by a part that is started, or with the next rollback.
+ONCE = ("back.", "enter.", "caught.", "control.", "rollback.", "apply.steered", "stream.fenced", "stream.opened")
+# Where attributes are followed, stream and applier have a sequence of their own for them.
+ATTRIBUTE_POINTS: Mapping[str, Sequence[str]] = {
+    part: (*points, *(("attributes.reported", "attributes.committed") if part in ("stream", "applier") else ()))
+    for part, points in POINTS.items()
+}
+# A trainer needs seconds to come back; it would never train if it died as often as the others.
+WEIGHTS: Mapping[str, float] = {
+    "stream": 26,
+    "trainer": 16,
+    "applier": 22,
+    "worker": 20,
+    "kafka": 5,
+    "compactor": 6,
+}
+SHORTEST_S, LONGEST_S = 0.1, 1.2
+# How often one dies that has yet to come up, of the times that it is chosen.
+EARLY_SHARES: Mapping[str, float] = {"worker": 0.4, "applier": 0.3, "stream": 0.15, "trainer": 0.04}
+ARMED_SHARE = 0.6
+MOST_TIMES = 3
+
+
+class Violence:
+    """A seeded plan.
+
+    Args:
+        seed: Of every choice.
+        rounds: How often each kill point must have struck.
+        points: By part its kill points.
+
+    Attributes:
+        arms_always: Whether each part that is started gets a kill point as long as it has one left.
+    """
+
+    def __init__(self, seed: int, rounds: int = 1, points: Mapping[str, Sequence[str]] = POINTS) -> None:
+        self.arms_always = False
+        self._chance = random.Random(seed)
+        self._decks = {part: list(named) * rounds for part, named in points.items()}
+        for deck in self._decks.values():
+            self._chance.shuffle(deck)
+
+    @property
+    def left(self) -> list[str]:
+        """The kill points that have yet to strike."""
+        return [point for deck in self._decks.values() for point in deck]
+
+    def has_left(self, part: str) -> bool:
+        """Whether a kill point of a part has yet to strike."""
+        return bool(self._decks.get(part))
+
+    def wait_s(self) -> float:
+        """How long until the next kill."""
+        return self._chance.uniform(SHORTEST_S, LONGEST_S)
+
+    def away_s(self) -> float:
+        """How long the broker stays dead before it is started again."""
+        return self._chance.uniform(0.0, 1.5)
+
+    def victim(self, candidates: Collection[str], ready: Collection[str]) -> str | None:
+        """Which part dies: mostly one that does its work, now and then one that has yet to come up; None for none."""
+        chosen = self._chance.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+        early = self._chance.random() < EARLY_SHARES.get(chosen, 0.0)
+        return chosen if chosen in candidates and (early or chosen in ready) else None
+
+    def arm(self, part: str) -> str:
+        """The kill point to arm in a part that is started; empty for none."""
+        deck = self._decks.get(part)
+        if not deck or (not self.arms_always and self._chance.random() >= ARMED_SHARE):
+            return ""
+        # Left in the deck until it has struck: the process may die of something else first.
+        self._chance.shuffle(deck)
+        return f"{deck[0]}:{1 if deck[0].startswith(ONCE) else self._chance.randint(1, MOST_TIMES)}"
+
+    def struck(self, part: str, at: str) -> None:
+        """Notes that a kill point (as `arm` gave it) has struck."""
+        point = at.partition(":")[0]
+        if point in self._decks[part]:
+            self._decks[part].remove(point)
+
+
+# A part may end by itself while the broker is away; its supervisor starts it again.
+EXCUSED_ENDS = frozenset({"UnreachableBroker", "LogError"})
+
+
+@dataclass
+class Findings:
+    """Filled in as a run goes on.
+
+    Attributes:
+        seed: Of the run.
+        kills: (part, kill point or "anywhere") -> kill -9.
+        ends: (part, class of error) -> ends that nobody caused.
+        back_s: Part -> seconds from its death until it worked again.
+        clicks: Records in the clicks topic.
+        rows: Distinct rows in the micro-batch log.
+        records: Micro-batches in it.
+        again: Rows written again after a crash.
+        differing: Of them, those with other bytes than the first time.
+        gaps: Positions that no micro-batch covers.
+        abandoned: Micro-batches that exact rollbacks left behind.
+        masked: Clicks left out at the end.
+        rollbacks: What became of the operator's.
+        labels: Impressions by what became of them, where labels come later.
+        changes: Changes of attributes, where there are any.
+        log: In what the log differs from an undisturbed stream's.
+        doubled: Rows that the trainer learned twice; negative where some were never learned.
+        differs: (what is compared) -> in what it differs; empty lists are proofs.
+        spot_checks: How often serving's rows were compared in the middle of it.
+        answers: What the client got.
+        seconds: How long it took.
+    """
+
+    seed: int
+    kills: Counter[tuple[str, str]] = field(default_factory=Counter)
+    ends: Counter[tuple[str, str]] = field(default_factory=Counter)
+    back_s: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    clicks: int = 0
+    rows: int = 0
+    records: int = 0
+    again: int = 0
+    differing: int = 0
+    gaps: int = 0
+    abandoned: int = 0
+    masked: int = 0
+    rollbacks: Rollbacks = field(default_factory=Rollbacks)
+    labels: dict[str, int] = field(default_factory=dict)
+    changes: int = 0
+    log: LogDifference = field(default_factory=lambda: LogDifference(0, 0, 0))
+    doubled: int = 0
+    versions: int = 0
+    differs: dict[str, list[str]] = field(default_factory=dict)
+    spot_checks: int = 0
+    answers: Answers = field(default_factory=Answers)
+    seconds: float = 0.0
+
+    @property
+    def killed(self) -> int:
+        """All kills."""
+        return sum(self.kills.values())
+
+    def problems(self) -> list[str]:
+        """What must not be; empty where all promises were kept."""
+        found = [f"{what}: {', '.join(names[:8])}" for what, names in self.differs.items() if names]
+        for name, count in (
+            ("rows lost from the log", self.log.lost),
+            ("rows in the log that no undisturbed stream makes", self.log.invented),
+            ("rows with other bytes than an undisturbed stream's", self.log.changed),
+            ("rows written again with other bytes", self.differing),
+            ("positions that no micro-batch covers", self.gaps),
+            ("rows learned twice (negative: never)", self.doubled),
+            ("answers by an older version than the one before", self.answers.went_back),
+            ("answers by another version than the one they were to stay at", self.answers.strayed),
+            ("answers that mixed versions", self.answers.mixed),
+        ):
+            if count:
+                found.append(f"{count} {name}")
+        found += [f"{count} questions failed: {reason}" for reason, count in self.answers.failed.items()]
+        found += [
+            f"{part} ended by itself {count} times: {error}"
+            for (part, error), count in self.ends.items()
+            if error not in EXCUSED_ENDS
+        ]
+        return found
+
+    def times_s(self) -> dict[str, list[float]]:
+        """What took how long, each time that it happened."""
+        found = {f"back after a kill: {part}": times for part, times in self.back_s.items()}
+        found["back after a kill: worker"] = self.answers.away_s
+        found["rollback: until an answer is of its version"] = self.rollbacks.answered_s
+        return {what: times for what, times in found.items() if times}
+
+    def lines(self) -> list[str]:
+        """The findings for people."""
+        found = [
+            f"seed {self.seed}: {self.killed} kills in {self.seconds:.0f} s on {os.cpu_count()} processors under a load of "
+            f"{os.getloadavg()[1]:.0f}",
+            "",
+        ]
+        by_part: dict[str, list[str]] = defaultdict(list)
+        for (part, point), count in sorted(self.kills.items()):
+            by_part[part].append(f"{point} {count}")
+        for part, points in by_part.items():
+            total = sum(count for (one, _), count in self.kills.items() if one == part)
+            found.append(f"  {part:<10} {total:>4}   {', '.join(points)}")
+        found += [
+            "",
+            f"clicks            {self.clicks:,}; {self.rows:,} rows in {self.records:,} micro-batches",
+            *(
+                [f"impressions       {', '.join(f'{n:,} {what}' for what, n in self.labels.items())}"]
+                if self.labels
+                else []
+            ),
+            *([f"attributes        {self.changes:,} changes"] if self.changes else []),
+            f"rollbacks         {self.rollbacks.modes['exact']} exact, {self.rollbacks.modes['fast']} fast, {self.rollbacks.interrupting} "
+            f"of them during another; {self.masked:,} clicks left out, {self.abandoned:,} micro-batches abandoned",
+            f"commands          {self.rollbacks.retyped} typed again, {self.rollbacks.conflicts} told of another's, "
+            f"{self.rollbacks.unchanged} typed twice",
+            f"written again     {self.again:,} rows, {self.differing} with other bytes",
+            f"lost              {self.log.lost}",
+            f"doubled           {self.doubled}",
+            f"changed, invented {self.log.changed}, {self.log.invented}",
+            f"versions          {self.versions:,}",
+        ]
+        found += [
+            f"{what:<44} {'equal' if not names else 'DIFFERS in ' + ', '.join(names[:8])}"
+            for what, names in self.differs.items()
+        ]
+        answers = self.answers
+        found += [
+            f"spot checks of serving's rows               {self.spot_checks}",
+            f"answers           {answers.given:,} given, {sum(answers.failed.values())} failed, {answers.excused} missing "
+            f"while the worker was dead or not back; the slowest {answers.longest_s * 1000:.0f} ms",
+            "",
+        ]
+        found += [
+            f"{what:<44} {len(times):>3} times, median {statistics.median(times):5.1f} s, most {max(times):5.1f} s"
+            for what, times in self.times_s().items()
+        ]
+        found += [
+            f"ended by itself   {part}: {error}, {count} times" for (part, error), count in sorted(self.ends.items())
+        ]
+        problems = self.problems()
+        found += ["", *(f"PROBLEM: {one}" for one in problems)] if problems else ["", "every promise was kept"]
+        return found

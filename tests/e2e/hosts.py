@@ -99,6 +99,12 @@ class ServingHost:
         found: dict[str, Any] = json.loads(body)
         return found
 
+    def metrics(self, name: str) -> float:
+        """A series of its applier."""
+        found = scrape.scrape_one(self.settings, "applier").value(name)
+        assert found is not None, self.said()
+        return found
+
     @property
     def ready(self) -> bool:
         """Whether it may be given requests."""

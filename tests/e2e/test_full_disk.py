@@ -21,7 +21,7 @@ import pytest
 
 from deploy import cli
 from deploy.watch import scrape
-from tests.e2e.loop.test_bad_record import balanced
+from tests.e2e.loop.test_restart import balanced
 from tests.e2e.running import SHORT, Loop, until
 from tests.e2e.watching import Watching, beside
 

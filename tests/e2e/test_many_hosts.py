@@ -108,25 +108,6 @@ def command(settings: Sequence[str], *words: str) -> None:
 
 
 @pytest.mark.nightly
-def test_clicks_and_versions_reach_all_hosts_and_a_pin_from_one_of_them_makes_all_answers_equal(
-    loop: Loop, hosts: list[ServingHost]
-) -> None:
-    everywhere, third = all_of(loop, hosts), hosts[1]
-    ends = loop.click([(USER, "lamp", "light", "purchase")] * 7)
-    learned = loop.answer_trained_on(USER, ends)["version"]["number"]
-    reached(everywhere, lambda one: one["version"]["number"] >= learned and one["features"]["purchase.count_7d"] == 7)
-    # Those that a host knows to be durable lie a second behind the trainer's.
-    number = Registry(third.settings.registry_dir).versions()[-1]
-    command(third.flags, "pin", str(number), "--reason", "from afar")
-    answers = reached(everywhere, lambda one: one["version"]["number"] == number)
-    moment = str(answers[0]["at_ms"])
-    first, *others = [without_age(ask(USER, at=moment) or {}) for ask in everywhere]
-    assert others == [first, first]
-    loop.springtide("follow", "--reason", "a test ends")
-    reached(everywhere, lambda one: one["version"]["number"] > number)
-
-
-@pytest.mark.nightly
 def test_a_host_that_was_away_until_nothing_led_on_from_what_it_has_catches_up(
     loop: Loop, hosts: list[ServingHost]
 ) -> None:

@@ -1,27 +1,29 @@
-"""A ranker of one's own with the real processes: checked, bootstrapped, trained, served; and a flood of it held.
-
-What every ranker promises is held by `tests/conformance`; the other example is in it. The guard is as watchful here as
-no other loop could bear: what tests do to theirs would be held, and rightly.
-"""
+"""Examples of a ranker and a model of one's own, with the real processes."""
 
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import sys
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from deploy import cli
+from deploy.kafka.configuration import free_ports
 from state.config.loading import load
 from state.features.spec import FeatureSpec
 from state.log import Writer
 from state.process.wall_clock import wall_ms
 from state.registry.control import Control
 from state.registry.registry import Registry
-from tests.e2e.running import ROOT, SHORT, Loop, until
+from tests import forked
+from tests.e2e.running import PORTS, ROOT, SHORT, Loop, until
 from tests.e2e.watching import Watching, beside
 
 EXAMPLES = ROOT / "deploy" / "examples"
@@ -145,3 +147,62 @@ def test_a_flood_is_held_and_the_rollback_that_status_prints_heals(loop: Loop, w
     assert answer["version"]["epoch"] > epoch
     assert held() is None
     watching.wait_until_over("SpringtideTrainingHeld")
+
+
+EXAMPLE = ROOT / "deploy" / "examples" / "own_model"
+OWN_MODEL_TOML = EXAMPLE / "springtide.toml"
+OWN = load(["--config", str(OWN_MODEL_TOML)], env={}).model
+
+
+def test_the_documentation_shows_the_command_of_the_example() -> None:
+    text = (ROOT / "docs" / "how-to" / "own-tower.md").read_text()
+    assert "springtide up --config deploy/examples/own_model/springtide.toml" in text
+
+
+@pytest.mark.nightly
+def test_the_example_passes_check_model_which_names_both_functions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check-model", "--config", str(OWN_MODEL_TOML)]) == 0
+    preprocessing, tower = capsys.readouterr().out.splitlines()
+    assert preprocessing.startswith(
+        f"model.preprocessing '{OWN.preprocessing}': [B, 128] to [B, 256], lowers to LiteRT"
+    )
+    assert tower.startswith(f"model.tower '{OWN.tower}': [B, 352] to [B, 64]")
+
+
+BAD = """
+import tensorflow as tf
+import tensorflow_transform as tft
+
+
+def preprocessing_fn(inputs):
+    return {"features": tf.cast(tft.bucketize(inputs["features"][:, :1], 4), tf.float32)}
+
+
+class Tower(tf.Module):
+    def __call__(self, x, training, seed):
+        return tf.math.bessel_i0e(x[:, :128])
+
+
+def build(width_in, settings):
+    return Tower()
+"""
+
+
+def test_up_refuses_what_does_not_lower_in_one_line_with_the_operation_and_starts_nothing(tmp_path: Path) -> None:
+    (tmp_path / "shop.py").write_text(BAD)
+    ports = [f"--{name}={port}" for name, port in free_ports(PORTS).items()]
+    words = ["up", "--model.tower=shop:build", "--paths.state", str(tmp_path / "state"), *ports]
+    done = forked.run(
+        [sys.executable, "-m", "deploy.cli", *words],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1, done.stderr
+    (said,) = done.stderr.splitlines()
+    assert "model.tower 'shop:build' does not lower to LiteRT: it has no tf.BesselI0e" in said
+    assert not (tmp_path / "state" / "kafka").exists()
+    assert not (tmp_path / "state" / "logs").exists()
+    assert not list((tmp_path / "state").glob("registry/specs/*"))

@@ -7,7 +7,6 @@ bit for bit.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +16,6 @@ from msgspec import structs
 
 from deploy import cli
 from deploy.operate import log_view
-from state.errors import ControlConflict
 from state.events.identity import Salt, load_salt, user_id
 from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
@@ -161,18 +159,6 @@ def test_killed_at_each_step_and_started_again_it_comes_to_what_it_comes_to_left
     assert finished(loop) == left_alone[mode]
     assert loop.deaths == points
     assert [one.action for one in loop.registry.controls()].count("rollback") == 1
-
-
-def test_the_same_command_twice_changes_nothing_the_second_time(tmp_path: Path, salt: Path) -> None:
-    loop, to = poisoned(tmp_path / "loop", salt)
-    for mode in ("fast", "exact"):
-        first = go_back(loop, to, bots(salt, 0), mode)
-        assert go_back(loop, to, bots(salt, 0), mode) == first
-        loop.settle()
-        assert go_back(loop, to, bots(salt, 0), mode, then_follow=False).epoch == first.epoch, (
-            "nothing is learned again"
-        )
-    loop.close()
 
 
 @pytest.mark.parametrize(
@@ -349,36 +335,6 @@ def test_with_labels_an_exact_rollback_during_another_makes_the_rows_of_a_run_wi
         one.loop.close()
 
 
-def test_a_second_rollback_may_go_further_back_or_less_far(tmp_path: Path, salt: Path) -> None:
-    loop = SmallLoop(tmp_path / "loop", salt)
-    versions = []
-    for first, count in ((0, GOOD // 2), (GOOD // 2, GOOD // 2), (GOOD, BAD)):
-        loop.click(*clicks(first, count))
-        loop.settle()
-        versions.append(loop.newest)
-    early, to, _ = versions
-    go_back(loop, to, bots(salt, 0), "exact")
-    loop.settle()
-    go_back(loop, early, bots(salt, 1), "exact")
-    loop.settle()
-    later = loop.newest
-    loop.click(*clicks(GOOD + BAD, LATER))
-    loop.settle()
-    go_back(loop, later, offsets(GOOD + BAD + 3, GOOD + BAD + 9), "exact")
-    loop.settle()
-    calm = SmallLoop(tmp_path / "calm", salt, with_masks(loop.control))
-    for first, count in ((0, GOOD // 2), (GOOD // 2, GOOD // 2), (GOOD, BAD), (GOOD + BAD, LATER)):
-        calm.click(*clicks(first, count))
-        calm.settle()
-    assert loop.records() == calm.records()
-    for one in (loop, calm):
-        one.registry.change(lambda now: follow(now, actor="ann", reason="good", now_ms=6))
-        one.settle()
-    assert loop.content() == calm.content()
-    for one in (loop, calm):
-        one.close()
-
-
 @pytest.mark.parametrize(
     ("mode", "down"),
     [
@@ -408,59 +364,3 @@ def test_what_is_down_during_the_command_and_started_afterwards_converges_too(
                 loop.tick(name)
     loop.log.come_back()
     assert finished(loop) == left_alone[mode]
-
-
-def test_another_leader_of_clicks_and_log_between_version_and_rollback_is_no_log_that_was_cut_back(
-    tmp_path: Path, salt: Path, left_alone: dict[Mode, dict[str, Any]]
-) -> None:
-    loop = SmallLoop(tmp_path / "loop", salt)
-    topics = (loop.settings.kafka.clicks_topic, loop.settings.kafka.microbatches_topic)
-
-    def elect() -> None:
-        for topic in topics:
-            loop.log.cut_back(topic, {0: loop.log.topics().ends(topic)[0][1]})
-
-    loop.click(*clicks(0, GOOD))
-    loop.settle()
-    to = loop.newest
-    elect()
-    for first in range(GOOD, GOOD + BAD, BATCH):
-        loop.click(*clicks(first, BATCH))
-        loop.settle()
-        elect()
-    go_back(loop, to, bots(salt, 0, 1, 2), "exact")
-    loop.settle()
-    elect()
-    for name in loop.NAMES:
-        loop.end(name)
-    assert finished(loop) == left_alone["exact"]
-
-
-def test_of_two_operators_at_once_one_wins_and_the_other_is_told_what_to_do(tmp_path: Path, salt: Path) -> None:
-    loop, to = poisoned(tmp_path / "loop", salt)
-    loop.close()
-    control, line, together = loop.control, loop.line(to), threading.Barrier(2)
-    found: dict[str, Control | ControlConflict] = {}
-
-    def propose(who: str, mask: Mask) -> None:
-        registry = Registry(loop.settings.registry_dir)
-        made = roll_back(control, to.version, mask, actor=who, reason="bots", now_ms=5, log=line)
-        together.wait()
-        try:
-            found[who] = registry.propose(made)
-        except ControlConflict as refused:
-            found[who] = refused
-
-    operators = [threading.Thread(target=propose, args=(f"bot-{number}", bots(salt, number))) for number in (0, 1)]
-    for one in operators:
-        one.start()
-    for one in operators:
-        one.join()
-    (refused,) = (one for one in found.values() if isinstance(one, ControlConflict))
-    assert "see `springtide history`, then repeat the command" in str(refused)
-    assert len(loop.registry.controls()) == 2
-    loser = next(who for who, one in found.items() if one is refused)
-    go_back(loop, to, bots(salt, int(loser[-1])), "exact")
-    control = loop.control
-    assert sorted(len(one.users) for one in control.masks) == [1, 1]
-    assert finished(loop) == never_saw(tmp_path / "calm", salt, control)

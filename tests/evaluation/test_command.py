@@ -16,7 +16,8 @@ from deploy.replaying import news
 from evaluation.command import main
 from evaluation.report import Evaluation
 
-CLICKS = 3000
+CLICKS, LAST = 6000, 3000
+NEWS = ("--readers", "300", "--repeat", "0.1", "--articles-a-day", "150", "--fades-h", "1.5", "--ends-h", "6")
 BASELINES = {
     "popular so far",
     "popular now (30m)",
@@ -40,7 +41,7 @@ def undisturbed_signals() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("recording") / "news.jsonl"
-    assert news.main([str(path), "--clicks", str(CLICKS), "--readers", "80", "--repeat", "0.2"]) == 0
+    assert news.main([str(path), "--clicks", str(CLICKS), *NEWS]) == 0
     return path
 
 
@@ -48,7 +49,7 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def evaluated(recording: Path) -> tuple[Evaluation, Path]:
     """The result of one run, and its chart."""
     json_file, chart = recording.with_suffix(".json"), recording.with_suffix(".svg")
-    options = ["--last", "2000", "--requests", "300", "--json", str(json_file), "--chart", str(chart)]
+    options = ["--last", str(LAST), "--requests", "500", "--json", str(json_file), "--chart", str(chart)]
     assert main([str(recording), *options]) == 0
     return msgspec.json.decode(json_file.read_bytes(), type=Evaluation), chart
 
@@ -61,9 +62,9 @@ def figures(evaluation: Evaluation, task: str, table: int = 0) -> dict[str, dict
 
 def test_the_last_clicks_are_evaluated_and_all_are_learned(evaluated: tuple[Evaluation, Path]) -> None:
     found, _ = evaluated
-    assert (found.recording["events"], found.evaluated["events"]) == (CLICKS, 2000)
-    assert [table.rows for table in found.interests] == [2000, found.interests[1].rows, CLICKS]
-    assert 200 < found.recommendation[0].rows < 400
+    assert (found.recording["events"], found.evaluated["events"]) == (CLICKS, LAST)
+    assert [table.rows for table in found.interests] == [LAST, found.interests[1].rows, CLICKS]
+    assert 400 < found.recommendation[0].rows < 600
     assert not found.engagement
 
 
@@ -94,6 +95,16 @@ def test_the_model_learns_and_baselines_find_what_is_theirs(evaluated: tuple[Eva
     # With exclude_seen no list has an item that the user had before.
     assert unseen["own items"]["recall@20"] == 0.0
     assert (unseen["popular now (6h)"]["recall@20"] or 0.0) > 0.1
+
+
+def test_recommendations_beat_what_is_popular_now(evaluated: tuple[Evaluation, Path]) -> None:
+    found, _ = evaluated
+    tables = {table.about: table for table in found.recommendation}
+    for about in ("all clicks", "clicks on items that are new to the user, with exclude_seen"):
+        for score in tables[about].scores:
+            if score.name.startswith("popular"):
+                difference = score.difference["recall@20"]
+                assert (difference.value or 0.0) > (difference.interval or 1.0), (about, score)
 
 
 def test_sources_account_for_all_recommended_items_and_hits(evaluated: tuple[Evaluation, Path]) -> None:

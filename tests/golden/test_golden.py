@@ -79,7 +79,6 @@ def test_learning_goes_on_to_the_same_weights(run: Run) -> None:
 
 @pytest.mark.parametrize("run", ["joined"], indirect=True)
 def test_every_list_of_what_came_next_keeps_its_bits(run: Run) -> None:
-    """Typed and stored again, out of each version; in another table too."""
     registry, found = Registry(run.settings.registry_dir), 0
     for version in registry.versions():
         state = content.merge([checkpoint.tensors_of(registry, registry.manifest(version))])

@@ -191,18 +191,15 @@ def test_a_pin_loads_no_compiler() -> None:
 
 
 def test_a_worker_loads_no_kafka() -> None:
-    """It answers from what is on its host, the first thing at a start."""
     tops = tops_after("deploy.serving.rest")
     assert "lmdb" in tops and "kafka" not in tops
 
 
 def test_the_client_loads_what_it_needs_alone() -> None:
-    """An application may take it without anything of the server."""
     assert not tops_after("springtide_client") & (HEAVY | {"deploy", "state", "numpy", "numba", "lmdb", "kafka"})
 
 
 def test_up_loads_no_compiler() -> None:
-    """Everything waits for its checks."""
     assert not tops_after("deploy.startup.model_checks", "deploy.startup.steps") & (HEAVY | {"numba", "llvmlite"})
 
 

@@ -164,7 +164,6 @@ def test_a_pod_ends_no_sooner_than_its_processes() -> None:
 
 
 def test_containers_that_share_a_store_share_their_process_ids() -> None:
-    """LMDB knows a reader by its process id, and locks a byte of that number."""
     sharing = {one.owner: one.pod for one in BOXES if len(one.pod["containers"]) > 1}
     assert sharing, "serving"
     assert all(pod.get("shareProcessNamespace") is True for pod in sharing.values())

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from deploy.watch.figures import WAITS, BudgetLeft, ClocksOff, Figures, full_parts
+from deploy.watch.figures import STANDS_BY, WAITS, BudgetLeft, ClocksOff, Figures, full_parts
 from deploy.watch.scrape import Scrape, parsed
 from deploy.watch.snapshot import Snapshot
 from state import errors
@@ -37,6 +37,7 @@ SECTIONS = {
     "registry": {"answers": False},
     "rollout": {"stopped": True, "unwatched_s": 90.0},
     "retrain": {"problem": "", "outcome": "failed"},
+    "hosts": {"without_host": [*range(32)], "with_one_host": [*range(32)]},
     "live_clicks": {"anomalies": {"ENUM_TYPE_UNEXPECTED_STRING_VALUES": 1}},
 }
 STORAGE = "\n".join(
@@ -133,8 +134,9 @@ def test_what_status_says_is_what_the_table_shows() -> None:
     stopped = Figures(away={"stream": "refused", "segments": "refused"})
     many = Figures(up_s={"worker": 1.0}, lag_events=12_000.0)
     skips = Figures(up_s={"worker": 1.0}, rows_per_s=10.0, skipped_per_s=3.0)
+    waits = Figures(up_s={"worker": 1.0}, starting={"trainer": STANDS_BY})
     held = Figures(up_s={"worker": 1.0}, paused=True, publishing_held=True, pinned=True)
-    shown = [Snapshot(figures) for figures in (wrong, begins, nearly, stopped, many, skips, held)]
+    shown = [Snapshot(figures) for figures in (wrong, begins, nearly, stopped, many, skips, waits, held)]
     shown.append(Snapshot(many).having(SECTIONS))
     shown.append(Snapshot(many).having({"kafka": {"answers": False, "away": False}, "accounting": {"balanced": None}}))
     for problem in (problem for snapshot in shown for problem in snapshot.problems):

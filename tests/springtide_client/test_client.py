@@ -150,7 +150,6 @@ def test_items_are_ranked_and_recommended(app: App, calls: Calls) -> None:
     found = calls.recommend("ann", n=3)
     assert 0 < len(found.items) <= 3 and {one.reason for one in found.items} <= {
         "again",
-        "fresh",
         "category",
         "similar",
         "popular",
@@ -195,8 +194,6 @@ def test_what_is_not_ready_is_asked_again_and_then_said(app: App, stores: Stores
 
 
 def test_a_worker_says_when_to_come_again(app: App, kind: type) -> None:
-    """A pause that is too long for the client's patience is said at once."""
-
     def busy(seconds: int) -> httpx.Response:
         return httpx.Response(429, headers={"retry-after": str(seconds)}, json={"error": "busy", "do": "come again"})
 
@@ -270,7 +267,6 @@ def test_a_server_that_drips_does_not_hold_a_call_beyond_its_time(kind: type, in
 
 
 def test_tries_end_with_the_time_of_the_call(app: App, kind: type) -> None:
-    """A try that could only begin after it is not waited for."""
     busy = httpx.Response(503, json={"error": "busy", "do": "come again"})
     calls = Calls(kind, network := Network(app, busy), timeout_s=1.0, retries=Retries(first_wait_s=2.0))
     with pytest.raises(ServerFailed):
@@ -285,7 +281,6 @@ def test_tries_end_with_the_time_of_the_call(app: App, kind: type) -> None:
 
 @pytest.mark.parametrize(("status", "error"), [(429, Overloaded), (502, ServerFailed), (503, ServerFailed)])
 def test_an_error_of_a_proxy_has_its_status(app: App, kind: type, status: int, error: type[Refused]) -> None:
-    """Whatever its form; readiness too."""
     page = httpx.Response(status, text="<html>no backend</html>", headers={"retry-after": "60"})
     calls = Calls(kind, Network(app, page, page))
     for call in (lambda: calls.profile("ann"), calls.ready):
@@ -295,7 +290,6 @@ def test_an_error_of_a_proxy_has_its_status(app: App, kind: type, status: int, e
 
 
 def test_what_is_no_unicode_is_an_error_of_the_client(calls: Calls) -> None:
-    """A lone surrogate, in a path, a parameter or a body."""
     for call in (
         lambda: calls.profile("a\ud800"),
         lambda: calls.profile("ann", item="a\ud800"),
@@ -331,7 +325,6 @@ def test_both_clients_offer_the_same() -> None:
 
 
 def test_the_program_of_the_readme_runs(stores: Stores, capsys: pytest.CaptureFixture[str]) -> None:
-    """Against a real worker, over the real network."""
     (program,) = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
     port = free_port()
     with worker(stores, port):

@@ -34,7 +34,6 @@ def test_wrong_use_ends_with_2_and_everything_else_with_1() -> None:
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_only_a_bad_request_is_the_callers_fault(kind: type[SpringtideError]) -> None:
-    """What is too much at once is nobody's."""
     of_callers, of_ours = (400, 401, 403, 404, 405, 408, 413, 431, 501), (429, 500, 503, 504)
     assert kind.http_status in (of_callers if issubclass(kind, BadRequest) else of_ours)
 

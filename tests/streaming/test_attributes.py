@@ -192,7 +192,6 @@ def test_each_row_has_what_was_known_when_it_was_made(shop: Settings, tmp_path: 
     [pytest.param("attributes.reported", marks=pytest.mark.nightly), "attributes.committed", "stream.acknowledged"],
 )
 def test_after_a_kill_the_rows_written_first_count(shop: Settings, tmp_path: Path, point: str) -> None:
-    """Clicks are read again with newer attributes, and dropped by their position."""
     kafka, crm = shop.kafka, shop.attributes.user_topic
     tell(kafka, crm, ("user-1", {"age": "18-24"}), ("user-1", b"broken"))
     send(kafka, [click(number) for number in range(100)])

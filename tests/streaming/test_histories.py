@@ -88,7 +88,6 @@ def test_what_was_open_under_another_start_of_the_machine_is_lost(settings: Sett
 
 @pytest.mark.skipif(not os.access(MEMORY, os.W_OK), reason=f"{MEMORY} cannot be written here")
 def test_what_lay_in_memory_that_is_gone_is_lost(settings: Settings) -> None:
-    """As after the end of a pod."""
     settings = replace(settings, storage=StorageSettings(memory_dir=MEMORY))
     folder = settings.stream_dir
     store = open_history_store(settings, STREAM, folder)

@@ -25,7 +25,8 @@ from state.history.store import HistoryStore
 from state.history.waiting import RowFormat, key_of
 from state.microbatch.batch import Kind, MicroBatch, erased_rows, happened, new_ranges, trained, trim
 from state.microbatch.codec import decode
-from state.positions import SHARES, Source
+from state.positions import Source
+from state.user_shares import SHARES
 from streaming import labels as streaming_labels
 from streaming.accounts import faults
 from streaming.cut import Cut, Encoding, encode_cut, merge_all, merge_appends
@@ -34,6 +35,7 @@ from streaming.labels import open_labels
 from streaming.profile import Profiler
 from streaming.rebuild import Waits
 from streaming.rows import Rows
+from tests.disks import crash
 from tests.streaming import pieces
 from tests.streaming.pieces import SOURCES
 from tests.streaming.test_attribution import NOTHING, Event, Resolved, by_hand
@@ -103,7 +105,7 @@ class Run:
         self.queue: deque[Rows] = deque()
 
     def crash(self) -> None:
-        self.store._env.close()
+        crash(self.store)
         self.open()
 
     def update(self, batch: EventBatch, attributes: Joined | None = None) -> None:

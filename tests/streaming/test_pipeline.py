@@ -140,7 +140,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
         pytest.param("stream.sent:3", marks=pytest.mark.nightly),
         "stream.acknowledged:1",
         pytest.param("stream.committed:2", marks=pytest.mark.nightly),
-        "stream.grouped:1",
+        pytest.param("stream.grouped:1", marks=pytest.mark.nightly),
     ],
 )
 def test_after_kill_9_the_rows_are_those_of_an_undisturbed_run(

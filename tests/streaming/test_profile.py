@@ -19,6 +19,7 @@ from state.history.appends import events_of
 from state.history.store import HistoryStore
 from streaming.profile import ABSENT, Profiler, SlotTable
 from streaming.rows import Rows
+from tests.disks import crash as kill
 from tests.streaming import pieces
 
 SPEC = FeatureSpec(windows_s=(60, 600, 7200), half_lives_s=(30, 900), history=16, recent_categories=5, sequence=7)
@@ -90,7 +91,7 @@ def run(
         while queue and (len(queue) > behind or place == len(batches)):
             commit()
         if crash():
-            store._env.close()
+            kill(store)
             store = open_store(path)
             profiler = Profiler(store, SPEC, cache_users)
             place -= len(queue)

@@ -6,19 +6,26 @@ import io
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry
 
+from deploy.serving.following.clicks import HistoryFollower, position_of
 from state.config.sections import Events, Kafka, LabelSettings
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import CorruptStore, LockHeld, SaltMismatch, StoreError
+from state.features.spec import FeatureSpec
+from state.history.snapshot_writer import Cut, SnapshotWriter
+from state.history.snapshots import location_of
 from state.history.store import HistoryStore
 from state.layout import HISTORIES
-from state.log import Topics, Writer
+from state.log import Log, Topics, Writer
+from state.metrics import ApplierMetrics
 from state.microbatch.codec import decode
 from state.positions import Source
 from state.process import killpoints
@@ -27,6 +34,7 @@ from streaming.accounts import faults
 from streaming.rebuild import Rebuilt, progress_on, rebuild
 from tests import forked
 from tests.conftest import KafkaFactory
+from tests.disks import crash
 from tests.one_kafka import Running
 from tests.streaming.streams import (
     FOREVER,
@@ -90,6 +98,26 @@ def rebuilt(settings: Settings, copy: Path | None = None) -> Rebuilt:
     return rebuild(settings, copy, progress_on(io.StringIO()))
 
 
+def snapshot(settings: Settings, polls: int) -> int:
+    """Writes a snapshot of a serving host that has read so many polls of the training log; returns how many records."""
+    spec = FeatureSpec.from_settings(settings)
+    store = HistoryStore(settings.serving_dir / HISTORIES, spec.history, 1 << 30)
+    reach_ms = spec.reach_ms(settings.events)
+    follower = HistoryFollower(store, spec, reach_ms, ApplierMetrics(CollectorRegistry()), lambda: 0)
+    follower.connect(Log(settings.kafka), settings.kafka.microbatches_topic)
+    records, deadline_s = 0, time.monotonic() + 60
+    while polls and time.monotonic() < deadline_s:
+        read = follower.step(1.0)
+        records, polls = records + read, polls - (read > 0)
+    follower.disconnect()
+    position, salt = position_of(store), store.extra("salt")
+    assert position is not None and salt is not None
+    writer = SnapshotWriter(location_of(settings), "host", spec.history)
+    assert writer.write(Cut(store.view(), position, salt.decode(), (), None), 1) is not None
+    store.close()
+    return records
+
+
 def held(settings: Settings) -> tuple[str, dict[Source, dict[str, int]]]:
     with histories_of(settings) as store:
         return store.digest(), store.counts()
@@ -126,7 +154,7 @@ def test_from_nothing_the_store_is_the_lost_one(lost: Lost, tmp_path: Path) -> N
 def test_a_store_from_before_a_power_cut_is_refused_rebuilt_and_gone_on_from(lost: Lost, tmp_path: Path) -> None:
     settings = lost.elsewhere(tmp_path / "state")
     shutil.copytree(lost.settings.stream_dir, settings.stream_dir)
-    HistoryStore(settings.stream_dir / "histories", 256, 1 << 30, boot_id="before the cut")._env.close()
+    crash(HistoryStore(settings.stream_dir / "histories", 256, 1 << 30, boot_id="before the cut"))
     with running(settings, tmp_path / "log") as stream:
         assert stream.wait() == 1
     (line,) = (one for one in stream.lines if " ERROR " in one)
@@ -140,6 +168,17 @@ def test_a_store_from_before_a_power_cut_is_refused_rebuilt_and_gone_on_from(los
     with running(settings, tmp_path / "log") as stream:
         until(lambda: any("'" not in line and f"0: {CLICKS // 2}" in line for line in stream.lines), "it goes on")
         assert stream.stop() == 0, stream.lines
+
+
+def test_a_snapshot_of_servings_histories_is_gone_on_from(lost: Lost, copied_log: Settings) -> None:
+    """Although neither the log nor the clicks have what is before it, and records after it repeat clicks of it."""
+    settings, kafka = copied_log, copied_log.kafka
+    with Topics(kafka) as topics:
+        read = snapshot(settings, 1)
+        topics.delete_before(kafka.microbatches_topic, {0: read})
+    found = rebuilt(replace(settings, kafka=replace(kafka, clicks_topic="no-such-topic")))
+    assert held(settings) == (lost.digest, lost.counts)
+    assert (found.snapshot, found.records, found.lost, found.clicks) == (1, lost.records - read, 0, 0)
 
 
 @pytest.mark.parametrize("cut", [5, 10_000])
@@ -177,7 +216,7 @@ def test_a_copy_is_gone_on_from_and_one_not_closed_in_order_is_refused(lost: Los
     copy = tmp_path / "copy"
     store = HistoryStore(first.stream_dir / HISTORIES, first.features.history, 1 << 30)
     store.copy_to(copy)
-    store._env.close()  # as a kill does
+    crash(store)
     with pytest.raises(CorruptStore, match="was not closed cleanly"):
         rebuilt(lost.elsewhere(tmp_path / "second"), first.stream_dir / "histories")
     second = lost.elsewhere(tmp_path / "second")
@@ -262,6 +301,11 @@ def test_impressions_that_wait_come_back_from_the_log_and_if_that_is_gone_from_t
             assert stream.stop() == 0, stream.lines
         before = stored(settings)
         assert before[0]
+        elsewhere = replace(settings, paths=replace(settings.paths, state=str(tmp_path / "from-snapshot")))
+        read, total = snapshot(elsewhere, 1), len(log.poll())
+        found = rebuilt(elsewhere)
+        assert stored(elsewhere) == before
+        assert (found.snapshot, found.records) == (1, total - read)
         for name in ("from-log", "from-clicks"):
             elsewhere = replace(settings, paths=replace(settings.paths, state=str(tmp_path / name)))
             rebuilt(elsewhere)

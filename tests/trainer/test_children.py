@@ -1,8 +1,13 @@
-"""Compactor and exports are children of the trainer: one at a time, when it is due, and a failure only delays the next."""
+"""The children of the trainer's process, and the phases that it shows."""
 
 from __future__ import annotations
 
-from trainer.loop import HURRY_S, Scheduled
+import pytest
+from prometheus_client import CollectorRegistry
+
+from state.metrics import TrainerMetrics
+from trainer import loop as phases
+from trainer.loop import CATCHING_UP, HURRY_S, LEARNING, PHASES, VERSION, Phases, Scheduled
 
 
 def test_one_run_is_started_when_it_is_due_and_failures_in_a_row_are_counted() -> None:
@@ -37,3 +42,27 @@ def test_a_run_starts_sooner_on_a_full_disk() -> None:
         runs.tick(hurry)
         assert (runs._child is not None) == started
     runs.close()
+
+
+def test_one_phase_is_shown_at_a_time_and_records_left_are_logged(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(phases, "LOG_S", 0.0)
+    caplog.set_level("INFO")
+    registry = CollectorRegistry()
+    shown = Phases(TrainerMetrics(registry))
+
+    def now() -> list[str]:
+        return [one for one in PHASES if registry.get_sample_value("springtide_trainer_phase", {"phase": one})]
+
+    shown.enter(VERSION)
+    assert now() == [VERSION]
+    shown.follow(False, None)
+    shown.follow(False, 5673)
+    assert now() == [CATCHING_UP]
+    shown.follow(True, 0)
+    shown.follow(True, 0)
+    assert now() == [LEARNING]
+    said = [record.getMessage() for record in caplog.records]
+    assert said[1:3] == ["catching up, unknown records left", "catching up, 5,673 records left"]
+    assert said[0].endswith("now catching up") and said[3].endswith("now learning") and len(said) == 4

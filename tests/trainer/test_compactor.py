@@ -14,7 +14,11 @@ from hypothesis import strategies as st
 from state import layout
 from state.disk.lock import DirectoryLock
 from state.features.mask import Mask
+from state.file_store import DirectoryStore
+from state.history import snapshots
+from state.history.snapshots import HistorySnapshot, SnapshotFile, UserRange
 from state.process import killpoints
+from state.registry import sealed
 from state.registry.control import roll_back, start
 from state.registry.manifest import Draft, FileEntry, LogRange, Manifest, extend, sees
 from state.registry.registry import Registry
@@ -290,3 +294,34 @@ def test_an_operators_compactor_waits_until_the_trainers_own_is_done(
     with caplog.at_level(logging.INFO):
         compactor.run_after_others(small_settings("--paths.state", str(tmp_path)))
     assert "waiting for it" in caplog.text
+
+
+def test_snapshots_of_histories_are_thinned_and_leave_with_the_users_that_they_have(tmp_path: Path) -> None:
+    """The newest two stay, and one of each six hours of a day; none from before an erasure."""
+    location, hour_ms = DirectoryStore(tmp_path), 3_600_000
+
+    def write(number: int, erased: int = 0) -> None:
+        file = SnapshotFile("base", number, (0, 63), 0, 1, "a" * 64, 100)
+        ranges = (UserRange(0, number, 1),)
+        made = HistorySnapshot(
+            number, number, "h", 256, "0-63", "salt", "t", ((0, 1),), [], {}, erased, 1, ranges, (file,)
+        )
+        location.write(file.name, b"x" * 100)
+        location.write(snapshots.document_name(number), sealed.encode(made))
+
+    def kept() -> list[int]:
+        files = {int(name.partition("/")[0]) for name in location.names(snapshots.FILES)}
+        assert files == {*snapshots.numbers(location)}
+        return [number // hour_ms for number in snapshots.numbers(location)]
+
+    for hour in range(60, 100):
+        write(hour * hour_ms)
+    compactor.thin_snapshots(location, 0, 1 << 40, 100 * hour_ms)
+    assert kept() == [77, 83, 89, 95, 98, 99]
+    compactor.thin_snapshots(location, 0, 350, 100 * hour_ms)
+    assert kept() == [95, 98, 99]
+    write(100 * hour_ms, erased=1)
+    compactor.thin_snapshots(location, 1, 1 << 40, 100 * hour_ms)
+    assert kept() == [100]
+    compactor.thin_snapshots(location, 2, 1 << 40, 100 * hour_ms)
+    assert kept() == []

@@ -17,7 +17,7 @@ from state.registry.control import erase, roll_back
 from state.registry.registry import Registry
 from tests.trainer.clicks import TOPIC, microbatch
 from tests.trainer.logs import append, bits_of, fresh, kill, learner, run_to_end, trainer_of, written
-from tests.trainer.test_exact_rollback import published
+from tests.trainer.test_control_changes import published
 from tests.trainer.test_learner import state
 from tests.trainer.test_verify import asked, started_with_spec
 from trainer import compactor

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from pathlib import Path
 
 import pytest
 
 from state.config.settings import Settings
-from state.disk.lock import DirectoryLock
-from state.errors import LockHeld
-from state.layout import TRAINER_LOCK
 from state.registry.registry import Registry
-from tests.trainer.clicks import SPEC, small_settings
-from trainer import loop
+from tests.trainer.clicks import SPEC
 from trainer.loop import await_spec
 
 
@@ -27,12 +22,3 @@ def test_the_wait_for_the_bootstrap_is_logged_and_can_be_stopped(
     with caplog.at_level(logging.INFO):
         assert not await_spec(Registry(tmp_path), SPEC.digest, Settings().model, stopping)
     assert "springtide bootstrap" in caplog.text
-
-
-def test_a_second_trainer_of_a_registry_is_refused(tmp_path: Path) -> None:
-    settings = small_settings("--paths.state", str(tmp_path), "--trainer.metrics_port", "0")
-    with (
-        DirectoryLock(settings.registry_dir, TRAINER_LOCK),
-        pytest.raises(LockHeld, match=f"process {os.getpid()}"),
-    ):
-        loop.run(settings, [], threading.Event())

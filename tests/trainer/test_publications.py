@@ -129,19 +129,20 @@ def test_a_clean_stop_and_silence_leave_nothing_that_is_not_durable(tmp_path: Pa
     assert registry.manifest(registry.newest(1) or 0).log.next == running.place.next
 
 
-def test_one_recent_version_a_second_and_each_durable_one_carry_a_probe(tmp_path: Path) -> None:
+def test_one_recent_version_a_second_and_each_durable_one_carry_a_probe_and_item_lists(tmp_path: Path) -> None:
     registry = started(tmp_path)
     running = learner(registry, written(RECORDS), "--registry.durable_s", "2", tick_s=0.02)
     run_to_end(running)
     running.close()
     recents, durable = registry.recents(), registry.versions()
-    probed = [
-        version
-        for version in recents
-        if probe.answers_in(unpack(registry.read(registry.manifest(version, "recent"), SERVING)))
-    ]
-    assert 2 <= len(probed) <= len(recents) / 3
-    assert all(probe.answers_in(unpack(registry.read(registry.manifest(version), SERVING))) for version in durable)
+
+    def full(version: int, kind: Any = None) -> bool:
+        tensors = unpack(registry.read(registry.manifest(version, kind), SERVING))
+        assert bool(probe.answers_in(tensors)) == ("clicked.ids" in tensors) == ("followed.ids" in tensors)
+        return "clicked.ids" in tensors
+
+    assert 2 <= sum(full(version, "recent") for version in recents) <= len(recents) / 3
+    assert all(map(full, durable))
 
 
 def test_recent_versions_go_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +160,6 @@ def test_recent_versions_go_after_a_while(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_durable_version_comes_before_numbers_run_out(tmp_path: Path) -> None:
-    """After a power cut numbers go on so far behind the last durable one."""
     registry = started(tmp_path)
     running = learner(registry, written(RECORDS[:1]), "--registry.durable_s", "3600")
     durable = publish_all(running)
@@ -175,7 +175,6 @@ def test_a_durable_version_comes_before_numbers_run_out(tmp_path: Path) -> None:
 
 
 def test_rows_are_copied_for_a_durable_version_only(tmp_path: Path) -> None:
-    """A recent one has what answers need and nothing of the optimizer."""
     registry = started(tmp_path)
     running = learner(registry, written(RECORDS[:6]), *FEW)
     run_to_end(running)

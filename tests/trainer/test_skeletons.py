@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from state.config.loading import load
+from state.errors import DecodeError
 from state.events.decoding import load_decoder
 from state.features.spec import FeatureSpec
 from streaming.preprocessing import check_preprocessing
@@ -37,8 +38,12 @@ def test_the_tower_and_the_ranker_of_the_pages_are_accepted(part: str) -> None:
 
 def test_the_decoder_of_the_page_reads_a_nested_record() -> None:
     settings = load(["--events.decoder", "my_package.nested:decode_nested"], env={}).events
-    event = load_decoder(settings)(json.dumps({"payload": {"user": "ann", "item": "lamp"}}).encode())
+    read = load_decoder(settings)
+    event = read(json.dumps({"payload": {"user": "ann", "item": "lamp"}}).encode())
     assert (event.user, event.item, event.category) == ("ann", "lamp", None)
+    for bad in (b"no json", b"[]", b"{}", b'{"payload": 7}'):
+        with pytest.raises(DecodeError):
+            read(bad)
 
 
 @pytest.mark.nightly

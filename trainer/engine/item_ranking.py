@@ -53,14 +53,14 @@ I64 = npt.NDArray[np.int64]
 F64 = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
-ROWS_OF_A_LIST = 8
+ROWS_OF_A_LIST = {CLICKED: 32, FOLLOWED: 8, VISITED: 8}
 """`trainer.max_rows` allows one list for so many rows."""
 CAPACITY = 1024
-FIRST_ROWS, FIRST_EVERY, EVERY = 1024, 16, 256
+FIRST_ROWS, FIRST_EVERY, EVERY = 2048, 8, 256
 """One in `EVERY` rows teaches the weights; until `FIRST_ROWS` did, one in `FIRST_EVERY`."""
 LEAST_ROWS = 64
 """So many rows must have taught the weights before a version has them."""
-RATE = 0.03
+RATE = 0.06
 AHEAD = 3
 """The lists of a row are prefetched so many rows before it is counted."""
 
@@ -102,10 +102,14 @@ class ItemRanking:
 
     def __init__(self, settings: Settings) -> None:
         trainer = settings.trainer
-        most = max(trainer.max_rows // ROWS_OF_A_LIST, CAPACITY)
         self.tables = {
-            name: ItemListTable(name, CAPACITY, trainer.admit_after if name == FOLLOWED else 1, most)
-            for name in (CLICKED, FOLLOWED, VISITED)
+            name: ItemListTable(
+                name,
+                CAPACITY,
+                trainer.admit_after if name == FOLLOWED else 1,
+                max(trainer.max_rows // rows, CAPACITY),
+            )
+            for name, rows in ROWS_OF_A_LIST.items()
         }
         self._work = Workspace.empty()
         self.clear()

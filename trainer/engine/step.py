@@ -21,9 +21,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,7 @@ from state.errors import TrainingHeld
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch
 from state.ranking.crosses import Crosses
+from state.ranking.item_lists import NEXT_CATEGORY, VISITED
 from trainer.churn.learning import ChurnLearner
 from trainer.device import prepare
 from trainer.engine.build import (
@@ -49,6 +51,7 @@ from trainer.engine.build import (
 )
 from trainer.engine.engine import CROSS, F32, Measured
 from trainer.engine.guard import GuardState, Verdict, judge
+from trainer.engine.interest_counts import InterestCounts
 from trainer.engine.item_ranking import ItemRanking
 from trainer.engine.record import Record, Recorder, parts
 from trainer.engine.report import Measures, Report, Update, candidates_of
@@ -58,9 +61,26 @@ from trainer.measures.slices import Slices
 from trainer.model.attributes import Columns
 from trainer.model.preprocessing import Preprocessing
 from trainer.privacy.history import NoisePlace
-from trainer.tables.id_table import MISSING, IdTable
+from trainer.tables.changes import Changes
+from trainer.tables.id_table import I64, MISSING, IdTable
 from trainer.tables.index import U64
+from trainer.tables.item_lists import ItemListTable
 from trainer.tables.popular import HOUR_MS, Popular
+
+Taking = Literal["take_served", "take_changes", "state"]
+LoadVersion = Callable[["Trainer", int], object]
+
+
+class WorkerLoad(NamedTuple):
+    """A worker's part of an update.
+
+    Attributes:
+        seconds: Time that it computed, without waiting for others.
+        users: Users whose rows it holds.
+    """
+
+    seconds: float
+    users: int
 
 
 @dataclass
@@ -103,7 +123,10 @@ class Trainer:
         churn: What is learned of users who leave; None without `churn.days`.
         device: Of the variables.
         guarded: The state of the update guard in the loaded version, see `trainer/holding.py`.
+        loads: Of each worker in the last update; empty without other workers.
     """
+
+    loads: Sequence[WorkerLoad] = ()
 
     def __init__(
         self,
@@ -126,6 +149,9 @@ class Trainer:
         self.item_ranking = ItemRanking.of(settings)
         if self.item_ranking is not None:
             self.tables |= self.item_ranking.tables
+        self.interest_counts = InterestCounts.of(settings, spec)
+        if self.interest_counts is not None:
+            self.tables[NEXT_CATEGORY] = self.interest_counts.table
         self._columns, self.churn = Columns(settings.attributes), ChurnLearner.of(settings, spec)
         self._begin()
         self._first_weights, self._first_slots = self.model.weights(), self.optimizer.slots()
@@ -141,7 +167,7 @@ class Trainer:
             table.clear()
         self.model.set_weights(self._first_weights)
         self.optimizer.set_slots(self._first_slots)
-        for part in (self.churn, self.item_ranking):
+        for part in (self.churn, self.item_ranking, self.interest_counts):
             if part is not None:
                 part.clear()
         self._begin()
@@ -150,6 +176,29 @@ class Trainer:
         self.popular = Popular(self.settings.model.popular, self.settings.trainer.max_rows)
         self.measures, self.counters, self.guard = Measures(self.settings, self._columns), Counters(), GuardState()
         self.guarded: Mapping[str, npt.NDArray[Any]] = {}
+
+    # What `DividedTrainer` does differently
+
+    def take_rows(self, how: Taking, without: Collection[str] = ()) -> dict[str, dict[str, npt.NDArray[Any]]]:
+        """Copies rows by the method `how` of `IdTable`, by table and column of `Changes`, but not of the tables `without`."""
+        tables = {name: table for name, table in self.tables.items() if name not in without}.items()
+        if how == "take_served":
+            return {name: table.take_served() for name, table in tables}
+        return {name: (table.state() if how == "state" else table.take_changes()).columns() for name, table in tables}
+
+    def own_rows(self, table: str, rows: Changes) -> Changes:
+        """The rows of a version that this trainer holds: all of them."""
+        return rows
+
+    def alone(self) -> AbstractContextManager[None]:
+        """In the block the trainer holds the whole model, to carry a version over to it or to learn past clicks."""
+        return nullcontext()
+
+    def rejoin(self, load: LoadVersion, version: int) -> None:
+        """Called when an epoch was entered at `version`, 0 for none. `load` restores a trainer to a version."""
+
+    def stop(self) -> None:
+        """Ends the other workers; there are none."""
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """The small state by name: counters, guard, evaluation, slices, popular, churn; without tables, weights and slots."""
@@ -171,8 +220,8 @@ class Trainer:
         for prefix, one in self._kept().items():
             one.load(part(f"{prefix}."))
 
-    def _kept(self) -> dict[str, Evaluation | Slices | Popular | ChurnLearner | ItemRanking]:
-        kept: dict[str, Evaluation | Slices | Popular | ChurnLearner | ItemRanking] = {
+    def _kept(self) -> dict[str, Evaluation | Slices | Popular | ChurnLearner | ItemRanking | InterestCounts]:
+        kept: dict[str, Evaluation | Slices | Popular | ChurnLearner | ItemRanking | InterestCounts] = {
             "evaluation": self.measures.evaluation,
             "slices": self.measures.slices,
             "popular": self.popular,
@@ -181,6 +230,8 @@ class Trainer:
             kept["churn"] = self.churn
         if self.item_ranking is not None:
             kept["recommend"] = self.item_ranking
+        if self.interest_counts is not None:
+            kept["interests"] = self.interest_counts
         return kept
 
     def step(self, batch: MicroBatch, seed: tuple[int, int] | None = None, place: NoisePlace | None = None) -> Report:
@@ -218,6 +269,8 @@ class Trainer:
             else:
                 updates.append(self._update(part, its_crosses, seed))
         self.counters.skipped += left
+        if self.interest_counts is not None:
+            updates = self.interest_counts.learn(batch, updates, self._visited())
         if self.item_ranking is not None:
             self.item_ranking.count()
         categories = len(self.tables["category"])
@@ -230,6 +283,8 @@ class Trainer:
         """
         record = self._record(batch, self._recorder.crosses_of(batch), (0, 0))
         scores = self.engine.measure(record, move=False).scores
+        if self.interest_counts is not None:
+            scores = self.interest_counts.corrected(batch, record, scores, self._visited())
         names = ("recent_logits", "popular_logits", "successor_logits")
         return {name: getattr(scores, name) for name in names}
 
@@ -249,12 +304,18 @@ class Trainer:
         ]
         gone = tables[CROSS].forget(np.concatenate([np.empty(0, np.uint64), *theirs]))
         # User ids occur in no other table's ids: 64-bit hashes do not collide.
-        named = [name for name in tables if name == "user" or name not in (*EMBEDDINGS, CROSS, TRANSITION)]
+        others = (*EMBEDDINGS, CROSS, TRANSITION, NEXT_CATEGORY)
+        named = [name for name in tables if name == "user" or name not in others]
         waiting = 0 if self.churn is None else self.churn.forget(users)
         return gone + waiting + sum(tables[name].forget(users) for name in named)
 
-    def _record(self, batch: MicroBatch, crosses: U64, seed: tuple[int, int] | None) -> Record:
-        return self._recorder.record(batch, crosses, self.popular.top(), self.transitions, seed)
+    def _visited(self) -> ItemListTable | None:
+        return None if self.item_ranking is None else self.item_ranking.tables[VISITED]
+
+    def _record(
+        self, batch: MicroBatch, crosses: U64, seed: tuple[int, int] | None, owners: I64 | None = None
+    ) -> Record:
+        return self._recorder.record(batch, crosses, self.popular.top(), self.transitions, seed, owners)
 
     def _observe(self, batch: MicroBatch, crosses: U64) -> U64:
         """Counts the sightings of a batch; returns its users who had no row before, repeated as they occur."""
@@ -264,9 +325,8 @@ class Trainer:
             counters.expired_hour = counters.log_ms // HOUR_MS
             for table in self.tables.values():
                 table.expire(counters.log_ms - int(expire_s * 1000))
-        # A user who was away longer than the longest window has no category left, and is not new for that.
-        new_users: U64 = batch.user[self.tables["user"].find(batch.user) == MISSING]
-        for name, ids in (("user", batch.user), ("item", batch.item), ("category", batch.category)):
+        new_users = self._observe_users(batch)
+        for name, ids in (("item", batch.item), ("category", batch.category)):
             self.tables[name].observe(np.ascontiguousarray(ids), batch.at_ms)
         context, attributes = self._recorder.context_of(batch), self._columns.items_of(batch)
         for ids in (context, attributes):
@@ -280,6 +340,12 @@ class Trainer:
             self.tables[CROSS].observe(shares, np.full(shares.size, counters.log_ms))
         for table in self.tables.values():
             table.evict()
+        return new_users
+
+    def _observe_users(self, batch: MicroBatch) -> U64:
+        # A user who was away longer than the longest window has no category left, and is not new for that.
+        new_users: U64 = batch.user[self.tables["user"].find(batch.user) == MISSING]
+        self.tables["user"].observe(np.ascontiguousarray(batch.user), batch.at_ms)
         return new_users
 
     def _update(self, batch: MicroBatch, crosses: U64, seed: tuple[int, int] | None) -> Update:

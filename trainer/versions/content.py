@@ -28,7 +28,7 @@ from state.probe import PREFIX
 from state.ranking.crosses import Crosses
 from state.registry import tensor_files
 from state.registry.registry import SERVING, TRAINING
-from state.rows.tables import ITEM_SCORE, UNSERVED, tables_in
+from state.rows.tables import INTEREST_SCORE, ITEM_SCORE, UNSERVED, tables_in
 from state.rows.tables import TABLES as TABLES
 
 Array = npt.NDArray[Any]
@@ -42,8 +42,9 @@ QUALITY = "quality."
 """Prefix of tensors of metrics."""
 GUARDED = "guard."
 """Prefix of the windows by which updates are judged."""
-ADDED = ("clicked.", "followed.", "visited.", f"state.{ITEM_SCORE}", ITEM_SCORE)
-"""Prefixes of the item lists and the item score, which 0.1.0 lacks. Nothing else is learned from them."""
+SCORES = (ITEM_SCORE, INTEREST_SCORE)
+ADDED = ("clicked.", "followed.", "visited.", "next_category.", *(f"state.{name}" for name in SCORES), *SCORES)
+"""Prefixes of the item lists and the scores by them, which 0.1.0 lacks. Nothing else is learned from them."""
 BESIDE = (QUALITY, GUARDED)
 """Tensors that do not affect what is learned. Digests omit them, because a release without them learns the same."""
 
@@ -56,7 +57,7 @@ def encode(tensors: Tensors) -> dict[str, bytes]:
     tables = [table for table in tables_in(tensors) if table not in UNSERVED]
     served = {f"{table}.{name}" for table in tables for name in SERVED} | {"popular"}
     for name, tensor in tensors.items():
-        to = SERVING if name in served or name.startswith(("dense.", PREFIX, CHURN, ITEM_SCORE)) else TRAINING
+        to = SERVING if name in served or name.startswith(("dense.", PREFIX, CHURN, *SCORES)) else TRAINING
         files[to][name] = tensor
     return {name: tensor_files.pack(held) for name, held in files.items()}
 
@@ -155,7 +156,7 @@ def _last_of_each(ids: Array) -> npt.NDArray[np.int64]:
 
 U64 = npt.NDArray[np.uint64]
 CROSS, CROSSED = "cross", ("item", "category", "context")
-OTHERS = frozenset({*CROSSED, "transition", "clicked", "followed"})
+OTHERS = frozenset({*CROSSED, "transition", "clicked", "followed", "next_category"})
 """Tables without rows of users. In a ranker's own tables only users' ids match, since 64-bit hashes do not collide."""
 WAITING, NO_ROWS = "state.churn.waiting.", "state.churn.waiting.counts"
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from state.config.settings import Settings
 from state.errors import UnusableRegistry
@@ -127,7 +126,7 @@ class Publisher:
     contains all of their changes.
 
     Args:
-        path: The registry's directory; the thread has its own registry object.
+        registry: The registry; the thread has its own object of it.
         metrics: Where durations are recorded.
         recent_s: How long a version stays in `recent/`; the newest one stays until there is another.
         room: Waits for free disk space; with None, a full disk is an error.
@@ -136,14 +135,14 @@ class Publisher:
 
     def __init__(
         self,
-        path: Path,
+        registry: Registry,
         metrics: TrainerMetrics,
         recent_s: float = 15.0,
         room: Room | None = None,
         elapsed: Callable[[], float] = time.monotonic,
     ) -> None:
         self._room = room
-        self._registry = Registry(path)
+        self._registry = Registry(registry.path, registry.directory.claim)
         self._metrics = metrics
         self._recent_s, self._elapsed = recent_s, elapsed
         self._recent: deque[tuple[float, int]] = deque()

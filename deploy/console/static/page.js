@@ -4,6 +4,7 @@ import * as asking from "./asking.js";
 import * as curves from "./curves.js";
 import { at, h, tell } from "./dom.js";
 import * as experiments from "./experiments.js";
+import * as hosts from "./hosts.js";
 import * as loop from "./loop.js";
 import * as profile from "./profile.js";
 import * as segments from "./segments.js";
@@ -38,6 +39,7 @@ async function lookAtState() {
   loop.show(state);
   experiments.show(state.experiments);
   segments.show(state.segments);
+  hosts.show(state.hosts);
 }
 
 async function lookAtLists() {

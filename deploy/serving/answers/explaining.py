@@ -21,13 +21,15 @@ from typing import NamedTuple, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from deploy.serving.answers.interests import Correction
 from deploy.serving.answers.predictor import KINDS, Inputs, Predictor, Prepared
 from deploy.serving.answers.program import PAIRS, batch_of
-from deploy.serving.answers.query import STEEPEST_LOGIT, About, Query, about_same, iso
+from deploy.serving.answers.query import NOBODY, STEEPEST_LOGIT, About, Query, about_same, iso
 from state.errors import BadRequest, ProgramError
 from state.events.identity import public_id
 from state.features.spec import LABELLED, POSITIVE, Events, FeatureSpec
 from state.history.actions import exchanged
+from state.ranking.interest_scores import MASKED
 from state.rows.reader import RowReader
 from state.rows.tables import own_rows_of
 
@@ -62,8 +64,6 @@ EXACT = 4
 """Maximum of groups for which all orders are evaluated."""
 ORDERS = 32
 """Orders evaluated for more groups; even. They are always the same, so explanations are reproducible."""
-NOBODY = "\0"
-"""A user id that no user has: the unknown user."""
 TOLERANCE = 0.01
 """Largest fraction of the difference by which the sum of the parts may deviate."""
 NEGLIGIBLE = 1e-6
@@ -84,7 +84,8 @@ class Group(NamedTuple):
             outcomes    what was engaged with, of what has a label
             variety     how many categories and items
             rhythm      gaps, sessions, days
-            succession  what over all users came next after the newest category, and that it is scored for that
+            succession  what over all users came next after the newest category and item, and now; and that it is scored
+                        for that
             sequence    the latest events in their order
             user        the user's row
             context     the user's attributes
@@ -294,16 +295,33 @@ class Words:
         ]
 
 
+_FACTOR, _OFFSET = "correction.factor", "correction.offset"
+"""The parts of a `Correction`, which are varied like inputs of the program."""
+
+
+def _inputs_of(prepared: Prepared) -> dict[str, F32]:
+    """The inputs of the program, and the correction if there is one."""
+    correction = prepared.correction
+    if correction is None:
+        return prepared.inputs
+    # A slot that is a candidate in one of the two answers alone has no offset in the other.
+    offset = np.where(correction.offset > MASKED / 2, correction.offset, np.float32(0.0))
+    return prepared.inputs | {_FACTOR: correction.factor, _OFFSET: offset}
+
+
 def _values(slots: Sequence[int], inputs: Mapping[str, F32], outputs: Mapping[str, F32]) -> F64:
     """Returns the explained probability in each row, `[n]` float64; 0 where the category is in none of the slots.
 
     `slots` are those in which the category may be scored; none for an engagement.
     """
     if not slots:
-        logits = outputs["engagement_logit"].reshape(-1).astype(np.float64)
-        return np.asarray(1.0 / (1.0 + np.exp(-np.clip(logits, -STEEPEST_LOGIT, STEEPEST_LOGIT))))
+        engagement = outputs["engagement_logit"].reshape(-1).astype(np.float64)
+        return np.asarray(1.0 / (1.0 + np.exp(-np.clip(engagement, -STEEPEST_LOGIT, STEEPEST_LOGIT))))
     kinds = [kind for kind in KINDS if f"{kind}_logits" in outputs]
     logits = np.concatenate([outputs[f"{kind}_logits"] for kind in kinds], axis=1)
+    if _FACTOR in inputs:
+        rows = len(inputs[_FACTOR])
+        logits[:rows] = Correction(inputs[_FACTOR], inputs[_OFFSET]).apply(logits[:rows])
     is_candidate = np.concatenate([inputs[f"{kind}_mask"] for kind in kinds], axis=1) > 0
     grown = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
     return np.asarray((grown * is_candidate)[:, list(slots)].sum(1) / grown.sum(1))
@@ -388,7 +406,7 @@ def explain(predictor: Predictor, query: Query, label: str | None) -> Generator[
                 others = ", ".join(interest["label"] for interest in about.interests[:10]) or "none"
                 raise BadRequest(f"label={label[:100]!r} is none of this user's candidates", f"ask for one of {others}")
             slots = tuple({own, own if nobodys is None else nobodys})
-        ours, theirs = _values(slots, prepared.inputs, outputs)[:2].tolist()
+        ours, theirs = _values(slots, _inputs_of(prepared), outputs)[:2].tolist()
         # 2.
         parts = yield from _parts(predictor, prepared, reader, slots)
         words = _words(predictor, prepared)
@@ -425,15 +443,23 @@ def _parts(
         int(np.flatnonzero(own == category)[0]) if category and category in own else -1 for category in version.popular
     ]
     groups, numbers = groups_of(version.features.spec, version.program.shapes, own_popular)
+    given = _inputs_of(prepared)
+    if _FACTOR in given:
+        # The correction is by what over all users came next.
+        group = Group("succession")
+        if group not in groups:
+            groups.append(group)
+        for name in (_FACTOR, _OFFSET):
+            numbers[name] = np.full(given[name].shape[1:], groups.index(group), np.int32)
     names = sorted(numbers)
     of = np.concatenate([numbers[name].reshape(-1) for name in names])
-    end, begin = (np.concatenate([prepared.inputs[name][row].reshape(-1) for name in names]) for row in (0, 1))
+    end, begin = (np.concatenate([given[name][row].reshape(-1) for name in names]) for row in (0, 1))
     moving = np.unique(of[begin != end])
     # Each value's column of the coalitions' members: its group's if that moves, else any.
     column = np.searchsorted(moving, of).clip(max=max(len(moving) - 1, 0))
     coalitions = Coalitions(max(len(moving), 1))
     fixed = {name: value for name, value in prepared.inputs.items() if name not in numbers}
-    sizes = {name: prepared.inputs[name].shape[1:] for name in names}
+    sizes = {name: given[name].shape[1:] for name in names}
     values = []
     for first in range(0, len(coalitions.members), PAIRS):
         piece = coalitions.members[first : first + PAIRS]
@@ -442,7 +468,8 @@ def _parts(
         # Other requests may have loaded a newer version in between.
         predictor.take_up(reader)
         inputs = _split(points, sizes)
-        values.append(_values(slots, inputs, version.program.predict(fixed | inputs))[: len(piece)])
+        fed = {name: value for name, value in inputs.items() if name not in (_FACTOR, _OFFSET)}
+        values.append(_values(slots, inputs, version.program.predict(fixed | fed))[: len(piece)])
         yield
     all_values: F64 = np.concatenate(values)
     shares = coalitions.shares(all_values)[: len(moving)].tolist()

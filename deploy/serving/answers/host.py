@@ -18,7 +18,7 @@ from state.attributes.store import AttributeStore
 from state.attributes.values import tables_of
 from state.compiled.preparing import Kernels
 from state.config.settings import Settings
-from state.errors import NotReady, SpringtideError, StoreError
+from state.errors import NotHeld, NotReady, SpringtideError, StoreError
 from state.events.identity import Salt
 from state.features.spec import FeatureSpec
 from state.history.actions import ACTIONS, numbered
@@ -26,6 +26,7 @@ from state.history.store import HistoryStore
 from state.layout import ATTRIBUTES, CURRENT, DATA, HISTORIES, PROGRAMS, ROWS
 from state.metrics import WorkerMetrics
 from state.rows.store import RowStore
+from state.user_shares import SHARES
 
 DEGRADED_S = 60.0
 """The delay before a part counts as degraded; also that of the alert `SpringtideSharedAway`."""
@@ -43,6 +44,8 @@ class Host:
 
     Attributes:
         impressions: The numbers of the actions that are impressions (`labels.impressions`).
+        per_category: The maximum number of recommended items of one category (`serving.per_category`); 0 for no limit.
+        require: Raises NotHeld if this host does not hold a user, by pseudonym; None if it holds all users.
         kernels: The kernels that this process compiles; None if answers do not wait for them.
         warm: Whether answers of each kind have been computed once to warm up.
     """
@@ -60,6 +63,9 @@ class Host:
         self.segments = HostSegments(settings, salt)
         impressions = settings.labels.impressions
         self.impressions = tuple(n for n, name in enumerate(settings.events.actions) if name in impressions)
+        self.per_category = settings.serving.per_category
+        self.shares = settings.serving.user_shares
+        self.require: Callable[[int], None] | None = None if self.shares.is_all else self._require
         self.kernels: Kernels | None = None
         self.warm = True
         self._spec = FeatureSpec.from_settings(settings)
@@ -162,13 +168,15 @@ class Host:
 
     def _open(self) -> Predictor:
         settings, folder = self._settings, self._settings.serving_dir
-        map_bytes = settings.serving.map_gb << 30
+        map_bytes, shares = settings.serving.map_gb << 30, settings.serving.user_shares
         try:
-            self._rows = RowStore(folder / ROWS, map_bytes, readonly=True)
-            self._histories = HistoryStore(folder / HISTORIES, settings.features.history, map_bytes, readonly=True)
+            self._rows = RowStore(folder / ROWS, map_bytes, readonly=True, shares=shares)
+            self._histories = HistoryStore(
+                folder / HISTORIES, settings.features.history, map_bytes, readonly=True, shares=shares
+            )
             self._histories.numbering, _ = numbered(self._histories.extra(ACTIONS), self._spec.actions)
             if self._tables:
-                self._attributes = AttributeStore(folder / ATTRIBUTES, map_bytes, readonly=True)
+                self._attributes = AttributeStore(folder / ATTRIBUTES, map_bytes, readonly=True, shares=shares)
         except StoreError as error:
             raise NotReady(error.what, error.do) from error
         return Predictor(
@@ -182,7 +190,12 @@ class Host:
             self._now_ms,
             KnownAttributes(self._attributes, self._tables),
             self._pseudonym,
+            self.require,
         )
+
+    def _require(self, user: int) -> None:
+        if user not in self.shares:
+            raise NotHeld(f"the user is of share {user % SHARES}, and this host holds {self.shares}")
 
     def _file(self, name: str) -> tuple[int, int]:
         """Returns a store file's device and inode; inode numbers are unique only within one device."""

@@ -4,7 +4,7 @@ Both only propose items. The caller reads the rows of the proposed items at the 
 some tenths of a second behind, and need not separate versions. Each `turn` reads the next part of the stores, for at most
 a few milliseconds, whatever arrives: with more clicks, following only takes longer. An idle host costs nothing.
 
-`ClickedItems` has items by category, with click weights and first-click times. It is built from users' newest clicks, and then
+`ClickedItems` has items by category, with click weights. It is built from users' newest clicks, and then
 follows the feed that the applier writes (`deploy/serving/item_feed.py`). The weight of a click halves per day of log time.
 
 `NearItems` finds the items whose rows have the largest product with a user's query vector. From the first query on, it
@@ -29,7 +29,6 @@ query, 135 MB. A graph (usearch, HNSW) answers a query in 0.3 ms. But it takes 4
 from __future__ import annotations
 
 import math
-from collections import deque
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -38,7 +37,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy.serving.item_feed import NEW_SLOTS, SLOTS, Feed, NewItem, clicked_at, new_at
+from deploy.serving.item_feed import SLOTS, clicked_at, entries_in
 from state.history.store import HistoryStore
 from state.ranking.item_scores import Workspace
 from state.rows.reader import RowReader, Served
@@ -70,7 +69,6 @@ MOST_ITEMS = 300_000
 MOST_USERS = 100_000
 """The maximum number of users whose newest click is counted when the index is built."""
 USERS_AT_ONCE = 50
-NEW_AT_ONCE = 200
 NOTES_AT_ONCE = 8
 
 # A worker answers in one thread.
@@ -293,61 +291,34 @@ class ClickedItems:
         self._histories = histories
         self._categories: dict[int, _Category] = {}
         self._items = 0
-        self._new: deque[NewItem] = deque(maxlen=NEW_SLOTS)
-        self._new_of: dict[int, deque[NewItem]] = {}
         self._next_user: int | None = 0
         self._users = 0
         self._begun_ms = 0
-        head = Feed.of(histories)
-        self._read = Feed(max(0, head.seq - SLOTS), max(0, head.new - NEW_SLOTS))
+        self._read = max(0, entries_in(histories) - SLOTS)
 
     def turn(self) -> bool:
         """Reads the next part of the feed, for at most a few milliseconds; returns whether there is more."""
-        head = Feed.of(self._histories)
-        if head.seq < self._read.seq or head.new < self._read.new:
+        written = entries_in(self._histories)
+        if written < self._read:
             # The store was rebuilt.
-            self._read = Feed()
-        return any((self._turn_new(head), self._turn_clicked(head), self._turn_users()))
+            self._read = 0
+        return any((self._turn_clicked(written), self._turn_users()))
 
     def best(self, category: int, most: int) -> list[int]:
         """Returns the items of a category with the highest click weights, best first."""
         of_category = self._categories.get(category)
         return [] if of_category is None else of_category.best(most)
 
-    def newest(self, most: int, category: int | None = None) -> list[NewItem]:
-        """Returns the latest new items, newest first; only of one category if it is given."""
-        found = self._new if category is None else self._new_of.get(category, ())
-        return [one for one, _ in zip(reversed(found), range(most), strict=False)]
-
-    def _turn_new(self, head: Feed) -> bool:
-        first = max(self._read.new, head.new - NEW_SLOTS)
-        last = min(head.new, first + NEW_AT_ONCE)
-        for number in range(first, last):
-            if (found := new_at(self._histories, number)) is not None:
-                self._add_new(found)
-        self._read = self._read._replace(new=last)
-        return last < head.new
-
-    def _add_new(self, one: NewItem) -> None:
-        if len(self._new) == NEW_SLOTS:
-            gone = self._new[0]
-            theirs = self._new_of[gone.category]
-            theirs.popleft()
-            if not theirs:
-                del self._new_of[gone.category]
-        self._new.append(one)
-        self._new_of.setdefault(one.category, deque()).append(one)
-
-    def _turn_clicked(self, head: Feed) -> bool:
-        first = max(self._read.seq, head.seq - SLOTS)
-        last = min(head.seq, first + NOTES_AT_ONCE)
+    def _turn_clicked(self, written: int) -> bool:
+        first = max(self._read, written - SLOTS)
+        last = min(written, first + NOTES_AT_ONCE)
         for seq in range(first, last):
             if (found := clicked_at(self._histories, seq)) is not None:
                 weight = self._weight(found.at_ms)
                 for item, category, clicks in found.items.tolist():
                     self._add(category, item, weight * clicks)
-        self._read = self._read._replace(seq=last)
-        return last < head.seq
+        self._read = last
+        return last < written
 
     def _turn_users(self) -> bool:
         if self._next_user is None or self._users >= MOST_USERS:

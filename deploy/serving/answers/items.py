@@ -2,13 +2,13 @@
 
 All are scored with one version. The program scores pairs: each row is one user and one item (`UserPairs`).
 
-A recommendation generates hundreds of candidates, ranks them, and reserves a share for new items:
+A recommendation ranks hundreds of candidates:
 
 1. Rank the candidate categories with the version (the user's, popular ones and successors), and read the user's clicks.
-2. Generate candidates: the most clicked items of each category, more of them for a more probable category; new items;
-   items that the user clicked; items whose rows are nearest to the user's item query vector.
+   A version with item lists and weights of the item score answers from these (`deploy/serving/answers/recommending.py`).
+2. For a version without them, generate candidates: the most clicked items of each category, more of them for a more
+   probable category; items that the user clicked; items whose rows are nearest to the user's item query vector.
 3. Score the engagement with each item, with the same version; add a bonus for items that the user clicked before.
-4. Choose the best items, a share of which is new.
 
 For advertising, named items can have bids and frequency caps. With bids, items are ordered by expected value:
 probability × bid. A cap counts the item's events in the user's history: only impressions if actions are configured as such
@@ -19,6 +19,7 @@ answers.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -40,19 +41,15 @@ from deploy.serving.answers.predictor import (
 )
 from deploy.serving.answers.program import BATCHES, PAIRS, batch_of
 from deploy.serving.answers.query import About, Cap, NamedItem, Query, WantedItems, about_same, probability
-from deploy.serving.answers.recommending import Reason, ScoredItems, scored
-from deploy.serving.answers.version import VersionRows
-from deploy.serving.item_feed import NEW_MS, NewItem
+from deploy.serving.answers.recommending import Reason, reasons_of, scored
+from deploy.serving.answers.version import ShownName, VersionRows
 from state.errors import BadRequest
 from state.events.identity import public_id
 from state.features.arrays import Vector
-from state.features.mask import Mask
-from state.features.spec import Events, FeatureSpec
+from state.features.spec import LABELLED, POSITIVE, Events, FeatureSpec
+from state.ranking.item_scores import Workspace
 
 MOST_CANDIDATES = 2 * PAIRS
-FRESH_SHARE = 0.1
-"""The share of new items in an answer, if there are enough new ones."""
-FRESH_CANDIDATES = 64
 FEW = 4
 MOST_OF_CATEGORY = 128
 SEEN_CANDIDATES = 64
@@ -375,7 +372,7 @@ class Proposed(NamedTuple):
 
 
 def recommend(
-    predictor: Predictor, sources: ItemSources, query: Query, wanted: WantedItems
+    predictor: Predictor, sources: ItemSources, query: Query, wanted: WantedItems, impressions: Sequence[int] = ()
 ) -> Generator[None, None, Recommendations]:
     """Recommends items and returns the answer; yields after each batch, so that other requests are answered in between.
 
@@ -384,6 +381,7 @@ def recommend(
         sources: The sources of candidate items.
         query: The query about the user, without an item, and with all interests.
         wanted: The parameters of the recommendation.
+        impressions: The numbers of the actions that are no clicks without a positive label.
 
     Raises:
         NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: See `Predictor.profiles`.
@@ -392,19 +390,23 @@ def recommend(
         # 1.
         prepared = predictor.prepare([query], reader)
         outputs = prepared.version.program.predict(prepared.inputs)
-        (about,) = predictor.answered(prepared, outputs)
-        asked, mask = prepared.asked[0], prepared.mask
-        events = predictor.events_by(asked, mask)
-        visits = visits_of(events["item"])
+        asked = prepared.asked[0]
+        events = predictor.events_by(asked, prepared.mask)
         if prepared.version.item_weights is not None:
             category = None if wanted.category is None else public_id(wanted.category)
-            ranked = scored(prepared, outputs, events, category, sources.work)
+            order = scored(prepared, outputs, clicks_in(events, impressions), category, sources.work)
+            if wanted.exclude_seen:
+                order = order[~np.isin(sources.work.items[order], events["item"])]
+            chosen = _chosen(predictor, order, sources.work, wanted)
             yield
             predictor.take_up(reader)
-            chosen = _chosen(predictor, ranked, visits if wanted.exclude_seen else {}, wanted.most)
             if len(chosen) == wanted.most or wanted.category is None:
+                without_interests = prepared._replace(asked=[asked._replace(query=asked.query._replace(top=0))])
+                (about,) = predictor.answered(without_interests, outputs)
                 items = _recommended(predictor, UserPairs(predictor, prepared, outputs), chosen)
                 return about_same(Recommendations, about, items=items)
+        (about,) = predictor.answered(prepared, outputs)
+        visits = visits_of(events["item"])
         # 2.
         pairs, parts = UserPairs(predictor, prepared, outputs), [np.empty(0, np.float32)]
         near: Sequence[int] = ()
@@ -414,10 +416,9 @@ def recommend(
             shares = {int(interest["id"], 16): interest["probability"] for interest in about.interests}
         else:
             shares = {public_id(wanted.category): 1.0}
-        new = _new(sources.clicked, shares, asked.at_ms, mask)
         reasons: dict[int, Reason] = dict.fromkeys(prepared.successors[0].tolist(), "next")
         reasons |= dict.fromkeys(asked.recent_categories, "category")
-        found = candidates(sources.clicked, shares, reasons, new, wanted, visits, near)
+        found = candidates(sources.clicked, shares, reasons, wanted, visits, near)
         ids = [(item, proposed.category) for item, proposed in found.items()]
         # 3.
         for piece in in_batches(ids):
@@ -426,11 +427,9 @@ def recommend(
             parts.append(pairs.logits(piece))
             yield
         logits = np.concatenate(parts)
-    # 4.
-    fresh = np.array([proposed.reason == "fresh" for proposed in found.values()], np.bool_)
     items = []
     scores = logits + returning([visits.get(item, 0.0) for item in found])
-    for place in best(scores, fresh, wanted.most).tolist():
+    for place in np.argsort(-scores, kind="stable")[: wanted.most].tolist():
         name = predictor.catalogue.item_name(ids[place][0])
         items.append(
             Recommended(
@@ -444,50 +443,57 @@ def recommend(
     return about_same(Recommendations, about, items=items)
 
 
-def _chosen(predictor: Predictor, ranked: ScoredItems, left_out: Mapping[int, float], most: int) -> dict[int, Proposed]:
-    """Chooses the best items whose category is known on this host, at most `most` of them."""
-    chosen: dict[int, Proposed] = {}
-    pairs = [(item, reason) for item, reason in zip(*ranked, strict=True) if item not in left_out]
-    for first in range(0, len(pairs), most):
-        some = pairs[first : first + most]
-        categories = predictor.catalogue.categories_of([(item, 0) for item, _ in some])
-        for (item, reason), category in zip(some, categories, strict=True):
-            if category and len(chosen) < most:
-                chosen[item] = Proposed(reason, category)
-        if len(chosen) == most:
+def clicks_in(events: Events, impressions: Sequence[int]) -> Events:
+    """Returns the events that the trainer counts as clicks: not labelled as something else, and no impressions."""
+    flags = events["flags"]
+    found: Events = events[
+        (flags & POSITIVE != 0) | ((flags & LABELLED == 0) & ~np.isin(events["action"], impressions))
+    ]
+    return found
+
+
+class _Chosen(NamedTuple):
+    """An item of an answer."""
+
+    item: int
+    category: int
+    name: ShownName
+    reason: Reason
+
+
+def _chosen(predictor: Predictor, order: NDArray[np.intp], work: Workspace, wanted: WantedItems) -> list[_Chosen]:
+    """Chooses the best items whose category is known on this host, as many as are wanted in all and of each category.
+
+    `order` has the indices of candidates in `work`, best first.
+    """
+    chosen, of_category = list[_Chosen](), Counter[int]()
+    limit = wanted.most if wanted.category is not None else wanted.per_category or wanted.most
+    for first in range(0, len(order), wanted.most):
+        some = order[first : first + wanted.most]
+        items = work.items[some].tolist()
+        named, reasons = predictor.catalogue.named_items(items), reasons_of(some, work)
+        for item, (category, name), reason in zip(items, named, reasons, strict=True):
+            if category and len(chosen) < wanted.most and of_category[category] < limit:
+                chosen.append(_Chosen(item, category, name, reason))
+                of_category[category] += 1
+        if len(chosen) == wanted.most:
             break
     return chosen
 
 
-def _recommended(predictor: Predictor, pairs: UserPairs, chosen: Mapping[int, Proposed]) -> list[Recommended]:
+def _recommended(predictor: Predictor, pairs: UserPairs, chosen: Sequence[_Chosen]) -> list[Recommended]:
     """The chosen items as an answer shows them, in their order."""
-    ids = [(item, proposed.category) for item, proposed in chosen.items()]
-    parts = [np.empty(0, np.float32), *(pairs.logits(piece) for piece in in_batches(ids))]
-    items = []
-    for (item, category), logit in zip(ids, np.concatenate(parts).tolist(), strict=True):
-        name = predictor.catalogue.item_name(item)
-        items.append(
-            Recommended(
-                item=name.name,
-                id=name.hex,
-                category=predictor.catalogue.name_of(category).name,
-                probability=probability(logit),
-                reason=chosen[item].reason,
-            )
-        )
-    return items
-
-
-def _new(clicked: ClickedItems, shares: Mapping[int, float], at_ms: int, mask: Mask) -> list[NewItem]:
-    """Returns new items of the likeliest categories and of all; excludes items first clicked in a masked period."""
-    likely = sorted(shares, key=lambda category: -shares[category])[:8]
-    found = {new.item: new for category in likely for new in clicked.newest(FEW, category)}
-    if len(shares) > 1:
-        found = {new.item: new for new in clicked.newest(FRESH_CANDIDATES)} | found
+    pieces = in_batches([(one.item, one.category) for one in chosen])
+    logits = np.concatenate([np.empty(0, np.float32), *map(pairs.logits, pieces)])
     return [
-        new
-        for new in found.values()
-        if new.at_ms > at_ms - NEW_MS and not any(begin <= new.at_ms < end for begin, end in mask.times)
+        Recommended(
+            item=one.name.name,
+            id=one.name.hex,
+            category=predictor.catalogue.name_of(one.category).name,
+            probability=probability(logit),
+            reason=one.reason,
+        )
+        for one, logit in zip(chosen, logits.tolist(), strict=True)
     ]
 
 
@@ -495,7 +501,6 @@ def candidates(
     clicked: ClickedItems,
     shares: Mapping[int, float],
     reasons: Mapping[int, Reason],
-    new: Sequence[NewItem],
     wanted: WantedItems,
     visits: Mapping[int, float],
     near: Sequence[int],
@@ -506,14 +511,13 @@ def candidates(
         clicked: The candidate index: items by category.
         shares: The probability of each category to take candidates from.
         reasons: The reason for each category; `popular` if missing.
-        new: The new items.
         wanted: The parameters of the recommendation.
         visits: The items that the user clicked, from `visits_of`.
         near: The items nearest to the user.
     """
-    found = {item.item: Proposed("fresh", item.category) for item in new}
+    found = dict[int, Proposed]()
     if wanted.category is None and not wanted.exclude_seen:
-        found = dict.fromkeys(islice(visits, SEEN_CANDIDATES), Proposed("again", 0)) | found
+        found = dict.fromkeys(islice(visits, SEEN_CANDIDATES), Proposed("again", 0))
     for category, share in sorted(shares.items(), key=lambda entry: -entry[1]):
         most = min(MOST_OF_CATEGORY, FEW + round(share * MOST_CANDIDATES)) if len(shares) > 1 else MOST_CANDIDATES
         proposed = Proposed(reasons.get(category, "popular"), category)
@@ -554,23 +558,6 @@ def returning(visits: Sequence[float]) -> F32:
     """
     given = np.array(visits, np.float32)
     return np.where(given > 0.0, RETURN + VISITS * np.log(np.maximum(given, 1e-9)), 0.0).astype(np.float32)
-
-
-def best(scores: F32, fresh: NDArray[np.bool_], count: int) -> NDArray[np.intp]:
-    """Returns the indices of the best items, best first; reserves `FRESH_SHARE` for fresh items if there are enough.
-
-    >>> best(np.array([3.0, 2.0, 1.0, 0.0]), np.array([False, False, False, True]), 2).tolist()
-    [0, 3]
-    """
-    order = np.argsort(-scores, kind="stable")
-    chosen = order[:count]
-    lacking = math.ceil(FRESH_SHARE * len(chosen)) - int(fresh[chosen].sum())
-    if lacking > 0:
-        more = order[count:][fresh[order[count:]]][:lacking]
-        stale = chosen[~fresh[chosen]]
-        kept = np.concatenate((chosen[fresh[chosen]], stale[: len(stale) - len(more)], more))
-        chosen = kept[np.argsort(-scores[kept], kind="stable")]
-    return chosen
 
 
 def similar(predictor: Predictor, near: NearItems, query: Query, wanted: WantedItems) -> SimilarItems:

@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy.serving.answers.explaining import NOBODY
 from deploy.serving.answers.host import Host
 from deploy.serving.answers.predictor import Predictor
-from deploy.serving.answers.query import Query
+from deploy.serving.answers.query import NOBODY, Query
 from deploy.serving.answers.queue import MOST_AT_ONCE
 from deploy.serving.answers.tensor_model import BY_ID, VECTOR, signatures_of, tensors_of
 from state.config.loading import load

@@ -12,7 +12,7 @@ sixteen.
    Successors are the other categories that most often came next after the newest one over all users. A candidate's
    slot is its index in the program's logits. Add how often each candidate came next, and the rows of the ranker's
    custom tables.
-6. Compute logits and the softmax over the candidates, and look up names.
+6. Compute logits, correct them by decayed counts, take the softmax over the candidates, and look up names.
 """
 
 from __future__ import annotations
@@ -25,9 +25,17 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from deploy.serving.answers.interests import Correction, correction_of, newest_item
 from deploy.serving.answers.program import PAIRS, batch_of
-from deploy.serving.answers.query import Answer, Engagement, Interest, Query, Version, iso, probability
-from deploy.serving.answers.version import Catalogue, LoadedVersion, ShownName, VersionLoader, VersionRows
+from deploy.serving.answers.query import NOBODY, Answer, Engagement, Interest, Query, Version, iso, probability
+from deploy.serving.answers.version import (
+    CANDIDATE_MASKS,
+    Catalogue,
+    LoadedVersion,
+    ShownName,
+    VersionLoader,
+    VersionRows,
+)
 from deploy.serving.notes import CLOCK_EXTRA, CONTROL_NOTE, MASK_NOTE, EventClock
 from state.attributes.store import AttributeStore, ids_in, texts_in
 from state.attributes.values import SIDES, AttributeTable
@@ -99,6 +107,7 @@ class Asked(NamedTuple):
         item: The item's id; 0 if the query has no item.
         category: The item's category; 0 if unknown.
         context: One id per context field; 0 if the field is not given.
+        newest_item: The item of the user's latest click; 0 without one, or if the version does not ask.
     """
 
     query: Query
@@ -111,6 +120,7 @@ class Asked(NamedTuple):
     item_attributes: AttributeValues
     context: list[int]
     churn: float | None = None
+    newest_item: int = 0
 
 
 class Prepared(NamedTuple):
@@ -119,6 +129,7 @@ class Prepared(NamedTuple):
     Attributes:
         has_row: Whether each user has a row in the version.
         successors: `[n, S]` uint64, the successor candidates, padded with 0.
+        correction: The correction of the logits by counts; None if the version has none.
         clock: The clock that gives the time of queries without a time.
     """
 
@@ -129,6 +140,7 @@ class Prepared(NamedTuple):
     has_row: list[bool]
     successors: NDArray[np.uint64]
     inputs: Inputs
+    correction: Correction | None
     clock: str
     now_ms: int
     mask: Mask
@@ -140,6 +152,7 @@ class Predictor:
     Args:
         programs: The directory with the applier's copies of programs.
         pseudonym: Maps a query's user to a pseudonym; None if queries contain raw ids.
+        require: Raises NotHeld if this host does not hold a user, by pseudonym; None if it holds all users.
 
     Attributes:
         catalogue: Looks up the names and categories of items in the histories.
@@ -157,7 +170,9 @@ class Predictor:
         now_ms: Callable[[], int],
         attributes: KnownAttributes | None = None,
         pseudonym: Callable[[str], int] | None = None,
+        require: Callable[[int], None] | None = None,
     ) -> None:
+        self._require = require
         self._attributes = attributes or KnownAttributes()
         self._rows = rows
         self.histories = histories
@@ -211,6 +226,7 @@ class Predictor:
         Raises:
             NotReady: There is no version yet.
             BadRequest: The version is not on this host.
+            NotHeld: This host does not hold one of the users.
             SaltMismatch: The version's pseudonyms use another salt.
             SpecMismatch: The version's features cannot be computed on this host.
             ProgramError: The version's program cannot be run.
@@ -241,7 +257,17 @@ class Predictor:
         following = succession(at, lists, vectors.recent_categories, version.popular)
         _add_succession(inputs, following, rows)
         add_own_rows(inputs, version, rows, asked, vectors, following.ids)
-        return Prepared(version, rows, asked, vectors, has_row, following.ids, inputs, clock, now_ms, mask)
+        correction = None
+        if version.interest_weights is not None:
+            masks = [inputs[name] for name in CANDIDATE_MASKS if name in inputs]
+            slots = np.empty((len(asked), sum(mask.shape[1] for mask in masks)), np.uint64)
+            own, ranks = vectors.recent_categories.shape[1], version.popular.size
+            slots[:, :own], slots[:, own : own + ranks] = vectors.recent_categories, version.popular
+            if slots.shape[1] > own + ranks:
+                slots[:, own + ranks :] = following.ids
+            clicked = [(each.newest_item, each.at_ms) for each in asked]
+            correction = correction_of(version, rows, vectors, slots, masks, clicked)
+        return Prepared(version, rows, asked, vectors, has_row, following.ids, inputs, correction, clock, now_ms, mask)
 
     def answered(self, prepared: Prepared, outputs: Mapping[str, F32]) -> list[Answer]:
         """Builds the answers to prepared queries from the program's outputs."""
@@ -292,6 +318,15 @@ class Predictor:
         """Loads version `number`, or the one that `reader` sees, with its weights; raises as `profiles` does."""
         return self._versions.take_up(reader, number)
 
+    def users_of(self, queries: Sequence[Query]) -> list[int]:
+        """Returns the pseudonyms of the users of queries; raises NotHeld if this host does not hold one of them."""
+        users = [self._pseudonym(query.user) for query in queries]
+        if self._require is not None:
+            for query, user in zip(queries, users, strict=True):
+                if query.user != NOBODY:
+                    self._require(user)
+        return users
+
     def items_of(self, asked: Asked, items: Sequence[tuple[int, int]]) -> list[Asked]:
         """Returns one query for each of n items, given as ids of item and category, all about the same user.
 
@@ -336,7 +371,7 @@ class Predictor:
     ) -> tuple[list[Asked], Vector]:
         """Collects each query's data on this host; a user erased after the version was trained counts as unknown."""
         features, erased = version.features, version.served.erased
-        users = [self._pseudonym(query.user) for query in queries]
+        users = self.users_of(queries)
         items = [0 if query.item is None else public_id(query.item) for query in queries]
         times = [default_ms if query.at_ms is None else query.at_ms for query in queries]
         self.histories.history = features.spec.history
@@ -345,7 +380,7 @@ class Predictor:
         recent = [[category for category in row if category] for row in vectors.recent_categories.tolist()]
         of_users, of_items = self._attributes.of("user", users), self._attributes.of("item", items)
         churn = churn_probabilities(version.churn, histories, times, mask, features.spec, users)
-        asked = []
+        asked, counted = [], version.interest_weights is not None
         for place, (query, user, item) in enumerate(zip(queries, users, items, strict=True)):
             given, fields = query.context, self.context_fields
             asked.append(
@@ -360,6 +395,7 @@ class Predictor:
                     item_attributes=of_items[place],
                     context=[context_id(name, given[name]) if name in given else 0 for name in fields],
                     churn=churn[place],
+                    newest_item=newest_item(histories[place], times[place], mask, user) if counted else 0,
                 )
             )
         return asked, vectors
@@ -585,6 +621,8 @@ def _interests(
     names = [f"{kind}_logits" for kind in KINDS]
     parts = [outputs[name][: len(asked)] for name in names if name in outputs]
     logits = np.concatenate(parts, axis=1)
+    if prepared.correction is not None:
+        logits = prepared.correction.apply(logits)
     slots, ranks = parts[0].shape[1], parts[1].shape[1]
     has_successors, popular = len(parts) == len(KINDS), set(version.popular_ids)
     counts = []

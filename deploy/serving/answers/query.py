@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 FIELDS = frozenset(("features", "vector", "attributes", "sources"))
 """Fields that an answer has only on request."""
+NOBODY = "\0"
+"""A user id that no user has: the unknown user."""
 MOST_ITEMS = 1000
 """The maximum number of items to rank."""
 STEEPEST_LOGIT = 60.0
@@ -70,11 +72,13 @@ class WantedItems(NamedTuple):
     Attributes:
         category: Only items of the category with this raw id.
         exclude_seen: Whether to leave out items that the user clicked.
+        per_category: The maximum number of recommended items of one category, unless `category` is given; 0 for no limit.
     """
 
     most: int
     category: str | None = None
     exclude_seen: bool = False
+    per_category: int = 0
 
 
 class Version(TypedDict):

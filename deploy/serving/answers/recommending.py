@@ -7,7 +7,7 @@ than the version.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from deploy.serving.answers.predictor import KINDS, Asked, Prepared
 from state.features.spec import Events
 from state.ranking import item_scores
-from state.ranking.item_lists import CLICKED, ENTRIES, EVERYTHING, FOLLOWED, LIVES, VISITED, ItemLists, count_visits
+from state.ranking.item_lists import CLICKED, EVERYTHING, FOLLOWED, LIVES, ItemLists, count_visits
 from state.ranking.item_scores import (
     COLUMNS,
     INTERESTS,
@@ -34,7 +34,7 @@ from state.ranking.item_scores import (
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
 U64 = NDArray[np.uint64]
-Reason = Literal["again", "category", "next", "popular", "similar", "fresh"]
+Reason = Literal["again", "category", "next", "popular", "similar"]
 
 _REASONS: dict[str, Reason] = {
     "everything": "popular",
@@ -47,35 +47,25 @@ _REASONS: dict[str, Reason] = {
 }
 
 
-class ScoredItems(NamedTuple):
-    """Candidates, best first.
-
-    Attributes:
-        items: n ids.
-        reasons: The source with the largest share of each.
-    """
-
-    items: list[int]
-    reasons: list[Reason]
-
-
 def scored(
-    prepared: Prepared, outputs: Mapping[str, F32], events: Events, category: int | None, work: Workspace
-) -> ScoredItems:
+    prepared: Prepared, outputs: Mapping[str, F32], clicks: Events, category: int | None, work: Workspace
+) -> NDArray[np.intp]:
     """Scores the candidates of the only query of `prepared`, whose version must have item weights.
+
+    Returns their indices in `work`, best first.
 
     Args:
         prepared: The prepared query.
         outputs: The program's outputs for it.
-        events: The user's events, newest first.
+        clicks: The user's clicks, newest first.
         category: The only category to take items from; None for all.
-        work: Reused for each answer.
+        work: Reused for each answer; has the candidates afterwards.
     """
     version, asked = prepared.version, prepared.asked[0]
     assert version.item_weights is not None
-    # 1. The user's own items.
-    visited = ItemLists.empty(2, ENTRIES[VISITED])
-    ordered = events[::-1]
+    # 1. The user's own items: all in the history. A trainer's list holds fewer.
+    visited = ItemLists.empty(2, max(2, len(clicks)))
+    ordered = clicks[::-1]
     count_visits(np.ascontiguousarray(ordered["item"]), np.ascontiguousarray(ordered["at_ms"]) // 1000, 1, visited)
     # 2. The lists of the version.
     keys, reads = _reads(prepared, outputs, asked, category)
@@ -93,7 +83,7 @@ def scored(
     if category is not None:
         listed = clicked.ids[1 + len(EVERYTHING)]
         order = order[np.isin(work.items[order], listed)]
-    return ScoredItems(work.items[order].tolist(), _reasons(order, work))
+    return order
 
 
 def _reads(
@@ -117,7 +107,8 @@ def _reads(
     return keys, Reads(rows.astype(np.int32), sources, every)
 
 
-def _reasons(order: NDArray[np.intp], work: Workspace) -> list[Reason]:
+def reasons_of(order: NDArray[np.intp], work: Workspace) -> list[Reason]:
+    """Returns the source with the largest share of each candidate, given by its index in `work`."""
     shares = work.shares[order][:, :SHARES].reshape(len(order), len(SOURCES), LIVES).max(2)
     # What followed an item is a stronger reason than that everybody clicks it.
     shares[:, [NEWEST_AT, SECOND_AT]] *= (work.own[order] == 0)[:, None]

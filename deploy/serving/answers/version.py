@@ -24,15 +24,18 @@ from state.events.identity import Salt
 from state.features.spec import FeatureSpec
 from state.history.actions import Numbers, exchange
 from state.history.store import HistoryStore
+from state.ranking import interest_scores, item_scores
 from state.ranking.crosses import WIDTH, Crosses, Values, logits_of
-from state.ranking.item_lists import ENTRIES, ItemLists
+from state.ranking.item_lists import ENTRIES, NEXT_CATEGORY, ItemLists
 from state.ranking.item_lists import from_stored as lists_from_stored
-from state.ranking.item_scores import COLUMNS, FEATURES, WEIGHTS
 from state.ranking.transitions import Lists, from_stored
 from state.rows.reader import RowReader, Served
 from state.rows.tables import AVERAGED_IDS, own_rows_of
 
 ROWS_REMEMBERED = 10_000
+LISTS_REMEMBERED = 2048
+CANDIDATE_MASKS = ("recent_mask", "popular_mask", "successor_mask")
+"""The program's masks of candidates, in slot order."""
 NAMES_REMEMBERED = 100_000
 OTHERS_LOADED = 3
 """Versions kept loaded in addition to the serving one, with a program each."""
@@ -90,9 +93,15 @@ class Catalogue:
 
     def item_name(self, item: int) -> ShownName:
         """Returns an item's name: the id that clicks carry, or the name of the category with this id."""
-        stored = self._histories.extra(item_extra(item))
-        name = "" if stored is None else item_parts(stored)[1]
-        return ShownName(name, f"{item:016x}") if name else self.name_of(item)
+        return self.named_items([item])[0][1]
+
+    def named_items(self, items: Sequence[int]) -> list[tuple[int, ShownName]]:
+        """Returns the category of each item, 0 if nobody clicked it, and its name as in `item_name`."""
+        found = []
+        for item, stored in zip(items, self._histories.extra_of_each([*map(item_extra, items)]), strict=True):
+            category, name = (0, "") if stored is None else item_parts(stored)
+            found.append((category, ShownName(name, f"{item:016x}") if name else self.name_of(item)))
+        return found
 
 
 @dataclass(frozen=True)
@@ -211,6 +220,21 @@ class VersionRows:
         stored = [self.reader.row(table, key, self.served) if key else None for key in keys]
         return lists_from_stored(stored, ENTRIES[table])
 
+    def next_categories(self, keys: Sequence[int]) -> tuple[ItemLists, list[int]]:
+        """Looks up the lists of n keys of `NEXT_CATEGORY`; returns all lists read so far, and which are the keys'."""
+        cache = self._version.next_categories
+        if len(cache.places) + len(keys) > LISTS_REMEMBERED:
+            cache.places.clear()
+        places = cache.places
+        if missing := [key for key in dict.fromkeys(keys) if key not in places]:
+            stored = [self.reader.row(NEXT_CATEGORY, key, self.served) if key else None for key in missing]
+            first = len(places)
+            held: list[NDArray[Any]] = [*cache.lists]
+            for part, new in zip(held, lists_from_stored(stored, ENTRIES[NEXT_CATEGORY]), strict=True):
+                part[first : first + len(missing)] = new
+            places.update(zip(missing, range(first, first + len(missing)), strict=True))
+        return cache.lists, [places[key] for key in keys]
+
     def context_sum(self, ids: Sequence[int]) -> F32:
         """Returns the sum of rows of contexts and attributes, `[dim]` float32; an id without one counts as zeros."""
         total = np.zeros(self._widths["context"], np.float32)
@@ -240,6 +264,18 @@ class VersionRows:
         return logits_of(np.frombuffer(numbers, np.float32).reshape(*ids.shape, WIDTH), self._version.cross_shares)
 
 
+class ListCache(NamedTuple):
+    """Lists of one version that were read: `LISTS_REMEMBERED` lists, and the place of each key's."""
+
+    lists: ItemLists
+    places: dict[int, int]
+
+    @classmethod
+    def empty(cls) -> ListCache:
+        """A new cache."""
+        return cls(ItemLists.empty(LISTS_REMEMBERED, ENTRIES[NEXT_CATEGORY]), {})
+
+
 @dataclass(frozen=True)
 class LoadedVersion:
     """What stays the same until another version answers.
@@ -261,9 +297,12 @@ class LoadedVersion:
         churn: The version's churn weights; None if it learned nothing about churn.
         item_weights: `[FEATURES, COLUMNS]` float64, the weights of the item score; None if the version has none, or those of
             a release with other features.
+        interest_weights: Likewise of the correction of interests.
+        interest_work: The workspace of that correction.
         category_rows: Rows of categories read so far.
         item_rows: Likewise of items.
         lists: Likewise transition lists, as stored.
+        next_categories: Lists of `NEXT_CATEGORY` read so far.
     """
 
     served: Served
@@ -280,9 +319,12 @@ class LoadedVersion:
     cross_shares: F32
     churn: ChurnWeights | None = None
     item_weights: NDArray[np.float64] | None = None
+    interest_weights: NDArray[np.float64] | None = None
+    interest_work: interest_scores.Workspace = field(default_factory=lambda: interest_scores.Workspace.empty(0))
     category_rows: dict[int, bytes] = field(default_factory=dict)
     item_rows: dict[int, bytes] = field(default_factory=dict)
     lists: dict[int, bytes | None] = field(default_factory=dict)
+    next_categories: ListCache = field(default_factory=ListCache.empty)
 
     def rows(self, reader: RowReader) -> VersionRows:
         """Returns the version's rows in a transaction."""
@@ -310,9 +352,12 @@ def _unchanged(
     return kept
 
 
-def _item_weights(weights: Mapping[str, NDArray[Any]]) -> NDArray[np.float64] | None:
-    found = weights.get(f"{STORED}{WEIGHTS}")
-    if found is None or found.shape != (FEATURES, COLUMNS):
+def _weights_of(
+    weights: Mapping[str, NDArray[Any]], name: str, first: NDArray[np.float64]
+) -> NDArray[np.float64] | None:
+    """The weights of a score; None without any, or if they differ in shape from the first ones of this release."""
+    found = weights.get(f"{STORED}{name}")
+    if found is None or found.shape != first.shape:
         return None
     return np.ascontiguousarray(found, np.float64)
 
@@ -446,7 +491,11 @@ class VersionLoader:
             own_popular={},
             cross_shares=shares,
             churn=weights_in(weights, features.spec),
-            item_weights=_item_weights(weights),
+            item_weights=_weights_of(weights, item_scores.WEIGHTS, item_scores.first_weights()),
+            interest_weights=_weights_of(weights, interest_scores.WEIGHTS, interest_scores.first_weights()),
+            interest_work=interest_scores.Workspace.empty(
+                sum(shape[1] for name, shape in program.shapes.items() if name in CANDIDATE_MASKS)
+            ),
         )
         if before is not None:
             loaded.category_rows.update(_unchanged(before.category_rows, "category", before, served, reader))

@@ -88,7 +88,7 @@ class Upkeep:
     def news(self, events: Events, names: Mapping[int, str], clock_ms: int) -> dict[str, bytes | None]:
         """The extras to commit with some clicks, see `Remembered.news` and `ItemFeed.news`."""
         found = self._remembered.news(events, names, clock_ms)
-        return found | self._feed.news(events, found, clock_ms)
+        return found | self._feed.news(events, clock_ms)
 
     def look(self, newest_ms: int) -> None:
         """Checks some users and items if that is due, and removes what has expired; log time 0 is unknown.
@@ -124,6 +124,10 @@ class HistoryFollower:
         accepted: The losses that operators accepted, including records that the trainer leaves out.
         actions: Returns the action names of a record by its feature spec; None for an unknown spec.
         own_salt: Fingerprint of this host's salt; records with another salt before the first one with ours are left out.
+
+    Attributes:
+        newest_ms: The store's event clock.
+        committed: Called with the events of each commit, after it.
     """
 
     def __init__(
@@ -138,21 +142,27 @@ class HistoryFollower:
         own_salt: str | None = None,
         kept: ServingSettings = DEFAULTS,
     ) -> None:
-        self._store, self._line, self._erased = store, branch_of(store), Erased.NOBODY
-        self._accepted, self._named, self._actions = accepted, actions, spec.actions
+        self._store, self._erased = store, Erased.NOBODY
+        self._accepted, self._named, self._spec = accepted, actions, spec
         self._metrics = metrics
         self._now_ms = now_ms
-        self._reach_ms = reach_ms
-        self._parity = Parity(store, spec, self._reach_ms, kept, metrics, now_ms)
-        self._upkeep = Upkeep(store, self._reach_ms, kept, metrics, now_ms, self._parity.lose)
+        self._reach_ms, self._own_salt, self._kept = reach_ms, own_salt, kept
         self._log: Follower | None = None
         self._positions: dict[int, int] = {}
-        self._marks = store.positions()
+        self._housekept_ms = 0
+        self.committed: Callable[[Appends], None] = lambda appends: None
+        self.begin()
+
+    def begin(self) -> None:
+        """Restarts from the store's content, after a snapshot was loaded into it."""
+        store, metrics, now_ms = self._store, self._metrics, self._now_ms
+        self._line, self._marks = branch_of(store), store.positions()
+        self._parity = Parity(store, self._spec, self._reach_ms, self._kept, metrics, now_ms)
+        self._upkeep = Upkeep(store, self._reach_ms, self._kept, metrics, now_ms, self._parity.lose)
         salt = store.extra(SALT_EXTRA)
-        self._salt, self._begun = own_salt if salt is None else salt.decode(), bool(self._marks)
+        self._salt, self._begun = self._own_salt if salt is None else salt.decode(), bool(self._marks)
         self.newest_ms = clock_of(store)
         self._caught_up = store.extra(CAUGHT_UP_EXTRA) is not None
-        self._housekept_ms = 0
 
     def connect(self, log: Log, topic: str) -> None:
         """Begins to read a topic where the histories end.
@@ -209,6 +219,11 @@ class HistoryFollower:
         self._upkeep.begin()
         self.newest_ms = clock_of(self._store)
         return True
+
+    @property
+    def caught_up(self) -> bool:
+        """Whether the topic was ever read to its end."""
+        return self._caught_up
 
     @property
     def positions(self) -> Mapping[int, int]:
@@ -313,7 +328,7 @@ class HistoryFollower:
             raise SaltMismatch.between(f"record {offset} of partition {log.partition}", found.header.salt, self._salt)
         self._begun = True
         # Where the meaning of its numbers is unknown, they count as ours.
-        return renumbered(found, self._named(found.header.spec) or self._actions, self._actions)
+        return renumbered(found, self._named(found.header.spec) or self._spec.actions, self._spec.actions)
 
     def _commit(
         self, batch: PartitionBatch, appends: Appends, ranges: Sequence[Range], extra: dict[str, bytes | None]
@@ -330,10 +345,11 @@ class HistoryFollower:
         killpoints.reach("follow.taken")
         self._store.commit(appends, ranges, extra)
         killpoints.reach("follow.committed")
+        self.committed(appends)
         self._positions = positions
         if following != batch.next:
             reader.seek(batch.partition, following)
-        self._metrics.history_rows.inc(len(appends.events))
+        self._metrics.history_rows.inc(int(appends.lengths[self._store.shares.has(appends.users)].sum()))
 
     def _keep_house(self, idle: bool) -> None:
         """Once a second: measures the lag and the store."""

@@ -49,24 +49,29 @@ class HostErasures:
         self._done, self._reported = histories.forgotten, ErasureReport("", "", "", -1, -1)
         self._say = SaidOnce(_log.warning)
 
-    def take_up(self, erased: Erased) -> None:
-        """Erases newly erased users, and reports the progress if it has changed; cheap if there is nothing to do.
+    def take_up(self, erased: Erased, may_compact: bool = True) -> bool:
+        """Erases newly erased users, and reports the progress if it has changed; returns whether users were erased.
+
+        It is cheap if there is nothing to do. With `may_compact` False, because a view of the histories is open, they
+        are not compacted yet.
 
         Raises:
             StoreFull: Nothing was changed.
         """
-        if self._done.through < erased.last:
+        found = self._done.through < erased.last
+        if found:
             self._done = self._histories.forget(erased)
             killpoints.reach("follow.forgotten")
             _log.info("erasure %d: users are forgotten in the histories", erased.last)
         due_ms = self._done.due_ms()
-        if due_ms is not None and self._now_ms() >= due_ms:
+        if may_compact and due_ms is not None and self._now_ms() >= due_ms:
             try:
                 self._done = self._histories.compact_if_due(self._now_ms())
                 self._say.clear()
             except StoreFull as full:
                 self._say(f"free pages keep bytes of erased users: {full}")
         self._report(self._done)
+        return found
 
     def _report(self, done: ForgottenUsers) -> None:
         through = min(done.through, self._rows())

@@ -124,13 +124,16 @@ class Parity:
         pending commit; the last part belongs to `rows`, which has one row per event.
         """
         now_ms = self._now_ms()
-        if not self._every_ms or not len(rows) or 0 <= now_ms - self._looked_ms < self._every_ms:
+        if not self._every_ms or 0 <= now_ms - self._looked_ms < self._every_ms:
+            return
+        held = np.flatnonzero(self._store.shares.has(rows.user))
+        if not len(held):
             return
         self._looked_ms = now_ms
         if rows.header.spec != self._spec.digest:
             self._counted[UNKNOWN].inc()
             return
-        row = self._choose(len(rows))
+        row = int(held[self._choose(len(held))])
         user, at_ms = int(rows.user[row]), int(rows.at_ms[row])
         before = [*events[:-1], events[-1][:row]]
         theirs = [one[who[: len(one)] == user] for who, one in zip(users, before, strict=True)]

@@ -16,6 +16,7 @@ answers; its requests are converted to the parameters and bodies of HTTP.
     GET /v1/segments/{segment}/users/{user_id}
     GET /v1/segments/{segment}/lookalikes?n=
 
+    GET /v1/hosts
     GET /healthz /readyz /metrics
 """
 
@@ -64,6 +65,7 @@ from deploy.serving.requests.parameters import (
 from deploy.serving.requests.worker_metrics import rendered
 from springtide_client import answers as responses
 from state.errors import BadRequest
+from state.registry.hosts import RoutingTable
 from state.segments.expression import NAME
 
 MOST_MEMBERS = 1000
@@ -102,8 +104,9 @@ class Questions:
 
     async def recommend(self, user: str, asked: RecommendationParameters) -> Recommendations:
         """Recommends items."""
-        query, sources = asked.query(user), self._answers.sources()
-        return await self._answers.run(recommend(self._host.predictor(), sources, query, asked.wanted()))
+        query, sources, host = asked.query(user), self._answers.sources(), self._host
+        wanted = asked.wanted()._replace(per_category=host.per_category)
+        return await self._answers.run(recommend(host.predictor(), sources, query, wanted, host.impressions))
 
     async def similar(self, user: str, asked: NearParameters) -> SimilarItems:
         """Finds the nearest items."""
@@ -217,8 +220,10 @@ def profile_service(answers: Answers) -> Service:
     async def profile(request: Message) -> Any:
         given = _fields_of(request)
         given["profiles"] = [given.pop("question", {})]
-        asked = _convert(given, ProfilesQuestion)
-        return await answers.profiles.one(asked.queries()[0], _profile_message)
+        (query,) = _convert(given, ProfilesQuestion).queries()
+        # Refused here: in a batch with the queries of other requests, it would fail them all.
+        answers.host.predictor().users_of([query])
+        return await answers.profiles.one(query, _profile_message)
 
     async def batch(request: Message) -> Any:
         given = _fields_of(request)
@@ -359,6 +364,26 @@ def segment_endpoints(host: Host) -> list[Endpoint]:
             failures=failures,
             placeholders=_SEGMENT,
         ),
+    ]
+
+
+def host_endpoints(table: Callable[[], RoutingTable]) -> list[Endpoint]:
+    """Returns the endpoint of the routing table, which `table` returns."""
+
+    async def live(_: Request) -> Response:
+        listed = [{"address": one.address, "shares": one.shares} for one in table().hosts]
+        return Response(200, encode({"hosts": listed}))
+
+    return [
+        Endpoint(
+            "hosts",
+            ("GET",),
+            "/v1/hosts",
+            live,
+            "The live hosts that hold parts of the users; none if each host holds all users.",
+            returns=(responses.ServingHosts,),
+            failures=FAILED,
+        )
     ]
 
 

@@ -14,14 +14,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import httpx
 import msgspec
 
 from deploy.serving.exposures import ExposureSpool
-from deploy.serving.requests.http import Receive, Request, Response, header
+from deploy.serving.requests.forwarding import (
+    MANY,
+    ROUTES,
+    Forwarder,
+    QuestionBatch,
+    answered_here,
+    rows_of,
+    user_in,
+    whole,
+)
+from deploy.serving.requests.http import Request, Response
 from deploy.serving.requests.parameters import MOST_PROFILES
 from state import layout
 from state.config.settings import Settings
@@ -31,14 +40,7 @@ from state.experiments.experiment import Experiment, Experiments
 from state.experiments.exposure import ARMS, LIVE, TRIAL, Arm, Exposure, arm_of, encode, position_of
 from state.process.said_once import SaidOnce
 
-ROUTES = frozenset(("profile", "explain", "rank", "recommendations", "similar"))
-"""The endpoints that answer about one user."""
-MANY = "batch"
-"""The endpoint that answers about several users."""
 POLL_S = 0.25
-MOST_IDLE = 64
-"""Maximum of idle connections to the trial; each query in flight uses one."""
-_PASSED_ON = (b"authorization", b"content-type", b"accept")
 _log = logging.getLogger(__name__)
 
 
@@ -56,13 +58,8 @@ class Split:
         self._salt, self._now_ms, self._clock_s = salt, now_ms, clock_s
         self._experiments = Experiments(settings)
         self._spool = ExposureSpool(settings.serving_dir / layout.EXPOSURES, now_ms, _log.warning)
-        self._http = httpx.AsyncClient(
-            base_url=settings.rollout.address,
-            timeout=settings.rollout.timeout_s,
-            limits=httpx.Limits(max_keepalive_connections=MOST_IDLE),
-            transport=transport,
-            trust_env=False,
-        )
+        self._address = settings.rollout.address
+        self._forwarder = Forwarder(settings.rollout.timeout_s, transport=transport)
         self._rolled_out: Experiment | None = None
         self._polled_s = float("-inf")
         self._say = SaidOnce(_log.warning)
@@ -76,14 +73,14 @@ class Split:
             return await request.endpoint.answer(request)
         at_ms, began_s = self._now_ms(), self._clock_s()
         body = b"" if request.scope["method"] == "GET" else await request.body()
-        request = request._replace(receive=_whole(body))
+        request = request._replace(receive=whole(body))
         if request.endpoint.name == MANY:
             batch = QuestionBatch.read(body)
             if batch is None or not 1 <= len(batch.users) <= MOST_PROFILES:
                 # The endpoint reports the error.
                 return await request.endpoint.answer(request)
             return await self._many(request, batch, experiment, at_ms)
-        user = request.path.get("user_id") or _user_in(body)
+        user = request.path.get("user_id") or user_in(body)
         if user is None:
             return await request.endpoint.answer(request)
         # 1.
@@ -109,12 +106,13 @@ class Split:
         places = {arm: [place for place, one in enumerate(exposures) if one.arm == arm] for arm in ARMS}
         try:
             # 2.
+            answer = request.endpoint.answer
             theirs, ours = await asyncio.gather(
-                self._theirs(request, batch, places[TRIAL]), _ours(request, batch, places[LIVE])
+                self._theirs(request, batch, places[TRIAL]), answered_here(request, batch, places[LIVE], answer)
             )
             # 3.
             failed = theirs is None
-            rows = [*(await _ours(request, batch, places[TRIAL]) if theirs is None else theirs), *ours]
+            rows = [*(await answered_here(request, batch, places[TRIAL], answer) if theirs is None else theirs), *ours]
         except BadRequest:
             # The error names a position in a part of the batch; the whole batch gives the right position.
             return await request.endpoint.answer(request)
@@ -168,83 +166,15 @@ class Split:
 
     async def _forwarded(self, request: Request, body: bytes) -> Response | None:
         """Forwards a request to the trial's workers; returns None if they do not answer, or fail."""
-        query, path = request.query_string, request.scope["raw_path"].decode("latin-1")
-        headers = {one.decode(): value for one in _PASSED_ON if (value := header(request.scope, one)) is not None}
         try:
-            given = await self._http.request(
-                request.scope["method"],
-                path + ("?" + query.decode("latin-1") if query else ""),
-                content=body,
-                headers=headers,
-            )
+            given = await self._forwarder.send(self._address, request, body)
         except httpx.HTTPError as error:
             self._say(f"the trial does not answer ({type(error).__name__}): {error}")
             return None
-        if given.status_code in (401, 403, 429) or given.status_code >= 500:
-            self._say(f"the trial answers {given.status_code}")
+        if given.status in (401, 403, 429) or given.status >= 500:
+            self._say(f"the trial answers {given.status}")
             return None
-        kind = given.headers.get("content-type", "application/json")
-        return Response(given.status_code, given.content, [(b"content-type", kind.encode())])
-
-
-class _Asker(msgspec.Struct):
-    user_id: str | int
-
-
-class _Answered(msgspec.Struct):
-    profiles: list[msgspec.Raw]
-
-
-class QuestionBatch(msgspec.Struct, frozen=True):
-    """A batch of queries, as the client sent it, in raw JSON but for the user ids.
-
-    `name` is the field with the queries, `profiles` (objects with `user_id`) or `users` (ids); `rest` has the other
-    fields.
-    """
-
-    name: str
-    questions: Sequence[msgspec.Raw]
-    users: Sequence[str]
-    rest: Mapping[str, msgspec.Raw]
-
-    @classmethod
-    def read(cls, body: bytes) -> QuestionBatch | None:
-        """Parses a request's body; returns None if it is not a valid batch, and then the endpoint reports the error.
-
-        >>> QuestionBatch.read(b'{"profiles": [{"user_id": 7, "item": "i1"}]}').users, QuestionBatch.read(b"{}")
-        (['7'], None)
-        """
-        try:
-            rest = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-            (name,) = rest.keys() & {"profiles", "users"}
-            questions = msgspec.json.decode(rest.pop(name), type=list[msgspec.Raw])
-            if name == "users":
-                users = [str(msgspec.json.decode(one, type=str | int)) for one in questions]
-            else:
-                users = [str(msgspec.json.decode(one, type=_Asker).user_id) for one in questions]
-        except (msgspec.MsgspecError, UnicodeDecodeError, ValueError):
-            return None
-        return cls(name, questions, users, rest)
-
-    def part(self, places: Iterable[int]) -> bytes:
-        """Encodes the body of a batch with only the queries at `places`.
-
-        >>> QuestionBatch.read(b'{"users": ["ann", 7, "bob"], "top": 3}').part([0, 1])
-        b'{"top":3,"users":["ann",7]}'
-        """
-        return msgspec.json.encode({**self.rest, self.name: [self.questions[place] for place in places]})
-
-
-def rows_of(body: bytes) -> list[bytes] | None:
-    """Returns the rows of an answer as raw JSON; None if it is not an answer to a batch.
-
-    >>> rows_of(b'{"profiles":[{"a":1},{"a":2}]}'), rows_of(b"{}")
-    ([b'{"a":1}', b'{"a":2}'], None)
-    """
-    try:
-        return [bytes(row) for row in msgspec.json.decode(body, type=_Answered).profiles]
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        return None
+        return given
 
 
 def joined(answers: Iterable[tuple[Arm, bytes]]) -> bytes:
@@ -254,28 +184,3 @@ def joined(answers: Iterable[tuple[Arm, bytes]]) -> bytes:
     b'{"profiles":[{"a":1,"arm":"live"},{"a":2,"arm":"trial"}]}'
     """
     return b'{"profiles":[' + b",".join(b'%s,"arm":"%s"}' % (row[:-1], arm.encode()) for arm, row in answers) + b"]}"
-
-
-async def _ours(request: Request, batch: QuestionBatch, places: Sequence[int]) -> list[bytes]:
-    if not places:
-        return []
-    given = await request.endpoint.answer(request._replace(receive=_whole(batch.part(places))))
-    rows = rows_of(given.body)
-    assert rows is not None, "the endpoint answers with a row a question"
-    return rows
-
-
-def _user_in(body: bytes) -> str | None:
-    """Returns the raw user id of a body; None without a valid one, and then the endpoint reports the error."""
-    try:
-        return str(msgspec.json.decode(body, type=_Asker).user_id)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        return None
-
-
-def _whole(body: bytes) -> Receive:
-
-    async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return receive

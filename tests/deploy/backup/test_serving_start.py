@@ -13,6 +13,7 @@ from deploy.backup import serving_start
 from deploy.serving.notes import CLOCK_EXTRA, item_extra, item_value, name_extra
 from state.features.spec import EVENT
 from state.history.appends import Appends
+from state.history.snapshots import SHARED_EXTRAS
 from state.history.store import HistoryStore
 from state.layout import HISTORIES
 from state.positions import Range, Source
@@ -54,7 +55,7 @@ def test_histories_and_what_was_noted_are_there_before_anything_is_read(tmp_path
         assert serving.positions() == stream.positions() != {}
         assert (serving.waiting_rows(), stream.waiting_rows()) == (0, 1)
         found = dict(serving.extras("", "", 1000))
-        shared = {name: found.pop(name) for name in serving_start.SHARED & found.keys()}
+        shared = {name: found.pop(name) for name in SHARED_EXTRAS & found.keys()}
         assert shared == {name: stream.extra(name) for name in shared}
         assert found == NOTED | {"whole": b"0"}
     finally:

@@ -1,9 +1,11 @@
-"""What the console shows is what the commands print."""
+"""What the console shows: its pages, the state, lists and curves."""
 
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
+import re
 from collections.abc import Iterator
 
 import httpx
@@ -11,7 +13,10 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from deploy import status
+from deploy.console import server as pages
+from deploy.console.server import STATIC
 from deploy.console.watching import CURVES, LIFT, QUANTILES, Curves
+from deploy.serving.requests.access import OPEN
 from deploy.watch.figures import Figures
 from state.metrics import ApplierMetrics, serve
 from tests.deploy.console.conftest import Reached
@@ -80,3 +85,49 @@ def test_without_serving_a_profile_is_503_and_says_why(console: Reached) -> None
         answer = client.get("/api/profiles/ann")
     assert (answer.status_code, "does not answer" in answer.json()["error"]) == (503, True)
     assert "ann" not in answer.text, "an error names no user"
+
+
+UPLOT = "1.6.32"
+RELEASED = {
+    "uPlot.iife.min.js": "19c8d4c6ad88929a79f4ae49d6f7161566dfd0ba3d15cc495e974f787eb78f1f",
+    "uPlot.min.css": "df630c6a8d6f8eeaff264b50f73ce5b114f646ffd9a0bb74f049b0a00135fa04",
+    "LICENSE": "8f989229699b4fe2f1a0432d0e9edc338a8a911e250e2d1b01ecd770a5f5b1bd",
+}
+"""SHA-256 of what npm's package uplot of that version has."""
+OURS = [path for path in STATIC.rglob("*") if path.suffix in pages.KINDS and path.parent.name != "uplot"]
+
+
+def test_uplot_is_the_one_that_was_released() -> None:
+    folder = STATIC / "uplot"
+    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    assert found == RELEASED
+    assert f"(v{UPLOT})" in (folder / "uPlot.iife.min.js").read_text()[:100]
+    assert "MIT" in (folder / "LICENSE").read_text()
+
+
+def test_the_page_loads_its_own_files_alone_and_has_nothing_inline() -> None:
+    assert len(OURS) > 8
+    for path in OURS:
+        text = re.sub(r'xmlns="[^"]*"|const SVG = "[^"]*"', "", path.read_text())
+        assert not re.search(r"https?://|//cdn|@import|url\(", text), path.name
+    html = (STATIC / "index.html").read_text()
+    assert not re.search(r"<style|<script(?![^>]* src=)|\sstyle=|\son\w+=", html)
+    named = re.findall(r'(?:src|href)="([^"#]+)"', html)
+    assert named and all((STATIC / name).is_file() for name in named)
+    # What is shown is text: a name that a click brought is never taken for markup.
+    assert not any("innerHTML" in path.read_text() or "insertAdjacentHTML" in path.read_text() for path in OURS)
+
+
+def test_each_file_is_had_without_a_token_and_sent_once(closed_console: Reached) -> None:
+    offered = [one for one in closed_console.app.endpoints if one.name == "page"]
+    assert len(offered) == len(OURS) + 2 and {one.role for one in offered} == {OPEN}
+    with closed_console.client() as client:
+        for one in offered:
+            answer = client.get(one.path)
+            assert answer.status_code == 200 and answer.content
+            again = client.get(one.path, headers={"if-none-match": answer.headers["etag"]})
+            assert (again.status_code, again.content) == (304, b"")
+            assert client.head(one.path).status_code == 200
+        assert client.get("/").headers["content-type"] == "text/html; charset=utf-8"
+        for path in ("/index.html", "/../app.py", "/%2e%2e/app.py", "/uplot/LICENSE"):
+            assert client.get(path).status_code in (401, 404)

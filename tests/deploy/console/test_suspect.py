@@ -10,7 +10,7 @@ from playwright.sync_api import expect, sync_playwright
 
 from deploy.serving.requests.access import OPERATE, READ, tokens_in
 from tests.deploy.console.conftest import Reached
-from tests.deploy.operate.test_held import hold
+from tests.deploy.operate.test_control import hold
 from tests.deploy.operating import Operator
 
 CHROMIUM = shutil.which("chromium")

@@ -1,19 +1,28 @@
-"""`springtide flink`: what is wrong with a line, a port or a directory is said before anything starts."""
+"""The command `springtide flink`, what the processes of a cluster are told, and its jars."""
 
 from __future__ import annotations
 
+import hashlib
+import re
 import signal
 import socket
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
-from deploy.flink import command
+from deploy import java_jars
+from deploy.flink import command, jars
+from deploy.flink.cluster import EMPTIED, FIXED, configuration, ports, process_plans
+from deploy.flink.jars import SERVICES, merge
 from deploy.kafka.configuration import free_ports
+from state.config.sections import FlinkSettings
 from state.disk.lock import DirectoryLock
+from state.errors import FlinkFailed
 from tests.e2e.running import ROOT
 
 
@@ -90,3 +99,126 @@ def test_down_ends_where_nobody_waits_for_the_process_of_up(tmp_path: Path) -> N
 def test_status_of_nothing_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["status", *flags(tmp_path)]) == 1
     assert "no JobManager answers" in capsys.readouterr().out
+
+
+DIRECTORY = Path("/state/flink")
+
+
+def read(settings: FlinkSettings) -> dict[str, object]:
+    return dict(yaml.safe_load(configuration(settings, DIRECTORY, 6123)))
+
+
+def test_no_line_is_said_twice() -> None:
+    names = re.findall(r"^([\w.-]+):", configuration(FlinkSettings(), DIRECTORY, 6123), re.MULTILINE)
+    assert len(names) > 20
+    assert sorted(names) == sorted(set(names))
+
+
+def test_what_any_cluster_is_told_is_what_the_measured_traps_ask_for() -> None:
+    told = yaml.safe_load(FIXED.read_text())
+    assert told["pipeline.operator-chaining.enabled"] is False
+    assert told["heartbeat.timeout"] == 6000 > 2 * told["heartbeat.interval"]
+    assert told["restart-strategy.type"] == "exponential-delay"
+    assert told["execution.checkpointing.externalized-checkpoint-retention"] == "RETAIN_ON_CANCELLATION"
+    # Places and sizes are the cluster's own.
+    assert not [name for name in told if name.endswith(("dir", "dirs", "port", "host", "address", "size"))]
+
+
+def test_it_listens_on_loopback_alone() -> None:
+    told = read(FlinkSettings())
+    hosts = {name: value for name, value in told.items() if name.endswith(("host", "address"))}
+    assert len(hosts) >= 6
+    assert set(hosts.values()) == {"127.0.0.1"}
+
+
+def test_sizes_are_those_of_the_settings() -> None:
+    told = read(FlinkSettings(slots=3, heap_mb=400, state_backend="rocksdb"))
+    assert told["taskmanager.numberOfTaskSlots"] == 3
+    assert told["state.backend.type"] == "rocksdb"
+    heaps = [told[f"taskmanager.memory.{part}.heap.size"] for part in ("framework", "task")]
+    assert sum(int(str(size).removesuffix("m")) for size in heaps) == 400
+    # RocksDB takes its memory out of what is managed, which nobody else needs.
+    assert told["taskmanager.memory.managed.size"] != "0m"
+    assert read(FlinkSettings())["taskmanager.memory.managed.size"] == "0m"
+
+
+def test_each_process_has_a_place_of_its_own_for_what_it_leaves_behind() -> None:
+    plans = process_plans(FlinkSettings(task_managers=2), DIRECTORY, Path("/jar"), "/java", "/python")
+    assert [plan.name for plan in plans] == ["job-manager", "workers", "task-manager-1", "task-manager-2", "job-server"]
+    of_java = [plan for plan in plans if "/java" in plan.command]
+    assert len(of_java) == 4
+    for plan in of_java:
+        assert plan.command[:5] == (*EMPTIED, f"/state/flink/tmp/{plan.name}", "/java")
+        assert f"-Djava.io.tmpdir=/state/flink/tmp/{plan.name}" in plan.command
+    ids = [word for plan in plans for word in plan.command if word.startswith("taskmanager.resource-id=")]
+    assert ids == ["taskmanager.resource-id=task-manager-1", "taskmanager.resource-id=task-manager-2"]
+
+
+def test_ports_are_those_of_the_settings() -> None:
+    settings = FlinkSettings(rest_port=1, job_port=2, worker_port=3)
+    assert [port.port for port in ports(settings)] == [1, 2, 3]
+    plans = {plan.name: plan.command for plan in process_plans(settings, DIRECTORY, Path("/jar"), "/java", "/python")}
+    assert plans["workers"][-1] == "3"
+    assert {"--job-port=2", "--flink-master=127.0.0.1:1"} <= set(plans["job-server"])
+
+
+def jar(path: Path, files: dict[str, str]) -> Path:
+    with zipfile.ZipFile(path, "w") as made:
+        for name, text in files.items():
+            made.writestr(name, text)
+    return path
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A lock file with two jars that are there."""
+    found = {
+        "org.a:one:1": jar(tmp_path / "one.jar", {"a/One.class": "1", f"{SERVICES}a.Store": "a.One\n"}),
+        "org.a:two:1": jar(tmp_path / "two.jar", {"a/Two.class": "2", f"{SERVICES}a.Store": "a.Two"}),
+    }
+    monkeypatch.setattr(java_jars, "_repository", lambda: found.__getitem__)
+    lock = tmp_path / "jars.lock"
+    java_jars.write(lock, {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in found.items()})
+    return lock
+
+
+def test_the_lock_file_has_what_a_cluster_is_made_of() -> None:
+    locked = java_jars.locked(jars.LOCK)
+    assert set(jars.CONSISTS_OF) <= set(locked)
+    assert [digest for digest in locked.values() if not re.fullmatch(r"[0-9a-f]{64}", digest)] == []
+    for part in ("flink-runtime", "flink-streaming-java", "flink-rpc-akka-loader", "beam-runners-java-job-service"):
+        assert any(name.split(":")[1] == part for name in locked), part
+    # Two bindings would each take the other's lines.
+    assert [name for name in locked if "slf4j-simple" in name or "log4j-slf4j" in name] == [
+        "org.slf4j:slf4j-simple:1.7.30"
+    ]
+
+
+def test_services_of_all_jars_are_found_and_the_first_of_two_files_counts(tmp_path: Path) -> None:
+    first = jar(tmp_path / "1.jar", {"a/A.class": "first", f"{SERVICES}a.Store": "# one\na.One", "META-INF/A.RSA": "x"})
+    second = jar(tmp_path / "2.jar", {"a/A.class": "second", f"{SERVICES}a.Store": "a.Two\na.One\n", "b/": ""})
+    merge([first, second], tmp_path / "merged.jar")
+    with zipfile.ZipFile(tmp_path / "merged.jar") as merged:
+        assert merged.testzip() is None
+        assert merged.namelist() == ["META-INF/MANIFEST.MF", "a/A.class", f"{SERVICES}a.Store"]
+        assert merged.read("a/A.class") == b"first"
+        assert merged.read(f"{SERVICES}a.Store") == b"a.One\na.Two\n"
+
+
+def test_it_is_merged_once_and_again_where_it_is_damaged(repository: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    made = jars.merged_jar(said.append, tmp_path / "cache", repository)
+    whole = made.read_bytes()
+    assert len(said) == 1 and "merging 2 jars" in said[0]
+    assert jars.merged_jar(said.append, tmp_path / "cache", repository) == made
+    assert len(said) == 1
+    made.write_bytes(whole[:-1])
+    assert jars.merged_jar(said.append, tmp_path / "cache", repository).read_bytes() == whole
+    assert len(said) == 2
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".jar", ".sha256"]
+
+
+def test_without_room_for_the_merged_one_the_error_says_where(repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("no directory")
+    with pytest.raises(FlinkFailed, match=r"cannot be merged .*access rights of .*cache"):
+        jars.merged_jar(print, tmp_path / "cache", repository)

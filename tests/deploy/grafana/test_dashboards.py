@@ -16,7 +16,7 @@ from grafana_foundation_sdk.models import dashboard, units
 
 from deploy.grafana.__main__ import DATASOURCE_UID, FOLDER, load, queries, render
 from tests import runbook
-from tests.metric_use import misused
+from tests.promql import misused
 from tests.rules import ALERTS
 
 GRAFANA = Path(__file__).parents[3] / "deploy" / "grafana"

@@ -1,24 +1,27 @@
-"""The local broker: it starts, keeps its data, says why it cannot, and never outlives its parent."""
+"""The broker that `up` starts, and its jars."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from deploy.java_jars import Product, locked
 from deploy.kafka import broker as broker_module
 from deploy.kafka.broker import Broker
 from deploy.kafka.configuration import free_port
-from state.config.sections import Kafka as KafkaSettings
+from deploy.kafka.jars import KAFKA
 from state.errors import KafkaFailed, PortTaken
-from state.log import Reader, Topics
-from tests.one_kafka import Running, broker_like
+from tests.one_kafka import Running
 from tests.reading import eventually
 
 
@@ -70,23 +73,16 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypa
 
 
 CHILD = """
-import os, sys
+import sys
 from deploy.kafka.broker import Broker
 broker = Broker(sys.argv[1], int(sys.argv[2]), heap_mb=192).start()
-broker.stop()
-assert broker.failure() is None
-first = broker.start().pid
-assert broker.failure() is None
-os.kill(first, 9)
-while broker.failure() is None: os.sched_yield()
-print(broker.failure(), flush=True)
-print(broker.start().pid, flush=True)
+print(broker.pid, flush=True)
 sys.stdin.read()
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the death signal of a parent is Linux's")
-def test_a_stopped_broker_starts_again_a_killed_one_is_reported_and_it_dies_with_its_parent(tmp_path: Path) -> None:
+def test_a_broker_dies_with_its_parent(tmp_path: Path) -> None:
     parent = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(tmp_path / "kafka"), str(free_port())],
         stdin=subprocess.PIPE,
@@ -95,7 +91,6 @@ def test_a_stopped_broker_starts_again_a_killed_one_is_reported_and_it_dies_with
         env=os.environ | {"PYTHONPATH": str(Path.cwd())},
     )
     assert parent.stdout is not None
-    assert "ended with status -9" in parent.stdout.readline()
     pid = int(parent.stdout.readline())
     assert runs(pid)
     parent.send_signal(signal.SIGKILL)
@@ -104,22 +99,45 @@ def test_a_stopped_broker_starts_again_a_killed_one_is_reported_and_it_dies_with
     parent.communicate()
 
 
-def test_a_broker_that_hangs_is_not_reachable_though_its_connections_are_open(kafka: Running, tmp_path: Path) -> None:
-    broker = broker_like(kafka, tmp_path).start()
-    settings = KafkaSettings(bootstrap_servers=broker.bootstrap_servers)
-    try:
-        with Topics(settings) as topics:
-            topics.ensure("clicks", 1)
-        with Reader(settings, "clicks") as reader:
+NAME = "org.example:one:1.0"
 
-            def reachable() -> bool:
-                reader.poll(0.1)
-                return reader.reachable()
 
-            assert eventually(reachable)
-            os.kill(broker.pid or 0, signal.SIGSTOP)
-            assert eventually(lambda: not reachable())
-            os.kill(broker.pid or 0, signal.SIGCONT)
-            assert eventually(reachable)
-    finally:
-        broker.kill()
+def fetch(path: Path) -> Callable[[str], Path]:
+    """A repository that has one jar."""
+    return lambda name: path
+
+
+def one_jar(lock: Path, digest: str) -> Product:
+    lock.write_text(f"{NAME} {digest}\n")
+    return replace(KAFKA, lock=lock)
+
+
+def test_the_broker_has_all_jars_of_its_lock_file_and_no_java_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    from jgo.util.java import JavaLocator
+
+    monkeypatch.setattr(JavaLocator, "locate", lambda *_, **__: pytest.fail("jgo looks for a Java"))
+    names = locked(KAFKA.lock)
+    found = {path.name for path in KAFKA.jars()}
+    assert found == {"-".join(name.split(":")[1:]) + ".jar" for name in names}
+    assert any(name.startswith("log4j-slf4j-impl-") for name in found)
+    (version,) = {name.rpartition(":")[2] for name in names if name.startswith("org.apache.kafka:")}
+    assert f"kafka-clients-{version}.jar" in found
+
+
+def test_a_jar_with_another_digest_is_not_run(tmp_path: Path) -> None:
+    jar = tmp_path / "one-1.0.jar"
+    jar.write_bytes(b"the jar that was tested")
+    product = one_jar(tmp_path / "jars.lock", hashlib.sha256(jar.read_bytes()).hexdigest())
+    assert product.jars(fetch(jar)) == [jar]
+    jar.write_bytes(b"the jar that was testee")
+    with pytest.raises(KafkaFailed, match=r"one-1\.0\.jar is not the org\.example:one:1\.0.*remove the file"):
+        product.jars(fetch(jar))
+
+
+def test_the_error_of_a_jar_that_cannot_be_fetched_is_one_line(tmp_path: Path) -> None:
+    def offline(name: str) -> Path:
+        raise OSError("no route to host\nmore about it")
+
+    with pytest.raises(KafkaFailed, match=r"Maven Central.*no route to host.*bootstrap_servers") as e:
+        one_jar(tmp_path / "jars.lock", "0").jars(offline)
+    assert "\n" not in str(e.value)

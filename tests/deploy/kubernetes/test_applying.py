@@ -15,7 +15,7 @@ from tests.kubernetes_api import Cluster, cluster
 from tests.manifests import FOLDER, KUBECTL, WHY_NOT, boxes, built
 
 pytestmark = pytest.mark.skipif(KUBECTL is None, reason=WHY_NOT)
-EVERY = ("small", "large", "full", "flink", "shared")
+EVERY = ("small", "large", "full", "flink", "shared", "standby", "halves")
 SERVING = "springtide-serving"
 
 
@@ -62,7 +62,7 @@ def test_a_new_release_is_applied_to_every_container(overlay: str, stub: Cluster
     assert {box.told["image"] for box in boxes(list(stub.objects.values()))} == {"springtide:0.2.0"}
 
 
-@pytest.mark.parametrize("larger", ["large", "full", "flink"])
+@pytest.mark.parametrize("larger", ["large", "full", "flink", "standby"])
 def test_a_small_deployment_becomes_a_larger_one_in_place(larger: str, stub: Cluster, tmp_path: Path) -> None:
     assert stub.apply(FOLDER / "overlays" / "small", tmp_path).returncode == 0
     done = stub.apply(FOLDER / "overlays" / larger, tmp_path)
@@ -72,7 +72,6 @@ def test_a_small_deployment_becomes_a_larger_one_in_place(larger: str, stub: Clu
 
 
 def test_what_must_not_change_is_refused_by_the_stub(stub: Cluster, tmp_path: Path) -> None:
-    """The checks above can fail."""
     assert stub.apply(FOLDER / "overlays" / "small", tmp_path).returncode == 0
     folder = release(tmp_path / "wrong", "small", "0.1.0")
     content = yaml.safe_load((folder / "kustomization.yaml").read_text())

@@ -14,7 +14,7 @@ from state.config.settings import Settings
 from tests.manifests import KUBECTL, PAGE, WHY_NOT, Document, Peer, boxes, built, connects, of_kind, selects
 
 pytestmark = pytest.mark.skipif(KUBECTL is None, reason=WHY_NOT)
-EVERY = ("small", "large", "full", "flink", "shared")
+EVERY = ("small", "large", "full", "flink", "shared", "standby", "halves")
 COMPONENT = "app.kubernetes.io/component"
 LABELS = {"app.kubernetes.io/name": "springtide"}
 OUTSIDE = None
@@ -81,6 +81,11 @@ def required(overlay: str) -> Iterator[Pair]:
                 if number is not None:
                     for name, pod in behind(found, service["metadata"]["name"], everybody):
                         yield f"Prometheus to {name}:{number}", prometheus, pod, number
+    if overlay == "halves":
+        hosts = [(name, pod) for name, pod in ours.items() if pod.labels.get(COMPONENT) == "serving"]
+        for name, pod in hosts:
+            for other, server in hosts:
+                yield f"{name} to {other}", pod, server, settings.serving.port
     client = Peer({}, {"springtide/clients": "true"})
     for name, pod in ours.items():
         if pod.labels.get(COMPONENT) == "serving":

@@ -72,7 +72,7 @@ def test_each_object_as_it_stands_is_valid() -> None:
     ("overlay", "minor"),
     [
         ("small", MINORS[-1]),
-        *((name, MINORS[-1]) for name in ("flink", "full", "shared")),
+        *((name, MINORS[-1]) for name in ("flink", "full", "shared", "standby", "halves")),
         *(("large", minor) for minor in MINORS),
     ],
 )
@@ -81,7 +81,6 @@ def test_each_object_of_an_overlay_is_valid(overlay: str, minor: str) -> None:
 
 
 def test_what_is_not_valid_is_found() -> None:
-    """The check can fail: a field that is not there."""
     (trainer,) = (
         one for one in documents(BASE) if one["kind"] == "Deployment" and "trainer" in one["metadata"]["name"]
     )
@@ -225,6 +224,26 @@ def test_experiments_run_next_to_the_trainer_and_steered_from_the_console() -> N
         assert volume["persistentVolumeClaim"] == {"claimName": "springtide-experiments"}
     small = [one.name for one in boxes(found("small"))]
     assert "experiments" not in small and "segments" not in small, "off by default"
+
+
+@with_kubectl
+def test_a_standby_trainer_runs_on_another_node_and_a_drain_leaves_one_of_them() -> None:
+    standby = found("standby")
+    (trainer,) = (box for box in boxes(standby) if box.name == "trainer")
+    assert trainer.document["spec"]["replicas"] == 2
+    (term,) = trainer.pod["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert term["topologyKey"] == "kubernetes.io/hostname" and selects(term["labelSelector"], trainer.labels)
+    budgets = {one["metadata"]["name"]: one["spec"] for one in of_kind(standby, "PodDisruptionBudget")}
+    assert budgets["springtide-trainer"]["maxUnavailable"] == 1
+    held = {box.owner for box in boxes(standby) if selects(budgets["springtide-trainer"]["selector"], box.labels)}
+    assert held == {"Deployment springtide-trainer"}
+    claims = {one["metadata"]["name"]: one["spec"]["accessModes"] for one in of_kind(standby, "PersistentVolumeClaim")}
+    mounted = [
+        one["persistentVolumeClaim"]["claimName"] for one in trainer.pod["volumes"] if "persistentVolumeClaim" in one
+    ]
+    assert {name: claims[name] for name in mounted} == {
+        name: ["ReadWriteMany"] for name in ("springtide-registry", "springtide-trainers")
+    }
 
 
 @with_kubectl

@@ -207,7 +207,6 @@ def test_the_newest_version_that_learned_nothing_masked_is_taken(
 
 
 def test_a_version_that_learned_a_masked_click_is_refused_with_the_newest_that_has_not(operator: Operator) -> None:
-    """README's example once: what is masked began before the version was made."""
     refused(operator, UnfitVersion, "version 4 has learned.*version 3 of", "--to", "4", "--skip", "1:399-450")
     refused(operator, UnfitVersion, "version 5 has learned.*`--to 3`", "--to", "5", "--minutes", "7")
     refused(operator, UnfitVersion, "version 5 has learned.*--before-mask", "--to", "5", "--skip-time", "361s..5m")

@@ -86,7 +86,6 @@ def test_a_start_reads_the_topic_and_judges_everybody_by_the_expressions_of_now(
 
 
 def test_members_are_those_of_the_version_that_answers(keeping: Keeping) -> None:
-    """Also after going back: who came in by a version that is left leaves again."""
     host = keeping(["walkers=interest['shoes'] > 0"])
     settled(host)
     # `ann` clicked shoes; to `bob` they are shown because they are popular.

@@ -129,7 +129,6 @@ def test_whoever_has_no_record_is_unknown_and_not_none(stores: Stores, known: At
 
 
 def test_context_fields_and_attributes_share_the_mean(stores: Stores, known: AttributeStore) -> None:
-    """A context field that is not given counts as zeros, as in training."""
     answer = predictor(stores, known, context=("device",)).profile("ann")
     context = (learned("user:age=25-34") + learned("user:city")) / np.float32(3)
     np.testing.assert_allclose(answer.vector, expected(stores, "ann", context, None)["vector"][0], atol=1e-5)

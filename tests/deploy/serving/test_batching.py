@@ -1,10 +1,10 @@
-"""Batches: what came meanwhile is one, nobody waits for too long, and who is refused is told when to come again."""
+"""Requests wait in line, are answered in batches, and are refused or given up where they would wait too long."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 import uvloop
 
 from deploy.serving.answers.query import Query
-from deploy.serving.answers.queue import MOST_AT_ONCE, Batcher, Profiles, QueueLimits
+from deploy.serving.answers.queue import MOST_AT_ONCE, Batcher, Profiles, QueueLimits, StepQueue
 from deploy.serving.requests.http import Response, answer
 from state.errors import Overloaded, TookTooLong
 from tests.deploy.serving.edge.listening import listening, read
@@ -92,7 +92,6 @@ def test_requests_that_arrive_while_a_batch_is_computed_are_one_batch() -> None:
 
 
 def test_more_than_a_batch_waits_for_the_next_one() -> None:
-    """In the order of arrival."""
     slow = Slow(QueueLimits())
 
     async def test() -> None:
@@ -125,7 +124,6 @@ def test_who_would_wait_too_long_is_refused_at_once() -> None:
 
 
 def test_less_than_a_batch_is_never_refused() -> None:
-    """However long batches take, or nothing would ever be measured again."""
     slow = Slow(QueueLimits(expected_s=0.001))
 
     async def test() -> None:
@@ -136,7 +134,6 @@ def test_less_than_a_batch_is_never_refused() -> None:
 
 
 def test_a_question_that_waited_too_long_is_given_up() -> None:
-    """It is not computed."""
     slow = Slow(QueueLimits(waited_s=1.5))
 
     async def test() -> None:
@@ -151,7 +148,6 @@ def test_a_question_that_waited_too_long_is_given_up() -> None:
 
 
 def test_a_question_that_nobody_waits_for_is_not_computed() -> None:
-    """A client went away."""
     slow = Slow(QueueLimits())
 
     async def test() -> None:
@@ -176,3 +172,68 @@ def test_reading_and_refusing_take_half_of_the_time_at_most() -> None:
 
     run(slow, test)
     assert answered == [0, 1, 4] and len(slow.batches) == 7
+
+
+class Clock:
+    """Goes on by a second at each step of an answer."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def steps(self, count: int, said: str) -> Generator[None, None, str]:
+        for _ in range(count):
+            self.now_s += 1.0
+            yield
+        return said
+
+
+def test_answers_in_steps_are_let_in_while_they_are_soon_enough() -> None:
+    clock = Clock()
+    line = StepQueue(QueueLimits(expected_s=10.0), clock)
+
+    async def go() -> list[str | BaseException]:
+        for _ in range(60):
+            assert await line.run(clock.steps(3, "measured")) == "measured"
+        return await asyncio.gather(*(line.run(clock.steps(3, f"{n}")) for n in range(6)), return_exceptions=True)
+
+    first, refused = (found := asyncio.run(go()))[:4], found[4:]
+    # 3 s each: before the fifth one 12 s are waiting.
+    assert first == ["0", "1", "2", "3"] and all(isinstance(one, Overloaded) for one in refused)
+    assert all(isinstance(one, Overloaded) and one.http_headers == ((b"retry-after", b"12"),) for one in refused)
+    # Where nobody waits, the next one is let in, however long answers took.
+    assert asyncio.run(line.run(clock.steps(50, "long"))) == "long"
+
+
+def test_an_answer_that_takes_too_long_is_given_up_and_leaves_the_line() -> None:
+    clock, closed = Clock(), []
+    line = StepQueue(QueueLimits(expected_s=5.0, waited_s=10.0), clock)
+
+    def endless() -> Generator[None, None, str]:
+        try:
+            while True:
+                clock.now_s += 1.0
+                yield
+        finally:
+            closed.append(True)
+
+    with pytest.raises(TookTooLong):
+        asyncio.run(line.run(endless()))
+    assert closed == [True] and clock.now_s == 11.0
+    assert asyncio.run(line.run(clock.steps(1, "next"))) == "next"
+
+
+def test_a_request_of_many_pieces_counts_as_many() -> None:
+    clock = Clock()
+    line = StepQueue(QueueLimits(expected_s=2.5), clock)
+
+    async def go(pieces: int) -> list[str | BaseException]:
+        for _ in range(60):
+            await line.run(clock.steps(1, "measured"))
+        both = line.run(clock.steps(pieces, "first"), pieces), line.run(clock.steps(1, "second"))
+        return await asyncio.gather(*both, return_exceptions=True)
+
+    assert asyncio.run(go(2)) == ["first", "second"]
+    assert isinstance(asyncio.run(go(3))[1], Overloaded)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,6 @@ from state.features.mask import Mask
 from state.features.spec import FeatureSpec, vectorise
 from state.history.appends import Appends
 from state.layout import PROGRAMS
-from state.lowering import lower_saved_model
 from state.microbatch.batch import MicroBatch
 from state.ranking.transitions import SUCCESSORS
 from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Lowered, Stores, clicks, digest_of, manifest
@@ -27,6 +24,8 @@ SALT, SPEC = Salt(SALT_KEY), FeatureSpec()
 CATEGORIES = 40
 USERS = {"cleo": [1, 2, 7], "dora": [2], "emil": [4, 3, 2, 1], "finn": [35], "gus": []}
 """What each clicked, oldest first: numbers of categories."""
+AT_MS = NOW_MS - 3_600_000
+"""When the trainer's clicks begin."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +48,17 @@ def taught() -> Taught:
     settings = small(Settings())
     trainer = Trainer(dataclasses.replace(settings, trainer=dataclasses.replace(settings.trainer, device="cpu")), SPEC)
     for number in range(12):
-        trainer.step(micro_batch(64, first=64 * number, categories=CATEGORIES))
+        trainer.step(micro_batch(64, first=64 * number, categories=CATEGORIES, at_ms=AT_MS))
+    # The users' newest items, which others clicked before something else.
+    own = dataclasses.replace(
+        micro_batch(len(USERS), first=2000, categories=CATEGORIES, at_ms=AT_MS),
+        item=np.array([public_id(f"i{len(clicked) - 1}") for clicked in USERS.values()], np.uint64),
+    )
+    mine = np.array([user_id(SALT, name) for name in USERS], np.uint64)
+    trainer.step(dataclasses.replace(own, user=np.where([*map(bool, USERS.values())], mine, own.user)))
+    trainer.step(dataclasses.replace(own, user=own.user + np.uint64(999), offset=own.offset + 100))
+    after = micro_batch(len(USERS), first=2200, categories=CATEGORIES, at_ms=AT_MS)
+    trainer.step(dataclasses.replace(after, user=own.user + np.uint64(999)))
     lowered = Lowered(build(trainer.model), trainer.model.weights(), trainer.model)
     return Taught(trainer, checkpoint.full(trainer), lowered)
 
@@ -88,6 +97,7 @@ def asked(stores: Stores) -> MicroBatch:
         micro_batch(len(USERS), first=9000),
         user=np.array([user_id(SALT, name) for name in USERS], np.uint64),
         category=spread(np.full(len(USERS), 17)),
+        at_ms=np.full(len(USERS), NOW_MS),
         features=np.stack([vector.features for vector in vectors]),
         recent_categories=np.stack([vector.recent_categories for vector in vectors]),
         category_windows=np.stack([vector.category_windows for vector in vectors]),
@@ -126,6 +136,7 @@ def chances(answer: Answer) -> dict[str, float]:
 
 def test_each_candidate_has_the_trainers_probability_alone_and_among_others(shop: Stores, taught: Taught) -> None:
     wanted, labels = expected(shop, taught), asked(shop).recent_categories.tolist()
+    assert "interests.weights" in taught.tensors
     together = predictor(shop).profiles([Query(name) for name in USERS])
     for name, own, chance, answer in zip(USERS, labels, wanted, together, strict=True):
         assert chances(answer) == pytest.approx(chance, abs=1e-5)
@@ -165,66 +176,3 @@ def test_engagement_is_the_trainers_too_of_a_label_a_successor_and_something_els
             assert answer.engagement["probability"] == pytest.approx(1 / (1 + np.exp(-logit)), rel=1e-3)
         found.add(answers[0].engagement["probability"] if answers[0].engagement else None)
     assert len(found) == 3
-
-
-def without_table(taught: Taught) -> dict[str, Any]:
-    return {name: value for name, value in taught.tensors.items() if not name.startswith("transition.")}
-
-
-def test_rows_of_a_release_with_other_lists_say_nothing(shop: Stores, taught: Taught) -> None:
-    serve(shop, taught.lowered.content, without_table(taught))
-    before = chances(predictor(shop).profile("cleo"))
-    narrow = taught.tensors | {"transition.rows": taught.tensors["transition.rows"][:, :100]}
-    serve(shop, taught.lowered.content, narrow)
-    assert chances(predictor(shop).profile("cleo")) == before
-    serve(shop, taught.lowered.content, taught.tensors)
-    offered = successors(taught, asked(shop).recent_categories[0].tolist())
-    assert offered and len(predictor(shop).profile("cleo").interests) == len(before) + len(offered)
-
-
-def old_program(model: Any) -> bytes:
-    """The model as a release without successors lowered it: it is not asked for them and does not score them."""
-    import tensorflow as tf
-
-    from state.lowering import argument
-
-    new = ("recent_next", "popular_next", "successor_rows", "successor_mask", "successor_next")
-    inputs = model.specs()
-
-    def predict(**given: Any) -> Any:
-        rows = tf.shape(given["features"])[0]
-        nothing = {name: tf.zeros([rows, *inputs[name].shape[1:]]) for name in new}
-        found = model.predict(given | nothing)
-        return {name: value for name, value in found.items() if name != "successor_logits"}
-
-    def load(**given: Any) -> Any:
-        for name, variable in model.dense.items():
-            variable.assign(given[argument(name)])
-        return {"loaded": tf.constant(len(given))}
-
-    module = tf.Module()
-    module.model = model
-    asked = {name: spec for name, spec in inputs.items() if name not in new}
-    weights = {argument(name): tf.TensorSpec(held.shape, tf.float32) for name, held in model.dense.items()}
-    signatures = {
-        "predict": tf.function(predict, autograph=False).get_concrete_function(**asked),
-        "load": tf.function(load, autograph=False).get_concrete_function(**weights),
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        tf.saved_model.save(module, folder, signatures=signatures)
-        return lower_saved_model(Path(folder), sorted(signatures), "an old model")
-
-
-def test_a_version_of_a_release_without_the_table_is_answered_as_it_was(shop: Stores, taught: Taught) -> None:
-    old = old_program(taught.lowered.model)
-    serve(shop, old, without_table(taught))
-    before = [chances(answer) for answer in predictor(shop).profiles([Query(name) for name in USERS])]
-    labels, popular = asked(shop).recent_categories.tolist(), set(taught.tensors["popular"].tolist()) - {0}
-    assert [len(one) for one in before] == [len({*own, *popular} - {0}) for own in labels]
-    # Its weights in the program of now, and its program over a version that has the table.
-    serve(shop, taught.lowered.content, without_table(taught))
-    for name, chance in zip(USERS, before, strict=True):
-        assert chances(predictor(shop).profile(name)) == pytest.approx(chance, abs=1e-6)
-    serve(shop, old, taught.tensors)
-    for name, chance in zip(USERS, before, strict=True):
-        assert chances(predictor(shop).profile(name)) == pytest.approx(chance, abs=1e-6)

@@ -149,7 +149,6 @@ def test_each_click_is_in_the_histories_once(
 
 
 def test_events_are_those_of_the_stream(tmp_path: Path) -> None:
-    """The same record as the stream's own history keeps."""
     log = written(record(0, 3, label=0.75))
     following = Following(tmp_path, log)
     following.drain()
@@ -161,7 +160,6 @@ def test_events_are_those_of_the_stream(tmp_path: Path) -> None:
 
 
 def test_a_commit_carries_names_items_clock_and_position(tmp_path: Path) -> None:
-    """All that answers need of the log, in the histories' own transaction."""
     log = written(record(0, 9))
     following = Following(tmp_path, log, Clock(77_000))
     assert following.store.extra(CAUGHT_UP_EXTRA) is None
@@ -198,43 +196,11 @@ def test_the_event_clock_is_what_the_header_believes_and_one_that_a_click_set_ye
 
 
 def test_a_gap_between_batches_is_counted_and_passed(tmp_path: Path) -> None:
-    """Clicks that no micro-batch covers are said to be missing."""
     following = Following(tmp_path, written(record(0, 4), record(9, 12)))
     following.drain()
     assert following.offsets() == [0, 1, 2, 3, 9, 10, 11]
     assert following.metrics.gap_positions._value.get() == 5
     assert following.store.totals["absent"] == 5
-    following.store.close()
-
-
-def test_records_deleted_unread_are_counted_and_passed(tmp_path: Path) -> None:
-    """Kafka's retention overtook the applier: it goes on at the log's beginning."""
-    log = written(record(0, 4))
-    following = Following(tmp_path, log)
-    following.drain()
-    append(log, record(4, 6), record(6, 8))
-    log.topics().delete_before(LOG, {0: 2})
-    assert following.follower.step(0.0) == 0, "it is opened again"
-    following.drain()
-    assert following.offsets() == [0, 1, 2, 3, 6, 7]
-    following.store.close()
-
-
-@pytest.mark.parametrize("running", [True, False], ids=["running", "started again"])
-def test_a_log_cut_back_and_grown_again_is_read_from_where_it_was_cut(tmp_path: Path, running: bool) -> None:
-    following = Following(tmp_path, written(record(0, 2), record(2, 4), record(4, 6)))
-    following.drain()
-    # The stream writes what was lost again, in other records, and goes on.
-    following.log.cut_back(LOG, {0: 1})
-    append(following.log, record(2, 3), record(3, 7), record(7, 9))
-    if running:
-        assert following.follower.step(0.0) == 0, "it is opened again"
-    else:
-        following.store.close()
-        following = Following(tmp_path, following.log)
-    following.drain()
-    assert following.offsets() == list(range(9))
-    assert following.metrics.gap_positions._value.get() == 0
     following.store.close()
 
 
@@ -250,7 +216,6 @@ def test_a_topic_made_again_is_read_from_its_beginning(tmp_path: Path) -> None:
 
 
 def test_a_record_that_is_no_microbatch_is_left_out(tmp_path: Path) -> None:
-    """A foreign record is data; serving goes on."""
     following = Following(tmp_path, written(record(0, 2), b"garbage", record(2, 4)))
     following.drain()
     assert following.offsets() == [0, 1, 2, 3]
@@ -259,7 +224,6 @@ def test_a_record_that_is_no_microbatch_is_left_out(tmp_path: Path) -> None:
 
 
 def test_another_salt_stops(tmp_path: Path) -> None:
-    """Pseudonyms of two salts in one store would split every user."""
     following = Following(tmp_path, written(record(0, 2), record(2, 4, salt="other")))
     with pytest.raises(SaltMismatch, match="record 1"):
         following.drain()
@@ -268,7 +232,6 @@ def test_another_salt_stops(tmp_path: Path) -> None:
 
 
 def test_records_of_a_lost_salt_before_the_first_of_ours_are_left_out(tmp_path: Path) -> None:
-    """A new state directory on an old log: its users are nobody's here."""
     log = written(record(0, 3, salt="lost"), record(0, 2))
     following = Following(tmp_path, log, own_salt="salt")
     following.drain()
@@ -295,7 +258,6 @@ def test_a_record_of_another_salt_that_the_trainer_leaves_out_is_left_out_here_t
 
 
 def test_ranges_go_on_from_the_marks() -> None:
-    """Below the mark nothing, between mark and range a gap."""
     from state.microbatch.codec import decode
 
     batch = decode(record(4, 8))

@@ -88,13 +88,3 @@ def test_a_version_that_has_learned_no_cross_is_answered_without(stores: Stores)
     before = logit(stores, "ann", item="i1")
     learn(stores, 2, np.empty(0, np.uint64), np.empty((0, 2), np.float32))
     assert logit(stores, "ann", item="i1") == pytest.approx(before, abs=1e-6)
-
-
-def test_rows_of_a_release_with_other_crosses_say_nothing(stores: Stores) -> None:
-    before = logit(stores, "ann", item="i1")
-    ids = ids_of(stores, "ann", "i1", "hats", None)
-    kept = ids[ids != 0]
-    learn(stores, 2, kept, np.full((len(kept), 1), 3.0, np.float32))
-    assert logit(stores, "ann", item="i1") == pytest.approx(before, abs=1e-6)
-    learn(stores, 3, kept[:1], np.array([[0.8, 0.0]], np.float32))
-    assert logit(stores, "ann", item="i1") == pytest.approx(before + 0.4, abs=1e-5)

@@ -20,7 +20,6 @@ from tests.deploy.serving.test_clicks import LOG, Following, append, record, wri
 
 
 def test_what_was_current_longer_ago_than_bearable_is_named(tmp_path: Path) -> None:
-    """By part; so is what was never said to be."""
     writer, reader = Currency(tmp_path, CURRENT), Currency(tmp_path, CURRENT)
     assert set(reader.older_than(30.0, NOW_MS)) == {VERSIONS, CLICKS}
     writer.note(VERSIONS, NOW_MS)
@@ -31,7 +30,6 @@ def test_what_was_current_longer_ago_than_bearable_is_named(tmp_path: Path) -> N
 
 
 def test_a_moment_is_noted_at_most_once_a_second_whatever_the_clock_does(tmp_path: Path) -> None:
-    """A clock that was set back is believed at once."""
     notes, path = Currency(tmp_path, CURRENT), tmp_path / f"{CURRENT}.{VERSIONS}"
 
     def noted_ms(at_ms: int) -> int:
@@ -45,7 +43,6 @@ def test_a_moment_is_noted_at_most_once_a_second_whatever_the_clock_does(tmp_pat
 
 
 def test_what_is_missed_for_a_minute_is_degraded_and_still_ready(stores: Stores) -> None:
-    """By part, so that an outage of what all hosts share takes none of them out."""
     stores.close()
     now = [NOW_MS]
     app = App(Host(stores.settings, Salt(SALT_KEY), now_ms=lambda: now[0]), CollectorRegistry())
@@ -63,7 +60,6 @@ def test_what_is_missed_for_a_minute_is_degraded_and_still_ready(stores: Stores)
 
 
 def test_readiness_ends_with_currency_and_comes_again(stores: Stores) -> None:
-    """Where `serving.max_age_s` asks for it; the reason names the setting."""
     stores.close()
     settings = replace(stores.settings, serving=replace(stores.settings.serving, max_age_s=30.0))
     now = [NOW_MS]

@@ -153,7 +153,6 @@ def check(world: World, version: int) -> None:
 
 
 def test_versions_are_followed_in_order(world: World) -> None:
-    """Base first, each delta on its parent, the program beside them."""
     world.settle()
     assert world.served() is None
     for value in (1.0, 2.0, 3.0):
@@ -162,18 +161,6 @@ def test_versions_are_followed_in_order(world: World) -> None:
         check(world, version)
     assert (world.path / PROGRAMS / f"{world.program}.tflite").read_bytes() == b"a program"
     assert world.metrics.applied_versions._value.get() == 3
-
-
-def test_recent_versions_are_followed_and_the_durable_among_them_applied_once(world: World) -> None:
-    """Each over the one before; of one that is both, the small difference is applied."""
-    world.publish({1: 1.0})
-    world.settle()
-    for number in range(1, 7):
-        version = world.publish_recent({number: 1.0 + number}, (number - 1,), durable=number % 3 == 0)
-        world.settle()
-        check(world, version)
-    assert world.metrics.applied_versions._value.get() == 7
-    assert world.registry.versions() == [1, 4, 7]
 
 
 def test_where_recent_versions_went_unseen_durable_ones_lead_on(world: World, caplog: pytest.LogCaptureFixture) -> None:
@@ -219,24 +206,6 @@ def test_where_nothing_recent_leads_on_the_last_durable_version_answers(
     assert not caplog.records and world.metrics.corrupt_versions._value.get() == 0
 
 
-def test_a_recent_version_answers_on_until_a_killed_trainer_has_a_newer_one(world: World) -> None:
-    """What was never durable is no ancestor of what comes later."""
-    world.publish({1: 1.0})
-    durable = world.publish_recent({2: 2.0}, durable=True)
-    for value in (3.0, 4.0):
-        lost = world.publish_recent({3: value})
-    world.settle()
-    check(world, lost)
-    world.registry.sweep_recent()
-    world.settle()
-    check(world, lost)
-    again = world.publish_recent({4: 4.0})
-    world.settle()
-    check(world, again)
-    assert world.state[again] == {1: 1.0, 2: 2.0, 4: 4.0}
-    assert world.registry.either(again).visible == ((again, again), (1, durable))
-
-
 def test_recent_versions_go_after_a_moment_and_durable_ones_once_they_are_old(world: World) -> None:
     """Base, pinned and served ones stay; what the follower remembers of versions is what is stored."""
     world.follower._keep_ms = 60_000
@@ -269,52 +238,7 @@ def test_recent_versions_go_after_a_moment_and_durable_ones_once_they_are_old(wo
     assert world.rows.entries() == len({row for version in (base, *ages) for row in world.state[version].items()})
 
 
-def test_an_applier_that_was_away_catches_up(world: World) -> None:
-    """Versions published meanwhile are applied one after another; none is applied twice."""
-    world.publish({1: 1.0})
-    world.settle()
-    for number in range(5):
-        version = world.publish({2: float(number)}, removed=(1,)).version
-    world.restart()
-    world.settle()
-    check(world, version)
-    assert world.metrics.applied_versions._value.get() == 5
-
-
-def test_a_swept_chain_is_entered_by_the_newest_base(world: World) -> None:
-    """What the host missed is gone; the base replaces it, removed rows included."""
-    world.publish({1: 1.0, 2: 1.0})
-    world.settle()
-    gone = world.publish({3: 1.0}, removed=(1,)).version
-    based = world.publish({4: 1.0}).version
-    world.compact(based)
-    newest = world.publish({5: 1.0}).version
-    world.registry.remove("delta", gone)
-    world.settle()
-    check(world, newest)
-
-
-def test_a_pin_is_served_at_once_and_follow_goes_on(world: World) -> None:
-    """Pinned, newer versions change nothing; following again brings the newest."""
-    first = world.publish({1: 1.0}).version
-    world.settle()
-    second = world.publish({1: 2.0}).version
-    world.settle()
-    world.registry.change(lambda control: pin(control, first, **BY))
-    world.follower.step()
-    check(world, first)
-    third = world.publish({1: 3.0}).version
-    world.settle()
-    check(world, first)
-    assert world.metrics.pinned._value.get() == 1
-    world.registry.change(lambda control: follow(control, **BY))
-    world.settle()
-    check(world, third)
-    assert second < third
-
-
 def test_mask_and_pin_of_a_rollback_come_together(world: World) -> None:
-    """One look at the store sees both or neither."""
     good = world.publish({1: 1.0}).version
     world.publish({1: 666.0})
     world.settle()
@@ -327,26 +251,9 @@ def test_mask_and_pin_of_a_rollback_come_together(world: World) -> None:
         assert Mask.from_bytes(reader.note(MASK_NOTE) or b"").times == ((5, 9),)
 
 
-def test_after_a_rollback_only_the_new_epoch_is_followed(world: World) -> None:
-    """Abandoned versions are not served; until the new epoch has one, its base is."""
-    good = world.publish({1: 1.0}).version
-    bad = world.publish({1: 666.0, 2: 666.0}).version
-    world.settle()
-    check(world, bad)
-    world.registry.change(lambda control: roll_back(control, good, Mask.NONE, **BY))
-    world.registry.change(lambda control: follow(control, **BY))
-    world.settle()
-    check(world, good)
-    newest = world.publish({3: 3.0}).version
-    world.settle()
-    check(world, newest)
-    assert world.state[newest] == {1: 1.0, 3: 3.0}
-
-
 def test_a_pin_to_a_swept_version_is_rebuilt_while_answers_go_on(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its rows come from the registry's chain into a lane of their own."""
     versions = [world.publish({1: 0.0, 9: 9.0}).version]
     for number in range(1, 6):
         versions.append(world.publish({1: float(number)}, removed=(9,) if number == 3 else ()).version)
@@ -397,7 +304,6 @@ def test_a_corrupt_version_is_not_served_and_a_newer_base_goes_past_it(
 
 
 def test_a_wall_clock_set_back_delays_no_version(world: World) -> None:
-    """What was refused is tried again within a second, by whichever clock."""
     world.publish({1: 1.0})
     world.settle()
     bad = world.publish({2: 2.0})
@@ -412,7 +318,6 @@ def test_a_wall_clock_set_back_delays_no_version(world: World) -> None:
 
 
 def test_a_damaged_manifest_is_passed_over(world: World) -> None:
-    """The newest readable version is served."""
     good = world.publish({1: 1.0}).version
     bad = world.publish({2: 2.0}).version
     (world.registry.folder("delta", bad) / "manifest.json").write_bytes(b"{}")
@@ -421,7 +326,6 @@ def test_a_damaged_manifest_is_passed_over(world: World) -> None:
 
 
 def test_a_missing_program_keeps_the_old_version(world: World) -> None:
-    """A version whose program is not there is not served."""
     good = world.publish({1: 1.0}).version
     world.settle()
     world.program = "0" * 64
@@ -431,7 +335,6 @@ def test_a_missing_program_keeps_the_old_version(world: World) -> None:
 
 
 def test_a_damaged_copy_of_a_program_is_copied_again(world: World) -> None:
-    """At the next version after a start of the applier."""
     world.publish({1: 1.0})
     world.settle()
     copy = world.path / PROGRAMS / f"{world.program}.tflite"
@@ -488,7 +391,6 @@ def led(world: World, epoch: int, before: int | None) -> tuple[int | None, int |
 def test_whatever_happens_the_wanted_version_is_served_whole(
     operations: list[tuple[str, int, int]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Operator, trainer, retention, restarts and sweeps in any order."""
     path = tmp_path_factory.mktemp("world")
     world = World(path / "serving", Clock(), Registry(path / "registry"))
     world.publish({0: 0.5})

@@ -20,7 +20,7 @@ from state.layout import ATTRIBUTES, PROGRAMS
 from state.ranking import transitions
 from state.ranking.transitions import Lists, record, succession
 from state.rows.tables import SERVED_IDS
-from tests.conformance.looking_up import NARROW, WIDTH, LookingUp
+from tests.conformance.test_own_tables import NARROW, WIDTH, LookingUp
 from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Lowered, Stores, digest_of, manifest, small
 from trainer.versions.program import build
 

@@ -224,7 +224,6 @@ def test_after_a_gap_what_differs_is_unknown_also_for_a_host_that_starts_again(
 
 
 def test_masked_clicks_are_left_out_of_both(tmp_path: Path, clicks: Clicks, host: Open) -> None:
-    """While only one side knows the mask, what differs is unknown."""
     records = streamed(tmp_path / "stream", clicks, MASK)
     ours = host(records, "knows")
     ours.follower.turn(WHOLE, MASK, 0, lambda at: ours.log.reader(LOG, [0], {0: at}))

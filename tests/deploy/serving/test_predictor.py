@@ -119,7 +119,6 @@ def test_a_known_user_is_scored_as_the_model_scores(stores: Stores) -> None:
 
 
 def test_a_user_without_a_row_is_known_by_the_clicks(stores: Stores) -> None:
-    """The user's own row is zeros; the history speaks."""
     answer = predictor(stores).profile("bob")
     outputs = reference(stores, "bob", ["books"], ["tea", "shoes"], "none", "books")
     tea = f"{public_id('tea'):016x}"
@@ -160,7 +159,6 @@ def test_a_worker_that_followed_versions_answers_as_one_that_starts_at_the_last(
 
 
 def test_an_unknown_user_gets_the_popular_labels(stores: Stores) -> None:
-    """A cold start is answered, and says that it is one."""
     answer = predictor(stores).profile("nobody")
     outputs = reference(stores, "nobody", [], ["tea", "shoes"], "none", "tea")
     tea = f"{public_id('tea'):016x}"
@@ -169,7 +167,6 @@ def test_an_unknown_user_gets_the_popular_labels(stores: Stores) -> None:
 
 
 def test_an_items_category_is_the_one_asked_for_or_the_one_remembered(stores: Stores) -> None:
-    """`?category=` wins over the category the item was last seen in."""
     chances = []
     for category in (None, "hats", "books"):
         engagement = predictor(stores).profile("ann", item="i1", category=category).engagement
@@ -191,7 +188,6 @@ def test_masked_clicks_leave_the_answer_at_once(stores: Stores) -> None:
 
 
 def test_a_masked_user_is_a_cold_start(stores: Stores) -> None:
-    """`--skip-users` masks the pseudonym."""
     mask = Mask(2, users=MaskedUsers.of([user_id(SALT, "bob")]))
     stores.rows.steer({CONTROL_NOTE: b"2", MASK_NOTE: json.dumps(mask.to_json()).encode()})
     assert predictor(stores).profile("bob").cold_start
@@ -217,7 +213,6 @@ def test_answers_are_those_of_a_cold_start_until_a_version_has_forgotten_the_use
 
 
 def test_an_answer_is_from_the_version_that_the_pointer_names(stores: Stores) -> None:
-    """Rows, dense weights and popular labels change together with the number."""
     served = predictor(stores)
     first = served.profile("ann")
     doubled = Lowered(stores.lowered.content, {name: 2 * value for name, value in stores.lowered.weights.items()}, None)
@@ -235,7 +230,6 @@ def test_an_answer_is_from_the_version_that_the_pointer_names(stores: Stores) ->
 
 
 def test_a_held_moment_answers_from_its_version_whatever_comes_meanwhile(stores: Stores) -> None:
-    """The profiles of one batch are answered in groups, and others between them."""
     served = predictor(stores)
     newer = tensors(stores.lowered, 2, {"user": ["ann"], "category": ["hats"]}, ["books"])
     stores.rows.apply(manifest(2, digest_of(stores.lowered), parent=1), newer, NOW_MS)
@@ -250,7 +244,6 @@ def test_a_held_moment_answers_from_its_version_whatever_comes_meanwhile(stores:
 
 
 def test_context_is_the_mean_over_all_fields(stores: Stores) -> None:
-    """A field that is not given counts as zeros, as in training."""
     names = {"context": ["device=phone"]}
     stores.rows.apply(
         manifest(2, digest_of(stores.lowered), parent=1), tensors(stores.lowered, 2, names, []), NOW_MS, follow=True
@@ -316,7 +309,6 @@ def test_a_version_answers_with_its_own_features_whatever_the_settings_say_by_no
 
 
 def test_without_a_version_there_is_no_answer(stores: Stores, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The reason is told."""
     from state.rows.store import RowStore
 
     empty = replace_rows(stores, RowStore(tmp_path_factory.mktemp("rows"), 1 << 26))

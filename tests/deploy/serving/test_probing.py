@@ -69,7 +69,6 @@ def test_a_version_that_answers_otherwise_is_refused_and_named(
 
 
 def test_readiness_names_it_and_it_cannot_be_asked_for(settings: Settings, trainer: Trainer, host: HostWriter) -> None:
-    """Until a good one answers; the refused one's rows are under it."""
     good, bad = trainer.publish(), trainer.publish(spoil=spoiled)
     assert host.settle() == good
     host.close()
@@ -133,7 +132,6 @@ def test_the_first_version_is_refused_too(trainer: Trainer, host: HostWriter) ->
 def test_trainer_and_program_agree_far_closer_than_is_asked(
     tmp_path: Path, line: Line, lowered: Lowered, scale: float
 ) -> None:
-    """Whatever the weights are, so that no good version is refused."""
     program_path(tmp_path, digest_of(lowered)).write_bytes(lowered.content)
     rng = np.random.default_rng(11)
     weights = {
@@ -149,7 +147,6 @@ def test_trainer_and_program_agree_far_closer_than_is_asked(
 
 
 def test_the_probe_gives_whole_numbers_where_the_model_wants_them() -> None:
-    """And each is in its bounds, the same in each run."""
     assert {one.name for one in (*INPUTS, *SEQUENCES) if one.whole and not one.training} == probe.WHOLE
     given = probe.inputs({"features": (None, 3), "user_row": (-1, 4), "recent_mask": (None, 5), "popular_rows": (7, 2)})
     assert {name: one.shape for name, one in given.items()} == {

@@ -1,4 +1,4 @@
-"""A worker's process: it takes its port or says why not, and ends in order, its parent's death included."""
+"""Workers: real processes that answer, are replaced, and end in order."""
 
 from __future__ import annotations
 
@@ -7,18 +7,25 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from prometheus_client import CollectorRegistry
+from prometheus_client.core import Metric
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from deploy.kafka.configuration import free_port
 from deploy.serving.answers.host import Host
 from deploy.serving.requests.connections import ConnectionLimits
 from deploy.serving.requests.server import DrainingServer
+from deploy.serving.requests.workers import COUNTER_BYTES, KINDS, make_counters
 from deploy.serving.rest import App
 from state.events.identity import Salt
 from tests import forked
@@ -124,7 +131,6 @@ def test_a_worker_says_that_it_ends_before_it_does(stores: Stores) -> None:
 
 
 def test_workers_do_not_outlive_their_parent(stores: Stores) -> None:
-    """A killed parent leaves no worker that holds the port."""
     port = free_port()
     with worker(stores, port, workers=2) as process:
         until(lambda: answers(port, "/healthz"))
@@ -139,3 +145,129 @@ def test_a_worker_without_salt_says_so(stores: Stores, workers: int) -> None:
     with worker(stores, free_port(), workers) as process:
         _, log = process.communicate(timeout=60)
     assert process.returncode == 1 and "there is no salt" in log
+
+
+PROFILES = 'springtide_requests_total{code="200",route="profile"}'
+OTHERS = 20
+STARTS = "springtide_worker_starts_total"
+
+
+def counted(port: int, series: str) -> float:
+    """A value of /metrics, whichever worker answers."""
+    text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30.0).text
+    return sum(float(one.rsplit(" ", 1)[1]) for one in text.splitlines() if one.startswith(series + " "))
+
+
+def openmetrics(port: int) -> dict[str, Metric]:
+    """The same in OpenMetrics, by name."""
+    accept = {"accept": "application/openmetrics-text; version=1.0.0"}
+    asked = httpx.get(f"http://127.0.0.1:{port}/metrics", headers=accept, timeout=30.0)
+    assert asked.headers["content-type"].startswith("application/openmetrics-text")
+    return {one.name: one for one in text_string_to_metric_families(asked.text)}
+
+
+def require_exemplars(port: int, answered: int) -> None:
+    """The sums hold for those who accept OpenMetrics; exemplars are of the worker that is asked, if it has answered."""
+
+    def times() -> list[Sample]:
+        found: list[Sample] = openmetrics(port)["springtide_request_seconds"].samples
+        return [one for one in found if one.labels.get("route") == "profile"]
+
+    assert [one.value for one in times() if one.name.endswith("_count")] == [answered]
+    named: list[Sample] = []
+
+    def are_named() -> bool:
+        named[:] = [one for one in times() if one.exemplar]
+        return bool(named)
+
+    until(are_named)
+    assert {one.exemplar.labels["version"] for one in named if one.exemplar} == {"1"}
+    assert all(one.exemplar.value <= float(one.labels["le"]) for one in named if one.exemplar)
+    families = openmetrics(port)
+    assert [one.value for one in families["springtide_build_info"].samples] == [1.0]
+    assert [one.value > 0.0 for one in families["process_cpu_seconds"].samples] == [True]
+
+
+def children(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The workers of a parent; beside them is Python's own tracker of resources."""
+    found = psutil.Process(process.pid).children()
+    return [one for one in found if "spawn_main" in " ".join(one.cmdline())]
+
+
+class Fire:
+    """Clients that ask without a pause, each on a connection that it keeps, until the block ends."""
+
+    def __init__(self, port: int, clients: int = 3) -> None:
+        self._url = f"http://127.0.0.1:{port}/v1/profiles/ann"
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._ask) for _ in range(clients)]
+        self._lock = threading.Lock()
+        self.answered, self.failures = 0, list[str]()
+
+    def _ask(self) -> None:
+        with httpx.Client(timeout=60.0) as client:
+            while not self._over.is_set():
+                try:
+                    response = client.get(self._url)
+                except httpx.TransportError as error:
+                    self.failures.append(repr(error))
+                    continue
+                if response.status_code != 200:
+                    self.failures.append(response.text)
+                with self._lock:
+                    self.answered += 1
+
+    def __enter__(self) -> Fire:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def test_a_worker_that_ends_or_is_killed_is_replaced_and_the_other_goes_on(stores: Stores) -> None:
+    """Real processes on one socket: an end in order under fire costs no request, a kill costs no worker but its own."""
+    port = free_port()
+    with worker(stores, port, workers=2, drain_s="6") as process:
+        until(lambda: answers(port, "/readyz"))
+        until(lambda: counted(port, STARTS) == 2)
+        # 1. One drains under fire, and its successor takes up its connections and counters.
+        with Fire(port) as fire:
+            until(lambda: fire.answered > 20)
+            first, second = children(process)
+            first.terminate()
+            until(lambda: not first.is_running() and counted(port, STARTS) == 3)
+            # It accepts connections once it is prepared: no client meets a worker that is not ready.
+            assert all(answers(port, "/v1/profiles/ann") for _ in range(OTHERS))
+            after = fire.answered
+            until(lambda: fire.answered > after + 50)
+        assert fire.failures == []
+        # An answer is counted after it was sent.
+        until(lambda: counted(port, PROFILES) == fire.answered + OTHERS)
+        # Each worker says the same, and nothing that the first one counted is lost.
+        assert {counted(port, PROFILES) for _ in range(8)} == {fire.answered + OTHERS}
+        require_exemplars(port, fire.answered + OTHERS)
+        # 2. One is killed.
+        second.kill()
+        until(lambda: not second.is_running())
+        assert all(answers(port, "/v1/profiles/ann") for _ in range(8))
+        until(lambda: counted(port, STARTS) == 4)
+        assert process.poll() is None and len(children(process)) == 2
+        # 3. All end.
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=60)
+    assert process.returncode == 0 and log.count("starting it again") == 2, log
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_room_of_counters_is_there_before_a_worker_is(tmp_path: Path, count: int) -> None:
+    """A page that a full disk cannot give would end who writes to it; what an earlier run counted is gone."""
+    (tmp_path / "counters").mkdir()
+    (tmp_path / "counters" / "counter_7.db").write_bytes(b"old")
+    make_counters(tmp_path / "counters", count)
+    files = list((tmp_path / "counters").iterdir())
+    assert len(files) == len(KINDS) * count
+    assert all(one.stat().st_blocks * 512 >= COUNTER_BYTES for one in files)

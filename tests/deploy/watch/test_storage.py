@@ -1,4 +1,4 @@
-"""Who takes how much of the disk is told, by `status` and by alerts, in both directions: near the limit and below it."""
+"""What status says of stores and of the quality of what is learned."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from deploy import sections
 from deploy.sections import disk_usage
 from deploy.watch.figures import full_parts
 from deploy.watch.scrape import Scrape, parsed
 from state.config.loading import load
-from state.metrics import StorageMetrics
+from state.metrics import StorageMetrics, TrainerMetrics
 from state.storage import measuring, shares
 from state.storage.waiting import Room
 from tests import promql
 from tests.rules import ALERTS
+from tests.trainer.batches import micro_batch
+from tests.trainer.logs import fresh
+from trainer import gauges
+from trainer.measures.predictions import BASELINES
+from trainer.measures.step_scores import USERS
 
 NEAR, FULL = ALERTS["SpringtideStorageNearLimit"]["expr"], ALERTS["SpringtideStorageFull"]["expr"]
 BUDGET = 500_000_000
@@ -86,3 +92,24 @@ def test_status_measures_what_is_here_and_says_nothing_where_nothing_is(tmp_path
     assert found["parts"] == {"logs": {"used_bytes": 8192, "limit_bytes": 50_000_000}}
     assert (found["used_bytes"], found["budget_bytes"]) == (8192, 1_000_000_000)
     assert found["free_bytes"] == pytest.approx(measuring.free_bytes(tmp_path), rel=0.05)
+
+
+def test_status_says_what_the_trainer_measured() -> None:
+    registry = CollectorRegistry()
+    metrics = TrainerMetrics(registry)
+    assert sections.quality(Scrape(parsed(generate_latest(registry).decode()))) is None
+    trainer = fresh()
+    trainer.clear()
+    for number in range(3):
+        trainer.step(micro_batch(64, first=64 * number))
+    measured = trainer.measures.progressive.values()
+    gauges.show_quality(measured, metrics)
+    found = sections.quality(Scrape(parsed(generate_latest(registry).decode())))
+    assert found is not None
+    assert found["predictors"]["model"]["known"]["top5"] == measured["known.top5"]
+    assert found["lift"]["log_loss"] == measured["lift.log_loss"]
+    for name in BASELINES:
+        assert found["predictors"][name]["all"]["mrr"] == measured[f"baseline.{name}.mrr"]
+    assert (sections.USERS, tuple(sections.BASELINES)) == (USERS, BASELINES)
+    word, text = sections.quality_text(found)
+    assert word.endswith(" points") and f"MRR {measured['mrr']:.3f}" in text and "known users" in text

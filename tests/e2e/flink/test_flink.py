@@ -83,6 +83,7 @@ def shop(kafka_settings: KafkaFactory, tmp_path: Path) -> Settings:
     return settings
 
 
+@pytest.mark.nightly
 def test_on_flink_the_rows_are_those_of_the_local_form(flink: LocalFlink, shop: Settings, tmp_path: Path) -> None:
     sent = more_clicks(shop, 0)
     log = tmp_path / "job.log"

@@ -14,8 +14,7 @@ from state.log import Reader, Topics
 from state.microbatch.codec import decode
 from state.registry.manifest import sees
 from state.registry.registry import Registry
-from tests.e2e.loop.test_bad_record import balanced
-from tests.e2e.loop.test_power_cut import pull_the_plug
+from tests.e2e.loop.test_restart import balanced, pull_the_plug
 from tests.e2e.running import Loop, until
 
 

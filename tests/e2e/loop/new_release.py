@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
-from tests.e2e.loop.test_bad_record import balanced
+from tests.e2e.loop.test_restart import balanced
 from tests.e2e.running import Loop, until
 
 USER = "one-of-before-the-release"

@@ -1,9 +1,10 @@
-"""Debian's Prometheus, which `up --prometheus` started with the loop, sees all of it; further alerts are in the tests of their faults."""
+"""Prometheus and the metrics and logs of a running loop."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import time
 
 import promql_parser as promql
@@ -11,6 +12,7 @@ import pytest
 
 from deploy.grafana.__main__ import load, queries
 from deploy.watch import scrape
+from state import metrics
 from state.log import Writer
 from state.process.wall_clock import wall_ms
 from tests import rules
@@ -63,7 +65,6 @@ def elsewhere(name: str) -> bool:
 
 
 def test_each_series_that_a_rule_asks_for_is_there(loop: Loop, watching: Watching) -> None:
-    """An alert that nobody measures for would be silent for ever."""
     # What only a fault makes: a dead letter, and a clock that is wrong.
     with Writer(loop.settings.kafka) as writer:
         topic, ahead_ms = loop.settings.kafka.clicks_topic, wall_ms() + 3_000_000
@@ -110,3 +111,35 @@ def test_every_query_of_a_dashboard_returns_a_number(loop: Loop, watching: Watch
         return list(asked)
 
     until(lambda: not silent(), lambda: f"no number from {asked}")
+
+
+MOST_SERIES = 300
+USER = "ada-who-is-in-no-log"
+
+
+def url(loop: Loop, part: str) -> str:
+    return scrape.targets(loop.settings)[part]
+
+
+@pytest.mark.parametrize("part", ["stream", "trainer", "applier", "worker", "up", "validation", "segments", "console"])
+def test_a_process_has_few_series_and_all_of_them_are_declared(loop: Loop, part: str) -> None:
+    status, text = scrape.fetch(url(loop, part), timeout_s=30.0)
+    assert status == 200
+    series = [line for line in text.splitlines() if not line.startswith("#")]
+    assert len(series) <= MOST_SERIES, f"{len(series)} series of {part}"
+    names = {line.partition("{")[0].partition(" ")[0] for line in series}
+    assert names <= metrics.names()
+    assert names >= {"process_cpu_seconds_total", "process_start_time_seconds", "springtide_build_info"}
+
+
+def test_no_log_names_a_user_as_it_was_sent(loop: Loop) -> None:
+    """Neither one who clicks and is answered, nor one in a click that is refused, nor one in a question that is."""
+    loop.answer_trained_on(
+        USER, loop.click([(USER, "kettle", "kitchen", "view"), (USER, "kettle", "kitchen", "stare")])
+    )
+    assert loop.get(f"/v1/profiles/{USER}?at=never")[0] == 400
+    said = {
+        path.name: path.read_text() for path in loop.settings.logs_dir.glob("*.log*") if "shoppers" not in path.name
+    }
+    assert said
+    assert [name for name, text in said.items() if USER in text or re.search(r"shopper-\d", text)] == []

@@ -12,7 +12,6 @@ from typing import Any
 import pyarrow.parquet
 
 from deploy.segments import command
-from state import layout
 from state.events.identity import load_salt, user_id
 from state.log import Reader, Topics
 from state.segments.members import key_of, membership_of
@@ -89,21 +88,6 @@ def test_who_clicks_comes_in_and_who_buys_leaves(loop: Loop, tmp_path: Path) -> 
     assert pseudonym not in exported(loop, tmp_path / "members.parquet")
 
 
-def test_an_erased_member_leaves_at_once_and_nothing_of_it_stays_in_the_store(loop: Loop, tmp_path: Path) -> None:
-    loop.click([(ERASED, f"stamp-{n}", "stamps", "view") for n in range(4)])
-    until(lambda: of_user(loop, ERASED)["in"], "the shopper is not in the segment")
-    keeper, pseudonym = loop.pid("segments"), user_id(load_salt(loop.settings.salt_path), ERASED)
-    store = loop.settings.serving_dir / layout.SEGMENTS / layout.DATA
-    assert pseudonym.to_bytes(8, "big") in store.read_bytes()
-    (tmp_path / "asked.txt").write_text(f"{ERASED}\n")
-    loop.springtide("erase", "--users", str(tmp_path / "asked.txt"), "--reason", "request 72")
-    until(lambda: not of_user(loop, ERASED)["in"], "the shopper is still in the segment")
-    until(lambda: last(loop, ERASED)[1] is None, "there is no tombstone")
-    until(lambda: pseudonym.to_bytes(8, "big") not in store.read_bytes(), "it stands in the store")
-    # Histories are written anew meanwhile, and opened again.
-    assert keeper is not None and loop.pid("segments") == keeper
-
-
 def test_churn_of_a_profile_decides(loop: Loop) -> None:
     """Whoever's profile says how probable it is that they leave is in the segment that asks for it."""
 
@@ -113,13 +97,3 @@ def test_churn_of_a_profile_decides(loop: Loop) -> None:
         return profile is not None and "churn" in profile and bool(of_user(loop, "ada-who-stays", "asked")["in"])
 
     until(is_in, "the shopper is not in the segment")
-
-
-def test_lookalikes_are_users_who_are_no_members(loop: Loop) -> None:
-    users = [f"buyer-of-stamps-{n}" for n in range(3)]
-    loop.click([(user, f"stamp-{n}", "stamps", "view") for n in range(4) for user in users])
-    until(lambda: all(of_user(loop, user)["in"] for user in users), "they are not in the segment")
-    found = segments(loop, "lookalikes", SEGMENT, "--count", "5")
-    assert found["members"] >= 3 and found["users"] > found["members"] and len(found["lookalikes"]) == 5
-    ours = {f"{user_id(load_salt(loop.settings.salt_path), user):016x}" for user in users}
-    assert not ours & {one["pseudonym"] for one in found["lookalikes"]}

@@ -1,4 +1,4 @@
-"""Kernels are compiled before a process reports ready, once for all processes, for the types that they are called with."""
+"""Kernels are compiled once, and again when what they depend on changes."""
 
 from __future__ import annotations
 
@@ -146,3 +146,61 @@ def test_serving_and_stream_find_their_kernels_compiled(tmp_path: Path) -> None:
     Profiler(store, spec, cache_users=10, mask=masked)
     store.close()
     assert not FIRST_CALLS
+
+
+PARTS = """
+from typing import NamedTuple
+
+from state.compiled import compiled
+
+FACTOR = {factor}
+
+
+class {name}(NamedTuple):
+    value: int
+
+
+@compiled
+def part(x):
+    return {name}(x * {by})
+"""
+KERNEL = """
+from cache_parts import FACTOR, part
+
+from state.compiled import compiled
+
+
+@compiled
+def whole(x):
+    return part(x).value + FACTOR
+
+
+print(whole(10))
+"""
+
+
+def computed(folder: Path, factor: int = 1, by: int = 2, name: str = "Found") -> int:
+    """What a new process computes."""
+    (folder / "cache_parts.py").write_text(PARTS.format(factor=factor, by=by, name=name))
+    done = subprocess.run(
+        [sys.executable, str(folder / "kernel.py")],
+        # Two versions within a second and of one size have one .pyc.
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+def test_a_kernel_follows_what_it_takes_from_another_file(tmp_path: Path) -> None:
+    (tmp_path / "kernel.py").write_text(KERNEL)
+    assert computed(tmp_path) == 21
+    assert computed(tmp_path, by=3) == 31
+    assert computed(tmp_path, by=3, factor=5) == 35
+    # The index of an older cache names a class that is gone.
+    assert computed(tmp_path, by=3, factor=5, name="Totals") == 35

@@ -37,11 +37,6 @@ def commit(store: HistoryStore, count: int = 1, new: bool = False) -> None:
         store.commit(appends, [Range(SOURCE, at, at + USERS, rows=USERS)], {"at": str(at).encode()})
 
 
-def crash(store: HistoryStore) -> None:
-    """As kill -9 leaves it."""
-    store._env.close()
-
-
 def power_cut(memory: Disk) -> None:
     """What lies in memory is gone."""
     for folder in memory.path.iterdir():

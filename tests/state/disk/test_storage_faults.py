@@ -1,17 +1,17 @@
-"""Disks fill up, bits flip, rights are missing: seen, named, never loaded, never taken for something else."""
+"""Disks fill up, bits flip, rights are missing, files are locked: seen, named, never taken for something else."""
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from state.disk import files as durable
 from state.disk.lock import DirectoryLock
 from state.errors import CorruptVersion, LockHeld, UnusableDisk, UnusableRegistry
 from state.positions import Source
@@ -68,26 +68,6 @@ def _pinned(control: object, version: int) -> object:
     return pin(control, version, actor="ann", reason="test", now_ms=6)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT])
-def test_whatever_the_disk_says_no_part_of_a_version_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
-    registry = started(tmp_path, 1)
-    written: list[str] = []
-
-    def refuse(path: Path, data: bytes) -> None:
-        written.append(path.name)
-        if len(written) == 2:
-            path.write_bytes(data[:1])
-            raise OSError(code, os.strerror(code), str(path))
-        path.write_bytes(data)
-
-    monkeypatch.setattr(durable, "write", refuse)
-    with pytest.raises(UnusableRegistry, match=os.strerror(code)):
-        publish(registry, 1)
-    assert (registry.versions(), list((tmp_path / "tmp").iterdir())) == ([1], [])
-
-
 # Damaged files
 
 
@@ -114,7 +94,6 @@ LEFT = {("versions", 2): 4, ("versions", 3): 4, ("versions", 4): 3, ("bases", 1)
 def test_a_file_damaged_anywhere_is_never_loaded(
     chain: Path, which: tuple[str, int, str], place: float, bit: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """`bit` 8 cuts the file at `place`; else that bit of the byte there flips."""
     folder, number, name = which
     path = shutil.copytree(chain, tmp_path_factory.mktemp("damaged") / "registry")
     file = path / folder / f"{number:012d}" / name
@@ -263,3 +242,39 @@ def test_a_full_disk_keeps_nobody_from_the_lock(tmp_path: Path) -> None:
         disk.fill()
         with DirectoryLock(disk.path), pytest.raises(LockHeld):
             DirectoryLock(disk.path).acquire()
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from state.disk.lock import DirectoryLock
+with DirectoryLock(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_lock_names_the_holder(tmp_path: Path) -> None:
+    with DirectoryLock(tmp_path / "state"), pytest.raises(LockHeld, match=f"process {os.getpid()} on .*, started 20"):
+        DirectoryLock(tmp_path / "state").acquire()
+    with DirectoryLock(tmp_path / "state"):
+        pass
+
+
+def test_names_are_locked_on_their_own(tmp_path: Path) -> None:
+    with DirectoryLock(tmp_path), DirectoryLock(tmp_path, "other.lock"):
+        assert {path.name for path in tmp_path.iterdir()} == {"lock", "other.lock"}
+
+
+def test_a_killed_holder_leaves_nothing_to_clean_up(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path.cwd()
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(LockHeld, match=f"process {holder.pid} "):
+            DirectoryLock(tmp_path).acquire()
+        holder.kill()
+        holder.wait()
+    with DirectoryLock(tmp_path):
+        pass

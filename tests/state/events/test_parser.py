@@ -1,4 +1,4 @@
-"""Claims about events: what becomes a row, what a dead letter and why, and that every position is accounted for."""
+"""Clicks become events or dead letters, whatever bytes come."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from state.config.sections import Events
-from state.errors import SettingsError
+from state.errors import DecodeError, SettingsError
 from state.events.dead_letters import DeadLetter, Reason
+from state.events.decoding import decode_json, load_decoder, parse_time
 from state.events.identity import Salt, probe_user, user_id
 from state.events.parser import EventBatch, Parser
 from state.log import PartitionBatch
@@ -96,7 +97,6 @@ def _nothing() -> tuple[Any, ...]:
 
 
 def test_names_are_announced_once_in_ten_minutes_of_event_time_and_items_whole_or_not_at_all() -> None:
-    """A name that was cut would be another item's to its owner."""
     parser = Parser(Events(max_age_s=1e9, max_future_s=1e9), SALT)
 
     def news(minute: int, *names: str | int) -> tuple[list[str], list[str]]:
@@ -184,3 +184,56 @@ def test_a_record_becomes_the_same_event_whatever_records_came_with_it(seed: int
     assert [letter.reason for letter in together.dead] == [
         letter.reason for single in singles for letter in single.dead
     ]
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        (b"", "undecodable"),
+        (b"{", "undecodable"),
+        (b'{"user":"\xff"}', "undecodable"),
+        (b'{"user":"\\ud800"}', "undecodable"),
+        (json.dumps(GOOD).encode() + b"{}", "undecodable"),
+        (b'{"deep":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "undecodable"),
+        (b"[1, 2]", "wrong_type"),
+        (b"null", "wrong_type"),
+        (json.dumps(GOOD).replace(str(NOW_MS), "1e999").encode(), "not_finite"),
+        (json.dumps(GOOD).replace('"ann"', "9" * 5000).encode(), "undecodable"),
+    ],
+)
+def test_bad_bytes_are_a_dead_letter_with_their_reason(value: bytes, why: str) -> None:
+    with pytest.raises(DecodeError, match=f"^{why}$"):
+        decode_json(Events())(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "want"),
+    [
+        (NOW_MS, "auto", NOW_MS),
+        (NOW_MS // 1000, "auto", NOW_MS),
+        (NOW_MS / 1000 + 0.123, "auto", NOW_MS + 123),
+        (str(NOW_MS), "auto", NOW_MS),
+        ("2023-11-14T22:13:20+00:00", "auto", NOW_MS),
+        ("2023-11-14T22:13:20", "auto", NOW_MS),
+        ("2023-11-15T00:13:20.250+02:00", "iso", NOW_MS + 250),
+        (5, "ms", 5),
+        (5, "s", 5000),
+        ("5", "s", 5000),
+    ],
+)
+def test_times_are_read_in_their_unit(value: Any, unit: str, want: int) -> None:
+    assert parse_time(value, unit) == want
+
+
+@pytest.mark.parametrize(
+    ("value", "unit"), [(5, "iso"), ("2023-11-14", "ms"), ("x", "auto"), (None, "auto"), (True, "s")]
+)
+def test_a_time_of_another_unit_is_refused(value: Any, unit: str) -> None:
+    with pytest.raises(DecodeError, match="wrong_type"):
+        parse_time(value, unit)
+
+
+@pytest.mark.parametrize("path", ["no.such.module:f", "state.events.parser:nothing", "state.events.parser", ":f"])
+def test_a_decoder_that_is_not_there_is_named(path: str) -> None:
+    with pytest.raises(SettingsError, match=r"events\.decoder"):
+        load_decoder(Events(decoder=path))

@@ -150,7 +150,6 @@ def test_a_trial_that_fails_or_is_slower_goes_back(failing: float, slower_us: in
 
 
 def test_no_latency_is_compared_by_batches() -> None:
-    """Each arm answers a part of them that has another size."""
     traffic = Traffic({TRIAL: 0.30, LIVE: 0.30})
     traffic.experiment = running((50.0,), 1800.0)
     traffic.evidence.expose(
@@ -163,7 +162,6 @@ def test_no_latency_is_compared_by_batches() -> None:
 
 
 def test_lost_exposures_halt_it_and_spoil_the_verdict() -> None:
-    """A third of the trial's are lost while half of the users are in it."""
     traffic = Traffic({TRIAL: 0.30, LIVE: 0.30})
     traffic.experiment = running((50.0,), 1800.0)
     traffic.run(losing=1 / 3)

@@ -16,6 +16,7 @@ from state.features.spec import EVENT
 from state.history.appends import Appends
 from state.history.store import HistoryStore
 from state.positions import Range, Source
+from tests.disks import crash
 
 SOURCES = tuple(Source("ab" * 16, partition) for partition in range(3))
 N = 32
@@ -103,7 +104,7 @@ def end(store: HistoryStore, then: str) -> HistoryStore:
     if then == "go on":
         return store
     if then == "crash":
-        store._env.close()
+        crash(store)
     else:
         store.close()
     return open_store(store.path)

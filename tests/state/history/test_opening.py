@@ -19,8 +19,8 @@ from state.layout import HISTORIES
 from state.storage.measuring import used_bytes
 from state.storage.shares import SERVING, STREAM, store_bytes
 from streaming import histories
-from tests.disks import Disk, small_disk
-from tests.state.disk.held_histories import MIB, commit, crash, told
+from tests.disks import Disk, crash, small_disk
+from tests.state.disk.held_histories import MIB, commit, told
 
 
 @pytest.fixture

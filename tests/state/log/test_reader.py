@@ -1,7 +1,9 @@
-"""Reading a real broker: whatever the codec, and what becomes of a reader when things go away."""
+"""The reader of a real broker that dies, is cut back, or has damaged batches."""
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from dataclasses import replace
 
@@ -10,10 +12,12 @@ import pytest
 
 from deploy.kafka.broker import Broker
 from state.config.sections import Kafka
-from state.errors import UnknownTopic, UnreachableBroker
+from state.errors import TruncatedLog, UnknownTopic, UnreachableBroker
 from state.log import Log, Reader, Topics, Writer, client_options
 from state.log.bulk import BulkWriter
+from state.positions import Gap, Source
 from tests.reading import append_encoded, eventually, joined, read_until, values, write
+from tests.segments import cut_back
 
 LEFT_SOCKETS = pytest.mark.filterwarnings("ignore:unclosed <s:ResourceWarning")
 
@@ -56,7 +60,7 @@ def test_a_topic_made_again_stops_the_reader(
 
 @LEFT_SOCKETS
 @pytest.mark.usefixtures("refused")
-def test_a_broker_killed_and_back_costs_nothing_but_time(own: Broker) -> None:
+def test_a_broker_that_hangs_or_is_killed_and_is_back_costs_nothing_but_time(own: Broker) -> None:
     settings = Kafka(bootstrap_servers=own.bootstrap_servers, request_timeout_s=60.0)
     with Topics(settings) as topics:
         topics.ensure("killed-clicks", 1)
@@ -69,6 +73,16 @@ def test_a_broker_killed_and_back_costs_nothing_but_time(own: Broker) -> None:
         writer.flush()
         seen = read_until(reader, {0: 1})
         assert reader.reachable()
+
+        def reachable() -> bool:
+            assert reader.poll(0.1) == []
+            return reader.reachable()
+
+        # Its connections stay open.
+        os.kill(own.pid or 0, signal.SIGSTOP)
+        assert eventually(lambda: not reachable())
+        os.kill(own.pid or 0, signal.SIGCONT)
+        assert eventually(reachable)
         own.kill()
         for _ in range(20):
             assert reader.poll(0.05) == []
@@ -116,3 +130,52 @@ def test_a_batch_damaged_on_disk_is_a_corrupt_range_between_good_ones(own: Broke
     assert joined(batches) == (0, 9)
     corrupt = [each for batch in batches for each in batch.corrupt]
     assert corrupt == [(3, 6, "checksum of the batch at offset 3")]
+
+
+TOPIC = "truncated-clicks"
+
+
+def write_of_truncation(log: Log, sent: list[bytes]) -> None:
+    """One record batch each."""
+    with log.writer() as writer:
+        for value in sent:
+            writer.send(TOPIC, 0, None, value)
+            writer.flush()
+
+
+@pytest.mark.filterwarnings("ignore:unclosed <s:ResourceWarning")
+def test_a_partition_of_kafka_cut_back_and_grown_again(own: Broker) -> None:
+    log = Log(Kafka(bootstrap_servers=own.bootstrap_servers))
+    with log.topics() as topics:
+        topic_id = topics.ensure(TOPIC, 1).topic_id
+    write_of_truncation(log, [b"old %d" % number for number in range(10)])
+    with log.reader(TOPIC) as running:
+        read_until(running, {0: 10})
+        epoch = running.leader_epoch(0, 10)
+        assert epoch >= 0
+        # The leader that is elected lacks the last four records; then others take their offsets, and more.
+        own.kill()
+        cut_back(own.directory / "data", TOPIC, 0, 6)
+        own.start()
+        # 1. It has not grown yet: the end says it, whoever comes.
+        with pytest.raises(TruncatedLog, match=r"we were at 10, but what we read ends at 6: the log was cut back, so"):
+            log.reader(TOPIC, positions={0: 10})
+        write_of_truncation(log, [b"new %d" % number for number in range(9)])
+        deadline = time.monotonic() + 60
+        # 2. A reader that was there before.
+        with pytest.raises(TruncatedLog) as raised:
+            while time.monotonic() < deadline:
+                assert running.poll(0.2) == []
+        assert (
+            "ends at 6: the log was cut back and has grown again to 15, so that offsets 6 to 9 are used twice"
+            in str(raised.value)
+        )
+        assert raised.value.kept == 6
+        assert raised.value.gaps == (Gap(Source(topic_id, 0), 6, 10),)
+    # 3. One that begins and knows the epoch of the record before its position.
+    with pytest.raises(TruncatedLog, match="ends at 6"):
+        log.reader(TOPIC, positions={0: 10}, leaders={0: epoch})
+    # 4. What is not cut off is read on, and the next epoch is told from there.
+    with log.reader(TOPIC, positions={0: 6}, leaders={0: epoch}) as again:
+        assert values(read_until(again, {0: 15})) == [b"new %d" % number for number in range(9)]
+        assert again.leader_epoch(0, 6) == epoch < again.leader_epoch(0, 7) == again.leader_epoch(0, 15)

@@ -1,4 +1,4 @@
-"""A directory of the user's may be named as a package of ours: whoever is started there is ours, and finds what else lies there."""
+"""Where a process finds modules, ours and those of users."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from state.errors import SettingsError
 from state.process import user_code
-from state.process.user_code import ROOT, for_children
+from state.process.user_code import ROOT, error_line, for_children, load_named
 
 OURS = ("deploy", "evaluation", "springtide_client", "state", "streaming", "trainer")
 
@@ -52,3 +53,31 @@ def test_what_is_installed_beside_ours_is_not_put_before_pythons_own(monkeypatch
     monkeypatch.setattr(user_code, "ROOT", Path(sysconfig.get_path("purelib")))
     assert for_children({"PYTHONPATH": "/theirs"}) == {"PYTHONPATH": "/theirs", "PYTHONSAFEPATH": "1"}
     assert for_children({}) == {"PYTHONSAFEPATH": "1"}
+
+
+@pytest.mark.parametrize(
+    ("module", "path", "why"),
+    [
+        ("", "nowhere_at_all:build", "ModuleNotFoundError"),
+        ("", "own_module:other", "AttributeError"),
+        ("", "own_module", "AttributeError"),
+        ("1 / 0", "own_module:build", "ZeroDivisionError"),
+        ("raise BaseExceptionGroup('several', [KeyError(1)])", "own_module:build", "ExceptionGroup"),
+    ],
+)
+def test_whatever_keeps_a_module_from_loading_is_a_wrong_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, path: str, why: str
+) -> None:
+    (tmp_path / "own_module.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_module", raising=False)
+    with pytest.raises(SettingsError, match=rf"model\.tower '{path}' cannot be loaded \({why}.*name a function"):
+        load_named(path, "model.tower")
+
+
+def test_an_error_is_told_with_the_line_that_raised_it() -> None:
+    try:
+        raise ValueError("\n  the first line\nthe second")
+    except ValueError as error:
+        line = error.__traceback__.tb_lineno if error.__traceback__ else 0
+        assert error_line(error) == f"ValueError: the first line ({Path(__file__).name}:{line})"

@@ -1,10 +1,11 @@
-"""Lines of logs: one an event in both forms, with their place, and no more of them a minute than wanted."""
+"""What a process writes to its log and its terminal."""
 
 from __future__ import annotations
 
 import io
 import json
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 
 from state.config.sections import LogSettings
 from state.process.log_lines import Lines, event_of
+from state.process.progress_line import CLEAR, TERMINAL_EVERY_S, ProgressLine
+from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 
 
 class Said:
@@ -104,8 +107,83 @@ def test_what_was_left_out_is_told_at_the_end() -> None:
 
 
 def test_lines_that_differ_in_numbers_alone_are_one_event() -> None:
-    """A line that was put together before it came to the log."""
     first, second = (
         logging.LogRecord("", 20, "", 0, "%s", (f"version {number} is rebuilt",), None) for number in (7, 8)
     )
     assert event_of(first) == event_of(second)
+
+
+def test_talk_is_held_back_and_the_rest_gets_through(capfd: pytest.CaptureFixture[str]) -> None:
+    with quiet_stderr():
+        os.write(2, b"I0000 00:00:1795578140.261666    6784 port.cc:153] oneDNN custom operations are on.\n")
+        os.write(2, b"something is wrong\n")
+    os.write(2, b"afterwards\n")
+    assert capfd.readouterr().err == "something is wrong\nafterwards\n"
+
+
+def test_an_error_loses_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="x"), quiet_stderr():
+        os.write(2, b"why\n")
+        raise ValueError("x")
+    assert capfd.readouterr().err == "why\n"
+
+
+def test_the_processs_own_log_is_not_held_back(capfd: pytest.CaptureFixture[str]) -> None:
+    with own_stderr() as stream, quiet_stderr():
+        stream.write("progress\n")
+        stream.flush()
+        assert capfd.readouterr().err == "progress\n"
+
+
+def test_what_the_operator_set_stays() -> None:
+    environment = {"TF_CPP_MIN_LOG_LEVEL": "0", "CUDA_VISIBLE_DEVICES": "1"}
+    quiet_tensorflow(environment)
+    assert environment == {"TF_CPP_MIN_LOG_LEVEL": "0", "CUDA_VISIBLE_DEVICES": "1"}
+
+
+class Terminal(io.StringIO):
+    """A terminal that keeps what it is sent."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    """Seconds that a test moves."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.mark.parametrize(("out", "every_s"), [(Terminal(), TERMINAL_EVERY_S), (io.StringIO(), 5.0)])
+def test_lines_come_no_more_often_than_is_readable(out: io.StringIO, every_s: float) -> None:
+    clock, made = Clock(), []
+    line = ProgressLine(out, 5.0, clock)
+    for step in range(5):
+        clock.now_s = step * every_s / 2
+        line.show(lambda step=step: made.append(step) or f"step {step}")
+    assert made == [2, 4]
+
+
+def test_the_last_line_is_always_shown_and_stays() -> None:
+    out, clock = Terminal(), Clock()
+    line = ProgressLine(out, 5.0, clock, at_once=True)
+    line.show(lambda: "half")
+    line.say("a word")
+    line.show(lambda: "all", last=True)
+    line.say("done")
+    assert out.getvalue() == f"{CLEAR}half{CLEAR}a word\n{CLEAR}all\ndone\n"
+
+
+def test_a_file_gets_whole_lines() -> None:
+    out, clock = io.StringIO(), Clock()
+    line = ProgressLine(out, 5.0, clock, at_once=True)
+    line.show(lambda: "too early")
+    clock.now_s = 6.0
+    line.show(lambda: "half")
+    line.say("a word")
+    assert out.getvalue() == "half\na word\n"
+    assert line.took_s == 6.0

@@ -46,7 +46,6 @@ def test_a_directory_that_an_earlier_release_left_open_is_closed_and_one_open_to
 def test_a_secret_that_root_gives_to_our_group_alone_is_read_by_nobody_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So Kubernetes mounts it: `root:fsGroup`, 0440."""
     secret = tmp_path / "secret"
     secret.touch()
     if os.geteuid() != 0:

@@ -49,6 +49,8 @@ def test_counts_are_decayed_clicks_while_all_items_fit() -> None:
     for item, counts in zip(lists.ids[0].tolist(), lists.counts[0], strict=True):
         np.testing.assert_allclose(counts, wanted[item], rtol=1e-3)
     np.testing.assert_allclose(lists.totals[0], sum(wanted.values()), rtol=1e-3)
+    first = [int(at_s[items == item][0]) for item in lists.ids[0]]
+    assert lists.ages[0].tolist() == [at_s[-1] - then_s for then_s in first]
 
 
 def test_a_full_list_keeps_what_is_clicked_now() -> None:
@@ -67,8 +69,10 @@ def test_a_users_list_has_the_newest_items_first_and_counts_repeats() -> None:
     items = np.array([1, 2, 3, 2, 4, 5, 0], np.uint64)
     count_visits(items, np.full(7, 9), 0, lists)
     assert lists.ids[0].tolist() == [5, 4, 2, 3]
-    assert lists.counts[0, :, 0].tolist() == [1, 1, 2, 1]
     assert lists.totals[0].tolist() == [6, 6, 6] and lists.known[0].tolist() == [1, 1, 1]
+    assert lists.counts[0, :, 0].tolist() == [1, 1, 2, 1]
+    count_visits(np.array([2], np.uint64), np.array([29]), 0, lists)
+    assert lists.ids[0].tolist() == [2, 5, 4, 3] and lists.ages[0].tolist() == [20, 20, 20, 20]
 
 
 def test_a_row_of_another_width_is_an_empty_list() -> None:

@@ -69,6 +69,12 @@ class Link:
     def create(self, name: str, data: bytes) -> bool:
         return self._over("create", name, lambda: self._place.create(name, data))
 
+    def tagged(self, name: str) -> tuple[bytes, str]:
+        return self._over("read", name, lambda: self._place.tagged(name))
+
+    def swap(self, name: str, data: bytes, tag: str) -> str:
+        return self._over("write", name, lambda: self._place.swap(name, data, tag))
+
     def remove(self, name: str) -> None:
         self._over("remove", name, lambda: self._place.remove(name))
 
@@ -94,7 +100,7 @@ class Origin:
     def __init__(self, path: Path, url: str, link: Callable[[FileStore], FileStore] = lambda place: place) -> None:
         path.mkdir(parents=True, exist_ok=True)
         self.url, self.elapsed = url, Elapsed()
-        found, self.claim = sharing.own(path, url, 7)
+        found, self.claim, _ = sharing.own(path, url, lambda: 7)
         self.place = link(found)
         self.registry = Registry(path)
         self.registry.directory.shared = self.place

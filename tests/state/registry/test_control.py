@@ -1,19 +1,24 @@
-"""Control's transitions: what each changes, that none loses an earlier mask, and that repeating changes nothing."""
+"""Control: each decision is a generation, and its file survives damage to nothing and growth of masks."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from state.errors import UnfitMask
+from state.errors import CorruptVersion, UnfitMask
+from state.experiments.experiment import Experiment, Schedule
 from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
 from state.positions import Source
+from state.registry import manifest, sealed
 from state.registry.control import (
     MOST_RELEASED,
     Control,
@@ -21,6 +26,7 @@ from state.registry.control import (
     SuspectClicks,
     decode,
     encode,
+    erase,
     follow,
     hold,
     pin,
@@ -32,6 +38,7 @@ from state.registry.control import (
     train,
     unmask,
 )
+from state.registry.controls import Controls
 from state.registry.log_line import turned
 
 WHO = {"actor": "ann", "reason": "because", "now_ms": 5}
@@ -150,7 +157,6 @@ def test_control_without_an_exact_rollback_is_what_an_older_release_reads() -> N
 
 
 def test_masks_of_0_1_0_get_numbers_and_can_be_lifted() -> None:
-    """That release wrote all of them as one, with the users in the file."""
     old = json.loads(encode(start(**WHO)))
     old["mask"] = {
         "generation": 4,
@@ -250,3 +256,157 @@ def test_only_so_many_releases_are_remembered() -> None:
     for at in range(MOST_RELEASED + 5):
         control = release(hold(control, replace(HELD, next=at), **WHO), **WHO)
     assert control.released == tuple(range(5, MOST_RELEASED + 5))
+
+
+CONTROLS_WHO: dict[str, Any] = {"actor": "ann", "reason": "because", "now_ms": 5}
+USER = 0x1122334455667788
+ids = st.frozensets(st.integers(0, 2**64 - 1), max_size=20)
+
+
+@pytest.fixture
+def controls(tmp_path: Path) -> Controls:
+    made = Controls(tmp_path)
+    made.propose(start(**CONTROLS_WHO))
+    return made
+
+
+@given(ids, ids, st.lists(st.integers(0, 2**64 - 1), max_size=9))
+def test_masked_users_are_a_set(mine: frozenset[int], others: frozenset[int], asked: list[int]) -> None:
+    asked = [*asked, *list(mine)[:3]]
+    users, more = MaskedUsers.of(mine), MaskedUsers.of(others)
+    assert users.has(np.array(asked, np.uint64)).tolist() == [one in mine for one in asked]
+    assert [one in users for one in asked] == [one in mine for one in asked]
+    assert (list(users | more), len(users)) == (sorted(mine | others), len(mine))
+    assert (users == more) == (mine == others)
+    assert MaskedUsers.from_bytes(users.to_bytes()) == users
+    mask = Mask(3, ((1, 2, 3, 4),), ((5, 6),), users)
+    assert Mask.from_bytes(mask.to_bytes()) == Mask.from_json(mask.to_json()) == mask
+
+
+def test_a_million_users_leave_control_small_and_lie_in_one_file(controls: Controls) -> None:
+    users = MaskedUsers(np.arange(1, 1_000_001, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15 >> 20))
+    controls.change(lambda control: roll_back(control, 1, Mask(users=users), **CONTROLS_WHO))
+    controls.change(lambda control: pin(control, 2, **CONTROLS_WHO))
+    assert max(path.stat().st_size for path in (controls.path / "control").iterdir()) < 2000
+    (file,) = (controls.path / "masks").iterdir()
+    assert file.stat().st_size == 8_000_000
+    other = Controls(controls.path)
+    assert [one.mask.users == users for one in other.controls()] == [False, True, True]
+    second, third = (one.masks[0].users for one in other.controls()[1:])
+    assert second is third, "it is read once"
+
+
+def test_a_control_that_outgrows_its_file_is_refused(controls: Controls) -> None:
+    mask = Mask(times=tuple((at, at + 1) for at in range(0, 6000, 2)))
+    with pytest.raises(UnfitMask, match=r"3000 masks.*100,000 are allowed.*unmask"):
+        controls.change(lambda control: roll_back(control, 1, mask, **CONTROLS_WHO))
+    assert len(controls.controls()) == 1
+
+
+def masking(control: Control) -> Control:
+    return roll_back(control, 1, Mask(users=MaskedUsers.of([USER])), **CONTROLS_WHO)
+
+
+def erasing(control: Control) -> Control:
+    return erase(control, MaskedUsers.of([USER]), [(42, 0, 100)], **CONTROLS_WHO)
+
+
+@pytest.mark.parametrize(("change", "noun"), [(masking, "the users of a mask"), (erasing, "an erasure")])
+def test_control_whose_users_are_damaged_or_missing_is_refused(
+    controls: Controls, change: Callable[[Control], Control], noun: str
+) -> None:
+    controls.change(change)
+    (file,) = (controls.path / "masks").iterdir()
+    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    with pytest.raises(CorruptVersion, match=f"{noun}, fails its digest.*restore it"):
+        Controls(controls.path).control()
+    file.unlink()
+    with pytest.raises(CorruptVersion, match=f"{noun}, is missing"):
+        Controls(controls.path).control()
+
+
+def test_every_later_generation_has_the_erasure_whatever_it_decides(controls: Controls) -> None:
+    controls.change(erasing)
+    controls.change(lambda control: roll_back(control, 3, Mask(times=((0, 9),)), **CONTROLS_WHO))
+    controls.change(lambda control: erase(control, MaskedUsers.of([USER, 9]), [(42, 0, 200)], **CONTROLS_WHO))
+    controls.change(lambda control: unmask(control, [1], **CONTROLS_WHO))
+    controls.change(lambda control: follow(control, **CONTROLS_WHO))
+    with pytest.raises(UnfitMask, match="there is no mask 2"):
+        controls.change(lambda control: unmask(control, [2], **CONTROLS_WHO))
+    newest = Controls(controls.path).control()
+    assert newest is not None and newest.action == "follow"
+    assert [(one.id, one.generation, len(one.users)) for one in newest.erased] == [(1, 2, 1), (2, 4, 2)]
+    assert newest.mask.erased == newest.mask_at(0).erased == newest.erased
+    assert (newest.mask.times, newest.mask_generation) == ((), 5)
+    assert [one.erased.last for one in Controls(controls.path).controls()] == [0, 1, 1, 2, 2, 2]
+
+
+def test_many_erasures_leave_controls_file_as_small_as_one(controls: Controls) -> None:
+    controls.change(erasing)
+    sizes = []
+    for number in range(1, 21):
+        control = controls.control()
+        assert control is not None
+        made = controls.propose(erase(control, MaskedUsers.of([number]), [(42, 0, 100)], **CONTROLS_WHO))
+        sizes.append((controls.path / "control" / f"{made.generation:08d}.json").stat().st_size)
+    assert max(sizes) - min(sizes) < 8
+    assert Controls(controls.path).control() == made
+
+
+def test_the_pseudonym_is_in_the_erasures_file_alone(controls: Controls) -> None:
+    controls.change(erasing)
+    forms = [USER.to_bytes(8, "little"), USER.to_bytes(8, "big"), b"%016x" % USER, b"%d" % USER]
+    having = [
+        path.suffix
+        for path in controls.path.rglob("*")
+        if path.is_file() and any(f in path.read_bytes() for f in forms)
+    ]
+    assert having == [".erased"]
+
+
+def test_the_newest_generation_is_found_without_reading_the_others(
+    controls: Controls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(2, 40):
+        controls.propose(pin(controls.control() or start(**CONTROLS_WHO), number, **CONTROLS_WHO))
+    read: list[str] = []
+    read_bytes = Path.read_bytes
+
+    def counted(path: Path) -> bytes:
+        read.append(path.name)
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", counted)
+    other = Controls(controls.path)
+    assert (other.control() or start(**CONTROLS_WHO)).generation == 39
+    assert read == ["00000039.json"]
+    # An epoch is found by halves, and what ended it likewise.
+    controls.propose(roll_back(controls.control() or start(**CONTROLS_WHO), 3, Mask.NONE, **CONTROLS_WHO))
+    controls.propose(pin(controls.control() or start(**CONTROLS_WHO), 4, **CONTROLS_WHO))
+    read.clear()
+    other = Controls(controls.path)
+    assert [(other.beginning_of(epoch) or start(**CONTROLS_WHO)).generation for epoch in (1, 2)] == [1, 40]
+    assert other.beginning_of(3) is None
+    assert [one.generation for one in other.last_of_epochs(1, 2)] == [39, 41]
+    assert len(read) < 30
+
+
+@given(st.binary(max_size=60))
+@example(b"")
+@example(b"{}")
+@example(b"\xff")
+@example(sealed.seal(b"[1]"))
+@example(sealed.seal(b"{}"))
+def test_bytes_that_are_no_document_are_refused_by_a_value_error(data: bytes) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        manifest.decode(data)
+    with pytest.raises(ValueError, match=r"."):
+        sealed.decode(data, Experiment)
+
+
+def test_each_flipped_byte_of_a_document_is_seen() -> None:
+    data = sealed.encode(Schedule(7, "retrain-1"))
+    assert sealed.decode(data, Schedule) == Schedule(7, "retrain-1")
+    for place in range(len(data)):
+        with pytest.raises(ValueError, match=r"."):
+            sealed.decode(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :], Schedule)

@@ -254,7 +254,6 @@ def test_a_sweep_removes_the_files_of_the_dead_alone(registry: Registry) -> None
 
 
 def test_the_registry_of_release_1_is_still_read(tmp_path: Path) -> None:
-    """Run this file with `--golden` to write it, for a new format only."""
     registry = Registry(shutil.copytree(GOLDEN, tmp_path / "registry"))
     assert registry.versions() == [1, 2]
     base, deltas = registry.chain(2)

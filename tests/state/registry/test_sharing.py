@@ -8,19 +8,36 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace as replace_fields
 
+from state.disk.files import HOST
 from state.errors import ControlConflict, CorruptVersion, LockHeld, SettingsError, UnusablePlace, UnusableRegistry
 from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
-from state.file_store import open_store
+from state.file_store import FileStore, open_store
 from state.process import killpoints
-from state.registry.control import erase, follow, pin, start
+from state.process.wall_clock import wall_ms
+from state.registry import hosts
+from state.registry.claim import LEASE_S, Claim, Silence
+from state.registry.control import erase, follow, pin, start, take_over, train
 from state.registry.erasing import ErasureReport, all_reports, report
+from state.registry.hosts import GONE_S, HostEntry
 from state.registry.manifest import entries
 from state.registry.registry import MOST_BETWEEN, SERVING, TRAINING, Registry
 from state.registry.sharing import bind
-from state.registry.sync import KEPT_PACKS_S, REST_S, SILENT_S, Copier, exchange_small, pack_name
-from tests.state.registry.hosts import WHO, CopyHost, Link, Origin
+from state.registry.sync import (
+    KEPT_PACKS_S,
+    REST_S,
+    SILENT_S,
+    Copier,
+    claim,
+    exchange_small,
+    holder,
+    pack_name,
+    renew,
+    require_newest,
+)
+from tests.state.registry.hosts import WHO, CopyHost, Elapsed, Link, Origin
 
 POINTS_OF_SENDER = ("share.pack", "share.file", "share.manifest", "share.named", "share.unnamed")
 POINTS_OF_COPIER = ("copy.control", "copy.pack", "copy.named", "copy.small")
@@ -373,6 +390,30 @@ def test_each_host_says_how_far_it_has_forgotten_and_all_of_them_are_told(
     assert [one.through for one in all_reports(host.registry)] == [1, 1]
 
 
+def test_each_host_in_the_routing_table_knows_the_others_and_a_command_all_of_them(
+    origin: Origin, host: CopyHost, tmp_path: Path, url: str
+) -> None:
+    other = CopyHost(tmp_path / "other", url, open_store(url))
+    now_ms = wall_ms()
+    ours = {name: HostEntry(name, f"http://{name}", "0-31", now_ms) for name in ("a", "b", "gone")}
+    gone = replace_fields(ours["gone"], at_ms=now_ms - int(GONE_S * 1000) - 1)
+    for name, one in (("a", host), ("b", other)):
+        hosts.renew(one.registry.path, ours[name])
+        one.look()
+    host.look()
+    assert hosts.entries(host.registry.path) == hosts.entries(other.registry.path) == [ours["a"], ours["b"]]
+    assert hosts.all_entries(origin.registry) == [ours["a"], ours["b"]]
+    hosts.renew(other.registry.path, gone)
+    other.look()
+    hosts.withdraw(host.registry.path, "a")
+    host.look()
+    assert hosts.entries(host.registry.path) == [ours["b"], gone]
+    host.look()
+    other.look()
+    assert [one.name for one in hosts.entries(host.registry.path)] == ["b"]
+    assert hosts.all_entries(origin.registry) == [ours["b"]]
+
+
 def test_what_is_small_goes_both_ways(origin: Origin, host: CopyHost) -> None:
     def fill(folder: Path) -> None:
         (folder / "transform").mkdir()
@@ -418,12 +459,85 @@ def test_another_hosts_trainer_goes_on_and_the_first_one_ends(origin: Origin, ur
         origin.publish(3)
         with pytest.raises(LockHeld, match="has another trainer"):
             send()
-    with pytest.raises(LockHeld, match="has another trainer"):
-        Origin(origin.registry.path, url)
     second.send()
     host = CopyHost(tmp_path / "host", url, open_store(url))
     host.look()
     assert host.registry.versions() == [1, 3, made.version]
+    # Started again, the first host lacks what it did not send, and is the next to claim the versions.
+    again = Origin(origin.registry.path, url)
+    assert (again.registry.versions(), again.registry.recents()) == ([1, 3, made.version], (2, 3, 4))
+    assert again.registry.newest_good(1) == made.version
+    with pytest.raises(LockHeld, match="has another trainer"):
+        second.publish(made.version)
+        second.send()
+
+
+def test_a_claim_is_free_once_it_is_released_or_not_renewed(url: str) -> None:
+    store, elapsed = open_store(url), Elapsed()
+    silence = Silence(elapsed)
+    assert holder(store, 0, silence) == "" and claim(store, 1, 0)
+    for second in range(1, int(3 * LEASE_S)):
+        elapsed.now_s += 1.0
+        renew(store, 1, second)
+        assert holder(store, 1, silence) == HOST
+    silent_s = 0.0
+    while holder(store, 1, silence):
+        elapsed.now_s += 1.0
+        silent_s += 1.0
+    assert silent_s == LEASE_S
+    assert claim(store, 2, 0) and not claim(store, 2, 0)
+    with pytest.raises(LockHeld, match="has another trainer"):
+        renew(store, 1, 99)
+    renew(store, 2, 99, released=True)
+    assert holder(store, 2, silence) == ""
+
+
+def test_a_trainer_that_is_frozen_before_its_request_replaces_no_catalogue(url: str, tmp_path: Path) -> None:
+    links: list[Link] = []
+
+    def linked(store: FileStore) -> Link:
+        links.append(Link(store))
+        return links[0]
+
+    origin = Origin(tmp_path / "trainer", url, linked)
+    published(origin)
+    origin.send()
+    takers: list[Origin] = []
+
+    def freeze() -> None:
+        if links[0].asked[-1] == "write catalog.json" and not takers:
+            takers.append(Origin(tmp_path / "second", url))
+
+    links[0].passes = freeze
+    origin.publish(3)
+    with pytest.raises(LockHeld, match="has another trainer"):
+        origin.durable.send()
+    host = CopyHost(tmp_path / "host", url, open_store(url))
+    host.look()
+    assert takers and host.registry.versions() == [1, 3]
+
+
+def test_a_trainer_that_is_frozen_before_its_request_creates_no_control(
+    origin: Origin, url: str, tmp_path: Path
+) -> None:
+    link, held = Link(origin.place), Claim(origin.registry.path)
+    held.take()
+    held.ask_store = lambda: require_newest(link, origin.claim)
+    frozen = Registry(origin.registry.path, held)
+    frozen.directory.shared = link
+
+    def freeze() -> None:
+        if link.asked[-1].startswith("create control/"):
+            link.passes = lambda: None
+            Origin(tmp_path / "second", url).registry.change(lambda now: take_over(now, **WHO))
+
+    link.passes = freeze
+    with pytest.raises(LockHeld, match="has another trainer"):
+        frozen.change(lambda now: train(now, False, **WHO))
+    held.release()
+    host = CopyHost(tmp_path / "host", url, open_store(url))
+    host.look()
+    assert [one.action for one in host.registry.controls()] == ["start", "take over"]
 
 
 def test_a_trainer_that_starts_again_goes_on_under_its_claim(origin: Origin, url: str) -> None:

@@ -1,7 +1,8 @@
-"""Two arms are told apart where they differ, and no more often than stated where they do not, also while share and hour change."""
+"""Arms of an experiment: a better one is found, equal ones are not told apart, lost answers are noticed."""
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from state.statistics.arms import difference, lift
 from state.statistics.confidence_sequence import UNBOUNDED, BlockSums, half_width, tuning
+from state.statistics.sample_ratio import SampleRatio, log_evidence
 
 ALPHA, PLANNED = 0.05, 2_000
 TRIALS = 300
@@ -81,3 +83,62 @@ def test_a_better_arm_is_found_over_all_strata() -> None:
         strata.append((one, other))
     found = lift([*strata, (BlockSums(), strata[0][1])], ALPHA, PLANNED)
     assert found is not None and 0 < found.low < 0.2 < found.high
+
+
+SAMPLE_RATIO_ALPHA = 0.05
+SAMPLE_RATIO_TRIALS = 1000
+
+
+def test_right_shares_are_doubted_no_more_often_than_stated() -> None:
+    random = np.random.default_rng(1)
+    alarms = 0
+    for _ in range(SAMPLE_RATIO_TRIALS):
+        ratio = SampleRatio([0.1, 0.9])
+        for step in (0.1, 0.5):
+            if step != 0.1:
+                ratio.change([step, 1 - step])
+            for came in random.binomial(50, step, 50).tolist():
+                ratio.add([came, 50 - came])
+        alarms += ratio.mismatch(SAMPLE_RATIO_ALPHA)
+    assert alarms <= SAMPLE_RATIO_ALPHA * SAMPLE_RATIO_TRIALS + 3 * math.sqrt(
+        SAMPLE_RATIO_TRIALS * SAMPLE_RATIO_ALPHA * (1 - SAMPLE_RATIO_ALPHA)
+    )
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_lost_tenth_of_an_arm_is_found_in_either_step_and_stays_found(first: bool) -> None:
+    random = np.random.default_rng(2)
+    ratio = SampleRatio([0.5, 0.5])
+    for lost in (first, not first):
+        for came in random.binomial(100, 0.45 / 0.95 if lost else 0.5, 200).tolist():
+            ratio.add([came, 100 - came])
+        if not lost and not first:
+            assert not ratio.mismatch(0.001)
+        ratio.change([0.5, 0.5])
+    assert ratio.mismatch(0.001)
+
+
+@pytest.mark.parametrize(("counts", "share"), [((3, 8), 0.5), ((20, 60), 0.3)])
+def test_the_evidence_is_the_integral_of_the_likelihoods_over_the_mixture(
+    counts: tuple[int, int], share: float
+) -> None:
+    """Bayes' factor by the trapezoid rule over the density of the shares, of which the closed form knows nothing."""
+    shares = np.linspace(0, 1, 1_000_001)[1:-1]
+    density = shares ** (100 * share - 1) * (1 - shares) ** (100 * (1 - share) - 1)
+    density /= np.trapezoid(density, shares)
+    likelihood = (shares / share) ** counts[0] * ((1 - shares) / (1 - share)) ** counts[1]
+    assert math.exp(log_evidence(counts, [share, 1 - share])) == pytest.approx(
+        float(np.trapezoid(likelihood * density, shares)), rel=1e-6
+    )
+
+
+def test_a_ratio_goes_on_after_a_restart() -> None:
+    ratio = SampleRatio([0.01, 0.99])
+    ratio.add([12, 950])
+    ratio.change([0.05, 0.95])
+    ratio.add([40, 990])
+    restarted = SampleRatio.from_json(json.loads(json.dumps(ratio.document())))
+    for one in (ratio, restarted):
+        one.add([400, 990])
+    assert restarted.document() == ratio.document()
+    assert restarted.p_value == ratio.p_value < 1e-9

@@ -1,14 +1,17 @@
-"""What a part takes is what `du` says, is not measured at each scrape, and is offered with its limit."""
+"""The budget of the disk: its shares, and what the parts use of it."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
 from prometheus_client import CollectorRegistry
 
 from state.config.loading import load
+from state.config.settings import Settings, known_settings
 from state.storage import measuring, shares
 
 
@@ -62,3 +65,42 @@ def test_used_and_limit_are_offered_for_the_parts_that_a_process_owns(tmp_path: 
     assert sample("limit_bytes", "logs") == 50_000_000
     assert sample("waiting", "logs") == 0
     assert sample("used_bytes", "registry") is None
+
+
+ROOT = Path(__file__).parents[3]
+
+
+def with_budget(gigabytes: float) -> Settings:
+    return load(["--storage.budget_gb", str(gigabytes)], env={})
+
+
+def test_the_shares_are_the_whole_budget_and_no_more() -> None:
+    settings = with_budget(3)
+    assert sum(shares.SHARES.values()) == pytest.approx(1.0)
+    assert 2_999_999_990 <= sum(shares.limit_bytes(settings, part) for part in shares.SHARES) <= 3_000_000_000
+
+
+@pytest.mark.parametrize("part", shares._STORES)
+def test_the_stores_of_a_part_fit_into_its_share_with_room_for_small_files(part: str) -> None:
+    settings = with_budget(1)
+    stores = sum(shares.store_bytes(settings, part, store) for store in shares._STORES[part])
+    assert stores <= shares.limit_bytes(settings, part)
+
+
+def test_the_help_and_the_tables_say_the_same_shares() -> None:
+    wanted = {part: f"{share:.0%}".replace("%", " %") for part, share in shares.SHARES.items()}
+    for text in (shares.__doc__ or "", (ROOT / "docs" / "operate" / "storage.md").read_text()):
+        assert dict(re.findall(r"^\| `(\w+)` \| (\d+ %) \|", text, re.MULTILINE)) == wanted
+    (budget,) = (one for one in known_settings() if one.name == "storage.budget_gb")
+    assert sorted(re.findall(r"\d+ %", budget.help)) == sorted(wanted.values())
+
+
+def test_a_store_larger_than_its_share_is_opened_with_room_to_become_smaller(tmp_path: Path) -> None:
+    small, folder = with_budget(0.5), tmp_path / "attributes"
+    share = shares.store_bytes(small, shares.SERVING, "attributes")
+    assert shares.map_bytes(small, shares.SERVING, "attributes", folder) == share
+    folder.mkdir()
+    with (folder / "data.mdb").open("wb") as data:
+        data.truncate(share * 3)
+    opened = shares.map_bytes(small, shares.SERVING, "attributes", folder)
+    assert share * 3 + (60 << 20) < opened < share * 4 + (64 << 20)

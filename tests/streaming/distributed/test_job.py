@@ -140,7 +140,6 @@ def payloads(proto: Any) -> dict[str, beam_runner_api_pb2.ParDoPayload]:
 
 
 def test_the_graph_reads_and_keeps_its_state_by_key_on_dataflow_too(tmp_path: Path) -> None:
-    """Dataflow's options are taken and the graph is built; nobody ran it there."""
     settings = settings_of(tmp_path, buckets=4)
     log = written([Click(0, 0, 0, 0)], 1, settings)
     plan = plan_of(settings, log=log)

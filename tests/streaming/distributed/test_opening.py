@@ -135,7 +135,6 @@ def test_a_topic_whose_beginning_is_gone_is_read_from_where_it_begins(shop: Shop
 def test_partitions_that_a_topic_gets_meanwhile_are_read_from_their_beginning(
     kafka_settings: KafkaFactory, tmp_path: Path
 ) -> None:
-    """On a real topic, read by Beam's own runner."""
     shop = settings_for(kafka_settings(), tmp_path / "state", tmp_path / "salt", **SMALL, sources=2)
     with Topics(shop.kafka) as topics:
         topics.ensure(shop.kafka.clicks_topic, 2, FOREVER)

@@ -100,23 +100,6 @@ def test_examples_and_labels_equal_a_plain_reading_of_the_log() -> None:
     assert max(ages) > 6 * DAY_MS, "users are asked about long after their last click"
 
 
-def test_a_restart_in_between_gives_the_same_examples_and_the_same_state() -> None:
-    parts, whole = log(2), ChurnWaiting(HORIZON, LATE_MS, MANY, COLUMNS)
-    expected = take(whole, parts)
-    cut, found, log_ms = ChurnWaiting(HORIZON, LATE_MS, MANY, COLUMNS), [], 0
-    for first in range(0, len(parts), 7):
-        # What it held before is another log's.
-        other = ChurnWaiting(HORIZON, LATE_MS, MANY, COLUMNS)
-        take(other, log(3))
-        other.load(cut.state())
-        found += take(other, parts[: first + 7], first, log_ms)
-        log_ms, cut = max(int(part.at_ms.max()) for part in parts[: first + 7]), other
-    assert found == expected
-    ours, theirs = cut.state(), whole.state()
-    assert len(ours["user"]) > 20
-    assert {name: one.tobytes() for name, one in ours.items()} == {name: one.tobytes() for name, one in theirs.items()}
-
-
 def test_waiting_examples_are_limited_and_the_rest_stays_right() -> None:
     parts, small, large = (
         log(4, users=400),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import pytest
 
 from state.microbatch.batch import MicroBatch
 from state.ranking.crosses import FIRST_SHARES, Crosses, Values, logits_of
@@ -17,7 +16,6 @@ from trainer.engine.engine import CROSS
 from trainer.engine.guard import Verdict
 from trainer.engine.step import Trainer
 from trainer.model.hyperparameters import HYPERPARAMETERS
-from trainer.versions import checkpoint, content
 
 NAMES = Crosses(SPEC, ("tab",), ("age", "city"), ("brand", "price"))
 PRECISION = first_precision(NAMES.kinds)
@@ -182,20 +180,3 @@ def test_a_skipped_step_changes_no_weight_of_a_cross() -> None:
 def _rows(trainer: Trainer) -> tuple[list[int], np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
     state = trainer.tables[CROSS].state()
     return state.ids.tolist(), np.concatenate([state.rows, state.accum], 1)
-
-
-@pytest.mark.parametrize("left", ["nothing", "others"])
-def test_crosses_of_a_release_with_other_columns_are_not_loaded(left: str) -> None:
-    old = checkpoint.full(learned(log(3), fresh()))
-    if left == "nothing":
-        old = {name: value for name, value in old.items() if not name.startswith(f"{CROSS}.")}
-    else:
-        old |= {f"{CROSS}.{name}": old[f"{CROSS}.{name}"][:, :1] for name in ("rows", "accum")}
-    other = learned(log(1), fresh(64))
-    checkpoint.load(other, content.merge([old]))
-    assert len(other.tables[CROSS]) == 0
-    other.tables[CROSS].take_changes()
-    other.step(impressions(first=900))
-    merged = content.merge([old, checkpoint.changes(other)])
-    assert merged["cross.ids"].tolist() == other.tables[CROSS].state().ids.tolist()
-    assert merged["cross.rows"].tobytes() == other.tables[CROSS].state().rows.tobytes()

@@ -79,7 +79,6 @@ def test_no_rate_and_no_change_of_rate_skips_a_step(rate: float, after: float) -
 
 @pytest.mark.parametrize("rows", [1, 64, 384, 2048])
 def test_a_burst_of_one_category_is_learned_and_so_is_ordinary_traffic_after_it(rows: int) -> None:
-    """All rows of a burst pull in one direction, then all are easy."""
     state = settled()
     for loss in (UNKNOWN + 6, 2.0, 0.1, *[1e-6] * 300):
         verdict, state = judged(state, *ordinary(rows, loss, aligned=1.0))

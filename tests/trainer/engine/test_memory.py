@@ -40,7 +40,6 @@ def used_bytes() -> int:
 
 
 def test_nothing_is_kept_for_each_number_of_rows() -> None:
-    """Records have any number of rows, and TensorFlow would keep 160 kB for each."""
     settings = Settings()
     trainer = Trainer(
         dataclasses.replace(settings, trainer=dataclasses.replace(settings.trainer, device="cpu", capacity=1024)), SPEC

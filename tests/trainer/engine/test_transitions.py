@@ -7,16 +7,13 @@ from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
-import pytest
 
 from state.microbatch.batch import MicroBatch
 from state.ranking.transitions import FOLLOWERS
 from tests.trainer.batches import micro_batch, spread
 from tests.trainer.engine.test_step import fresh, learned
-from trainer.engine.build import TRANSITION
 from trainer.engine.guard import Verdict
 from trainer.engine.step import Trainer
-from trainer.versions import checkpoint, content
 
 CATEGORIES = FOLLOWERS
 """So few that no list is ever full."""
@@ -100,24 +97,3 @@ def test_a_skipped_step_counts_nothing() -> None:
     # Labels that were first seen in it have a row, as in the other tables, and it is empty.
     assert {label: after[label] for label in before} == before
     assert not any(after[label] for label in after.keys() - before.keys())
-
-
-@pytest.mark.parametrize("left", ["nothing", "narrow"])
-def test_a_version_of_a_release_without_these_lists_is_loaded_without_any(left: str) -> None:
-    old = checkpoint.full(learned(log(3), fresh()))
-    if left == "nothing":
-        old = {name: value for name, value in old.items() if not name.startswith(f"{TRANSITION}.")}
-    else:
-        old |= {f"{TRANSITION}.rows": old[f"{TRANSITION}.rows"][:, :100]}
-    other = learned(log(1), fresh(64))
-    checkpoint.load(other, content.merge([old]))
-    assert lists(other) == {}
-    other.tables[TRANSITION].take_changes()
-    batch = log(1, first=50)[0]
-    other.step(batch)
-    assert lists(other) == counted([batch])
-    # And none of the old ones is laid under those of now.
-    merged = content.merge([old, checkpoint.changes(other)])
-    state = other.tables[TRANSITION].state()
-    assert merged[f"{TRANSITION}.ids"].tolist() == state.ids.tolist()
-    assert merged[f"{TRANSITION}.rows"].tobytes() == state.rows.tobytes()

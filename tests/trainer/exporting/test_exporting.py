@@ -67,7 +67,6 @@ def said(call: Callable[[exporting.Say], object]) -> str:
 
 
 def test_the_sample_is_of_rows_that_the_version_learned(stocked: Stocked) -> None:
-    """With their own rows of each table, as serving would look them up."""
     of = stocked.of
     assert of.ids is not None and of.of == "256 rows of the training log"
     assert all(len(value) == 256 for name, value in of.inputs.items() if name not in of.kept)
@@ -80,7 +79,6 @@ def test_the_sample_is_of_rows_that_the_version_learned(stocked: Stocked) -> Non
 
 
 def test_a_saved_model_has_servings_signature_and_answers(stocked: Stocked, tmp_path: Path) -> None:
-    """To 1e-5, with the program, the shapes and the default that a worker has."""
     of = stocked.of
     told = said(lambda say: exporting.export_saved_model(of, tmp_path, say))
     path = tmp_path / str(of.version.version)
@@ -113,7 +111,6 @@ def test_a_saved_model_has_servings_signature_and_answers(stocked: Stocked, tmp_
 
 
 def test_a_saved_model_that_answers_otherwise_gets_no_place(stocked: Stocked, tmp_path: Path) -> None:
-    """Nothing is left of it, and what is there stays."""
     (tmp_path / "1").mkdir()
     other = Program(stocked.registry.specs.program(stocked.of.version.program))
     other.load({name: weight * np.float32(1.01) for name, weight in stocked.of.trainer.model.weights().items()})
@@ -123,7 +120,6 @@ def test_a_saved_model_that_answers_otherwise_gets_no_place(stocked: Stocked, tm
 
 
 def test_what_is_being_written_has_no_number_and_only_the_newest_stay(stocked: Stocked, tmp_path: Path) -> None:
-    """TensorFlow Serving loads whatever directory has a number for a name."""
     of = stocked.of
     for number in (2, 10, 9):
         (tmp_path / str(number)).mkdir()
@@ -184,7 +180,6 @@ def test_only_chosen_rows_are_aboard(stocked: Stocked, tmp_path: Path) -> None:
 def test_the_command_exports_what_answers_use(
     stocked: Stocked, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the log too, which is said; a second time there is nothing to do."""
     monkeypatch.setattr("os.nice", lambda _: 0)
     away = ["--kafka.bootstrap_servers", "127.0.0.1:1", "--kafka.request_timeout_s", "0.3"]
     flags = [*SMALL, "--paths.state", str(stocked.state), "--export.directory", str(tmp_path), *away]
@@ -200,7 +195,6 @@ def test_the_command_exports_what_answers_use(
 
 
 def test_the_version_is_the_pinned_one_where_answers_are_pinned(tmp_path: Path, stocked: Stocked) -> None:
-    """Else the newest; one that is not kept is refused."""
     registry = stocked.registry
     newest, control = stocked.of.version.version, registry.control()
     assert control is not None and command.chosen_version(registry, None) == newest

@@ -109,6 +109,5 @@ def _text(stores: Stores, name: str) -> str:
 
 
 def test_too_many_pairs_are_refused(stores: Stores) -> None:
-    """Before anything is asked."""
     with pytest.raises(SettingsError, match="more than"):
         known_answers.answers(predictor(stores), 1, ["a"] * 2000, ["b"] * 1000)

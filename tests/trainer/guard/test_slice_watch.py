@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
 
-from tests.trainer.guard.test_watch import LIMITS, POISONS, clean, start
+from tests.trainer.guard.test_watch import LIMITS, clean, start
 from trainer.guard.slice_watch import PATIENCE, medians
 from trainer.guard.window import StepFigures
 from trainer.holding import Judgement, Standing, WindowWatch
@@ -150,20 +149,6 @@ def test_records_cut_differently_give_the_same_verdict() -> None:
     _, same = held(parts)
     assert (same.rule, same.place, same.since) == (found.rule, found.place, found.since)
     assert same.signal == pytest.approx(found.signal, rel=0.1)
-
-
-def test_a_version_of_a_release_without_slices_keeps_everything_else() -> None:
-    state = settled().state()
-    about = json.loads(state["about"].tobytes())
-    del about["slices"]
-    older = {name: array for name, array in state.items() if not name.startswith("slices.")}
-    older["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
-    watch = WindowWatch(LIMITS)
-    watch.load(older)
-    _, found = held(taken(watch, 320, 360, change=lambda step, _: POISONS["log_loss"](step)))
-    assert found.rule == "log_loss"
-    watch.load(older)
-    assert {one.standing for one in taken(watch, 320, 400, {(1, 3): 2.0})} == {Standing.PASS}, "it must learn first"
 
 
 def test_other_slices_start_from_scratch_and_everything_else_is_restored() -> None:

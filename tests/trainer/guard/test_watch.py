@@ -156,26 +156,6 @@ def test_a_category_with_a_constant_large_share_is_no_takeover() -> None:
     assert found == {Standing.PASS}
 
 
-@pytest.mark.parametrize("at", [315, 324])
-def test_a_restart_gives_the_same_verdicts(at: int) -> None:
-    def poisoned(watch: WindowWatch, first: int, last: int) -> list[Judgement]:
-        return [
-            watch.take((POISONS["user"] if number >= 320 else lambda step: step)(clean(number)), start(number))
-            for number in range(first, last)
-        ]
-
-    watch = settled(310)
-    whole = poisoned(watch, 310, 350)
-    stopped = settled(310)
-    before = poisoned(stopped, 310, at)
-    again = WindowWatch(LIMITS)
-    again.load(stopped.state())
-    assert before + poisoned(again, at, 350) == whole
-    assert {name: array.tolist() for name, array in again.state().items()} == {
-        name: array.tolist() for name, array in watch.state().items()
-    }
-
-
 def test_after_a_hold_new_windows_are_compared_with_each_other() -> None:
     watch = settled()
     first = [one.standing for one in judged(watch, 320, 340, POISONS["category"])]

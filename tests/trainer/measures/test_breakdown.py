@@ -116,7 +116,6 @@ def test_a_slice_without_new_rows_loses_its_figures() -> None:
 
 @pytest.mark.parametrize("share", [0.02, 0.3])
 def test_intervals_contain_the_true_value_at_their_confidence(share: float) -> None:
-    """Wilson's, and the mean's, over samples of a known truth."""
     rng, samples, rows = np.random.default_rng(5), 2000, 200
     hits = rng.binomial(rows, share, samples) / rows
     held = [low <= share <= high for low, high in (intervals.of_share(one, rows) for one in hits)]
@@ -127,7 +126,6 @@ def test_intervals_contain_the_true_value_at_their_confidence(share: float) -> N
 
 
 def test_the_interval_of_the_area_contains_the_true_area() -> None:
-    """Normal scores one standard deviation apart: the true area is 0.760."""
     rng, edges, held = np.random.default_rng(6), np.linspace(-6, 6, 65), []
     for _ in range(400):
         below, above = (np.histogram(rng.normal(mean, 1, 150), edges)[0].astype(float) for mean in (0, 1))
@@ -177,7 +175,6 @@ def test_metrics_of_slices_stay_few_whatever_there_is() -> None:
 
 
 def test_a_dimension_of_items_follows_the_negative() -> None:
-    """Two rows of two brands: the negative of each is an item of the other brand."""
     said = judged(np.random.default_rng(7), 2)
     positive = np.array([True, True, False, False])
     said = said._replace(

@@ -1,10 +1,18 @@
-"""Progressive measures against their batch definitions."""
+"""Measures of what is learned."""
 
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 
+from state.features.spec import FeatureSpec
+from tests.bench.quality import train, train_impressions
+from tests.bench.recorded import CLICKS, KUAIRAND, kuairand_settings, micro_batches, read_impressions
+from trainer.engine.step import Trainer
+from trainer.measures.breakdown import DECILES
 from trainer.measures.evaluation import Evaluation, area_under_curve
 
 
@@ -62,3 +70,57 @@ def test_state_continues_with_the_same_bits() -> None:
     updated(other, np.random.default_rng(6), 50)
     assert one.values() == other.values()
     assert all((one.state()[name] == value).all() for name, value in other.state().items())
+
+
+pytestmark = pytest.mark.skipif(not KUAIRAND.exists(), reason="needs KuaiRand-Pure at ../shared/data/kuairand")
+
+STEPS = 8
+LEARNED = 2 * 1024
+"""Rows that are learned from before probabilities are held against shares."""
+
+F64 = npt.NDArray[np.float64]
+
+
+@pytest.fixture(scope="module")
+def scored() -> tuple[F64, F64]:
+    """`[n]` float64 each: labels of impressions, and their probabilities before they were learned from."""
+    settings = kuairand_settings()
+    spec, recorded = FeatureSpec.from_settings(settings), read_impressions(settings)
+    trainer = Trainer(settings, spec)
+    batches = islice(micro_batches(recorded, spec, settings.events.action_weights), STEPS)
+    reports = [trainer.step(batch) for batch in batches]
+    logits = np.concatenate([report.scores.astype(np.float64) for report in reports])
+    labels = np.concatenate([report.positive.astype(np.float64) for report in reports])
+    return labels[LEARNED:], 1 / (1 + np.exp(-logits[LEARNED:]))
+
+
+@pytest.mark.parametrize("decile", range(DECILES))
+def test_a_probability_is_the_share_of_those_who_engage(scored: tuple[F64, F64], decile: int) -> None:
+    """What a bid is multiplied with: in each tenth of the impressions by probability, within 0.05 beyond what chance allows
+    at three deviations."""
+    label, predicted = scored
+    tenth = np.array_split(np.argsort(predicted, kind="stable"), DECILES)[decile]
+    share = float(predicted[tenth].mean())
+    chance = 3 * float(np.sqrt(share * (1 - share) / len(tenth)))
+    assert abs(float(label[tenth].mean()) - share) < 0.05 + chance
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(not CLICKS.exists(), reason="needs Taobao's UserBehavior.csv at ../shared/data/taobao")
+def test_one_pass_beats_the_previous_category_within_forty_steps() -> None:
+    found = train(steps=40)
+    assert found["top1"] > 0.38
+    assert found["above previous category.top1"] > found["above previous category.top1.interval"]
+    assert found["top1"] > 4 * found["popular so far.top1"]
+    assert found["total.auc"] > 0.8
+    # The trainer's own account of what is simple.
+    assert found["total.lift.top1"] > 0.01
+    assert found["total.lift.log_loss"] > 0.5
+    assert found["log_loss"] == pytest.approx(found["total.log_loss"], abs=1e-6)
+
+
+@pytest.mark.skipif(not KUAIRAND.exists(), reason="needs KuaiRand-Pure at ../shared/data/kuairand")
+def test_one_pass_over_impressions_predicts_clicks_within_twenty_steps() -> None:
+    found = train_impressions(steps=20)
+    assert found["auc"] > 0.68
+    assert found["log_loss"] < 0.63

@@ -73,7 +73,6 @@ def test_interest_does_not_see_item_and_category(model: DefaultRanker) -> None:
 
 
 def test_engagement_is_the_item_query_with_the_item_plus_what_user_category_and_cross_say(model: DefaultRanker) -> None:
-    """So that items can be scored, and found, by one product each."""
     given = inputs()
     nothing = given | {name: np.zeros_like(given[name]) for name in ("item_row", "cross")}
     found, without = model.predict(given), model.predict(nothing)["engagement_logit"].numpy()

@@ -15,6 +15,7 @@ from state.features.masked_users import MaskedUsers
 from state.log import Log
 from state.registry import privacy_ledger
 from state.registry.control import erase, roll_back
+from state.registry.directory import Directory
 from state.registry.privacy_ledger import PrivacyLedger, PrivacyPeriod
 from state.registry.registry import Registry
 from tests.trainer.clicks import microbatch
@@ -100,7 +101,7 @@ def test_a_ledger_that_is_gone_or_of_another_key_or_unit_is_refused(tmp_path: Pa
         (msgspec.structs.replace(ledger, key="00"), "key_file"),
         (msgspec.structs.replace(ledger, unit="example"), "unit"),
     ):
-        privacy_ledger.write(own.privacy_ledger_path, other)
+        privacy_ledger.write(Directory(own.registry_dir), own.privacy_ledger_path, other)
         with pytest.raises(SettingsError, match=name):
             run(registry, log, tmp_path / "state")
     own.privacy_ledger_path.write_bytes(b"{")
@@ -132,7 +133,6 @@ def differ(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
 def test_records_that_are_learned_again_with_other_settings_get_other_noise_and_are_charged_again(
     tmp_path: Path,
 ) -> None:
-    """`test_history.py` has the other settings of which this is true."""
     path, flags = tmp_path / "state", ("--trainer.guard_factor", "9")
     registry, log = started(settings(path).registry_dir), written(RECORDS[:6])
     first, weights, _ = crashed(registry, log, path)

@@ -1,4 +1,4 @@
-"""Embedding tables: the index from ids to rows, and what a row and its accumulator begin with; see tests/conformance for the rest."""
+"""Tables of rows, of counts and of popular labels; see tests/conformance for what they share."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.tables.index import IdIndex, hashed_uniform
-from trainer.tables.table import INITIAL_RANGE, Table
+from trainer.tables.index import IdIndex
+from trainer.tables.popular import HOUR_MS, Popular, decayed
 
 
 def ids(*numbers: int) -> np.ndarray:
     return np.array(numbers, np.uint64)
-
-
-def times(*numbers: int) -> np.ndarray:
-    return np.array(numbers, np.int64)
 
 
 @settings(max_examples=50, deadline=None)
@@ -56,38 +52,70 @@ def test_the_index_reuses_freed_places_and_finds_the_remaining_ids() -> None:
     assert (index.find(keys) == rows).all()
 
 
-def test_new_row_depends_on_table_and_id_only() -> None:
-    small, large = Table("user", 4, capacity=2), Table("user", 4, capacity=100)
-    small.observe(ids(1, 2, 3), times(1, 1, 1))
-    large.observe(ids(3), times(1))
-    rows = small.state()
-    assert (large.state().rows[0] == rows.rows[2]).all()
-    assert (rows.rows == hashed_uniform(rows.ids, 4, "user") * np.float32(INITIAL_RANGE)).all()
-    assert np.abs(rows.rows).max() <= INITIAL_RANGE
-    other = Table("item", 4)
-    other.observe(ids(3), times(1))
-    assert (other.state().rows != rows.rows[2]).all()
+def ranked(ids: np.ndarray, counts: np.ndarray, size: int) -> np.ndarray:
+    """The `size` ids with the largest counts, larger first, then the smaller id."""
+    return ids[np.lexsort((ids, -counts))[:size]]
 
 
-def test_missing_row_is_zero() -> None:
-    table = Table("user", 4)
-    assert table.observe(ids(0, 7), times(5, 5)).tolist() == [0, 1]
-    assert not table.gather(np.zeros(1, np.int32)).any()
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.lists(st.integers(0, 30), max_size=12), st.integers(0, 3)), max_size=30))
+def test_list_equals_a_ranking_of_all_counts(updates: list[tuple[list[int], int]]) -> None:
+    popular, hour = Popular(5), 0
+    for clicked, later in updates:
+        hour += later
+        popular.update(np.array(clicked, np.uint64), hour * HOUR_MS)
+        state = popular.state()
+        expected = ranked(state["ids"], state["counts"], 5)
+        assert popular.top()[: expected.size].tolist() == expected.tolist()
+        assert not popular.top()[expected.size :].any()
 
 
-def test_growth_keeps_every_row() -> None:
-    table = Table("user", 4, capacity=2)
-    keys = np.arange(1, 1001, dtype=np.uint64)
-    table.observe(keys, np.ones(1000, np.int64))
-    assert table.capacity >= 1001
-    assert (table.state().rows == hashed_uniform(keys, 4, "user") * np.float32(INITIAL_RANGE)).all()
-    assert (table.state().accum == np.float32(1e-6)).all()
+def test_new_taste_replaces_the_old_one_in_log_time() -> None:
+    popular = Popular(1)
+    popular.update(np.full(100, 1, np.uint64), 0)
+    popular.update(np.full(20, 2, np.uint64), HOUR_MS)
+    assert popular.top().tolist() == [1]
+    popular.update(np.full(20, 2, np.uint64), 72 * HOUR_MS)
+    assert popular.top().tolist() == [2]
 
 
-def test_digest_sees_accumulators() -> None:
-    table = Table("user", 4)
-    table.observe(ids(1), times(1))
-    state = table.state()
-    changed = {name: getattr(state, name) for name in state.FIELDS}
-    changed["accum"] = changed["accum"] + 1
-    assert type(state)(**changed).digest() != state.digest()
+def test_an_event_out_of_order_does_not_move_the_clock_back() -> None:
+    popular = Popular(2)
+    popular.update(np.array([1], np.uint64), 50 * HOUR_MS)
+    popular.update(np.array([2], np.uint64), 10 * HOUR_MS)
+    assert popular.state()["hour"] == 50
+
+
+def test_forgotten_label_leaves_the_state() -> None:
+    popular = Popular(2)
+    popular.update(np.array([1], np.uint64), 0)
+    popular.update(np.array([2], np.uint64), 24 * 40 * HOUR_MS)
+    assert popular.state()["ids"].tolist() == [2]
+
+
+def test_counted_categories_are_limited_and_the_list_has_the_largest() -> None:
+    popular, every = Popular(4, most=64), Popular(4)
+    for number in range(200):
+        clicked = np.array([1, 1, 2, 3, 4, 1000 + number], np.uint64)
+        for one in (popular, every):
+            one.update(clicked, number * 60_000)
+        assert popular.state()["ids"].size <= 64
+        assert popular.top().tolist() == every.top().tolist()
+        copy = Popular(4, most=64)
+        copy.load(popular.state())
+        assert copy.top().tolist() == popular.top().tolist()
+    assert popular.state()["ids"].tolist()[:4] == [1, 2, 3, 4] and every.state()["ids"].size == 204
+
+
+def test_state_restores_list_and_counts() -> None:
+    one, other = Popular(3), Popular(3)
+    one.update(np.array([5, 5, 9, 4, 3], np.uint64), 7 * HOUR_MS)
+    other.load(one.state())
+    assert other.top().tolist() == one.top().tolist() == [5, 3, 4]
+    for popular in (one, other):
+        popular.update(np.array([9, 9], np.uint64), 9 * HOUR_MS)
+    assert all((one.state()[name] == value).all() for name, value in other.state().items())
+
+
+def test_decay_halves_in_a_day() -> None:
+    assert abs(int(decayed(np.array([1 << 30]), 24)[0]) / (1 << 29) - 1) < 0.001

@@ -110,7 +110,6 @@ def test_what_keeps_its_name_and_shape_goes_on_and_nothing_else(
 
 
 def test_the_first_version_laid_on_the_old_one_is_the_trainer_that_goes_on(registry: Registry, store: RowStore) -> None:
-    """In the registry and in serving's rows; the old version stays what it was."""
     ours = learned()
     first = publish(registry, checkpoint.full(ours), None)
     ours.step(batches(6, 7)[0])

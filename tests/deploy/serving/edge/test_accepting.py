@@ -44,8 +44,6 @@ def run(test: Callable[[int, list[Echo], Acceptor], Awaitable[None]], tls: ssl.S
 
 
 def test_many_that_wait_are_accepted_in_few_turns() -> None:
-    """One in a turn would be as many turns as connections."""
-
     async def test(port: int, made: list[Echo], _: Acceptor) -> None:
         clients = []
         for _number in range(10 * AT_ONCE):
@@ -65,8 +63,6 @@ def test_many_that_wait_are_accepted_in_few_turns() -> None:
 
 
 def test_after_its_end_nothing_is_accepted_and_what_is_there_goes_on() -> None:
-    """As a worker drains."""
-
     async def test(port: int, made: list[Echo], acceptor: Acceptor) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"a")
@@ -82,7 +78,6 @@ def test_after_its_end_nothing_is_accepted_and_what_is_there_goes_on() -> None:
 
 
 def test_a_handshake_that_fails_costs_others_nothing(tmp_path: Path) -> None:
-    """A client without TLS, and one that has it."""
     cert = tmp_path / "cert.pem"
     write_certificate(cert, tmp_path / "key.pem")
 

@@ -55,7 +55,6 @@ def write_token(path: Path, text: str) -> None:
 
 
 def test_tokens_are_made_once_and_only_their_owner_reads_them(tmp_path: Path) -> None:
-    """What is there stays."""
     first = made_in(tmp_path / "tokens")
     assert len({*first.values()}) == 2 and made_in(tmp_path / "tokens") == first
     assert make_missing(tmp_path / "tokens") == []
@@ -65,7 +64,6 @@ def test_tokens_are_made_once_and_only_their_owner_reads_them(tmp_path: Path) ->
 
 
 def test_a_role_may_do_what_it_is_for(tmp_path: Path) -> None:
-    """`operate` all, `read` answers, nobody else anything but what is open."""
     of_role = made_in(tmp_path)
     tokens = Tokens(tmp_path)
     for role in (OPEN, READ, OPERATE):
@@ -104,7 +102,6 @@ def test_files_of_tokens_are_taken_up_while_they_change(tmp_path: Path) -> None:
 
 
 def test_tokens_that_others_can_read_are_refused(tmp_path: Path) -> None:
-    """With what to type."""
     made_in(tmp_path)
     (tmp_path / READ).chmod(0o640)
     with pytest.raises(SettingsError, match="chmod 600"):
@@ -126,7 +123,6 @@ def test_tokens_that_others_can_read_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_tokens_are_wanted_where_others_reach_the_port(host: str, tokens: str, wanted: bool) -> None:
-    """Unless the setting says otherwise."""
     assert are_wanted(Settings(serving=ServingSettings(host=host, tokens=tokens))) is wanted
 
 
@@ -153,7 +149,6 @@ def test_every_endpoint_but_health_and_documents_asks_for_a_token(stores: Stores
 
 
 def test_a_certificate_that_cannot_be_used_is_refused_and_the_one_before_goes_on(tmp_path: Path) -> None:
-    """A key of another one among them."""
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     write_certificate(cert, key)
     access = Access(Certificate(cert, key))

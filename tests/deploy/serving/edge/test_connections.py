@@ -56,8 +56,6 @@ def send(client: socket.socket, *parts: bytes) -> None:
 
 
 def test_what_is_no_http_is_a_400_with_what_to_do() -> None:
-    """In the form of every error."""
-
     async def test(on: Listening) -> None:
         client = await on.client()
         send(client, b"\x16\x03\x01\x02\x00\x01\r\n\r\n")
@@ -99,8 +97,6 @@ def test_a_request_names_one_host_and_where_it_matters_one_of_ours(head: bytes, 
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_head_that_is_too_long_is_a_431(whole: bool) -> None:
-    """Whether it ends or not, in one piece or many, and nothing of it is kept."""
-
     async def test(on: Listening) -> None:
         client, loop = await on.client(), asyncio.get_running_loop()
         await loop.sock_sendall(client, b"GET / HTTP/1.1\r\nhost: a\r\nx: ")
@@ -137,8 +133,6 @@ def test_what_follows_a_body_is_bounded_too() -> None:
     [b"GET / HT", b"GET / HTTP/1.1\r\nhost: a\r\nx: y", b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\n12"],
 )
 def test_a_request_that_does_not_arrive_is_a_408(begun: bytes) -> None:
-    """And only after the limit."""
-
     async def test(on: Listening) -> None:
         client, loop = await on.client(), asyncio.get_running_loop()
         before_s = loop.time()
@@ -154,8 +148,6 @@ def test_a_request_that_does_not_arrive_is_a_408(begun: bytes) -> None:
 
 
 def test_a_connection_that_asks_nothing_is_closed() -> None:
-    """As long after it was opened as a request may take."""
-
     async def test(on: Listening) -> None:
         client = await on.client()
         (connection,) = cast(set[BoundedConnection], on.state.connections)
@@ -166,8 +158,6 @@ def test_a_connection_that_asks_nothing_is_closed() -> None:
 
 
 def test_a_connection_that_was_answered_and_asks_no_more_is_closed() -> None:
-    """After a minute, as long as nothing is on its way."""
-
     async def test(on: Listening) -> None:
         client = await on.client()
         send(client, GET % 1)
@@ -183,8 +173,6 @@ def test_a_connection_that_was_answered_and_asks_no_more_is_closed() -> None:
 
 
 def test_an_answer_that_nobody_takes_is_given_up() -> None:
-    """One that is taken slowly is not."""
-
     async def large(scope: Any, receive: Any, send: Any) -> None:
         await answer(send, Response(200, b"x" * (16 << 20)))
 
@@ -213,8 +201,6 @@ def test_an_answer_that_nobody_takes_is_given_up() -> None:
 
 
 def test_a_client_that_closes_its_half_is_answered() -> None:
-    """All that it has asked for, and then the connection ends."""
-
     async def test(on: Listening) -> None:
         client = await on.client()
         send(client, GET % 1 + GET % 2)
@@ -226,8 +212,6 @@ def test_a_client_that_closes_its_half_is_answered() -> None:
 
 
 def test_what_was_asked_before_a_broken_request_is_answered() -> None:
-    """In its order; the connection ends then."""
-
     async def test(on: Listening) -> None:
         client = await on.client()
         send(client, GET % 1 + GET % 2 + b"\x00\x01 broken\r\n\r\n")
@@ -238,8 +222,6 @@ def test_what_was_asked_before_a_broken_request_is_answered() -> None:
 
 
 def test_nothing_is_offered_to_change_to() -> None:
-    """A request that asks for another protocol is answered as it is, once."""
-
     async def test(on: Listening) -> None:
         client = await on.client()
         send(client, b"GET /7 HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n")
@@ -249,8 +231,6 @@ def test_nothing_is_offered_to_change_to() -> None:
 
 
 def test_connections_beyond_the_limit_are_told_so() -> None:
-    """Each with 429 and when to come again; those before it go on."""
-
     async def test(on: Listening) -> None:
         first, second = await on.client(), await on.client()
         send(second, GET % 2)
@@ -263,8 +243,6 @@ def test_connections_beyond_the_limit_are_told_so() -> None:
 
 
 def test_requests_in_pieces_and_many_at_once_are_answered_in_order() -> None:
-    """One byte after another; twenty in one write."""
-
     async def test(on: Listening) -> None:
         client, loop = await on.client(), asyncio.get_running_loop()
         for byte in GET % 5:

@@ -1,11 +1,24 @@
-"""An explanation adds up to the difference from nobody's answer; each reason is what its own inputs change, and tells what happened."""
+"""Explanations of interests and engagements."""
 
 from __future__ import annotations
+
+from itertools import combinations
+from math import comb
 
 import numpy as np
 import pytest
 
-from deploy.serving.answers.explaining import NOBODY, Explanation, Group, Words, explain, groups_of
+from deploy.serving.answers.explaining import (
+    EXACT,
+    NOBODY,
+    ORDERS,
+    Coalitions,
+    Explanation,
+    Group,
+    Words,
+    explain,
+    groups_of,
+)
 from deploy.serving.answers.predictor import Predictor
 from deploy.serving.answers.query import Query
 from state.errors import BadRequest
@@ -53,7 +66,6 @@ def test_the_parts_of_an_interest_add_up_to_what_the_answers_differ_by(stores: S
 
 
 def test_the_parts_of_an_engagement_add_up_too(stores: Stores) -> None:
-    """In which the model lets no gradient through from interest."""
     answers = busy(stores)
     found = explained(answers, Query("ann", "i1", at_ms=NOW_MS, top=1000))
     engaged = [answers.profile(user, "i1", at_ms=NOW_MS).engagement for user in ("ann", "nobody")]
@@ -122,7 +134,6 @@ def test_a_ranker_of_ones_own_is_explained_too(predictor: Predictor) -> None:
 
 
 def test_a_reason_says_what_happened(stores: Stores) -> None:
-    """How often, in how long, when last, and the newest of the events themselves."""
     reasons = explained(busy(stores), Query("ann", at_ms=NOW_MS, top=1000), "hats").reasons
     hats = next(one for one in reasons if (one["kind"], one["about"]) == ("category", "hats"))
     assert hats["words"] == "viewed hats 15 times in 7 days, last 1 min ago"
@@ -136,7 +147,6 @@ def test_a_reason_says_what_happened(stores: Stores) -> None:
 
 
 def test_events_tell_actions_and_outcomes() -> None:
-    """Each action by its verb, one without by its name; what was engaged with."""
     spec = FeatureSpec(actions=("view", "cart", "swipe"))
     events = np.zeros(4, EVENT)
     events["at_ms"], events["category"], events["action"] = NOW_MS - 86_400_000, 7, (255, 1, 0, 2)
@@ -155,17 +165,44 @@ def test_events_tell_actions_and_outcomes() -> None:
 
 
 def test_of_nobody_there_is_nothing_to_explain(stores: Stores) -> None:
-    """Nor does it fail."""
     found = explained(predictor_of(stores), Query("nobody", top=10), "tea")
     assert found.cold_start and found.reasons == [] and found.rest == pytest.approx(0, abs=1e-9)
     assert found.probability == found.cold_start_probability > 0
 
 
 def test_what_is_no_candidate_is_refused_with_those_there_are(stores: Stores) -> None:
-    """So is a question about both, or about neither."""
     answers = predictor_of(stores)
     with pytest.raises(BadRequest, match=r"none of this user's candidates; ask for one of .*hats"):
         explained(answers, Query("ann"), "tractors")
     for query, label in ((Query("ann", "i1"), "hats"), (Query("ann"), None)):
         with pytest.raises(BadRequest, match="one of them only"):
             explained(answers, query, label)
+
+
+def exact(function: np.ndarray, groups: int) -> np.ndarray:
+    """The values by their definition, of a function by the bits of its coalitions."""
+    found = np.zeros(groups)
+    for group in range(groups):
+        others = [1 << one for one in range(groups) if one != group]
+        for size in range(groups):
+            for chosen in combinations(others, size):
+                change = function[sum(chosen) + (1 << group)] - function[sum(chosen)]
+                found[group] += change / (groups * comb(groups - 1, size))
+    return found
+
+
+@pytest.mark.parametrize("groups", [1, 2, EXACT, 10])
+def test_shares_are_shapley_values(groups: int) -> None:
+    """Exactly, of few groups; of more, those of a logistic function of a sum with some products, nearly."""
+    rng = np.random.default_rng(groups)
+    bits = (np.arange(1 << groups)[:, None] >> np.arange(groups)) & 1
+    inner = bits @ rng.normal(size=groups) + (bits @ rng.normal(size=groups)) * bits[:, 0]
+    function = 1 / (1 + np.exp(-inner))
+    coalitions = Coalitions(groups)
+    assert not coalitions.members[0].any() and coalitions.members[-1].all()
+    assert len(coalitions.members) <= min(1 << groups, 2 + ORDERS * (groups - 1))
+    found = coalitions.shares(function[coalitions.members @ (1 << np.arange(groups))])
+    assert found.sum() == pytest.approx(function[-1] - function[0])
+    wanted = exact(function, groups)
+    apart = np.abs(found - wanted).max()
+    assert apart < (1e-12 if groups <= EXACT else 0.05 * np.abs(wanted).sum())

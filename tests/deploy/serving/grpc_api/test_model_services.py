@@ -122,7 +122,6 @@ def test_a_tensor_comes_back_as_it_was(values: Any) -> None:
 
 
 def test_the_last_value_stands_for_those_that_follow() -> None:
-    """As TensorFlow writes a tensor of equal values."""
     proto = TensorProto(dtype=1, float_val=[1.0, 2.0])
     proto.tensor_shape.dim.add(size=4)
     assert to_array("x", proto).tolist() == [1.0, 2.0, 2.0, 2.0]
@@ -130,7 +129,6 @@ def test_the_last_value_stands_for_those_that_follow() -> None:
 
 @pytest.mark.parametrize("sizes", [[3], [1 << 40], [-1], [1 << 20, 1 << 20], [1] * 9, [0, 1 << 62, 1 << 62]])
 def test_a_shape_that_its_values_do_not_fill_is_refused(sizes: list[int]) -> None:
-    """None of them takes memory that was not sent."""
     proto = TensorProto(dtype=1, tensor_content=b"\0" * 8)
     for size in sizes:
         proto.tensor_shape.dim.add(size=size)

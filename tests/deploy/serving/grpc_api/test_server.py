@@ -1,22 +1,30 @@
-"""The worker's gRPC server: health and reflection by the clients of their own packages, and its end in order."""
+"""The gRPC server: health, reflection, ends, and the codes of errors."""
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
+import grpc.aio
 import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
+from prometheus_client import CollectorRegistry
 
 from deploy.kafka.configuration import free_port
-from deploy.serving.requests.grpc_server import PROTOS
+from deploy.serving.answers.queue import QueueLimits
+from deploy.serving.requests.grpc_server import PROTOS, Method, Service, handler_of
+from deploy.serving.requests.worker_metrics import RequestCounts
+from state.errors import NotReady
+from state.metrics import WorkerMetrics
 from tests.deploy.serving.stocked import Stores
 from tests.deploy.serving.test_rest import answers, until, worker
 
@@ -31,7 +39,6 @@ def channel_to(port: int) -> Iterator[grpc.Channel]:
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.nightly)])
 def test_health_follows_readiness_and_a_worker_ends_in_order(stores: Stores, workers: int) -> None:
-    """Each worker of one port answers; those who watch are told before the end."""
     port, grpc_port = free_port(), free_port()
     with worker(stores, port, workers, grpc_port) as process, channel_to(grpc_port) as channel:
         until(lambda: answers(port, "/readyz"))
@@ -72,7 +79,6 @@ def test_a_taken_port_is_one_line_with_its_setting(stores: Stores) -> None:
 
 
 def test_reflection_tells_of_every_service_with_its_messages(stores: Stores) -> None:
-    """A client that knows nothing finds the services, and the file of each."""
     port, grpc_port = free_port(), free_port()
     with worker(stores, port, 1, grpc_port), channel_to(grpc_port) as channel:
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)
@@ -104,3 +110,43 @@ def test_the_descriptors_are_those_of_the_proto_files(tmp_path: Path) -> None:
     subprocess.run([*command, *files], check=True, timeout=300)
     kept = FileDescriptorSet.FromString((PROTOS / "descriptors.pb").read_bytes())
     assert FileDescriptorSet.FromString(made.read_bytes()) == kept, "make descriptors.pb anew: see messages.py"
+
+
+REQUEST = "springtide.v1.GetProfileRequest"
+
+
+def refused(error: Exception, data: bytes = b"") -> tuple[grpc.StatusCode, dict[str, Any]]:
+    """Code and trailing metadata of a call whose answer raises the error."""
+
+    async def answer(_: Any) -> Any:
+        raise error
+
+    async def go() -> tuple[grpc.StatusCode, dict[str, Any]]:
+        server = grpc.aio.server()
+        service = Service("test.Refusals", [Method("Ask", REQUEST, answer)])
+        counts = RequestCounts(WorkerMetrics(CollectorRegistry()), lambda: None)
+        server.add_generic_rpc_handlers([handler_of(service, counts)])
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        try:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                with pytest.raises(grpc.aio.AioRpcError) as found:
+                    await channel.unary_unary("/test.Refusals/Ask")(data, timeout=30, wait_for_ready=True)
+        finally:
+            await server.stop(0)
+        return found.value.code(), dict(found.value.trailing_metadata())
+
+    return asyncio.run(go())
+
+
+def test_who_is_refused_for_load_is_told_when_to_come_again() -> None:
+    with pytest.raises(Exception, match="more is asked") as overload:
+        QueueLimits(expected_s=1.0).admit(2.5)
+    assert refused(overload.value) == (grpc.StatusCode.RESOURCE_EXHAUSTED, {"retry-after": "3"})
+
+
+def test_each_error_has_its_code() -> None:
+    assert refused(QueueLimits(waited_s=1.0).too_late())[0] == grpc.StatusCode.DEADLINE_EXCEEDED
+    assert refused(NotReady("no version"))[0] == grpc.StatusCode.UNAVAILABLE
+    assert refused(KeyError("a defect"))[0] == grpc.StatusCode.INTERNAL
+    assert refused(KeyError("never reached"), b"\xff")[0] == grpc.StatusCode.INVALID_ARGUMENT

@@ -1,4 +1,4 @@
-"""The REST interface: answers, errors that say what to do, readiness, requests counted."""
+"""HTTP: profiles, batches and the limits and errors of all endpoints."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from deploy.serving.answers.host import Host
-from deploy.serving.requests.parameters import MOST_PROFILES
+from deploy.serving.requests.parameters import MOST_PROFILES, time_ms
 from deploy.serving.rest import App
 from state.config.sections import ServingSettings
+from state.errors import BadRequest
 from state.events.identity import Salt, public_id
 from state.layout import PROGRAMS
 from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, SOURCE, Stores, digest_of
@@ -96,7 +97,6 @@ def test_a_profile_is_answered_in_the_documented_form(app: App) -> None:
 
 
 def test_ids_may_hold_any_character(app: App) -> None:
-    """Slashes, spaces and other scripts are part of an id."""
     for user in ("a/b c", "Łódź?", "日本"):
         response = httpx.URL("http://worker").copy_with(raw_path=b"/v1/profiles/" + quote(user, safe="").encode())
         assert ask(app, "GET", str(response)).json()["user_id"] == user
@@ -125,7 +125,6 @@ def test_a_batch_is_answered_in_order(app: App) -> None:
 
 
 def test_the_best_interests_are_those_of_the_whole_answer(app: App) -> None:
-    """`top` leaves out the rest, and changes no probability."""
     every = ask(app, "GET", "/v1/profiles/ann?top=10000").json()["interests"]
     best = ask(app, "GET", "/v1/profiles/ann?top=2").json()["interests"]
     assert len(every) == 3 and best == every[:2]
@@ -162,7 +161,6 @@ def test_the_best_interests_are_those_of_the_whole_answer(app: App) -> None:
 def test_an_error_says_what_and_what_to_do(
     app: App, method: str, path: str, more: dict[str, Any], status: int, what: str
 ) -> None:
-    """Errors are JSON, and never a 500 for what a caller sends."""
     response = ask(app, method, path, **more)
     assert response.status_code == status
     body = response.json()
@@ -184,7 +182,6 @@ def test_an_error_says_what_and_what_to_do(
     ],
 )
 def test_what_is_wrong_in_a_body_has_its_place(app: App, body: Any, where: str) -> None:
-    """A JSON pointer; what a caller called something is shown as a star."""
     response = ask(app, "POST", "/v1/profiles:batch", json=body)
     assert (response.status_code, response.json()["where"]) == (400, where)
 
@@ -201,7 +198,6 @@ def test_what_is_wrong_in_a_body_has_its_place(app: App, body: Any, where: str) 
     ],
 )
 def test_what_is_wrong_in_a_parameter_has_its_name(app: App, query: bytes, where: str) -> None:
-    """Unknown ones too, with those that are known."""
     status, said = ask_bytes(app, b"/v1/profiles/ann", query)
     assert (status, said["where"]) == (400, where)
     if where == "itm":
@@ -209,7 +205,6 @@ def test_what_is_wrong_in_a_parameter_has_its_name(app: App, query: bytes, where
 
 
 def test_every_endpoint_refuses_a_parameter_that_it_does_not_know(app: App) -> None:
-    """None is passed over."""
     for endpoint in app.endpoints:
         if not endpoint.methods:  # as TensorFlow Serving does
             continue
@@ -221,14 +216,12 @@ def test_every_endpoint_refuses_a_parameter_that_it_does_not_know(app: App) -> N
 
 
 def test_a_query_is_utf_8_percent_encoded_or_not(app: App) -> None:
-    """As ids in a path are; what is none is refused there too."""
     for query in (b"item=caf\xc3\xa9", b"item=caf%C3%A9"):
         assert ask_bytes(app, b"/v1/profiles/ann", query)[1]["engagement"]["item"] == "café"
     assert ask_bytes(app, b"/v1/profiles/%FF", b"")[1]["where"] == "user_id"
 
 
 def test_the_largest_body_is_a_setting(stores: Stores) -> None:
-    """A byte more is a 413."""
     stores.close()
     host = Host(stores.settings, Salt(SALT_KEY), now_ms=lambda: NOW_MS)
     app = App(host, CollectorRegistry(), ServingSettings(max_body_bytes=1024))
@@ -239,12 +232,10 @@ def test_the_largest_body_is_a_setting(stores: Stores) -> None:
 
 
 def test_another_method_is_told_which_are_offered(app: App) -> None:
-    """In the header too, as HTTP asks for."""
     assert ask(app, "PUT", "/healthz").headers["allow"] == "GET, HEAD"
 
 
 def test_readiness_names_what_is_missing(stores: Stores) -> None:
-    """Version, program, histories: each with its reason."""
     app, _ = app_of(stores)
     assert ask(app, "GET", "/readyz").json() == {"ready": True, "version": True, "program": True, "histories": True}
     app.close()
@@ -305,7 +296,6 @@ def test_stores_begun_anew_are_opened_again(stores: Stores, later_ms: int) -> No
 
 
 def test_requests_are_counted_without_ids(stores: Stores) -> None:
-    """By route and code; a user's id is in no label."""
     app, registry = app_of(stores)
     for path in ("/v1/profiles/ann", "/v1/profiles/nobody", "/v1/profiles/ann?at=x", "/secret"):
         ask(app, "GET", path)
@@ -329,3 +319,16 @@ def test_who_accepts_openmetrics_gets_it_with_the_version_that_answered(stores: 
     assert [one.exemplar.labels for one in named] == [{"version": str(version)}]
     assert ask(app, "GET", "/metrics").headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     app.close()
+
+
+@pytest.mark.parametrize("text", ["1500", "1970-01-01T00:00:01.5", "1970-01-01T01:00:01.5+01:00", 1500])
+def test_times_are_read_in_both_forms(text: str | int) -> None:
+    assert time_ms(text) == 1500
+
+
+@pytest.mark.parametrize(
+    "text", ["", "yesterday", "nan", "1e3", "2026-13-01", "-1", "300000000000000", "１５００", "9" * 5000, 10**400]
+)
+def test_what_is_no_time_is_refused(text: str | int) -> None:
+    with pytest.raises(BadRequest, match="no time"):
+        time_ms(text)

@@ -14,7 +14,6 @@ from tests.deploy.serving.http_api.test_app import ask
 
 
 def test_items_are_ranked_for_a_user(app: App) -> None:
-    """In the form of the document, as of the time that is asked for."""
     body = {"user_id": 7, "items": [3, {"item": "i1"}, {"item": "i2", "category": "hats"}], "at": 1500}
     answer = ask(app, "POST", "/v1/rank", json=body).json()
     assert list(answer) == ["user_id", "known", "cold_start", "version", "at", "at_ms", "clock", "items"]
@@ -27,7 +26,6 @@ def test_items_are_ranked_for_a_user(app: App) -> None:
 
 
 def test_items_are_ranked_by_bids_without_those_over_their_caps(app: App) -> None:
-    """In the form of the document."""
     cap = {"count": 1, "within_s": 3600}
     items = [{"item": "i1", "bid": 9, "cap": cap}, {"item": "i2", "bid": 0}, {"item": "i3", "bid": 0.5, "cap": cap}]
     answer = ask(app, "POST", "/v1/rank", json={"user_id": "ann", "items": items}).json()
@@ -39,7 +37,6 @@ def test_items_are_ranked_by_bids_without_those_over_their_caps(app: App) -> Non
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "1e400", "-1e400"])
 def test_a_bid_that_is_no_finite_number_is_refused(app: App, number: str) -> None:
-    """JSON knows none, and a number beyond float64 is none."""
     body = f'{{"user_id": "ann", "items": [{{"item": "a", "bid": {number}}}]}}'
     response = ask(app, "POST", "/v1/rank", content=body)
     assert response.status_code == 400 and response.json()["do"]
@@ -70,7 +67,6 @@ def test_a_bid_that_is_no_finite_number_is_refused(app: App, number: str) -> Non
     ],
 )
 def test_what_is_not_of_the_documented_form_is_refused(app: App, body: Any, what: str) -> None:
-    """With what is wrong, and what to send."""
     response = ask(app, "POST", "/v1/rank", json=body)
     assert response.status_code == 400 and what in response.json()["error"] and response.json()["do"]
 
@@ -88,7 +84,6 @@ def test_items_are_recommended_to_a_user(app: App) -> None:
 
 
 def test_the_items_nearest_to_a_user_are_answered(app: App) -> None:
-    """In the form of the document, once the worker has read the rows."""
     items: list[Any] = []
     while not items:
         answer = ask(app, "GET", "/v1/similar/ann?n=5").json()
@@ -103,6 +98,5 @@ def test_the_items_nearest_to_a_user_are_answered(app: App) -> None:
 @pytest.mark.parametrize("path", ["recommendations", "similar"])
 @pytest.mark.parametrize("query", ["n=0", "n=101", "n=x", "exclude_seen=perhaps", "at=soon"])
 def test_what_cannot_be_recommended_is_refused(app: App, path: str, query: str) -> None:
-    """With what is wrong, and what to give."""
     response = ask(app, "GET", f"/v1/{path}/ann?{query}")
     assert response.status_code == 400 and query.split("=")[0] in response.json()["error"] and response.json()["do"]

@@ -49,7 +49,6 @@ def refused(app: App, method: str, path: str, body: bytes = b"") -> tuple[int, s
 
 
 def test_a_row_by_id_is_the_profile(app: App) -> None:
-    """Labels, ids and probabilities, engagement, vector and time."""
     (given,) = predict(app, {"instances": [{"user_id": "ann", "item": "i1"}]})["predictions"]
     profile = ask(app, "GET", "/v1/profiles/ann?item=i1&fields=vector&top=60").json()
     count = len(profile["interests"])

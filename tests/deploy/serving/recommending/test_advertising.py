@@ -79,7 +79,6 @@ def test_impressions_alone_count_where_there_are_some(stores: Stores) -> None:
 
 
 def test_masked_events_do_not_count(stores: Stores) -> None:
-    """What a rollback took back was not seen."""
     named = [NamedItem("i1", cap=Cap(1, DAY)), NamedItem("i2", cap=Cap(1, DAY))]
     mask = Mask(2, times=((NOW_MS - 10_000, NOW_MS),))
     stores.rows.steer({CONTROL_NOTE: b'{"generation": 2}', MASK_NOTE: mask.to_bytes()})
@@ -87,7 +86,6 @@ def test_masked_events_do_not_count(stores: Stores) -> None:
 
 
 def test_caps_count_what_a_loop_over_the_events_counts() -> None:
-    """Random events, items, caps and times."""
     random = np.random.default_rng(2)
     for _ in range(200):
         events = np.zeros(random.integers(0, 40), EVENT)

@@ -32,7 +32,6 @@ def index_of(ids: np.ndarray, rows: np.ndarray) -> ItemIndex:
 
 
 def test_nearly_all_of_the_nearest_are_found() -> None:
-    """95 of 100, over users who are like no item."""
     ids, rows = made(40_000)
     index, rng = index_of(ids, rows), np.random.default_rng(4)
     queries = rng.normal(0, 0.3, (50, DIM)).astype(np.float32)
@@ -50,7 +49,6 @@ def test_few_rows_are_all_found_in_order(rows: int) -> None:
 
 
 def test_rows_that_are_put_anew_or_taken_out_are_so_at_once() -> None:
-    """What is not there can be taken out too."""
     ids, rows = made(2_000)
     index, query = index_of(ids, rows), np.ones(DIM, np.float32)
     first, second = index.nearest(query, 2)
@@ -63,7 +61,6 @@ def test_rows_that_are_put_anew_or_taken_out_are_so_at_once() -> None:
 
 
 def test_the_oldest_of_the_fullest_list_are_named() -> None:
-    """So that there is room for newer ones."""
     index = ItemIndex(np.eye(2, DIM, dtype=np.float32), 4)
     index.add(np.array([1, 2], np.uint64), np.eye(2, DIM, dtype=np.float32))
     index.add(np.array([3], np.uint64), np.eye(1, DIM, 1, dtype=np.float32))

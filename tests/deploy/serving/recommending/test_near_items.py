@@ -79,7 +79,6 @@ def test_nothing_is_read_before_anybody_asks(store: RowStore) -> None:
 
 
 def test_rows_are_followed_from_version_to_version(store: RowStore) -> None:
-    """New ones, other ones, those that went; one written often is read once."""
     first = spread(100)
     publish(store, 1, first)
     near = asked(store)
@@ -110,7 +109,6 @@ def test_after_a_rollback_the_rows_are_those_of_the_version_that_answers(store: 
 
 
 def test_a_worker_that_slept_too_long_reads_all_again(store: RowStore) -> None:
-    """What was written is not known any more."""
     publish(store, 1, spread(20))
     near = asked(store)
     publish(store, 2, {7: 9.0}, 1)
@@ -129,7 +127,6 @@ def test_rows_of_another_width_are_begun_anew_and_of_a_former_one_nobody_asks(st
 
 
 def test_an_index_that_is_outgrown_is_made_anew(store: RowStore) -> None:
-    """With more lists."""
     publish(store, 1, spread(8))
     near = asked(store)
     planned = near._planned
@@ -141,7 +138,6 @@ def test_an_index_that_is_outgrown_is_made_anew(store: RowStore) -> None:
 
 
 def test_as_many_are_kept_as_there_is_room_for(store: RowStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new one takes the place of another."""
     monkeypatch.setattr(module, "MOST_INDEXED", 32)
     publish(store, 1, spread(100))
     near = asked(store)

@@ -49,7 +49,6 @@ def test_items_are_scored_as_one_by_one_and_come_best_first(stores: Stores) -> N
 
 
 def test_all_items_are_scored_by_the_version_that_answered_first(stores: Stores) -> None:
-    """A version that comes meanwhile, and answers others, changes nothing."""
     answers, items = predictor(stores), [NamedItem(f"n{n}", "shoes") for n in range(600)]
     _, wanted = run(rank(answers, Query("ann"), items))
     steps = rank(answers, Query("ann"), items)

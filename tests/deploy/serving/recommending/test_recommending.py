@@ -1,4 +1,4 @@
-"""Recommendations: from where each candidate comes, in the order of the model's own scores, a share of them new."""
+"""Recommendations without a learned item score: where each candidate comes from, in the order of engagement."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from deploy.serving.answers.item_index import ItemSources
-from deploy.serving.answers.items import best, recommend, visits_of
+from deploy.serving.answers.items import recommend, visits_of
 from deploy.serving.answers.query import Query, WantedItems
 from deploy.serving.following.remembered import Remembered
-from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
 from state.events.identity import public_id, user_id
 from state.features.spec import Mask
 from state.history.appends import Appends
@@ -41,19 +40,17 @@ def recommended(stores: Stores, user: str, wanted: WantedItems, sources: ItemSou
     return run(recommend(predictor(stores), sources, Query(user), wanted))[1]
 
 
-def test_items_come_from_categories_clicks_and_what_is_new_by_the_models_scores(stores: Stores) -> None:
-    """Each with its reason, scored as a profile scores it."""
+def test_items_come_from_categories_and_clicks_by_the_models_scores(stores: Stores) -> None:
     click(
         stores,
         *((category, f"{category}-{n}", 10_000) for category in ("shoes", "tea", "salt") for n in range(5)),
         log_ms=NOW_MS - 30 * 24 * HOUR_MS,
     )
-    click(stores, ("salt", "new-1", 1_000))
     found = recommended(stores, "ann", WantedItems(100))
     reasons = {one["id"]: one["reason"] for one in found.items}
     assert reasons[name("i1")] == reasons[name("i2")] == "again"
     assert reasons[name("shoes-3")] == "category" and reasons[name("tea-0")] == "popular"
-    assert reasons[name("new-1")] == "fresh" and name("salt-0") not in reasons
+    assert name("salt-0") not in reasons
     given = [one["probability"] for one in found.items if one["reason"] != "again"]
     assert given == sorted(given, reverse=True)
     # What the user clicked comes first, the later one before.
@@ -65,7 +62,6 @@ def test_items_come_from_categories_clicks_and_what_is_new_by_the_models_scores(
 
 
 def test_what_the_user_clicked_is_left_out_where_asked_and_a_category_is_all_there_is(stores: Stores) -> None:
-    """Both together, too."""
     click(stores, ("hats", "hat-1", 10_000), ("hats", "i1", 10_000), ("shoes", "shoe-1", 10_000))
     found = recommended(stores, "ann", WantedItems(100, exclude_seen=True))
     assert {one["id"] for one in found.items} == {name("hat-1"), name("shoe-1")}
@@ -78,7 +74,6 @@ def test_what_the_user_clicked_is_left_out_where_asked_and_a_category_is_all_the
 
 
 def test_what_the_user_clicks_often_and_late_comes_first(stores: Stores) -> None:
-    """Of clicks the k-th newest counts 1 / sqrt(k)."""
     events = clicks([("hats", "i4", 4_000), ("hats", "i1", 3_000), ("hats", "i4", 2_000), ("hats", "i5", 1_000)], 2000)
     stores.histories.commit(Appends.of(np.full(4, user_id(SALT, "ann"), np.uint64), events), (), {})
     answers = predictor(stores)
@@ -93,43 +88,7 @@ def test_what_the_user_clicks_often_and_late_comes_first(stores: Stores) -> None
     assert found[3]["id"] == name("i2") and {one["reason"] for one in found[:4]} == {"again"}
 
 
-def test_a_new_item_has_a_place_whatever_its_score(stores: Stores) -> None:
-    """At its first click, and for a day."""
-    click(stores, *(("shoes", f"shoes-{n}", 10_000) for n in range(40)), log_ms=NOW_MS - 30 * 24 * HOUR_MS)
-    sources = ItemSources(stores.histories, stores.rows)
-    assert not any(one["reason"] == "fresh" for one in recommended(stores, "ann", WantedItems(10), sources).items)
-    click(stores, ("salt", "new-1", 100))
-    found = recommended(stores, "ann", WantedItems(10), sources)
-    assert [one["id"] for one in found.items if one["reason"] == "fresh"] == [name("new-1")] and len(found.items) == 10
-
-
-def test_what_was_first_clicked_in_a_masked_time_is_not_new(stores: Stores) -> None:
-    """Bots' items get no place of their own once their clicks are taken back."""
-    click(stores, ("salt", "bots", 1_000), log_ms=NOW_MS - 1_000)
-    assert name("bots") in {one["id"] for one in recommended(stores, "ann", WantedItems(10)).items}
-    mask = Mask(generation=2, times=((NOW_MS - 2_000, NOW_MS),))
-    stores.rows.steer({CONTROL_NOTE: b"2", MASK_NOTE: mask.to_bytes()})
-    assert name("bots") not in {one["id"] for one in recommended(stores, "ann", WantedItems(10)).items}
-
-
 def test_somebody_unknown_gets_what_is_popular(stores: Stores) -> None:
-    """And is marked."""
     click(stores, ("tea", "tea-1", 10_000), log_ms=NOW_MS - 30 * 24 * HOUR_MS)
     found = recommended(stores, "nobody", WantedItems(10))
     assert found.cold_start and {(one["id"], one["reason"]) for one in found.items} >= {(name("tea-1"), "popular")}
-
-
-@pytest.mark.parametrize(
-    ("fresh", "count", "wanted"),
-    [
-        ([], 3, [0, 1, 2]),
-        ([1], 3, [0, 1, 2]),
-        ([4], 3, [0, 1, 4]),
-        ([3, 4], 2, [0, 3]),
-        ([5], 30, [0, 1, 2, 3, 4, 5]),
-    ],
-)
-def test_new_items_take_the_places_of_the_last_ones(fresh: list[int], count: int, wanted: list[int]) -> None:
-    """As many as lack to a tenth, and the order stays that of the scores."""
-    flags = np.isin(np.arange(6), fresh)
-    assert best(np.arange(6, 0, -1).astype(np.float32), flags, count).tolist() == wanted

@@ -12,7 +12,7 @@ from deploy.serving.answers.query import Query, WantedItems
 from deploy.serving.following.remembered import Remembered
 from state.config.settings import Settings
 from state.events.identity import public_id, user_id
-from state.features.spec import FeatureSpec
+from state.features.spec import LABELLED, FeatureSpec
 from state.history.appends import Appends
 from state.ranking import item_scores
 from state.ranking.item_lists import CLICKED, EVERYTHING, FOLLOWED, VISITED
@@ -98,6 +98,18 @@ def test_each_item_has_its_reason_and_what_was_seen_can_be_left_out(stores: Stor
     of_tea = {one["id"] for one in recommended(stores, "ann", WantedItems(3, "tea"))}
     assert len(of_tea) == 3 and of_tea <= {name(f"tea-{n}") for n in range(5)}
     assert recommended(stores, "nobody", WantedItems(5))
+    listed = [one["category"] for one in recommended(stores, "ann", WantedItems(4, per_category=2))]
+    assert len(listed) == 4 and max(map(listed.count, listed)) == 2
+
+
+def test_impressions_without_a_click_are_not_own_items(stores: Stores) -> None:
+    serve(stores, learned(stores), first_weights())
+    ann = np.array([user_id(SALT, "ann")], np.uint64)
+    shown = clicks([("tea", "tea-0", 3_000)], 3000)
+    shown["flags"] = LABELLED
+    stores.histories.commit(Appends.of(ann, shown), (), {})
+    reasons = {one["id"]: one["reason"] for one in recommended(stores, "ann", WantedItems(100))}
+    assert reasons[name("tea-0")] != "again" and reasons[name("i2")] == "again"
 
 
 def test_a_version_without_weights_is_ranked_as_before(stores: Stores) -> None:

@@ -1,4 +1,4 @@
-"""Items by category, as the applier notes them and a worker follows: counted, new ones first, within bounds."""
+"""Items by category, as the applier notes them and a worker follows: counted, within bounds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from deploy.serving import item_feed
 from deploy.serving.answers import item_index as module
 from deploy.serving.answers.item_index import ClickedItems
 from deploy.serving.following.remembered import Remembered
-from deploy.serving.item_feed import ItemFeed, NewItem
+from deploy.serving.item_feed import ItemFeed
 from state.features.spec import EVENT, Events
 from state.history.appends import Appends
 from state.history.store import HistoryStore
@@ -38,8 +38,7 @@ def store(tmp_path: Path) -> Iterator[HistoryStore]:
 
 def news(kept: Remembered, store: HistoryStore, events: Events, at_ms: int) -> dict[str, bytes]:
     """As `Upkeep` makes them."""
-    found = kept.news(events, {}, at_ms)
-    return found | ItemFeed(store).news(events, found, at_ms)
+    return kept.news(events, {}, at_ms) | ItemFeed(store).news(events, at_ms)
 
 
 def take(kept: Remembered, store: HistoryStore, at_ms: int, *pairs: tuple[int, int]) -> None:
@@ -57,7 +56,6 @@ def settled(clicked: ClickedItems) -> ClickedItems:
 
 
 def test_items_are_ordered_by_their_clicks_and_later_ones_count_more(store: HistoryStore) -> None:
-    """Those of a day ago count half."""
     kept, clicked = Remembered(store, 90, 100), settled(ClickedItems(store))
     take(kept, store, NOW_MS, (1, 7), (1, 7), (1, 7), (2, 7), (3, 8), (4, 0))
     settled(clicked)
@@ -66,22 +64,9 @@ def test_items_are_ordered_by_their_clicks_and_later_ones_count_more(store: Hist
     assert settled(clicked).best(7, 1) == [2]
 
 
-def test_a_new_item_is_known_at_its_first_click_and_new_once(store: HistoryStore) -> None:
-    """Also where the applier starts anew, or forgets what it has in memory."""
-    clicked = ClickedItems(store)
-    take(Remembered(store, 90, 100), store, NOW_MS, (1, 7), (2, 8))
-    settled(clicked)
-    assert clicked.newest(10) == [NewItem(2, 8, NOW_MS), NewItem(1, 7, NOW_MS)]
-    take(Remembered(store, 90, 100), store, NOW_MS + 1, (1, 7), (3, 7), (2, 9))
-    settled(clicked)
-    assert clicked.newest(1) == [NewItem(3, 7, NOW_MS + 1)]
-    assert clicked.newest(10, 7) == [NewItem(3, 7, NOW_MS + 1), NewItem(1, 7, NOW_MS)] and not clicked.newest(10, 9)
-
-
 def test_a_worker_that_starts_later_knows_what_users_clicked_last(
     store: HistoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Notes are overwritten; the newest click of each user is still there."""
     monkeypatch.setattr(item_feed, "SLOTS", 2)
     monkeypatch.setattr(module, "SLOTS", 2)
     kept = Remembered(store, 90, 100)
@@ -92,8 +77,8 @@ def test_a_worker_that_starts_later_knows_what_users_clicked_last(
 
 
 def test_what_is_remembered_is_bounded(store: HistoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The least clicked items go, of each category in its turn; so do the oldest new ones."""
-    for name, value in (("MOST_OF_CATEGORY", 8), ("MOST_ITEMS", 20), ("NEW_SLOTS", 4)):
+    """The least clicked items go, of each category in its turn."""
+    for name, value in (("MOST_OF_CATEGORY", 8), ("MOST_ITEMS", 20)):
         monkeypatch.setattr(module, name, value)
     kept, clicked = Remembered(store, 90, 1000), settled(ClickedItems(store))
     for round_ in range(6):
@@ -107,15 +92,13 @@ def test_what_is_remembered_is_bounded(store: HistoryStore, monkeypatch: pytest.
     held = [clicked.best(category, 100) for category in range(1, 7)]
     assert 0 < sum(map(len, held)) <= 20
     assert all(each[0] == 100 * category for category, each in enumerate(held, 1) if each)
-    assert len(clicked.newest(100)) == 4
 
 
 def test_a_store_begun_anew_is_followed_from_its_beginning(store: HistoryStore, tmp_path: Path) -> None:
-    """Whatever was read before."""
     kept, clicked = Remembered(store, 90, 100), ClickedItems(store)
     for _ in range(3):
         take(kept, store, NOW_MS, (1, 7))
     settled(clicked)
-    store.commit(Appends.none(), (), {item_feed.FEED: None, "new:0": None})
+    store.commit(Appends.none(), (), {item_feed.FEED: None})
     take(Remembered(store, 90, 100), store, NOW_MS, (5, 7))
     assert 5 in settled(clicked).best(7, 10)

@@ -41,7 +41,6 @@ def query_of(stores: Stores, user: str) -> Any:
 
 
 def test_the_nearest_come_first_with_their_products_by_the_version_that_answers(stores: Stores) -> None:
-    """Also where the index is of the version before."""
     learn(stores, 2)
     sources, query = sources_of(stores), query_of(stores, "ann")
     for version in (2, 3):
@@ -58,7 +57,6 @@ def test_the_nearest_come_first_with_their_products_by_the_version_that_answers(
 
 
 def test_what_the_user_clicked_is_left_out_where_that_is_asked_for(stores: Stores) -> None:
-    """And so many as are asked for come all the same."""
     learn(stores, 2)
     sources = sources_of(stores)
     every = similar(predictor(stores), sources.near, Query("ann"), WantedItems(100))
@@ -68,7 +66,6 @@ def test_what_the_user_clicked_is_left_out_where_that_is_asked_for(stores: Store
 
 
 def test_near_items_are_recommended_with_that_reason(stores: Stores) -> None:
-    """Scored like all others; not where a category is asked for."""
     learn(stores, 2)
     sources = sources_of(stores)
     found = run(recommend(predictor(stores), sources, Query("ann"), WantedItems(50)))[1]
@@ -80,7 +77,6 @@ def test_near_items_are_recommended_with_that_reason(stores: Stores) -> None:
 
 
 def test_items_that_the_version_has_no_row_of_are_not_near(stores: Stores) -> None:
-    """As after a rollback, until the index has followed."""
     learn(stores, 2)
     sources = sources_of(stores)
     stores.rows.serve(1)

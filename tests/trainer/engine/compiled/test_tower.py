@@ -12,7 +12,6 @@ BLOCKS += "print([rows_of_block(weights) for weights in (1_000, 100_000)], weigh
 
 
 def test_blocks_are_the_same_whatever_else_the_process_has_loaded() -> None:
-    """The OpenBLAS of faiss is older, and may name the same processor otherwise."""
     line = [sys.executable, "-c", f"import faiss; {BLOCKS}"]
     there = subprocess.run(line, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
     assert there == f"{[rows_of_block(weights) for weights in (1_000, 100_000)]} {weights_of_block(384, 128)}"

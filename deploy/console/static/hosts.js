@@ -1,0 +1,17 @@
+// Hosts that hold parts of the users: which are live, and which shares have no host or only one.
+
+import { at, table, tell } from "./dom.js";
+import { span } from "./words.js";
+
+const HEAD = [["host", ""], ["shares of users", "text"], ["state", ""]];
+
+/** Shows the hosts; nothing of them where each host holds all users. */
+export function show(found) {
+  at("hosts").hidden = !found;
+  if (!found) return;
+  const none = found.without_host.length, one = found.with_one_host.length;
+  const lacking = none ? `${none} of 64 shares have no live host, ` : "Each share has a live host, ";
+  tell(at("hosts-told"), `${lacking}${one ? `${one} have one` : "none has only one"}.`);
+  const state = (host) => (host.live ? "live" : `not renewed for ${span(host.age_s)}`);
+  table(at("hosts-table"), HEAD, found.hosts.map((host) => [host.address, host.shares, state(host)]), "No host is in the table.");
+}

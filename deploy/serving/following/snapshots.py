@@ -1,0 +1,239 @@
+"""Snapshots of a host's histories: writes them while clicks are applied, and loads one into a store that has none.
+
+One host writes: the one that wrote the newest snapshot of all users that it holds. Another takes over if there is no new one for `STANDBY`
+intervals. Two hosts that begin at once both write; one document is created, and the files of the other are removed
+with later snapshots.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+
+import numpy as np
+
+from deploy.serving.following.clicks import SALT_EXTRA, position_of
+from deploy.serving.following.erasing import name_of
+from deploy.serving.following.parity import WHOLE_EXTRA
+from deploy.serving.notes import CAUGHT_UP_EXTRA
+from state.config.settings import Settings
+from state.errors import StoreFull, UnusablePlace
+from state.history import snapshots
+from state.history.appends import Appends
+from state.history.snapshot_writer import Cut, Gained, SnapshotWriter
+from state.history.snapshots import HistorySnapshot, Wanted
+from state.history.store import HistoryStore
+from state.log import Log
+from state.metrics import ApplierMetrics
+from state.process.said_once import SaidOnce
+from state.registry.log_line import LogLine
+
+FULL_INTERVALS = 30
+"""After a snapshot that was too large, the next one is tried after so many intervals."""
+STANDBY = 3
+"""Other hosts take over after so many intervals without a snapshot."""
+POLL_S, LOOK_MS = 0.2, 10_000
+MOST_GAINED = 8_000_000
+"""Events of 40 bytes kept in memory between two snapshots; beyond them the next one scans all users."""
+FAR_CLICKS, FAR_SHARE = 1_000_000, 8
+"""Histories that are behind a snapshot by more clicks than this, and than its events divided by the share, are replaced."""
+_log = logging.getLogger(__name__)
+
+
+class SnapshotTaker:
+    """Writes snapshots of one host's histories.
+
+    The thread that writes the histories calls `take`, `start_over` and `poll`. Another one runs `run`.
+
+    Args:
+        settings: The effective settings.
+        store: The histories.
+        metrics: Metrics of this process.
+        stop: Ends `run`.
+        now_ms: Wall clock.
+
+    Attributes:
+        reading: Whether a view of the store is open; it must not be compacted then.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: HistoryStore,
+        metrics: ApplierMetrics,
+        stop: threading.Event,
+        now_ms: Callable[[], int],
+    ) -> None:
+        self._store, self._metrics, self._stop, self._now_ms = store, metrics, stop, now_ms
+        self._every_ms = round(1000 * settings.history.snapshot_every_s)
+        self._name = name_of(settings.serving_dir)
+        self._location = snapshots.location_of(settings)
+        most = snapshots.most_bytes(settings)
+        self._writer = SnapshotWriter(self._location, self._name, store.history, store.shares, most, stop.is_set)
+        self._lock = threading.Lock()
+        # All events since `_last`, if `_complete`.
+        self._gained, self._events, self._complete = list[Gained](), 0, False
+        self._last: HistorySnapshot | None = None
+        self._restarts, self._is_due, self._look_ms = 0, False, 0
+        # Read here, since the store may be closed and opened again by its own thread.
+        self._erased = store.forgotten.through
+        self._asked, self._cuts = threading.Event(), queue.SimpleQueue[tuple[Cut, int, int]]()
+        self.reading = False
+        metrics.snapshot_seconds.set(now_ms() / 1000)
+
+    def take(self, appends: Appends) -> None:
+        """Keeps the events of a commit for the next snapshot."""
+        if not self._complete or not len(appends.users):
+            return
+        users, events = np.repeat(appends.users, appends.lengths), self._store.numbering.inwards(appends.events)
+        if not self._store.shares.is_all:
+            mine = self._store.shares.has(users)
+            users, events = users[mine], events[mine]
+        with self._lock:
+            self._gained.append(Gained(users, events))
+            self._events += len(events)
+            if self._events > MOST_GAINED:
+                self._forget()
+
+    def start_over(self) -> None:
+        """The histories lost events by a rollback or an erasure: the next snapshot is due now, and scans all users."""
+        with self._lock:
+            self._forget()
+            self._restarts += 1
+            self._is_due, self._look_ms, self._erased = True, 0, self._store.forgotten.through
+
+    def _forget(self) -> None:
+        self._gained, self._events, self._complete = [], 0, False
+
+    def poll(self, caught_up: bool) -> None:
+        """Makes a cut if one is due, between two commits; histories that have not caught up are not written."""
+        if not (caught_up and self._asked.is_set()):
+            return
+        position, salt = position_of(self._store), self._store.extra(SALT_EXTRA)
+        if position is None or salt is None:
+            return
+        self._asked.clear()
+        self.reading = True
+        with self._lock:
+            since = self._last if self._complete else None
+            if since is None:
+                self._forget()
+                self._complete = True
+            parts = list(self._gained)
+            cut = Cut(self._store.view(), position, salt.decode(), parts, since)
+            self._cuts.put((cut, len(parts), self._restarts))
+
+    def run(self) -> None:
+        """Writes snapshots until `stop`."""
+        say = SaidOnce(_log.warning)
+        try:
+            while not self._stop.wait(POLL_S):
+                now_ms = self._now_ms()
+                # Do not wait for a clock that was set back.
+                if 0 < self._look_ms - now_ms <= FULL_INTERVALS * self._every_ms:
+                    continue
+                self._look_ms = now_ms + min(LOOK_MS, self._every_ms)
+                try:
+                    self._look(now_ms)
+                    say.clear()
+                except UnusablePlace as error:
+                    say(f"no snapshot of the histories is written: {error}")
+                except StoreFull as error:
+                    self._look_ms = now_ms + FULL_INTERVALS * self._every_ms
+                    say(f"no snapshot of the histories is written: {error}")
+        finally:
+            while not self._cuts.empty():
+                self._cuts.get()[0].view.close()
+
+    def _look(self, now_ms: int) -> None:
+        newest = snapshots.newest(self._location, self._store.shares)
+        if newest is not None:
+            self._metrics.snapshot_seconds.set(newest.created_at_ms / 1000)
+        if not self._due(newest, now_ms):
+            return
+        if newest is None or self._last is None or newest.number != self._last.number:
+            with self._lock:
+                self._forget()
+        self._asked.set()
+        found = None
+        while found is None and not self._stop.is_set():
+            with suppress(queue.Empty):
+                found = self._cuts.get(timeout=POLL_S)
+        if found is not None:
+            self._write(*found, after=newest.number if newest else 0)
+
+    def _due(self, newest: HistorySnapshot | None, now_ms: int) -> bool:
+        if newest is None:
+            return True
+        own = newest.writer == self._name
+        if own and (self._is_due or newest.erased < self._erased):
+            return True
+        age_ms = now_ms - newest.created_at_ms
+        return age_ms >= self._every_ms * (1 if own else STANDBY) or age_ms < 0
+
+    def _write(self, cut: Cut, parts: int, restarts: int, after: int) -> None:
+        made = None
+        try:
+            made = self._writer.write(cut, self._now_ms(), after)
+        finally:
+            self.reading = False
+            with self._lock:
+                if restarts == self._restarts:
+                    self._written(made, cut, parts)
+        if made is not None:
+            self._metrics.snapshot_seconds.set(made.created_at_ms / 1000)
+            new = sum(file.bytes for file in made.files if file.number == made.number)
+            _log.info(
+                "snapshot %d of the histories of %d users: %.1f MB, of which %.1f MB are new",
+                *(made.number, made.users, made.bytes / 1e6, new / 1e6),
+            )
+
+    def _written(self, made: HistorySnapshot | None, cut: Cut, parts: int) -> None:
+        if made is not None:
+            self._last, self._is_due = made, False
+            del self._gained[:parts]
+            self._events = sum(len(part.users) for part in self._gained)
+        elif cut.since is None:
+            self._forget()
+
+
+def load_if_behind(settings: Settings, store: HistoryStore, salt: str | None, branch: LogLine, log: Log) -> bool:
+    """Loads the newest snapshot that can be used into histories that are empty or far behind it.
+
+    Returns whether the histories have changed. If the store is too small for the snapshot, they are empty.
+
+    Raises:
+        LogError: The training log cannot be described.
+        UnusablePlace: The location of the registry cannot be reached. The store is unchanged, or marked as loading.
+        StoreFull: The disk is full.
+    """
+    location = snapshots.location_of(settings)
+    if not snapshots.numbers(location):
+        return False
+    with log.topics() as topics:
+        topic = settings.kafka.microbatches_topic
+        topic_id, ends = topics.describe(topic).topic_id, topics.ends(topic)
+    wanted = Wanted(store.history, salt, branch, topic_id, ends, store.shares)
+    if not store.is_loading and (mine := store.positions()):
+        found = next(snapshots.usable(location, wanted), None)
+        if found is None:
+            return False
+        ahead = sum(max(0, after - mine.get(source, 0)) for source, after in found.marks.items())
+        if ahead <= max(FAR_CLICKS, sum(part.events for part in found.ranges) // FAR_SHARE):
+            return False
+    try:
+        loaded = snapshots.load_newest(location, wanted, store, keep=lambda name: name != CAUGHT_UP_EXTRA)
+    except StoreFull as error:
+        _log.error("no snapshot of histories is used, they are read from the training log: %s", error)
+        store.clear()
+        store.finish_loading([], 0)
+        return True
+    if loaded is not None:
+        if store.extra(WHOLE_EXTRA) is None:
+            # The host that wrote it has lost nothing.
+            store.commit(Appends.none(), extra={WHOLE_EXTRA: b"0"})
+        _log.info("the histories of %d users are from snapshot %d", loaded.users, loaded.number)
+    return loaded is not None

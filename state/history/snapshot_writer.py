@@ -1,0 +1,316 @@
+"""Writes snapshots of a store of histories; `state/history/snapshots.py` describes the format."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from state.disk import files as durable
+from state.errors import StoreFull
+from state.features.spec import EVENT, Events
+from state.file_store import FileStore
+from state.history.chunks import EVENT_BYTES, Chunks, events_in
+from state.history.rewinding import LINE
+from state.history.snapshots import (
+    HistorySnapshot,
+    Kind,
+    SnapshotFile,
+    UserRange,
+    document_name,
+    encode,
+    event_columns,
+)
+from state.history.store import FORGOTTEN, LOADING, ForgottenUsers, StoreView
+from state.log.follow import Position
+from state.positions import share_of
+from state.process import killpoints
+from state.registry import sealed
+from state.registry.log_line import WHOLE, to_json
+from state.user_shares import ALL, SHARES, UserShares
+
+RANGE_BYTES, FILE_BYTES = 64 << 20, 1 << 20
+"""The size of a range of users, and the least size of a file unless it holds all shares; before compression."""
+REBASED, LEAST_GAIN = 2, 4
+"""Ranges are scanned again until their events are `REBASED` times those of the delta, once their part of the deltas
+since the last scan is a `LEAST_GAIN`th of their own events."""
+MOST_DELTAS = 64
+"""So many deltas after the scan of a range, it is scanned again."""
+_ENTRIES = 0xFFF
+_KEY = np.dtype([("user", ">u8"), ("chunk", ">u4")])
+_INVERT = np.uint32((1 << 32) - 1)
+_USERS = 1 << 64
+
+
+class Gained(NamedTuple):
+    """Events added to a store, in order: `[m]` uint64 users and `[m]` EVENT, with the store's action numbers."""
+
+    users: NDArray[np.uint64]
+    events: Events
+
+    @classmethod
+    def joined(cls, parts: Sequence[Gained]) -> Gained:
+        """Joins several, in order."""
+        if not parts:
+            return cls(np.empty(0, np.uint64), np.empty(0, EVENT))
+        # As words, since concatenating structured arrays is slow.
+        events = np.concatenate([part.events.view(np.int64) for part in parts]).view(EVENT)
+        return cls(np.concatenate([part.users for part in parts]), events)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cut:
+    """One moment of a store.
+
+    Attributes:
+        view: The store at that moment.
+        position: Where it was in the training log.
+        salt: Fingerprint of its users' salt.
+        gained: The events added since `since`, in order.
+        since: The snapshot on which this one builds; None to write all users.
+    """
+
+    view: StoreView
+    position: Position
+    salt: str
+    gained: Sequence[Gained]
+    since: HistorySnapshot | None
+
+
+class SnapshotWriter:
+    """Writes snapshots; for one thread.
+
+    Args:
+        location: Where to write; see `snapshots.location_of`.
+        name: The process, as in `ErasureReport.part`.
+        history: N, the events kept per user.
+        shares: The shares of users that the store holds.
+        most_bytes: The most bytes of one snapshot.
+        stopped: Polled between two files; True ends a snapshot that is not complete.
+    """
+
+    def __init__(
+        self,
+        location: FileStore,
+        name: str,
+        history: int,
+        shares: UserShares = ALL,
+        most_bytes: int = 1 << 60,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._location, self._name, self._history, self._shares = location, name, history, shares
+        self._most_bytes, self._stopped = most_bytes, stopped
+        self._number, self._files = 0, list[SnapshotFile]()
+
+    def write(self, cut: Cut, now_ms: int, after: int = 0) -> HistorySnapshot | None:
+        """Writes a snapshot and closes the cut's view; None if it was stopped, or another process wrote one meanwhile.
+
+        Its number is above `after` and that of `cut.since`, although the clock may have been set back.
+
+        1. The events gained, the ranges whose turn it is, and extras are written.
+        2. The document is created; then the snapshot is complete.
+
+        Raises:
+            StoreFull: It is larger than `most_bytes`.
+            UnusablePlace: The location cannot be reached.
+        """
+        before, view = cut.since, cut.view
+        self._number = max(now_ms, after + 1, before.number + 1 if before else 0)
+        # 1.
+        try:
+            self._files = [] if before is None else [file for file in before.files if file.kind != "extras"]
+            due = [] if before is None else due_ranges(before, sum(len(part.users) for part in cut.gained))
+            if before is not None and len(due) < len(before.ranges):
+                self._write_delta(Gained.joined(cut.gained))
+            ranges = self._write_ranges(view, before, due)
+            known = {} if before is None else {file.sha256: file for file in before.files if file.kind == "extras"}
+            self._write_extras(view, known)
+            branch = view.extra(LINE)
+            made = HistorySnapshot(
+                number=self._number,
+                created_at_ms=now_ms,
+                writer=self._name,
+                history=self._history,
+                held=str(self._shares),
+                salt=cut.salt,
+                topic_id=cut.position.topic_id,
+                next=tuple(sorted(cut.position.next.items())),
+                branch=to_json(WHOLE) if branch is None else json.loads(branch),
+                sources={str(source): after for source, after in sorted(view.positions().items())},
+                erased=ForgottenUsers.from_json(view.extra(FORGOTTEN)).through,
+                users=view.users(),
+                ranges=ranges,
+                files=self._needed(ranges),
+            )
+        except _Stopped:
+            return None
+        finally:
+            view.close()
+        if made.bytes > self._most_bytes:
+            for file in self._own():
+                self._location.remove(file.name)
+            raise StoreFull(
+                f"a snapshot of the histories takes {made.bytes:,} bytes, and its share of the disk is {self._most_bytes:,}",
+                "raise storage.budget_gb, or turn snapshots off with history.snapshot_every_s = 0",
+            )
+        killpoints.reach("snapshot.written")
+        # 2.
+        created = self._location.create(document_name(made.number), sealed.encode(made))
+        killpoints.reach("snapshot.named")
+        return made if created else None
+
+    def _own(self) -> list[SnapshotFile]:
+        """The files that this snapshot wrote."""
+        return [file for file in self._files if file.number == self._number]
+
+    def _needed(self, ranges: Sequence[UserRange]) -> tuple[SnapshotFile, ...]:
+        """The files without bases of ranges that were scanned again, and without deltas that all bases contain."""
+        bases, oldest = {(part.first_user, part.number) for part in ranges}, min(part.number for part in ranges)
+        return tuple(
+            file
+            for file in self._files
+            if file.kind == "extras"
+            or (file.kind == "delta" and file.number > oldest)
+            or (file.kind == "base" and (file.first_user, file.number) in bases)
+        )
+
+    def _write_delta(self, gained: Gained) -> None:
+        if not len(gained.users):
+            return
+        order = np.lexsort((gained.users, share_of(gained.users)))
+        users, events = gained.users[order], gained.events[order]
+        starts = np.flatnonzero(np.concatenate(([True], users[1:] != users[:-1])))
+        ends = np.append(starts[1:], len(users))
+        for first_share, last_share, low, high in _by_share(users[starts], np.diff(ends, prepend=0)):
+            mine = events[starts[low] if low < high else 0 : ends[high - 1] if low < high else 0]
+            lengths = (ends - starts)[low:high].astype(np.uint32)
+            columns: Mapping[str, NDArray[Any]] = {"users": users[starts[low:high]], "lengths": lengths}
+            self._put("delta", (first_share, last_share), 0, columns, mine)
+
+    def _write_ranges(
+        self, view: StoreView, before: HistorySnapshot | None, due: Sequence[UserRange]
+    ) -> tuple[UserRange, ...]:
+        if before is None:
+            return tuple(self._scan(view, 0, _USERS))
+        firsts = [part.first_user for part in before.ranges]
+        ranges: list[UserRange] = []
+        for part, end in zip(before.ranges, [*firsts[1:], _USERS], strict=True):
+            ranges += self._scan(view, part.first_user, end) if part in due else [part]
+        return tuple(ranges)
+
+    def _scan(self, view: StoreView, first: int, end: int) -> Iterator[UserRange]:
+        """Writes the bases of the users `[first, end)`; yields their ranges, which may be several."""
+        keys, values, size = list[bytes](), list[bytes](), 0
+        for some in view.chunks_from(first):
+            if over := int.from_bytes(some[-1][0][:8], "big") >= end:
+                limit = end.to_bytes(8, "big")
+                some = [entry for entry in some if entry[0] < limit]
+            keys += [key for key, _ in some]
+            values += [value for _, value in some]
+            size += sum(len(value) for _, value in some)
+            if over:
+                break
+            if size >= RANGE_BYTES:
+                # The last user may have more chunks.
+                last = keys[-1][:8]
+                count = next(at for at in range(len(keys), 0, -1) if keys[at - 1][:8] != last)
+                following = int.from_bytes(last, "big")
+                yield self._write_base(first, keys[:count], values[:count])
+                keys, values = keys[count:], values[count:]
+                first, size = following, sum(map(len, values))
+        yield self._write_base(first, keys, values)
+
+    def _write_base(self, first_user: int, keys: Sequence[bytes], values: Sequence[bytes]) -> UserRange:
+        named = np.frombuffer(b"".join(keys), _KEY)
+        users, chunks = named["user"].astype(np.uint64), _INVERT - named["chunk"].astype(np.uint32)
+        lengths = np.fromiter(map(len, values), np.uint32, len(values)) // EVENT_BYTES
+        order = np.argsort(share_of(users), kind="stable")
+        for first_share, last_share, low, high in _by_share(users[order], lengths[order]):
+            mine = order[low:high]
+            columns = {"users": users[mine], "chunks": chunks[mine], "lengths": lengths[mine]}
+            events = events_in(b"".join([values[at] for at in mine.tolist()]))
+            self._put("base", (first_share, last_share), first_user, columns, events)
+        return UserRange(first_user, self._number, int(lengths.sum()))
+
+    def _write_extras(self, view: StoreView, known: Mapping[str, SnapshotFile]) -> None:
+        """Writes counts and extras. A file ends where a name's checksum says so, so equal names give equal files."""
+        some: Chunks = []
+        for entries in view.counts_and_extras():
+            for name, value in entries:
+                if name != b"x:" + LOADING.encode():
+                    some.append((name, value))
+                if zlib.crc32(name) & _ENTRIES == 0:
+                    self._put_extras(some, known)
+                    some = []
+        if some:
+            self._put_extras(some, known)
+
+    def _put_extras(self, entries: Chunks, known: Mapping[str, SnapshotFile]) -> None:
+        columns = {"names": [name for name, _ in entries], "values": [value for _, value in entries]}
+        self._put_encoded("extras", (0, SHARES - 1), 0, len(entries), encode(columns), known)
+
+    def _put(
+        self,
+        kind: Kind,
+        shares: tuple[int, int],
+        first_user: int,
+        columns: Mapping[str, NDArray[Any]],
+        events: Events,
+    ) -> None:
+        data = encode({name: column.tobytes() for name, column in columns.items()} | event_columns(events))
+        self._put_encoded(kind, shares, first_user, len(events), data)
+
+    def _put_encoded(
+        self,
+        kind: Kind,
+        shares: tuple[int, int],
+        first_user: int,
+        events: int,
+        data: bytes,
+        known: Mapping[str, SnapshotFile] = {},
+    ) -> None:
+        if self._stopped():
+            raise _Stopped
+        digest = durable.digest(data)
+        file = known.get(digest) or SnapshotFile(kind, self._number, shares, first_user, events, digest, len(data))
+        if file.number == self._number:
+            self._location.write(file.name, data)
+            killpoints.reach("snapshot.file")
+        self._files.append(file)
+
+
+class _Stopped(Exception):
+    """The process ends."""
+
+
+def due_ranges(before: HistorySnapshot, gained: int) -> list[UserRange]:
+    """The ranges that a snapshot with `gained` new events scans again, the longest due first."""
+    deltas = [(file.number, file.events) for file in before.files if file.kind == "delta"]
+    due, left = list[UserRange](), REBASED * gained
+    for part in sorted(before.ranges, key=lambda part: part.number):
+        since = [(number, events) for number, events in deltas if number > part.number]
+        theirs = (gained + sum(events for _, events in since)) / len(before.ranges)
+        if LEAST_GAIN * theirs < part.events and len({number for number, _ in since}) < MOST_DELTAS:
+            break
+        if due and left < part.events:
+            break
+        due.append(part)
+        left -= part.events
+    return due
+
+
+def _by_share(users: NDArray[np.uint64], lengths: NDArray[Any]) -> Iterator[tuple[int, int, int, int]]:
+    """Divides entries, ordered by share, into files: first and last share, and the entries `[low, high)`."""
+    bounds = np.searchsorted(share_of(users), np.arange(SHARES + 1))
+    sizes = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))[bounds] * EVENT_BYTES
+    first = 0
+    for share in range(SHARES):
+        if share == SHARES - 1 or sizes[share + 1] - sizes[first] >= FILE_BYTES:
+            if bounds[first] < bounds[share + 1]:
+                yield first, share, int(bounds[first]), int(bounds[share + 1])
+            first = share + 1

@@ -1,0 +1,247 @@
+"""A host that starts from a snapshot answers as one that read the whole log, and reads only the rest."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from deploy.serving.following.clicks import HistoryFollower
+from deploy.serving.following.parity import WHOLE_EXTRA
+from deploy.serving.following.snapshots import SnapshotTaker, load_if_behind
+from deploy.serving.notes import CAUGHT_UP_EXTRA
+from state.config.sections import HistorySettings, Kafka, Paths, StorageSettings
+from state.config.settings import Settings
+from state.features.erased import Erased
+from state.features.masked_users import MaskedUsers
+from state.features.spec import FeatureSpec
+from state.history import snapshots
+from state.history.store import HistoryStore
+from state.log import Topics, Writer
+from state.metrics import ApplierMetrics
+from state.positions import Source
+from state.registry.control import start
+from state.registry.log_line import WHOLE
+from state.registry.registry import Registry
+from tests import forked
+from tests.conftest import KafkaFactory
+from tests.deploy.serving.test_clicks import LOG, MAP, REACH_MS, SOURCE, Following, append, record, written
+from tests.deploy.serving.test_rest import until
+
+PATIENCE_S = 30.0
+
+
+def settings_in(path: Path, **changed: object) -> Settings:
+    made = Settings(
+        paths=Paths(state=str(path / "state")),
+        kafka=Kafka(microbatches_topic=LOG),
+        history=HistorySettings(snapshot_every_s=60.0),
+    )
+    return replace(made, **changed)  # type: ignore[arg-type]
+
+
+class Taking:
+    """A host with a taker of snapshots, whose clock the test moves."""
+
+    def __init__(self, settings: Settings, following: Following) -> None:
+        self.following, self.stop = following, threading.Event()
+        metrics = ApplierMetrics(CollectorRegistry())
+        self.taker = SnapshotTaker(settings, following.store, metrics, self.stop, following.clock)
+        following.follower.committed = self.taker.take
+        self.location = snapshots.location_of(settings)
+
+    def taken(self, count: int) -> list[int]:
+        """The snapshots' numbers once there are so many."""
+        until_s = time.monotonic() + PATIENCE_S
+        while len(found := snapshots.numbers(self.location)) < count and time.monotonic() < until_s:
+            self.following.drain()
+            self.taker.poll(self.following.follower.caught_up)
+            time.sleep(0.01)
+        while self.taker.reading:
+            time.sleep(0.01)
+        return found
+
+
+@contextmanager
+def taking(settings: Settings, following: Following) -> Iterator[Taking]:
+    host = Taking(settings, following)
+    thread = threading.Thread(target=host.taker.run)
+    thread.start()
+    try:
+        yield host
+    finally:
+        host.stop.set()
+        thread.join()
+
+
+def new_host(settings: Settings, path: Path, following: Following) -> tuple[HistoryStore, HistoryFollower]:
+    """A host with empty histories, after it has loaded a snapshot."""
+    store = HistoryStore(path, map_bytes=MAP)
+    metrics = ApplierMetrics(CollectorRegistry())
+    follower = HistoryFollower(store, FeatureSpec(), REACH_MS, metrics, following.clock)
+    if load_if_behind(settings, store, "salt", WHOLE, following.log):
+        follower.begin()
+    follower.connect(following.log, LOG)
+    return store, follower
+
+
+def test_a_new_host_reads_a_snapshot_and_the_rest_of_the_log(tmp_path: Path) -> None:
+    """Although the log has lost its beginning; a delta and clicks after the snapshot are among it."""
+    settings, following = settings_in(tmp_path), Following(tmp_path / "one", written(record(0, 500)))
+    with taking(settings, following) as host:
+        assert len(host.taken(1)) == 1
+        append(following.log, record(500, 700))
+        following.clock.now_ms += 61_000
+        assert len(host.taken(2)) == 2
+    with following.log.topics() as topics:
+        topics.delete_before(LOG, {0: 2})
+    append(following.log, record(700, 900))
+    following.drain()
+    store, follower = new_host(settings, tmp_path / "two", following)
+    assert store.extra(CAUGHT_UP_EXTRA) is None and store.positions() == {SOURCE: 700}
+    while follower.step(0.0):
+        pass
+    assert store.digest() == following.store.digest() and store.counts() == following.store.counts()
+    # It knows that its histories lack nothing; a host with histories of its own learns that as it runs.
+    assert dict(store.extras("", "", 10_000)) == dict(following.store.extras("", "", 10_000)) | {WHOLE_EXTRA: b"0"}
+    assert follower.caught_up and follower.newest_ms == following.follower.newest_ms
+
+
+def test_a_host_that_is_little_behind_keeps_its_histories(tmp_path: Path) -> None:
+    """One that is far behind starts from the snapshot."""
+    settings, following = settings_in(tmp_path), Following(tmp_path / "one", written(record(0, 100)))
+    other = Following(tmp_path / "two", following.log)
+    other.drain()
+    append(following.log, record(100, 400))
+    with taking(settings, following) as host:
+        host.taken(1)
+    assert not load_if_behind(settings, other.store, "salt", WHOLE, following.log)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deploy.serving.following.snapshots.FAR_CLICKS", 200)
+        assert load_if_behind(settings, other.store, "salt", WHOLE, following.log)
+    assert other.store.positions() == {SOURCE: 400}
+
+
+def test_an_erasure_makes_a_new_snapshot_without_the_user_at_once(tmp_path: Path) -> None:
+    """The next one builds on it."""
+    settings, following = settings_in(tmp_path), Following(tmp_path / "one", written(record(0, 300)))
+    with taking(settings, following) as host:
+        (first,) = host.taken(1)
+        until = [(SOURCE.topic, SOURCE.partition, 300)]
+        following.store.forget(Erased.NOBODY.and_also(MaskedUsers.of([1]), until, 2, 3))
+        host.taker.start_over()
+        following.clock.now_ms += 1000
+        _, second = host.taken(2)
+        append(following.log, record(300, 330))
+        following.clock.now_ms += 61_000
+        third = host.taken(3)[-1]
+    found = snapshots.read(host.location, second)
+    assert found.erased == 1 and {file.number for file in found.files} == {second}
+    snapshots.remove(host.location, [first], 0)
+    store = HistoryStore(tmp_path / "two", map_bytes=MAP)
+    snapshots.load(host.location, snapshots.read(host.location, third), store)
+    assert store.digest() == following.store.digest()
+    assert store.read(1)["offset"].min() == 300
+
+
+def test_another_host_takes_over_after_three_intervals(tmp_path: Path) -> None:
+    """Until then it leaves snapshots to the one that wrote the newest."""
+    settings, following = settings_in(tmp_path), Following(tmp_path / "one", written(record(0, 100)))
+    with taking(settings, following) as host:
+        host.taken(1)
+    elsewhere = replace(
+        settings, paths=replace(settings.paths, state=str(tmp_path / "b"), registry=str(settings.registry_dir))
+    )
+    following.clock.now_ms += 100_000
+    standby = Taking(elsewhere, following)
+    newest = snapshots.newest(standby.location)
+    assert not standby.taker._due(newest, following.clock.now_ms)
+    following.clock.now_ms += 100_000
+    with taking(elsewhere, following) as host:
+        assert len(host.taken(2)) == 2
+    first, second = (snapshots.read(host.location, number) for number in snapshots.numbers(host.location))
+    assert first.writer != second.writer
+
+
+def test_a_snapshot_beyond_the_budget_is_not_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It says which setting to change, and leaves no file."""
+    settings = settings_in(tmp_path, storage=StorageSettings(budget_gb=1e-6))
+    following = Following(tmp_path / "one", written(record(0, 300)))
+    with taking(settings, following) as host:
+        until_s = time.monotonic() + PATIENCE_S
+        while "raise storage.budget_gb" not in caplog.text and time.monotonic() < until_s:
+            following.drain()
+            host.taker.poll(following.follower.caught_up)
+            time.sleep(0.01)
+    assert "raise storage.budget_gb" in caplog.text
+    assert not host.location.names(snapshots.FILES)
+
+
+def test_processes_that_are_killed_while_they_write_and_load_end_with_equal_histories(
+    kafka_settings: KafkaFactory, tmp_path: Path
+) -> None:
+    """The log has lost its beginning by the time at which the second host starts."""
+    kafka, registry = kafka_settings(), tmp_path / "registry"
+    Registry(registry).propose(start(actor="ann", reason="a test", now_ms=1))
+
+    @contextmanager
+    def applier(name: str, kill_at: str = "") -> Iterator[tuple[forked.Popen, Path]]:
+        log = tmp_path / f"{name}.log"
+        environment = os.environ | {
+            "SPRINGTIDE_PATHS_STATE": str(tmp_path / name), "SPRINGTIDE_PATHS_REGISTRY": str(registry),
+            "SPRINGTIDE_KAFKA_BOOTSTRAP_SERVERS": kafka.bootstrap_servers, "SPRINGTIDE_SERVING_METRICS_PORT": "0",
+            "SPRINGTIDE_KAFKA_MICROBATCHES_TOPIC": kafka.microbatches_topic, "SPRINGTIDE_SERVING_MAP_GB": "1",
+            "SPRINGTIDE_HISTORY_SNAPSHOT_EVERY_S": "1", "SPRINGTIDE_KILL_AT": kill_at,
+        }  # fmt: skip
+        with log.open("a") as errors:
+            process = forked.Popen([sys.executable, "-m", "deploy.serving.applier"], env=environment, stderr=errors)
+        try:
+            yield process, log
+        finally:
+            process.kill()
+            process.wait()
+
+    def histories(name: str) -> tuple[str, dict[Source, dict[str, int]]]:
+        store = HistoryStore(tmp_path / name / "serving" / "histories", map_bytes=MAP, readonly=True)
+        try:
+            return store.digest(), store.counts()
+        finally:
+            store.close()
+
+    location = snapshots.location_of(settings_in(tmp_path, paths=Paths(registry=str(registry))))
+    with Topics(kafka) as topics, Writer(kafka) as writer:
+        topics.ensure(kafka.microbatches_topic, 1, {})
+
+        def send(first: int, next_: int) -> None:
+            writer.send(kafka.microbatches_topic, 0, None, record(first, next_))
+            writer.flush()
+
+        send(0, 400)
+        for point in ("snapshot.file", "snapshot.written:2"):
+            with applier("one", point) as (process, _):
+                assert process.wait(timeout=60) == -9
+        (first,) = snapshots.numbers(location)
+        with applier("one") as (process, _):
+            send(400, 700)
+            until(lambda: snapshots.newest(location).sources == {str(SOURCE): 700})  # type: ignore[union-attr]
+            topics.delete_before(kafka.microbatches_topic, {0: 1})
+            with applier("two", "snapshot.share:3") as (other, _):
+                assert other.wait(timeout=60) == -9
+            with applier("two") as (other, log):
+                send(700, 800)
+                until(lambda: "are from snapshot" in log.read_text())
+                for each, name in ((process, "one"), (other, "two")):
+                    until(lambda name=name: histories(name)[1][SOURCE]["next"] == 800)  # type: ignore[misc]
+                    each.send_signal(signal.SIGTERM)
+                    assert each.wait(timeout=60) == 0
+    assert histories("one") == histories("two")
+    assert first in snapshots.numbers(location)

@@ -1,0 +1,185 @@
+"""Four hosts with halves of the users: killed, added, removed, pinned, rolled back and erased from, without a failed answer.
+
+Beside the loop's own host, which has all users, and which the others' answers are compared with. All processes are real,
+on one machine with one Kafka.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from deploy.watch.address import serving_address
+from springtide_client import Client, ClientError
+from tests.disks import forget_memory
+from tests.e2e.hosts import ServingHost
+from tests.e2e.running import SHORT, Loop, until
+
+USERS = [f"divided-{number}@example.org" for number in range(24)]
+PAUSE_S = 0.05
+
+
+class Asking(threading.Thread):
+    """Asks for all users in turn through the fronts, as clients do; keeps each failure.
+
+    Attributes:
+        fronts: The addresses that are asked.
+    """
+
+    def __init__(self, fronts: list[str]) -> None:
+        super().__init__(daemon=True)
+        self.fronts, self.failed, self.answered = fronts, list[str](), 0
+        self._stopping = threading.Event()
+
+    def run(self) -> None:
+        """Asks until `stop`."""
+        with httpx.Client(timeout=30.0) as http, Client(self.fronts[0], timeout_s=30.0, route=True) as client:
+            turn = 0
+            while not self._stopping.wait(PAUSE_S):
+                turn += 1
+                front, user = self.fronts[turn % len(self.fronts)], USERS[turn % len(USERS)]
+                asked = [
+                    lambda front=front, user=user: http.get(f"{front}/v1/profiles/{user}"),
+                    lambda front=front, user=user: http.get(f"{front}/v1/recommendations/{user}"),
+                    lambda front=front: http.post(f"{front}/v1/profiles:batch", json={"users": USERS}),
+                ]
+                response = asked[turn % len(asked)]()
+                self._count(response.status_code == 200, f"{front}: {response.status_code} {response.text[:300]}")
+                try:
+                    self._count(client.profile(user).user_id == user, f"another user than {user}")
+                except ClientError as error:
+                    self._count(False, f"client: {error}")
+
+    def _count(self, good: bool, what: str) -> None:
+        self.answered += good
+        if not good:
+            self.failed.append(what)
+
+    def stop(self) -> None:
+        """Ends it."""
+        self._stopping.set()
+        self.join(60.0)
+
+
+def address(host: ServingHost) -> str:
+    return serving_address(host.settings)
+
+
+def kill(host: ServingHost) -> None:
+    """Kills all of its processes at once, as a machine that goes down does."""
+    assert host.process is not None
+    parent = psutil.Process(host.process.pid)
+    for process in (parent, *parent.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    host.process.wait(60.0)
+    host.process = None
+
+
+def without_age(answer: Mapping[str, Any]) -> dict[str, Any]:
+    version = {name: value for name, value in answer["version"].items() if name != "age_s"}
+    return {**answer, "version": version}
+
+
+@pytest.fixture
+def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
+    directory = tmp_path_factory.mktemp("loop")
+    made = Loop(directory, {**SHORT, "shoppers.rate": 20})
+    made.start()
+    yield made
+    made.stop()
+    forget_memory(directory)
+
+
+@pytest.mark.nightly
+def test_halves_of_the_users_on_four_hosts_that_come_and_go_answer_like_one_host_without_a_failed_answer(
+    loop: Loop, tmp_path: Path
+) -> None:
+    hosts = {
+        name: ServingHost(name, tmp_path / name, loop, {"serving.shares": shares})
+        for name, shares in (("a", "0-31"), ("b", "0-31"), ("c", "32-63"), ("d", "32-63"), ("e", "0-31"))
+    }
+
+    def listed(section: str = "hosts") -> Any:
+        return (loop.springtide("status") or {})[section]
+
+    def live() -> set[str]:
+        found = listed() or {"hosts": []}
+        return {one["address"] for one in found["hosts"] if one["live"]}
+
+    def live_are(*names: str) -> None:
+        wanted = {address(hosts[name]) for name in names}
+        until(lambda: live() == wanted, lambda: f"live: {live()}, wanted {wanted}\n{hosts[names[0]].said()}")
+
+    def is_same(*names: str, moment: str) -> bool:
+        """Whether each of the hosts answers each user as the loop's own host does."""
+        for user in USERS:
+            whole = loop.profile(user, at=moment)
+            answers = [hosts[name].profile(user, at=moment) for name in names]
+            if whole is None or [one and without_age(one) for one in answers] != [without_age(whole)] * len(names):
+                return False
+        return True
+
+    try:
+        for name in "abcd":
+            hosts[name].start()
+        live_are(*"abcd")
+        ends = loop.click([(user, f"lamp-{number % 5}", "light", "view") for number, user in enumerate(USERS)])
+        learned = loop.answer_trained_on(USERS[0], ends)["version"]["number"]
+        number, _ = loop.kept()
+        assert number >= learned
+        loop.springtide("pin", str(number), "--reason", "a comparison")
+        moment = str(loop.profile(USERS[0])["at_ms"])  # type: ignore[index]
+        until(lambda: is_same(*"abcd", moment=moment), "the hosts answer otherwise than the one with all users")
+        sizes = {name: hosts[name].metrics("springtide_serving_history_users") for name in "ac"}
+        assert min(sizes.values()) > 0 and max(sizes.values()) < loop.metrics("applier").value("springtide_serving_history_users")  # type: ignore[operator]  # fmt: skip
+
+        asking = Asking([address(hosts[name]) for name in "cdb"])
+        asking.start()
+        # Killed: the table still lists it for a while.
+        kill(hosts["a"])
+        # Added: it takes requests once it has read the log.
+        hosts["e"].start()
+        live_are(*"bcde")
+        # Removed: it leaves the table, and then drains.
+        asking.fronts = [address(hosts[name]) for name in "cde"]
+        hosts["b"].stop()
+        live_are(*"cde")
+        assert listed()["with_one_host"] == [*range(32)]
+        assert "one host alone holds 32 of 64 shares of users" in [one["text"] for one in listed("problems")]
+        assert is_same(*"cde", moment=moment)
+
+        # Rolled back: a new epoch on all hosts.
+        loop.springtide("follow", "--reason", "a comparison ends")
+        back, epoch = loop.kept()
+        loop.springtide("rollback", "--to", str(back), "--reason", "a test", "--follow-when-caught-up", "--wait", "60")
+        followed = [loop.profile, *(hosts[name].profile for name in "cde")]
+        until(lambda: all((one(USERS[0]) or {"version": {"epoch": 0}})["version"]["epoch"] > epoch for one in followed), "no new epoch")  # fmt: skip
+
+        # Erased: unknown through each host; the host that was killed is waited for.
+        loop.springtide("erase", "--user", USERS[0], "--reason", "asked to")
+        until(lambda: all((one(USERS[0]) or {"cold_start": False})["cold_start"] for one in followed), "still known")
+
+        def holding() -> set[str]:
+            found = loop.springtide("erase", "--status")["holding"]
+            return {one["where"] for one in found if "serving-" in one["where"] and "free pages" not in one["holds"]}
+
+        until(lambda: len(holding()) == 2, lambda: f"not the two hosts that are gone: {holding()}")
+        asking.stop()
+        assert asking.failed == [] and asking.answered > 100
+        hosts["e"].stop()
+        live_are(*"cd")
+        refused = [one for one in (hosts["c"].profile(user) for user in USERS[1:]) if one is None]
+        assert 0 < len(refused) < len(USERS) - 1, "the users of a share without a host, and no others"
+        assert listed()["without_host"] == [*range(32)]
+    finally:
+        for host in hosts.values():
+            host.stop()
+        forget_memory(tmp_path)

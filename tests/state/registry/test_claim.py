@@ -1,0 +1,167 @@
+"""One trainer for each registry's directory: a free claim is taken, a silent one is taken over, and its holder publishes nothing more."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from state import layout
+from state.disk.files import HOST
+from state.disk.lock import DirectoryLock
+from state.errors import LockHeld
+from state.registry import privacy_ledger
+from state.registry.claim import LEASE_S, Claim, StandbyFile, standbys
+from state.registry.registry import Registry
+from tests.state.registry.hosts import Elapsed
+from tests.state.registry.test_registry import publish, started
+
+FROZEN = """
+import os, signal, sys
+from pathlib import Path
+from state.errors import LockHeld, UnusableRegistry
+from state.log.accepted_gaps import Accepted, Gap, Journal
+from state.positions import Source
+from state.process import killpoints
+from state.registry import control, privacy_ledger
+from state.registry.claim import Claim
+from state.registry.registry import Registry
+from tests.state.registry.test_registry import WHO, draft, publish
+from dataclasses import replace
+
+path, point = Path(sys.argv[1]), sys.argv[2]
+claim = Claim(path)
+claim.take()
+registry = Registry(path, claim)
+attempts = {
+    "recent.checked": lambda: registry.publish(replace(draft(2), kind="recent"), {"a": b"late"}),
+    "publish.checked": lambda: publish(registry, 2),
+    "control.written": lambda: registry.change(lambda now: control.train(now, False, **WHO)),
+    "ledger": lambda: privacy_ledger.write(
+        registry.directory, path / "privacy" / "ledger.json", privacy_ledger.PrivacyLedger("late", "user")
+    ),
+    "gap": lambda: Journal(path / "gaps", claim.staging).add(Accepted(Gap(Source("ab" * 16, 0), 1, 2), "a", "b", 5)),
+    "sweep": lambda: registry.sweep_recent(boot="another"),
+}
+stop = lambda: os.kill(os.getpid(), signal.SIGSTOP)
+if point in ("recent.checked", "publish.checked", "control.written"):
+    killpoints.armed = killpoints.parse(f"{point}:1:stop", killpoints._stop)
+    print("claimed", flush=True)
+else:
+    print("claimed", flush=True)
+    stop()
+try:
+    attempts[point]()
+    print("published", flush=True)
+except (UnusableRegistry, OSError) as error:
+    print("refused", flush=True)
+try:
+    claim.check()
+except LockHeld as error:
+    print(error, flush=True)
+"""
+POINTS = ("recent.checked", "publish.checked", "control.written", "ledger", "gap", "sweep")
+
+
+@contextmanager
+def frozen(path: Path, point: str) -> Iterator[subprocess.Popen[str]]:
+    """A trainer that has the claim and is frozen in the middle of a publication, or before it."""
+    with subprocess.Popen(
+        [sys.executable, "-c", FROZEN, str(path), point],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path.cwd(),
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "claimed\n"
+        try:
+            # Until it is stopped.
+            _, status = os.waitpid(process.pid, os.WUNTRACED)
+            assert os.WIFSTOPPED(status), status
+            yield process
+        finally:
+            process.kill()
+
+
+def content(path: Path) -> dict[str, bytes]:
+    """All files of a registry that any process reads as published, by name."""
+    passing = {layout.TEMPORARY, layout.TRAINER_LOCK, layout.TAKEOVER_LOCK}
+    files = (one for one in path.rglob("*") if one.is_file())
+    return {str(one): one.read_bytes() for one in files if one.relative_to(path).parts[0] not in passing}
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_frozen_trainer_loses_its_claim_and_publishes_nothing_when_it_wakes(tmp_path: Path, point: str) -> None:
+    registry, elapsed = started(tmp_path, 2), Elapsed()
+    standby = Claim(tmp_path, elapsed)
+    with frozen(tmp_path, point) as process:
+        with pytest.raises(LockHeld, match=f"process {process.pid} "):
+            standby.take()
+        while not standby.held:
+            elapsed.now_s += 1.0
+            with suppress(LockHeld):
+                standby.take()
+        assert standby.took_over
+        own = Registry(tmp_path, standby)
+        own.sweep_recent()
+        assert publish(own, 2).version == 3
+        privacy_ledger.write(own.directory, tmp_path / "privacy" / "ledger.json", privacy_ledger.PrivacyLedger("", ""))
+        before = content(tmp_path)
+        process.send_signal(signal.SIGCONT)
+        output, _ = process.communicate(timeout=60)
+        assert output.startswith("refused\nthis trainer lost its claim"), output
+    assert content(tmp_path) == before
+    assert registry.control() == own.control()
+    standby.check()
+    standby.release()
+
+
+def test_a_claim_is_refused_while_it_is_renewed_and_free_once_it_is_released(tmp_path: Path) -> None:
+    elapsed = Elapsed()
+    holder, other = Claim(tmp_path), Claim(tmp_path, elapsed)
+    holder.take()
+    lock = DirectoryLock(tmp_path, layout.TRAINER_LOCK)
+    for _ in range(int(3 * LEASE_S)):
+        elapsed.now_s += 1.0
+        os.utime(tmp_path / layout.TRAINER_LOCK)
+        with pytest.raises(LockHeld):
+            other.take()
+    holder.release()
+    other.take()
+    assert not other.took_over
+    other.release()
+    # A command has no lease: nothing takes the lock from it.
+    with lock:
+        for _ in range(int(3 * LEASE_S)):
+            elapsed.now_s += 1.0
+            with pytest.raises(LockHeld):
+                other.take()
+
+
+def test_a_standby_that_was_frozen_itself_does_not_count_that_time_as_silence_of_the_trainer(tmp_path: Path) -> None:
+    elapsed = Elapsed()
+    holder, standby = Claim(tmp_path), Claim(tmp_path, elapsed)
+    holder.take()
+    for _ in range(2):
+        with pytest.raises(LockHeld):
+            standby.take()
+        elapsed.now_s += 100 * LEASE_S
+    holder.check()
+    holder.release()
+
+
+def test_standbys_are_listed_while_they_wait(tmp_path: Path) -> None:
+    waiting = StandbyFile(tmp_path)
+    waiting.renew()
+    now_s = time.time()
+    assert standbys(tmp_path, now_s) == [f"process {os.getpid()} on {HOST}"]
+    assert standbys(tmp_path, now_s + 60.0) == []
+    waiting.remove()
+    assert standbys(tmp_path, now_s) == []
