@@ -455,7 +455,7 @@ def _divided(appends: Appends) -> Iterator[Appends]:
 def load_newest(
     location: FileStore, wanted: Wanted, store: HistoryStore, keep: Callable[[str], bool] = lambda name: True
 ) -> HistorySnapshot | None:
-    """Loads the newest snapshot that can be used; None if there is none, and the store is empty then.
+    """Loads the store's shares of the newest snapshot that can be used; None if there is none, and the store is empty then.
 
     A damaged one is logged and skipped.
 
@@ -464,7 +464,7 @@ def load_newest(
     """
     for snapshot in usable(location, wanted):
         try:
-            load(location, snapshot, store, keep=keep)
+            load(location, snapshot, store, keep)
             return snapshot
         except CorruptStore as error:
             logger.error("snapshot %d of histories is damaged and not used: %s", snapshot.number, error)

@@ -141,7 +141,8 @@ def test_shares_are_loaded_alone(tmp_path: Path) -> None:
     host.click(3000)
     host.snapshot()
     host.click(500)
-    snapshots.load(host.location, host.snapshot(), store)
+    made = host.snapshot()
+    assert snapshots.load_newest(host.location, host.wanted(), store) == made
     users = (np.arange(1, host.users + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)).tolist()
     for user in users:
         assert np.array_equal(store.read(user), host.store.read(user)[: None if user % SHARES < 16 else 0])
