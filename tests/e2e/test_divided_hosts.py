@@ -50,8 +50,11 @@ class Asking(threading.Thread):
                     lambda front=front, user=user: http.get(f"{front}/v1/recommendations/{user}"),
                     lambda front=front: http.post(f"{front}/v1/profiles:batch", json={"users": USERS}),
                 ]
-                response = asked[turn % len(asked)]()
-                self._count(response.status_code == 200, f"{front}: {response.status_code} {response.text[:300]}")
+                try:
+                    response = asked[turn % len(asked)]()
+                    self._count(response.status_code == 200, f"{front}: {response.status_code} {response.text[:300]}")
+                except httpx.HTTPError as error:
+                    self._count(False, f"{front}: {error}")
                 try:
                     self._count(client.profile(user).user_id == user, f"another user than {user}")
                 except ClientError as error:
