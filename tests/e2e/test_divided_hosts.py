@@ -44,7 +44,7 @@ class Asking(threading.Thread):
             turn = 0
             while not self._stopping.wait(PAUSE_S):
                 turn += 1
-                front, user = self.fronts[turn % len(self.fronts)], USERS[turn % len(USERS)]
+                front, user = self.fronts[turn // 3 % len(self.fronts)], USERS[turn % len(USERS)]
                 asked = [
                     lambda front=front, user=user: http.get(f"{front}/v1/profiles/{user}"),
                     lambda front=front, user=user: http.get(f"{front}/v1/recommendations/{user}"),
