@@ -54,7 +54,6 @@ READ = len(EVERYTHING) + 2
 MASKED = np.float32(-1e9)
 """The logit of a slot without a candidate."""
 
-_SLOTS = 512
 _THERE = MASKED / np.float32(2.0)
 _ITEMS = np.uint64(0x5BF03635C1E3A1D7)
 _SCALE = np.float32(1000.0)
@@ -91,7 +90,9 @@ class Columns:
         """Phi of n users, `[n, COLUMNS]` float32, from `[n, D]` and `[n, L, F]` uint16."""
         latest = category_windows[:, 0, self._latest]
         pause = features[:, self._recency].min(1) >= _PAUSE
-        return np.stack([np.ones(len(features)), pause, latest >= 2, latest >= 4], 1).astype(np.float32)
+        phi = np.ones((len(features), COLUMNS), np.float32)
+        phi[:, 1], phi[:, 2], phi[:, 3] = pause, latest >= 2, latest >= 4
+        return phi
 
 
 @layout("i4[::1], i4[::1], f4[:, ::1], i4[:, ::1], f4[:, ::1], f4[::1], i4[::1], f4[::1]")
@@ -99,7 +100,7 @@ class Workspace(NamedTuple):
     """The features of the M candidate slots of one user; reused for each user.
 
     Attributes:
-        slots: `[_SLOTS]` int32, an open-addressing index of the candidates: 1 + slot, 0 for none.
+        slots: `[k]` int32, an open-addressing index of the candidates: 1 + slot, 0 for none; k is a power of two above 2 M.
         taken: `[M]` int32, the places of `slots` in use.
         shares: `[SHARES, M]` float32, 1 + 1000 share.
         bits: `shares` viewed as int32.
@@ -120,10 +121,10 @@ class Workspace(NamedTuple):
 
     @classmethod
     def empty(cls, candidates: int) -> Workspace:
-        """A new workspace for so many slots, 256 at most."""
+        """A new workspace for M slots."""
         shares = np.empty((SHARES, candidates), np.float32)
         return cls(
-            np.zeros(_SLOTS, np.int32),
+            np.zeros(2 << candidates.bit_length(), np.int32),
             np.zeros(candidates, np.int32),
             shares,
             shares.view(np.int32),
@@ -167,9 +168,10 @@ def _logarithms(values: F32, bits: I32, out: F32, first: int) -> None:
 @inlined
 def _place(category: np.uint64, ids: U64, slots: I32) -> int:
     """The place of a category in the index of candidates, or the empty one where it belongs."""
-    at = category & np.uint64(_SLOTS - 1)
+    last = np.uint64(slots.shape[0] - 1)
+    at = category & last
     while slots[at] != 0 and ids[slots[at] - 1] != category:
-        at = (at + np.uint64(1)) & np.uint64(_SLOTS - 1)
+        at = (at + np.uint64(1)) & last
     return int(at)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,11 @@ STEPS_FROM_NOTHING = 8
 
 
 def new_trainer(settings: Settings, registry: Registry) -> Trainer:
-    """A trainer with the preprocessing that the run's bootstrap made; fixes TensorFlow's threads first."""
+    """A trainer with the preprocessing that the run's bootstrap made; fixes TensorFlow's threads first.
+
+    Its measures score the model alone, as those of 0.1.0.
+    """
+    settings = replace(settings, trainer=replace(settings.trainer, interests="model"))
     device.prepare(settings.trainer.device, settings.trainer.threads)
     spec = FeatureSpec.from_settings(settings)
     return Trainer(settings, spec, preprocessing_of(registry.specs.transform(spec.digest)))

@@ -130,10 +130,11 @@ class InterestCounts:
         # 1. Lists are created, and evicted.
         keys = np.stack(self._keys(batch, rows, clicks, visited), 1)
         counted = clicks & (category != 0)
-        times = np.repeat(at_ms[counted], keys.shape[1])
-        every = np.full(LISTS_OF_EVERYTHING, at_ms.max())
-        self.table.observe(np.concatenate([EVERYTHING, keys[counted].reshape(-1)]), np.concatenate([every, times]))
-        self.table.evict()
+        if counted.any():
+            times = np.repeat(at_ms[counted], keys.shape[1])
+            every = np.full(LISTS_OF_EVERYTHING, at_ms.max())
+            self.table.observe(np.concatenate([EVERYTHING, keys[counted].reshape(-1)]), np.concatenate([every, times]))
+            self.table.evict()
         # 2. One row after another is corrected, learned from and counted.
         rank = np.empty(rows.size, np.int32)
         self.learned += _learn_and_count(

@@ -29,6 +29,7 @@ from state.errors import BadRequest, ProgramError
 from state.events.identity import public_id
 from state.features.spec import LABELLED, POSITIVE, Events, FeatureSpec
 from state.history.actions import exchanged
+from state.ranking.interest_scores import MASKED
 from state.rows.reader import RowReader
 from state.rows.tables import own_rows_of
 
@@ -303,7 +304,9 @@ def _inputs_of(prepared: Prepared) -> dict[str, F32]:
     correction = prepared.correction
     if correction is None:
         return prepared.inputs
-    return prepared.inputs | {_FACTOR: correction.factor, _OFFSET: correction.offset}
+    # A slot that is a candidate in one of the two answers alone has no offset in the other.
+    offset = np.where(correction.offset > MASKED / 2, correction.offset, np.float32(0.0))
+    return prepared.inputs | {_FACTOR: correction.factor, _OFFSET: offset}
 
 
 def _values(slots: Sequence[int], inputs: Mapping[str, F32], outputs: Mapping[str, F32]) -> F64:

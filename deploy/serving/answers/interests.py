@@ -13,11 +13,12 @@ from deploy.serving.answers.version import LoadedVersion, VersionRows
 from state.features.arrays import Vector
 from state.features.mask import Mask
 from state.features.spec import LABELLED, POSITIVE, Events
-from state.ranking.interest_scores import MASKED, READ, Columns, Workspace, correct, keys_of_items
+from state.ranking.interest_scores import MASKED, READ, Columns, correct, keys_of_items
 from state.ranking.item_lists import EVERYTHING
 
 U64 = NDArray[np.uint64]
 F32 = NDArray[np.float32]
+_EVERY = (0, *EVERYTHING.tolist())
 _columns = lru_cache(maxsize=4)(Columns)
 
 
@@ -60,40 +61,35 @@ def correction_of(
     version: LoadedVersion,
     rows: VersionRows,
     vectors: Vector,
-    successors: U64,
-    newest: Sequence[int],
-    at_ms: Sequence[int],
-) -> Correction | None:
-    """Returns the correction for n queries; None if the version has none.
+    ids: U64,
+    masks: Sequence[F32],
+    asked: Sequence[tuple[int, int]],
+) -> Correction:
+    """Returns the correction for n queries; the version must have one.
 
     Args:
         version: The version.
         rows: Its rows.
         vectors: The features of n users.
-        successors: `[n, S]` uint64, padded with 0.
-        newest: The item of each user's latest click; 0 for none.
-        at_ms: The time of each query.
+        ids: `[n, M]` uint64, the candidates.
+        masks: The program's masks of the M candidates, by kind, `[n or more, .]` float32: 1 for a candidate, else 0.
+        asked: For each query the item of the user's latest click, 0 for none, and the time in ms.
     """
     weights = version.interest_weights
-    if weights is None:
-        return None
-    recent, count = vectors.recent_categories, len(newest)
-    has_successors = "successor_mask" in version.program.shapes
-    popular = np.broadcast_to(version.popular, (count, version.popular.size))
-    ids = np.concatenate([recent, popular, successors] if has_successors else [recent, popular], 1)
-    items = keys_of_items(np.array(newest, np.uint64)).tolist()
-    keys = [0, *EVERYTHING.tolist(), *recent[:, 0].tolist(), *items]
+    assert weights is not None
+    recent, count = vectors.recent_categories, len(asked)
+    items, at_ms = zip(*asked, strict=True)
+    of_items = keys_of_items(np.array(items, np.uint64)).tolist()
+    lists, places = rows.next_categories([*_EVERY, *recent[:, 0].tolist(), *of_items])
     read = np.empty((count, READ), np.int32)
-    read[:, : len(EVERYTHING)] = np.arange(1, 1 + len(EVERYTHING))
-    read[:, READ - 2 :] = np.arange(1 + len(EVERYTHING), len(keys)).reshape(2, count).T
+    read[:] = places[1 : 1 + READ]
+    read[:, READ - 2] = places[len(_EVERY) : len(_EVERY) + count]
+    read[:, READ - 1] = places[len(_EVERY) + count :]
+    offset = np.concatenate(masks, 1)[:count]
+    # 0 for a candidate, MASKED for none.
+    offset -= np.float32(1.0)
+    offset *= -MASKED
     phi = _columns(version.features.spec).phi(vectors.features, vectors.category_windows)
-    offset = np.where(ids != 0, np.float32(0.0), MASKED)
-    # A popular category that is also the user's own is a candidate once.
-    slots = slice(recent.shape[1], recent.shape[1] + popular.shape[1])
-    offset[:, slots][(recent[:, :, None] == version.popular).any(1)] = MASKED
-    there = offset == 0.0
-    lists = rows.next_categories(keys)
-    correct(
-        lists, read, np.array(at_ms) // 1000, ids, offset, recent.shape[1], weights, phi, Workspace.empty(ids.shape[1])
-    )
-    return Correction((phi @ weights[0]).astype(np.float32)[:, None], np.where(there, offset, np.float32(0.0)))
+    at_s = np.array(at_ms, np.int64) // 1000
+    correct(lists, read, at_s, ids, offset, recent.shape[1], weights, phi, version.interest_work)
+    return Correction((phi @ weights[0]).astype(np.float32)[:, None], offset)

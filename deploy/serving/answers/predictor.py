@@ -28,7 +28,14 @@ from numpy.typing import NDArray
 from deploy.serving.answers.interests import Correction, correction_of, newest_item
 from deploy.serving.answers.program import PAIRS, batch_of
 from deploy.serving.answers.query import NOBODY, Answer, Engagement, Interest, Query, Version, iso, probability
-from deploy.serving.answers.version import Catalogue, LoadedVersion, ShownName, VersionLoader, VersionRows
+from deploy.serving.answers.version import (
+    CANDIDATE_MASKS,
+    Catalogue,
+    LoadedVersion,
+    ShownName,
+    VersionLoader,
+    VersionRows,
+)
 from deploy.serving.notes import CLOCK_EXTRA, CONTROL_NOTE, MASK_NOTE, EventClock
 from state.attributes.store import AttributeStore, ids_in, texts_in
 from state.attributes.values import SIDES, AttributeTable
@@ -250,8 +257,16 @@ class Predictor:
         following = succession(at, lists, vectors.recent_categories, version.popular)
         _add_succession(inputs, following, rows)
         add_own_rows(inputs, version, rows, asked, vectors, following.ids)
-        newest, times = [each.newest_item for each in asked], [each.at_ms for each in asked]
-        correction = correction_of(version, rows, vectors, following.ids, newest, times)
+        correction = None
+        if version.interest_weights is not None:
+            masks = [inputs[name] for name in CANDIDATE_MASKS if name in inputs]
+            slots = np.empty((len(asked), sum(mask.shape[1] for mask in masks)), np.uint64)
+            own, ranks = vectors.recent_categories.shape[1], version.popular.size
+            slots[:, :own], slots[:, own : own + ranks] = vectors.recent_categories, version.popular
+            if slots.shape[1] > own + ranks:
+                slots[:, own + ranks :] = following.ids
+            clicked = [(each.newest_item, each.at_ms) for each in asked]
+            correction = correction_of(version, rows, vectors, slots, masks, clicked)
         return Prepared(version, rows, asked, vectors, has_row, following.ids, inputs, correction, clock, now_ms, mask)
 
     def answered(self, prepared: Prepared, outputs: Mapping[str, F32]) -> list[Answer]:

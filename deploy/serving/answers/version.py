@@ -33,6 +33,9 @@ from state.rows.reader import RowReader, Served
 from state.rows.tables import AVERAGED_IDS, own_rows_of
 
 ROWS_REMEMBERED = 10_000
+LISTS_REMEMBERED = 2048
+CANDIDATE_MASKS = ("recent_mask", "popular_mask", "successor_mask")
+"""The program's masks of candidates, in slot order."""
 NAMES_REMEMBERED = 100_000
 OTHERS_LOADED = 3
 """Versions kept loaded in addition to the serving one, with a program each."""
@@ -217,15 +220,20 @@ class VersionRows:
         stored = [self.reader.row(table, key, self.served) if key else None for key in keys]
         return lists_from_stored(stored, ENTRIES[table])
 
-    def next_categories(self, keys: Sequence[int]) -> ItemLists:
-        """Returns the lists of n keys of `NEXT_CATEGORY`; an empty list for key 0 or one without a list."""
-        known = self._version.next_categories
-        if len(known) > ROWS_REMEMBERED:
-            known.clear()
-        for key in keys:
-            if key not in known:
-                known[key] = self.reader.row(NEXT_CATEGORY, key, self.served) if key else None
-        return lists_from_stored([known[key] for key in keys], ENTRIES[NEXT_CATEGORY])
+    def next_categories(self, keys: Sequence[int]) -> tuple[ItemLists, list[int]]:
+        """Looks up the lists of n keys of `NEXT_CATEGORY`; returns all lists read so far, and which are the keys'."""
+        cache = self._version.next_categories
+        if len(cache.places) + len(keys) > LISTS_REMEMBERED:
+            cache.places.clear()
+        places = cache.places
+        if missing := [key for key in dict.fromkeys(keys) if key not in places]:
+            stored = [self.reader.row(NEXT_CATEGORY, key, self.served) if key else None for key in missing]
+            first = len(places)
+            held: list[NDArray[Any]] = [*cache.lists]
+            for part, new in zip(held, lists_from_stored(stored, ENTRIES[NEXT_CATEGORY]), strict=True):
+                part[first : first + len(missing)] = new
+            places.update(zip(missing, range(first, first + len(missing)), strict=True))
+        return cache.lists, [places[key] for key in keys]
 
     def context_sum(self, ids: Sequence[int]) -> F32:
         """Returns the sum of rows of contexts and attributes, `[dim]` float32; an id without one counts as zeros."""
@@ -256,6 +264,18 @@ class VersionRows:
         return logits_of(np.frombuffer(numbers, np.float32).reshape(*ids.shape, WIDTH), self._version.cross_shares)
 
 
+class ListCache(NamedTuple):
+    """Lists of one version that were read: `LISTS_REMEMBERED` lists, and the place of each key's."""
+
+    lists: ItemLists
+    places: dict[int, int]
+
+    @classmethod
+    def empty(cls) -> ListCache:
+        """A new cache."""
+        return cls(ItemLists.empty(LISTS_REMEMBERED, ENTRIES[NEXT_CATEGORY]), {})
+
+
 @dataclass(frozen=True)
 class LoadedVersion:
     """What stays the same until another version answers.
@@ -278,10 +298,11 @@ class LoadedVersion:
         item_weights: `[FEATURES, COLUMNS]` float64, the weights of the item score; None if the version has none, or those of
             a release with other features.
         interest_weights: Likewise of the correction of interests.
+        interest_work: The workspace of that correction.
         category_rows: Rows of categories read so far.
         item_rows: Likewise of items.
         lists: Likewise transition lists, as stored.
-        next_categories: Likewise lists of `NEXT_CATEGORY`.
+        next_categories: Lists of `NEXT_CATEGORY` read so far.
     """
 
     served: Served
@@ -299,10 +320,11 @@ class LoadedVersion:
     churn: ChurnWeights | None = None
     item_weights: NDArray[np.float64] | None = None
     interest_weights: NDArray[np.float64] | None = None
+    interest_work: interest_scores.Workspace = field(default_factory=lambda: interest_scores.Workspace.empty(0))
     category_rows: dict[int, bytes] = field(default_factory=dict)
     item_rows: dict[int, bytes] = field(default_factory=dict)
     lists: dict[int, bytes | None] = field(default_factory=dict)
-    next_categories: dict[int, bytes | None] = field(default_factory=dict)
+    next_categories: ListCache = field(default_factory=ListCache.empty)
 
     def rows(self, reader: RowReader) -> VersionRows:
         """Returns the version's rows in a transaction."""
@@ -471,12 +493,14 @@ class VersionLoader:
             churn=weights_in(weights, features.spec),
             item_weights=_weights_of(weights, item_scores.WEIGHTS, item_scores.first_weights()),
             interest_weights=_weights_of(weights, interest_scores.WEIGHTS, interest_scores.first_weights()),
+            interest_work=interest_scores.Workspace.empty(
+                sum(shape[1] for name, shape in program.shapes.items() if name in CANDIDATE_MASKS)
+            ),
         )
         if before is not None:
             loaded.category_rows.update(_unchanged(before.category_rows, "category", before, served, reader))
             loaded.item_rows.update(_unchanged(before.item_rows, "item", before, served, reader))
             loaded.lists.update(_unchanged(before.lists, "transition", before, served, reader))
-            loaded.next_categories.update(_unchanged(before.next_categories, NEXT_CATEGORY, before, served, reader))
         version_rows = loaded.rows(reader)
         rows[: len(popular)] = version_rows.categories(popular.tolist())
         for own in loaded.own:

@@ -168,8 +168,9 @@ class CompiledEngine:
         for name, parts in uses.items():
             table = self._tables[name]
             rows[name], places = table.distinct(table.find(np.concatenate(list(parts.values()))))
-            ends = np.cumsum([part.size for part in parts.values()])
-            at |= dict(zip(parts, np.split(places, ends[:-1]), strict=True))
+            end = 0
+            for use, ids in parts.items():
+                at[use], end = places[end : end + ids.size], end + ids.size
         if combined is not None:
             at |= {"item": combined.at, "negative_item": combined.at[record.partner]}
         shaped = ("recent", "successor")
