@@ -102,6 +102,10 @@ PROCESSES = {
         "Run the stream, a Beam job that reads clicks, updates histories and windows, and writes micro-batches.",
     ),
     "train": ("trainer.loop", "Run the trainer, which reads micro-batches and publishes versions."),
+    "train-worker": (
+        "trainer.worker",
+        "Run one of the other workers of a trainer with trainer.workers above 1, on another machine: --index K.",
+    ),
     "serve": ("deploy.serve", "Run serving on this host: an applier and serving.workers workers."),
     "console": (
         "deploy.console.server",
@@ -169,6 +173,7 @@ PROCESSES = {
 }
 OWN_HELP = (
     "up",
+    "train-worker",
     "flink",
     "status",
     "probe",

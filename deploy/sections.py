@@ -364,7 +364,7 @@ def history_snapshots(settings: Settings, now_ms: int) -> dict[str, Any] | None:
     try:
         location = snapshots.location_of(settings)
         found = list(reversed(snapshots.numbers(location)))
-        newest = snapshots.newest(location)
+        newest = snapshots.newest(location, UserShares(0))
     except SpringtideError as error:
         return {"problem": str(error), "every_s": every_s, "ages_s": [], "late": False}
     if not every_s and not found:
@@ -378,18 +378,19 @@ def history_snapshots(settings: Settings, now_ms: int) -> dict[str, Any] | None:
         "users": newest.users if newest else 0,
         "bytes": newest.bytes if newest else 0,
         "writer": newest.writer if newest else "",
+        "held": newest.held if newest else "",
     }
 
 
 def snapshots_text(found: Mapping[str, Any]) -> Text:
     """Formats the snapshots of histories.
 
-    >>> found = {"problem": "", "every_s": 120.0, "ages_s": [], "late": True, "users": 0, "bytes": 0, "writer": ""}
+    >>> found = {"problem": "", "every_s": 120.0, "ages_s": [], "late": True, "users": 0, "bytes": 0, "writer": "", "held": ""}
     >>> snapshots_text(found)
     ('none', 'written every 120 s, once serving has caught up')
-    >>> found |= {"ages_s": [42.0, 170.0, 3700.0], "late": False, "users": 20_000, "bytes": 3e6, "writer": "serving-a"}
-    >>> snapshots_text(found)
-    ('fresh', 'the newest of 3 is 42 s old, the others 2 min, 62 min; 20,000 users, 3 MB, by serving-a; every 120 s')
+    >>> found |= {"ages_s": [42.0, 170.0, 3700.0], "late": False, "users": 20_000, "bytes": 3e6}
+    >>> snapshots_text(found | {"writer": "serving-a", "held": "0-63"})
+    ('fresh', 'the newest of 3 is 42 s old, the others 170 s, 62 min; 20,000 users of shares 0-63, 3 MB, by serving-a; every 120 s')
     """
     every = f"every {found['every_s']:g} s" if found["every_s"] else "no more are written"
     if found["problem"]:
@@ -398,7 +399,7 @@ def snapshots_text(found: Mapping[str, Any]) -> Text:
         return "none", f"written {every}, once serving has caught up"
     first, *others = (seconds(age_s) for age_s in found["ages_s"])
     text = f"the newest of {len(others) + 1} is {first} old" + (f", the others {', '.join(others)}" if others else "")
-    size = f"{found['users']:,} users, {found['bytes'] / 1e6:,.0f} MB, by {found['writer']}"
+    size = f"{found['users']:,} users of shares {found['held']}, {found['bytes'] / 1e6:,.0f} MB, by {found['writer']}"
     return "OLD" if found["late"] else "fresh", f"{text}; {size}; {every}"
 
 

@@ -21,7 +21,8 @@
     │   └── Unauthorized, Forbidden     HTTP 401, 403
     ├── Overloaded, TookTooLong     HTTP 429, 504
     ├── WorkerFailed                HTTP 500
-    └── PortTaken, UnsupportedPython, KafkaFailed, JobFailed, FlinkFailed, ProcessFailed
+    └── PortTaken, UnsupportedPython, KafkaFailed, JobFailed, FlinkFailed, ProcessFailed,
+        WorkerLost
 
 An error states in one line what happened, to which input, and what to do, without a raw user id. A bad record is no
 error: it goes to the dead letters.
@@ -312,6 +313,10 @@ class KafkaFailed(SpringtideError):
 
 class FlinkFailed(SpringtideError):
     """The local Flink did not start, does not answer or refuses. Do as the message says, or read the log that it names."""
+
+
+class WorkerLost(SpringtideError):
+    """A worker of the trainer ended or does not answer. All workers start again from the newest version."""
 
 
 class ProcessFailed(SpringtideError):

@@ -243,7 +243,7 @@ class TrainerMetrics(Metrics):
         "1 while this process stands by, because another trainer has the registry; 0 for the trainer that learns."
     )
     phase = gauge(
-        "1 for the current phase of the trainer, 0 for the others. In order: standing by, loading TensorFlow, compiling kernels, waiting for the bootstrap, building the model, lowering the program, loading the version, catching up, learning.",
+        "1 for the current phase of the trainer, 0 for the others. In order: standing by, loading TensorFlow, compiling kernels, waiting for workers, waiting for the bootstrap, building the model, lowering the program, loading the version, catching up, learning.",
         "phase",
     )
     caught_up = gauge("1 once this epoch has read the training log to its end.")
@@ -252,6 +252,11 @@ class TrainerMetrics(Metrics):
     )
     table_rows = gauge("Rows in use, by table.", "table")
     table_rows_limit = gauge("Maximum number of rows, by table; the least used rows are evicted first.", "table")
+    worker_seconds = gauge(
+        "Time that a worker computed in the last update, by worker; the others wait for the slowest. Only with `trainer.workers` above 1.",
+        "worker",
+    )
+    worker_users = gauge("Users whose rows a worker holds, by worker. Only with `trainer.workers` above 1.", "worker")
     guard = counter("Verdicts of the guard: accept, skip, hold.", "verdict")
     held = gauge("1 while the guard holds training.")
     held_rule = gauge("1 for the rule by which the guard holds training, 0 for the others.", "rule")

@@ -104,8 +104,12 @@ class FromPast:
             UnknownTopic: The log was recreated since the cut.
         """
         # 1.
-        checkpoint.begin(trainer, about)
-        rows, told_ms = self._learn(FeatureSpec.from_settings(settings).digest, trainer, str(about["salt"]), control)
+        with trainer.alone():
+            checkpoint.begin(trainer, about)
+            rows, told_ms = self._learn(
+                FeatureSpec.from_settings(settings).digest, trainer, str(about["salt"]), control
+            )
+            tensors = checkpoint.changes(trainer) | checkpoint.full(trainer)
         killpoints.reach("past.learned")
         # 2.
         cut = self.past.log
@@ -131,7 +135,7 @@ class FromPast:
             erased=control.erased.last,
         )
         # The next version need not repeat the content of this one.
-        return Beginning(reader, place, checkpoint.changes(trainer) | checkpoint.full(trainer))
+        return Beginning(reader, place, tensors)
 
     def _learn(self, spec: str, trainer: Trainer, salt: str, control: Control) -> tuple[int, int]:
         """Learns the past; returns the number of its rows and the newest time that they report."""

@@ -400,7 +400,7 @@ def _bytes(part: Manifest) -> int:
 def thin_snapshots(location: FileStore, erased: int, most_bytes: int, now_ms: int) -> list[int]:
     """Removes snapshots of histories from before the erasure `erased`, and those beyond time and size; returns their numbers.
 
-    The newest `SPARE_SNAPSHOTS` stay, and of the last day the newest of each six hours.
+    Of each set of shares the newest `SPARE_SNAPSHOTS` stay, and of the last day the newest of each six hours.
 
     Raises:
         UnusablePlace: The location cannot be reached.
@@ -414,8 +414,11 @@ def thin_snapshots(location: FileStore, erased: int, most_bytes: int, now_ms: in
             gone.append(number)
     gone += [one.number for one in kept if one.erased < erased]
     kept = [one for one in kept if one.erased >= erased]
-    sparse = {one.created_at_ms // SNAPSHOT_MS: one.number for one in kept if now_ms - one.created_at_ms <= DAY_MS}
-    stay = {*sparse.values(), *(one.number for one in kept[-SPARE_SNAPSHOTS:])}
+    young = [one for one in kept if now_ms - one.created_at_ms <= DAY_MS]
+    sparse = {(one.held, one.created_at_ms // SNAPSHOT_MS): one.number for one in young}
+    stay = {*sparse.values()}
+    for held in {one.held for one in kept}:
+        stay |= {one.number for one in [one for one in kept if one.held == held][-SPARE_SNAPSHOTS:]}
     wanted = [one for one in kept if one.number in stay]
     while len(wanted) > 1 and _snapshot_bytes(wanted) > most_bytes:
         # They share files with later ones.

@@ -9,6 +9,7 @@ from state.metrics import TrainerMetrics
 from state.registry.control import Control
 from trainer.engine.guard import Verdict
 from trainer.engine.report import Report
+from trainer.engine.step import WorkerLoad
 from trainer.intake import Intake
 from trainer.measures.breakdown import GAPS, SliceMeasures, gap
 from trainer.measures.predictions import PREDICTORS
@@ -42,6 +43,13 @@ def show_step(report: Report, offset: int, metrics: TrainerMetrics) -> None:
             "the guard skipped rows of offset %d: loss %.3g a row, gradient norm %.3g",
             *(offset, report.interest_log_loss, report.grad_norm),
         )
+
+
+def show_workers(loads: Sequence[WorkerLoad], metrics: TrainerMetrics) -> None:
+    """Sets the gauges of the workers of a group, in their order."""
+    for worker, load in enumerate(loads):
+        metrics.worker_seconds.labels(str(worker)).set(load.seconds)
+        metrics.worker_users.labels(str(worker)).set(load.users)
 
 
 def show_control(control: Control, version: int, metrics: TrainerMetrics) -> None:

@@ -45,6 +45,7 @@ from trainer.measures.step_scores import SUMS
 from trainer.place import TrainingPlace
 from trainer.privacy_budget import PrivacyBudget
 from trainer.publications import Publications
+from trainer.versions import checkpoint
 from trainer.versions.carrying import restore_or_carry
 from trainer.versions.publisher import Drafter, Publisher
 
@@ -234,6 +235,7 @@ class Learner:
         if first is not None:
             place, topic = self.place, self._reader.topic_id
             self.place = self._publications.publish_first(place, control, self._account(), topic, first)
+        self._trainer.rejoin(self._load, self.place.parent)
         self.place, self.caught_up = erased_up_to(control, self._trainer, self.place), False
         self._publications.begin()
         self._catching_up.enter(control, self.place)
@@ -241,6 +243,9 @@ class Learner:
         self._release_guard()
         where = (control.epoch, self.place.parent, self.place.next)
         logger.info("epoch %d: at version %d, reading the training log from offset %d", *where)
+
+    def _load(self, trainer: Trainer, version: int) -> None:
+        checkpoint.restore(self._registry, version, trainer, self._spec)
 
     def tick(self, wait_s: float, stopping: Callable[[], bool] = lambda: False) -> int:
         """Polls control, takes the records of the log, publishes a due version; returns the number of records taken.
@@ -289,6 +294,7 @@ class Learner:
                 logger.info("epoch %d: caught up at offset %d", self.place.epoch, self.place.next)
             self._catching_up.check(self.place, self.control, self._publications.busy)
         self._metrics.caught_up.set(self.caught_up)
+        gauges.show_workers(self._trainer.loads, self._metrics)
         self._faults = accounts.show(self._account(), self._metrics, self._faults)
         self._updates.show()
         return taken
@@ -421,6 +427,7 @@ class Learner:
         finally:
             self._publisher.close()
             self._reader.close()
+            self._trainer.stop()
 
     @property
     def _reader(self) -> Reader:

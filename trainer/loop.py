@@ -38,7 +38,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
@@ -47,7 +47,14 @@ from state.compiled.preparing import Kernels
 from state.config.loading import load
 from state.config.sections import Model
 from state.config.settings import Settings
-from state.errors import CorruptVersion, ModelMismatch, SpringtideError, TruncatedLog, UnusableRegistry
+from state.errors import (
+    CorruptVersion,
+    ModelMismatch,
+    ProcessFailed,
+    SpringtideError,
+    TruncatedLog,
+    UnusableRegistry,
+)
 from state.features.spec import FeatureSpec
 from state.log import KERNELS as LOG_KERNELS
 from state.log import Log
@@ -72,9 +79,11 @@ from state.storage.waiting import Room, is_full
 from trainer.checks import check_own, is_own
 from trainer.lag import Taken, TrainingLag
 from trainer.place import newest_before
+from trainer.worker import restore_handlers, workers_of
 
 if TYPE_CHECKING:
     from trainer.engine.step import Trainer
+    from trainer.group import Group
     from trainer.learner import Learner, Surroundings
 
 HURRY_S = 30.0
@@ -82,13 +91,14 @@ HURRY_S = 30.0
 STANDBY = "standing by"
 IMPORTS = "loading TensorFlow"
 KERNELS = "compiling kernels"
+WORKERS = "waiting for workers"
 BOOTSTRAP = "waiting for the bootstrap"
 MODEL = "building the model"
 PROGRAM = "lowering the program"
 VERSION = "loading the version"
 CATCHING_UP = "catching up"
 LEARNING = "learning"
-PHASES = (STANDBY, IMPORTS, KERNELS, BOOTSTRAP, MODEL, PROGRAM, VERSION, CATCHING_UP, LEARNING)
+PHASES = (STANDBY, IMPORTS, KERNELS, WORKERS, BOOTSTRAP, MODEL, PROGRAM, VERSION, CATCHING_UP, LEARNING)
 
 LOG_S = 5.0
 WAIT_S = 0.02
@@ -290,8 +300,8 @@ def _check_own(settings: Settings) -> None:
     logger.info("%s", result)
 
 
-def model_of(settings: Settings, specs: Specs) -> Trainer:
-    """Builds the trainer of a bootstrapped feature spec."""
+def model_of(settings: Settings, specs: Specs, group: Group | None) -> Trainer:
+    """Builds the trainer of a bootstrapped feature spec, which shares the training with the other workers of `group`."""
     # Not at the top: TensorFlow reads its log level when it is loaded, and `main` sets it before.
     with quiet_stderr():
         from trainer import device
@@ -302,7 +312,7 @@ def model_of(settings: Settings, specs: Specs) -> Trainer:
         device.prepare(settings.trainer.device, settings.trainer.threads)
         spec = FeatureSpec.from_settings(settings)
         name = specs.bootstrapped(spec.digest, settings.model) or spec.digest
-        return trainer_of(settings, spec, preprocessing_of(specs.transform(name)))
+        return trainer_of(settings, spec, preprocessing_of(specs.transform(name)), group)
 
 
 def prepare(
@@ -390,6 +400,35 @@ def enter(learner: Learner, registry: Registry, control: Control) -> None:
             control = recover(registry, control, lost, who, wall_ms())
 
 
+def _join(
+    imports: threading.Thread, settings: Settings, addresses: Sequence[str], joined: list[Group], phases: Phases
+) -> None:
+    """Joins the other workers into `joined`, before any operation of TensorFlow, which a custom model's check runs."""
+    imports.join()
+    phases.enter(WORKERS)
+    with quiet_stderr():
+        from trainer import device
+        from trainer.group import Group
+
+        device.prepare(settings.trainer.device, settings.trainer.threads)
+        joined.append(Group(addresses, 0))
+    logger.info("%d workers have joined", len(addresses))
+    phases.enter(phases.loaded)
+
+
+def _await(imports: threading.Thread, children: Sequence[subprocess.Popen[bytes]], stopping: threading.Event) -> None:
+    """Waits until `imports` ends or the process is stopping.
+
+    Raises:
+        ProcessFailed: A worker ended before it joined.
+    """
+    while imports.is_alive() and not stopping.is_set():
+        imports.join(POLL_S)
+        for index, child in enumerate(children, 1):
+            if (code := child.poll()) is not None:
+                raise ProcessFailed(f"worker {index} of the trainer ended with exit code {code}", "see its lines above")
+
+
 def _sweep(registry: Registry) -> None:
     for name in registry.directory.sweep():
         logger.info("swept %s, left by a writer that died", name)
@@ -410,16 +449,17 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
     room = Room(REGISTRY, offer(collected, settings, [REGISTRY]), stopping.wait)
     kernels = Kernels(collected, logger, unused_kernels(settings), [LOG_KERNELS])
     # A standby builds the model before it has the claim, other trainers after that.
-    model = functools.cache(lambda: model_of(settings, Registry(settings.registry_dir).specs))
+    model = functools.cache(lambda group: model_of(settings, Registry(settings.registry_dir).specs, group))
 
     def load() -> None:
         _import_model(kernels, phases, stopping)
         specs, spec = Registry(settings.registry_dir).specs, FeatureSpec.from_settings(settings)
-        if phases.loaded == STANDBY and not is_own(settings.model) and specs.bootstrapped(spec.digest, settings.model):
+        alone = settings.trainer.workers == 1 and not is_own(settings.model)
+        if phases.loaded == STANDBY and alone and specs.bootstrapped(spec.digest, settings.model):
             # What is wrong is reported when it takes over: the model of the other trainer may change until then.
             phases.enter(MODEL)
             with suppress(SpringtideError):
-                model()
+                model(None)
         phases.enter(phases.loaded)
 
     imports = threading.Thread(target=load, name="imports", daemon=True)
@@ -438,6 +478,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
     with (
         claiming(settings.registry_dir, stopping, stand_by) as claim,
         owning(settings, collected, stopping, claim, stand_by) as ownership,
+        ExitStack() as others,
     ):
         metrics.standby.set(0)
         phases.loaded = BOOTSTRAP
@@ -455,22 +496,33 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
         # 2. TensorFlow's import and the kernels take seconds: they overlap with the bootstrap.
         if imports.ident is None:
             imports.start()
+        children: Sequence[subprocess.Popen[bytes]] = ()
+        joined: list[Group] = []
+        ready = imports
+        if settings.trainer.workers > 1:
+            addresses, children = others.enter_context(workers_of(settings))
+            arguments_of_join = (imports, settings, addresses, joined, phases)
+            ready = threading.Thread(target=_join, args=arguments_of_join, name="workers", daemon=True)
+            ready.start()
         if is_own(settings.model):
             # Before the wait for clicks: a model that does not lower is refused at once.
-            imports.join()
+            _await(ready, children, stopping)
             _check_own(settings)
         if not await_spec(registry, FeatureSpec.from_settings(settings).digest, settings.model, stopping):
             return
-        while imports.is_alive() and not stopping.is_set():
-            imports.join(POLL_S)
+        _await(ready, children, stopping)
         if stopping.is_set():
             return
+        group = joined[0] if joined else None
+        if group is not None:
+            restore_handlers()
+            group.wait()
         phases.enter(MODEL)
         with quiet_stderr():
             from trainer.beginning import beginning_of
             from trainer.learner import Surroundings
         surroundings = Surroundings(consent, room, beginning_of(registry, arguments, stopping))
-        learner = prepare(settings, registry, model(), metrics, surroundings, phases)
+        learner = prepare(settings, registry, model(group), metrics, surroundings, phases)
 
         def compacted(code: int, failures: int) -> None:
             metrics.compactor_failures.set(failures)

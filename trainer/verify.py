@@ -21,6 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,7 @@ from state.registry.model_fit import first_after, former_specs
 from state.registry.registry import Registry
 from state.registry.segments import base_of, segments_of
 from trainer.replay import ACCOUNT, Replay, SegmentReader
+from trainer.worker import workers_of
 
 if TYPE_CHECKING:
     from trainer.engine.step import Trainer
@@ -183,6 +185,7 @@ def verify(
         )
     else:
         checkpoint.restore(registry, base.version, trainer, target.spec)
+    trainer.rejoin(lambda trainer, version: checkpoint.restore(registry, version, trainer, target.spec), found.base)
     done = Replay(trainer, base, target, former_specs(beginnings), taken_out(registry, base))
     if total or any(one.forget for one in segments):
         accepted = Journal(registry.path / layout.GAPS).accepted()
@@ -264,8 +267,19 @@ def open_at(log: Log, target: Manifest, origin: str, offset: int) -> Reader:
     )
 
 
-def run(settings: Settings, version: int, wanted_base: int | None, say: Callable[[str], None]) -> Comparison:
-    """Recomputes a version of the registry that the settings name.
+def run(
+    settings: Settings,
+    version: int,
+    wanted_base: int | None,
+    say: Callable[[str], None],
+) -> Comparison:
+    """Recomputes a version of the registry that the settings name, with as many local workers as trained it.
+
+    Args:
+        settings: All settings.
+        version: The version.
+        wanted_base: Where to begin; None for the nearest base before it.
+        say: Takes progress lines.
 
     Raises:
         SpringtideError: See `verify`.
@@ -275,18 +289,27 @@ def run(settings: Settings, version: int, wanted_base: int | None, say: Callable
     registry = Registry(settings.registry_dir)
     spec = FeatureSpec.from_settings(settings)
 
+    settings = replace(settings, trainer=replace(settings.trainer, worker_addresses=()))
+    workers = ExitStack()
+
     def make_trainer() -> Trainer:
         # TensorFlow is loaded only once the version is known to exist.
+        addresses, _ = workers.enter_context(workers_of(settings))
         with quiet_stderr():
             from trainer import device
             from trainer.engine.making import trainer_of
+            from trainer.group import Group
             from trainer.versions.program import preprocessing_of
 
             device.prepare(settings.trainer.device, settings.trainer.threads)
+            group = Group(addresses, 0) if addresses else None
+            if group is not None:
+                group.wait()
             name = registry.specs.bootstrapped(spec.digest, settings.model) or spec.digest
-            return trainer_of(settings, spec, preprocessing_of(registry.specs.transform(name)))
+            return trainer_of(settings, spec, preprocessing_of(registry.specs.transform(name)), group)
 
-    return verify(settings, registry, version, wanted_base, make_trainer, Log(settings.kafka), say)
+    with workers:
+        return verify(settings, registry, version, wanted_base, make_trainer, Log(settings.kafka), say)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

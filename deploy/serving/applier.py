@@ -363,7 +363,8 @@ class Applier:
             settings.serving,
         )
         self._snapshots = None
-        if settings.history.snapshot_every_s:
+        # A host with a part of the users cannot write a snapshot of all.
+        if settings.history.snapshot_every_s and settings.serving.user_shares.is_all:
             self._snapshots = SnapshotTaker(settings, self._histories, self.metrics, stop, now_ms)
             self.clicks.committed = self._snapshots.take
         self.metrics.snapshot_every_seconds.set(settings.history.snapshot_every_s)

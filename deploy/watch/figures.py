@@ -303,6 +303,7 @@ class Figures:
         dead: Reason -> dead letters since the stream's start.
         rows_per_s: Rows of the training log read, with any outcome.
         trainer_lag: Positions of the training log the trainer has not read; `serving_lag` likewise of the histories.
+        trainer_workers: Seconds that each worker of a group computed in the last update; empty without other workers.
         log_loss: Of the interests, scored before learning, as are `auc` of the engagement and `top1`.
         version: Version that serving uses; `newest_version` is the trainer's.
         features_s: Age of the newest click in the histories that serving uses.
@@ -337,6 +338,7 @@ class Figures:
     steps_per_s: float | None = None
     rows_per_s: float | None = None
     trainer_lag: float | None = None
+    trainer_workers: Mapping[str, float] = field(default_factory=dict)
     log_loss: float | None = None
     auc: float | None = None
     top1: float | None = None
@@ -516,6 +518,7 @@ def read(stream: Seen, trainer: Seen, applier: Seen, worker: Seen) -> Figures:
         steps_per_s=trainer.rate("springtide_trainer_steps_total"),
         rows_per_s=trainer.rate("springtide_trainer_rows_total"),
         trainer_lag=trainer.now.value("springtide_trainer_lag_records"),
+        trainer_workers=trainer.now.by("springtide_trainer_worker_seconds", "worker"),
         # Before the first step the gauges have their first value, which is no score.
         log_loss=trainer.now.value("springtide_trainer_log_loss") if learned else None,
         auc=trainer.now.value("springtide_trainer_auc") if learned else None,

@@ -71,6 +71,11 @@ def _happenings(snapshot: Snapshot, workers: int = 1) -> list[Sequence[str]]:
             f"log loss {decimal(figures.log_loss)}, AUC {decimal(figures.auc)}",
             f"{rate(figures.steps_per_s, 'steps')}, top 1 {top1}",
         ),
+        *(
+            [("workers", f"{len(figures.trainer_workers)}", _slowest(figures.trainer_workers))]
+            if figures.trainer_workers
+            else []
+        ),
         *([("privacy", f"{budget.left:.2f} left", f"of epsilon {budget.epsilon:.2f}")] if budget else []),
         (
             "served version",
@@ -94,6 +99,12 @@ def _distributions(figures: Figures) -> list[Sequence[str]]:
         ("", "now", "p50", "p99", span(figures.spread_s)),
         *((name, now.get(name, ""), *bounded(figures.spreads.get(name, Spread())), means[name]) for name in SPREADS),
     ]
+
+
+def _slowest(workers: Mapping[str, float]) -> str:
+    slowest = max(workers, key=lambda worker: workers[worker])
+    fastest = min(workers, key=lambda worker: workers[worker])
+    return f"slowest {slowest}: {duration(workers[slowest])} an update, fastest {fastest}: {duration(workers[fastest])}"
 
 
 def _off(direction: str, clock: ClocksOff) -> str:

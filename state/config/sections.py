@@ -408,6 +408,16 @@ class TrainerSettings:
         most=1024,
         help="Number of threads that share a step. With the compiled engine, the result is bit-identical for any number.",
     )
+    workers: int = setting(
+        1,
+        least=1,
+        most=64,
+        help="Number of processes that train one model together. Each keeps the rows of a part of the users.",
+    )
+    worker_addresses: tuple[str, ...] = setting(
+        (),
+        help="Address of each worker as HOST:PORT, this trainer's first; empty: the trainer starts the others on its machine.",
+    )
     engine: str = setting(
         "auto",
         choices=("auto", "compiled", "tensorflow"),

@@ -18,7 +18,6 @@ from state.file_store import FileStore
 from state.history.chunks import EVENT_BYTES, Chunks, events_in
 from state.history.rewinding import LINE
 from state.history.snapshots import (
-    ALL_SHARES,
     HistorySnapshot,
     Kind,
     SnapshotFile,
@@ -33,7 +32,7 @@ from state.positions import share_of
 from state.process import killpoints
 from state.registry import sealed
 from state.registry.log_line import WHOLE, to_json
-from state.user_shares import SHARES
+from state.user_shares import ALL, SHARES, UserShares
 
 RANGE_BYTES, FILE_BYTES = 64 << 20, 1 << 20
 """The size of a range of users, and the least size of a file unless it holds all shares; before compression."""
@@ -90,6 +89,7 @@ class SnapshotWriter:
         location: Where to write; see `snapshots.location_of`.
         name: The process, as in `ErasureReport.part`.
         history: N, the events kept per user.
+        shares: The shares of users that the store holds.
         most_bytes: The most bytes of one snapshot.
         stopped: Polled between two files; True ends a snapshot that is not complete.
     """
@@ -99,10 +99,11 @@ class SnapshotWriter:
         location: FileStore,
         name: str,
         history: int,
+        shares: UserShares = ALL,
         most_bytes: int = 1 << 60,
         stopped: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._location, self._name, self._history = location, name, history
+        self._location, self._name, self._history, self._shares = location, name, history, shares
         self._most_bytes, self._stopped = most_bytes, stopped
         self._number, self._files = 0, list[SnapshotFile]()
 
@@ -135,6 +136,7 @@ class SnapshotWriter:
                 created_at_ms=now_ms,
                 writer=self._name,
                 history=self._history,
+                held=str(self._shares),
                 salt=cut.salt,
                 topic_id=cut.position.topic_id,
                 next=tuple(sorted(cut.position.next.items())),
@@ -307,7 +309,7 @@ def _by_share(users: NDArray[np.uint64], lengths: NDArray[Any]) -> Iterator[tupl
     bounds = np.searchsorted(share_of(users), np.arange(SHARES + 1))
     sizes = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))[bounds] * EVENT_BYTES
     first = 0
-    for share in ALL_SHARES:
+    for share in range(SHARES):
         if share == SHARES - 1 or sizes[share + 1] - sizes[first] >= FILE_BYTES:
             if bounds[first] < bounds[share + 1]:
                 yield first, share, int(bounds[first]), int(bounds[share + 1])

@@ -14,7 +14,7 @@ users (`share_of`). A file is a zstd frame of MessagePack: columns by name.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -41,13 +41,13 @@ from state.process import killpoints
 from state.registry import sealed
 from state.registry.log_line import LogLine, from_json, parting
 from state.storage.shares import REGISTRY, kept_bytes
-from state.user_shares import SHARES
+from state.user_shares import ALL, UserShares
 
 INDEX, FILES = f"{layout.SNAPSHOTS}/index", f"{layout.SNAPSHOTS}/files"
 FORMAT = 1
 DISK_SHARE = 0.5
 LEFT_BEHIND_MS = 3_600_000
-"""Age at which files that no document names are removed, if there is no newer snapshot."""
+"""Age at which files that no document names are removed. No snapshot takes that long to write."""
 SHARED_EXTRAS = frozenset({"salt", ACTIONS, LINE, FORGOTTEN, READ_TIMES})
 """Extras that stream and serving store under the same name with the same meaning."""
 _DIGITS, _LEVEL, _AT_ONCE, _MOST_BYTES = 15, 1, 4096, 1 << 30
@@ -58,7 +58,6 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["base", "delta", "extras"]
 Columns = Mapping[str, bytes]
-ALL_SHARES = range(SHARES)
 
 
 # The document
@@ -111,6 +110,7 @@ class HistorySnapshot(msgspec.Struct, frozen=True):
         created_at_ms: When its cut was made, wall clock.
         writer: The process that wrote it, as in `ErasureReport.part`.
         history: N, the events kept per user.
+        held: The shares of users of the host that wrote it, as `UserShares` writes them.
         salt: Fingerprint of the users' salt.
         topic_id: The id of the training log's topic.
         next: The partitions of the training log, each with the offset of its next record.
@@ -126,6 +126,7 @@ class HistorySnapshot(msgspec.Struct, frozen=True):
     created_at_ms: int
     writer: str
     history: int
+    held: str
     salt: str
     topic_id: str
     next: tuple[tuple[int, int], ...]
@@ -136,6 +137,11 @@ class HistorySnapshot(msgspec.Struct, frozen=True):
     ranges: tuple[UserRange, ...]
     files: tuple[SnapshotFile, ...]
     format: int = FORMAT
+
+    @property
+    def user_shares(self) -> UserShares:
+        """The shares of its users."""
+        return UserShares.parse(self.held)
 
     @property
     def bytes(self) -> int:
@@ -192,13 +198,16 @@ def read(location: FileStore, number: int) -> HistorySnapshot:
     return found
 
 
-def newest(location: FileStore) -> HistorySnapshot | None:
-    """The newest snapshot whose document can be read; None if there is none."""
+def newest(location: FileStore, shares: UserShares = ALL) -> HistorySnapshot | None:
+    """The newest snapshot of all users of these shares whose document can be read; None if there is none."""
     for number in reversed(numbers(location)):
         try:
-            return read(location, number)
+            found = read(location, number)
         except CorruptStore as error:
             logger.warning("%s", error)
+            continue
+        if found.user_shares.covers(shares):
+            return found
     return None
 
 
@@ -221,6 +230,7 @@ class Wanted:
         branch: The branch of the training log that control names.
         topic_id: The id of the training log's topic.
         ends: By partition, the first offset that the log still has and the offset of its next record.
+        shares: The shares of users that it holds.
     """
 
     history: int
@@ -228,11 +238,14 @@ class Wanted:
     branch: LogLine
     topic_id: str
     ends: Mapping[int, tuple[int, int]]
+    shares: UserShares = ALL
 
     def refuse(self, snapshot: HistorySnapshot) -> str:
         """Why a snapshot cannot be used; empty if it can."""
         if self.salt not in (None, snapshot.salt):
             return f"its salt is {snapshot.salt}, and ours {self.salt}"
+        if not snapshot.user_shares.covers(self.shares):
+            return f"it has the users of the shares {snapshot.held}, and ours are {self.shares}"
         if snapshot.history < self.history:
             return f"it keeps {snapshot.history} events per user, and features.history is {self.history}"
         if snapshot.topic_id != self.topic_id:
@@ -389,20 +402,18 @@ def load(
     location: FileStore,
     snapshot: HistorySnapshot,
     store: HistoryStore,
-    shares: Iterable[int] = ALL_SHARES,
     keep: Callable[[str], bool] = lambda name: True,
 ) -> None:
     """Replaces the content of a store by a snapshot.
 
     1. The store is cleared and marked as loading.
-    2. Users are written, share by share.
+    2. Users of the shares that the store holds are written, share by share.
     3. Counts and extras are written in the transaction that removes the mark.
 
     Args:
         location: Where the snapshot is.
         snapshot: The snapshot.
         store: The store; only its writer may call.
-        shares: The shares to load, ascending.
         keep: Which extras to write, by name.
 
     Raises:
@@ -416,7 +427,7 @@ def load(
         store.clear()
         killpoints.reach("snapshot.cleared")
         # 2.
-        for share in shares:
+        for share in store.shares:
             found = reader.share(share)
             users += len({key[:8] for key, _ in found.chunks})
             for first in range(0, len(found.chunks), _AT_ONCE):
@@ -444,7 +455,7 @@ def _divided(appends: Appends) -> Iterator[Appends]:
 def load_newest(
     location: FileStore, wanted: Wanted, store: HistoryStore, keep: Callable[[str], bool] = lambda name: True
 ) -> HistorySnapshot | None:
-    """Loads the newest snapshot that can be used; None if there is none, and the store is empty then.
+    """Loads the store's shares of the newest snapshot that can be used; None if there is none, and the store is empty then.
 
     A damaged one is logged and skipped.
 
@@ -453,7 +464,7 @@ def load_newest(
     """
     for snapshot in usable(location, wanted):
         try:
-            load(location, snapshot, store, keep=keep)
+            load(location, snapshot, store, keep)
             return snapshot
         except CorruptStore as error:
             logger.error("snapshot %d of histories is damaged and not used: %s", snapshot.number, error)
@@ -472,7 +483,7 @@ def remove(location: FileStore, gone: Sequence[int], now_ms: int) -> int:
     1. The documents, the oldest first.
     2. Files that only they named, and those that a killed writer left.
 
-    A snapshot that is being written has a number above all others, and names files of the newest one only.
+    A snapshot that is being written names files of the newest one only, besides its own.
 
     Raises:
         CorruptStore: A remaining document cannot be read, so that its files are unknown; only documents were removed.
@@ -488,11 +499,10 @@ def remove(location: FileStore, gone: Sequence[int], now_ms: int) -> int:
     # 2.
     kept = [number for number in before if number not in gone]
     named = {file.name for number in kept for file in read(location, number).files}
-    last = max(kept, default=now_ms - LEFT_BEHIND_MS)
     unnamed = [
         name
         for name in (f"{FILES}/{name}" for name in location.names(FILES))
-        if name not in named and (name in theirs or int(name.split("/")[2]) < last)
+        if name not in named and (name in theirs or int(name.split("/")[2]) < now_ms - LEFT_BEHIND_MS)
     ]
     for name in unnamed:
         location.remove(name)

@@ -114,17 +114,16 @@ def _decay(row: int, lists: ItemLists, at_s: int) -> None:
     if elapsed_s <= 0:
         return
     lists.at_s[row] = at_s
-    kept = np.empty(LIVES, np.float32)
+    listed = 0
+    while listed < lists.ids.shape[1] and lists.ids[row, listed] != np.uint64(0):
+        lists.ages[row, listed] += np.float32(elapsed_s)
+        listed += 1
     for h in range(LIVES):
-        kept[h] = 2.0 ** (-elapsed_s / HALF_LIVES_S[h])
-        lists.totals[row, h] *= kept[h]
-        lists.known[row, h] *= kept[h]
-    for k in range(lists.ids.shape[1]):
-        if lists.ids[row, k] == np.uint64(0):
-            break
-        lists.ages[row, k] += np.float32(elapsed_s)
-        for h in range(LIVES):
-            lists.counts[row, k, h] *= kept[h]
+        kept = np.float32(2.0 ** (-elapsed_s / HALF_LIVES_S[h]))
+        lists.totals[row, h] *= kept
+        lists.known[row, h] *= kept
+        for k in range(listed):
+            lists.counts[row, k, h] *= kept
 
 
 @compiled
@@ -132,6 +131,7 @@ def prefetch_list(row: int, lists: ItemLists) -> None:
     """Prefetches the beginning of a list that will be counted in soon: lists are read at random."""
     prefetch(lists.ids, row)
     prefetch(lists.counts, row)
+    prefetch(lists.ages, row)
     prefetch(lists.totals, row)
     prefetch(lists.known, row)
     prefetch(lists.at_s, row)

@@ -89,12 +89,13 @@ def without_age(answer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def loop(tmp_path: Path) -> Iterator[Loop]:
-    made = Loop(tmp_path / "loop", {**SHORT, "shoppers.rate": 20})
+def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
+    directory = tmp_path_factory.mktemp("loop")
+    made = Loop(directory, {**SHORT, "shoppers.rate": 20})
     made.start()
     yield made
     made.stop()
-    forget_memory(tmp_path / "loop")
+    forget_memory(directory)
 
 
 @pytest.mark.nightly

@@ -303,7 +303,9 @@ def test_snapshots_of_histories_are_thinned_and_leave_with_the_users_that_they_h
     def write(number: int, erased: int = 0) -> None:
         file = SnapshotFile("base", number, (0, 63), 0, 1, "a" * 64, 100)
         ranges = (UserRange(0, number, 1),)
-        made = HistorySnapshot(number, number, "h", 256, "salt", "t", ((0, 1),), [], {}, erased, 1, ranges, (file,))
+        made = HistorySnapshot(
+            number, number, "h", 256, "0-63", "salt", "t", ((0, 1),), [], {}, erased, 1, ranges, (file,)
+        )
         location.write(file.name, b"x" * 100)
         location.write(snapshots.document_name(number), sealed.encode(made))
 

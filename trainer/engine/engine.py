@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from state.compiled import layout
+from trainer.engine.adam import FastSlots
 from trainer.engine.crosses import Crossed
 from trainer.engine.record import Record
 
@@ -62,6 +63,21 @@ class Measured:
     found: Any
 
 
+@dataclass(frozen=True)
+class Gradient:
+    """The gradient of an update, which workers exchange.
+
+    Attributes:
+        dense: Derivatives by dense weights, by name.
+        sparse: By table of embedding rows, `[u, dim]` float32, derivatives by the rows of `Measured.rows`.
+        fast: The fast weights after the update.
+    """
+
+    dense: Mapping[str, F32]
+    sparse: Mapping[str, F32]
+    fast: FastSlots
+
+
 class Engine(Protocol):
     """Computes training steps. Not thread-safe."""
 
@@ -75,3 +91,12 @@ class Engine(Protocol):
 
     def apply(self, measured: Measured) -> None:
         """Applies the measured update to weights, rows and their slots. Nothing else may change them in between."""
+
+    def rows(self, record: Record) -> dict[str, I32]:
+        """By table, the rows that an update by `record` would change, the missing row first."""
+
+    def gradient(self, measured: Measured) -> Gradient:
+        """The gradient of a measured update; valid until the next record is measured."""
+
+    def with_gradient(self, measured: Measured, gradient: Gradient) -> Measured:
+        """The measured update with another gradient, by the rows of `measured.rows`. Replaces the engine's own."""

@@ -56,7 +56,7 @@ Flags = npt.NDArray[np.bool_]
 ROWS_OF_A_LIST = {CLICKED: 32, FOLLOWED: 8, VISITED: 8}
 """`trainer.max_rows` allows one list for so many rows."""
 CAPACITY = 1024
-FIRST_ROWS, FIRST_EVERY, EVERY = 1024, 16, 256
+FIRST_ROWS, FIRST_EVERY, EVERY = 2048, 8, 256
 """One in `EVERY` rows teaches the weights; until `FIRST_ROWS` did, one in `FIRST_EVERY`."""
 LEAST_ROWS = 64
 """So many rows must have taught the weights before a version has them."""

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
+from trainer.engine.divided_step import DividedTrainer
 from trainer.engine.step import Trainer
+from trainer.group import Group
 from trainer.model.preprocessing import Preprocessing
 
 
-def trainer_of(settings: Settings, spec: FeatureSpec, preprocessing: Preprocessing | None = None) -> Trainer:
+def trainer_of(
+    settings: Settings, spec: FeatureSpec, preprocessing: Preprocessing | None = None, group: Group | None = None
+) -> Trainer:
     """An untrained trainer. With a privacy budget it learns with differential privacy.
 
     Args:
         settings: All settings.
         spec: The feature spec of the micro-batches.
         preprocessing: `[B, D]` float32 raw integers to `[B, D']`; None takes logarithms.
+        group: The workers that share the training; None: this process alone.
 
     Raises:
         SettingsError: A budget is set, and the noise key is missing.
     """
+    if group is not None:
+        return DividedTrainer(settings, spec, preprocessing, group)
     if not settings.privacy.epsilon:
         return Trainer(settings, spec, preprocessing)
     # Imported here, because the privacy accountant takes a second to load.

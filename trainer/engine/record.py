@@ -30,6 +30,10 @@ from trainer.tables.index import I32, U64
 F32 = npt.NDArray[np.float32]
 
 
+WHOLE = ("popular", "cross_share")
+"""Ids of a record that no row of it has alone."""
+
+
 @dataclass(frozen=True)
 class Record:
     """A training record of B rows.
@@ -56,6 +60,19 @@ class Record:
     def __len__(self) -> int:
         """The number of rows, B."""
         return len(self.partner)
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Record:
+        """The record of some rows, `[n]` ascending; the partners of these rows are among them."""
+        place = np.zeros(len(self), np.int64)
+        place[rows] = np.arange(len(rows))
+        return Record(
+            ids={name: ids if name in WHOLE else ids[rows] for name, ids in self.ids.items()},
+            values={name: values[rows] for name, values in self.values.items()},
+            targets=Targets(*(target[rows] for target in self.targets)),
+            partner=place[self.partner[rows]],
+            seed=self.seed,
+            newest=self.newest[rows],
+        )
 
 
 class Recorder:
@@ -105,7 +122,13 @@ class Recorder:
         return np.where(counted, batch.recent_categories[:, 0], np.uint64(0))
 
     def record(
-        self, batch: MicroBatch, crosses: U64, popular: U64, transitions: CountTable, seed: tuple[int, int] | None
+        self,
+        batch: MicroBatch,
+        crosses: U64,
+        popular: U64,
+        transitions: CountTable,
+        seed: tuple[int, int] | None,
+        owners: npt.NDArray[np.int64] | None = None,
     ) -> Record:
         """Builds the record of `batch`.
 
@@ -115,11 +138,15 @@ class Recorder:
             popular: `[P]` uint64, padded with 0.
             transitions: What came next after each category.
             seed: The seed of dropout; None hashes the first row's position.
+            owners: `[n]` int64, the worker of each row, whose partner is another row of the same worker; None: all of one.
         """
         sources = [part.source for part in batch.header.ranges]
         topics = np.array([source.topic for source in sources], np.uint64)[batch.source]
         partitions = np.array([source.partition for source in sources], np.uint64)[batch.source]
-        partner = partners(topics, partitions, batch.opened)
+        partner = np.zeros(len(batch), np.int64)
+        for worker in (0,) if owners is None else np.unique(owners):
+            rows = np.arange(len(batch)) if owners is None else np.flatnonzero(owners == worker)
+            partner[rows] = rows[partners(topics[rows], partitions[rows], batch.opened[rows])]
         recent = batch.recent_categories
         newest = transitions.find(np.ascontiguousarray(recent[:, 0]))
         came_next = transitions.succession(newest, recent, popular)

@@ -297,14 +297,13 @@ class Measures:
         """
         kinds = [update.verdict is Verdict.ACCEPT for update in updates]
         numbers = np.arange(len(batch))
-        ends = np.cumsum([len(update.record) for update in updates])
-        of_rows = np.repeat(kinds, np.diff(ends, prepend=0))
+        of_rows = np.repeat(kinds, [len(update.record) for update in updates])
         known = batch.recent_categories[:, 0] != MISSING
         known[~known] = ~np.isin(batch.user[~known], new_users)
         reports = []
         for accepted in dict.fromkeys(kinds):
             some = joined_updates([update for update, kind in zip(updates, kinds, strict=True) if kind is accepted])
-            mine = numbers[: ends[-1]][of_rows == accepted]
+            mine = numbers[: len(of_rows)][of_rows == accepted]
             if mine.size == len(batch):
                 reports.append(self._add(batch, some, came_next, known, categories, log_ms, mine))
                 continue

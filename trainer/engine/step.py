@@ -21,9 +21,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -60,10 +61,26 @@ from trainer.measures.slices import Slices
 from trainer.model.attributes import Columns
 from trainer.model.preprocessing import Preprocessing
 from trainer.privacy.history import NoisePlace
-from trainer.tables.id_table import MISSING, IdTable
+from trainer.tables.changes import Changes
+from trainer.tables.id_table import I64, MISSING, IdTable
 from trainer.tables.index import U64
 from trainer.tables.item_lists import ItemListTable
 from trainer.tables.popular import HOUR_MS, Popular
+
+Taking = Literal["take_served", "take_changes", "state"]
+LoadVersion = Callable[["Trainer", int], object]
+
+
+class WorkerLoad(NamedTuple):
+    """A worker's part of an update.
+
+    Attributes:
+        seconds: Time that it computed, without waiting for others.
+        users: Users whose rows it holds.
+    """
+
+    seconds: float
+    users: int
 
 
 @dataclass
@@ -106,7 +123,10 @@ class Trainer:
         churn: What is learned of users who leave; None without `churn.days`.
         device: Of the variables.
         guarded: The state of the update guard in the loaded version, see `trainer/holding.py`.
+        loads: Of each worker in the last update; empty without other workers.
     """
+
+    loads: Sequence[WorkerLoad] = ()
 
     def __init__(
         self,
@@ -156,6 +176,29 @@ class Trainer:
         self.popular = Popular(self.settings.model.popular, self.settings.trainer.max_rows)
         self.measures, self.counters, self.guard = Measures(self.settings, self._columns), Counters(), GuardState()
         self.guarded: Mapping[str, npt.NDArray[Any]] = {}
+
+    # What `DividedTrainer` does differently
+
+    def take_rows(self, how: Taking, without: Collection[str] = ()) -> dict[str, dict[str, npt.NDArray[Any]]]:
+        """Copies rows by the method `how` of `IdTable`, by table and column of `Changes`, but not of the tables `without`."""
+        tables = {name: table for name, table in self.tables.items() if name not in without}.items()
+        if how == "take_served":
+            return {name: table.take_served() for name, table in tables}
+        return {name: (table.state() if how == "state" else table.take_changes()).columns() for name, table in tables}
+
+    def own_rows(self, table: str, rows: Changes) -> Changes:
+        """The rows of a version that this trainer holds: all of them."""
+        return rows
+
+    def alone(self) -> AbstractContextManager[None]:
+        """In the block the trainer holds the whole model, to carry a version over to it or to learn past clicks."""
+        return nullcontext()
+
+    def rejoin(self, load: LoadVersion, version: int) -> None:
+        """Called when an epoch was entered at `version`, 0 for none. `load` restores a trainer to a version."""
+
+    def stop(self) -> None:
+        """Ends the other workers; there are none."""
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """The small state by name: counters, guard, evaluation, slices, popular, churn; without tables, weights and slots."""
@@ -269,8 +312,10 @@ class Trainer:
     def _visited(self) -> ItemListTable | None:
         return None if self.item_ranking is None else self.item_ranking.tables[VISITED]
 
-    def _record(self, batch: MicroBatch, crosses: U64, seed: tuple[int, int] | None) -> Record:
-        return self._recorder.record(batch, crosses, self.popular.top(), self.transitions, seed)
+    def _record(
+        self, batch: MicroBatch, crosses: U64, seed: tuple[int, int] | None, owners: I64 | None = None
+    ) -> Record:
+        return self._recorder.record(batch, crosses, self.popular.top(), self.transitions, seed, owners)
 
     def _observe(self, batch: MicroBatch, crosses: U64) -> U64:
         """Counts the sightings of a batch; returns its users who had no row before, repeated as they occur."""
@@ -280,9 +325,8 @@ class Trainer:
             counters.expired_hour = counters.log_ms // HOUR_MS
             for table in self.tables.values():
                 table.expire(counters.log_ms - int(expire_s * 1000))
-        # A user who was away longer than the longest window has no category left, and is not new for that.
-        new_users: U64 = batch.user[self.tables["user"].find(batch.user) == MISSING]
-        for name, ids in (("user", batch.user), ("item", batch.item), ("category", batch.category)):
+        new_users = self._observe_users(batch)
+        for name, ids in (("item", batch.item), ("category", batch.category)):
             self.tables[name].observe(np.ascontiguousarray(ids), batch.at_ms)
         context, attributes = self._recorder.context_of(batch), self._columns.items_of(batch)
         for ids in (context, attributes):
@@ -296,6 +340,12 @@ class Trainer:
             self.tables[CROSS].observe(shares, np.full(shares.size, counters.log_ms))
         for table in self.tables.values():
             table.evict()
+        return new_users
+
+    def _observe_users(self, batch: MicroBatch) -> U64:
+        # A user who was away longer than the longest window has no category left, and is not new for that.
+        new_users: U64 = batch.user[self.tables["user"].find(batch.user) == MISSING]
+        self.tables["user"].observe(np.ascontiguousarray(batch.user), batch.at_ms)
         return new_users
 
     def _update(self, batch: MicroBatch, crosses: U64, seed: tuple[int, int] | None) -> Update:

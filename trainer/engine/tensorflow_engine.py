@@ -15,6 +15,7 @@ A second graph applies: Adam to the dense weights, Adagrad to the rows.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ import tensorflow as tf
 
 from trainer.engine.adam import Adam, FastSlots
 from trainer.engine.crosses import CrossLearner
-from trainer.engine.engine import CROSS, I32, Measured, Scores
+from trainer.engine.engine import CROSS, I32, Gradient, Measured, Scores
 from trainer.engine.record import Record
 from trainer.model import losses
 from trainer.model.hyperparameters import HYPERPARAMETERS
@@ -267,6 +268,30 @@ class TensorflowEngine:
         if measured.crossed is not None:
             self._crosses.apply(measured.rows[CROSS], measured.crossed)
         self._optimizer.fast = FastSlots(*(np.array(slot.numpy()) for slot in found.fast))
+
+    def rows(self, record: Record) -> dict[str, I32]:
+        """See `Engine`."""
+        crosses = self._crosses.rows(record) if self._crossed else np.zeros(1, np.int32)
+        return self._rows(record)[0] | {CROSS: crosses}
+
+    def gradient(self, measured: Measured) -> Gradient:
+        """See `Engine`."""
+        found: TensorsFound = measured.found
+        dense = {name: np.asarray(one) for name, one in zip(self._ranker.dense, found.dense, strict=True)}
+        sparse = {name: np.asarray(one) for name, one in zip(self._embeddings, found.sparse, strict=True)}
+        return Gradient(dense, sparse, FastSlots(*(np.asarray(slot) for slot in found.fast)))
+
+    def with_gradient(self, measured: Measured, gradient: Gradient) -> Measured:
+        """See `Engine`."""
+        with tf.device(self._device):
+            found = TensorsFound(
+                scores=(),
+                dense=tuple(tf.constant(gradient.dense[name]) for name in self._ranker.dense),
+                sparse=tuple(tf.constant(gradient.sparse[name]) for name in self._embeddings),
+                squared_norm=None,
+                fast=tuple(tf.constant(slot) for slot in gradient.fast),
+            )
+        return replace(measured, found=found)
 
     def _traced(self, given: Mapping[str, Any]) -> Any:
         """The graph, for records of any length."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -71,6 +72,10 @@ class Changes:
     pending_seen_ms: I64
 
     FIELDS = ("ids", "rows", "accum", "last_seen_ms", "removed", "pending_ids", "pending_counts", "pending_seen_ms")
+
+    def columns(self) -> dict[str, npt.NDArray[Any]]:
+        """The arrays by name."""
+        return {field: getattr(self, field) for field in self.FIELDS}
 
     def digest(self) -> str:
         """SHA-256 (hex) over every array in the order of FIELDS."""

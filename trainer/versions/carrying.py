@@ -330,10 +330,12 @@ def restore_or_carry(
     began = pending(registry, control)
     if began is not None and began.plan is not None and EXPERIMENT in began.plan:
         logger.info("epoch %d continues from experiment %s", control.epoch, began.plan[EXPERIMENT])
-        return _take_over(registry, began.plan, version, trainer, spec)
+        with trainer.alone():
+            return _take_over(registry, began.plan, version, trainer, spec)
     if began is None:
         return _without_lost_log(registry, control, checkpoint.restore(registry, version, trainer, spec)), None
-    found = carry_over(registry, version, trainer)
+    with trainer.alone():
+        found = carry_over(registry, version, trainer)
     logger.info("epoch %d continues from version %d: %s", control.epoch, version, "; ".join(found.planned.lines()))
     return found.manifest, found.changes
 
@@ -350,8 +352,9 @@ def _without_lost_log(registry: Registry, control: Control, version: Manifest) -
 
 def nothing_learned(trainer: Trainer, about: Mapping[str, Any]) -> dict[str, content.Array]:
     """Clears everything that `trainer` has learned; returns what the first base holds."""
-    checkpoint.begin(trainer, about)
-    return checkpoint.full(trainer)
+    with trainer.alone():
+        checkpoint.begin(trainer, about)
+        return checkpoint.full(trainer)
 
 
 def require_ranker_fits(registry: Registry, settings: Settings, spec: FeatureSpec, ranker: Ranker) -> None:

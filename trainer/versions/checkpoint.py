@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from state.registry.manifest import Manifest
 from state.registry.registry import SERVING, TRAINING, Registry
 from state.rows.tables import ITEM_LISTS, OPTIONAL, UNSERVED, tables_in
 from trainer.engine.build import labelled
-from trainer.engine.step import Trainer
+from trainer.engine.step import Taking, Trainer
 from trainer.model.hyperparameters import HYPERPARAMETERS, MODEL_CODE
 from trainer.privacy.history import own_key
 from trainer.tables.changes import Changes
@@ -42,25 +42,21 @@ def served(trainer: Trainer, item_lists: bool = True) -> dict[str, content.Array
 
     Without `item_lists`, their changes wait for the next version that has them; a version that is durable must have them.
     """
-    held = {
-        f"{name}.{field}": held
-        for name, table in trainer.tables.items()
-        if name not in UNSERVED and (item_lists or name not in ITEM_LISTS)
-        for field, held in table.take_served().items()
-    }
+    without = UNSERVED if item_lists else UNSERVED.union(ITEM_LISTS)
+    held = _rows(trainer, "take_served", without)
     return held | _dense(trainer) | _beside(trainer) | {"popular": trainer.popular.top()}
 
 
 def changes(trainer: Trainer) -> dict[str, content.Array]:
     """Copies the content of a durable version and resets both lists of changes. Only the step thread may call it."""
-    held = _tensors(trainer, {name: table.take_changes() for name, table in trainer.tables.items()})
+    held = _tensors(trainer, "take_changes")
     quality = trainer.measures.progressive.state() | trainer.measures.breakdown.state()
     return held | {f"{content.QUALITY}{name}": value for name, value in quality.items()}
 
 
 def full(trainer: Trainer) -> dict[str, content.Array]:
     """Copies the whole state, as a base holds it, without metrics that affect nothing. Keeps the list of changes."""
-    return _tensors(trainer, {name: table.state() for name, table in trainer.tables.items()})
+    return _tensors(trainer, "state")
 
 
 def digest(trainer: Trainer) -> str:
@@ -126,7 +122,8 @@ def load(trainer: Trainer, tensors: content.Tensors) -> None:
     for name, table in trainer.tables.items():
         if name in OPTIONAL and widths.get(name) != table.dim:
             continue
-        table.load(Changes(**{field: tensors[f"{name}.{field}"] for field in Changes.FIELDS}))
+        rows = Changes(**{field: tensors[f"{name}.{field}"] for field in Changes.FIELDS})
+        table.load(trainer.own_rows(name, rows))
     trainer.model.set_weights(_under("dense.", tensors))
     trainer.optimizer.set_slots(_under("slots.", tensors))
     trainer.load(_under("state.", tensors))
@@ -175,6 +172,7 @@ def environment(
         "numba": metadata.version("numba"),
         "llvmlite": metadata.version("llvmlite"),
         "engine": engine,
+        **({"workers": str(settings.trainer.workers)} if settings.trainer.workers > 1 else {}),
         "model_code": str(MODEL_CODE),
         **{f"hyperparameters.{name}": text for name, text in HYPERPARAMETERS.texts().items()},
         **deciding(settings),
@@ -206,10 +204,13 @@ def private(settings: Settings) -> dict[str, str]:
     return found | {"privacy.key": private_files.fingerprint(own_key(settings))}
 
 
-def _tensors(trainer: Trainer, tables: Mapping[str, Changes]) -> dict[str, content.Array]:
-    held: dict[str, content.Array] = {
-        f"{name}.{field}": getattr(rows, field) for name, rows in tables.items() for field in Changes.FIELDS
-    }
+def _rows(trainer: Trainer, how: Taking, without: Collection[str] = ()) -> dict[str, content.Array]:
+    taken = trainer.take_rows(how, without)
+    return {f"{name}.{field}": column for name, rows in taken.items() for field, column in rows.items()}
+
+
+def _tensors(trainer: Trainer, how: Taking) -> dict[str, content.Array]:
+    held = _rows(trainer, how)
     held |= _dense(trainer) | _beside(trainer)
     held |= {f"slots.{name}": slot for name, slot in trainer.optimizer.slots().items()}
     held |= {f"state.{name}": value for name, value in trainer.state().items()}

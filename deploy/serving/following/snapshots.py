@@ -1,6 +1,6 @@
 """Snapshots of a host's histories: writes them while clicks are applied, and loads one into a store that has none.
 
-One host writes: the one that wrote the newest snapshot. Another takes over if there is no new one for `STANDBY`
+One host writes: the one that wrote the newest snapshot of all users that it holds. Another takes over if there is no new one for `STANDBY`
 intervals. Two hosts that begin at once both write; one document is created, and the files of the other are removed
 with later snapshots.
 """
@@ -72,7 +72,7 @@ class SnapshotTaker:
         self._name = name_of(settings.serving_dir)
         self._location = snapshots.location_of(settings)
         most = snapshots.most_bytes(settings)
-        self._writer = SnapshotWriter(self._location, self._name, store.history, most, stop.is_set)
+        self._writer = SnapshotWriter(self._location, self._name, store.history, store.shares, most, stop.is_set)
         self._lock = threading.Lock()
         # All events since `_last`, if `_complete`.
         self._gained, self._events, self._complete = list[Gained](), 0, False
@@ -88,9 +88,12 @@ class SnapshotTaker:
         """Keeps the events of a commit for the next snapshot."""
         if not self._complete or not len(appends.users):
             return
-        events = self._store.numbering.inwards(appends.events)
+        users, events = np.repeat(appends.users, appends.lengths), self._store.numbering.inwards(appends.events)
+        if not self._store.shares.is_all:
+            mine = self._store.shares.has(users)
+            users, events = users[mine], events[mine]
         with self._lock:
-            self._gained.append(Gained(np.repeat(appends.users, appends.lengths), events))
+            self._gained.append(Gained(users, events))
             self._events += len(events)
             if self._events > MOST_GAINED:
                 self._forget()
@@ -146,7 +149,7 @@ class SnapshotTaker:
                 self._cuts.get()[0].view.close()
 
     def _look(self, now_ms: int) -> None:
-        newest = snapshots.newest(self._location)
+        newest = snapshots.newest(self._location, self._store.shares)
         if newest is not None:
             self._metrics.snapshot_seconds.set(newest.created_at_ms / 1000)
         if not self._due(newest, now_ms):
@@ -213,7 +216,7 @@ def load_if_behind(settings: Settings, store: HistoryStore, salt: str | None, br
     with log.topics() as topics:
         topic = settings.kafka.microbatches_topic
         topic_id, ends = topics.describe(topic).topic_id, topics.ends(topic)
-    wanted = Wanted(store.history, salt, branch, topic_id, ends)
+    wanted = Wanted(store.history, salt, branch, topic_id, ends, store.shares)
     if not store.is_loading and (mine := store.positions()):
         found = next(snapshots.usable(location, wanted), None)
         if found is None:

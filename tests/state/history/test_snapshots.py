@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +23,10 @@ from state.history.snapshot_writer import Cut, Gained, SnapshotWriter
 from state.history.snapshots import HistorySnapshot, Wanted
 from state.history.store import HistoryStore
 from state.log.follow import Position
-from state.positions import SHARES, Range, Source
+from state.positions import Range, Source
 from state.process import killpoints
 from state.registry.log_line import WHOLE, LogLine, turned
+from state.user_shares import SHARES, UserShares
 
 
 class Killed(Exception):
@@ -135,16 +136,25 @@ def test_users_whose_events_did_not_change_are_not_written_again(tmp_path: Path)
 
 def test_shares_are_loaded_alone(tmp_path: Path) -> None:
     """A host with some of the shares has their users, and no others."""
-    host, store = Host(tmp_path), HistoryStore(tmp_path / "part", HISTORY, MAP)
+    host = Host(tmp_path)
+    store = HistoryStore(tmp_path / "part", HISTORY, MAP, shares=UserShares.of(range(16)))
     host.click(3000)
     host.snapshot()
     host.click(500)
-    snapshots.load(host.location, host.snapshot(), store, shares=range(16))
+    made = host.snapshot()
+    assert snapshots.load_newest(host.location, host.wanted(), store) == made
     users = (np.arange(1, host.users + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)).tolist()
     for user in users:
-        expected = host.store.read(user) if user % SHARES < 16 else host.store.read(0)
-        assert np.array_equal(store.read(user), expected)
+        assert np.array_equal(store.read(user), host.store.read(user)[: None if user % SHARES < 16 else 0])
     assert store.users() == sum(user % SHARES < 16 and len(host.store.read(user)) > 0 for user in users)
+    # What such a host writes is used by hosts with no more shares.
+    view, position = store.view(), Position(LOG, {0: host.at})
+    part = SnapshotWriter(host.location, "part", HISTORY, store.shares).write(
+        Cut(view, position, "salt", (), None), 9000
+    )
+    assert part is not None and host.wanted().refuse(part).startswith("it has the users of the shares 0-15")
+    assert replace(host.wanted(), shares=UserShares.of([3, 7])).refuse(part) == ""
+    assert snapshots.newest(host.location) == host.last and snapshots.newest(host.location, store.shares) == part
 
 
 @pytest.mark.parametrize("kind", ["base", "delta", "extras", "document"])
@@ -232,7 +242,7 @@ def test_a_killed_writer_leaves_the_snapshots_before_it(point: str, visit: int, 
     assert snapshots.load_newest(host.location, host.wanted(), loaded) == made
     host.last, host.gained = None, []
     last = host.snapshot() if point != "snapshot.named" else made
-    snapshots.remove(host.location, [first.number], 0)
+    snapshots.remove(host.location, [first.number], 2 * snapshots.LEFT_BEHIND_MS)
     left = {f"{snapshots.FILES}/{name}" for name in host.location.names(snapshots.FILES)}
     assert left == {file.name for file in last.files}
 
@@ -284,6 +294,6 @@ def test_a_removal_that_is_killed_is_completed_by_the_next_one(tmp_path: Path) -
         snapshots.remove(host.location, [first, second], 0)
     for number in snapshots.numbers(host.location):
         snapshots.load(host.location, snapshots.read(host.location, number), host.other(f"other{number}"))
-    snapshots.remove(host.location, [second], 0)
+    snapshots.remove(host.location, [second], 2 * snapshots.LEFT_BEHIND_MS)
     assert snapshots.numbers(host.location) == [third]
     assert {name.partition("/")[0] for name in host.location.names(snapshots.FILES)} == {f"{third:015d}"}

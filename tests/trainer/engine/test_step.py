@@ -75,6 +75,12 @@ if __name__ == "__main__":
     print(hashlib.sha256(repr(sorted(digests(learned(log(), Trainer(settings(), SPEC))).items())).encode()).hexdigest())
 
 
+@pytest.mark.parametrize("threads", (2, 3))
+def test_any_number_of_threads_makes_the_same_bits(threads: int) -> None:
+    batches = log(3, 1100)
+    assert digests(learned(batches, fresh(threads=threads))) == digests(learned(batches, fresh()))
+
+
 @pytest.mark.parametrize("kernels", ["found", pytest.param("compiled", marks=pytest.mark.nightly)])
 def test_fresh_process_makes_the_same_bits_whether_it_compiles_or_finds_kernels(tmp_path: Path, kernels: str) -> None:
     here = hashlib.sha256(repr(sorted(digests(learned(log(), fresh())).items())).encode()).hexdigest()

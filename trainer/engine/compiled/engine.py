@@ -12,14 +12,14 @@ A step calls TensorFlow only for a custom `model.preprocessing`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from dataclasses import replace
 
 import numpy as np
 import tensorflow as tf
 
 from state.compiled import compiled, compiled_sums
 from state.config.sections import Model as ModelSettings
-from trainer.engine.adam import FastSlots, HostAdam
+from trainer.engine.adam import HostAdam
 from trainer.engine.compiled.arrays import (
     F32,
     FAST,
@@ -37,7 +37,7 @@ from trainer.engine.compiled.threads import Threads
 from trainer.engine.compiled.tower import Embedded, Passed, Tower, scatter_rows
 from trainer.engine.compiled.window_net import LOGARITHMS
 from trainer.engine.crosses import CrossLearner
-from trainer.engine.engine import CROSS, Measured
+from trainer.engine.engine import CROSS, Gradient, Measured
 from trainer.engine.record import Record
 from trainer.model.attributes import combine
 from trainer.model.default_ranker import DefaultRanker
@@ -54,20 +54,6 @@ _USES = {
     "context": ("context",),
 }
 """The ids of each table. Their order decides in which order rows first occur, and with it the bits of the gradient's norm."""
-
-
-class Found(NamedTuple):
-    """What `apply` needs of a measured record.
-
-    Attributes:
-        sparse: Derivatives by the distinct rows of embedding tables.
-        dense: Derivatives by the dense weights, by name; valid until the next record is measured.
-        fast: The fast weights, which the heads have moved.
-    """
-
-    sparse: Mapping[str, F32]
-    dense: Mapping[str, F32]
-    fast: FastSlots
 
 
 class CompiledEngine:
@@ -138,11 +124,11 @@ class CompiledEngine:
             dense[weight] = own
         squared = square(self._optimizer.gradient[None]) + sum(square(part.reshape(1, -1)) for part in gradients.fast)
         squared += sum(square(gradient[1:]) for gradient in sparse.values())
-        return Measured(scores, squared, rows, crossed, Found(sparse, dense, fast))
+        return Measured(scores, squared, rows, crossed, Gradient(dense, sparse, fast))
 
     def apply(self, measured: Measured) -> None:
         """See `Engine`."""
-        found: Found = measured.found
+        found: Gradient = measured.found
         for name, table in self._tables.items():
             at = measured.rows[name][1:]
             # The missing row is never trained.
@@ -151,6 +137,21 @@ class CompiledEngine:
         if measured.crossed is not None:
             self._crosses.apply(measured.rows[CROSS], measured.crossed)
         self._optimizer.apply(found.fast)
+
+    def rows(self, record: Record) -> dict[str, I32]:
+        """See `Engine`."""
+        return self._rows(record)[0] | {CROSS: self._crosses.rows(record)}
+
+    def gradient(self, measured: Measured) -> Gradient:
+        """See `Engine`."""
+        found: Gradient = measured.found
+        return found
+
+    def with_gradient(self, measured: Measured, gradient: Gradient) -> Measured:
+        """See `Engine`."""
+        for name, own in self._optimizer.gradients.items():
+            own[...] = gradient.dense[name]
+        return replace(measured, found=gradient)
 
     def _rows(self, record: Record) -> tuple[dict[str, I32], dict[str, I32]]:
         """Distinct rows of each table, and where in them each use of an id is, by the name of the ids.
@@ -167,8 +168,9 @@ class CompiledEngine:
         for name, parts in uses.items():
             table = self._tables[name]
             rows[name], places = table.distinct(table.find(np.concatenate(list(parts.values()))))
-            ends = np.cumsum([part.size for part in parts.values()])
-            at |= dict(zip(parts, np.split(places, ends[:-1]), strict=True))
+            end = 0
+            for use, ids in parts.items():
+                at[use], end = places[end : end + ids.size], end + ids.size
         if combined is not None:
             at |= {"item": combined.at, "negative_item": combined.at[record.partner]}
         shaped = ("recent", "successor")
