@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -19,8 +20,8 @@ def _prefetching(_context: Any, array: Any, row: Any) -> Any:
         )
         first = [given[1], *[zero] * (signature.args[0].ndim - 1)]
         at = cgutils.get_item_pointer(context, builder, signature.args[0], held, first)
-        pointer, number = cgutils.ir.IntType(8).as_pointer(), cgutils.ir.IntType(32)
-        call = cgutils.ir.FunctionType(cgutils.ir.VoidType(), [pointer, number, number, number])
+        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        call = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
         # For writing, into all levels of the cache, data.
         builder.call(
             builder.module.declare_intrinsic("llvm.prefetch", [pointer], call),
