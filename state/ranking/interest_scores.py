@@ -9,7 +9,7 @@ are those of the model, with logits s(c). With share(k, c), the decayed clicks o
     phi        1 | the user's last event is 30 minutes old | 2, 4 of the latest 5 events have the newest category
 
 OWN is 0 for categories that are none of the user's. The first w gives s' = s. The trainer learns w by softmax regression
-(`trainer/engine/interest_counts.py`), and serving answers with the softmax of s'. Both use `gather` and `score`.
+(`trainer/engine/interest_counts.py`), and serving answers with the softmax of s'. Both use the kernels of this module.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from state.compiled import compiled, inlined, layout, part_of_sums
-from state.compiled.mixing import mixed
+from state.compiled import compiled, layout, part_of_sums
+from state.compiled.mixing import mix
 from state.features.spec import FeatureSpec
-from state.ranking.item_lists import EVERYTHING, HALF_LIVES_S, ItemLists
+from state.ranking.item_lists import ENTRIES, HALF_LIVES_S, LISTS_OF_EVERYTHING, NEXT_CATEGORY, ItemLists
 
 U64 = NDArray[np.uint64]
 U16 = NDArray[np.uint16]
 I64 = NDArray[np.int64]
 I32 = NDArray[np.int32]
+I16 = NDArray[np.int16]
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
@@ -40,16 +41,16 @@ SOURCES = 3
 OWN = ("newest", "second", "own", "rank")
 """The features of the user's own categories."""
 
-SHARES = SOURCES * LIVES_READ
-FEATURES = 1 + SHARES + len(OWN)
+FIRST_OWN = 1 + SOURCES * LIVES_READ
+FEATURES = FIRST_OWN + len(OWN)
 COLUMNS = 4
 """Columns of phi."""
 
 WEIGHTS = "interests.weights"
 """The tensor of w in a version, `[FEATURES, COLUMNS]` float64."""
 
-READ = len(EVERYTHING) + 2
-"""Lists that are read for a user: those over all clicks, of the newest category, of the newest item."""
+READ = SOURCES - 1
+"""Lists that are read for a user beside those over all clicks: of the newest category, of the newest item."""
 
 MASKED = np.float32(-1e9)
 """The logit of a slot without a candidate."""
@@ -58,7 +59,11 @@ _THERE = MASKED / np.float32(2.0)
 _ITEMS = np.uint64(0x5BF03635C1E3A1D7)
 _SCALE = np.float32(1000.0)
 _LN2 = np.float32(np.log(2.0))
-_DECAYS = READ * LIVES_READ
+_LISTED = ENTRIES[NEXT_CATEGORY]
+COUNTED = LISTS_OF_EVERYTHING * _LISTED
+_PLACES, _MARKS = 16 * COUNTED, 512
+"""Powers of two."""
+_LAST_MARK = np.uint64(_MARKS - 1)
 _PAUSE = np.uint16(86)
 """30 minutes, in eight steps an octave of 1.024 s."""
 
@@ -74,225 +79,277 @@ def first_weights() -> F64:
     return weights
 
 
-def keys_of_items(items: U64) -> U64:
-    """The keys of the lists of items, `[n]` uint64; 0 for item 0. A category may have the same id as an item."""
-    return np.where(items != 0, mixed(items ^ _ITEMS), np.uint64(0))
+@compiled("u8")
+def key_of_item(item: np.uint64) -> np.uint64:
+    """The key of an item's list; 0 for item 0. A category may have the same id as an item."""
+    return mix(item ^ _ITEMS) if item != np.uint64(0) else np.uint64(0)
+
+
+@compiled("const(u2[:, ::1]), const(u2[:, :, ::1]), i8[::1], i8, f4[:, ::1]")
+def _phi(features: U16, category_windows: U16, recency: I64, latest: int, phi: F32) -> None:
+    for i in range(phi.shape[0]):
+        pause = True
+        for column in recency:
+            pause = pause and features[i, column] >= _PAUSE
+        same = category_windows[i, 0, latest]
+        phi[i, 0], phi[i, 1] = np.float32(1.0), np.float32(pause)
+        phi[i, 2], phi[i, 3] = np.float32(same >= 2), np.float32(same >= 4)
 
 
 class Columns:
     """Computes phi from the features of a spec."""
 
     def __init__(self, spec: FeatureSpec) -> None:
-        self._recency = [spec.names.index(f"{action}.recency") for action in spec.actions]
+        self._recency = np.array([spec.names.index(f"{action}.recency") for action in spec.actions])
         self._latest = spec.window_names.index("of_latest_5")
 
     def phi(self, features: U16, category_windows: U16) -> F32:
         """Phi of n users, `[n, COLUMNS]` float32, from `[n, D]` and `[n, L, F]` uint16."""
-        latest = category_windows[:, 0, self._latest]
-        pause = features[:, self._recency].min(1) >= _PAUSE
-        phi = np.ones((len(features), COLUMNS), np.float32)
-        phi[:, 1], phi[:, 2], phi[:, 3] = pause, latest >= 2, latest >= 4
+        phi = np.empty((len(features), COLUMNS), np.float32)
+        _phi(features, category_windows, self._recency, self._latest, phi)
         return phi
 
 
-@layout("i4[::1], i4[::1], f4[:, ::1], i4[:, ::1], f4[:, ::1], f4[::1], i4[::1], f4[::1], f4[::1], f4[::1]")
+@layout(
+    "i2[::1], u8[::1], f4[:, ::1], u8[::1], u8[::1], i2[::1], f4[:, ::1], f4[::1], f4[:, ::1], i4[:, ::1], i4[::1], f4[::1], f4[::1]"
+)
 class Workspace(NamedTuple):
     """The features of the M candidate slots of one user; reused for each user.
 
     Attributes:
-        slots: `[k]` int32, an open-addressing index of the candidates: 1 + slot, 0 for none; k is a power of two above 2 M.
-        taken: `[M]` int32, the places of `slots` in use.
-        shares: `[SHARES, M]` float32, 1 + 1000 share.
-        bits: `shares` viewed as int32.
-        features: `[FEATURES, M]` float32.
-        decays: `[_DECAYS]` float32.
-        decay_bits: `[_DECAYS]` int32.
-        totals: `[LIVES_READ]` float32.
-        ranks: `[M]` float32, log(1 + slot) / 3.
-        scores: `[M]` float32.
+        places: `[_PLACES]` int16, an open-addressing index of the categories in the lists over all clicks: 1 + number.
+        counted: `[COUNTED]` uint64, these categories.
+        logs: `[LIVES_READ, COUNTED + READ * E]` float32, their features, then those of `hits`.
+        looked_up: `[M]` uint64, the category of each slot whose features by all clicks are in `features`.
+        candidates: `[M]` uint64, 0 in a slot without a candidate.
+        marks: `[_MARKS]` int16, 1 + the last slot with such low bits of its category; 0 for none.
+        features: `[5, M]` float32: s, the features by all clicks, 1 and log(1 + slot) / 3 in the user's own slots.
+        scores: `[M]` float32, s'.
+        values: `[LIVES_READ, COUNTED]` float32, 1 + 1000 share.
+        bits: `values` viewed as int32.
+        hits: `[READ * E]` int32, slots of the candidates in the lists of the user.
+        factors: `[FEATURES]` float32, w phi.
+        decays: `[LIVES_READ]` float32.
     """
 
-    slots: I32
-    taken: I32
-    shares: F32
-    bits: I32
+    places: I16
+    counted: U64
+    logs: F32
+    looked_up: U64
+    candidates: U64
+    marks: I16
     features: F32
-    decays: F32
-    decay_bits: I32
-    totals: F32
-    ranks: F32
     scores: F32
+    values: F32
+    bits: I32
+    hits: I32
+    factors: F32
+    decays: F32
 
     @classmethod
-    def empty(cls, candidates: int) -> Workspace:
-        """A new workspace for M slots."""
-        shares = np.empty((SHARES, candidates), np.float32)
+    def empty(cls, candidates: int, own: int) -> Workspace:
+        """A new workspace for M slots, the first of which are for the user's own categories."""
+        features, values = np.zeros((5, candidates), np.float32), np.ones((LIVES_READ, COUNTED), np.float32)
+        features[3, :own], features[4, :own] = 1.0, np.log1p(np.arange(own)) / 3
         return cls(
-            np.zeros(2 << candidates.bit_length(), np.int32),
-            np.zeros(candidates, np.int32),
-            shares,
-            shares.view(np.int32),
-            np.zeros((FEATURES, candidates), np.float32),
-            np.zeros(_DECAYS, np.float32),
-            np.zeros(_DECAYS, np.int32),
-            np.zeros(LIVES_READ, np.float32),
-            (np.log1p(np.arange(candidates)) / 3).astype(np.float32),
+            np.zeros(_PLACES, np.int16),
+            np.zeros(COUNTED, np.uint64),
+            np.zeros((LIVES_READ, COUNTED + READ * _LISTED), np.float32),
+            np.zeros(candidates, np.uint64),
+            np.zeros(candidates, np.uint64),
+            np.zeros(_MARKS, np.int16),
+            features,
             np.zeros(candidates, np.float32),
+            values,
+            values.view(np.int32),
+            np.zeros(READ * _LISTED, np.int32),
+            np.zeros(FEATURES, np.float32),
+            np.zeros(LIVES_READ, np.float32),
         )
 
 
 @part_of_sums
-def _halved(decays: F32, bits: I32, scale: F32) -> None:
-    """Replaces each x in [0, 126] by 2 ** -x. `scale` is `bits` viewed as float32."""
-    for k in range(decays.shape[0]):
-        whole = np.floor(decays[k])
-        y = (whole - decays[k]) * _LN2
-        bits[k] = (np.int32(127) - np.int32(whole)) << np.int32(23)
-        # The Taylor series: the error is below 2e-6 for y in (-0.7, 0].
-        poly = np.float32(1.0)
-        for n in (7, 6, 5, 4, 3, 2, 1):
-            poly = np.float32(1.0) + poly * y * np.float32(1.0 / n)
-        decays[k] = poly
-    for k in range(decays.shape[0]):
-        decays[k] *= scale[k]
+def _decays(lists: ItemLists, row: int, at_s: int, decays: F32) -> None:
+    """Writes by what the counts of a list are decayed at a time."""
+    elapsed_s = max(0, at_s - lists.at_s[row])
+    for h in range(LIVES_READ):
+        decays[h] = np.float32(np.exp2(-elapsed_s / HALF_LIVES_S[h]))
 
 
 @part_of_sums
-def _logarithms(values: F32, bits: I32, out: F32, first: int) -> None:
-    """Writes the logarithms of `values`, `[a, M]` and at least 1, to the rows of `out` from `first` on."""
-    for a in range(values.shape[0]):
+def _logarithms(count: int, work: Workspace, first: int) -> None:
+    """Writes the logarithms of the first values of each row, at least 1, to `logs`; it changes the values."""
+    values, bits, logs = work.values, work.bits, work.logs
+    for a in range(LIVES_READ):
         # In two loops, because `bits` is a view of `values`.
-        for j in range(values.shape[1]):
+        for j in range(count):
             exponent = (bits[a, j] >> np.int32(23)) - np.int32(127)
-            out[first + a, j] = np.float32(exponent) * _LN2
+            logs[a, first + j] = np.float32(exponent) * _LN2
             bits[a, j] -= exponent << np.int32(23)
-        for j in range(values.shape[1]):
+        for j in range(count):
             # log m = 2 artanh t for m in [1, 2); the error of the series is below 2e-6.
             t = (values[a, j] - np.float32(1.0)) / (values[a, j] + np.float32(1.0))
             u = t * t
             series = np.float32(1 / 3) + u * (np.float32(1 / 5) + u * (np.float32(1 / 7) + u * np.float32(1 / 9)))
-            out[first + a, j] += np.float32(2.0) * t * (np.float32(1.0) + u * series)
+            logs[a, first + j] += np.float32(2.0) * t * (np.float32(1.0) + u * series)
 
 
-@inlined
-def _place(category: np.uint64, ids: U64, slots: I32) -> int:
-    """The place of a category in the index of candidates, or the empty one where it belongs."""
-    last = np.uint64(slots.shape[0] - 1)
+@part_of_sums
+def _place(category: np.uint64, work: Workspace) -> np.uint64:
+    """The place of a category in the index, or the empty one where it belongs."""
+    last = np.uint64(_PLACES - 1)
     at = category & last
-    while slots[at] != 0 and ids[slots[at] - 1] != category:
+    while work.places[at] != 0 and work.counted[work.places[at] - 1] != category:
         at = (at + np.uint64(1)) & last
-    return int(at)
+    return at
 
 
-@inlined
-def _add(lists: ItemLists, row: int, source: int, first: int, totals: F32, ids: U64, work: Workspace) -> None:
-    """Adds the shares of a list, whose decays begin at `first`. totals: `[LIVES_READ]`, the clicks that shares are of."""
-    for k in range(lists.ids.shape[1]):
-        category = lists.ids[row, k]
-        if category == np.uint64(0):
-            break
-        slot = work.slots[_place(category, ids, work.slots)] - 1
-        if slot >= 0:
-            for h in range(LIVES_READ):
-                share = lists.counts[row, k, h] * work.decays[first + h] / (totals[h] + np.float32(0.5))
-                work.shares[source * LIVES_READ + h, slot] = np.float32(1.0) + _SCALE * share
-
-
-@compiled("ItemLists, i4[::1], i8, u8[::1], f4[::1], i8, Workspace")
-def gather(lists: ItemLists, rows: I32, at_s: int, ids: U64, logits: F32, own: int, work: Workspace) -> None:
-    """Writes the features of one user's candidates.
+@part_of_sums
+def gather_everything(lists: ItemLists, rows: I32, at_s: int, work: Workspace) -> None:
+    """Computes the features by all clicks, for the calls of `gather` that follow.
 
     Args:
         lists: `NEXT_CATEGORY`.
-        rows: `[READ]` int32, the lists to read; 0 for none.
+        rows: `[LISTS_OF_EVERYTHING]` int32, the lists; 0 for none.
         at_s: The time, in seconds.
-        ids: `[M]` uint64, the candidates: the user's own, newest first, then others.
-        logits: `[M]` float32, the model's; `MASKED` in a slot without a candidate.
-        own: The number of slots of the user's own categories.
-        work: Its features are replaced.
+        work: Changed.
     """
-    used = 0
-    for j in range(ids.shape[0]):
-        if logits[j] > _THERE:
-            at = _place(ids[j], ids, work.slots)
-            work.slots[at] = j + 1
-            work.taken[used] = at
-            used += 1
-    for a in range(SHARES):
-        for j in range(ids.shape[0]):
-            work.shares[a, j] = np.float32(1.0)
-    for k in range(READ):
-        elapsed_s = max(0, at_s - lists.at_s[rows[k]])
+    work.places[:] = 0
+    work.looked_up[:] = np.uint64(0)
+    work.features[1:3] = np.float32(0.0)
+    totals, count = work.factors, 0
+    for h in range(LIVES_READ):
+        totals[h] = np.float32(0.5)
+    for row in rows:
+        _decays(lists, row, at_s, work.decays)
         for h in range(LIVES_READ):
-            work.decays[k * LIVES_READ + h] = min(np.float32(elapsed_s / HALF_LIVES_S[h]), np.float32(126.0))
-    _halved(work.decays, work.decay_bits, work.decay_bits.view(np.float32))
-    totals = work.totals
-    totals[:] = np.float32(0.0)
-    for k in range(READ - 2):
-        for h in range(LIVES_READ):
-            totals[h] += lists.totals[rows[k], h] * work.decays[k * LIVES_READ + h]
-    for k in range(READ):
-        source = max(0, k - READ + 3)
-        if source:
+            totals[h] += lists.totals[row, h] * work.decays[h]
+        for k in range(_LISTED):
+            category = lists.ids[row, k]
+            if category == np.uint64(0):
+                break
+            work.places[_place(category, work)] = count + 1
+            work.counted[count] = category
             for h in range(LIVES_READ):
-                totals[h] = lists.totals[rows[k], h] * work.decays[k * LIVES_READ + h]
-        if rows[k] != 0:
-            _add(lists, rows[k], source, k * LIVES_READ, totals, ids, work)
-    for k in range(used):
-        work.slots[work.taken[k]] = 0
-    _logarithms(work.shares, work.bits, work.features, 1)
-    first = 1 + SHARES
-    for j in range(ids.shape[0]):
-        there = logits[j] > _THERE
-        mine = there and j < own
-        work.features[0, j] = logits[j] if there else np.float32(0.0)
-        work.features[first, j] = np.float32(1.0) if mine and j == 0 else np.float32(0.0)
-        work.features[first + 1, j] = np.float32(1.0) if mine and j == 1 else np.float32(0.0)
-        work.features[first + 2, j] = np.float32(1.0) if mine else np.float32(0.0)
-        work.features[first + 3, j] = work.ranks[j] if mine else np.float32(0.0)
+                work.values[h, count] = lists.counts[row, k, h] * work.decays[h]
+            count += 1
+    for h in range(LIVES_READ):
+        for k in range(count):
+            work.values[h, k] = np.float32(1.0) + work.values[h, k] * (_SCALE / totals[h])
+    _logarithms(count, work, 0)
 
 
-@compiled("f8[:, ::1], f4[::1], f4[::1], Workspace")
-def score(weights: F64, phi: F32, logits: F32, work: Workspace) -> None:
-    """Writes the logits s' of the slots to `work.scores`; `logits`: `[M]` float32, the model's."""
-    work.scores[:] = np.float32(0.0)
+@part_of_sums
+def take_candidate(j: int, category: np.uint64, logit: np.float32, work: Workspace) -> None:
+    """Sets a slot: the category, and the model's logit, `MASKED` in a slot without a candidate."""
+    there = logit > _THERE
+    work.candidates[j] = category if there else np.uint64(0)
+    work.features[0, j] = logit if there else np.float32(0.0)
+
+
+@part_of_sums
+def gather(lists: ItemLists, rows: I32, at_s: int, i: int, work: Workspace) -> tuple[int, int]:
+    """Computes the features of a user's candidates by the user's lists.
+
+    Args:
+        lists: `NEXT_CATEGORY`.
+        rows: `[n, READ]` int32, the users' lists; 0 for none.
+        at_s: The time, in seconds.
+        i: The user.
+        work: Changed.
+
+    Returns:
+        The number of `hits` in the first list, and in both.
+    """
+    work.marks[:] = 0
+    for j in range(work.candidates.shape[0]):
+        category = work.candidates[j]
+        work.marks[category & _LAST_MARK] = j + 1
+        if category != work.looked_up[j] and category != np.uint64(0):
+            work.looked_up[j] = category
+            number = work.places[_place(category, work)] - 1
+            for h in range(LIVES_READ):
+                work.features[1 + h, j] = work.logs[h, number] if number >= 0 else np.float32(0.0)
+    first, count = 0, 0
+    for source in range(READ):
+        row = rows[i, source]
+        if row != 0:
+            _decays(lists, row, at_s, work.decays)
+            for h in range(LIVES_READ):
+                work.decays[h] *= _SCALE / (lists.totals[row, h] * work.decays[h] + np.float32(0.5))
+            for k in range(_LISTED):
+                category = lists.ids[row, k]
+                if category == np.uint64(0):
+                    break
+                slot = np.int64(work.marks[category & _LAST_MARK]) - 1
+                while slot >= 0 and work.candidates[slot] != category:
+                    slot -= 1
+                if slot >= 0:
+                    for h in range(LIVES_READ):
+                        work.values[h, count] = np.float32(1.0) + lists.counts[row, k, h] * work.decays[h]
+                    work.hits[count] = slot
+                    count += 1
+        if source == 0:
+            first = count
+    return first, count
+
+
+@part_of_sums
+def score(weights: F64, phi: F32, i: int, hits: tuple[int, int], work: Workspace) -> None:
+    """Writes the logits s' of user i to `scores`, after `gather`, which returned `hits`; `phi`: `[n, COLUMNS]` float32."""
+    _logarithms(hits[1], work, COUNTED)
+    factors, features, scores = work.factors, work.features, work.scores
     for a in range(FEATURES):
-        mixed_weight = 0.0
+        total = 0.0
         for p in range(COLUMNS):
-            mixed_weight += weights[a, p] * phi[p]
-        factor = np.float32(mixed_weight)
-        for j in range(logits.shape[0]):
-            work.scores[j] += factor * work.features[a, j]
-    for j in range(logits.shape[0]):
-        work.scores[j] = work.scores[j] if logits[j] > _THERE else MASKED
+            total += weights[a, p] * phi[i, p]
+        factors[a] = np.float32(total)
+    model, short, long = factors[0], factors[1], factors[2]
+    own, rank = factors[FIRST_OWN + 2], factors[FIRST_OWN + 3]
+    for j in range(scores.shape[0]):
+        scores[j] = model * features[0, j] + short * features[1, j] + long * features[2, j]
+    for j in range(scores.shape[0]):
+        scores[j] += own * features[3, j] + rank * features[4, j]
+    for j in range(2):
+        scores[j] += factors[FIRST_OWN + j] * features[3, j]
+    for k in range(hits[1]):
+        first = 1 + LIVES_READ if k < hits[0] else 1 + 2 * LIVES_READ
+        for h in range(LIVES_READ):
+            scores[work.hits[k]] += factors[first + h] * work.logs[h, COUNTED + k]
+    for j in range(scores.shape[0]):
+        scores[j] = scores[j] if work.candidates[j] != np.uint64(0) else MASKED
 
 
-@compiled("ItemLists, i4[:, ::1], i8[::1], u8[:, ::1], f4[:, ::1], i8, f8[:, ::1], f4[:, ::1], Workspace")
+@compiled("ItemLists, i4[::1], i4[:, ::1], i8[::1], u8[:, ::1], f4[:, ::1], f8[:, ::1], f4[:, ::1], Workspace")
 def correct(
     lists: ItemLists,
+    everything: I32,
     rows: I32,
     at_s: I64,
     ids: U64,
     logits: F32,
-    own: int,
     weights: F64,
     phi: F32,
     work: Workspace,
 ) -> None:
-    """Replaces the logits of n users by s'; see `gather` and `score`.
+    """Replaces the logits of n users by s'.
 
     Args:
         lists: `NEXT_CATEGORY`.
-        rows: `[n, READ]` int32.
+        everything: `[LISTS_OF_EVERYTHING]` int32, the lists over all clicks; 0 for none.
+        rows: `[n, READ]` int32, the lists of the users.
         at_s: `[n]` int64.
         ids: `[n, M]` uint64.
         logits: `[n, M]` float32, changed in place.
-        own: The number of slots of the user's own categories.
         weights: `[FEATURES, COLUMNS]` float64.
         phi: `[n, COLUMNS]` float32.
         work: For M slots.
     """
     for i in range(ids.shape[0]):
-        gather(lists, rows[i], at_s[i], ids[i], logits[i], own, work)
-        score(weights, phi[i], logits[i], work)
-        logits[i] = work.scores
+        if i == 0 or at_s[i] != at_s[i - 1]:
+            gather_everything(lists, everything, at_s[i], work)
+        for j in range(ids.shape[1]):
+            take_candidate(j, ids[i, j], logits[i, j], work)
+        score(weights, phi, i, gather(lists, rows, at_s[i], i, work), work)
+        for j in range(ids.shape[1]):
+            logits[i, j] = work.scores[j]

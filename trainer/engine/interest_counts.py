@@ -14,12 +14,12 @@ The guard has judged the updates by the model's own losses, and the model learns
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from state.compiled import compiled, part_of_sums
+from state.compiled import compiled, layout, part_of_sums
 from state.compiled.mixing import mix
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
@@ -27,17 +27,29 @@ from state.microbatch.batch import MicroBatch
 from state.ranking import interest_scores
 from state.ranking.interest_scores import (
     COLUMNS,
+    COUNTED,
     FEATURES,
+    FIRST_OWN,
+    LIVES_READ,
     READ,
     WEIGHTS,
     Columns,
     Workspace,
     correct,
     gather,
-    keys_of_items,
+    gather_everything,
+    key_of_item,
     score,
+    take_candidate,
 )
-from state.ranking.item_lists import EVERYTHING, LISTS_OF_EVERYTHING, NEXT_CATEGORY, ItemLists, count_click
+from state.ranking.item_lists import (
+    EVERYTHING,
+    LISTS_OF_EVERYTHING,
+    NEXT_CATEGORY,
+    ItemLists,
+    count_click,
+    prefetch_list,
+)
 from trainer.engine.compiled.rows import exponentials, highest_of
 from trainer.engine.engine import Scores
 from trainer.engine.guard import Verdict
@@ -56,6 +68,10 @@ CAPACITY = 1024
 LEAST_ROWS = 64
 """So many rows must have taught the weights before a version has them, and before they correct anything."""
 RATE = 0.05
+ROWS_BETWEEN = 64
+"""The features by all clicks are computed again after so many rows of an update."""
+_AHEAD = 4
+"""The lists of the row so many rows later are prefetched."""
 
 
 class InterestCounts:
@@ -75,6 +91,7 @@ class InterestCounts:
         most = max(trainer.max_rows // ROWS_OF_A_LIST, CAPACITY)
         self.table = ItemListTable(NEXT_CATEGORY, CAPACITY, 1, most)
         self._columns = Columns(spec)
+        self._work: Workspace | None = None
         self.clear()
 
     @classmethod
@@ -118,143 +135,178 @@ class InterestCounts:
         Returns:
             The updates with corrected logits. Their losses and ranks remain those of the model.
         """
-        ends = np.cumsum([len(update.record) for update in updates])
-        accepted = np.repeat([update.verdict is Verdict.ACCEPT for update in updates], np.diff(ends, prepend=0))
-        rows = np.flatnonzero(accepted)
-        if not rows.size:
+        lengths = [len(update.record) for update in updates]
+        accepted = np.repeat([update.verdict is Verdict.ACCEPT for update in updates], lengths)
+        if not accepted.any():
             return list(updates)
-        judged = [update for update in updates if update.verdict is Verdict.ACCEPT]
-        ids, logits = (np.concatenate(parts) for parts in zip(*map(_slots_of, judged), strict=True))
-        slot = np.concatenate([update.record.targets.slot for update in judged])
-        category, at_ms = batch.category[rows], batch.at_ms[rows]
-        clicks = (batch.weight[rows] > 0) & ~(batch.label[rows] < 0.5)
+        clicks = accepted & (batch.weight > 0) & ~(batch.label < 0.5)
+        keys = self._keys(batch, clicks, visited)
+        clicks &= batch.category != 0
         # 1. Lists are created, and evicted.
-        keys = np.stack(self._keys(batch, rows, clicks, visited), 1)
-        counted = clicks & (category != 0)
-        if counted.any():
-            times = np.repeat(at_ms[counted], keys.shape[1])
-            every = np.full(LISTS_OF_EVERYTHING, at_ms.max())
-            self.table.observe(np.concatenate([EVERYTHING, keys[counted].reshape(-1)]), np.concatenate([every, times]))
+        if clicks.any():
+            counted, times = (keys, batch.at_ms) if clicks.all() else (keys[clicks], batch.at_ms[clicks])
+            ids, at_ms = np.concatenate([EVERYTHING, counted.reshape(-1)]), np.repeat(times, READ)
+            self.table.observe(ids, np.concatenate([np.full(LISTS_OF_EVERYTHING, times.max()), at_ms]))
             self.table.evict()
+        everything, rows = self._rows(keys)
+        clicked = np.where(clicks, batch.category, np.uint64(0))
+        at_s, phi = batch.at_ms // 1000, self._columns.phi(batch.features, batch.category_windows)
         # 2. One row after another is corrected, learned from and counted.
-        self.learned += _learn_and_count(
-            self.table.held,
-            self._read(keys),
-            at_ms // 1000,
-            ids,
-            logits,
-            batch.recent_categories.shape[1],
-            np.where(counted, category, np.uint64(0)),
-            slot,
-            self._columns.phi(batch.features[rows], batch.category_windows[rows]),
-            self.learned,
-            self._weights,
-            self._squares,
-            Workspace.empty(ids.shape[1]),
-        )
         found, first = [], 0
-        for update in updates:
+        for update, length in zip(updates, lengths, strict=True):
             if update.verdict is Verdict.ACCEPT:
-                mine = slice(first, first + len(update.record))
-                update = update._replace(scores=_with_logits(update.scores, logits[mine]))
-                first = mine.stop
+                mine, ids = slice(first, first + length), update.record.ids
+                logits = Logits(*(np.array(part) for part in _logits(update.scores)))
+                self.learned += _learn_and_count(
+                    self.table.held,
+                    everything,
+                    rows[mine],
+                    at_s[mine],
+                    ids["recent"],
+                    ids["popular"].reshape(-1),
+                    ids["successor"],
+                    logits,
+                    clicked[mine],
+                    update.record.targets.slot,
+                    phi[mine],
+                    self.learned,
+                    self._weights,
+                    self._squares,
+                    self._workspace(*_logits(update.scores)),
+                )
+                update = update._replace(scores=_with_logits(update.scores, logits))
             found.append(update)
+            first += length
         return found
 
     def corrected(self, batch: MicroBatch, record: Record, scores: Scores, visited: ItemListTable | None) -> Scores:
         """Corrects the logits of a batch of B rows; changes nothing else."""
         if self.learned < LEAST_ROWS:
             return scores
-        rows = np.arange(len(batch))
-        ids, logits = _slots(record, scores)
-        keys = np.stack(self._keys(batch, rows, np.zeros(rows.size, np.bool_), visited), 1)
-        correct(
-            self.table.held,
-            self._read(keys),
-            batch.at_ms // 1000,
-            ids,
-            logits,
-            batch.recent_categories.shape[1],
-            self._weights,
-            self._columns.phi(batch.features, batch.category_windows),
-            Workspace.empty(ids.shape[1]),
-        )
-        return _with_logits(scores, logits)
+        parts, ids = _logits(scores), record.ids
+        popular = np.broadcast_to(ids["popular"], parts[1].shape)
+        slots, logits = np.concatenate([ids["recent"], popular, ids["successor"]], 1), np.concatenate(parts, 1)
+        everything, rows = self._rows(self._keys(batch, np.zeros(len(batch), np.bool_), visited))
+        at_s, phi = batch.at_ms // 1000, self._columns.phi(batch.features, batch.category_windows)
+        correct(self.table.held, everything, rows, at_s, slots, logits, self._weights, phi, self._workspace(*parts))
+        recent, popular, successor = np.split(logits, np.cumsum([part.shape[1] for part in parts[:2]]), 1)
+        return _with_logits(scores, Logits(recent, popular, successor))
 
-    def _keys(self, batch: MicroBatch, rows: I64, clicks: Flags, visited: ItemListTable | None) -> tuple[U64, U64]:
-        """The keys of the newest category and the newest item of each row's user before the row, `[n]` uint64."""
-        newest = np.zeros(rows.size, np.uint64)
+    def _keys(self, batch: MicroBatch, clicks: Flags, visited: ItemListTable | None) -> U64:
+        """The keys of the newest category and the newest item of each row's user before the row, `[B, READ]` uint64."""
+        keys = np.zeros((len(batch), READ), np.uint64)
+        keys[:, 0] = batch.recent_categories[:, 0]
         if visited is not None:
-            users, owner = np.unique(batch.user[rows], return_inverse=True)
-            within = visited.held.ids[visited.find(users), 0]
-            _newest_items(owner, np.where(clicks, batch.item[rows], np.uint64(0)), within, newest)
-        return batch.recent_categories[rows, 0], keys_of_items(newest)
+            before = visited.held.ids[visited.find(batch.user), 0]
+            places = np.zeros(2 << len(batch).bit_length(), np.int32)
+            _keys_of_newest_items(batch.user, np.where(clicks, batch.item, np.uint64(0)), before, places, keys)
+        return keys
 
-    def _read(self, keys: U64) -> I32:
-        """The lists to read for each row, `[n, READ]` int32."""
-        read = np.empty((len(keys), READ), np.int32)
-        read[:, : len(EVERYTHING)] = self.table.find(EVERYTHING)
-        read[:, len(EVERYTHING) :] = self.table.find(np.ascontiguousarray(keys.reshape(-1))).reshape(keys.shape)
-        return read
+    def _rows(self, keys: U64) -> tuple[I32, I32]:
+        """The lists over all clicks, and those of `[B, READ]` keys, int32."""
+        return self.table.find(EVERYTHING), self.table.find(keys.reshape(-1)).reshape(keys.shape)
 
-
-def _slots_of(update: Update) -> tuple[U64, F32]:
-    return _slots(update.record, update.scores)
-
-
-def _slots(record: Record, scores: Scores) -> tuple[U64, F32]:
-    """The candidates of the rows and their logits, `[B, M]` each."""
-    recent, successor = record.ids["recent"], record.ids["successor"]
-    popular = np.broadcast_to(record.ids["popular"], (len(record), record.ids["popular"].size))
-    logits = np.concatenate([scores.recent_logits, scores.popular_logits, scores.successor_logits], 1)
-    return np.concatenate([recent, popular, successor], 1), logits
+    def _workspace(self, recent: F32, popular: F32, successor: F32) -> Workspace:
+        """That of a record with such logits."""
+        own = recent.shape[1]
+        candidates = own + popular.shape[1] + successor.shape[1]
+        if self._work is None or self._work.scores.size != candidates:
+            self._work = Workspace.empty(candidates, own)
+        return self._work
 
 
-def _with_logits(scores: Scores, logits: F32) -> Scores:
-    """`logits`: `[B, M]` float32."""
-    own, ranks = scores.recent_logits.shape[1], scores.popular_logits.shape[1]
+@layout("f4[:, ::1], f4[:, ::1], f4[:, ::1]")
+class Logits(NamedTuple):
+    """The logits of a record: `[B, L]`, `[B, P]` and `[B, S]` float32."""
+
+    recent: F32
+    popular: F32
+    successor: F32
+
+
+def _logits(scores: Scores) -> tuple[F32, F32, F32]:
+    return scores.recent_logits, scores.popular_logits, scores.successor_logits
+
+
+def _with_logits(scores: Scores, logits: Logits) -> Scores:
     return scores._replace(
-        recent_logits=logits[:, :own],
-        popular_logits=logits[:, own : own + ranks],
-        successor_logits=logits[:, own + ranks :],
+        recent_logits=logits.recent, popular_logits=logits.popular, successor_logits=logits.successor
     )
 
 
-@compiled("i8[::1], u8[::1], u8[::1], u8[::1]")
-def _newest_items(owner: I64, item: U64, within: U64, newest: U64) -> None:
-    """The newest item of each row's user before the row; `within`: `[u]`, those before the first row, changed."""
-    for i in range(owner.shape[0]):
-        newest[i] = within[owner[i]]
-        if item[i] != np.uint64(0):
-            within[owner[i]] = item[i]
+@compiled("const(u8[::1]), u8[::1], u8[::1], i4[::1], u8[:, ::1]")
+def _keys_of_newest_items(users: U64, items: U64, before: U64, places: I32, keys: U64) -> None:
+    """Writes the key of the newest item of each row's user before the row; an item is 0 in a row that is no click.
+
+    `before`: those before the first row. `places`: zeros, an index of the latest clicks by user; their number is a power of two.
+    """
+    last = np.uint64(places.shape[0] - 1)
+    for i in range(users.shape[0]):
+        at = mix(users[i]) & last
+        while places[at] != 0 and users[places[at] - 1] != users[i]:
+            at = (at + np.uint64(1)) & last
+        keys[i, 1] = key_of_item(items[places[at] - 1] if places[at] != 0 else before[i])
+        if items[i] != np.uint64(0):
+            places[at] = i + 1
 
 
 @part_of_sums
-def _teach(target: int, phi: F32, shares: F32, bits: I32, weights: F64, squares: F64, work: Workspace) -> None:
-    """One step of softmax regression towards the target, with Adagrad. shares, bits: `[M]`, overwritten."""
+def _teach(
+    target: int,
+    phi: F32,
+    i: int,
+    hits: tuple[int, int],
+    shares: F32,
+    bits: I32,
+    learned: tuple[F64, F64],
+    work: Workspace,
+) -> None:
+    """One step of softmax regression of row i towards the target, with Adagrad. shares, bits: `[M]`, overwritten."""
+    features, differences = work.features, work.factors
     total = exponentials(work.scores, highest_of(work.scores), shares, bits, bits.view(np.float32))
-    for a in range(FEATURES):
-        expected = np.float32(0.0)
-        for j in range(shares.shape[0]):
-            expected += shares[j] * work.features[a, j]
-        difference = work.features[a, target] - expected / total
-        for p in range(COLUMNS):
-            gradient = np.float64(difference) * phi[p]
-            squares[a, p] += gradient * gradient
-            weights[a, p] += RATE * gradient / np.sqrt(squares[a, p] + 1e-3)
+    inverse = np.float32(1.0) / total
+    for j in range(shares.shape[0]):
+        shares[j] *= -inverse
+    shares[target] += np.float32(1.0)
+    model = short = long = own = rank = np.float32(0.0)
+    for j in range(shares.shape[0]):
+        model += shares[j] * features[0, j]
+        short += shares[j] * features[1, j]
+        long += shares[j] * features[2, j]
+        own += shares[j] * features[3, j]
+        rank += shares[j] * features[4, j]
+    differences[0], differences[1], differences[2] = model, short, long
+    for a in range(1 + LIVES_READ, FIRST_OWN):
+        differences[a] = np.float32(0.0)
+    for k in range(hits[1]):
+        a = 1 + LIVES_READ if k < hits[0] else 1 + 2 * LIVES_READ
+        for h in range(LIVES_READ):
+            differences[a + h] += shares[work.hits[k]] * work.logs[h, COUNTED + k]
+    for j in range(2):
+        differences[FIRST_OWN + j] = shares[j] * features[3, j]
+    differences[FIRST_OWN + 2], differences[FIRST_OWN + 3] = own, rank
+    weights, squares = learned
+    for p in range(COLUMNS):
+        if phi[i, p] != np.float32(0.0):
+            for a in range(FEATURES):
+                gradient = np.float64(differences[a] * phi[i, p])
+                squares[a, p] += gradient * gradient
+                weights[a, p] += RATE * gradient / np.sqrt(squares[a, p] + 1e-3)
 
 
 @compiled(
-    "ItemLists, i4[:, ::1], i8[::1], u8[:, ::1], f4[:, ::1], i8, u8[::1], i4[::1], f4[:, ::1], i8, "
-    "f8[:, ::1], f8[:, ::1], Workspace"
+    "ItemLists, i4[::1], i4[:, ::1], i8[::1], const(u8[:, ::1]), const(u8[::1]), const(u8[:, ::1]), Logits, u8[::1], "
+    "i4[::1], f4[:, ::1], i8, f8[:, ::1], f8[:, ::1], Workspace"
 )
 def _learn_and_count(
     lists: ItemLists,
-    read: I32,
+    everything: I32,
+    rows: I32,
     at_s: I64,
-    ids: U64,
-    logits: F32,
-    own: int,
+    recent: U64,
+    popular: U64,
+    successor: U64,
+    logits: Logits,
     category: U64,
     slot: I32,
     phi: F32,
@@ -264,19 +316,36 @@ def _learn_and_count(
     work: Workspace,
 ) -> int:
     """`category`: 0 in rows that are no clicks. `before`: rows learned before. Returns the rows that taught the weights."""
-    candidates, learned = ids.shape[1], 0
+    own, ranks, candidates, learned = recent.shape[1], popular.shape[0], work.scores.shape[0], 0
     shares, bits = np.empty(candidates, np.float32), np.empty(candidates, np.int32)
-    for i in range(ids.shape[0]):
-        gather(lists, read[i], at_s[i], ids[i], logits[i], own, work)
-        score(weights, phi[i], logits[i], work)
+    for i in range(recent.shape[0]):
+        if i + _AHEAD < recent.shape[0]:
+            for source in range(READ):
+                prefetch_list(rows[i + _AHEAD, source], lists)
+        if i % ROWS_BETWEEN == 0:
+            gather_everything(lists, everything, at_s[i], work)
+        for j in range(own):
+            take_candidate(j, recent[i, j], logits.recent[i, j], work)
+        for j in range(ranks):
+            take_candidate(own + j, popular[j], logits.popular[i, j], work)
+        for j in range(successor.shape[1]):
+            take_candidate(own + ranks + j, successor[i, j], logits.successor[i, j], work)
+        hits = gather(lists, rows, at_s[i], i, work)
+        score(weights, phi, i, hits, work)
         if before + learned >= LEAST_ROWS:
-            logits[i] = work.scores
-        if category[i] != np.uint64(0) and 0 <= slot[i] < candidates:
-            _teach(slot[i], phi[i], shares, bits, weights, squares, work)
-            learned += 1
+            for j in range(own):
+                logits.recent[i, j] = work.scores[j]
+            for j in range(ranks):
+                logits.popular[i, j] = work.scores[own + j]
+            for j in range(successor.shape[1]):
+                logits.successor[i, j] = work.scores[own + ranks + j]
         if category[i] != np.uint64(0):
-            of_it = np.int64(mix(category[i]) % np.uint64(LISTS_OF_EVERYTHING))
-            for k in (of_it, READ - 2, READ - 1):
-                if read[i, k] != 0:
-                    count_click(read[i, k], category[i], at_s[i], lists)
+            if 0 <= slot[i] < candidates:
+                _teach(slot[i], phi, i, hits, shares, bits, (weights, squares), work)
+                learned += 1
+            row = everything[np.int64(mix(category[i]) % np.uint64(LISTS_OF_EVERYTHING))]
+            for source in range(1 + READ):
+                if row != 0:
+                    count_click(row, category[i], at_s[i], lists)
+                row = rows[i, source] if source < READ else 0
     return learned

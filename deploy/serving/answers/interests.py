@@ -10,16 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploy.serving.answers.version import LoadedVersion, VersionRows
+from state.compiled import compiled
 from state.features.arrays import Vector
 from state.features.mask import Mask
 from state.features.spec import LABELLED, POSITIVE, Events
-from state.ranking.interest_scores import MASKED, READ, Columns, correct, keys_of_items
-from state.ranking.item_lists import EVERYTHING
+from state.ranking.interest_scores import MASKED, Columns, correct, key_of_item
+from state.ranking.item_lists import EVERYTHING, LISTS_OF_EVERYTHING
 
 U64 = NDArray[np.uint64]
+I64 = NDArray[np.int64]
 F32 = NDArray[np.float32]
 _LABEL = LABELLED | POSITIVE
 _EVERY = (0, *EVERYTHING.tolist())
+_NOTHING_HIDDEN = np.zeros(0, np.bool_)
 _columns = lru_cache(maxsize=4)(Columns)
 
 
@@ -36,7 +39,10 @@ class Correction(NamedTuple):
 
     def apply(self, logits: F32) -> F32:
         """Returns corrected logits, `[n, M]` float32; masked ones stay masked."""
-        return np.where(logits > MASKED / 2, self.factor * logits + self.offset, logits)
+        corrected = logits * self.factor
+        corrected += self.offset
+        corrected[logits <= MASKED / 2] = MASKED
+        return corrected
 
 
 def newest_item(events: Events, at_ms: int, mask: Mask, user: int) -> int:
@@ -48,19 +54,20 @@ def newest_item(events: Events, at_ms: int, mask: Mask, user: int) -> int:
         mask: Hides events.
         user: The user.
     """
-    if not len(events):
-        return 0
-    # Usually the latest event is such a click.
-    latest = events[len(events) - 1 - int(np.argmax(events["at_ms"][::-1]))]
-    if not mask and latest["item"] and latest["at_ms"] <= at_ms and latest["flags"] & _LABEL != LABELLED:
-        return int(latest["item"])
-    clicks = (events["item"] != 0) & (events["at_ms"] <= at_ms) & (events["flags"] & _LABEL != LABELLED)
-    if mask:
-        clicks &= ~mask.events(events, user)
-    clicked = events[clicks]
-    if not len(clicked):
-        return 0
-    return int(clicked["item"][len(clicked) - 1 - int(np.argmax(clicked["at_ms"][::-1]))])
+    hidden = mask.events(events, user) if mask else _NOTHING_HIDDEN
+    return int(_newest_item(events["at_ms"], events["item"], events["flags"], hidden, at_ms))
+
+
+@compiled("const(i8[:]), const(u8[:]), const(u1[:]), bool[::1], i8")
+def _newest_item(
+    at_ms: I64, items: U64, flags: NDArray[np.uint8], hidden: NDArray[np.bool_], until_ms: int
+) -> np.uint64:
+    newest_ms, newest = np.int64(-1), np.uint64(0)
+    for i in range(at_ms.shape[0]):
+        if newest_ms <= at_ms[i] <= until_ms and items[i] != 0 and flags[i] & _LABEL != LABELLED:
+            if hidden.shape[0] == 0 or not hidden[i]:
+                newest_ms, newest = at_ms[i], items[i]
+    return newest
 
 
 def correction_of(
@@ -83,19 +90,25 @@ def correction_of(
     """
     weights = version.interest_weights
     assert weights is not None
-    recent, count = vectors.recent_categories, len(asked)
-    items, at_ms = zip(*asked, strict=True)
-    of_items = keys_of_items(np.array(items, np.uint64)).tolist()
-    lists, places = rows.next_categories([*_EVERY, *recent[:, 0].tolist(), *of_items])
-    read = np.empty((count, READ), np.int32)
-    read[:] = places[1 : 1 + READ]
-    read[:, READ - 2] = places[len(_EVERY) : len(_EVERY) + count]
-    read[:, READ - 1] = places[len(_EVERY) + count :]
-    offset = np.concatenate(masks, 1)[:count]
+    count = len(asked)
+    keys = [*_EVERY, *vectors.recent_categories[:, 0].tolist(), *(key_of_item(np.uint64(item)) for item, _ in asked)]
+    lists, found = rows.next_categories(keys)
+    # The first list is that of no key.
+    places = np.array(found[1:], np.int32)
     # 0 for a candidate, MASKED for none.
+    offset = np.concatenate(masks, 1)[:count]
     offset -= np.float32(1.0)
     offset *= -MASKED
     phi = _columns(version.features.spec).phi(vectors.features, vectors.category_windows)
-    at_s = np.array(at_ms, np.int64) // 1000
-    correct(lists, read, at_s, ids, offset, recent.shape[1], weights, phi, version.interest_work)
+    correct(
+        lists,
+        places[:LISTS_OF_EVERYTHING],
+        np.ascontiguousarray(places[LISTS_OF_EVERYTHING:].reshape(-1, count).T),
+        np.array([at_ms // 1000 for _, at_ms in asked]),
+        ids,
+        offset,
+        weights,
+        phi,
+        version.interest_work,
+    )
     return Correction((phi @ weights[0]).astype(np.float32)[:, None], offset)

@@ -320,7 +320,7 @@ class LoadedVersion:
     churn: ChurnWeights | None = None
     item_weights: NDArray[np.float64] | None = None
     interest_weights: NDArray[np.float64] | None = None
-    interest_work: interest_scores.Workspace = field(default_factory=lambda: interest_scores.Workspace.empty(0))
+    interest_work: interest_scores.Workspace = field(default_factory=lambda: interest_scores.Workspace.empty(0, 0))
     category_rows: dict[int, bytes] = field(default_factory=dict)
     item_rows: dict[int, bytes] = field(default_factory=dict)
     lists: dict[int, bytes | None] = field(default_factory=dict)
@@ -494,7 +494,8 @@ class VersionLoader:
             item_weights=_weights_of(weights, item_scores.WEIGHTS, item_scores.first_weights()),
             interest_weights=_weights_of(weights, interest_scores.WEIGHTS, interest_scores.first_weights()),
             interest_work=interest_scores.Workspace.empty(
-                sum(shape[1] for name, shape in program.shapes.items() if name in CANDIDATE_MASKS)
+                sum(shape[1] for name, shape in program.shapes.items() if name in CANDIDATE_MASKS),
+                program.shapes[CANDIDATE_MASKS[0]][1],
             ),
         )
         if before is not None:

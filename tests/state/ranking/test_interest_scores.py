@@ -10,7 +10,7 @@ from state.ranking.item_lists import HALF_LIVES_S, ItemLists, count_click
 IDS = np.array([[5, 9, 0, 7, 5, 11]], np.uint64)
 """Three slots of the user's own categories, and three others; the second 5 is masked."""
 LOGITS = np.array([[1.0, -0.5, MASKED, 0.25, MASKED, 2.0]], np.float32)
-ROWS = np.array([[1, 2, 0, 0, 0, 0, 0, 0, 3, 4]], np.int32)
+EVERYTHING, ROWS = np.array([1, 2, 0, 0, 0, 0, 0, 0], np.int32), np.array([[3, 4]], np.int32)
 AT_S = 100_000
 
 
@@ -24,7 +24,7 @@ def lists() -> ItemLists:
 
 def corrected(weights: np.ndarray, phi: np.ndarray) -> np.ndarray:
     logits = LOGITS.copy()
-    correct(lists(), ROWS, np.array([AT_S]), IDS, logits, 3, weights, phi, Workspace.empty(6))
+    correct(lists(), EVERYTHING, ROWS, np.array([AT_S]), IDS, logits, weights, phi, Workspace.empty(6, 3))
     return logits[0]
 
 
