@@ -17,6 +17,7 @@ from state.churn import CODE as CHURN_CODE
 from state.config.settings import Settings
 from state.errors import SettingsError, SpecMismatch
 from state.process import private_files
+from state.ranking.item_lists import NEXT_CATEGORY
 from state.registry.manifest import Manifest
 from state.registry.registry import SERVING, TRAINING, Registry
 from state.rows.tables import ITEM_LISTS, OPTIONAL, UNSERVED, tables_in
@@ -42,7 +43,7 @@ def served(trainer: Trainer, item_lists: bool = True) -> dict[str, content.Array
 
     Without `item_lists`, their changes wait for the next version that has them; a version that is durable must have them.
     """
-    without = UNSERVED if item_lists else UNSERVED.union(ITEM_LISTS)
+    without = UNSERVED if item_lists else UNSERVED.union(ITEM_LISTS, [NEXT_CATEGORY])
     held = _rows(trainer, "take_served", without)
     return held | _dense(trainer) | _beside(trainer) | {"popular": trainer.popular.top()}
 

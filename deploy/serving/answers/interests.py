@@ -14,14 +14,27 @@ from state.compiled import compiled
 from state.features.arrays import Vector
 from state.features.mask import Mask
 from state.features.spec import LABELLED, POSITIVE, Events
-from state.ranking.interest_scores import MASKED, Columns, correct, key_of_item
-from state.ranking.item_lists import EVERYTHING, LISTS_OF_EVERYTHING
+from state.ranking.interest_scores import (
+    MASKED,
+    READ,
+    Columns,
+    Workspace,
+    gather,
+    gather_everything,
+    key_of_item,
+    score,
+    take_candidate,
+)
+from state.ranking.item_lists import EVERYTHING, LISTS_OF_EVERYTHING, ItemLists
 
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
 F32 = NDArray[np.float32]
+I32 = NDArray[np.int32]
+F64 = NDArray[np.float64]
 _LABEL = LABELLED | POSITIVE
 _EVERY = (0, *EVERYTHING.tolist())
+_THERE = MASKED / np.float32(2.0)
 _NOTHING_HIDDEN = np.zeros(0, np.bool_)
 _columns = lru_cache(maxsize=4)(Columns)
 
@@ -39,10 +52,17 @@ class Correction(NamedTuple):
 
     def apply(self, logits: F32) -> F32:
         """Returns corrected logits, `[n, M]` float32; masked ones stay masked."""
-        corrected = logits * self.factor
-        corrected += self.offset
-        corrected[logits <= MASKED / 2] = MASKED
+        corrected = np.empty_like(logits)
+        _apply(logits, self.factor, self.offset, corrected)
         return corrected
+
+
+@compiled("f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1]")
+def _apply(logits: F32, factor: F32, offset: F32, corrected: F32) -> None:
+    for i in range(logits.shape[0]):
+        for j in range(logits.shape[1]):
+            logit = logits[i, j]
+            corrected[i, j] = factor[i, 0] * logit + offset[i, j] if logit > _THERE else logit
 
 
 def newest_item(events: Events, at_ms: int, mask: Mask, user: int) -> int:
@@ -64,9 +84,9 @@ def _newest_item(
 ) -> np.uint64:
     newest_ms, newest = np.int64(-1), np.uint64(0)
     for i in range(at_ms.shape[0]):
-        if newest_ms <= at_ms[i] <= until_ms and items[i] != 0 and flags[i] & _LABEL != LABELLED:
-            if hidden.shape[0] == 0 or not hidden[i]:
-                newest_ms, newest = at_ms[i], items[i]
+        is_click = items[i] != 0 and flags[i] & _LABEL != LABELLED
+        if is_click and newest_ms <= at_ms[i] <= until_ms and (hidden.shape[0] == 0 or not hidden[i]):
+            newest_ms, newest = at_ms[i], items[i]
     return newest
 
 
@@ -74,7 +94,7 @@ def correction_of(
     version: LoadedVersion,
     rows: VersionRows,
     vectors: Vector,
-    ids: U64,
+    successors: U64,
     masks: Sequence[F32],
     asked: Sequence[tuple[int, int]],
 ) -> Correction:
@@ -84,31 +104,64 @@ def correction_of(
         version: The version.
         rows: Its rows.
         vectors: The features of n users.
-        ids: `[n, M]` uint64, the candidates.
-        masks: The program's masks of the M candidates, by kind, `[n or more, .]` float32: 1 for a candidate, else 0.
+        successors: `[n, S]` uint64.
+        masks: The program's masks of the candidates, by kind, `[n or more, .]` float32: 1 for a candidate, else 0. A program
+            without successors has two.
         asked: For each query the item of the user's latest click, 0 for none, and the time in ms.
     """
-    weights = version.interest_weights
-    assert weights is not None
-    count = len(asked)
-    keys = [*_EVERY, *vectors.recent_categories[:, 0].tolist(), *(key_of_item(np.uint64(item)) for item, _ in asked)]
-    lists, found = rows.next_categories(keys)
-    # The first list is that of no key.
-    places = np.array(found[1:], np.int32)
-    # 0 for a candidate, MASKED for none.
-    offset = np.concatenate(masks, 1)[:count]
-    offset -= np.float32(1.0)
-    offset *= -MASKED
-    phi = _columns(version.features.spec).phi(vectors.features, vectors.category_windows)
-    correct(
+    recent = vectors.recent_categories
+    items = [key_of_item(np.uint64(item)) for item, _ in asked]
+    lists, places = rows.next_categories([*_EVERY, *recent[:, 0].tolist(), *items])
+    mask = np.concatenate(masks, 1)
+    found = Correction(np.empty((len(asked), 1), np.float32), np.empty((len(asked), mask.shape[1]), np.float32))
+    _correct(
         lists,
-        places[:LISTS_OF_EVERYTHING],
-        np.ascontiguousarray(places[LISTS_OF_EVERYTHING:].reshape(-1, count).T),
+        np.array(places, np.int32),
         np.array([at_ms // 1000 for _, at_ms in asked]),
-        ids,
-        offset,
-        weights,
-        phi,
+        recent,
+        version.popular,
+        successors,
+        mask,
+        _columns(version.features.spec).phi(vectors.features, vectors.category_windows),
+        version.interest_weights,
+        *found,
         version.interest_work,
     )
-    return Correction((phi @ weights[0]).astype(np.float32)[:, None], offset)
+    return found
+
+
+@compiled(
+    "ItemLists, i4[::1], i8[::1], const(u8[:, ::1]), const(u8[::1]), const(u8[:, ::1]), f4[:, ::1], f4[:, ::1], "
+    "f8[:, ::1], f4[:, ::1], f4[:, ::1], Workspace"
+)
+def _correct(
+    lists: ItemLists,
+    places: I32,
+    at_s: I64,
+    recent: U64,
+    popular: U64,
+    successors: U64,
+    mask: F32,
+    phi: F32,
+    weights: F64,
+    factor: F32,
+    offset: F32,
+    work: Workspace,
+) -> None:
+    """`places`: the lists of no key, over all clicks, of the n newest categories, of the n newest items."""
+    count, own, ranks = recent.shape[0], recent.shape[1], popular.shape[0]
+    everything, rows = places[1 : 1 + LISTS_OF_EVERYTHING], np.empty((count, READ), np.int32)
+    for i in range(count):
+        if i == 0 or at_s[i] != at_s[i - 1]:
+            gather_everything(lists, everything, at_s[i], work)
+        for k in range(READ):
+            rows[i, k] = places[1 + LISTS_OF_EVERYTHING + k * count + i]
+        for j in range(mask.shape[1]):
+            category = recent[i, j] if j < own else (popular[j - own] if j < own + ranks else np.uint64(0))
+            if j >= own + ranks:
+                category = successors[i, j - own - ranks]
+            take_candidate(j, category, np.float32(0.0) if mask[i, j] > 0 else MASKED, work)
+        score(weights, phi, i, gather(lists, rows, at_s[i], i, work), work)
+        factor[i, 0] = work.factors[0]
+        for j in range(mask.shape[1]):
+            offset[i, j] = work.scores[j]

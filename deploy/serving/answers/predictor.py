@@ -260,13 +260,8 @@ class Predictor:
         correction = None
         if version.interest_weights is not None:
             masks = [inputs[name] for name in CANDIDATE_MASKS if name in inputs]
-            slots = np.empty((len(asked), sum(mask.shape[1] for mask in masks)), np.uint64)
-            own, ranks = vectors.recent_categories.shape[1], version.popular.size
-            slots[:, :own], slots[:, own : own + ranks] = vectors.recent_categories, version.popular
-            if slots.shape[1] > own + ranks:
-                slots[:, own + ranks :] = following.ids
             clicked = [(each.newest_item, each.at_ms) for each in asked]
-            correction = correction_of(version, rows, vectors, slots, masks, clicked)
+            correction = correction_of(version, rows, vectors, following.ids, masks, clicked)
         return Prepared(version, rows, asked, vectors, has_row, following.ids, inputs, correction, clock, now_ms, mask)
 
     def answered(self, prepared: Prepared, outputs: Mapping[str, F32]) -> list[Answer]:
