@@ -439,7 +439,8 @@ class TrainerSettings:
     interests: str = setting(
         "counts",
         choices=("counts", "model"),
-        help="What interests come from: the model, corrected by decayed counts of the categories clicked next; or the model alone.",
+        help="What interests come from: the model, corrected by decayed counts of the categories clicked next, which takes "
+        "15 % more of a step and 0.16 ms of an answer; or the model alone.",
     )
     publish_s: float = setting(
         0.1,

@@ -205,30 +205,33 @@ class SnapshotWriter:
 
     def _scan(self, view: StoreView, first: int, end: int) -> Iterator[UserRange]:
         """Writes the bases of the users `[first, end)`; yields their ranges, which may be several."""
-        keys, values, size = list[bytes](), list[bytes](), 0
+        # Joined and counted slice by slice, since a long list would keep other threads from running.
+        names, lengths, values, size = list[bytes](), list[NDArray[np.uint32]](), list[bytes](), 0
         for some in view.chunks_from(first):
             if over := int.from_bytes(some[-1][0][:8], "big") >= end:
                 limit = end.to_bytes(8, "big")
                 some = [entry for entry in some if entry[0] < limit]
-            keys += [key for key, _ in some]
+            names.append(b"".join([key for key, _ in some]))
+            lengths.append(np.fromiter((len(value) for _, value in some), np.uint32, len(some)) // EVENT_BYTES)
             values += [value for _, value in some]
-            size += sum(len(value) for _, value in some)
+            size += EVENT_BYTES * int(lengths[-1].sum())
             if over:
                 break
             if size >= RANGE_BYTES:
                 # The last user may have more chunks.
-                last = keys[-1][:8]
-                count = next(at for at in range(len(keys), 0, -1) if keys[at - 1][:8] != last)
-                following = int.from_bytes(last, "big")
-                yield self._write_base(first, keys[:count], values[:count])
-                keys, values = keys[count:], values[count:]
-                first, size = following, sum(map(len, values))
-        yield self._write_base(first, keys, values)
+                named, counts = np.frombuffer(b"".join(names), _KEY), np.concatenate(lengths)
+                count = int(np.searchsorted(named["user"], named["user"][-1]))
+                yield self._write_base(first, named[:count], counts[:count], values[:count])
+                first = int(named["user"][-1])
+                names, lengths, values = [named[count:].tobytes()], [counts[count:]], values[count:]
+                size = EVENT_BYTES * int(lengths[0].sum())
+        named = np.frombuffer(b"".join(names), _KEY)
+        yield self._write_base(first, named, np.concatenate([np.empty(0, np.uint32), *lengths]), values)
 
-    def _write_base(self, first_user: int, keys: Sequence[bytes], values: Sequence[bytes]) -> UserRange:
-        named = np.frombuffer(b"".join(keys), _KEY)
+    def _write_base(
+        self, first_user: int, named: NDArray[Any], lengths: NDArray[np.uint32], values: Sequence[bytes]
+    ) -> UserRange:
         users, chunks = named["user"].astype(np.uint64), _INVERT - named["chunk"].astype(np.uint32)
-        lengths = np.fromiter(map(len, values), np.uint32, len(values)) // EVENT_BYTES
         order = np.argsort(share_of(users), kind="stable")
         for first_share, last_share, low, high in _by_share(users[order], lengths[order]):
             mine = order[low:high]

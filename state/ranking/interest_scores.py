@@ -95,7 +95,7 @@ class Columns:
         return phi
 
 
-@layout("i4[::1], i4[::1], f4[:, ::1], i4[:, ::1], f4[:, ::1], f4[::1], i4[::1], f4[::1]")
+@layout("i4[::1], i4[::1], f4[:, ::1], i4[:, ::1], f4[:, ::1], f4[::1], i4[::1], f4[::1], f4[::1], f4[::1]")
 class Workspace(NamedTuple):
     """The features of the M candidate slots of one user; reused for each user.
 
@@ -107,6 +107,8 @@ class Workspace(NamedTuple):
         features: `[FEATURES, M]` float32.
         decays: `[_DECAYS]` float32.
         decay_bits: `[_DECAYS]` int32.
+        totals: `[LIVES_READ]` float32.
+        ranks: `[M]` float32, log(1 + slot) / 3.
         scores: `[M]` float32.
     """
 
@@ -117,6 +119,8 @@ class Workspace(NamedTuple):
     features: F32
     decays: F32
     decay_bits: I32
+    totals: F32
+    ranks: F32
     scores: F32
 
     @classmethod
@@ -131,6 +135,8 @@ class Workspace(NamedTuple):
             np.zeros((FEATURES, candidates), np.float32),
             np.zeros(_DECAYS, np.float32),
             np.zeros(_DECAYS, np.int32),
+            np.zeros(LIVES_READ, np.float32),
+            (np.log1p(np.arange(candidates)) / 3).astype(np.float32),
             np.zeros(candidates, np.float32),
         )
 
@@ -155,14 +161,17 @@ def _halved(decays: F32, bits: I32, scale: F32) -> None:
 def _logarithms(values: F32, bits: I32, out: F32, first: int) -> None:
     """Writes the logarithms of `values`, `[a, M]` and at least 1, to the rows of `out` from `first` on."""
     for a in range(values.shape[0]):
+        # In two loops, because `bits` is a view of `values`.
         for j in range(values.shape[1]):
             exponent = (bits[a, j] >> np.int32(23)) - np.int32(127)
+            out[first + a, j] = np.float32(exponent) * _LN2
             bits[a, j] -= exponent << np.int32(23)
+        for j in range(values.shape[1]):
             # log m = 2 artanh t for m in [1, 2); the error of the series is below 2e-6.
             t = (values[a, j] - np.float32(1.0)) / (values[a, j] + np.float32(1.0))
             u = t * t
             series = np.float32(1 / 3) + u * (np.float32(1 / 5) + u * (np.float32(1 / 7) + u * np.float32(1 / 9)))
-            out[first + a, j] = np.float32(exponent) * _LN2 + np.float32(2.0) * t * (np.float32(1.0) + u * series)
+            out[first + a, j] += np.float32(2.0) * t * (np.float32(1.0) + u * series)
 
 
 @inlined
@@ -217,7 +226,8 @@ def gather(lists: ItemLists, rows: I32, at_s: int, ids: U64, logits: F32, own: i
         for h in range(LIVES_READ):
             work.decays[k * LIVES_READ + h] = min(np.float32(elapsed_s / HALF_LIVES_S[h]), np.float32(126.0))
     _halved(work.decays, work.decay_bits, work.decay_bits.view(np.float32))
-    totals = np.zeros(LIVES_READ, np.float32)
+    totals = work.totals
+    totals[:] = np.float32(0.0)
     for k in range(READ - 2):
         for h in range(LIVES_READ):
             totals[h] += lists.totals[rows[k], h] * work.decays[k * LIVES_READ + h]
@@ -239,7 +249,7 @@ def gather(lists: ItemLists, rows: I32, at_s: int, ids: U64, logits: F32, own: i
         work.features[first, j] = np.float32(1.0) if mine and j == 0 else np.float32(0.0)
         work.features[first + 1, j] = np.float32(1.0) if mine and j == 1 else np.float32(0.0)
         work.features[first + 2, j] = np.float32(1.0) if mine else np.float32(0.0)
-        work.features[first + 3, j] = np.float32(np.log(1.0 + j) / 3.0) if mine else np.float32(0.0)
+        work.features[first + 3, j] = work.ranks[j] if mine else np.float32(0.0)
 
 
 @compiled("f8[:, ::1], f4[::1], f4[::1], Workspace")

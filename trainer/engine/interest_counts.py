@@ -2,7 +2,8 @@
 
 Of the accepted updates of each record, in the order of their rows:
 
-1. The logits of the row's candidates are corrected (`state/ranking/interest_scores.py`). The measures score these.
+1. The logits of the row's candidates are corrected (`state/ranking/interest_scores.py`). The progressive measures score
+   these (`trainer/measures/progressive.py`).
 2. A row that is a click teaches the weights: one step of softmax regression over the row's candidates, with Adagrad.
 3. Its category is counted: in a list over all clicks, and in those of its user's newest category and newest item.
 
@@ -115,7 +116,7 @@ class InterestCounts:
             visited: The users' own items before the record; None for no items.
 
         Returns:
-            The updates with corrected logits and ranks.
+            The updates with corrected logits. Their losses and ranks remain those of the model.
         """
         ends = np.cumsum([len(update.record) for update in updates])
         accepted = np.repeat([update.verdict is Verdict.ACCEPT for update in updates], np.diff(ends, prepend=0))
@@ -136,7 +137,6 @@ class InterestCounts:
             self.table.observe(np.concatenate([EVERYTHING, keys[counted].reshape(-1)]), np.concatenate([every, times]))
             self.table.evict()
         # 2. One row after another is corrected, learned from and counted.
-        rank = np.empty(rows.size, np.int32)
         self.learned += _learn_and_count(
             self.table.held,
             self._read(keys),
@@ -146,7 +146,6 @@ class InterestCounts:
             batch.recent_categories.shape[1],
             np.where(counted, category, np.uint64(0)),
             slot,
-            rank,
             self._columns.phi(batch.features[rows], batch.category_windows[rows]),
             self.learned,
             self._weights,
@@ -157,7 +156,7 @@ class InterestCounts:
         for update in updates:
             if update.verdict is Verdict.ACCEPT:
                 mine = slice(first, first + len(update.record))
-                update = update._replace(scores=_with_logits(update.scores, logits[mine])._replace(rank=rank[mine]))
+                update = update._replace(scores=_with_logits(update.scores, logits[mine]))
                 first = mine.stop
             found.append(update)
         return found
@@ -246,7 +245,7 @@ def _teach(target: int, phi: F32, shares: F32, bits: I32, weights: F64, squares:
 
 
 @compiled(
-    "ItemLists, i4[:, ::1], i8[::1], u8[:, ::1], f4[:, ::1], i8, u8[::1], i4[::1], i4[::1], f4[:, ::1], i8, "
+    "ItemLists, i4[:, ::1], i8[::1], u8[:, ::1], f4[:, ::1], i8, u8[::1], i4[::1], f4[:, ::1], i8, "
     "f8[:, ::1], f8[:, ::1], Workspace"
 )
 def _learn_and_count(
@@ -258,7 +257,6 @@ def _learn_and_count(
     own: int,
     category: U64,
     slot: I32,
-    rank: I32,
     phi: F32,
     before: int,
     weights: F64,
@@ -273,16 +271,9 @@ def _learn_and_count(
         score(weights, phi[i], logits[i], work)
         if before + learned >= LEAST_ROWS:
             logits[i] = work.scores
-        target = slot[i]
-        rank[i] = candidates
-        if 0 <= target < candidates:
-            rank[i] = 0
-            for j in range(candidates):
-                if logits[i, j] > logits[i, target] or (logits[i, j] == logits[i, target] and j < target):
-                    rank[i] += 1
-            if category[i] != np.uint64(0):
-                _teach(target, phi[i], shares, bits, weights, squares, work)
-                learned += 1
+        if category[i] != np.uint64(0) and 0 <= slot[i] < candidates:
+            _teach(slot[i], phi[i], shares, bits, weights, squares, work)
+            learned += 1
         if category[i] != np.uint64(0):
             of_it = np.int64(mix(category[i]) % np.uint64(LISTS_OF_EVERYTHING))
             for k in (of_it, READ - 2, READ - 1):

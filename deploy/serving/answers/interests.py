@@ -18,6 +18,7 @@ from state.ranking.item_lists import EVERYTHING
 
 U64 = NDArray[np.uint64]
 F32 = NDArray[np.float32]
+_LABEL = LABELLED | POSITIVE
 _EVERY = (0, *EVERYTHING.tolist())
 _columns = lru_cache(maxsize=4)(Columns)
 
@@ -47,14 +48,19 @@ def newest_item(events: Events, at_ms: int, mask: Mask, user: int) -> int:
         mask: Hides events.
         user: The user.
     """
-    clicks = (events["item"] != 0) & (events["at_ms"] <= at_ms) & (events["flags"] & (LABELLED | POSITIVE) != LABELLED)
+    if not len(events):
+        return 0
+    # Usually the latest event is such a click.
+    latest = events[len(events) - 1 - int(np.argmax(events["at_ms"][::-1]))]
+    if not mask and latest["item"] and latest["at_ms"] <= at_ms and latest["flags"] & _LABEL != LABELLED:
+        return int(latest["item"])
+    clicks = (events["item"] != 0) & (events["at_ms"] <= at_ms) & (events["flags"] & _LABEL != LABELLED)
     if mask:
         clicks &= ~mask.events(events, user)
-    places = np.flatnonzero(clicks)
-    if not places.size:
+    clicked = events[clicks]
+    if not len(clicked):
         return 0
-    times = events["at_ms"][places]
-    return int(events["item"][places[places.size - 1 - int(np.argmax(times[::-1]))]])
+    return int(clicked["item"][len(clicked) - 1 - int(np.argmax(clicked["at_ms"][::-1]))])
 
 
 def correction_of(

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from deploy.serving.answers.interests import newest_item
 from deploy.serving.answers.predictor import KINDS, Predictor
 from deploy.serving.answers.query import Answer, Query
 from state.events.identity import Salt, public_id, user_id
 from state.features.mask import Mask
-from state.features.spec import FeatureSpec, vectorise
+from state.features.masked_users import MaskedUsers
+from state.features.spec import EVENT, LABELLED, POSITIVE, FeatureSpec, vectorise
 from state.history.appends import Appends
 from state.layout import PROGRAMS
 from state.microbatch.batch import MicroBatch
@@ -176,3 +178,23 @@ def test_engagement_is_the_trainers_too_of_a_label_a_successor_and_something_els
             assert answer.engagement["probability"] == pytest.approx(1 / (1 + np.exp(-logit)), rel=1e-3)
         found.add(answers[0].engagement["probability"] if answers[0].engagement else None)
     assert len(found) == 3
+
+
+@pytest.mark.parametrize(
+    ("items", "ages_s", "flags", "mask", "newest"),
+    [
+        ([5, 6, 7], [30, 20, 10], [0, 0, 0], Mask.NONE, 7),
+        ([5, 6, 7], [30, 10, 20], [0, 0, 0], Mask.NONE, 6),
+        ([5, 6, 7], [30, 20, -10], [0, 0, 0], Mask.NONE, 6),
+        ([5, 6, 0], [30, 20, 10], [0, LABELLED, 0], Mask.NONE, 5),
+        ([5, 6, 7], [30, 20, 10], [0, LABELLED | POSITIVE, LABELLED], Mask.NONE, 6),
+        ([5, 6, 7], [30, 20, 10], [0, 0, 0], Mask(users=MaskedUsers.of([9])), 0),
+        ([], [], [], Mask.NONE, 0),
+    ],
+)
+def test_the_newest_item_is_that_of_the_latest_visible_click(
+    items: list[int], ages_s: list[int], flags: list[int], mask: Mask, newest: int
+) -> None:
+    events = np.zeros(len(items), EVENT)
+    events["item"], events["at_ms"], events["flags"] = items, NOW_MS - 1000 * np.array(ages_s, np.int64), flags
+    assert newest_item(events, NOW_MS, mask, 9) == newest
