@@ -363,8 +363,7 @@ class Applier:
             settings.serving,
         )
         self._snapshots = None
-        # A host with a part of the users cannot write a snapshot of all.
-        if settings.history.snapshot_every_s and settings.serving.user_shares.is_all:
+        if settings.history.snapshot_every_s:
             self._snapshots = SnapshotTaker(settings, self._histories, self.metrics, stop, now_ms)
             self.clicks.committed = self._snapshots.take
         self.metrics.snapshot_every_seconds.set(settings.history.snapshot_every_s)
