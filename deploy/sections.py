@@ -81,7 +81,7 @@ def kafka_lag(settings: Settings, connect: Callable[[Any], Topics] = Topics) -> 
             committed = topics.committed(kafka.group, kafka.clicks_topic)
             training = topics.ends(kafka.microbatches_topic)
     except SpringtideError as error:
-        # A broker that answers this exists: before `up` creates the topics there are none.
+        # UnknownTopic shows that the broker answers. Before `up` creates the topics, there are none.
         return {"answers": False, "problem": str(error), "away": not isinstance(error, UnknownTopic)}
     return {
         "answers": True,
@@ -89,7 +89,7 @@ def kafka_lag(settings: Settings, connect: Callable[[Any], Topics] = Topics) -> 
         "problem": "",
         "servers": kafka.bootstrap_servers,
         "clicks": sum(end for _, end in ends.values()),
-        # A group that has committed nothing is at the beginning.
+        # A group that has committed nothing starts at the beginning.
         "lag": sum(end - committed.get(partition, begin) for partition, (begin, end) in ends.items()),
         "training_log": sum(end for _, end in training.values()),
     }
@@ -103,7 +103,7 @@ def _kafka_text(kafka: Mapping[str, Any]) -> Text:
 
 
 def registry_state(settings: Settings, now_ms: int) -> dict[str, Any]:
-    """Returns newest version and control; if the registry cannot be read, the reason."""
+    """Returns the newest version and control, or the reason why the registry cannot be read."""
     try:
         registry = open_registry(settings)
         control = registry.control()

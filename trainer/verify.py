@@ -212,7 +212,7 @@ def origin_of(
     """The version to begin from, not before an upgrade, where another model learned. None to begin from scratch.
 
     Raises:
-        UnknownVersion: There is none, it is not kept, or does not lead to `target`.
+        UnknownVersion: There is no such version, it is not kept, or `target` does not descend from it.
     """
     base = base_of(registry, target, wanted_base)
     if (upgraded := first_after(registry, beginnings, base, target)) is None:
@@ -226,7 +226,7 @@ def origin_of(
 
 
 def taken_out(registry: Registry, base: Manifest | None) -> Erased:
-    """The erasures whose users' rows were removed from a base after it was made."""
+    """Returns the erasures whose users' rows were removed from a base after it was made."""
     control = registry.control()
     if base is None or control is None:
         return Erased.NOBODY

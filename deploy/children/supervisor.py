@@ -204,7 +204,7 @@ class Supervisor:
         try:
             child.process = self._process(child.plan)
         except OSError as problem:
-            # A full disk accepts no new log, and a machine short of resources no process; both can recover.
+            # A full disk rejects a new log, and a machine short of resources a new process. Both can recover.
             self._fail(child, f"{child.plan.name} was not started: {reason_of(problem)}")
             return
         self._metrics.starts.labels(child.plan.name).inc()

@@ -57,7 +57,7 @@ def format_storage(class_path: str, log: Path, configuration: Path) -> None:
     """
     cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
     tool = ("kafka.tools.StorageTool", "format", f"--cluster-id={cluster}", "-c", str(configuration))
-    # It runs for a second: the first compiler's code is good enough, and collecting garbage needs no threads.
+    # It runs for a second, so the first compiler's code suffices, and garbage collection needs no threads.
     brief = ("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")
     done = subprocess.run(
         command(class_path, log, *brief, *tool), stdin=subprocess.DEVNULL, capture_output=True, text=True
@@ -88,7 +88,7 @@ def run_for_life(command: list[str], console: Path, lock: int) -> subprocess.Pop
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    # Ctrl-C is for the one who orders the stops, not for the broker.
+                    # Ctrl-C must reach the process that orders the stops, not the broker.
                     start_new_session=True,
                     pass_fds=(lock,),
                     preexec_fn=die_with(parent, signal.SIGTERM),

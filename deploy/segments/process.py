@@ -366,7 +366,7 @@ class SegmentKeeper:
         self._begun = False
         self._due: dict[int, None] = {}
         self._seen: tuple[bytes | None, int, int] = (None, 0, 0)
-        # Erased users who are to be judged, and the erasure that is done then; -1 before control was seen.
+        # Erased users to evaluate, and the erasure that is complete after that; -1 before control was read.
         self._leaving: set[int] = set()
         self._erased, self._told = -1, 0
 

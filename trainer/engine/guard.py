@@ -2,13 +2,14 @@
 
 The guard skips an update of n rows if its loss or gradient is not finite, or if either far exceeds the expectation:
 
-- The expected mean loss is the running mean of earlier updates, and at least the logarithm of the number of
-  candidates, the loss of a row about which the model knows nothing.
-- The expected norm of the gradient is at most n times that of one row: the running norm per square root of rows,
-  divided by 1 - exp(-running loss), because a row that the model predicts well has hardly any gradient.
+- The expected mean loss is the running mean of earlier updates. It is at least the logarithm of the number of
+  candidates, which is the loss of uniform predictions.
+- The expected norm of the gradient is at most n times that of one row. The norm of one row is the running norm per
+  square root of rows, divided by 1 - exp(-running loss), because a row that the model predicts well has hardly any
+  gradient.
 
-The limit is `factor` times the expectation, plus 1 / sqrt(n) times that. An update that is skipped for its size raises
-the running values as if it had been at the limit, so a lasting change is accepted after a few updates. `patience`
+The limit is `factor` times the expectation, plus 1 / sqrt(n) times that. If an update is skipped for its size, the
+running values rise as if it had been at the limit. So a lasting change is accepted after a few updates. `patience`
 consecutive skips hold training.
 """
 

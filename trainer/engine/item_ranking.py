@@ -1,13 +1,13 @@
-"""Learns what `recommend` ranks items by: lists of items with decayed counts, and the weights of the item score.
+"""Learns how `recommend` ranks items: lists of items with decayed counts, and the weights of the item score.
 
-Of the accepted updates of each record, in the order of their rows:
+It processes the rows of accepted updates in order, record by record:
 
-1. Some rows, chosen by a hash of user and time, teach the weights before they are counted: one step of softmax regression
-   over the candidates that serving would have (`state/ranking/item_scores.py`).
-2. Each row that is a click is counted: in the lists of its category, of its context and of everything, in the list of the
-   item that its user clicked before, and in the user's own list.
+1. Some rows, chosen by a hash of user and time, train the weights before they are counted. Each is one step of softmax
+   regression over the candidates that serving would have (`state/ranking/item_scores.py`).
+2. Each row that is a click is counted in several lists: of its category, of its context, of all clicks, of the item that
+   its user clicked before, and of the user.
 
-All of it is a function of the log. Rows with a label below 0.5 are not clicks. With a privacy budget nothing is learned.
+The result is a function of the log. Rows with a label below 0.5 are not clicks. With a privacy budget nothing is learned.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class _Seen(NamedTuple):
         item: `[n]` uint64.
         at_ms: `[n]` int64.
         keys: `[n, 1 + K]` uint64, the keys in `clicked` of each: category and context values.
-        taught: `[n]` bool, the m rows that teach the weights.
+        taught: `[n]` bool, the m rows that train the weights.
         candidates: `[m, c]` uint64, their candidate categories, the newest category first.
         logits: `[m, c]` float32, of these.
         context: `[m, K]` uint64, their context values.
@@ -97,7 +97,7 @@ class ItemRanking:
 
     Attributes:
         tables: The tables of lists, by name.
-        learned: Rows that taught the weights.
+        learned: The number of rows that trained the weights.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -116,7 +116,7 @@ class ItemRanking:
 
     @classmethod
     def of(cls, settings: Settings) -> ItemRanking | None:
-        """What the settings want; None with a privacy budget, or with `trainer.item_ranking = engagement`."""
+        """Builds it from the settings; None with a privacy budget, or with `trainer.item_ranking = engagement`."""
         return cls(settings) if settings.trainer.item_ranking == "counts" and not settings.privacy.epsilon else None
 
     def clear(self) -> None:
@@ -126,7 +126,7 @@ class ItemRanking:
         self._squares = np.zeros_like(self._weights)
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """The weights, their sums of squared gradients, and how many rows taught them; empty if none did."""
+        """Returns the weights, their sums of squared gradients, and how many rows trained them; empty if none did."""
         if not self.learned:
             return {}
         return {"weights": self._weights.copy(), "squares": self._squares.copy(), "learned": np.array(self.learned)}
@@ -140,7 +140,7 @@ class ItemRanking:
             self.learned = int(state["learned"])
 
     def served(self) -> dict[str, npt.NDArray[Any]]:
-        """The tensors that serving reads; none before enough rows taught the weights."""
+        """Returns the tensors that serving reads; none before enough rows have trained the weights."""
         return {WEIGHTS: self._weights.copy()} if self.learned >= LEAST_ROWS else {}
 
     def see(self, batch: MicroBatch, scores: Scores, successors: U64, popular: U64) -> None:

@@ -9,7 +9,7 @@ A step takes one micro-batch, already trimmed and unmasked:
 3. The guard judges the loss and the gradient of the update.
 4. If it accepts, the engine applies the gradients: Adagrad to the rows used, Adam to the dense weights. Crosses and the
    fast weights were learned while rows were scored. Clicks are added to the popular categories and the transitions.
-   If it skips, no bit of a weight changes. Sightings and churn examples stay, because they are facts of the log and
+   If it skips, no weight changes. Sightings and churn examples stay, because they are facts of the log and
    not of the gradient. Rows admitted by a skipped update have their initial values.
 5. The scores of all updates are added to the progressive measures, once a record.
 

@@ -1,4 +1,4 @@
-"""What changed in a table since a point: rows by id, and ids that were removed or wait. Steps only list ids."""
+"""Tracks what changed in a table since a point: rows by id, and ids that were removed or wait. Steps only list ids."""
 
 from __future__ import annotations
 

@@ -310,7 +310,7 @@ def carry_over(versions: Registry, version: int, trainer: Trainer) -> CarriedOve
     fresh = checkpoint.full(trainer)
     planned = plan(old, fresh)
     checkpoint.load(trainer, carried(old, fresh, planned, trainer.model.fast_weights))
-    # Carried rows are the base's: the version need not repeat them.
+    # The base contains the carried rows, so the version need not repeat them.
     changes = checkpoint.changes(trainer) | removals(old, fresh, planned)
     return CarriedOver(manifest, planned, changes)
 

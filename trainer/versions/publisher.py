@@ -193,7 +193,7 @@ class Publisher:
         self._thread.shutdown(wait=True)
 
     def _publish(self, draft: Draft, served: content.Tensors, saving: Saving | None) -> Manifest:
-        """Serving need not wait for the disk: it follows the recent version while that version becomes durable."""
+        """Publishes a version. Serving follows the recent version while it becomes durable, so it need not wait for the disk."""
         began, files = time.perf_counter(), content.encode_served(served)
         made = self._where_room_is(lambda: self._registry.publish(draft, files))
         self._metrics.publish_seconds.observe(time.perf_counter() - began)

@@ -330,7 +330,7 @@ class Predictor:
     def items_of(self, asked: Asked, items: Sequence[tuple[int, int]]) -> list[Asked]:
         """Returns one query for each of n items, given as ids of item and category, all about the same user.
 
-        Category 0 stands for the one that the item was last seen in.
+        If the category is 0, the item's last category is used.
         """
         query = asked.query._replace(item="")
         attributes = self._attributes.of("item", [item for item, _ in items])

@@ -4,11 +4,12 @@
     control pins V            exactly V is wanted
     control follows           the newest version of control's epoch is wanted, durable or recent
     the epoch has none yet    the epoch's base is wanted if there is one; else the pointer stays
-    V is not on this host     recent versions are applied onto an ancestor on this host; else deltas onto one, then
-                              recent versions; else base and deltas in a separate lane, while the old version answers
+    V is not on this host     recent versions are applied onto an ancestor on this host. Without one, deltas are applied
+                              onto an ancestor, then recent versions. Without an ancestor, base and deltas are applied
+                              in a separate lane, while the old version answers
     V is older                a recent version that its epoch no longer has keeps answering: the trainer was killed, and
                               makes it again from the log
-    V has a label             it is applied too, while answers are where control wants them, one step at a time
+    V has a label             it is applied too, one step at a time, while answers use the version that control wants
     V is corrupt              the last good version keeps answering; another base is tried
     V fails its probe         likewise; its rows stay on this host, because later versions build on them
 
@@ -90,10 +91,10 @@ class Refusals:
 
 @dataclass
 class Route:
-    """How to get to a version.
+    """The steps that apply a version on this host.
 
     Attributes:
-        steps: Steps still to apply, in this order; empty if the version is on this host.
+        steps: Remaining steps, in order; empty if the version is on this host.
         rebuild: Whether the steps go into a separate lane; else onto a version on this host.
     """
 
@@ -420,7 +421,7 @@ class VersionFollower:
         Versions that are not durable are removed after some seconds, the others after `keep_s`.
 
         Raises:
-            StoreFull: There is no room for that; nothing was changed.
+            StoreFull: There is not enough space. Nothing was changed.
             RegistryError: It is unknown which versions are durable.
         """
         self._rows.tidy()

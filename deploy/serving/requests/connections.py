@@ -173,7 +173,7 @@ class BoundedConnection(HttpToolsProtocol):
             return
         if self._in_request and only == self._requests and not self._ended:
             self._received += len(data)
-            # Each byte of a body may have one of framing.
+            # A body may have one byte of framing per byte.
             if self._received - 2 * self._body > self._limits.head_bytes:
                 self._refuse("head", self._too_large())
 
@@ -233,7 +233,7 @@ class BoundedConnection(HttpToolsProtocol):
         return True
 
     def on_message_begin(self) -> None:
-        """A request begins."""
+        """Starts a request."""
         self._requests += 1
         self._received = self._body = 0
         self._in_request = self._in_head = True
@@ -246,7 +246,7 @@ class BoundedConnection(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """The head is there."""
+        """Handles the end of a request's headers."""
         self._in_head = False
         if self._ended:
             return
@@ -274,13 +274,13 @@ class BoundedConnection(HttpToolsProtocol):
         return True
 
     def on_body(self, body: bytes) -> None:
-        """A piece of the body."""
+        """Adds a part of the body."""
         self._body += len(body)
         if not self._ended:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """All of the request is there."""
+        """Passes a complete request to the application."""
         self._in_request = False
         if not self._ended:
             super().on_message_complete()
