@@ -17,8 +17,8 @@ without the users' rows, the oldest first. Then the delta that removed those row
 removed rows. Loading such a version gives the same result: a trainer forgets the users as it enters the epoch, and
 serving does not use their rows.
 
-Every young version is kept. Later the newest of each ten minutes is kept, then the newest of each hour. A base is removed
-if the previous base and the deltas since then also load quickly.
+Every young version is kept. Later the newest of each ten minutes is kept, then the newest of each hour. A base is
+removed if the previous base and the deltas since then also load quickly.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ def _thinned(held: _Held, wanted: Collection[int], expired: Collection[int], tie
 
 
 def _needed_bases(held: _Held, wanted: Collection[int], expired: Collection[int], tiers: Tiers) -> set[int]:
-    """Returns the bases that `wanted` versions load from, except those for which an earlier kept base is near enough."""
+    """Returns the bases that `wanted` versions load from, except those with an earlier kept base near enough."""
     every = sorted(held.bases)
     starts: dict[int, set[int]] = {}
     for version in wanted:
@@ -400,8 +400,8 @@ def _bytes(part: Manifest) -> int:
 def thin_snapshots(location: FileStore, erased: int, most_bytes: int, now_ms: int) -> list[int]:
     """Removes old snapshots of histories, and those from before the erasure `erased`; returns their numbers.
 
-    Of each set of shares the newest `SPARE_SNAPSHOTS` are kept, and of the last day the newest of each six hours. If the
-    remaining snapshots exceed `most_bytes`, the oldest are removed.
+    Of each set of shares the newest `SPARE_SNAPSHOTS` are kept, and of the last day the newest of each six hours. If
+    the remaining snapshots exceed `most_bytes`, the oldest are removed.
 
     Raises:
         UnusablePlace: The location cannot be reached.

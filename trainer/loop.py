@@ -14,16 +14,16 @@ If records of the training log, or clicks before it, are missing, it exits and l
 `--accept-gap P:A-B --reason TEXT` it counts them and continues. If the trainer cannot learn from a record,
 `--skip-record OFFSET --reason TEXT` leaves that record out in the same way, here and in every replay.
 
-After any other error the trainer writes one line to standard error and exits with 1 (2 for a wrong setting). A restarted
-trainer continues from the newest version.
+After any other error the trainer writes one line to standard error and exits with 1 (2 for a wrong setting). A
+restarted trainer continues from the newest version.
 
 Two child processes run next to the trainer from time to time (`Scheduled`): the compactor, and an export if
 `export.every_s` is set. A failed compaction makes the trainer check the version (`doubt`).
 
-A trainer can be ahead of its log. A broker without other replicas loses the newest records if it loses power, and so does
-the election of a leader that lacks them. Other records then get their offsets, and weights that learned the lost records
-are no longer a function of the log. So the trainer writes a control generation with the next epoch. It starts from the
-newest version of the branch that learned nothing beyond the remaining log.
+A trainer can be ahead of its log. A broker without other replicas loses the newest records if it loses power, and so
+does the election of a leader that lacks them. Other records then get their offsets, and weights that learned the lost
+records are no longer a function of the log. So the trainer writes a control generation with the next epoch. It starts
+from the newest version of the branch that learned nothing beyond the remaining log.
 """
 
 from __future__ import annotations

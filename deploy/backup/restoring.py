@@ -273,7 +273,10 @@ def _record(
 
 
 def _not_ahead(registry: Registry, backup: Backup, positions: Mapping[Source, int]) -> int | None:
-    """Returns the newest version on the branch that learned no click missing from the histories, which cannot be read again."""
+    """Returns the newest version on the branch that learned no click missing from the histories.
+
+    Such a click cannot be read again.
+    """
     if backup.version is None:
         return None
     line = registry.manifest(backup.version).visible

@@ -13,8 +13,8 @@ Most clicks are on articles that are new to the reader, and articles live for ho
     session 4, pause_s 45   mean clicks of a visit, and mean seconds between two of them
     follow 0.35             how often a reader continues with an unread article of the same story
     repeat 0.02             how often a reader opens one of the latest 20 articles again
-    breaking_a_day 2        breaking news: stories of 8 articles within two hours, with 30 times the quality; all readers
-                            like them, regardless of the section
+    breaking_a_day 2        breaking news: stories of 8 articles within two hours, with 30 times the quality; all
+                            readers like them, regardless of the section
 
 A reader draws an unread article with a probability proportional to quality * exp(-age / fades) * taste of its section.
 The category of a click is the section, or with `by_story` the story.

@@ -301,8 +301,8 @@ class ChurnMeasures:
         """Returns the measures by name: recent ones under `churn.`, those since the beginning under `churn.total.`.
 
         The names are rows, log_loss, left (the share that left), auc, and calibration (predicted over observed). Recent
-        measures also have calibration_error, the mean distance of predicted and observed over tenths of the probability.
-        A measure without rows is absent.
+        measures also have calibration_error, the mean distance of predicted and observed over tenths of the
+        probability. A measure without rows is absent.
         """
         found: dict[str, float] = {}
         for when, prefix in ((1, "churn."), (0, "churn.total.")):

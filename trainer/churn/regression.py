@@ -1,6 +1,6 @@
-"""An online logistic regression. It learns one example at a time, as accurately as a regression refitted to all examples.
+"""An online logistic regression, as accurate as a regression that is refitted to all examples.
 
-It keeps a Gaussian over the weights and updates it with each example, with inputs x and outcome y. The new mean is the
+It keeps a Gaussian over the weights, and updates it with each example: inputs x and outcome y. The new mean is the
 maximum of the prior Gaussian times the likelihood of the example. The new covariance follows from the curvature there
 (Spiegelhalter and Lauritzen 1990, with their Laplace step taken at the mode). With g = C x, v = x C x and s the logit
 before:

@@ -200,9 +200,9 @@ def grown_by(ranker: Ranker) -> dict[str, tuple[str, ...]]:
 class Growth:
     """Grows a ranker's own tables.
 
-    A row is created for ids that occur in events, not for ids that are often looked up. An item may be in the recent events
-    of a thousand users although it was clicked once. So ids of events, negatives and candidates grow a table only through
-    the row's own item or category.
+    A row is created for ids that occur in events, not for ids that are often looked up. An item may be in the recent
+    events of a thousand users although it was clicked once. So ids of events, negatives and candidates grow a table
+    only through the row's own item or category.
     """
 
     def __init__(self, ranker: Ranker, tables: Mapping[str, Table]) -> None:

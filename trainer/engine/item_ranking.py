@@ -4,10 +4,11 @@ It processes the rows of accepted updates in order, record by record:
 
 1. Some rows, chosen by a hash of user and time, train the weights before they are counted. Each is one step of softmax
    regression over the candidates that serving would have (`state/ranking/item_scores.py`).
-2. Each row that is a click is counted in several lists: of its category, of its context, of all clicks, of the item that
-   its user clicked before, and of the user.
+2. Each row that is a click is counted in several lists: of its category, of its context, of all clicks, of the item
+   that its user clicked before, and of the user.
 
-The result is a function of the log. Rows with a label below 0.5 are not clicks. With a privacy budget nothing is learned.
+The result is a function of the log. Rows with a label below 0.5 are not clicks. With a privacy budget nothing is
+learned.
 """
 
 from __future__ import annotations

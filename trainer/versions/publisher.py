@@ -193,7 +193,10 @@ class Publisher:
         self._thread.shutdown(wait=True)
 
     def _publish(self, draft: Draft, served: content.Tensors, saving: Saving | None) -> Manifest:
-        """Publishes a version. Serving follows the recent version while it becomes durable, so it need not wait for the disk."""
+        """Publishes a version, first as a recent one.
+
+        Serving follows the recent version while it becomes durable, so it need not wait for the disk.
+        """
         began, files = time.perf_counter(), content.encode_served(served)
         made = self._where_room_is(lambda: self._registry.publish(draft, files))
         self._metrics.publish_seconds.observe(time.perf_counter() - began)

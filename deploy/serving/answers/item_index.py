@@ -1,9 +1,9 @@
 """Sources of candidate items in one worker's memory: clicked items by category, and the items nearest to a user.
 
-Both only propose items. The caller reads the rows of the proposed items at the version of the answer. So an index may be
-some tenths of a second behind, and need not separate versions. Each `turn` reads the next part of the stores for at most
-a few milliseconds. With more clicks, an index falls further behind, but a turn takes no longer. An idle host does no
-work.
+Both only propose items. The caller reads the rows of the proposed items at the version of the answer. So an index may
+be some tenths of a second behind, and need not separate versions. Each `turn` reads the next part of the stores for at
+most a few milliseconds. With more clicks, an index falls further behind, but a turn takes no longer. An idle host does
+no work.
 
 `ClickedItems` has items by category, with click weights. It is built from users' newest clicks, and then
 follows the feed that the applier writes (`deploy/serving/item_feed.py`). The weight of a click halves per day of log time.
@@ -22,9 +22,9 @@ follows a host's rows:
 centre with which its product is largest. A query searches the lists of some centres. Centres have unit length, so they
 represent directions: item rows differ in length by how often they were clicked, and the longest are near to many users.
 
-With a million rows of 32 numbers, on a core at about 2 GHz, adding a row takes 0.9 us, replacing one 1.5 us, and a query
-3 ms. The index uses 135 MB. A graph (usearch, HNSW) answers a query in 0.3 ms. But it takes 43 us to add a row to only 60,000, and
-940 us to replace one. Five versions a second rewrite thousands of rows.
+With a million rows of 32 numbers, on a core at about 2 GHz, adding a row takes 0.9 us, replacing one 1.5 us, and a
+query 3 ms. The index uses 135 MB. A graph (usearch, HNSW) answers a query in 0.3 ms. But it takes 43 us to add a row to
+only 60,000, and 940 us to replace one. Five versions a second rewrite thousands of rows.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ A recommendation ranks hundreds of candidates:
 
 For advertising, named items can have bids and frequency caps. With bids, items are ordered by expected value:
 probability × bid. A cap counts the item's events in the user's history. If actions are configured as impressions
-(`labels.impressions`), only these count, else all events. The caller paces the spending of a budget, because serving keeps
-no record of its answers.
+(`labels.impressions`), only these count, else all events. The caller paces the spending of a budget, because serving
+keeps no record of its answers.
 """
 
 from __future__ import annotations

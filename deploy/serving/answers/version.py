@@ -82,7 +82,10 @@ class Catalogue:
         return self._names.setdefault(category, ShownName(stored.decode(), identity))
 
     def categories_of(self, items: Sequence[tuple[int, int]]) -> list[int]:
-        """Returns each item's category, 0 if it was never clicked; `items` has `(id, category)` pairs, 0 = look it up."""
+        """Returns each item's category, 0 if it was never clicked.
+
+        `items` has `(id, category)` pairs; a category of 0 is looked up.
+        """
         stored = iter(self._histories.extra_of_each([item_extra(item) for item, category in items if not category]))
         return [category or (0 if (value := next(stored)) is None else item_parts(value)[0]) for _, category in items]
 

@@ -120,7 +120,8 @@ class HistoryFollower:
     """Applies the micro-batch topic to the histories; used by one thread, the store's only writer.
 
     Args:
-        reach_ms: The maximum age, relative to the newest event, of an event that still matters; see `FeatureSpec.reach_ms`.
+        reach_ms: The maximum age, relative to the newest event, of an event that still matters; see
+            `FeatureSpec.reach_ms`.
         accepted: The losses that operators accepted, including records that the trainer leaves out.
         actions: Returns the action names of a record by its feature spec; None for an unknown spec.
         own_salt: Fingerprint of this host's salt. Records with another salt before the first one with ours are skipped.
@@ -199,8 +200,8 @@ class HistoryFollower:
     def turn(self, line: LogLine, mask: Mask, partition: int, open_at: OpenAt) -> bool:
         """Moves the histories to the log branch that control names; returns whether the branch changed.
 
-        If it changed, they are disconnected: call `connect` again. `mask` has the clicks that are not read again. `open_at` opens
-        the branch's partition of the topic at an offset.
+        If it changed, they are disconnected: call `connect` again. `mask` has the clicks that are not read again.
+        `open_at` opens the branch's partition of the topic at an offset.
 
         Raises:
             GapError: The log no longer reaches back to the branch point.
@@ -374,7 +375,10 @@ def clock_of(store: HistoryStore) -> int:
 
 
 def position_of(store: HistoryStore) -> Position | None:
-    """Returns the position in the micro-batch topic at which the histories end; None if nothing was read, or after a restore."""
+    """Returns the position in the micro-batch topic at which the histories end.
+
+    It is None if nothing was read, or after a restore.
+    """
     return Position.from_json(store.extra(POSITION_EXTRA))
 
 
