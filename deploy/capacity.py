@@ -368,7 +368,7 @@ def _run(argv: Sequence[str]) -> int:
     asked = parser(settings).parse_args(words)
     sizing = _sizing_of(asked, settings)
     if asked.markdown:
-        # The page uses the defaults, whatever is set here.
+        # The page uses the defaults, regardless of this machine's settings.
         print(page(Settings()))
         return 0
     print(json.dumps(_as_document(sizing)) if asked.output == "json" else _as_text(sizing))

@@ -37,7 +37,7 @@ from state.user_shares import UserShares
 
 LONGEST_WAIT_S = 3.0
 LATE_INTERVALS, LATE_S = 3, 300
-"""A snapshot of histories is late after so many intervals and seconds, as in `SpringtideSnapshotOld`."""
+"""A snapshot of histories is late after this many intervals plus seconds, as in `SpringtideSnapshotOld`."""
 Text = tuple[str, str]
 
 
@@ -190,7 +190,7 @@ def held_text(held: Mapping[str, Any]) -> Text:
 
 
 def privacy_budget(settings: Settings) -> dict[str, Any] | None:
-    """Returns what the trainer's ledger reports as spent and left; None without a budget or a readable ledger."""
+    """Returns the spent and the remaining budget in the trainer's ledger; None without a budget or a readable ledger."""
     try:
         ledger = privacy_ledger.read(settings.privacy_ledger_path)
     except (SpringtideError, OSError):
@@ -201,7 +201,7 @@ def privacy_budget(settings: Settings) -> dict[str, Any] | None:
 
 
 def privacy_document(ledger: PrivacyLedger, periods: int) -> dict[str, Any]:
-    """Returns what is spent and left of a budget for so many periods."""
+    """Returns the spent and the remaining part of a budget for this many periods."""
     return {
         "unit": ledger.unit,
         "epsilon": ledger.epsilon,

@@ -63,7 +63,7 @@ class Beginning(NamedTuple):
 Begins = Callable[[Settings, Trainer, Mapping[str, Any], Log, Control], Beginning]
 """Prepares a trainer for its first epoch.
 
-The arguments are the settings, the trainer (which is cleared first), the bootstrap's document of the feature spec, the
+The trainer is cleared first. The other arguments are the settings, the bootstrap's document of the feature spec, the
 log with the training log, and the control generation whose epoch begins.
 """
 

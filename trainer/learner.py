@@ -145,7 +145,7 @@ class ServedModel(NamedTuple):
 
 @dataclass(frozen=True)
 class Surroundings:
-    """How a learner starts, and what it waits and asks for.
+    """The environment of a learner: how it starts, its limits and its clocks.
 
     Attributes:
         consent: The losses that the operator accepts.

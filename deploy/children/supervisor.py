@@ -43,7 +43,7 @@ class ProcessPlan:
         stop_s: How long it may take to end after SIGTERM.
         lasting: Whether it runs forever; other processes end with status 0 when their work is done.
         remedies: By class of an error in its last log line, the process that must finish before it starts again.
-        wanted: For a process that runs only now and then: returns whether there is work. It starts then, and ends with
+        wanted: For a process that runs only occasionally: returns whether there is work. It starts then, and ends with
             status 0 when the work is done.
     """
 

@@ -193,7 +193,7 @@ class Retrainer:
         self._end(decision)
 
     def _promote(self, name: str, decision: RetrainDecision) -> RetrainDecision:
-        """Promotes an experiment; stops it if that is impossible for good."""
+        """Promotes an experiment; stops it if promotion is permanently impossible."""
         try:
             promote(self._settings, name, self._by(decision.reason))
         except (LockHeld, UnusableRegistry):

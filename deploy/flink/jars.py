@@ -45,7 +45,7 @@ def merged_jar(say: Callable[[str], None], directory: Path | None = None, lock: 
     """Returns the path of the merged jar in `directory`, by default the user's cache; creates it if missing or damaged.
 
     Raises:
-        FlinkFailed: A jar cannot be fetched or has another digest, or there is no room for the merged one.
+        FlinkFailed: A jar cannot be fetched or has another digest, or there is no disk space for the merged jar.
     """
     if directory is None:
         directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "springtide"

@@ -227,7 +227,7 @@ class Broker:
         """Whether the broker that was started accepts requests.
 
         Raises:
-            KafkaFailed: Java ended or did not listen in time, and does not run any more; the message quotes its log.
+            KafkaFailed: Java ended or did not listen in time, and no longer runs; the message quotes its log.
         """
         if self._process is None:
             raise KafkaFailed("Kafka was stopped while it started")

@@ -111,7 +111,7 @@ class Members:
 
         Raises:
             LogError: It cannot be read, or nothing came for half a minute.
-            StoreFull: The store has no room; its content stays.
+            StoreFull: The store is full; its content does not change.
         """
         place = self._store.place()
         stored = None if place is None else Position(place.topic_id, place.next)
@@ -140,7 +140,7 @@ class Members:
 
         Raises:
             LogError: The topic cannot be written; call again with the same users.
-            StoreFull: The store has no room; its content stays.
+            StoreFull: The store is full; its content does not change.
         """
         wanted = [(name, result) for result in judged for name in self._names]
         before = self._store.memberships([(name, result.user) for name, result in wanted])

@@ -7,8 +7,8 @@
     attributes  the topics of attributes, if any     attributes              state/attributes/follower.py
     exposures   exposures that workers kept, if any  the exposures topic     `ExposureForwarder`
 
-The threads are independent: an unreachable registry delays no clicks, unreachable Kafka delays no versions, and a
-full store or disk stops only the thread that writes to it.
+The threads are independent. An unreachable registry does not delay clicks, and an unreachable Kafka does not delay
+versions. A full store or disk stops only the thread that writes to it.
 
 Rows are in memory where possible. If memory stays full, the row store and its follower move to the disk while
 workers continue to answer.
@@ -493,7 +493,7 @@ class Applier:
                     say.clear()
                     _log.info("following %s", kafka.microbatches_topic)
                 if self.clicks.step(FETCH_S):
-                    # Refused records are read again; a poll without records says nothing about free space.
+                    # Refused records are read again. A poll without records does not show that there is free space.
                     room.found(CLICKS)
                 if self._snapshots is not None:
                     self._snapshots.poll(self.clicks.caught_up)
@@ -533,7 +533,7 @@ class Applier:
             self.clicks.begin()
 
     def _follow_control(self, control: Control, open_at: Callable[[int], Reader]) -> None:
-        """Rolls the histories back and erases users, as control asks; then the next snapshot is written from scratch."""
+        """Rolls the histories back and erases users, as control requires; then the next snapshot is written from scratch."""
         snapshots = self._snapshots
         rewound = self.clicks.turn(control.log, control.mask, self._settings.trainer.partition, open_at)
         erased = self.erasures.take_up(control.erased, snapshots is None or not snapshots.reading)

@@ -166,7 +166,7 @@ def ports(settings: Settings, local_kafka: bool, watched: bool = False) -> list[
 class LocalKafka:
     """A broker that is restarted when it dies.
 
-    A broker whose disk is full ends. It is started again when there is room; this wait does not count as a death.
+    A broker whose disk is full ends. It is restarted when there is free space; this wait does not count as a death.
     """
 
     def __init__(

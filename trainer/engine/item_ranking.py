@@ -4,8 +4,8 @@ It processes the rows of accepted updates in order, record by record:
 
 1. Some rows, chosen by a hash of user and time, train the weights before they are counted. Each is one step of softmax
    regression over the candidates that serving would have (`state/ranking/item_scores.py`).
-2. Each row that is a click is counted in several lists: of its category, of its context, of all clicks, of the item
-   that its user clicked before, and of the user.
+2. Each click is counted in several lists: of its category, of its context, of all clicks, of the user's previous item,
+   and of the user.
 
 The result is a function of the log. Rows with a label below 0.5 are not clicks. With a privacy budget nothing is
 learned.
@@ -55,15 +55,15 @@ F64 = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
 ROWS_OF_A_LIST = {CLICKED: 32, FOLLOWED: 8, VISITED: 8}
-"""`trainer.max_rows` allows one list for so many rows."""
+"""`trainer.max_rows` allows one list for this many rows."""
 CAPACITY = 1024
 FIRST_ROWS, FIRST_EVERY, EVERY = 2048, 8, 256
-"""One in `EVERY` rows teaches the weights; until `FIRST_ROWS` did, one in `FIRST_EVERY`."""
+"""One in `EVERY` rows trains the weights; for the first `FIRST_ROWS` training rows, one in `FIRST_EVERY`."""
 LEAST_ROWS = 64
-"""So many rows must have taught the weights before a version has them."""
+"""Rows that must have trained the weights before a version contains them."""
 RATE = 0.06
 AHEAD = 3
-"""The lists of a row are prefetched so many rows before it is counted."""
+"""The lists of a row are prefetched this many rows before it is counted."""
 
 
 class _Seen(NamedTuple):
@@ -185,7 +185,7 @@ class ItemRanking:
         keys = np.concatenate([EVERYTHING, seen.keys.reshape(-1)])
         times = np.repeat(seen.at_ms, seen.keys.shape[1])
         found = clicked.observe(keys, np.concatenate([np.full(len(EVERYTHING), seen.at_ms.max()), times]))
-        # 2. Where they are.
+        # 2. The positions of the lists.
         if sum(table.evict() for table in self.tables.values()):
             own, after, found = visited.find(seen.user), followed.find(newest[0]), clicked.find(keys)
         taught = np.flatnonzero(seen.taught)
@@ -196,7 +196,7 @@ class ItemRanking:
         sources = item_scores.sources_of(seen.keys.shape[1] - 1)
         weights = np.ones((taught.size, len(sources)), np.float32)
         weights[:, sources == INTERESTS_AT] = shares
-        # 3. One row after another is learned from and counted.
+        # 3. Rows are learned and counted one after another.
         self.learned += _learn_and_count(
             seen.item,
             seen.at_ms // 1000,
@@ -220,9 +220,9 @@ class ItemRanking:
 
 @compiled("i4[::1], u8[::1], u8[:, ::1], u8[:, ::1]")
 def _newest(own: I32, item: U64, latest: U64, newest: U64) -> None:
-    """The newest item of each row's user before the row, and the one before that.
+    """Writes to `newest` the newest item of each row's user before the row, and the one before that.
 
-    latest: `[u, 2]` the same of the distinct users before the first row, of which `own` are indices; changed.
+    latest: `[u, 2]`, the same of the distinct users before the first row; updated. `own`: each row's index in it.
     """
     for i in range(own.shape[0]):
         user = own[i]

@@ -120,7 +120,7 @@ class Trainer:
         optimizer: Their slots: `optimizer.slots()` and `optimizer.set_slots()`.
         popular, guard, counters: The small state, in `state()`, with parts of `measures` and `churn`.
         measures: Of the model against baselines, and of slices.
-        churn: What is learned of users who leave; None without `churn.days`.
+        churn: The churn model; None without `churn.days`.
         device: Of the variables.
         guarded: The state of the update guard in the loaded version, see `trainer/holding.py`.
         loads: Of each worker in the last update; empty without other workers.
@@ -343,7 +343,7 @@ class Trainer:
         return new_users
 
     def _observe_users(self, batch: MicroBatch) -> U64:
-        # A user who was away longer than the longest window has no category left, and is not new for that.
+        # A user who returns after more than the longest window has no categories left, but is not a new user.
         new_users: U64 = batch.user[self.tables["user"].find(batch.user) == MISSING]
         self.tables["user"].observe(np.ascontiguousarray(batch.user), batch.at_ms)
         return new_users

@@ -247,7 +247,7 @@ def _take_over(
         The experiment's manifest with the identity of the live version, and what the epoch's first version holds.
 
     Raises:
-        UnknownVersion: The experiment's registry is gone, or a version of it.
+        UnknownVersion: The experiment's registry, or a version in it, is missing.
     """
     path = layout.experiment_registry(trainer.settings.state_dir, str(recorded[EXPERIMENT]))
     if not path.is_dir():

@@ -168,7 +168,7 @@ class Behind(NamedTuple):
 
 
 class ExplainedPart(TypedDict):
-    """A part of the difference: the kind of its group, what it adds to the probability, and what is behind it."""
+    """A part of the difference: the kind of its group, its contribution to the probability, and its evidence."""
 
     kind: str
     about: str | None

@@ -107,7 +107,7 @@ class Asked(NamedTuple):
         item: The item's id; 0 if the query has no item.
         category: The item's category; 0 if unknown.
         context: One id per context field; 0 if the field is not given.
-        newest_item: The item of the user's latest click; 0 without one, or if the version does not ask.
+        newest_item: The item of the user's latest click; 0 without one, or if the version does not use it.
     """
 
     query: Query

@@ -32,14 +32,14 @@ from state.process.said_once import SaidOnce
 from state.registry.log_line import LogLine
 
 FULL_INTERVALS = 30
-"""After a snapshot that was too large, the next one is tried after so many intervals."""
+"""After a snapshot that was too large, the next one is tried after this many intervals."""
 STANDBY = 3
-"""Other hosts take over after so many intervals without a snapshot."""
+"""Another host takes over after this many intervals without a snapshot."""
 POLL_S, LOOK_MS = 0.2, 10_000
 MOST_GAINED = 8_000_000
 """Events of 40 bytes kept in memory between two snapshots; beyond them the next one scans all users."""
 FAR_CLICKS, FAR_SHARE = 1_000_000, 8
-"""Histories that are behind a snapshot by more clicks than this, and than its events divided by the share, are replaced."""
+"""A snapshot replaces histories that lack more clicks than `FAR_CLICKS`, and than its events divided by `FAR_SHARE`."""
 _log = logging.getLogger(__name__)
 
 

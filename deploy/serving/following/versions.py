@@ -340,7 +340,7 @@ class VersionFollower:
         crosses: The crosses in the settings, to find those of erased users; None without crosses.
 
     Attributes:
-        erased: The last erasure whose users have no data in the store any more.
+        erased: The last erasure whose users no longer have data in the store.
     """
 
     def __init__(
@@ -564,7 +564,7 @@ class VersionFollower:
         with self._rows.reader() as reader:
             self.served = reader.served()
         if self.served is not None:
-            # Workers answer with the version's own features, whatever release applied it.
+            # Workers answer with the version's own features, regardless of the release that applied it.
             self._files.fetch_spec(self.served.spec)
             self._metrics.version.set(self.served.version)
             self._metrics.epoch.set(self.served.epoch)

@@ -4,7 +4,7 @@ Shutdown, at SIGTERM or SIGINT:
 
 1. /readyz answers 503, gRPC's health answers NOT_SERVING, and each HTTP answer announces that its connection closes.
    Connections are still accepted for `drain_s`, so that clients can switch to another host.
-2. No connection is accepted any more. Connections without a request are closed, and pending requests are answered.
+2. No more connections are accepted. Connections without a request are closed, and pending requests are answered.
 """
 
 from __future__ import annotations
