@@ -190,7 +190,7 @@ def held_text(held: Mapping[str, Any]) -> Text:
 
 
 def privacy_budget(settings: Settings) -> dict[str, Any] | None:
-    """Returns the spent and the remaining budget in the trainer's ledger; None without a budget or a readable ledger."""
+    """Returns the spent and remaining budget in the trainer's ledger; None without a budget or a readable ledger."""
     try:
         ledger = privacy_ledger.read(settings.privacy_ledger_path)
     except (SpringtideError, OSError):

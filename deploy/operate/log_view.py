@@ -96,7 +96,7 @@ class LogView:
 
 
 def view_of(settings: Settings, patience_s: float = ASK_KAFKA_S) -> LogView | None:
-    """Requests the ends of both topics from Kafka; returns None if it does not answer in time or a topic does not exist."""
+    """Requests the ends of both topics from Kafka; None if it does not answer in time or a topic does not exist."""
     partition = settings.trainer.partition
     kafka = replace(settings.kafka, request_timeout_s=min(patience_s, settings.kafka.request_timeout_s))
     try:

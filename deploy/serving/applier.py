@@ -533,7 +533,10 @@ class Applier:
             self.clicks.begin()
 
     def _follow_control(self, control: Control, open_at: Callable[[int], Reader]) -> None:
-        """Rolls the histories back and erases users, as control requires; then the next snapshot is written from scratch."""
+        """Rolls the histories back and erases users, as control requires.
+
+        If that changed the histories, the next snapshot is written from scratch.
+        """
         snapshots = self._snapshots
         rewound = self.clicks.turn(control.log, control.mask, self._settings.trainer.partition, open_at)
         erased = self.erasures.take_up(control.erased, snapshots is None or not snapshots.reading)

@@ -235,7 +235,7 @@ class Warming:
                 pass
 
     def start(self) -> None:
-        """Completes the preparation in the event loop, which answers meanwhile; the kernels are compiled in a thread."""
+        """Completes the preparation while the event loop answers; the kernels are compiled in a thread."""
         if self._host.warm:
             return
         if not self._kernels.done:
