@@ -116,10 +116,10 @@ def registry_state(settings: Settings, now_ms: int) -> dict[str, Any]:
         "problem": "",
         "versions": len(numbers),
         "newest": newest.version if newest else None,
-        # A version can be newer than `now_ms`, the start of the command.
         # The trainer of a copy is on another host.
         "trainer": "" if registry.directory.is_copy else trainer_of(registry.path),
         "standbys": standbys(registry.path, now_ms / 1000),
+        # A version can be newer than `now_ms`, the start of the command.
         "newest_age_s": max(0, now_ms - newest.created_at_ms) / 1000 if newest else None,
         "control": control
         and {

@@ -134,7 +134,7 @@ class FromPast:
             rows=rows,
             durable_first=at,
             told_ms=told_ms,
-            # The users of these erasures were left out.
+            # Past clicks exclude the users of these erasures.
             erased=control.erased.last,
         )
         # The next version need not repeat the content of this one.
@@ -151,7 +151,7 @@ class FromPast:
                 batch = found.batch.take(past.has(found.batch))
                 if len(batch):
                     if trainer.guard.held:
-                        # As in a replay: later records may be learned from again.
+                        # As in a replay, a hold does not stop learning of later records.
                         trainer.guard = trainer.guard.released()
                     trainer.step(batch)
                     rows, told_ms = rows + len(batch), max(told_ms, found.told_ms)

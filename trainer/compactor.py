@@ -422,7 +422,7 @@ def thin_snapshots(location: FileStore, erased: int, most_bytes: int, now_ms: in
         stay |= {one.number for one in [one for one in kept if one.held == held][-SPARE_SNAPSHOTS:]}
     wanted = [one for one in kept if one.number in stay]
     while len(wanted) > 1 and _snapshot_bytes(wanted) > most_bytes:
-        # They share files with later ones.
+        # Snapshots share files with later ones, so sizes are computed for the remaining set.
         wanted = wanted[1:]
     stay = {one.number for one in wanted}
     gone += [one.number for one in kept if one.number not in stay]

@@ -106,7 +106,7 @@ class LossRecorder:
             before, self._wanted = self._wanted, comparison.is_wanted(self._registry)
             self._polled_s = now_s
             if before and not self._wanted:
-                # Also at the start: an earlier process may have left some.
+                # This also happens at the start, because an earlier process may have left files.
                 self._writer.close()
                 comparison.remove_all(self._registry)
         return self._wanted

@@ -341,7 +341,7 @@ def prepare(
         name = registry.specs.bootstrapped(spec.digest, settings.model) or spec.digest
         upgrade_to_this_release(registry, settings, spec, trainer)
         phases.enter(PROGRAM)
-        # Custom code may have changed without a sign in the environment.
+        # The environment does not show changes of custom code.
         version = None if is_own(settings.model) else version_to_go_on_from(registry)
         environment = checkpoint.environment(settings, trainer.device, trainer.engine.name)
         program = program_of(registry, version, spec.digest, environment, trainer.model)
@@ -448,7 +448,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
     phases = Phases(metrics)
     room = Room(REGISTRY, offer(collected, settings, [REGISTRY]), stopping.wait)
     kernels = Kernels(collected, logger, unused_kernels(settings), [LOG_KERNELS])
-    # A standby builds the model before it has the claim, other trainers after that.
+    # A standby builds the model before it has the claim, other trainers afterwards.
     model = functools.cache(lambda group: model_of(settings, Registry(settings.registry_dir).specs, group))
 
     def load() -> None:
@@ -487,7 +487,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
             if not imports.is_alive():
                 phases.enter(BOOTSTRAP)
         registry = Registry(settings.registry_dir, claim)
-        # Before TensorFlow: some settings alone show that the newest version cannot be loaded.
+        # Check this before loading TensorFlow: some settings alone show that the newest version cannot be loaded.
         require_same_model(settings)
         _sweep(registry)
         if ownership.took_over and registry.control() is not None:
@@ -505,7 +505,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
             ready = threading.Thread(target=_join, args=arguments_of_join, name="workers", daemon=True)
             ready.start()
         if is_own(settings.model):
-            # Before the wait for clicks: a model that does not lower is refused at once.
+            # Check this before waiting for clicks, so that a model that does not lower is refused at once.
             _await(ready, children, stopping)
             _check_own(settings)
         if not await_spec(registry, FeatureSpec.from_settings(settings).digest, settings.model, stopping):

@@ -174,7 +174,7 @@ class Retrainer:
         try:
             figures = read_figures(self._experiments.folder(name))
         except CorruptStore:
-            # Status reports it; nothing can be compared.
+            # `springtide status` reports the damage. Without figures nothing can be compared.
             figures = None
         held = held_by_guard(Registry(path).control()) if path.is_dir() else None
         decision = judge(experiment, figures, held, self._settings.retrain, took_ms)

@@ -143,7 +143,7 @@ class ShadowRunner:
                     self._end(experiment)
                 say.clear()
             except LockHeld:
-                # Commands change the document right now.
+                # A command is changing the document; the next step tries again.
                 continue
             except (SpringtideError, OSError) as error:
                 say(f"experiment {name}: {of_disk(error)}")

@@ -154,7 +154,7 @@ def ports(settings: FlinkSettings) -> list[Port]:
 Say = Callable[[str], None]
 START_S, POLL_S = 180.0, 0.1
 SAVEPOINT_S, CANCEL_S = 120.0, 30.0
-# The process that follows a job polls its state a few times every 2 s; it would miss a faster end.
+# The process that follows a job polls its state a few times in 2 s, and would miss an earlier end of the cluster.
 FOLLOWED_S = 2.5
 
 

@@ -20,7 +20,7 @@ from state.errors import FlinkFailed, reason_of
 
 LOCK = Path(__file__).with_name("jars.lock")
 INSTEAD = "give `springtide stream --runner flink` the job server of your own cluster"
-# The newest runner whose dependencies Maven Central has in full; it takes jobs of Beam's newer Python.
+# The newest runner whose dependencies are all on Maven Central. It accepts jobs of Beam's newer Python SDK.
 BEAM, VERSION = "2.62.0", "1.19.0"
 CONSISTS_OF = (
     f"org.apache.beam:beam-runners-flink-1.19:{BEAM}",
@@ -105,5 +105,5 @@ def _digest(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    # `!`: each artifact has the versions that its own authors chose. Those that Flink manages lack what Beam calls.
+    # `!` keeps the versions that each artifact declares. The versions that Flink manages lack methods that Beam calls.
     write(LOCK, flink().resolved("+".join(f"{artifact}!" for artifact in CONSISTS_OF)))

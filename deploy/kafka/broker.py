@@ -113,7 +113,7 @@ def _text_from(path: Path, start: int) -> str:
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
-            # A log shorter than before was rolled: all of it is new.
+            # If the log is shorter than before, Kafka has rolled it, and all of it is new.
             file.seek(max(0, size + start) if start < 0 else start if start <= size else 0)
             return file.read().decode("utf-8", "replace")
     except FileNotFoundError:

@@ -298,7 +298,7 @@ def _first_attributes(settings: Settings, log: Log, control: Control) -> int | N
     try:
         salt = load_salt(settings.salt_path, create=False)
     except MissingSalt:
-        # It is unknown to which users they belong.
+        # Their users are unknown.
         return 1
 
     def whose(key: bytes | None) -> int:

@@ -187,7 +187,7 @@ class Plan:
         exact = self.exact
         if exact is not None:
             exact = replace(exact, histories=_histories_to_rebuild(settings, self.before.log, self.to, view))
-        # A rollback ends what lifted masks still left out.
+        # After a rollback, clicks of lifted masks are no longer left out.
         counting = Counting(self.to.marks, always(self.before.mask), self.new, max(settings.features.windows_s) * 1000)
         with view.reader(max(view.begin, self.to.log.next)) as reader:
             for _, batch in records(reader, view.partition, self.to.log.next, view.end, self.before.log):

@@ -117,7 +117,7 @@ class NewsReaders:
         self._read: list[set[int]] = [set() for _ in range(news.readers)]
         self._latest: list[deque[int]] = [deque(maxlen=REMEMBERED) for _ in range(news.readers)]
         self._stories, self._day = 0, 0
-        # Articles of the day before the first one, which are read on it.
+        # Articles of the day before the first day, which readers read on the first day.
         self._articles = self._born(-1)
         # The remaining clicks of the day: readers and times.
         self._left: tuple[list[int], list[int]] = ([], [])
@@ -161,7 +161,7 @@ class NewsReaders:
         pauses_ms[firsts] = 0.0
         after = np.cumsum(pauses_ms)
         at_ms = self._day * DAY_MS + np.repeat(begins - after[firsts], clicks) + after
-        # A visit over midnight ends there.
+        # A visit ends at midnight.
         kept = np.flatnonzero(at_ms < (self._day + 1) * DAY_MS)
         order = kept[np.argsort(at_ms[kept], kind="stable")]
         self._left = np.repeat(readers, clicks)[order].tolist(), at_ms[order].astype(np.int64).tolist()

@@ -226,7 +226,7 @@ class Judge:
             return str(letter.reason)
         try:
             after_ms = parse_time(self._decode(letter.value).time, self._events.time_unit) - kafka_ms
-        # A time that no setting could let pass.
+        # No setting would accept this time.
         except DecodeError:
             return str(letter.reason)
         if after_ms > self._events.max_future_s * 1000:

@@ -252,7 +252,7 @@ class ClickedUsers:
         return None if self._histories is None else position_of(self._histories)
 
     def _opened(self, opening: Opening) -> None:
-        # What waited is read again.
+        # The records that waited are read again.
         self._waiting.clear()
         self.missed = True
 

@@ -48,7 +48,7 @@ PROBE = "probe"
 VALIDATION = "validation"
 SEGMENTS = "segments"
 
-# What the local Kafka acknowledged in its last second may be lost after a power cut; there is no other copy.
+# A power cut may lose records that the local Kafka acknowledged in its last second, because there is no replica.
 OF_LOCAL_KAFKA = ("--accept-cut-back", "--reason", "the local Kafka lost what was not on disk")
 
 # Each process stops before the ones it writes to, and Kafka stops last: no write is interrupted.
@@ -181,7 +181,7 @@ class LocalKafka:
         self._say = say
         self._metrics = metrics
         self._clock = clock
-        # No wait in `wait_for`: `poll` is called again anyway.
+        # `wait_for` need not wait, because `poll` is called again anyway.
         self._room = Room(KAFKA, storage, lambda _: True, lambda form, *words: say(form % words))
         self._started_at: float | None = None
         self._start_at: float | None = None

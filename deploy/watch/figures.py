@@ -519,7 +519,7 @@ def read(stream: Seen, trainer: Seen, applier: Seen, worker: Seen) -> Figures:
         rows_per_s=trainer.rate("springtide_trainer_rows_total"),
         trainer_lag=trainer.now.value("springtide_trainer_lag_records"),
         trainer_workers=trainer.now.by("springtide_trainer_worker_seconds", "worker"),
-        # Before the first step the gauges have their first value, which is no score.
+        # Before the first step the gauges have their initial value, which is not a score.
         log_loss=trainer.now.value("springtide_trainer_log_loss") if learned else None,
         auc=trainer.now.value("springtide_trainer_auc") if learned else None,
         top1=trainer.now.value("springtide_trainer_top1_ratio") if learned else None,

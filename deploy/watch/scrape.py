@@ -173,7 +173,7 @@ def fetch(url: str | urllib.request.Request, timeout_s: float = TIMEOUT_S) -> tu
     try:
         if isinstance(url, Address):
             return http.ask(url.request(), timeout_s, url.context())
-    # Errors of the files with token and certificate.
+    # The files with token and certificate cannot be read.
     except (OSError, ValueError, SettingsError) as problem:
         return 0, str(getattr(problem, "reason", problem))
     return http.ask(url, timeout_s)

@@ -177,7 +177,7 @@ class Trainer:
         self.measures, self.counters, self.guard = Measures(self.settings, self._columns), Counters(), GuardState()
         self.guarded: Mapping[str, npt.NDArray[Any]] = {}
 
-    # What `DividedTrainer` does differently
+    # Methods that `DividedTrainer` overrides
 
     def take_rows(self, how: Taking, without: Collection[str] = ()) -> dict[str, dict[str, npt.NDArray[Any]]]:
         """Copies rows by the method `how` of `IdTable`, by table and column of `Changes`, but not of the tables `without`."""

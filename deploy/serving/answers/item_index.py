@@ -72,7 +72,7 @@ MOST_USERS = 100_000
 USERS_AT_ONCE = 50
 NOTES_AT_ONCE = 8
 
-# A worker answers in one thread.
+# A worker computes answers in one thread.
 faiss.omp_set_num_threads(1)
 
 

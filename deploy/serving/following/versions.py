@@ -77,7 +77,7 @@ class Refusals:
     def blocks(self, steps: Iterable[Manifest]) -> bool:
         """Whether one of these versions was refused a moment ago."""
         now_ms = self._now_ms()
-        # The upper bound is for a wall clock that was set back.
+        # The upper bound handles a wall clock that was set back.
         return any(now_ms < self._again_ms.get((step.kind, step.version), 0) <= now_ms + RETRY_MS for step in steps)
 
     def of_manifests(self) -> bool:
@@ -396,7 +396,7 @@ class VersionFollower:
             # The mask already excludes them from answers.
             self._rows.forget(control.erased.after(self.erased), self._crosses)
             self.erased = control.erased.last
-            # The record of removed rows is removed with its version; only then has the file no data of the erased users.
+            # The list of removed rows is removed with its version. Only then has the file no data of the erased users.
             self._anew_ms = self._now_ms() + max(PAGES_MS, 3 * (self._keep_ms + SWEEP_MS))
         show_control(control, self._metrics)
         # 2.

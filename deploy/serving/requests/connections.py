@@ -157,13 +157,13 @@ class BoundedConnection(HttpToolsProtocol):
             self.flow.pause_reading()
 
     def _parse_piece(self, data: bytes | memoryview) -> None:
-        # For bytes that arrived with the end of another request, it is unknown which request they belong to.
+        # If bytes arrived with the end of another request, their request is unknown.
         only = self._requests + (not self._in_request)
         self._arriving_bytes = len(data)
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            # No upgrade is offered; what follows would not be HTTP.
+            # Upgrades are not supported: the bytes after one would not be HTTP.
             self._unparsed = memoryview(b"")
             if self.cycle is not None:
                 self.cycle.keep_alive = False
@@ -293,7 +293,7 @@ class BoundedConnection(HttpToolsProtocol):
             self.transport.close()
         buffered = self.transport.get_write_buffer_size()
         if buffered < self._buffered:
-            # The client reads its answer.
+            # The client is reading its answer.
             self._since_s = now_s
         self._buffered = buffered
         if now_s - self._since_s < self._limits.timeout_s:

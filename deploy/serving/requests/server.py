@@ -90,7 +90,7 @@ class Acceptor:
                 client, _ = self._bound.accept()
             except OSError as error:
                 if error.errno in _NO_ROOM:
-                    # The client still waits, and would wake this loop all the time.
+                    # The waiting client would wake this loop continuously.
                     _log.error("a connection cannot be accepted (%s); trying again", error.strerror)
                     self._loop.remove_reader(self._bound)
                     self._again = self._loop.call_later(PAUSE_S, self._listen)

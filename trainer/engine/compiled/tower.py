@@ -82,7 +82,7 @@ def transpose(given: F32, first: int, end: int, part: int, parts: int, out: F32)
     """
     for begin in range(part * _TILE, given.shape[0], parts * _TILE):
         rows, columns = min(begin + _TILE, given.shape[0]), end - (end - first) % 4
-        # Sixteen numbers at a time are moved in registers: a third of the time of one at a time.
+        # Moves sixteen numbers at a time in registers, in a third of the time that single moves take.
         whole = rows - (rows - begin) % 4
         for b in range(begin, whole, 4):
             for d in range(first, columns, 4):
@@ -308,7 +308,7 @@ def _blocks(rows: int, shapes: tuple[tuple[int, int], ...]) -> I64:
         for size in (weights_of_block(rows, outputs),)
         for first in range(0, inputs, size)
     ]
-    # The largest first, so that threads end together.
+    # Largest first, so that threads finish at about the same time.
     sizes = [(end - first) * shapes[pair][1] for pair, first, end in blocks]
     return np.array(blocks, np.int64)[np.argsort(sizes, kind="stable")[::-1]]
 
