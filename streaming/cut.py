@@ -120,7 +120,7 @@ def gather(cut: Cut) -> tuple[tuple[Range, ...], dict[str, NDArray[Any]]]:
 
 @dataclass(frozen=True)
 class Encoding:
-    """What the records of a cut have in common.
+    """The properties that all records of a cut share.
 
     Attributes:
         spec: Digest of the feature spec.

@@ -1,6 +1,6 @@
 """Rows of the stream: a batch of events with their windows, and the events to append to histories. Pure.
 
-Before rows are made, masked clicks are left out of a batch, and the events of several partitions are sorted by the
+Before rows are computed, masked clicks are left out of a batch. The events of several partitions are sorted by the
 partitions' clocks, not by the clicks' own times. So one wrong clock moves no other user's rows, and rows of one
 partition keep their order.
 """

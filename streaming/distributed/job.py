@@ -55,7 +55,7 @@ TRIES, POLL_S = 6, 0.25
 OF_CLUSTER = "[auto]"
 OURS = re.compile(r"state\.errors\.(\w+): (.+?)(?: \[while running .*)?$", re.MULTILINE)
 PERMANENT = (GapError, RewoundLog, SaltMismatch, SettingsError)
-"""Errors that only a new job can fix: one with other settings or consent, or from an older checkpoint."""
+"""Errors that only a new job can fix: with other settings or consent, or from an older checkpoint."""
 logger = logging.getLogger(__name__)
 
 ON_FLINK = (
