@@ -61,7 +61,7 @@ def renumbered(batch: MicroBatch, then: Sequence[str], now: Sequence[str]) -> Mi
 
 @dataclass(frozen=True)
 class Numbering:
-    """The conversions between a store's action numbers and those of the settings; a table is None if the numbers are the same."""
+    """Converts between a store's action numbers and those of the settings; a table is None if the numbers are equal."""
 
     into: Numbers | None = None
     out_of: Numbers | None = None
