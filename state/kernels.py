@@ -29,7 +29,7 @@ USED = (
 """The modules with kernels that serving and the stream use."""
 ALL = "--all"
 MOST_PROCESSES = 4
-"""Maximum number of processes of `--all`. Each imports TensorFlow, and the largest kernel takes a quarter of all time."""
+"""Maximum number of processes of `--all`. Each imports TensorFlow; the largest kernel takes a quarter of all time."""
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("state", "streaming", "trainer", "deploy", "evaluation")
 DECLARES = re.compile(r"^@compiled(_sums)?\(", re.MULTILINE)
