@@ -82,7 +82,7 @@ Changes = NDArray[np.uint64]
 """`[2, k]`: table and id of each row that versions wrote."""
 
 BEGUN = b"begun"
-"""Key in `meta` for a version whose rows need several transactions: version u64, lane u64, and u64[2, k] (table, id)."""
+"""Key in `meta` for a version that needs several transactions: version u64, lane u64, and u64[2, k] (table, id)."""
 
 WRITTEN_AT_ONCE = 250
 """Rows of a version per transaction; as fast as a thousand."""
