@@ -1,8 +1,9 @@
 """Parses records of the clicks topic into columns of events, or into dead letters with a reason.
 
 Validation is repeatable: a record is compared with its own Kafka timestamp, never with the current time, so reading the
-log again gives the same events. The producer may set both times. So a quorum of users decides how far an accepted time
-may affect other users (`streaming/event_clock.py`). The parser replaces users by pseudonyms; no raw user id leaves it.
+log again gives the same events. The producer sets both of these times, or neither. So a quorum of users decides how far
+an accepted time may affect other users (`streaming/event_clock.py`). The parser replaces users by pseudonyms; no raw
+user id leaves it.
 """
 
 from __future__ import annotations

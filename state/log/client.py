@@ -268,13 +268,18 @@ def gap(topic: str, topic_id: str, partition: int, ours: int, begin: int, end: i
 
 
 def require_kept(topic: str, topic_id: str, partition: int, ours: int, begin: int, end: int) -> None:
-    """Checks that a partition with positions `[begin, end)` can be read from `ours`, else `GapError` or `TruncatedLog`."""
+    """Checks that a partition with the positions `[begin, end)` can be read from `ours`.
+
+    Raises:
+        GapError: Records from our position on were deleted before we read them.
+        TruncatedLog: The log was truncated below our position.
+    """
     if not begin <= ours <= end:
         raise gap(topic, topic_id, partition, ours, begin, end)
 
 
 def truncated(topic: str, topic_id: str, partition: int, ours: int, kept: int, end: int) -> TruncatedLog:
-    """The error for a partition that was truncated to `kept`, below our position `ours`, and may have grown to `end`."""
+    """The error for a partition that was truncated to `kept`, below our position `ours`, and may now end at `end`."""
     again = f" and has grown again to {end}" if end > kept else ""
     return TruncatedLog(
         f"topic {topic} partition {partition}: we were at {ours}, but what we read ends at {kept}: the log was cut back"

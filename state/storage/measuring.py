@@ -1,4 +1,4 @@
-"""Measures the disk use of a part and exports it on /metrics; it measures on request, at most once in some seconds."""
+"""Measures the disk use of a part and exports it on /metrics; measures on request, at most once every few seconds."""
 
 from __future__ import annotations
 
