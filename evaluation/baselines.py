@@ -46,7 +46,7 @@ REMEMBERED = 256
 COVISITED, NEIGHBOURS = 5, 128
 """Number of the user's earlier items that count as co-visits of a click, and of co-visited items kept per item."""
 ASKED_ITEMS, FALLING = 10, 0.8
-"""Latest items of a user whose neighbours are proposed, and the weight of each relative to the one before."""
+"""Number of a user's latest items whose neighbours are proposed, and the weight of each relative to the newer one."""
 
 
 @dataclass(slots=True)

@@ -279,7 +279,7 @@ class ObjectStore:
 
     @contextmanager
     def _reached(self, doing: str) -> Iterator[None]:
-        """Converts an error of the store's client, whatever its class, except for a missing file."""
+        """Converts every error of the store's client, except for a missing file."""
         try:
             yield
         except (FileNotFoundError, UnusablePlace):

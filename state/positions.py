@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from state.user_shares import SHARES
 
-UNPLACED = ("joined", "expired", "dropped")  # they have no offsets of their own
+UNPLACED = ("joined", "expired", "dropped")  # outcomes without their own offsets
 # Included only if not 0.
 RARE = ("gap", "opened", "feedback", "joined", "expired", "dropped", "masked", "elsewhere")
 MOST_LEARNED = 17  # rows at one position: its own or one it joins, and twice `MOST_EXPIRED` of streaming/labels.py

@@ -6,7 +6,7 @@ For all the cuts that are queued at that moment:
 2. One commit of the store: histories, waiting rows, clocks, next offsets, counters. If the disk has no space for it,
    it waits, and so holds back the reading of clicks.
 3. Once a second, and once more after the last click: the gauges of the account, and the consumer group's offsets. The
-   offsets are for lag tools and are never read back. From time to time, some users' histories are swept.
+   offsets are for lag tools; the stream never reads them. From time to time, some users' histories are swept.
 
 The store is synced only at a clean stop; after a power failure it is rebuilt.
 
@@ -53,7 +53,7 @@ class CommitReport:
         seconds: How long it took.
         truncated: Rows whose history was truncated.
         letters: Dead letters by reason.
-        off: Wrong clocks; the newest refused click of a batch stands for all refused ones.
+        off: Wrong clocks; the newest refused click of a batch represents all refused ones.
     """
 
     ranges: tuple[Range, ...]

@@ -94,7 +94,7 @@ class ControlWatch:
             )
 
     def open_again_in(self, seconds: float | None) -> None:
-        """Schedules the stream to be opened again in `seconds`, whatever control asks for; None cancels it."""
+        """Schedules the stream to be opened again in `seconds`, even if control does not change; None cancels it."""
         self._again_s = float("inf") if seconds is None else self._clock() + seconds
 
     def changed(self) -> bool:

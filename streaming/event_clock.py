@@ -11,7 +11,7 @@ one.
    whole file of them, do not affect the clock. Only after `PATIENCE` turns of nothing else does the clock start again.
 4. A clock that fewer agree on, such as that of a first click, holds until two others contradict it.
 
-This clock depends on the log of the partition alone, however it is read. The time that a micro-batch reports to its
+This clock depends only on the log of the partition, not on how it is read. The time that a micro-batch reports to its
 readers (`believe`) also uses the time when each click was read. The quorum's times advance with the wall clock, so that
 the first click after a quiet night is believed at once. The wall clock has a vote too. No time beyond it is believed
 unless there are `AGREEING` users. If a partition has fewer than `ENOUGH` users, those of all partitions together,

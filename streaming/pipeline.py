@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 class CommitThread:
-    """Writes and commits cuts in the order in which they were put, in a thread of its own.
+    """Writes and commits cuts in the order in which they were put, in a separate thread.
 
     Without a cut it wakes only to publish or sweep what is due. `put`, `flush` and `close` are called by the Beam
     thread. An exception ends the thread and surfaces in the next call of `put`, `check` or `flush`.

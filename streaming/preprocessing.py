@@ -215,7 +215,7 @@ def check_preprocessing(path: str, spec: FeatureSpec, keep: Path | None = None, 
 
     Raises:
         SettingsError: There is no such function.
-        ProgramError: It does not meet the requirements; the message says what it did and what is required.
+        ProgramError: It does not meet the requirements; the message has its behaviour and the requirement.
     """
     what = f"model.preprocessing {path!r}"
     function = load_preprocessing(path, settings)

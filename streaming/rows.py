@@ -69,7 +69,7 @@ class Rows:
             **{name: getattr(batch, name) for name in (*SCALARS, "context") if name not in SINCE_2},
             **{name: absent_column(name, rows) for name in SINCE_2},
             **{name: column for name, column in added.items() if len(column) == rows},
-            # Sequences are columns only if the spec asks for them.
+            # Sequences are columns only if the spec requests them.
             **{name: column for name, column in self.vectors._asdict().items() if column.shape[1] or name in LISTS},
             "user_attributes": none if self.attributes is None else self.attributes.user,
             "item_attributes": none if self.attributes is None else self.attributes.item,

@@ -154,7 +154,7 @@ class Erased:
 
     @cached_property
     def files(self) -> tuple[tuple[str, bytes], ...]:
-        """The file of each erasure as (SHA-256, bytes), in order; each file names the one before it."""
+        """The file of each erasure as (SHA-256, bytes), in order; each file names the preceding one."""
         found: list[tuple[str, bytes]] = []
         for one in self.entries:
             data = one.to_bytes(found[-1][0] if found else "")

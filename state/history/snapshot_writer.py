@@ -37,10 +37,10 @@ from state.user_shares import ALL, SHARES, UserShares
 RANGE_BYTES, FILE_BYTES = 64 << 20, 1 << 20
 """The size of a range of users, and the minimum size of a file unless it holds all shares; before compression."""
 REBASED, LEAST_GAIN = 2, 4
-"""A snapshot rescans ranges until they hold `REBASED` times the events of its delta. A range is rescanned only once the
+"""A snapshot rescans due ranges until these hold `REBASED` times the events of its delta. A range is due once the
 deltas since its last scan have added a `LEAST_GAIN`th of its own events."""
 MOST_DELTAS = 64
-"""A range is rescanned after this many deltas since its last scan."""
+"""A range is also due after this many deltas since its last scan."""
 _ENTRIES = 0xFFF
 _KEY = np.dtype([("user", ">u8"), ("chunk", ">u4")])
 _INVERT = np.uint32((1 << 32) - 1)

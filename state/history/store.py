@@ -376,7 +376,7 @@ class HistoryStore(MemoryStore):
         return removed
 
     def view(self) -> StoreView:
-        """Begins to read the store as it is now; close the view before the store, and before `compact`."""
+        """Opens a view of the current store; close the view before the store, and before `compact`."""
         return StoreView(self._env.begin(), self._chunks, self._meta)
 
     def clear(self) -> None:

@@ -146,7 +146,7 @@ STEPS, BINS = 64, 1024
 FULL, EMPTIED, GROWN, BRIM = 0.9, 0.85, 0.02, 0.97  # shares of the map
 LEAST_SHARE = 0.25
 FOREVER_MS = 1 << 62
-SPARE = 50  # one user in so many is evicted beyond the necessary number
+SPARE = 50  # one user in `SPARE` is evicted beyond the necessary number
 
 
 @dataclass

@@ -355,7 +355,7 @@ class Reader:
         return epoch_before(self._leaders.get(partition, ()), offset)
 
     def unread(self, partition: int) -> int:
-        """The number of positions between ours and the partition's end, as last received; 1 if nothing was received yet.
+        """The number of positions between ours and the partition's end, as last received; 1 before the first response.
 
         It sends no request.
         """

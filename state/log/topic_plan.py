@@ -30,7 +30,7 @@ HOUR_MS = 3_600_000
 BATCH_BYTES = 100_000
 # Shares of the bytes that the local Kafka may keep.
 MICROBATCHES_SHARE, CLICKS_SHARE, LETTERS_SHARE, EXPOSURES_SHARE = 0.55, 0.30, 0.05, 0.05
-# Kafka removes whole segments, and a segment must have room for the largest record: by default 16 MiB, the
+# Kafka removes whole segments, and a segment must have space for the largest record: by default 16 MiB, the
 # cluster's limit.
 SEGMENTS, LARGEST_SEGMENT, LARGEST_RECORD = 8, 1 << 30, 17 << 20
 

@@ -58,7 +58,7 @@ SEQUENCES: dict[str, np.dtype[Any]] = {
     "sequence_categories": np.dtype("<u8"),
     "sequence_actions": np.dtype("<u2"),
     "sequence_ages": np.dtype("<u2"),
-}  # present only if the feature spec asks for them; see `state/features/kernel.py`
+}  # present only if the feature spec requests them; see `state/features/kernel.py`
 NAMES = (*SCALARS, *LISTS)
 DTYPES = {**SCALARS, **LISTS, **SEQUENCES}
 WRITTEN = {

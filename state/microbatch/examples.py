@@ -27,8 +27,8 @@ An example has
     labels         int64   [L]       the user's latest categories, newest first; 0 pads
     label_windows  int64   [L * F] windows of each of them, named by `label_windows` of spec.json
 
-and, if `features.sequence` asks for them, `sequence_items`, `sequence_categories`, `sequence_actions` and
-`sequence_ages`, int64 `[T]`: the user's latest events before this click, see `state/features/kernel.py`.
+and, if `features.sequence` is not 0, `sequence_items`, `sequence_categories`, `sequence_actions` and `sequence_ages`,
+int64 `[T]`: the user's latest events before this click, see `state/features/kernel.py`.
 """
 
 from __future__ import annotations

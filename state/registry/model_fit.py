@@ -11,7 +11,7 @@ The generation that begins the epoch of an upgrade has this plan:
     carried     the parts that are carried over from the version; `trainer.versions.carrying` defines how
     anew        the parts that start from scratch, in words
 
-Until the epoch has a version of its own, the trainer may carry its base over.
+Until the epoch has its own version, the trainer may carry its base over.
 """
 
 from __future__ import annotations

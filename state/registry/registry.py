@@ -527,7 +527,7 @@ class Registry:
 
     @contextmanager
     def _staged(self, part: Manifest, files: Mapping[str, bytes]) -> Iterator[Path]:
-        """A folder under `tmp/` with a version's files, synced if it is durable; removed if it still exists at the end."""
+        """A folder under `tmp/` with a version's files, synced if it is durable; removed at the end if it exists."""
         write: Callable[[Path, bytes], object] = durable.write if part.durable else Path.write_bytes
         with self.directory.staged(f"{part.kind}-{part.version}") as temporary:
             for name, data in files.items():

@@ -63,7 +63,7 @@ class Served:
     def of(
         cls, manifest: Manifest, parent: Served | None, serial: int, lane: int, dims: Mapping[str, int], now_ms: int
     ) -> Served:
-        """Builds the record of a version as it is applied; a base, which has no parent, sees only its own rows."""
+        """Builds the record of a version when it is applied; a base, which has no parent, sees only its own rows."""
         version = manifest.version
         return cls(
             version=version,

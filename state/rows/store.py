@@ -115,7 +115,7 @@ def with_users(tensors: Tensors, shares: UserShares) -> dict[str, NDArray[Any]]:
 
 
 class Entries(NamedTuple):
-    """The rows of one version: keys, values, `[2, k]` uint64 table and id of each, and the width of each table's rows."""
+    """The rows of one version: keys, values, `[2, k]` uint64 table and id of each, and the row width of each table."""
 
     pairs: list[tuple[bytes, bytes]]
     changes: NDArray[np.uint64]

@@ -35,7 +35,7 @@ SCHEMA, STATISTICS, ABOUT = "schema.pbtxt", "statistics.pb", "baseline.json"
 
 @dataclass(frozen=True)
 class AcceptedBaseline:
-    """The origin of a baseline: its number (0 for the bootstrap's), and the actor, reason and time of its acceptance."""
+    """The origin of a baseline: its number (0 for the bootstrap's), and actor, reason and time of its acceptance."""
 
     number: int
     actor: str

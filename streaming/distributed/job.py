@@ -61,8 +61,8 @@ logger = logging.getLogger(__name__)
 ON_FLINK = (
     # Otherwise a bundle that a checkpoint ends would keep its output until more clicks arrive.
     ("finish_bundle_before_checkpointing", True),
-    # Work since the last checkpoint is repeated after a failure; one checkpoint a second costs about 150 ms of little
-    # work.
+    # Work after the last checkpoint is repeated after a failure. One checkpoint per second costs about 150 ms, with
+    # little work.
     ("checkpointing_interval", 1000),
     # The default of one second would add one second to the age of every response.
     ("max_bundle_time_mills", 100),

@@ -8,8 +8,8 @@ divided into buckets:
 They stay open in their process from bundle to bundle. They are used again only if their position is exactly the one
 in the engine's checkpoint.
 
-A step that fails restarts its job from the last checkpoint, which meets the same loss of clicks. So the error of a loss
-says how to continue.
+A step that fails restarts its job from the last checkpoint, where the job finds the same loss of clicks. So the error
+of a loss contains the instructions for continuing.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ class Partitions:
 
         Raises:
             GapError, LogError: As at opening; or the topic was recreated.
-            RewoundLog: Control asks for an older position of the log.
+            RewoundLog: Control requests an older position of the log.
         """
         control = self._control.poll()
         log_epoch = self._epoch(control)
