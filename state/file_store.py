@@ -2,8 +2,8 @@
 
 A file is complete or absent. `DirectoryStore` writes a temporary file, syncs it, renames or links it, and syncs the
 directory. `ObjectStore` is an S3 (or compatible) bucket, Google Cloud Storage or Azure; an object is durable once the
-store confirms it. Each operation is one request with a time limit, except lists of more than a thousand names, and
-files larger than `PART_BYTES`, which are sent in parts. The caller decides whether to retry a failed request.
+store confirms it. Each operation is one request with a time limit. Exceptions are lists of more than a thousand names,
+and files larger than `PART_BYTES`, which are sent in parts. The caller decides whether to retry a failed request.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ wrong clock, and no Kafka timestamp of a record, can block a partition or releas
 
 1. A partition waits while its clock is more than the maximum skew ahead of a partition that holds it back.
 2. A partition holds others back while it has unread records that arrive. It stops at its end, or after a second of
-   polls without records (its broker is unreachable, or a transaction is open), until it returns records again.
+   polls without records, until it returns records again. Such polls occur if its broker is unreachable, or a
+   transaction is open.
 3. A partition does not hold others back while it reads clicks that are late by its own clock, such as those of an old
    file. These are read as they arrive, in parallel with the others.
 4. A partition never waits for records that were appended after its wait began. So a clock that is permanently ahead or

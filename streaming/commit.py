@@ -11,7 +11,7 @@ For all the cuts that are queued at that moment:
 The store is synced only at a clean stop; after a power failure it is rebuilt.
 
 A crash before step 1 is acknowledged leaves nothing. After a crash between 1 and 2, the restart writes the rows again
-with the same positions, and every reader of the training log drops the duplicates. After 2 nothing is written again.
+with the same positions. Every reader of the training log drops the duplicates. After 2 nothing is written again.
 """
 
 from __future__ import annotations

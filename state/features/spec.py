@@ -8,9 +8,9 @@ same bits. The rules:
 - The window of w seconds is `(at - w, at]`. Events later than `at`, and those older than the longest window, affect no
   output. So sweeping old events cannot change an answer.
 - "Last" is by (time, offset), then by partition. The windows `of_latest_5`, `of_latest_20` and `follows` of a category
-  use the same order. They are the category's events among the user's latest 5 and 20, and how often it came next after
-  the category of the user's latest event. An event without a category counts among the latest events, but no category
-  counts as coming next after it.
+  use the same order. The first two count the category's events among the user's latest 5 and 20. `follows` counts how
+  often the category came next after the category of the user's latest event. An event without a category counts among
+  the latest events, but no category counts as coming next after it.
 - Every output is a uint16 that saturates. A decayed count is in 1/256 events; recency is the age in steps of an eighth
   of an octave, 255 for never.
 """
