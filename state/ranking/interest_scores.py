@@ -1,15 +1,17 @@
 """Corrects the model's interests by decayed counts: a log-linear model over categories, learned online.
 
-`NEXT_CATEGORY` has lists of the categories that were clicked next (`state/ranking/item_lists.py`; a list's items are
-categories), by the user's newest category, by the user's newest item, and in `EVERYTHING` over all clicks. The candidates
-are those of the model, with logits s(c). With share(k, c), the decayed clicks of c in list k per click of that list:
+The table `NEXT_CATEGORY` lists the categories that were clicked next, in the format of `state/ranking/item_lists.py`.
+It has lists by the user's newest category, by the user's newest item, and in `EVERYTHING` over all clicks. The
+candidates are those of the model, with logits s(c). share(k, c) is the decayed clicks of c in list k, divided by all
+decayed clicks of that list:
 
     features   f(c) = [ s(c) | log(1 + 1000 share(k, c)) for each source k and each of `LIVES_READ` half-lives | OWN ]
     logit      s'(c) = sum over features a and columns p of w[a, p] * f_a(c) * phi_p
     phi        1 | the user's last event is 30 minutes old | 2, 4 of the latest 5 events have the newest category
 
-OWN is 0 for categories that are none of the user's. The first w gives s' = s. The trainer learns w by softmax regression
-(`trainer/engine/interest_counts.py`), and serving answers with the softmax of s'. Both use `gather` and `score`.
+OWN is 0 for categories that are not among the user's own. The initial w gives s' = s. The trainer learns w by softmax
+regression (`trainer/engine/interest_counts.py`), and serving answers with the softmax of s'. Both use `gather` and
+`score`.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ WEIGHTS = "interests.weights"
 """The tensor of w in a version, `[FEATURES, COLUMNS]` float64."""
 
 READ = len(EVERYTHING) + 2
-"""Lists that are read for a user: those over all clicks, of the newest category, of the newest item."""
+"""Number of lists that are read for a user: over all clicks, of the newest category, and of the newest item."""
 
 MASKED = np.float32(-1e9)
 """The logit of a slot without a candidate."""
@@ -75,7 +77,10 @@ def first_weights() -> F64:
 
 
 def keys_of_items(items: U64) -> U64:
-    """The keys of the lists of items, `[n]` uint64; 0 for item 0. A category may have the same id as an item."""
+    """The keys of the lists of items, `[n]` uint64; 0 for item 0.
+
+    Keys are not the ids themselves, because a category may have the same id as an item.
+    """
     return np.where(items != 0, mixed(items ^ _ITEMS), np.uint64(0))
 
 
@@ -100,8 +105,9 @@ class Workspace(NamedTuple):
     """The features of the M candidate slots of one user; reused for each user.
 
     Attributes:
-        slots: `[k]` int32, an open-addressing index of the candidates: 1 + slot, 0 for none; k is a power of two above 2 M.
-        taken: `[M]` int32, the places of `slots` in use.
+        slots: `[k]` int32, an open-addressing index of the candidates: 1 + slot, 0 for none; k is a power of two above
+            2 M.
+        taken: `[M]` int32, the indices of `slots` in use.
         shares: `[SHARES, M]` float32, 1 + 1000 share.
         bits: `shares` viewed as int32.
         features: `[FEATURES, M]` float32.
@@ -176,7 +182,7 @@ def _logarithms(values: F32, bits: I32, out: F32, first: int) -> None:
 
 @inlined
 def _place(category: np.uint64, ids: U64, slots: I32) -> int:
-    """The place of a category in the index of candidates, or the empty one where it belongs."""
+    """The position of a category in the index of candidates, or the empty position where it belongs."""
     last = np.uint64(slots.shape[0] - 1)
     at = category & last
     while slots[at] != 0 and ids[slots[at] - 1] != category:
@@ -186,7 +192,7 @@ def _place(category: np.uint64, ids: U64, slots: I32) -> int:
 
 @inlined
 def _add(lists: ItemLists, row: int, source: int, first: int, totals: F32, ids: U64, work: Workspace) -> None:
-    """Adds the shares of a list, whose decays begin at `first`. totals: `[LIVES_READ]`, the clicks that shares are of."""
+    """Adds the shares of a list, whose decays begin at `first`; `totals`, `[LIVES_READ]`, are the list's clicks."""
     for k in range(lists.ids.shape[1]):
         category = lists.ids[row, k]
         if category == np.uint64(0):
