@@ -102,7 +102,7 @@ def _value(fields: dict[str, object], rows: RecordedRows, row: int) -> bytes:
     try:
         return orjson.dumps(fields)
     except (TypeError, ValueError):
-        # No JSON has such a value; as text it is refused.
+        # JSON cannot represent this value; as text it is refused.
         return rows.text(row)
 
 
@@ -138,8 +138,8 @@ def send(
 
     Raises:
         SettingsError: The columns do not fit, or none of the first rows is a record.
-        UnreadableRecording: A file is cut or damaged.
-        LogError: Kafka refused, or did not answer: run it again.
+        UnreadableRecording: A file is truncated or damaged.
+        LogError: Kafka refused a record, or did not answer. Run the command again.
     """
     outcome = SentAttributes(0, Counter(), Counter())
     for number, rows in rows_of_files(files):

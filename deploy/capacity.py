@@ -81,7 +81,7 @@ def _option(default: Any, meaning: str, choices: tuple[str, ...] | None = None) 
 
 @dataclass(frozen=True)
 class Load:
-    """What a deployment has to bear; the fields are the options of `springtide capacity`."""
+    """The load of a deployment; the fields are the options of `springtide capacity`."""
 
     clicks: float = _option(10_000.0, "clicks per second in the peak hour")
     users: float = _option(1e6, "users who click within the longest window")
@@ -114,7 +114,7 @@ class Need(NamedTuple):
 
 
 class Limit(NamedTuple):
-    """A bound on something that there is one of."""
+    """A bound on a part of which there is only one."""
 
     name: str
     asked: float
@@ -126,7 +126,7 @@ class Limit(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Above 1 the load is beyond the limit."""
+        """The load as a share of the limit; above 1 it exceeds the limit."""
         return self.asked / self.most
 
 
@@ -368,7 +368,7 @@ def _run(argv: Sequence[str]) -> int:
     asked = parser(settings).parse_args(words)
     sizing = _sizing_of(asked, settings)
     if asked.markdown:
-        # The page uses the defaults, whatever is set here.
+        # The page uses the defaults, regardless of this machine's settings.
         print(page(Settings()))
         return 0
     print(json.dumps(_as_document(sizing)) if asked.output == "json" else _as_text(sizing))

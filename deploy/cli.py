@@ -218,7 +218,7 @@ def _operator_command(name: str) -> Command:
     if name in ("config", "check-model"):
         return config if name == "config" else check_model
     if name == "rollback":
-        # On its own: it reads the training log.
+        # Imported separately, because it reads the training log.
         from deploy.operate import rollback
 
         return rollback.rollback
@@ -227,17 +227,17 @@ def _operator_command(name: str) -> Command:
 
         return backing_up.backup if name == "backup" else backing_up.restore
     if name == "erase":
-        # Likewise: it reads the ends of topics.
+        # Likewise, because it reads the ends of topics.
         from deploy.operate import erase
 
         return erase.erase
     if name == "experiment":
-        # Likewise: it needs NumPy.
+        # Likewise, because it needs NumPy.
         from deploy.experiments import commands as experiments
 
         return experiments.experiment
     if name == "schema":
-        # Likewise: it loads TensorFlow's protos.
+        # Likewise, because it loads TensorFlow's protos.
         from deploy.operate import schema
 
         return schema.schema

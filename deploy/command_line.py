@@ -215,7 +215,7 @@ def run_command(program: str, work: Callable[[Sequence[str]], int | None], argv:
 
 
 class RefusingParser(argparse.ArgumentParser):
-    """An argument parser that raises our errors, and suggests the nearest word for an unknown one."""
+    """An argument parser that raises Springtide's errors, and suggests the nearest word for an unknown one."""
 
     def error(self, message: str) -> NoReturn:
         """Raises a `SettingsError`.

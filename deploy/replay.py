@@ -114,7 +114,7 @@ def _make_clicks(options: argparse.Namespace, settings: Settings, stopped: threa
             return
         rate = settings.shoppers.rate if options.rate is None else options.rate
         speed = parse_speed(options.speed or "1x")
-        # How long the shoppers' clock has run already; without a pace there is nothing to be ahead of.
+        # How long the shoppers' clock has run already; 0 without a pace.
         made_s = options.head_start / rate if rate > 0 and speed != MAX else 0.0
         shoppers = ShopperCrowd.from_settings(settings, options.seed, rate, int((time.time() - made_s) * 1000))
         started_s = time.monotonic()

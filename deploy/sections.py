@@ -37,7 +37,7 @@ from state.user_shares import UserShares
 
 LONGEST_WAIT_S = 3.0
 LATE_INTERVALS, LATE_S = 3, 300
-"""A snapshot of histories is late after so many intervals and seconds, as in `SpringtideSnapshotOld`."""
+"""A snapshot of histories is late after this many intervals plus seconds, as in `SpringtideSnapshotOld`."""
 Text = tuple[str, str]
 
 
@@ -81,7 +81,7 @@ def kafka_lag(settings: Settings, connect: Callable[[Any], Topics] = Topics) -> 
             committed = topics.committed(kafka.group, kafka.clicks_topic)
             training = topics.ends(kafka.microbatches_topic)
     except SpringtideError as error:
-        # A broker that answers this exists: before `up` creates the topics there are none.
+        # UnknownTopic shows that the broker answers. Before `up` creates the topics, there are none.
         return {"answers": False, "problem": str(error), "away": not isinstance(error, UnknownTopic)}
     return {
         "answers": True,
@@ -89,7 +89,7 @@ def kafka_lag(settings: Settings, connect: Callable[[Any], Topics] = Topics) -> 
         "problem": "",
         "servers": kafka.bootstrap_servers,
         "clicks": sum(end for _, end in ends.values()),
-        # A group that has committed nothing is at the beginning.
+        # A group that has committed nothing starts at the beginning.
         "lag": sum(end - committed.get(partition, begin) for partition, (begin, end) in ends.items()),
         "training_log": sum(end for _, end in training.values()),
     }
@@ -103,7 +103,7 @@ def _kafka_text(kafka: Mapping[str, Any]) -> Text:
 
 
 def registry_state(settings: Settings, now_ms: int) -> dict[str, Any]:
-    """Returns newest version and control; if the registry cannot be read, the reason."""
+    """Returns the newest version and control, or the reason why the registry cannot be read."""
     try:
         registry = open_registry(settings)
         control = registry.control()
@@ -116,10 +116,10 @@ def registry_state(settings: Settings, now_ms: int) -> dict[str, Any]:
         "problem": "",
         "versions": len(numbers),
         "newest": newest.version if newest else None,
-        # A version can be newer than `now_ms`, the start of the command.
         # The trainer of a copy is on another host.
         "trainer": "" if registry.directory.is_copy else trainer_of(registry.path),
         "standbys": standbys(registry.path, now_ms / 1000),
+        # A version can be newer than `now_ms`, the start of the command.
         "newest_age_s": max(0, now_ms - newest.created_at_ms) / 1000 if newest else None,
         "control": control
         and {
@@ -190,7 +190,7 @@ def held_text(held: Mapping[str, Any]) -> Text:
 
 
 def privacy_budget(settings: Settings) -> dict[str, Any] | None:
-    """Returns what the trainer's ledger reports as spent and left; None without a budget or a readable ledger."""
+    """Returns the spent and remaining budget in the trainer's ledger; None without a budget or a readable ledger."""
     try:
         ledger = privacy_ledger.read(settings.privacy_ledger_path)
     except (SpringtideError, OSError):
@@ -201,7 +201,7 @@ def privacy_budget(settings: Settings) -> dict[str, Any] | None:
 
 
 def privacy_document(ledger: PrivacyLedger, periods: int) -> dict[str, Any]:
-    """Returns what is spent and left of a budget for so many periods."""
+    """Returns the spent and the remaining part of a budget for this many periods."""
     return {
         "unit": ledger.unit,
         "epsilon": ledger.epsilon,

@@ -89,7 +89,7 @@ def _looked(condition: Condition, settings: Settings) -> str:
     try:
         return condition.missing(settings)
     except SpringtideError as error:
-        # It may come yet: the loop may just be starting.
+        # The loop may still be starting, so keep waiting.
         return str(error)
 
 
@@ -222,7 +222,7 @@ EPILOG = (
     "condition holds; 1 something is wrong, or the condition timed out; 2 wrong use."
 )
 
-# Process -> (what it is called here, its series). Counters and labelled series are summed.
+# Process -> (name here, series). Counters and labelled series are summed.
 FIGURES: Mapping[str, Sequence[tuple[str, str]]] = {
     "stream": (
         ("clicks", "springtide_stream_events_total"),
@@ -275,7 +275,7 @@ def processes(scrapes: Mapping[str, Scrape], up_s: Mapping[str, float]) -> dict[
 
 def _figure(scraped: Scrape, series: str) -> float | None:
     found = scraped.total(series)
-    # A counter with labels offers nothing before its first event.
+    # A counter with labels has no series before its first event.
     return 0.0 if found is None and series.endswith("_total") else found
 
 

@@ -1,1 +1,1 @@
-"""Scores Springtide on recorded clicks next to simple baselines: each click is predicted first and learned afterwards."""
+"""Scores Springtide and simple baselines on recorded clicks: each click is predicted first and learned afterwards."""

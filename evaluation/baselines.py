@@ -8,13 +8,13 @@ Next item (`ItemBaseline`), for one request at a time:
     own items              the user's items: each event counts 1 / sqrt(k), k = 1 for the newest
     item-kNN               cosine of decayed co-visits with the user's latest items
 
-Next category (`CategoryBaseline`), for the rows of a record: popular so far, popular now (1h), previous category
-(and the ones before it, newest first).
+Next category (`CategoryBaseline`), for the rows of a record: popular so far, popular now (1h), and previous category
+(followed by the ones before it, newest first).
 
 Engagement (`click_rates`): the click rate so far, and the decayed click rate of the item.
 
-Decayed counts never shrink: a click weighs 2 ** ((time - begin) / half-life), which keeps the order of items. All
-weights are divided when they become too large.
+Stored counts are not decayed. Instead, a click weighs 2 ** ((time - begin) / half-life), which gives the same order of
+items. All weights are divided when they become too large.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ U64 = NDArray[np.uint64]
 HOUR_MS = 3_600_000
 HALF_LIVES_MS = {"30m": HOUR_MS // 2, "6h": 6 * HOUR_MS, "1d": 24 * HOUR_MS}
 LISTED = 1024
-"""Items in the ordered list of a popularity; for a category an eighth of it."""
+"""Items in the ordered list of a popularity baseline; an eighth of it for a category."""
 LARGEST_EXPONENT = 256.0
 REMEMBERED = 256
 COVISITED, NEIGHBOURS = 5, 128
-"""Earlier items of the user that a click counts as co-visits, and co-visited items kept per item."""
+"""Number of the user's earlier items that count as co-visits of a click, and of co-visited items kept per item."""
 ASKED_ITEMS, FALLING = 10, 0.8
-"""Latest items of a user whose neighbours are proposed, and the weight of each relative to the one before."""
+"""Number of a user's latest items whose neighbours are proposed, and the weight of each relative to the newer one."""
 
 
 @dataclass(slots=True)
@@ -209,8 +209,8 @@ class OwnItems:
 class ItemNeighbours:
     """Items that users clicked next to the user's latest items.
 
-    The similarity of items i and j is w(i, j) / sqrt(w(i) w(j)), where w(i, j) sums the decayed co-visits and w(i)
-    the decayed clicks (item-based collaborative filtering, Sarwar et al. 2001, with decay).
+    The similarity of items i and j is w(i, j) / sqrt(w(i) w(j)). w(i, j) is the sum of the decayed co-visits, and w(i)
+    the sum of the decayed clicks (item-based collaborative filtering, Sarwar et al. 2001, with decay).
     """
 
     name = "item-kNN"
@@ -269,7 +269,7 @@ class CategoryRows(NamedTuple):
     """t rows whose category is predicted, in the order of the log.
 
     Attributes:
-        category: `[t]` int64, the number of what was clicked, counted from 0 in order of appearance.
+        category: `[t]` int64, the number of the clicked category, counted from 0 in order of appearance.
         recent: `[t, 5]` int64, numbers of the user's latest categories, newest first; -1 pads.
     """
 
@@ -308,7 +308,7 @@ class PopularCategories:
 def _popular(
     category: I64, at_ms: I64, counts: F64, state: F64, half_life_ms: float, rank: I32, log_share: F64, candidates: I32
 ) -> None:
-    """`state` has the sum of the counts, the begin of time, and how many categories have a count."""
+    """`state` has the sum of the counts, the start time, and the number of categories with a count."""
     for row in range(category.shape[0]):
         mine, known = category[row], np.int64(state[2])
         count = counts[mine]
@@ -340,7 +340,7 @@ def _popular(
 
 
 class PreviousCategories:
-    """The user's latest categories, newest first. The share of each place is how often it was right so far."""
+    """The user's latest categories, newest first. The share of each rank is how often it was right so far."""
 
     name = "previous category"
 

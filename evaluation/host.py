@@ -1,4 +1,4 @@
-"""One serving host in this process: the stores that the applier writes, and the code by which a worker recommends."""
+"""One serving host in this process: the stores that the applier writes, and a worker's recommendation code."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KEPT_VERSIONS = 2
 
 
 class ServingHost:
-    """The stores of one host, in its own `paths.state`, and what answers from them. Used by one thread."""
+    """The stores of one host, in its own `paths.state`, and the code that answers from them. Used by one thread."""
 
     def __init__(
         self,
@@ -85,8 +85,8 @@ class ServingHost:
     def serve(self, tensors: Mapping[str, Any], whole: bool = False) -> None:
         """Applies the next version; answers use it from now on.
 
-        `tensors` is its content, as in a registry. `whole`: it is a base and not the changes since the version
-        before.
+        `tensors` is its content, as in a registry. If `whole` is True, it is a base instead of the changes since the
+        previous version.
         """
         parent, self._version = self._version, self._version + 1
         manifest = Manifest(
@@ -117,7 +117,7 @@ class ServingHost:
     def recommend(
         self, user: int, at_ms: int, wanted: WantedItems, context: Mapping[str, str] = MappingProxyType({})
     ) -> Recommendations:
-        """Returns what a worker answers to `/v1/recommendations` for a pseudonym at a time."""
+        """Returns a worker's answer to `/v1/recommendations` for a pseudonym at a time."""
         query = Query(str(user), context=context, at_ms=at_ms)
         wanted = wanted._replace(per_category=self._per_category)
         return finished(recommend(self.predictor, self.sources, query, wanted, self._impressions))

@@ -1,9 +1,9 @@
 """Figures with 95 % confidence intervals, and their paired differences. Pure.
 
-Clicks of one user are not independent, so the variance of a figure is a sum over users: the squared sums of their
-influences, times u / (u - 1) for u users. The influence of a row is how much the figure changes with the row's
-weight. For a mean this is the delta method of Deng, Knoblich and Lu (2018), for an AUC the method of DeLong et al.
-(1988) with the clusters of Obuchowski (1997). A paired difference has the difference of the influences.
+Clicks of one user are not independent. So the variance of a figure is a sum over users: the squared sums of their
+influences, times u / (u - 1) for u users. The influence of a row is how much the figure changes with the row's weight.
+For a mean this is the delta method of Deng, Knoblich and Lu (2018). For an AUC it is the method of DeLong et al. (1988)
+with the clusters of Obuchowski (1997). The influences of a paired difference are the differences of the influences.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Progressive validation: each click is predicted by what was learned from the clicks before it, then learned.
+"""Progressive validation: each click is predicted from the clicks before it, and then learned.
 
 For each record of the training log, in order:
 
-1. Before each sampled click, the clicks before it go into the serving host's histories, the changes of the trainer
-   into its rows, and the host recommends items. The baselines have learned the same clicks.
+1. Before each sampled click, the earlier clicks are added to the serving host's histories, and the changes of the
+   trainer to its rows. Then the host recommends items. The baselines have learned the same clicks.
 2. The trainer scores all rows of the record and then learns them. The baselines of interests and engagement predict
    and learn the rows one after another.
 
@@ -66,7 +66,7 @@ class Plan(NamedTuple):
 
     Attributes:
         begin: Offset of the first evaluated event; earlier ones are only learned.
-        every: About one evaluated click in so many is a request for recommendations; 0 for none.
+        every: About one in `every` evaluated clicks is a request for recommendations; 0 for none.
     """
 
     begin: int = 0
@@ -120,7 +120,7 @@ class Asked(NamedTuple):
     Attributes:
         seen: Whether the user had an event with the clicked item before.
         history: Number of the user's clicks before.
-        ranks: By predictor the place of the clicked item in the list, from 0; ABSENT if it is not in it.
+        ranks: By predictor, the rank of the clicked item in the list, from 0; ABSENT if the list lacks it.
         unseen_ranks: Likewise for lists without items that the user has seen; empty if the item was seen.
         candidate: The source that proposed the clicked item to the ranking; empty if none did.
         hit: The source of the clicked item in our list; empty without a hit.
@@ -140,7 +140,10 @@ class Asked(NamedTuple):
 
 @dataclass
 class Lists:
-    """The recommended lists of one kind of request: `items` by predictor; `listed` and ranked `candidates` by source."""
+    """The recommended lists of one kind of request.
+
+    `items` are by predictor; `listed` and ranked `candidates` are by source.
+    """
 
     items: dict[str, set[int]] = field(default_factory=dict)
     listed: Counter[str] = field(default_factory=Counter)
@@ -308,7 +311,7 @@ class ProgressiveValidation:
             interests.scores.setdefault(baseline.name, []).append(scored)
 
     def _scored(self, name: str, predicted: CategoryPrediction, known: Flags, categories: int) -> F64:
-        """Returns INTERESTS of each row; a category that is no candidate costs the same as for the model."""
+        """Returns INTERESTS of each row; a category that is not a candidate costs the same as for the model."""
         sums = self._sums[name]
         recent = sums[1:]
         without = recent[:, SUMS.index("rows")] - recent[:, _OFFERED]

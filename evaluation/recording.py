@@ -3,7 +3,7 @@
     files      -> recorded_batches -> Parser ┐
     synthetic  -> encode           -> Parser ┴> events -> windows, labels (the stream's code) -> micro-batches
 
-A live stream ends a record after `stream.cut_ms`, so at recorded rates of one click in some seconds a live record
+A live stream ends a record after `stream.cut_ms`. So at recorded rates of one click every few seconds, a live record
 has one row.
 """
 
@@ -52,7 +52,7 @@ SYNTHETIC_TOPIC = "5e" * 16
 
 
 class RecordLimits(NamedTuple):
-    """Where a record of the training log ends: after `rows` clicks or `span_s` of log time, whichever comes first."""
+    """The limits of a training log record: it ends after `rows` clicks or `span_s` of log time, whichever is first."""
 
     rows: int = 512
     span_s: float = 300.0
@@ -176,7 +176,9 @@ class KnownFields(NamedTuple):
 
 @contextmanager
 def open_attributes(settings: Settings, files: Sequence[AttributeFiles]) -> Iterator[KnownFields | None]:
-    """Yields the attributes in files, unknown ones for other users and items; None if `[attributes]` names no topic.
+    """Yields the attributes in files; None if `[attributes]` names no topic.
+
+    Attributes of users and items that are not in the files are unknown.
 
     Raises:
         SettingsError: The columns do not fit.
@@ -211,9 +213,9 @@ def micro_batches(
     attributes: KnownFields | None = None,
     batches: Sequence[EventBatch] | None = None,
 ) -> Iterator[Iterator[MicroBatch]]:
-    """Yields an iterator over the records of the training log, made by the stream's code from empty histories.
+    """Yields an iterator over the records of the training log, computed by the stream's code from empty histories.
 
-    `batches` are the first ones of the recording; by default all.
+    `batches` limits it to the first batches of the recording; by default it uses all.
     """
     with tempfile.TemporaryDirectory(prefix="springtide-evaluate-") as folder:
         store = HistoryStore(Path(folder), spec.history, settings.stream.map_gb << 30)

@@ -1,4 +1,4 @@
-"""The result of an evaluation: as a document for JSON, and as tables for people."""
+"""The result of an evaluation, as a JSON document and as text tables."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ NAMES = {"top1": "top-1", "top5": "top-5", "log_loss": "log loss", "auc": "AUC",
 
 
 class Source(msgspec.Struct, frozen=True):
-    """What one source of candidates contributed to Springtide's lists.
+    """The contribution of one candidate source to Springtide's lists.
 
     Attributes:
         candidates: Items that it proposed to the ranking; each item counts for one source.
-        found: Clicked items among them.
-        listed: Recommended items of it.
-        hits: Clicked items among them.
+        found: Clicked items among the candidates.
+        listed: Recommended items of this source.
+        hits: Clicked items among the recommended ones.
     """
 
     candidates: int
@@ -58,13 +58,13 @@ class Period(msgspec.Struct, frozen=True):
 
 
 class Evaluation(msgspec.Struct, frozen=True):
-    """The result of one run; the first table of each kind is of all evaluated rows.
+    """The result of one run; the first table of each kind covers all evaluated rows.
 
-    `sources` has what each source contributed to the first table of recommendations. `unseen_sources` is the same
+    `sources` has the contribution of each source to the first table of recommendations. `unseen_sources` is the same
     for lists without items that the user has seen.
 
     Attributes:
-        recording: What was read: names, counts of events, users, items, categories and refused records, and times.
+        recording: The input: names, counts of events, users, items, categories and refused records, and times.
         evaluated: The evaluated part: its first and last time, and its number of events.
     """
 
@@ -86,7 +86,7 @@ def joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
 
 
 def interests_tables(interests: Interests) -> list[Table]:
-    """Tables of the next category: all evaluated rows, users with earlier clicks, and all rows if some only trained."""
+    """Tables of the next category: evaluated rows, users with earlier clicks, all rows if some were only learned."""
     if not interests.users:
         return []
     users, evaluated, known = (joined(part) for part in (interests.users, interests.evaluated, interests.known))
@@ -109,7 +109,7 @@ def interests_tables(interests: Interests) -> list[Table]:
 
 
 def engagement_tables(engagements: Engagements) -> list[Table]:
-    """Tables of labelled rows: the evaluated ones, and all if some only trained."""
+    """Tables of labelled rows: the evaluated ones, and all if some were only learned."""
     if not engagements.users:
         return []
     users, evaluated, clicked = (
@@ -141,7 +141,7 @@ def engagement_estimates(predicted: F64, clicked: Flags) -> dict[str, Estimate]:
 
 
 def rank_estimates(ranks: I64) -> dict[str, Estimate]:
-    """Recall, MRR and NDCG for `[n]` places of the clicked item, from 0; negative where it is not in the list.
+    """Recall, MRR and NDCG for `[n]` ranks of the clicked item, from 0; negative where it is not in the list.
 
     >>> {name: round(one.value, 3) for name, one in rank_estimates(np.array([0, 2, -1, 15])).items()}
     {'recall@10': 0.5, 'recall@20': 0.75, 'mrr': 0.349, 'ndcg@20': 0.436}
@@ -156,7 +156,7 @@ def rank_estimates(ranks: I64) -> dict[str, Estimate]:
 
 
 def recommendation_tables(asked: Sequence[Asked]) -> list[Table]:
-    """Tables of the next item: all requests, items that are new to the user, and by the length of the user's history."""
+    """Tables of the next item: all requests, items new to the user, and by the length of the user's history."""
     new = [one for one in asked if not one.seen]
     groups: list[tuple[str, Sequence[Asked], Callable[[Asked], dict[str, int]]]] = [
         ("all clicks", asked, lambda one: one.ranks),
@@ -188,10 +188,10 @@ def with_coverage(shown: Table, lists: Lists, items: int) -> Table:
 
 
 def sources_of(lists: Lists, found: Sequence[str], hits: Sequence[str]) -> dict[str, Source]:
-    """Returns what each source contributed, the one with most hits first.
+    """Returns the contribution of each source, the one with most hits first.
 
-    `found` and `hits` have, by request, the source that proposed the clicked item, and its source in the list; empty
-    without one.
+    `found` has, by request, the source that proposed the clicked item, and `hits` the item's source in the list. Both
+    are empty for a request without such a source.
     """
     names = {**lists.listed, **lists.candidates}
     sources = {
@@ -257,7 +257,7 @@ def _add_means(
 
 
 def as_text(evaluation: Evaluation) -> str:
-    """The tables for people."""
+    """The tables as text."""
     recording, evaluated, options = evaluation.recording, evaluation.evaluated, evaluation.options
     lines = [
         f"{recording['source']}: {recording['events']:,} events of {recording['users']:,} users, "

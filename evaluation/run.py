@@ -1,4 +1,4 @@
-"""One evaluation: reads the recording, makes a new model as a bootstrap would, and passes over all records once."""
+"""One evaluation: reads the recording, creates a new model as a bootstrap would, and passes over all records once."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ DECIDING = ("events.", "features.", "labels.", "model.", "trainer.")
 
 
 class Wanted(NamedTuple):
-    """What to evaluate.
+    """The events to evaluate.
 
     Attributes:
-        last: Only the last so many events are evaluated; None for all.
-        from_ms: Only events from this time on; None for all.
-        requests: About so many clicks are requests for recommendations; 0 for none.
+        last: The number of last events to evaluate; None for all.
+        from_ms: The time of the first event to evaluate; None for all.
+        requests: Approximate number of clicks that are requests for recommendations; 0 for none.
     """
 
     last: int | None = None
@@ -80,7 +80,7 @@ def begin_of(events: RecordedEvents, wanted: Wanted) -> int:
 def analyse(
     settings: Settings, spec: FeatureSpec, events: RecordedEvents, attributes: KnownFields | None
 ) -> Preprocessing:
-    """The preprocessing with the feature constants of the first `bootstrap.sample_rows` rows, as a bootstrap finds them."""
+    """The preprocessing with the feature constants that a bootstrap finds in the first `bootstrap.sample_rows` rows."""
     first = list[EventBatch]()
     for batch in events.batches:
         if sum(map(len, first)) >= settings.bootstrap.sample_rows:
@@ -92,7 +92,7 @@ def analyse(
 
 def preprocessing_for(features: Iterable[NDArray[Any]], settings: Settings) -> Preprocessing:
     """The preprocessing with the feature constants of some rows, `[n, F]` uint16 each."""
-    # Threads are fixed before TensorFlow's first operation, which the analysis is.
+    # Sets the threads before TensorFlow's first operation, which is the analysis.
     prepare(settings.trainer.device, settings.trainer.threads)
     with tempfile.TemporaryDirectory(prefix="springtide-analysis-") as folder:
         analysed(features, load_preprocessing(settings.model.preprocessing, settings.model), Path(folder))
@@ -110,8 +110,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluates a recording; nothing is written to the directories of `settings`.
 
-    `limits` says where records ended when it was read. `stopped` ends the pass early; the result is of the events
-    until then.
+    `limits` are the record limits with which the recording was read. `stopped` ends the pass early; the result then
+    covers the events up to that point.
 
     Raises:
         SettingsError: Nothing can be evaluated.
@@ -159,7 +159,7 @@ def learn_all(
     progress: ProgressLine,
     stopped: threading.Event,
 ) -> tuple[int, float]:
-    """Predicts and learns all records, or those before `stopped`; returns their number of events, and the time in s."""
+    """Predicts and learns all records, or those before `stopped`; returns their number of events and the time in s."""
     began_s, done = time.monotonic(), 0
 
     def line() -> str:

@@ -34,7 +34,7 @@ class Refused(ClientError):
     Args:
         status: HTTP status code.
         where: The part of the request at fault, if there is one: a parameter, or a JSON pointer into the body.
-        retry_after_s: When the worker asks to retry, in seconds; None if it does not say.
+        retry_after_s: The wait in seconds that the worker requests before a retry; None if it requests none.
     """
 
     def __init__(

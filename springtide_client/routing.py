@@ -1,8 +1,8 @@
-"""Routes of a client that sends requests to the hosts that hold their users, as far as it knows them.
+"""Routes the requests of a client to the hosts that hold the users, if the client has learned them.
 
-The share of a user is known to servers only, because pseudonyms have a secret salt. A server reports it with an answer
-that is asked for it, and the client remembers it. Requests about other users go to the client's own address, and are
-forwarded from there.
+Only servers can compute the share of a user, because pseudonyms have a secret salt. On request, a server reports the
+share with its answer, and the client remembers it. Requests about other users go to the client's own address, which
+forwards them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from springtide_client.answers import ServingHost
 
 SHARE = "springtide-share"
-"""Header that asks for the shares of the users of a request, and reports them."""
+"""Header that requests the shares of the users of a request; the response has it with the shares."""
 TABLE_S = 5.0
 """How old the table of hosts may be."""
 AVOIDED_S = 30.0
@@ -23,7 +23,7 @@ MOST_USERS = 200_000
 
 
 class Routes:
-    """What a client knows of hosts and users. Used in one event loop."""
+    """The hosts and users' shares that a client has learned. Used in one event loop."""
 
     def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
         self._clock_s = clock_s

@@ -10,7 +10,7 @@ from state.positions import COUNTED, MOST_LEARNED, Source
 
 @dataclass(frozen=True)
 class StreamAccount:
-    """What the stream has committed, for one source or summed over sources: the outcomes of `Range`, and offsets passed."""
+    """The committed counts of the stream, for one source or all: the outcomes of `Range`, and the offsets passed."""
 
     positions: int
     rows: int
@@ -45,7 +45,7 @@ class StreamAccount:
 
 @dataclass(frozen=True)
 class TrainerAccount:
-    """What the trainer did with the rows of the micro-batch log.
+    """The trainer's counts of the rows of the micro-batch log, by outcome.
 
     Attributes:
         rows: Rows in the log, including duplicates written again after a crash.
@@ -70,7 +70,7 @@ class TrainerAccount:
 
 @dataclass(frozen=True)
 class BrokerAccount:
-    """The stream's next offset in one source, the first offset that the broker keeps, and the one after its last record."""
+    """The stream's next offset in one source, and the broker's first retained offset and end offset."""
 
     source: Source
     next: int
@@ -94,8 +94,8 @@ def check_accounts(
     1. In the stream each offset has one outcome.
     2. In the trainer each row of the log has one outcome.
     3. The stream's rows equal the log's rows without duplicates: no row was lost in between, and none arrived twice. If
-       the trainer accepted a gap, at most the rows of that many positions may be missing: one each, or `MOST_LEARNED`
-       each where impressions wait.
+       the trainer accepted a gap, the rows of its positions may be missing: at most one per position, or `MOST_LEARNED`
+       per position if impressions wait.
     4. The broker still has every unread offset, and its end is not before the stream's position.
     5. Each opened impression was joined, expired or dropped, or is one of the `waiting` ones, which are counted
        independently.

@@ -1,21 +1,21 @@
 """The churn model's contract between trainer and serving: its moments, its inputs, and its tensors in a version.
 
-**Moments.** A user has churned at a moment if no event follows within the span. After each event come moments, up to
-the user's next event: the first is drawn at random, the others follow one stride apart. So each user is sampled once a
-stride, at any time of day, and mostly not at a click.
+**Moments.** A user has churned at a moment if no event follows within the span. Moments follow each event, up to the
+user's next event. The first moment is drawn at random, and the others follow one stride apart. So each user is sampled
+once per stride, at any time of day, and mostly not at a click.
 
-**Inputs.** The windows before a user's latest event, that event's action, and its age. The windows are the row's own,
-bit for bit, at whatever moment churn is asked: only the age grows.
+**Inputs.** The windows before a user's latest event, that event's action, and its age. At every moment the windows are
+the row's own, bit for bit; only the age grows.
 
 1. A constant.
-2. The windows of the user, without those of single categories: counts as log(1 + n), recencies and gaps as they are, in
+2. The windows of the user, without those of single categories: counts as log(1 + n); recencies and gaps unchanged, in
    octaves.
 3. The action of the latest event, one-hot.
 4. The age: its logarithm, the square of the logarithm, and its share of the longest age.
 5. The logarithm of the age times the features that measure how often the user comes: gaps, sessions, days.
 
-**Tensors.** A version has them once enough was learned. Serving's store keeps them next to the dense weights, under
-names that no dense weight has.
+**Tensors.** A version contains them once enough rows were learned. Serving's store keeps them with the dense weights,
+under names that no dense weight has.
 
     churn.about    `[3]` int64: the code of the inputs, the span in ms, the digest of the inputs
     churn.weights  `[2 + I]` float64: slope and intercept of the calibration, then a weight for each input
@@ -36,7 +36,7 @@ from state.features.ages import DAY_MS
 from state.features.spec import FeatureSpec
 
 MOST_STRIDES = 64
-"""Most moments after one event. It bounds their number where a short span meets a long window."""
+"""Maximum number of moments after one event. It bounds their number for a short span and a long window."""
 
 
 class Horizon(NamedTuple):
@@ -45,7 +45,7 @@ class Horizon(NamedTuple):
     Attributes:
         span_ms: The time without an event that counts as churn.
         stride_ms: The time between two moments of one user.
-        reach_ms: The age from which on nothing is learned or answered.
+        reach_ms: The age at and beyond which churn is neither learned nor predicted.
     """
 
     span_ms: int
@@ -61,7 +61,7 @@ class Horizon(NamedTuple):
 
 
 CODE = 1
-"""Raise this when the same row gives other inputs, or when training uses other inputs."""
+"""Increment this when the same row gives other inputs, or when training uses other inputs."""
 
 F64 = NDArray[np.float64]
 U16 = NDArray[np.uint16]

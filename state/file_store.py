@@ -2,8 +2,8 @@
 
 A file is complete or absent. `DirectoryStore` writes a temporary file, syncs it, renames or links it, and syncs the
 directory. `ObjectStore` is an S3 (or compatible) bucket, Google Cloud Storage or Azure; an object is durable once the
-store confirms it. Each operation is one request with a time limit, except lists of more than a thousand names, and
-files larger than `PART_BYTES`, which are sent in parts. The caller decides whether to retry a failed request.
+store confirms it. Each operation is one request with a time limit. Exceptions are lists of more than a thousand names,
+and files larger than `PART_BYTES`, which are sent in parts. The caller decides whether to retry a failed request.
 """
 
 from __future__ import annotations
@@ -38,14 +38,17 @@ Answer = TypeVar("Answer")
 
 
 class FileStore(Protocol):
-    """A file store. Its `name` is for messages. Names of files are relative paths with `/` between their parts. Any thread may call."""
+    """A file store. Thread-safe.
+
+    Its `name` is for messages. Names of files are relative paths with `/` between their parts.
+    """
 
     name: str
 
     def names(self, folder: str) -> list[str]:
         """The names of all files below `folder`, relative to it, ascending; empty if there is no such folder.
 
-        Like every other method it raises `UnusablePlace` if the request failed.
+        Like every other method, it raises `UnusablePlace` if the request failed.
         """
         ...
 
@@ -56,7 +59,7 @@ class FileStore(Protocol):
     def write(self, name: str, data: bytes) -> None:
         """Creates or replaces a file as a whole; durable when this returns.
 
-        If it fails, the file is unchanged, or new if only the response was lost.
+        If it fails, the file is unchanged; or it has the new content, if only the response was lost.
         """
         ...
 
@@ -72,11 +75,13 @@ class FileStore(Protocol):
         ...
 
     def swap(self, name: str, data: bytes, tag: str) -> str:
-        """Replaces a file whose tag is still `tag`, or creates it if `tag` is empty. Of concurrent callers one succeeds.
+        """Replaces a file whose tag is still `tag`, or creates it if `tag` is empty.
+
+        Of concurrent callers, one succeeds.
 
         Returns:
-            The new tag; empty if the file has another tag, and is unchanged. A caller that retries after a lost response may
-            find its own content.
+            The new tag; empty if the file has another tag and is unchanged. A caller that retries after a lost response
+            may find its own content.
         """
         ...
 
@@ -151,7 +156,7 @@ class DirectoryStore:
         return data, durable.digest(data)
 
     def swap(self, name: str, data: bytes, tag: str) -> str:
-        """See `FileStore`. A lock file next to the file excludes others, also while its holder is frozen."""
+        """See `FileStore`. A lock file next to the file excludes other callers, even while its holder is frozen."""
         with usable(self.name, f"write {name}"):
             path = self._with_folder(name)
             handle = os.open(path.with_name(f"{path.name}~lock"), os.O_RDWR | os.O_CREAT, 0o600)
@@ -180,12 +185,12 @@ class DirectoryStore:
 class ObjectStore:
     """A folder of an object store, such as `s3://bucket/folder`. See `FileStore`.
 
-    Credentials and region for S3 are found as AWS's own tools find them: in the environment, a profile, or the
-    machine's role. Without credentials, or if the URL names no store, it raises `UnusablePlace`.
+    Credentials and region for S3 come from the same sources as in AWS's own tools: the environment, a profile, or the
+    machine's role. It raises `UnusablePlace` without credentials, or if the URL names no store.
     """
 
     def __init__(self, url: str) -> None:
-        # Only deployments with an object store need its client and that of AWS.
+        # Imported here, because only deployments with an object store need its client and the AWS client.
         from obstore.store import from_url
 
         self.name = without_password(url)
@@ -274,7 +279,7 @@ class ObjectStore:
 
     @contextmanager
     def _reached(self, doing: str) -> Iterator[None]:
-        """Converts an error of the store's client, whatever its class, except for a missing file."""
+        """Converts every error of the store's client, except for a missing file."""
         try:
             yield
         except (FileNotFoundError, UnusablePlace):
@@ -294,7 +299,7 @@ class CountedStore:
         self.name = store.name
 
     def names(self, folder: str) -> list[str]:
-        """See `FileStore`. A store that lists a thousand names per request receives more requests than are counted."""
+        """See `FileStore`. A store that lists a thousand names per request may get more requests than are counted."""
         return self._counted("list", lambda: self._store.names(folder))
 
     def read(self, name: str) -> bytes:
@@ -353,7 +358,7 @@ def without_password(url: str) -> str:
 
 @contextmanager
 def usable(name: str, doing: str, failed: type[SpringtideError] = UnusablePlace) -> Iterator[None]:
-    """Converts an operating system error in the block to an error of class `failed`; FileNotFoundError passes unchanged.
+    """Converts an operating system error in the block to an error of class `failed`, except FileNotFoundError.
 
     `name` is the directory's name and `doing` the operation, for the message.
     """

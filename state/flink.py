@@ -64,7 +64,10 @@ def url(settings: Settings) -> str:
 
 
 class JobManager:
-    """The REST interface of one JobManager at `http://HOST:PORT`. Every method but `answers` raises `FlinkFailed` if it does not answer or refuses."""
+    """A client of one JobManager at `http://HOST:PORT`.
+
+    Every method except `answers` raises `FlinkFailed` if the JobManager does not answer, or refuses.
+    """
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -104,7 +107,7 @@ class JobManager:
         return str(failures[0]["stacktrace"]) if failures else ""
 
     def last_savepoint(self, job: str) -> str:
-        """The path of a job's newest savepoint, if no checkpoint followed, as in a job stopped with it; else empty."""
+        """The path of a job's newest savepoint if no checkpoint followed, as for a job stopped with it; else empty."""
         latest = self._ask(f"/jobs/{job}/checkpoints")["latest"]
         savepoint, checkpoint = latest["savepoint"], latest["completed"]
         if savepoint is None or (checkpoint is not None and checkpoint["id"] > savepoint["id"]):
@@ -113,7 +116,7 @@ class JobManager:
 
     def begin_savepoint(self, job: str) -> str:
         """Requests a savepoint after which the job is cancelled; returns the request's id."""
-        # Not `stop`: it asks the sources to end, which sources of portable jobs cannot do.
+        # Not `stop`, which asks the sources to end: sources of portable jobs cannot do that.
         return str(self._ask(f"/jobs/{job}/savepoints", {"cancel-job": True})["request-id"])
 
     def savepoint(self, job: str, request: str) -> str:

@@ -17,6 +17,6 @@ def ask(
             return int(answer.status), answer.read().decode()
     except urllib.error.HTTPError as refused:
         return refused.code, refused.read().decode("utf-8", "replace")
-    # HTTPException: the process died in the middle of its answer.
+    # HTTPException: the process died while it sent the response.
     except (OSError, ValueError, HTTPException) as problem:
         return 0, str(getattr(problem, "reason", problem))

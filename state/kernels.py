@@ -1,8 +1,8 @@
 """Compiles kernels before the processes that use them start: `python -m state.kernels [--all] [MODULE...]`.
 
 An installation runs it with `--all`, which compiles the kernels of all modules into `__pycache__` next to their source
-files, with one process for each core, four at most. An init container fills a shared cache, because its limit of
-processor time is higher than that of the other containers.
+files. It uses one process per core, four at most. An init container fills a shared cache, because its CPU limit is
+higher than that of the other containers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ USED = (
 """The modules with kernels that serving and the stream use."""
 ALL = "--all"
 MOST_PROCESSES = 4
-"""Of `--all`: each imports TensorFlow, and the largest kernel takes as long as a quarter of all."""
+"""Maximum number of processes of `--all`. Each imports TensorFlow; the largest kernel takes a quarter of all time."""
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("state", "streaming", "trainer", "deploy", "evaluation")
 DECLARES = re.compile(r"^@compiled(_sums)?\(", re.MULTILINE)
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if ALL in words:
         words = modules()
         command = [sys.executable, "-m", "state.kernels", *words]
-        # They share the work like all processes; only this one reports progress.
+        # The child processes share the work; only this process reports progress.
         others = [
             subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
             for _ in range(1, min(MOST_PROCESSES, os.cpu_count() or 1))

@@ -32,7 +32,7 @@
     │   └── attributes/                                           state/attributes/store.py
     ├── serving/                 the applier's lock
     │   ├── rows                 a link to the rows, in memory    state/disk/memory_place.py, state/rows/store.py
-    │   ├── rows.disk/           the rows if memory has no room
+    │   ├── rows.disk/           the rows if memory has no space
     │   ├── histories attributes/   as for the stream
     │   ├── segments/            members of segments              state/segments/members.py
     │   ├── lookalikes/          the newest list for each segment state/segments/lookalikes.py
@@ -43,10 +43,11 @@
     ├── exports/<version>/       SavedModels, or at `export.directory`     trainer/exporting/saved_model.py
     ├── validation/              place.json, windows/<log time>.pb         deploy/validation/process.py
     ├── experiments/<name>/      comparison.json                           state/experiments/comparison.py
-    │   ├── registry/            its own registry; besides versions and control as above:
-    │   │   ├── past.json        what its trainer learns first    state/experiments/past.py
+    │   ├── registry/            its own registry, with versions and control as above, and:
+    │   │   ├── past.json        the past clicks that its trainer learns first    state/experiments/past.py
     │   │   ├── past-*/          histories of past clicks, while it learns them   streaming/past.py
-    │   │   └── losses/          of rows, while an experiment runs, also in the live registry   state/experiments/comparison.py
+    │   │   └── losses/          losses of rows, while an experiment runs, also in the live registry
+    │   │                        state/experiments/comparison.py
     │   └── host/                its own serving, while its rollout runs   deploy/experiments/host.py
     ├── replay/<key>/            lock, journal                    deploy/replaying/recording.py
     ├── kafka/                   broker.lock, data; or at `paths.kafka`        deploy/kafka/broker.py

@@ -21,7 +21,7 @@ TOLERANCE = 1e-4
 """Largest difference between LiteRT and TensorFlow, relative to 1 + TensorFlow's value."""
 
 ROWS_TOLERANCE = 1e-5
-"""Largest difference between a row alone and in a batch, likewise: batch kernels sum in another order."""
+"""Largest difference between a row alone and in a batch, likewise relative: batch kernels sum in another order."""
 
 
 def argument(name: str) -> str:
@@ -70,7 +70,7 @@ def run_lowered(content: bytes, signature: str, inputs: Mapping[str, Any]) -> di
     """Runs one signature of a program once; returns its outputs."""
     from ai_edge_litert.interpreter import Interpreter
 
-    # A runner does not keep its interpreter alive, so hold a reference.
+    # A runner does not keep its interpreter alive, so this holds a reference.
     interpreter = Interpreter(model_content=content, num_threads=1)
     outputs: dict[str, F32] = interpreter.get_signature_runner(signature)(**inputs)
     return outputs

@@ -41,7 +41,7 @@ BEGAN = "Time at which this process began to count, in seconds since 1970; with 
 ROWS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
-# Each counter and histogram would have one more series, which is not used.
+# Otherwise each counter and histogram would have an additional unused series.
 disable_created_metrics()
 
 
@@ -56,7 +56,7 @@ class _Declared(NamedTuple):
 
 
 def counter(text: str, *labels: str, name: str = "") -> Counter:
-    """Declares a counter; without `name` it is called like its attribute, after the prefix of its class. Likewise below."""
+    """Declares a counter. Without `name`, its name is its class's prefix and the attribute's name; likewise below."""
     return cast(Counter, _Declared(Counter, name, text, labels))
 
 
@@ -84,7 +84,7 @@ def histogram(text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
 class Metrics:
     """The metrics of one process in a registry, as its class declares them; also sets `began`, if declared.
 
-    `prefix` is what the names of its metrics begin with.
+    `prefix` is the prefix of the names of its metrics.
     """
 
     prefix: ClassVar[str]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from state.user_shares import SHARES
 
-UNPLACED = ("joined", "expired", "dropped")  # they have no offsets of their own
+UNPLACED = ("joined", "expired", "dropped")  # outcomes without their own offsets
 # Included only if not 0.
 RARE = ("gap", "opened", "feedback", "joined", "expired", "dropped", "masked", "elsewhere")
 MOST_LEARNED = 17  # rows at one position: its own or one it joins, and twice `MOST_EXPIRED` of streaming/labels.py
@@ -108,18 +108,18 @@ class Range:
         source: The source.
         first: The first offset.
         next: The offset after the last one.
-        rows: How many became rows.
-        dead: How many went to the dead letters.
-        filtered: How many were left out on purpose (too old, a tombstone).
-        absent: How many have no record: transaction markers, aborted, compacted.
-        gap: How many were deleted before they were read, a loss that an operator accepted.
-        opened: How many are impressions whose label comes later.
-        feedback: How many are outcomes, which update only the histories.
-        joined: Earlier impressions that outcomes here labelled: rows without an offset of their own.
-        expired: Earlier impressions whose wait ended here: likewise.
-        dropped: How many of `opened` could not wait.
-        masked: How many the mask of the control file left out.
-        elsewhere: How many belong to users of other buckets. Offsets without a user count in the first bucket.
+        rows: Offsets that became rows.
+        dead: Offsets whose records became dead letters.
+        filtered: Offsets left out on purpose (too old, a tombstone).
+        absent: Offsets without a record: transaction markers, aborted, compacted.
+        gap: Offsets deleted before they were read, a loss that an operator accepted.
+        opened: Offsets of impressions whose label comes later.
+        feedback: Offsets of outcomes, which update only the histories.
+        joined: Earlier impressions that outcomes in this range labelled: rows without an offset of their own.
+        expired: Earlier impressions whose wait ended in this range: likewise.
+        dropped: Impressions among `opened` that could not wait.
+        masked: Offsets left out by the mask of control.
+        elsewhere: Offsets of users of other buckets. Offsets without a user count in the first bucket.
     """
 
     source: Source
@@ -164,7 +164,7 @@ COUNTED = tuple(one.name for one in fields(Range))[3:]
 
 
 def merge_ranges(earlier: Range, later: Range) -> Range:
-    """Merges two adjacent ranges of a source; ValueError if the sources differ, or `later` does not begin where `earlier` ends."""
+    """Merges two adjacent ranges of a source; ValueError if the sources differ or the ranges are not adjacent."""
     if earlier.source != later.source or earlier.next != later.first:
         raise ValueError(
             f"[{earlier.first}, {earlier.next}) of {earlier.source} and "
@@ -181,11 +181,11 @@ def merge_ranges(earlier: Range, later: Range) -> Range:
 def split_range(
     whole: Range, at: int, rows_before: int, others: Mapping[str, int] | None = None
 ) -> tuple[Range, Range]:
-    """Splits `whole` before offset `at`, with `rows_before` of its rows in the first part; ValueError if that cannot be.
+    """Splits `whole` before offset `at`, with `rows_before` of its rows in the first part; ValueError if impossible.
 
-    A range counts dead, filtered and absent offsets, but does not say which they are. So the first part takes the dead
+    A range counts dead, filtered and absent offsets, but does not identify them. So the first part takes the dead
     first, then the filtered, the masked, the absent, those elsewhere and the gap. The sums over both parts equal the
-    whole. `others` has the `opened`, `feedback`, `joined`, `expired` and `dropped` below `at`.
+    whole. `others` has the counts of `opened`, `feedback`, `joined`, `expired` and `dropped` below `at`.
 
     >>> before, after = split_range(Range(Source("ab" * 16, 0), 0, 10, rows=7, dead=1, absent=2), at=5, rows_before=3)
     >>> before.outcomes, after.outcomes["rows"], after.outcomes["absent"]
@@ -220,7 +220,7 @@ def to_json(part: Range) -> dict[str, Any]:
 
 
 def from_json(document: Mapping[str, Any]) -> Range:
-    """Decodes the output of `to_json`; ValueError if a field is missing or has another type, or the outcomes do not add up."""
+    """Decodes the output of `to_json`; ValueError if a field is missing or invalid, or the outcomes do not add up."""
     topic_id = document.get("topic_id")
     if not isinstance(topic_id, str) or not _TOPIC_ID.fullmatch(topic_id):
         raise ValueError(f"topic_id {topic_id!r} is not 32 hexadecimal digits")

@@ -2,8 +2,8 @@
 
     probe.<output>   `[64, ...]` float32, among the tensors of a version that answers need
 
-A host that is about to serve a version runs its program on the same inputs and compares. The inputs are derived from
-integers alone, so that later NumPy releases give the same values.
+Before a host serves a version, it runs the version's program on the same inputs and compares the outputs. The inputs
+are derived from integers alone, so that later NumPy releases give the same values.
 """
 
 from __future__ import annotations

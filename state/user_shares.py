@@ -1,4 +1,4 @@
-"""Sets of the 64 shares of users: a user's share is its pseudonym modulo 64. A serving host may hold some shares only."""
+"""Sets of the 64 shares of users. A user's share is the pseudonym modulo 64; a serving host may hold a subset."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RANGE = re.compile(r"([0-9]{1,2})(?:-([0-9]{1,2}))?")
 
 @dataclass(frozen=True, slots=True)
 class UserShares:
-    """A set of shares. `user in shares` tells whether a pseudonym belongs to one of them.
+    """A set of shares. `user in shares` is True if a pseudonym belongs to one of them.
 
     Attributes:
         mask: Bit s is set if share s is in the set.

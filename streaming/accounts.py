@@ -1,8 +1,8 @@
 """Accounts for every position of the clicks: outcomes, imbalances, gaps and truncations.
 
-A gap is a range of positions that were deleted before they were read. An accepted gap takes two steps, as clicks do:
-a micro-batch without rows names it in the training log, then one commit of the store moves past it and records who
-accepted it.
+A gap is a range of positions that were deleted before they were read. Passing an accepted gap takes two steps, like
+clicks. First, a micro-batch without rows names it in the training log. Then one commit of the store moves past it and
+records who accepted it.
 
 A log can lose its tail and grow again, so that an offset is used twice. Downstream, each offset is one position. So the
 stream never reads an offset twice: it continues at the old position. If the log now ends before that position, it is
@@ -102,9 +102,9 @@ def pass_gaps(
 ) -> None:
     """Moves the stream past accepted gaps; does nothing if there are none.
 
-    1. `write` adds the gaps to the training log, created at the given time in ms, and returns once that is acknowledged.
+    1. `write` adds the gaps to the training log, with the given creation time in ms, and returns once acknowledged.
        After a crash here it adds them twice, and readers drop the duplicate.
-    2. The store moves on, counts the positions as `gap` and records who accepted them.
+    2. The store advances past the positions, counts them as `gap` and records who accepted them.
 
     Raises:
         GapError: `consent` does not cover all of them; nothing was changed.
@@ -153,8 +153,8 @@ class Leaders:
             known = self._known.get(part.source, ())
             epoch = reader.leader_epoch(part.source.partition, part.next)
             if epoch >= 0 and epoch_before(known, part.next) != epoch:
-                # From the first record on: a rollback may end inside the range, and an epoch that ended before that
-                # position would look like a truncated log.
+                # The epoch is stored from the range's first offset on. A rollback may end inside the range, where an
+                # epoch that ended earlier would look like a truncated log.
                 self._known[part.source] = noted(known, part.first, epoch)
                 self._unwritten = True
         if self._unwritten:
@@ -258,7 +258,7 @@ def show(store: HistoryStore, metrics: StreamMetrics, known: tuple[str, ...] = (
 
 
 def show_totals(metrics: StreamMetrics, counts: Mapping[str, int], waiting: int) -> None:
-    """Sets the gauges of an account from the result of `state.history.counts.summed`, and the number of waiting impressions."""
+    """Sets an account's gauges from `state.history.counts.summed` and the number of waiting impressions."""
     totals = dict.fromkeys(RARE, 0) | dict(counts)
     for name in ("positions", *OUTCOMES, *OF_LABELS, "gap", "masked"):
         metrics.accounting_positions.labels(name).set(totals[name])

@@ -5,13 +5,14 @@ wrong clock, and no Kafka timestamp of a record, can block a partition or releas
 
 1. A partition waits while its clock is more than the maximum skew ahead of a partition that holds it back.
 2. A partition holds others back while it has unread records that arrive. It stops at its end, or after a second of
-   polls without records (its broker is unreachable, or a transaction is open), until it returns records again.
-3. A partition holds no others back while it reads clicks that are late by its own clock, such as those of an old file.
-   These are read as they arrive, in parallel with the others.
+   polls without records, until it returns records again. Such polls occur if its broker is unreachable, or a
+   transaction is open.
+3. A partition does not hold others back while it reads clicks that are late by its own clock, such as those of an old
+   file. These are read as they arrive, in parallel with the others.
 4. A partition never waits for records that were appended after its wait began. So a clock that is permanently ahead or
    behind can disturb the order, but never blocks reading.
-5. Partitions that are read are advanced to one common event time, estimated from the event time that their latest
-   records took. So their clocks differ by at most the maximum skew and what one poll returns.
+5. Partitions that are read advance to one common event time, estimated from the event time per record of their latest
+   batches. So their clocks differ by at most the maximum skew plus the records of one poll.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from state.microbatch.batch import TOLERANCE_MS
 
 SILENT_S = 1.0
 MAX_SKEW_MS = 60_000  # event time by which a partition may be read ahead of those that lag
-LEAST_PACE_MS = 1e-3  # of a record; many records may share one time
+LEAST_PACE_MS = 1e-3  # minimum event time per record; many records may share one time
 PROBE = 16  # records to read of a partition whose pace is unknown
 PACE_RECORDS = 64  # a batch of this size has half of the weight in the pace
 AT_END_SHARE = 4  # partitions at their end, or silent, share one such part (1/4) of the rows, for new records
@@ -61,7 +62,7 @@ class _Partition:
         pace_ms: Event time that a record takes; None until two batches were read.
         late: Whether it reads late clicks.
         begun: Whether anything was read.
-        silent_s: For how long polls of it returned nothing.
+        silent_s: How long its polls have returned nothing.
         ends: End offsets of the partitions when it began to wait; None while it does not wait.
     """
 
@@ -75,7 +76,7 @@ class _Partition:
 
     @property
     def holds(self) -> bool:
-        """Whether it holds others back unless it is at its end: rules 2 and 3; one without a clock does not."""
+        """Whether it holds others back unless it is at its end, by rules 2 and 3; False without a clock."""
         return self.silent_s < SILENT_S and not self.late and (self.clock_ms is not None or not self.begun)
 
     @property
@@ -226,7 +227,7 @@ class AlignedReader:
         self._most = 0
 
     def begin(self, most: int) -> None:
-        """Decides what the next polls read together: at most `most` records over all partitions."""
+        """Plans the next polls, which read at most `most` records over all partitions together."""
         reader, partitions = self._reader, self._reader.partitions
         self._left, self._most = None, most
         if len(partitions) < 2:
@@ -240,7 +241,7 @@ class AlignedReader:
         self._left = self._alignment.shares(places, most)
 
     def poll(self, timeout_s: float) -> list[PartitionBatch]:
-        """Returns the next batches of those decided, in order within a partition; none after `timeout_s` without records.
+        """Returns the next of the planned batches, in order within a partition; none after `timeout_s` without records.
 
         Raises:
             LogError: See `Reader.poll`.
@@ -261,5 +262,5 @@ class AlignedReader:
 
     @property
     def is_done(self) -> bool:
-        """Whether everything decided by `begin` was read."""
+        """Whether everything planned by `begin` was read."""
         return self._most <= 0 or (self._left is not None and max(self._left.values(), default=0) <= 0)

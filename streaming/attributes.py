@@ -3,9 +3,9 @@
     thread "attributes"   topics -> store -> changed ids          state/attributes/follower.py
     Beam thread           rows, and the store of recent ids       `Join`, `Recent`
 
-At the start the topics are read to their ends before the first click. From then on a row gets what the stream has
-read by that moment. The joined ids are part of the micro-batch, so every reader of the log gets the same ones.
-Clicks read again after a crash may be joined with newer attributes. The rows written first count, because readers
+At the start, the topics are read to their ends before the first click. From then on a row gets the attributes that the
+stream has read by that moment. The joined ids are part of the micro-batch, so every reader of the log gets the same
+ids. Clicks read again after a crash may be joined with newer attributes. The rows written first count, because readers
 drop the others by their positions.
 """
 
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class Recent:
-    """Caches the newest attributes of one side's recent ids. One thread calls `take`, any calls `forget`.
+    """Caches the newest attributes of recent user or item ids. One thread calls `take`; any thread calls `forget`.
 
     Args:
         store: The newest attributes of all ids.
@@ -63,7 +63,7 @@ class Recent:
         while self._changed:
             self._slots.pop(self._changed.popleft(), None)
         wanted = ids.tolist()
-        # Ids without a record share one entry of the values, and each has a slot.
+        # Each id has a slot; ids without a record share one entry of the values.
         if max(self._used, len(self._slots)) + len(wanted) > self._remembered + 2:
             self._clear()
         slots = self._slots

@@ -117,7 +117,7 @@ class Tally:
 
     Attributes:
         clicks: Events.
-        examples: Rows used for training: events, except impressions without a label yet and their outcomes.
+        examples: Rows used for training: all events except outcomes and impressions that have no label yet.
         dropped: Impressions that could not wait.
         records: Records, refused ones included.
         refused: Records that are not clicks, by reason.
@@ -157,10 +157,10 @@ class Sample(JobContext):
     Attributes:
         say: Receives progress messages.
         clock_s: Wall clock, seconds.
-        began_s: When reading began.
+        began_s: Wall clock at the start of reading.
         tally: Counts so far.
-        statistics: Of the rows so far.
-        asked: The options that the preprocessing read, of `AskedModel`.
+        statistics: Statistics of the rows so far.
+        asked: The options that the preprocessing read, as recorded by `AskedModel`.
     """
 
     say: Say
@@ -252,7 +252,7 @@ def of_topic(sample: Sample, await_topic: bool = False) -> Batches:
             batches = reader.poll(POLL_S, sample.left)
             if batches:
                 yield batches
-            # While clicks keep arriving no poll is empty, so a lag of less than one batch is enough.
+            # While clicks keep arriving no poll is empty, so reading ends at a lag of less than one batch.
             if sample.tally.clicks >= wanted.min_rows and sum(reader.lag().values()) < settings.stream.batch_events:
                 break
             sample.progress(f"of at least {wanted.min_rows:,} clicks of {topic}")
@@ -353,7 +353,7 @@ def _write_examples(rows: PCollection[Rows], settings: Settings, folder: Path) -
 
 
 def _describe(folder: Path, sample: Sample, about: Mapping[str, Any]) -> None:
-    """Writes schema.pbtxt and then spec.json next to the examples, durably; after that the examples are complete."""
+    """Writes schema.pbtxt and then spec.json next to the examples, durably; the examples are then complete."""
     context = sample.settings.events.context
     durable.write(folder / SCHEMA, str(schema(sample.spec, len(context))).encode())
     content = {
@@ -401,7 +401,8 @@ def build(pipeline: beam.Pipeline, handle: Handle[Sample], wanted: Wanted, outpu
 def document(sample: Sample, salt: Salt, categories: Mapping[int, int], now_ms: int) -> dict[str, Any]:
     """The content of `spec.json` next to the graph.
 
-    It lists `model.popular` of the `categories` (clicks by id): most clicked first, lower id first among equals.
+    It lists the first `model.popular` of the `categories` (clicks by id): most clicked first, lower id first among
+    equals.
     """
     model, tally = sample.settings.model, sample.tally
     ranked = sorted(categories.items(), key=lambda entry: (-entry[1], entry[0]))[: model.popular]
@@ -425,7 +426,7 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
     Raises:
         MissingSalt: The salt of the stored data is gone.
         SaltMismatch: An earlier bootstrap used another salt.
-        ProgramError: The preprocessing does not lower, or is no function of its input.
+        ProgramError: The preprocessing does not lower, or does not depend on its input alone.
         SpringtideError: There are too few clicks, or Kafka does not answer.
     """
     spec, salt = FeatureSpec.from_settings(settings), own_salt(settings)
@@ -441,7 +442,7 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
         with quiet_stderr():
             checked = check_preprocessing(settings.model.preprocessing, spec, settings=settings.model)
         say(checked)
-    # Importing what the analysis needs takes as long as the wait for clicks: they overlap.
+    # Importing the analysis modules takes as long as the wait for clicks, so both run at the same time.
     imports = threading.Thread(target=_import_analysis, name="imports", daemon=True)
     imports.start()
     imports.join(None if wanted.recording else 0)
@@ -543,7 +544,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     # Beam's import may load TensorFlow already.
     quiet_tensorflow(os.environ)
-    # By its real name: what Beam pickles must not live in __main__.
+    # Imported by its real name: objects that Beam pickles must not be defined in __main__.
     from streaming.bootstrap import main as run_main
 
     sys.exit(run_main())

@@ -5,14 +5,13 @@ For all the cuts that are queued at that moment:
 1. One Kafka transaction with their micro-batches and dead letters.
 2. One commit of the store: histories, waiting rows, clocks, next offsets, counters. If the disk has no space for it,
    it waits, and so holds back the reading of clicks.
-3. Once a second, and once more after the last click, the gauges of the account, and the offsets of the consumer group
-   for lag tools; they are never read back. From time to time, some users' histories are swept.
+3. Once a second, and once more after the last click: the gauges of the account, and the consumer group's offsets. The
+   offsets are for lag tools; the stream never reads them. From time to time, some users' histories are swept.
 
 The store is synced only at a clean stop; after a power failure it is rebuilt.
 
-A crash before step 1 is acknowledged leaves nothing. After a crash between 1 and 2 the rows are written again at the
-restart, with the same positions, and every reader of the training log drops the duplicates. After 2 nothing is written
-again.
+A crash before step 1 is acknowledged leaves nothing. After a crash between 1 and 2, the restart writes the rows again
+with the same positions. Every reader of the training log drops the duplicates. After 2 nothing is written again.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ class CommitReport:
         seconds: How long it took.
         truncated: Rows whose history was truncated.
         letters: Dead letters by reason.
-        off: Wrong clocks; the newest refused click of a batch stands for all refused ones.
+        off: Wrong clocks; the newest refused click of a batch represents all refused ones.
     """
 
     ranges: tuple[Range, ...]
@@ -67,7 +66,7 @@ class CommitReport:
 
     @classmethod
     def of(cls, pieces: Sequence[Rows], records: int, seconds: float, truncated: Sequence[int]) -> CommitReport:
-        """Summarises batches that were written as `records` micro-batches; `truncated` is the result of `truncated_columns`."""
+        """Summarises batches written as `records` micro-batches; `truncated` is the result of `truncated_columns`."""
         ranges, letters, off = list[Range](), Counter[str](), list[OffClock]()
         for piece in pieces:
             batch = piece.batch
@@ -164,7 +163,7 @@ class StreamSweep:
         except StoreFull:
             self._sweeper = self._sweeper or self._open()
             if self._clocks:
-                # Whatever cannot be removed now is left for later.
+                # Events that cannot be removed now are removed by a later sweep.
                 with suppress(StoreFull, UnusableDisk):
                     self._sweeper.hurry(self.log_time_ms)
             raise
@@ -249,7 +248,7 @@ class Committer:
             self._sweep.sweep()
 
     def show(self) -> None:
-        """Sets the gauges of the account and commits the group's offsets, as of the last commit; any thread may call it."""
+        """Sets the account's gauges and commits the group's offsets, as of the last commit; any thread may call it."""
         with self._showing:
             self._faults = accounts.show(self._context.store, self._context.metrics, self._faults)
             # If the group's offsets were not committed, the next call tries again.

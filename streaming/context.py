@@ -4,11 +4,11 @@
 
 1. The directory with the store, which must have this salt; the features must be those of the model.
 2. The metrics' port, then the kernels.
-3. The topics; a missing topic of clicks is an error, the two others are created.
+3. The topics; a missing topic of clicks is an error, and the two others are created if they are missing.
 4. Control: the mask, and the branch of the training log.
-5. The writer, which fences one with the same transactional id; attributes, read to the ends of their topics.
+5. The writer, which fences any other with the same transactional id; attributes, read to the ends of their topics.
 6. The histories are rolled back to the branch point, and erased users are removed from them.
-7. Gaps that the operator accepts are passed and recorded; any other gap ends the process.
+7. Gaps that the operator accepts are recorded and skipped; any other gap ends the process.
 8. The reader, at the store's positions.
 """
 
@@ -68,9 +68,9 @@ NO_CONSENT = Consent()
 
 @dataclass(frozen=True, kw_only=True)
 class JobContext:
-    """What turns records into rows, in the stream, the bootstrap and a rebuild.
+    """The objects that turn records into rows, in the stream, the bootstrap and a rebuild.
 
-    The Beam thread uses it. The commit thread uses the store, tells the profiler what was committed, and looks up labels.
+    The Beam thread uses it. The commit thread uses the store, notifies the profiler of commits, and looks up labels.
 
     Attributes:
         settings: The effective settings.
@@ -99,7 +99,7 @@ class JobContext:
         return leave_out(self.parser.parse(batches), self.mask)
 
     def make_rows(self, batch: EventBatch, now_ms: int) -> Rows:
-        """Computes the rows of a batch in order of arrival: event clock, windows, then attributes, then delayed labels."""
+        """Computes a batch's rows in order of arrival: event clock, windows, then attributes, then delayed labels."""
         batch, clock = in_order(batch, self.clock.follow(batch, batch.ranges, now_ms))
         rows = replace(self.profiler.update(batch), clock=clock)
         if self.join is not None:
@@ -228,7 +228,7 @@ def open_stream(
 
 
 def open_job(settings: Settings, store: HistoryStore, salt: Salt, topic_id: str, mask: Mask = Mask.NONE) -> JobContext:
-    """Creates what turns clicks into rows, starting from the state of the store; without attributes."""
+    """Creates a job context without attributes, starting from the state of the store."""
     spec = FeatureSpec.from_settings(settings)
     return JobContext(
         settings=settings,
@@ -248,7 +248,7 @@ def parts_of(job: JobContext) -> dict[str, Any]:
 
 
 def _serve_metrics(settings: Settings, stack: ExitStack, stopping: threading.Event) -> tuple[StreamMetrics, Room]:
-    """Serves this process's metrics on `stream.metrics_port` (0: off) until `stack` closes, and prepares the kernels."""
+    """Serves the process's metrics on `stream.metrics_port` (0: off) until `stack` closes, and prepares the kernels."""
     registry = CollectorRegistry()
     counted, storage = StreamMetrics(registry), offer(registry, settings, [STREAM])
     if port := settings.stream.metrics_port:
@@ -271,7 +271,7 @@ def ensure_topics(settings: Settings, topics: Topics) -> TopicInfo:
 
 
 def _write_gaps(writer: StreamWriter, job: JobContext, gaps: Sequence[Gap], now_ms: int) -> None:
-    """Writes a micro-batch without rows, whose ranges tell readers of the training log about the gaps."""
+    """Writes a micro-batch without rows, whose ranges announce the gaps to readers of the training log."""
     nothing = replace(job.parser.parse([]), ranges=accounts.as_ranges(gaps))
     writer.write_once(Cut((job.profiler.update(nothing),), now_ms))
 
@@ -288,7 +288,7 @@ def open_join(
 
     Args:
         settings: The effective settings.
-        salt: Of the users' pseudonyms.
+        salt: The salt of the users' pseudonyms.
         counted: Metrics of the process.
         stack: Ends the follower.
         rewrite: Whether to rewrite the store without free pages.
@@ -321,7 +321,7 @@ def open_join(
 
 
 def _start_positions(store: HistoryStore, clicks: TopicInfo, topic: str) -> dict[int, int]:
-    """By partition where reading starts; partitions that are not named start at their beginning."""
+    """The start offset of each partition; partitions that are not named start at their beginning."""
     positions = accounts.positions_in(store, clicks.topic_id)
     if store.positions() and not positions:
         logger.warning("topic %s was recreated: reading it from its beginning", topic)

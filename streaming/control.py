@@ -4,9 +4,9 @@ A stream without a registry leaves no clicks out, and continues in the epoch of 
 control ten times a second. When control changes, the job ends in order and is opened again in the same process, as
 after a restart. Before any click is read:
 
-1. The writer of the stream is opened, which fences any other one. So the log contains all that the stream wrote on its
-   old branch.
-2. The histories are rolled back to the branch point in one commit. After a crash before it, the same is due again.
+1. The writer of the stream is opened, which fences any other writer. So the log contains everything that the stream
+   wrote on its old branch.
+2. The histories are rolled back to the branch point in one commit. After a crash before the commit, it is repeated.
 3. Erased users are removed from them.
 
 The first record that is written after that has the new epoch. Dead letters that are already in their topic are
@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Desired:
-    """What control asks of the stream.
+    """The state that control requests of the stream.
 
     Attributes:
         branch: The branch of the training log; the stream writes its last epoch.
@@ -94,7 +94,7 @@ class ControlWatch:
             )
 
     def open_again_in(self, seconds: float | None) -> None:
-        """Schedules the stream to be opened again in `seconds`, whatever control asks for; None cancels it."""
+        """Schedules the stream to be opened again in `seconds`, even if control does not change; None cancels it."""
         self._again_s = float("inf") if seconds is None else self._clock() + seconds
 
     def changed(self) -> bool:
@@ -112,15 +112,15 @@ class ControlWatch:
 
 
 def written_letters(store: HistoryStore) -> dict[Source, int]:
-    """By source the offset below which every dead letter is already in its topic, if the stream was rolled back."""
+    """By source, the offset below which each dead letter is already in its topic; set if the stream was rolled back."""
     return {Source.parse(source): int(after) for source, after in json.loads(store.extra(LETTERS) or b"{}").items()}
 
 
 def clocks_after(before: Before, ours: Collection[Source]) -> dict[str, bytes | None]:
     """The store's extras of the event clock after a rollback, computed from the latest clicks of our sources.
 
-    A source that has not moved since keeps its clock. If no recent click of a rolled-back source was found, its clock
-    starts again with its next click.
+    A source whose position did not change keeps its clock. If no recent click of a rolled-back source was found, its
+    clock restarts with its next click.
     """
     clock, state, marks = EventClock(lambda _: None), dict[str, bytes](), dict[Source, int]()
     for batch in before.latest:
@@ -176,7 +176,7 @@ def compaction_is_due(store: HistoryStore, erased: Erased, now_ms: int) -> bool:
 
 
 def apply_erasures(store: HistoryStore, registry: Path, erased: Erased, now_ms: int) -> float | None:
-    """Removes erased users from `store`, and reports it; after a crash in between, the same work is due again.
+    """Removes erased users from `store` and reports it; after a crash in between, both steps are repeated.
 
     The store must already be rolled back to its branch of the log.
 

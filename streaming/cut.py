@@ -33,7 +33,7 @@ class Cutter:
     """Collects batches until there are enough rows, or the first one has waited long enough.
 
     Args:
-        cut_rows: Target number of rows of a cut; a single larger batch is a cut of its own.
+        cut_rows: Target number of rows of a cut; a single larger batch is a separate cut.
         cut_ms: The maximum wait of the first collected position, ms.
     """
 
@@ -120,7 +120,7 @@ def gather(cut: Cut) -> tuple[tuple[Range, ...], dict[str, NDArray[Any]]]:
 
 @dataclass(frozen=True)
 class Encoding:
-    """What the records of a cut have in common.
+    """The properties that all records of a cut share.
 
     Attributes:
         spec: Digest of the feature spec.

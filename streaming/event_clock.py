@@ -11,7 +11,7 @@ one.
    whole file of them, do not affect the clock. Only after `PATIENCE` turns of nothing else does the clock start again.
 4. A clock that fewer agree on, such as that of a first click, holds until two others contradict it.
 
-This clock depends on the log of the partition alone, however it is read. The time that a micro-batch reports to its
+This clock depends only on the log of the partition, not on how it is read. The time that a micro-batch reports to its
 readers (`believe`) also uses the time when each click was read. The quorum's times advance with the wall clock, so that
 the first click after a quiet night is believed at once. The wall clock has a vote too. No time beyond it is believed
 unless there are `AGREEING` users. If a partition has fewer than `ENOUGH` users, those of all partitions together,
@@ -102,7 +102,7 @@ def hear(known: Quorum, key: I64, user: NDArray[np.uint64], at_ms: I64, read_ms:
     """Adds clicks to `known` in order of arrival; returns `[n]` int64, for each click its partition's clock after it.
 
     Args:
-        known: Changed.
+        known: The quorum, changed in place.
         key: `[n]` int64, the key of each click's partition.
         user: `[n]` uint64.
         at_ms: `[n]` int64.
@@ -117,7 +117,7 @@ def believe(known: Quorum, keys: I64, source: I64, at_ms: I64, now_ms: int) -> t
     """The event time that readers may believe in each partition; call it after `hear` with the same clicks.
 
     Args:
-        known: Changed.
+        known: The quorum, changed in place.
         keys: `[r]` int64, of the partitions.
         source: `[n]` int64, the partition of each click, as an index of `keys`.
         at_ms: `[n]` int64.
@@ -314,7 +314,7 @@ class OffClock(NamedTuple):
             time.
         partition: Of the topic of clicks.
         offset: Offset of the newest of these clicks.
-        by_ms: How far that one is off.
+        by_ms: How far that click's time is off.
         clicks: Number of these clicks.
     """
 
@@ -326,7 +326,7 @@ class OffClock(NamedTuple):
 
 
 class Moves(NamedTuple):
-    """Where the clocks of partitions move: each entry gives the clock from its offset on.
+    """The offsets at which the clocks of partitions advance: each entry gives the clock from its offset on.
 
     Attributes:
         source: `[m]` uint16, an index of the ranges, ascending; a range's first entry is the clock at its beginning.
@@ -345,7 +345,7 @@ class BatchClock:
 
     Attributes:
         clock_ms: `[n]` int64, for each event its partition's clock after it.
-        moves: Where that clock moves; also for consumers that have only a part of the events.
+        moves: The offsets at which that clock advances, for consumers that have only a part of the events.
         believed: For each range the time that readers may believe, before its first and after its last event, ms.
         state: Names of the store's extras and their values, to commit with the batch.
         off: The clocks that are wrong.
@@ -370,7 +370,9 @@ class _Suspect(NamedTuple):
 def moves_of(
     ranges: Sequence[Range], begin_ms: NDArray[np.int64], clicks: Clicks, clock_ms: NDArray[np.int64]
 ) -> Moves:
-    """Where the clocks of a batch's partitions move; none in the gap at the start of a range, which was never read.
+    """The offsets at which the clocks of a batch's partitions advance.
+
+    There are none in a gap at the start of a range, because a gap was never read.
 
     Args:
         ranges: What `clicks.source` is an index of.

@@ -1,16 +1,16 @@
-"""Opens the stream's store of histories, and replaces it by a rebuilt one in a way that survives a crash at any point.
+"""Opens the stream's store of histories, and replaces it by a rebuilt store; safe against a crash at any point.
 
     histories             the store that the stream opens
     histories.rebuilding  being built; worthless after a crash
     histories.rebuilt     complete, synced and closed; waits to replace the old store
-    histories.bad<n>      a replaced store; nothing opens it, remove it when you like
+    histories.bad<n>      a replaced store; nothing opens it, and it may be removed at any time
 
 Both the stream and the rebuild call `finish` under the directory's lock before they open `histories`. So neither starts
 with an empty store between two renames.
 
 Earlier releases split the partitions among shards. A stream never continues next to histories of former shards. A
-rebuild creates one store of all partitions, fences the writers of the shards, also those on other hosts, and sets their
-stores aside once the new store is in use.
+rebuild creates one store of all partitions and fences the writers of the shards, including those on other hosts. It
+sets the stores of the shards aside once the new store is in use.
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ def promise(folder: Path) -> None:
 def finish(folder: Path) -> Path | None:
     """Puts a complete store into use, if there is one.
 
-    1. The old store is moved out of memory if it is there, and set aside under a name that nothing opens.
+    1. If the old store is in memory, it is moved to disk. It is then renamed to a name that nothing opens.
     2. The new store takes its path.
 
     Returns:
-        Where the old store is now; None if there was no complete store or no old one.
+        The new path of the old store; None if there was no complete store or no old one.
     """
     rebuilt, place = folder / REBUILT, folder / HISTORIES
     if not rebuilt.exists():
@@ -87,9 +87,9 @@ def finish(folder: Path) -> Path | None:
 
 
 def is_lost(folder: Path) -> bool:
-    """Whether the store was open when the machine or its container went down, so that it must not be opened; cheap.
+    """Whether the store was open when the machine or its container went down and must not be opened; a cheap check.
 
-    A store that does not exist yet is not lost, nor is one that an earlier release left without a marker.
+    It returns False for a store that does not exist yet, and for one that an earlier release left without a marker.
     """
     place = folder / HISTORIES
     if memory_place.target_of(place) is not None and not place.exists():
@@ -99,7 +99,7 @@ def is_lost(folder: Path) -> bool:
 
 
 def set_aside(place: Path) -> Path | None:
-    """Renames a store to a name that nothing opens, after moving it out of memory; None if there is none."""
+    """Renames a store to a name that nothing opens, after moving it out of memory; None if the store is missing."""
     bring_back(place)
     if not place.exists():
         return None
@@ -127,7 +127,7 @@ def replacing_shards(settings: Settings, log: Log) -> Iterator[None]:
     """Wraps a rebuild: locks the former shards' directories, fences their writers, and then sets their stores aside.
 
     Raises:
-        LockHeld: A shard's stream runs here.
+        LockHeld: A shard's stream is running on this host.
         LogError: Kafka is unreachable, or a topic is missing.
     """
     shards = former_shards(settings.state_dir)
@@ -200,8 +200,8 @@ def open_histories(settings: Settings, spec: FeatureSpec) -> Iterator[tuple[Hist
 def check_identity(store: HistoryStore, spec: FeatureSpec, salt: str, known: SpecActions) -> None:
     """Binds a store to the features of the settings, and permanently to the salt of its users.
 
-    Its events do not depend on a feature spec: windows of another spec are computed from them. `known` names the actions
-    of former features.
+    Its events do not depend on a feature spec: windows of another spec are computed from them. `known` names the
+    actions of former feature specs.
 
     Raises:
         SaltMismatch: The store was filled with another salt.

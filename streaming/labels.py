@@ -3,14 +3,14 @@
 Positions are processed in the order of a partition's log, by the clock of `streaming.event_clock`. That clock is the
 newest event time so far, unless some user's clock is wrong.
 
-1. An outcome labels the latest waiting impression of the same pair whose time is not after the outcome's, and whose
-   wait is not over.
+1. An outcome labels the latest waiting impression of the same pair. The impression's time must not be after the
+   outcome's, and its wait must not be over.
 2. An impression begins to wait at its time, or at the clock if its time is ahead of the clock. It does not wait if its
-   wait would already be over, since no outcome could join it, or if too many wait.
-3. Impressions of a share of the users expire in order of arrival once their wait is over: at an event of the first
-   one's own user, or at the share's turn. The turn is at each `SHARES`th offset, whatever that offset contains, a click
-   or nothing. So no other user's click, late or not, decides where a wait ends. At most `MOST_EXPIRED` expire at once,
-   so that one position yields few rows.
+   wait would already be over, because no outcome could join it, or if too many impressions wait.
+3. Impressions of a share of the users expire in order of arrival once their wait is over. They expire at an event of
+   the user of the oldest impression, or at the share's turn. The turn is at each `SHARES`th offset, whether that offset
+   contains a click or nothing. So no other user's click, late or not, decides where a wait ends. At most
+   `MOST_EXPIRED` expire at once, so that one position yields few rows.
 
 Nothing here depends on the time of day, on batch boundaries, or on other shares. So any division of the log into
 batches, and of the users into shares, gives the same result.
@@ -77,7 +77,7 @@ class Queue(NamedTuple):
         pair: `[S]` uint64.
         user: `[S]` uint64.
         share: `[S]` int64, `SHARES` times the number of the partition, plus the index of the share in it.
-        chain: `[S, 4]` int64: next and previous slot of the share, older and newer slot of the bucket.
+        chain: `[S, 4]` int64: next and previous slot of the share, older and newer slot of the hash bucket.
         buckets: `[B]` int64, for each bucket the newest slot of its pairs; B is a power of two.
         first: `[Q, 2]` int64, the oldest and the newest slot of each share.
         waiting: `[Q]` int64, number of waiting impressions.
@@ -119,7 +119,7 @@ class Queue(NamedTuple):
 
     @property
     def free_slots(self) -> int:
-        """How many more impressions fit."""
+        """Number of further impressions that fit."""
         return int(self.sizes[_FREE])
 
     def rows(self) -> WaitingImpressions:
@@ -170,7 +170,7 @@ def with_space(queue: Queue, more: int, partitions: int) -> Queue:
 def enter(queue: Queue, waiting: WaitingImpressions) -> Queue:
     """Adds impressions that already wait."""
     queue = with_space(queue, len(waiting.offset), int(waiting.partition.max(initial=-1)) + 1)
-    # Copies: arrays from a store are read-only, which would be another type to compile for.
+    # Copies, because arrays from a store are read-only, and kernels would be compiled again for that type.
     _enter(queue, WaitingImpressions._make(map(np.array, waiting)))
     return queue
 
@@ -429,7 +429,7 @@ def _attribute(
                     move += 1
                 until = min(to, segments.move_offset[move]) if move < moves[r + 1] else to
                 idle = 0
-                # Once the turn of each share expired nothing, no further turn can.
+                # Once a turn of each share has expired nothing, no further turn can expire anything.
                 while at < until and idle < SHARES:
                     before = count
                     share = partition * SHARES + at % SHARES
@@ -506,7 +506,7 @@ class Labels:
         )
 
     def attribute(self, rows: Rows) -> Rows:
-        """Decides which events wait, and which earlier impressions become known, by the clocks of `rows.clock`."""
+        """Determines which events wait and which earlier impressions receive a label, by the clocks of `rows.clock`."""
         batch, clock = rows.batch, rows.clock
         if not batch.ranges:
             return rows
@@ -553,7 +553,7 @@ class Labels:
         """Completes cuts with the columns of the earlier impressions.
 
         Raises:
-            CorruptStore: The store lacks one.
+            CorruptStore: The store lacks an earlier impression.
         """
         found = LookedUp([], {}, {})
         for cut in cuts:
@@ -566,7 +566,8 @@ class Labels:
 
         Args:
             rows: The next batch to commit.
-            waiting: Uncommitted changes of waiting rows, by key; those of this batch are added, None for a wait that ends.
+            waiting: Uncommitted changes of waiting rows, by key. Those of this batch are added, with None for a wait
+                that ends.
             extra: Uncommitted values of the store's owner; those of this batch are added.
 
         Raises:
@@ -648,7 +649,7 @@ def unused_kernels(settings: Settings) -> Sequence[str]:
 
 
 def open_labels(settings: Settings, store: HistoryStore, topic_id: str) -> Labels | None:
-    """Opens the labels, as the store and the settings require; None if neither has impressions that wait."""
+    """Opens the labels; None if the settings let no impression wait and the store has none that waits."""
     if store.waiting_rows():
         forget_other_topics(store, topic_id)
     if not settings.labels.impressions and not store.waiting_rows():

@@ -1,4 +1,4 @@
-"""Makes rows of past clicks again, for a trainer that learns them: `python -m streaming.past`, its child process.
+"""Computes the rows of past clicks for a trainer: `python -m streaming.past`, a child process of the trainer.
 
 The settings are those of the experiment's trainer; its registry holds the request (`state/experiments/past.py`). Past
 clicks come from files or from the topic. From the topic it reads up to the cut, and starts early enough to fill the
@@ -7,8 +7,8 @@ windows of the first requested row.
 Micro-batches go to the standard output, framed as in `state/microbatch/codec.py`; log lines go to the standard error.
 The process exits with 0 after the last micro-batch, or when its reader has closed the pipe.
 
-Histories begin empty and grow by the stream's own code. How clicks are batched changes no bit of a row. So a row equals
-the stream's row of that click, as far as its history reaches back. Only attributes differ: they are the ones known now.
+Histories start empty and are filled by the stream's own code. Batching changes no bit of a row. So a row equals the
+stream's row of that click, as far as its history reaches back. Only attributes differ: they are the current ones.
 
 Histories and attributes are kept in a temporary directory of that registry and deleted at the end. The next run
 deletes what a killed process left.
@@ -81,7 +81,7 @@ class ClicksSegment(NamedTuple):
 
     @property
     def positions(self) -> int:
-        """How many positions it has."""
+        """Number of its positions."""
         return sum(self.ends[partition] - begin for partition, begin in self.begins.items())
 
 
@@ -99,7 +99,7 @@ def segment_of(settings: Settings, past: Past, topics: Topics) -> ClicksSegment:
     ends: dict[int, int] = {}
     for source, mark in past.sources:
         if source.topic_id == topic_id:
-            # Of several buckets the furthest: the learner leaves out rows that are not before the cut.
+            # The furthest of several buckets counts: the trainer leaves out rows that are not before the cut.
             ends[source.partition] = max(mark, ends.get(source.partition, 0))
     if not ends:
         raise UnknownTopic(
@@ -112,7 +112,7 @@ def segment_of(settings: Settings, past: Past, topics: Topics) -> ClicksSegment:
 
 
 def of_topic(settings: Settings, segment: ClicksSegment, log: Log, reached: Callable[[Source], Reached]) -> Batches:
-    """The clicks of a segment in the order in which they happened, and some after it.
+    """Yields the clicks of a segment in approximate order of event time, and some clicks after the segment.
 
     Args:
         settings: Of the experiment's trainer.
@@ -151,8 +151,8 @@ def recorded_batches(
         events: Names of fields, and which times are believed.
         recording: The files.
         sort: memory (read everything, then order by time) or assume (the files are in order).
-        now_s: Wall clock; a later time counts as none.
-        say: Receives a message about strays.
+        now_s: Wall clock; a later time counts as missing.
+        say: Receives a message about stray times.
         size: Maximum number of rows of the next batch, by the times of the rows that are left; 0 ends the reading.
 
     Raises:
@@ -181,7 +181,7 @@ def recorded_batches(
 
 
 def _newest(events: Events, recording: Recording, whole: EncodedRows, say: Callable[[str], None]) -> int:
-    """The newest time, which the others are compared with; reports strays."""
+    """The newest time, with which the others are compared; reports stray times."""
     times, max_age_s = RecordedTimes(), events.max_age_s
     times.add(whole.at_ms, whole.file, whole.line)
     crowd = times.crowd(round(max_age_s * 1000))
@@ -210,8 +210,8 @@ class PastRows:
     """Makes micro-batches of clicks that arrive in the order of their partitions. One thread.
 
     Args:
-        context: Makes their rows; its store is new.
-        metrics: Not served.
+        context: Computes their rows; its store is new.
+        metrics: Metrics that are not served.
         salt: Fingerprint of the users' salt.
         begin_ms: Micro-batches that end before this log time are left out: they only fill histories.
     """
@@ -255,7 +255,7 @@ def logged(clicks: Batches, total: int | None, clock_s: Callable[[], float] = ti
         yield batches
         done, now_s = done + sum(batch.next - batch.first for batch in batches), clock_s()
         if began_s is None:
-            # The first rows load the kernels: the pace is measured from there.
+            # The pace is measured after the first rows, which load the kernels.
             began_s, first = now_s, done
         elif now_s - reported_s >= PROGRESS_S and done > first:
             reported_s, rate = now_s, (done - first) / max(now_s - began_s, 1e-9)
@@ -338,7 +338,7 @@ def _write_all(settings: Settings, out: BinaryIO) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes all micro-batches; returns the exit code."""
-    # Output of libraries must not come between the frames.
+    # Output of libraries must not mix with the frames.
     with os.fdopen(os.dup(1), "wb") as out:
         os.dup2(2, 1)
         return run_part("past clicks", lambda settings: _write_all(settings, out), argv, logger)

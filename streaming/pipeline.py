@@ -40,7 +40,7 @@ from streaming.cut import Cut, Cutter
 from streaming.rows import Rows
 from streaming.steps import Handle, ParseEvents, ReadClicks, Step, UpdateProfiles, opened
 
-# One cut is written while two wait; a longer queue would only delay the data of serving.
+# One cut is written while two wait; a longer queue would only delay data for serving.
 QUEUED_CUTS = 2
 LOCAL = "local"
 
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 class CommitThread:
-    """Writes and commits cuts in the order in which they were put, in a thread of its own.
+    """Writes and commits cuts in the order in which they were put, in a separate thread.
 
     Without a cut it wakes only to publish or sweep what is due. `put`, `flush` and `close` are called by the Beam
     thread. An exception ends the thread and surfaces in the next call of `put`, `check` or `flush`.
@@ -163,7 +163,7 @@ class WriteMicroBatches(Step[StreamContext]):
 
 
 def run(handle: Handle[StreamContext]) -> None:
-    """Runs the job in this process until the stream is `stopping` or control has changed; then all is committed.
+    """Runs the job in this process until the stream is `stopping` or control changes, then commits everything.
 
     Raises:
         SpringtideError: A step failed.
@@ -190,7 +190,7 @@ def run_local(settings: Settings, consent: Consent, stopping: threading.Event) -
         SpringtideError: The stream failed.
     """
     while not stopping.is_set():
-        # Again if control has changed: opening the stream applies the new control.
+        # Repeats if control has changed: opening the stream applies the new control.
         with open_stream(settings, consent, stopping) as context, opened(context) as handle:
             run(handle)
     logger.info("stopped; everything read is committed")
@@ -203,7 +203,7 @@ def take_runner(words: Sequence[str]) -> tuple[str, list[str]]:
     (('flink', ['--parallelism=2']), ('local', []))
 
     Raises:
-        SettingsError: The local form does not have such an option.
+        SettingsError: The local runner does not have this option.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--runner", default=LOCAL)
@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # By its real name: what Beam pickles must not live in __main__.
+    # Imported by its real name: objects that Beam pickles must not be defined in __main__.
     from streaming.pipeline import main as run_main
 
     sys.exit(run_main())

@@ -1,4 +1,4 @@
-"""The preprocessing function of the model: its loading, the default one, its TensorFlow Transform analysis, and its check.
+"""The model's preprocessing function: the default one, and code to load, analyse (TensorFlow Transform) and check one.
 
 `python -m streaming.preprocessing` checks a user's function before anything starts. That takes a few seconds on
 synthetic rows:
@@ -54,8 +54,8 @@ _CATEGORIES = pa.schema([(CATEGORY, pa.list_(pa.binary()))])
 def preprocessing_fn(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """TensorFlow Transform preprocessing: logarithms, centred and scaled by the statistics of past clicks.
 
-    The setting `model.preprocessing` replaces it with a function of the user's. That function must use operations that
-    are built into LiteRT (no bucketize).
+    The setting `model.preprocessing` replaces it with a custom function, which must use operations that are built into
+    LiteRT (no bucketize).
 
     Args:
         inputs: `features`, `[B, D]` float32: the raw integers.
@@ -215,7 +215,7 @@ def check_preprocessing(path: str, spec: FeatureSpec, keep: Path | None = None, 
 
     Raises:
         SettingsError: There is no such function.
-        ProgramError: It does not meet the requirements; the message says what it did and what is required.
+        ProgramError: It does not meet the requirements; the message has its behaviour and the requirement.
     """
     what = f"model.preprocessing {path!r}"
     function = load_preprocessing(path, settings)

@@ -1,7 +1,7 @@
 """Computes the windows of each event from the events before it, in memory.
 
-An arena holds each recent user's last N events as a ring. A user who is not in it is read from the store. A user may
-leave only when the store has all of that user's events, so leaving changes no result.
+An arena holds each recent user's last N events in a ring buffer. A user who is not in it is read from the store. A user
+is evicted only when the store has all of that user's events, so eviction changes no result.
 """
 
 from __future__ import annotations
@@ -74,13 +74,13 @@ def _empty(size: int) -> I64:
 
 
 def _keys(users: NDArray[np.uint64]) -> I64:
-    # A copy of what cannot be written: for read-only arrays the kernels would be compiled once more.
+    # Copies read-only arrays, because the kernels would be compiled again for them.
     return np.require(users, requirements=("C", "W")).view(np.int64)
 
 
 @compiled
 def _place(table: I64, user: int) -> int:
-    """Where a user is, or would be put."""
+    """The position of a user, or the one where the user would be stored."""
     mask = np.uint64(len(table) - 1)
     place = np.uint64(user) & mask
     while table[place, 1] != ABSENT and table[place, 0] != user:
@@ -114,7 +114,7 @@ def _remove(table: I64, users: I64) -> None:
             if table[place, 1] == ABSENT:
                 break
             wanted = np.int64(np.uint64(table[place, 0]) & np.uint64(mask))
-            # An entry moves into the gap unless its own place lies between both.
+            # An entry moves into the gap unless its home position is between the gap and the entry.
             if (place - wanted) & mask >= (place - gap) & mask:
                 table[gap, 0] = table[place, 0]
                 table[gap, 1] = table[place, 1]
@@ -133,14 +133,14 @@ class Histories(Protocol):
 class Profiler:
     """Computes each event's row from the events before it, and appends it to its user's history.
 
-    `update` is called by one thread; `committed` and `forget` by any. Which batches events come in, and which users are
-    in memory, changes no bit of a row.
+    One thread calls `update`; any thread may call `committed` and `forget`. Neither batching nor the set of users in
+    memory changes a bit of a row.
 
     Args:
         store: The committed histories.
         spec: What to compute.
         cache_users: Users held in memory; more when more have uncommitted events.
-        mask: Events that no row may use; rows of masked events are left out before they come here.
+        mask: Events that no row may use; masked events themselves are left out before they reach the profiler.
     """
 
     def __init__(self, store: Histories, spec: FeatureSpec, cache_users: int, mask: Mask = Mask.NONE) -> None:
@@ -149,7 +149,7 @@ class Profiler:
         self._hidden = mask.hidden
         self._slots = SlotTable()
         self._free: list[int] = []
-        # The system gives pages of an empty array only as they are written.
+        # The system allocates the pages of an empty array only when they are written.
         self._rings = np.empty((0, spec.history, WORDS), np.int64)
         self._ends = self._counts = self._users = self._pending = self._used = np.empty(0, np.int64)
         self._clock = 0
@@ -245,17 +245,17 @@ class Profiler:
         return slots
 
     def _make_room(self, needed: int) -> None:
-        """Frees at least `needed` rings: those longest unused among the committed; else the arena grows."""
+        """Frees at least `needed` rings, the least recently used of committed users first; else the arena grows."""
         if len(self._free) >= needed:
             return
-        # 1. More than needed leave at once, since the search checks all.
+        # 1. More than needed are evicted at once, because the search checks all users.
         capacity = len(self._ends)
         may_go = np.flatnonzero((self._pending == 0) & (self._used < self._clock) & (self._used > 0))
         leaving = min(len(may_go), max(needed, capacity // 16))
         if leaving:
             oldest = may_go[np.argpartition(self._used[may_go], leaving - 1)[:leaving]]
             self._release(self._users[oldest].view(np.uint64).tolist(), oldest.tolist())
-        # 2. The rest have events that the store does not know yet.
+        # 2. The other users have uncommitted events.
         if len(self._free) < needed:
             self._grow(max(needed - len(self._free), capacity // 2))
 

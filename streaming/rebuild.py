@@ -2,9 +2,9 @@
 
 1. Takes the directory's lock and fences the stream's writer, so that the micro-batch log has an end. If an earlier
    release had shards, their writers are fenced too. A transaction that a power cut left open at that end is repaired.
-2. Reads the micro-batch log to its end, from a copy's positions, from the newest usable snapshot of serving's
-   histories, or from the beginning, along the branch that control names. Its rows are what the lost store had; its ranges are the positions. Impressions that it opens and does not
-   close wait again.
+2. Reads the micro-batch log to its end, along the branch that control names. It starts at a copy's positions, at the
+   newest usable snapshot of serving's histories, or at the beginning. The log's rows are the events of the lost store,
+   and its ranges are the positions. Impressions that it opens and does not close wait again.
 3. Reads positions that the log no longer covers from the clicks themselves. Positions that are gone there too are
    counted.
 4. Builds the store in another directory and swaps it in at the end; the old one is kept.
@@ -141,7 +141,7 @@ def progress_on(out: TextIO) -> ProgressLine:
 
 
 class Waits:
-    """Gathers from micro-batches which rows begin and end to wait, until they are committed. One thread."""
+    """Gathers from micro-batches which rows start or stop waiting, until they are committed. Not thread-safe."""
 
     def __init__(self, store: HistoryStore) -> None:
         self._store = store
@@ -151,10 +151,10 @@ class Waits:
         self._erased: set[bytes] = set()
 
     def follow(self, batch: MicroBatch, erased: Flags, ranges: Sequence[Range]) -> list[Range]:
-        """Takes the rows of a micro-batch that the store does not have; returns its ranges without closings of unknown rows.
+        """Takes a micro-batch's rows that the store lacks; returns its ranges without closings of unknown rows.
 
-        If the log no longer holds an impression but holds its label, the row never waited in this store; its account
-        leaves both out. Impressions of erased users (`erased`, `[n]` bool) do not wait, and count as opened.
+        If the log holds a label but no longer its impression, the row never waited in this store, and the account
+        counts neither. Impressions of erased users (`erased`, `[n]` bool) do not wait, and count as opened.
         """
         rows = self._rows = self._rows or WaitingRows(self._store)
         closing = np.flatnonzero(~happened(batch.kind))
@@ -197,18 +197,18 @@ def _without(part: Range, lost: MicroBatch) -> Range:
 
 
 class Rebuild:
-    """Fills an empty or copied store from Kafka. One thread.
+    """Fills an empty or copied store from Kafka. Not thread-safe.
 
     1. The micro-batch log is read to its end, record by record.
-    2. Positions before a record that no earlier one has come from the clicks, in the order of their source.
-    3. So do the positions of partitions that the group names and the log does not.
+    2. Positions before a record that no earlier record covers are read from the clicks, in the order of their source.
+    3. Positions of partitions that the group names and the log does not are also read from the clicks.
 
     Args:
-        settings: Of the stream.
-        store: Built in another directory; its positions are where reading continues.
+        settings: The settings of the stream.
+        store: Built in another directory; reading continues at its positions.
         actions: Names the actions of each record by its feature spec.
-        salt: Of the users' pseudonyms.
-        progress: Shows how far the log is read.
+        salt: The salt of the users' pseudonyms.
+        progress: Shows the progress through the log.
         desired: The records that count, and the clicks that are left out.
 
     Attributes:
@@ -242,9 +242,9 @@ class Rebuild:
         """Reads everything available; the store holds it when this returns.
 
         Raises:
-            SaltMismatch: The log's pseudonyms are of another salt.
-            SpecMismatch: A record is of feature settings that the registry does not know.
-            CorruptStore: The store lacks an impression that waits.
+            SaltMismatch: The log's pseudonyms were computed with another salt.
+            SpecMismatch: A record has feature settings that the registry does not know.
+            CorruptStore: The store lacks a waiting impression.
             StoreFull: The store or its disk is full.
             LogError: Kafka is not reachable, or stops answering.
         """
@@ -291,8 +291,8 @@ class Rebuild:
     def _read_waiting(self, begin: int, end: int) -> None:
         """Finds what a snapshot that ends at `end` lacks: the rows that still wait, and the event clock of each source.
 
-        The counts of the snapshot say how many rows wait. The log is searched backward until they are all found, and
-        then read forward from there.
+        The counts of the snapshot give the number of waiting rows. The log is searched backward until all are found,
+        and then read forward from there.
         """
         waiting = Counter(
             {
@@ -334,14 +334,14 @@ class Rebuild:
         self._progress.show(lambda: progress_line(done, total, self._result.rows, self._progress.took_s), last)
 
     def _take(self, batch: PartitionBatch) -> None:
-        """One commit for the records of one poll, and one before each segment of clicks."""
+        """Commits the records of one poll, and commits before each segment of clicks."""
         for first, after, reason in batch.corrupt:
             self._result.unreadable += 1
             logger.error("the micro-batch log's positions [%d, %d) are corrupt: %s", first, after, reason)
         log = Source(batch.topic_id, batch.partition)
         for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
             self._result.records += 1
-            # Records that the trainer skips for good do not count here either.
+            # Records that the trainer skips permanently do not count here either.
             if accepted_gaps.left_out(self._accepted, log, offset):
                 self._result.unreadable += 1
                 continue
@@ -440,16 +440,18 @@ class KeptRecord(NamedTuple):
 def end_open_transaction(settings: Settings, writer: Writer) -> None:
     """Repairs the end of the training log after a power cut.
 
-    Acknowledged records stay visible, and no reader waits behind them. The newest transaction may have lost its
-    marker but not its records. What Kafka's coordinator knows of it comes from another log, so there are two cases:
+    Afterwards acknowledged records are visible, and no reader waits behind them. The newest transaction may have lost
+    its marker but not its records. Kafka's coordinator keeps its state of the transaction in another log, so there are
+    two cases:
 
-    1. The coordinator considers it ended. Then no reader gets past it. The next transaction of the same writer ends
-       it too, because its marker closes everything open before it. A micro-batch without rows is written in one.
+    1. The coordinator considers the transaction ended, but no reader gets past it. The next transaction of the same
+       writer ends it too, because its marker closes everything open before it. So a micro-batch without rows is
+       written in a transaction.
     2. The coordinator considers a transaction open, perhaps the following one, and aborts it when the writer starts.
-       Its marker also closes everything open before it, and hides records that others may have learned and served
-       from. They are written again; readers that have them skip them by position.
+       The abort marker also closes everything open before it, and hides records that others may have learned and
+       served from. These records are written again; readers that have them skip them by position.
 
-    The stream's own writer does both, after it has fenced any other.
+    The stream's own writer does both, after it has fenced any other writer.
 
     Raises:
         LogError: Kafka is not reachable, or refuses.
@@ -514,7 +516,7 @@ def _decoded(value: bytes | None) -> MicroBatch | None:
 
 
 def _without_rows(record: KeptRecord) -> bytes:
-    """A micro-batch without rows, made like this one."""
+    """A micro-batch without rows, otherwise like this record."""
     whole = decode(record.value)
     return encode(replace(whole.header, ranges=(), clocks=()), whole.take(np.zeros(len(whole), np.bool_)).columns)
 
@@ -567,7 +569,7 @@ def load_snapshot(settings: Settings, store: HistoryStore, salt: Salt, log: Log)
     """Loads the newest usable snapshot of serving's histories into an empty store; None if there is none.
 
     Raises:
-        StoreFull: The store is too small for it.
+        StoreFull: The store is too small for the snapshot.
     """
     control = ControlPoll(settings.registry_dir).read()
     topic = settings.kafka.microbatches_topic
@@ -586,7 +588,7 @@ def are_lost(settings: Settings) -> bool:
     """Whether the histories were open when the machine or its container went down; False if there are none yet.
 
     Raises:
-        LockHeld: The stream has them open.
+        LockHeld: The stream has the histories open.
     """
     with DirectoryLock(settings.stream_dir):
         histories.finish(settings.stream_dir)

@@ -1,6 +1,6 @@
 """Rows of the stream: a batch of events with their windows, and the events to append to histories. Pure.
 
-Before rows are made, masked clicks are left out of a batch, and the events of several partitions are sorted by the
+Before rows are computed, masked clicks are left out of a batch. The events of several partitions are sorted by the
 partitions' clocks, not by the clicks' own times. So one wrong clock moves no other user's rows, and rows of one
 partition keep their order.
 """
@@ -69,7 +69,7 @@ class Rows:
             **{name: getattr(batch, name) for name in (*SCALARS, "context") if name not in SINCE_2},
             **{name: absent_column(name, rows) for name in SINCE_2},
             **{name: column for name, column in added.items() if len(column) == rows},
-            # Sequences are columns only if the spec asks for them.
+            # Sequences are columns only if the spec requests them.
             **{name: column for name, column in self.vectors._asdict().items() if column.shape[1] or name in LISTS},
             "user_attributes": none if self.attributes is None else self.attributes.user,
             "item_attributes": none if self.attributes is None else self.attributes.item,

@@ -1,7 +1,8 @@
 """The Beam steps of the stream up to the rows: clicks are read, become events, and events become rows.
 
 Beam builds the steps of a job from pickles, and a store, a Kafka consumer or a thread cannot be pickled. So steps carry
-a `Handle`, a number that identifies a context in the process that opened it. Each job is one fused stage in one process.
+a `Handle`, a number that identifies a context in the process that opened it. Each job is one fused stage in one
+process.
 
 The source is one unbounded element of a splittable DoFn, which reads all partitions. It blocks in `poll` and never
 defers: an unbounded source that defers costs 5-200 ms a bundle and leaks.
@@ -51,7 +52,7 @@ class Handle(Generic[Context]):
     """A picklable reference to a context that this process has open.
 
     Args:
-        number: Of `opened`.
+        number: The context's number, assigned by `opened`.
     """
 
     def __init__(self, number: int) -> None:
@@ -169,14 +170,14 @@ class _Forever(RestrictionProvider):
 
 
 class ClickReader:
-    """Polls the partitions; once a second it finds new ones and updates the lag metrics. Used by the Beam thread only."""
+    """Polls the partitions; once a second it finds new ones and updates the lag metrics. For the Beam thread only."""
 
     def __init__(self, context: StreamContext) -> None:
         self._context = context
         self._due_s = 0.0
         self._lag = Lag()
         self._unreachable = False
-        # By the next poll, everything read before has become rows, so the clock includes it.
+        # Before the next poll, everything read has become rows, so the clock includes it.
         clock, topic_id = context.clock, context.topic_id
         self._reader = AlignedReader(
             context.reader,
@@ -290,6 +291,6 @@ class ReadClicks(Step[StreamContext]):
             yield batches
             context.metrics.busy_seconds.inc(time.perf_counter() - begun_s)
             if 0 < sum(map(len, batches)) < stream.batch_events:
-                # At the end of the log a poll returns with the next click. A poll and its steps cost the same for one click
-                # as for fifty, so more are given the time to arrive.
+                # At the end of the log a poll returns with the next click. A poll and its steps cost the same for one
+                # click as for fifty, so this waits for more clicks to arrive.
                 context.stopping.wait(max(0.0, stream.poll_ms / 1000 - (time.perf_counter() - polled_s)))

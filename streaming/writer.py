@@ -3,13 +3,13 @@
 Kafka fences zombies of this stream by its transactional id. The id is derived from the topics' ids and the consumer
 group, so no other deployment has it, and a restarted stream keeps it. The last id is stored next to the histories. It
 differs if a topic was recreated, if the group was renamed, or if the release was 0.1.0, whose id was the same in every
-deployment. Then the writer of the last id is fenced first: its open transaction ends, and a zombie with that id cannot
-write.
+deployment. In these cases the writer of the last id is fenced first. Its open transaction ends, and a zombie with that
+id cannot write.
 
 A dead letter has the coordinates of a refused record and the reason in its headers, and the record's position as key.
-It contains neither that record's key, which is a user's id, nor its value. A letter may occur more than once; readers
-count distinct keys. The local form writes letters in the transaction of their rows, and so repeats them only with
-their rows. A distributed job repeats those since the engine's last checkpoint.
+It contains neither that record's key, which is a user's id, nor its value. A dead letter may occur more than once;
+readers count distinct keys. The local stream writes dead letters in the transaction of their rows, and so repeats them
+only with their rows. A distributed job repeats those since the engine's last checkpoint.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def transactional_id(clicks: str, microbatches: str, group: str, shard: int = 0)
     >>> transactional_id("ab" * 16, "cd" * 16, "springtide-stream")
     'springtide-stream-91d1bb5e31a6fa6b-0'
 
-    Another shard than 0 is one of an earlier release.
+    Shards other than 0 exist only in earlier releases.
     """
     digest = hashlib.sha256("\n".join((clicks, microbatches, group)).encode()).hexdigest()
     return f"springtide-stream-{digest[:16]}-{shard}"
 
 
 def id_of_first_release(shard: int = 0) -> str:
-    """The id that 0.1.0 used."""
+    """The transactional id that release 0.1.0 used."""
     return f"springtide-stream-{shard}"
 
 
@@ -120,7 +120,7 @@ def send_records(
     """Passes micro-batches and dead letters to `writer`; they are acknowledged with its flush or transaction.
 
     Args:
-        writer: Of the process.
+        writer: The writer of the process.
         kafka: Names the topics.
         values: Encoded micro-batches.
         letters: Refused records.
@@ -150,8 +150,8 @@ class StreamWriter:
 
     Args:
         settings: The effective settings.
-        encoding: Of the micro-batches.
-        stopping: Set once the stream was asked to stop; from then on it does not wait for an outage to end.
+        encoding: The encoding of the micro-batches.
+        stopping: Set once the stream was asked to stop; from then on the writer does not wait for an outage to end.
         opens: Opens a fencing writer, here and after each outage.
 
     Raises:
@@ -170,7 +170,7 @@ class StreamWriter:
         self._writer = opens(settings)
 
     def skip_letters(self, until: Mapping[Source, int]) -> None:
-        """Declares that letters of positions below `until` are in the topic, so that they are not written again."""
+        """Marks dead letters of positions below `until` as already in the topic, so that they are not written again."""
         self._written_letters = until
 
     def write(self, cuts: Sequence[Cut]) -> int:

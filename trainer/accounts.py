@@ -1,8 +1,8 @@
 """Counts the outcome of each row, and records the gaps that an operator accepts. Two kinds of gap stop the trainer:
 
-- A gap in the training log: retention deleted records before the trainer read them, or a record cannot be learned from
-  (damaged, no micro-batch, other features, another salt).
-- A gap in a source: no record of the log covers some positions of the clicks. A gap of the first kind explains it.
+- A gap in the training log: retention deleted records before the trainer read them, or the trainer cannot learn from a
+  record. Such a record is damaged, is not a micro-batch, or has other features or another salt.
+- A gap in a source: no record of the log covers some positions of the clicks. A gap in the training log explains it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Passages:
 
         Raises:
             GapError: The operator does not accept the gap.
-            TruncatedLog: The log was cut back. No operator can accept this; the trainer has to rewind.
+            TruncatedLog: The log was truncated. No operator can accept this; the trainer has to rewind.
         """
         if len(error.gaps) != 1 or isinstance(error, TruncatedLog):
             raise error

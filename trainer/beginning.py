@@ -61,8 +61,11 @@ class Beginning(NamedTuple):
 
 
 Begins = Callable[[Settings, Trainer, Mapping[str, Any], Log, Control], Beginning]
-"""Prepares a trainer for the first epoch: settings, the trainer, which is cleared first, the bootstrap's document of the
-feature spec, the log with the training log, and the generation whose epoch begins."""
+"""Prepares a trainer for its first epoch.
+
+The trainer is cleared first. The other arguments are the settings, the bootstrap's document of the feature spec, the
+log with the training log, and the control generation whose epoch begins.
+"""
 
 
 def from_nothing(
@@ -100,7 +103,7 @@ class FromPast:
         Raises:
             MicroBatchError, SpecMismatch, SaltMismatch: The micro-batches do not fit this trainer.
             ProcessFailed, SystemExit: See `from_child`.
-            GapError: The log does not reach back to the cut any more.
+            GapError: The log no longer reaches back to the cut.
             UnknownTopic: The log was recreated since the cut.
         """
         # 1.
@@ -131,7 +134,7 @@ class FromPast:
             rows=rows,
             durable_first=at,
             told_ms=told_ms,
-            # The users of these erasures were left out.
+            # Past clicks exclude the users of these erasures.
             erased=control.erased.last,
         )
         # The next version need not repeat the content of this one.
@@ -148,7 +151,7 @@ class FromPast:
                 batch = found.batch.take(past.has(found.batch))
                 if len(batch):
                     if trainer.guard.held:
-                        # As in a replay: later records may be learned from again.
+                        # As in a replay, a hold does not stop learning of later records.
                         trainer.guard = trainer.guard.released()
                     trainer.step(batch)
                     rows, told_ms = rows + len(batch), max(told_ms, found.told_ms)
@@ -163,7 +166,7 @@ class FromPast:
 
 @contextmanager
 def from_child(arguments: Sequence[str], stopping: threading.Event) -> Iterator[Iterator[bytes]]:
-    """The micro-batches that a child makes, which ends with the block.
+    """Yields the micro-batches that a child process makes; the child ends with the block.
 
     Args:
         arguments: The command line of this process: the child has the same settings.
@@ -202,7 +205,7 @@ def _read(child: subprocess.Popen[bytes], stopping: threading.Event) -> Iterator
 
 
 def beginning_of(registry: Registry, arguments: Sequence[str], stopping: threading.Event) -> Begins:
-    """How the trainer of a registry begins.
+    """Returns how the trainer of a registry begins.
 
     Args:
         registry: The trainer's own.
@@ -263,7 +266,7 @@ def resume(restored: Manifest, line: LogLine, log: Log, settings: Settings, pass
     1. The version is loaded.
     2. The log is open at its offset.
 
-    Nothing is written up to here: a crash leaves the same work to do.
+    Nothing is written up to here, so after a crash the next start repeats both steps.
 
     Raises:
         UnknownTopic: The log was recreated since that version.

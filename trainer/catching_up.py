@@ -50,7 +50,7 @@ class CatchingUp:
         self._planned = from_json(plan.get("again", {}))
         is_at_base = self._began is not None and place.parent == self._began.base
         if self._watched and not is_at_base and self._is_again(place, place.next):
-            # The trainer cannot tell what it read before this start from what came later.
+            # The trainer cannot distinguish records that it read before this start from later ones.
             self._again = {}
 
     def pass_by(self, offset: int, place: TrainingPlace) -> None:
@@ -61,8 +61,8 @@ class CatchingUp:
     def check(self, place: TrainingPlace, control: Control, busy: bool) -> None:
         """Runs between two records, after the end of the log was reached. A failed write is retried at a later call.
 
-        1. The clicks are as far as before the rollback: write the outcome.
-        2. All of them are published (`busy` is false): let serving follow, if the rollback asked for it.
+        1. Once the clicks have reached the position before the rollback, write the outcome.
+        2. Once all of them are published (`busy` is false), let serving follow if the rollback asked for it.
         """
         if not self._watched:
             return

@@ -1,23 +1,23 @@
 """Makes bases, merges the deltas of old versions, and removes data that is no longer needed: `springtide compact`.
 
-0. Rows of erased users are removed from all that is kept (`rewrite`).
-1. If much is read beyond the newest base, it and the deltas since are merged into another base. It is bit-equal to
-   the state of the trainer that published them. The base appears at once.
-2. Deltas of versions that are too old to be kept each are merged into that of the next kept one (`plan`). Loading it
-   gives the same bits. The merged delta appears at once.
-3. The merged parts are removed. Then whatever exceeds its time or the bytes is removed, the oldest first.
-4. Garbage is removed by age (`state/registry/garbage.py`).
-5. Snapshots of histories are thinned, and those from before an erasure are removed (`thin_snapshots`).
+0. Remove rows of erased users from all versions (`rewrite`).
+1. If the deltas since the newest base are large, merge base and deltas into another base. It is bit-equal to the state
+   of the trainer that published them. The base appears atomically.
+2. Versions beyond a certain age are not all kept. Merge the deltas of the others into that of the next kept version
+   (`plan`). Loading it gives the same bits. The merged delta appears atomically.
+3. Remove the merged parts. Then remove what exceeds its retention time or the limit of bytes, the oldest first.
+4. Remove garbage by age (`state/registry/garbage.py`).
+5. Thin snapshots of histories, and remove those from before an erasure (`thin_snapshots`).
 
-Versions that control names are never removed. A crash at any step leaves all kept versions loadable, and the rest of
-the work for the next run. Neither TensorFlow nor a pause of the trainer is needed.
+Versions that control names are never removed. After a crash at any step, all kept versions can be loaded, and the next
+run completes the work. The compactor needs no TensorFlow, and the trainer does not pause.
 
 For step 0, a version records how far its trainer had applied erasures when it was made. Earlier versions are rewritten
 without the users' rows, the oldest first. Then the delta that removed those rows is rewritten without the ids of the
 removed rows. Loading such a version gives the same result: a trainer forgets the users as it enters the epoch, and
 serving does not use their rows.
 
-Every version stays while it is young. Later the newest of each ten minutes stays, then the newest of each hour. A base is
+Every young version is kept. Later the newest of each ten minutes is kept, then the newest of each hour. A base is
 removed if the previous base and the deltas since then also load quickly.
 """
 
@@ -76,12 +76,12 @@ class Tiers:
     """The retention times of versions.
 
     Attributes:
-        each_ms: Every durable version is kept this long.
-        thin_ms: One version in `thin_every_ms` is kept this long.
-        sparse_ms: One version in `sparse_every_ms` is kept this long.
-        thin_every_ms: The distance of versions older than `each_ms`.
-        sparse_every_ms: The distance of versions older than `thin_ms`.
-        most_bytes: The most bytes of all versions together.
+        each_ms: How long every durable version is kept.
+        thin_ms: How long one version per `thin_every_ms` is kept.
+        sparse_ms: How long one version per `sparse_every_ms` is kept.
+        thin_every_ms: The distance between versions older than `each_ms`.
+        sparse_every_ms: The distance between versions older than `thin_ms`.
+        most_bytes: The maximum bytes of all versions together.
         load_bytes: Bytes of deltas that a load may read after its base; more if the base is larger than this.
     """
 
@@ -128,7 +128,7 @@ def plan(
     Args:
         deltas: Manifests of the deltas, ascending.
         bases: Manifests of the bases, ascending.
-        keep: Versions that stay whatever their age.
+        keep: Versions that are kept regardless of their age.
         tiers: The retention times.
         now_ms: Wall clock.
     """
@@ -185,7 +185,7 @@ class _Held:
 
 
 def _young_enough(held: _Held, tiers: Tiers, now_ms: int) -> set[int]:
-    """Versions that stay by their age, and those around branch points: each epoch has its own branch of the log."""
+    """Returns versions to keep because of their age, and those around branch points, where an epoch's branch begins."""
     newest: dict[tuple[int, int, int], int] = {}
     for version, one in sorted(held.all.items()):
         for every in (tiers.thin_every_ms, tiers.sparse_every_ms):
@@ -213,7 +213,7 @@ def _thinned(held: _Held, wanted: Collection[int], expired: Collection[int], tie
     for version in sorted(stops & held.deltas.keys()):
         path, parent = held.path(version, stops)
         if parent is None:
-            # It is loaded from its own base; or a delta that it needs is missing, and it is no target to load.
+            # The version loads from its own base, or a delta that it needs is missing and it cannot be loaded.
             if version not in kept:
                 live.add(version)
             continue
@@ -225,7 +225,7 @@ def _thinned(held: _Held, wanted: Collection[int], expired: Collection[int], tie
 
 
 def _needed_bases(held: _Held, wanted: Collection[int], expired: Collection[int], tiers: Tiers) -> set[int]:
-    """The bases that `wanted` versions start from, without those for which an earlier, lasting base is near enough."""
+    """Returns the bases that `wanted` versions load from, except those with an earlier kept base near enough."""
     every = sorted(held.bases)
     starts: dict[int, set[int]] = {}
     for version in wanted:
@@ -255,11 +255,11 @@ def reported(registry: Registry) -> ErasureReport:
 
 
 def rewrite(registry: Registry, crosses: Crosses, now_ms: Callable[[], int] = wall_ms) -> int:
-    """Removes rows of erased users from all that is kept; returns how many parts were rewritten.
+    """Removes rows of erased users from all versions; returns how many parts were rewritten.
 
     Raises:
         CorruptVersion: A file fails its digest.
-        UnusableRegistry: The disk refused.
+        UnusableRegistry: The disk cannot be written.
     """
     control = registry.control()
     if control is None or not control.erased:
@@ -270,7 +270,7 @@ def rewrite(registry: Registry, crosses: Crosses, now_ms: Callable[[], int] = wa
     parts.sort(key=lambda part: part.version)
     done = last_report.version if last_report.through >= erased.last else 0
     if any(_theirs(part, erased) for part in parts if part.version > done):
-        # The oldest first: when the id of a removed row is left out, the row itself is gone already.
+        # Oldest first, so that a row is gone before the delta that removed it loses the row's id.
         known = CrossedIds(crosses)
         for part in parts:
             count += _rewritten(registry, part, erased, known)
@@ -329,16 +329,16 @@ def _of_snapshots(settings: Settings) -> int:
 
 
 def needed(control: Control | None) -> frozenset[int]:
-    """The versions that control names: they stay whatever their age."""
+    """Returns the versions that control names, which are kept regardless of their age."""
     return frozenset() if control is None else named(control)
 
 
 def compact(registry: Registry, load_bytes: int = 0) -> Manifest | None:
-    """Makes a base of the newest version of control's epoch; None if there is nothing new, or little to read.
+    """Makes a base of the newest version of control's epoch; None if it is not needed yet.
 
     Args:
         registry: With the compactor's lock held.
-        load_bytes: A base is made only if the deltas beyond the last one exceed this, and that base's own size.
+        load_bytes: A base is made only if the deltas since the last base exceed both this and that base's size.
 
     Raises:
         CorruptVersion: A file of its chain fails its digest.
@@ -354,7 +354,7 @@ def compact(registry: Registry, load_bytes: int = 0) -> Manifest | None:
 
 
 def thin(registry: Registry, tiers: Tiers, now_ms: int) -> Thinning:
-    """Merges and removes what is beyond its tier; returns what was done.
+    """Merges and removes versions beyond their tier; returns what was done.
 
     Raises:
         CorruptVersion: A file that is to be merged fails its digest.
@@ -398,9 +398,10 @@ def _bytes(part: Manifest) -> int:
 
 
 def thin_snapshots(location: FileStore, erased: int, most_bytes: int, now_ms: int) -> list[int]:
-    """Removes snapshots of histories from before the erasure `erased`, and those beyond time and size; returns their numbers.
+    """Removes old snapshots of histories, and those from before the erasure `erased`; returns their numbers.
 
-    Of each set of shares the newest `SPARE_SNAPSHOTS` stay, and of the last day the newest of each six hours.
+    Of each set of shares the newest `SPARE_SNAPSHOTS` are kept, and of the last day the newest of each six hours. If
+    the remaining snapshots exceed `most_bytes`, the oldest are removed.
 
     Raises:
         UnusablePlace: The location cannot be reached.
@@ -421,7 +422,7 @@ def thin_snapshots(location: FileStore, erased: int, most_bytes: int, now_ms: in
         stay |= {one.number for one in [one for one in kept if one.held == held][-SPARE_SNAPSHOTS:]}
     wanted = [one for one in kept if one.number in stay]
     while len(wanted) > 1 and _snapshot_bytes(wanted) > most_bytes:
-        # They share files with later ones.
+        # Snapshots share files with later ones, so sizes are computed for the remaining set.
         wanted = wanted[1:]
     stay = {one.number for one in wanted}
     gone += [one.number for one in kept if one.number not in stay]
@@ -444,7 +445,7 @@ def run(settings: Settings, clock: Callable[[], float] = time.time) -> None:
         registry = Registry(settings.registry_dir)
         control, now_ms = registry.control(), int(clock() * 1000)
         try:
-            # Before versions, which have what snapshots leave.
+            # Snapshots are removed before versions, because versions get the space that snapshots leave.
             erased = 0 if control is None else control.erased.last
             location = snapshots.location_of(settings)
             if gone := thin_snapshots(location, erased, snapshots.most_bytes(settings), now_ms):

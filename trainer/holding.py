@@ -193,7 +193,7 @@ class WindowWatch:
                 self._since.pop(name, None)
             elif before == 0:
                 self._since[name] = self._before or window.start
-        # The first windows are averaged evenly, so that none of them weighs for long.
+        # The first windows are averaged evenly, so that none of them dominates for long.
         share = max(2 / REMEMBERED, 1 / (len(self._past) + 1))
         self._shares += (share * (window.shares() - self._shares)).astype(np.float32)
         self._past = np.concatenate([self._past, signals[None]])[-REMEMBERED:]
@@ -215,7 +215,7 @@ class WindowWatch:
             usual(self._past[:, place], rule) if crowded and enough[place] else None for place, rule in enumerate(RULES)
         ]
 
-    # What a version keeps
+    # State in versions
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Everything remembered, by name."""
@@ -361,7 +361,7 @@ class UpdateGuard:
         self._enabled, self._registry, self._metrics, self._clock = wanted.mode == "on", registry, metrics, clock
         self._last, self._elapsed = PASSED, elapsed
         self._skipped, self._skipped_since = 0, WindowStart(0, 0)
-        # A hold that is not in control yet, and the trainer's position then.
+        # A hold that is not in control yet, and the trainer's position at the hold.
         self._unwritten: tuple[HeldUpdate, TrainingPlace] | None = None
         self._tried_s, self._say = float("-inf"), SaidOnce(logger.error)
 
@@ -462,7 +462,7 @@ class UpdateGuard:
         self._metrics.guard_windows.set(self._watch.windows)
         self._metrics.withheld.set(not self.passes)
 
-    # What a version reports and keeps
+    # State and verdicts in versions
 
     def verdict(self) -> tuple[str, dict[str, float]]:
         """The guard's entry in a new version: its verdict, and how near each rule is to a hold; empty if it is off."""

@@ -106,7 +106,7 @@ def take_in(
     ours = trained(whole.kind)
     fresh = ours & unseen
     if not is_ours:
-        # Sources without a mark stay so: their clicks may still come, perhaps from the beginning.
+        # Sources without a mark get none: their clicks may still come, perhaps from the beginning.
         known = {source: after[source] for source in marks}
         rows, new = int(ours.sum()), int(fresh.sum())
         return Intake(_without_rows(whole), known, rows, rows - new, 0, gaps(whole.header, marks), other_features=new)
@@ -130,7 +130,7 @@ def _without_rows(whole: MicroBatch) -> MicroBatch:
 
 
 def _is_ours(whole: MicroBatch, spec: str, salt: str, where: str, is_former: Callable[[str], bool]) -> bool:
-    """Whether a record has our features and salt. Raises if it has others that are not former ones."""
+    """Whether a record has the trainer's features and salt. Raises if it has others that are not former ones."""
     found = whole.header
     if found.spec != spec and not is_former(found.spec):
         raise SpecMismatch(

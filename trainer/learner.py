@@ -106,7 +106,7 @@ class LossRecorder:
             before, self._wanted = self._wanted, comparison.is_wanted(self._registry)
             self._polled_s = now_s
             if before and not self._wanted:
-                # Also at the start: an earlier process may have left some.
+                # This also happens at the start, because an earlier process may have left files.
                 self._writer.close()
                 comparison.remove_all(self._registry)
         return self._wanted
@@ -145,7 +145,7 @@ class ServedModel(NamedTuple):
 
 @dataclass(frozen=True)
 class Surroundings:
-    """How a learner starts, and what it waits and asks for.
+    """The environment of a learner: how it starts, its limits and its clocks.
 
     Attributes:
         consent: The losses that the operator accepts.
@@ -163,7 +163,7 @@ class Surroundings:
 
 
 class Learner:
-    """Everything between the training log and the registry. One thread.
+    """Learns the records of the training log and publishes versions to the registry. One thread.
 
     Args:
         settings: All settings.
@@ -210,13 +210,13 @@ class Learner:
         self._behind = False
 
     def enter(self, control: Control) -> None:
-        """Becomes the trainer that `control` asks for: the newest version of its epoch, else its base, else from scratch.
+        """Restores what `control` requires: the newest version of its epoch, else its base, else an untrained state.
 
         Raises:
             UnknownVersion: The base is not kept.
             CorruptVersion: The base fails its digest.
             UnknownTopic: The training log was recreated since that version.
-            GapError: The log does not continue from it: deleted without acceptance, or cut back (TruncatedLog).
+            GapError: The log does not continue from it: deleted without acceptance, or truncated (TruncatedLog).
         """
         self.control, settings, specs = control, self._settings, former_specs(self._registry.generations.beginnings())
         self._is_former = former(specs, lambda: self._trainer.counters.steps)
@@ -251,8 +251,8 @@ class Learner:
         """Polls control, takes the records of the log, publishes a due version; returns the number of records taken.
 
         Raises:
-            GapError: Records or clicks are gone, and no operator accepted it.
-            LogError: The log cannot be read on.
+            GapError: Records or clicks are missing, and no operator accepted the loss.
+            LogError: The log cannot be read.
             MicroBatchError, SpecMismatch, SaltMismatch: A record does not fit this stream, and no operator skipped it.
             RegistryError: A version needed cannot be loaded.
         """
@@ -415,7 +415,7 @@ class Learner:
         """Publishes the rest durably, and ends; the next start continues from here, or from before a held update.
 
         Raises:
-            OSError: The disk refused.
+            OSError: The disk cannot be written.
         """
         try:
             self._settle(wait=True)

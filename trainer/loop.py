@@ -3,27 +3,27 @@
 1. Claims the registry. A second trainer waits here as a standby, with TensorFlow, its kernels and the model loaded.
 2. Checks a custom tower, then waits until the bootstrap has analysed the feature spec of the settings.
 3. Builds the trainer and lowers its program, checked against the model. If the newest version no longer fits this
-   release's model, an epoch begins from the parts that fit. If the settings differ, that is refused.
+   release's model, an epoch begins from the parts that fit. If the settings differ, the trainer refuses to start.
 4. Creates control generation 1 if there is no control.
-5. Enters control's epoch: its newest version, else its base, else from scratch, or with the past clicks of an experiment. If
-   the training log was cut back behind that version, the trainer rewinds first (`recover`, below).
-6. Reads, steps, publishes and converges to control until SIGTERM or SIGINT. Then it publishes what is left and exits
-   with 0.
+5. Enters control's epoch: from its newest version, else from its base, else from scratch or with the past clicks of an
+   experiment. If the training log was truncated to before that version, the trainer rewinds first (`recover`, below).
+6. Reads, steps, publishes and converges to control until SIGTERM or SIGINT. Then it publishes its remaining work and
+   exits with 0.
 
-If records of the training log, or clicks before it, are gone, it ends and lists them. With
-`--accept-gap P:A-B --reason TEXT` it counts them and continues. If a record cannot be learned from,
-`--skip-record OFFSET --reason TEXT` leaves it out in the same way, here and in every replay.
+If records of the training log, or clicks before it, are missing, it exits and lists them. With
+`--accept-gap P:A-B --reason TEXT` it counts them and continues. If the trainer cannot learn from a record,
+`--skip-record OFFSET --reason TEXT` leaves that record out in the same way, here and in every replay.
 
-Any other end is one line on the standard error and exit code 1 (2 for a wrong setting). A restarted trainer continues
-from the newest version.
+After any other error the trainer writes one line to standard error and exits with 1 (2 for a wrong setting). A
+restarted trainer continues from the newest version.
 
 Two child processes run next to the trainer from time to time (`Scheduled`): the compactor, and an export if
 `export.every_s` is set. A failed compaction makes the trainer check the version (`doubt`).
 
-A trainer can be ahead of its log: a broker that loses power without other replicas loses the newest records, and so
-does the election of a leader without them. Other records then take their offsets, and weights that learned the lost
-records are no longer a function of the log. So the trainer writes a control generation of its own. It has the next
-epoch, and starts from the newest version of the branch that learned nothing beyond the remaining log.
+A trainer can be ahead of its log. A broker without other replicas loses the newest records if it loses power, and so
+does the election of a leader that lacks them. Other records then get their offsets, and weights that learned the lost
+records are no longer a function of the log. So the trainer writes a control generation with the next epoch. It starts
+from the newest version of the branch that learned nothing beyond the remaining log.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ class Phases:
     def follow(self, caught_up: bool, records_left: int | None) -> None:
         """Shows whether the trainer has read the log to its end; until then logs `records_left` every few seconds.
 
-        None stands for an unknown number of records.
+        None means an unknown number of records.
         """
         self.enter(LEARNING if caught_up else CATCHING_UP)
         if not caught_up and time.monotonic() >= self._logged_s + LOG_S:
@@ -341,7 +341,7 @@ def prepare(
         name = registry.specs.bootstrapped(spec.digest, settings.model) or spec.digest
         upgrade_to_this_release(registry, settings, spec, trainer)
         phases.enter(PROGRAM)
-        # Custom code may have changed without a sign in the environment.
+        # The environment does not show changes of custom code.
         version = None if is_own(settings.model) else version_to_go_on_from(registry)
         environment = checkpoint.environment(settings, trainer.device, trainer.engine.name)
         program = program_of(registry, version, spec.digest, environment, trainer.model)
@@ -384,7 +384,7 @@ def upgrade_to_this_release(registry: Registry, settings: Settings, spec: Featur
 
 
 def enter(learner: Learner, registry: Registry, control: Control) -> None:
-    """Enters control's epoch; if the log was cut back behind its version, an epoch that rewinds as far as that.
+    """Enters control's epoch. If the log was truncated to before its version, a new epoch rewinds to the remaining log.
 
     Raises:
         TruncatedLog: There is no version to continue from.
@@ -395,7 +395,7 @@ def enter(learner: Learner, registry: Registry, control: Control) -> None:
             learner.enter(control)
             return
         except TruncatedLog as lost:
-            # Each round takes an older version, whose end of the log may be gone too.
+            # Each round tries an older version, because the log may end before that version too.
             who = f"trainer:{getpass.getuser()}"
             control = recover(registry, control, lost, who, wall_ms())
 
@@ -403,7 +403,7 @@ def enter(learner: Learner, registry: Registry, control: Control) -> None:
 def _join(
     imports: threading.Thread, settings: Settings, addresses: Sequence[str], joined: list[Group], phases: Phases
 ) -> None:
-    """Joins the other workers into `joined`, before any operation of TensorFlow, which a custom model's check runs."""
+    """Joins the other workers into `joined`. It precedes any TensorFlow operation, such as a custom model's check."""
     imports.join()
     phases.enter(WORKERS)
     with quiet_stderr():
@@ -448,7 +448,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
     phases = Phases(metrics)
     room = Room(REGISTRY, offer(collected, settings, [REGISTRY]), stopping.wait)
     kernels = Kernels(collected, logger, unused_kernels(settings), [LOG_KERNELS])
-    # A standby builds the model before it has the claim, other trainers after that.
+    # A standby builds the model before it has the claim, other trainers afterwards.
     model = functools.cache(lambda group: model_of(settings, Registry(settings.registry_dir).specs, group))
 
     def load() -> None:
@@ -456,7 +456,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
         specs, spec = Registry(settings.registry_dir).specs, FeatureSpec.from_settings(settings)
         alone = settings.trainer.workers == 1 and not is_own(settings.model)
         if phases.loaded == STANDBY and alone and specs.bootstrapped(spec.digest, settings.model):
-            # What is wrong is reported when it takes over: the model of the other trainer may change until then.
+            # A standby reports errors when it takes over, because the other trainer's model may change until then.
             phases.enter(MODEL)
             with suppress(SpringtideError):
                 model(None)
@@ -487,7 +487,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
             if not imports.is_alive():
                 phases.enter(BOOTSTRAP)
         registry = Registry(settings.registry_dir, claim)
-        # Before TensorFlow: some settings alone show that the newest version cannot be loaded.
+        # Check this before loading TensorFlow: some settings alone show that the newest version cannot be loaded.
         require_same_model(settings)
         _sweep(registry)
         if ownership.took_over and registry.control() is not None:
@@ -505,7 +505,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
             ready = threading.Thread(target=_join, args=arguments_of_join, name="workers", daemon=True)
             ready.start()
         if is_own(settings.model):
-            # Before the wait for clicks: a model that does not lower is refused at once.
+            # Check this before waiting for clicks, so that a model that does not lower is refused at once.
             _await(ready, children, stopping)
             _check_own(settings)
         if not await_spec(registry, FeatureSpec.from_settings(settings).digest, settings.model, stopping):

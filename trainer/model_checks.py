@@ -156,7 +156,7 @@ def _check_weights(weights: Mapping[str, Any], others: Mapping[str, Any], what: 
 def _called(call: Callable[[], Any], what: str, wanted: str) -> Any:
     try:
         return call()
-    # A custom ranker may fail in any way.
+    # A custom ranker may raise any exception.
     except Exception as error:
         # The trainer runs TensorFlow in a mode that refuses nondeterministic operations.
         if "determinism" in str(error):

@@ -40,7 +40,7 @@ class TrainingPlace:
         unsaved: Whether there was a step since `durable`.
         erased: The last erasure of control that was applied.
         erasures: (erasure, offset) of the newest erasures that were applied in this epoch.
-        told_ms: The newest time that a learned row reported, by which a rollback tells what a version cannot contain.
+        told_ms: The newest time that a learned row reported. A rollback uses it to find what a version cannot contain.
     """
 
     epoch: int

@@ -81,7 +81,7 @@ class PrivacyBudget:
         """Reads the spent budget, at the beginning of an epoch or after a start.
 
         Raises:
-            RegistryError: The ledger is gone or damaged.
+            RegistryError: The ledger is missing or damaged.
             SettingsError: It has another key, or another unit.
         """
         if not self._wanted.epsilon:
@@ -124,7 +124,7 @@ class PrivacyBudget:
             leader_epoch: Kafka's epoch of the leader that wrote the record.
 
         Raises:
-            OSError: The disk refused.
+            OSError: The disk cannot be written.
         """
         if self._ledger is None or not len(found.batch):
             return True

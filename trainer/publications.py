@@ -111,7 +111,7 @@ class Publications:
 
         Raises:
             WrongEpoch: It was refused, because control is at another epoch.
-            OSError: The disk refused.
+            OSError: The disk cannot be written.
         """
         published = self._publisher.settle(wait)
         if published is not None:
@@ -176,7 +176,7 @@ class Publications:
 
         Raises:
             WrongEpoch: Control is at another epoch by now.
-            OSError: The disk refused.
+            OSError: The disk cannot be written.
         """
         kind: Kind = "delta" if place.parent else "base"
         draft = self.draft(kind, place, control, account, topic_id, self._trainer.measures.of_slices())

@@ -9,8 +9,8 @@ The trainer, started with these settings, makes the epoch's first version. Until
 its own features. With `--learn-anew` the epoch starts from scratch and learns all retained records of the training log.
 Serving stays at its version until the trainer has caught up.
 
-The command needs the trainer's lock, because anything that the trainer learned meanwhile with the old settings would be
-lost: stop the trainer first. Serving continues. Exit codes: 0 done, 1 failed, 2 wrong use.
+Stop the trainer first: the command needs its lock, because anything that the trainer learned meanwhile with the old
+settings would be lost. Serving continues. Exit codes: 0 done, 1 failed, 2 wrong use.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@
    rows were removed from the base, and the log has clicks of those users that were learned.
 
 It runs next to the live system: it reads the registry and the log with its own reader, takes no lock and writes
-nothing. Exit codes: 0 equal, 1 different, not comparable, or not replayable any more; 2 wrong use.
+nothing. Exit codes: 0 equal; 1 different, not comparable, or no longer replayable; 2 wrong use.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class Comparison:
         rows: Rows read.
         outcome: `equal`, `different` or `not comparable`.
         environment: Differences of the environment; only if not comparable.
-        erased_rows: Rows learned of users whose rows are gone from the base; only if not comparable for that.
+        erased_rows: Learned rows of users whose rows were removed from the base; only if that makes them not
+            comparable.
         difference: The first one; only if different.
         digest: Of the version's state.
         seconds: How long it took.
@@ -157,7 +158,7 @@ def verify(
 
     Raises:
         UnknownVersion: It, or a part of its chain, is not kept.
-        GapError: The log does not reach back to the base any more.
+        GapError: The log no longer reaches back to the base.
         SpringtideError: Registry or log cannot be read.
     """
     began_s = time.monotonic()
@@ -212,7 +213,7 @@ def origin_of(
     """The version to begin from, not before an upgrade, where another model learned. None to begin from scratch.
 
     Raises:
-        UnknownVersion: There is none, it is not kept, or does not lead to `target`.
+        UnknownVersion: There is no such version, it is not kept, or `target` does not descend from it.
     """
     base = base_of(registry, target, wanted_base)
     if (upgraded := first_after(registry, beginnings, base, target)) is None:
@@ -226,7 +227,7 @@ def origin_of(
 
 
 def taken_out(registry: Registry, base: Manifest | None) -> Erased:
-    """The erasures whose users' rows were removed from a base after it was made."""
+    """Returns the erasures whose users' rows were removed from a base after it was made."""
     control = registry.control()
     if base is None or control is None:
         return Erased.NOBODY
@@ -238,7 +239,7 @@ def open_at(log: Log, target: Manifest, origin: str, offset: int) -> Reader:
     """Opens the log that `target` was trained on, at an offset.
 
     Raises:
-        GapError: The log does not reach back to it any more.
+        GapError: The log no longer reaches back to it.
         LogError: It cannot be read, was recreated, or ends before the version does.
     """
     trained, partition = target.log, target.log.partition

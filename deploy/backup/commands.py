@@ -167,7 +167,7 @@ def size(bytes: int) -> str:
 
 
 class _Amount:
-    """Shows now and then how many bytes were done; `verb` says how."""
+    """Shows progress in bytes from time to time; `verb` names the operation."""
 
     def __init__(self, verb: str) -> None:
         self._verb, self._bytes, self._begun_s = verb, 0, time.monotonic()
@@ -179,6 +179,6 @@ class _Amount:
         return time.monotonic() - self._begun_s
 
     def __call__(self, more: int) -> None:
-        """That many more."""
+        """Adds to the number of bytes."""
         self._bytes += more
         self._line.show(lambda: f"{size(self._bytes)} {self._verb} after {self.took_s:.0f} s")

@@ -407,7 +407,7 @@ class Lease:
             lock = self._read(name)
         except FileNotFoundError:
             return False
-        # Without its content, because the disk was full when it was written, its holder is unknown.
+        # A lock that was written to a full disk has no content, so its holder is unknown.
         dead = lock is not None and (self._clock() - lock.at_ms / 1000 > STALE_S or durable.is_dead(lock.owner))
         if dead:
             self._store.remove(f"{LOCKS}/{name}")

@@ -1,13 +1,13 @@
 """Makes a backup of a running system.
 
-1. Lock the backup location, so that nobody prunes it meanwhile.
+1. Lock the backup location against pruning.
 2. Copy the histories of each shard with their positions, each from one moment; then the files next to them.
 3. Copy control, and the versions that exist under it.
 4. If this machine serves, copy serving's notes next to its histories. Only missing pieces are sent.
 5. Write the backup document, which makes the backup valid.
 
-Histories come before control, because a stream rolls back where it meets control that is newer than its histories.
-Trainer and stream continue in Kafka from their own positions, and repeated rows are trimmed by position.
+Histories are copied before control, because a stream rolls back when control is newer than its histories. Trainer and
+stream continue in Kafka from their own positions, and repeated rows are trimmed by position.
 
 `cut` selects one consistent cut of the registry. Versions are immutable directories that appear and disappear by one
 rename, and a version is removed only before the versions that it depends on. If every listed directory still exists
@@ -93,7 +93,7 @@ def make(settings: Settings, store: FileStore, scope: Scope, now_ms: int, progre
 
     Raises:
         LockHeld: Another backup is made there.
-        BackupError: There is nothing to back up yet, or the destination refused.
+        BackupError: There is nothing to back up yet, or the destination cannot be written.
         SaltMismatch: The salt's file is not that of the histories.
         SpringtideError: The registry or a store cannot be read.
     """
@@ -154,7 +154,7 @@ class _Making:
         self._settings, self._lease, self._report = settings, lease, progress
         self._objects = Objects(store)
         earlier = location.newest_backup(store)
-        # Whole files by digest: those of versions never change, and are read once in their lives.
+        # Whole files by digest. Files of versions never change, so each is read only once.
         self._known = {} if earlier is None else {file.sha256: file for file in earlier.files}
 
     @property
@@ -214,7 +214,7 @@ class _Making:
             store.close()
 
     def registry(self, newest_only: bool) -> tuple[RegistryCut, list[KeptFile]]:
-        """Copies one moment of the registry; starts again where the compactor removed a file meanwhile."""
+        """Copies a consistent cut of the registry; starts again if the compactor removed a file meanwhile."""
         registry = Registry(self._settings.registry_dir)
         for _ in range(TRIES):
             found = cut(registry, newest_only)
@@ -281,14 +281,14 @@ def snapshot(store: LmdbStore) -> Iterator[BinaryIO]:
         finally:
             os.close(writing)
 
-    # The copy is made by native code, which waits where the pipe is full.
+    # Native code makes the copy, and blocks while the pipe is full.
     writer = threading.Thread(target=write, name="snapshot")
     writer.start()
     try:
         with os.fdopen(reading, "rb", buffering=0) as stream:
             yield stream
     finally:
-        # A closed pipe ends it.
+        # A closed pipe ends the copy.
         writer.join()
     if failed:
         raise failed[0]

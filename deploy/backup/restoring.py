@@ -59,7 +59,7 @@ CONTROL_FILES = tuple(f"{layout.REGISTRY}/{folder}/" for folder in (layout.CONTR
 
 
 def _require_restorable(settings: Settings, backup: Backup) -> None:
-    """Refuses where state would be lost or mixed with another, or where the salt is missing or another."""
+    """Refuses a restore that would lose or mix state, or whose salt is missing or differs."""
     state, registry, salt = settings.state_dir, settings.registry_dir, settings.salt_path
     found = [path for path in _entries(state) if path.name not in _MAY_BE_THERE and path not in (registry, salt)]
     found += [path for path in _entries(registry) if path.name not in _MAY_BE_IN_REGISTRY]
@@ -137,13 +137,13 @@ def restore(
         kafka_lost: Whether the topics are lost too, so that the trainer continues in another log.
 
     Raises:
-        BackupError: State exists already, the disk refused, or the erasures are of another system.
+        BackupError: State exists already, the disk cannot be written, or the erasures are of another system.
         DamagedBackup: An object is missing or fails its digest; the message names it.
-        MissingSalt, SaltMismatch: The salt of its users is missing, or is another.
+        MissingSalt, SaltMismatch: The salt of its users is missing, or differs.
         LockHeld: The system runs.
     """
     state, registry_dir = settings.state_dir, settings.registry_dir
-    # 1. Before the locks too, which would leave their files where a restore is refused.
+    # 1. Before taking the locks, because their files would remain after a refusal.
     _require_restorable(settings, backup)
     with DirectoryLock(state), DirectoryLock(registry_dir, layout.TRAINER_LOCK):
         _require_restorable(settings, backup)
@@ -218,7 +218,7 @@ def _finish_stores(settings: Settings, backup: Backup, kafka_lost: bool) -> tupl
         clean_mark.write(path / layout.MARK, CleanMark(True, clean_mark.boot_id()))
         opened = (path, settings.features.history, settings.stream.map_gb << 30)
         if kafka_lost:
-            # A branch of a log that no longer exists leads nowhere.
+            # The branch is of a log that no longer exists.
             writing = HistoryStore(*opened)
             writing.commit(Appends.none(), (), branch_extra(WHOLE))
             writing.close()
@@ -240,7 +240,7 @@ def _begin_serving(settings: Settings, backup: Backup, kafka_lost: bool) -> None
     """Gives serving a copy of the histories if the backed-up machine served, or if nothing else has the clicks."""
     aside = settings.state_dir / RESTORING
     streams, serving = layout.streams(aside), aside / layout.SERVING
-    # Histories of several shards of an earlier release become one store at the next start only.
+    # Histories of several shards of an earlier release are merged into one store only at the next start.
     if len(streams) == 1 and (kafka_lost or (serving / serving_start.NOTES).exists()):
         opened = (settings.features.history, settings.stream.map_gb << 30)
         serving_start.begin(streams[0], serving, opened, backup.created_at_ms)
@@ -273,7 +273,10 @@ def _record(
 
 
 def _not_ahead(registry: Registry, backup: Backup, positions: Mapping[Source, int]) -> int | None:
-    """The newest version on the branch that learned no click missing from the histories: such a click cannot be read again."""
+    """Returns the newest version on the branch that learned no click missing from the histories.
+
+    Such a click cannot be read again.
+    """
     if backup.version is None:
         return None
     line = registry.manifest(backup.version).visible
@@ -294,7 +297,7 @@ def _move_to_final_paths(aside: list[Path]) -> None:
         for path in sorted(folder.iterdir(), key=lambda path: (path.name == layout.CONTROL, path.name)):
             final = folder.parent / path.name
             if final.is_dir():
-                # Of empty directories alone, as was seen before.
+                # Only empty directories exist, as checked before.
                 shutil.rmtree(final)
             path.rename(final)
             killpoints.reach("restore.taken")

@@ -43,7 +43,7 @@ def await_clicks(store: HistoryStore, positions: Mapping[str, int]) -> None:
     deadline_s = time.monotonic() + WAIT_S
     while True:
         found = {str(source): after for source, after in store.positions().items()}
-        # The clicks of a source that serving never saw are before the beginning of its log.
+        # Clicks of a source that serving has never seen precede the beginning of its log.
         if all(found.get(source, after) >= after for source, after in positions.items()):
             return
         if store.closed_in_order() or time.monotonic() > deadline_s:

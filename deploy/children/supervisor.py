@@ -43,7 +43,7 @@ class ProcessPlan:
         stop_s: How long it may take to end after SIGTERM.
         lasting: Whether it runs forever; other processes end with status 0 when their work is done.
         remedies: By class of an error in its last log line, the process that must finish before it starts again.
-        wanted: For a process that runs only now and then: returns whether there is work. It starts then, and ends with
+        wanted: For a process that runs only occasionally: returns whether there is work. It starts then, and ends with
             status 0 when the work is done.
     """
 
@@ -204,7 +204,7 @@ class Supervisor:
         try:
             child.process = self._process(child.plan)
         except OSError as problem:
-            # A full disk accepts no new log, and a machine short of resources no process; both can recover.
+            # A full disk rejects a new log, and a machine short of resources a new process. Both can recover.
             self._fail(child, f"{child.plan.name} was not started: {reason_of(problem)}")
             return
         self._metrics.starts.labels(child.plan.name).inc()

@@ -4,7 +4,7 @@ It is its own process, because it may block for seconds, which must not delay an
 path, because a path may contain a user id. It answers these read requests; `steering.py` has those that change
 something:
 
-    GET /                   the page, and each file of `static`; all are read once and nothing is loaded from elsewhere
+    GET /                   the page and the files of `static`, read once; the page loads nothing from other servers
     GET /api/session
     GET /api/state
     GET /api/series?after_ms=

@@ -93,7 +93,7 @@ class CommandRunner:
         return json.loads(printed[-1])
 
     def listed(self, words: Sequence[str]) -> Any:
-        """Returns what a listing command lists, or listed within `LISTED_S`; one thread runs it, others wait."""
+        """Returns the output of a listing command, cached for `LISTED_S`; one thread runs it, others wait."""
         key = tuple(words)
         with self._listing:
             read_s, found = self._lists.get(key, (-math.inf, None))
@@ -112,9 +112,9 @@ class CommandRunner:
 
 
 class ShownPlan(NamedTuple):
-    """A rollback as it was shown: its words without reason and name, with all times written out, and the version.
+    """A rollback plan that was shown to an operator.
 
-    `shown_s` is monotonic.
+    `words` are its arguments without reason and name, with absolute times. `shown_s` is monotonic.
     """
 
     words: tuple[str, ...]

@@ -1,8 +1,8 @@
-"""Collects what the console shows of the loop, and stores the last hour of figures in memory for its curves.
+"""Collects the data that the console shows, and stores the last hour of figures in memory for its curves.
 
-While somebody has the console open, figures are read every second; otherwise only as often as the curves need them.
-Sections that no process exposes on /metrics (Kafka, registry, accounts, disks) are read less often, and only while
-somebody has it open. One thread at a time opens stores, because LMDB cannot open a store twice in a process.
+While the console is open in a browser, figures are read every second, otherwise only as often as the curves need them.
+Sections that no process exposes on /metrics (Kafka, registry, accounts, disks) are read less often, and only while the
+console is open. One thread at a time opens stores, because LMDB cannot open a store twice in a process.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class LoopWatch:
             return snapshot
 
     def changed(self) -> None:
-        """Reads the sections again soon, because somebody changed something."""
+        """Makes the sections be read again soon, after a change by an operator."""
         self._sections_s = float("-inf")
 
     def read_sections(self) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def promote(settings: Settings, name: str, by: By) -> tuple[Experiment, Control]
     """
     live, experiments = open_registry(settings), Experiments(settings)
     experiment = experiments.get(name)
-    # Refuses an experiment that is over before anything else.
+    # First of all, refuse an experiment that has ended.
     experiment.promote(by)
     # 1.
     tried = settings_of(settings, experiment.overrides, experiments.registry(name))
@@ -156,7 +156,7 @@ def promote(settings: Settings, name: str, by: By) -> tuple[Experiment, Control]
     with nullcontext() if same else _live_trainer_stopped(live, name):
         # 2.
         experiments.change(name, lambda now: now.promote(by))
-        # Waits until its trainer ended, and keeps others from starting.
+        # Wait until its trainer has ended, and prevent another one from starting.
         with DirectoryLock(experiments.registry(name), layout.TRAINER_LOCK).acquire(wait_s=WAIT_S):
             own = Registry(experiments.registry(name))
             # 3.

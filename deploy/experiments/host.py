@@ -80,7 +80,7 @@ def remove(folder: Path) -> None:
     """Removes the host's state; stores in memory are removed first.
 
     Raises:
-        OSError: The operating system refused.
+        OSError: The operating system reported an error.
     """
     for store in (layout.ROWS, layout.HISTORIES):
         if (link := folder / layout.SERVING / store).is_symlink():

@@ -60,11 +60,11 @@ def judge(
     settings: RetrainSettings,
     took_ms: int,
 ) -> RetrainDecision | None:
-    """Judges a retrain; None while that is too early.
+    """Judges a retrain; None while it is too early to decide.
 
-    1. A decision by somebody about its experiment counts, and so does whatever ended the experiment.
-    2. An open rollout of it is awaited, and one that was rolled back drops it.
-    3. While its guard holds it, its comparison decides nothing, and it fails at the time limit.
+    1. An operator's decision about the experiment counts, and so does any other end of the experiment.
+    2. An open rollout is awaited. A rollout that was rolled back drops the retrain.
+    3. While its guard holds it, the comparison decides nothing, and the retrain fails at the time limit.
     4. The confidence sequence, valid at all times, shows worse or better. Better is enough alone if no rollout is
        configured.
     5. The maximum of rows or time is reached without a decision.
@@ -79,7 +79,7 @@ def judge(
     # 1.
     decided = experiment.staged
     if experiment.stage == "promoting":
-        # A promotion of our own continues where it was interrupted.
+        # A promotion by this process continues where it was interrupted.
         return RetrainDecision("promoted", decided.reason) if decided.actor == ACTOR else None
     by = "" if decided.actor == ACTOR else f"by {decided.actor}: "
     if experiment.stage == "promoted":
@@ -136,7 +136,7 @@ class Retrainer:
         Raises:
             LockHeld: Commands change the document right now; it is tried again.
             SpringtideError: A document cannot be read.
-            OSError: The disk refused; it is tried again.
+            OSError: The disk cannot be written; it is tried again.
         """
         now_ms = self._now_ms()
         schedule = self._experiments.document().schedule or self._change(lambda now: now)
@@ -174,7 +174,7 @@ class Retrainer:
         try:
             figures = read_figures(self._experiments.folder(name))
         except CorruptStore:
-            # Status reports it; nothing can be compared.
+            # `springtide status` reports the damage. Without figures nothing can be compared.
             figures = None
         held = held_by_guard(Registry(path).control()) if path.is_dir() else None
         decision = judge(experiment, figures, held, self._settings.retrain, took_ms)
@@ -183,7 +183,7 @@ class Retrainer:
         # 3.
         if decision.outcome == "promoted" and (experiment.runs or experiment.stage == "promoting"):
             if held_by_guard(self._live.control()) is not None:
-                # What the guard holds must be decided first.
+                # A held update must be decided first.
                 return
             decision = self._promote(name, decision)
         elif experiment.runs:
@@ -193,7 +193,7 @@ class Retrainer:
         self._end(decision)
 
     def _promote(self, name: str, decision: RetrainDecision) -> RetrainDecision:
-        """Promotes an experiment; stops it if that is impossible for good."""
+        """Promotes an experiment; stops it if promotion is permanently impossible."""
         try:
             promote(self._settings, name, self._by(decision.reason))
         except (LockHeld, UnusableRegistry):

@@ -92,7 +92,7 @@ class LossComparison:
         """Stores the comparison; durable when this returns.
 
         Raises:
-            OSError: The disk refused; it is tried again.
+            OSError: The disk cannot be written; it is tried again.
         """
         self._kept_s = self._elapsed()
         if self._comparison.records != self._kept_records:
@@ -124,7 +124,7 @@ class ShadowRunner:
         self._live = Registry(settings.registry_dir)
         metrics = SupervisorMetrics(CollectorRegistry())
         self._supervisor = Supervisor.of(settings, lambda line: logger.warning("%s", line), metrics)
-        # Wrong settings are found before an experiment begins: a later mistake ends no other one.
+        # Settings are checked before an experiment begins, so that an error in one does not end the others.
         self._supervisor.settled = True
         self._running: dict[str, _Running] = {}
         self._say: dict[str, SaidOnce] = {}
@@ -143,7 +143,7 @@ class ShadowRunner:
                     self._end(experiment)
                 say.clear()
             except LockHeld:
-                # Commands change the document right now.
+                # A command is changing the document; the next step tries again.
                 continue
             except (SpringtideError, OSError) as error:
                 say(f"experiment {name}: {of_disk(error)}")

@@ -134,8 +134,8 @@ def as_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
 def as_text(experiment: Mapping[str, Any]) -> tuple[str, str]:
     """Formats an experiment's status: a word, and a description whose sentences are separated by semicolons.
 
-    The word is the first of: a document is damaged, its rollout needs attention, why it does not learn, that it is over,
-    the phase of its rollout, and the verdict of the comparison.
+    The word is the first of these that applies: a document is damaged, the rollout needs attention, the reason why it
+    does not learn, its end, the phase of the rollout, the verdict of the comparison.
 
     >>> compared = {"rows": 9, "live_log_loss": 2.5, "trial_log_loss": 2.4, "difference": -0.1, "low": -0.2, "high": -0.05,
     ...             "alpha": 0.05, "verdict": "better", "records": 1, "alone": 0, "unlike": 0, "differing": 9}

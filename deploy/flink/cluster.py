@@ -1,10 +1,10 @@
-"""A local Flink cluster: its directory, configuration and processes, run from start to stop; and the end of any cluster's jobs.
+"""Runs a local Flink cluster: its directory, configuration and processes. It also stops the jobs of any cluster.
 
 paths.state/flink/
 ├── lock                       held by `springtide flink up`
 ├── conf/config.yaml           written at each start
 ├── checkpoints/<job>/chk-<n>  newest three of each job, kept when it ends
-├── savepoints/                kept until somebody deletes them
+├── savepoints/                kept until deleted by hand
 ├── tmp/<process>/             emptied at each start of the process
 ├── artifacts/                 of submitted jobs
 └── logs/                      one file per process
@@ -154,7 +154,7 @@ def ports(settings: FlinkSettings) -> list[Port]:
 Say = Callable[[str], None]
 START_S, POLL_S = 180.0, 0.1
 SAVEPOINT_S, CANCEL_S = 120.0, 30.0
-# The process that follows a job polls its state a few times every 2 s; it would miss a faster end.
+# The process that follows a job polls its state a few times in 2 s, and would miss an earlier end of the cluster.
 FOLLOWED_S = 2.5
 
 

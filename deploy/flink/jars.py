@@ -20,7 +20,7 @@ from state.errors import FlinkFailed, reason_of
 
 LOCK = Path(__file__).with_name("jars.lock")
 INSTEAD = "give `springtide stream --runner flink` the job server of your own cluster"
-# The newest runner whose dependencies Maven Central has in full; it takes jobs of Beam's newer Python.
+# The newest runner whose dependencies are all on Maven Central. It accepts jobs of Beam's newer Python SDK.
 BEAM, VERSION = "2.62.0", "1.19.0"
 CONSISTS_OF = (
     f"org.apache.beam:beam-runners-flink-1.19:{BEAM}",
@@ -45,7 +45,7 @@ def merged_jar(say: Callable[[str], None], directory: Path | None = None, lock: 
     """Returns the path of the merged jar in `directory`, by default the user's cache; creates it if missing or damaged.
 
     Raises:
-        FlinkFailed: A jar cannot be fetched or has another digest, or there is no room for the merged one.
+        FlinkFailed: A jar cannot be fetched or has another digest, or there is no disk space for the merged jar.
     """
     if directory is None:
         directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "springtide"
@@ -105,5 +105,5 @@ def _digest(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    # `!`: each artifact has the versions that its own authors chose. Those that Flink manages lack what Beam calls.
+    # `!` keeps the versions that each artifact declares. The versions that Flink manages lack methods that Beam calls.
     write(LOCK, flink().resolved("+".join(f"{artifact}!" for artifact in CONSISTS_OF)))

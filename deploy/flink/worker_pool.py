@@ -30,7 +30,7 @@ from state.process.private_files import keep_private
 HOST = "127.0.0.1"
 STOP_S = 10.0
 WORKER = "worker"
-# As in Beam's own pool: the connection of a long job is never closed for too many pings.
+# As in Beam's own pool, so that gRPC never closes the connection of a long job for too many pings.
 OPTIONS = (("grpc.http2.max_pings_without_data", 0), ("grpc.http2.max_ping_strikes", 0))
 
 

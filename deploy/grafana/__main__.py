@@ -190,7 +190,7 @@ def _annotation(annotation: Annotation) -> dict[str, Any]:
         "iconColor": annotation.colour,
         "enable": annotation.shown,
         "datasource": _DATASOURCE,
-        # As fine as scrapes, so that an event of a few seconds is found.
+        # The interval of scrapes, so that events of a few seconds are found.
         "step": "5s",
     }
 

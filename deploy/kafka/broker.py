@@ -57,7 +57,7 @@ def format_storage(class_path: str, log: Path, configuration: Path) -> None:
     """
     cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
     tool = ("kafka.tools.StorageTool", "format", f"--cluster-id={cluster}", "-c", str(configuration))
-    # It runs for a second: the first compiler's code is good enough, and collecting garbage needs no threads.
+    # It runs for a second, so the first compiler's code suffices, and garbage collection needs no threads.
     brief = ("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")
     done = subprocess.run(
         command(class_path, log, *brief, *tool), stdin=subprocess.DEVNULL, capture_output=True, text=True
@@ -88,7 +88,7 @@ def run_for_life(command: list[str], console: Path, lock: int) -> subprocess.Pop
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    # Ctrl-C is for the one who orders the stops, not for the broker.
+                    # Ctrl-C must reach the process that orders the stops, not the broker.
                     start_new_session=True,
                     pass_fds=(lock,),
                     preexec_fn=die_with(parent, signal.SIGTERM),
@@ -113,7 +113,7 @@ def _text_from(path: Path, start: int) -> str:
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
-            # A log shorter than before was rolled: all of it is new.
+            # If the log is shorter than before, Kafka has rolled it, and all of it is new.
             file.seek(max(0, size + start) if start < 0 else start if start <= size else 0)
             return file.read().decode("utf-8", "replace")
     except FileNotFoundError:
@@ -227,7 +227,7 @@ class Broker:
         """Whether the broker that was started accepts requests.
 
         Raises:
-            KafkaFailed: Java ended or did not listen in time, and does not run any more; the message quotes its log.
+            KafkaFailed: Java ended or did not listen in time, and no longer runs; the message quotes its log.
         """
         if self._process is None:
             raise KafkaFailed("Kafka was stopped while it started")

@@ -24,6 +24,6 @@ if __name__ == "__main__":
     release = sys.argv[1]
     found = KAFKA.resolved(f"org.apache.kafka:kafka_2.13:{release}+org.apache.kafka:kafka-tools:{release}")
     (log4j,) = [name.rpartition(":")[2] for name in found if ":log4j-core:" in name]
-    # Resolved separately: in one resolution with the broker its managed versions give another kafka-clients.
+    # Resolved separately, because together with the broker, managed versions select another kafka-clients.
     binding = f"{BINDING}:{log4j}"
     write(KAFKA.lock, found | {binding: KAFKA.resolved(binding)[binding]})

@@ -238,7 +238,7 @@ def choose(branch: ServingBranch, target: Target, view: LogView | None) -> Manif
     `view` is None if Kafka does not answer.
 
     Raises:
-        UnknownVersion: The version is not kept, or its parts are not all available any more.
+        UnknownVersion: The version is not kept, or parts of it are no longer available.
         UnfitVersion: The version is abandoned, it is not clean, or the trainer cannot continue from it.
         SettingsError: The mask names no row of the log.
         LogError: The log cannot be read.

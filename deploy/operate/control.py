@@ -69,7 +69,7 @@ def pin(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) ->
     """Pins serving to one version; training continues.
 
     Raises:
-        UnknownVersion: The version is not kept, or its parts are not all available any more.
+        UnknownVersion: The version is not kept, or parts of it are no longer available.
         ControlConflict: Another client changed control in the meantime.
     """
     registry = open_registry(settings)
@@ -84,7 +84,7 @@ def label(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) 
 
     Raises:
         SettingsError: Neither a version nor `--remove` is given, or both are.
-        UnknownVersion: The version is not kept, or its parts are not all available any more.
+        UnknownVersion: The version is not kept, or parts of it are no longer available.
         UnfitVersion: The label has an invalid form, or there are too many labels.
         ControlConflict: Another client changed control in the meantime.
     """

@@ -94,7 +94,7 @@ class Holding:
     Attributes:
         erasure: The first erasure that is not done there.
         holds: Which data of the users it has.
-        until: When that is gone, in words.
+        until: When that data is removed, in words.
     """
 
     where: str
@@ -298,7 +298,7 @@ def _first_attributes(settings: Settings, log: Log, control: Control) -> int | N
     try:
         salt = load_salt(settings.salt_path, create=False)
     except MissingSalt:
-        # It is unknown to which users they belong.
+        # Their users are unknown.
         return 1
 
     def whose(key: bytes | None) -> int:
@@ -325,7 +325,7 @@ def _has_clicks(erasure: Erasure, word: int, begins: Mapping[int, int]) -> bool:
 
 
 def _gone_by(erasure: Erasure, config: Mapping[str, str]) -> str:
-    """Returns when a topic created by our plan has no records from before an erasure any more."""
+    """Returns when retention removes all records from before an erasure from a topic that Springtide created."""
     kept_ms = int(config.get("retention.ms", -1))
     return (
         "its own retention" if kept_ms < 0 else f"its retention, {iso(erasure.at_ms + kept_ms)} as Springtide makes it"

@@ -96,7 +96,7 @@ class LogView:
 
 
 def view_of(settings: Settings, patience_s: float = ASK_KAFKA_S) -> LogView | None:
-    """Asks Kafka for the ends of both topics; returns None if it does not answer in time or a topic does not exist."""
+    """Requests the ends of both topics from Kafka; None if it does not answer in time or a topic does not exist."""
     partition = settings.trainer.partition
     kafka = replace(settings.kafka, request_timeout_s=min(patience_s, settings.kafka.request_timeout_s))
     try:
@@ -226,7 +226,7 @@ class Counting:
 
     Args:
         marks: The next offset of each source at the version.
-        mask_at: What is masked already.
+        mask_at: The mask that applies already.
         new: The new masks.
         longest_ms: The longest window.
     """

@@ -1,7 +1,7 @@
 """`springtide rollback`: rolls the whole system back to a version, and trains on without the named clicks.
 
-1. Choose the version, or refuse and say what to do (`deploy/operate/branch.py`). Every file that makes up the version
-   is read and its digest compared.
+1. Choose the version, or refuse with a remedy (`deploy/operate/branch.py`). Read every file that makes up the version,
+   and compare its digest.
 2. Create the next control generation, with one exclusive create.
 3. Wait until this host answers from that version, and report when it does.
 4. Count the rest of the plan in the training log, report it, and store it next to control, where the trainer adds what
@@ -187,7 +187,7 @@ class Plan:
         exact = self.exact
         if exact is not None:
             exact = replace(exact, histories=_histories_to_rebuild(settings, self.before.log, self.to, view))
-        # A rollback ends what lifted masks still left out.
+        # After a rollback, clicks of lifted masks are no longer left out.
         counting = Counting(self.to.marks, always(self.before.mask), self.new, max(settings.features.windows_s) * 1000)
         with view.reader(max(view.begin, self.to.log.next)) as reader:
             for _, batch in records(reader, view.partition, self.to.log.next, view.end, self.before.log):

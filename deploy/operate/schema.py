@@ -249,7 +249,7 @@ def accept_window(
     current(registry)
     window = _window(KeptWindows(settings.validation_dir))
     spec = FeatureSpec.from_settings(settings)
-    # From then on histories that are full are the rule.
+    # From then on, most histories are full.
     warm = window.end_ms - int(found.about["newest_ms"]) >= spec.windows_s[-1] * 1000
     edited = infer(window.statistics, warm) if schema_file is None else _read(schema_file)
     baselines = Baselines(settings.registry_dir)

@@ -8,13 +8,13 @@ Most clicks are on articles that are new to the reader, and articles live for ho
                             (exponent 1.2, plus 0.05)
     story_articles 3        articles of a story on average; later ones follow within `ends_h`, with the story's quality
     fades_h 2.5             age in which the appeal of an article falls to 1/e
-    ends_h 12               age from which on nobody reads it
+    ends_h 12               age from which on it has no readers
     clicks_a_day 24000      clicks, four times as many by day as by night
     session 4, pause_s 45   mean clicks of a visit, and mean seconds between two of them
-    follow 0.35             how often a reader goes on with an unread article of the same story
+    follow 0.35             how often a reader continues with an unread article of the same story
     repeat 0.02             how often a reader opens one of the latest 20 articles again
-    breaking_a_day 2        breaking news: stories of 8 articles within two hours, with 30 times the quality; everybody
-                            likes them, whatever the section
+    breaking_a_day 2        breaking news: stories of 8 articles within two hours, with 30 times the quality; all
+                            readers like them, regardless of the section
 
 A reader draws an unread article with a probability proportional to quality * exp(-age / fades) * taste of its section.
 The category of a click is the section, or with `by_story` the story.
@@ -95,7 +95,7 @@ class NewsReaders:
 
     Args:
         news: The parameters.
-        seed: Of every choice.
+        seed: The seed of every random choice.
         begin_ms: Their clock before the first click, Unix ms.
         actions: Names of actions, the most frequent first.
         by_story: Whether the category of a click is the story and not the section.
@@ -117,9 +117,9 @@ class NewsReaders:
         self._read: list[set[int]] = [set() for _ in range(news.readers)]
         self._latest: list[deque[int]] = [deque(maxlen=REMEMBERED) for _ in range(news.readers)]
         self._stories, self._day = 0, 0
-        # Articles of the day before the first one, which are read on it.
+        # Articles of the day before the first day, which readers read on the first day.
         self._articles = self._born(-1)
-        # What is left of the day: readers and times.
+        # The remaining clicks of the day: readers and times.
         self._left: tuple[list[int], list[int]] = ([], [])
 
     def click(self, n: int) -> Clicks:
@@ -161,7 +161,7 @@ class NewsReaders:
         pauses_ms[firsts] = 0.0
         after = np.cumsum(pauses_ms)
         at_ms = self._day * DAY_MS + np.repeat(begins - after[firsts], clicks) + after
-        # A visit over midnight ends there.
+        # A visit ends at midnight.
         kept = np.flatnonzero(at_ms < (self._day + 1) * DAY_MS)
         order = kept[np.argsort(at_ms[kept], kind="stable")]
         self._left = np.repeat(readers, clicks)[order].tolist(), at_ms[order].astype(np.int64).tolist()
@@ -204,7 +204,7 @@ class NewsReaders:
         if latest and random.random() < news.repeat:
             return latest[int(random.integers(len(latest)))]
         begin, end = (int(np.searchsorted(made.born_ms, time_ms)) for time_ms in (at_ms - news.ends_h * HOUR_MS, at_ms))
-        # Where no article is alive, the newest one is read.
+        # If all articles have faded, the newest one is read.
         begin = min(begin, end - 1)
         alive = slice(begin, end)
         ages_h = (at_ms - made.born_ms[alive]) / HOUR_MS

@@ -226,7 +226,7 @@ class Judge:
             return str(letter.reason)
         try:
             after_ms = parse_time(self._decode(letter.value).time, self._events.time_unit) - kafka_ms
-        # A time that no setting could let pass.
+        # No setting would accept this time.
         except DecodeError:
             return str(letter.reason)
         if after_ms > self._events.max_future_s * 1000:
@@ -383,7 +383,7 @@ class Replay:
         Raises:
             SettingsError: The columns do not fit, or no row is a click.
             UnreadableRecording: A file is cut or damaged.
-            LogError: Kafka refused, or did not answer: run it again.
+            LogError: Kafka refused a record, or did not answer. Run the replay again.
             CorruptStore: The journal is unreadable.
         """
         now_ms, stored = self._wall_ms(), self._journal.read()
@@ -407,7 +407,7 @@ class Replay:
         for chunk in walk.chunks:
             encoded = chunk
             if hand is None:
-                # 1. What was in flight.
+                # 1. The piece that was in flight.
                 encoded = self._recovered(chunk, walk)
                 # A pause between two runs is not a gap: the clock continues from now.
                 hand = Hand(self._position.hand.high_ms, float(self._wall_ms()))

@@ -121,7 +121,7 @@ class ShopperCrowd:
         Args:
             shoppers: How many users, categories and items there are, and how fast a taste moves.
             rate: Clicks per second of them all; sets their clock's pace.
-            seed: Of every choice.
+            seed: The seed of every random choice.
             start_ms: Their clock at the first click, Unix ms.
             actions: Names, the most frequent first.
         """

@@ -6,9 +6,9 @@
 The mean is subtracted because all vectors share it. One query runs against all users, so all products are computed
 exactly; an index pays off only for many queries.
 
-The quality is precision at k with held-out members: a fifth of the members, chosen by pseudonym, are added to the users
-who are not members, and the measure is the share of them among the first k. It is compared with the order by most
-clicks, and with chance.
+The quality is precision at k with held-out members. A fifth of the members, chosen by pseudonym, are added to the users
+who are not members. The measure is the share of them among the first k. It is compared with the order by most clicks,
+and with chance.
 
 Workers read one list per segment. The process of segments starts a child at intervals (`python -m
 deploy.segments.lookalikes`), which writes the lists to a temporary directory. After a successful end the parent moves

@@ -111,7 +111,7 @@ class Members:
 
         Raises:
             LogError: It cannot be read, or nothing came for half a minute.
-            StoreFull: The store has no room; its content stays.
+            StoreFull: The store is full; its content does not change.
         """
         place = self._store.place()
         stored = None if place is None else Position(place.topic_id, place.next)
@@ -140,7 +140,7 @@ class Members:
 
         Raises:
             LogError: The topic cannot be written; call again with the same users.
-            StoreFull: The store has no room; its content stays.
+            StoreFull: The store is full; its content does not change.
         """
         wanted = [(name, result) for result in judged for name in self._names]
         before = self._store.memberships([(name, result.user) for name, result in wanted])
@@ -252,7 +252,7 @@ class ClickedUsers:
         return None if self._histories is None else position_of(self._histories)
 
     def _opened(self, opening: Opening) -> None:
-        # What waited is read again.
+        # The records that waited are read again.
         self._waiting.clear()
         self.missed = True
 
@@ -366,7 +366,7 @@ class SegmentKeeper:
         self._begun = False
         self._due: dict[int, None] = {}
         self._seen: tuple[bytes | None, int, int] = (None, 0, 0)
-        # Erased users who are to be judged, and the erasure that is done then; -1 before control was seen.
+        # Erased users to evaluate, and the erasure that is complete after that; -1 before control was read.
         self._leaving: set[int] = set()
         self._erased, self._told = -1, 0
 

@@ -7,8 +7,8 @@
     attributes  the topics of attributes, if any     attributes              state/attributes/follower.py
     exposures   exposures that workers kept, if any  the exposures topic     `ExposureForwarder`
 
-The threads are independent: an unreachable registry delays no clicks, unreachable Kafka delays no versions, and a
-full store or disk stops only the thread that writes to it.
+The threads are independent. An unreachable registry does not delay clicks, and an unreachable Kafka does not delay
+versions. A full store or disk stops only the thread that writes to it.
 
 Rows are in memory where possible. If memory stays full, the row store and its follower move to the disk while
 workers continue to answer.
@@ -92,7 +92,7 @@ _log = logging.getLogger(__name__)
 
 
 class HostRows:
-    """The rows that this host's workers read; used by one thread that holds the lock of the serving directory.
+    """The rows that this host's workers read. It is used by one thread that holds the lock of the serving directory.
 
     Raises:
         StoreError: The store cannot be opened.
@@ -124,13 +124,13 @@ class HostRows:
         """Follows and removes old versions once; returns whether there may be more to do at once.
 
         Raises:
-            StoreFull: There is no room now; nothing was changed, and the next call tries again.
+            StoreFull: There is not enough space now. Nothing was changed, and the next call tries again.
             RegistryError, OSError: The registry cannot be followed now.
         """
         try:
             more = self.versions.step()
         except StoreFull:
-            # A sweep may free the room that is missing.
+            # A sweep may free enough space.
             with suppress(StoreFull):
                 self.versions.sweep()
             raise
@@ -138,7 +138,7 @@ class HostRows:
         return more
 
     def keep_house(self) -> None:
-        """Frees what readers that died have left, and measures; called about once a second."""
+        """Frees the slots of readers that died, and updates metrics; called about once a second."""
         self._store.clear_stale_readers()
         used = place.size(self._place.path)
         self._metrics.rows_bytes.labels("memory").set(used if self._place.in_memory else 0)
@@ -157,7 +157,7 @@ class ExposureForwarder:
         self._writer: Writer | None = None
 
     def run(self, stop: threading.Event) -> None:
-        """Sends until `stop`; the rest is sent after the next start."""
+        """Sends until `stop` is set. Remaining files are sent after the next start."""
         say = SaidOnce(_log.warning)
         try:
             while not stop.is_set():
@@ -174,7 +174,7 @@ class ExposureForwarder:
             self._close()
 
     def step(self) -> int:
-        """Sends the files that no worker writes any more; returns the number of exposures.
+        """Sends the files that workers have finished; returns the number of exposures.
 
         1. All records of a file are sent, keyed by their user. 2. Kafka acknowledges them. 3. The file is removed.
 
@@ -325,7 +325,7 @@ class Every:
 
 
 class Applier:
-    """The followers and their upkeep. `run` until `stop` is set; a thread that fails sets it."""
+    """Runs the followers and their maintenance until `stop` is set. A thread that fails sets it."""
 
     def __init__(
         self,
@@ -363,8 +363,7 @@ class Applier:
             settings.serving,
         )
         self._snapshots = None
-        # A host with a part of the users cannot write a snapshot of all.
-        if settings.history.snapshot_every_s and settings.serving.user_shares.is_all:
+        if settings.history.snapshot_every_s:
             self._snapshots = SnapshotTaker(settings, self._histories, self.metrics, stop, now_ms)
             self.clicks.committed = self._snapshots.take
         self.metrics.snapshot_every_seconds.set(settings.history.snapshot_every_s)
@@ -378,7 +377,7 @@ class Applier:
         return self._rows.versions
 
     def _number_actions(self) -> None:
-        """Gives histories that 0.1.0 kept the actions of the version that answered last."""
+        """Adds action names to histories written by 0.1.0, from the version that answered last."""
         store, served = self._histories, self.versions.served
         before = None if served is None else self._actions.of(served.spec)
         store.numbering, extra = numbered(store.extra(ACTIONS), self._spec.actions, before)
@@ -386,7 +385,7 @@ class Applier:
             store.commit(Appends.none(), (), extra)
 
     def run(self) -> None:
-        """Follows until `stop`; then everything applied is durable and the stores are closed.
+        """Runs until `stop` is set. On return, everything applied is durable and the stores are closed.
 
         Raises:
             SpringtideError: A follower cannot continue.
@@ -400,12 +399,12 @@ class Applier:
         if self._settings.rollout.address:
             threads.append(threading.Thread(target=self._guarded, args=(self._forward,), name="exposures"))
         keep_what_is_there()
-        # Arrow's own pool keeps what records took; in libc's heap it is used again.
+        # Arrow's own pool does not return the memory of records; libc's heap reuses it.
         pa.set_memory_pool(pa.system_memory_pool())
         for thread in threads:
             thread.start()
         with ExitStack() as closing:
-            # Each is closed, also where another one's disk is full.
+            # Close each store even if the disk of another one is full.
             closing.callback(self._rows.close)
             closing.callback(self._histories.close)
             if self._attributes is not None:
@@ -493,14 +492,14 @@ class Applier:
                     say.clear()
                     _log.info("following %s", kafka.microbatches_topic)
                 if self.clicks.step(FETCH_S):
-                    # Refused records are read again; a poll without records says nothing about free space.
+                    # Refused records are read again. A poll without records does not show that there is free space.
                     room.found(CLICKS)
                 if self._snapshots is not None:
                     self._snapshots.poll(self.clicks.caught_up)
                 if self._settings.serving.max_age_s:
                     self._check_log(check)
             except StoreFull as error:
-                # Read again from where the histories end.
+                # Resume from the end of the histories.
                 self.clicks.disconnect()
                 room.refused(error, CLICKS)
                 self._stop.wait(RETRY_S)
@@ -533,7 +532,10 @@ class Applier:
             self.clicks.begin()
 
     def _follow_control(self, control: Control, open_at: Callable[[int], Reader]) -> None:
-        """Rolls the histories back and erases users, as control asks; then the next snapshot is written from scratch."""
+        """Rolls the histories back and erases users, as control requires.
+
+        If that changed the histories, the next snapshot is written from scratch.
+        """
         snapshots = self._snapshots
         rewound = self.clicks.turn(control.log, control.mask, self._settings.trainer.partition, open_at)
         erased = self.erasures.take_up(control.erased, snapshots is None or not snapshots.reading)

@@ -3,8 +3,8 @@
     feed            seq u64: the number of entries
     clicked:<slot>  seq u64, log time i64, CLICKED of one commit; the last `SLOTS` commits
 
-All are extras of the histories, and are deleted after a day of log time. They contain no users. A reader that falls behind
-misses clicks in its counts, and nothing else.
+All are extras of the histories, and are deleted after a day of log time. They contain no users. If a reader falls
+behind, its counts lack some clicks; nothing else is affected.
 """
 
 from __future__ import annotations

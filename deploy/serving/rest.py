@@ -235,7 +235,7 @@ class Warming:
                 pass
 
     def start(self) -> None:
-        """Prepares what is left in the event loop, which answers meanwhile; the kernels are compiled in a thread."""
+        """Completes the preparation while the event loop answers; the kernels are compiled in a thread."""
         if self._host.warm:
             return
         if not self._kernels.done:
@@ -262,7 +262,7 @@ class Warming:
             except Exception:  # noqa: BLE001 - clients may ask for others
                 _log.exception("an answer could not be prepared")
             yield
-        # Modules are 100,000 objects. A full collection that visits them stops all answers for 60 ms.
+        # Modules have 100,000 objects. A full garbage collection that visits them delays all answers by 60 ms.
         keep_what_is_there()
         self._host.warm = True
         _log.info("ready: one answer of each kind prepared in %.1f s", time.monotonic() - began_s)
@@ -310,7 +310,7 @@ def serve(
     host = Host(settings, salt, now_ms=wall_ms)
     access = Access.of(settings)
     registry = CollectorRegistry()
-    # It logs addresses, and an address names a user.
+    # It logs URLs, which contain user ids.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     split = Split(settings, salt, wall_ms) if settings.rollout.address else None
     app = App(host, registry, serving, of_all_workers(registry) if shared else None, access.tokens, split=split)

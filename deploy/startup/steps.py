@@ -48,7 +48,7 @@ PROBE = "probe"
 VALIDATION = "validation"
 SEGMENTS = "segments"
 
-# What the local Kafka acknowledged in its last second may be lost after a power cut; there is no other copy.
+# A power cut may lose records that the local Kafka acknowledged in its last second, because there is no replica.
 OF_LOCAL_KAFKA = ("--accept-cut-back", "--reason", "the local Kafka lost what was not on disk")
 
 # Each process stops before the ones it writes to, and Kafka stops last: no write is interrupted.
@@ -107,7 +107,7 @@ def process_plans(
     def plan(name: str, module: str, *arguments: str, stop_s: float = 10.0, lasting: bool = True) -> ProcessPlan:
         return ProcessPlan(name, (python, "-m", module, *arguments), stop_s, lasting)
 
-    # It builds aside: cut short it leaves the old store, and begins again.
+    # It builds a new store next to the old one. If interrupted, it keeps the old store and starts again.
     rebuild = plan(REBUILD, "streaming.rebuild", stop_s=1.0, lasting=False)
     listed = (
         plan(SHOPPERS, "deploy.replay", "--synthetic", "--head-start", str(head_start), stop_s=3.0),
@@ -115,7 +115,7 @@ def process_plans(
             plan(STREAM, "streaming.pipeline", *accepted, stop_s=SAVING_S), remedies={CorruptStore.__name__: rebuild}
         ),
         rebuild,
-        # Its work is repeated from the start at the next run: there is nothing to wait for.
+        # The next run repeats its work from the start, so there is no need to wait for it.
         plan(BOOTSTRAP, "streaming.bootstrap", "--of-up", stop_s=1.0, lasting=False),
         plan(TRAINER, "trainer.loop", *accepted_by_trainer),
         plan(VALIDATION, "deploy.validation.process"),
@@ -166,7 +166,7 @@ def ports(settings: Settings, local_kafka: bool, watched: bool = False) -> list[
 class LocalKafka:
     """A broker that is restarted when it dies.
 
-    A broker whose disk is full ends. It is started again when there is room; this wait does not count as a death.
+    A broker whose disk is full ends. It is restarted when there is free space; this wait does not count as a death.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class LocalKafka:
         self._say = say
         self._metrics = metrics
         self._clock = clock
-        # No wait in `wait_for`: `poll` is called again anyway.
+        # `wait_for` need not wait, because `poll` is called again anyway.
         self._room = Room(KAFKA, storage, lambda _: True, lambda form, *words: say(form % words))
         self._started_at: float | None = None
         self._start_at: float | None = None
@@ -216,7 +216,7 @@ class LocalKafka:
     def poll(self) -> None:
         """Notices its death and restarts it once that is due; failures are reported."""
         if self._start_at is None:
-            # One that never came up has an end in `is_up`.
+            # `is_up` reports the end of a broker that never accepted requests.
             failure = self._broker.failure() if self._came_up else None
             if failure is not None:
                 self._bury(failure)
@@ -281,7 +281,7 @@ def _ensure_topics(settings: Settings, say: Callable[[str], None], local: bool =
             wanted.append(topic_plan.segments(settings))
         for topic in [*wanted, *topic_plan.attributes(settings)]:
             topics.ensure(*topic)
-            # The loop's own Kafka is one broker: there is nothing to ask.
+            # The loop's own Kafka has only one broker, so there is nothing to check.
             if not local and (weakness := topics.copies(topic.name).weakness()):
                 say(f"topic {topic.name}: {weakness}")
         for name, config in topic_plan.bounds(settings).items() if local else ():
@@ -331,7 +331,7 @@ class Startup:
         self._collected.register(ExperimentCollector(settings))
         storage = offer(self._collected, settings, [LOGS, KAFKA] if local else [LOGS])
         self._kafka = LocalKafka(settings, screen.say, self._metrics, clock, storage) if local else None
-        # The first bootstrap waits for clicks: shoppers that have clicked for a while spare it that.
+        # The first bootstrap waits for clicks. Shoppers with a head start shorten this wait.
         fresh, (stream, trainer) = not model_checks.has_spec(settings.registry_dir), accepted
         self._plans = process_plans(
             settings.bootstrap.min_rows if fresh else 0,
@@ -406,7 +406,7 @@ class Startup:
         free = require_disk(settings.state_dir)
         if settings.up.metrics_port:
             serve(self._collected, settings.up.metrics_port, settings.metrics.host)
-        # A model of the user's own that cannot be served is refused before anything starts.
+        # A custom model that cannot be served is refused before anything starts.
         if model_checks.is_own(settings):
             self._screen.say(f"checking {' and '.join(model_checks.own(settings))}, some ten seconds")
             model_checks.check(settings, self._screen.say)

@@ -4,9 +4,10 @@ The process follows the training log in parallel to the trainer and collects the
 When a window ends, it compares the window with the baseline and the window before, and reports findings as metrics and
 log lines. If it is slow or dead, clicks, training and answers continue. It resumes the log where its open window began.
 
-The same log always gives the same windows. A record belongs as a whole to the window of its log time: the time by many
-users' clocks after its last event, and never earlier than that of the previous record. The first record of a later
-window ends a window. The rows of about one in `every` records are counted, chosen by a hash of the record's offset.
+The same log always gives the same windows. A record belongs as a whole to the window of its log time. Log time is the
+time by many users' clocks after the record's last event, and never earlier than that of the previous record. The first
+record of a later window ends a window. The rows of about one in `every` records are counted, chosen by a hash of the
+record's offset.
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ class WindowJudge:
 
         Raises:
             RegistryError: The registry cannot be read, or a baseline is damaged.
-            OSError: The disk refused the window.
+            OSError: The window cannot be written to disk.
         """
         rows, metrics = window.statistics.rows, self._metrics
         metrics.window_rows.set(rows)

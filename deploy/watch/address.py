@@ -62,7 +62,7 @@ def reached(host: str) -> str:
 
 
 def address(settings: Settings, host: str, port: int, path: str = "") -> Address:
-    """Returns the address of one of our ports on this machine; all ports share the tokens and the certificate.
+    """Returns the address of a Springtide port on this machine; all ports share the tokens and the certificate.
 
     >>> address(Settings(), "0.0.0.0", 8502)
     'http://127.0.0.1:8502'

@@ -289,14 +289,14 @@ def full_parts(scrapes: Iterable[Scrape]) -> list[str]:
 
 @dataclass(frozen=True)
 class Figures:
-    """The figures of the loop at one moment; None for unknown ones. Rates end with `_per_s`, seconds with `_s`.
+    """The figures of the loop at one moment; None if unknown. Names of rates end with `_per_s`, of seconds with `_s`.
 
     Attributes:
-        up_s: Process -> seconds since it started, of those that answer.
+        up_s: Process -> seconds since it started, for the processes that answer.
         away: Process -> why it does not answer.
         up: The state of `springtide up`: `starting` its processes, or `running`; empty if it does not answer.
-        starting: Process that answers and does not work yet -> its phase, in words.
-        behind: Process that stands still or falls behind -> the work that waits for it, in words.
+        starting: Process that answers but is still starting -> its phase, in words.
+        behind: Process that is stuck or falls behind -> its waiting work, in words.
         events: Positions of the clicks topic read since the stream's start.
         lag_events: Positions of the clicks topic not yet read.
         lag_s: Wall time since the newest click read was appended to Kafka; 0 if none waits.
@@ -519,7 +519,7 @@ def read(stream: Seen, trainer: Seen, applier: Seen, worker: Seen) -> Figures:
         rows_per_s=trainer.rate("springtide_trainer_rows_total"),
         trainer_lag=trainer.now.value("springtide_trainer_lag_records"),
         trainer_workers=trainer.now.by("springtide_trainer_worker_seconds", "worker"),
-        # Before the first step the gauges have their first value, which is no score.
+        # Before the first step the gauges have their initial value, which is not a score.
         log_loss=trainer.now.value("springtide_trainer_log_loss") if learned else None,
         auc=trainer.now.value("springtide_trainer_auc") if learned else None,
         top1=trainer.now.value("springtide_trainer_top1_ratio") if learned else None,

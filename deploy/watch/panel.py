@@ -1,7 +1,7 @@
 """The operator's terminal: the loop's figures as one screen of text, or one line, that is redrawn.
 
 Problems come first, then throughput, then latencies. Columns keep their positions while the numbers change. If the
-terminal is small, the view is one line. If the output is not a terminal, that line is written now and then.
+terminal is small, the view is one line. If the output is not a terminal, that line is written from time to time.
 """
 
 from __future__ import annotations

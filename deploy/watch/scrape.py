@@ -173,7 +173,7 @@ def fetch(url: str | urllib.request.Request, timeout_s: float = TIMEOUT_S) -> tu
     try:
         if isinstance(url, Address):
             return http.ask(url.request(), timeout_s, url.context())
-    # Errors of the files with token and certificate.
+    # The files with token and certificate cannot be read.
     except (OSError, ValueError, SettingsError) as problem:
         return 0, str(getattr(problem, "reason", problem))
     return http.ask(url, timeout_s)
@@ -185,7 +185,7 @@ def scrape_one(settings: Settings, process: str) -> Scrape:
 
 
 def replicas(url: str) -> list[str]:
-    """Returns the URLs of all processes that a URL's host name stands for, such as the pods of a headless service.
+    """Returns the URLs of all processes behind a URL's host name, such as the pods of a headless service.
 
     >>> replicas("http://127.0.0.1:9102/metrics")
     ['http://127.0.0.1:9102/metrics']
@@ -203,7 +203,7 @@ def scrape(addresses: Mapping[str, str], get: Callable[[str], tuple[int, str]] =
     """Reads the metrics of all processes in parallel; `get` returns status and body of a URL."""
 
     def one(name: str, url: str) -> Scrape:
-        # A name may stand for a trainer and its standbys.
+        # A name may resolve to a trainer and its standbys.
         found = [answer(each) for each in (replicas(url) if name == "trainer" else (url,))]
         working = [each for each in found if each.values and not each.value("springtide_trainer_standby")]
         return (working or [each for each in found if each.values] or found)[0]

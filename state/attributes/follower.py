@@ -1,8 +1,9 @@
-"""Follows a compacted topic of attributes and writes them to the store: the last record of a key wins, a tombstone removes it.
+"""Follows a compacted topic of attributes and writes the attributes to the store.
 
-An invalid record (no key, no JSON object, a wrong type) changes nothing; it is reported with a reason before the
-positions move. The newest record of each key and the positions are one commit. The topic is read from its beginning if
-the store has other fields, another salt or another topic, or if its positions are out of range.
+The last record of a key wins, and a tombstone removes the key. An invalid record (no key, no JSON object, a wrong type)
+changes nothing; it is reported with a reason before the positions advance. The newest record of each key and the
+positions are one commit. The topic is read from its beginning if the store has other fields, another salt or another
+topic, or if its positions are out of range.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ Report = Callable[[Sequence[DeadLetter]], None]
 
 
 class AttributeFollower:
-    """Keeps one side of the store (users or items) up to date with its topic. One thread, the store's only writer.
+    """Keeps one side of the store (users or items) up to date with its topic. For one thread, the store's only writer.
 
     Args:
         kafka: Connection settings.
@@ -92,7 +93,7 @@ class AttributeFollower:
 
         Raises:
             LogError: The topic cannot be read now; the next step connects again.
-            StoreFull: Nothing of this step was committed; call `disconnect`.
+            StoreFull: This step committed nothing; call `disconnect`.
         """
         changed: list[int] = []
         for batch in self._log.poll(timeout_s, RECORDS):
@@ -104,7 +105,7 @@ class AttributeFollower:
         return None if place is None else Position(place.topic_id, place.next)
 
     def _opened(self, opening: Opening) -> None:
-        """Clears the store and reads from the beginning, unless the store has what the topic had up to its position."""
+        """Clears the store and reads from the beginning, unless the store matches the topic up to its position."""
         begins = {partition: begin for partition, (begin, _) in opening.ends.items()}
         place = self._store.place(self.side)
         if (
@@ -142,7 +143,7 @@ class AttributeFollower:
         passed = sum(counts[name] for name in OUTCOMES) - sum(self.place.counts.values())
         counts["absent"] += batch.next - batch.first - passed
         if bad:
-            # Report before the commit: a crash in between reports the records twice rather than never.
+            # Reports before the commit, so that a crash in between reports the records twice rather than never.
             self._report(bad)
         killpoints.reach("attributes.reported")
         self.place = replace(self.place, next={**self.place.next, batch.partition: batch.next}, counts=dict(counts))
@@ -152,7 +153,7 @@ class AttributeFollower:
         return list(changes)
 
     def _note_end(self, commit: bool = True) -> None:
-        """Records that the topic was once read up to its end."""
+        """Records that the topic has been read up to its end once."""
         if self.place.caught_up or self.unread:
             return
         self.place = replace(self.place, caught_up=True)
@@ -192,7 +193,7 @@ def keep_following(
         followers: The followers of both sides.
         stop: Ends the loop.
         take: Called with a side and the ids whose attributes changed.
-        meanwhile: What continues while a topic cannot be read, for the log message.
+        meanwhile: Describes, for the log message, what continues while a topic cannot be read.
         room: Counts how often the store was full.
     """
     say = SaidOnce(logger.warning)
@@ -202,7 +203,7 @@ def keep_following(
             for side, ids in changed.items():
                 take(side, ids)
             say.clear()
-            # A refused batch is read again. A poll without records does not show that there is room again.
+            # A refused batch is read again. A poll without records does not show that there is space again.
             if room is not None and (any(changed.values()) or not any(one.unread for one in followers)):
                 room.found("following attributes")
         except (LogError, StoreFull) as error:

@@ -3,8 +3,8 @@
     user, item   id u64 BE -> the attributes' ids, u64 LE each, then their texts as JSON
     meta         user, item -> `TopicPosition` as JSON; format
 
-The store is derived: a compacted topic still has the newest record of each key. If the store cannot be trusted (a power
-cut, damage, other settings, another topic), it is cleared and the topic is read from its beginning.
+The store is derived data: a compacted topic still has the newest record of each key. If the store cannot be trusted (a
+power cut, damage, other settings, another topic), it is cleared and the topic is read from its beginning.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ OUTCOMES = ("value", "removed", "dead", "absent")
 
 @dataclass(frozen=True)
 class TopicPosition:
-    """The position in one topic, and which settings the attributes were built with.
+    """The position in one topic, and the settings with which the attributes were built.
 
     Attributes:
-        identity: Digest of the fields and the salt that the ids were made with.
+        identity: Digest of the fields and the salt from which the ids were computed.
         topic_id: Id of the topic; positions in another topic are invalid.
         next: Partition -> next offset.
         counts: Positions passed, by outcome (`OUTCOMES`).
@@ -43,7 +43,10 @@ class TopicPosition:
 
 
 class AttributeStore(LmdbStore):
-    """Attributes by side and id. One thread commits; any thread of any process may read. Arguments as for `LmdbStore`."""
+    """Attributes by side and id. One thread commits; any thread of any process may read.
+
+    The arguments are those of `LmdbStore`.
+    """
 
     noun = "attributes"
     databases = SIDES
@@ -69,9 +72,9 @@ class AttributeStore(LmdbStore):
             return int(transaction.stat(self._databases[side])["entries"])
 
     def commit(self, side: str, changes: Mapping[int, bytes | None], place: TopicPosition) -> None:
-        """Sets or removes (None) the changed values and stores the position, in one transaction; if it raises, nothing changed.
+        """Sets or removes (None) the changed values and stores the position, in one transaction.
 
-        Users of other shares are left out.
+        If it raises, nothing was changed. Users of other shares are left out.
         """
         with self._write() as transaction:
             kept = (one for one in changes if side != "user" or one in self.shares)

@@ -1,10 +1,10 @@
 """Attributes of users and items: decodes the records of their compacted topics, and derives the ids of the values.
 
     a value     the id of "user:age_band=25-34"; numbers become bands
-    none        the id of "user:age_band": there is a record, but it has no such value (null, "" or missing)
+    none        the id of "user:age_band": the record has no such value (null, "" or missing)
     unknown     the id of "user:age_band?": there is no record, or a tombstone removed it
 
-To the model, none and unknown are values like any other. No side effects.
+The model treats none and unknown like any other value. No side effects.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ U64 = NDArray[np.uint64]
 SIDES = ("user", "item")
 CACHED_IDS = 100_000
 MOST_BYTES = 1 << 30
-TEXT_CHARACTERS = 200  # what is shown of a longer value; its id is that of the whole
+TEXT_CHARACTERS = 200  # a longer value is shown truncated; its id is that of the whole text
 
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
 
@@ -112,7 +112,7 @@ class AttributeTable:
         [None, '10-50']
 
         Raises:
-            DecodeError: The record exceeds `most_bytes` or is no JSON object, or a value has another type.
+            DecodeError: The record exceeds `most_bytes` or is not a JSON object, or a value has another type.
         """
         if len(value) > most_bytes:
             raise DecodeError(Reason.TOO_LARGE)

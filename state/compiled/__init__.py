@@ -45,7 +45,7 @@ _njit: Any = numba.njit
 """Typed as Any: Numba's own types lack the options of wrappers."""
 _REGROUPED = {"reassoc", "contract", "nsz"}
 _NO_WRAPPERS = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-"""For a part that only kernels call. With wrappers it would be compiled three times: alone and in each wrapper."""
+"""For a part that only kernels call. With wrappers, it would be compiled three times: alone and in each wrapper."""
 
 
 @overload
@@ -53,13 +53,13 @@ def compiled(kernel: Kernel, /) -> Kernel: ...
 @overload
 def compiled(signature: str, /, *more: str) -> Callable[[Kernel], Kernel]: ...
 def compiled(kernel: Any, /, *more: str) -> Any:
-    """Compiles a kernel: for its declared argument types at the start of the process, for others at their first call.
+    """Compiles a kernel: for declared argument types at the start of the process, for other types at the first call.
 
-    The machine code is cached in `__pycache__` next to the source file, or in the user's cache folder if that is
-    read-only. All processes share the cache: one compiles, the others wait and load.
+    The machine code is cached in `__pycache__` next to the source file, or in the user's cache folder if `__pycache__`
+    is read-only. All processes share the cache: one compiles, the others wait and load.
 
-    A kernel is compiled again if its file changed, or the file of a kernel that it calls, or a constant or named tuple
-    that it uses. Define these above it. The kernel runs without the GIL. Division follows NumPy, not Python.
+    A kernel is compiled again if its file changes, the file of a kernel that it calls, or a constant or named tuple
+    that it uses. Define these above the kernel. The kernel runs without the GIL. Division follows NumPy, not Python.
 
     Args:
         kernel: The kernel, or the types of its arguments.
@@ -69,7 +69,7 @@ def compiled(kernel: Any, /, *more: str) -> Any:
 
 
 def inlined(part: Kernel) -> Kernel:
-    """Inlines a function into each `compiled` kernel that calls it: passing many arrays costs some 50 ns a call."""
+    """Inlines a function into each `compiled` kernel that calls it: passing many arrays costs about 50 ns per call."""
     _STAMPS[part] = _stamp_of(part)
     return cast(Kernel, _njit(nogil=True, error_model="numpy", forceinline=True, **_NO_WRAPPERS)(part))
 
@@ -94,8 +94,8 @@ def compiled_sums(kernel: Any, /, *more: str) -> Any:
 def part_of_sums(part: Kernel) -> Kernel:
     """Inlines a function into each `compiled_sums` kernel that calls it.
 
-    If it were called by name, its machine code would differ between the process that compiled the kernel and one that
-    loaded the kernel from the cache: the grouping of its sums would depend on the order of compilation.
+    If it were called by name, the grouping of its sums would depend on the order of compilation. Its machine code would
+    then differ between the process that compiled the kernel and one that loaded the kernel from the cache.
     """
     _STAMPS[part] = _stamp_of(part)
     return cast(
@@ -114,7 +114,7 @@ def layout(types: str) -> Callable[[Class], Class]:
 
 
 class Declared(NamedTuple):
-    """A kernel that declares its argument types: Numba's dispatcher, the signatures, and the global names of its module."""
+    """A kernel that declares its argument types: Numba's dispatcher, the signatures, and its module's global names."""
 
     dispatcher: Any
     signatures: tuple[str, ...]
@@ -168,13 +168,16 @@ _LAYOUTS: dict[type, str] = {}
 FIRST_CALLS: list[str] = []
 """Kernels compiled at their first call because their types were not prepared; for tests and diagnosis."""
 _LOCKS: dict[Any, Path] = {}
-"""The lock file of each kernel. All kernels of a source file share one, since they are made of the same parts."""
+"""The lock file of each kernel. All kernels of a source file share one, because they consist of the same parts."""
 _LOCKED: set[Path] = set()
 """Lock files that this process holds. Only the thread that is compiling changes it."""
 
 
 class _CacheFile(IndexDataCacheFile):
-    """Numba's cache file of a kernel; new machine code goes to `folder`, and `installed`, which may be read-only, is the fallback."""
+    """Numba's cache file of a kernel. New machine code is written to `folder`.
+
+    `installed`, which may be read-only, is the fallback for reads.
+    """
 
     def __init__(self, folder: str, installed: str, name: str, stamp: str) -> None:
         super().__init__(folder, name, stamp)
@@ -206,7 +209,7 @@ def _cached(kernel: Kernel, compile: Callable[[Kernel], Any], signatures: tuple[
     dispatcher = compile(kernel)
     stamp, cache, function = _stamp_of(kernel), dispatcher._cache, cast(FunctionType, kernel)
     base = cache._impl.filename_base
-    # One file for each stamp: an index names classes, and an index that names a removed class cannot be read.
+    # Uses one file per stamp, because an index names classes, and an index with a removed class cannot be read.
     installed = Path(function.__code__.co_filename).with_name("__pycache__")
     cache._cache_file = _CacheFile(cache._cache_path, str(installed), f"{base}-{stamp[:16]}", stamp)
     _STAMPS[kernel] = stamp
@@ -227,7 +230,7 @@ def _compile_at_call(dispatcher: Any, signature: Any) -> Any:
 
 def _compile_once(dispatcher: Any, signature: Any) -> Any:
     """Compiles a kernel while no other process compiles it; loads it if another process has compiled it."""
-    # Take Numba's own lock first: a thread that holds it may need the kernel's lock.
+    # Takes Numba's own lock first, because a thread that holds it may need the kernel's lock.
     with global_compiler_lock, _locked(_LOCKS[dispatcher]):
         return type(dispatcher).compile(dispatcher, signature)
 

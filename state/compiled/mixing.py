@@ -19,7 +19,7 @@ def mix(value: np.uint64) -> np.uint64:
 
 
 def mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """`mix` of each of `[n]` uint64, run in Python by NumPy: for one call per batch, which needs no compiled kernel.
+    """`mix` of each of `[n]` uint64, computed by NumPy, for callers that need one call per batch and no kernel.
 
     >>> values = np.array([1, 2**63], np.uint64)
     >>> mixed(values).tolist() == [int(mix(value)) for value in values]

@@ -11,7 +11,7 @@ from numba.extending import intrinsic
 
 
 def _prefetching(_context: Any, array: Any, row: Any) -> Any:
-    """Prefetches the first cache line of a row for writing. The row must exist. Changes nothing else."""
+    """Prefetches the first cache line of a row for writing; the row must exist. It changes no data."""
 
     def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
         held, zero = (
@@ -22,7 +22,7 @@ def _prefetching(_context: Any, array: Any, row: Any) -> Any:
         at = cgutils.get_item_pointer(context, builder, signature.args[0], held, first)
         pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
         call = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
-        # For writing, into all levels of the cache, data.
+        # Arguments: for writing, into all cache levels, data cache.
         builder.call(
             builder.module.declare_intrinsic("llvm.prefetch", [pointer], call),
             [builder.bitcast(at, pointer), number(1), number(3), number(1)],

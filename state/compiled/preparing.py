@@ -65,7 +65,7 @@ class Kernels:
                 said_s = time.monotonic()
                 self._logger.info("%s", self.progress)
             kernel = waiting.popleft()
-            # Kernels that another process compiles now come last: then they only need to be loaded.
+            # Kernels that another process is compiling come last, because they then only need to be loaded.
             if passed < len(waiting) and kernel.busy:
                 waiting.append(kernel)
                 passed += 1

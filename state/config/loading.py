@@ -5,7 +5,7 @@
     flags             --kafka.port 9192
 
 The later source wins. Each rule in `RULES` yields conflicts of settings that are valid alone. A conflict lists its
-settings, the one to change first at the front; the error points at the first of them that is set explicitly, because a
+settings, the one to change first at the front. The error names the first of them that is set explicitly, because a
 default is never the cause.
 """
 
@@ -33,7 +33,7 @@ FILE = "springtide.toml"
 
 
 class Conflict(NamedTuple):
-    """Settings that contradict each other, why, and what to do if `why` does not say it."""
+    """Settings that contradict each other, the reason, and the advice if `why` does not contain it."""
 
     names: tuple[str, ...]
     why: str
@@ -41,7 +41,7 @@ class Conflict(NamedTuple):
 
 
 def privacy(settings: Settings) -> Iterator[Conflict]:
-    """Nothing lets a user's rows reach another user without clipping and noise: only TensorFlow's default ranker clips."""
+    """No setting lets a user's rows reach others without clipping and noise: only TensorFlow's default ranker clips."""
     if not settings.privacy.epsilon:
         return
     wanted = {"model.ranker": Model().ranker, "model.tower": Model().tower}
@@ -227,7 +227,7 @@ def topics(settings: Settings) -> Iterator[Conflict]:
 
 
 def attributes(settings: Settings) -> Iterator[Conflict]:
-    """Attributes are well formed, have distinct names, and come from topics of their own."""
+    """Attributes are well formed, have distinct names, and come from separate topics."""
     taken = {settings.value(f"kafka.{name}_topic") for name in ("clicks", "dead_letters", "microbatches")}
     taken.add(settings.segments.topic)
     known: list[str] = []
@@ -394,7 +394,7 @@ def load(
         for section, kind in SECTIONS.items()
     }
     if "kafka.bootstrap_servers" not in origins:
-        # Without a configured cluster, every process connects to the local Kafka at kafka.port.
+        # Without a configured cluster, all processes connect to the local Kafka at kafka.port.
         local = f"127.0.0.1:{parts['kafka'].port}"
         parts["kafka"] = replace(parts["kafka"], bootstrap_servers=local)
     if "events.action_weights" not in origins:

@@ -16,7 +16,7 @@ PREFIX = "SPRINGTIDE_"
 
 @dataclass(frozen=True)
 class Settings:
-    """The effective settings, one attribute per section; `origins` says where each value came from that is not the default."""
+    """The effective settings, one attribute per section; `origins` has the source of each value that is no default."""
 
     paths: sections.Paths = field(default_factory=sections.Paths)
     kafka: sections.Kafka = field(default_factory=sections.Kafka)
@@ -193,7 +193,7 @@ def variable(name: str) -> str:
 
 
 def as_text(value: Any) -> str:
-    """A value as a variable or a flag writes it.
+    """Formats a value for a variable or a flag.
 
     >>> as_text((3600, 86400)), as_text(0.2), as_text(("category=a,b",))
     ('3600,86400', '0.2', '["category=a,b"]')

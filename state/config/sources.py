@@ -50,7 +50,7 @@ _logger = logging.getLogger(__name__)
 
 
 def listed(section: str, table: Mapping[str, Any], path: Path, lines: Mapping[str, int]) -> Mapping[str, Any]:
-    """A section of the file whose unknown keys are moved into the section's list of `name=value`.
+    """A section of the file, with its unknown keys moved into the section's list of `name=value`.
 
     >>> listed("segments", {"busy": "events.visible > 20"}, Path(), {})
     {'expressions': ['busy=events.visible > 20']}
@@ -77,7 +77,7 @@ def is_gone(name: str, value: Any, origin: str) -> bool:
     """Whether a setting no longer has an effect; if so, a warning is logged and its value is ignored.
 
     Raises:
-        SettingsError: It asks for a removed feature.
+        SettingsError: The setting requests a removed feature.
     """
     if name in SHARDS and str(value).strip() != SHARDS[name]:
         raise SettingsError(
@@ -91,7 +91,7 @@ def is_gone(name: str, value: Any, origin: str) -> bool:
 
 
 def as_list(text: str) -> list[Any]:
-    """The elements of a list written as text: with commas, or as JSON where an element has one."""
+    """The elements of a list in text form: with commas, or as JSON if an element contains a comma."""
     if text.lstrip().startswith("["):
         with contextlib.suppress(ValueError):
             return list(json.loads(text))
@@ -211,7 +211,7 @@ def _known_name(name: str, known: Mapping[str, KnownSetting], origin: str, prefi
 
 
 def nearest_setting(name: str, known: Mapping[str, object]) -> str:
-    """The setting that `name` was meant to be: the same key in another section before a similar one.
+    """The setting that `name` probably means: the same key in another section, or else a similar name.
 
     >>> known = {"kafka.port": 1, "trainer.publish_s": 2, "stream.poll_ms": 3}
     >>> [nearest_setting(name, known) for name in ("stream.publish_s", "stream.pol_ms", "port")]
@@ -233,7 +233,7 @@ def nearest(name: str, candidates: Mapping[str, object]) -> str:
 
 
 def line_numbers(text: str) -> dict[str, int]:
-    r"""The line of each `[section]` and of each key of a TOML text; tomllib keeps none."""
+    r"""The line of each `[section]` and of each key of a TOML text, which tomllib does not keep."""
     lines: dict[str, int] = {}
     section = ""
     for number, line in enumerate(text.splitlines(), 1):

@@ -1,7 +1,7 @@
 """The marker file of a store that is not synced at each commit: whether it was closed cleanly, and the last boot id.
 
-After kill -9 such a store is complete, since the kernel still writes its pages. After a power cut any pages may be
-missing; then the boot id in the marker differs from the machine's.
+After kill -9 such a store is complete, because the kernel still writes its pages. After a power cut any pages may be
+missing; the boot id in the marker then differs from the machine's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class CleanMark(NamedTuple):
-    """The content of a marker file: whether the store was closed cleanly, and the machine's boot id when it was last open."""
+    """The content of a marker file: whether the store was closed cleanly, and the boot id when it was last open."""
 
     clean: bool
     boot_id: str

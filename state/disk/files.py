@@ -105,7 +105,7 @@ def sync_tree(path: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> None:
-    """Exchanges the names of two directories, atomically if the file system can; else `other` is missing for a moment."""
+    """Exchanges the names of two directories, atomically if the file system can; else `other` is briefly missing."""
     renamed = _LIBC.renameat2(_HERE, os.fsencode(one.absolute()), _HERE, os.fsencode(other.absolute()), _EXCHANGE)
     if renamed == 0:
         return

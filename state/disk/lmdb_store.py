@@ -2,8 +2,8 @@
 
     mark.json   whether the store was closed cleanly (`state/disk/clean_mark.py`)
     data.mdb    the databases that the class names, and `meta`:
-                format -> {"format": its number, and the parameters of the store}, JSON; `shares` if it holds the users
-                of some shares only
+                format -> {"format": its number, and the parameters of the store}, JSON; `shares` if it holds only the
+                users of some shares
 
 A commit is visible to every reader at once and survives a kill. It survives a power cut only after the next `sync`. So
 a store is trusted after kill -9, and refused if it was open at a power cut.
@@ -37,7 +37,7 @@ AT_ONCE = 4096
 """Entries per transaction of `compact`. LMDB keeps memory for as many pages as its largest transaction changed."""
 
 PAGES_MS = 600_000
-"""Least time between two compactions of a store after erasures: LMDB keeps deleted data on free pages of its file."""
+"""Minimum time between compactions of a store after erasures. LMDB keeps deleted data on free pages of its file."""
 
 FORMAT = b"format"
 _DAMAGED = (lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError, lmdb.VersionMismatchError)
@@ -48,13 +48,13 @@ class LmdbStore:
     """An open store. One thread writes; any thread of any process may read.
 
     Attributes:
-        noun: What the store holds, for messages. Subclasses set this and the following attributes.
-        databases: The names of its databases, besides `meta`.
-        later: Those of `databases` that a store of an older release may lack.
+        noun: The content of the store, for messages. Subclasses set this and the following attributes.
+        databases: The names of its databases, except `meta`.
+        later: The databases that a store of an older release may lack.
         number: The number of its format.
         map_setting: The setting that limits its size.
         writer: The process that creates it.
-        remedy: What to do if it cannot be trusted.
+        remedy: The advice for a store that cannot be trusted.
         origin: The source from which `open_anew` rebuilds it.
         shares: The shares of users that it holds; only subclasses with data of users read it.
 
@@ -63,7 +63,7 @@ class LmdbStore:
         map_bytes: Its maximum size; address space, not memory.
         readonly: True for readers; the writer must have created the store.
         boot_id: The boot id of this machine; by default the kernel's.
-        shares: The shares of users that the store holds; None for those that it was made with.
+        shares: The shares of users that the store holds; None for those with which it was created.
 
     Raises:
         CorruptStore: The store is damaged, has another format, lacks users, or was open at a power cut.
@@ -117,7 +117,7 @@ class LmdbStore:
         try:
             self._check_made()
             if not readonly:
-                # Write the marker before the first page of this session.
+                # Writes the marker before the first page of this session.
                 clean_mark.write(self._mark_path, CleanMark(False, self._boot_id))
             self._databases = {
                 name: self._env.open_db(name.encode(), create=not readonly)
@@ -166,14 +166,17 @@ class LmdbStore:
         return mark is not None and mark.clean
 
     def sync(self) -> None:
-        """Makes all commits durable against a power cut. `StoreFull` and `UnusableDisk` lose nothing as long as the machine runs."""
+        """Makes all commits durable against a power cut.
+
+        After `StoreFull` or `UnusableDisk`, no commit is lost as long as the machine runs.
+        """
         try:
             self._env.sync(True)
         except (lmdb.Error, OSError) as error:
             raise self._refused(error, "synced") from error
 
     def close(self) -> None:
-        """Syncs a writer's commits, closes the store and marks it as closed cleanly; without the mark if the disk refuses."""
+        """Syncs a writer's commits, closes the store and marks it as closed cleanly; no mark if the disk refuses."""
         try:
             if not self.readonly:
                 self.sync()
@@ -199,11 +202,11 @@ class LmdbStore:
         """Copies the live entries one by one to a new store, and replaces the old one with it; no deleted data remains.
 
         LMDB's own compacting copy would keep inner pages, which name keys that were deleted since. The writer calls
-        this while no other thread of this process reads the store. Readers in other processes have the old file until
-        they open the store again, which they do when the file was replaced.
+        this while no other thread of this process reads the store. Readers in other processes use the old file until
+        they notice the replacement and open the store again.
 
         Raises:
-            StoreFull: The disk has no room for both; nothing was changed.
+            StoreFull: The disk has no space for both; nothing was changed.
             UnusableDisk: The disk refused for another reason; nothing was changed.
         """
         with self._swapping:
@@ -217,7 +220,7 @@ class LmdbStore:
                 shutil.rmtree(self._aside, ignore_errors=True)
                 raise refused from error
             killpoints.reach("compact.copied")
-            # 2. Exchange the two directories; each has a lock file of its own.
+            # 2. Exchange the two directories; each has its own lock file.
             most = int(self._env.info()["map_size"])
             self._env.close()
             durable.exchange(self._aside, self.path.resolve())
@@ -274,7 +277,7 @@ class LmdbStore:
             raise self._refused(error, "written") from error
 
     def _made_with(self) -> dict[str, int]:
-        """Parameters that the store is created with, stored next to the number of its format."""
+        """Parameters with which the store is created, stored together with the number of its format."""
         return {}
 
     def _fits(self, held: UserShares, wanted: UserShares) -> bool:

@@ -1,7 +1,7 @@
 """One writer per state directory: an exclusive file lock that names its holder.
 
-The kernel releases the lock when its process ends, however it ends, so a kill leaves nothing to clean up. A process
-that is frozen keeps it; a lock whose holder renews it can be taken over (`state/registry/claim.py`).
+The kernel releases the lock when its process ends, for whatever reason, so a kill leaves nothing to clean up. A frozen
+process keeps the lock. A lock with renewals can be taken over (`state/registry/claim.py`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Seen(NamedTuple):
     """A lock file at one moment.
 
     Attributes:
-        inode: Of the file; another one after a takeover.
+        inode: The inode of the file, which differs after a takeover.
         renewed_ns: When its holder last renewed it, in the file system's clock.
         content: Describes the holder; see `holder_of`.
     """
@@ -47,8 +47,8 @@ class DirectoryLock:
 
     Args:
         path: The directory.
-        name: Of the lock file.
-        about: More about the holder, for the lock file.
+        name: The name of the lock file.
+        about: Additional facts about the holder, for the lock file.
     """
 
     def __init__(self, path: Path, name: str = layout.LOCK, about: Mapping[str, str] = MappingProxyType({})) -> None:
@@ -57,7 +57,7 @@ class DirectoryLock:
         self._handle: int | None = None
 
     def acquire(self, wait_s: float = 0.0) -> DirectoryLock:
-        """Takes the lock within `wait_s`, else raises `LockHeld`; the lock file names host, pid and start time."""
+        """Takes the lock within `wait_s`, or raises `LockHeld`; the lock file names host, pid and start time."""
         end_s = time.monotonic() + wait_s
         while True:
             try:
@@ -98,12 +98,12 @@ class DirectoryLock:
         temporary.replace(self._file)
 
     def renew(self) -> None:
-        """Shows that the holder runs: changes what `seen` returns."""
+        """Shows that the holder is running, by a change in the result of `seen`."""
         if self._handle is not None:
             os.utime(self._handle)
 
     def seen(self) -> Seen:
-        """The lock file as it is now; takes no lock."""
+        """The current lock file; takes no lock."""
         with contextlib.closing(os.fdopen(self._open(self._file), "rb")) as file:
             status = os.fstat(file.fileno())
             return Seen(status.st_ino, status.st_mtime_ns, file.read(4096))
@@ -135,13 +135,13 @@ class DirectoryLock:
         assert self._handle is not None
         started_s = psutil.Process().create_time()
         about = {"host": socket.gethostname(), "pid": os.getpid(), "started_s": started_s, **self._about}
-        # The holder's name is only a hint: a full disk must not prevent commands that free space.
+        # The holder's name is only informative: a full disk must not prevent commands that free space.
         with contextlib.suppress(OSError):
             os.ftruncate(self._handle, 0)
             os.pwrite(self._handle, json.dumps(about).encode(), 0)
 
     def release(self) -> None:
-        """Releases the lock; the file stays, since removing it would allow two holders."""
+        """Releases the lock; the file stays, because removing it would allow two holders."""
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
@@ -156,7 +156,7 @@ class DirectoryLock:
 
 
 def is_held(path: Path, name: str = layout.LOCK) -> bool:
-    """Whether the process named in the lock file runs; takes no lock. A process on another host counts as running."""
+    """Whether the process in the lock file is running; takes no lock. A process on another host counts as running."""
     try:
         fields = json.loads((path / name).read_bytes())
         if fields["host"] != socket.gethostname():

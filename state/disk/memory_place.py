@@ -1,10 +1,10 @@
-"""Chooses the location of a store whose pages change all the time: in memory if there is room, else on the disk.
+"""Chooses the location of a store whose pages change all the time: in memory if there is space, else on the disk.
 
     /dev/shm/springtide_<digest>/   mode 0700; the digest is derived from the link
-    ├── link                        the path of the link that leads here
+    ├── link                        the path of the link to this store
     └── <name of the link>/         the store
     STATE/serving/rows              a link to the store in memory, or to
-    STATE/serving/rows.disk/        if memory has no room for it
+    STATE/serving/rows.disk/        if memory has no space for it
     STATE/serving/histories         a link to the store in memory while its writer runs, else the store itself
     STATE/stream-0/histories        likewise
 
@@ -40,7 +40,7 @@ IN_MEMORY = ("tmpfs", "ramfs")
 
 @dataclass(frozen=True)
 class Place:
-    """The location of one store. `why` says why it is not in memory, if the settings do not ask for that."""
+    """The location of one store. `why` is why it is not in memory, unless the settings put it on the disk."""
 
     path: Path
     in_memory: bool
@@ -53,8 +53,8 @@ def choose(link: Path, asked: str, memory: str, least_bytes: int | None = None) 
     Args:
         link: A link in a directory whose lock is held.
         asked: `serving.rows_dir`: a directory to use in any case, or empty; `UnusableDisk` if it cannot be used.
-        memory: `storage.memory_dir`, used if it has room; empty if nothing may be in memory.
-        least_bytes: The least room required. An existing store also requires a quarter more than its size.
+        memory: `storage.memory_dir`, used if it has space; empty if nothing may be in memory.
+        least_bytes: The minimum space required. An existing store also requires a quarter more than its size.
     """
     link.parent.mkdir(parents=True, exist_ok=True)
     if asked:
@@ -117,7 +117,7 @@ def own(store: Path) -> Path:
 
 
 def on_disk(link: Path, why: str) -> Place:
-    """The location next to the link; `why` says why it is not in memory."""
+    """The location next to the link; `why` is the reason why it is not in memory."""
     older = link.is_dir() and not link.is_symlink()  # the location that earlier releases used
     return Place(link if older else _beside(link), False, why)
 
@@ -133,7 +133,7 @@ def current(link: Path) -> Place | None:
 def settle(link: Path, place: Place) -> None:
     """Points the link to `place`, and removes every other store of this link. The caller holds the directory's lock.
 
-    1. An existing store at `place` that the link does not point to is stale, and removed.
+    1. An existing store at `place` to which the link does not point is stale and is removed.
     2. The link is replaced atomically: a reader finds the old store or the new one.
     3. The other stores are removed; processes that have them open can still read them.
     """
@@ -159,12 +159,12 @@ def settle(link: Path, place: Place) -> None:
 
 
 def note(store: Path, link: Path) -> None:
-    """Records next to a store in memory which link leads to it. If that link is gone, the store may be removed."""
+    """Records next to a store in memory the link that points to it. If that link is gone, the store may be removed."""
     (store.parent / LINK).write_text(str(link.absolute()))
 
 
 def target_of(link: Path) -> Path | None:
-    """The target of a link, whether or not it exists; None if `link` is no symbolic link."""
+    """The target of a link, whether or not it exists; None if `link` is not a symbolic link."""
     return link.parent / link.readlink() if link.is_symlink() else None
 
 
@@ -177,7 +177,7 @@ def remove(store: Path, link: Path) -> None:
 
 
 def forget(link: Path) -> None:
-    """Removes a link and its store, wherever that is; no process may use it."""
+    """Removes a link and its store, in any location; no process may be using it."""
     target = target_of(link)
     if target is None:
         shutil.rmtree(link, ignore_errors=True)
@@ -199,12 +199,15 @@ def is_open(store: Path) -> bool:
 
 
 def remove_forgotten(memory: str, now_s: float | None = None) -> list[Path]:
-    """Removes stores in `memory` whose link is gone or leads elsewhere; returns their directories. Those younger than a minute stay."""
+    """Removes stores in `memory` whose link is gone or points elsewhere; returns their directories.
+
+    Stores younger than a minute are kept.
+    """
     now_s, removed = time.time() if now_s is None else now_s, list[Path]()
     for folder in sorted(Path(memory).glob(f"{NAME}*")) if memory else ():
         try:
             found = folder.lstat()
-        except FileNotFoundError:  # Another process removed it since the directory was read.
+        except FileNotFoundError:  # Another process removed it after the directory was read.
             continue
         ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
         if ours and now_s - found.st_mtime >= FORGOTTEN_S and _is_forgotten(folder):
@@ -243,7 +246,7 @@ def _beside(link: Path) -> Path:
 
 
 def _is_forgotten(folder: Path) -> bool:
-    """Whether the link of a directory of a store is gone or leads elsewhere, and no process has the store open."""
+    """Whether the link of a store's directory is gone or points elsewhere, and no process has the store open."""
     try:
         link = Path((folder / LINK).read_text())
         if target_of(link) == folder / link.name:

@@ -1,14 +1,14 @@
 """A store that lives in memory while its writer runs, and is saved to the disk on close.
 
-`enter` decides at the start. If memory is full later, commits are refused as on a full disk, until there is room or the
-writer is started again.
+`enter` chooses the location at the start. If memory becomes full later, commits are refused as on a full disk, until
+there is space or the writer restarts.
 
     histories           the store on the disk while no writer runs; else a link to the store in memory
     histories.link      replaces it at a start; after the exchange it is the copy on the disk, which is removed
     histories.saving    replaces it at a clean stop; after the exchange it is the link, which is removed
 
 So after kill -9 the store in memory is used. After a power cut the link is dangling, and the store is refused like any
-store that was open then: no older copy is left that could be mistaken for it.
+store that was open at that time. There is no older copy that could be mistaken for it.
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ class MemoryStore(LmdbStore):
             raise self._refused(error, "saved") from error
 
     def _saved(self) -> Path:
-        """Copies the store next to the link, page by page, so that the next backup finds most pages unchanged; syncs and marks it."""
+        """Copies the store next to the link, syncs the copy and marks it.
+
+        It copies page by page, so that the next backup finds most pages unchanged.
+        """
         copy = _beside(self.path, _SAVING)
         try:
             _clear(copy)
@@ -86,14 +89,14 @@ class MemoryStore(LmdbStore):
 
 
 def enter(link: Path, memory: str, boot_id: str | None = None) -> Place:
-    """Moves a link's store into memory if there is room, before its writer opens it; else it stays on the disk.
+    """Moves a link's store into memory if there is space, before its writer opens it; else it stays on the disk.
 
     The caller holds the lock of the link's directory.
 
-    1. Remove what a crash left next to the link.
-    2. A store already in memory stays there if it has room to grow. A store that a power cut removed, or may have
-       damaged, stays as it is: opening it reports the error.
-    3. Copy a store on the disk into memory. Move a store in memory without room to the disk, if that has room.
+    1. Remove files that a crash left next to the link.
+    2. A store already in memory stays there if it has space to grow. A store that a power cut removed, or may have
+       damaged, is left unchanged: opening it reports the error.
+    3. Copy a store on the disk into memory. Move a store in memory without space to the disk, if that has space.
     4. Replace the store by the link, durably before the first commit, and remove the source of the copy.
 
     Raises:
@@ -157,7 +160,7 @@ def _load(link: Path, place: Place) -> str:
 
 
 def land(link: Path, copy: Path) -> None:
-    """Replaces a link by a directory next to it, and removes the store in memory; open readers can still read that."""
+    """Replaces a link by a directory next to it, and removes the store in memory, which open readers can still read."""
     before = memory_place.target_of(link)
     _exchange(copy, link)
     killpoints.reach("memory.landed")

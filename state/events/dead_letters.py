@@ -1,4 +1,4 @@
-"""Dead letters, the records that cannot become events: their reason codes, and what is kept of each."""
+"""Dead letters, the records that cannot become events: their reason codes, and their stored data."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ def reason_of(error: Exception) -> Reason:
 
 
 class DeadLetter(NamedTuple):
-    """A record that cannot become an event. Key and value are only for the dead-letter writer, if writing bytes is enabled: the key is a user's raw id."""
+    """A record that cannot become an event.
+
+    Key and value are only for the dead-letter writer, if writing bytes is enabled, because the key is a user's raw id.
+    """
 
     source: Source
     offset: int
@@ -38,5 +41,5 @@ class DeadLetter(NamedTuple):
     value: bytes | None
 
     def __repr__(self) -> str:
-        """Coordinates and reason only: the bytes may hold a raw user id."""
+        """Shows only coordinates and reason, because the bytes may contain a raw user id."""
         return f"DeadLetter({self.source}@{self.offset}, {self.reason})"

@@ -19,7 +19,7 @@ from state.errors import DecodeError
 from state.events.dead_letters import Reason
 from state.process.user_code import load_named
 
-MILLISECONDS_FROM = 1e11  # numbers from here on are milliseconds: as seconds this is the year 5138
+MILLISECONDS_FROM = 1e11  # numbers from this on are milliseconds: as seconds this is the year 5138
 LATEST_MS = 1 << 52  # below it the integers of the kernel and of JSON are exact
 
 
@@ -35,7 +35,7 @@ _KINDS: dict[str, Any] = {
 
 
 def decode_json(settings: EventSettings) -> Decoder:
-    """Makes the decoder of JSON objects; also the example for a decoder of your own.
+    """Creates the decoder of JSON objects; also the example for a custom decoder.
 
     `events.decoder` names a function like this one as `module:name`. The function gets the section `[events]` and
     returns a function that maps a record's value to any object with the attributes
@@ -44,10 +44,10 @@ def decode_json(settings: EventSettings) -> Decoder:
         time:    int | float | str | None
         label:   bool | int | float | None
         context: a sequence of str | int | float | bool | None, one for each of
-                 `events.context`; may be missing where none are configured
-        request: str | int | None; may be missing where `events.request` is empty
+                 `events.context`; may be missing if none are configured
+        request: str | int | None; may be missing if `events.request` is empty
 
-    None means that the field is missing; the parser checks everything else. For a value that cannot be decoded the
+    None means that the field is missing; the parser checks everything else. For a value that cannot be decoded, the
     function raises ValueError, or DecodeError with one of `state.events.dead_letters.Reason`.
 
     >>> decode_json(EventSettings(user="who"))(b'{"who": 7, "item": "a", "more": []}').user

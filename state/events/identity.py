@@ -84,7 +84,7 @@ def context_id(name: str, text: str) -> int:
 
 
 def own_salt(settings: Settings) -> Salt:
-    """The salt of a state directory, see `load_salt`; created at the first start, and never once users are stored there."""
+    """The salt of a state directory, see `load_salt`; created at the first start, but not if users are stored there."""
     return load_salt(settings.salt_path, create=not layout.has_users(settings.state_dir, settings.registry_dir))
 
 
@@ -117,7 +117,7 @@ def load_salt(path: Path, create: bool = True) -> Salt:
 
 PREFIX = "springtide-probe-"
 SLOTS = 512
-"""The number of probe users: each waits long before it is used again, and a store holds few of them."""
+"""The number of probe users: large enough that each is reused rarely, and small enough for a store."""
 
 
 def probe_user(number: int) -> str:

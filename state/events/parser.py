@@ -1,9 +1,9 @@
 """Parses records of the clicks topic into columns of events, or into dead letters with a reason.
 
 Validation is repeatable: a record is compared with its own Kafka timestamp, never with the current time, so reading the
-log again gives the same events. The producer sets both times, or none. So a quorum of users decides how far a time that
-passes here may affect other users (`streaming/event_clock.py`). Users become pseudonyms here; no raw user id leaves the
-parser.
+log again gives the same events. The producer sets both of these times, or neither. So a quorum of users decides how far
+an accepted time may affect other users (`streaming/event_clock.py`). The parser replaces users by pseudonyms; no raw
+user id leaves it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class EventBatch:
         offset: `[n]` int64.
         ranges: The positions read, with their outcomes.
         dead: The records that could not become events.
-        names: Id -> name of the categories not announced within ten minutes of event time.
+        names: Id -> name, of the categories not announced within ten minutes of event time.
         item_names: Likewise for items, without names that are too long.
         request: `[n]` uint64 ids of requests, 0 for none; empty if no field is configured.
     """
@@ -79,7 +79,7 @@ class EventBatch:
         return len(self.user)
 
     def __bool__(self) -> bool:
-        """Always true: a batch without events still moves positions."""
+        """Always True, because a batch without events still advances positions."""
         return True
 
 
@@ -113,7 +113,7 @@ class IdTable:
             self._forget()
 
     def column(self, values: Sequence[Any]) -> NDArray[np.uint64] | None:
-        """The ids of n values, `[n]` uint64; None if the values must be read one by one. DecodeError if a text is empty."""
+        """The ids of n values, `[n]` uint64; None if they must be read one by one. DecodeError if a text is empty."""
         if not {*map(type, values)} <= _ID_TYPES:
             return None
         try:
@@ -144,7 +144,7 @@ class IdTable:
     def news(self, newest_ms: int) -> dict[int, str]:
         """Announces the texts seen since the last call that were not announced within `ANNOUNCE_MS`, and returns them.
 
-        An earlier time also counts as distant: otherwise one wrong clock would suppress the names for years.
+        An earlier time also counts as distant. Otherwise one wrong clock would suppress the names for years.
         """
         self._meet(np.empty(0, np.int64))
         met, self._met = np.concatenate(self._met), []
@@ -186,7 +186,7 @@ class IdTable:
             self._ids[number], self._announced_ms[number] = self._make(value), -ANNOUNCE_MS
             self._texts.append(text)
             self._numbers[text] = number
-        # 7 and "7" have one id.
+        # 7 and "7" have the same id.
         self._numbers[value] = number
         return number
 
@@ -208,7 +208,10 @@ class _Columns(NamedTuple):
 
 
 class Parser:
-    """Turns records into events under the section `[events]`. For one thread; its only state is caches and announced names."""
+    """Converts records to events by the settings of `[events]`. Not thread-safe.
+
+    Its only state is caches and announced names.
+    """
 
     def __init__(self, settings: EventSettings, salt: Salt) -> None:
         self._settings = settings
@@ -223,13 +226,13 @@ class Parser:
             )
         self._future_ms = round(settings.max_future_s * 1000)
         self._age_ms = round(settings.max_age_s * 1000)
-        # A category's name is for display and may be cut. An item's name identifies it to its owner and may not.
+        # A category's name is for display and may be cut. An item's name identifies the item and must not be cut.
         self._users = IdTable(partial(user_id, salt), announced=False)
         self._items, self._categories = IdTable(public_id, whole=True), IdTable(public_id)
         self._contexts: dict[tuple[str, str], int] = {}
 
     def parse(self, batches: Sequence[PartitionBatch]) -> EventBatch:
-        """Turns the result of one poll into events and dead letters, with the outcomes of every position."""
+        """Converts the result of one poll to events and dead letters, with the outcomes of every position."""
         for table in (self._users, self._items, self._categories):
             table.begin()
         found: list[_Columns] = []
@@ -305,7 +308,7 @@ class Parser:
             if item is None:
                 return None
             category = self._ids(self._categories, settings.category, [event.category for event in events])
-        # `_one_by_one` finds which record it is, and its outcome.
+        # `_one_by_one` finds the invalid record and its outcome.
         except (DecodeError, ValueError, OverflowError):
             return None
         if category is None:

@@ -1,4 +1,4 @@
-"""Compares an experiment with the live trainer by the log losses of the rows that both scored before they learned from them.
+"""Compares an experiment with the live trainer by log loss, for rows that both scored before they learned them.
 
 A difference is the experiment's loss minus the live one's; below 0 the experiment is better. The interval of the mean
 is a confidence sequence (`state/statistics/confidence_sequence.py`): it may be checked at any time and stopped early.
@@ -15,8 +15,8 @@ A frame has three parts, all little-endian:
 - the log loss of each of these rows, float64.
 
 Each start of a trainer begins a new file, so only the last frame of a file can be torn; a torn frame is never read.
-Records that a trainer learns again after a crash are in the files again. Nothing is synced: losses that a power
-failure destroys are left out of the comparison.
+Records that a trainer learns again after a crash occur in the files again. The files are not synced; losses that a
+power failure destroys are left out of the comparison.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Verdict = Literal["better", "worse", "undecided", "the same"]
 
 SEGMENT_BYTES = 4 << 20
 SEGMENTS = 8
-"""Number of files that are kept; at 5,000 rows a second one is filled in 80 s."""
+"""Number of files that are kept; at 5,000 rows per second, a file is filled in 80 s."""
 
 _HEAD = struct.Struct("<qII")
 _ROW_BYTES = 10
@@ -122,7 +122,7 @@ def remove_all(registry: Path) -> None:
 
 
 class LossWriter:
-    """Writes the losses of one start of a trainer, in new files of `segment_bytes`; the newest `kept` stay.
+    """Writes the losses of one start of a trainer, in new files of `segment_bytes`; keeps the newest `kept` files.
 
     Not thread-safe. The directory `losses` of the registry must exist.
     """
@@ -177,7 +177,7 @@ class LossReader:
             if segment > self._segment:
                 self._segment, self._at = segment, 0
             data = b""
-            # The writer may just have removed it.
+            # The writer may have removed it just now.
             with suppress(OSError), path_of(self._registry, segment).open("rb") as file:
                 file.seek(self._at)
                 data = file.read()
@@ -211,7 +211,7 @@ class ComparisonFigures(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
         differing: Rows whose two losses differ in at least one bit.
         live_log_loss: Mean log loss of the live trainer, nats.
         trial_log_loss: Mean log loss of the experiment's trainer, nats.
-        difference: The second minus the first.
+        difference: `trial_log_loss` minus `live_log_loss`.
         low: Lower end of its interval.
         high: Upper end of its interval.
         alpha: Probability that equal trainers are ever reported as different.
@@ -252,9 +252,9 @@ class _Document(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class PairedComparison:
     """Pairs the records of an experiment and the live trainer, and compares them. Not thread-safe.
 
-    Each side arrives in the order of the log, except for records learned again after a crash. A side may begin later, lag
-    or stop. A record is paired once, if both sides have it with the same rows. Rows that one side lacks are counted and
-    not compared: for example, only one side had applied a mask yet.
+    Each side arrives in the order of the log, except for records learned again after a crash. A side may begin later,
+    lag or stop. A record is paired once, if both sides have it with the same rows. Rows that one side lacks are counted
+    and not compared, for example if only one side has applied a mask yet.
 
     Args:
         alpha: Probability that equal trainers are ever reported as different.
@@ -283,7 +283,10 @@ class PairedComparison:
 
     @property
     def behind(self) -> tuple[bool, bool]:
-        """Whether to read more of the live side, and of the other. The side ahead waits, which bounds the waiting records."""
+        """Whether to read more of the live side, and of the other side.
+
+        The side that is ahead waits, which bounds the number of waiting records.
+        """
         live, trial = self._newest
         return live <= trial, trial <= live
 
@@ -300,7 +303,7 @@ class PairedComparison:
             self._compare(lives.pop(offset), trials.pop(offset))
         if both:
             self.next = both[-1] + 1
-        # Both sides come in order: records older than all of the other side's were skipped there.
+        # Both sides are in order, so the other side skipped records that are older than all of its own.
         for waiting, other in ((lives, trials), (trials, lives)):
             bound = max(self.next, min(other, default=0))
             skipped = [offset for offset in waiting if offset < bound]

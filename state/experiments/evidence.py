@@ -24,16 +24,16 @@ from state.statistics.confidence_sequence import ALPHA, BlockSums
 from state.statistics.sample_ratio import SampleRatio
 
 MOST_USERS = 1_000_000
-"""Users that are tracked, up to 500 bytes each. Later users count only for failures and latencies."""
+"""Maximum number of tracked users, up to 500 bytes each. Later users count only for failures and latencies."""
 
 MISMATCH_ALPHA = 0.001
-"""False alarm rate of the sample ratio test. It is low because an alarm stops a rollout that may be good."""
+"""False alarm rate of the sample ratio test. It is low, because an alarm stops a rollout that may be good."""
 
 
 BINS = 160
 LEAST_US, RATIO = 100.0, 1.1
-"""Histogram of latencies with bins of equal ratio, so that quantiles are accurate within 10 %: upper edge of the first
-bin, and the ratio between the edges of neighbouring bins. The last edge is about 6 min."""
+"""Upper edge of the first bin of a latency histogram, and the ratio between the edges of adjacent bins. The bins have
+equal ratios, so that quantiles are accurate within 10 %. The last edge is about 6 min."""
 
 
 def no_latencies() -> NDArray[np.int64]:
@@ -177,7 +177,7 @@ class Evidence:
     def _begin(self, step: int, share: float) -> None:
         self.step, self._in_step = step, set()
         self.of_step = {arm: StepSums() for arm in ARMS}
-        # With all users in one arm there is no ratio.
+        # With all users in one arm, there is no ratio to test.
         if 0 < share < 1:
             shares = [share, 1 - share]
             if self._ratio is None:

@@ -2,29 +2,29 @@
 
     <registry>/experiments/experiments.json    all experiments and the retrain schedule, replaced as a whole
     <registry>/experiments/lock                held for each change
-    <registry>/experiments/rollout.lock        of the command that drives a rollout
+    <registry>/experiments/rollout.lock        the lock of the command that drives a rollout
     <registry>/experiments/report.json         the newest report on a rollout, for display only
-    <state>/experiments/<name>/registry/       of the experiment's own trainer; removed once nothing needs its weights
+    <state>/experiments/<name>/registry/       the registry of the experiment's trainer; removed once it is not needed
     <state>/experiments/<name>/comparison.json see `state/experiments/comparison.py`
-    <state>/experiments/lock                   of the process that runs the trainers
+    <state>/experiments/lock                   the lock of the process that runs the trainers
 
 Commands, the gate of a rollout and the retrain schedule write the desired state. The processes converge to it. Stages:
 
     shadow     its trainer learns in parallel and serves no users
-    rollout    likewise, and it answers a share of the users
+    rollout    its trainer learns in parallel and answers a share of the users
     promoting  its trainer is shutting down
     promoted   the live trainer continues from it
-    stopped    somebody stopped it
+    stopped    an operator stopped it
     ended      the live trainer was rolled back or upgraded, so the two learn different rows
 
 Phases of its rollout:
 
-    starting   no users yet: it cannot answer so far
-    running    the share of the step; the gate advances it to the next one
-    halted     the share stays as it is until somebody resumes the rollout
-    done       the last step is over: its share stays until the experiment is promoted, rolled back or stopped
+    starting   it cannot answer yet, and has no users
+    running    it has the share of the step; the gate advances to the next step
+    halted     the share stays unchanged until an operator resumes the rollout
+    done       the last step is over; its share stays until the experiment is promoted, rolled back or stopped
     back       the live versions answer all users again
-    over       likewise, because the live trainer has what it learned
+    over       the live versions answer all users again, because the live trainer has taken over its weights
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ from state.registry.directory import usable
 
 DOCUMENT, REPORT = "experiments.json", "report.json"
 MOST_RUNNING = 4
-"""Experiments at once. Each has a trainer, which needs as much memory as the live one."""
+"""Maximum number of concurrent experiments. Each has a trainer, which needs as much memory as the live one."""
 
 STEPS = (1.0, 5.0, 50.0, 100.0)
 EVERY_S = 1800.0
 GATE = "gate"
-"""The actor of decisions about a rollout that nobody commanded."""
+"""The actor of automatic decisions about a rollout."""
 
 Stage = Literal["shadow", "rollout", "promoting", "promoted", "stopped", "ended"]
 Phase = Literal["starting", "running", "halted", "done", "back", "over"]
@@ -72,7 +72,7 @@ Document = TypeVar("Document")
 
 
 class By(NamedTuple):
-    """Who decides something, why, and when (wall clock)."""
+    """The actor of a decision, the reason, and the wall clock time."""
 
     actor: str
     reason: str
@@ -96,7 +96,7 @@ class Rollout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         steps: Shares of the users in percent, ascending.
         every_s: Minimum duration of a step.
-        since_ms: When this step began.
+        since_ms: When the current step began.
         exposures_from: Offset at which its exposures begin in their topic.
         log_from: Offset of the training log when the rollout began.
     """
@@ -118,8 +118,8 @@ class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     raises `SettingsError` for invalid steps.
 
     Attributes:
-        origin: What its trainer started from: the live version, nothing, or past clicks (`state/experiments/past.py`).
-        version: That version; None for the other origins.
+        origin: The start of its trainer: the live version, nothing, or past clicks (`state/experiments/past.py`).
+        version: The live version from which it started; None for the other origins.
         epoch: Epoch of the live trainer when the experiment began.
         overrides: Settings that differ from the live ones, by name, as text.
         history: All decisions about it, the newest last.
@@ -164,22 +164,22 @@ class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def is_split(self) -> bool:
-        """Whether users are split between it and the live versions. A promotion keeps the share until it is complete."""
+        """Whether users are split between it and the live versions; a promotion keeps the share until its end."""
         return self.stage in ("rollout", "promoting", "promoted") and self.phase in ("running", "halted", "done")
 
     @property
     def is_hosted(self) -> bool:
-        """Whether something should answer for it: users are split, or will be once it answers."""
+        """Whether a host should answer for it: users are split, or will be once it can answer."""
         return self.is_split or (self.stage == "rollout" and self.phase == "starting")
 
     @property
     def is_stopped_by_gate(self) -> bool:
-        """Whether the gate halted its rollout or rolled it back, and nobody has decided anything since."""
+        """Whether the gate halted its rollout or rolled it back, without a later decision."""
         return self.runs and self.phase in ("halted", "back") and self.newest.actor == GATE
 
     @property
     def share(self) -> float:
-        """The share of the users whom it answers, 0 to 1."""
+        """The share of users that it answers, 0 to 1."""
         return self.rollout.steps[self.rollout.step] / 100 if self.is_split and self.rollout is not None else 0.0
 
     @property
@@ -221,7 +221,7 @@ class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self if self.phase == "running" else self._moved(by, phase="running", since_ms=by.now_ms)
 
     def back(self, by: By) -> Experiment:
-        """Rolls back to no users, or confirms that the gate did."""
+        """Rolls back to no users, or confirms a rollback by the gate."""
         self._require(self.runs and self.rollout is not None, "be rolled back")
         if self.phase == "back" and not (self.is_stopped_by_gate and by.actor != GATE):
             return self
@@ -233,15 +233,15 @@ class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self._changed(by, stage="promoting")
 
     def cancel_promotion(self, by: By) -> Experiment:
-        """Its trainer runs again, because the live trainer cannot continue from it."""
+        """Restarts its trainer, because the live trainer cannot continue from it."""
         return self._changed(by, stage="rollout" if self.is_split else "shadow")
 
     def promoted(self, epoch: int, by: By) -> Experiment:
-        """The live trainer continues from it in an epoch."""
+        """Records that the live trainer continues from it in an epoch."""
         return self._changed(by, stage="promoted", promoted_epoch=epoch)
 
     def taken_over(self, by: By) -> Experiment:
-        """The live trainer has published what it learned, so the live versions answer all users."""
+        """Records that the live trainer has published its weights, so the live versions answer all users."""
         return self._moved(by, phase="over") if self.is_split else self
 
     def stop(self, by: By) -> Experiment:
@@ -254,7 +254,7 @@ class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self if self.stage in ("stopped", "ended") else self._changed(by, stage="stopped")
 
     def end(self, by: By) -> Experiment:
-        """It ends without a command."""
+        """Ends it without a command."""
         return self._changed(by, stage="ended") if self.runs else self
 
     def _require(self, allowed: bool, verb: str) -> None:
@@ -279,13 +279,13 @@ class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The retrain schedule and the newest retrain, which is an experiment of its name. Pure.
 
     The next retrain is due one interval after the last one began, or after the schedule was first read. It never
-    begins while another is in progress. A missed time is not made up for.
+    begins while another is in progress. A missed retrain is skipped.
 
     Attributes:
         since_ms: When the schedule was first read, wall clock.
         name: Name of the newest retrain; empty before the first.
         begun_at_ms: When it began.
-        outcome: Its outcome, and in `reason` why.
+        outcome: Its outcome; `reason` has the reason.
         judged_at_ms: When a retrain was last judged, promoted or dropped; 0 for never.
     """
 
@@ -298,7 +298,7 @@ class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def under_way(self) -> bool:
-        """Whether a retrain began and is not over.
+        """Whether a retrain is in progress.
 
         >>> schedule = Schedule(0)
         >>> schedule.under_way, schedule.begin(5).under_way, schedule.begin(5).end("dropped", "worse", 9).under_way
@@ -334,7 +334,7 @@ class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ExperimentsDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The desired state of all experiments, the newest last, and the retrain schedule, None before it was first read."""
+    """The desired state of all experiments, the newest last, and the retrain schedule; None before its first read."""
 
     experiments: tuple[Experiment, ...] = ()
     schedule: Schedule | None = None
@@ -387,7 +387,7 @@ class ExperimentsDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
 
 
 def require_name(name: str) -> None:
-    """Refuses an invalid name of an experiment. It names a directory, a log and a label too.
+    """Refuses an invalid name of an experiment. The name is also that of a directory, a log and a label.
 
     Raises:
         SettingsError: The name is invalid.
@@ -405,7 +405,7 @@ def require_steps(steps: tuple[float, ...]) -> None:
     >>> require_steps((1.0, 5.0, 50.0, 100.0))
 
     Raises:
-        SettingsError: They are.
+        SettingsError: The steps are invalid.
     """
     if not steps or list(steps) != sorted(set(steps)) or not 0 < steps[0] <= steps[-1] <= 100:
         shown = ",".join(f"{step:g}" for step in steps)
@@ -464,7 +464,7 @@ class Experiments:
             return self._replace(transition)
 
     def change(self, name: str, transition: Callable[[Experiment], Experiment]) -> Experiment:
-        """Applies a pure transition to one experiment; otherwise as `edit`.
+        """Applies a pure transition to one experiment; otherwise like `edit`.
 
         Raises:
             RegistryError: There is no such experiment, or the document cannot be changed.
@@ -515,25 +515,25 @@ class Experiments:
         return self.path / name
 
     def registry(self, name: str) -> Path:
-        """Returns the registry of an experiment; it exists as long as something may need what it learned."""
+        """Returns the registry of an experiment, which exists as long as its weights may be needed."""
         return layout.experiment_registry(self._state, name)
 
     def open(self) -> list[str]:
-        """Returns the names of experiments with a registry or a part of one: there is something to run or to remove."""
+        """Returns the names of experiments with a registry or a part of one, which must be run or removed."""
         left = (path for name in (layout.REGISTRY, f"{_GONE}*") for path in self.path.glob(f"[!.]*/{name}"))
         return sorted({path.parent.name for path in left})
 
     def drop_registry(self, name: str) -> None:
-        """Removes the registry of an experiment; its comparison stays."""
+        """Removes the registry of an experiment, but not its comparison."""
         registry, folder = self.registry(name), self.folder(name)
         if registry.is_dir():
-            # One rename, so that a half-removed registry is never taken for one.
+            # Uses one rename, so that a half-removed registry is never mistaken for a complete one.
             registry.rename(folder / f"{_GONE}{os.urandom(4).hex()}")
         for gone in folder.glob(f"{_GONE}*"):
             shutil.rmtree(gone)
 
     def sweep(self) -> None:
-        """Removes what killed commands left of experiments that they were adding.
+        """Removes the files of experiments whose addition was interrupted by a killed command.
 
         Raises:
             LockHeld: Other processes kept changing the document.

@@ -2,8 +2,8 @@
 
 A keyed hash of the pseudonym assigns a user to an arm, so a growing share only adds users to the trial.
 
-A record is one JSON object, keyed by the pseudonym (`docs/reference/formats.md`). It contains neither the content of the answer
-nor the user's id as it was sent.
+A record is one JSON object, keyed by the pseudonym (`docs/reference/formats.md`). It contains neither the answer's
+content nor the user's id as it was sent.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ ARMS = (TRIAL, LIVE)
 
 
 def position_of(salt: Salt, name: str, user: int) -> float:
-    """Returns a user's position between 0 and 1: HMAC-SHA-256 of the rollout's name and the pseudonym, keyed by the salt.
+    """Returns a user's position between 0 and 1.
 
-    Without the salt nobody can choose an id that falls into a given arm. Positions in two rollouts are independent.
+    It is the HMAC-SHA-256 of the rollout's name and the pseudonym, keyed by the salt. So without the salt, a client
+    cannot choose an id that falls into a given arm. Positions in two rollouts are independent.
 
     >>> salt = Salt(b"not a secret")
     >>> position_of(salt, "wider", 7) == position_of(salt, "wider", 7) != position_of(salt, "deeper", 7)
@@ -35,7 +36,7 @@ def position_of(salt: Salt, name: str, user: int) -> float:
 
 
 def arm_of(position: float, share: float) -> Arm:
-    """Returns the arm of a user when the trial has the given share. A user in the trial at 5 % is in it at 50 % too.
+    """Returns the arm of a user when the trial has the given share. A user in the trial at 5 % is also in it at 50 %.
 
     >>> arm_of(0.04, 0.05), arm_of(0.04, 0.5), arm_of(0.4, 0.05), arm_of(0.99, 1.0)
     ('trial', 'trial', 'live', 'trial')
@@ -51,9 +52,9 @@ class Exposure(msgspec.Struct, frozen=True):
         rollout: The experiment's name.
         step: Step of the rollout.
         share: Share of users in the arm `trial` at this step.
-        arm: The user's arm, also if the trial failed and the live version answered: the failure counts for the trial.
+        arm: The user's arm, even if the trial failed and the live version answered: the failure counts for the trial.
         at_ms: When the request arrived, wall clock.
-        took_us: Latency in microseconds; None in a batch, where each arm answers a part of another size.
+        took_us: Latency in microseconds; None in a batch, because the arms answer parts of different sizes.
         failed: Whether the arm could not answer.
     """
 

@@ -1,11 +1,11 @@
 """Reports on a rollout's arms, and decides from the evidence how the rollout continues. Pure.
 
-Checks in this order:
+The checks, in this order:
 
 1. The trial fails more often than the live arm: roll back to no users.
-2. It is slower: roll back.
-3. The split of users between the arms contradicts the share: halt. The engagements are then meaningless.
-4. It has fewer engagements per answer, by an interval that is valid at any time: roll back.
+2. The trial is slower: roll back.
+3. The split of users between the arms contradicts the share, so engagements are meaningless: halt.
+4. The trial has fewer engagements per answer, by an interval that is valid at any time: roll back.
 5. The step is over, and the trial has answered: next step.
 """
 
@@ -24,7 +24,7 @@ from state.experiments.exposure import ARMS, LIVE, TRIAL
 from state.statistics.arms import Contrast
 
 LEAST_FAILURES = 10
-"""Minimum number of failures in a step before the trial is judged by them."""
+"""Minimum number of failures in a step before failures are compared."""
 
 LEAST_ANSWERS = 500
 """Minimum answers of each arm before latencies are compared, so that the slowest hundredth is a few answers."""

@@ -2,13 +2,13 @@
 
     <its registry>/past.json    sealed like a manifest, written once
 
-The cut is a durable version of the live trainer. It names the offset at which the training log continues and, for each
-source of clicks, the offset below which rows are in the log before the cut. A past row is learned if the live trainer
-would drop it after the cut as a duplicate (`state.microbatch.batch.trim`). Other rows come with the log, so each click
-of the topic is learned once.
+The cut is a durable version of the live trainer. It names the offset at which the training log continues. For each
+source of clicks, it names the offset below which rows are in the log before the cut. A past row is learned if the live
+trainer would drop it after the cut as a duplicate (`state.microbatch.batch.trim`). Other rows are learned from the log,
+so each click of the topic is learned once.
 
 Files have no offsets, so for them the cut is in log time. A click that reached the log late, with a time before the
-cut, is learned twice if a file has it too.
+cut, is learned twice if a file also contains it.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def past_until(version: Manifest | None, settings: RetrainSettings) -> Past:
     """Returns the past of an experiment that begins now.
 
     Raises:
-        RegistryError: `version`, the newest durable one of the live trainer, is None or learned nothing: there is no cut.
+        RegistryError: There is no cut, because `version`, the newest durable version of the live trainer, is None or
+            has learned nothing.
     """
     if version is None or not version.sources or not version.event_time_ms:
         raise RegistryError(

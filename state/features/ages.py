@@ -1,4 +1,4 @@
-"""Quantises ages: 64 steps an octave inside the kernel, where sums are taken, and 8 an octave in a row.
+"""Quantises ages: 64 steps per octave inside the kernel, for its sums, and 8 steps per octave in a row.
 
 Ages are in units of 1.024 s, which the kernel computes from milliseconds by a shift.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import decimal
 
 NEVER = 255  # the recency of an event that never happened
-EXACT = 128  # ages below this many units have a step each, then 64 an octave
+EXACT = 128  # each age below this many units has its own step; then 64 steps per octave
 DAY_MS = 86_400_000
 HOUR_MS = 3_600_000
 
@@ -26,7 +26,7 @@ def quantise(age: int) -> int:
 
 
 def recency_step(age: int) -> int:
-    """The recency of an age in units of 1.024 s: eight steps an octave, at most 254.
+    """The recency of an age in units of 1.024 s: eight steps per octave, at most 254.
 
     >>> [recency_step(age) for age in (0, 15, 16, 3515, 590_625, 10**12)]
     [0, 15, 16, 77, 137, 254]
@@ -36,7 +36,7 @@ def recency_step(age: int) -> int:
 
 
 def ages_of_steps(longest_ms: int) -> list[int]:
-    """The least age of each step of the quantiser, in units, up to that of `longest_ms`.
+    """The minimum age of each step of the quantiser, in units, up to the step of `longest_ms`.
 
     >>> ages = ages_of_steps(604_800_000)
     >>> len(ages), [quantise(age) for age in ages] == list(range(len(ages)))

@@ -47,7 +47,7 @@ class Vector(NamedTuple):
         sequence_items: `[T]` uint64 ids of the latest events, newest first; see `state/features/kernel.py`.
         sequence_categories: `[T]` uint64 ids.
         sequence_actions: `[T]` uint16, 1 and up; 0 pads.
-        sequence_ages: `[T]` uint16 recencies.
+        sequence_ages: `[T]` uint16 recencies of the events.
     """
 
     features: U16

@@ -1,8 +1,8 @@
-"""Erasures: which users are erased, up to which offsets, and which of their rows and events that removes.
+"""Erasures: the erased users, the offsets up to which they are erased, and the rows and events to remove.
 
-An erasure names users and, for each source of clicks, the offset below which their clicks are gone. Later clicks create
-a new user with the same pseudonym. Erasures go by position, never by the clock: a record in a log or a copy stays
-erased whenever it is read again.
+An erasure names users and, for each source of clicks, the offset below which their clicks are removed. Later clicks
+create a new user with the same pseudonym. Erasures depend on positions, never on the clock, so a record in a log or a
+copy stays erased whenever it is read again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Flags = NDArray[np.bool_]
 Until = tuple[tuple[int, int, int], ...]
 
 EVERYTHING = (1 << 63) - 1
-"""Offset of a source of which all clicks are erased: one of a topic that is no longer written."""
+"""Offset of a source all of whose clicks are erased, because its topic is no longer written."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Erasure:
         generation: The control generation that set it.
         at_ms: When it was set, wall clock.
         users: The users' pseudonyms.
-        until: (topic word, partition, next): clicks before that offset are gone. A source without an entry keeps all.
+        until: (topic word, partition, next): clicks before that offset are removed. A source without an entry keeps
+            all clicks.
     """
 
     id: int
@@ -52,7 +53,7 @@ class Erasure:
         return out
 
     def to_bytes(self, before: str) -> bytes:
-        """Encodes the erasure as a file, which names the previous one: a line of JSON, then the bytes of `users`."""
+        """Encodes the erasure as a file that names the previous file: a line of JSON, then the bytes of `users`."""
         head = {
             "id": self.id,
             "generation": self.generation,
@@ -64,7 +65,10 @@ class Erasure:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> tuple[Erasure, str]:
-        """Decodes the output of `to_bytes`: the erasure, and the SHA-256 of the previous file; ValueError if the data is no such file."""
+        """Decodes the output of `to_bytes`; ValueError if the data is not such a file.
+
+        Returns the erasure and the SHA-256 of the previous file.
+        """
         line, _, users = data.partition(b"\n")
         head = json.loads(line)
         until = tuple((int(word), int(part), int(after)) for word, part, after in head["until"])
@@ -93,7 +97,7 @@ class Erased:
         return iter(self.entries)
 
     def __repr__(self) -> str:
-        # Not the pseudonyms: the text may appear in an error or a log line.
+        # Without the pseudonyms, because the text may appear in an error or a log line.
         return f"Erased({len(self.entries)})"
 
     @property
@@ -115,7 +119,7 @@ class Erased:
         return self if through >= self.last else Erased(tuple(one for one in self.entries if one.id <= through))
 
     def hides(self, user: int, through: int) -> bool:
-        """Whether an erasure names `user` that a copy has not applied yet; it has applied those up to `through`."""
+        """Whether an erasure above number `through` names `user`; a copy has applied the erasures up to `through`."""
         return user in self.users and any(one.id > through and user in one.users for one in self.entries)
 
     def rows(
@@ -125,9 +129,9 @@ class Erased:
         offset: NDArray[np.int64],
         ranges: Sequence[Range],
     ) -> Flags:
-        """Which rows of a batch are erased; arguments as for `Mask.rows`."""
+        """Which rows of a batch are erased; the arguments are those of `Mask.rows`."""
         out = np.zeros(len(user), np.bool_)
-        # Erased users rarely come back: compute the rest only for their rows.
+        # Computes the rest only for rows of erased users, because these rarely return.
         theirs = np.flatnonzero(self.users.has(user))
         if not len(theirs):
             return out
@@ -150,7 +154,7 @@ class Erased:
 
     @cached_property
     def files(self) -> tuple[tuple[str, bytes], ...]:
-        """The file of each erasure as (SHA-256, bytes), in order; each file names the one before it."""
+        """The file of each erasure as (SHA-256, bytes), in order; each file names the preceding one."""
         found: list[tuple[str, bytes]] = []
         for one in self.entries:
             data = one.to_bytes(found[-1][0] if found else "")
@@ -168,7 +172,7 @@ class Erased:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Erased:
-        """Decodes the output of `to_bytes`; ValueError if the data is no such value."""
+        """Decodes the output of `to_bytes`; ValueError if the data is not such a value."""
         found, at = [], 0
         while at < len(data):
             size = int.from_bytes(data[at : at + 8], "big")
@@ -179,7 +183,7 @@ class Erased:
     def and_also(
         self, users: MaskedUsers, until: Iterable[tuple[int, int, int]], generation: int, at_ms: int
     ) -> Erased:
-        """These erasures and a new one."""
+        """Returns these erasures and a new one."""
         return Erased((*self.entries, Erasure(self.last + 1, generation, at_ms, users, tuple(sorted(until)))))
 
 

@@ -7,13 +7,13 @@ code, so the same events give the same bits. It sees integers only. For each row
    and switches (`put_in_order`, `follow`).
 2. They are summed, newest first: counts and decayed counts by action, by category, and of first occurrences (`sum_up`).
 3. The sums are written as the row, saturated to 16 bits, in the order of the names of `FeatureSpec` (`write_features`).
-4. Where a spec asks for them, the latest events themselves are written, newest first, for a ranker that reads single
+4. If the spec requests them, the latest events themselves are written, newest first, for a ranker that reads single
    events (`write_sequence`).
 
 Each event of step 4 has an item, a category, an action and a recency. Actions count from 1 in the order of
 `events.actions`; an unnamed action gets the next number. The recency encodes the event's age at the row's time in eight
 steps per octave of 1.024 s, 0 to 254. A missing item or category is 0. Slots beyond the visible events are 0 in all
-four columns; the action tells them apart.
+four columns; an action of 0 identifies them.
 
 Each thread has its own working memory (`Scratch`).
 """
@@ -45,7 +45,7 @@ from state.features.mask import Hidden
 
 
 class Scratch(NamedTuple):
-    """Working memory of one thread, kept from row to row."""
+    """Working memory of one thread, reused from row to row."""
 
     order: U64  # [N]: ring positions of visible events, newest first
     recent_categories: I64  # [T, 2]: open addressing, key and generation << 16 | slot
@@ -66,7 +66,7 @@ class Scratch(NamedTuple):
 @compiled
 def scratch_of(tables: Tables) -> Scratch:
     """Working memory for the rows of a spec."""
-    # A quarter full at most: collisions cost more than memory.
+    # At most a quarter full, because collisions cost more than memory.
     size = 64
     while size < 4 * tables.history:
         size *= 2
@@ -94,7 +94,7 @@ step_of = inlined(quantise)
 
 
 class Course(NamedTuple):
-    """What the order of the visible events says."""
+    """The facts that follow from the order of the visible events."""
 
     visible: int
     session_events: int
@@ -107,7 +107,7 @@ class Course(NamedTuple):
 
 @inlined
 def hides(hidden: Hidden, source: int, offset: int, at_ms: int) -> bool:
-    """Whether a mask takes out the event; `source` is topic | partition << 32."""
+    """Whether a mask hides the event; `source` is topic | partition << 32."""
     found = False
     for k in range(hidden.offsets.shape[0]):
         if source == hidden.offsets[k, 0] and hidden.offsets[k, 1] <= offset < hidden.offsets[k, 2]:
@@ -125,7 +125,7 @@ def newer(ring: I64, left: int, right: int) -> bool:
         return bool(ring[left, 0] > ring[right, 0])
     if ring[left, 3] != ring[right, 3]:
         return bool(ring[left, 3] > ring[right, 3])
-    # A partition added or a topic made anew can repeat an offset.
+    # An added partition or a recreated topic can repeat an offset.
     return bool((ring[left, 4] & SOURCE_BITS) > (ring[right, 4] & SOURCE_BITS))
 
 
@@ -133,9 +133,9 @@ def newer(ring: I64, left: int, right: int) -> bool:
 def put_in_order(
     ring: I64, end: int, count: int, at_ms: int, tables: Tables, hidden: Hidden, order: U64
 ) -> tuple[int, bool]:
-    """Writes `order`; returns how many events are visible, and whether older ones may have been lost.
+    """Writes `order`; returns the number of visible events, and whether older events may have been lost.
 
-    Histories arrive nearly in order, so that insertion is one pass.
+    Histories are nearly in order, so insertion takes one pass.
     """
     masked = hidden.offsets.shape[0] + hidden.times.shape[0] > 0
     horizon = at_ms - tables.windows_ms[-1]
@@ -181,7 +181,7 @@ def follow(ring: I64, at_ms: int, visible: int, tables: Tables, work: Scratch) -
         time, category = ring[place, 0], ring[place, 1]
         gap = newer_time - time
         newer_time = time
-        # Without a branch: whether a session ends here cannot be predicted.
+        # Without a branch, because the processor cannot predict whether a session ends here.
         sessions += (k == 0) | (gap > SESSION_GAP_MS)
         open_session &= gap <= SESSION_GAP_MS
         if k < SWITCHES and k > 0:
@@ -201,7 +201,7 @@ def follow(ring: I64, at_ms: int, visible: int, tables: Tables, work: Scratch) -
 
 
 class Totals(NamedTuple):
-    """What the sums found besides those in `Scratch`."""
+    """The results of the sums that are not in `Scratch`."""
 
     categories: int
     session_categories: int
@@ -211,8 +211,8 @@ class Totals(NamedTuple):
 
 @inlined
 def slot_of(table: I64, key: int, generation: int, fresh: int) -> int:
-    """Finds the slot of `key`, or gives it slot `fresh`."""
-    # Unsigned indices spare the check for a negative one, here and below.
+    """Finds the slot of `key`, or assigns slot `fresh` to it."""
+    # Unsigned indices avoid the check for a negative index, here and below.
     mask = np.uint64(table.shape[0] - 1)
     place = np.uint64(key) & mask
     while (table[place, 1] >> 16) == generation:
@@ -238,7 +238,7 @@ def sum_up(
 ) -> Totals:
     """Sums into `work`, and writes the categories in order with their recencies.
 
-    Ages only grow, so that the window, the step of the quantiser and "seen for the first time" need no search.
+    Ages only grow. So finding the window, the step of the quantiser and the first occurrence needs no search.
     """
     windows, recency = tables.windows_ms, tables.recency
     width, lives, actions, slots = windows.shape[0], tables.decay.shape[1], tables.actions, recent_categories.shape[0]
@@ -297,12 +297,12 @@ def _begin(work: Scratch, recent_categories: U64, category_windows: U16) -> None
 
 @inlined
 def sum_in_order(work: Scratch, visible: int, category_count: int) -> None:
-    """The sums of which only the order of events counts, of each category: `work.of_order`."""
+    """Writes `work.of_order`: the sums of each category that depend only on the order of events."""
     slots, sums = work.slots, work.of_order
     sums[:, :category_count] = 0
     for k in range(min(visible, MANY)):
         sums[np.uint64(k >= FEW), np.uint64(slots[k])] += 1
-    # The newest category has slot 0; an event without a category has nothing next to it.
+    # The newest category has slot 0; no category counts as next to an event without a category.
     if visible > 0 and slots[0] == 0:
         for k in range(1, visible):
             sums[2, np.uint64(slots[k - 1])] += slots[k] == 0
@@ -310,7 +310,7 @@ def sum_in_order(work: Scratch, visible: int, category_count: int) -> None:
 
 @inlined
 def write_categories(tables: Tables, work: Scratch, category_count: int, any_last: bool, category_windows: U16) -> None:
-    """What each category did; in the order of `FeatureSpec.window_names`."""
+    """Writes the windows of each category, in the order of `FeatureSpec.window_names`."""
     width, lives = tables.windows_ms.shape[0], tables.decay.shape[1]
     of_order, first = work.of_order, category_windows.shape[1] - OF_ORDER
     for slot in range(category_windows.shape[0]):
@@ -323,7 +323,7 @@ def write_categories(tables: Tables, work: Scratch, category_count: int, any_las
             category_windows[slot, w] = min(total, 65535)
         for h in range(lives):
             category_windows[slot, width + h] = min(work.category_sums[slot, width + h] >> 8, 65535)
-        # The recency at `width + lives` was written at first sight.
+        # The recency at `width + lives` was written at the category's first occurrence.
         for action in range(tables.actions):
             category_windows[slot, width + lives + 2 + action] = min(
                 work.category_sums[slot, width + lives + action], 65535
@@ -345,7 +345,7 @@ def write_features(
     category_windows: U16,
     features: U16,
 ) -> None:
-    """The row; in the order of `FeatureSpec.names`."""
+    """Writes the row, in the order of `FeatureSpec.names`."""
     f = _write_sums(tables, work, features)
     f = _write_distinct(tables, work, found.categories, features, f)
     for k in range(GAPS):
@@ -372,7 +372,7 @@ def write_features(
 
 @inlined
 def _write_sums(tables: Tables, work: Scratch, features: U16) -> int:
-    """Actions first, then events with a known label, then with a positive one; returns where the next feature goes."""
+    """Writes sums by action, then of events with a known label, then with a positive one; returns the next index."""
     width, lives, actions = tables.windows_ms.shape[0], tables.decay.shape[1], tables.actions
     f = 0
     sums = work.sums
@@ -408,7 +408,7 @@ def _write_sums(tables: Tables, work: Scratch, features: U16) -> int:
 
 @inlined
 def _write_distinct(tables: Tables, work: Scratch, category_count: int, features: U16, f: int) -> int:
-    """How many categories and items there were, and the share of the top category in thousandths."""
+    """Writes the numbers of distinct categories and items, and the share of the top category in thousandths."""
     width = tables.windows_ms.shape[0]
     for kind in range(2):
         total = 0
@@ -442,7 +442,7 @@ def _write_clock(at_ms: int, tables: Tables, features: U16, f: int) -> int:
 
 @inlined
 def write_sequence(ring: I64, at_ms: int, visible: int, tables: Tables, work: Scratch, rows: Vector, n: int) -> None:
-    """Writes the four `sequence_*` of row `n`; nothing where they have no places."""
+    """Writes the four `sequence_*` of row `n`; writes nothing if they have length 0."""
     for k in range(rows.sequence_items.shape[1]):
         if k >= visible:
             rows.sequence_items[n, k] = 0
@@ -457,7 +457,7 @@ def write_sequence(ring: I64, at_ms: int, visible: int, tables: Tables, work: Sc
         rows.sequence_ages[n, k] = tables.recency[step_of((at_ms - ring[place, 0]) >> 10)]
 
 
-# Not beside the classes: a spec alone, its digest or names, needs no compiler.
+# Not in the module of the classes: using only a spec, its digest or names needs no compiler.
 layout("i8[::1], i8[:, ::1], i8[::1], i8[:, ::1], i8[:, ::1], i8, i8")(Tables)
 layout("i8[:, ::1], i8[:, ::1]")(Hidden)
 layout("u2[:, ::1], u8[:, ::1], u2[:, :, ::1], u8[:, ::1], u8[:, ::1], u2[:, ::1], u2[:, ::1]")(Vector)
@@ -499,11 +499,11 @@ def many_rows(events: I64, starts: I64, at_ms: I64, tables: Tables, hidden: Hidd
 
     Args:
         events: `[m, 5]` int64, the histories one after another, each at most N events in append order.
-        starts: `[n + 1]` int64, where each of them begins, and the end of the last.
-        at_ms: `[n]` int64, the time each row speaks of.
+        starts: `[n + 1]` int64, the index at which each history begins, and the end of the last one.
+        at_ms: `[n]` int64, the time of each row.
         tables: The spec's constants.
         hidden: The mask.
-        rows: Of n rows, written.
+        rows: The n rows, written by this function.
     """
     work = scratch_of(tables)
     for n in range(at_ms.shape[0]):
@@ -530,9 +530,9 @@ def update_rows(
         counts: `[users]` int64, events in each ring, updated.
         slots: `[n]` int64, the ring of each event's user.
         events: `[n, 5]` int64, in order of arrival.
-        tables: the spec's constants.
-        hidden: the mask.
-        rows: of n rows, written.
+        tables: The spec's constants.
+        hidden: The mask.
+        rows: The n rows, written by this function.
     """
     work = scratch_of(tables)
     size = rings.shape[1]

@@ -1,6 +1,6 @@
-"""The mask: which clicks an operator excludes, by log position, time or user; and the clicks of erased users.
+"""The mask: the clicks that an operator excludes, by log position, time or user, and the clicks of erased users.
 
-A masked event is left out of every window as if it had never happened; nothing is deleted. The bound on a history
+A masked event is left out of every window as if it had never happened, but is not deleted. The bound on a history
 counts events before the mask is applied, so a masked event still uses one of a user's N slots.
 """
 
@@ -63,7 +63,7 @@ class Mask:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of what is left out, independent of the generation."""
+        """SHA-256 of the excluded events, independent of the generation."""
         parts = [sorted(self.offsets), sorted(self.times), self.users.digest, self.erased.digest]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -137,7 +137,7 @@ class Mask:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Mask:
-        """Decodes the output of `to_bytes`, or the JSON of `to_json` as release 0.1.0 wrote it; ValueError if the data is neither."""
+        """Decodes the output of `to_bytes`, or the JSON that release 0.1.0 wrote; ValueError if the data is neither."""
         line, _, users = data.partition(b"\n")
         document = json.loads(line)
         if "users" in document:

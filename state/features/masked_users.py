@@ -1,4 +1,4 @@
-"""A set of users as sorted pseudonyms, as masks and their files hold it; all masks that name the same file share one set."""
+"""The set of users of a mask and its file, as sorted pseudonyms; all masks that name the same file share one set."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class MaskedUsers:
         found = np.zeros(len(users), np.bool_)
         if not len(self.ids):
             return found
-        # In sorted order, neighbours access the same part of a large set.
+        # In sorted order, consecutive lookups access the same part of a large set.
         order = np.argsort(users)
         ordered = users[order]
         places = np.minimum(np.searchsorted(self.ids, ordered), len(self.ids) - 1)
@@ -85,7 +85,7 @@ class MaskedUsers:
         return hash(self.digest)
 
     def __repr__(self) -> str:
-        # Not the pseudonyms: the text may appear in an error or a log line.
+        # Without the pseudonyms, because the text may appear in an error or a log line.
         return f"MaskedUsers({len(self)})"
 
 

@@ -1,6 +1,6 @@
 """The feature spec and `vectorise`: a user's recent events as named integers.
 
-The stream and serving compute windows with the one kernel of `state/features/kernel.py`, so the same events give the
+The stream and serving compute windows with the same kernel (`state/features/kernel.py`), so the same events give the
 same bits. The rules:
 
 - A history is the last N events in append order. The bound applies before the mask; masked events are then left out as
@@ -8,9 +8,9 @@ same bits. The rules:
 - The window of w seconds is `(at - w, at]`. Events later than `at`, and those older than the longest window, affect no
   output. So sweeping old events cannot change an answer.
 - "Last" is by (time, offset), then by partition. The windows `of_latest_5`, `of_latest_20` and `follows` of a category
-  use the same order: the category's events among the user's latest 5 and 20, and how often it came next after the
-  category of the user's latest event. An event without a category counts among the latest events, but no category
-  counts as coming next after it.
+  use the same order. The first two count the category's events among the user's latest 5 and 20. `follows` counts how
+  often the category came next after the category of the user's latest event. An event without a category counts among
+  the latest events, but no category counts as coming next after it.
 - Every output is a uint16 that saturates. A decayed count is in 1/256 events; recency is the age in steps of an eighth
   of an octave, 255 for never.
 """
@@ -53,7 +53,7 @@ EVENT = np.dtype(
 )
 LABELLED = 1  # bit of `flags`: the label is known
 POSITIVE = 2  # bit of `flags`: the label is at least 0.5
-CODE = 2  # raise it when the same events give other integers
+CODE = 2  # increment it when the same events give other integers
 
 Events = NDArray[Any]
 
@@ -68,14 +68,14 @@ def _span(seconds: int) -> str:
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """Defines the integers of a row. Everything made from them carries the spec's digest.
+    """Defines the integers of a row. All data derived from them carries the spec's digest.
 
     Attributes:
         actions: Names of the actions; an event carries the index.
         windows_s: Lengths of the windows, ascending, seconds.
         half_lives_s: Half-lives of the decayed counts, seconds.
         history: N, the events kept per user.
-        recent_categories: L, the latest categories of a user that get windows of their own.
+        recent_categories: L, the number of a user's latest categories that have their own windows.
         sequence: T, the latest events of a user that a row contains; 0 for none.
 
     >>> spec = FeatureSpec()
@@ -109,15 +109,16 @@ class FeatureSpec:
             raise ValueError(f"sequence {self.sequence} must be between 0 and history ({self.history})")
 
     def reach_ms(self, events: EventSettings) -> int:
-        """How much older than the newest event an event can be that a later row may still see, ms.
+        """The maximum age, relative to the newest event, of an event that a later row may still see, ms.
 
-        It is the longest window, plus how late a click may be, plus how far ahead the newest event's time may be.
+        It is the longest window, plus the allowed lateness of a click, plus how far ahead the newest event's time may
+        be.
         """
         return 1000 * round(self.windows_s[-1] + events.max_age_s + events.max_future_s)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> FeatureSpec:
-        """Builds the spec from the sections `events` and `features` of the settings; SettingsError if the settings give no valid spec."""
+        """Builds the spec from the sections `events` and `features` of the settings; SettingsError if it is invalid."""
         features = settings.features
         try:
             return cls(
@@ -189,7 +190,7 @@ class FeatureSpec:
         )
 
     def empty(self, rows: int) -> Vector:
-        """Empty arrays for so many rows, for a kernel to fill."""
+        """Empty arrays for `rows` rows, for a kernel to fill."""
         recent, events = (rows, self.recent_categories), (rows, self.sequence)
         return Vector(
             features=np.empty((rows, len(self.names)), np.uint16),
@@ -212,7 +213,10 @@ class FeatureSpec:
 
     @classmethod
     def from_json(cls, values: dict[str, Any] | str) -> FeatureSpec:
-        """Decodes the output of `to_json`, as values or as text; ValueError if another code version wrote it, whose integers have another meaning."""
+        """Decodes the output of `to_json`, as values or as text.
+
+        It raises ValueError if another code version wrote it, because its integers have another meaning.
+        """
         document: dict[str, Any] = json.loads(values) if isinstance(values, str) else values
         if document["code"] != CODE:
             raise ValueError(
@@ -279,7 +283,7 @@ def vectorise_many(
     if mask.users or mask.erased:
         visible = [_seen(events, user, mask, spec.history) for events, user in zip(histories, users, strict=True)]
     starts = np.array([0, *accumulate(map(len, visible))], np.int64)
-    # As words, since concatenating structured arrays is slow.
+    # As words, because concatenating structured arrays is slow.
     joined = np.concatenate([words(events) for events in visible] or [words(np.empty(0, EVENT))])
     rows = spec.empty(len(visible))
     many_rows(joined, starts, np.array(at_ms, np.int64), spec.tables, mask.hidden, rows)

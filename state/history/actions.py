@@ -1,7 +1,7 @@
 """Numbers the actions in a store of histories, independent of their order in the settings. No side effects.
 
 An event stores its action as one byte. The store has its own list of names, which only grows, and converts the numbers
-on write and read, so stored events keep their meaning when `events.actions` changes. A name that the reader does not
+on write and read. So stored events keep their meaning when `events.actions` changes. A name that the reader does not
 know becomes `OTHER`: windows count it among all actions, but not for any single action.
 """
 
@@ -61,7 +61,7 @@ def renumbered(batch: MicroBatch, then: Sequence[str], now: Sequence[str]) -> Mi
 
 @dataclass(frozen=True)
 class Numbering:
-    """The conversions between a store's action numbers and those of the settings; a table is None if the numbers are the same."""
+    """Converts between a store's action numbers and those of the settings; a table is None if the numbers are equal."""
 
     into: Numbers | None = None
     out_of: Numbers | None = None

@@ -56,7 +56,10 @@ class Appends:
 
 
 def events_of(rows: EventBatch | MicroBatch, ranges: Sequence[Range]) -> Events:
-    """Converts rows with one event each at its own offset to the form that histories store, `[n]` EVENT; `rows.source` is an index of `ranges`."""
+    """Converts rows to the form that histories store, `[n]` EVENT.
+
+    Each row is one event at its own offset; `rows.source` is an index of `ranges`.
+    """
     sources = [part.source for part in ranges]
     events = np.empty(len(rows.offset), EVENT)
     for name in ("at_ms", "category", "item", "offset", "action"):

@@ -25,7 +25,9 @@ def branch_records(
     read: Callable[[bytes], MicroBatch] = decode,
     stalled_s: float = STALLED_S,
 ) -> Iterator[tuple[int, MicroBatch]]:
-    """Yields the records of a branch with offsets in [`first`, `end`), and their offsets; logs and skips unreadable ones.
+    """Yields the records of a branch with offsets in [`first`, `end`), and their offsets.
+
+    Unreadable records are logged and skipped.
 
     Raises:
         LogError: No record arrived for `stalled_s`, or the log cannot be read.

@@ -3,8 +3,8 @@
 user u64 BE, ~chunk u32 BE -> up to 16 EVENTs, in append order
 
 The chunk's number is stored inverted, so that one seek finds a user's newest chunk. Its number and length give the
-user's total number of events. An append rewrites that one small value. Chunks below the last N events are deleted. A
-sweep reads the ends of users' histories, and removes old events and whole users.
+user's total number of events. An append rewrites only this small value. Chunks before the last N events are deleted.
+A sweep reads the first and last events of users' histories, and removes old events and whole users.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def read(cursor: lmdb.Cursor, prefix: bytes, history: int) -> tuple[bytes, int]:
 
 
 def append(cursor: lmdb.Cursor, appends: Appends, history: int) -> int:
-    """Writes the chunks that changed, and deletes the chunks before the last `history` events. Returns the number of new users."""
+    """Writes changed chunks, and deletes chunks before the last `history` events; returns the number of new users."""
     data = appends.events.tobytes()
     prefixes = appends.users.astype(">u8").tobytes()
     written: Chunks = []
@@ -82,7 +82,7 @@ def append(cursor: lmdb.Cursor, appends: Appends, history: int) -> int:
         if seek(prefix):
             key, tail = item()
             if key[:8] == prefix:
-                # The common case, kept short: the newest chunk has room.
+                # Fast path: the newest chunk has space.
                 if len(tail) + length <= _CHUNK_BYTES:
                     written.append((key, tail + gained))
                     continue
@@ -131,7 +131,7 @@ def total_of(chunks: Chunks) -> int:
 def replace_all(cursor: lmdb.Cursor, prefix: bytes, events: Events, total: int) -> None:
     """Replaces a user's events by the last ones of `total`; without events the user is removed.
 
-    If the newest chunk would lack its first events, its length would not give the total; then the total is lowered.
+    If the newest chunk would lack its first events, its length would not give the total. The total is then lowered.
     """
     if cursor.set_range(prefix):
         while bytes(cursor.key())[:8] == prefix and cursor.delete():

@@ -30,7 +30,7 @@ def advanced(counts: Mapping[str, int] | None, part: Range, holder: str) -> Coun
 
 
 def returned(counts: Mapping[str, int], taken: Mapping[str, int], at: int) -> Counts:
-    """The counts of a source after rolling back to offset `at` the outcomes `taken` since then."""
+    """The counts of a source after a rollback to offset `at`, which removes the outcomes `taken` since then."""
     found = {name: count - taken.get(name, 0) for name, count in counts.items()}
     named = {name: count for name, count in found.items() if count or name not in RARE}
     return {**named, "first": counts["first"], "next": at}

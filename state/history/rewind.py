@@ -1,11 +1,11 @@
-"""Rewinds a store of histories to an earlier position: what changes, and how that is written.
+"""Rewinds a store of histories to an earlier position: computes the changes and writes them.
 
-A follower of the training log that rewinds reads the log in two directions:
+To rewind, a follower of the training log reads the log in two directions:
 
-1. `Since`: forward from the rewind position. It finds the users that gained events since, the outcomes of the
+1. `Since`: forward from the rewind position. It finds the users that gained events since then, the outcomes of the
    positions, and the impressions that stopped waiting.
-2. `Before`: backward from that position, for what the store lacks. A history keeps the last N events, so a user who
-   gained events since has lost as many of the oldest ones. Impressions whose wait has ended are missing too.
+2. `Before`: backward from that position, for records that the store lacks. A history keeps the last N events, so a
+   user who gained events has lost as many of the oldest ones. Impressions whose wait has ended are missing too.
 
 Both results form a `Rewind`, which is one transaction of the store.
 """
@@ -36,7 +36,7 @@ Place = tuple[Source, int]
 
 
 class Since:
-    """What a store gained since a position of the training log; takes the records from there on, in order.
+    """Collects what a store gained since a position of the training log; takes the records after it, in order.
 
     Args:
         marks: The next offset of each source at that position.
@@ -58,7 +58,7 @@ class Since:
 
     @property
     def masked_items(self) -> set[int]:
-        """The items that only masked clicks named since then."""
+        """The items that only masked clicks have named since then."""
         masked, others = self._items
         return masked - others
 
@@ -95,8 +95,8 @@ class Since:
     def counts(self, stored: Mapping[Source, Counts]) -> dict[Source, Counts | None]:
         """The store's counts at the position; None for a source that it had not read then.
 
-        A stream that crashed may have written positions again in other ranges; it counted the last ones. So the ranges
-        are followed backward from the end.
+        A stream that crashed may have written positions again in other ranges, and it counted the last of them. So the
+        ranges are followed backward from the end.
         """
         low = {source: stored[source]["next"] for source in self.sources}
         taken: dict[Source, Counter[str]] = {source: Counter() for source in low}
@@ -117,7 +117,7 @@ class Since:
 
 
 TURNS = 16
-"""How often the user must change among a source's latest clicks: as often as decides its time, and once more."""
+"""Number of changes of user needed among a source's latest clicks: those that decide its time, plus one."""
 
 
 class Before:
@@ -277,12 +277,12 @@ def kept(history: Events, user: int, marks: Mapping[Source, int], sources: Itera
 def lacking(
     transaction: lmdb.Transaction, databases: Mapping[str, Any], since: Since, marks: Mapping[Source, int], history: int
 ) -> dict[int, int]:
-    """User -> how many of the latest events before `marks` are needed, for users whose stored history has fewer."""
+    """User -> number of latest events before `marks` that are needed, for users whose stored history has fewer."""
     cursor = transaction.cursor(db=databases["chunks"])
     sources, found = since.sources, dict[int, int]()
     for user, gained in since.gained.items():
         joined, total = chunks.read(cursor, prefix_of(user), history)
-        # A user who gained more events than the stored total was evicted meanwhile: the earlier events are unknown.
+        # A user who gained more events than the stored total was evicted meanwhile, so the earlier events are unknown.
         must = history if gained > total else min(history, total - gained)
         if must > int(kept(chunks.events_in(joined), user, marks, sources).sum()):
             found[user] = must

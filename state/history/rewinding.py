@@ -1,12 +1,12 @@
 """Rewinds a store of histories to the branch point of the training log, by reading the log in both directions.
 
-1. Find where the store's branch and the new branch part, and the click positions there.
-2. Read forward from there: what the store has gained since (`Since`).
-3. Read backward from there: what the store lacks (`Before`). Stop when that is found, the log has no more records, or
-   older records are beyond every window.
+1. Find the branch point of the store's branch and the new branch, and the click positions there.
+2. Read forward from the branch point, to find what the store has gained since (`Since`).
+3. Read backward from the branch point, to find what the store lacks (`Before`). Stop when everything is found, the log
+   has no more records, or older records are beyond every window.
 4. Commit in one transaction: histories, positions, waiting rows, and the new branch.
 
-A crash before 4 leaves the store unchanged; after 4 there is nothing to do.
+A crash before 4 leaves the store unchanged; after 4 the rewind is complete.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Rewound:
     Attributes:
         positions: Click positions rolled back.
         users: Users who had gained events.
-        rebuilt: Those of them whose history had lost events, which are restored.
-        short: Those of these whose oldest events are gone from the log too, or may be, as for an evicted user.
+        rebuilt: Users among them whose history had lost events, which are now restored.
+        short: Rebuilt users whose oldest events are gone from the log too, or may be, as for an evicted user.
         waiting: Impressions that wait again.
     """
 
@@ -59,7 +59,7 @@ class Rewound:
     waiting: int = 0
 
     def __str__(self) -> str:
-        """A summary for people."""
+        """A summary in one line."""
         short = f", {self.short:,} of them without its oldest events" if self.short else ""
         waits = f", {self.waiting:,} impressions wait again" if self.waiting else ""
         return f"{self.positions:,} positions of {self.users:,} users rolled back, {self.rebuilt:,} histories rebuilt from the log{short}{waits}"
@@ -90,7 +90,7 @@ def rewind(
     """Rewinds `store` to the branch `line`; returns what was rolled back, None if the store was on that branch already.
 
     Args:
-        store: The store; only its writer may call.
+        store: The store; only its writer may call this.
         line: The branch that control names.
         open_at: Opens the training log.
         partition: The partition of the training log.
@@ -140,8 +140,8 @@ def rewind(
 def read_before(reader: Reader, partition: int, end: int, line: LogLine, before: Before, reach_ms: int) -> None:
     """Passes the records before `end` to `before`, newest first, until it has everything or no older event matters.
 
-    Only for categories of items and clocks of sources, it reads at most `BLOCKS_FOR_ITEMS` blocks: a flood may have
-    named new items, and a partition may have had no click for a long time.
+    If only categories of items and clocks of sources are missing, it reads at most `BLOCKS_FOR_ITEMS` blocks. A flood
+    may have named new items, and a partition may have had no click for a long time.
     """
     size, newest_ms, blocks = BLOCK, None, 0
     while end > 0 and (newest_ms is None or not before.done):

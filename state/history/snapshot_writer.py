@@ -35,12 +35,12 @@ from state.registry.log_line import WHOLE, to_json
 from state.user_shares import ALL, SHARES, UserShares
 
 RANGE_BYTES, FILE_BYTES = 64 << 20, 1 << 20
-"""The size of a range of users, and the least size of a file unless it holds all shares; before compression."""
+"""The size of a range of users, and the minimum size of a file unless it holds all shares; before compression."""
 REBASED, LEAST_GAIN = 2, 4
-"""Ranges are scanned again until their events are `REBASED` times those of the delta, once their part of the deltas
-since the last scan is a `LEAST_GAIN`th of their own events."""
+"""A snapshot rescans due ranges until these hold `REBASED` times the events of its delta. A range is due once the
+deltas since its last scan have added a `LEAST_GAIN`th of its own events."""
 MOST_DELTAS = 64
-"""So many deltas after the scan of a range, it is scanned again."""
+"""A range is also due after this many deltas since its last scan."""
 _ENTRIES = 0xFFF
 _KEY = np.dtype([("user", ">u8"), ("chunk", ">u4")])
 _INVERT = np.uint32((1 << 32) - 1)
@@ -55,7 +55,7 @@ class Gained(NamedTuple):
 
     @classmethod
     def joined(cls, parts: Sequence[Gained]) -> Gained:
-        """Joins several, in order."""
+        """Concatenates parts in order."""
         if not parts:
             return cls(np.empty(0, np.uint64), np.empty(0, EVENT))
         # As words, since concatenating structured arrays is slow.
@@ -65,12 +65,12 @@ class Gained(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cut:
-    """One moment of a store.
+    """A consistent view of a store at one moment, from which a snapshot is written.
 
     Attributes:
         view: The store at that moment.
-        position: Where it was in the training log.
-        salt: Fingerprint of its users' salt.
+        position: Its position in the training log.
+        salt: Fingerprint of the salt of its users' pseudonyms.
         gained: The events added since `since`, in order.
         since: The snapshot on which this one builds; None to write all users.
     """
@@ -83,15 +83,15 @@ class Cut:
 
 
 class SnapshotWriter:
-    """Writes snapshots; for one thread.
+    """Writes snapshots of one store. Not thread-safe.
 
     Args:
         location: Where to write; see `snapshots.location_of`.
-        name: The process, as in `ErasureReport.part`.
+        name: The name of this process, as in `ErasureReport.part`.
         history: N, the events kept per user.
         shares: The shares of users that the store holds.
-        most_bytes: The most bytes of one snapshot.
-        stopped: Polled between two files; True ends a snapshot that is not complete.
+        most_bytes: The maximum size of one snapshot.
+        stopped: Polled between files; True aborts an incomplete snapshot.
     """
 
     def __init__(
@@ -108,15 +108,16 @@ class SnapshotWriter:
         self._number, self._files = 0, list[SnapshotFile]()
 
     def write(self, cut: Cut, now_ms: int, after: int = 0) -> HistorySnapshot | None:
-        """Writes a snapshot and closes the cut's view; None if it was stopped, or another process wrote one meanwhile.
+        """Writes a snapshot and closes the cut's view.
 
-        Its number is above `after` and that of `cut.since`, although the clock may have been set back.
+        It returns None if it was stopped or another process wrote a snapshot meanwhile. The snapshot's number is above
+        `after` and above that of `cut.since`, even if the clock was set back.
 
-        1. The events gained, the ranges whose turn it is, and extras are written.
-        2. The document is created; then the snapshot is complete.
+        1. Write the gained events, the ranges that are due, and the extras.
+        2. Create the document; the snapshot is then complete.
 
         Raises:
-            StoreFull: It is larger than `most_bytes`.
+            StoreFull: The snapshot is larger than `most_bytes`.
             UnusablePlace: The location cannot be reached.
         """
         before, view = cut.since, cut.view
@@ -169,7 +170,7 @@ class SnapshotWriter:
         return [file for file in self._files if file.number == self._number]
 
     def _needed(self, ranges: Sequence[UserRange]) -> tuple[SnapshotFile, ...]:
-        """The files without bases of ranges that were scanned again, and without deltas that all bases contain."""
+        """The files that are still needed: neither bases of rescanned ranges, nor deltas that all bases contain."""
         bases, oldest = {(part.first_user, part.number) for part in ranges}, min(part.number for part in ranges)
         return tuple(
             file
@@ -204,8 +205,8 @@ class SnapshotWriter:
         return tuple(ranges)
 
     def _scan(self, view: StoreView, first: int, end: int) -> Iterator[UserRange]:
-        """Writes the bases of the users `[first, end)`; yields their ranges, which may be several."""
-        # Joined and counted slice by slice, since a long list would keep other threads from running.
+        """Writes the bases of the users `[first, end)`; yields one or more ranges of them."""
+        # Joins and counts slice by slice, because work on a long list would block other threads.
         names, lengths, values, size = list[bytes](), list[NDArray[np.uint32]](), list[bytes](), 0
         for some in view.chunks_from(first):
             if over := int.from_bytes(some[-1][0][:8], "big") >= end:
@@ -241,7 +242,7 @@ class SnapshotWriter:
         return UserRange(first_user, self._number, int(lengths.sum()))
 
     def _write_extras(self, view: StoreView, known: Mapping[str, SnapshotFile]) -> None:
-        """Writes counts and extras. A file ends where a name's checksum says so, so equal names give equal files."""
+        """Writes counts and extras. Checksums of names decide where files end, so equal names give equal files."""
         some: Chunks = []
         for entries in view.counts_and_extras():
             for name, value in entries:
@@ -288,11 +289,11 @@ class SnapshotWriter:
 
 
 class _Stopped(Exception):
-    """The process ends."""
+    """The process is stopping."""
 
 
 def due_ranges(before: HistorySnapshot, gained: int) -> list[UserRange]:
-    """The ranges that a snapshot with `gained` new events scans again, the longest due first."""
+    """The ranges that a snapshot with `gained` new events rescans, the most overdue first."""
     deltas = [(file.number, file.events) for file in before.files if file.kind == "delta"]
     due, left = list[UserRange](), REBASED * gained
     for part in sorted(before.ranges, key=lambda part: part.number):

@@ -1,10 +1,12 @@
-"""Snapshots of histories in the registry's location: their format, and how they are found, loaded and removed.
+"""Snapshots of histories in the registry's location: their format, and code to find, load and remove them.
 
-    snapshots/index/<number>.json       the document of a snapshot, sealed with its digest and written last
-    snapshots/files/<number>/<name>     the files that this snapshot wrote; later ones may name them too
+    snapshots/index/<number>.json       a snapshot's document, sealed with its digest and written last
+    snapshots/files/<number>/<name>     the files that this snapshot wrote; later snapshots may name them too
 
-    base     chunks of the users of one range, as of the snapshot that wrote the file
-    delta    events added since the snapshot before that one, grouped by user
+A file has one of three kinds:
+
+    base     chunks of the users of one range, at the time of the snapshot that wrote the file
+    delta    events added since the preceding snapshot, grouped by user
     extras   counts and extras of the store
 
 Numbers ascend; a number is the time of the snapshot in milliseconds. Base and delta files hold consecutive shares of
@@ -47,7 +49,7 @@ INDEX, FILES = f"{layout.SNAPSHOTS}/index", f"{layout.SNAPSHOTS}/files"
 FORMAT = 1
 DISK_SHARE = 0.5
 LEFT_BEHIND_MS = 3_600_000
-"""Age at which files that no document names are removed. No snapshot takes that long to write."""
+"""Files that no document names are removed at this age. No snapshot takes that long to write."""
 SHARED_EXTRAS = frozenset({"salt", ACTIONS, LINE, FORGOTTEN, READ_TIMES})
 """Extras that stream and serving store under the same name with the same meaning."""
 _DIGITS, _LEVEL, _AT_ONCE, _MOST_BYTES = 15, 1, 4096, 1 << 30
@@ -67,11 +69,11 @@ class SnapshotFile(msgspec.Struct, frozen=True):
     """A file of a snapshot.
 
     Attributes:
-        kind: What it holds.
+        kind: The kind of its content.
         number: The snapshot that wrote it.
         shares: The first and the last share of its users.
         first_user: The first user of its range; 0 except for a base.
-        events: Its events; for extras, its entries.
+        events: The number of its events; for extras, of its entries.
         sha256: Digest of its bytes, hexadecimal.
         bytes: Its size.
     """
@@ -95,7 +97,7 @@ class SnapshotFile(msgspec.Struct, frozen=True):
 
 
 class UserRange(msgspec.Struct, frozen=True):
-    """A range of users, up to the next one: its first user, the snapshot that wrote its bases, and their events."""
+    """A range of users, which ends at the next range: first user, snapshot that wrote its bases, and their events."""
 
     first_user: int
     number: int
@@ -107,17 +109,17 @@ class HistorySnapshot(msgspec.Struct, frozen=True):
 
     Attributes:
         number: Its number.
-        created_at_ms: When its cut was made, wall clock.
+        created_at_ms: Wall clock of its cut.
         writer: The process that wrote it, as in `ErasureReport.part`.
         history: N, the events kept per user.
-        held: The shares of users of the host that wrote it, as `UserShares` writes them.
-        salt: Fingerprint of the users' salt.
+        held: The shares of users of the host that wrote it, in the text form of `UserShares`.
+        salt: Fingerprint of the salt of the users' pseudonyms.
         topic_id: The id of the training log's topic.
         next: The partitions of the training log, each with the offset of its next record.
         branch: The branch of the training log, as `state.registry.log_line.to_json` writes it.
         sources: The next offset of each source of clicks.
         erased: The last erasure that was applied.
-        users: The users with a history.
+        users: The number of users with a history.
         ranges: The ranges of users, ascending.
         files: All its files.
     """
@@ -164,7 +166,7 @@ def location_of(settings: Settings) -> FileStore:
 
 
 def most_bytes(settings: Settings) -> int:
-    """The most bytes of all snapshots together: a part of the registry's disk space, without a limit in a shared location."""
+    """The maximum size of all snapshots: a part of the registry's disk space; unlimited in a shared location."""
     return 1 << 60 if settings.paths.shared_registry else int(kept_bytes(settings, REGISTRY) * DISK_SHARE)
 
 
@@ -222,15 +224,15 @@ def _damaged(name: str, location: FileStore, how: str) -> CorruptStore:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a reader of the training log needs of a snapshot.
+    """The conditions that a snapshot must meet so that a reader of the training log can load it.
 
     Attributes:
         history: N, the events kept per user.
-        salt: Fingerprint of the users' salt; None if it is unknown.
+        salt: Fingerprint of the salt of the users' pseudonyms; None if it is unknown.
         branch: The branch of the training log that control names.
         topic_id: The id of the training log's topic.
-        ends: By partition, the first offset that the log still has and the offset of its next record.
-        shares: The shares of users that it holds.
+        ends: By partition, the first retained offset of the log and the offset of its next record.
+        shares: The shares of users that the reader holds.
     """
 
     history: int
@@ -264,7 +266,7 @@ class Wanted:
 
 
 def usable(location: FileStore, wanted: Wanted) -> Iterator[HistorySnapshot]:
-    """Yields the snapshots that can be used, the newest first; logs why others are skipped.
+    """Yields the usable snapshots, newest first; logs why others are skipped.
 
     Raises:
         UnusablePlace: The location cannot be reached.
@@ -285,7 +287,7 @@ def usable(location: FileStore, wanted: Wanted) -> Iterator[HistorySnapshot]:
 
 
 def encode(columns: Mapping[str, Any]) -> bytes:
-    """Encodes a file's columns: bytes by name."""
+    """Encodes the columns of a file, given as bytes by name."""
     return zstandard.ZstdCompressor(level=_LEVEL).compress(msgspec.msgpack.encode(columns))
 
 
@@ -302,7 +304,7 @@ def _events_in(columns: Columns) -> Events:
 
 
 class ShareHistories(NamedTuple):
-    """The histories of one share: the chunks of its bases, and the events to append to them."""
+    """The histories of one share: the chunks of its bases, and the events to append."""
 
     chunks: Chunks
     appends: Appends
@@ -319,10 +321,10 @@ class _Decoded(NamedTuple):
 
 
 class SnapshotReader:
-    """Reads the files of a snapshot, several at once; close it at the end.
+    """Reads the files of a snapshot, several at once; must be closed.
 
-    Every method raises `CorruptStore` if a file is missing or fails its digest, and `UnusablePlace` if the location
-    cannot be reached.
+    Every method raises `CorruptStore` if a file is missing or does not match its digest. It raises `UnusablePlace` if
+    the location cannot be reached.
     """
 
     def __init__(self, location: FileStore, snapshot: HistorySnapshot) -> None:
@@ -333,7 +335,7 @@ class SnapshotReader:
         self._cuts = np.array([part.number for part in snapshot.ranges], np.int64)
 
     def share(self, share: int) -> ShareHistories:
-        """The histories of a share. Ask for shares in ascending order, so that no file is read twice."""
+        """The histories of a share. Request shares in ascending order, so that no file is read twice."""
         files = [file for file in self._snapshot.files if file.kind != "extras" and file.has(share)]
         self._decoded = {file.name: self._decoded[file.name] for file in files if file.name in self._decoded}
         missing = [file for file in files if file.name not in self._decoded]
@@ -351,7 +353,7 @@ class SnapshotReader:
                 chunks += _as_chunks(part, int(low), int(high), first)
                 continue
             theirs = np.repeat(part.users[low:high], np.diff(part.ends[low:high], prepend=first))
-            # A base that is at least as new has these events.
+            # A base that is at least as new as the delta already contains these events.
             new = self._cuts[np.searchsorted(self._firsts, theirs, side="right") - 1] < file.number
             users.append(theirs[new])
             events.append(part.events[first : first + len(theirs)][new])
@@ -379,7 +381,7 @@ class SnapshotReader:
         return _Decoded(file, users, chunks, np.cumsum(lengths, dtype=np.int64), _events_in(columns))
 
     def close(self) -> None:
-        """Ends its threads."""
+        """Stops its threads."""
         self._threads.shutdown(cancel_futures=True)
 
 
@@ -406,15 +408,15 @@ def load(
 ) -> None:
     """Replaces the content of a store by a snapshot.
 
-    1. The store is cleared and marked as loading.
-    2. Users of the shares that the store holds are written, share by share.
-    3. Counts and extras are written in the transaction that removes the mark.
+    1. Clear the store and mark it as loading.
+    2. Write the users of the shares that the store holds, share by share.
+    3. Write counts and extras in the transaction that removes the mark.
 
     Args:
-        location: Where the snapshot is.
+        location: The location of the snapshot.
         snapshot: The snapshot.
-        store: The store; only its writer may call.
-        keep: Which extras to write, by name.
+        store: The store; only its writer may call this.
+        keep: Selects the extras to write, by name.
 
     Raises:
         CorruptStore: A file is missing or damaged. The store is empty, or marked as loading.
@@ -444,7 +446,7 @@ def load(
 
 
 def _divided(appends: Appends) -> Iterator[Appends]:
-    """The same appends in transactions of a bounded size."""
+    """Divides appends into transactions of a bounded size."""
     for first in range(0, len(appends.users), _AT_ONCE):
         some = slice(first, first + _AT_ONCE)
         starts, lengths = appends.starts[some], appends.lengths[some]
@@ -455,9 +457,9 @@ def _divided(appends: Appends) -> Iterator[Appends]:
 def load_newest(
     location: FileStore, wanted: Wanted, store: HistoryStore, keep: Callable[[str], bool] = lambda name: True
 ) -> HistorySnapshot | None:
-    """Loads the store's shares of the newest snapshot that can be used; None if there is none, and the store is empty then.
+    """Loads the store's shares of the newest usable snapshot.
 
-    A damaged one is logged and skipped.
+    If there is none, it returns None and the store is empty. Damaged snapshots are logged and skipped.
 
     Raises:
         UnusablePlace: The location cannot be reached. The store is unchanged, or marked as loading.
@@ -478,12 +480,12 @@ def load_newest(
 
 
 def remove(location: FileStore, gone: Sequence[int], now_ms: int) -> int:
-    """Removes snapshots, and files that no remaining one names; returns how many files.
+    """Removes snapshots, and files that no remaining snapshot names; returns the number of removed files.
 
-    1. The documents, the oldest first.
-    2. Files that only they named, and those that a killed writer left.
+    1. Remove the documents, oldest first.
+    2. Remove files that only they named, and files that a killed writer left.
 
-    A snapshot that is being written names files of the newest one only, besides its own.
+    A snapshot that is being written names only its own files and those of the newest snapshot.
 
     Raises:
         CorruptStore: A remaining document cannot be read, so that its files are unknown; only documents were removed.

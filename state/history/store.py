@@ -2,8 +2,7 @@
 
 chunks   the events, as `state/history/chunks.py` writes them
 waiting  the rows that wait for their label, as `state/history/waiting.py` writes them
-meta     p:<source> -> next offset and outcome counts; x:<name> -> bytes of the
-owner; users; format and N
+meta     p:<source> -> next offset and outcome counts; x:<name> -> bytes of the owner; users; format and N
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ SLICE, SLICE_PAUSE_S = 512, 1e-4
 
 @dataclass(frozen=True)
 class ForgottenUsers:
-    """How far a store has applied erasures.
+    """The progress of a store in applying erasures.
 
     Attributes:
         through: The last erasure whose users' records are removed.
@@ -77,9 +76,10 @@ class ForgottenUsers:
 
 
 class StoreView:
-    """One moment of a store; commits continue meanwhile. For one thread at a time, not necessarily the one that began it.
+    """A consistent view of a store at one moment; commits continue meanwhile.
 
-    Pages that commits free are not reused until it is closed.
+    One thread at a time may use it, not necessarily the thread that created it. Pages that commits free are not reused
+    until it is closed.
     """
 
     def __init__(self, transaction: lmdb.Transaction, chunks: Any, meta: Any) -> None:
@@ -125,8 +125,8 @@ class HistoryStore(MemoryStore):
     """The histories of one process. One thread commits; any thread of any process may read.
 
     `history` is N, the events kept per user; histories stored under another N stay as they are. Other arguments and
-    errors as for `LmdbStore`. Events of users of other shares are not kept. A writer may open a store of more shares: the
-    sweeper removes the others' users.
+    errors are those of `LmdbStore`. Events of users of other shares are not kept. A writer may open a store of more
+    shares; the sweeper then removes the users of the other shares.
     """
 
     noun = "histories"
@@ -342,7 +342,7 @@ class HistoryStore(MemoryStore):
         return now
 
     def compact_if_due(self, now_ms: int) -> ForgottenUsers:
-        """Compacts the store if an erasure requires it, so that free pages hold nothing of erased users; see `compact`."""
+        """Compacts the store if an erasure requires it, so that free pages contain no data of erased users."""
         done = self.forgotten
         due_ms = done.due_ms()
         if due_ms is None or now_ms < due_ms:
@@ -376,7 +376,7 @@ class HistoryStore(MemoryStore):
         return removed
 
     def view(self) -> StoreView:
-        """Begins to read the store as it is now; close the view before the store, and before `compact`."""
+        """Opens a view of the current store; close the view before the store, and before `compact`."""
         return StoreView(self._env.begin(), self._chunks, self._meta)
 
     def clear(self) -> None:
@@ -389,7 +389,10 @@ class HistoryStore(MemoryStore):
             transaction.put(b"x:" + LOADING.encode(), b"1", db=self._meta)
 
     def load(self, entries: Chunks, appends: Appends) -> int:
-        """Writes chunks of a snapshot, and appends events to them, with the store's action numbers. Returns the new users of `appends`."""
+        """Writes chunks of a snapshot and appends events to them; returns the number of new users of `appends`.
+
+        Chunks and events have the store's action numbers.
+        """
         with self._write() as transaction:
             cursor = transaction.cursor(db=self._chunks)
             cursor.putmulti(entries)
@@ -404,11 +407,11 @@ class HistoryStore(MemoryStore):
 
     @property
     def is_loading(self) -> bool:
-        """Whether a load was begun and not finished."""
+        """Whether a load was started and not finished."""
         return self.extra(LOADING) is not None
 
     def digest(self) -> str:
-        """SHA-256 over the last N events of every user, by user: equal histories, equal digests."""
+        """SHA-256 over the last N events of every user, by user; equal histories have equal digests."""
         with self._begin("chunks") as transaction:
             reader = transaction.cursor()
             return chunks.digest((prefix, self._read(reader, prefix)[0]) for prefix, _ in by_user(transaction.cursor()))
@@ -473,7 +476,7 @@ def open_history_store(settings: Settings, part: str, folder: Path) -> HistorySt
 
 
 def open_or_replace(settings: Settings, part: str, folder: Path) -> HistoryStore:
-    """Like `open_history_store`, but replaces unusable histories by empty ones: they are derived from the training log."""
+    """Like `open_history_store`, but replaces unusable histories by empty ones: they derive from the training log."""
     try:
         return open_history_store(settings, part, folder)
     except CorruptStore as error:

@@ -1,15 +1,16 @@
 """Bounds the size of histories: removes old events, and evicts the users read longest ago if there are too many.
 
 Each step processes some hundred users in the order of their pseudonyms; a pass covers all users. Whenever log time has
-advanced by a 64th of the reach, a mark is made and a pass begins. A pass also begins when there are too many users.
+advanced by a 64th of the reach, a mark is added and a pass begins. A pass also begins when there are too many users.
 
-1. An event is old if both its own time and its read time are before the reach, the longest window plus the allowed
-   lateness of a click. So no later row can see it, and removing it changes no bit of any row.
-2. If there are too many users, the next pass evicts as many of those read longest ago; among users read at about the
-   same time, those with the lowest pseudonyms. Event times play no part: a wrong clock does not keep a user longer.
+1. An event is old if both its own time and its read time are before the reach. The reach is the longest window plus
+   the allowed lateness of a click. So no later row can see an old event, and removing it changes no bit of any row.
+2. If there are too many users, the next pass evicts the excess users: those read longest ago. Among users read at
+   about the same time, it evicts those with the lowest pseudonyms. Event times are not used, so a wrong clock does not
+   keep a user longer.
 
 There are too many users if they exceed the allowed number, or if the pages in use nearly fill the store's map. Pages of
-evicted users become free only as their neighbours are removed or grow, so more users are evicted only when the pages
+evicted users become free only when their neighbours are removed or grow. So more users are evicted only when the pages
 grow again. An evicted user is unknown, as before the first click.
 """
 
@@ -36,7 +37,10 @@ _OFFSETS = 1 << 45  # offsets per source; with 16 bits for sources they fit into
 
 
 class ReadTimes:
-    """Marks per source, (log time in ms, next offset), both ascending; at most some 65 each if `mark` creates and drops them."""
+    """Marks per source: (log time in ms, next offset), both ascending.
+
+    If `mark` creates and drops them, there are at most about 65 per source.
+    """
 
     def __init__(self, marks: Mapping[Source, Sequence[tuple[int, int]]] = {}) -> None:
         self._marks: Marks = {source: list(theirs) for source, theirs in marks.items()}
@@ -85,7 +89,10 @@ class ReadTimes:
         return np.where(after < 0, latest, earliest + ((latest - earliest) * (passed / steps)).astype(np.int64))
 
     def _bounds(self, events: Events, clock_ms: int) -> tuple[I64, I64, I64]:
-        """Per event the index of the mark after it, that mark's time (else `clock_ms`), and the index of the mark before it; or -1."""
+        """Per event: the index of the mark after it, that mark's time, and the index of the mark before it.
+
+        An index is -1 without such a mark; the time is then `clock_ms`.
+        """
         keys = _keys(events["topic"], events["partition"])
         number = np.minimum(np.searchsorted(self._sources, keys), max(0, len(self._sources) - 1))
         known = self._sources[number] == keys if len(self._sources) else np.zeros(len(events), np.bool_)
@@ -139,7 +146,7 @@ STEPS, BINS = 64, 1024
 FULL, EMPTIED, GROWN, BRIM = 0.9, 0.85, 0.02, 0.97  # shares of the map
 LEAST_SHARE = 0.25
 FOREVER_MS = 1 << 62
-SPARE = 50  # one user in so many is evicted beyond the necessary number
+SPARE = 50  # one user in `SPARE` is evicted beyond the necessary number
 
 
 @dataclass
@@ -175,7 +182,7 @@ class Sweeper:
     Args:
         store: The histories.
         reach_ms: The longest window plus the allowed lateness of a click.
-        max_users: The most users; a few more while a pass runs.
+        max_users: Maximum number of users; slightly exceeded while a pass runs.
         forget: Called with the evicted users, although later rows could still have seen their events.
         elapsed: A clock in seconds.
     """
@@ -199,9 +206,9 @@ class Sweeper:
         self.due_s = 0.0
 
     def look(self, clock_ms: int) -> Removed:
-        """Runs one step if it is due: processes some users and removes what may go. Takes a few milliseconds at most."""
+        """Runs one step if it is due: processes some users and removes old events. Takes a few milliseconds at most."""
         now_s = self._elapsed()
-        # Do not wait for a clock that was set back.
+        # Does not wait for a clock that was set back.
         if 0 < self.due_s - now_s <= REST_S:
             return Removed()
         if self._marked_ms is None or abs(clock_ms - self._marked_ms) >= self._reach_ms // STEPS:
@@ -265,7 +272,7 @@ class Sweeper:
         return removed
 
     def _is_old(self, events: Events, clock_ms: int) -> NDArray[np.bool_]:
-        # As of the newest mark, so that what is removed does not depend on the time of the pass.
+        # As of the newest mark, so that the removed events do not depend on the time of the pass.
         assert self._marked_ms is not None
         horizon_ms = min(clock_ms, self._marked_ms) - self._reach_ms
         return self._read.are_old(events, horizon_ms, clock_ms)

@@ -1,7 +1,7 @@
 """The rows that wait for their label, as the history store keeps them: one key and one value each.
 
     key     topic id (16 bytes), partition (4, BE), offset (8, BE)
-    value   the row's columns of a micro-batch, fixed widths, one after another
+    value   the row's columns of a micro-batch, concatenated, with fixed widths
 
 The store keeps the widths as an extra. If they have changed since (feature spec, context fields, release), each row is
 read with the old widths. A column that was missing, or had another shape, is 0, as for an event without a value.
@@ -123,7 +123,7 @@ class WaitingStore(Protocol):
 
 
 class WaitingRows:
-    """The waiting rows of a store, in one format whatever release and settings wrote them. For one thread."""
+    """The waiting rows of a store in one format, whichever release and settings wrote them. Not thread-safe."""
 
     def __init__(self, store: WaitingStore) -> None:
         self._store = store

@@ -1,9 +1,9 @@
-"""The losses in a log that an operator accepts: options, consent, and the journal of what was accepted.
+"""The losses in a log that an operator accepts: options, consent, and the journal of accepted losses.
 
-A gap is a range of positions that can never be read: deleted by retention before we read it, or covered by no record of
-the training log. A process that meets a gap stops and reports it. Restarted with `--accept-gap P:A-B --reason TEXT` it
-skips the gap, and records who accepted what, when and why. `--skip-record OFFSET` does so for a record of the training
-log that is no micro-batch of this system's stream.
+A gap is a range of positions that can never be read. Retention deleted it before we read it, or no record of the
+training log covers it. A process that finds a gap stops and reports it. Restarted with
+`--accept-gap P:A-B --reason TEXT`, it skips the gap, and records the gap, its actor, the time and the reason.
+`--skip-record OFFSET` does the same for a record of the training log that is not a micro-batch of this system's stream.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ _FORM = re.compile(r"(?:([0-9a-f]{8,32}):)?(\d+):(\d+)-(\d+)")
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """A loss that an operator accepts in advance: any missing part of `[first, next)` of a partition. `topic` is a prefix of the topic's id; empty for the topic that the process reads."""
+    """A loss that an operator accepts in advance: any missing part of `[first, next)` of a partition.
+
+    `topic` is a prefix of the topic's id; empty for the topic that the process reads.
+    """
 
     partition: int
     first: int
@@ -63,7 +66,7 @@ def parse_allowance(text: str) -> Allowance:
 
 
 def parse_records(text: str) -> range:
-    """Parses `OFFSET`, or `A-B` with both ends included, as a range of offsets; SettingsError if the text has another form."""
+    """Parses `OFFSET`, or `A-B` with both ends included, as a range of offsets; SettingsError for any other form."""
     match = _RECORDS.fullmatch(text.strip())
     if not match or int(match[1]) > int(match[2] or match[1]):
         raise SettingsError(
@@ -78,8 +81,8 @@ class Consent:
 
     Attributes:
         allowances: The gaps.
-        actor: Who accepts them.
-        reason: Why, in the actor's words.
+        actor: The operator who accepts them.
+        reason: The actor's reason.
         records: Offsets of training log records that may be skipped if they cannot be learned from.
         cut_back: Whether any truncation of the clicks is accepted.
     """
@@ -100,7 +103,7 @@ class Consent:
 
 
 def in_words(lost: TruncatedLog) -> str:
-    """Describes what a truncated log lost, short enough for a reason."""
+    """Describes the loss of a truncated log, short enough for a reason."""
     return f"was cut back to offset {lost.kept}, and we were at {lost.gaps[0].next}"
 
 
@@ -123,10 +126,10 @@ class Accepted:
     """A gap that was skipped permanently.
 
     Attributes:
-        gap: What is missing.
-        actor: Who accepted it.
-        reason: Why.
-        at_ms: When, wall clock.
+        gap: The missing positions.
+        actor: The operator who accepted the gap.
+        reason: The actor's reason.
+        at_ms: Wall clock time of the acceptance.
         marks: The reader's position in each source of the rows that the gap contained, as text: rows that follow each
             position may be missing too. Only for a gap in the training log.
         record: Why the record could not be learned from; empty if there was no record.
@@ -140,7 +143,7 @@ class Accepted:
     record: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """The gap as JSON values."""
+        """Converts the gap to JSON values."""
         gap = {"source": str(self.gap.source), "first": self.gap.first, "next": self.gap.next}
         who = {"actor": self.actor, "reason": self.reason, "at_ms": self.at_ms}
         what = {"record": self.record} if self.record else {}
@@ -166,7 +169,7 @@ def decode(data: bytes | None) -> list[Accepted]:
 
 
 class Journal:
-    """The gaps that the trainer skipped: one immutable file each in a directory. One writer, under its lock.
+    """The gaps that the trainer skipped: one immutable file per gap in a directory. One writer, under its lock.
 
     `staging` is the folder of the trainer's claim, for temporary files.
     """
@@ -180,7 +183,7 @@ class Journal:
         return [Accepted.from_json(json.loads(path.read_bytes())) for path in files]
 
     def add(self, one: Accepted) -> None:
-        """Stores a gap durably; a gap that is stored already stays unchanged."""
+        """Stores a gap durably; leaves a gap that is stored already unchanged."""
         known = self.accepted()
         if any(each.gap == one.gap for each in known):
             return
@@ -205,14 +208,14 @@ def past(accepted: Iterable[Accepted], source: Source, offset: int) -> int:
 
 
 def left_out(accepted: Iterable[Accepted], source: Source, offset: int) -> bool:
-    """Whether the record at `offset` is skipped, whatever it contains."""
+    """Whether the record at `offset` is skipped regardless of its content."""
     return any(
         bool(one.record) and one.gap.source == source and one.gap.first <= offset < one.gap.next for one in accepted
     )
 
 
 def explained(accepted: Iterable[Accepted], gap: Gap) -> bool:
-    """Whether the loss of `gap` was accepted, by itself or as a consequence of a gap in the training log.
+    """Whether the loss of `gap` was accepted, directly or as a consequence of a gap in the training log.
 
     >>> log, clicks = Source("cd" * 16, 0), Source("ab" * 16, 1)
     >>> one = Accepted(Gap(log, 10, 20), "ann", "old", 5, {str(clicks): 300})

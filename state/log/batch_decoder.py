@@ -97,8 +97,8 @@ def scan_records(data: npt.NDArray[np.uint8], at: int, end: int, out: I64) -> bo
         data: `[bytes]` uint8.
         at: Start of the first record.
         end: Required end of the last record.
-        out: `[6, n]` int64, filled per record with the delta of its offset, the delta of its timestamp, and start and
-            end of its key and of its value; a missing key or value ends at -1.
+        out: `[6, n]` int64, filled per record: the deltas of its offset and its timestamp, start and end of its key,
+            start and end of its value. A missing key or value ends at -1.
     """
     for row in range(out.shape[1]):
         length, at = _varint(data, at, end)
@@ -149,7 +149,7 @@ def decode_batches(
         data: Whole batches, possibly followed by an incomplete one.
         position: The first position wanted; earlier records are left out.
         aborted: (producer id, first offset) of the aborted transactions that the broker reported with this part.
-        committed_only: Leave out records of aborted transactions.
+        committed_only: Whether to leave out records of aborted transactions.
 
     Raises:
         LogError: The library for the batch's compression is not installed.
@@ -218,7 +218,7 @@ def _damage(data: bytes, at: int, end: int, header: BatchHeader) -> str:
 
 
 def _corrupt(position: int, header: BatchHeader, following: int | None, reason: str) -> Chunk:
-    """A chunk that skips an unreadable batch, whose header may be wrong too."""
+    """A chunk that skips an unreadable batch; the batch's header may also be wrong."""
     if following is not None and following > position:
         after = following
     elif 0 <= header.last_delta == header.records - 1 and header.base + header.last_delta >= position:

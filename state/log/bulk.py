@@ -1,6 +1,6 @@
 """Encodes and appends whole record batches: ten times the records per second of a producer.
 
-For load generators and replays; not in the package's face, since it loads the compiler. Part of `state.log`.
+For load generators and replays. `state.log` does not export it, because it loads the compiler. Part of `state.log`.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def put_records(
 
 
 def encode_batch(keys: Sequence[bytes], values: Sequence[bytes], timestamps_ms: Sequence[int] | I64) -> bytes:
-    """Encodes one uncompressed record batch, as a producer without transactions does, from n keys, values and timestamps."""
+    """Encodes n keys, values and timestamps as one uncompressed record batch, like a producer without transactions."""
     count = len(values)
     times = np.asarray(timestamps_ms, np.int64)
     key_sizes = np.fromiter(map(len, keys), np.int64, count)
@@ -169,7 +169,7 @@ class BulkWriter:
                 answers = self._admin._manager.run(self._send, left)
                 bases |= {number: base for number, (code, base) in answers.items() if not code}
                 failed = {number: code for number, (code, _) in answers.items() if code}
-                # Send only refused batches again: the others are in the log.
+                # Sends only refused batches again, because the others are in the log.
                 left = {number: left[number] for number in failed}
                 if not left:
                     return bases

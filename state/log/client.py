@@ -28,9 +28,9 @@ from state.errors import (
 from state.positions import Gap, Source
 from state.process.user_code import error_line, load_named
 
-# The client logs each lost connection as a warning or an error. What an operator
-# can act on reaches them as one of our errors. A program that wants the client's
-# own messages configures logging.
+# The client logs each lost connection as a warning or an error. Operators get
+# actionable problems as our own errors instead. A program that wants the client's
+# messages configures logging.
 logging.getLogger("kafka").addHandler(logging.NullHandler())
 
 _UNREACHABLE = (
@@ -101,8 +101,8 @@ def client_options(settings: Kafka) -> dict[str, Any]:
         "request_timeout_ms": request_ms,
         "bootstrap_timeout_ms": request_ms,
         "security_protocol": settings.security_protocol,
-        # With the default of 30 s a broker could be back for half a minute
-        # before we notice.
+        # With the default of 30 s, it could take half a minute to notice that a
+        # broker is reachable again.
         "reconnect_backoff_ms": 50,
         "reconnect_backoff_max_ms": 1000,
     }
@@ -131,7 +131,8 @@ class _TokenProvider(AbstractTokenProvider):
         """An access token.
 
         Raises:
-            LogError: The function failed or returned none. `failure` keeps it, since the client retries without it.
+            LogError: The function failed or returned no token. `failure` keeps the error, because the client retries
+                without reporting it.
         """
         try:
             token = self._ask()
@@ -149,7 +150,9 @@ class _TokenProvider(AbstractTokenProvider):
 
 
 def connect(settings: Kafka, doing: str, make: Callable[..., Any], **options: object) -> Any:
-    """Creates a client of kafka-python; if it cannot connect, its threads and sockets are closed. Errors as of `translated`.
+    """Creates a client of kafka-python; raises the errors of `translated`.
+
+    If the client cannot connect, its threads and sockets are closed.
 
     Args:
         settings: Connection settings.
@@ -212,7 +215,7 @@ def translated(settings: Kafka, doing: str) -> Iterator[None]:
 
 
 def unreachable(settings: Kafka, doing: str, cause: BaseException | str) -> UnreachableBroker:
-    """The error for a broker that does not answer, with what to check."""
+    """The error for a broker that does not answer, with advice."""
     why = cause if isinstance(cause, str) else first_line(cause)
     return UnreachableBroker(
         f"cannot {doing}: no broker at {settings.bootstrap_servers} answered in time ({why})",
@@ -265,13 +268,18 @@ def gap(topic: str, topic_id: str, partition: int, ours: int, begin: int, end: i
 
 
 def require_kept(topic: str, topic_id: str, partition: int, ours: int, begin: int, end: int) -> None:
-    """Checks that a partition with the positions `[begin, end)` can be read from `ours` on: else `GapError` or `TruncatedLog`."""
+    """Checks that a partition with the positions `[begin, end)` can be read from `ours`.
+
+    Raises:
+        GapError: Records from our position on were deleted before we read them.
+        TruncatedLog: The log was truncated below our position.
+    """
     if not begin <= ours <= end:
         raise gap(topic, topic_id, partition, ours, begin, end)
 
 
 def truncated(topic: str, topic_id: str, partition: int, ours: int, kept: int, end: int) -> TruncatedLog:
-    """The error for a partition that was truncated to `kept`, below our position `ours`, and may have grown again to `end`."""
+    """The error for a partition that was truncated to `kept`, below our position `ours`, and may now end at `end`."""
     again = f" and has grown again to {end}" if end > kept else ""
     return TruncatedLog(
         f"topic {topic} partition {partition}: we were at {ours}, but what we read ends at {kept}: the log was cut back"

@@ -1,9 +1,9 @@
 """Follows a topic from a stored position, and reads a topic up to an end. Part of `state.log`.
 
-- A position belongs to a topic's id. In a recreated topic reading starts at the beginning.
+- A position belongs to a topic's id. In a recreated topic, reading starts at the beginning.
 - If records were deleted before they were read, or the log was truncated below the position, `lost` decides where
-  reading continues: by default at the first record that is kept, or where the log is still the one that was read.
-- After a loss or an error the reader is closed and another is opened, from the position that is stored by then.
+  reading continues. The default is the first retained record or, after a truncation, the truncation point.
+- After a loss or an error the reader is closed and a new one is opened, from the position that is stored by then.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ REFRESH_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """How far a topic was read.
+    """The read position in a topic.
 
     Attributes:
-        topic_id: The topic's id, 32 hexadecimal digits; empty for whichever topic has the name.
+        topic_id: The topic's id, 32 hexadecimal digits; empty for the topic that has the name, with any id.
         next: Partition -> offset of its next record.
         leaders: Partition -> `Reader.leader_epoch` of that offset, if known.
     """
@@ -51,13 +51,13 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """How a topic was opened.
+    """The result of opening a topic.
 
     Attributes:
         topic_id: Its id.
-        ends: Partition -> its first kept offset and the offset of its next record.
+        ends: Partition -> its first retained offset and the offset of its next record.
         next: Partition -> the offset at which reading starts.
-        stored: The position where reading was to resume; None for none.
+        stored: The requested position; None for none.
         losses: The losses between that position and `next`.
     """
 
@@ -84,7 +84,7 @@ class Opening:
 
 
 def nearest(error: GapError) -> int:
-    """Where reading continues after a loss: at the first offset kept, or where the log is still the one that was read."""
+    """The offset at which reading continues after a loss: the first retained offset, or the truncation point."""
     (gap,) = error.gaps
     return gap.first if isinstance(error, TruncatedLog) else gap.next
 
@@ -102,7 +102,7 @@ def open_topic(
         log: Contains the topic.
         topic: Its name.
         partitions: The partitions to read; None for all, including later ones.
-        stored: Where reading resumes; partitions that it does not name start at their beginning.
+        stored: The position from which reading resumes; partitions that it does not name start at their beginning.
         lost: Returns the offset at which to continue after a loss, or raises.
     """
     while True:
@@ -133,15 +133,15 @@ def _ignore(opening: Opening) -> None:
 
 
 class Follower:
-    """Follows a topic; used by one thread. Connects with the first poll, and again after an error.
+    """Follows a topic. Connects with the first poll, and again after an error. Not thread-safe.
 
     Args:
         log: Contains the topic.
         topic: Its name.
         partitions: The partitions to read; None for all, including later ones.
-        stored: Returns where reading resumes; called for each connection.
+        stored: Returns the position from which reading resumes; called for each connection.
         lost: See `open_topic`.
-        opened: Called for each connection. `reader` is open by then, and may be moved.
+        opened: Called for each connection. `reader` is then open, and the callback may seek in it.
     """
 
     def __init__(
@@ -188,8 +188,8 @@ class Follower:
     def poll(self, timeout_s: float, max_records: int = 10_000) -> list[PartitionBatch]:
         """Connects if needed, and waits up to `timeout_s` for new records or positions.
 
-        After a loss it opens the topic again, where it was stored and `lost` decides, and returns nothing. After a
-        LogError the topic is closed, and the next call opens it where it was stored.
+        After a loss it opens the topic again, at the position that follows from `stored` and `lost`, and returns
+        nothing. After a LogError the topic is closed, and the next call opens it at the stored position.
         """
         try:
             self.connect()
@@ -208,7 +208,7 @@ class Follower:
             raise
 
     def lag(self) -> int:
-        """The positions up to the log's end, as last received.
+        """The number of positions up to the log's end, as last received.
 
         Raises:
             LogError: The log does not answer; the topic is closed.
@@ -220,7 +220,7 @@ class Follower:
             raise
 
     def disconnect(self) -> None:
-        """Closes the topic; the next poll opens it where it was stored."""
+        """Closes the topic; the next poll opens it at the stored position."""
         if self._reader is not None:
             self._reader.close()
             self._reader = None
@@ -233,7 +233,7 @@ def read_to(
     stalled_s: float = STALLED_S,
     poll: Callable[[], list[PartitionBatch]] | None = None,
 ) -> Iterator[list[PartitionBatch]]:
-    """Yields what each poll finds, until all partitions are read to their ends; the last batch may go beyond.
+    """Yields the batches of each poll until all partitions are read to their ends; the last batch may go beyond.
 
     Raises:
         LogError: Nothing arrived for `stalled_s`, or the log cannot be read.

@@ -1,10 +1,11 @@
-"""Reads a topic by position: no consumer group, no automatic commits, and nothing skipped unseen. Part of `state.log`.
+"""Reads a topic by position: no consumer group, no automatic commits, and no silent gaps. Part of `state.log`.
 
-The Kafka client returns one object per record. `BatchConsumer` makes it return whole record batches, by some of its
-private names: its version is pinned below 3.1, and `tests/conformance/test_logs.py` compares both ways.
+The Kafka client returns one object per record. `BatchConsumer` makes it return whole record batches, and uses some of
+its private names for that. So the client's version is pinned below 3.1, and `tests/conformance/test_logs.py` compares
+both ways.
 
-A reader holds one fetch of each partition beyond the one that it delivers. While some partitions wait for others, no
-more is fetched, so that memory is bounded.
+A reader holds one fetch of each partition beyond the one that it delivers. While some partitions wait for others,
+nothing more is fetched, so that memory is bounded.
 """
 
 from __future__ import annotations
@@ -27,24 +28,24 @@ from state.log.records import Chunk, PartitionBatch, as_batch, epoch_before, not
 from state.log.topics import Topics
 
 KERNELS = "state.log.batch_decoder"
-"""The module with the kernels of a reader; imported late, since it loads the compiler."""
+"""The module with the kernels of a reader; imported late, because it loads the compiler."""
 
 FETCH_BYTES = 2 * 1024 * 1024
 METADATA_S = 1.0
-# A fetch that waits at the broker names its topic, not the topic's id: within
-# this time a topic may be deleted and made again unseen.
+# A fetch that waits at the broker names its topic, not the topic's id. So within
+# this time a topic may be deleted and recreated without notice.
 FETCH_WAIT_MS = 250
-# After a longer pause no fetch was waiting, and the topic is asked for its id.
+# After a longer pause no fetch was waiting, and the topic's id is requested.
 PAUSE_S = 0.1
-# A broker that has not answered a request for so long hangs, though its connections are open.
+# A broker that has not answered a request for this long hangs, although its connections are open.
 HANGS_S = 5.0
 
 
 class BatchRecords:
     """Replaces kafka-python's `Fetcher.PartitionRecords`: yields the chunks of one fetch of a partition, not records.
 
-    The fetcher calls it in the thread of `poll`, by the names of the class that it replaces. It always gives all it
-    has: how many records one poll delivers is up to the reader.
+    The fetcher calls it in the thread of `poll`, by the names of the replaced class. It always returns all its chunks;
+    the reader limits the records of one poll.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class BatchRecords:
         return self._records is not None
 
     def take(self, n: int | None = None) -> list[Chunk]:
-        """All chunks; a second call has none."""
+        """All chunks; a second call returns none."""
         del n
         if self._records is None:
             return []
@@ -85,7 +86,7 @@ class BatchRecords:
         return chunks
 
     def drain(self) -> None:
-        """Reports to the fetcher that this piece is done."""
+        """Reports to the fetcher that this fetch is consumed."""
         if self._records is not None:
             self._records = None
             self._on_drain(self)
@@ -127,11 +128,11 @@ class BatchConsumer:
 
         self._fetcher._parse_fetched_data = watched
         self._fetcher.PartitionRecords = BatchRecords
-        # Now, and not at the first records.
+        # Imported now, not at the first records.
         importlib.import_module(KERNELS)
 
     def assign(self, partitions: Iterable[int]) -> None:
-        """Names the partitions to fetch; `seek` each of them then."""
+        """Sets the partitions to fetch; call `seek` for each of them afterwards."""
         self._consumer.assign([TopicPartition(self._topic, one) for one in partitions])
 
     def seek(self, partition: int, offset: int, epoch: int) -> None:
@@ -139,10 +140,10 @@ class BatchConsumer:
         self._consumer._subscription.seek(TopicPartition(self._topic, partition), OffsetAndMetadata(offset, "", epoch))
 
     def validate(self, timeout_s: float) -> None:
-        """Asks for each position with an epoch whether the log is still the one that was read up to there (KIP-320).
+        """Checks for each position with an epoch whether the log was truncated below it (KIP-320).
 
-        The client does so by itself only once it has read a record. What is not answered in time is asked again while
-        it is read. Raises the client's `LogTruncationError` if the log was truncated below a position.
+        By itself, the client does this only once it has read a record. A check without an answer in time is repeated
+        while the partition is read. Raises the client's `LogTruncationError` if the log was truncated below a position.
         """
         assigned = self._consumer._subscription.assignment
         asked = [state for state in assigned.values() if state.position.leader_epoch >= 0]
@@ -153,7 +154,10 @@ class BatchConsumer:
             self._fetcher.validate_offsets_if_needed()
 
     def poll(self, timeout_s: float, full: Iterable[int]) -> dict[int, list[Chunk]]:
-        """By partition what arrived; the client keeps what arrives of the partitions `full`, and fetches none of them."""
+        """The received chunks by partition.
+
+        For the partitions `full`, the client keeps the received chunks and fetches no more.
+        """
         wanted = {TopicPartition(self._topic, one) for one in full}
         resting = self._consumer.paused()
         self._consumer.pause(*(wanted - resting))
@@ -175,7 +179,7 @@ class BatchConsumer:
         """Whether a broker answers: a connection is open, and no request has waited for `HANGS_S`."""
         client = self._consumer._client
         connected = [one.node_id for one in client.cluster.brokers() if client.connected(one.node_id)]
-        # A broker that hangs keeps its connections. A fetch is answered after FETCH_WAIT_MS where nothing is new.
+        # A broker that hangs keeps its connections. A fetch without new records is answered after FETCH_WAIT_MS.
         sent_s = time.monotonic() - HANGS_S
         requests = [client._manager._conns[node].in_flight_requests for node in connected]
         return any(not waiting or waiting[0][2] > sent_s for waiting in requests)
@@ -212,12 +216,12 @@ class Buffer:
         return set(self._ahead)
 
     def add(self, partition: int, chunks: Iterable[Chunk]) -> None:
-        """Appends what one fetch found, at least one chunk."""
+        """Appends the chunks of one fetch, at least one."""
         held = self._ahead if partition in self._now else self._now
         held.setdefault(partition, deque()).extend(chunks)
 
     def take(self, partition: int, max_records: int) -> list[Chunk]:
-        """At most so many records of a partition that has some, from the left."""
+        """Takes at most `max_records` records of a partition that has some, from the left."""
         taken = take(self._now[partition], max_records)
         while not self._now[partition]:
             del self._now[partition]
@@ -228,7 +232,7 @@ class Buffer:
         return taken
 
     def drop(self, partition: int) -> None:
-        """Forgets what is here of a partition: it is fetched again."""
+        """Drops the chunks of a partition, which are then fetched again."""
         self._now.pop(partition, None)
         self._ahead.pop(partition, None)
 
@@ -236,15 +240,15 @@ class Buffer:
 class Reader:
     """Reads partitions of a topic from given positions. One thread polls; others may commit.
 
-    A broker that goes away and comes back costs only time: `poll` returns nothing meanwhile. Connects at once; the
-    first `poll` fetches.
+    A temporary outage of a broker only delays reading: `poll` returns nothing meanwhile. The reader connects at once
+    and fetches with the first `poll`.
 
     Args:
         settings: Connection settings.
         topic: The topic's name.
         partitions: The partitions to read; None for all, including later ones.
         positions: Partition -> start position. Other partitions start at their beginning.
-        committed_only: Leave out records of open and aborted transactions.
+        committed_only: Whether to leave out records of open and aborted transactions.
         leaders: Partition -> `leader_epoch` of its position, if known.
 
     Raises:
@@ -302,13 +306,15 @@ class Reader:
     def poll(
         self, timeout_s: float, max_records: int = 10_000, shares: Mapping[int, int] | None = None
     ) -> list[PartitionBatch]:
-        """Waits up to `timeout_s` for new records or positions; at most one batch per partition, including ranges without records.
+        """Waits up to `timeout_s` for new records or positions; returns at most one batch per partition.
+
+        A batch may also be a range without records.
 
         Args:
-            timeout_s: Seconds; 0 takes what has arrived.
-            max_records: The most records over all partitions.
-            shares: Partition -> its most records; further fetched records are kept for later polls. None sets no limit
-                per partition.
+            timeout_s: Seconds; 0 returns the records that have arrived.
+            max_records: The maximum number of records over all partitions.
+            shares: Partition -> its maximum number of records; further fetched records are kept for later polls. None
+                sets no limit per partition.
 
         Raises:
             GapError: Records were deleted before we read them.
@@ -341,34 +347,34 @@ class Reader:
         return self._positions[partition]
 
     def leader_epoch(self, partition: int, offset: int) -> int:
-        """The epoch of the leader that wrote the newest record before `offset`; -1 if unknown. Any thread may call.
+        """The epoch of the leader that wrote the newest record before `offset`; -1 if unknown. Thread-safe.
 
-        Store it with a position and pass it to the reader that resumes there: it shows whether the log was truncated
-        meanwhile.
+        Store it with a position and pass it to the reader that resumes there, which then detects whether the log was
+        truncated meanwhile.
         """
         return epoch_before(self._leaders.get(partition, ()), offset)
 
     def unread(self, partition: int) -> int:
-        """The positions between ours and the partition's end, as last received; 1 if nothing was received yet.
+        """The number of positions between ours and the partition's end, as last received; 1 before the first response.
 
-        Sends no request.
+        It sends no request.
         """
         end = self._consumer.end(partition)
         return 1 if end is None else max(0, end - self._positions[partition])
 
     def lag(self) -> dict[int, int]:
-        """Partition -> the positions between ours and the log's end, as last received."""
+        """Partition -> the number of positions between ours and the log's end, as last received."""
         ends = {partition: self._consumer.end(partition) for partition in self._positions}
         if None in ends.values():
             ends |= {partition: end for partition, (_, end) in self._topics.ends(self.topic).items()}
         return {partition: max(0, (ends[partition] or 0) - ours) for partition, ours in self._positions.items()}
 
     def reachable(self) -> bool:
-        """Whether the log is reachable, as far as this reader knows; `poll` does not report it."""
+        """Whether the log is reachable, as far as this reader knows; `poll` does not report an outage."""
         return self._consumer.reachable()
 
     def refresh(self) -> list[int]:
-        """Starts to read partitions that the topic got meanwhile, from their beginning; returns them.
+        """Starts to read partitions that were added to the topic, from their beginning; returns them.
 
         Raises:
             UnknownTopic: The topic is gone, or is another topic of that name.
@@ -415,7 +421,7 @@ class Reader:
             ends = self._topics.ends(self.topic)
             for partition, ours in self._positions.items():
                 require_kept(self.topic, self.topic_id, partition, ours, *ends[partition])
-            # Deleted up to our very position since we asked: nothing is lost.
+            # Records were deleted exactly up to our position meanwhile: nothing is lost.
             self._assign()
             return
         except kafka_errors.KafkaError as problem:
@@ -423,8 +429,8 @@ class Reader:
                 raise problem
         finally:
             self._polled_s = time.monotonic()
-        # A name is no identity: before anything is delivered the topic must
-        # still be the one whose positions we hold.
+        # A name does not identify a topic. Before any delivery, check that the
+        # topic is still the one to which our positions belong.
         changed = self._consumer.topic_id() not in (None, self.topic_id)
         if self._consumer.refused or changed or (self._paused and found):
             try:
@@ -449,7 +455,7 @@ class Reader:
         partition = min(each.partition for each in problem.divergent_offsets)
         found = problem.divergent_offsets[TopicPartition(self.topic, partition)]
         begin, end = self._topics.ends(self.topic)[partition]
-        # The broker may know nothing of that epoch any more: then nothing is known to be what we read.
+        # The broker may no longer know that epoch. Then no part of the log is known to be the one that we read.
         kept = begin if found is None else max(begin, found.offset)
         return truncated(self.topic, self.topic_id, partition, self._positions[partition], kept, end)
 

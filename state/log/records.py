@@ -1,7 +1,7 @@
 """The data that a log returns: records of a partition as columns, descriptions of topics, and known leader epochs.
 
-A partition's leader has an epoch, which increases with each election. Every record carries the epoch of the leader that
-wrote it. If a truncated log grows again, offsets are used twice; then the epoch of the record before our position ends
+A partition's leader has an epoch, which increases with each election. Every record has the epoch of the leader that
+wrote it. If a truncated log grows again, offsets are used twice. The epoch of the record before our position then ends
 before that position. The known epochs of a partition are a tuple of (first offset, epoch), ascending (`Known`). Part of
 `state.log`. No side effects.
 """
@@ -26,7 +26,7 @@ class PartitionBatch:
     Attributes:
         topic_id: 32 hexadecimal digits.
         partition: Number of the partition.
-        first: First position covered; earlier batches covered the one before it.
+        first: First position covered; earlier batches covered the preceding position.
         next: Position after the last one covered.
         offsets: `[n]` int64, ascending; positions without a record are absent (transaction markers, aborted or
             compacted records).
@@ -50,11 +50,11 @@ class PartitionBatch:
         return len(self.values)
 
     def __bool__(self) -> bool:
-        """Always true: a range without records still moves positions."""
+        """Always True, because a range without records still advances positions."""
         return True
 
     def one_by_one(self) -> Iterator[PartitionBatch]:
-        """Splits the batch into one batch per record, covering the same positions; one batch if there are no records."""
+        """Splits the batch into one batch per record, which cover the same positions; one batch without records."""
         begin = self.first
         for end in [*(self.offsets[:-1] + 1).tolist(), self.next]:
             yield self.between(begin, end)
@@ -90,8 +90,8 @@ class Copies:
     """The replication of a topic.
 
     Attributes:
-        replicas: The replicas of the partition that has the fewest.
-        min_insync: How many of them must have a record before it is acknowledged.
+        replicas: The number of replicas of the partition that has the fewest.
+        min_insync: The number of replicas that must have a record before it is acknowledged.
         brokers: The number of the cluster's brokers.
 
     >>> Copies(3, 2, 3).weakness(), Copies(1, 1, 1).weakness()
@@ -105,7 +105,7 @@ class Copies:
     brokers: int
 
     def weakness(self) -> str:
-        """What the loss of one broker would cost, as text; empty if nothing, or if there is only one broker."""
+        """Describes the effect of the loss of one broker; empty if it has none, or if there is only one broker."""
         if self.brokers < 2:
             return ""
         if self.replicas < 2:
@@ -131,7 +131,10 @@ _NOTHING: I64 = np.empty(0, np.int64)
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One record batch as a reader sees it: the positions `[first, next)`, and columns like those of `PartitionBatch`. `corrupt` says why the batch cannot be read; empty if it can."""
+    """One record batch: the positions `[first, next)`, and columns like those of `PartitionBatch`.
+
+    `corrupt` is the reason why the batch cannot be read; empty if it can.
+    """
 
     first: int
     next: int
@@ -173,7 +176,7 @@ def take(chunks: deque[Chunk], max_records: int) -> list[Chunk]:
 
 
 def as_batch(topic_id: str, partition: int, first: int, chunks: Sequence[Chunk]) -> PartitionBatch:
-    """Joins contiguous chunks, at least one, into one batch that begins at `first`, where reading resumed."""
+    """Joins contiguous chunks, at least one, into one batch that begins at `first`, the position of the reader."""
     return PartitionBatch(
         topic_id=topic_id,
         partition=partition,
@@ -204,7 +207,7 @@ def epoch_before(known: Known, offset: int) -> int:
 
 
 def noted(known: Known, first: int, epoch: int) -> Known:
-    """Adds to `known` that the record at `first` has `epoch`; if that is news, later entries are dropped.
+    """Adds to `known` that the record at `first` has `epoch`; if that is new, later entries are dropped.
 
     >>> noted(((0, 3),), 40, 5), noted(((0, 3), (40, 5)), 41, 5)
     (((0, 3), (40, 5)), ((0, 3), (40, 5)))

@@ -10,9 +10,9 @@
 | exposures | 1 | `kafka.retention_h`, at most 5 % of the local Kafka's share | the cluster's |
 
 Each topic has `kafka.replication` replicas, of which `kafka.min_insync_replicas` must have a record before it is
-acknowledged. An existing topic stays unchanged: its owner has configured it.
+acknowledged. An existing topic is not changed, because its owner has configured it.
 
-The local Kafka has a share of `storage.budget_gb`, and its topics are also limited in bytes: the training log has 55 %
+The local Kafka has a share of `storage.budget_gb`, and its topics are also limited in bytes. The training log has 55 %
 of the share, clicks 30 %, dead letters 5 %, exposures 5 %. The rest is for attributes and Kafka's own files. `up` sets
 these limits at each start.
 """
@@ -30,13 +30,16 @@ HOUR_MS = 3_600_000
 BATCH_BYTES = 100_000
 # Shares of the bytes that the local Kafka may keep.
 MICROBATCHES_SHARE, CLICKS_SHARE, LETTERS_SHARE, EXPOSURES_SHARE = 0.55, 0.30, 0.05, 0.05
-# Kafka removes whole segments, and a segment must have room for the largest record: by default 16 MiB, the
+# Kafka removes whole segments, and a segment must have space for the largest record: by default 16 MiB, the
 # cluster's limit.
 SEGMENTS, LARGEST_SEGMENT, LARGEST_RECORD = 8, 1 << 30, 17 << 20
 
 
 class TopicPlan(NamedTuple):
-    """How a topic is created; the fields are the arguments of `Topics.ensure`, in order. `replication` 0 is the cluster's default."""
+    """The configuration of a new topic; the fields are the arguments of `Topics.ensure`, in order.
+
+    `replication` 0 is the cluster's default.
+    """
 
     name: str
     partitions: int
@@ -56,14 +59,14 @@ def dead_letters(settings: Settings) -> TopicPlan:
 
 
 def exposures(settings: Settings) -> TopicPlan:
-    """The topic that records which arm of a rollout answered which user; it is read only during its rollout."""
+    """The topic that records the arm of a rollout that answered each user; it is read only during its rollout."""
     most = _kept_below(int(shares.kept_bytes(settings, shares.KAFKA) * EXPOSURES_SHARE), LARGEST_RECORD)
     kept = {**_kept_for(settings.kafka.retention_h), **most, "compression.type": "zstd"}
     return _planned(settings, settings.kafka.exposures_topic, kept)
 
 
 def microbatches(settings: Settings) -> TopicPlan:
-    """The training log. It outlives the oldest version that can be rolled back to, since training resumes from there.
+    """The training log. It outlives the oldest version that can be rolled back to, because training resumes there.
 
     >>> plan = microbatches(Settings())
     >>> plan.partitions, plan.config
@@ -113,7 +116,7 @@ def attributes_of(settings: Settings, name: str) -> TopicPlan:
 
 
 def segments(settings: Settings) -> TopicPlan:
-    """The topic of segment memberships. It is compacted within a day, so that erased users are gone by then."""
+    """The topic of segment memberships. It is compacted within a day, so that erased users are removed by then."""
     return _planned(
         settings, settings.segments.topic, {"cleanup.policy": "compact", "max.compaction.lag.ms": str(24 * HOUR_MS)}
     )

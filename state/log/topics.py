@@ -29,7 +29,7 @@ Answer = TypeVar("Answer")
 
 
 class Topics:
-    """Administers topics. Any thread may call; calls wait for each other.
+    """Administers topics. Thread-safe; calls wait for each other.
 
     Raises:
         UnreachableBroker: No broker answered within kafka.request_timeout_s. Every method may raise it.
@@ -96,7 +96,7 @@ class Topics:
         return sorted(self._call("list topics", self._admin.list_topics))
 
     def ends(self, name: str, committed_only: bool = False) -> dict[int, tuple[int, int]]:
-        """Partition -> the first position kept, and the position of the next record or of the first open transaction."""
+        """Partition -> the first retained position, and that of the next record or of the first open transaction."""
         partitions = self._partitions(name)
         begin = self._offsets(name, dict.fromkeys(partitions, OffsetSpec.EARLIEST))
         end = self._offsets(name, dict.fromkeys(partitions, OffsetSpec.LATEST), committed_only)
@@ -105,7 +105,7 @@ class Topics:
     def offset_before(self, name: str, time_ms: int) -> dict[int, int]:
         """Partition -> the first position whose record's Kafka timestamp is `time_ms` or later.
 
-        If all records are older, it is the end: a reader that starts there sees only new records.
+        If all records are older, it is the end offset, so a reader that starts there sees only new records.
         """
         partitions = self._partitions(name)
         found = self._offsets(name, dict.fromkeys(partitions, time_ms))

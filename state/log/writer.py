@@ -21,20 +21,21 @@ from state.log.records import Headers
 from state.log.topics import Topics
 
 MAX_RECORD_BYTES = 16 * 1024 * 1024
-# With the default of 100 ms each transaction would take that much longer: the first
-# request for its coordinator always comes too early.
+# With the default of 100 ms, each transaction would take 100 ms longer, because the
+# first request for its coordinator always comes too early.
 RETRY_BACKOFF_MS = 2
 
 # The client can lose a transaction's request when the broker dies. It then sends
-# nothing until the delivery time-out, long after the broker is back. A new writer
-# finds the broker at once, so give up early.
+# nothing until the delivery time-out, long after the broker is reachable again. A new
+# writer finds the broker at once, so the time-out is short.
 PATIENCE = 3
 
 
 class Writer:
-    """Sends records that all replicas acknowledge (acks=all), without duplicates (idempotent). For one thread.
+    """Sends records that all replicas acknowledge (acks=all), without duplicates (idempotent). Not thread-safe.
 
-    With a transactional id every record belongs to a `transaction`; a second writer with the same id fences the first.
+    With a transactional id, every record belongs to a `transaction`, and a second writer with the same id fences the
+    first.
     After an error, close the writer and create another.
     """
 
@@ -60,10 +61,10 @@ class Writer:
         headers: Headers = (),
         timestamp_ms: int | None = None,
     ) -> None:
-        """Queues a record; it is acknowledged only by `flush` or the end of the transaction.
+        """Queues a record; `flush` or the end of the transaction waits for its acknowledgement.
 
         Raises:
-            UnknownTopic: There is no such topic; none is created.
+            UnknownTopic: There is no such topic, and none is created.
             LogError: The record is too large, or outside a transaction.
         """
         if topic not in self._known:
@@ -179,8 +180,8 @@ class Writer:
         try:
             self._end("begin_abort")
         except (kafka_errors.KafkaError, RuntimeError):
-            # Fenced, or the broker is unreachable: the coordinator ends the
-            # transaction by itself. The first error is the one to report.
+            # Fenced, or the broker is unreachable. The coordinator ends the
+            # transaction by itself, and the first error is reported.
             return
 
 

@@ -3,15 +3,15 @@
 One micro-batch is one record of the micro-batch log and one training step. `state/microbatch/codec.py` encodes it, and
 splits one that is too large.
 
-Each row has a `Kind`. An event whose label is known, or that never gets one, is one row: it goes into the histories and
-into the weights. An impression whose label comes later is two rows: one at its own offset, for the histories, and one
-where its label became known, for the weights. An outcome, such as a click on an impression, goes only into the
-histories, since its impression's row carries it as the label. So several rows can share one offset, and a micro-batch
+Each row has a `Kind`. An event whose label is known, or that never gets one, is one row: it updates the histories and
+the weights. An impression whose label comes later is two rows. The row at its own offset updates the histories, and the
+row where its label became known updates the weights. An outcome, such as a click on an impression, updates only the
+histories, because its impression's row carries it as the label. So several rows can share one offset, and a micro-batch
 never ends between them.
 
-Log time (`log_times`) is when each row happened, as far as it affects other users. A row's own time is what its
-producer's clock said; it affects only the row's own user. Expiry, sightings, sweeps and serving's event clock use log
-time: the row's own time if the header confirms it, else the time that its partition had reached.
+Log time (`log_times`) is the time of each row for all effects on other users. A row's own time comes from its
+producer's clock, and affects only the row's own user. Expiry, sightings, sweeps and serving's event clock use log time:
+the row's own time if the header confirms it, else the time that its partition had reached.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from state.features.erased import Erased
 from state.features.mask import Mask
 from state.positions import Range, Source, share_of, split_range
 
-# Order and types define the format: a change needs a new FORMAT and a golden file.
+# Order and types define the format; a change needs a new FORMAT and a golden file.
 SCALARS: dict[str, np.dtype[Any]] = {
     "user": np.dtype("<u8"),
     "item": np.dtype("<u8"),
@@ -58,7 +58,7 @@ SEQUENCES: dict[str, np.dtype[Any]] = {
     "sequence_categories": np.dtype("<u8"),
     "sequence_actions": np.dtype("<u2"),
     "sequence_ages": np.dtype("<u2"),
-}  # present only if the feature spec asks for them; see `state/features/kernel.py`
+}  # present only if the feature spec requests them; see `state/features/kernel.py`
 NAMES = (*SCALARS, *LISTS)
 DTYPES = {**SCALARS, **LISTS, **SEQUENCES}
 WRITTEN = {
@@ -121,7 +121,7 @@ class Known:
         return len(self.by)
 
     def __bool__(self) -> bool:
-        """Always true, even without rows."""
+        """Always True, even without rows."""
         return True
 
 
@@ -177,7 +177,7 @@ class Header:
 
     Attributes:
         spec: Digest of the feature spec.
-        salt: Fingerprint of the users' salt.
+        salt: Fingerprint of the salt of the users' pseudonyms.
         ranges: One contiguous range of positions per source; `source` of a row is an index into it.
         created_ms: When the batch was cut, wall clock.
         mask_generation: The generation of the mask that its windows were computed with; 0 for none.
@@ -288,11 +288,11 @@ class MicroBatch:
 
 
 def trim(batch: MicroBatch, marks: Mapping[Source, int]) -> tuple[NDArray[np.bool_], dict[Source, int]]:
-    """Finds the rows that are new to a reader that has everything below `marks`, `[n]` bool, and its marks afterwards.
+    """Finds the rows that are new to a reader that has all positions below `marks`, `[n]` bool, and its new marks.
 
     After a crash the stream writes rows again; their source positions identify them. A source that `marks` does not
-    name is new. So all its rows are new, except those that came earlier in other buckets, if a partition was divided
-    into another number of buckets.
+    name is new, and so are all its rows. The exception are rows that came earlier in other buckets, if a partition was
+    divided into another number of buckets.
     """
     ranges = batch.header.ranges
     floors = np.array([marks.get(part.source, 0) for part in ranges] or [0], np.int64)
@@ -327,9 +327,9 @@ def gaps(header: Header, marks: Mapping[Source, int]) -> list[tuple[Source, int,
 
 
 def new_ranges(batch: MicroBatch, marks: Mapping[Source, int]) -> tuple[list[Range], int]:
-    """The ranges of a batch that follow `marks`, and how many positions no micro-batch covered.
+    """The ranges of a batch that follow `marks`, and the number of positions that no micro-batch covered.
 
-    A gap becomes a range of absent positions; what is below the mark is left out.
+    A gap becomes a range of absent positions; positions below the mark are left out.
     """
     found: list[Range] = []
     missing = 0
@@ -348,7 +348,7 @@ def new_ranges(batch: MicroBatch, marks: Mapping[Source, int]) -> tuple[list[Ran
 
 
 def masked(batch: MicroBatch, mask: Mask) -> NDArray[np.bool_]:
-    """Which rows (`[n]` bool) the mask leaves out: those of a masked event, and those labelled by one."""
+    """Which rows (`[n]` bool) the mask leaves out: those of a masked event, and those labelled by a masked event."""
     ranges = batch.header.ranges
     out = mask.rows(batch.user, batch.at_ms, batch.source, batch.opened, ranges)
     # An event that only ended a wait does not affect the row.
@@ -364,14 +364,15 @@ def erased_rows(batch: MicroBatch, erased: Erased) -> NDArray[np.bool_]:
 
 
 TOLERANCE_MS = 1_200_000
-"""20 minutes: more than good clocks differ, less than the error of any wrong time zone."""
+"""20 minutes: more than the difference of good clocks, less than the error of any wrong time zone."""
 
 
 def log_times(batch: MicroBatch) -> NDArray[np.int64]:
     """The log time of each row, `[n]` int64 ms; the rows' own times if the header has no clocks.
 
     A row whose label came later is checked by the time at which the label became known. A waiting impression counts by
-    the time at which its wait began. An expired one may be arbitrarily late, since its wait may have ended long before.
+    the time at which its wait began. An expired impression may be arbitrarily late, because its wait may have ended
+    long before.
     """
     clocks = batch.header.clocks
     if not clocks or not len(batch):

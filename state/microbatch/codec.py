@@ -1,8 +1,8 @@
 """Encodes micro-batches: an Arrow IPC stream (zstd) with one record batch.
 
-The schema's metadata holds a JSON header. It names the feature spec, the salt, the mask and, per source, the contiguous
-range of positions that the rows came from. Format 1 had one kind of row and no attributes. A micro-batch has format 3
-if its rows contain sequences, else format 2.
+The schema's metadata contains a JSON header. It names the feature spec, the salt, the mask and, per source, the
+contiguous range of positions of the rows. Format 1 had one kind of row and no attributes. A micro-batch has format 3 if
+its rows contain sequences, else format 2.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def damage_reported(value: bytes) -> Iterator[None]:
     """Converts the errors that Arrow raises in the block for a damaged `value` to `MicroBatchError`."""
     try:
         yield
-    # Arrow raises its own tree, OSError, StopIteration and KeyError for a damaged stream.
+    # For a damaged stream, Arrow raises its own errors, OSError, StopIteration and KeyError.
     except (pa.ArrowException, OSError, StopIteration, KeyError, ValueError, TypeError) as error:
         raise MicroBatchError(
             f"a value of {len(value)} bytes is no micro-batch: {error or type(error).__name__}",
@@ -169,7 +169,7 @@ def _names(users: Iterable[str], items: Iterable[str]) -> tuple[tuple[str, ...],
 
 
 def _check(header: Header, columns: Columns) -> None:
-    """Raises MicroBatchError unless the columns agree with each other and with the ranges."""
+    """Raises MicroBatchError unless the columns match each other and the ranges."""
     if missing := [name for name in NAMES if name not in columns]:
         raise MicroBatchError(f"a micro-batch without the columns {', '.join(missing)}")
     rows = len(columns["user"])
@@ -295,7 +295,7 @@ def _halves(header: Header, columns: Columns, middle: int) -> list[tuple[Header,
         before, after = split_range(whole, at, below.pop("rows"), below)
         ranges[0].append(before)
         ranges[1].append(after)
-    # A name goes with its first row; a name without a row goes with the first half.
+    # A name stays with its first row; a name without a row stays with the first half.
     first, second = ({*columns["item"][rows].tolist(), *columns["category"][rows].tolist()} for rows in _cut(middle))
     late = {one: text for one, text in header.names.items() if one in second - first}
     early = {one: text for one, text in header.names.items() if one not in late}

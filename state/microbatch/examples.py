@@ -2,13 +2,13 @@
 
 A directory of examples contains
 
-    examples-00000-of-00005.tfrecord.gz   one tf.Example a row, in no particular order
+    examples-00000-of-00005.tfrecord.gz   one tf.Example per row, in no particular order
     schema.pbtxt                          TensorFlow Metadata: name, type and shape of each feature
     transform/transform_fn/               the preprocessing that the bootstrap analysed, a SavedModel
     spec.json                             names of the columns, and the origin of the rows; written last
 
 The rows are those that the trainer learns from. With `[labels]` an impression has the label that its wait determined,
-and the features of its own time; the clicks that labelled it are no rows. An impression that still waited when the
+and the features of its own time. The clicks that labelled it are not rows. An impression that still waited when the
 clicks ended has no label and is left out.
 
 An example has
@@ -27,8 +27,8 @@ An example has
     labels         int64   [L]       the user's latest categories, newest first; 0 pads
     label_windows  int64   [L * F] windows of each of them, named by `label_windows` of spec.json
 
-and, if `features.sequence` asks for them, `sequence_items`, `sequence_categories`, `sequence_actions` and
-`sequence_ages`, int64 `[T]`: the user's latest events before this click, see `state/features/kernel.py`.
+and, if `features.sequence` is not 0, `sequence_items`, `sequence_categories`, `sequence_actions` and `sequence_ages`,
+int64 `[T]`: the user's latest events before this click, see `state/features/kernel.py`.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def record_batch(every: Columns) -> pa.RecordBatch:
     found = {name: column[keep] for name, column in every.items()}
     count = int(keep.sum())
     columns: dict[str, Any] = {name: found[name].view(np.int64) for name in IDS}
-    # For an impression that waited, use its own offset, not the one at which its label became known.
+    # For an impression that waited, uses its own offset, not the one at which its label became known.
     columns |= {"action": found["action"].astype(np.int64), "at_ms": found["at_ms"]}
     columns |= {"offset": found["offset"] - found["waited"], "label": found["label"], "weight": found["weight"]}
     if found["context"].shape[1]:
@@ -113,7 +113,7 @@ def _lists(column: Any) -> pa.Array:
 
 
 def about(path: Path) -> dict[str, Any]:
-    """Reads spec.json of a directory of examples; SettingsError if the directory holds no complete examples, or another format."""
+    """Reads spec.json of a directory of examples; SettingsError if the examples are incomplete or of another format."""
     try:
         document: dict[str, Any] = json.loads((path / SPEC).read_text())
     except (OSError, ValueError) as error:
@@ -133,7 +133,7 @@ def dataset(path: str | Path, batch_rows: int = BATCH_ROWS) -> Any:
     Ids and numbers are as in an example. The inputs of `DefaultRanker.predict` in `trainer.model.default_ranker` have
     the form that it expects: `features` `[B, D]` float32 and `category_windows` `[B, L, F]` float32, raw integers;
     `recent_mask` `[B, L]` float32, 1 where there is a category. A batch comes from one file. Shuffle with a buffer of
-    some batches, since the order of the rows within a file is not random.
+    several batches, because the order of the rows within a file is not random.
 
     Args:
         path: The directory.

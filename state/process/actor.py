@@ -1,4 +1,4 @@
-"""The actor: the name of the person who gives a command, which the audit log stores with the reason."""
+"""The actor: the name of the person who runs a command, which the audit log stores with the reason."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _named: ContextVar[str] = ContextVar("actor", default="")
 
 
 def actor() -> str:
-    """The name set by `acting`, else the operating system's user; with sudo the user who called it."""
+    """The name set by `acting`, or else the operating system's user; with sudo, the user who called it."""
     if named := _named.get():
         return named
     try:

@@ -1,4 +1,4 @@
-"""Ends a process: on a signal, on an error that is logged in one line, or when nobody reads its output."""
+"""Ends a process: on a signal, on an error that is logged in one line, or when its output has no reader."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def while_read(main: Callable[[], int]) -> int:
     """
     try:
         code = main()
-        # Flush here, where a broken pipe can be caught, rather than when Python ends.
+        # Flushes here, where a broken pipe can be caught, rather than at Python's exit.
         sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes again when it ends.
+        # Python flushes again at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return code

@@ -13,8 +13,8 @@ EVERY_S = 10.0
 def keep_what_is_there() -> None:
     """Excludes all existing objects, such as modules, from garbage collection; call it once a process is set up.
 
-    Python collects old objects only when the new long-lived objects reach a quarter of them, which is rare beside
-    TensorFlow's million objects. Afterwards collections are frequent and cheap.
+    Python collects old objects only when the new long-lived objects reach a quarter of their number. That is rare with
+    TensorFlow's million objects. After this call, collections are frequent and cheap.
     """
     gc.collect()
     gc.freeze()
@@ -25,8 +25,8 @@ def keep_what_is_there() -> None:
 class Holes:
     """Returns free heap memory to the system every ten seconds, in 1 to 3 ms; call `tick` in a loop.
 
-    glibc by itself returns only memory at the end of its heap. Memory freed between live blocks is reused only if a new
-    block fits. Without trimming, a trainer's heap grows for hours.
+    By itself, glibc returns only memory at the end of its heap. Memory freed between live blocks is reused only if a
+    new block fits. Without trimming, a trainer's heap grows for hours.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

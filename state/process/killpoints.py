@@ -18,7 +18,7 @@ STOP = ":stop"
 
 @dataclass
 class Armed:
-    """A kill point that is armed: `strike` kills or stops the process after the point was reached `left` more times."""
+    """An armed kill point: `strike` kills or stops the process after the point was reached `left` more times."""
 
     name: str
     left: int
@@ -39,7 +39,8 @@ def _kill() -> None:
 
 def _stop() -> None:
     """Stops this process until it gets SIGCONT."""
-    # The signal goes to this thread. Sent to the process, another thread may receive it while this one runs on.
+    # Sends the signal to this thread. If it were sent to the process, another thread might receive it while this
+    # thread continues.
     signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
 
 
@@ -48,7 +49,7 @@ armed: Armed | None = parse(_wanted, _stop if _wanted.endswith(STOP) else _kill)
 
 
 def reach(name: str) -> None:
-    """Counts one visit to the kill point `name`, and strikes if it is armed and the count is reached."""
+    """Counts one visit to the kill point `name`, and triggers it if it is armed and the count is reached."""
     if armed is None or armed.name != name:
         return
     armed.left -= 1

@@ -1,7 +1,7 @@
-"""Log lines of a process: one line an event, as text or JSON, with version, partition and offset where they apply.
+"""Log lines of a process: one line per event, as text or JSON, with version, partition and offset where they apply.
 
-Call `begin` before the process knows its settings, and `follow` once it does. An event that repeats is written only a
-limited number of times a minute; the suppressed lines are counted. No line contains a user id as the client sent it.
+Call `begin` before the settings are loaded, and `follow` afterwards. A repeated event is written only a limited number
+of times per minute; the suppressed lines are counted. No line contains a user id as the client sent it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PLACE = re.compile(rf"\b({'|'.join(FIELDS)}) (\d+)\b")
 _CONVERSION = re.compile(r"%[-+ #0-9.]*[a-zA-Z]")
 MINUTE_S = 60.0
 MOST_A_MINUTE = 20
-"""Lines of one event that are written in a minute; further ones are counted in one line."""
+"""Maximum number of lines of one event per minute; further lines are counted in one line."""
 MOST_EVENTS = 1000
 
 
@@ -64,7 +64,7 @@ def _filled(form: str, value: str) -> tuple[str, str]:
 
 
 class LineFormatter(logging.Formatter):
-    """Formats the log lines of the process `part`: as text for people, or as JSON objects, see `state.process.log_lines`."""
+    """Formats the log lines of the process `part` as text or as JSON objects."""
 
     def __init__(self, part: str, json_lines: bool = False) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class Repeats:
         counted = self._counted.get(event)
         if counted is None or now_s - counted.since_s >= MINUTE_S:
             if len(self._counted) >= MOST_EVENTS:
-                # Drops the event that is known for longest.
+                # Drops the event that has been known for the longest time.
                 del self._counted[next(iter(self._counted))]
             self._counted[event] = _Counted(now_s)
             return True
@@ -162,7 +162,7 @@ class Lines(logging.StreamHandler[TextIO]):
             super().emit(record)
 
     def close(self) -> None:
-        """Writes the counts of suppressed lines that are left, and closes the handler."""
+        """Writes the remaining counts of suppressed lines, and closes the handler."""
         self._report_suppressed(float("inf"))
         super().close()
 
@@ -173,7 +173,7 @@ class Lines(logging.StreamHandler[TextIO]):
 
 
 def begin(part: str, stream: TextIO | None = None, level: int = logging.INFO) -> None:
-    """Starts logging to standard error, or `stream`, as text until `follow` is called. Keeps handlers that exist already."""
+    """Starts logging to standard error, or `stream`, as text until `follow` is called. Keeps existing handlers."""
     root = logging.getLogger()
     if not root.handlers:
         root.addHandler(Lines(part, stream or sys.stderr))

@@ -21,14 +21,17 @@ logger = logging.getLogger(__name__)
 
 
 def keep_private() -> None:
-    """Sets the umask: nobody else can read new files of this process or its children. Each `main` calls it first."""
+    """Sets the umask so that no other user can read new files of this process or its children.
+
+    Each `main` calls it first.
+    """
     os.umask(0o077)
 
 
 def close_to_others(directory: Path) -> None:
     """Removes the permissions of other users from a directory that an earlier release made world-readable.
 
-    A directory that its owner opened to a group keeps its mode, and so does one of another owner.
+    A directory that its owner opened to a group keeps its mode, and so does a directory of another owner.
     """
     mode = directory.stat().st_mode & 0o777
     if mode & OTHERS and directory.stat().st_uid == os.getuid():
@@ -38,8 +41,8 @@ def close_to_others(directory: Path) -> None:
 def others_may(path: Path) -> bool:
     """Whether users other than this process's user may read or write a file that holds a secret.
 
-    A file of root may be readable by its group if that is one of ours. Kubernetes mounts a secret this way for a user
-    other than root, and nobody else is in that group.
+    A file of root may be readable by its group if this process is in that group. Kubernetes mounts a secret this way
+    for a user other than root, and no other user is in that group.
     """
     status = path.stat()
     mounted = status.st_uid == 0 and os.geteuid() != 0 and status.st_gid in {os.getegid(), *os.getgroups()}
@@ -73,10 +76,10 @@ def read_key(path: Path, what: str, setting: str) -> bytes:
 
 
 def make_key(path: Path) -> bool:
-    """Creates a file with a new key. Returns False if another process created it first; then that key counts."""
+    """Creates a file with a new key. Returns False if another process created it first, whose key then counts."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    # Not by `state.disk.files`, because locks in that package keep their directories private by this module.
+    # Does not use `state.disk.files`, because locks in that package use this module to keep directories private.
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         os.write(handle, secrets.token_bytes(KEY_BYTES).hex().encode() + b"\n")

@@ -1,4 +1,4 @@
-"""Progress of a long command: one line that is updated in place on a terminal, otherwise a line now and then."""
+"""Progress of a long command: one line that is updated in place on a terminal, otherwise periodic lines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def bar(done: int, total: int, width: int) -> str:
 
 
 class ProgressLine:
-    """Writes progress lines: on a terminal each replaces the one before, otherwise one every `line_every_s`."""
+    """Writes progress lines: on a terminal each replaces the previous one, otherwise one every `line_every_s`."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Filters the startup chatter of native libraries out of standard error.
 
-TensorFlow prints some lines before its own log level takes effect, bypassing Python's `sys.stderr`. An operator can do
-nothing about them.
+TensorFlow prints some lines before its own log level takes effect, bypassing Python's `sys.stderr`. Operators cannot
+act on them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def own_stderr() -> TextIO:
 
 @contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """Holds back what the process writes to standard error inside the block, then writes all of it but the chatter."""
+    """Buffers the process's output to standard error inside the block, then writes all of it except the chatter."""
     sys.stderr.flush()
     # The descriptor belongs to the whole process, so threads take turns. A memory file works even on a full disk.
     with _TURN, os.fdopen(os.memfd_create("stderr"), "w+b") as held:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 def for_children(environment: Mapping[str, str]) -> dict[str, str]:
     """An environment in which Python ignores the current directory and finds our packages."""
     paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
-    # Installed packages are found anyway; if they came first, their neighbours would hide Python's own modules.
+    # Installed packages are found anyway. If site-packages came first, other packages would hide Python's own modules.
     if Path(sysconfig.get_path("purelib")) != ROOT:
         paths = [str(ROOT), *(path for path in paths if Path(path) != ROOT)]
     return {**environment, "PYTHONSAFEPATH": "1", **({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})}
@@ -38,7 +38,9 @@ def search_here_last() -> None:
 
 
 def load_named(path: str, setting: str) -> Any:
-    """Loads the function that `path` names, from a module on Python's path or in the current directory; else SettingsError.
+    """Loads the function that `path` names; SettingsError if that fails.
+
+    The module is on Python's path or in the current directory.
 
     >>> load_named("state.process.user_code:error_line", "model.tower").__name__
     'error_line'

@@ -1,29 +1,29 @@
 """Crosses: single values and pairs of values of a row, hashed to ids in the table of cross weights.
 
-A cross is a value, such as the item or the user's age band, or a pair, such as the user and the category. That this
-user likes that category is then a number of its own, which no product of two embedding rows has to find. The trainer
-and serving compute ids with this one function, so a row has the same ids in both. It uses integers only, so the bits
-are the same on every machine.
+A cross is a value, such as the item or the user's age band, or a pair, such as the user and the category. So the
+preference of one user for one category has its own learned number, and does not depend on the product of two embedding
+rows. The trainer and serving compute ids with the same function, so a row has the same ids in both. It uses integers
+only, so the bits are the same on every machine.
 
 Each cross has two learned numbers, both logits:
 
-- The weight is a term of the sum of all weights of a row. The weights are learned together, so each explains only what
+- The weight is a term of the sum of all weights of a row. The weights are learned jointly, so each explains only what
   the others do not.
-- The marginal logit is by how much the labels of the cross's own rows differ from those of all rows. It ignores what
-  else those rows have in common. It is known after few rows, and does not move with what other crosses learn.
+- The marginal logit is the difference between the labels of the cross's own rows and those of all rows. It ignores
+  other properties that those rows share. It is known after few rows, and does not depend on other crosses.
 
 Their errors differ, so a mixture of both is more accurate than either. The crosses' part of a row's engagement logit is
 
     sum over its crosses c of  weight share of c * weight + marginal share of c * marginal logit
 
-The shares are learned too, one pair for each name of a cross.
+The shares are also learned, one pair for each name of a cross.
 
     alone       user, item, category, each context field, each attribute of user and item, each answer
     with user   item, category, each context field, each attribute of the item
     in context  each context field with category and with each attribute of the item
 
-An answer is a banded summary of the user's labels and events so far. Examples are how many of how many impressions were
-positive, or that this event is the third of a session. A missing value (id 0) removes the crosses that it is part of.
+An answer is a banded summary of the user's labels and events so far. Examples are the number of positive impressions
+among all impressions, or that this event is the third of a session. A missing value (id 0) removes its crosses.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ F32 = NDArray[np.float32]
 ANSWERS = ("share", "share by weight", "positive of labelled", "labelled", "pause", "pause before", "session", "days")
 """Names of the answers, the banded summaries of a user's history.
 
-share                 positive of labelled, decayed, in sixteenths, shrunk towards a half when there are few
+share                 decayed share of positive among labelled, in sixteenths, shrunk towards a half when there are few
 share by weight       the same in eighths, for each half octave of labelled
-positive of labelled  both counts in the longest window
-labelled              the second of these counts
+positive of labelled  counts of positive and of labelled events in the longest window
+labelled              the count of labelled events in the longest window
 pause                 octaves since the last event
-pause before          octaves between the last two
+pause before          octaves between the last two events
 session               events of the session so far
 days                  days with an event
 """
@@ -63,7 +63,7 @@ WIDTH = 2
 """Learned numbers of a cross: weight and marginal logit."""
 
 FIRST_SHARES = (0.5, 0.0)
-"""Initial shares of weight and marginal logit. Half of the sum of weights is about right next to the other terms."""
+"""Initial shares of weight and marginal logit. With the other terms, about half of the sum of weights is right."""
 
 
 class Values(NamedTuple):
@@ -90,7 +90,7 @@ class Values(NamedTuple):
 
 @compiled
 def _band(count: int) -> int:
-    """The band of a count: counts below 16 as they are, then four bands an octave."""
+    """The band of a count: counts below 16 unchanged, then four bands per octave."""
     shift = 0
     while (count >> shift) >= 16:
         shift += 1
@@ -99,7 +99,7 @@ def _band(count: int) -> int:
 
 @compiled
 def _half_octave(weight: int) -> int:
-    """The band of a weight: two bands an octave."""
+    """The band of a weight: two bands per octave."""
     shift = 0
     while (weight >> shift) >= 4:
         shift += 1

@@ -1,15 +1,17 @@
 """Corrects the model's interests by decayed counts: a log-linear model over categories, learned online.
 
-`NEXT_CATEGORY` has lists of the categories that were clicked next (`state/ranking/item_lists.py`; a list's items are
-categories), by the user's newest category, by the user's newest item, and in `EVERYTHING` over all clicks. The candidates
-are those of the model, with logits s(c). With share(k, c), the decayed clicks of c in list k per click of that list:
+The table `NEXT_CATEGORY` lists the categories that were clicked next, in the format of `state/ranking/item_lists.py`.
+It has lists by the user's newest category, by the user's newest item, and in `EVERYTHING` over all clicks. The
+candidates are those of the model, with logits s(c). share(k, c) is the decayed clicks of c in list k, divided by all
+decayed clicks of that list:
 
     features   f(c) = [ s(c) | log(1 + 1000 share(k, c)) for each source k and each of `LIVES_READ` half-lives | OWN ]
     logit      s'(c) = sum over features a and columns p of w[a, p] * f_a(c) * phi_p
     phi        1 | the user's last event is 30 minutes old | 2, 4 of the latest 5 events have the newest category
 
-OWN is 0 for categories that are none of the user's. The first w gives s' = s. The trainer learns w by softmax regression
-(`trainer/engine/interest_counts.py`), and serving answers with the softmax of s'. Both use the kernels of this module.
+OWN is 0 for categories that are not among the user's own. The initial w gives s' = s. The trainer learns w by softmax
+regression (`trainer/engine/interest_counts.py`), and serving answers with the softmax of s'. Both use `gather` and
+`score`.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ WEIGHTS = "interests.weights"
 """The tensor of w in a version, `[FEATURES, COLUMNS]` float64."""
 
 READ = SOURCES - 1
-"""Lists that are read for a user beside those over all clicks: of the newest category, of the newest item."""
+"""Number of lists that are read for a user besides those over all clicks: of the newest category and the newest item."""
 
 MASKED = np.float32(-1e9)
 """The logit of a slot without a candidate."""

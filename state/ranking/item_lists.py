@@ -1,18 +1,19 @@
 """Lists of items with decayed click counts, by key: what is clicked now, what follows an item, what a user clicked.
 
-A list holds at most a fixed number of items. Each item has its age, the time since it was listed, and one count per half-life
-of `HALF_LIVES_S`, decayed to the list's time. The trainer keeps three tables of such lists, and versions contain them as rows (`trainer/engine/item_ranking.py`):
+A list holds at most a fixed number of items. Each item has an age, the time since it was listed. It has one count per
+half-life of `HALF_LIVES_S`, decayed to the list's time. The trainer keeps three tables of such lists, and versions
+contain them as rows (`trainer/engine/item_ranking.py`):
 
     clicked    by category, by context value, and in `EVERYTHING` over all clicks: the items clicked
     followed   by item: the items that its users clicked next
     visited    by user: the user's own items, the newest first
 
-The lists of one more table hold categories in place of items (`trainer/engine/interest_counts.py`):
+A fourth table lists categories instead of items (`trainer/engine/interest_counts.py`):
 
     next_category    by category, by item, and in `EVERYTHING` over all clicks: the categories clicked next
 
-A version stores a list of E items as a row of float32. Ids have three parts of 21 bits, like transitions; the time is in
-seconds, in two parts:
+A version stores a list of E items as a row of float32. Ids are split into three parts of 21 bits, as in transitions.
+The time is in seconds, split into two parts:
 
     bits 42.. of the ids x E | bits 21..41 x E | bits 0..20 x E | counts x E x H | ages x E | totals x H | known x H | time x 2
 """
@@ -48,12 +49,12 @@ ENTRIES = {CLICKED: 64, FOLLOWED: 16, VISITED: 32, NEXT_CATEGORY: 16}
 
 LISTS_OF_EVERYTHING = 8
 EVERYTHING = np.arange(1, 1 + LISTS_OF_EVERYTHING, dtype=np.uint64)
-"""The keys of the lists over all clicks. An item belongs to one of them, by a hash, so that together they hold eight times
-as many items as the list of a category."""
+"""The keys of the lists over all clicks. A hash assigns each item to one of them, so that together they hold eight
+times as many items as the list of a category."""
 
 _LEAST_BY = 1
-"""The half-life whose count decides which entry of a full list is replaced. With the longest one, lists of news kept items
-that nobody clicks any more: of the next clicks on news, 65 of 100 were among the candidates instead of 81."""
+"""The half-life whose count decides which entry of a full list is replaced. With the longest half-life, lists of news
+kept items that were no longer clicked: of 100 next clicks on news, 65 were among the candidates instead of 81."""
 
 _PART = np.uint64((1 << 21) - 1)
 _TIME_PART = 1 << 20
@@ -62,13 +63,13 @@ _UNIT = 1.0 / (1 << 53)
 
 @layout("u8[:, ::1], f4[:, :, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], i8[::1]")
 class ItemLists(NamedTuple):
-    """n lists.
+    """The content of n lists.
 
     Attributes:
-        ids: `[n, E]` uint64, the items; 0 behind the list's end.
+        ids: `[n, E]` uint64, the items; 0 after the list's end.
         counts: `[n, E, H]` float32, their decayed clicks.
         ages: `[n, E]` float32, seconds from the click that listed the item to the list's time.
-        totals: `[n, H]` float32, the decayed clicks of all items, those that are not listed too.
+        totals: `[n, H]` float32, the decayed clicks of all items, including those that are not listed.
         known: `[n, H]` float32, the decayed clicks of items that the list contained before the click.
         at_s: `[n]` int64, the log time that the counts are decayed to, in seconds.
     """
@@ -98,12 +99,12 @@ class ItemLists(NamedTuple):
         return int(self.ids.shape[1])
 
     def take(self, rows: NDArray[np.integer]) -> ItemLists:
-        """Copies of some lists."""
+        """Copies the lists at `rows`."""
         return ItemLists(*(part[rows] for part in self))
 
 
 def width(entries: int) -> int:
-    """The width of the row of a list of so many entries."""
+    """The width of the row of a list with `entries` entries."""
     return entries * (4 + LIVES) + 2 * LIVES + 2
 
 
@@ -128,7 +129,7 @@ def _decay(row: int, lists: ItemLists, at_s: int) -> None:
 
 @compiled
 def prefetch_list(row: int, lists: ItemLists) -> None:
-    """Prefetches the beginning of a list that will be counted in soon: lists are read at random."""
+    """Prefetches the beginning of a list that soon counts a click, because lists are accessed at random."""
     prefetch(lists.ids, row)
     prefetch(lists.counts, row)
     prefetch(lists.ages, row)
@@ -141,9 +142,9 @@ def prefetch_list(row: int, lists: ItemLists) -> None:
 def count_click(row: int, item: np.uint64, at_s: int, lists: ItemLists) -> None:
     """Counts a click of an item in a list.
 
-    If the list is full and lacks the item, the entry with the smallest count of the middle half-life is incremented by 1.
-    The item replaces that entry with probability 1 / new count, which keeps that count unbiased (Ting 2018, Unbiased Space
-    Saving); the counts of shorter half-lives are then 1. A hash of the item, the time and the total makes the choice.
+    If the list is full and lacks the item, the entry with the smallest count of the middle half-life is incremented by
+    1. The item replaces that entry with probability 1 / new count, which keeps that count unbiased (Ting 2018, Unbiased
+    Space Saving). The counts of shorter half-lives are then 1. A hash of the item, the time and the total decides.
     """
     _decay(row, lists, at_s)
     ids, counts = lists.ids[row], lists.counts[row]
@@ -203,7 +204,7 @@ def count_visit(row: int, item: np.uint64, at_s: int, lists: ItemLists) -> None:
 
 @compiled("u8[::1], i8[::1], i8, ItemLists")
 def count_visits(items: U64, at_s: I64, row: int, lists: ItemLists) -> None:
-    """Counts a user's clicks in one list, in their order.
+    """Counts a user's clicks in one list, in order.
 
     Args:
         items: `[n]` uint64; 0 is ignored.
@@ -277,7 +278,7 @@ def unpack(rows: F32) -> ItemLists:
 
 
 def from_stored(stored: Sequence[bytes | None], entries: int) -> ItemLists:
-    """Unpacks lists that were read from the row store; a missing row, or one of another width, is an empty list."""
+    """Unpacks lists from rows of the row store; a missing row, or one of another width, becomes an empty list."""
     size = 4 * width(entries)
     rows = b"".join(row if row is not None and len(row) == size else bytes(size) for row in stored)
     return unpack(np.frombuffer(rows, "<f4").reshape(len(stored), -1).copy())

@@ -1,16 +1,17 @@
 """Scores items for a user: a log-linear model over the shares of items in lists, learned online by softmax regression.
 
-The candidates of a user are the items in the lists of `SOURCES` (`state/ranking/item_lists.py`). With share(k, i), the
-decayed clicks of item i in list k per click of that list at half-life h:
+The candidates of a user are the items in the lists of `SOURCES` (`state/ranking/item_lists.py`). share(k, i) is the
+decayed clicks of item i in list k, divided by all decayed clicks of that list, at half-life h:
 
-    features   f(i) = [ log(share(k, i) + 1e-5) + 11.5 for each source and half-life | OWN of the user's own items, else 0
+    features   f(i) = [ log(share(k, i) + 1e-5) + 11.5 for each source and half-life
+                        | OWN of the user's own items, else 0
                         | log(1 + minutes since the item was listed) / 5 ]
     score      s(i) = sum over features a and columns c of w[a, c] * f_a(i) * phi_c
     phi(u)     1 | share of repeats - 0.3 | log(1 + clicks) / 3 | log(1 + clicks after the newest item) / 3
     p(i)       softmax of s over the candidates
 
-A source with several lists, such as the categories of a user's interests, has the sum of their shares, each times its
-weight. The trainer learns w from the items that were clicked, and serving ranks by s. Both use `gather` and `score`.
+A source with several lists, such as the categories of a user's interests, has the sum of their weighted shares. The
+trainer learns w from the clicked items, and serving ranks by s. Both use `gather` and `score`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
 SOURCES = ("everything", "category", "interests", "context", "newest", "second", "own")
-"""The sources of candidates: all clicks, the user's newest category, the likeliest categories, the values of context, the
+"""The sources of candidates: all clicks, the user's newest category, the likeliest categories, the context values, the
 user's newest item and the one before it, and the user's own items."""
 
 EVERYTHING_AT, CATEGORY_AT, INTERESTS_AT, CONTEXT_AT, NEWEST_AT, SECOND_AT, OWN_AT = range(len(SOURCES))
@@ -49,7 +50,7 @@ INTERESTS = 8
 """The likeliest categories, whose lists are read."""
 
 MOST = 2048
-"""The most candidates of a user."""
+"""The maximum number of candidates of a user."""
 
 WEIGHTS = "recommend.weights"
 """The tensor of w in a version, `[FEATURES, COLUMNS]` float64."""
@@ -75,7 +76,7 @@ class Workspace(NamedTuple):
     """Candidates of one user, and their features; reused for each user.
 
     Attributes:
-        items: `[MOST]` uint64, the candidates; the first ones of the lists' order.
+        items: `[MOST]` uint64, the candidates, in the order of the lists.
         slots: `[2 MOST]` int32, an open-addressing index of the candidates: 1 + index, 0 for none.
         taken: `[MOST]` int32, the slots in use.
         shares: `[MOST, SHARES]` float32.
@@ -126,7 +127,7 @@ class Reads(NamedTuple):
 
 @compiled
 def _find(item: np.uint64, count: int, work: Workspace) -> int:
-    """The index of a candidate, which is added if it is new; -1 if there is no room."""
+    """The index of a candidate, which is added if it is new; -1 if there is no space."""
     mask = np.uint64(work.slots.shape[0] - 1)
     slot = mix(item) & mask
     while work.slots[slot] != 0:
@@ -149,7 +150,7 @@ def _find(item: np.uint64, count: int, work: Workspace) -> int:
 def _add(
     lists: ItemLists, row: int, source: int, weight: float, totals: F32, at_s: int, count: int, work: Workspace
 ) -> int:
-    """Adds the items of a list; returns the number of candidates. totals: `[H]`, the clicks that shares are of."""
+    """Adds the items of a list; returns the number of candidates. `totals`, `[H]`, are the list's clicks."""
     elapsed_s = max(0, at_s - lists.at_s[row])
     scale = np.empty(LIVES, np.float32)
     for h in range(LIVES):
@@ -201,7 +202,7 @@ def gather(
         after: `[2]` int32, the lists of `followed` of the newest item and of the one before it; 0 for none.
         user: The list of `visited`; 0 for none.
         at_s: The time, in seconds.
-        phi: `[COLUMNS]` float32, is set.
+        phi: `[COLUMNS]` float32, written by this function.
         work: Its candidates are replaced; call `clear` with their number afterwards.
     """
     count = 0
@@ -232,7 +233,7 @@ def gather(
         totals[:] = 0.0
         _total(visited, user, at_s, totals)
         count = _add(visited, user, OWN_AT, 1.0, totals, at_s, count, work)
-        # The list's own time: both are decayed alike.
+        # At the list's own time, because counts and totals decay alike.
         clicks, repeats = visited.totals[user, LIVES - 1], visited.known[user, LIVES - 1]
         gap_s = max(0, at_s - visited.at_s[user])
     repeat_share, length = (repeats + 0.2) / (clicks + 1.0), np.log(1.0 + clicks) / 3.0
@@ -280,11 +281,11 @@ def clear(count: int, work: Workspace) -> None:
 
 @compiled("u8, i8, f4[::1], f8, f8[:, ::1], f8[:, ::1], Workspace")
 def learn(item: np.uint64, count: int, phi: F32, rate: float, weights: F64, squares: F64, work: Workspace) -> bool:
-    """One step of softmax regression towards the clicked item, with Adagrad; False if the item is no candidate.
+    """One step of softmax regression towards the clicked item, with Adagrad; False if the item is not a candidate.
 
     Args:
         item: The clicked item.
-        count: Candidates, whose scores are known.
+        count: Number of candidates; their scores are already computed.
         phi: `[COLUMNS]` float32.
         rate: The learning rate.
         weights: `[FEATURES, COLUMNS]` float64, changed in place.
@@ -318,7 +319,7 @@ def likeliest(logits: F32, ids: U64) -> tuple[U64, F32]:
     """The likeliest categories of n users, with their probabilities.
 
     Args:
-        logits: `[n, c]` float32, of the candidate categories; far below all others where there is none.
+        logits: `[n, c]` float32, of the candidate categories; far below all others in a slot without a candidate.
         ids: `[n, c]` uint64, the candidates.
 
     Returns:

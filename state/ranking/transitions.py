@@ -1,18 +1,18 @@
 """Transitions: which categories came next after a category, over all users, as features and candidates.
 
 Each category has a list of the FOLLOWERS categories that most often came next, with counts. The category itself may be
-in it. The trainer and serving read a list with `succession`: for each category of the user and each popular one, it
-returns how often it came next after the user's newest category. The SUCCESSORS most frequent followers that are neither
-become candidates of their own. It uses integers only, so the bits are the same on every machine.
+in it. The trainer and serving read a list with `succession`. For each category of the user and each popular one, it
+returns how often that category came next after the user's newest category. The SUCCESSORS most frequent followers that
+are neither become additional candidates. It uses integers only, so the bits are the same on every machine.
 
 In versions and in serving's row store, a list is a row of the table `transition`, float32 like the rows of every table.
 All values are whole numbers below 2^24, and an id takes three of them:
 
     count x FOLLOWERS | bits 42.. of the id x FOLLOWERS | bits 21..41 | bits 0..20
 
-Slots behind a list's end hold zeros. Their signs carry no information, but they exist: a new row holds numbers between
--1 and 1 times 0, like an embedding that is initialised with zero. Digests and `verify` compare bits, so the trainer
-keeps the signs next to its lists.
+Slots after a list's end hold zeros, which may be negative: a new row holds numbers between -1 and 1 times 0, like an
+embedding that is initialised with zero. The signs carry no information. But digests and `verify` compare bits, so the
+trainer keeps the signs together with its lists.
 """
 
 from __future__ import annotations

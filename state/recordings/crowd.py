@@ -1,9 +1,10 @@
 """Finds the newest time of a recording, ignoring a few stray rows far after all the others. Pure.
 
-A replay at full speed shifts the newest time to now, and `events.max_age_s` decides which rows are then too old. One row
-with a wrong clock, weeks after the rest, would make all others too old. So the newest time is the one with the lowest
-cost: `STRAY_COST` for each row after it, called a stray, plus one for each row that is too old. Strays are excluded only
-if that at least halves the cost. Times are counted by the hour, so a recording may be larger than memory.
+A replay at full speed shifts the newest time to now, and `events.max_age_s` decides which rows are then too old. One
+row with a wrong clock, weeks after the rest, would make all others too old. So the newest time is the one with the
+lowest cost. The cost is `STRAY_COST` for each row after it, called a stray, plus one for each row that is too old.
+Strays are excluded only if that at least halves the cost. Times are counted by the hour, so a recording may be larger
+than memory.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from state.recordings.rows import I64, NO_TIME
 
 HOUR_MS = 3_600_000
 STRAY_COST = 25
-SMALL = 4  # with fewer than 100 rows a stray costs a quarter of them, so that one of ten can be excluded
+SMALL = 4  # with fewer than 100 rows, a stray costs a quarter of them, so that one row of ten can be excluded
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class RecordedTimes:
         old = until[np.searchsorted(newest, newest - max_age_ms)]
         strays = total - until[1:]
         cost = strays * min(STRAY_COST, total / SMALL) + old
-        # Of several hours with the lowest cost, the latest.
+        # Selects the latest of several hours with the lowest cost.
         best = len(hours) - 1 - int(np.argmin(cost[::-1]))
         if not cost[best] <= cost[-1] / 2 or not strays[best]:
             return Crowd(int(newest[-1]), latest_ms=int(newest[-1]))

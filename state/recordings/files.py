@@ -1,12 +1,11 @@
-"""Finds files of clicks, detects their format, reads their rows as columns in chunks; and the options that name them.
+"""Finds files of clicks, detects their format and reads their rows as columns in chunks; defines their options.
 
     CSV         .csv .tsv .txt
     JSON lines  .json .jsonl .ndjson
     Parquet     .parquet .pq
 
-CSV and JSON lines may be compressed (.gz .zst .bz2 .lz4). Only the columns
-that `[events]` names are read, so an outcome that nobody mapped cannot become
-a feature.
+CSV and JSON lines may be compressed (.gz .zst .bz2 .lz4). Only the columns that `[events]` names are read, so an
+outcome that is not mapped cannot become a feature.
 """
 
 from __future__ import annotations
@@ -179,7 +178,7 @@ def _records(lines: Iterator[tuple[int, bytes]], delimiter: str, width: int) -> 
             cells = _split(text, delimiter)
         else:
             # A quoted field may continue in the next lines. If no quote ends it, or the result is not a row, the quote
-            # is a stray one and only its line is broken.
+            # is stray and only its line is broken.
             held = [found]
             while len(held) < LONGEST_RECORD_LINES and (more := waiting.popleft() if waiting else next(lines, None)):
                 held.append(more)
@@ -197,7 +196,7 @@ def _records(lines: Iterator[tuple[int, bytes]], delimiter: str, width: int) -> 
 def json_rows(
     stream: BinaryIO, where: str, wanted: Sequence[str], chunk_rows: int = CHUNK_ROWS
 ) -> Iterator[RecordedRows]:
-    """Reads JSON lines: one object a line.
+    """Reads JSON lines: one object per line.
 
     Args:
         stream: The bytes.
@@ -390,7 +389,7 @@ class Recording:
 
 
 def _opened(path: Path) -> BinaryIO:
-    """Opens a file decompressed. Unlike the gzip and zstandard readers, it refuses a truncated file and reads all frames."""
+    """Opens a file decompressed; unlike gzip and zstandard readers, it refuses truncated files and reads all frames."""
     return cast(BinaryIO, io.BufferedReader(pa.input_stream(str(path), compression="detect"), BUFFER_BYTES))
 
 
@@ -471,7 +470,7 @@ def refuse_beyond_memory(recording: Recording, available: int) -> None:
 
 
 def add_file_arguments(parser: argparse.ArgumentParser, about: str) -> None:
-    """Adds `FILE...` and the options for reading the files; `about` tells in the help what the command does with the rows."""
+    """Adds `FILE...` and the options for reading the files; `about` is the command's use of the rows, for the help."""
     parser.add_argument(
         "files", nargs="*", metavar="FILE", help="files or globs: CSV, JSON lines or Parquet; .gz, .zst"
     )
@@ -498,7 +497,7 @@ def add_file_arguments(parser: argparse.ArgumentParser, about: str) -> None:
 
 
 def add_format_arguments(parser: argparse._ActionsContainer, of: str = "") -> None:
-    """Adds the options for the format of the files; `of` tells in the help which files `--columns` applies to."""
+    """Adds the options for the format of the files; `of` describes, for the help, the files of `--columns`."""
     parser.add_argument(
         "--format", choices=FORMATS, default="", help="format of all files (default: from the name of each file)"
     )

@@ -1,8 +1,8 @@
 """Encodes rows of a recording as records of the topic: JSON objects with the field names of `[events]`. Pure.
 
-The time of a row is added when it is sent, since a replay shifts it. Rows that cannot be clicks are not dropped: a row
-with wrong fields is sent with them, and a row that cannot be split into fields is sent as its text. The stream's parser
-turns each into a dead letter.
+The time of a row is added when it is sent, because a replay shifts it. Rows that cannot be clicks are not dropped. A
+row with invalid fields is sent unchanged, and a row that cannot be split into fields is sent as its text. The stream's
+parser turns each into a dead letter.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ class Encoder:
     Args:
         events: The section `[events]`.
         constants: Field -> the value that every row has.
-        latest_ms: A later time counts as none, because a recording is of the past.
+        latest_ms: A later time counts as missing, because a recording is of the past.
     """
 
     def __init__(self, events: Events, constants: Mapping[str, str], latest_ms: int) -> None:
@@ -224,7 +224,7 @@ class Encoder:
         return EncodedRows(keys, bodies, at_ms, np.full(count, file, np.int64), rows.lines)
 
     def values(self, encoded: EncodedRows, at_ms: I64) -> list[bytes]:
-        """Completes the values with the times to send; a body without a time is returned as it is."""
+        """Completes the values with the times to send; returns a body without a time unchanged."""
         endings = _times_as(np.where(encoded.at_ms == NO_TIME, 1 << 41, at_ms), self._events.time_unit)
         has_time = (encoded.at_ms != NO_TIME).tolist()
         key = self._time_key

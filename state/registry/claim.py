@@ -1,13 +1,13 @@
 """A trainer's claim on a registry's directory: a lock with a lease, and a staging folder that fences the former holder.
 
-A trainer publishes only files that it wrote to its own staging folder, `tmp/claim-*`: a rename or a hard link from there
-makes each of them visible. A process that takes the claim first moves the staging folders of all others away. From then
-on the file system refuses every publication of a former holder, even one that is between its last check and the rename.
+A trainer publishes only files that it wrote to its own staging folder, `tmp/claim-*`. A rename or a hard link from that
+folder makes each file visible. A process that takes the claim first moves the staging folders of all others away. From
+then on the file system refuses every publication of a former holder, even between its last check and the rename.
 
-1. The lock is free if its holder has ended, however it ended. The kernel releases it at once.
-2. A holder that is frozen keeps the lock, but renews it no longer. After `LEASE_S` without a renewal, another trainer
-   takes the lock over. The clocks of two hosts are never compared.
-3. Commands such as `springtide upgrade` hold the lock without a lease. Nothing takes it from them.
+1. The lock is free once its holder has ended, for whatever reason. The kernel releases it at once.
+2. A frozen holder keeps the lock, but does not renew it. After `LEASE_S` without a renewal, another trainer takes the
+   lock over. The clocks of two hosts are never compared.
+3. Commands such as `springtide upgrade` hold the lock without a lease, so it cannot be taken over.
 
 The file system must be one on which a rename is atomic for all hosts, such as a local disk, NFS or CephFS.
 """
@@ -35,16 +35,16 @@ LEASE_S = 10.0
 """Time without a renewal after which a standby takes over."""
 RENEW_S, POLL_S = 2.0, 0.25
 STANDBY_S = 10.0
-"""Age of a standby's file from which the standby no longer counts."""
+"""A standby whose file is older than this no longer counts."""
 _CLAIM, _STANDBY = "claim-", "standby-"
 _LEASE = "lease"
 logger = logging.getLogger(__name__)
 
 
 class Silence:
-    """Measures for how long something that another process renews has not changed.
+    """Measures how long a value that another process renews has not changed.
 
-    A poll that comes late counts as `MOST_S` at most: this process may have been frozen together with the other one.
+    A late poll counts as `MOST_S` at most, because this process may have been frozen together with the other one.
 
     Args:
         elapsed: Monotonic seconds.
@@ -58,7 +58,7 @@ class Silence:
         self._polled_s = self._silent_s = 0.0
 
     def poll(self, seen: object) -> float:
-        """The seconds for which `seen` has been the same."""
+        """How long `seen` has been unchanged, in seconds."""
         now_s = self._elapsed()
         self._silent_s += min(now_s - self._polled_s, self.MOST_S)
         if seen != self._seen:
@@ -76,7 +76,7 @@ class Claim:
 
     Attributes:
         staging: The folder from which this trainer publishes; it exists while the claim is held.
-        held: Whether `take` succeeded; whether the claim was lost since is another question, see `check`.
+        held: Whether `take` succeeded; `check` detects whether the claim was lost since.
         took_over: Whether the claim was taken from a process that may still run.
         ask_store: Checks the claim in the object store of a shared registry (LockHeld, UnusableRegistry); None if the
             registry is not shared.
@@ -94,12 +94,12 @@ class Claim:
     def take(self) -> None:
         """Takes the claim if it is free or its lease has expired.
 
-        1. Other claims are excluded for a moment.
-        2. The staging folders of all former holders are moved away: they publish nothing from here on.
+        1. Other processes are temporarily excluded from claiming.
+        2. The staging folders of all former holders are moved away, so that these can no longer publish.
         3. The lock is taken over if its holder is silent.
 
         Raises:
-            LockHeld: Another process has it.
+            LockHeld: Another process holds the claim.
             UnusableRegistry: The disk refused.
         """
         # 1.
@@ -136,11 +136,11 @@ class Claim:
             )
 
     def confirm(self) -> None:
-        """Checks the claim before a publication. If this process was frozen, it asks the object store too.
+        """Checks the claim before a publication. If this process was frozen, it also checks with the object store.
 
         Raises:
             LockHeld: Another trainer took it over.
-            UnusableRegistry: The object store must be asked and cannot be reached.
+            UnusableRegistry: The object store is needed and cannot be reached.
         """
         self.check()
         self._tick()
@@ -150,7 +150,7 @@ class Claim:
             self._slept = False
 
     def release(self) -> None:
-        """Releases the claim; another trainer takes it at once."""
+        """Releases the claim, so that another trainer can take it at once."""
         self._stop.set()
         if self.held:
             self._renewing.join()
@@ -169,7 +169,7 @@ class Claim:
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.glob(f"{_CLAIM}*"):
             grave = folder / f"fenced-{os.urandom(4).hex()}~{durable.owner_mark()}"
-            # Its holder may be releasing it.
+            # The lock's holder may be releasing it.
             with suppress(FileNotFoundError):
                 path.rename(grave)
             shutil.rmtree(grave, ignore_errors=True)
@@ -215,7 +215,7 @@ def claiming(path: Path, stopping: threading.Event, on_wait: Callable[[str], Non
         try:
             yield claim
         except (RegistryError, OSError):
-            # The file system may have refused it because the claim was lost.
+            # The file system may have refused a publication because the claim was lost.
             claim.check()
             raise
     finally:
@@ -225,13 +225,13 @@ def claiming(path: Path, stopping: threading.Event, on_wait: Callable[[str], Non
 
 
 class StandbyFile:
-    """A file under `tmp/` with which a standby shows that it waits; `springtide status` lists them."""
+    """A file under `tmp/` with which a standby announces itself; `springtide status` lists these files."""
 
     def __init__(self, path: Path) -> None:
         self._file = path / layout.TEMPORARY / f"{_STANDBY}{os.urandom(4).hex()}~{durable.owner_mark()}"
 
     def renew(self) -> None:
-        """Shows that the standby runs."""
+        """Renews the file, to show that the standby is running."""
         with suppress(OSError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._file.touch()
@@ -242,9 +242,9 @@ class StandbyFile:
 
 
 def trainer_of(path: Path) -> str:
-    """The process that holds the claim of a registry's directory, in words; empty if none does.
+    """Describes the process that holds the claim of a registry's directory; empty if there is none.
 
-    In a copy of a shared registry that is the standby of this host.
+    In a copy of a shared registry, it is the standby of this host.
     """
     if not is_held(path, layout.TRAINER_LOCK):
         return ""

@@ -22,10 +22,10 @@ from state.features.masked_users import MaskedUsers
 from state.registry.log_line import WHOLE, LogLine, from_json, to_json
 
 FORMAT, EXTENDED = 1, 2
-"""FORMAT holds what 0.1.0 knew. EXTENDED holds what a release that reads only format 1 would get wrong."""
+"""FORMAT is the format of 0.1.0. EXTENDED has content that a release that reads only format 1 would misinterpret."""
 
 MOST_RELEASED = 32
-"""How many released updates, the newest, are remembered. They are not held again when the log is read again."""
+"""Number of newest released updates that are remembered, so that they are not held again when the log is reread."""
 LABEL_FORM, MOST_LABELS = re.compile(r"[a-z][a-z0-9_-]{0,31}"), 16
 RESTORE = "restore"
 
@@ -113,7 +113,8 @@ class MaskEntry(msgspec.Struct, frozen=True, omit_defaults=True):
         times: (from, to) of event time in milliseconds, or None.
         users: Pseudonyms; empty for a mask of offsets or times.
         lifted: The generation that lifted it; 0 while it is in force.
-        excluded: Whether the training log has none of its events, because an exact rollback rewrote the log under it.
+        excluded: Whether the training log contains none of its events, because an exact rollback rewrote the log under
+            this mask.
     """
 
     id: int
@@ -190,17 +191,17 @@ class Control(msgspec.Struct, frozen=True, dict=True, omit_defaults=True):
     Attributes:
         generation: Its number; the newest generation is in force.
         created_at_ms: Wall clock time of the decision.
-        actor: Who decided.
-        reason: Why, in the actor's words.
-        action: The kind of decision: start, pin, follow, rollback, unmask, erase, hold, release, pause, resume, recover,
-            upgrade, restore, label, or accept.
+        actor: The person or process that made the decision.
+        reason: The actor's reason.
+        action: The kind of decision: start, pin, follow, rollback, unmask, erase, hold, release, pause, resume,
+            recover, upgrade, restore, label, or accept.
         epoch: Number of the trainer's epoch; a rollback begins a new one. Versions of another epoch are refused.
         base: The version that the epoch starts from; None if it starts from scratch.
         serving: The version that serving uses.
-        masks: Masks in force: what training and windows leave out, by number.
+        masks: Masks in force, by number; training and windows leave out their events.
         lifted: Masks that were lifted since the epoch began.
         mask_generation: Generation of the last change of `masks` or `erased`.
-        last_mask: The last number given to a mask.
+        last_mask: The last number that was assigned to a mask.
         mode: `exact` if the rollback that began the epoch rolled the stream back too.
         log: The branch of the training log: the records that count.
         upgraded: Whether the epoch began with an upgrade, so that its versions have another model than its base.
@@ -247,8 +248,8 @@ class Control(msgspec.Struct, frozen=True, dict=True, omit_defaults=True):
     def mask_at(self, generation: int) -> Mask:
         """The mask that training applies to a record that the stream wrote under the mask of `generation`.
 
-        A mask that was lifted since the epoch began still applies to records written before that. So the offset at which it
-        ends does not depend on when the trainer polled control.
+        A mask that was lifted since the epoch began still applies to records written before it was lifted. So the
+        offset at which it ends does not depend on when the trainer polled control.
         """
         kept = tuple(mask for mask in self.lifted if mask.lifted > generation)
         if not kept:
@@ -333,7 +334,7 @@ def _file_of(users: MaskedUsers) -> dict[str, Any]:
 
 
 class Decision(TypedDict):
-    """Who decided a transition, why, and when by the wall clock: keyword arguments of all transitions."""
+    """The keyword arguments of all transitions: the actor, the reason, and the wall clock time of the decision."""
 
     actor: str
     reason: str
@@ -374,17 +375,17 @@ def roll_back(
 ) -> Control:
     """Rolls the whole system back: serving is pinned to version `to`, and a new epoch trains from it.
 
-    Masks in force stay in force, so that a second rollback does not bring poisoned events back. If the epoch already
-    started from `to`, with nothing new to mask and no mask lifted, only the pin may change: the trainer does not repeat its
-    work. An exact rollback rewrites the log under all masks, so `to` must be from before all masked events.
+    Masks in force stay in force, so that a second rollback does not restore poisoned events. If the epoch already
+    started from `to`, with nothing new to mask and no mask lifted, only the pin may change: the trainer does not repeat
+    its work. An exact rollback rewrites the log under all masks, so `to` must be older than all masked events.
 
     Args:
         control: The control to start from.
         to: The version to roll back to.
-        mask: What to leave out from now on, in addition to the masks in force.
+        mask: The events to leave out from now on, in addition to the masks in force.
         log: The log branch that starts at `to`, for an exact rollback; None for a fast one, which stays on its branch.
         then_follow: Whether serving follows again once the trainer has caught up.
-        **decision: Who decided, why and when.
+        **decision: See `Decision`.
 
     >>> first = start(actor="trainer", reason="first start", now_ms=0)
     >>> back = roll_back(first, 40, Mask.NONE, actor="ann", reason="poison", now_ms=9)
@@ -430,17 +431,17 @@ def recover(control: Control, to: int, **decision: Unpack[Decision]) -> Control:
 
 
 def take_over(control: Control, **decision: Unpack[Decision]) -> Control:
-    """Records that a standby trainer took over. A former trainer that still runs cannot create this generation any more."""
+    """Records that a standby trainer took over; a former trainer that still runs cannot create this generation then."""
     return following(control, "take over", **decision)
 
 
 def unmask(control: Control, numbers: Collection[int], **decision: Unpack[Decision]) -> Control:
     """Lifts masks. Returns the same control if all were lifted already.
 
-    Events that were left out meanwhile are not learned by this. Only an exact rollback brings them back.
+    This does not learn events that were left out meanwhile; only an exact rollback restores them.
 
     Raises:
-        UnfitMask: One of the numbers was never given.
+        UnfitMask: One of the numbers was never assigned.
     """
     unknown = [number for number in numbers if not 1 <= number <= control.last_mask]
     if unknown:
@@ -500,7 +501,7 @@ def release(
 ) -> Control:
     """Lets training continue with the held update, and remembers it as good. No change if nothing is held.
 
-    Serving follows again if it did before and nobody chose another version meanwhile.
+    Serving follows again if it followed before and no operator chose another version meanwhile.
     """
     held = control.held
     if held is None:
@@ -513,7 +514,9 @@ def release(
 
 
 def label(control: Control, name: str, version: int | None, **decision: Unpack[Decision]) -> Control:
-    """Gives a label to a version, or removes the label if `version` is None. Returns the same control if nothing changes.
+    """Assigns a label to a version, or removes the label if `version` is None.
+
+    Returns the same control if nothing changes.
 
     Raises:
         UnfitVersion: The label is malformed, or there would be too many.
@@ -552,15 +555,15 @@ def named(control: Control) -> frozenset[int]:
 def erase(
     control: Control, users: MaskedUsers, until: Iterable[tuple[int, int, int]], **decision: Unpack[Decision]
 ) -> Control:
-    """Erases users: their clicks before `until`, and everything that is stored about them.
+    """Erases users: their clicks before `until`, and all data that is stored about them.
 
-    Erasing the same users again erases what they have clicked since.
+    Erasing the same users again erases their clicks since the last erasure.
 
     Args:
         control: The control to start from.
         users: Their pseudonyms.
         until: (topic word, partition, next offset) of each source of clicks.
-        **decision: Who decided, why and when.
+        **decision: See `Decision`.
 
     >>> first = start(actor="trainer", reason="first start", now_ms=0)
     >>> gone = erase(first, MaskedUsers.of([7]), [(42, 0, 100)], actor="ann", reason="asked to", now_ms=9)

@@ -1,7 +1,7 @@
 """Reads and appends the control generations of a registry; each one is a file that only one process can create.
 
 Control refers to files of users by digest: masks, and erasures, each of which names its predecessor. In a shared
-registry they are pushed before a generation refers to them, and other hosts fetch them when a generation does.
+registry, these files are pushed before a generation refers to them. Other hosts fetch them with that generation.
 Outcomes of rollbacks are files next to control, one for each epoch and part, each written once.
 """
 
@@ -33,9 +33,9 @@ MOST_BYTES = 100_000
 Part = Literal["planned", "answered", "learned"]
 """Part of an outcome.
 
-planned   what the command counted
-answered  what the command saw once serving had switched
-learned   what the trainer saw once it had caught up
+planned   the counts of the command
+answered  the command's observations once serving had switched
+learned   the trainer's observations once it had caught up
 """
 
 _log = logging.getLogger(__name__)
@@ -54,7 +54,9 @@ class Controls:
         self._erased: dict[str, Erased] = {"": Erased.NOBODY}
 
     def control(self) -> Control | None:
-        """The newest generation; None before the first. The first call lists all generations, later ones check one file name.
+        """The newest generation; None before the first.
+
+        The first call lists all generations; later calls check one file name.
 
         Raises:
             CorruptVersion: The file fails its digest.
@@ -153,14 +155,15 @@ class Controls:
     def propose(self, control: Control) -> Control:
         """Makes `control` the newest generation, durably.
 
-        1. The users of its masks and its erasures, each in a file of their own.
-        2. The generation, in a temporary file.
-        3. If the registry is shared, its file in the object store, which only one process can create. It counts from then on.
-        4. A hard link by its number, which only one process can make; the directory is synced. It counts from here on at the
-           latest.
+        1. Write the users of its masks and its erasures, each to a separate file.
+        2. Write the generation to a temporary file.
+        3. If the registry is shared, create its file in the object store, which only one process can do. The generation
+           is then in force.
+        4. Create a hard link with its number, which only one process can do, and sync the directory. The generation is
+           in force at the latest from here on.
 
-        A crash before 3 leaves control as it was. After a later crash it counts here once it is fetched. Proposing the newest
-        generation again, as after a crash, changes nothing.
+        A crash before 3 leaves control unchanged. After a later crash, the generation is in force on this host once it
+        is fetched. Proposing the newest generation again, as after a crash, changes nothing.
 
         Raises:
             ControlConflict: Its generation exists and differs, or does not follow the newest one.
@@ -206,25 +209,28 @@ class Controls:
         return control
 
     def _create_shared(self, generation: int, data: bytes) -> bool:
-        """Creates the file of a generation in the object store. If another process created it, fetches it and returns False."""
+        """Creates the file of a generation in the object store; True on success, or if the registry is not shared.
+
+        If another process created the file, it fetches that generation and returns False.
+        """
         if (store := self._directory.shared) is None:
             return True
         name = f"{layout.CONTROL}/{self._path_of(generation).name}"
         if self._directory.claim is not None and self._directory.claim.ask_store is not None:
-            # After the newest generation was read: a takeover creates one.
+            # The check follows the read of the newest generation, because a takeover creates a generation.
             self._directory.claim.ask_store()
         with sharing():
-            # If the reply was lost, the file there is our own.
+            # If the response was lost, the file in the object store is our own.
             if store.create(name, data) or (theirs := store.read(name)) == data:
                 return True
         self.receive(generation, theirs)
         return False
 
     def receive(self, generation: int, data: bytes) -> None:
-        """Stores a generation from the object store here, durably; the files of its users first.
+        """Stores a generation from the object store on this host, durably; the files of its users first.
 
         Raises:
-            CorruptVersion: It fails its digest, or a file of users is missing there.
+            CorruptVersion: It fails its digest, or a file of users is missing in the object store.
             UnusableRegistry: The disk refused, or the object store cannot be reached.
         """
         path = self._path_of(generation)
@@ -338,7 +344,7 @@ class Controls:
 
 
 class ControlPoll:
-    """Polls control for a process that keeps running without it; the registry may not exist. Use it from one thread only."""
+    """Polls control for a process that keeps running without it; the registry may not exist. Not thread-safe."""
 
     def __init__(self, registry: Path) -> None:
         self._path = registry

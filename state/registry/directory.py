@@ -1,8 +1,8 @@
-"""The registry's directory, and the object store with which a shared registry keeps it in step.
+"""The registry's directory, and the object store with which a shared registry synchronises it.
 
-The store has the file names of a registry directory. Each host has a directory of its own. The trainer's is the origin:
-what it publishes is durable there first, and is pushed to the store in the background. All others are copies: they
-fetch names of versions at once, and files when they are read.
+The store has the file names of a registry directory. Each host has its own directory. The trainer's directory is the
+origin: versions are durable there first, and are pushed to the store in the background. All other directories are
+copies: they fetch names of versions at once, and files when they are read.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ BINDING = "shared.json"
 
 
 class Binding(msgspec.Struct, frozen=True):
-    """Where a registry's directory is shared, as stored in the directory.
+    """The object store in which a registry's directory is shared, as stored in the directory.
 
     Attributes:
         url: URL of the object store.
-        claim: The claim number under which the trainer here owns the versions; 0 for a copy.
+        claim: The claim number under which this host's trainer owns the versions; 0 for a copy.
     """
 
     url: str
@@ -40,7 +40,7 @@ class Binding(msgspec.Struct, frozen=True):
 
     @property
     def is_copy(self) -> bool:
-        """Whether another host's trainer creates the versions, or none does yet."""
+        """Whether another host's trainer creates the versions, or no trainer does yet."""
         return self.claim == 0
 
 
@@ -74,7 +74,7 @@ class Directory:
         self._store: FileStore | None = None
 
     def ensure(self, *folders: str) -> None:
-        """Creates folders. Failures are ignored: a reader may do without, and the first use reports the error."""
+        """Creates folders. Failures are ignored: a reader may not need them, and the first use reports the error."""
         with suppress(OSError):
             for name in (*folders, layout.TEMPORARY):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ class Directory:
 
     @contextmanager
     def staged(self, name: str) -> Iterator[Path]:
-        """A new folder under `tmp/`, for content that one rename will make visible; what is left of it is removed."""
+        """A new folder under `tmp/`, for content that one rename makes visible; the rest of it is removed."""
         folder = self.temporary(name)
         try:
             folder.mkdir()
@@ -121,7 +121,7 @@ class Directory:
 
     @property
     def binding(self) -> Binding | None:
-        """Where the registry is shared, and whether this directory is a copy; None if it is not shared."""
+        """The binding of this directory to an object store; None if the registry is not shared."""
         return bound(self.path)
 
     @property
@@ -161,12 +161,12 @@ class Directory:
         return None
 
     def content(self, path: Path, sha256: str) -> bytes:
-        """Reads an immutable file that is known by its digest; fetches and keeps it if it is missing here.
+        """Reads an immutable file that is named by its digest; fetches and keeps it if it is missing on this host.
 
-        A copy also fetches a file that is damaged here.
+        A copy also fetches a file whose local bytes are damaged.
 
         Raises:
-            FileNotFoundError: It exists neither here nor in the object store, or its folder was removed.
+            FileNotFoundError: It exists neither locally nor in the object store, or its folder was removed.
             ValueError: It fails its digest.
             UnusableRegistry: It cannot be read, or the object store cannot be reached.
         """

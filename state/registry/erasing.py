@@ -1,4 +1,4 @@
-"""How far each process has applied erasures to its own copies of user data, as it reports in the registry."""
+"""Reports in the registry of how far each process has applied erasures to its own copies of user data."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@
 | `outcomes/` (shared registry: never) | neither a kept version nor control is of its epoch |
 | `tmp/` | its writer is dead, or on another machine |
 
-The newest program or spec stays because the trainer may be about to use it. Control and `masks/` are never deleted.
+The newest program or spec is kept because the trainer may be about to use it. Control and `masks/` are never deleted.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def collect(registry: Registry, keep_ms: int, now_ms: int, in_use: Collection[st
     with usable("delete unused files"):
         gone = [*_garbage(registry, keep_ms, now_ms, frozenset(in_use)), *_left_by_writers(registry, now_ms)]
         for path in gone:
-            # One rename, as for versions, so that a crash leaves no half-deleted folder.
+            # Uses one rename, as for versions, so that a crash leaves no half-deleted folder.
             grave = registry.directory.temporary(f"garbage-{path.name.partition('~')[0]}")
             path.rename(grave)
             shutil.rmtree(grave) if grave.is_dir() else grave.unlink()

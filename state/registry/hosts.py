@@ -1,4 +1,6 @@
-"""The routing table of serving: which hosts hold which shares of users, from the entries that hosts renew in the registry.
+"""The routing table of serving: which hosts hold which shares of users.
+
+It is built from the entries that hosts renew in the registry:
 
     hosts/<name>.json   the entry of one host, renewed by its workers while they are ready
     hosts/fetched       the entries of other hosts, as JSON; the copier of a shared registry writes it
@@ -50,7 +52,7 @@ class HostEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class RoutingTable:
-    """The live hosts, and by share those that hold it."""
+    """The live hosts, and the hosts that hold each share."""
 
     hosts: tuple[HostEntry, ...] = ()
     holders: Sequence[tuple[HostEntry, ...]] = ((),) * SHARES
@@ -109,7 +111,7 @@ def entries(registry: Path) -> list[HostEntry]:
 
 
 def all_entries(registry: Registry) -> list[HostEntry]:
-    """The entries of all hosts, also in the object store of a shared registry.
+    """The entries of all hosts, including those in the object store of a shared registry.
 
     Raises:
         UnusableRegistry: The object store cannot be reached.

@@ -1,8 +1,8 @@
 """Branches of the training log: which records count, and where to read next when a segment ends. Pure.
 
 An exact rollback rewinds the stream, which then writes its clicks again at the log's end, in a new epoch of the log.
-Records written since the version rolled back to no longer count. A branch is a sequence of segments (`BranchSegment`), each
-with an epoch, which its records name, and each behind the previous one.
+Records after the version that was rolled back to no longer count. A branch is a sequence of segments (`BranchSegment`).
+Each segment has an epoch, which its records name, and follows the previous segment in the log.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ WHOLE: LogLine = (BranchSegment(FIRST_EPOCH, 0),)
 
 
 class _Parting(NamedTuple):
-    """The offset at which two branches diverge, and per source the offset of the clicks up to which both have them."""
+    """The offset at which two branches diverge, and per source the offset up to which both contain the clicks."""
 
     offset: int
     sources: tuple[tuple[Source, int], ...]
@@ -72,7 +72,7 @@ def epoch_at(line: LogLine, offset: int) -> int:
 
 
 def has(line: LogLine, epoch: int, offset: int) -> bool:
-    """Whether a reader whose last records were of `epoch`, up to before `offset`, has read only records of the branch.
+    """Whether a reader at `offset`, whose last records were of `epoch`, has read only records of the branch.
 
     >>> line = turned(WHOLE, 1, 40, 60, ())
     >>> [has(line, 1, 40), has(line, 1, 41), has(line, 1, 70), has(line, 2, 60)]
@@ -91,7 +91,7 @@ def turned(line: LogLine, epoch: int, offset: int, end: int, sources: Sequence[t
         line: The branch to start from; it has the branch point.
         epoch: Epoch of the log at the branch point.
         offset: Offset of the branch point.
-        end: Where the log ends now, or before.
+        end: The end offset of the log, or an earlier offset.
         sources: Per source the offset of the clicks at the branch point.
 
     >>> twice = turned(turned(WHOLE, 1, 40, 60, ()), 1, 30, 90, ())

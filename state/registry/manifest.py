@@ -1,6 +1,6 @@
 """Manifests: the description of a version, and the versions that it descends from.
 
-A manifest has everything that a restart, a rollback or serving must know without reading the weights.
+A manifest contains all facts that a restart, a rollback or serving needs without reading the weights.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ Kind = Literal["base", "delta", "merged", "recent"]
 """How a version is stored.
 
 base    its full state
-delta   what changed since the durable version before it
-merged  several deltas in one: what changed since an older version
-recent  what changed since the version before it, durable or recent; kept for a few seconds
+delta   the changes since the preceding durable version
+merged  several deltas in one: the changes since an older version
+recent  the changes since the preceding version, durable or recent; kept for a few seconds
 """
 Visible = tuple[tuple[int, int], ...]
 
@@ -79,11 +79,12 @@ class Draft:
         salt: Fingerprint of the users' salt.
         mask_generation: Generation of the mask it was trained under.
         metrics: Progressive metrics at this point.
-        environment: What the bits depend on: TensorFlow, NumPy, device, instruction set, threads.
+        environment: The software and hardware on which the bits depend: TensorFlow, NumPy, device, instruction set,
+            threads.
         erased: The last erasure of control whose users' rows it no longer has; see `state/features/erased.py`.
         erasures: The newest erasures that its epoch applied, each with the offset of the training log where it did.
         verdict: The guard's verdict: `pass`, or empty without a check. Only a version that passed is published.
-        guard: Rule of the guard -> how close it was to a hold, which is 1; only rules that deviated at all.
+        guard: Rule of the guard -> how close it was to a hold, which is 1; only rules with a deviation.
     """
 
     kind: Kind
@@ -127,7 +128,7 @@ class Manifest(Draft):
 
     @property
     def durable(self) -> bool:
-        """Whether a rollback to it is possible. Others exist for seconds, and can be trained again from the log."""
+        """Whether a rollback to it is possible. Other versions exist for seconds, and the log can reproduce them."""
         return self.kind != "recent"
 
     @property

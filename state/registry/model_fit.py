@@ -1,17 +1,17 @@
-"""Whether the version that training continues from fits the settings; and upgrades, with which other settings continue.
+"""Checks that the version from which training continues fits the settings; defines upgrades to other settings.
 
-The version's manifest names the settings that it was trained with, and the headers of its files have the shapes of its
-weights. Neither needs TensorFlow. An upgrade that an operator requested passes all checks.
+The version's manifest names the settings that it was trained with. The headers of its files have the shapes of its
+weights. Reading them does not need TensorFlow. An upgrade that an operator requested passes all checks.
 
 The generation that begins the epoch of an upgrade has this plan:
 
     spec        digest of the feature spec that training continues with
     was         digest of the feature spec of the base version; none if training starts from scratch
     model       the settings of `SETTINGS` that training continues with, by name, as text
-    carried     what is carried over from the version; `trainer.versions.carrying` defines how
-    anew        what starts from scratch, in words
+    carried     the parts that are carried over from the version; `trainer.versions.carrying` defines how
+    anew        the parts that start from scratch, in words
 
-Until the epoch has a version of its own, the trainer may carry its base over.
+Until the epoch has its own version, the trainer may carry its base over.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def version_to_go_on_from(registry: Registry) -> Manifest | None:
-    """The newest version of control's epoch, else the epoch's base; None if it cannot be read."""
+    """The newest version of control's epoch, or else the epoch's base; None if it cannot be read."""
     try:
         control = registry.control()
         if control is None:
@@ -74,9 +74,9 @@ def require_same_salt(registry: Registry, salt: Salt) -> None:
 
 
 def require_same_model(settings: Settings, features_only: bool = False) -> None:
-    """Refuses settings that contradict those of the current version, as far as the settings alone show.
+    """Refuses settings that contradict those of the current version, as far as the settings alone can show.
 
-    Does nothing if nothing was trained yet or the registry cannot be read; other code reports that.
+    Does nothing if there is no version yet or the registry cannot be read; other code reports that.
 
     Args:
         settings: All settings.
@@ -112,7 +112,7 @@ def _decisive(own: Model, differing: Collection[str]) -> list[str]:
 
 
 def _asked_otherwise(registry: Registry, version: Manifest, model: Model) -> bool:
-    """Whether an option differs that the version's preprocessing asked for; its graph contains the options."""
+    """Whether an option differs that the version's preprocessing read; its graph contains the options."""
     before = dict(option.split("=", 1) for option in ast.literal_eval(version.environment.get("model.options", "()")))
     for name in registry.specs.names():
         about = registry.specs.spec(name) if name.partition(".")[0] == version.spec else {}
@@ -183,10 +183,10 @@ def require_fit(
 
 
 def _shapes_of(registry: Registry, version: Manifest) -> Shapes | None:
-    """The shapes of the tensors that a version gives to serving; None if they cannot be read."""
+    """The shapes of the tensors of a version that serving uses; None if they cannot be read."""
     try:
         return tensor_files.shapes_in(registry.path_of(version, SERVING))
-    # The code that loads the version reports what is wrong with it.
+    # The code that loads the version reports its defects.
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -289,11 +289,11 @@ def upgrade(
     Args:
         control: The control to start from.
         base: The version to continue from; None to train from scratch.
-        plan: What is carried over to which settings; see the module.
-        actor: Who decided.
-        reason: Why.
+        plan: The plan in the format that the module describes.
+        actor: The person or process that made the decision.
+        reason: The actor's reason.
         now_ms: Wall clock.
-        answers: The version to pin serving to until the trainer has caught up; None to leave serving as it is.
+        answers: The version to pin serving to until the trainer has caught up; None to leave serving unchanged.
     """
     serving = control.serving if answers is None else ServingChoice("pin", answers, then_follow=True)
     return following(
@@ -313,7 +313,7 @@ def upgrade(
 
 
 def pending(registry: Registry, control: Control) -> Control | None:
-    """The generation that began control's epoch, if it is an upgrade without a version so far; otherwise None.
+    """The generation that began control's epoch, if that is an upgrade that has no version yet; otherwise None.
 
     Raises:
         CorruptVersion: A manifest or a generation fails its digest.
@@ -325,7 +325,7 @@ def pending(registry: Registry, control: Control) -> Control | None:
 
 
 def is_accepted(registry: Registry, control: Control, settings: Settings, spec: str) -> bool:
-    """Whether an operator accepted that these settings continue from what others learned.
+    """Whether an operator accepted that these settings continue from a model that was trained with other settings.
 
     Raises:
         CorruptVersion: A manifest or a generation fails its digest.
@@ -337,7 +337,7 @@ def is_accepted(registry: Registry, control: Control, settings: Settings, spec: 
 
 
 def former_specs(beginnings: Iterable[Control]) -> frozenset[str]:
-    """The digests of all feature specs that upgrades went from and to; `beginnings` are the generations that began epochs."""
+    """The digests of feature specs before and after all upgrades; `beginnings` are the first generations of epochs."""
     plans = [began.plan for began in beginnings if began.action == "upgrade" and began.plan is not None]
     return frozenset(str(spec) for plan in plans for spec in (plan.get("spec"), plan.get("was")) if spec)
 

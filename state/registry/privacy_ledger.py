@@ -1,6 +1,6 @@
 """The privacy ledger: which periods were charged, and how much of the log may have been learned.
 
-It is not part of a version: a rollback does not undo a release, so the ledger only grows.
+It is not part of a version. A rollback does not undo a release, so the ledger only grows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FORMAT = 2
 """Version of the format. Format 1 has no format number, no lines and no position of the training log."""
 
 MOST_LINES = 64
-"""Lines that a period remembers; a forgotten one is charged again when it returns."""
+"""Number of lines that a period remembers; a forgotten line is charged again when it returns."""
 
 
 class PrivacyPeriod(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -25,9 +25,9 @@ class PrivacyPeriod(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         epoch: Control's epoch.
-        number: With unit user, log time divided by the length of a period; else 0.
+        number: For unit user, log time divided by the length of a period; else 0.
         updates: Maximum number of updates in which one unit takes part.
-        noise: Standard deviation of the noise over the clipping bound.
+        noise: Standard deviation of the noise divided by the clipping bound.
         lines: The lines that the charge covers, oldest first; see `trainer/privacy/history.py`. Empty in format 1.
     """
 
@@ -49,7 +49,7 @@ class PrivacyLedger(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         spent: Epsilon of all charges together, at `delta`.
         held: Whether training is held, because the next charge exceeds the budget.
         source: Topic id and partition of the training log to which `through` belongs.
-        through: Records before this offset may have been learned; no record from here on was.
+        through: Records before this offset may have been learned; records from this offset on were not.
     """
 
     key: str

@@ -1,17 +1,17 @@
-"""The registry: versions, control generations that say which to use, and the files that versions refer to.
+"""The registry: versions, control generations that select the version in use, and the files that versions refer to.
 
 `state/layout.py` lists its folders. Any number of processes may read. Only the trainer, under its lock, publishes
-versions. Every process that may write the directory may propose control.
+versions. Every process that may write to the directory may propose control.
 
-A version is complete or absent. It is written under `tmp/` and appears with one rename, after a sync if it is durable;
-it is removed with one rename too. Every read checks the digest and never returns data that fails it. A merged delta
-appears before the deltas that it replaces are removed, so a reader that misses a file finds it on its next read. In a
-copy of a shared registry, a version may be an empty folder. Its files are fetched when they are read, and kept.
+A version is complete or absent. It is written under `tmp/` and appears with one rename, after a sync if it is durable.
+One rename removes it. Every read checks the digest and never returns data that fails it. A merged delta appears before
+the deltas that it replaces are removed, so a reader that misses a file finds it on its next read. In a copy of a shared
+registry, a version may be an empty folder. Its files are fetched when they are first read, and then kept.
 
-Versions between two durable ones are recent: they are stored for some seconds, without sync, and removed before the
-kernel writes their pages to disk. Nobody rolls back to one, because the training log reproduces it, bit for bit. A
-durable version is in `recent/` too, as what changed since the version before it. Numbers are never reused, although a
-power failure may destroy `recent/`: after a reboot they continue beyond any number that may have been there.
+Versions between two durable ones are recent. They are stored for some seconds, without sync, and are removed before the
+kernel writes their pages to disk. A rollback to one is not possible; the training log reproduces it, bit for bit.
+`recent/` also contains each durable version, as the changes since the preceding version. Numbers are never reused,
+although a power failure may destroy `recent/`: after a reboot they continue beyond any number that may have been used.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _FOLDERS: dict[Kind, str] = {
     "recent": layout.RECENT,
 }
 _CACHED = 64
-"""Manifests kept in memory, some 33 kB each: the most recently used. Reading one again takes 0.1 ms."""
+"""Number of manifests kept in memory, about 33 kB each: the most recently used. Reading one again takes 0.1 ms."""
 # A directory that changes again within one tick of the file system's clock keeps its modification time.
 _TICK_NS = 100_000_000
 
@@ -64,14 +64,14 @@ _log = logging.getLogger(__name__)
 
 
 class Chain(NamedTuple):
-    """The parts of one version: a full state, and the changes since, oldest first."""
+    """The parts of one version: a full state, and the later changes, oldest first."""
 
     base: Manifest
     deltas: list[Manifest]
 
 
 class _BadPart(CorruptVersion):
-    """A corrupt version, and which of its directories it is."""
+    """A corrupt version, and the corrupt one of its directories."""
 
     def __init__(self, part: Path, version: int, message: str) -> None:
         super().__init__(f"version {version}: {message}", "roll back to another version")
@@ -80,9 +80,9 @@ class _BadPart(CorruptVersion):
 
 
 class Numbers:
-    """The versions in one directory, whose entries are named `<number>` or `<number>-<parent>`; none if it does not exist.
+    """The versions in one directory, whose entries are named `<number>` or `<number>-<parent>`.
 
-    They are listed again only when the directory changed.
+    There are none if the directory does not exist. They are listed again only when the directory has changed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -97,7 +97,7 @@ class Numbers:
         return tuple(self._parents)
 
     def __contains__(self, version: int) -> bool:
-        """Whether a complete version is here."""
+        """Whether the directory has this version, complete."""
         self._refresh()
         return version in self._parents
 
@@ -107,7 +107,7 @@ class Numbers:
         return self._parents.get(version)
 
     def last(self) -> int:
-        """The highest number ever seen here, including damaged versions that were set aside."""
+        """The highest number ever seen in the directory, including damaged versions that were set aside."""
         self._refresh()
         return self._last
 
@@ -141,7 +141,7 @@ class Registry:
 
     Attributes:
         path: The directory.
-        directory: Its files, and the object store where it is shared.
+        directory: Its files, and the object store in which it is shared.
         generations: Control, and outcomes of rollbacks.
         specs: Programs and feature specs.
     """
@@ -176,7 +176,7 @@ class Registry:
     # Numbers and folders
 
     def versions(self) -> list[int]:
-        """The numbers of all durable versions, ascending; not all need be of control's epoch."""
+        """The numbers of all durable versions, ascending, of control's epoch and others."""
         return sorted({*self.deltas(), *self.bases()})
 
     def deltas(self) -> tuple[int, ...]:
@@ -189,7 +189,7 @@ class Registry:
         return self._numbers["base"].good()
 
     def recents(self) -> tuple[int, ...]:
-        """The versions that can be followed but not rolled back to, ascending; some of them are durable too."""
+        """The versions in `recent/`, which can be followed but not rolled back to, ascending; some are also durable."""
         return self._numbers["recent"].good()
 
     def next_number(self) -> int:
@@ -206,7 +206,7 @@ class Registry:
         return self.folder(part.kind, part.version, part.parent)
 
     def _folders(self, version: int, kind: Kind | None) -> list[Path]:
-        """The directories of a version, the best first: a merged delta is read in one piece."""
+        """The directories of a version, the preferred one first: a merged delta needs a single read."""
         folders = []
         parent = self._numbers["merged"].oldest_parent(version)
         if kind in (None, "delta", "merged") and parent is not None:
@@ -245,7 +245,7 @@ class Registry:
         """
         for folder in self._folders(version, kind):
             if cached := self._manifests.pop(folder, None):
-                # Moves it to the end: the least recently used are dropped first.
+                # Moves it to the end, because the least recently used are dropped first.
                 self._manifests[folder] = cached
                 return cached
             try:
@@ -298,7 +298,7 @@ class Registry:
             raise _BadPart(folder, part.version, str(error)) from None
 
     def path_of(self, version: Manifest, name: str) -> Path:
-        """The path of a version's file, fetched if it is missing here. The file may still be damaged or missing."""
+        """The path of a version's file, which is fetched if it is missing. It may still be damaged or missing."""
         path = self.folder_of(version) / name
         if not path.exists() and name in version.files:
             with suppress(FileNotFoundError, ValueError):
@@ -347,7 +347,7 @@ class Registry:
         return None if newest is None else self.manifest(newest)
 
     def chain(self, version: int) -> Chain:
-        """The newest base that the durable `version` descends from (or is), and the deltas since.
+        """The newest base that the durable `version` descends from (or is), and the deltas after it.
 
         Raises:
             UnknownVersion: One of them is not kept.
@@ -378,7 +378,7 @@ class Registry:
         self._manifests[folder] = part
 
     def _rewritten(self, part: Manifest) -> Manifest | None:
-        """The manifest of a part to which `replace` gave other files meanwhile; None if it is unchanged."""
+        """The new manifest of a part whose files `replace` has changed meanwhile; None if they are unchanged."""
         folder = self.folder_of(part)
         self._manifests.pop(folder, None)
         self.refresh(folder)
@@ -425,14 +425,14 @@ class Registry:
         """Reads the manifest in a version's folder, and fetches it if it is missing here.
 
         Raises:
-            FileNotFoundError: It exists neither here nor in the object store.
+            FileNotFoundError: It exists neither locally nor in the object store.
             UnusableRegistry: It cannot be read, or the object store cannot be reached.
         """
         path = folder / MANIFEST
         try:
             return file_bytes(path)
         except FileNotFoundError:
-            # In the folders of durable versions, what is missing may be in the object store.
+            # Files that are missing in the folders of durable versions may be in the object store.
             if folder.parent.name not in DURABLE or not folder.is_dir():
                 raise
             data = self.directory.fetch(path)
@@ -451,7 +451,7 @@ class Registry:
         Args:
             draft: The author's part of the manifest; its kind says whether the version is recent.
             files: Its files by name.
-            recent: The manifest of the same version in `recent/`, if it is there already.
+            recent: The manifest of the same version in `recent/`, if that exists.
 
         Raises:
             LockHeld: The trainer's claim was lost; nothing was added.
@@ -480,7 +480,7 @@ class Registry:
         return base
 
     def add_merged(self, parts: Sequence[Manifest], files: Mapping[str, bytes]) -> Manifest:
-        """Stores `parts`, consecutive deltas, merged into one delta of the last one."""
+        """Stores `parts`, which are consecutive deltas, merged into one delta of the last version."""
         first, last = parts[0], parts[-1]
         merged = replace(
             last,
@@ -494,14 +494,14 @@ class Registry:
         return merged
 
     def add(self, part: Manifest, files: Mapping[str, bytes], last_check: Callable[[], None] = lambda: None) -> bool:
-        """Adds a version, complete when this returns, and durable unless it is recent. False if the number is taken.
+        """Adds a version, complete when this returns, and durable unless it is recent; False if the number is taken.
 
         1. Files and manifest are written under `tmp/`; those of a durable version are synced.
         2. `last_check` may still refuse by raising an exception.
         3. One rename makes the version visible; the directory of a durable version is synced.
 
         Raises:
-            UnusableRegistry: The disk refused; nothing of the version is left.
+            UnusableRegistry: The disk refused; the version was not added.
         """
         final = self.folder_of(part)
         # 1.
@@ -527,7 +527,7 @@ class Registry:
 
     @contextmanager
     def _staged(self, part: Manifest, files: Mapping[str, bytes]) -> Iterator[Path]:
-        """A folder under `tmp/` with a version's files, synced if it is durable; what is left of it is removed."""
+        """A folder under `tmp/` with a version's files, synced if it is durable; removed at the end if it exists."""
         write: Callable[[Path, bytes], object] = durable.write if part.durable else Path.write_bytes
         with self.directory.staged(f"{part.kind}-{part.version}") as temporary:
             for name, data in files.items():
@@ -550,10 +550,10 @@ class Registry:
             raise WrongEpoch(f"a version of epoch {epoch} was refused: {now}")
 
     def replace(self, part: Manifest, files: Mapping[str, bytes]) -> None:
-        """Replaces the files of a stored durable part; after a crash either the old or the new files are there.
+        """Replaces the files of a stored durable part; after a crash it has either the old or the new files.
 
         1. Files and manifest are written under `tmp/` and synced.
-        2. Both directories exchange names; the directory is synced. The old files are removed.
+        2. Both directories exchange names, and the directory is synced. The old files are removed.
 
         Raises:
             UnusableRegistry: The disk refused; the old files are unchanged.
@@ -571,10 +571,10 @@ class Registry:
     # Removing
 
     def newest_good(self, epoch: int) -> int | None:
-        """The newest version of `epoch` with an intact chain: every file passes its check. None if there is none.
+        """The newest version of `epoch` with an intact chain, in which every file passes its check; None if none has.
 
-        A corrupt version is set aside and the reason is logged, and so is a version that needs one that is gone. So nothing
-        loads them, and no fallback goes unnoticed. Only the process with the trainer's lock calls it.
+        A corrupt version, or one that needs a missing version, is set aside, and the reason is logged. So no process
+        loads it, and no fallback goes unnoticed. Only the process with the trainer's lock calls this.
         """
         doubted: object = None
         while True:
@@ -592,7 +592,7 @@ class Registry:
             except UnknownVersion as error:
                 if version is None:
                     raise
-                # A compactor may have replaced what was being read, so try again first.
+                # A compactor may have replaced the files during the read, so this tries again first.
                 if doubted != (version, kept):
                     doubted = (version, kept)
                     continue
@@ -613,11 +613,11 @@ class Registry:
         return aside
 
     def remove(self, kind: Kind, version: int, parent: int | None = None) -> None:
-        """Deletes a version of the given `kind` (a merged one with `parent`) for good, with one rename."""
+        """Deletes a version of the given `kind` (a merged one with `parent`) permanently, with one rename."""
         self._remove(self.folder(kind, version, parent))
 
     def remove_delta(self, version: int) -> None:
-        """Deletes a version's delta for good, merged or not."""
+        """Deletes a version's delta permanently, merged or not."""
         for folder in self._delta_folders(version):
             self._remove(folder)
 
@@ -631,10 +631,13 @@ class Registry:
         self.directory.remove_folder(folder)
 
     def sweep_recent(self, boot: str | None = None) -> int:
-        """Removes everything in `recent/`; returns how many versions that were. The process with the trainer's lock calls it.
+        """Removes everything in `recent/`; returns the number of removed versions.
 
-        1. The highest number that may have been used stays taken.
-        2. The boot id of the machine (`boot`, by default the kernel's), under which numbers are taken from here on, is stored.
+        Only the process with the trainer's lock calls this.
+
+        1. The highest number that may have been used is reserved.
+        2. The boot id of the machine (`boot`, by default the kernel's) is stored; from here on numbers are taken under
+           it.
         3. The versions are removed.
 
         Raises:
@@ -643,7 +646,7 @@ class Registry:
         boot = boot_id() if boot is None else boot
         mark = self.path / layout.RECENT_BOOT
         with usable("be swept"):
-            # 1. The machine may have lost names in `recent/` when it was restarted.
+            # 1. The machine may have lost names in `recent/` when it restarted.
             before = mark.read_text() if mark.exists() else boot
             keeper = self.reserve_numbers(self.next_number() - 1 + (0 if before == boot else MOST_BETWEEN))
             left = [path for path in keeper.parent.iterdir() if path != keeper]
@@ -653,7 +656,7 @@ class Registry:
                 self.directory.replace(mark, boot.encode())
             # 3.
             for path in left:
-                # A trainer that lost its claim removes nothing: its staging folder is gone.
+                # A trainer that lost its claim removes nothing, because its staging folder is gone.
                 grave = self.directory.temporary(path.name)
                 path.rename(grave)
                 shutil.rmtree(grave) if grave.is_dir() else grave.unlink()
@@ -661,7 +664,7 @@ class Registry:
         return sum(path.name.isdecimal() for path in left)
 
     def reserve_numbers(self, last: int) -> Path:
-        """Makes all numbers up to `last` count as used, durably, by a file in `recent/` with that name; returns its path.
+        """Durably marks all numbers up to `last` as used, by a file in `recent/` with that name; returns its path.
 
         Raises:
             OSError: The disk refused.

@@ -1,4 +1,4 @@
-"""JSON documents with a digest of their own: the format of manifests, control and the small files. Pure."""
+"""JSON documents that contain their own digest: the format of manifests, control and small files. Pure."""
 
 from __future__ import annotations
 

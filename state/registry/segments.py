@@ -25,11 +25,11 @@ class LogSegment:
     Attributes:
         first: Its first offset.
         next: The offset after its last record.
-        mask_at: The mask at each generation: the rows left out.
-        line: The branch: the records that count.
+        mask_at: The mask at each generation, which defines the rows to leave out.
+        line: The branch, which defines the records that count.
         epoch: Epoch of control.
         forget: Users whose rows are removed before its first record.
-        erased: The last erasure in force in it.
+        erased: The last erasure in force in the segment.
     """
 
     first: int
@@ -42,10 +42,10 @@ class LogSegment:
 
 
 def base_of(registry: Registry, target: Manifest, wanted: int | None) -> Manifest | None:
-    """The version to start from: `wanted`, else the nearest base below `target`; None to start from scratch.
+    """The version to start from: `wanted`, or else the nearest base below `target`; None to start from scratch.
 
     Raises:
-        UnknownVersion: There is none, it is not kept, or `target` does not descend from it.
+        UnknownVersion: There is no such version, it is not kept, or `target` does not descend from it.
     """
     if wanted is not None:
         if wanted > target.version or not sees(target.visible, wanted):
@@ -68,9 +68,10 @@ def base_of(registry: Registry, target: Manifest, wanted: int | None) -> Manifes
 def segments_to_end(
     registry: Registry, control: Control, base: Manifest, newest: Manifest, end: int
 ) -> list[LogSegment]:
-    """The segments from `base` along the branch of `newest`, and on to offset `end` of the log under `control`.
+    """The segments from `base` along the branch of `newest`, continued to offset `end` of the log under `control`.
 
-    `newest` is the newest version of control's epoch, or the version that the epoch begins from. It descends from `base`.
+    `newest` is the newest version of control's epoch, or the version from which the epoch begins. It descends from
+    `base`.
 
     Raises:
         UnknownVersion: A version that an epoch began from is no longer kept.
@@ -88,7 +89,7 @@ def segments_of(
     Raises:
         UnknownVersion: A version that an epoch began from is no longer kept.
     """
-    # The last control of an epoch knows which of its masks were lifted, and when.
+    # The last control of an epoch records which of its masks were lifted, and when.
     last = {control.epoch: control for control in controls}
     found: list[LogSegment] = []
     end = target

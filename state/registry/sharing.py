@@ -1,7 +1,7 @@
-"""Runs what keeps a shared registry in step (`state/registry/sync.py`) next to the process that needs it.
+"""Runs the synchronisation of a shared registry (`state/registry/sync.py`) in threads of the process that needs it.
 
-One process of each host copies and the others stand by; the trainer also pushes. `own` is how a trainer comes to own
-the versions of a shared registry. What it does depends on the local directory and on the object store:
+One process of each host copies and the others stand by; the trainer also pushes. With `own`, a trainer becomes the
+owner of the versions of a shared registry. The result depends on the local directory and on the object store:
 
     local directory          object store         result
     empty, or a copy         anything             claimed once the last claim ends; the store's content is fetched, numbers begin far beyond it
@@ -44,12 +44,12 @@ from state.registry.registry import DURABLE, MOST_BETWEEN, Registry
 from state.registry.sync import Copier, DurableSender, RecentSender
 
 EXCLUSIVE = "exclusive"
-"""The file with which a store is tested for exclusive creation."""
+"""The file that tests whether a store supports exclusive creation."""
 RETRY_S, JOIN_S, STAND_BY_S = 1.0, 3.0, 1.0
 SEND_S, COPY_S = 0.3, 0.25  # between packs that the trainer sends, and between polls of a host
 NOTE_MS = 1000
 LAST_S, POLL_S = 10.0, 0.1
-"""How long an ending trainer continues to send, and how often it is checked whether a copier has begun."""
+"""How long a stopping trainer continues to send, and the interval of checks whether a copier has begun."""
 _log = logging.getLogger(__name__)
 
 
@@ -100,12 +100,12 @@ def _has_own_control(path: Path) -> bool:
 
 
 class Owned(NamedTuple):
-    """A shared registry whose versions the trainer here owns.
+    """A shared registry whose versions this host's trainer owns.
 
     Attributes:
         store: The object store.
         claim: The number of the claim.
-        took_over: Whether another trainer had the versions before.
+        took_over: Whether another trainer owned the versions before.
     """
 
     store: FileStore
@@ -120,23 +120,23 @@ def own(
     wait: Callable[[FileStore], int] = lambda store: sync.newest_claim(store),
     took_over: bool = False,
 ) -> Owned:
-    """Makes the directory the origin of the shared registry, or finds that it is.
+    """Makes the directory the origin of the shared registry, unless it is the origin already.
 
-    1. The local content is pushed if the directory was not shared before: masks, then control.
-    2. The versions are claimed, once no other trainer has them. The catalogue refuses the former trainer from here on.
+    1. If the directory was not shared before, its content is pushed: masks, then control.
+    2. The versions are claimed, once no other trainer owns them. The catalogue refuses the former trainer from here on.
     3. The store's content is fetched: control, the names of versions, programs, small files.
     4. Numbers that the preceding trainer may have used are skipped.
     5. The directory is bound as the origin. The caller holds the trainer's claim on the directory.
 
     Args:
         path: The registry's directory.
-        url: Of the object store.
+        url: The URL of the object store.
         now_ms: Wall clock.
         wait: Waits until no other trainer owns the versions; returns the number of the newest claim.
         took_over: Whether the directory was taken over from a process that may still run and send under its claim.
 
     Raises:
-        SettingsError: The directory is of another registry.
+        SettingsError: The directory belongs to another registry.
         RegistryError: The store cannot be reached, or the disk refused.
     """
     with sharing():
@@ -194,7 +194,7 @@ def own(
 
 
 def _become_copy(path: Path, url: str, store: FileStore) -> None:
-    """Makes an origin whose claim was lost a copy. Its versions that the store lacks are removed first."""
+    """Turns an origin whose claim was lost into a copy; versions that the store lacks are removed first."""
     registry = Registry(path)
     with sharing():
         catalog = sync.read_catalog(lambda: store.read(sync.CATALOG))
@@ -202,7 +202,7 @@ def _become_copy(path: Path, url: str, store: FileStore) -> None:
     unsent = [one for one in here if one.relative_to(path).as_posix() not in catalog.folders]
     for folder in (*unsent, *(registry.folder("recent", number) for number in registry.recents())):
         registry.directory.remove_folder(folder)
-    # All names are compared with the store's again.
+    # All names are then compared with the store's again.
     (path / layout.SHARED_CATALOG).unlink(missing_ok=True)
     _write_binding(path, Binding(url))
     _log.warning("another trainer claimed the registry at %s: this host has a copy from here on", store.name)
@@ -259,15 +259,15 @@ def owning(
 ) -> Iterator[Ownership]:
     """Owns the versions of a shared registry while the block runs, and sends them; does nothing if it is not shared.
 
-    Waits for the store at the start, until `stopping`: a trainer must know that no other one trains. While another one
-    owns the versions, it waits as a standby and keeps this directory in step.
+    It first waits for the store, until `stopping`, because a trainer must know that no other trainer is active. While
+    another trainer owns the versions, it waits as a standby and keeps this directory synchronised.
 
     Args:
         settings: All settings.
-        collected: Where metrics are registered.
-        stopping: Ends the wait: SystemExit.
+        collected: The registry for metrics.
+        stopping: Ends the wait with SystemExit.
         on_directory: The held claim on the directory.
-        on_wait: Called with the present owner, in words, if this process waits as a standby.
+        on_wait: Called with a description of the current owner if this process waits as a standby.
         now_ms: Wall clock.
 
     Raises:
@@ -348,7 +348,7 @@ def _require_newest(store: FileStore, claim: int) -> None:
 
 
 def _send_the_rest(recent: RecentSender, versions: DurableSender) -> None:
-    """Sends the last versions of a trainer that stops cleanly; those that fail are sent at its next start."""
+    """Sends the last versions of a trainer that stops cleanly; versions that fail are sent at its next start."""
     until_s = time.monotonic() + LAST_S
     try:
         recent.send()
@@ -363,7 +363,7 @@ def _send_the_rest(recent: RecentSender, versions: DurableSender) -> None:
 
 @contextmanager
 def copying(settings: Settings, collected: CollectorRegistry, first: threading.Event | None = None) -> Iterator[None]:
-    """Keeps this host's directory in step while the block runs; does nothing if the registry is not shared.
+    """Keeps this host's directory synchronised while the block runs; does nothing if the registry is not shared.
 
     With `first`, the block begins after the first poll of the store by a process of this host, or when `first` is set.
 
@@ -399,7 +399,7 @@ def visit(settings: Settings) -> None:
 
 
 def reached_ms(registry: Path) -> int:
-    """When a process of this host last reached the store of the shared registry, in milliseconds since 1970; 0 for never."""
+    """When a process of this host last reached the shared registry's store, in milliseconds since 1970; 0 for never."""
     try:
         return (registry / layout.SHARED_LOOKED).stat().st_mtime_ns // 1_000_000
     except FileNotFoundError:
@@ -407,9 +407,9 @@ def reached_ms(registry: Path) -> int:
 
 
 class _HostCopier:
-    """The copier of one host; one of its processes runs it and the others stand by.
+    """The copier of one host; one of the host's processes runs it and the others stand by.
 
-    `polled` is set once this process has polled the store, or another one of the host does so.
+    `polled` is set once this process has polled the store, or another process of the host does so.
     """
 
     def __init__(self, settings: Settings, metrics: SharedMetrics) -> None:
@@ -423,7 +423,7 @@ class _HostCopier:
         self._log_once = SaidOnce(_log.info)
 
     def step(self) -> None:
-        """One round, unless another process of this host has the copier."""
+        """Runs one round, unless another process of this host has the copier."""
         path = self._settings.registry_dir
         if _has_own_control(path):
             self._log_once(f"{path} has versions of its own: its trainer shares them when it starts")
@@ -438,7 +438,7 @@ class _HostCopier:
                 time.sleep(STAND_BY_S)
                 return
             if not self._began:
-                # From here on its age shows how long the store has been unreachable.
+                # From here on, the file's age shows how long the store has been unreachable.
                 self._began = True
                 self._metrics.looked_seconds.set_to_current_time()
             copier = Copier(path, self._store, self._settings.registry.recent_s)
@@ -451,7 +451,7 @@ class _HostCopier:
         self.polled.set()
 
     def step_control(self) -> None:
-        """Fetches control if this process has the copier; in a separate thread, so that versions do not delay a pin."""
+        """Fetches control if this process has the copier; in its own thread, so that versions do not delay a pin."""
         if self._copier is not None:
             self._copier.fetch_control()
 
@@ -460,7 +460,7 @@ class _HostCopier:
         if not 0 <= at_ms - self._noted_ms < NOTE_MS:
             self._noted_ms = at_ms
             path = self._settings.registry_dir / layout.SHARED_LOOKED
-            # On a full disk nothing is recorded, and readiness reports it.
+            # On a full disk nothing is recorded, and the readiness check reports it.
             with suppress(OSError):
                 path.touch()
                 os.utime(path, ns=(at_ms * 1_000_000, at_ms * 1_000_000))
@@ -475,7 +475,8 @@ class _HostCopier:
 class _Repeating(threading.Thread):
     """A thread that repeats one action; errors of the object store, the registry and the disk are logged and retried.
 
-    The action returns True if there is more to do at once. Any other error ends the thread, which keeps it as `failure`.
+    The action returns True if there is more to do at once. Any other error ends the thread, which stores it as
+    `failure`.
     """
 
     def __init__(self, name: str, act: Callable[[], bool | None], pause_s: float, stop: threading.Event) -> None:

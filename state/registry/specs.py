@@ -39,7 +39,7 @@ class Specs:
         path = self._programs / f"{digest}.tflite"
         with usable(f"keep program {digest[:12]}"):
             if path.exists() and path.read_bytes() == program:
-                # It is in use again. Garbage collection goes by its age.
+                # It is in use again, so its age is reset for garbage collection.
                 os.utime(path)
             else:
                 self._directory.replace(path, program)
@@ -67,7 +67,7 @@ class Specs:
     def bootstrapped(self, spec: str, model: Model) -> str | None:
         """The name under which a feature spec was bootstrapped with the preprocessing of `model`; None if it was not.
 
-        The first bootstrap is named by the spec's digest. Those with another preprocessing have a number appended.
+        The first bootstrap is named by the spec's digest. Bootstraps with another preprocessing have a number appended.
 
         Raises:
             CorruptVersion: A file fails its digest.
@@ -86,12 +86,12 @@ class Specs:
         return next(name for name in names if name not in taken)
 
     def add_spec(self, digest: str, document: Mapping[str, Any], fill: Callable[[Path], None]) -> bool:
-        """Stores the result of a bootstrap; False if another process was faster, whose result stays.
+        """Stores the result of a bootstrap; False if another process was faster, whose result is kept.
 
         Args:
             digest: Digest of the feature spec, or `free_name`.
             document: Any JSON values.
-            fill: Writes the directory `transform/` into the folder that it receives.
+            fill: Writes the directory `transform/` into a given folder.
 
         Raises:
             UnusableRegistry: The disk refused.
@@ -153,14 +153,14 @@ class Specs:
 
 
 def fits(about: Mapping[str, Any], model: Model) -> bool:
-    """Whether a bootstrap, whose document is `about`, was done with this preprocessing and with the options that it asked for."""
+    """Whether a bootstrap with document `about` used this preprocessing, with equal values of the options it read."""
     if about.get("preprocessing", model.preprocessing) != model.preprocessing:
         return False
     return all(model.written.get(name, default) == then for name, (then, default) in about.get("asked", {}).items())
 
 
 class SpecActions:
-    """Names of actions by number, by the digest of a feature spec that was ever bootstrapped; cached. `own` is always known."""
+    """Names of actions by number, for every feature spec that was ever bootstrapped; cached. `own` is always known."""
 
     def __init__(self, registry: Path, own: FeatureSpec) -> None:
         self._registry = registry
@@ -168,7 +168,7 @@ class SpecActions:
 
     def of(self, spec: str) -> tuple[str, ...] | None:
         """The names, in the order of their numbers; None for an unknown spec."""
-        # A reader does not create a registry.
+        # A reader must not create a registry.
         if spec not in self._known and (self._registry / layout.SPECS).is_dir():
             with contextlib.suppress(SpecMismatch, RegistryError, KeyError):
                 document = Specs(Directory(self._registry)).spec(spec)

@@ -1,4 +1,4 @@
-"""Keeps the directories of a shared registry in step with its object store: what is pushed, and what is fetched.
+"""Synchronises the directories of a shared registry with its object store: pushes and fetches files.
 
 The store has the same names as a registry directory (`state/registry/registry.py`), and:
 
@@ -6,23 +6,23 @@ The store has the same names as a registry directory (`state/registry/registry.p
     recent/<number>         a pack: several recent versions from that number on, in one file
     trainers/<number>.json  a claim, created exclusively: the trainer with the newest one owns the versions
 
-Each host has one copier; the trainer has the senders. A version is pushed file by file: its files, its manifest, then
-the catalogue. A deletion changes the catalogue first. So everything that the catalogue names is complete, except for a
-moment during a deletion.
+Each host has one copier; the trainer has the senders. A version is pushed in this order: its files, its manifest, then
+the catalogue. A deletion changes the catalogue first. So every version in the catalogue is complete, except briefly
+during a deletion.
 
-A claim has a lease: its trainer renews it, and another trainer claims the versions if it is silent for `LEASE_S`. The
-first one then stops, like a fenced producer of Kafka:
+A claim has a lease, which its trainer renews. If that trainer is silent for `LEASE_S`, another trainer claims the
+versions. The first trainer then stops, like a fenced producer of Kafka:
 
     what           how a trainer without the claim is refused
     versions       the catalogue names its claim and is replaced only if it is unchanged (a conditional request)
     control        a takeover creates a generation; before a trainer creates one, it checks its claim
     recent         the claim is checked before a pack is sent, every `FENCE_S`
 
-So a pack that is on its way while its trainer is frozen may arrive after the takeover. Its versions were published
-before that on the trainer's own host. If a request fails, the version stays here, durable, and is sent once
-the store can be reached again. Training and publishing on this host never wait for it.
+So a pack that is in transit while its trainer is frozen may arrive after the takeover. Its versions were published
+before the takeover on the trainer's own host. If a request fails, the version stays durable on this host, and is sent
+once the store can be reached again. Training and publishing on this host never wait for it.
 
-What the copier of a host fetches:
+The copier of a host fetches:
 
     what           how it is found                                        requests
     control        the file of the next generation                        one per poll
@@ -32,10 +32,10 @@ What the copier of a host fetches:
     erasures       the reports of this host's processes, when changed     one each
     hosts          if serving here is in the routing table: all entries   one, and one for each host, every `RENEW_S`
 
-If no version arrives for `SILENT_S`, the copier reads the catalogue and lists the packs again, because the numbers of
-a killed trainer continue elsewhere. If packs keep coming for `SILENT_S` without an end, the link is too slow for them.
-The copier then takes durable versions only for `REST_S`, and resumes with the pack that continues from the newest one.
-Files of durable versions are fetched when a process reads them. The trainer's own host fetches no versions.
+If no version arrives for `SILENT_S`, the copier reads the catalogue and lists the packs again, because the successor
+of a killed trainer may skip numbers. If the packs have no end for `SILENT_S`, the link is too slow for them. The copier
+then fetches only durable versions for `REST_S`, and resumes with the pack that continues from the newest one. Files of
+durable versions are fetched when a process reads them. The trainer's own host fetches no versions.
 """
 
 from __future__ import annotations
@@ -70,13 +70,13 @@ SMALL = (layout.SPECS, layout.OUTCOMES, layout.BASELINES, layout.GAPS)
 """Folders of small immutable files, each created in the directory of one host first."""
 SMALL_S, SILENT_S, REST_S = 30.0, 5.0, 30.0
 KEPT_PACKS_S = 60.0
-"""How long a pack is kept in the store; the newest one stays until there is another."""
+"""How long a pack is kept in the store; the newest pack is kept until there is a newer one."""
 FENCE_S = 5.0
 MOST_IN_PACK = 64
 MOST_PACK_BYTES = 1 << 32
-"""Size limit of an unpacked pack. One second of the busiest trainer takes some megabytes."""
+"""Size limit of an unpacked pack. One second of the busiest trainer takes several megabytes."""
 AT_ONCE = 16
-"""Generations of control that are fetched in parallel by a host that has none."""
+"""Number of control generations that a host without any fetches in parallel."""
 
 _MARK_DIGITS = 16
 _COMPLETE = ("spec.json", "baseline.json")  # mark a folder as complete, so they are copied last
@@ -138,7 +138,7 @@ def renew(store: FileStore, own: int, now_ms: int, released: bool = False) -> No
 
 
 def fence(store: FileStore, own: int) -> None:
-    """Writes the claim into the catalogue, so that the former trainer cannot replace it any more."""
+    """Writes the claim into the catalogue, so that the former trainer can no longer replace the catalogue."""
     while True:
         catalog, tag = _tagged_catalog(store)
         if store.swap(CATALOG, sealed.encode(structs.replace(catalog, serial=catalog.serial + 1, claim=own)), tag):
@@ -235,7 +235,7 @@ class Pack(msgspec.Struct, frozen=True):
 
 
 def pack_name(first: int) -> str:
-    """The name of the pack that begins with this version. A host that has the previous version knows it."""
+    """The name of the pack that begins with this version; a host that has the preceding version can compute it."""
     return f"{RECENT}/{first:012d}"
 
 
@@ -267,7 +267,7 @@ def decode_pack(data: bytes) -> Pack:
 
 
 class RecentSender:
-    """Pushes recent versions as soon as they exist and the pack before is sent. Use it from one thread only.
+    """Pushes recent versions as soon as they exist and the preceding pack is sent. Not thread-safe.
 
     Args:
         path: The registry's directory; the caller holds the trainer's lock.
@@ -293,10 +293,10 @@ class RecentSender:
         self._old: list[str] | None = None
 
     def send(self) -> int:
-        """Sends the versions that are new since the last call; returns how many.
+        """Sends the versions that are new since the last call; returns their number.
 
         Raises:
-            UnusablePlace: The object store cannot be reached. The next call sends them if they still exist here.
+            UnusablePlace: The object store cannot be reached. The next call sends versions that still exist locally.
             LockHeld: Another trainer owns the versions.
         """
         if self._old is None:
@@ -317,7 +317,7 @@ class RecentSender:
         return len(versions)
 
     def _complete(self, numbers: list[int]) -> Iterator[tuple[int, dict[str, bytes]]]:
-        """The files of recent versions that still exist here; the manifest is the last file of each."""
+        """The files of recent versions that still exist locally; the manifest is the last file of each."""
         for number in numbers:
             folder = self._registry.folder("recent", number)
             try:
@@ -328,7 +328,7 @@ class RecentSender:
             yield number, files | {MANIFEST: manifest.encode(part)}
 
     def _remove_old(self) -> None:
-        """Removes old packs, and those of a previous trainer once there is something newer."""
+        """Removes old packs, and packs of a previous trainer once there is a newer pack."""
         while self._old:
             self._store.remove(self._old[-1])
             self._old.pop()
@@ -338,7 +338,7 @@ class RecentSender:
 
 
 class DurableSender:
-    """Pushes durable versions, and deletes those that were deleted here. Use it from one thread only.
+    """Pushes durable versions to the store, and deletes versions there that were deleted locally. Not thread-safe.
 
     The arguments are those of `RecentSender`.
     """
@@ -359,7 +359,7 @@ class DurableSender:
         return 0 if self._catalog is None else self._catalog.serial
 
     def send(self) -> bool:
-        """Sends the oldest version that the store lacks, or deletes what was deleted here; returns whether it did so.
+        """Sends the oldest version that the store lacks, or deletes versions; returns whether it did either.
 
         Raises:
             UnusablePlace: The object store cannot be reached. Everything that its catalogue names is complete.
@@ -400,7 +400,7 @@ class DurableSender:
         return catalog
 
     def _here(self, known: Mapping[str, str]) -> dict[str, str]:
-        """Folder -> mark of its manifest, for all durable versions here; `known` marks for those not fetched yet."""
+        """Folder -> mark of its manifest, for all local durable versions; from `known` for those not fetched yet."""
         found = {}
         with usable("be listed"):
             for folder in DURABLE:
@@ -432,7 +432,7 @@ class DurableSender:
             # The compactor removed it meanwhile.
             return
         except (ValueError, CorruptVersion):
-            # The code that loads it here sets it aside; it is not sent to anyone.
+            # The version is damaged: the code that loads it locally sets it aside, and it is not sent.
             self._damaged.add((folder, _mark(data)))
             return
         require_newest(self._store, self._claim)
@@ -509,12 +509,12 @@ def _age(folder: str) -> tuple[int, bool]:
 
 
 class Copier:
-    """One host's copier. One thread, and optionally a second one for control.
+    """One host's copier. It is used by one thread, and optionally by a second one for control.
 
     Args:
         path: The registry's directory, which is bound to the store.
-        store: Where the registry is shared.
-        recent_s: How long recent versions stay here; the newest one stays until there is another.
+        store: The object store.
+        recent_s: How long recent versions are kept locally; the newest one is kept until there is a newer one.
         elapsed: Monotonic seconds.
     """
 
@@ -524,7 +524,7 @@ class Copier:
         self._registry, self._store = Registry(path), store
         self._directory = self._registry.directory
         self._directory.shared = store
-        # Of its own, because another thread may use it.
+        # A separate object, because another thread may use it.
         self._controls = Controls(path)
         self._recent_s, self._elapsed = recent_s, elapsed
         self._catalog = read_catalog((path / layout.SHARED_CATALOG).read_bytes)
@@ -543,11 +543,11 @@ class Copier:
         self._began = False
 
     def step(self, control: bool = True) -> None:
-        """One round; `control` is False if another thread fetches control.
+        """Runs one round; `control` is False if another thread fetches control.
 
         Raises:
             UnusableRegistry: The store cannot be reached, or the disk refused.
-            CorruptVersion: A file there is damaged.
+            CorruptVersion: A file in the store is damaged.
         """
         if control:
             self.fetch_control()
@@ -562,11 +562,13 @@ class Copier:
             self._small_s = self._elapsed()
 
     def fetch_control(self) -> None:
-        """Fetches generations in order. A host that just started lists them; others ask for the next. Any one thread.
+        """Fetches generations in order. For one thread, which may be any.
+
+        A host that just started lists the generations; later calls request the next one.
 
         Raises:
             UnusableRegistry: The store cannot be reached, or the disk refused.
-            CorruptVersion: A generation there is damaged.
+            CorruptVersion: A generation in the store is damaged.
         """
         newest = self._controls.control()
         at = newest.generation if newest else 0
@@ -609,16 +611,16 @@ class Copier:
         with sharing():
             firsts = sorted(int(name) for name in self._store.names(RECENT) if name.isdecimal())
         behind = max(self._last_fetched, *(version_of(folder) for folder in self._catalog.folders), 0)
-        # A pack whose successor begins at or before the durable version has nothing new.
+        # A pack whose successor begins at or before the next needed version has nothing new.
         for first, after in zip(firsts, [*firsts[1:], None], strict=False):
             if first > self._last_fetched and first not in self._damaged and (after is None or after > behind + 1):
                 self._next = first
                 return
 
     def _fetch_packs(self) -> bool:
-        """Fetches packs until there is no next one, or for `SILENT_S`; returns whether a version came.
+        """Fetches packs until there is no next one, or for `SILENT_S`; returns whether a version arrived.
 
-        A poll after one that reached the end fetches one pack: that is the newest, or the next poll finds more.
+        If the last poll reached the end, this poll fetches one pack: it is the newest, or the next poll finds more.
         """
         fetched, only_one, until_s = False, self._at_end, self._elapsed() + SILENT_S
         self._at_end = False
@@ -669,7 +671,7 @@ class Copier:
         """Applies the newest catalogue.
 
         1. New versions get empty folders.
-        2. Versions that were rewritten or removed in the store are fetched again or removed here.
+        2. Versions that were rewritten in the store are fetched again, and versions removed there are removed locally.
         3. The catalogue is stored.
         """
         data = self._fetch(CATALOG)
@@ -715,9 +717,9 @@ class Copier:
     def _exchange_hosts(self) -> None:
         """Pushes this host's entries of the routing table, and fetches those of other hosts.
 
-        1. Changed entries are pushed, and withdrawn ones removed.
-        2. The entries of other hosts are read. Those of hosts that are gone are removed.
-        3. They are stored here in one file.
+        1. Changed entries are pushed, and withdrawn entries are removed.
+        2. The entries of other hosts are read. Entries of hosts that are gone are removed.
+        3. The entries are stored locally in one file.
         """
         folder = self._registry.path / layout.HOSTS
         with usable("be read"):

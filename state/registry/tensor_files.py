@@ -1,7 +1,8 @@
 """Tensor files of durable versions: safetensors, with lossless compression of tensors.
 
-A packed tensor is stored as uint8: its bytes as one zstd frame, the first bytes of all elements before the second
-bytes. `packed` in the file's metadata has type and shape of each packed tensor, as JSON. Files of 0.1.0 have none.
+A packed tensor is stored as uint8: one zstd frame of its bytes, with the first bytes of all elements before the second
+bytes. `packed` in the file's metadata has the type and shape of each packed tensor, as JSON. Files of 0.1.0 have no
+packed tensors.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Array = npt.NDArray[Any]
 
 LEVEL = 3
 LEAST_BYTES = 256
-"""Tensors with fewer bytes are not packed, since they gain nothing."""
+"""Tensors with fewer bytes are not packed, because packing would gain nothing."""
 HEAD_BYTES = 8  # the length of a file's JSON header, little endian
 _METADATA, _PACKED = "__metadata__", "packed"
 
@@ -51,7 +52,7 @@ def unpack(data: bytes) -> dict[str, Array]:
     """Decodes the tensors in a file, packed or not.
 
     Raises:
-        ValueError: It is not such a file. This cannot happen after a digest check.
+        ValueError: The data is not such a file. This cannot happen after a digest check.
     """
     packed = json.loads(_head(data).get(_METADATA, {}).get(_PACKED, "{}"))
     return {name: _whole(tensor, packed.get(name)) for name, tensor in load(data).items()}

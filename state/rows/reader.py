@@ -1,7 +1,6 @@
 """Reads the row store: a consistent snapshot with each applied version.
 
-The version is inverted in the keys. So one range seek per row finds the newest entry that is not above the requested
-version.
+The version is inverted in the keys. So one range seek per row finds the newest entry at or below the requested version.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ class Served:
     def of(
         cls, manifest: Manifest, parent: Served | None, serial: int, lane: int, dims: Mapping[str, int], now_ms: int
     ) -> Served:
-        """Builds the record of a version as it is applied; a base, which has no parent, sees only its own rows."""
+        """Builds the record of a version when it is applied; a base, which has no parent, sees only its own rows."""
         version = manifest.version
         return cls(
             version=version,
@@ -89,8 +88,8 @@ class Served:
 def joined(parent: Served, manifest: Manifest) -> Visible:
     """The versions that a delta sees when it is applied onto `parent`.
 
-    Recent versions between two durable ones are on one branch with both. Those that are stored belong to the past of
-    the newer one, so one interval contains them all. This saves seeks: a reader seeks once for each interval.
+    Recent versions between two durable ones are on one branch with both. The stored ones are ancestors of the newer
+    durable version, so one interval contains them all. This saves seeks: a reader seeks once per interval.
     """
     (low, high), *older = parent.visible
     if high == parent.version and any(first <= high and manifest.version <= last for first, last in manifest.visible):
@@ -103,7 +102,7 @@ Databases = Mapping[str, lmdb._Database]
 
 @dataclass
 class LastServed:
-    """Cache of the last parsed version record, which most readers request again, and of the pointer that it was read for."""
+    """Cache of the last parsed version record, which most readers request again, and of the pointer to it."""
 
     pointer: bytes = b""
     record: Served | None = None
@@ -124,7 +123,10 @@ def required(transaction: lmdb.Transaction, version: int, database: lmdb._Databa
 
 
 class RowReader:
-    """One read transaction: everything it returns is of one snapshot. Use it from one thread only. Readers of a store share `last`."""
+    """One read transaction: all its results are of one snapshot. Not thread-safe.
+
+    Readers of a store share `last`.
+    """
 
     def __init__(self, transaction: lmdb.Transaction, databases: Databases, last: LastServed) -> None:
         self._transaction = transaction
@@ -149,7 +151,7 @@ class RowReader:
         return None if version is None else int.from_bytes(version, "big")
 
     def note(self, name: str) -> bytes | None:
-        """The value that `steer` last stored under `name`."""
+        """The value that `steer` last stored under `name`; None if there is none."""
         return stored(self._transaction, b"note:" + name.encode(), self._databases["meta"])
 
     def version(self, version: int) -> Served | None:
@@ -191,10 +193,10 @@ class RowReader:
     def rows_from(
         self, table: str, start: int, most: int, at: Served
     ) -> tuple[NDArray[np.uint64], NDArray[np.float32], int | None]:
-        """`[k]` uint64 ids and `[k, dim]` float32 rows of a table at version `at`, from id `start` on in the order of ids.
+        """`[k]` uint64 ids and `[k, dim]` float32 rows of a table at version `at`, from id `start` on, by ascending id.
 
-        Checks at most `most` ids, including those without a row at `at`. Also returns the id to continue from; None at
-        the end.
+        It checks at most `most` ids, including those without a row at `at`. It also returns the id at which to
+        continue; None at the end.
         """
         code, dim, following = CODES[table], at.dims.get(table, 0), None
         cursor, found = self._transaction.cursor(self._databases["rows"]), dict[int, bytes | None]()
@@ -217,7 +219,7 @@ class RowReader:
     def changed(self, table: str, since: Served, at: Served) -> NDArray[np.uint64] | None:
         """The ids of a table's rows that may differ between version `at` and an earlier one, `[k]` uint64, each once.
 
-        Returns None if that is unknown: `at` does not continue from `since`, or `since` is no longer stored.
+        Returns None if they are unknown: `at` does not continue from `since`, or `since` is no longer stored.
         """
         if since.serial == at.serial:
             return np.empty(0, np.uint64)
@@ -233,7 +235,7 @@ class RowReader:
         return np.unique(np.concatenate(found))
 
     def dense(self, version: int) -> dict[str, NDArray[Any]]:
-        """The dense tensors of an applied version, by their names without `dense.`; those of churn and of the item score."""
+        """The dense tensors of an applied version, by name without `dense.`, with those of churn and of item scores."""
         return load_tensors(required(self._transaction, version, self._databases["dense"]))
 
     def popular(self, version: int) -> NDArray[np.uint64]:

@@ -7,19 +7,19 @@
     changes   version u64                  -> u64[2, k] (table, id) written since the preceding stored version
     meta      "served", "before", "serial", "floor", "erased", "format", "begun"; note:<name> -> bytes of the owner
 
-A base gets a lane of its own, of which there are 32; deltas use their parent's lane. Entries of other lanes are never
+Each base gets its own lane, of which there are 32; deltas use their parent's lane. Entries of other lanes are never
 visible, and a lane without versions is deleted. A version whose writing was interrupted is rolled back (`take_back`).
 
 Old versions are dropped in one short transaction. Rows that only they needed are deleted afterwards, a few at a time.
-What a dropped version wrote counts as written by the next retained one, so only rows with entries since its predecessor
-are checked when that is dropped too. The list of rows to check is in memory: if the process ends first, those rows keep
-one entry too many until their next check.
+Rows that a dropped version wrote count as written by the next retained version. So when that version is dropped too,
+only rows with entries since its predecessor are checked. The list of rows to check is in memory. If the process ends
+first, those rows keep one unneeded entry until their next check.
 
 Version numbers only grow. After a rollback to version 30 the next epoch begins at, say, 51 with parent 30. The versions
 that version 52 may see are then closed intervals, newest first: `((51, 52), (1, 30))`. Versions 31 to 50 are abandoned:
 their rows may still be stored, but no reader of 52 sees them.
 
-For erased users every earlier entry is deleted, in all lanes, whatever version still reads it. The store is a copy of
+For erased users every earlier entry is deleted, in all lanes, even if a version still reads it. The store is a copy of
 the registry. After a power cut it is rebuilt.
 """
 
@@ -66,15 +66,15 @@ from state.rows.tables import (
 from state.user_shares import UserShares
 
 if TYPE_CHECKING:
-    # Its kernels load a compiler, which commands do without.
+    # Imported for type checks only: its kernels load a compiler, which commands do not need.
     from state.ranking.crosses import Crosses
 
 ROWS_AT_ONCE = 1000
 ROWS_IN_TRANSACTION = 100
-"""Rows checked per transaction. LMDB keeps as many pages as its largest transaction changed, and rows share no pages."""
+"""Rows checked per transaction. LMDB keeps memory for the pages of its largest transaction, and rows share no pages."""
 ROUNDS = 25
-"""Rounds of at least ROWS_AT_ONCE rows in which all rows left to check are checked, so that they do not pile up."""
-LANE_ROWS_AT_ONCE = 20 * ROWS_AT_ONCE  # rows that are deleted unread cost less
+"""Rounds of at least ROWS_AT_ONCE rows in which all pending rows are checked, so that they do not accumulate."""
+LANE_ROWS_AT_ONCE = 20 * ROWS_AT_ONCE  # rows that are deleted without a read cost less
 
 U64 = NDArray[np.uint64]
 Tensors = Mapping[str, NDArray[Any]]
@@ -82,14 +82,14 @@ Changes = NDArray[np.uint64]
 """`[2, k]`: table and id of each row that versions wrote."""
 
 BEGUN = b"begun"
-"""In `meta`: version u64, lane u64, and u64[2, k] (table, id) of a version whose rows are written in several transactions."""
+"""Key in `meta` for a version that needs several transactions: version u64, lane u64, and u64[2, k] (table, id)."""
 
 WRITTEN_AT_ONCE = 250
 """Rows of a version per transaction; as fast as a thousand."""
 
 
 def rows_of(parts: Sequence[Changes], at_least: int = 1) -> Changes:
-    """The rows that are in at least so many of the parts, each once, by table and id.
+    """The rows that are in at least `at_least` of the parts, each once, by table and id.
 
     >>> parts = [np.array([[1, 1], [9, 7]], np.uint64), np.array([[1], [9]], np.uint64)]
     >>> rows_of(parts).tolist(), rows_of(parts, at_least=2).tolist()
@@ -115,7 +115,7 @@ def with_users(tensors: Tensors, shares: UserShares) -> dict[str, NDArray[Any]]:
 
 
 class Entries(NamedTuple):
-    """The rows of one version: key and value of each, `[2, k]` uint64 table and id of each, and the width of each table's rows."""
+    """The rows of one version: keys, values, `[2, k]` uint64 table and id of each, and the row width of each table."""
 
     pairs: list[tuple[bytes, bytes]]
     changes: NDArray[np.uint64]
@@ -123,7 +123,7 @@ class Entries(NamedTuple):
 
 
 def entries_of(tensors: Mapping[str, NDArray[Any]], lane: int, version: int) -> Entries:
-    """The entries of a version's rows, and empty ones of those that it removed."""
+    """The entries of a version's rows, and empty entries for the rows that it removed."""
     pairs, dims = list[tuple[bytes, bytes]](), dict[str, int]()
     changes = [np.empty((2, 0), np.uint64)]
     for name in tables_in(tensors):
@@ -167,7 +167,7 @@ def put_dense(
     tensors: Mapping[str, NDArray[Any]],
     parent: int | None,
 ) -> None:
-    """Writes a version's dense weights and popular categories; those that it does not have are its parent's.
+    """Writes a version's dense weights and popular categories; missing ones are taken from its parent.
 
     Its weights of churn and of the item score are stored next to its dense weights.
     """
@@ -230,7 +230,10 @@ def _lanes(cursor: lmdb.Cursor) -> Iterator[int]:
 
 
 class Branch(NamedTuple):
-    """Retained versions of one branch, ascending, its first version after the branch point, and the intervals that they see before it."""
+    """The retained versions of one branch, ascending.
+
+    It also has the branch's first version after the branch point, and the intervals before it that its versions see.
+    """
 
     start: int
     before: Visible
@@ -264,7 +267,7 @@ def needed(versions: Sequence[int], branches: Iterable[Branch]) -> set[int]:
         for version in versions:
             if version < start:
                 break
-            # The oldest reader that may see it reads it, unless a newer entry hides it.
+            # The oldest reader that may see this entry reads it, unless a newer entry hides it.
             place = bisect_left(readers, version)
             if place < len(readers) and (newer is None or readers[place] < newer):
                 kept.add(version)
@@ -280,7 +283,7 @@ def sweep_row(cursor: lmdb.Cursor, start: bytes, branches: Sequence[Branch]) -> 
     """Deletes the entries of one row that no version reads.
 
     Returns:
-        The newest tombstone that was dropped: no version up to it may be applied to this lane again. 0 if none was.
+        The newest tombstone that was dropped; 0 if none was. No version up to it may be applied to this lane again.
     """
     size = len(start)
     entries: list[tuple[int, bool]] = []
@@ -291,7 +294,7 @@ def sweep_row(cursor: lmdb.Cursor, start: bytes, branches: Sequence[Branch]) -> 
     floor = 0
     kept = needed([version for version, _ in entries], branches)
     for version, empty in reversed(entries):
-        # A tombstone with nothing older under it is redundant, but no version up to it may be applied here again.
+        # A tombstone without older entries is redundant, but no version up to it may be applied to this lane again.
         if version in kept and not empty:
             break
         if version in kept:
@@ -310,7 +313,10 @@ def has_rows(transaction: lmdb.Transaction, rows: lmdb._Database, lane: int) -> 
 
 
 class RowStore(LmdbStore):
-    """The store; one process writes (one thread of it), any number of processes read. Arguments and errors as for `LmdbStore`."""
+    """The row store. One thread of one process writes; any number of processes read.
+
+    Arguments and errors are those of `LmdbStore`.
+    """
 
     noun = "rows"
     databases = ("rows", "versions", "dense", "popular", "changes")
@@ -334,7 +340,7 @@ class RowStore(LmdbStore):
             yield RowReader(transaction, self._databases, self._last)
 
     def accepts(self, manifest: Manifest) -> bool:
-        """Whether `apply` accepts this version now: a base, or a delta whose parent's lane still holds all it needs."""
+        """Whether `apply` accepts this version now: a base, or a delta whose parent's lane has all required entries."""
         with self._env.begin() as transaction:
             return manifest.kind == "base" or self._parent(manifest, transaction) is not None
 
@@ -348,7 +354,7 @@ class RowStore(LmdbStore):
         return parent
 
     def _floors(self, transaction: lmdb.Transaction) -> dict[str, int]:
-        """By lane the version up to which none may return there."""
+        """By lane, the version up to which no version may be applied again."""
         floors: dict[str, int] = json.loads(stored(transaction, b"floor", self._meta) or b"{}")
         return floors
 
@@ -360,17 +366,17 @@ class RowStore(LmdbStore):
     ) -> bool:
         """Adds one version, atomically for all readers; returns False if it was stored already.
 
-        Rows beyond WRITTEN_AT_ONCE are written before, invisible to readers. LMDB keeps the memory of as many pages as
-        its largest transaction changed, and nearly each row is on a page of its own.
+        Rows beyond WRITTEN_AT_ONCE are written in earlier transactions, invisible to readers. LMDB keeps memory for the
+        pages of its largest transaction, and nearly each row is on a separate page.
 
         Args:
             manifest: The version; a base sees its own rows only, a delta its parent's too.
             tensors: `<table>.ids` `[k]` uint64, `<table>.rows` `[k, dim]` float32, `<table>.removed` `[r]` uint64,
-                `dense.<name>`, `popular` `[P]` uint64. Where there are no dense ones, they are the parent's. Rows of
-                users of other shares are left out.
+                `dense.<name>`, `popular` `[P]` uint64. Without dense tensors, the parent's are used. Rows of users of
+                other shares are left out.
             now_ms: The time of application.
             follow: Makes serving use the version from then on, in the same transaction.
-            replace: Applies it again where it is applied already (a rebuilt lane).
+            replace: Applies the version again if it is applied already (a rebuilt lane).
 
         Raises:
             UnknownVersion: The parent is not stored, or entries that the delta needs were deleted.
@@ -402,7 +408,7 @@ class RowStore(LmdbStore):
             del entries.pairs[:WRITTEN_AT_ONCE]
             killpoints.reach("rows.begun")
         with self._write() as transaction:
-            # Its changes in the former lane count as written by the next version there.
+            # Its changes in the former lane count as written by the next version of that lane.
             _, left = self._drop(transaction, {manifest.version}) if is_here else (0, [])
             transaction.cursor(self._rows).putmulti(entries.pairs)
             transaction.delete(BEGUN, db=self._meta)
@@ -440,14 +446,14 @@ class RowStore(LmdbStore):
         transaction.put(b"served", u64(version) + u64(record.serial), db=self._meta)
 
     def serve(self, version: int) -> None:
-        """Moves the pointer: from now on serving uses `version`. Raises UnknownVersion if it is not applied here."""
+        """Moves the pointer, so that serving uses `version` from now on; UnknownVersion if it is not applied."""
         self.steer({}, version)
 
     def steer(self, notes: Mapping[str, bytes], version: int | None = None) -> None:
-        """Stores the owner's `notes` and, with `version`, moves the pointer, both at the same moment.
+        """Stores the owner's `notes` and, with `version`, moves the pointer, in one transaction.
 
         Raises:
-            UnknownVersion: `version` is not applied here; nothing was changed.
+            UnknownVersion: `version` is not applied; nothing was changed.
         """
         with self._write() as transaction:
             for name, value in notes.items():
@@ -459,7 +465,7 @@ class RowStore(LmdbStore):
         taken = {record.lane for record in self._records(transaction)}
         for lane in range(LANES):
             if lane not in taken and not has_rows(transaction, self._rows, lane):
-                # Any version may be added here again.
+                # Any version may be added to this lane again.
                 floors = {one: floor for one, floor in self._floors(transaction).items() if one != str(lane)}
                 self._put_floors(transaction, floors)
                 return lane
@@ -468,7 +474,10 @@ class RowStore(LmdbStore):
         )
 
     def drop(self, versions: Collection[int]) -> int:
-        """Drops these versions except the served one, with their dense weights; `tidy` deletes their leftover rows. Returns how many there were."""
+        """Drops these versions except the served one, with their dense weights; returns the number of dropped versions.
+
+        `tidy` deletes their leftover rows.
+        """
         with self._write() as transaction:
             served = stored(transaction, b"served", self._meta) or bytes(8)
             dropped, left = self._drop(transaction, {*versions} - {int.from_bytes(served[:8], "big")})
@@ -479,7 +488,7 @@ class RowStore(LmdbStore):
         return [Served.parse(record) for _, record in transaction.cursor(self._versions)]
 
     def _drop(self, transaction: lmdb.Transaction, versions: Collection[int]) -> tuple[int, list[tuple[int, Changes]]]:
-        """Drops versions; returns how many were stored, and by lane the rows to check once that is committed."""
+        """Drops versions; returns how many were stored, and by lane the rows to check after the commit."""
         records = self._records(transaction)
         gone = [one for one in records if one.version in versions]
         left: list[tuple[int, Changes]] = []
@@ -496,14 +505,14 @@ class RowStore(LmdbStore):
     def _hand_on(
         self, transaction: lmdb.Transaction, gone: Sequence[int], stay: Mapping[int, Visible]
     ) -> list[Changes]:
-        """Adds what dropped versions of a lane wrote to what the next ones wrote; returns the rows to check."""
+        """Adds the changes of a lane's dropped versions to those of the next versions; returns the rows to check."""
         found = list[Changes]()
         one_branch = len(branches_of(stay)) == 1
 
         def wrote(version: int) -> Changes:
             return np.frombuffer(required(transaction, version, self._changes), np.uint64).reshape(2, -1)
 
-        # The dropped versions by the next retained one, None if there is none.
+        # The dropped versions, grouped by the next retained version; None if there is none.
         heirs: dict[int | None, list[int]] = {}
         for version in gone:
             heirs.setdefault(min((one for one in stay if one > version), default=None), []).append(version)
@@ -515,14 +524,18 @@ class RowStore(LmdbStore):
             if heir is not None:
                 transaction.put(u64(heir), rows.tobytes(), db=self._changes)
             if one_branch and heir is not None and not oldest:
-                # The heir reads the entry of a row written once since the version before, which reads the one below.
+                # If a row was written once since the preceding version, the next version reads that entry, and the
+                # preceding version reads the older one.
                 rows = rows_of(parts, at_least=2)
             if rows.shape[1]:
                 found.append(rows)
         return found
 
     def tidy(self, at_most: int | None = None) -> bool:
-        """Checks at most `at_most` rows of dropped versions (by default ROWS_AT_ONCE or more), and deletes unread entries; returns whether rows are left to check."""
+        """Checks at most `at_most` rows of dropped versions, and deletes unread entries; returns whether rows remain.
+
+        The default is ROWS_AT_ONCE or more.
+        """
         if not self._left and not self._dead_lanes:
             return False
         if at_most is None:
@@ -575,10 +588,11 @@ class RowStore(LmdbStore):
         self._dead_lanes = len(empty) + len(retained) < LANES
 
     def forget(self, erased: Erased, crosses: Crosses, version: int | None = None) -> int:
-        """Deletes entries of erased users that versions from before the erasures wrote; returns how many.
+        """Deletes entries of erased users that versions before the erasures wrote; returns the number of entries.
 
-        `crosses` are those of the settings. With `version` it checks only what that version wrote; else all stored
-        versions, which is recorded, see `erased`. Serving at such a version leaves these users' rows out anyway.
+        `crosses` are those of the settings. With `version`, it checks only the entries of that version. Otherwise it
+        checks all stored versions and records this, see `erased`. Serving at such a version leaves these users' rows
+        out anyway.
         """
         deleted = 0
         with self._write() as transaction:
@@ -601,14 +615,14 @@ class RowStore(LmdbStore):
         return deleted
 
     def _leave_out(self, transaction: lmdb.Transaction, version: int, ids: U64) -> None:
-        """Removes ids from the list of what a version changed, because they have no entries any more."""
+        """Removes ids from the list of a version's changes, because they no longer have entries."""
         written = np.frombuffer(transaction.get(u64(version), b"", db=self._changes), np.uint64).reshape(2, -1)
         theirs = np.isin(written[1], ids)
         if theirs.any():
             transaction.put(u64(version), written[:, ~theirs].tobytes(), db=self._changes)
 
     def erased(self) -> int:
-        """The last erasure whose users have no earlier entries here."""
+        """The last erasure whose users have no earlier entries in the store."""
         with self._env.begin() as transaction:
             return int.from_bytes(stored(transaction, b"erased", self._meta) or b"", "big")
 

@@ -1,7 +1,7 @@
 """Tables of rows (those of every version, and a ranker's own with their program inputs), and the keys of stored rows.
 
-The name of a ranker's own table has small letters, digits and underscores. Its rows are inputs of a program, called
-`<table>_of_<ids>`. So the signature of a program tells the runner which rows to look up.
+The name of a ranker's own table has lowercase letters, digits and underscores. Its rows are inputs of a program, called
+`<table>_of_<ids>`. So the signature of a program defines the rows that the runner looks up.
 
 >>> own_input("attended", "sequence_items"), own_rows_of("attended_of_sequence_items")
 ('attended_of_sequence_items', ('attended', 'sequence_items'))
@@ -10,7 +10,7 @@ A key has the inverted version, so that the newest entry of a row sorts first:
 
     lane|table u8, id u64, ~version u64   (big-endian)
 
-Table 7 stands for a ranker's own tables: u32 of the name's hash precedes the id.
+Number 7 is shared by all of a ranker's own tables: u32 of the name's hash precedes the id.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ ITEM_LISTS = ("clicked", "followed", "visited")
 """Tables of lists of items, see `state/ranking/item_lists.py`."""
 
 COUNTED = ("transition", *ITEM_LISTS, "next_category")
-"""Tables of counts, see `state/ranking`. A version of an earlier release lacks some of them, or has other ones."""
+"""Tables of counts, see `state/ranking`. A version of an earlier release may lack some of them, or have others."""
 
 UNSERVED = frozenset({"visited"})
-"""Tables that only the trainer reads: serving has the users' histories."""
+"""Tables that only the trainer reads; serving uses the users' histories instead."""
 
 OPTIONAL = frozenset({"cross", *COUNTED})
 """Tables that a version may lack, or have in another form: they then start empty."""
@@ -56,13 +56,13 @@ SERVED_IDS = (
 """The ids whose rows serving can look up in a ranker's own table."""
 
 AVERAGED_IDS = frozenset({"context", "item_attributes", "negative_item_attributes"})
-"""Ids whose rows are averaged, since settings determine how many there are."""
+"""Ids whose rows are averaged, because the settings determine their number."""
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 class _Codes(dict[str, int]):
-    """Code of each table by name: its number in keys. A ranker's own has the name's hash (32 bits) before `OWN`."""
+    """Code of each table by name: its number in keys. A ranker's own table has the name's 32-bit hash before `OWN`."""
 
     def __missing__(self, table: str) -> int:
         code = int.from_bytes(hashlib.sha256(table.encode()).digest()[:4], "big") << 3 | OWN

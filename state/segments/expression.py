@@ -1,12 +1,12 @@
-"""Segments as the settings define them: a name, and an expression that decides which users are in it.
+"""Segments as the settings define them: a name, and an expression that decides which users are members.
 
     0.3 < interest['Sport']      the probability of a category; 0 if it is not a candidate of the profile
-    view.count_7d >= 5           a feature, by its dimension's name; feature['add-to-cart.count_7d'] if that is no name
+    view.count_7d >= 5           a feature by name; feature['add-to-cart.count_7d'] if it is not an identifier
     user.age_band == '25-34'     an attribute; without a value it equals no text, and `!=` holds
     churn > 0.8                  the probability of no further event; without one no comparison holds
 
-Expressions are comparisons of two such values or constants, joined by `and`, `or`, `not` and parentheses. They are
-written as in Python and read by its parser, but never run: each node of the tree must be one of these.
+Expressions are comparisons of two such values or constants, joined by `and`, `or`, `not` and parentheses. They have
+Python's syntax and are read by its parser, but are never executed: each node of the tree must be one of these.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SETTING = "segments.expressions"
 
 
 class Vocabulary(NamedTuple):
-    """The names of features and of users' attributes that an expression may use, and whether profiles have a churn probability."""
+    """The features and users' attributes that an expression may use, and whether profiles have a churn probability."""
 
     features: Collection[str]
     attributes: Collection[str]
@@ -70,7 +70,10 @@ Test = Callable[[ProfileFacts], bool]
 
 
 class Expression(NamedTuple):
-    """A checked expression: whether it holds for a profile, and what it reads of one (feature, interest, attribute, churn)."""
+    """A checked expression: whether it holds for a profile, and the kinds of values that it reads.
+
+    The kinds are feature, interest, attribute and churn.
+    """
 
     holds: Test
     kinds: frozenset[str]
@@ -103,7 +106,7 @@ class _Checker:
     """Turns the tree of one expression into functions."""
 
     def __init__(self, text: str, known: Vocabulary) -> None:
-        # One line, so that each offset is a column.
+        # Joins the text to one line, so that each offset is a column.
         self._text, self._known = re.sub(r"\s", " ", text), known
         self._indent = len(self._text) - len(self._text.lstrip())
         self._kinds: set[str] = set()

@@ -1,20 +1,20 @@
 """The members of segments: their records in the compacted topic, and this host's copy of it in LMDB.
 
-A record of the topic (what other programs read; a change needs another topic):
+A record of the topic, which other programs read (a change of the format needs another topic):
 
     key     <pseudonym, 16 hexadecimal digits>:<segment>
     value   {"in": true, "since": "<ISO 8601>", "since_ms": ..., "version": ...}, or none: the user is out
 
 `since_ms` is the time of the profile by which the user joined, and `version` the version that computed it. A user who
-leaves gets a tombstone. It removes the record before when Kafka compacts the topic.
+leaves gets a tombstone, which removes the earlier record when Kafka compacts the topic.
 
 The copy, for workers and commands of this host:
 
     members   <segment>, 0, pseudonym u64 BE -> since i64 BE, version u64 BE
     meta      size:<segment> -> number of members; place -> `SegmentsPlace` as JSON; format
 
-A member takes some 50 bytes. The topic has all of the data. If the store cannot be trusted, it is rebuilt from the
-beginning of the topic.
+A member takes about 50 bytes. The topic contains all of the data. If the store cannot be trusted, it is rebuilt from
+the beginning of the topic.
 """
 
 from __future__ import annotations
@@ -104,7 +104,10 @@ class SegmentsPlace:
 
 
 class SegmentStore(LmdbStore):
-    """Members by segment and pseudonym. One thread commits; any thread of any process may read. Arguments as for `LmdbStore`."""
+    """Members by segment and pseudonym. One thread commits; any thread of any process may read.
+
+    The arguments are those of `LmdbStore`.
+    """
 
     noun = "members of segments"
     databases = ("members",)
@@ -141,7 +144,7 @@ class SegmentStore(LmdbStore):
         return [(int.from_bytes(key[len(prefix) :], "big"), Membership(*_VALUE.unpack(value))) for key, value in found]
 
     def commit(self, changes: Mapping[Member, Membership | None], place: SegmentsPlace | None = None) -> None:
-        """Adds members, or removes those with None, and stores `place`, if given, as the position: all or nothing."""
+        """Adds members, or removes those with None, and stores `place`, if given, as the position; atomic."""
         moved = dict[str, int]()
         with self._write() as transaction:
             for member, membership in changes.items():

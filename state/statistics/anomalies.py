@@ -4,13 +4,13 @@ These checks of TensorFlow Data Validation exist here, under its names:
 
     SCHEMA_MISSING_COLUMN                       a feature has no value in any row
     SCHEMA_NEW_COLUMN                           a feature that the schema does not know
-    FEATURE_TYPE_LOW_FRACTION_PRESENT           fewer rows have a value than `presence` asks for
-    UNEXPECTED_DATA_TYPE                        a feature is of another type
-    ENUM_TYPE_UNEXPECTED_STRING_VALUES          more than `min_domain_mass` allows is outside the domain
-    INT_TYPE_SMALL_INT, INT_TYPE_BIG_INT        a number outside its domain
+    FEATURE_TYPE_LOW_FRACTION_PRESENT           fewer rows have a value than `presence` requires
+    UNEXPECTED_DATA_TYPE                        a feature has another type
+    ENUM_TYPE_UNEXPECTED_STRING_VALUES          more values than `min_domain_mass` allows are outside the domain
+    INT_TYPE_SMALL_INT, INT_TYPE_BIG_INT        a number is outside its domain
     FLOAT_TYPE_SMALL_FLOAT, FLOAT_TYPE_BIG_FLOAT
-    COMPARATOR_L_INFTY_HIGH                     a categorical feature moved, see `l_infinity`
-    COMPARATOR_JENSEN_SHANNON_DIVERGENCE_HIGH   a numeric one did, see `jensen_shannon`
+    COMPARATOR_L_INFTY_HIGH                     a categorical feature drifted, see `l_infinity`
+    COMPARATOR_JENSEN_SHANNON_DIVERGENCE_HIGH   a numeric feature drifted, see `jensen_shannon`
 
 `drift_skew_info` has every distance, whether it is beyond its threshold or not. Skew is the distance from the baseline,
 drift the distance from the preceding window. Both distances are computed as in TensorFlow Data Validation
@@ -56,13 +56,13 @@ def l_infinity(one: Mapping[str, float], other: Mapping[str, float]) -> Largest:
     Largest(distance=0.5, value='a')
 
     Raises:
-        ValueError: One of them has counted nothing: it has no shares.
+        ValueError: One of them has no counts, and so no shares.
     """
     totals = sum(one.values()), sum(other.values())
     if not all(totals):
         raise ValueError("no distance from what has no values")
     found = ((abs(one.get(key, 0) / totals[0] - other.get(key, 0) / totals[1]), key) for key in one.keys() | other)
-    # Of equal ones the first by name, whatever order they came in.
+    # Among equal differences, the first by name, independent of their order.
     distance, value = min(found, key=lambda entry: (-entry[0], entry[1]))
     return Largest(distance, value)
 
@@ -77,7 +77,7 @@ def jensen_shannon(one: NDArray[np.float64], other: NDArray[np.float64]) -> floa
     (1.0, 0.0)
 
     Raises:
-        ValueError: One of them has counted nothing.
+        ValueError: One of them has no counts.
     """
     if not one.sum() or not other.sum():
         raise ValueError("no divergence from what has no values")
@@ -94,9 +94,9 @@ def jensen_shannon(one: NDArray[np.float64], other: NDArray[np.float64]) -> floa
 def aligned(
     one: Mapping[tuple[float, float], float], other: Mapping[tuple[float, float], float]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Two histograms over the bounds of both, as if the values of a bucket were spread over it evenly.
+    """Two histograms over the bounds of both, as if the values of a bucket were evenly distributed in it.
 
-    Both are counts by bucket, (lower, upper) bound, none of them infinite. Returns two `[buckets]` float64: first the
+    Both are counts by bucket, which is a finite (lower, upper) bound. Returns two `[buckets]` float64: first the
     buckets between all bounds, then the single points.
 
     >>> [counts.tolist() for counts in aligned({(0, 2): 4.0}, {(0, 1): 1.0, (1, 3): 2.0})]
@@ -119,7 +119,7 @@ def aligned(
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong with a feature: its `AnomalyInfo.Type`, in a few words, and with numbers."""
+    """One anomaly of a feature: its `AnomalyInfo.Type`, a short description, and one with numbers."""
 
     kind: int
     short: str
@@ -225,7 +225,7 @@ def _outside_bounds(feature: Feature, one: FeatureNameStatistics) -> Iterator[Fi
 def _compared(
     side: str, comparator: FeatureComparator, one: FeatureNameStatistics, before: FeatureNameStatistics | None
 ) -> Iterator[tuple[DriftSkewInfo.Measurement, Finding]]:
-    """The distances that a comparator asks for, and the findings for those beyond their thresholds."""
+    """The distances that a comparator requests, and the findings for those beyond their thresholds."""
     if before is None or not common(before).num_non_missing:
         return
     what = "the baseline" if side == "skew" else "the window before"

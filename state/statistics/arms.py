@@ -1,9 +1,9 @@
 """Compares two arms of independent users: difference of means, and lift, with anytime-valid intervals. Pure.
 
 The difference of two running means has, at two times s < t, a covariance equal to its variance at t. Divided by its
-variance it is a random walk in the time 1 / variance, whatever shares of the rows the arms have and had. So the
-boundary of a single mean is valid (`confidence_sequence.py`), with the effective number of rows of the difference, 1 /
-(1 / n + 1 / m), as its clock.
+variance, it is a random walk in the time 1 / variance, for any present and past shares of the arms. So the boundary of
+a single mean is valid (`confidence_sequence.py`). Its clock is the effective number of rows of the difference,
+1 / (1 / n + 1 / m).
 
 If behaviour changes with the hour while a share grows, the means over all rows differ although the arms do not
 (Simpson's paradox). So the arms are compared within each period of constant shares, a stratum, and the strata are
@@ -35,13 +35,15 @@ class Contrast(NamedTuple):
 
 
 def difference(strata: Strata, alpha: float, planned_rows: float) -> Contrast:
-    """The mean of the first arm minus that of the other; infinite ends until both have values other than 0 in enough blocks.
+    """The mean of the first arm minus that of the other.
+
+    The ends are infinite until both arms have values other than 0 in enough blocks.
 
     Args:
         strata: The values of both arms. For a click rate, a value is 1 for a click and else 0.
-        alpha: The rate of false alarms over all looks together.
+        alpha: The rate of false alarms over all checks together.
         planned_rows: Effective number of rows, 1 / (1 / n + 1 / m), for which the interval is tuned to be narrowest.
-            Fixed before the first look.
+            It must be fixed before the first check.
     """
     arm, other, rows = _combined(strata)
     value = arm.mean - other.mean
@@ -54,9 +56,9 @@ def difference(strata: Strata, alpha: float, planned_rows: float) -> Contrast:
 def lift(strata: Strata, alpha: float, planned_rows: float) -> Contrast | None:
     """The relative difference of the mean of the first arm to that of the other: 0.1 is a tenth more.
 
-    Arguments as of `difference`. The interval is that of the difference of logarithms. Their variances are those of the
-    means over the means' squares (the delta method). None if an arm has only zeros, as there is no ratio. The ends are
-    -1 and infinite until both arms have enough data.
+    The arguments are those of `difference`. The interval is that of the difference of logarithms. Their variances are
+    those of the means divided by the means' squares (the delta method). It is None if an arm has only zeros, because
+    there is no ratio. The ends are -1 and infinite until both arms have enough data.
     """
     arm, other, rows = _combined(strata)
     if arm.mean <= 0 or other.mean <= 0:
@@ -70,7 +72,7 @@ def lift(strata: Strata, alpha: float, planned_rows: float) -> Contrast | None:
 
 
 class _Arm(NamedTuple):
-    """An arm over all strata: the weighted mean of their means, its variance, and whether there is enough data for an interval."""
+    """An arm over all strata: the weighted mean of their means, its variance, and whether it has enough data."""
 
     mean: float
     variance: float

@@ -1,12 +1,12 @@
-"""Baselines that live clicks are compared with: the bootstrap's schema and statistics, or those accepted since.
+"""Baselines for the comparison of live clicks: the bootstrap's schema and statistics, or later accepted ones.
 
     specs/<name>/schema.pbtxt, statistics.pb           of the bootstrap; older releases wrote none
     baselines/<name>/<number>/schema.pbtxt, statistics.pb
-                             /baseline.json             who accepted them, when and why
+                             /baseline.json             actor, time and reason of the acceptance
 
 `schema.pbtxt` is the text of a `Schema`. `statistics.pb` is a binary `DatasetFeatureStatisticsList` with one dataset.
-`tfdv.load_schema_text` and `tfdv.load_stats_binary` read them. The highest number is in force; none is changed or
-deleted.
+`tfdv.load_schema_text` and `tfdv.load_stats_binary` read them. The baseline with the highest number is in force; none
+is changed or deleted.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SCHEMA, STATISTICS, ABOUT = "schema.pbtxt", "statistics.pb", "baseline.json"
 
 @dataclass(frozen=True)
 class AcceptedBaseline:
-    """The origin of a baseline: its number (0 for that of the bootstrap), and who accepted it, why and when."""
+    """The origin of a baseline: its number (0 for the bootstrap's), and actor, reason and time of its acceptance."""
 
     number: int
     actor: str
@@ -45,7 +45,7 @@ class AcceptedBaseline:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A baseline that live clicks are compared with: its origin, domains and thresholds, and the statistics of its rows."""
+    """A baseline for live clicks: its origin, its domains and thresholds, and the statistics of its rows."""
 
     accepted: AcceptedBaseline
     schema: Schema
@@ -82,7 +82,10 @@ class Baselines:
         return max(found, default=0)
 
     def newest(self, spec: str) -> Baseline | None:
-        """The baseline in force; None if the bootstrap is of a release that wrote none. CorruptVersion if a file is missing or fails its digest."""
+        """The baseline in force; None if the bootstrap is of a release that wrote none.
+
+        It raises CorruptVersion if a file is missing or fails its digest.
+        """
         number = self.newest_number(spec)
         folder = self._folder(spec, number) if number else self.path / layout.SPECS / spec
         about = self._about(folder / (ABOUT if number else SPEC))
@@ -101,7 +104,10 @@ class Baselines:
     def add(
         self, spec: str, accepted: AcceptedBaseline, schema: Schema, statistics: DatasetFeatureStatistics
     ) -> AcceptedBaseline:
-        """Stores a baseline, durably; from then on it is in force. `ControlConflict` if another one got this number just before."""
+        """Stores a baseline, durably; from then on it is in force.
+
+        It raises `ControlConflict` if another baseline was stored under this number meanwhile.
+        """
         files = baseline_files(schema, statistics)
         about = {
             "actor": accepted.actor,

@@ -39,12 +39,13 @@ DISTINCT_BUCKETS = 2048
 
 
 class Categorical:
-    """Counts the ids of one feature; 0 is a missing value. Of users (`listed` is False) only the number of distinct ids is stored.
+    """Counts the ids of one feature; 0 is a missing value.
 
-    It uses two mergeable sketches of tfx-bsl, as TensorFlow Data Validation does. Misra-Gries (Finding repeated
-    elements, 1982) finds the most frequent values; it is exact while there are no more values than buckets. K minimum
-    values (Bar-Yossef et al., Counting distinct elements in a data stream, 2002) estimates the number of distinct
-    values.
+    For users (`listed` is False), only the number of distinct ids is stored.
+
+    It uses two mergeable sketches of tfx-bsl, like TensorFlow Data Validation. Misra-Gries (Finding repeated elements,
+    1982) finds the most frequent values; it is exact while there are no more values than buckets. K minimum values
+    (Bar-Yossef et al., Counting distinct elements in a data stream, 2002) estimates the number of distinct values.
 
     >>> counted = Categorical()
     >>> counted.add(np.array([7, 9, 7, 0], np.uint64))
@@ -123,7 +124,10 @@ class Statistics:
         self.features = Numeric(len(self.names))
 
     def add(self, columns: Columns, attributes: Sequence[Sequence[str]] = ((), ())) -> None:
-        """Counts rows: `[n, ...]` columns of a micro-batch by name, with the names of the attributes in the order of their columns."""
+        """Counts rows: `[n, ...]` columns of a micro-batch by name.
+
+        `attributes` are the names of the attributes in the order of their columns.
+        """
         kinds = columns["kind"]
         here = happened(kinds)
         every = bool(here.all())

@@ -1,19 +1,19 @@
-"""Confidence sequences: intervals for a mean that are valid at all times at once, however often one looks. Pure.
+"""Confidence sequences: intervals for a mean that are valid at all times at once, for any number of checks. Pure.
 
 The probability that any of them ever misses the true mean is at most `alpha`. So it is valid to stop as soon as the
 result is clear, and to continue while it is not.
 
 The boundary is the two-sided normal mixture (Robbins, Statistical methods related to the law of the iterated logarithm,
 1970; Howard, Ramdas, McAuliffe and Sekhon, Time-uniform, nonparametric, nonasymptotic confidence sequences, 2021,
-equation 14): S with variance process V meets |S| >= sqrt((V + r) log((V + r) / (alpha^2 r))) at some time with
+equation 14). S with variance process V meets |S| >= sqrt((V + r) log((V + r) / (alpha^2 r))) at some time with
 probability at most alpha. The variance is estimated, which is valid asymptotically (Waudby-Smith, Arbour, Sinha,
-Kennedy and Ramdas, Time-uniform central limit theory and asymptotic confidence sequences, 2021, theorem 2.2, with 1 /
-rho^2 there as `r` here).
+Kennedy and Ramdas, Time-uniform central limit theory and asymptotic confidence sequences, 2021, theorem 2.2; its
+1 / rho^2 is `r` here).
 
 Rows of one user are not independent. So all rows of a user are in one of BLOCKS blocks, and the variance is that of the
-blocks' sums (the ratio estimator of cluster sampling: Cochran, Sampling Techniques, 1977, chapter 9A). Sums whose later
-parts correlate with their earlier ones meet a boundary more rarely than a random walk of the same variances (Slepian,
-The one-sided barrier problem for Gaussian noise, 1962), so the sequence stays valid.
+blocks' sums (the ratio estimator of cluster sampling: Cochran, Sampling Techniques, 1977, chapter 9A). Later parts of
+the sums may correlate with earlier ones. Such sums meet a boundary more rarely than a random walk of the same variances
+(Slepian, The one-sided barrier problem for Gaussian noise, 1962), so the sequence stays valid.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ The error of the estimated variance is about 6 % (sqrt(2 / BLOCKS)), which chang
 """
 
 TELLING_BLOCKS = 64
-"""Blocks that must have a sum other than 0 before there is an interval. The normal approximation needs some."""
+"""Number of blocks that must have a sum other than 0 before there is an interval, for the normal approximation."""
 
 ALPHA = 0.05
 PLANNED_ROWS = 100_000
@@ -44,8 +44,8 @@ def tuning(planned_rows: float, alpha: float) -> float:
     """The `r` of the normal mixture for which intervals are about as narrow as possible after `planned_rows` rows.
 
     r = n / (log(1 / alpha^2) + log(1 + log(1 / alpha^2))) (Howard et al. 2021, section 3.5). It must be fixed before
-    the first row. Intervals are wider than the narrowest possible ones by a quarter after a tenth of the rows, and by 7
-    % after ten times as many.
+    the first row. Intervals are wider than the narrowest possible ones by a quarter after a tenth of the rows, and by
+    7 % after ten times the rows.
 
     >>> round(tuning(1000, 0.05), 1)
     126.0
@@ -95,7 +95,7 @@ class BlockSums:
         self.counts += np.bincount(blocks, minlength=BLOCKS)
 
     def credit(self, values: NDArray[np.floating[Any]], users: NDArray[np.uint64]) -> None:
-        """Adds `[n]` float values to rows of `[n]` uint64 users that were added before, such as clicks on items that were shown."""
+        """Adds `[n]` float values to earlier rows of `[n]` uint64 users, such as clicks on items that were shown."""
         self.totals += np.bincount((users % np.uint64(BLOCKS)).astype(np.int64), values, BLOCKS)
 
     @property
@@ -143,12 +143,12 @@ class BlockSums:
 
 
 class ConfidenceSequence(BlockSums):
-    """The mean of paired differences, one a row, with an interval that is valid at all times at once.
+    """The mean of paired differences, one per row, with an interval that is valid at all times at once.
 
-    Always add the users too: a user has several rows, which correlate.
+    Always add the users too, because a user has several rows, which correlate.
 
     Args:
-        alpha: The rate of false alarms over all looks together.
+        alpha: The rate of false alarms over all checks together.
         planned_rows: Number of rows for which the interval is tuned to be narrowest; cannot be changed later.
 
     >>> sequence = ConfidenceSequence(alpha=0.05, planned_rows=10_000)
@@ -163,10 +163,10 @@ class ConfidenceSequence(BlockSums):
         self._tuned = tuning(planned_rows, alpha)
 
     def interval(self) -> tuple[float, float]:
-        """The interval of the true mean, valid at this look and at all others.
+        """The interval of the true mean, valid at this check and at all others.
 
         The ends are infinite until `TELLING_BLOCKS` blocks have a sum other than 0. So if no row differs, there is no
-        interval, however many rows there are, and the mean is 0.
+        interval for any number of rows, and the mean is 0.
         """
         if not self.telling:
             return UNBOUNDED

@@ -1,8 +1,8 @@
 """Statistics of numeric features: a histogram with fixed buckets, and exact sums.
 
 The buckets are the same for every window and every baseline. So counts can be added and histograms compared without
-assumptions about the distribution within a bucket. Whole numbers have one bucket each up to 7, and four buckets an
-octave from there up to 65,535. Shares have ten buckets of equal width.
+assumptions about the distribution within a bucket. Whole numbers up to 7 have one bucket each, and larger numbers up to
+65,535 have four buckets per octave. Shares have ten buckets of equal width.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _count(
     least: NDArray[np.float64],
     most: NDArray[np.float64],
 ) -> None:
-    """Adds `[n, D]` values to the statistics of D features. Sums of whole numbers up to 2**53 are exact in any order."""
+    """Adds `[n, D]` values to the statistics of D features; whole numbers up to 2**53 sum exactly in any order."""
     for row in range(values.shape[0]):
         for feature in range(values.shape[1]):
             value = float(values[row, feature])

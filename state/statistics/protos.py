@@ -104,7 +104,7 @@ def _add_categorical(
         strings.rank_histogram.buckets.add(low_rank=rank, high_rank=rank, label=label, sample_count=count)
         if rank < TOP_VALUES:
             strings.top_values.add(value=label, frequency=count)
-    # Also the mean over all values: ids have one length, and actions are few.
+    # This is also the mean over all values, because ids have one length, and actions are few.
     strings.avg_length = float(np.mean([len(label) for label, _ in found])) if found else 0.0
 
 

@@ -3,10 +3,10 @@
 A mismatch means that users or their events are lost on one side. Then no other comparison of the arms is valid. The
 test is valid at any time.
 
-The test is that of Lindon and Malek, Anytime-valid inference for multinomial count data, 2022. The Bayes factor of a
-Dirichlet mixture against the shares is a martingale if they are right. So it ever reaches 1 / alpha with probability at
+The test is that of Lindon and Malek, Anytime-valid inference for multinomial count data, 2022. If the shares are right,
+the Bayes factor of a Dirichlet mixture against them is a martingale. So it ever reaches 1 / alpha with probability at
 most alpha (Ville, 1939). When the shares change, a new factor begins with the next user, and the product of all factors
-is a martingale too.
+is also a martingale.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 CONCENTRATION = 100.0
-"""How close the mixture is to the stated shares, in users. More detects small deviations of many users sooner."""
+"""Concentration of the mixture at the stated shares, in users. A higher value detects small deviations of many users
+sooner."""
 
 
 def log_evidence(counts: Sequence[int], shares: Sequence[float], concentration: float = CONCENTRATION) -> float:
@@ -40,9 +41,9 @@ def log_evidence(counts: Sequence[int], shares: Sequence[float], concentration: 
 
 
 class SampleRatio:
-    """Test state: the users of each arm since the shares last changed, and the evidence before.
+    """Test state: the users of each arm since the shares last changed, and the earlier evidence.
 
-    A user counts once under the same shares; each share is more than 0, and their sum 1.
+    A user counts once under the same shares. Each share is more than 0, and their sum is 1.
 
     >>> ratio = SampleRatio([0.5, 0.5])
     >>> ratio.add([480, 520])
@@ -75,7 +76,7 @@ class SampleRatio:
         return math.exp(-self._most)
 
     def mismatch(self, alpha: float) -> bool:
-        """Whether the split of users contradicts the shares, with a rate of false alarms `alpha` over all times together."""
+        """Whether the split of users contradicts the shares; `alpha` is the rate of false alarms over all times."""
         return self.p_value <= alpha
 
     def document(self) -> dict[str, Any]:

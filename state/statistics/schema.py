@@ -1,9 +1,9 @@
 """Infers a schema from a baseline's statistics: types, domains, presence, and allowed distance of a window.
 
 It is a `Schema` of TensorFlow Metadata, like that of `tfdv.infer_schema`. Its comparators have the meaning of
-TensorFlow Data Validation. `skew_comparator` compares a window with the baseline, `drift_comparator` compares a window
-with the one before it. To change a threshold, edit the text and accept it with `springtide schema accept --schema
-FILE`.
+TensorFlow Data Validation. `skew_comparator` compares a window with the baseline, and `drift_comparator` compares a
+window with the preceding one. To change a threshold, edit the text and accept it with
+`springtide schema accept --schema FILE`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _BOUNDS = {"is_last": 1, "truncated": 1, "same_label": 1, "recency": 255, "age":
 def infer(statistics: DatasetFeatureStatistics, warm: bool) -> Schema:
     """Infers the schema of the statistics of a baseline.
 
-    `warm` says whether windows were full. Only then are their integers compared with the baseline too: a bootstrap's
-    histories begin with its first click.
+    `warm` is whether windows were full. Only then are their integers also compared with the baseline, because a
+    bootstrap's histories begin with its first click.
     """
     schema = Schema()
     for one in statistics.features:
@@ -39,7 +39,7 @@ def infer(statistics: DatasetFeatureStatistics, warm: bool) -> Schema:
         rows = counted.num_non_missing + counted.num_missing
         present = counted.num_non_missing / rows if rows else 0.0
         feature.value_count.min = feature.value_count.max = 1
-        # A feature that was present only now and then may be absent.
+        # A feature that was present only occasionally may be absent.
         feature.presence.min_fraction = max(0.0, round(present - MISSING_SHARE, 6))
         if one.HasField("string_stats"):
             feature.type = schema_pb2.BYTES

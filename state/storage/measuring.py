@@ -1,4 +1,4 @@
-"""Measures the disk use of a part and exports it on /metrics; it measures on request, at most once in some seconds."""
+"""Measures the disk use of a part and exports it on /metrics; measures on request, at most once every few seconds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from state.metrics import StorageMetrics
 from state.storage import shares
 
 FRESH_S = 5.0
-_BLOCK = 512  # the unit of st_blocks, whatever the block size of the file system
+_BLOCK = 512  # the unit of st_blocks, independent of the file system's block size
 
 
 def used_bytes(folders: Iterable[Path]) -> int:

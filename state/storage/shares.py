@@ -4,12 +4,12 @@
 |---|---|---|---|
 | `kafka` | 40 % | the local Kafka: clicks, training log, dead letters, attributes | each topic's `retention.bytes` |
 | `registry` | 25 % | versions, bases, control, snapshots of histories | the compactor thins, and drops the oldest first |
-| `stream` | 15 % | attributes; histories, while stopped or if memory has no room | the stores' maps |
-| `serving` | 15 % | attributes, segments; likewise histories; rows if memory has no room | the stores' maps |
-| `logs` | 5 % | one log a process, and older ones | rotation by size |
+| `stream` | 15 % | attributes; histories, while stopped or if memory has no space | the stores' maps |
+| `serving` | 15 % | attributes, segments; likewise histories; rows if memory has no space | the stores' maps |
+| `logs` | 5 % | one log per process, and older ones | rotation by size |
 
 Stores in memory take no disk space until a clean stop writes them to disk. A part is kept at `KEPT` of its share, so a
-part above 90 % shows that its mechanism fails. A Kafka cluster of the user's own is not limited.
+part above 90 % shows that its mechanism fails. An external Kafka cluster is not limited.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _STORES: Mapping[str, Mapping[str, float]] = {
     SERVING: {layout.HISTORIES: 0.65, layout.ATTRIBUTES: 0.1, layout.ROWS: 0.2, layout.SEGMENTS: 0.04},
 }
 _PAGE = 4096
-# A store that was larger than its share before limits existed keeps working, and gets this much room to shrink.
+# A store that was larger than its share before limits existed keeps working, and gets this much space to shrink.
 _SLACK, _SLACK_BYTES = 1.05, 64 << 20
 
 
@@ -68,7 +68,7 @@ def store_bytes(settings: Settings, part: str, store: str) -> int:
 
 
 def map_bytes(settings: Settings, part: str, store: str, folder: Path) -> int:
-    """The map size with which the writer opens a store: its share, or a little above its present size.
+    """The map size with which the writer opens a store: its share, or slightly more than its present size.
 
     Args:
         settings: The effective settings.

@@ -36,7 +36,7 @@ def is_full(error: BaseException) -> bool:
 
 @contextmanager
 def unless_full(say: Callable[[str], object]) -> Iterator[None]:
-    """Ends the block quietly if the disk is full, and reports the error by `say`. The caller has to notice and retry."""
+    """Ends the block without an exception if the disk is full, and reports the error by `say`; callers must retry."""
     try:
         yield
     except (StoreError, RegistryError, OSError) as error:
@@ -46,7 +46,7 @@ def unless_full(say: Callable[[str], object]) -> Iterator[None]:
 
 
 class Room:
-    """Waits for the disk space that one part of a process needs. One thread calls `wait_for`.
+    """Waits for disk space for one part of a process. One thread calls `wait_for`.
 
     Args:
         part: Name of the part in `state.storage.shares`.
@@ -69,7 +69,9 @@ class Room:
         self.waits = False
 
     def wait_for(self, act: Callable[[], Done], what: str) -> Done:
-        """Retries `act` while there is no disk space. A refused `act` must have changed nothing; `what` names it in the log.
+        """Retries `act` while there is no disk space.
+
+        A refused `act` must have changed nothing; `what` names it in the log.
 
         Raises:
             StoreFull, UnusableRegistry, OSError: There is no space, and the wait is to end.

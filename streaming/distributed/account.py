@@ -6,17 +6,18 @@ ends:
     process        gathers
     finish_bundle  1. cuts and encodes   2. writes, acknowledged   3. reports to the account
 
-An engine that rolls back a bundle makes its rows again, perhaps in other bundles; readers drop them by their
-positions. Each writer of a bucket's rows started from a checkpoint, before which all of them were acknowledged. So
-the log has all of a bucket's positions up to the newest, even if an older writer is still active.
+An engine that rolls back a bundle computes its rows again, perhaps in other bundles. Readers drop these duplicates by
+their positions. Each writer of a bucket's rows started from a checkpoint, and all rows before that checkpoint were
+acknowledged. So the log has all of a bucket's positions up to the newest, even if an older writer is still active.
 
-`Account` has the fate of each click position, over all buckets. A partition counts as read up to the lowest position
-of any of its buckets. Each offset is counted by the bucket of its user; an offset without a user by the first bucket.
+`Account` counts the outcome of each click position, over all buckets. A partition counts as read up to the lowest
+position of any of its buckets. Each offset is counted by the bucket of its user, and an offset without a user by the
+first bucket.
 
-`Publisher` publishes what is committed: the gauges of the account, the lag, the group's offsets for lag tools, and the
-progress of erasures. The process that has the account's one key does so once a second, in a thread, also when no clicks
-arrive. If the key has moved to another process, the group is ahead of this one. This process then leaves the metrics
-port to the other.
+`Publisher` publishes the committed state: the gauges of the account, the lag, the group's offsets for lag tools, and
+the progress of erasures. The process that owns the account's only key publishes once a second, in a thread, even when
+no clicks arrive. If the key has moved to another process, the group is ahead of this process, which then releases the
+metrics port.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ class Account:
 
     @classmethod
     def of(cls, value: bytes | None) -> Account:
-        """Decodes what the engine keeps; None is an empty account."""
+        """Decodes the engine's stored value; None is an empty account."""
         return cls() if value is None else decode(value, cls)
 
     def take_bundle(self, report: BundleReport) -> None:
@@ -129,7 +130,7 @@ class Account:
                 self.counts[part.source] = advanced({**before, "next": part.first}, part, "the account")
 
     def reached(self, topic_id: str) -> dict[int, int]:
-        """By partition of a topic the offset up to which all buckets have it."""
+        """By partition of a topic, the offset up to which all buckets have read it."""
         ends: dict[int, list[int]] = {}
         wanted: dict[int, int] = {}
         for source, counts in self.counts.items():
@@ -139,7 +140,7 @@ class Account:
         return {partition: min(nexts) for partition, nexts in sorted(ends.items()) if len(nexts) >= wanted[partition]}
 
     def forgotten(self, buckets: int) -> int:
-        """The last erasure that all of this many buckets have applied.
+        """The last erasure that all `buckets` buckets have applied.
 
         >>> Account(erased={0: 2, 1: 1}).forgotten(2), Account(erased={0: 2}).forgotten(2)
         (1, 0)
@@ -356,9 +357,10 @@ class WriteBuckets(WorkerStep):
             self._writer = None
 
     def _write(self, worker: JobWorker, values: Sequence[bytes], letters: Sequence[DeadLetter], now_ms: int) -> None:
-        """Writes, acknowledged when it returns; a broker that is briefly unreachable costs only time.
+        """Writes, acknowledged when it returns; a broker that is briefly unreachable only delays it.
 
-        If the outcome is unknown, a new writer writes again: records may then be in the log twice, with the same positions.
+        If the outcome is unknown, a new writer writes again. Records may then be in the log twice, with the same
+        positions.
         """
         for left in reversed(range(TRIES)):
             try:

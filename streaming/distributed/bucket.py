@@ -77,7 +77,8 @@ class BucketStore:
     """The in-memory store of one bucket: its users' histories and waiting rows. Not thread-safe.
 
     A snapshot has the form of deltas: it is the change to an empty store, in parts. Actions in its events are numbered
-    by the names met so far, as in `state.history.store`, so the setting may change between a savepoint and the next job.
+    by the names met so far, as in `state.history.store`. So the setting may change between a savepoint and the next
+    job.
 
     Args:
         history: N, the number of events kept for a user.
@@ -295,7 +296,7 @@ class BucketCore:
         return self._profiler.cached_users
 
     def update(self, portion: Portion, mask: Mask, join: Joins) -> tuple[BucketRows, Delta]:
-        """Computes the rows of a portion; returns them and what was added to the store, which includes it when this returns.
+        """Computes the rows of a portion; returns them and the change to the store, which is already applied.
 
         Raises:
             PositionConflict: The portion does not start at the bucket's positions.
@@ -382,7 +383,7 @@ class BucketCore:
         return clock_of_all({source: place.clock_ms for source, place in self.places.items()}, self._reach_ms)
 
     def _marked(self) -> dict[str, bytes]:
-        """Records positions and clock each time the log time has advanced by one step."""
+        """Records positions and clock whenever the log time has advanced by one step."""
         if not self.places:
             return {}
         clock_ms, marked_ms = self._clock_ms(), self._read.newest_ms

@@ -55,14 +55,14 @@ TRIES, POLL_S = 6, 0.25
 OF_CLUSTER = "[auto]"
 OURS = re.compile(r"state\.errors\.(\w+): (.+?)(?: \[while running .*)?$", re.MULTILINE)
 PERMANENT = (GapError, RewoundLog, SaltMismatch, SettingsError)
-"""Errors that only a new job can fix: one with other settings or consent, or from an older checkpoint."""
+"""Errors that only a new job can fix: with other settings or consent, or from an older checkpoint."""
 logger = logging.getLogger(__name__)
 
 ON_FLINK = (
     # Otherwise a bundle that a checkpoint ends would keep its output until more clicks arrive.
     ("finish_bundle_before_checkpointing", True),
-    # Work since the last checkpoint is repeated after a failure; one checkpoint a second costs about 150 ms of little
-    # work.
+    # Work after the last checkpoint is repeated after a failure. One checkpoint per second costs about 150 ms, with
+    # little work.
     ("checkpointing_interval", 1000),
     # The default of one second would add one second to the age of every response.
     ("max_bundle_time_mills", 100),

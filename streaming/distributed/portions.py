@@ -136,7 +136,7 @@ def _of_bucket(part: Range, bucket: int, buckets: int, rows: int) -> Range:
 
 
 def _moves_at_turns(moves: Moves, ranges: Sequence[Range], bucket: int, buckets: int) -> Moves:
-    """The clock moves as seen by a bucket's shares, whose turns are at each `buckets`th offset; see `streaming.labels`."""
+    """The clock moves at the turns of a bucket's shares, one at each `buckets`th offset; see `streaming.labels`."""
     ends = np.array([part.next for part in ranges], np.int64)[moves.source]
     offset = moves.offset + (bucket - moves.offset) % buckets
     seen = offset < ends

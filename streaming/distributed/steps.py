@@ -8,8 +8,8 @@ divided into buckets:
 They stay open in their process from bundle to bundle. They are used again only if their position is exactly the one
 in the engine's checkpoint.
 
-A step that fails restarts its job from the last checkpoint, which meets the same loss of clicks. So the error of a loss
-says how to continue.
+A step that fails restarts its job from the last checkpoint, where the job finds the same loss of clicks. So the error
+of a loss contains the instructions for continuing.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def of_source(source: int, sources: int, partitions: int) -> list[int]:
 
 @contextmanager
 def _saying_how() -> Iterator[None]:
-    """Adds to the error of a loss how the job continues without the lost positions."""
+    """Adds to the error of a loss the instructions for continuing without the lost positions."""
     try:
         yield
     except GapError as error:
@@ -170,7 +170,7 @@ class Partitions:
         self._follow(reader)
 
     def _follow(self, reader: Reader | None) -> None:
-        """Reads on with `reader`, by the times up to which its partitions were read; None if there are no partitions."""
+        """Continues with `reader`, aligned by the event times of its partitions; None if there are no partitions."""
         clock, topic_id = self._clock, self._topic_id
         self._reader: Reader | None = reader
         self._aligned: AlignedReader | None = None
@@ -182,7 +182,7 @@ class Partitions:
 
         Raises:
             GapError, LogError: As at opening; or the topic was recreated.
-            RewoundLog: Control asks for an older position of the log.
+            RewoundLog: Control requests an older position of the log.
         """
         control = self._control.poll()
         log_epoch = self._epoch(control)
@@ -213,7 +213,7 @@ class Partitions:
         return [Portion(*part, generation, log_epoch, newest_ms) for part in parts], after
 
     def _leaders(self, known: Mapping[int, int], at: Mapping[int, int]) -> dict[int, int]:
-        """By partition the leader epoch of the record before a position; former ones only if the position is the same."""
+        """By partition, the leader epoch of the record before a position; a known one only at the same position."""
         reader = self._reader
         epochs = {
             number: -1 if reader is None else reader.leader_epoch(number, offset) for number, offset in at.items()
@@ -341,7 +341,7 @@ class WorkerStep(beam.DoFn):
 
 
 class ReadPartitions(WorkerStep):
-    """Reads the partitions of a source for a moment, emits each bucket's part, and does so again in the next bundle.
+    """Reads the partitions of a source for a moment and emits each bucket's portion; repeats this in the next bundle.
 
     Keyed by source. The reading and the timer of the next bundle are state of the key. With the emitted portions they
     are one checkpoint of the engine.
@@ -359,7 +359,7 @@ class ReadPartitions(WorkerStep):
         element: tuple[int, bytes],
         again: Any = beam.DoFn.TimerParam(AGAIN),  # noqa: B008  # Beam reads the default
     ) -> None:
-        """Wakes the source; one that is awake stays so."""
+        """Wakes the source; does nothing if it is awake."""
         again.set(Timestamp.now())
 
     @on_timer(AGAIN)

@@ -1,8 +1,8 @@
-"""What the steps of a distributed job share in one process of an engine: opened once, by the first step that needs it.
+"""The resources that the steps of a distributed job share in one process; the first step that needs one opens it.
 
-An engine starts processes as it likes, unpickles the steps in them, and runs several bundles at once, each in a
-thread. So steps carry a `JobPlan` and ask for the process's `JobWorker`, which lives as long as the process. Each
-resource that only one thread may use is taken from the worker and returned to it.
+An engine starts processes as needed, unpickles the steps in them, and runs several bundles at once, each in a thread.
+So steps carry a `JobPlan` and request the process's `JobWorker`, which lives as long as the process. A step takes each
+resource that only one thread may use from the worker, and returns it afterwards.
 
 Every process of a job follows the topics of attributes, but only one reports their dead letters: the one that reads
 the first source. How far it has reported is stored in Kafka, as offsets of a separate group. A process that
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 
 def group_of(kafka: Kafka) -> str:
-    """The group whose offsets say how far dead letters were reported.
+    """The group whose offsets record how far dead letters were reported.
 
     >>> group_of(Kafka(group="shop"))
     'shop-attribute-letters'
@@ -61,7 +61,7 @@ def group_of(kafka: Kafka) -> str:
 def report_once(kafka: Kafka, topic: str, log: Log, report: Report, reports: Callable[[], bool]) -> Report:
     """Returns a handler that reports the refused records of a topic of attributes, each one once.
 
-    How far they were reported is stored as offsets of the group `group_of`. `reports` says whether this process reports.
+    The progress is stored as offsets of the group `group_of`. `reports` returns whether this process reports.
     """
 
     def report_new(bad: Sequence[DeadLetter]) -> None:
@@ -84,7 +84,7 @@ class Closable(Protocol):
     """A resource that is kept open between bundles."""
 
     def close(self) -> None:
-        """Ends it."""
+        """Closes it."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class JobWorker:
         join: The attributes of users and items; by default read from their topics, if these are configured.
 
     Raises:
-        MissingSalt, SettingsError: The salt is not here, or cannot be read.
+        MissingSalt, SettingsError: The salt is missing on this host, or cannot be read.
         SaltMismatch: It differs from the salt where the job was submitted.
     """
 
@@ -193,7 +193,7 @@ class JobWorker:
             return self._join.rows(rows)
 
     def report_letters(self) -> None:
-        """From here on this process reports refused records of attributes; it reads earlier ones again."""
+        """Makes this process report refused records of attributes; it first reads earlier records again."""
         with self._joining:
             if not self._reports:
                 self._reports, self._join = True, self._given
@@ -222,7 +222,7 @@ class JobWorker:
             return self._reading.pop(source, None)
 
     def keep_reading(self, source: int, partitions: Closable) -> None:
-        """Returns them."""
+        """Returns the open partitions of a source after exclusive use."""
         with self._lock:
             before, self._reading[source] = self._reading.get(source), partitions
         if before is not None:
@@ -236,7 +236,7 @@ class JobWorker:
             return self._kept[name]
 
     def close(self) -> None:
-        """Ends readers and threads."""
+        """Closes the readers and stops the threads."""
         with self._lock:
             opened = [*self._reading.values(), *self._kept.values()]
             self._reading, self._kept = {}, {}
@@ -252,7 +252,7 @@ _opening = threading.Lock()
 
 
 def worker_of(plan: JobPlan, log: Log | None = None, join: Join | None = None) -> JobWorker:
-    """This process's worker of a job; those of other jobs end, because a process serves one at a time.
+    """This process's worker of a job; closes workers of other jobs, because a process serves one job at a time.
 
     `log` and `join` of `JobWorker` are used if the worker is opened here.
     """
@@ -264,7 +264,7 @@ def worker_of(plan: JobPlan, log: Log | None = None, join: Join | None = None) -
 
 
 def close_workers() -> None:
-    """Ends all workers of this process."""
+    """Closes all workers of this process."""
     for job in list(_workers):
         _workers.pop(job).close()
 

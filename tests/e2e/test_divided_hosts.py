@@ -94,7 +94,7 @@ def without_age(answer: Mapping[str, Any]) -> dict[str, Any]:
 @pytest.fixture
 def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
     directory = tmp_path_factory.mktemp("loop")
-    made = Loop(directory, {**SHORT, "shoppers.rate": 20})
+    made = Loop(directory, {**SHORT, "shoppers.rate": 20, "history.snapshot_every_s": 10})
     made.start()
     yield made
     made.stop()

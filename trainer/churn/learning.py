@@ -1,7 +1,7 @@
 """Learns the probability that a user leaves (churn), from the rows of the trainer's steps.
 
-A row shows that its user was active, even if the guard skips its step. A row with a delayed label stands for its
-impression, or, if an outcome made the label, for the outcome.
+A row shows that its user was active, even if the guard skips its step. A row with a delayed label represents its
+impression. If an outcome made the label, the row represents the outcome.
 
 Rows wait until it is known whether their users left (`ChurnWaiting`). Which rows wait is a function of the log:
 
@@ -10,8 +10,8 @@ Rows wait until it is known whether their users left (`ChurnWaiting`). Which row
    event does not belong to the row. A row without moments is dropped at once, as are most rows of a session.
 3. A moment's label is known when log time has passed its span plus the time for late events. It is 1 if no event came
    in the span, else 0. Both labels of a day become known on the same day, so early leavers do not bias the shares.
-4. The number of rows is bounded. If more arrive, every other user is dropped, by a hash of the user; if few are left,
-   more users are sampled again. So the sampled users are a fair share of all.
+4. The number of rows is bounded. If more arrive, every other user is dropped, by a hash of the user. If few are left,
+   more users are sampled again. So the sampled users are representative of all users.
 
 A row that is older than its user's newest one is ignored.
 
@@ -85,7 +85,7 @@ class KnownExamples(NamedTuple):
     moment_ms: I64
 
     def take(self, rows: I64 | Flags) -> KnownExamples:
-        """Some of them."""
+        """Selects some of the examples."""
         return KnownExamples(
             self.windows[rows],
             self.action[rows],
@@ -101,8 +101,8 @@ class ChurnWaiting:
 
     Args:
         horizon: The span of the prediction.
-        late_ms: How much later than its own time a row may come.
-        most: Rows at most.
+        late_ms: The maximum time by which a row may arrive late.
+        most: The maximum number of rows.
         columns: `[C]` int64, which features are kept of a row.
 
     Attributes:
@@ -146,9 +146,9 @@ class ChurnWaiting:
         user, at_ms = user[order], at_ms[order]
         last = np.append(user[1:] != user[:-1], True)
         first = np.insert(last[:-1], 0, True)
-        # 1. 2. The rows of before.
+        # 1. 2. Earlier rows.
         self._end(places[order[first]], at_ms[first])
-        # The rows of now, of which those with a moment of their own wait.
+        # New rows. Those with a moment of their own wait.
         following_ms = np.where(last, NEVER_MS, np.append(at_ms[1:], NEVER_MS))
         moment_ms = self._first_moment(user, at_ms)
         waits = moment_ms < following_ms
@@ -214,7 +214,7 @@ class ChurnWaiting:
         return np.asarray((hashed_uniform(user, 1, "churn.users")[:, 0] < share) & (user != 0))
 
     def _first_moment(self, user: U64, at_ms: I64) -> I64:
-        """Within a stride after each row, `[n]` int64."""
+        """Draws the first moment of each row, within a stride after it, `[n]` int64."""
         drawn = hashed_uniform(user ^ at_ms.astype(np.uint64), 1, "churn.moments")[:, 0].astype(np.float64)
         return np.asarray(at_ms + ((drawn + 1.0) * (self._horizon.stride_ms / 2)).astype(np.int64))
 
@@ -294,15 +294,15 @@ class ChurnMeasures:
 
     @property
     def seen(self) -> tuple[int, int]:
-        """How many stayed and how many left, since the beginning."""
+        """The numbers of users who stayed and who left, since the beginning."""
         return int(self._sums[0, 0] - self._sums[0, 3]), int(self._sums[0, 3])
 
     def values(self) -> dict[str, float]:
-        """The measures by name, `churn.` before it: recent ones plain, those since the beginning under `churn.total.`.
+        """Returns the measures by name: recent ones under `churn.`, those since the beginning under `churn.total.`.
 
-        rows; log_loss; left, the share that left; auc; calibration, predicted over observed; and, of recent ones,
-        calibration_error, the mean distance of predicted and observed over tenths of the probability. A measure without rows is
-        absent.
+        The names are rows, log_loss, left (the share that left), auc, and calibration (predicted over observed). Recent
+        measures also have calibration_error, the mean distance of predicted and observed over tenths of the
+        probability. A measure without rows is absent.
         """
         found: dict[str, float] = {}
         for when, prefix in ((1, "churn."), (0, "churn.total.")):
@@ -333,9 +333,9 @@ class ChurnLearner:
 
     Args:
         spec: The feature spec of the micro-batches.
-        span_ms: The time in which no event comes.
-        late_ms: How much later than its own time a row may come.
-        most: Rows that wait, at most.
+        span_ms: The span without an event after which a user counts as having left.
+        late_ms: The maximum time by which a row may arrive late.
+        most: The maximum number of waiting rows.
 
     Attributes:
         waiting: The rows that wait.

@@ -1,8 +1,9 @@
-"""An online logistic regression. It learns example by example, as well as one that is refitted to all examples.
+"""An online logistic regression, as accurate as a regression that is refitted to all examples.
 
-It keeps a Gaussian over the weights. After an example with inputs x and outcome y, the mean is the maximum of the prior
-Gaussian times the likelihood of the example, and the covariance is that of the curvature there (Spiegelhalter and
-Lauritzen 1990, with their Laplace step taken at the mode). With g = C x, v = x C x and s the logit before:
+It keeps a Gaussian over the weights, and updates it with each example: inputs x and outcome y. The new mean is the
+maximum of the prior Gaussian times the likelihood of the example. The new covariance follows from the curvature there
+(Spiegelhalter and Lauritzen 1990, with their Laplace step taken at the mode). With g = C x, v = x C x and s the logit
+before:
 
     s' = s + v (y - sigma(s'))            the logit at the mode, by bisection
     mean += g (y - sigma(s'))

@@ -65,7 +65,7 @@ def ranker_of(settings: Settings, spec: FeatureSpec, preprocessing: Preprocessin
         raise
     except ProgramError as error:
         raise ProgramError(f"model.ranker {path!r}: {error.what}", error.do) from error
-    # A ranker of the user's own may fail in any way.
+    # A custom ranker may raise any exception.
     except Exception as error:
         raise ProgramError(f"model.ranker {path!r} raised {error_line(error)}", WANTED) from error
     if not isinstance(found, Ranker):
@@ -112,7 +112,7 @@ def tables_of(ranker: Ranker, settings: Settings, device: str | None) -> dict[st
 
 
 def transitions_of(settings: Settings) -> CountTable:
-    """What came next after each category."""
+    """Builds the table of what came next after each category."""
     trainer = settings.trainer
     return CountTable(
         TRANSITION,
@@ -152,7 +152,7 @@ def engine_of(
     settings: Settings,
     device: str,
 ) -> Engine:
-    """The engine that fits the optimizer: `HostAdam` goes with the compiled one."""
+    """Builds the engine that fits the optimizer; `HostAdam` selects the compiled engine."""
     precision, rate = first_precision(crosses.kinds), settings.model.learning_rate
     learner, embeddings = CrossLearner(tables[CROSS], precision), {**tables}
     del embeddings[CROSS]
@@ -200,9 +200,9 @@ def grown_by(ranker: Ranker) -> dict[str, tuple[str, ...]]:
 class Growth:
     """Grows a ranker's own tables.
 
-    A row is created for ids that occur in events, not for ids that are often looked up: an item in the recent events of a
-    thousand users was clicked once. Ids of events, negatives and candidates therefore grow a table only through the row's
-    own item or category.
+    A row is created for ids that occur in events, not for ids that are often looked up. An item may be in the recent
+    events of a thousand users although it was clicked once. So ids of events, negatives and candidates grow a table
+    only through the row's own item or category.
     """
 
     def __init__(self, ranker: Ranker, tables: Mapping[str, Table]) -> None:

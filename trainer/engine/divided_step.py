@@ -118,7 +118,7 @@ class DividedTrainer(Trainer):
         if self._was_alone or not self.group.leads:
             load(self, version)
         self._was_alone = False
-        # Loading may take minutes, so no worker waits for another one with a limit until all have loaded.
+        # Loading may take minutes, so until all have loaded, workers wait for each other without a time limit.
         self.group.wait()
 
     def stop(self) -> None:

@@ -2,13 +2,13 @@
 
 The guard skips an update of n rows if its loss or gradient is not finite, or if either far exceeds the expectation:
 
-- The expected mean loss is the running mean of earlier updates, and at least the logarithm of the number of
-  candidates, the loss of a row about which the model knows nothing.
-- The expected norm of the gradient is at most n times that of one row: the running norm per square root of rows,
-  divided by 1 - exp(-running loss), because a row that the model predicts well has hardly any gradient.
+- The expected mean loss is the running mean of earlier updates. It is at least the logarithm of the number of
+  candidates, which is the loss of uniform predictions.
+- The expected norm of the gradient is at most n times that of one row. The norm of one row is the running norm per
+  square root of rows, divided by 1 - exp(-running loss). Rows that the model predicts well have hardly any gradient.
 
-The limit is `factor` times the expectation, plus 1 / sqrt(n) times that. An update that is skipped for its size raises
-the running values as if it had been at the limit, so a lasting change is accepted after a few updates. `patience`
+The limit is `factor` times the expectation, plus 1 / sqrt(n) times that. If an update is skipped for its size, the
+running values rise as if it had been at the limit. So a lasting change is accepted after a few updates. `patience`
 consecutive skips hold training.
 """
 
@@ -58,7 +58,7 @@ class GuardState:
         return GuardState()
 
     def expected(self, candidates: int) -> tuple[float, float]:
-        """The expected loss and gradient norm of one row about which the model knows nothing.
+        """Returns the expected loss and gradient norm of one row that the model cannot predict.
 
         >>> loss, norm = GuardState(loss=0.001, norm=0.001).expected(64)
         >>> round(loss, 2), round(norm, 2)

@@ -1,13 +1,14 @@
-"""Learns what `recommend` ranks items by: lists of items with decayed counts, and the weights of the item score.
+"""Learns how `recommend` ranks items: lists of items with decayed counts, and the weights of the item score.
 
-Of the accepted updates of each record, in the order of their rows:
+It processes the rows of accepted updates in order, record by record:
 
-1. Some rows, chosen by a hash of user and time, teach the weights before they are counted: one step of softmax regression
-   over the candidates that serving would have (`state/ranking/item_scores.py`).
-2. Each row that is a click is counted: in the lists of its category, of its context and of everything, in the list of the
-   item that its user clicked before, and in the user's own list.
+1. Some rows, chosen by a hash of user and time, train the weights before they are counted. Each is one step of softmax
+   regression over the candidates that serving would have (`state/ranking/item_scores.py`).
+2. Each click is counted in several lists: of its category, of its context, of all clicks, of the user's previous item,
+   and of the user.
 
-All of it is a function of the log. Rows with a label below 0.5 are not clicks. With a privacy budget nothing is learned.
+The result is a function of the log. Rows with a label below 0.5 are not clicks. With a privacy budget nothing is
+learned.
 """
 
 from __future__ import annotations
@@ -54,15 +55,15 @@ F64 = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
 ROWS_OF_A_LIST = {CLICKED: 32, FOLLOWED: 8, VISITED: 8}
-"""`trainer.max_rows` allows one list for so many rows."""
+"""`trainer.max_rows` allows one list for this many rows."""
 CAPACITY = 1024
 FIRST_ROWS, FIRST_EVERY, EVERY = 2048, 8, 256
-"""One in `EVERY` rows teaches the weights; until `FIRST_ROWS` did, one in `FIRST_EVERY`."""
+"""One in `EVERY` rows trains the weights; for the first `FIRST_ROWS` training rows, one in `FIRST_EVERY`."""
 LEAST_ROWS = 64
-"""So many rows must have taught the weights before a version has them."""
+"""Rows that must have trained the weights before a version contains them."""
 RATE = 0.06
 AHEAD = 3
-"""The lists of a row are prefetched so many rows before it is counted."""
+"""The lists of a row are prefetched this many rows before it is counted."""
 
 
 class _Seen(NamedTuple):
@@ -73,7 +74,7 @@ class _Seen(NamedTuple):
         item: `[n]` uint64.
         at_ms: `[n]` int64.
         keys: `[n, 1 + K]` uint64, the keys in `clicked` of each: category and context values.
-        taught: `[n]` bool, the m rows that teach the weights.
+        taught: `[n]` bool, the m rows that train the weights.
         candidates: `[m, c]` uint64, their candidate categories, the newest category first.
         logits: `[m, c]` float32, of these.
         context: `[m, K]` uint64, their context values.
@@ -97,7 +98,7 @@ class ItemRanking:
 
     Attributes:
         tables: The tables of lists, by name.
-        learned: Rows that taught the weights.
+        learned: The number of rows that trained the weights.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -116,7 +117,7 @@ class ItemRanking:
 
     @classmethod
     def of(cls, settings: Settings) -> ItemRanking | None:
-        """What the settings want; None with a privacy budget, or with `trainer.item_ranking = engagement`."""
+        """Builds it from the settings; None with a privacy budget, or with `trainer.item_ranking = engagement`."""
         return cls(settings) if settings.trainer.item_ranking == "counts" and not settings.privacy.epsilon else None
 
     def clear(self) -> None:
@@ -126,7 +127,7 @@ class ItemRanking:
         self._squares = np.zeros_like(self._weights)
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """The weights, their sums of squared gradients, and how many rows taught them; empty if none did."""
+        """Returns the weights, their sums of squared gradients, and how many rows trained them; empty if none did."""
         if not self.learned:
             return {}
         return {"weights": self._weights.copy(), "squares": self._squares.copy(), "learned": np.array(self.learned)}
@@ -140,7 +141,7 @@ class ItemRanking:
             self.learned = int(state["learned"])
 
     def served(self) -> dict[str, npt.NDArray[Any]]:
-        """The tensors that serving reads; none before enough rows taught the weights."""
+        """Returns the tensors that serving reads; none before enough rows have trained the weights."""
         return {WEIGHTS: self._weights.copy()} if self.learned >= LEAST_ROWS else {}
 
     def see(self, batch: MicroBatch, scores: Scores, successors: U64, popular: U64) -> None:
@@ -184,7 +185,7 @@ class ItemRanking:
         keys = np.concatenate([EVERYTHING, seen.keys.reshape(-1)])
         times = np.repeat(seen.at_ms, seen.keys.shape[1])
         found = clicked.observe(keys, np.concatenate([np.full(len(EVERYTHING), seen.at_ms.max()), times]))
-        # 2. Where they are.
+        # 2. The positions of the lists.
         if sum(table.evict() for table in self.tables.values()):
             own, after, found = visited.find(seen.user), followed.find(newest[0]), clicked.find(keys)
         taught = np.flatnonzero(seen.taught)
@@ -195,7 +196,7 @@ class ItemRanking:
         sources = item_scores.sources_of(seen.keys.shape[1] - 1)
         weights = np.ones((taught.size, len(sources)), np.float32)
         weights[:, sources == INTERESTS_AT] = shares
-        # 3. One row after another is learned from and counted.
+        # 3. Rows are learned and counted one after another.
         self.learned += _learn_and_count(
             seen.item,
             seen.at_ms // 1000,
@@ -219,9 +220,9 @@ class ItemRanking:
 
 @compiled("i4[::1], u8[::1], u8[:, ::1], u8[:, ::1]")
 def _newest(own: I32, item: U64, latest: U64, newest: U64) -> None:
-    """The newest item of each row's user before the row, and the one before that.
+    """Writes to `newest` the newest item of each row's user before the row, and the one before that.
 
-    latest: `[u, 2]` the same of the distinct users before the first row, of which `own` are indices; changed.
+    latest: `[u, 2]`, the same of the distinct users before the first row; updated. `own`: each row's index in it.
     """
     for i in range(own.shape[0]):
         user = own[i]

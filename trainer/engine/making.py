@@ -1,4 +1,4 @@
-"""Builds the trainer that the settings ask for."""
+"""Builds the trainer that the settings describe."""
 
 from __future__ import annotations
 

@@ -38,14 +38,16 @@ from trainer.tables.index import U64
 from trainer.tables.popular import ONE, Popular
 
 NOISE_FLOOR = 0.3
-"""Added to the root of Adam's mean squared derivative, in units of the noise of a derivative: the larger the share of
-noise, the smaller the step (Reddi et al. 2021)."""
+"""Added to the root of Adam's mean squared derivative, in units of the noise of a derivative (Reddi et al. 2021).
+
+The larger the share of noise, the smaller the step.
+"""
 
 FACTORS = tuple(name for names in LOSSES.values() for name in names)
 """Fields of `Targets`: the factors of a row's losses."""
 
 ROUNDING = 1e-4
-"""Relative margin by which a unit's norm stays below the bound: more than float32 sums lose."""
+"""Relative margin by which a unit's norm stays below the bound: more than the rounding errors of float32 sums."""
 
 
 class Units(NamedTuple):

@@ -57,7 +57,7 @@ def judged(
         came_next: The prediction by transitions, for the n rows.
         known: `[n]` bool, whether the user is known.
         categories: The number of known categories, with those of the record.
-        scored: `[2 n]` bool, the pairs whose engagement counts, of rows and then of their negatives.
+        scored: `[2 n]` bool, whether each pair's engagement counts: first the pairs of rows, then of their negatives.
     """
     targets = record.targets
     rows = targets.slot >= 0
@@ -91,7 +91,7 @@ def of_model(scores: Scores, slot: I32) -> CategoryPrediction:
     successor = np.ascontiguousarray(scores.successor_logits)
     _model(recent, popular, successor, np.ascontiguousarray(slot), at, bits, bits.view(np.float32), *found)
     if not (finite := np.isfinite(found.log_share)).all():
-        # Logits that are not finite name no candidate.
+        # Without finite logits there is no best candidate.
         found.rank[~finite], found.log_share[~finite], found.candidates[~finite] = NONE, 0.0, 0
     return found
 

@@ -9,7 +9,7 @@ A step takes one micro-batch, already trimmed and unmasked:
 3. The guard judges the loss and the gradient of the update.
 4. If it accepts, the engine applies the gradients: Adagrad to the rows used, Adam to the dense weights. Crosses and the
    fast weights were learned while rows were scored. Clicks are added to the popular categories and the transitions.
-   If it skips, no bit of a weight changes. Sightings and churn examples stay, because they are facts of the log and
+   If it skips, no weight changes. Sightings and churn examples stay, because they are facts of the log and
    not of the gradient. Rows admitted by a skipped update have their initial values.
 5. The scores of all updates are added to the progressive measures, once a record.
 
@@ -120,7 +120,7 @@ class Trainer:
         optimizer: Their slots: `optimizer.slots()` and `optimizer.set_slots()`.
         popular, guard, counters: The small state, in `state()`, with parts of `measures` and `churn`.
         measures: Of the model against baselines, and of slices.
-        churn: What is learned of users who leave; None without `churn.days`.
+        churn: The churn model; None without `churn.days`.
         device: Of the variables.
         guarded: The state of the update guard in the loaded version, see `trainer/holding.py`.
         loads: Of each worker in the last update; empty without other workers.
@@ -177,7 +177,7 @@ class Trainer:
         self.measures, self.counters, self.guard = Measures(self.settings, self._columns), Counters(), GuardState()
         self.guarded: Mapping[str, npt.NDArray[Any]] = {}
 
-    # What `DividedTrainer` does differently
+    # Methods that `DividedTrainer` overrides
 
     def take_rows(self, how: Taking, without: Collection[str] = ()) -> dict[str, dict[str, npt.NDArray[Any]]]:
         """Copies rows by the method `how` of `IdTable`, by table and column of `Changes`, but not of the tables `without`."""
@@ -343,7 +343,7 @@ class Trainer:
         return new_users
 
     def _observe_users(self, batch: MicroBatch) -> U64:
-        # A user who was away longer than the longest window has no category left, and is not new for that.
+        # A user who returns after more than the longest window has no categories left, but is not a new user.
         new_users: U64 = batch.user[self.tables["user"].find(batch.user) == MISSING]
         self.tables["user"].observe(np.ascontiguousarray(batch.user), batch.at_ms)
         return new_users

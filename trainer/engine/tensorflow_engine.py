@@ -68,11 +68,12 @@ class Blocks:
         self._by_row = {one.name for one in ranker.inputs if one.shape.startswith("B")}
 
     def learn(self, of: Learning, move: Tensor) -> tuple[Any, ...]:
-        """Scores and derivatives of a record; the fast weights move within it if `move` is true.
+        """Computes scores and derivatives of a record; the fast weights move within it if `move` is true.
 
         Returns:
-            The scores in the order of `Scores`; the derivatives by each tensor of `of.encoded`, by each of `of.rows`,
-            by each dense weight; and the slots of the fast weights after the record, themselves first.
+            1. The scores in the order of `Scores`.
+            2. The derivatives by each tensor of `of.encoded`, by each of `of.rows`, and by each dense weight.
+            3. The slots of the fast weights after the record; the first slot is the weights.
         """
         count, size = tf.shape(of.targets.slot)[0], HYPERPARAMETERS.fast_rows
         if not self._fast:

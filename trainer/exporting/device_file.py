@@ -3,10 +3,10 @@
     signature raw     the program's own inputs, as in serving
     signature device  row indices instead of rows: an input `<name>_at` (int32) for each of `<name>`
 
-An index is a line of a list in the same file. The lists are a ZIP archive after the program, where TensorFlow Lite keeps
-associated files. LiteRT ignores it.
+An index is the number of a line in a list of the same file. The lists are a ZIP archive after the program, where
+TensorFlow Lite keeps associated files. LiteRT ignores it.
 
-    rows/<table>.txt   line n is the id at index n, 16 hexadecimal digits; index 0, "-", stands for every other id
+    rows/<table>.txt   line n is the id at index n, 16 hexadecimal digits; index 0, "-", represents every other id
     version.json       the version, its feature spec and context fields
 """
 

@@ -1,10 +1,10 @@
 """The guard's rules: the signal of a window, its deviation from the past, and the limit. Pure functions.
 
-Each rule has one number per window, its signal. The rule compares it with the signals of earlier windows by their median
-and median absolute deviation (the modified z-score, Iglewicz & Hoaglin 1993). A floor of the deviation prevents that a
-nearly constant signal is flagged at its first small change. Deviations beyond the slack are summed (a one-sided CUSUM,
-Page 1954, with the deviation of one window capped). Two windows with a large deviation exceed the limit, and so do many
-with a small one, but never a single one.
+Each rule has one number per window, its signal. The rule compares it with the signals of earlier windows by their
+median and median absolute deviation (the modified z-score, Iglewicz & Hoaglin 1993). A lower bound of the deviation,
+the floor, prevents a nearly constant signal from being flagged at its first small change. Deviations beyond the slack
+are summed (a one-sided CUSUM, Page 1954, with the deviation of one window capped). Two windows with a large deviation
+exceed the limit, and so do many windows with a small one. A single window never does.
 
 Floors, slack and limits were measured (`python -m tests.bench.guard`). On clean traffic the largest deviations of single
 windows were 4.5 (gradient, once) and 2.3 usual deviations, and 3.2 for slices. With KuaiRand's labels flipped, in all

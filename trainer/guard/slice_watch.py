@@ -181,7 +181,7 @@ class SliceWatch:
         self._spread[known] = np.maximum(NORMAL * medians(np.abs(past - middle)), SLICE.floor)
         self._wider = widened(max(known.size, 1), SLACK)
 
-    # The state that a version stores
+    # State in versions
 
     def state(self) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
         """The whole state: as JSON, and arrays by name."""

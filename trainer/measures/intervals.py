@@ -1,7 +1,7 @@
 """95 % confidence intervals of metrics over weighted rows.
 
-Rows with weights w count as (sum of w) ** 2 / (sum of w ** 2) rows of equal weight (Kish 1965, Survey Sampling). This
-effective sample size stands for n in every formula here.
+Rows with weights w count as (sum of w) ** 2 / (sum of w ** 2) rows of equal weight (Kish 1965, Survey Sampling). Every
+formula here uses this effective sample size as n.
 """
 
 from __future__ import annotations

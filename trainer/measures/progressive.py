@@ -1,9 +1,9 @@
 """Compares the model with simple baselines: all of them score each row before any learns from it.
 
-**A miss counts as a miss.** A predictor assigns shares p, which add up to 1, to its candidates. Let m be its probability
-of a miss. A category that is a candidate then has the probability (1 - m) p. m is spread evenly over the known
-categories that are no candidates, and over one more that stands for all unknown categories. If there is no candidate,
-m is 1. So each predictor is one distribution over the same outcomes, and log losses are comparable.
+**A miss counts as a miss.** A predictor assigns shares p, which add up to 1, to its candidates. Let m be its
+probability of a miss. A category that is a candidate then has the probability (1 - m) p. The other known categories
+share m equally with one slot for all unknown categories. If there is no candidate, m is 1. So each predictor is one
+distribution over the same outcomes, and log losses are comparable.
 
 m is the escape probability of prediction by partial matching (Cleary and Witten 1984). Its estimate over the earlier
 rows is (misses + 1/2) / (rows + 1) (Krichevsky and Trofimov 1981). New and known users have separate estimates.

@@ -14,13 +14,18 @@ F64 = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
 USERS = ("all", "new", "known")
-"""A user is known who has a category in the windows, or was seen before and has a row."""
+"""Groups of users. A known user has a category in the windows, or was seen before and has a row."""
 
 SUMS = ("rows", "log_loss", "log_loss_squares", "reciprocal_rank", "top1", "top5", "offered", "missed")
 """Sums over rows with a category.
 
-The sums are the number of rows, log loss and its squares, 1 / (1 + rank) (0 for a miss), rows whose category led, rows
-whose category was among the best five, rows with candidates, and rows whose category was none of them.
+In this order:
+
+- number of rows
+- log loss, and its squares
+- 1 / (1 + rank), 0 for a miss
+- rows whose category ranked first, and rows whose category was among the first five
+- rows with candidates, and rows whose category was none of their candidates
 """
 
 
@@ -31,7 +36,7 @@ class StepScores:
     Attributes:
         sums: `[predictor, users, sum]` float64, by PREDICTORS, USERS and SUMS.
         pairs: (User, item) pairs whose engagement was scored.
-        positives: Of them, pairs that were clicked, or were labelled so.
+        positives: Of them, pairs that were clicked, or have a positive label.
         predicted: Sum of their predicted probabilities.
         engagement_log_loss: Sum of their log losses.
     """

@@ -5,8 +5,8 @@ The candidates of a row are:
 - its user's categories (L slots, newest first)
 - the popular categories that are not among them (P slots)
 - what came next most often after the newest category, over all users (S slots)
-- one more slot: the row's own category if no other slot has it, otherwise a category that another row of the batch
-  clicked, so that the model learns the value of "something else"
+- one more slot: the row's own category if no other slot has it, else a category that another row of the batch clicked.
+  It teaches the model the value of "something else"
 
 Only the target slot and the last slot depend on the row's own event.
 """
@@ -30,8 +30,8 @@ class Candidates(NamedTuple):
     """The interest slots of a batch.
 
     Attributes:
-        target: `[n]` int32, the slot of the row's category: below L a category of the user,
-            below L + P a popular one, below L + P + S a successor, L + P + S the last slot; -1 without a category.
+        target: `[n]` int32, the slot of the row's category; -1 without a category. Slots below L are categories of the
+            user, below L + P popular ones, below L + P + S successors. L + P + S is the last slot.
         popular_mask: `[n, P]` float32, 1 for a popular category that is not among the user's own.
         other: `[n]` uint64, the category in the last slot; 0 if it is empty.
     """

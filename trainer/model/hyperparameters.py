@@ -19,11 +19,11 @@ class Hyperparameters:
     """The tuned numbers.
 
     Attributes:
-        latest: The user's newest categories whose mean row is an input of the tower.
+        latest: The number of newest categories of the user whose mean row is an input of the tower.
         net_hidden: Hidden units of the net over a category's windows.
         next_hidden: Hidden units of the net over how often a candidate came next.
-        user_limit: Clipping limit of a user's features in both nets, in both directions: a burst of events would otherwise
-            move the user's logits by a multiple in each early step of Adam.
+        user_limit: Clipping limit of a user's features in both nets, in both directions. Without it, a burst of events
+            would move the user's logits by a multiple in each early step of Adam.
         window_scaling: By prefix of a window's name: factor of its logarithm, factor of the integer, shift.
         recency_prior: Initial weights of a category's windows, by prefix of their names.
         first_query: Range of the initial weights of the engagement query.

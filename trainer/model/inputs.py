@@ -31,7 +31,7 @@ class Input:
         shape: One letter for each dimension.
         source: Its source, in words.
         table: The table of an input of embedding rows; empty for an input of values.
-        ids: The ids whose rows it takes. The missing row, all zero, stands for id 0 and for an id without a row.
+        ids: The ids whose rows it takes. Id 0 and ids without a row get a row of zeros.
         mean: Whether the rows over the last dimension of the ids are averaged.
         attributes: Ids whose mean row in the table `context` is added; empty for none.
         whole: Whether it holds whole numbers from 0 to 65535.

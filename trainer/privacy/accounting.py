@@ -1,9 +1,10 @@
 """The privacy accountant: epsilon of all updates that one unit may take part in, and the noise that a budget requires.
 
 Each update releases two values that depend on a unit, each with Gaussian noise: its clipped gradient, and its part of the
-counts. Gaussian noise composes exactly: k updates with noise s reveal as much as one with noise s / sqrt(k) (Dong, Roth
-and Su 2022, corollary 3.3), even if each is chosen adaptively. The cost of one release has a closed form (Balle and Wang
-2018), which `dp-accounting` computes. There is no amplification by sampling, because rows come in the order of the log.
+counts. Gaussian noise composes exactly: k updates with noise s reveal as much as one with noise s / sqrt(k), even if
+each is chosen adaptively (Dong, Roth and Su 2022, corollary 3.3). The cost of one release has a closed form (Balle
+and Wang 2018), which `dp-accounting` computes. There is no amplification by sampling, because rows come in the order of
+the log.
 """
 
 from __future__ import annotations

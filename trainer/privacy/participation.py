@@ -106,8 +106,8 @@ class LearnedCrosses(NamedTuple):
     def of(cls, kinds: Sequence[str], unit: str) -> LearnedCrosses:
         """Selects from crosses of these kinds, for a setting `privacy.unit`.
 
-        With unit example no cross of a user is learned: the effect of a single row on it would be in the gradients of
-        all later rows of the user.
+        With unit `example`, crosses of users are not learned, because a single row would affect the gradients of all
+        later rows of its user.
 
         >>> LearnedCrosses.of(("every", "user", "context", "user*item", "user attribute"), "user").both.tolist()
         [2, 4, 1, 3]

@@ -1,4 +1,4 @@
-"""What changed in a table since a point: rows by id, and ids that were removed or wait. Steps only list ids."""
+"""Tracks what changed in a table since a point: rows by id, and ids that were removed or wait. Steps only list ids."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ListedIds:
         self._waiting = 0
 
     def add(self, ids: U64) -> None:
-        """Lists `[n]` ids, which must not change any more."""
+        """Lists `[n]` ids; the array must not change afterwards."""
         if ids.size == 0:
             return
         self._parts.append(ids)
@@ -116,7 +116,7 @@ class ChangeList:
         self._count = mark_rows(np.ascontiguousarray(rows), self._flags, self._listed, self._count)
 
     def rows(self) -> I32:
-        """The rows listed, `[n]` int32; some may have no id any more."""
+        """The rows listed, `[n]` int32; some may no longer have an id."""
         return self._listed[: self._count]
 
     def clear(self) -> None:

@@ -136,7 +136,7 @@ def _slots_for(ids: int) -> int:
 
 
 SPARSE = 4
-"""Capacity of this many times the ids in use is given back."""
+"""If the capacity exceeds the ids in use by this factor, memory is freed."""
 
 
 def grown(held: npt.NDArray[Any], capacity: int) -> npt.NDArray[Any]:

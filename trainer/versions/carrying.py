@@ -247,7 +247,7 @@ def _take_over(
         The experiment's manifest with the identity of the live version, and what the epoch's first version holds.
 
     Raises:
-        UnknownVersion: The experiment's registry is gone, or a version of it.
+        UnknownVersion: The experiment's registry, or a version in it, is missing.
     """
     path = layout.experiment_registry(trainer.settings.state_dir, str(recorded[EXPERIMENT]))
     if not path.is_dir():
@@ -310,7 +310,7 @@ def carry_over(versions: Registry, version: int, trainer: Trainer) -> CarriedOve
     fresh = checkpoint.full(trainer)
     planned = plan(old, fresh)
     checkpoint.load(trainer, carried(old, fresh, planned, trainer.model.fast_weights))
-    # Carried rows are the base's: the version need not repeat them.
+    # The base contains the carried rows, so the version need not repeat them.
     changes = checkpoint.changes(trainer) | removals(old, fresh, planned)
     return CarriedOver(manifest, planned, changes)
 

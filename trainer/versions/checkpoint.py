@@ -134,7 +134,7 @@ def load(trainer: Trainer, tensors: content.Tensors) -> None:
 
 
 def begin(trainer: Trainer, about: Mapping[str, Any]) -> None:
-    """Makes `trainer` an untrained one that knows the popular labels of the bootstrap, whose document is `about`."""
+    """Resets `trainer` to an untrained one with the popular labels of the bootstrap, whose document is `about`."""
     trainer.clear()
     popular = sorted((int(label, 16), int(clicks)) for label, clicks in about["popular"])
     # The bootstrap's counts have no noise, so they are not used with a privacy budget.

@@ -169,8 +169,8 @@ def program_of(
 ) -> str:
     """The name of the ranker's program in the registry.
 
-    Lowering takes seconds. So the program of `version` is used again if that version was trained with this feature spec and
-    in this environment, and if the program still computes the ranker's outputs.
+    Lowering takes seconds, so the program of `version` is reused where possible: that version was trained with this
+    feature spec and in this environment, and its program still computes the ranker's outputs.
 
     Raises:
         ProgramError: The model does not lower, or the outputs of program and model differ.

@@ -122,8 +122,8 @@ class Saving:
 class Publisher:
     """A thread that encodes, digests and syncs versions. The step thread calls every method.
 
-    If the registry's disk is full, a version waits until there is room, while the steps continue; the next version
-    contains all of their changes.
+    If the registry's disk is full, a version waits for free space while the steps continue. The next version contains
+    all of their changes.
 
     Args:
         registry: The registry; the thread has its own object of it.
@@ -156,7 +156,7 @@ class Publisher:
         return self._running is not None
 
     def offer(self, draft: Draft, served: content.Tensors, saving: Saving | None = None) -> None:
-        """Starts to publish; the tensors must not change any more. Must not be called while busy.
+        """Starts to publish; the tensors must not change afterwards. Must not be called while busy.
 
         `served` are the changes since the previous version that serving needs. `saving` makes the version durable too.
         """
@@ -193,7 +193,10 @@ class Publisher:
         self._thread.shutdown(wait=True)
 
     def _publish(self, draft: Draft, served: content.Tensors, saving: Saving | None) -> Manifest:
-        """Serving need not wait for the disk: it follows the recent version while that version becomes durable."""
+        """Publishes a version, first as a recent one.
+
+        Serving follows the recent version while it becomes durable, so it need not wait for the disk.
+        """
         began, files = time.perf_counter(), content.encode_served(served)
         made = self._where_room_is(lambda: self._registry.publish(draft, files))
         self._metrics.publish_seconds.observe(time.perf_counter() - began)

@@ -8,8 +8,8 @@ For a user with latest events k (item i_k, category c_k, action a_k, age t_k) an
     s(c)   = MLP([ x(u) | a(c) | e_c ]) + b_slot,           x(u) = tower([ prepared features | e_u | mean context ])
 
 The ranker has two tables of its own: `attended` with rows k of items as events, and `action` with rows r of actions.
-Rows e are those that every ranker has. What a click on an item says about the user is thus learned separately from
-what makes users click the item.
+Rows e are those that every ranker has. So the ranker learns separately what a click on an item reveals about
+the user, and what makes users click the item.
 
 The engagement logit of an item i with category c_i is a s(c_i) + (P x(u)) . e_i + b.
 """

@@ -7,9 +7,9 @@
 The latest items and categories are weighted means, the newest event first: 1, 1/2, 1/3 and so on. The last layer of
 both towers starts at zero, so candidates similar to the latest categories rank first in the beginning.
 
-Interest is learned from the categories of the other rows of a record: a softmax of row j over them, each logit less
-log Q(c), where Q(c) is the share of rows with c. Without this correction, popular categories would be pushed down,
-because they are sampled so often. A row of the same category is not a negative.
+Interest is learned from the categories of the other rows of a record, by a softmax of row j over them. log Q(c) is
+subtracted from each logit, where Q(c) is the share of rows with c. Without this correction, popular categories would be
+pushed down, because they are sampled so often. A row of the same category is not a negative.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 1. One version answers two queries at one moment, one about the user and one about an unknown user.
 2. Inputs that differ are grouped by what they describe. A group's part is its Shapley value (Shapley 1953, "A Value
-   for n-Person Games"): the mean, over all orders in which the groups become the user's, of how much the probability
-   changes when this group does. With more than `EXACT` groups, `ORDERS` random orders stand for all: half of them,
-   and the same ones reversed (Castro, Gomez and Tejada 2009).
+   for n-Person Games"). Groups are switched from the unknown user's inputs to the user's, one after another. The value
+   is the change of the probability when this group is switched, averaged over all orders of the groups. With more than
+   `EXACT` groups, `ORDERS` random orders are a sample: half of them are drawn, the others are the same ones reversed
+   (Castro, Gomez and Tejada 2009).
 3. Each part is returned with the events behind it, in words. A check confirms that the parts add up to the
    difference.
 
@@ -78,14 +79,14 @@ class Group(NamedTuple):
     """Inputs that describe the same thing; `place` is the slot of a category or the number of an action, else 0.
 
     Attributes:
-        kind: What that is:
-            category    one of the user's categories: that it is scored as the user's own, with its windows
+        kind: What the inputs describe:
+            category    one of the user's categories: its windows, and its slot as the user's own category
             action      one action: its counts
-            outcomes    what was engaged with, of what has a label
+            outcomes    which events with a label were engagements
             variety     how many categories and items
             rhythm      gaps, sessions, days
-            succession  what over all users came next after the newest category and item, and now; and that it is scored
-                        for that
+            succession  what all users clicked next after the newest category and item, what they click now, and the
+                        slots of successors
             sequence    the latest events in their order
             user        the user's row
             context     the user's attributes
@@ -154,10 +155,10 @@ def _kind(name: str) -> str:
 
 
 class Behind(NamedTuple):
-    """What explains a part.
+    """The evidence for a part.
 
     Attributes:
-        about: The category or the action that it is about; None if it is about neither.
+        about: The category or action that the part describes; None for other kinds.
         events: The newest of the events behind it, each with `at`, `action`, `category` and `item`.
     """
 
@@ -167,7 +168,7 @@ class Behind(NamedTuple):
 
 
 class ExplainedPart(TypedDict):
-    """A part of the difference: the kind of its group, what it adds to the probability, and what is behind it."""
+    """A part of the difference: the kind of its group, its contribution to the probability, and its evidence."""
 
     kind: str
     about: str | None
@@ -304,7 +305,7 @@ def _inputs_of(prepared: Prepared) -> dict[str, F32]:
     correction = prepared.correction
     if correction is None:
         return prepared.inputs
-    # A slot that is a candidate in one of the two answers alone has no offset in the other.
+    # A slot that is a candidate in only one of the two answers has no offset in the other.
     offset = np.where(correction.offset > MASKED / 2, correction.offset, np.float32(0.0))
     return prepared.inputs | {_FACTOR: correction.factor, _OFFSET: offset}
 
@@ -445,7 +446,7 @@ def _parts(
     groups, numbers = groups_of(version.features.spec, version.program.shapes, own_popular)
     given = _inputs_of(prepared)
     if _FACTOR in given:
-        # The correction is by what over all users came next.
+        # The correction uses counts of what came next over all users.
         group = Group("succession")
         if group not in groups:
             groups.append(group)
@@ -455,7 +456,7 @@ def _parts(
     of = np.concatenate([numbers[name].reshape(-1) for name in names])
     end, begin = (np.concatenate([given[name][row].reshape(-1) for name in names]) for row in (0, 1))
     moving = np.unique(of[begin != end])
-    # Each value's column of the coalitions' members: its group's if that moves, else any.
+    # For each value, the column of its group in `members`; any column if the group does not change.
     column = np.searchsorted(moving, of).clip(max=max(len(moving) - 1, 0))
     coalitions = Coalitions(max(len(moving), 1))
     fixed = {name: value for name, value in prepared.inputs.items() if name not in numbers}

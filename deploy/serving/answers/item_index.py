@@ -1,8 +1,9 @@
 """Sources of candidate items in one worker's memory: clicked items by category, and the items nearest to a user.
 
-Both only propose items. The caller reads the rows of the proposed items at the version of the answer. So an index may be
-some tenths of a second behind, and need not separate versions. Each `turn` reads the next part of the stores, for at most
-a few milliseconds, whatever arrives: with more clicks, following only takes longer. An idle host costs nothing.
+Both only propose items. The caller reads the rows of the proposed items at the version of the answer. So an index may
+be some tenths of a second behind, and need not separate versions. Each `turn` reads the next part of the stores for at
+most a few milliseconds. With more clicks, an index falls further behind, but a turn takes no longer. An idle host does
+no work.
 
 `ClickedItems` has items by category, with click weights. It is built from users' newest clicks, and then
 follows the feed that the applier writes (`deploy/serving/item_feed.py`). The weight of a click halves per day of log time.
@@ -18,12 +19,12 @@ follows a host's rows:
    the index was built for. The old index answers meanwhile.
 
 `ItemIndex` is a faiss inverted file, with rows in half precision, for up to a million rows. Each row is in the list of the
-centre with which its product is largest. A query searches the lists of some centres. Centres have unit length and stand
-for directions: item rows differ in length by how often they were clicked, and the longest are near to many users.
+centre with which its product is largest. A query searches the lists of some centres. Centres have unit length, so they
+represent directions: item rows differ in length by how often they were clicked, and the longest are near to many users.
 
-Costs for a million rows of 32 numbers on a core at about 2 GHz: 0.9 us to add a row, 1.5 us to replace one, 3 ms for a
-query, 135 MB. A graph (usearch, HNSW) answers a query in 0.3 ms. But it takes 43 us to add a row to only 60,000, and
-940 us to replace one. Five versions a second rewrite thousands of rows.
+With a million rows of 32 numbers, on a core at about 2 GHz, adding a row takes 0.9 us, replacing one 1.5 us, and a
+query 3 ms. The index uses 135 MB. A graph (usearch, HNSW) answers a query in 0.3 ms. But it takes 43 us to add a row to
+only 60,000, and 940 us to replace one. Five versions a second rewrite thousands of rows.
 """
 
 from __future__ import annotations
@@ -71,12 +72,12 @@ MOST_USERS = 100_000
 USERS_AT_ONCE = 50
 NOTES_AT_ONCE = 8
 
-# A worker answers in one thread.
+# A worker computes answers in one thread.
 faiss.omp_set_num_threads(1)
 
 
 def lists_for(rows: int) -> int:
-    """How many lists are good for so many rows.
+    """Returns a suitable number of lists for this many rows.
 
     >>> lists_for(10), lists_for(10_000), lists_for(1_000_000)
     (3, 100, 256)
@@ -89,7 +90,7 @@ class ItemIndex:
 
     Args:
         sample: `[k, dim]` float32, some of the rows; they are not added.
-        rows: How many rows there will be, or so.
+        rows: The approximate number of rows that will be added.
     """
 
     def __init__(self, sample: F32, rows: int) -> None:
@@ -119,7 +120,7 @@ class ItemIndex:
             self._index.remove_ids(faiss.IDSelectorArray(np.ascontiguousarray(ids).view(np.int64)))
 
     def oldest(self, most: int) -> U64:
-        """At most this many ids of the fullest list, approximately the oldest ones in it."""
+        """Returns at most this many ids of the fullest list, approximately the oldest in it."""
         lists = self._index.invlists
         fullest = max(range(self._index.nlist), key=lists.list_size)
         count = min(most, lists.list_size(fullest))
@@ -184,7 +185,7 @@ class NearItems:
 
         Args:
             query: `[dim]` float32.
-            most: How many at most.
+            most: The maximum number of items.
         """
         self._wanted = True
         if self._index is None or self._index.dim != len(query):
@@ -232,7 +233,7 @@ class NearItems:
             index.remove(index.oldest(over))
 
     def _make(self, making: _Walk, reader: RowReader, served: Served) -> None:
-        """3. Goes on with a walk: first reads a sample, then fills the index.
+        """3. Continue a walk: first read a sample, then fill the index.
 
         Ids are hashes, so the first rows are a random sample.
         """

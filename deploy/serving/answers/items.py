@@ -6,14 +6,15 @@ A recommendation ranks hundreds of candidates:
 
 1. Rank the candidate categories with the version (the user's, popular ones and successors), and read the user's clicks.
    A version with item lists and weights of the item score answers from these (`deploy/serving/answers/recommending.py`).
-2. For a version without them, generate candidates: the most clicked items of each category, more of them for a more
-   probable category; items that the user clicked; items whose rows are nearest to the user's item query vector.
+2. For a version without them, generate candidates from three sources: the most clicked items of each category (more
+   items for a more probable category), items that the user clicked, and the items whose rows are nearest to the user's
+   item query vector.
 3. Score the engagement with each item, with the same version; add a bonus for items that the user clicked before.
 
 For advertising, named items can have bids and frequency caps. With bids, items are ordered by expected value:
-probability × bid. A cap counts the item's events in the user's history: only impressions if actions are configured as such
-(`labels.impressions`), else all events. The caller paces the spending of a budget, because serving keeps no record of its
-answers.
+probability × bid. A cap counts the item's events in the user's history. If actions are configured as impressions
+(`labels.impressions`), only these count, else all events. The caller paces the spending of a budget, because serving
+keeps no record of its answers.
 """
 
 from __future__ import annotations

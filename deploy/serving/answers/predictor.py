@@ -107,7 +107,7 @@ class Asked(NamedTuple):
         item: The item's id; 0 if the query has no item.
         category: The item's category; 0 if unknown.
         context: One id per context field; 0 if the field is not given.
-        newest_item: The item of the user's latest click; 0 without one, or if the version does not ask.
+        newest_item: The item of the user's latest click; 0 without one, or if the version does not use it.
     """
 
     query: Query
@@ -325,7 +325,7 @@ class Predictor:
     def items_of(self, asked: Asked, items: Sequence[tuple[int, int]]) -> list[Asked]:
         """Returns one query for each of n items, given as ids of item and category, all about the same user.
 
-        Category 0 stands for the one that the item was last seen in.
+        If the category is 0, the item's last category is used.
         """
         query = asked.query._replace(item="")
         attributes = self._attributes.of("item", [item for item, _ in items])

@@ -264,7 +264,7 @@ class TensorModel:
         queries = [] if name == RAW else _queries(given, rows)
         for at in range(0, rows, MOST_AT_ONCE):
             if name == RAW:
-                # In between, others may have loaded the weights of another version.
+                # Other requests may have loaded the weights of another version in between.
                 parts.append(_run(predictor.take_up(reader, number), form, given, at, rows))
             else:
                 answers = predictor.profiles(queries[at : at + MOST_AT_ONCE], reader, number)

@@ -61,7 +61,7 @@ class ShownName(NamedTuple):
 
 
 class Catalogue:
-    """Looks up the names of categories and items, and the category each item was last seen in. Used by one thread."""
+    """Looks up names of categories and items, and the latest category of each item. Used by one thread."""
 
     def __init__(self, histories: HistoryStore) -> None:
         self._histories = histories
@@ -82,12 +82,15 @@ class Catalogue:
         return self._names.setdefault(category, ShownName(stored.decode(), identity))
 
     def categories_of(self, items: Sequence[tuple[int, int]]) -> list[int]:
-        """Returns each item's category, 0 if nobody clicked it; `items` has `(id, category)` pairs, 0 = look it up."""
+        """Returns each item's category, 0 if it was never clicked.
+
+        `items` has `(id, category)` pairs; a category of 0 is looked up.
+        """
         stored = iter(self._histories.extra_of_each([item_extra(item) for item, category in items if not category]))
         return [category or (0 if (value := next(stored)) is None else item_parts(value)[0]) for _, category in items]
 
     def category_of(self, item: int) -> int:
-        """Returns the category that an item was last seen in; 0 if nobody clicked it."""
+        """Returns an item's latest category; 0 if the item was never clicked."""
         stored = self._histories.extra(item_extra(item)) if item else None
         return 0 if stored is None else item_parts(stored)[0]
 
@@ -96,7 +99,7 @@ class Catalogue:
         return self.named_items([item])[0][1]
 
     def named_items(self, items: Sequence[int]) -> list[tuple[int, ShownName]]:
-        """Returns the category of each item, 0 if nobody clicked it, and its name as in `item_name`."""
+        """Returns the category of each item (0 if it was never clicked), and its name as in `item_name`."""
         found = []
         for item, stored in zip(items, self._histories.extra_of_each([*map(item_extra, items)]), strict=True):
             category, name = (0, "") if stored is None else item_parts(stored)

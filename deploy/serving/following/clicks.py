@@ -60,8 +60,8 @@ _log = logging.getLogger(__name__)
 class Upkeep:
     """Sweeps a host's histories, items and names; used by the store's writing thread.
 
-    `reach_ms` is how much older than the newest event one can be that still matters. `lose` is called when users
-    whose events still count were removed.
+    `reach_ms` is the maximum age, relative to the newest event, of an event that still matters. `lose` is called when
+    users whose events still count were removed.
     """
 
     def __init__(
@@ -86,15 +86,15 @@ class Upkeep:
         )
 
     def news(self, events: Events, names: Mapping[int, str], clock_ms: int) -> dict[str, bytes | None]:
-        """The extras to commit with some clicks, see `Remembered.news` and `ItemFeed.news`."""
+        """Returns the extras to commit with some clicks; see `Remembered.news` and `ItemFeed.news`."""
         found = self._remembered.news(events, names, clock_ms)
         return found | self._feed.news(events, clock_ms)
 
     def look(self, newest_ms: int) -> None:
-        """Checks some users and items if that is due, and removes what has expired; log time 0 is unknown.
+        """Checks some users and items if due, and removes expired ones; log time 0 is unknown.
 
         Raises:
-            StoreFull: There is no room to write; nothing was changed.
+            StoreFull: There is not enough space to write. Nothing was changed.
         """
         if newest_ms:
             if self._sweeper.look(newest_ms).evicted:
@@ -102,8 +102,8 @@ class Upkeep:
             self._remembered.look(newest_ms)
 
     def make_room(self, newest_ms: int) -> None:
-        """Checks many users and items when the store is full; does what is possible now."""
-        # What was not stored is not known either.
+        """Checks many users and items when the store is full, as far as possible without more space."""
+        # Discard names and items whose commit failed.
         self._remembered.forget()
         self._feed = ItemFeed(self._store)
         self._lose()
@@ -120,10 +120,11 @@ class HistoryFollower:
     """Applies the micro-batch topic to the histories; used by one thread, the store's only writer.
 
     Args:
-        reach_ms: How much older than the newest event one can be that still matters; see `FeatureSpec.reach_ms`.
+        reach_ms: The maximum age, relative to the newest event, of an event that still matters; see
+            `FeatureSpec.reach_ms`.
         accepted: The losses that operators accepted, including records that the trainer leaves out.
         actions: Returns the action names of a record by its feature spec; None for an unknown spec.
-        own_salt: Fingerprint of this host's salt; records with another salt before the first one with ours are left out.
+        own_salt: Fingerprint of this host's salt. Records with another salt before the first one with ours are skipped.
 
     Attributes:
         newest_ms: The store's event clock.
@@ -165,7 +166,7 @@ class HistoryFollower:
         self._caught_up = store.extra(CAUGHT_UP_EXTRA) is not None
 
     def connect(self, log: Log, topic: str) -> None:
-        """Begins to read a topic where the histories end.
+        """Starts to read a topic at the position where the histories end.
 
         Raises:
             LogError: The log cannot be read.
@@ -190,7 +191,7 @@ class HistoryFollower:
         known = {} if opening.stored is None or opening.recreated else opening.stored.next
         if any(begin > known.get(partition, 0) for partition, (begin, _) in opening.ends.items()):
             self._parity.lose()
-        # Set it now, not at the next poll: a reader that waits for the histories would take the old lag as current.
+        # Set it now, not at the next poll, so that readers that wait for the histories do not see the old lag.
         self._metrics.microbatch_lag_records.set(opening.unread)
         self._metrics.history_epoch.set(self._line[-1].epoch)
         self._metrics.log_away.set(0)
@@ -199,8 +200,8 @@ class HistoryFollower:
     def turn(self, line: LogLine, mask: Mask, partition: int, open_at: OpenAt) -> bool:
         """Moves the histories to the log branch that control names; returns whether the branch changed.
 
-        They are disconnected then: `connect` again. `mask` has the clicks that are not read again. `open_at` opens
-        the branch's partition of the topic at an offset.
+        If it changed, they are disconnected: call `connect` again. `mask` has the clicks that are not read again.
+        `open_at` opens the branch's partition of the topic at an offset.
 
         Raises:
             GapError: The log no longer reaches back to the branch point.
@@ -248,7 +249,7 @@ class HistoryFollower:
             GapError: Records were deleted before they were read; `disconnect` and `connect` again.
             LogError: The broker refused.
             SaltMismatch: The stream uses another salt than before.
-            StoreFull: What was not kept has to be read again: `disconnect` and `connect`.
+            StoreFull: The records must be read again: `disconnect` and `connect`.
         """
         assert self._log is not None, "connect first"
         batches = self._log.poll(timeout_s, RECORDS_AT_ONCE)
@@ -298,7 +299,7 @@ class HistoryFollower:
             self._parity.look(kept, (batch.partition, offset), users, events)
             newest_ms = max(newest_ms, int(log_times(kept).max(initial=0)))
             if found.header.clocks and self.newest_ms > found.header.created_ms + DAY_MS:
-                # Under 0.1.0 one click could set it years ahead.
+                # With release 0.1.0, one click could set the clock years ahead.
                 self.newest_ms = 0
             names |= found.header.names
             marks = after
@@ -327,7 +328,7 @@ class HistoryFollower:
                 return None
             raise SaltMismatch.between(f"record {offset} of partition {log.partition}", found.header.salt, self._salt)
         self._begun = True
-        # Where the meaning of its numbers is unknown, they count as ours.
+        # If the spec of the record is unknown, its action numbers are taken as this host's.
         return renumbered(found, self._named(found.header.spec) or self._spec.actions, self._spec.actions)
 
     def _commit(
@@ -352,7 +353,7 @@ class HistoryFollower:
         self._metrics.history_rows.inc(int(appends.lengths[self._store.shares.has(appends.users)].sum()))
 
     def _keep_house(self, idle: bool) -> None:
-        """Once a second: measures the lag and the store."""
+        """Measures the lag and the store, once a second."""
         now_ms = self._now_ms()
         if 0 <= now_ms - self._housekept_ms < EVERY_MS and not (idle and not self._caught_up):
             return
@@ -374,7 +375,10 @@ def clock_of(store: HistoryStore) -> int:
 
 
 def position_of(store: HistoryStore) -> Position | None:
-    """Returns where the histories end in the micro-batch topic; None if nothing was read, or after a restore."""
+    """Returns the position in the micro-batch topic at which the histories end.
+
+    It is None if nothing was read, or after a restore.
+    """
     return Position.from_json(store.extra(POSITION_EXTRA))
 
 
@@ -396,7 +400,7 @@ def take_back(
         StoreFull: Nothing was changed.
     """
     stored = position_of(store)
-    # Restored histories have no position in the log; their events may come from anywhere in it.
+    # Restored histories have no position in the log. Their events may come from any position.
     at = None if stored is None else stored.next.get(partition)
 
     def extra(offset: int, before: Before) -> dict[str, bytes | None]:

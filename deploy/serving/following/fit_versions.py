@@ -44,7 +44,7 @@ class Probing:
         `program` is the SHA-256 of the version's program, which is on this host.
 
         Raises:
-            ProgramError: It cannot be run with these weights, or it answers otherwise than the trainer did.
+            ProgramError: It cannot be run with these weights, or its answers differ from the trainer's.
             CorruptVersion: The program's file is missing or damaged.
         """
         trained = probe.answers_in(tensors)

@@ -81,7 +81,7 @@ class Remembered:
     def news(self, events: Events, names: Mapping[int, str], clock_ms: int) -> dict[str, bytes]:
         """Returns the extras to commit with clicks: new or changed categories, names, and entries first seen today.
 
-        `events` are `[m]` EVENT, and `names` came with them, by id.
+        `events` are `[m]` EVENT, and `names` are the names in their record, by id.
         """
         self._turn(clock_ms)
         day, extras = self._day.to_bytes(4, "big"), dict[str, bytes]()

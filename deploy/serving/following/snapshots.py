@@ -1,8 +1,8 @@
 """Snapshots of a host's histories: writes them while clicks are applied, and loads one into a store that has none.
 
-One host writes: the one that wrote the newest snapshot of all users that it holds. Another takes over if there is no new one for `STANDBY`
-intervals. Two hosts that begin at once both write; one document is created, and the files of the other are removed
-with later snapshots.
+Of the hosts that hold the same users, only the host that wrote their newest snapshot writes. Another host takes over if
+there is no new snapshot for `STANDBY` intervals. If two hosts begin at once, both write, but only one document is
+created. The files of the other are removed with later snapshots.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from state.process.said_once import SaidOnce
 from state.registry.log_line import LogLine
 
 FULL_INTERVALS = 30
-"""After a snapshot that was too large, the next one is tried after so many intervals."""
+"""After a snapshot that was too large, the next one is tried after this many intervals."""
 STANDBY = 3
-"""Other hosts take over after so many intervals without a snapshot."""
+"""Another host takes over after this many intervals without a snapshot."""
 POLL_S, LOOK_MS = 0.2, 10_000
 MOST_GAINED = 8_000_000
 """Events of 40 bytes kept in memory between two snapshots; beyond them the next one scans all users."""
 FAR_CLICKS, FAR_SHARE = 1_000_000, 8
-"""Histories that are behind a snapshot by more clicks than this, and than its events divided by the share, are replaced."""
+"""A snapshot replaces histories that lack more clicks than `FAR_CLICKS`, and than its events divided by `FAR_SHARE`."""
 _log = logging.getLogger(__name__)
 
 
@@ -99,7 +99,7 @@ class SnapshotTaker:
                 self._forget()
 
     def start_over(self) -> None:
-        """The histories lost events by a rollback or an erasure: the next snapshot is due now, and scans all users."""
+        """Makes a snapshot due now that scans all users, after histories lost events by a rollback or an erasure."""
         with self._lock:
             self._forget()
             self._restarts += 1
@@ -233,7 +233,7 @@ def load_if_behind(settings: Settings, store: HistoryStore, salt: str | None, br
         return True
     if loaded is not None:
         if store.extra(WHOLE_EXTRA) is None:
-            # The host that wrote it has lost nothing.
+            # The host that wrote the snapshot had lost no events.
             store.commit(Appends.none(), extra={WHOLE_EXTRA: b"0"})
         _log.info("the histories of %d users are from snapshot %d", loaded.users, loaded.number)
     return loaded is not None

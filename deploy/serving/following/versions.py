@@ -4,11 +4,12 @@
     control pins V            exactly V is wanted
     control follows           the newest version of control's epoch is wanted, durable or recent
     the epoch has none yet    the epoch's base is wanted if there is one; else the pointer stays
-    V is not on this host     recent versions are applied onto an ancestor on this host; else deltas onto one, then
-                              recent versions; else base and deltas in a separate lane, while the old version answers
+    V is not on this host     recent versions are applied onto an ancestor on this host. Without one, deltas are applied
+                              onto an ancestor, then recent versions. Without an ancestor, base and deltas are applied
+                              in a separate lane, while the old version answers
     V is older                a recent version that its epoch no longer has keeps answering: the trainer was killed, and
                               makes it again from the log
-    V has a label             it is applied too, while answers are where control wants them, one step at a time
+    V has a label             it is applied too, one step at a time, while answers use the version that control wants
     V is corrupt              the last good version keeps answering; another base is tried
     V fails its probe         likewise; its rows stay on this host, because later versions build on them
 
@@ -76,7 +77,7 @@ class Refusals:
     def blocks(self, steps: Iterable[Manifest]) -> bool:
         """Whether one of these versions was refused a moment ago."""
         now_ms = self._now_ms()
-        # The upper bound is for a wall clock that was set back.
+        # The upper bound handles a wall clock that was set back.
         return any(now_ms < self._again_ms.get((step.kind, step.version), 0) <= now_ms + RETRY_MS for step in steps)
 
     def of_manifests(self) -> bool:
@@ -90,10 +91,10 @@ class Refusals:
 
 @dataclass
 class Route:
-    """How to get to a version.
+    """The steps that apply a version on this host.
 
     Attributes:
-        steps: Steps still to apply, in this order; empty if the version is on this host.
+        steps: Remaining steps, in order; empty if the version is on this host.
         rebuild: Whether the steps go into a separate lane; else onto a version on this host.
     """
 
@@ -339,7 +340,7 @@ class VersionFollower:
         crosses: The crosses in the settings, to find those of erased users; None without crosses.
 
     Attributes:
-        erased: The last erasure whose users have no data in the store any more.
+        erased: The last erasure whose users no longer have data in the store.
     """
 
     def __init__(
@@ -395,7 +396,7 @@ class VersionFollower:
             # The mask already excludes them from answers.
             self._rows.forget(control.erased.after(self.erased), self._crosses)
             self.erased = control.erased.last
-            # The record of removed rows is removed with its version; only then has the file no data of the erased users.
+            # The list of removed rows is removed with its version. Only then has the file no data of the erased users.
             self._anew_ms = self._now_ms() + max(PAGES_MS, 3 * (self._keep_ms + SWEEP_MS))
         show_control(control, self._metrics)
         # 2.
@@ -420,7 +421,7 @@ class VersionFollower:
         Versions that are not durable are removed after some seconds, the others after `keep_s`.
 
         Raises:
-            StoreFull: There is no room for that; nothing was changed.
+            StoreFull: There is not enough space. Nothing was changed.
             RegistryError: It is unknown which versions are durable.
         """
         self._rows.tidy()
@@ -563,7 +564,7 @@ class VersionFollower:
         with self._rows.reader() as reader:
             self.served = reader.served()
         if self.served is not None:
-            # Workers answer with the version's own features, whatever release applied it.
+            # Workers answer with the version's own features, regardless of the release that applied it.
             self._files.fetch_spec(self.served.spec)
             self._metrics.version.set(self.served.version)
             self._metrics.epoch.set(self.served.epoch)

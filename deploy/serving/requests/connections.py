@@ -157,13 +157,13 @@ class BoundedConnection(HttpToolsProtocol):
             self.flow.pause_reading()
 
     def _parse_piece(self, data: bytes | memoryview) -> None:
-        # For bytes that arrived with the end of another request, it is unknown which request they belong to.
+        # If bytes arrived with the end of another request, their request is unknown.
         only = self._requests + (not self._in_request)
         self._arriving_bytes = len(data)
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            # No upgrade is offered; what follows would not be HTTP.
+            # Upgrades are not supported: the bytes after one would not be HTTP.
             self._unparsed = memoryview(b"")
             if self.cycle is not None:
                 self.cycle.keep_alive = False
@@ -173,7 +173,7 @@ class BoundedConnection(HttpToolsProtocol):
             return
         if self._in_request and only == self._requests and not self._ended:
             self._received += len(data)
-            # Each byte of a body may have one of framing.
+            # A body may have one byte of framing per byte.
             if self._received - 2 * self._body > self._limits.head_bytes:
                 self._refuse("head", self._too_large())
 
@@ -233,7 +233,7 @@ class BoundedConnection(HttpToolsProtocol):
         return True
 
     def on_message_begin(self) -> None:
-        """A request begins."""
+        """Starts a request."""
         self._requests += 1
         self._received = self._body = 0
         self._in_request = self._in_head = True
@@ -246,7 +246,7 @@ class BoundedConnection(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """The head is there."""
+        """Handles the end of a request's headers."""
         self._in_head = False
         if self._ended:
             return
@@ -274,13 +274,13 @@ class BoundedConnection(HttpToolsProtocol):
         return True
 
     def on_body(self, body: bytes) -> None:
-        """A piece of the body."""
+        """Adds a part of the body."""
         self._body += len(body)
         if not self._ended:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """All of the request is there."""
+        """Passes a complete request to the application."""
         self._in_request = False
         if not self._ended:
             super().on_message_complete()
@@ -293,7 +293,7 @@ class BoundedConnection(HttpToolsProtocol):
             self.transport.close()
         buffered = self.transport.get_write_buffer_size()
         if buffered < self._buffered:
-            # The client reads its answer.
+            # The client is reading its answer.
             self._since_s = now_s
         self._buffered = buffered
         if now_s - self._since_s < self._limits.timeout_s:

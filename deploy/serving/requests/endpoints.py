@@ -221,7 +221,7 @@ def profile_service(answers: Answers) -> Service:
         given = _fields_of(request)
         given["profiles"] = [given.pop("question", {})]
         (query,) = _convert(given, ProfilesQuestion).queries()
-        # Refused here: in a batch with the queries of other requests, it would fail them all.
+        # Refused here, because in a batch it would make the queries of other requests fail too.
         answers.host.predictor().users_of([query])
         return await answers.profiles.one(query, _profile_message)
 

@@ -155,8 +155,8 @@ class Routes:
         """Returns the endpoint of a request and the values of its placeholders.
 
         Raises:
-            BadRequest: No endpoint has this path, it does not offer the method, the path's percent-encoding is
-                invalid, a placeholder's value is not UTF-8, or there are parameters but none are declared.
+            BadRequest: No endpoint has this path and method, the path's percent-encoding is invalid, a placeholder's
+                value is not UTF-8, or there are parameters but none are declared.
         """
         raw: str = scope["raw_path"].decode("latin-1")
         if wrong := _NO_ESCAPE.search(raw):

@@ -1,4 +1,4 @@
-"""What requests can ask, for HTTP and gRPC alike: the types of parameters and bodies, and their conversion to queries."""
+"""Types of request parameters and bodies, for HTTP and gRPC, and their conversion to queries."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ class Router:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     def leave(self) -> None:
-        """Withdraws this host's entry for good; requests that still arrive are answered."""
+        """Withdraws this host's entry permanently; requests that still arrive are answered."""
         self._leaving = True
         try:
             hosts.withdraw(self._registry, self._entry.name)

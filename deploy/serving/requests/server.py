@@ -4,7 +4,7 @@ Shutdown, at SIGTERM or SIGINT:
 
 1. /readyz answers 503, gRPC's health answers NOT_SERVING, and each HTTP answer announces that its connection closes.
    Connections are still accepted for `drain_s`, so that clients can switch to another host.
-2. No connection is accepted any more. Connections without a request are closed, and pending requests are answered.
+2. No more connections are accepted. Connections without a request are closed, and pending requests are answered.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Acceptor:
                 client, _ = self._bound.accept()
             except OSError as error:
                 if error.errno in _NO_ROOM:
-                    # The client still waits, and would wake this loop all the time.
+                    # The waiting client would wake this loop continuously.
                     _log.error("a connection cannot be accepted (%s); trying again", error.strerror)
                     self._loop.remove_reader(self._bound)
                     self._again = self._loop.call_later(PAUSE_S, self._listen)

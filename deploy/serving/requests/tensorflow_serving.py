@@ -193,7 +193,7 @@ def chosen(request: Request) -> ModelChoice:
     """Returns the model that a path selects; raises BadRequest if the version is no number."""
     path = request.path
     version = path.get("version")
-    # Digits of other scripts are numbers too.
+    # Digits of other scripts count as numbers.
     if version is not None and not (
         version.isascii() and version.isdecimal() and len(version) < 20 and int(version) <= LARGEST
     ):
@@ -318,7 +318,7 @@ def to_array(name: str, proto: Any) -> Tensor:
     shape = [dim.size for dim in proto.tensor_shape.dim]
     count = 1
     for size in shape:
-        # Sizes come from outside: a product of them must not grow without bound.
+        # Clients choose the sizes, so their product must be bounded.
         if size < 0 or count * max(size, 1) > MOST_VALUES or len(shape) > 8:
             raise BadRequest(f"the input {name!r} has the shape {shape[:9]}", "send fewer values")
         count *= size

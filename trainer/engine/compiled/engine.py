@@ -60,12 +60,12 @@ class CompiledEngine:
     """See `trainer/engine/engine.py`.
 
     Args:
-        ranker: The default one, with a dense tower.
-        optimizer: Of its dense weights.
+        ranker: The default ranker, with a dense tower.
+        optimizer: The optimizer of its dense weights.
         tables: The tables of embedding rows, by name.
         crosses: Scores and learns crosses.
-        attributes: A, of an item.
-        threads: That share its loops.
+        attributes: A, the number of attributes of an item.
+        threads: The threads that share its loops.
     """
 
     name = "compiled"
@@ -154,7 +154,7 @@ class CompiledEngine:
         return replace(measured, found=gradient)
 
     def _rows(self, record: Record) -> tuple[dict[str, I32], dict[str, I32]]:
-        """Distinct rows of each table, and where in them each use of an id is, by the name of the ids.
+        """Returns the distinct rows of each table, and, by the name of the ids, the index of each id's row among them.
 
         With attributes the heads get one row for each combination of item and attributes.
         """
@@ -242,8 +242,8 @@ class CompiledEngine:
 def prepared_by(preprocessing: Preprocessing, features: int, name: str) -> Callable[[U16], F32]:
     """Compiles a preprocessing: `[B, D]` uint16 features to `[B, D']` float32.
 
-    `Logarithms` and the default one take each feature by itself, and a feature has 65,536 values: all are computed once,
-    which is faster than a call of TensorFlow's graph in each update.
+    `Logarithms` and the default preprocessing transform each feature independently, and a feature has 65,536 values. So
+    all values are computed once, which is faster than a call of TensorFlow's graph in each update.
 
     Args:
         preprocessing: `[B, D]` float32 raw integers to `[B, D']` float32.
@@ -266,14 +266,14 @@ def prepared_by(preprocessing: Preprocessing, features: int, name: str) -> Calla
         return by_tensorflow
     table = by_tensorflow(np.repeat(values, features, 1))
     by_table = _by_table(table)
-    # The settings may name another function than the one that the bootstrap analysed.
+    # The settings may name a different function from the one that the bootstrap analysed.
     sample = np.random.default_rng(0).geometric(1e-3, (256, features)).astype(np.uint16)
     same = table.shape[1] == features and np.allclose(by_table(sample), by_tensorflow(sample), 1e-5, 1e-5)
     return by_table if same else by_tensorflow
 
 
 def _by_table(table: F32) -> Callable[[U16], F32]:
-    """Looks features up in `[65536, D]` float32, the value of each feature for each raw integer."""
+    """Looks up features in `[65536, D]` float32, the value of each feature for each raw integer."""
 
     def look_up(raw: U16) -> F32:
         found = np.empty(raw.shape, np.float32)

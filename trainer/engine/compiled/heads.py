@@ -52,7 +52,7 @@ def score_candidates(
     workspace: Workspace,
     out: F32,
 ) -> None:
-    """The logits of categories, popular ones, successors and the last slot of row `b`, row `row` of its block, masked, `[L + P + S + 1]`."""
+    """Computes the masked logits of row `b`, row `row` of its block: `[L + P + S + 1]`, in slot order."""
     transition_logits, window_logits, m = workspace.transition_logits, workspace.window_logits, workspace.firsts[row]
     recent_categories, ranks, successors = (
         facts.recent_mask.shape[1],

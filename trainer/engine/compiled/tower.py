@@ -13,8 +13,8 @@ shapes and the kind of processor alone. So a sum has the same bits however many 
 
 Before it multiplies, OpenBLAS copies both matrices into its own layout, a quarter of the time for a block of 64 rows.
 For processors with AVX-512 it has kernels for small products that copy nothing. They apply if rows, columns and depth
-multiply to at most `SMALL`, and neither matrix is transposed. There the blocks are that small, and transposed copies
-are kept for them (`transpose`). On other processors the blocks are large.
+multiply to at most `SMALL`, and neither matrix is transposed. So on these processors blocks are that small, and the
+tower keeps transposed copies of the weights (`transpose`). On other processors the blocks are large.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _TILE = 16
 
 @cache
 def _small() -> int:
-    # Other libraries of the process, such as faiss, may bring an OpenBLAS of their own that knows the processor by another name.
+    # Other libraries of the process, such as faiss, may load their own OpenBLAS, which names the processor differently.
     own = Path(scipy.__file__).parent.with_name("scipy.libs")
     kinds = {library["architecture"] for library in threadpool_info() if Path(library["filepath"]).is_relative_to(own)}
     return SMALL if kinds and kinds <= _WITH_SMALL else 0
@@ -76,10 +76,13 @@ def _fitting(most: int, large: int) -> int:
 
 @part_of_sums
 def transpose(given: F32, first: int, end: int, part: int, parts: int, out: F32) -> None:
-    """Columns `first` to `end` of `given` become rows of `out`; of the rows of `given` every `parts`-th tile from `part` on."""
+    """Writes columns `first` to `end` of `given` as rows of `out`.
+
+    A call handles every `parts`-th tile of the rows of `given`, from tile `part` on.
+    """
     for begin in range(part * _TILE, given.shape[0], parts * _TILE):
         rows, columns = min(begin + _TILE, given.shape[0]), end - (end - first) % 4
-        # Sixteen numbers at a time are moved in registers: a third of the time of one at a time.
+        # Moves sixteen numbers at a time in registers, in a third of the time that single moves take.
         whole = rows - (rows - begin) % 4
         for b in range(begin, whole, 4):
             for d in range(first, columns, 4):
@@ -179,10 +182,10 @@ class Tower:
     """Forward and backward passes over weights that are changed in place elsewhere.
 
     Args:
-        ranker: The default one, with a dense tower.
+        ranker: The default ranker, with a dense tower.
         weights: Dense weights by name.
         gradients: Receive their derivatives, by name.
-        threads: That share its blocks.
+        threads: The threads that share its blocks.
     """
 
     def __init__(
@@ -305,7 +308,7 @@ def _blocks(rows: int, shapes: tuple[tuple[int, int], ...]) -> I64:
         for size in (weights_of_block(rows, outputs),)
         for first in range(0, inputs, size)
     ]
-    # The largest first, so that threads end together.
+    # Largest first, so that threads finish at about the same time.
     sizes = [(end - first) * shapes[pair][1] for pair, first, end in blocks]
     return np.array(blocks, np.int64)[np.argsort(sizes, kind="stable")[::-1]]
 
