@@ -145,8 +145,8 @@ class InterestCounts:
         # 1. Lists are created, and evicted.
         if clicks.any():
             counted, times = (keys, batch.at_ms) if clicks.all() else (keys[clicks], batch.at_ms[clicks])
-            ids, at_ms = np.concatenate([EVERYTHING, counted.reshape(-1)]), np.repeat(times, READ)
-            self.table.observe(ids, np.concatenate([np.full(LISTS_OF_EVERYTHING, times.max()), at_ms]))
+            at_ms = np.concatenate([np.full(LISTS_OF_EVERYTHING, times.max()), np.repeat(times, READ)])
+            self.table.observe(np.concatenate([EVERYTHING, counted.reshape(-1)]), at_ms)
             self.table.evict()
         everything, rows = self._rows(keys)
         clicked = np.where(clicks, batch.category, np.uint64(0))
@@ -189,8 +189,8 @@ class InterestCounts:
         everything, rows = self._rows(self._keys(batch, np.zeros(len(batch), np.bool_), visited))
         at_s, phi = batch.at_ms // 1000, self._columns.phi(batch.features, batch.category_windows)
         correct(self.table.held, everything, rows, at_s, slots, logits, self._weights, phi, self._workspace(*parts))
-        recent, popular, successor = np.split(logits, np.cumsum([part.shape[1] for part in parts[:2]]), 1)
-        return _with_logits(scores, Logits(recent, popular, successor))
+        ends = np.cumsum([part.shape[1] for part in parts[:2]])
+        return _with_logits(scores, Logits(*np.split(logits, ends, 1)))
 
     def _keys(self, batch: MicroBatch, clicks: Flags, visited: ItemListTable | None) -> U64:
         """The keys of the newest category and the newest item of each row's user before the row, `[B, READ]` uint64."""

@@ -41,7 +41,8 @@ _INSTRUCTIONS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_bf16", "avx5
 def served(trainer: Trainer, item_lists: bool = True) -> dict[str, content.Array]:
     """Copies the content of a recent version and resets its list of changes. Only the step thread may call it.
 
-    Without `item_lists`, their changes wait for the next version that has them; a version that is durable must have them.
+    Without `item_lists`, the changes of lists of items and of categories wait for the next version that has them; a version
+    that is durable must have them.
     """
     without = UNSERVED if item_lists else UNSERVED.union(ITEM_LISTS, [NEXT_CATEGORY])
     held = _rows(trainer, "take_served", without)

@@ -109,8 +109,9 @@ def correction_of(
             without successors has two.
         asked: For each query the item of the user's latest click, 0 for none, and the time in ms.
     """
-    recent = vectors.recent_categories
-    items = [key_of_item(np.uint64(item)) for item, _ in asked]
+    weights, recent = version.interest_weights, vectors.recent_categories
+    assert weights is not None
+    items = [int(key_of_item(np.uint64(item))) for item, _ in asked]
     lists, places = rows.next_categories([*_EVERY, *recent[:, 0].tolist(), *items])
     mask = np.concatenate(masks, 1)
     found = Correction(np.empty((len(asked), 1), np.float32), np.empty((len(asked), mask.shape[1]), np.float32))
@@ -123,7 +124,7 @@ def correction_of(
         successors,
         mask,
         _columns(version.features.spec).phi(vectors.features, vectors.category_windows),
-        version.interest_weights,
+        weights,
         *found,
         version.interest_work,
     )
