@@ -57,7 +57,7 @@ class Correction(NamedTuple):
         return corrected
 
 
-@compiled("f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1]")
+@compiled("f4[:, ::1], f4[:, :], f4[:, :], f4[:, ::1]")
 def _apply(logits: F32, factor: F32, offset: F32, corrected: F32) -> None:
     for i in range(logits.shape[0]):
         for j in range(logits.shape[1]):
