@@ -155,7 +155,7 @@ def test_serving_follows_once_everything_learned_before_is_published(tmp_path: P
 
 def test_while_a_shared_registry_is_away_serving_waits_and_follows_later(tmp_path: Path) -> None:
     registry, log, url = started(tmp_path / "trainer"), written(RECORDS[:8]), tmp_path / "place"
-    registry.directory.shared, _ = sharing.own(registry.path, str(url), 7)
+    registry.directory.shared, *_ = sharing.own(registry.path, str(url), lambda: 7)
     running = learner(registry, log)
     to = published(running)
     append(log, RECORDS[8:])

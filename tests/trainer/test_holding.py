@@ -86,7 +86,7 @@ def test_a_hold_that_cannot_be_written_holds_anyway_and_is_written_later(
 ) -> None:
     url, log = tmp_path / "place", written(CLEAN[: FLOOD[0]])
     registry = started(tmp_path / "trainer")
-    place, claim = sharing.own(registry.path, str(url), 7)
+    place, claim, _ = sharing.own(registry.path, str(url), lambda: 7)
     registry.directory.shared = place
     durable = DurableSender(registry.path, place, claim)
     recent = RecentSender(registry.path, place, claim, lambda: durable.serial)

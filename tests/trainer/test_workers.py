@@ -112,11 +112,13 @@ def test_a_killed_or_frozen_worker_changes_no_bit_of_what_the_group_learns(
     settings = settings_of(kafka_settings, tmp_path / "faults", workers)
     registry = prepared(settings)
 
-    for number, fault in enumerate(FAULTS):
+    # One fault in `make test`; the others take a start of TensorFlow each.
+    faults = FAULTS if workers > 2 else FAULTS[:1]
+    for number, fault in enumerate(faults):
         leader = Part("trainer", settings, tmp_path / f"fault{number}.log")
         stack.callback(leader.kill)
         suffer(leader, settings, registry, 6 * number, fault)
-    write(settings, 18, len(RECORDS))
+    write(settings, 6 * len(faults), len(RECORDS))
     version = run_through(settings, registry, tmp_path / "last.log", stack)
     assert digest(registry, version) == expected
     if workers == 2:

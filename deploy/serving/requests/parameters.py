@@ -215,7 +215,7 @@ class RecommendationParameters(NearParameters, frozen=True):
         """Returns which items are requested.
 
         >>> RecommendationParameters(n=3, exclude_seen=True).wanted()
-        WantedItems(most=3, category=None, exclude_seen=True)
+        WantedItems(most=3, category=None, exclude_seen=True, per_category=0)
         """
         return WantedItems(self.n, self.category, self.exclude_seen)
 

@@ -26,7 +26,6 @@ NOTED = {
     f"seen:{item_extra(9)}": b"\0\0\0\1",
     "feed": b"\0" * 16,
     "clicked:0": b"one",
-    "new:0": b"two",
 }
 HOSTS_OWN = {"microbatches": b"{}", "caught_up": b"1"}
 

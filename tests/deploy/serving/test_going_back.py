@@ -71,7 +71,8 @@ class Host(Following):
 
 
 def host(path: Path, log: MemoryLog, monkeypatch: pytest.MonkeyPatch) -> Host:
-    monkeypatch.setattr(HistoryStore.__init__, "__defaults__", (HISTORY, 16 << 30, False, None))
+    _, *others = HistoryStore.__init__.__defaults__
+    monkeypatch.setattr(HistoryStore.__init__, "__defaults__", (HISTORY, *others))
     return Host(path, log)
 
 

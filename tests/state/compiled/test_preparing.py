@@ -97,7 +97,7 @@ def test_a_process_with_a_cache_folder_of_its_own_finds_what_the_installation_co
 
 
 def test_the_largest_kernels_are_prepared_first() -> None:
-    first = Kernels(CollectorRegistry(), logging.getLogger()).wanted()[:4]
+    first = Kernels(CollectorRegistry(), logging.getLogger()).wanted()[:6]
     # Its own code is short, and it is made of most of the window kernel's parts.
     assert many_rows in [kernel.dispatcher for kernel in first]
 

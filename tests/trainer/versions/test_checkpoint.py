@@ -44,7 +44,7 @@ def registry(tmp_path: Path) -> Registry:
 
 
 def test_the_tables_are_those_of_the_step() -> None:
-    assert tuple(made().tables) == (*content.TABLES, "clicked", "followed", "visited")
+    assert tuple(made().tables) == (*content.TABLES, "clicked", "followed", "visited", "next_category")
 
 
 def test_a_restored_trainer_goes_on_with_the_same_bits_in_another_layout(registry: Registry) -> None:
@@ -155,7 +155,7 @@ def test_encoding_is_exact_and_splits_what_serving_needs_from_the_rest() -> None
     assert {name for name in served if not name.startswith("dense.")} == {
         *(
             f"{table}.{name}"
-            for table in (*content.TABLES, "clicked", "followed")
+            for table in (*content.TABLES, "clicked", "followed", "next_category")
             for name in ("ids", "rows", "removed")
         ),
         "popular",
