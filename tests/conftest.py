@@ -25,8 +25,6 @@ TOGETHER = ("tests/e2e/loop/", "tests/laws/")
 """The tests of the running loop, so that it is started once, and the laws, so that sources are parsed once."""
 FIRST = ("tests/e2e/loop/", "tests/e2e/", "tests/streaming/", "tests/conformance/", "tests/trainer/", "tests/deploy/")
 """Folders by the time that one of their files takes."""
-LAST = "tests/e2e/loop/test_erase.py"
-"""It deletes the loop's logs, from which a new host learns names."""
 KAFKA = pytest.StashKey[OneKafka]()
 FORKS = pytest.StashKey[forked.Server]()
 # A busy machine makes slow examples of all of them.
@@ -57,8 +55,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByFile:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Starts with what takes longest, so that at the end no test process waits for another one; see also `LAST`."""
-    items.sort(key=lambda item: item.nodeid.startswith(LAST))
+    """Starts with what takes longest, so that at the end no test process waits for another one."""
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: next((n for n, at in enumerate(FIRST) if item.nodeid.startswith(at)), len(FIRST)))
 
