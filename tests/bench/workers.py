@@ -2,9 +2,9 @@
 
     python -m tests.bench.workers
 
-The leader and a follower are measured in processor milliseconds, without and within exchanges. From one, two and four
-workers the part of a step that every worker does (`replicated`) and the part that is divided (`divided`) are fitted:
-`compute(K) = replicated + divided / K`. With as many idle cores as workers a step takes that and the exchange.
+The leader is measured in processor milliseconds, without and within exchanges. From two and four workers follow the part
+of a step that every worker does (`replicated`) and the part that is divided: `compute(K) = replicated + divided / K`.
+With as many idle cores as workers a step takes that and the exchange.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def main() -> None:
             if count > 1 or name == "compute":
                 unit = "ms" if name == "waiting" else "cpu-ms"
                 figures[f"{name} of the leader, {count} workers"] = Figure(value, unit)
-    shares = np.array([[1.0, 1.0 / count] for count in MEASURED])
-    replicated, divided = np.linalg.lstsq(shares, np.array([found[count]["compute"] for count in MEASURED]))[0]
+    divided = 4 * (found[2]["compute"] - found[4]["compute"])
+    replicated = found[4]["compute"] - divided / 4
     figures["replicated part of a step"] = Figure(float(replicated), "cpu-ms")
     figures["divided part of a step"] = Figure(float(divided), "cpu-ms")
     growth = (found[4]["exchange"] - found[2]["exchange"]) / 2
