@@ -54,6 +54,7 @@ from state.errors import (
     SpringtideError,
     TruncatedLog,
     UnusableRegistry,
+    WorkerLost,
 )
 from state.features.spec import FeatureSpec
 from state.log import KERNELS as LOG_KERNELS
@@ -514,6 +515,8 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
         if stopping.is_set():
             return
         group = joined[0] if joined else None
+        if settings.trainer.workers > 1 and group is None:
+            raise WorkerLost("the other workers could not be joined", "see the lines above")
         if group is not None:
             restore_handlers()
             group.wait()

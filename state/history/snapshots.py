@@ -202,15 +202,16 @@ def read(location: FileStore, number: int) -> HistorySnapshot:
 
 def newest(location: FileStore, shares: UserShares = ALL) -> HistorySnapshot | None:
     """The newest snapshot of all users of these shares whose document can be read; None if there is none."""
+    return next((found for found in _readable(location) if found.user_shares.covers(shares)), None)
+
+
+def _readable(location: FileStore) -> Iterator[HistorySnapshot]:
+    """Yields the snapshots whose document can be read, newest first; logs why others cannot."""
     for number in reversed(numbers(location)):
         try:
-            found = read(location, number)
+            yield read(location, number)
         except CorruptStore as error:
             logger.warning("%s", error)
-            continue
-        if found.user_shares.covers(shares):
-            return found
-    return None
 
 
 def _damaged(name: str, location: FileStore, how: str) -> CorruptStore:
@@ -271,14 +272,9 @@ def usable(location: FileStore, wanted: Wanted) -> Iterator[HistorySnapshot]:
     Raises:
         UnusablePlace: The location cannot be reached.
     """
-    for number in reversed(numbers(location)):
-        try:
-            found = read(location, number)
-        except CorruptStore as error:
-            logger.warning("%s", error)
-            continue
+    for found in _readable(location):
         if reason := wanted.refuse(found):
-            logger.info("snapshot %d of histories is not used: %s", number, reason)
+            logger.info("snapshot %d of histories is not used: %s", found.number, reason)
             continue
         yield found
 

@@ -180,14 +180,16 @@ class DividedTrainer(Trainer):
         rows, mine = self.engine.rows(record), np.flatnonzero(owners == self.group.index)
         shapes = self._shapes(record, rows, int(np.bincount(owners).max()))
         sent = np.zeros(sum(math.prod(shape) for shape in shapes.values()), np.float32)
-        own = self.engine.measure(record.take(mine)) if mine.size else None
-        if own is not None:
-            self._fill(_views(sent, shapes), own, rows, np.float32(mine.size / len(record)))
-        _views(sent, shapes)["load"][:] = self._clock() - self._began_s, len(self.tables[USER])
+        into, own, gradient = _views(sent, shapes), None, None
+        if mine.size:
+            own = self.engine.measure(record.take(mine))
+            gradient = self.engine.gradient(own)
+            self._fill(into, own, gradient, rows, np.float32(mine.size / len(record)))
+        into["load"][:] = self._clock() - self._began_s, len(self.tables[USER])
         parts = [_views(part, shapes) for part in self.group.gather(sent)]
         self._began_s = self._clock()
         self.loads = [WorkerLoad(float(part["load"][0]), int(part["load"][1])) for part in parts]
-        return self._joined(parts, own, rows, owners)
+        return self._joined(parts, own, gradient, rows, owners)
 
     def _shapes(self, record: Record, rows: Mapping[str, I32], most: int) -> dict[str, tuple[int, ...]]:
         """The arrays that each worker sends, in order; a worker has at most `most` rows."""
@@ -198,8 +200,10 @@ class DividedTrainer(Trainer):
         shapes |= {f"rows.{name}": (at.size, self.tables[name].dim) for name, at in rows.items() if name != USER}
         return shapes | {"precision": (rows[CROSS].size, self.tables[CROSS].dim)}
 
-    def _fill(self, into: Mapping[str, F32], own: Measured, rows: Mapping[str, I32], share: np.float32) -> None:
-        gradient, scores = self.engine.gradient(own), own.scores
+    def _fill(
+        self, into: Mapping[str, F32], own: Measured, gradient: Gradient, rows: Mapping[str, I32], share: np.float32
+    ) -> None:
+        scores = own.scores
         pairs = (part.reshape(2, -1).T for part in (scores.engagement, scores.engagement_loss))
         columns = (scores.recent_logits, scores.popular_logits, scores.successor_logits)
         ranked = np.stack([scores.interest_loss, scores.rank.astype(np.float32)], 1)
@@ -219,7 +223,12 @@ class DividedTrainer(Trainer):
             into["precision"][places] = own.crossed.precision - table.gather_accum(at)
 
     def _joined(
-        self, parts: Sequence[Mapping[str, F32]], own: Measured | None, rows: Mapping[str, I32], owners: I64
+        self,
+        parts: Sequence[Mapping[str, F32]],
+        own: Measured | None,
+        gradient: Gradient | None,
+        rows: Mapping[str, I32],
+        owners: I64,
     ) -> Measured:
         sums = {
             name: functools.reduce(np.add, (part[name] for part in parts))
@@ -230,10 +239,10 @@ class DividedTrainer(Trainer):
         shared = {name: sums[f"rows.{name}"] for name in rows if name not in (USER, CROSS)}
         squared = float(sums["user_norm"][0]) + sum(float(np.square(each).sum()) for each in dense.values())
         squared += sum(float(np.square(each[1:]).sum()) for each in shared.values())
-        if own is None:
+        if own is None or gradient is None:
             users, by_users = np.zeros(1, np.int32), np.zeros((1, self.tables[USER].dim), np.float32)
         else:
-            users, by_users = own.rows[USER], self.engine.gradient(own).sparse[USER]
+            users, by_users = own.rows[USER], gradient.sparse[USER]
         crosses, crossed = self._crosses_table, None
         if own is None or own.crossed is not None:
             crossed = Crossed(
