@@ -13,8 +13,8 @@ The guard has judged the updates by the model's own losses, and the model learns
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,7 @@ from state.ranking.item_lists import (
 from trainer.engine.compiled.rows import exponentials, highest_of
 from trainer.engine.engine import Scores
 from trainer.engine.guard import Verdict
+from trainer.engine.online_regression import LEAST_ROWS, OnlineRegression
 from trainer.engine.record import Record
 from trainer.engine.report import Update
 from trainer.tables.index import F32, I32, U64
@@ -65,8 +66,6 @@ Flags = npt.NDArray[np.bool_]
 ROWS_OF_A_LIST = 8
 """`trainer.max_rows` allows one list for so many rows."""
 CAPACITY = 1024
-LEAST_ROWS = 64
-"""So many rows must have taught the weights before a version has them, and before they correct anything."""
 RATE = 0.05
 ROWS_BETWEEN = 64
 """The features by all clicks are computed again after so many rows of an update."""
@@ -74,7 +73,7 @@ _AHEAD = 4
 """The lists of the row so many rows later are prefetched."""
 
 
-class InterestCounts:
+class InterestCounts(OnlineRegression):
     """The lists of categories and the weights of the correction.
 
     Args:
@@ -83,7 +82,6 @@ class InterestCounts:
 
     Attributes:
         table: The lists.
-        learned: Rows that taught the weights.
     """
 
     def __init__(self, settings: Settings, spec: FeatureSpec) -> None:
@@ -92,37 +90,13 @@ class InterestCounts:
         self.table = ItemListTable(NEXT_CATEGORY, CAPACITY, 1, most)
         self._columns = Columns(spec)
         self._work: Workspace | None = None
-        self.clear()
+        super().__init__(WEIGHTS, interest_scores.first_weights())
 
     @classmethod
     def of(cls, settings: Settings, spec: FeatureSpec) -> InterestCounts | None:
         """What the settings want; None with a privacy budget, or with `trainer.interests = model`."""
         wanted = settings.trainer.interests == "counts" and not settings.privacy.epsilon
         return cls(settings, spec) if wanted else None
-
-    def clear(self) -> None:
-        """Forgets the weights. The trainer clears the table."""
-        self.learned = 0
-        self._weights = interest_scores.first_weights()
-        self._squares = np.zeros_like(self._weights)
-
-    def state(self) -> dict[str, npt.NDArray[Any]]:
-        """The weights, their sums of squared gradients, and how many rows taught them; empty if none did."""
-        if not self.learned:
-            return {}
-        return {"weights": self._weights.copy(), "squares": self._squares.copy(), "learned": np.array(self.learned)}
-
-    def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Sets what `state` returned; a release without it, or with other features, starts from scratch."""
-        self.clear()
-        if "weights" in state and state["weights"].shape == self._weights.shape:
-            self._weights = np.array(state["weights"], np.float64)
-            self._squares = np.array(state["squares"], np.float64)
-            self.learned = int(state["learned"])
-
-    def served(self) -> dict[str, npt.NDArray[Any]]:
-        """The tensors that serving reads; none before enough rows taught the weights."""
-        return {WEIGHTS: self._weights.copy()} if self.learned >= LEAST_ROWS else {}
 
     def learn(self, batch: MicroBatch, updates: Sequence[Update], visited: ItemListTable | None) -> list[Update]:
         """Corrects the scores of accepted updates, learns from their rows, and counts them.

@@ -13,8 +13,7 @@ learned.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +46,7 @@ from state.ranking.item_scores import (
     score,
 )
 from trainer.engine.engine import Scores
+from trainer.engine.online_regression import OnlineRegression
 from trainer.tables.index import F32, I32, U64
 from trainer.tables.item_lists import ItemListTable
 
@@ -59,8 +59,6 @@ ROWS_OF_A_LIST = {CLICKED: 32, FOLLOWED: 8, VISITED: 8}
 CAPACITY = 1024
 FIRST_ROWS, FIRST_EVERY, EVERY = 2048, 8, 256
 """One in `EVERY` rows trains the weights; for the first `FIRST_ROWS` training rows, one in `FIRST_EVERY`."""
-LEAST_ROWS = 64
-"""Rows that must have trained the weights before a version contains them."""
 RATE = 0.06
 AHEAD = 3
 """The lists of a row are prefetched this many rows before it is counted."""
@@ -90,7 +88,7 @@ class _Seen(NamedTuple):
     context: U64
 
 
-class ItemRanking:
+class ItemRanking(OnlineRegression):
     """The lists of items and the weights of the item score.
 
     Args:
@@ -98,7 +96,6 @@ class ItemRanking:
 
     Attributes:
         tables: The tables of lists, by name.
-        learned: The number of rows that trained the weights.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -113,7 +110,7 @@ class ItemRanking:
             for name, rows in ROWS_OF_A_LIST.items()
         }
         self._work = Workspace.empty()
-        self.clear()
+        super().__init__(WEIGHTS, item_scores.first_weights())
 
     @classmethod
     def of(cls, settings: Settings) -> ItemRanking | None:
@@ -121,28 +118,9 @@ class ItemRanking:
         return cls(settings) if settings.trainer.item_ranking == "counts" and not settings.privacy.epsilon else None
 
     def clear(self) -> None:
-        """Forgets the weights. The trainer clears the tables."""
-        self.learned, self._seen = 0, list[_Seen]()
-        self._weights = item_scores.first_weights()
-        self._squares = np.zeros_like(self._weights)
-
-    def state(self) -> dict[str, npt.NDArray[Any]]:
-        """Returns the weights, their sums of squared gradients, and how many rows trained them; empty if none did."""
-        if not self.learned:
-            return {}
-        return {"weights": self._weights.copy(), "squares": self._squares.copy(), "learned": np.array(self.learned)}
-
-    def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Sets what `state` returned; a release without it, or with other features, starts from scratch."""
-        self.clear()
-        if "weights" in state and state["weights"].shape == self._weights.shape:
-            self._weights = np.array(state["weights"], np.float64)
-            self._squares = np.array(state["squares"], np.float64)
-            self.learned = int(state["learned"])
-
-    def served(self) -> dict[str, npt.NDArray[Any]]:
-        """Returns the tensors that serving reads; none before enough rows have trained the weights."""
-        return {WEIGHTS: self._weights.copy()} if self.learned >= LEAST_ROWS else {}
+        """See `OnlineRegression`; also forgets clicks that are not counted yet."""
+        super().clear()
+        self._seen = list[_Seen]()
 
     def see(self, batch: MicroBatch, scores: Scores, successors: U64, popular: U64) -> None:
         """Takes the rows of an accepted update; `count` learns from them and counts them.
