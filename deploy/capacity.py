@@ -202,7 +202,7 @@ DESCRIPTION = (
     "Report the resources that a deployment needs (cores, memory, disk, partitions) and the limit it reaches first."
 )
 EPILOG = (
-    "These settings, written --section.name VALUE, affect the result: features.history, stream.max_users, serving.max_users, "
+    "These settings, written --section.name VALUE, affect the result: features.history, history.max_users, "
     "trainer.max_rows, model.dim, [registry], serving.keep_s, history.snapshot_every_s. Exit codes: 0 done, 1 the load exceeds a limit, 2 wrong use."
 )
 EXAMPLES = (
@@ -329,8 +329,7 @@ def page(settings: Settings) -> str:
     """Returns the text of `docs/operate/capacity.md`."""
     roomy = replace(
         settings,
-        stream=replace(settings.stream, max_users=10**9),
-        serving=replace(settings.serving, max_users=10**9),
+        history=replace(settings.history, max_users=10**9),
         trainer=replace(settings.trainer, max_rows=10**9),
     )
     loads = []

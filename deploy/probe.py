@@ -47,6 +47,7 @@ DECODER = "state.events.decoding:decode_json"
 NEVER = 255
 REASONS = ("kafka", "answers", "refused", "features", "weights")
 EVERY_S = 30.0
+TIMEOUT_S = 30.0  # of a click on its way through the loop
 ANSWER_S = 5.0
 _log = logging.getLogger(__name__)
 
@@ -162,7 +163,7 @@ class Stopwatch:
         self._feature = f"{action_of(settings)}.recency"
 
     def time(self, user: str) -> Passage:
-        """Sends one click of a probe user and waits for it, at most `probe.timeout_s`.
+        """Sends one click of a probe user and waits for it, at most `TIMEOUT_S`.
 
         Raises:
             SettingsError: The settings' clicks are not JSON, or the tokens cannot be read.
@@ -187,13 +188,12 @@ class Stopwatch:
         return (answer.features or {}).get(self._feature, NEVER)
 
     def _look(self, user: str, at_ms: int, before: int, begun_s: float, found: Passage) -> Passage:
-        timeout_s = self._settings.probe.timeout_s
         while True:
             asked_s = self._clock() - begun_s
             try:
                 answer = self._ask(user, at_ms)
             except ClientError as error:
-                if asked_s > timeout_s or self._stopped():
+                if asked_s > TIMEOUT_S or self._stopped():
                     return _unanswered(found, error)
             else:
                 took_s = self._clock() - begun_s
@@ -204,8 +204,8 @@ class Stopwatch:
                     found = replace(found, weight_seconds=took_s)
                 if found.feature_seconds is not None and found.weight_seconds is not None:
                     return found
-            if asked_s > timeout_s or self._stopped():
-                return _late(found, timeout_s)
+            if asked_s > TIMEOUT_S or self._stopped():
+                return _late(found)
             self._sleep(POLL_S)
 
     @staticmethod
@@ -218,21 +218,21 @@ def _unanswered(found: Passage, error: ClientError) -> Passage:
     return replace(found, reason="refused" if refused else "answers", problem=f"no answer came: {error}")
 
 
-def _late(found: Passage, timeout_s: float) -> Passage:
+def _late(found: Passage) -> Passage:
     partition = found.source.rpartition(":")[2]
     where = f"the click at offset {found.offset} of partition {partition}"
     if found.feature_seconds is None:
         return replace(
             found,
             reason="features",
-            problem=f"{where} is in no answer after {timeout_s:g} s: see whether it is a dead letter, and whether stream and "
+            problem=f"{where} is in no answer after {TIMEOUT_S:g} s: see whether it is a dead letter, and whether stream and "
             "applier run",
         )
     return replace(
         found,
         reason="weights",
         problem=f"{where} was in answers after {found.feature_seconds:.2f} s, and version {found.version} has not learned "
-        f"from it after {timeout_s:g} s: see whether it is pinned, or training is held",
+        f"from it after {TIMEOUT_S:g} s: see whether it is pinned, or training is held",
     )
 
 
@@ -328,7 +328,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--continuously",
         action="store_true",
-        help=f"send a probe every probe.every_s ({EVERY_S:g} s if that is 0) until Ctrl-C, with metrics on probe.metrics_port",
+        help=f"send a probe every probe.every_s ({EVERY_S:g} s if that is 0) until Ctrl-C, with metrics on up.metrics_port + 1",
     )
     return command
 
@@ -349,7 +349,7 @@ def _main(words: Sequence[str]) -> int:
         log_lines.begin("probe")
         log_lines.follow(settings.logs)
         logging.getLogger("httpx").setLevel(logging.WARNING)
-        with served(settings.probe.metrics_port, settings.metrics.host) as registry:
+        with served(settings.up.probe_port, settings.metrics.host) as registry:
             run(settings, stop, probe.time, ProbeMetrics(registry))
         return 0
     found = probe.time()

@@ -268,22 +268,22 @@ def disk_text(usage: Mapping[str, Any]) -> Text:
 
 def row_store(settings: Settings) -> dict[str, Any] | None:
     """Returns location and size of this host's row store; None if there is none."""
-    return _store(settings, settings.serving_dir / layout.ROWS, settings.serving.rows_dir, "serving starts again")
+    return _store(settings, settings.serving_dir / layout.ROWS, "serving starts again")
 
 
 def _history_stores(settings: Settings) -> list[dict[str, Any]]:
     """Returns location and size of the histories of stream and serving; on disk while no process writes them."""
     links = [*layout.streams(settings.state_dir), settings.serving_dir / layout.HISTORIES]
-    found = ((link, _store(settings, link, "", "their writer starts")) for link in links)
+    found = ((link, _store(settings, link, "their writer starts")) for link in links)
     return [{"name": f"{link.parent.name}/{link.name}", **store} for link, store in found if store is not None]
 
 
-def _store(settings: Settings, link: Path, configured: str, moves_when: str) -> dict[str, Any] | None:
+def _store(settings: Settings, link: Path, moves_when: str) -> dict[str, Any] | None:
     found, memory = memory_place.current(link), settings.storage.memory_dir
     if found is None:
         return None
-    # If a setting names a directory, or memory is disabled, the location is intended and needs no reason.
-    intended = found.in_memory or configured or not memory
+    # If memory is disabled, the location is intended and needs no reason.
+    intended = found.in_memory or not memory
     return {
         "path": str(found.path),
         "in_memory": found.in_memory,

@@ -378,7 +378,7 @@ class ValidationMetrics(Metrics):
 
     prefix = "springtide_validation_"
     records = counter(
-        "Records of the training log, by outcome: read, passed (not sampled), other_features (from an earlier feature spec), unreadable.",
+        "Records of the training log, by outcome: read, other_features (from an earlier feature spec), unreadable.",
         "outcome",
     )
     rows = counter("Rows of the training log that were read.")
@@ -452,7 +452,7 @@ class ProbeMetrics(Metrics):
         FRESHNESS_SECONDS,
     )
     failures = counter(
-        "Failed probes, by reason: kafka (the click could not be sent), answers (serving does not answer), refused (no valid token), features, weights (not within probe.timeout_s).",
+        "Failed probes, by reason: kafka (the click could not be sent), answers (serving does not answer), refused (no valid token), features, weights (not within 30 s).",
         "reason",
     )
     last_success = gauge(

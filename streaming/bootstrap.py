@@ -208,7 +208,7 @@ class Sample(JobContext):
 def open_sample(settings: Settings, salt: Salt, clock: Callable[[], float], say: Say) -> Iterator[Handle[Sample]]:
     """Yields a new sample, whose store is deleted after the block."""
     with tempfile.TemporaryDirectory(prefix="springtide-bootstrap-") as folder:
-        store = HistoryStore(Path(folder), settings.features.history, map_bytes=settings.stream.map_gb << 30)
+        store = HistoryStore(Path(folder), settings.features.history)
         try:
             job = open_job(settings, store, salt, topic_id="")
             statistics = Statistics(job.spec.actions, job.spec.names, settings.events.context)

@@ -175,7 +175,7 @@ class StreamSweep:
             believed_ms = believed_in(store.extra(PREFIX + str(source)))
             if believed_ms is not None:
                 self._clocks[source] = believed_ms
-        return Sweeper(store, self._reach_ms, settings.stream.max_users, self._context.profiler.forget)
+        return Sweeper(store, self._reach_ms, settings.history.max_users, self._context.profiler.forget)
 
 
 class Committer:

@@ -26,6 +26,7 @@ from state.experiments.past import Past, read_past
 from state.features.spec import FeatureSpec
 from state.log import Log, Reader
 from state.log.follow import Position, open_topic
+from state.log.topic_plan import TRAINING_PARTITION
 from state.microbatch.codec import Frames
 from state.positions import Source
 from state.process import killpoints
@@ -72,8 +73,8 @@ def from_nothing(
     settings: Settings, trainer: Trainer, about: Mapping[str, Any], log: Log, control: Control
 ) -> Beginning:
     """Starts from scratch, with the training log from its beginning; see `Begins`."""
-    reader = log.reader(settings.kafka.microbatches_topic, [settings.trainer.partition])
-    begin = reader.position(settings.trainer.partition)
+    reader = log.reader(settings.kafka.microbatches_topic, [TRAINING_PARTITION])
+    begin = reader.position(TRAINING_PARTITION)
     place = TrainingPlace(control.epoch, parent=0, first=begin, next=begin, durable_first=begin)
     return Beginning(reader, place, nothing_learned(trainer, about))
 

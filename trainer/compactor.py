@@ -314,7 +314,7 @@ def tiers_of(settings: Settings) -> Tiers:
     kept = settings.registry
     return Tiers(
         each_ms=int(kept.delta_keep_s * 1000),
-        thin_ms=kept.base_keep_h * HOUR_MS,
+        thin_ms=DAY_MS,
         sparse_ms=kept.base_keep_d * DAY_MS,
         thin_every_ms=THIN_EVERY_MS,
         sparse_every_ms=HOUR_MS,

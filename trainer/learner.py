@@ -23,6 +23,7 @@ from state.experiments import comparison
 from state.experiments.comparison import LossWriter, RowLosses
 from state.log import Log, Reader
 from state.log.accepted_gaps import Consent, Journal
+from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import TrainerMetrics
 from state.positions import Source
 from state.process import killpoints
@@ -188,7 +189,7 @@ class Learner:
         clock, elapsed = surroundings.clock, surroundings.elapsed
         self._settings, self._registry, self._trainer = settings, registry, trainer
         self._kafka, self._spec, self._about, self._begins = log, model.spec, model.about, surroundings.begins
-        self._salt, self._partition = str(model.about["salt"]), settings.trainer.partition
+        self._salt, self._partition = str(model.about["salt"]), TRAINING_PARTITION
         self._metrics, self._clock, self._elapsed = metrics, clock, elapsed
         drafter = Drafter.of(settings, trainer, model.spec, model.program, self._salt)
         self._passages = Passages(

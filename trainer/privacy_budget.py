@@ -93,7 +93,7 @@ class PrivacyBudget:
                 "restore it from a backup, or begin a new state directory (paths.state)",
             )
         if found is not None and (found.key, found.unit) != ours:
-            names = ("privacy.key_file", "privacy.unit")
+            names = ("the key of the noise", "privacy.unit")
             name, was, now = next(
                 one for one in zip(names, (found.key, found.unit), ours, strict=True) if one[1] != one[2]
             )

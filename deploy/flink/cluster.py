@@ -148,7 +148,9 @@ def _java_options(heap_mb: int) -> list[str]:
 
 def ports(settings: FlinkSettings) -> list[Port]:
     """Returns the ports that other programs connect to."""
-    return [Port(f"flink.{name}", HOST, getattr(settings, name)) for name in ("rest_port", "job_port", "worker_port")]
+    return [
+        Port("flink.rest_port", HOST, port) for port in (settings.rest_port, settings.job_port, settings.worker_port)
+    ]
 
 
 Say = Callable[[str], None]

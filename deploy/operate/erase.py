@@ -39,6 +39,7 @@ from state.file_store import FileStore
 from state.history import snapshots
 from state.log import Log, topic_plan
 from state.log.follow import read_to
+from state.log.topic_plan import TRAINING_PARTITION
 from state.process import killpoints
 from state.process.actor import actor
 from state.registry.control import Control
@@ -258,7 +259,7 @@ def of_processes(reports: Sequence[ErasureReport], expected: Iterable[str], last
 
 
 def _of_topics(settings: Settings, control: Control, now_ms: int) -> list[Holding]:
-    kafka, partition, holdings = settings.kafka, settings.trainer.partition, list[Holding]()
+    kafka, partition, holdings = settings.kafka, TRAINING_PARTITION, list[Holding]()
     until = "Kafka compacts the topic, by its segment.ms and delete.retention.ms"
     try:
         log = log_view.open_log(settings)

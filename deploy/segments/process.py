@@ -56,6 +56,7 @@ from state.history.store import HistoryStore
 from state.layout import SEGMENTS, SEGMENTS_LOCK
 from state.log import KERNELS, Log, PartitionBatch, Writer, topic_plan
 from state.log.follow import Follower, Opening, Position, open_topic, read_to
+from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import SegmentMetrics, served
 from state.microbatch.codec import glance
 from state.process import killpoints
@@ -212,7 +213,7 @@ class ClickedUsers:
     """
 
     def __init__(self, settings: Settings, log: Log, metrics: SegmentMetrics) -> None:
-        topic, self._partition = settings.kafka.microbatches_topic, settings.trainer.partition
+        topic, self._partition = settings.kafka.microbatches_topic, TRAINING_PARTITION
         self._metrics = metrics
         self._histories: HistoryStore | None = None
         self._log = Follower(log, topic, [self._partition], self._stored, opened=self._opened)
@@ -507,7 +508,7 @@ def _run(settings: Settings, stop: threading.Event) -> None:
     _require_segments(settings)
     with (
         DirectoryLock(settings.serving_dir, SEGMENTS_LOCK),
-        served(settings.segments.metrics_port, settings.metrics.host) as registry,
+        served(settings.up.segments_port, settings.metrics.host) as registry,
     ):
         Kernels(registry, _log, uses=[KERNELS]).prepare(stop.is_set)
         run(settings, Log(settings.kafka), registry, stop)

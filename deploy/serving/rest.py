@@ -78,6 +78,7 @@ from state.registry.hosts import RoutingTable
 ITEMS = BATCHES[-1] + 1
 """Enough items to need the program for many pairs."""
 POLL_S = 0.1
+CONNECTIONS = 4096  # of a worker, and of concurrent gRPC calls
 OWN_FILES = 256
 """Open files of a worker in addition to its connections."""
 UNKNOWN = "unknown"
@@ -109,7 +110,6 @@ class App:
         split: Split | None = None,
     ) -> None:
         self.host = host
-        self._most_body_bytes = serving.max_body_bytes
         self._tokens = tokens
         self._split = split
         self._draining = False
@@ -177,7 +177,7 @@ class App:
             name = endpoint.name
             if self._tokens is not None:
                 self._tokens.require(header(scope, b"authorization"), endpoint.role)
-            request = Request(scope, receive, placeholders, endpoint, self._most_body_bytes)
+            request = Request(scope, receive, placeholders, endpoint)
             if endpoint.soon is None or self._split is not None:
                 return self._answer(request, done, began_s)
             if self.router is not None and not self.router.is_here(request):
@@ -321,14 +321,14 @@ def serve(
     else:
         add_process(registry)
     own_hosts = access.tokens is None and is_loopback(serving.host)
-    limits = ConnectionLimits(serving.timeout_s, serving.max_connections, own_hosts)
+    limits = ConnectionLimits(serving.timeout_s, CONNECTIONS, own_hosts)
     warming = Warming(host, Kernels(registry, _log))
     if serving.advertise or not host.shares.is_all:
         app.router = Router(settings, salt, host, app.metrics, wall_ms)
 
     def grpc() -> GrpcServer:
         name = f"[{serving.host}]" if ":" in serving.host else serving.host
-        address = GrpcAddress(f"{name}:{serving.grpc_port}", shared, serving.max_connections)
+        address = GrpcAddress(f"{name}:{serving.grpc_port}", shared, CONNECTIONS)
         counts = RequestCounts(app.metrics, lambda: host.version)
         return GrpcServer(app.grpc_services(), counts, app.ready, access, address)
 
@@ -383,7 +383,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(settings: Settings, arguments: list[str]) -> int:
     serving = settings.serving
-    allow_connections(serving.max_connections)
+    allow_connections(CONNECTIONS)
     if are_wanted(settings):
         for path in make_missing(settings.tokens_dir):
             _log.warning("made a token, which its clients need: %s", path)

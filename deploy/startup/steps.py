@@ -153,14 +153,16 @@ def ports(settings: Settings, local_kafka: bool, watched: bool = False) -> list[
         ("stream.metrics_port", metrics, True),
         ("trainer.metrics_port", metrics, True),
         ("serving.metrics_port", metrics, True),
-        ("validation.metrics_port", metrics, VALIDATION not in unwanted),
-        ("segments.metrics_port", metrics, SEGMENTS not in unwanted),
-        ("up.metrics_port", metrics, settings.up.metrics_port > 0),
+        ("up.metrics_port", metrics, True),
         ("console.port", console.host, console.port > 0),
-        ("probe.metrics_port", metrics, PROBE not in unwanted),
         ("up.prometheus_port", local, watched),
     )
-    return [Port(name, host, settings.value(name)) for name, host, wanted in listed if wanted]
+    up = settings.up
+    next_to_up = ((PROBE, up.probe_port), (VALIDATION, up.validation_port), (SEGMENTS, up.segments_port))
+    return [
+        *(Port(name, host, settings.value(name)) for name, host, wanted in listed if wanted),
+        *(Port("up.metrics_port", metrics, port) for name, port in next_to_up if name not in unwanted),
+    ]
 
 
 class LocalKafka:
@@ -404,8 +406,7 @@ class Startup:
             prometheus.write_configuration(settings)
         require_ports(ports(settings, self._kafka is not None, watched))
         free = require_disk(settings.state_dir)
-        if settings.up.metrics_port:
-            serve(self._collected, settings.up.metrics_port, settings.metrics.host)
+        serve(self._collected, settings.up.metrics_port, settings.metrics.host)
         # A custom model that cannot be served is refused before anything starts.
         if model_checks.is_own(settings):
             self._screen.say(f"checking {' and '.join(model_checks.own(settings))}, some ten seconds")

@@ -139,7 +139,7 @@ def _read_stores(settings: Settings) -> Stores:
     accepted: list[dict[str, Any]] = []
     waiting = 0
     for path in layout.streams(settings.state_dir):
-        store = HistoryStore(path, settings.features.history, settings.stream.map_gb << 30, readonly=True)
+        store = HistoryStore(path, settings.features.history, readonly=True)
         try:
             of_store, waits = store.cut()
             counts |= of_store

@@ -32,6 +32,9 @@ from state.errors import CorruptStore, StoreError, StoreFull, UnusableDisk
 from state.process import killpoints
 from state.user_shares import UserShares
 
+MAP_BYTES = 1 << 36
+"""Maximum size of a store without a share of the disk: a reader, or a store in memory."""
+
 MAX_READERS = 512
 AT_ONCE = 4096
 """Entries per transaction of `compact`. LMDB keeps memory for as many pages as its largest transaction changed."""
@@ -52,7 +55,6 @@ class LmdbStore:
         databases: The names of its databases, except `meta`.
         later: The databases that a store of an older release may lack.
         number: The number of its format.
-        map_setting: The setting that limits its size.
         writer: The process that creates it.
         remedy: The advice for a store that cannot be trusted.
         origin: The source from which `open_anew` rebuilds it.
@@ -60,7 +62,7 @@ class LmdbStore:
 
     Args:
         path: Its directory; a writer creates it.
-        map_bytes: Its maximum size; address space, not memory.
+        map_bytes: Its maximum size if it is written; address space, not memory.
         readonly: True for readers; the writer must have created the store.
         boot_id: The boot id of this machine; by default the kernel's.
         shares: The shares of users that the store holds; None for those with which it was created.
@@ -74,7 +76,6 @@ class LmdbStore:
     databases: ClassVar[tuple[str, ...]]
     later: ClassVar[frozenset[str]] = frozenset()
     number: ClassVar[int] = 1
-    map_setting: ClassVar[str]
     writer: ClassVar[str]
     remedy: ClassVar[str]
     origin: ClassVar[str]
@@ -82,7 +83,7 @@ class LmdbStore:
     def __init__(
         self,
         path: Path,
-        map_bytes: int = 1 << 34,
+        map_bytes: int = MAP_BYTES,
         readonly: bool = False,
         boot_id: str | None = None,
         shares: UserShares | None = None,
@@ -269,7 +270,7 @@ class LmdbStore:
         except lmdb.MapFullError as error:
             raise StoreFull(
                 f"{self.path} has reached its map of {self.bytes_limit()} bytes; nothing was changed",
-                f"raise storage.budget_gb (or {self.map_setting}) and start again",
+                "raise storage.budget_gb and start again",
             ) from error
         except _DAMAGED as error:
             raise CorruptStore(f"{self.path} is damaged ({error})", self.remedy) from error

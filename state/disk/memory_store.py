@@ -121,7 +121,7 @@ def enter(link: Path, memory: str, boot_id: str | None = None) -> Place:
             "make a copy with `springtide backup` and `springtide restore`, or stop the other one first",
         )
     # 3.
-    place = memory_place.choose(link, "", memory)
+    place = memory_place.choose(link, memory)
     why = _load(link, place) if place.in_memory else place.why
     if not place.in_memory or why:
         try:

@@ -132,7 +132,6 @@ class HistoryStore(MemoryStore):
     noun = "histories"
     databases = ("chunks", "waiting")
     later = frozenset({"waiting"})
-    map_setting = "stream.map_gb or serving.map_gb"
     writer = "the stream or the applier"
     remedy = "`springtide rebuild-history` rebuilds the stream's histories from Kafka"
     origin = "the micro-batch topic"
@@ -436,9 +435,9 @@ class HistoryStore(MemoryStore):
         HistoryStore(path, self.history, self.bytes_limit()).close()
 
     @classmethod
-    def copied(cls, source: Path, path: Path, history: int, map_bytes: int) -> None:
+    def copied(cls, source: Path, path: Path, history: int) -> None:
         """Copies a store that was closed cleanly, else `CorruptStore`, to `path`; the source is unchanged."""
-        store = cls(source, history, map_bytes, readonly=True)
+        store = cls(source, history, readonly=True)
         try:
             if not store.closed_in_order():
                 raise CorruptStore(

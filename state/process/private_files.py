@@ -54,7 +54,7 @@ def fingerprint(key: bytes) -> str:
     return hashlib.sha256(key).hexdigest()[:16]
 
 
-def read_key(path: Path, what: str, setting: str) -> bytes:
+def read_key(path: Path, what: str) -> bytes:
     """Reads the key in a file. The content is hexadecimal; any other content is the key itself.
 
     Raises:
@@ -63,7 +63,9 @@ def read_key(path: Path, what: str, setting: str) -> bytes:
     try:
         content = path.read_bytes().strip()
     except OSError as error:
-        raise SettingsError(f"{what} at {path} cannot be read ({error.strerror})", f"correct {setting}") from None
+        raise SettingsError(
+            f"{what} at {path} cannot be read ({error.strerror})", "correct its access rights"
+        ) from None
     try:
         key = bytes.fromhex(content.decode())
     except ValueError:

@@ -342,8 +342,7 @@ class BucketCore:
         clock_ms = self._clock_ms()
         horizon_ms = min(clock_ms, marked_ms) - self._reach_ms
         self.store.leave_old(lambda events: self._read.are_old(events, horizon_ms, clock_ms))
-        stream = self._settings.stream
-        most = -(-stream.max_users // stream.buckets)
+        most = -(-self._settings.history.max_users // self._settings.stream.buckets)
         if self.store.users <= most:
             return
         users, newest = self.store.newest()

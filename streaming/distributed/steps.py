@@ -54,6 +54,7 @@ RESUME = "springtide stream --runner RUNNER --savepoint_path=PATH"
 """How a stopped job is resumed; `springtide flink status` shows the savepoint or checkpoint."""
 
 REFRESH_S = 1.0
+BUNDLE_BATCHES = 5  # batches of `stream.batch_events` that a source collects at most
 LEAST_S = 0.01  # for a source that is read after the moment of its bundle is over
 logger = logging.getLogger(__name__)
 
@@ -279,7 +280,7 @@ class Partitions:
         if aligned is None:
             self._resting.wait(moment_s)
         else:
-            aligned.begin(self._settings.stream.bundle_events)
+            aligned.begin(BUNDLE_BATCHES * self._settings.stream.batch_events)
             while not aligned.is_done and (rest_s := ends_s - time.monotonic()) > 0:
                 found += self._before_the_end(aligned.poll(rest_s))
                 if self.at_end:
@@ -352,7 +353,7 @@ class ReadPartitions(WorkerStep):
 
     def start_bundle(self) -> None:
         """Begins a moment, which all sources of the bundle share."""
-        self._ends_s = time.monotonic() + self.worker.settings.stream.bundle_ms / 1000
+        self._ends_s = time.monotonic() + self.worker.settings.stream.cut_ms / 1000
 
     def process(
         self,

@@ -105,7 +105,7 @@ def drained(base: Settings, kafka: Kafka, folder: Path, recorded: Recorded, part
         base,
         kafka=kafka,
         paths=Paths(state=str(folder / f"state-{partitions}")),
-        stream=dataclasses.replace(base.stream, metrics_port=free_port(), map_gb=4),
+        stream=dataclasses.replace(base.stream, metrics_port=free_port()),
     )
     events, rows = values(recorded, settings), len(recorded.users)
     keys = [str(user).encode() for user in recorded.users.tolist()]

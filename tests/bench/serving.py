@@ -89,7 +89,7 @@ class Applying:
     """
 
     def __init__(self, settings: Settings, ids: Ids, base: Manifest, dim: int) -> None:
-        self._store = RowStore(settings.serving_dir / ROWS, settings.serving.map_gb << 30)
+        self._store = RowStore(settings.serving_dir / ROWS)
         self._rng, self._base, self._dim = np.random.default_rng(5), base, dim
         self._users = np.concatenate([ids.users, ids.others])
         self._over = threading.Event()

@@ -207,7 +207,7 @@ def main() -> None:
     try:
         kafka = Kafka(bootstrap_servers=broker.bootstrap_servers, clicks_partitions=PARTITIONS)
         settings = Settings(
-            kafka=kafka, paths=Paths(state=str(folder / "state")), stream=Stream(metrics_port=free_port(), map_gb=4)
+            kafka=kafka, paths=Paths(state=str(folder / "state")), stream=Stream(metrics_port=free_port())
         )
         with Topics(kafka) as topics:
             topics.ensure(kafka.clicks_topic, PARTITIONS)

@@ -23,7 +23,6 @@ PORTS = (
     "stream.metrics_port",
     "trainer.metrics_port",
     "serving.metrics_port",
-    "validation.metrics_port",
     "up.metrics_port",
     "kafka.port",
     "console.port",

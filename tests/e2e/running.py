@@ -37,8 +37,6 @@ PORTS = (
     "stream.metrics_port",
     "trainer.metrics_port",
     "serving.metrics_port",
-    "validation.metrics_port",
-    "segments.metrics_port",
     "up.metrics_port",
     "console.port",
     "up.prometheus_port",

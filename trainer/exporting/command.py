@@ -40,6 +40,8 @@ from state.registry.registry import Registry
 
 NICENESS = 10
 MOST_ROWS = 10_000
+KEPT = 3
+"""Number of the newest SavedModels that stay."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -170,8 +172,8 @@ def run(settings: Settings, asked: argparse.Namespace) -> None:
         with DirectoryLock(folder):
             saved_model.sweep(folder)
             exporting.export_saved_model(of, folder, print, known)
-            for gone in saved_model.keep_newest(folder, settings.export.keep):
-                print(f"removed      version {gone}, for export.keep is {settings.export.keep}")
+            for gone in saved_model.keep_newest(folder, KEPT):
+                print(f"removed      version {gone}: the newest {KEPT} stay")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

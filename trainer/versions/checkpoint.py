@@ -202,7 +202,7 @@ def private(settings: Settings) -> dict[str, str]:
     if not settings.privacy.epsilon:
         return {}
     numbers = dataclasses.asdict(settings.privacy)
-    found = {f"privacy.{name}": str(value) for name, value in numbers.items() if name != "key_file"}
+    found = {f"privacy.{name}": str(value) for name, value in numbers.items()}
     return found | {"privacy.key": private_files.fingerprint(own_key(settings))}
 
 

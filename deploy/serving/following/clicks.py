@@ -27,7 +27,7 @@ from deploy.serving.following.parity import Parity
 from deploy.serving.following.remembered import Remembered
 from deploy.serving.item_feed import ItemFeed
 from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA, DAY_MS, SEEN, item_extra, item_value
-from state.config.sections import ServingSettings
+from state.config.sections import HistorySettings
 from state.errors import MicroBatchError, SaltMismatch, StoreFull, TruncatedLog
 from state.features.erased import Erased
 from state.features.mask import Mask
@@ -53,7 +53,7 @@ POSITION_EXTRA = "microbatches"
 RECORDS_AT_ONCE = 8  # between two polls of control and two rounds of maintenance
 EVERY_MS = 1000
 MAX_ITEMS = 1_000_000  # whose category is stored, and of names; those not seen for longest are evicted first
-DEFAULTS = ServingSettings()
+DEFAULTS = HistorySettings()
 _log = logging.getLogger(__name__)
 
 
@@ -68,7 +68,7 @@ class Upkeep:
         self,
         store: HistoryStore,
         reach_ms: int,
-        kept: ServingSettings,
+        kept: HistorySettings,
         metrics: ApplierMetrics,
         now_ms: Callable[[], int],
         lose: Callable[[], None] = lambda: None,
@@ -141,7 +141,7 @@ class HistoryFollower:
         accepted: Callable[[], Sequence[Accepted]] = tuple,
         actions: Callable[[str], Sequence[str] | None] = lambda spec: None,
         own_salt: str | None = None,
-        kept: ServingSettings = DEFAULTS,
+        kept: HistorySettings = DEFAULTS,
     ) -> None:
         self._store, self._erased = store, Erased.NOBODY
         self._accepted, self._named, self._spec = accepted, actions, spec
@@ -158,7 +158,7 @@ class HistoryFollower:
         """Restarts from the store's content, after a snapshot was loaded into it."""
         store, metrics, now_ms = self._store, self._metrics, self._now_ms
         self._line, self._marks = branch_of(store), store.positions()
-        self._parity = Parity(store, self._spec, self._reach_ms, self._kept, metrics, now_ms)
+        self._parity = Parity(store, self._spec, self._reach_ms, metrics, now_ms)
         self._upkeep = Upkeep(store, self._reach_ms, self._kept, metrics, now_ms, self._parity.lose)
         salt = store.extra(SALT_EXTRA)
         self._salt, self._begun = self._own_salt if salt is None else salt.decode(), bool(self._marks)

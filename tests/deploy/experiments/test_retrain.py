@@ -28,7 +28,7 @@ from state.registry.registry import Registry
 from tests.deploy.operating import NOW_MS, Operator, draft, files
 
 HOUR_MS = 3_600_000
-FLAGS = ("--retrain.every", "4h", "--retrain.days", "2", "--retrain.rows", "1000", "--retrain.limit", "2h")
+FLAGS = ("--retrain.every", "4h", "--retrain.days", "2", "--retrain.rows", "1000")
 
 
 class Dead(BaseException):
@@ -176,8 +176,8 @@ def test_one_that_is_better_is_promoted(shop: Shop) -> None:
     [
         (0.5, 4000, 60_000, "dropped", "worse: +0."),
         (0.0, 4000, 60_000, "dropped", "no better: "),
-        (0.0, 400, 3 * HOUR_MS, "dropped", "no better after 3 h 0 min (retrain.limit): "),
-        (None, 0, 3 * HOUR_MS, "failed", "no row could be compared after 3 h 0 min"),
+        (0.0, 400, 25 * HOUR_MS, "dropped", "no better after 25 h 0 min: "),
+        (None, 0, 25 * HOUR_MS, "failed", "no row could be compared after 25 h 0 min"),
     ],
 )
 def test_one_that_is_not_is_dropped_with_the_reason(
@@ -307,7 +307,6 @@ def test_killed_anywhere_it_goes_on_there(shop: Shop, deaths: list[str], point: 
 def test_wrong_schedules_are_refused_and_without_one_there_is_none(tmp_path: Path) -> None:
     for flags, said in (
         (("--retrain.every", "daily"), "'daily' is no span of time"),
-        (("--retrain.limit", ""), "is no span of time"),
         (("--retrain.every", "1d", "--privacy.epsilon", "4", "--trainer.engine", "tensorflow"), "two trainers would"),
     ):
         with pytest.raises(SettingsError, match=said):

@@ -58,9 +58,9 @@ class ServedHost:
         salt.chmod(0o600)
         values = {
             "paths.state": self.state, "paths.salt_file": salt, "serving.port": self.port, "serving.grpc_port": 0,
-            "serving.metrics_port": 0, "serving.map_gb": 1, "serving.drain_s": 0, "serving.max_queue_ms": 60_000, "serving.timeout_s": 60,
+            "serving.metrics_port": 0, "serving.drain_s": 0, "serving.max_queue_ms": 60_000, "serving.timeout_s": 60,
             "kafka.bootstrap_servers": kafka.bootstrap_servers, "kafka.microbatches_topic": kafka.microbatches_topic,
-            "kafka.exposures_topic": kafka.exposures_topic, "rollout.planned_answers": 1000,
+            "kafka.exposures_topic": kafka.exposures_topic,
             # Processes share a machine with whatever else it does; latencies are judged in tests/state/experiments.
             "rollout.slower_ms": 60_000, "rollout.timeout_s": 60, **more,
         }  # fmt: skip

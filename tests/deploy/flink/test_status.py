@@ -90,7 +90,7 @@ def test_the_newest_checkpoint_of_a_job_that_does_not_run_can_be_resumed_from(tm
 
 
 def test_where_nothing_runs_it_says_so(tmp_path: Path) -> None:
-    ports = free_ports(("rest_port", "job_port", "worker_port"))
+    ports = free_ports(("rest_port",))
     settings = Settings(paths=Paths(state=str(tmp_path)), flink=FlinkSettings(**ports))
     state = command.read_state(settings, f"http://127.0.0.1:{ports['rest_port']}", NOW_MS)
     assert command.is_wrong(state)

@@ -42,7 +42,7 @@ def lines(lowered: Lowered) -> list[Line]:
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     made = small(Settings())
-    made = replace(made, paths=replace(made.paths, state=str(tmp_path)), serving=replace(made.serving, map_gb=1))
+    made = replace(made, paths=replace(made.paths, state=str(tmp_path)))
     made.salt_path.write_text(SALT_KEY.decode())
     made.salt_path.chmod(0o600)
     return made

@@ -37,7 +37,7 @@ def worker(
     stores: Stores, port: int, workers: int = 1, grpc_port: int = 0, **more: str
 ) -> Iterator[subprocess.Popen[str]]:
     given = {
-        "port": str(port), "workers": str(workers), "map_gb": "1", "grpc_port": str(grpc_port), "drain_s": "0",
+        "port": str(port), "workers": str(workers), "grpc_port": str(grpc_port), "drain_s": "0",
         # A machine that has other things to do is no reason to refuse an answer; what is has tests of its own.
         "max_queue_ms": "60000",
     } | more  # fmt: skip

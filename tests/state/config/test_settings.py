@@ -30,14 +30,14 @@ def test_without_a_source_every_setting_has_its_default(tmp_path: Path, monkeypa
 
 
 def test_flags_win_over_variables_and_variables_over_the_file(tmp_path: Path) -> None:
-    path = write(tmp_path, "[stream]\ncut_ms = 1\ncut_rows = 1\npoll_ms = 1\n")
-    env = {"SPRINGTIDE_STREAM_CUT_ROWS": "2", "SPRINGTIDE_STREAM_POLL_MS": "2"}
-    settings = load(["--stream.poll_ms", "3"], env=env, path=path)
-    assert (settings.stream.cut_ms, settings.stream.cut_rows, settings.stream.poll_ms) == (1, 2, 3)
+    path = write(tmp_path, "[stream]\ncut_ms = 1\ncut_rows = 1\nbatch_events = 1\n")
+    env = {"SPRINGTIDE_STREAM_CUT_ROWS": "2", "SPRINGTIDE_STREAM_BATCH_EVENTS": "2"}
+    settings = load(["--stream.batch_events", "3"], env=env, path=path)
+    assert (settings.stream.cut_ms, settings.stream.cut_rows, settings.stream.batch_events) == (1, 2, 3)
     assert settings.origins == {
         "stream.cut_ms": f"{path}:2",
         "stream.cut_rows": "variable SPRINGTIDE_STREAM_CUT_ROWS",
-        "stream.poll_ms": "flag --stream.poll_ms",
+        "stream.batch_events": "flag --stream.batch_events",
     }
 
 

@@ -55,8 +55,8 @@ class Shop:
         self.log: MemoryLog = written(log, partitions, settings)
         self.join: Join = known_attributes(folder / "attributes", settings, self.salt)
 
-    def settings(self, buckets: int = 1, sources: int = 1, bundle_events: int = 10) -> Settings:
-        return settings_of(self.folder, buckets, sources, bundle_events, self.masks)
+    def settings(self, buckets: int = 1, sources: int = 1) -> Settings:
+        return settings_of(self.folder, buckets, sources, masks=self.masks)
 
     def local(self, batch_events: int) -> Outcome:
         return local_form(self.folder / "local", self.settings(), self.log, self.join, self.mask, batch_events)

@@ -98,7 +98,7 @@ def test_a_ledger_that_is_gone_or_of_another_key_or_unit_is_refused(tmp_path: Pa
     ledger = privacy_ledger.read(own.privacy_ledger_path)
     assert ledger is not None
     for other, name in (
-        (msgspec.structs.replace(ledger, key="00"), "key_file"),
+        (msgspec.structs.replace(ledger, key="00"), "the key of the noise"),
         (msgspec.structs.replace(ledger, unit="example"), "unit"),
     ):
         privacy_ledger.write(Directory(own.registry_dir), own.privacy_ledger_path, other)
