@@ -13,9 +13,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from deploy.children.ending import die_with, how
+from deploy.children.ending import how
 from state.config.loading import load
 from state.errors import ProcessFailed, SpringtideError
+from state.process.ending import die_with
 from state.process.private_files import keep_private
 
 STOP_S = 10.0

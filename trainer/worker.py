@@ -14,13 +14,10 @@ import argparse
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 
 from prometheus_client import CollectorRegistry
@@ -31,7 +28,9 @@ from state.config.settings import Settings
 from state.errors import SettingsError
 from state.features.spec import FeatureSpec
 from state.log import KERNELS as LOG_KERNELS
+from state.process.ending import die_with
 from state.process.part import Work, run_process
+from state.process.ports import HOST, free_ports
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.registry.registry import Registry
 
@@ -39,36 +38,13 @@ DESCRIPTION = (
     "Run one of the other workers of a trainer with trainer.workers above 1. It joins the trainer, holds the rows of a part "
     "of the users, and computes their gradients."
 )
-POLL_S = 0.5
 logger = logging.getLogger(__name__)
-
-
-def end_with(parent: int) -> None:
-    """Ends this process when the process `parent`, which started it, has ended."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(POLL_S)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def restore_handlers() -> None:
     """Installs this process's handlers again: joining a group replaces that of SIGTERM. Only in the main thread."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.getsignal(number))
-
-
-def local_addresses(count: int) -> list[str]:
-    """Addresses with free ports for workers on this machine."""
-    with ExitStack() as sockets:
-        found = []
-        for _ in range(count):
-            held = sockets.enter_context(socket.socket())
-            held.bind(("127.0.0.1", 0))
-            found.append(f"127.0.0.1:{held.getsockname()[1]}")
-    return found
 
 
 @contextmanager
@@ -89,7 +65,8 @@ def workers_of(settings: Settings) -> Iterator[tuple[list[str], list[subprocess.
     if addresses or count == 1:
         yield addresses if count > 1 else [], []
         return
-    addresses, environment = local_addresses(count), {**os.environ, **settings.environment()}
+    ports = free_ports(f"worker {index}" for index in range(count)).values()
+    addresses, environment = [f"{HOST}:{port}" for port in ports], {**os.environ, **settings.environment()}
     command = [sys.executable, "-m", "trainer.worker", "--addresses", ",".join(addresses), "--parent", str(os.getpid())]
     children = [
         subprocess.Popen([*command, "--index", str(index)], env=environment) for index in range(1, len(addresses))
@@ -169,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         asked, flags = parser.parse_known_args(words)
         settings = load(flags, os.environ)
         if asked.parent:
-            end_with(asked.parent)
+            die_with(asked.parent)()
         addresses = asked.addresses.split(",") if asked.addresses else list(settings.trainer.worker_addresses)
         return settings, lambda: run(settings, addresses, asked.index)
 

@@ -16,11 +16,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deploy.children.ending import HEALTHY_S, Backoff, die_with, how, last_line
+from deploy.children.ending import HEALTHY_S, Backoff, how, last_line
 from deploy.children.log_files import LOG_BYTES, OLDER_LOGS, LogPump, log_sizes
 from state.config.settings import Settings
 from state.errors import ProcessFailed, reason_of
 from state.metrics import SupervisorMetrics
+from state.process.ending import die_with
 from state.process.user_code import for_children
 
 WRONG_USE = 2

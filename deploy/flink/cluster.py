@@ -27,13 +27,13 @@ from deploy.children.ending import last_line
 from deploy.children.log_files import log_sizes
 from deploy.children.supervisor import ProcessPlan, Supervisor, environment_of
 from deploy.flink import jars
-from deploy.kafka.configuration import free_port, listens
 from deploy.startup.checks import Port
 from state.config.sections import FlinkSettings
 from state.config.settings import Settings
 from state.errors import FlinkFailed, reason_of
 from state.flink import ENDED, JobManager, url
 from state.metrics import SupervisorMetrics
+from state.process.ports import free_port, listens
 
 HOST = "127.0.0.1"
 FIXED = Path(__file__).with_name("config.yaml")

@@ -22,10 +22,12 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from deploy.children.ending import die_with, end
-from deploy.kafka.configuration import HOST, free_port, listens, properties, require_free
+from deploy.children.ending import end
+from deploy.kafka.configuration import HOST, properties, require_free
 from deploy.kafka.jars import KAFKA
 from state.errors import KafkaFailed, reason_of
+from state.process.ending import die_with
+from state.process.ports import free_port, listens
 
 QUOTED_LINES = 5
 

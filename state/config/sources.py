@@ -32,10 +32,18 @@ NAMED = {"segments": "expressions"}
 RENAMED = {"features.labels": "features.recent_categories"}
 """Former name -> present name."""
 
-_ONE_STREAM = "one stream reads all partitions"
-SHARDS = {"stream.shard": "0", "stream.shards": "1"}
-"""Former settings that shared the partitions among several streams, and their values for a single stream."""
+_SHARDS = (
+    "stop all streams of this deployment, leave the setting out and start one stream. If histories of other shards exist, "
+    "it asks for `springtide rebuild-history`, which `springtide up` runs by itself"
+)
+REFUSED = {
+    "stream.shard": ("0", _SHARDS),
+    "stream.shards": ("1", _SHARDS),
+    "trainer.partition": ("0", "leave it out, and let one stream write the training log"),
+}
+"""Removed settings of which only one value has no effect: that value, and the advice for others."""
 
+_ONE_STREAM = "one stream reads all partitions"
 _CUT = "a store that was open in a power cut is rebuilt"
 _POLL = "the interval between polls is 20 ms"
 _MAP = "storage.budget_gb limits the stores"
@@ -43,7 +51,8 @@ _CROWD = "the synthetic shoppers have 64 categories and 4,000 items, and their t
 GONE = {
     "stream.sync_s": _CUT,
     "serving.sync_s": _CUT,
-    **dict.fromkeys(SHARDS, _ONE_STREAM),
+    "stream.shard": _ONE_STREAM,
+    "stream.shards": _ONE_STREAM,
     "bootstrap.compression": "examples are always compressed",
     "stream.poll_ms": _POLL,
     "serving.poll_ms": _POLL,
@@ -88,12 +97,8 @@ def is_gone(name: str, value: Any, origin: str) -> bool:
     Raises:
         SettingsError: The setting requests a removed feature.
     """
-    if name in SHARDS and str(value).strip() != SHARDS[name]:
-        raise SettingsError(
-            f"{origin}: {name} was removed in 0.2.0: {_ONE_STREAM}",
-            "stop all streams of this deployment, leave the setting out and start one stream. If histories of other shards "
-            "exist, it asks for `springtide rebuild-history`, which `springtide up` runs by itself",
-        )
+    if name in REFUSED and str(value).strip() != REFUSED[name][0]:
+        raise SettingsError(f"{origin}: {name} was removed in 0.2.0: {GONE[name]}", REFUSED[name][1])
     if name in GONE:
         _logger.warning("%s: %s was removed in 0.2.0 and is ignored: %s; leave it out", origin, name, GONE[name])
     return name in GONE

@@ -53,7 +53,6 @@ class LmdbStore:
     Attributes:
         noun: The content of the store, for messages. Subclasses set this and the following attributes.
         databases: The names of its databases, except `meta`.
-        later: The databases that a store of an older release may lack.
         number: The number of its format.
         writer: The process that creates it.
         remedy: The advice for a store that cannot be trusted.
@@ -74,7 +73,6 @@ class LmdbStore:
 
     noun: ClassVar[str]
     databases: ClassVar[tuple[str, ...]]
-    later: ClassVar[frozenset[str]] = frozenset()
     number: ClassVar[int] = 1
     writer: ClassVar[str]
     remedy: ClassVar[str]
@@ -121,9 +119,7 @@ class LmdbStore:
                 # Writes the marker before the first page of this session.
                 clean_mark.write(self._mark_path, CleanMark(False, self._boot_id))
             self._databases = {
-                name: self._env.open_db(name.encode(), create=not readonly)
-                for name in ("meta", *self.databases)
-                if not readonly or name not in self.later or self._has(name)
+                name: self._env.open_db(name.encode(), create=not readonly) for name in ("meta", *self.databases)
             }
             self._meta = self._databases["meta"]
             if not readonly:
@@ -326,18 +322,13 @@ class LmdbStore:
             with self._write() as transaction:
                 transaction.put(FORMAT, made, db=self._meta)
 
-    def _has(self, name: str) -> bool:
-        try:
-            self._env.open_db(name.encode(), create=False)
-        except (lmdb.NotFoundError, lmdb.ReadonlyError):
-            return False
-        return True
-
     def _stored(self, key: bytes) -> bytes | None:
         """The value of `key` in `meta`; None if there is no key or no `meta`."""
-        if not self._has("meta"):
+        try:
+            meta = self._env.open_db(b"meta", create=False)
+        except (lmdb.NotFoundError, lmdb.ReadonlyError):
             return None
-        with self._env.begin(db=self._env.open_db(b"meta", create=False)) as transaction:
+        with self._env.begin(db=meta) as transaction:
             value = transaction.get(key)
             return None if value is None else bytes(value)
 

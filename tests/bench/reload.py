@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import psutil
 
-from deploy.kafka.configuration import free_port
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
+from state.process.ports import free_port
 from state.registry.registry import Registry
 from tests.bench.report import Figure, report
 from tests.deploy.serving.fire import CATEGORIES, Asked, HostWriter, Line, Trainer, ask, events_of

@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from deploy.kafka.configuration import free_port
 from state.config.settings import Settings
 from state.layout import ROWS
+from state.process.ports import free_port
 from state.process.wall_clock import wall_ms
 from state.registry.manifest import Manifest
 from state.rows.store import RowStore

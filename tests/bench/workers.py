@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from state.process.ports import free_ports
 from tests.bench.report import Figure, report
 
 if TYPE_CHECKING:
@@ -85,9 +86,7 @@ def run_worker(addresses: Sequence[str], index: int) -> None:
 
 def measure(count: int) -> dict[str, float]:
     """The leader's milliseconds per step with `count` workers."""
-    from trainer.worker import local_addresses
-
-    addresses = ",".join(local_addresses(count))
+    addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(map(str, range(count))).values())
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
     command = [sys.executable, "-m", "tests.bench.workers", addresses]
     others = [subprocess.Popen([*command, str(index)], env=environment) for index in range(1, count)]

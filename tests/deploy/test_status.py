@@ -15,7 +15,6 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from deploy import sections, status
-from deploy.kafka.configuration import free_port, free_ports
 from deploy.sections import kafka_lag
 from deploy.status import CONDITIONS
 from deploy.watch.figures import BORN, SPREADS
@@ -25,6 +24,7 @@ from state.config.sections import Kafka, SegmentSettings
 from state.config.settings import Settings
 from state.log import Topics, Writer
 from state.metrics import ApplierMetrics, SegmentMetrics, names, serve
+from state.process.ports import free_port, free_ports
 from state.registry import control
 from state.registry.registry import Registry
 from tests.e2e.running import until

@@ -21,8 +21,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from deploy.kafka.configuration import free_ports
 from state.log import Topics
+from state.process.ports import free_ports
 from tests.conftest import KafkaFactory
 from tests.e2e.running import until
 from tests.manifests import BASE, ROOT, Box, boxes, documents, sizes_of

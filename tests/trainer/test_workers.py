@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.kafka.configuration import free_port
 from state.config.settings import Settings
 from state.log import Log
+from state.process.ports import free_port
 from state.registry.registry import Registry
 from tests.conftest import KafkaFactory
 from tests.e2e.parts import Part

@@ -22,7 +22,6 @@ import httpx
 import numpy as np
 import pytest
 
-from deploy.kafka.configuration import free_port
 from state.config.loading import load
 from state.config.sections import Kafka
 from state.config.settings import Settings
@@ -33,6 +32,7 @@ from state.features.spec import FeatureSpec
 from state.log import Topics, Writer
 from state.microbatch.batch import NAMES
 from state.microbatch.codec import decode, encode
+from state.process.ports import free_port
 from state.process.wall_clock import wall_ms
 from state.registry.registry import Registry
 from tests import forked

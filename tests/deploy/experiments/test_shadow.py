@@ -15,7 +15,6 @@ import psutil
 import pytest
 
 from deploy.experiments.processes import plans
-from deploy.kafka.configuration import free_port
 from deploy.watch import scrape
 from state.config.loading import load
 from state.config.settings import Settings
@@ -23,6 +22,7 @@ from state.experiments.comparison import is_wanted
 from state.experiments.experiment import Experiments
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
+from state.process.ports import free_port
 from state.registry.control import roll_back, start, train
 from state.registry.registry import Registry
 from tests.deploy.operating import Operator

@@ -19,10 +19,10 @@ from deploy import java_jars
 from deploy.flink import command, jars
 from deploy.flink.cluster import EMPTIED, FIXED, configuration, ports, process_plans
 from deploy.flink.jars import SERVICES, merge
-from deploy.kafka.configuration import free_ports
 from state.config.sections import FlinkSettings
 from state.disk.lock import DirectoryLock
 from state.errors import FlinkFailed
+from state.process.ports import free_ports
 from tests.e2e.running import ROOT
 
 

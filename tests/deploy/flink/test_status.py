@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from deploy.flink import command
-from deploy.kafka.configuration import free_ports
 from state.config.sections import FlinkSettings, Paths
 from state.config.settings import Settings
 from state.flink import Checkpoint, Job, Overview
+from state.process.ports import free_ports
 
 NOW_MS = 1_000_000_000
 CHECKPOINT = Checkpoint(17, NOW_MS - 900, 150, 4_100_000, "file:/chk-17")

@@ -10,9 +10,9 @@ import numpy as np
 import psutil
 import pytest
 
-from deploy.kafka.configuration import free_port
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
+from state.process.ports import free_port
 from state.registry.registry import Registry
 from tests.deploy.serving.fire import CATEGORIES, USERS, Fire, HostWriter, Line, Trainer
 from tests.deploy.serving.stocked import DIM, SALT_KEY, Lowered, Stores, small

@@ -21,13 +21,13 @@ from prometheus_client.core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from deploy.kafka.configuration import free_port
 from deploy.serving.answers.host import Host
 from deploy.serving.requests.connections import ConnectionLimits
 from deploy.serving.requests.server import DrainingServer
 from deploy.serving.requests.workers import COUNTER_BYTES, KINDS, make_counters
 from deploy.serving.rest import App
 from state.events.identity import Salt
+from state.process.ports import free_port
 from tests import forked
 from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Stores, digest_of, manifest, tensors
 

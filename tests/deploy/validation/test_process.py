@@ -14,7 +14,6 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from deploy import sections
-from deploy.kafka.configuration import free_port
 from deploy.validation import process
 from deploy.validation.process import KINDS, MOST_LABELS, OTHERS, LogValidation, labels_of
 from deploy.validation.windows import KeptWindows
@@ -23,6 +22,7 @@ from state.config.settings import Settings
 from state.errors import LogError
 from state.log import Log
 from state.metrics import ValidationMetrics
+from state.process.ports import free_port
 from tests import forked
 from tests.conftest import KafkaFactory
 from tests.deploy.validation.live import (

@@ -14,9 +14,9 @@ from typing import Any
 
 import psutil
 
-from deploy.children.ending import die_with
 from state.config.loading import load
 from state.config.settings import Settings
+from state.process.ending import die_with
 from tests.e2e.parts import quiet_ports
 from tests.e2e.running import ROOT, until
 

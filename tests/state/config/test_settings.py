@@ -79,7 +79,7 @@ def test_a_removed_setting_is_ignored_with_a_warning(
         found = load(argv, env=env, path=path)
         assert found.kafka.port == 7 and name not in found.origins
         (said,) = caplog.messages
-        assert f"{name} was removed and is ignored" in said and said.endswith("leave it out")
+        assert f"{name} was removed in 0.2.0 and is ignored" in said and said.endswith("leave it out")
 
 
 def test_flags_are_written_in_three_ways() -> None:
@@ -262,8 +262,8 @@ def test_the_bounds_themselves_are_possible(known: KnownSetting, tmp_path: Path)
         ("[model]\nhidden = [128, 0]\n", 2, "at least 1"),
         ("[model]\ntower = 'mine'\n", 2, "module:name"),
         ("[model]\ntower = 'my tower:build'\n", 2, "module:name"),
-        ("[stream]\nshard = 1\n", 2, "stream.shard was removed: one stream reads all partitions"),
-        ("[stream]\nshards = 4\n", 2, "stream.shards was removed: one stream reads all partitions"),
+        ("[stream]\nshard = 1\n", 2, "stream.shard was removed in 0.2.0: one stream reads all partitions"),
+        ("[stream]\nshards = 4\n", 2, "stream.shards was removed in 0.2.0: one stream reads all partitions"),
         ("[stream]\nmax_record_bytes = 100_000_000\n", 2, "at most"),
         ("[kafka]\nclicks_topic = ''\n", 2, "no name of a topic"),
         ("[kafka]\nclicks_topic = 'my clicks'\n", 2, "no name of a topic"),

@@ -15,7 +15,6 @@ from apache_beam.portability import common_urns
 from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
-from deploy.kafka.configuration import free_port
 from deploy.watch import accounts
 from deploy.watch.scrape import scrape, urls
 from state.config.settings import Settings
@@ -25,6 +24,7 @@ from state.features.mask import Mask
 from state.log import Topics
 from state.microbatch.codec import decode
 from state.positions import Source
+from state.process.ports import free_port
 from state.registry.control import roll_back, start
 from state.registry.controls import Controls
 from state.registry.log_line import turned
