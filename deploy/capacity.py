@@ -1,8 +1,4 @@
-"""Calculates how large a deployment must be: `springtide capacity`, `python -m deploy.capacity [options]`.
-
-The sizes follow from measured constants by the formulas of `capacity.toml`: what each part of the system uses, and
-which limit the design reaches first. `docs/operate/capacity.md` prints them.
-"""
+"""Calculates how large a deployment must be: `springtide capacity`, `python -m deploy.capacity [options]`."""
 
 from __future__ import annotations
 

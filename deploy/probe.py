@@ -1,8 +1,5 @@
 """Measures the latency of the whole loop with clicks of probe users: `springtide probe [-o json] [--continuously]`.
 
-It runs once, or every `probe.every_s` seconds with its figures on /metrics. It sends clicks to Kafka like any producer
-and requests answers like any client, so it runs wherever both can be reached.
-
 1. Request an answer, which shows that serving works and when the user's last click was.
 2. Send the click; Kafka acknowledges it at an offset.
 3. Request answers until the user's features show the click, and until the version has learned from its offset.

@@ -1,8 +1,4 @@
-"""Sends clicks to the topic, from files or from synthetic shoppers whose taste drifts: `springtide replay`.
-
-Before Kafka is contacted, the files and the mapping are checked. The command reports which rows the stream will
-refuse, why, and by which setting. It stops if no row is a click. `--dry-run` sends nothing and needs no Kafka.
-"""
+"""Sends clicks to the topic, from files or from synthetic shoppers whose taste drifts: `springtide replay`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""The sections of `springtide status` and the page: what each part of the system stores and reports, and its text.
-
-`read` queries Kafka, registry, stores and disks, which takes up to some seconds. `measured` needs only the metrics of
-one poll. Each section is JSON values, or None if there is nothing to show. Its text in `TEXTS` is a keyword and a
-description, whose sentences are separated by semicolons.
-"""
+"""The sections of `springtide status` and the page: what each part of the system stores and reports, and its text."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Serving on one host: starts the applier and the workers, and stops them together: `springtide serve`.
-
-If one process dies by itself, the others are stopped and this process ends with status 1, so that its supervisor
-restarts the whole host.
-"""
+"""Serving on one host: starts the applier and the workers, and stops them together: `springtide serve`."""
 
 from __future__ import annotations
 

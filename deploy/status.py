@@ -1,10 +1,4 @@
-"""Reports what runs and how well: `springtide status [-o json] [--watch | --wait-for CONDITION]`.
-
-Each part is queried separately, so an unreachable part does not hide the others. Rates cover the seconds that a
-reading takes. Quantiles cover the time since each process started, and with `--watch` the last minute.
-
-`--wait-for` polls the running loop until a condition holds. A part that does not answer counts as missing.
-"""
+"""Reports what runs and how well: `springtide status [-o json] [--watch | --wait-for CONDITION]`."""
 
 from __future__ import annotations
 

@@ -1,12 +1,4 @@
-"""The Beam steps of the stream up to the rows: clicks are read, become events, and events become rows.
-
-Beam builds the steps of a job from pickles, and a store, a Kafka consumer or a thread cannot be pickled. So steps carry
-a `Handle`, a number that identifies a context in the process that opened it. Each job is one fused stage in one
-process.
-
-The source is one unbounded element of a splittable DoFn, which reads all partitions. It blocks in `poll` and never
-defers: an unbounded source that defers costs 5-200 ms a bundle and leaks.
-"""
+"""The Beam steps of the stream up to the rows: clicks are read, become events, and events become rows."""
 
 from __future__ import annotations
 
@@ -122,7 +114,6 @@ class UpdateProfiles(Step[StreamContext]):
         """Yields the rows of one batch; an empty batch is passed on."""
         with self.handle.watched() as context:
             rows = context.make_rows(batch, wall_ms())
-            context.metrics.cached_users.set(context.profiler.cached_users)
         yield rows
 
 

@@ -1,9 +1,4 @@
-"""Where a trainer begins: from a version, with no knowledge, or, for some experiments, with past clicks.
-
-Past clicks are learned before the training log. A child process makes their micro-batches (`streaming/past.py`), and
-each one is one step. `state.experiments.past.Past` defines which of their rows count. No version is kept before all of
-the past is learned, so after a crash the next start learns it again from the first click.
-"""
+"""Where a trainer begins: from a version, with no knowledge, or, for some experiments, with past clicks."""
 
 from __future__ import annotations
 

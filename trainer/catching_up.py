@@ -1,7 +1,4 @@
-"""Detects the end of a rollback: the trainer has relearned all that it is meant to relearn.
-
-It then writes the outcome next to control. Serving follows the trainer again if the rollback asked for it.
-"""
+"""Detects the end of a rollback: the trainer has relearned all that it is meant to relearn."""
 
 from __future__ import annotations
 

@@ -8,17 +8,6 @@
 3. Remove the merged parts. Then remove what exceeds its retention time or the limit of bytes, the oldest first.
 4. Remove garbage by age (`state/registry/garbage.py`).
 5. Thin snapshots of histories, and remove those from before an erasure (`thin_snapshots`).
-
-Versions that control names are never removed. After a crash at any step, all kept versions can be loaded, and the next
-run completes the work. The compactor needs no TensorFlow, and the trainer does not pause.
-
-For step 0, a version records how far its trainer had applied erasures when it was made. Earlier versions are rewritten
-without the users' rows, the oldest first. Then the delta that removed those rows is rewritten without the ids of the
-removed rows. Loading such a version gives the same result: a trainer forgets the users as it enters the epoch, and
-serving does not use their rows.
-
-Every young version is kept. Later the newest of each ten minutes is kept, then the newest of each hour. A base is
-removed if the previous base and the deltas since then also load quickly.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Reports the trainer's lag behind the training log, in positions and seconds, to metrics and a Kafka consumer group.
-
-A separate thread polls once a second, so lag is visible while training is held, and Kafka does not delay a step.
-"""
+"""Reports the trainer's lag behind the training log, in positions and seconds, to metrics and a Kafka consumer group."""
 
 from __future__ import annotations
 

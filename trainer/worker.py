@@ -3,9 +3,6 @@
 1. It imports TensorFlow, prepares the kernels and joins the others.
 2. It waits for the leader's first call, which comes after the bootstrap, and builds the same trainer as the leader.
 3. It repeats the leader's calls until the leader stops it or a worker is lost; see `trainer/group.py`.
-
-It writes nothing: the leader publishes the rows of all workers. What only versions and metrics need (item lists, counts of
-categories, churn) is learned by the leader alone.
 """
 
 from __future__ import annotations

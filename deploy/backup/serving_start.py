@@ -1,12 +1,4 @@
-"""Builds the state of a restored serving host from the stream's histories and serving's own notes.
-
-Serving's histories copy the training log, which may be lost, or shorter than the windows. So a backup keeps serving's
-notes: categories and names of items, recently clicked items, and the event clock. A restore gives serving a copy of the
-stream's histories with these notes. When serving reads the log, the positions skip the clicks in the copy.
-
-`serving/notes` in a backup is a sequence of names and values in turn, each preceded by its length as a 4-byte
-big-endian integer.
-"""
+"""Builds the state of a restored serving host from the stream's histories and serving's own notes."""
 
 from __future__ import annotations
 

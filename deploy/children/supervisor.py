@@ -1,11 +1,4 @@
-"""Supervises the processes of the loop: starts them, restarts them after a death, stops them in order.
-
-A process that keeps dying waits longer before each start (`ending.py`), and does not affect the others. If a process
-ends with an error that has a remedy, the remedy runs first, as a process of its own.
-
-Every child ends with this process, however this process ends. The kernel kills a child when the thread that started
-it ends (Linux), so call `start` and `poll` only from the main thread.
-"""
+"""Supervises the processes of the loop: starts them, restarts them after a death, stops them in order."""
 
 from __future__ import annotations
 

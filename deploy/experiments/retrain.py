@@ -1,14 +1,9 @@
 """Retrains the model on a schedule: `python -m deploy.experiments.retrain`.
 
-`springtide up` starts it as a child while a retrain is due or running.
-
 1. Record that a retrain is due.
 2. Start its experiment, from the clicks of the last days; the process of experiments runs it.
 3. Judge it by its state, its comparison and its rollout. Promote or stop it as an operator would.
 4. Record the outcome (promoted, dropped or failed) and the reason.
-
-After a kill at any point it continues. The schedule has the experiment's name: that experiment exists or is started, and
-its history shows what was decided. The process ends when nothing is due.
 """
 
 from __future__ import annotations

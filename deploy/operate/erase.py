@@ -3,12 +3,6 @@
 1. Remove the users' attributes from their topic, by the plain id.
 2. Determine the positions: the ends of the clicks' partitions, and all of topics that were read before.
 3. Create the next control generation, which names pseudonyms and positions, with one exclusive create.
-
-Serving, stream, trainer and compactor read that generation and erase. The plain id is written nowhere else: not to
-control, a log, or this command's output. If the command ends early, run it again.
-
-`--status` derives its report from control, versions, the processes' reports and the ends of topics. For a compacted
-topic the ends are not enough, so its records are read.
 """
 
 from __future__ import annotations

@@ -1,15 +1,11 @@
 """Synthetic shoppers whose taste drifts, and the pace at which they click.
 
-Each shopper has a taste: a vector of weights over the categories, nearly all of it on a few favourites.
-
 1. Consecutive clicks stay near one category with probability `STAY`.
 2. Otherwise the category is drawn from the shopper's taste or, with probability `WANDER`, from the overall popularity
    (Zipf).
 3. The focus of the taste moves from one favourite to the next, once in `Population.drift_s` on average. A fifth of the moves jump
    to a new category.
 4. Items belong to categories. Within a category their popularity is Zipf too.
-
-The clicks depend only on the seed and the order of calls.
 """
 
 from __future__ import annotations

@@ -9,12 +9,6 @@
 
 The threads are independent. An unreachable registry does not delay clicks, and an unreachable Kafka does not delay
 versions. A full store or disk stops only the thread that writes to it.
-
-Rows are in memory where possible. If memory stays full, the row store and its follower move to the disk while
-workers continue to answer.
-
-Serving reads the topics of attributes itself, so an answer uses a user's attributes moments after their record
-arrives.
 """
 
 from __future__ import annotations

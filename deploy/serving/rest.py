@@ -1,8 +1,4 @@
-"""A serving worker's process: `python -m deploy.serving.rest [flags]`, HTTP and gRPC on one event loop.
-
-If `serving.workers` is above 1, this process is the parent of several workers on one port (`requests/workers.py`).
-Before a worker reports ready, it prepares its kernels and computes one answer of each kind.
-"""
+"""A serving worker's process: `python -m deploy.serving.rest [flags]`, HTTP and gRPC on one event loop."""
 
 from __future__ import annotations
 

@@ -1,13 +1,4 @@
-"""Validates live clicks against the baseline: `python -m deploy.validation.process`, `springtide validate`.
-
-The process follows the training log in parallel to the trainer and collects the statistics of each window of log time.
-When a window ends, it compares the window with the baseline and the window before, and reports findings as metrics and
-log lines. If it is slow or dead, clicks, training and answers continue. It resumes the log where its open window began.
-
-The same log always gives the same windows. A record belongs as a whole to the window of its log time. Log time is the
-time by many users' clocks after the record's last event, and never earlier than that of the previous record. The first
-record of a later window ends a window.
-"""
+"""Validates live clicks against the baseline: `python -m deploy.validation.process`, `springtide validate`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Declares every setting: its section, default, unit, bounds and help.
-
-`state.config.settings` reads the values; nothing here reads a file or a variable.
-"""
+"""Declares every setting: its section, default, unit, bounds and help."""
 
 from __future__ import annotations
 

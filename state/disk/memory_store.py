@@ -1,8 +1,5 @@
 """A store that lives in memory while its writer runs, and is saved to the disk on close.
 
-`enter` chooses the location at the start. If memory becomes full later, commits are refused as on a full disk, until
-there is space or the writer restarts.
-
     histories           the store on the disk while no writer runs; else a link to the store in memory
     histories.link      replaces it at a start; after the exchange it is the copy on the disk, which is removed
     histories.saving    replaces it at a clean stop; after the exchange it is the link, which is removed

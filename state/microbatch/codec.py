@@ -1,7 +1,7 @@
 """Encodes micro-batches: an Arrow IPC stream (zstd) with one record batch.
 
 The schema's metadata contains a JSON header. It names the feature spec, the salt, the mask and, per source, the
-contiguous range of positions of the rows. Format 1 had one kind of row and no attributes. A micro-batch has format 3 if
+contiguous range of positions of the rows. A micro-batch has format 3 if
 its rows contain sequences, else format 2.
 """
 

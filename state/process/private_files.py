@@ -1,7 +1,4 @@
-"""Keeps files with user data private to their owner, and files with a secret key.
-
-Files get mode 0600, directories 0700. A key is created once, safely when several processes start at once.
-"""
+"""Keeps files with user data private to their owner, and files with a secret key."""
 
 from __future__ import annotations
 

@@ -6,8 +6,6 @@
 | `programs/`, `specs/` (shared registry: only `programs/`) | no kept version names it, and it is not the newest one |
 | `outcomes/` (shared registry: never) | neither a kept version nor control is of its epoch |
 | `tmp/` | its writer is dead, or on another machine |
-
-The newest program or spec is kept because the trainer may be about to use it. Control and `masks/` are never deleted.
 """
 
 from __future__ import annotations

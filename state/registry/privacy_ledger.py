@@ -1,7 +1,4 @@
-"""The privacy ledger: which periods were charged, and how much of the log may have been learned.
-
-It is not part of a version. A rollback does not undo a release, so the ledger only grows.
-"""
+"""The privacy ledger: which periods were charged, and how much of the log may have been learned."""
 
 from __future__ import annotations
 

@@ -4,12 +4,6 @@
 divided into buckets:
 
     poll until the moment is over ─ parse ─ leave masked clicks out ─ follow the clock ─ divide
-
-They stay open in their process from bundle to bundle. They are used again only if their position is exactly the one
-in the engine's checkpoint.
-
-A step that fails restarts its job from the last checkpoint, where the job finds the same loss of clicks. So the error
-of a loss contains the instructions for continuing.
 """
 
 from __future__ import annotations

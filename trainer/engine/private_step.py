@@ -5,8 +5,6 @@
 3. The rows of each unit together are scaled to `privacy.clip`, each loss to a share of it.
 4. Noise is added. The key and the history of the record determine it. Only then does the guard, an optimizer or a
    version see the sum.
-
-`docs/model/privacy.md` describes what this guarantees.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Exports a version: `springtide export [--version V]`, or with `--tflite FILE` as one file for a device.
-
-The command is a separate process that loads TensorFlow. It runs next to the live system and reads the registry and the
-log. Of two exports of SavedModels at the same time the second is refused.
-"""
+"""Exports a version: `springtide export [--version V]`, or with `--tflite FILE` as one file for a device."""
 
 from __future__ import annotations
 

@@ -5,12 +5,6 @@
 3. Treat positions that no micro-batch covers as a gap: count it, log it, and continue.
 4. For each record, commit histories, source positions, the topic's position, names, items' categories and the event
    clock together.
-
-Records that are not on control's branch of the log are skipped. If the branch point is before the end of the
-histories, the histories are rolled back to it first.
-
-The topic is opened where the histories end, or where the remaining log ends if it was truncated before that
-position.
 """
 
 from __future__ import annotations
@@ -290,9 +284,7 @@ class HistoryFollower:
                 where = (offset, batch.partition, missing)
                 _log.error("record %d of partition %d: %d positions before it are in no micro-batch", *where)
             self._parity.meet(found.header.ranges, marks, missing)
-            events_here = happened(found.kind)
-            self._metrics.history_duplicates.inc(int((events_here & ~keep).sum()))
-            kept = found.take(events_here & keep & ~erased_rows(found, self._erased))
+            kept = found.take(happened(found.kind) & keep & ~erased_rows(found, self._erased))
             ranges.extend(parts)
             events.append(events_of(kept, kept.header.ranges))
             users.append(kept.user)

@@ -7,8 +7,6 @@ histories, the windows computed from these must be equal for the same time, bit 
     differs  they differ: training and serving use different features
     unknown  they may differ for a known reason: another feature spec, a mask that only one side has yet, or
              histories that may lack events of a window (from before this host started, or in a gap)
-
-Each comparison reads one user and calls the window kernel once, outside the transaction.
 """
 
 from __future__ import annotations

@@ -438,7 +438,7 @@ class VersionFollower:
         if control is not None:
             needed |= named(control)
         old = too_old(self._here, now_ms, self._keep_ms, durable, needed)
-        self._metrics.swept_versions.inc(self._rows.drop(old))
+        self._rows.drop(old)
         self._swept_ms = now_ms
         self._here = applied_ms(self._rows)
         self._fit.keep(self._here)

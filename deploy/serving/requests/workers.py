@@ -1,11 +1,4 @@
-"""Supervises a host's workers on one port: starts them, and restarts one that dies while the others continue.
-
-All workers accept from the parent's socket, so no connection is lost when a worker ends. Each worker's counters are
-stored in files, which its successor continues, and each worker's /metrics shows the sum of all workers.
-
-If a worker never accepts a connection, its settings cannot work, and all workers end. They also end when the parent
-is killed.
-"""
+"""Supervises a host's workers on one port: starts them, and restarts one that dies while the others continue."""
 
 from __future__ import annotations
 
