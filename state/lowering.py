@@ -76,7 +76,7 @@ def run_lowered(content: bytes, signature: str, inputs: Mapping[str, Any]) -> di
     return outputs
 
 
-def difference(ours: F32, expected: F32) -> float:
+def difference(actual: F32, expected: F32) -> float:
     """The largest difference, relative to 1 + the expected value; infinite if a value is NaN."""
-    apart = np.abs(ours.astype(np.float64) - expected) / (1.0 + np.abs(expected))
-    return float(np.nan_to_num(apart, nan=np.inf).max(initial=0.0))
+    error = np.abs(actual.astype(np.float64) - expected) / (1.0 + np.abs(expected))
+    return float(np.nan_to_num(error, nan=np.inf).max(initial=0.0))

@@ -109,8 +109,8 @@ def enter(link: Path, memory: str, boot_id: str | None = None) -> Place:
     before = memory_place.target_of(link)
     if before is not None and not before.exists():
         return Place(before, True)
-    ours = memory_place.home(Path(memory), link) if memory else None
-    if before is not None and before == ours and not memory_place.lack(link, memory):
+    own = memory_place.home(Path(memory), link) if memory else None
+    if before is not None and before == own and not memory_place.lack(link, memory):
         return Place(before, True)
     mark = clean_mark.read(link / layout.MARK)
     if mark is not None and not mark.trusts(boot_id or clean_mark.boot_id()):
@@ -130,8 +130,8 @@ def enter(link: Path, memory: str, boot_id: str | None = None) -> Place:
             if before is None or error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             return Place(before, True)
-        if ours is not None:
-            memory_place.remove(ours, link)
+        if own is not None:
+            memory_place.remove(own, link)
         return Place(link, False, why)
     killpoints.reach("memory.loaded")
     # 4.
@@ -189,23 +189,23 @@ def bring_back(link: Path) -> None:
     land(link, copy)
 
 
-def _copy(store: Path, to: Path) -> None:
+def _copy(store: Path, target: Path) -> None:
     for name in (layout.DATA, layout.MARK):
         # A store that release 0.1.0 left has no mark.
         with suppress(FileNotFoundError):
-            shutil.copyfile(store / name, to / name)
+            shutil.copyfile(store / name, target / name)
 
 
 def _beside(link: Path, suffix: str) -> Path:
     return link.with_name(f"{link.name}.{suffix}")
 
 
-def _exchange(one: Path, link: Path) -> None:
-    """Exchanges `one` with the link, or renames `one` if there is no link; durable when this returns."""
+def _exchange(store: Path, link: Path) -> None:
+    """Exchanges `store` with the link, or renames `store` if there is no link; durable when this returns."""
     if os.path.lexists(link):
-        durable.exchange(one, link)
+        durable.exchange(store, link)
     else:
-        one.rename(link)
+        store.rename(link)
     durable.sync_directory(link.parent)
 
 
@@ -219,9 +219,9 @@ def _clear(path: Path) -> None:
 
 def _recover(link: Path) -> None:
     """Completes or undoes an interrupted exchange. An exchange in several steps leaves no link after its first step."""
-    for one in (_beside(link, _ARRIVING), _beside(link, _SAVING)):
-        between = _beside(one, "between")
+    for store in (_beside(link, _ARRIVING), _beside(link, _SAVING)):
+        between = _beside(store, "between")
         if os.path.lexists(between) and not os.path.lexists(link):
             between.rename(link)
         _clear(between)
-        _clear(one)
+        _clear(store)

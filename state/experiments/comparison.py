@@ -181,10 +181,10 @@ class LossReader:
             with suppress(OSError), path_of(self._registry, segment).open("rb") as file:
                 file.seek(self._at)
                 data = file.read()
-            found = list(_frames(data))
-            if found:
-                self._at += sum(_HEAD.size + _ROW_BYTES * len(record.losses) for record in found)
-                return found
+            records = list(_frames(data))
+            if records:
+                self._at += sum(_HEAD.size + _ROW_BYTES * len(record.losses) for record in records)
+                return records
         return []
 
 

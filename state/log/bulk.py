@@ -213,7 +213,7 @@ class BulkWriter:
                             name=self.topic,
                             partition_data=[
                                 topic_data.PartitionProduceData(index=partition, records=batch)
-                                for partition, batch in mine.items()
+                                for partition, batch in batches_of_leader.items()
                             ],
                         )
                     ],
@@ -222,7 +222,7 @@ class BulkWriter:
                 ),
                 node_id=leader,
             )
-            for leader, mine in by_leader.items()
+            for leader, batches_of_leader in by_leader.items()
         ]
         answers = {}
         for answer in sent:

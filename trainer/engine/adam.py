@@ -153,8 +153,8 @@ class Adam:
         """A host copy of the state by name: `<weight>.m`, `<weight>.v`, `powers` of both betas, and `moving.<slot>`."""
         held = {f"{name}.m": slot for name, slot in self._first.items()}
         held |= {f"{name}.v": slot for name, slot in self._second.items()}
-        found = {name: np.array(slot.numpy()) for name, slot in (held | {"powers": self._powers}).items()}
-        return found | {f"moving.{name}": getattr(self.fast, name) for name in _SLOTS}
+        copies = {name: np.array(slot.numpy()) for name, slot in (held | {"powers": self._powers}).items()}
+        return copies | {f"moving.{name}": getattr(self.fast, name) for name in _SLOTS}
 
     def set_slots(self, slots: Mapping[str, F32]) -> None:
         """Restores the whole state.
@@ -219,8 +219,10 @@ class HostAdam:
 
     def slots(self) -> dict[str, F32]:
         """See `Adam`."""
-        found = {f"{name}.{kind}": view.copy() for kind, views in self._slots.items() for name, view in views.items()}
-        return found | {"powers": self._powers.copy()} | {f"moving.{name}": getattr(self.fast, name) for name in _SLOTS}
+        copies = {f"{name}.{kind}": view.copy() for kind, views in self._slots.items() for name, view in views.items()}
+        return (
+            copies | {"powers": self._powers.copy()} | {f"moving.{name}": getattr(self.fast, name) for name in _SLOTS}
+        )
 
     def set_slots(self, slots: Mapping[str, F32]) -> None:
         """See `Adam`."""

@@ -56,10 +56,10 @@ def exponentials(x: F32, highest: np.float32, out: F32, bits: I32, scale: F32) -
 @part_of_sums
 def highest_of(x: F32) -> np.float32:
     """The maximum of `[n]`."""
-    found: np.float32 = x[0]
+    highest: np.float32 = x[0]
     for i in range(1, x.shape[0]):
-        found = max(found, x[i])
-    return found
+        highest = max(highest, x[i])
+    return highest
 
 
 @part_of_sums
