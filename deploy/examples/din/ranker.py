@@ -154,9 +154,9 @@ class Din(Ranker):
 def _times(x: Any, kernel: Any) -> Any:
     """Multiplies `[..., n]` by `[n, m]` as one product of two matrices, the only form that LiteRT supports."""
     shape = tf.concat([tf.shape(x)[:-1], [kernel.shape[1]]], 0)
-    found = tf.reshape(tf.matmul(tf.reshape(x, [-1, kernel.shape[0]]), kernel), shape)
-    found.set_shape([*x.shape[:-1], kernel.shape[1]])
-    return found
+    product = tf.reshape(tf.matmul(tf.reshape(x, [-1, kernel.shape[0]]), kernel), shape)
+    product.set_shape([*x.shape[:-1], kernel.shape[1]])
+    return product
 
 
 def _masked(logits: Any, mask: Any) -> Any:
