@@ -99,8 +99,8 @@ def take_accepted(words: Sequence[str]) -> tuple[AcceptedLosses, list[str]]:
         raise SettingsError(
             "--accept-gap: write TOPIC_ID:PARTITION:A-B as the error did", "stream and trainer read different topics"
         )
-    asked = parser.parse_known_args(list(words))[0]
-    return AcceptedLosses(accepted_gaps.as_options(asked, records=False), accepted_gaps.as_options(asked)), remaining
+    args = parser.parse_known_args(list(words))[0]
+    return AcceptedLosses(accepted_gaps.as_options(args, records=False), accepted_gaps.as_options(args)), remaining
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -30,14 +30,14 @@ def argument(name: str) -> str:
 
 
 def lower_saved_model(
-    folder: Path, signatures: Sequence[str], what: str, frozen: bool = False, quantize: Quantize = "none"
+    folder: Path, signatures: Sequence[str], subject: str, frozen: bool = False, quantize: Quantize = "none"
 ) -> bytes:
     """The LiteRT program of a SavedModel's signatures.
 
     Args:
         folder: The SavedModel.
         signatures: Names of signatures.
-        what: The source of the model, for the message, such as `model.tower 'shop:build'`.
+        subject: The source of the model, for the message, such as `model.tower 'shop:build'`.
         frozen: Whether variables become constants; otherwise they stay variables that a signature sets.
         quantize: How constants are stored: `none` unchanged, `float16` with half the bits, `int8` as integers where the
             operation that reads them computes with integers.
@@ -62,7 +62,7 @@ def lower_saved_model(
         named = re.findall(r"'(tf\.[A-Z]\w+)' op is neither", text) or re.findall(r"\btf\.[A-Z]\w+", text)
         missing = ", ".join(sorted(set(named))) or text.partition("\n")[0] or "counterpart of some operation"
         raise ProgramError(
-            f"{what} does not lower to LiteRT: it has no {missing}", "use operations that LiteRT has built in"
+            f"{subject} does not lower to LiteRT: it has no {missing}", "use operations that LiteRT has built in"
         ) from error
 
 

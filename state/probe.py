@@ -108,7 +108,7 @@ def _difference(answered: F32, expected: F32, scales: npt.NDArray[np.float64]) -
     """The largest difference over all rows; infinite if shapes differ or a value is NaN."""
     if answered.shape != expected.shape:
         return float("inf")
-    actual, reference = (one.reshape(len(one), -1).astype(np.float64) for one in (answered, expected))
+    actual, reference = (outputs.reshape(len(outputs), -1).astype(np.float64) for outputs in (answered, expected))
     # The logit of an absent candidate is its own scale.
     errors = np.abs(actual - reference) / np.where(np.abs(reference) < _NOT_THERE, scales[:, None], np.abs(reference))
     return float(np.nan_to_num(errors, nan=np.inf).max(initial=0.0))

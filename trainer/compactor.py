@@ -268,8 +268,8 @@ def rewrite(registry: Registry, crosses: Crosses, now_ms: Callable[[], int] = wa
     parts = [registry.manifest(version, "base") for version in registry.bases()]
     parts += [registry.manifest(version, "delta") for version in registry.deltas()]
     parts.sort(key=lambda part: part.version)
-    done = last_report.version if last_report.through >= erased.last else 0
-    if any(_theirs(part, erased) for part in parts if part.version > done):
+    checked = last_report.version if last_report.through >= erased.last else 0
+    if any(_theirs(part, erased) for part in parts if part.version > checked):
         # Oldest first, so that a row is gone before the delta that removed it loses the row's id.
         known = CrossedIds(crosses)
         for part in parts:

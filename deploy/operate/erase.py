@@ -334,11 +334,11 @@ def _gone_by(erasure: Erasure, config: Mapping[str, str]) -> str:
 
 def _set_aside(settings: Settings, registry: Registry, control: Control) -> list[Holding]:
     """Returns stores set aside as damaged, or replaced, before the newest erasure: no process opens them to erase."""
-    places = [registry.path / name for name in (layout.VERSIONS, layout.BASES, layout.MERGED)]
-    places += [settings.state_dir, *(path.parent for path in layout.streams(settings.state_dir)), settings.serving_dir]
+    folders = [registry.path / name for name in (layout.VERSIONS, layout.BASES, layout.MERGED)]
+    folders += [settings.state_dir, *(path.parent for path in layout.streams(settings.state_dir)), settings.serving_dir]
     remaining = []
-    for place in places:
-        for path in sorted(place.glob("*.bad*")) if place.is_dir() else ():
+    for folder in folders:
+        for path in sorted(folder.glob("*.bad*")) if folder.is_dir() else ():
             newer = [erasure.id for erasure in control.erased if erasure.at_ms > path.stat().st_mtime_ns // 1_000_000]
             if newer:
                 remaining.append(Holding(str(path), newer[0], "any data", "you remove it: no process opens it"))

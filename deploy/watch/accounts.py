@@ -88,7 +88,7 @@ def stream_account(counts: Counts) -> StreamAccount:
     """
     parts = [StreamAccount.of(source) for source in counts.values()]
     return StreamAccount(
-        *(sum(getattr(part, each.name) for part in parts) for each in dataclasses.fields(StreamAccount))
+        *(sum(getattr(part, field.name) for part in parts) for field in dataclasses.fields(StreamAccount))
     )
 
 

@@ -176,8 +176,8 @@ def labels(settings: Settings) -> Iterator[Conflict]:
         yield Conflict(
             names[:: 1 if section.impressions else -1], f"{empty} must name an action too: the two go together"
         )
-    if both := [action for action in section.outcomes if action in section.impressions]:
-        yield Conflict(names[::-1], f"labels.outcomes names {both[0]!r}, which is an impression already")
+    if in_both := [action for action in section.outcomes if action in section.impressions]:
+        yield Conflict(names[::-1], f"labels.outcomes names {in_both[0]!r}, which is an impression already")
 
 
 def windows(settings: Settings) -> Iterator[Conflict]:

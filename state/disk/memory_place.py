@@ -130,31 +130,31 @@ def current(link: Path) -> Place | None:
     return Place(path, disk_kind(path) in IN_MEMORY)
 
 
-def settle(link: Path, place: Place) -> None:
-    """Points the link to `place`, and removes every other store of this link. The caller holds the directory's lock.
+def settle(link: Path, location: Place) -> None:
+    """Points the link to `location`, and removes every other store of this link. The caller holds the directory's lock.
 
-    1. An existing store at `place` to which the link does not point is stale and is removed.
+    1. An existing store at `location` to which the link does not point is stale and is removed.
     2. The link is replaced atomically: a reader finds the old store or the new one.
     3. The other stores are removed; processes that have them open can still read them.
     """
     before = target_of(link)
-    inside = place.path.is_relative_to(link.parent)
+    inside = location.path.is_relative_to(link.parent)
     if not inside:
-        note(place.path, link)
-    if place.path != link and before != place.path:
+        note(location.path, link)
+    if location.path != link and before != location.path:
         # 1.
-        if place.path.exists():
-            shutil.rmtree(place.path)
+        if location.path.exists():
+            shutil.rmtree(location.path)
         if link.is_dir() and not link.is_symlink():
             shutil.rmtree(link)
         # 2.
         temporary = link.with_name(f"{link.name}.link")
         temporary.unlink(missing_ok=True)
-        temporary.symlink_to(place.path.relative_to(link.parent) if inside else place.path)
+        temporary.symlink_to(location.path.relative_to(link.parent) if inside else location.path)
         temporary.replace(link)
     # 3.
     for store in {before, home(Path(MEMORY), link), _beside(link)}:
-        if store is not None and store not in (place.path, link):
+        if store is not None and store not in (location.path, link):
             remove(store, link)
 
 

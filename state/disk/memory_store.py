@@ -121,9 +121,9 @@ def enter(link: Path, memory: str, boot_id: str | None = None) -> Place:
             "make a copy with `springtide backup` and `springtide restore`, or stop the other one first",
         )
     # 3.
-    place = memory_place.choose(link, "", memory)
-    why = _load(link, place) if place.in_memory else place.why
-    if not place.in_memory or why:
+    location = memory_place.choose(link, "", memory)
+    why = _load(link, location) if location.in_memory else location.why
+    if not location.in_memory or why:
         try:
             bring_back(link)
         except OSError as error:
@@ -136,25 +136,25 @@ def enter(link: Path, memory: str, boot_id: str | None = None) -> Place:
     killpoints.reach("memory.loaded")
     # 4.
     arriving = _beside(link, _ARRIVING)
-    arriving.symlink_to(place.path)
+    arriving.symlink_to(location.path)
     _exchange(arriving, link)
     killpoints.reach("memory.linked")
     _clear(arriving)
     if before is not None:
         memory_place.remove(before, link)
-    return place
+    return location
 
 
-def _load(link: Path, place: Place) -> str:
+def _load(link: Path, location: Place) -> str:
     """Copies the link's store, if any, into memory; returns why that failed, or an empty string."""
-    shutil.rmtree(place.path, ignore_errors=True)
+    shutil.rmtree(location.path, ignore_errors=True)
     try:
-        place.path.mkdir(mode=0o700)
-        memory_place.note(place.path, link)
+        location.path.mkdir(mode=0o700)
+        memory_place.note(location.path, link)
         if link.exists():
-            _copy(link, place.path)
+            _copy(link, location.path)
     except OSError as error:
-        shutil.rmtree(place.path.parent, ignore_errors=True)
+        shutil.rmtree(location.path.parent, ignore_errors=True)
         return reason_of(error)
     return ""
 

@@ -31,9 +31,9 @@ def advanced(counts: Mapping[str, int] | None, part: Range, holder: str) -> Coun
     return advanced_counts
 
 
-def returned(counts: Mapping[str, int], taken: Mapping[str, int], at: int) -> Counts:
-    """The counts of a source after a rollback to offset `at`, which removes the outcomes `taken` since then."""
-    remaining = {name: count - taken.get(name, 0) for name, count in counts.items()}
+def returned(counts: Mapping[str, int], removed: Mapping[str, int], at: int) -> Counts:
+    """The counts of a source after a rollback to offset `at`, which removes the outcomes `removed` since then."""
+    remaining = {name: count - removed.get(name, 0) for name, count in counts.items()}
     named = {name: count for name, count in remaining.items() if count or name not in RARE}
     return {**named, "first": counts["first"], "next": at}
 

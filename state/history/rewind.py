@@ -99,10 +99,10 @@ class Since:
         ranges are followed backward from the end.
         """
         low = {source: stored[source]["next"] for source in self.sources}
-        taken: dict[Source, Counter[str]] = {source: Counter() for source in low}
+        removed: dict[Source, Counter[str]] = {source: Counter() for source in low}
         for part in reversed(self._parts):
             if low.get(part.source) == part.next:
-                taken[part.source].update(part.outcomes)
+                removed[part.source].update(part.outcomes)
                 low[part.source] = part.first
         at_position: dict[Source, Counts | None] = {}
         for source, at in low.items():
@@ -111,8 +111,8 @@ class Since:
                 at_position[source] = None
                 continue
             # Positions without a record were counted as absent.
-            taken[source]["absent"] += at - mark
-            at_position[source] = returned(stored[source], taken[source], mark)
+            removed[source]["absent"] += at - mark
+            at_position[source] = returned(stored[source], removed[source], mark)
         return at_position
 
 

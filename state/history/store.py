@@ -465,13 +465,13 @@ def open_history_store(settings: Settings, part: str, folder: Path) -> HistorySt
     link, memory = folder / HISTORIES, settings.storage.memory_dir
     for folder_removed in memory_place.remove_forgotten(memory):
         logger.info("%s is removed: its state directory is gone, or has its store elsewhere", folder_removed)
-    place = enter(link, memory)
-    if place.why:
+    location = enter(link, memory)
+    if location.why:
         logger.warning(
             "the histories are on the disk, %s: %s. Each page that a click changes is written there, at 5,000 clicks/s "
             "some 8 GB an hour",
             link,
-            place.why,
+            location.why,
         )
     shares = settings.serving.user_shares if part == SERVING else None
     return HistoryStore(link, settings.features.history, map_bytes(settings, part, HISTORIES, link), shares=shares)

@@ -63,7 +63,9 @@ class BatchRecords:
         self.leader_epoch = -1
         self.bytes_read = 0
         self._records = records
-        self._aborted = [(each.producer_id, each.first_offset) for each in aborted_transactions or ()]
+        self._aborted = [
+            (transaction.producer_id, transaction.first_offset) for transaction in aborted_transactions or ()
+        ]
         self._committed_only = getattr(isolation_level, "name", "READ_COMMITTED") == "READ_COMMITTED"
         self._on_drain = on_drain
 

@@ -100,7 +100,7 @@ class Topics:
         partitions = self._partitions(name)
         begin = self._offsets(name, dict.fromkeys(partitions, OffsetSpec.EARLIEST))
         end = self._offsets(name, dict.fromkeys(partitions, OffsetSpec.LATEST), committed_only)
-        return {each.partition: (begin[each], end[each]) for each in partitions}
+        return {partition.partition: (begin[partition], end[partition]) for partition in partitions}
 
     def offset_before(self, name: str, time_ms: int) -> dict[int, int]:
         """Partition -> the first position whose record's Kafka timestamp is `time_ms` or later.
@@ -157,9 +157,9 @@ class Topics:
         """The committed positions of a consumer group in a topic; partitions without one are absent."""
         answer = self._call(f"read positions of group {group}", lambda: self._admin.list_group_offsets([group]))
         return {
-            each.partition: position.offset
-            for each, position in answer.get(group, {}).items()
-            if each.topic == name and position.offset >= 0
+            partition.partition: position.offset
+            for partition, position in answer.get(group, {}).items()
+            if partition.topic == name and position.offset >= 0
         }
 
     def close(self) -> None:

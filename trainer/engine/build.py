@@ -92,7 +92,7 @@ def tables_of(ranker: Ranker, settings: Settings, device: str | None) -> dict[st
     """Embedding rows, crosses, and the ranker's own tables, by name. Without a `device` rows are kept in host arrays."""
     model, trainer = settings.model, settings.trainer
     own = grown_by(ranker)
-    few = {"context", *(name for name, ids in own.items() if FEW.issuperset(ids))}
+    admitted_at_once = {"context", *(name for name, ids in own.items() if FEW.issuperset(ids))}
 
     def table(name: str) -> Table:
         return table_of(
@@ -101,7 +101,7 @@ def tables_of(ranker: Ranker, settings: Settings, device: str | None) -> dict[st
             ranker.tables.get(name, model.dim),
             trainer.capacity,
             model.initial_accumulator,
-            1 if name in few else trainer.admit_after,
+            1 if name in admitted_at_once else trainer.admit_after,
             ranker.initial_ranges.get(name, INITIAL_RANGE),
             trainer.max_rows,
         )

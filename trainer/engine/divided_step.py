@@ -237,8 +237,8 @@ class DividedTrainer(Trainer):
         }
         dense = {name: sums[f"dense.{name}"] for name in self._dense_shapes}
         shared = {name: sums[f"rows.{name}"] for name in rows if name not in (USER, CROSS)}
-        squared = float(sums["user_norm"][0]) + sum(float(np.square(each).sum()) for each in dense.values())
-        squared += sum(float(np.square(each[1:]).sum()) for each in shared.values())
+        squared = float(sums["user_norm"][0]) + sum(float(np.square(gradient).sum()) for gradient in dense.values())
+        squared += sum(float(np.square(gradient[1:]).sum()) for gradient in shared.values())
         if own is None or gradient is None:
             users, by_users = np.zeros(1, np.int32), np.zeros((1, self.tables[USER].dim), np.float32)
         else:

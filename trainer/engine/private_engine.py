@@ -265,20 +265,22 @@ class PrivateEngine(TensorflowEngine):
         }
         inputs = [input_ for input_ in self._ranker.inputs if input_.table]
         rows = {input_.name: self._gather(input_, distinct, part["at"] | shared["whole"]) for input_ in inputs}
-        whole = {input_.name: rows.pop(input_.name) for input_ in inputs if place_of(input_) in shared["whole"]}
+        whole_record = {input_.name: rows.pop(input_.name) for input_ in inputs if place_of(input_) in shared["whole"]}
         values = {name: tf.cast(value, tf.float32) for name, value in part["values"].items()}
         weights = [weight for name, weight in self._ranker.dense.items() if not name.startswith(FROZEN)]
 
         def of_row(row: Mapping[str, Any]) -> Tensor:
             # The batch dimension of a record with one row is added.
-            own = {name: value[None] for name, value in row["rows"].items()} | whole
+            own = {name: value[None] for name, value in row["rows"].items()} | whole_record
             inputs = own | {name: value[None] for name, value in row["values"].items()}
             targets = Targets(*(target[None] for target in row["targets"]))
-            watched = {name: own[name] for name in (*row["listed"], *whole)}
+            watched = {name: own[name] for name in (*row["listed"], *whole_record)}
             with tf.GradientTape(persistent=True) as tape:
                 tape.watch(list(watched.values()))
                 encoded = self._ranker.encode(inputs, True, shared["seed"])
-                each = [tf.reduce_sum(self._ranker.losses(encoded, inputs, only(targets, name))) for name in losses]
+                loss_sums = [
+                    tf.reduce_sum(self._ranker.losses(encoded, inputs, only(targets, name))) for name in losses
+                ]
 
             def length(name: str, loss: Tensor) -> Tensor:
                 by_dense, by_rows = tape.gradient(
@@ -294,7 +296,7 @@ class PrivateEngine(TensorflowEngine):
                     squared += row["crosses"] * tf.square(SHARE * row["targets"].label_weight)
                 return tf.sqrt(squared + tf.square(tf.add_n(lengths)))
 
-            return tf.stack([length(name, loss) for name, loss in zip(losses, each, strict=True)])
+            return tf.stack([length(name, loss) for name, loss in zip(losses, loss_sums, strict=True)])
 
         by_row = {name: part[name] for name in ("listed", "crosses", "targets")}
         return tf.vectorized_map(of_row, {"rows": rows, "values": values, **by_row})

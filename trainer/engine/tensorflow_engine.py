@@ -61,7 +61,7 @@ class Blocks:
         self._ranker, self._optimizer, self._rate = ranker, optimizer, np.float32(optimizer.fast_rate)
         self._fast = [ranker.dense[name] for name in ranker.fast_weights]
         # In the shape of the flat weights: factors of the step size, chosen by the longest matching prefix.
-        known = sorted(ranker.fast_learning_rates.items(), key=lambda each: len(each[0]))
+        known = sorted(ranker.fast_learning_rates.items(), key=lambda entry: len(entry[0]))
         factors = [next((f for p, f in reversed(known) if name.startswith(p)), 1.0) for name in ranker.fast_weights]
         sizes = [int(np.prod(weight.shape)) for weight in self._fast]
         self._sizes, self._factors = sizes, np.repeat(np.array(factors, np.float32), sizes)
@@ -384,7 +384,7 @@ class TensorflowEngine:
             output_gradients=[*by_encoded, *by_rows],
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
-        dense = tuple(tf.convert_to_tensor(one) + other for one, other in zip(through, by_dense, strict=True))
+        dense = tuple(tf.convert_to_tensor(gradient) + other for gradient, other in zip(through, by_dense, strict=True))
         sparse = tuple(tf.convert_to_tensor(gradient) for gradient in sparse)
         parts = [*dense, *(gradient[1:] for gradient in sparse)]
         squared = 2.0 * tf.add_n([tf.nn.l2_loss(part) for part in parts])

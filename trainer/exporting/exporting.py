@@ -158,15 +158,15 @@ class Agreement(NamedTuple):
     first: float
 
 
-def agreement(ours: Outputs, theirs: Outputs) -> Agreement:
+def agreement(tested: Outputs, reference: Outputs) -> Agreement:
     """Compares the outputs of the program under test with those of the reference program on the same rows."""
-    interests = [_softmax(np.concatenate([outputs[name] for name in LOGITS], 1)) for outputs in (ours, theirs)]
-    engagement = [1 / (1 + np.exp(-outputs["engagement_logit"].astype(np.float64))) for outputs in (ours, theirs)]
+    interests = [_softmax(np.concatenate([outputs[name] for name in LOGITS], 1)) for outputs in (tested, reference)]
+    engagement = [1 / (1 + np.exp(-outputs["engagement_logit"].astype(np.float64))) for outputs in (tested, reference)]
     distances = [np.abs(pair[0] - pair[1]).max() for pair in (interests, engagement)]
     first = interests[0].argmax(1) == interests[1].argmax(1)
     return Agreement(
         len(first),
-        max(difference(ours[name], value) for name, value in theirs.items()),
+        max(difference(tested[name], value) for name, value in reference.items()),
         float(max(distances)),
         float(first.mean()),
     )

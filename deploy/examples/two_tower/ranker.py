@@ -110,7 +110,10 @@ class TwoTower(Ranker):
             "successor": self._scores(encoded, inputs["successor_rows"]),
         }
         masks = {kind: inputs[f"{kind}_mask"] for kind in logits}
-        scores = {f"{kind}_logits": each * masks[kind] + (1.0 - masks[kind]) * MASKED for kind, each in logits.items()}
+        scores = {
+            f"{kind}_logits": kind_logits * masks[kind] + (1.0 - masks[kind]) * MASKED
+            for kind, kind_logits in logits.items()
+        }
         scores |= {
             "engagement_logit": self._pair(encoded, inputs["item_row"], inputs["category_row"]),
             "vector": encoded,

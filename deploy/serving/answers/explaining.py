@@ -271,13 +271,13 @@ class Words:
             words = "the item and its category"
         return Behind(words, None, self._shown(shown))
 
-    def _done(self, events: Events, what: str, subject: str) -> Behind:
+    def _done(self, events: Events, object_: str, subject: str) -> Behind:
         """Describes one category's or one action's events: how often, and the last time."""
         counts = np.bincount(events["action"], minlength=len(self._spec.actions)).tolist()
         actions = []
         for action, count in zip(self._spec.actions, counts, strict=False):
             if count:
-                verb = VERBS.get(action, f"did {action} with {{}}" if what else f"did {action}").format(what)
+                verb = VERBS.get(action, f"did {action} with {{}}" if object_ else f"did {action}").format(object_)
                 actions.append(f"{' '.join(verb.split())} {'once' if count == 1 else f'{count} times'}")
         words = f"{' and '.join(actions) or 'nothing'} in {self._span}{self._last(events)}"
         return Behind(words, subject, self._shown(events))

@@ -279,15 +279,15 @@ class Predictor:
         full: Version = {**lean, "sources": version.served.sources}
         times = {at_ms: iso(at_ms) for at_ms in {question.at_ms for question in prepared.asked}}
         answers = []
-        for row, asked in enumerate(prepared.asked):
-            query, known = asked.query, prepared.has_row[row] or bool(asked.recent_categories)
+        for row, question in enumerate(prepared.asked):
+            query, known = question.query, prepared.has_row[row] or bool(question.recent_categories)
             fields = query.fields
             engagement: Engagement | None = None
             if query.item is not None:
                 engagement = {
                     "item": query.item,
                     "probability": probability(float(outputs["engagement_logit"][row])),
-                    "attributes": asked.item_attributes.texts,
+                    "attributes": question.item_attributes.texts,
                 }
             features = None
             if "features" in fields:
@@ -298,15 +298,15 @@ class Predictor:
                     known=known,
                     cold_start=not known,
                     version=full if "sources" in fields else lean,
-                    at=times[asked.at_ms],
-                    at_ms=asked.at_ms,
+                    at=times[question.at_ms],
+                    at_ms=question.at_ms,
                     clock=prepared.clock if query.at_ms is None else "request",
                     interests=ranked[row],
                     engagement=engagement,
                     vector=outputs["vector"][row] if "vector" in fields else None,
                     features=features,
-                    attributes=asked.user_attributes.texts if "attributes" in fields else None,
-                    churn=asked.churn,
+                    attributes=question.user_attributes.texts if "attributes" in fields else None,
+                    churn=question.churn,
                 )
             )
         return answers
@@ -374,7 +374,7 @@ class Predictor:
         items = [0 if query.item is None else public_id(query.item) for query in queries]
         times = [default_ms if query.at_ms is None else query.at_ms for query in queries]
         self.histories.history = features.spec.history
-        histories = [exchanged(each, features.actions) for each in self.histories.read_many(users)]
+        histories = [exchanged(history, features.actions) for history in self.histories.read_many(users)]
         vectors = vectorise_many(histories, times, mask, features.spec, users)
         recent = [[category for category in row if category] for row in vectors.recent_categories.tolist()]
         of_users, of_items = self._attributes.of("user", users), self._attributes.of("item", items)

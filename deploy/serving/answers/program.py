@@ -83,8 +83,12 @@ class LoadedProgram:
         try:
             # A runner does not keep its interpreter alive.
             self._interpreters = {rows: Interpreter(model_content=data, num_threads=1) for rows in BATCHES}
-            self._loads = {rows: each.get_signature_runner("load") for rows, each in self._interpreters.items()}
-            runners = {rows: each.get_signature_runner("predict") for rows, each in self._interpreters.items()}
+            self._loads = {
+                rows: interpreter.get_signature_runner("load") for rows, interpreter in self._interpreters.items()
+            }
+            runners = {
+                rows: interpreter.get_signature_runner("predict") for rows, interpreter in self._interpreters.items()
+            }
         except (ValueError, RuntimeError) as error:
             raise ProgramError(
                 f"a program of {len(data)} bytes cannot be run ({error})",

@@ -109,9 +109,9 @@ class FitVersions:
                 self._refuse("probe", version, error)
         return version in self
 
-    def keep(self, here: Container[int]) -> None:
+    def keep(self, present: Container[int]) -> None:
         """Removes versions that are no longer in the rows."""
-        remaining = {version: why for version, why in self._refused.items() if version in here}
+        remaining = {version: why for version, why in self._refused.items() if version in present}
         if remaining != self._refused:
             self._note(remaining)
 

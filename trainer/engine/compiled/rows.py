@@ -29,10 +29,10 @@ def dot(a: F32, row: int, first: int, b: F32, at: int) -> np.float32:
 
 
 @part_of_sums
-def add(out: F32, at: int, to: int, factor: np.float32, a: F32, row: int, first: int, width: int) -> None:
-    """Adds `factor` times `width` numbers of `a[row]`, beginning at `first`, to `out[at]`, beginning at `to`."""
+def add(out: F32, at: int, column: int, factor: np.float32, a: F32, row: int, first: int, width: int) -> None:
+    """Adds `factor` times `width` numbers of `a[row]`, beginning at `first`, to `out[at]`, beginning at `column`."""
     for d in range(width):
-        out[at, to + d] += factor * a[row, first + d]
+        out[at, column + d] += factor * a[row, first + d]
 
 
 @part_of_sums
