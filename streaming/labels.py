@@ -619,16 +619,10 @@ def _counted(
 ) -> tuple[Range, ...]:
     """Ranges with rows counted by kind, including the earlier impressions that became known in them."""
     sources, kinds = np.concatenate([source, known_source]), np.concatenate([kind, known])
-    counted_before = ("dead", "filtered", "absent", "gap", "masked", "elsewhere")
+    names = ("dead", "filtered", "absent", "gap", "masked", "elsewhere")
     return tuple(
-        Range(
-            part.source,
-            part.first,
-            part.next,
-            **{name: getattr(part, name) for name in counted_before},
-            **kinds_counted,
-        )
-        for part, kinds_counted in zip(ranges, counts_by_range(kinds, sources, len(ranges)), strict=True)
+        Range(part.source, part.first, part.next, **{name: getattr(part, name) for name in names}, **by_kind)
+        for part, by_kind in zip(ranges, counts_by_range(kinds, sources, len(ranges)), strict=True)
     )
 
 

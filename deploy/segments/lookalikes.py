@@ -152,13 +152,9 @@ def precision_curve(vectors: UserVectors, members: Flags, cuts: Sequence[int] = 
         return []
     hits = held_out[ranked]
     orders = [similarities(vectors.vectors, given)[ranked], vectors.clicks[ranked]]
-    by_similarity, by_clicks = (np.cumsum(hits[np.argsort(-order, kind="stable")]) for order in orders)
+    near, most = (np.cumsum(hits[np.argsort(-order, kind="stable")]) for order in orders)
     chance = float(hits.mean())
-    return [
-        PrecisionAt(k, float(by_similarity[k - 1] / k), float(by_clicks[k - 1] / k), chance)
-        for k in cuts
-        if k < len(hits)
-    ]
+    return [PrecisionAt(k, float(near[k - 1] / k), float(most[k - 1] / k), chance) for k in cuts if k < len(hits)]
 
 
 def aside(settings: Settings) -> Path:

@@ -79,20 +79,18 @@ def run(module: str, settings: Settings, *words: str) -> str:
         ProgramError: The check ended with another nonzero status; the message is the check's.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SPRINGTIDE_")}
-    process = subprocess.run(
+    child = subprocess.run(
         [sys.executable, "-m", module, *words],
         env=for_children(environment | settings.environment()),
         capture_output=True,
         text=True,
         check=False,
     )
-    if process.returncode == 0:
-        return process.stdout.strip()
-    lines = [line.strip() for line in process.stderr.splitlines() if line.strip()]
-    message = (
-        lines[-1].removeprefix("springtide: ") if lines else f"{module} ended with {process.returncode} in silence"
-    )
-    raise (SettingsError if process.returncode == WRONG_USE else ProgramError)(message)
+    if child.returncode == 0:
+        return child.stdout.strip()
+    lines = [line.strip() for line in child.stderr.splitlines() if line.strip()]
+    message = lines[-1].removeprefix("springtide: ") if lines else f"{module} ended with {child.returncode} in silence"
+    raise (SettingsError if child.returncode == WRONG_USE else ProgramError)(message)
 
 
 def take_upgrade(words: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -63,9 +63,7 @@ class BatchRecords:
         self.leader_epoch = -1
         self.bytes_read = 0
         self._records = records
-        self._aborted = [
-            (transaction.producer_id, transaction.first_offset) for transaction in aborted_transactions or ()
-        ]
+        self._aborted = [(entry.producer_id, entry.first_offset) for entry in aborted_transactions or ()]
         self._committed_only = getattr(isolation_level, "name", "READ_COMMITTED") == "READ_COMMITTED"
         self._on_drain = on_drain
 

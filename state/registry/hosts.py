@@ -116,7 +116,7 @@ def all_entries(registry: Registry) -> list[HostEntry]:
     Raises:
         UnusableRegistry: The object store cannot be reached.
     """
-    by_name = {entry.name: entry for entry in entries(registry.path)}
+    known = {entry.name: entry for entry in entries(registry.path)}
     if (store := registry.directory.shared) is not None:
         with sharing():
             for name in store.names(layout.HOSTS):
@@ -124,11 +124,9 @@ def all_entries(registry: Registry) -> list[HostEntry]:
                     remote = decoded(store.read(f"{layout.HOSTS}/{name}"))
                 except (FileNotFoundError, ValueError):
                     continue
-                newer = (
-                    entry for entry in remote if entry.name not in by_name or by_name[entry.name].at_ms < entry.at_ms
-                )
-                by_name |= {entry.name: entry for entry in newer}
-    return [by_name[name] for name in sorted(by_name)]
+                newer = (entry for entry in remote if entry.name not in known or known[entry.name].at_ms < entry.at_ms)
+                known |= {entry.name: entry for entry in newer}
+    return [known[name] for name in sorted(known)]
 
 
 def decoded(data: bytes) -> list[HostEntry]:

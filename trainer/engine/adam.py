@@ -153,8 +153,8 @@ class Adam:
         """A host copy of the state by name: `<weight>.m`, `<weight>.v`, `powers` of both betas, and `moving.<slot>`."""
         held = {f"{name}.m": slot for name, slot in self._first.items()}
         held |= {f"{name}.v": slot for name, slot in self._second.items()}
-        copies = {name: np.array(slot.numpy()) for name, slot in (held | {"powers": self._powers}).items()}
-        return copies | {f"moving.{name}": getattr(self.fast, name) for name in _SLOTS}
+        state = {name: np.array(slot.numpy()) for name, slot in (held | {"powers": self._powers}).items()}
+        return state | {f"moving.{name}": getattr(self.fast, name) for name in _SLOTS}
 
     def set_slots(self, slots: Mapping[str, F32]) -> None:
         """Restores the whole state.

@@ -205,11 +205,9 @@ class PrivateTrainer(Trainer):
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """See `Trainer`."""
         super().load(state)
-        privacy_state = {
-            name.removeprefix("privacy."): value for name, value in state.items() if name.startswith("privacy.")
-        }
-        self.private.allowance.load(privacy_state)
-        self.private.history.load(privacy_state)
+        own = {name.removeprefix("privacy."): value for name, value in state.items() if name.startswith("privacy.")}
+        self.private.allowance.load(own)
+        self.private.history.load(own)
 
     def step(self, batch: MicroBatch, seed: tuple[int, int] | None = None, place: NoisePlace | None = None) -> Report:
         """See `Trainer`.

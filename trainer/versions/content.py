@@ -115,20 +115,16 @@ def _merged(parts: Sequence[Tensors], full: bool) -> dict[str, Array]:
     for table in tables:
         # A release without this table wrote nothing of it, which equals an empty one. Rows of another width are of a
         # release in which rows had another meaning: a trainer that continued from there used none of them.
-        parts_of_table = [part for part in parts if f"{table}.ids" in part]
-        parts_of_table = [
-            part
-            for part in parts_of_table
-            if part[f"{table}.rows"].shape[1:] == parts_of_table[-1][f"{table}.rows"].shape[1:]
+        present = [part for part in parts if f"{table}.ids" in part]
+        present = [
+            part for part in present if part[f"{table}.rows"].shape[1:] == present[-1][f"{table}.rows"].shape[1:]
         ]
-        if not parts_of_table:
+        if not present:
             continue
         # 2. Rows: the last entry of an id counts, be it a row or its removal.
-        ids = [part[f"{table}.{name}"] for part in parts_of_table for name in ("removed", "ids")]
+        ids = [part[f"{table}.{name}"] for part in present for name in ("removed", "ids")]
         is_removal = [
-            np.full(len(part[f"{table}.{name}"]), name == "removed")
-            for part in parts_of_table
-            for name in ("removed", "ids")
+            np.full(len(part[f"{table}.{name}"]), name == "removed") for part in present for name in ("removed", "ids")
         ]
         last = _last_of_each(np.concatenate(ids))
         all_ids, all_removed = np.concatenate(ids), np.concatenate(is_removal)
@@ -137,11 +133,9 @@ def _merged(parts: Sequence[Tensors], full: bool) -> dict[str, Array]:
         merged[f"{table}.removed"] = np.zeros(0, np.uint64) if full else all_ids[last[all_removed[last]]]
         row_of = np.cumsum(~all_removed) - 1
         for name in ROWS:
-            merged[f"{table}.{name}"] = np.concatenate([part[f"{table}.{name}"] for part in parts_of_table])[
-                row_of[live]
-            ]
+            merged[f"{table}.{name}"] = np.concatenate([part[f"{table}.{name}"] for part in present])[row_of[live]]
         # 3. Occurrences of ids without a row; a count of 0 removes one.
-        columns = [np.concatenate([part[f"{table}.{name}"] for part in parts_of_table]) for name in PENDING]
+        columns = [np.concatenate([part[f"{table}.{name}"] for part in present]) for name in PENDING]
         last = _last_of_each(columns[0])
         if full:
             last = last[columns[1][last] != 0]

@@ -332,10 +332,8 @@ class Predictor:
         query = question.query._replace(item="")
         attributes = self._attributes.of("item", [item for item, _ in items])
         return [
-            question._replace(query=query, item=item, category=category, item_attributes=attribute_values)
-            for (item, _), category, attribute_values in zip(
-                items, self.catalogue.categories_of(items), attributes, strict=True
-            )
+            question._replace(query=query, item=item, category=category, item_attributes=values)
+            for (item, _), category, values in zip(items, self.catalogue.categories_of(items), attributes, strict=True)
         ]
 
     def events_by(self, question: Asked, mask: Mask) -> Events:

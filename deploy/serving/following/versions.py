@@ -165,10 +165,7 @@ def recent_steps(wanted: int, registry: Registry, present: Collection[int], rece
 
 def _last_durable(version: Manifest, registry: Registry) -> int | None:
     """The newest durable version that a recent one descends from."""
-    return max(
-        (version_number for version_number in registry.versions() if sees(version.visible, version_number)),
-        default=None,
-    )
+    return max((number for number in registry.versions() if sees(version.visible, number)), default=None)
 
 
 def onto_what_is_here(

@@ -64,10 +64,10 @@ class Forwarder:
             headers={**passed, **(headers or {})},
             timeout=self._http.timeout if timeout_s is None else timeout_s,
         )
-        headers_back: Headers = [
+        back: Headers = [
             (name.encode(), value.encode()) for name in _PASSED_BACK if (value := answer.headers.get(name))
         ]
-        return Response(answer.status_code, answer.content, JSON if headers_back == JSON else headers_back)
+        return Response(answer.status_code, answer.content, JSON if back == JSON else back)
 
 
 class _Asker(msgspec.Struct):

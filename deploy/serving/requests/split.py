@@ -107,15 +107,12 @@ class Split:
         try:
             # 2.
             answer = request.endpoint.answer
-            trial_rows, live_rows = await asyncio.gather(
+            trial, live = await asyncio.gather(
                 self._theirs(request, batch, places[TRIAL]), answered_here(request, batch, places[LIVE], answer)
             )
             # 3.
-            failed = trial_rows is None
-            rows = [
-                *(await answered_here(request, batch, places[TRIAL], answer) if trial_rows is None else trial_rows),
-                *live_rows,
-            ]
+            failed = trial is None
+            rows = [*(await answered_here(request, batch, places[TRIAL], answer) if trial is None else trial), *live]
         except BadRequest:
             # The error names a position in a part of the batch; the whole batch gives the right position.
             return await request.endpoint.answer(request)

@@ -47,9 +47,7 @@ _FAILURES_OF_PREDICT = {**_FAILURES, 413: ModelFailure, 504: ModelFailure}
 TensorProto, TensorInfo = message("tensorflow.TensorProto"), message("tensorflow.TensorInfo")
 SignatureDef = message("tensorflow.SignatureDef")
 METHOD = "tensorflow/serving/predict"
-_NUMBER_OF = {
-    name: data_type.number for name, data_type in POOL.FindEnumTypeByName("tensorflow.DataType").values_by_name.items()
-}
+_NUMBER_OF = {name: kind.number for name, kind in POOL.FindEnumTypeByName("tensorflow.DataType").values_by_name.items()}
 _NAME_OF = {number: name for name, number in _NUMBER_OF.items()}
 _FIELDS = {
     "DT_FLOAT": ("<f4", "float_val"),
