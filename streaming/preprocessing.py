@@ -301,17 +301,12 @@ def _checked_output(output: Any, name: str, width: int) -> Mapping[str, Any]:
     if not isinstance(output, Mapping) or set(output) != {FEATURES}:
         names = f"a dictionary of {sorted(output)}" if isinstance(output, Mapping) else type(output).__name__
         raise ProgramError(f"{name} returned {names}", wanted)
-    features = output[FEATURES]
-    if not isinstance(features, tf.Tensor):
-        raise ProgramError(f"{name} returned features as {type(features).__name__}", wanted)
-    if (
-        features.dtype != tf.float32
-        or features.shape.rank != 2
-        or features.shape[1] is None
-        or features.shape[0] is not None
-    ):
-        raise ProgramError(f"{name} returned features of shape {features.shape} and type {features.dtype.name}", wanted)
-    return {FEATURES: features}
+    value = output[FEATURES]
+    if not isinstance(value, tf.Tensor):
+        raise ProgramError(f"{name} returned features as {type(value).__name__}", wanted)
+    if value.dtype != tf.float32 or value.shape.rank != 2 or value.shape[1] is None or value.shape[0] is not None:
+        raise ProgramError(f"{name} returned features of shape {value.shape} and type {value.dtype.name}", wanted)
+    return {FEATURES: value}
 
 
 class _Transform:

@@ -122,10 +122,8 @@ def check_parity(content: bytes, ranker: Ranker, inputs: Mapping[str, F32]) -> f
     if np.isfinite(program.predict(inputs)["vector"]).all():
         raise ProgramError("the program answers before weights are loaded", "report this as a defect")
     program.load(ranker.weights())
-    lowered, expected = (
-        program.predict(inputs),
-        ranker.predict({name: tf.constant(value) for name, value in inputs.items()}),
-    )
+    lowered = program.predict(inputs)
+    expected = ranker.predict({name: tf.constant(value) for name, value in inputs.items()})
     largest = 0.0
     for name, tensor in expected.items():
         error = difference(lowered[name], tensor.numpy())
