@@ -492,7 +492,7 @@ class UpdateGuard:
 
     def _held(self, judgement: Judgement, after: TrainingPlace, log_ms: int) -> HeldUpdate:
         since = judgement.since
-        assert since is not None, "what is held began somewhere"
+        assert since is not None, "a held update has a start"
         return HeldUpdate(
             rule=judgement.rule,
             meaning=self._meaning(judgement),

@@ -100,13 +100,15 @@ def _check_declared(ranker: Ranker, spec: FeatureSpec, label: str) -> None:
             f"there are {listed}, and what own_rows gives of tables of its own",
         )
     if missing := [f"{kind}_mask" for kind in CANDIDATES if f"{kind}_mask" not in names]:
-        raise ProgramError(f"{label} does not read {', '.join(missing)}", "serving needs to know what is a candidate")
+        raise ProgramError(
+            f"{label} does not read {', '.join(missing)}", "serving needs the mask to know the candidates"
+        )
     if any("sequence" in (input_.ids or input_.name) for input_ in ranker.inputs) and not spec.sequence:
-        raise ProgramError(f"{label} reads the user's latest events", "say how many with features.sequence")
+        raise ProgramError(f"{label} reads the user's latest events", "set their number in features.sequence")
     for input_ in ranker.inputs:
         if input_.table and input_.table not in ranker.tables:
             raise ProgramError(
-                f"{label} reads {input_.name} without the width of {input_.table} rows", "put it into tables"
+                f"{label} reads {input_.name} without the width of {input_.table} rows", "add it to tables"
             )
 
 
@@ -128,16 +130,16 @@ def _check_tables(ranker: Ranker, label: str) -> None:
         if name not in looked_up:
             raise ProgramError(
                 f"{label}: no input looks up its table {name!r}",
-                f"add own_rows({name!r}, ...), or take it out of tables",
+                f"add own_rows({name!r}, ...), or remove it from tables",
             )
         if (twin := codes.setdefault(CODES[name], name)) != name:
             raise ProgramError(
-                f"{label}: keys cannot tell its tables {twin!r} and {name!r} apart", "rename one of them"
+                f"{label}: the keys of its tables {twin!r} and {name!r} would be equal", "rename one table"
             )
     for name, first in ranker.initial_ranges.items():
         if name not in ranker.tables or not 0.0 <= first < np.inf:
             raise ProgramError(
-                f"{label}: initial_ranges says {first!r} of {name!r}", "give a table of tables a number of 0 or more"
+                f"{label}: initial_ranges has {first!r} for {name!r}", "use a number of 0 or more for a name in tables"
             )
 
 
@@ -212,8 +214,8 @@ def _check_item_query(ranker: Ranker, inputs: Mapping[str, F32], label: str) -> 
     error = difference(_scores(ranker, inputs, label)["engagement_logit"], wanted)
     if error > TOLERANCE:
         raise ProgramError(
-            f"{label}: engagement_logit is not item_query . item_row + cross + what user and category say: off by {error:.2g}",
-            "return None from item_query, or make it that",
+            f"{label}: engagement_logit is not item_query . item_row + cross + the terms of user and category: off by {error:.2g}",
+            "return None from item_query, or correct it",
         )
 
 

@@ -35,8 +35,8 @@ def mask_of(settings: Settings, args: argparse.Namespace, newest: Manifest, now_
     for text, (_, end) in zip(args.skip_time, times, strict=True):
         if end > now_ms:
             raise SettingsError(
-                f"--skip-time {text}: it ends in the future, {iso(end)}: clicks to come would be left out too",
-                "end it with now, and mask what comes later once it has come",
+                f"--skip-time {text}: it ends in the future, {iso(end)}, so future clicks would be left out too",
+                "end it at the current time, and mask later clicks when they have arrived",
             )
     if args.minutes is not None:
         times.append((now_ms - args.minutes * UNITS_MS["m"], now_ms))

@@ -240,10 +240,9 @@ def unknown_partition(topic: str, partition: int, partitions: int) -> UnknownTop
 def made_again(topic: str, before: str, now: str) -> UnknownTopic:
     """The error for a topic that was deleted and created again under the same name."""
     return UnknownTopic(
-        f"topic {topic} was deleted and made again (id {before} is now {now})",
-        "our "
-        "positions belong to the old one: a stream started again reads new clicks from their beginning, a "
-        "trainer learns the new one after `springtide upgrade --learn-anew --reason TEXT`",
+        f"topic {topic} was deleted and created again (id {before} is now {now})",
+        "the stored positions belong to the old topic: a restarted stream reads the new clicks from their beginning, and "
+        "a trainer learns the new log after `springtide upgrade --learn-anew --reason TEXT`",
     )
 
 

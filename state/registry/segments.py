@@ -122,8 +122,8 @@ def parted(segment: LogSegment, end: Manifest, control: Control, erased: int) ->
     """
     if end.erasures and end.erasures[0][0] > erased + 1 and end.erased - erased > len(end.erasures):
         raise UnknownVersion(
-            f"version {end.version} cannot be recomputed from so far back: it does not say where all erasures between fell",
-            "use a younger base with --from",
+            f"version {end.version} cannot be recomputed from so far back: it does not list the positions of all erasures since then",
+            "use a newer base with --from",
         )
     segments, forget = list[LogSegment](), Erased.NOBODY
     for number, offset in end.erasures:

@@ -60,7 +60,7 @@ def l_infinity(first: Mapping[str, float], second: Mapping[str, float]) -> Large
     """
     totals = sum(first.values()), sum(second.values())
     if not all(totals):
-        raise ValueError("no distance from what has no values")
+        raise ValueError("a distance needs values on both sides")
     differences = (
         (abs(first.get(key, 0) / totals[0] - second.get(key, 0) / totals[1]), key) for key in first.keys() | second
     )
@@ -82,7 +82,7 @@ def jensen_shannon(first: NDArray[np.float64], second: NDArray[np.float64]) -> f
         ValueError: One of them has no counts.
     """
     if not first.sum() or not second.sum():
-        raise ValueError("no divergence from what has no values")
+        raise ValueError("a divergence needs counts on both sides")
     p, q = first / first.sum(), second / second.sum()
     m = (p + q) / 2
 
