@@ -156,13 +156,13 @@ class WaitingImpressions(NamedTuple):
     partition: I64
 
 
-def with_space(queue: Queue, more: int, partitions: int) -> Queue:
-    """Returns a queue with space for `more` impressions and `partitions` partitions; `queue` itself if it has that."""
+def with_space(queue: Queue, added: int, partitions: int) -> Queue:
+    """Returns a queue with space for `added` impressions and `partitions` partitions; `queue` itself if it has that."""
     slots, known = len(queue.offset), len(queue.waiting) // SHARES
-    if queue.free_slots >= more and known >= partitions:
+    if queue.free_slots >= added and known >= partitions:
         return queue
     used = slots - queue.free_slots
-    grown = Queue.of(max(slots, 2 * (used + more)) if used + more > slots else slots, max(known, partitions))
+    grown = Queue.of(max(slots, 2 * (used + added)) if used + added > slots else slots, max(known, partitions))
     _enter(grown, queue.rows())
     return grown
 

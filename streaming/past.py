@@ -314,8 +314,8 @@ def run(settings: Settings, wanted: Past, log: Log, out: Callable[[bytes], objec
 
 def _own_folder(registry: Path, stack: ExitStack) -> Path:
     """A directory that is deleted with `stack`; those of killed processes are deleted now."""
-    for left in registry.glob(f"{KEPT}*"):
-        shutil.rmtree(left, ignore_errors=True)
+    for leftover in registry.glob(f"{KEPT}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=KEPT, dir=registry))
     stack.callback(shutil.rmtree, folder, ignore_errors=True)
     return folder

@@ -491,8 +491,8 @@ def end_open_transaction(settings: Settings, writer: Writer) -> None:
 def _hidden_at_the_end(kafka: Kafka, begin: int, end: int) -> dict[int, KeptRecord]:
     """By position the micro-batches after the last one that readers see; no transaction is open."""
     first = max(begin, end - TAIL)
-    seen = max(read(kafka, first, end, committed_only=True), default=first - 1)
-    return {at: record for at, record in read(kafka, first, end, committed_only=False).items() if at > seen}
+    last_offset = max(read(kafka, first, end, committed_only=True), default=first - 1)
+    return {at: record for at, record in read(kafka, first, end, committed_only=False).items() if at > last_offset}
 
 
 def read(kafka: Kafka, first: int, end: int, committed_only: bool) -> Mapping[int, KeptRecord]:

@@ -180,7 +180,7 @@ class _Amount:
         """Seconds since the beginning."""
         return time.monotonic() - self._begun_s
 
-    def __call__(self, more: int) -> None:
+    def __call__(self, count: int) -> None:
         """Adds to the number of bytes."""
-        self._bytes += more
+        self._bytes += count
         self._line.show(lambda: f"{size(self._bytes)} {self._verb} after {self.took_s:.0f} s")

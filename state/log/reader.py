@@ -456,8 +456,8 @@ class Reader:
         end_of_epoch = problem.divergent_offsets[TopicPartition(self.topic, partition)]
         begin, end = self._topics.ends(self.topic)[partition]
         # The broker may no longer know that epoch. Then no part of the log is known to be the one that we read.
-        kept = begin if end_of_epoch is None else max(begin, end_of_epoch.offset)
-        return truncated(self.topic, self.topic_id, partition, self._positions[partition], kept, end)
+        kept_end = begin if end_of_epoch is None else max(begin, end_of_epoch.offset)
+        return truncated(self.topic, self.topic_id, partition, self._positions[partition], kept_end, end)
 
     def _deliver(self, partition: int, max_records: int) -> PartitionBatch:
         chunks = self._buffer.take(partition, max_records)

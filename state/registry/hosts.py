@@ -67,9 +67,10 @@ class RoutingTable:
         (['a'], '32-63', '0-31')
         """
         hosts = tuple(sorted((entry for entry in entries if entry.is_live(now_ms)), key=lambda host: host.name))
-        held = [UserShares.parse(host.shares) for host in hosts]
+        shares_of_hosts = [UserShares.parse(host.shares) for host in hosts]
         holders = [
-            tuple(host for host, shares in zip(hosts, held, strict=True) if share in shares) for share in range(SHARES)
+            tuple(host for host, shares in zip(hosts, shares_of_hosts, strict=True) if share in shares)
+            for share in range(SHARES)
         ]
         return cls(hosts, holders)
 

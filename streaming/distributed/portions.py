@@ -139,14 +139,14 @@ def _moves_at_turns(moves: Moves, ranges: Sequence[Range], bucket: int, buckets:
     """The clock moves at the turns of a bucket's shares, one at each `buckets`th offset; see `streaming.labels`."""
     ends = np.array([part.next for part in ranges], np.int64)[moves.source]
     offset = moves.offset + (bucket - moves.offset) % buckets
-    seen = offset < ends
-    seen[:-1] &= (offset[1:] != offset[:-1]) | (moves.source[1:] != moves.source[:-1])
-    return Moves(moves.source[seen], offset[seen], moves.clock_ms[seen])
+    was_read = offset < ends
+    was_read[:-1] &= (offset[1:] != offset[:-1]) | (moves.source[1:] != moves.source[:-1])
+    return Moves(moves.source[was_read], offset[was_read], moves.clock_ms[was_read])
 
 
-def _named(left: dict[int, str], ids: NDArray[np.uint64]) -> dict[int, str]:
+def _named(names: dict[int, str], ids: NDArray[np.uint64]) -> dict[int, str]:
     """Removes the names of ids that occur in a bucket from the remaining names, and returns them."""
-    return {key: left.pop(key) for key in left.keys() & {*ids.tolist()}} if left else {}
+    return {key: names.pop(key) for key in names.keys() & {*ids.tolist()}} if names else {}
 
 
 def allowed(buckets: int) -> bool:

@@ -199,8 +199,8 @@ class PrivateTrainer(Trainer):
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """See `Trainer`."""
-        kept = self.private.allowance.state() | self.private.history.state()
-        return super().state() | {f"privacy.{name}": value for name, value in kept.items()}
+        state = self.private.allowance.state() | self.private.history.state()
+        return super().state() | {f"privacy.{name}": value for name, value in state.items()}
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """See `Trainer`."""

@@ -190,15 +190,15 @@ class CrossedIds:
 
 def without(tensors: Tensors, users: MaskedUsers, known: CrossedIds) -> dict[str, Array]:
     """Removes users from the tensors of a base, or of a delta from before their erasure. `known` must have seen these tensors."""
-    kept = dict(tensors)
+    remaining = dict(tensors)
     for table, removing in _named(tensors, users, known):
         keep = ~np.isin(tensors[f"{table}.ids"], removing)
-        kept |= {f"{table}.{field}": tensors[f"{table}.{field}"][keep] for field in ("ids", *ROWS)}
+        remaining |= {f"{table}.{field}": tensors[f"{table}.{field}"][keep] for field in ("ids", *ROWS)}
         removed = tensors[f"{table}.removed"]
-        kept[f"{table}.removed"] = removed[~np.isin(removed, removing)]
+        remaining[f"{table}.removed"] = removed[~np.isin(removed, removing)]
         waits = ~np.isin(tensors[f"{table}.{PENDING[0]}"], removing)
-        kept |= {f"{table}.{field}": tensors[f"{table}.{field}"][waits] for field in PENDING}
-    return kept | _without_waiting(kept, users)
+        remaining |= {f"{table}.{field}": tensors[f"{table}.{field}"][waits] for field in PENDING}
+    return remaining | _without_waiting(remaining, users)
 
 
 def without_tombstones(tensors: Tensors, users: MaskedUsers, known: CrossedIds) -> dict[str, Array]:
@@ -206,13 +206,13 @@ def without_tombstones(tensors: Tensors, users: MaskedUsers, known: CrossedIds) 
 
     Use it only once no earlier version has their rows; `known` must have seen those versions.
     """
-    kept = dict(tensors)
+    remaining = dict(tensors)
     for table, removing in _named(tensors, users, known):
         removed = tensors[f"{table}.removed"]
-        kept[f"{table}.removed"] = removed[~np.isin(removed, removing)]
+        remaining[f"{table}.removed"] = removed[~np.isin(removed, removing)]
         ended = np.isin(tensors[f"{table}.{PENDING[0]}"], removing) & (tensors[f"{table}.{PENDING[1]}"] == 0)
-        kept |= {f"{table}.{field}": tensors[f"{table}.{field}"][~ended] for field in PENDING}
-    return kept
+        remaining |= {f"{table}.{field}": tensors[f"{table}.{field}"][~ended] for field in PENDING}
+    return remaining
 
 
 def _without_waiting(tensors: Tensors, users: MaskedUsers) -> dict[str, Array]:

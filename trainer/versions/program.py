@@ -67,13 +67,13 @@ def lower(ranker: Ranker) -> bytes:
         for name, variable in ranker.dense.items()
     }
 
-    def predict(**given: Any) -> Any:
-        return ranker.predict(given)
+    def predict(**inputs: Any) -> Any:
+        return ranker.predict(inputs)
 
-    def load(**given: Any) -> Any:
+    def load(**weights: Any) -> Any:
         for name, variable in ranker.dense.items():
-            variable.assign(given[argument(name)])
-        return {"loaded": tf.constant(len(given))}
+            variable.assign(weights[argument(name)])
+        return {"loaded": tf.constant(len(weights))}
 
     with _filled_with_nan(ranker), tempfile.TemporaryDirectory(prefix="springtide-program-") as folder:
         signatures = {

@@ -111,13 +111,13 @@ class LoadedProgram:
         """Sets the dense weights; `predict` gives NaN before. Raises ProgramError if one is missing or of a wrong
         shape.
         """
-        given = {argument(name): value for name, value in weights.items()}
-        missing = [name for name in self._weights if name not in given]
+        tensors = {argument(name): value for name, value in weights.items()}
+        missing = [name for name in self._weights if name not in tensors]
         if missing:
             raise ProgramError(
                 f"the version has no dense weights {', '.join(missing)}, which its program wants", "roll back"
             )
-        self._given, self._stale = given, {*self._loads}
+        self._given, self._stale = tensors, {*self._loads}
         # The other batch sizes load the weights at their next use; under low load that never happens.
         self._set_weights(1)
 

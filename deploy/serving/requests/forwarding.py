@@ -134,8 +134,8 @@ async def answered_here(request: Request, batch: QuestionBatch, places: Sequence
     """Returns the rows of a part of a batch that this host answers; raises what `answer` raises."""
     if not places:
         return []
-    given = await answer(request._replace(receive=whole(batch.part(places))))
-    rows = rows_of(given.body)
+    response = await answer(request._replace(receive=whole(batch.part(places))))
+    rows = rows_of(response.body)
     assert rows is not None, "the endpoint answers with a row a question"
     return rows
 
