@@ -255,10 +255,10 @@ def fenced(doing: str) -> FencedWriter:
 
 
 def gap(topic: str, topic_id: str, partition: int, position: int, begin: int, end: int) -> GapError:
-    """The error for our `position` outside a partition `[begin, end)`: deleted before we read it, or truncated."""
+    """The error for our `position` outside a partition `[begin, end)`: deleted before it was read, or truncated."""
     if position < begin:
         return GapError(
-            f"topic {topic} partition {partition}: we were at {position}, but the log now begins at {begin}: "
+            f"topic {topic} partition {partition}: the stored position is {position}, but the log now begins at {begin}: "
             f"{begin - position} positions were deleted unread",
             "restore them, raise the topic's retention.ms, or accept the loss",
             [Gap(Source(topic_id, partition), position, begin)],
@@ -281,9 +281,9 @@ def truncated(topic: str, topic_id: str, partition: int, position: int, kept: in
     """The error for a partition that was truncated to `kept`, below our `position`, and may now end at `end`."""
     again = f" and has grown again to {end}" if end > kept else ""
     return TruncatedLog(
-        f"topic {topic} partition {partition}: we were at {position}, but what we read ends at {kept}: the log was cut back"
-        f"{again}, so that offsets {kept} to {position - 1} are used twice (a leader was elected that lacked records, a broker "
-        "lost what was not on disk, the topic was deleted and made again, or another cluster answers)",
+        f"topic {topic} partition {partition}: the stored position is {position}, but the log that was read ends at {kept}: the log was "
+        f"truncated{again}, so that offsets {kept} to {position - 1} are used twice (a leader without all records was "
+        "elected, a broker lost records that were not on disk, the topic was created again, or this is another cluster)",
         "check the brokers (unclean.leader.election.enable=false, min.insync.replicas) and restore the log if you can",
         [Gap(Source(topic_id, partition), kept, position)],
     )
