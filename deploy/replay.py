@@ -224,17 +224,15 @@ def summary(outcome: Outcome, topic: str, took_s: float) -> str:
     position = outcome.position
     if position.complete and not outcome.sent:
         return f"all {position.acknowledged:,} rows are in {topic} already; --restart sends them again"
-    summary_text = f"sent {outcome.sent:,} rows to {topic} in {took_s:.1f} s ({outcome.sent / took_s:,.0f} rows/s)"
+    sent = f"sent {outcome.sent:,} rows to {topic} in {took_s:.1f} s ({outcome.sent / took_s:,.0f} rows/s)"
     parts = [f"{outcome.clicks:,} clicks", shown_reasons(position.refused)]
     if outcome.late:
         parts.append(f"{outcome.late:,} rows were late")
     if position.unsendable:
         parts.append(f"{position.unsendable:,} too large to send")
-    of_total = "" if outcome.total is None else f" of {outcome.total:,}"
-    state = (
-        "complete" if position.complete else f"row {position.acknowledged:,}{of_total}; the same command resumes there"
-    )
-    return f"{summary_text}: {', '.join(parts)}; {state}"
+    total = "" if outcome.total is None else f" of {outcome.total:,}"
+    state = "complete" if position.complete else f"row {position.acknowledged:,}{total}; the same command resumes there"
+    return f"{sent}: {', '.join(parts)}; {state}"
 
 
 def report(findings: Findings, files: int, topic: str) -> str:

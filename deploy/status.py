@@ -284,10 +284,10 @@ def take(settings: Settings, between_s: float = BETWEEN_S) -> Snapshot:
     poller, begin_s = Poller(settings, spread_s=None), time.monotonic()
     first = poller.poll()
     # The other parts are queried between the two polls.
-    read = sections.read(settings, wall_ms())
+    states = sections.read(settings, wall_ms())
     if first.figures.up_s:
         time.sleep(max(0.0, begin_s + between_s - time.monotonic()))
-    return poller.poll().having(read)
+    return poller.poll().having(states)
 
 
 def document(settings: Settings, snapshot: Snapshot) -> dict[str, Any]:

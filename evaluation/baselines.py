@@ -349,15 +349,13 @@ class PreviousCategories:
 
     def predict(self, rows: CategoryRows, categories: int) -> CategoryPrediction:
         """See `CategoryBaseline`; shares are learned after the record."""
-        is_candidate, is_clicked = rows.recent >= 0, rows.recent == rows.category[:, None]
+        valid, is_clicked = rows.recent >= 0, rows.recent == rows.category[:, None]
         hit, rank = is_clicked.any(1), is_clicked.argmax(1)
-        total = (is_candidate * self._hits).sum(1)
+        total = (valid * self._hits).sum(1)
         log_share = np.zeros(len(hit))
         log_share[hit] = np.log(self._hits[rank[hit]] / total[hit])
         self._hits = self._hits + np.bincount(rank[hit], minlength=5)
-        return CategoryPrediction(
-            np.where(hit, rank, NONE).astype(np.int32), log_share, is_candidate.sum(1).astype(np.int32)
-        )
+        return CategoryPrediction(np.where(hit, rank, NONE).astype(np.int32), log_share, valid.sum(1).astype(np.int32))
 
 
 def category_baselines() -> list[CategoryBaseline]:

@@ -164,13 +164,8 @@ def recommendation_tables(requests: Sequence[Asked]) -> list[Table]:
         ("clicks on items that are new to the user, with exclude_seen", new, lambda request: request.unseen_ranks),
     ]
     for (least, most), title in zip(HISTORIES, BY_HISTORY, strict=True):
-        groups.append(
-            (
-                title,
-                [request for request in requests if least <= request.history <= most],
-                lambda request: request.ranks,
-            )
-        )
+        within = [request for request in requests if least <= request.history <= most]
+        groups.append((title, within, lambda request: request.ranks))
     return [_rank_table(title, some, ranks) for title, some, ranks in groups if some]
 
 

@@ -254,7 +254,7 @@ class AlignedReader:
             batches = self._reader.poll(timeout_s, self._most)
             self._most -= sum(map(len, batches))
             return batches
-        shares = {number: left for number, left in self._left.items() if left > 0}
+        shares = {number: unread for number, unread in self._left.items() if unread > 0}
         begun_s = self._clock_s()
         batches = self._reader.poll(timeout_s, self._most, shares)
         self._alignment.polled(shares, [batch.partition for batch in batches], self._clock_s() - begun_s)

@@ -156,13 +156,13 @@ class WaitingImpressions(NamedTuple):
     partition: I64
 
 
-def with_space(queue: Queue, more: int, partitions: int) -> Queue:
-    """Returns a queue with space for `more` impressions and `partitions` partitions; `queue` itself if it has that."""
+def with_space(queue: Queue, added: int, partitions: int) -> Queue:
+    """Returns a queue with space for `added` impressions and `partitions` partitions; `queue` itself if it has that."""
     slots, known = len(queue.offset), len(queue.waiting) // SHARES
-    if queue.free_slots >= more and known >= partitions:
+    if queue.free_slots >= added and known >= partitions:
         return queue
     used = slots - queue.free_slots
-    grown = Queue.of(max(slots, 2 * (used + more)) if used + more > slots else slots, max(known, partitions))
+    grown = Queue.of(max(slots, 2 * (used + added)) if used + added > slots else slots, max(known, partitions))
     _enter(grown, queue.rows())
     return grown
 
@@ -619,16 +619,10 @@ def _counted(
 ) -> tuple[Range, ...]:
     """Ranges with rows counted by kind, including the earlier impressions that became known in them."""
     sources, kinds = np.concatenate([source, known_source]), np.concatenate([kind, known])
-    counted_before = ("dead", "filtered", "absent", "gap", "masked", "elsewhere")
+    names = ("dead", "filtered", "absent", "gap", "masked", "elsewhere")
     return tuple(
-        Range(
-            part.source,
-            part.first,
-            part.next,
-            **{name: getattr(part, name) for name in counted_before},
-            **kinds_counted,
-        )
-        for part, kinds_counted in zip(ranges, counts_by_range(kinds, sources, len(ranges)), strict=True)
+        Range(part.source, part.first, part.next, **{name: getattr(part, name) for name in names}, **by_kind)
+        for part, by_kind in zip(ranges, counts_by_range(kinds, sources, len(ranges)), strict=True)
     )
 
 

@@ -117,18 +117,18 @@ class Passages:
         for gap in gaps:
             self._keep(accepted_gaps.accept(gap, self._consent, int(self._clock() * 1000), marks))
 
-    def _keep(self, accepted: Accepted) -> None:
-        self._journal.add(accepted)
-        self._known.append(accepted)
-        self._count([accepted])
-        event = f"record left out ({accepted.record})" if accepted.record else "gap accepted"
+    def _keep(self, loss: Accepted) -> None:
+        self._journal.add(loss)
+        self._known.append(loss)
+        self._count([loss])
+        text = f"record left out ({loss.record})" if loss.record else "gap accepted"
         logger.warning(
             "%s by %s (%s): topic id %s, %s",
-            event,
-            accepted.actor,
-            accepted.reason,
-            accepted.gap.source.topic_id,
-            accepted.gap,
+            text,
+            loss.actor,
+            loss.reason,
+            loss.gap.source.topic_id,
+            loss.gap,
         )
 
     def _count(self, passed: Sequence[Accepted]) -> None:

@@ -288,12 +288,8 @@ def rewrite(registry: Registry, crosses: Crosses, now_ms: Callable[[], int] = wa
 def _theirs(part: Manifest, erased: Erased) -> tuple[MaskedUsers, MaskedUsers] | None:
     """The users whose rows a part may have, and those whose rows it removes; None if there are none."""
     rows = erased.after(max(part.erased, part.rewritten)).users
-    removing = [number for number, offset in part.erasures if offset >= part.log.first and number > part.rewritten]
-    ids = (
-        erased.after(part.rewritten).up_to(max(removing)).users
-        if removing and part.kind != "base"
-        else MaskedUsers.NOBODY
-    )
+    own = [number for number, offset in part.erasures if offset >= part.log.first and number > part.rewritten]
+    ids = erased.after(part.rewritten).up_to(max(own)).users if own and part.kind != "base" else MaskedUsers.NOBODY
     return (rows, ids) if rows or ids else None
 
 
@@ -471,16 +467,11 @@ def run(settings: Settings, clock: Callable[[], float] = time.time) -> None:
             logger.info(
                 "base of version %d: %.1f MB in %.1f s", base.version, _bytes(base) / 1e6, time.monotonic() - began
             )
-        thinning = thin(registry, tiers, now_ms)
-        if any(thinning):
+        merges, deltas, removed_bases = thin(registry, tiers, now_ms)
+        if merges or deltas or removed_bases:
             logger.info(
                 "merged %d deltas into %d, removed %d deltas and %d bases",
-                *(
-                    sum(len(merge.path) for merge in thinning.merges),
-                    len(thinning.merges),
-                    len(thinning.deltas),
-                    len(thinning.bases),
-                ),
+                *(sum(len(merge.path) for merge in merges), len(merges), len(deltas), len(removed_bases)),
             )
         keep_ms, spec = GARBAGE_KEEP_D * DAY_MS, FeatureSpec.from_settings(settings).digest
         for name in collect(registry, keep_ms, now_ms, [spec]):

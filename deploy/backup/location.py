@@ -304,10 +304,10 @@ class Objects:
 
 def _next_piece(source: BinaryIO) -> bytes:
     """Reads the next piece. Every piece but the last has full size, even if `source` is a pipe with short reads."""
-    parts, left = [], PIECE_BYTES
-    while left and (part := source.read(left)):
+    parts, remaining = [], PIECE_BYTES
+    while remaining and (part := source.read(remaining)):
         parts.append(part)
-        left -= len(part)
+        remaining -= len(part)
     return b"".join(parts)
 
 

@@ -427,9 +427,7 @@ def places(settings: Settings, log: Log, newest: Manifest) -> list[tuple[int, in
     """
     topic = settings.kafka.clicks_topic
     with log.topics() as topics:
-        topic_word, ends = int(topics.describe(topic).topic_id[:8], 16), topics.ends(topic)
-    until_offsets = {
-        (source.topic, source.partition): EVERYTHING for source, _ in newest.sources if source.topic != topic_word
-    }
-    until_offsets |= {(topic_word, partition): end for partition, (_, end) in ends.items()}
-    return [(*partition, after) for partition, after in sorted(until_offsets.items())]
+        word, ends = int(topics.describe(topic).topic_id[:8], 16), topics.ends(topic)
+    until = {(source.topic, source.partition): EVERYTHING for source, _ in newest.sources if source.topic != word}
+    until |= {(word, partition): end for partition, (_, end) in ends.items()}
+    return [(*partition, after) for partition, after in sorted(until.items())]

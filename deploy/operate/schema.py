@@ -165,10 +165,10 @@ def diff(settings: Settings, args: argparse.Namespace, say: Say) -> None:
         SettingsError: There is no baseline, or no window yet.
     """
     bootstrapped, baseline = _baseline(settings)
-    kept = KeptWindows(settings.validation_dir)
-    window = _window(kept)
+    windows = KeptWindows(settings.validation_dir)
+    window = _window(windows)
     length_ms = settings.validation.window_s * 1000
-    before = kept.newest(window.end_ms - max(1, length_ms))
+    before = windows.newest(window.end_ms - max(1, length_ms))
     anomalies = validate(
         window.statistics, baseline.schema, baseline.statistics, None if before is None else before.statistics
     )
@@ -290,8 +290,8 @@ def _baseline(settings: Settings) -> tuple[Bootstrapped, Baseline]:
     return bootstrapped, baseline
 
 
-def _window(kept: KeptWindows) -> KeptWindow:
-    window = kept.newest()
+def _window(windows: KeptWindows) -> KeptWindow:
+    window = windows.newest()
     if window is None:
         raise SettingsError(
             "no window of live clicks has ended yet",

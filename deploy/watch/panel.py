@@ -120,9 +120,7 @@ def uptime(up_s: Mapping[str, float]) -> str:
     """
     longest_s = max(up_s.values(), default=None)
     younger = [
-        f"{name} {seconds(process_up_s)}"
-        for name, process_up_s in up_s.items()
-        if process_up_s < (longest_s or 0.0) - RESTARTED_S
+        f"{name} {seconds(part_s)}" for name, part_s in up_s.items() if part_s < (longest_s or 0.0) - RESTARTED_S
     ]
     return ", ".join([f"up {seconds(longest_s)}", *younger])
 

@@ -192,13 +192,10 @@ def replicas(url: str) -> list[str]:
     """
     parts = urllib.parse.urlsplit(url)
     try:
-        addresses = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM)
+        infos = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM)
     except OSError:
         return [url]
-    hosts = dict.fromkeys(
-        f"[{socket_address[0]}]" if family == socket.AF_INET6 else str(socket_address[0])
-        for family, *_, socket_address in addresses
-    )
+    hosts = dict.fromkeys(f"[{peer[0]}]" if family == socket.AF_INET6 else str(peer[0]) for family, *_, peer in infos)
     return [parts._replace(netloc=f"{host}:{parts.port}").geturl() for host in hosts]
 
 

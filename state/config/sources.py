@@ -68,9 +68,9 @@ def listed(section: str, table: Mapping[str, Any], path: Path, lines: Mapping[st
     if not named:
         return table
     others = {key: value for key, value in table.items() if key in settings}
-    given = others.get(NAMED[section], [])
-    more = [f"{key}={value}" for key, value in named.items()]
-    return {**others, NAMED[section]: [*(given if isinstance(given, list) else [given]), *more]}
+    listed = others.get(NAMED[section], [])
+    added = [f"{key}={value}" for key, value in named.items()]
+    return {**others, NAMED[section]: [*(listed if isinstance(listed, list) else [listed]), *added]}
 
 
 def is_gone(name: str, value: Any, origin: str) -> bool:

@@ -520,8 +520,8 @@ class Experiments:
 
     def open(self) -> list[str]:
         """Returns the names of experiments with a registry or a part of one, which must be run or removed."""
-        left = (path for name in (layout.REGISTRY, f"{_GONE}*") for path in self.path.glob(f"[!.]*/{name}"))
-        return sorted({path.parent.name for path in left})
+        leftovers = (path for name in (layout.REGISTRY, f"{_GONE}*") for path in self.path.glob(f"[!.]*/{name}"))
+        return sorted({path.parent.name for path in leftovers})
 
     def drop_registry(self, name: str) -> None:
         """Removes the registry of an experiment, but not its comparison."""

@@ -226,9 +226,7 @@ class HistoryStore(MemoryStore):
     def extra_of_each(self, names: Sequence[str]) -> list[bytes | None]:
         """The values of n extras, from one snapshot; see `extra`."""
         with self._begin("meta") as transaction:
-            return [
-                None if (value := transaction.get(b"x:" + name.encode())) is None else bytes(value) for name in names
-            ]
+            return [None if (raw := transaction.get(b"x:" + name.encode())) is None else bytes(raw) for name in names]
 
     def extras(self, prefix: str, start: str, limit: int) -> list[tuple[str, bytes]]:
         """The first `limit` extras whose names begin with `prefix`, from the name `start` on."""

@@ -131,10 +131,10 @@ def _keys(topic: NDArray[np.uint32], partition: NDArray[np.uint16]) -> I64:
     return (topic.astype(np.int64) << 16) | partition
 
 
-def _lowest(left: Sequence[tuple[int, int]], right: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def _lowest(first: Sequence[tuple[int, int]], second: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """The lower offset of two buckets, at the times at which both have a mark."""
-    other = dict(right)
-    return [(at_ms, min(after, other[at_ms])) for at_ms, after in left if at_ms in other]
+    other = dict(second)
+    return [(at_ms, min(after, other[at_ms])) for at_ms, after in first if at_ms in other]
 
 
 READ_TIMES = "read_times"  # name of the store's extra

@@ -290,7 +290,7 @@ def take_options(argv: Sequence[str], actor: str, records: bool = False) -> tupl
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     add_options(parser, records)
     try:
-        args, rest = parser.parse_known_args(list(argv))
+        args, words = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
         raise SettingsError(
             str(error), "write --accept-gap P:A-B or --skip-record OFFSET, and --reason TEXT"
@@ -301,4 +301,4 @@ def take_options(argv: Sequence[str], actor: str, records: bool = False) -> tupl
         option = next(name for name, value in named.items() if value)
         raise SettingsError(f"{option} needs --reason TEXT: a loss is accepted by somebody, for a reason")
     allowances = tuple(parse_allowance(text) for text in args.accept_gap)
-    return Consent(allowances, actor, args.reason, tuple(map(parse_records, skipped)), args.accept_cut_back), rest
+    return Consent(allowances, actor, args.reason, tuple(map(parse_records, skipped)), args.accept_cut_back), words

@@ -63,9 +63,7 @@ class BatchRecords:
         self.leader_epoch = -1
         self.bytes_read = 0
         self._records = records
-        self._aborted = [
-            (transaction.producer_id, transaction.first_offset) for transaction in aborted_transactions or ()
-        ]
+        self._aborted = [(entry.producer_id, entry.first_offset) for entry in aborted_transactions or ()]
         self._committed_only = getattr(isolation_level, "name", "READ_COMMITTED") == "READ_COMMITTED"
         self._on_drain = on_drain
 
@@ -458,8 +456,8 @@ class Reader:
         end_of_epoch = problem.divergent_offsets[TopicPartition(self.topic, partition)]
         begin, end = self._topics.ends(self.topic)[partition]
         # The broker may no longer know that epoch. Then no part of the log is known to be the one that we read.
-        kept = begin if end_of_epoch is None else max(begin, end_of_epoch.offset)
-        return truncated(self.topic, self.topic_id, partition, self._positions[partition], kept, end)
+        kept_end = begin if end_of_epoch is None else max(begin, end_of_epoch.offset)
+        return truncated(self.topic, self.topic_id, partition, self._positions[partition], kept_end, end)
 
     def _deliver(self, partition: int, max_records: int) -> PartitionBatch:
         chunks = self._buffer.take(partition, max_records)

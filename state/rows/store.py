@@ -409,7 +409,7 @@ class RowStore(LmdbStore):
             killpoints.reach("rows.begun")
         with self._write() as transaction:
             # Its changes in the former lane count as written by the next version of that lane.
-            _, left = self._drop(transaction, {manifest.version}) if is_here else (0, [])
+            _, to_check = self._drop(transaction, {manifest.version}) if is_here else (0, [])
             transaction.cursor(self._rows).putmulti(entries.pairs)
             transaction.delete(BEGUN, db=self._meta)
             transaction.put(u64(manifest.version), entries.changes.tobytes(), db=self._changes)
@@ -421,7 +421,7 @@ class RowStore(LmdbStore):
             served = (stored(transaction, b"served", self._meta) or b"")[:8]
             if follow or served == u64(manifest.version):
                 self._point(manifest.version, transaction)
-        self._left += left
+        self._left += to_check
         return True
 
     def _put_record(
@@ -480,8 +480,8 @@ class RowStore(LmdbStore):
         """
         with self._write() as transaction:
             served = stored(transaction, b"served", self._meta) or bytes(8)
-            dropped, left = self._drop(transaction, {*versions} - {int.from_bytes(served[:8], "big")})
-        self._left += left
+            dropped, to_check = self._drop(transaction, {*versions} - {int.from_bytes(served[:8], "big")})
+        self._left += to_check
         return dropped
 
     def _records(self, transaction: lmdb.Transaction) -> list[Served]:

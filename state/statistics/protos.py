@@ -99,15 +99,13 @@ def _add_categorical(
     strings = feature.string_stats
     strings.common_stats.CopyFrom(_common(counted.rows, counted.missing))
     strings.unique = counted.distinct
-    counted_labels = [
-        (actions[value - 1] if actions else f"{value:016x}", count) for value, count in counted.frequent(most)
-    ]
-    for rank, (label, count) in enumerate(counted_labels):
+    counts = [(actions[value - 1] if actions else f"{value:016x}", count) for value, count in counted.frequent(most)]
+    for rank, (label, count) in enumerate(counts):
         strings.rank_histogram.buckets.add(low_rank=rank, high_rank=rank, label=label, sample_count=count)
         if rank < TOP_VALUES:
             strings.top_values.add(value=label, frequency=count)
     # This is also the mean over all values, because ids have one length, and actions are few.
-    strings.avg_length = float(np.mean([len(label) for label, _ in counted_labels])) if counted_labels else 0.0
+    strings.avg_length = float(np.mean([len(label) for label, _ in counts])) if counts else 0.0
 
 
 def _add_numeric(message: DatasetFeatureStatistics, names: Sequence[str], counted: Numeric, kind: int) -> None:

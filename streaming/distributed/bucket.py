@@ -319,10 +319,8 @@ class BucketCore:
         delta = Delta(self.store.inwards(rows.appends), waiting, {**extra, **self._marked()})
         self.store.take(delta)
         self._profiler.committed(rows)
-        bucket_rows = BucketRows(
-            rows, mask.generation, portion.log_epoch, dropped, self.store.users, portion.appended_ms
-        )
-        return bucket_rows, delta
+        computed = BucketRows(rows, mask.generation, portion.log_epoch, dropped, self.store.users, portion.appended_ms)
+        return computed, delta
 
     def forget(self, mask: Mask) -> tuple[Range, ...]:
         """Forgets users erased since the last call; returns the ranges of their impressions, which no longer wait.
@@ -465,7 +463,7 @@ class Buckets:
         erases = mask.erased.last > core.erased
         dropped = core.forget(mask) if erases else ()
         # 3.
-        bucket_rows, delta = core.update(portion, mask, join)
+        computed, delta = core.update(portion, mask, join)
         # 4.
         value = encode((FORMAT, head.number, delta)) if delta and not erases else b""
         if erases or head.delta_bytes + len(value) > max(head.snapshot_bytes, LEAST_BYTES):
@@ -478,7 +476,7 @@ class Buckets:
         head.token, head.places, head.erased = secrets.token_hex(TOKEN_BYTES), core.places, core.erased
         cells.head.write(encode(head))
         self._keep(bucket, head.token, core)
-        return replace(bucket_rows, bucket=bucket, erased=core.erased, dropped=(*dropped, *bucket_rows.dropped))
+        return replace(computed, bucket=bucket, erased=core.erased, dropped=(*dropped, *computed.dropped))
 
     @property
     def cached_users(self) -> int:

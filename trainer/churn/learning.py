@@ -253,14 +253,14 @@ class ChurnWaiting:
         return np.flatnonzero(self._user)
 
     def _reserve(self, capacity: int) -> None:
-        held = self._user.size
+        used = self._user.size
         for name in ("_user", "_at_ms", "_next_ms", "_moment_ms", "_due_ms", "_windows", "_action"):
             column = getattr(self, name)
             grown = np.zeros((capacity, *column.shape[1:]), column.dtype)
-            grown[:held] = column
+            grown[:used] = column
             setattr(self, name, grown)
-        self._due_ms[held:] = NEVER_MS
-        self._free += range(capacity - 1, max(held, 1) - 1, -1)
+        self._due_ms[used:] = NEVER_MS
+        self._free += range(capacity - 1, max(used, 1) - 1, -1)
 
 
 class ChurnMeasures:
@@ -306,12 +306,12 @@ class ChurnMeasures:
         """
         measures: dict[str, float] = {}
         for when, prefix in ((1, "churn."), (0, "churn.total.")):
-            rows, log_loss, predicted, left = self._sums[when].tolist()
+            rows, log_loss, predicted, left_sum = self._sums[when].tolist()
             measures[f"{prefix}rows"] = rows
             if rows >= SOME:
-                measures |= {f"{prefix}log_loss": log_loss / rows, f"{prefix}left": left / rows}
-            if left >= SOME:
-                measures[f"{prefix}calibration"] = predicted / left
+                measures |= {f"{prefix}log_loss": log_loss / rows, f"{prefix}left": left_sum / rows}
+            if left_sum >= SOME:
+                measures[f"{prefix}calibration"] = predicted / left_sum
             area = area_under_curve(self._bins[when, 0], self._bins[when, 1])
             if area is not None:
                 measures[f"{prefix}auc"] = area
@@ -425,8 +425,8 @@ class ChurnLearner:
             "calibration": self._calibration.state(),
             "measures": self.measures.state(),
         }
-        held = {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
-        return {"about": self._about.copy(), **held}
+        state_by_name = {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
+        return {"about": self._about.copy(), **state_by_name}
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Loads the result of `state`; starts from scratch if a version has none, or another span, spec or code."""

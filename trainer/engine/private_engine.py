@@ -304,5 +304,5 @@ class PrivateEngine(TensorflowEngine):
 
 def only(targets: Targets, loss: str) -> Targets:
     """The targets with only one loss of `LOSSES`; the factors of the others are 0."""
-    others = [factor for name, factors in LOSSES.items() if name != loss for factor in factors]
-    return targets._replace(**{name: tf.zeros_like(getattr(targets, name)) for name in others})
+    other_factors = [factor for name, factors in LOSSES.items() if name != loss for factor in factors]
+    return targets._replace(**{name: tf.zeros_like(getattr(targets, name)) for name in other_factors})

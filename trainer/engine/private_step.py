@@ -199,17 +199,15 @@ class PrivateTrainer(Trainer):
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """See `Trainer`."""
-        kept = self.private.allowance.state() | self.private.history.state()
-        return super().state() | {f"privacy.{name}": value for name, value in kept.items()}
+        state = self.private.allowance.state() | self.private.history.state()
+        return super().state() | {f"privacy.{name}": value for name, value in state.items()}
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """See `Trainer`."""
         super().load(state)
-        privacy_state = {
-            name.removeprefix("privacy."): value for name, value in state.items() if name.startswith("privacy.")
-        }
-        self.private.allowance.load(privacy_state)
-        self.private.history.load(privacy_state)
+        own = {name.removeprefix("privacy."): value for name, value in state.items() if name.startswith("privacy.")}
+        self.private.allowance.load(own)
+        self.private.history.load(own)
 
     def step(self, batch: MicroBatch, seed: tuple[int, int] | None = None, place: NoisePlace | None = None) -> Report:
         """See `Trainer`.

@@ -263,14 +263,14 @@ def parts(batch: MicroBatch, crosses: U64, size: int) -> Iterator[tuple[MicroBat
 
 @compiled("u8, i8, f4, f4[::1]")
 def _drop(seed: np.uint64, least: int, factor: np.float32, kept: F32) -> None:
-    bits, left = np.uint64(0), 0
+    bits, bytes_left = np.uint64(0), 0
     for i in range(kept.shape[0]):
-        if left == 0:
+        if bytes_left == 0:
             seed = seed + np.uint64(0x9E3779B97F4A7C15)
-            bits, left = mix(seed), 8
+            bits, bytes_left = mix(seed), 8
         kept[i] = factor if np.int64(bits & np.uint64(255)) >= least else np.float32(0.0)
         bits = bits >> np.uint64(8)
-        left -= 1
+        bytes_left -= 1
 
 
 def dropout(seed: tuple[int, int], rows: int, width: int, share: float) -> F32:

@@ -343,9 +343,9 @@ class Measures:
         self.evaluation.update(losses, top1, top5, known[targets], logits, positive, engagement_losses)
         places: list[npt.NDArray[Any]] = [batch.action, known]
         if self.slices:
-            seen = Scored(targets, losses, top1, scored, record.partner, logits, positive, engagement_losses)
+            scored_pairs = Scored(targets, losses, top1, scored, record.partner, logits, positive, engagement_losses)
             users, items = self._columns.users_of(batch), self._columns.items_of(batch)
-            places += self.slices.update(users, items, batch.header.names, seen)
+            places += self.slices.update(users, items, batch.header.names, scored_pairs)
         slices = self.breakdown.update(places, record.partner, judgement)
         return Report(
             rows=len(batch),

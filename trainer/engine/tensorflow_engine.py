@@ -402,12 +402,12 @@ class TensorflowEngine:
             # The missing row is never trained.
             table, rows, gradient = self._tables[name], at[name][1:], gradient[1:]
             gather = {part: getattr(table, part).handle for part in ("rows", "accum")}
-            held = {
+            present = {
                 part: tf.raw_ops.ResourceGather(resource=handle, indices=rows, dtype=tf.float32)
                 for part, handle in gather.items()
             }
-            accum = held["accum"] + gradient * gradient
-            moved = held["rows"] - self._learning_rate * gradient / (tf.sqrt(accum) + HYPERPARAMETERS.epsilon)
+            accum = present["accum"] + gradient * gradient
+            moved = present["rows"] - self._learning_rate * gradient / (tf.sqrt(accum) + HYPERPARAMETERS.epsilon)
             tf.raw_ops.ResourceScatterUpdate(resource=gather["rows"], indices=rows, updates=moved)
             tf.raw_ops.ResourceScatterUpdate(resource=gather["accum"], indices=rows, updates=accum)
 

@@ -280,16 +280,16 @@ def gap(measures: Sequence[SliceMeasures], dimension: str, name: str) -> SliceGa
     >>> found.size, round(found.sure, 3), found.best, found.worst
     (1.0, 0.771, 'young', 'old')
     """
-    comparable = [
+    large = [
         slice_
         for slice_ in measures
         if slice_.dimension == dimension and name in slice_.intervals and slice_.figures["rows"] >= LEAST
     ]
-    if len(comparable) < 2:
+    if len(large) < 2:
         return None
-    ordered = sorted(comparable, key=lambda slice_: slice_.figures[name] * GAPS[name])
+    ordered = sorted(large, key=lambda slice_: slice_.figures[name] * GAPS[name])
     worst, best = ordered[0], ordered[-1]
-    wider = intervals.widened(len(comparable))
+    wider = intervals.widened(len(large))
     size = abs(worst.figures[name] - best.figures[name])
     inner = sum((slice_.intervals[name][1] - slice_.intervals[name][0]) / 2 * wider for slice_ in (worst, best))
     return SliceGap(size, max(size - inner, 0.0), best.value, worst.value)

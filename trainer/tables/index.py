@@ -226,12 +226,12 @@ class Places:
     def drop(self, ids: U64) -> I32:
         """Removes distinct ids; returns the former indices of those that had one."""
         places = self._index.find(ids)
-        left: I32 = places[places != 0]
-        if left.size:
-            self._index.remove(self.ids[left])
-            self.ids[left] = 0
-            self._free = np.concatenate([self._free, left])
-        return left
+        freed: I32 = places[places != 0]
+        if freed.size:
+            self._index.remove(self.ids[freed])
+            self.ids[freed] = 0
+            self._free = np.concatenate([self._free, freed])
+        return freed
 
     def pack(self) -> I32 | None:
         """Compacts the indices and shrinks the capacity if most of it is unused.

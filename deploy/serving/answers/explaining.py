@@ -126,16 +126,14 @@ def groups_of(
         if rows >= 0:
             continue
         if name == "features":
-            group_numbers = [number(group) for group in _of_features(spec)]
+            owners = [number(group) for group in _of_features(spec)]
         elif name in _BY_CATEGORY or (own is not None and own[1] == "recent"):
-            group_numbers = [number(Group("category", slot)) for slot in range(shape[0])]
+            owners = [number(Group("category", slot)) for slot in range(shape[0])]
         elif name == "popular_mask":
-            group_numbers = [number(Group("category", slot) if slot >= 0 else Group("pair")) for slot in own_popular]
+            owners = [number(Group("category", slot) if slot >= 0 else Group("pair")) for slot in own_popular]
         else:
-            group_numbers = [number(Group(_kind(name)))] * (shape[0] if shape else 1)
-        by_input[name] = np.broadcast_to(
-            np.array(group_numbers, np.int32).reshape(-1, *[1] * (len(shape) - 1)), shape or (1,)
-        )
+            owners = [number(Group(_kind(name)))] * (shape[0] if shape else 1)
+        by_input[name] = np.broadcast_to(np.array(owners, np.int32).reshape(-1, *[1] * (len(shape) - 1)), shape or (1,))
     return list(numbers), by_input
 
 
@@ -430,14 +428,8 @@ def explain(predictor: Predictor, query: Query, label: str | None) -> Generator[
         probability=probability,
         cold_start_probability=cold_start_probability,
         reasons=[
-            ExplainedPart(
-                kind=group.kind,
-                about=behind_part.about,
-                share=share,
-                words=behind_part.words,
-                events=behind_part.events,
-            )
-            for group, share, behind_part in behind
+            ExplainedPart(kind=group.kind, about=cause.about, share=share, words=cause.words, events=cause.events)
+            for group, share, cause in behind
         ],
         rest=difference - sum(share for _, share in parts),
     )

@@ -242,10 +242,10 @@ class NearItems:
             making.index.add(ids, rows)
         else:
             making.sample.append((ids, rows))
-            read = sum(len(some) for some, _ in making.sample)
+            rows_read = sum(len(some) for some, _ in making.sample)
             # Assume as many ids in the rest as in the part already read.
-            planned = read if following is None else round(read * _IDS / following)
-            if following is None or read >= POINTS * lists_for(planned):
+            planned = rows_read if following is None else round(rows_read * _IDS / following)
+            if following is None or rows_read >= POINTS * lists_for(planned):
                 making.planned = max(planned, ROWS_AT_ONCE)
                 making.index = ItemIndex(np.concatenate([some for _, some in making.sample]), making.planned)
                 for some, of_some in making.sample:

@@ -557,8 +557,10 @@ def returning(visits: Sequence[float]) -> F32:
     >>> returning([0.0, 1.0]).tolist()
     [0.0, 6.0]
     """
-    given = np.array(visits, np.float32)
-    return np.where(given > 0.0, RETURN + VISITS * np.log(np.maximum(given, 1e-9)), 0.0).astype(np.float32)
+    visit_counts = np.array(visits, np.float32)
+    return np.where(visit_counts > 0.0, RETURN + VISITS * np.log(np.maximum(visit_counts, 1e-9)), 0.0).astype(
+        np.float32
+    )
 
 
 def similar(predictor: Predictor, near: NearItems, query: Query, wanted: WantedItems) -> SimilarItems:

@@ -332,10 +332,8 @@ class Predictor:
         query = question.query._replace(item="")
         attributes = self._attributes.of("item", [item for item, _ in items])
         return [
-            question._replace(query=query, item=item, category=category, item_attributes=attribute_values)
-            for (item, _), category, attribute_values in zip(
-                items, self.catalogue.categories_of(items), attributes, strict=True
-            )
+            question._replace(query=query, item=item, category=category, item_attributes=values)
+            for (item, _), category, values in zip(items, self.catalogue.categories_of(items), attributes, strict=True)
         ]
 
     def events_by(self, question: Asked, mask: Mask) -> Events:
@@ -381,7 +379,7 @@ class Predictor:
         churn = churn_probabilities(version.churn, histories, times, mask, features.spec, users)
         questions, counted = [], version.interest_weights is not None
         for row, (query, user, item) in enumerate(zip(queries, users, items, strict=True)):
-            given, fields = query.context, self.context_fields
+            context, fields = query.context, self.context_fields
             questions.append(
                 Asked(
                     query=query,
@@ -392,7 +390,7 @@ class Predictor:
                     item=item,
                     category=self.catalogue.category_of(item) if query.category is None else public_id(query.category),
                     item_attributes=of_items[row],
-                    context=[context_id(name, given[name]) if name in given else 0 for name in fields],
+                    context=[context_id(name, context[name]) if name in context else 0 for name in fields],
                     churn=churn[row],
                     newest_item=newest_item(histories[row], times[row], mask, user) if counted else 0,
                 )
@@ -546,11 +544,11 @@ def _add_sequence(inputs: Inputs, row: int, vectors: Vector, rows: VersionRows) 
 
 
 def _add_context(inputs: Inputs, row: int, question: Asked, rows: VersionRows) -> None:
-    given = [field for field in question.context if field]
-    if given or question.user_attributes.ids:
+    fields = [field for field in question.context if field]
+    if fields or question.user_attributes.ids:
         # As in training, a field that is not given counts as zeros.
         count = len(question.context) + len(question.user_attributes.ids)
-        total = rows.context_sum([*given, *question.user_attributes.ids])
+        total = rows.context_sum([*fields, *question.user_attributes.ids])
         inputs["context_row"][row] = total / np.float32(count)
 
 

@@ -64,10 +64,10 @@ class Forwarder:
             headers={**passed, **(headers or {})},
             timeout=self._http.timeout if timeout_s is None else timeout_s,
         )
-        headers_back: Headers = [
+        back: Headers = [
             (name.encode(), value.encode()) for name in _PASSED_BACK if (value := answer.headers.get(name))
         ]
-        return Response(answer.status_code, answer.content, JSON if headers_back == JSON else headers_back)
+        return Response(answer.status_code, answer.content, JSON if back == JSON else back)
 
 
 class _Asker(msgspec.Struct):
@@ -134,8 +134,8 @@ async def answered_here(request: Request, batch: QuestionBatch, places: Sequence
     """Returns the rows of a part of a batch that this host answers; raises what `answer` raises."""
     if not places:
         return []
-    given = await answer(request._replace(receive=whole(batch.part(places))))
-    rows = rows_of(given.body)
+    response = await answer(request._replace(receive=whole(batch.part(places))))
+    rows = rows_of(response.body)
     assert rows is not None, "the endpoint answers with a row a question"
     return rows
 

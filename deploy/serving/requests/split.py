@@ -107,15 +107,12 @@ class Split:
         try:
             # 2.
             answer = request.endpoint.answer
-            trial_rows, live_rows = await asyncio.gather(
+            trial, live = await asyncio.gather(
                 self._theirs(request, batch, places[TRIAL]), answered_here(request, batch, places[LIVE], answer)
             )
             # 3.
-            failed = trial_rows is None
-            rows = [
-                *(await answered_here(request, batch, places[TRIAL], answer) if trial_rows is None else trial_rows),
-                *live_rows,
-            ]
+            failed = trial is None
+            rows = [*(await answered_here(request, batch, places[TRIAL], answer) if trial is None else trial), *live]
         except BadRequest:
             # The error names a position in a part of the batch; the whole batch gives the right position.
             return await request.endpoint.answer(request)
@@ -132,8 +129,8 @@ class Split:
         """Returns the rows from the trial's workers; None if they do not answer, or fail."""
         if not places:
             return []
-        given = await self._forwarded(request, batch.part(places))
-        rows = None if given is None or given.status != 200 else rows_of(given.body)
+        response = await self._forwarded(request, batch.part(places))
+        rows = None if response is None or response.status != 200 else rows_of(response.body)
         return rows if rows is not None and len(rows) == len(places) else None
 
     def _exposure(self, experiment: Experiment, user: str, at_ms: int) -> Exposure:
@@ -172,14 +169,14 @@ class Split:
     async def _forwarded(self, request: Request, body: bytes) -> Response | None:
         """Forwards a request to the trial's workers; returns None if they do not answer, or fail."""
         try:
-            given = await self._forwarder.send(self._address, request, body)
+            response = await self._forwarder.send(self._address, request, body)
         except httpx.HTTPError as error:
             self._say(f"the trial does not answer ({type(error).__name__}): {error}")
             return None
-        if given.status in (401, 403, 429) or given.status >= 500:
-            self._say(f"the trial answers {given.status}")
+        if response.status in (401, 403, 429) or response.status >= 500:
+            self._say(f"the trial answers {response.status}")
             return None
-        return given
+        return response
 
 
 def joined(answers: Iterable[tuple[Arm, bytes]]) -> bytes:

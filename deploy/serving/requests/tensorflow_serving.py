@@ -47,9 +47,7 @@ _FAILURES_OF_PREDICT = {**_FAILURES, 413: ModelFailure, 504: ModelFailure}
 TensorProto, TensorInfo = message("tensorflow.TensorProto"), message("tensorflow.TensorInfo")
 SignatureDef = message("tensorflow.SignatureDef")
 METHOD = "tensorflow/serving/predict"
-_NUMBER_OF = {
-    name: data_type.number for name, data_type in POOL.FindEnumTypeByName("tensorflow.DataType").values_by_name.items()
-}
+_NUMBER_OF = {name: kind.number for name, kind in POOL.FindEnumTypeByName("tensorflow.DataType").values_by_name.items()}
 _NAME_OF = {number: name for name, number in _NUMBER_OF.items()}
 _FIELDS = {
     "DT_FLOAT": ("<f4", "float_val"),
@@ -126,7 +124,7 @@ def model_endpoints(model: TensorModel) -> list[Endpoint]:
         raise BadRequest(f"{request.scope['path'][:200]} is not offered", "use :predict", http_status=501)
 
     def endpoints(
-        name: str, suffix: str, method: str, answer: Any, *, shown: bool = True, **more: Any
+        name: str, suffix: str, method: str, answer: Any, *, shown: bool = True, **options: Any
     ) -> list[Endpoint]:
         return [
             Endpoint(
@@ -136,7 +134,7 @@ def model_endpoints(model: TensorModel) -> list[Endpoint]:
                 _as_tensorflow_serving(answer, method),
                 placeholders=_PLACEHOLDERS,
                 shown_methods=(method,) if shown else (),
-                **more,
+                **options,
             )
             for choice in CHOICES
         ]
@@ -220,13 +218,13 @@ def _document(body: bytes) -> dict[str, Any]:
 
 def tensors(document: Mapping[str, Any], signature: Signature) -> Tensors:
     """Returns the inputs of a document; raises BadRequest, with the position, if they do not match the signature."""
-    given = _by_column(document["instances"], signature) if "instances" in document else document["inputs"]
-    if not isinstance(given, dict) or _is_bytes(given):
-        given = {_only(signature, "inputs"): given}
-    for name in given:
+    columns = _by_column(document["instances"], signature) if "instances" in document else document["inputs"]
+    if not isinstance(columns, dict) or _is_bytes(columns):
+        columns = {_only(signature, "inputs"): columns}
+    for name in columns:
         if name not in signature.inputs:
             raise BadRequest(f"there is no input {str(name)[:100]!r}", f"give {', '.join(signature.inputs)}")
-    return {name: _array(name, values, signature.inputs[name]) for name, values in given.items()}
+    return {name: _array(name, values, signature.inputs[name]) for name, values in columns.items()}
 
 
 def _by_column(instances: Any, signature: Signature) -> dict[str, list[Any]]:

@@ -515,8 +515,8 @@ class Heads:
     def _zeros(self, name: str, *shape: int) -> F32:
         """Working memory, kept from call to call: clearing it costs less than fresh pages."""
         size = math.prod(shape)
-        held = self._buffers.get(name)
-        if held is None or held.size < size:
-            held = self._buffers[name] = np.empty(size, np.float32)
-        held[:size] = _ZERO
-        return held[:size].reshape(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.size < size:
+            buffer = self._buffers[name] = np.empty(size, np.float32)
+        buffer[:size] = _ZERO
+        return buffer[:size].reshape(shape)
