@@ -140,12 +140,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--addresses", default="", help="addresses of all workers; default trainer.worker_addresses"
         )
         parser.add_argument("--parent", type=int, default=0, help="process with which this one ends")
-        asked, flags = parser.parse_known_args(words)
+        args, flags = parser.parse_known_args(words)
         settings = load(flags, os.environ)
-        if asked.parent:
-            die_with(asked.parent)()
-        addresses = asked.addresses.split(",") if asked.addresses else list(settings.trainer.worker_addresses)
-        return settings, lambda: run(settings, addresses, asked.index)
+        if args.parent:
+            die_with(args.parent)()
+        addresses = args.addresses.split(",") if args.addresses else list(settings.trainer.worker_addresses)
+        return settings, lambda: run(settings, addresses, args.index)
 
     return run_process("worker", start, argv, logger, own_stderr())
 

@@ -77,8 +77,8 @@ def map_bytes(settings: Settings, part: str, store: str, folder: Path) -> int:
         folder: Present or future directory of the store.
     """
     data = folder / layout.DATA
-    there = data.stat().st_size if data.exists() else 0
-    wanted = max(store_bytes(settings, part, store), int(there * _SLACK) + _SLACK_BYTES if there else 0)
+    present_bytes = data.stat().st_size if data.exists() else 0
+    wanted = max(store_bytes(settings, part, store), int(present_bytes * _SLACK) + _SLACK_BYTES if present_bytes else 0)
     return -(-wanted // _PAGE) * _PAGE
 
 
