@@ -38,7 +38,7 @@
     │   ├── lookalikes/          the newest list for each segment state/segments/lookalikes.py
     │   ├── current.version, current.histories   times only       deploy/serving/notes.py
     │   ├── exposures/           exposures that workers have not sent to Kafka yet   deploy/serving/exposures.py
-    │   ├── counters/            counters of workers that share a port     deploy/serving/requests/workers.py
+    │   ├── counters/            counters of workers that share a port     deploy/serving/rest.py
     │   └── programs/            the programs of applied versions
     ├── exports/<version>/       SavedModels, or at `export.directory`     trainer/exporting/saved_model.py
     ├── validation/              place.json, windows/<log time>.pb         deploy/validation/process.py

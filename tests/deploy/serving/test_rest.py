@@ -24,8 +24,7 @@ from prometheus_client.samples import Sample
 from deploy.serving.answers.host import Host
 from deploy.serving.requests.connections import ConnectionLimits
 from deploy.serving.requests.server import DrainingServer
-from deploy.serving.requests.workers import COUNTER_BYTES, KINDS, make_counters
-from deploy.serving.rest import App
+from deploy.serving.rest import COUNTER_BYTES, KINDS, App, make_counters
 from state.events.identity import Salt
 from state.process.ports import free_port
 from tests import forked
