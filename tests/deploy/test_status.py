@@ -128,7 +128,8 @@ def test_what_answers_is_shown_while_the_rest_is_away(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("collected")
 def test_segments_are_told_with_their_sizes_and_a_keeper_that_is_away_is_wrong(tmp_path: Path) -> None:
     port, own = free_port(), SegmentSettings(("busy=view.count_1h >= 2", "idle=view.count_1h == 0"))
-    settings = replace(settings_of(tmp_path), segments=replace(own, metrics_port=port))
+    settings = settings_of(tmp_path)
+    settings = replace(settings, segments=own, up=replace(settings.up, metrics_port=port - 4))
     registry = CollectorRegistry()
     metrics = SegmentMetrics(registry)
     metrics.members.labels("busy").set(1200)

@@ -62,7 +62,7 @@ def test_an_unknown_variable_is_refused_with_the_nearest() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("stream.sync_s", "5"), ("stream.shards", "1"), ("bootstrap.compression", "none")],
+    [("stream.sync_s", "5"), ("stream.shards", "1"), ("stream.map_gb", "32"), ("trainer.partition", "0")],
 )
 def test_a_removed_setting_is_ignored_with_a_warning(
     tmp_path: Path, name: str, value: str, caplog: pytest.LogCaptureFixture
@@ -263,6 +263,7 @@ def test_the_bounds_themselves_are_possible(known: KnownSetting, tmp_path: Path)
         ("[model]\ntower = 'mine'\n", 2, "module:name"),
         ("[model]\ntower = 'my tower:build'\n", 2, "module:name"),
         ("[stream]\nshard = 1\n", 2, "stream.shard was removed in 0.2.0: one stream reads all partitions"),
+        ("[trainer]\npartition = 3\n", 2, "trainer.partition was removed in 0.2.0: the training log has one partition"),
         ("[stream]\nshards = 4\n", 2, "stream.shards was removed in 0.2.0: one stream reads all partitions"),
         ("[stream]\nmax_record_bytes = 100_000_000\n", 2, "at most"),
         ("[kafka]\nclicks_topic = ''\n", 2, "no name of a topic"),

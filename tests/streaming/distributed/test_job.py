@@ -189,7 +189,7 @@ def test_where_the_line_turned_off_a_job_that_is_ahead_stops_and_an_older_savepo
     _, early = partitions.read(1.0)
     _, late = partitions.read(1.0)
     assert early is not None and late is not None
-    assert (early.next, late.next, late.log_epoch) == ({0: 4}, {0: 8}, 1)
+    assert (early.next, late.next, late.log_epoch) == ({0: 5}, {0: 10}, 1)
     turn(settings, {0: 6}, late.topic_id)
     with pytest.raises(RewoundLog, match="into epoch 2 before what this job has read: partition 0 at 6"):
         partitions.read(1.0)
@@ -198,5 +198,5 @@ def test_where_the_line_turned_off_a_job_that_is_ahead_stops_and_an_older_savepo
     portions, after = again.read(1.0)
     assert after is not None and after.log_epoch == 2
     assert {one.log_epoch for one in portions} == {2}
-    assert [part.first for one in portions for part in one.batch.ranges] == [4, 4]
+    assert [part.first for one in portions for part in one.batch.ranges] == [5, 5]
     again.close()
