@@ -251,7 +251,13 @@ class Features:
 class Stream:
     """The Beam job."""
 
-    cut_ms: int = setting(100, "ms", least=1, most=60_000, help="Maximum time before a micro-batch is written.")
+    cut_ms: int = setting(
+        100,
+        "ms",
+        least=1,
+        most=60_000,
+        help="Maximum time before a micro-batch is written; on a distributed runner, the time for which a source collects clicks.",
+    )
     cut_rows: int = setting(2048, "rows", least=1, most=65536, help="Number of rows at which a micro-batch is written.")
     max_record_bytes: int = setting(
         900_000,
@@ -261,7 +267,11 @@ class Stream:
         help="Maximum size of a micro-batch record; a larger micro-batch is split.",
     )
     batch_events: int = setting(
-        2048, "events", least=1, most=1_000_000, help="Maximum number of events in a columnar batch."
+        2048,
+        "events",
+        least=1,
+        most=1_000_000,
+        help="Maximum number of events in a columnar batch; a source on a distributed runner collects five times as many.",
     )
     cache_users: int = setting(
         20_000, "users", least=1, most=100_000_000, help="Number of users whose histories are cached in memory."
