@@ -60,23 +60,21 @@ def wait(
     settings: Settings,
     name: str,
     timeout_s: float,
-    clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
 ) -> float:
     """Waits for a condition, see `condition_of`; returns the seconds that it took.
 
     Raises:
         SpringtideError: It did not hold in time; the message says what was missing.
     """
-    began_s = clock()
+    began_s = time.monotonic()
     condition = condition_of(name)
     while missing := _looked(condition, settings):
-        if clock() - began_s >= timeout_s:
+        if time.monotonic() - began_s >= timeout_s:
             raise SpringtideError(
                 f"{name}: not within {timeout_s:g} s: {missing}", "look at `springtide status`, or wait longer"
             )
-        sleep(POLL_S)
-    return clock() - began_s
+        time.sleep(POLL_S)
+    return time.monotonic() - began_s
 
 
 def _looked(condition: Condition, settings: Settings) -> str:
