@@ -110,7 +110,7 @@ def judge(
         return RetrainDecision("dropped", f"no better: {compared}")
     if not is_late:
         return None
-    after = f"after {age(took_ms / 1000)} "
+    after = f"after {age(took_ms / 1000)}"
     if not rows:
         return RetrainDecision("failed", f"no row could be compared {after}: see logs/shadow-{experiment.name}.log")
     if verdict == "better":

@@ -101,7 +101,7 @@ def test_no_more_users_and_rows_are_counted_than_the_settings_keep() -> None:
     capped = sized(Load(clicks=10_000, users=1e7, items=1e5), few)
     a_user = VALUES["user_bytes"] + SETTINGS.features.history * VALUES["event_bytes"]
     assert capped["rows"] == 1_100_000
-    assert capped["stream_histories_bytes"] == pytest.approx(1_000_000 * a_user)
+    assert capped["stream_histories_bytes"] == pytest.approx(500_000 * a_user)
     assert capped["host_histories_bytes"] == pytest.approx(500_000 * a_user)
     shares = {limit.name: limit.share for limit in capped.limits()}
     assert shares["`max_users`"] == 20 and shares["`trainer.max_rows`"] == 10

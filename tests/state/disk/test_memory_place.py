@@ -60,7 +60,7 @@ def test_two_serving_directories_and_one_made_again_have_rows_of_their_own(
     tmp_path: Path, link: Path, memory: Disk
 ) -> None:
     first = choose(link, str(memory.path), MIB)
-    assert choose(tmp_path / "other" / "serving" / "rows", "", str(memory.path), MIB).path != first.path
+    assert choose(tmp_path / "other" / "serving" / "rows", str(memory.path), MIB).path != first.path
     link.parent.rename(tmp_path / "before")
     assert choose(link, str(memory.path), MIB).path != first.path
 
