@@ -117,24 +117,24 @@ class Ordered:
 
     def add(self, item: int, weight: float) -> None:
         """Adds to the weight of an item."""
-        weights, places, best = self._weights, self._places, self.best
+        weights, ranks, best = self._weights, self._places, self.best
         total = weights[item] = weights.get(item, 0.0) + weight
-        rank = places.get(item)
+        rank = ranks.get(item)
         if rank is None:
             if len(best) < self._most:
                 best.append(item)
             elif total > weights[best[-1]]:
-                del places[best[-1]]
+                del ranks[best[-1]]
                 best[-1] = item
             else:
                 return
             rank = len(best) - 1
         while rank and weights[best[rank - 1]] < total:
             best[rank] = best[rank - 1]
-            places[best[rank]] = rank
+            ranks[best[rank]] = rank
             rank -= 1
         best[rank] = item
-        places[item] = rank
+        ranks[item] = rank
 
     def scale(self, factor: float) -> None:
         """Multiplies all weights; items whose weight becomes 0 are dropped unless they are in the list."""
@@ -430,6 +430,6 @@ class Numbers:
     def of(self, ids: U64) -> I64:
         """Returns the numbers of ids, of the same shape, int64; -1 for id 0."""
         numbers, flat = self._numbers, ids.reshape(-1)
-        unique, places = np.unique(flat, return_inverse=True)
+        unique, inverse = np.unique(flat, return_inverse=True)
         own_numbers = [numbers.setdefault(identity, len(numbers)) if identity else -1 for identity in unique.tolist()]
-        return np.array(own_numbers, np.int64)[places].reshape(ids.shape)
+        return np.array(own_numbers, np.int64)[inverse].reshape(ids.shape)

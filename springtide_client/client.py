@@ -236,8 +236,8 @@ class AsyncClient:
         parts = await asyncio.gather(*map(part, groups.values()))
         by_place = {
             index: profile
-            for places, profiles in zip(groups.values(), parts, strict=True)
-            for index, profile in zip(places, profiles, strict=True)
+            for indices, profiles in zip(groups.values(), parts, strict=True)
+            for index, profile in zip(indices, profiles, strict=True)
         }
         return [by_place[index] for index in range(len(named))]
 

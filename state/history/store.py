@@ -105,15 +105,15 @@ class StoreView:
 
     def counts_and_extras(self) -> Iterator[Chunks]:
         """The entries of `counts` and the extras, as `HistoryStore.finish_loading` takes them."""
-        for some in self._slices(self._meta, b"p:"):
-            yield [(key, value) for key, value in some if key[:2] in (b"p:", b"x:")]
+        for entries in self._slices(self._meta, b"p:"):
+            yield [(key, value) for key, value in entries if key[:2] in (b"p:", b"x:")]
 
     def _slices(self, database: Any, start: bytes) -> Iterator[Chunks]:
         cursor = self._transaction.cursor(db=database)
         # A generator ends once; an LMDB cursor would start again.
         entries = (entry for entry in cursor) if cursor.set_range(start) else iter(())
-        while some := cast(Chunks, list(islice(entries, SLICE))):
-            yield some
+        while batch := cast(Chunks, list(islice(entries, SLICE))):
+            yield batch
             time.sleep(SLICE_PAUSE_S)
 
     def close(self) -> None:

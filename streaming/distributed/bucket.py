@@ -154,8 +154,8 @@ class BucketStore:
         fresh = ~is_old(np.frombuffer(b"".join(self._events.values()), EVENT))
         ends = np.cumsum(lengths // _EVENT_BYTES)
         # For each index, the index of the first event at or after it that is not old.
-        places = np.where(fresh, np.arange(len(fresh)), len(fresh))
-        following = np.minimum.accumulate(places[::-1])[::-1]
+        fresh_at = np.where(fresh, np.arange(len(fresh)), len(fresh))
+        following = np.minimum.accumulate(fresh_at[::-1])[::-1]
         starts = ends - lengths // _EVENT_BYTES
         first_fresh = np.minimum(following[starts], ends)
         emptied = 0
@@ -273,7 +273,7 @@ class BucketCore:
         spec: FeatureSpec,
         salt: str,
         store: BucketStore,
-        places: dict[Source, BucketPlace],
+        positions: dict[Source, BucketPlace],
         erased: int = 0,
     ) -> None:
         self._settings, self._spec, self.store = settings, spec, store
@@ -282,7 +282,7 @@ class BucketCore:
             raise SaltMismatch.between("the job's state", (stored_salt or b"").decode(), salt)
         self._new: Extra = {SALT: salt.encode()} if stored_salt is None else {}
         self._new |= store.name_actions(spec.actions)
-        self.places, self.erased = places, erased
+        self.places, self.erased = positions, erased
         stream = settings.stream
         self._profiler = Profiler(store, spec, max(1, stream.cache_users // stream.buckets))
         self._reach_ms = spec.reach_ms(settings.events)

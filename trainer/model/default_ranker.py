@@ -217,13 +217,13 @@ class DefaultRanker(Ranker):
 
     def _transition_logits(self, user_hidden: Tensor, counts: Tensor, kind: int) -> Tensor:
         """Logits n . next(c) + net'(next(c), z) of `[B, k, N]` integers, `[B, k]`; `kind`: 0 popular, 1 successors."""
-        places, columns = counts.shape[1], len(COLUMNS)
+        candidates, columns = counts.shape[1], len(COLUMNS)
         logs = tf.reshape(tf.math.log(counts + 1.0), [-1, columns]) * self.window_scaling.log_scale[-columns:]
-        hidden = tf.reshape(tf.matmul(logs, self.dense["interest.next_0"]), [-1, places, NEXT_HIDDEN])
+        hidden = tf.reshape(tf.matmul(logs, self.dense["interest.next_0"]), [-1, candidates, NEXT_HIDDEN])
         hidden = tf.nn.relu(hidden + tf.expand_dims(user_hidden[:, NET_HIDDEN:], 1))
         logits = tf.matmul(logs, tf.expand_dims(self.dense["interest.next"][kind], 1))
         logits += tf.matmul(tf.reshape(hidden, [-1, NEXT_HIDDEN]), tf.expand_dims(self.dense["interest.next_1"], 1))
-        return tf.reshape(logits, [-1, places])
+        return tf.reshape(logits, [-1, candidates])
 
     def _interest(self, queries: Tensor, user_hidden: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The logits s(c) of every candidate, masked."""

@@ -422,12 +422,12 @@ def churn_probabilities(
             continue
         to_score.append((row, events[:latest], latest_ms, int(events["action"][latest])))
     if to_score:
-        places, before, times, actions = zip(*to_score, strict=True)
-        their_users = [users[row] for row in places]
+        rows_scored, before, times, actions = zip(*to_score, strict=True)
+        their_users = [users[row] for row in rows_scored]
         ages = [at_ms[row] - latest_ms for row, _, latest_ms, _ in to_score]
         windows = vectorise_many(before, times, mask, spec, their_users).features[:, weights.inputs.columns]
         inputs = weights.inputs.of(windows, np.array(actions, np.uint8), np.array(ages, np.int64))
-        for row, churn in zip(places, weights.probabilities(inputs).tolist(), strict=True):
+        for row, churn in zip(rows_scored, weights.probabilities(inputs).tolist(), strict=True):
             probabilities[row] = churn
     return probabilities
 

@@ -228,15 +228,15 @@ class VersionRows:
         cache = self._version.next_categories
         if len(cache.places) + len(keys) > LISTS_REMEMBERED:
             cache.places.clear()
-        places = cache.places
-        if missing := [key for key in dict.fromkeys(keys) if key not in places]:
+        index_of = cache.places
+        if missing := [key for key in dict.fromkeys(keys) if key not in index_of]:
             stored = [self.reader.row(NEXT_CATEGORY, key, self.served) if key else None for key in missing]
-            first = len(places)
+            first = len(index_of)
             cached: list[NDArray[Any]] = [*cache.lists]
             for part, new in zip(cached, lists_from_stored(stored, ENTRIES[NEXT_CATEGORY]), strict=True):
                 part[first : first + len(missing)] = new
-            places.update(zip(missing, range(first, first + len(missing)), strict=True))
-        return cache.lists, [places[key] for key in keys]
+            index_of.update(zip(missing, range(first, first + len(missing)), strict=True))
+        return cache.lists, [index_of[key] for key in keys]
 
     def context_sum(self, ids: Sequence[int]) -> F32:
         """Returns the sum of rows of contexts and attributes, `[dim]` float32; an id without one counts as zeros."""

@@ -167,10 +167,10 @@ class CompiledEngine:
         at: dict[str, I32] = {}
         for name, parts in uses.items():
             table = self._tables[name]
-            rows[name], places = table.distinct(table.find(np.concatenate(list(parts.values()))))
+            rows[name], indices = table.distinct(table.find(np.concatenate(list(parts.values()))))
             end = 0
             for use, ids in parts.items():
-                at[use], end = places[end : end + ids.size], end + ids.size
+                at[use], end = indices[end : end + ids.size], end + ids.size
         if combined is not None:
             at |= {"item": combined.at, "negative_item": combined.at[record.partner]}
         shaped = ("recent", "successor")
