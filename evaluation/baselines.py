@@ -310,9 +310,9 @@ def _popular(
 ) -> None:
     """`state` has the sum of the counts, the start time, and the number of categories with a count."""
     for row in range(category.shape[0]):
-        clicked, known = category[row], np.int64(state[2])
+        clicked, categories = category[row], np.int64(state[2])
         count = counts[clicked]
-        rank[row], log_share[row], candidates[row] = NONE, 0.0, known
+        rank[row], log_share[row], candidates[row] = NONE, 0.0, categories
         if count > 0.0:
             log_share[row] = np.log(count / state[0])
             before = 0
@@ -381,9 +381,9 @@ class ClickRates:
         """
         while len(self._items) < items:
             self._items = np.concatenate([self._items, np.zeros_like(self._items)])
-        overall, own = np.empty(item.size), np.empty(item.size)
-        _rates(item, clicked, at_ms, self._items, self._state, float(HALF_LIVES_MS["1d"]), overall, own)
-        return {RATE_SO_FAR: overall, RATE_OF_ITEM: own}
+        overall, of_item = np.empty(item.size), np.empty(item.size)
+        _rates(item, clicked, at_ms, self._items, self._state, float(HALF_LIVES_MS["1d"]), overall, of_item)
+        return {RATE_SO_FAR: overall, RATE_OF_ITEM: of_item}
 
 
 @compiled("i8[::1], bool[::1], i8[::1], f8[:, ::1], f8[::1], f8, f8[::1], f8[::1]")
@@ -395,7 +395,7 @@ def _rates(
     state: F64,
     half_life_ms: float,
     overall: F64,
-    own: F64,
+    item_rate: F64,
 ) -> None:
     """`items` has clicks, rows and the time of the last row of each item, `state` clicks and rows of all."""
     for row in range(item.shape[0]):
@@ -405,7 +405,7 @@ def _rates(
         of_item[1] *= left
         of_item[2] = max(of_item[2], float(at_ms[row]))
         overall[row] = state[0] / state[1]
-        own[row] = (of_item[0] + PRIOR_ROWS * overall[row]) / (of_item[1] + PRIOR_ROWS)
+        item_rate[row] = (of_item[0] + PRIOR_ROWS * overall[row]) / (of_item[1] + PRIOR_ROWS)
         hit = 1.0 if clicked[row] else 0.0
         of_item[0] += hit
         of_item[1] += 1.0

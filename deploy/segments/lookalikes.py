@@ -240,7 +240,7 @@ def run(settings: Settings) -> None:
             if not members.any():
                 continue
             near = nearest(vectors, members, settings.segments.lookalikes)
-            listed = LookalikeList(
+            lookalikes = LookalikeList(
                 vectors.version,
                 wall_ms(),
                 int(members.sum()),
@@ -248,7 +248,7 @@ def run(settings: Settings) -> None:
                 tuple(NearUser(f"{user:016x}", similarity) for user, similarity in near),
                 tuple(precision_curve(vectors, members)),
             )
-            write(folder, segment, listed)
+            write(folder, segment, lookalikes)
     durable.sync_directory(folder)
 
 

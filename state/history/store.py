@@ -282,8 +282,8 @@ class HistoryStore(MemoryStore):
             # 2. Histories.
             new = chunks.append(transaction.cursor(db=self._chunks), appends, self.history)
             if new:
-                known = int(transaction.get(b"users", db=self._meta) or 0)
-                transaction.put(b"users", str(known + new).encode(), db=self._meta)
+                users = int(transaction.get(b"users", db=self._meta) or 0)
+                transaction.put(b"users", str(users + new).encode(), db=self._meta)
             # 3. Extras.
             named = {b"x:" + name.encode(): value for name, value in (extra or {}).items()}
             put_all(transaction, self._meta, named)
@@ -371,8 +371,8 @@ class HistoryStore(MemoryStore):
         with self._write() as transaction:
             removed = remove(transaction.cursor(db=self._chunks), aged, is_old, evicted)
             if removed_users := removed.aged + removed.evicted:
-                known = int(transaction.get(b"users", db=self._meta) or 0)
-                transaction.put(b"users", str(known - removed_users).encode(), db=self._meta)
+                users = int(transaction.get(b"users", db=self._meta) or 0)
+                transaction.put(b"users", str(users - removed_users).encode(), db=self._meta)
         return removed
 
     def view(self) -> StoreView:

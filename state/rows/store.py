@@ -601,14 +601,14 @@ class RowStore(LmdbStore):
         deleted = 0
         with self._write() as transaction:
             records = self._records(transaction)
-            known = [ids_in(transaction, self._rows, table) for table in ("item", "category", "context")]
+            known_ids = [ids_in(transaction, self._rows, table) for table in ("item", "category", "context")]
             # The tables that may have rows of users: the user table, and a ranker's own tables.
             tables = {"user", *(name for record in records for name in record.dims if name not in (*TABLES, *COUNTED))}
             for erasure in erased:
                 later = min((record.version for record in records if record.erased >= erasure.id), default=1 << 63)
                 wrote = (0, later) if version is None else (version, version + 1)
                 ids_by_table = dict.fromkeys(tables, erasure.users.ids)
-                pairs = [crosses.of_user(user, *known) for user in erasure.users]
+                pairs = [crosses.of_user(user, *known_ids) for user in erasure.users]
                 ids_by_table["cross"] = np.concatenate([np.empty(0, np.uint64), *pairs])
                 deleted += delete_entries(transaction, self._rows, ids_by_table, *wrote)
                 before = [record.version for record in records if record.erased < erasure.id]

@@ -104,8 +104,8 @@ class BucketStore:
 
     def read_many(self, users: Sequence[int]) -> list[Events]:
         """The histories of several users, each `[m <= N]` EVENT in append order."""
-        known, outwards = self._events, self._numbering.outwards
-        return [outwards(np.frombuffer(known.get(user, b""), EVENT)) for user in users]
+        events, outwards = self._events, self._numbering.outwards
+        return [outwards(np.frombuffer(events.get(user, b""), EVENT)) for user in users]
 
     def extra(self, name: str) -> bytes | None:
         """A named value of the store's owner; None if it is not set."""
@@ -131,11 +131,11 @@ class BucketStore:
     def take(self, delta: Delta) -> None:
         """Applies a delta; its events are already numbered by `inwards`."""
         appends, most = delta.appends, self._history * _EVENT_BYTES
-        data, known = appends.events.tobytes(), self._events
+        data, events = appends.events.tobytes(), self._events
         starts, ends = (appends.starts * _EVENT_BYTES), (appends.starts + appends.lengths) * _EVENT_BYTES
         for user, start, end in zip(appends.users.tolist(), starts.tolist(), ends.tolist(), strict=True):
-            before = known.get(user)
-            known[user] = (data[start:end] if before is None else before + data[start:end])[-most:]
+            before = events.get(user)
+            events[user] = (data[start:end] if before is None else before + data[start:end])[-most:]
         for key, value in delta.waiting.items():
             if value is None:
                 self._waiting.pop(key, None)
@@ -371,10 +371,10 @@ class BucketCore:
 
     def _advance(self, ranges: Sequence[Range], clocks: Sequence[tuple[int, int]]) -> None:
         for part, (_, end_ms) in zip(ranges, clocks, strict=True):
-            known = self.places.get(part.source)
-            if known is not None and known.next != part.first:
+            position = self.places.get(part.source)
+            if position is not None and position.next != part.first:
                 raise PositionConflict(
-                    f"bucket {part.source.bucket} has {part.source} up to {known.next}, and the next portion begins at {part.first}",
+                    f"bucket {part.source.bucket} has {part.source} up to {position.next}, and the next portion begins at {part.first}",
                     "the engine lost or repeated an element of this job: resume it from its last savepoint",
                 )
             self.places[part.source] = BucketPlace(part.next, end_ms)

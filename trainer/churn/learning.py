@@ -224,8 +224,8 @@ class ChurnWaiting:
 
     def _end(self, slots: npt.NDArray[np.int32], next_ms: I64) -> None:
         """Takes the next events of users whose newest rows are at `slots`; 0 for none."""
-        known = slots != 0
-        known_slots, next_ms = slots[known].astype(np.int64), next_ms[known]
+        has_slot = slots != 0
+        known_slots, next_ms = slots[has_slot].astype(np.int64), next_ms[has_slot]
         self._next_ms[known_slots] = next_ms
         self._newest.remove(self._user[known_slots])
         self._remove(known_slots[self._moment_ms[known_slots] >= next_ms])
@@ -375,9 +375,9 @@ class ChurnLearner:
             log_ms: The newest log time seen, that of the batch included.
         """
         self.observe(batch)
-        known = self.waiting.known(log_ms)
-        if known.left.size:
-            self.learn(known)
+        examples = self.waiting.known(log_ms)
+        if examples.left.size:
+            self.learn(examples)
 
     def observe(self, batch: MicroBatch) -> None:
         """Takes rows, in log time, that show that their users were active."""
@@ -386,14 +386,16 @@ class ChurnLearner:
         after_ms = np.where(batch.kind == Kind.JOINED, np.maximum(batch.delay_ms, 0), 0)
         self.waiting.observe(user, batch.at_ms + after_ms, batch.features, batch.action)
 
-    def learn(self, known: KnownExamples) -> F64:
+    def learn(self, examples: KnownExamples) -> F64:
         """Scores examples and learns them, one after another; returns their calibrated probabilities before that, `[m]` float64."""
-        logits = self._regression.learn(self._inputs.of(known.windows, known.action, known.age_ms), known.left)
+        logits = self._regression.learn(
+            self._inputs.of(examples.windows, examples.action, examples.age_ms), examples.left
+        )
         logits = np.clip(logits, -STEEPEST_LOGIT, STEEPEST_LOGIT)
         predicted = calibrated(
-            self._calibration.learn(np.stack([logits, np.ones(logits.size)], 1), known.left), 1.0, 0.0
+            self._calibration.learn(np.stack([logits, np.ones(logits.size)], 1), examples.left), 1.0, 0.0
         )
-        self.measures.update(predicted, known.left)
+        self.measures.update(predicted, examples.left)
         return predicted
 
     def weights(self) -> ChurnWeights | None:
@@ -410,8 +412,8 @@ class ChurnLearner:
 
     def values(self) -> dict[str, float]:
         """The measures by name, for a version."""
-        counted = {"churn.waiting": float(len(self.waiting)), "churn.dropped": float(self.waiting.dropped)}
-        return self.measures.values() | counted
+        counts = {"churn.waiting": float(len(self.waiting)), "churn.dropped": float(self.waiting.dropped)}
+        return self.measures.values() | counts
 
     def forget(self, users: U64) -> int:
         """Removes the waiting rows of users (`[n]` uint64); returns how many. The learned weights stay."""

@@ -75,9 +75,9 @@ class ReleasedCrosses(CrossLearner):
             self._table.gather(rows),
             self._table.gather_accum(rows),
         )
-        own = crosses(own_at, none, prior, record.targets.label, values, precision, share_precision=np.inf)
-        logits: F32 = own.logits + np.float32(SHARE) * own.rows[at[:, : self._released], 0].sum(1)
-        return rows, own._replace(logits=logits)
+        crossed = crosses(own_at, none, prior, record.targets.label, values, precision, share_precision=np.inf)
+        logits: F32 = crossed.logits + np.float32(SHARE) * crossed.rows[at[:, : self._released], 0].sum(1)
+        return rows, crossed._replace(logits=logits)
 
     def counts(self, record: Record) -> F32:
         """How many released weights each row has, `[B]` float32."""

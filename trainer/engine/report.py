@@ -109,13 +109,13 @@ def _model(
     log_share: F64,
     candidates: I32,
 ) -> None:
-    own, ranks, last = recent.shape[1], popular.shape[1], successor.shape[1]
-    logits, shares = np.empty(own + ranks + last, np.float32), np.empty(own + ranks + last, np.float32)
+    slots, ranks, last = recent.shape[1], popular.shape[1], successor.shape[1]
+    logits, shares = np.empty(slots + ranks + last, np.float32), np.empty(slots + ranks + last, np.float32)
     for i in range(at.shape[0]):
         row, count = at[i], 0
-        logits[:own] = recent[row]
-        logits[own : own + ranks] = popular[row]
-        logits[own + ranks :] = successor[row]
+        logits[:slots] = recent[row]
+        logits[slots : slots + ranks] = popular[row]
+        logits[slots + ranks :] = successor[row]
         for j in range(logits.shape[0]):
             if logits[j] > _THERE:
                 count += 1
@@ -167,8 +167,8 @@ def joined_updates(updates: Sequence[Update]) -> Update:
 
 def joined_pairs(parts: Sequence[npt.NDArray[Any]], rows: Sequence[int]) -> npt.NDArray[Any]:
     """Joins the pairs of several parts, `[2 n]`: first the rows' own pairs of all parts, then their negatives."""
-    own = [part[:count] for part, count in zip(parts, rows, strict=True)]
-    return np.concatenate([*own, *(part[count:] for part, count in zip(parts, rows, strict=True))])
+    firsts = [part[:count] for part, count in zip(parts, rows, strict=True)]
+    return np.concatenate([*firsts, *(part[count:] for part, count in zip(parts, rows, strict=True))])
 
 
 def candidates_of(scores: Scores) -> int:

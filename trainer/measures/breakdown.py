@@ -100,8 +100,8 @@ class Breakdown:
     def of(cls, settings: Settings, slices: Slices) -> Breakdown:
         """The breakdown of a trainer with these settings: by action, by users, and by attributes."""
         slice_counts = [FIRST + settings.attributes.slice_values] * len(slices.names)
-        own = len(settings.events.actions) + 1, len(USERS) - 1
-        return cls(("action", "users", *slices.names), (*own, *slice_counts), (False, False, *slices.by_item))
+        sizes = len(settings.events.actions) + 1, len(USERS) - 1
+        return cls(("action", "users", *slices.names), (*sizes, *slice_counts), (False, False, *slices.by_item))
 
     def update(self, values: Sequence[npt.NDArray[Any]], partner: I64, judged: Judged) -> F64:
         """Adds the rows of one step, and returns their losses by slice.

@@ -114,7 +114,7 @@ class DefaultRanker(Ranker):
         self.fast_weights = FAST_WEIGHTS
         self.fast_learning_rates = {"interest.user_kernel": numbers.user_lr_scale}
         query, engagement = (0.0, 0.0) if labelled else (numbers.first_query, numbers.first_engagement)
-        own = [
+        weights = [
             fixed("query.kernel", query_kernel(width, dim, query)),
             uniform("query.bias", (2 * dim + 1,), 0.0),
             fixed("interest.linear", recency_prior(names)),
@@ -134,7 +134,7 @@ class DefaultRanker(Ranker):
             uniform("engagement.category", (dim,), engagement),
         ]
         of_tower = {f"tower.{name}": weight for name, weight in named(self.tower).items()}
-        self.dense: dict[str, Any] = of_tower | {weight.name.removesuffix(":0"): weight for weight in own}
+        self.dense: dict[str, Any] = of_tower | {weight.name.removesuffix(":0"): weight for weight in weights}
 
     @property
     def drops(self) -> bool:
@@ -159,8 +159,8 @@ class DefaultRanker(Ranker):
         plain = interest
         if encoded.plain_queries is not encoded.queries:
             plain = self._interest(encoded.plain_queries, hidden, inputs)
-        own = self._engagement(encoded, plain, inputs, inputs["item_row"], inputs["category_row"])
-        scores = interest | {"engagement_logit": own + inputs["cross"], "vector": encoded.vector}
+        engagement = self._engagement(encoded, plain, inputs, inputs["item_row"], inputs["category_row"])
+        scores = interest | {"engagement_logit": engagement + inputs["cross"], "vector": encoded.vector}
         if "negative_item_row" in inputs:
             rows = inputs["negative_item_row"], inputs["negative_category_row"]
             scores["negative_logit"] = self._engagement(encoded, plain, inputs, *rows)

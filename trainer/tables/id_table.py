@@ -243,8 +243,8 @@ class IdTable(ABC):
         unknown = np.flatnonzero((rows == MISSING) & (ids != 0))
         if unknown.size:
             if self._admit_after > 1:
-                counted, admitted = self._pending.count(sightings(ids[unknown], at_ms[unknown]))
-                self._since_version.pending.add(counted)
+                sightings_counted, admitted = self._pending.count(sightings(ids[unknown], at_ms[unknown]))
+                self._since_version.pending.add(sightings_counted)
             else:
                 admitted = first_occurrences(ids[unknown])
             if admitted.size:

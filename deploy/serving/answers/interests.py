@@ -150,7 +150,7 @@ def _correct(
     work: Workspace,
 ) -> None:
     """`indices`: the lists of no key, over all clicks, of the n newest categories, of the n newest items."""
-    count, own, ranks = recent.shape[0], recent.shape[1], popular.shape[0]
+    count, slots, ranks = recent.shape[0], recent.shape[1], popular.shape[0]
     everything, rows = indices[1 : 1 + LISTS_OF_EVERYTHING], np.empty((count, READ), np.int32)
     for i in range(count):
         if i == 0 or at_s[i] != at_s[i - 1]:
@@ -158,9 +158,9 @@ def _correct(
         for k in range(READ):
             rows[i, k] = indices[1 + LISTS_OF_EVERYTHING + k * count + i]
         for j in range(mask.shape[1]):
-            category = recent[i, j] if j < own else (popular[j - own] if j < own + ranks else np.uint64(0))
-            if j >= own + ranks:
-                category = successors[i, j - own - ranks]
+            category = recent[i, j] if j < slots else (popular[j - slots] if j < slots + ranks else np.uint64(0))
+            if j >= slots + ranks:
+                category = successors[i, j - slots - ranks]
             take_candidate(j, category, np.float32(0.0) if mask[i, j] > 0 else MASKED, work)
         score(weights, phi, i, gather(lists, rows, at_s[i], i, work), work)
         factor[i, 0] = work.factors[0]

@@ -226,9 +226,9 @@ class NearItems:
         for identity in batch:
             del self._due[identity]
         ids = np.array(batch, np.uint64)
-        rows, known = reader.get("item", batch, served)
+        rows, has_row = reader.get("item", batch, served)
         index.remove(ids)
-        index.add(ids[known], rows[known])
+        index.add(ids[has_row], rows[has_row])
         if (over := len(index) - MOST_INDEXED) > 0:
             index.remove(index.oldest(over))
 

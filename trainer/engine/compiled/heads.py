@@ -176,13 +176,13 @@ def engage(
     rows = facts.target.shape[0]
     for at in range(b, 2 * rows, rows):
         category_at, item_at = facts.pair_category_at[at], facts.pair_item_at[at]
-        known = -1
+        slot = -1
         if category_at != 0:
             for j in range(facts.recent_mask.shape[1]):
                 if facts.recent_at[b, j] == category_at and facts.recent_mask[b, j] != _ZERO:
-                    known = j
-        if known >= 0:
-            likely = logits[known] - normaliser
+                    slot = j
+        if slot >= 0:
+            likely = logits[slot] - normaliser
             fixed = prior[0] + prior[1] * likely
         else:
             likely = weights.other[0] + dot(plain, b, 0, category, category_at) - normaliser
@@ -200,7 +200,7 @@ def engage(
             continue
         shifted = fixed + queries[b, 2 * dim] + dot(queries, b, dim, item, item_at) + facts.engaged_shift[at]
         g = (_ONE / (_ONE + np.float32(math.exp(-shifted))) - facts.engaged[at]) * facts.engaged_weight[at]
-        if known >= 0:
+        if slot >= 0:
             gradients.prior[lane, 0] += g
             gradients.prior[lane, 1] += g * likely
         else:
@@ -239,9 +239,9 @@ def transition_net(
             for c in range(columns):
                 logits[row * candidates + i] += logs[c, row * candidates + i] * weights.next[0 if i < ranks else 1, c]
         for k in range(NEXT_HIDDEN):
-            own = user_hidden[row, NET_HIDDEN + k]
+            value = user_hidden[row, NET_HIDDEN + k]
             for i in range(candidates):
-                hidden[k, row * candidates + i] = own
+                hidden[k, row * candidates + i] = value
     for k in range(NEXT_HIDDEN):
         for c in range(columns):
             weight = weights.next_0[c, k]
