@@ -239,9 +239,9 @@ class AsyncClient:
         self._routes = Routes() if route else None
         self._url, self._retries, self._sleep, self._chance = url.rstrip("/"), retries, sleep, chance
         self._timeout_s = timeout_s
-        own = {} if token is None else {"authorization": f"Bearer {token}"}
+        token_header = {} if token is None else {"authorization": f"Bearer {token}"}
         self._http = httpx.AsyncClient(
-            headers={**own, **(headers or {})}, timeout=None, transport=transport, verify=verify
+            headers={**token_header, **(headers or {})}, timeout=None, transport=transport, verify=verify
         )
 
     async def __aenter__(self) -> AsyncClient:
@@ -307,8 +307,8 @@ class AsyncClient:
         parts = await asyncio.gather(*map(part, groups.values()))
         by_place = {
             index: profile
-            for places, profiles in zip(groups.values(), parts, strict=True)
-            for index, profile in zip(places, profiles, strict=True)
+            for indices, profiles in zip(groups.values(), parts, strict=True)
+            for index, profile in zip(indices, profiles, strict=True)
         }
         return [by_place[index] for index in range(len(named))]
 

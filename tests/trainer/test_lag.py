@@ -15,7 +15,7 @@ from state.metrics import TrainerMetrics
 from tests.conftest import KafkaFactory
 from tests.memory_log import MemoryLog
 from tests.reading import eventually
-from trainer.loop import Taken, TrainingLag
+from trainer.lag import Taken, TrainingLag
 
 TOPIC = Kafka().microbatches_topic
 
@@ -53,19 +53,19 @@ def test_before_the_first_record_the_seconds_are_unknown() -> None:
 def test_an_unreachable_broker_is_logged_once_and_stops_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("trainer.loop.POLL_S", 0.001)
+    monkeypatch.setattr("trainer.lag.POLL_S", 0.001)
     trainer = Trainer(3)
-    trainer.loop.poll()
+    trainer.lag.poll()
     trainer.log.go_away()
     polls: list[int] = []
-    trainer.loop._taken = lambda: (polls.append(0), trainer.taken)[1]
+    trainer.lag._position = lambda: (polls.append(0), trainer.taken)[1]
     with caplog.at_level(logging.WARNING):
-        trainer.loop.start()
+        trainer.lag.start()
         assert eventually(lambda: len(polls) > 5)
         trainer.taken = Taken(2, 1)
         trainer.log.come_back()
         assert eventually(lambda: trainer.metrics.lag_records._value.get() == 1)
-        trainer.loop.close()
+        trainer.lag.close()
     (record,) = caplog.records
     assert record.getMessage().startswith("the lag of the training log is unknown for now: ")
 

@@ -373,8 +373,8 @@ def host_endpoints(table: Callable[[], RoutingTable]) -> list[Endpoint]:
     """Returns the endpoint of the routing table, which `table` returns."""
 
     async def live(_: Request) -> Response:
-        listed = [{"address": host_entry.address, "shares": host_entry.shares} for host_entry in table().hosts]
-        return Response(200, encode({"hosts": listed}))
+        hosts = [{"address": host_entry.address, "shares": host_entry.shares} for host_entry in table().hosts]
+        return Response(200, encode({"hosts": hosts}))
 
     return [
         Endpoint(
