@@ -129,9 +129,9 @@ def targets(settings: Settings) -> dict[str, str]:
         "stream": settings.stream.metrics_port,
         "trainer": settings.trainer.metrics_port,
         "applier": settings.serving.metrics_port,
-        UP: settings.up.metrics_port,
     }
     others = {
+        UP: (settings.up.metrics_port, True),
         "validation": (settings.up.validation_port, settings.validation.window_s > 0),
         SEGMENTS: (settings.up.segments_port, bool(settings.segments.expressions)),
         "probe": (settings.up.probe_port, settings.probe.every_s > 0),
