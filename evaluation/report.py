@@ -163,6 +163,10 @@ def recommendation_tables(asked: Sequence[Asked]) -> list[Table]:
         ("clicks on items that are new to the user", new, lambda one: one.ranks),
         ("clicks on items that are new to the user, with exclude_seen", new, lambda one: one.unseen_ranks),
     ]
+    scored = [one for one in asked if one.without]
+    groups.append(
+        ("all clicks, without one source of candidates and with the same weights", scored, lambda one: one.without)
+    )
     for (least, most), about in zip(HISTORIES, BY_HISTORY, strict=True):
         groups.append((about, [one for one in asked if least <= one.history <= most], lambda one: one.ranks))
     return [_rank_table(about, some, ranks) for about, some, ranks in groups if some]
