@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from state.compiled import compiled, part_of_sums
 from state.compiled.mixing import mix, mixed
+from state.compiled.prefetch import prefetch
 from state.config.settings import Settings
 from state.microbatch.batch import MicroBatch
 from state.ranking import item_scores
@@ -296,6 +297,9 @@ def _learn_and_count(
             reads = Reads(read_rows[following], read_sources, read_weights[following])
             after[0], after[1] = newest[i], second[following]
             following += 1
+            if following < taught.shape[0]:
+                for row in read_rows[following]:
+                    prefetch(clicked.ids, row)
             if _is_candidate(item[i], reads, after, own[i], clicked, followed, visited):
                 count = gather(clicked, followed, visited, reads, after, own[i], at_s[i], phi, work)
                 score(weights, phi, count, work)
