@@ -35,8 +35,8 @@ class ItemListTable(IdTable):
 
     def put(self, rows: I32, values: F32, accum: F32) -> None:
         """Sets lists (rows `[n]` int32) from rows of a version, `[n, dim]` float32; there is no accumulator."""
-        held: list[npt.NDArray[Any]] = [*self._lists]
-        for part, new in zip(held, item_lists.unpack(values), strict=True):
+        parts: list[npt.NDArray[Any]] = [*self._lists]
+        for part, new in zip(parts, item_lists.unpack(values), strict=True):
             part[rows] = new
         self._begun = max(self._begun, int(rows.max(initial=0)))
 
@@ -51,8 +51,8 @@ class ItemListTable(IdTable):
         again = rows[rows <= self._begun]
         self._begun = max(self._begun, int(rows.max(initial=0)))
         if again.size:
-            held: list[npt.NDArray[Any]] = [*self._lists]
-            for part in held:
+            parts: list[npt.NDArray[Any]] = [*self._lists]
+            for part in parts:
                 part[again] = 0
 
     def _use(self) -> F32:
