@@ -60,8 +60,9 @@ Flags = npt.NDArray[np.bool_]
 ROWS_OF_A_LIST = {CLICKED: 32, FOLLOWED: 8, VISITED: 8}
 """`trainer.max_rows` allows one list for this many rows."""
 CAPACITY = 1024
-FIRST_ROWS, FIRST_EVERY, EVERY = 2048, 8, 256
-"""One in `EVERY` rows trains the weights; for the first `FIRST_ROWS` training rows, one in `FIRST_EVERY`."""
+FIRST_EVERY, EVERY, HALVED_AFTER = 8, 256, 512
+"""One in `FIRST_EVERY` rows trains the weights at first, half as many after each `HALVED_AFTER` of them, down to one in
+`EVERY`."""
 RATE = 0.06
 AHEAD = 3
 """The lists of a row are prefetched this many rows before it is counted."""
@@ -144,7 +145,7 @@ class ItemRanking(OnlineRegression):
         )
         context = np.concatenate([part.batch.context[rows] for part, rows in seen])
         keys = np.concatenate([category[:, None], context], 1)
-        every = np.uint64(FIRST_EVERY if self.learned < FIRST_ROWS else EVERY)
+        every = np.uint64(min(FIRST_EVERY << min(self.learned // HALVED_AFTER, 8), EVERY))
         teaching = mixed(user ^ mixed(at_ms.astype(np.uint64))) % every == 0
         taught = np.flatnonzero(teaching)
         clicked, followed, visited = (self.tables[name] for name in (CLICKED, FOLLOWED, VISITED))
