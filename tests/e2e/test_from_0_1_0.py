@@ -70,7 +70,5 @@ def test_this_release_continues_where_0_1_0_stopped(tmp_path: Path) -> None:
         after = loop.answer_trained_on(USER, loop.click([BOUGHT]), lambda answer: counted(answer) == 4)
         assert after["version"]["number"] > before["version"]["number"]
         until(lambda: balanced(loop), "the accounts do not balance")
-        actions = [entry["action"] for entry in loop.springtide("history")]
-        print(before["version"], first["version"], after["version"], actions, loop.first_answer_s)
     finally:
         assert loop.stop() == 0

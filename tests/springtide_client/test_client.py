@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from tests.deploy.serving.conftest import lowered as lowered
 from tests.deploy.serving.conftest import stores as stores
 from tests.deploy.serving.http_api.test_app import app as app
 from tests.deploy.serving.http_api.test_app import ask
-from tests.deploy.serving.http_api.test_segments import keep
+from tests.deploy.serving.http_api.test_segments import keep, with_segments
 from tests.deploy.serving.stocked import Stores
 from tests.deploy.serving.test_rest import answers, until, worker
 
@@ -190,18 +190,20 @@ def test_a_model_is_asked_for_its_versions_its_signatures_and_predictions(
         calls.predict([], version=1, label="stable")
 
 
-def test_segments_and_their_members_are_listed(segmented: App, stores: Stores, kind: type) -> None:
+def test_segments_and_their_members_are_listed(stores: Stores, kind: type) -> None:
     keep(stores, "ann", "bob", "cem")
-    calls = Calls(kind, Network(segmented))
-    assert [(one.name, one.size) for one in calls.segments()] == [("busy", 3), ("idle", 0)]
-    first = calls.segment("busy", n=2)
-    second = calls.segment("busy", start=first.next)
-    assert len({one.pseudonym for one in first.members + second.members}) == 3 and second.next is None
-    assert [calls.in_segment("busy", user).is_member for user in ("ann", "dan")] == [True, False]
-    with pytest.raises(ServerFailed, match="no lookalikes of busy"):
-        calls.lookalikes("busy", n=5)
-    with pytest.raises(Refused, match="no segment 'nobody'"):
-        calls.segment("nobody")
+    with closing(with_segments(stores)) as app:
+        calls = Calls(kind, Network(app), retries=Retries(most=0))
+        assert [(one.name, one.size) for one in calls.segments()] == [("busy", 3), ("idle", 0)]
+        first = calls.segment("busy", n=2)
+        second = calls.segment("busy", start=first.next)
+        assert len({one.pseudonym for one in first.members + second.members}) == 3 and second.next is None
+        assert [calls.in_segment("busy", user).is_member for user in ("ann", "dan")] == [True, False]
+        with pytest.raises(ServerFailed, match="no lookalikes of busy"):
+            calls.lookalikes("busy", n=5)
+        with pytest.raises(Refused, match="no segment 'nobody'"):
+            calls.segment("nobody")
+        calls.close()
 
 
 OPERATION = {"/healthz", "/metrics", "/openapi.json", "/docs"}
