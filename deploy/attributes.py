@@ -197,7 +197,9 @@ def summary(files: AttributeFiles, outcome: SentAttributes, took_s: float) -> st
         for attribute in files.table.fields
         if outcome.sent and not outcome.valued[attribute.name]
     ]
-    parts.append("complete" if outcome.complete else "stopped before the end: the same command sends all of it again")
+    parts.append(
+        "complete" if outcome.complete else "stopped before the end: run the same command again to send everything"
+    )
     return "; ".join(parts)
 
 

@@ -121,7 +121,7 @@ def caught_up(settings: Settings) -> str:
         and began.action == "rollback"
         and registry.generations.outcome(control.epoch, "learned") is None
     ):
-        return "what was learned before the rollback is not learned again yet"
+        return "the clicks since the rollback point are still being learned again"
     return ""
 
 
@@ -141,7 +141,7 @@ def following(settings: Settings) -> str:
         return missing
     epoch, lag = (applier.value(f"springtide_serving_{name}") for name in ("history_epoch", "microbatch_lag_records"))
     if epoch != control.log[-1].epoch:
-        return f"the histories are of epoch {epoch or 0:.0f} of the log, and epoch {control.log[-1].epoch} is wanted"
+        return f"the histories belong to epoch {epoch or 0:.0f} of the log, and epoch {control.log[-1].epoch} is wanted"
     return "" if (lag or 0) <= NEAR_RECORDS else f"the histories are {lag:,.0f} records behind"
 
 

@@ -93,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
 def settings_of(options: argparse.Namespace, flags: Sequence[str]) -> Settings:
     """Returns the effective settings; raises SettingsError if an option or a setting is invalid."""
     if bool(options.files) == bool(options.synthetic):
-        raise SettingsError("say what to evaluate: files, or --synthetic", "see `springtide evaluate --help`")
+        raise SettingsError("name what to evaluate: files or --synthetic, not both", "see `springtide evaluate --help`")
     for name in ("clicks", "record_rows"):
         if getattr(options, name) < 1:
             raise SettingsError(f"--{name.replace('_', '-')} {getattr(options, name)}: write a number above 0")

@@ -177,4 +177,4 @@ class JobManager:
 def _first(text: str, most: int = 300) -> str:
     r"""The first line of a Java message, without its stack trace."""
     lines = text.replace("\\n", "\n").strip().splitlines()
-    return lines[0][:most] if lines else "it does not say why"
+    return lines[0][:most] if lines else "it gives no reason"

@@ -213,7 +213,7 @@ class TrainerMetrics(Metrics):
         "measure",
     )
     slice_gap_sure = gauge(
-        "Part of that difference that lies between the confidence intervals, corrected for the number of slices.",
+        "The part of that difference outside the confidence intervals, corrected for the number of slices.",
         "attribute",
         "measure",
     )

@@ -88,9 +88,9 @@ class ControlWatch:
         self.desired = self._wanted(self._control.read())
         if self.desired.log_epoch < own[-1].epoch:
             raise StoreError(
-                f"the histories are of epoch {own[-1].epoch} of the training log, and control in {registry} knows "
-                f"{self.desired.log_epoch}: it is another registry, or an older copy of it",
-                "restore the registry, or run `springtide rebuild-history`, which rebuilds the histories of its epoch",
+                f"the histories belong to epoch {own[-1].epoch} of the training log, but control in {registry} has epoch "
+                f"{self.desired.log_epoch}: this is another registry, or an older copy of it",
+                "restore the registry, or run `springtide rebuild-history`, which rebuilds the histories of that epoch",
             )
 
     def open_again_in(self, seconds: float | None) -> None:

@@ -257,11 +257,11 @@ class Rebuild:
                 self._kept = {Source(topic_id, partition): first for partition, (first, _) in ends.items()}
                 self._group = {Source(topic_id, partition): after for partition, after in sorted(group.items())}
             except UnknownTopic as error:
-                logger.warning("%s; only what the micro-batch log holds is rebuilt", error)
+                logger.warning("%s; only the events in the micro-batch log are rebuilt", error)
             try:
                 begin, end = topics.ends(kafka.microbatches_topic)[0]
             except UnknownTopic as error:
-                logger.warning("%s; only the group's offsets say what the stream had read", error)
+                logger.warning("%s; the positions of the stream are those of the consumer group", error)
         # 1. and 2.
         if self.snapshot is not None:
             result.snapshot = self.snapshot.number

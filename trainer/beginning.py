@@ -255,7 +255,7 @@ def open_after(
     if opening.recreated:
         reader.close()
         raise UnknownTopic(
-            f"{what} topic id {end.topic_id}, {topic} is now {opening.topic_id}: it was deleted and made again", do
+            f"{what} topic id {end.topic_id}, {topic} is now {opening.topic_id}: it was deleted and created again", do
         )
     return reader
 
@@ -286,7 +286,7 @@ def resume(restored: Manifest, line: LogLine, log: Log, settings: Settings, pass
         end,
         at,
         f"version {restored.version} was trained on",
-        "restore the topic, or learn what the new one holds: `springtide upgrade --learn-anew --reason TEXT`",
+        "restore the topic, or learn the new one from its beginning: `springtide upgrade --learn-anew --reason TEXT`",
         lambda error: onward(line, passages.pass_log(error, restored.marks)),
     )
     # 2.

@@ -127,7 +127,7 @@ class CatchingUp:
         }
         if self._registry.generations.add_outcome(place.epoch, "learned", document):
             logger.info(
-                "epoch %d: caught up %.1f s after the rollback: %d rows, %d of them left out",
+                "epoch %d: caught up %.1f s after the rollback: %d rows, of which %d were left out",
                 *(place.epoch, document["seconds"], document["rows"], document["masked"]),
             )
 

@@ -489,7 +489,7 @@ class UpdateGuard:
 
     def _held(self, found: Judgement, after: TrainingPlace, log_ms: int) -> HeldUpdate:
         since = found.since
-        assert since is not None, "what is held began somewhere"
+        assert since is not None, "a held update has a start"
         return HeldUpdate(
             rule=found.rule,
             meaning=self._meaning(found),

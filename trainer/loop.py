@@ -199,7 +199,7 @@ def recover(registry: Registry, control: Control, lost: TruncatedLog, actor: str
     if found is None:
         raise _hopeless(
             lost,
-            "no version is kept that learned only what is left: restore the training log, or learn what it holds from its "
+            "every kept version learned clicks that the log lost: restore the training log, or learn it from its "
             "beginning: `springtide upgrade --learn-anew --reason TEXT`",
         )
     reason = f"the training log {in_words(lost)}; version {found.version} learned nothing beyond"
@@ -432,9 +432,9 @@ def _await(imports: threading.Thread, children: Sequence[subprocess.Popen[bytes]
 
 def _sweep(registry: Registry) -> None:
     for name in registry.directory.sweep():
-        logger.info("swept %s, left by a writer that died", name)
+        logger.info("swept %s, left by a writer that was killed", name)
     if swept := registry.sweep_recent():
-        logger.info("swept %d versions that were not kept: what they learned is learned again from the log", swept)
+        logger.info("removed %d versions that were not kept; their clicks are learned again from the log", swept)
 
 
 def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event, consent: Consent = NO_CONSENT) -> None:
@@ -562,7 +562,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
             if not (stopping.is_set() and is_full(error)):
                 raise
             logger.warning(
-                "what was learned after version %d is learned again from the log: %s", learner.place.parent, error
+                "the clicks after version %d are learned again from the log: %s", learner.place.parent, error
             )
         finally:
             lag.close()

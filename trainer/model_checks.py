@@ -100,12 +100,14 @@ def _check_declared(ranker: Ranker, spec: FeatureSpec, what: str) -> None:
             f"there are {listed}, and what own_rows gives of tables of its own",
         )
     if missing := [f"{kind}_mask" for kind in CANDIDATES if f"{kind}_mask" not in names]:
-        raise ProgramError(f"{what} does not read {', '.join(missing)}", "serving needs to know what is a candidate")
+        raise ProgramError(
+            f"{what} does not read {', '.join(missing)}", "serving needs the mask to know the candidates"
+        )
     if any("sequence" in (one.ids or one.name) for one in ranker.inputs) and not spec.sequence:
-        raise ProgramError(f"{what} reads the user's latest events", "say how many with features.sequence")
+        raise ProgramError(f"{what} reads the user's latest events", "set their number in features.sequence")
     for one in ranker.inputs:
         if one.table and one.table not in ranker.tables:
-            raise ProgramError(f"{what} reads {one.name} without the width of {one.table} rows", "put it into tables")
+            raise ProgramError(f"{what} reads {one.name} without the width of {one.table} rows", "add it to tables")
 
 
 def _check_tables(ranker: Ranker, what: str) -> None:
@@ -126,14 +128,16 @@ def _check_tables(ranker: Ranker, what: str) -> None:
         if name not in looked_up:
             raise ProgramError(
                 f"{what}: no input looks up its table {name!r}",
-                f"add own_rows({name!r}, ...), or take it out of tables",
+                f"add own_rows({name!r}, ...), or remove it from tables",
             )
         if (twin := codes.setdefault(CODES[name], name)) != name:
-            raise ProgramError(f"{what}: keys cannot tell its tables {twin!r} and {name!r} apart", "rename one of them")
+            raise ProgramError(
+                f"{what}: the keys of its tables {twin!r} and {name!r} would be equal", "rename one table"
+            )
     for name, first in ranker.initial_ranges.items():
         if name not in ranker.tables or not 0.0 <= first < np.inf:
             raise ProgramError(
-                f"{what}: initial_ranges says {first!r} of {name!r}", "give a table of tables a number of 0 or more"
+                f"{what}: initial_ranges has {first!r} for {name!r}", "use a number of 0 or more for a name in tables"
             )
 
 
@@ -208,8 +212,8 @@ def _check_item_query(ranker: Ranker, inputs: Mapping[str, F32], what: str) -> N
     apart = difference(_scores(ranker, inputs, what)["engagement_logit"], wanted)
     if apart > TOLERANCE:
         raise ProgramError(
-            f"{what}: engagement_logit is not item_query . item_row + cross + what user and category say: off by {apart:.2g}",
-            "return None from item_query, or make it that",
+            f"{what}: engagement_logit is not item_query . item_row + cross + the terms of user and category: off by {apart:.2g}",
+            "return None from item_query, or correct it",
         )
 
 

@@ -75,7 +75,7 @@ def run(settings: Settings, dry_run: bool, learn_anew: bool, reason: str, say: S
         # 1. 2.
         if learn_anew:
             lines = [
-                f"version {version.version}, epoch {version.epoch}: nothing of it is carried over",
+                f"version {version.version}, epoch {version.epoch}: nothing is carried over",
                 "starts from scratch: all tables, weights, counts and measures, from the retained training log",
                 f"serving stays at version {version.version} until the trainer has caught up; histories, salt and Kafka are kept",
             ]

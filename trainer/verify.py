@@ -260,7 +260,7 @@ def open_at(log: Log, target: Manifest, origin: str, offset: int) -> Reader:
     if opening.recreated:
         raise LogError(
             f"version {target.version} was trained on topic id {trained.topic_id}, {trained.topic} is now "
-            f"{opening.topic_id}: it was deleted and made again, so that nothing before can be recomputed"
+            f"{opening.topic_id}: it was deleted and created again, so that nothing before can be recomputed"
         )
     raise LogError(
         f"topic {trained.topic} partition {partition} ends at {end} and version {target.version} was trained up to "

@@ -393,7 +393,7 @@ class Lease:
         if self._name not in self._store.names(LOCKS):
             raise BackupError(
                 f"{self._store.name} was taken over by another process while this one was suspended",
-                "repeat it; what was sent is not sent again",
+                "run it again; files that were sent are not sent again",
             )
 
     def _write(self) -> None:

@@ -119,7 +119,7 @@ def _result(settings: Settings, asked: argparse.Namespace, by: By) -> tuple[Any,
         )
     elif verb == "stop":
         changed = experiments.change(name, lambda now: now.stop(by))
-        text = f"experiment {name} is {changed.stage}; what it learned is removed, its comparison stays"
+        text = f"experiment {name} is {changed.stage}; its weights are removed and its comparison is kept"
     else:
         changed = experiments.change(name, lambda now: CHANGES[verb](now, by))
         text = as_line(changed)
@@ -202,7 +202,7 @@ def _propose(live: Registry, own: Registry, experiment: Experiment, tried: Setti
         if control.epoch != experiment.epoch or newest is None:
             raise ControlConflict(
                 f"the live trainer continued in epoch {control.epoch}: {control.action} by {control.actor}",
-                "start another experiment, from what is live now",
+                "start another experiment from the live version",
             )
         return upgrade(control, newest.version, plan, actor=by.actor, reason=by.reason, now_ms=by.now_ms)
 

@@ -118,7 +118,7 @@ def judge(
     if not rows:
         return RetrainDecision("failed", f"no row could be compared {after}: see logs/shadow-{experiment.name}.log")
     if verdict == "better":
-        return RetrainDecision("dropped", f"better, and no rollout of it is done {after}: {compared}")
+        return RetrainDecision("dropped", f"better, but its rollout did not end {after}: {compared}")
     return RetrainDecision("dropped", f"no better {after}: {compared}")
 
 

@@ -286,17 +286,17 @@ def _newest_clean(branch: ServingBranch, target: Target, masks: Sequence[MaskEnt
     if sure is None:
         oldest = branch.oldest()
         raise UnfitVersion(
-            f"no version is kept that {'comes before all' if target.exact else 'has learned none'} of what is to be left out"
+            f"no kept version {'precedes all' if target.exact else 'has learned none'} of the clicks to leave out"
             + ("" if oldest is None else f"; the oldest is {described(oldest)}"),
-            "name later clicks or fewer users; registry.base_keep_d says for how long versions are kept",
+            "name later clicks or fewer users; registry.base_keep_d sets how long versions are kept",
         )
     # Masks by offset are known to name clicks, so the log need not be read and serving switches sooner.
     if view is None or (enough <= sure.version and all(mask.offsets is not None for mask in masks)):
         return sure
     if sure.log.next < view.begin and sure.version != branch.newest.version:
         raise UnfitVersion(
-            f"the training log begins at offset {view.begin}: what was learned between {described(sure)} and there cannot "
-            f"be searched, and the trainer cannot read on from {sure.log.next}",
+            f"the training log begins at offset {view.begin}: the clicks between {described(sure)} and that offset cannot "
+            f"be searched, and the trainer cannot continue from {sure.log.next}",
             f"keep answers at it with `springtide pin {sure.version}`, or name later clicks",
         )
     segments = segments_to_end(branch.registry, branch.control, sure, branch.newest, view.end)

@@ -201,7 +201,7 @@ def of_experiments(settings: Settings, control: Control) -> list[Holding]:
     found, experiments = list[Holding](), Experiments(settings)
     for name in experiments.open():
         if not experiments.registry(name).is_dir():
-            found.append(Holding(f"experiment {name}", 1, "rows", "`springtide up` removes what is left of it"))
+            found.append(Holding(f"experiment {name}", 1, "rows", "`springtide up` removes the rest of it"))
             continue
         registry = Registry(experiments.registry(name))
         own = registry.control()
@@ -383,7 +383,7 @@ def erase(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) 
     )
     if tombstones:
         say(f"their attributes are removed from {settings.attributes.user_topic}")
-    say("`springtide erase --status` shows what still holds something of them, and until when")
+    say("`springtide erase --status` shows where data of them remains, and until when")
 
 
 def _asked_for(asked: argparse.Namespace) -> list[str]:

@@ -35,8 +35,8 @@ def mask_of(settings: Settings, asked: argparse.Namespace, newest: Manifest, now
     for text, (_, end) in zip(asked.skip_time, times, strict=True):
         if end > now_ms:
             raise SettingsError(
-                f"--skip-time {text}: it ends in the future, {iso(end)}: clicks to come would be left out too",
-                "end it with now, and mask what comes later once it has come",
+                f"--skip-time {text}: it ends in the future, {iso(end)}, so future clicks would be left out too",
+                "end it at the current time, and mask later clicks when they have arrived",
             )
     if asked.minutes is not None:
         times.append((now_ms - asked.minutes * UNITS_MS["m"], now_ms))

@@ -114,7 +114,7 @@ def erase(add: Add) -> argparse.ArgumentParser:
         "erase",
         "Erase users: their clicks so far and all their stored data; or show where data remains.",
         "Answers treat them as unknown within 2 s. Later clicks create new users. No rollback, restart, rebuild or `unmask` "
-        "restores them. The ids are not stored; a shell records what is typed, so prefer --users.",
+        "restores them. The ids are not stored. A shell records commands, so prefer --users.",
     )
     who = command.add_mutually_exclusive_group()
     who.add_argument("--user", metavar="ID", help="user id, as in the clicks")

@@ -134,11 +134,11 @@ class ExactPlan:
         """Formats the plan, one line per fact.
 
         >>> ExactPlan(log_line.WHOLE, {}, 7).lines()[1]
-        'histories     7 to be rebuilt from the training log; the others drop what they gained'
+        'histories     7 to be rebuilt from the training log; the others drop the events since then'
         """
         rebuilt = "not counted: the stream's store is not on this machine, or is rolled back already"
         if self.histories is not None:
-            rebuilt = f"{self.histories:,} to be rebuilt from the training log; the others drop what they gained"
+            rebuilt = f"{self.histories:,} to be rebuilt from the training log; the others drop the events since then"
         return [
             f"stream        rewinds too: {self.clicks:,} clicks are read again, into a new epoch of the log",
             f"histories     {rebuilt}",
@@ -241,7 +241,7 @@ class Plan:
             return [*lines, *self.exact.lines()]
         if counted is not None and counted.after:
             lines.append(
-                f"windows       up to {counted.after:,} later rows of these users still count what is left out; "
+                f"windows       up to {counted.after:,} later rows of these users still count the masked clicks; "
                 "--mode exact recomputes them"
             )
         return lines

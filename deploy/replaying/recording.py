@@ -242,8 +242,8 @@ def _refuse_all_dead(refused: Mapping[int, str], count: int, oldest_s: float = 0
     ((most, _),) = reasons.most_common(1)
     if most.endswith(TOO_OLD):
         do = (
-            f"they lie up to {oldest_s:,.0f} s before the newest row: raise {TOO_OLD}, here and for the stream, "
-            "leave them out, or say --keep-time"
+            f"they are up to {oldest_s:,.0f} s older than the newest row: raise {TOO_OLD}, here and for the stream, "
+            "leave them out, or use --keep-time"
         )
     elif most.endswith(TOO_NEW):
         do = "their times are later than this machine's clock: check both, and events.time_unit"
@@ -447,7 +447,7 @@ class Replay:
         left = missing(piece, self._destination.arrived_since(position.ends))
         if len(left):
             self._destination.send(left)
-        self._progress.say(f"the last run ended in the middle of {count:,} rows: {len(left):,} of them had not arrived")
+        self._progress.say(f"the last run ended in the middle of {count:,} rows: {len(left):,} had not arrived")
         self._position = position.after(stamped.hand(count - 1), position.ends)
         return chunk.cut(count, len(chunk))
 

@@ -212,7 +212,7 @@ class App:
         if isinstance(error, SpringtideError):
             return failure(error)
         _log.error("a request for %s failed", name, exc_info=error)
-        return failure(WorkerFailed("the worker failed; its log says why", "report it with the worker's log"))
+        return failure(WorkerFailed("the worker failed; its log has the cause", "report it with the worker's log"))
 
     def _counted(self, name: str, response: Response, began_s: float) -> Response:
         self.counts.count(name, response.status, began_s)

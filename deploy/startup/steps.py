@@ -49,7 +49,7 @@ VALIDATION = "validation"
 SEGMENTS = "segments"
 
 # A power cut may lose records that the local Kafka acknowledged in its last second, because there is no replica.
-OF_LOCAL_KAFKA = ("--accept-cut-back", "--reason", "the local Kafka lost what was not on disk")
+OF_LOCAL_KAFKA = ("--accept-cut-back", "--reason", "the local Kafka lost records that were not on disk")
 
 # Each process stops before the ones it writes to, and Kafka stops last: no write is interrupted.
 STOP_ORDER = (

@@ -120,7 +120,7 @@ def from_file(path: Path, known: Mapping[str, KnownSetting]) -> Iterator[tuple[s
         if section not in SECTIONS and not isinstance(table, dict):
             near = nearest_setting(section, known)
             raise SettingsError(
-                f"{where}: {section} stands outside of a section",
+                f"{where}: {section} is outside any section",
                 f"the nearest setting is {near}: write it below [{near.partition('.')[0]}]",
             )
         if section not in SECTIONS:

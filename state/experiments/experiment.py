@@ -229,7 +229,7 @@ class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def promote(self, by: By) -> Experiment:
         """Requests that its trainer ends with a last durable version, so that the live trainer can continue from it."""
-        self._require(self.runs or self.stage == "promoting", "be promoted: what it learned is removed")
+        self._require(self.runs or self.stage == "promoting", "be promoted: its weights are removed")
         return self._changed(by, stage="promoting")
 
     def cancel_promotion(self, by: By) -> Experiment:
@@ -440,7 +440,7 @@ class Experiments:
                 except ValueError as error:
                     raise RegistryError(
                         f"{path} is damaged: {error}",
-                        f"restore it, or remove it: all experiments end then, and what is in {self.path} is removed",
+                        f"restore it, or remove it: without it all experiments end, and {self.path} is cleared",
                     ) from error
         return self._cached[1]
 

@@ -104,7 +104,7 @@ class Consent:
 
 def in_words(lost: TruncatedLog) -> str:
     """Describes the loss of a truncated log, short enough for a reason."""
-    return f"was cut back to offset {lost.kept}, and we were at {lost.gaps[0].next}"
+    return f"was truncated to offset {lost.kept}, below the stored position {lost.gaps[0].next}"
 
 
 def how_to_go_on(error: GapError, command: str) -> GapError:

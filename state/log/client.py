@@ -240,10 +240,9 @@ def unknown_partition(topic: str, partition: int, partitions: int) -> UnknownTop
 def made_again(topic: str, before: str, now: str) -> UnknownTopic:
     """The error for a topic that was deleted and created again under the same name."""
     return UnknownTopic(
-        f"topic {topic} was deleted and made again (id {before} is now {now})",
-        "our "
-        "positions belong to the old one: a stream started again reads new clicks from their beginning, a "
-        "trainer learns the new one after `springtide upgrade --learn-anew --reason TEXT`",
+        f"topic {topic} was deleted and created again (id {before} is now {now})",
+        "the stored positions belong to the old topic: a restarted stream reads the new clicks from their beginning, and "
+        "a trainer learns the new log after `springtide upgrade --learn-anew --reason TEXT`",
     )
 
 
@@ -282,9 +281,9 @@ def truncated(topic: str, topic_id: str, partition: int, ours: int, kept: int, e
     """The error for a partition that was truncated to `kept`, below our position `ours`, and may now end at `end`."""
     again = f" and has grown again to {end}" if end > kept else ""
     return TruncatedLog(
-        f"topic {topic} partition {partition}: we were at {ours}, but what we read ends at {kept}: the log was cut back"
-        f"{again}, so that offsets {kept} to {ours - 1} are used twice (a leader was elected that lacked records, a broker "
-        "lost what was not on disk, the topic was deleted and made again, or another cluster answers)",
+        f"topic {topic} partition {partition}: the stored position is {ours}, but the log that was read ends at {kept}: the log was truncated"
+        f"{again}, so that offsets {kept} to {ours - 1} are used twice (a leader without all records was elected, a broker "
+        "lost records that were not on disk, the topic was created again, or this is another cluster)",
         "check the brokers (unclean.leader.election.enable=false, min.insync.replicas) and restore the log if you can",
         [Gap(Source(topic_id, partition), kept, ours)],
     )

@@ -422,7 +422,7 @@ def _described(path: Path, format: str, delimiter: str) -> RecordedFile:
     suffix = suffixes[-1] if suffixes else ""
     kind = format or SUFFIXES.get(suffix, "")
     if not kind:
-        raise SettingsError(f"{path}: its name does not tell its format", f"say --format {'|'.join(FORMATS)}")
+        raise SettingsError(f"{path}: its name has no known suffix", f"use --format {'|'.join(FORMATS)}")
     return RecordedFile(path, kind, delimiter or ("\t" if suffix == ".tsv" else ","))
 
 
@@ -465,7 +465,7 @@ def refuse_beyond_memory(recording: Recording, available: int) -> None:
     if needed > available * MEMORY_SHARE:
         raise SettingsError(
             f"the files would take about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free: "
-            "sort them by time and say --sort assume, or read fewer at once"
+            "sort them by time and use --sort assume, or read fewer at once"
         )
 
 

@@ -308,7 +308,7 @@ class Controls:
             return documents.decode(sealed.unseal(data), self._masked_users, self._erasures)
         except ValueError as error:
             raise CorruptVersion(
-                f"{path} is damaged: {error}", "restore it from a copy: it says what should be served"
+                f"{path} is damaged: {error}", "restore it from a copy: it controls which version is served"
             ) from error
 
     # Outcomes

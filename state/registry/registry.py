@@ -232,7 +232,9 @@ class Registry:
         message = f"version {version} is not kept in {self.path}"
         if version in self._numbers["recent"]:
             message = f"version {version} is recent: serving can follow it, but a rollback needs a durable version"
-        return UnknownVersion(message, f"use {' or '.join(map(str, nearest))}" if nearest else "there is none yet")
+        return UnknownVersion(
+            message, f"use {' or '.join(map(str, nearest))}" if nearest else "no version is published yet"
+        )
 
     # Reading
 

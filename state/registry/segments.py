@@ -119,8 +119,8 @@ def parted(whole: LogSegment, end: Manifest, control: Control, erased: int) -> l
     """
     if end.erasures and end.erasures[0][0] > erased + 1 and end.erased - erased > len(end.erasures):
         raise UnknownVersion(
-            f"version {end.version} cannot be recomputed from so far back: it does not say where all erasures between fell",
-            "use a younger base with --from",
+            f"version {end.version} cannot be recomputed from so far back: it does not list the positions of all erasures since then",
+            "use a newer base with --from",
         )
     found, forget = list[LogSegment](), Erased.NOBODY
     for number, offset in end.erasures:

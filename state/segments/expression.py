@@ -174,7 +174,7 @@ class _Checker:
                 raise self._wrong(index, "a text in quotes must stand here")
             case ast.Name(id="churn"):
                 if not self._known.churn:
-                    raise self._wrong(node, "profiles say nothing of churn; set churn.days")
+                    raise self._wrong(node, "profiles contain no churn; set churn.days")
                 self._kinds.add("churn")
                 return _Operand(False, lambda facts: facts.churn)
         dotted = _dotted(node)

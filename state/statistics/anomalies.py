@@ -60,7 +60,7 @@ def l_infinity(one: Mapping[str, float], other: Mapping[str, float]) -> Largest:
     """
     totals = sum(one.values()), sum(other.values())
     if not all(totals):
-        raise ValueError("no distance from what has no values")
+        raise ValueError("a distance needs values on both sides")
     found = ((abs(one.get(key, 0) / totals[0] - other.get(key, 0) / totals[1]), key) for key in one.keys() | other)
     # Among equal differences, the first by name, independent of their order.
     distance, value = min(found, key=lambda entry: (-entry[0], entry[1]))
@@ -80,7 +80,7 @@ def jensen_shannon(one: NDArray[np.float64], other: NDArray[np.float64]) -> floa
         ValueError: One of them has no counts.
     """
     if not one.sum() or not other.sum():
-        raise ValueError("no divergence from what has no values")
+        raise ValueError("a divergence needs counts on both sides")
     p, q = one / one.sum(), other / other.sum()
     m = (p + q) / 2
 

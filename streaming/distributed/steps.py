@@ -243,7 +243,7 @@ class Partitions:
             return now
         if mine > now:
             raise StoreError(
-                f"the job is of epoch {mine} of the training log, and control knows {now}: it is another registry, or an "
+                f"the job belongs to epoch {mine} of the training log, but control has epoch {now}: this is another registry, or an "
                 "older copy of it",
                 "restore the registry, or start the job without a savepoint",
             )
@@ -253,8 +253,8 @@ class Partitions:
                 f"the training log branched into epoch {now} before what this job has read: partition "
                 + ", ".join(f"{partition} at {at}" for partition, at in ahead),
                 "stop the job without a savepoint, and resume it from a savepoint or checkpoint that had read no further "
-                "than that; without one, start it from scratch: it reads the clicks from their beginning, and readers drop "
-                "what they have",
+                "than that. Without one, start it from scratch: it reads the clicks from their beginning, and readers drop "
+                "the records that they have",
             )
         logger.info("epoch %d of the training log is written from here on", now)
         return now

@@ -420,7 +420,7 @@ def test_a_topic_that_is_gone_or_another_one_stops_the_reader(log: Log, topics: 
             while time.monotonic() < deadline:
                 reader.poll(0.2)
         topics.ensure(clicks, 2)
-        with pytest.raises(UnknownTopic, match="made again"):
+        with pytest.raises(UnknownTopic, match="created again"):
             reader.refresh()
 
 

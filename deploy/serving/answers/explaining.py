@@ -255,16 +255,16 @@ class Words:
             words = f"{len(events)} events on {on} of the last {self._span}{self._last(events)}"
         elif group.kind == "succession":
             newest = names[0] if names else "none"
-            words = f"what over all users comes next after {newest}, the latest category"
+            words = f"what users click next after {newest}, the latest category"
         elif group.kind == "sequence":
             words, shown = f"the order of the latest {self._spec.sequence} events", events
         elif group.kind == "user":
-            words = "what was learned from this user's clicks so far"
+            words = "the weights learned from this user's clicks"
         elif group.kind == "context":
             known = [f"{name}={text}" for name, text in self._attributes if text is not None]
             words = "attributes: " + listed(known)
         elif group.kind == "crosses":
-            words = "what was learned of this user and such users with this item and such items"
+            words = "the weights of the crosses of this user and this item"
         else:
             words = "the item and its category"
         return Behind(words, None, self._shown(shown))
@@ -394,7 +394,7 @@ def explain(predictor: Predictor, query: Query, label: str | None) -> Generator[
         NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: As `Predictor.profiles`.
     """
     if (label is None) == (query.item is None):
-        raise BadRequest("an explanation is of one category or of one item", "give label or item, and one of them only")
+        raise BadRequest("an explanation is about one category or one item", "give either label or item")
     with predictor.reading() as reader:
         # 1.
         prepared = predictor.prepare([query, query._replace(user=NOBODY)], reader)
@@ -405,7 +405,7 @@ def explain(predictor: Predictor, query: Query, label: str | None) -> Generator[
             own, nobodys = (candidate(prepared, place, label) for place in (0, 1))
             if own is None:
                 others = ", ".join(interest["label"] for interest in about.interests[:10]) or "none"
-                raise BadRequest(f"label={label[:100]!r} is none of this user's candidates", f"ask for one of {others}")
+                raise BadRequest(f"label={label[:100]!r} is not a candidate of this user", f"ask for one of {others}")
             slots = tuple({own, own if nobodys is None else nobodys})
         ours, theirs = _values(slots, _inputs_of(prepared), outputs)[:2].tolist()
         # 2.

@@ -53,7 +53,8 @@ def answers(predictor: Predictor, number: int, users: Sequence[str], items: Sequ
     """
     if len(users) * len(items) > MOST_PAIRS:
         raise SettingsError(
-            f"{len(users)} users with {len(items)} items are more than {MOST_PAIRS:,} pairs", "name fewer of them"
+            f"{len(users)} users with {len(items)} items are more than {MOST_PAIRS:,} pairs",
+            "name fewer users or items",
         )
     asked = [NOBODY, *users]
     with predictor.reading() as reader:

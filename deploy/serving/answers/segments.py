@@ -74,10 +74,10 @@ class HostSegments:
         self._require(segment)
         store, found = self._opened(), lookalikes.read(self._lists, segment)
         if found is None:
-            do = "come again: they are listed each hour, once a user is in it"
+            do = "try again later: they are computed each hour, once a user is in the segment"
             raise NotReady(
                 f"no lookalikes of {segment} are listed here",
-                do if self._listed else "say how many in segments.lookalikes, and start again",
+                do if self._listed else "set segments.lookalikes, and restart",
             )
         joined = store.memberships([(segment, int(one.pseudonym, 16)) for one in found.lookalikes])
         near = [one for one, membership in zip(found.lookalikes, joined, strict=True) if membership is None]

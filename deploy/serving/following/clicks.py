@@ -187,7 +187,7 @@ class HistoryFollower:
                 )
             else:
                 self._metrics.gap_positions.inc(gap.positions)
-                _log.error("%s. Users' windows lack what was lost; raise kafka.retention_h", lost.what)
+                _log.error("%s. Users' windows lack the lost events; raise kafka.retention_h", lost.what)
         known = {} if opening.stored is None or opening.recreated else opening.stored.next
         if any(begin > known.get(partition, 0) for partition, (begin, _) in opening.ends.items()):
             self._parity.lose()

@@ -123,7 +123,7 @@ class Tokens(_WatchedFiles):
         # Look up digests, so that the time of the lookup reveals nothing about the tokens.
         known = self._roles.get(_digest(authorization[len(_SCHEME) :].strip()))
         if known is None:
-            raise Unauthorized("this token is none of this host's", "send one of its tokens")
+            raise Unauthorized("this host does not know this token", "send a token of this host")
         if role == OPERATE and known != OPERATE:
             raise Forbidden("this token may read only", "send one of the role operate")
 

@@ -29,7 +29,7 @@ MEANING = {
     404: "There is no such model, version, label or segment.",
     408: "The request did not arrive in time.",
     413: "The body is too large.",
-    429: "More is asked than can be answered in time; `retry-after` says in how many seconds to retry.",
+    429: "The host is overloaded; retry after `retry-after` seconds.",
     431: "Request line and headers are too long.",
     500: "The worker failed; its log has the cause.",
     501: "The model does not offer this.",

@@ -197,7 +197,9 @@ def chosen(request: Request) -> ModelChoice:
     if version is not None and not (
         version.isascii() and version.isdecimal() and len(version) < 20 and int(version) <= LARGEST
     ):
-        raise BadRequest(f"Malformed request: the version {version[:100]!r} is no number", "give one of them")
+        raise BadRequest(
+            f"Malformed request: the version {version[:100]!r} is not a number", "use the number of a version"
+        )
     return ModelChoice(path["model"], None if version is None else int(version), path.get("label"))
 
 
@@ -325,7 +327,7 @@ def to_array(name: str, proto: Any) -> Tensor:
     if proto.tensor_content and dtype != "O":
         if len(proto.tensor_content) != count * np.dtype(dtype).itemsize:
             raise BadRequest(
-                f"tensor_content of the input {name!r} has another length than its shape says", "correct it"
+                f"tensor_content of the input {name!r} does not have the length of its shape", "correct it"
             )
         return np.frombuffer(proto.tensor_content, dtype).reshape(shape)
     given = getattr(proto, field)
