@@ -1,4 +1,4 @@
-# Springtide: `make run` is all it takes; Python 3.11 and make are all it needs.
+# Springtide: `make run` is all it takes; Python 3.11 or 3.12 and make are all it needs.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -11,9 +11,9 @@ ARGS ?=
 # Test processes, for two cores: much of a test is waiting for other processes.
 WORKERS ?= 3
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
-IS_3_11 := import sys; sys.exit(sys.version_info[:2] != (3, 11))
-PYTHON ?= $(shell for name in python3.11 python3 python; do \
-	if $$name -c '$(IS_3_11)' >/dev/null 2>&1; then command -v $$name; break; fi; done)
+IS_SUPPORTED := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
+PYTHON ?= $(shell for name in python3.11 python3.12 python3 python; do \
+	if $$name -c '$(IS_SUPPORTED)' >/dev/null 2>&1; then command -v $$name; break; fi; done)
 BENCHES ?= $(filter-out __init__ report against,$(basename $(notdir $(wildcard tests/bench/*.py))))
 
 SEED ?= 7
@@ -85,11 +85,11 @@ clean: ## Removes what was built here, .venv included; the state directory stays
 	@find . -name __pycache__ -type d -not -path './.springtide/*' -prune -exec rm -rf {} +
 
 venv:
-	@[ -e .venv/packages ] || "$(PYTHON)" -c '$(IS_3_11)' >/dev/null 2>&1 || { \
-		echo "springtide: needs Python 3.11, found $$("$(or $(PYTHON),python3)" --version 2>/dev/null || echo none); install it or name it with PYTHON=/path/to/python3.11" >&2; \
+	@[ -e .venv/packages ] || "$(PYTHON)" -c '$(IS_SUPPORTED)' >/dev/null 2>&1 || { \
+		echo "springtide: needs Python 3.11 or 3.12, found $$("$(or $(PYTHON),python3)" --version 2>/dev/null || echo none); install it or name it with PYTHON=/path/to/python3.11" >&2; \
 		exit 1; \
 	}
-	@[ -e .venv/packages ] || $(BIN)/python -c '$(IS_3_11)' >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv
+	@[ -e .venv/packages ] || $(BIN)/python -c '$(IS_SUPPORTED)' >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv
 
 # The packages of `make run`; those of tests and checks come on top in .venv/dev.
 .venv/packages: constraints.txt constraints-apart.txt pyproject.toml springtide_client/__init__.py | venv
@@ -98,7 +98,7 @@ venv:
 	$(INSTALL) -r constraints.txt | $(PROGRESS); \
 	$(INSTALL) --quiet --no-deps -r constraints-apart.txt; \
 	PYTHONWARNINGS=ignore $(PIP) --quiet --no-deps --editable .; \
-	rm -rf .venv/lib/python3.11/site-packages/$(HEADERS); \
+	rm -rf .venv/lib/python3.1*/site-packages/$(HEADERS); \
 	echo "packages     ready after $$((SECONDS - begin)) s"
 	@touch $@
 

@@ -28,6 +28,8 @@ NOT_INSTALLED = (
 )
 """What is used from a clone only."""
 MOST_BYTES = 3_000_000
+FIRST_START_S = 480.0
+"""Of a first start, which compiles all kernels."""
 PIP = ("-m", "pip", "--disable-pip-version-check", "--no-input", "--quiet")
 
 
@@ -167,7 +169,7 @@ def test_the_installed_wheel_runs_in_a_directory_with_packages_of_the_same_names
                 except ClientError:
                     return False
 
-            until(answer, lambda: f"{loop.said()}\n{loop.logs()}")
+            until(answer, lambda: f"{loop.said()}\n{loop.logs()}", FIRST_START_S)
         build = loop.get("/metrics")[1]
         assert f'version="{__version__}"' in build
     finally:
