@@ -81,11 +81,11 @@ def judge(
     if experiment.stage == "promoting":
         # A promotion by this process continues where it was interrupted.
         return RetrainDecision("promoted", decided.reason) if decided.actor == ACTOR else None
-    by = "" if decided.actor == ACTOR else f"by {decided.actor}: "
+    author = "" if decided.actor == ACTOR else f"by {decided.actor}: "
     if experiment.stage == "promoted":
-        return RetrainDecision("promoted", f"{by}{decided.reason}")
+        return RetrainDecision("promoted", f"{author}{decided.reason}")
     if experiment.stage == "stopped":
-        return RetrainDecision("dropped", f"{by}{decided.reason}")
+        return RetrainDecision("dropped", f"{author}{decided.reason}")
     if experiment.stage == "ended":
         return RetrainDecision("dropped", f"it ended: {decided.reason}")
     # 2.

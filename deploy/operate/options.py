@@ -172,9 +172,9 @@ def positive(text: str) -> int:
 def seconds(text: str) -> float:
     """Parses seconds, 0 or more."""
     try:
-        found = float(text)
+        value = float(text)
     except ValueError:
-        found = -1.0
-    if not 0 <= found < 1e9:
+        value = -1.0
+    if not 0 <= value < 1e9:
         raise argparse.ArgumentTypeError(f"must be seconds from 0 on, not {text!r}")
-    return found
+    return value

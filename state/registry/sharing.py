@@ -198,8 +198,10 @@ def _become_copy(path: Path, url: str, store: FileStore) -> None:
     registry = Registry(path)
     with sharing():
         catalog = sync.read_catalog(lambda: store.read(sync.CATALOG))
-    here = [one for name in DURABLE for one in (path / name).iterdir() if one.name.replace("-", "").isdecimal()]
-    unsent = [one for one in here if one.relative_to(path).as_posix() not in catalog.folders]
+    folders = [
+        folder for name in DURABLE for folder in (path / name).iterdir() if folder.name.replace("-", "").isdecimal()
+    ]
+    unsent = [folder for folder in folders if folder.relative_to(path).as_posix() not in catalog.folders]
     for folder in (*unsent, *(registry.folder("recent", number) for number in registry.recents())):
         registry.directory.remove_folder(folder)
     # All names are then compared with the store's again.

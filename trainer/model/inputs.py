@@ -107,19 +107,19 @@ def own_rows(table: str, *ids: str) -> tuple[Input, ...]:
     Raises:
         ProgramError: There are no such ids.
     """
-    if unknown := [one for one in ids if one not in IDS]:
+    if unknown := [name for name in ids if name not in IDS]:
         raise ProgramError(f"own_rows looks up {table!r} by {unknown[0]!r}", f"there are {', '.join(IDS)}")
     return tuple(
         Input(
-            own_input(table, one),
-            f"{IDS[one][:-1] if one in AVERAGED_IDS else IDS[one]}E",
-            f"rows of {one} in a table of the ranker's own",
+            own_input(table, name),
+            f"{IDS[name][:-1] if name in AVERAGED_IDS else IDS[name]}E",
+            f"rows of {name} in a table of the ranker's own",
             table,
-            one,
-            mean=one in AVERAGED_IDS,
-            training=one not in SERVED_IDS,
+            name,
+            mean=name in AVERAGED_IDS,
+            training=name not in SERVED_IDS,
         )
-        for one in ids
+        for name in ids
     )
 
 
@@ -132,7 +132,7 @@ def pick(*names: str) -> tuple[Input, ...]:
     Raises:
         ProgramError: There is no such input.
     """
-    known = {one.name: one for one in (*INPUTS, *SEQUENCES)}
+    known = {input_.name: input_ for input_ in (*INPUTS, *SEQUENCES)}
     if unknown := [name for name in names if name not in known]:
         raise ProgramError(f"pick names the input {unknown[0]!r}", f"there are {', '.join(known)}")
     return tuple(known[name] for name in names)
@@ -156,6 +156,6 @@ def sizes(settings: ModelSettings, spec: FeatureSpec) -> dict[str, int | None]:
 def specs(inputs: tuple[Input, ...], sizes: Mapping[str, int | None], tables: Mapping[str, int]) -> dict[str, Any]:
     """The `tf.TensorSpec` of each input by name; `tables` has the width of the rows of each table."""
     return {
-        one.name: tf.TensorSpec([tables[one.table] if letter == "E" else sizes[letter] for letter in one.shape], tf.float32, one.name)
-        for one in inputs
+        input_.name: tf.TensorSpec([tables[input_.table] if letter == "E" else sizes[letter] for letter in input_.shape], tf.float32, input_.name)
+        for input_ in inputs
     }  # fmt: skip

@@ -46,22 +46,22 @@ class HostSegments:
         """
         self._require(segment)
         store = self._opened()
-        found = store.page(segment, start, most + 1)
+        members = store.page(segment, start, most + 1)
         return SegmentPage(
             name=segment,
             expression=self._texts[segment],
             size=store.sizes().get(segment, 0),
-            members=[_member(user, membership) for user, membership in found[:most]],
-            next=f"{found[most][0]:016x}" if len(found) > most else None,
+            members=[_member(user, membership) for user, membership in members[:most]],
+            next=f"{members[most][0]:016x}" if len(members) > most else None,
         )
 
     def of_user(self, segment: str, user: str) -> UserSegment:
         """Returns whether the user with this raw id is in a segment; raises the errors of `page`."""
         self._require(segment)
-        (found,) = self._opened().memberships([(segment, user_id(self._salt, user))])
-        if found is None:
+        (membership,) = self._opened().memberships([(segment, user_id(self._salt, user))])
+        if membership is None:
             return UserSegment(segment, user, False, None, None, None)
-        return UserSegment(segment, user, True, iso(found.since_ms), found.since_ms, found.version)
+        return UserSegment(segment, user, True, iso(membership.since_ms), membership.since_ms, membership.version)
 
     def lookalikes(self, segment: str, most: int) -> SegmentLookalikes:
         """Returns at most `most` lookalikes of a segment's members.
@@ -72,24 +72,29 @@ class HostSegments:
             CorruptStore: The list is damaged.
         """
         self._require(segment)
-        store, found = self._opened(), lookalikes.read(self._lists, segment)
-        if found is None:
+        store, listed = self._opened(), lookalikes.read(self._lists, segment)
+        if listed is None:
             do = "try again later: they are computed each hour, once a user is in the segment"
             raise NotReady(
                 f"no lookalikes of {segment} are listed here",
                 do if self._listed else "set segments.lookalikes, and restart",
             )
-        joined = store.memberships([(segment, int(one.pseudonym, 16)) for one in found.lookalikes])
-        near = [one for one, membership in zip(found.lookalikes, joined, strict=True) if membership is None]
+        joined = store.memberships([(segment, int(lookalike.pseudonym, 16)) for lookalike in listed.lookalikes])
+        near = [
+            lookalike for lookalike, membership in zip(listed.lookalikes, joined, strict=True) if membership is None
+        ]
         return SegmentLookalikes(
             segment=segment,
-            version=found.version,
-            at=iso(found.at_ms),
-            at_ms=found.at_ms,
-            members=found.members,
-            users=found.users,
-            lookalikes=[Lookalike(one.pseudonym, one.similarity) for one in near[:most]],
-            precision=[ListPrecision(one.k, one.lookalikes, one.most_clicks, one.chance) for one in found.precision],
+            version=listed.version,
+            at=iso(listed.at_ms),
+            at_ms=listed.at_ms,
+            members=listed.members,
+            users=listed.users,
+            lookalikes=[Lookalike(lookalike.pseudonym, lookalike.similarity) for lookalike in near[:most]],
+            precision=[
+                ListPrecision(precision.k, precision.lookalikes, precision.most_clicks, precision.chance)
+                for precision in listed.precision
+            ],
         )
 
     def close(self) -> None:

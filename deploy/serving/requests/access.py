@@ -212,7 +212,7 @@ def tokens_in(path: Path) -> list[str]:
 def make_missing(folder: Path) -> list[Path]:
     """Creates the missing files, each with a new token, and returns them; safe for several processes at once."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    made = []
+    created = []
     for role in (READ, OPERATE):
         path = folder / role
         if path.exists():
@@ -227,9 +227,9 @@ def make_missing(folder: Path) -> list[Path]:
         try:
             # The link fails if another process was first; then its token is valid.
             os.link(temporary, path)
-            made.append(path)
+            created.append(path)
         except FileExistsError:
             pass
         finally:
             temporary.unlink()
-    return made
+    return created

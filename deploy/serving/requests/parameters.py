@@ -118,11 +118,11 @@ class ProfilesQuestion(_Given, frozen=True):
                 _id(question.item),
                 _id(question.category),
                 _texts(question.context),
-                _time_ms(question.at, f"/profiles/{place}/at"),
+                _time_ms(question.at, f"/profiles/{index}/at"),
                 fields,
                 self.top,
             )
-            for place, question in enumerate(self.profiles)
+            for index, question in enumerate(self.profiles)
         ]
 
 
