@@ -39,9 +39,9 @@ def require_python(version: Sequence[object]) -> None:
     >>> require_python((3, 11, 7))
     """
     if tuple(version[:2]) not in PYTHONS:
-        present, *wanted = (".".join(map(str, numbers[:2])) for numbers in (version, *PYTHONS))
+        own, *wanted = (".".join(map(str, numbers[:2])) for numbers in (version, *PYTHONS))
         do = f"install Python {' or '.join(wanted)} and run `make clean run`"
-        raise UnsupportedPython(f"Python {present} is not supported", do)
+        raise UnsupportedPython(f"Python {own} is not supported", do)
 
 
 def require_directory(directory: Path) -> None:

@@ -79,10 +79,8 @@ class HostSegments:
                 f"no lookalikes of {segment} are listed here",
                 do if self._listed else "set segments.lookalikes, and restart",
             )
-        joined = store.memberships([(segment, int(lookalike.pseudonym, 16)) for lookalike in listed.lookalikes])
-        near = [
-            lookalike for lookalike, membership in zip(listed.lookalikes, joined, strict=True) if membership is None
-        ]
+        joined = store.memberships([(segment, int(user.pseudonym, 16)) for user in listed.lookalikes])
+        near = [user for user, membership in zip(listed.lookalikes, joined, strict=True) if membership is None]
         return SegmentLookalikes(
             segment=segment,
             version=listed.version,
@@ -90,10 +88,9 @@ class HostSegments:
             at_ms=listed.at_ms,
             members=listed.members,
             users=listed.users,
-            lookalikes=[Lookalike(lookalike.pseudonym, lookalike.similarity) for lookalike in near[:most]],
+            lookalikes=[Lookalike(user.pseudonym, user.similarity) for user in near[:most]],
             precision=[
-                ListPrecision(precision.k, precision.lookalikes, precision.most_clicks, precision.chance)
-                for precision in listed.precision
+                ListPrecision(point.k, point.lookalikes, point.most_clicks, point.chance) for point in listed.precision
             ],
         )
 
