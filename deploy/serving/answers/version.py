@@ -389,7 +389,7 @@ class VersionLoader:
         self._features = {spec.digest: VersionFeatures(spec, crosses(spec))}
         self._loaded: LoadedVersion | None = None
         self._program: tuple[str, LoadedProgram] | None = None
-        self._others: OrderedDict[int, LoadedVersion] = OrderedDict()
+        self._by_serial: OrderedDict[int, LoadedVersion] = OrderedDict()
 
     @property
     def number(self) -> int | None:
@@ -434,14 +434,14 @@ class VersionLoader:
             raise BadRequest(f"version {version} is not here", f"ask for one of {named(reader)}", http_status=404)
         if (why := refused_versions(reader.note(REFUSED_NOTE)).get(version)) is not None:
             raise BadRequest(f"version {version} is refused: {why}", f"ask for one of {named(reader)}", http_status=404)
-        loaded = self._others.pop(served.serial, None)
+        loaded = self._by_serial.pop(served.serial, None)
         if loaded is None:
             features = self._features_of(served)
             program = LoadedProgram(read_program(self._programs, served.program))
             loaded = self._with_weights(reader, served, program, features, None)
-        self._others[served.serial] = loaded
-        while len(self._others) > OTHERS_LOADED:
-            self._others.popitem(last=False)
+        self._by_serial[served.serial] = loaded
+        while len(self._by_serial) > OTHERS_LOADED:
+            self._by_serial.popitem(last=False)
         return loaded
 
     def _features_of(self, served: Served) -> VersionFeatures:
