@@ -79,17 +79,6 @@ def test_the_client_is_a_distribution_of_its_own_that_needs_httpx_and_msgspec_al
     assert about["Requires-Python"] == "<3.14,>=3.10"
 
 
-def test_the_images_tag_is_the_version_of_the_release_wherever_it_is_written() -> None:
-    texts = [
-        path.read_text()
-        for folder in ("deploy", "docs")
-        for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".yaml", ".md") or path.name == "Dockerfile"
-    ]
-    tags = [found for text in texts for found in re.findall(r'\bspringtide:(\d[\d.]+\d)|newTag: "([\d.]+)"', text)]
-    assert len(tags) > 8 and {one or other for one, other in tags} == {__version__}
-
-
 @pytest.mark.nightly
 @pytest.mark.parametrize("python", ["python3.10", "python3.11", "python3.12", "python3.13"])
 def test_the_client_runs_with_each_python_that_it_supports(

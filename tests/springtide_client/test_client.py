@@ -167,7 +167,7 @@ def test_an_answer_is_explained(app: App, calls: Calls) -> None:
     theirs = ask(app, "GET", "/v1/profiles/ann/explain?label=hats&top=1").json()
     assert found.label == "hats" and len(found.reasons) == 1 and found.reasons[0].words == theirs["reasons"][0]["words"]
     assert abs(found.probability - found.cold_start_probability - found.reasons[0].share - found.rest) < 1e-3
-    with pytest.raises(Refused, match="one category or of one item"):
+    with pytest.raises(Refused, match="one category or one item"):
         calls.explain("ann")
 
 
