@@ -112,6 +112,14 @@ def test_commands_name_the_program_where_make_installs_it() -> None:
     assert bare == []
 
 
+def test_the_changes_of_a_release_fit_two_pages() -> None:
+    (changes,) = re.findall(
+        rf"^## {re.escape(__version__)} .*?(?=^## )", (ROOT / "CHANGELOG.md").read_text(), re.M | re.S
+    )
+    lines = changes.splitlines()
+    assert len(lines) <= 100 and [line for line in lines if len(line) > 160] == []
+
+
 def test_an_image_is_named_with_the_version_of_the_release() -> None:
     files = [*DOCUMENTS, *(ROOT / "deploy" / "container").glob("Dockerfile*"), *(ROOT / "deploy").rglob("*.yaml")]
     named = [
