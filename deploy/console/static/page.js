@@ -40,6 +40,7 @@ async function lookAtState() {
   experiments.show(state.experiments);
   segments.show(state.segments);
   hosts.show(state.hosts);
+  hosts.showSnapshots(state.snapshots);
 }
 
 async function lookAtLists() {
