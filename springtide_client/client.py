@@ -223,23 +223,23 @@ class AsyncClient:
         named = [User(user) if isinstance(user, str) else user for user in users]
         more = {"fields": list(fields) or None, "top": top}
 
-        async def part(places: Sequence[int]) -> list[Profile]:
-            asked = [_without_none(named[place]._asdict()) for place in places]
-            body, ids = _without_none({"profiles": asked, **more}), [named[place].user_id for place in places]
+        async def part(indices: Sequence[int]) -> list[Profile]:
+            queries = [_without_none(named[index]._asdict()) for index in indices]
+            body, ids = _without_none({"profiles": queries, **more}), [named[index].user_id for index in indices]
             return (await self._ask("POST", "/v1/profiles:batch", Profiles, ids, json=body)).profiles
 
         if self._routes is None or not named:
             return await part(range(len(named)))
         groups: dict[tuple[str, ...], list[int]] = {}
-        for place, user in enumerate(named):
-            groups.setdefault(self._routes.holders_of(user.user_id), []).append(place)
+        for index, user in enumerate(named):
+            groups.setdefault(self._routes.holders_of(user.user_id), []).append(index)
         parts = await asyncio.gather(*map(part, groups.values()))
         by_place = {
-            place: profile
+            index: profile
             for places, profiles in zip(groups.values(), parts, strict=True)
-            for place, profile in zip(places, profiles, strict=True)
+            for index, profile in zip(places, profiles, strict=True)
         }
-        return [by_place[place] for place in range(len(named))]
+        return [by_place[index] for index in range(len(named))]
 
     async def rank(
         self,
@@ -521,12 +521,12 @@ def _decoded(response: httpx.Response, kind: type[T], statuses: Sequence[int] = 
             return msgspec.json.decode(response.content, type=kind)
         failure = msgspec.json.decode(response.content, type=Failure)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        asked = f"{response.request.method} {_shape(response.request.url.raw_path.decode())}"
-        what = f"{response.url.host} answers {status} to {asked} in another form ({error})"
+        request = f"{response.request.method} {_shape(response.request.url.raw_path.decode())}"
+        problem = f"{response.url.host} answers {status} to {request} in another form ({error})"
         do = "check the address, and the proxies between client and worker"
         if refusal is Refused:
-            raise UnexpectedAnswer(what, do) from None
-        raise refusal(status, what, do, retry_after_s=pause_s) from None
+            raise UnexpectedAnswer(problem, do) from None
+        raise refusal(status, problem, do, retry_after_s=pause_s) from None
     raise refusal(status, failure.error, failure.do, failure.where, pause_s)
 
 

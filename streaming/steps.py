@@ -67,11 +67,11 @@ class Handle(Generic[Context]):
     @contextmanager
     def watched(self) -> Iterator[Context]:
         """Yields the context, and records the first exception that leaves the block."""
-        here = _open[self._number]
+        opened = _open[self._number]
         try:
-            yield here.context
+            yield opened.context
         except Exception as error:
-            here.failure = here.failure or error
+            opened.failure = opened.failure or error
             raise
 
     @contextmanager
@@ -258,11 +258,11 @@ class Lag:
         """Number of positions read and not committed; removes the committed ones."""
         waiting = 0
         for source, read in self._read.items():
-            done = committed.get(source, self._begun[source])
-            last = read[-1][0] if read else done
-            while read and read[0][0] <= done:
+            next_offset = committed.get(source, self._begun[source])
+            last = read[-1][0] if read else next_offset
+            while read and read[0][0] <= next_offset:
                 self._newest_ms = max(self._newest_ms, read.popleft()[1])
-            waiting += max(0, last - done)
+            waiting += max(0, last - next_offset)
         return waiting
 
     def seconds(self, now_s: float) -> float:

@@ -92,13 +92,13 @@ class Group:
         sent = np.zeros(length, np.float32)
         sent[: values.size] = values
         with _reported():
-            found = tf.raw_ops.CollectiveGatherV2(
+            received = tf.raw_ops.CollectiveGatherV2(
                 input=tf.constant(sent),
                 **self._collective(2, length, timeout_s),
                 ordering_token=[],
             ).numpy()
         self.exchanged_s = time.monotonic()
-        gathered: F32 = found.reshape(self.size, length)[:, : values.size]
+        gathered: F32 = received.reshape(self.size, length)[:, : values.size]
         return gathered
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
@@ -106,7 +106,7 @@ class Group:
         frames = [_frame(part) for part in self.gather(_framed(data, GATHERED).view(np.float32))]
         longest = max(length for length, _ in frames)
         if longest <= 4 * (GATHERED - 1):
-            return [found for _, found in frames]
+            return [content for _, content in frames]
         rest = _padded_bytes(data, longest).view(np.float32)
         return [part.tobytes()[:length] for part, (length, _) in zip(self.gather(rest), frames, strict=True)]
 
@@ -142,10 +142,10 @@ class Group:
 
     def _received(self, length: int) -> I32:
         with _reported():
-            found: I32 = tf.raw_ops.CollectiveBcastRecvV2(
+            received: I32 = tf.raw_ops.CollectiveBcastRecvV2(
                 shape=[length], T=tf.int32, **self._collective(1, length, 0.0)
             ).numpy()
-        return found
+        return received
 
     def _collective(self, kind: int, length: int, timeout_s: float) -> dict[str, Any]:
         return {

@@ -53,13 +53,13 @@ def merged_jar(say: Callable[[str], None], directory: Path | None = None, lock: 
     path, digest = directory / f"{name}.jar", directory / f"{name}.sha256"
     if path.is_file() and digest.is_file() and digest.read_text() == _digest(path):
         return path
-    found = flink(lock).jars(say=say)
-    say(f"merging {len(found)} jars into {path}, once")
+    jars = flink(lock).jars(say=say)
+    say(f"merging {len(jars)} jars into {path}, once")
     temporary = directory / f"{name}.{os.getpid()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         try:
-            merge(found, temporary)
+            merge(jars, temporary)
             written = _digest(temporary)
             temporary.replace(path)
         finally:

@@ -192,16 +192,16 @@ def _recorded_times(recording: Recording, events: Events, latest_ms: int) -> Rec
     return times
 
 
-def _slices(whole: EncodedRows, rows: I64, done: int) -> Iterator[EncodedRows]:
-    for first in range(done, len(whole), SLICE_ROWS):
-        yield whole.take(rows[first : first + SLICE_ROWS])
+def _slices(encoded: EncodedRows, rows: I64, skipped: int) -> Iterator[EncodedRows]:
+    for first in range(skipped, len(encoded), SLICE_ROWS):
+        yield encoded.take(rows[first : first + SLICE_ROWS])
 
 
-def _behind(chunks: Iterator[EncodedRows], done: int) -> Iterator[EncodedRows]:
+def _behind(chunks: Iterator[EncodedRows], skipped: int) -> Iterator[EncodedRows]:
     for encoded in chunks:
-        if done < len(encoded):
-            yield encoded.cut(done, len(encoded))
-        done = max(0, done - len(encoded))
+        if skipped < len(encoded):
+            yield encoded.cut(skipped, len(encoded))
+        skipped = max(0, skipped - len(encoded))
 
 
 class Judge:
@@ -242,8 +242,8 @@ def _refuse_all_dead(refused: Mapping[int, str], count: int, oldest_s: float = 0
     ((most, _),) = reasons.most_common(1)
     if most.endswith(TOO_OLD):
         do = (
-            f"they lie up to {oldest_s:,.0f} s before the newest row: raise {TOO_OLD}, here and for the stream, "
-            "leave them out, or say --keep-time"
+            f"they are up to {oldest_s:,.0f} s older than the newest row: raise {TOO_OLD}, here and for the stream, "
+            "leave them out, or use --keep-time"
         )
     elif most.endswith(TOO_NEW):
         do = "their times are later than this machine's clock: check both, and events.time_unit"
@@ -294,10 +294,10 @@ class _Walk:
         self.stray = ""
         if options.sort == "memory":
             refuse_beyond_memory(recording, psutil.virtual_memory().available)
-            whole = joined(list(recording.encoded(self._encoder, events)))
-            self.total, self.chunks = len(whole), _slices(whole, order(whole.at_ms), position.acknowledged)
+            encoded = joined(list(recording.encoded(self._encoder, events)))
+            self.total, self.chunks = len(encoded), _slices(encoded, order(encoded.at_ms), position.acknowledged)
             if find_newest:
-                times.add(whole.at_ms, whole.file, whole.line)
+                times.add(encoded.at_ms, encoded.file, encoded.line)
         else:
             self.chunks = _behind(recording.encoded(self._encoder, events), position.acknowledged)
             if find_newest:
@@ -447,7 +447,7 @@ class Replay:
         left = missing(piece, self._destination.arrived_since(position.ends))
         if len(left):
             self._destination.send(left)
-        self._progress.say(f"the last run ended in the middle of {count:,} rows: {len(left):,} of them had not arrived")
+        self._progress.say(f"the last run ended in the middle of {count:,} rows: {len(left):,} had not arrived")
         self._position = position.after(stamped.hand(count - 1), position.ends)
         return chunk.cut(count, len(chunk))
 
@@ -574,13 +574,13 @@ def check(recording: Recording, events: Events, latest_ms: int) -> None:
             next(rows, None)
     judge, encoder = Judge(events), Encoder(events, recording.constants or {}, latest_ms)
     refused: dict[int, str] = {}
-    seen = 0
+    read_rows = 0
     with closing(recording.encoded(encoder, events, CHUNK_ROWS)) as chunks:
         for encoded in chunks:
             stamps = np.full(len(encoded), NO_TIMESTAMP, np.int64)
-            found = judge.judge(Piece(encoded.keys, encoder.values(encoded, encoded.at_ms), stamps))
-            refused |= {seen + row: reason for row, reason in found.items()}
-            seen += len(encoded)
-            if len(refused) < seen or seen >= MOST_ROWS:
+            refusals = judge.judge(Piece(encoded.keys, encoder.values(encoded, encoded.at_ms), stamps))
+            refused |= {read_rows + row: reason for row, reason in refusals.items()}
+            read_rows += len(encoded)
+            if len(refused) < read_rows or read_rows >= MOST_ROWS:
                 break
-    _refuse_all_dead(refused, seen)
+    _refuse_all_dead(refused, read_rows)

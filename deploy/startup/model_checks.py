@@ -79,18 +79,20 @@ def run(module: str, settings: Settings, *words: str) -> str:
         ProgramError: The check ended with another nonzero status; the message is the check's.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SPRINGTIDE_")}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", module, *words],
         env=for_children(environment | settings.environment()),
         capture_output=True,
         text=True,
         check=False,
     )
-    if done.returncode == 0:
-        return done.stdout.strip()
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    message = lines[-1].removeprefix("springtide: ") if lines else f"{module} ended with {done.returncode} in silence"
-    raise (SettingsError if done.returncode == WRONG_USE else ProgramError)(message)
+    if process.returncode == 0:
+        return process.stdout.strip()
+    lines = [line.strip() for line in process.stderr.splitlines() if line.strip()]
+    message = (
+        lines[-1].removeprefix("springtide: ") if lines else f"{module} ended with {process.returncode} in silence"
+    )
+    raise (SettingsError if process.returncode == WRONG_USE else ProgramError)(message)
 
 
 def take_upgrade(words: Sequence[str]) -> tuple[str | None, list[str]]:

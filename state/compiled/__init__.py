@@ -185,12 +185,12 @@ class _CacheFile(IndexDataCacheFile):
 
     def load(self, key: Any) -> Any:
         """The machine code for the types and processor of `key`; None if there is none."""
-        found = super().load(key)
-        if found is None:
+        code = super().load(key)
+        if code is None:
             # Another user's files may be unreadable.
             with suppress(OSError):
-                found = self._installed.load(key)
-        return found
+                code = self._installed.load(key)
+        return code
 
 
 def _size_of(function: FunctionType) -> int:
@@ -278,18 +278,18 @@ def _types_of(signature: str, names: dict[str, Any]) -> tuple[Any, ...]:
     >>> _types_of("i8[:, ::1], const(u8[::1]), bool", {})
     (Array(int64, 2, 'C', False, aligned=True), Array(uint64, 1, 'C', True, aligned=True), bool)
     """
-    found = eval(f"({signature},)", {**names, **_TYPE_NAMES, "__builtins__": {}})
-    return tuple(_type_of(one) for one in found)
+    types = eval(f"({signature},)", {**names, **_TYPE_NAMES, "__builtins__": {}})
+    return tuple(_type_of(type_) for type_ in types)
 
 
-def _type_of(found: Any) -> Any:
+def _type_of(type_: Any) -> Any:
     """Numba's type of a named tuple's class or of a tuple of types; returns other values unchanged."""
-    if isinstance(found, tuple):
-        return numba.types.BaseTuple.from_types([_type_of(one) for one in found])
-    if not isinstance(found, type):
-        return found
-    names = vars(sys.modules[found.__module__])
-    return numba.types.BaseTuple.from_types(_types_of(_LAYOUTS[found], names), found)
+    if isinstance(type_, tuple):
+        return numba.types.BaseTuple.from_types([_type_of(member) for member in type_])
+    if not isinstance(type_, type):
+        return type_
+    names = vars(sys.modules[type_.__module__])
+    return numba.types.BaseTuple.from_types(_types_of(_LAYOUTS[type_], names), type_)
 
 
 def _stamp_of(kernel: Callable[..., object]) -> str:

@@ -194,7 +194,7 @@ class BulkWriter:
         (topic,) = self._admin.describe_topics([self.topic])
         if topic["error_code"]:
             raise UnknownTopic(f"topic {self.topic} does not exist", "create it")
-        return {each["partition_index"]: each["leader_id"] for each in topic["partitions"]}
+        return {partition["partition_index"]: partition["leader_id"] for partition in topic["partitions"]}
 
     async def _send(self, batches: dict[int, bytes]) -> dict[int, tuple[int, int]]:
         """Partition -> the error code (0: acknowledged) and the offset of the first record."""
@@ -213,7 +213,7 @@ class BulkWriter:
                             name=self.topic,
                             partition_data=[
                                 topic_data.PartitionProduceData(index=partition, records=batch)
-                                for partition, batch in mine.items()
+                                for partition, batch in batches_of_leader.items()
                             ],
                         )
                     ],
@@ -222,7 +222,7 @@ class BulkWriter:
                 ),
                 node_id=leader,
             )
-            for leader, mine in by_leader.items()
+            for leader, batches_of_leader in by_leader.items()
         ]
         answers = {}
         for answer in sent:

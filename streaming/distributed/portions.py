@@ -99,12 +99,12 @@ def divide(events: EventBatch, clock: BatchClock, buckets: int) -> list[tuple[Ev
 
     Dead letters go to the first bucket, without keys and values.
     """
-    mine, parts = share_of(events.user) % buckets, len(events.ranges)
-    order = np.argsort(mine, kind="stable")
-    ends = np.cumsum(np.bincount(mine, minlength=buckets)).tolist()
-    rows = np.bincount(mine * parts + events.source, minlength=buckets * parts).reshape(buckets, parts).tolist()
+    bucket_of, parts = share_of(events.user) % buckets, len(events.ranges)
+    order = np.argsort(bucket_of, kind="stable")
+    ends = np.cumsum(np.bincount(bucket_of, minlength=buckets)).tolist()
+    rows = np.bincount(bucket_of * parts + events.source, minlength=buckets * parts).reshape(buckets, parts).tolist()
     categories, items = dict(events.names), dict(events.item_names)
-    found = []
+    divided = []
     for bucket, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
         keep = order[start:end]
         columns = {name: column[keep] for name in COLUMNS if len(column := getattr(events, name)) == len(events)}
@@ -120,11 +120,13 @@ def divide(events: EventBatch, clock: BatchClock, buckets: int) -> list[tuple[Ev
             item_names=_named(items, columns["item"]),
         )
         moves = _moves_at_turns(clock.moves, events.ranges, bucket, buckets)
-        found.append((batch, BatchClock(clock.clock_ms[keep], moves, clock.believed, {}, () if bucket else clock.off)))
+        divided.append(
+            (batch, BatchClock(clock.clock_ms[keep], moves, clock.believed, {}, () if bucket else clock.off))
+        )
     # Names without an event go to the first bucket.
-    first, first_clock = found[0]
-    found[0] = replace(first, names=first.names | categories, item_names=first.item_names | items), first_clock
-    return found
+    first, first_clock = divided[0]
+    divided[0] = replace(first, names=first.names | categories, item_names=first.item_names | items), first_clock
+    return divided
 
 
 def _of_bucket(part: Range, bucket: int, buckets: int, rows: int) -> Range:

@@ -153,8 +153,8 @@ class Adam:
         """A host copy of the state by name: `<weight>.m`, `<weight>.v`, `powers` of both betas, and `moving.<slot>`."""
         held = {f"{name}.m": slot for name, slot in self._first.items()}
         held |= {f"{name}.v": slot for name, slot in self._second.items()}
-        found = {name: np.array(slot.numpy()) for name, slot in (held | {"powers": self._powers}).items()}
-        return found | {f"moving.{name}": getattr(self.fast, name) for name in _SLOTS}
+        copies = {name: np.array(slot.numpy()) for name, slot in (held | {"powers": self._powers}).items()}
+        return copies | {f"moving.{name}": getattr(self.fast, name) for name in _SLOTS}
 
     def set_slots(self, slots: Mapping[str, F32]) -> None:
         """Restores the whole state.
@@ -219,8 +219,10 @@ class HostAdam:
 
     def slots(self) -> dict[str, F32]:
         """See `Adam`."""
-        found = {f"{name}.{kind}": view.copy() for kind, views in self._slots.items() for name, view in views.items()}
-        return found | {"powers": self._powers.copy()} | {f"moving.{name}": getattr(self.fast, name) for name in _SLOTS}
+        copies = {f"{name}.{kind}": view.copy() for kind, views in self._slots.items() for name, view in views.items()}
+        return (
+            copies | {"powers": self._powers.copy()} | {f"moving.{name}": getattr(self.fast, name) for name in _SLOTS}
+        )
 
     def set_slots(self, slots: Mapping[str, F32]) -> None:
         """See `Adam`."""
@@ -268,7 +270,7 @@ def step_sizes(names: Iterable[str], learning_rate: float, rates: Mapping[str, f
     >>> {name: float(size) for name, size in step_sizes(["a.b", "a.c", "d"], 1.0, {"a.": 2.0, "a.c": 4.0}).items()}
     {'a.b': 2.0, 'a.c': 4.0, 'd': 1.0}
     """
-    known = sorted((rates or {}).items(), key=lambda each: -len(each[0]))
+    known = sorted((rates or {}).items(), key=lambda entry: -len(entry[0]))
     factors = {name: next((factor for prefix, factor in known if name.startswith(prefix)), 1.0) for name in names}
     return {name: np.float32(learning_rate * factor) for name, factor in factors.items()}
 

@@ -77,8 +77,8 @@ def of_area(negatives: F64, positives: F64, worth: float) -> Interval | None:
     above = (count - np.cumsum(positives) + positives / 2) / count
     area = float((below * positives).sum() / count)
     variance = sum(
-        float((weights * (place - area) ** 2).sum() / total) / (total * worth - 1.0)
-        for place, weights, total in ((below, positives, count), (above, negatives, others))
+        float((weights * (placement - area) ** 2).sum() / total) / (total * worth - 1.0)
+        for placement, weights, total in ((below, positives, count), (above, negatives, others))
     )
     half = Z * math.sqrt(variance)
     return max(area - half, 0.0), min(area + half, 1.0)

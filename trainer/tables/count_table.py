@@ -76,6 +76,8 @@ class CountTable(IdTable):
         return counted
 
     def _resize(self, capacity: int, former: I32 | None = None) -> None:
-        kept = (*self._lists, self._signs) if former is None else (part[former] for part in (*self._lists, self._signs))
-        counts, ids, self._signs = (grown(part, capacity) for part in kept)
+        parts = (
+            (*self._lists, self._signs) if former is None else (part[former] for part in (*self._lists, self._signs))
+        )
+        counts, ids, self._signs = (grown(part, capacity) for part in parts)
         self._lists = Lists(counts, ids)

@@ -86,8 +86,8 @@ class Table(IdTable):
 
     def _resize(self, capacity: int, former: I32 | None = None) -> None:
         def resized(held: F32) -> F32:
-            kept = held if former is None else held[former]
-            return np.concatenate([kept, np.zeros((capacity - len(kept), self.dim), np.float32)])
+            values = held if former is None else held[former]
+            return np.concatenate([values, np.zeros((capacity - len(values), self.dim), np.float32)])
 
         self.rows, self.accum = resized(self.rows), resized(self.accum)
 
@@ -131,8 +131,8 @@ class DeviceTable(Table):
     def _resize(self, capacity: int, former: I32 | None = None) -> None:
         with tf.device(self.device):
             for variable in (self.rows, self.accum):
-                kept = variable.read_value() if former is None else tf.gather(variable, former)
-                variable.assign(tf.concat([kept, tf.zeros([capacity - len(kept), self.dim])], 0))
+                values = variable.read_value() if former is None else tf.gather(variable, former)
+                variable.assign(tf.concat([values, tf.zeros([capacity - len(values), self.dim])], 0))
 
 
 def table_of(device: str | None, *arguments: Any) -> Table:

@@ -83,8 +83,12 @@ class LoadedProgram:
         try:
             # A runner does not keep its interpreter alive.
             self._interpreters = {rows: Interpreter(model_content=data, num_threads=1) for rows in BATCHES}
-            self._loads = {rows: each.get_signature_runner("load") for rows, each in self._interpreters.items()}
-            runners = {rows: each.get_signature_runner("predict") for rows, each in self._interpreters.items()}
+            self._loads = {
+                rows: interpreter.get_signature_runner("load") for rows, interpreter in self._interpreters.items()
+            }
+            runners = {
+                rows: interpreter.get_signature_runner("predict") for rows, interpreter in self._interpreters.items()
+            }
         except (ValueError, RuntimeError) as error:
             raise ProgramError(
                 f"a program of {len(data)} bytes cannot be run ({error})",
@@ -96,11 +100,12 @@ class LoadedProgram:
         self._names = {RENAMED.get(name, name): name for name in inputs}
         self._outputs = {name: RENAMED.get(name, name) for name in outputs}
         self.shapes = {
-            name: tuple(int(size) for size in inputs[theirs]["shape_signature"]) for name, theirs in self._names.items()
+            name: tuple(int(size) for size in inputs[name_in_program]["shape_signature"])
+            for name, name_in_program in self._names.items()
         }
         self.outputs = {
-            name: tuple(int(size) for size in outputs[theirs]["shape_signature"])
-            for theirs, name in self._outputs.items()
+            name: tuple(int(size) for size in outputs[name_in_program]["shape_signature"])
+            for name_in_program, name in self._outputs.items()
         }
         with _quiet():
             self._predicts = {rows: self._fixed(runner, rows) for rows, runner in runners.items()}
@@ -143,10 +148,10 @@ class LoadedProgram:
         return _FixedBatch(runner, self._names, self._outputs, shapes)
 
     def _add_pairs(self) -> None:
-        made = self._interpreters[PAIRS] = Interpreter(model_content=self._data, num_threads=1)
-        self._loads[PAIRS] = made.get_signature_runner("load")
+        interpreter = self._interpreters[PAIRS] = Interpreter(model_content=self._data, num_threads=1)
+        self._loads[PAIRS] = interpreter.get_signature_runner("load")
         self._stale.add(PAIRS)
-        self._predicts[PAIRS] = self._fixed(made.get_signature_runner("predict"), PAIRS)
+        self._predicts[PAIRS] = self._fixed(interpreter.get_signature_runner("predict"), PAIRS)
 
 
 @contextmanager

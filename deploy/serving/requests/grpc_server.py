@@ -116,7 +116,7 @@ def handler_of(service: Service, counts: RequestCounts, tokens: Tokens | None = 
             except Exception:  # noqa: BLE001 - the edge of the process: logged and counted, others are answered
                 code = grpc.StatusCode.INTERNAL
                 _log.exception("a request for %s failed", route)
-                await _refuse(context, code, "the worker failed; its log says why")
+                await _refuse(context, code, "the worker failed; its log has the cause")
             finally:
                 counts.count(route, code.name, began_s)
 

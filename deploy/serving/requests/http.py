@@ -215,9 +215,9 @@ def parameters(query_string: bytes, kind: type[Parameters]) -> Parameters:
     try:
         return msgspec.convert(given, kind, strict=False)
     except msgspec.ValidationError as error:
-        what, where = what_and_where(error)
+        problem, where = what_and_where(error)
         name = where.strip("/").replace("/", ".")
-        raise BadRequest(f"parameter {name}: {what}", "correct the parameter", name) from None
+        raise BadRequest(f"parameter {name}: {problem}", "correct the parameter", name) from None
 
 
 def _unknown_parameter(name: str, known: Iterable[str]) -> BadRequest:
@@ -267,8 +267,8 @@ def document(body: bytes, kinds: Sequence[type[msgspec.Struct]], example: str) -
             kind = next((kind for kind in kinds if _required(kind) <= names), kind)
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        what, where = what_and_where(error)
-        raise BadRequest(f"{where or 'the body'}: {what}", f"send {example}", where) from None
+        problem, where = what_and_where(error)
+        raise BadRequest(f"{where or 'the body'}: {problem}", f"send {example}", where) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"the body is no JSON: {str(error)[:_SHOWN]}", f"send {example}") from None
 
@@ -284,10 +284,12 @@ def what_and_where(error: msgspec.ValidationError) -> tuple[str, str]:
     ('expected `str`, got `int`', '/profiles/3/context/*')
     """
     message = str(error)
-    place = _PLACE.search(message)
-    steps = _STEP.findall(place[1]) if place else []
-    what = (message[: place.start()] if place else message)[:_SHOWN]
-    return what[:1].lower() + what[1:], "".join(f"/{(name or index).replace('...', '*')}" for name, index in steps)
+    match = _PLACE.search(message)
+    steps = _STEP.findall(match[1]) if match else []
+    problem = (message[: match.start()] if match else message)[:_SHOWN]
+    return problem[:1].lower() + problem[1:], "".join(
+        f"/{(name or index).replace('...', '*')}" for name, index in steps
+    )
 
 
 def is_dict(kind: Any) -> bool:

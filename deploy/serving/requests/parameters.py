@@ -25,7 +25,7 @@ _SHOWN = 100
 Id = str | int
 """An id; a number means its decimal digits."""
 
-_AT = "The time to answer for: milliseconds since 1970, or ISO 8601 (UTC unless it says otherwise); by default now."
+_AT = "The time to answer for: milliseconds since 1970, or ISO 8601 (UTC unless it has an offset); by default now."
 _CONTEXT = "Values of the fields of `events.context`."
 _ITEM = "An item; the answer then has the probability that the user engages with it."
 _CATEGORY = "The item's category; by default the one that it was last seen in."
@@ -118,11 +118,11 @@ class ProfilesQuestion(_Given, frozen=True):
                 _id(question.item),
                 _id(question.category),
                 _texts(question.context),
-                _time_ms(question.at, f"/profiles/{place}/at"),
+                _time_ms(question.at, f"/profiles/{index}/at"),
                 fields,
                 self.top,
             )
-            for place, question in enumerate(self.profiles)
+            for index, question in enumerate(self.profiles)
         ]
 
 

@@ -83,8 +83,8 @@ def transpose(given: F32, first: int, end: int, part: int, parts: int, out: F32)
     for begin in range(part * _TILE, given.shape[0], parts * _TILE):
         rows, columns = min(begin + _TILE, given.shape[0]), end - (end - first) % 4
         # Moves sixteen numbers at a time in registers, in a third of the time that single moves take.
-        whole = rows - (rows - begin) % 4
-        for b in range(begin, whole, 4):
+        whole_rows = rows - (rows - begin) % 4
+        for b in range(begin, whole_rows, 4):
             for d in range(first, columns, 4):
                 a0, a1, a2, a3 = given[b, d], given[b, d + 1], given[b, d + 2], given[b, d + 3]
                 b0, b1, b2, b3 = given[b + 1, d], given[b + 1, d + 1], given[b + 1, d + 2], given[b + 1, d + 3]
@@ -96,7 +96,7 @@ def transpose(given: F32, first: int, end: int, part: int, parts: int, out: F32)
                 out[at + 2, b], out[at + 2, b + 1], out[at + 2, b + 2], out[at + 2, b + 3] = a2, b2, c2, d2
                 out[at + 3, b], out[at + 3, b + 1], out[at + 3, b + 2], out[at + 3, b + 3] = a3, b3, c3, d3
         for b in range(begin, rows):
-            for d in range(first if b >= whole else columns, end):
+            for d in range(first if b >= whole_rows else columns, end):
                 out[d - first, b] = given[b, d]
 
 
@@ -257,7 +257,7 @@ class Tower:
             `[B, k dim]` float32 by the embedding rows in x, `[P, 2 dim + 1]` by `popular_rows`, and the works in turn.
         """
         count, width = passed.x.shape
-        slopes = tuple(self._buffer(f"slope_{i}", count, one.shape[1]) for i, one in enumerate(passed.learned))
+        slopes = tuple(self._buffer(f"slope_{i}", count, layer.shape[1]) for i, layer in enumerate(passed.learned))
         of_rows = self._kernels[0][len(self._kernels[0]) - 3 * self._dim : width]
         by_rows, by_popular_rows = self._buffer("by_rows", count, len(of_rows)), np.empty_like(passed.popular_rows)
         gradients, threads = self._gradients, self._threads.count
@@ -269,7 +269,7 @@ class Tower:
         shapes = tuple((given.shape[1], slope.shape[1]) for given, slope in zip(inputs, outputs, strict=True))
         order = _blocks(count, shapes)
         weights = (of_rows, *self._kernels[1:], self._query)
-        backward = tuple(self._buffer(f"transposed_{i}", *one.T.shape) for i, one in enumerate(weights))
+        backward = tuple(self._buffer(f"transposed_{i}", *weight.T.shape) for i, weight in enumerate(weights))
 
         sums = [
             *zip(slopes, biases, strict=False),
