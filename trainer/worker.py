@@ -30,7 +30,7 @@ from prometheus_client import CollectorRegistry
 from state.compiled.preparing import Kernels
 from state.config.loading import load
 from state.config.settings import Settings
-from state.errors import SettingsError
+from state.errors import SettingsError, WorkerLost
 from state.features.spec import FeatureSpec
 from state.log import KERNELS as LOG_KERNELS
 from state.metrics import build, serve
@@ -66,14 +66,14 @@ def restore_handlers() -> None:
         signal.signal(number, signal.getsignal(number))
 
 
-def require_same(group: Group, settings: Settings) -> None:
-    """Requires that all workers have the leader's settings, release and type of processor.
+def begin(group: Group, settings: Settings) -> None:
+    """Waits until all workers call this, and requires that they have the leader's settings, release and type of processor.
 
     The rows that every worker holds would otherwise not stay equal.
 
     Raises:
-        SettingsError: A worker differs.
-        WorkerLost: A worker ended or does not answer.
+        SettingsError: This worker differs from the leader.
+        WorkerLost: Another worker differs, ended or does not answer.
     """
     from trainer import device
     from trainer.versions import checkpoint
@@ -81,24 +81,23 @@ def require_same(group: Group, settings: Settings) -> None:
     place = device.prepare(settings.trainer.device, settings.trainer.threads)
     own = checkpoint.environment(settings, place, settings.trainer.engine)
     own |= {"release": build()["version"], "feature spec": FeatureSpec.from_settings(settings).digest}
-    if differs := difference([json.loads(part) for part in group.gather_bytes(json.dumps(own).encode())]):
-        raise SettingsError(differs, "give all workers of the trainer the same settings, release and type of processor")
+    group.wait()
+    for index, differs in differences([json.loads(part) for part in group.gather_bytes(json.dumps(own).encode())]):
+        kind = SettingsError if index == group.index else WorkerLost
+        raise kind(differs, "give all workers of the trainer the same settings, release and type of processor")
 
 
-def difference(environments: Sequence[Mapping[str, str]]) -> str:
-    """The first difference between the leader, which is the first, and another worker; empty if there is none.
+def differences(environments: Sequence[Mapping[str, str]]) -> Iterator[tuple[int, str]]:
+    """Each worker that differs from the leader, which is the first, and its first difference.
 
-    >>> difference([{"model.dim": "16", "release": "1"}, {"model.dim": "8", "release": "1"}])
-    "worker 1 has model.dim '8', and the leader '16'"
-    >>> difference([{"release": "1"}, {"release": "1"}])
-    ''
+    >>> [*differences([{"model.dim": "16", "release": "1"}, {"model.dim": "8", "release": "1"}])]
+    [(1, "worker 1 has model.dim '8', and the leader '16'")]
     """
-    leaders, *others = environments
-    for worker, own in enumerate(others, 1):
-        for name in sorted({*leaders, *own}):
-            if leaders.get(name) != own.get(name):
-                return f"worker {worker} has {name} {own.get(name)!r}, and the leader {leaders.get(name)!r}"
-    return ""
+    leaders = environments[0]
+    for index, own in enumerate(environments):
+        differing = sorted(name for name in {*leaders, *own} if leaders.get(name) != own.get(name))
+        for name in differing[:1]:
+            yield index, f"worker {index} has {name} {own.get(name)!r}, and the leader {leaders.get(name)!r}"
 
 
 def local_addresses(count: int) -> list[str]:
@@ -176,8 +175,7 @@ def run(settings: Settings, addresses: Sequence[str], index: int, metrics_port: 
     restore_handlers()
     logger.info("joined as worker %d of %d", index, group.size)
     # 2.
-    group.wait()
-    require_same(group, settings)
+    begin(group, settings)
     registry, spec = Registry(settings.registry_dir), FeatureSpec.from_settings(settings)
     name = registry.specs.bootstrapped(spec.digest, settings.model) or spec.digest
     lighter = replace(
