@@ -155,17 +155,17 @@ def send(
             progress.name(f"{files.recording.files[number].path}:{int(rows.lines[row])}", reason)
         outcome.refused += reasons
         outcome.valued += encoded.valued
-        left = encoded.records
-        while left:
+        unsent = encoded.records
+        while unsent:
             if stopped.is_set():
                 return outcome
-            count = rows_within([len(key) + len(value) for key, value in left])
-            keys, values = zip(*left[:count], strict=True)
+            count = rows_within([len(key) + len(value) for key, value in unsent])
+            keys, values = zip(*unsent[:count], strict=True)
             deliver(Piece(keys, values, np.full(count, wall_ms(), np.int64)))
-            left = left[count:]
+            unsent = unsent[count:]
             outcome.sent += count
-            seen = outcome.sent + outcome.refused.total()
-            progress.show(seen, seen, None, outcome.refused.total())
+            rows_read = outcome.sent + outcome.refused.total()
+            progress.show(rows_read, rows_read, None, outcome.refused.total())
     outcome.complete = True
     return outcome
 
@@ -187,10 +187,10 @@ def summary(files: AttributeFiles, outcome: SentAttributes, took_s: float) -> st
 
     A name without a value in any record may be misspelled; JSON lines have no header to check.
     """
-    seen = outcome.sent + outcome.refused.total()
+    rows_read = outcome.sent + outcome.refused.total()
     parts = [
         f"sent {outcome.sent:,} records of {BY_SIDE[files.side]} to {files.topic} in {took_s:.1f} s "
-        f"({seen / took_s:,.0f} rows/s), {shown_reasons(outcome.refused, REFUSED)}",
+        f"({rows_read / took_s:,.0f} rows/s), {shown_reasons(outcome.refused, REFUSED)}",
     ]
     parts += [
         f"no record has a value for {attribute.name}: is the field {attribute.path!r} spelled so?"

@@ -226,10 +226,10 @@ class RefusingParser(argparse.ArgumentParser):
         """
         if (unknown := _UNKNOWN.fullmatch(message)) is None:
             raise SettingsError(message, f"see `{self.prog} --help`")
-        word, choices = unknown.groups()
-        near = difflib.get_close_matches(word, re.findall(r"'([^']*)'", choices), 1)
+        choice, choices = unknown.groups()
+        near = difflib.get_close_matches(choice, re.findall(r"'([^']*)'", choices), 1)
         do = f"did you mean `{near[0]}`? `{self.prog} --help` lists all" if near else f"`{self.prog} --help` lists all"
-        raise SettingsError(f"{word!r} is unknown", do)
+        raise SettingsError(f"{choice!r} is unknown", do)
 
 
 class _Version(argparse.Action):

@@ -161,7 +161,7 @@ def held_update(settings: Settings) -> dict[str, Any] | None:
     return None if control is None or control.held is None else held_document(control.held)
 
 
-def held_document(update: HeldUpdate) -> dict[str, Any]:
+def held_document(held: HeldUpdate) -> dict[str, Any]:
     """Describes a held update, with the commands to type: roll back without the suspect clicks, or release.
 
     >>> from state.registry.control import SuspectClicks
@@ -169,25 +169,23 @@ def held_document(update: HeldUpdate) -> dict[str, Any]:
     >>> print("; ".join(held_document(held)["commands"]))
     springtide rollback --to 7 --skip 2:5-79 --follow-when-caught-up --reason 'guard: user'; springtide release --reason TEXT
     """
-    words = ["springtide", "rollback", *(("--to", str(update.version)) if update.version else ("--before-mask",))]
-    for clicks in update.clicks:
+    words = ["springtide", "rollback", *(("--to", str(held.version)) if held.version else ("--before-mask",))]
+    for clicks in held.clicks:
         words += ["--skip", f"{clicks.partition}:{clicks.first}-{clicks.next - 1}"]
-    roll_back = shlex.join([*words, "--follow-when-caught-up", "--reason", f"guard: {update.rule}"])
+    roll_back = shlex.join([*words, "--follow-when-caught-up", "--reason", f"guard: {held.rule}"])
     commands = [roll_back, "springtide release --reason TEXT"]
-    return {**dataclasses.asdict(update), "words": update.in_words(), "commands": commands}
+    return {**dataclasses.asdict(held), "words": held.in_words(), "commands": commands}
 
 
-def held_text(update: Mapping[str, Any]) -> Text:
+def held_text(held: Mapping[str, Any]) -> Text:
     """Formats a held update."""
-    roll_back, release = update["commands"]
+    roll_back, release = held["commands"]
     serving = (
-        f"answers stay at version {update['version']}"
-        if update["followed"]
-        else "answers stay where an operator put them"
+        f"answers stay at version {held['version']}" if held["followed"] else "answers stay where an operator put them"
     )
     return (
         "HOLDS",
-        f"{update['words']}; {serving}; to roll back without these clicks: {roll_back}; to accept them: {release}",
+        f"{held['words']}; {serving}; to roll back without these clicks: {roll_back}; to accept them: {release}",
     )
 
 
@@ -528,7 +526,7 @@ def quality_text(section: Mapping[str, Any]) -> Text:
     >>> word, text = quality_text({"predictors": {"model": model, **simple}, "lift": lift, "skipped": 0.04})
     >>> print(word, *text.split("; "), sep=chr(10))
     +10.0 points
-    more often right than the best baseline: top 1 30.0 % against 20.0 % of what was popular in the last hour
+    more often right than the best baseline: top 1 30.0 % against 20.0 % for what was popular in the last hour
     top 5 25.0 %, MRR 0.250, log loss 3.500 (0.500 less), missed 25.0 %
     known users: top 1 25.0 %, top 5 25.0 %, log loss 3.500
     of these rows 4.0 % were skipped by the guard and not learned

@@ -284,10 +284,10 @@ def take(settings: Settings, between_s: float = BETWEEN_S) -> Snapshot:
     poller, begin_s = Poller(settings, spread_s=None), time.monotonic()
     first = poller.poll()
     # The other parts are queried between the two polls.
-    read = sections.read(settings, wall_ms())
+    states = sections.read(settings, wall_ms())
     if first.figures.up_s:
         time.sleep(max(0.0, begin_s + between_s - time.monotonic()))
-    return poller.poll().having(read)
+    return poller.poll().having(states)
 
 
 def document(settings: Settings, snapshot: Snapshot) -> dict[str, Any]:
@@ -315,14 +315,14 @@ def as_text(settings: Settings, snapshot: Snapshot) -> str:
         for name, process in state["processes"].items()
     ]
     rows += sections.labelled(state)
-    listed: list[Sequence[str]] = []
+    table: list[Sequence[str]] = []
     for label, word, text in rows:
         first, *others = text.split("; ")
-        listed += [(label, word, first), *(("", "", other) for other in others)]
+        table += [(label, word, first), *(("", "", other) for other in others)]
     links = [("see", f"{problem['runbook']} ({problem['text']})") for problem in state["problems"]]
     tries = addresses(settings, snapshot.figures.shoppers)
     return "\n".join(
-        [*panel(snapshot, (), settings.serving.processes), "", *lines(listed, PARTS), "", *lines([*links, *tries])]
+        [*panel(snapshot, (), settings.serving.processes), "", *lines(table, PARTS), "", *lines([*links, *tries])]
     )
 
 

@@ -142,28 +142,28 @@ class Alignment:
             positions: Of all partitions that are read.
             most: Maximum number of records over all partitions.
         """
-        known = {number: self._known.setdefault(number, _Partition()) for number in positions}
+        states = {number: self._known.setdefault(number, _Partition()) for number in positions}
         unread = [number for number, at in positions.items() if at.unread > 0]
-        holders = [number for number in unread if known[number].holds]
-        reading = [number for number in positions if self._may_read(number, known, holders, positions)]
-        behind = [number for number in unread if known[number].silent_s < SILENT_S]
+        holders = [number for number in unread if states[number].holds]
+        reading = [number for number in positions if self._may_read(number, states, holders, positions)]
+        behind = [number for number in unread if states[number].silent_s < SILENT_S]
         if not behind:
             return dict.fromkeys(reading, most)
         at_end = {number: max(1, most // (AT_END_SHARE * len(positions))) for number in reading if number not in behind}
         # The parts of waiting partitions are not given to others; otherwise a single one would run far ahead of them.
-        parts = _divided(known, behind, max(1, most - sum(at_end.values())))
+        parts = _divided(states, behind, max(1, most - sum(at_end.values())))
         return {number: parts[number] for number in behind if number in reading and parts[number] > 0} | at_end
 
     def _may_read(
         self,
         number: int,
-        known: Mapping[int, _Partition],
+        states: Mapping[int, _Partition],
         holders: Sequence[int],
         positions: Mapping[int, ReadingPlace],
     ) -> bool:
         """Whether no other partition holds this one back; records the end offsets when a wait begins."""
-        state = known[number]
-        behind = [holder for holder in holders if state.ahead_ms(known[holder]) > self.max_skew_ms]
+        state = states[number]
+        behind = [holder for holder in holders if state.ahead_ms(states[holder]) > self.max_skew_ms]
         if not behind:
             state.ends = None
             return True
@@ -173,14 +173,14 @@ class Alignment:
         return not any(positions[holder].position < state.ends.get(holder, 0) for holder in behind)
 
 
-def _divided(known: Mapping[int, _Partition], behind: Sequence[int], most: int) -> dict[int, int]:
+def _divided(states: Mapping[int, _Partition], behind: Sequence[int], most: int) -> dict[int, int]:
     """Divides `most` records among `behind`: equal parts if the clock is unknown, the rest by rule 5."""
-    timed = [number for number in behind if known[number].pace_ms is not None and not known[number].late]
+    timed = [number for number in behind if states[number].pace_ms is not None and not states[number].late]
     equal = max(1, most // len(behind))
     # If the pace is unknown, so is how much event time its records cover.
-    parts = {number: min(equal, PROBE) if known[number].is_new else equal for number in behind if number not in timed}
+    parts = {number: min(equal, PROBE) if states[number].is_new else equal for number in behind if number not in timed}
     if timed:
-        clocks = [(known[number].clock_ms or 0, max(known[number].pace_ms or 0.0, LEAST_PACE_MS)) for number in timed]
+        clocks = [(states[number].clock_ms or 0, max(states[number].pace_ms or 0.0, LEAST_PACE_MS)) for number in timed]
         parts |= dict(zip(timed, to_one_time(clocks, max(1, most - sum(parts.values()))), strict=True))
     return parts
 
@@ -254,7 +254,7 @@ class AlignedReader:
             batches = self._reader.poll(timeout_s, self._most)
             self._most -= sum(map(len, batches))
             return batches
-        shares = {number: left for number, left in self._left.items() if left > 0}
+        shares = {number: unread for number, unread in self._left.items() if unread > 0}
         begun_s = self._clock_s()
         batches = self._reader.poll(timeout_s, self._most, shares)
         self._alignment.polled(shares, [batch.partition for batch in batches], self._clock_s() - begun_s)

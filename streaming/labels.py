@@ -156,13 +156,15 @@ class WaitingImpressions(NamedTuple):
     partition: I64
 
 
-def with_space(queue: Queue, more: int, partitions: int) -> Queue:
-    """Returns a queue with space for `more` impressions and `partitions` partitions; `queue` itself if it has that."""
-    slots, known = len(queue.offset), len(queue.waiting) // SHARES
-    if queue.free_slots >= more and known >= partitions:
+def with_space(queue: Queue, added: int, partitions: int) -> Queue:
+    """Returns a queue with space for `added` impressions and `partitions` partitions; `queue` itself if it has that."""
+    slots, partitions_held = len(queue.offset), len(queue.waiting) // SHARES
+    if queue.free_slots >= added and partitions_held >= partitions:
         return queue
     used = slots - queue.free_slots
-    grown = Queue.of(max(slots, 2 * (used + more)) if used + more > slots else slots, max(known, partitions))
+    grown = Queue.of(
+        max(slots, 2 * (used + added)) if used + added > slots else slots, max(partitions_held, partitions)
+    )
     _enter(grown, queue.rows())
     return grown
 
@@ -500,9 +502,9 @@ class Labels:
 
     def _number(self, sources: Sequence[Source]) -> NDArray[np.int64]:
         """`[n]` int64, a number for the partition of each source, the same for all its buckets."""
-        known = self._numbers
+        numbers = self._numbers
         return np.array(
-            [known.setdefault((source.topic_id, source.partition), len(known)) for source in sources], np.int64
+            [numbers.setdefault((source.topic_id, source.partition), len(numbers)) for source in sources], np.int64
         )
 
     def attribute(self, rows: Rows) -> Rows:
@@ -619,16 +621,10 @@ def _counted(
 ) -> tuple[Range, ...]:
     """Ranges with rows counted by kind, including the earlier impressions that became known in them."""
     sources, kinds = np.concatenate([source, known_source]), np.concatenate([kind, known])
-    counted_before = ("dead", "filtered", "absent", "gap", "masked", "elsewhere")
+    names = ("dead", "filtered", "absent", "gap", "masked", "elsewhere")
     return tuple(
-        Range(
-            part.source,
-            part.first,
-            part.next,
-            **{name: getattr(part, name) for name in counted_before},
-            **kinds_counted,
-        )
-        for part, kinds_counted in zip(ranges, counts_by_range(kinds, sources, len(ranges)), strict=True)
+        Range(part.source, part.first, part.next, **{name: getattr(part, name) for name in names}, **by_kind)
+        for part, by_kind in zip(ranges, counts_by_range(kinds, sources, len(ranges)), strict=True)
     )
 
 

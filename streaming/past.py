@@ -106,10 +106,10 @@ def segment_of(settings: Settings, past: Past, topics: Topics) -> ClicksSegment:
             f"version {past.version} learned nothing of topic {topic} with id {topic_id}: it was recreated since then",
             "stop the experiment, and start another once the live trainer has learned from the new topic; or name files in retrain.files",
         )
-    ranges, since = topics.ends(topic), topics.offset_before(topic, max(0, past.begin_ms - reach_ms))
-    begins = {partition: min(max(since[partition], ranges[partition][0]), end) for partition, end in ends.items()}
+    spans, since = topics.ends(topic), topics.offset_before(topic, max(0, past.begin_ms - reach_ms))
+    begins = {partition: min(max(since[partition], spans[partition][0]), end) for partition, end in ends.items()}
     return ClicksSegment(
-        topic_id, {partition: offset for partition, offset in begins.items() if offset < ends[partition]}, ends
+        topic_id, {partition: begin for partition, begin in begins.items() if begin < ends[partition]}, ends
     )
 
 
@@ -314,8 +314,8 @@ def run(settings: Settings, wanted: Past, log: Log, out: Callable[[bytes], objec
 
 def _own_folder(registry: Path, stack: ExitStack) -> Path:
     """A directory that is deleted with `stack`; those of killed processes are deleted now."""
-    for left in registry.glob(f"{KEPT}*"):
-        shutil.rmtree(left, ignore_errors=True)
+    for leftover in registry.glob(f"{KEPT}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=KEPT, dir=registry))
     stack.callback(shutil.rmtree, folder, ignore_errors=True)
     return folder

@@ -225,8 +225,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the stream; returns the exit code."""
 
     def start(words: Sequence[str]) -> tuple[Settings, Work]:
-        consent, rest = take_options(words, actor())
-        flags, engine = split_settings(rest)
+        consent, words_left = take_options(words, actor())
+        flags, engine = split_settings(words_left)
         runner, options = take_runner(engine)
         # Opening the stores may take a while: signals are handled from here on.
         settings, stopping = load(flags, os.environ), stop_on_signals()

@@ -118,13 +118,11 @@ class Rebuilt:
         sources += f"{self.rows:,} rows of {self.records:,} records of the log"
         sources += f" and {self.clicks:,} positions of the clicks" if self.clicks else ""
         sources += f" ({self.unreadable:,} records unreadable)" if self.unreadable else ""
-        losses = "complete"
+        loss = "complete"
         if self.lost:
-            losses = (
-                f"{self.lost:,} positions are gone from both: {self.incomplete:,} users may lack their oldest events"
-            )
+            loss = f"{self.lost:,} positions are gone from both: {self.incomplete:,} users may lack their oldest events"
         aside = f"; the old store is {self.aside}, remove it when you like" if self.aside else ""
-        return f"{path}: {self.users:,} users, {sources}; {losses}{aside}"
+        return f"{path}: {self.users:,} users, {sources}; {loss}{aside}"
 
 
 def progress_line(passed: int, total: int, rows: int, seconds: float) -> str:
@@ -191,12 +189,10 @@ class Waits:
 
 def _without(part: Range, lost: MicroBatch) -> Range:
     """A range without those of its closings that are in `lost`."""
-    sources = [source_range.source for source_range in lost.header.ranges]
-    is_of_part: NDArray[np.bool_] = np.array(
-        [sources[number] == part.source for number in lost.source.tolist()], np.bool_
-    )
-    is_of_part &= (lost.offset >= part.first) & (lost.offset < part.next)
-    joined, expired = (int((lost.kind[is_of_part] == kind).sum()) for kind in (Kind.JOINED, Kind.EXPIRED))
+    sources = [entry.source for entry in lost.header.ranges]
+    own: NDArray[np.bool_] = np.array([sources[number] == part.source for number in lost.source.tolist()], np.bool_)
+    own &= (lost.offset >= part.first) & (lost.offset < part.next)
+    joined, expired = (int((lost.kind[own] == kind).sum()) for kind in (Kind.JOINED, Kind.EXPIRED))
     return replace(part, joined=part.joined - joined, expired=part.expired - expired)
 
 
@@ -495,8 +491,8 @@ def end_open_transaction(settings: Settings, writer: Writer) -> None:
 def _hidden_at_the_end(kafka: Kafka, begin: int, end: int) -> dict[int, KeptRecord]:
     """By position the micro-batches after the last one that readers see; no transaction is open."""
     first = max(begin, end - TAIL)
-    seen = max(read(kafka, first, end, committed_only=True), default=first - 1)
-    return {at: record for at, record in read(kafka, first, end, committed_only=False).items() if at > seen}
+    last_offset = max(read(kafka, first, end, committed_only=True), default=first - 1)
+    return {at: record for at, record in read(kafka, first, end, committed_only=False).items() if at > last_offset}
 
 
 def read(kafka: Kafka, first: int, end: int, committed_only: bool) -> Mapping[int, KeptRecord]:

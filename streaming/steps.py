@@ -257,11 +257,11 @@ class Lag:
     def uncommitted(self, committed: dict[Source, int]) -> int:
         """Number of positions read and not committed; removes the committed ones."""
         waiting = 0
-        for source, read in self._read.items():
+        for source, positions in self._read.items():
             next_offset = committed.get(source, self._begun[source])
-            last = read[-1][0] if read else next_offset
-            while read and read[0][0] <= next_offset:
-                self._newest_ms = max(self._newest_ms, read.popleft()[1])
+            last = positions[-1][0] if positions else next_offset
+            while positions and positions[0][0] <= next_offset:
+                self._newest_ms = max(self._newest_ms, positions.popleft()[1])
             waiting += max(0, last - next_offset)
         return waiting
 

@@ -117,18 +117,18 @@ class Passages:
         for gap in gaps:
             self._keep(accepted_gaps.accept(gap, self._consent, int(self._clock() * 1000), marks))
 
-    def _keep(self, accepted: Accepted) -> None:
-        self._journal.add(accepted)
-        self._known.append(accepted)
-        self._count([accepted])
-        event = f"record left out ({accepted.record})" if accepted.record else "gap accepted"
+    def _keep(self, loss: Accepted) -> None:
+        self._journal.add(loss)
+        self._known.append(loss)
+        self._count([loss])
+        text = f"record left out ({loss.record})" if loss.record else "gap accepted"
         logger.warning(
             "%s by %s (%s): topic id %s, %s",
-            event,
-            accepted.actor,
-            accepted.reason,
-            accepted.gap.source.topic_id,
-            accepted.gap,
+            text,
+            loss.actor,
+            loss.reason,
+            loss.gap.source.topic_id,
+            loss.gap,
         )
 
     def _count(self, passed: Sequence[Accepted]) -> None:
@@ -139,10 +139,10 @@ class Passages:
 
 def show(account: Mapping[str, int], metrics: TrainerMetrics, known: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Sets the gauges of the row account, and logs an imbalance that is not in `known`, the result of the last call."""
-    counted = {name: account.get(name, 0) for name in NAMES}
-    for name, rows in counted.items():
+    rows_by_outcome = {name: account.get(name, 0) for name in NAMES}
+    for name, rows in rows_by_outcome.items():
         metrics.accounting_rows.labels(name).set(rows)
-    faults = check_accounts(trainer=TrainerAccount(**counted))
+    faults = check_accounts(trainer=TrainerAccount(**rows_by_outcome))
     if faults and faults != known:
         logger.error("the account of the rows does not balance: %s", "; ".join(faults))
     metrics.accounting_faults.set(len(faults))

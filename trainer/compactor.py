@@ -271,9 +271,9 @@ def rewrite(registry: Registry, crosses: Crosses, now_ms: Callable[[], int] = wa
     checked = last_report.version if last_report.through >= erased.last else 0
     if any(_theirs(part, erased) for part in parts if part.version > checked):
         # Oldest first, so that a row is gone before the delta that removed it loses the row's id.
-        known = CrossedIds(crosses)
+        crossed_ids = CrossedIds(crosses)
         for part in parts:
-            count += _rewritten(registry, part, erased, known)
+            count += _rewritten(registry, part, erased, crossed_ids)
     last = parts[-1].version if parts else 0
     if (last_report.through, last_report.version) != (erased.last, last):
         report(
@@ -288,24 +288,20 @@ def rewrite(registry: Registry, crosses: Crosses, now_ms: Callable[[], int] = wa
 def _theirs(part: Manifest, erased: Erased) -> tuple[MaskedUsers, MaskedUsers] | None:
     """The users whose rows a part may have, and those whose rows it removes; None if there are none."""
     rows = erased.after(max(part.erased, part.rewritten)).users
-    removing = [number for number, offset in part.erasures if offset >= part.log.first and number > part.rewritten]
-    ids = (
-        erased.after(part.rewritten).up_to(max(removing)).users
-        if removing and part.kind != "base"
-        else MaskedUsers.NOBODY
-    )
+    own = [number for number, offset in part.erasures if offset >= part.log.first and number > part.rewritten]
+    ids = erased.after(part.rewritten).up_to(max(own)).users if own and part.kind != "base" else MaskedUsers.NOBODY
     return (rows, ids) if rows or ids else None
 
 
-def _rewritten(registry: Registry, part: Manifest, erased: Erased, known: CrossedIds) -> bool:
+def _rewritten(registry: Registry, part: Manifest, erased: Erased, crossed_ids: CrossedIds) -> bool:
     """Rewrites a part if it has rows or ids of erased users."""
     before = content.decode(registry.read(part, name) for name in (SERVING, TRAINING))
-    known.see(before)
+    crossed_ids.see(before)
     users = _theirs(part, erased)
     if users is None:
         return False
     rows, ids = users
-    after = without_tombstones(without(before, rows, known), ids, known)
+    after = without_tombstones(without(before, rows, crossed_ids), ids, crossed_ids)
     if all(len(after[name]) == len(tensor) for name, tensor in before.items() if tensor.ndim):
         return False
     files = content.encode(after)
@@ -471,16 +467,11 @@ def run(settings: Settings, clock: Callable[[], float] = time.time) -> None:
             logger.info(
                 "base of version %d: %.1f MB in %.1f s", base.version, _bytes(base) / 1e6, time.monotonic() - began
             )
-        thinning = thin(registry, tiers, now_ms)
-        if any(thinning):
+        merges, deltas, removed_bases = thin(registry, tiers, now_ms)
+        if merges or deltas or removed_bases:
             logger.info(
                 "merged %d deltas into %d, removed %d deltas and %d bases",
-                *(
-                    sum(len(merge.path) for merge in thinning.merges),
-                    len(thinning.merges),
-                    len(thinning.deltas),
-                    len(thinning.bases),
-                ),
+                *(sum(len(merge.path) for merge in merges), len(merges), len(deltas), len(removed_bases)),
             )
         keep_ms, spec = GARBAGE_KEEP_D * DAY_MS, FeatureSpec.from_settings(settings).digest
         for name in collect(registry, keep_ms, now_ms, [spec]):

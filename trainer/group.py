@@ -107,8 +107,8 @@ class Group:
         longest = max(length for length, _ in frames)
         if longest <= 4 * (GATHERED - 1):
             return [content for _, content in frames]
-        rest = _padded_bytes(data, longest).view(np.float32)
-        return [part.tobytes()[:length] for part, (length, _) in zip(self.gather(rest), frames, strict=True)]
+        padded_data = _padded_bytes(data, longest).view(np.float32)
+        return [part.tobytes()[:length] for part, (length, _) in zip(self.gather(padded_data), frames, strict=True)]
 
     def send(self, data: bytes, timeout_s: float = TIMEOUT_S) -> None:
         """Sends bytes from the leader to the others; see `gather` about the time limit.

@@ -175,12 +175,12 @@ def records_of(batch: PartitionBatch) -> Iterator[LogRecord]:
     >>> [(one.first, one.next, one.value) for one in records_of(batch)]
     [(4, 5, b'a'), (5, 9, None), (9, 10, b'b')]
     """
-    read = zip(batch.offsets.tolist(), batch.values, strict=True)
+    records_read = zip(batch.offsets.tolist(), batch.values, strict=True)
     damaged = [LogRecord(first, after, damage=reason) for first, after, reason in batch.corrupt]
     if not damaged:
-        yield from (LogRecord(offset, offset + 1, value) for offset, value in read)
+        yield from (LogRecord(offset, offset + 1, value) for offset, value in records_read)
         return
-    yield from sorted([*damaged, *(LogRecord(offset, offset + 1, value) for offset, value in read)])
+    yield from sorted([*damaged, *(LogRecord(offset, offset + 1, value) for offset, value in records_read)])
 
 
 def take_or_leave(

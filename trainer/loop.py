@@ -185,8 +185,8 @@ def recover(registry: Registry, control: Control, lost: TruncatedLog, actor: str
         TruncatedLog: There is no version to continue from; the error says what to do.
         ControlConflict: Other processes kept changing control.
     """
-    kept = lost.kept
-    if control.log[-1].first > kept:
+    kept_end = lost.kept
+    if control.log[-1].first > kept_end:
         raise _hopeless(
             lost,
             f"the last exact rollback begins at {control.log[-1].first}, which is gone: repeat it with "
@@ -195,7 +195,7 @@ def recover(registry: Registry, control: Control, lost: TruncatedLog, actor: str
     (gap,) = lost.gaps
     newest = registry.newest_good(control.epoch)
     start = control.base if newest is None else newest
-    target = None if start is None else newest_before(registry, registry.manifest(start), gap.source, kept)
+    target = None if start is None else newest_before(registry, registry.manifest(start), gap.source, kept_end)
     if target is None:
         raise _hopeless(
             lost,

@@ -69,61 +69,57 @@ def backup(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) 
 def restore(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
     """Restores a backup."""
     store, progress = open_store(args.source), _Amount("written")
-    restored_backup = location.read_backup(store, args.at)
+    backup = location.read_backup(store, args.at)
     spec = FeatureSpec.from_settings(settings).digest
     by = restoring.By(actor(), now_ms)
-    known, unknown = _later_erasures(store, restored_backup, args.erasures_from)
-    restoration = restoring.restore(settings, store, restored_backup, by, progress, known, args.kafka_lost)
+    erasures, unknown = _later_erasures(store, backup, args.erasures_from)
+    restored = restoring.restore(settings, store, backup, by, progress, erasures, args.kafka_lost)
     lines = [
-        f"restored backup {restored_backup.id} of {iso(restored_backup.created_at_ms)}, {age((now_ms - restored_backup.created_at_ms) / 1000)} old: "
-        f"{described(restored_backup)}, histories of {restoration.users:,} users; {size(restored_backup.bytes)} in {progress.took_s:.1f} s",
-        f"control generation {restoration.generation} records it; versions continue from {restoration.first_number}",
-        *(
-            [f"{restoration.erasures} erasures that were made after it are applied again"]
-            if restoration.erasures
-            else []
-        ),
+        f"restored backup {backup.id} of {iso(backup.created_at_ms)}, {age((now_ms - backup.created_at_ms) / 1000)} old: "
+        f"{described(backup)}, histories of {restored.users:,} users; {size(backup.bytes)} in {progress.took_s:.1f} s",
+        f"control generation {restored.generation} records it; versions continue from {restored.first_number}",
+        *([f"{restored.erasures} erasures that were made after it are applied again"] if restored.erasures else []),
         *unknown,
     ]
-    if restored_backup.spec and restored_backup.spec != spec:
+    if backup.spec and backup.spec != spec:
         lines.append(
-            f"its version is of feature spec {restored_backup.spec[:12]}, the settings here make {spec[:12]}: use its settings, or upgrade"
+            f"its version is of feature spec {backup.spec[:12]}, the settings here make {spec[:12]}: use its settings, or upgrade"
         )
     if args.kafka_lost:
         lines.append(
-            f"the trainer continues from version {restoration.version} in another training log, from its beginning"
+            f"the trainer continues from version {restored.version} in another training log, from its beginning"
         )
     lines.append(
         "start it with `springtide up`: what Kafka has had since then is read again. The old one must not run any more."
     )
     result = {
-        "restored": summary(restored_backup)
+        "restored": summary(backup)
         | {
-            "users": restoration.users,
-            "positions": restoration.positions,
-            "generation": restoration.generation,
-            "first_number": restoration.first_number,
-            "erasures_again": restoration.erasures,
-            "goes_on_from": restoration.version,
-            "fits": not restored_backup.spec or restored_backup.spec == spec,
+            "users": restored.users,
+            "positions": restored.positions,
+            "generation": restored.generation,
+            "first_number": restored.first_number,
+            "erasures_again": restored.erasures,
+            "goes_on_from": restored.version,
+            "fits": not backup.spec or backup.spec == spec,
         }
     }
     _print(args, result, "\n".join(lines), say)
 
 
-def _later_erasures(store: FileStore, restored_backup: Backup, registry: Path | None) -> tuple[Erased, list[str]]:
+def _later_erasures(store: FileStore, backup: Backup, registry: Path | None) -> tuple[Erased, list[str]]:
     """Erasures made after a backup, and a message if the newest backup cannot be read."""
-    known, messages = [Erased.NOBODY], []
+    erasures, messages = [Erased.NOBODY], []
     if registry is not None:
-        known.append(restoring.erasures_in(registry))
+        erasures.append(restoring.erasures_in(registry))
     try:
         newest = location.read_backup(store)
-        if newest.id != restored_backup.id:
+        if newest.id != backup.id:
             with tempfile.TemporaryDirectory() as folder:
-                known.append(restoring.erasures_known_to(newest, Objects(store, listed=False), Path(folder)))
+                erasures.append(restoring.erasures_known_to(newest, Objects(store, listed=False), Path(folder)))
     except DamagedBackup as error:
         messages.append(f"erasures that later backups know may be missing, repeat them: {error.what}")
-    return max(known, key=lambda erased: erased.last), messages
+    return max(erasures, key=lambda erased: erased.last), messages
 
 
 def show(store: FileStore, args: argparse.Namespace, now_ms: int, say: Say) -> None:
@@ -184,7 +180,7 @@ class _Amount:
         """Seconds since the beginning."""
         return time.monotonic() - self._begun_s
 
-    def __call__(self, more: int) -> None:
+    def __call__(self, count: int) -> None:
         """Adds to the number of bytes."""
-        self._bytes += more
+        self._bytes += count
         self._line.show(lambda: f"{size(self._bytes)} {self._verb} after {self.took_s:.0f} s")

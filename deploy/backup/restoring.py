@@ -195,10 +195,10 @@ def _write_all(settings: Settings, store: FileStore, backup: Backup, progress: C
 
 
 def _path_of(settings: Settings, file: KeptFile) -> Path:
-    first, _, rest = file.path.partition("/")
+    first, _, inner = file.path.partition("/")
     if first == layout.REGISTRY:
-        return settings.registry_dir / RESTORING / rest
-    return settings.state_dir / RESTORING / first / rest
+        return settings.registry_dir / RESTORING / inner
+    return settings.state_dir / RESTORING / first / inner
 
 
 def _write(path: Path, pieces: Iterator[bytes], progress: Callable[[int], None]) -> None:

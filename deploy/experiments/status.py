@@ -228,13 +228,8 @@ def retrain_status(settings: Settings, now_ms: int) -> dict[str, Any] | None:
         return None if every_ms is None else {"every": settings.retrain.every, "problem": ""}
     due_ms = None if every_ms is None or schedule.under_way else schedule.due_ms(every_ms)
     due_in_s = None if due_ms is None else (due_ms - now_ms) / 1000
-    schedule_status: dict[str, Any] = {
-        "every": settings.retrain.every,
-        "problem": "",
-        "due_ms": due_ms,
-        "due_in_s": due_in_s,
-    }
-    return {**schedule_status, **msgspec.to_builtins(schedule)}
+    document: dict[str, Any] = {"every": settings.retrain.every, "problem": "", "due_ms": due_ms, "due_in_s": due_in_s}
+    return {**document, **msgspec.to_builtins(schedule)}
 
 
 def retrain_as_text(schedule: Mapping[str, Any]) -> tuple[str, str]:

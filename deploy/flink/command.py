@@ -55,18 +55,16 @@ SHOWN_ENDED = 5
 
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command; settings have been removed from the arguments before."""
-    command = argparse.ArgumentParser(
-        prog="springtide flink", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False
-    )
-    command.add_argument("action", choices=("up", "down", "status"), help="action")
-    command.add_argument(
+    root = argparse.ArgumentParser(prog="springtide flink", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False)
+    root.add_argument("action", choices=("up", "down", "status"), help="action")
+    root.add_argument(
         "--no-savepoint",
         action="store_true",
         help="down: cancel the jobs without a savepoint; they can resume from their newest checkpoint",
     )
-    command.add_argument("--url", help="status: JobManager of another cluster, http://HOST:PORT")
-    output(command, of="status: ")
-    return command
+    root.add_argument("--url", help="status: JobManager of another cluster, http://HOST:PORT")
+    output(root, of="status: ")
+    return root
 
 
 def up(settings: Settings) -> None:

@@ -153,12 +153,12 @@ class ServingBranch:
                 base = self.registry.manifest(number, "base")
                 if base.parent is None and not base.rows:
                     return base
-                known = np.concatenate(
+                learned = np.concatenate(
                     [self._ids(base, SERVING, "user.ids"), self._ids(base, TRAINING, "user.pending_ids")]
                 )
             except (CorruptVersion, UnknownVersion, OSError, SafetensorError):
                 continue
-            if not any(bool(masked.has(known).any()) for masked in users):
+            if not any(bool(masked.has(learned).any()) for masked in users):
                 return base
         return None
 
@@ -196,12 +196,8 @@ def newest_learned_ms(version: Manifest, wait_ms: int) -> int:
     than it is. Release 0.1.0 recorded the newest event time only, so `wait_ms`, the time for which a row may wait for
     its label, is added to it.
     """
-    learned_ms = version.metrics.get(TOLD_MS)
-    return (
-        version.event_time_ms + wait_ms
-        if learned_ms is None
-        else min(int(learned_ms), version.event_time_ms + FAR_AHEAD_MS)
-    )
+    newest = version.metrics.get(TOLD_MS)
+    return version.event_time_ms + wait_ms if newest is None else min(int(newest), version.event_time_ms + FAR_AHEAD_MS)
 
 
 def described(version: Manifest) -> str:
@@ -260,12 +256,8 @@ def choose(branch: ServingBranch, target: Target, view: LogView | None) -> Manif
         chosen = wanted
     else:
         has = "comes after" if target.exact else "has learned"
-        earlier_masks = [str(mask.id) for mask in masks if mask not in target.new]
-        also = (
-            f", those of mask {', '.join(earlier_masks)} included: only training left them out so far"
-            if earlier_masks
-            else ""
-        )
+        earlier = [str(mask.id) for mask in masks if mask not in target.new]
+        also = f", those of mask {', '.join(earlier)} included: only training left them out so far" if earlier else ""
         raise UnfitVersion(
             f"version {wanted.version} {has} clicks that are to be left out{also}",
             f"the newest version of the serving branch that can be taken is {described(clean)}: `--to {clean.version}`, "

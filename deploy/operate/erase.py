@@ -204,10 +204,12 @@ def of_experiments(settings: Settings, control: Control) -> list[Holding]:
             remaining.append(Holding(f"experiment {name}", 1, "rows", "`springtide up` removes the rest of it"))
             continue
         registry = Registry(experiments.registry(name))
-        own = registry.control()
-        if own is not None:
+        control_of_experiment = registry.control()
+        if control_of_experiment is not None:
             compactor = {report.part: report for report in all_reports(registry)}.get(COMPACTOR)
-            own_remaining = _of_versions(settings, registry, changed(own, erased=control.erased), compactor)
+            own_remaining = _of_versions(
+                settings, registry, changed(control_of_experiment, erased=control.erased), compactor
+            )
             remaining += [replace(holding, where=f"experiment {name}: {holding.where}") for holding in own_remaining]
     return remaining
 
@@ -427,9 +429,7 @@ def places(settings: Settings, log: Log, newest: Manifest) -> list[tuple[int, in
     """
     topic = settings.kafka.clicks_topic
     with log.topics() as topics:
-        topic_word, ends = int(topics.describe(topic).topic_id[:8], 16), topics.ends(topic)
-    until_offsets = {
-        (source.topic, source.partition): EVERYTHING for source, _ in newest.sources if source.topic != topic_word
-    }
-    until_offsets |= {(topic_word, partition): end for partition, (_, end) in ends.items()}
-    return [(*partition, after) for partition, after in sorted(until_offsets.items())]
+        word, ends = int(topics.describe(topic).topic_id[:8], 16), topics.ends(topic)
+    until = {(source.topic, source.partition): EVERYTHING for source, _ in newest.sources if source.topic != word}
+    until |= {(word, partition): end for partition, (_, end) in ends.items()}
+    return [(*partition, after) for partition, after in sorted(until.items())]

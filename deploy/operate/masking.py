@@ -127,8 +127,8 @@ def describe(mask: Mask) -> str:
     'clicks from 1970-01-01T00:00:00Z to 1970-01-01T00:01:00Z; all of 1 user'
     """
     parts = [
-        f"topic {word:08x} partition {partition} offsets {first}-{last - 1}"
-        for word, partition, first, last in mask.offsets
+        f"topic {topic:08x} partition {partition} offsets {first}-{last - 1}"
+        for topic, partition, first, last in mask.offsets
     ]
     parts += [f"clicks from {iso(first)} to {iso(last)}" for first, last in mask.times]
     if mask.users:

@@ -418,14 +418,14 @@ class Replay:
                 walk.require_click(encoded, stamped)
             first = 0
             while first < len(encoded):
-                left = len(encoded) if limit is None else limit - self._sent
-                if self._stopped.is_set() or left <= 0:
+                remaining = len(encoded) if limit is None else limit - self._sent
+                if self._stopped.is_set() or remaining <= 0:
                     return False
                 now_ms, due = self._wall_ms(), len(encoded)
                 if not math.isinf(walk.clock.speed):
                     due = int(np.searchsorted(stamped.due_ms, now_ms, side="right"))
                 if due > first:
-                    judged = walk.judged(encoded, stamped, first, min(due, first + left))
+                    judged = walk.judged(encoded, stamped, first, min(due, first + remaining))
                     first += len(judged.rows)
                     self._deliver(judged, stamped, first)
                 else:
@@ -444,10 +444,10 @@ class Replay:
             return chunk
         stamped = stamp(chunk.at_ms[:count], walk.clock, position.hand)
         piece, _ = walk.records(chunk.cut(0, count), stamped)
-        left = missing(piece, self._destination.arrived_since(position.ends))
-        if len(left):
-            self._destination.send(left)
-        self._progress.say(f"the last run ended in the middle of {count:,} rows: {len(left):,} had not arrived")
+        lost = missing(piece, self._destination.arrived_since(position.ends))
+        if len(lost):
+            self._destination.send(lost)
+        self._progress.say(f"the last run ended in the middle of {count:,} rows: {len(lost):,} had not arrived")
         self._position = position.after(stamped.hand(count - 1), position.ends)
         return chunk.cut(count, len(chunk))
 
@@ -510,8 +510,8 @@ class Findings:
             if reason is None:
                 self.unsendable.append(where)
             else:
-                count, places = self.refused.get(reason, (0, []))
-                self.refused[reason] = count + 1, [*places, where][:NAMED_LINES]
+                count, locations = self.refused.get(reason, (0, []))
+                self.refused[reason] = count + 1, [*locations, where][:NAMED_LINES]
         for row, value in zip(judged.numbers, judged.piece.values, strict=True):
             if row in judged.refused:
                 continue
@@ -537,9 +537,9 @@ def try_out(source: RecordingSource, now_ms: int) -> Findings:
     hand = Hand(NO_TIME, float(now_ms))
     walk = _Walk(source, Position(now_ms, NO_TIME, 0, 0, hand, {}, {}))
     findings = Findings(stray=walk.stray)
-    left = math.inf if source.options.limit is None else source.options.limit
+    remaining = math.inf if source.options.limit is None else source.options.limit
     for chunk in walk.chunks:
-        encoded = chunk if len(chunk) <= left else chunk.cut(0, int(left))
+        encoded = chunk if len(chunk) <= remaining else chunk.cut(0, int(remaining))
         if not len(encoded):
             break
         stamped = stamp(encoded.at_ms, walk.clock, hand)
@@ -551,7 +551,7 @@ def try_out(source: RecordingSource, now_ms: int) -> Findings:
             judged = walk.judged(encoded, stamped, first, len(encoded))
             findings.add(judged, source)
             first += len(judged.rows)
-        left -= len(encoded)
+        remaining -= len(encoded)
     return findings
 
 

@@ -92,20 +92,9 @@ def encode(clicks: Clicks, events: Events) -> Piece:
     times: list[object] = (clicks.at_ms // unit if unit > 1 else clicks.at_ms).tolist()
     if events.time_unit == "iso":
         times = [f"{time}Z" for time in clicks.at_ms.astype("datetime64[ms]").astype(str).tolist()]
-    user_field, item_field, category_field, action_field, time_field = (
-        events.user,
-        events.item,
-        events.category,
-        events.action,
-        events.time,
-    )
+    names = (events.user, events.item, events.category, events.action, events.time)
     rows = zip(clicks.users, clicks.items, clicks.categories, clicks.actions, times, strict=True)
-    values = [
-        orjson.dumps(
-            {user_field: user, item_field: item, category_field: category, action_field: action, time_field: time}
-        )
-        for user, item, category, action, time in rows
-    ]
+    values = [orjson.dumps(dict(zip(names, row, strict=True))) for row in rows]
     return Piece([user.encode() for user in clicks.users], values, clicks.at_ms)
 
 

@@ -86,17 +86,17 @@ def vectors_of(predictor: Predictor, report: Callable[[int], None]) -> UserVecto
     users: list[int] = []
     vectors: list[F32] = []
     clicks: list[int] = []
-    version = seen = 0
-    for some in _users(predictor):
-        answers = predictor.profiles([Query(named(user), fields=_VECTOR, top=0) for user in some])
+    version = passed = 0
+    for batch in _users(predictor):
+        answers = predictor.profiles([Query(named(user), fields=_VECTOR, top=0) for user in batch])
         for answer in answers:
             if answer.known and answer.vector is not None and answer.features is not None:
                 users.append(pseudonym(answer.user_id))
                 vectors.append(answer.vector.copy())
                 clicks.append(answer.features[_CLICKS])
                 version = answer.version["number"]
-        seen += len(some)
-        report(seen)
+        passed += len(batch)
+        report(passed)
     stacked = np.stack(vectors) if vectors else np.empty((0, 0), np.float32)
     return UserVectors(np.array(users, np.uint64), stacked, np.array(clicks, np.int64), version)
 
@@ -147,18 +147,14 @@ def precision_curve(vectors: UserVectors, members: Flags, cuts: Sequence[int] = 
         cuts: The values of k; values beyond the number of users are left out.
     """
     held_out = members & (vectors.users % np.uint64(HELD_BACK) == 0)
-    given, ranked = members & ~held_out, ~members | held_out
-    if held_out.sum() < FEWEST_HELD_BACK or not given.any():
+    visible, ranked = members & ~held_out, ~members | held_out
+    if held_out.sum() < FEWEST_HELD_BACK or not visible.any():
         return []
     hits = held_out[ranked]
-    orders = [similarities(vectors.vectors, given)[ranked], vectors.clicks[ranked]]
-    by_similarity, by_clicks = (np.cumsum(hits[np.argsort(-order, kind="stable")]) for order in orders)
+    orders = [similarities(vectors.vectors, visible)[ranked], vectors.clicks[ranked]]
+    near, most = (np.cumsum(hits[np.argsort(-order, kind="stable")]) for order in orders)
     chance = float(hits.mean())
-    return [
-        PrecisionAt(k, float(by_similarity[k - 1] / k), float(by_clicks[k - 1] / k), chance)
-        for k in cuts
-        if k < len(hits)
-    ]
+    return [PrecisionAt(k, float(near[k - 1] / k), float(most[k - 1] / k), chance) for k in cuts if k < len(hits)]
 
 
 def aside(settings: Settings) -> Path:
@@ -244,7 +240,7 @@ def run(settings: Settings) -> None:
             if not members.any():
                 continue
             near = nearest(vectors, members, settings.segments.lookalikes)
-            listed = LookalikeList(
+            lookalikes = LookalikeList(
                 vectors.version,
                 wall_ms(),
                 int(members.sum()),
@@ -252,7 +248,7 @@ def run(settings: Settings) -> None:
                 tuple(NearUser(f"{user:016x}", similarity) for user, similarity in near),
                 tuple(precision_curve(vectors, members)),
             )
-            write(folder, segment, listed)
+            write(folder, segment, lookalikes)
     durable.sync_directory(folder)
 
 

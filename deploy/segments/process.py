@@ -423,12 +423,12 @@ class SegmentKeeper:
             mask = reader.note(MASK_NOTE) if control != self._seen[0] else None
         if served is None:
             return
-        known, epoch, version = self._seen
+        seen_control, epoch, version = self._seen
         self._seen = (control, served.epoch, served.version)
-        if (control, served.epoch) == (known, epoch) and served.version >= version:
+        if (control, served.epoch) == (seen_control, epoch) and served.version >= version:
             return
         self._lists.drop()
-        if control != known:
+        if control != seen_control:
             erased = Mask.from_bytes(mask or b"{}").erased
             if erased.last > self._erased:
                 self._leaving.update(user for erasure in erased.after(max(self._erased, 0)) for user in erasure.users)

@@ -108,13 +108,8 @@ class HostRows:
         if chosen.why:
             _log.warning("the rows lie on the disk, %s: %s. Each version is written there", chosen.path, chosen.why)
         # In memory, the map may be larger than the rows' share of the disk.
-        map_size = (
-            settings.serving.map_gb << 30 if chosen.in_memory else map_bytes(settings, SERVING, ROWS, chosen.path)
-        )
-        self._place, self._store = (
-            chosen,
-            RowStore.open_anew(chosen.path, map_size, shares=settings.serving.user_shares),
-        )
+        size = settings.serving.map_gb << 30 if chosen.in_memory else map_bytes(settings, SERVING, ROWS, chosen.path)
+        self._place, self._store = (chosen, RowStore.open_anew(chosen.path, size, shares=settings.serving.user_shares))
         self.versions = VersionFollower(
             Registry(settings.registry_dir),
             self._store,

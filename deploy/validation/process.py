@@ -173,9 +173,9 @@ class WindowJudge:
             self._clear()
             metrics.windows.labels("begun_before" if not window.whole else "few_rows").inc()
             return None
-        counted = dataset(window.statistics, f"window until {window.end_ms}")
+        statistics = dataset(window.statistics, f"window until {window.end_ms}")
         previous = self._previous(window)
-        self._kept.add(KeptWindow(window.end_ms, counted), KEPT_WINDOWS)
+        self._kept.add(KeptWindow(window.end_ms, statistics), KEPT_WINDOWS)
         baseline = self._baseline()
         if baseline is None:
             self._clear()
@@ -185,8 +185,8 @@ class WindowJudge:
         metrics.baseline.set(baseline.accepted.number)
         if previous is not None and not self._settled(window):
             previous = _without_features(previous)
-        anomalies = validate(counted, baseline.schema, baseline.statistics, previous)
-        self._show(counted, anomalies)
+        anomalies = validate(statistics, baseline.schema, baseline.statistics, previous)
+        self._show(statistics, anomalies)
         self._tell(anomalies, rows)
         return anomalies
 
@@ -223,9 +223,9 @@ class WindowJudge:
             metric.clear()
         self._count({})
 
-    def _show(self, counted: DatasetFeatureStatistics, anomalies: Anomalies) -> None:
+    def _show(self, statistics: DatasetFeatureStatistics, anomalies: Anomalies) -> None:
         self._clear()
-        features = by_name(counted)
+        features = by_name(statistics)
         labels = labels_of(features)
         for label, against, distance in _largest(anomalies, labels):
             self._metrics.distance.labels(label, against).set(distance)

@@ -120,9 +120,7 @@ def uptime(up_s: Mapping[str, float]) -> str:
     """
     longest_s = max(up_s.values(), default=None)
     younger = [
-        f"{name} {seconds(process_up_s)}"
-        for name, process_up_s in up_s.items()
-        if process_up_s < (longest_s or 0.0) - RESTARTED_S
+        f"{name} {seconds(part_s)}" for name, part_s in up_s.items() if part_s < (longest_s or 0.0) - RESTARTED_S
     ]
     return ", ".join([f"up {seconds(longest_s)}", *younger])
 
@@ -148,9 +146,9 @@ def reasons(dead: Mapping[str, float]) -> str:
     """
     if not any(dead.values()):
         return "none since the start"
-    listed = [f"{shown(count)} {reason}" for reason, count in dead.items() if count]
-    more = [f"{len(listed) - MOST_REASONS} more"] if len(listed) > MOST_REASONS else []
-    return f"{shown(sum(dead.values()))}: {', '.join([*listed[:MOST_REASONS], *more])}"
+    reasons = [f"{shown(count)} {reason}" for reason, count in dead.items() if count]
+    more = [f"{len(reasons) - MOST_REASONS} more"] if len(reasons) > MOST_REASONS else []
+    return f"{shown(sum(dead.values()))}: {', '.join([*reasons[:MOST_REASONS], *more])}"
 
 
 def span(spread_s: float | None) -> str:

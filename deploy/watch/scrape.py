@@ -68,9 +68,9 @@ class Scrape:
     def _matching(self, name: str, wanted: Mapping[str, Collection[str]]) -> Iterator[tuple[dict[str, str], float]]:
         for (series, labels), value in self.values.items():
             if series == name:
-                own = dict(labels)
-                if all(own.get(label) in values for label, values in wanted.items()):
-                    yield own, value
+                own_labels = dict(labels)
+                if all(own_labels.get(label) in values for label, values in wanted.items()):
+                    yield own_labels, value
 
     def by(self, name: str, label: str) -> dict[str, float]:
         """Returns the values of a series by one of its labels.
@@ -192,13 +192,10 @@ def replicas(url: str) -> list[str]:
     """
     parts = urllib.parse.urlsplit(url)
     try:
-        addresses = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM)
+        infos = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM)
     except OSError:
         return [url]
-    hosts = dict.fromkeys(
-        f"[{socket_address[0]}]" if family == socket.AF_INET6 else str(socket_address[0])
-        for family, *_, socket_address in addresses
-    )
+    hosts = dict.fromkeys(f"[{peer[0]}]" if family == socket.AF_INET6 else str(peer[0]) for family, *_, peer in infos)
     return [parts._replace(netloc=f"{host}:{parts.port}").geturl() for host in hosts]
 
 

@@ -84,12 +84,11 @@ class Snapshot:
         >>> Snapshot(Figures(up_s={"stream": 1.0}, held=True, paused=True)).texts
         'training is held by the guard, training is paused by an operator'
         """
-        known: dict[str, Problem] = {}
-        figures = self.figures
-        of_sections = _of_sections(self.sections, figures.up_s.get("applier", 0.0))
-        for problem in (*_of_figures(figures), *of_sections, *_holds(figures)):
-            known.setdefault(problem.text, problem)
-        return list(known.values())
+        by_text: dict[str, Problem] = {}
+        of_sections = _of_sections(self.sections, self.figures.up_s.get("applier", 0.0))
+        for problem in (*_of_figures(self.figures), *of_sections, *_holds(self.figures)):
+            by_text.setdefault(problem.text, problem)
+        return list(by_text.values())
 
     def having(self, sections: Mapping[str, Any]) -> Snapshot:
         """Returns the snapshot with sections; those of Kafka add to its figures."""

@@ -131,10 +131,8 @@ class AttributeFollower:
         counts: Counter[str] = Counter(dict(self.place.counts))
         for offset, key, value in zip(batch.offsets.tolist(), batch.keys, batch.values, strict=True):
             try:
-                identity, stored = (
-                    self._id(key),
-                    None if value is None else packed(self._table, value, self._most_bytes),
-                )
+                identity = self._id(key)
+                stored = None if value is None else packed(self._table, value, self._most_bytes)
             except DecodeError as error:
                 bad.append(DeadLetter(source, offset, Reason(error.reason), key, value))
                 continue

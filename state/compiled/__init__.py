@@ -51,8 +51,8 @@ _NO_WRAPPERS = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 @overload
 def compiled(kernel: Kernel, /) -> Kernel: ...
 @overload
-def compiled(signature: str, /, *more: str) -> Callable[[Kernel], Kernel]: ...
-def compiled(kernel: Any, /, *more: str) -> Any:
+def compiled(signature: str, /, *signatures: str) -> Callable[[Kernel], Kernel]: ...
+def compiled(kernel: Any, /, *signatures: str) -> Any:
     """Compiles a kernel: for declared argument types at the start of the process, for other types at the first call.
 
     The machine code is cached in `__pycache__` next to the source file, or in the user's cache folder if `__pycache__`
@@ -63,9 +63,9 @@ def compiled(kernel: Any, /, *more: str) -> Any:
 
     Args:
         kernel: The kernel, or the types of its arguments.
-        more: Further types that it is called with.
+        signatures: Further types that it is called with.
     """
-    return _decorated(kernel, more, _njit(cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True))
+    return _decorated(kernel, signatures, _njit(cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True))
 
 
 def inlined(part: Kernel) -> Kernel:
@@ -77,8 +77,8 @@ def inlined(part: Kernel) -> Kernel:
 @overload
 def compiled_sums(kernel: Kernel, /) -> Kernel: ...
 @overload
-def compiled_sums(signature: str, /, *more: str) -> Callable[[Kernel], Kernel]: ...
-def compiled_sums(kernel: Any, /, *more: str) -> Any:
+def compiled_sums(signature: str, /, *signatures: str) -> Callable[[Kernel], Kernel]: ...
+def compiled_sums(kernel: Any, /, *signatures: str) -> Any:
     """Like `compiled`, for floating-point sums: their terms may be regrouped to fill the processor's vectors.
 
     The grouping is fixed when the kernel is compiled for a processor. The same calls give the same bits on that kind of
@@ -86,7 +86,7 @@ def compiled_sums(kernel: Any, /, *more: str) -> Any:
     """
     return _decorated(
         kernel,
-        more,
+        signatures,
         _njit(cache=True, fastmath=_REGROUPED, nogil=True, error_model="numpy", no_cfunc_wrapper=True),
     )
 
@@ -198,9 +198,9 @@ def _size_of(function: FunctionType) -> int:
     return len(function.__code__.co_code) + sum(_size_of(part) for part in called if part is not None)
 
 
-def _decorated(kernel: Any, more: tuple[str, ...], compile: Callable[[Any], Any]) -> Any:
+def _decorated(kernel: Any, signatures: tuple[str, ...], compile: Callable[[Any], Any]) -> Any:
     if isinstance(kernel, str):
-        return partial(_cached, compile=compile, signatures=(kernel, *more))
+        return partial(_cached, compile=compile, signatures=(kernel, *signatures))
     return _cached(kernel, compile)
 
 

@@ -97,9 +97,7 @@ def check_together(settings: Settings) -> None:
     for rule in RULES:
         for names, why, do in rule(settings):
             name = next((name for name in names if name in settings.origins), names[0])
-            others = "".join(
-                f", {other} from {settings.origins[other]}" for other in names[1:] if other in settings.origins
-            )
+            others = "".join(f", {key} from {settings.origins[key]}" for key in names[1:] if key in settings.origins)
             also = others if name == names[0] else ""
             problem = f"{settings.origins.get(name, 'default')}: {why}"
             raise SettingsError(problem, f"{do}{also}") if do else SettingsError(f"{problem}{also}")
@@ -139,19 +137,18 @@ def fields(settings: Settings) -> Iterator[Conflict]:
             yield Conflict((f"events.{name}",), f"events.{name} names {twice!r} twice", "name each field once")
     known = {events.user, events.item, events.category, events.action, events.time, events.label, events.request}
     known |= {*events.context}
-    for constant in events.constants:
-        field, equals, _ = constant.partition("=")
+    for entry in events.constants:
+        field, equals, _ = entry.partition("=")
         if not equals or not field:
             yield Conflict(
-                ("events.constants",), f"events.constants {constant!r} must be FIELD=VALUE, such as action=view"
+                ("events.constants",), f"events.constants {entry!r} must be FIELD=VALUE, such as action=view"
             )
         elif field not in known:
             listed = ", ".join(sorted(known - {""}))
             yield Conflict(
-                ("events.constants",),
-                f"events.constants {constant!r}: [events] names no field {field!r}, only {listed}",
+                ("events.constants",), f"events.constants {entry!r}: [events] names no field {field!r}, only {listed}"
             )
-    if twice := repeated([constant.partition("=")[0] for constant in events.constants]):
+    if twice := repeated([entry.partition("=")[0] for entry in events.constants]):
         yield Conflict(("events.constants",), f"events.constants gives {twice!r} twice", "give each field one value")
     leaks = {*events.outcomes, events.label} - {"", *events.allow_outcomes}
     for name in ("user", "item", "category", "action", "context"):

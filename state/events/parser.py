@@ -235,7 +235,7 @@ class Parser:
         """Converts the result of one poll to events and dead letters, with the outcomes of every position."""
         for table in (self._users, self._items, self._categories):
             table.begin()
-        columns_of_batches: list[_Columns] = []
+        parts: list[_Columns] = []
         ranges: list[Range] = []
         dead: list[DeadLetter] = []
         for batch in batches:
@@ -249,45 +249,42 @@ class Parser:
             outcomes = len(columns.user), len(columns.dead) + len(corrupt), columns.filtered
             ranges.append(Range(source, batch.first, batch.next, *outcomes, batch.next - batch.first - sum(outcomes)))
             dead += columns.dead + corrupt
-            columns_of_batches.append(columns)
-        return self._batch(columns_of_batches, [batch.offsets for batch in batches], tuple(ranges), tuple(dead))
+            parts.append(columns)
+        return self._batch(parts, [batch.offsets for batch in batches], tuple(ranges), tuple(dead))
 
     def _batch(
         self,
-        columns_of_batches: list[_Columns],
+        parts: list[_Columns],
         offsets: Sequence[NDArray[np.int64]],
         ranges: tuple[Range, ...],
         dead: tuple[DeadLetter, ...],
     ) -> EventBatch:
         """Concatenates the columns of all partition batches, with their offsets, into one batch."""
 
-        def joined(columns: list[NDArray[Any]], kind: type) -> NDArray[Any]:
-            return np.concatenate(columns) if columns else np.empty(0, kind)
+        def joined(part: list[NDArray[Any]], kind: type) -> NDArray[Any]:
+            return np.concatenate(part) if part else np.empty(0, kind)
 
-        action = joined([columns.action for columns in columns_of_batches], np.uint8)
-        at_ms = joined([columns.at_ms for columns in columns_of_batches], np.int64)
-        rows = [len(columns.user) for columns in columns_of_batches]
+        action = joined([part.action for part in parts], np.uint8)
+        at_ms = joined([part.at_ms for part in parts], np.int64)
+        rows = [len(part.user) for part in parts]
         newest_ms = int(at_ms.max()) if len(at_ms) else None
-        contexts = [context for columns in columns_of_batches for context in columns.contexts]
+        contexts = [context for part in parts for context in part.contexts]
         return EventBatch(
-            user=joined([columns.user for columns in columns_of_batches], np.uint64),
-            item=joined([columns.item for columns in columns_of_batches], np.uint64),
-            category=joined([columns.category for columns in columns_of_batches], np.uint64),
+            user=joined([part.user for part in parts], np.uint64),
+            item=joined([part.item for part in parts], np.uint64),
+            category=joined([part.category for part in parts], np.uint64),
             action=action,
             at_ms=at_ms,
-            label=joined([columns.label for columns in columns_of_batches], np.float32),
+            label=joined([part.label for part in parts], np.float32),
             weight=self._weights[action],
             context=np.array(contexts, np.uint64).reshape(sum(rows), len(self._settings.context)),
-            source=np.repeat(np.arange(len(columns_of_batches), dtype=np.uint16), rows),
-            offset=joined(
-                [of_batch[columns.kept] for of_batch, columns in zip(offsets, columns_of_batches, strict=True)],
-                np.int64,
-            ),
+            source=np.repeat(np.arange(len(parts), dtype=np.uint16), rows),
+            offset=joined([of_batch[part.kept] for of_batch, part in zip(offsets, parts, strict=True)], np.int64),
             ranges=ranges,
             dead=dead,
             names={} if newest_ms is None else self._categories.news(newest_ms),
             item_names={} if newest_ms is None else self._items.news(newest_ms),
-            request=np.array([request for columns in columns_of_batches for request in columns.requests], np.uint64),
+            request=np.array([request for part in parts for request in part.requests], np.uint64),
         )
 
     def _at_once(self, batch: PartitionBatch) -> _Columns | None:
@@ -491,8 +488,6 @@ def label_column(labels: list[Any]) -> NDArray[np.float32] | None:
         return np.full(unknown, np.nan, np.float32)
     if not {*map(type, labels)} <= {type(None), bool, int, float}:
         return None
-    values = np.array([math.nan if label is None else label for label in labels], np.float64)
+    array = np.array([math.nan if label is None else label for label in labels], np.float64)
     # A label that is NaN or infinite fails one of the comparisons.
-    return (
-        values.astype(np.float32) if np.count_nonzero((values >= 0) & (values <= 1)) == len(values) - unknown else None
-    )
+    return array.astype(np.float32) if np.count_nonzero((array >= 0) & (array <= 1)) == len(array) - unknown else None

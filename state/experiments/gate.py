@@ -128,8 +128,8 @@ def decide(experiment: Experiment, evidence: Evidence, settings: RolloutSettings
 def _against(evidence: Evidence, settings: RolloutSettings) -> Decision | None:
     """The first check that fails; None if none does."""
     trial, live = evidence.of_step[TRIAL], evidence.of_step[LIVE]
-    more = _failing(trial) - _failing(live)
-    if trial.failures >= LEAST_FAILURES and more > settings.max_failures:
+    excess = _failing(trial) - _failing(live)
+    if trial.failures >= LEAST_FAILURES and excess > settings.max_failures:
         return Decision(
             "back", f"it fails in {_failing(trial):.1%} of its answers, the live one in {_failing(live):.1%}"
         )

@@ -110,23 +110,19 @@ class Erased:
     @cached_property
     def users(self) -> MaskedUsers:
         """All users named in any erasure."""
-        return reduce(lambda known, erasure: known | erasure.users, self.entries, MaskedUsers.NOBODY)
+        return reduce(lambda known, entry: known | entry.users, self.entries, MaskedUsers.NOBODY)
 
     def after(self, through: int) -> Erased:
         """The erasures with a number above `through`."""
-        return self if not through else Erased(tuple(erasure for erasure in self.entries if erasure.id > through))
+        return self if not through else Erased(tuple(entry for entry in self.entries if entry.id > through))
 
     def up_to(self, through: int) -> Erased:
         """The erasures with the number `through` or below."""
-        return (
-            self
-            if through >= self.last
-            else Erased(tuple(erasure for erasure in self.entries if erasure.id <= through))
-        )
+        return self if through >= self.last else Erased(tuple(entry for entry in self.entries if entry.id <= through))
 
     def hides(self, user: int, through: int) -> bool:
         """Whether an erasure above number `through` names `user`; a copy has applied the erasures up to `through`."""
-        return user in self.users and any(erasure.id > through and user in erasure.users for erasure in self.entries)
+        return user in self.users and any(entry.id > through and user in entry.users for entry in self.entries)
 
     def rows(
         self,
@@ -143,27 +139,27 @@ class Erased:
             return out
         words, parts = ([getattr(part.source, name) for part in ranges] for name in ("topic", "partition"))
         topic, partition = (np.array(values or [0], np.int64)[source[erased_rows]] for values in (words, parts))
-        for erasure in self.entries:
-            is_named = erasure.users.has(user[erased_rows])
+        for entry in self.entries:
+            is_named = entry.users.has(user[erased_rows])
             if is_named.any():
-                out[erased_rows[is_named & erasure._offsets(topic, partition, offset[erased_rows])]] = True
+                out[erased_rows[is_named & entry._offsets(topic, partition, offset[erased_rows])]] = True
         return out
 
     def events(self, history: NDArray[Any], user: int) -> Flags:
         """Which events of one user's history (`[m]` EVENT) are erased."""
         out = np.zeros(len(history), np.bool_)
         if user in self.users:
-            for erasure in self.entries:
-                if user in erasure.users:
-                    out |= erasure._offsets(history["topic"], history["partition"], history["offset"])
+            for entry in self.entries:
+                if user in entry.users:
+                    out |= entry._offsets(history["topic"], history["partition"], history["offset"])
         return out
 
     @cached_property
     def files(self) -> tuple[tuple[str, bytes], ...]:
         """The file of each erasure as (SHA-256, bytes), in order; each file names the preceding one."""
         files: list[tuple[str, bytes]] = []
-        for erasure in self.entries:
-            data = erasure.to_bytes(files[-1][0] if files else "")
+        for entry in self.entries:
+            data = entry.to_bytes(files[-1][0] if files else "")
             files.append((hashlib.sha256(data).hexdigest(), data))
         return tuple(files)
 

@@ -119,14 +119,14 @@ def hides(hidden: Hidden, source: int, offset: int, at_ms: int) -> bool:
 
 
 @inlined
-def newer(ring: I64, left: int, right: int) -> bool:
-    """Whether the event at `left` comes after that at `right`: by time, then offset, then source."""
-    if ring[left, 0] != ring[right, 0]:
-        return bool(ring[left, 0] > ring[right, 0])
-    if ring[left, 3] != ring[right, 3]:
-        return bool(ring[left, 3] > ring[right, 3])
+def newer(ring: I64, first: int, second: int) -> bool:
+    """Whether the event at `first` comes after that at `second`: by time, then offset, then source."""
+    if ring[first, 0] != ring[second, 0]:
+        return bool(ring[first, 0] > ring[second, 0])
+    if ring[first, 3] != ring[second, 3]:
+        return bool(ring[first, 3] > ring[second, 3])
     # An added partition or a recreated topic can repeat an offset.
-    return bool((ring[left, 4] & SOURCE_BITS) > (ring[right, 4] & SOURCE_BITS))
+    return bool((ring[first, 4] & SOURCE_BITS) > (ring[second, 4] & SOURCE_BITS))
 
 
 @inlined

@@ -17,18 +17,16 @@ Counts = dict[str, int]
 
 def advanced(counts: Mapping[str, int] | None, part: Range, holder: str) -> Counts:
     """The counts of a source after reading `part`; PositionConflict if the range begins at another offset."""
-    advanced_counts = (
-        {"first": part.first, "next": part.first, **dict.fromkeys(OUTCOMES, 0)} if counts is None else dict(counts)
-    )
-    if advanced_counts["next"] != part.first:
+    after = {"first": part.first, "next": part.first, **dict.fromkeys(OUTCOMES, 0)} if counts is None else dict(counts)
+    if after["next"] != part.first:
         raise PositionConflict(
-            f"{holder} has read {part.source} up to {advanced_counts['next']}, and the batch begins at {part.first}",
+            f"{holder} has read {part.source} up to {after['next']}, and the batch begins at {part.first}",
             "stop the second writer and start again: reading goes on from the stored position",
         )
-    advanced_counts["next"] = part.next
+    after["next"] = part.next
     for name, count in part.outcomes.items():
-        advanced_counts[name] = advanced_counts.get(name, 0) + count
-    return advanced_counts
+        after[name] = after.get(name, 0) + count
+    return after
 
 
 def returned(counts: Mapping[str, int], removed: Mapping[str, int], at: int) -> Counts:

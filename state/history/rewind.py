@@ -59,8 +59,8 @@ class Since:
     @property
     def masked_items(self) -> set[int]:
         """The items that only masked clicks have named since then."""
-        masked, others = self._items
-        return masked - others
+        masked, named = self._items
+        return masked - named
 
     @property
     def sources(self) -> list[Source]:

@@ -105,15 +105,15 @@ class StoreView:
 
     def counts_and_extras(self) -> Iterator[Chunks]:
         """The entries of `counts` and the extras, as `HistoryStore.finish_loading` takes them."""
-        for some in self._slices(self._meta, b"p:"):
-            yield [(key, value) for key, value in some if key[:2] in (b"p:", b"x:")]
+        for entries in self._slices(self._meta, b"p:"):
+            yield [(key, value) for key, value in entries if key[:2] in (b"p:", b"x:")]
 
     def _slices(self, database: Any, start: bytes) -> Iterator[Chunks]:
         cursor = self._transaction.cursor(db=database)
         # A generator ends once; an LMDB cursor would start again.
         entries = (entry for entry in cursor) if cursor.set_range(start) else iter(())
-        while some := cast(Chunks, list(islice(entries, SLICE))):
-            yield some
+        while batch := cast(Chunks, list(islice(entries, SLICE))):
+            yield batch
             time.sleep(SLICE_PAUSE_S)
 
     def close(self) -> None:
@@ -226,9 +226,7 @@ class HistoryStore(MemoryStore):
     def extra_of_each(self, names: Sequence[str]) -> list[bytes | None]:
         """The values of n extras, from one snapshot; see `extra`."""
         with self._begin("meta") as transaction:
-            return [
-                None if (value := transaction.get(b"x:" + name.encode())) is None else bytes(value) for name in names
-            ]
+            return [None if (raw := transaction.get(b"x:" + name.encode())) is None else bytes(raw) for name in names]
 
     def extras(self, prefix: str, start: str, limit: int) -> list[tuple[str, bytes]]:
         """The first `limit` extras whose names begin with `prefix`, from the name `start` on."""
@@ -284,8 +282,8 @@ class HistoryStore(MemoryStore):
             # 2. Histories.
             new = chunks.append(transaction.cursor(db=self._chunks), appends, self.history)
             if new:
-                known = int(transaction.get(b"users", db=self._meta) or 0)
-                transaction.put(b"users", str(known + new).encode(), db=self._meta)
+                users = int(transaction.get(b"users", db=self._meta) or 0)
+                transaction.put(b"users", str(users + new).encode(), db=self._meta)
             # 3. Extras.
             named = {b"x:" + name.encode(): value for name, value in (extra or {}).items()}
             put_all(transaction, self._meta, named)
@@ -373,8 +371,8 @@ class HistoryStore(MemoryStore):
         with self._write() as transaction:
             removed = remove(transaction.cursor(db=self._chunks), aged, is_old, evicted)
             if removed_users := removed.aged + removed.evicted:
-                known = int(transaction.get(b"users", db=self._meta) or 0)
-                transaction.put(b"users", str(known - removed_users).encode(), db=self._meta)
+                users = int(transaction.get(b"users", db=self._meta) or 0)
+                transaction.put(b"users", str(users - removed_users).encode(), db=self._meta)
         return removed
 
     def view(self) -> StoreView:

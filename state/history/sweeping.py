@@ -95,10 +95,10 @@ class ReadTimes:
         """
         keys = _keys(events["topic"], events["partition"])
         number = np.minimum(np.searchsorted(self._sources, keys), max(0, len(self._sources) - 1))
-        known = self._sources[number] == keys if len(self._sources) else np.zeros(len(events), np.bool_)
+        has_mark = self._sources[number] == keys if len(self._sources) else np.zeros(len(events), np.bool_)
         slot = np.searchsorted(self._places, number * _OFFSETS + events["offset"], side="right")
         # The last owner is -1, which index -1 also reads before the first one.
-        inside = known & (self._owners[slot] == number)
+        inside = has_mark & (self._owners[slot] == number)
         after = np.where(inside, slot, -1)
         before = np.where(inside & (self._owners[slot - 1] == number), slot - 1, -1)
         return after, np.where(inside, self._times[after], clock_ms), before
@@ -131,10 +131,10 @@ def _keys(topic: NDArray[np.uint32], partition: NDArray[np.uint16]) -> I64:
     return (topic.astype(np.int64) << 16) | partition
 
 
-def _lowest(left: Sequence[tuple[int, int]], right: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def _lowest(first: Sequence[tuple[int, int]], second: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """The lower offset of two buckets, at the times at which both have a mark."""
-    other = dict(right)
-    return [(at_ms, min(after, other[at_ms])) for at_ms, after in left if at_ms in other]
+    other = dict(second)
+    return [(at_ms, min(after, other[at_ms])) for at_ms, after in first if at_ms in other]
 
 
 READ_TIMES = "read_times"  # name of the store's extra

@@ -30,21 +30,21 @@ RETRIES = 40
 
 @compiled
 def _put_varint(out: npt.NDArray[np.uint8], at: int, value: int) -> int:
-    rest = np.uint64((value << 1) ^ (value >> 63))
-    while rest >= np.uint64(0x80):
-        out[at] = np.uint8((rest & np.uint64(0x7F)) | np.uint64(0x80))
-        rest >>= np.uint64(7)
+    remaining = np.uint64((value << 1) ^ (value >> 63))
+    while remaining >= np.uint64(0x80):
+        out[at] = np.uint8((remaining & np.uint64(0x7F)) | np.uint64(0x80))
+        remaining >>= np.uint64(7)
         at += 1
-    out[at] = np.uint8(rest)
+    out[at] = np.uint8(remaining)
     return at + 1
 
 
 @compiled
 def _varint_size(value: int) -> int:
-    rest = np.uint64((value << 1) ^ (value >> 63))
+    remaining = np.uint64((value << 1) ^ (value >> 63))
     size = 1
-    while rest >= np.uint64(0x80):
-        rest >>= np.uint64(7)
+    while remaining >= np.uint64(0x80):
+        remaining >>= np.uint64(7)
         size += 1
     return size
 
@@ -163,15 +163,15 @@ class BulkWriter:
             LogError: The cluster refused a batch.
         """
         bases: dict[int, int] = {}
-        left = batches
+        unsent = batches
         with translated(self._settings, f"append to topic {self.topic}"):
             for attempt in range(RETRIES):
-                answers = self._admin._manager.run(self._send, left)
+                answers = self._admin._manager.run(self._send, unsent)
                 bases |= {number: base for number, (code, base) in answers.items() if not code}
                 failed = {number: code for number, (code, _) in answers.items() if code}
                 # Sends only refused batches again, because the others are in the log.
-                left = {number: left[number] for number in failed}
-                if not left:
+                unsent = {number: unsent[number] for number in failed}
+                if not unsent:
                     return bases
                 error = kafka_errors.for_code(next(iter(failed.values())))
                 if attempt == RETRIES - 1 or not issubclass(error, kafka_errors.RetriableError):

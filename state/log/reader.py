@@ -63,9 +63,7 @@ class BatchRecords:
         self.leader_epoch = -1
         self.bytes_read = 0
         self._records = records
-        self._aborted = [
-            (transaction.producer_id, transaction.first_offset) for transaction in aborted_transactions or ()
-        ]
+        self._aborted = [(entry.producer_id, entry.first_offset) for entry in aborted_transactions or ()]
         self._committed_only = getattr(isolation_level, "name", "READ_COMMITTED") == "READ_COMMITTED"
         self._on_drain = on_drain
 
@@ -174,8 +172,8 @@ class BatchConsumer:
 
     def topic_id(self) -> str | None:
         """The id of the topic of that name, as last received."""
-        known = self._fetcher._manager.cluster.topic_id(self._topic)
-        return None if known is None else str(known.hex)
+        topic_id = self._fetcher._manager.cluster.topic_id(self._topic)
+        return None if topic_id is None else str(topic_id.hex)
 
     def reachable(self) -> bool:
         """Whether a broker answers: a connection is open, and no request has waited for `HANGS_S`."""
@@ -340,9 +338,9 @@ class Reader:
     def seek(self, partition: int, offset: int) -> None:
         """Sets the position of the partition's next poll; the leader epochs of skipped records are unknown then."""
         self._buffer.drop(partition)
-        known = self._leaders.get(partition, ()) if offset <= self._positions[partition] else ()
-        self._leaders[partition], self._positions[partition] = known, offset
-        self._consumer.seek(partition, offset, epoch_before(known, offset))
+        leaders = self._leaders.get(partition, ()) if offset <= self._positions[partition] else ()
+        self._leaders[partition], self._positions[partition] = leaders, offset
+        self._consumer.seek(partition, offset, epoch_before(leaders, offset))
 
     def position(self, partition: int) -> int:
         """The position after the last one that `poll` covered."""
@@ -458,8 +456,8 @@ class Reader:
         end_of_epoch = problem.divergent_offsets[TopicPartition(self.topic, partition)]
         begin, end = self._topics.ends(self.topic)[partition]
         # The broker may no longer know that epoch. Then no part of the log is known to be the one that we read.
-        kept = begin if end_of_epoch is None else max(begin, end_of_epoch.offset)
-        return truncated(self.topic, self.topic_id, partition, self._positions[partition], kept, end)
+        kept_end = begin if end_of_epoch is None else max(begin, end_of_epoch.offset)
+        return truncated(self.topic, self.topic_id, partition, self._positions[partition], kept_end, end)
 
     def _deliver(self, partition: int, max_records: int) -> PartitionBatch:
         chunks = self._buffer.take(partition, max_records)

@@ -300,15 +300,13 @@ def _halves(header: Header, columns: Columns, middle: int) -> list[tuple[Header,
     late = {identity: text for identity, text in header.names.items() if identity in second - first}
     early = {identity: text for identity, text in header.names.items() if identity not in late}
     for parts, rows, names in zip(ranges, _cut(middle), (early, late), strict=True):
-        indices = [index for index, part in enumerate(parts) if part.next > part.first]
+        used = [index for index, part in enumerate(parts) if part.next > part.first]
         index_of = np.zeros(max(len(parts), 1), np.uint16)
-        index_of[indices] = np.arange(len(indices), dtype=np.uint16)
+        index_of[used] = np.arange(len(used), dtype=np.uint16)
         half = {name: column[rows] for name, column in columns.items()}
         half["source"] = index_of[half["source"]]
-        clocks = tuple(header.clocks[index] for index in indices) if header.clocks else ()
-        halves.append(
-            (replace(header, ranges=tuple(parts[index] for index in indices), names=names, clocks=clocks), half)
-        )
+        clocks = tuple(header.clocks[index] for index in used) if header.clocks else ()
+        halves.append((replace(header, ranges=tuple(parts[index] for index in used), names=names, clocks=clocks), half))
     return halves
 
 

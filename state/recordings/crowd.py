@@ -69,12 +69,12 @@ class RecordedTimes:
         np.maximum.at(newest, numbers, at_ms[rows])
         for number, hour in enumerate(hours.tolist()):
             row, count, newest_ms = int(rows[firsts[number]]), int(counts[number]), int(newest[number])
-            location = int(files[row]), int(line[row])
-            if (known := self._hours.get(hour)) is None:
-                self._hours[hour] = _Hour(count, newest_ms, location)
+            where = int(files[row]), int(line[row])
+            if (counted := self._hours.get(hour)) is None:
+                self._hours[hour] = _Hour(count, newest_ms, where)
             else:
                 self._hours[hour] = _Hour(
-                    known.rows + count, max(known.newest_ms, newest_ms), min(known.first, location)
+                    counted.rows + count, max(counted.newest_ms, newest_ms), min(counted.first, where)
                 )
 
     def crowd(self, max_age_ms: int) -> Crowd:

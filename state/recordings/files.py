@@ -84,8 +84,8 @@ def csv_rows(
         SettingsError: The file has no column for a wanted field.
     """
     names, records = _named(stream, where, columns, delimiter)
-    places = {name: names.index(name) for name in wanted if name in names}
-    missing = [name for name in wanted if name not in places]
+    index_of = {name: names.index(name) for name in wanted if name in names}
+    missing = [name for name in wanted if name not in index_of]
     if missing:
         if columns:
             raise SettingsError(f"--columns {','.join(names)}: has no {missing[0]!r}", f"name the column, or {remedy}")
@@ -97,7 +97,7 @@ def csv_rows(
     def rows_of(chunk: list[Record]) -> RecordedRows:
         cells = [record[2] or nothing for record in chunk]
         return RecordedRows(
-            columns={name: [row[index] for row in cells] for name, index in places.items()},
+            columns={name: [row[index] for row in cells] for name, index in index_of.items()},
             lines=np.array([record[0] for record in chunk], np.int64),
             broken=frozenset(row for row, record in enumerate(chunk) if record[2] is None),
             text=lambda row: chunk[row][1],
@@ -179,19 +179,17 @@ def _records(lines: Iterator[tuple[int, bytes]], delimiter: str, width: int) -> 
         else:
             # A quoted field may continue in the next lines. If no quote ends it, or the result is not a row, the quote
             # is stray and only its line is broken.
-            lines_of_record = [line]
-            while len(lines_of_record) < LONGEST_RECORD_LINES and (
-                next_line := waiting.popleft() if waiting else next(lines, None)
-            ):
-                lines_of_record.append(next_line)
-                if next_line[1].count(b'"') % 2:
-                    joined = b"".join(line for _, line in lines_of_record).rstrip(b"\r\n")
+            pieces = [line]
+            while len(pieces) < LONGEST_RECORD_LINES and (after := waiting.popleft() if waiting else next(lines, None)):
+                pieces.append(after)
+                if after[1].count(b'"') % 2:
+                    joined = b"".join(line for _, line in pieces).rstrip(b"\r\n")
                     cells = _split(joined, delimiter)
                     break
             if cells is not None and len(cells) == width:
                 text = joined
             else:
-                waiting.extendleft(reversed(lines_of_record[1:]))
+                waiting.extendleft(reversed(pieces[1:]))
         yield number, text, cells if cells is not None and len(cells) == width else None
 
 

@@ -98,8 +98,8 @@ class HeldUpdate:
         'user: share of one user is 30, usually 1, from partition 2 offset 5 on (training log 40 to 89)'
         """
         numbers = f"{self.meaning} is {self.signal:.3g}, usually {self.usual:.3g}"
-        places = ", ".join(f"partition {clicks.partition} offset {clicks.first}" for clicks in self.clicks)
-        since = f", from {places} on" if places else ""
+        starts = ", ".join(f"partition {clicks.partition} offset {clicks.first}" for clicks in self.clicks)
+        since = f", from {starts} on" if starts else ""
         return f"{self.rule}: {numbers}{since} (training log {self.first} to {self.next - 1})"
 
 
@@ -251,14 +251,12 @@ class Control(msgspec.Struct, frozen=True, dict=True, omit_defaults=True):
         A mask that was lifted since the epoch began still applies to records written before it was lifted. So the
         offset at which it ends does not depend on when the trainer polled control.
         """
-        in_force = tuple(mask for mask in self.lifted if mask.lifted > generation)
-        if not in_force:
+        masks = tuple(mask for mask in self.lifted if mask.lifted > generation)
+        if not masks:
             return self.mask
-        if in_force not in self._masks_at:
-            self._masks_at[in_force] = replace(
-                joined((*self.masks, *in_force), self.mask_generation), erased=self.erased
-            )
-        return self._masks_at[in_force]
+        if masks not in self._masks_at:
+            self._masks_at[masks] = replace(joined((*self.masks, *masks), self.mask_generation), erased=self.erased)
+        return self._masks_at[masks]
 
     @cached_property
     def _masks_at(self) -> dict[tuple[MaskEntry, ...], Mask]:
@@ -420,21 +418,15 @@ def roll_back(
     )
 
 
-def recover(control: Control, version: int, **decision: Unpack[Decision]) -> Control:
-    """Rewinds the trainer to `version`, the newest that it can continue from; serving choice and masks stay.
+def recover(control: Control, to: int, **decision: Unpack[Decision]) -> Control:
+    """Rewinds the trainer to `to`, the newest that it can continue from; serving choice and masks stay.
 
     >>> first = start(actor="trainer", reason="first start", now_ms=0)
     >>> back = recover(first, 40, actor="trainer", reason="the training log ends before version 41", now_ms=9)
     >>> back.epoch, back.base, back.serving.mode
     (2, 40, 'follow')
     """
-    changes: dict[str, Any] = {
-        "epoch": control.epoch + 1,
-        "base": version,
-        "lifted": (),
-        "mode": "fast",
-        "upgraded": False,
-    }
+    changes: dict[str, Any] = {"epoch": control.epoch + 1, "base": to, "lifted": (), "mode": "fast", "upgraded": False}
     return _next(control, "recover", decision, **changes, held=None)
 
 

@@ -128,9 +128,7 @@ class Controls:
         newest = self.control()
         if newest is None or newest.epoch < epoch:
             return None
-        return 1 + bisect_left(
-            range(1, newest.generation + 1), epoch, key=lambda generation: self.generation(generation).epoch
-        )
+        return 1 + bisect_left(range(1, newest.generation + 1), epoch, key=lambda number: self.generation(number).epoch)
 
     def change(self, transition: Callable[[Control], Control]) -> Control:
         """Writes the next generation by a pure transition; retries from the newest one if another process was faster.

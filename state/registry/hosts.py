@@ -67,9 +67,10 @@ class RoutingTable:
         (['a'], '32-63', '0-31')
         """
         hosts = tuple(sorted((entry for entry in entries if entry.is_live(now_ms)), key=lambda host: host.name))
-        held = [UserShares.parse(host.shares) for host in hosts]
+        shares_of_hosts = [UserShares.parse(host.shares) for host in hosts]
         holders = [
-            tuple(host for host, shares in zip(hosts, held, strict=True) if share in shares) for share in range(SHARES)
+            tuple(host for host, shares in zip(hosts, shares_of_hosts, strict=True) if share in shares)
+            for share in range(SHARES)
         ]
         return cls(hosts, holders)
 
@@ -116,7 +117,7 @@ def all_entries(registry: Registry) -> list[HostEntry]:
     Raises:
         UnusableRegistry: The object store cannot be reached.
     """
-    by_name = {entry.name: entry for entry in entries(registry.path)}
+    known = {entry.name: entry for entry in entries(registry.path)}
     if (store := registry.directory.shared) is not None:
         with sharing():
             for name in store.names(layout.HOSTS):
@@ -124,11 +125,9 @@ def all_entries(registry: Registry) -> list[HostEntry]:
                     remote = decoded(store.read(f"{layout.HOSTS}/{name}"))
                 except (FileNotFoundError, ValueError):
                     continue
-                newer = (
-                    entry for entry in remote if entry.name not in by_name or by_name[entry.name].at_ms < entry.at_ms
-                )
-                by_name |= {entry.name: entry for entry in newer}
-    return [by_name[name] for name in sorted(by_name)]
+                newer = (entry for entry in remote if entry.name not in known or known[entry.name].at_ms < entry.at_ms)
+                known |= {entry.name: entry for entry in newer}
+    return [known[name] for name in sorted(known)]
 
 
 def decoded(data: bytes) -> list[HostEntry]:

@@ -165,10 +165,8 @@ def require_fit(
         if (present := _last(shapes.get(name), len(shape))) != shape
     ]
     # A table that an upgrade dropped still exists, with rows of width 0.
-    stored_tables = {
-        name.removesuffix(".rows") for name, shape in shapes.items() if name.endswith(".rows") and shape[-1]
-    }
-    wrong += [f"{table}.rows none, but in the version" for table in sorted(stored_tables - {*widths, *optional})]
+    stored = {name.removesuffix(".rows") for name, shape in shapes.items() if name.endswith(".rows") and shape[-1]}
+    wrong += [f"{table}.rows none, but in the version" for table in sorted(stored - {*widths, *optional})]
     if wrong or version.spec != spec.digest:
         try:
             registry.read(version, SERVING)

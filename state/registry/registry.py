@@ -251,15 +251,15 @@ class Registry:
                 self._manifests[folder] = cached
                 return cached
             try:
-                read = manifest.decode(self.manifest_bytes(folder))
+                stored = manifest.decode(self.manifest_bytes(folder))
             except FileNotFoundError:
                 if folder.is_dir():
                     raise _BadPart(folder, version, f"{folder / MANIFEST} is missing") from None
                 continue
             except ValueError as error:
                 raise _BadPart(folder, version, f"{folder / MANIFEST} is damaged: {error}") from error
-            self._cache(folder, read)
-            return read
+            self._cache(folder, stored)
+            return stored
         raise self._not_kept(version)
 
     def either(self, version: int) -> Manifest:
@@ -651,19 +651,19 @@ class Registry:
             # 1. The machine may have lost names in `recent/` when it restarted.
             before = mark.read_text() if mark.exists() else boot
             keeper = self.reserve_numbers(self.next_number() - 1 + (0 if before == boot else MOST_BETWEEN))
-            left = [path for path in keeper.parent.iterdir() if path != keeper]
+            leftovers = [path for path in keeper.parent.iterdir() if path != keeper]
             killpoints.reach("recent.numbered")
             # 2.
             if before != boot or not mark.exists():
                 self.directory.replace(mark, boot.encode())
             # 3.
-            for path in left:
+            for path in leftovers:
                 # A trainer that lost its claim removes nothing, because its staging folder is gone.
                 grave = self.directory.temporary(path.name)
                 path.rename(grave)
                 shutil.rmtree(grave) if grave.is_dir() else grave.unlink()
         self._manifests.clear()
-        return sum(path.name.isdecimal() for path in left)
+        return sum(path.name.isdecimal() for path in leftovers)
 
     def reserve_numbers(self, last: int) -> Path:
         """Durably marks all numbers up to `last` as used, by a file in `recent/` with that name; returns its path.

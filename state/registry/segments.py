@@ -77,9 +77,9 @@ def segments_to_end(
         UnknownVersion: A version that an epoch began from is no longer kept.
     """
     lasts = registry.generations.last_of_epochs(base.epoch, newest.epoch)
-    segments = segments_of(registry, lasts, base, newest) if base.version != newest.version else []
+    before = segments_of(registry, lasts, base, newest) if base.version != newest.version else []
     return [
-        *segments,
+        *before,
         LogSegment(newest.log.next, max(end, newest.log.next), control.mask_at, control.log, control.epoch),
     ]
 

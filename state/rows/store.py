@@ -409,7 +409,7 @@ class RowStore(LmdbStore):
             killpoints.reach("rows.begun")
         with self._write() as transaction:
             # Its changes in the former lane count as written by the next version of that lane.
-            _, left = self._drop(transaction, {manifest.version}) if is_here else (0, [])
+            _, to_check = self._drop(transaction, {manifest.version}) if is_here else (0, [])
             transaction.cursor(self._rows).putmulti(entries.pairs)
             transaction.delete(BEGUN, db=self._meta)
             transaction.put(u64(manifest.version), entries.changes.tobytes(), db=self._changes)
@@ -421,7 +421,7 @@ class RowStore(LmdbStore):
             served = (stored(transaction, b"served", self._meta) or b"")[:8]
             if follow or served == u64(manifest.version):
                 self._point(manifest.version, transaction)
-        self._left += left
+        self._left += to_check
         return True
 
     def _put_record(
@@ -480,8 +480,8 @@ class RowStore(LmdbStore):
         """
         with self._write() as transaction:
             served = stored(transaction, b"served", self._meta) or bytes(8)
-            dropped, left = self._drop(transaction, {*versions} - {int.from_bytes(served[:8], "big")})
-        self._left += left
+            dropped, to_check = self._drop(transaction, {*versions} - {int.from_bytes(served[:8], "big")})
+        self._left += to_check
         return dropped
 
     def _records(self, transaction: lmdb.Transaction) -> list[Served]:
@@ -601,14 +601,14 @@ class RowStore(LmdbStore):
         deleted = 0
         with self._write() as transaction:
             records = self._records(transaction)
-            known = [ids_in(transaction, self._rows, table) for table in ("item", "category", "context")]
+            known_ids = [ids_in(transaction, self._rows, table) for table in ("item", "category", "context")]
             # The tables that may have rows of users: the user table, and a ranker's own tables.
             tables = {"user", *(name for record in records for name in record.dims if name not in (*TABLES, *COUNTED))}
             for erasure in erased:
                 later = min((record.version for record in records if record.erased >= erasure.id), default=1 << 63)
                 wrote = (0, later) if version is None else (version, version + 1)
                 ids_by_table = dict.fromkeys(tables, erasure.users.ids)
-                pairs = [crosses.of_user(user, *known) for user in erasure.users]
+                pairs = [crosses.of_user(user, *known_ids) for user in erasure.users]
                 ids_by_table["cross"] = np.concatenate([np.empty(0, np.uint64), *pairs])
                 deleted += delete_entries(transaction, self._rows, ids_by_table, *wrote)
                 before = [record.version for record in records if record.erased < erasure.id]

@@ -140,10 +140,8 @@ class SegmentStore(LmdbStore):
         """The first `most` members of a segment from the pseudonym `start` on, in the order of pseudonyms."""
         prefix = _prefix(segment)
         with self._env.begin(db=self._members) as transaction:
-            entries = keys_with(transaction.cursor(), prefix, _key((segment, start)), most)
-        return [
-            (int.from_bytes(key[len(prefix) :], "big"), Membership(*_VALUE.unpack(value))) for key, value in entries
-        ]
+            pairs = keys_with(transaction.cursor(), prefix, _key((segment, start)), most)
+        return [(int.from_bytes(key[len(prefix) :], "big"), Membership(*_VALUE.unpack(value))) for key, value in pairs]
 
     def commit(self, changes: Mapping[Member, Membership | None], position: SegmentsPlace | None = None) -> None:
         """Adds members, or removes those with None, and stores `position`, if given, as the position; atomic."""

@@ -362,7 +362,7 @@ class WriteBuckets(WorkerStep):
         If the outcome is unknown, a new writer writes again. Records may then be in the log twice, with the same
         positions.
         """
-        for left in reversed(range(TRIES)):
+        for tries_left in reversed(range(TRIES)):
             try:
                 self._writer = self._writer or worker.log.writer()
                 send_records(self._writer, worker.settings.kafka, values, letters, now_ms)
@@ -372,7 +372,7 @@ class WriteBuckets(WorkerStep):
                 if self._writer is not None:
                     self._writer.close(0.0)
                 self._writer = None
-                if not left:
+                if not tries_left:
                     raise
                 logger.warning("%s; these rows are written again as soon as it is back", error)
                 time.sleep(WAIT_S)

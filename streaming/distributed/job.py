@@ -99,8 +99,8 @@ def beam_options(runner: str, words: Sequence[str], settings: Settings) -> Pipel
             filled.append(("prism_location", path))
     else:
         filled.append(("runner", runner))
-    given = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
-    return PipelineOptions([*(_word(name, value) for name, value in filled if name not in given), *words])
+    options = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
+    return PipelineOptions([*(_word(name, value) for name, value in filled if name not in options), *words])
 
 
 def _word(name: str, value: object) -> str:

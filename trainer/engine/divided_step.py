@@ -238,9 +238,9 @@ class DividedTrainer(Trainer):
                 into[f"rows.{name}"][_places(own.rows[name], rows[name])] = derivative
         if own.crossed is not None:
             table, at = self._crosses_table, own.rows[CROSS]
-            places = _places(at, rows[CROSS])
-            into[f"rows.{CROSS}"][places] = own.crossed.rows - table.gather(at)
-            into["precision"][places] = own.crossed.precision - table.gather_accum(at)
+            indices = _places(at, rows[CROSS])
+            into[f"rows.{CROSS}"][indices] = own.crossed.rows - table.gather(at)
+            into["precision"][indices] = own.crossed.precision - table.gather_accum(at)
 
     def _joined(
         self,
@@ -302,11 +302,11 @@ def _views(flat: F32, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, F32]:
     }
 
 
-def _places(some: I32, rows: I32) -> npt.NDArray[np.int64]:
-    """Where each of `some` distinct rows is in `rows`, which has all of them."""
+def _places(subset: I32, rows: I32) -> npt.NDArray[np.int64]:
+    """Where each of `subset` distinct rows is in `rows`, which has all of them."""
     order = np.argsort(rows)
-    places: npt.NDArray[np.int64] = order[np.searchsorted(rows, some, sorter=order)]
-    return places
+    indices: npt.NDArray[np.int64] = order[np.searchsorted(rows, subset, sorter=order)]
+    return indices
 
 
 def joined_by_id(parts: Sequence[Mapping[str, npt.NDArray[Any]]]) -> dict[str, npt.NDArray[Any]]:

@@ -139,13 +139,13 @@ class PrivateLearning:
             update: From `begin`.
             log_ms: Log time.
         """
-        counted = (categories != 0) & update.units.learned
-        known = np.union1d(popular.state()["ids"], categories[categories != 0])
-        rows = np.bincount(update.units.of[counted], minlength=len(categories))
-        amounts = np.zeros(known.size)
-        np.add.at(amounts, np.searchsorted(known, categories[counted]), 1.0 / rows[update.units.of[counted]])
-        amounts += self._normal(update)("counts", known.size) * (self.noise * COUNT_NOISE)
-        popular.add(known, np.rint(amounts * ONE).astype(np.int64), log_ms)
+        is_counted = (categories != 0) & update.units.learned
+        distinct = np.union1d(popular.state()["ids"], categories[categories != 0])
+        rows = np.bincount(update.units.of[is_counted], minlength=len(categories))
+        amounts = np.zeros(distinct.size)
+        np.add.at(amounts, np.searchsorted(distinct, categories[is_counted]), 1.0 / rows[update.units.of[is_counted]])
+        amounts += self._normal(update)("counts", distinct.size) * (self.noise * COUNT_NOISE)
+        popular.add(distinct, np.rint(amounts * ONE).astype(np.int64), log_ms)
 
     def _normal(self, update: PrivateUpdate) -> Normal:
         return lambda name, count: self._noise.normal(f"{update.noise} {name}", count)
@@ -199,17 +199,15 @@ class PrivateTrainer(Trainer):
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """See `Trainer`."""
-        kept = self.private.allowance.state() | self.private.history.state()
-        return super().state() | {f"privacy.{name}": value for name, value in kept.items()}
+        state = self.private.allowance.state() | self.private.history.state()
+        return super().state() | {f"privacy.{name}": value for name, value in state.items()}
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """See `Trainer`."""
         super().load(state)
-        privacy_state = {
-            name.removeprefix("privacy."): value for name, value in state.items() if name.startswith("privacy.")
-        }
-        self.private.allowance.load(privacy_state)
-        self.private.history.load(privacy_state)
+        own = {name.removeprefix("privacy."): value for name, value in state.items() if name.startswith("privacy.")}
+        self.private.allowance.load(own)
+        self.private.history.load(own)
 
     def step(self, batch: MicroBatch, seed: tuple[int, int] | None = None, place: NoisePlace | None = None) -> Report:
         """See `Trainer`.

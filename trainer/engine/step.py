@@ -265,20 +265,22 @@ class Trainer:
         began, size = self._clock(), self.settings.trainer.rows_per_update or len(batch)
         newest = self.transitions.find(np.ascontiguousarray(batch.recent_categories[:, 0]))
         came_next = of_came_next(self.transitions, newest, batch.category)
-        updates, left = [], 0
+        updates, skipped = [], 0
         for part, its_crosses in parts(batch, crosses, size):
             if self.guard.held:
-                left += len(part)
+                skipped += len(part)
             else:
                 updates.append(self._update(part, its_crosses, seed))
-        self.counters.skipped += left
+        self.counters.skipped += skipped
         if self.interest_counts is not None:
             updates = self.interest_counts.learn(batch, updates, self._visited())
         if self.item_ranking is not None:
             self.item_ranking.count()
         categories = len(self.tables["category"])
         report = self.measures.report(batch, updates, came_next, new_users, categories, self.counters.log_ms)
-        return replace(report, rows=report.rows + left, skipped=report.skipped + left, seconds=self._clock() - began)
+        return replace(
+            report, rows=report.rows + skipped, skipped=report.skipped + skipped, seconds=self._clock() - began
+        )
 
     def score(self, batch: MicroBatch) -> dict[str, F32]:
         """The interest logits of a batch without dropout: `recent_logits` `[B, L]`, `popular_logits` `[B, P]` and

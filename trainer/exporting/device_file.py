@@ -88,12 +88,10 @@ def _device_signature(ranker: Ranker, rows: Mapping[str, ChosenRows], kept: Mapp
         for name, spec in specs.items()
     }
 
-    def predict(**inputs_by_name: Any) -> Any:
+    def predict(**values: Any) -> Any:
         constants = {table: tf.constant(tables_of_rows[table]) for table in set(tables.values())}
         inputs = {
-            name: tf.gather(constants[tables[name]], inputs_by_name[name + AT])
-            if name in tables
-            else inputs_by_name[name]
+            name: tf.gather(constants[tables[name]], values[name + AT]) if name in tables else values[name]
             for name in specs
         }
         return ranker.predict(inputs | {name: tf.constant(value) for name, value in kept.items()})

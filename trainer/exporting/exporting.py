@@ -82,10 +82,7 @@ class _Replayed:
             name: pieces[0][0][name] if name == "popular" else np.concatenate([ids[name] for ids, _ in pieces])[:ROWS]
             for name in pieces[0][0]
         }
-        values = {
-            name: np.concatenate([values_of_batch[name] for _, values_of_batch in pieces])[:ROWS]
-            for name in pieces[0][1]
-        }
+        values = {name: np.concatenate([part[name] for _, part in pieces])[:ROWS] for name in pieces[0][1]}
         self.inputs: dict[str, F32] = {
             input_.name: self._rows(input_) if input_.table else np.asarray(values[input_.name], np.float32)
             for input_ in trainer.model.inputs

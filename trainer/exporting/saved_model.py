@@ -154,8 +154,8 @@ class KnownAnswers(tf.Module):
         parameters = [inspect.Parameter("user_id", kind)]
         parameters += [inspect.Parameter(name, kind, default=value) for name, value in optional.items()]
 
-        def answer(*given: Tensor) -> dict[str, Tensor]:
-            return self._answer(*given)
+        def answer(*inputs: Tensor) -> dict[str, Tensor]:
+            return self._answer(*inputs)
 
         answer.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         specs = [tf.TensorSpec([None], tf.string, "user_id")]
@@ -188,12 +188,12 @@ def _places(keys: npt.NDArray[np.bytes_], first: int, other: int, last: int | No
 
     `last` is the index of the last key, if it is out of order.
     """
-    places = np.arange(first, first + len(keys), dtype=np.int64)
+    indices = np.arange(first, first + len(keys), dtype=np.int64)
     if last is not None:
-        places[-1] = last
+        indices[-1] = last
     # TensorFlow cannot create a table without keys.
-    given = (keys, places) if len(keys) else (np.array([b"\0"]), np.array([other], np.int64))
-    initializer = tf.lookup.KeyValueTensorInitializer(tf.constant(_plain(given[0])), tf.constant(given[1]))
+    entries = (keys, indices) if len(keys) else (np.array([b"\0"]), np.array([other], np.int64))
+    initializer = tf.lookup.KeyValueTensorInitializer(tf.constant(_plain(entries[0])), tf.constant(entries[1]))
     return tf.lookup.StaticHashTable(initializer, other)
 
 
@@ -207,5 +207,5 @@ class Exported:
 
     def predict(self, inputs: Mapping[str, Any]) -> dict[str, F32]:
         """The outputs of the signature `raw`."""
-        given = {name: tf.constant(value) for name, value in inputs.items()}
-        return {name: np.asarray(value.numpy()) for name, value in self._raw(**given).items()}
+        tensors = {name: tf.constant(value) for name, value in inputs.items()}
+        return {name: np.asarray(value.numpy()) for name, value in self._raw(**tensors).items()}

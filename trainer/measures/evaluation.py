@@ -123,9 +123,9 @@ def fade(sums: F64, rows: int, power: int = 1) -> None:
 
 
 @compiled("f8[::1], f8")
-def _fade(sums: F64, left: float) -> None:
+def _fade(sums: F64, share: float) -> None:
     for i in range(sums.shape[0]):
-        faded = sums[i] * left
+        faded = sums[i] * share
         sums[i] = faded if faded >= _GONE else 0.0
 
 

@@ -181,15 +181,15 @@ def _judge(
     """Adds the rows to `sums`; the columns are in the order of SUMS."""
     for i in range(rank.shape[0]):
         kind = 1 if known[i] else 0
-        hit, others = rank[i] >= 0, np.log(float(max(categories - candidates[i], 0)) + 1.0)
-        log_loss = others
+        hit, log_others = rank[i] >= 0, np.log(float(max(categories - candidates[i], 0)) + 1.0)
+        log_loss = log_others
         if hit:
             log_loss = -np.log1p(-miss[kind]) - log_share[i]
             rows[i, 3] = 1.0 / (1.0 + rank[i])
             rows[i, 4] = 1.0 if rank[i] == 0 else 0.0
             rows[i, 5] = 1.0 if rank[i] < 5 else 0.0
         elif candidates[i] > 0:
-            log_loss = others - np.log(miss[kind])
+            log_loss = log_others - np.log(miss[kind])
         rows[i, 0], rows[i, 1], rows[i, 2] = 1.0, log_loss, log_loss * log_loss
         rows[i, 6] = 1.0 if candidates[i] > 0 else 0.0
         rows[i, 7] = 0.0 if hit else 1.0

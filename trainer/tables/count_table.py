@@ -72,12 +72,10 @@ class CountTable(IdTable):
         self.put(rows, first, np.zeros((len(rows), 0), np.float32))
 
     def _use(self) -> F32:
-        counted: F32 = self._lists.counts.sum(1).astype(np.float32)
-        return counted
+        sums: F32 = self._lists.counts.sum(1).astype(np.float32)
+        return sums
 
     def _resize(self, capacity: int, former: I32 | None = None) -> None:
-        parts = (
-            (*self._lists, self._signs) if former is None else (part[former] for part in (*self._lists, self._signs))
-        )
-        counts, ids, self._signs = (grown(part, capacity) for part in parts)
+        kept = (*self._lists, self._signs) if former is None else (part[former] for part in (*self._lists, self._signs))
+        counts, ids, self._signs = (grown(part, capacity) for part in kept)
         self._lists = Lists(counts, ids)

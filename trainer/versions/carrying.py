@@ -256,16 +256,11 @@ def _take_over(
             f"roll back: `springtide rollback --to {version} --reason TEXT`",
         )
     manifest = checkpoint.restore(Registry(path), int(recorded["version"]), trainer, spec)
-    live_manifest, old = checkpoint.full_state(live, version)
+    part, old = checkpoint.full_state(live, version)
     state = checkpoint.full(trainer)
     changes = checkpoint.changes(trainer) | state | ends(old, state) | removals(old, state, plan(old, state))
     return replace(
-        manifest,
-        version=live_manifest.version,
-        kind=live_manifest.kind,
-        epoch=live_manifest.epoch,
-        parent=live_manifest.parent,
-        visible=live_manifest.visible,
+        manifest, version=part.version, kind=part.kind, epoch=part.epoch, parent=part.parent, visible=part.visible
     ), changes
 
 
@@ -339,11 +334,9 @@ def restore_or_carry(
     if began is None:
         return _without_lost_log(registry, control, checkpoint.restore(registry, version, trainer, spec)), None
     with trainer.alone():
-        carried_over = carry_over(registry, version, trainer)
-    logger.info(
-        "epoch %d continues from version %d: %s", control.epoch, version, "; ".join(carried_over.planned.lines())
-    )
-    return carried_over.manifest, carried_over.changes
+        carried = carry_over(registry, version, trainer)
+    logger.info("epoch %d continues from version %d: %s", control.epoch, version, "; ".join(carried.planned.lines()))
+    return carried.manifest, carried.changes
 
 
 def _without_lost_log(registry: Registry, control: Control, version: Manifest) -> Manifest:
@@ -376,8 +369,8 @@ def require_ranker_fits(registry: Registry, settings: Settings, spec: FeatureSpe
 
 def is_of_release(registry: Registry, settings: Settings, spec: FeatureSpec) -> bool:
     """Whether only this release's own code can differ from the current version: no custom code, same settings."""
-    own, default = settings.model, Model()
-    if (own.ranker, own.tower, own.preprocessing) != (default.ranker, default.tower, default.preprocessing):
+    model, default = settings.model, Model()
+    if (model.ranker, model.tower, model.preprocessing) != (default.ranker, default.tower, default.preprocessing):
         return False
     version = version_to_go_on_from(registry)
     return version is not None and not differences(registry, version, settings, spec)

@@ -115,20 +115,16 @@ def _merged(parts: Sequence[Tensors], full: bool) -> dict[str, Array]:
     for table in tables:
         # A release without this table wrote nothing of it, which equals an empty one. Rows of another width are of a
         # release in which rows had another meaning: a trainer that continued from there used none of them.
-        parts_of_table = [part for part in parts if f"{table}.ids" in part]
-        parts_of_table = [
-            part
-            for part in parts_of_table
-            if part[f"{table}.rows"].shape[1:] == parts_of_table[-1][f"{table}.rows"].shape[1:]
+        present = [part for part in parts if f"{table}.ids" in part]
+        present = [
+            part for part in present if part[f"{table}.rows"].shape[1:] == present[-1][f"{table}.rows"].shape[1:]
         ]
-        if not parts_of_table:
+        if not present:
             continue
         # 2. Rows: the last entry of an id counts, be it a row or its removal.
-        ids = [part[f"{table}.{name}"] for part in parts_of_table for name in ("removed", "ids")]
+        ids = [part[f"{table}.{name}"] for part in present for name in ("removed", "ids")]
         is_removal = [
-            np.full(len(part[f"{table}.{name}"]), name == "removed")
-            for part in parts_of_table
-            for name in ("removed", "ids")
+            np.full(len(part[f"{table}.{name}"]), name == "removed") for part in present for name in ("removed", "ids")
         ]
         last = _last_of_each(np.concatenate(ids))
         all_ids, all_removed = np.concatenate(ids), np.concatenate(is_removal)
@@ -137,11 +133,9 @@ def _merged(parts: Sequence[Tensors], full: bool) -> dict[str, Array]:
         merged[f"{table}.removed"] = np.zeros(0, np.uint64) if full else all_ids[last[all_removed[last]]]
         row_of = np.cumsum(~all_removed) - 1
         for name in ROWS:
-            merged[f"{table}.{name}"] = np.concatenate([part[f"{table}.{name}"] for part in parts_of_table])[
-                row_of[live]
-            ]
+            merged[f"{table}.{name}"] = np.concatenate([part[f"{table}.{name}"] for part in present])[row_of[live]]
         # 3. Occurrences of ids without a row; a count of 0 removes one.
-        columns = [np.concatenate([part[f"{table}.{name}"] for part in parts_of_table]) for name in PENDING]
+        columns = [np.concatenate([part[f"{table}.{name}"] for part in present]) for name in PENDING]
         last = _last_of_each(columns[0])
         if full:
             last = last[columns[1][last] != 0]
@@ -196,15 +190,15 @@ class CrossedIds:
 
 def without(tensors: Tensors, users: MaskedUsers, known: CrossedIds) -> dict[str, Array]:
     """Removes users from the tensors of a base, or of a delta from before their erasure. `known` must have seen these tensors."""
-    kept = dict(tensors)
+    remaining = dict(tensors)
     for table, removing in _named(tensors, users, known):
         keep = ~np.isin(tensors[f"{table}.ids"], removing)
-        kept |= {f"{table}.{field}": tensors[f"{table}.{field}"][keep] for field in ("ids", *ROWS)}
+        remaining |= {f"{table}.{field}": tensors[f"{table}.{field}"][keep] for field in ("ids", *ROWS)}
         removed = tensors[f"{table}.removed"]
-        kept[f"{table}.removed"] = removed[~np.isin(removed, removing)]
+        remaining[f"{table}.removed"] = removed[~np.isin(removed, removing)]
         waits = ~np.isin(tensors[f"{table}.{PENDING[0]}"], removing)
-        kept |= {f"{table}.{field}": tensors[f"{table}.{field}"][waits] for field in PENDING}
-    return kept | _without_waiting(kept, users)
+        remaining |= {f"{table}.{field}": tensors[f"{table}.{field}"][waits] for field in PENDING}
+    return remaining | _without_waiting(remaining, users)
 
 
 def without_tombstones(tensors: Tensors, users: MaskedUsers, known: CrossedIds) -> dict[str, Array]:
@@ -212,13 +206,13 @@ def without_tombstones(tensors: Tensors, users: MaskedUsers, known: CrossedIds) 
 
     Use it only once no earlier version has their rows; `known` must have seen those versions.
     """
-    kept = dict(tensors)
+    remaining = dict(tensors)
     for table, removing in _named(tensors, users, known):
         removed = tensors[f"{table}.removed"]
-        kept[f"{table}.removed"] = removed[~np.isin(removed, removing)]
+        remaining[f"{table}.removed"] = removed[~np.isin(removed, removing)]
         ended = np.isin(tensors[f"{table}.{PENDING[0]}"], removing) & (tensors[f"{table}.{PENDING[1]}"] == 0)
-        kept |= {f"{table}.{field}": tensors[f"{table}.{field}"][~ended] for field in PENDING}
-    return kept
+        remaining |= {f"{table}.{field}": tensors[f"{table}.{field}"][~ended] for field in PENDING}
+    return remaining
 
 
 def _without_waiting(tensors: Tensors, users: MaskedUsers) -> dict[str, Array]:

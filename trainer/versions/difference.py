@@ -110,9 +110,9 @@ def _unequal(a: Array, b: Array) -> int | None:
         return -1
     if a.tobytes() == b.tobytes():
         return None
-    left, right = (np.ascontiguousarray(column).reshape(-1) for column in (a, b))
-    size = left.dtype.itemsize
-    bits = left.view(np.uint8).reshape(-1, size) != right.view(np.uint8).reshape(-1, size)
+    first, second = (np.ascontiguousarray(column).reshape(-1) for column in (a, b))
+    size = first.dtype.itemsize
+    bits = first.view(np.uint8).reshape(-1, size) != second.view(np.uint8).reshape(-1, size)
     return int(np.argmax(bits.any(axis=1)))
 
 

@@ -67,13 +67,13 @@ def lower(ranker: Ranker) -> bytes:
         for name, variable in ranker.dense.items()
     }
 
-    def predict(**given: Any) -> Any:
-        return ranker.predict(given)
+    def predict(**inputs: Any) -> Any:
+        return ranker.predict(inputs)
 
-    def load(**given: Any) -> Any:
+    def load(**weights: Any) -> Any:
         for name, variable in ranker.dense.items():
-            variable.assign(given[argument(name)])
-        return {"loaded": tf.constant(len(given))}
+            variable.assign(weights[argument(name)])
+        return {"loaded": tf.constant(len(weights))}
 
     with _filled_with_nan(ranker), tempfile.TemporaryDirectory(prefix="springtide-program-") as folder:
         signatures = {
@@ -122,10 +122,8 @@ def check_parity(content: bytes, ranker: Ranker, inputs: Mapping[str, F32]) -> f
     if np.isfinite(program.predict(inputs)["vector"]).all():
         raise ProgramError("the program answers before weights are loaded", "report this as a defect")
     program.load(ranker.weights())
-    lowered, expected = (
-        program.predict(inputs),
-        ranker.predict({name: tf.constant(value) for name, value in inputs.items()}),
-    )
+    lowered = program.predict(inputs)
+    expected = ranker.predict({name: tf.constant(value) for name, value in inputs.items()})
     largest = 0.0
     for name, tensor in expected.items():
         error = difference(lowered[name], tensor.numpy())

@@ -59,14 +59,12 @@ class TwoTower(Ranker):
         if hidden[-1] != dim:
             raise SettingsError(f"model.hidden must end with model.dim {dim}: both towers add to rows of that width")
         for tower, widths in (("user", (into, *hidden)), ("candidate", (dim, *hidden))):
-            for layer, (width, width_out) in enumerate(itertools.pairwise(widths)):
+            for layer, (width, out) in enumerate(itertools.pairwise(widths)):
                 name = f"{tower}.kernel_{layer}"
-                first = drawn.normal(0.0, width**-0.5, (width, width_out)).astype(np.float32) * (
-                    layer + 1 < len(hidden)
-                )
+                first = drawn.normal(0.0, width**-0.5, (width, out)).astype(np.float32) * (layer + 1 < len(hidden))
                 self.dense[name] = tf.Variable(first, name=name)
                 name = f"{tower}.bias_{layer}"
-                self.dense[name] = tf.Variable(np.zeros(width_out, np.float32), name=name)
+                self.dense[name] = tf.Variable(np.zeros(out, np.float32), name=name)
         self.dense["pair"] = tf.Variable(np.array([1.0, 0.0], np.float32), name="pair")
         self.layers = len(hidden)
 
@@ -82,8 +80,8 @@ class TwoTower(Ranker):
         """Returns the user's vector, `[B, hidden[-1]]`."""
         shares = inputs["sequence_mask"] / np.arange(1, inputs["sequence_mask"].shape[1] + 1, dtype=np.float32)
         shares = tf.expand_dims(shares, 2)
-        known = tf.reduce_sum(shares, 1) + 1e-6
-        latest = [tf.reduce_sum(inputs[f"sequence_{kind}_rows"] * shares, 1) / known for kind in ("item", "category")]
+        total = tf.reduce_sum(shares, 1) + 1e-6
+        latest = [tf.reduce_sum(inputs[f"sequence_{kind}_rows"] * shares, 1) / total for kind in ("item", "category")]
         rows = [self.prepare(inputs["features"]), inputs["user_row"], inputs["context_row"], *latest]
         return self._tower("user", tf.concat(rows, 1), latest[1])
 
@@ -111,8 +109,7 @@ class TwoTower(Ranker):
         }
         masks = {kind: inputs[f"{kind}_mask"] for kind in logits}
         scores = {
-            f"{kind}_logits": kind_logits * masks[kind] + (1.0 - masks[kind]) * MASKED
-            for kind, kind_logits in logits.items()
+            f"{kind}_logits": values * masks[kind] + (1.0 - masks[kind]) * MASKED for kind, values in logits.items()
         }
         scores |= {
             "engagement_logit": self._pair(encoded, inputs["item_row"], inputs["category_row"]),

@@ -470,9 +470,9 @@ def _chosen(predictor: Predictor, order: NDArray[np.intp], work: Workspace, want
     chosen, of_category = list[_Chosen](), Counter[int]()
     limit = wanted.most if wanted.category is not None else wanted.per_category or wanted.most
     for first in range(0, len(order), wanted.most):
-        some = order[first : first + wanted.most]
-        items = work.items[some].tolist()
-        named, reasons = predictor.catalogue.named_items(items), reasons_of(some, work)
+        best = order[first : first + wanted.most]
+        items = work.items[best].tolist()
+        named, reasons = predictor.catalogue.named_items(items), reasons_of(best, work)
         for item, (category, name), reason in zip(items, named, reasons, strict=True):
             if category and len(chosen) < wanted.most and of_category[category] < limit:
                 chosen.append(_Chosen(item, category, name, reason))
@@ -557,8 +557,10 @@ def returning(visits: Sequence[float]) -> F32:
     >>> returning([0.0, 1.0]).tolist()
     [0.0, 6.0]
     """
-    given = np.array(visits, np.float32)
-    return np.where(given > 0.0, RETURN + VISITS * np.log(np.maximum(given, 1e-9)), 0.0).astype(np.float32)
+    visit_counts = np.array(visits, np.float32)
+    return np.where(visit_counts > 0.0, RETURN + VISITS * np.log(np.maximum(visit_counts, 1e-9)), 0.0).astype(
+        np.float32
+    )
 
 
 def similar(predictor: Predictor, near: NearItems, query: Query, wanted: WantedItems) -> SimilarItems:

@@ -56,19 +56,17 @@ def answers(predictor: Predictor, number: int, users: Sequence[str], items: Sequ
             f"{len(users)} users with {len(items)} items are more than {MOST_PAIRS:,} pairs",
             "name fewer users or items",
         )
-    all_users = [NOBODY, *users]
+    names = [NOBODY, *users]
     with predictor.reading() as reader:
         signature = signatures_of(predictor.take_up(reader, number), ())[BY_ID]
         (first,) = predictor.profiles([Query(NOBODY)], reader, number)
-        plain = [Query(user, at_ms=first.at_ms, fields=VECTOR) for user in all_users]
-        parts = [
-            tensors_of(answers_of_batch, signature) for answers_of_batch in _answered(predictor, reader, number, plain)
-        ]
-        pairs = [Query(user, item, at_ms=first.at_ms, top=0) for user in all_users for item in items]
+        plain = [Query(user, at_ms=first.at_ms, fields=VECTOR) for user in names]
+        parts = [tensors_of(batch, signature) for batch in _answered(predictor, reader, number, plain)]
+        pairs = [Query(user, item, at_ms=first.at_ms, top=0) for user in names for item in items]
         engaged = [
             0.0 if answer.engagement is None else answer.engagement["probability"]
-            for answers_of_batch in _answered(predictor, reader, number, pairs)
-            for answer in answers_of_batch
+            for batch in _answered(predictor, reader, number, pairs)
+            for answer in batch
         ]
     outputs = {name: np.concatenate([part[name] for part in parts]) for name in signature.outputs}
     arrays: dict[str, NDArray[Any]] = {
@@ -80,7 +78,7 @@ def answers(predictor: Predictor, number: int, users: Sequence[str], items: Sequ
         np.array([identity.encode() for identity in ids], np.bytes_) for ids in (users, items)
     )
     arrays["at_ms"] = np.array(first.at_ms)
-    arrays["engagements"] = np.array(engaged, np.float32).reshape(len(all_users), len(items))
+    arrays["engagements"] = np.array(engaged, np.float32).reshape(len(names), len(items))
     file = io.BytesIO()
     np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     return file.getvalue()

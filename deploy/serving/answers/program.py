@@ -83,12 +83,8 @@ class LoadedProgram:
         try:
             # A runner does not keep its interpreter alive.
             self._interpreters = {rows: Interpreter(model_content=data, num_threads=1) for rows in BATCHES}
-            self._loads = {
-                rows: interpreter.get_signature_runner("load") for rows, interpreter in self._interpreters.items()
-            }
-            runners = {
-                rows: interpreter.get_signature_runner("predict") for rows, interpreter in self._interpreters.items()
-            }
+            self._loads = {rows: model.get_signature_runner("load") for rows, model in self._interpreters.items()}
+            runners = {rows: model.get_signature_runner("predict") for rows, model in self._interpreters.items()}
         except (ValueError, RuntimeError) as error:
             raise ProgramError(
                 f"a program of {len(data)} bytes cannot be run ({error})",
@@ -100,12 +96,11 @@ class LoadedProgram:
         self._names = {RENAMED.get(name, name): name for name in inputs}
         self._outputs = {name: RENAMED.get(name, name) for name in outputs}
         self.shapes = {
-            name: tuple(int(size) for size in inputs[name_in_program]["shape_signature"])
-            for name, name_in_program in self._names.items()
+            name: tuple(int(size) for size in inputs[inner]["shape_signature"]) for name, inner in self._names.items()
         }
         self.outputs = {
-            name: tuple(int(size) for size in outputs[name_in_program]["shape_signature"])
-            for name_in_program, name in self._outputs.items()
+            name: tuple(int(size) for size in outputs[inner]["shape_signature"])
+            for inner, name in self._outputs.items()
         }
         with _quiet():
             self._predicts = {rows: self._fixed(runner, rows) for rows, runner in runners.items()}
@@ -116,13 +111,13 @@ class LoadedProgram:
         """Sets the dense weights; `predict` gives NaN before. Raises ProgramError if one is missing or of a wrong
         shape.
         """
-        given = {argument(name): value for name, value in weights.items()}
-        missing = [name for name in self._weights if name not in given]
+        tensors = {argument(name): value for name, value in weights.items()}
+        missing = [name for name in self._weights if name not in tensors]
         if missing:
             raise ProgramError(
                 f"the version has no dense weights {', '.join(missing)}, which its program wants", "roll back"
             )
-        self._given, self._stale = given, {*self._loads}
+        self._given, self._stale = tensors, {*self._loads}
         # The other batch sizes load the weights at their next use; under low load that never happens.
         self._set_weights(1)
 

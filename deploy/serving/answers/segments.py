@@ -141,10 +141,8 @@ class HostSegments:
                 f"no lookalikes of {segment} are listed here",
                 do if self._listed else "set segments.lookalikes, and restart",
             )
-        joined = store.memberships([(segment, int(lookalike.pseudonym, 16)) for lookalike in listed.lookalikes])
-        near = [
-            lookalike for lookalike, membership in zip(listed.lookalikes, joined, strict=True) if membership is None
-        ]
+        joined = store.memberships([(segment, int(user.pseudonym, 16)) for user in listed.lookalikes])
+        near = [user for user, membership in zip(listed.lookalikes, joined, strict=True) if membership is None]
         return {
             "segment": segment,
             "version": listed.version,
@@ -152,17 +150,10 @@ class HostSegments:
             "at_ms": listed.at_ms,
             "members": listed.members,
             "users": listed.users,
-            "lookalikes": [
-                {"pseudonym": lookalike.pseudonym, "similarity": lookalike.similarity} for lookalike in near[:most]
-            ],
+            "lookalikes": [{"pseudonym": user.pseudonym, "similarity": user.similarity} for user in near[:most]],
             "precision": [
-                {
-                    "k": precision.k,
-                    "lookalikes": precision.lookalikes,
-                    "most_clicks": precision.most_clicks,
-                    "chance": precision.chance,
-                }
-                for precision in listed.precision
+                {"k": point.k, "lookalikes": point.lookalikes, "most_clicks": point.most_clicks, "chance": point.chance}
+                for point in listed.precision
             ],
         }
 

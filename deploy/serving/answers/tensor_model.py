@@ -114,21 +114,21 @@ def require(signature: Signature, inputs: Tensors) -> int:
     """
     known = ", ".join(signature.inputs)
     rows: int | None = None
-    for name, given in inputs.items():
+    for name, tensor in inputs.items():
         spec = signature.inputs.get(name)
         if spec is None:
             raise BadRequest(f"there is no input {name[:100]!r}", f"give {known}")
-        if np.dtype(spec.dtype) != given.dtype:
-            raise BadRequest(f"the input {name!r} is of type {given.dtype}", f"give {np.dtype(spec.dtype)}")
-        fits = len(given.shape) == len(spec.shape) and all(
-            wanted in (-1, size) for wanted, size in zip(spec.shape, given.shape, strict=True)
+        if np.dtype(spec.dtype) != tensor.dtype:
+            raise BadRequest(f"the input {name!r} is of type {tensor.dtype}", f"give {np.dtype(spec.dtype)}")
+        fits = len(tensor.shape) == len(spec.shape) and all(
+            wanted in (-1, size) for wanted, size in zip(spec.shape, tensor.shape, strict=True)
         )
         if not fits:
-            raise BadRequest(f"the input {name!r} has the shape {list(given.shape)}", f"give {list(spec.shape)}")
+            raise BadRequest(f"the input {name!r} has the shape {list(tensor.shape)}", f"give {list(spec.shape)}")
         if spec.shape[0] < 0:
-            if rows not in (None, len(given)):
-                raise BadRequest(f"the input {name!r} has {len(given)} rows and others have {rows}", "give as many")
-            rows = len(given)
+            if rows not in (None, len(tensor)):
+                raise BadRequest(f"the input {name!r} has {len(tensor)} rows and others have {rows}", "give as many")
+            rows = len(tensor)
     missing = [name for name in signature.required() if name not in inputs]
     if missing:
         raise BadRequest(f"the input {missing[0]!r} is missing", f"give it; the inputs are {known}")
@@ -240,12 +240,12 @@ class TensorModel:
             if name not in offered:
                 raise BadRequest(f"there is no signature {name!r}", f"ask one of {', '.join(offered)}")
             form = offered[name]
-            given = inputs(form)
-            rows = require(form, given)
+            tensors = inputs(form)
+            rows = require(form, tensors)
             if unknown := set(wanted) - form.outputs.keys():
                 raise BadRequest(f"there is no output {min(unknown)!r}", f"take {', '.join(form.outputs)}")
             number = version.served.version
-            steps = self._steps_of(predictor, reader, number, name, form, given, rows)
+            steps = self._steps_of(predictor, reader, number, name, form, tensors, rows)
             parts = await self._steps.run(steps, len(range(0, rows, MOST_AT_ONCE)))
         outputs = {output: np.concatenate([part[output] for part in parts]) for output in wanted or form.outputs}
         return Prediction(number, name, outputs)
@@ -257,15 +257,15 @@ class TensorModel:
         number: int,
         name: str,
         form: Signature,
-        given: Tensors,
+        tensors: Tensors,
         rows: int,
     ) -> Generator[None, None, list[dict[str, Tensor]]]:
         parts = []
-        queries = [] if name == RAW else _queries(given, rows)
+        queries = [] if name == RAW else _queries(tensors, rows)
         for at in range(0, rows, MOST_AT_ONCE):
             if name == RAW:
                 # Other requests may have loaded the weights of another version in between.
-                parts.append(_run(predictor.take_up(reader, number), form, given, at, rows))
+                parts.append(_run(predictor.take_up(reader, number), form, tensors, at, rows))
             else:
                 answers = predictor.profiles(queries[at : at + MOST_AT_ONCE], reader, number)
                 self._metrics.cold_starts.inc(sum(answer.cold_start for answer in answers))
@@ -329,13 +329,13 @@ def tensors_of(answers: Sequence[Answer], signature: Signature) -> dict[str, Ten
     }
 
 
-def _run(version: LoadedVersion, signature: Signature, given: Tensors, first: int, rows: int) -> dict[str, Tensor]:
+def _run(version: LoadedVersion, signature: Signature, tensors: Tensors, first: int, rows: int) -> dict[str, Tensor]:
     count = min(MOST_AT_ONCE, rows - first)
     fed: dict[str, Tensor] = {}
     for name, spec in signature.inputs.items():
         if spec.shape[0] >= 0:
-            fed[name] = given[name] if name in given else signature.kept[name]
+            fed[name] = tensors[name] if name in tensors else signature.kept[name]
             continue
         fed[name] = np.zeros((batch_of(count), *spec.shape[1:]), np.float32)
-        fed[name][:count] = given[name][first : first + count]
+        fed[name][:count] = tensors[name][first : first + count]
     return {name: value[:count] for name, value in version.program.predict(fed).items()}

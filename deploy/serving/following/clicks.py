@@ -68,12 +68,12 @@ class Upkeep:
         self,
         store: HistoryStore,
         reach_ms: int,
-        kept: ServingSettings,
+        settings: ServingSettings,
         metrics: ApplierMetrics,
         now_ms: Callable[[], int],
         lose: Callable[[], None] = lambda: None,
     ) -> None:
-        self._store, self._reach_ms, self._kept = store, reach_ms, kept
+        self._store, self._reach_ms, self._kept = store, reach_ms, settings
         self._metrics, self._now_ms, self._lose = metrics, now_ms, lose
         self.begin()
 
@@ -188,8 +188,8 @@ class HistoryFollower:
             else:
                 self._metrics.gap_positions.inc(gap.positions)
                 _log.error("%s. Users' windows lack the lost events; raise kafka.retention_h", lost.what)
-        known = {} if opening.stored is None or opening.recreated else opening.stored.next
-        if any(begin > known.get(partition, 0) for partition, (begin, _) in opening.ends.items()):
+        stored = {} if opening.stored is None or opening.recreated else opening.stored.next
+        if any(begin > stored.get(partition, 0) for partition, (begin, _) in opening.ends.items()):
             self._parity.lose()
         # Set it now, not at the next poll, so that readers that wait for the histories do not see the old lag.
         self._metrics.microbatch_lag_records.set(opening.unread)
@@ -292,12 +292,12 @@ class HistoryFollower:
             self._parity.meet(batch_read.header.ranges, marks, missing)
             events_here = happened(batch_read.kind)
             self._metrics.history_duplicates.inc(int((events_here & ~keep).sum()))
-            kept = batch_read.take(events_here & keep & ~erased_rows(batch_read, self._erased))
+            new_events = batch_read.take(events_here & keep & ~erased_rows(batch_read, self._erased))
             ranges.extend(parts)
-            events.append(events_of(kept, kept.header.ranges))
-            users.append(kept.user)
-            self._parity.look(kept, (batch.partition, offset), users, events)
-            newest_ms = max(newest_ms, int(log_times(kept).max(initial=0)))
+            events.append(events_of(new_events, new_events.header.ranges))
+            users.append(new_events.user)
+            self._parity.look(new_events, (batch.partition, offset), users, events)
+            newest_ms = max(newest_ms, int(log_times(new_events).max(initial=0)))
             if batch_read.header.clocks and self.newest_ms > batch_read.header.created_ms + DAY_MS:
                 # With release 0.1.0, one click could set the clock years ahead.
                 self.newest_ms = 0
@@ -339,8 +339,8 @@ class HistoryFollower:
         assert self._log is not None, "connect first"
         reader = self._log.reader
         leaders = {partition: reader.leader_epoch(partition, at) for partition, at in positions.items()}
-        known = {partition: epoch for partition, epoch in leaders.items() if epoch >= 0}
-        extra[POSITION_EXTRA] = Position(batch.topic_id, positions, known).to_json()
+        epochs = {partition: epoch for partition, epoch in leaders.items() if epoch >= 0}
+        extra[POSITION_EXTRA] = Position(batch.topic_id, positions, epochs).to_json()
         if self._salt is not None:
             extra[SALT_EXTRA] = self._salt.encode()
         killpoints.reach("follow.taken")

@@ -51,11 +51,11 @@ def differences(trained: Vector, served: Vector, spec: FeatureSpec) -> Iterator[
     ['view.count_1h was trained as 0 and is 2 here', 'recent_categories[1] is another one here']
     """
     for name in Vector._fields:
-        left, right = getattr(trained, name), getattr(served, name)
-        if left.shape != right.shape:
-            yield f"{name} was trained in shape {left.shape} and has {right.shape} here"
+        trained_value, served_value = getattr(trained, name), getattr(served, name)
+        if trained_value.shape != served_value.shape:
+            yield f"{name} was trained in shape {trained_value.shape} and has {served_value.shape} here"
             continue
-        for index in np.argwhere(left != right):
+        for index in np.argwhere(trained_value != served_value):
             position = (*index.tolist(),)
             if name == "features":
                 called = spec.names[position[0]]
@@ -66,7 +66,7 @@ def differences(trained: Vector, served: Vector, spec: FeatureSpec) -> Iterator[
             yield (
                 f"{called} is another one here"
                 if name in IDS
-                else f"{called} was trained as {int(left[position])} and is {int(right[position])} here"
+                else f"{called} was trained as {int(trained_value[position])} and is {int(served_value[position])} here"
             )
 
 
@@ -82,13 +82,13 @@ class Parity:
         store: HistoryStore,
         spec: FeatureSpec,
         reach_ms: int,
-        kept: ServingSettings,
+        settings: ServingSettings,
         metrics: ApplierMetrics,
         now_ms: Callable[[], int],
         choose: Callable[[int], int] = random.randrange,
     ) -> None:
         self._store, self._spec, self._reach_ms = store, spec, reach_ms
-        self._every_ms, self._now_ms, self._choose = round(1000 * kept.parity_every_s), now_ms, choose
+        self._every_ms, self._now_ms, self._choose = round(1000 * settings.parity_every_s), now_ms, choose
         self._counted = {outcome: metrics.parity_rows.labels(outcome) for outcome in OUTCOMES}
         self._said, self._looked_ms, self.mask = SaidOnce(_log.error), 0, Mask.NONE
         stored = store.extra(WHOLE_EXTRA)

@@ -165,10 +165,7 @@ def recent_steps(wanted: int, registry: Registry, present: Collection[int], rece
 
 def _last_durable(version: Manifest, registry: Registry) -> int | None:
     """The newest durable version that a recent one descends from."""
-    return max(
-        (version_number for version_number in registry.versions() if sees(version.visible, version_number)),
-        default=None,
-    )
+    return max((number for number in registry.versions() if sees(version.visible, number)), default=None)
 
 
 def onto_what_is_here(
@@ -210,11 +207,11 @@ class NewestVersion:
     def of(self, epoch: int) -> int | None:
         """The newest version of `epoch`; None without one."""
         registry = self._registry
-        seen = (epoch, registry.recents()[-1:], registry.deltas()[-1:], registry.bases()[-1:], self._lost)
-        if self._found[0] != seen:
+        state = (epoch, registry.recents()[-1:], registry.deltas()[-1:], registry.bases()[-1:], self._lost)
+        if self._found[0] != state:
             self._found = (None, self._find(epoch))
             if not self._refusals.of_manifests():
-                self._found = (seen, self._found[1])
+                self._found = (state, self._found[1])
         return self._found[1]
 
     def recents(self) -> frozenset[int]:

@@ -116,8 +116,8 @@ class BoundedConnection(HttpToolsProtocol):
 
     flow: _Flow
 
-    def __init__(self, limits: ConnectionLimits, refused: Callable[[str], None], **given: Any) -> None:
-        super().__init__(**given)
+    def __init__(self, limits: ConnectionLimits, refused: Callable[[str], None], **options: Any) -> None:
+        super().__init__(**options)
         self._limits, self._refused = limits, refused
         self._since_s = self.loop.time()
         self._requests = self._received = self._body = self._buffered = self._arriving_bytes = 0

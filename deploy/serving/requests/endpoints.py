@@ -218,9 +218,9 @@ def profile_service(answers: Answers) -> Service:
     questions = Questions(answers)
 
     async def profile(request: Message) -> Any:
-        given = _fields_of(request)
-        given["profiles"] = [given.pop("question", {})]
-        (query,) = _convert(given, ProfilesQuestion).queries()
+        fields = _fields_of(request)
+        fields["profiles"] = [fields.pop("question", {})]
+        (query,) = _convert(fields, ProfilesQuestion).queries()
         # Refused here, because in a batch it would make the queries of other requests fail too.
         answers.host.predictor().users_of([query])
         return await answers.profiles.one(query, _profile_message)
@@ -240,11 +240,11 @@ def profile_service(answers: Answers) -> Service:
         kind: type[Parameters], answer: Callable[[str, Parameters], Awaitable[About]], response: str
     ) -> Callable[[Message], Awaitable[Any]]:
         async def answered(request: Message) -> Any:
-            given = _fields_of(request)
-            given |= given.pop("question", {})
-            if not (user := given.pop("user_id", "")):
+            fields = _fields_of(request)
+            fields |= fields.pop("question", {})
+            if not (user := fields.pop("user_id", "")):
                 raise BadRequest("the request names no user_id", "name a user")
-            return _filled(response, await answer(user, _convert(given, kind)))
+            return _filled(response, await answer(user, _convert(fields, kind)))
 
         return answered
 
@@ -373,8 +373,8 @@ def host_endpoints(table: Callable[[], RoutingTable]) -> list[Endpoint]:
     """Returns the endpoint of the routing table, which `table` returns."""
 
     async def live(_: Request) -> Response:
-        listed = [{"address": host_entry.address, "shares": host_entry.shares} for host_entry in table().hosts]
-        return Response(200, encode({"hosts": listed}))
+        hosts = [{"address": host_entry.address, "shares": host_entry.shares} for host_entry in table().hosts]
+        return Response(200, encode({"hosts": hosts}))
 
     return [
         Endpoint(

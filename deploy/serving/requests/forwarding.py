@@ -64,10 +64,10 @@ class Forwarder:
             headers={**passed, **(headers or {})},
             timeout=self._http.timeout if timeout_s is None else timeout_s,
         )
-        headers_back: Headers = [
+        back: Headers = [
             (name.encode(), value.encode()) for name in _PASSED_BACK if (value := answer.headers.get(name))
         ]
-        return Response(answer.status_code, answer.content, JSON if headers_back == JSON else headers_back)
+        return Response(answer.status_code, answer.content, JSON if back == JSON else back)
 
 
 class _Asker(msgspec.Struct):
@@ -109,13 +109,13 @@ class QuestionBatch(msgspec.Struct, frozen=True):
             return None
         return cls(name, questions, users, members)
 
-    def part(self, places: Iterable[int]) -> bytes:
-        """Encodes the body of a batch with only the queries at `places`.
+    def part(self, indices: Iterable[int]) -> bytes:
+        """Encodes the body of a batch with only the queries at `indices`.
 
         >>> QuestionBatch.read(b'{"users": ["ann", 7, "bob"], "top": 3}').part([0, 1])
         b'{"top":3,"users":["ann",7]}'
         """
-        return msgspec.json.encode({**self.rest, self.name: [self.questions[index] for index in places]})
+        return msgspec.json.encode({**self.rest, self.name: [self.questions[index] for index in indices]})
 
 
 def rows_of(body: bytes) -> list[bytes] | None:
@@ -130,12 +130,12 @@ def rows_of(body: bytes) -> list[bytes] | None:
         return None
 
 
-async def answered_here(request: Request, batch: QuestionBatch, places: Sequence[int], answer: Answer) -> list[bytes]:
+async def answered_here(request: Request, batch: QuestionBatch, indices: Sequence[int], answer: Answer) -> list[bytes]:
     """Returns the rows of a part of a batch that this host answers; raises what `answer` raises."""
-    if not places:
+    if not indices:
         return []
-    given = await answer(request._replace(receive=whole(batch.part(places))))
-    rows = rows_of(given.body)
+    response = await answer(request._replace(receive=whole(batch.part(indices))))
+    rows = rows_of(response.body)
     assert rows is not None, "the endpoint answers with a row a question"
     return rows
 

@@ -143,8 +143,8 @@ def _parsed(name: str, data: bytes) -> Any:
 
 
 def _authorization(context: grpc.aio.ServicerContext[Any, Any]) -> str | None:
-    given = dict(context.invocation_metadata() or ()).get("authorization")
-    return given.decode("latin-1") if isinstance(given, bytes) else given
+    authorization = dict(context.invocation_metadata() or ()).get("authorization")
+    return authorization.decode("latin-1") if isinstance(authorization, bytes) else authorization
 
 
 async def _refuse(context: grpc.aio.ServicerContext[Any, Any], code: grpc.StatusCode, details: str) -> NoReturn:

@@ -201,19 +201,19 @@ def parameters(query_string: bytes, kind: type[Parameters]) -> Parameters:
     if not query_string:
         return kind()
     fields = {field.encode_name: is_dict(field.type) for field in msgspec.structs.fields(kind)}
-    given: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, value in pairs(query_string):
-        group, dot, rest = name.partition(".")
-        if (name not in fields and not (dot and rest and fields.get(group))) or fields.get(name):
+        group, dot, field_name = name.partition(".")
+        if (name not in fields and not (dot and field_name and fields.get(group))) or fields.get(name):
             raise _unknown_parameter(name, fields)
         if not value:
             continue
         if dot:
-            given.setdefault(group, {})[rest] = value
+            values.setdefault(group, {})[field_name] = value
         else:
-            given[name] = value
+            values[name] = value
     try:
-        return msgspec.convert(given, kind, strict=False)
+        return msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as error:
         problem, where = what_and_where(error)
         name = where.strip("/").replace("/", ".")
@@ -242,9 +242,9 @@ def pairs(query_string: bytes) -> Iterable[tuple[str, str]]:
             yield _text(name, shown), _text(value, shown)
 
 
-def _text(given: bytes, where: str) -> str:
+def _text(encoded: bytes, where: str) -> str:
     try:
-        return given.decode()
+        return encoded.decode()
     except UnicodeDecodeError:
         raise BadRequest(f"{where} is no UTF-8", "percent-encode its UTF-8", where) from None
 

@@ -47,9 +47,7 @@ _FAILURES_OF_PREDICT = {**_FAILURES, 413: ModelFailure, 504: ModelFailure}
 TensorProto, TensorInfo = message("tensorflow.TensorProto"), message("tensorflow.TensorInfo")
 SignatureDef = message("tensorflow.SignatureDef")
 METHOD = "tensorflow/serving/predict"
-_NUMBER_OF = {
-    name: data_type.number for name, data_type in POOL.FindEnumTypeByName("tensorflow.DataType").values_by_name.items()
-}
+_NUMBER_OF = {name: kind.number for name, kind in POOL.FindEnumTypeByName("tensorflow.DataType").values_by_name.items()}
 _NAME_OF = {number: name for name, number in _NUMBER_OF.items()}
 _FIELDS = {
     "DT_FLOAT": ("<f4", "float_val"),
@@ -101,10 +99,10 @@ def model_endpoints(model: TensorModel) -> list[Endpoint]:
         if not isinstance(name, str):
             raise BadRequest("'signature_name' is no string", "give a signature's name")
         answer = await model.predict(chosen(request), name, lambda signature: tensors(document, signature))
-        listed = {name: _listed(values) for name, values in answer.outputs.items()}
+        columns = {name: _listed(values) for name, values in answer.outputs.items()}
         if "instances" in document:
-            return Response(200, encode({"predictions": _by_row(listed)}))
-        return Response(200, encode({"outputs": next(iter(listed.values())) if len(listed) == 1 else listed}))
+            return Response(200, encode({"predictions": _by_row(columns)}))
+        return Response(200, encode({"outputs": next(iter(columns.values())) if len(columns) == 1 else columns}))
 
     async def metadata(request: Request) -> Response:
         version, signatures = model.signatures(chosen(request))
@@ -126,7 +124,7 @@ def model_endpoints(model: TensorModel) -> list[Endpoint]:
         raise BadRequest(f"{request.scope['path'][:200]} is not offered", "use :predict", http_status=501)
 
     def endpoints(
-        name: str, suffix: str, method: str, answer: Any, *, shown: bool = True, **more: Any
+        name: str, suffix: str, method: str, answer: Any, *, shown: bool = True, **options: Any
     ) -> list[Endpoint]:
         return [
             Endpoint(
@@ -136,7 +134,7 @@ def model_endpoints(model: TensorModel) -> list[Endpoint]:
                 _as_tensorflow_serving(answer, method),
                 placeholders=_PLACEHOLDERS,
                 shown_methods=(method,) if shown else (),
-                **more,
+                **options,
             )
             for choice in CHOICES
         ]
@@ -220,13 +218,13 @@ def _document(body: bytes) -> dict[str, Any]:
 
 def tensors(document: Mapping[str, Any], signature: Signature) -> Tensors:
     """Returns the inputs of a document; raises BadRequest, with the position, if they do not match the signature."""
-    given = _by_column(document["instances"], signature) if "instances" in document else document["inputs"]
-    if not isinstance(given, dict) or _is_bytes(given):
-        given = {_only(signature, "inputs"): given}
-    for name in given:
+    columns = _by_column(document["instances"], signature) if "instances" in document else document["inputs"]
+    if not isinstance(columns, dict) or _is_bytes(columns):
+        columns = {_only(signature, "inputs"): columns}
+    for name in columns:
         if name not in signature.inputs:
             raise BadRequest(f"there is no input {str(name)[:100]!r}", f"give {', '.join(signature.inputs)}")
-    return {name: _array(name, values, signature.inputs[name]) for name, values in given.items()}
+    return {name: _array(name, values, signature.inputs[name]) for name, values in columns.items()}
 
 
 def _by_column(instances: Any, signature: Signature) -> dict[str, list[Any]]:
@@ -297,11 +295,11 @@ def _bytes(label: str, value: Any) -> bytes:
         raise BadRequest(f"{label} is no base64", "encode the bytes as RFC 4648 says") from None
 
 
-def _by_row(listed: Mapping[str, list[Any]]) -> list[Any]:
+def _by_row(columns: Mapping[str, list[Any]]) -> list[Any]:
     """Returns one element a row: an object by name, or the value itself if there is only one output."""
-    if len(listed) == 1:
-        return next(iter(listed.values()))
-    return [dict(zip(listed, row, strict=True)) for row in zip(*listed.values(), strict=True)]
+    if len(columns) == 1:
+        return next(iter(columns.values()))
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _listed(values: Tensor) -> list[Any]:
