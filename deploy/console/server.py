@@ -11,6 +11,7 @@ something:
     GET /api/versions?last=
     GET /api/history?last=
     GET /api/masks
+    GET /api/jumps?minutes=    reads the training log, so it needs the role `operate`
     GET /api/profiles/{user_id}?label=    one user's profile, with an explanation
 
 Access control uses tokens and origins, not cookies, so a browser sends nothing on its own that another page could
@@ -170,6 +171,12 @@ class ListParameters(msgspec.Struct, forbid_unknown_fields=True):
     last: Annotated[int, msgspec.Meta(ge=1, le=500)] = 40
 
 
+class JumpsParameters(msgspec.Struct, forbid_unknown_fields=True):
+    """Parameters of the jumps: the last minutes, which are compared with the time before."""
+
+    minutes: Annotated[int, msgspec.Meta(ge=1, le=1440)] = 5
+
+
 class ProfileLookup(msgspec.Struct, forbid_unknown_fields=True):
     """Parameters of a profile: the category to explain; the first one if none is named."""
 
@@ -194,6 +201,7 @@ class Reading:
             Endpoint("series", METHODS, "/api/series", self._series, parameters=SeriesParameters),
             *lists,
             Endpoint("masks", METHODS, "/api/masks", self._list),
+            Endpoint("jumps", METHODS, "/api/jumps", self._list, parameters=JumpsParameters, role=OPERATE),
             Endpoint("profile", METHODS, "/api/profiles/{user_id}", self._profile, parameters=ProfileLookup),
         ]
 
@@ -211,7 +219,9 @@ class Reading:
     async def _list(self, request: Request) -> Response:
         name = request.endpoint.name
         words = [name]
-        if name != "masks":
+        if name == "jumps":
+            words.append(f"--minutes={request.parameters(JumpsParameters).minutes}")
+        elif name != "masks":
             words.append(f"--last={request.parameters(ListParameters).last}")
         return Response(200, encode(await asyncio.to_thread(self._commands.listed, words)))
 

@@ -453,7 +453,8 @@ def _planned(
     """Returns the plan and the generation that executes it; `control` itself if that is done, None if all is masked already."""
     branch, exact = ServingBranch(registry, control), asked.mode == "exact"
     is_named = asked.to is not None or asked.before is not None
-    names_clicks = bool(asked.skip or asked.skip_time or asked.skip_users is not None or asked.minutes is not None)
+    names_users = bool(asked.skip_pseudonym or asked.skip_users is not None)
+    names_clicks = bool(asked.skip or asked.skip_time or names_users or asked.minutes is not None)
     in_log = branch.in_log() if exact else []
     if not is_named and not names_clicks and not in_log:
         raise SettingsError(
