@@ -8,6 +8,7 @@ something:
     GET /api/session
     GET /api/state
     GET /api/series?after_ms=
+    GET /api/problems
     GET /api/versions?last=
     GET /api/history?last=
     GET /api/masks
@@ -199,6 +200,7 @@ class Reading:
             Endpoint("session", METHODS, "/api/session", self._session, role=OPEN),
             Endpoint("state", METHODS, "/api/state", self._state),
             Endpoint("series", METHODS, "/api/series", self._series, parameters=SeriesParameters),
+            Endpoint("problems", METHODS, "/api/problems", self._problems),
             *lists,
             Endpoint("masks", METHODS, "/api/masks", self._list),
             Endpoint("jumps", METHODS, "/api/jumps", self._list, parameters=JumpsParameters, role=OPERATE),
@@ -215,6 +217,9 @@ class Reading:
 
     async def _series(self, request: Request) -> Response:
         return Response(200, encode(self._watch.curves.document(request.parameters(SeriesParameters).after_ms)))
+
+    async def _problems(self, request: Request) -> Response:
+        return Response(200, encode(self._watch.past_problems()))
 
     async def _list(self, request: Request) -> Response:
         name = request.endpoint.name
