@@ -173,6 +173,8 @@ function wanted(form) {
   return found;
 }
 
+const users = (number) => (number === 1 ? "1 user" : `${count(number)} users`);
+
 function facts({ plan }) {
   const turn = plan.answers;
   const answers = !turn.serves ? "nothing serves on this host" : turn.in_row_store ? "at once: the version is in the row store" : `after about ${turn.seconds.toFixed(1)} s`;
@@ -180,13 +182,13 @@ function facts({ plan }) {
     ? `${count(plan.rows)} rows in ${count(plan.records)} records${plan.replay_s === null ? "" : `, about ${age(plan.replay_s)}`}`
     : "not counted: Kafka does not answer";
   const left = [...plan.mask.offsets.map(([, partition, first, last]) => `partition ${partition} offsets ${first}-${last - 1}`), ...plan.mask.times.map(([first, last]) => `${moment(first)} to ${moment(last)}`)];
-  if (plan.mask.users) left.push(plan.mask.users === 1 ? "all clicks of 1 user" : `all clicks of ${count(plan.mask.users)} users`);
+  if (plan.mask.users) left.push(`all clicks of ${users(plan.mask.users)}`);
   const found = [
     ["Mode", plan.mode === "exact" ? "exact: the stream reads its clicks again, and windows are computed without what is left out" : "fast: the trainer learns again; the stream goes on"],
     ["Go back to", `version ${plan.to}, ${age(plan.age_s)} old`],
     ["Answers", `turn ${answers}, then ${plan.then_follow ? "follow once it has caught up" : "stay there"}`],
     ["Learn again", learn],
-    ["Leave out", left.length ? `${left.join("; ")}: ${count(plan.masked ?? null)} rows of ${count(plan.users ?? null)} users` : "nothing"],
+    ["Leave out", left.length ? `${left.join("; ")}: ${count(plan.masked ?? null)} rows of ${users(plan.users ?? null)}` : "nothing"],
   ];
   if (plan.after) found.push(["Windows", `up to ${count(plan.after)} later rows still count what is left out; exact computes them again`]);
   if (plan.exact) found.push(["Stream", `reads ${count(plan.exact.clicks)} positions again`]);

@@ -160,7 +160,7 @@ def test_an_operator_finds_a_flood_on_the_page_rolls_back_without_it_and_follows
     page.keyboard.press("Enter")
     expect(page.locator("#go h3")).to_be_focused()
     expect(page.locator("#go")).to_contain_text("fast: the trainer learns again")
-    expect(page.locator("#go")).to_contain_text(f"all clicks of 1 user: {FLOOD} rows of 1 users")
+    expect(page.locator("#go")).to_contain_text(f"all clicks of 1 user: {FLOOD} rows of 1 user")
     assert len(loop.springtide("history", "--all")) == decided
     good = re.findall(r"Type (\d+) to confirm", page.locator("#go").inner_text())[0]
     # 4. Confirmed by its number, with a reason and a name.
