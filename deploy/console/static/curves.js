@@ -58,8 +58,10 @@ function drawMarks(u) {
   ctx.save();
   ctx.strokeStyle = ctx.fillStyle = color("--mark");
   ctx.font = `${11 * devicePixelRatio}px system-ui`;
+  ctx.textAlign = "left";
   ctx.setLineDash([4, 4]);
-  let free = -Infinity;
+  // Where each row of words is free: words that would cover one another take the next row.
+  const free = [-Infinity, -Infinity, -Infinity];
   const right = bbox.left + bbox.width;
   for (const { at_ms, word } of marks) {
     const x = Math.round(u.valToPos(at_ms / 1000, "x", true));
@@ -68,11 +70,12 @@ function drawMarks(u) {
     ctx.moveTo(x, bbox.top);
     ctx.lineTo(x, bbox.top + bbox.height);
     ctx.stroke();
-    // Words that would cover one another are left out; the list of decisions has them all.
     const width = ctx.measureText(word).width, begin = x + 4 + width > right ? x - 4 - width : x + 4;
-    if (begin < free) continue;
-    ctx.fillText(word, begin, bbox.top + 11 * devicePixelRatio);
-    free = begin + width + 8;
+    const row = free.findIndex((end) => begin >= end);
+    // The list of decisions has those for which no row is free.
+    if (row < 0) continue;
+    ctx.fillText(word, begin, bbox.top + 12 * (row + 1) * devicePixelRatio);
+    free[row] = begin + width + 8;
   }
   ctx.restore();
 }

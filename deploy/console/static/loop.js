@@ -35,7 +35,7 @@ const STAGES = [
     facts: (f) => [["epoch", count(f.epoch)], ["publication", span(f.spreads.publication_s?.p50)]],
   },
   {
-    name: "Answers", key: "answers", processes: ["worker", "applier"], curve: "answers_per_s", well: (f) => (f.answers_per_s ? "following" : "following, nobody asks now"),
+    name: "Answers", key: "answers", processes: ["worker", "applier"], curve: "answers_per_s", well: (f) => (f.answers_per_s ? "following" : "following, idle"),
     known: (f) => f.version, main: (f) => rate(f.answers_per_s),
     facts: (f) => [["version", count(f.version)], ["p99", span(f.spreads.answer_s?.p99)]],
   },
