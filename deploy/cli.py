@@ -36,7 +36,7 @@ def chosen(names: Sequence[str]) -> list[KnownSetting]:
         SettingsError: There is no such section or setting.
     """
     declared = list(known_settings())
-    known = {known_setting.name: known_setting for known_setting in declared}
+    known = {setting.name: setting for setting in declared}
     for name in names:
         if "." not in name and name not in SECTIONS:
             raise SettingsError(f"argument {name}: no such section", f"the nearest is {nearest(name, SECTIONS)}")
@@ -45,11 +45,11 @@ def chosen(names: Sequence[str]) -> list[KnownSetting]:
     return [setting for setting in declared if not names or {setting.name, setting.name.partition(".")[0]} & {*names}]
 
 
-def _changed(settings: Settings, listed: Sequence[KnownSetting]) -> list[KnownSetting]:
-    return [setting for setting in listed if setting.name in settings.origins]
+def _changed(settings: Settings, settings_listed: Sequence[KnownSetting]) -> list[KnownSetting]:
+    return [setting for setting in settings_listed if setting.name in settings.origins]
 
 
-def origin(settings: Settings, known: KnownSetting) -> str:
+def origin(settings: Settings, setting: KnownSetting) -> str:
     """Returns where a setting's value came from.
 
     >>> from state.config.loading import load
@@ -57,8 +57,8 @@ def origin(settings: Settings, known: KnownSetting) -> str:
     >>> origin(load(["--kafka.port", "9192"], env={}, path="/dev/null"), servers)
     'the local Kafka of kafka.port'
     """
-    local = known.name == SERVERS and SERVERS not in settings.origins
-    return "the local Kafka of kafka.port" if local else settings.origins.get(known.name, "default")
+    local = setting.name == SERVERS and SERVERS not in settings.origins
+    return "the local Kafka of kafka.port" if local else settings.origins.get(setting.name, "default")
 
 
 def as_lines(settings: Settings, listed: Sequence[KnownSetting]) -> str:
@@ -68,13 +68,13 @@ def as_lines(settings: Settings, listed: Sequence[KnownSetting]) -> str:
     """
     lines: list[str] = []
     section = ""
-    for known in listed:
-        part, _, name = known.name.partition(".")
+    for setting in listed:
+        part, _, name = setting.name.partition(".")
         if part != section:
             lines += [*([""] if lines else []), f"[{part}]"]
             section = part
-        value, came_from = shown(settings, known), origin(settings, known)
-        aside = value == MASK or came_from not in (settings.origins.get(known.name), "default")
+        value, came_from = shown(settings, setting), origin(settings, setting)
+        aside = value == MASK or came_from not in (settings.origins.get(setting.name), "default")
         written = f"{'# ' if aside else ''}{name} = {as_toml(value)}"
         lines.append(f"{written:<60}  # {came_from}")
     return "\n".join(lines)
@@ -85,16 +85,16 @@ def _as_pages(settings: Settings, listed: Sequence[KnownSetting]) -> str:
     pages = [
         "\n".join(
             [
-                f"{known.name} = {as_toml(shown(settings, known))}{f' {known.unit}' if known.unit else ''}",
-                f"    {known.help}",
-                f"    from      {origin(settings, known)}",
-                f"    default   {as_toml(known.default)}",
-                *(f"    allowed   {bounds}" for bounds in [allowed(known)] if bounds),
-                f"    write     [{known.name.partition('.')[0]}] {known.name.partition('.')[2]} = ..., "
-                f"{variable(known.name)}=...{'' if known.secret else f', or --{known.name} ...'}",
+                f"{setting.name} = {as_toml(shown(settings, setting))}{f' {setting.unit}' if setting.unit else ''}",
+                f"    {setting.help}",
+                f"    from      {origin(settings, setting)}",
+                f"    default   {as_toml(setting.default)}",
+                *(f"    allowed   {bounds}" for bounds in [allowed(setting)] if bounds),
+                f"    write     [{setting.name.partition('.')[0]}] {setting.name.partition('.')[2]} = ..., "
+                f"{variable(setting.name)}=...{'' if setting.secret else f', or --{setting.name} ...'}",
             ]
         )
-        for known in listed
+        for setting in listed
     ]
     return "\n\n".join(pages)
 
@@ -102,16 +102,16 @@ def _as_pages(settings: Settings, listed: Sequence[KnownSetting]) -> str:
 def _as_json(settings: Settings, listed: Sequence[KnownSetting]) -> str:
     entries = [
         {
-            "name": known.name,
-            "value": shown(settings, known),
-            "default": known.default,
-            "unit": known.unit,
-            "allowed": allowed(known),
-            "origin": origin(settings, known),
-            "secret": known.secret,
-            "help": known.help,
+            "name": setting.name,
+            "value": shown(settings, setting),
+            "default": setting.default,
+            "unit": setting.unit,
+            "allowed": allowed(setting),
+            "origin": origin(settings, setting),
+            "secret": setting.secret,
+            "help": setting.help,
         }
-        for known in listed
+        for setting in listed
     ]
     return json.dumps(entries, indent=2)
 
@@ -141,28 +141,28 @@ def as_markdown() -> str:
 
 
 def _rows(section: str) -> Iterator[str]:
-    for known in chosen([section]):
-        secret = " Secret." if known.secret else ""
-        default = f"`{as_text(known.default)}`" if as_text(known.default) else ""
-        name = known.name.partition(".")[2]
-        yield f"| `{name}` | {default} | {known.unit} | {allowed(known)} | {known.help}{secret} |"
+    for setting in chosen([section]):
+        secret = " Secret." if setting.secret else ""
+        default = f"`{as_text(setting.default)}`" if as_text(setting.default) else ""
+        name = setting.name.partition(".")[2]
+        yield f"| `{name}` | {default} | {setting.unit} | {allowed(setting)} | {setting.help}{secret} |"
 
 
-def allowed(known: KnownSetting) -> str:
+def allowed(setting: KnownSetting) -> str:
     """Describes the values that a setting may have; empty if its type is the only restriction.
 
     >>> by_name = {known.name: known for known in known_settings()}
     >>> [allowed(by_name[name]) for name in ("kafka.port", "trainer.device", "paths.state", "events.max_age_s")]
     ['1 to 65535', 'auto, cpu or gpu', 'not empty', 'above 0, at most 3153600000']
     """
-    if known.choices:
-        *others, last = filter(None, known.choices)
+    if setting.choices:
+        *others, last = filter(None, setting.choices)
         return f"{', '.join(others)} or {last}" if others else last
-    if known.filled:
+    if setting.filled:
         return "not empty"
-    least, most = (None if bound is None else as_number(bound) for bound in (known.least, known.most))
-    if known.above is not None:
-        return f"above {as_number(known.above)}" + (f", at most {most}" if most else "")
+    least, most = (None if bound is None else as_number(bound) for bound in (setting.least, setting.most))
+    if setting.above is not None:
+        return f"above {as_number(setting.above)}" + (f", at most {most}" if most else "")
     if least is None or most is None:
         return f"at least {least}" if least is not None else f"at most {most}" if most is not None else ""
     return f"{least} to {most}"
@@ -173,10 +173,10 @@ def as_number(bound: float) -> str:
     return str(int(bound)) if float(bound).is_integer() else f"{bound:g}"
 
 
-def shown(settings: Settings, known: KnownSetting) -> Any:
+def shown(settings: Settings, setting: KnownSetting) -> Any:
     """Returns a setting's value as it may be shown: a secret is masked."""
-    value = settings.value(known.name)
-    return MASK if known.secret and value else value
+    value = settings.value(setting.name)
+    return MASK if setting.secret and value else value
 
 
 def as_toml(value: Any) -> str:
@@ -188,21 +188,21 @@ def as_toml(value: Any) -> str:
     return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
 
 
-def config(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Callable[[str], None]) -> None:
+def config(settings: Settings, args: argparse.Namespace, now_ms: int, say: Callable[[str], None]) -> None:
     """Shows the settings."""
-    if asked.markdown:
+    if args.markdown:
         say(as_markdown())
         return
-    listed = chosen(asked.names)
-    if asked.changed:
+    listed = chosen(args.names)
+    if args.changed:
         listed = _changed(settings, listed)
     # A single setting is explained in full.
-    explain = asked.explain or any("." in name for name in asked.names)
-    show = _as_json if asked.output == "json" else _as_pages if explain else as_lines
+    explain = args.explain or any("." in name for name in args.names)
+    show = _as_json if args.output == "json" else _as_pages if explain else as_lines
     say(show(settings, listed) or "every setting has its default")
 
 
-def check_model(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Callable[[str], None]) -> None:
+def check_model(settings: Settings, args: argparse.Namespace, now_ms: int, say: Callable[[str], None]) -> None:
     """Checks the custom functions, and that the newest version fits the model."""
     from deploy.startup import model_checks
     from state.registry.model_fit import require_same_model
@@ -268,35 +268,35 @@ def run(argv: Sequence[str], become: Callable[[str, list[str]], None], now_ms: i
         SpringtideError: The command failed; the message is for the operator.
     """
     flags, words = split_settings(argv)
-    asked, unknown = parser(words).parse_known_args(with_times(words))
-    if unknown and asked.command not in OWN_HELP and not getattr(asked, "runner", None):
-        raise SettingsError(f"unknown argument {unknown[0]}", f"see `springtide {asked.command} --help`")
-    if asked.command in PROCESSES:
+    args, unknown = parser(words).parse_known_args(with_times(words))
+    if unknown and args.command not in OWN_HELP and not getattr(args, "runner", None):
+        raise SettingsError(f"unknown argument {unknown[0]}", f"see `springtide {args.command} --help`")
+    if args.command in PROCESSES:
         # Report a mistake here, with exit code 2, before anything starts.
         settings = load(flags)
-        if asked.command == "bootstrap" and not {"--help", "-h"} & {*words}:
+        if args.command == "bootstrap" and not {"--help", "-h"} & {*words}:
             from deploy.startup import model_checks
 
             # The preprocessing is checked by the bootstrap itself.
             model_checks.check_tower(settings)
-        runner = getattr(asked, "runner", None)
+        runner = getattr(args, "runner", None)
         chosen_runner = [] if runner is None else ["--runner", runner]
-        become(PROCESSES[asked.command][0], [*_accepted(asked), *chosen_runner, *unknown, *flags])
+        become(PROCESSES[args.command][0], [*_accepted(args), *chosen_runner, *unknown, *flags])
         return
-    _operator_command(asked.command)(load(flags), asked, now_ms, say)
+    _operator_command(args.command)(load(flags), args, now_ms, say)
 
 
-def _accepted(asked: argparse.Namespace) -> list[str]:
+def _accepted(args: argparse.Namespace) -> list[str]:
     """Returns the options for accepted gaps; mistakes in them are reported here too."""
-    if asked.command not in READERS:
+    if args.command not in READERS:
         return []
     from state.log import accepted_gaps
 
-    options = accepted_gaps.as_options(asked)
+    options = accepted_gaps.as_options(args)
     accepted_gaps.take_options(options, actor="", records=True)
-    if not getattr(asked, "upgrade", False):
+    if not getattr(args, "upgrade", False):
         return options
-    return ["--upgrade", *options, *([] if "--reason" in options else ["--reason", asked.reason])]
+    return ["--upgrade", *options, *([] if "--reason" in options else ["--reason", args.reason])]
 
 
 def become(module: str, flags: list[str]) -> None:

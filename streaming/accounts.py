@@ -51,11 +51,11 @@ def missing(topic_id: str, committed: Mapping[Source, int], ends: Mapping[int, t
         committed: The next offset of each source.
         ends: By partition, the first retained offset and the end offset.
     """
-    at = {partition: committed.get(Source(topic_id, partition)) for partition in sorted(ends)}
+    positions = {partition: committed.get(Source(topic_id, partition)) for partition in sorted(ends)}
     return [
-        Gap(Source(topic_id, partition), ours, ends[partition][0])
-        for partition, ours in at.items()
-        if ours is not None and ours < ends[partition][0]
+        Gap(Source(topic_id, partition), position, ends[partition][0])
+        for partition, position in positions.items()
+        if position is not None and position < ends[partition][0]
     ]
 
 
@@ -128,8 +128,8 @@ class Leaders:
         self._path = folder / LEADERS
         document = json.loads(self._path.read_bytes()) if self._path.exists() else {}
         self._known: dict[Source, Known] = {
-            Source.parse(source): tuple((int(first), int(epoch)) for first, epoch in known)
-            for source, known in document.items()
+            Source.parse(source): tuple((int(first), int(epoch)) for first, epoch in epochs)
+            for source, epochs in document.items()
         }
         self._unwritten = False
 
@@ -150,15 +150,15 @@ class Leaders:
             OSError: The file cannot be written.
         """
         for part in ranges:
-            known = self._known.get(part.source, ())
+            epochs = self._known.get(part.source, ())
             epoch = reader.leader_epoch(part.source.partition, part.next)
-            if epoch >= 0 and epoch_before(known, part.next) != epoch:
+            if epoch >= 0 and epoch_before(epochs, part.next) != epoch:
                 # The epoch is stored from the range's first offset on. A rollback may end inside the range, where an
                 # epoch that ended earlier would look like a truncated log.
-                self._known[part.source] = noted(known, part.first, epoch)
+                self._known[part.source] = noted(epochs, part.first, epoch)
                 self._unwritten = True
         if self._unwritten:
-            document = {str(source): known for source, known in self._known.items()}
+            document = {str(source): epochs for source, epochs in self._known.items()}
             durable.replace(self._path, json.dumps(document, sort_keys=True).encode())
             self._unwritten = False
 
@@ -201,20 +201,22 @@ def accept_truncation(store: HistoryStore, consent: Consent, now_ms: int, lost: 
     Raises:
         TruncatedLog: The truncation is not accepted; nothing was changed.
     """
-    known = accepted(store)
-    if new := newly_accepted(known, consent, now_ms, lost):
-        store.commit(Appends.none(), (), {GAPS: accepted_gaps.encode([*known, *new])})
+    gaps_accepted = accepted(store)
+    if new := newly_accepted(gaps_accepted, consent, now_ms, lost):
+        store.commit(Appends.none(), (), {GAPS: accepted_gaps.encode([*gaps_accepted, *new])})
         store.sync()
 
 
-def newly_accepted(known: Sequence[Accepted], consent: Consent, now_ms: int, lost: TruncatedLog) -> list[Accepted]:
+def newly_accepted(
+    gaps_accepted: Sequence[Accepted], consent: Consent, now_ms: int, lost: TruncatedLog
+) -> list[Accepted]:
     """The records to store for an accepted truncation; empty if it was accepted before.
 
     Raises:
         TruncatedLog: The truncation is not accepted.
     """
     (gap,) = lost.gaps
-    if any(record.gap == gap for record in known):
+    if any(record.gap == gap for record in gaps_accepted):
         return []
     if not (consent.cut_back or consent.covers(gap, gap.source.topic_id)):
         raise TruncatedLog(
@@ -244,11 +246,11 @@ def faults(store: HistoryStore) -> tuple[str, ...]:
     """Describes where the store's accounts do not balance: by source, and for all waiting impressions together."""
     counts, waiting = store.cut()
     accounts = {source: StreamAccount.of(count) for source, count in counts.items()}
-    found = [f"{source}: {fault}" for source, account in accounts.items() for fault in check_accounts(account)]
+    faults_found = [f"{source}: {fault}" for source, account in accounts.items() for fault in check_accounts(account)]
     must_wait = sum(account.waiting for account in accounts.values())
     if must_wait != waiting:
-        found.append(f"{must_wait} impressions must be waiting for their label, and {waiting} are")
-    return tuple(found)
+        faults_found.append(f"{must_wait} impressions must be waiting for their label, and {waiting} are")
+    return tuple(faults_found)
 
 
 def show(store: HistoryStore, metrics: StreamMetrics, known: tuple[str, ...] = ()) -> tuple[str, ...]:
@@ -269,9 +271,9 @@ def show_totals(metrics: StreamMetrics, counts: Mapping[str, int], waiting: int)
     metrics.accounting_labels.labels("waiting").set(waiting)
 
 
-def show_faults(metrics: StreamMetrics, found: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
-    """Sets the gauge of imbalances, and logs them if they differ from `known`; returns `found`."""
-    if found and found != known:
-        logger.error("the account of the clicks does not balance: %s", "; ".join(found))
-    metrics.accounting_faults.set(len(found))
-    return found
+def show_faults(metrics: StreamMetrics, faults_found: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
+    """Sets the gauge of imbalances, and logs them if they differ from `known`; returns `faults_found`."""
+    if faults_found and faults_found != known:
+        logger.error("the account of the clicks does not balance: %s", "; ".join(faults_found))
+    metrics.accounting_faults.set(len(faults_found))
+    return faults_found

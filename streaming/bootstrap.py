@@ -352,7 +352,7 @@ def _write_examples(rows: PCollection[Rows], settings: Settings, folder: Path) -
     )
 
 
-def _describe(folder: Path, sample: Sample, about: Mapping[str, Any]) -> None:
+def _describe(folder: Path, sample: Sample, description: Mapping[str, Any]) -> None:
     """Writes schema.pbtxt and then spec.json next to the examples, durably; the examples are then complete."""
     context = sample.settings.events.context
     durable.write(folder / SCHEMA, str(schema(sample.spec, len(context))).encode())
@@ -364,7 +364,7 @@ def _describe(folder: Path, sample: Sample, about: Mapping[str, Any]) -> None:
         "rows": sample.tally.examples,
         "compression": COMPRESSION,
         "preprocessing": sample.settings.model.preprocessing,
-        **about,
+        **description,
     }
     durable.write(folder / SPEC, json.dumps(content, indent=1, sort_keys=True).encode())
     durable.sync_directory(folder)
@@ -432,13 +432,13 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
     spec, salt = FeatureSpec.from_settings(settings), own_salt(settings)
     registry = Registry(settings.registry_dir)
     require_same_salt(registry, salt)
-    known = registry.specs.bootstrapped(spec.digest, settings.model)
-    if known is not None and wanted.examples is None:
+    name = registry.specs.bootstrapped(spec.digest, settings.model)
+    if name is not None and wanted.examples is None:
         return False
     if wanted.examples is not None:
         _require_empty(wanted.examples)
     # 1.
-    if is_own(settings.model.preprocessing) and known is None and not wanted.of_up:
+    if is_own(settings.model.preprocessing) and name is None and not wanted.of_up:
         with quiet_stderr():
             checked = check_preprocessing(settings.model.preprocessing, spec, settings=settings.model)
         say(checked)
@@ -451,32 +451,32 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
         open_sample(settings, salt, clock, say) as handle,
     ):
         # 2.
-        output = None if known is not None else Path(folder)
+        output = None if name is not None else Path(folder)
         with quiet_stderr(), handle.as_raised(), analysis() as pipeline:
             build(pipeline, handle, wanted, output)
         sample = handle.context
         now_ms = int(clock() * 1000)
         # 3.
         if output is not None:
-            about = document(sample, salt, read_categories(output / "categories"), now_ms)
-            known = registry.specs.free_name(spec.digest)
-            registry.specs.add_spec(known, about, lambda place: _keep(sample, output / "transform", place))
+            description = document(sample, salt, read_categories(output / "categories"), now_ms)
+            name = registry.specs.free_name(spec.digest)
+            registry.specs.add_spec(name, description, lambda folder: _keep(sample, output / "transform", folder))
         if wanted.examples is not None:
-            shutil.copytree(registry.specs.transform(known or spec.digest), wanted.examples / "transform")
-            about = {"digest": spec.digest, "salt": salt.fingerprint, "created_at_ms": now_ms}
-            _describe(wanted.examples, sample, about)
+            shutil.copytree(registry.specs.transform(name or spec.digest), wanted.examples / "transform")
+            description = {"digest": spec.digest, "salt": salt.fingerprint, "created_at_ms": now_ms}
+            _describe(wanted.examples, sample, description)
             left_out = f"; {unlabelled}" if (unlabelled := sample.unlabelled) else ""
             say(f"{sample.tally.examples:,} examples in {wanted.examples}{left_out}")
     return True
 
 
-def _keep(sample: Sample, transform: Path, place: Path) -> None:
-    """Writes graph, schema and statistics of a sample to the new directory `place`."""
-    shutil.copytree(transform, place / "transform")
+def _keep(sample: Sample, transform: Path, folder: Path) -> None:
+    """Writes graph, schema and statistics of a sample to the new directory `folder`."""
+    shutil.copytree(transform, folder / "transform")
     statistics = dataset(sample.statistics, "bootstrap")
     schema = infer(statistics, warm=False)
     for name, data in baseline_files(schema, statistics).items():
-        (place / name).write_bytes(data)
+        (folder / name).write_bytes(data)
 
 
 def _import_analysis() -> None:

@@ -150,12 +150,12 @@ def read_backup(store: FileStore, wanted: str = "") -> Backup:
         BackupError: There is no backup, or none with this id.
         DamagedBackup: The document fails its digest.
     """
-    known = ids(store)
-    if not known:
+    backup_ids = ids(store)
+    if not backup_ids:
         raise BackupError(f"{store.name} has no backup", "check the location: `springtide backup TO --list`")
-    wanted = wanted or known[-1]
-    if wanted not in known:
-        raise BackupError(f"{store.name} has no backup {wanted}", f"use one of {', '.join(known[-5:])}")
+    wanted = wanted or backup_ids[-1]
+    if wanted not in backup_ids:
+        raise BackupError(f"{store.name} has no backup {wanted}", f"use one of {', '.join(backup_ids[-5:])}")
     name = f"{BACKUPS}/{wanted}.json"
     try:
         return _decoded(store.read(name))
@@ -193,10 +193,10 @@ def prune(store: FileStore, keep: int) -> Pruned:
         DamagedBackup: A remaining backup cannot be read, so that its objects are unknown; no object was removed.
     """
     with Lease(store) as lease:
-        known = ids(store)
-        remaining = [read_backup(store, backup_id) for backup_id in known[-keep:]]
+        backup_ids = ids(store)
+        remaining = [read_backup(store, backup_id) for backup_id in backup_ids[-keep:]]
         # 1.
-        for backup_id in known[:-keep]:
+        for backup_id in backup_ids[:-keep]:
             store.remove(f"{BACKUPS}/{backup_id}.json")
         killpoints.reach("prune.documents")
         # 2.
@@ -205,7 +205,7 @@ def prune(store: FileStore, keep: int) -> Pruned:
         for digest in unused:
             lease.refresh()
             store.remove(_object_name(digest))
-    return Pruned(len(known[:-keep]), len(unused))
+    return Pruned(len(backup_ids[:-keep]), len(unused))
 
 
 def verify(store: FileStore, backup: Backup, progress: Callable[[int], None]) -> None:
@@ -249,13 +249,13 @@ class Objects:
             source: The content; it may be a pipe with short reads.
             progress: Called with the size of each piece.
         """
-        whole, size, pieces = hashlib.sha256(), 0, []
+        digest, size, pieces = hashlib.sha256(), 0, []
         while piece := _next_piece(source):
-            whole.update(piece)
+            digest.update(piece)
             size += len(piece)
             pieces.append(self._keep(piece))
             progress(len(piece))
-        return KeptFile(path, size, whole.hexdigest(), tuple(pieces))
+        return KeptFile(path, size, digest.hexdigest(), tuple(pieces))
 
     def _keep(self, piece: bytes) -> str:
         digest = durable.digest(piece)
@@ -274,17 +274,17 @@ class Objects:
             DamagedBackup: An object is missing or fails its digest; the message names it.
             UnusablePlace: The backup location cannot be reached.
         """
-        whole, size, held = hashlib.sha256(), 0, b""
+        file_digest, size, piece = hashlib.sha256(), 0, b""
         for digest in file.pieces:
-            if held:
-                yield held
-            held = self._read(digest, file.path)
-            whole.update(held)
-            size += len(held)
-        if (size, whole.hexdigest()) != (file.bytes, file.sha256):
+            if piece:
+                yield piece
+            piece = self._read(digest, file.path)
+            file_digest.update(piece)
+            size += len(piece)
+        if (size, file_digest.hexdigest()) != (file.bytes, file.sha256):
             raise _damaged(f"{file.path}, made of its pieces", self._store)
-        if held:
-            yield held
+        if piece:
+            yield piece
 
     def _read(self, digest: str, path: str) -> bytes:
         name = _object_name(digest)
@@ -304,10 +304,10 @@ class Objects:
 
 def _next_piece(source: BinaryIO) -> bytes:
     """Reads the next piece. Every piece but the last has full size, even if `source` is a pipe with short reads."""
-    parts, left = [], PIECE_BYTES
-    while left and (part := source.read(left)):
+    parts, remaining = [], PIECE_BYTES
+    while remaining and (part := source.read(remaining)):
         parts.append(part)
-        left -= len(part)
+        remaining -= len(part)
     return b"".join(parts)
 
 
@@ -319,9 +319,9 @@ def _digests(store: FileStore) -> list[str]:
     return [name.rpartition("/")[2] for name in store.names(OBJECTS)]
 
 
-def _damaged(what: str, store: FileStore, how: str = " fails its digest") -> DamagedBackup:
+def _damaged(subject: str, store: FileStore, how: str = " fails its digest") -> DamagedBackup:
     return DamagedBackup(
-        f"{what} at {store.name}{how}",
+        f"{subject} at {store.name}{how}",
         "restore another backup; if you remove that file, the next backup sends it again if it still has it",
     )
 
@@ -393,7 +393,7 @@ class Lease:
         if self._name not in self._store.names(LOCKS):
             raise BackupError(
                 f"{self._store.name} was taken over by another process while this one was suspended",
-                "repeat it; what was sent is not sent again",
+                "run it again; files that were sent are not sent again",
             )
 
     def _write(self) -> None:

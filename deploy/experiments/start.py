@@ -78,7 +78,7 @@ def flags_of(settings: Settings, overrides: Mapping[str, str], registry: Path) -
     >>> flags_of(Settings(), {"model.dim": "16"}, Path("r"))[:2]
     ['--model.dim=16', '--paths.registry=r']
     """
-    own = {
+    settings_of_experiment = {
         "paths.registry": registry,
         "paths.shared_registry": "",
         "trainer.metrics_port": 0,
@@ -87,7 +87,7 @@ def flags_of(settings: Settings, overrides: Mapping[str, str], registry: Path) -
         "registry.delta_keep_gb": settings.trials.registry_gb,
         "export.every_s": 0,
     }
-    return [f"--{name}={value}" for name, value in {**overrides, **own}.items()]
+    return [f"--{name}={value}" for name, value in {**overrides, **settings_of_experiment}.items()]
 
 
 def settings_of(settings: Settings, overrides: Mapping[str, str], registry: Path) -> Settings:
@@ -216,7 +216,7 @@ def _filler(
 
 def _link_version(live: Registry, own: Registry, version: int) -> None:
     """Links all files that a version consists of; the compactor may replace them with a merged delta meanwhile."""
-    for left in reversed(range(_TRIES)):
+    for tries_left in reversed(range(_TRIES)):
         base, deltas = live.chain(version)
         try:
             for part in (base, *deltas):
@@ -227,7 +227,7 @@ def _link_version(live: Registry, own: Registry, version: int) -> None:
             own.chain(version)
             return
         except (OSError, shutil.Error, UnknownVersion, CorruptVersion):
-            if not left:
+            if not tries_left:
                 raise
 
 

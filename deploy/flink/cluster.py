@@ -58,7 +58,7 @@ def configuration(settings: FlinkSettings, directory: Path, rpc_port: int) -> st
 
     TaskManagers reach the JobManager on `rpc_port`.
     """
-    own: dict[str, object] = {
+    entries: dict[str, object] = {
         "state.checkpoints.dir": (directory / CHECKPOINTS).absolute().as_uri(),
         "state.savepoints.dir": (directory / SAVEPOINTS).absolute().as_uri(),
         # The cluster has the same jar on its class path; a second copy of each class per job would waste memory.
@@ -86,8 +86,8 @@ def configuration(settings: FlinkSettings, directory: Path, rpc_port: int) -> st
         "jvm-overhead.min": OFF_HEAP_MB,
         "jvm-overhead.max": OFF_HEAP_MB,
     }
-    own |= {f"taskmanager.memory.{part}": f"{size}m" for part, size in memory_mb.items()}
-    return FIXED.read_text(encoding="utf-8") + "".join(f"{name}: {value}\n" for name, value in own.items())
+    entries |= {f"taskmanager.memory.{part}": f"{size}m" for part, size in memory_mb.items()}
+    return FIXED.read_text(encoding="utf-8") + "".join(f"{name}: {value}\n" for name, value in entries.items())
 
 
 def process_plans(
@@ -188,7 +188,7 @@ def run(settings: Settings, jar: Path, say: Say, stop: Callable[[], bool], hurry
                 f"Python workers on {HOST}:{flink.worker_port}"
             )
             say(f"state and logs are in {directory}; `springtide flink status` shows what runs")
-            say("Ctrl-C, or `springtide flink down`, ends jobs by savepoint, then all of it")
+            say("Ctrl-C, or `springtide flink down`, stops the jobs with a savepoint, then the cluster")
         # 4.
         while not stop():
             supervisor.poll()

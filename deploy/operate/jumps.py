@@ -82,14 +82,14 @@ class Jump:
         return dataclasses.asdict(self) | hexadecimal
 
 
-def jumps(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Prints the users, items and categories whose share of the clicks jumped in the last `asked.minutes`.
+def jumps(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
+    """Prints the users, items and categories whose share of the clicks jumped in the last `args.minutes`.
 
     Raises:
         RegistryError, UnknownVersion: There is no registry, or no version yet.
         LogError: The log cannot be read.
     """
-    span_ms = asked.minutes * UNITS_MS["m"]
+    span_ms = args.minutes * UNITS_MS["m"]
     recent_ms, first_ms = now_ms - span_ms, now_ms - (1 + BEFORE) * span_ms
     view = view_of(settings)
     if view is None:
@@ -108,7 +108,7 @@ def jumps(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) 
         "clicks": len(recent) * stride,
         "clicks_before": len(before) * stride,
     } | {section: [jump.document() for jump in listed] for section, listed in found.items()}
-    say(json.dumps(document, indent=2) if asked.output == "json" else "\n".join(_lines(document)))
+    say(json.dumps(document, indent=2) if args.output == "json" else "\n".join(_lines(document)))
 
 
 def _rows(settings: Settings, view: LogView, first_ms: int) -> Iterator[Rows]:

@@ -49,7 +49,7 @@ VALIDATION = "validation"
 SEGMENTS = "segments"
 
 # A power cut may lose records that the local Kafka acknowledged in its last second, because there is no replica.
-OF_LOCAL_KAFKA = ("--accept-cut-back", "--reason", "the local Kafka lost what was not on disk")
+OF_LOCAL_KAFKA = ("--accept-cut-back", "--reason", "the local Kafka lost records that were not on disk")
 
 # Each process stops before the ones it writes to, and Kafka stops last: no write is interrupted.
 STOP_ORDER = (
@@ -109,7 +109,7 @@ def process_plans(
 
     # It builds a new store next to the old one. If interrupted, it keeps the old store and starts again.
     rebuild = plan(REBUILD, "streaming.rebuild", stop_s=1.0, lasting=False)
-    listed = (
+    plans = (
         plan(SHOPPERS, "deploy.replay", "--synthetic", "--head-start", str(head_start), stop_s=3.0),
         replace(
             plan(STREAM, "streaming.pipeline", *accepted, stop_s=SAVING_S), remedies={CorruptStore.__name__: rebuild}
@@ -126,7 +126,7 @@ def process_plans(
         plan(CONSOLE, "deploy.console.server", stop_s=15.0),
         plan(PROBE, "deploy.probe", "--continuously", stop_s=3.0),
     )
-    return {listed_plan.name: listed_plan for listed_plan in listed}
+    return {plan.name: plan for plan in plans}
 
 
 def left_out(settings: Settings) -> set[str]:
@@ -146,7 +146,7 @@ def ports(settings: Settings, local_kafka: bool, watched: bool = False) -> list[
     """
     local, unwanted, metrics = "127.0.0.1", left_out(settings), settings.metrics.host
     serving, console = settings.serving, settings.console
-    listed = (
+    ports = (
         ("kafka.port", local, local_kafka),
         ("serving.port", serving.host, True),
         ("serving.grpc_port", serving.host, serving.grpc_port > 0),
@@ -160,7 +160,7 @@ def ports(settings: Settings, local_kafka: bool, watched: bool = False) -> list[
         ("probe.metrics_port", metrics, PROBE not in unwanted),
         ("up.prometheus_port", local, watched),
     )
-    return [Port(name, host, settings.value(name)) for name, host, wanted in listed if wanted]
+    return [Port(name, host, settings.value(name)) for name, host, wanted in ports if wanted]
 
 
 class LocalKafka:
@@ -490,10 +490,10 @@ class Startup:
                     self._screen.live(live_line(snapshot), panel(snapshot, tries, settings.serving.processes))
             self._sleep(POLL_S)
 
-    def _wait(self, look: Callable[[], Found], what: str) -> Found:
+    def _wait(self, look: Callable[[], Found], task: str) -> Found:
         """Watches the processes until `poll` returns something, and returns that; reports what takes long."""
         remind, report = self._clock() + REMIND_S, self._clock() + PROGRESS_S
-        while not (found := look()):
+        while not (result := look()):
             self._poll()
             self._notice_answer()
             if self._clock() >= report:
@@ -502,9 +502,9 @@ class Startup:
                     self._screen.say(f"{self._clock() - self._begin:7.1f} s       {progress}")
             if self._clock() >= remind:
                 remind = self._clock() + REMIND_S
-                self._screen.say(f"{self._clock() - self._begin:7.1f} s  still {what}; see {self._settings.logs_dir}")
+                self._screen.say(f"{self._clock() - self._begin:7.1f} s  still {task}; see {self._settings.logs_dir}")
             self._sleep(POLL_S)
-        return found
+        return result
 
     def _poll(self) -> None:
         """Raises `Stopped` if the operator asked for it; restarts what died."""

@@ -81,10 +81,10 @@ class Snapshot:
         >>> Snapshot(Figures(up_s={"stream": 1.0}, held=True, paused=True)).texts
         'training is held by the guard, training is paused by an operator'
         """
-        known: dict[str, Problem] = {}
+        by_text: dict[str, Problem] = {}
         for problem in (*_of_figures(self.figures), *_of_sections(self.sections), *_holds(self.figures)):
-            known.setdefault(problem.text, problem)
-        return list(known.values())
+            by_text.setdefault(problem.text, problem)
+        return list(by_text.values())
 
     def having(self, sections: Mapping[str, Any]) -> Snapshot:
         """Returns the snapshot with sections; those of Kafka add to its figures."""
@@ -246,5 +246,5 @@ def _of_sections(sections: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem("info", "live clicks have changed", "live-clicks-have-changed")
 
 
-def _share(part: float | None, whole: float | None) -> float:
-    return (part or 0.0) / whole if whole else 0.0
+def _share(part: float | None, total: float | None) -> float:
+    return (part or 0.0) / total if total else 0.0

@@ -113,7 +113,7 @@ def without_secrets(settings: Settings) -> Settings:
     >>> without_secrets(Settings(kafka=Kafka(sasl_password="x"))).kafka.sasl_password
     ''
     """
-    return replace(_with(settings, {known.name: "" for known in known_settings() if known.secret}), origins={})
+    return replace(_with(settings, {setting.name: "" for setting in known_settings() if setting.secret}), origins={})
 
 
 def with_secrets(settings: Settings, env: Mapping[str, str]) -> Settings:
@@ -122,7 +122,7 @@ def with_secrets(settings: Settings, env: Mapping[str, str]) -> Settings:
     >>> with_secrets(Settings(), {"SPRINGTIDE_KAFKA_SASL_PASSWORD": "x"}).kafka.sasl_password
     'x'
     """
-    secrets = {known.name: variable(known.name) for known in known_settings() if known.secret}
+    secrets = {setting.name: variable(setting.name) for setting in known_settings() if setting.secret}
     return _with(settings, {name: env[named] for name, named in secrets.items() if named in env})
 
 

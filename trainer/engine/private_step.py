@@ -139,13 +139,13 @@ class PrivateLearning:
             update: From `begin`.
             log_ms: Log time.
         """
-        counted = (categories != 0) & update.units.learned
-        known = np.union1d(popular.state()["ids"], categories[categories != 0])
-        rows = np.bincount(update.units.of[counted], minlength=len(categories))
-        amounts = np.zeros(known.size)
-        np.add.at(amounts, np.searchsorted(known, categories[counted]), 1.0 / rows[update.units.of[counted]])
-        amounts += self._normal(update)("counts", known.size) * (self.noise * COUNT_NOISE)
-        popular.add(known, np.rint(amounts * ONE).astype(np.int64), log_ms)
+        is_counted = (categories != 0) & update.units.learned
+        distinct = np.union1d(popular.state()["ids"], categories[categories != 0])
+        rows = np.bincount(update.units.of[is_counted], minlength=len(categories))
+        amounts = np.zeros(distinct.size)
+        np.add.at(amounts, np.searchsorted(distinct, categories[is_counted]), 1.0 / rows[update.units.of[is_counted]])
+        amounts += self._normal(update)("counts", distinct.size) * (self.noise * COUNT_NOISE)
+        popular.add(distinct, np.rint(amounts * ONE).astype(np.int64), log_ms)
 
     def _normal(self, update: PrivateUpdate) -> Normal:
         return lambda name, count: self._noise.normal(f"{update.noise} {name}", count)
@@ -166,11 +166,11 @@ def clipped(lengths: F32, units: Units, clip: float) -> F32:
         clip: The bound.
     """
     learned = units.learned & np.isfinite(lengths)
-    whole = np.bincount(units.of, np.where(learned, lengths, 0.0).astype(np.float64))
+    norms = np.bincount(units.of, np.where(learned, lengths, 0.0).astype(np.float64))
     bound = clip * (1.0 - ROUNDING)
-    factors = np.where(whole > bound, bound / np.maximum(whole, bound), 1.0)
-    found: F32 = (factors[units.of] * learned).astype(np.float32)
-    return found
+    factors = np.where(norms > bound, bound / np.maximum(norms, bound), 1.0)
+    row_factors: F32 = (factors[units.of] * learned).astype(np.float32)
+    return row_factors
 
 
 class PrivateTrainer(Trainer):
@@ -199,15 +199,15 @@ class PrivateTrainer(Trainer):
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """See `Trainer`."""
-        kept = self.private.allowance.state() | self.private.history.state()
-        return super().state() | {f"privacy.{name}": value for name, value in kept.items()}
+        state = self.private.allowance.state() | self.private.history.state()
+        return super().state() | {f"privacy.{name}": value for name, value in state.items()}
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """See `Trainer`."""
         super().load(state)
-        mine = {name.removeprefix("privacy."): value for name, value in state.items() if name.startswith("privacy.")}
-        self.private.allowance.load(mine)
-        self.private.history.load(mine)
+        own = {name.removeprefix("privacy."): value for name, value in state.items() if name.startswith("privacy.")}
+        self.private.allowance.load(own)
+        self.private.history.load(own)
 
     def step(self, batch: MicroBatch, seed: tuple[int, int] | None = None, place: NoisePlace | None = None) -> Report:
         """See `Trainer`.

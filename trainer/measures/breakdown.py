@@ -76,8 +76,8 @@ class _Sums(NamedTuple):
     squares: F64
 
     @classmethod
-    def none(cls, dimensions: int, places: int) -> _Sums:
-        shape = (dimensions, places)
+    def none(cls, dimensions: int, values: int) -> _Sums:
+        shape = (dimensions, values)
         return cls(*(np.zeros((*shape, *more)) for more in ((5,), (DECILES, 4), (2, BINS), (2,))))
 
 
@@ -90,24 +90,24 @@ class Breakdown:
         by_item: Whether a negative's slice is that of the row whose item it is.
     """
 
-    def __init__(self, dimensions: Sequence[str], places: Sequence[int], by_item: Sequence[bool]) -> None:
+    def __init__(self, dimensions: Sequence[str], values: Sequence[int], by_item: Sequence[bool]) -> None:
         self.dimensions = tuple(dimensions)
-        self._last, self._by_item = np.array(places, np.int64) - 1, np.array(by_item, np.bool_)
-        self._sums = _Sums.none(len(self.dimensions), max(places))
-        self._total: F64 = np.zeros((len(self.dimensions), max(places)))
+        self._last, self._by_item = np.array(values, np.int64) - 1, np.array(by_item, np.bool_)
+        self._sums = _Sums.none(len(self.dimensions), max(values))
+        self._total: F64 = np.zeros((len(self.dimensions), max(values)))
 
     @classmethod
     def of(cls, settings: Settings, slices: Slices) -> Breakdown:
         """The breakdown of a trainer with these settings: by action, by users, and by attributes."""
-        places = [FIRST + settings.attributes.slice_values] * len(slices.names)
-        own = len(settings.events.actions) + 1, len(USERS) - 1
-        return cls(("action", "users", *slices.names), (*own, *places), (False, False, *slices.by_item))
+        slice_counts = [FIRST + settings.attributes.slice_values] * len(slices.names)
+        sizes = len(settings.events.actions) + 1, len(USERS) - 1
+        return cls(("action", "users", *slices.names), (*sizes, *slice_counts), (False, False, *slices.by_item))
 
-    def update(self, places: Sequence[npt.NDArray[Any]], partner: I64, judged: Judged) -> F64:
+    def update(self, values: Sequence[npt.NDArray[Any]], partner: I64, judged: Judged) -> F64:
         """Adds the rows of one step, and returns their losses by slice.
 
         Args:
-            places: For each dimension `[n]`, the slice of each row.
+            values: For each dimension `[n]`, the slice of each row.
             partner: `[n]` int64, the row whose item is the negative.
             judged: The predictions for the rows.
 
@@ -119,7 +119,7 @@ class Breakdown:
         pairs = judged.pairs
         logits = np.clip(pairs.logits, -LOGIT_RANGE, LOGIT_RANGE)
         bins = np.minimum((logits + LOGIT_RANGE) * (BINS / (2 * LOGIT_RANGE)), BINS - 1).astype(np.int64)
-        at = np.minimum(np.stack(places).astype(np.int64), self._last[:, None])
+        at = np.minimum(np.stack(values).astype(np.int64), self._last[:, None])
         step = np.zeros((len(LOSSES), *self._total.shape, 3))
         _add(
             at, partner, self._by_item, np.flatnonzero(judged.targets), judged.rows, np.flatnonzero(pairs.scored), bins,
@@ -130,17 +130,17 @@ class Breakdown:
     def measures(self, shown: Mapping[str, Sequence[str]]) -> list[SliceMeasures]:
         """The metrics of each slice that has had a row; `shown` has the names of each dimension's slices."""
         return [
-            SliceMeasures(name, shown[name][place], *self._of(number, place))
+            SliceMeasures(name, shown[name][value], *self._of(number, value))
             for number, name in enumerate(self.dimensions)
-            for place in np.flatnonzero(self._total[number]).tolist()
+            for value in np.flatnonzero(self._total[number]).tolist()
         ]
 
-    def _of(self, number: int, place: int) -> tuple[dict[str, float], dict[str, Interval]]:
-        rows, targets, log_loss, squares, top1 = self._sums.rows[number, place].tolist()
-        deciles, bins = self._sums.pairs[number, place], self._sums.bins[number, place]
-        worth_rows, worth_pairs = self._sums.squares[number, place].tolist()
+    def _of(self, number: int, value: int) -> tuple[dict[str, float], dict[str, Interval]]:
+        rows, targets, log_loss, squares, top1 = self._sums.rows[number, value].tolist()
+        deciles, bins = self._sums.pairs[number, value], self._sums.bins[number, value]
+        worth_rows, worth_pairs = self._sums.squares[number, value].tolist()
         pairs, clicked, predicted, losses = deciles.sum(0).tolist()
-        figures, sure = {"total.rows": float(self._total[number, place]), "rows": rows}, {}
+        figures, sure = {"total.rows": float(self._total[number, value]), "rows": rows}, {}
         if targets >= SOME:
             equal = targets * targets / worth_rows
             figures |= {"log_loss": log_loss / targets, "top1": top1 / targets}
@@ -161,9 +161,9 @@ class Breakdown:
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """All sums, to be stored in a version."""
-        about = json.dumps(self.dimensions).encode()
-        held = {f"slices.{name}": sums.copy() for name, sums in self._sums._asdict().items()}
-        return held | {"slices.about": np.frombuffer(about, np.uint8), "slices.total": self._total.copy()}
+        dimensions = json.dumps(self.dimensions).encode()
+        sums_by_name = {f"slices.{name}": sums.copy() for name, sums in self._sums._asdict().items()}
+        return sums_by_name | {"slices.about": np.frombuffer(dimensions, np.uint8), "slices.total": self._total.copy()}
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Restores what `state` returned; sums of other slices are discarded."""
@@ -179,7 +179,7 @@ class Breakdown:
     "i8[:, ::1], i8[::1], bool[::1], i8[::1], f8[:, ::1], i8[::1], i8[::1], f8[::1], bool[::1], f8[::1], f8[:, :, ::1], f8[:, :, :, ::1], f8[:, :, :, ::1], f8[:, :, ::1], f8[:, ::1], f8[:, :, :, ::1]"
 )
 def _add(
-    places: I64,
+    values: I64,
     partner: I64,
     by_item: Flags,
     targets: I64,
@@ -196,13 +196,13 @@ def _add(
     total: F64,
     step: F64,
 ) -> None:
-    count = places.shape[1]
-    for d in range(places.shape[0]):
+    count = values.shape[1]
+    for d in range(values.shape[0]):
         for i in range(count):
-            rows[d, places[d, i], 0] += 1.0
-            total[d, places[d, i]] += 1.0
+            rows[d, values[d, i], 0] += 1.0
+            total[d, values[d, i]] += 1.0
         for i in range(targets.shape[0]):
-            at = places[d, targets[i]]
+            at = values[d, targets[i]]
             rows[d, at, 1] += 1.0
             rows[d, at, 2] += judged[i, _LOG_LOSS]
             rows[d, at, 3] += judged[i, _SQUARES]
@@ -215,7 +215,7 @@ def _add(
             row = scored[i]
             if row >= count:
                 row = partner[row - count] if by_item[d] else row - count
-            at, clicked = places[d, row], 1 if positive[i] else 0
+            at, clicked = values[d, row], 1 if positive[i] else 0
             decile = min(int(predicted[i] * DECILES), DECILES - 1)
             pairs[d, at, decile, 0] += 1.0
             pairs[d, at, decile, 1] += clicked
@@ -235,18 +235,18 @@ def shown_of(actions: Sequence[str], slices: Slices) -> dict[str, Sequence[str]]
 
 def values(measures: Sequence[SliceMeasures]) -> Iterator[tuple[str, float]]:
     """Each figure as `slice.<dimension>.<value>.<metric>`, its interval as `.low` and `.high`, and the gaps."""
-    for one in measures:
-        where = f"slice.{one.dimension}.{one.value}"
-        yield from ((f"{where}.{name}", figure) for name, figure in one.figures.items())
-        for name, (low, high) in one.intervals.items():
+    for slice_ in measures:
+        where = f"slice.{slice_.dimension}.{slice_.value}"
+        yield from ((f"{where}.{name}", figure) for name, figure in slice_.figures.items())
+        for name, (low, high) in slice_.intervals.items():
             yield f"{where}.{name}.low", low
             yield f"{where}.{name}.high", high
-    for dimension in dict.fromkeys(one.dimension for one in measures):
+    for dimension in dict.fromkeys(slice_.dimension for slice_ in measures):
         for name in GAPS:
-            found = gap(measures, dimension, name)
-            if found is not None:
-                yield f"gap.{dimension}.{name}", found.size
-                yield f"gap.{dimension}.{name}.sure", found.sure
+            slice_gap = gap(measures, dimension, name)
+            if slice_gap is not None:
+                yield f"gap.{dimension}.{name}", slice_gap.size
+                yield f"gap.{dimension}.{name}.sure", slice_gap.sure
 
 
 class SliceGap(NamedTuple):
@@ -280,14 +280,16 @@ def gap(measures: Sequence[SliceMeasures], dimension: str, name: str) -> SliceGa
     >>> found.size, round(found.sure, 3), found.best, found.worst
     (1.0, 0.771, 'young', 'old')
     """
-    there = [
-        one for one in measures if one.dimension == dimension and name in one.intervals and one.figures["rows"] >= LEAST
+    large = [
+        slice_
+        for slice_ in measures
+        if slice_.dimension == dimension and name in slice_.intervals and slice_.figures["rows"] >= LEAST
     ]
-    if len(there) < 2:
+    if len(large) < 2:
         return None
-    ordered = sorted(there, key=lambda one: one.figures[name] * GAPS[name])
+    ordered = sorted(large, key=lambda slice_: slice_.figures[name] * GAPS[name])
     worst, best = ordered[0], ordered[-1]
-    wider = intervals.widened(len(there))
+    wider = intervals.widened(len(large))
     size = abs(worst.figures[name] - best.figures[name])
-    inner = sum((one.intervals[name][1] - one.intervals[name][0]) / 2 * wider for one in (worst, best))
+    inner = sum((slice_.intervals[name][1] - slice_.intervals[name][0]) / 2 * wider for slice_ in (worst, best))
     return SliceGap(size, max(size - inner, 0.0), best.value, worst.value)

@@ -64,11 +64,11 @@ class Participation:
         >>> allowance.admit(users[:1]).tolist()
         [True]
         """
-        places = (mixed(users) & np.uint64(PLACES - 1)).astype(np.int64)
-        found: Flags = self._used[places] < self._updates
-        self._used[np.unique(places[found])] += 1
-        self.left_out += int(users.size - found.sum())
-        return found
+        counters = (mixed(users) & np.uint64(PLACES - 1)).astype(np.int64)
+        admitted: Flags = self._used[counters] < self._updates
+        self._used[np.unique(counters[admitted])] += 1
+        self.left_out += int(users.size - admitted.sum())
+        return admitted
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """A copy of the whole state, by name."""

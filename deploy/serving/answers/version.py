@@ -69,9 +69,9 @@ class Catalogue:
 
     def name_of(self, category: int) -> ShownName:
         """Returns a category's name."""
-        known = self._names.get(category)
-        if known is not None:
-            return known
+        name = self._names.get(category)
+        if name is not None:
+            return name
         identity = f"{category:016x}"
         stored = self._histories.extra(name_extra(category))
         if stored is None:
@@ -100,11 +100,11 @@ class Catalogue:
 
     def named_items(self, items: Sequence[int]) -> list[tuple[int, ShownName]]:
         """Returns the category of each item (0 if it was never clicked), and its name as in `item_name`."""
-        found = []
+        names = []
         for item, stored in zip(items, self._histories.extra_of_each([*map(item_extra, items)]), strict=True):
             category, name = (0, "") if stored is None else item_parts(stored)
-            found.append((category, ShownName(name, f"{item:016x}") if name else self.name_of(item)))
-        return found
+            names.append((category, ShownName(name, f"{item:016x}") if name else self.name_of(item)))
+        return names
 
 
 @dataclass(frozen=True)
@@ -188,20 +188,20 @@ class VersionRows:
         """Returns the rows of n categories, `[n, dim]` float32; zeros for those without one."""
         return self._rows("category", self._version.category_rows, ids)
 
-    def _rows(self, table: str, known: dict[int, bytes], ids: Sequence[int]) -> F32:
+    def _rows(self, table: str, cached: dict[int, bytes], ids: Sequence[int]) -> F32:
         if not self._widths[table]:
             return np.zeros((len(ids), 0), np.float32)
         try:
-            rows = b"".join(map(known.__getitem__, ids))
+            rows = b"".join(map(cached.__getitem__, ids))
         except KeyError:
-            if len(known) >= ROWS_REMEMBERED:
-                known.clear()
+            if len(cached) >= ROWS_REMEMBERED:
+                cached.clear()
             for identity in ids:
-                if identity not in known:
+                if identity not in cached:
                     # 0 is padding.
                     row = identity and self.reader.row(table, identity, self.served)
-                    known[identity] = row or self._missing[table]
-            rows = b"".join(map(known.__getitem__, ids))
+                    cached[identity] = row or self._missing[table]
+            rows = b"".join(map(cached.__getitem__, ids))
         return np.frombuffer(rows, np.float32).reshape(len(ids), self._widths[table])
 
     def transitions(self, categories: Sequence[int]) -> tuple[I32, Lists]:
@@ -210,13 +210,13 @@ class VersionRows:
         Returns:
             `[n]` int32, the index of each category's list, 0 where the version has none; and the lists.
         """
-        known = self._version.lists
-        if len(known) > ROWS_REMEMBERED:
-            known.clear()
+        cached = self._version.lists
+        if len(cached) > ROWS_REMEMBERED:
+            cached.clear()
         for category in categories:
-            if category not in known:
-                known[category] = self.reader.row("transition", category, self.served) if category else None
-        return from_stored([known[category] for category in categories])
+            if category not in cached:
+                cached[category] = self.reader.row("transition", category, self.served) if category else None
+        return from_stored([cached[category] for category in categories])
 
     def item_lists(self, table: str, keys: Sequence[int]) -> ItemLists:
         """Returns the lists of n keys of a table of item lists; an empty list for key 0 or one without a list."""
@@ -228,15 +228,15 @@ class VersionRows:
         cache = self._version.next_categories
         if len(cache.places) + len(keys) > LISTS_REMEMBERED:
             cache.places.clear()
-        places = cache.places
-        if missing := [key for key in dict.fromkeys(keys) if key not in places]:
+        index_of = cache.places
+        if missing := [key for key in dict.fromkeys(keys) if key not in index_of]:
             stored = [self.reader.row(NEXT_CATEGORY, key, self.served) if key else None for key in missing]
-            first = len(places)
-            held: list[NDArray[Any]] = [*cache.lists]
-            for part, new in zip(held, lists_from_stored(stored, ENTRIES[NEXT_CATEGORY]), strict=True):
+            first = len(index_of)
+            cached: list[NDArray[Any]] = [*cache.lists]
+            for part, new in zip(cached, lists_from_stored(stored, ENTRIES[NEXT_CATEGORY]), strict=True):
                 part[first : first + len(missing)] = new
-            places.update(zip(missing, range(first, first + len(missing)), strict=True))
-        return cache.lists, [places[key] for key in keys]
+            index_of.update(zip(missing, range(first, first + len(missing)), strict=True))
+        return cache.lists, [index_of[key] for key in keys]
 
     def context_sum(self, ids: Sequence[int]) -> F32:
         """Returns the sum of rows of contexts and attributes, `[dim]` float32; an id without one counts as zeros."""
@@ -341,28 +341,28 @@ def named(reader: RowReader, most: int = 20) -> str:
 
 
 def _unchanged(
-    known: Mapping[int, Row], table: str, before: LoadedVersion, served: Served, reader: RowReader
+    cached: Mapping[int, Row], table: str, before: LoadedVersion, served: Served, reader: RowReader
 ) -> dict[int, Row]:
     """Returns the cached rows of the version before that are the same in `served`; none if that is unknown."""
-    if not known or before.served.program != served.program:
+    if not cached or before.served.program != served.program:
         return {}
     changed = reader.changed(table, before.served, served)
     if changed is None:
         return {}
-    kept = dict(known)
+    unchanged = dict(cached)
     for identity in changed.tolist():
-        kept.pop(identity, None)
-    return kept
+        unchanged.pop(identity, None)
+    return unchanged
 
 
 def _weights_of(
     weights: Mapping[str, NDArray[Any]], name: str, first: NDArray[np.float64]
 ) -> NDArray[np.float64] | None:
     """The weights of a score; None without any, or if they differ in shape from the first ones of this release."""
-    found = weights.get(f"{STORED}{name}")
-    if found is None or found.shape != first.shape:
+    stored = weights.get(f"{STORED}{name}")
+    if stored is None or stored.shape != first.shape:
         return None
-    return np.ascontiguousarray(found, np.float64)
+    return np.ascontiguousarray(stored, np.float64)
 
 
 class VersionLoader:
@@ -447,8 +447,8 @@ class VersionLoader:
     def _features_of(self, served: Served) -> VersionFeatures:
         if served.salt != self._salt.fingerprint:
             raise SaltMismatch.between(f"version {served.version}", served.salt, self._salt.fingerprint)
-        known = self._features.get(served.spec)
-        if known is None:
+        features = self._features.get(served.spec)
+        if features is None:
             try:
                 spec = read_spec(self._programs, served.spec)
             except (OSError, ValueError, KeyError) as error:
@@ -458,8 +458,8 @@ class VersionLoader:
                     "use the settings of the stream, or wait for the first version of an upgrade",
                 ) from error
             actions = exchange(self._spec.actions, spec.actions)
-            known = self._features[served.spec] = VersionFeatures(spec, self._crosses(spec), actions)
-        return known
+            features = self._features[served.spec] = VersionFeatures(spec, self._crosses(spec), actions)
+        return features
 
     def _with_weights(
         self,
@@ -475,8 +475,8 @@ class VersionLoader:
         slots = program.shapes["popular_mask"][1]
         stored = reader.popular(served.version)
         popular = stored[stored != 0][:slots]
-        rows, known = np.zeros((slots, widths["category"]), np.float32), np.zeros(slots, np.float32)
-        known[: len(popular)] = 1.0
+        rows, is_known = np.zeros((slots, widths["category"]), np.float32), np.zeros(slots, np.float32)
+        is_known[: len(popular)] = 1.0
         shares = np.empty((0, WIDTH), np.float32)
         if served.dims.get("cross") == WIDTH:
             shares = reader.get("cross", features.crosses.shares.tolist(), served)[0]
@@ -489,7 +489,7 @@ class VersionLoader:
             popular_ids=popular.tolist(),
             popular_names=[self._catalogue.name_of(category) for category in popular.tolist()],
             popular_rows=rows,
-            popular_known=known,
+            popular_known=is_known,
             own=own_inputs(program.shapes),
             own_popular={},
             cross_shares=shares,
@@ -507,7 +507,7 @@ class VersionLoader:
             loaded.lists.update(_unchanged(before.lists, "transition", before, served, reader))
         version_rows = loaded.rows(reader)
         rows[: len(popular)] = version_rows.categories(popular.tolist())
-        for own in loaded.own:
-            if own.ids == "popular":
-                loaded.own_popular[own.name] = version_rows.own(own.table, loaded.popular.tolist(), own.width)
+        for input_ in loaded.own:
+            if input_.ids == "popular":
+                loaded.own_popular[input_.name] = version_rows.own(input_.table, loaded.popular.tolist(), input_.width)
         return loaded

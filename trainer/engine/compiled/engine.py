@@ -118,25 +118,25 @@ class CompiledEngine:
         dense = {
             weight: getattr(gradients.fast if name in FAST else gradients, name) for weight, name in FROM_HEADS.items()
         }
-        for weight, own in self._optimizer.gradients.items():
+        for weight, array in self._optimizer.gradients.items():
             if weight in dense:
-                own[...] = dense[weight]
-            dense[weight] = own
+                array[...] = dense[weight]
+            dense[weight] = array
         squared = square(self._optimizer.gradient[None]) + sum(square(part.reshape(1, -1)) for part in gradients.fast)
         squared += sum(square(gradient[1:]) for gradient in sparse.values())
         return Measured(scores, squared, rows, crossed, Gradient(dense, sparse, fast))
 
     def apply(self, measured: Measured) -> None:
         """See `Engine`."""
-        found: Gradient = measured.found
+        gradient: Gradient = measured.found
         for name, table in self._tables.items():
             at = measured.rows[name][1:]
             # The missing row is never trained.
             if at.size:
-                adagrad(table.rows, table.accum, at, found.sparse[name][1:], self._ranker.settings.learning_rate)
+                adagrad(table.rows, table.accum, at, gradient.sparse[name][1:], self._ranker.settings.learning_rate)
         if measured.crossed is not None:
             self._crosses.apply(measured.rows[CROSS], measured.crossed)
-        self._optimizer.apply(found.fast)
+        self._optimizer.apply(gradient.fast)
 
     def rows(self, record: Record) -> dict[str, I32]:
         """See `Engine`."""
@@ -144,13 +144,13 @@ class CompiledEngine:
 
     def gradient(self, measured: Measured) -> Gradient:
         """See `Engine`."""
-        found: Gradient = measured.found
-        return found
+        gradient: Gradient = measured.found
+        return gradient
 
     def with_gradient(self, measured: Measured, gradient: Gradient) -> Measured:
         """See `Engine`."""
-        for name, own in self._optimizer.gradients.items():
-            own[...] = gradient.dense[name]
+        for name, array in self._optimizer.gradients.items():
+            array[...] = gradient.dense[name]
         return replace(measured, found=gradient)
 
     def _rows(self, record: Record) -> tuple[dict[str, I32], dict[str, I32]]:
@@ -167,10 +167,10 @@ class CompiledEngine:
         at: dict[str, I32] = {}
         for name, parts in uses.items():
             table = self._tables[name]
-            rows[name], places = table.distinct(table.find(np.concatenate(list(parts.values()))))
+            rows[name], indices = table.distinct(table.find(np.concatenate(list(parts.values()))))
             end = 0
             for use, ids in parts.items():
-                at[use], end = places[end : end + ids.size], end + ids.size
+                at[use], end = indices[end : end + ids.size], end + ids.size
         if combined is not None:
             at |= {"item": combined.at, "negative_item": combined.at[record.partner]}
         shaped = ("recent", "successor")
@@ -224,8 +224,8 @@ class CompiledEngine:
         if not self._attributes:
             return distinct["item"]
         rows = distinct["context"][at["item_attributes"]].reshape(-1, self._attributes, self._ranker.settings.dim)
-        found: F32 = distinct["item"][at["combined_item"]] + rows.mean(1)
-        return found
+        items: F32 = distinct["item"][at["combined_item"]] + rows.mean(1)
+        return items
 
     def _sparse(self, distinct: Mapping[str, F32], at: Mapping[str, I32], gradients: Gradients) -> dict[str, F32]:
         """The derivatives by the distinct rows of each embedding table that the heads found."""
@@ -276,9 +276,9 @@ def _by_table(table: F32) -> Callable[[U16], F32]:
     """Looks up features in `[65536, D]` float32, the value of each feature for each raw integer."""
 
     def look_up(raw: U16) -> F32:
-        found = np.empty(raw.shape, np.float32)
-        _look_up(read_only(raw), table, found)
-        return found
+        features = np.empty(raw.shape, np.float32)
+        _look_up(read_only(raw), table, features)
+        return features
 
     return look_up
 
