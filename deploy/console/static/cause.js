@@ -10,13 +10,13 @@ const KINDS = { users: "user", items: "item", categories: "category" };
 const HEAD = [["kind", ""], ["name", "text"], ["clicks", "number"], ["share", "number"], ["before", "number"], ["by", ""], [() => h("span", { class: "unseen" }, "actions"), "acts"]];
 
 function row(kind, jump) {
-  const name = jump.name ?? `pseudonym ${jump.id}`, users = jump.users.length;
+  const name = jump.name ?? `${jump.id}, unknown: its click is no longer kept`, users = jump.users.length;
   const whose = kind === "user" ? "this user" : users === 1 ? "its user" : `its ${users} users`;
   const covered = jump.covered < 0.995 ? `, with ${percent(jump.covered, 0)} of its clicks` : "";
   const button = (text, does) => h("button", { type: "button", class: "small", "aria-label": `${text}: ${kind} ${name}`, onclick: does }, text);
   return [
     kind, name, count(jump.clicks), percent(jump.share), percent(jump.before), kind === "user" ? "" : `${users === 1 ? "1 user" : `${users} users`}${covered}`,
-    h("span", {}, jump.user === null ? "its click is no longer kept" : button("Show profile", () => lookUpUser(jump.user)), button(`Plan without ${whose}`, () => steer.planWithout(jump.users))),
+    h("span", {}, jump.user === null ? null : button("Show profile", () => lookUpUser(jump.user)), button(`Plan without ${whose}`, () => steer.planWithout(jump.users))),
   ];
 }
 

@@ -5,18 +5,19 @@ import { NONE, clock, count, decimal, rate, span } from "./words.js";
 
 const HEIGHT = 150;
 const PLOTS = [
-  { title: "Traffic", none: "neither the stream nor the trainer has answered", told: rate, curves: { clicks: "events_per_s", learned: "rows_per_s" } },
-  { title: "Freshness", none: "serving does not know a click yet", told: span, curves: { features: "features_s", weights: "weights_s" } },
-  { title: "Log loss", none: "the trainer has not scored a row yet", told: (value) => decimal(value), free: true, curves: { "log loss": "log_loss" } },
-  { title: "Ranking", none: "the trainer has not scored a row yet", told: (value) => decimal(value), free: true, curves: { AUC: "auc", "top 1": "top1" } },
-  { title: "Lift over simple baselines", none: "the trainer has not scored a row yet", told: (value) => (value === null || value === undefined ? NONE : `${(100 * value).toFixed(1)} pp`), free: true, curves: { "top 1": "lift_top1" } },
-  { title: "Answers", none: "no worker of serving has answered", told: rate, curves: { answers: "answers_per_s", failed: "failed_per_s" } },
-  { title: "Time of an answer", none: "nobody has asked for a profile", told: span, curves: { median: "answer_p50_s", p99: "answer_p99_s" } },
-  { title: "Behind", none: "neither stream, trainer nor serving has answered", told: count, curves: { clicks: "lag_events", trainer: "trainer_lag", serving: "serving_lag" } },
-  { title: "Versions", none: "no version is published yet", told: count, free: true, curves: { newest: "newest_version", answering: "version" } },
+  { title: "Traffic", of: ["stream", "trainer"], none: "no click was read and no row learned", told: rate, curves: { clicks: "events_per_s", learned: "rows_per_s" } },
+  { title: "Freshness", of: ["applier"], none: "serving does not know a click yet", told: span, curves: { features: "features_s", weights: "weights_s" } },
+  { title: "Log loss", of: ["trainer"], none: "the trainer has not scored a row yet", told: (value) => decimal(value), free: true, curves: { "log loss": "log_loss" } },
+  { title: "Ranking", of: ["trainer"], none: "the trainer has not scored a row yet", told: (value) => decimal(value), free: true, curves: { AUC: "auc", "top 1": "top1" } },
+  { title: "Lift over simple baselines", of: ["trainer"], none: "the trainer has not scored a row yet", told: (value) => (value === null || value === undefined ? NONE : `${(100 * value).toFixed(1)} pp`), free: true, curves: { "top 1": "lift_top1" } },
+  { title: "Answers", of: ["worker"], none: "nobody has asked for a profile", told: rate, curves: { answers: "answers_per_s", failed: "failed_per_s" } },
+  { title: "Time of an answer", of: ["worker"], none: "nobody has asked for a profile", told: span, curves: { median: "answer_p50_s", p99: "answer_p99_s" } },
+  { title: "Behind", of: ["stream", "trainer", "applier"], none: "no position in the topics is known yet", told: count, curves: { clicks: "lag_events", trainer: "trainer_lag", serving: "serving_lag" } },
+  { title: "Versions", of: ["trainer", "applier"], none: "no version is published yet", told: count, free: true, curves: { newest: "newest_version", answering: "version" } },
 ];
 const KEEP = 720;
 
+let processesNow = {};
 const series = { at_ms: [], curves: {} };
 let marks = [];
 let drawn = [];
@@ -115,7 +116,7 @@ export function begin() {
       return h("figure", {}, h("figcaption", {}, h("b", {}, plot.title), names), plot.reason, plot.box);
     }),
   );
-  document.querySelectorAll("input[name=span]").forEach((one) => one.addEventListener("change", draw));
+  document.querySelectorAll("input[name=span]").forEach((one) => one.addEventListener("change", () => draw()));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", anew);
   new ResizeObserver(() => drawn.forEach(({ u, plot }) => u.setSize({ width: plot.box.clientWidth, height: HEIGHT }))).observe(at("plots"));
 }
@@ -126,7 +127,9 @@ function anew() {
   draw();
 }
 
-export function draw() {
+/** Draws the curves, or why there are none; `processes` says which of them answer. */
+export function draw(processes = processesNow) {
+  processesNow = processes;
   if (!drawn.length) drawn = PLOTS.map((plot) => ({ plot, u: new uPlot(options(plot, plot.box.clientWidth || 300), values(plot), plot.box) }));
   for (const { plot, u } of drawn) {
     const data = values(plot);
@@ -134,11 +137,17 @@ export function draw() {
     const empty = !data.slice(1).some((values) => values.some((value) => value !== null && value !== undefined));
     plot.reason.hidden = !empty;
     plot.box.hidden = empty;
-    tell(plot.reason, data[0].length ? `No values in the last ${wanted() / 60} min: ${plot.none}.` : "The first point comes within 5 s.");
+    if (!empty && u.width !== plot.box.clientWidth) u.setSize({ width: plot.box.clientWidth, height: HEIGHT });
+    tell(plot.reason, data[0].length ? `No values in the last ${wanted() / 60} min: ${reason(plot, processes)}.` : "The first point comes within 5 s.");
     if (u.cursor.idx === null || u.cursor.left < 0) legend(plot, { cursor: {}, data });
     const spoken = Object.keys(plot.curves).map((name, place) => `${name} ${plot.told(data[place + 1].at(-1) ?? null)}${swing(plot, data[place + 1])}`);
     plot.box.setAttribute("aria-label", `${plot.title}, the last ${wanted() / 60} minutes: ${spoken.join("; ")}`);
   }
+}
+
+function reason(plot, processes) {
+  const away = plot.of.filter((name) => processes[name] && !processes[name].answers);
+  return away.length ? `${away.join(" and ")} ${away.length > 1 ? "do" : "does"} not answer` : plot.none;
 }
 
 function swing(plot, found) {

@@ -40,7 +40,7 @@ async function lookAtLists() {
   role = session.role;
   curves.add(series);
   curves.mark(history.map((one) => ({ at_ms: one.created_at_ms, word: one.action })));
-  curves.draw();
+  curves.draw(state?.processes);
   curves.restarted(history);
   problems.showDay(day);
   loop.sparks(curves.known());
