@@ -10,8 +10,8 @@ const PLOTS = [
   { title: "Log loss", of: ["trainer"], none: "the trainer has not scored a row yet", told: (value) => decimal(value), free: true, curves: { "log loss": "log_loss" } },
   { title: "Ranking", of: ["trainer"], none: "the trainer has not scored a row yet", told: (value) => decimal(value), free: true, curves: { AUC: "auc", "top 1": "top1" } },
   { title: "Lift over simple baselines", of: ["trainer"], none: "the trainer has not scored a row yet", told: (value) => (value === null || value === undefined ? NONE : `${(100 * value).toFixed(1)} pp`), free: true, curves: { "top 1": "lift_top1" } },
-  { title: "Answers", of: ["worker"], none: "nobody has asked for a profile", told: rate, curves: { answers: "answers_per_s", failed: "failed_per_s" } },
-  { title: "Time of an answer", of: ["worker"], none: "nobody has asked for a profile", told: span, curves: { median: "answer_p50_s", p99: "answer_p99_s" } },
+  { title: "Answers", of: ["worker"], none: "no profile was requested", told: rate, curves: { answers: "answers_per_s", failed: "failed_per_s" } },
+  { title: "Time of an answer", of: ["worker"], none: "no profile was requested", told: span, curves: { median: "answer_p50_s", p99: "answer_p99_s" } },
   { title: "Behind", of: ["stream", "trainer", "applier"], none: "no position in the topics is known yet", told: count, curves: { clicks: "lag_events", trainer: "trainer_lag", serving: "serving_lag" } },
   { title: "Versions", of: ["trainer", "applier"], none: "no version is published yet", told: count, free: true, curves: { newest: "newest_version", answering: "version" } },
 ];

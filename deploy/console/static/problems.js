@@ -38,7 +38,7 @@ export function showDay({ since_ms, problems }) {
   const now = JSON.stringify(problems.map(({ last_ms, ...one }) => (one.open ? one : { ...one, last_ms })));
   if (listed === now) return;
   listed = now;
-  tell(at("problems-told"), `Since ${moment(since_ms)}, when the console began to look; the newest first.`);
+  tell(at("problems-told"), `Since ${moment(since_ms)}, when the console started, or one day ago; the newest first.`);
   table(
     at("problems-table"), HEAD,
     [...problems].reverse().map((one) => [
