@@ -101,6 +101,24 @@ def test_the_picture_moves_and_a_profile_is_looked_up_with_its_reasons(page: Pag
     assert USER not in (loop.settings.logs_dir / "console.log").read_text()
 
 
+def test_screenshots_are_taken_on_a_desktop_and_on_a_phone_where_every_control_is_reached(
+    page: Page, tmp_path: Path
+) -> None:
+    folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
+    expect(page.locator("#plots canvas").first).to_be_visible()
+    for name, width, height in (("console", 1280, 800), ("console-phone", 360, 740)):
+        page.set_viewport_size({"width": width, "height": height})
+        page.evaluate("scrollTo(0, 0)")
+        page.wait_for_timeout(200)
+        assert len(page.screenshot(path=folder / f"{name}.png")) > 20_000
+        # WCAG 2.5.8: targets of at least 24 px. A radio button's or a checkbox's label belongs to it.
+        small = page.evaluate(SMALL_TARGETS)
+        assert small == [], f"{width} wide"
+        for button in ("Pin", "Go back"):
+            box = page.locator("#versions-table").get_by_role("button", name=button).first.bounding_box()
+            assert box is not None and box["x"] >= 0 and box["x"] + box["width"] <= width, (button, width)
+
+
 def press_until(page: Page, key: str, wanted: Locator) -> None:
     """Presses a key, such as Tab, until an element has the focus."""
     for _ in range(200):
@@ -188,24 +206,6 @@ def test_an_operator_finds_a_flood_on_the_page_rolls_back_without_it_and_follows
     assert not [one for one in loop.springtide("jumps", "--minutes", "1")["users"] if one["name"] == culprit]
     log = (loop.settings.logs_dir / "console.log").read_text()
     assert culprit not in log and USER not in log
-
-
-def test_screenshots_are_taken_on_a_desktop_and_on_a_phone_where_every_control_is_reached(
-    page: Page, tmp_path: Path
-) -> None:
-    folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
-    expect(page.locator("#plots canvas").first).to_be_visible()
-    for name, width, height in (("console", 1280, 800), ("console-phone", 360, 740)):
-        page.set_viewport_size({"width": width, "height": height})
-        page.evaluate("scrollTo(0, 0)")
-        page.wait_for_timeout(200)
-        assert len(page.screenshot(path=folder / f"{name}.png")) > 20_000
-        # WCAG 2.5.8: targets of at least 24 px. A radio button's or a checkbox's label belongs to it.
-        small = page.evaluate(SMALL_TARGETS)
-        assert small == [], f"{width} wide"
-        for button in ("Pin", "Go back"):
-            box = page.locator("#versions-table").get_by_role("button", name=button).first.bounding_box()
-            assert box is not None and box["x"] >= 0 and box["x"] + box["width"] <= width, (button, width)
 
 
 def test_axe_finds_nothing_grave_in_light_in_dark_and_on_a_phone(page: Page) -> None:
