@@ -103,6 +103,20 @@ class StoreView:
         """The chunks of all users from `user` on, in slices that may divide a user."""
         yield from self._slices(self._chunks, prefix_of(user))
 
+    def ends(self) -> Iterator[Ends]:
+        """The newest and the oldest event of all users, in slices."""
+        cursor, start = self._transaction.cursor(db=self._chunks), cast(int | None, 0)
+        while start is not None:
+            found = chunks.ends(cursor, start, SLICE)
+            yield found
+            start = found.following
+            time.sleep(SLICE_PAUSE_S)
+
+    def read_all(self, user: int) -> Events:
+        """All stored events of `user`, `[m]` EVENT in append order, with the store's action numbers."""
+        stored = chunks.all_of(self._transaction.cursor(db=self._chunks), user)
+        return chunks.events_in(b"".join(value for _, value in reversed(stored)))
+
     def counts_and_extras(self) -> Iterator[Chunks]:
         """The entries of `counts` and the extras, as `HistoryStore.finish_loading` takes them."""
         for entries in self._slices(self._meta, b"p:"):
