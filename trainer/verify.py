@@ -44,7 +44,7 @@ from state.registry.model_fit import first_after, former_specs
 from state.registry.registry import Registry
 from state.registry.segments import base_of, segments_of
 from trainer.replay import ACCOUNT, Replay, SegmentReader
-from trainer.worker import workers_of
+from trainer.worker import begin, workers_of
 
 if TYPE_CHECKING:
     from trainer.engine.step import Trainer
@@ -311,7 +311,7 @@ def run(
             device.prepare(settings.trainer.device, settings.trainer.threads)
             group = Group(addresses, 0) if addresses else None
             if group is not None:
-                group.wait()
+                begin(group, settings)
             name = registry.specs.bootstrapped(spec.digest, settings.model) or spec.digest
             return trainer_of(settings, spec, preprocessing_of(registry.specs.transform(name)), group)
 

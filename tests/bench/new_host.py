@@ -36,6 +36,7 @@ from state.metrics import ApplierMetrics
 from state.microbatch.batch import Header
 from state.microbatch.codec import encode
 from state.positions import Range, Source
+from state.user_shares import SHARES, UserShares
 from tests.bench.report import Figure, Stages, report
 from tests.memory_log import MemoryLog
 
@@ -73,7 +74,7 @@ def record(
 
 
 def read_log(users: int, records: int, folder: Path, progress: Stages) -> dict[str, Figure]:
-    """Figures of a host that reads the whole training log."""
+    """Figures of a host that reads the whole training log, and of one that holds a sixteenth of the users."""
     rng, log = np.random.default_rng(7), MemoryLog(ids=lambda: "cd" * 16)
     known = np.arange(1, users + 1, dtype=np.uint64) * PRIME
     log.topics().ensure(TOPIC, 1)
@@ -81,8 +82,17 @@ def read_log(users: int, records: int, folder: Path, progress: Stages) -> dict[s
     with log.writer() as writer:
         for number in range(records):
             writer.send(TOPIC, 0, None, record(number, known, rng))
+    found = read_with(UserShares.of(range(SHARES)), log, users, records, folder / "all", progress)
+    some = read_with(UserShares.of(range(SHARES // 16)), log, users, records, folder / "some", progress)
+    return {**found, "a row, with a sixteenth of the users": some["a row"]}
+
+
+def read_with(
+    shares: UserShares, log: MemoryLog, users: int, records: int, path: Path, progress: Stages
+) -> dict[str, Figure]:
+    """Figures of a host that holds these shares of the users."""
     now_ms = START_MS + 1500 * records
-    store = HistoryStore(folder / "histories", SPEC.history, MAP_BYTES)
+    store = HistoryStore(path, SPEC.history, MAP_BYTES, shares=shares)
     metrics = ApplierMetrics(CollectorRegistry())
     host = HistoryFollower(store, SPEC, SPEC.reach_ms(SETTINGS.events), metrics, lambda: now_ms)
     progress.say("reading it")

@@ -90,13 +90,13 @@ FAULTS: list[Callable[[Part], None]] = [
 
 
 def suffer(leader: Part, settings: Settings, registry: Registry, first: int, fault: Callable[[Part], None]) -> None:
-    """Lets a fault end the group between two halves of six records from `first` on."""
+    """Lets a fault end the group between two halves of six records from `first` on. It is noticed without new ones."""
     write(settings, first, first + 3)
     until(lambda: ended(leader) or learned(registry, first + 3), leader.said, DEADLINE_S)
     children = others(leader)
     fault(leader)
-    write(settings, first + 3, first + 6)
     until(leader.end, leader.said, DEADLINE_S)
+    write(settings, first + 3, first + 6)
     until(lambda: not any(each.is_running() and each.status() != "zombie" for each in children), "workers remain")
 
 

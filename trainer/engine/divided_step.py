@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -46,6 +47,8 @@ from trainer.tables.index import U64
 from trainer.tables.table import Table
 
 USER = "user"
+BEAT_S = 2.0
+"""The longest time without an exchange, so that the leader notices the loss of a worker without clicks."""
 COLUMNS_BY_ID = {
     "ids": ("rows", "accum", "last_seen_ms"),
     "removed": (),
@@ -57,7 +60,7 @@ COLUMNS_BY_ID = {
 class DividedTrainer(Trainer):
     """A `Trainer` that shares the training of one model with other processes.
 
-    The leader's calls of `step`, `forget`, `take_rows` and `rejoin` are repeated by the others (`follow`).
+    The leader's calls of `step`, `forget`, `take_rows`, `rejoin` and `beat` are repeated by the others (`follow`).
 
     Raises:
         SettingsError: A privacy budget is set: its noise is that of one process.
@@ -77,6 +80,7 @@ class DividedTrainer(Trainer):
         """See `Trainer`."""
         if len(batch) and not self.guard.held:
             self._send("step", {"guard": asdict(self.guard), "seed": seed}, encode(batch.header, batch.columns))
+        self.loads = [WorkerLoad(0.0, load.users) for load in self.loads]
         return super().step(batch, seed)
 
     def forget(self, users: U64) -> int:
@@ -121,6 +125,16 @@ class DividedTrainer(Trainer):
         # Loading may take minutes, so until all have loaded, workers wait for each other without a time limit.
         self.group.wait()
 
+    def beat(self) -> None:
+        """See `Trainer`.
+
+        Raises:
+            WorkerLost: A worker ended or does not answer.
+        """
+        if not self.group.leads or time.monotonic() - self.group.exchanged_s > BEAT_S:
+            self._send("beat", {})
+            self.group.gather(np.zeros(1, np.float32))
+
     def stop(self) -> None:
         """Ends the other workers."""
         self._send("stop", {})
@@ -139,7 +153,9 @@ class DividedTrainer(Trainer):
             call = json.loads(head)
             if call["name"] == "stop":
                 return
-            if call["name"] == "step":
+            if call["name"] == "beat":
+                self.beat()
+            elif call["name"] == "step":
                 self.guard = GuardState(**call["guard"])
                 self.step(decode(data), None if call["seed"] is None else tuple(call["seed"]))
             elif call["name"] == "forget":
@@ -188,7 +204,11 @@ class DividedTrainer(Trainer):
         into["load"][:] = self._clock() - self._began_s, len(self.tables[USER])
         parts = [_views(part, shapes) for part in self.group.gather(sent)]
         self._began_s = self._clock()
-        self.loads = [WorkerLoad(float(part["load"][0]), int(part["load"][1])) for part in parts]
+        before = [load.seconds for load in self.loads] or [0.0] * self.group.size
+        self.loads = [
+            WorkerLoad(seconds + float(part["load"][0]), int(part["load"][1]))
+            for seconds, part in zip(before, parts, strict=True)
+        ]
         return self._joined(parts, own, gradient, rows, owners)
 
     def _shapes(self, record: Record, rows: Mapping[str, I32], most: int) -> dict[str, tuple[int, ...]]:

@@ -72,10 +72,10 @@ LoadVersion = Callable[["Trainer", int], object]
 
 
 class WorkerLoad(NamedTuple):
-    """A worker's part of an update.
+    """A worker's part of a step.
 
     Attributes:
-        seconds: Time that it computed, without waiting for others.
+        seconds: Time that it computed gradients, without waiting for others.
         users: Users whose rows it holds.
     """
 
@@ -123,7 +123,7 @@ class Trainer:
         churn: The churn model; None without `churn.days`.
         device: Of the variables.
         guarded: The state of the update guard in the loaded version, see `trainer/holding.py`.
-        loads: Of each worker in the last update; empty without other workers.
+        loads: Of each worker in the last step; empty without other workers.
     """
 
     loads: Sequence[WorkerLoad] = ()
@@ -196,6 +196,9 @@ class Trainer:
 
     def rejoin(self, load: LoadVersion, version: int) -> None:
         """Called when an epoch was entered at `version`, 0 for none. `load` restores a trainer to a version."""
+
+    def beat(self) -> None:
+        """Called between two polls of the log: checks that the other workers answer; there are none."""
 
     def stop(self) -> None:
         """Ends the other workers; there are none."""

@@ -25,7 +25,7 @@ const STAGES = [
   },
   {
     name: "Training", key: "trainer", processes: ["trainer"], curve: "rows_per_s",
-    well: (f) => (!f.rows_per_s ? "waits for rows" : f.budget ? `learning, epsilon ${decimal(f.budget.left, 2)} of ${decimal(f.budget.epsilon, 2)} left` : "learning"),
+    well: (f) => [f.rows_per_s ? "learning" : "waits for rows", f.budget && `epsilon ${decimal(f.budget.left, 2)} of ${decimal(f.budget.epsilon, 2)} left`, workers(f)].filter(Boolean).join(", "),
     known: (f) => f.trainer_lag, main: (f) => rate(f.rows_per_s, "rows"),
     facts: (f) => [["step", span(f.spreads.step_s?.p50)], ["log loss", decimal(f.log_loss)]],
   },
@@ -40,6 +40,12 @@ const STAGES = [
     facts: (f) => [["version", count(f.version)], ["p99", span(f.spreads.answer_s?.p99)]],
   },
 ];
+
+/** The time of a step in each of several workers. */
+function workers({ trainer_workers: shares, steps_per_s: steps }) {
+  const times = Object.entries(shares).map(([worker, share]) => `${worker} ${steps ? span(share / steps) : NONE}`);
+  return times.length ? `workers ${times.join(", ")}` : "";
+}
 
 /** The state of a stage in words: its worst problem, or that nothing is wrong with it. */
 function stateOf(stage, { figures, problems, processes }) {

@@ -27,6 +27,7 @@ async function lookAtState() {
   experiments.show(state.experiments);
   segments.show(state.segments);
   hosts.show(state.hosts);
+  hosts.showSnapshots(state.snapshots);
   machine.show(state);
   // A section without anything to show has no link either.
   document.querySelectorAll("nav a").forEach((link) => { link.parentElement.hidden = at(link.hash.slice(1)).hidden; });
