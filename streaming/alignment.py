@@ -227,13 +227,13 @@ class AlignedReader:
         self._reader, self._reached, self._clock_s = reader, reached, clock_s
         self._alignment = Alignment(MAX_SKEW_MS)
         self._read: dict[int, int] = {}
-        self._left: dict[int, int] | None = None
+        self._remaining: dict[int, int] | None = None
         self._most = 0
 
     def begin(self, most: int) -> None:
         """Plans the next polls, which read at most `most` records over all partitions together."""
         reader, partitions = self._reader, self._reader.partitions
-        self._left, self._most = None, most
+        self._remaining, self._most = None, most
         if len(partitions) < 2:
             return
         for partition in partitions:
@@ -242,7 +242,7 @@ class AlignedReader:
                 self._alignment.follow(partition, self._read.get(partition, 0), self._reached(partition))
         self._read = {}
         positions = {number: ReadingPlace(reader.position(number), reader.unread(number)) for number in partitions}
-        self._left = self._alignment.shares(positions, most)
+        self._remaining = self._alignment.shares(positions, most)
 
     def poll(self, timeout_s: float) -> list[PartitionBatch]:
         """Returns the next of the planned batches, in order within a partition; none after `timeout_s` without records.
@@ -250,21 +250,21 @@ class AlignedReader:
         Raises:
             LogError: See `Reader.poll`.
         """
-        if self._left is None:
+        if self._remaining is None:
             batches = self._reader.poll(timeout_s, self._most)
             self._most -= sum(map(len, batches))
             return batches
-        shares = {number: unread for number, unread in self._left.items() if unread > 0}
+        shares = {number: unread for number, unread in self._remaining.items() if unread > 0}
         begun_s = self._clock_s()
         batches = self._reader.poll(timeout_s, self._most, shares)
         self._alignment.polled(shares, [batch.partition for batch in batches], self._clock_s() - begun_s)
         for batch in batches:
             self._read[batch.partition] = self._read.get(batch.partition, 0) + len(batch)
-            self._left[batch.partition] -= len(batch)
+            self._remaining[batch.partition] -= len(batch)
             self._most -= len(batch)
         return batches
 
     @property
     def is_done(self) -> bool:
         """Whether everything planned by `begin` was read."""
-        return self._most <= 0 or (self._left is not None and max(self._left.values(), default=0) <= 0)
+        return self._most <= 0 or (self._remaining is not None and max(self._remaining.values(), default=0) <= 0)

@@ -22,7 +22,6 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-import deploy
 from deploy.children.ending import last_line
 from deploy.children.log_files import log_sizes
 from deploy.children.supervisor import ProcessPlan, Supervisor, environment_of
@@ -34,6 +33,7 @@ from state.config.settings import Settings
 from state.errors import FlinkFailed, reason_of
 from state.flink import ENDED, JobManager, url
 from state.metrics import SupervisorMetrics
+from state.process.user_code import for_children
 
 HOST = "127.0.0.1"
 FIXED = Path(__file__).with_name("config.yaml")
@@ -223,12 +223,10 @@ def _prepare(settings: Settings, directory: Path) -> None:
 def _supervisor(settings: Settings, directory: Path, say: Say) -> Supervisor:
     """Creates a supervisor whose processes find the settings in their environment.
 
-    This release comes first in their PYTHONPATH, and its Python first in their PATH.
+    They import this release, and its Python comes first in their PATH.
     """
-    environment = environment_of(settings)
-    release = str(Path(deploy.__path__[0]).parent)
-    for name, first in (("PYTHONPATH", release), ("PATH", str(Path(sys.executable).parent))):
-        environment[name] = os.pathsep.join(filter(None, [first, environment.get(name)]))
+    environment = for_children(environment_of(settings))
+    environment["PATH"] = os.pathsep.join(filter(None, [str(Path(sys.executable).parent), environment.get("PATH")]))
     metrics, logs = SupervisorMetrics(CollectorRegistry()), directory / LOGS
     return Supervisor(logs, environment, say, metrics, time.monotonic, *log_sizes(settings))
 

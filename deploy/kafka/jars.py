@@ -22,8 +22,8 @@ BINDING = "org.apache.logging.log4j:log4j-slf4j-impl"
 
 if __name__ == "__main__":
     release = sys.argv[1]
-    found = KAFKA.resolved(f"org.apache.kafka:kafka_2.13:{release}+org.apache.kafka:kafka-tools:{release}")
-    (log4j,) = [name.rpartition(":")[2] for name in found if ":log4j-core:" in name]
+    resolved = KAFKA.resolved(f"org.apache.kafka:kafka_2.13:{release}+org.apache.kafka:kafka-tools:{release}")
+    (log4j,) = [name.rpartition(":")[2] for name in resolved if ":log4j-core:" in name]
     # Resolved separately, because together with the broker, managed versions select another kafka-clients.
     binding = f"{BINDING}:{log4j}"
-    write(KAFKA.lock, found | {binding: KAFKA.resolved(binding)[binding]})
+    write(KAFKA.lock, resolved | {binding: KAFKA.resolved(binding)[binding]})

@@ -120,7 +120,7 @@ class Windows:
     def __init__(self, window_s: int, new: Callable[[], Statistics], resumed: bool = False) -> None:
         self._length_ms = window_s * 1000
         self._new = new
-        self._whole = resumed
+        self._is_whole = resumed
         self._now_ms = 0
         self.open: Window | None = None
 
@@ -131,7 +131,7 @@ class Windows:
         if self.open is None or self._now_ms >= self.open.end_ms:
             ended = self.open
             start_ms = self._now_ms - self._now_ms % self._length_ms
-            is_whole = self._whole or ended is not None
+            is_whole = self._is_whole or ended is not None
             self.open = Window(start_ms, start_ms + self._length_ms, offset, self._new(), is_whole)
         self.open.statistics.add(batch.columns, batch.header.attributes)
         return ended

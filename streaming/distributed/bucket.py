@@ -438,7 +438,7 @@ class Buckets:
 
     def __init__(self, opens: Opens, history: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._opens, self._history, self._clock = opens, history, clock
-        self._held: dict[int, tuple[str, BucketCore, float]] = {}
+        self._cached: dict[int, tuple[str, BucketCore, float]] = {}
         self._lock = threading.Lock()
 
     def take(self, bucket: int, portion: Portion, cells: Cells, mask: Mask, join: Joins) -> BucketRows:
@@ -482,26 +482,26 @@ class Buckets:
     def cached_users(self) -> int:
         """Number of users whose histories are cached in memory."""
         with self._lock:
-            return sum(core.cached_users for _, core, _ in self._held.values())
+            return sum(core.cached_users for _, core, _ in self._cached.values())
 
     def clear(self) -> None:
         """Drops all cached buckets."""
         with self._lock:
-            self._held.clear()
+            self._cached.clear()
 
     def _from_cache(self, bucket: int, token: str) -> BucketCore | None:
         """Removes and returns the bucket if it is cached at `token`; otherwise None."""
         with self._lock:
-            cached = self._held.pop(bucket, None)
+            cached = self._cached.pop(bucket, None)
         return cached[1] if cached is not None and cached[0] == token else None
 
     def _keep(self, bucket: int, token: str, core: BucketCore) -> None:
         """Puts a bucket back, and drops buckets that were not used for `IDLE_S`."""
         now_s = self._clock()
         with self._lock:
-            self._held[bucket] = (token, core, now_s)
-            for other in [key for key, (_, _, used_s) in self._held.items() if now_s - used_s > IDLE_S]:
-                del self._held[other]
+            self._cached[bucket] = (token, core, now_s)
+            for other in [key for key, (_, _, used_s) in self._cached.items() if now_s - used_s > IDLE_S]:
+                del self._cached[other]
 
 
 def restored(cells: Cells, history: int) -> BucketStore:

@@ -161,7 +161,7 @@ class JobWorker:
         self._lock, self._joining = threading.Lock(), threading.Lock()
         self._reading: dict[int, Closable] = {}
         self._masks: dict[int, Mask] = {}
-        self._join = self._given = join
+        self._join = self._given_join = join
         self._following, self._reports = ExitStack(), False
         self._kept: dict[str, Closable] = {}
         # A remote host has a copy of control, and reads nothing before it has polled for it.
@@ -196,7 +196,7 @@ class JobWorker:
         """Makes this process report refused records of attributes; it first reads earlier records again."""
         with self._joining:
             if not self._reports:
-                self._reports, self._join = True, self._given
+                self._reports, self._join = True, self._given_join
                 self._following.close()
 
     def _open_join(self) -> Join:

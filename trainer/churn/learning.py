@@ -345,7 +345,7 @@ class ChurnLearner:
     def __init__(self, spec: FeatureSpec, span_ms: int, late_ms: int, most: int) -> None:
         self._horizon = Horizon.of(span_ms, spec)
         self._inputs = ChurnInputs(spec, self._horizon)
-        self._about = np.array([CODE, span_ms, self._inputs.digest, late_ms, most], np.int64)
+        self._header = np.array([CODE, span_ms, self._inputs.digest, late_ms, most], np.int64)
         self.waiting = ChurnWaiting(self._horizon, late_ms, most, self._inputs.columns)
         self._regression = OnlineRegression(np.zeros(self._inputs.width), _VARIANCE, _DRIFT)
         self._calibration = OnlineRegression(np.array([1.0, 0.0]), _CALIBRATION_VARIANCE, _CALIBRATION_DRIFT)
@@ -428,14 +428,14 @@ class ChurnLearner:
             "measures": self.measures.state(),
         }
         state_by_name = {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
-        return {"about": self._about.copy(), **state_by_name}
+        return {"about": self._header.copy(), **state_by_name}
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Loads the result of `state`; starts from scratch if a version has none, or another span, spec or code."""
         self.clear()
         if not state:
             return
-        if not np.array_equal(state["about"], self._about):
+        if not np.array_equal(state["about"], self._header):
             logger.info("churn starts from scratch: the version has another span, feature spec or release")
             return
 

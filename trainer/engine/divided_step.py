@@ -99,7 +99,7 @@ class DividedTrainer(Trainer):
             return rows
         arrays = rows.columns()
         for ids, columns in COLUMNS_BY_ID.items():
-            is_own = self._mine(arrays[ids])
+            is_own = self._owns(arrays[ids])
             arrays |= {name: arrays[name][is_own] for name in (ids, *columns)}
         return Changes(**arrays)
 
@@ -153,14 +153,14 @@ class DividedTrainer(Trainer):
         if self.group.leads and not self._alone:
             self.group.send(json.dumps({"name": name, **arguments}).encode() + b"\n" + data, timeout_s)
 
-    def _mine(self, users: U64) -> npt.NDArray[np.bool_]:
+    def _owns(self, users: U64) -> npt.NDArray[np.bool_]:
         is_own: npt.NDArray[np.bool_] = self.group.owners(users) == self.group.index
         return is_own
 
     def _observe_users(self, batch: MicroBatch) -> U64:
         if self._alone:
             return super()._observe_users(batch)
-        is_own = self._mine(batch.user)
+        is_own = self._owns(batch.user)
         new = np.zeros(len(batch), np.float32)
         new[is_own] = self.tables[USER].find(batch.user[is_own]) == MISSING
         self.tables[USER].observe(np.ascontiguousarray(batch.user[is_own]), batch.at_ms[is_own])
