@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
@@ -25,6 +26,7 @@ from state.history.store import HistoryStore
 from state.layout import HISTORIES, PROGRAMS, ROWS
 from state.metrics import ApplierMetrics
 from state.process.wall_clock import wall_ms
+from state.ranking.item_scores import SOURCES, scores_without
 from state.registry.manifest import LogRange, Manifest
 from state.rows.store import RowStore
 
@@ -121,6 +123,20 @@ class ServingHost:
         query = Query(str(user), context=context, at_ms=at_ms)
         wanted = wanted._replace(per_category=self._per_category)
         return finished(recommend(self.predictor, self.sources, query, wanted, self._impressions))
+
+    def ranks_without(self, item: int, most: int) -> dict[str, int]:
+        """By source the rank of an item, from 0, had the latest recommendation lacked this source of candidates.
+
+        The weights stay the same. The rank is -1 if the item would not be among the best `most`.
+        """
+        work = self.sources.work
+        at = np.flatnonzero(work.items[: work.size[0]] == np.uint64(item))
+        ranks = {}
+        for source, name in enumerate(SOURCES):
+            scores = scores_without(source, work)
+            rank = int((scores > scores[at[0]]).sum()) if at.size and np.isfinite(scores[at[0]]) else most
+            ranks[f"without {name}"] = rank if rank < most else -1
+        return ranks
 
     def close(self) -> None:
         """Closes the stores."""

@@ -125,6 +125,7 @@ class Asked(NamedTuple):
         candidate: The source that proposed the clicked item to the ranking; empty if none did.
         hit: The source of the clicked item in our list; empty without a hit.
         unseen_hit: Likewise in our list without seen items.
+        without: As `ranks`, of our list and of those that lack one source of candidates; empty without an item score.
     """
 
     user: int
@@ -136,6 +137,7 @@ class Asked(NamedTuple):
     candidate: str
     hit: str
     unseen_hit: str
+    without: dict[str, int]
 
 
 @dataclass
@@ -246,6 +248,8 @@ class ProgressiveValidation:
         candidates = self._host.recommend(request.user, request.at_ms, wanted, request.context).items
         self.lists.candidates.update(candidate["reason"] for candidate in candidates)
         proposed = {int(candidate["id"], 16): str(candidate["reason"]) for candidate in candidates}
+        ranking = self._trainer.item_ranking
+        without = self._host.ranks_without(request.item, SHOWN) if ranking is not None and ranking.served() else {}
         ranks, hit = self._ranks(request, past, False, self.lists)
         unseen_ranks, unseen_hit = ({}, "") if seen else self._ranks(request, past, True, self.unseen_lists)
         self.asked.append(
@@ -259,6 +263,7 @@ class ProgressiveValidation:
                 proposed.get(request.item, ""),
                 hit,
                 unseen_hit,
+                {OURS: ranks[OURS], **without} if without else {},
             )
         )
 

@@ -163,6 +163,9 @@ def recommendation_tables(requests: Sequence[Asked]) -> list[Table]:
         ("clicks on items that are new to the user", new, lambda request: request.ranks),
         ("clicks on items that are new to the user, with exclude_seen", new, lambda request: request.unseen_ranks),
     ]
+    scored = [request for request in requests if request.without]
+    about = "all clicks, without one source of candidates and with the same weights"
+    groups.append((about, scored, lambda request: request.without))
     for (least, most), title in zip(HISTORIES, BY_HISTORY, strict=True):
         within = [request for request in requests if least <= request.history <= most]
         groups.append((title, within, lambda request: request.ranks))

@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.compiled import compiled, layout, part_of_sums
+from state.compiled.logarithms import logarithms
 from state.compiled.mixing import mix
 from state.features.spec import FeatureSpec
-from state.ranking.item_lists import ENTRIES, HALF_LIVES_S, LISTS_OF_EVERYTHING, NEXT_CATEGORY, ItemLists
+from state.ranking.item_lists import ENTRIES, LISTS_OF_EVERYTHING, NEXT_CATEGORY, ItemLists, decays
 
 U64 = NDArray[np.uint64]
 U16 = NDArray[np.uint16]
@@ -60,7 +61,6 @@ MASKED = np.float32(-1e9)
 _THERE = MASKED / np.float32(2.0)
 _ITEMS = np.uint64(0x5BF03635C1E3A1D7)
 _SCALE = np.float32(1000.0)
-_LN2 = np.float32(np.log(2.0))
 _LISTED = ENTRIES[NEXT_CATEGORY]
 COUNTED = LISTS_OF_EVERYTHING * _LISTED
 _PLACES, _MARKS = 16 * COUNTED, 512
@@ -113,7 +113,8 @@ class Columns:
 
 
 @layout(
-    "i2[::1], u8[::1], f4[:, ::1], u8[::1], u8[::1], i2[::1], f4[:, ::1], f4[::1], f4[:, ::1], i4[:, ::1], i4[::1], f4[::1], f4[::1]"
+    "i2[::1], u8[::1], f4[:, ::1], u8[::1], u8[::1], i2[::1], f4[:, ::1], f4[::1], f4[:, ::1], i4[:, ::1], i4[::1], f4[::1], f4[::1], "
+    "i8[::1]"
 )
 class Workspace(NamedTuple):
     """The features of the M candidate slots of one user; reused for each user.
@@ -132,6 +133,7 @@ class Workspace(NamedTuple):
         hits: `[READ * E]` int32, slots of the candidates in the lists of the user.
         factors: `[FEATURES]` float32, w phi.
         decays: `[LIVES_READ]` float32.
+        at_s: `[1]` int64, the time of the features by all clicks; -1 before they are computed.
     """
 
     places: I16
@@ -147,6 +149,7 @@ class Workspace(NamedTuple):
     hits: I32
     factors: F32
     decays: F32
+    at_s: I64
 
     @classmethod
     def empty(cls, candidates: int, own: int) -> Workspace:
@@ -167,33 +170,14 @@ class Workspace(NamedTuple):
             np.zeros(READ * _LISTED, np.int32),
             np.zeros(FEATURES, np.float32),
             np.zeros(LIVES_READ, np.float32),
+            np.full(1, -1),
         )
 
 
 @part_of_sums
-def _decays(lists: ItemLists, row: int, at_s: int, decays: F32) -> None:
+def _decays(lists: ItemLists, row: int, at_s: int, factors: F32) -> None:
     """Writes by what the counts of a list are decayed at a time."""
-    elapsed_s = max(0, at_s - lists.at_s[row])
-    for h in range(LIVES_READ):
-        decays[h] = np.float32(np.exp2(-elapsed_s / HALF_LIVES_S[h]))
-
-
-@part_of_sums
-def _logarithms(count: int, work: Workspace, first: int) -> None:
-    """Writes the logarithms of the first values of each row, at least 1, to `logs`; it changes the values."""
-    values, bits, logs = work.values, work.bits, work.logs
-    for a in range(LIVES_READ):
-        # In two loops, because `bits` is a view of `values`.
-        for j in range(count):
-            exponent = (bits[a, j] >> np.int32(23)) - np.int32(127)
-            logs[a, first + j] = np.float32(exponent) * _LN2
-            bits[a, j] -= exponent << np.int32(23)
-        for j in range(count):
-            # log m = 2 artanh t for m in [1, 2); the error of the series is below 2e-6.
-            t = (values[a, j] - np.float32(1.0)) / (values[a, j] + np.float32(1.0))
-            u = t * t
-            series = np.float32(1 / 3) + u * (np.float32(1 / 5) + u * (np.float32(1 / 7) + u * np.float32(1 / 9)))
-            logs[a, first + j] += np.float32(2.0) * t * (np.float32(1.0) + u * series)
+    factors[0], factors[1], _ = decays(max(0, at_s - lists.at_s[row]))
 
 
 @part_of_sums
@@ -216,6 +200,7 @@ def gather_everything(lists: ItemLists, rows: I32, at_s: int, work: Workspace) -
         at_s: The time, in seconds.
         work: Changed.
     """
+    work.at_s[0] = at_s
     work.places[:] = 0
     work.looked_up[:] = np.uint64(0)
     work.features[1:3] = np.float32(0.0)
@@ -238,7 +223,7 @@ def gather_everything(lists: ItemLists, rows: I32, at_s: int, work: Workspace) -
     for h in range(LIVES_READ):
         for k in range(count):
             work.values[h, k] = np.float32(1.0) + work.values[h, k] * (_SCALE / totals[h])
-    _logarithms(count, work, 0)
+    logarithms(work.values, work.bits, work.logs, count, 0)
 
 
 @part_of_sums
@@ -299,7 +284,7 @@ def gather(lists: ItemLists, rows: I32, at_s: int, i: int, work: Workspace) -> t
 @part_of_sums
 def score(weights: F64, phi: F32, i: int, hits: tuple[int, int], work: Workspace) -> None:
     """Writes the logits s' of user i to `scores`, after `gather`, which returned `hits`; `phi`: `[n, COLUMNS]` float32."""
-    _logarithms(hits[1], work, COUNTED)
+    logarithms(work.values, work.bits, work.logs, hits[1], COUNTED)
     factors, features, scores = work.factors, work.features, work.scores
     for a in range(FEATURES):
         total = 0.0

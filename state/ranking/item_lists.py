@@ -56,6 +56,9 @@ _LEAST_BY = 1
 """The half-life whose count decides which entry of a full list is replaced. With the longest half-life, lists of news
 kept items that were no longer clicked: of 100 next clicks on news, 65 were among the candidates instead of 81."""
 
+_LEAST = np.float32(1e-20)
+"""Counts up to this are 0."""
+
 _PART = np.uint64((1 << 21) - 1)
 _TIME_PART = 1 << 20
 _UNIT = 1.0 / (1 << 53)
@@ -109,22 +112,46 @@ def width(entries: int) -> int:
 
 
 @compiled
+def _kept(value: float) -> np.float32:
+    """A value as float32; 0 for one that is too small, because arithmetic with subnormal numbers is slow."""
+    return np.float32(value) if value > _LEAST else np.float32(0.0)
+
+
+@compiled
+def decays(elapsed_s: int) -> tuple[np.float32, np.float32, np.float32]:
+    """The factors by which counts of `HALF_LIVES_S` decay in a time of 0 seconds or more."""
+    # One power of two is enough, because the half-lives are 1, 8 and 72 times the shortest one.
+    longest = np.exp2(-elapsed_s / HALF_LIVES_S[2])
+    second = longest * longest
+    fourth = second * second
+    middle = fourth * fourth * longest
+    second = middle * middle
+    fourth = second * second
+    return _kept(fourth * fourth), _kept(middle), _kept(longest)
+
+
+@compiled
 def _decay(row: int, lists: ItemLists, at_s: int) -> None:
     """Decays a list to a time; a time before the list's changes nothing."""
     elapsed_s = at_s - lists.at_s[row]
     if elapsed_s <= 0:
         return
     lists.at_s[row] = at_s
-    listed = 0
-    while listed < lists.ids.shape[1] and lists.ids[row, listed] != np.uint64(0):
-        lists.ages[row, listed] += np.float32(elapsed_s)
+    listed, entries = 0, lists.ids.shape[1]
+    if lists.ids[row, entries - 1] != np.uint64(0):
+        listed = entries
+    while listed < entries and lists.ids[row, listed] != np.uint64(0):
         listed += 1
-    for h in range(LIVES):
-        kept = np.float32(2.0 ** (-elapsed_s / HALF_LIVES_S[h]))
-        lists.totals[row, h] *= kept
-        lists.known[row, h] *= kept
-        for k in range(listed):
-            lists.counts[row, k, h] *= kept
+    short, middle, long = decays(elapsed_s)
+    for k in range(listed):
+        lists.ages[row, k] += np.float32(elapsed_s)
+    for k in range(listed):
+        lists.counts[row, k, 0] = _kept(lists.counts[row, k, 0] * short)
+        lists.counts[row, k, 1] = _kept(lists.counts[row, k, 1] * middle)
+        lists.counts[row, k, 2] = _kept(lists.counts[row, k, 2] * long)
+    for h, kept in enumerate((short, middle, long)):
+        lists.totals[row, h] = _kept(lists.totals[row, h] * kept)
+        lists.known[row, h] = _kept(lists.known[row, h] * kept)
 
 
 @compiled
@@ -147,59 +174,54 @@ def count_click(row: int, item: np.uint64, at_s: int, lists: ItemLists) -> None:
     Space Saving). The counts of shorter half-lives are then 1. A hash of the item, the time and the total decides.
     """
     _decay(row, lists, at_s)
-    ids, counts = lists.ids[row], lists.counts[row]
-    at, least = -1, 0
-    for k in range(ids.shape[0]):
-        if ids[k] == item or ids[k] == np.uint64(0):
+    at, entries = -1, lists.ids.shape[1]
+    for k in range(entries):
+        if lists.ids[row, k] == item or lists.ids[row, k] == np.uint64(0):
             at = k
             break
-        if counts[k, _LEAST_BY] < counts[least, _LEAST_BY]:
-            least = k
-    if at >= 0 and ids[at] == item:
-        for h in range(LIVES):
-            lists.known[row, h] += np.float32(1.0)
     for h in range(LIVES):
         lists.totals[row, h] += np.float32(1.0)
-    if at < 0:
-        grown = counts[least, _LEAST_BY] + np.float32(1.0)
-        drawn = mix(item ^ mix(np.uint64(at_s) ^ np.uint64(lists.totals[row, LIVES - 1] * np.float32(256.0))))
-        if (drawn >> np.uint64(11)) * _UNIT * grown < 1.0:
-            ids[least], lists.ages[row, least] = item, np.float32(0.0)
-            for h in range(_LEAST_BY):
-                counts[least, h] = np.float32(1.0)
-        for h in range(_LEAST_BY, LIVES):
-            counts[least, h] += np.float32(1.0)
+    if at >= 0:
+        known = np.float32(lists.ids[row, at] == item)
+        lists.ids[row, at] = item
+        for h in range(LIVES):
+            lists.known[row, h] += known
+            lists.counts[row, at, h] += np.float32(1.0)
         return
-    ids[at] = item
-    for h in range(LIVES):
-        counts[at, h] += np.float32(1.0)
+    least = 0
+    for k in range(1, entries):
+        if lists.counts[row, k, _LEAST_BY] < lists.counts[row, least, _LEAST_BY]:
+            least = k
+    grown = lists.counts[row, least, _LEAST_BY] + np.float32(1.0)
+    drawn = mix(item ^ mix(np.uint64(at_s) ^ np.uint64(lists.totals[row, LIVES - 1] * np.float32(256.0))))
+    if (drawn >> np.uint64(11)) * _UNIT * grown < 1.0:
+        lists.ids[row, least], lists.ages[row, least] = item, np.float32(0.0)
+        for h in range(_LEAST_BY):
+            lists.counts[row, least, h] = np.float32(1.0)
+    for h in range(_LEAST_BY, LIVES):
+        lists.counts[row, least, h] += np.float32(1.0)
 
 
 @compiled
 def count_visit(row: int, item: np.uint64, at_s: int, lists: ItemLists) -> None:
     """Counts a click of a user's own item, and moves it to the front; a full list loses its last item."""
     _decay(row, lists, at_s)
-    ids, counts = lists.ids[row], lists.counts[row]
-    at, found = ids.shape[0] - 1, False
-    for k in range(ids.shape[0]):
-        if ids[k] == item or ids[k] == np.uint64(0):
-            at, found = k, ids[k] == item
+    at, found = lists.ids.shape[1] - 1, False
+    for k in range(lists.ids.shape[1]):
+        if lists.ids[row, k] == item or lists.ids[row, k] == np.uint64(0):
+            at, found = k, lists.ids[row, k] == item
             break
-    visits, age = np.ones(LIVES, np.float32), np.float32(0.0)
+    repeated, age = np.float32(found), lists.ages[row, at] if found else np.float32(0.0)
     for h in range(LIVES):
         lists.totals[row, h] += np.float32(1.0)
-        if found:
-            visits[h] += counts[at, h]
-            lists.known[row, h] += np.float32(1.0)
-    if found:
-        age = lists.ages[row, at]
+        lists.known[row, h] += repeated
+        visits = lists.counts[row, at, h] * repeated + np.float32(1.0)
+        for k in range(at, 0, -1):
+            lists.counts[row, k, h] = lists.counts[row, k - 1, h]
+        lists.counts[row, 0, h] = visits
     for k in range(at, 0, -1):
-        ids[k], lists.ages[row, k] = ids[k - 1], lists.ages[row, k - 1]
-        for h in range(LIVES):
-            counts[k, h] = counts[k - 1, h]
-    ids[0], lists.ages[row, 0] = item, age
-    for h in range(LIVES):
-        counts[0, h] = visits[h]
+        lists.ids[row, k], lists.ages[row, k] = lists.ids[row, k - 1], lists.ages[row, k - 1]
+    lists.ids[row, 0], lists.ages[row, 0] = item, age
 
 
 @compiled("u8[::1], i8[::1], i8, ItemLists")

@@ -3,11 +3,12 @@
 The candidates of a user are the items in the lists of `SOURCES` (`state/ranking/item_lists.py`). share(k, i) is the
 decayed clicks of item i in list k, divided by all decayed clicks of that list, at half-life h:
 
-    features   f(i) = [ log(share(k, i) + 1e-5) + 11.5 for each source and half-life
+    features   f(i) = [ log(1 + 1e5 share(k, i)) for each source and half-life
                         | OWN of the user's own items, else 0
                         | log(1 + minutes since the item was listed) / 5 ]
     score      s(i) = sum over features a and columns c of w[a, c] * f_a(i) * phi_c
     phi(u)     1 | share of repeats - 0.3 | log(1 + clicks) / 3 | log(1 + clicks after the newest item) / 3
+               | 1 / (1 + clicks)
     p(i)       softmax of s over the candidates
 
 A source with several lists, such as the categories of a user's interests, has the sum of their weighted shares. The
@@ -22,8 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.compiled import compiled, layout
+from state.compiled.logarithms import logarithms
 from state.compiled.mixing import mix
-from state.ranking.item_lists import HALF_LIVES_S, LISTS_OF_EVERYTHING, LIVES, ItemLists
+from state.ranking.item_lists import LISTS_OF_EVERYTHING, LIVES, ItemLists, decays
 
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
@@ -43,7 +45,7 @@ OWN = ("recency", "own", "rank", "repeats", "clicks", "gap")
 
 AGE_AT = SHARES + len(OWN)
 FEATURES = AGE_AT + 1
-COLUMNS = 4
+COLUMNS = 5
 """Columns of phi."""
 
 INTERESTS = 8
@@ -56,22 +58,30 @@ WEIGHTS = "recommend.weights"
 """The tensor of w in a version, `[FEATURES, COLUMNS]` float64."""
 
 _SLOTS = 2 * MOST
-_EPS, _SHIFT = np.float32(1e-5), np.float32(11.5)
-_NO_SHARE = np.float32(np.log(_EPS) + _SHIFT)
+_ENTRIES = 2 * MOST
+"""The maximum number of entries of lists that are read for a user."""
+_WIDTH = MOST + 16
+"""Not a power of two, so that the features of one candidate are in different sets of the processor's cache."""
+_SCALE = np.float32(1e5)
 
 
 def first_weights() -> F64:
-    """The weights before any click is learned: each share counts the same.
+    """The weights before any click is learned: each share counts the same, and for new users those of all clicks.
 
     >>> first_weights().shape, float(first_weights()[:SHARES, 0].sum().round(2))
-    ((28, 4), 3.15)
+    ((28, 5), 3.15)
     """
     weights = np.zeros((FEATURES, COLUMNS))
     weights[:SHARES, 0] = 0.15
+    weights[LIVES * EVERYTHING_AT : LIVES * (EVERYTHING_AT + 1), -1] = 0.3
+    weights[LIVES * INTERESTS_AT : LIVES * (INTERESTS_AT + 1), -1] = -0.1
     return weights
 
 
-@layout("u8[::1], i4[::1], i4[::1], f4[:, ::1], f4[:, ::1], i4[::1], f4[::1], f4[::1]")
+@layout(
+    "u8[::1], i4[::1], i4[::1], f4[:, ::1], i4[::1], f4[::1], i4[::1], i4[::1], f4[:, ::1], i4[:, ::1], f4[:, ::1], "
+    "f4[::1], i8[::1]"
+)
 class Workspace(NamedTuple):
     """Candidates of one user, and their features; reused for each user.
 
@@ -79,34 +89,50 @@ class Workspace(NamedTuple):
         items: `[MOST]` uint64, the candidates, in the order of the lists.
         slots: `[2 MOST]` int32, an open-addressing index of the candidates: 1 + index, 0 for none.
         taken: `[MOST]` int32, the slots in use.
-        shares: `[MOST, SHARES]` float32.
-        features: `[MOST, FEATURES]` float32.
+        features: `[FEATURES, MOST + 16]` float32; shares and ages until all lists are read.
         own: `[MOST]` int32, 1 + the rank among the user's own items; 0 for others.
-        ages: `[MOST]` float32, the largest age in the lists, in seconds.
         scores: `[MOST]` float32.
+        entries: `[N]` int32, the candidate of each entry of a list.
+        sources: `[N]` int32, its source.
+        values: `[LIVES + 1, N]` float32, the arguments of the logarithms of its features.
+        bits: `values` viewed as int32.
+        logs: `[LIVES + 1, N]` float32, these logarithms.
+        factors: `[FEATURES]` float32, w phi.
+        size: `[1]` int64, the number of candidates.
     """
 
     items: U64
     slots: I32
     taken: I32
-    shares: F32
     features: F32
     own: I32
-    ages: F32
     scores: F32
+    entries: I32
+    sources: I32
+    values: F32
+    bits: I32
+    logs: F32
+    factors: F32
+    size: I64
 
     @classmethod
     def empty(cls) -> Workspace:
         """A new workspace."""
+        values = np.ones((LIVES + 1, _ENTRIES), np.float32)
         return cls(
             np.zeros(MOST, np.uint64),
             np.zeros(_SLOTS, np.int32),
             np.zeros(MOST, np.int32),
-            np.zeros((MOST, SHARES), np.float32),
-            np.zeros((MOST, FEATURES), np.float32),
+            np.zeros((FEATURES, _WIDTH), np.float32),
             np.zeros(MOST, np.int32),
             np.zeros(MOST, np.float32),
-            np.zeros(MOST, np.float32),
+            np.zeros(_ENTRIES, np.int32),
+            np.zeros(_ENTRIES, np.int32),
+            values,
+            values.view(np.int32),
+            np.zeros_like(values),
+            np.zeros(FEATURES, np.float32),
+            np.zeros(1, np.int64),
         )
 
 
@@ -140,24 +166,23 @@ def _find(item: np.uint64, count: int, work: Workspace) -> int:
     work.slots[slot] = count + 1
     work.taken[count] = slot
     work.items[count] = item
-    work.own[count], work.ages[count] = 0, np.float32(0.0)
-    for a in range(SHARES):
-        work.shares[count, a] = 0.0
+    work.own[count] = 0
     return count
 
 
 @compiled
 def _add(
-    lists: ItemLists, row: int, source: int, weight: float, totals: F32, at_s: int, count: int, work: Workspace
-) -> int:
-    """Adds the items of a list; returns the number of candidates. `totals`, `[H]`, are the list's clicks."""
-    elapsed_s = max(0, at_s - lists.at_s[row])
-    scale = np.empty(LIVES, np.float32)
-    for h in range(LIVES):
-        scale[h] = np.float32(weight * 2.0 ** (-elapsed_s / HALF_LIVES_S[h]) / (totals[h] + 0.5))
+    lists: ItemLists, row: int, source: int, scale: F32, at_s: int, counts: tuple[int, int], work: Workspace
+) -> tuple[int, int]:
+    """Adds the items of a list, whose counts times `scale`, `[H]`, are shares.
+
+    `counts`, the number of candidates and of entries, is returned as it is afterwards.
+    """
+    count, entries = counts
+    elapsed_s = np.float32(max(0, at_s - lists.at_s[row]))
     for k in range(lists.ids.shape[1]):
         item = lists.ids[row, k]
-        if item == np.uint64(0):
+        if item == np.uint64(0) or entries == work.entries.shape[0]:
             break
         at = _find(item, count, work)
         if at < 0:
@@ -165,19 +190,38 @@ def _add(
         if at == count:
             count += 1
         for h in range(LIVES):
-            work.shares[at, source * LIVES + h] += lists.counts[row, k, h] * scale[h]
-        work.ages[at] = max(work.ages[at], lists.ages[row, k] + np.float32(elapsed_s))
+            work.features[source * LIVES + h, at] += lists.counts[row, k, h] * scale[h]
+        work.features[AGE_AT, at] = max(work.features[AGE_AT, at], lists.ages[row, k] + elapsed_s)
+        work.entries[entries], work.sources[entries] = at, source
+        entries += 1
         if source == OWN_AT:
             work.own[at] = k + 1
-    return count
+    return count, entries
 
 
 @compiled
-def _total(lists: ItemLists, row: int, at_s: int, totals: F32) -> None:
-    """Adds a list's totals, decayed to a time."""
-    elapsed_s = max(0, at_s - lists.at_s[row])
-    for h in range(LIVES):
-        totals[h] += np.float32(lists.totals[row, h] * 2.0 ** (-elapsed_s / HALF_LIVES_S[h]))
+def _scale(lists: ItemLists, row: int, at_s: int, weight: float, scale: F32) -> None:
+    """Writes the factors of `_add` for a list that is its source's only one, or has a weight."""
+    for h, kept in enumerate(decays(max(0, at_s - lists.at_s[row]))):
+        scale[h] = np.float32(weight) * kept / (lists.totals[row, h] * kept + np.float32(0.5))
+
+
+@compiled
+def _compute(entries: int, work: Workspace) -> None:
+    """Replaces shares and ages by their features."""
+    features, values, logs = work.features, work.values, work.logs
+    for e in range(entries):
+        at, first = work.entries[e], work.sources[e] * LIVES
+        for h in range(LIVES):
+            values[h, e] = np.float32(1.0) + _SCALE * features[first + h, at]
+        values[LIVES, e] = np.float32(1.0) + features[AGE_AT, at] / np.float32(60.0)
+    logarithms(values, work.bits, logs, entries, 0)
+    # An item may have several entries of a source. All have the features of their sum.
+    for e in range(entries):
+        at, first = work.entries[e], work.sources[e] * LIVES
+        for h in range(LIVES):
+            features[first + h, at] = logs[h, e]
+        features[AGE_AT, at] = logs[LIVES, e] / np.float32(5.0)
 
 
 @compiled("ItemLists, ItemLists, ItemLists, Reads, i4[::1], i4, i8, f4[::1], Workspace")
@@ -205,71 +249,85 @@ def gather(
         phi: `[COLUMNS]` float32, written by this function.
         work: Its candidates are replaced; call `clear` with their number afterwards.
     """
-    count = 0
-    totals, everything = np.zeros(LIVES, np.float32), np.zeros(LIVES, np.float32)
-    for k in range(reads.rows.shape[0]):
-        if reads.sources[k] == EVERYTHING_AT and reads.rows[k] != 0:
-            _total(clicked, reads.rows[k], at_s, everything)
+    features, scale, most = work.features, np.empty(LIVES, np.float32), 2 * followed.ids.shape[1] + visited.ids.shape[1]
+    for row in reads.rows:
+        most += clicked.ids.shape[1] if row != 0 else 0
+    for a in range(FEATURES):
+        features[a, : min(most, MOST)] = np.float32(0.0)
+    # 1. Shares. Those of the lists of everything are of the clicks of all of them.
+    counts, everything = (0, 0), np.full(LIVES, np.float32(0.5))
     for k in range(reads.rows.shape[0]):
         row = reads.rows[k]
+        if reads.sources[k] == EVERYTHING_AT and row != 0:
+            for h, kept in enumerate(decays(max(0, at_s - clicked.at_s[row]))):
+                everything[h] += clicked.totals[row, h] * kept
+    for k in range(reads.rows.shape[0]):
+        row, source = reads.rows[k], reads.sources[k]
         if row == 0:
             continue
-        if reads.sources[k] == EVERYTHING_AT:
-            count = _add(clicked, row, EVERYTHING_AT, 1.0, everything, at_s, count, work)
+        if source == EVERYTHING_AT:
+            for h, kept in enumerate(decays(max(0, at_s - clicked.at_s[row]))):
+                scale[h] = kept / everything[h]
         else:
-            totals[:] = 0.0
-            _total(clicked, row, at_s, totals)
-            count = _add(clicked, row, reads.sources[k], reads.weights[k], totals, at_s, count, work)
-    evidence = 0.0
+            _scale(clicked, row, at_s, reads.weights[k], scale)
+        counts = _add(clicked, row, source, scale, at_s, counts, work)
     for k in range(2):
         if after[k] != 0:
-            totals[:] = 0.0
-            _total(followed, after[k], at_s, totals)
-            if k == 0:
-                evidence = totals[LIVES - 1]
-            count = _add(followed, after[k], NEWEST_AT + k, 1.0, totals, at_s, count, work)
-    clicks, repeats, gap_s = 0.0, 0.0, 0
+            _scale(followed, after[k], at_s, 1.0, scale)
+            counts = _add(followed, after[k], NEWEST_AT + k, scale, at_s, counts, work)
+    first_own = counts[1]
     if user != 0:
-        totals[:] = 0.0
-        _total(visited, user, at_s, totals)
-        count = _add(visited, user, OWN_AT, 1.0, totals, at_s, count, work)
+        _scale(visited, user, at_s, 1.0, scale)
+        counts = _add(visited, user, OWN_AT, scale, at_s, counts, work)
+    # 2. Features.
+    _compute(counts[1], work)
+    clicks, repeats, gap_s, evidence = 0.0, 0.0, 0, 0.0
+    if user != 0:
         # At the list's own time, because counts and totals decay alike.
         clicks, repeats = visited.totals[user, LIVES - 1], visited.known[user, LIVES - 1]
         gap_s = max(0, at_s - visited.at_s[user])
+    if after[0] != 0:
+        evidence = followed.totals[after[0], LIVES - 1] * decays(max(0, at_s - followed.at_s[after[0]]))[2]
     repeat_share, length = (repeats + 0.2) / (clicks + 1.0), np.log(1.0 + clicks) / 3.0
     phi[0], phi[1], phi[2], phi[3] = 1.0, repeat_share - 0.3, length, np.log(1.0 + evidence) / 3.0
+    phi[4] = 1.0 / (1.0 + clicks)
     gap = np.log(1.0 + gap_s / 60.0) / 5.0
-    for i in range(count):
-        for a in range(SHARES):
-            share = work.shares[i, a]
-            # Most shares are 0.
-            work.features[i, a] = np.log(share + _EPS) + _SHIFT if share > 0.0 else _NO_SHARE
-        own = work.own[i] > 0
-        rank = work.own[i] - 1
-        work.features[i, SHARES] = np.log(np.float32(1.0 / (3.0 + rank)) + _EPS) + _SHIFT if own else 0.0
-        work.features[i, SHARES + 1] = 1.0 if own else 0.0
-        work.features[i, SHARES + 2] = np.log(1.0 + rank) if own else 0.0
-        work.features[i, SHARES + 3] = repeat_share if own else 0.0
-        work.features[i, SHARES + 4] = length if own else 0.0
-        work.features[i, SHARES + 5] = gap if own else 0.0
-        work.features[i, AGE_AT] = np.log(np.float32(1.0) + work.ages[i] / np.float32(60.0)) / np.float32(5.0)
-    return count
+    for e in range(first_own, counts[1]):
+        at = work.entries[e]
+        rank = work.own[at] - 1
+        features[SHARES, at] = np.log(1.0 + 1e5 / (3.0 + rank))
+        features[SHARES + 1, at] = 1.0
+        features[SHARES + 2, at] = np.log(1.0 + rank)
+        features[SHARES + 3, at] = repeat_share
+        features[SHARES + 4, at] = length
+        features[SHARES + 5, at] = gap
+    work.size[0] = counts[0]
+    return counts[0]
 
 
 @compiled("f8[:, ::1], f4[::1], i8, Workspace")
 def score(weights: F64, phi: F32, count: int, work: Workspace) -> None:
     """Writes the scores of the first `count` candidates."""
-    mixed = np.zeros(FEATURES, np.float32)
+    work.scores[:count] = np.float32(0.0)
     for a in range(FEATURES):
         total = 0.0
         for c in range(COLUMNS):
             total += weights[a, c] * phi[c]
-        mixed[a] = total
-    for i in range(count):
-        found = np.float32(0.0)
-        for a in range(FEATURES):
-            found += mixed[a] * work.features[i, a]
-        work.scores[i] = found
+        work.factors[a] = factor = np.float32(total)
+        for i in range(count):
+            work.scores[i] += factor * work.features[a, i]
+
+
+def scores_without(source: int, work: Workspace) -> F32:
+    """The scores of the candidates without a source, `[n]` float32; -inf for candidates of this source alone."""
+    count = int(work.size[0])
+    rows = np.arange(source * LIVES, (source + 1) * LIVES)
+    others = np.delete(np.arange(SHARES), rows)
+    proposed = work.features[others, :count].max(0) > 0.0
+    if source == OWN_AT:
+        rows = np.concatenate([rows, np.arange(SHARES, AGE_AT)])
+    scores = work.scores[:count] - work.factors[rows] @ work.features[rows, :count]
+    return np.where(proposed, scores, np.float32(-np.inf))
 
 
 @compiled("i8, Workspace")
@@ -277,42 +335,6 @@ def clear(count: int, work: Workspace) -> None:
     """Empties the index of candidates."""
     for i in range(count):
         work.slots[work.taken[i]] = 0
-
-
-@compiled("u8, i8, f4[::1], f8, f8[:, ::1], f8[:, ::1], Workspace")
-def learn(item: np.uint64, count: int, phi: F32, rate: float, weights: F64, squares: F64, work: Workspace) -> bool:
-    """One step of softmax regression towards the clicked item, with Adagrad; False if the item is not a candidate.
-
-    Args:
-        item: The clicked item.
-        count: Number of candidates; their scores are already computed.
-        phi: `[COLUMNS]` float32.
-        rate: The learning rate.
-        weights: `[FEATURES, COLUMNS]` float64, changed in place.
-        squares: The sums of squared gradients, changed in place.
-        work: The candidates.
-    """
-    clicked, highest = -1, np.float32(-1e30)
-    for i in range(count):
-        if work.items[i] == item:
-            clicked = i
-        highest = max(highest, work.scores[i])
-    if clicked < 0:
-        return False
-    expected, total = np.zeros(FEATURES), 0.0
-    for i in range(count):
-        probability = np.exp(work.scores[i] - highest)
-        total += probability
-        for a in range(FEATURES):
-            expected[a] += probability * work.features[i, a]
-    for a in range(FEATURES):
-        difference = work.features[clicked, a] - expected[a] / total
-        for c in range(COLUMNS):
-            gradient = difference * phi[c]
-            if gradient != 0.0:
-                squares[a, c] += gradient * gradient
-                weights[a, c] += rate * gradient / np.sqrt(squares[a, c] + 1e-3)
-    return True
 
 
 def likeliest(logits: F32, ids: U64) -> tuple[U64, F32]:

@@ -115,6 +115,18 @@ def test_sources_account_for_all_recommended_items_and_hits(evaluated: tuple[Eva
     assert 0 < sum(source.listed for source in found.sources.values()) <= 20 * table.rows
 
 
+def test_an_ablation_says_what_each_source_adds(evaluated: tuple[Evaluation, Path]) -> None:
+    found, _ = evaluated
+    abouts = {table.about: number for number, table in enumerate(found.recommendation)}
+    about = "all clicks, without one source of candidates and with the same weights"
+    recalls = {name: one["recall@20"] or 0.0 for name, one in figures(found, "recommendation", abouts[about]).items()}
+    ours = recalls.pop("springtide")
+    assert ours == figures(found, "recommendation")["springtide"]["recall@20"]
+    # This stream has no context fields.
+    assert recalls["without context"] == pytest.approx(ours, abs=0.01)
+    assert min(recalls.values()) < ours - 0.02
+
+
 def test_the_chart_draws_each_predictor(evaluated: tuple[Evaluation, Path]) -> None:
     _, chart = evaluated
     tree = ET.fromstring(chart.read_text())

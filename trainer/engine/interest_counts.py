@@ -117,12 +117,14 @@ class InterestCounts(OnlineRegression):
         keys = self._keys(batch, clicks, visited)
         clicks &= batch.category != 0
         # 1. Lists are created, and evicted.
+        rows = None
         if clicks.any():
             counted, times = (keys, batch.at_ms) if clicks.all() else (keys[clicks], batch.at_ms[clicks])
             at_ms = np.concatenate([np.full(LISTS_OF_EVERYTHING, times.max()), np.repeat(times, READ)])
-            self.table.observe(np.concatenate([EVERYTHING, counted.reshape(-1)]), at_ms)
-            self.table.evict()
-        everything, rows = self._rows(keys)
+            seen = self.table.observe(np.concatenate([EVERYTHING, counted.reshape(-1)]), at_ms)
+            if not self.table.evict() and counted is keys:
+                rows = seen
+        everything, rows = self._rows(keys, rows)
         clicked = np.where(clicks, batch.category, np.uint64(0))
         at_s, phi = batch.at_ms // 1000, self._columns.phi(batch.features, batch.category_windows)
         # 2. One row after another is corrected, learned from and counted.
@@ -176,9 +178,11 @@ class InterestCounts(OnlineRegression):
             _keys_of_newest_items(batch.user, np.where(clicks, batch.item, np.uint64(0)), before, places, keys)
         return keys
 
-    def _rows(self, keys: U64) -> tuple[I32, I32]:
-        """The lists over all clicks, and those of `[B, READ]` keys, int32."""
-        return self.table.find(EVERYTHING), self.table.find(keys.reshape(-1)).reshape(keys.shape)
+    def _rows(self, keys: U64, found: I32 | None = None) -> tuple[I32, I32]:
+        """The lists over all clicks, and those of `[B, READ]` keys, int32. `found`: both, if they are known."""
+        if found is None:
+            found = self.table.find(np.concatenate([EVERYTHING, keys.reshape(-1)]))
+        return found[:LISTS_OF_EVERYTHING].copy(), found[LISTS_OF_EVERYTHING:].reshape(keys.shape).copy()
 
     def _workspace(self, recent: F32, popular: F32, successor: F32) -> Workspace:
         """That of a record with such logits."""
@@ -260,12 +264,11 @@ def _teach(
         differences[FIRST_OWN + j] = shares[j] * features[3, j]
     differences[FIRST_OWN + 2], differences[FIRST_OWN + 3] = own, rank
     weights, squares = learned
-    for p in range(COLUMNS):
-        if phi[i, p] != np.float32(0.0):
-            for a in range(FEATURES):
-                gradient = np.float64(differences[a] * phi[i, p])
-                squares[a, p] += gradient * gradient
-                weights[a, p] += RATE * gradient / np.sqrt(squares[a, p] + 1e-3)
+    for a in range(FEATURES):
+        for p in range(COLUMNS):
+            gradient = np.float64(differences[a] * phi[i, p])
+            squares[a, p] += gradient * gradient
+            weights[a, p] += RATE * gradient / np.sqrt(squares[a, p] + 1e-3)
 
 
 @compiled(

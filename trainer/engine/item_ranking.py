@@ -18,8 +18,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from state.compiled import compiled
+from state.compiled import compiled, part_of_sums
 from state.compiled.mixing import mix, mixed
+from state.compiled.prefetch import prefetch
 from state.config.settings import Settings
 from state.microbatch.batch import MicroBatch
 from state.ranking import item_scores
@@ -36,15 +37,17 @@ from state.ranking.item_lists import (
 )
 from state.ranking.item_scores import (
     COLUMNS,
+    FEATURES,
     INTERESTS_AT,
+    MOST,
     WEIGHTS,
     Reads,
     Workspace,
     clear,
     gather,
-    learn,
     score,
 )
+from trainer.engine.compiled.rows import exponentials, highest_of
 from trainer.engine.engine import Scores
 from trainer.engine.online_regression import OnlineRegression
 from trainer.tables.index import F32, I32, U64
@@ -57,35 +60,33 @@ Flags = npt.NDArray[np.bool_]
 ROWS_OF_A_LIST = {CLICKED: 32, FOLLOWED: 8, VISITED: 8}
 """`trainer.max_rows` allows one list for this many rows."""
 CAPACITY = 1024
-FIRST_ROWS, FIRST_EVERY, EVERY = 2048, 8, 256
-"""One in `EVERY` rows trains the weights; for the first `FIRST_ROWS` training rows, one in `FIRST_EVERY`."""
+FIRST_EVERY, EVERY, HALVED_AFTER = 8, 256, 512
+"""One in `FIRST_EVERY` rows trains the weights at first, half as many after each `HALVED_AFTER` of them, down to one in
+`EVERY`."""
 RATE = 0.06
 AHEAD = 3
 """The lists of a row are prefetched this many rows before it is counted."""
 
 
 class _Seen(NamedTuple):
-    """Clicks of updates that are not counted yet.
+    """An accepted update that is not counted yet."""
 
-    Attributes:
-        user: `[n]` uint64.
-        item: `[n]` uint64.
-        at_ms: `[n]` int64.
-        keys: `[n, 1 + K]` uint64, the keys in `clicked` of each: category and context values.
-        taught: `[n]` bool, the m rows that train the weights.
-        candidates: `[m, c]` uint64, their candidate categories, the newest category first.
-        logits: `[m, c]` float32, of these.
-        context: `[m, K]` uint64, their context values.
-    """
+    batch: MicroBatch
+    scores: Scores
+    successors: U64
+    popular: U64
 
-    user: U64
-    item: U64
-    at_ms: I64
-    keys: U64
-    taught: Flags
-    candidates: U64
-    logits: F32
-    context: U64
+    def clicks(self) -> I64:
+        """The rows that are clicks on an item; those of probe users have no weight."""
+        batch = self.batch
+        return np.flatnonzero((batch.item != 0) & (batch.weight > 0) & ~(batch.label < 0.5))
+
+    def candidates(self, rows: I64) -> tuple[F32, U64]:
+        """The logits and ids of the candidate categories of rows, the newest category first, `[m, c]` each."""
+        scores = self.scores
+        logits = [part[rows] for part in (scores.recent_logits, scores.popular_logits, scores.successor_logits)]
+        ids = self.batch.recent_categories[rows], self.popular[None].repeat(rows.size, 0), self.successors[rows]
+        return np.concatenate(logits, 1), np.concatenate(ids, 1)
 
 
 class ItemRanking(OnlineRegression):
@@ -131,57 +132,53 @@ class ItemRanking(OnlineRegression):
             successors: `[n, S]` uint64, the candidates of the row.
             popular: `[P]` uint64, likewise.
         """
-        # Clicks of probe users have no weight.
-        rows = np.flatnonzero((batch.item != 0) & (batch.weight > 0) & ~(batch.label < 0.5))
-        if not rows.size:
-            return
-        user, at_ms = batch.user[rows], batch.at_ms[rows]
-        keys = np.concatenate([batch.category[:, None], batch.context], 1)[rows]
-        every = np.uint64(FIRST_EVERY if self.learned < FIRST_ROWS else EVERY)
-        taught = mixed(user ^ mixed(at_ms.astype(np.uint64))) % every == 0
-        at = rows[taught]
-        parts = [part[at] for part in (scores.recent_logits, scores.popular_logits, scores.successor_logits)]
-        recent = batch.recent_categories[at]
-        ids = np.concatenate([recent, popular[None].repeat(at.size, 0), successors[at]], 1)
-        self._seen.append(
-            _Seen(user, batch.item[rows], at_ms, keys, taught, ids, np.concatenate(parts, 1), batch.context[at])
-        )
+        self._seen.append(_Seen(batch, scores, successors, popular))
 
     def count(self) -> None:
         """Learns from the rows seen since the last call, and counts them."""
-        if not self._seen:
+        seen, self._seen = [(part, rows) for part in self._seen if (rows := part.clicks()).size], []
+        if not seen:
             return
-        seen = _Seen(*(np.concatenate(column) for column in zip(*self._seen, strict=True)))
-        self._seen = []
+        user, item, at_ms, category = (
+            np.concatenate([getattr(part.batch, name)[rows] for part, rows in seen])
+            for name in ("user", "item", "at_ms", "category")
+        )
+        context = np.concatenate([part.batch.context[rows] for part, rows in seen])
+        keys = np.concatenate([category[:, None], context], 1)
+        every = np.uint64(min(FIRST_EVERY << min(self.learned // HALVED_AFTER, 8), EVERY))
+        teaching = mixed(user ^ mixed(at_ms.astype(np.uint64))) % every == 0
+        taught = np.flatnonzero(teaching)
         clicked, followed, visited = (self.tables[name] for name in (CLICKED, FOLLOWED, VISITED))
         # 1. Lists are created, and evicted.
-        own = visited.observe(seen.user, seen.at_ms)
+        own = visited.observe(user, at_ms)
         lists, at = visited.distinct(own)
         newest = np.zeros((2, len(own)), np.uint64)
-        _newest(at, seen.item, visited.held.ids[lists, :2], newest)
-        after = followed.observe(newest[0], seen.at_ms)
-        keys = np.concatenate([EVERYTHING, seen.keys.reshape(-1)])
-        times = np.repeat(seen.at_ms, seen.keys.shape[1])
-        found = clicked.observe(keys, np.concatenate([np.full(len(EVERYTHING), seen.at_ms.max()), times]))
+        _newest(at, item, visited.held.ids[lists, :2], newest)
+        after = followed.observe(newest[0], at_ms)
+        counted = np.concatenate([EVERYTHING, keys.reshape(-1)])
+        times = np.concatenate([np.full(len(EVERYTHING), at_ms.max()), np.repeat(at_ms, keys.shape[1])])
+        found = clicked.observe(counted, times)
         # 2. The positions of the lists.
         if sum(table.evict() for table in self.tables.values()):
-            own, after, found = visited.find(seen.user), followed.find(newest[0]), clicked.find(keys)
-        taught = np.flatnonzero(seen.taught)
+            own, after, found = visited.find(user), followed.find(newest[0]), clicked.find(counted)
         everything = found[: len(EVERYTHING)].copy()
-        likely, shares = item_scores.likeliest(seen.logits, seen.candidates)
-        every = EVERYTHING[None].repeat(taught.size, 0)
-        read_ids = np.concatenate([every, seen.candidates[:, :1], likely, seen.context], 1)
-        sources = item_scores.sources_of(seen.keys.shape[1] - 1)
+        of_parts = np.split(teaching, np.cumsum([rows.size for _, rows in seen])[:-1])
+        candidates = [part.candidates(rows[its]) for (part, rows), its in zip(seen, of_parts, strict=True)]
+        logits, ids = (np.concatenate(column) for column in zip(*candidates, strict=True))
+        likely, shares = item_scores.likeliest(logits, ids)
+        every_list = EVERYTHING[None].repeat(taught.size, 0)
+        read_ids = np.concatenate([every_list, ids[:, :1], likely, context[taught]], 1)
+        sources = item_scores.sources_of(context.shape[1])
         weights = np.ones((taught.size, len(sources)), np.float32)
         weights[:, sources == INTERESTS_AT] = shares
         # 3. Rows are learned and counted one after another.
         self.learned += _learn_and_count(
-            seen.item,
-            seen.at_ms // 1000,
+            item,
+            at_ms // 1000,
             own,
             after,
             followed.find(newest[1, taught]),
-            found[len(EVERYTHING) :].reshape(seen.keys.shape),
+            found[len(EVERYTHING) :].reshape(keys.shape),
             everything,
             taught,
             clicked.find(read_ids.reshape(-1)).reshape(read_ids.shape),
@@ -210,6 +207,60 @@ def _newest(own: I32, item: U64, latest: U64, newest: U64) -> None:
                 latest[user, 0], latest[user, 1] = item[i], latest[user, 0]
 
 
+@compiled
+def _lists(lists: ItemLists, row: int, item: np.uint64) -> bool:
+    """Whether a list has an item; list 0 is empty."""
+    found = False
+    for k in range(lists.ids.shape[1]):
+        found |= lists.ids[row, k] == item
+    return found
+
+
+@compiled
+def _is_candidate(
+    item: np.uint64, reads: Reads, after: I32, user: int, clicked: ItemLists, followed: ItemLists, visited: ItemLists
+) -> bool:
+    """Whether one of the lists that `gather` reads has an item."""
+    if _lists(visited, user, item) or _lists(followed, after[0], item) or _lists(followed, after[1], item):
+        return True
+    # Only one of the lists of everything may have it.
+    its = np.int64(mix(item) % np.uint64(LISTS_OF_EVERYTHING))
+    for k in range(reads.rows.shape[0]):
+        if (k == its or k >= LISTS_OF_EVERYTHING) and _lists(clicked, reads.rows[k], item):
+            return True
+    return False
+
+
+@part_of_sums
+def _learn(
+    item: np.uint64, count: int, phi: F32, learned: tuple[F64, F64], shares: F32, bits: I32, work: Workspace
+) -> bool:
+    """One step of softmax regression towards the clicked item, with Adagrad; False if the item is not a candidate.
+
+    `learned`: the weights and the sums of their squared gradients. shares, bits: `[MOST]`, overwritten.
+    """
+    target = -1
+    for i in range(count):
+        if work.items[i] == item:
+            target = i
+    if target < 0:
+        return False
+    scores = work.scores[:count]
+    scale = bits.view(np.float32)
+    total = exponentials(scores, highest_of(scores), shares[:count], bits[:count], scale[:count])
+    weights, squares = learned
+    for a in range(FEATURES):
+        expected = np.float32(0.0)
+        for i in range(count):
+            expected += shares[i] * work.features[a, i]
+        difference = work.features[a, target] - expected / total
+        for c in range(COLUMNS):
+            gradient = np.float64(difference * phi[c])
+            squares[a, c] += gradient * gradient
+            weights[a, c] += RATE * gradient / np.sqrt(squares[a, c] + 1e-3)
+    return True
+
+
 @compiled(
     "u8[::1], i8[::1], i4[::1], i4[::1], i4[::1], i4[:, ::1], i4[::1], i8[::1], i4[:, ::1], i4[::1], f4[:, ::1], "
     "ItemLists, ItemLists, ItemLists, f8[:, ::1], f8[:, ::1], Workspace"
@@ -234,7 +285,7 @@ def _learn_and_count(
     work: Workspace,
 ) -> int:
     phi = np.zeros(COLUMNS, np.float32)
-    after = np.zeros(2, np.int32)
+    after, shares, bits = np.zeros(2, np.int32), np.empty(MOST, np.float32), np.empty(MOST, np.int32)
     following, learned = 0, 0
     for i in range(item.shape[0]):
         later = i + AHEAD
@@ -246,11 +297,15 @@ def _learn_and_count(
         if following < taught.shape[0] and taught[following] == i:
             reads = Reads(read_rows[following], read_sources, read_weights[following])
             after[0], after[1] = newest[i], second[following]
-            count = gather(clicked, followed, visited, reads, after, own[i], at_s[i], phi, work)
-            score(weights, phi, count, work)
-            learned += learn(item[i], count, phi, RATE, weights, squares, work)
-            clear(count, work)
             following += 1
+            if following < taught.shape[0]:
+                for row in read_rows[following]:
+                    prefetch(clicked.ids, row)
+            if _is_candidate(item[i], reads, after, own[i], clicked, followed, visited):
+                count = gather(clicked, followed, visited, reads, after, own[i], at_s[i], phi, work)
+                score(weights, phi, count, work)
+                learned += _learn(item[i], count, phi, (weights, squares), shares, bits, work)
+                clear(count, work)
         count_click(everything[(mix(item[i]) % np.uint64(LISTS_OF_EVERYTHING))], item[i], at_s[i], clicked)
         for k in range(keys.shape[1]):
             if keys[i, k] != 0:

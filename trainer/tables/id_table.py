@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from state.compiled import compiled
+from state.compiled.mixing import mix
 from trainer.tables.changes import ChangeList, Changes
 from trainer.tables.index import F32, I32, U64, Places, grown
 from trainer.tables.least_used import excess, least_used
@@ -48,9 +49,11 @@ def sightings(ids: U64, at_ms: I64) -> Sightings:
     Sightings(ids=array([3, 7], dtype=uint64), counts=array([1, 2], dtype=int32), seen_ms=array([1, 5]))
     """
     order = np.argsort(ids, kind="stable")
-    distinct, starts, counts = np.unique(ids[order], return_index=True, return_counts=True)
+    ordered = ids[order]
+    starts = np.flatnonzero(np.concatenate([np.ones(min(ids.size, 1), np.bool_), ordered[1:] != ordered[:-1]]))
+    counts = np.diff(starts, append=ids.size)
     newest = np.maximum.reduceat(at_ms[order], starts) if ids.size else np.empty(0, np.int64)
-    return Sightings(distinct, counts.astype(np.int32), newest)
+    return Sightings(ordered[starts], counts.astype(np.int32), newest)
 
 
 @compiled("i4[::1], const(i8[::1]), i8[::1]", "i4[::1], i8[::1], i8[::1]")
@@ -90,8 +93,23 @@ def first_occurrences(ids: U64) -> U64:
     >>> first_occurrences(np.array([9, 3, 9, 1], np.uint64)).tolist()
     [9, 3, 1]
     """
-    _, first = np.unique(ids, return_index=True)
-    return ids[np.sort(first)]
+    found = np.empty_like(ids)
+    return found[: _first_occurrences(ids, np.zeros(4 << ids.size.bit_length(), np.int32), found)].copy()
+
+
+@compiled("u8[::1], i4[::1], u8[::1]")
+def _first_occurrences(ids: U64, places: I32, found: U64) -> int:
+    """`places`: zeros, an index of the ids found; their number is a power of two."""
+    last, count = np.uint64(places.shape[0] - 1), 0
+    for i in range(ids.shape[0]):
+        at = mix(ids[i]) & last
+        while places[at] != 0 and found[places[at] - 1] != ids[i]:
+            at = (at + np.uint64(1)) & last
+        if places[at] == 0:
+            found[count] = ids[i]
+            count += 1
+            places[at] = count
+    return count
 
 
 class Pending:
@@ -249,7 +267,7 @@ class IdTable(ABC):
                 admitted = first_occurrences(ids[unknown])
             if admitted.size:
                 self._begin(admitted, self._place(admitted))
-                rows = self.find(ids)
+                rows[unknown] = self.find(ids[unknown])
         see(rows, np.ascontiguousarray(at_ms), self._last_seen_ms)
         self._last_seen_ms[MISSING] = 0
         self.touch(rows)

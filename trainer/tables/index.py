@@ -145,7 +145,10 @@ def grown(array: npt.NDArray[Any], capacity: int) -> npt.NDArray[Any]:
     >>> grown(np.array([7, 8]), 4).tolist()
     [7, 8, 0, 0]
     """
-    return np.concatenate([array, np.zeros((capacity - len(array), *array.shape[1:]), array.dtype)])
+    # Zeros take memory only when they are written.
+    larger = np.zeros((capacity, *array.shape[1:]), array.dtype)
+    larger[: len(array)] = array
+    return larger
 
 
 @compiled("u8[::1], i8[::1], i8, i4[::1]")

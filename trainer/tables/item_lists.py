@@ -24,7 +24,7 @@ class ItemListTable(IdTable):
     """
 
     def __init__(self, name: str, capacity: int = 1024, admit_after: int = 1, max_rows: int = NO_CAP) -> None:
-        self._entries = item_lists.ENTRIES[name]
+        self._entries, self._begun = item_lists.ENTRIES[name], 0
         super().__init__(name, item_lists.width(self._entries), capacity, admit_after, max_rows)
         self._lists = ItemLists.empty(self.capacity, self._entries)
 
@@ -38,6 +38,7 @@ class ItemListTable(IdTable):
         parts: list[npt.NDArray[Any]] = [*self._lists]
         for part, new in zip(parts, item_lists.unpack(values), strict=True):
             part[rows] = new
+        self._begun = max(self._begun, int(rows.max(initial=0)))
 
     def _held(self, rows: I32) -> tuple[F32, F32]:
         return self._served(rows), np.zeros((len(rows), 0), np.float32)
@@ -46,9 +47,13 @@ class ItemListTable(IdTable):
         return item_lists.pack(self._lists.take(rows))
 
     def _begin(self, ids: U64, rows: I32) -> None:
-        parts: list[npt.NDArray[Any]] = [*self._lists]
-        for part in parts:
-            part[rows] = 0
+        # Rows after the last one that was in use are zeros.
+        again = rows[rows <= self._begun]
+        self._begun = max(self._begun, int(rows.max(initial=0)))
+        if again.size:
+            parts: list[npt.NDArray[Any]] = [*self._lists]
+            for part in parts:
+                part[again] = 0
 
     def _use(self) -> F32:
         return np.ascontiguousarray(self._lists.totals[:, -1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +16,6 @@ from state.features.spec import LABELLED, POSITIVE, Events
 from state.ranking.interest_scores import (
     MASKED,
     READ,
-    Columns,
     Workspace,
     gather,
     gather_everything,
@@ -36,7 +34,6 @@ _LABEL = LABELLED | POSITIVE
 _EVERY = (0, *EVERYTHING.tolist())
 _THERE = MASKED / np.float32(2.0)
 _NOTHING_HIDDEN = np.zeros(0, np.bool_)
-_columns = lru_cache(maxsize=4)(Columns)
 
 
 class Correction(NamedTuple):
@@ -123,7 +120,7 @@ def correction_of(
         version.popular,
         successors,
         mask,
-        _columns(version.features.spec).phi(vectors.features, vectors.category_windows),
+        version.features.interest_columns.phi(vectors.features, vectors.category_windows),
         weights,
         *correction,
         version.interest_work,
@@ -153,7 +150,8 @@ def _correct(
     count, slots, ranks = recent.shape[0], recent.shape[1], popular.shape[0]
     everything, rows = indices[1 : 1 + LISTS_OF_EVERYTHING], np.empty((count, READ), np.int32)
     for i in range(count):
-        if i == 0 or at_s[i] != at_s[i - 1]:
+        # The lists of a version do not change, and `work` is the version's.
+        if at_s[i] != work.at_s[0]:
             gather_everything(lists, everything, at_s[i], work)
         for k in range(READ):
             rows[i, k] = indices[1 + LISTS_OF_EVERYTHING + k * count + i]

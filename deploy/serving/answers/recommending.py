@@ -109,7 +109,7 @@ def _reads(
 
 def reasons_of(order: NDArray[np.intp], work: Workspace) -> list[Reason]:
     """Returns the source with the largest share of each candidate, given by its index in `work`."""
-    shares = work.shares[order][:, :SHARES].reshape(len(order), len(SOURCES), LIVES).max(2)
+    shares = work.features[:SHARES, order].T.reshape(len(order), len(SOURCES), LIVES).max(2)
     # That an item followed the user's item is a stronger reason than its popularity.
     shares[:, [NEWEST_AT, SECOND_AT]] *= (work.own[order] == 0)[:, None]
     best = np.where(work.own[order] > 0, len(SOURCES) - 1, shares[:, :-1].argmax(1))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -121,6 +123,11 @@ class VersionFeatures:
     crosses: Crosses
     actions: Numbers | None = None
 
+    @cached_property
+    def interest_columns(self) -> interest_scores.Columns:
+        """Computes the columns of the correction of interests."""
+        return interest_scores.Columns(self.spec)
+
 
 class OwnInput(NamedTuple):
     """An input that is rows of a table of the ranker's own.
@@ -226,16 +233,18 @@ class VersionRows:
     def next_categories(self, keys: Sequence[int]) -> tuple[ItemLists, list[int]]:
         """Looks up the lists of n keys of `NEXT_CATEGORY`; returns all lists read so far, and which are the keys'."""
         cache = self._version.next_categories
-        if len(cache.places) + len(keys) > LISTS_REMEMBERED:
-            cache.places.clear()
         index_of = cache.places
-        if missing := [key for key in dict.fromkeys(keys) if key not in index_of]:
-            stored = [self.reader.row(NEXT_CATEGORY, key, self.served) if key else None for key in missing]
-            first = len(index_of)
-            cached: list[NDArray[Any]] = [*cache.lists]
-            for part, new in zip(cached, lists_from_stored(stored, ENTRIES[NEXT_CATEGORY]), strict=True):
-                part[first : first + len(missing)] = new
-            index_of.update(zip(missing, range(first, first + len(missing)), strict=True))
+        with suppress(KeyError):
+            return cache.lists, [index_of[key] for key in keys]
+        if len(index_of) + len(keys) > LISTS_REMEMBERED:
+            index_of.clear()
+        missing = [key for key in dict.fromkeys(keys) if key not in index_of]
+        stored = [self.reader.row(NEXT_CATEGORY, key, self.served) if key else None for key in missing]
+        first = len(index_of)
+        cached: list[NDArray[Any]] = [*cache.lists]
+        for part, new in zip(cached, lists_from_stored(stored, ENTRIES[NEXT_CATEGORY]), strict=True):
+            part[first : first + len(missing)] = new
+        index_of.update(zip(missing, range(first, first + len(missing)), strict=True))
         return cache.lists, [index_of[key] for key in keys]
 
     def context_sum(self, ids: Sequence[int]) -> F32:
