@@ -39,7 +39,7 @@ from state.process import log_lines
 from state.process.ending import while_read
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.registry.control import Control
-from state.registry.manifest import Manifest
+from state.registry.manifest import Manifest, sees
 from state.registry.model_fit import first_after, former_specs
 from state.registry.registry import Registry
 from state.registry.segments import base_of, segments_of
@@ -216,20 +216,32 @@ def verify(
 def origin_of(
     registry: Registry, beginnings: Sequence[Control], target: Manifest, wanted_base: int | None
 ) -> Manifest | None:
-    """The version to begin from, not before an upgrade, where another model learned. None to begin from scratch.
+    """The version to begin from, not before an upgrade or a change of the environment. None to begin from scratch.
 
     Raises:
         UnknownVersion: There is no such version, it is not kept, or `target` does not descend from it.
     """
+    from trainer.versions.difference import environment_differences
+
     base = base_of(registry, target, wanted_base)
-    if (upgraded := first_after(registry, beginnings, base, target)) is None:
-        return base
-    if wanted_base is not None:
+    origin, change = base, ""
+    if (upgraded := first_after(registry, beginnings, base, target)) is not None:
+        origin, change = upgraded, "an upgrade"
+    for number in reversed(registry.versions()):
+        if number <= (0 if origin is None else origin.version):
+            break
+        if number < target.version and sees(target.visible, number):
+            earlier = registry.manifest(number)
+            if differs := environment_differences(earlier.environment, target.environment):
+                origin, change = earlier, f"a change of the environment ({'; '.join(differs)})"
+                break
+    if change and wanted_base is not None and origin is not None and origin.version != wanted_base:
         raise UnknownVersion(
-            f"there is an upgrade between versions {wanted_base} and {target.version}: another model learned the records before it",
-            f"use --from {upgraded.version}, or leave it out",
+            f"there is {change} between versions {wanted_base} and {target.version}, "
+            f"so the records before version {origin.version} were learned in another way",
+            f"use --from {origin.version}, or leave it out",
         )
-    return upgraded
+    return origin
 
 
 def taken_out(registry: Registry, base: Manifest | None) -> Erased:

@@ -6,13 +6,13 @@
 4. The workers exchange scores and gradients. Each adds the gradients in the order of the workers, so that all apply the
    same bits. Fast weights are averaged by rows. What crosses learn is added up.
 
-Negatives are drawn from the rows of the same worker. So the weights depend on the number of workers, which is part of
-the environment of a version.
+Sums are rounded by worker, so the weights depend on the number of workers, which is part of the environment of a version.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 import time
@@ -26,10 +26,12 @@ import numpy.typing as npt
 from safetensors.numpy import load, save
 
 from state.config.settings import Settings
-from state.errors import SettingsError
+from state.errors import SettingsError, WorkerLost
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode, encode
+from state.ranking.item_lists import NEXT_CATEGORY
+from state.rows.tables import ITEM_LISTS
 from trainer.engine.adam import FastSlots
 from trainer.engine.crosses import Crossed
 from trainer.engine.engine import CROSS, F32, I32, Gradient, Measured, Scores
@@ -46,7 +48,7 @@ from trainer.tables.id_table import I64, MISSING
 from trainer.tables.index import U64
 from trainer.tables.table import Table
 
-USER = "user"
+USER, SHARED = "user", "shared"
 BEAT_S = 2.0
 """The longest time without an exchange, so that the leader notices the loss of a worker without clicks."""
 COLUMNS_BY_ID = {
@@ -89,11 +91,17 @@ class DividedTrainer(Trainer):
         return super().forget(users)
 
     def take_rows(self, how: Taking, without: Collection[str] = ()) -> dict[str, dict[str, npt.NDArray[Any]]]:
-        """See `Trainer`; with the users of all workers."""
+        """See `Trainer`; with the users of all workers.
+
+        Raises:
+            WorkerLost: A worker ended or does not answer, or weights that all hold differ; recent versions do not compare them.
+        """
         self._send("take", {"how": how, "without": sorted(without)})
         changes = super().take_rows(how, without)
         if not self._alone:
-            parts = [load(part) for part in self.group.gather_bytes(save(changes[USER]))]
+            shared = self._shared_digest(changes) if how != "take_served" else np.zeros(32, np.uint8)
+            parts = [load(part) for part in self.group.gather_bytes(save(changes[USER] | {SHARED: shared}))]
+            require_equal([part.pop(SHARED).tobytes() for part in parts])
             changes[USER] = joined_by_id(parts)
         return changes
 
@@ -169,6 +177,16 @@ class DividedTrainer(Trainer):
         if self.group.leads and not self._alone:
             self.group.send(json.dumps({"name": name, **arguments}).encode() + b"\n" + data, timeout_s)
 
+    def _shared_digest(self, changes: Mapping[str, Mapping[str, npt.NDArray[Any]]]) -> npt.NDArray[np.uint8]:
+        """SHA-256 over the rows that all workers hold and the dense weights."""
+        sha = hashlib.sha256()
+        for name in sorted(changes.keys() - {USER, NEXT_CATEGORY, *ITEM_LISTS}):
+            for column in changes[name].values():
+                sha.update(np.ascontiguousarray(column).tobytes())
+        for _, weight in sorted(self.model.weights().items()):
+            sha.update(weight.tobytes())
+        return np.frombuffer(sha.digest(), np.uint8)
+
     def _owns(self, users: U64) -> npt.NDArray[np.bool_]:
         is_own: npt.NDArray[np.bool_] = self.group.owners(users) == self.group.index
         return is_own
@@ -188,7 +206,7 @@ class DividedTrainer(Trainer):
         if self._alone:
             return super()._update(batch, crosses, seed)
         owners = self.group.owners(batch.user)
-        record = self._record(batch, crosses, seed, owners)
+        record = self._record(batch, crosses, seed)
         return self._judge_and_apply(batch, record, self._measured(record, owners))
 
     def _measured(self, record: Record, owners: I64) -> Measured:
@@ -307,6 +325,25 @@ def _places(subset: I32, rows: I32) -> npt.NDArray[np.int64]:
     order = np.argsort(rows)
     indices: npt.NDArray[np.int64] = order[np.searchsorted(rows, subset, sorter=order)]
     return indices
+
+
+def require_equal(digests: Sequence[bytes]) -> None:
+    """Compares the digests of what all workers hold.
+
+    Raises:
+        WorkerLost: A worker's differs from the leader's.
+
+    >>> require_equal([b"a", b"a"])
+    >>> require_equal([b"a", b"a", b"b"])
+    Traceback (most recent call last):
+    state.errors.WorkerLost: worker 2 has other weights than worker 0; ...
+    """
+    for worker, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise WorkerLost(
+                f"worker {worker} has other weights than worker 0",
+                "run all workers with the same release, packages and type of CPU; the group starts again from the newest version",
+            )
 
 
 def joined_by_id(parts: Sequence[Mapping[str, npt.NDArray[Any]]]) -> dict[str, npt.NDArray[Any]]:

@@ -62,7 +62,7 @@ from trainer.model.attributes import Columns
 from trainer.model.preprocessing import Preprocessing
 from trainer.privacy.history import NoisePlace
 from trainer.tables.changes import Changes
-from trainer.tables.id_table import I64, MISSING, IdTable
+from trainer.tables.id_table import MISSING, IdTable
 from trainer.tables.index import U64
 from trainer.tables.item_lists import ItemListTable
 from trainer.tables.popular import HOUR_MS, Popular
@@ -317,10 +317,8 @@ class Trainer:
     def _visited(self) -> ItemListTable | None:
         return None if self.item_ranking is None else self.item_ranking.tables[VISITED]
 
-    def _record(
-        self, batch: MicroBatch, crosses: U64, seed: tuple[int, int] | None, owners: I64 | None = None
-    ) -> Record:
-        return self._recorder.record(batch, crosses, self.popular.top(), self.transitions, seed, owners)
+    def _record(self, batch: MicroBatch, crosses: U64, seed: tuple[int, int] | None) -> Record:
+        return self._recorder.record(batch, crosses, self.popular.top(), self.transitions, seed)
 
     def _observe(self, batch: MicroBatch, crosses: U64) -> U64:
         """Counts the sightings of a batch; returns its users who had no row before, repeated as they occur."""

@@ -136,12 +136,14 @@ def environment_differences(then: Mapping[str, str], now: Mapping[str, str]) -> 
     ['numpy was 2.3 and is 2.4']
     >>> environment_differences({"churn.days": "7.0"}, {})
     ['churn.days was 7.0 and is off']
+    >>> environment_differences({"workers": "2"}, {})
+    ['workers was 2 and is 1']
     >>> environment_differences({"model.tower": FORMER_TOWERS[0]}, {"model.tower": Model().tower})
     []
     """
     then = {name: Model().tower if value in FORMER_TOWERS else value for name, value in then.items()}
-    # Settings of a feature that is off are not named.
-    off = {name: "off" for name in then.keys() | now.keys() if name.startswith("churn.")}
+    # Settings of a feature that is off are not named, nor is a single worker.
+    off = {name: "off" for name in then.keys() | now.keys() if name.startswith("churn.")} | {"workers": "1"}
     then, now = {**off, **then}, {**off, **now}
     return [
         f"{name} was {then[name]} and is {now[name]}"
