@@ -104,11 +104,6 @@ def suffer(leader: Part, settings: Settings, registry: Registry, first: int, fau
 def test_a_killed_or_frozen_worker_changes_no_bit_of_what_the_group_learns(
     kafka_settings: KafkaFactory, tmp_path: Path, stack: ExitStack, workers: int
 ) -> None:
-    whole = settings_of(kafka_settings, tmp_path / "whole", workers)
-    write(whole, 0, len(RECORDS))
-    registry = prepared(whole)
-    expected = digest(registry, run_through(whole, registry, tmp_path / "whole.log", stack))
-
     settings = settings_of(kafka_settings, tmp_path / "faults", workers)
     registry = prepared(settings)
 
@@ -120,7 +115,14 @@ def test_a_killed_or_frozen_worker_changes_no_bit_of_what_the_group_learns(
         suffer(leader, settings, registry, 6 * number, fault)
     write(settings, 6 * len(faults), len(RECORDS))
     version = run_through(settings, registry, tmp_path / "last.log", stack)
-    assert digest(registry, version) == expected
+
     if workers == 2:
+        # Another group learns the whole log without a fault, and has the same bits.
         verifying = Part("command", settings, tmp_path / "verify.log", words=["verify", str(version)])
         assert verifying.process.wait(DEADLINE_S) == 0, verifying.said()
+        return
+    whole = settings_of(kafka_settings, tmp_path / "whole", workers)
+    write(whole, 0, len(RECORDS))
+    undisturbed = prepared(whole)
+    expected = digest(undisturbed, run_through(whole, undisturbed, tmp_path / "whole.log", stack))
+    assert digest(registry, version) == expected
