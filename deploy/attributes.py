@@ -83,9 +83,9 @@ def encode(rows: RecordedRows, files: AttributeFiles) -> AttributeRecords:
     table, encoded = files.table, AttributeRecords([], [], Counter())
     paths = tuple(dict.fromkeys(attribute.path for attribute in table.fields))
     columns = [rows.columns[path] for path in paths]
-    for row, (one, *values) in enumerate(zip(rows.columns[files.key], *columns, strict=True)):
+    for row, (identity, *values) in enumerate(zip(rows.columns[files.key], *columns, strict=True)):
         try:
-            key = None if type(one) not in (str, int) else str(one).encode()
+            key = None if type(identity) not in (str, int) else str(identity).encode()
             value = rows.text(row) if row in rows.broken else _value(dict(zip(paths, values, strict=True)), rows, row)
             texts = table.read(value, files.most_bytes)
             id_of(key)
@@ -155,17 +155,17 @@ def send(
             progress.name(f"{files.recording.files[number].path}:{int(rows.lines[row])}", reason)
         outcome.refused += reasons
         outcome.valued += encoded.valued
-        left = encoded.records
-        while left:
+        unsent = encoded.records
+        while unsent:
             if stopped.is_set():
                 return outcome
-            count = rows_within([len(key) + len(value) for key, value in left])
-            keys, values = zip(*left[:count], strict=True)
+            count = rows_within([len(key) + len(value) for key, value in unsent])
+            keys, values = zip(*unsent[:count], strict=True)
             deliver(Piece(keys, values, np.full(count, wall_ms(), np.int64)))
-            left = left[count:]
+            unsent = unsent[count:]
             outcome.sent += count
-            seen = outcome.sent + outcome.refused.total()
-            progress.show(seen, seen, None, outcome.refused.total())
+            rows_read = outcome.sent + outcome.refused.total()
+            progress.show(rows_read, rows_read, None, outcome.refused.total())
     outcome.complete = True
     return outcome
 
@@ -187,17 +187,19 @@ def summary(files: AttributeFiles, outcome: SentAttributes, took_s: float) -> st
 
     A name without a value in any record may be misspelled; JSON lines have no header to check.
     """
-    seen = outcome.sent + outcome.refused.total()
+    rows_read = outcome.sent + outcome.refused.total()
     parts = [
         f"sent {outcome.sent:,} records of {BY_SIDE[files.side]} to {files.topic} in {took_s:.1f} s "
-        f"({seen / took_s:,.0f} rows/s), {shown_reasons(outcome.refused, REFUSED)}",
+        f"({rows_read / took_s:,.0f} rows/s), {shown_reasons(outcome.refused, REFUSED)}",
     ]
     parts += [
         f"no record has a value for {attribute.name}: is the field {attribute.path!r} spelled so?"
         for attribute in files.table.fields
         if outcome.sent and not outcome.valued[attribute.name]
     ]
-    parts.append("complete" if outcome.complete else "stopped before the end: the same command sends all of it again")
+    parts.append(
+        "complete" if outcome.complete else "stopped before the end: run the same command again to send everything"
+    )
     return "; ".join(parts)
 
 
@@ -232,16 +234,16 @@ def files_of(options: argparse.Namespace, settings: Settings) -> list[AttributeF
     Raises:
         SettingsError: A side has no topic, no fields or no file, or its id no column.
     """
-    asked = {side: getattr(options, sides) for side, sides in BY_SIDE.items()}
-    if not any(asked.values()):
+    patterns = {side: getattr(options, sides) for side, sides in BY_SIDE.items()}
+    if not any(patterns.values()):
         raise SettingsError(
             "name what to send: --users FILE... or --items FILE...", "see `springtide attributes --help`"
         )
-    if all(asked.values()) and options.columns:
+    if all(patterns.values()) and options.columns:
         raise SettingsError("--columns is for the files of one side: run the command once for users and once for items")
-    tables, found = tables_of(settings.attributes), []
+    tables, side_files = tables_of(settings.attributes), []
     for side in SIDES:
-        if not asked[side]:
+        if not patterns[side]:
             continue
         table, topic = tables.get(side), getattr(settings.attributes, f"{side}_topic")
         if table is None or not table.fields:
@@ -251,11 +253,11 @@ def files_of(options: argparse.Namespace, settings: Settings) -> list[AttributeF
         if not key:
             raise SettingsError(f"events.{side} names no field: name the column of the id with --{side}-id")
         columns = tuple(options.columns.split(",")) if options.columns else ()
-        files = find(asked[side], options.format, options.delimiter)
+        files = find(patterns[side], options.format, options.delimiter)
         remedy = f"{NOT_THERE}, or name the column of the id with --{side}-id"
         most_bytes = min(settings.events.max_event_bytes, LARGEST_VALUE)
-        found.append(AttributeFiles(side, Recording(files, columns, remedy=remedy), table, topic, key, most_bytes))
-    return found
+        side_files.append(AttributeFiles(side, Recording(files, columns, remedy=remedy), table, topic, key, most_bytes))
+    return side_files
 
 
 def run(

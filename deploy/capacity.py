@@ -178,13 +178,13 @@ class Sizing:
 
     def orders(self) -> dict[str, Need]:
         """Part -> what to order for all its instances; `all` is the sum."""
-        found = {name: need.ordered(self.load.use) for name, need in self.parts().items()}
-        return {**found, "all": Need(*(sum(column) for column in zip(*found.values(), strict=True)))}
+        needs = {name: need.ordered(self.load.use) for name, need in self.parts().items()}
+        return {**needs, "all": Need(*(sum(column) for column in zip(*needs.values(), strict=True)))}
 
     def limits(self) -> list[Limit]:
         """All limits, the nearest first."""
         limits = DATA.limits
-        found = [
+        reached = [
             Limit(
                 limit.name,
                 self._of(limit.asked),
@@ -195,7 +195,7 @@ class Sizing:
             )
             for limit in (limits.flink if self["on_flink"] else limits.local, *limits.every)
         ]
-        return sorted(found, key=lambda limit: -limit.share)
+        return sorted(reached, key=lambda limit: -limit.share)
 
 
 DESCRIPTION = (
@@ -244,30 +244,30 @@ def constant(text: str) -> tuple[str, float]:
 
 def parser(settings: Settings) -> argparse.ArgumentParser:
     """Returns the parser of the command: the fields of `Load`, and how to print."""
-    found = RefusingParser(prog="springtide capacity", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False)
+    command = RefusingParser(prog="springtide capacity", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False)
     defaults = {"versions": 1 / settings.trainer.publish_s, "retention_h": settings.kafka.retention_h}
     for option in fields(Load):
         default, choices = defaults.get(option.name, option.default), option.metadata["choices"]
         flag, meaning = f"--{option.name.replace('_', '-')}", f"{option.metadata['help']} ({default})"
         convert = str if choices else amount
-        found.add_argument(flag, type=convert, choices=choices, default=default, help=meaning)
-    found.add_argument(
+        command.add_argument(flag, type=convert, choices=choices, default=default, help=meaning)
+    command.add_argument(
         "--measured",
         type=constant,
         action="append",
         default=[],
         help="a constant that was measured on your machine, as NAME=VALUE; repeatable",
     )
-    output(found)
-    found.add_argument("--markdown", action="store_true", help="print docs/operate/capacity.md")
-    return found
+    output(command)
+    command.add_argument("--markdown", action="store_true", help="print docs/operate/capacity.md")
+    return command
 
 
-def _sizing_of(asked: argparse.Namespace, settings: Settings) -> Sizing:
-    if asked.use > 1 or asked.host_cores % 1 or asked.replication % 1:
+def _sizing_of(args: argparse.Namespace, settings: Settings) -> Sizing:
+    if args.use > 1 or args.host_cores % 1 or args.replication % 1:
         raise SettingsError("--use is at most 1, --host-cores and --replication are whole numbers", "correct them")
-    load_asked = Load(**{option.name: getattr(asked, option.name) for option in fields(Load)})
-    return Sizing(load_asked, settings, {**VALUES, **dict(asked.measured)})
+    load_asked = Load(**{option.name: getattr(args, option.name) for option in fields(Load)})
+    return Sizing(load_asked, settings, {**VALUES, **dict(args.measured)})
 
 
 def number(value: float) -> str:
@@ -365,13 +365,13 @@ def page(settings: Settings) -> str:
 def _run(argv: Sequence[str]) -> int:
     flags, words = split_settings(argv)
     settings = load(flags)
-    asked = parser(settings).parse_args(words)
-    sizing = _sizing_of(asked, settings)
-    if asked.markdown:
+    args = parser(settings).parse_args(words)
+    sizing = _sizing_of(args, settings)
+    if args.markdown:
         # The page uses the defaults, regardless of this machine's settings.
         print(page(Settings()))
         return 0
-    print(json.dumps(_as_document(sizing)) if asked.output == "json" else _as_text(sizing))
+    print(json.dumps(_as_document(sizing)) if args.output == "json" else _as_text(sizing))
     return int(sizing.limits()[0].share > 1)
 
 

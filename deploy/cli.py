@@ -188,21 +188,21 @@ def as_toml(value: Any) -> str:
     return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
 
 
-def config(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Callable[[str], None]) -> None:
+def config(settings: Settings, args: argparse.Namespace, now_ms: int, say: Callable[[str], None]) -> None:
     """Shows the settings."""
-    if asked.markdown:
+    if args.markdown:
         say(as_markdown())
         return
-    listed = chosen(asked.names)
-    if asked.changed:
+    listed = chosen(args.names)
+    if args.changed:
         listed = _changed(settings, listed)
     # A single setting is explained in full.
-    explain = asked.explain or any("." in name for name in asked.names)
-    show = _as_json if asked.output == "json" else _as_pages if explain else as_lines
+    explain = args.explain or any("." in name for name in args.names)
+    show = _as_json if args.output == "json" else _as_pages if explain else as_lines
     say(show(settings, listed) or "every setting has its default")
 
 
-def check_model(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Callable[[str], None]) -> None:
+def check_model(settings: Settings, args: argparse.Namespace, now_ms: int, say: Callable[[str], None]) -> None:
     """Checks the custom functions, and that the newest version fits the model."""
     from deploy.startup import model_checks
     from state.registry.model_fit import require_same_model
@@ -263,35 +263,35 @@ def run(argv: Sequence[str], become: Callable[[str, list[str]], None], now_ms: i
         SpringtideError: The command failed; the message is for the operator.
     """
     flags, words = split_settings(argv)
-    asked, unknown = parser(words).parse_known_args(with_times(words))
-    if unknown and asked.command not in OWN_HELP and not getattr(asked, "runner", None):
-        raise SettingsError(f"unknown argument {unknown[0]}", f"see `springtide {asked.command} --help`")
-    if asked.command in PROCESSES:
+    args, unknown = parser(words).parse_known_args(with_times(words))
+    if unknown and args.command not in OWN_HELP and not getattr(args, "runner", None):
+        raise SettingsError(f"unknown argument {unknown[0]}", f"see `springtide {args.command} --help`")
+    if args.command in PROCESSES:
         # Report a mistake here, with exit code 2, before anything starts.
         settings = load(flags)
-        if asked.command == "bootstrap" and not {"--help", "-h"} & {*words}:
+        if args.command == "bootstrap" and not {"--help", "-h"} & {*words}:
             from deploy.startup import model_checks
 
             # The preprocessing is checked by the bootstrap itself.
             model_checks.check_tower(settings)
-        runner = getattr(asked, "runner", None)
+        runner = getattr(args, "runner", None)
         chosen_runner = [] if runner is None else ["--runner", runner]
-        become(PROCESSES[asked.command][0], [*_accepted(asked), *chosen_runner, *unknown, *flags])
+        become(PROCESSES[args.command][0], [*_accepted(args), *chosen_runner, *unknown, *flags])
         return
-    _operator_command(asked.command)(load(flags), asked, now_ms, say)
+    _operator_command(args.command)(load(flags), args, now_ms, say)
 
 
-def _accepted(asked: argparse.Namespace) -> list[str]:
+def _accepted(args: argparse.Namespace) -> list[str]:
     """Returns the options for accepted gaps; mistakes in them are reported here too."""
-    if asked.command not in READERS:
+    if args.command not in READERS:
         return []
     from state.log import accepted_gaps
 
-    options = accepted_gaps.as_options(asked)
+    options = accepted_gaps.as_options(args)
     accepted_gaps.take_options(options, actor="", records=True)
-    if not getattr(asked, "upgrade", False):
+    if not getattr(args, "upgrade", False):
         return options
-    return ["--upgrade", *options, *([] if "--reason" in options else ["--reason", asked.reason])]
+    return ["--upgrade", *options, *([] if "--reason" in options else ["--reason", args.reason])]
 
 
 def become(module: str, flags: list[str]) -> None:

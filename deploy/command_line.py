@@ -224,16 +224,16 @@ class RefusingParser(argparse.ArgumentParser):
         Traceback (most recent call last):
         state.errors.SettingsError: 'statsu' is unknown; did you mean `status`? `springtide --help` lists all
         """
-        if (found := _UNKNOWN.fullmatch(message)) is None:
+        if (unknown := _UNKNOWN.fullmatch(message)) is None:
             raise SettingsError(message, f"see `{self.prog} --help`")
-        word, choices = found.groups()
-        near = difflib.get_close_matches(word, re.findall(r"'([^']*)'", choices), 1)
+        choice, choices = unknown.groups()
+        near = difflib.get_close_matches(choice, re.findall(r"'([^']*)'", choices), 1)
         do = f"did you mean `{near[0]}`? `{self.prog} --help` lists all" if near else f"`{self.prog} --help` lists all"
-        raise SettingsError(f"{word!r} is unknown", do)
+        raise SettingsError(f"{choice!r} is unknown", do)
 
 
 class _Version(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *asked: object) -> None:
+    def __call__(self, parser: argparse.ArgumentParser, *values: object) -> None:
         from importlib.metadata import PackageNotFoundError, version
 
         try:
@@ -250,14 +250,14 @@ def parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
         words: The arguments to parse. Options whose import takes long (those of the log) are only added to commands
             that these words name; without words they are added to all.
     """
-    whole = RefusingParser(
+    root = RefusingParser(
         prog="springtide",
         description="User profiles that learn from every click.",
         epilog=SETTINGS_HELP,
         allow_abbrev=False,
     )
-    whole.add_argument("--version", action=_Version, nargs=0, help="show the release and exit")
-    commands = whole.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+    root.add_argument("--version", action=_Version, nargs=0, help="show the release and exit")
+    commands = root.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
 
     def add(name: str, help: str, description: str = "", own_help: bool = True) -> argparse.ArgumentParser:
         return commands.add_parser(
@@ -302,7 +302,7 @@ def parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
     printing += [experiment(add), _history(add), _config(add)]
     for command in printing:
         operating.output(command)
-    return whole
+    return root
 
 
 def _versions(add: Add) -> argparse.ArgumentParser:

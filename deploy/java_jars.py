@@ -100,13 +100,13 @@ class Product:
 
         # jgo asks Java whether a jar is a module, and would download a whole JDK for that.
         os.environ["JAVA_HOME"] = str(Path(self.java()).parent.parent)
-        found = jgo.build(endpoint, update=True).lockfile
-        assert found is not None, "a new environment has one"
+        lockfile = jgo.build(endpoint, update=True).lockfile
+        assert lockfile is not None, "a new environment has one"
         return {
             ":".join(
                 [artifact.groupId, artifact.artifactId, artifact.version, *filter(None, [artifact.classifier])]
             ): str(artifact.sha256)
-            for artifact in found.dependencies
+            for artifact in lockfile.dependencies
         }
 
 

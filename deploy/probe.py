@@ -186,7 +186,7 @@ class Stopwatch:
     def _recency(self, answer: Profile) -> int:
         return (answer.features or {}).get(self._feature, NEVER)
 
-    def _look(self, user: str, at_ms: int, before: int, begun_s: float, found: Passage) -> Passage:
+    def _look(self, user: str, at_ms: int, before: int, begun_s: float, passage: Passage) -> Passage:
         timeout_s = self._settings.probe.timeout_s
         while True:
             asked_s = self._clock() - begun_s
@@ -194,44 +194,44 @@ class Stopwatch:
                 answer = self._ask(user, at_ms)
             except ClientError as error:
                 if asked_s > timeout_s or self._stopped():
-                    return _unanswered(found, error)
+                    return _unanswered(passage, error)
             else:
                 took_s = self._clock() - begun_s
-                found = replace(found, version=answer.version.number)
-                if found.feature_seconds is None and self._recency(answer) < before:
-                    found = replace(found, feature_seconds=took_s)
-                if found.weight_seconds is None and self._learned(answer, found):
-                    found = replace(found, weight_seconds=took_s)
-                if found.feature_seconds is not None and found.weight_seconds is not None:
-                    return found
+                passage = replace(passage, version=answer.version.number)
+                if passage.feature_seconds is None and self._recency(answer) < before:
+                    passage = replace(passage, feature_seconds=took_s)
+                if passage.weight_seconds is None and self._learned(answer, passage):
+                    passage = replace(passage, weight_seconds=took_s)
+                if passage.feature_seconds is not None and passage.weight_seconds is not None:
+                    return passage
             if asked_s > timeout_s or self._stopped():
-                return _late(found, timeout_s)
+                return _late(passage, timeout_s)
             self._sleep(POLL_S)
 
     @staticmethod
-    def _learned(answer: Profile, found: Passage) -> bool:
-        return (answer.version.sources or {}).get(found.source, 0) > found.offset
+    def _learned(answer: Profile, passage: Passage) -> bool:
+        return (answer.version.sources or {}).get(passage.source, 0) > passage.offset
 
 
-def _unanswered(found: Passage, error: ClientError) -> Passage:
+def _unanswered(passage: Passage, error: ClientError) -> Passage:
     refused = isinstance(error, Refused) and error.status in (401, 403)
-    return replace(found, reason="refused" if refused else "answers", problem=f"no answer came: {error}")
+    return replace(passage, reason="refused" if refused else "answers", problem=f"no answer came: {error}")
 
 
-def _late(found: Passage, timeout_s: float) -> Passage:
-    partition = found.source.rpartition(":")[2]
-    where = f"the click at offset {found.offset} of partition {partition}"
-    if found.feature_seconds is None:
+def _late(passage: Passage, timeout_s: float) -> Passage:
+    partition = passage.source.rpartition(":")[2]
+    where = f"the click at offset {passage.offset} of partition {partition}"
+    if passage.feature_seconds is None:
         return replace(
-            found,
+            passage,
             reason="features",
             problem=f"{where} is in no answer after {timeout_s:g} s: see whether it is a dead letter, and whether stream and "
             "applier run",
         )
     return replace(
-        found,
+        passage,
         reason="weights",
-        problem=f"{where} was in answers after {found.feature_seconds:.2f} s, and version {found.version} has not learned "
+        problem=f"{where} was in answers after {passage.feature_seconds:.2f} s, and version {passage.version} has not learned "
         f"from it after {timeout_s:g} s: see whether it is pinned, or training is held",
     )
 
@@ -284,14 +284,14 @@ class Probe:
         )
 
 
-def count(found: Passage, metrics: ProbeMetrics, now_s: float) -> None:
+def count(passage: Passage, metrics: ProbeMetrics, now_s: float) -> None:
     """Counts the result of a probe, also what it reached before it failed."""
-    if found.feature_seconds is not None:
-        metrics.feature_seconds.observe(found.feature_seconds)
-    if found.weight_seconds is not None:
-        metrics.weight_seconds.observe(found.weight_seconds)
-    if found.reason:
-        metrics.failures.labels(found.reason).inc()
+    if passage.feature_seconds is not None:
+        metrics.feature_seconds.observe(passage.feature_seconds)
+    if passage.weight_seconds is not None:
+        metrics.weight_seconds.observe(passage.weight_seconds)
+    if passage.reason:
+        metrics.failures.labels(passage.reason).inc()
     else:
         metrics.last_success.set(now_s)
 
@@ -303,12 +303,12 @@ def run(settings: Settings, stop: threading.Event, time_one: Callable[[], Passag
     say, every_s = SaidOnce(_log.warning), settings.probe.every_s or EVERY_S
     while not stop.is_set():
         begun_s = time.monotonic()
-        found = time_one()
+        passage = time_one()
         if stop.is_set():
             return
-        count(found, metrics, time.time())
-        if found.reason:
-            say(f"a probe did not come through ({found.reason}); {found.problem}")
+        count(passage, metrics, time.time())
+        if passage.reason:
+            say(f"a probe did not come through ({passage.reason}); {passage.problem}")
         else:
             say.clear()
         stop.wait(max(0.0, begun_s + every_s - time.monotonic()))
@@ -339,27 +339,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(words: Sequence[str]) -> int:
-    asked, flags = parser().parse_known_args(words)
+    args, flags = parser().parse_known_args(words)
     stop = stop_on_signals()
     # A failed attempt is reported once, with what failed; the client's own messages would repeat it.
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
     settings = load(flags)
     probe = Probe(settings, stop, random.randrange(SLOTS))
-    if asked.continuously:
+    if args.continuously:
         log_lines.begin("probe")
         log_lines.follow(settings.logs)
         logging.getLogger("httpx").setLevel(logging.WARNING)
         with served(settings.probe.metrics_port, settings.metrics.host) as registry:
             run(settings, stop, probe.time, ProbeMetrics(registry))
         return 0
-    found = probe.time()
-    if asked.output == "json":
-        print(json.dumps(found.to_json()))
-    elif found.reason:
-        print(f"springtide probe: {found}", file=sys.stderr)
+    passage = probe.time()
+    if args.output == "json":
+        print(json.dumps(passage.to_json()))
+    elif passage.reason:
+        print(f"springtide probe: {passage}", file=sys.stderr)
     else:
-        print(found)
-    return int(bool(found.reason))
+        print(passage)
+    return int(bool(passage.reason))
 
 
 if __name__ == "__main__":

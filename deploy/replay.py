@@ -58,11 +58,11 @@ def _main(arguments: Sequence[str]) -> None:
         epilog=SETTINGS_HELP,
         allow_abbrev=False,
     )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
         "--synthetic", action="store_true", help="send clicks of synthetic shoppers (settings [shoppers])"
     )
-    what.add_argument(
+    source.add_argument(
         "--burst", nargs=3, metavar=("USER", "CATEGORY", "N"), help="send N clicks of one user in one category"
     )
     parser.add_argument("--limit", type=int, help="stop after this many events")
@@ -224,15 +224,15 @@ def summary(outcome: Outcome, topic: str, took_s: float) -> str:
     position = outcome.position
     if position.complete and not outcome.sent:
         return f"all {position.acknowledged:,} rows are in {topic} already; --restart sends them again"
-    done = f"sent {outcome.sent:,} rows to {topic} in {took_s:.1f} s ({outcome.sent / took_s:,.0f} rows/s)"
+    sent = f"sent {outcome.sent:,} rows to {topic} in {took_s:.1f} s ({outcome.sent / took_s:,.0f} rows/s)"
     parts = [f"{outcome.clicks:,} clicks", shown_reasons(position.refused)]
     if outcome.late:
         parts.append(f"{outcome.late:,} rows were late")
     if position.unsendable:
         parts.append(f"{position.unsendable:,} too large to send")
-    of = "" if outcome.total is None else f" of {outcome.total:,}"
-    state = "complete" if position.complete else f"row {position.acknowledged:,}{of}; the same command resumes there"
-    return f"{done}: {', '.join(parts)}; {state}"
+    total = "" if outcome.total is None else f" of {outcome.total:,}"
+    state = "complete" if position.complete else f"row {position.acknowledged:,}{total}; the same command resumes there"
+    return f"{sent}: {', '.join(parts)}; {state}"
 
 
 def report(findings: Findings, files: int, topic: str) -> str:
@@ -269,10 +269,10 @@ def report(findings: Findings, files: int, topic: str) -> str:
 
 def _listed(places: Sequence[str]) -> str:
     """Formats lines of files, each file once for its consecutive lines."""
-    files = ["", *(place.rpartition(":")[0] for place in places)]
+    files = ["", *(location.rpartition(":")[0] for location in places)]
     return ", ".join(
-        place.removeprefix(before) if file == before else place
-        for place, file, before in zip(places, files[1:], files, strict=False)
+        location.removeprefix(before) if file == before else location
+        for location, file, before in zip(places, files[1:], files, strict=False)
     )
 
 

@@ -274,20 +274,20 @@ def row_store(settings: Settings) -> dict[str, Any] | None:
 def _history_stores(settings: Settings) -> list[dict[str, Any]]:
     """Returns location and size of the histories of stream and serving; on disk while no process writes them."""
     links = [*layout.streams(settings.state_dir), settings.serving_dir / layout.HISTORIES]
-    found = ((link, _store(settings, link, "", "their writer starts")) for link in links)
-    return [{"name": f"{link.parent.name}/{link.name}", **store} for link, store in found if store is not None]
+    stores = ((link, _store(settings, link, "", "their writer starts")) for link in links)
+    return [{"name": f"{link.parent.name}/{link.name}", **store} for link, store in stores if store is not None]
 
 
 def _store(settings: Settings, link: Path, configured: str, moves_when: str) -> dict[str, Any] | None:
-    found, memory = memory_place.current(link), settings.storage.memory_dir
-    if found is None:
+    location, memory = memory_place.current(link), settings.storage.memory_dir
+    if location is None:
         return None
     # If a setting names a directory, or memory is disabled, the location is intended and needs no reason.
-    intended = found.in_memory or configured or not memory
+    intended = location.in_memory or configured or not memory
     return {
-        "path": str(found.path),
-        "in_memory": found.in_memory,
-        "bytes": memory_place.size(found.path),
+        "path": str(location.path),
+        "in_memory": location.in_memory,
+        "bytes": memory_place.size(location.path),
         "why": ""
         if intended
         else memory_place.lack(link, memory) or f"{memory} has space now, and the store moves there when {moves_when}",
@@ -332,7 +332,7 @@ def serving_hosts(settings: Settings, now_ms: int) -> dict[str, Any] | None:
     }
 
 
-def hosts_text(found: Mapping[str, Any]) -> Text:
+def hosts_text(section: Mapping[str, Any]) -> Text:
     """Formats the routing table.
 
     >>> a, b = ({"name": name, "address": f"http://{name}", "live": name == "a", "age_s": 30.0} for name in "ab")
@@ -344,17 +344,17 @@ def hosts_text(found: Mapping[str, Any]) -> Text:
     no live host holds the shares 32-63
     one live host holds the shares 0-31
     """
-    live = sum(host["live"] for host in found["hosts"])
+    live = sum(host["live"] for host in section["hosts"])
     listed = ", ".join(
         f"{host['address']} {host['shares']}" + ("" if host["live"] else f" (not renewed for {seconds(host['age_s'])})")
-        for host in found["hosts"]
+        for host in section["hosts"]
     )
-    parts = [f"{live} of {len(found['hosts'])} are live: {listed}"]
-    if found["without_host"]:
-        parts.append(f"no live host holds the shares {UserShares.of(found['without_host'])}")
-    if found["with_one_host"]:
-        parts.append(f"one live host holds the shares {UserShares.of(found['with_one_host'])}")
-    word = "INCOMPLETE" if found["without_host"] else "ONE HOST" if found["with_one_host"] else "complete"
+    parts = [f"{live} of {len(section['hosts'])} are live: {listed}"]
+    if section["without_host"]:
+        parts.append(f"no live host holds the shares {UserShares.of(section['without_host'])}")
+    if section["with_one_host"]:
+        parts.append(f"one live host holds the shares {UserShares.of(section['with_one_host'])}")
+    word = "INCOMPLETE" if section["without_host"] else "ONE HOST" if section["with_one_host"] else "complete"
     return word, "; ".join(parts)
 
 
@@ -363,13 +363,13 @@ def history_snapshots(settings: Settings, now_ms: int) -> dict[str, Any] | None:
     every_s = settings.history.snapshot_every_s
     try:
         location = snapshots.location_of(settings)
-        found = list(reversed(snapshots.numbers(location)))
+        numbers = list(reversed(snapshots.numbers(location)))
         newest = snapshots.newest(location, UserShares(0))
     except SpringtideError as error:
         return {"problem": str(error), "every_s": every_s, "ages_s": [], "late": False}
-    if not every_s and not found:
+    if not every_s and not numbers:
         return None
-    ages_s = [max(0, now_ms - number) / 1000 for number in found]
+    ages_s = [max(0, now_ms - number) / 1000 for number in numbers]
     return {
         "problem": "",
         "every_s": every_s,
@@ -382,7 +382,7 @@ def history_snapshots(settings: Settings, now_ms: int) -> dict[str, Any] | None:
     }
 
 
-def snapshots_text(found: Mapping[str, Any]) -> Text:
+def snapshots_text(section: Mapping[str, Any]) -> Text:
     """Formats the snapshots of histories.
 
     >>> found = {"problem": "", "every_s": 120.0, "ages_s": [], "late": True, "users": 0, "bytes": 0, "writer": "", "held": ""}
@@ -392,15 +392,15 @@ def snapshots_text(found: Mapping[str, Any]) -> Text:
     >>> snapshots_text(found | {"writer": "serving-a", "held": "0-63"})
     ('fresh', 'the newest of 3 is 42 s old, the others 170 s, 62 min; 20,000 users of shares 0-63, 3 MB, by serving-a; every 120 s')
     """
-    every = f"every {found['every_s']:g} s" if found["every_s"] else "no more are written"
-    if found["problem"]:
-        return "UNREACHABLE", found["problem"]
-    if not found["ages_s"]:
+    every = f"every {section['every_s']:g} s" if section["every_s"] else "no more are written"
+    if section["problem"]:
+        return "UNREACHABLE", section["problem"]
+    if not section["ages_s"]:
         return "none", f"written {every}, once serving has caught up"
-    first, *others = (seconds(age_s) for age_s in found["ages_s"])
+    first, *others = (seconds(age_s) for age_s in section["ages_s"])
     text = f"the newest of {len(others) + 1} is {first} old" + (f", the others {', '.join(others)}" if others else "")
-    size = f"{found['users']:,} users of shares {found['held']}, {found['bytes'] / 1e6:,.0f} MB, by {found['writer']}"
-    return "OLD" if found["late"] else "fresh", f"{text}; {size}; {every}"
+    size = f"{section['users']:,} users of shares {section['held']}, {section['bytes'] / 1e6:,.0f} MB, by {section['writer']}"
+    return "OLD" if section["late"] else "fresh", f"{text}; {size}; {every}"
 
 
 def account_text(accounting: Mapping[str, Any]) -> Text:
@@ -418,11 +418,11 @@ def live_clicks(settings: Settings) -> dict[str, Any] | None:
     urls = scrape.targets(settings)
     if "validation" not in urls:
         return None
-    found = scrape.scrape({"validation": urls["validation"]})["validation"]
-    rows, baseline = (found.value(f"springtide_validation_{name}") for name in ("window_rows", "baseline"))
+    metrics = scrape.scrape({"validation": urls["validation"]})["validation"]
+    rows, baseline = (metrics.value(f"springtide_validation_{name}") for name in ("window_rows", "baseline"))
     if not rows or baseline is None:
         return None
-    anomalies = found.by("springtide_validation_anomalies", "type").items()
+    anomalies = metrics.by("springtide_validation_anomalies", "type").items()
     return {
         "rows": int(rows),
         "baseline": int(baseline),
@@ -515,7 +515,7 @@ def quality(trainer: Scrape) -> dict[str, Any] | None:
     }
 
 
-def quality_text(found: Mapping[str, Any]) -> Text:
+def quality_text(section: Mapping[str, Any]) -> Text:
     """Formats the model's quality: lift of top 1 in percentage points, and a description.
 
     >>> one = dict.fromkeys(QUALITY, 0.25) | {"log_loss": 3.5}
@@ -525,20 +525,20 @@ def quality_text(found: Mapping[str, Any]) -> Text:
     >>> word, text = quality_text({"predictors": {"model": model, **simple}, "lift": lift, "skipped": 0.04})
     >>> print(word, *text.split("; "), sep=chr(10))
     +10.0 points
-    more often right than what is simple: top 1 30.0 % against 20.0 % of what was popular in the last hour
+    more often right than the best baseline: top 1 30.0 % against 20.0 % of what was popular in the last hour
     top 5 25.0 %, MRR 0.250, log loss 3.500 (0.500 less), missed 25.0 %
     known users: top 1 25.0 %, top 5 25.0 %, log loss 3.500
     of these rows 4.0 % were skipped by the guard and not learned
     """
-    model, lift = found["predictors"]["model"], found["lift"]
-    simple = {name: found["predictors"][name]["all"]["top1"] or 0.0 for name in BASELINES}
+    model, lift = section["predictors"]["model"], section["lift"]
+    simple = {name: section["predictors"][name]["all"]["top1"] or 0.0 for name in BASELINES}
     best = max(simple, key=lambda name: simple[name])
     above = (lift["top1"] or 0.0) >= 0
     less, every = lift["log_loss"], model["all"]
     change = "-" if less is None else f"{abs(less):.3f} {'less' if less >= 0 else 'MORE'}"
     parts = [
-        f"{'more' if above else 'LESS'} often right than what is simple: top 1 {_percent(every['top1'])} against "
-        f"{_percent(simple[best])} of {BASELINES[best]}",
+        f"{'more' if above else 'LESS'} often right than the best baseline: top 1 {_percent(every['top1'])} against "
+        f"{_percent(simple[best])} for {BASELINES[best]}",
         f"top 5 {_percent(every['top5'])}, MRR {_number(every['mrr'])}, log loss {_number(every['log_loss'])} "
         f"({change}), missed {_percent(every['missed'])}",
     ]
@@ -547,8 +547,8 @@ def quality_text(found: Mapping[str, Any]) -> Text:
         for users, measured in model.items()
         if users != "all" and measured["top1"] is not None
     ]
-    if found["skipped"]:
-        parts.append(f"of these rows {_percent(found['skipped'])} were skipped by the guard and not learned")
+    if section["skipped"]:
+        parts.append(f"of these rows {_percent(section['skipped'])} were skipped by the guard and not learned")
     return f"{100 * (lift['top1'] or 0.0):+.1f} points", "; ".join(parts)
 
 
@@ -567,11 +567,11 @@ CHURN = {
 
 def _churn(trainer: Scrape) -> dict[str, float] | None:
     """Returns the quality of the churn prediction; None if there are no examples and none wait."""
-    found = {name: trainer.value(f"springtide_trainer_churn_{end}") or 0.0 for name, end in CHURN.items()}
-    return found if found["examples"] or found["waiting"] else None
+    figures = {name: trainer.value(f"springtide_trainer_churn_{end}") or 0.0 for name, end in CHURN.items()}
+    return figures if figures["examples"] or figures["waiting"] else None
 
 
-def churn_text(found: Mapping[str, Any]) -> Text:
+def churn_text(section: Mapping[str, Any]) -> Text:
     """Formats the quality of the churn prediction: the area under the curve, and a description.
 
     >>> figures = dict.fromkeys(CHURN, 0.0) | {"examples": 2100.0, "waiting": 300.0, "left": 0.25, "auc": 0.8125}
@@ -584,15 +584,15 @@ def churn_text(found: Mapping[str, Any]) -> Text:
     >>> churn_text(dict.fromkeys(CHURN, 0.0) | {"waiting": 300.0})
     ('-', 'nothing is known yet; 300 rows wait until it is known')
     """
-    waits = f"{found['waiting']:,.0f} rows wait until it is known"
-    if found["dropped"]:
-        waits += f", {found['dropped']:,.0f} were dropped for lack of space"
-    if not found["examples"]:
+    waits = f"{section['waiting']:,.0f} rows wait until it is known"
+    if section["dropped"]:
+        waits += f", {section['dropped']:,.0f} were dropped for lack of space"
+    if not section["examples"]:
         return "-", f"nothing is known yet; {waits}"
-    return f"AUC {found['auc']:.3f}", (
-        f"{found['examples']:,.0f} examples, of recent ones {_percent(found['left'])} left, log loss "
-        f"{found['log_loss']:.3f}; predicted over observed {found['calibration']:.2f}, "
-        f"{100 * found['calibration_error']:.1f} points apart in the mean; {waits}"
+    return f"AUC {section['auc']:.3f}", (
+        f"{section['examples']:,.0f} examples, of recent ones {_percent(section['left'])} left, log loss "
+        f"{section['log_loss']:.3f}; predicted over observed {section['calibration']:.2f}, "
+        f"{100 * section['calibration_error']:.1f} points apart in the mean; {waits}"
     )
 
 
@@ -615,7 +615,7 @@ def segments(settings: Settings, scrapes: Mapping[str, Scrape]) -> dict[str, Any
     }
 
 
-def segments_text(found: Mapping[str, Any]) -> Text:
+def segments_text(section: Mapping[str, Any]) -> Text:
     """Formats segments and the progress of their process.
 
     >>> found = {"problem": "", "lag": 2.0, "waiting": 0.0, "sweep_s": 41.0, "behind": ""}
@@ -628,13 +628,13 @@ def segments_text(found: Mapping[str, Any]) -> Text:
     >>> segments_text(found | {"behind": "4,000 records wait"})[0], segments_text(found | {"problem": "it does not answer"})
     ('BEHIND', ('UNREACHABLE', 'it does not answer'))
     """
-    if found["problem"]:
-        return "UNREACHABLE", found["problem"]
-    lag, waiting, sweep_s = (found[name] or 0.0 for name in ("lag", "waiting", "sweep_s"))
-    sizes = ", ".join(f"{segment['name']} {segment['users'] or 0:,}" for segment in found["segments"])
+    if section["problem"]:
+        return "UNREACHABLE", section["problem"]
+    lag, waiting, sweep_s = (section[name] or 0.0 for name in ("lag", "waiting", "sweep_s"))
+    sizes = ", ".join(f"{segment['name']} {segment['users'] or 0:,}" for segment in section["segments"])
     swept = f"all users were evaluated in {seconds(sweep_s)}" if sweep_s else "not all users are evaluated yet"
     text = f"{sizes} users; {lag:,.0f} records of the training log and {waiting:,.0f} users wait, {swept}"
-    return "BEHIND" if found["behind"] else "kept", text
+    return "BEHIND" if section["behind"] else "kept", text
 
 
 def _percent(value: float | None) -> str:
@@ -670,9 +670,9 @@ TEXTS: Mapping[str, tuple[str, Callable[[Any], Text]]] = {
 
 def labelled(state: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Returns label, keyword and description of each section of a state that has something to show."""
-    found: list[tuple[str, str, str]] = []
+    sections: list[tuple[str, str, str]] = []
     for name, (label, text) in TEXTS.items():
         section = state.get(name) or []
         listed: Sequence[Any] = section if isinstance(section, list) else [section]
-        found += [(label, *text(element)) for element in listed]
-    return found
+        sections += [(label, *text(element)) for element in listed]
+    return sections

@@ -78,12 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs serving with the settings of `argv` until a signal; returns the exit status."""
     keep_private()
     flags = list(sys.argv[1:] if argv is None else argv)
-    asked: list[int] = []
+    signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda got, _: asked.append(got))
+        signal.signal(number, lambda number, _: signals.append(number))
     try:
         drain_s = load(flags).serving.drain_s  # an invalid setting is reported once, not by each process
-        run(commands(flags), os.environ, lambda: bool(asked), STOP_S + drain_s)
+        run(commands(flags), os.environ, lambda: bool(signals), STOP_S + drain_s)
     except SpringtideError as error:
         print(f"springtide serve: {error}", file=sys.stderr)
         return error.exit_code

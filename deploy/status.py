@@ -121,7 +121,7 @@ def caught_up(settings: Settings) -> str:
         and began.action == "rollback"
         and registry.generations.outcome(control.epoch, "learned") is None
     ):
-        return "what was learned before the rollback is not learned again yet"
+        return "the clicks since the rollback point are still being learned again"
     return ""
 
 
@@ -141,7 +141,7 @@ def following(settings: Settings) -> str:
         return missing
     epoch, lag = (applier.value(f"springtide_serving_{name}") for name in ("history_epoch", "microbatch_lag_records"))
     if epoch != control.log[-1].epoch:
-        return f"the histories are of epoch {epoch or 0:.0f} of the log, and epoch {control.log[-1].epoch} is wanted"
+        return f"the histories belong to epoch {epoch or 0:.0f} of the log, and epoch {control.log[-1].epoch} is wanted"
     return "" if (lag or 0) <= NEAR_RECORDS else f"the histories are {lag:,.0f} records behind"
 
 
@@ -201,10 +201,10 @@ def condition_of(text: str) -> Condition:
     process, series = NUMBERS[name]
 
     def missing(settings: Settings) -> str:
-        found = scrape.scrape_one(settings, process)
-        value = found.value(series)
-        if found.problem or value is None:
-            return found.problem or f"{name} is not known yet"
+        metrics = scrape.scrape_one(settings, process)
+        value = metrics.value(series)
+        if metrics.problem or value is None:
+            return metrics.problem or f"{name} is not known yet"
         return "" if value == number or (sign == ">=" and value > number) else f"{name} is {value:.0f}"
 
     return Condition(f"{name} is {number}{' or more' * (sign == '>=')}", missing)
@@ -274,9 +274,9 @@ def processes(scrapes: Mapping[str, Scrape], up_s: Mapping[str, float]) -> dict[
 
 
 def _figure(scraped: Scrape, series: str) -> float | None:
-    found = scraped.total(series)
+    total = scraped.total(series)
     # A counter with labels has no series before its first event.
-    return 0.0 if found is None and series.endswith("_total") else found
+    return 0.0 if total is None and series.endswith("_total") else total
 
 
 def take(settings: Settings, between_s: float = BETWEEN_S) -> Snapshot:
@@ -284,10 +284,10 @@ def take(settings: Settings, between_s: float = BETWEEN_S) -> Snapshot:
     poller, begin_s = Poller(settings, spread_s=None), time.monotonic()
     first = poller.poll()
     # The other parts are queried between the two polls.
-    read = sections.read(settings, wall_ms())
+    states = sections.read(settings, wall_ms())
     if first.figures.up_s:
         time.sleep(max(0.0, begin_s + between_s - time.monotonic()))
-    return poller.poll().having(read)
+    return poller.poll().having(states)
 
 
 def document(settings: Settings, snapshot: Snapshot) -> dict[str, Any]:
@@ -359,22 +359,22 @@ def _main(words: Sequence[str]) -> int:
         metavar="S",
         help=f"maximum wait in seconds (default {TIMEOUT_S:.0f})",
     )
-    asked, flags = parser.parse_known_args(words)
+    args, flags = parser.parse_known_args(words)
     settings = load(flags)
-    if asked.wait_for is not None:
-        took_s = wait(settings, asked.wait_for, asked.timeout)
-        found = {"condition": asked.wait_for, "seconds": round(took_s, 3)}
-        print(json.dumps(found) if asked.output == "json" else f"{asked.wait_for} after {took_s:.1f} s")
+    if args.wait_for is not None:
+        took_s = wait(settings, args.wait_for, args.timeout)
+        waited = {"condition": args.wait_for, "seconds": round(took_s, 3)}
+        print(json.dumps(waited) if args.output == "json" else f"{args.wait_for} after {took_s:.1f} s")
         return 0
-    if asked.watch:
-        if asked.output == "json":
+    if args.watch:
+        if args.output == "json":
             raise SettingsError("--watch prints text only", "repeat `springtide status -o json` instead")
         stopping = stop_on_signals()
         watch(settings, Screen(), stopping.is_set, stopping.wait)
         print()
         return 0
     snapshot = take(settings)
-    as_json = asked.output == "json"
+    as_json = args.output == "json"
     print(json.dumps(document(settings, snapshot), indent=2) if as_json else as_text(settings, snapshot))
     return int(bool(snapshot.faults))
 

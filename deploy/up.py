@@ -94,13 +94,13 @@ def take_accepted(words: Sequence[str]) -> tuple[AcceptedLosses, list[str]]:
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     accepted_gaps.add_options(parser, records=True)
-    consent, rest = accepted_gaps.take_options(words, actor="", records=True)
+    consent, remaining = accepted_gaps.take_options(words, actor="", records=True)
     if any(not allowance.topic for allowance in consent.allowances):
         raise SettingsError(
             "--accept-gap: write TOPIC_ID:PARTITION:A-B as the error did", "stream and trainer read different topics"
         )
-    asked = parser.parse_known_args(list(words))[0]
-    return AcceptedLosses(accepted_gaps.as_options(asked, records=False), accepted_gaps.as_options(asked)), rest
+    args = parser.parse_known_args(list(words))[0]
+    return AcceptedLosses(accepted_gaps.as_options(args, records=False), accepted_gaps.as_options(args)), remaining
 
 
 def main(argv: Sequence[str] | None = None) -> int:

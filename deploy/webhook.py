@@ -95,25 +95,25 @@ def firing(body: bytes) -> Notification | None:
     alerts = document.get("alerts")
     if not isinstance(alerts, list) or not alerts:
         raise BadRequest("the notification has no alerts", "send what Alertmanager's webhook sends", "/alerts")
-    found = [_alert(one, number) for number, one in enumerate(alerts)]
-    return min((alert for alert in found if alert is not None), key=lambda one: one.began_ms, default=None)
+    firing_alerts = [_alert(alert, number) for number, alert in enumerate(alerts)]
+    return min((alert for alert in firing_alerts if alert is not None), key=lambda alert: alert.began_ms, default=None)
 
 
-def _alert(found: Any, number: int) -> Notification | None:
+def _alert(alert: Any, number: int) -> Notification | None:
     where = f"/alerts/{number}"
-    if not isinstance(found, dict) or found.get("status") not in ("firing", "resolved"):
+    if not isinstance(alert, dict) or alert.get("status") not in ("firing", "resolved"):
         raise BadRequest("the status of an alert is firing or resolved", where=f"{where}/status")
-    labels, annotations = found.get("labels"), found.get("annotations", {})
+    labels, annotations = alert.get("labels"), alert.get("annotations", {})
     name = labels.get("alertname") if isinstance(labels, dict) else None
     # The name goes into the audit log, so it must not contain a line break.
     if not isinstance(name, str) or not re.fullmatch(r"[\w:-]{1,100}", name, re.ASCII):
         raise BadRequest("the name of an alert consists of letters, digits and _:-", where=f"{where}/labels/alertname")
     summary = annotations.get("summary", "") if isinstance(annotations, dict) else ""
     try:
-        began_ms = parse_time(str(found["startsAt"]), 0)
+        began_ms = parse_time(str(alert["startsAt"]), 0)
     except (KeyError, SettingsError):
         raise BadRequest("an alert needs the time at which it began", where=f"{where}/startsAt") from None
-    if found["status"] == "resolved":
+    if alert["status"] == "resolved":
         return None
     words = "".join(letter if letter.isprintable() else " " for letter in str(summary)).split()
     return Notification(name, began_ms, " ".join(words)[:MOST_TEXT])
@@ -132,13 +132,13 @@ def _pin_before(registry: Registry, notification: Notification, now_ms: int) -> 
         return f"answers stay at version {control.serving.version} already; nothing was changed"
     limit_ms = notification.began_ms - BEFORE_MS
     branch = ServingBranch(registry, control)
-    found = branch.last(lambda version: version.created_at_ms < limit_ms)
-    if found is None:
+    newest = branch.last(lambda version: version.created_at_ms < limit_ms)
+    if newest is None:
         raise UnknownVersion(
             f"no version of the serving branch was made before {iso(limit_ms)}",
             "pin an older version by hand: `springtide pin`",
         )
-    version = branch.loadable(found)
+    version = branch.loadable(newest)
     actor = f"{ACTOR}: {notification.alert}"
     reason = notification.summary or f"{notification.alert} fires"
     registry.propose(transitions.pin(control, version.version, actor=actor, reason=reason, now_ms=now_ms))
@@ -182,12 +182,12 @@ class Webhook:
         return Response(200, encode({"done": await asyncio.to_thread(self._act, body)}))
 
     def _act(self, body: bytes) -> str:
-        found = firing(body)
-        if found is None:
+        notification = firing(body)
+        if notification is None:
             return "resolved; nothing was changed: `springtide follow` makes answers follow the newest version again"
-        done = _pin_before(open_registry(self._settings), found, self._now_ms())
-        _log.warning("%s fires: %s", found.alert, done)
-        return done
+        outcome = _pin_before(open_registry(self._settings), notification, self._now_ms())
+        _log.warning("%s fires: %s", notification.alert, outcome)
+        return outcome
 
 
 def server_of(settings: Settings, now_ms: Callable[[], int]) -> DrainingServer:

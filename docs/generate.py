@@ -107,7 +107,7 @@ def dead_letters() -> str:
         "",
         "Generated from `state/events/dead_letters.py`. A record that cannot be read as an event goes to "
         "`kafka.dead_letters_topic`, with reason, partition and offset in its headers. "
-        "[The runbook](../operate/runbook.md#dead-letters) says what to do.",
+        "[The runbook](../operate/runbook.md#dead-letters) explains what to do.",
         "",
         "| reason | the record |",
         "|---|---|",

@@ -119,8 +119,8 @@ class Ordered:
         """Adds to the weight of an item."""
         weights, places, best = self._weights, self._places, self.best
         total = weights[item] = weights.get(item, 0.0) + weight
-        place = places.get(item)
-        if place is None:
+        rank = places.get(item)
+        if rank is None:
             if len(best) < self._most:
                 best.append(item)
             elif total > weights[best[-1]]:
@@ -128,13 +128,13 @@ class Ordered:
                 best[-1] = item
             else:
                 return
-            place = len(best) - 1
-        while place and weights[best[place - 1]] < total:
-            best[place] = best[place - 1]
-            places[best[place]] = place
-            place -= 1
-        best[place] = item
-        places[item] = place
+            rank = len(best) - 1
+        while rank and weights[best[rank - 1]] < total:
+            best[rank] = best[rank - 1]
+            places[best[rank]] = rank
+            rank -= 1
+        best[rank] = item
+        places[item] = rank
 
     def scale(self, factor: float) -> None:
         """Multiplies all weights; items whose weight becomes 0 are dropped unless they are in the list."""
@@ -246,8 +246,8 @@ class ItemNeighbours:
         covisits = self._covisits.setdefault(item, {})
         covisits[other] = covisits.get(other, 0.0) + weight
         if len(covisits) > 2 * NEIGHBOURS:
-            kept = sorted(covisits, key=lambda one: -covisits[one])[:NEIGHBOURS]
-            self._covisits[item] = {one: covisits[one] for one in kept}
+            strongest = sorted(covisits, key=lambda covisited: -covisits[covisited])[:NEIGHBOURS]
+            self._covisits[item] = {covisited: covisits[covisited] for covisited in strongest}
 
     def _scale(self, factor: float) -> None:
         clicks = {item: weight * factor for item, weight in self._clicks.items() if weight * factor > 0.0}
@@ -299,9 +299,9 @@ class PopularCategories:
         while len(self._counts) < categories:
             self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
         size = rows.category.size
-        made = CategoryPrediction(np.empty(size, np.int32), np.empty(size), np.empty(size, np.int32))
-        _popular(rows.category, rows.at_ms, self._counts, self._state, self._half_life_ms, *made)
-        return made
+        prediction = CategoryPrediction(np.empty(size, np.int32), np.empty(size), np.empty(size, np.int32))
+        _popular(rows.category, rows.at_ms, self._counts, self._state, self._half_life_ms, *prediction)
+        return prediction
 
 
 @compiled("i8[::1], i8[::1], f8[::1], f8[::1], f8, i4[::1], f8[::1], i4[::1]")
@@ -310,14 +310,14 @@ def _popular(
 ) -> None:
     """`state` has the sum of the counts, the start time, and the number of categories with a count."""
     for row in range(category.shape[0]):
-        mine, known = category[row], np.int64(state[2])
-        count = counts[mine]
+        clicked, known = category[row], np.int64(state[2])
+        count = counts[clicked]
         rank[row], log_share[row], candidates[row] = NONE, 0.0, known
         if count > 0.0:
             log_share[row] = np.log(count / state[0])
             before = 0
             for other in range(counts.shape[0]):
-                if counts[other] > count or (counts[other] == count and other < mine):
+                if counts[other] > count or (counts[other] == count and other < clicked):
                     before += 1
                     # Only the first ranks matter.
                     if before == 100:
@@ -335,7 +335,7 @@ def _popular(
                 counts[:] = np.where(counts > 0.0, np.maximum(counts * 2.0**-exponent, 1e-290), 0.0)
                 state[0], state[1], exponent = counts.sum(), at_ms[row], 0.0
             weight = 2.0 ** max(exponent, -LARGEST_EXPONENT)
-        counts[mine] += weight
+        counts[clicked] += weight
         state[0] += weight
 
 
@@ -349,13 +349,13 @@ class PreviousCategories:
 
     def predict(self, rows: CategoryRows, categories: int) -> CategoryPrediction:
         """See `CategoryBaseline`; shares are learned after the record."""
-        there, right = rows.recent >= 0, rows.recent == rows.category[:, None]
-        hit, place = right.any(1), right.argmax(1)
-        total = (there * self._hits).sum(1)
+        valid, is_clicked = rows.recent >= 0, rows.recent == rows.category[:, None]
+        hit, rank = is_clicked.any(1), is_clicked.argmax(1)
+        total = (valid * self._hits).sum(1)
         log_share = np.zeros(len(hit))
-        log_share[hit] = np.log(self._hits[place[hit]] / total[hit])
-        self._hits = self._hits + np.bincount(place[hit], minlength=5)
-        return CategoryPrediction(np.where(hit, place, NONE).astype(np.int32), log_share, there.sum(1).astype(np.int32))
+        log_share[hit] = np.log(self._hits[rank[hit]] / total[hit])
+        self._hits = self._hits + np.bincount(rank[hit], minlength=5)
+        return CategoryPrediction(np.where(hit, rank, NONE).astype(np.int32), log_share, valid.sum(1).astype(np.int32))
 
 
 def category_baselines() -> list[CategoryBaseline]:
@@ -431,5 +431,5 @@ class Numbers:
         """Returns the numbers of ids, of the same shape, int64; -1 for id 0."""
         numbers, flat = self._numbers, ids.reshape(-1)
         unique, places = np.unique(flat, return_inverse=True)
-        mine = [numbers.setdefault(one, len(numbers)) if one else -1 for one in unique.tolist()]
-        return np.array(mine, np.int64)[places].reshape(ids.shape)
+        own_numbers = [numbers.setdefault(identity, len(numbers)) if identity else -1 for identity in unique.tolist()]
+        return np.array(own_numbers, np.int64)[places].reshape(ids.shape)

@@ -66,14 +66,14 @@ def _panel(
     ends = (periods[0].begin_ms, "start", LEFT), (periods[-1].end_ms, "end", LEFT + WIDTH)
     for at_ms, anchor, x in ends:
         yield f'<text x="{x}" y="{top + HEIGHT + 16}" text-anchor="{anchor}">{iso(at_ms)}</text>'
-    for place, (name, line) in enumerate(lines.items()):
-        colour = COLOURS[place % len(COLOURS)]
+    for number, (name, line) in enumerate(lines.items()):
+        colour = COLOURS[number % len(COLOURS)]
         points = " ".join(
             f"{LEFT + WIDTH * (number + 0.5) / len(periods):.1f},{top + HEIGHT * (high - value) / (high - low):.1f}"
             for number, value in line
         )
         width = 2.5 if name == OURS else 1.2
         yield f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="{width}"/>'
-        y = top + 12 + 18 * place
+        y = top + 12 + 18 * number
         yield f'<line x1="{LEFT + WIDTH + 12}" y1="{y}" x2="{LEFT + WIDTH + 32}" y2="{y}" stroke="{colour}" stroke-width="3"/>'
         yield f'<text x="{LEFT + WIDTH + 38}" y="{y + 4}">{escape(name)}</text>'

@@ -41,7 +41,7 @@ BEGIN_MS = 1_790_000_000_000
 
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line without settings, which are removed from the arguments before."""
-    made = argparse.ArgumentParser(
+    root = argparse.ArgumentParser(
         prog="springtide evaluate",
         allow_abbrev=False,
         description="Score interests, engagement and recommendations on recorded clicks, next to simple baselines. Each click "
@@ -49,14 +49,14 @@ def parser() -> argparse.ArgumentParser:
         "Needs no Kafka.",
         epilog=SETTINGS_HELP,
     )
-    add_file_arguments(made, "The same options as for `springtide replay`.")
-    made.add_argument("--synthetic", choices=SYNTHETIC, help="evaluate synthetic clicks instead of files")
-    made.add_argument(
+    add_file_arguments(root, "The same options as for `springtide replay`.")
+    root.add_argument("--synthetic", choices=SYNTHETIC, help="evaluate synthetic clicks instead of files")
+    root.add_argument(
         "--clicks", type=int, default=CLICKS, metavar="N", help=f"number of synthetic clicks (default {CLICKS:,})"
     )
-    add_sides(made.add_argument_group("attributes", "The columns that [attributes] names."))
-    made.add_argument("--ranker", metavar="MODULE:FUNCTION", help="ranker to evaluate (model.ranker)")
-    part = made.add_mutually_exclusive_group()
+    add_sides(root.add_argument_group("attributes", "The columns that [attributes] names."))
+    root.add_argument("--ranker", metavar="MODULE:FUNCTION", help="ranker to evaluate (model.ranker)")
+    part = root.add_mutually_exclusive_group()
     part.add_argument("--last", type=int, metavar="N", help="evaluate only the last N clicks; the others only train")
     part.add_argument(
         "--from",
@@ -64,36 +64,36 @@ def parser() -> argparse.ArgumentParser:
         metavar="TIME",
         help="evaluate only clicks from TIME (ISO 8601) on; the others only train",
     )
-    made.add_argument(
+    root.add_argument(
         "--requests",
         type=int,
         default=2000,
         metavar="N",
         help="ask for recommendations before about N of the evaluated clicks (default 2000; 0: none)",
     )
-    made.add_argument(
+    root.add_argument(
         "--seed", type=int, default=7, metavar="N", help="random seed of these clicks, and of synthetic ones"
     )
-    made.add_argument(
+    root.add_argument(
         "--record-rows", type=int, default=512, metavar="N", help="maximum clicks of a training step (default 512)"
     )
-    made.add_argument(
+    root.add_argument(
         "--record-s",
         type=float,
         default=300.0,
         metavar="S",
         help="maximum log time of a training step, in seconds (default 300)",
     )
-    made.add_argument("-o", "--output", choices=("text", "json"), default="text", help="output format (default text)")
-    made.add_argument("--json", type=Path, metavar="FILE", help="also write the result as JSON to FILE")
-    made.add_argument("--chart", type=Path, metavar="FILE.svg", help="also draw the figures over time to FILE.svg")
-    return made
+    root.add_argument("-o", "--output", choices=("text", "json"), default="text", help="output format (default text)")
+    root.add_argument("--json", type=Path, metavar="FILE", help="also write the result as JSON to FILE")
+    root.add_argument("--chart", type=Path, metavar="FILE.svg", help="also draw the figures over time to FILE.svg")
+    return root
 
 
 def settings_of(options: argparse.Namespace, flags: Sequence[str]) -> Settings:
     """Returns the effective settings; raises SettingsError if an option or a setting is invalid."""
     if bool(options.files) == bool(options.synthetic):
-        raise SettingsError("say what to evaluate: files, or --synthetic", "see `springtide evaluate --help`")
+        raise SettingsError("name what to evaluate: files or --synthetic, not both", "see `springtide evaluate --help`")
     for name in ("clicks", "record_rows"):
         if getattr(options, name) < 1:
             raise SettingsError(f"--{name.replace('_', '-')} {getattr(options, name)}: write a number above 0")
@@ -148,13 +148,13 @@ def run(options: argparse.Namespace, flags: Sequence[str], errors: TextIO) -> st
     # The format of the clicks is not that of the attributes.
     of_sides = argparse.Namespace(**{**vars(options), "columns": "", "format": "", "delimiter": ""})
     known = files_of(of_sides, settings) if options.users or options.items else []
-    found = evaluate(settings, events, wanted, limits, errors, stop_on_signals(), known)
-    document = msgspec.json.format(msgspec.json.encode(found), indent=2).decode()
+    evaluation = evaluate(settings, events, wanted, limits, errors, stop_on_signals(), known)
+    document = msgspec.json.format(msgspec.json.encode(evaluation), indent=2).decode()
     if options.json is not None:
         options.json.write_text(document + "\n")
     if options.chart is not None:
-        options.chart.write_text(svg(found.periods))
-    return document if options.output == "json" else as_text(found)
+        options.chart.write_text(svg(evaluation.periods))
+    return document if options.output == "json" else as_text(evaluation)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -92,11 +92,11 @@ def area_under_curve(scores: NDArray[Any], positive: NDArray[np.bool_]) -> Estim
     if not (hits and misses):
         return Estimate(math.nan, np.zeros(scores.size))
     influence = np.empty(scores.size)
-    for mine, others in ((positive, ~positive), (~positive, positive)):
+    for own, others in ((positive, ~positive), (~positive, positive)):
         sorted_scores = np.sort(scores[others])
-        below = np.searchsorted(sorted_scores, scores[mine], "left")
-        tied = np.searchsorted(sorted_scores, scores[mine], "right") - below
-        influence[mine] = (below + tied / 2) / sorted_scores.size
+        below = np.searchsorted(sorted_scores, scores[own], "left")
+        tied = np.searchsorted(sorted_scores, scores[own], "right") - below
+        influence[own] = (below + tied / 2) / sorted_scores.size
     value = float(influence[positive].mean())
     influence[positive] = (influence[positive] - value) / hits
     influence[~positive] = (1.0 - influence[~positive] - value) / misses
@@ -120,7 +120,7 @@ def figure(estimate: Estimate, users: NDArray[Any]) -> Figure:
     return Figure(_number(estimate.value), _number(half_width(estimate.influence, users)))
 
 
-def table(about: str, users: NDArray[Any], estimates: Mapping[str, Mapping[str, Estimate]]) -> Table:
+def table(title: str, users: NDArray[Any], estimates: Mapping[str, Mapping[str, Estimate]]) -> Table:
     """The table of several predictors, of which `OURS` is one.
 
     `users` is `[n]`, the user of each row; `estimates` are by predictor and measure.
@@ -129,13 +129,13 @@ def table(about: str, users: NDArray[Any], estimates: Mapping[str, Mapping[str, 
     for name, measures in estimates.items():
         differences = {}
         if name != OURS:
-            for measure, theirs in measures.items():
-                ours = estimates[OURS][measure]
-                apart = Estimate(ours.value - theirs.value, ours.influence - theirs.influence)
-                differences[measure] = figure(apart, users)
+            for measure, estimate in measures.items():
+                own = estimates[OURS][measure]
+                difference = Estimate(own.value - estimate.value, own.influence - estimate.influence)
+                differences[measure] = figure(difference, users)
         figures = {measure: figure(estimate, users) for measure, estimate in measures.items()}
         scores.append(Score(name, figures, differences))
-    return Table(about, users.size, len(np.unique(users)), scores)
+    return Table(title, users.size, len(np.unique(users)), scores)
 
 
 def _number(value: float) -> float | None:

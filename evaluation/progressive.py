@@ -200,14 +200,16 @@ class ProgressiveValidation:
         assert self._host is not None
         events = events_of(batch, batch.header.ranges)
         clicks = (batch.item != 0) & ~(batch.label < 0.5) & self._clickable[batch.action]
-        done = 0
+        learned = 0
         for row in np.flatnonzero(clicks & self._plan.asks(batch.offset)).tolist():
-            self._learn(batch, events, clicks, done, row)
-            done = row
-            context = dict(self._contexts[one] for one in batch.context[row].tolist() if one in self._contexts)
-            about = RequestOf(int(batch.user[row]), int(batch.item[row]), int(batch.at_ms[row]), context)
-            self._request(about)
-        self._learn(batch, events, clicks, done, len(batch))
+            self._learn(batch, events, clicks, learned, row)
+            learned = row
+            context = dict(
+                self._contexts[identity] for identity in batch.context[row].tolist() if identity in self._contexts
+            )
+            request = RequestOf(int(batch.user[row]), int(batch.item[row]), int(batch.at_ms[row]), context)
+            self._request(request)
+        self._learn(batch, events, clicks, learned, len(batch))
 
     def _learn(self, batch: MicroBatch, events: Events, clicks: Flags, first: int, after: int) -> None:
         """Feeds events to the host and to the baselines of items."""
@@ -231,51 +233,53 @@ class ProgressiveValidation:
                 past.items.append(item)
                 past.seen.add(item)
 
-    def _request(self, about: RequestOf) -> None:
+    def _request(self, request: RequestOf) -> None:
         assert self._host is not None
         if self._changed:
             changes = checkpoint.served(self._trainer)
             self._host.serve(checkpoint.full(self._trainer) if self._first else changes, whole=self._first)
             self._first = self._changed = False
         self._host.follow()
-        past = self._past.get(about.user, UserPast())
-        seen = about.item in past.seen
+        past = self._past.get(request.user, UserPast())
+        seen = request.item in past.seen
         wanted = WantedItems(MOST_CANDIDATES)
-        candidates = self._host.recommend(about.user, about.at_ms, wanted, about.context).items
-        self.lists.candidates.update(one["reason"] for one in candidates)
-        proposed = {int(one["id"], 16): str(one["reason"]) for one in candidates}
-        ranks, hit = self._ranks(about, past, False, self.lists)
-        unseen_ranks, unseen_hit = ({}, "") if seen else self._ranks(about, past, True, self.unseen_lists)
+        candidates = self._host.recommend(request.user, request.at_ms, wanted, request.context).items
+        self.lists.candidates.update(candidate["reason"] for candidate in candidates)
+        proposed = {int(candidate["id"], 16): str(candidate["reason"]) for candidate in candidates}
+        ranks, hit = self._ranks(request, past, False, self.lists)
+        unseen_ranks, unseen_hit = ({}, "") if seen else self._ranks(request, past, True, self.unseen_lists)
         self.asked.append(
             Asked(
-                about.user,
-                about.at_ms,
+                request.user,
+                request.at_ms,
                 seen,
                 past.clicks,
                 ranks,
                 unseen_ranks,
-                proposed.get(about.item, ""),
+                proposed.get(request.item, ""),
                 hit,
                 unseen_hit,
             )
         )
 
-    def _ranks(self, about: RequestOf, past: UserPast, exclude_seen: bool, lists: Lists) -> tuple[dict[str, int], str]:
+    def _ranks(
+        self, request: RequestOf, past: UserPast, exclude_seen: bool, lists: Lists
+    ) -> tuple[dict[str, int], str]:
         """Returns the rank of the item in each predictor's list, and its source in ours."""
         assert self._host is not None
         wanted = WantedItems(SHOWN, None, exclude_seen)
-        answer = self._host.recommend(about.user, about.at_ms, wanted, about.context).items
-        lists.listed.update(one["reason"] for one in answer)
-        made = {OURS: [int(one["id"], 16) for one in answer]}
+        answer = self._host.recommend(request.user, request.at_ms, wanted, request.context).items
+        lists.listed.update(item["reason"] for item in answer)
+        proposals = {OURS: [int(item["id"], 16) for item in answer]}
         for baseline in self._item_baselines:
             proposed = baseline.propose(past)
             if exclude_seen:
-                proposed = (one for one in proposed if one not in past.seen)
-            made[baseline.name] = list(islice(proposed, SHOWN))
+                proposed = (item for item in proposed if item not in past.seen)
+            proposals[baseline.name] = list(islice(proposed, SHOWN))
         ranks = {}
-        for name, items in made.items():
+        for name, items in proposals.items():
             lists.items.setdefault(name, set()).update(items)
-            ranks[name] = items.index(about.item) if about.item in items else ABSENT
+            ranks[name] = items.index(request.item) if request.item in items else ABSENT
         return ranks, answer[ranks[OURS]]["reason"] if ranks[OURS] >= 0 else ""
 
     def _judge(self, batch: MicroBatch, report: Report) -> None:
@@ -288,11 +292,11 @@ class ProgressiveValidation:
         if labelled.any():
             self._judge_engagement(batch, report, labelled, evaluated)
 
-    def _judge_interests(self, batch: MicroBatch, rows: I64, evaluated: Flags, ours: F64) -> None:
+    def _judge_interests(self, batch: MicroBatch, rows: I64, evaluated: Flags, own_scores: F64) -> None:
         if not rows.size:
             return
         # Baselines learn in the order of the log.
-        rows, ours = np.sort(rows), ours[np.argsort(rows, kind="stable")]
+        rows, own_scores = np.sort(rows), own_scores[np.argsort(rows, kind="stable")]
         known = batch.recent_categories[rows, 0] != 0
         numbered = CategoryRows(
             self._categories.of(batch.category[rows]),
@@ -304,7 +308,7 @@ class ProgressiveValidation:
         interests.at_ms.append(numbered.at_ms)
         interests.evaluated.append(evaluated[rows])
         interests.known.append(known)
-        interests.scores.setdefault(OURS, []).append(ours[:, _COLUMNS])
+        interests.scores.setdefault(OURS, []).append(own_scores[:, _COLUMNS])
         for baseline in self._category_baselines:
             predicted = baseline.predict(numbered, len(self._categories))
             scored = self._scored(baseline.name, predicted, known, categories)
@@ -327,17 +331,17 @@ class ProgressiveValidation:
             np.array(batch.at_ms),
             max(len(self._items), 1),
         )
-        ours, first = np.full(len(batch), np.nan), 0
+        own_predictions, first = np.full(len(batch), np.nan), 0
         for judged in report.judged:
-            mine = report.order[first : first + judged.targets.size]
-            own = judged.pairs.scored[: mine.size]
-            ours[mine[own]] = judged.pairs.predicted[: int(own.sum())]
-            first += mine.size
-        rows = np.flatnonzero(labelled & ~np.isnan(ours))
+            order = report.order[first : first + judged.targets.size]
+            own = judged.pairs.scored[: order.size]
+            own_predictions[order[own]] = judged.pairs.predicted[: int(own.sum())]
+            first += order.size
+        rows = np.flatnonzero(labelled & ~np.isnan(own_predictions))
         engagements = self.engagements
         engagements.users.append(batch.user[rows])
         engagements.at_ms.append(batch.at_ms[rows])
         engagements.evaluated.append(evaluated[rows])
         engagements.clicked.append(clicked[rows])
-        for name, predicted in {OURS: ours, **rates}.items():
+        for name, predicted in {OURS: own_predictions, **rates}.items():
             engagements.predicted.setdefault(name, []).append(predicted[rows])

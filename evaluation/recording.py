@@ -134,9 +134,9 @@ def read_files(
             for batch in batches:
                 events.add_contexts(settings, decode, batch.values)
     if not len(events):
-        found = f": {shown_reasons(events.refused)}" if events.refused else ": the recording is empty"
+        refusals = f": {shown_reasons(events.refused)}" if events.refused else ": the recording is empty"
         do = "correct [events] (fields, actions, time_unit, decoder), --columns or --constant"
-        raise SettingsError(f"no row of {names} is a click{found}", do if events.refused else "name another file")
+        raise SettingsError(f"no row of {names} is a click{refusals}", do if events.refused else "name another file")
     return events
 
 
@@ -145,10 +145,10 @@ def synthetic(
 ) -> RecordedEvents:
     """Generates the events of synthetic users; `click` returns the next n clicks, and `name` describes them."""
     events, parser = RecordedEvents(name, SYNTHETIC_TOPIC), Parser(settings.events, SALT)
-    made = encode(click(clicks), settings.events)
+    encoded = encode(click(clicks), settings.events)
     first = 0
     while first < clicks:
-        size = limits.size(made.kafka_ms[first:])
+        size = limits.size(encoded.kafka_ms[first:])
         part = slice(first, first + size)
         offsets = np.arange(first, first + size, dtype=np.int64)
         batch = PartitionBatch(
@@ -157,9 +157,9 @@ def synthetic(
             first,
             first + size,
             offsets,
-            made.kafka_ms[part],
-            list(made.keys[part]),
-            list(made.values[part]),
+            encoded.kafka_ms[part],
+            list(encoded.keys[part]),
+            list(encoded.values[part]),
         )
         events.add(parser.parse([batch]))
         first += size
@@ -223,7 +223,7 @@ def micro_batches(
         job = replace(open_job(settings, store, SALT, events.topic_id), join=join)
         encoding = Encoding(spec.digest, SALT.fingerprint, 1 << 16, settings.stream.max_record_bytes)
 
-        def made() -> Iterator[MicroBatch]:
+        def converted() -> Iterator[MicroBatch]:
             now_ms = wall_ms()
             for batch in events.batches if batches is None else batches:
                 rows = job.commit(job.make_rows(batch, now_ms))
@@ -232,6 +232,6 @@ def micro_batches(
                         yield decode(record)
 
         try:
-            yield made()
+            yield converted()
         finally:
             store.close()

@@ -96,14 +96,14 @@ def interests_tables(interests: Interests) -> list[Table]:
         groups["all clicks of the recording, with those that only trained"] = np.ones_like(evaluated)
     return [
         table(
-            about,
+            title,
             users[rows],
             {
-                name: {measure: mean(columns[rows, place]) for place, measure in enumerate(INTERESTS)}
+                name: {measure: mean(columns[rows, column]) for column, measure in enumerate(INTERESTS)}
                 for name, columns in scores.items()
             },
         )
-        for about, rows in groups.items()
+        for title, rows in groups.items()
         if rows.any()
     ]
 
@@ -121,11 +121,11 @@ def engagement_tables(engagements: Engagements) -> list[Table]:
         groups["all impressions of the recording, with those that only trained"] = np.ones_like(evaluated)
     return [
         table(
-            about,
+            title,
             users[rows],
             {name: engagement_estimates(columns[rows], clicked[rows]) for name, columns in predicted.items()},
         )
-        for about, rows in groups.items()
+        for title, rows in groups.items()
         if rows.any()
     ]
 
@@ -155,25 +155,27 @@ def rank_estimates(ranks: I64) -> dict[str, Estimate]:
     }
 
 
-def recommendation_tables(asked: Sequence[Asked]) -> list[Table]:
+def recommendation_tables(requests: Sequence[Asked]) -> list[Table]:
     """Tables of the next item: all requests, items new to the user, and by the length of the user's history."""
-    new = [one for one in asked if not one.seen]
+    new = [request for request in requests if not request.seen]
     groups: list[tuple[str, Sequence[Asked], Callable[[Asked], dict[str, int]]]] = [
-        ("all clicks", asked, lambda one: one.ranks),
-        ("clicks on items that are new to the user", new, lambda one: one.ranks),
-        ("clicks on items that are new to the user, with exclude_seen", new, lambda one: one.unseen_ranks),
+        ("all clicks", requests, lambda request: request.ranks),
+        ("clicks on items that are new to the user", new, lambda request: request.ranks),
+        ("clicks on items that are new to the user, with exclude_seen", new, lambda request: request.unseen_ranks),
     ]
-    for (least, most), about in zip(HISTORIES, BY_HISTORY, strict=True):
-        groups.append((about, [one for one in asked if least <= one.history <= most], lambda one: one.ranks))
-    return [_rank_table(about, some, ranks) for about, some, ranks in groups if some]
+    for (least, most), title in zip(HISTORIES, BY_HISTORY, strict=True):
+        within = [request for request in requests if least <= request.history <= most]
+        groups.append((title, within, lambda request: request.ranks))
+    return [_rank_table(title, some, ranks) for title, some, ranks in groups if some]
 
 
-def _rank_table(about: str, asked: Sequence[Asked], ranks: Callable[[Asked], dict[str, int]]) -> Table:
-    users = np.array([one.user for one in asked], np.uint64)
+def _rank_table(title: str, requests: Sequence[Asked], ranks: Callable[[Asked], dict[str, int]]) -> Table:
+    users = np.array([request.user for request in requests], np.uint64)
     estimates = {
-        name: rank_estimates(np.array([ranks(one)[name] for one in asked], np.int64)) for name in ranks(asked[0])
+        name: rank_estimates(np.array([ranks(request)[name] for request in requests], np.int64))
+        for name in ranks(requests[0])
     }
-    return table(about, users, estimates)
+    return table(title, users, estimates)
 
 
 def with_coverage(shown: Table, lists: Lists, items: int) -> Table:
@@ -187,40 +189,41 @@ def with_coverage(shown: Table, lists: Lists, items: int) -> Table:
     return msgspec.structs.replace(shown, scores=scores)
 
 
-def sources_of(lists: Lists, found: Sequence[str], hits: Sequence[str]) -> dict[str, Source]:
+def sources_of(lists: Lists, proposers: Sequence[str], hits: Sequence[str]) -> dict[str, Source]:
     """Returns the contribution of each source, the one with most hits first.
 
-    `found` has, by request, the source that proposed the clicked item, and `hits` the item's source in the list. Both
+    `proposers` has, by request, the source that proposed the clicked item, and `hits` the item's source in the list. Both
     are empty for a request without such a source.
     """
     names = {**lists.listed, **lists.candidates}
     sources = {
-        name: Source(lists.candidates[name], found.count(name), lists.listed[name], hits.count(name)) for name in names
+        name: Source(lists.candidates[name], proposers.count(name), lists.listed[name], hits.count(name))
+        for name in names
     }
     return dict(sorted(sources.items(), key=lambda entry: -entry[1].hits))
 
 
 def periods(validation: ProgressiveValidation) -> list[Period]:
     """Returns the figures of parts of equal length of the evaluated time."""
-    interests, engagements, asked = validation.interests, validation.engagements, validation.asked
+    interests, engagements, requests = validation.interests, validation.engagements, validation.asked
     kinds = [(interests.at_ms, interests.evaluated), (engagements.at_ms, engagements.evaluated)]
     times = [joined(at_ms)[joined(evaluated).astype(bool)] for at_ms, evaluated in kinds]
-    asked_ms = np.array([one.at_ms for one in asked], np.int64)
-    every = np.concatenate([*times, asked_ms])
+    requests_ms = np.array([request.at_ms for request in requests], np.int64)
+    every = np.concatenate([*times, requests_ms])
     if not every.size:
         return []
-    fewest = max(asked_ms.size if asked_ms.size else every.size, 1)
+    fewest = max(requests_ms.size if requests_ms.size else every.size, 1)
     count = int(np.clip(fewest // FEWEST_IN_PERIOD, 1, PERIODS))
     edges = np.linspace(every.min(), every.max() + 1, count + 1)
 
     def parts(at_ms: NDArray[Any]) -> NDArray[np.intp]:
         return np.clip(np.searchsorted(edges, at_ms, "right") - 1, 0, count - 1)
 
-    found = [Period(int(edges[n]), int(edges[n + 1]), {}, {}, {}) for n in range(count)]
+    periods_found = [Period(int(edges[n]), int(edges[n + 1]), {}, {}, {}) for n in range(count)]
     if times[0].size:
         chosen, part = joined(interests.evaluated), parts(times[0])
         for name, scores in interests.scores.items():
-            _add_means(found, "interests", name, INTERESTS, joined(scores)[chosen], part)
+            _add_means(periods_found, "interests", name, INTERESTS, joined(scores)[chosen], part)
     if times[1].size:
         chosen, part = joined(engagements.evaluated), parts(times[1])
         clicked = joined(engagements.clicked)[chosen]
@@ -230,29 +233,29 @@ def periods(validation: ProgressiveValidation) -> list[Period]:
                 estimates = engagement_estimates(predicted[part == number], clicked[part == number])
                 for measure, estimate in estimates.items():
                     if np.isfinite(estimate.value):
-                        found[number].engagement.setdefault(measure, {})[name] = estimate.value
-    if asked:
-        part = parts(asked_ms)
-        for name in asked[0].ranks:
-            ranks = np.array([one.ranks[name] for one in asked])
+                        periods_found[number].engagement.setdefault(measure, {})[name] = estimate.value
+    if requests:
+        part = parts(requests_ms)
+        for name in requests[0].ranks:
+            ranks = np.array([request.ranks[name] for request in requests])
             hits = np.stack([(ranks >= 0) & (ranks < most) for most in (10, 20)], 1)
-            _add_means(found, "recommendation", name, ("recall@10", "recall@20"), hits, part)
-    return found
+            _add_means(periods_found, "recommendation", name, ("recall@10", "recall@20"), hits, part)
+    return periods_found
 
 
 def _add_means(
-    found: Sequence[Period],
+    periods_found: Sequence[Period],
     task: str,
     predictor: str,
     measures: Sequence[str],
     values: NDArray[Any],
     part: NDArray[np.intp],
 ) -> None:
-    rows = np.bincount(part, minlength=len(found))
-    for place, measure in enumerate(measures):
-        sums = np.bincount(part, values[:, place], len(found))
+    rows = np.bincount(part, minlength=len(periods_found))
+    for column, measure in enumerate(measures):
+        sums = np.bincount(part, values[:, column], len(periods_found))
         for number in np.flatnonzero(rows).tolist():
-            figures: dict[str, dict[str, float]] = getattr(found[number], task)
+            figures: dict[str, dict[str, float]] = getattr(periods_found[number], task)
             figures.setdefault(measure, {})[predictor] = float(sums[number] / rows[number])
 
 
@@ -283,12 +286,12 @@ def as_text(evaluation: Evaluation) -> str:
                 lines += ["", *_table_lines(shown)]
     if by_history := [shown for shown in evaluation.recommendation if shown.about in BY_HISTORY]:
         lines += ["", *_history_lines(by_history)]
-    for title, about, sources in (
+    for title, number_of_table, sources in (
         ("What each source of candidates of springtide contributed", 0, evaluation.sources),
         ("The same with exclude_seen, for items that are new to the user", 2, evaluation.unseen_sources),
     ):
         if sources:
-            lines += ["", title, *_source_lines(sources, evaluation.recommendation[about].rows)]
+            lines += ["", title, *_source_lines(sources, evaluation.recommendation[number_of_table].rows)]
     return "\n".join(lines)
 
 
@@ -331,22 +334,24 @@ def _shown(figure: Figure, scale: float, signed: bool = False) -> str:
 
 
 def _source_lines(sources: Mapping[str, Source], requests: int) -> Iterator[str]:
-    candidates, listed = (sum(getattr(one, name) for one in sources.values()) for name in ("candidates", "listed"))
+    candidates, listed = (
+        sum(getattr(source, name) for source in sources.values()) for name in ("candidates", "listed")
+    )
     cells = [["", "candidates", "clicked item among them", "listed items", "clicked item among them"]]
-    for name, one in sources.items():
+    for name, source in sources.items():
         cells.append([name])
-        for part, whole, hits in ((one.candidates, candidates, one.found), (one.listed, listed, one.hits)):
-            cells[-1] += [_share(part, whole), f"{hits:,} = {_share(hits, requests)}"] if whole else ["-", "-"]
+        for part, total, hits in ((source.candidates, candidates, source.found), (source.listed, listed, source.hits)):
+            cells[-1] += [_share(part, total), f"{hits:,} = {_share(hits, requests)}"] if total else ["-", "-"]
     yield from _aligned(cells)
 
 
-def _share(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "-"
+def _share(part: int, total: int) -> str:
+    return f"{100 * part / total:.1f} %" if total else "-"
 
 
 def _aligned(cells: Sequence[Sequence[str]]) -> Iterator[str]:
     """Aligns columns: the first one to the left, the others to the right."""
-    widths = [max(len(row[place]) for row in cells) for place in range(len(cells[0]))]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     for first, *others in cells:
         yield "    " + "  ".join(
             [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]

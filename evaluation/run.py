@@ -126,7 +126,7 @@ def evaluate(
     if wanted.requests and not clicks.any():
         raise SettingsError(
             "no click has an item: there is nothing to recommend",
-            "name the field in events.item, or say --requests 0 to evaluate interests alone",
+            "name the field in events.item, or use --requests 0 to evaluate interests alone",
         )
     offsets: NDArray[Any] = events.column("offset")
     evaluated = int(clicks[begin:].sum())

@@ -124,12 +124,12 @@ class ReasonFor(Struct, frozen=True):
 
     kind: Annotated[
         str,
-        Meta(description="What it comes from: windows of a category, counts of an action, the user's row and so on."),
+        Meta(description="Its source: windows of a category, counts of an action, the user's row and so on."),
     ]
     about: Annotated[str | None, Meta(description="The category or the action.")]
-    share: Annotated[float, Meta(description="What it adds to the probability; negative where it takes away.")]
-    words: Annotated[str, Meta(description="What lies behind it.")]
-    events: Annotated[list[BehindIt], Meta(description="The newest of the events behind it.")]
+    share: Annotated[float, Meta(description="Its effect on the probability; may be negative.")]
+    words: Annotated[str, Meta(description="An explanation in words.")]
+    events: Annotated[list[BehindIt], Meta(description="The newest events that it comes from.")]
 
 
 class Explanation(About, frozen=True, kw_only=True):

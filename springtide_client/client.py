@@ -210,8 +210,8 @@ class AsyncClient:
         Raises:
             ClientError: See `springtide_client.errors`.
         """
-        given = {"item": item, "category": category, "at": at, "fields": ",".join(fields) or None, "top": top}
-        return await self._get("/v1/profiles/{}", user_id, Profile, given, context)
+        parameters = {"item": item, "category": category, "at": at, "fields": ",".join(fields) or None, "top": top}
+        return await self._get("/v1/profiles/{}", user_id, Profile, parameters, context)
 
     async def profiles(
         self, users: Sequence[str | User], *, fields: Sequence[str] = (), top: int | None = None
@@ -221,25 +221,25 @@ class AsyncClient:
         They are all of one version, unless hosts hold parts of the users: then those of one host are.
         """
         named = [User(user) if isinstance(user, str) else user for user in users]
-        more = {"fields": list(fields) or None, "top": top}
+        options = {"fields": list(fields) or None, "top": top}
 
-        async def part(places: Sequence[int]) -> list[Profile]:
-            asked = [_without_none(named[place]._asdict()) for place in places]
-            body, ids = _without_none({"profiles": asked, **more}), [named[place].user_id for place in places]
+        async def part(indices: Sequence[int]) -> list[Profile]:
+            queries = [_without_none(named[index]._asdict()) for index in indices]
+            body, ids = _without_none({"profiles": queries, **options}), [named[index].user_id for index in indices]
             return (await self._ask("POST", "/v1/profiles:batch", Profiles, ids, json=body)).profiles
 
         if self._routes is None or not named:
             return await part(range(len(named)))
         groups: dict[tuple[str, ...], list[int]] = {}
-        for place, user in enumerate(named):
-            groups.setdefault(self._routes.holders_of(user.user_id), []).append(place)
+        for index, user in enumerate(named):
+            groups.setdefault(self._routes.holders_of(user.user_id), []).append(index)
         parts = await asyncio.gather(*map(part, groups.values()))
         by_place = {
-            place: profile
+            index: profile
             for places, profiles in zip(groups.values(), parts, strict=True)
-            for place, profile in zip(places, profiles, strict=True)
+            for index, profile in zip(places, profiles, strict=True)
         }
-        return [by_place[place] for place in range(len(named))]
+        return [by_place[index] for index in range(len(named))]
 
     async def rank(
         self,
@@ -280,8 +280,8 @@ class AsyncClient:
         Raises:
             ClientError: See `springtide_client.errors`.
         """
-        given = {"n": n, "category": category, "exclude_seen": "true" if exclude_seen else None, "at": at}
-        return await self._get("/v1/recommendations/{}", user_id, Recommendations, given, context)
+        parameters = {"n": n, "category": category, "exclude_seen": "true" if exclude_seen else None, "at": at}
+        return await self._get("/v1/recommendations/{}", user_id, Recommendations, parameters, context)
 
     async def similar(
         self,
@@ -293,8 +293,8 @@ class AsyncClient:
         context: Mapping[str, str] | None = None,
     ) -> SimilarItems:
         """Returns the items that are nearest to this user; arguments and errors as of `recommend`."""
-        given = {"n": n, "exclude_seen": "true" if exclude_seen else None, "at": at}
-        return await self._get("/v1/similar/{}", user_id, SimilarItems, given, context)
+        parameters = {"n": n, "exclude_seen": "true" if exclude_seen else None, "at": at}
+        return await self._get("/v1/similar/{}", user_id, SimilarItems, parameters, context)
 
     async def explain(
         self,
@@ -311,8 +311,8 @@ class AsyncClient:
 
         `top` is the maximum number of reasons, by default 10. Other arguments and errors are as of `profile`.
         """
-        given = {"label": label, "item": item, "category": category, "at": at, "top": top}
-        return await self._get("/v1/profiles/{}/explain", user_id, Explanation, given, context)
+        parameters = {"label": label, "item": item, "category": category, "at": at, "top": top}
+        return await self._get("/v1/profiles/{}/explain", user_id, Explanation, parameters, context)
 
     async def ready(self) -> Readiness:
         """Returns whether the worker can answer, and what it lacks; there are no retries.
@@ -325,13 +325,13 @@ class AsyncClient:
         return _decoded(response, Readiness, (200, 503))
 
     async def _get(
-        self, path: str, user_id: str, kind: type[T], given: Mapping[str, Any], context: Mapping[str, str] | None
+        self, path: str, user_id: str, kind: type[T], parameters: Mapping[str, Any], context: Mapping[str, str] | None
     ) -> T:
-        named = {name: str(value) for name, value in given.items() if value is not None}
+        named = {name: str(value) for name, value in parameters.items() if value is not None}
         named |= {f"context.{name}": value for name, value in (context or {}).items()}
         return await self._ask("GET", path.format(in_path(user_id)), kind, [user_id], params=named or None)
 
-    async def _ask(self, method: str, path: str, kind: type[T], users: Sequence[str], **more: Any) -> T:
+    async def _ask(self, method: str, path: str, kind: type[T], users: Sequence[str], **options: Any) -> T:
         """Sends a request about users until it is answered, refused for good, or out of retries or time."""
         loop, tried = asyncio.get_running_loop(), 0
         deadline_s = loop.time() + self._timeout_s
@@ -339,7 +339,7 @@ class AsyncClient:
             tried += 1
             response, pause_s = None, None
             try:
-                response = await self._routed(method, path, deadline_s, users, **more)
+                response = await self._routed(method, path, deadline_s, users, **options)
             except Unreachable:
                 wait_s = self._retries.wait_s(tried, None, self._chance(), deadline_s - loop.time())
                 if wait_s is None:
@@ -352,12 +352,12 @@ class AsyncClient:
             await self._sleep(wait_s)
 
     async def _routed(
-        self, method: str, path: str, deadline_s: float, users: Sequence[str], **more: Any
+        self, method: str, path: str, deadline_s: float, users: Sequence[str], **options: Any
     ) -> httpx.Response:
         """Sends a request to a host that holds the first user, if one is known and answers; else to the own address."""
         routes = self._routes
         if routes is None:
-            return await self._send(self._url, method, path, deadline_s, **more)
+            return await self._send(self._url, method, path, deadline_s, **options)
         if routes.due():
             await self._fetch_hosts(routes, deadline_s)
         holders = routes.holders_of(users[0]) if users else ()
@@ -365,14 +365,14 @@ class AsyncClient:
             host = random.choice(holders)
             soon_s = min(deadline_s, asyncio.get_running_loop().time() + DIRECT_S)
             try:
-                response = await self._send(host, method, path, soon_s, **more)
+                response = await self._send(host, method, path, soon_s, **options)
                 if response.status_code not in AGAIN:
                     return response
             except (Unreachable, TimedOut):
                 routes.avoid(host)
         if not routes.knows(users):
-            more["headers"] = {SHARE: "1"}
-        response = await self._send(self._url, method, path, deadline_s, **more)
+            options["headers"] = {SHARE: "1"}
+        response = await self._send(self._url, method, path, deadline_s, **options)
         routes.learn(users, response.headers.get(SHARE))
         return response
 
@@ -382,11 +382,11 @@ class AsyncClient:
         with suppress(ClientError):
             routes.fetched(_decoded(await self._send(self._url, "GET", "/v1/hosts", soon_s), ServingHosts).hosts)
 
-    async def _send(self, url: str, method: str, path: str, deadline_s: float, **more: Any) -> httpx.Response:
+    async def _send(self, url: str, method: str, path: str, deadline_s: float, **options: Any) -> httpx.Response:
         """Sends one request; the only method that uses the network."""
         try:
             async with asyncio.timeout_at(deadline_s):
-                return await self._http.request(method, url + path, **more)
+                return await self._http.request(method, url + path, **options)
         except UnicodeEncodeError as error:
             raise _not_unicode(error) from error
         except (httpx.TimeoutException, TimeoutError) as error:
@@ -521,12 +521,12 @@ def _decoded(response: httpx.Response, kind: type[T], statuses: Sequence[int] = 
             return msgspec.json.decode(response.content, type=kind)
         failure = msgspec.json.decode(response.content, type=Failure)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        asked = f"{response.request.method} {_shape(response.request.url.raw_path.decode())}"
-        what = f"{response.url.host} answers {status} to {asked} in another form ({error})"
+        request = f"{response.request.method} {_shape(response.request.url.raw_path.decode())}"
+        problem = f"{response.url.host} answers {status} to {request} in another form ({error})"
         do = "check the address, and the proxies between client and worker"
         if refusal is Refused:
-            raise UnexpectedAnswer(what, do) from None
-        raise refusal(status, what, do, retry_after_s=pause_s) from None
+            raise UnexpectedAnswer(problem, do) from None
+        raise refusal(status, problem, do, retry_after_s=pause_s) from None
     raise refusal(status, failure.error, failure.do, failure.where, pause_s)
 
 
@@ -551,5 +551,5 @@ def _item(item: Item) -> dict[str, Any]:
     return _without_none(item._asdict()) | cap
 
 
-def _without_none(given: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in given.items() if value is not None}
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}

@@ -61,7 +61,7 @@ class Routes:
         """Returns the addresses of the hosts that hold a user; none if they or the user's share are unknown."""
         share, now_s = self._shares.get(user), self._clock_s()
         return tuple(
-            address for address, held in self._hosts if share in held and self._avoided.get(address, 0.0) <= now_s
+            address for address, shares in self._hosts if share in shares and self._avoided.get(address, 0.0) <= now_s
         )
 
     def avoid(self, address: str) -> None:
@@ -75,8 +75,8 @@ def shares_in(text: str) -> frozenset[int]:
     >>> sorted(shares_in("0-2,32"))
     [0, 1, 2, 32]
     """
-    found = set[int]()
+    shares = set[int]()
     for part in text.split(","):
         first, _, last = part.partition("-")
-        found.update(range(int(first), int(last or first) + 1))
-    return frozenset(found)
+        shares.update(range(int(first), int(last or first) + 1))
+    return frozenset(shares)

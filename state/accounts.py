@@ -107,12 +107,12 @@ def check_accounts(
     >>> check_accounts(StreamAccount(positions=8, rows=8), TrainerAccount(rows=7, trained=7))
     ('log: the stream made 8 rows, but the log holds 7 without duplicates: 1 lost',)
     """
-    found: list[str] = []
+    faults: list[str] = []
     if stream is not None:
         outcomes = (stream.rows, stream.dead, stream.filtered, stream.absent, stream.gap, stream.opened)
         total = sum(outcomes) + stream.feedback + stream.masked
         if total != stream.positions:
-            found.append(
+            faults.append(
                 f"stream: {stream.positions} positions, but {stream.rows} rows + {stream.dead} dead + "
                 f"{stream.filtered} filtered + {stream.absent} absent + {stream.gap} gap + {stream.opened} opened + "
                 f"{stream.feedback} feedback + {stream.masked} masked = {total}"
@@ -121,36 +121,36 @@ def check_accounts(
         total = trainer.trained + trainer.skipped + trainer.duplicate + trainer.masked + trainer.in_flight
         total += trainer.other_features
         if total != trainer.rows:
-            other = f"{trainer.other_features} of other features + " if trainer.other_features else ""
-            found.append(
+            other_features = f"{trainer.other_features} of other features + " if trainer.other_features else ""
+            faults.append(
                 f"trainer: {trainer.rows} rows, but {trainer.trained} trained + {trainer.skipped} skipped + "
-                f"{trainer.duplicate} duplicate + {trainer.masked} masked + {other}{trainer.in_flight} in flight = {total}"
+                f"{trainer.duplicate} duplicate + {trainer.masked} masked + {other_features}{trainer.in_flight} in flight = {total}"
             )
     if stream is not None and trainer is not None:
         distinct = trainer.rows - trainer.duplicate
         lost = stream.learnable - distinct
         excused = trainer.gap * (MOST_LEARNED if stream.opened else 1)
         if not 0 <= lost <= excused:
-            what = f"{-lost} came twice" if lost < 0 else f"{lost - excused} lost"
+            difference = f"{-lost} came twice" if lost < 0 else f"{lost - excused} lost"
             accepted = f", and a gap of {trainer.gap} was accepted" if trainer.gap else ""
-            found.append(
+            faults.append(
                 f"log: the stream made {stream.learnable} rows, but the log holds {distinct} without duplicates"
-                f"{accepted}: {what}"
+                f"{accepted}: {difference}"
             )
-    for one in broker:
-        if one.begin > one.next:
-            found.append(
-                f"clicks {one.source}: the stream is at {one.next} and the broker begins at {one.begin}: "
-                f"{one.begin - one.next} positions were deleted unread"
+    for partition in broker:
+        if partition.begin > partition.next:
+            faults.append(
+                f"clicks {partition.source}: the stream is at {partition.next} and the broker begins at {partition.begin}: "
+                f"{partition.begin - partition.next} positions were deleted unread"
             )
-        elif one.end < one.next:
-            found.append(
-                f"clicks {one.source}: the stream is at {one.next} and the broker ends at {one.end}: "
+        elif partition.end < partition.next:
+            faults.append(
+                f"clicks {partition.source}: the stream is at {partition.next} and the broker ends at {partition.end}: "
                 "it lost its newest records, or another cluster answers"
             )
     if stream is not None and waiting is not None and waiting != stream.waiting:
-        found.append(
+        faults.append(
             f"labels: {stream.opened} impressions opened, but {stream.joined} joined + {stream.expired} expired + "
             f"{stream.dropped} dropped + {waiting} waiting = {stream.opened - stream.waiting + waiting}"
         )
-    return tuple(found)
+    return tuple(faults)

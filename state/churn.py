@@ -85,7 +85,7 @@ class ChurnInputs:
         names = [name for name in spec.names if not name.startswith("label.")]
         self.columns = np.array([spec.names.index(name) for name in names], np.int64)
         self._kinds = np.array([_kind(name) for name in names], np.int64)
-        self._pace = np.array([place for place, name in enumerate(names) if name.startswith(_PACE)], np.int64)
+        self._pace = np.array([column for column, name in enumerate(names) if name.startswith(_PACE)], np.int64)
         self._actions, self._reach_ms = len(spec.actions), horizon.reach_ms
         self.width = 1 + len(names) + self._actions + 3 + len(self._pace)
         meaning = "\n".join([str(horizon), *names, "", *spec.actions])
@@ -165,20 +165,20 @@ def calibrated(logits: F64, slope: float, intercept: float) -> F64:
 
 def tensors_of(weights: ChurnWeights) -> dict[str, NDArray[Any]]:
     """The tensors of a version, by name."""
-    about = np.array([CODE, weights.horizon.span_ms, weights.inputs.digest], np.int64)
+    header = np.array([CODE, weights.horizon.span_ms, weights.inputs.digest], np.int64)
     return {
-        f"{PREFIX}about": about,
+        f"{PREFIX}about": header,
         f"{PREFIX}weights": np.concatenate([[weights.slope, weights.intercept], weights.weights]),
     }
 
 
 def weights_in(stored: Mapping[str, NDArray[Any]], spec: FeatureSpec) -> ChurnWeights | None:
     """Decodes the churn weights of a version; None if it has none, or its inputs are not those of this release."""
-    about, held = (stored.get(f"{STORED}{PREFIX}{name}") for name in ("about", "weights"))
-    if about is None or held is None or int(about[0]) != CODE:
+    header, weights = (stored.get(f"{STORED}{PREFIX}{name}") for name in ("about", "weights"))
+    if header is None or weights is None or int(header[0]) != CODE:
         return None
-    horizon = Horizon.of(int(about[1]), spec)
+    horizon = Horizon.of(int(header[1]), spec)
     inputs = _inputs_of(spec, horizon)
-    if (int(about[2]), len(held)) != (inputs.digest, 2 + inputs.width):
+    if (int(header[2]), len(weights)) != (inputs.digest, 2 + inputs.width):
         return None
-    return ChurnWeights(horizon, inputs, float(held[0]), float(held[1]), held[2:])
+    return ChurnWeights(horizon, inputs, float(weights[0]), float(weights[1]), weights[2:])

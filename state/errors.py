@@ -86,10 +86,10 @@ class SaltMismatch(SpringtideError):
     """The salt is not the one the stored pseudonyms were made with. Restore the salt file (`paths.salt_file`); without it start a new state directory."""
 
     @classmethod
-    def between(cls, holder: str, stored: str, ours: str) -> SaltMismatch:
+    def between(cls, holder: str, stored: str, own: str) -> SaltMismatch:
         """The error for data whose users were made with another salt, with the fingerprints of both salts."""
         return cls(
-            f"{holder} has users of salt {stored}, the salt here is {ours}",
+            f"{holder} has users of salt {stored}, the salt here is {own}",
             "restore the salt file (paths.salt_file); without it start a new state directory (paths.state)",
         )
 

@@ -101,7 +101,7 @@ def open_store(text: str) -> FileStore:
     if text.partition("://")[0] not in PROTOCOLS:
         raise UnusablePlace(
             f"{without_password(text)} cannot be opened: its protocol is unknown",
-            f"name a directory, or a URL that starts with {', '.join(f'{one}://' for one in PROTOCOLS)}",
+            f"name a directory, or a URL that starts with {', '.join(f'{protocol}://' for protocol in PROTOCOLS)}",
         )
     return ObjectStore(text)
 
@@ -122,13 +122,13 @@ class DirectoryStore:
                 raise error
 
         with usable(self.name, "be listed"):
-            found = [
+            names = [
                 Path(at, name).relative_to(root).as_posix()
                 for at, _, names in os.walk(root, onerror=raise_unless_missing)
                 for name in names
                 if not durable.is_temporary(name)
             ]
-        return sorted(found)
+        return sorted(names)
 
     def read(self, name: str) -> bytes:
         """See `FileStore`."""
@@ -210,8 +210,8 @@ class ObjectStore:
     def names(self, folder: str) -> list[str]:
         """See `FileStore`."""
         with self._reached("be listed"):
-            found = [entry["path"] for page in self._store.list(folder or None) for entry in page]
-        return sorted(name.removeprefix(folder).removeprefix("/") for name in found)
+            paths = [entry["path"] for page in self._store.list(folder or None) for entry in page]
+        return sorted(name.removeprefix(folder).removeprefix("/") for name in paths)
 
     def read(self, name: str) -> bytes:
         """See `FileStore`."""
@@ -238,10 +238,10 @@ class ObjectStore:
         """See `FileStore`. The tag is the object's ETag and version."""
         with self._reached(f"read {name}"):
             try:
-                found = self._store.get(name)
+                object_ = self._store.get(name)
             except FileNotFoundError:
                 return b"", ""
-            return found.bytes().to_bytes(), _tag(found.meta)
+            return object_.bytes().to_bytes(), _tag(object_.meta)
 
     def swap(self, name: str, data: bytes, tag: str) -> str:
         """See `FileStore`."""
@@ -250,7 +250,7 @@ class ObjectStore:
         parts = dict(zip(("e_tag", "version"), tag.split(_OF), strict=False))
         with self._reached(f"write {name}"):
             try:
-                made = self._store.put(
+                result = self._store.put(
                     name,
                     data,
                     mode=cast("UpdateVersion", {part: value for part, value in parts.items() if value})
@@ -259,7 +259,7 @@ class ObjectStore:
                 )
             except (AlreadyExistsError, NotFoundError, PreconditionError):
                 return ""
-        return _tag(made)
+        return _tag(result)
 
     def remove(self, name: str) -> None:
         """See `FileStore`."""
@@ -327,9 +327,9 @@ class CountedStore:
 
     def swap(self, name: str, data: bytes, tag: str) -> str:
         """See `FileStore`."""
-        made = self._counted("put", lambda: self._store.swap(name, data, tag))
+        new_tag = self._counted("put", lambda: self._store.swap(name, data, tag))
         self._metrics.bytes.labels("sent").inc(len(data))
-        return made
+        return new_tag
 
     def remove(self, name: str) -> None:
         """See `FileStore`."""
@@ -343,8 +343,8 @@ class CountedStore:
 _OF = " of version "
 
 
-def _tag(about: ObjectMeta | PutResult) -> str:
-    return f"{about['e_tag'] or ''}{_OF}{about['version'] or ''}"
+def _tag(meta: ObjectMeta | PutResult) -> str:
+    return f"{meta['e_tag'] or ''}{_OF}{meta['version'] or ''}"
 
 
 def without_password(url: str) -> str:

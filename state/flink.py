@@ -78,19 +78,19 @@ class JobManager:
 
     def overview(self) -> Overview:
         """The cluster and all its jobs; takes two further requests per job."""
-        found = self._ask("/overview")
-        jobs = sorted(self._ask("/jobs/overview")["jobs"], key=lambda one: -int(one["start-time"]))
+        cluster = self._ask("/overview")
+        jobs = sorted(self._ask("/jobs/overview")["jobs"], key=lambda job: -int(job["start-time"]))
         return Overview(
-            found["flink-version"],
-            found["taskmanagers"],
-            found["slots-total"],
-            found["slots-available"],
-            tuple(self._job(one) for one in jobs),
+            cluster["flink-version"],
+            cluster["taskmanagers"],
+            cluster["slots-total"],
+            cluster["slots-available"],
+            tuple(self._job(job) for job in jobs),
         )
 
     def running(self) -> list[str]:
         """The ids of the jobs that have not ended."""
-        return [one["jid"] for one in self._ask("/jobs/overview")["jobs"] if one["state"] not in ENDED]
+        return [job["jid"] for job in self._ask("/jobs/overview")["jobs"] if job["state"] not in ENDED]
 
     def state(self, job: str) -> str:
         """A job's state."""
@@ -98,8 +98,8 @@ class JobManager:
 
     def named(self, name: str) -> str | None:
         """The id of the newest job with a name; None if there is none."""
-        found = [one for one in self._ask("/jobs/overview")["jobs"] if one["name"] == name]
-        return str(max(found, key=lambda one: int(one["start-time"]))["jid"]) if found else None
+        jobs = [job for job in self._ask("/jobs/overview")["jobs"] if job["name"] == name]
+        return str(max(jobs, key=lambda job: int(job["start-time"]))["jid"]) if jobs else None
 
     def failure(self, job: str) -> str:
         """The stack trace of a job's last task failure; empty if there was none."""
@@ -121,10 +121,10 @@ class JobManager:
 
     def savepoint(self, job: str, request: str) -> str:
         """The location of a requested savepoint; empty while it is in progress. FlinkFailed if it could not be made."""
-        found = self._ask(f"/jobs/{job}/savepoints/{request}")
-        if found["status"]["id"] != "COMPLETED":
+        answer = self._ask(f"/jobs/{job}/savepoints/{request}")
+        if answer["status"]["id"] != "COMPLETED":
             return ""
-        operation = found["operation"]
+        operation = answer["operation"]
         if "location" not in operation:
             raise FlinkFailed(
                 f"job {job} has no savepoint: {_first(operation.get('failure-cause', {}).get('stack-trace', ''))}",
@@ -155,15 +155,15 @@ class JobManager:
             tasks["running"],
             tasks["total"],
             # A job that has ended has no metrics.
-            next((int(float(one["value"])) for one in metrics), None),
+            next((int(float(metric["value"])) for metric in metrics), None),
             checkpoint,
             checkpoints["counts"]["failed"],
         )
 
     def _ask(self, path: str, body: object = None, method: str | None = None) -> Any:
         content = None if body is None else json.dumps(body).encode()
-        asked = urllib.request.Request(self.url + path, content, {"Content-Type": "application/json"}, method=method)
-        status, answer = http.ask(asked, TIMEOUT_S)
+        request = urllib.request.Request(self.url + path, content, {"Content-Type": "application/json"}, method=method)
+        status, answer = http.ask(request, TIMEOUT_S)
         if status == 0:
             raise FlinkFailed(
                 f"no JobManager answers at {self.url} ({answer})",
@@ -177,4 +177,4 @@ class JobManager:
 def _first(text: str, most: int = 300) -> str:
     r"""The first line of a Java message, without its stack trace."""
     lines = text.replace("\\n", "\n").strip().splitlines()
-    return lines[0][:most] if lines else "it does not say why"
+    return lines[0][:most] if lines else "it gives no reason"

@@ -9,11 +9,11 @@ from http.client import HTTPException
 
 
 def ask(
-    asked: str | urllib.request.Request, timeout_s: float, context: ssl.SSLContext | None = None
+    request: str | urllib.request.Request, timeout_s: float, context: ssl.SSLContext | None = None
 ) -> tuple[int, str]:
     """Status and body of a GET, or of the given request; status 0 and the reason if there is no response in time."""
     try:
-        with urllib.request.urlopen(asked, timeout=timeout_s, context=context) as answer:
+        with urllib.request.urlopen(request, timeout=timeout_s, context=context) as answer:
             return int(answer.status), answer.read().decode()
     except urllib.error.HTTPError as refused:
         return refused.code, refused.read().decode("utf-8", "replace")

@@ -55,12 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     log_lines.begin("kernels", own_stderr())
     quiet_tensorflow(os.environ)
     words = list(sys.argv[1:] if argv is None else argv)
-    others = []
+    children = []
     if ALL in words:
         words = modules()
         command = [sys.executable, "-m", "state.kernels", *words]
         # The child processes share the work; only this process reports progress.
-        others = [
+        children = [
             subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
             for _ in range(1, min(MOST_PROCESSES, os.cpu_count() or 1))
         ]
@@ -69,11 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for module in words or USED:
             importlib.import_module(module)
     Kernels(CollectorRegistry(), _log).prepare()
-    for other in others:
-        said = other.communicate()[1]
-        if other.returncode:
-            sys.stderr.write(said.decode(errors="replace"))
-            return other.returncode
+    for child in children:
+        errors = child.communicate()[1]
+        if child.returncode:
+            sys.stderr.write(errors.decode(errors="replace"))
+            return child.returncode
     return 0
 
 

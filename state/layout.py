@@ -103,7 +103,7 @@ def stream(state: Path) -> Path:
 def streams(state: Path) -> list[Path]:
     """The histories of every stream that ever ran under `state`, sorted: one, or the shards of an earlier release."""
     # After a power cut a store in memory is a dangling link.
-    return sorted(one / HISTORIES for one in state.glob(f"{_STREAM}*") if os.path.lexists(one / HISTORIES))
+    return sorted(folder / HISTORIES for folder in state.glob(f"{_STREAM}*") if os.path.lexists(folder / HISTORIES))
 
 
 def experiment_registry(state: Path, name: str) -> Path:

@@ -30,14 +30,14 @@ def argument(name: str) -> str:
 
 
 def lower_saved_model(
-    folder: Path, signatures: Sequence[str], what: str, frozen: bool = False, quantize: Quantize = "none"
+    folder: Path, signatures: Sequence[str], subject: str, frozen: bool = False, quantize: Quantize = "none"
 ) -> bytes:
     """The LiteRT program of a SavedModel's signatures.
 
     Args:
         folder: The SavedModel.
         signatures: Names of signatures.
-        what: The source of the model, for the message, such as `model.tower 'shop:build'`.
+        subject: The source of the model, for the message, such as `model.tower 'shop:build'`.
         frozen: Whether variables become constants; otherwise they stay variables that a signature sets.
         quantize: How constants are stored: `none` unchanged, `float16` with half the bits, `int8` as integers where the
             operation that reads them computes with integers.
@@ -62,7 +62,7 @@ def lower_saved_model(
         named = re.findall(r"'(tf\.[A-Z]\w+)' op is neither", text) or re.findall(r"\btf\.[A-Z]\w+", text)
         missing = ", ".join(sorted(set(named))) or text.partition("\n")[0] or "counterpart of some operation"
         raise ProgramError(
-            f"{what} does not lower to LiteRT: it has no {missing}", "use operations that LiteRT has built in"
+            f"{subject} does not lower to LiteRT: it has no {missing}", "use operations that LiteRT has built in"
         ) from error
 
 
@@ -76,7 +76,7 @@ def run_lowered(content: bytes, signature: str, inputs: Mapping[str, Any]) -> di
     return outputs
 
 
-def difference(ours: F32, expected: F32) -> float:
+def difference(actual: F32, expected: F32) -> float:
     """The largest difference, relative to 1 + the expected value; infinite if a value is NaN."""
-    apart = np.abs(ours.astype(np.float64) - expected) / (1.0 + np.abs(expected))
-    return float(np.nan_to_num(apart, nan=np.inf).max(initial=0.0))
+    error = np.abs(actual.astype(np.float64) - expected) / (1.0 + np.abs(expected))
+    return float(np.nan_to_num(error, nan=np.inf).max(initial=0.0))

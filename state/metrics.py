@@ -69,9 +69,9 @@ def unset_gauge(text: str) -> Gauge:
     """Declares a gauge of a single process that is NaN until it is first set."""
 
     def make(name: str, text: str, labels: tuple[str, ...], registry: CollectorRegistry) -> Gauge:
-        made = Gauge(name, text, labels, registry=registry)
-        made.set(math.nan)
-        return made
+        gauge = Gauge(name, text, labels, registry=registry)
+        gauge.set(math.nan)
+        return gauge
 
     return cast(Gauge, _Declared(make, "", text, ()))
 
@@ -213,7 +213,7 @@ class TrainerMetrics(Metrics):
         "measure",
     )
     slice_gap_sure = gauge(
-        "Part of that difference that lies between the confidence intervals, corrected for the number of slices.",
+        "The part of that difference outside the confidence intervals, corrected for the number of slices.",
         "attribute",
         "measure",
     )
@@ -603,8 +603,8 @@ def names() -> frozenset[str]:
         "histogram": ("_bucket", "_count", "_sum"),
         "gauge": ("",),
     }
-    ours = {family.name + suffix for family in registry.collect() for suffix in suffixes[family.type]}
-    return frozenset(ours | OF_ANY_PROCESS.keys())
+    series = {family.name + suffix for family in registry.collect() for suffix in suffixes[family.type]}
+    return frozenset(series | OF_ANY_PROCESS.keys())
 
 
 class BuildMetrics(Metrics):

@@ -156,11 +156,11 @@ class Range:
         >>> Range(Source("ab" * 16, 0), 5, 8, rows=2, dead=1).outcomes
         {'rows': 2, 'dead': 1, 'filtered': 0, 'absent': 0}
         """
-        found = {"rows": self.rows, "dead": self.dead, "filtered": self.filtered, "absent": self.absent}
-        return found | {name: count for name in RARE if (count := getattr(self, name))}
+        outcomes = {"rows": self.rows, "dead": self.dead, "filtered": self.filtered, "absent": self.absent}
+        return outcomes | {name: count for name in RARE if (count := getattr(self, name))}
 
 
-COUNTED = tuple(one.name for one in fields(Range))[3:]
+COUNTED = tuple(field.name for field in fields(Range))[3:]
 
 
 def merge_ranges(earlier: Range, later: Range) -> Range:
@@ -192,11 +192,11 @@ def split_range(
     ({'rows': 3, 'dead': 1, 'filtered': 0, 'absent': 1}, 4, 1)
     """
     before = {"opened": 0, "feedback": 0, **(others or {}), "rows": rows_before}
-    rest = at - whole.first - rows_before - before["opened"] - before["feedback"]
+    remaining = at - whole.first - rows_before - before["opened"] - before["feedback"]
     for name in ("dead", "filtered", "masked", "absent", "elsewhere"):
-        before[name] = min(rest, getattr(whole, name))
-        rest -= before[name]
-    before["gap"] = rest
+        before[name] = min(remaining, getattr(whole, name))
+        remaining -= before[name]
+    before["gap"] = remaining
     after = {name: getattr(whole, name) - before.get(name, 0) for name in COUNTED}
     return Range(whole.source, whole.first, at, **before), Range(whole.source, at, whole.next, **after)
 

@@ -58,9 +58,9 @@ def _values(name: str, shape: tuple[int, ...]) -> F32:
         drawn = (drawn ^ (drawn >> np.uint64(31))).reshape(shape)
     if name in WHOLE:
         # Twelve bits, shifted right at random: windows of all magnitudes.
-        whole = (drawn >> np.uint64(52)) >> (drawn & np.uint64(7))
-        whole[0] = 0
-        return whole.astype(np.float32)
+        counts = (drawn >> np.uint64(52)) >> (drawn & np.uint64(7))
+        counts[0] = 0
+        return counts.astype(np.float32)
     if name.endswith("_mask"):
         return (drawn & np.uint64(1)).astype(np.float32)
     return (0.4 * ((drawn >> np.uint64(40)).astype(np.float64) / 2.0**24 - 0.5)).astype(np.float32)
@@ -84,21 +84,21 @@ def check(version: int, trained: Mapping[str, F32], answered: Mapping[str, F32])
     """
     scales, largest = _scales(trained), 0.0
     for name, expected in trained.items():
-        apart = _difference(answered[name], expected, scales) if name in answered else float("inf")
-        if apart > TOLERANCE:
+        error = _difference(answered[name], expected, scales) if name in answered else float("inf")
+        if error > TOLERANCE:
             raise ProgramError(
-                f"version {version} answers otherwise than its trainer: {name} differs by {apart:.2g} (allowed {TOLERANCE:g})",
+                f"version {version} answers otherwise than its trainer: {name} differs by {error:.2g} (allowed {TOLERANCE:g})",
                 "answers stay at the last good version; check this host, and that its packages are those of the trainer",
             )
-        largest = max(largest, apart)
+        largest = max(largest, error)
     return largest
 
 
 def _scales(trained: Mapping[str, F32]) -> npt.NDArray[np.float64]:
     """1 + the largest output of each row, `[n]`: the scale of its rounding errors."""
     largest = [
-        np.where(np.abs(one) < _NOT_THERE, np.abs(one), 0.0).reshape(len(one), -1).max(axis=1)
-        for one in trained.values()
+        np.where(np.abs(output) < _NOT_THERE, np.abs(output), 0.0).reshape(len(output), -1).max(axis=1)
+        for output in trained.values()
     ]
     scales: npt.NDArray[np.float64] = 1.0 + np.max(np.stack(largest).astype(np.float64), axis=0)
     return scales
@@ -108,7 +108,7 @@ def _difference(answered: F32, expected: F32, scales: npt.NDArray[np.float64]) -
     """The largest difference over all rows; infinite if shapes differ or a value is NaN."""
     if answered.shape != expected.shape:
         return float("inf")
-    ours, theirs = (one.reshape(len(one), -1).astype(np.float64) for one in (answered, expected))
+    actual, reference = (outputs.reshape(len(outputs), -1).astype(np.float64) for outputs in (answered, expected))
     # The logit of an absent candidate is its own scale.
-    apart = np.abs(ours - theirs) / np.where(np.abs(theirs) < _NOT_THERE, scales[:, None], np.abs(theirs))
-    return float(np.nan_to_num(apart, nan=np.inf).max(initial=0.0))
+    errors = np.abs(actual - reference) / np.where(np.abs(reference) < _NOT_THERE, scales[:, None], np.abs(reference))
+    return float(np.nan_to_num(errors, nan=np.inf).max(initial=0.0))

@@ -51,11 +51,11 @@ def missing(topic_id: str, committed: Mapping[Source, int], ends: Mapping[int, t
         committed: The next offset of each source.
         ends: By partition, the first retained offset and the end offset.
     """
-    at = {partition: committed.get(Source(topic_id, partition)) for partition in sorted(ends)}
+    positions = {partition: committed.get(Source(topic_id, partition)) for partition in sorted(ends)}
     return [
-        Gap(Source(topic_id, partition), ours, ends[partition][0])
-        for partition, ours in at.items()
-        if ours is not None and ours < ends[partition][0]
+        Gap(Source(topic_id, partition), position, ends[partition][0])
+        for partition, position in positions.items()
+        if position is not None and position < ends[partition][0]
     ]
 
 
@@ -244,11 +244,11 @@ def faults(store: HistoryStore) -> tuple[str, ...]:
     """Describes where the store's accounts do not balance: by source, and for all waiting impressions together."""
     counts, waiting = store.cut()
     accounts = {source: StreamAccount.of(count) for source, count in counts.items()}
-    found = [f"{source}: {fault}" for source, account in accounts.items() for fault in check_accounts(account)]
+    faults_found = [f"{source}: {fault}" for source, account in accounts.items() for fault in check_accounts(account)]
     must_wait = sum(account.waiting for account in accounts.values())
     if must_wait != waiting:
-        found.append(f"{must_wait} impressions must be waiting for their label, and {waiting} are")
-    return tuple(found)
+        faults_found.append(f"{must_wait} impressions must be waiting for their label, and {waiting} are")
+    return tuple(faults_found)
 
 
 def show(store: HistoryStore, metrics: StreamMetrics, known: tuple[str, ...] = ()) -> tuple[str, ...]:
@@ -269,9 +269,9 @@ def show_totals(metrics: StreamMetrics, counts: Mapping[str, int], waiting: int)
     metrics.accounting_labels.labels("waiting").set(waiting)
 
 
-def show_faults(metrics: StreamMetrics, found: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
-    """Sets the gauge of imbalances, and logs them if they differ from `known`; returns `found`."""
-    if found and found != known:
-        logger.error("the account of the clicks does not balance: %s", "; ".join(found))
-    metrics.accounting_faults.set(len(found))
-    return found
+def show_faults(metrics: StreamMetrics, faults_found: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
+    """Sets the gauge of imbalances, and logs them if they differ from `known`; returns `faults_found`."""
+    if faults_found and faults_found != known:
+        logger.error("the account of the clicks does not balance: %s", "; ".join(faults_found))
+    metrics.accounting_faults.set(len(faults_found))
+    return faults_found

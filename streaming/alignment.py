@@ -130,7 +130,7 @@ class Alignment:
             state.silent_s = 0.0 if partition in returning else state.silent_s + took_s
             state.ends = None if partition in returning else state.ends
 
-    def shares(self, places: Mapping[int, ReadingPlace], most: int) -> dict[int, int]:
+    def shares(self, positions: Mapping[int, ReadingPlace], most: int) -> dict[int, int]:
         """Returns how many records to read of each partition; partitions that wait are absent.
 
         >>> two = Alignment(max_skew_ms=60_000)
@@ -139,34 +139,38 @@ class Alignment:
         ({1: 16}, {0: 16, 1: 12})
 
         Args:
-            places: Of all partitions that are read.
+            positions: Of all partitions that are read.
             most: Maximum number of records over all partitions.
         """
-        known = {number: self._known.setdefault(number, _Partition()) for number in places}
-        unread = [number for number, place in places.items() if place.unread > 0]
+        known = {number: self._known.setdefault(number, _Partition()) for number in positions}
+        unread = [number for number, at in positions.items() if at.unread > 0]
         holders = [number for number in unread if known[number].holds]
-        reading = [number for number in places if self._may_read(number, known, holders, places)]
+        reading = [number for number in positions if self._may_read(number, known, holders, positions)]
         behind = [number for number in unread if known[number].silent_s < SILENT_S]
         if not behind:
             return dict.fromkeys(reading, most)
-        at_end = {number: max(1, most // (AT_END_SHARE * len(places))) for number in reading if number not in behind}
+        at_end = {number: max(1, most // (AT_END_SHARE * len(positions))) for number in reading if number not in behind}
         # The parts of waiting partitions are not given to others; otherwise a single one would run far ahead of them.
         parts = _divided(known, behind, max(1, most - sum(at_end.values())))
         return {number: parts[number] for number in behind if number in reading and parts[number] > 0} | at_end
 
     def _may_read(
-        self, number: int, known: Mapping[int, _Partition], holders: Sequence[int], places: Mapping[int, ReadingPlace]
+        self,
+        number: int,
+        known: Mapping[int, _Partition],
+        holders: Sequence[int],
+        positions: Mapping[int, ReadingPlace],
     ) -> bool:
         """Whether no other partition holds this one back; records the end offsets when a wait begins."""
         state = known[number]
-        behind = [other for other in holders if state.ahead_ms(known[other]) > self.max_skew_ms]
+        behind = [holder for holder in holders if state.ahead_ms(known[holder]) > self.max_skew_ms]
         if not behind:
             state.ends = None
             return True
         if state.ends is None:
-            state.ends = {other: place.position + place.unread for other, place in places.items()}
+            state.ends = {partition: at.position + at.unread for partition, at in positions.items()}
         # 4.
-        return not any(places[other].position < state.ends.get(other, 0) for other in behind)
+        return not any(positions[holder].position < state.ends.get(holder, 0) for holder in behind)
 
 
 def _divided(known: Mapping[int, _Partition], behind: Sequence[int], most: int) -> dict[int, int]:
@@ -194,11 +198,11 @@ def to_one_time(clocks: Sequence[tuple[int, float]], most: int) -> list[int]:
     order = sorted(range(len(clocks)), key=lambda number: clocks[number][0])
     first_ms = clocks[order[0]][0]
     records, rate, until_ms = float(most), 0.0, 0.0
-    for place, number in enumerate(order):
+    for rank, number in enumerate(order):
         since_ms, pace_ms = clocks[number][0] - first_ms, clocks[number][1]
         records, rate = records + since_ms / pace_ms, rate + 1 / pace_ms
         until_ms = records / rate
-        if place + 1 < len(order) and until_ms <= clocks[order[place + 1]][0] - first_ms:
+        if rank + 1 < len(order) and until_ms <= clocks[order[rank + 1]][0] - first_ms:
             break
     parts = [max(0, int((until_ms - (at_ms - first_ms)) / pace_ms + 1e-6)) for at_ms, pace_ms in clocks]
     parts[order[0]] = max(1, parts[order[0]])
@@ -237,8 +241,8 @@ class AlignedReader:
             if partition in self._read or not self._alignment.knows(partition):
                 self._alignment.follow(partition, self._read.get(partition, 0), self._reached(partition))
         self._read = {}
-        places = {number: ReadingPlace(reader.position(number), reader.unread(number)) for number in partitions}
-        self._left = self._alignment.shares(places, most)
+        positions = {number: ReadingPlace(reader.position(number), reader.unread(number)) for number in partitions}
+        self._left = self._alignment.shares(positions, most)
 
     def poll(self, timeout_s: float) -> list[PartitionBatch]:
         """Returns the next of the planned batches, in order within a partition; none after `timeout_s` without records.
@@ -250,7 +254,7 @@ class AlignedReader:
             batches = self._reader.poll(timeout_s, self._most)
             self._most -= sum(map(len, batches))
             return batches
-        shares = {number: left for number, left in self._left.items() if left > 0}
+        shares = {number: unread for number, unread in self._left.items() if unread > 0}
         begun_s = self._clock_s()
         batches = self._reader.poll(timeout_s, self._most, shares)
         self._alignment.polled(shares, [batch.partition for batch in batches], self._clock_s() - begun_s)

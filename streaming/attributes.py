@@ -150,13 +150,13 @@ class Join:
             raise self._failure
         batch = rows.batch
         newest_ms = int(batch.at_ms.max()) if len(batch) else 0
-        found, names = [], dict[int, str]()
+        joined, names = [], dict[int, str]()
         for side, ids in zip(SIDES, (batch.user, batch.item), strict=True):
             recent = self._recent.get(side)
             values = np.empty((len(ids), 0), np.uint64) if recent is None else recent.take(ids)
             names |= {} if recent is None else recent.announce(values, newest_ms)
-            found.append(values)
-        return replace(rows, attributes=Joined(found[0], found[1], names, self._fields))
+            joined.append(values)
+        return replace(rows, attributes=Joined(joined[0], joined[1], names, self._fields))
 
     def catch_up(self, clock: Callable[[], float] = time.monotonic) -> None:
         """Reads the topics to their present ends, so that the first click is joined with current attributes.

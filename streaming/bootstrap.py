@@ -352,7 +352,7 @@ def _write_examples(rows: PCollection[Rows], settings: Settings, folder: Path) -
     )
 
 
-def _describe(folder: Path, sample: Sample, about: Mapping[str, Any]) -> None:
+def _describe(folder: Path, sample: Sample, description: Mapping[str, Any]) -> None:
     """Writes schema.pbtxt and then spec.json next to the examples, durably; the examples are then complete."""
     context = sample.settings.events.context
     durable.write(folder / SCHEMA, str(schema(sample.spec, len(context))).encode())
@@ -364,7 +364,7 @@ def _describe(folder: Path, sample: Sample, about: Mapping[str, Any]) -> None:
         "rows": sample.tally.examples,
         "compression": COMPRESSION,
         "preprocessing": sample.settings.model.preprocessing,
-        **about,
+        **description,
     }
     durable.write(folder / SPEC, json.dumps(content, indent=1, sort_keys=True).encode())
     durable.sync_directory(folder)
@@ -458,25 +458,25 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
         now_ms = int(clock() * 1000)
         # 3.
         if output is not None:
-            about = document(sample, salt, read_categories(output / "categories"), now_ms)
+            description = document(sample, salt, read_categories(output / "categories"), now_ms)
             known = registry.specs.free_name(spec.digest)
-            registry.specs.add_spec(known, about, lambda place: _keep(sample, output / "transform", place))
+            registry.specs.add_spec(known, description, lambda folder: _keep(sample, output / "transform", folder))
         if wanted.examples is not None:
             shutil.copytree(registry.specs.transform(known or spec.digest), wanted.examples / "transform")
-            about = {"digest": spec.digest, "salt": salt.fingerprint, "created_at_ms": now_ms}
-            _describe(wanted.examples, sample, about)
+            description = {"digest": spec.digest, "salt": salt.fingerprint, "created_at_ms": now_ms}
+            _describe(wanted.examples, sample, description)
             left_out = f"; {unlabelled}" if (unlabelled := sample.unlabelled) else ""
             say(f"{sample.tally.examples:,} examples in {wanted.examples}{left_out}")
     return True
 
 
-def _keep(sample: Sample, transform: Path, place: Path) -> None:
-    """Writes graph, schema and statistics of a sample to the new directory `place`."""
-    shutil.copytree(transform, place / "transform")
+def _keep(sample: Sample, transform: Path, folder: Path) -> None:
+    """Writes graph, schema and statistics of a sample to the new directory `folder`."""
+    shutil.copytree(transform, folder / "transform")
     statistics = dataset(sample.statistics, "bootstrap")
     schema = infer(statistics, warm=False)
     for name, data in baseline_files(schema, statistics).items():
-        (place / name).write_bytes(data)
+        (folder / name).write_bytes(data)
 
 
 def _import_analysis() -> None:

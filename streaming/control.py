@@ -88,9 +88,9 @@ class ControlWatch:
         self.desired = self._wanted(self._control.read())
         if self.desired.log_epoch < own[-1].epoch:
             raise StoreError(
-                f"the histories are of epoch {own[-1].epoch} of the training log, and control in {registry} knows "
-                f"{self.desired.log_epoch}: it is another registry, or an older copy of it",
-                "restore the registry, or run `springtide rebuild-history`, which rebuilds the histories of its epoch",
+                f"the histories belong to epoch {own[-1].epoch} of the training log, but control in {registry} has epoch "
+                f"{self.desired.log_epoch}: this is another registry, or an older copy of it",
+                "restore the registry, or run `springtide rebuild-history`, which rebuilds the histories of that epoch",
             )
 
     def open_again_in(self, seconds: float | None) -> None:
@@ -116,7 +116,7 @@ def written_letters(store: HistoryStore) -> dict[Source, int]:
     return {Source.parse(source): int(after) for source, after in json.loads(store.extra(LETTERS) or b"{}").items()}
 
 
-def clocks_after(before: Before, ours: Collection[Source]) -> dict[str, bytes | None]:
+def clocks_after(before: Before, own: Collection[Source]) -> dict[str, bytes | None]:
     """The store's extras of the event clock after a rollback, computed from the latest clicks of our sources.
 
     A source whose position did not change keeps its clock. If no recent click of a rolled-back source was found, its
@@ -125,8 +125,8 @@ def clocks_after(before: Before, ours: Collection[Source]) -> dict[str, bytes | 
     clock, state, marks = EventClock(lambda _: None), dict[str, bytes](), dict[Source, int]()
     for batch in before.latest:
         new, marks = trim(batch, marks)
-        mine = np.array([part.source in ours for part in batch.header.ranges] or [False])
-        rows = batch.take(new & mine[batch.source])
+        is_own = np.array([part.source in own for part in batch.header.ranges] or [False])
+        rows = batch.take(new & is_own[batch.source])
         state |= clock.follow(rows, batch.header.ranges, batch.header.created_ms).state
     return {name: state.get(name) for name in clock_names(before.timed)} if before.timed else {}
 
@@ -142,13 +142,13 @@ def roll_back_histories(
         StoreFull: Nothing was changed.
     """
     killpoints.reach("stream.fenced")
-    ours = store.positions()
+    positions = store.positions()
     written = written_letters(store)
-    written |= {source: max(after, written.get(source, 0)) for source, after in ours.items()}
+    written |= {source: max(after, written.get(source, 0)) for source, after in positions.items()}
     letters = {LETTERS: json.dumps({str(source): after for source, after in written.items()}).encode()}
 
     def extra(_: int, before: Before) -> dict[str, bytes | None]:
-        return {**letters, **clocks_after(before, ours.keys())}
+        return {**letters, **clocks_after(before, positions.keys())}
 
     def open_at(offset: int) -> Reader:
         return log.reader(settings.kafka.microbatches_topic, [PARTITION], {PARTITION: offset})

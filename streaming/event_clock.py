@@ -87,9 +87,9 @@ class Quorum(NamedTuple):
 
     def unpack(self, key: int, value: bytes) -> None:
         """Restores the result of `pack`; a value of another release is ignored."""
-        found = np.frombuffer(value, "<i8")
-        if len(found) == 6 + TURNS * 4:
-            self.marks[key], self.votes[key] = found[:6], found[6:].reshape(TURNS, 4)
+        numbers = np.frombuffer(value, "<i8")
+        if len(numbers) == 6 + TURNS * 4:
+            self.marks[key], self.votes[key] = numbers[:6], numbers[6:].reshape(TURNS, 4)
 
 
 def believed_in(packed: bytes | None) -> int | None:
@@ -173,11 +173,11 @@ def _sorted(known: Quorum, key: int, now_ms: int, times: I64) -> int:
         if turn <= max(since, 0):
             continue
         time = known.votes[key, entry, _AT] + max(0, now_ms - known.votes[key, entry, _READ])
-        place = count
-        while place > 0 and times[place - 1] > time:
-            times[place] = times[place - 1]
-            place -= 1
-        times[place] = time
+        index = count
+        while index > 0 and times[index - 1] > time:
+            times[index] = times[index - 1]
+            index -= 1
+        times[index] = time
         count += 1
     return count
 
@@ -470,7 +470,7 @@ class EventClock:
         now_ms: int,
     ) -> tuple[OffClock, ...]:
         """The clocks that are certainly wrong: ahead of the wall clock or, fifteen turns later, ahead of the crowd."""
-        found = []
+        off_clocks = []
         ends = dict(zip(keys.tolist(), clocks[:, 1].tolist(), strict=True))
         partitions = {key: part.source.partition for part, key in zip(ranges, keys.tolist(), strict=True)}
         for key in sorted(self._suspects.keys() & ends.keys()):
@@ -479,15 +479,15 @@ class EventClock:
                     del self._suspects[key][user]
                 elif self._known.turns(key) >= turn + TURNS:
                     del self._suspects[key][user]
-                    found.append(OffClock("ahead", partitions[key], offset, suspect_ms - ends[key], clicks_ahead))
+                    off_clocks.append(OffClock("ahead", partitions[key], offset, suspect_ms - ends[key], clicks_ahead))
         for row in np.flatnonzero(off).tolist():
             key, at_ms, offset = int(keys[clicks.source[row]]), int(clicks.at_ms[row]), int(clicks.offset[row])
             if off[row] == BEHIND:
-                found.append(OffClock("behind", partitions[key], offset, ends[key] - at_ms))
+                off_clocks.append(OffClock("behind", partitions[key], offset, ends[key] - at_ms))
             elif at_ms > max(now_ms, ends[key]) + TOLERANCE_MS:
-                found.append(OffClock("ahead", partitions[key], offset, at_ms - ends[key]))
+                off_clocks.append(OffClock("ahead", partitions[key], offset, at_ms - ends[key]))
             elif off[row] == AHEAD and at_ms > ends[key] + TOLERANCE_MS:
                 suspects, user = self._suspects.setdefault(key, {}), int(clicks.user[row])
                 before = suspects.get(user, _Suspect(at_ms, offset, self._known.turns(key), 0))
                 suspects[user] = before._replace(at_ms=at_ms, offset=offset, clicks=before.clicks + 1)
-        return tuple(found)
+        return tuple(off_clocks)

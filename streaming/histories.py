@@ -74,14 +74,14 @@ def finish(folder: Path) -> Path | None:
     Returns:
         The new path of the old store; None if there was no complete store or no old one.
     """
-    rebuilt, place = folder / REBUILT, folder / HISTORIES
+    rebuilt, path = folder / REBUILT, folder / HISTORIES
     if not rebuilt.exists():
         return None
     # 1.
-    aside = set_aside(place)
+    aside = set_aside(path)
     killpoints.reach("rebuild.aside")
     # 2.
-    rebuilt.rename(place)
+    rebuilt.rename(path)
     durable.sync_directory(folder)
     return aside
 
@@ -91,21 +91,21 @@ def is_lost(folder: Path) -> bool:
 
     It returns False for a store that does not exist yet, and for one that an earlier release left without a marker.
     """
-    place = folder / HISTORIES
-    if memory_place.target_of(place) is not None and not place.exists():
+    store = folder / HISTORIES
+    if memory_place.target_of(store) is not None and not store.exists():
         return True
-    mark = clean_mark.read(place / MARK)
+    mark = clean_mark.read(store / MARK)
     return mark is not None and not mark.trusts(clean_mark.boot_id())
 
 
-def set_aside(place: Path) -> Path | None:
+def set_aside(store: Path) -> Path | None:
     """Renames a store to a name that nothing opens, after moving it out of memory; None if the store is missing."""
-    bring_back(place)
-    if not place.exists():
+    bring_back(store)
+    if not store.exists():
         return None
-    aside = next(path for number in itertools.count(1) if not (path := place.parent / f"{BAD}{number}").exists())
-    place.rename(aside)
-    durable.sync_directory(place.parent)
+    aside = next(path for number in itertools.count(1) if not (path := store.parent / f"{BAD}{number}").exists())
+    store.rename(aside)
+    durable.sync_directory(store.parent)
     return aside
 
 

@@ -124,12 +124,12 @@ class Queue(NamedTuple):
 
     def rows(self) -> WaitingImpressions:
         """All waiting impressions, those of a share in order."""
-        found: list[int] = []
+        slots: list[int] = []
         for slot in self.first[:, 0].tolist():
             while slot != NONE:
-                found.append(slot)
+                slots.append(slot)
                 slot = int(self.chain[slot, 0])
-        at = np.array(found, np.int64)
+        at = np.array(slots, np.int64)
         return WaitingImpressions(
             self.offset[at], self.at_ms[at], self.begun_ms[at], self.pair[at], self.user[at], self.share[at] // SHARES
         )
@@ -156,13 +156,13 @@ class WaitingImpressions(NamedTuple):
     partition: I64
 
 
-def with_space(queue: Queue, more: int, partitions: int) -> Queue:
-    """Returns a queue with space for `more` impressions and `partitions` partitions; `queue` itself if it has that."""
+def with_space(queue: Queue, added: int, partitions: int) -> Queue:
+    """Returns a queue with space for `added` impressions and `partitions` partitions; `queue` itself if it has that."""
     slots, known = len(queue.offset), len(queue.waiting) // SHARES
-    if queue.free_slots >= more and known >= partitions:
+    if queue.free_slots >= added and known >= partitions:
         return queue
     used = slots - queue.free_slots
-    grown = Queue.of(max(slots, 2 * (used + more)) if used + more > slots else slots, max(known, partitions))
+    grown = Queue.of(max(slots, 2 * (used + added)) if used + added > slots else slots, max(known, partitions))
     _enter(grown, queue.rows())
     return grown
 
@@ -373,9 +373,9 @@ def _join(queue: Queue, arrived: Arrived, n: int, share: int, wait_ms: int, resu
     time, over_ms = arrived.at_ms[n], arrived.clock_ms[n] - wait_ms
     slot = queue.buckets[np.int64(arrived.pair[n] & np.uint64(queue.buckets.shape[0] - 1))]
     while slot != NONE:
-        mine = queue.pair[slot] == arrived.pair[n] and queue.share[slot] == share
+        is_pair = queue.pair[slot] == arrived.pair[n] and queue.share[slot] == share
         # The user's own clock counts too: it may be ahead of the others' or behind them.
-        if mine and over_ms <= queue.begun_ms[slot] and time - wait_ms <= queue.at_ms[slot] <= time:
+        if is_pair and over_ms <= queue.begun_ms[slot] and time - wait_ms <= queue.at_ms[slot] <= time:
             return _resolve(queue, result, count, n, arrived.segment[n], arrived.offset[n], slot, JOINED)
         slot = queue.chain[slot, 2]
     return count
@@ -421,13 +421,13 @@ def _attribute(
         turn_over_ms = NEVER_MS
         for number in range(begins[r], begins[r + 1] + 1):
             n = order[number] if number < begins[r + 1] else NONE
-            to = arrived.offset[n] if n != NONE else segments.next[r]
+            until_offset = arrived.offset[n] if n != NONE else segments.next[r]
             # 3. at the turn of a share, starting from the previous event.
-            while at < to:
+            while at < until_offset:
                 while move < moves[r + 1] and segments.move_offset[move] <= at:
                     turn_over_ms = segments.move_ms[move] - wait_ms
                     move += 1
-                until = min(to, segments.move_offset[move]) if move < moves[r + 1] else to
+                until = min(until_offset, segments.move_offset[move]) if move < moves[r + 1] else until_offset
                 idle = 0
                 # Once a turn of each share has expired nothing, no further turn can expire anything.
                 while at < until and idle < SHARES:
@@ -455,7 +455,7 @@ def _attribute(
                     user = arrived.user[n]
                     begin(queue, arrived.offset[n], arrived.at_ms[n], begun_ms, arrived.pair[n], user, share)
             # 3. at an event of its own user.
-            count = _end(queue, share, over_ms, n, r, to, arrived, True, result, count)
+            count = _end(queue, share, over_ms, n, r, until_offset, arrived, True, result, count)
             last = n
     return count
 
@@ -555,11 +555,11 @@ class Labels:
         Raises:
             CorruptStore: The store lacks an earlier impression.
         """
-        found = LookedUp([], {}, {})
+        looked_up = LookedUp([], {}, {})
         for cut in cuts:
-            pieces = tuple(self.complete(piece, found.waiting, found.extra) for piece in cut.pieces)
-            found.cuts.append(replace(cut, pieces=pieces))
-        return found
+            pieces = tuple(self.complete(piece, looked_up.waiting, looked_up.extra) for piece in cut.pieces)
+            looked_up.cuts.append(replace(cut, pieces=pieces))
+        return looked_up
 
     def complete(self, rows: Rows, waiting: Changes, extra: Extra) -> Rows:
         """Completes the rows of `attribute` with the columns of the earlier impressions.
@@ -619,10 +619,10 @@ def _counted(
 ) -> tuple[Range, ...]:
     """Ranges with rows counted by kind, including the earlier impressions that became known in them."""
     sources, kinds = np.concatenate([source, known_source]), np.concatenate([kind, known])
-    kept = ("dead", "filtered", "absent", "gap", "masked", "elsewhere")
+    names = ("dead", "filtered", "absent", "gap", "masked", "elsewhere")
     return tuple(
-        Range(part.source, part.first, part.next, **{name: getattr(part, name) for name in kept}, **found)
-        for part, found in zip(ranges, counts_by_range(kinds, sources, len(ranges)), strict=True)
+        Range(part.source, part.first, part.next, **{name: getattr(part, name) for name in names}, **by_kind)
+        for part, by_kind in zip(ranges, counts_by_range(kinds, sources, len(ranges)), strict=True)
     )
 
 

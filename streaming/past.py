@@ -106,9 +106,11 @@ def segment_of(settings: Settings, past: Past, topics: Topics) -> ClicksSegment:
             f"version {past.version} learned nothing of topic {topic} with id {topic_id}: it was recreated since then",
             "stop the experiment, and start another once the live trainer has learned from the new topic; or name files in retrain.files",
         )
-    kept, since = topics.ends(topic), topics.offset_before(topic, max(0, past.begin_ms - reach_ms))
-    begins = {partition: min(max(since[partition], kept[partition][0]), end) for partition, end in ends.items()}
-    return ClicksSegment(topic_id, {partition: at for partition, at in begins.items() if at < ends[partition]}, ends)
+    spans, since = topics.ends(topic), topics.offset_before(topic, max(0, past.begin_ms - reach_ms))
+    begins = {partition: min(max(since[partition], spans[partition][0]), end) for partition, end in ends.items()}
+    return ClicksSegment(
+        topic_id, {partition: begin for partition, begin in begins.items() if begin < ends[partition]}, ends
+    )
 
 
 def of_topic(settings: Settings, segment: ClicksSegment, log: Log, reached: Callable[[Source], Reached]) -> Batches:
@@ -166,9 +168,9 @@ def recorded_batches(
         import psutil
 
         refuse_beyond_memory(recording, psutil.virtual_memory().available)
-        whole = joined(list(chunks))
-        newest_ms = _newest(events, recording, whole, say)
-        chunks = iter([whole.take(order(whole.at_ms))])
+        recorded = joined(list(chunks))
+        newest_ms = _newest(events, recording, recorded, say)
+        chunks = iter([recorded.take(order(recorded.at_ms))])
     topic_id, first = topic_of(recording), 0
     for chunk in chunks:
         at = 0
@@ -180,10 +182,10 @@ def recorded_batches(
             first += len(part)
 
 
-def _newest(events: Events, recording: Recording, whole: EncodedRows, say: Callable[[str], None]) -> int:
+def _newest(events: Events, recording: Recording, recorded: EncodedRows, say: Callable[[str], None]) -> int:
     """The newest time, with which the others are compared; reports stray times."""
     times, max_age_s = RecordedTimes(), events.max_age_s
-    times.add(whole.at_ms, whole.file, whole.line)
+    times.add(recorded.at_ms, recorded.file, recorded.line)
     crowd = times.crowd(round(max_age_s * 1000))
     if crowd.first is not None:
         file, line = crowd.first
@@ -248,19 +250,19 @@ class PastRows:
 
 def logged(clicks: Batches, total: int | None, clock_s: Callable[[], float] = time.monotonic) -> Batches:
     """Passes batches on, and logs the progress from time to time; `total` is None if it is not known."""
-    done = first = 0
+    positions_read = first = 0
     began_s: float | None = None
     reported_s = clock_s()
     for batches in clicks:
         yield batches
-        done, now_s = done + sum(batch.next - batch.first for batch in batches), clock_s()
+        positions_read, now_s = positions_read + sum(batch.next - batch.first for batch in batches), clock_s()
         if began_s is None:
             # The pace is measured after the first rows, which load the kernels.
-            began_s, first = now_s, done
-        elif now_s - reported_s >= PROGRESS_S and done > first:
-            reported_s, rate = now_s, (done - first) / max(now_s - began_s, 1e-9)
-            left = "" if total is None else f", {max(0, total - done) / rate:,.0f} s left"
-            logger.info("%s past clicks are read, %s/s%s", f"{done:,}", f"{rate:,.0f}", left)
+            began_s, first = now_s, positions_read
+        elif now_s - reported_s >= PROGRESS_S and positions_read > first:
+            reported_s, rate = now_s, (positions_read - first) / max(now_s - began_s, 1e-9)
+            time_left = "" if total is None else f", {max(0, total - positions_read) / rate:,.0f} s left"
+            logger.info("%s past clicks are read, %s/s%s", f"{positions_read:,}", f"{rate:,.0f}", time_left)
 
 
 def run(settings: Settings, wanted: Past, log: Log, out: Callable[[bytes], object]) -> None:
@@ -312,8 +314,8 @@ def run(settings: Settings, wanted: Past, log: Log, out: Callable[[bytes], objec
 
 def _own_folder(registry: Path, stack: ExitStack) -> Path:
     """A directory that is deleted with `stack`; those of killed processes are deleted now."""
-    for left in registry.glob(f"{KEPT}*"):
-        shutil.rmtree(left, ignore_errors=True)
+    for leftover in registry.glob(f"{KEPT}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=KEPT, dir=registry))
     stack.callback(shutil.rmtree, folder, ignore_errors=True)
     return folder

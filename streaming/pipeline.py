@@ -208,24 +208,25 @@ def take_runner(words: Sequence[str]) -> tuple[str, list[str]]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--runner", default=LOCAL)
     try:
-        asked, rest = parser.parse_known_args(list(words))
+        args, beam_options = parser.parse_known_args(list(words))
     except argparse.ArgumentError as error:
         raise SettingsError(
             str(error), "write --runner local, flink or prism, or the name of another Beam runner"
         ) from None
-    if asked.runner == LOCAL and rest:
+    if args.runner == LOCAL and beam_options:
         raise SettingsError(
-            f"unknown argument {rest[0]}", "options of Beam go with --runner flink, prism or another of its runners"
+            f"unknown argument {beam_options[0]}",
+            "options of Beam go with --runner flink, prism or another of its runners",
         )
-    return asked.runner, rest
+    return args.runner, beam_options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the stream; returns the exit code."""
 
     def start(words: Sequence[str]) -> tuple[Settings, Work]:
-        consent, rest = take_options(words, actor())
-        flags, engine = split_settings(rest)
+        consent, words_left = take_options(words, actor())
+        flags, engine = split_settings(words_left)
         runner, options = take_runner(engine)
         # Opening the stores may take a while: signals are handled from here on.
         settings, stopping = load(flags, os.environ), stop_on_signals()

@@ -217,49 +217,49 @@ def check_preprocessing(path: str, spec: FeatureSpec, keep: Path | None = None, 
         SettingsError: There is no such function.
         ProgramError: It does not meet the requirements; the message has its behaviour and the requirement.
     """
-    what = f"model.preprocessing {path!r}"
+    name = f"model.preprocessing {path!r}"
     function = load_preprocessing(path, settings)
     rows = made_up(spec)
     with tempfile.TemporaryDirectory(prefix="springtide-check-") as folder:
         first, second = keep or Path(folder, "first"), Path(folder, "second")
         # 1.
         for output in (first, second):
-            _analysed(function, rows, output, what)
+            _analysed(function, rows, output, name)
         # 2.
         transform = _Transform(first)
-        found = transform(rows)
-        if not np.isfinite(found).all():
-            column = int(np.flatnonzero(~np.isfinite(found).all(0))[0])
+        outputs = transform(rows)
+        if not np.isfinite(outputs).all():
+            column = int(np.flatnonzero(~np.isfinite(outputs).all(0))[0])
             raise ProgramError(
-                f"{what}: column {column} of its output is not finite for some rows of integers from 0 to 65535",
+                f"{name}: column {column} of its output is not finite for some rows of integers from 0 to 65535",
                 "guard logarithms and divisions",
             )
-        if (found != transform(rows)).any():
+        if (outputs != transform(rows)).any():
             raise ProgramError(
-                f"{what}: the same rows gave two different outputs", "leave out randomness, time and variables"
+                f"{name}: the same rows gave two different outputs", "leave out randomness, time and variables"
             )
-        if (found != _Transform(second)(rows)).any():
+        if (outputs != _Transform(second)(rows)).any():
             raise ProgramError(
-                f"{what}: two analyses of the same rows gave different graphs",
+                f"{name}: two analyses of the same rows gave different graphs",
                 "leave out randomness and time, also those of Python and NumPy",
             )
         for row in range(ALONE):
-            apart = difference(transform(rows[row : row + 1]), found[row : row + 1])
-            if apart > ROWS_TOLERANCE:
+            error = difference(transform(rows[row : row + 1]), outputs[row : row + 1])
+            if error > ROWS_TOLERANCE:
                 raise ProgramError(
-                    f"{what}: row {row} gives another output alone than in a batch of {ROWS} (difference {apart:.2g}, "
+                    f"{name}: row {row} gives another output alone than in a batch of {ROWS} (difference {error:.2g}, "
                     f"allowed {ROWS_TOLERANCE:g})",
                     "what is computed over a batch must be a TensorFlow Transform analyzer",
                 )
         # 3.
-        apart = difference(_lowered(transform, rows, Path(folder, "lowered"), what), found)
-        if apart > TOLERANCE:
+        error = difference(_lowered(transform, rows, Path(folder, "lowered"), name), outputs)
+        if error > TOLERANCE:
             raise ProgramError(
-                f"{what}: LiteRT's output differs from TensorFlow's by {apart:.2g} (allowed {TOLERANCE:g})",
+                f"{name}: LiteRT's output differs from TensorFlow's by {error:.2g} (allowed {TOLERANCE:g})",
                 "replace the operation that the two compute differently (a comparison such as log(x) >= quantile flips by "
                 "rounding: compare the integers themselves)",
             )
-    return f"{what}: [B, {rows.shape[1]}] to [B, {found.shape[1]}], lowers to LiteRT, differs there by {apart:.1g}"
+    return f"{name}: [B, {rows.shape[1]}] to [B, {outputs.shape[1]}], lowers to LiteRT, differs there by {error:.1g}"
 
 
 def made_up(spec: FeatureSpec) -> F32:
@@ -271,18 +271,18 @@ def made_up(spec: FeatureSpec) -> F32:
     return np.floor(rows).astype(np.float32)
 
 
-def _analysed(function: Preprocessing, rows: F32, output: Path, what: str) -> None:
+def _analysed(function: Preprocessing, rows: F32, output: Path, name: str) -> None:
     """Runs the analysis; an error in the user's function is reported as such."""
     failures: list[ProgramError] = []
 
     def checked(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         try:
-            return _checked_output(function(inputs), what, rows.shape[1])
+            return _checked_output(function(inputs), name, rows.shape[1])
         except ProgramError as error:
             failures.append(error)
             raise
         except Exception as error:
-            failures.append(ProgramError(f"{what} raised {error_line(error)}"))
+            failures.append(ProgramError(f"{name} raised {error_line(error)}"))
             raise
 
     try:
@@ -291,22 +291,22 @@ def _analysed(function: Preprocessing, rows: F32, output: Path, what: str) -> No
     except Exception as error:
         if failures:
             raise failures[0] from error
-        raise ProgramError(f"{what} cannot be analysed: {type(error).__name__}: {first_line(error)}") from error
+        raise ProgramError(f"{name} cannot be analysed: {type(error).__name__}: {first_line(error)}") from error
 
 
-def _checked_output(output: Any, what: str, width: int) -> Mapping[str, Any]:
+def _checked_output(output: Any, name: str, width: int) -> Mapping[str, Any]:
     import tensorflow as tf
 
     wanted = f"wanted is a dictionary {{'features': [B, D'] float32}}, one row for each of [B, {width}]"
     if not isinstance(output, Mapping) or set(output) != {FEATURES}:
         names = f"a dictionary of {sorted(output)}" if isinstance(output, Mapping) else type(output).__name__
-        raise ProgramError(f"{what} returned {names}", wanted)
-    found = output[FEATURES]
-    if not isinstance(found, tf.Tensor):
-        raise ProgramError(f"{what} returned features as {type(found).__name__}", wanted)
-    if found.dtype != tf.float32 or found.shape.rank != 2 or found.shape[1] is None or found.shape[0] is not None:
-        raise ProgramError(f"{what} returned features of shape {found.shape} and type {found.dtype.name}", wanted)
-    return {FEATURES: found}
+        raise ProgramError(f"{name} returned {names}", wanted)
+    value = output[FEATURES]
+    if not isinstance(value, tf.Tensor):
+        raise ProgramError(f"{name} returned features as {type(value).__name__}", wanted)
+    if value.dtype != tf.float32 or value.shape.rank != 2 or value.shape[1] is None or value.shape[0] is not None:
+        raise ProgramError(f"{name} returned features of shape {value.shape} and type {value.dtype.name}", wanted)
+    return {FEATURES: value}
 
 
 class _Transform:
@@ -320,11 +320,11 @@ class _Transform:
     def __call__(self, rows: F32) -> F32:
         import tensorflow as tf
 
-        found: F32 = self.graph.transform_fn({FEATURES: tf.constant(rows)})[FEATURES].numpy()
-        return found
+        features: F32 = self.graph.transform_fn({FEATURES: tf.constant(rows)})[FEATURES].numpy()
+        return features
 
 
-def _lowered(transform: _Transform, rows: F32, folder: Path, what: str) -> F32:
+def _lowered(transform: _Transform, rows: F32, folder: Path, name: str) -> F32:
     """The output that LiteRT computes."""
     import tensorflow as tf
 
@@ -333,7 +333,7 @@ def _lowered(transform: _Transform, rows: F32, folder: Path, what: str) -> F32:
     predict = tf.function(lambda features: transform.graph.transform_fn({FEATURES: features}), autograph=False)
     concrete = predict.get_concrete_function(tf.TensorSpec([None, rows.shape[1]], tf.float32, FEATURES))
     tf.saved_model.save(module, str(folder), signatures={"predict": concrete})
-    content = lower_saved_model(folder, ["predict"], what)
+    content = lower_saved_model(folder, ["predict"], name)
     return run_lowered(content, "predict", {FEATURES: rows})[FEATURES]
 
 

@@ -46,9 +46,9 @@ class SlotTable:
 
     def find(self, users: NDArray[np.uint64]) -> I64:
         """`[n]` int64, the slot of each of `[n]` users; `ABSENT` for one that has none."""
-        found = np.empty(len(users), np.int64)
-        _find(self._table, _keys(users), found)
-        return found
+        slots = np.empty(len(users), np.int64)
+        _find(self._table, _keys(users), slots)
+        return slots
 
     def put(self, users: NDArray[np.uint64], slots: I64) -> None:
         """Gives a slot to each of `[n]` users that have none."""
@@ -61,9 +61,9 @@ class SlotTable:
 
     def remove(self, users: Iterable[int]) -> None:
         """Removes users, who have a slot each."""
-        gone = np.fromiter(users, np.uint64)
-        self._count -= len(gone)
-        _remove(self._table, _keys(gone))
+        removed = np.fromiter(users, np.uint64)
+        self._count -= len(removed)
+        _remove(self._table, _keys(removed))
 
 
 def _empty(size: int) -> I64:
@@ -82,24 +82,24 @@ def _keys(users: NDArray[np.uint64]) -> I64:
 def _place(table: I64, user: int) -> int:
     """The position of a user, or the one where the user would be stored."""
     mask = np.uint64(len(table) - 1)
-    place = np.uint64(user) & mask
-    while table[place, 1] != ABSENT and table[place, 0] != user:
-        place = (place + np.uint64(1)) & mask
-    return np.int64(place)  # type: ignore[return-value]
+    position = np.uint64(user) & mask
+    while table[position, 1] != ABSENT and table[position, 0] != user:
+        position = (position + np.uint64(1)) & mask
+    return np.int64(position)  # type: ignore[return-value]
 
 
 @compiled("i8[:, ::1], i8[::1], i8[::1]")
-def _find(table: I64, users: I64, found: I64) -> None:
+def _find(table: I64, users: I64, slots: I64) -> None:
     for n in range(len(users)):
-        found[n] = table[_place(table, users[n]), 1]
+        slots[n] = table[_place(table, users[n]), 1]
 
 
 @compiled("i8[:, ::1], i8[::1], i8[::1]")
 def _put(table: I64, users: I64, slots: I64) -> None:
     for n in range(len(users)):
-        place = _place(table, users[n])
-        table[place, 0] = users[n]
-        table[place, 1] = slots[n]
+        position = _place(table, users[n])
+        table[position, 0] = users[n]
+        table[position, 1] = slots[n]
 
 
 @compiled("i8[:, ::1], i8[::1]")
@@ -108,17 +108,17 @@ def _remove(table: I64, users: I64) -> None:
     mask = len(table) - 1
     for n in range(len(users)):
         gap = _place(table, users[n])
-        place = gap
+        position = gap
         while True:
-            place = (place + 1) & mask
-            if table[place, 1] == ABSENT:
+            position = (position + 1) & mask
+            if table[position, 1] == ABSENT:
                 break
-            wanted = np.int64(np.uint64(table[place, 0]) & np.uint64(mask))
+            wanted = np.int64(np.uint64(table[position, 0]) & np.uint64(mask))
             # An entry moves into the gap unless its home position is between the gap and the entry.
-            if (place - wanted) & mask >= (place - gap) & mask:
-                table[gap, 0] = table[place, 0]
-                table[gap, 1] = table[place, 1]
-                gap = place
+            if (position - wanted) & mask >= (position - gap) & mask:
+                table[gap, 0] = table[position, 0]
+                table[gap, 1] = table[position, 1]
+                gap = position
         table[gap, 1] = ABSENT
 
 

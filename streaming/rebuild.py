@@ -114,25 +114,25 @@ class Rebuilt:
         >>> Rebuilt(records=10, rows=500, clicks=40, lost=60, users=17, incomplete=3).in_words(Path("h"))
         'h: 17 users, 500 rows of 10 records of the log and 40 positions of the clicks; 60 positions are gone from both: 3 users may lack their oldest events'
         """
-        read = f"snapshot {self.snapshot} and " if self.snapshot else ""
-        read += f"{self.rows:,} rows of {self.records:,} records of the log"
-        read += f" and {self.clicks:,} positions of the clicks" if self.clicks else ""
-        read += f" ({self.unreadable:,} records unreadable)" if self.unreadable else ""
-        gone = "complete"
+        sources = f"snapshot {self.snapshot} and " if self.snapshot else ""
+        sources += f"{self.rows:,} rows of {self.records:,} records of the log"
+        sources += f" and {self.clicks:,} positions of the clicks" if self.clicks else ""
+        sources += f" ({self.unreadable:,} records unreadable)" if self.unreadable else ""
+        loss = "complete"
         if self.lost:
-            gone = f"{self.lost:,} positions are gone from both: {self.incomplete:,} users may lack their oldest events"
+            loss = f"{self.lost:,} positions are gone from both: {self.incomplete:,} users may lack their oldest events"
         aside = f"; the old store is {self.aside}, remove it when you like" if self.aside else ""
-        return f"{path}: {self.users:,} users, {read}; {gone}{aside}"
+        return f"{path}: {self.users:,} users, {sources}; {loss}{aside}"
 
 
-def progress_line(done: int, total: int, rows: int, seconds: float) -> str:
+def progress_line(passed: int, total: int, rows: int, seconds: float) -> str:
     """Formats the progress through the log in one line.
 
     >>> progress_line(500, 1000, 90_000, 3.0)
     '[###############---------------]  50 %  500 of 1,000 positions of the log  90,000 rows  30,000 rows/s'
     """
     rate = rows / max(seconds, 1e-9)
-    return f"{bar(done, total, BAR)}  {done:,} of {total:,} positions of the log  {rows:,} rows  {rate:,.0f} rows/s"
+    return f"{bar(passed, total, BAR)}  {passed:,} of {total:,} positions of the log  {rows:,} rows  {rate:,.0f} rows/s"
 
 
 def progress_on(out: TextIO) -> ProgressLine:
@@ -189,10 +189,10 @@ class Waits:
 
 def _without(part: Range, lost: MicroBatch) -> Range:
     """A range without those of its closings that are in `lost`."""
-    sources = [each.source for each in lost.header.ranges]
-    mine: NDArray[np.bool_] = np.array([sources[number] == part.source for number in lost.source.tolist()], np.bool_)
-    mine &= (lost.offset >= part.first) & (lost.offset < part.next)
-    joined, expired = (int((lost.kind[mine] == kind).sum()) for kind in (Kind.JOINED, Kind.EXPIRED))
+    sources = [entry.source for entry in lost.header.ranges]
+    own: NDArray[np.bool_] = np.array([sources[number] == part.source for number in lost.source.tolist()], np.bool_)
+    own &= (lost.offset >= part.first) & (lost.offset < part.next)
+    joined, expired = (int((lost.kind[own] == kind).sum()) for kind in (Kind.JOINED, Kind.EXPIRED))
     return replace(part, joined=part.joined - joined, expired=part.expired - expired)
 
 
@@ -257,11 +257,11 @@ class Rebuild:
                 self._kept = {Source(topic_id, partition): first for partition, (first, _) in ends.items()}
                 self._group = {Source(topic_id, partition): after for partition, after in sorted(group.items())}
             except UnknownTopic as error:
-                logger.warning("%s; only what the micro-batch log holds is rebuilt", error)
+                logger.warning("%s; only the events in the micro-batch log are rebuilt", error)
             try:
                 begin, end = topics.ends(kafka.microbatches_topic)[0]
             except UnknownTopic as error:
-                logger.warning("%s; only the group's offsets say what the stream had read", error)
+                logger.warning("%s; the positions of the stream are those of the consumer group", error)
         # 1. and 2.
         if self.snapshot is not None:
             result.snapshot = self.snapshot.number
@@ -303,21 +303,21 @@ class Rebuild:
         first, size, closed = end, CLOCK_RECORDS, set[bytes]()
         while first > begin and (size == CLOCK_RECORDS or any(count > 0 for count in waiting.values())):
             block, first, size = first, max(begin, first - size), 2 * size
-            found = set[bytes]()
+            opened_keys = set[bytes]()
             for batch in self._between(first, block):
                 sources = [part.source for part in batch.header.ranges]
-                done, opened = np.flatnonzero(~happened(batch.kind)), batch.kind == Kind.OPENED
-                closed.update(keys_of(sources, batch.source[done], batch.opened[done]))
-                found.update(keys_of(sources, batch.source[opened], batch.offset[opened]))
-            waiting.subtract(place_of(key)[0] for key in found - closed)
+                is_closed, opened = np.flatnonzero(~happened(batch.kind)), batch.kind == Kind.OPENED
+                closed.update(keys_of(sources, batch.source[is_closed], batch.opened[is_closed]))
+                opened_keys.update(keys_of(sources, batch.source[opened], batch.offset[opened]))
+            waiting.subtract(place_of(key)[0] for key in opened_keys - closed)
         marks: dict[Source, int] = {}
         for batch in self._between(first, end):
             keep, marks = trim(batch, marks)
             new = batch.take(keep)
             erased = erased_rows(new, self._desired.mask.erased)
             self._waits.follow(new, erased, ())
-            kept = new.take(~erased & happened(new.kind))
-            self._clocks |= self._clock.follow(kept, kept.header.ranges, kept.header.created_ms).state
+            learned = new.take(~erased & happened(new.kind))
+            self._clocks |= self._clock.follow(learned, learned.header.ranges, learned.header.created_ms).state
         self._commit()
 
     def _between(self, first: int, end: int) -> Iterator[MicroBatch]:
@@ -327,11 +327,11 @@ class Rebuild:
             for batches in read_to(reader, {0: end}, RECORDS_AT_ONCE):
                 for batch in batches:
                     for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
-                        if offset < end and (mine := self._decode(value, offset)) is not None:
-                            yield mine
+                        if offset < end and (batch_read := self._decode(value, offset)) is not None:
+                            yield batch_read
 
-    def _show(self, done: int, total: int, last: bool = False) -> None:
-        self._progress.show(lambda: progress_line(done, total, self._result.rows, self._progress.took_s), last)
+    def _show(self, passed: int, total: int, last: bool = False) -> None:
+        self._progress.show(lambda: progress_line(passed, total, self._result.rows, self._progress.took_s), last)
 
     def _take(self, batch: PartitionBatch) -> None:
         """Commits the records of one poll, and commits before each segment of clicks."""
@@ -345,24 +345,24 @@ class Rebuild:
             if accepted_gaps.left_out(self._accepted, log, offset):
                 self._result.unreadable += 1
                 continue
-            mine = self._decode(value, offset)
-            if mine is None:
+            record_batch = self._decode(value, offset)
+            if record_batch is None:
                 continue
             # 2.
-            for part in mine.header.ranges:
+            for part in record_batch.header.ranges:
                 self._fill_before(part)
             # 1.
-            keep, after_marks = trim(mine, self._marks)
-            erased = erased_rows(mine, self._desired.mask.erased)
-            parts, missing = new_ranges(mine, self._marks)
+            keep, after_marks = trim(record_batch, self._marks)
+            erased = erased_rows(record_batch, self._desired.mask.erased)
+            parts, missing = new_ranges(record_batch, self._marks)
             self._result.lost += missing
-            parts = self._waits.follow(mine.take(keep), erased[keep], parts)
-            kept = mine.take(keep & ~erased & happened(mine.kind))
-            self._clocks |= self._clock.follow(kept, kept.header.ranges, kept.header.created_ms).state
-            self._appends.append(Appends.of(kept.user, events_of(kept, kept.header.ranges)))
+            parts = self._waits.follow(record_batch.take(keep), erased[keep], parts)
+            fresh = record_batch.take(keep & ~erased & happened(record_batch.kind))
+            self._clocks |= self._clock.follow(fresh, fresh.header.ranges, fresh.header.created_ms).state
+            self._appends.append(Appends.of(fresh.user, events_of(fresh, fresh.header.ranges)))
             self._ranges += parts
             self._marks = after_marks
-            self._result.rows += len(kept)
+            self._result.rows += len(fresh)
         self._commit()
         killpoints.reach("rebuild.committed")
 
@@ -410,12 +410,12 @@ class Rebuild:
         """The record's micro-batch; None if it does not count or cannot be read."""
         where = f"{self._settings.kafka.microbatches_topic}:0 offset {offset}"
         try:
-            whole = decode(value or b"")
+            decoded = decode(value or b"")
         except MicroBatchError as error:
             self._result.unreadable += 1
             logger.error("%s is skipped, its clicks are read again: %s", where, error)
             return None
-        header = whole.header
+        header = decoded.header
         if not counts(self._desired.branch, header.log_epoch, offset):
             return None
         if header.salt != self._salt.fingerprint:
@@ -427,7 +427,7 @@ class Rebuild:
                 f"{where} has feature spec {header.spec[:12]}, which the registry does not know",
                 "put [features] and events.actions back, or restore specs/ of the registry",
             )
-        return renumbered(whole, named, self._settings.events.actions)
+        return renumbered(decoded, named, self._settings.events.actions)
 
 
 class KeptRecord(NamedTuple):
@@ -491,8 +491,8 @@ def end_open_transaction(settings: Settings, writer: Writer) -> None:
 def _hidden_at_the_end(kafka: Kafka, begin: int, end: int) -> dict[int, KeptRecord]:
     """By position the micro-batches after the last one that readers see; no transaction is open."""
     first = max(begin, end - TAIL)
-    seen = max(read(kafka, first, end, committed_only=True), default=first - 1)
-    return {at: record for at, record in read(kafka, first, end, committed_only=False).items() if at > seen}
+    last_offset = max(read(kafka, first, end, committed_only=True), default=first - 1)
+    return {at: record for at, record in read(kafka, first, end, committed_only=False).items() if at > last_offset}
 
 
 def read(kafka: Kafka, first: int, end: int, committed_only: bool) -> Mapping[int, KeptRecord]:
@@ -517,8 +517,8 @@ def _decoded(value: bytes | None) -> MicroBatch | None:
 
 def _without_rows(record: KeptRecord) -> bytes:
     """A micro-batch without rows, otherwise like this record."""
-    whole = decode(record.value)
-    return encode(replace(whole.header, ranges=(), clocks=()), whole.take(np.zeros(len(whole), np.bool_)).columns)
+    decoded = decode(record.value)
+    return encode(replace(decoded.header, ranges=(), clocks=()), decoded.take(np.zeros(len(decoded), np.bool_)).columns)
 
 
 def rebuild(settings: Settings, copy: Path | None, progress: ProgressLine) -> Rebuilt:

@@ -99,14 +99,14 @@ def leave_out(batch: EventBatch, mask: Mask) -> EventBatch:
     out = mask.rows(batch.user, batch.at_ms, batch.source, batch.offset, batch.ranges)
     if not out.any():
         return batch
-    gone = np.bincount(batch.source[out], minlength=len(batch.ranges)).tolist()
+    masked = np.bincount(batch.source[out], minlength=len(batch.ranges)).tolist()
     ranges = tuple(
         replace(part, rows=part.rows - count, masked=part.masked + count)
-        for part, count in zip(batch.ranges, gone, strict=True)
+        for part, count in zip(batch.ranges, masked, strict=True)
     )
     columns = {name: getattr(batch, name) for name in COLUMNS}
-    kept = {name: column[~out] for name, column in columns.items() if len(column) == len(out)}
-    return replace(batch, ranges=ranges, **kept)
+    remaining = {name: column[~out] for name, column in columns.items() if len(column) == len(out)}
+    return replace(batch, ranges=ranges, **remaining)
 
 
 def in_order(batch: EventBatch, clock: BatchClock) -> tuple[EventBatch, BatchClock]:
@@ -120,8 +120,8 @@ def in_order(batch: EventBatch, clock: BatchClock) -> tuple[EventBatch, BatchClo
         return batch, clock
     reached_ms = clock.clock_ms.copy()
     for number in range(len(batch.ranges)):
-        mine = batch.source == number
-        reached_ms[mine] = np.maximum.accumulate(reached_ms[mine])
+        is_of_range = batch.source == number
+        reached_ms[is_of_range] = np.maximum.accumulate(reached_ms[is_of_range])
     order = np.argsort(reached_ms, kind="stable")
     columns = {name: getattr(batch, name) for name in COLUMNS}
     sorted_columns = {name: column[order] for name, column in columns.items() if len(column) == len(order)}

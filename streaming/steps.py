@@ -67,11 +67,11 @@ class Handle(Generic[Context]):
     @contextmanager
     def watched(self) -> Iterator[Context]:
         """Yields the context, and records the first exception that leaves the block."""
-        here = _open[self._number]
+        opened = _open[self._number]
         try:
-            yield here.context
+            yield opened.context
         except Exception as error:
-            here.failure = here.failure or error
+            opened.failure = opened.failure or error
             raise
 
     @contextmanager
@@ -257,12 +257,12 @@ class Lag:
     def uncommitted(self, committed: dict[Source, int]) -> int:
         """Number of positions read and not committed; removes the committed ones."""
         waiting = 0
-        for source, read in self._read.items():
-            done = committed.get(source, self._begun[source])
-            last = read[-1][0] if read else done
-            while read and read[0][0] <= done:
-                self._newest_ms = max(self._newest_ms, read.popleft()[1])
-            waiting += max(0, last - done)
+        for source, positions in self._read.items():
+            next_offset = committed.get(source, self._begun[source])
+            last = positions[-1][0] if positions else next_offset
+            while positions and positions[0][0] <= next_offset:
+                self._newest_ms = max(self._newest_ms, positions.popleft()[1])
+            waiting += max(0, last - next_offset)
         return waiting
 
     def seconds(self, now_s: float) -> float:

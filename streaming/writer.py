@@ -65,14 +65,14 @@ def open_writer(settings: Settings, log: Log | None = None) -> Writer:
     with log.topics() as topics:
         clicks = topics.describe(kafka.clicks_topic).topic_id
         microbatches = topics.describe(kafka.microbatches_topic).topic_id
-    mine = transactional_id(clicks, microbatches, kafka.group)
+    own_id = transactional_id(clicks, microbatches, kafka.group)
     before = last_id(settings.stream_dir)
-    if before not in (None, mine):
+    if before not in (None, own_id):
         logger.info("fencing a stream with the transactional id %s, which this one had before", before)
         log.writer(before).close()
-    writer = log.writer(mine)
-    if before != mine:
-        keep_id(settings.stream_dir, mine)
+    writer = log.writer(own_id)
+    if before != own_id:
+        keep_id(settings.stream_dir, own_id)
     return writer
 
 
@@ -88,10 +88,10 @@ def last_id(folder: Path) -> str | None:
     return path.read_text().strip() if path.exists() else None
 
 
-def keep_id(folder: Path, mine: str) -> None:
+def keep_id(folder: Path, own_id: str) -> None:
     """Stores the id; durable when this returns."""
     folder.mkdir(parents=True, exist_ok=True)
-    durable.replace(folder / WRITER, mine.encode())
+    durable.replace(folder / WRITER, own_id.encode())
 
 
 def _headers(letter: DeadLetter) -> list[tuple[str, bytes]]:

@@ -62,44 +62,44 @@ class Passages:
         """Whether the record at this offset of the training log was skipped before."""
         return accepted_gaps.left_out(self._known, source, offset)
 
-    def leave_out(self, place: Gap, marks: Mapping[Source, int], problem: SpringtideError) -> None:
+    def leave_out(self, gap: Gap, marks: Mapping[Source, int], problem: SpringtideError) -> None:
         """Skips a record that cannot be learned from. The skip is durable on return.
 
         Args:
-            place: The record's offset in the training log, or the offsets of a damaged batch of records.
+            gap: The record's offset in the training log, or the offsets of a damaged batch of records.
             marks: The next offset of each source: the record's clicks are missing from there on.
             problem: Why the record cannot be learned from; it names the offset.
 
         Raises:
             SpringtideError: The operator does not accept the skip; `problem` plus the command to skip the record.
         """
-        if not all(self._consent.leaves_out(offset) for offset in range(place.first, place.next)):
-            flag = f"{place.first}" if place.positions == 1 else f"{place.first}-{place.next - 1}"
+        if not all(self._consent.leaves_out(offset) for offset in range(gap.first, gap.next)):
+            flag = f"{gap.first}" if gap.positions == 1 else f"{gap.first}-{gap.next - 1}"
             raise type(problem)(
                 problem.what,
                 f"{problem.do}; to continue without this record: {COMMAND} --skip-record {flag} --reason TEXT",
             ) from problem
-        self._keep(accepted_gaps.accept(place, self._consent, int(self._clock() * 1000), marks, problem.what))
+        self._keep(accepted_gaps.accept(gap, self._consent, int(self._clock() * 1000), marks, problem.what))
 
-    def pass_sources(self, found: Sequence[tuple[Source, int, int]], where: str, read_topic: str) -> int:
+    def pass_sources(self, gaps: Sequence[tuple[Source, int, int]], where: str, read_topic: str) -> int:
         """Accepts the positions that no record before `where` covers, and returns how many there are.
 
         Args:
-            found: (source, the trainer's mark, the first position that the record covers) of each gap.
+            gaps: (source, the trainer's mark, the first position that the record covers) of each gap.
             where: The record's offset, for messages.
             read_topic: Id of the training log's topic.
 
         Raises:
             GapError: The operator does not accept one of the gaps.
         """
-        lost = [Gap(source, mark, first) for source, mark, first in found]
+        lost = [Gap(source, mark, first) for source, mark, first in gaps]
         new = [gap for gap in lost if not accepted_gaps.explained(self._known, gap)]
         if new:
-            what = "; ".join(f"{gap} of topic id {gap.source.topic_id}" for gap in new)
+            positions = "; ".join(f"{gap} of topic id {gap.source.topic_id}" for gap in new)
             self._pass(
                 new,
                 GapError(
-                    f"{where}: no record before it holds these clicks: {what}",
+                    f"{where}: no record before it holds these clicks: {positions}",
                     "they were lost before the training log: check the stream's log file, or accept the loss",
                     new,
                 ),
@@ -108,24 +108,31 @@ class Passages:
         return sum(gap.positions for gap in lost)
 
     def _pass(
-        self, found: Sequence[Gap], error: GapError, read_topic: str, marks: Mapping[Source, int] | None = None
+        self, gaps: Sequence[Gap], error: GapError, read_topic: str, marks: Mapping[Source, int] | None = None
     ) -> None:
-        refused = [gap for gap in found if not self._consent.covers(gap, read_topic)]
+        refused = [gap for gap in gaps if not self._consent.covers(gap, read_topic)]
         if refused:
             refusal = how_to_go_on(error, COMMAND)
             raise GapError(refusal.what, refusal.do, refused)
-        for gap in found:
+        for gap in gaps:
             self._keep(accepted_gaps.accept(gap, self._consent, int(self._clock() * 1000), marks))
 
-    def _keep(self, one: Accepted) -> None:
-        self._journal.add(one)
-        self._known.append(one)
-        self._count([one])
-        what = f"record left out ({one.record})" if one.record else "gap accepted"
-        logger.warning("%s by %s (%s): topic id %s, %s", what, one.actor, one.reason, one.gap.source.topic_id, one.gap)
+    def _keep(self, loss: Accepted) -> None:
+        self._journal.add(loss)
+        self._known.append(loss)
+        self._count([loss])
+        text = f"record left out ({loss.record})" if loss.record else "gap accepted"
+        logger.warning(
+            "%s by %s (%s): topic id %s, %s",
+            text,
+            loss.actor,
+            loss.reason,
+            loss.gap.source.topic_id,
+            loss.gap,
+        )
 
     def _count(self, passed: Sequence[Accepted]) -> None:
-        records = sum(bool(one.record) for one in passed)
+        records = sum(bool(accepted.record) for accepted in passed)
         self._metrics.records_left_out.inc(records)
         self._metrics.gaps_accepted.inc(len(passed) - records)
 
@@ -135,8 +142,8 @@ def show(account: Mapping[str, int], metrics: TrainerMetrics, known: tuple[str, 
     counted = {name: account.get(name, 0) for name in NAMES}
     for name, rows in counted.items():
         metrics.accounting_rows.labels(name).set(rows)
-    found = check_accounts(trainer=TrainerAccount(**counted))
-    if found and found != known:
-        logger.error("the account of the rows does not balance: %s", "; ".join(found))
-    metrics.accounting_faults.set(len(found))
-    return found
+    faults = check_accounts(trainer=TrainerAccount(**counted))
+    if faults and faults != known:
+        logger.error("the account of the rows does not balance: %s", "; ".join(faults))
+    metrics.accounting_faults.set(len(faults))
+    return faults

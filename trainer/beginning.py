@@ -69,13 +69,13 @@ log with the training log, and the control generation whose epoch begins.
 
 
 def from_nothing(
-    settings: Settings, trainer: Trainer, about: Mapping[str, Any], log: Log, control: Control
+    settings: Settings, trainer: Trainer, description: Mapping[str, Any], log: Log, control: Control
 ) -> Beginning:
     """Starts from scratch, with the training log from its beginning; see `Begins`."""
     reader = log.reader(settings.kafka.microbatches_topic, [settings.trainer.partition])
     begin = reader.position(settings.trainer.partition)
-    place = TrainingPlace(control.epoch, parent=0, first=begin, next=begin, durable_first=begin)
-    return Beginning(reader, place, nothing_learned(trainer, about))
+    position = TrainingPlace(control.epoch, parent=0, first=begin, next=begin, durable_first=begin)
+    return Beginning(reader, position, nothing_learned(trainer, description))
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class FromPast:
     elapsed: Callable[[], float] = time.monotonic
 
     def __call__(
-        self, settings: Settings, trainer: Trainer, about: Mapping[str, Any], log: Log, control: Control
+        self, settings: Settings, trainer: Trainer, description: Mapping[str, Any], log: Log, control: Control
     ) -> Beginning:
         """See `Begins`.
 
@@ -108,9 +108,9 @@ class FromPast:
         """
         # 1.
         with trainer.alone():
-            checkpoint.begin(trainer, about)
-            rows, told_ms = self._learn(
-                FeatureSpec.from_settings(settings).digest, trainer, str(about["salt"]), control
+            checkpoint.begin(trainer, description)
+            rows, newest_ms = self._learn(
+                FeatureSpec.from_settings(settings).digest, trainer, str(description["salt"]), control
             )
             tensors = checkpoint.changes(trainer) | checkpoint.full(trainer)
         killpoints.reach("past.learned")
@@ -125,7 +125,7 @@ class FromPast:
             f"the past ends at offset {cut.next} of",
             "stop the experiment, and start another: `springtide experiment stop NAME --reason TEXT`",
         )
-        place = TrainingPlace(
+        position = TrainingPlace(
             control.epoch,
             parent=0,
             first=at,
@@ -133,35 +133,35 @@ class FromPast:
             marks=self.past.marks,
             rows=rows,
             durable_first=at,
-            told_ms=told_ms,
+            told_ms=newest_ms,
             # Past clicks exclude the users of these erasures.
             erased=control.erased.last,
         )
         # The next version need not repeat the content of this one.
-        return Beginning(reader, place, tensors)
+        return Beginning(reader, position, tensors)
 
     def _learn(self, spec: str, trainer: Trainer, salt: str, control: Control) -> tuple[int, int]:
         """Learns the past; returns the number of its rows and the newest time that they report."""
         past, began_s = self.past, self.elapsed()
-        logged_s, rows, told_ms = began_s, 0, 0
+        logged_s, rows, newest_ms = began_s, 0, 0
         logger.info("learning past clicks up to live version %d, offset %d", past.version, past.log.next)
         with self.records() as records:
             for number, value in enumerate(records, 1):
-                found = take_in(value, {}, control.mask_at, spec, salt, f"micro-batch {number} of past clicks")
-                batch = found.batch.take(past.has(found.batch))
+                micro_batch = take_in(value, {}, control.mask_at, spec, salt, f"micro-batch {number} of past clicks")
+                batch = micro_batch.batch.take(past.has(micro_batch.batch))
                 if len(batch):
                     if trainer.guard.held:
                         # As in a replay, a hold does not stop learning of later records.
                         trainer.guard = trainer.guard.released()
                     trainer.step(batch)
-                    rows, told_ms = rows + len(batch), max(told_ms, found.told_ms)
+                    rows, newest_ms = rows + len(batch), max(newest_ms, micro_batch.told_ms)
                     killpoints.reach("past.stepped")
                 if self.elapsed() - logged_s >= PROGRESS_S:
                     logged_s = self.elapsed()
                     logger.info("%s rows of past clicks are learned in %.0f s", f"{rows:,}", logged_s - began_s)
         took_s, skipped = self.elapsed() - began_s, trainer.counters.skipped
         logger.info("all %s rows of past clicks are learned in %.1f s, %d skipped", f"{rows:,}", took_s, skipped)
-        return rows, told_ms
+        return rows, newest_ms
 
 
 @contextmanager
@@ -229,7 +229,7 @@ def open_after(
     settings: Settings,
     end: LogRange,
     at: int,
-    what: str,
+    subject: str,
     do: str,
     lost: Callable[[GapError], int] = refuse,
 ) -> Reader:
@@ -240,7 +240,7 @@ def open_after(
         settings: Name its topic.
         end: The range.
         at: The offset at which to continue: that of the range, or after records that are skipped.
-        what: What was learned from the range, for the message that the topic was recreated.
+        subject: What was learned from the range, for the message that the topic was recreated.
         do: What to do then.
         lost: See `open_topic`.
 
@@ -255,7 +255,8 @@ def open_after(
     if opening.recreated:
         reader.close()
         raise UnknownTopic(
-            f"{what} topic id {end.topic_id}, {topic} is now {opening.topic_id}: it was deleted and made again", do
+            f"{subject} topic id {end.topic_id}, {topic} is now {opening.topic_id}: it was deleted and created again",
+            do,
         )
     return reader
 
@@ -286,7 +287,7 @@ def resume(restored: Manifest, line: LogLine, log: Log, settings: Settings, pass
         end,
         at,
         f"version {restored.version} was trained on",
-        "restore the topic, or learn what the new one holds: `springtide upgrade --learn-anew --reason TEXT`",
+        "restore the topic, or learn the new one from its beginning: `springtide upgrade --learn-anew --reason TEXT`",
         lambda error: onward(line, passages.pass_log(error, restored.marks)),
     )
     # 2.

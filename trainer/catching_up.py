@@ -40,7 +40,7 @@ class CatchingUp:
         self._end = 0
         self._say = SaidOnce(logger.warning)
 
-    def enter(self, control: Control, place: TrainingPlace) -> None:
+    def enter(self, control: Control, position: TrainingPlace) -> None:
         """Enters an epoch. An epoch whose outcome is written already is not followed again, nor is an upgrade."""
         self._caught_up, self._again = False, None
         self._watched = not has_caught_up(self._registry, control.epoch) or control.serving.then_follow
@@ -48,17 +48,17 @@ class CatchingUp:
         self._goal = learned_before(self._registry, control.epoch) if self._watched else {}
         plan = {} if self._began is None or self._began.plan is None else self._began.plan
         self._planned = from_json(plan.get("again", {}))
-        is_at_base = self._began is not None and place.parent == self._began.base
-        if self._watched and not is_at_base and self._is_again(place, place.next):
+        is_at_base = self._began is not None and position.parent == self._began.base
+        if self._watched and not is_at_base and self._is_again(position, position.next):
             # The trainer cannot distinguish records that it read before this start from later ones.
             self._again = {}
 
-    def pass_by(self, offset: int, place: TrainingPlace) -> None:
+    def pass_by(self, offset: int, position: TrainingPlace) -> None:
         """Runs before the record at `offset`. Counts the relearned rows up to where the log ended at planning time."""
-        if self._watched and self._again is None and self._is_again(place, offset):
-            self._again = self._since_base(place)
+        if self._watched and self._again is None and self._is_again(position, offset):
+            self._again = self._since_base(position)
 
-    def check(self, place: TrainingPlace, control: Control, busy: bool) -> None:
+    def check(self, position: TrainingPlace, control: Control, busy: bool) -> None:
         """Runs between two records, after the end of the log was reached. A failed write is retried at a later call.
 
         1. Once the clicks have reached the position before the rollback, write the outcome.
@@ -66,14 +66,14 @@ class CatchingUp:
         """
         if not self._watched:
             return
-        self.pass_by(place.next, place)
+        self.pass_by(position.next, position)
         # 1.
         if not self._caught_up:
-            if not self._at_goal(place):
+            if not self._at_goal(position):
                 return
             with unless_full(self._say):
-                self._write(place)
-                self._caught_up, self._end = True, place.next
+                self._write(position)
+                self._caught_up, self._end = True, position.next
             if not self._caught_up:
                 return
             killpoints.reach("caught.written")
@@ -82,14 +82,14 @@ class CatchingUp:
             self._watched = False
         elif self._elapsed() - self._refused_s < AGAIN_S:
             return
-        elif not busy and (place.first >= self._end or not place.changed):
+        elif not busy and (position.first >= self._end or not position.changed):
             with unless_full(self._say):
                 self._watched = not self._let_follow(control)
 
-    def _at_goal(self, place: TrainingPlace) -> bool:
-        return all(place.marks.get(source, 0) >= mark for source, mark in self._goal.items())
+    def _at_goal(self, position: TrainingPlace) -> bool:
+        return all(position.marks.get(source, 0) >= mark for source, mark in self._goal.items())
 
-    def _is_again(self, place: TrainingPlace, offset: int) -> bool:
+    def _is_again(self, position: TrainingPlace, offset: int) -> bool:
         """Whether `offset` is past all that the plan counted.
 
         The plan of an exact rollback counts clicks, because the stream writes new records of them.
@@ -98,48 +98,51 @@ class CatchingUp:
             return False
         if self._began.mode == "exact":
             return "again" in self._began.plan and all(
-                place.marks.get(source, 0) >= after for source, (_, after) in self._planned.items()
+                position.marks.get(source, 0) >= after for source, (_, after) in self._planned.items()
             )
         return offset >= int(self._began.plan["end"])
 
-    def _since_base(self, place: TrainingPlace) -> dict[str, int]:
+    def _since_base(self, position: TrainingPlace) -> dict[str, int]:
         began = self._began
         before = {} if began is None or began.base is None else self._registry.manifest(began.base).metrics
-        counts = place.counts()
+        counts = position.counts()
         names = ("rows", "duplicate", "masked", "gap")
-        found = {name: counts[name] - int(before.get(f"account.{name}", 0)) for name in names}
-        rows = {"rows": found["rows"] - found["duplicate"], "masked": found["masked"]}
+        learned = {name: counts[name] - int(before.get(f"account.{name}", 0)) for name in names}
+        rows = {"rows": learned["rows"] - learned["duplicate"], "masked": learned["masked"]}
         if began is None or began.mode != "exact":
             return rows
-        read = {one: (first, min(after, place.marks.get(one, first))) for one, (first, after) in self._planned.items()}
-        return {**rows, "clicks": clicks_in(read) - found["gap"]}
+        relearned = {
+            source: (first, min(after, position.marks.get(source, first)))
+            for source, (first, after) in self._planned.items()
+        }
+        return {**rows, "clicks": clicks_in(relearned) - learned["gap"]}
 
-    def _write(self, place: TrainingPlace) -> None:
+    def _write(self, position: TrainingPlace) -> None:
         if self._began is None or self._began.base is None:
             return
         now_ms = int(self._clock() * 1000)
         document: dict[str, Any] = {
             "at_ms": now_ms,
             "seconds": max(0, now_ms - self._began.created_at_ms) / 1000,
-            "next": place.next,
-            **self._since_base(place),
+            "next": position.next,
+            **self._since_base(position),
             "again": self._again or None,
         }
-        if self._registry.generations.add_outcome(place.epoch, "learned", document):
+        if self._registry.generations.add_outcome(position.epoch, "learned", document):
             logger.info(
-                "epoch %d: caught up %.1f s after the rollback: %d rows, %d of them left out",
-                *(place.epoch, document["seconds"], document["rows"], document["masked"]),
+                "epoch %d: caught up %.1f s after the rollback: %d rows, of which %d were left out",
+                *(position.epoch, document["seconds"], document["rows"], document["masked"]),
             )
 
     def _let_follow(self, control: Control) -> bool:
         """Lets serving follow the trainer. Returns whether this is settled."""
-        what = "rollback" if self._began is None else self._began.action
+        action = "rollback" if self._began is None else self._began.action
 
         def caught_up(newest: Control) -> Control:
             if newest.epoch != control.epoch or not newest.serving.then_follow:
                 return newest
             who, now_ms = f"trainer:{getpass.getuser()}", int(self._clock() * 1000)
-            return follow(newest, actor=who, reason=f"caught up, as the {what} asked", now_ms=now_ms)
+            return follow(newest, actor=who, reason=f"caught up, as the {action} asked", now_ms=now_ms)
 
         try:
             self._registry.change(caught_up)

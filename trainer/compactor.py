@@ -132,28 +132,28 @@ def plan(
         tiers: The retention times.
         now_ms: Wall clock.
     """
-    held = _Held(deltas, bases)
-    if not held.all:
+    parts = _Held(deltas, bases)
+    if not parts.all:
         return Thinning([], [], [])
-    must = {*keep, max(held.all)}
-    wanted = _young_enough(held, tiers, now_ms) | must
-    expired = {version for version, one in held.bases.items() if now_ms - one.created_at_ms > tiers.sparse_ms}
-    found = _thinned(held, wanted, expired, tiers)
+    must = {*keep, max(parts.all)}
+    wanted = _young_enough(parts, tiers, now_ms) | must
+    expired = {version for version, base in parts.bases.items() if now_ms - base.created_at_ms > tiers.sparse_ms}
+    thinning = _thinned(parts, wanted, expired, tiers)
     for base in bases[1:]:
-        if held.bytes_after(found) <= tiers.most_bytes:
+        if parts.bytes_after(thinning) <= tiers.most_bytes:
             break
         # The oldest versions are removed first, with the base that they start from.
         wanted = {version for version in wanted if version >= base.version or version in must}
-        found = _thinned(held, wanted, expired, tiers)
-    return found
+        thinning = _thinned(parts, wanted, expired, tiers)
+    return thinning
 
 
 class _Held:
     """The existing versions."""
 
     def __init__(self, deltas: Sequence[Manifest], bases: Sequence[Manifest]) -> None:
-        self.deltas = {one.version: one for one in deltas}
-        self.bases = {one.version: one for one in bases}
+        self.deltas = {delta.version: delta for delta in deltas}
+        self.bases = {base.version: base for base in bases}
         self.all: Mapping[int, Manifest] = self.bases | self.deltas
 
     def path(self, version: int, stops: Collection[int]) -> tuple[list[int], int | None]:
@@ -170,7 +170,7 @@ class _Held:
     def start(self, version: int, bases: Collection[int]) -> int | None:
         """The one of ascending `bases` that `version` is loaded from."""
         line = self.all[version].visible
-        return max((one for one in bases if one <= version and sees(line, one)), default=None)
+        return max((base for base in bases if base <= version and sees(line, base)), default=None)
 
     def weight(self, versions: Collection[int]) -> int:
         """The total bytes of deltas."""
@@ -179,49 +179,49 @@ class _Held:
     def bytes_after(self, plan: Thinning) -> int:
         """An upper bound of the bytes of all versions after the plan."""
         merged = {version for merge in plan.merges for version in merge.path}
-        gone = set(plan.deltas) - merged
-        kept = [one for version, one in self.bases.items() if version not in plan.bases]
-        return self.weight(self.deltas.keys() - gone) + sum(map(_bytes, kept))
+        removed = set(plan.deltas) - merged
+        remaining = [base for version, base in self.bases.items() if version not in plan.bases]
+        return self.weight(self.deltas.keys() - removed) + sum(map(_bytes, remaining))
 
 
 def _young_enough(held: _Held, tiers: Tiers, now_ms: int) -> set[int]:
     """Returns versions to keep because of their age, and those around branch points, where an epoch's branch begins."""
     newest: dict[tuple[int, int, int], int] = {}
-    for version, one in sorted(held.all.items()):
+    for version, manifest in sorted(held.all.items()):
         for every in (tiers.thin_every_ms, tiers.sparse_every_ms):
-            newest[one.epoch, every, one.created_at_ms // every] = version
-    found = set()
-    for version, one in held.all.items():
-        age_ms = now_ms - one.created_at_ms
+            newest[manifest.epoch, every, manifest.created_at_ms // every] = version
+    young = set()
+    for version, manifest in held.all.items():
+        age_ms = now_ms - manifest.created_at_ms
         every = tiers.thin_every_ms if age_ms <= tiers.thin_ms else tiers.sparse_every_ms
-        stays = newest[one.epoch, every, one.created_at_ms // every] == version
+        stays = newest[manifest.epoch, every, manifest.created_at_ms // every] == version
         if age_ms <= tiers.each_ms or (stays and age_ms <= tiers.sparse_ms):
-            found.add(version)
-    for version, one in held.deltas.items():
-        before = None if one.parent is None else held.all.get(one.parent)
-        if before is not None and before.epoch != one.epoch and now_ms - one.created_at_ms <= tiers.sparse_ms:
-            found |= {before.version, version}
-    return found
+            young.add(version)
+    for version, delta in held.deltas.items():
+        before = None if delta.parent is None else held.all.get(delta.parent)
+        if before is not None and before.epoch != delta.epoch and now_ms - delta.created_at_ms <= tiers.sparse_ms:
+            young |= {before.version, version}
+    return young
 
 
 def _thinned(held: _Held, wanted: Collection[int], expired: Collection[int], tiers: Tiers) -> Thinning:
     wanted = {version for version in wanted if version in held.all}
-    kept = _needed_bases(held, wanted, expired, tiers)
-    stops = wanted | kept
+    bases = _needed_bases(held, wanted, expired, tiers)
+    stops = wanted | bases
     merges: list[Merge] = []
     live: set[int] = set()
     for version in sorted(stops & held.deltas.keys()):
         path, parent = held.path(version, stops)
         if parent is None:
             # The version loads from its own base, or a delta that it needs is missing and it cannot be loaded.
-            if version not in kept:
+            if version not in bases:
                 live.add(version)
             continue
         live.add(version)
         if len(path) > 1:
             merges.append(Merge(tuple(reversed(path)), parent))
-    gone = sorted(held.deltas.keys() - live)
-    return Thinning(merges, gone, sorted(held.bases.keys() - kept))
+    removed = sorted(held.deltas.keys() - live)
+    return Thinning(merges, removed, sorted(held.bases.keys() - bases))
 
 
 def _needed_bases(held: _Held, wanted: Collection[int], expired: Collection[int], tiers: Tiers) -> set[int]:
@@ -231,27 +231,27 @@ def _needed_bases(held: _Held, wanted: Collection[int], expired: Collection[int]
     for version in wanted:
         if (start := held.start(version, every)) is not None:
             starts.setdefault(start, set()).add(version)
-    kept = sorted({*starts, *every[-SPARE_BASES:]})
-    for base in kept[1:-SPARE_BASES]:
-        others = [one for one in kept if one != base]
-        before = held.start(base, others)
+    bases = sorted({*starts, *every[-SPARE_BASES:]})
+    for base in bases[1:-SPARE_BASES]:
+        without_base = [version for version in bases if version != base]
+        before = held.start(base, without_base)
         path, end = held.path(base, {before} if before is not None else ())
         if before is None or before in expired or end != before or base not in held.deltas:
             continue
-        most = max(tiers.load_bytes, _bytes(held.bases[before]))
+        most_bytes = max(tiers.load_bytes, _bytes(held.bases[before]))
         beyond = [held.path(version, {base}) for version in starts.get(base, ()) if version != base]
         if all(end == base for _, end in beyond):
-            furthest = max((held.weight(one) for one, _ in beyond), default=0)
-            if held.weight(path) + furthest <= most:
-                kept = others
+            furthest = max((held.weight(path) for path, _ in beyond), default=0)
+            if held.weight(path) + furthest <= most_bytes:
+                bases = without_base
                 starts.setdefault(before, set()).update(starts.pop(base, ()))
-    return set(kept)
+    return set(bases)
 
 
 def reported(registry: Registry) -> ErasureReport:
     """The last report of the compactor."""
-    found = [report for report in reports(registry.path) if report.part == PART]
-    return found[0] if found else ErasureReport(PART, HOST, str(registry.path), 0, 0)
+    own_reports = [report for report in reports(registry.path) if report.part == PART]
+    return own_reports[0] if own_reports else ErasureReport(PART, HOST, str(registry.path), 0, 0)
 
 
 def rewrite(registry: Registry, crosses: Crosses, now_ms: Callable[[], int] = wall_ms) -> int:
@@ -268,8 +268,8 @@ def rewrite(registry: Registry, crosses: Crosses, now_ms: Callable[[], int] = wa
     parts = [registry.manifest(version, "base") for version in registry.bases()]
     parts += [registry.manifest(version, "delta") for version in registry.deltas()]
     parts.sort(key=lambda part: part.version)
-    done = last_report.version if last_report.through >= erased.last else 0
-    if any(_theirs(part, erased) for part in parts if part.version > done):
+    checked = last_report.version if last_report.through >= erased.last else 0
+    if any(_theirs(part, erased) for part in parts if part.version > checked):
         # Oldest first, so that a row is gone before the delta that removed it loses the row's id.
         known = CrossedIds(crosses)
         for part in parts:
@@ -288,8 +288,8 @@ def rewrite(registry: Registry, crosses: Crosses, now_ms: Callable[[], int] = wa
 def _theirs(part: Manifest, erased: Erased) -> tuple[MaskedUsers, MaskedUsers] | None:
     """The users whose rows a part may have, and those whose rows it removes; None if there are none."""
     rows = erased.after(max(part.erased, part.rewritten)).users
-    went = [number for number, offset in part.erasures if offset >= part.log.first and number > part.rewritten]
-    ids = erased.after(part.rewritten).up_to(max(went)).users if went and part.kind != "base" else MaskedUsers.NOBODY
+    own = [number for number, offset in part.erasures if offset >= part.log.first and number > part.rewritten]
+    ids = erased.after(part.rewritten).up_to(max(own)).users if own and part.kind != "base" else MaskedUsers.NOBODY
     return (rows, ids) if rows or ids else None
 
 
@@ -297,10 +297,10 @@ def _rewritten(registry: Registry, part: Manifest, erased: Erased, known: Crosse
     """Rewrites a part if it has rows or ids of erased users."""
     before = content.decode(registry.read(part, name) for name in (SERVING, TRAINING))
     known.see(before)
-    theirs = _theirs(part, erased)
-    if theirs is None:
+    users = _theirs(part, erased)
+    if users is None:
         return False
-    rows, ids = theirs
+    rows, ids = users
     after = without_tombstones(without(before, rows, known), ids, known)
     if all(len(after[name]) == len(tensor) for name, tensor in before.items() if tensor.ndim):
         return False
@@ -311,15 +311,15 @@ def _rewritten(registry: Registry, part: Manifest, erased: Erased, known: Crosse
 
 def tiers_of(settings: Settings) -> Tiers:
     """The tiers of the section `[registry]`, within its share of the disk."""
-    kept = settings.registry
+    retention = settings.registry
     return Tiers(
-        each_ms=int(kept.delta_keep_s * 1000),
-        thin_ms=kept.base_keep_h * HOUR_MS,
-        sparse_ms=kept.base_keep_d * DAY_MS,
+        each_ms=int(retention.delta_keep_s * 1000),
+        thin_ms=retention.base_keep_h * HOUR_MS,
+        sparse_ms=retention.base_keep_d * DAY_MS,
         thin_every_ms=THIN_EVERY_MS,
         sparse_every_ms=HOUR_MS,
-        most_bytes=min(int(kept.delta_keep_gb * 1e9), kept_bytes(settings, REGISTRY) - _of_snapshots(settings)),
-        load_bytes=int(kept.load_mb * 1e6),
+        most_bytes=min(int(retention.delta_keep_gb * 1e9), kept_bytes(settings, REGISTRY) - _of_snapshots(settings)),
+        load_bytes=int(retention.load_mb * 1e6),
     )
 
 
@@ -364,21 +364,21 @@ def thin(registry: Registry, tiers: Tiers, now_ms: int) -> Thinning:
         registry.remove_superseded(version)
     deltas = [registry.manifest(version, "delta") for version in registry.deltas()]
     bases = [registry.manifest(version, "base") for version in registry.bases()]
-    found = plan(deltas, bases, needed(registry.control()), tiers, now_ms)
-    passed = {version for merge in found.merges for version in merge.path}
+    thinning = plan(deltas, bases, needed(registry.control()), tiers, now_ms)
+    passed = {version for merge in thinning.merges for version in merge.path}
     # Expired parts are removed first, the newest first: merging needs disk space, and no part may lack its parent.
-    _remove(registry, [one for one in found.deltas if one not in passed])
+    _remove(registry, [version for version in thinning.deltas if version not in passed])
     # A merged delta reaches back beyond these bases; versions that load from them can be loaded without them.
-    for version in sorted(found.bases, key=lambda one: (one in passed, -one)):
+    for version in sorted(thinning.bases, key=lambda version: (version in passed, -version)):
         registry.remove("base", version)
-    for merge in found.merges:
+    for merge in thinning.merges:
         parts = [registry.manifest(version, "delta") for version in merge.path]
         files = content.encode(_merged(registry, parts, full=False))
         registry.add_merged(parts, files)
         killpoints.reach("compact.merged")
         registry.remove_superseded(merge.path[-1])
-    _remove(registry, [one for one in found.deltas if one in passed])
-    return found
+    _remove(registry, [version for version in thinning.deltas if version in passed])
+    return thinning
 
 
 def _remove(registry: Registry, versions: Sequence[int]) -> None:
@@ -406,32 +406,34 @@ def thin_snapshots(location: FileStore, erased: int, most_bytes: int, now_ms: in
     Raises:
         UnusablePlace: The location cannot be reached.
     """
-    kept, gone = list[HistorySnapshot](), list[int]()
+    kept, removed = list[HistorySnapshot](), list[int]()
     for number in snapshots.numbers(location):
         try:
             kept.append(snapshots.read(location, number))
         except CorruptStore as error:
             logger.error("%s; it is removed", error)
-            gone.append(number)
-    gone += [one.number for one in kept if one.erased < erased]
-    kept = [one for one in kept if one.erased >= erased]
-    young = [one for one in kept if now_ms - one.created_at_ms <= DAY_MS]
-    sparse = {(one.held, one.created_at_ms // SNAPSHOT_MS): one.number for one in young}
+            removed.append(number)
+    removed += [snapshot.number for snapshot in kept if snapshot.erased < erased]
+    kept = [snapshot for snapshot in kept if snapshot.erased >= erased]
+    young = [snapshot for snapshot in kept if now_ms - snapshot.created_at_ms <= DAY_MS]
+    sparse = {(snapshot.held, snapshot.created_at_ms // SNAPSHOT_MS): snapshot.number for snapshot in young}
     stay = {*sparse.values()}
-    for held in {one.held for one in kept}:
-        stay |= {one.number for one in [one for one in kept if one.held == held][-SPARE_SNAPSHOTS:]}
-    wanted = [one for one in kept if one.number in stay]
+    for held in {snapshot.held for snapshot in kept}:
+        stay |= {
+            snapshot.number for snapshot in [snapshot for snapshot in kept if snapshot.held == held][-SPARE_SNAPSHOTS:]
+        }
+    wanted = [snapshot for snapshot in kept if snapshot.number in stay]
     while len(wanted) > 1 and _snapshot_bytes(wanted) > most_bytes:
         # Snapshots share files with later ones, so sizes are computed for the remaining set.
         wanted = wanted[1:]
-    stay = {one.number for one in wanted}
-    gone += [one.number for one in kept if one.number not in stay]
-    snapshots.remove(location, gone, now_ms)
-    return gone
+    stay = {snapshot.number for snapshot in wanted}
+    removed += [snapshot.number for snapshot in kept if snapshot.number not in stay]
+    snapshots.remove(location, removed, now_ms)
+    return removed
 
 
-def _snapshot_bytes(kept: Sequence[HistorySnapshot]) -> int:
-    return sum({file.name: file.bytes for one in kept for file in one.files}.values())
+def _snapshot_bytes(manifests: Sequence[HistorySnapshot]) -> int:
+    return sum({file.name: file.bytes for snapshot in manifests for file in snapshot.files}.values())
 
 
 def run(settings: Settings, clock: Callable[[], float] = time.time) -> None:
@@ -448,28 +450,28 @@ def run(settings: Settings, clock: Callable[[], float] = time.time) -> None:
             # Snapshots are removed before versions, because versions get the space that snapshots leave.
             erased = 0 if control is None else control.erased.last
             location = snapshots.location_of(settings)
-            if gone := thin_snapshots(location, erased, snapshots.most_bytes(settings), now_ms):
-                logger.info("removed %d snapshots of histories", len(gone))
+            if removed := thin_snapshots(location, erased, snapshots.most_bytes(settings), now_ms):
+                logger.info("removed %d snapshots of histories", len(removed))
         except UnusablePlace as error:
             logger.warning("%s; snapshots of histories are thinned later", error)
         tiers = tiers_of(settings)
         began = time.monotonic()
         try:
             rewrite(registry, crosses_of(settings))
-            made = compact(registry, tiers.load_bytes)
+            base = compact(registry, tiers.load_bytes)
         except UnusableRegistry:
             # On a full disk, parts beyond their tiers are still removed.
             thin(registry, tiers, now_ms)
             raise
-        if made is not None:
+        if base is not None:
             logger.info(
-                "base of version %d: %.1f MB in %.1f s", made.version, _bytes(made) / 1e6, time.monotonic() - began
+                "base of version %d: %.1f MB in %.1f s", base.version, _bytes(base) / 1e6, time.monotonic() - began
             )
-        done = thin(registry, tiers, now_ms)
-        if any(done):
+        merges, deltas, removed_bases = thin(registry, tiers, now_ms)
+        if merges or deltas or removed_bases:
             logger.info(
                 "merged %d deltas into %d, removed %d deltas and %d bases",
-                *(sum(len(merge.path) for merge in done.merges), len(done.merges), len(done.deltas), len(done.bases)),
+                *(sum(len(merge.path) for merge in merges), len(merges), len(deltas), len(removed_bases)),
             )
         keep_ms, spec = GARBAGE_KEEP_D * DAY_MS, FeatureSpec.from_settings(settings).digest
         for name in collect(registry, keep_ms, now_ms, [spec]):
@@ -487,10 +489,10 @@ def run_after_others(settings: Settings) -> None:
     while True:
         try:
             return run(settings)
-        except LockHeld as held:
+        except LockHeld as error:
             if time.monotonic() > until_s:
                 raise
-            logger.info("%s: waiting for it", held.what)
+            logger.info("%s: waiting for it", error.what)
             time.sleep(WAIT_S)
 
 

@@ -24,11 +24,11 @@ Versions contain all slices."""
 logger = logging.getLogger(__name__)
 
 
-def show_intake(found: Intake, metrics: TrainerMetrics) -> None:
+def show_intake(intake: Intake, metrics: TrainerMetrics) -> None:
     """Counts the rows of a record that are not learned from."""
-    metrics.rows.labels("duplicate").inc(found.duplicate)
-    metrics.rows.labels("masked").inc(found.masked)
-    metrics.rows.labels("other_features").inc(found.other_features)
+    metrics.rows.labels("duplicate").inc(intake.duplicate)
+    metrics.rows.labels("masked").inc(intake.masked)
+    metrics.rows.labels("other_features").inc(intake.other_features)
 
 
 def show_step(report: Report, offset: int, metrics: TrainerMetrics) -> None:
@@ -116,13 +116,15 @@ def show_slices(slices: Sequence[SliceMeasures], metrics: TrainerMetrics) -> Non
     }
     for gauge in (*shown.values(), metrics.slice_gap, metrics.slice_gap_sure):
         gauge.clear()
-    dimensions = list(dict.fromkeys(one.dimension for one in slices))[:MOST_DIMENSIONS]
+    dimensions = list(dict.fromkeys(slice_.dimension for slice_ in slices))[:MOST_DIMENSIONS]
     for dimension in dimensions:
-        mine = sorted((one for one in slices if one.dimension == dimension), key=lambda one: -one.figures["rows"])
-        for one in mine[: MOST_SLICES // len(dimensions)]:
-            for name in shown.keys() & one.figures.keys():
-                shown[name].labels(dimension, one.value).set(one.figures[name])
+        largest = sorted(
+            (slice_ for slice_ in slices if slice_.dimension == dimension), key=lambda slice_: -slice_.figures["rows"]
+        )
+        for slice_ in largest[: MOST_SLICES // len(dimensions)]:
+            for name in shown.keys() & slice_.figures.keys():
+                shown[name].labels(dimension, slice_.value).set(slice_.figures[name])
         for name in GAPS:
-            if (found := gap(slices, dimension, name)) is not None:
-                metrics.slice_gap.labels(dimension, name).set(found.size)
-                metrics.slice_gap_sure.labels(dimension, name).set(found.sure)
+            if (difference := gap(slices, dimension, name)) is not None:
+                metrics.slice_gap.labels(dimension, name).set(difference.size)
+                metrics.slice_gap_sure.labels(dimension, name).set(difference.sure)

@@ -89,12 +89,12 @@ class Group:
         sent = np.zeros(length, np.float32)
         sent[: values.size] = values
         with _reported():
-            found = tf.raw_ops.CollectiveGatherV2(
+            received = tf.raw_ops.CollectiveGatherV2(
                 input=tf.constant(sent),
                 **self._collective(2, length, timeout_s),
                 ordering_token=[],
             ).numpy()
-        gathered: F32 = found.reshape(self.size, length)[:, : values.size]
+        gathered: F32 = received.reshape(self.size, length)[:, : values.size]
         return gathered
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
@@ -102,9 +102,9 @@ class Group:
         frames = [_frame(part) for part in self.gather(_framed(data, GATHERED).view(np.float32))]
         longest = max(length for length, _ in frames)
         if longest <= 4 * (GATHERED - 1):
-            return [found for _, found in frames]
-        rest = _padded_bytes(data, longest).view(np.float32)
-        return [part.tobytes()[:length] for part, (length, _) in zip(self.gather(rest), frames, strict=True)]
+            return [content for _, content in frames]
+        padded_data = _padded_bytes(data, longest).view(np.float32)
+        return [part.tobytes()[:length] for part, (length, _) in zip(self.gather(padded_data), frames, strict=True)]
 
     def send(self, data: bytes, timeout_s: float = TIMEOUT_S) -> None:
         """Sends bytes from the leader to the others; see `gather` about the time limit.
@@ -138,10 +138,10 @@ class Group:
 
     def _received(self, length: int) -> I32:
         with _reported():
-            found: I32 = tf.raw_ops.CollectiveBcastRecvV2(
+            received: I32 = tf.raw_ops.CollectiveBcastRecvV2(
                 shape=[length], T=tf.int32, **self._collective(1, length, 0.0)
             ).numpy()
-        return found
+        return received
 
     def _collective(self, kind: int, length: int, timeout_s: float) -> dict[str, Any]:
         return {

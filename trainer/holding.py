@@ -139,12 +139,12 @@ class WindowWatch:
             return self._in_time(self._standing(self._sums, None, None), step.log_ms)
         signals, words = window.signals(self._shares), self._slices.judge(window.slices)
         sums = self._summed(signals)
-        found = self._in_time(self._standing(sums, signals, words), step.log_ms)
-        if found.standing is Standing.HOLD:
+        judgement = self._in_time(self._standing(sums, signals, words), step.log_ms)
+        if judgement.standing is Standing.HOLD:
             self.clear()
         elif step.log_ms - window.start.log_ms >= 1000 * self._limits.window_s:
             self._end(window, signals, sums, words)
-        return found
+        return judgement
 
     @property
     def windows(self) -> int:
@@ -158,11 +158,11 @@ class WindowWatch:
 
     def _summed(self, signals: F64) -> F64:
         """The sums as they would be if the window ended here."""
-        found = self._sums.copy()
-        for place, (rule, known) in enumerate(zip(RULES, self._usual, strict=True)):
+        sums = self._sums.copy()
+        for number, (rule, known) in enumerate(zip(RULES, self._usual, strict=True)):
             if known is not None:
-                found[place] = summed(float(found[place]), deviation(float(signals[place]), *known, rule))
-        return found
+                sums[number] = summed(float(sums[number]), deviation(float(signals[number]), *known, rule))
+        return sums
 
     def _standing(self, sums: F64, signals: F64 | None, words: SliceWords | None) -> Judgement:
         worst = int(sums.argmax())
@@ -178,14 +178,14 @@ class WindowWatch:
         since = self._since.get(rule.name, self._before)
         return Judgement(standing, rule.name, _shown(signal, rule), _shown(known[0], rule), total, since)
 
-    def _in_time(self, found: Judgement, log_ms: int) -> Judgement:
+    def _in_time(self, judgement: Judgement, log_ms: int) -> Judgement:
         """The judgement, or a pass once versions have waited long enough."""
-        if found.standing is not Standing.SUSPECT:
+        if judgement.standing is not Standing.SUSPECT:
             self._doubt_ms = None
-            return found
+            return judgement
         if self._doubt_ms is None:
             self._doubt_ms = log_ms
-        return found if log_ms - self._doubt_ms <= MOST_WAIT_MS else PASSED
+        return judgement if log_ms - self._doubt_ms <= MOST_WAIT_MS else PASSED
 
     def _end(self, window: OpenWindow, signals: F64, sums: F64, words: SliceWords) -> None:
         for name, before, after in zip(NAMES, self._sums.tolist(), sums.tolist(), strict=True):
@@ -212,7 +212,8 @@ class WindowWatch:
         crowded = self._crowded
         enough = np.count_nonzero(~np.isnan(self._past), axis=0) >= self._limits.warm_up
         self._usual = [
-            usual(self._past[:, place], rule) if crowded and enough[place] else None for place, rule in enumerate(RULES)
+            usual(self._past[:, number], rule) if crowded and enough[number] else None
+            for number, rule in enumerate(RULES)
         ]
 
     # State in versions
@@ -220,7 +221,7 @@ class WindowWatch:
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Everything remembered, by name."""
         window, (remembered, arrays) = self._open, self._slices.state()
-        about = {
+        document = {
             "names": NAMES,
             "since": self._since,
             "before": self._before,
@@ -228,37 +229,37 @@ class WindowWatch:
             "doubt_ms": self._doubt_ms,
             "slices": {"of": self._of, **remembered},
         }
-        found: dict[str, npt.NDArray[Any]] = {
-            "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
+        state: dict[str, npt.NDArray[Any]] = {
+            "about": np.frombuffer(json.dumps(document).encode(), np.uint8),
             "past": self._past.copy(),
             "users": self._users.copy(),
             "shares": self._shares.copy(),
             "sums": self._sums.copy(),
         }
-        found |= {f"{SLICES}{name}": array for name, array in arrays.items()}
+        state |= {f"{SLICES}{name}": array for name, array in arrays.items()}
         if window is None:
-            return found
+            return state
         opened = {} if window.slices is None else {f"{SLICES}open": window.slices.copy()}
-        return found | {"added": window.sums.copy(), "crowds": window.crowds.copy()} | opened
+        return state | {"added": window.sums.copy(), "crowds": window.crowds.copy()} | opened
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Loads the result of `state`. State of other rules is dropped; of other slices, only the slice state is."""
         self.clear()
-        about = json.loads(state["about"].tobytes()) if "about" in state else {}
-        if about.get("names") != list(NAMES):
+        document = json.loads(state["about"].tobytes()) if "about" in state else {}
+        if document.get("names") != list(NAMES):
             return
         self._past, self._users = np.array(state["past"]), np.array(state["users"])
         self._shares, self._sums = np.array(state["shares"]), np.array(state["sums"])
-        self._since = convert(about["since"], dict[str, WindowStart])
-        self._before = convert(about["before"], WindowStart | None)
-        self._doubt_ms = about["doubt_ms"]
-        if about["open"] is not None:
+        self._since = convert(document["since"], dict[str, WindowStart])
+        self._before = convert(document["before"], WindowStart | None)
+        self._doubt_ms = document["doubt_ms"]
+        if document["open"] is not None:
             self._open = OpenWindow(
-                convert(about["open"], WindowStart), np.array(state["added"]), np.array(state["crowds"])
+                convert(document["open"], WindowStart), np.array(state["added"]), np.array(state["crowds"])
             )
-        if about.get("slices", {}).get("of") == self._of:
-            arrays = {name.removeprefix(SLICES): one for name, one in state.items() if name.startswith(SLICES)}
-            self._slices.load(about["slices"], arrays, self._crowded)
+        if document.get("slices", {}).get("of") == self._of:
+            arrays = {name.removeprefix(SLICES): array for name, array in state.items() if name.startswith(SLICES)}
+            self._slices.load(document["slices"], arrays, self._crowded)
             if self._open is not None and "open" in arrays:
                 self._open.slices = np.array(arrays["open"])
         self._compare()
@@ -268,11 +269,11 @@ def _shown(signal: float, rule: Rule) -> float:
     return math.exp(signal) if rule.is_log else signal
 
 
-def _of_slice(off: OffSlice, says: bool) -> Judgement:
+def _of_slice(off: OffSlice, may_hold: bool) -> Judgement:
     """The judgement by the slice with the largest deviation; a window with too few rows holds nothing."""
     if off.total < SUSPECT:
         return PASSED
-    standing = Standing.HOLD if off.total >= LIMIT and says else Standing.SUSPECT
+    standing = Standing.HOLD if off.total >= LIMIT and may_hold else Standing.SUSPECT
     shown = _shown(off.signal, SLICE), _shown(off.usual, SLICE)
     return Judgement(standing, SLICE.name, *shown, off.total, off.since, off.place)
 
@@ -306,22 +307,22 @@ def figures_of(batch: MicroBatch, report: Report | None, log_ms: int) -> StepFig
     )
 
 
-def version_before(registry: Registry, place: TrainingPlace, offset: int) -> int:
+def version_before(registry: Registry, position: TrainingPlace, offset: int) -> int:
     """The newest durable version of the trainer's branch that learned nothing from `offset` of the log on; 0 for none."""
-    if not place.durable:
+    if not position.durable:
         return 0
-    branch = registry.manifest(place.durable)
-    found = newest_before(registry, branch, Source(branch.log.topic_id, branch.log.partition), offset)
-    return 0 if found is None else found.version
+    branch = registry.manifest(position.durable)
+    newest = newest_before(registry, branch, Source(branch.log.topic_id, branch.log.partition), offset)
+    return 0 if newest is None else newest.version
 
 
-def clicks_learned(place: TrainingPlace) -> tuple[tuple[str, int, int], ...]:
+def clicks_learned(position: TrainingPlace) -> tuple[tuple[str, int, int], ...]:
     """How far the clicks of each partition were learned; for a partition in several shares, the lowest of them."""
-    found: dict[tuple[str, int], int] = {}
-    for source, at in place.marks.items():
+    lowest: dict[tuple[str, int], int] = {}
+    for source, offset in position.marks.items():
         name = (source.topic_id, source.partition)
-        found[name] = min(at, found.get(name, at))
-    return tuple((*name, at) for name, at in sorted(found.items()))
+        lowest[name] = min(offset, lowest.get(name, offset))
+    return tuple((*name, offset) for name, offset in sorted(lowest.items()))
 
 
 def suspect_clicks(since: WindowStart, after: TrainingPlace) -> tuple[SuspectClicks, ...]:
@@ -365,9 +366,9 @@ class UpdateGuard:
         self._unwritten: tuple[HeldUpdate, TrainingPlace] | None = None
         self._tried_s, self._say = float("-inf"), SaidOnce(logger.error)
 
-    def enter(self, kept: Mapping[str, npt.NDArray[Any]]) -> None:
+    def enter(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Restores the guard's state of the loaded version, at the beginning of an epoch or after a start; empty if it has none."""
-        self._watch.load(kept)
+        self._watch.load(state)
         self._last, self._skipped, self._unwritten = PASSED, 0, None
 
     @property
@@ -402,20 +403,22 @@ class UpdateGuard:
         """
         # The position before may be on either side of a transaction marker.
         start = WindowStart(after.next - 1, log_ms[0], clicks_learned(before))
-        found = self._watch.take(figures_of(batch, report, log_ms[1]), start) if self._enabled else PASSED
+        judgement = self._watch.take(figures_of(batch, report, log_ms[1]), start) if self._enabled else PASSED
         if report is not None:
             if not self._skipped:
                 self._skipped_since = start
             self._skipped = 0 if report.verdict is Verdict.ACCEPT else self._skipped + 1
             if report.verdict is Verdict.HOLD:
-                found = Judgement(Standing.HOLD, STEPS, float(self._skipped), since=self._skipped_since)
-        if found.standing is not self._last.standing:
-            level = logging.INFO if found.standing is Standing.PASS else logging.WARNING
-            logger.log(level, "versions %s at offset %d (%s)", _SAID[found.standing], before.next, self._named(found))
-        self._last = found
-        if found.standing is not Standing.HOLD:
+                judgement = Judgement(Standing.HOLD, STEPS, float(self._skipped), since=self._skipped_since)
+        if judgement.standing is not self._last.standing:
+            level = logging.INFO if judgement.standing is Standing.PASS else logging.WARNING
+            logger.log(
+                level, "versions %s at offset %d (%s)", _SAID[judgement.standing], before.next, self._named(judgement)
+            )
+        self._last = judgement
+        if judgement.standing is not Standing.HOLD:
             return False
-        self._unwritten, self._tried_s = (self._held(found, after, log_ms[1]), after), float("-inf")
+        self._unwritten, self._tried_s = (self._held(judgement, after, log_ms[1]), after), float("-inf")
         return self.write()
 
     def write(self) -> bool:
@@ -426,33 +429,33 @@ class UpdateGuard:
         """
         if self._unwritten is None or self._elapsed() - self._tried_s < AGAIN_S:
             return False
-        held, after = self._unwritten
-        self._show_held(held)
+        update, after = self._unwritten
+        self._show_held(update)
         try:
-            written = self._hold(held, after)
+            written = self._hold(update, after)
         except UnusableRegistry as error:
             self._tried_s = self._elapsed()
-            self._say(f"{held.in_words()}, and its hold cannot be written: {error}; nothing is published until it is")
+            self._say(f"{update.in_words()}, and its hold cannot be written: {error}; nothing is published until it is")
             return False
         self._say.clear()
         self._unwritten = None
-        self._show_held(held if written else None)
+        self._show_held(update if written else None)
         return written
 
     def follow(self, control: Control, version: int) -> None:
         """Applies new control; `version` is the trainer's newest. An update that an operator released passes."""
-        held = control.held if self._unwritten is None else self._unwritten[0]
-        if held is None and self._last.standing is Standing.HOLD:
+        update = control.held if self._unwritten is None else self._unwritten[0]
+        if update is None and self._last.standing is Standing.HOLD:
             self._last = PASSED
         gauges.show_control(control, version, self._metrics)
-        self._show_held(held)
+        self._show_held(update)
 
-    def _show_held(self, held: HeldUpdate | None) -> None:
-        by = "" if held is None else held.rule
+    def _show_held(self, update: HeldUpdate | None) -> None:
+        held_rule = "" if update is None else update.rule
         for rule in _MEANINGS:
-            self._metrics.held_rule.labels(rule).set(rule == by)
-        self._metrics.held_offset.set(0 if held is None else held.first)
-        self._metrics.held.set(bool(by))
+            self._metrics.held_rule.labels(rule).set(rule == held_rule)
+        self._metrics.held_offset.set(0 if update is None else update.first)
+        self._metrics.held.set(bool(held_rule))
         self._metrics.hold_waits.set(self.waits)
 
     def show(self) -> None:
@@ -475,26 +478,26 @@ class UpdateGuard:
         """The guard state for a durable version, by name; a copy."""
         return {f"{GUARDED}{name}": array for name, array in self._watch.state().items()} if self._enabled else {}
 
-    def _named(self, found: Judgement) -> str:
+    def _named(self, judgement: Judgement) -> str:
         """The rule, and which slice it is about."""
-        return f"{found.rule} {self._slice(found.place)}" if found.place else found.rule or "none"
+        return f"{judgement.rule} {self._slice(judgement.place)}" if judgement.place else judgement.rule or "none"
 
-    def _meaning(self, found: Judgement) -> str:
-        if found.place is None:
-            return _MEANINGS[found.rule]
-        return f"{LOSSES[found.place[0]]} of {self._slice(found.place)} over that of all rows"
+    def _meaning(self, judgement: Judgement) -> str:
+        if judgement.place is None:
+            return _MEANINGS[judgement.rule]
+        return f"{LOSSES[judgement.place[0]]} of {self._slice(judgement.place)} over that of all rows"
 
-    def _slice(self, place: tuple[int, int, int]) -> str:
-        return named(self._shown(), *place[1:])
+    def _slice(self, slice_: tuple[int, int, int]) -> str:
+        return named(self._shown(), *slice_[1:])
 
-    def _held(self, found: Judgement, after: TrainingPlace, log_ms: int) -> HeldUpdate:
-        since = found.since
-        assert since is not None, "what is held began somewhere"
+    def _held(self, judgement: Judgement, after: TrainingPlace, log_ms: int) -> HeldUpdate:
+        since = judgement.since
+        assert since is not None, "a held update has a start"
         return HeldUpdate(
-            rule=found.rule,
-            meaning=self._meaning(found),
-            signal=found.signal,
-            usual=found.usual,
+            rule=judgement.rule,
+            meaning=self._meaning(judgement),
+            signal=judgement.signal,
+            usual=judgement.usual,
             version=version_before(self._registry, after, since.offset),
             first=since.offset,
             next=after.next,
@@ -503,23 +506,23 @@ class UpdateGuard:
             clicks=suspect_clicks(since, after),
         )
 
-    def _hold(self, held: HeldUpdate, after: TrainingPlace) -> bool:
+    def _hold(self, update: HeldUpdate, after: TrainingPlace) -> bool:
         """Asks control to hold it; returns True if it does from now on."""
 
-        def asked(control: Control) -> Control:
+        def with_hold(control: Control) -> Control:
             if control.epoch != after.epoch:
                 return control
             now_ms = int(self._clock() * 1000)
-            return hold(control, held, actor=ACTOR, reason=held.in_words(), now_ms=now_ms)
+            return hold(control, update, actor=ACTOR, reason=update.in_words(), now_ms=now_ms)
 
-        control = self._registry.change(asked)
+        control = self._registry.change(with_hold)
         if control.held is None:
             logger.info("an operator already released the update that the guard would hold at offset %d", after.next)
             self._last = PASSED
             return False
         logger.error(
             "training is held: %s; serving stays at version %d; see `springtide status` for the next command",
-            *(held.in_words(), held.version),
+            *(update.in_words(), update.version),
         )
         return True
 

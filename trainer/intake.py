@@ -96,50 +96,50 @@ def take_in(
         SaltMismatch: It has another salt, and `is_former` does not accept it.
     """
     try:
-        whole = decode(value or b"")
+        batch = decode(value or b"")
     except MicroBatchError as error:
         raise MicroBatchError(f"{where}: {error.what}", error.do) from error
-    if not counts(line, whole.header.log_epoch, offset):
-        return Intake(replace(_without_rows(whole), header=replace(whole.header, ranges=())), dict(marks), 0, 0, 0, [])
-    is_ours = _is_ours(whole, spec, salt, where, is_former)
-    unseen, after = trim(whole, marks)
-    ours = trained(whole.kind)
-    fresh = ours & unseen
+    if not counts(line, batch.header.log_epoch, offset):
+        return Intake(replace(_without_rows(batch), header=replace(batch.header, ranges=())), dict(marks), 0, 0, 0, [])
+    is_ours = _is_ours(batch, spec, salt, where, is_former)
+    unseen, after = trim(batch, marks)
+    is_trained = trained(batch.kind)
+    fresh = is_trained & unseen
     if not is_ours:
         # Sources without a mark get none: their clicks may still come, perhaps from the beginning.
         known = {source: after[source] for source in marks}
-        rows, new = int(ours.sum()), int(fresh.sum())
-        return Intake(_without_rows(whole), known, rows, rows - new, 0, gaps(whole.header, marks), other_features=new)
-    mask = mask_at(whole.header.mask_generation)
-    allowed = unseen & ~masked(whole, mask) if mask else unseen
-    keep = ours & allowed
+        rows, new = int(is_trained.sum()), int(fresh.sum())
+        return Intake(_without_rows(batch), known, rows, rows - new, 0, gaps(batch.header, marks), other_features=new)
+    mask = mask_at(batch.header.mask_generation)
+    allowed = unseen & ~masked(batch, mask) if mask else unseen
+    keep = is_trained & allowed
     return Intake(
         # Log time is computed from all rows, and only then the rows to learn from are selected.
-        batch=in_log_time(whole.take(allowed)).take(ours[allowed]),
+        batch=in_log_time(batch.take(allowed)).take(is_trained[allowed]),
         marks=after,
-        rows=int(ours.sum()),
-        duplicate=int((ours & ~unseen).sum()),
+        rows=int(is_trained.sum()),
+        duplicate=int((is_trained & ~unseen).sum()),
         masked=int(fresh.sum()) - int(keep.sum()),
-        gaps=gaps(whole.header, marks),
-        told_ms=int((whole.at_ms + np.maximum(whole.delay_ms, 0))[keep].max()) if keep.any() else 0,
+        gaps=gaps(batch.header, marks),
+        told_ms=int((batch.at_ms + np.maximum(batch.delay_ms, 0))[keep].max()) if keep.any() else 0,
     )
 
 
-def _without_rows(whole: MicroBatch) -> MicroBatch:
-    return whole.take(np.zeros(len(whole), np.bool_))
+def _without_rows(batch: MicroBatch) -> MicroBatch:
+    return batch.take(np.zeros(len(batch), np.bool_))
 
 
-def _is_ours(whole: MicroBatch, spec: str, salt: str, where: str, is_former: Callable[[str], bool]) -> bool:
+def _is_ours(batch: MicroBatch, spec: str, salt: str, where: str, is_former: Callable[[str], bool]) -> bool:
     """Whether a record has the trainer's features and salt. Raises if it has others that are not former ones."""
-    found = whole.header
-    if found.spec != spec and not is_former(found.spec):
+    header = batch.header
+    if header.spec != spec and not is_former(header.spec):
         raise SpecMismatch(
-            f"{where} has feature spec {found.spec[:12]}, this trainer has {spec[:12]}",
+            f"{where} has feature spec {header.spec[:12]}, this trainer has {spec[:12]}",
             "give both the same release, [features] and events.actions: see `springtide upgrade --dry-run` with the stream's",
         )
-    if found.salt != salt and not is_former(found.salt):
-        raise SaltMismatch.between(where, found.salt, salt)
-    return (found.spec, found.salt) == (spec, salt)
+    if header.salt != salt and not is_former(header.salt):
+        raise SaltMismatch.between(where, header.salt, salt)
+    return (header.spec, header.salt) == (spec, salt)
 
 
 class LogRecord(NamedTuple):
@@ -175,12 +175,12 @@ def records_of(batch: PartitionBatch) -> Iterator[LogRecord]:
     >>> [(one.first, one.next, one.value) for one in records_of(batch)]
     [(4, 5, b'a'), (5, 9, None), (9, 10, b'b')]
     """
-    read = zip(batch.offsets.tolist(), batch.values, strict=True)
+    records_read = zip(batch.offsets.tolist(), batch.values, strict=True)
     damaged = [LogRecord(first, after, damage=reason) for first, after, reason in batch.corrupt]
     if not damaged:
-        yield from (LogRecord(offset, offset + 1, value) for offset, value in read)
+        yield from (LogRecord(offset, offset + 1, value) for offset, value in records_read)
         return
-    yield from sorted([*damaged, *(LogRecord(offset, offset + 1, value) for offset, value in read)])
+    yield from sorted([*damaged, *(LogRecord(offset, offset + 1, value) for offset, value in records_read)])
 
 
 def take_or_leave(

@@ -84,16 +84,16 @@ class TrainingLag:
         if self._topics is None:
             self._topics = self._log.topics()
         # Read before the end of the log, so that the lag is never negative.
-        taken = self._taken()
+        position = self._taken()
         _, end = self._topics.ends(topic, committed_only=True)[self._partition]
-        lag = max(0, end - taken.next)
+        lag = max(0, end - position.next)
         self._metrics.lag_records.set(lag)
         self.records = lag
-        waits = lag and taken.at_ms
-        self._metrics.lag_seconds.set(max(0.0, self._wall_s() - taken.at_ms / 1000) if waits else 0.0)
-        if taken.next != self._committed:
-            self._topics.commit(self._kafka.group, topic, {self._partition: taken.next})
-            self._committed = taken.next
+        waits = lag and position.at_ms
+        self._metrics.lag_seconds.set(max(0.0, self._wall_s() - position.at_ms / 1000) if waits else 0.0)
+        if position.next != self._committed:
+            self._topics.commit(self._kafka.group, topic, {self._partition: position.next})
+            self._committed = position.next
 
     def _run(self) -> None:
         while not self._closing.wait(POLL_S):

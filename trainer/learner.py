@@ -92,8 +92,8 @@ class LossRecorder:
         """
         if not self._has_reader() or report.verdict is not Verdict.ACCEPT:
             return
-        targets = np.concatenate([one.targets for one in report.judged])
-        losses = np.concatenate([one.rows[:, _LOG_LOSS] for one in report.judged])
+        targets = np.concatenate([judgement.targets for judgement in report.judged])
+        losses = np.concatenate([judgement.rows[:, _LOG_LOSS] for judgement in report.judged])
         try:
             self._writer.append(RowLosses(offset, comparison.blocks_of(users[targets]), losses))
         except OSError as error:
@@ -112,21 +112,25 @@ class LossRecorder:
         return self._wanted
 
 
-def erased_up_to(control: Control, trainer: Trainer, place: TrainingPlace) -> TrainingPlace:
+def erased_up_to(control: Control, trainer: Trainer, position: TrainingPlace) -> TrainingPlace:
     """Forgets the users of control's new erasures. Returns the new place, marked as changed so that a version records it.
 
     From the place's offset on, the mask excludes these users' rows of the training log. A version records its erasures
     with their offsets, so that a replay applies them at the same offsets.
     """
-    new = control.erased.after(place.erased)
+    new = control.erased.after(position.erased)
     if not new:
-        return place
+        return position
     rows = trainer.forget(new.users.ids)
     logger.info(
-        "erasure %d: %d users are forgotten, %d rows of theirs at offset %d", new.last, len(new.users), rows, place.next
+        "erasure %d: %d users are forgotten, %d rows of theirs at offset %d",
+        new.last,
+        len(new.users),
+        rows,
+        position.next,
     )
-    erasures = (*place.erasures, (new.last, place.next))[-REMEMBERED:]
-    return replace(place, erased=new.last, erasures=erasures).stepped()
+    erasures = (*position.erasures, (new.last, position.next))[-REMEMBERED:]
+    return replace(position, erased=new.last, erasures=erasures).stepped()
 
 
 class ServedModel(NamedTuple):
@@ -220,7 +224,7 @@ class Learner:
         """
         self.control, settings, specs = control, self._settings, former_specs(self._registry.generations.beginnings())
         self._is_former = former(specs, lambda: self._trainer.counters.steps)
-        version = control.base if (found := self._registry.newest_good(control.epoch)) is None else found
+        version = control.base if (newest := self._registry.newest_good(control.epoch)) is None else newest
         if self._log is not None:
             self._log.close()
         first: Mapping[str, Any] | None
@@ -233,8 +237,8 @@ class Learner:
         self._updates.enter(self._trainer.guarded)
         self._budget.enter()
         if first is not None:
-            place, topic = self.place, self._reader.topic_id
-            self.place = self._publications.publish_first(place, control, self._account(), topic, first)
+            position, topic = self.place, self._reader.topic_id
+            self.place = self._publications.publish_first(position, control, self._account(), topic, first)
         self._trainer.rejoin(self._load, self.place.parent)
         self.place, self.caught_up = erased_up_to(control, self._trainer, self.place), False
         self._publications.begin()
@@ -261,7 +265,7 @@ class Learner:
         if self._resting:
             time.sleep(min(wait_s, CONTROL_S))
             return 0
-        taken, partition, branch = 0, self._partition, self.control.log
+        count, partition, branch = 0, self._partition, self.control.log
         if self._reader.position(partition) != (at := onward(branch, self.place.next)):
             self._reader.seek(partition, at)
             self.place = replace(self.place, next=at)
@@ -276,15 +280,15 @@ class Learner:
             for record in records_of(batch):
                 if onward(branch, record.first) != record.first:
                     self.place = replace(self.place, next=record.first)
-                    return taken
+                    return count
                 self._take(record)
-                taken += 1
+                count += 1
                 if self._between():
-                    return taken
+                    return count
                 if stopping() or self._resting:
                     # Records that were polled and not taken are polled again.
                     self._reader.seek(partition, self.place.next)
-                    return taken
+                    return count
             self.place = replace(self.place, next=batch.next)
             self.taken_ms = int(batch.timestamps_ms[-1:].max(initial=self.taken_ms))
         self._behind = self._reader.lag().get(partition, 0) > 0
@@ -297,7 +301,7 @@ class Learner:
         gauges.show_workers(self._trainer.loads, self._metrics)
         self._faults = accounts.show(self._account(), self._metrics, self._faults)
         self._updates.show()
-        return taken
+        return count
 
     def _account(self) -> dict[str, int]:
         """Outcomes of the rows of the training log, since this branch began."""
@@ -310,7 +314,7 @@ class Learner:
         self._catching_up.pass_by(offset, self.place)
         source = Source(self._reader.topic_id, self._partition)
         where = f"{self._settings.kafka.microbatches_topic}:{source.partition} offset {offset}"
-        found = take_or_leave(
+        intake = take_or_leave(
             record,
             where,
             source,
@@ -320,23 +324,25 @@ class Learner:
                 value, marks, control.mask_at, self._spec, self._salt, where, control.log, offset, self._is_former
             ),
         )
-        if found is None:
+        if intake is None:
             self.place = self.place.past(record.next)
             return
-        at = self._budget.noise_place(found, source, offset, control)
-        if not self._budget.allows(at, found, self.place, self._reader.leader_epoch(source.partition, record.next)):
+        noise_place = self._budget.noise_place(intake, source, offset, control)
+        if not self._budget.allows(
+            noise_place, intake, self.place, self._reader.leader_epoch(source.partition, record.next)
+        ):
             return
-        passed = self._passages.pass_sources(found.gaps, where, source.topic_id)
+        passed = self._passages.pass_sources(intake.gaps, where, source.topic_id)
         before, began_ms, report = self.place, self._trainer.counters.log_ms, None
-        self.place = before.taken(found, offset, passed)
-        gauges.show_intake(found, self._metrics)
-        if len(found.batch):
-            report = self._trainer.step(found.batch, place=at)
+        self.place = before.taken(intake, offset, passed)
+        gauges.show_intake(intake, self._metrics)
+        if len(intake.batch):
+            report = self._trainer.step(intake.batch, place=noise_place)
             self.place = self.place.stepped()
             killpoints.reach("loop.stepped")
             gauges.show_step(report, offset, self._metrics)
-            self._losses.take(offset, found.batch.user, report)
-        if self._updates.take(found.batch, report, before, self.place, (began_ms, self._trainer.counters.log_ms)):
+            self._losses.take(offset, intake.batch.user, report)
+        if self._updates.take(intake.batch, report, before, self.place, (began_ms, self._trainer.counters.log_ms)):
             self._polled_s = float("-inf")
 
     def _release_guard(self) -> None:
@@ -348,8 +354,8 @@ class Learner:
     @property
     def _resting(self) -> bool:
         """Whether no record may be taken: guard or operator hold training or an update, or no budget is left."""
-        held = self._trainer.guard.held or self._budget.held or bool(self.control.held)
-        return held or self._updates.waits or not self.control.training
+        is_held = self._trainer.guard.held or self._budget.held or bool(self.control.held)
+        return is_held or self._updates.waits or not self.control.training
 
     def _between(self) -> bool:
         """Runs between two records; returns True if the epoch changed."""
@@ -404,12 +410,12 @@ class Learner:
     def publish(self, last: bool = False) -> None:
         """Hands the changes to the publisher; the copy is made here, in the step thread. The `last` one is durable."""
         leader = self._reader.leader_epoch(self._partition, self.place.next)
-        place, topic_id = replace(self.place, leader_epoch=leader), self._reader.topic_id
-        self.place = self._publications.publish(place, self.control, self._account(), topic_id, last)
+        position, topic_id = replace(self.place, leader_epoch=leader), self._reader.topic_id
+        self.place = self._publications.publish(position, self.control, self._account(), topic_id, last)
 
     def _settle(self, wait: bool = False) -> None:
-        if (made := self._publications.settle(wait)) is not None:
-            self.place = self.place.at_version(made)
+        if (published := self._publications.settle(wait)) is not None:
+            self.place = self.place.at_version(published)
 
     def close(self) -> None:
         """Publishes the rest durably, and ends; the next start continues from here, or from before a held update.

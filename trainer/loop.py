@@ -185,8 +185,8 @@ def recover(registry: Registry, control: Control, lost: TruncatedLog, actor: str
         TruncatedLog: There is no version to continue from; the error says what to do.
         ControlConflict: Other processes kept changing control.
     """
-    kept = lost.kept
-    if control.log[-1].first > kept:
+    kept_end = lost.kept
+    if control.log[-1].first > kept_end:
         raise _hopeless(
             lost,
             f"the last exact rollback begins at {control.log[-1].first}, which is gone: repeat it with "
@@ -195,20 +195,20 @@ def recover(registry: Registry, control: Control, lost: TruncatedLog, actor: str
     (gap,) = lost.gaps
     newest = registry.newest_good(control.epoch)
     start = control.base if newest is None else newest
-    found = None if start is None else newest_before(registry, registry.manifest(start), gap.source, kept)
-    if found is None:
+    target = None if start is None else newest_before(registry, registry.manifest(start), gap.source, kept_end)
+    if target is None:
         raise _hopeless(
             lost,
-            "no version is kept that learned only what is left: restore the training log, or learn what it holds from its "
+            "every kept version learned clicks that the log lost: restore the training log, or learn it from its "
             "beginning: `springtide upgrade --learn-anew --reason TEXT`",
         )
-    reason = f"the training log {in_words(lost)}; version {found.version} learned nothing beyond"
-    logger.warning("%s: rewinding to version %d, epoch %d", lost.what, found.version, control.epoch + 1)
+    reason = f"the training log {in_words(lost)}; version {target.version} learned nothing beyond"
+    logger.warning("%s: rewinding to version %d, epoch %d", lost.what, target.version, control.epoch + 1)
     return registry.change(
         lambda now: (
             now
             if now.epoch != control.epoch
-            else transitions.recover(now, found.version, actor=actor, reason=reason, now_ms=now_ms)
+            else transitions.recover(now, target.version, actor=actor, reason=reason, now_ms=now_ms)
         )
     )
 
@@ -237,8 +237,8 @@ class Phases:
         if self._phase:
             logger.info("%s: %.1f s; now %s", self._phase, now_s - self._since_s, phase)
         self._phase, self._since_s, self._logged_s = phase, now_s, now_s
-        for one in PHASES:
-            self._metrics.phase.labels(one).set(one == phase)
+        for name in PHASES:
+            self._metrics.phase.labels(name).set(name == phase)
 
     def follow(self, caught_up: bool, records_left: int | None) -> None:
         """Shows whether the trainer has read the log to its end; until then logs `records_left` every few seconds.
@@ -432,9 +432,9 @@ def _await(imports: threading.Thread, children: Sequence[subprocess.Popen[bytes]
 
 def _sweep(registry: Registry) -> None:
     for name in registry.directory.sweep():
-        logger.info("swept %s, left by a writer that died", name)
+        logger.info("swept %s, left by a writer that was killed", name)
     if swept := registry.sweep_recent():
-        logger.info("swept %d versions that were not kept: what they learned is learned again from the log", swept)
+        logger.info("removed %d versions that were not kept; their clicks are learned again from the log", swept)
 
 
 def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event, consent: Consent = NO_CONSENT) -> None:
@@ -562,7 +562,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
             if not (stopping.is_set() and is_full(error)):
                 raise
             logger.warning(
-                "what was learned after version %d is learned again from the log: %s", learner.place.parent, error
+                "the clicks after version %d are learned again from the log: %s", learner.place.parent, error
             )
         finally:
             lag.close()

@@ -55,161 +55,167 @@ def check_ranker(settings: Settings, spec: FeatureSpec, preprocessing: Preproces
         SettingsError: There is no such builder.
         ProgramError: The ranker fails a check; the message says what it did and what is required.
     """
-    what = f"model.ranker {settings.model.ranker!r}"
+    label = f"model.ranker {settings.model.ranker!r}"
     # 1.
     ranker = ranker_of(settings, spec, preprocessing)
-    _check_declared(ranker, spec, what)
-    _check_weights(ranker.dense, ranker_of(settings, spec, preprocessing).dense, what)
+    _check_declared(ranker, spec, label)
+    _check_weights(ranker.dense, ranker_of(settings, spec, preprocessing).dense, label)
     # 2.
     inputs = sample(ranker, ROWS, training=True)
-    plain = _scores(ranker, inputs, what)
-    _check_item_query(ranker, inputs, what)
-    _check_losses(ranker, inputs, _constants(spec, preprocessing), what)
+    plain = _scores(ranker, inputs, label)
+    _check_item_query(ranker, inputs, label)
+    _check_losses(ranker, inputs, _constants(spec, preprocessing), label)
     # 3.
     before = ranker.weights()
-    if any((_scores(ranker, inputs, what)[name] != plain[name]).any() for name in plain):
-        raise ProgramError(f"{what}: the same rows gave two different scores", SEEDED)
-    if any((_scores(ranker, inputs, what, SEEDS[1])[name] != plain[name]).any() for name in plain):
-        raise ProgramError(f"{what}: without training its scores depend on the seed", "dropout is for training only")
+    if any((_scores(ranker, inputs, label)[name] != plain[name]).any() for name in plain):
+        raise ProgramError(f"{label}: the same rows gave two different scores", SEEDED)
+    if any((_scores(ranker, inputs, label, SEEDS[1])[name] != plain[name]).any() for name in plain):
+        raise ProgramError(f"{label}: without training its scores depend on the seed", "dropout is for training only")
     if any((now != before[name]).any() for name, now in ranker.weights().items()):
-        raise ProgramError(f"{what} changed a weight while it was called: a ranker remembers nothing between calls")
-    _check_rows_apart(ranker, inputs, plain, what)
+        raise ProgramError(f"{label} changed a weight while it was called: a ranker remembers nothing between calls")
+    _check_rows_apart(ranker, inputs, plain, label)
     # 4.
     build(ranker)
     tables = ", ".join(f"{name} [{width}]" for name, width in ranker.tables.items())
-    weights = ", ".join(f"{name} {list(one.shape)}" for name, one in ranker.dense.items())
-    return f"{what}: tables {tables or 'none'}, weights {weights or 'none'}, lowers to LiteRT"
+    weights = ", ".join(f"{name} {list(weight.shape)}" for name, weight in ranker.dense.items())
+    return f"{label}: tables {tables or 'none'}, weights {weights or 'none'}, lowers to LiteRT"
 
 
-def _check_declared(ranker: Ranker, spec: FeatureSpec, what: str) -> None:
+def _check_declared(ranker: Ranker, spec: FeatureSpec, label: str) -> None:
     for name in ("tables", "inputs", "sizes", "dense"):
         if not hasattr(ranker, name):
-            raise ProgramError(f"{what} has no {name}", "set tables, inputs, sizes and dense in __init__")
-    _check_tables(ranker, what)
-    known, names = {one.name for one in (*INPUTS, *SEQUENCES)}, [one.name for one in ranker.inputs]
-    own = {one.name for one in ranker.inputs if one.ids and one in own_rows(one.table, one.ids)}
-    for one in ranker.inputs:
-        if one.name in own and one.table in TAKEN:
+            raise ProgramError(f"{label} has no {name}", "set tables, inputs, sizes and dense in __init__")
+    _check_tables(ranker, label)
+    standard, names = {input_.name for input_ in (*INPUTS, *SEQUENCES)}, [input_.name for input_ in ranker.inputs]
+    own = {input_.name for input_ in ranker.inputs if input_.ids and input_ in own_rows(input_.table, input_.ids)}
+    for input_ in ranker.inputs:
+        if input_.name in own and input_.table in TAKEN:
             raise ProgramError(
-                f"{what} looks up {one.table!r} by own_rows", "pick the inputs of a table that is not its own"
+                f"{label} looks up {input_.table!r} by own_rows", "pick the inputs of a table that is not its own"
             )
-    if unknown := set(names) - known - own:
-        listed = ", ".join(sorted(known))
+    if unknown := set(names) - standard - own:
+        listed = ", ".join(sorted(standard))
         raise ProgramError(
-            f"{what} names the input {min(unknown)!r}",
+            f"{label} names the input {min(unknown)!r}",
             f"there are {listed}, and what own_rows gives of tables of its own",
         )
     if missing := [f"{kind}_mask" for kind in CANDIDATES if f"{kind}_mask" not in names]:
-        raise ProgramError(f"{what} does not read {', '.join(missing)}", "serving needs to know what is a candidate")
-    if any("sequence" in (one.ids or one.name) for one in ranker.inputs) and not spec.sequence:
-        raise ProgramError(f"{what} reads the user's latest events", "say how many with features.sequence")
-    for one in ranker.inputs:
-        if one.table and one.table not in ranker.tables:
-            raise ProgramError(f"{what} reads {one.name} without the width of {one.table} rows", "put it into tables")
+        raise ProgramError(
+            f"{label} does not read {', '.join(missing)}", "serving needs the mask to know the candidates"
+        )
+    if any("sequence" in (input_.ids or input_.name) for input_ in ranker.inputs) and not spec.sequence:
+        raise ProgramError(f"{label} reads the user's latest events", "set their number in features.sequence")
+    for input_ in ranker.inputs:
+        if input_.table and input_.table not in ranker.tables:
+            raise ProgramError(
+                f"{label} reads {input_.name} without the width of {input_.table} rows", "add it to tables"
+            )
 
 
-def _check_tables(ranker: Ranker, what: str) -> None:
-    looked_up = {one.table for one in ranker.inputs}
+def _check_tables(ranker: Ranker, label: str) -> None:
+    looked_up = {input_.table for input_ in ranker.inputs}
     codes: dict[int, str] = {}
     for name, width in ranker.tables.items():
         if not isinstance(width, int) or width < 1:
-            raise ProgramError(f"{what}: rows of its table {name!r} have the width {width!r}", "give them 1 or more")
+            raise ProgramError(f"{label}: rows of its table {name!r} have the width {width!r}", "give them 1 or more")
         if name in EMBEDDINGS:
             continue
         if name in TAKEN:
-            raise ProgramError(f"{what} names a table of its own {name!r}, which is taken", "give it another name")
+            raise ProgramError(f"{label} names a table of its own {name!r}, which is taken", "give it another name")
         if not is_name(name):
             raise ProgramError(
-                f"{what} names a table of its own {name!r}",
+                f"{label} names a table of its own {name!r}",
                 "use lower-case letters, digits and underscores, and start with a letter",
             )
         if name not in looked_up:
             raise ProgramError(
-                f"{what}: no input looks up its table {name!r}",
-                f"add own_rows({name!r}, ...), or take it out of tables",
+                f"{label}: no input looks up its table {name!r}",
+                f"add own_rows({name!r}, ...), or remove it from tables",
             )
         if (twin := codes.setdefault(CODES[name], name)) != name:
-            raise ProgramError(f"{what}: keys cannot tell its tables {twin!r} and {name!r} apart", "rename one of them")
+            raise ProgramError(
+                f"{label}: the keys of its tables {twin!r} and {name!r} would be equal", "rename one table"
+            )
     for name, first in ranker.initial_ranges.items():
         if name not in ranker.tables or not 0.0 <= first < np.inf:
             raise ProgramError(
-                f"{what}: initial_ranges says {first!r} of {name!r}", "give a table of tables a number of 0 or more"
+                f"{label}: initial_ranges has {first!r} for {name!r}", "use a number of 0 or more for a name in tables"
             )
 
 
-def _check_weights(weights: Mapping[str, Any], others: Mapping[str, Any], what: str) -> None:
+def _check_weights(weights: Mapping[str, Any], twins: Mapping[str, Any], label: str) -> None:
     """Checks the weights of a ranker or tower against those of another one that was built in the same way."""
     for name, weight in weights.items():
         if weight.dtype != "float32":
-            raise ProgramError(f"{what}: its weight {name} is {weight.dtype.name}", "weights are float32")
-        if name not in others or weight.shape != others[name].shape:
+            raise ProgramError(f"{label}: its weight {name} is {weight.dtype.name}", "weights are float32")
+        if name not in twins or weight.shape != twins[name].shape:
             raise ProgramError(
-                f"{what}: built twice it has other weights ({name})", "take no decision by chance or time"
+                f"{label}: built twice it has other weights ({name})", "take no decision by chance or time"
             )
-        if (weight.numpy() != others[name].numpy()).any():
+        if (weight.numpy() != twins[name].numpy()).any():
             raise ProgramError(
-                f"{what}: built twice its weight {name} begins with other values",
+                f"{label}: built twice its weight {name} begins with other values",
                 "draw first values from a fixed seed, such as np.random.default_rng(7)",
             )
 
 
-def _called(call: Callable[[], Any], what: str, wanted: str) -> Any:
+def _called(call: Callable[[], Any], label: str, wanted: str) -> Any:
     try:
         return call()
     # A custom ranker may raise any exception.
     except Exception as error:
         # The trainer runs TensorFlow in a mode that refuses nondeterministic operations.
         if "determinism" in str(error):
-            raise ProgramError(f"{what} draws at random", SEEDED) from error
-        raise ProgramError(f"{what} raised {error_line(error)}", wanted) from error
+            raise ProgramError(f"{label} draws at random", SEEDED) from error
+        raise ProgramError(f"{label} raised {error_line(error)}", wanted) from error
 
 
-def _scores(ranker: Ranker, inputs: Mapping[str, F32], what: str, seed: tuple[int, int] = SEEDS[0]) -> dict[str, F32]:
+def _scores(ranker: Ranker, inputs: Mapping[str, F32], label: str, seed: tuple[int, int] = SEEDS[0]) -> dict[str, F32]:
     """The outputs of `encode` and `score` without dropout; checks their names, shapes and values."""
-    given = {name: tf.constant(value) for name, value in inputs.items()}
+    tensors = {name: tf.constant(value) for name, value in inputs.items()}
     rows = len(inputs["recent_mask"])
     wanted = {f"{kind}_logits": [rows, ranker.sizes[letter]] for kind, letter in CANDIDATES.items()}
     wanted |= {f"{name}_logit": [rows] for name in ("engagement", "other", "negative")}
 
     def call() -> Outputs:
-        return ranker.score(ranker.encode(given, False, tf.constant(seed, tf.int32)), given)
+        return ranker.score(ranker.encode(tensors, False, tf.constant(seed, tf.int32)), tensors)
 
-    found: Outputs = _called(call, f"{what}: score", f"wanted are {', '.join(wanted)} and vector")
-    if missing := [name for name in (*wanted, "vector") if name not in found]:
-        raise ProgramError(f"{what}: score gave no {', '.join(missing)}")
+    outputs: Outputs = _called(call, f"{label}: score", f"wanted are {', '.join(wanted)} and vector")
+    if missing := [name for name in (*wanted, "vector") if name not in outputs]:
+        raise ProgramError(f"{label}: score gave no {', '.join(missing)}")
     for name, shape in wanted.items():
-        if list(found[name].shape) != shape or found[name].dtype != tf.float32:
+        if list(outputs[name].shape) != shape or outputs[name].dtype != tf.float32:
             raise ProgramError(
-                f"{what}: {name} is {list(found[name].shape)} {found[name].dtype.name} for {rows} rows",
+                f"{label}: {name} is {list(outputs[name].shape)} {outputs[name].dtype.name} for {rows} rows",
                 f"wanted is {shape} float32",
             )
-    values = {name: tensor.numpy() for name, tensor in found.items()}
+    values = {name: tensor.numpy() for name, tensor in outputs.items()}
     for name, value in values.items():
         if not np.isfinite(value).all():
-            raise ProgramError(f"{what}: {name} is not finite for some rows", "guard logarithms and divisions")
+            raise ProgramError(f"{label}: {name} is not finite for some rows", "guard logarithms and divisions")
     return values
 
 
-def _check_item_query(ranker: Ranker, inputs: Mapping[str, F32], what: str) -> None:
+def _check_item_query(ranker: Ranker, inputs: Mapping[str, F32], label: str) -> None:
     """Checks that items and crosses change engagement as `Ranker.item_query` promises, if it is defined."""
-    given = {name: tf.constant(value) for name, value in inputs.items()}
+    tensors = {name: tf.constant(value) for name, value in inputs.items()}
     query = _called(
-        lambda: ranker.item_query(ranker.encode(given, False, tf.constant(SEEDS[0], tf.int32))),
-        f"{what}: item_query",
+        lambda: ranker.item_query(ranker.encode(tensors, False, tf.constant(SEEDS[0], tf.int32))),
+        f"{label}: item_query",
         "wanted is [B, E] float32, or None",
     )
     if query is None:
         return
     if "item_row" not in inputs or list(query.shape) != list(inputs["item_row"].shape):
-        raise ProgramError(f"{what}: item_query is {list(query.shape)}", "wanted is the shape of item_row")
+        raise ProgramError(f"{label}: item_query is {list(query.shape)}", "wanted is the shape of item_row")
     none = {name: np.zeros_like(inputs[name]) for name in ("item_row", "cross") if name in inputs}
-    without = _scores(ranker, {**inputs, **none}, what)["engagement_logit"]
+    without = _scores(ranker, {**inputs, **none}, label)["engagement_logit"]
     wanted = without + (query.numpy() * inputs["item_row"]).sum(1) + inputs.get("cross", np.float32(0.0))
-    apart = difference(_scores(ranker, inputs, what)["engagement_logit"], wanted)
-    if apart > TOLERANCE:
+    error = difference(_scores(ranker, inputs, label)["engagement_logit"], wanted)
+    if error > TOLERANCE:
         raise ProgramError(
-            f"{what}: engagement_logit is not item_query . item_row + cross + what user and category say: off by {apart:.2g}",
-            "return None from item_query, or make it that",
+            f"{label}: engagement_logit is not item_query . item_row + cross + the terms of user and category: off by {error:.2g}",
+            "return None from item_query, or correct it",
         )
 
 
@@ -221,45 +227,47 @@ def _constants(spec: FeatureSpec, preprocessing: Preprocessing | None) -> tuple[
     return tuple(tape.watched_variables())
 
 
-def _check_losses(ranker: Ranker, inputs: Mapping[str, F32], constants: Sequence[Any], what: str) -> None:
-    given = {name: tf.constant(value) for name, value in inputs.items()}
+def _check_losses(ranker: Ranker, inputs: Mapping[str, F32], constants: Sequence[Any], label: str) -> None:
+    tensors = {name: tf.constant(value) for name, value in inputs.items()}
     rows = len(inputs["recent_mask"])
     ones = tf.ones([rows])
     targets = Targets(tf.range(rows) % 4 - 1, ones, ones, ones * 0, ones, ones * 0, ones)
     with tf.GradientTape() as tape:
         loss = _called(
-            lambda: ranker.losses(ranker.encode(given, True, tf.constant(SEEDS[1])), given, targets),
-            f"{what}: losses",
+            lambda: ranker.losses(ranker.encode(tensors, True, tf.constant(SEEDS[1])), tensors, targets),
+            f"{label}: losses",
             "wanted is [B] float32",
         )
     if list(loss.shape) != [rows] or loss.dtype != tf.float32:
         raise ProgramError(
-            f"{what}: losses gave {list(loss.shape)} {loss.dtype.name} for {rows} rows", "wanted is [B] float32"
+            f"{label}: losses gave {list(loss.shape)} {loss.dtype.name} for {rows} rows", "wanted is [B] float32"
         )
-    known = {id(one) for one in (*ranker.dense.values(), *constants)}
-    if forgotten := [one.name.removesuffix(":0") for one in tape.watched_variables() if id(one) not in known]:
+    known = {id(variable) for variable in (*ranker.dense.values(), *constants)}
+    if forgotten := [
+        variable.name.removesuffix(":0") for variable in tape.watched_variables() if id(variable) not in known
+    ]:
         raise ProgramError(
-            f"{what}: its losses depend on the variable {forgotten[0]}, which is not in dense: it is never learned, and no "
+            f"{label}: its losses depend on the variable {forgotten[0]}, which is not in dense: it is never learned, and no "
             "version has it",
             "put it into dense, or make it with trainable=False where it is a constant",
         )
     slopes = tape.gradient(loss, list(ranker.dense.values()))
     for name, slope in zip(ranker.dense, slopes, strict=True):
         if slope is None:
-            raise ProgramError(f"{what}: no loss depends on its weight {name}", "use it, or take it out of dense")
+            raise ProgramError(f"{label}: no loss depends on its weight {name}", "use it, or take it out of dense")
         if not np.isfinite(tf.convert_to_tensor(slope).numpy()).all():
-            raise ProgramError(f"{what}: the derivative by {name} is not finite", "guard logarithms and divisions")
+            raise ProgramError(f"{label}: the derivative by {name} is not finite", "guard logarithms and divisions")
 
 
-def _check_rows_apart(ranker: Ranker, inputs: Mapping[str, F32], plain: Mapping[str, F32], what: str) -> None:
-    by_row = {one.name for one in ranker.inputs if one.shape.startswith("B")}
+def _check_rows_apart(ranker: Ranker, inputs: Mapping[str, F32], plain: Mapping[str, F32], label: str) -> None:
+    by_row = {input_.name for input_ in ranker.inputs if input_.shape.startswith("B")}
     for row in range(ALONE):
-        one = {name: value[row : row + 1] if name in by_row else value for name, value in inputs.items()}
-        for name, value in _scores(ranker, one, what).items():
-            apart = difference(value, plain[name][row : row + 1])
-            if apart > ROWS_TOLERANCE:
+        single = {name: value[row : row + 1] if name in by_row else value for name, value in inputs.items()}
+        for name, value in _scores(ranker, single, label).items():
+            error = difference(value, plain[name][row : row + 1])
+            if error > ROWS_TOLERANCE:
                 raise ProgramError(
-                    f"{what}: {name} of row {row} is another alone than in a batch of {ROWS} (difference {apart:.2g}, "
+                    f"{label}: {name} of row {row} is another alone than in a batch of {ROWS} (difference {error:.2g}, "
                     f"allowed {ROWS_TOLERANCE:g})",
                     "score computes nothing over the rows of a batch, only losses may",
                 )
@@ -276,32 +284,32 @@ def check_tower(settings: ModelSettings, width_in: int) -> str:
         SettingsError: There is no such builder, or two weights have the same name.
         ProgramError: The tower fails a check; the message says what it did and what is required.
     """
-    what = f"model.tower {settings.tower!r}"
+    label = f"model.tower {settings.tower!r}"
     # 1.
-    tower = _built(settings, width_in, what)
-    _check_weights(named(tower), named(_built(settings, width_in, what)), what)
+    tower = _built(settings, width_in, label)
+    _check_weights(named(tower), named(_built(settings, width_in, label)), label)
     x = np.random.default_rng(7).normal(0.0, 1.0, (TOWER_ROWS, width_in)).astype(np.float32)
     x[0], x[1] = 0.0, 10.0
     # 2.
-    call = _CheckedTower(tower, settings.hidden[-1], what)
+    call = _CheckedTower(tower, settings.hidden[-1], label)
     before = [variable.numpy() for variable in tower.variables]
     plain, trained = call(x, False, SEEDS[0]), call(x, True, SEEDS[1])
     # 3.
     if not (np.isfinite(plain).all() and np.isfinite(trained).all()):
-        raise ProgramError(f"{what}: its output is not finite for some rows", "guard logarithms and divisions")
+        raise ProgramError(f"{label}: its output is not finite for some rows", "guard logarithms and divisions")
     if any((now.numpy() != value).any() for now, value in zip(tower.variables, before, strict=True)):
         raise ProgramError(
-            f"{what} changed a variable while it was called: a tower remembers nothing between calls (no moving averages)"
+            f"{label} changed a variable while it was called: a tower remembers nothing between calls (no moving averages)"
         )
     if (call(x, False, SEEDS[0]) != plain).any() or (call(x, True, SEEDS[1]) != trained).any():
-        raise ProgramError(f"{what}: the same rows and seed gave two different outputs", SEEDED)
+        raise ProgramError(f"{label}: the same rows and seed gave two different outputs", SEEDED)
     if (call(x, False, SEEDS[1]) != plain).any():
-        raise ProgramError(f"{what}: without training its output depends on the seed", "dropout is for training only")
+        raise ProgramError(f"{label}: without training its output depends on the seed", "dropout is for training only")
     for row in range(TOWER_ALONE):
-        apart = difference(call(x[row : row + 1], False, SEEDS[0]), plain[row : row + 1])
-        if apart > ROWS_TOLERANCE:
+        error = difference(call(x[row : row + 1], False, SEEDS[0]), plain[row : row + 1])
+        if error > ROWS_TOLERANCE:
             raise ProgramError(
-                f"{what}: row {row} gives another output alone than in a batch of {TOWER_ROWS} (difference {apart:.2g}, "
+                f"{label}: row {row} gives another output alone than in a batch of {TOWER_ROWS} (difference {error:.2g}, "
                 f"allowed {ROWS_TOLERANCE:g})",
                 "nothing may be computed over the rows of a batch",
             )
@@ -312,35 +320,35 @@ def check_tower(settings: ModelSettings, width_in: int) -> str:
         module.tower = tower
         concrete = predict.get_concrete_function(tf.TensorSpec([None, width_in], tf.float32, "x"))
         tf.saved_model.save(module, folder, signatures={"predict": concrete})
-        content = lower_saved_model(Path(folder), ["predict"], what, frozen=True)
-    apart = difference(run_lowered(content, "predict", {"x": x})["vector"], plain)
-    if apart > TOLERANCE:
+        content = lower_saved_model(Path(folder), ["predict"], label, frozen=True)
+    error = difference(run_lowered(content, "predict", {"x": x})["vector"], plain)
+    if error > TOLERANCE:
         raise ProgramError(
-            f"{what}: LiteRT's output differs from TensorFlow's by {apart:.2g} (allowed {TOLERANCE:g})",
+            f"{label}: LiteRT's output differs from TensorFlow's by {error:.2g} (allowed {TOLERANCE:g})",
             "replace the operation that the two compute differently",
         )
-    weights = ", ".join(f"{name} {list(one.shape)}" for name, one in named(tower).items())
-    return f"{what}: [B, {width_in}] to [B, {plain.shape[1]}], weights {weights or 'none'}, lowers to LiteRT, differs there by {apart:.1g}"
+    weights = ", ".join(f"{name} {list(weight.shape)}" for name, weight in named(tower).items())
+    return f"{label}: [B, {width_in}] to [B, {plain.shape[1]}], weights {weights or 'none'}, lowers to LiteRT, differs there by {error:.1g}"
 
 
-def _built(settings: ModelSettings, width_in: int, what: str) -> Any:
+def _built(settings: ModelSettings, width_in: int, label: str) -> Any:
     wanted = "wanted is build(width_in: int, settings) -> tf.Module with __call__(x, training, seed)"
     try:
         tower = load_builder(settings.tower)(width_in, settings)
     except SettingsError:
         raise
     except Exception as error:
-        raise ProgramError(f"{what} raised {error_line(error)}", wanted) from error
+        raise ProgramError(f"{label} raised {error_line(error)}", wanted) from error
     if not isinstance(tower, tf.Module) or not callable(tower):
-        raise ProgramError(f"{what} returned {type(tower).__name__}", wanted)
+        raise ProgramError(f"{label} returned {type(tower).__name__}", wanted)
     return tower
 
 
 class _CheckedTower:
     """Calls the tower as the trainer does, checks its output, and reports its errors in the user's terms."""
 
-    def __init__(self, tower: Any, width: int, what: str) -> None:
-        self._what, self._wanted = what, f"wanted is [B, {width}] float32, the last of model.hidden"
+    def __init__(self, tower: Any, width: int, label: str) -> None:
+        self._what, self._wanted = label, f"wanted is [B, {width}] float32, the last of model.hidden"
         self._width = width
 
         @tf.function(autograph=False)
@@ -351,17 +359,17 @@ class _CheckedTower:
 
     def __call__(self, x: F32, training: bool, seed: tuple[int, int]) -> F32:
         """`[n, width_in]` to `[n, width]` float32."""
-        found = _called(
+        output = _called(
             lambda: self._call(tf.constant(x), training, tf.constant(seed, tf.int32)),
             f"{self._what}: called with x {list(x.shape)} and training={training} it",
             self._wanted,
         )
-        if not isinstance(found, tf.Tensor):
-            raise ProgramError(f"{self._what} gave {type(found).__name__} for {len(x)} rows", self._wanted)
-        if found.dtype != tf.float32 or tuple(found.shape) != (len(x), self._width):
+        if not isinstance(output, tf.Tensor):
+            raise ProgramError(f"{self._what} gave {type(output).__name__} for {len(x)} rows", self._wanted)
+        if output.dtype != tf.float32 or tuple(output.shape) != (len(x), self._width):
             raise ProgramError(
-                f"{self._what} gave shape {list(found.shape)} and type {found.dtype.name} for {len(x)} rows",
+                f"{self._what} gave shape {list(output.shape)} and type {output.dtype.name} for {len(x)} rows",
                 self._wanted,
             )
-        values: F32 = found.numpy()
+        values: F32 = output.numpy()
         return values

@@ -66,7 +66,7 @@ class TrainingPlace:
 
     @classmethod
     def restored(cls, version: Manifest, epoch: int, next: int) -> TrainingPlace:
-        """The place of a loaded version, from which reading continues at `next`."""
+        """The position of a loaded version, from which reading continues at `next`."""
         counts: dict[str, Any] = {name: int(version.metrics.get(f"account.{name}", 0)) for name in (*COUNTS, *RARE)}
         told_ms = int(version.metrics.get(TOLD_MS, version.event_time_ms))
         erasures = version.erasures if version.epoch == epoch else ()
@@ -75,40 +75,40 @@ class TrainingPlace:
         begin = cls(*at, **counts, told_ms=told_ms, erased=version.erased, erasures=erasures)
         return begin.at_version(version).handed_over(True, first)
 
-    def taken(self, found: Intake, offset: int, gap: int) -> TrainingPlace:
-        """The place after the record at `offset`. Before the record, `gap` source positions were accepted as lost."""
-        new = (part.first for part in found.batch.header.ranges if part.source not in self.marks)
+    def taken(self, intake: Intake, offset: int, gap: int) -> TrainingPlace:
+        """The position after the record at `offset`. Before the record, `gap` source positions were accepted as lost."""
+        new = (part.first for part in intake.batch.header.ranges if part.source not in self.marks)
         return replace(
             self,
             next=offset + 1,
-            marks=found.marks,
-            rows=self.rows + found.rows,
-            duplicate=self.duplicate + found.duplicate,
-            masked=self.masked + found.masked,
+            marks=intake.marks,
+            rows=self.rows + intake.rows,
+            duplicate=self.duplicate + intake.duplicate,
+            masked=self.masked + intake.masked,
             gap=self.gap + gap,
             before=self.before + sum(new),
-            told_ms=max(self.told_ms, found.told_ms),
-            other_features=self.other_features + found.other_features,
+            told_ms=max(self.told_ms, intake.told_ms),
+            other_features=self.other_features + intake.other_features,
         )
 
     def past(self, next: int) -> TrainingPlace:
-        """The place after a record that is skipped."""
+        """The position after a record that is skipped."""
         return replace(self, next=next, left_out=self.left_out + 1)
 
     def stepped(self) -> TrainingPlace:
-        """The place after a step, or after anything else that a version has to record."""
+        """The position after a step, or after anything else that a version has to record."""
         return replace(self, changed=True, unsaved=True)
 
-    def handed_over(self, durable: bool, at: int | None = None) -> TrainingPlace:
-        """The place once all changes were handed to a new version; the version's end is `at`, or the current offset."""
-        at = self.next if at is None else at
-        found = replace(self, first=at, changed=False)
-        return replace(found, durable_first=at, unsaved=False) if durable else found
+    def handed_over(self, durable: bool, end: int | None = None) -> TrainingPlace:
+        """The position once all changes were handed to a new version; the version's end is `end`, or the current offset."""
+        end = self.next if end is None else end
+        position = replace(self, first=end, changed=False)
+        return replace(position, durable_first=end, unsaved=False) if durable else position
 
-    def at_version(self, made: Manifest) -> TrainingPlace:
-        """The place once the version with all handed-over changes exists."""
-        found = replace(self, parent=made.version)
-        return replace(found, durable=made.version) if made.durable else found
+    def at_version(self, manifest: Manifest) -> TrainingPlace:
+        """The position once the version with all handed-over changes exists."""
+        position = replace(self, parent=manifest.version)
+        return replace(position, durable=manifest.version) if manifest.durable else position
 
     def counts(self) -> dict[str, int]:
         """The account of the rows of this branch.
@@ -116,8 +116,8 @@ class TrainingPlace:
         >>> TrainingPlace(1, 0, 0, 9, rows=5, masked=2).counts()
         {'rows': 5, 'duplicate': 0, 'masked': 2, 'gap': 0, 'before': 0}
         """
-        found = {name: getattr(self, name) for name in COUNTS}
-        return found | {name: count for name in RARE if (count := getattr(self, name))}
+        counts = {name: getattr(self, name) for name in COUNTS}
+        return counts | {name: count for name in RARE if (count := getattr(self, name))}
 
 
 def newest_before(registry: Registry, branch: Manifest, partition: Source, offset: int) -> Manifest | None:
@@ -133,10 +133,10 @@ def newest_before(registry: Registry, branch: Manifest, partition: Source, offse
         if not sees(branch.visible, number):
             continue
         try:
-            found = registry.manifest(number)
-            learned = Source(found.log.topic_id, found.log.partition)
-            if learned == partition and found.log.next <= offset and registry.chain(number):
-                return found
+            manifest = registry.manifest(number)
+            learned = Source(manifest.log.topic_id, manifest.log.partition)
+            if learned == partition and manifest.log.next <= offset and registry.chain(number):
+                return manifest
         except UnknownVersion:
             # Its base was removed; an older version may have one.
             continue

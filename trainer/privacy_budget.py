@@ -86,66 +86,66 @@ class PrivacyBudget:
         """
         if not self._wanted.epsilon:
             return
-        found, ours = privacy_ledger.read(self._path), (self._key, self._wanted.unit)
-        if found is None and self._private.allowance.began:
+        ledger, identity = privacy_ledger.read(self._path), (self._key, self._wanted.unit)
+        if ledger is None and self._private.allowance.began:
             raise RegistryError(
                 f"there is no ledger of the privacy budget at {self._path}, and versions were learned under one",
                 "restore it from a backup, or begin a new state directory (paths.state)",
             )
-        if found is not None and (found.key, found.unit) != ours:
+        if ledger is not None and (ledger.key, ledger.unit) != identity:
             names = ("privacy.key_file", "privacy.unit")
             name, was, now = next(
-                one for one in zip(names, (found.key, found.unit), ours, strict=True) if one[1] != one[2]
+                pair for pair in zip(names, (ledger.key, ledger.unit), identity, strict=True) if pair[1] != pair[2]
             )
             raise SettingsError(
                 f"the ledger of the privacy budget at {self._path} has {was} for {name}, and the trainer has {now}",
                 f"put {name} back, or begin a new state directory (paths.state)",
             )
-        self._ledger, self.held = found or PrivacyLedger(*ours), False
+        self._ledger, self.held = ledger or PrivacyLedger(*identity), False
         # Source and offset before which other trainers may have learned; None if there were none.
         self._learned = (self._ledger.source, self._ledger.through) if self._ledger.periods else None
         self._allowed = None
         self._show()
 
-    def noise_place(self, found: Intake, source: Source, offset: int, control: Control) -> NoisePlace:
+    def noise_place(self, intake: Intake, source: Source, offset: int, control: Control) -> NoisePlace:
         """The identity of the record at `offset` of the training log's partition `source`, for its noise."""
-        mask = control.mask_at(found.batch.header.mask_generation)
+        mask = control.mask_at(intake.batch.header.mask_generation)
         return NoisePlace(
             source.topic_id, source.partition, offset, control.epoch, control.log, mask, self._environment
         )
 
-    def allows(self, at: NoisePlace, found: Intake, place: TrainingPlace, leader_epoch: int) -> bool:
+    def allows(self, noise_place: NoisePlace, intake: Intake, position: TrainingPlace, leader_epoch: int) -> bool:
         """Whether a record may be learned; when this returns True, the ledger has its charge durably.
 
         Args:
-            at: Of `noise_place`.
-            found: The rows that are learned; without rows there is no charge.
-            place: The position before the record.
+            noise_place: The result of `noise_place` for the record.
+            intake: The rows that are learned; without rows there is no charge.
+            position: The position before the record.
             leader_epoch: Kafka's epoch of the leader that wrote the record.
 
         Raises:
             OSError: The disk cannot be written.
         """
-        if self._ledger is None or not len(found.batch):
+        if self._ledger is None or not len(intake.batch):
             return True
         self._metrics.privacy_rows_left_out.set(self._private.allowance.left_out)
-        log_ms = max(self._trainer.counters.log_ms, int(found.batch.at_ms.max()))
+        log_ms = max(self._trainer.counters.log_ms, int(intake.batch.at_ms.max()))
         number = int(log_ms // (1000 * self._wanted.period_s)) if self._wanted.unit == "user" else 0
         # A rewritten log and accepted losses change which records a branch has; the history sees them only afterwards.
-        lost = place.left_out + place.gap + sum(first - mark for _, mark, first in found.gaps)
-        line = self._private.history.line_at(at) + f"leader {leader_epoch} lost {lost}".encode()
+        lost = position.left_out + position.gap + sum(first - mark for _, mark, first in intake.gaps)
+        line = self._private.history.line_at(noise_place) + f"leader {leader_epoch} lost {lost}".encode()
         name = hashlib.blake2b(line, digest_size=16).hexdigest()
-        period = PrivacyPeriod(at.epoch, number, self._private.updates, self._private.noise, (name,))
-        source = f"{at.topic_id}:{at.partition}"
-        reserved = source == self._ledger.source and at.offset < self._ledger.through
+        period = PrivacyPeriod(noise_place.epoch, number, self._private.updates, self._private.noise, (name,))
+        source = f"{noise_place.topic_id}:{noise_place.partition}"
+        reserved = source == self._ledger.source and noise_place.offset < self._ledger.through
         if period == self._allowed and reserved:
             return True
         ledger = self._ledger
         if not privacy_ledger.is_charged(ledger, period):
-            again = self._learned is not None and (source != self._learned[0] or at.offset < self._learned[1])
+            again = self._learned is not None and (source != self._learned[0] or noise_place.offset < self._learned[1])
             ledger = self._paid(privacy_ledger.charged(ledger, period, again))
         if not self.held and not reserved:
-            ledger = msgspec.structs.replace(ledger, source=source, through=at.offset + RESERVED)
+            ledger = msgspec.structs.replace(ledger, source=source, through=noise_place.offset + RESERVED)
         if ledger != self._ledger:
             privacy_ledger.write(self._directory, self._path, ledger)
         self._ledger, self._allowed = ledger, None if self.held else period

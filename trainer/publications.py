@@ -95,16 +95,21 @@ class Publications:
         """Begins an epoch, or continues after a start: the first version is due a pace later, and durable."""
         self._last_s, self._saved_s = self._elapsed(), float("-inf")
 
-    def due(self, place: TrainingPlace, control: Control, late_s: float = 0.0) -> bool:
+    def due(self, position: TrainingPlace, control: Control, late_s: float = 0.0) -> bool:
         """Whether a version, or a durable one, is due now.
 
         Each version costs the trainer and every serving host time. If learning is late by `late_s`, versions are
         therefore that far apart, up to `LATE_PACES` times the usual interval.
         """
-        if not (place.changed or place.unsaved) or not control.publishing or self.busy or not self._updates.passes:
+        if (
+            not (position.changed or position.unsaved)
+            or not control.publishing
+            or self.busy
+            or not self._updates.passes
+        ):
             return False
         now_s, pace_s = self._elapsed(), min(max(late_s, self._pace_s), LATE_PACES * self._pace_s)
-        return now_s - self._last_s >= pace_s and (place.changed or now_s - self._saved_s >= self._durable_s)
+        return now_s - self._last_s >= pace_s and (position.changed or now_s - self._saved_s >= self._durable_s)
 
     def settle(self, wait: bool = False) -> Manifest | None:
         """The version that has been published since the last call; see `Publisher.settle`.
@@ -119,12 +124,12 @@ class Publications:
         return published
 
     def publish(
-        self, place: TrainingPlace, control: Control, account: Mapping[str, int], topic_id: str, last: bool = False
+        self, position: TrainingPlace, control: Control, account: Mapping[str, int], topic_id: str, last: bool = False
     ) -> TrainingPlace:
         """Hands a copy of the changes to the publisher. Returns the position afterwards.
 
         Args:
-            place: The trainer's position.
+            position: The trainer's position.
             control: The generation that it learned under.
             account: The outcomes of the rows.
             topic_id: Of the training log.
@@ -134,21 +139,21 @@ class Publications:
         durable = (
             last
             or self._elapsed() - self._saved_s >= self._durable_s
-            or place.parent - place.durable >= MOST_BETWEEN - 1
+            or position.parent - position.durable >= MOST_BETWEEN - 1
         )
         probe, is_full = {}, durable or self._elapsed() - self._full_s >= FULL_S
         if is_full:
             probe, self._full_s = self._probed.answers(), self._elapsed()
         served = checkpoint.served(self._trainer, is_full) | probe
-        if (at := onward(control.log, place.next)) != place.next:
+        if (at := onward(control.log, position.next)) != position.next:
             # The leader epochs of the skipped records are unknown.
-            place = replace(place, next=at, leader_epoch=-1)
+            position = replace(position, next=at, leader_epoch=-1)
         slices = self._trainer.measures.of_slices() if durable else ()
-        draft = self.draft("recent", place, control, account, topic_id, slices)
+        draft = self.draft("recent", position, control, account, topic_id, slices)
         saving = None
         if durable:
-            log = replace(draft.log, first=place.durable_first)
-            since = replace(draft, kind="delta", parent=place.durable or None, log=log)
+            log = replace(draft.log, first=position.durable_first)
+            since = replace(draft, kind="delta", parent=position.durable or None, log=log)
             saving = Saving(since, checkpoint.changes(self._trainer) | probe | self._updates.kept())
         self._metrics.publish_stall_seconds.observe(time.perf_counter() - began)
         self._publisher.offer(draft, served, saving)
@@ -160,11 +165,11 @@ class Publications:
         gauges.show_churn(draft.metrics, self._metrics)
         if durable:
             gauges.show_slices(slices, self._metrics)
-        return place.handed_over(durable)
+        return position.handed_over(durable)
 
     def publish_first(
         self,
-        place: TrainingPlace,
+        position: TrainingPlace,
         control: Control,
         account: Mapping[str, int],
         topic_id: str,
@@ -178,17 +183,17 @@ class Publications:
             WrongEpoch: Control is at another epoch by now.
             OSError: The disk cannot be written.
         """
-        kind: Kind = "delta" if place.parent else "base"
-        draft = self.draft(kind, place, control, account, topic_id, self._trainer.measures.of_slices())
+        kind: Kind = "delta" if position.parent else "base"
+        draft = self.draft(kind, position, control, account, topic_id, self._trainer.measures.of_slices())
         self._publisher.save(Saving(draft, {**tensors, **self._probed.answers()}))
         published = self.settle(wait=True)
         assert published is not None, "it was offered"
-        return place.at_version(published).handed_over(True)
+        return position.at_version(published).handed_over(True)
 
     def draft(
         self,
         kind: Kind,
-        place: TrainingPlace,
+        position: TrainingPlace,
         control: Control,
         account: Mapping[str, int],
         topic_id: str,
@@ -197,4 +202,4 @@ class Publications:
         """The manifest of a version made now."""
         now_ms = int(self._clock() * 1000)
         verdict = self._updates.verdict()
-        return self._drafter.draft(kind, place, self._trainer, account, topic_id, control, now_ms, verdict, slices)
+        return self._drafter.draft(kind, position, self._trainer, account, topic_id, control, now_ms, verdict, slices)

@@ -73,7 +73,7 @@ class Replay:
             LogError: Records do not arrive in time.
             MicroBatchError: A record cannot be read.
         """
-        total, done = sum(segment.next - segment.first for segment in segments), 0
+        total, learned = sum(segment.next - segment.first for segment in segments), 0
         said_s = time.monotonic()
         began: tuple[float, int] | None = None
         try:
@@ -83,7 +83,7 @@ class Replay:
                     self._trainer.forget(segment.forget.users.ids)
                 for offset, value in reader.records(segment):
                     self._learn(offset, value, segment)
-                    now_s, positions = time.monotonic(), done + offset - segment.first
+                    now_s, positions = time.monotonic(), learned + offset - segment.first
                     # The first step compiles, so the pace is measured from its end.
                     began = began_s, first = began or (now_s, positions)
                     if now_s - said_s < PROGRESS_S or positions <= first:
@@ -94,30 +94,32 @@ class Replay:
                         f"verify: {positions} of {total} positions, {self.steps} steps, {self.rows:,} rows, "
                         f"{left_s:.0f} s left"
                     )
-                done += segment.next - segment.first
+                learned += segment.next - segment.first
         finally:
             reader.close()
 
     def _learn(self, offset: int, value: bytes | None, segment: LogSegment) -> None:
         """Learns one record in one step, as in the trainer's loop."""
         where = f"{self._where} offset {offset}"
-        found = take_in(
+        intake = take_in(
             value, self.marks, segment.mask_at, self._spec, self._salt, where, segment.line, offset, self._is_former
         )
-        self.marks = found.marks
-        self.rows += found.rows
+        self.marks = intake.marks
+        self.rows += intake.rows
         for name in ACCOUNT:
-            self.account[name] += getattr(found, name)
-        if len(found.batch) == 0:
+            self.account[name] += getattr(intake, name)
+        if len(intake.batch) == 0:
             return
         if self._trainer.guard.held:
             # Nothing is learned while training is held, so an operator must have resumed it here.
             self._trainer.guard = self._trainer.guard.released()
-        self.unlike += int(self._lost.after(segment.erased).users.has(found.batch.user).sum())
-        mask = segment.mask_at(found.batch.header.mask_generation)
+        self.unlike += int(self._lost.after(segment.erased).users.has(intake.batch.user).sum())
+        mask = segment.mask_at(intake.batch.header.mask_generation)
         log = self._log
-        at = NoisePlace(log.topic_id, log.partition, offset, segment.epoch, segment.line, mask, self._environment)
-        self._trainer.step(found.batch, place=at)
+        noise_place = NoisePlace(
+            log.topic_id, log.partition, offset, segment.epoch, segment.line, mask, self._environment
+        )
+        self._trainer.step(intake.batch, place=noise_place)
         self.steps += 1
 
 

@@ -75,7 +75,7 @@ def run(settings: Settings, dry_run: bool, learn_anew: bool, reason: str, say: S
         # 1. 2.
         if learn_anew:
             lines = [
-                f"version {version.version}, epoch {version.epoch}: nothing of it is carried over",
+                f"version {version.version}, epoch {version.epoch}: nothing is carried over",
                 "starts from scratch: all tables, weights, counts and measures, from the retained training log",
                 f"serving stays at version {version.version} until the trainer has caught up; histories, salt and Kafka are kept",
             ]
@@ -95,12 +95,12 @@ def run(settings: Settings, dry_run: bool, learn_anew: bool, reason: str, say: S
             say("dry run: nothing was changed")
             return None
         # 3.
-        made = propose(registry, settings, spec, None if learn_anew else version, plan, actor(), reason, now_ms)
+        proposed = propose(registry, settings, spec, None if learn_anew else version, plan, actor(), reason, now_ms)
         say(
-            f"generation {made.generation}: epoch {made.epoch} begins from "
-            f"{'nothing' if made.base is None else f'version {made.base}'}; start the trainer and the stream with these settings"
+            f"generation {proposed.generation}: epoch {proposed.epoch} begins from "
+            f"{'nothing' if proposed.base is None else f'version {proposed.base}'}; start the trainer and the stream with these settings"
         )
-        return made
+        return proposed
 
 
 def planning(
@@ -124,7 +124,7 @@ def planning(
         trainer = trainer_of(settings, spec, preprocessing)
     planned = planned_for(registry, version, trainer)
     lines = [f"from version {version.version}, epoch {version.epoch}:"]
-    lines += [f"  {one} {text}" for one, text in differences(registry, version, settings, spec).items()]
+    lines += [f"  {subject} {text}" for subject, text in differences(registry, version, settings, spec).items()]
     lines += planned.lines()
     if version.spec != spec.digest:
         lines.append("  every window, computed again out of the histories, which stay; records of the log with the old")
@@ -206,17 +206,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help=HELP["dry_run"])
     parser.add_argument("--learn-anew", action="store_true", help=HELP["learn_anew"])
     parser.add_argument("--reason", default="", metavar="TEXT", help=HELP["reason"])
-    asked, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    args, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     keep_private()
     with own_stderr() as errors:
         log_lines.begin("upgrade", errors, logging.WARNING)
         quiet_tensorflow(os.environ)
         try:
-            if not asked.dry_run and not asked.reason.strip():
+            if not args.dry_run and not args.reason.strip():
                 raise SettingsError("upgrade needs --reason TEXT, or --dry-run to see what it would do")
             settings, now_ms = load(flags, os.environ), wall_ms()
             log_lines.follow(settings.logs)
-            run(settings, asked.dry_run, asked.learn_anew, asked.reason, print, now_ms)
+            run(settings, args.dry_run, args.learn_anew, args.reason, print, now_ms)
         except (SpringtideError, OSError) as problem:
             error = of_disk(problem)
             print(f"springtide: {error}", file=errors, flush=True)

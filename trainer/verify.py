@@ -93,7 +93,7 @@ class Comparison:
 
     def text(self) -> str:
         """The result for people, in one line."""
-        what = f"recomputed from {self.origin}, training log offsets {self.first} to {self.next}: {self.steps} steps, {self.rows:,} rows"
+        account = f"recomputed from {self.origin}, training log offsets {self.first} to {self.next}: {self.steps} steps, {self.rows:,} rows"
         if self.erased_rows:
             return (
                 f"version {self.version}: not comparable, because it learned {self.erased_rows:,} clicks of users who were "
@@ -102,20 +102,20 @@ class Comparison:
         if self.outcome == "not comparable":
             return f"version {self.version}: not comparable, because the environment differs: {'; '.join(self.environment)}"
         if self.outcome == "different":
-            return f"version {self.version}: different ({what} in {self.seconds:.1f} s); first at {self.difference}"
-        return f"version {self.version}: equal ({what} in {self.seconds:.1f} s); digest {self.digest[:16]}"
+            return f"version {self.version}: different ({account} in {self.seconds:.1f} s); first at {self.difference}"
+        return f"version {self.version}: equal ({account} in {self.seconds:.1f} s); digest {self.digest[:16]}"
 
     def document(self) -> dict[str, Any]:
         """The result as JSON values."""
-        found = asdict(self)
-        log = {"first": found.pop("first"), "next": found.pop("next")}
-        difference = found["difference"]
+        document = asdict(self)
+        log = {"first": document.pop("first"), "next": document.pop("next")}
+        difference = document["difference"]
         if difference is not None and difference["id"] is not None:
             difference["id"] = f"{difference['id']:016x}"
-        return {**found, "log": log, "environment": list(self.environment), "seconds": round(self.seconds, 3)}
+        return {**document, "log": log, "environment": list(self.environment), "seconds": round(self.seconds, 3)}
 
 
-def compare(registry: Registry, target: Manifest, trainer: Trainer, done: Replay) -> tuple[Difference | None, str]:
+def compare(registry: Registry, target: Manifest, trainer: Trainer, replay: Replay) -> tuple[Difference | None, str]:
     """The first difference between the version and the recomputed one, and the version's digest."""
     from trainer.versions import checkpoint, content
     from trainer.versions.content import CrossedIds, without
@@ -123,17 +123,19 @@ def compare(registry: Registry, target: Manifest, trainer: Trainer, done: Replay
 
     base, deltas = registry.chain(target.version)
     # The probe of a version is not part of its state.
-    kept = probe.without(content.merge(checkpoint.tensors_of(registry, part) for part in (base, *deltas)))
+    stored = probe.without(content.merge(checkpoint.tensors_of(registry, part) for part in (base, *deltas)))
     computed, control = checkpoint.full(trainer), registry.control()
     if control is not None and any(part.rewritten > part.erased for part in (base, *deltas)):
-        gone = control.erased.after(target.erased).users
-        kept, computed = (without(one, gone, CrossedIds(trainer.crosses).see(one)) for one in (kept, computed))
-    found = first_difference(kept, computed) or marks_difference(target.marks, done.marks)
+        erased = control.erased.after(target.erased).users
+        stored, computed = (
+            without(tensors, erased, CrossedIds(trainer.crosses).see(tensors)) for tensors in (stored, computed)
+        )
+    difference = first_difference(stored, computed) or marks_difference(target.marks, replay.marks)
     for name in ACCOUNT:
         counted = target.metrics.get(f"account.{name}")
-        if found is None and counted is not None and int(counted) != done.account[name]:
-            found = Difference(f"account.{name}", "", None, None, str(int(counted)), str(done.account[name]))
-    return found, content.digest(kept)
+        if difference is None and counted is not None and int(counted) != replay.account[name]:
+            difference = Difference(f"account.{name}", "", None, None, str(int(counted)), str(replay.account[name]))
+    return difference, content.digest(stored)
 
 
 def verify(
@@ -168,9 +170,9 @@ def verify(
     segments = segments_of(
         registry, registry.generations.last_of_epochs((base or target).epoch, target.epoch), base, target
     )
-    found = Comparison(version, 0 if base is None else base.version, segments[0].first, target.log.next)
+    comparison = Comparison(version, 0 if base is None else base.version, segments[0].first, target.log.next)
     total = sum(segment.next - segment.first for segment in segments)
-    say(f"verify: {total} positions of the training log, from {found.origin} to version {version}")
+    say(f"verify: {total} positions of the training log, from {comparison.origin} to version {version}")
     trainer = make_trainer()
     # 2.
     from trainer.versions import checkpoint
@@ -178,7 +180,9 @@ def verify(
 
     now = checkpoint.environment(settings, trainer.device, trainer.engine.name)
     if differs := environment_differences(target.environment, now):
-        return replace(found, outcome="not comparable", environment=tuple(differs), seconds=time.monotonic() - began_s)
+        return replace(
+            comparison, outcome="not comparable", environment=tuple(differs), seconds=time.monotonic() - began_s
+        )
     # 3.
     if base is None:
         checkpoint.begin(
@@ -186,22 +190,24 @@ def verify(
         )
     else:
         checkpoint.restore(registry, base.version, trainer, target.spec)
-    trainer.rejoin(lambda trainer, version: checkpoint.restore(registry, version, trainer, target.spec), found.base)
-    done = Replay(trainer, base, target, former_specs(beginnings), taken_out(registry, base))
-    if total or any(one.forget for one in segments):
+    trainer.rejoin(
+        lambda trainer, version: checkpoint.restore(registry, version, trainer, target.spec), comparison.base
+    )
+    replay = Replay(trainer, base, target, former_specs(beginnings), taken_out(registry, base))
+    if total or any(segment.forget for segment in segments):
         accepted = Journal(registry.path / layout.GAPS).accepted()
-        opens = partial(open_at, log, target, found.origin)
+        opens = partial(open_at, log, target, comparison.origin)
         reader = SegmentReader(opens, target.log, accepted, settings.kafka.request_timeout_s)
-        done.run(reader, segments, say)
+        replay.run(reader, segments, say)
     # 4.
-    difference, digest = compare(registry, target, trainer, done)
+    difference, digest = compare(registry, target, trainer, replay)
     return replace(
-        found,
-        steps=done.steps,
-        rows=done.rows,
-        outcome="not comparable" if done.unlike else "equal" if difference is None else "different",
-        erased_rows=done.unlike,
-        difference=None if done.unlike else difference,
+        comparison,
+        steps=replay.steps,
+        rows=replay.rows,
+        outcome="not comparable" if replay.unlike else "equal" if difference is None else "different",
+        erased_rows=replay.unlike,
+        difference=None if replay.unlike else difference,
         digest=digest,
         seconds=time.monotonic() - began_s,
     )
@@ -260,7 +266,7 @@ def open_at(log: Log, target: Manifest, origin: str, offset: int) -> Reader:
     if opening.recreated:
         raise LogError(
             f"version {target.version} was trained on topic id {trained.topic_id}, {trained.topic} is now "
-            f"{opening.topic_id}: it was deleted and made again, so that nothing before can be recomputed"
+            f"{opening.topic_id}: it was deleted and created again, so that nothing before can be recomputed"
         )
     raise LogError(
         f"topic {trained.topic} partition {partition} ends at {end} and version {target.version} was trained up to "
@@ -330,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="start from this version (default: the nearest base before)",
     )
     parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="output format (default text)")
-    asked, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    args, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     with own_stderr() as errors:
         log_lines.begin("verify", errors, logging.WARNING)
         quiet_tensorflow(os.environ)
@@ -342,13 +348,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             settings = load(flags, os.environ)
             log_lines.follow(settings.logs)
-            found = run(settings, asked.version, asked.base, say)
+            comparison = run(settings, args.version, args.base, say)
         except (SpringtideError, OSError) as problem:
             error = of_disk(problem)
             say(f"springtide: {error}")
             return error.exit_code
-    print(json.dumps(found.document(), indent=2) if asked.output == "json" else found.text())
-    return 0 if found.outcome == "equal" else 1
+    print(json.dumps(comparison.document(), indent=2) if args.output == "json" else comparison.text())
+    return 0 if comparison.outcome == "equal" else 1
 
 
 if __name__ == "__main__":

@@ -63,12 +63,12 @@ def restore_handlers() -> None:
 def local_addresses(count: int) -> list[str]:
     """Addresses with free ports for workers on this machine."""
     with ExitStack() as sockets:
-        found = []
+        addresses = []
         for _ in range(count):
-            held = sockets.enter_context(socket.socket())
-            held.bind(("127.0.0.1", 0))
-            found.append(f"127.0.0.1:{held.getsockname()[1]}")
-    return found
+            socket_ = sockets.enter_context(socket.socket())
+            socket_.bind(("127.0.0.1", 0))
+            addresses.append(f"127.0.0.1:{socket_.getsockname()[1]}")
+    return addresses
 
 
 @contextmanager
@@ -166,12 +166,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--addresses", default="", help="addresses of all workers; default trainer.worker_addresses"
         )
         parser.add_argument("--parent", type=int, default=0, help="process with which this one ends")
-        asked, flags = parser.parse_known_args(words)
+        args, flags = parser.parse_known_args(words)
         settings = load(flags, os.environ)
-        if asked.parent:
-            end_with(asked.parent)
-        addresses = asked.addresses.split(",") if asked.addresses else list(settings.trainer.worker_addresses)
-        return settings, lambda: run(settings, addresses, asked.index)
+        if args.parent:
+            end_with(args.parent)
+        addresses = args.addresses.split(",") if args.addresses else list(settings.trainer.worker_addresses)
+        return settings, lambda: run(settings, addresses, args.index)
 
     return run_process("worker", start, argv, logger, own_stderr())
 

@@ -33,86 +33,88 @@ SALT_IN = (
 SALT_OUT = "the salt is not in it: keep a copy of {path} elsewhere, without it nothing can be restored"
 
 
-def backup(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
+def backup(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
     """Makes a backup, lists those of a location, or verifies one."""
-    store = open_store(asked.to)
-    if asked.list:
-        show(store, asked, now_ms, say)
+    store = open_store(args.to)
+    if args.list:
+        show(store, args, now_ms, say)
         return
     progress = _Amount("read")
-    if asked.check:
-        found = location.read_backup(store, asked.at)
-        location.verify(store, found, progress)
-        _print(asked, {"checked": summary(found)}, f"backup {found.id} is whole: {size(found.bytes)} read", say)
+    if args.check:
+        checked = location.read_backup(store, args.at)
+        location.verify(store, checked, progress)
+        _print(args, {"checked": summary(checked)}, f"backup {checked.id} is whole: {size(checked.bytes)} read", say)
         return
-    scope = making.Scope(with_salt=asked.with_salt, newest_only=asked.versions == "newest")
-    made = making.make(settings, store, scope, now_ms, progress)
+    scope = making.Scope(with_salt=args.with_salt, newest_only=args.versions == "newest")
+    new_backup = making.make(settings, store, scope, now_ms, progress)
     lines = [
-        f"backup {made.id} at {store.name}: {described(made)}; {size(made.bytes)}, of which {size(made.sent_bytes)} were "
+        f"backup {new_backup.id} at {store.name}: {described(new_backup)}; {size(new_backup.bytes)}, of which {size(new_backup.sent_bytes)} were "
         f"sent, in {progress.took_s:.1f} s",
-        SALT_IN if made.with_salt else SALT_OUT.format(path=settings.salt_path),
+        SALT_IN if new_backup.with_salt else SALT_OUT.format(path=settings.salt_path),
         *(
             ["training cannot continue from any version in it: see `springtide versions`"]
-            if made.versions and made.version is None
+            if new_backup.versions and new_backup.version is None
             else []
         ),
-        *(f"left out, it is damaged: {part}" for part in made.left_out),
+        *(f"left out, it is damaged: {part}" for part in new_backup.left_out),
     ]
-    result: dict[str, Any] = {"made": summary(made) | {"seconds": round(progress.took_s, 3)}}
-    if asked.keep:
-        pruned = location.prune(store, asked.keep)
+    result: dict[str, Any] = {"made": summary(new_backup) | {"seconds": round(progress.took_s, 3)}}
+    if args.keep:
+        pruned = location.prune(store, args.keep)
         result["pruned"] = pruned._asdict()
         lines.append(f"removed {pruned.backups} older backups and {pruned.objects:,} objects that none needs any more")
-    _print(asked, result, "\n".join(lines), say)
+    _print(args, result, "\n".join(lines), say)
 
 
-def restore(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
+def restore(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
     """Restores a backup."""
-    store, progress = open_store(asked.source), _Amount("written")
-    found = location.read_backup(store, asked.at)
+    store, progress = open_store(args.source), _Amount("written")
+    backup = location.read_backup(store, args.at)
     spec = FeatureSpec.from_settings(settings).digest
     by = restoring.By(actor(), now_ms)
-    known, unknown = _later_erasures(store, found, asked.erasures_from)
-    done = restoring.restore(settings, store, found, by, progress, known, asked.kafka_lost)
+    known, unknown = _later_erasures(store, backup, args.erasures_from)
+    restored = restoring.restore(settings, store, backup, by, progress, known, args.kafka_lost)
     lines = [
-        f"restored backup {found.id} of {iso(found.created_at_ms)}, {age((now_ms - found.created_at_ms) / 1000)} old: "
-        f"{described(found)}, histories of {done.users:,} users; {size(found.bytes)} in {progress.took_s:.1f} s",
-        f"control generation {done.generation} records it; versions continue from {done.first_number}",
-        *([f"{done.erasures} erasures that were made after it are applied again"] if done.erasures else []),
+        f"restored backup {backup.id} of {iso(backup.created_at_ms)}, {age((now_ms - backup.created_at_ms) / 1000)} old: "
+        f"{described(backup)}, histories of {restored.users:,} users; {size(backup.bytes)} in {progress.took_s:.1f} s",
+        f"control generation {restored.generation} records it; versions continue from {restored.first_number}",
+        *([f"{restored.erasures} erasures that were made after it are applied again"] if restored.erasures else []),
         *unknown,
     ]
-    if found.spec and found.spec != spec:
+    if backup.spec and backup.spec != spec:
         lines.append(
-            f"its version is of feature spec {found.spec[:12]}, the settings here make {spec[:12]}: use its settings, or upgrade"
+            f"its version is of feature spec {backup.spec[:12]}, the settings here make {spec[:12]}: use its settings, or upgrade"
         )
-    if asked.kafka_lost:
-        lines.append(f"the trainer continues from version {done.version} in another training log, from its beginning")
+    if args.kafka_lost:
+        lines.append(
+            f"the trainer continues from version {restored.version} in another training log, from its beginning"
+        )
     lines.append(
         "start it with `springtide up`: what Kafka has had since then is read again. The old one must not run any more."
     )
     result = {
-        "restored": summary(found)
+        "restored": summary(backup)
         | {
-            "users": done.users,
-            "positions": done.positions,
-            "generation": done.generation,
-            "first_number": done.first_number,
-            "erasures_again": done.erasures,
-            "goes_on_from": done.version,
-            "fits": not found.spec or found.spec == spec,
+            "users": restored.users,
+            "positions": restored.positions,
+            "generation": restored.generation,
+            "first_number": restored.first_number,
+            "erasures_again": restored.erasures,
+            "goes_on_from": restored.version,
+            "fits": not backup.spec or backup.spec == spec,
         }
     }
-    _print(asked, result, "\n".join(lines), say)
+    _print(args, result, "\n".join(lines), say)
 
 
-def _later_erasures(store: FileStore, found: Backup, registry: Path | None) -> tuple[Erased, list[str]]:
+def _later_erasures(store: FileStore, backup: Backup, registry: Path | None) -> tuple[Erased, list[str]]:
     """Erasures made after a backup, and a message if the newest backup cannot be read."""
     known, messages = [Erased.NOBODY], []
     if registry is not None:
         known.append(restoring.erasures_in(registry))
     try:
         newest = location.read_backup(store)
-        if newest.id != found.id:
+        if newest.id != backup.id:
             with tempfile.TemporaryDirectory() as folder:
                 known.append(restoring.erasures_known_to(newest, Objects(store, listed=False), Path(folder)))
     except DamagedBackup as error:
@@ -120,9 +122,9 @@ def _later_erasures(store: FileStore, found: Backup, registry: Path | None) -> t
     return max(known, key=lambda erased: erased.last), messages
 
 
-def show(store: FileStore, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
+def show(store: FileStore, args: argparse.Namespace, now_ms: int, say: Say) -> None:
     """Lists the backups of a location, oldest first."""
-    found = [location.read_backup(store, entry) for entry in location.ids(store)]
+    backups = [location.read_backup(store, entry) for entry in location.ids(store)]
     head = ["backup", "age", "version", "versions", "size", "sent", "salt"]
     rows = [
         [
@@ -134,14 +136,14 @@ def show(store: FileStore, asked: argparse.Namespace, now_ms: int, say: Say) -> 
             size(entry.sent_bytes),
             "in it" if entry.with_salt else entry.salt,
         ]
-        for entry in found
+        for entry in backups
     ]
     text = table([head, *rows]) if rows else f"{store.name} has no backup"
-    _print(asked, {"backups": [summary(entry) for entry in found]}, text, say)
+    _print(args, {"backups": [summary(entry) for entry in backups]}, text, say)
 
 
-def _print(asked: argparse.Namespace, document: dict[str, Any], text: str, say: Callable[[str], None]) -> None:
-    say(json.dumps(document, indent=2) if asked.output == "json" else text)
+def _print(args: argparse.Namespace, document: dict[str, Any], text: str, say: Callable[[str], None]) -> None:
+    say(json.dumps(document, indent=2) if args.output == "json" else text)
 
 
 def summary(backup: Backup) -> dict[str, Any]:
@@ -178,7 +180,7 @@ class _Amount:
         """Seconds since the beginning."""
         return time.monotonic() - self._begun_s
 
-    def __call__(self, more: int) -> None:
+    def __call__(self, count: int) -> None:
         """Adds to the number of bytes."""
-        self._bytes += more
+        self._bytes += count
         self._line.show(lambda: f"{size(self._bytes)} {self._verb} after {self.took_s:.0f} s")

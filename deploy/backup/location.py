@@ -249,13 +249,13 @@ class Objects:
             source: The content; it may be a pipe with short reads.
             progress: Called with the size of each piece.
         """
-        whole, size, pieces = hashlib.sha256(), 0, []
+        digest, size, pieces = hashlib.sha256(), 0, []
         while piece := _next_piece(source):
-            whole.update(piece)
+            digest.update(piece)
             size += len(piece)
             pieces.append(self._keep(piece))
             progress(len(piece))
-        return KeptFile(path, size, whole.hexdigest(), tuple(pieces))
+        return KeptFile(path, size, digest.hexdigest(), tuple(pieces))
 
     def _keep(self, piece: bytes) -> str:
         digest = durable.digest(piece)
@@ -274,17 +274,17 @@ class Objects:
             DamagedBackup: An object is missing or fails its digest; the message names it.
             UnusablePlace: The backup location cannot be reached.
         """
-        whole, size, held = hashlib.sha256(), 0, b""
+        file_digest, size, piece = hashlib.sha256(), 0, b""
         for digest in file.pieces:
-            if held:
-                yield held
-            held = self._read(digest, file.path)
-            whole.update(held)
-            size += len(held)
-        if (size, whole.hexdigest()) != (file.bytes, file.sha256):
+            if piece:
+                yield piece
+            piece = self._read(digest, file.path)
+            file_digest.update(piece)
+            size += len(piece)
+        if (size, file_digest.hexdigest()) != (file.bytes, file.sha256):
             raise _damaged(f"{file.path}, made of its pieces", self._store)
-        if held:
-            yield held
+        if piece:
+            yield piece
 
     def _read(self, digest: str, path: str) -> bytes:
         name = _object_name(digest)
@@ -304,10 +304,10 @@ class Objects:
 
 def _next_piece(source: BinaryIO) -> bytes:
     """Reads the next piece. Every piece but the last has full size, even if `source` is a pipe with short reads."""
-    parts, left = [], PIECE_BYTES
-    while left and (part := source.read(left)):
+    parts, remaining = [], PIECE_BYTES
+    while remaining and (part := source.read(remaining)):
         parts.append(part)
-        left -= len(part)
+        remaining -= len(part)
     return b"".join(parts)
 
 
@@ -319,9 +319,9 @@ def _digests(store: FileStore) -> list[str]:
     return [name.rpartition("/")[2] for name in store.names(OBJECTS)]
 
 
-def _damaged(what: str, store: FileStore, how: str = " fails its digest") -> DamagedBackup:
+def _damaged(subject: str, store: FileStore, how: str = " fails its digest") -> DamagedBackup:
     return DamagedBackup(
-        f"{what} at {store.name}{how}",
+        f"{subject} at {store.name}{how}",
         "restore another backup; if you remove that file, the next backup sends it again if it still has it",
     )
 
@@ -393,7 +393,7 @@ class Lease:
         if self._name not in self._store.names(LOCKS):
             raise BackupError(
                 f"{self._store.name} was taken over by another process while this one was suspended",
-                "repeat it; what was sent is not sent again",
+                "run it again; files that were sent are not sent again",
             )
 
     def _write(self) -> None:

@@ -110,27 +110,27 @@ def make(settings: Settings, store: FileStore, scope: Scope, now_ms: int, progre
                 raise SaltMismatch.between(shard.name, shard.salt, salt.fingerprint)
         killpoints.reach("backup.histories")
         # 3. and 4.
-        found, kept = making.registry(scope.newest_only)
+        registry_cut, registry_files = making.registry(scope.newest_only)
         notes, without_notes = making.notes(shards)
-        files = [*(file for shard in shards for file in shard.files), *kept, *notes]
+        files = [*(file for shard in shards for file in shard.files), *registry_files, *notes]
         if scope.with_salt:
             files.append(making.whole("salt", settings.salt_path))
-        newest = newest_whole(found.parts, found.control)
-        made = Backup(
+        newest = newest_whole(registry_cut.parts, registry_cut.control)
+        backup = Backup(
             id=made_id,
             created_at_ms=now_ms,
             release=release(),
             salt=salt.fingerprint,
             spec="" if newest is None else newest.spec,
-            generation=found.control.generation,
-            epoch=found.control.epoch,
+            generation=registry_cut.control.generation,
+            epoch=registry_cut.control.epoch,
             version=None if newest is None else newest.version,
             log=None if newest is None else newest.log,
             positions={shard.name: shard.positions for shard in shards},
-            versions=len({part.version for part in found.parts.values()}),
+            versions=len({part.version for part in registry_cut.parts.values()}),
             files=tuple(files),
             left_out=(
-                *(f"registry/{name}: {reason}" for name, reason in sorted(found.damaged.items())),
+                *(f"registry/{name}: {reason}" for name, reason in sorted(registry_cut.damaged.items())),
                 *without_notes,
             ),
             sent_bytes=making.sent_bytes,
@@ -138,8 +138,8 @@ def make(settings: Settings, store: FileStore, scope: Scope, now_ms: int, progre
         # 5.
         lease.require_held()
         killpoints.reach("backup.sent")
-        store.write(f"{location.BACKUPS}/{made.id}.json", sealed.encode(made))
-    return made
+        store.write(f"{location.BACKUPS}/{backup.id}.json", sealed.encode(backup))
+    return backup
 
 
 def release() -> str:
@@ -217,46 +217,46 @@ class _Making:
         """Copies a consistent cut of the registry; starts again if the compactor removed a file meanwhile."""
         registry = Registry(self._settings.registry_dir)
         for _ in range(TRIES):
-            found = cut(registry, newest_only)
+            registry_cut = cut(registry, newest_only)
             try:
-                damaged, kept = dict(found.damaged), []
-                for folder, part in found.parts.items():
+                damaged, files = dict(registry_cut.damaged), []
+                for folder, part in registry_cut.parts.items():
                     try:
-                        kept += self._part(registry, folder, part)
+                        files += self._part(registry, folder, part)
                     except _Differs as error:
                         damaged[folder] = str(error)
-                kept += [self.whole(f"{layout.REGISTRY}/{name}", registry.path / name) for name in found.files]
+                files += [self.whole(f"{layout.REGISTRY}/{name}", registry.path / name) for name in registry_cut.files]
             except FileNotFoundError:
                 continue
-            good = {folder: part for folder, part in found.parts.items() if folder not in damaged}
-            return replace(found, parts=good, damaged=damaged), kept
+            good = {folder: part for folder, part in registry_cut.parts.items() if folder not in damaged}
+            return replace(registry_cut, parts=good, damaged=damaged), files
         raise BackupError(f"{registry.path} changed while it was copied, {TRIES} times", "repeat it")
 
     def _part(self, registry: Registry, folder: str, part: Manifest) -> list[KeptFile]:
         """The files of one version; files that the backup location already has are not read."""
-        kept = []
+        files = []
         for name, entry in part.files.items():
             known = self._known.get(entry.sha256)
             path_in_backup = f"{layout.REGISTRY}/{folder}/{name}"
             if known is not None and self._objects.has(known):
-                kept.append(changed(known, path=path_in_backup))
+                files.append(changed(known, path=path_in_backup))
                 self._progress(entry.bytes)
                 continue
-            made = self.whole(path_in_backup, registry.path_of(part, name))
-            if (made.sha256, made.bytes) != (entry.sha256, entry.bytes):
+            kept_file = self.whole(path_in_backup, registry.path_of(part, name))
+            if (kept_file.sha256, kept_file.bytes) != (entry.sha256, entry.bytes):
                 raise _Differs(f"{name} fails its digest")
-            kept.append(made)
-        return [*kept, self.whole(f"{layout.REGISTRY}/{folder}/{MANIFEST}", registry.path / folder / MANIFEST)]
+            files.append(kept_file)
+        return [*files, self.whole(f"{layout.REGISTRY}/{folder}/{MANIFEST}", registry.path / folder / MANIFEST)]
 
     def whole(self, name: str, path: Path) -> KeptFile:
         with usable(str(path), "be read"), path.open("rb", buffering=0) as source:
-            made = self._objects.keep(name, source, self._progress)
-        self._known[made.sha256] = made
-        return made
+            kept_file = self._objects.keep(name, source, self._progress)
+        self._known[kept_file.sha256] = kept_file
+        return kept_file
 
-    def _progress(self, taken: int) -> None:
+    def _progress(self, count: int) -> None:
         self._lease.refresh()
-        self._report(taken)
+        self._report(count)
 
 
 class _Differs(Exception):
@@ -354,16 +354,16 @@ def list_folders(path: Path) -> list[str]:
 def list_files(path: Path, generation: int) -> tuple[str, ...]:
     """All other files, relative to the registry at `path`; control files only up to `generation`."""
     with usable(str(path), "be listed"):
-        found = [
+        files = [
             file
             for folder in sorted(path.iterdir())
             if folder.is_dir() and folder.name not in _LEFT_ALONE
             for file in sorted(folder.rglob("*"))
             if file.is_file()
         ]
-    kept = {f"{number:08d}.json" for number in range(generation + 1)}
-    left = {file for file in found if file.parent.name == layout.CONTROL and file.name not in kept}
-    return tuple(file.relative_to(path).as_posix() for file in found if file not in left)
+    control_files = {f"{number:08d}.json" for number in range(generation + 1)}
+    excluded = {file for file in files if file.parent.name == layout.CONTROL and file.name not in control_files}
+    return tuple(file.relative_to(path).as_posix() for file in files if file not in excluded)
 
 
 def chain_of(parts: Mapping[str, Manifest], version: int) -> set[str] | None:
@@ -394,10 +394,10 @@ def chain_of(parts: Mapping[str, Manifest], version: int) -> set[str] | None:
 
 def newest_whole(parts: Mapping[str, Manifest], control: Control) -> Manifest | None:
     """Returns the newest complete version of control's epoch; the epoch's base if the epoch has none."""
-    ours = {
+    by_version = {
         part.version: part for part in parts.values() if part.epoch == control.epoch or part.version == control.base
     }
-    return next((ours[number] for number in sorted(ours, reverse=True) if chain_of(parts, number)), None)
+    return next((by_version[number] for number in sorted(by_version, reverse=True) if chain_of(parts, number)), None)
 
 
 def _manifests(
@@ -408,7 +408,7 @@ def _manifests(
     for folder in folders:
         path = registry.path / folder
         try:
-            found = manifest.decode(registry.manifest_bytes(path))
+            part = manifest.decode(registry.manifest_bytes(path))
         except FileNotFoundError:
             if not path.is_dir():
                 raise
@@ -416,8 +416,8 @@ def _manifests(
         except ValueError as error:
             damaged[folder] = f"its manifest is damaged: {error}"
         else:
-            if found.epoch <= control.epoch:
-                parts[folder] = found
+            if part.epoch <= control.epoch:
+                parts[folder] = part
     return parts, damaged
 
 

@@ -61,19 +61,19 @@ CONTROL_FILES = tuple(f"{layout.REGISTRY}/{folder}/" for folder in (layout.CONTR
 def _require_restorable(settings: Settings, backup: Backup) -> None:
     """Refuses a restore that would lose or mix state, or whose salt is missing or differs."""
     state, registry, salt = settings.state_dir, settings.registry_dir, settings.salt_path
-    found = [path for path in _entries(state) if path.name not in _MAY_BE_THERE and path not in (registry, salt)]
-    found += [path for path in _entries(registry) if path.name not in _MAY_BE_IN_REGISTRY]
+    existing = [path for path in _entries(state) if path.name not in _MAY_BE_THERE and path not in (registry, salt)]
+    existing += [path for path in _entries(registry) if path.name not in _MAY_BE_IN_REGISTRY]
     if registry != state / layout.REGISTRY:
-        found += _entries(state / layout.REGISTRY)
-    if found := [path for path in found if _has_files(path)]:
+        existing += _entries(state / layout.REGISTRY)
+    if existing := [path for path in existing if _has_files(path)]:
         raise BackupError(
-            f"{found[0]} exists: a backup is restored on an empty machine",
+            f"{existing[0]} exists: a backup is restored on an empty machine",
             "move it away, or choose another paths.state; the salt and Kafka's data may stay",
         )
     if salt.exists():
-        mine = load_salt(salt, create=False)
-        if mine.fingerprint != backup.salt:
-            raise SaltMismatch.between(f"backup {backup.id}", backup.salt, mine.fingerprint)
+        local_salt = load_salt(salt, create=False)
+        if local_salt.fingerprint != backup.salt:
+            raise SaltMismatch.between(f"backup {backup.id}", backup.salt, local_salt.fingerprint)
     elif not backup.with_salt:
         raise MissingSalt(
             f"backup {backup.id} was made without the salt {backup.salt}, and there is none at {salt}",
@@ -159,13 +159,13 @@ def restore(
                 registry.chain(backup.version)
             # 4.
             first = _reserve_numbers(registry, backup, by.now_ms)
-            again = _missing(_erasures_of(registry.generations), erased)
-            _repeat(registry, again, backup.id, by.actor, by.now_ms)
+            repeated = _missing(_erasures_of(registry.generations), erased)
+            _repeat(registry, repeated, backup.id, by.actor, by.now_ms)
             version, generation = _record(registry, backup, positions, by, kafka_lost)
             shutil.rmtree(registry.path / layout.TEMPORARY)
             # 5.
             _move_to_final_paths(aside)
-    return Restored(users, positions, generation, first, len(again), version)
+    return Restored(users, positions, generation, first, len(repeated), version)
 
 
 @contextmanager
@@ -195,10 +195,10 @@ def _write_all(settings: Settings, store: FileStore, backup: Backup, progress: C
 
 
 def _path_of(settings: Settings, file: KeptFile) -> Path:
-    first, _, rest = file.path.partition("/")
+    first, _, inner = file.path.partition("/")
     if first == layout.REGISTRY:
-        return settings.registry_dir / RESTORING / rest
-    return settings.state_dir / RESTORING / first / rest
+        return settings.registry_dir / RESTORING / inner
+    return settings.state_dir / RESTORING / first / inner
 
 
 def _write(path: Path, pieces: Iterator[bytes], progress: Callable[[int], None]) -> None:
@@ -225,13 +225,13 @@ def _finish_stores(settings: Settings, backup: Backup, kafka_lost: bool) -> tupl
         store = HistoryStore(*opened, readonly=True)
         try:
             users += store.users()
-            found = {str(source): after for source, after in store.positions().items()}
+            positions_reached = {str(source): after for source, after in store.positions().items()}
         finally:
             store.close()
         least = backup.positions.get(path.parent.name, {})
-        if any(found.get(source, 0) < after for source, after in least.items()):
+        if any(positions_reached.get(source, 0) < after for source, after in least.items()):
             raise BackupError(f"{path} is behind what backup {backup.id} says", "restore another one, and report this")
-        positions[path.parent.name] = found
+        positions[path.parent.name] = positions_reached
         (path / "lock.mdb").unlink(missing_ok=True)
     return users, positions
 
@@ -263,13 +263,13 @@ def _record(
     who: Any = {"actor": by.actor, "reason": f"restored backup {backup.id}", "now_ms": by.now_ms}
     if not kafka_lost:
         return backup.version, registry.change(lambda now: transitions.restored(now, **who)).generation
-    found = {Source.parse(source): after for shard in positions.values() for source, after in shard.items()}
-    version = _not_ahead(registry, backup, found)
+    next_offsets = {Source.parse(source): after for shard in positions.values() for source, after in shard.items()}
+    version = _not_ahead(registry, backup, next_offsets)
     marks = {} if version is None else registry.manifest(version).marks
-    lost = sum(max(0, after - marks.get(source, after)) for source, after in found.items())
+    lost = sum(max(0, after - marks.get(source, after)) for source, after in next_offsets.items())
     who["reason"] += "; Kafka's data is lost, the trainer continues in another log"
-    made = registry.change(lambda now: transitions.restored_without_log(now, version, lost, **who))
-    return version, made.generation
+    control = registry.change(lambda now: transitions.restored_without_log(now, version, lost, **who))
+    return version, control.generation
 
 
 def _not_ahead(registry: Registry, backup: Backup, positions: Mapping[Source, int]) -> int | None:
@@ -346,12 +346,12 @@ def _erasures_of(controls: Controls) -> Erased:
     return Erased.NOBODY if control is None else control.erased
 
 
-def _missing(here: Erased, known: Erased) -> tuple[Erasure, ...]:
+def _missing(own: Erased, known: Erased) -> tuple[Erasure, ...]:
     """The erasures of `known` that must be repeated, in order; refuses those of another system."""
     # A repeated erasure has another generation, so generations are not compared.
-    mine, theirs = ([(erasure.users, erasure.until) for erasure in erased] for erased in (here, known))
-    shared = min(len(mine), len(theirs))
-    if mine[:shared] != theirs[:shared]:
+    own_erasures, known_erasures = ([(erasure.users, erasure.until) for erasure in erased] for erased in (own, known))
+    shared = min(len(own_erasures), len(known_erasures))
+    if own_erasures[:shared] != known_erasures[:shared]:
         raise BackupError(
             "the erasures known elsewhere are not those of this backup and later ones",
             "name the registry of this system",

@@ -42,9 +42,9 @@ def await_clicks(store: HistoryStore, positions: Mapping[str, int]) -> None:
     """
     deadline_s = time.monotonic() + WAIT_S
     while True:
-        found = {str(source): after for source, after in store.positions().items()}
+        positions_reached = {str(source): after for source, after in store.positions().items()}
         # Clicks of a source that serving has never seen precede the beginning of its log.
-        if all(found.get(source, after) >= after for source, after in positions.items()):
+        if all(positions_reached.get(source, after) >= after for source, after in positions.items()):
             return
         if store.closed_in_order() or time.monotonic() > deadline_s:
             return
@@ -109,9 +109,9 @@ def begin(stream: Path, serving: Path, opened: tuple[int, int], created_at_ms: i
 
 def _extras(store: HistoryStore, prefix: str) -> Iterator[tuple[str, bytes]]:
     start = prefix
-    while found := store.extras(prefix, start, AT_ONCE):
-        yield from found
-        start = found[-1][0] + "\0"
+    while extras := store.extras(prefix, start, AT_ONCE):
+        yield from extras
+        start = extras[-1][0] + "\0"
 
 
 def _commit(store: HistoryStore, extras: Iterable[tuple[str, bytes | None]]) -> None:

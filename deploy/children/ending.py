@@ -26,16 +26,16 @@ LONGEST_QUOTE = 300
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with(parent: int, by: signal.Signals = signal.SIGKILL) -> Callable[[], None]:
+def die_with(parent: int, signal_number: signal.Signals = signal.SIGKILL) -> Callable[[], None]:
     """Returns a function that binds a child to its parent; the child calls it between fork and exec, or later.
 
-    The kernel then ends the child with the signal `by` when the parent's thread that started it ends.
+    The kernel then ends the child with the signal `signal_number` when the parent's thread that started it ends.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
     def arrange() -> None:
         if libc is not None:
-            libc.prctl(_PR_SET_PDEATHSIG, by)
+            libc.prctl(_PR_SET_PDEATHSIG, signal_number)
             # The parent may have ended before prctl was called.
             if os.getppid() != parent:
                 os._exit(1)

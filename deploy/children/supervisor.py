@@ -282,10 +282,10 @@ class Supervisor:
         child.remedy = next((cure for error, cure in plan.remedies.items() if f" {error}: " in last), None)
         self._fail(child, f"{plan.name} died ({how(status)}): {last}", last)
 
-    def _fail(self, child: _Child, what: str, last_line: str = "") -> None:
+    def _fail(self, child: _Child, failure: str, last_line: str = "") -> None:
         name = child.plan.name
         child.backoff = child.backoff.after(self._clock() - child.started_at, last_line)
         child.start_at = self._clock() + child.backoff.wait_s
         self._metrics.deaths.labels(name).inc()
         self._metrics.deaths_in_a_row.labels(name).set(child.backoff.deaths)
-        self._say(f"{what}; {child.backoff.as_text()}")
+        self._say(f"{failure}; {child.backoff.as_text()}")

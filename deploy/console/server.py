@@ -304,7 +304,9 @@ class Console:
             response = failure(error)._replace(status=status_of(error))
         except Exception:  # noqa: BLE001 - the edge of the process: logged, others are answered
             _log.exception("a request for %s failed", name)
-            response = failure(WorkerFailed("the console failed; its log says why", "report it with the console's log"))
+            response = failure(
+                WorkerFailed("the console failed; its log has the cause", "report it with the console's log")
+            )
         self._metrics.requests.labels(outcome(response.status)).inc()
         kept = any(one == b"cache-control" for one, _ in response.headers)
         headers = [

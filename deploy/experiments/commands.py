@@ -59,7 +59,7 @@ CHANGES: dict[str, Callable[[Experiment, By], Experiment]] = {
 }
 
 
-def experiment(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
+def experiment(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
     """Runs one command about experiments.
 
     Raises:
@@ -67,49 +67,49 @@ def experiment(settings: Settings, asked: argparse.Namespace, now_ms: int, say: 
         RegistryError: There is no such experiment, or the change is not possible in its state.
         SpringtideError: The registry or the experiment's directory cannot be used.
     """
-    verb, name = asked.what, asked.name
-    if verb != "status" and (not name or (verb in REASONED and not asked.reason.strip())):
+    verb, name = args.what, args.name
+    if verb != "status" and (not name or (verb in REASONED and not args.reason.strip())):
         raise SettingsError(
             f"experiment {verb} needs a name{' and --reason TEXT' if verb in REASONED else ''}",
             "see `springtide experiment --help`",
         )
-    for option, given, of in (
-        ("--set", asked.set, "start"),
-        ("--from", asked.origin, "start"),
-        ("--steps", asked.steps, "rollout"),
-        ("--every", asked.every, "rollout"),
+    for option, value, owner in (
+        ("--set", args.set, "start"),
+        ("--from", args.origin, "start"),
+        ("--steps", args.steps, "rollout"),
+        ("--every", args.every, "rollout"),
     ):
-        if given and verb != of:
-            raise SettingsError(f"{option} is for experiment {of}", "see `springtide experiment --help`")
-    by = By(actor(), asked.reason or "none given", now_ms)
+        if value and verb != owner:
+            raise SettingsError(f"{option} is for experiment {owner}", "see `springtide experiment --help`")
+    by = By(actor(), args.reason or "none given", now_ms)
     # Each failure is reported once; the Kafka client would log every attempt.
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
     try:
         if verb == "rollout":
-            steps, every_s, stop = asked.steps or STEPS, asked.every or EVERY_S, stop_on_signals()
+            steps, every_s, stop = args.steps or STEPS, args.every or EVERY_S, stop_on_signals()
             roll_out(settings, name, steps, every_s, by, Log(settings.kafka), stop, say)
             return
-        document, text = _result(settings, asked, by)
+        document, text = _result(settings, args, by)
     except OSError as error:
         raise of_disk(error) from error
-    say(json.dumps(document, indent=2) if asked.output == "json" else text)
+    say(json.dumps(document, indent=2) if args.output == "json" else text)
 
 
-def _result(settings: Settings, asked: argparse.Namespace, by: By) -> tuple[Any, str]:
-    verb, name, experiments = asked.what, asked.name, Experiments(settings)
+def _result(settings: Settings, args: argparse.Namespace, by: By) -> tuple[Any, str]:
+    verb, name, experiments = args.what, args.name, Experiments(settings)
     if verb == "status":
-        found = [experiment for experiment in status.listed(settings, by.now_ms) if name in ("", experiment["name"])]
-        lines = status.as_lines(found)
+        listed = [experiment for experiment in status.listed(settings, by.now_ms) if name in ("", experiment["name"])]
+        lines = status.as_lines(listed)
         if (retrain := status.retrain_status(settings, by.now_ms)) is not None:
             lines.append("retrain: " + ", ".join(status.retrain_as_text(retrain)))
-        return found, "\n".join(lines)
+        return listed, "\n".join(lines)
     if verb == "report":
         newest = experiments.get(name)
         report = evaluate(settings, newest, Log(settings.kafka))
         return as_document(report, newest), "\n".join(as_lines(report, newest))
     if verb == "start":
         require_name(name)
-        changed, text = start(settings, name, asked.origin or "live", overrides_of(asked.set), by)
+        changed, text = start(settings, name, args.origin or "live", overrides_of(args.set), by)
     elif verb == "promote":
         changed, control = promote(settings, name, by)
         document = {"experiment": msgspec.to_builtins(changed), "control": control_document(control)}
@@ -119,7 +119,7 @@ def _result(settings: Settings, asked: argparse.Namespace, by: By) -> tuple[Any,
         )
     elif verb == "stop":
         changed = experiments.change(name, lambda now: now.stop(by))
-        text = f"experiment {name} is {changed.stage}; what it learned is removed, its comparison stays"
+        text = f"experiment {name} is {changed.stage}; its weights are removed and its comparison is kept"
     else:
         changed = experiments.change(name, lambda now: CHANGES[verb](now, by))
         text = as_line(changed)
@@ -175,11 +175,11 @@ def _live_trainer_stopped(live: Registry, name: str) -> Iterator[None]:
     try:
         with DirectoryLock(live.path, layout.TRAINER_LOCK):
             yield
-    except LockHeld as held:
+    except LockHeld as error:
         raise LockHeld(
-            f"experiment {name} has another model than the live trainer, which runs: {held.what}",
+            f"experiment {name} has another model than the live trainer, which runs: {error.what}",
             "stop `springtide up`, give this command again, and start `springtide up` with the experiment's settings",
-        ) from held
+        ) from error
 
 
 def _propose(live: Registry, own: Registry, experiment: Experiment, tried: Settings, by: By) -> Control:
@@ -202,7 +202,7 @@ def _propose(live: Registry, own: Registry, experiment: Experiment, tried: Setti
         if control.epoch != experiment.epoch or newest is None:
             raise ControlConflict(
                 f"the live trainer continued in epoch {control.epoch}: {control.action} by {control.actor}",
-                "start another experiment, from what is live now",
+                "start another experiment from the live version",
             )
         return upgrade(control, newest.version, plan, actor=by.actor, reason=by.reason, now_ms=by.now_ms)
 

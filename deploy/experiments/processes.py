@@ -52,12 +52,12 @@ def plans(settings: Settings) -> list[ProcessPlan]:
         except SpringtideError:
             return False
 
-    found = [ProcessPlan(EXPERIMENTS, _command("shadow"), STOP_S, wanted=lambda: bool(experiments.open()))]
+    processes = [ProcessPlan(EXPERIMENTS, _command("shadow"), STOP_S, wanted=lambda: bool(experiments.open()))]
     if every_ms:
-        found.append(ProcessPlan(RETRAIN, _command("retrain"), wanted=retrain_wanted))
+        processes.append(ProcessPlan(RETRAIN, _command("retrain"), wanted=retrain_wanted))
     if is_local(settings.rollout.address):
-        found.append(ProcessPlan(ROLLOUT_HOST, _command("host"), STOP_S, wanted=host_wanted))
-    return found
+        processes.append(ProcessPlan(ROLLOUT_HOST, _command("host"), STOP_S, wanted=host_wanted))
+    return processes
 
 
 def _command(module: str) -> tuple[str, ...]:

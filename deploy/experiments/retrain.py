@@ -81,11 +81,11 @@ def judge(
     if experiment.stage == "promoting":
         # A promotion by this process continues where it was interrupted.
         return RetrainDecision("promoted", decided.reason) if decided.actor == ACTOR else None
-    by = "" if decided.actor == ACTOR else f"by {decided.actor}: "
+    author = "" if decided.actor == ACTOR else f"by {decided.actor}: "
     if experiment.stage == "promoted":
-        return RetrainDecision("promoted", f"{by}{decided.reason}")
+        return RetrainDecision("promoted", f"{author}{decided.reason}")
     if experiment.stage == "stopped":
-        return RetrainDecision("dropped", f"{by}{decided.reason}")
+        return RetrainDecision("dropped", f"{author}{decided.reason}")
     if experiment.stage == "ended":
         return RetrainDecision("dropped", f"it ended: {decided.reason}")
     # 2.
@@ -118,7 +118,7 @@ def judge(
     if not rows:
         return RetrainDecision("failed", f"no row could be compared {after}: see logs/shadow-{experiment.name}.log")
     if verdict == "better":
-        return RetrainDecision("dropped", f"better, and no rollout of it is done {after}: {compared}")
+        return RetrainDecision("dropped", f"better, but its rollout did not end {after}: {compared}")
     return RetrainDecision("dropped", f"no better {after}: {compared}")
 
 

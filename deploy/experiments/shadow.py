@@ -203,10 +203,10 @@ class ShadowRunner:
         if experiment.stage == "promoted":
             if not is_taken_over(self._live, experiment):
                 return
-            by = By(ACTOR, "the live trainer has what it learned", wall_ms())
+            by = By(ACTOR, "the live trainer has its weights", wall_ms())
             self._experiments.change(name, lambda now: now.taken_over(by))
         self._experiments.drop_registry(name)
-        logger.info("experiment %s: what it learned is removed", name)
+        logger.info("experiment %s: its weights are removed", name)
 
 
 def run(settings: Settings, stopping: threading.Event) -> None:

@@ -216,7 +216,7 @@ def _filler(
 
 def _link_version(live: Registry, own: Registry, version: int) -> None:
     """Links all files that a version consists of; the compactor may replace them with a merged delta meanwhile."""
-    for left in reversed(range(_TRIES)):
+    for tries_left in reversed(range(_TRIES)):
         base, deltas = live.chain(version)
         try:
             for part in (base, *deltas):
@@ -227,7 +227,7 @@ def _link_version(live: Registry, own: Registry, version: int) -> None:
             own.chain(version)
             return
         except (OSError, shutil.Error, UnknownVersion, CorruptVersion):
-            if not left:
+            if not tries_left:
                 raise
 
 

@@ -43,20 +43,20 @@ def listed(settings: Settings, now_ms: int) -> list[dict[str, Any]]:
         RegistryError: The document is damaged.
     """
     experiments = Experiments(settings)
-    found = experiments.document().experiments
+    experiments_listed = experiments.document().experiments
     report = experiments.read_report(RolloutReport)
-    return [_document(experiments, experiment, report, now_ms) for experiment in found]
+    return [_document(experiments, experiment, report, now_ms) for experiment in experiments_listed]
 
 
 def reported(settings: Settings) -> list[dict[str, Any]]:
     """Returns the experiments that run, are being promoted, or still answer users; or what is damaged."""
     try:
-        found = listed(settings, wall_ms())
+        experiments = listed(settings, wall_ms())
     except SpringtideError as error:
         return [{"problem": str(error)}]
     return [
         experiment
-        for experiment in found
+        for experiment in experiments
         if experiment["stage"] in ("shadow", "rollout", "promoting") or experiment["share"]
     ]
 
@@ -119,12 +119,12 @@ def held_by_guard(control: Control | None) -> str | None:
     return None if control is None or control.held is None else control.held.in_words()
 
 
-def as_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
+def as_lines(experiments: Sequence[Mapping[str, Any]]) -> list[str]:
     """Formats experiments for `springtide experiment status`, the sentences of each below each other."""
-    if not found:
+    if not experiments:
         return ["there was no experiment yet: `springtide experiment start NAME --reason TEXT` begins one"]
     lines: list[str] = []
-    for experiment in found:
+    for experiment in experiments:
         word, text = as_text(experiment)
         first, *others = text.split("; ")
         lines += [f"{word:<18}{first}", *(f"{'':<18}{sentence}" for sentence in others)]
@@ -228,11 +228,11 @@ def retrain_status(settings: Settings, now_ms: int) -> dict[str, Any] | None:
         return None if every_ms is None else {"every": settings.retrain.every, "problem": ""}
     due_ms = None if every_ms is None or schedule.under_way else schedule.due_ms(every_ms)
     due_in_s = None if due_ms is None else (due_ms - now_ms) / 1000
-    found: dict[str, Any] = {"every": settings.retrain.every, "problem": "", "due_ms": due_ms, "due_in_s": due_in_s}
-    return {**found, **msgspec.to_builtins(schedule)}
+    document: dict[str, Any] = {"every": settings.retrain.every, "problem": "", "due_ms": due_ms, "due_in_s": due_in_s}
+    return {**document, **msgspec.to_builtins(schedule)}
 
 
-def retrain_as_text(found: Mapping[str, Any]) -> tuple[str, str]:
+def retrain_as_text(schedule: Mapping[str, Any]) -> tuple[str, str]:
     """Formats the retrain's status: a word and a description.
 
     >>> over = msgspec.to_builtins(Schedule(0).begin(60_000).end("dropped", "worse: +0.2 nats a row", 90_000))
@@ -241,17 +241,17 @@ def retrain_as_text(found: Mapping[str, Any]) -> tuple[str, str]:
     >>> retrain_as_text({"problem": "", "every": "1d", **msgspec.to_builtins(Schedule(0)), "due_ms": 5, "due_in_s": -3.0})
     ('none yet', 'the first one is due')
     """
-    if found["problem"]:
-        return "unknown", str(found["problem"])
-    due_in_s = found.get("due_in_s")
+    if schedule["problem"]:
+        return "unknown", str(schedule["problem"])
+    due_in_s = schedule.get("due_in_s")
     begins = "has not started" if due_in_s is None else f"begins in {age(due_in_s)}" if due_in_s > 0 else "is due"
-    if not found.get("name"):
+    if not schedule.get("name"):
         return "none yet", f"the first one {begins}"
-    newest = f"{found['name']} of {iso(found['begun_at_ms'])}"
-    if not found["outcome"]:
+    newest = f"{schedule['name']} of {iso(schedule['begun_at_ms'])}"
+    if not schedule["outcome"]:
         return OUTCOME_WORDS[""], newest
-    following = f"the next one {begins}" if found["every"] else "retrain.every is empty: there is no next one"
-    return OUTCOME_WORDS[found["outcome"]], f"{newest}: {found['reason']}; {following}"
+    following = f"the next one {begins}" if schedule["every"] else "retrain.every is empty: there is no next one"
+    return OUTCOME_WORDS[schedule["outcome"]], f"{newest}: {schedule['reason']}; {following}"
 
 
 class ExperimentCollector(Collector):

@@ -188,7 +188,7 @@ def run(settings: Settings, jar: Path, say: Say, stop: Callable[[], bool], hurry
                 f"Python workers on {HOST}:{flink.worker_port}"
             )
             say(f"state and logs are in {directory}; `springtide flink status` shows what runs")
-            say("Ctrl-C, or `springtide flink down`, ends jobs by savepoint, then all of it")
+            say("Ctrl-C, or `springtide flink down`, stops the jobs with a savepoint, then the cluster")
         # 4.
         while not stop():
             supervisor.poll()

@@ -55,16 +55,16 @@ SHOWN_ENDED = 5
 
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command; settings have been removed from the arguments before."""
-    found = argparse.ArgumentParser(prog="springtide flink", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False)
-    found.add_argument("action", choices=("up", "down", "status"), help="action")
-    found.add_argument(
+    root = argparse.ArgumentParser(prog="springtide flink", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False)
+    root.add_argument("action", choices=("up", "down", "status"), help="action")
+    root.add_argument(
         "--no-savepoint",
         action="store_true",
         help="down: cancel the jobs without a savepoint; they can resume from their newest checkpoint",
     )
-    found.add_argument("--url", help="status: JobManager of another cluster, http://HOST:PORT")
-    output(found, of="status: ")
-    return found
+    root.add_argument("--url", help="status: JobManager of another cluster, http://HOST:PORT")
+    output(root, of="status: ")
+    return root
 
 
 def up(settings: Settings) -> None:
@@ -145,9 +145,9 @@ def read_state(settings: Settings, url: str, now_ms: int, local: bool = True) ->
 
 def problems(overview: Overview, now_ms: int) -> list[str]:
     """Returns descriptions of what is wrong with TaskManagers and jobs."""
-    found = [] if overview.task_managers else ["no TaskManager has reported: no job can run"]
+    problems_found = [] if overview.task_managers else ["no TaskManager has reported: no job can run"]
     jobs = (_problem(job, overview.free_slots, now_ms) for job in overview.jobs if not job.ended)
-    return found + [problem for problem in jobs if problem]
+    return problems_found + [problem for problem in jobs if problem]
 
 
 def _problem(job: Job, free_slots: int, now_ms: int) -> str:
@@ -165,11 +165,11 @@ def _problem(job: Job, free_slots: int, now_ms: int) -> str:
 def resumable(directory: Path, running: set[str]) -> dict[str, str]:
     """Returns the newest savepoint, and the newest checkpoint of a job that does not run, if they exist."""
     checkpoints = (directory / CHECKPOINTS).glob("*/chk-*/_metadata")
-    found = {
+    paths_by_kind = {
         "savepoint": list((directory / SAVEPOINTS).glob("*/_metadata")),
         "checkpoint": [path for path in checkpoints if path.parts[-3] not in running],
     }
-    newest = {kind: max(paths, key=lambda path: path.stat().st_mtime) for kind, paths in found.items() if paths}
+    newest = {kind: max(paths, key=lambda path: path.stat().st_mtime) for kind, paths in paths_by_kind.items() if paths}
     return {kind: path.parent.absolute().as_uri() for kind, path in newest.items()}
 
 
@@ -181,15 +181,15 @@ def is_wrong(state: Mapping[str, Any]) -> bool:
 def as_text(state: Mapping[str, Any], now_ms: int) -> str:
     """Formats the state for a terminal."""
     rows: list[Sequence[str]] = [("state", "WRONG", problem) for problem in state["wrong"]]
-    found, jobs = state["job_manager"], []
-    if found is None:
+    job_manager, jobs = state["job_manager"], []
+    if job_manager is None:
         rows.append(("job manager", "unreachable", state["url"]))
     else:
-        rows.append(("job manager", "runs", f"{state['url']}, Flink {found['version']}"))
-        slots = f"{found['free_slots']} of {found['slots']} slots free"
-        rows.append(("task managers", str(found["task_managers"]), slots))
-        jobs = found["jobs"]
-    rows += [(name, "listens" if there else "unreachable", "") for name, there in state["listening"].items()]
+        rows.append(("job manager", "runs", f"{state['url']}, Flink {job_manager['version']}"))
+        slots = f"{job_manager['free_slots']} of {job_manager['slots']} slots free"
+        rows.append(("task managers", str(job_manager["task_managers"]), slots))
+        jobs = job_manager["jobs"]
+    rows += [(name, "listens" if listens else "unreachable", "") for name, listens in state["listening"].items()]
     ended = [job for job in jobs if Job(**job).ended]
     for job in jobs:
         if job not in ended[SHOWN_ENDED:]:
@@ -217,21 +217,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(words: Sequence[str]) -> int:
-    flags, rest = split_settings(words)
-    asked = parser().parse_args(rest)
-    if asked.url is not None and (asked.action != "status" or not asked.url.startswith(("http://", "https://"))):
+    flags, words_left = split_settings(words)
+    args = parser().parse_args(words_left)
+    if args.url is not None and (args.action != "status" or not args.url.startswith(("http://", "https://"))):
         raise SettingsError("--url is for status, and is written http://HOST:PORT")
-    if asked.no_savepoint and asked.action != "down":
+    if args.no_savepoint and args.action != "down":
         raise SettingsError("--no-savepoint is for down")
     settings = load(flags)
-    if asked.action == "up":
+    if args.action == "up":
         up(settings)
-    elif asked.action == "down":
-        down(settings, not asked.no_savepoint)
+    elif args.action == "down":
+        down(settings, not args.no_savepoint)
     else:
-        now_ms, other = wall_ms(), asked.url
-        state = read_state(settings, (other or url(settings)).rstrip("/"), now_ms, local=other is None)
-        print(json.dumps(state, indent=2) if asked.output == "json" else as_text(state, now_ms))
+        now_ms, other_url = wall_ms(), args.url
+        state = read_state(settings, (other_url or url(settings)).rstrip("/"), now_ms, local=other_url is None)
+        print(json.dumps(state, indent=2) if args.output == "json" else as_text(state, now_ms))
         return int(is_wrong(state))
     return 0
 

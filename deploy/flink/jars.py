@@ -53,13 +53,13 @@ def merged_jar(say: Callable[[str], None], directory: Path | None = None, lock: 
     path, digest = directory / f"{name}.jar", directory / f"{name}.sha256"
     if path.is_file() and digest.is_file() and digest.read_text() == _digest(path):
         return path
-    found = flink(lock).jars(say=say)
-    say(f"merging {len(found)} jars into {path}, once")
+    jars = flink(lock).jars(say=say)
+    say(f"merging {len(jars)} jars into {path}, once")
     temporary = directory / f"{name}.{os.getpid()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         try:
-            merge(found, temporary)
+            merge(jars, temporary)
             written = _digest(temporary)
             temporary.replace(path)
         finally:
@@ -80,20 +80,20 @@ def merge(paths: Sequence[Path], target: Path) -> None:
         OSError: A jar cannot be read, or the disk is full.
     """
     services: dict[str, dict[str, None]] = {}
-    seen = {MANIFEST}
+    written = {MANIFEST}
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as merged:
         # Some libraries contain classes for newer releases of Java.
         merged.writestr(MANIFEST, "Manifest-Version: 1.0\nMulti-Release: true\n")
         for path in paths:
             with zipfile.ZipFile(path) as jar:
                 for name in jar.namelist():
-                    if LEFT_OUT.search(name) or name in seen:
+                    if LEFT_OUT.search(name) or name in written:
                         continue
                     if name.startswith(SERVICES):
                         lines = (line.partition("#")[0].strip() for line in jar.read(name).decode().splitlines())
                         services.setdefault(name, {}).update(dict.fromkeys(line for line in lines if line))
                     else:
-                        seen.add(name)
+                        written.add(name)
                         merged.writestr(name, jar.read(name), compress_type=zipfile.ZIP_DEFLATED)
         for name, providers in services.items():
             merged.writestr(name, "".join(f"{provider}\n" for provider in providers))

@@ -209,15 +209,15 @@ def _panels(rows: tuple[Row, ...]) -> Iterator[dict[str, Any]]:
         }
         y += 1
         for height, group in itertools.groupby(row.panels, key=lambda panel: panel.height):
-            rest, most = list(group), 4 if height == 4 else 3
-            while rest:
+            remaining, most = list(group), 4 if height == 4 else 3
+            while remaining:
                 # Four graphs become two rows of two, so that no row has a single graph.
-                count = 2 if len(rest) == 4 and most == 3 else min(most, len(rest))
+                count = 2 if len(remaining) == 4 and most == 3 else min(most, len(remaining))
                 width = COLUMNS // count
-                for column, panel in enumerate(rest[:count]):
+                for column, panel in enumerate(remaining[:count]):
                     grid = {"h": height, "w": width, "x": column * width, "y": y}
                     yield {"id": next(ids), "gridPos": grid, **_panel(panel)}
-                rest, y = rest[count:], y + height
+                remaining, y = remaining[count:], y + height
 
 
 def _panel(panel: Panel) -> dict[str, Any]:

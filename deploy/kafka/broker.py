@@ -59,11 +59,11 @@ def format_storage(class_path: str, log: Path, configuration: Path) -> None:
     tool = ("kafka.tools.StorageTool", "format", f"--cluster-id={cluster}", "-c", str(configuration))
     # It runs for a second, so the first compiler's code suffices, and garbage collection needs no threads.
     brief = ("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")
-    done = subprocess.run(
+    process = subprocess.run(
         command(class_path, log, *brief, *tool), stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
-    if done.returncode != 0:
-        quoted = (done.stderr or done.stdout).strip().splitlines()[-QUOTED_LINES:]
+    if process.returncode != 0:
+        quoted = (process.stderr or process.stdout).strip().splitlines()[-QUOTED_LINES:]
         raise KafkaFailed(f"Kafka could not format {configuration.parent / 'data'}: " + " | ".join(quoted))
 
 
@@ -120,11 +120,11 @@ def _text_from(path: Path, start: int) -> str:
         return ""
 
 
-def last_words(what: str, directory: Path, port: int, logs: Sequence[Path]) -> KafkaFailed:
+def last_words(outcome: str, directory: Path, port: int, logs: Sequence[Path]) -> KafkaFailed:
     """Explains why a broker ended, and what to do.
 
     Args:
-        what: What happened, such as `ended with status 1`.
+        outcome: What happened, such as `ended with status 1`.
         directory: Directory of the broker.
         port: Port of the broker.
         logs: The broker's log files; the last one has every line.
@@ -139,7 +139,7 @@ def last_words(what: str, directory: Path, port: int, logs: Sequence[Path]) -> K
         advice = "the whole log has more"
     telling = [line for line in lines if "ERROR" in line or "FATAL" in line or "Exception" in line]
     quoted = " | ".join((telling or lines)[-QUOTED_LINES:])
-    return KafkaFailed(f"Kafka {what}", f"{advice} ({logs[-1]}): {quoted}")
+    return KafkaFailed(f"Kafka {outcome}", f"{advice} ({logs[-1]}): {quoted}")
 
 
 class Broker:
@@ -321,5 +321,5 @@ class Broker:
                 "free some space or set paths.state to a larger disk",
             ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.directory))
 
-    def _last_words(self, what: str) -> KafkaFailed:
-        return last_words(what, self.directory, self.port, (self.directory / "console.log", self.log_path))
+    def _last_words(self, outcome: str) -> KafkaFailed:
+        return last_words(outcome, self.directory, self.port, (self.directory / "console.log", self.log_path))

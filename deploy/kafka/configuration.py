@@ -49,16 +49,16 @@ def free_ports(names: Iterable[str]) -> dict[str, int]:
     The ports are outside the kernel's range for outgoing connections, one of which could take a port before its server
     listens.
     """
-    found = {}
-    with ExitStack() as held:
+    ports = {}
+    with ExitStack() as sockets:
         for name in names:
-            probe = held.enter_context(socket.socket())
-            while name not in found:
+            probe = sockets.enter_context(socket.socket())
+            while name not in ports:
                 port = FIRST_PORT + secrets.randbelow(_first_outgoing_port() - FIRST_PORT)
                 with suppress(OSError):  # somebody listens on it
                     probe.bind((HOST, port))
-                    found[name] = port
-    return found
+                    ports[name] = port
+    return ports
 
 
 @cache

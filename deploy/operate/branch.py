@@ -49,16 +49,16 @@ class ServingBranch:
             UnknownVersion: The version is not kept.
             UnfitVersion: A rollback abandoned the version.
         """
-        found = self.registry.manifest(version)
+        manifest = self.registry.manifest(version)
         if not sees(self.newest.visible, version):
             before = [number for number in self._numbers if number < version]
             raise UnfitVersion(
-                f"version {version} is of epoch {found.epoch}, which a rollback abandoned: the served version does not descend from it",
+                f"version {version} is of epoch {manifest.epoch}, which a rollback abandoned: the served version does not descend from it",
                 f"take {before[-1]}, the version of the serving branch before it"
                 if before
                 else "look at `springtide versions`",
             )
-        return found
+        return manifest
 
     def last(self, holds: Callable[[Manifest], bool]) -> Manifest | None:
         """Returns the newest version for which `holds` is true, by binary search; None if there is none.
@@ -68,10 +68,10 @@ class ServingBranch:
         low, high = 0, len(self._numbers)
         while low < high:
             middle = (low + high) // 2
-            found = self._manifest(middle)
-            if found is None:
+            manifest = self._manifest(middle)
+            if manifest is None:
                 high -= 1
-            elif holds(found):
+            elif holds(manifest):
                 low = middle + 1
             else:
                 high = middle
@@ -134,14 +134,14 @@ class ServingBranch:
                 after <= firsts.get((source.topic, source.partition), after) for source, after in version.sources
             )
 
-        found = self.last(holds)
-        if found is None or not users:
-            return found
-        found = self._before(found, users)
-        if found is None or not found.rows or not margin_ms:
-            return found
+        version = self.last(holds)
+        if version is None or not users:
+            return version
+        version = self._before(version, users)
+        if version is None or not version.rows or not margin_ms:
+            return version
         # Impressions of these users may wait at that version; its tables lack users of whom it has learned nothing.
-        until_ms = newest_learned_ms(found, wait_ms) - margin_ms
+        until_ms = newest_learned_ms(version, wait_ms) - margin_ms
         return self.last(lambda version: newest_learned_ms(version, wait_ms) < until_ms)
 
     def _before(self, version: Manifest, users: Sequence[MaskedUsers]) -> Manifest | None:
@@ -164,18 +164,18 @@ class ServingBranch:
 
     def _ids(self, base: Manifest, name: str, tensor: str) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
         # Reads one tensor without verifying the file; the file is read in full before anything is loaded.
-        found = tensor_in(self.registry.path_of(base, name), tensor)
-        return np.empty(0, np.uint64) if found is None else np.asarray(found).view(np.uint64)
+        array = tensor_in(self.registry.path_of(base, name), tensor)
+        return np.empty(0, np.uint64) if array is None else np.asarray(array).view(np.uint64)
 
     def _newest(self) -> Manifest:
         base = self.control.base
         for number in reversed(self.registry.versions()):
             try:
-                found = self.registry.manifest(number)
+                manifest = self.registry.manifest(number)
             except (CorruptVersion, UnknownVersion):
                 continue
-            if found.epoch == self.control.epoch or number == base:
-                return found
+            if manifest.epoch == self.control.epoch or number == base:
+                return manifest
         raise UnknownVersion(
             f"epoch {self.control.epoch} has no version yet", "the trainer publishes the first after the bootstrap"
         )
@@ -196,8 +196,8 @@ def newest_learned_ms(version: Manifest, wait_ms: int) -> int:
     than it is. Release 0.1.0 recorded the newest event time only, so `wait_ms`, the time for which a row may wait for
     its label, is added to it.
     """
-    found = version.metrics.get(TOLD_MS)
-    return version.event_time_ms + wait_ms if found is None else min(int(found), version.event_time_ms + FAR_AHEAD_MS)
+    newest = version.metrics.get(TOLD_MS)
+    return version.event_time_ms + wait_ms if newest is None else min(int(newest), version.event_time_ms + FAR_AHEAD_MS)
 
 
 def described(version: Manifest) -> str:
@@ -244,22 +244,22 @@ def choose(branch: ServingBranch, target: Target, view: LogView | None) -> Manif
         LogError: The log cannot be read.
     """
     if target.to is not None:
-        asked = branch.require(target.to)
+        wanted = branch.require(target.to)
         branch.registry.chain(target.to)
     else:
-        asked = _before(branch, target.before_ms)
+        wanted = _before(branch, target.before_ms)
     masks = [*branch.in_log(), *target.new] if target.exact else target.new
     clean = _newest_clean(branch, target, masks, view) if masks else branch.newest
     if target.to is None:
-        chosen = branch.loadable(min(asked, clean, key=lambda version: version.version))
-    elif asked.version <= clean.version:
-        chosen = asked
+        chosen = branch.loadable(min(wanted, clean, key=lambda version: version.version))
+    elif wanted.version <= clean.version:
+        chosen = wanted
     else:
         has = "comes after" if target.exact else "has learned"
-        others = [str(mask.id) for mask in masks if mask not in target.new]
-        also = f", those of mask {', '.join(others)} included: only training left them out so far" if others else ""
+        earlier = [str(mask.id) for mask in masks if mask not in target.new]
+        also = f", those of mask {', '.join(earlier)} included: only training left them out so far" if earlier else ""
         raise UnfitVersion(
-            f"version {asked.version} {has} clicks that are to be left out{also}",
+            f"version {wanted.version} {has} clicks that are to be left out{also}",
             f"the newest version of the serving branch that can be taken is {described(clean)}: `--to {clean.version}`, "
             "or `--before-mask`",
         )
@@ -286,17 +286,17 @@ def _newest_clean(branch: ServingBranch, target: Target, masks: Sequence[MaskEnt
     if sure is None:
         oldest = branch.oldest()
         raise UnfitVersion(
-            f"no version is kept that {'comes before all' if target.exact else 'has learned none'} of what is to be left out"
+            f"no kept version {'precedes all' if target.exact else 'has learned none'} of the clicks to leave out"
             + ("" if oldest is None else f"; the oldest is {described(oldest)}"),
-            "name later clicks or fewer users; registry.base_keep_d says for how long versions are kept",
+            "name later clicks or fewer users; registry.base_keep_d sets how long versions are kept",
         )
     # Masks by offset are known to name clicks, so the log need not be read and serving switches sooner.
     if view is None or (enough <= sure.version and all(mask.offsets is not None for mask in masks)):
         return sure
     if sure.log.next < view.begin and sure.version != branch.newest.version:
         raise UnfitVersion(
-            f"the training log begins at offset {view.begin}: what was learned between {described(sure)} and there cannot "
-            f"be searched, and the trainer cannot read on from {sure.log.next}",
+            f"the training log begins at offset {view.begin}: the clicks between {described(sure)} and that offset cannot "
+            f"be searched, and the trainer cannot continue from {sure.log.next}",
             f"keep answers at it with `springtide pin {sure.version}`, or name later clicks",
         )
     segments = segments_to_end(branch.registry, branch.control, sure, branch.newest, view.end)

@@ -42,7 +42,7 @@ def current(registry: Registry, if_generation: int | None = None) -> Control:
     return control
 
 
-def put(registry: Registry, old: Control, new: Control, done: str, asked: argparse.Namespace, say: Say) -> None:
+def put(registry: Registry, old: Control, new: Control, result: str, args: argparse.Namespace, say: Say) -> None:
     """Creates the generation `new` if it differs from `old`, and reports the result.
 
     Raises:
@@ -51,10 +51,10 @@ def put(registry: Registry, old: Control, new: Control, done: str, asked: argpar
     changed = new is not old
     if changed:
         registry.propose(new)
-    if asked.output == "json":
+    if args.output == "json":
         say(json.dumps({"changed": changed, "control": control_document(new)}, indent=2))
     elif changed:
-        say(f"generation {new.generation}: {done}")
+        say(f"generation {new.generation}: {result}")
     else:
         say(f"generation {old.generation}: already in this state; nothing was changed")
 
@@ -65,7 +65,7 @@ def control_document(control: Control) -> dict[str, Any]:
     return {**document, "mask": mask_document(control.mask)}
 
 
-def pin(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
+def pin(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
     """Pins serving to one version; training continues.
 
     Raises:
@@ -73,13 +73,13 @@ def pin(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) ->
         ControlConflict: Another client changed control in the meantime.
     """
     registry = open_registry(settings)
-    registry.chain(asked.version)
-    old = current(registry, asked.if_generation)
-    new = transitions.pin(old, asked.version, **_who(asked, now_ms))
-    put(registry, old, new, f"answers stay at version {asked.version}", asked, say)
+    registry.chain(args.version)
+    old = current(registry, args.if_generation)
+    new = transitions.pin(old, args.version, **_who(args, now_ms))
+    put(registry, old, new, f"answers stay at version {args.version}", args, say)
 
 
-def label(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
+def label(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
     """Sets a label on a version, or removes the label.
 
     Raises:
@@ -88,47 +88,47 @@ def label(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) 
         UnfitVersion: The label has an invalid form, or there are too many labels.
         ControlConflict: Another client changed control in the meantime.
     """
-    if (asked.version is None) != asked.remove:
+    if (args.version is None) != args.remove:
         raise SettingsError("a label needs either a version or --remove", "see `springtide label --help`")
     registry = open_registry(settings)
-    if asked.version is not None:
-        registry.chain(asked.version)
-    old = current(registry, asked.if_generation)
-    new = transitions.label(old, asked.name, asked.version, **_who(asked, now_ms))
-    done = f"the label {asked.name} is removed" if asked.remove else f"{asked.name} is version {asked.version}"
-    put(registry, old, new, done, asked, say)
+    if args.version is not None:
+        registry.chain(args.version)
+    old = current(registry, args.if_generation)
+    new = transitions.label(old, args.name, args.version, **_who(args, now_ms))
+    result = f"the label {args.name} is removed" if args.remove else f"{args.name} is version {args.version}"
+    put(registry, old, new, result, args, say)
 
 
-def follow(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
+def follow(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
     """Makes serving follow the newest version again.
 
     Raises:
         ControlConflict: Another client changed control in the meantime.
     """
     registry = open_registry(settings)
-    old = current(registry, asked.if_generation)
-    new = transitions.follow(old, **_who(asked, now_ms))
-    put(registry, old, new, f"answers follow the newest version of epoch {old.epoch}", asked, say)
+    old = current(registry, args.if_generation)
+    new = transitions.follow(old, **_who(args, now_ms))
+    put(registry, old, new, f"answers follow the newest version of epoch {old.epoch}", args, say)
 
 
-def switch(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
+def switch(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
     """Holds or releases publishing, pauses or resumes training; release and resume also clear a hold of the guard.
 
     Raises:
         ControlConflict: Another client changed control in the meantime.
     """
     registry = open_registry(settings)
-    old = current(registry, asked.if_generation)
-    transition, on, done = SWITCHES[asked.command]
-    if old.held is not None and asked.command in ("release", "resume"):
-        new = transitions.release(old, action=asked.command, **_who(asked, now_ms))
-        done = f"the update held for {old.held.rule} is accepted: {done}, and these records are not held again"
+    old = current(registry, args.if_generation)
+    transition, on, result = SWITCHES[args.command]
+    if old.held is not None and args.command in ("release", "resume"):
+        new = transitions.release(old, action=args.command, **_who(args, now_ms))
+        result = f"the update held for {old.held.rule} is accepted: {result}, and these records are not held again"
     else:
-        new = transition(old, on, **_who(asked, now_ms))
-    put(registry, old, new, done, asked, say)
+        new = transition(old, on, **_who(args, now_ms))
+    put(registry, old, new, result, args, say)
 
 
-def unmask(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
+def unmask(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
     """Lifts masks, and reports how the masked clicks come back.
 
     Raises:
@@ -136,18 +136,18 @@ def unmask(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
         ControlConflict: Another client changed control in the meantime.
     """
     registry = open_registry(settings)
-    old = current(registry, asked.if_generation)
-    new = transitions.unmask(old, asked.masks, **_who(asked, now_ms))
+    old = current(registry, args.if_generation)
+    new = transitions.unmask(old, args.masks, **_who(args, now_ms))
     base = "V" if new.base is None else new.base
-    done = (
-        f"{', '.join(map(str, asked.masks))} lifted; new clicks count again; excluded clicks are learned at the next exact "
+    result = (
+        f"{', '.join(map(str, args.masks))} lifted; new clicks count again; excluded clicks are learned at the next exact "
         f"rollback: `springtide rollback --to {base} --mode exact --reason TEXT`"
     )
-    put(registry, old, new, done, asked, say)
+    put(registry, old, new, result, args, say)
 
 
-def _who(asked: argparse.Namespace, now_ms: int) -> dict[str, Any]:
-    return {"actor": actor(), "reason": asked.reason, "now_ms": now_ms}
+def _who(args: argparse.Namespace, now_ms: int) -> dict[str, Any]:
+    return {"actor": actor(), "reason": args.reason, "now_ms": now_ms}
 
 
 SWITCHES = {

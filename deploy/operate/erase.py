@@ -72,19 +72,19 @@ def _first_left(log: Log, topic: str, whose: Whose, erased: Erased) -> int | Non
     """
     with log.topics() as topics:
         ends = {partition: end for partition, (_, end) in topics.ends(topic).items()}
-    found = set[int]()
+    numbers = set[int]()
     with log.reader(topic) as reader:
         for batches in read_to(reader, ends, stalled_s=STALLED_S):
             for batch in batches:
                 keys = np.array([whose(key) for key in batch.keys], np.uint64)
                 for at in np.flatnonzero(erased.users.has(keys)).tolist():
                     user, sent_ms, is_tombstone = int(keys[at]), batch.timestamps_ms[at], batch.values[at] is None
-                    found |= {
+                    numbers |= {
                         erasure.id
                         for erasure in erased
                         if user in erasure.users and (is_tombstone or sent_ms < erasure.at_ms)
                     }
-    return min(found, default=None)
+    return min(numbers, default=None)
 
 
 @dataclass(frozen=True)
@@ -110,14 +110,14 @@ def show(settings: Settings, registry: Registry, now_ms: int, output: str, say: 
         RegistryError: There is no control, or a generation of it is damaged.
     """
     control = current(registry)
-    held = holdings(settings, registry, control, now_ms)
+    remaining = holdings(settings, registry, control, now_ms)
     listed = [
         _erasure_document(erasure, registry.generations.generation(erasure.generation)) for erasure in control.erased
     ]
     if output == "json":
         say(
             json.dumps(
-                {"erasures": listed, "holding": [asdict(holding) for holding in held], "note": NOT_OURS}, indent=2
+                {"erasures": listed, "holding": [asdict(holding) for holding in remaining], "note": NOT_OURS}, indent=2
             )
         )
         return
@@ -137,8 +137,8 @@ def show(settings: Settings, registry: Registry, now_ms: int, output: str, say: 
         )
     )
     say("")
-    if held:
-        lines = [[holding.where, str(holding.erasure), holding.holds, holding.until] for holding in held]
+    if remaining:
+        lines = [[holding.where, str(holding.erasure), holding.holds, holding.until] for holding in remaining]
         say(table([["still holds", "erasure", "what", "until"], *lines]))
     else:
         say("no data of erased users remains")
@@ -148,14 +148,14 @@ def show(settings: Settings, registry: Registry, now_ms: int, output: str, say: 
     say(NOT_OURS)
 
 
-def _erasure_document(erasure: Erasure, by: Control) -> dict[str, Any]:
+def _erasure_document(erasure: Erasure, control: Control) -> dict[str, Any]:
     return {
         "id": erasure.id,
         "generation": erasure.generation,
         "at": iso(erasure.at_ms),
         "users": len(erasure.users),
-        "actor": by.actor,
-        "reason": by.reason,
+        "actor": control.actor,
+        "reason": control.reason,
     }
 
 
@@ -164,32 +164,32 @@ def holdings(settings: Settings, registry: Registry, control: Control, now_ms: i
     if not control.erased:
         return []
     reports = {report.part: report for report in all_reports(registry)}
-    found = _of_versions(settings, registry, control, reports.pop(COMPACTOR, None))
-    found += of_processes(list(reports.values()), _expected(settings), control.erased.last)
-    found += of_experiments(settings, control)
-    found += of_snapshots(snapshots.location_of(settings), control.erased.last)
-    found += _of_topics(settings, control, now_ms)
-    return found + _set_aside(settings, registry, control)
+    remaining = _of_versions(settings, registry, control, reports.pop(COMPACTOR, None))
+    remaining += of_processes(list(reports.values()), _expected(settings), control.erased.last)
+    remaining += of_experiments(settings, control)
+    remaining += of_snapshots(snapshots.location_of(settings), control.erased.last)
+    remaining += _of_topics(settings, control, now_ms)
+    return remaining + _set_aside(settings, registry, control)
 
 
 def _of_versions(
     settings: Settings, registry: Registry, control: Control, compactor: ErasureReport | None
 ) -> list[Holding]:
-    last, found = control.erased.last, list[Holding]()
+    last, remaining = control.erased.last, list[Holding]()
     parts = [registry.manifest(version, "base") for version in registry.bases()]
     parts += [registry.manifest(version, "delta") for version in registry.deltas()]
     newest = max((part for part in parts if part.epoch == control.epoch), key=lambda part: part.version, default=None)
     if newest is None or newest.erased < last:
         through = 0 if newest is None else newest.erased
-        found.append(Holding("the trainer", through + 1, "rows", "it publishes its next version"))
+        remaining.append(Holding("the trainer", through + 1, "rows", "it publishes its next version"))
     checked = compactor.version if compactor is not None and compactor.through >= last else 0
     old = [part for part in parts if part.version > checked and _may_hold(part, last)]
     if old:
         first = 1 + min(max(part.erased, part.rewritten) for part in old)
-        every = f"{settings.trainer.base_every_s:g} s"
-        until = f"the compactor rewrites them, each {every} or by `springtide compact`"
-        found.append(Holding(f"{len(old)} kept versions and bases", first, "rows, or ids of rows that went", until))
-    return found
+        interval = f"{settings.trainer.base_every_s:g} s"
+        until = f"the compactor rewrites them, each {interval} or by `springtide compact`"
+        remaining.append(Holding(f"{len(old)} kept versions and bases", first, "rows, or ids of rows that went", until))
+    return remaining
 
 
 def of_experiments(settings: Settings, control: Control) -> list[Holding]:
@@ -198,39 +198,39 @@ def of_experiments(settings: Settings, control: Control) -> list[Holding]:
     Raises:
         RegistryError: An experiment's registry cannot be read.
     """
-    found, experiments = list[Holding](), Experiments(settings)
+    remaining, experiments = list[Holding](), Experiments(settings)
     for name in experiments.open():
         if not experiments.registry(name).is_dir():
-            found.append(Holding(f"experiment {name}", 1, "rows", "`springtide up` removes what is left of it"))
+            remaining.append(Holding(f"experiment {name}", 1, "rows", "`springtide up` removes the rest of it"))
             continue
         registry = Registry(experiments.registry(name))
         own = registry.control()
         if own is not None:
             compactor = {report.part: report for report in all_reports(registry)}.get(COMPACTOR)
-            held = _of_versions(settings, registry, changed(own, erased=control.erased), compactor)
-            found += [replace(holding, where=f"experiment {name}: {holding.where}") for holding in held]
-    return found
+            own_remaining = _of_versions(settings, registry, changed(own, erased=control.erased), compactor)
+            remaining += [replace(holding, where=f"experiment {name}: {holding.where}") for holding in own_remaining]
+    return remaining
 
 
 def of_snapshots(location: FileStore, last: int) -> list[Holding]:
     """Returns the snapshots of histories from before the newest erasure, `last`."""
     until = "the compactor removes them, or `springtide compact`"
     try:
-        kept = [snapshots.read(location, number) for number in snapshots.numbers(location)]
+        all_snapshots = [snapshots.read(location, number) for number in snapshots.numbers(location)]
     except SpringtideError as error:
         return [Holding("snapshots of histories", 1, "histories", f"{until}; they cannot be read now: {error.what}")]
-    old = [found.erased for found in kept if found.erased < last]
+    old = [snapshot.erased for snapshot in all_snapshots if snapshot.erased < last]
     return [Holding(f"{len(old)} snapshots of histories", min(old) + 1, "histories", until)] if old else []
 
 
 def _may_hold(part: Manifest, last: int) -> bool:
-    went = any(offset >= part.log.first and number > part.rewritten for number, offset in part.erasures)
-    return max(part.erased, part.rewritten) < last or (went and part.kind != "base")
+    removed_rows = any(offset >= part.log.first and number > part.rewritten for number, offset in part.erasures)
+    return max(part.erased, part.rewritten) < last or (removed_rows and part.kind != "base")
 
 
 def _expected(settings: Settings) -> list[str]:
-    found = [str(path.parent) for path in layout.streams(settings.state_dir)]
-    return found + ([str(settings.serving_dir)] if settings.serving_dir.is_dir() else [])
+    directories = [str(path.parent) for path in layout.streams(settings.state_dir)]
+    return directories + ([str(settings.serving_dir)] if settings.serving_dir.is_dir() else [])
 
 
 def of_processes(reports: Sequence[ErasureReport], expected: Iterable[str], last: int) -> list[Holding]:
@@ -240,7 +240,7 @@ def of_processes(reports: Sequence[ErasureReport], expected: Iterable[str], last
     >>> [(one.where, one.erasure, one.until) for one in of_processes([report], ["state/stream-0", "state/serving"], 2)]
     [('stream-0 on h', 2, '1970-01-01T00:10:00Z, where it runs'), ('state/serving', 1, 'its process starts: it has not reported yet')]
     """
-    found = []
+    remaining = []
     for report in reports:
         where, data = f"{report.part} on {report.host}", "histories, rows, attributes"
         if report.through < last:
@@ -248,13 +248,13 @@ def of_processes(reports: Sequence[ErasureReport], expected: Iterable[str], last
                 f"its process reads control; it last reported {iso(report.at_ms)} ({report.path}; remove its report if it "
                 "is gone for good)"
             )
-            found.append(Holding(where, report.through + 1, data, until))
+            remaining.append(Holding(where, report.through + 1, data, until))
         elif report.pages < last:
             until = f"{iso(report.at_ms + PAGES_MS)}, where it runs"
-            found.append(Holding(where, report.pages + 1, "bytes on free pages of its stores", until))
+            remaining.append(Holding(where, report.pages + 1, "bytes on free pages of its stores", until))
     silent = sorted({*expected} - {report.path for report in reports})
     until = "its process starts: it has not reported yet"
-    return found + [Holding(path, 1, "histories, rows, attributes", until) for path in silent]
+    return remaining + [Holding(path, 1, "histories, rows, attributes", until) for path in silent]
 
 
 def _of_topics(settings: Settings, control: Control, now_ms: int) -> list[Holding]:
@@ -275,16 +275,16 @@ def _of_topics(settings: Settings, control: Control, now_ms: int) -> list[Holdin
         members = _first_left(log, settings.segments.topic, of_segments, control.erased) if has_segments else None
     except (LogError, KeyError) as error:
         return [Holding("Kafka", 1, "clicks, training log, attributes", f"it answers: {error}")]
-    left = [erasure for erasure in control.erased if _has_clicks(erasure, word, clicks)]
-    if left:
-        gone = _gone_by(left[-1], topic_plan.clicks(settings).config)
+    outstanding = [erasure for erasure in control.erased if _has_clicks(erasure, word, clicks)]
+    if outstanding:
+        gone_at = _gone_by(outstanding[-1], topic_plan.clicks(settings).config)
         holds = "clicks, which the stream leaves out; they are the shop's"
-        holdings.append(Holding(f"topic {kafka.clicks_topic}", left[0].id, holds, gone))
-    left = [erasure for erasure in control.erased if begin < after[erasure.id]]
-    if left:
-        gone = _gone_by(left[-1], topic_plan.microbatches(settings).config)
+        holdings.append(Holding(f"topic {kafka.clicks_topic}", outstanding[0].id, holds, gone_at))
+    outstanding = [erasure for erasure in control.erased if begin < after[erasure.id]]
+    if outstanding:
+        gone_at = _gone_by(outstanding[-1], topic_plan.microbatches(settings).config)
         holds = "rows, which are never learned again"
-        holdings.append(Holding(f"topic {kafka.microbatches_topic}", left[0].id, holds, gone))
+        holdings.append(Holding(f"topic {kafka.microbatches_topic}", outstanding[0].id, holds, gone_at))
     if attributes is not None:
         topic = f"topic {settings.attributes.user_topic}"
         holdings.append(Holding(topic, attributes, "the plain ids, with tombstones", until))
@@ -334,18 +334,18 @@ def _gone_by(erasure: Erasure, config: Mapping[str, str]) -> str:
 
 def _set_aside(settings: Settings, registry: Registry, control: Control) -> list[Holding]:
     """Returns stores set aside as damaged, or replaced, before the newest erasure: no process opens them to erase."""
-    places = [registry.path / name for name in (layout.VERSIONS, layout.BASES, layout.MERGED)]
-    places += [settings.state_dir, *(path.parent for path in layout.streams(settings.state_dir)), settings.serving_dir]
-    found = []
-    for place in places:
-        for path in sorted(place.glob("*.bad*")) if place.is_dir() else ():
+    folders = [registry.path / name for name in (layout.VERSIONS, layout.BASES, layout.MERGED)]
+    folders += [settings.state_dir, *(path.parent for path in layout.streams(settings.state_dir)), settings.serving_dir]
+    remaining = []
+    for folder in folders:
+        for path in sorted(folder.glob("*.bad*")) if folder.is_dir() else ():
             newer = [erasure.id for erasure in control.erased if erasure.at_ms > path.stat().st_mtime_ns // 1_000_000]
             if newer:
-                found.append(Holding(str(path), newer[0], "any data", "you remove it: no process opens it"))
-    return found
+                remaining.append(Holding(str(path), newer[0], "any data", "you remove it: no process opens it"))
+    return remaining
 
 
-def erase(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
+def erase(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
     """Erases users, or shows what still holds data of erased users.
 
     Raises:
@@ -356,10 +356,10 @@ def erase(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) 
         ControlConflict: Other clients kept changing control.
     """
     registry = open_registry(settings)
-    if asked.status:
-        show(settings, registry, now_ms, asked.output, say)
+    if args.status:
+        show(settings, registry, now_ms, args.output, say)
         return
-    plain = _asked_for(asked)
+    plain = _asked_for(args)
     control = current(registry)
     newest = _newest(registry)
     users = pseudonyms(settings, plain, newest.salt)
@@ -370,9 +370,9 @@ def erase(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) 
     # 2.
     until = places(settings, log, newest)
     # 3.
-    new = registry.change(lambda now: erase_users(now, users, until, actor=actor(), reason=asked.reason, now_ms=now_ms))
+    new = registry.change(lambda now: erase_users(now, users, until, actor=actor(), reason=args.reason, now_ms=now_ms))
     number = new.erased.last
-    if asked.output == "json":
+    if args.output == "json":
         say(
             json.dumps({"erasure": number, "generation": new.generation, "users": len(users), "tombstones": tombstones})
         )
@@ -383,15 +383,15 @@ def erase(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) 
     )
     if tombstones:
         say(f"their attributes are removed from {settings.attributes.user_topic}")
-    say("`springtide erase --status` shows what still holds something of them, and until when")
+    say("`springtide erase --status` shows where data of them remains, and until when")
 
 
-def _asked_for(asked: argparse.Namespace) -> list[str]:
-    if (asked.user is None) == (asked.users is None):
+def _asked_for(args: argparse.Namespace) -> list[str]:
+    if (args.user is None) == (args.users is None):
         raise SettingsError("name the users: --user ID, or --users FILE", "see `springtide erase --help`")
-    if not asked.reason:
+    if not args.reason:
         raise SettingsError("--reason TEXT is missing", "give the reason: it is recorded with your name in the history")
-    ids = [asked.user.strip()] if asked.users is None else ids_in(asked.users, "--users")
+    ids = [args.user.strip()] if args.users is None else ids_in(args.users, "--users")
     if not any(ids):
         raise SettingsError("no user is named", "give an id, or a file with one id a line")
     return ids
@@ -428,6 +428,6 @@ def places(settings: Settings, log: Log, newest: Manifest) -> list[tuple[int, in
     topic = settings.kafka.clicks_topic
     with log.topics() as topics:
         word, ends = int(topics.describe(topic).topic_id[:8], 16), topics.ends(topic)
-    found = {(source.topic, source.partition): EVERYTHING for source, _ in newest.sources if source.topic != word}
-    found |= {(word, partition): end for partition, (_, end) in ends.items()}
-    return [(*place, after) for place, after in sorted(found.items())]
+    until = {(source.topic, source.partition): EVERYTHING for source, _ in newest.sources if source.topic != word}
+    until |= {(word, partition): end for partition, (_, end) in ends.items()}
+    return [(*partition, after) for partition, after in sorted(until.items())]

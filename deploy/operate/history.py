@@ -18,7 +18,7 @@ from state.registry.registry import Registry
 PARTS: tuple[Part, ...] = ("planned", "answered", "learned")
 
 
-def history(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
+def history(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
     """Lists control generations: who decided what, when and why, and the outcome of each rollback.
 
     Raises:
@@ -26,14 +26,14 @@ def history(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say
     """
     registry = open_registry(settings)
     # One generation more, because an outcome is computed from a generation and the one before it.
-    read = registry.controls(None if asked.all else asked.last + 1)
-    controls = read if asked.all else read[-asked.last :]
-    befores = [None, *read][-1 - len(controls) : -1]
+    stored = registry.controls(None if args.all else args.last + 1)
+    controls = stored if args.all else stored[-args.last :]
+    befores = [None, *stored][-1 - len(controls) : -1]
     outcomes = {
         control.generation: outcome(registry, control, before)
         for before, control in zip(befores, controls, strict=True)
     }
-    if asked.output == "json":
+    if args.output == "json":
         say(json.dumps([control_document(control) | outcomes[control.generation] for control in controls], indent=2))
         return
     head = ["generation", "at", "actor", "action", "epoch", "from", "answers", "left out", "reason"]
@@ -53,8 +53,8 @@ def history(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say
     ]
     say(table([head, *lines]) if lines else "no control yet; the trainer writes the first")
     for control in controls:
-        if found := outcomes[control.generation]:
-            say(f"generation {control.generation}: {compared(found['outcome'])}")
+        if recorded := outcomes[control.generation]:
+            say(f"generation {control.generation}: {compared(recorded['outcome'])}")
     if controls and (older := controls[0].generation - 1):
         say(f"{older:,} older {'generation is' if older == 1 else 'generations are'} stored too; --all lists them")
 
@@ -99,7 +99,7 @@ def compared(outcome: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def masks(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
+def masks(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
     """Lists all masks, lifted ones included: who set each, when and why, with its rows and users.
 
     Raises:
@@ -107,12 +107,12 @@ def masks(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) 
     """
     registry = open_registry(settings)
     control = current(registry)
-    held = (*control.masks, *control.lifted)
+    all_masks = (*control.masks, *control.lifted)
     entries = [
         _entry(registry, mask, registry.generations.generation(mask.generation) if mask.generation else None)
-        for mask in held
+        for mask in all_masks
     ]
-    if asked.output == "json":
+    if args.output == "json":
         say(json.dumps(entries, indent=2))
         return
     if not entries:

@@ -74,23 +74,23 @@ class LogView:
         accepted = Journal(registry.path / layout.GAPS).accepted()
         return past(accepted, Source(self.topic_id, self.partition), version.log.next) >= self.begin
 
-    def require_reach(self, registry: Registry, to: Manifest) -> None:
+    def require_reach(self, registry: Registry, version: Manifest) -> None:
         """Checks that the trainer could continue from a version.
 
         Raises:
             UnfitVersion: The log begins after the version's position, or the topic was recreated since.
         """
-        if to.log.topic_id and to.log.topic_id != self.topic_id:
+        if version.log.topic_id and version.log.topic_id != self.topic_id:
             raise UnfitVersion(
-                f"version {to.version} was trained on topic id {to.log.topic_id}, {self.topic} is now {self.topic_id}: "
+                f"version {version.version} was trained on topic id {version.log.topic_id}, {self.topic} is now {self.topic_id}: "
                 "the topic was recreated, so the trainer cannot continue from there",
-                f"keep answers at it with `springtide pin {to.version}`, or restore the topic",
+                f"keep answers at it with `springtide pin {version.version}`, or restore the topic",
             )
-        if not self.reaches(registry, to):
+        if not self.reaches(registry, version):
             raise UnfitVersion(
-                f"version {to.version} continues at offset {to.log.next} and the training log begins at {self.begin}: it can "
+                f"version {version.version} continues at offset {version.log.next} and the training log begins at {self.begin}: it can "
                 "serve, but training cannot continue from it",
-                f"keep answers at it with `springtide pin {to.version}`, or take a version that is not marked "
+                f"keep answers at it with `springtide pin {version.version}`, or take a version that is not marked "
                 "`serve only` in `springtide versions`",
             )
 
@@ -146,13 +146,13 @@ def horizon_here(settings: Settings, now_ms: int) -> dict[str, Any] | None:
         return None
 
 
-def horizon_text(found: Mapping[str, Any]) -> tuple[str, str]:
+def horizon_text(horizon_found: Mapping[str, Any]) -> tuple[str, str]:
     """Formats the horizon for `springtide status`: a keyword and a description.
 
     >>> horizon_text({"version": 7, "age_s": 5400.0})
     ('reaches', 'back 1 h 30 min, to version 7')
     """
-    return "reaches", f"back {age(found['age_s'])}, to version {found['version']}"
+    return "reaches", f"back {age(horizon_found['age_s'])}, to version {horizon_found['version']}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +266,7 @@ class Counting:
             self.found.users |= self._poisoned.keys()
             self._names = MaskedUsers.of(self._poisoned)
 
-    def _count_after(self, batch: MicroBatch, kept: NDArray[np.bool_]) -> None:
-        kept = kept & self._names.has(batch.user)
-        for user, at_ms in zip(batch.user[kept].tolist(), batch.at_ms[kept].tolist(), strict=True):
+    def _count_after(self, batch: MicroBatch, rows: NDArray[np.bool_]) -> None:
+        rows = rows & self._names.has(batch.user)
+        for user, at_ms in zip(batch.user[rows].tolist(), batch.at_ms[rows].tolist(), strict=True):
             self.found.after += at_ms - self._poisoned[user] < self._longest_ms

@@ -24,26 +24,26 @@ Ends = Mapping[int, tuple[int, int]]
 """Of the clicks topic: by partition, the first kept offset and the offset of the next record."""
 
 
-def mask_of(settings: Settings, asked: argparse.Namespace, newest: Manifest, now_ms: int) -> Mask:
+def mask_of(settings: Settings, args: argparse.Namespace, newest: Manifest, now_ms: int) -> Mask:
     """Builds the mask from --skip, --skip-time, --minutes and --skip-users.
 
     Raises:
         SettingsError: An option has an invalid form, or ends in the future.
     """
     topic_ids = {source.topic_id for source, _ in newest.sources}
-    times = [parse_times(text, now_ms) for text in asked.skip_time]
-    for text, (_, end) in zip(asked.skip_time, times, strict=True):
+    times = [parse_times(text, now_ms) for text in args.skip_time]
+    for text, (_, end) in zip(args.skip_time, times, strict=True):
         if end > now_ms:
             raise SettingsError(
-                f"--skip-time {text}: it ends in the future, {iso(end)}: clicks to come would be left out too",
-                "end it with now, and mask what comes later once it has come",
+                f"--skip-time {text}: it ends in the future, {iso(end)}, so future clicks would be left out too",
+                "end it at the current time, and mask later clicks when they have arrived",
             )
-    if asked.minutes is not None:
-        times.append((now_ms - asked.minutes * UNITS_MS["m"], now_ms))
+    if args.minutes is not None:
+        times.append((now_ms - args.minutes * UNITS_MS["m"], now_ms))
     users = MaskedUsers.NOBODY
-    if asked.skip_users is not None:
-        users = pseudonyms(settings, ids_in(asked.skip_users, "--skip-users"), newest.salt)
-    return Mask(offsets=tuple(parse_place(text, topic_ids) for text in asked.skip), times=tuple(times), users=users)
+    if args.skip_users is not None:
+        users = pseudonyms(settings, ids_in(args.skip_users, "--skip-users"), newest.salt)
+    return Mask(offsets=tuple(parse_place(text, topic_ids) for text in args.skip), times=tuple(times), users=users)
 
 
 def require_positions(mask: Mask, topic_id: str, ends: Ends) -> None:
@@ -54,16 +54,16 @@ def require_positions(mask: Mask, topic_id: str, ends: Ends) -> None:
     Raises:
         SettingsError: A partition or an offset does not exist.
     """
-    for word, partition, first, last in mask.offsets:
-        if word != int(topic_id[:8], 16):
+    for topic, partition, first, last in mask.offsets:
+        if topic != int(topic_id[:8], 16):
             continue
-        asked = f"--skip {partition}:{first}-{last - 1}"
+        option = f"--skip {partition}:{first}-{last - 1}"
         if partition not in ends:
             known = ", ".join(map(str, sorted(ends)))
-            raise SettingsError(f"{asked}: the clicks topic has no partition {partition}", f"it has {known}")
+            raise SettingsError(f"{option}: the clicks topic has no partition {partition}", f"it has {known}")
         if last > ends[partition][1]:
             raise SettingsError(
-                f"{asked}: partition {partition} ends before offset {ends[partition][1]}: clicks to come would be left out too",
+                f"{option}: partition {partition} ends before offset {ends[partition][1]}: clicks to come would be left out too",
                 f"name offsets up to {ends[partition][1] - 1}",
             )
 
@@ -82,13 +82,13 @@ def parse_place(text: str, topic_ids: Collection[str]) -> tuple[int, int, int, i
     match = re.fullmatch(r"(?:([0-9a-f]+):)?(\d+):(\d+)-(\d+)", text.strip())
     if not match or int(match[3]) > int(match[4]):
         raise SettingsError(f"--skip {text}: write PARTITION:A-B with offsets A up to B, such as 3:1000-1999")
-    found = sorted(topic_id for topic_id in topic_ids if topic_id.startswith(match[1] or ""))
-    if len(found) != 1:
+    matches = sorted(topic_id for topic_id in topic_ids if topic_id.startswith(match[1] or ""))
+    if len(matches) != 1:
         known = ", ".join(sorted(topic_ids)) or "none yet"
         raise SettingsError(
             f"--skip {text}: write TOPIC_ID:PARTITION:A-B with one of the topic ids trained on: {known}"
         )
-    return int(found[0][:8], 16), int(match[2]), int(match[3]), int(match[4]) + 1
+    return int(matches[0][:8], 16), int(match[2]), int(match[3]), int(match[4]) + 1
 
 
 def ids_in(file: Path, option: str) -> list[str]:
@@ -127,8 +127,8 @@ def describe(mask: Mask) -> str:
     'clicks from 1970-01-01T00:00:00Z to 1970-01-01T00:01:00Z; all of 1 user'
     """
     parts = [
-        f"topic {word:08x} partition {partition} offsets {first}-{last - 1}"
-        for word, partition, first, last in mask.offsets
+        f"topic {topic:08x} partition {partition} offsets {first}-{last - 1}"
+        for topic, partition, first, last in mask.offsets
     ]
     parts += [f"clicks from {iso(first)} to {iso(last)}" for first, last in mask.times]
     if mask.users:

@@ -114,7 +114,7 @@ def erase(add: Add) -> argparse.ArgumentParser:
         "erase",
         "Erase users: their clicks so far and all their stored data; or show where data remains.",
         "Answers treat them as unknown within 2 s. Later clicks create new users. No rollback, restart, rebuild or `unmask` "
-        "restores them. The ids are not stored; a shell records what is typed, so prefer --users.",
+        "restores them. The ids are not stored. A shell records commands, so prefer --users.",
     )
     who = command.add_mutually_exclusive_group()
     who.add_argument("--user", metavar="ID", help="user id, as in the clicks")
@@ -172,9 +172,9 @@ def positive(text: str) -> int:
 def seconds(text: str) -> float:
     """Parses seconds, 0 or more."""
     try:
-        found = float(text)
+        value = float(text)
     except ValueError:
-        found = -1.0
-    if not 0 <= found < 1e9:
+        value = -1.0
+    if not 0 <= value < 1e9:
         raise argparse.ArgumentTypeError(f"must be seconds from 0 on, not {text!r}")
-    return found
+    return value

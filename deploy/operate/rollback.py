@@ -71,13 +71,13 @@ class Switch:
         Raises:
             UnknownVersion, CorruptVersion: A part of the version cannot be read.
         """
-        here = versions_here(settings.serving_dir)
-        if here is None or version.version in here:
-            return cls(here is not None, here is not None)
+        stored = versions_here(settings.serving_dir)
+        if stored is None or version.version in stored:
+            return cls(stored is not None, stored is not None)
         base, deltas = registry.chain(version.version)
         parts = [base, *deltas]
-        known = [number for number, part in enumerate(parts) if part.version in here]
-        missing = parts[known[-1] + 1 :] if known else parts
+        present = [number for number, part in enumerate(parts) if part.version in stored]
+        missing = parts[present[-1] + 1 :] if present else parts
         return cls(True, False, sum(part.files[SERVING].bytes for part in missing if SERVING in part.files))
 
     @property
@@ -134,11 +134,11 @@ class ExactPlan:
         """Formats the plan, one line per fact.
 
         >>> ExactPlan(log_line.WHOLE, {}, 7).lines()[1]
-        'histories     7 to be rebuilt from the training log; the others drop what they gained'
+        'histories     7 to be rebuilt from the training log; the others drop the events since then'
         """
         rebuilt = "not counted: the stream's store is not on this machine, or is rolled back already"
         if self.histories is not None:
-            rebuilt = f"{self.histories:,} to be rebuilt from the training log; the others drop what they gained"
+            rebuilt = f"{self.histories:,} to be rebuilt from the training log; the others drop the events since then"
         return [
             f"stream        rewinds too: {self.clicks:,} clicks are read again, into a new epoch of the log",
             f"histories     {rebuilt}",
@@ -241,7 +241,7 @@ class Plan:
             return [*lines, *self.exact.lines()]
         if counted is not None and counted.after:
             lines.append(
-                f"windows       up to {counted.after:,} later rows of these users still count what is left out; "
+                f"windows       up to {counted.after:,} later rows of these users still count the masked clicks; "
                 "--mode exact recomputes them"
             )
         return lines
@@ -276,11 +276,11 @@ class Plan:
 
 
 def _exact_plan(
-    registry: Registry, control: Control, to: Manifest, view: LogView | None, again: ClickRanges | None = None
+    registry: Registry, control: Control, target: Manifest, view: LogView | None, again: ClickRanges | None = None
 ) -> ExactPlan:
     """Returns where the log branches, and what is read again; histories are not counted yet.
 
-    `again` are the clicks that are read again. If it is None, they are those learned since `to`, or before a rollback that
+    `again` are the clicks that are read again. If it is None, they are those learned since `target`, or before a rollback that
     this one interrupts.
 
     Raises:
@@ -292,26 +292,26 @@ def _exact_plan(
             "Kafka does not answer: the position to which the stream rewinds is unknown",
             "start Kafka, or roll back without --mode exact",
         )
-    if any(source.topic_id != view.clicks_id for source, _ in to.sources):
+    if any(source.topic_id != view.clicks_id for source, _ in target.sources):
         raise LogError(
-            f"version {to.version} was made from another clicks topic than the current one, which was recreated",
+            f"version {target.version} was made from another clicks topic than the current one, which was recreated",
             "roll back without --mode exact, which needs the training log alone, or restore the topic",
         )
-    for source, after in to.sources:
+    for source, after in target.sources:
         if after < view.clicks[source.partition][0]:
             raise UnfitVersion(
-                f"version {to.version} has the clicks of partition {source.partition} up to {after}, and the topic begins at "
+                f"version {target.version} has the clicks of partition {source.partition} up to {after}, and the topic begins at "
                 f"{view.clicks[source.partition][0]}: the clicks between are deleted and cannot be read again",
                 "take a younger version, or roll back without --mode exact, which needs the training log alone",
             )
     if again is None:
         goal = learned_before(registry, control.epoch + 1)
-        begins = {source: to.marks.get(source, view.clicks.get(source.partition, (0, 0))[0]) for source in goal}
+        begins = {source: target.marks.get(source, view.clicks.get(source.partition, (0, 0))[0]) for source in goal}
         again = {source: (begins[source], after) for source, after in goal.items() if after > begins[source]}
-    return ExactPlan(log_line.turned(control.log, to.log.epoch, to.log.next, view.end, to.sources), again)
+    return ExactPlan(log_line.turned(control.log, target.log.epoch, target.log.next, view.end, target.sources), again)
 
 
-def _histories_to_rebuild(settings: Settings, branch: LogLine, to: Manifest, view: LogView) -> int | None:
+def _histories_to_rebuild(settings: Settings, branch: LogLine, version: Manifest, view: LogView) -> int | None:
     """Returns how many users' histories have lost events that they had at a version; None if it is unknown.
 
     Raises:
@@ -330,11 +330,11 @@ def _histories_to_rebuild(settings: Settings, branch: LogLine, to: Manifest, vie
         except StoreError:
             continue
         try:
-            since = Since(to.marks, store.positions())
-            with view.reader(to.log.next) as log:
-                for _, batch in branch_records(log, view.partition, to.log.next, view.end, branch):
+            since = Since(version.marks, store.positions())
+            with view.reader(version.log.next) as log:
+                for _, batch in branch_records(log, view.partition, version.log.next, view.end, branch):
                     since.take(batch)
-            users = (users or 0) + len(store.lacking(since, to.marks))
+            users = (users or 0) + len(store.lacking(since, version.marks))
             if branch_of(store) != branch:
                 # The store was rolled back meanwhile.
                 return None
@@ -376,8 +376,8 @@ def _require_sound(registry: Registry, version: Manifest) -> None:
     with ThreadPoolExecutor(THREADS) as pool:
         for part, problem in zip(parts, pool.map(problem_of, parts), strict=True):
             if problem is not None:
-                what = f"version {version.version} cannot be put together: {problem.what}"
-                raise UnfitVersion(what, _before(registry, version, part))
+                message = f"version {version.version} cannot be put together: {problem.what}"
+                raise UnfitVersion(message, _before(registry, version, part))
 
 
 def _before(registry: Registry, version: Manifest, bad: Manifest) -> str:
@@ -390,7 +390,7 @@ def _before(registry: Registry, version: Manifest, bad: Manifest) -> str:
     return "no older base is kept: restore the file from a copy"
 
 
-def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
+def rollback(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
     """Executes or plans one rollback.
 
     Raises:
@@ -401,35 +401,35 @@ def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Sa
     """
     began_s = time.monotonic()
     registry = open_registry(settings)
-    control = current(registry, asked.if_generation)
+    control = current(registry, args.if_generation)
 
     def show(document: dict[str, Any], lines: list[str]) -> None:
-        say(json.dumps(document, indent=2) if asked.output == "json" else "\n".join(lines))
+        say(json.dumps(document, indent=2) if args.output == "json" else "\n".join(lines))
 
     # 1.
-    plan, decided = _planned(settings, asked, registry, control, now_ms)
-    later = plan.switch.here and not asked.dry_run and total_bytes(registry, plan.to.version) > CHECKED_FIRST_BYTES
+    plan, decided = _planned(settings, args, registry, control, now_ms)
+    later = plan.switch.here and not args.dry_run and total_bytes(registry, plan.to.version) > CHECKED_FIRST_BYTES
     if not later:
         _require_sound(registry, plan.to)
-    if asked.dry_run and decided is not None:
+    if args.dry_run and decided is not None:
         plan = plan.count(settings)
         show({"plan": plan.document()}, [*plan.lines(), "dry run: nothing was changed"])
         return
     if decided is None or decided is control:
-        if not asked.dry_run:
+        if not args.dry_run:
             _count_interrupted(settings, registry, control, plan)
-        done = f"generation {control.generation}: already in this state; nothing was changed"
-        show({"changed": False, "control": control_document(control)}, [done])
+        result = f"generation {control.generation}: already in this state; nothing was changed"
+        show({"changed": False, "control": control_document(control)}, [result])
         return
     # 2.
     registry.propose(decided)
     killpoints.reach("rollback.proposed")
     # 3.
     took_s = None
-    if asked.wait and _serves(settings) and _wait_for_answers(settings, plan.to.version, asked.wait):
+    if args.wait and _serves(settings) and _wait_for_answers(settings, plan.to.version, args.wait):
         took_s = round(time.monotonic() - began_s, 3)
         registry.generations.add_outcome(decided.epoch, "answered", {"seconds": took_s})
-    if asked.output == "text":
+    if args.output == "text":
         answered = "" if took_s is None else f"; answers of this host come from it after {took_s:.2f} s"
         say(f"generation {decided.generation}: epoch {decided.epoch} starts from version {plan.to.version}{answered}")
     if later:
@@ -448,50 +448,50 @@ def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Sa
 
 
 def _planned(
-    settings: Settings, asked: argparse.Namespace, registry: Registry, control: Control, now_ms: int
+    settings: Settings, args: argparse.Namespace, registry: Registry, control: Control, now_ms: int
 ) -> tuple[Plan, Control | None]:
     """Returns the plan and the generation that executes it; `control` itself if that is done, None if all is masked already."""
-    branch, exact = ServingBranch(registry, control), asked.mode == "exact"
-    is_named = asked.to is not None or asked.before is not None
-    names_clicks = bool(asked.skip or asked.skip_time or asked.skip_users is not None or asked.minutes is not None)
+    branch, exact = ServingBranch(registry, control), args.mode == "exact"
+    is_named = args.to is not None or args.before is not None
+    names_clicks = bool(args.skip or args.skip_time or args.skip_users is not None or args.minutes is not None)
     in_log = branch.in_log() if exact else []
     if not is_named and not names_clicks and not in_log:
         raise SettingsError(
             "rollback: neither a version nor clicks to leave out are named",
             "write --to V, --before TIME, or what to leave out; see `springtide rollback --help`",
         )
-    mask = mask_of(settings, asked, branch.newest, now_ms)
+    mask = mask_of(settings, args, branch.newest, now_ms)
     view = view_of(settings)
     if view is not None:
         require_positions(mask, view.clicks_id, view.clicks)
     new = added(control.masks, mask, control.last_mask, control.generation + 1)
     done_at = None if is_named or new or in_log or control.lifted else control.base
     if done_at is not None:
-        to = registry.manifest(done_at)
+        version = registry.manifest(done_at)
     else:
         wait_ms = round(settings.labels.wait_s * 1000) if settings.labels.impressions else 0
-        before_ms = None if asked.before is None else parse_time(asked.before, now_ms)
-        to = choose(branch, Target(asked.to, before_ms, exact, new, wait_ms), view)
+        before_ms = None if args.before is None else parse_time(args.before, now_ms)
+        version = choose(branch, Target(args.to, before_ms, exact, new, wait_ms), view)
     plan = Plan(
         before=control,
-        to=to,
-        age_s=(now_ms - to.created_at_ms) / 1000,
+        to=version,
+        age_s=(now_ms - version.created_at_ms) / 1000,
         new=new,
         view=view,
-        topic=to.log.topic or settings.kafka.microbatches_topic,
-        switch=Switch.to(settings, registry, to),
-        then_follow=asked.follow_when_caught_up,
-        exact=_exact_plan(registry, control, to, view) if exact else None,
+        topic=version.log.topic or settings.kafka.microbatches_topic,
+        switch=Switch.to(settings, registry, version),
+        then_follow=args.follow_when_caught_up,
+        exact=_exact_plan(registry, control, version, view) if exact else None,
     )
     if done_at is not None:
         return plan, None
     decided = roll_back(
-        *(control, to.version, mask),
+        *(control, version.version, mask),
         actor=actor(),
-        reason=asked.reason,
+        reason=args.reason,
         now_ms=now_ms,
         log=None if plan.exact is None else plan.exact.branch,
-        then_follow=asked.follow_when_caught_up,
+        then_follow=args.follow_when_caught_up,
     )
     if view is not None and decided is not control and decided.epoch != control.epoch:
         again = {} if plan.exact is None else {"again": to_json(plan.exact.again)}

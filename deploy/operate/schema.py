@@ -39,18 +39,18 @@ def present(statistics: FeatureNameStatistics | None) -> float:
     """Returns the share of the rows in which a feature has a value."""
     if statistics is None:
         return 0.0
-    there, missing = common(statistics).num_non_missing, common(statistics).num_missing
-    return float(there / max(1, there + missing))
+    present, missing = common(statistics).num_non_missing, common(statistics).num_missing
+    return float(present / max(1, present + missing))
 
 
 def _limits(feature: schema_pb2.Feature) -> dict[str, float]:
     """Returns how far a feature may move: from the baseline, and from the window before."""
-    found = {}
+    limits = {}
     for against, comparator in (("baseline", feature.skew_comparator), ("previous", feature.drift_comparator)):
         for kind in ("infinity_norm", "jensen_shannon_divergence"):
             if comparator.HasField(kind):
-                found[against] = getattr(comparator, kind).threshold
-    return found
+                limits[against] = getattr(comparator, kind).threshold
+    return limits
 
 
 def _feature_document(feature: schema_pb2.Feature, statistics: FeatureNameStatistics | None) -> dict[str, Any]:
@@ -74,26 +74,26 @@ def _feature_line(
 ) -> list[str]:
     allowed = _limits(feature)
     moves = ", ".join(
-        f"{allowed[against]:g} from {what}"
-        for against, what in (("baseline", "it"), ("previous", "the window before"))
+        f"{allowed[against]:g} from {reference}"
+        for against, reference in (("baseline", "it"), ("previous", "the window before"))
         if against in allowed
     )
     kind = schema_pb2.FeatureType.Name(feature.type).lower()
-    there = f"{present(statistics):.0%} (at least {feature.presence.min_fraction:.0%})"
-    return [feature.name, kind, there, _typical(statistics, names), moves or "anything"]
+    presence = f"{present(statistics):.0%} (at least {feature.presence.min_fraction:.0%})"
+    return [feature.name, kind, presence, _typical(statistics, names), moves or "anything"]
 
 
 def _typical(statistics: FeatureNameStatistics | None, names: Mapping[str, str]) -> str:
     """Returns the most frequent value of a categorical feature with its share, or the middle of a numeric one."""
-    if statistics is None or not (there := common(statistics).num_non_missing):
+    if statistics is None or not (present_rows := common(statistics).num_non_missing):
         return "none"
     if statistics.HasField("num_stats"):
         return f"median {statistics.num_stats.median:g}, {statistics.num_stats.min:g} to {statistics.num_stats.max:g}"
-    found = frequencies(statistics)
-    if not found:
+    counts = frequencies(statistics)
+    if not counts:
         return f"{statistics.string_stats.unique:,} different"
-    value, count = next(iter(found.items()))
-    return f"{names.get(value, value)} {count / there:.1%} of {statistics.string_stats.unique:,}"
+    value, count = next(iter(counts.items()))
+    return f"{names.get(value, value)} {count / present_rows:.1%} of {statistics.string_stats.unique:,}"
 
 
 def _with_names(text: str, names: Mapping[str, str]) -> str:
@@ -109,66 +109,66 @@ class Bootstrapped(NamedTuple):
     about: Mapping[str, Any]
 
 
-def schema(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
+def schema(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
     """Shows, compares or accepts a baseline.
 
     Raises:
         SettingsError: There is nothing to show yet, or the options do not fit together.
         RegistryError: There is no registry, or a file of it is damaged.
     """
-    if asked.what != "accept" and (asked.schema or asked.reason):
+    if args.what != "accept" and (args.schema or args.reason):
         raise SettingsError("--schema and --reason belong to `springtide schema accept`", "leave them out")
-    if asked.what == "show":
-        show(settings, asked, say)
-    elif asked.what == "diff":
-        diff(settings, asked, say)
+    if args.what == "show":
+        show(settings, args, say)
+    elif args.what == "diff":
+        diff(settings, args, say)
     else:
-        if not asked.reason:
+        if not args.reason:
             raise SettingsError(
                 "a new baseline needs --reason TEXT", "give it: it is recorded with your name in the history"
             )
-        baseline = accept_window(settings, actor(), asked.reason, now_ms, asked.schema)
-        if asked.output == "json":
+        baseline = accept_window(settings, actor(), args.reason, now_ms, args.schema)
+        if args.output == "json":
             say(json.dumps(dataclasses.asdict(baseline), indent=2))
         else:
             say(f"baseline {baseline.number}: the next window is held against it; `springtide schema show` shows it")
 
 
-def show(settings: Settings, asked: argparse.Namespace, say: Say) -> None:
+def show(settings: Settings, args: argparse.Namespace, say: Say) -> None:
     """Shows the baseline.
 
     Raises:
         SettingsError: There is none.
     """
-    found, baseline = _baseline(settings)
-    if asked.pbtxt:
+    bootstrapped, baseline = _baseline(settings)
+    if args.pbtxt:
         say(as_text(baseline.schema).rstrip())
         return
     counted = by_name(baseline.statistics)
-    if asked.output == "json":
+    if args.output == "json":
         features = [_feature_document(feature, counted.get(feature.name)) for feature in baseline.schema.feature]
         say(json.dumps({**_about(baseline), "rows": baseline.statistics.num_examples, "features": features}, indent=2))
         return
     say(_title(baseline))
     head = ["feature", "type", "has a value", "values", "may move by"]
     rows = [
-        _feature_line(feature, counted.get(feature.name), found.about.get("names", {}))
+        _feature_line(feature, counted.get(feature.name), bootstrapped.about.get("names", {}))
         for feature in baseline.schema.feature
     ]
     say(table([head, *rows]))
 
 
-def diff(settings: Settings, asked: argparse.Namespace, say: Say) -> None:
+def diff(settings: Settings, args: argparse.Namespace, say: Say) -> None:
     """Compares the newest window with the baseline, and with the window before it.
 
     Raises:
         SettingsError: There is no baseline, or no window yet.
     """
-    found, baseline = _baseline(settings)
-    kept = KeptWindows(settings.validation_dir)
-    window = _window(kept)
+    bootstrapped, baseline = _baseline(settings)
+    windows = KeptWindows(settings.validation_dir)
+    window = _window(windows)
     length_ms = settings.validation.window_s * 1000
-    before = kept.newest(window.end_ms - max(1, length_ms))
+    before = windows.newest(window.end_ms - max(1, length_ms))
     anomalies = validate(
         window.statistics, baseline.schema, baseline.statistics, None if before is None else before.statistics
     )
@@ -178,18 +178,18 @@ def diff(settings: Settings, asked: argparse.Namespace, say: Say) -> None:
         for name, info in sorted(anomalies.anomaly_info.items())
     }
     rows = window.statistics.num_examples
-    if asked.output == "json":
+    if args.output == "json":
         document = {"window_end_ms": window.end_ms, "rows": rows, **_about(baseline), "anomalies": wrong}
         say(json.dumps({**document, "distances": distances}, indent=2))
         return
-    names = found.about.get("names", {})
+    names = bootstrapped.about.get("names", {})
     say(f"the window until {iso(window.end_ms)}, {rows:,} events, against {_title(baseline)}")
     for name, reasons in wrong.items():
         say(f"{name}: {' '.join(_with_names(reason['what'], names) for reason in reasons)}")
     if not wrong:
         say("nothing is wrong with it")
     head = ["feature", "from", "distance", "may be", "here", "there"]
-    here = by_name(window.statistics)
+    features = by_name(window.statistics)
     befores = {
         "baseline": by_name(baseline.statistics),
         "previous": {} if before is None else by_name(before.statistics),
@@ -200,7 +200,7 @@ def diff(settings: Settings, asked: argparse.Namespace, say: Say) -> None:
             "the baseline" if distance["against"] == "baseline" else "the window before",
             f"{distance['distance']:.3f}",
             f"{distance['threshold']:g}",
-            _typical(here.get(distance["feature"]), names),
+            _typical(features.get(distance["feature"]), names),
             _typical(befores[distance["against"]].get(distance["feature"]), names),
         ]
         for distance in distances[:LISTED]
@@ -211,7 +211,7 @@ def diff(settings: Settings, asked: argparse.Namespace, say: Say) -> None:
 
 def _distances(anomalies: Anomalies) -> list[dict[str, Any]]:
     """Returns all distances, the farthest beyond its threshold first."""
-    found = [
+    distances = [
         {
             "feature": feature.path.step[0],
             "against": against,
@@ -224,7 +224,7 @@ def _distances(anomalies: Anomalies) -> list[dict[str, Any]]:
         for measurement in measured
     ]
     return sorted(
-        found,
+        distances,
         key=lambda distance: (
             -distance["distance"] / max(distance["threshold"], 1e-9),
             distance["feature"],
@@ -245,16 +245,16 @@ def accept_window(
         RegistryError: There is no control yet.
         ControlConflict: Another client accepted a baseline in the meantime.
     """
-    registry, found = _bootstrapped(settings)
+    registry, bootstrapped = _bootstrapped(settings)
     current(registry)
     window = _window(KeptWindows(settings.validation_dir))
     spec = FeatureSpec.from_settings(settings)
     # From then on, most histories are full.
-    warm = window.end_ms - int(found.about["newest_ms"]) >= spec.windows_s[-1] * 1000
+    warm = window.end_ms - int(bootstrapped.about["newest_ms"]) >= spec.windows_s[-1] * 1000
     edited = infer(window.statistics, warm) if schema_file is None else _read(schema_file)
     baselines = Baselines(settings.registry_dir)
-    number = baselines.newest_number(found.name) + 1
-    new = baselines.add(found.name, AcceptedBaseline(number, who, reason, now_ms), edited, window.statistics)
+    number = baselines.newest_number(bootstrapped.name) + 1
+    new = baselines.add(bootstrapped.name, AcceptedBaseline(number, who, reason, now_ms), edited, window.statistics)
     registry.change(lambda control: accepted(control, new))
     return new
 
@@ -280,18 +280,18 @@ def _bootstrapped(settings: Settings) -> tuple[Registry, Bootstrapped]:
 
 
 def _baseline(settings: Settings) -> tuple[Bootstrapped, Baseline]:
-    _, found = _bootstrapped(settings)
-    baseline = Baselines(settings.registry_dir).newest(found.name)
+    _, bootstrapped = _bootstrapped(settings)
+    baseline = Baselines(settings.registry_dir).newest(bootstrapped.name)
     if baseline is None:
         raise SettingsError(
             "there is no baseline: the bootstrap was one of an earlier release",
             "`springtide schema accept --reason TEXT` makes the newest window one",
         )
-    return found, baseline
+    return bootstrapped, baseline
 
 
-def _window(kept: KeptWindows) -> KeptWindow:
-    window = kept.newest()
+def _window(windows: KeptWindows) -> KeptWindow:
+    window = windows.newest()
     if window is None:
         raise SettingsError(
             "no window of live clicks has ended yet",

@@ -60,10 +60,10 @@ def age(seconds: float) -> str:
     """
     if seconds < 60:
         return f"{seconds:.1f} s"
-    whole = int(seconds)
+    whole_s = int(seconds)
     for unit, size, below, smaller in (("min", 60, "s", 1), ("h", 3600, "min", 60), ("d", 86400, "h", 3600)):
-        if whole < size * {"min": 60, "h": 24, "d": 10**9}[unit]:
-            return f"{whole // size} {unit} {whole % size // smaller} {below}"
+        if whole_s < size * {"min": 60, "h": 24, "d": 10**9}[unit]:
+            return f"{whole_s // size} {unit} {whole_s % size // smaller} {below}"
     raise AssertionError("days have no bound")
 
 

@@ -33,7 +33,7 @@ FIGURES = {
 """Column titles and their metrics; the metrics are recent and measured before learning."""
 
 
-def versions(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Callable[[str], None]) -> None:
+def versions(settings: Settings, args: argparse.Namespace, now_ms: int, say: Callable[[str], None]) -> None:
     """Lists the versions with age, log range, metrics, which one is served, and which ones can only be served.
 
     Raises:
@@ -43,16 +43,16 @@ def versions(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Ca
     control = registry.control()
     served = served_version(settings.serving_dir)
     numbers = registry.versions()
-    kept = numbers if asked.all else numbers[max(0, len(numbers) - asked.last) :]
-    if served is not None and served in numbers and served not in kept:
-        kept = [served, *kept]
+    shown = numbers if args.all else numbers[max(0, len(numbers) - args.last) :]
+    if served is not None and served in numbers and served not in shown:
+        shown = [served, *shown]
     # Imported here, because other commands that open a registry need no log.
     from deploy.operate.log_view import horizon, horizon_text, view_of
 
     view = view_of(settings, ASK_KAFKA_S)
-    listed = (_entry(registry, number, control, served, now_ms, view) for number in kept)
+    listed = (_entry(registry, number, control, served, now_ms, view) for number in shown)
     entries = [entry for entry in listed if entry is not None]
-    if asked.output == "json":
+    if args.output == "json":
         say(json.dumps(entries, indent=2))
         return
     if not entries:
@@ -74,8 +74,8 @@ def versions(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Ca
     say(table([head, *lines]))
     if view is not None and (back := horizon(registry, view, now_ms)) is not None:
         say(f"a rollback reaches {horizon_text(back)[1]}")
-    if len(kept) < len(numbers):
-        say(f"{len(numbers) - len(kept):,} older versions are kept too; --all lists them")
+    if len(shown) < len(numbers):
+        say(f"{len(numbers) - len(shown):,} older versions are kept too; --all lists them")
 
 
 def open_registry(settings: Settings) -> Registry:
@@ -154,28 +154,28 @@ def _entry(
         marks.append(f"start of epoch {control.epoch}")
     marks += [] if control is None else [name for name, version in control.labels if version == number]
     try:
-        found = registry.manifest(number)
+        manifest = registry.manifest(number)
     except UnknownVersion:
         return None
     except CorruptVersion:
         return {"version": number, "marks": [*marks, "corrupt"]}
-    if view is not None and not view.reaches(registry, found):
+    if view is not None and not view.reaches(registry, manifest):
         marks.append("serve only")
     return {
         "version": number,
-        "epoch": found.epoch,
+        "epoch": manifest.epoch,
         # A version can be newer than `now_ms`, the start of the command.
-        "age_s": max(0, now_ms - found.created_at_ms) / 1000,
-        "created_at_ms": found.created_at_ms,
-        "kind": "base" if number in registry.bases() else found.kind,
+        "age_s": max(0, now_ms - manifest.created_at_ms) / 1000,
+        "created_at_ms": manifest.created_at_ms,
+        "kind": "base" if number in registry.bases() else manifest.kind,
         "log": {
-            "topic": found.log.topic,
-            "partition": found.log.partition,
-            "first": found.log.first,
-            "next": found.log.next,
+            "topic": manifest.log.topic,
+            "partition": manifest.log.partition,
+            "first": manifest.log.first,
+            "next": manifest.log.next,
         },
-        "rows": found.rows,
-        "metrics": {name: value if math.isfinite(value) else None for name, value in found.metrics.items()},
+        "rows": manifest.rows,
+        "metrics": {name: value if math.isfinite(value) else None for name, value in manifest.metrics.items()},
         "marks": marks,
     }
 

@@ -134,8 +134,8 @@ class NewsReaders:
                 articles.append(self._choose(reader, at_ms))
                 times.append(at_ms)
             self._left = self._left[0][count:], self._left[1][count:]
-        made = self._articles
-        categories = made.story[articles] if self._by_story else made.section[articles]
+        articles_so_far = self._articles
+        categories = articles_so_far.story[articles] if self._by_story else articles_so_far.section[articles]
         kind = "story" if self._by_story else "section"
         return Clicks(
             users=[f"reader-{number}" for number in readers],
@@ -162,8 +162,8 @@ class NewsReaders:
         after = np.cumsum(pauses_ms)
         at_ms = self._day * DAY_MS + np.repeat(begins - after[firsts], clicks) + after
         # A visit ends at midnight.
-        kept = np.flatnonzero(at_ms < (self._day + 1) * DAY_MS)
-        order = kept[np.argsort(at_ms[kept], kind="stable")]
+        today = np.flatnonzero(at_ms < (self._day + 1) * DAY_MS)
+        order = today[np.argsort(at_ms[today], kind="stable")]
         self._left = np.repeat(readers, clicks)[order].tolist(), at_ms[order].astype(np.int64).tolist()
         self._day += 1
 
@@ -191,36 +191,38 @@ class NewsReaders:
             np.repeat(is_breaking, sizes)[order],
         )
 
-    def _add(self, more: _Articles) -> None:
-        made = self._articles
+    def _add(self, born: _Articles) -> None:
+        articles = self._articles
         self._articles = _Articles(
-            *(np.concatenate([getattr(made, one.name), getattr(more, one.name)]) for one in fields(_Articles))
+            *(np.concatenate([getattr(articles, field.name), getattr(born, field.name)]) for field in fields(_Articles))
         )
 
     def _choose(self, reader: int, at_ms: int) -> int:
         """The article that a reader clicks at a time."""
-        news, random, made, read = self._news, self._random, self._articles, self._read[reader]
+        news, random, articles, articles_read = self._news, self._random, self._articles, self._read[reader]
         latest = self._latest[reader]
         if latest and random.random() < news.repeat:
             return latest[int(random.integers(len(latest)))]
-        begin, end = (int(np.searchsorted(made.born_ms, time_ms)) for time_ms in (at_ms - news.ends_h * HOUR_MS, at_ms))
+        begin, end = (
+            int(np.searchsorted(articles.born_ms, time_ms)) for time_ms in (at_ms - news.ends_h * HOUR_MS, at_ms)
+        )
         # If all articles have faded, the newest one is read.
         begin = min(begin, end - 1)
         alive = slice(begin, end)
-        ages_h = (at_ms - made.born_ms[alive]) / HOUR_MS
-        likes = np.where(made.breaking[alive], 1.0 / news.sections, self._tastes[reader, made.section[alive]])
-        appeal = made.quality[alive] * np.exp(-ages_h / news.fades_h) * likes
-        unread = np.array([article not in read for article in range(begin, end)])
+        ages_h = (at_ms - articles.born_ms[alive]) / HOUR_MS
+        likes = np.where(articles.breaking[alive], 1.0 / news.sections, self._tastes[reader, articles.section[alive]])
+        appeal = articles.quality[alive] * np.exp(-ages_h / news.fades_h) * likes
+        unread = np.array([article not in articles_read for article in range(begin, end)])
         if unread.any():
             appeal = np.where(unread, appeal, 0.0)
         if latest and random.random() < news.follow:
-            of_story = made.story[alive] == made.story[latest[-1]]
+            of_story = articles.story[alive] == articles.story[latest[-1]]
             if (of_story & unread).any():
                 appeal = np.where(of_story & unread, appeal, 0.0)
         drawn = np.cumsum(appeal)
-        place = int(np.searchsorted(drawn, random.random() * drawn[-1], side="right"))
-        article = begin + min(place, end - begin - 1)
-        read.add(article)
+        choice = int(np.searchsorted(drawn, random.random() * drawn[-1], side="right"))
+        article = begin + min(choice, end - begin - 1)
+        articles_read.add(article)
         latest.append(article)
         return article
 
@@ -254,17 +256,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--begin-ms", type=int, default=1_790_000_000_000, metavar="MS", help="time before the first click"
     )
     parser.add_argument("--by-story", action="store_true", help="make the story the category, and not the section")
-    for one in fields(News):
-        number: type[int] | type[float] = int if isinstance(one.default, int) else float
+    for field in fields(News):
+        number: type[int] | type[float] = int if isinstance(field.default, int) else float
         parser.add_argument(
-            f"--{one.name.replace('_', '-')}",
+            f"--{field.name.replace('_', '-')}",
             type=number,
-            default=one.default,
+            default=field.default,
             metavar="N",
-            help=f"default {one.default}",
+            help=f"default {field.default}",
         )
     options = parser.parse_args(argv)
-    news = News(**{one.name: getattr(options, one.name) for one in fields(News)})
+    news = News(**{field.name: getattr(options, field.name) for field in fields(News)})
     events = Events()
     readers = NewsReaders(news, options.seed, options.begin_ms, events.actions, options.by_story)
     write(options.file, readers.click(options.clicks), events)

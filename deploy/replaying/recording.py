@@ -192,16 +192,16 @@ def _recorded_times(recording: Recording, events: Events, latest_ms: int) -> Rec
     return times
 
 
-def _slices(whole: EncodedRows, rows: I64, done: int) -> Iterator[EncodedRows]:
-    for first in range(done, len(whole), SLICE_ROWS):
-        yield whole.take(rows[first : first + SLICE_ROWS])
+def _slices(encoded: EncodedRows, rows: I64, skipped: int) -> Iterator[EncodedRows]:
+    for first in range(skipped, len(encoded), SLICE_ROWS):
+        yield encoded.take(rows[first : first + SLICE_ROWS])
 
 
-def _behind(chunks: Iterator[EncodedRows], done: int) -> Iterator[EncodedRows]:
+def _behind(chunks: Iterator[EncodedRows], skipped: int) -> Iterator[EncodedRows]:
     for encoded in chunks:
-        if done < len(encoded):
-            yield encoded.cut(done, len(encoded))
-        done = max(0, done - len(encoded))
+        if skipped < len(encoded):
+            yield encoded.cut(skipped, len(encoded))
+        skipped = max(0, skipped - len(encoded))
 
 
 class Judge:
@@ -242,8 +242,8 @@ def _refuse_all_dead(refused: Mapping[int, str], count: int, oldest_s: float = 0
     ((most, _),) = reasons.most_common(1)
     if most.endswith(TOO_OLD):
         do = (
-            f"they lie up to {oldest_s:,.0f} s before the newest row: raise {TOO_OLD}, here and for the stream, "
-            "leave them out, or say --keep-time"
+            f"they are up to {oldest_s:,.0f} s older than the newest row: raise {TOO_OLD}, here and for the stream, "
+            "leave them out, or use --keep-time"
         )
     elif most.endswith(TOO_NEW):
         do = "their times are later than this machine's clock: check both, and events.time_unit"
@@ -294,10 +294,10 @@ class _Walk:
         self.stray = ""
         if options.sort == "memory":
             refuse_beyond_memory(recording, psutil.virtual_memory().available)
-            whole = joined(list(recording.encoded(self._encoder, events)))
-            self.total, self.chunks = len(whole), _slices(whole, order(whole.at_ms), position.acknowledged)
+            encoded = joined(list(recording.encoded(self._encoder, events)))
+            self.total, self.chunks = len(encoded), _slices(encoded, order(encoded.at_ms), position.acknowledged)
             if find_newest:
-                times.add(whole.at_ms, whole.file, whole.line)
+                times.add(encoded.at_ms, encoded.file, encoded.line)
         else:
             self.chunks = _behind(recording.encoded(self._encoder, events), position.acknowledged)
             if find_newest:
@@ -418,14 +418,14 @@ class Replay:
                 walk.require_click(encoded, stamped)
             first = 0
             while first < len(encoded):
-                left = len(encoded) if limit is None else limit - self._sent
-                if self._stopped.is_set() or left <= 0:
+                remaining = len(encoded) if limit is None else limit - self._sent
+                if self._stopped.is_set() or remaining <= 0:
                     return False
                 now_ms, due = self._wall_ms(), len(encoded)
                 if not math.isinf(walk.clock.speed):
                     due = int(np.searchsorted(stamped.due_ms, now_ms, side="right"))
                 if due > first:
-                    judged = walk.judged(encoded, stamped, first, min(due, first + left))
+                    judged = walk.judged(encoded, stamped, first, min(due, first + remaining))
                     first += len(judged.rows)
                     self._deliver(judged, stamped, first)
                 else:
@@ -444,10 +444,10 @@ class Replay:
             return chunk
         stamped = stamp(chunk.at_ms[:count], walk.clock, position.hand)
         piece, _ = walk.records(chunk.cut(0, count), stamped)
-        left = missing(piece, self._destination.arrived_since(position.ends))
-        if len(left):
-            self._destination.send(left)
-        self._progress.say(f"the last run ended in the middle of {count:,} rows: {len(left):,} of them had not arrived")
+        lost = missing(piece, self._destination.arrived_since(position.ends))
+        if len(lost):
+            self._destination.send(lost)
+        self._progress.say(f"the last run ended in the middle of {count:,} rows: {len(lost):,} had not arrived")
         self._position = position.after(stamped.hand(count - 1), position.ends)
         return chunk.cut(count, len(chunk))
 
@@ -537,9 +537,9 @@ def try_out(source: RecordingSource, now_ms: int) -> Findings:
     hand = Hand(NO_TIME, float(now_ms))
     walk = _Walk(source, Position(now_ms, NO_TIME, 0, 0, hand, {}, {}))
     findings = Findings(stray=walk.stray)
-    left = math.inf if source.options.limit is None else source.options.limit
+    remaining = math.inf if source.options.limit is None else source.options.limit
     for chunk in walk.chunks:
-        encoded = chunk if len(chunk) <= left else chunk.cut(0, int(left))
+        encoded = chunk if len(chunk) <= remaining else chunk.cut(0, int(remaining))
         if not len(encoded):
             break
         stamped = stamp(encoded.at_ms, walk.clock, hand)
@@ -551,7 +551,7 @@ def try_out(source: RecordingSource, now_ms: int) -> Findings:
             judged = walk.judged(encoded, stamped, first, len(encoded))
             findings.add(judged, source)
             first += len(judged.rows)
-        left -= len(encoded)
+        remaining -= len(encoded)
     return findings
 
 
@@ -574,13 +574,13 @@ def check(recording: Recording, events: Events, latest_ms: int) -> None:
             next(rows, None)
     judge, encoder = Judge(events), Encoder(events, recording.constants or {}, latest_ms)
     refused: dict[int, str] = {}
-    seen = 0
+    read_rows = 0
     with closing(recording.encoded(encoder, events, CHUNK_ROWS)) as chunks:
         for encoded in chunks:
             stamps = np.full(len(encoded), NO_TIMESTAMP, np.int64)
-            found = judge.judge(Piece(encoded.keys, encoder.values(encoded, encoded.at_ms), stamps))
-            refused |= {seen + row: reason for row, reason in found.items()}
-            seen += len(encoded)
-            if len(refused) < seen or seen >= MOST_ROWS:
+            refusals = judge.judge(Piece(encoded.keys, encoder.values(encoded, encoded.at_ms), stamps))
+            refused |= {read_rows + row: reason for row, reason in refusals.items()}
+            read_rows += len(encoded)
+            if len(refused) < read_rows or read_rows >= MOST_ROWS:
                 break
-    _refuse_all_dead(refused, seen)
+    _refuse_all_dead(refused, read_rows)

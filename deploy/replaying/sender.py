@@ -69,14 +69,14 @@ def missing(piece: Piece, arrived: Sequence[Record]) -> Piece:
     >>> len(missing(piece, [(b"u", b"{}", 5)])), len(missing(piece, [(b"u", b"{}", 6)]))
     (1, 2)
     """
-    there = Counter(arrived)
-    left = []
+    arrived_counts = Counter(arrived)
+    missing_rows = []
     for row, record in enumerate(piece.records()):
-        if there[record]:
-            there[record] -= 1
+        if arrived_counts[record]:
+            arrived_counts[record] -= 1
         else:
-            left.append(row)
-    return piece.take(left)
+            missing_rows.append(row)
+    return piece.take(missing_rows)
 
 
 class Outbox:
@@ -104,8 +104,8 @@ class Outbox:
                 partition = known[key] = partition_of(key, partitions)
             rows.setdefault(partition, []).append(row)
         batches = {
-            partition: encode_batch(mine.keys, mine.values, mine.kafka_ms)
-            for partition, mine in ((partition, piece.take(numbers)) for partition, numbers in rows.items())
+            partition: encode_batch(part.keys, part.values, part.kafka_ms)
+            for partition, part in ((partition, piece.take(numbers)) for partition, numbers in rows.items())
         }
         begins = self._bulk.append(batches)
         return {partition: begin + len(rows[partition]) for partition, begin in begins.items()}
@@ -118,24 +118,24 @@ class Outbox:
     def arrived_since(self, ends: Mapping[int, int]) -> list[Record]:
         """All records in the topic from the positions `ends` on, of any producer."""
         with Topics(self._kafka) as topics:
-            kept = topics.ends(self._topic)
-        begins = {partition: max(begin, ends.get(partition, 0)) for partition, (begin, _) in kept.items()}
-        left = {partition for partition, (_, end) in kept.items() if begins[partition] < end}
-        found: list[Record] = []
-        if not left:
-            return found
+            ranges = topics.ends(self._topic)
+        begins = {partition: max(begin, ends.get(partition, 0)) for partition, (begin, _) in ranges.items()}
+        unread = {partition for partition, (_, end) in ranges.items() if begins[partition] < end}
+        records: list[Record] = []
+        if not unread:
+            return records
         with Reader(
-            self._kafka, self._topic, sorted(left), {partition: begins[partition] for partition in left}
+            self._kafka, self._topic, sorted(unread), {partition: begins[partition] for partition in unread}
         ) as reader:
-            ends_now = {partition: kept[partition][1] for partition in left}
+            ends_now = {partition: ranges[partition][1] for partition in unread}
             for batches in read_to(reader, ends_now, stalled_s=self._kafka.request_timeout_s):
                 for batch in batches:
                     for key, value, kafka_ms in zip(
                         batch.keys, batch.values, batch.timestamps_ms.tolist(), strict=True
                     ):
                         if key is not None and value is not None:
-                            found.append((key, value, kafka_ms))
-        return found
+                            records.append((key, value, kafka_ms))
+        return records
 
     def close(self) -> None:
         """Closes the connections."""

@@ -92,12 +92,9 @@ def encode(clicks: Clicks, events: Events) -> Piece:
     times: list[object] = (clicks.at_ms // unit if unit > 1 else clicks.at_ms).tolist()
     if events.time_unit == "iso":
         times = [f"{time}Z" for time in clicks.at_ms.astype("datetime64[ms]").astype(str).tolist()]
-    who, what, kind, did, when = events.user, events.item, events.category, events.action, events.time
+    names = (events.user, events.item, events.category, events.action, events.time)
     rows = zip(clicks.users, clicks.items, clicks.categories, clicks.actions, times, strict=True)
-    values = [
-        orjson.dumps({who: user, what: item, kind: category, did: action, when: time})
-        for user, item, category, action, time in rows
-    ]
+    values = [orjson.dumps(dict(zip(names, row, strict=True))) for row in rows]
     return Piece([user.encode() for user in clicks.users], values, clicks.at_ms)
 
 
@@ -183,7 +180,7 @@ class ShopperCrowd:
         fresh = self._order[self._random.integers(0, len(self._order), n)]
         moves_ms = at_ms + self._random.exponential(self._drift_ms, n)
         draws = zip(*(column.tolist() for column in (users, at_ms, chance, wandering, focus)), strict=True)
-        session, next_move_ms, found = self._session, self._next_move_ms, []
+        session, next_move_ms, categories = self._session, self._next_move_ms, []
         for row, (user, now_ms, drawn, category, rank) in enumerate(draws):
             if now_ms >= next_move_ms[user]:
                 # The old focus becomes the weakest favourite, or is forgotten.
@@ -195,8 +192,8 @@ class ShopperCrowd:
                 session[user] = favourites[0]
             if drawn >= STAY + WANDER:
                 session[user] = self._favourites[user][rank]
-            found.append(category if STAY <= drawn < STAY + WANDER else session[user])
-        return np.array(found, np.int64)
+            categories.append(category if STAY <= drawn < STAY + WANDER else session[user])
+        return np.array(categories, np.int64)
 
     def _draw(self, cumulative: F64, n: int) -> I64:
         """`[n]` ranks drawn from cumulative probabilities."""

@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     return command
 
 
-def run(asked: argparse.Namespace, settings: Settings, say: Say) -> None:
+def run(args: argparse.Namespace, settings: Settings, say: Say) -> None:
     """Runs `list`, `export` or `lookalikes`.
 
     Raises:
@@ -84,7 +84,7 @@ def run(asked: argparse.Namespace, settings: Settings, say: Say) -> None:
         OSError: The file cannot be written.
     """
     segments = segments_of(settings)
-    if asked.action == "list":
+    if args.action == "list":
         with opened(settings) as store:
             sizes = store.sizes()
         listed = [
@@ -93,70 +93,70 @@ def run(asked: argparse.Namespace, settings: Settings, say: Say) -> None:
         ]
         head = ["segment", "users", "expression"]
         rows = [[str(value) for value in segment.values()] for segment in listed]
-        say(json.dumps(listed) if asked.output == "json" else table([head, *rows]))
+        say(json.dumps(listed) if args.output == "json" else table([head, *rows]))
         return
-    if asked.name not in segments:
+    if args.name not in segments:
         do = f"name one of {', '.join(segments)}" if segments else "name segments in [segments]"
-        raise BadRequest(f"there is no segment {asked.name}", do)
+        raise BadRequest(f"there is no segment {args.name}", do)
     with opened(settings) as store:
-        (export if asked.action == "export" else lookalikes)(asked, settings, store, say)
+        (export if args.action == "export" else lookalikes)(args, settings, store, say)
 
 
-def export(asked: argparse.Namespace, settings: Settings, store: SegmentStore, say: Say) -> None:
+def export(args: argparse.Namespace, settings: Settings, store: SegmentStore, say: Say) -> None:
     """Writes the members of a segment to a file."""
-    total, progress = store.sizes().get(asked.name, 0), ProgressLine(sys.stderr, LINE_EVERY_S)
+    total, progress = store.sizes().get(args.name, 0), ProgressLine(sys.stderr, LINE_EVERY_S)
     rows = write(
-        asked.to,
+        args.to,
         MEMBERS,
-        members(store, asked.name),
+        members(store, args.name),
         lambda done: progress.show(lambda: f"{bar(min(done, total), total, 30)}  {done} of {total} users"),
     )
-    document = {"segment": asked.name, "file": str(asked.to), "users": rows}
+    document = {"segment": args.name, "file": str(args.to), "users": rows}
     progress.show(lambda: f"{rows} users in {progress.took_s:.1f} s", last=True)
-    say(json.dumps(document) if asked.output == "json" else f"{asked.to}: {rows} users of {asked.name}")
+    say(json.dumps(document) if args.output == "json" else f"{args.to}: {rows} users of {args.name}")
 
 
-def lookalikes(asked: argparse.Namespace, settings: Settings, store: SegmentStore, say: Say) -> None:
+def lookalikes(args: argparse.Namespace, settings: Settings, store: SegmentStore, say: Say) -> None:
     """Finds the users nearest to the members of a segment, and prints or writes them."""
-    within = [user for page in all_members(store, asked.name) for user, _ in page]
+    within = [user for page in all_members(store, args.name) for user, _ in page]
     if not within:
         raise NotReady(
-            f"segment {asked.name} has no members", "repeat this when it has some: `springtide segments list`"
+            f"segment {args.name} has no members", "repeat this when it has some: `springtide segments list`"
         )
     host = open_host(settings)
     progress = ProgressLine(sys.stderr, LINE_EVERY_S)
     try:
         predictor = host.predictor()
         total = predictor.histories.users()
-        found = vectors_of(
+        vectors = vectors_of(
             predictor,
             lambda done: progress.show(lambda: f"{bar(min(done, total), total, 30)}  {done} of {total} users"),
         )
     finally:
         host.close()
-    members = np.isin(found.users, np.array(within, np.uint64))
-    near, curve = nearest(found, members, asked.count), precision_curve(found, members)
-    progress.show(lambda: f"{len(found.users)} users in {progress.took_s:.1f} s", last=True)
-    if asked.to is not None:
+    members = np.isin(vectors.users, np.array(within, np.uint64))
+    near, curve = nearest(vectors, members, args.count), precision_curve(vectors, members)
+    progress.show(lambda: f"{len(vectors.users)} users in {progress.took_s:.1f} s", last=True)
+    if args.to is not None:
         columns = [pa.array([f"{user:016x}" for user, _ in near]), pa.array([score for _, score in near], pa.float32())]
         batch = pa.record_batch(columns, schema=LOOKALIKES)
-        write(asked.to, LOOKALIKES, iter([batch]), lambda done: None)
-    if asked.output == "json":
+        write(args.to, LOOKALIKES, iter([batch]), lambda done: None)
+    if args.output == "json":
         document = {
-            "segment": asked.name,
-            "version": found.version,
+            "segment": args.name,
+            "version": vectors.version,
             "members": int(members.sum()),
-            "users": len(found.users),
+            "users": len(vectors.users),
             "lookalikes": [{"pseudonym": f"{user:016x}", "similarity": score} for user, score in near],
             "precision": [point._asdict() for point in curve],
         }
         say(json.dumps(document))
         return
-    say(f"{asked.name}: {members.sum()} members among {len(found.users)} users, by version {found.version}")
-    if asked.to is None:
+    say(f"{args.name}: {members.sum()} members among {len(vectors.users)} users, by version {vectors.version}")
+    if args.to is None:
         say(table([["pseudonym", "similarity"], *([f"{user:016x}", f"{score:.3f}"] for user, score in near)]))
     else:
-        say(f"{asked.to}: the {len(near)} nearest")
+        say(f"{args.to}: the {len(near)} nearest")
     if not curve:
         say("too few members to hold some out: the precision is unknown")
         return
@@ -207,10 +207,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work(arguments: Sequence[str]) -> int:
         flags, words = split_settings(arguments)
-        asked = parser().parse_args(words)
-        if asked.action == "run":
+        args = parser().parse_args(words)
+        if args.action == "run":
             return process.main(flags)
-        run(asked, load(flags), print)
+        run(args, load(flags), print)
         return 0
 
     return run_command("springtide segments", work, argv)

@@ -34,8 +34,8 @@ class ProfileJudge:
     def __init__(self, segments: Mapping[str, Segment]) -> None:
         self._expressions = {segment.name: segment.expression for segment in segments.values()}
         kinds = frozenset[str]().union(*(expression.kinds for expression in self._expressions.values()))
-        asked = {"feature": "features", "attribute": "attributes"}
-        self._fields = frozenset(field for kind, field in asked.items() if kind in kinds)
+        field_of_kind = {"feature": "features", "attribute": "attributes"}
+        self._fields = frozenset(field for kind, field in field_of_kind.items() if kind in kinds)
         self._top = None if "interest" in kinds else 0
 
     def judge(self, predictor: Predictor, users: Sequence[int]) -> list[JudgedUser]:
@@ -44,12 +44,12 @@ class ProfileJudge:
         Raises:
             NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: As `Predictor.profiles`.
         """
-        asked = [Query(named(user), fields=self._fields, top=self._top) for user in users]
-        found: list[JudgedUser] = []
-        for first in range(0, len(asked), MOST_AT_ONCE):
-            answers = predictor.profiles(asked[first : first + MOST_AT_ONCE])
-            found += [self._judged(answer) for answer in answers]
-        return found
+        queries = [Query(named(user), fields=self._fields, top=self._top) for user in users]
+        judged_users: list[JudgedUser] = []
+        for first in range(0, len(queries), MOST_AT_ONCE):
+            answers = predictor.profiles(queries[first : first + MOST_AT_ONCE])
+            judged_users += [self._judged(answer) for answer in answers]
+        return judged_users
 
     def _judged(self, answer: Answer) -> JudgedUser:
         # An unknown user is in no segment, even if an expression holds for all-zero features.

@@ -86,7 +86,7 @@ def vectors_of(predictor: Predictor, report: Callable[[int], None]) -> UserVecto
     users: list[int] = []
     vectors: list[F32] = []
     clicks: list[int] = []
-    version = seen = 0
+    version = passed = 0
     for some in _users(predictor):
         answers = predictor.profiles([Query(named(user), fields=_VECTOR, top=0) for user in some])
         for answer in answers:
@@ -95,8 +95,8 @@ def vectors_of(predictor: Predictor, report: Callable[[int], None]) -> UserVecto
                 vectors.append(answer.vector.copy())
                 clicks.append(answer.features[_CLICKS])
                 version = answer.version["number"]
-        seen += len(some)
-        report(seen)
+        passed += len(some)
+        report(passed)
     stacked = np.stack(vectors) if vectors else np.empty((0, 0), np.float32)
     return UserVectors(np.array(users, np.uint64), stacked, np.array(clicks, np.int64), version)
 
@@ -124,37 +124,37 @@ def similarities(vectors: F32, members: Flags) -> F32:
     centred = vectors - vectors.mean(axis=0)
     length = np.linalg.norm(centred, axis=1, keepdims=True)
     unit = np.divide(centred, length, out=np.zeros_like(centred), where=length > 0)
-    found: F32 = unit @ unit[members].mean(axis=0)
-    return found
+    cosines: F32 = unit @ unit[members].mean(axis=0)
+    return cosines
 
 
-def nearest(found: UserVectors, members: Flags, most: int) -> list[tuple[int, float]]:
+def nearest(vectors: UserVectors, members: Flags, most: int) -> list[tuple[int, float]]:
     """Returns the `most` users nearest to the members who are not members, nearest first, with their similarities."""
     if not members.any():
         return []
-    scores = similarities(found.vectors, members)
+    scores = similarities(vectors.vectors, members)
     scores[members] = -np.inf
     order = np.argsort(-scores, kind="stable")[: min(most, int((~members).sum()))]
-    return [(int(found.users[place]), float(scores[place])) for place in order.tolist()]
+    return [(int(vectors.users[index]), float(scores[index])) for index in order.tolist()]
 
 
-def precision_curve(found: UserVectors, members: Flags, cuts: Sequence[int] = CUTS) -> list[PrecisionAt]:
+def precision_curve(vectors: UserVectors, members: Flags, cuts: Sequence[int] = CUTS) -> list[PrecisionAt]:
     """Returns precision at k with held-out members; empty if there are too few members.
 
     Args:
-        found: All users.
+        vectors: All users.
         members: `[n]` bool.
         cuts: The values of k; values beyond the number of users are left out.
     """
-    held = members & (found.users % np.uint64(HELD_BACK) == 0)
-    given, asked = members & ~held, ~members | held
-    if held.sum() < FEWEST_HELD_BACK or not given.any():
+    held_out = members & (vectors.users % np.uint64(HELD_BACK) == 0)
+    visible, ranked = members & ~held_out, ~members | held_out
+    if held_out.sum() < FEWEST_HELD_BACK or not visible.any():
         return []
-    hits = held[asked]
-    orders = [similarities(found.vectors, given)[asked], found.clicks[asked]]
-    ours, most = (np.cumsum(hits[np.argsort(-order, kind="stable")]) for order in orders)
+    hits = held_out[ranked]
+    orders = [similarities(vectors.vectors, visible)[ranked], vectors.clicks[ranked]]
+    near, most = (np.cumsum(hits[np.argsort(-order, kind="stable")]) for order in orders)
     chance = float(hits.mean())
-    return [PrecisionAt(k, float(ours[k - 1] / k), float(most[k - 1] / k), chance) for k in cuts if k < len(hits)]
+    return [PrecisionAt(k, float(near[k - 1] / k), float(most[k - 1] / k), chance) for k in cuts if k < len(hits)]
 
 
 def aside(settings: Settings) -> Path:
@@ -230,23 +230,23 @@ def run(settings: Settings) -> None:
     host, folder = open_host(settings), aside(settings)
     folder.mkdir()
     try:
-        found = vectors_of(host.predictor(), lambda users: None)
+        vectors = vectors_of(host.predictor(), lambda users: None)
     finally:
         host.close()
     with opened(settings) as store:
         for segment in segments_of(settings):
             within = [user for page in all_members(store, segment) for user, _ in page]
-            members = np.isin(found.users, np.array(within, np.uint64))
+            members = np.isin(vectors.users, np.array(within, np.uint64))
             if not members.any():
                 continue
-            near = nearest(found, members, settings.segments.lookalikes)
+            near = nearest(vectors, members, settings.segments.lookalikes)
             listed = LookalikeList(
-                found.version,
+                vectors.version,
                 wall_ms(),
                 int(members.sum()),
-                len(found.users),
+                len(vectors.users),
                 tuple(NearUser(f"{user:016x}", similarity) for user, similarity in near),
-                tuple(precision_curve(found, members)),
+                tuple(precision_curve(vectors, members)),
             )
             write(folder, segment, listed)
     durable.sync_directory(folder)

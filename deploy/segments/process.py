@@ -113,22 +113,22 @@ class Members:
             LogError: It cannot be read, or nothing came for half a minute.
             StoreFull: The store is full; its content does not change.
         """
-        place = self._store.place()
-        stored = None if place is None else Position(place.topic_id, place.next)
+        position = self._store.place()
+        stored = None if position is None else Position(position.topic_id, position.next)
         reader, opening = open_topic(self._kafka, self._topic, stored=stored)
         with reader:
             begins = {partition: begin for partition, (begin, _) in opening.ends.items()}
-            if place is None or not opening.resumed or place.next.keys() != begins.keys():
-                place = SegmentsPlace(opening.topic_id, begins)
-                self._store.begin_anew(place)
+            if position is None or not opening.resumed or position.next.keys() != begins.keys():
+                position = SegmentsPlace(opening.topic_id, begins)
+                self._store.begin_anew(position)
                 for partition, begin in begins.items():
                     reader.seek(partition, begin)
             for batches in read_to(
                 reader, {partition: end for partition, (_, end) in opening.ends.items()}, stalled_s=STALLED_S
             ):
                 for batch in batches:
-                    place = SegmentsPlace(place.topic_id, {**place.next, batch.partition: batch.next})
-                    self._store.commit(_changes(batch), place)
+                    position = SegmentsPlace(position.topic_id, {**position.next, batch.partition: batch.next})
+                    self._store.commit(_changes(batch), position)
         for segment in self._store.sizes().keys() - {*self._names}:
             for page in all_members(self._store, segment):
                 self._write({(segment, user): None for user, _ in page})
@@ -182,7 +182,7 @@ class Members:
 
 def _changes(batch: PartitionBatch) -> dict[Member, Membership | None]:
     """Returns the memberships in records, the last one of each member; skips malformed records."""
-    found: dict[Member, Membership | None] = {}
+    memberships: dict[Member, Membership | None] = {}
     for offset, key, value in zip(batch.offsets.tolist(), batch.keys, batch.values, strict=True):
         member = member_of(key)
         try:
@@ -192,8 +192,8 @@ def _changes(batch: PartitionBatch) -> dict[Member, Membership | None]:
         if member is None:
             _log.warning("record %d of partition %d of the segments is left out", offset, batch.partition)
         else:
-            found[member] = membership
-    return found
+            memberships[member] = membership
+    return memberships
 
 
 class _Record(NamedTuple):
@@ -230,14 +230,14 @@ class ClickedUsers:
             for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
                 self._meet(offset, value)
         self._metrics.lag_records.set(self._log.lag() + len(self._waiting))
-        found: dict[int, None] = {}
+        users: dict[int, None] = {}
         reached = self._reached(histories)
         while self._waiting and self._waiting[0].next <= reached:
-            found.update(dict.fromkeys(self._waiting.popleft().users.tolist()))
+            users.update(dict.fromkeys(self._waiting.popleft().users.tolist()))
         if sum(len(record.users) for record in self._waiting) > MOST_WAITING:
             self._waiting.clear()
             self.missed = True
-        return list(found)
+        return list(users)
 
     @property
     def waits(self) -> bool:
@@ -306,14 +306,14 @@ class UserSweep:
         if self._pass is None:
             self._pass, self._begun_s, self._due_s = self._walk(), now_s, now_s
             self._share_s = self._every_s / max(1, self._histories().users())
-        found = next(self._pass, None)
-        if found is None:
+        users = next(self._pass, None)
+        if users is None:
             self._pass, self.took_s = None, now_s - self._begun_s
             self._due_s = now_s if self.hurried else max(now_s, self._begun_s + self._every_s)
             self.hurried = False
             return []
-        self._due_s = max(self._due_s + len(found) * self._share_s, now_s - self._every_s)
-        return found
+        self._due_s = max(self._due_s + len(users) * self._share_s, now_s - self._every_s)
+        return users
 
     def _walk(self) -> Iterator[list[int]]:
         following: int | None = 0

@@ -101,15 +101,15 @@ class HostRows:
     def __init__(self, settings: Settings, metrics: ApplierMetrics, now_ms: Callable[[], int]) -> None:
         self._metrics = metrics
         link, memory = settings.serving_dir / ROWS, settings.storage.memory_dir
-        for gone in place.remove_forgotten(memory):
-            _log.info("%s is removed: its state directory is gone, or has its store elsewhere", gone)
-        found = place.choose(link, settings.serving.rows_dir, memory)
-        place.settle(link, found)
-        if found.why:
-            _log.warning("the rows lie on the disk, %s: %s. Each version is written there", found.path, found.why)
+        for folder in place.remove_forgotten(memory):
+            _log.info("%s is removed: its state directory is gone, or has its store elsewhere", folder)
+        chosen = place.choose(link, settings.serving.rows_dir, memory)
+        place.settle(link, chosen)
+        if chosen.why:
+            _log.warning("the rows lie on the disk, %s: %s. Each version is written there", chosen.path, chosen.why)
         # In memory, the map may be larger than the rows' share of the disk.
-        most = settings.serving.map_gb << 30 if found.in_memory else map_bytes(settings, SERVING, ROWS, found.path)
-        self._place, self._store = found, RowStore.open_anew(found.path, most, shares=settings.serving.user_shares)
+        size = settings.serving.map_gb << 30 if chosen.in_memory else map_bytes(settings, SERVING, ROWS, chosen.path)
+        self._place, self._store = (chosen, RowStore.open_anew(chosen.path, size, shares=settings.serving.user_shares))
         self.versions = VersionFollower(
             Registry(settings.registry_dir),
             self._store,
@@ -232,19 +232,19 @@ class AttributesFollower:
 
     def run(self, stop: threading.Event) -> None:
         """Follows until `stop`; raises StoreError if the store cannot be written."""
-        for one in self._followers:
-            self._count(one.side)
+        for follower in self._followers:
+            self._count(follower.side)
         keep_following(self._followers, stop, self._took, "answers use the attributes they have", self._room)
 
     def close(self) -> None:
         """Closes the topics and the store."""
-        for one in self._followers:
-            one.disconnect()
+        for follower in self._followers:
+            follower.disconnect()
         self.store.close()
 
     def _took(self, side: str, _: list[int]) -> None:
         self._count(side)
-        removed, now_s = sum(one.place.counts["removed"] for one in self._followers), time.monotonic()
+        removed, now_s = sum(follower.place.counts["removed"] for follower in self._followers), time.monotonic()
         if removed != self._removed and now_s >= self._due_s:
             # Erased data stays on free pages of the file. Compact once for many erasures, because a copy is expensive.
             self._removed, self._due_s = removed, now_s + PAGES_MS / 1000
@@ -298,7 +298,7 @@ class LogCheck:
         >>> check.reached({0: 9}), check.reached({0: 10}), check.reached({0: 10})
         (None, 5000, None)
         """
-        if self._wanted is None or any(positions.get(one, 0) < end for one, end in self._wanted[1].items()):
+        if self._wanted is None or any(positions.get(partition, 0) < end for partition, end in self._wanted[1].items()):
             return None
         at_ms, self._wanted = self._wanted[0], None
         return at_ms

@@ -67,11 +67,11 @@ def settled(folder: Path, now_ms: int) -> Iterator[tuple[Path, list[bytes]]]:
 def make_room(folder: Path, most_bytes: int = MOST_BYTES) -> int:
     """Removes the oldest files until at most `most_bytes` are left; returns the number of removed files."""
     files = _files(folder)
-    left, removed = sum(path.stat().st_size for path in files), 0
+    bytes_left, removed = sum(path.stat().st_size for path in files), 0
     for path in files:
-        if left <= most_bytes:
+        if bytes_left <= most_bytes:
             break
-        left -= path.stat().st_size
+        bytes_left -= path.stat().st_size
         path.unlink()
         removed += 1
     return removed

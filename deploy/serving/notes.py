@@ -147,7 +147,7 @@ class Currency:
         messages = {}
         for part, age_s in self.ages_s(now_ms).items():
             if age_s is None:
-                messages[part] = "the applier has not yet recorded that all is taken up"
+                messages[part] = "the applier has not yet confirmed that this part is up to date"
             elif age_s > max_age_s:
                 messages[part] = (
                     f"what came in the last {age_s:.0f} s is not all taken up (serving.max_age_s {max_age_s:g})"

@@ -200,9 +200,9 @@ class App:
 
     async def _answer(self, request: Request, done: Done, began_s: float) -> None:
         name = request.endpoint.name
-        here = request.endpoint.answer if self._split is None else self._split.answer
+        answer = request.endpoint.answer if self._split is None else self._split.answer
         try:
-            response = await (here(request) if self.router is None else self.router.answer(request, here))
+            response = await (answer(request) if self.router is None else self.router.answer(request, answer))
         except Exception as error:  # noqa: BLE001 - as of `_failure`
             response = self._failure(name, error)
         done(self._counted(name, response, began_s))
@@ -212,7 +212,7 @@ class App:
         if isinstance(error, SpringtideError):
             return failure(error)
         _log.error("a request for %s failed", name, exc_info=error)
-        return failure(WorkerFailed("the worker failed; its log says why", "report it with the worker's log"))
+        return failure(WorkerFailed("the worker failed; its log has the cause", "report it with the worker's log"))
 
     def _counted(self, name: str, response: Response, began_s: float) -> Response:
         self.counts.count(name, response.status, began_s)

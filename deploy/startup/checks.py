@@ -39,8 +39,8 @@ def require_python(version: Sequence[object]) -> None:
     >>> require_python((3, 11, 7))
     """
     if tuple(version[:2]) != PYTHON:
-        found, wanted = (".".join(map(str, numbers[:2])) for numbers in (version, PYTHON))
-        raise UnsupportedPython(f"Python {found} is not supported", f"install Python {wanted} and run `make clean run`")
+        own, wanted = (".".join(map(str, numbers[:2])) for numbers in (version, PYTHON))
+        raise UnsupportedPython(f"Python {own} is not supported", f"install Python {wanted} and run `make clean run`")
 
 
 def require_directory(directory: Path) -> None:

@@ -34,8 +34,8 @@ def own(settings: Settings) -> list[str]:
     >>> own(Settings())
     []
     """
-    given, default = settings.model, Model()
-    return [getattr(given, name) for name in FUNCTIONS if getattr(given, name) != getattr(default, name)]
+    model, default = settings.model, Model()
+    return [getattr(model, name) for name in FUNCTIONS if getattr(model, name) != getattr(default, name)]
 
 
 def is_own(settings: Settings) -> bool:
@@ -79,18 +79,18 @@ def run(module: str, settings: Settings, *words: str) -> str:
         ProgramError: The check ended with another nonzero status; the message is the check's.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SPRINGTIDE_")}
-    done = subprocess.run(
+    child = subprocess.run(
         [sys.executable, "-m", module, *words],
         env=for_children(environment | settings.environment()),
         capture_output=True,
         text=True,
         check=False,
     )
-    if done.returncode == 0:
-        return done.stdout.strip()
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    message = lines[-1].removeprefix("springtide: ") if lines else f"{module} ended with {done.returncode} in silence"
-    raise (SettingsError if done.returncode == WRONG_USE else ProgramError)(message)
+    if child.returncode == 0:
+        return child.stdout.strip()
+    lines = [line.strip() for line in child.stderr.splitlines() if line.strip()]
+    message = lines[-1].removeprefix("springtide: ") if lines else f"{module} ended with {child.returncode} in silence"
+    raise (SettingsError if child.returncode == WRONG_USE else ProgramError)(message)
 
 
 def take_upgrade(words: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -108,12 +108,12 @@ def take_upgrade(words: Sequence[str]) -> tuple[str | None, list[str]]:
     """
     if "--upgrade" not in words:
         return None, list(words)
-    rest = [word for word in words if word != "--upgrade"]
-    reasons = [after for word, after in itertools.pairwise(rest) if word == "--reason"]
-    reasons += [word.removeprefix("--reason=") for word in rest if word.startswith("--reason=")]
+    words_left = [word for word in words if word != "--upgrade"]
+    reasons = [after for word, after in itertools.pairwise(words_left) if word == "--reason"]
+    reasons += [word.removeprefix("--reason=") for word in words_left if word.startswith("--reason=")]
     if not reasons or not reasons[0].strip():
         raise SettingsError("--upgrade needs --reason TEXT, which is recorded in the history")
-    return reasons[0], rest
+    return reasons[0], words_left
 
 
 def upgrade_or_refuse(settings: Settings, reason: str | None, say: Callable[[str], None]) -> None:

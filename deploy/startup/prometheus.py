@@ -27,13 +27,13 @@ def require_program() -> str:
         SettingsError: It is not installed.
     """
     own = Path(sys.executable).with_name(NAME)
-    found = str(own) if own.exists() else shutil.which(NAME)
-    if found is None:
+    path = str(own) if own.exists() else shutil.which(NAME)
+    if path is None:
         raise SettingsError(
             "--prometheus: there is no program `prometheus` here",
             "install it (Debian: `make debian`, or `apt-get install prometheus`), or start without --prometheus",
         )
-    return found
+    return path
 
 
 def address(settings: Settings) -> str:

@@ -49,7 +49,7 @@ VALIDATION = "validation"
 SEGMENTS = "segments"
 
 # A power cut may lose records that the local Kafka acknowledged in its last second, because there is no replica.
-OF_LOCAL_KAFKA = ("--accept-cut-back", "--reason", "the local Kafka lost what was not on disk")
+OF_LOCAL_KAFKA = ("--accept-cut-back", "--reason", "the local Kafka lost records that were not on disk")
 
 # Each process stops before the ones it writes to, and Kafka stops last: no write is interrupted.
 STOP_ORDER = (
@@ -490,10 +490,10 @@ class Startup:
                     self._screen.live(live_line(snapshot), panel(snapshot, tries, settings.serving.processes))
             self._sleep(POLL_S)
 
-    def _wait(self, look: Callable[[], Found], what: str) -> Found:
+    def _wait(self, look: Callable[[], Found], task: str) -> Found:
         """Watches the processes until `poll` returns something, and returns that; reports what takes long."""
         remind, report = self._clock() + REMIND_S, self._clock() + PROGRESS_S
-        while not (found := look()):
+        while not (result := look()):
             self._poll()
             self._notice_answer()
             if self._clock() >= report:
@@ -502,9 +502,9 @@ class Startup:
                     self._screen.say(f"{self._clock() - self._begin:7.1f} s       {progress}")
             if self._clock() >= remind:
                 remind = self._clock() + REMIND_S
-                self._screen.say(f"{self._clock() - self._begin:7.1f} s  still {what}; see {self._settings.logs_dir}")
+                self._screen.say(f"{self._clock() - self._begin:7.1f} s  still {task}; see {self._settings.logs_dir}")
             self._sleep(POLL_S)
-        return found
+        return result
 
     def _poll(self) -> None:
         """Raises `Stopped` if the operator asked for it; restarts what died."""

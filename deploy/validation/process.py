@@ -131,8 +131,8 @@ class Windows:
         if self.open is None or self._now_ms >= self.open.end_ms:
             ended = self.open
             start_ms = self._now_ms - self._now_ms % self._length_ms
-            whole = self._whole or ended is not None
-            self.open = Window(start_ms, start_ms + self._length_ms, offset, self._new(), whole)
+            is_whole = self._whole or ended is not None
+            self.open = Window(start_ms, start_ms + self._length_ms, offset, self._new(), is_whole)
         self.open.statistics.add(batch.columns, batch.header.attributes)
         return ended
 
@@ -145,18 +145,18 @@ def labels_of(names: Iterable[str]) -> dict[str, str]:
     >>> labels_of(["category", "features.view.count_1h", "features.view.recency"])
     {'category': 'category', 'features.view.count_1h': 'features.view', 'features.view.recency': 'features.view'}
     """
-    found = {name: ".".join(name.split(".")[:2]) if name.startswith(f"{FEATURES}.") else name for name in names}
+    labels = {name: ".".join(name.split(".")[:2]) if name.startswith(f"{FEATURES}.") else name for name in names}
     # Inputs first: there may be up to 255 actions.
-    ordered = sorted({*found.values()}, key=lambda label: (label.startswith(f"{FEATURES}."), label))
-    kept = {*ordered[: MOST_LABELS - 1]} if len(ordered) > MOST_LABELS else {*ordered}
-    return {name: label if label in kept else OTHERS for name, label in found.items()}
+    ordered = sorted({*labels.values()}, key=lambda label: (label.startswith(f"{FEATURES}."), label))
+    shown = {*ordered[: MOST_LABELS - 1]} if len(ordered) > MOST_LABELS else {*ordered}
+    return {name: label if label in shown else OTHERS for name, label in labels.items()}
 
 
 class WindowJudge:
     """Judges windows as they end; `spec` is the digest of the feature spec."""
 
-    def __init__(self, settings: Settings, spec: str, kept: KeptWindows, metrics: ValidationMetrics) -> None:
-        self._settings, self._spec, self._kept, self._metrics = settings, spec, kept, metrics
+    def __init__(self, settings: Settings, spec: str, windows: KeptWindows, metrics: ValidationMetrics) -> None:
+        self._settings, self._spec, self._kept, self._metrics = settings, spec, windows, metrics
         self._say = SaidOnce(_log.warning)
         self._seen: set[str] = set()
 
@@ -185,10 +185,10 @@ class WindowJudge:
         metrics.baseline.set(baseline.accepted.number)
         if previous is not None and not self._settled(window):
             previous = _without_features(previous)
-        found = validate(counted, baseline.schema, baseline.statistics, previous)
-        self._show(counted, found)
-        self._tell(found, rows)
-        return found
+        anomalies = validate(counted, baseline.schema, baseline.statistics, previous)
+        self._show(counted, anomalies)
+        self._tell(anomalies, rows)
+        return anomalies
 
     def _previous(self, window: Window) -> DatasetFeatureStatistics | None:
         try:
@@ -207,15 +207,15 @@ class WindowJudge:
 
     def _baseline(self) -> Baseline | None:
         name = Specs(Directory(self._settings.registry_dir)).bootstrapped(self._spec, self._settings.model)
-        found = None if name is None else Baselines(self._settings.registry_dir).newest(name)
-        if found is None:
+        baseline = None if name is None else Baselines(self._settings.registry_dir).newest(name)
+        if baseline is None:
             self._say(
                 "there is no baseline yet"
                 if name is None
                 else "the bootstrap was one of an earlier release, which made no baseline: "
                 "`springtide schema accept --reason TEXT` makes the newest window one"
             )
-        return found
+        return baseline
 
     def _clear(self) -> None:
         """Clears the metrics of the previous window, so that none of them is shown for this one."""
@@ -223,26 +223,26 @@ class WindowJudge:
             metric.clear()
         self._count({})
 
-    def _show(self, counted: DatasetFeatureStatistics, found: Anomalies) -> None:
+    def _show(self, counted: DatasetFeatureStatistics, anomalies: Anomalies) -> None:
         self._clear()
         features = by_name(counted)
         labels = labels_of(features)
-        for label, against, distance in _largest(found, labels):
+        for label, against, distance in _largest(anomalies, labels):
             self._metrics.distance.labels(label, against).set(distance)
         for name, feature in features.items():
             if not name.startswith(f"{FEATURES}.") and labels[name] != OTHERS:
-                there, missing = common(feature).num_non_missing, common(feature).num_missing
-                self._metrics.missing_ratio.labels(name).set(missing / max(1, there + missing))
-        self._count(Counter(AnomalyInfo.Type.Name(kind) for kind in _kinds(found)))
+                present, missing = common(feature).num_non_missing, common(feature).num_missing
+                self._metrics.missing_ratio.labels(name).set(missing / max(1, present + missing))
+        self._count(Counter(AnomalyInfo.Type.Name(kind) for kind in _kinds(anomalies)))
 
     def _count(self, features: Mapping[str, int]) -> None:
         for kind in KINDS:
             self._metrics.anomalies.labels(kind).set(features.get(kind, 0))
 
-    def _tell(self, found: Anomalies, rows: int) -> None:
-        now = {*found.anomaly_info}
+    def _tell(self, anomalies: Anomalies, rows: int) -> None:
+        now = {*anomalies.anomaly_info}
         for name in sorted(now - self._seen):
-            _log.warning("%s: %s (%d rows)", name, found.anomaly_info[name].description, rows)
+            _log.warning("%s: %s (%d rows)", name, anomalies.anomaly_info[name].description, rows)
         for name in sorted(self._seen - now):
             _log.info("%s: as expected again", name)
         self._seen = now
@@ -256,10 +256,10 @@ def _without_features(statistics: DatasetFeatureStatistics) -> DatasetFeatureSta
     return inputs
 
 
-def _largest(found: Anomalies, labels: Mapping[str, str]) -> Iterable[tuple[str, str, float]]:
+def _largest(anomalies: Anomalies, labels: Mapping[str, str]) -> Iterable[tuple[str, str, float]]:
     """Returns label, reference, and the largest distance of the features with that label, by `labels` of features."""
     distances: dict[tuple[str, str], float] = {}
-    for feature in found.drift_skew_info:
+    for feature in anomalies.drift_skew_info:
         label = labels[feature.path.step[0]]
         for against, measured in (("baseline", feature.skew_measurements), ("previous", feature.drift_measurements)):
             for measurement in measured:
@@ -268,8 +268,8 @@ def _largest(found: Anomalies, labels: Mapping[str, str]) -> Iterable[tuple[str,
     return [(label, against, distance) for (label, against), distance in sorted(distances.items())]
 
 
-def _kinds(found: Anomalies) -> Iterable[int]:
-    for info in found.anomaly_info.values():
+def _kinds(anomalies: Anomalies) -> Iterable[int]:
+    for info in anomalies.anomaly_info.values():
         yield from sorted({reason.type for reason in info.reason})
 
 
@@ -302,8 +302,8 @@ class LogValidation:
         self._log.disconnect()
 
     def _stored(self) -> Position | None:
-        place = self._kept.place()
-        return None if place is None else Position(place[0], {self._partition: place[1]})
+        position = self._kept.place()
+        return None if position is None else Position(position[0], {self._partition: position[1]})
 
     def _opened(self, opening: Opening) -> None:
         """Without a stored offset, starts some windows back."""
@@ -327,17 +327,17 @@ class LogValidation:
                 records.labels("passed").inc()
                 continue
             try:
-                found = decode(value or b"")
+                decoded = decode(value or b"")
             except MicroBatchError as error:
                 records.labels("unreadable").inc()
                 self._say(f"record {offset} of the training log is left out: {error}")
                 continue
-            if found.header.spec != self._spec.digest:
+            if decoded.header.spec != self._spec.digest:
                 records.labels("other_features").inc()
                 continue
             records.labels("read").inc()
-            self._metrics.rows.inc(len(found))
-            ended = self._windows.take(offset, found)
+            self._metrics.rows.inc(len(decoded))
+            ended = self._windows.take(offset, decoded)
             if self._windows.open is not None and self._windows.open.first == offset and self._windows.open.whole:
                 self._kept.note_place(batch.topic_id, offset)
             if ended is not None:

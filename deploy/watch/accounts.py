@@ -88,7 +88,7 @@ def stream_account(counts: Counts) -> StreamAccount:
     """
     parts = [StreamAccount.of(source) for source in counts.values()]
     return StreamAccount(
-        *(sum(getattr(part, each.name) for part in parts) for each in dataclasses.fields(StreamAccount))
+        *(sum(getattr(part, field.name) for part in parts) for field in dataclasses.fields(StreamAccount))
     )
 
 
@@ -179,21 +179,21 @@ def _read_shown(settings: Settings) -> Shown:
 def _read_tail(settings: Settings, version: Manifest, until: Mapping[Source, int], line: LogLine = WHOLE) -> InFlight:
     """Counts the rows between the version's position in the log and the stream's, along a branch of the log."""
     kafka = _quick(settings)
-    partition, place = version.log.partition, onward(line, version.log.next)
+    partition, offset = version.log.partition, onward(line, version.log.next)
     with Topics(kafka) as topics:
         _, end = topics.ends(version.log.topic, committed_only=True)[partition]
-    if end - place > LONGEST_TAIL:
+    if end - offset > LONGEST_TAIL:
         return InFlight(0, 0, version.marks, complete=False)
-    if end <= place:
+    if end <= offset:
         return InFlight(0, 0, version.marks)
     batches: list[MicroBatch] = []
     deadline_s = time.monotonic() + LONGEST_S
-    with Reader(kafka, version.log.topic, [partition], {partition: place}) as reader:
+    with Reader(kafka, version.log.topic, [partition], {partition: offset}) as reader:
         # The trainer stops at a record that is no micro-batch, or leaves it out.
-        for _, found in branch_records(reader, partition, place, end, line, stalled_s=LONGEST_S):
+        for _, batch in branch_records(reader, partition, offset, end, line, stalled_s=LONGEST_S):
             if time.monotonic() > deadline_s:
                 return InFlight(0, 0, version.marks, complete=False)
-            batches.append(found)
+            batches.append(batch)
     return in_flight(batches, version.marks, until)
 
 
@@ -216,17 +216,17 @@ def _settled(
 
 def account(settings: Settings) -> dict[str, Any]:
     """Returns the whole account as JSON values; a part that cannot be read has a reason, and the rest is still checked."""
-    found: dict[str, Any] = {"answers": True, "problem": "", "notes": [], "faults": []}
-    (version, line), counts, waiting, unread = _newest(settings, found), None, None, 0
+    document: dict[str, Any] = {"answers": True, "problem": "", "notes": [], "faults": []}
+    (version, line), counts, waiting, unread = _newest(settings, document), None, None, 0
     stream: StreamAccount | None = None
     # 2.
     try:
         stores = _read_stores(settings) if version is None else _settled(settings, version)
-        counts, found["gaps_accepted"], waiting = stores
+        counts, document["gaps_accepted"], waiting = stores
         stream = stream_account(counts)
     except SpringtideError as error:
         stream, waiting, unread = _read_shown(settings)
-        found["notes"].append(str(error) if stream is None else AS_SHOWN)
+        document["notes"].append(str(error) if stream is None else AS_SHOWN)
     # 3.
     trainer = compared = None
     if version is not None:
@@ -236,36 +236,36 @@ def account(settings: Settings) -> dict[str, Any]:
                 until = {source: counted["next"] for source, counted in counts.items()}
                 flying = _read_tail(settings, version, until, line)
         except SpringtideError as error:
-            found["notes"].append(f"rows in flight are not counted: {error}")
+            document["notes"].append(f"rows in flight are not counted: {error}")
         trainer = _trainer_account(version, flying)
         why = "" if counts is None else comparable(counts, version, flying)
         compared = trainer if counts is not None and not why else None
         if why:
-            found["notes"].append(why)
-        found["trainer"] = {
+            document["notes"].append(why)
+        document["trainer"] = {
             **dataclasses.asdict(trainer),
             "version": version.version,
             "records_left_out": int(version.metrics.get("account.left_out", 0)),
             "in_flight_counted": flying.complete,
         }
     # 4.
-    broker = _broker(settings, counts or {}, found)
-    found["faults"] += [
+    broker = _broker(settings, counts or {}, document)
+    document["faults"] += [
         fault for source in (counts or {}).values() for fault in check_accounts(StreamAccount.of(source))
     ]
     checked = check_accounts(stream, compared, broker, waiting)
-    found["faults"] += [fault for fault in checked if fault not in found["faults"]]
+    document["faults"] += [fault for fault in checked if fault not in document["faults"]]
     if trainer is not None and compared is None:
-        found["faults"] += check_accounts(trainer=trainer)
+        document["faults"] += check_accounts(trainer=trainer)
     if stream is not None:
         unread = sum(source.unread for source in broker) if counts else unread
-        found["stream"] = {**dataclasses.asdict(stream), "waiting": waiting, "unread": unread}
-    found["balanced"] = None if stream is None and trainer is None else not found["faults"]
-    found["compared"] = compared is not None
-    return found
+        document["stream"] = {**dataclasses.asdict(stream), "waiting": waiting, "unread": unread}
+    document["balanced"] = None if stream is None and trainer is None else not document["faults"]
+    document["compared"] = compared is not None
+    return document
 
 
-def _newest(settings: Settings, found: dict[str, Any]) -> tuple[Manifest | None, LogLine]:
+def _newest(settings: Settings, document: dict[str, Any]) -> tuple[Manifest | None, LogLine]:
     # 1.
     try:
         if not (settings.registry_dir / "versions").is_dir():
@@ -275,11 +275,11 @@ def _newest(settings: Settings, found: dict[str, Any]) -> tuple[Manifest | None,
         line = WHOLE if control is None else control.log
         return None if control is None else registry.latest(control.epoch), line
     except (SpringtideError, OSError) as error:
-        found["notes"].append(str(error))
+        document["notes"].append(str(error))
         return None, WHOLE
 
 
-def _broker(settings: Settings, counts: Counts, found: dict[str, Any]) -> list[BrokerAccount]:
+def _broker(settings: Settings, counts: Counts, document: dict[str, Any]) -> list[BrokerAccount]:
     if not counts:
         return []
     try:
@@ -287,7 +287,7 @@ def _broker(settings: Settings, counts: Counts, found: dict[str, Any]) -> list[B
             topic_id = topics.describe(settings.kafka.clicks_topic).topic_id
             ends = topics.ends(settings.kafka.clicks_topic)
     except SpringtideError as error:
-        found["notes"].append(f"the broker's offsets are not known: {error}")
+        document["notes"].append(f"the broker's offsets are not known: {error}")
         return []
     return [
         BrokerAccount(source, counted["next"], *ends[source.partition])
@@ -296,21 +296,21 @@ def _broker(settings: Settings, counts: Counts, found: dict[str, Any]) -> list[B
     ]
 
 
-def as_text(found: Mapping[str, Any]) -> str:
+def as_text(document: Mapping[str, Any]) -> str:
     """Formats the account in one line.
 
     >>> as_text({"balanced": None, "notes": ["no registry"], "faults": []})
     'no registry'
     """
     parts = []
-    if stream := found.get("stream"):
+    if stream := document.get("stream"):
         named = [*OUTCOMES, *(name for name in RARE if stream[name])]
         outcomes = " + ".join(f"{shown(stream[name])} {name}" for name in named)
         parts.append(f"{shown(stream['positions'])} positions = {outcomes}, {shown(stream['unread'])} unread")
         if stream["opened"]:
             fates = " + ".join(f"{shown(stream[name])} {name}" for name in ("joined", "expired", "dropped", "waiting"))
             parts.append(f"{shown(stream['opened'])} opened = {fates}")
-    if trainer := found.get("trainer"):
+    if trainer := document.get("trainer"):
         named = [
             "trained",
             "skipped",
@@ -322,4 +322,4 @@ def as_text(found: Mapping[str, Any]) -> str:
         parts.append(f"{shown(trainer['rows'])} rows = {outcomes}")
         if trainer.get("records_left_out"):
             parts.append(f"{shown(trainer['records_left_out'])} records of the training log left out, as accepted")
-    return "; ".join([*parts, *found["faults"], *found["notes"]])
+    return "; ".join([*parts, *document["faults"], *document["notes"]])

@@ -80,7 +80,7 @@ def serving_address(settings: Settings, path: str = "") -> Address:
 
 def console_address(settings: Settings, path: str = "") -> Address:
     """Returns the address of the page on this machine."""
-    found = address(settings, settings.console.host, settings.console.port, path)
+    page = address(settings, settings.console.host, settings.console.port, path)
     # The page shows serving's answers too, so it requires a token if either of them does.
-    token_file = settings.tokens_dir / OPERATE if are_wanted(settings) else found.token_file
-    return Address(found, token_file, found.certificate)
+    token_file = settings.tokens_dir / OPERATE if are_wanted(settings) else page.token_file
+    return Address(page, token_file, page.certificate)

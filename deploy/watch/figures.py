@@ -220,21 +220,21 @@ def clocks_off(stream: Scrape, wall_s: float) -> dict[str, ClocksOff]:
 
 def starting(scrapes: Mapping[str, Scrape]) -> dict[str, str]:
     r"""Returns the phase of each process that answers on /metrics but does not work yet."""
-    found = {}
+    phases = {}
     for name, scraped in scrapes.items():
         if not scraped.values:
             continue
         if scraped.value("springtide_trainer_standby"):
-            found[name] = STANDS_BY
+            phases[name] = STANDS_BY
             continue
         total, ready = (scraped.value(f"springtide_kernels_{kind}") or 0.0 for kind in ("total", "ready"))
         if ready < total:
-            found[name] = f"compiling kernels, {shown(ready)} of {shown(total)}"
+            phases[name] = f"compiling kernels, {shown(ready)} of {shown(total)}"
         elif name in VERSIONS and not scraped.value(VERSIONS[name]):
-            found[name] = "starting"
+            phases[name] = "starting"
         elif name in BACKLOGS and scraped.value(BACKLOGS[name].waiting) is None:
-            found[name] = "lag unknown" if name in VERSIONS else "starting"
-    return found
+            phases[name] = "lag unknown" if name in VERSIONS else "starting"
+    return phases
 
 
 def falls_behind(name: str, now: Scrape, earlier: Scrape | None, elapsed_s: float) -> str:
@@ -274,14 +274,14 @@ def _kafka_answers(scrapes: Mapping[str, Scrape]) -> bool | None:
 
 def full_parts(scrapes: Iterable[Scrape]) -> list[str]:
     r"""Describes which parts wait for disk space, and which ones use almost all of their share; the worst first."""
-    found = {name: dict[str, float]() for name in ("waiting", "used_bytes", "limit_bytes")}
+    by_kind = {name: dict[str, float]() for name in ("waiting", "used_bytes", "limit_bytes")}
     for scraped in scrapes:
-        for name, parts in found.items():
+        for name, parts in by_kind.items():
             for part, value in scraped.by(f"springtide_storage_{name}", "part").items():
                 parts[part] = parts.get(part, 0.0) + value
-    waits = [f"{WAITS.get(part, part)} waits for room" for part, count in found["waiting"].items() if count]
+    waits = [f"{WAITS.get(part, part)} waits for room" for part, count in by_kind["waiting"].items() if count]
     shares_used = {
-        part: found["used_bytes"].get(part, 0.0) / limit for part, limit in found["limit_bytes"].items() if limit
+        part: by_kind["used_bytes"].get(part, 0.0) / limit for part, limit in by_kind["limit_bytes"].items() if limit
     }
     near = sorted(((share, part) for part, share in shares_used.items() if share > NEAR_LIMIT), reverse=True)
     return [*waits, *(f"{part} takes {share:.0%} of its share of the disk" for share, part in near)]
@@ -372,12 +372,12 @@ class Figures:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the figures as JSON values; names end with their units."""
-        found = dataclasses.asdict(self)
-        found["spreads"] = {
-            f"{name}_s": {key: value for key, value in one.items() if key != "most"}
-            for name, one in found["spreads"].items()
+        document = dataclasses.asdict(self)
+        document["spreads"] = {
+            f"{name}_s": {key: value for key, value in spread.items() if key != "most"}
+            for name, spread in document["spreads"].items()
         }
-        return found
+        return document
 
     def with_kafka(self, kafka: Mapping[str, Any]) -> Figures:
         """Returns the figures with those of a broker (`sections.kafka_lag`): whether it answers, and the lag if it is unknown."""
@@ -511,7 +511,7 @@ def read(stream: Seen, trainer: Seen, applier: Seen, worker: Seen) -> Figures:
         events_per_s=stream.rate("springtide_stream_events_total"),
         lag_events=stream.now.value("springtide_stream_lag_events"),
         lag_s=stream.now.value("springtide_stream_lag_seconds"),
-        dead=dict(sorted(dead.items(), key=lambda one: (-one[1], one[0]))),
+        dead=dict(sorted(dead.items(), key=lambda reason: (-reason[1], reason[0]))),
         dead_per_s=stream.rate("springtide_stream_dead_letters_total"),
         microbatches_per_s=stream.rate("springtide_stream_microbatches_total"),
         microbatch_rows=stream.mean("springtide_stream_microbatch_rows"),
@@ -542,7 +542,7 @@ def read(stream: Seen, trainer: Seen, applier: Seen, worker: Seen) -> Figures:
         failed=worker.count("springtide_requests_total", **ANSWERS, code=FAILED),
         failed_per_s=worker.rate("springtide_requests_total", **ANSWERS, code=FAILED),
         cold_starts=worker.now.total("springtide_cold_starts_total"),
-        faults=sum(one.now.value(f"springtide_accounting_{name}_faults") or 0.0 for name, one in accounts),
+        faults=sum(seen.now.value(f"springtide_accounting_{name}_faults") or 0.0 for name, seen in accounts),
         corrupt=applier.now.total("springtide_serving_corrupt_versions_total") or 0.0,
         differing=applier.now.total("springtide_serving_parity_rows_total", outcome=("differs",)) or 0.0,
         refused=applier.now.value("springtide_serving_refused_version") or 0.0,

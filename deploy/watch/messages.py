@@ -14,7 +14,7 @@ def shown(value: float | None, group: str = ",") -> str:
     return "-" if value is None else f"{value:{group}.0f}"
 
 
-def rate(value: float | None, what: str = "") -> str:
+def rate(value: float | None, unit: str = "") -> str:
     """Formats a rate per second, with a decimal if it is low.
 
     >>> rate(22640.0), rate(9.94, "steps"), rate(0.0), rate(None)
@@ -23,7 +23,7 @@ def rate(value: float | None, what: str = "") -> str:
     if value is None:
         return "-"
     number = f"{value:,.0f}" if value >= 99.95 or value == 0 else f"{value:.1f}"
-    return f"{number} {what}/s" if what else f"{number}/s"
+    return f"{number} {unit}/s" if unit else f"{number}/s"
 
 
 def decimal(value: float | None, digits: int = 3) -> str:

@@ -54,12 +54,12 @@ def _rows(process: type[metrics.Metrics]) -> Sequence[str]:
     registry = CollectorRegistry()
     instance = process(registry)
     labels = {metric._name: metric._labelnames for metric in vars(instance).values() if hasattr(metric, "_labelnames")}
-    found = ["| name | kind | labels | description |", "|---|---|---|---|"]
+    lines = ["| name | kind | labels | description |", "|---|---|---|---|"]
     for family in registry.collect():
         named = ", ".join(f"`{label}`" for label in labels[family.name])
         description = family.documentation.replace("|", "\\|")
-        found.append(f"| `{family.name}` | {family.type} | {named} | {description} |")
-    return found
+        lines.append(f"| `{family.name}` | {family.type} | {named} | {description} |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -119,18 +119,21 @@ def uptime(up_s: Mapping[str, float]) -> str:
     ('up 12 min', 'up 12 min, trainer 8.0 s')
     """
     longest_s = max(up_s.values(), default=None)
-    younger = [f"{name} {seconds(one)}" for name, one in up_s.items() if one < (longest_s or 0.0) - RESTARTED_S]
+    younger = [
+        f"{name} {seconds(part_s)}" for name, part_s in up_s.items() if part_s < (longest_s or 0.0) - RESTARTED_S
+    ]
     return ", ".join([f"up {seconds(longest_s)}", *younger])
 
 
-def bounded(one: Spread) -> tuple[str, str]:
+def bounded(spread: Spread) -> tuple[str, str]:
     """Formats median and 99th percentile, with `>` if they exceed the highest bucket.
 
     >>> bounded(Spread(100, 0.004, 5.0, most=5.0)), bounded(Spread())
     (('4.0 ms', '> 5.0 s'), ('-', '-'))
     """
     p50, p99 = (
-        ("> " if value is not None and value >= one.most else "") + duration(value) for value in (one.p50, one.p99)
+        ("> " if value is not None and value >= spread.most else "") + duration(value)
+        for value in (spread.p50, spread.p99)
     )
     return p50, p99
 
@@ -164,9 +167,9 @@ def aligned(cells: Sequence[str], columns: Sequence[int]) -> str:
     'clicks              lag 0'
     """
     line = ""
-    for place, cell in enumerate(cells):
+    for column, cell in enumerate(cells):
         if cell:
-            start = sum(columns[:place])
+            start = sum(columns[:column])
             line = (line.ljust(start) if len(line) < start or not line else f"{line}  ") + cell
     return line
 

@@ -49,8 +49,8 @@ class Scrape:
         >>> Scrape(parsed(text)).total("rows_total"), Scrape(parsed(text)).total("rows_total", outcome=["dead"])
         (5.0, 2.0)
         """
-        found = [value for _, value in self._matching(name, labels)]
-        return sum(found) if found else None
+        values = [value for _, value in self._matching(name, labels)]
+        return sum(values) if values else None
 
     def buckets(self, name: str, **labels: Collection[str]) -> dict[float, float]:
         r"""Returns a histogram summed over its labels: by upper bound, how many observations were at most that.
@@ -59,11 +59,11 @@ class Scrape:
         >>> Scrape(parsed(text)).buckets("step_seconds")
         {0.1: 2.0, inf: 3.0}
         """
-        found: dict[float, float] = {}
-        for own, value in self._matching(f"{name}_bucket", labels):
-            bound = float(own["le"])
-            found[bound] = found.get(bound, 0.0) + value
-        return found
+        counts: dict[float, float] = {}
+        for own_labels, value in self._matching(f"{name}_bucket", labels):
+            bound = float(own_labels["le"])
+            counts[bound] = counts.get(bound, 0.0) + value
+        return counts
 
     def _matching(self, name: str, wanted: Mapping[str, Collection[str]]) -> Iterator[tuple[dict[str, str], float]]:
         for (series, labels), value in self.values.items():
@@ -107,13 +107,13 @@ def hosts(settings: Settings) -> dict[str, str]:
     Raises:
         SettingsError: An entry has an invalid form.
     """
-    found = dict(entry.partition("=")[::2] for entry in settings.metrics.hosts)
-    if not (found.keys() <= {*ELSEWHERE} and all(found.values())):
+    host_of = dict(entry.partition("=")[::2] for entry in settings.metrics.hosts)
+    if not (host_of.keys() <= {*ELSEWHERE} and all(host_of.values())):
         raise SettingsError(
             f"metrics.hosts is {','.join(settings.metrics.hosts)}",
             f"write PART=HOST, PART one of {', '.join(ELSEWHERE)}",
         )
-    return found
+    return host_of
 
 
 def targets(settings: Settings) -> dict[str, str]:
@@ -192,10 +192,10 @@ def replicas(url: str) -> list[str]:
     """
     parts = urllib.parse.urlsplit(url)
     try:
-        found = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM)
+        infos = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM)
     except OSError:
         return [url]
-    hosts = dict.fromkeys(f"[{at[0]}]" if family == socket.AF_INET6 else str(at[0]) for family, *_, at in found)
+    hosts = dict.fromkeys(f"[{peer[0]}]" if family == socket.AF_INET6 else str(peer[0]) for family, *_, peer in infos)
     return [parts._replace(netloc=f"{host}:{parts.port}").geturl() for host in hosts]
 
 
@@ -204,9 +204,9 @@ def scrape(addresses: Mapping[str, str], get: Callable[[str], tuple[int, str]] =
 
     def one(name: str, url: str) -> Scrape:
         # A name may resolve to a trainer and its standbys.
-        found = [answer(each) for each in (replicas(url) if name == "trainer" else (url,))]
-        working = [each for each in found if each.values and not each.value("springtide_trainer_standby")]
-        return (working or [each for each in found if each.values] or found)[0]
+        scrapes = [answer(replica) for replica in (replicas(url) if name == "trainer" else (url,))]
+        working = [scraped for scraped in scrapes if scraped.values and not scraped.value("springtide_trainer_standby")]
+        return (working or [scraped for scraped in scrapes if scraped.values] or scrapes)[0]
 
     def answer(url: str) -> Scrape:
         status, body = get(url)

@@ -246,5 +246,5 @@ def _of_sections(sections: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem("info", "live clicks have changed", "live-clicks-have-changed")
 
 
-def _share(part: float | None, whole: float | None) -> float:
-    return (part or 0.0) / whole if whole else 0.0
+def _share(part: float | None, total: float | None) -> float:
+    return (part or 0.0) / total if total else 0.0

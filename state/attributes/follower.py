@@ -101,26 +101,26 @@ class AttributeFollower:
         return changed
 
     def _stored(self) -> Position | None:
-        place = self._store.place(self.side)
-        return None if place is None else Position(place.topic_id, place.next)
+        position = self._store.place(self.side)
+        return None if position is None else Position(position.topic_id, position.next)
 
     def _opened(self, opening: Opening) -> None:
         """Clears the store and reads from the beginning, unless the store matches the topic up to its position."""
         begins = {partition: begin for partition, (begin, _) in opening.ends.items()}
-        place = self._store.place(self.side)
+        position = self._store.place(self.side)
         if (
-            place is None
-            or place.identity != self._identity
+            position is None
+            or position.identity != self._identity
             or not opening.resumed
-            or not place.next.keys() <= begins.keys()
+            or not position.next.keys() <= begins.keys()
         ):
-            if place is not None:
+            if position is not None:
                 logger.warning("the %ss' attributes are read again from the beginning of %s", self.side, self._topic)
-            place = TopicPosition(self._identity, opening.topic_id, begins)
-            self._store.begin_anew(self.side, place)
+            position = TopicPosition(self._identity, opening.topic_id, begins)
+            self._store.begin_anew(self.side, position)
             for partition, begin in begins.items():
                 self._log.reader.seek(partition, begin)
-        self.place = replace(place, next={**begins, **place.next})
+        self.place = replace(position, next={**begins, **position.next})
         self._ends = {partition: end for partition, (_, end) in opening.ends.items()}
         self._note_end()
 
@@ -131,11 +131,12 @@ class AttributeFollower:
         counts: Counter[str] = Counter(dict(self.place.counts))
         for offset, key, value in zip(batch.offsets.tolist(), batch.keys, batch.values, strict=True):
             try:
-                one, stored = self._id(key), None if value is None else packed(self._table, value, self._most_bytes)
+                identity = self._id(key)
+                stored = None if value is None else packed(self._table, value, self._most_bytes)
             except DecodeError as error:
                 bad.append(DeadLetter(source, offset, Reason(error.reason), key, value))
                 continue
-            changes[one] = stored
+            changes[identity] = stored
             counts["removed" if stored is None else "value"] += 1
         for first, after, _ in batch.corrupt:
             bad += [DeadLetter(source, lost, Reason.CORRUPT_RECORD, None, None) for lost in range(first, after)]
@@ -177,7 +178,7 @@ def packed(table: AttributeTable, value: bytes, most_bytes: int) -> bytes:
 
 def follow(followers: Sequence[AttributeFollower], timeout_s: float) -> dict[str, list[int]]:
     """Runs one step of each follower; returns the ids whose attributes changed, by side."""
-    return {one.side: one.step(timeout_s) for one in followers}
+    return {follower.side: follower.step(timeout_s) for follower in followers}
 
 
 def keep_following(
@@ -204,7 +205,7 @@ def keep_following(
                 take(side, ids)
             say.clear()
             # A refused batch is read again. A poll without records does not show that there is space again.
-            if room is not None and (any(changed.values()) or not any(one.unread for one in followers)):
+            if room is not None and (any(changed.values()) or not any(follower.unread for follower in followers)):
                 room.found("following attributes")
         except (LogError, StoreFull) as error:
             # The store holds the committed positions; reading resumes there.
@@ -212,6 +213,6 @@ def keep_following(
                 room.refused(error, "following attributes")
             else:
                 say(f"{error}; {meanwhile}, and it is tried again")
-            for one in followers:
-                one.disconnect()
+            for follower in followers:
+                follower.disconnect()
             stop.wait(RETRY_S)

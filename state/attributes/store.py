@@ -58,7 +58,7 @@ class AttributeStore(LmdbStore):
     def read_many(self, side: str, ids: Sequence[int]) -> list[bytes | None]:
         """The values of several ids in one snapshot; decode them with `ids_in` and `texts_in`."""
         with self._env.begin(db=self._databases[side], buffers=False) as transaction:
-            return [transaction.get(one.to_bytes(8, "big")) for one in ids]
+            return [transaction.get(identity.to_bytes(8, "big")) for identity in ids]
 
     def place(self, side: str) -> TopicPosition | None:
         """The position in the side's topic; None if nothing was read yet."""
@@ -71,22 +71,22 @@ class AttributeStore(LmdbStore):
         with self._env.begin() as transaction:
             return int(transaction.stat(self._databases[side])["entries"])
 
-    def commit(self, side: str, changes: Mapping[int, bytes | None], place: TopicPosition) -> None:
+    def commit(self, side: str, changes: Mapping[int, bytes | None], position: TopicPosition) -> None:
         """Sets or removes (None) the changed values and stores the position, in one transaction.
 
         If it raises, nothing was changed. Users of other shares are left out.
         """
         with self._write() as transaction:
-            kept = (one for one in changes if side != "user" or one in self.shares)
-            values = {one.to_bytes(8, "big"): changes[one] for one in kept}
+            own = (identity for identity in changes if side != "user" or identity in self.shares)
+            values = {identity.to_bytes(8, "big"): changes[identity] for identity in own}
             put_all(transaction, self._databases[side], values)
-            transaction.put(side.encode(), msgspec.json.encode(place), db=self._meta)
+            transaction.put(side.encode(), msgspec.json.encode(position), db=self._meta)
 
-    def begin_anew(self, side: str, place: TopicPosition) -> None:
-        """Clears a side and sets its position; the topic is read again from `place`."""
+    def begin_anew(self, side: str, position: TopicPosition) -> None:
+        """Clears a side and sets its position; the topic is read again from `position`."""
         with self._write() as transaction:
             transaction.drop(self._databases[side], delete=False)
-            transaction.put(side.encode(), msgspec.json.encode(place), db=self._meta)
+            transaction.put(side.encode(), msgspec.json.encode(position), db=self._meta)
 
 
 def pack(ids: Sequence[int], texts: Sequence[str | None]) -> bytes:

@@ -59,10 +59,10 @@ def band(value: float, edges: Sequence[float]) -> str:
     >>> [band(value, (10.0, 50.0)) for value in (9.5, 10, 50)]
     ['<10', '10-50', '>=50']
     """
-    place = bisect_right(edges, value)
-    if place == 0:
+    index = bisect_right(edges, value)
+    if index == 0:
         return f"<{edges[0]:g}"
-    return f">={edges[-1]:g}" if place == len(edges) else f"{edges[place - 1]:g}-{edges[place]:g}"
+    return f">={edges[-1]:g}" if index == len(edges) else f"{edges[index - 1]:g}-{edges[index]:g}"
 
 
 def id_of(key: bytes | None) -> str:
@@ -91,9 +91,9 @@ class AttributeTable:
     def __init__(self, side: str, fields: Sequence[Field]) -> None:
         self.side = side
         self.fields = tuple(fields)
-        self.names = tuple(one.name for one in fields)
+        self.names = tuple(field.name for field in fields)
         self.unknown = np.array([self.unknown_id(name) for name in self.names], np.uint64)
-        described = json.dumps([side, *([one.name, one.path, *one.edges] for one in fields)])
+        described = json.dumps([side, *([field.name, field.path, *field.edges] for field in fields)])
         self.digest = hashlib.sha256(described.encode()).hexdigest()[:16]
         self._ids: dict[tuple[str, str | None], int] = {}
 
@@ -120,7 +120,7 @@ class AttributeTable:
             record = _decode(value)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise DecodeError(why(value, error)) from None
-        return [_text(one, record.get(one.path)) for one in self.fields]
+        return [_text(field, record.get(field.path)) for field in self.fields]
 
     def ids(self, texts: Sequence[str | None]) -> list[int]:
         """The ids of the texts that `read` returned."""
@@ -138,13 +138,13 @@ class AttributeTable:
         return known
 
 
-def _text(one: Field, value: Any) -> str | None:
+def _text(field: Field, value: Any) -> str | None:
     """A value as text, or the band of a number; DecodeError if the type is not allowed, or the number is not finite."""
     if value is None or value == "":
         return None
     if not isinstance(value, str | bool | int | float):
         raise DecodeError(Reason.WRONG_TYPE)
-    if not one.edges:
+    if not field.edges:
         return context_text(value)
     try:
         number = math.nan if isinstance(value, bool) else float(value)
@@ -152,7 +152,7 @@ def _text(one: Field, value: Any) -> str | None:
         number = math.nan
     if not math.isfinite(number):
         raise DecodeError(Reason.WRONG_TYPE)
-    return band(number, one.edges)
+    return band(number, field.edges)
 
 
 def tables_of(settings: Attributes) -> dict[str, AttributeTable]:

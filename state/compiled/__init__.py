@@ -51,8 +51,8 @@ _NO_WRAPPERS = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 @overload
 def compiled(kernel: Kernel, /) -> Kernel: ...
 @overload
-def compiled(signature: str, /, *more: str) -> Callable[[Kernel], Kernel]: ...
-def compiled(kernel: Any, /, *more: str) -> Any:
+def compiled(signature: str, /, *signatures: str) -> Callable[[Kernel], Kernel]: ...
+def compiled(kernel: Any, /, *signatures: str) -> Any:
     """Compiles a kernel: for declared argument types at the start of the process, for other types at the first call.
 
     The machine code is cached in `__pycache__` next to the source file, or in the user's cache folder if `__pycache__`
@@ -63,9 +63,9 @@ def compiled(kernel: Any, /, *more: str) -> Any:
 
     Args:
         kernel: The kernel, or the types of its arguments.
-        more: Further types that it is called with.
+        signatures: Further types that it is called with.
     """
-    return _decorated(kernel, more, _njit(cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True))
+    return _decorated(kernel, signatures, _njit(cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True))
 
 
 def inlined(part: Kernel) -> Kernel:
@@ -77,8 +77,8 @@ def inlined(part: Kernel) -> Kernel:
 @overload
 def compiled_sums(kernel: Kernel, /) -> Kernel: ...
 @overload
-def compiled_sums(signature: str, /, *more: str) -> Callable[[Kernel], Kernel]: ...
-def compiled_sums(kernel: Any, /, *more: str) -> Any:
+def compiled_sums(signature: str, /, *signatures: str) -> Callable[[Kernel], Kernel]: ...
+def compiled_sums(kernel: Any, /, *signatures: str) -> Any:
     """Like `compiled`, for floating-point sums: their terms may be regrouped to fill the processor's vectors.
 
     The grouping is fixed when the kernel is compiled for a processor. The same calls give the same bits on that kind of
@@ -86,7 +86,7 @@ def compiled_sums(kernel: Any, /, *more: str) -> Any:
     """
     return _decorated(
         kernel,
-        more,
+        signatures,
         _njit(cache=True, fastmath=_REGROUPED, nogil=True, error_model="numpy", no_cfunc_wrapper=True),
     )
 
@@ -185,12 +185,12 @@ class _CacheFile(IndexDataCacheFile):
 
     def load(self, key: Any) -> Any:
         """The machine code for the types and processor of `key`; None if there is none."""
-        found = super().load(key)
-        if found is None:
+        code = super().load(key)
+        if code is None:
             # Another user's files may be unreadable.
             with suppress(OSError):
-                found = self._installed.load(key)
-        return found
+                code = self._installed.load(key)
+        return code
 
 
 def _size_of(function: FunctionType) -> int:
@@ -198,9 +198,9 @@ def _size_of(function: FunctionType) -> int:
     return len(function.__code__.co_code) + sum(_size_of(part) for part in called if part is not None)
 
 
-def _decorated(kernel: Any, more: tuple[str, ...], compile: Callable[[Any], Any]) -> Any:
+def _decorated(kernel: Any, signatures: tuple[str, ...], compile: Callable[[Any], Any]) -> Any:
     if isinstance(kernel, str):
-        return partial(_cached, compile=compile, signatures=(kernel, *more))
+        return partial(_cached, compile=compile, signatures=(kernel, *signatures))
     return _cached(kernel, compile)
 
 
@@ -278,18 +278,18 @@ def _types_of(signature: str, names: dict[str, Any]) -> tuple[Any, ...]:
     >>> _types_of("i8[:, ::1], const(u8[::1]), bool", {})
     (Array(int64, 2, 'C', False, aligned=True), Array(uint64, 1, 'C', True, aligned=True), bool)
     """
-    found = eval(f"({signature},)", {**names, **_TYPE_NAMES, "__builtins__": {}})
-    return tuple(_type_of(one) for one in found)
+    types = eval(f"({signature},)", {**names, **_TYPE_NAMES, "__builtins__": {}})
+    return tuple(_type_of(type_) for type_ in types)
 
 
-def _type_of(found: Any) -> Any:
+def _type_of(type_: Any) -> Any:
     """Numba's type of a named tuple's class or of a tuple of types; returns other values unchanged."""
-    if isinstance(found, tuple):
-        return numba.types.BaseTuple.from_types([_type_of(one) for one in found])
-    if not isinstance(found, type):
-        return found
-    names = vars(sys.modules[found.__module__])
-    return numba.types.BaseTuple.from_types(_types_of(_LAYOUTS[found], names), found)
+    if isinstance(type_, tuple):
+        return numba.types.BaseTuple.from_types([_type_of(member) for member in type_])
+    if not isinstance(type_, type):
+        return type_
+    names = vars(sys.modules[type_.__module__])
+    return numba.types.BaseTuple.from_types(_types_of(_LAYOUTS[type_], names), type_)
 
 
 def _stamp_of(kernel: Callable[..., object]) -> str:

@@ -25,5 +25,5 @@ def mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     >>> mixed(values).tolist() == [int(mix(value)) for value in values]
     True
     """
-    found: NDArray[np.uint64] = cast(Any, mix).py_func(values)
-    return found
+    mixed_values: NDArray[np.uint64] = cast(Any, mix).py_func(values)
+    return mixed_values

@@ -13,13 +13,13 @@ from numba.extending import intrinsic
 def _prefetching(_context: Any, array: Any, row: Any) -> Any:
     """Prefetches the first cache line of a row for writing; the row must exist. It changes no data."""
 
-    def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-        held, zero = (
-            context.make_array(signature.args[0])(context, builder, given[0]),
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array, zero = (
+            context.make_array(signature.args[0])(context, builder, arguments[0]),
             context.get_constant(types.intp, 0),
         )
-        first = [given[1], *[zero] * (signature.args[0].ndim - 1)]
-        at = cgutils.get_item_pointer(context, builder, signature.args[0], held, first)
+        first = [arguments[1], *[zero] * (signature.args[0].ndim - 1)]
+        at = cgutils.get_item_pointer(context, builder, signature.args[0], array, first)
         pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
         call = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
         # Arguments: for writing, into all cache levels, data cache.

@@ -41,14 +41,14 @@ def field_of(written: str) -> Field:
     if edges == "log":
         return Field(name, path or name, LOG_EDGES)
     try:
-        found = tuple(float(edge) for edge in edges.split("|")) if colon else ()
+        bounds = tuple(float(edge) for edge in edges.split("|")) if colon else ()
     except ValueError:
-        found = (math.nan,)
-    if not all(map(math.isfinite, found)) or list(found) != sorted(set(found)):
+        bounds = (math.nan,)
+    if not all(map(math.isfinite, bounds)) or list(bounds) != sorted(set(bounds)):
         raise ValueError(f"has {written!r}: edges are ascending numbers, as in NAME:10|50|100, or NAME:log")
-    return Field(name, path or name, found)
+    return Field(name, path or name, bounds)
 
 
 def fields_of(written: Sequence[str]) -> tuple[Field, ...]:
     """Parses the attributes of one side, in order."""
-    return tuple(field_of(one) for one in written)
+    return tuple(field_of(text) for text in written)

@@ -96,11 +96,11 @@ def check_together(settings: Settings) -> None:
     """Refuses the first conflict: the SettingsError names the setting to change, its origin, and why."""
     for rule in RULES:
         for names, why, do in rule(settings):
-            name = next((one for one in names if one in settings.origins), names[0])
-            others = "".join(f", {one} from {settings.origins[one]}" for one in names[1:] if one in settings.origins)
+            name = next((name for name in names if name in settings.origins), names[0])
+            others = "".join(f", {key} from {settings.origins[key]}" for key in names[1:] if key in settings.origins)
             also = others if name == names[0] else ""
-            what = f"{settings.origins.get(name, 'default')}: {why}"
-            raise SettingsError(what, f"{do}{also}") if do else SettingsError(f"{what}{also}")
+            problem = f"{settings.origins.get(name, 'default')}: {why}"
+            raise SettingsError(problem, f"{do}{also}") if do else SettingsError(f"{problem}{also}")
 
 
 def actions(settings: Settings) -> Iterator[Conflict]:
@@ -132,21 +132,23 @@ def fields(settings: Settings) -> Iterator[Conflict]:
     """Fields are named once, and none of them reveals the label."""
     events = settings.events
     for name in ("context", "columns"):
-        named = tuple(one for one in getattr(events, name) if one != "-")
+        named = tuple(field for field in getattr(events, name) if field != "-")
         if twice := repeated(named):
             yield Conflict((f"events.{name}",), f"events.{name} names {twice!r} twice", "name each field once")
     known = {events.user, events.item, events.category, events.action, events.time, events.label, events.request}
     known |= {*events.context}
-    for one in events.constants:
-        field, equals, _ = one.partition("=")
+    for entry in events.constants:
+        field, equals, _ = entry.partition("=")
         if not equals or not field:
-            yield Conflict(("events.constants",), f"events.constants {one!r} must be FIELD=VALUE, such as action=view")
+            yield Conflict(
+                ("events.constants",), f"events.constants {entry!r} must be FIELD=VALUE, such as action=view"
+            )
         elif field not in known:
             listed = ", ".join(sorted(known - {""}))
             yield Conflict(
-                ("events.constants",), f"events.constants {one!r}: [events] names no field {field!r}, only {listed}"
+                ("events.constants",), f"events.constants {entry!r}: [events] names no field {field!r}, only {listed}"
             )
-    if twice := repeated([one.partition("=")[0] for one in events.constants]):
+    if twice := repeated([entry.partition("=")[0] for entry in events.constants]):
         yield Conflict(("events.constants",), f"events.constants gives {twice!r} twice", "give each field one value")
     leaks = {*events.outcomes, events.label} - {"", *events.allow_outcomes}
     for name in ("user", "item", "category", "action", "context"):
@@ -164,15 +166,15 @@ def labels(settings: Settings) -> Iterator[Conflict]:
     """Impressions and their outcomes are different actions, and both or neither are set."""
     section, names = settings.labels, ("labels.impressions", "labels.outcomes")
     for name in names:
-        if unknown := [one for one in settings.value(name) if one not in settings.events.actions]:
+        if unknown := [action for action in settings.value(name) if action not in settings.events.actions]:
             yield Conflict((name, "events.actions"), f"{name} names {unknown[0]!r}, which events.actions does not")
     if bool(section.impressions) != bool(section.outcomes):
         empty = names[bool(section.impressions)]
         yield Conflict(
             names[:: 1 if section.impressions else -1], f"{empty} must name an action too: the two go together"
         )
-    if both := [one for one in section.outcomes if one in section.impressions]:
-        yield Conflict(names[::-1], f"labels.outcomes names {both[0]!r}, which is an impression already")
+    if in_both := [action for action in section.outcomes if action in section.impressions]:
+        yield Conflict(names[::-1], f"labels.outcomes names {in_both[0]!r}, which is an impression already")
 
 
 def windows(settings: Settings) -> Iterator[Conflict]:
@@ -189,10 +191,10 @@ def parts(settings: Settings) -> Iterator[Conflict]:
     """A tower has layers, and functions are named so that they can be imported."""
     if not settings.model.hidden:
         yield Conflict(("model.hidden",), "model.hidden must name at least one layer")
-    for one in settings.model.options:
-        if not re.fullmatch(r"\w+=.*", one):
-            yield Conflict(("model.options",), f"model.options {one!r} must be NAME=VALUE, such as heads=4")
-    if twice := repeated([one.partition("=")[0] for one in settings.model.options]):
+    for option in settings.model.options:
+        if not re.fullmatch(r"\w+=.*", option):
+            yield Conflict(("model.options",), f"model.options {option!r} must be NAME=VALUE, such as heads=4")
+    if twice := repeated([option.partition("=")[0] for option in settings.model.options]):
         yield Conflict(("model.options",), f"model.options gives {twice!r} twice", "give each option one value")
     if settings.features.sequence > settings.features.history:
         yield Conflict(
@@ -208,7 +210,7 @@ def parts(settings: Settings) -> Iterator[Conflict]:
 def topics(settings: Settings) -> Iterator[Conflict]:
     """Topics have names that Kafka accepts, and no two have the same name."""
     of_kafka = ("clicks", "dead_letters", "microbatches", "exposures")
-    names = (*(f"kafka.{what}_topic" for what in of_kafka), "segments.topic")
+    names = (*(f"kafka.{topic}_topic" for topic in of_kafka), "segments.topic")
     owners: dict[str, str] = {}
     for name in names:
         topic = settings.value(name)
@@ -228,14 +230,14 @@ def topics(settings: Settings) -> Iterator[Conflict]:
 
 def attributes(settings: Settings) -> Iterator[Conflict]:
     """Attributes are well formed, have distinct names, and come from separate topics."""
-    taken = {settings.value(f"kafka.{name}_topic") for name in ("clicks", "dead_letters", "microbatches")}
-    taken.add(settings.segments.topic)
+    used = {settings.value(f"kafka.{name}_topic") for name in ("clicks", "dead_letters", "microbatches")}
+    used.add(settings.segments.topic)
     known: list[str] = []
     for side in ("user", "item"):
         named_topic, named_fields = f"attributes.{side}_topic", f"attributes.{side}_fields"
         topic, written = settings.value(named_topic), settings.value(named_fields)
         try:
-            known += [one.name for one in fields_of(written)]
+            known += [field.name for field in fields_of(written)]
         except ValueError as error:
             yield Conflict((named_fields,), f"{named_fields} {error}")
         if twice := repeated(known):
@@ -250,9 +252,9 @@ def attributes(settings: Settings) -> Iterator[Conflict]:
             yield Conflict((named_topic,), f"{named_topic} {topic!r} is no name of a topic")
         if not written:
             yield Conflict((named_topic,), f"{named_topic} needs {named_fields}: name the fields to read")
-        if topic in taken:
+        if topic in used:
             yield Conflict((named_topic,), f"{named_topic} must be a topic of its own, not {topic}")
-        taken.add(topic)
+        used.add(topic)
     for name in settings.attributes.slices:
         if name not in known:
             listed = ", ".join(known) or "none"
@@ -336,7 +338,7 @@ def _unused(settings: Settings, names: Sequence[str], wanted: str) -> Iterator[C
 
 def repeated(values: Sequence[str]) -> str | None:
     """The first value that is repeated; None if all differ."""
-    return next((one for place, one in enumerate(values) if one in values[:place]), None)
+    return next((value for index, value in enumerate(values) if value in values[:index]), None)
 
 
 def hosts(settings: Settings) -> Iterator[Conflict]:
@@ -372,7 +374,7 @@ def load(
     >>> load(["--kafka.port", "9192"], env={"SPRINGTIDE_STREAM_CUT_MS": "50"}, path="/dev/null").stream.cut_ms
     50
     """
-    known = {one.name: one for one in known_settings()}
+    known = {setting.name: setting for setting in known_settings()}
     flags = list(from_flags(argv or [], known))
     chosen = [(text, f"{origin}: ") for name, text, origin in flags if name == "config"]
     text, origin = chosen[-1] if chosen else (env.get(PREFIX + "CONFIG", ""), f"variable {PREFIX}CONFIG: ")

@@ -200,6 +200,6 @@ def as_text(value: Any) -> str:
     """
     if not isinstance(value, tuple):
         return str(value)
-    words = [str(one) for one in value]
+    words = [str(item) for item in value]
     plain = all("," not in word and word == word.strip("[] ") for word in words)
     return ",".join(words) if plain else json.dumps(value, ensure_ascii=False)

@@ -68,9 +68,9 @@ def listed(section: str, table: Mapping[str, Any], path: Path, lines: Mapping[st
     if not named:
         return table
     others = {key: value for key, value in table.items() if key in settings}
-    given = others.get(NAMED[section], [])
-    more = [f"{key}={value}" for key, value in named.items()]
-    return {**others, NAMED[section]: [*(given if isinstance(given, list) else [given]), *more]}
+    listed = others.get(NAMED[section], [])
+    added = [f"{key}={value}" for key, value in named.items()]
+    return {**others, NAMED[section]: [*(listed if isinstance(listed, list) else [listed]), *added]}
 
 
 def is_gone(name: str, value: Any, origin: str) -> bool:
@@ -120,7 +120,7 @@ def from_file(path: Path, known: Mapping[str, KnownSetting]) -> Iterator[tuple[s
         if section not in SECTIONS and not isinstance(table, dict):
             near = nearest_setting(section, known)
             raise SettingsError(
-                f"{where}: {section} stands outside of a section",
+                f"{where}: {section} is outside any section",
                 f"the nearest setting is {near}: write it below [{near.partition('.')[0]}]",
             )
         if section not in SECTIONS:
@@ -159,7 +159,7 @@ def from_flags(argv: Sequence[str], known: Mapping[str, KnownSetting]) -> Iterat
             raise SettingsError(f"argument {flag!r}: not a flag", "settings are written --section.name VALUE")
         name = SHORT_FLAGS.get(flag[2:], flag[2:].replace("-", "_"))
         if name != "config" and name not in known and "." not in name:
-            near = difflib.get_close_matches(name, [one.partition(".")[2] for one in known], n=1, cutoff=0.7)
+            near = difflib.get_close_matches(name, [setting.partition(".")[2] for setting in known], n=1, cutoff=0.7)
             like = f" (the nearest is --{nearest_setting(near[0], known)})" if near else ""
             raise SettingsError(
                 f"flag {flag}: no such option",
@@ -220,11 +220,11 @@ def nearest_setting(name: str, known: Mapping[str, object]) -> str:
     if name in RENAMED:
         return RENAMED[name]
     section, _, key = name.rpartition(".")
-    same = [one for one in known if one.partition(".")[2] == key]
+    same = [setting for setting in known if setting.partition(".")[2] == key]
     if same or section:
         return nearest(name, dict.fromkeys(same, 1) or known)
-    near = nearest(name, {one.partition(".")[2]: 1 for one in known})
-    return next(one for one in known if one.partition(".")[2] == near)
+    near = nearest(name, {setting.partition(".")[2]: 1 for setting in known})
+    return next(setting for setting in known if setting.partition(".")[2] == near)
 
 
 def nearest(name: str, candidates: Mapping[str, object]) -> str:
@@ -262,7 +262,7 @@ def checked(known: KnownSetting, value: Any, origin: str) -> Any:
             )
         # An empty default is a list of strings.
         kind = type(known.default[0]) if known.default else str
-        return tuple(_in_bounds(known, _scalar(known, kind, one, where), where) for one in value)
+        return tuple(_in_bounds(known, _scalar(known, kind, element, where), where) for element in value)
     return _in_bounds(known, _scalar(known, type(known.default), value, where), where)
 
 
@@ -312,5 +312,5 @@ def span_ms(text: str) -> float | None:
     >>> span_ms("30m"), span_ms("1.5s"), span_ms("30")
     (1800000.0, 1500.0, None)
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", text)
-    return float(found[1]) * UNITS_MS[found[2]] if found else None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", text)
+    return float(match[1]) * UNITS_MS[match[2]] if match else None

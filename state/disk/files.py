@@ -104,15 +104,15 @@ def sync_tree(path: Path) -> None:
         sync_directory(Path(folder))
 
 
-def exchange(one: Path, other: Path) -> None:
-    """Exchanges the names of two directories, atomically if the file system can; else `other` is briefly missing."""
-    renamed = _LIBC.renameat2(_HERE, os.fsencode(one.absolute()), _HERE, os.fsencode(other.absolute()), _EXCHANGE)
+def exchange(first: Path, second: Path) -> None:
+    """Exchanges the names of two directories, atomically if the file system can; else `second` is briefly missing."""
+    renamed = _LIBC.renameat2(_HERE, os.fsencode(first.absolute()), _HERE, os.fsencode(second.absolute()), _EXCHANGE)
     if renamed == 0:
         return
-    between = one.with_name(f"{one.name}.between")
-    other.rename(between)
-    one.rename(other)
-    between.rename(one)
+    between = first.with_name(f"{first.name}.between")
+    second.rename(between)
+    first.rename(second)
+    between.rename(first)
 
 
 def owner_mark() -> str:

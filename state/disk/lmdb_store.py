@@ -241,12 +241,12 @@ class LmdbStore:
             readahead=False,
         )
         try:
-            with self._env.begin() as ours:
+            with self._env.begin() as snapshot:
                 for name, database in self._databases.items():
                     # A generator ends once; an LMDB cursor would start again.
-                    entries, other = (one for one in ours.cursor(database)), copy.open_db(name.encode())
+                    entries, target = (entry for entry in snapshot.cursor(database)), copy.open_db(name.encode())
                     while some := list(islice(entries, AT_ONCE)):
-                        with copy.begin(write=True, db=other) as transaction:
+                        with copy.begin(write=True, db=target) as transaction:
                             transaction.cursor().putmulti(some, append=True)
         finally:
             copy.close()
@@ -280,9 +280,9 @@ class LmdbStore:
         """Parameters with which the store is created, stored together with the number of its format."""
         return {}
 
-    def _fits(self, held: UserShares, wanted: UserShares) -> bool:
-        """Whether a store with the users of the shares `held` can be used for those of `wanted`."""
-        return held.covers(wanted) if self.readonly else held == wanted
+    def _fits(self, stored_shares: UserShares, wanted: UserShares) -> bool:
+        """Whether a store with the users of `stored_shares` can be used for those of `wanted`."""
+        return stored_shares.covers(wanted) if self.readonly else stored_shares == wanted
 
     def _older_mark(self) -> CleanMark | None:
         """The marker in the form of older releases, which had no `mark.json` for this store."""
@@ -302,17 +302,17 @@ class LmdbStore:
     def _check_made(self) -> None:
         """Refuses another format, and an older release's store that was open at a power cut."""
         stored = self._stored(FORMAT)
-        made = {"format": self.number, **self._made_with()} if stored is None else json.loads(stored)
-        if made["format"] != self.number:
+        document = {"format": self.number, **self._made_with()} if stored is None else json.loads(stored)
+        if document["format"] != self.number:
             raise CorruptStore(
-                f"{self.path} has format {made['format']}, this release reads {self.number}; it is not used",
+                f"{self.path} has format {document['format']}, this release reads {self.number}; it is not used",
                 self.remedy,
             )
-        held = UserShares.parse(str(made.get("shares", "")))
-        self.shares = held if self._wanted is None else self._wanted
-        if stored is not None and not self._fits(held, self.shares):
+        stored_shares = UserShares.parse(str(document.get("shares", "")))
+        self.shares = stored_shares if self._wanted is None else self._wanted
+        if stored is not None and not self._fits(stored_shares, self.shares):
             raise CorruptStore(
-                f"{self.path} holds the users of the shares {held}, and serving.shares is {self.shares}; it is not used",
+                f"{self.path} holds the users of the shares {stored_shares}, and serving.shares is {self.shares}; it is not used",
                 self.remedy,
             )
         if not self.readonly and not self._mark_path.exists():
@@ -320,10 +320,10 @@ class LmdbStore:
 
     def _write_made(self) -> None:
         shares = {} if self.shares.is_all else {"shares": str(self.shares)}
-        made = json.dumps({"format": self.number, **self._made_with(), **shares}).encode()
-        if self._stored(FORMAT) != made:
+        document = json.dumps({"format": self.number, **self._made_with(), **shares}).encode()
+        if self._stored(FORMAT) != document:
             with self._write() as transaction:
-                transaction.put(FORMAT, made, db=self._meta)
+                transaction.put(FORMAT, document, db=self._meta)
 
     def _has(self, name: str) -> bool:
         try:
@@ -350,14 +350,14 @@ class LmdbStore:
         )
         return StoreError(f"the {self.noun} at {self.path} cannot be opened ({error})", do)
 
-    def _refused(self, error: Exception, done: str, where: Path | None = None) -> StoreError:
-        what = f"{self.path} could not be {done} ({error}); nothing was changed"
+    def _refused(self, error: Exception, action: str, where: Path | None = None) -> StoreError:
+        problem = f"{self.path} could not be {action} ({error}); nothing was changed"
         if _is_full(error, where or self.path):
             if where is None and memory_place.is_in_memory(self.path):
                 do = f"free space in memory, or start {self.writer} again: the store is on the disk if memory has no room"
-                return StoreFull(f"{what}: memory is full", do)
-            return StoreFull(what, "free space on its disk")
-        return UnusableDisk(what, "check its disk and its access rights, and start again")
+                return StoreFull(f"{problem}: memory is full", do)
+            return StoreFull(problem, "free space on its disk")
+        return UnusableDisk(problem, "check its disk and its access rights, and start again")
 
 
 def _is_full(error: Exception, path: Path) -> bool:
@@ -379,13 +379,13 @@ def put_all(transaction: lmdb.Transaction, database: Any, values: Mapping[bytes,
 
 def keys_with(cursor: lmdb.Cursor, prefix: bytes, start: bytes, limit: int | None = None) -> list[tuple[bytes, bytes]]:
     """The first `limit` entries, or all, from key `start` on whose key begins with `prefix`, as (key, value)."""
-    found: list[tuple[bytes, bytes]] = []
+    entries: list[tuple[bytes, bytes]] = []
     if cursor.set_range(start):
         for key, value in cursor:
-            if len(found) == limit or not bytes(key).startswith(prefix):
+            if len(entries) == limit or not bytes(key).startswith(prefix):
                 break
-            found.append((bytes(key), bytes(value)))
-    return found
+            entries.append((bytes(key), bytes(value)))
+    return entries
 
 
 def pages_bytes(stat: Mapping[str, Any]) -> int:

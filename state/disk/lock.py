@@ -134,11 +134,11 @@ class DirectoryLock:
     def _write_holder(self) -> None:
         assert self._handle is not None
         started_s = psutil.Process().create_time()
-        about = {"host": socket.gethostname(), "pid": os.getpid(), "started_s": started_s, **self._about}
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "started_s": started_s, **self._about}
         # The holder's name is only informative: a full disk must not prevent commands that free space.
         with contextlib.suppress(OSError):
             os.ftruncate(self._handle, 0)
-            os.pwrite(self._handle, json.dumps(about).encode(), 0)
+            os.pwrite(self._handle, json.dumps(holder).encode(), 0)
 
     def release(self) -> None:
         """Releases the lock; the file stays, because removing it would allow two holders."""

@@ -47,18 +47,18 @@ class Place:
     why: str = ""
 
 
-def choose(link: Path, asked: str, memory: str, least_bytes: int | None = None) -> Place:
+def choose(link: Path, chosen: str, memory: str, least_bytes: int | None = None) -> Place:
     """Chooses the location of a link's store. In memory, it also creates the directory that contains the store.
 
     Args:
         link: A link in a directory whose lock is held.
-        asked: `serving.rows_dir`: a directory to use in any case, or empty; `UnusableDisk` if it cannot be used.
+        chosen: `serving.rows_dir`: a directory to use in any case, or empty; `UnusableDisk` if it cannot be used.
         memory: `storage.memory_dir`, used if it has space; empty if nothing may be in memory.
         least_bytes: The minimum space required. An existing store also requires a quarter more than its size.
     """
     link.parent.mkdir(parents=True, exist_ok=True)
-    if asked:
-        parent = Path(asked).absolute()
+    if chosen:
+        parent = Path(chosen).absolute()
         try:
             parent.mkdir(parents=True, exist_ok=True)
             return Place(own(home(parent, link)), disk_kind(parent) in IN_MEMORY)
@@ -83,10 +83,10 @@ def lack(link: Path, memory: str, least_bytes: int | None = None) -> str:
     try:
         if disk_kind(parent) not in IN_MEMORY:
             return f"{memory} is not in memory"
-        there = size(home(parent, link))
+        present_bytes = size(home(parent, link))
         least_bytes = LEAST_BYTES if least_bytes is None else least_bytes
-        wanted = max(least_bytes, int(GROWTH * max(there, size(link))))
-        room = min(shutil.disk_usage(parent).free, psutil.virtual_memory().available) + there
+        wanted = max(least_bytes, int(GROWTH * max(present_bytes, size(link))))
+        room = min(shutil.disk_usage(parent).free, psutil.virtual_memory().available) + present_bytes
     except OSError as error:
         return reason_of(error)
     return "" if room >= wanted else f"{memory} has room for {_mb(room)}, and {_mb(wanted)} are wanted"
@@ -97,10 +97,10 @@ def home(parent: Path, link: Path) -> Path:
 
     A link at the same path in another container gets another directory.
     """
-    whole = link.parent.resolve()
-    status = whole.stat()
-    about = f"{whole / link.name} {status.st_dev} {status.st_ino}"
-    return parent.absolute() / f"{NAME}{hashlib.sha256(about.encode()).hexdigest()[:16]}" / link.name
+    folder = link.parent.resolve()
+    status = folder.stat()
+    identity = f"{folder / link.name} {status.st_dev} {status.st_ino}"
+    return parent.absolute() / f"{NAME}{hashlib.sha256(identity.encode()).hexdigest()[:16]}" / link.name
 
 
 def own(store: Path) -> Path:
@@ -109,8 +109,8 @@ def own(store: Path) -> Path:
     try:
         folder.mkdir(mode=0o700)
     except FileExistsError:
-        found = folder.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        status = folder.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
             raise OSError(0, "is somebody else's", str(folder)) from None
         folder.chmod(0o700)
     return store
@@ -130,32 +130,32 @@ def current(link: Path) -> Place | None:
     return Place(path, disk_kind(path) in IN_MEMORY)
 
 
-def settle(link: Path, place: Place) -> None:
-    """Points the link to `place`, and removes every other store of this link. The caller holds the directory's lock.
+def settle(link: Path, location: Place) -> None:
+    """Points the link to `location`, and removes every other store of this link. The caller holds the directory's lock.
 
-    1. An existing store at `place` to which the link does not point is stale and is removed.
+    1. An existing store at `location` to which the link does not point is stale and is removed.
     2. The link is replaced atomically: a reader finds the old store or the new one.
     3. The other stores are removed; processes that have them open can still read them.
     """
     before = target_of(link)
-    inside = place.path.is_relative_to(link.parent)
+    inside = location.path.is_relative_to(link.parent)
     if not inside:
-        note(place.path, link)
-    if place.path != link and before != place.path:
+        note(location.path, link)
+    if location.path != link and before != location.path:
         # 1.
-        if place.path.exists():
-            shutil.rmtree(place.path)
+        if location.path.exists():
+            shutil.rmtree(location.path)
         if link.is_dir() and not link.is_symlink():
             shutil.rmtree(link)
         # 2.
         temporary = link.with_name(f"{link.name}.link")
         temporary.unlink(missing_ok=True)
-        temporary.symlink_to(place.path.relative_to(link.parent) if inside else place.path)
+        temporary.symlink_to(location.path.relative_to(link.parent) if inside else location.path)
         temporary.replace(link)
     # 3.
-    for other in {before, home(Path(MEMORY), link), _beside(link)}:
-        if other is not None and other not in (place.path, link):
-            remove(other, link)
+    for store in {before, home(Path(MEMORY), link), _beside(link)}:
+        if store is not None and store not in (location.path, link):
+            remove(store, link)
 
 
 def note(store: Path, link: Path) -> None:
@@ -206,11 +206,11 @@ def remove_forgotten(memory: str, now_s: float | None = None) -> list[Path]:
     now_s, removed = time.time() if now_s is None else now_s, list[Path]()
     for folder in sorted(Path(memory).glob(f"{NAME}*")) if memory else ():
         try:
-            found = folder.lstat()
+            status = folder.lstat()
         except FileNotFoundError:  # Another process removed it after the directory was read.
             continue
-        ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
-        if ours and now_s - found.st_mtime >= FORGOTTEN_S and _is_forgotten(folder):
+        is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+        if is_own and now_s - status.st_mtime >= FORGOTTEN_S and _is_forgotten(folder):
             shutil.rmtree(folder, ignore_errors=True)
             if not folder.exists():
                 removed.append(folder)
@@ -228,8 +228,8 @@ def size(store: Path) -> int:
 def disk_kind(path: Path) -> str:
     """The file system type of `path`, such as ext4 or tmpfs; empty if it is unknown."""
     path = path.resolve(strict=True)
-    mounts = {Path(one.mountpoint): one.fstype for one in psutil.disk_partitions(all=True)}
-    return next((mounts[one] for one in (path, *path.parents) if one in mounts), "")
+    mounts = {Path(mount.mountpoint): mount.fstype for mount in psutil.disk_partitions(all=True)}
+    return next((mounts[folder] for folder in (path, *path.parents) if folder in mounts), "")
 
 
 def is_in_memory(path: Path) -> bool:

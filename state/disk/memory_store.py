@@ -109,8 +109,8 @@ def enter(link: Path, memory: str, boot_id: str | None = None) -> Place:
     before = memory_place.target_of(link)
     if before is not None and not before.exists():
         return Place(before, True)
-    ours = memory_place.home(Path(memory), link) if memory else None
-    if before is not None and before == ours and not memory_place.lack(link, memory):
+    own = memory_place.home(Path(memory), link) if memory else None
+    if before is not None and before == own and not memory_place.lack(link, memory):
         return Place(before, True)
     mark = clean_mark.read(link / layout.MARK)
     if mark is not None and not mark.trusts(boot_id or clean_mark.boot_id()):
@@ -121,40 +121,40 @@ def enter(link: Path, memory: str, boot_id: str | None = None) -> Place:
             "make a copy with `springtide backup` and `springtide restore`, or stop the other one first",
         )
     # 3.
-    place = memory_place.choose(link, "", memory)
-    why = _load(link, place) if place.in_memory else place.why
-    if not place.in_memory or why:
+    location = memory_place.choose(link, "", memory)
+    why = _load(link, location) if location.in_memory else location.why
+    if not location.in_memory or why:
         try:
             bring_back(link)
         except OSError as error:
             if before is None or error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             return Place(before, True)
-        if ours is not None:
-            memory_place.remove(ours, link)
+        if own is not None:
+            memory_place.remove(own, link)
         return Place(link, False, why)
     killpoints.reach("memory.loaded")
     # 4.
     arriving = _beside(link, _ARRIVING)
-    arriving.symlink_to(place.path)
+    arriving.symlink_to(location.path)
     _exchange(arriving, link)
     killpoints.reach("memory.linked")
     _clear(arriving)
     if before is not None:
         memory_place.remove(before, link)
-    return place
+    return location
 
 
-def _load(link: Path, place: Place) -> str:
+def _load(link: Path, location: Place) -> str:
     """Copies the link's store, if any, into memory; returns why that failed, or an empty string."""
-    shutil.rmtree(place.path, ignore_errors=True)
+    shutil.rmtree(location.path, ignore_errors=True)
     try:
-        place.path.mkdir(mode=0o700)
-        memory_place.note(place.path, link)
+        location.path.mkdir(mode=0o700)
+        memory_place.note(location.path, link)
         if link.exists():
-            _copy(link, place.path)
+            _copy(link, location.path)
     except OSError as error:
-        shutil.rmtree(place.path.parent, ignore_errors=True)
+        shutil.rmtree(location.path.parent, ignore_errors=True)
         return reason_of(error)
     return ""
 
@@ -189,23 +189,23 @@ def bring_back(link: Path) -> None:
     land(link, copy)
 
 
-def _copy(store: Path, to: Path) -> None:
+def _copy(store: Path, target: Path) -> None:
     for name in (layout.DATA, layout.MARK):
         # A store that release 0.1.0 left has no mark.
         with suppress(FileNotFoundError):
-            shutil.copyfile(store / name, to / name)
+            shutil.copyfile(store / name, target / name)
 
 
 def _beside(link: Path, suffix: str) -> Path:
     return link.with_name(f"{link.name}.{suffix}")
 
 
-def _exchange(one: Path, link: Path) -> None:
-    """Exchanges `one` with the link, or renames `one` if there is no link; durable when this returns."""
+def _exchange(store: Path, link: Path) -> None:
+    """Exchanges `store` with the link, or renames `store` if there is no link; durable when this returns."""
     if os.path.lexists(link):
-        durable.exchange(one, link)
+        durable.exchange(store, link)
     else:
-        one.rename(link)
+        store.rename(link)
     durable.sync_directory(link.parent)
 
 
@@ -219,9 +219,9 @@ def _clear(path: Path) -> None:
 
 def _recover(link: Path) -> None:
     """Completes or undoes an interrupted exchange. An exchange in several steps leaves no link after its first step."""
-    for one in (_beside(link, _ARRIVING), _beside(link, _SAVING)):
-        between = _beside(one, "between")
+    for store in (_beside(link, _ARRIVING), _beside(link, _SAVING)):
+        between = _beside(store, "between")
         if os.path.lexists(between) and not os.path.lexists(link):
             between.rename(link)
         _clear(between)
-        _clear(one)
+        _clear(store)

@@ -68,7 +68,7 @@ def decode_json(settings: EventSettings) -> Decoder:
     for attribute, name in names.items():
         owners.setdefault(name, []).append(attribute)
     context = [f"context_{index}" for index in range(len(settings.context))]
-    namespace: dict[str, Any] = {"context": property(lambda event: [getattr(event, one) for one in context])}
+    namespace: dict[str, Any] = {"context": property(lambda event: [getattr(event, name) for name in context])}
     namespace |= dict.fromkeys(owners.pop("", []))
     for first, *others in owners.values():
         namespace |= {other: property(attrgetter(first)) for other in others}

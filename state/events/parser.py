@@ -133,10 +133,10 @@ class IdTable:
         if number is None:
             number = self._add(value)
         if number is None:
-            made = self._make(value)
+            identity = self._make(value)
             if self._announced:
-                self._met_long[made] = str(value)
-            return made
+                self._met_long[identity] = str(value)
+            return identity
         if self._announced:
             self._met_singly.append(number)
         return int(self._ids[number])
@@ -154,15 +154,15 @@ class IdTable:
         if self._met_long:
             announced, long, self._met_long = self._announced_long, self._met_long, {}
             late = {
-                made: text
-                for made, text in long.items()
-                if abs(newest_ms - announced.get(made, -ANNOUNCE_MS)) >= ANNOUNCE_MS
+                identity: text
+                for identity, text in long.items()
+                if abs(newest_ms - announced.get(identity, -ANNOUNCE_MS)) >= ANNOUNCE_MS
             }
             announced.update(dict.fromkeys(late, newest_ms))
             texts |= late
         if self._whole:
-            return {made: text for made, text in texts.items() if len(text) <= NAME_CHARACTERS}
-        return {made: text[:NAME_CHARACTERS] for made, text in texts.items()}
+            return {identity: text for identity, text in texts.items() if len(text) <= NAME_CHARACTERS}
+        return {identity: text[:NAME_CHARACTERS] for identity, text in texts.items()}
 
     def _meet(self, numbers: NDArray[np.int64]) -> None:
         if self._met_singly:
@@ -235,7 +235,7 @@ class Parser:
         """Converts the result of one poll to events and dead letters, with the outcomes of every position."""
         for table in (self._users, self._items, self._categories):
             table.begin()
-        found: list[_Columns] = []
+        parts: list[_Columns] = []
         ranges: list[Range] = []
         dead: list[DeadLetter] = []
         for batch in batches:
@@ -249,42 +249,42 @@ class Parser:
             outcomes = len(columns.user), len(columns.dead) + len(corrupt), columns.filtered
             ranges.append(Range(source, batch.first, batch.next, *outcomes, batch.next - batch.first - sum(outcomes)))
             dead += columns.dead + corrupt
-            found.append(columns)
-        return self._batch(found, [batch.offsets for batch in batches], tuple(ranges), tuple(dead))
+            parts.append(columns)
+        return self._batch(parts, [batch.offsets for batch in batches], tuple(ranges), tuple(dead))
 
     def _batch(
         self,
-        found: list[_Columns],
+        parts: list[_Columns],
         offsets: Sequence[NDArray[np.int64]],
         ranges: tuple[Range, ...],
         dead: tuple[DeadLetter, ...],
     ) -> EventBatch:
         """Concatenates the columns of all partition batches, with their offsets, into one batch."""
 
-        def joined(columns: list[NDArray[Any]], kind: type) -> NDArray[Any]:
-            return np.concatenate(columns) if columns else np.empty(0, kind)
+        def joined(part: list[NDArray[Any]], kind: type) -> NDArray[Any]:
+            return np.concatenate(part) if part else np.empty(0, kind)
 
-        action = joined([one.action for one in found], np.uint8)
-        at_ms = joined([one.at_ms for one in found], np.int64)
-        rows = [len(one.user) for one in found]
+        action = joined([part.action for part in parts], np.uint8)
+        at_ms = joined([part.at_ms for part in parts], np.int64)
+        rows = [len(part.user) for part in parts]
         newest_ms = int(at_ms.max()) if len(at_ms) else None
-        contexts = [context for one in found for context in one.contexts]
+        contexts = [context for part in parts for context in part.contexts]
         return EventBatch(
-            user=joined([one.user for one in found], np.uint64),
-            item=joined([one.item for one in found], np.uint64),
-            category=joined([one.category for one in found], np.uint64),
+            user=joined([part.user for part in parts], np.uint64),
+            item=joined([part.item for part in parts], np.uint64),
+            category=joined([part.category for part in parts], np.uint64),
             action=action,
             at_ms=at_ms,
-            label=joined([one.label for one in found], np.float32),
+            label=joined([part.label for part in parts], np.float32),
             weight=self._weights[action],
             context=np.array(contexts, np.uint64).reshape(sum(rows), len(self._settings.context)),
-            source=np.repeat(np.arange(len(found), dtype=np.uint16), rows),
-            offset=joined([of_batch[one.kept] for of_batch, one in zip(offsets, found, strict=True)], np.int64),
+            source=np.repeat(np.arange(len(parts), dtype=np.uint16), rows),
+            offset=joined([of_batch[part.kept] for of_batch, part in zip(offsets, parts, strict=True)], np.int64),
             ranges=ranges,
             dead=dead,
             names={} if newest_ms is None else self._categories.news(newest_ms),
             item_names={} if newest_ms is None else self._items.news(newest_ms),
-            request=np.array([request for one in found for request in one.requests], np.uint64),
+            request=np.array([request for part in parts for request in part.requests], np.uint64),
         )
 
     def _at_once(self, batch: PartitionBatch) -> _Columns | None:
@@ -354,7 +354,7 @@ class Parser:
         contexts: list[list[int]] = []
         requests: list[int] = []
         dead: list[DeadLetter] = []
-        kept: list[int] = []
+        parsed: list[int] = []
         filtered = 0
         limit, wide, paired = self._settings.max_event_bytes, bool(self._settings.context), bool(self._settings.request)
         times = batch.timestamps_ms.tolist()
@@ -377,10 +377,10 @@ class Parser:
             rows.append(row)
             if paired:
                 requests.append(request)
-            kept.append(index)
+            parsed.append(index)
         user, item, category, action, at_ms, label = zip(*rows, strict=True) if rows else ((),) * 6
         return _Columns(
-            np.array(kept, np.int64),
+            np.array(parsed, np.int64),
             np.array(user, np.uint64),
             np.array(item, np.uint64),
             np.array(category, np.uint64),
@@ -459,26 +459,26 @@ class Parser:
         return public_id(value)
 
     def _context(self, event: Any) -> list[int]:
-        found = []
+        ids = []
         for name, value in zip(self._settings.context, event.context, strict=True):
             if value is None or value == "":
-                found.append(0)
+                ids.append(0)
                 continue
             if not isinstance(value, str | bool | int | float):
                 raise DecodeError(Reason.WRONG_TYPE)
             if isinstance(value, float) and not math.isfinite(value):
                 raise DecodeError(Reason.NOT_FINITE)
             key = name, context_text(value)
-            found.append(self._contexts.get(key) or self._new_context(key))
-        return found
+            ids.append(self._contexts.get(key) or self._new_context(key))
+        return ids
 
     def _new_context(self, key: tuple[str, str]) -> int:
-        made = context_id(*key)
+        identity = context_id(*key)
         if len(self._contexts) >= CACHED_CONTEXTS:
             self._contexts.clear()
         if len(key[1]) <= CACHED_CHARACTERS:
-            self._contexts[key] = made
-        return made
+            self._contexts[key] = identity
+        return identity
 
 
 def label_column(labels: list[Any]) -> NDArray[np.float32] | None:
@@ -488,6 +488,6 @@ def label_column(labels: list[Any]) -> NDArray[np.float32] | None:
         return np.full(unknown, np.nan, np.float32)
     if not {*map(type, labels)} <= {type(None), bool, int, float}:
         return None
-    found = np.array([math.nan if label is None else label for label in labels], np.float64)
+    array = np.array([math.nan if label is None else label for label in labels], np.float64)
     # A label that is NaN or infinite fails one of the comparisons.
-    return found.astype(np.float32) if np.count_nonzero((found >= 0) & (found <= 1)) == len(found) - unknown else None
+    return array.astype(np.float32) if np.count_nonzero((array >= 0) & (array <= 1)) == len(array) - unknown else None

@@ -181,10 +181,10 @@ class LossReader:
             with suppress(OSError), path_of(self._registry, segment).open("rb") as file:
                 file.seek(self._at)
                 data = file.read()
-            found = list(_frames(data))
-            if found:
-                self._at += sum(_HEAD.size + _ROW_BYTES * len(record.losses) for record in found)
-                return found
+            records = list(_frames(data))
+            if records:
+                self._at += sum(_HEAD.size + _ROW_BYTES * len(record.losses) for record in records)
+                return records
         return []
 
 
@@ -298,11 +298,11 @@ class PairedComparison:
                 if record.offset >= self.next:
                     self._sides[side][record.offset] = record
         lives, trials = self._sides
-        both = sorted(lives.keys() & trials.keys())
-        for offset in both:
+        common = sorted(lives.keys() & trials.keys())
+        for offset in common:
             self._compare(lives.pop(offset), trials.pop(offset))
-        if both:
-            self.next = both[-1] + 1
+        if common:
+            self.next = common[-1] + 1
         # Both sides are in order, so the other side skipped records that are older than all of its own.
         for waiting, other in ((lives, trials), (trials, lives)):
             bound = max(self.next, min(other, default=0))

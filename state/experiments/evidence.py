@@ -110,21 +110,21 @@ class Evidence:
 
     def expose(self, exposures: Iterable[Exposure]) -> None:
         """Adds exposures. Skips those of other rollouts; late ones of an earlier step count only in the rates."""
-        found: dict[tuple[int, Arm], list[int]] = {}
-        came = dict.fromkeys(ARMS, 0)
+        users_of: dict[tuple[int, Arm], list[int]] = {}
+        counts = dict.fromkeys(ARMS, 0)
         for exposure in exposures:
             if exposure.rollout != self._name:
                 continue
             if exposure.step > self.step:
-                self._count(came)
+                self._count(counts)
                 self._begin(exposure.step, exposure.share)
             if exposure.step == self.step:
-                self._in_newest(exposure, came)
+                self._in_newest(exposure, counts)
             user = int(exposure.user, 16)
             if self._is_known(user, exposure):
-                found.setdefault((exposure.step, exposure.arm), []).append(user)
-        self._count(came)
-        for (step, arm), users in found.items():
+                users_of.setdefault((exposure.step, exposure.arm), []).append(user)
+        self._count(counts)
+        for (step, arm), users in users_of.items():
             self._sums(step)[arm].add(np.zeros(len(users)), np.array(users, np.uint64))
 
     def engage(self, users: NDArray[np.uint64], known_ms: int) -> None:
@@ -134,12 +134,12 @@ class Evidence:
             users: `[n]` uint64, the user of each engagement.
             known_ms: When they became known to the stream, wall clock.
         """
-        found: dict[tuple[int, Arm], list[int]] = {}
+        engagements_of: dict[tuple[int, Arm], list[int]] = {}
         for user in users.tolist():
             shown = [(step, arm) for since_ms, step, arm in self._since.get(user, ()) if since_ms <= known_ms]
             if shown:
-                found.setdefault(shown[-1], []).append(user)
-        for (step, arm), engaged in found.items():
+                engagements_of.setdefault(shown[-1], []).append(user)
+        for (step, arm), engaged in engagements_of.items():
             self._sums(step)[arm].credit(np.ones(len(engaged)), np.array(engaged, np.uint64))
 
     def difference(self) -> Contrast:
@@ -185,29 +185,29 @@ class Evidence:
             else:
                 self._ratio.change(shares)
 
-    def _in_newest(self, one: Exposure, came: dict[Arm, int]) -> None:
-        sums = self.of_step[one.arm]
+    def _in_newest(self, exposure: Exposure, counts: dict[Arm, int]) -> None:
+        sums = self.of_step[exposure.arm]
         sums.answers += 1
-        sums.failures += one.failed
-        if one.took_us is not None:
-            sums.took[latency_bin(one.took_us)] += 1
-        user = int(one.user, 16)
+        sums.failures += exposure.failed
+        if exposure.took_us is not None:
+            sums.took[latency_bin(exposure.took_us)] += 1
+        user = int(exposure.user, 16)
         if user not in self._in_step and len(self._in_step) < MOST_USERS:
             self._in_step.add(user)
             sums.users += 1
-            came[one.arm] += one.share < 1
+            counts[exposure.arm] += exposure.share < 1
 
-    def _count(self, came: dict[Arm, int]) -> None:
-        if self._ratio is not None and any(came.values()):
-            self._ratio.add([came[arm] for arm in ARMS])
-        came.update(dict.fromkeys(ARMS, 0))
+    def _count(self, counts: dict[Arm, int]) -> None:
+        if self._ratio is not None and any(counts.values()):
+            self._ratio.add([counts[arm] for arm in ARMS])
+        counts.update(dict.fromkeys(ARMS, 0))
 
-    def _is_known(self, user: int, one: Exposure) -> bool:
+    def _is_known(self, user: int, exposure: Exposure) -> bool:
         """Whether the user is tracked; records step, arm and time of a new step."""
         before = self._since.get(user, ())
         if not before and len(self._since) >= MOST_USERS:
             return False
-        if not before or (before[-1][1] < one.step and before[-1][0] < one.at_ms):
-            self._since[user] = (*before, (one.at_ms, one.step, one.arm))
-            self.users[one.arm] += all(arm != one.arm for _, _, arm in before)
+        if not before or (before[-1][1] < exposure.step and before[-1][0] < exposure.at_ms):
+            self._since[user] = (*before, (exposure.at_ms, exposure.step, exposure.arm))
+            self.users[exposure.arm] += all(arm != exposure.arm for _, _, arm in before)
         return True

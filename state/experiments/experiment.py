@@ -229,7 +229,7 @@ class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def promote(self, by: By) -> Experiment:
         """Requests that its trainer ends with a last durable version, so that the live trainer can continue from it."""
-        self._require(self.runs or self.stage == "promoting", "be promoted: what it learned is removed")
+        self._require(self.runs or self.stage == "promoting", "be promoted: its weights are removed")
         return self._changed(by, stage="promoting")
 
     def cancel_promotion(self, by: By) -> Experiment:
@@ -349,12 +349,12 @@ class ExperimentsDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
         Raises:
             RegistryError: There is none.
         """
-        if (found := self.find(name)) is None:
+        if (experiment := self.find(name)) is None:
             known = ", ".join(experiment.name for experiment in self.experiments) or "there is none"
             raise RegistryError(
                 f"there is no experiment {name}", f"take one of `springtide experiment status`: {known}"
             )
-        return found
+        return experiment
 
     @property
     def rolled_out(self) -> Experiment | None:
@@ -430,17 +430,17 @@ class Experiments:
         path = self.shared / DOCUMENT
         with usable("be read"):
             try:
-                found = path.stat()
+                status = path.stat()
             except FileNotFoundError:
                 return ExperimentsDocument()
-            mark = (found.st_ino, found.st_mtime_ns, found.st_size)
+            mark = (status.st_ino, status.st_mtime_ns, status.st_size)
             if mark != self._cached[0]:
                 try:
                     self._cached = (mark, sealed.decode(path.read_bytes(), ExperimentsDocument))
                 except ValueError as error:
                     raise RegistryError(
                         f"{path} is damaged: {error}",
-                        f"restore it, or remove it: all experiments end then, and what is in {self.path} is removed",
+                        f"restore it, or remove it: without it all experiments end, and {self.path} is cleared",
                     ) from error
         return self._cached[1]
 
@@ -520,8 +520,8 @@ class Experiments:
 
     def open(self) -> list[str]:
         """Returns the names of experiments with a registry or a part of one, which must be run or removed."""
-        left = (path for name in (layout.REGISTRY, f"{_GONE}*") for path in self.path.glob(f"[!.]*/{name}"))
-        return sorted({path.parent.name for path in left})
+        leftovers = (path for name in (layout.REGISTRY, f"{_GONE}*") for path in self.path.glob(f"[!.]*/{name}"))
+        return sorted({path.parent.name for path in leftovers})
 
     def drop_registry(self, name: str) -> None:
         """Removes the registry of an experiment, but not its comparison."""
@@ -529,8 +529,8 @@ class Experiments:
         if registry.is_dir():
             # Uses one rename, so that a half-removed registry is never mistaken for a complete one.
             registry.rename(folder / f"{_GONE}{os.urandom(4).hex()}")
-        for gone in folder.glob(f"{_GONE}*"):
-            shutil.rmtree(gone)
+        for folder_of_removed in folder.glob(f"{_GONE}*"):
+            shutil.rmtree(folder_of_removed)
 
     def sweep(self) -> None:
         """Removes the files of experiments whose addition was interrupted by a killed command.

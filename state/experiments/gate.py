@@ -128,8 +128,8 @@ def decide(experiment: Experiment, evidence: Evidence, settings: RolloutSettings
 def _against(evidence: Evidence, settings: RolloutSettings) -> Decision | None:
     """The first check that fails; None if none does."""
     trial, live = evidence.of_step[TRIAL], evidence.of_step[LIVE]
-    more = _failing(trial) - _failing(live)
-    if trial.failures >= LEAST_FAILURES and more > settings.max_failures:
+    excess = _failing(trial) - _failing(live)
+    if trial.failures >= LEAST_FAILURES and excess > settings.max_failures:
         return Decision(
             "back", f"it fails in {_failing(trial):.1%} of its answers, the live one in {_failing(live):.1%}"
         )
@@ -202,29 +202,29 @@ def _verdict(evidence: Evidence, lift: Contrast | None) -> tuple[Finding, str]:
     return "undecided", f"undecided: {between}"
 
 
-def as_document(found: RolloutReport, experiment: Experiment) -> dict[str, Any]:
+def as_document(report: RolloutReport, experiment: Experiment) -> dict[str, Any]:
     """Returns the report as JSON values, with the history of the rollout."""
     return {
-        **msgspec.to_builtins(found),
+        **msgspec.to_builtins(report),
         "phase": experiment.phase,
         "share": experiment.share,
         "history": msgspec.to_builtins(experiment.rollout_history),
     }
 
 
-def as_lines(found: RolloutReport, experiment: Experiment) -> list[str]:
+def as_lines(report: RolloutReport, experiment: Experiment) -> list[str]:
     """Formats the report as lines of text."""
     newest = experiment.newest
-    lines = [f"{found.name}: {experiment.phase}, {experiment.share:g} of the users ({newest.actor}: {newest.reason})"]
+    lines = [f"{report.name}: {experiment.phase}, {experiment.share:g} of the users ({newest.actor}: {newest.reason})"]
     lines.append(
         f"{'arm':<6}{'users':>10}{'answers':>12}{'engagements':>13}{'rate':>9}{'failures':>10}{'p50 ms':>9}{'p99 ms':>9}"
     )
-    for arm, one in found.arms.items():
+    for arm, figures in report.arms.items():
         lines.append(
-            f"{arm:<6}{one.users:>10,}{one.answers:>12,}{one.engagements:>13,}{one.rate:>9.4f}{one.failures:>10,}"
-            f"{one.p50_ms:>9.1f}{one.p99_ms:>9.1f}"
+            f"{arm:<6}{figures.users:>10,}{figures.answers:>12,}{figures.engagements:>13,}{figures.rate:>9.4f}{figures.failures:>10,}"
+            f"{figures.p50_ms:>9.1f}{figures.p99_ms:>9.1f}"
         )
-    lines.append(f"difference   {found.difference.as_text('+.4f')} engagements per answer")
-    if found.lift is not None:
-        lines.append(f"lift         {found.lift.as_text('+.1%')}")
-    return [*lines, f"sample ratio p = {found.mismatch_p:.2g}", found.verdict]
+    lines.append(f"difference   {report.difference.as_text('+.4f')} engagements per answer")
+    if report.lift is not None:
+        lines.append(f"lift         {report.lift.as_text('+.1%')}")
+    return [*lines, f"sample ratio p = {report.mismatch_p:.2g}", report.verdict]

@@ -71,9 +71,11 @@ class Erasure:
         """
         line, _, users = data.partition(b"\n")
         head = json.loads(line)
-        until = tuple((int(word), int(part), int(after)) for word, part, after in head["until"])
-        made = cls(int(head["id"]), int(head["generation"]), int(head["at_ms"]), MaskedUsers.from_bytes(users), until)
-        return made, str(head["before"])
+        until = tuple((int(topic), int(part), int(after)) for topic, part, after in head["until"])
+        erasure = cls(
+            int(head["id"]), int(head["generation"]), int(head["at_ms"]), MaskedUsers.from_bytes(users), until
+        )
+        return erasure, str(head["before"])
 
 
 @dataclass(frozen=True)
@@ -108,19 +110,19 @@ class Erased:
     @cached_property
     def users(self) -> MaskedUsers:
         """All users named in any erasure."""
-        return reduce(lambda known, one: known | one.users, self.entries, MaskedUsers.NOBODY)
+        return reduce(lambda known, entry: known | entry.users, self.entries, MaskedUsers.NOBODY)
 
     def after(self, through: int) -> Erased:
         """The erasures with a number above `through`."""
-        return self if not through else Erased(tuple(one for one in self.entries if one.id > through))
+        return self if not through else Erased(tuple(entry for entry in self.entries if entry.id > through))
 
     def up_to(self, through: int) -> Erased:
         """The erasures with the number `through` or below."""
-        return self if through >= self.last else Erased(tuple(one for one in self.entries if one.id <= through))
+        return self if through >= self.last else Erased(tuple(entry for entry in self.entries if entry.id <= through))
 
     def hides(self, user: int, through: int) -> bool:
         """Whether an erasure above number `through` names `user`; a copy has applied the erasures up to `through`."""
-        return user in self.users and any(one.id > through and user in one.users for one in self.entries)
+        return user in self.users and any(entry.id > through and user in entry.users for entry in self.entries)
 
     def rows(
         self,
@@ -132,34 +134,34 @@ class Erased:
         """Which rows of a batch are erased; the arguments are those of `Mask.rows`."""
         out = np.zeros(len(user), np.bool_)
         # Computes the rest only for rows of erased users, because these rarely return.
-        theirs = np.flatnonzero(self.users.has(user))
-        if not len(theirs):
+        erased_rows = np.flatnonzero(self.users.has(user))
+        if not len(erased_rows):
             return out
         words, parts = ([getattr(part.source, name) for part in ranges] for name in ("topic", "partition"))
-        topic, partition = (np.array(values or [0], np.int64)[source[theirs]] for values in (words, parts))
-        for one in self.entries:
-            mine = one.users.has(user[theirs])
-            if mine.any():
-                out[theirs[mine & one._offsets(topic, partition, offset[theirs])]] = True
+        topic, partition = (np.array(values or [0], np.int64)[source[erased_rows]] for values in (words, parts))
+        for entry in self.entries:
+            is_named = entry.users.has(user[erased_rows])
+            if is_named.any():
+                out[erased_rows[is_named & entry._offsets(topic, partition, offset[erased_rows])]] = True
         return out
 
     def events(self, history: NDArray[Any], user: int) -> Flags:
         """Which events of one user's history (`[m]` EVENT) are erased."""
         out = np.zeros(len(history), np.bool_)
         if user in self.users:
-            for one in self.entries:
-                if user in one.users:
-                    out |= one._offsets(history["topic"], history["partition"], history["offset"])
+            for entry in self.entries:
+                if user in entry.users:
+                    out |= entry._offsets(history["topic"], history["partition"], history["offset"])
         return out
 
     @cached_property
     def files(self) -> tuple[tuple[str, bytes], ...]:
         """The file of each erasure as (SHA-256, bytes), in order; each file names the preceding one."""
-        found: list[tuple[str, bytes]] = []
-        for one in self.entries:
-            data = one.to_bytes(found[-1][0] if found else "")
-            found.append((hashlib.sha256(data).hexdigest(), data))
-        return tuple(found)
+        files: list[tuple[str, bytes]] = []
+        for entry in self.entries:
+            data = entry.to_bytes(files[-1][0] if files else "")
+            files.append((hashlib.sha256(data).hexdigest(), data))
+        return tuple(files)
 
     @property
     def digest(self) -> str:
@@ -173,12 +175,12 @@ class Erased:
     @classmethod
     def from_bytes(cls, data: bytes) -> Erased:
         """Decodes the output of `to_bytes`; ValueError if the data is not such a value."""
-        found, at = [], 0
+        erasures, at = [], 0
         while at < len(data):
             size = int.from_bytes(data[at : at + 8], "big")
-            found.append(Erasure.from_bytes(data[at + 8 : at + 8 + size])[0])
+            erasures.append(Erasure.from_bytes(data[at + 8 : at + 8 + size])[0])
             at += 8 + size
-        return cls(tuple(found))
+        return cls(tuple(erasures))
 
     def and_also(
         self, users: MaskedUsers, until: Iterable[tuple[int, int, int]], generation: int, at_ms: int

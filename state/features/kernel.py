@@ -108,25 +108,25 @@ class Course(NamedTuple):
 @inlined
 def hides(hidden: Hidden, source: int, offset: int, at_ms: int) -> bool:
     """Whether a mask hides the event; `source` is topic | partition << 32."""
-    found = False
+    is_hidden = False
     for k in range(hidden.offsets.shape[0]):
         if source == hidden.offsets[k, 0] and hidden.offsets[k, 1] <= offset < hidden.offsets[k, 2]:
-            found = True
+            is_hidden = True
     for k in range(hidden.times.shape[0]):
         if hidden.times[k, 0] <= at_ms < hidden.times[k, 1]:
-            found = True
-    return found
+            is_hidden = True
+    return is_hidden
 
 
 @inlined
-def newer(ring: I64, left: int, right: int) -> bool:
-    """Whether the event at `left` comes after that at `right`: by time, then offset, then source."""
-    if ring[left, 0] != ring[right, 0]:
-        return bool(ring[left, 0] > ring[right, 0])
-    if ring[left, 3] != ring[right, 3]:
-        return bool(ring[left, 3] > ring[right, 3])
+def newer(ring: I64, first: int, second: int) -> bool:
+    """Whether the event at `first` comes after that at `second`: by time, then offset, then source."""
+    if ring[first, 0] != ring[second, 0]:
+        return bool(ring[first, 0] > ring[second, 0])
+    if ring[first, 3] != ring[second, 3]:
+        return bool(ring[first, 3] > ring[second, 3])
     # An added partition or a recreated topic can repeat an offset.
-    return bool((ring[left, 4] & SOURCE_BITS) > (ring[right, 4] & SOURCE_BITS))
+    return bool((ring[first, 4] & SOURCE_BITS) > (ring[second, 4] & SOURCE_BITS))
 
 
 @inlined
@@ -142,27 +142,27 @@ def put_in_order(
     truncated = count == tables.history
     visible = 0
     oldest = at_ms
-    place = end
+    slot = end
     for _ in range(count):
-        place -= 1
-        if place < 0:
-            place += ring.shape[0]
-        time = ring[place, 0]
+        slot -= 1
+        if slot < 0:
+            slot += ring.shape[0]
+        time = ring[slot, 0]
         if time <= horizon:
             truncated = False
             continue
         if time > at_ms:
             continue
-        if masked and hides(hidden, ring[place, 4] & SOURCE_BITS, ring[place, 3], time):
+        if masked and hides(hidden, ring[slot, 4] & SOURCE_BITS, ring[slot, 3], time):
             continue
         hole = visible
         if time >= oldest:
-            while hole > 0 and newer(ring, place, order[hole - 1]):
+            while hole > 0 and newer(ring, slot, order[hole - 1]):
                 order[hole] = order[hole - 1]
                 hole -= 1
         else:
             oldest = time
-        order[hole] = place
+        order[hole] = slot
         visible += 1
     return visible, truncated
 
@@ -177,8 +177,8 @@ def follow(ring: I64, at_ms: int, visible: int, tables: Tables, work: Scratch) -
     day_start = at_ms + 1
     open_session = True
     for k in range(visible):
-        place = work.order[k]
-        time, category = ring[place, 0], ring[place, 1]
+        slot = work.order[k]
+        time, category = ring[slot, 0], ring[slot, 1]
         gap = newer_time - time
         newer_time = time
         # Without a branch, because the processor cannot predict whether a session ends here.
@@ -214,13 +214,13 @@ def slot_of(table: I64, key: int, generation: int, fresh: int) -> int:
     """Finds the slot of `key`, or assigns slot `fresh` to it."""
     # Unsigned indices avoid the check for a negative index, here and below.
     mask = np.uint64(table.shape[0] - 1)
-    place = np.uint64(key) & mask
-    while (table[place, 1] >> 16) == generation:
-        if table[place, 0] == key:
-            return int(table[place, 1] & 0xFFFF)
-        place = (place + np.uint64(1)) & mask
-    table[place, 0] = key
-    table[place, 1] = (generation << 16) | fresh
+    slot = np.uint64(key) & mask
+    while (table[slot, 1] >> 16) == generation:
+        if table[slot, 0] == key:
+            return int(table[slot, 1] & 0xFFFF)
+        slot = (slot + np.uint64(1)) & mask
+    table[slot, 0] = key
+    table[slot, 1] = (generation << 16) | fresh
     return fresh
 
 
@@ -245,8 +245,8 @@ def sum_up(
     _begin(work, recent_categories, category_windows)
     category_count = item_count = session_categories = session_items = window = shift = step = 0
     for k in range(visible):
-        place = work.order[k]
-        time, category, item, packed = ring[place, 0], ring[place, 1], ring[place, 2], ring[place, 4]
+        event = work.order[k]
+        time, category, item, packed = ring[event, 0], ring[event, 1], ring[event, 2], ring[event, 4]
         action = min((packed >> 48) & 0xFF, actions)
         age = at_ms - time
         while age >= windows[window]:
@@ -340,28 +340,28 @@ def write_features(
     tables: Tables,
     work: Scratch,
     course: Course,
-    found: Totals,
+    totals: Totals,
     truncated: bool,
     category_windows: U16,
     features: U16,
 ) -> None:
     """Writes the row, in the order of `FeatureSpec.names`."""
     f = _write_sums(tables, work, features)
-    f = _write_distinct(tables, work, found.categories, features, f)
+    f = _write_distinct(tables, work, totals.categories, features, f)
     for k in range(GAPS):
         features[f] = work.gaps[k]
         f += 1
     recency = tables.recency
     features[f] = course.session_events
     features[f + 1] = recency[step_of((at_ms - course.session_start) >> 10)] if course.session_events else NEVER
-    features[f + 2] = found.session_categories
-    features[f + 3] = found.session_items
+    features[f + 2] = totals.session_categories
+    features[f + 3] = totals.session_items
     features[f + 4] = course.sessions
     features[f + 5] = course.same_category
     features[f + 6] = course.switches
     features[f + 7] = course.visible
     features[f + 8] = truncated
-    features[f + 9] = recency[found.oldest_step] if course.visible else NEVER
+    features[f + 9] = recency[totals.oldest_step] if course.visible else NEVER
     features[f + 10] = course.days
     f = _write_clock(at_ms, tables, features, f + 11)
     for slot in range(SLOTS):
@@ -450,11 +450,11 @@ def write_sequence(ring: I64, at_ms: int, visible: int, tables: Tables, work: Sc
             rows.sequence_actions[n, k] = 0
             rows.sequence_ages[n, k] = 0
             continue
-        place = work.order[k]
-        rows.sequence_items[n, k] = ring[place, 2]
-        rows.sequence_categories[n, k] = ring[place, 1]
-        rows.sequence_actions[n, k] = 1 + min((ring[place, 4] >> 48) & 0xFF, tables.actions)
-        rows.sequence_ages[n, k] = tables.recency[step_of((at_ms - ring[place, 0]) >> 10)]
+        event = work.order[k]
+        rows.sequence_items[n, k] = ring[event, 2]
+        rows.sequence_categories[n, k] = ring[event, 1]
+        rows.sequence_actions[n, k] = 1 + min((ring[event, 4] >> 48) & 0xFF, tables.actions)
+        rows.sequence_ages[n, k] = tables.recency[step_of((at_ms - ring[event, 0]) >> 10)]
 
 
 # Not in the module of the classes: using only a spec, its digest or names needs no compiler.
@@ -481,14 +481,14 @@ def _write_row(
     visible, truncated = put_in_order(ring, end, count, at_ms, tables, hidden, work.order)
     course = follow(ring, at_ms, visible, tables, work)
     # 2.
-    found = sum_up(
+    totals = sum_up(
         ring, at_ms, visible, course.session_events, n + 1, tables, work, recent_categories, category_windows
     )
-    sum_in_order(work, visible, found.categories)
+    sum_in_order(work, visible, totals.categories)
     # 3.
     last_is_category = visible > 0 and ring[work.order[0], 1] != 0
-    write_categories(tables, work, found.categories, last_is_category, category_windows)
-    write_features(at_ms, tables, work, course, found, truncated, category_windows, rows.features[n])
+    write_categories(tables, work, totals.categories, last_is_category, category_windows)
+    write_features(at_ms, tables, work, course, totals, truncated, category_windows, rows.features[n])
     # 4.
     write_sequence(ring, at_ms, visible, tables, work, rows, n)
 

@@ -51,21 +51,21 @@ class MaskedUsers:
 
     def has(self, users: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Which of `users` (`[n]` uint64) are in the set (`[n]` bool)."""
-        found = np.zeros(len(users), np.bool_)
+        members = np.zeros(len(users), np.bool_)
         if not len(self.ids):
-            return found
+            return members
         # In sorted order, consecutive lookups access the same part of a large set.
         order = np.argsort(users)
         ordered = users[order]
         places = np.minimum(np.searchsorted(self.ids, ordered), len(self.ids) - 1)
-        found[order] = self.ids[places] == ordered
-        return found
+        members[order] = self.ids[places] == ordered
+        return members
 
     def __contains__(self, user: int) -> bool:
         if not self.ids.size:
             return False
-        place = int(self.ids.searchsorted(np.uint64(user)))
-        return place < len(self.ids) and int(self.ids[place]) == user
+        index = int(self.ids.searchsorted(np.uint64(user)))
+        return index < len(self.ids) and int(self.ids[index]) == user
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.ids.tolist())

@@ -294,5 +294,5 @@ def _seen(events: Events, user: int, mask: Mask, history: int) -> Events:
     """The last N events of a user after the mask's users and erasures are applied."""
     if user in mask.users:
         return events[:0]
-    kept: Events = events[~mask.erased.events(events, user)] if mask.erased else events
-    return kept[-history:]
+    visible: Events = events[~mask.erased.events(events, user)] if mask.erased else events
+    return visible[-history:]

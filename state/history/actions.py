@@ -23,9 +23,9 @@ OTHER = 255
 Numbers = NDArray[np.uint8]
 
 
-def grown(held: Sequence[str], actions: Sequence[str]) -> tuple[str, ...]:
+def grown(stored: Sequence[str], actions: Sequence[str]) -> tuple[str, ...]:
     """The store's names, extended by new `actions`."""
-    return (*held, *(name for name in actions if name not in held))
+    return (*stored, *(name for name in actions if name not in stored))
 
 
 def exchange(then: Sequence[str], now: Sequence[str]) -> Numbers | None:
@@ -38,7 +38,7 @@ def exchange(then: Sequence[str], now: Sequence[str]) -> Numbers | None:
     """
     if tuple(now[: len(then)]) == tuple(then):
         return None
-    places = {name: place for place, name in enumerate(now)}
+    places = {name: number for number, name in enumerate(now)}
     table = np.full(256, OTHER, np.uint8)
     table[: len(then)] = [places.get(name, OTHER) for name in then]
     return table
@@ -82,7 +82,7 @@ def numbered(
 
     `stored` is the store's extra `ACTIONS`; `before` has the names in a store of a release that did not keep them.
     """
-    held = tuple(json.loads(stored)) if stored is not None else tuple(before or actions)
-    now = grown(held, actions)
-    extra = {} if stored is not None and now == held else {ACTIONS: json.dumps(now).encode()}
+    names = tuple(json.loads(stored)) if stored is not None else tuple(before or actions)
+    now = grown(names, actions)
+    extra = {} if stored is not None and now == names else {ACTIONS: json.dumps(now).encode()}
     return Numbering(exchange(actions, now), exchange(now, actions)), extra

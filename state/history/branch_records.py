@@ -34,8 +34,8 @@ def branch_records(
     """
     reader.seek(partition, first)
     for batches in read_to(reader, {partition: end}, RECORDS, stalled_s):
-        for found in batches:
-            for offset, value in zip(found.offsets.tolist(), found.values, strict=True):
+        for records in batches:
+            for offset, value in zip(records.offsets.tolist(), records.values, strict=True):
                 if offset >= end:
                     return
                 try:

@@ -94,13 +94,13 @@ def append(cursor: lmdb.Cursor, appends: Appends, history: int) -> int:
                     gained = tail + gained
         new += before == 0
         floor = max(0, before + length // EVENT_BYTES - history) // CHUNK
-        for place in range(0, len(gained), _CHUNK_BYTES):
+        for begin in range(0, len(gained), _CHUNK_BYTES):
             if chunk >= floor:
-                written.append((key_of(prefix, chunk), gained[place : place + _CHUNK_BYTES]))
+                written.append((key_of(prefix, chunk), gained[begin : begin + _CHUNK_BYTES]))
             chunk += 1
         # Chunks may have left the last N events while the newest chunk filled up.
-        for gone in range(max(0, before - CHUNK - history) // CHUNK, floor):
-            passed.append(key_of(prefix, gone))
+        for number in range(max(0, before - CHUNK - history) // CHUNK, floor):
+            passed.append(key_of(prefix, number))
     cursor.putmulti(written)
     for key in passed:
         cursor.pop(key)
@@ -187,15 +187,15 @@ def ends(cursor: lmdb.Cursor, start: int, limit: int) -> Ends:
     users: list[int] = []
     newest: list[bytes] = []
     oldest: list[bytes] = []
-    found = cursor.set_range(prefix_of(start))
-    while found and len(users) < limit:
+    more = cursor.set_range(prefix_of(start))
+    while more and len(users) < limit:
         key, value = cast(tuple[bytes, bytes], cursor.item())
         user = int.from_bytes(key[:8], "big")
         users.append(user)
         newest.append(value[-EVENT_BYTES:])
         if key[8:] == _FIRST:
-            found = cursor.next()
-        elif found := user + 1 < _USERS and cursor.set_range(prefix_of(user + 1)):
+            more = cursor.next()
+        elif more := user + 1 < _USERS and cursor.set_range(prefix_of(user + 1)):
             cursor.prev()
             value = cast(bytes, cursor.value())
             cursor.next()
@@ -203,15 +203,15 @@ def ends(cursor: lmdb.Cursor, start: int, limit: int) -> Ends:
             cursor.last()
             value = cast(bytes, cursor.value())
         oldest.append(value[:EVENT_BYTES])
-    following = int.from_bytes(cursor.key()[:8], "big") if found else None
+    following = int.from_bytes(cursor.key()[:8], "big") if more else None
     return Ends(users, events_in(b"".join(newest)), events_in(b"".join(oldest)), following)
 
 
 def all_of(cursor: lmdb.Cursor, user: int) -> Chunks:
     """A user's chunks, newest first; empty if the user is unknown."""
     prefix = prefix_of(user)
-    found, theirs = next(by_user(cursor, prefix), (b"", Chunks()))
-    return theirs if found == prefix else []
+    key, own = next(by_user(cursor, prefix), (b"", Chunks()))
+    return own if key == prefix else []
 
 
 class Removed(NamedTuple):
@@ -226,13 +226,13 @@ def remove(cursor: lmdb.Cursor, aged: Sequence[int], is_old: IsOld, evicted: Seq
     """Deletes the leading chunks of `aged` users that contain only old events, and all chunks of `evicted` users."""
     keys = [[key for key, _ in all_of(cursor, user)] for user in evicted]
     known = sum(map(bool, keys))
-    events = gone = 0
+    events = emptied = 0
     for user in aged:
-        theirs = all_of(cursor, user)
-        old = list(takewhile(lambda chunk: is_old(events_in(chunk[1])).all(), reversed(theirs)))
+        chunks = all_of(cursor, user)
+        old = list(takewhile(lambda chunk: is_old(events_in(chunk[1])).all(), reversed(chunks)))
         keys.append([key for key, _ in old])
         events += sum(len(value) for _, value in old) // EVENT_BYTES
-        gone += bool(theirs) and len(old) == len(theirs)
-    for key in (key for theirs in keys for key in theirs):
+        emptied += bool(chunks) and len(old) == len(chunks)
+    for key in (key for keys_of_user in keys for key in keys_of_user):
         cursor.pop(key)
-    return Removed(events, gone, known)
+    return Removed(events, emptied, known)

@@ -17,22 +17,22 @@ Counts = dict[str, int]
 
 def advanced(counts: Mapping[str, int] | None, part: Range, holder: str) -> Counts:
     """The counts of a source after reading `part`; PositionConflict if the range begins at another offset."""
-    found = {"first": part.first, "next": part.first, **dict.fromkeys(OUTCOMES, 0)} if counts is None else dict(counts)
-    if found["next"] != part.first:
+    after = {"first": part.first, "next": part.first, **dict.fromkeys(OUTCOMES, 0)} if counts is None else dict(counts)
+    if after["next"] != part.first:
         raise PositionConflict(
-            f"{holder} has read {part.source} up to {found['next']}, and the batch begins at {part.first}",
+            f"{holder} has read {part.source} up to {after['next']}, and the batch begins at {part.first}",
             "stop the second writer and start again: reading goes on from the stored position",
         )
-    found["next"] = part.next
+    after["next"] = part.next
     for name, count in part.outcomes.items():
-        found[name] = found.get(name, 0) + count
-    return found
+        after[name] = after.get(name, 0) + count
+    return after
 
 
-def returned(counts: Mapping[str, int], taken: Mapping[str, int], at: int) -> Counts:
-    """The counts of a source after a rollback to offset `at`, which removes the outcomes `taken` since then."""
-    found = {name: count - taken.get(name, 0) for name, count in counts.items()}
-    named = {name: count for name, count in found.items() if count or name not in RARE}
+def returned(counts: Mapping[str, int], removed: Mapping[str, int], at: int) -> Counts:
+    """The counts of a source after a rollback to offset `at`, which removes the outcomes `removed` since then."""
+    remaining = {name: count - removed.get(name, 0) for name, count in counts.items()}
+    named = {name: count for name, count in remaining.items() if count or name not in RARE}
     return {**named, "first": counts["first"], "next": at}
 
 

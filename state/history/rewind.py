@@ -59,8 +59,8 @@ class Since:
     @property
     def masked_items(self) -> set[int]:
         """The items that only masked clicks have named since then."""
-        masked, others = self._items
-        return masked - others
+        masked, named = self._items
+        return masked - named
 
     @property
     def sources(self) -> list[Source]:
@@ -99,21 +99,21 @@ class Since:
         ranges are followed backward from the end.
         """
         low = {source: stored[source]["next"] for source in self.sources}
-        taken: dict[Source, Counter[str]] = {source: Counter() for source in low}
+        removed: dict[Source, Counter[str]] = {source: Counter() for source in low}
         for part in reversed(self._parts):
             if low.get(part.source) == part.next:
-                taken[part.source].update(part.outcomes)
+                removed[part.source].update(part.outcomes)
                 low[part.source] = part.first
-        found: dict[Source, Counts | None] = {}
+        at_position: dict[Source, Counts | None] = {}
         for source, at in low.items():
             mark = self._marks.get(source)
             if mark is None:
-                found[source] = None
+                at_position[source] = None
                 continue
             # Positions without a record were counted as absent.
-            taken[source]["absent"] += at - mark
-            found[source] = returned(stored[source], taken[source], mark)
-        return found
+            removed[source]["absent"] += at - mark
+            at_position[source] = returned(stored[source], removed[source], mark)
+        return at_position
 
 
 TURNS = 16
@@ -180,9 +180,9 @@ class Before:
             self._find_opened(batch)
             events = narrowed(batch, happened(batch.kind))
             times.append(int(events.at_ms.max(initial=0)))
-            mine = [untimed is None or part.source in untimed for part in events.header.ranges]
-            if any(mine):
-                latest.append(events.take(np.array(mine)[events.source]))
+            has_no_time = [untimed is None or part.source in untimed for part in events.header.ranges]
+            if any(has_no_time):
+                latest.append(events.take(np.array(has_no_time)[events.source]))
             named = np.isin(events.item, self._items) & (events.category != 0)
             narrow.append(events.take(np.isin(events.user, self._users) | named))
         for events in latest:
@@ -199,9 +199,9 @@ class Before:
 
     def _find_opened(self, batch: MicroBatch) -> None:
         for row in np.flatnonzero(batch.kind == Kind.OPENED).tolist() if self.waited else ():
-            place = (batch.header.ranges[int(batch.source[row])].source, int(batch.offset[row]))
-            if place in self.waited:
-                self.waited.remove(place)
+            position = (batch.header.ranges[int(batch.source[row])].source, int(batch.offset[row]))
+            if position in self.waited:
+                self.waited.remove(position)
                 self.opened.append(batch.take(np.arange(len(batch)) == row))
 
     def _take(self, wanted: MicroBatch) -> None:
@@ -216,10 +216,10 @@ class Before:
         for user, start, end in zip(grouped.users.tolist(), grouped.starts.tolist(), ends, strict=True):
             if (lacking := self._lacking.get(user)) is None:
                 continue
-            theirs = grouped.events[max(start, end - lacking) : end]
-            self._found[user].append(theirs)
-            self._lacking[user] = lacking - len(theirs)
-            if len(theirs) == lacking:
+            events = grouped.events[max(start, end - lacking) : end]
+            self._found[user].append(events)
+            self._lacking[user] = lacking - len(events)
+            if len(events) == lacking:
                 del self._lacking[user]
 
     @property
@@ -230,8 +230,8 @@ class Before:
     def histories(self) -> dict[int, Events]:
         """User -> the events found, in order."""
         return {
-            user: np.concatenate([np.empty(0, EVENT), *reversed(found)]).astype(EVENT)
-            for user, found in self._found.items()
+            user: np.concatenate([np.empty(0, EVENT), *reversed(parts)]).astype(EVENT)
+            for user, parts in self._found.items()
         }
 
 
@@ -269,8 +269,8 @@ def kept(history: Events, user: int, marks: Mapping[Source, int], sources: Itera
     for source in sources:
         if not source.has(user):
             continue
-        theirs = (history["topic"] == source.topic) & (history["partition"] == source.partition)
-        stays &= ~(theirs & (history["offset"] >= marks.get(source, 0)))
+        is_of_source = (history["topic"] == source.topic) & (history["partition"] == source.partition)
+        stays &= ~(is_of_source & (history["offset"] >= marks.get(source, 0)))
     return stays
 
 
@@ -279,14 +279,14 @@ def lacking(
 ) -> dict[int, int]:
     """User -> number of latest events before `marks` that are needed, for users whose stored history has fewer."""
     cursor = transaction.cursor(db=databases["chunks"])
-    sources, found = since.sources, dict[int, int]()
+    sources, needed = since.sources, dict[int, int]()
     for user, gained in since.gained.items():
         joined, total = chunks.read(cursor, prefix_of(user), history)
         # A user who gained more events than the stored total was evicted meanwhile, so the earlier events are unknown.
         must = history if gained > total else min(history, total - gained)
         if must > int(kept(chunks.events_in(joined), user, marks, sources).sum()):
-            found[user] = must
-    return found
+            needed[user] = must
+    return needed
 
 
 def write_back(transaction: lmdb.Transaction, databases: Mapping[str, Any], back: Rewind, history: int) -> None:

@@ -60,8 +60,8 @@ class Rewound:
 
     def __str__(self) -> str:
         """A summary in one line."""
-        short = f", {self.short:,} of them without its oldest events" if self.short else ""
-        waits = f", {self.waiting:,} impressions wait again" if self.waiting else ""
+        short = f", {self.short:,} of them without their oldest events" if self.short else ""
+        waits = f", {self.waiting:,} impressions wait for their labels again" if self.waiting else ""
         return f"{self.positions:,} positions of {self.users:,} users rolled back, {self.rebuilt:,} histories rebuilt from the log{short}{waits}"
 
 
@@ -106,35 +106,35 @@ def rewind(
         StoreFull: Nothing was changed.
     """
     # 1.
-    mine = branch_of(store)
-    found = parting(mine, line)
-    if found is None:
+    branch = branch_of(store)
+    branch_point = parting(branch, line)
+    if branch_point is None:
         return None
-    marks, positions = dict(found.sources), store.positions()
+    marks, positions = dict(branch_point.sources), store.positions()
     since = Since(marks, positions, mask)
     if not since.sources:
-        store.rewind(Rewind(marks, extra={**extra(found.offset, Before(marks, {})), **branch_extra(line)}))
+        store.rewind(Rewind(marks, extra={**extra(branch_point.offset, Before(marks, {})), **branch_extra(line)}))
         return Rewound()
-    with open_at(found.offset) as reader:
+    with open_at(branch_point.offset) as reader:
         # 2.
         until = reader.position(partition) + reader.lag()[partition] if end is None else end
-        for _, batch in branch_records(reader, partition, found.offset, until, mine):
+        for _, batch in branch_records(reader, partition, branch_point.offset, until, branch):
             since.take(batch)
         # 3.
         clocks = since.sources if timed else ()
         before = Before(marks, store.lacking(since, marks), since.ended, since.masked_items, clocks)
         needed = len(before.histories())
-        read_before(reader, partition, found.offset, mine, before, reach_ms)
+        read_before(reader, partition, branch_point.offset, branch, before, reach_ms)
     # 4.
     stored = store.counts()
     counted = since.counts(stored)
     waiting, formats = _waiting(store, before, counted, marks)
-    more = {**formats, **extra(found.offset, before), **branch_extra(line)}
+    extras = {**formats, **extra(branch_point.offset, before), **branch_extra(line)}
     killpoints.reach("back.found")
-    store.rewind(Rewind(marks, since.gained, before.histories(), counted, more, waiting))
+    store.rewind(Rewind(marks, since.gained, before.histories(), counted, extras, waiting))
     killpoints.reach("back.committed")
-    taken = sum(stored[source]["next"] - marks.get(source, stored[source]["first"]) for source in counted)
-    return Rewound(taken, len(since.gained), needed, before.short, len(before.opened))
+    rewound_positions = sum(stored[source]["next"] - marks.get(source, stored[source]["first"]) for source in counted)
+    return Rewound(rewound_positions, len(since.gained), needed, before.short, len(before.opened))
 
 
 def read_before(reader: Reader, partition: int, end: int, line: LogLine, before: Before, reach_ms: int) -> None:
@@ -177,11 +177,11 @@ def _waiting(
         source, offset = place_of(key)
         if source in counted and offset >= marks.get(source, 0):
             changes[key] = None
-    for one in before.opened:
-        source = one.header.ranges[int(one.source[0])].source
-        (value,) = rows.adopt(one.columns, changes, formats).pack(one.columns)
-        changes[key_of(source, int(one.offset[0]))] = value
+    for batch in before.opened:
+        source = batch.header.ranges[int(batch.source[0])].source
+        (value,) = rows.adopt(batch.columns, changes, formats).pack(batch.columns)
+        changes[key_of(source, int(batch.offset[0]))] = value
     for source, _ in before.waited:
-        if (theirs := counted[source]) is not None:
-            theirs["dropped"] = theirs.get("dropped", 0) + 1
+        if (counts := counted[source]) is not None:
+            counts["dropped"] = counts.get("dropped", 0) + 1
     return changes, formats

@@ -96,8 +96,8 @@ class StoreView:
 
     def positions(self) -> dict[Source, int]:
         """See `HistoryStore.positions`."""
-        found = keys_with(self._transaction.cursor(db=self._meta), b"p:", b"p:")
-        return {Source.parse(key[2:].decode()): json.loads(value)["next"] for key, value in found}
+        entries = keys_with(self._transaction.cursor(db=self._meta), b"p:", b"p:")
+        return {Source.parse(key[2:].decode()): json.loads(value)["next"] for key, value in entries}
 
     def chunks_from(self, user: int) -> Iterator[Chunks]:
         """The chunks of all users from `user` on, in slices that may divide a user."""
@@ -160,8 +160,8 @@ class HistoryStore(MemoryStore):
     def _made_with(self) -> dict[str, int]:
         return {"history": self.history}
 
-    def _fits(self, held: UserShares, wanted: UserShares) -> bool:
-        return held.covers(wanted)
+    def _fits(self, stored_shares: UserShares, wanted: UserShares) -> bool:
+        return stored_shares.covers(wanted)
 
     def _older_mark(self) -> CleanMark | None:
         # Release 0.1.0 kept the marker of histories in `meta`, from which `__init__` removes it.
@@ -207,8 +207,8 @@ class HistoryStore(MemoryStore):
         """The counts and the number of waiting rows, from one snapshot."""
         with self._begin("meta") as transaction:
             waits = 0 if self._waiting is None else int(transaction.stat(self._waiting)["entries"])
-            found = keys_with(transaction.cursor(), b"p:", b"p:")
-        return {Source.parse(key[2:].decode()): json.loads(value) for key, value in found}, waits
+            entries = keys_with(transaction.cursor(), b"p:", b"p:")
+        return {Source.parse(key[2:].decode()): json.loads(value) for key, value in entries}, waits
 
     def positions(self) -> dict[Source, int]:
         """The next offset of each source."""
@@ -226,13 +226,13 @@ class HistoryStore(MemoryStore):
     def extra_of_each(self, names: Sequence[str]) -> list[bytes | None]:
         """The values of n extras, from one snapshot; see `extra`."""
         with self._begin("meta") as transaction:
-            return [None if (one := transaction.get(b"x:" + name.encode())) is None else bytes(one) for name in names]
+            return [None if (raw := transaction.get(b"x:" + name.encode())) is None else bytes(raw) for name in names]
 
     def extras(self, prefix: str, start: str, limit: int) -> list[tuple[str, bytes]]:
         """The first `limit` extras whose names begin with `prefix`, from the name `start` on."""
         with self._begin("meta") as transaction:
-            found = keys_with(transaction.cursor(), f"x:{prefix}".encode(), f"x:{start or prefix}".encode(), limit)
-        return [(key[2:].decode(), value) for key, value in found]
+            entries = keys_with(transaction.cursor(), f"x:{prefix}".encode(), f"x:{start or prefix}".encode(), limit)
+        return [(key[2:].decode(), value) for key, value in entries]
 
     def waiting_rows(self) -> int:
         """The number of rows that wait for their label."""
@@ -293,8 +293,8 @@ class HistoryStore(MemoryStore):
     def lacking(self, since: Since, marks: Mapping[Source, int]) -> dict[int, int]:
         """User -> how many events must be found again to rewind to `marks`; see `state.history.rewind`."""
         with self._env.begin() as transaction:
-            found = lacking(transaction, self._databases, since, marks, self.history)
-        return {user: events for user, events in found.items() if user in self.shares}
+            missing = lacking(transaction, self._databases, since, marks, self.history)
+        return {user: events for user, events in missing.items() if user in self.shares}
 
     def rewind(self, back: Rewind) -> None:
         """Rewinds events and positions in one transaction; visibility, durability and errors are those of `commit`."""
@@ -324,13 +324,13 @@ class HistoryStore(MemoryStore):
         with self._write() as transaction:
             # 1. Histories: later events of the user stay, as those of a new user.
             users, cursor = int(transaction.get(b"users", b"0", db=self._meta)), transaction.cursor(db=self._chunks)
-            gone = erased.after(before.through)
-            for user in gone.users:
+            newly_erased = erased.after(before.through)
+            for user in newly_erased.users:
                 stored = chunks.events_in(chunks.read(cursor, prefix_of(user), self.history)[0])
-                kept = stored[~gone.events(stored, user)]
-                users -= len(stored) > 0 and len(kept) == 0
-                if len(kept) < len(stored):
-                    chunks.replace_all(cursor, prefix_of(user), kept, len(kept))
+                remaining = stored[~newly_erased.events(stored, user)]
+                users -= len(stored) > 0 and len(remaining) == 0
+                if len(remaining) < len(stored):
+                    chunks.replace_all(cursor, prefix_of(user), remaining, len(remaining))
             transaction.put(b"users", str(users).encode(), db=self._meta)
             # 2. Waiting rows and their counts.
             put_all(transaction, self._waiting, dict.fromkeys(waiting))
@@ -343,14 +343,14 @@ class HistoryStore(MemoryStore):
 
     def compact_if_due(self, now_ms: int) -> ForgottenUsers:
         """Compacts the store if an erasure requires it, so that free pages contain no data of erased users."""
-        done = self.forgotten
-        due_ms = done.due_ms()
+        forgotten = self.forgotten
+        due_ms = forgotten.due_ms()
         if due_ms is None or now_ms < due_ms:
-            return done
+            return forgotten
         self.compact()
-        done = ForgottenUsers(done.through, done.through, now_ms)
-        self.commit(Appends.none(), extra={FORGOTTEN: done.to_json()})
-        return done
+        forgotten = ForgottenUsers(forgotten.through, forgotten.through, now_ms)
+        self.commit(Appends.none(), extra={FORGOTTEN: forgotten.to_json()})
+        return forgotten
 
     def ends(self, start: int, limit: int) -> Ends:
         """The newest and the oldest event of up to `limit` users from user `start` on, from one snapshot."""
@@ -360,7 +360,7 @@ class HistoryStore(MemoryStore):
     def chunk_bytes(self) -> tuple[int, int]:
         """The size of the pages in use by events, and of the pages in use by everything else, without free pages."""
         with self._env.begin() as transaction:
-            sizes = {name: pages_bytes({**transaction.stat(one)}) for name, one in self._databases.items()}
+            sizes = {name: pages_bytes({**transaction.stat(database)}) for name, database in self._databases.items()}
         return sizes["chunks"], sum(sizes.values()) - sizes["chunks"]
 
     def sweep(self, aged: Sequence[int], is_old: IsOld, evicted: Sequence[int] = ()) -> Removed:
@@ -370,9 +370,9 @@ class HistoryStore(MemoryStore):
         """
         with self._write() as transaction:
             removed = remove(transaction.cursor(db=self._chunks), aged, is_old, evicted)
-            if gone := removed.aged + removed.evicted:
+            if removed_users := removed.aged + removed.evicted:
                 known = int(transaction.get(b"users", db=self._meta) or 0)
-                transaction.put(b"users", str(known - gone).encode(), db=self._meta)
+                transaction.put(b"users", str(known - removed_users).encode(), db=self._meta)
         return removed
 
     def view(self) -> StoreView:
@@ -382,10 +382,10 @@ class HistoryStore(MemoryStore):
     def clear(self) -> None:
         """Removes everything, and marks the store as being loaded until `finish_loading`."""
         with self._write() as transaction:
-            made = bytes(transaction.get(FORMAT, b"", db=self._meta))
+            format_ = bytes(transaction.get(FORMAT, b"", db=self._meta))
             for database in self._databases.values():
                 transaction.drop(database, delete=False)
-            transaction.put(FORMAT, made, db=self._meta)
+            transaction.put(FORMAT, format_, db=self._meta)
             transaction.put(b"x:" + LOADING.encode(), b"1", db=self._meta)
 
     def load(self, entries: Chunks, appends: Appends) -> int:
@@ -419,7 +419,7 @@ class HistoryStore(MemoryStore):
     def users_below(self, events: int) -> int:
         """How many users have a total of fewer than `events` events since they were last unknown."""
         with self._begin("chunks") as transaction:
-            return sum(chunks.total_of(theirs) < events for _, theirs in by_user(transaction.cursor()))
+            return sum(chunks.total_of(user_chunks) < events for _, user_chunks in by_user(transaction.cursor()))
 
     def copy_to(self, path: Path) -> None:
         """Writes a snapshot of the store to the directory `path`, synced and marked as closed cleanly.
@@ -461,15 +461,15 @@ def open_history_store(settings: Settings, part: str, folder: Path) -> HistorySt
         StoreError: They cannot be opened.
     """
     link, memory = folder / HISTORIES, settings.storage.memory_dir
-    for gone in memory_place.remove_forgotten(memory):
-        logger.info("%s is removed: its state directory is gone, or has its store elsewhere", gone)
-    place = enter(link, memory)
-    if place.why:
+    for folder_removed in memory_place.remove_forgotten(memory):
+        logger.info("%s is removed: its state directory is gone, or has its store elsewhere", folder_removed)
+    location = enter(link, memory)
+    if location.why:
         logger.warning(
             "the histories are on the disk, %s: %s. Each page that a click changes is written there, at 5,000 clicks/s "
             "some 8 GB an hour",
             link,
-            place.why,
+            location.why,
         )
     shares = settings.serving.user_shares if part == SERVING else None
     return HistoryStore(link, settings.features.history, map_bytes(settings, part, HISTORIES, link), shares=shares)

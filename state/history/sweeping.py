@@ -43,13 +43,13 @@ class ReadTimes:
     """
 
     def __init__(self, marks: Mapping[Source, Sequence[tuple[int, int]]] = {}) -> None:
-        self._marks: Marks = {source: list(theirs) for source, theirs in marks.items()}
+        self._marks: Marks = {source: list(marks_of_source) for source, marks_of_source in marks.items()}
         self._arrange()
 
     @property
     def newest_ms(self) -> int | None:
         """Log time of the newest mark; None if there is none."""
-        return max((theirs[-1][0] for theirs in self._marks.values() if theirs), default=None)
+        return max((marks[-1][0] for marks in self._marks.values() if marks), default=None)
 
     def mark(self, positions: Mapping[Source, int], clock_ms: int, keep_ms: int) -> bool:
         """Adds a mark at `clock_ms` with each source's position; returns whether the marks changed.
@@ -59,11 +59,11 @@ class ReadTimes:
         """
         before = dict(self._marks)
         for source, position in positions.items():
-            theirs = [one for one in self._marks.get(source, ()) if one[0] < clock_ms and one[1] <= position]
-            if not theirs or theirs[-1][1] < position:
-                theirs.append((clock_ms, position))
-            old = sum(at_ms <= clock_ms - keep_ms for at_ms, _ in theirs)
-            self._marks[source] = theirs[max(0, old - 1) :]
+            marks = [mark for mark in self._marks.get(source, ()) if mark[0] < clock_ms and mark[1] <= position]
+            if not marks or marks[-1][1] < position:
+                marks.append((clock_ms, position))
+            old = sum(at_ms <= clock_ms - keep_ms for at_ms, _ in marks)
+            self._marks[source] = marks[max(0, old - 1) :]
         self._arrange()
         return self._marks != before
 
@@ -96,45 +96,45 @@ class ReadTimes:
         keys = _keys(events["topic"], events["partition"])
         number = np.minimum(np.searchsorted(self._sources, keys), max(0, len(self._sources) - 1))
         known = self._sources[number] == keys if len(self._sources) else np.zeros(len(events), np.bool_)
-        place = np.searchsorted(self._places, number * _OFFSETS + events["offset"], side="right")
+        slot = np.searchsorted(self._places, number * _OFFSETS + events["offset"], side="right")
         # The last owner is -1, which index -1 also reads before the first one.
-        inside = known & (self._owners[place] == number)
-        after = np.where(inside, place, -1)
-        before = np.where(inside & (self._owners[place - 1] == number), place - 1, -1)
+        inside = known & (self._owners[slot] == number)
+        after = np.where(inside, slot, -1)
+        before = np.where(inside & (self._owners[slot - 1] == number), slot - 1, -1)
         return after, np.where(inside, self._times[after], clock_ms), before
 
     def _arrange(self) -> None:
         """Puts the marks into arrays, ordered by source and offset; the last entry of each array is a sentinel."""
         # Buckets of a partition share a key: use what holds for all of them.
         merged: dict[int, list[tuple[int, int]]] = {}
-        for source, theirs in self._marks.items():
+        for source, marks in self._marks.items():
             key = (source.topic << 16) | source.partition
-            merged[key] = theirs if key not in merged else _lowest(merged[key], theirs)
+            merged[key] = marks if key not in merged else _lowest(merged[key], marks)
         self._sources = np.array(sorted(merged), np.int64)
-        rows = [(number, *one) for number, key in enumerate(sorted(merged)) for one in merged[key]]
+        rows = [(number, *mark) for number, key in enumerate(sorted(merged)) for mark in merged[key]]
         columns = np.array([*rows, (-1, 0, 0)], np.int64).T
         self._owners, self._times, self._nexts = columns
         self._places = (self._owners * _OFFSETS + self._nexts)[:-1]
 
     def to_json(self) -> bytes:
         """Encodes the marks as a store keeps them."""
-        return json.dumps({str(source): theirs for source, theirs in self._marks.items()}).encode()
+        return json.dumps({str(source): marks for source, marks in self._marks.items()}).encode()
 
     @classmethod
     def from_json(cls, value: bytes | None) -> ReadTimes:
         """Decodes the output of `to_json`; None means no marks."""
         stored = json.loads(value or b"{}")
-        return cls({Source.parse(name): [(int(a), int(b)) for a, b in theirs] for name, theirs in stored.items()})
+        return cls({Source.parse(name): [(int(a), int(b)) for a, b in marks] for name, marks in stored.items()})
 
 
 def _keys(topic: NDArray[np.uint32], partition: NDArray[np.uint16]) -> I64:
     return (topic.astype(np.int64) << 16) | partition
 
 
-def _lowest(left: Sequence[tuple[int, int]], right: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def _lowest(first: Sequence[tuple[int, int]], second: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """The lower offset of two buckets, at the times at which both have a mark."""
-    other = dict(right)
-    return [(at_ms, min(after, other[at_ms])) for at_ms, after in left if at_ms in other]
+    other = dict(second)
+    return [(at_ms, min(after, other[at_ms])) for at_ms, after in first if at_ms in other]
 
 
 READ_TIMES = "read_times"  # name of the store's extra
@@ -245,15 +245,15 @@ class Sweeper:
 
     def _take(self, walk: _Pass, clock_ms: int) -> Removed:
         """Processes the next users of a pass, up to the most that one step may remove."""
-        found = self._store.ends(walk.at, USERS_AT_ONCE)
-        read_ms = self._read.about(found.newest, clock_ms)
-        aged = self._is_old(found.oldest, clock_ms)
-        foreign = ~self._store.shares.has(np.array(found.users, np.uint64))
+        ends = self._store.ends(walk.at, USERS_AT_ONCE)
+        read_ms = self._read.about(ends.newest, clock_ms)
+        aged = self._is_old(ends.oldest, clock_ms)
+        foreign = ~self._store.shares.has(np.array(ends.users, np.uint64))
         near = aged | foreign if self._eviction is None else aged | foreign | (read_ms < self._eviction.until_ms)
         # A transaction that deletes needs free pages too. If few are free, a small transaction may still succeed.
-        most = MOST_HURRIED if self._hurried else MOST_REMOVED
-        count = min(len(near), int(np.searchsorted(np.cumsum(near), most)) + 1)
-        users, read_ms, aged = np.array(found.users[:count], np.uint64), read_ms[:count], aged[:count]
+        most_removed = MOST_HURRIED if self._hurried else MOST_REMOVED
+        count = min(len(near), int(np.searchsorted(np.cumsum(near), most_removed)) + 1)
+        users, read_ms, aged = np.array(ends.users[:count], np.uint64), read_ms[:count], aged[:count]
         going = np.zeros(count, np.bool_) if self._eviction is None else self._eviction.of(read_ms)
         going |= foreign[:count]
         aged &= ~going
@@ -265,10 +265,10 @@ class Sweeper:
                 self._forget(evicted)
         bins = np.clip((read_ms[~going] - walk.from_ms) // walk.bin_ms + 1, 0, BINS + 1)
         walk.met += np.bincount(bins, minlength=BINS + 2)
-        if count == len(found.users) and found.following is None:
+        if count == len(ends.users) and ends.following is None:
             self._end(walk)
         else:
-            walk.at = found.users[count - 1] + 1
+            walk.at = ends.users[count - 1] + 1
         return removed
 
     def _is_old(self, events: Events, clock_ms: int) -> NDArray[np.bool_]:
@@ -288,7 +288,7 @@ class Sweeper:
         last = min(int(np.searchsorted(until, too_many)), BINS + 1)
         before = int(until[last - 1]) if last else 0
         # Bin 0 holds users last read before the reach; the last bin holds users read just now.
-        begin_ms, end_ms = (walk.from_ms + (one - 1) * walk.bin_ms for one in (last, last + 1))
+        begin_ms, end_ms = (walk.from_ms + (bin_ - 1) * walk.bin_ms for bin_ in (last, last + 1))
         self._eviction = _Eviction(
             begin_ms if last else -FOREVER_MS, end_ms if last <= BINS else FOREVER_MS, too_many - before
         )

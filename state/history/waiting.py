@@ -95,13 +95,13 @@ class RowFormat:
         rows = np.frombuffer(b"".join(values), self.dtype)
         return {name: np.ascontiguousarray(rows[name]) for name in self.shapes}
 
-    def convert(self, values: Sequence[bytes], to: RowFormat) -> list[bytes]:
+    def convert(self, values: Sequence[bytes], target: RowFormat) -> list[bytes]:
         """Converts rows to another format."""
         old = self.unpack(values)
-        return to.pack(
+        return target.pack(
             {
                 name: old[name] if self.shapes.get(name) == shape else np.zeros((len(values), *shape), DTYPES[name])
-                for name, shape in to.shapes.items()
+                for name, shape in target.shapes.items()
             }
         )
 
@@ -143,8 +143,8 @@ class WaitingRows:
 
     def values(self, keys: Sequence[bytes], changes: Mapping[bytes, bytes | None]) -> list[bytes | None]:
         """The waiting rows under `keys`, from `changes` or else the store; None for a key without one."""
-        apart = [key for key in keys if key not in changes]
-        stored = dict(zip(apart, self._store.waiting_values(apart), strict=True)) if apart else {}
+        unchanged = [key for key in keys if key not in changes]
+        stored = dict(zip(unchanged, self._store.waiting_values(unchanged), strict=True)) if unchanged else {}
         return [changes[key] if key in changes else stored[key] for key in keys]
 
     def of_erased(self, erased: Erased) -> list[bytes]:
@@ -154,18 +154,20 @@ class WaitingRows:
             return []
         keys, places = [*rows], [place_of(key) for key in rows]
         sources = {source: number for number, source in enumerate(dict.fromkeys(source for source, _ in places))}
-        gone = erased.rows(
+        is_erased = erased.rows(
             self.format.unpack([*rows.values()])["user"],
             np.array([sources[source] for source, _ in places], np.uint16),
             np.array([offset for _, offset in places], np.int64),
             [Range(source, 0, 0) for source in sources],
         )
-        return [keys[at] for at in np.flatnonzero(gone).tolist()]
+        return [keys[row] for row in np.flatnonzero(is_erased).tolist()]
 
 
 def keys_of(sources: Sequence[Source], source: NDArray[np.uint16], offset: NDArray[np.int64]) -> list[bytes]:
     """The store's keys of rows; `source` is an index of `sources`."""
-    return [key_of(sources[one], at) for one, at in zip(source.tolist(), offset.tolist(), strict=True)]
+    return [
+        key_of(sources[number], position) for number, position in zip(source.tolist(), offset.tolist(), strict=True)
+    ]
 
 
 def decode_clocks(value: bytes | None) -> dict[Source, int]:

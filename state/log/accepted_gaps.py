@@ -95,16 +95,16 @@ class Consent:
 
     def covers(self, gap: Gap, read_topic: str) -> bool:
         """Whether `gap` may be skipped by a process that reads the topic with the id `read_topic`."""
-        return any(one.covers(gap, read_topic) for one in self.allowances)
+        return any(allowance.covers(gap, read_topic) for allowance in self.allowances)
 
     def leaves_out(self, offset: int) -> bool:
         """Whether the record at `offset` of the training log may be skipped."""
-        return any(offset in one for one in self.records)
+        return any(offset in records for records in self.records)
 
 
 def in_words(lost: TruncatedLog) -> str:
     """Describes the loss of a truncated log, short enough for a reason."""
-    return f"was cut back to offset {lost.kept}, and we were at {lost.gaps[0].next}"
+    return f"was truncated to offset {lost.kept}, below the stored position {lost.gaps[0].next}"
 
 
 def how_to_go_on(error: GapError, command: str) -> GapError:
@@ -146,8 +146,8 @@ class Accepted:
         """Converts the gap to JSON values."""
         gap = {"source": str(self.gap.source), "first": self.gap.first, "next": self.gap.next}
         who = {"actor": self.actor, "reason": self.reason, "at_ms": self.at_ms}
-        what = {"record": self.record} if self.record else {}
-        return {**gap, **who, **what, "marks": dict(self.marks)}
+        record = {"record": self.record} if self.record else {}
+        return {**gap, **who, **record, "marks": dict(self.marks)}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Accepted:
@@ -160,12 +160,12 @@ class Accepted:
 
 def encode(accepted: Iterable[Accepted]) -> bytes:
     """Encodes accepted gaps."""
-    return json.dumps([one.to_json() for one in accepted], sort_keys=True).encode()
+    return json.dumps([gap.to_json() for gap in accepted], sort_keys=True).encode()
 
 
 def decode(data: bytes | None) -> list[Accepted]:
     """Decodes the output of `encode`; no data means none."""
-    return [Accepted.from_json(one) for one in json.loads(data or b"[]")]
+    return [Accepted.from_json(value) for value in json.loads(data or b"[]")]
 
 
 class Journal:
@@ -182,14 +182,14 @@ class Journal:
         files = sorted(path for path in self.path.glob("*.json") if path.stem.isdecimal())
         return [Accepted.from_json(json.loads(path.read_bytes())) for path in files]
 
-    def add(self, one: Accepted) -> None:
+    def add(self, gap: Accepted) -> None:
         """Stores a gap durably; leaves a gap that is stored already unchanged."""
         known = self.accepted()
-        if any(each.gap == one.gap for each in known):
+        if any(stored.gap == gap.gap for stored in known):
             return
         self.path.mkdir(parents=True, exist_ok=True)
         final = self.path / f"{len(known) + 1:08d}.json"
-        data = json.dumps(one.to_json(), sort_keys=True).encode()
+        data = json.dumps(gap.to_json(), sort_keys=True).encode()
         if not durable.create(final, data, durable.unique((self._staging or self.path) / final.name)):
             raise FileExistsError(final)
 
@@ -201,16 +201,16 @@ def past(accepted: Iterable[Accepted], source: Source, offset: int) -> int:
     >>> [past([one], Source("ab" * 16, 0), offset) for offset in (9, 10, 15, 20)]
     [9, 20, 20, 20]
     """
-    for one in sorted(accepted, key=lambda each: each.gap.first):
-        if one.gap.source == source and one.gap.first <= offset < one.gap.next:
-            offset = one.gap.next
+    for gap in sorted(accepted, key=lambda accepted_gap: accepted_gap.gap.first):
+        if gap.gap.source == source and gap.gap.first <= offset < gap.gap.next:
+            offset = gap.gap.next
     return offset
 
 
 def left_out(accepted: Iterable[Accepted], source: Source, offset: int) -> bool:
     """Whether the record at `offset` is skipped regardless of its content."""
     return any(
-        bool(one.record) and one.gap.source == source and one.gap.first <= offset < one.gap.next for one in accepted
+        bool(gap.record) and gap.gap.source == source and gap.gap.first <= offset < gap.gap.next for gap in accepted
     )
 
 
@@ -223,9 +223,9 @@ def explained(accepted: Iterable[Accepted], gap: Gap) -> bool:
     (True, False)
     """
     return any(
-        one.marks.get(str(gap.source)) == gap.first
-        or (one.gap.source == gap.source and one.gap.first <= gap.first and gap.next <= one.gap.next)
-        for one in accepted
+        passed.marks.get(str(gap.source)) == gap.first
+        or (passed.gap.source == gap.source and passed.gap.first <= gap.first and gap.next <= passed.gap.next)
+        for passed in accepted
     )
 
 
@@ -264,7 +264,7 @@ def add_options(parser: argparse.ArgumentParser, records: bool = False) -> None:
     )
 
 
-def as_options(asked: argparse.Namespace, records: bool = True) -> list[str]:
+def as_options(args: argparse.Namespace, records: bool = True) -> list[str]:
     """Converts the options back to words, for a process that a command starts; `--skip-record` only with `records`.
 
     >>> parser = argparse.ArgumentParser()
@@ -273,11 +273,11 @@ def as_options(asked: argparse.Namespace, records: bool = True) -> list[str]:
     >>> as_options(asked, records=False)
     ['--accept-gap', '0:5-9', '--reason', 'old']
     """
-    words = [word for place in asked.accept_gap for word in ("--accept-gap", place)]
-    words += ["--accept-cut-back"] if asked.accept_cut_back else []
+    words = [word for gap in args.accept_gap for word in ("--accept-gap", gap)]
+    words += ["--accept-cut-back"] if args.accept_cut_back else []
     if records:
-        words += [word for place in getattr(asked, "skip_record", ()) for word in ("--skip-record", place)]
-    return [*words, "--reason", asked.reason] if words and asked.reason else words
+        words += [word for offsets in getattr(args, "skip_record", ()) for word in ("--skip-record", offsets)]
+    return [*words, "--reason", args.reason] if words and args.reason else words
 
 
 def take_options(argv: Sequence[str], actor: str, records: bool = False) -> tuple[Consent, list[str]]:
@@ -290,15 +290,15 @@ def take_options(argv: Sequence[str], actor: str, records: bool = False) -> tupl
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     add_options(parser, records)
     try:
-        asked, rest = parser.parse_known_args(list(argv))
+        args, words = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
         raise SettingsError(
             str(error), "write --accept-gap P:A-B or --skip-record OFFSET, and --reason TEXT"
         ) from error
-    skipped = asked.skip_record if records else []
-    named = {"--accept-gap": asked.accept_gap, "--accept-cut-back": asked.accept_cut_back, "--skip-record": skipped}
-    if any(named.values()) and not asked.reason.strip():
+    skipped = args.skip_record if records else []
+    named = {"--accept-gap": args.accept_gap, "--accept-cut-back": args.accept_cut_back, "--skip-record": skipped}
+    if any(named.values()) and not args.reason.strip():
         option = next(name for name, value in named.items() if value)
         raise SettingsError(f"{option} needs --reason TEXT: a loss is accepted by somebody, for a reason")
-    allowances = tuple(parse_allowance(text) for text in asked.accept_gap)
-    return Consent(allowances, actor, asked.reason, tuple(map(parse_records, skipped)), asked.accept_cut_back), rest
+    allowances = tuple(parse_allowance(text) for text in args.accept_gap)
+    return Consent(allowances, actor, args.reason, tuple(map(parse_records, skipped)), args.accept_cut_back), words

@@ -30,21 +30,21 @@ RETRIES = 40
 
 @compiled
 def _put_varint(out: npt.NDArray[np.uint8], at: int, value: int) -> int:
-    rest = np.uint64((value << 1) ^ (value >> 63))
-    while rest >= np.uint64(0x80):
-        out[at] = np.uint8((rest & np.uint64(0x7F)) | np.uint64(0x80))
-        rest >>= np.uint64(7)
+    remaining = np.uint64((value << 1) ^ (value >> 63))
+    while remaining >= np.uint64(0x80):
+        out[at] = np.uint8((remaining & np.uint64(0x7F)) | np.uint64(0x80))
+        remaining >>= np.uint64(7)
         at += 1
-    out[at] = np.uint8(rest)
+    out[at] = np.uint8(remaining)
     return at + 1
 
 
 @compiled
 def _varint_size(value: int) -> int:
-    rest = np.uint64((value << 1) ^ (value >> 63))
+    remaining = np.uint64((value << 1) ^ (value >> 63))
     size = 1
-    while rest >= np.uint64(0x80):
-        rest >>= np.uint64(7)
+    while remaining >= np.uint64(0x80):
+        remaining >>= np.uint64(7)
         size += 1
     return size
 
@@ -163,15 +163,15 @@ class BulkWriter:
             LogError: The cluster refused a batch.
         """
         bases: dict[int, int] = {}
-        left = batches
+        unsent = batches
         with translated(self._settings, f"append to topic {self.topic}"):
             for attempt in range(RETRIES):
-                answers = self._admin._manager.run(self._send, left)
+                answers = self._admin._manager.run(self._send, unsent)
                 bases |= {number: base for number, (code, base) in answers.items() if not code}
                 failed = {number: code for number, (code, _) in answers.items() if code}
                 # Sends only refused batches again, because the others are in the log.
-                left = {number: left[number] for number in failed}
-                if not left:
+                unsent = {number: unsent[number] for number in failed}
+                if not unsent:
                     return bases
                 error = kafka_errors.for_code(next(iter(failed.values())))
                 if attempt == RETRIES - 1 or not issubclass(error, kafka_errors.RetriableError):
@@ -194,7 +194,7 @@ class BulkWriter:
         (topic,) = self._admin.describe_topics([self.topic])
         if topic["error_code"]:
             raise UnknownTopic(f"topic {self.topic} does not exist", "create it")
-        return {each["partition_index"]: each["leader_id"] for each in topic["partitions"]}
+        return {partition["partition_index"]: partition["leader_id"] for partition in topic["partitions"]}
 
     async def _send(self, batches: dict[int, bytes]) -> dict[int, tuple[int, int]]:
         """Partition -> the error code (0: acknowledged) and the offset of the first record."""
@@ -213,7 +213,7 @@ class BulkWriter:
                             name=self.topic,
                             partition_data=[
                                 topic_data.PartitionProduceData(index=partition, records=batch)
-                                for partition, batch in mine.items()
+                                for partition, batch in batches_of_leader.items()
                             ],
                         )
                     ],
@@ -222,7 +222,7 @@ class BulkWriter:
                 ),
                 node_id=leader,
             )
-            for leader, mine in by_leader.items()
+            for leader, batches_of_leader in by_leader.items()
         ]
         answers = {}
         for answer in sent:

@@ -162,15 +162,15 @@ def connect(settings: Kafka, doing: str, make: Callable[..., Any], **options: ob
     """
     begun: list[Any] = []
 
-    def network(**given: object) -> Any:
-        begun.append(KafkaNetClient(**given))
+    def network(**arguments: object) -> Any:
+        begun.append(KafkaNetClient(**arguments))
         return begun[-1]
 
-    ours = client_options(settings)
-    provider = ours.get("sasl_oauth_token_provider")
+    own_options = client_options(settings)
+    provider = own_options.get("sasl_oauth_token_provider")
     with translated(settings, doing):
         try:
-            return make(**ours, **options, kafka_client=network)
+            return make(**own_options, **options, kafka_client=network)
         except BaseException:
             # A constructor that raises leaves its thread and sockets open.
             for client in begun:
@@ -240,10 +240,9 @@ def unknown_partition(topic: str, partition: int, partitions: int) -> UnknownTop
 def made_again(topic: str, before: str, now: str) -> UnknownTopic:
     """The error for a topic that was deleted and created again under the same name."""
     return UnknownTopic(
-        f"topic {topic} was deleted and made again (id {before} is now {now})",
-        "our "
-        "positions belong to the old one: a stream started again reads new clicks from their beginning, a "
-        "trainer learns the new one after `springtide upgrade --learn-anew --reason TEXT`",
+        f"topic {topic} was deleted and created again (id {before} is now {now})",
+        "the stored positions belong to the old topic: a restarted stream reads the new clicks from their beginning, and "
+        "a trainer learns the new log after `springtide upgrade --learn-anew --reason TEXT`",
     )
 
 
@@ -255,38 +254,38 @@ def fenced(doing: str) -> FencedWriter:
     )
 
 
-def gap(topic: str, topic_id: str, partition: int, ours: int, begin: int, end: int) -> GapError:
-    """The error for our position `ours` outside a partition `[begin, end)`: deleted before we read it, or truncated."""
-    if ours < begin:
+def gap(topic: str, topic_id: str, partition: int, position: int, begin: int, end: int) -> GapError:
+    """The error for our `position` outside a partition `[begin, end)`: deleted before it was read, or truncated."""
+    if position < begin:
         return GapError(
-            f"topic {topic} partition {partition}: we were at {ours}, but the log now begins at {begin}: "
-            f"{begin - ours} positions were deleted unread",
+            f"topic {topic} partition {partition}: the stored position is {position}, but the log now begins at {begin}: "
+            f"{begin - position} positions were deleted unread",
             "restore them, raise the topic's retention.ms, or accept the loss",
-            [Gap(Source(topic_id, partition), ours, begin)],
+            [Gap(Source(topic_id, partition), position, begin)],
         )
-    return truncated(topic, topic_id, partition, ours, end, end)
+    return truncated(topic, topic_id, partition, position, end, end)
 
 
-def require_kept(topic: str, topic_id: str, partition: int, ours: int, begin: int, end: int) -> None:
-    """Checks that a partition with the positions `[begin, end)` can be read from `ours`.
+def require_kept(topic: str, topic_id: str, partition: int, position: int, begin: int, end: int) -> None:
+    """Checks that a partition with the positions `[begin, end)` can be read from `position`.
 
     Raises:
         GapError: Records from our position on were deleted before we read them.
         TruncatedLog: The log was truncated below our position.
     """
-    if not begin <= ours <= end:
-        raise gap(topic, topic_id, partition, ours, begin, end)
+    if not begin <= position <= end:
+        raise gap(topic, topic_id, partition, position, begin, end)
 
 
-def truncated(topic: str, topic_id: str, partition: int, ours: int, kept: int, end: int) -> TruncatedLog:
-    """The error for a partition that was truncated to `kept`, below our position `ours`, and may now end at `end`."""
+def truncated(topic: str, topic_id: str, partition: int, position: int, kept: int, end: int) -> TruncatedLog:
+    """The error for a partition that was truncated to `kept`, below our `position`, and may now end at `end`."""
     again = f" and has grown again to {end}" if end > kept else ""
     return TruncatedLog(
-        f"topic {topic} partition {partition}: we were at {ours}, but what we read ends at {kept}: the log was cut back"
-        f"{again}, so that offsets {kept} to {ours - 1} are used twice (a leader was elected that lacked records, a broker "
-        "lost what was not on disk, the topic was deleted and made again, or another cluster answers)",
+        f"topic {topic} partition {partition}: the stored position is {position}, but the log that was read ends at {kept}: the log was "
+        f"truncated{again}, so that offsets {kept} to {position - 1} are used twice (a leader without all records was "
+        "elected, a broker lost records that were not on disk, the topic was created again, or this is another cluster)",
         "check the brokers (unclean.leader.election.enable=false, min.insync.replicas) and restore the log if you can",
-        [Gap(Source(topic_id, partition), kept, ours)],
+        [Gap(Source(topic_id, partition), kept, position)],
     )
 
 

@@ -109,10 +109,10 @@ def open_topic(
         with log.topics() as topics:
             topic_id, ends = topics.describe(topic).topic_id, topics.ends(topic)
         if partitions is not None:
-            ends = {one: ends[one] for one in partitions if one in ends}
+            ends = {partition: ends[partition] for partition in partitions if partition in ends}
         known = stored if stored is not None and stored.topic_id in ("", topic_id) else Position(topic_id, {})
-        positions = {one: known.next.get(one, begin) for one, (begin, _) in ends.items()}
-        leaders = {one: epoch for one, epoch in known.leaders.items() if one in positions}
+        positions = {partition: known.next.get(partition, begin) for partition, (begin, _) in ends.items()}
+        leaders = {partition: epoch for partition, epoch in known.leaders.items() if partition in positions}
         losses, reader = list[GapError](), None
         while reader is None:
             try:

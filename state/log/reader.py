@@ -63,7 +63,7 @@ class BatchRecords:
         self.leader_epoch = -1
         self.bytes_read = 0
         self._records = records
-        self._aborted = [(each.producer_id, each.first_offset) for each in aborted_transactions or ()]
+        self._aborted = [(entry.producer_id, entry.first_offset) for entry in aborted_transactions or ()]
         self._committed_only = getattr(isolation_level, "name", "READ_COMMITTED") == "READ_COMMITTED"
         self._on_drain = on_drain
 
@@ -133,7 +133,7 @@ class BatchConsumer:
 
     def assign(self, partitions: Iterable[int]) -> None:
         """Sets the partitions to fetch; call `seek` for each of them afterwards."""
-        self._consumer.assign([TopicPartition(self._topic, one) for one in partitions])
+        self._consumer.assign([TopicPartition(self._topic, partition) for partition in partitions])
 
     def seek(self, partition: int, offset: int, epoch: int) -> None:
         """Fetches from `offset` on; unlike the client's own `seek` it keeps the epoch of the record before it."""
@@ -146,10 +146,10 @@ class BatchConsumer:
         while the partition is read. Raises the client's `LogTruncationError` if the log was truncated below a position.
         """
         assigned = self._consumer._subscription.assignment
-        asked = [state for state in assigned.values() if state.position.leader_epoch >= 0]
-        for state in asked:
+        to_check = [state for state in assigned.values() if state.position.leader_epoch >= 0]
+        for state in to_check:
             state.request_position_validation()
-        if asked:
+        if to_check:
             self._fetcher._manager.run(self._fetcher._validate_offsets_async, timeout_s * 1000)
             self._fetcher.validate_offsets_if_needed()
 
@@ -158,12 +158,12 @@ class BatchConsumer:
 
         For the partitions `full`, the client keeps the received chunks and fetches no more.
         """
-        wanted = {TopicPartition(self._topic, one) for one in full}
+        wanted = {TopicPartition(self._topic, partition) for partition in full}
         resting = self._consumer.paused()
         self._consumer.pause(*(wanted - resting))
         self._consumer.resume(*(resting - wanted))
-        found = self._consumer.poll(timeout_ms=max(0, timeout_s) * 1000, max_records=sys.maxsize)
-        return {each.partition: chunks for each, chunks in found.items()}
+        records = self._consumer.poll(timeout_ms=max(0, timeout_s) * 1000, max_records=sys.maxsize)
+        return {partition.partition: chunks for partition, chunks in records.items()}
 
     def end(self, partition: int) -> int | None:
         """The position of the partition's next record, as last received; None before the first answer."""
@@ -178,7 +178,7 @@ class BatchConsumer:
     def reachable(self) -> bool:
         """Whether a broker answers: a connection is open, and no request has waited for `HANGS_S`."""
         client = self._consumer._client
-        connected = [one.node_id for one in client.cluster.brokers() if client.connected(one.node_id)]
+        connected = [broker.node_id for broker in client.cluster.brokers() if client.connected(broker.node_id)]
         # A broker that hangs keeps its connections. A fetch without new records is answered after FETCH_WAIT_MS.
         sent_s = time.monotonic() - HANGS_S
         requests = [client._manager._conns[node].in_flight_requests for node in connected]
@@ -217,19 +217,19 @@ class Buffer:
 
     def add(self, partition: int, chunks: Iterable[Chunk]) -> None:
         """Appends the chunks of one fetch, at least one."""
-        held = self._ahead if partition in self._now else self._now
-        held.setdefault(partition, deque()).extend(chunks)
+        buffer = self._ahead if partition in self._now else self._now
+        buffer.setdefault(partition, deque()).extend(chunks)
 
     def take(self, partition: int, max_records: int) -> list[Chunk]:
         """Takes at most `max_records` records of a partition that has some, from the left."""
-        taken = take(self._now[partition], max_records)
+        chunks = take(self._now[partition], max_records)
         while not self._now[partition]:
             del self._now[partition]
             if partition not in self._ahead:
                 break
             self._now[partition] = self._ahead.pop(partition)
-            taken += take(self._now[partition], max_records - sum(len(chunk.values) for chunk in taken))
-        return taken
+            chunks += take(self._now[partition], max_records - sum(len(chunk.values) for chunk in chunks))
+        return chunks
 
     def drop(self, partition: int) -> None:
         """Drops the chunks of a partition, which are then fetched again."""
@@ -280,9 +280,9 @@ class Reader:
             wanted = list(range(info.partitions)) if partitions is None else sorted(partitions)
             if wanted and wanted[-1] >= info.partitions:
                 raise unknown_partition(topic, wanted[-1], info.partitions)
-            self._positions = {one: (positions or {}).get(one, ends[one][0]) for one in wanted}
-            for partition, ours in self._positions.items():
-                require_kept(topic, self.topic_id, partition, ours, *ends[partition])
+            self._positions = {partition: (positions or {}).get(partition, ends[partition][0]) for partition in wanted}
+            for partition, position in self._positions.items():
+                require_kept(topic, self.topic_id, partition, position, *ends[partition])
             self._leaders = {
                 partition: noted((), self._positions[partition] - 1, epoch)
                 for partition, epoch in (leaders or {}).items()
@@ -367,7 +367,7 @@ class Reader:
         ends = {partition: self._consumer.end(partition) for partition in self._positions}
         if None in ends.values():
             ends |= {partition: end for partition, (_, end) in self._topics.ends(self.topic).items()}
-        return {partition: max(0, (ends[partition] or 0) - ours) for partition, ours in self._positions.items()}
+        return {partition: max(0, (ends[partition] or 0) - position) for partition, position in self._positions.items()}
 
     def reachable(self) -> bool:
         """Whether the log is reachable, as far as this reader knows; `poll` does not report an outage."""
@@ -413,14 +413,14 @@ class Reader:
     def _fetch(self, timeout_s: float) -> None:
         self._paused = self._paused or time.monotonic() - self._polled_s > PAUSE_S
         try:
-            found = self._consumer.poll(timeout_s, self._buffer.full)
+            chunks_of = self._consumer.poll(timeout_s, self._buffer.full)
         except kafka_errors.LogTruncationError as problem:
             raise self._truncated(problem) from problem
         except kafka_errors.OffsetOutOfRangeError:
             self._check()
             ends = self._topics.ends(self.topic)
-            for partition, ours in self._positions.items():
-                require_kept(self.topic, self.topic_id, partition, ours, *ends[partition])
+            for partition, position in self._positions.items():
+                require_kept(self.topic, self.topic_id, partition, position, *ends[partition])
             # Records were deleted exactly up to our position meanwhile: nothing is lost.
             self._assign()
             return
@@ -432,14 +432,14 @@ class Reader:
         # A name does not identify a topic. Before any delivery, check that the
         # topic is still the one to which our positions belong.
         changed = self._consumer.topic_id() not in (None, self.topic_id)
-        if self._consumer.refused or changed or (self._paused and found):
+        if self._consumer.refused or changed or (self._paused and chunks_of):
             try:
                 self._check()
                 self._consumer.refused = self._paused = False
             except UnreachableBroker:
                 self._assign()
                 return
-        for partition, chunks in found.items():
+        for partition, chunks in chunks_of.items():
             self._buffer.add(partition, chunks)
 
     def _check(self) -> int:
@@ -452,16 +452,16 @@ class Reader:
     def _truncated(self, problem: kafka_errors.LogTruncationError) -> TruncatedLog:
         """The error for the first partition that the client names."""
         self._check()
-        partition = min(each.partition for each in problem.divergent_offsets)
-        found = problem.divergent_offsets[TopicPartition(self.topic, partition)]
+        partition = min(divergent.partition for divergent in problem.divergent_offsets)
+        end_of_epoch = problem.divergent_offsets[TopicPartition(self.topic, partition)]
         begin, end = self._topics.ends(self.topic)[partition]
         # The broker may no longer know that epoch. Then no part of the log is known to be the one that we read.
-        kept = begin if found is None else max(begin, found.offset)
-        return truncated(self.topic, self.topic_id, partition, self._positions[partition], kept, end)
+        kept_end = begin if end_of_epoch is None else max(begin, end_of_epoch.offset)
+        return truncated(self.topic, self.topic_id, partition, self._positions[partition], kept_end, end)
 
     def _deliver(self, partition: int, max_records: int) -> PartitionBatch:
-        taken = self._buffer.take(partition, max_records)
-        first, self._positions[partition] = self._positions[partition], taken[-1].next
-        for chunk in taken:
+        chunks = self._buffer.take(partition, max_records)
+        first, self._positions[partition] = self._positions[partition], chunks[-1].next
+        for chunk in chunks:
             self._leaders[partition] = noted(self._leaders.get(partition, ()), chunk.first, chunk.leader_epoch)
-        return as_batch(self.topic_id, partition, first, taken)
+        return as_batch(self.topic_id, partition, first, chunks)

@@ -62,10 +62,10 @@ class PartitionBatch:
 
     def between(self, first: int, after: int) -> PartitionBatch:
         """The part of the batch in the positions `[first, after)`, which must be within its range."""
-        here = slice(*np.searchsorted(self.offsets, (first, after)).tolist())
+        rows = slice(*np.searchsorted(self.offsets, (first, after)).tolist())
         return replace(
-            self, first=first, next=after, offsets=self.offsets[here], timestamps_ms=self.timestamps_ms[here],
-            keys=self.keys[here], values=self.values[here],
+            self, first=first, next=after, offsets=self.offsets[rows], timestamps_ms=self.timestamps_ms[rows],
+            keys=self.keys[rows], values=self.values[rows],
             corrupt=tuple(
                 (max(begin, first), min(end, after), why)
                 for begin, end, why in self.corrupt
@@ -164,15 +164,15 @@ def take(chunks: deque[Chunk], max_records: int) -> list[Chunk]:
     >>> [part.next for part in take(waiting, 1)], [part.first for part in waiting]
     ([8], [8])
     """
-    taken: list[Chunk] = []
+    chunks_taken: list[Chunk] = []
     while chunks and max_records > 0:
         chunk = chunks.popleft()
         if len(chunk.values) > max_records:
-            chunk, rest = split(chunk, max_records)
-            chunks.appendleft(rest)
+            chunk, remainder = split(chunk, max_records)
+            chunks.appendleft(remainder)
         max_records -= len(chunk.values)
-        taken.append(chunk)
-    return taken
+        chunks_taken.append(chunk)
+    return chunks_taken
 
 
 def as_batch(topic_id: str, partition: int, first: int, chunks: Sequence[Chunk]) -> PartitionBatch:
@@ -216,4 +216,4 @@ def noted(known: Known, first: int, epoch: int) -> Known:
     """
     if epoch < 0 or epoch_before(known, first + 1) == epoch:
         return known
-    return (*(one for one in known if one[0] < first), (first, epoch))[-MOST:]
+    return (*(entry for entry in known if entry[0] < first), (first, epoch))[-MOST:]

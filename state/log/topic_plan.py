@@ -60,9 +60,9 @@ def dead_letters(settings: Settings) -> TopicPlan:
 
 def exposures(settings: Settings) -> TopicPlan:
     """The topic that records the arm of a rollout that answered each user; it is read only during its rollout."""
-    most = _kept_below(int(shares.kept_bytes(settings, shares.KAFKA) * EXPOSURES_SHARE), LARGEST_RECORD)
-    kept = {**_kept_for(settings.kafka.retention_h), **most, "compression.type": "zstd"}
-    return _planned(settings, settings.kafka.exposures_topic, kept)
+    limits = _kept_below(int(shares.kept_bytes(settings, shares.KAFKA) * EXPOSURES_SHARE), LARGEST_RECORD)
+    configuration = {**_kept_for(settings.kafka.retention_h), **limits, "compression.type": "zstd"}
+    return _planned(settings, settings.kafka.exposures_topic, configuration)
 
 
 def microbatches(settings: Settings) -> TopicPlan:
@@ -86,7 +86,7 @@ def bounds(settings: Settings) -> dict[str, dict[str, str]]:
     {'retention.bytes': '210000000', 'segment.bytes': '30000000', 'compression.type': 'zstd'}
     """
     largest = 2 * (settings.stream.max_record_bytes + BATCH_BYTES)
-    kept = {
+    limits = {
         plan.name: _kept_below(int(shares.kept_bytes(settings, shares.KAFKA) * share / plan.partitions), least)
         for plan, share, least in (
             (microbatches(settings), MICROBATCHES_SHARE, largest),
@@ -94,8 +94,8 @@ def bounds(settings: Settings) -> dict[str, dict[str, str]]:
             (dead_letters(settings), LETTERS_SHARE, LARGEST_RECORD),
         )
     }
-    kept[settings.kafka.clicks_topic] |= {"compression.type": "zstd"}
-    return kept
+    limits[settings.kafka.clicks_topic] |= {"compression.type": "zstd"}
+    return limits
 
 
 def _kept_below(most: int, least_segment: int) -> dict[str, str]:

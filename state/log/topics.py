@@ -100,7 +100,7 @@ class Topics:
         partitions = self._partitions(name)
         begin = self._offsets(name, dict.fromkeys(partitions, OffsetSpec.EARLIEST))
         end = self._offsets(name, dict.fromkeys(partitions, OffsetSpec.LATEST), committed_only)
-        return {each.partition: (begin[each], end[each]) for each in partitions}
+        return {partition.partition: (begin[partition], end[partition]) for partition in partitions}
 
     def offset_before(self, name: str, time_ms: int) -> dict[int, int]:
         """Partition -> the first position whose record's Kafka timestamp is `time_ms` or later.
@@ -108,18 +108,21 @@ class Topics:
         If all records are older, it is the end offset, so a reader that starts there sees only new records.
         """
         partitions = self._partitions(name)
-        found = self._offsets(name, dict.fromkeys(partitions, time_ms))
+        offsets = self._offsets(name, dict.fromkeys(partitions, time_ms))
         end = self._offsets(name, dict.fromkeys(partitions, OffsetSpec.LATEST))
-        return {each.partition: found[each] if found[each] >= 0 else end[each] for each in partitions}
+        return {
+            partition.partition: offsets[partition] if offsets[partition] >= 0 else end[partition]
+            for partition in partitions
+        }
 
     def delete(self, name: str) -> None:
         """Deletes the topic with all its records; returns when it is gone."""
-        gone = self.describe(name).topic_id
+        topic_id = self.describe(name).topic_id
         self._call(f"delete topic {name}", lambda: self._admin.delete_topics([name]))
         deadline = time.monotonic() + self._settings.request_timeout_s
         while time.monotonic() < deadline:
             try:
-                if self.describe(name).topic_id != gone:
+                if self.describe(name).topic_id != topic_id:
                     return
             except UnknownTopic:
                 return
@@ -154,9 +157,9 @@ class Topics:
         """The committed positions of a consumer group in a topic; partitions without one are absent."""
         answer = self._call(f"read positions of group {group}", lambda: self._admin.list_group_offsets([group]))
         return {
-            each.partition: position.offset
-            for each, position in answer.get(group, {}).items()
-            if each.topic == name and position.offset >= 0
+            partition.partition: position.offset
+            for partition, position in answer.get(group, {}).items()
+            if partition.topic == name and position.offset >= 0
         }
 
     def close(self) -> None:
@@ -189,7 +192,7 @@ class Topics:
     ) -> dict[TopicPartition, int]:
         level = IsolationLevel.READ_COMMITTED if committed_only else IsolationLevel.READ_UNCOMMITTED
         answer = self._call(f"read ends of {name}", lambda: self._admin.list_partition_offsets(dict(specs), level))
-        return {each: int(found.offset) for each, found in answer.items()}
+        return {partition: int(offset.offset) for partition, offset in answer.items()}
 
     def _call(self, doing: str, ask: Callable[[], Answer]) -> Answer:
         """Sends a request, and retries it while the cluster returns a retriable error."""

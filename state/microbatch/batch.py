@@ -127,14 +127,14 @@ class Known:
 
 def happened(kind: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """Which rows are events at their own offset, for histories."""
-    found: NDArray[np.bool_] = kind < Kind.JOINED
-    return found
+    is_event: NDArray[np.bool_] = kind < Kind.JOINED
+    return is_event
 
 
 def trained(kind: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """Which rows are learned from."""
-    found: NDArray[np.bool_] = (kind == Kind.ROW) | (kind >= Kind.JOINED)
-    return found
+    is_trained: NDArray[np.bool_] = (kind == Kind.ROW) | (kind >= Kind.JOINED)
+    return is_trained
 
 
 def counts(kind: NDArray[np.uint8]) -> dict[str, int]:
@@ -148,12 +148,12 @@ def counts(kind: NDArray[np.uint8]) -> dict[str, int]:
 
 def counts_by_range(kind: NDArray[np.uint8], source: NDArray[np.uint16], ranges: int) -> list[dict[str, int]]:
     """Like `counts`, for each range of a batch; `source` is an index of its `ranges` ranges."""
-    found = np.bincount(source.astype(np.int64) * KIND_COUNT + kind, minlength=KIND_COUNT * ranges)
-    return [_named(one) for one in found.reshape(-1, KIND_COUNT)[:ranges]]
+    counts_of_kinds = np.bincount(source.astype(np.int64) * KIND_COUNT + kind, minlength=KIND_COUNT * ranges)
+    return [_named(counts_of_range) for counts_of_range in counts_of_kinds.reshape(-1, KIND_COUNT)[:ranges]]
 
 
-def _named(found: NDArray[np.int64]) -> dict[str, int]:
-    rows, opened, dropped, feedback, joined, expired = found.tolist()
+def _named(counts_of_kinds: NDArray[np.int64]) -> dict[str, int]:
+    rows, opened, dropped, feedback, joined, expired = counts_of_kinds.tolist()
     return {
         "rows": rows,
         "opened": opened + dropped,
@@ -309,11 +309,11 @@ def _known_otherwise(batch: MicroBatch, marks: Mapping[Source, int]) -> NDArray[
     """Which rows are below the mark of a source that contains their users with another number of buckets."""
     share, known = share_of(batch.user), np.zeros(len(batch), np.bool_)
     for number, part in enumerate(batch.header.ranges):
-        mine = batch.source == number
-        for other, mark in marks.items():
-            same = other[:2] == part.source[:2] and other.buckets != part.source.buckets
+        is_of_range = batch.source == number
+        for source, mark in marks.items():
+            same = source[:2] == part.source[:2] and source.buckets != part.source.buckets
             if same and mark > part.first:
-                known |= mine & (share % other.buckets == other.bucket) & (batch.offset < mark)
+                known |= is_of_range & (share % source.buckets == source.bucket) & (batch.offset < mark)
     return known
 
 
@@ -331,10 +331,10 @@ def new_ranges(batch: MicroBatch, marks: Mapping[Source, int]) -> tuple[list[Ran
 
     A gap becomes a range of absent positions; positions below the mark are left out.
     """
-    found: list[Range] = []
+    ranges: list[Range] = []
     missing = 0
     for source, mark, first in gaps(batch.header, marks):
-        found.append(Range(source, mark, first, absent=first - mark))
+        ranges.append(Range(source, mark, first, absent=first - mark))
         missing += first - mark
     for index, part in enumerate(batch.header.ranges):
         mark = marks.get(part.source, part.first)
@@ -343,8 +343,8 @@ def new_ranges(batch: MicroBatch, marks: Mapping[Source, int]) -> tuple[list[Ran
         if part.first < mark:
             below = counts(batch.kind[(batch.source == index) & (batch.offset < mark)])
             part = split_range(part, mark, below.pop("rows"), below)[1]
-        found.append(part)
-    return found, missing
+        ranges.append(part)
+    return ranges, missing
 
 
 def masked(batch: MicroBatch, mask: Mask) -> NDArray[np.bool_]:
@@ -377,23 +377,23 @@ def log_times(batch: MicroBatch) -> NDArray[np.int64]:
     clocks = batch.header.clocks
     if not clocks or not len(batch):
         return batch.at_ms
-    told = batch.at_ms + batch.delay_ms
+    reported_ms = batch.at_ms + batch.delay_ms
     begins, ends = (np.array(times, np.int64)[batch.source] for times in zip(*clocks, strict=True))
-    believed, punctual = told <= ends, batch.kind == Kind.EXPIRED
-    if (believed & (punctual | (told >= ends - TOLERANCE_MS)) & (batch.delay_ms >= 0)).all():
+    believed, punctual = reported_ms <= ends, batch.kind == Kind.EXPIRED
+    if (believed & (punctual | (reported_ms >= ends - TOLERANCE_MS)) & (batch.delay_ms >= 0)).all():
         return batch.at_ms
     after_ms = np.maximum(batch.delay_ms, 0)
-    found = told - after_ms
+    log_ms = reported_ms - after_ms
     for number in range(len(clocks)):
-        mine = np.flatnonzero(batch.source == number)
-        if len(mine):
-            reached = np.maximum.accumulate(np.where(believed, np.maximum(told, begins), begins)[mine])
-            off = ~believed[mine] | (~punctual[mine] & (told[mine] < reached - TOLERANCE_MS))
-            found[mine[off]] = reached[off] - after_ms[mine[off]]
-    return found
+        rows = np.flatnonzero(batch.source == number)
+        if len(rows):
+            reached = np.maximum.accumulate(np.where(believed, np.maximum(reported_ms, begins), begins)[rows])
+            off = ~believed[rows] | (~punctual[rows] & (reported_ms[rows] < reached - TOLERANCE_MS))
+            log_ms[rows[off]] = reached[off] - after_ms[rows[off]]
+    return log_ms
 
 
 def in_log_time(batch: MicroBatch) -> MicroBatch:
     """The batch with `at_ms` replaced by each row's log time."""
-    found = log_times(batch)
-    return batch if found is batch.at_ms else replace(batch, at_ms=found)
+    log_ms = log_times(batch)
+    return batch if log_ms is batch.at_ms else replace(batch, at_ms=log_ms)

@@ -194,8 +194,8 @@ def _check(header: Header, columns: Columns) -> None:
     kinds = columns["kind"]
     if rows and int(kinds.max()) >= KIND_COUNT:
         raise MicroBatchError(f"a row is of kind {int(kinds.max())}, there are {KIND_COUNT}")
-    for part, found in zip(header.ranges, counts_by_range(kinds, sources, len(header.ranges)), strict=True):
-        for name, count in found.items():
+    for part, counted in zip(header.ranges, counts_by_range(kinds, sources, len(header.ranges)), strict=True):
+        for name, count in counted.items():
             if getattr(part, name) != count:
                 raise MicroBatchError(
                     f"the header counts {getattr(part, name)} {name} of {part.source} in [{part.first}, {part.next}), "
@@ -210,11 +210,11 @@ def _check(header: Header, columns: Columns) -> None:
 
 def _sequences(columns: Columns) -> list[str]:
     """The names of the sequence columns: all of `SEQUENCES` or none."""
-    found = [name for name in SEQUENCES if name in columns]
-    widths = {columns[name].shape[1:] for name in found}
-    if found and (len(found) < len(SEQUENCES) or len(widths) > 1 or (0,) in widths):
+    present = [name for name in SEQUENCES if name in columns]
+    widths = {columns[name].shape[1:] for name in present}
+    if present and (len(present) < len(SEQUENCES) or len(widths) > 1 or (0,) in widths):
         raise MicroBatchError(f"the columns {', '.join(SEQUENCES)} are there together, of one width, or not at all")
-    return found
+    return present
 
 
 LOOKED_AT = ("user", "at_ms", "source", "offset", "kind", "waited", "delay_ms")
@@ -228,18 +228,18 @@ def glance(value: bytes) -> MicroBatch:
         document = document_of(reader.schema)
         batch = reader.read_next_batch()
         batch.validate()
-        found = {
+        columns = {
             name: batch.column(name).to_numpy(zero_copy_only=True) for name in batch.schema.names if name in LOOKED_AT
         }
         header = header_of(document)
-    rows = len(found["user"])
-    wrong = [name for name, column in found.items() if column.dtype != DTYPES[name] or len(column) != rows]
-    if wrong or (rows and int(found["source"].max()) >= len(header.ranges)):
+    rows = len(columns["user"])
+    wrong = [name for name, column in columns.items() if column.dtype != DTYPES[name] or len(column) != rows]
+    if wrong or (rows and int(columns["source"].max()) >= len(header.ranges)):
         raise MicroBatchError(f"a micro-batch whose columns {', '.join(wrong) or 'source'} do not fit")
     empty = {
         name: absent_column(name, rows) if name in SCALARS else np.empty((rows, 0), DTYPES[name]) for name in NAMES
     }
-    return MicroBatch(header, **(empty | found))
+    return MicroBatch(header, **(empty | columns))
 
 
 def split(header: Header, columns: Columns, max_record_bytes: int, max_rows: int = 2**31) -> list[bytes]:
@@ -287,26 +287,26 @@ def _halves(header: Header, columns: Columns, middle: int) -> list[tuple[Header,
     sources, offsets = columns["source"], columns["offset"]
     halves: list[tuple[Header, Columns]] = []
     ranges: tuple[list[Range], list[Range]] = ([], [])
-    for index, whole in enumerate(header.ranges):
+    for index, source_range in enumerate(header.ranges):
         of_source = np.flatnonzero(sources == index)
         later = of_source[of_source >= middle]
-        at = int(offsets[later[0]]) if len(later) else whole.next
+        at = int(offsets[later[0]]) if len(later) else source_range.next
         below = counts(columns["kind"][of_source[: len(of_source) - len(later)]])
-        before, after = split_range(whole, at, below.pop("rows"), below)
+        before, after = split_range(source_range, at, below.pop("rows"), below)
         ranges[0].append(before)
         ranges[1].append(after)
     # A name stays with its first row; a name without a row stays with the first half.
     first, second = ({*columns["item"][rows].tolist(), *columns["category"][rows].tolist()} for rows in _cut(middle))
-    late = {one: text for one, text in header.names.items() if one in second - first}
-    early = {one: text for one, text in header.names.items() if one not in late}
+    late = {identity: text for identity, text in header.names.items() if identity in second - first}
+    early = {identity: text for identity, text in header.names.items() if identity not in late}
     for parts, rows, names in zip(ranges, _cut(middle), (early, late), strict=True):
-        kept = [index for index, part in enumerate(parts) if part.next > part.first]
+        used = [index for index, part in enumerate(parts) if part.next > part.first]
         index_of = np.zeros(max(len(parts), 1), np.uint16)
-        index_of[kept] = np.arange(len(kept), dtype=np.uint16)
+        index_of[used] = np.arange(len(used), dtype=np.uint16)
         half = {name: column[rows] for name, column in columns.items()}
         half["source"] = index_of[half["source"]]
-        clocks = tuple(header.clocks[index] for index in kept) if header.clocks else ()
-        halves.append((replace(header, ranges=tuple(parts[index] for index in kept), names=names, clocks=clocks), half))
+        clocks = tuple(header.clocks[index] for index in used) if header.clocks else ()
+        halves.append((replace(header, ranges=tuple(parts[index] for index in used), names=names, clocks=clocks), half))
     return halves
 
 

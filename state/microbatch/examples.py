@@ -55,52 +55,52 @@ BATCH_ROWS = 1024
 
 def shapes(spec: FeatureSpec, fields: int) -> dict[str, tuple[type, tuple[int, ...]]]:
     """Type and shape of each feature of an example, in order."""
-    found: dict[str, tuple[type, tuple[int, ...]]] = {
+    kinds: dict[str, tuple[type, tuple[int, ...]]] = {
         **dict.fromkeys((*IDS, "action", "at_ms", "offset"), (int, ())),
         "label": (float, ()),
         "weight": (float, ()),
     }
     if fields:
-        found["context"] = (int, (fields,))
-    found["features"] = (int, (len(spec.names),))
-    found["labels"] = (int, (spec.recent_categories,))
-    found["label_windows"] = (int, (spec.recent_categories * len(spec.window_names),))
+        kinds["context"] = (int, (fields,))
+    kinds["features"] = (int, (len(spec.names),))
+    kinds["labels"] = (int, (spec.recent_categories,))
+    kinds["label_windows"] = (int, (spec.recent_categories * len(spec.window_names),))
     if spec.sequence:
-        found |= dict.fromkeys(SEQUENCES, (int, (spec.sequence,)))
-    return found
+        kinds |= dict.fromkeys(SEQUENCES, (int, (spec.sequence,)))
+    return kinds
 
 
 def schema(spec: FeatureSpec, fields: int) -> Any:
     """The TensorFlow Metadata schema of an example."""
     from tensorflow_metadata.proto.v0 import schema_pb2
 
-    made = schema_pb2.Schema()
+    document = schema_pb2.Schema()
     for name, (kind, shape) in shapes(spec, fields).items():
-        feature = made.feature.add(name=name, type=schema_pb2.INT if kind is int else schema_pb2.FLOAT)
+        feature = document.feature.add(name=name, type=schema_pb2.INT if kind is int else schema_pb2.FLOAT)
         feature.presence.min_fraction = 1.0
         feature.shape.SetInParent()
         for size in shape:
             feature.shape.dim.add(size=size)
-    return made
+    return document
 
 
-def record_batch(every: Columns) -> pa.RecordBatch:
+def record_batch(batch: Columns) -> pa.RecordBatch:
     """Converts the rows that are learned from to the Arrow columns that tfx-bsl encodes as examples."""
-    keep = trained(every["kind"])
-    found = {name: column[keep] for name, column in every.items()}
+    keep = trained(batch["kind"])
+    rows = {name: column[keep] for name, column in batch.items()}
     count = int(keep.sum())
-    columns: dict[str, Any] = {name: found[name].view(np.int64) for name in IDS}
+    columns: dict[str, Any] = {name: rows[name].view(np.int64) for name in IDS}
     # For an impression that waited, uses its own offset, not the one at which its label became known.
-    columns |= {"action": found["action"].astype(np.int64), "at_ms": found["at_ms"]}
-    columns |= {"offset": found["offset"] - found["waited"], "label": found["label"], "weight": found["weight"]}
-    if found["context"].shape[1]:
-        columns["context"] = found["context"].view(np.int64)
-    columns["features"] = found["features"].astype(np.int64)
-    columns["labels"] = found["recent_categories"].view(np.int64)
+    columns |= {"action": rows["action"].astype(np.int64), "at_ms": rows["at_ms"]}
+    columns |= {"offset": rows["offset"] - rows["waited"], "label": rows["label"], "weight": rows["weight"]}
+    if rows["context"].shape[1]:
+        columns["context"] = rows["context"].view(np.int64)
+    columns["features"] = rows["features"].astype(np.int64)
+    columns["labels"] = rows["recent_categories"].view(np.int64)
     columns["label_windows"] = (
-        found["category_windows"].reshape(count, math.prod(found["category_windows"].shape[1:])).astype(np.int64)
+        rows["category_windows"].reshape(count, math.prod(rows["category_windows"].shape[1:])).astype(np.int64)
     )
-    columns |= {name: found[name].astype(np.int64) for name in SEQUENCES if name in found}
+    columns |= {name: rows[name].astype(np.int64) for name in SEQUENCES if name in rows}
     return pa.RecordBatch.from_arrays(
         [_lists(column.reshape(count, math.prod(column.shape[1:]))) for column in columns.values()], [*columns]
     )

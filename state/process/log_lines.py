@@ -42,7 +42,7 @@ def places(record: logging.LogRecord) -> dict[str, int]:
     >>> places(logging.LogRecord("", 40, "", 0, "%s", (ValueError("partition 1 offset 9 is damaged"),), None))
     {'partition': 1, 'offset': 9}
     """
-    form, found = str(record.msg).replace("%%", ""), dict[str, int]()
+    form, numbers = str(record.msg).replace("%%", ""), dict[str, int]()
     arguments = record.args if isinstance(record.args, tuple) else ()
     bare = form == "%s"
     texts = [form]
@@ -51,8 +51,8 @@ def places(record: logging.LogRecord) -> dict[str, int]:
         text = str(value) if number or bare or isinstance(value, Exception) else ""
         texts = [*texts[:-1], *_filled(texts[-1], text)]
     for name, number_text in _PLACE.findall("".join(texts)):
-        found.setdefault(name, int(number_text))
-    return found
+        numbers.setdefault(name, int(number_text))
+    return numbers
 
 
 def _filled(form: str, value: str) -> tuple[str, str]:
@@ -130,12 +130,12 @@ class Repeats:
 
     def over(self, now_s: float) -> Iterator[tuple[Any, int]]:
         """Yields the events whose minute is over and how many of their lines were suppressed, and forgets them."""
-        done = [
+        over = [
             event
             for event, counted in self._counted.items()
             if counted.suppressed and now_s - counted.since_s >= MINUTE_S
         ]
-        for event in done:
+        for event in over:
             yield event, self._counted.pop(event).suppressed
 
 

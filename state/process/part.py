@@ -81,11 +81,11 @@ def run_check(argv: Sequence[str] | None, option: str, check: Check) -> int:
     errors = own_stderr()
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(option, dest="folder", type=Path)
-    asked, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    args, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     try:
         settings = load(flags, os.environ)
         with quiet_stderr():
-            result = check(settings, asked.folder)
+            result = check(settings, args.folder)
     except (SpringtideError, OSError) as problem:
         error = of_disk(problem)
         print(error, file=errors)

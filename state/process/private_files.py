@@ -54,7 +54,7 @@ def fingerprint(key: bytes) -> str:
     return hashlib.sha256(key).hexdigest()[:16]
 
 
-def read_key(path: Path, what: str, setting: str) -> bytes:
+def read_key(path: Path, subject: str, setting: str) -> bytes:
     """Reads the key in a file. The content is hexadecimal; any other content is the key itself.
 
     Raises:
@@ -63,15 +63,15 @@ def read_key(path: Path, what: str, setting: str) -> bytes:
     try:
         content = path.read_bytes().strip()
     except OSError as error:
-        raise SettingsError(f"{what} at {path} cannot be read ({error.strerror})", f"correct {setting}") from None
+        raise SettingsError(f"{subject} at {path} cannot be read ({error.strerror})", f"correct {setting}") from None
     try:
         key = bytes.fromhex(content.decode())
     except ValueError:
         key = content
     if len(key) < LEAST_KEY_BYTES:
-        raise SettingsError(f"{what} at {path} has {len(key)} bytes", f"it needs at least {LEAST_KEY_BYTES}")
+        raise SettingsError(f"{subject} at {path} has {len(key)} bytes", f"it needs at least {LEAST_KEY_BYTES}")
     if others_may(path):
-        logger.warning("%s at %s can be read by others; run chmod 600 on it", what, path)
+        logger.warning("%s at %s can be read by others; run chmod 600 on it", subject, path)
     return key
 
 

@@ -48,16 +48,16 @@ def quiet_stderr() -> Iterator[None]:
     """Buffers the process's output to standard error inside the block, then writes all of it except the chatter."""
     sys.stderr.flush()
     # The descriptor belongs to the whole process, so threads take turns. A memory file works even on a full disk.
-    with _TURN, os.fdopen(os.memfd_create("stderr"), "w+b") as held:
-        kept = os.dup(2)
-        os.dup2(held.fileno(), 2)
+    with _TURN, os.fdopen(os.memfd_create("stderr"), "w+b") as buffer:
+        descriptor = os.dup(2)
+        os.dup2(buffer.fileno(), 2)
         try:
             yield
         finally:
             sys.stderr.flush()
-            os.dup2(kept, 2)
-            held.seek(0)
-            for line in held:
+            os.dup2(descriptor, 2)
+            buffer.seek(0)
+            for line in buffer:
                 if not is_talk(line):
-                    os.write(kept, line)
-            os.close(kept)
+                    os.write(descriptor, line)
+            os.close(descriptor)

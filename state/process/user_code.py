@@ -32,9 +32,9 @@ def for_children(environment: Mapping[str, str]) -> dict[str, str]:
 
 def search_here_last() -> None:
     """Adds the current directory at the end of this process's import path."""
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.append(folder)
 
 
 def load_named(path: str, setting: str) -> Any:

@@ -69,11 +69,11 @@ class RecordedTimes:
         np.maximum.at(newest, numbers, at_ms[rows])
         for number, hour in enumerate(hours.tolist()):
             row, count, newest_ms = int(rows[firsts[number]]), int(counts[number]), int(newest[number])
-            place = int(files[row]), int(line[row])
+            where = int(files[row]), int(line[row])
             if (known := self._hours.get(hour)) is None:
-                self._hours[hour] = _Hour(count, newest_ms, place)
+                self._hours[hour] = _Hour(count, newest_ms, where)
             else:
-                self._hours[hour] = _Hour(known.rows + count, max(known.newest_ms, newest_ms), min(known.first, place))
+                self._hours[hour] = _Hour(known.rows + count, max(known.newest_ms, newest_ms), min(known.first, where))
 
     def crowd(self, max_age_ms: int) -> Crowd:
         """The newest time, without strays. Rows more than `max_age_ms` before the newest time are too old.
@@ -112,10 +112,10 @@ def as_utc(at_ms: int) -> str:
 
 def described(crowd: Crowd, first: str, max_age_s: float) -> str:
     """Describes the excluded strays in a sentence; `first` is file and line of the first one."""
-    one = crowd.strays == 1
-    rows = "1 row is" if one else f"this row and {crowd.strays - 1:,} more are"
+    is_single = crowd.strays == 1
+    rows = "1 row is" if is_single else f"this row and {crowd.strays - 1:,} more are"
     return (
-        f"{first}: {rows} long after all the others ({'' if one else 'up to '}{as_utc(crowd.latest_ms)}): if "
-        f"{'it' if one else 'they'} set the clock, events.max_age_s ({max_age_s:,.0f} s) would refuse "
+        f"{first}: {rows} long after all the others ({'' if is_single else 'up to '}{as_utc(crowd.latest_ms)}): if "
+        f"{'it' if is_single else 'they'} set the clock, events.max_age_s ({max_age_s:,.0f} s) would refuse "
         f"{crowd.spared:,} of them; the newest of the others sets it ({as_utc(crowd.newest_ms)})"
     )

@@ -97,9 +97,9 @@ def csv_rows(
     def rows_of(chunk: list[Record]) -> RecordedRows:
         cells = [record[2] or nothing for record in chunk]
         return RecordedRows(
-            columns={name: [row[place] for row in cells] for name, place in places.items()},
+            columns={name: [row[index] for row in cells] for name, index in places.items()},
             lines=np.array([record[0] for record in chunk], np.int64),
-            broken=frozenset(row for row, one in enumerate(chunk) if one[2] is None),
+            broken=frozenset(row for row, record in enumerate(chunk) if record[2] is None),
             text=lambda row: chunk[row][1],
         )
 
@@ -159,17 +159,17 @@ def _quoted(text: str, delimiter: str) -> list[str] | None:
     ['1', 'two\nlines']
     """
     try:
-        found = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+        records = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
     except csv.Error:
         return None
-    return found[0] if len(found) == 1 else None
+    return records[0] if len(records) == 1 else None
 
 
 def _records(lines: Iterator[tuple[int, bytes]], delimiter: str, width: int) -> Iterator[Record]:
     """Yields line number, text and cells of each row; cells are None unless the text has `width` cells."""
     waiting: deque[tuple[int, bytes]] = deque()
-    while (found := waiting.popleft() if waiting else next(lines, None)) is not None:
-        number, text = found
+    while (line := waiting.popleft() if waiting else next(lines, None)) is not None:
+        number, text = line
         text = text.rstrip(b"\r\n")
         if not text.strip(b" "):
             continue
@@ -179,17 +179,17 @@ def _records(lines: Iterator[tuple[int, bytes]], delimiter: str, width: int) -> 
         else:
             # A quoted field may continue in the next lines. If no quote ends it, or the result is not a row, the quote
             # is stray and only its line is broken.
-            held = [found]
-            while len(held) < LONGEST_RECORD_LINES and (more := waiting.popleft() if waiting else next(lines, None)):
-                held.append(more)
-                if more[1].count(b'"') % 2:
-                    whole = b"".join(line for _, line in held).rstrip(b"\r\n")
-                    cells = _split(whole, delimiter)
+            pieces = [line]
+            while len(pieces) < LONGEST_RECORD_LINES and (after := waiting.popleft() if waiting else next(lines, None)):
+                pieces.append(after)
+                if after[1].count(b'"') % 2:
+                    joined = b"".join(line for _, line in pieces).rstrip(b"\r\n")
+                    cells = _split(joined, delimiter)
                     break
             if cells is not None and len(cells) == width:
-                text = whole
+                text = joined
             else:
-                waiting.extendleft(reversed(held[1:]))
+                waiting.extendleft(reversed(pieces[1:]))
         yield number, text, cells if cells is not None and len(cells) == width else None
 
 
@@ -222,8 +222,8 @@ def json_rows(
 
 def _decoder(wanted: Sequence[str]) -> Callable[[bytes], tuple[Any, ...]]:
     """Returns a decoder that reads the wanted fields of one object, in their order."""
-    fields: list[Any] = [(f"field_{place}", Any, None) for place in range(len(wanted))]
-    rename = {f"field_{place}": name for place, name in enumerate(wanted)}
+    fields: list[Any] = [(f"field_{index}", Any, None) for index in range(len(wanted))]
+    rename = {f"field_{index}": name for index, name in enumerate(wanted)}
     decode = msgspec.json.Decoder(msgspec.defstruct("Row", fields, rename=rename, gc=False)).decode
     return lambda line: msgspec.structs.astuple(decode(line))
 
@@ -406,10 +406,10 @@ def find(patterns: Sequence[str], format: str = "", delimiter: str = "") -> tupl
     """
     paths: dict[Path, None] = {}
     for pattern in patterns:
-        found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - may be absolute
-        if not found:
+        matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - may be absolute
+        if not matches:
             raise SettingsError(f"{pattern}: no such file", "check the path")
-        paths |= dict.fromkeys(map(Path, found))
+        paths |= dict.fromkeys(map(Path, matches))
     return tuple(_described(path, format, delimiter) for path in paths)
 
 
@@ -422,7 +422,7 @@ def _described(path: Path, format: str, delimiter: str) -> RecordedFile:
     suffix = suffixes[-1] if suffixes else ""
     kind = format or SUFFIXES.get(suffix, "")
     if not kind:
-        raise SettingsError(f"{path}: its name does not tell its format", f"say --format {'|'.join(FORMATS)}")
+        raise SettingsError(f"{path}: its name has no known suffix", f"use --format {'|'.join(FORMATS)}")
     return RecordedFile(path, kind, delimiter or ("\t" if suffix == ".tsv" else ","))
 
 
@@ -465,17 +465,17 @@ def refuse_beyond_memory(recording: Recording, available: int) -> None:
     if needed > available * MEMORY_SHARE:
         raise SettingsError(
             f"the files would take about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free: "
-            "sort them by time and say --sort assume, or read fewer at once"
+            "sort them by time and use --sort assume, or read fewer at once"
         )
 
 
-def add_file_arguments(parser: argparse.ArgumentParser, about: str) -> None:
-    """Adds `FILE...` and the options for reading the files; `about` is the command's use of the rows, for the help."""
+def add_file_arguments(parser: argparse.ArgumentParser, usage: str) -> None:
+    """Adds `FILE...` and the options for reading the files; `usage` is the command's use of the rows, for the help."""
     parser.add_argument(
         "files", nargs="*", metavar="FILE", help="files or globs: CSV, JSON lines or Parquet; .gz, .zst"
     )
     group = parser.add_argument_group(
-        "files", f"Columns are mapped by the names in [events], as for the topic. {about}"
+        "files", f"Columns are mapped by the names in [events], as for the topic. {usage}"
     )
     add_format_arguments(group)
     group.add_argument(
@@ -496,8 +496,8 @@ def add_file_arguments(parser: argparse.ArgumentParser, about: str) -> None:
     )
 
 
-def add_format_arguments(parser: argparse._ActionsContainer, of: str = "") -> None:
-    """Adds the options for the format of the files; `of` describes, for the help, the files of `--columns`."""
+def add_format_arguments(parser: argparse._ActionsContainer, suffix: str = "") -> None:
+    """Adds the options for the format of the files; `suffix` describes, for the help, the files of `--columns`."""
     parser.add_argument(
         "--format", choices=FORMATS, default="", help="format of all files (default: from the name of each file)"
     )
@@ -506,7 +506,7 @@ def add_format_arguments(parser: argparse._ActionsContainer, of: str = "") -> No
         "--columns",
         default="",
         metavar="A,B,...",
-        help=f"column names of CSV files without a header{of}; - skips a column",
+        help=f"column names of CSV files without a header{suffix}; - skips a column",
     )
 
 

@@ -103,8 +103,8 @@ def order(at_ms: I64) -> I64:
     >>> order(np.array([30, NO_TIME, 10, 30])).tolist()
     [2, 0, 1, 3]
     """
-    place = np.where(at_ms != NO_TIME, np.arange(len(at_ms)), 0)
-    return np.argsort(at_ms[np.maximum.accumulate(place)], kind="stable")
+    last_timed = np.where(at_ms != NO_TIME, np.arange(len(at_ms)), 0)
+    return np.argsort(at_ms[np.maximum.accumulate(last_timed)], kind="stable")
 
 
 def mapped_fields(events: Events) -> tuple[str, ...]:

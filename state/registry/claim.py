@@ -203,9 +203,9 @@ def claiming(path: Path, stopping: threading.Event, on_wait: Callable[[str], Non
         while not claim.held:
             try:
                 claim.take()
-            except LockHeld as held:
+            except LockHeld as error:
                 if present is None:
-                    on_wait(str(held.what))
+                    on_wait(str(error.what))
                     present = StandbyFile(path)
                 present.renew()
                 if stopping.wait(POLL_S):
@@ -253,10 +253,10 @@ def trainer_of(path: Path) -> str:
 
 def standbys(path: Path, now_s: float) -> list[str]:
     """The standbys of a registry's directory, each as `process PID on HOST`, ascending."""
-    found = []
+    names = []
     for file in (path / layout.TEMPORARY).glob(f"{_STANDBY}*"):
         with suppress(FileNotFoundError):
             if now_s - file.stat().st_mtime < STANDBY_S:
                 host, pid, _ = file.name.rpartition("~")[2].rsplit("@", 2)
-                found.append(f"process {pid} on {host}")
-    return sorted(found)
+                names.append(f"process {pid} on {host}")
+    return sorted(names)

@@ -251,12 +251,12 @@ class Control(msgspec.Struct, frozen=True, dict=True, omit_defaults=True):
         A mask that was lifted since the epoch began still applies to records written before it was lifted. So the
         offset at which it ends does not depend on when the trainer polled control.
         """
-        kept = tuple(mask for mask in self.lifted if mask.lifted > generation)
-        if not kept:
+        masks = tuple(mask for mask in self.lifted if mask.lifted > generation)
+        if not masks:
             return self.mask
-        if kept not in self._masks_at:
-            self._masks_at[kept] = replace(joined((*self.masks, *kept), self.mask_generation), erased=self.erased)
-        return self._masks_at[kept]
+        if masks not in self._masks_at:
+            self._masks_at[masks] = replace(joined((*self.masks, *masks), self.mask_generation), erased=self.erased)
+        return self._masks_at[masks]
 
     @cached_property
     def _masks_at(self) -> dict[tuple[MaskEntry, ...], Mask]:
@@ -397,8 +397,8 @@ def roll_back(
     serving = ServingChoice("pin", to, then_follow)
     masks = (*control.masks, *new)
     same = control.action != "start" and not control.upgraded
-    done = same and control.base == to and not new and not control.lifted
-    if done and (log is None or control.mode == "exact"):
+    is_repeated = same and control.base == to and not new and not control.lifted
+    if is_repeated and (log is None or control.mode == "exact"):
         return _next(control, "rollback", decision, serving=serving)
     return _next(
         control,
@@ -419,7 +419,7 @@ def roll_back(
 
 
 def recover(control: Control, to: int, **decision: Unpack[Decision]) -> Control:
-    """Rewinds the trainer to version `to`, the newest that it can continue from; serving choice and masks stay.
+    """Rewinds the trainer to `to`, the newest that it can continue from; serving choice and masks stay.
 
     >>> first = start(actor="trainer", reason="first start", now_ms=0)
     >>> back = recover(first, 40, actor="trainer", reason="the training log ends before version 41", now_ms=9)
@@ -448,15 +448,15 @@ def unmask(control: Control, numbers: Collection[int], **decision: Unpack[Decisi
         known = ", ".join(str(mask.id) for mask in control.masks) or "none is set"
         raise UnfitMask(f"there is no mask {unknown[0]}", f"use one of `springtide masks`: {known}")
     generation = control.generation + 1
-    gone = tuple(changed(mask, lifted=generation) for mask in control.masks if mask.id in numbers)
-    if not gone:
+    lifted = tuple(changed(mask, lifted=generation) for mask in control.masks if mask.id in numbers)
+    if not lifted:
         return control
     return _next(
         control,
         "unmask",
         decision,
         masks=tuple(mask for mask in control.masks if mask.id not in numbers),
-        lifted=(*control.lifted, *gone),
+        lifted=(*control.lifted, *lifted),
         mask_generation=generation,
     )
 
@@ -585,9 +585,9 @@ def restored_without_log(control: Control, version: int | None, lost: int, **dec
 
     `version` is None if there was none yet. `lost` is the number of clicks between the version and the histories.
     """
-    made = restored(control, **decision)
+    after = restored(control, **decision)
     plan = {"log": "anew", "lost": lost}
-    return changed(made, epoch=made.epoch + 1, base=version, lifted=(), mode="fast", log=WHOLE, plan=plan)
+    return changed(after, epoch=after.epoch + 1, base=version, lifted=(), mode="fast", log=WHOLE, plan=plan)
 
 
 def _next(control: Control, action: str, decision: Decision, **changes: Any) -> Control:

@@ -128,7 +128,7 @@ class Controls:
         newest = self.control()
         if newest is None or newest.epoch < epoch:
             return None
-        return 1 + bisect_left(range(1, newest.generation + 1), epoch, key=lambda one: self.generation(one).epoch)
+        return 1 + bisect_left(range(1, newest.generation + 1), epoch, key=lambda number: self.generation(number).epoch)
 
     def change(self, transition: Callable[[Control], Control]) -> Control:
         """Writes the next generation by a pure transition; retries from the newest one if another process was faster.
@@ -221,9 +221,9 @@ class Controls:
             self._directory.claim.ask_store()
         with sharing():
             # If the response was lost, the file in the object store is our own.
-            if store.create(name, data) or (theirs := store.read(name)) == data:
+            if store.create(name, data) or (stored := store.read(name)) == data:
                 return True
-        self.receive(generation, theirs)
+        self.receive(generation, stored)
         return False
 
     def receive(self, generation: int, data: bytes) -> None:
@@ -308,7 +308,7 @@ class Controls:
             return documents.decode(sealed.unseal(data), self._masked_users, self._erasures)
         except ValueError as error:
             raise CorruptVersion(
-                f"{path} is damaged: {error}", "restore it from a copy: it says what should be served"
+                f"{path} is damaged: {error}", "restore it from a copy: it controls which version is served"
             ) from error
 
     # Outcomes

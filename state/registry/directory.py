@@ -82,14 +82,14 @@ class Directory:
     def sweep(self) -> list[str]:
         """Deletes the files of dead writers under `tmp/`; returns the names."""
         with usable("be swept"):
-            left = [
+            leftovers = [
                 path
                 for path in (self.path / layout.TEMPORARY).iterdir()
                 if durable.is_dead(path.name.rpartition("~")[2])
             ]
-            for path in left:
+            for path in leftovers:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        return [path.name for path in left]
+        return [path.name for path in leftovers]
 
     @property
     def staging(self) -> Path | None:

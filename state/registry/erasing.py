@@ -47,13 +47,13 @@ def report(registry: Path, progress: ErasureReport) -> None:
 
 def reports(registry: Path) -> list[ErasureReport]:
     """The reports of all processes of this host, sorted by name; unreadable ones are skipped."""
-    found = []
+    reports_read = []
     for path in sorted((registry / layout.ERASURES).glob("*.json")):
         try:
-            found.append(msgspec.json.decode(path.read_bytes(), type=ErasureReport))
+            reports_read.append(msgspec.json.decode(path.read_bytes(), type=ErasureReport))
         except (OSError, msgspec.MsgspecError):
             continue
-    return found
+    return reports_read
 
 
 def all_reports(registry: Registry) -> list[ErasureReport]:
@@ -62,15 +62,15 @@ def all_reports(registry: Registry) -> list[ErasureReport]:
     Raises:
         UnusableRegistry: The object store of the shared registry cannot be reached.
     """
-    found = {local.part: local for local in reports(registry.path)}
+    by_part = {local.part: local for local in reports(registry.path)}
     if (store := registry.directory.shared) is not None:
         with sharing():
             for name in store.names(layout.ERASURES):
-                if name.removesuffix(".json") in found:
+                if name.removesuffix(".json") in by_part:
                     continue
                 try:
-                    theirs = msgspec.json.decode(store.read(f"{layout.ERASURES}/{name}"), type=ErasureReport)
+                    remote = msgspec.json.decode(store.read(f"{layout.ERASURES}/{name}"), type=ErasureReport)
                 except (FileNotFoundError, msgspec.MsgspecError):
                     continue
-                found[theirs.part] = theirs
-    return [found[part] for part in sorted(found)]
+                by_part[remote.part] = remote
+    return [by_part[part] for part in sorted(by_part)]

@@ -35,31 +35,31 @@ def collect(registry: Registry, keep_ms: int, now_ms: int, in_use: Collection[st
         UnusableRegistry: The disk refused.
     """
     with usable("delete unused files"):
-        gone = [*_garbage(registry, keep_ms, now_ms, frozenset(in_use)), *_left_by_writers(registry, now_ms)]
-        for path in gone:
+        removed = [*_garbage(registry, keep_ms, now_ms, frozenset(in_use)), *_left_by_writers(registry, now_ms)]
+        for path in removed:
             # Uses one rename, as for versions, so that a crash leaves no half-deleted folder.
             grave = registry.directory.temporary(f"garbage-{path.name.partition('~')[0]}")
             path.rename(grave)
             shutil.rmtree(grave) if grave.is_dir() else grave.unlink()
-    return [path.relative_to(registry.path).as_posix() for path in gone]
+    return [path.relative_to(registry.path).as_posix() for path in removed]
 
 
 def _garbage(registry: Registry, keep_ms: int, now_ms: int, in_use: frozenset[str]) -> list[Path]:
-    kept = [registry.manifest(number) for number in registry.versions()]
+    manifests = [registry.manifest(number) for number in registry.versions()]
     control = registry.control()
-    newest_version = max((version.version for version in kept), default=0)
-    epochs = {version.epoch for version in kept} | ({control.epoch} if control else set())
-    found: list[Path] = []
+    newest_version = max((version.version for version in manifests), default=0)
+    epochs = {version.epoch for version in manifests} | ({control.epoch} if control else set())
+    garbage: list[Path] = []
     for folder in (layout.VERSIONS, layout.MERGED, layout.BASES):
         if not (registry.path / folder).is_dir():
             continue
         aside = [path for path in _older(registry.path / folder, keep_ms, now_ms) if ".bad" in path.name]
-        found += [path for path in aside if int(path.name.partition(".")[0].partition("-")[0]) < newest_version]
+        garbage += [path for path in aside if int(path.name.partition(".")[0].partition("-")[0]) < newest_version]
     # A copy fetches small shared files again if they are missing, so specs and outcomes stay.
     shared = registry.directory.binding is not None
     named_by = {
-        layout.PROGRAMS: {version.program for version in kept},
-        layout.SPECS: {version.spec for version in kept},
+        layout.PROGRAMS: {version.program for version in manifests},
+        layout.SPECS: {version.spec for version in manifests},
     }
     for folder, named in named_by.items():
         if shared and folder == layout.SPECS:
@@ -67,26 +67,26 @@ def _garbage(registry: Registry, keep_ms: int, now_ms: int, in_use: frozenset[st
         every = list((registry.path / folder).iterdir())
         newest = max(every, key=_age_of, default=None)
         old = [path for path in _older(registry.path / folder, keep_ms, now_ms) if path != newest]
-        found += [path for path in old if path.name.removesuffix(".tflite") not in named | in_use]
+        garbage += [path for path in old if path.name.removesuffix(".tflite") not in named | in_use]
     if shared:
-        return found
-    found += [
+        return garbage
+    garbage += [
         path
         for path in _older(registry.path / layout.OUTCOMES, keep_ms, now_ms)
         if path.name.split("-")[0].isdecimal() and int(path.name.split("-")[0]) not in epochs
     ]
-    return found
+    return garbage
 
 
 def _left_by_writers(registry: Registry, now_ms: int) -> list[Path]:
     """Files in `tmp/` of writers that are gone: dead ones of this machine, and others after a day."""
-    found = []
+    abandoned = []
     for path in (registry.path / layout.TEMPORARY).iterdir():
         owner = path.name.rpartition("~")[2]
         foreign = owner.count("@") != 2 or not owner.startswith(f"{durable.HOST}@")
         if (foreign and _age_of(path) < now_ms - TEMPORARY_MS) or (not foreign and durable.is_dead(owner)):
-            found.append(path)
-    return found
+            abandoned.append(path)
+    return abandoned
 
 
 def _older(folder: Path, keep_ms: int, now_ms: int) -> list[Path]:

@@ -66,10 +66,11 @@ class RoutingTable:
         >>> [host.name for host in table.holders[31]], str(table.held_by(0)), str(table.held_by(1))
         (['a'], '32-63', '0-31')
         """
-        hosts = tuple(sorted((one for one in entries if one.is_live(now_ms)), key=lambda host: host.name))
-        held = [UserShares.parse(host.shares) for host in hosts]
+        hosts = tuple(sorted((entry for entry in entries if entry.is_live(now_ms)), key=lambda host: host.name))
+        shares_of_hosts = [UserShares.parse(host.shares) for host in hosts]
         holders = [
-            tuple(host for host, shares in zip(hosts, held, strict=True) if share in shares) for share in range(SHARES)
+            tuple(host for host, shares in zip(hosts, shares_of_hosts, strict=True) if share in shares)
+            for share in range(SHARES)
         ]
         return cls(hosts, holders)
 
@@ -100,14 +101,14 @@ def withdraw(registry: Path, name: str) -> None:
 
 def entries(registry: Path) -> list[HostEntry]:
     """The entries in a registry's directory, by name, live or not; unreadable ones are skipped."""
-    folder, found = registry / layout.HOSTS, dict[str, HostEntry]()
+    folder, by_name = registry / layout.HOSTS, dict[str, HostEntry]()
     for path in (folder / layout.FETCHED, *folder.glob("*.json")):
         try:
             for entry in decoded(path.read_bytes()):
-                found[entry.name] = entry
+                by_name[entry.name] = entry
         except (OSError, ValueError):
             continue
-    return [found[name] for name in sorted(found)]
+    return [by_name[name] for name in sorted(by_name)]
 
 
 def all_entries(registry: Registry) -> list[HostEntry]:
@@ -116,23 +117,23 @@ def all_entries(registry: Registry) -> list[HostEntry]:
     Raises:
         UnusableRegistry: The object store cannot be reached.
     """
-    found = {entry.name: entry for entry in entries(registry.path)}
+    known = {entry.name: entry for entry in entries(registry.path)}
     if (store := registry.directory.shared) is not None:
         with sharing():
             for name in store.names(layout.HOSTS):
                 try:
-                    theirs = decoded(store.read(f"{layout.HOSTS}/{name}"))
+                    remote = decoded(store.read(f"{layout.HOSTS}/{name}"))
                 except (FileNotFoundError, ValueError):
                     continue
-                newer = (one for one in theirs if one.name not in found or found[one.name].at_ms < one.at_ms)
-                found |= {one.name: one for one in newer}
-    return [found[name] for name in sorted(found)]
+                newer = (entry for entry in remote if entry.name not in known or known[entry.name].at_ms < entry.at_ms)
+                known |= {entry.name: entry for entry in newer}
+    return [known[name] for name in sorted(known)]
 
 
 def decoded(data: bytes) -> list[HostEntry]:
     """Decodes an entry or a list of entries; raises ValueError if it is neither, or an entry names no shares."""
-    found = msgspec.json.decode(data, type=HostEntry | list[HostEntry])
-    listed = found if isinstance(found, list) else [found]
+    decoded_value = msgspec.json.decode(data, type=HostEntry | list[HostEntry])
+    listed = decoded_value if isinstance(decoded_value, list) else [decoded_value]
     for entry in listed:
         UserShares.parse(entry.shares)
     return listed

@@ -103,13 +103,13 @@ def turned(line: LogLine, epoch: int, offset: int, end: int, sources: Sequence[t
     """
     if not has(line, epoch, offset):
         raise ValueError(f"offset {offset} of log epoch {epoch} is not on the branch {line}")
-    kept = [segment for segment in line if segment.epoch <= epoch]
-    kept[-1] = kept[-1]._replace(until=offset)
-    return (*kept, BranchSegment(line[-1].epoch + 1, max(end, offset), None, tuple(sorted(sources))))
+    segments = [segment for segment in line if segment.epoch <= epoch]
+    segments[-1] = segments[-1]._replace(until=offset)
+    return (*segments, BranchSegment(line[-1].epoch + 1, max(end, offset), None, tuple(sorted(sources))))
 
 
-def parting(mine: LogLine, now: LogLine) -> _Parting | None:
-    """The point to which a reader of branch `mine` must rewind to read `now`; None if the branches are equal.
+def parting(own: LogLine, now: LogLine) -> _Parting | None:
+    """The point to which a reader of branch `own` must rewind to read `now`; None if the branches are equal.
 
     >>> once = turned(WHOLE, 1, 40, 60, ())
     >>> [parting(WHOLE, once).offset, parting(once, turned(once, 2, 70, 90, ())).offset, parting(once, once)]
@@ -118,15 +118,15 @@ def parting(mine: LogLine, now: LogLine) -> _Parting | None:
     Raises:
         ValueError: `now` does not continue beyond the common part, so it is not a later branch.
     """
-    if mine == now:
+    if own == now:
         return None
     shared = 0
-    while shared < min(len(mine), len(now)) and mine[shared] == now[shared]:
+    while shared < min(len(own), len(now)) and own[shared] == now[shared]:
         shared += 1
-    cut = shared < len(mine) and shared < len(now) and mine[shared].epoch == now[shared].epoch
+    cut = shared < len(own) and shared < len(now) and own[shared].epoch == now[shared].epoch
     after = shared + 1 if cut else shared
     if after >= len(now):
-        raise ValueError(f"the branch {now} does not continue {mine}")
+        raise ValueError(f"the branch {now} does not continue {own}")
     before = now[after - 1].until
     assert before is not None, "only the last segment is open"
     return _Parting(before, now[after].sources)

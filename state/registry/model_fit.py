@@ -56,8 +56,8 @@ def version_to_go_on_from(registry: Registry) -> Manifest | None:
         if control is None:
             return None
         newest = registry.newest(control.epoch)
-        found = control.base if newest is None else newest
-        return None if found is None else registry.manifest(found)
+        version = control.base if newest is None else newest
+        return None if version is None else registry.manifest(version)
     except RegistryError:
         return None
 
@@ -115,11 +115,11 @@ def _asked_otherwise(registry: Registry, version: Manifest, model: Model) -> boo
     """Whether an option differs that the version's preprocessing read; its graph contains the options."""
     before = dict(option.split("=", 1) for option in ast.literal_eval(version.environment.get("model.options", "()")))
     for name in registry.specs.names():
-        about = registry.specs.spec(name) if name.partition(".")[0] == version.spec else {}
-        if about.get("preprocessing") == model.preprocessing:
-            asked = about.get("asked", {}).items()
+        document = registry.specs.spec(name) if name.partition(".")[0] == version.spec else {}
+        if document.get("preprocessing") == model.preprocessing:
+            options = document.get("asked", {}).items()
             return any(
-                before.get(option, default) != model.written.get(option, default) for option, (_, default) in asked
+                before.get(option, default) != model.written.get(option, default) for option, (_, default) in options
             )
     return False
 
@@ -160,13 +160,13 @@ def require_fit(
     wanted = {f"dense.{name}": shape for name, shape in dense.items()}
     wanted |= {f"{table}.rows": (width,) for table, width in widths.items()}
     wrong = [
-        f"{name.removeprefix('dense.')} {_shown(shape)}, {'none' if found is None else _shown(found)} in the version"
+        f"{name.removeprefix('dense.')} {_shown(shape)}, {'none' if present is None else _shown(present)} in the version"
         for name, shape in wanted.items()
-        if (found := _last(shapes.get(name), len(shape))) != shape
+        if (present := _last(shapes.get(name), len(shape))) != shape
     ]
     # A table that an upgrade dropped still exists, with rows of width 0.
-    theirs = {name.removesuffix(".rows") for name, shape in shapes.items() if name.endswith(".rows") and shape[-1]}
-    wrong += [f"{table}.rows none, but in the version" for table in sorted(theirs - {*widths, *optional})]
+    stored = {name.removesuffix(".rows") for name, shape in shapes.items() if name.endswith(".rows") and shape[-1]}
+    wrong += [f"{table}.rows none, but in the version" for table in sorted(stored - {*widths, *optional})]
     if wrong or version.spec != spec.digest:
         try:
             registry.read(version, SERVING)
@@ -210,11 +210,11 @@ def mismatch(
 
 def differences(registry: Registry, version: Manifest, settings: Settings, spec: FeatureSpec) -> dict[str, str]:
     """Name -> how a setting of the features or of the model differs from what the version was trained with."""
-    model, found = settings.model, _features(registry, version, spec)
+    model, different = settings.model, _features(registry, version, spec)
     then = {name: version.environment.get(f"model.{name}") for name in SETTINGS}
     if then["tower"] in FORMER_TOWERS:
         then["tower"] = Model().tower
-    return found | {
+    return different | {
         f"model.{name}": f"was {_as_flag(before) or 'empty'} and is {_as_flag(str(getattr(model, name))) or 'empty'}"
         for name, before in then.items()
         if before is not None and before != str(getattr(model, name))
@@ -358,6 +358,6 @@ def first_after(
             return None
         if control.action == "upgrade":
             numbers = (number for number in registry.versions() if sees(target.visible, number))
-            return next(found for number in numbers if (found := registry.manifest(number)).epoch == epoch)
+            return next(manifest for number in numbers if (manifest := registry.manifest(number)).epoch == epoch)
         epoch = registry.manifest(control.base).epoch
     return None

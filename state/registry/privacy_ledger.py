@@ -125,5 +125,5 @@ def write(directory: Directory, path: Path, ledger: PrivacyLedger) -> None:
     directory.replace(path, msgspec.json.format(msgspec.json.encode(ledger, order="sorted"), indent=1) + b"\n")
 
 
-def _same_terms(one: PrivacyPeriod, other: PrivacyPeriod) -> bool:
-    return msgspec.structs.replace(one, lines=()) == msgspec.structs.replace(other, lines=())
+def _same_terms(period: PrivacyPeriod, other: PrivacyPeriod) -> bool:
+    return msgspec.structs.replace(period, lines=()) == msgspec.structs.replace(other, lines=())

@@ -224,15 +224,17 @@ class Registry:
 
     def _not_kept(self, version: int) -> UnknownVersion:
         """The error for a version that cannot be rolled back to, with the versions to use instead."""
-        kept = self.versions()
+        versions = self.versions()
         nearest = [
-            *[number for number in kept if number < version][-1:],
-            *[number for number in kept if number > version][:1],
+            *[number for number in versions if number < version][-1:],
+            *[number for number in versions if number > version][:1],
         ]
         message = f"version {version} is not kept in {self.path}"
         if version in self._numbers["recent"]:
             message = f"version {version} is recent: serving can follow it, but a rollback needs a durable version"
-        return UnknownVersion(message, f"use {' or '.join(map(str, nearest))}" if nearest else "there is none yet")
+        return UnknownVersion(
+            message, f"use {' or '.join(map(str, nearest))}" if nearest else "no version is published yet"
+        )
 
     # Reading
 
@@ -249,15 +251,15 @@ class Registry:
                 self._manifests[folder] = cached
                 return cached
             try:
-                read = manifest.decode(self.manifest_bytes(folder))
+                stored = manifest.decode(self.manifest_bytes(folder))
             except FileNotFoundError:
                 if folder.is_dir():
                     raise _BadPart(folder, version, f"{folder / MANIFEST} is missing") from None
                 continue
             except ValueError as error:
                 raise _BadPart(folder, version, f"{folder / MANIFEST} is damaged: {error}") from error
-            self._cache(folder, read)
-            return read
+            self._cache(folder, stored)
+            return stored
         raise self._not_kept(version)
 
     def either(self, version: int) -> Manifest:
@@ -466,16 +468,16 @@ class Registry:
                 part = manifest.complete(draft, self.next_number(), ancestors, files)
             else:
                 # The same number and descent.
-                kept = manifest.entries(files)
-                part = replace(recent, kind=draft.kind, parent=draft.parent, log=draft.log, files=kept)
+                entries = manifest.entries(files)
+                part = replace(recent, kind=draft.kind, parent=draft.parent, log=draft.log, files=entries)
             if self.add(part, files, last_check=lambda: self._check_right(draft.epoch)):
                 return part
             if recent is not None:
                 raise RuntimeError(f"version {part.version} was published before")
 
-    def add_base(self, of: Manifest, files: Mapping[str, bytes]) -> Manifest:
-        """Stores the full state at the version `of`; does nothing if it exists."""
-        base = replace(of, kind="base", files=manifest.entries(files))
+    def add_base(self, version: Manifest, files: Mapping[str, bytes]) -> Manifest:
+        """Stores the full state of `version`; does nothing if it exists."""
+        base = replace(version, kind="base", files=manifest.entries(files))
         self.add(base, files)
         return base
 
@@ -578,7 +580,7 @@ class Registry:
         """
         doubted: object = None
         while True:
-            version, kept = None, (self.deltas(), self.bases())
+            version, stored = None, (self.deltas(), self.bases())
             try:
                 version = self.newest(epoch)
                 if version is None:
@@ -593,8 +595,8 @@ class Registry:
                 if version is None:
                     raise
                 # A compactor may have replaced the files during the read, so this tries again first.
-                if doubted != (version, kept):
-                    doubted = (version, kept)
+                if doubted != (version, stored):
+                    doubted = (version, stored)
                     continue
                 self.set_aside(self.folder_of(self.manifest(version)), version, f"a version it needs is gone: {error}")
 
@@ -649,19 +651,19 @@ class Registry:
             # 1. The machine may have lost names in `recent/` when it restarted.
             before = mark.read_text() if mark.exists() else boot
             keeper = self.reserve_numbers(self.next_number() - 1 + (0 if before == boot else MOST_BETWEEN))
-            left = [path for path in keeper.parent.iterdir() if path != keeper]
+            leftovers = [path for path in keeper.parent.iterdir() if path != keeper]
             killpoints.reach("recent.numbered")
             # 2.
             if before != boot or not mark.exists():
                 self.directory.replace(mark, boot.encode())
             # 3.
-            for path in left:
+            for path in leftovers:
                 # A trainer that lost its claim removes nothing, because its staging folder is gone.
                 grave = self.directory.temporary(path.name)
                 path.rename(grave)
                 shutil.rmtree(grave) if grave.is_dir() else grave.unlink()
         self._manifests.clear()
-        return sum(path.name.isdecimal() for path in left)
+        return sum(path.name.isdecimal() for path in leftovers)
 
     def reserve_numbers(self, last: int) -> Path:
         """Durably marks all numbers up to `last` as used, by a file in `recent/` with that name; returns its path.

@@ -77,8 +77,11 @@ def segments_to_end(
         UnknownVersion: A version that an epoch began from is no longer kept.
     """
     lasts = registry.generations.last_of_epochs(base.epoch, newest.epoch)
-    found = segments_of(registry, lasts, base, newest) if base.version != newest.version else []
-    return [*found, LogSegment(newest.log.next, max(end, newest.log.next), control.mask_at, control.log, control.epoch)]
+    before = segments_of(registry, lasts, base, newest) if base.version != newest.version else []
+    return [
+        *before,
+        LogSegment(newest.log.next, max(end, newest.log.next), control.mask_at, control.log, control.epoch),
+    ]
 
 
 def segments_of(
@@ -91,27 +94,27 @@ def segments_of(
     """
     # The last control of an epoch records which of its masks were lifted, and when.
     last = {control.epoch: control for control in controls}
-    found: list[LogSegment] = []
+    segments: list[LogSegment] = []
     end = target
     while base is not None and end.epoch != base.epoch:
         start = last[end.epoch].base
         if start is None:
             raise UnknownVersion(f"epoch {end.epoch} began from nothing: version {base.version} does not lead to it")
         turned = registry.manifest(start)
-        whole = LogSegment(turned.log.next, end.log.next, line=last[end.epoch].log, epoch=end.epoch)
-        found += parted(whole, end, last[end.epoch], turned.erased)[::-1]
+        segment = LogSegment(turned.log.next, end.log.next, line=last[end.epoch].log, epoch=end.epoch)
+        segments += parted(segment, end, last[end.epoch], turned.erased)[::-1]
         end = turned
     first, erased = (target.log.first, 0) if base is None else (base.log.next, base.erased)
-    whole = LogSegment(first, end.log.next)
+    segment = LogSegment(first, end.log.next)
     if end.epoch in last:
-        whole = replace(whole, line=last[end.epoch].log, epoch=end.epoch)
-        found += parted(whole, end, last[end.epoch], erased)[::-1]
+        segment = replace(segment, line=last[end.epoch].log, epoch=end.epoch)
+        segments += parted(segment, end, last[end.epoch], erased)[::-1]
     else:
-        found.append(whole)
-    return found[::-1]
+        segments.append(segment)
+    return segments[::-1]
 
 
-def parted(whole: LogSegment, end: Manifest, control: Control, erased: int) -> list[LogSegment]:
+def parted(segment: LogSegment, end: Manifest, control: Control, erased: int) -> list[LogSegment]:
     """Splits the segment before version `end` at the offsets where its epoch applied erasures, after number `erased`.
 
     Raises:
@@ -119,29 +122,29 @@ def parted(whole: LogSegment, end: Manifest, control: Control, erased: int) -> l
     """
     if end.erasures and end.erasures[0][0] > erased + 1 and end.erased - erased > len(end.erasures):
         raise UnknownVersion(
-            f"version {end.version} cannot be recomputed from so far back: it does not say where all erasures between fell",
-            "use a younger base with --from",
+            f"version {end.version} cannot be recomputed from so far back: it does not list the positions of all erasures since then",
+            "use a newer base with --from",
         )
-    found, forget = list[LogSegment](), Erased.NOBODY
+    segments, forget = list[LogSegment](), Erased.NOBODY
     for number, offset in end.erasures:
         if number > erased:
-            at = max(offset, whole.first)
-            found.append(
-                replace(whole, next=at, mask_at=limited(control.mask_at, erased), forget=forget, erased=erased)
+            at = max(offset, segment.first)
+            segments.append(
+                replace(segment, next=at, mask_at=limited(control.mask_at, erased), forget=forget, erased=erased)
             )
-            forget, erased, whole = control.erased.after(erased).up_to(number), number, replace(whole, first=at)
-    return [*found, replace(whole, mask_at=limited(control.mask_at, erased), forget=forget, erased=erased)]
+            forget, erased, segment = control.erased.after(erased).up_to(number), number, replace(segment, first=at)
+    return [*segments, replace(segment, mask_at=limited(control.mask_at, erased), forget=forget, erased=erased)]
 
 
 def limited(mask_at: MaskAt, erased: int) -> MaskAt:
     """The masks of `mask_at`, with only the erasures up to number `erased`."""
 
     @cache
-    def found(generation: int) -> Mask:
-        whole = mask_at(generation)
-        return whole if erased >= whole.erased.last else replace(whole, erased=whole.erased.up_to(erased))
+    def limited_mask_at(generation: int) -> Mask:
+        mask = mask_at(generation)
+        return mask if erased >= mask.erased.last else replace(mask, erased=mask.erased.up_to(erased))
 
-    return found
+    return limited_mask_at
 
 
 ClickRanges = Mapping[Source, tuple[int, int]]
@@ -159,12 +162,12 @@ def learned_before(registry: Registry, epoch: int) -> dict[Source, int]:
     goal: dict[Source, int] = {}
     for number in sorted({*registry.versions(), *registry.recents()}, reverse=True):
         try:
-            found = registry.either(number)
+            manifest = registry.either(number)
         except (UnknownVersion, CorruptVersion):
             continue
-        if found.epoch < epoch:
-            epoch = found.epoch
-            goal |= {source: max(mark, goal.get(source, 0)) for source, mark in found.marks.items()}
+        if manifest.epoch < epoch:
+            epoch = manifest.epoch
+            goal |= {source: max(mark, goal.get(source, 0)) for source, mark in manifest.marks.items()}
             if has_caught_up(registry, epoch):
                 break
     return goal
@@ -189,11 +192,11 @@ def clicks_in(ranges: ClickRanges) -> int:
     >>> clicks_in({zero: (4, 9), one: (5, 10)})
     6
     """
-    whole: dict[tuple[str, int], tuple[int, int]] = {}
+    merged: dict[tuple[str, int], tuple[int, int]] = {}
     for source, (first, after) in ranges.items():
-        low, high = whole.get((source.topic_id, source.partition), (first, after))
-        whole[source.topic_id, source.partition] = min(low, first), max(high, after)
-    return sum(high - low for low, high in whole.values())
+        low, high = merged.get((source.topic_id, source.partition), (first, after))
+        merged[source.topic_id, source.partition] = min(low, first), max(high, after)
+    return sum(high - low for low, high in merged.values())
 
 
 def to_json(ranges: ClickRanges) -> dict[str, list[int]]:

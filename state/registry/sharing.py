@@ -198,15 +198,19 @@ def _become_copy(path: Path, url: str, store: FileStore) -> None:
     registry = Registry(path)
     with sharing():
         catalog = sync.read_catalog(lambda: store.read(sync.CATALOG))
-    here = [one for name in DURABLE for one in (path / name).iterdir() if one.name.replace("-", "").isdecimal()]
-    unsent = [one for one in here if one.relative_to(path).as_posix() not in catalog.folders]
+    folders = [
+        folder for name in DURABLE for folder in (path / name).iterdir() if folder.name.replace("-", "").isdecimal()
+    ]
+    unsent = [folder for folder in folders if folder.relative_to(path).as_posix() not in catalog.folders]
     for folder in (*unsent, *(registry.folder("recent", number) for number in registry.recents())):
         registry.directory.remove_folder(folder)
     # All names are then compared with the store's again.
     (path / layout.SHARED_CATALOG).unlink(missing_ok=True)
     _write_binding(path, Binding(url))
-    _log.warning("another trainer claimed the registry at %s: this host has a copy from here on", store.name)
-    _log.warning("%d durable versions that were not sent are removed; the log has what they learned", len(unsent))
+    _log.warning("another trainer claimed the registry at %s: this host keeps a copy from now on", store.name)
+    _log.warning(
+        "%d durable versions that were not sent are removed; their clicks are learned again from the log", len(unsent)
+    )
 
 
 def _push_control(registry: Registry, store: FileStore) -> None:
@@ -355,7 +359,7 @@ def _send_the_rest(recent: RecentSender, versions: DurableSender) -> None:
         while versions.send() and time.monotonic() < until_s:
             pass
     except (UnusablePlace, RegistryError, OSError, LockHeld) as error:
-        _log.warning("%s; what was published last is sent at the next start", error)
+        _log.warning("%s; the last published versions are sent at the next start", error)
 
 
 # Copies

@@ -81,9 +81,9 @@ class Specs:
         Raises:
             UnusableRegistry: The disk refused.
         """
-        taken = {*self.names()}
+        used = {*self.names()}
         names = itertools.chain([spec], (f"{spec}.{number}" for number in itertools.count(2)))
-        return next(name for name in names if name not in taken)
+        return next(name for name in names if name not in used)
 
     def add_spec(self, digest: str, document: Mapping[str, Any], fill: Callable[[Path], None]) -> bool:
         """Stores the result of a bootstrap; False if another process was faster, whose result is kept.
@@ -152,11 +152,11 @@ class Specs:
         return folder / "transform"
 
 
-def fits(about: Mapping[str, Any], model: Model) -> bool:
-    """Whether a bootstrap with document `about` used this preprocessing, with equal values of the options it read."""
-    if about.get("preprocessing", model.preprocessing) != model.preprocessing:
+def fits(document: Mapping[str, Any], model: Model) -> bool:
+    """Whether the bootstrap with this `document` used this preprocessing, with equal values of the options it read."""
+    if document.get("preprocessing", model.preprocessing) != model.preprocessing:
         return False
-    return all(model.written.get(name, default) == then for name, (then, default) in about.get("asked", {}).items())
+    return all(model.written.get(name, default) == then for name, (then, default) in document.get("asked", {}).items())
 
 
 class SpecActions:

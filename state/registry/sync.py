@@ -113,12 +113,12 @@ def holder(store: FileStore, number: int, silence: Silence) -> str:
     """The host whose trainer holds a claim; empty if there is no such claim, or it was released or has expired."""
     try:
         data = store.read(_claim_name(number))
-        held = msgspec.json.decode(data, type=_Claim)
+        claim = msgspec.json.decode(data, type=_Claim)
     except FileNotFoundError:
         return ""
     except msgspec.MsgspecError:
-        held = _Claim()
-    return "" if held.released or silence.poll((number, data)) >= LEASE_S else held.host
+        claim = _Claim()
+    return "" if claim.released or silence.poll((number, data)) >= LEASE_S else claim.host
 
 
 def claim(store: FileStore, number: int, now_ms: int) -> bool:
@@ -369,11 +369,11 @@ class DurableSender:
         changed_ns = self._changed_ns()
         if changed_ns == self._settled_ns:
             return False
-        here = self._here(catalog.folders)
+        local = self._here(catalog.folders)
         unsent = [
-            entry for entry in here.items() if catalog.folders.get(entry[0]) != entry[1] and entry not in self._damaged
+            entry for entry in local.items() if catalog.folders.get(entry[0]) != entry[1] and entry not in self._damaged
         ]
-        removed = [folder for folder in catalog.folders if folder not in here]
+        removed = [folder for folder in catalog.folders if folder not in local]
         if unsent:
             self._send(catalog, min((folder for folder, _ in unsent), key=_age))
         elif removed:
@@ -390,27 +390,27 @@ class DurableSender:
     def _first_catalog(self) -> Catalog:
         """Reads the catalogue, and removes files that a killed trainer left outside it."""
         catalog, self._tag = _tagged_catalog(self._store)
-        here = self._here(catalog.folders)
+        local = self._here(catalog.folders)
         for folder in DURABLE:
             for name in self._store.names(folder):
                 version = f"{folder}/{name.partition('/')[0]}"
-                if version not in catalog.folders and version not in here:
+                if version not in catalog.folders and version not in local:
                     self._store.remove(f"{folder}/{name}")
         self._catalog = catalog
         return catalog
 
     def _here(self, known: Mapping[str, str]) -> dict[str, str]:
         """Folder -> mark of its manifest, for all local durable versions; from `known` for those not fetched yet."""
-        found = {}
+        marks = {}
         with usable("be listed"):
             for folder in DURABLE:
                 for path in (self._path / folder).iterdir():
                     name = f"{folder}/{path.name}"
                     mark = (self._mark(path) or known.get(name)) if path.name.replace("-", "").isdecimal() else None
                     if mark is not None and path.is_dir():
-                        found[name] = mark
-        self._marks = {name: mark for name, mark in self._marks.items() if name in found}
-        return found
+                        marks[name] = mark
+        self._marks = {name: mark for name, mark in self._marks.items() if name in marks}
+        return marks
 
     def _mark(self, path: Path) -> str | None:
         name = f"{path.parent.name}/{path.name}"
@@ -460,10 +460,10 @@ class DurableSender:
 
     def _remove(self, catalog: Catalog, removed: list[str]) -> None:
         """1. The catalogue. 2. Manifests. 3. Files. 4. Programs that no longer exist here."""
-        kept = {path.stem for path in (self._path / layout.PROGRAMS).glob("*.tflite")}
+        programs = {path.stem for path in (self._path / layout.PROGRAMS).glob("*.tflite")}
         # 1.
         folders = {name: mark for name, mark in catalog.folders.items() if name not in removed}
-        self._write_catalog(folders, kept.intersection(catalog.programs))
+        self._write_catalog(folders, programs.intersection(catalog.programs))
         killpoints.reach("share.unnamed")
         for folder in removed:
             # 2.
@@ -473,7 +473,7 @@ class DurableSender:
                 self._store.remove(f"{folder}/{name}")
         # 4.
         for digest in catalog.programs:
-            if digest not in kept:
+            if digest not in programs:
                 self._store.remove(f"{layout.PROGRAMS}/{digest}.tflite")
 
     def _write_catalog(self, folders: dict[str, str], programs: set[str]) -> None:
@@ -489,10 +489,10 @@ class DurableSender:
         if tag := self._store.swap(CATALOG, sealed.encode(catalog), self._tag):
             self._catalog, self._tag = catalog, tag
             return
-        theirs, tag = _tagged_catalog(self._store)
-        if theirs.claim != self._claim:
+        stored, tag = _tagged_catalog(self._store)
+        if stored.claim != self._claim:
             raise _lost(self._store, "another host")
-        self._catalog, self._tag = theirs, tag
+        self._catalog, self._tag = stored, tag
         raise UnusablePlace(f"{CATALOG} at {self._store.name} has changed", "it is read again")
 
 
@@ -723,20 +723,20 @@ class Copier:
         """
         folder = self._registry.path / layout.HOSTS
         with usable("be read"):
-            ours = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("*.json")}
-        theirs = list[HostEntry]()
+            own_files = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("*.json")}
+        remote_entries = list[HostEntry]()
         with sharing():
             # 1.
-            for name, (changed_ns, data) in ours.items():
+            for name, (changed_ns, data) in own_files.items():
                 if self._renewed.get(name) != changed_ns:
                     self._store.write(f"{layout.HOSTS}/{name}", data)
                     self._renewed[name] = changed_ns
-            for name in self._renewed.keys() - ours.keys():
+            for name in self._renewed.keys() - own_files.keys():
                 self._store.remove(f"{layout.HOSTS}/{name}")
                 del self._renewed[name]
             # 2.
             for name in self._store.names(layout.HOSTS):
-                if name in ours:
+                if name in own_files:
                     continue
                 try:
                     entries = decoded(self._store.read(f"{layout.HOSTS}/{name}"))
@@ -744,9 +744,9 @@ class Copier:
                     continue
                 if all(wall_ms() - entry.at_ms > GONE_S * 1000 for entry in entries):
                     self._store.remove(f"{layout.HOSTS}/{name}")
-                theirs += entries
+                remote_entries += entries
         # 3.
-        self._directory.keep(folder / layout.FETCHED, msgspec.json.encode(theirs))
+        self._directory.keep(folder / layout.FETCHED, msgspec.json.encode(remote_entries))
 
     def _fetch(self, name: str) -> bytes | None:
         return self._directory.fetch(self._registry.path / name)
@@ -764,16 +764,16 @@ def exchange_small(registry: Registry, store: FileStore) -> int:
     for folder in SMALL:
         root = registry.path / folder
         with sharing():
-            theirs = {name for name in store.names(folder) if _is_permanent(name)}
+            remote = {name for name in store.names(folder) if _is_permanent(name)}
         with usable("be listed"):
-            ours = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
-        ours = {name for name in ours if _is_permanent(name)}
-        for name in sorted(ours - theirs, key=_complete_last):
+            local = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+        local = {name for name in local if _is_permanent(name)}
+        for name in sorted(local - remote, key=_complete_last):
             with usable("be read"), sharing():
                 store.create(f"{folder}/{name}", (root / name).read_bytes())
             killpoints.reach("share.small")
             count += 1
-        for name in sorted(theirs - ours, key=_complete_last):
+        for name in sorted(remote - local, key=_complete_last):
             if (data := registry.directory.fetch(root / name)) is None:
                 continue
             with usable(f"store {folder}"):

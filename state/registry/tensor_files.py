@@ -33,19 +33,19 @@ def pack(tensors: Mapping[str, Array]) -> bytes:
     >>> unpack(pack({"a": np.arange(1000, dtype=np.uint64)}))["a"][-1]
     np.uint64(999)
     """
-    held: dict[str, Array] = {}
+    arrays: dict[str, Array] = {}
     packed: dict[str, tuple[str, tuple[int, ...]]] = {}
     compressor = zstandard.ZstdCompressor(level=LEVEL)
     for name, tensor in sorted(tensors.items()):
         array = np.asarray(tensor, order="C")
-        held[name] = array
+        arrays[name] = array
         if array.nbytes < LEAST_BYTES:
             continue
         planes = np.ascontiguousarray(array.reshape(-1).view(np.uint8).reshape(array.size, -1).T)
         frame = compressor.compress(planes.data)
         if len(frame) < array.nbytes:
-            held[name], packed[name] = np.frombuffer(frame, np.uint8), (array.dtype.str, array.shape)
-    return save(held, {_PACKED: json.dumps(packed)} if packed else None)
+            arrays[name], packed[name] = np.frombuffer(frame, np.uint8), (array.dtype.str, array.shape)
+    return save(arrays, {_PACKED: json.dumps(packed)} if packed else None)
 
 
 def unpack(data: bytes) -> dict[str, Array]:
@@ -69,7 +69,7 @@ def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
         length = int.from_bytes(file.read(HEAD_BYTES), "little")
         head = json.loads(file.read(min(length, path.stat().st_size)))
     packed = json.loads(head.get(_METADATA, {}).get(_PACKED, "{}"))
-    shapes = {name: one["shape"] for name, one in head.items() if name != _METADATA}
+    shapes = {name: entry["shape"] for name, entry in head.items() if name != _METADATA}
     return {name: tuple(packed[name][1] if name in packed else shape) for name, shape in shapes.items()}
 
 

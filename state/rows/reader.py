@@ -170,10 +170,10 @@ class RowReader:
             `[n, dim]` float32, zeros where missing, and `[n]` bool, whether each id has a row.
         """
         dim = at.dims.get(table, 0)
-        found = [self.row(table, identity, at) for identity in ids]
+        values = [self.row(table, identity, at) for identity in ids]
         missing = bytes(4 * dim)
-        rows = np.frombuffer(b"".join([row or missing for row in found]), np.float32).reshape(len(found), dim)
-        return rows, np.array([row is not None for row in found], np.bool_)
+        rows = np.frombuffer(b"".join([row or missing for row in values]), np.float32).reshape(len(values), dim)
+        return rows, np.array([row is not None for row in values], np.bool_)
 
     def row(self, table: str, identity: int, at: Served) -> bytes | None:
         """The bytes of one row, `[dim]` float32, at version `at`; None if it has none."""
@@ -199,20 +199,20 @@ class RowReader:
         continue; None at the end.
         """
         code, dim, following = CODES[table], at.dims.get(table, 0), None
-        cursor, found = self._transaction.cursor(self._databases["rows"]), dict[int, bytes | None]()
-        more = bool(cursor.set_range(stem(at.lane, code, start)))
-        while more:
+        cursor, values_by_id = self._transaction.cursor(self._databases["rows"]), dict[int, bytes | None]()
+        has_entry = bool(cursor.set_range(stem(at.lane, code, start)))
+        while has_entry:
             key = bytes(cursor.key())
             if key[0] != at.lane << 3 | code:
                 break
             identity = int.from_bytes(key[1:-VERSION_BYTES], "big")
-            if found.get(identity) is None:
-                if identity not in found and len(found) >= most:
+            if values_by_id.get(identity) is None:
+                if identity not in values_by_id and len(values_by_id) >= most:
                     following = identity
                     break
-                found[identity] = bytes(cursor.value()) if sees(at.visible, version_of(key)) else None
-            more = cursor.next()
-        rows = {identity: row for identity, row in found.items() if row}
+                values_by_id[identity] = bytes(cursor.value()) if sees(at.visible, version_of(key)) else None
+            has_entry = cursor.next()
+        rows = {identity: row for identity, row in values_by_id.items() if row}
         values = np.frombuffer(b"".join(rows.values()), np.float32).reshape(len(rows), dim)
         return np.array([*rows], np.uint64), values, following
 
@@ -226,13 +226,13 @@ class RowReader:
         lowest, highest = at.visible[0]
         if since.lane != at.lane or not lowest <= since.version <= highest or self.version(since.version) is None:
             return None
-        found, cursor = [np.empty(0, np.uint64)], self._transaction.cursor(self._databases["changes"])
-        more = bool(cursor.set_range(u64(since.version + 1)))
-        while more and bytes(cursor.key()) <= u64(at.version):
+        parts, cursor = [np.empty(0, np.uint64)], self._transaction.cursor(self._databases["changes"])
+        has_entry = bool(cursor.set_range(u64(since.version + 1)))
+        while has_entry and bytes(cursor.key()) <= u64(at.version):
             tables, ids = np.frombuffer(bytes(cursor.value()), np.uint64).reshape(2, -1)
-            found.append(ids[tables == CODES[table]])
-            more = cursor.next()
-        return np.unique(np.concatenate(found))
+            parts.append(ids[tables == CODES[table]])
+            has_entry = cursor.next()
+        return np.unique(np.concatenate(parts))
 
     def dense(self, version: int) -> dict[str, NDArray[Any]]:
         """The dense tensors of an applied version, by name without `dense.`, with those of churn and of item scores."""

@@ -96,22 +96,22 @@ def rows_of(parts: Sequence[Changes], at_least: int = 1) -> Changes:
     ([[1, 1], [7, 9]], [[1], [9]])
     """
     tables, ids = np.concatenate([np.empty((2, 0), np.uint64), *parts], axis=1)
-    found = [np.empty((2, 0), np.uint64)]
+    columns = [np.empty((2, 0), np.uint64)]
     for table in np.unique(tables):
-        own, counts = np.unique(ids[tables == table], return_counts=True)
-        own = own[counts >= at_least]
-        found.append(np.stack((np.full(len(own), table, np.uint64), own)))
-    return np.concatenate(found, axis=1)
+        table_ids, counts = np.unique(ids[tables == table], return_counts=True)
+        table_ids = table_ids[counts >= at_least]
+        columns.append(np.stack((np.full(len(table_ids), table, np.uint64), table_ids)))
+    return np.concatenate(columns, axis=1)
 
 
 def with_users(tensors: Tensors, shares: UserShares) -> dict[str, NDArray[Any]]:
     """The tensors of a version, with only those rows of table `user` that belong to users of `shares`."""
-    found = dict(tensors)
+    selected = dict(tensors)
     for ids, columns in (("user.ids", ("user.ids", "user.rows")), ("user.removed", ("user.removed",))):
         if ids in tensors:
             keep = shares.has(np.asarray(tensors[ids], np.uint64))
-            found |= {name: tensors[name][keep] for name in columns}
-    return found
+            selected |= {name: tensors[name][keep] for name in columns}
+    return selected
 
 
 class Entries(NamedTuple):
@@ -190,43 +190,43 @@ def put_dense(
 
 def ids_in(transaction: lmdb.Transaction, rows: lmdb._Database, table: str) -> U64:
     """The ids that have an entry in a table of every version, ascending."""
-    cursor, found = transaction.cursor(rows), set[int]()
+    cursor, ids = transaction.cursor(rows), set[int]()
     for lane in _lanes(cursor):
         start = stem(lane, CODES[table], 0)[:1]
         if cursor.set_range(start):
             for key in cursor.iternext(values=False):
                 if key[:1] != start:
                     break
-                found.add(int.from_bytes(key[1:9], "big"))
-    return np.array(sorted(found), np.uint64)
+                ids.add(int.from_bytes(key[1:9], "big"))
+    return np.array(sorted(ids), np.uint64)
 
 
 def delete_entries(
-    transaction: lmdb.Transaction, rows: lmdb._Database, gone: Mapping[str, U64], first: int, after: int
+    transaction: lmdb.Transaction, rows: lmdb._Database, ids_by_table: Mapping[str, U64], first: int, after: int
 ) -> int:
     """Deletes the entries of ids, by table, of versions from `first` to before `after`; returns how many."""
     cursor, deleted = transaction.cursor(rows), 0
     for lane in list(_lanes(cursor)):
-        for table, ids in gone.items():
+        for table, ids in ids_by_table.items():
             for identity in ids.tolist():
                 start = stem(lane, CODES[table], identity)
-                found = cursor.set_range(start)
-                while found and (key := bytes(cursor.key()))[: len(start)] == start:
+                has_entry = cursor.set_range(start)
+                while has_entry and (key := bytes(cursor.key()))[: len(start)] == start:
                     if first <= version_of(key) < after:
-                        found = cursor.delete() and bool(cursor.key())
+                        has_entry = cursor.delete() and bool(cursor.key())
                         deleted += 1
                     else:
-                        found = cursor.next()
+                        has_entry = cursor.next()
     return deleted
 
 
 def _lanes(cursor: lmdb.Cursor) -> Iterator[int]:
     """The lanes that have entries, by seeks."""
-    found = cursor.first()
-    while found:
+    has_entry = cursor.first()
+    while has_entry:
         lane = lane_of(bytes(cursor.key()))
         yield lane
-        found = cursor.set_range(bytes([lane << 3 | OWN]) + b"\xff" * 21)
+        has_entry = cursor.set_range(bytes([lane << 3 | OWN]) + b"\xff" * 21)
 
 
 class Branch(NamedTuple):
@@ -246,11 +246,11 @@ def branches_of(retained: Mapping[int, Visible]) -> list[Branch]:
     >>> branches_of({52: ((51, 52), (1, 30)), 29: ((1, 29),), 30: ((1, 30),)})
     [Branch(start=1, before=(), versions=[29, 30]), Branch(start=51, before=((1, 30),), versions=[52])]
     """
-    found: dict[tuple[int, Visible], list[int]] = {}
+    versions_by_branch: dict[tuple[int, Visible], list[int]] = {}
     for version in sorted(retained):
         (start, _), *before = retained[version]
-        found.setdefault((start, tuple(before)), []).append(version)
-    return [Branch(*line, versions) for line, versions in found.items()]
+        versions_by_branch.setdefault((start, tuple(before)), []).append(version)
+    return [Branch(*line, versions) for line, versions in versions_by_branch.items()]
 
 
 def needed(versions: Sequence[int], branches: Iterable[Branch]) -> set[int]:
@@ -261,22 +261,22 @@ def needed(versions: Sequence[int], branches: Iterable[Branch]) -> set[int]:
     >>> needed([52, 44, 12, 3], [Branch(51, ((1, 30),), [51, 53])]) == {52, 12}
     True
     """
-    kept: set[int] = set()
+    entries: set[int] = set()
     for start, before, readers in branches:
         newer: int | None = None
         for version in versions:
             if version < start:
                 break
             # The oldest reader that may see this entry reads it, unless a newer entry hides it.
-            place = bisect_left(readers, version)
-            if place < len(readers) and (newer is None or readers[place] < newer):
-                kept.add(version)
+            index = bisect_left(readers, version)
+            if index < len(readers) and (newer is None or readers[index] < newer):
+                entries.add(version)
             newer = version
         if before and (newer is None or newer > readers[0]):
             oldest = next((version for version in versions if sees(before, version)), None)
             if oldest is not None:
-                kept.add(oldest)
-    return kept
+                entries.add(oldest)
+    return entries
 
 
 def sweep_row(cursor: lmdb.Cursor, start: bytes, branches: Sequence[Branch]) -> int:
@@ -287,21 +287,21 @@ def sweep_row(cursor: lmdb.Cursor, start: bytes, branches: Sequence[Branch]) -> 
     """
     size = len(start)
     entries: list[tuple[int, bool]] = []
-    found = cursor.set_range(start)
-    while found and (key := bytes(cursor.key()))[:size] == start:
+    has_entry = cursor.set_range(start)
+    while has_entry and (key := bytes(cursor.key()))[:size] == start:
         entries.append((version_of(key), not cursor.value()))
-        found = cursor.next()
+        has_entry = cursor.next()
     floor = 0
-    kept = needed([version for version, _ in entries], branches)
+    needed_versions = needed([version for version, _ in entries], branches)
     for version, empty in reversed(entries):
         # A tombstone without older entries is redundant, but no version up to it may be applied to this lane again.
-        if version in kept and not empty:
+        if version in needed_versions and not empty:
             break
-        if version in kept:
+        if version in needed_versions:
             floor = max(floor, version)
-            kept.discard(version)
+            needed_versions.discard(version)
     for version, _ in entries:
-        if version not in kept and cursor.set_key(start + u64(TOP - version)):
+        if version not in needed_versions and cursor.set_key(start + u64(TOP - version)):
             cursor.delete()
     return floor
 
@@ -409,7 +409,7 @@ class RowStore(LmdbStore):
             killpoints.reach("rows.begun")
         with self._write() as transaction:
             # Its changes in the former lane count as written by the next version of that lane.
-            _, left = self._drop(transaction, {manifest.version}) if is_here else (0, [])
+            _, to_check = self._drop(transaction, {manifest.version}) if is_here else (0, [])
             transaction.cursor(self._rows).putmulti(entries.pairs)
             transaction.delete(BEGUN, db=self._meta)
             transaction.put(u64(manifest.version), entries.changes.tobytes(), db=self._changes)
@@ -421,7 +421,7 @@ class RowStore(LmdbStore):
             served = (stored(transaction, b"served", self._meta) or b"")[:8]
             if follow or served == u64(manifest.version):
                 self._point(manifest.version, transaction)
-        self._left += left
+        self._left += to_check
         return True
 
     def _put_record(
@@ -462,11 +462,11 @@ class RowStore(LmdbStore):
                 self._point(version, transaction)
 
     def _begin_lane(self, transaction: lmdb.Transaction) -> int:
-        taken = {record.lane for record in self._records(transaction)}
+        used = {record.lane for record in self._records(transaction)}
         for lane in range(LANES):
-            if lane not in taken and not has_rows(transaction, self._rows, lane):
+            if lane not in used and not has_rows(transaction, self._rows, lane):
                 # Any version may be added to this lane again.
-                floors = {one: floor for one, floor in self._floors(transaction).items() if one != str(lane)}
+                floors = {name: floor for name, floor in self._floors(transaction).items() if name != str(lane)}
                 self._put_floors(transaction, floors)
                 return lane
         raise StoreError(
@@ -480,8 +480,8 @@ class RowStore(LmdbStore):
         """
         with self._write() as transaction:
             served = stored(transaction, b"served", self._meta) or bytes(8)
-            dropped, left = self._drop(transaction, {*versions} - {int.from_bytes(served[:8], "big")})
-        self._left += left
+            dropped, to_check = self._drop(transaction, {*versions} - {int.from_bytes(served[:8], "big")})
+        self._left += to_check
         return dropped
 
     def _records(self, transaction: lmdb.Transaction) -> list[Served]:
@@ -490,23 +490,27 @@ class RowStore(LmdbStore):
     def _drop(self, transaction: lmdb.Transaction, versions: Collection[int]) -> tuple[int, list[tuple[int, Changes]]]:
         """Drops versions; returns how many were stored, and by lane the rows to check after the commit."""
         records = self._records(transaction)
-        gone = [one for one in records if one.version in versions]
-        left: list[tuple[int, Changes]] = []
-        for lane in {one.lane for one in gone}:
-            stay = {one.version: one.visible for one in records if one.lane == lane and one.version not in versions}
-            mine = [one.version for one in gone if one.lane == lane]
-            left += [(lane, rows) for rows in self._hand_on(transaction, mine, stay)] if stay else []
+        dropped = [record for record in records if record.version in versions]
+        to_check: list[tuple[int, Changes]] = []
+        for lane in {record.lane for record in dropped}:
+            stay = {
+                record.version: record.visible
+                for record in records
+                if record.lane == lane and record.version not in versions
+            }
+            in_lane = [record.version for record in dropped if record.lane == lane]
+            to_check += [(lane, rows) for rows in self._hand_on(transaction, in_lane, stay)] if stay else []
             self._dead_lanes |= not stay
-        for one in gone:
+        for record in dropped:
             for name in ("versions", "dense", "popular", "changes"):
-                transaction.delete(u64(one.version), db=self._databases[name])
-        return len(gone), left
+                transaction.delete(u64(record.version), db=self._databases[name])
+        return len(dropped), to_check
 
     def _hand_on(
-        self, transaction: lmdb.Transaction, gone: Sequence[int], stay: Mapping[int, Visible]
+        self, transaction: lmdb.Transaction, dropped: Sequence[int], stay: Mapping[int, Visible]
     ) -> list[Changes]:
         """Adds the changes of a lane's dropped versions to those of the next versions; returns the rows to check."""
-        found = list[Changes]()
+        to_check = list[Changes]()
         one_branch = len(branches_of(stay)) == 1
 
         def wrote(version: int) -> Changes:
@@ -514,12 +518,12 @@ class RowStore(LmdbStore):
 
         # The dropped versions, grouped by the next retained version; None if there is none.
         heirs: dict[int | None, list[int]] = {}
-        for version in gone:
-            heirs.setdefault(min((one for one in stay if one > version), default=None), []).append(version)
-        for heir, theirs in heirs.items():
+        for version in dropped:
+            heirs.setdefault(min((later for later in stay if later > version), default=None), []).append(version)
+        for heir, versions in heirs.items():
             # Rows that the oldest version of a branch reads are useless only if later versions wrote them too.
             oldest = one_branch and heir == min(stay)
-            parts = [*map(wrote, theirs[1:] if oldest else theirs), *([] if heir is None else [wrote(heir)])]
+            parts = [*map(wrote, versions[1:] if oldest else versions), *([] if heir is None else [wrote(heir)])]
             rows = rows_of(parts)
             if heir is not None:
                 transaction.put(u64(heir), rows.tobytes(), db=self._changes)
@@ -528,8 +532,8 @@ class RowStore(LmdbStore):
                 # preceding version reads the older one.
                 rows = rows_of(parts, at_least=2)
             if rows.shape[1]:
-                found.append(rows)
-        return found
+                to_check.append(rows)
+        return to_check
 
     def tidy(self, at_most: int | None = None) -> bool:
         """Checks at most `at_most` rows of dropped versions, and deletes unread entries; returns whether rows remain.
@@ -582,9 +586,9 @@ class RowStore(LmdbStore):
                     cursor.delete()
                     at_most -= 1
             floors = self._floors(transaction)
-            kept = {lane: floor for lane, floor in floors.items() if int(lane) not in empty}
-            if kept != floors:
-                self._put_floors(transaction, kept)
+            remaining = {lane: floor for lane, floor in floors.items() if int(lane) not in empty}
+            if remaining != floors:
+                self._put_floors(transaction, remaining)
         self._dead_lanes = len(empty) + len(retained) < LANES
 
     def forget(self, erased: Erased, crosses: Crosses, version: int | None = None) -> int:
@@ -600,16 +604,16 @@ class RowStore(LmdbStore):
             known = [ids_in(transaction, self._rows, table) for table in ("item", "category", "context")]
             # The tables that may have rows of users: the user table, and a ranker's own tables.
             tables = {"user", *(name for record in records for name in record.dims if name not in (*TABLES, *COUNTED))}
-            for one in erased:
-                later = min((record.version for record in records if record.erased >= one.id), default=1 << 63)
+            for erasure in erased:
+                later = min((record.version for record in records if record.erased >= erasure.id), default=1 << 63)
                 wrote = (0, later) if version is None else (version, version + 1)
-                gone = dict.fromkeys(tables, one.users.ids)
-                pairs = [crosses.of_user(user, *known) for user in one.users]
-                gone["cross"] = np.concatenate([np.empty(0, np.uint64), *pairs])
-                deleted += delete_entries(transaction, self._rows, gone, *wrote)
-                before = [record.version for record in records if record.erased < one.id]
+                ids_by_table = dict.fromkeys(tables, erasure.users.ids)
+                pairs = [crosses.of_user(user, *known) for user in erasure.users]
+                ids_by_table["cross"] = np.concatenate([np.empty(0, np.uint64), *pairs])
+                deleted += delete_entries(transaction, self._rows, ids_by_table, *wrote)
+                before = [record.version for record in records if record.erased < erasure.id]
                 for writer in before if version is None else [version]:
-                    self._leave_out(transaction, writer, np.concatenate([*gone.values()]))
+                    self._leave_out(transaction, writer, np.concatenate([*ids_by_table.values()]))
             if version is None:
                 transaction.put(b"erased", u64(erased.last), db=self._meta)
         return deleted
@@ -617,9 +621,9 @@ class RowStore(LmdbStore):
     def _leave_out(self, transaction: lmdb.Transaction, version: int, ids: U64) -> None:
         """Removes ids from the list of a version's changes, because they no longer have entries."""
         written = np.frombuffer(transaction.get(u64(version), b"", db=self._changes), np.uint64).reshape(2, -1)
-        theirs = np.isin(written[1], ids)
-        if theirs.any():
-            transaction.put(u64(version), written[:, ~theirs].tobytes(), db=self._changes)
+        is_erased = np.isin(written[1], ids)
+        if is_erased.any():
+            transaction.put(u64(version), written[:, ~is_erased].tobytes(), db=self._changes)
 
     def erased(self) -> int:
         """The last erasure whose users have no earlier entries in the store."""

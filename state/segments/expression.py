@@ -142,18 +142,20 @@ class _Checker:
         raise self._wrong(node, "a comparison of two values must stand here, such as view.count_7d >= 5")
 
     def _comparison(self, node: ast.expr, left: ast.expr, sign: ast.cmpop, right: ast.expr) -> Test:
-        one, other, compare = self._operand(left), self._operand(right), COMPARISONS[type(sign)]
-        if one.is_text != other.is_text:
-            what = f"{ast.unparse(left)} and {ast.unparse(right)} cannot be compared: one is a text, the other a number"
-            raise self._wrong(node, what)
-        if one.is_text:
+        first, second, compare = self._operand(left), self._operand(right), COMPARISONS[type(sign)]
+        if first.is_text != second.is_text:
+            problem = (
+                f"{ast.unparse(left)} and {ast.unparse(right)} cannot be compared: one is a text, the other a number"
+            )
+            raise self._wrong(node, problem)
+        if first.is_text:
             if not isinstance(sign, ast.Eq | ast.NotEq):
                 raise self._wrong(node, "texts are compared with == and != alone")
-            return lambda facts: compare(one.value(facts), other.value(facts))
+            return lambda facts: compare(first.value(facts), second.value(facts))
 
         def holds(facts: ProfileFacts) -> bool:
-            ours, theirs = one.value(facts), other.value(facts)
-            return ours is not None and theirs is not None and compare(ours, theirs)
+            first_value, second_value = first.value(facts), second.value(facts)
+            return first_value is not None and second_value is not None and compare(first_value, second_value)
 
         return holds
 
@@ -174,7 +176,7 @@ class _Checker:
                 raise self._wrong(index, "a text in quotes must stand here")
             case ast.Name(id="churn"):
                 if not self._known.churn:
-                    raise self._wrong(node, "profiles say nothing of churn; set churn.days")
+                    raise self._wrong(node, "profiles contain no churn; set churn.days")
                 self._kinds.add("churn")
                 return _Operand(False, lambda facts: facts.churn)
         dotted = _dotted(node)
@@ -206,12 +208,12 @@ class _Checker:
                 node, f"{name} is no {kind}{f'; the nearest is {near[0]}' if near else ', for there are none'}"
             )
 
-    def _wrong(self, node: ast.expr, what: str) -> ValueError:
+    def _wrong(self, node: ast.expr, problem: str) -> ValueError:
         # The parser counts bytes.
-        return self._error(len(self._text.strip().encode()[: node.col_offset].decode()), what)
+        return self._error(len(self._text.strip().encode()[: node.col_offset].decode()), problem)
 
-    def _error(self, offset: int, what: str) -> ValueError:
-        return ValueError(f"column {self._indent + offset + 1}: {what}")
+    def _error(self, offset: int, problem: str) -> ValueError:
+        return ValueError(f"column {self._indent + offset + 1}: {problem}")
 
 
 def _dotted(node: ast.expr) -> str | None:
@@ -236,7 +238,8 @@ class Segment(NamedTuple):
 def texts_of(settings: Settings) -> dict[str, str]:
     """The expression of each segment by name, as written and unchecked."""
     return {
-        name.strip(): text.strip() for name, _, text in (one.partition("=") for one in settings.segments.expressions)
+        name.strip(): text.strip()
+        for name, _, text in (expression.partition("=") for expression in settings.segments.expressions)
     }
 
 
@@ -246,9 +249,9 @@ def segments_of(settings: Settings) -> Mapping[str, Segment]:
     Raises:
         SettingsError: A segment has no name, a duplicate name, or an invalid expression; the error has the column.
     """
-    written, found = settings.segments.expressions, dict[str, Segment]()
+    written, segments = settings.segments.expressions, dict[str, Segment]()
     if not written:
-        return found
+        return segments
     origin = settings.origins.get(SETTING, SETTING)
     if len(written) > MOST_SEGMENTS:
         raise SettingsError(f"{origin}: {len(written)} segments", f"name {MOST_SEGMENTS} at most")
@@ -265,10 +268,10 @@ def segments_of(settings: Settings) -> Mapping[str, Segment]:
                 f"{origin}: segment {definition[:80]!r} has no name",
                 "write NAME = EXPRESSION; a name has 1 to 64 letters, digits, dashes and underscores",
             )
-        if name in found:
+        if name in segments:
             raise SettingsError(f"{origin}: two segments are called {name}", "give each a name of its own")
         try:
-            found[name] = Segment(name, text, parse(text, known))
+            segments[name] = Segment(name, text, parse(text, known))
         except ValueError as error:
             raise SettingsError(f"{origin}: segment {name}, {error}", f"correct it: {text}") from None
-    return found
+    return segments

@@ -54,9 +54,9 @@ class LookalikeList(msgspec.Struct, frozen=True):
     precision: tuple[PrecisionAt, ...]
 
 
-def write(folder: Path, segment: str, found: LookalikeList) -> None:
+def write(folder: Path, segment: str, lookalikes: LookalikeList) -> None:
     """Writes a segment's list; durable once its directory is in place and synced."""
-    durable.write(folder / f"{segment}.json", sealed.encode(found))
+    durable.write(folder / f"{segment}.json", sealed.encode(lookalikes))
 
 
 def read(folder: Path, segment: str) -> LookalikeList | None:

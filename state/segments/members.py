@@ -71,8 +71,8 @@ def member_of(key: bytes | None) -> Member | None:
     >>> member_of(b"00000000000000ab:sporty"), member_of(b"ab"), member_of(None)
     (('sporty', 171), None, None)
     """
-    found = _KEY.fullmatch(key or b"")
-    return None if found is None else (found[2].decode(), int(found[1], 16))
+    match = _KEY.fullmatch(key or b"")
+    return None if match is None else (match[2].decode(), int(match[1], 16))
 
 
 def membership_of(value: bytes | None) -> Membership | None:
@@ -127,24 +127,24 @@ class SegmentStore(LmdbStore):
     def sizes(self) -> dict[str, int]:
         """The number of members of each segment, in one snapshot; empty segments may be missing."""
         with self._env.begin(db=self._meta) as transaction:
-            found = keys_with(transaction.cursor(), _SIZE, _SIZE)
-        return {key[len(_SIZE) :].decode(): int(value) for key, value in found}
+            entries = keys_with(transaction.cursor(), _SIZE, _SIZE)
+        return {key[len(_SIZE) :].decode(): int(value) for key, value in entries}
 
     def memberships(self, members: Sequence[Member]) -> list[Membership | None]:
         """The membership of each user in the segment, in one snapshot; None for a user who is not in it."""
         with self._env.begin(db=self._members) as transaction:
-            found = [transaction.get(_key(one)) for one in members]
-        return [None if value is None else Membership(*_VALUE.unpack(value)) for value in found]
+            values = [transaction.get(_key(member)) for member in members]
+        return [None if value is None else Membership(*_VALUE.unpack(value)) for value in values]
 
     def page(self, segment: str, start: int, most: int) -> list[tuple[int, Membership]]:
         """The first `most` members of a segment from the pseudonym `start` on, in the order of pseudonyms."""
         prefix = _prefix(segment)
         with self._env.begin(db=self._members) as transaction:
-            found = keys_with(transaction.cursor(), prefix, _key((segment, start)), most)
-        return [(int.from_bytes(key[len(prefix) :], "big"), Membership(*_VALUE.unpack(value))) for key, value in found]
+            pairs = keys_with(transaction.cursor(), prefix, _key((segment, start)), most)
+        return [(int.from_bytes(key[len(prefix) :], "big"), Membership(*_VALUE.unpack(value))) for key, value in pairs]
 
-    def commit(self, changes: Mapping[Member, Membership | None], place: SegmentsPlace | None = None) -> None:
-        """Adds members, or removes those with None, and stores `place`, if given, as the position; atomic."""
+    def commit(self, changes: Mapping[Member, Membership | None], position: SegmentsPlace | None = None) -> None:
+        """Adds members, or removes those with None, and stores `position`, if given, as the position; atomic."""
         moved = dict[str, int]()
         with self._write() as transaction:
             for member, membership in changes.items():
@@ -155,25 +155,25 @@ class SegmentStore(LmdbStore):
                 elif was:
                     transaction.delete(key, db=self._members)
                 moved[member[0]] = moved.get(member[0], 0) + (membership is not None) - was
-            self._note(transaction, moved, place)
+            self._note(transaction, moved, position)
 
-    def begin_anew(self, place: SegmentsPlace) -> None:
-        """Deletes everything; the topic is then read again from `place`."""
+    def begin_anew(self, position: SegmentsPlace) -> None:
+        """Deletes everything; the topic is then read again from `position`."""
         sizes = {name: -size for name, size in self.sizes().items()}
         with self._write() as transaction:
             transaction.drop(self._members, delete=False)
-            self._note(transaction, sizes, place)
+            self._note(transaction, sizes, position)
 
-    def _note(self, transaction: lmdb.Transaction, moved: Mapping[str, int], place: SegmentsPlace | None) -> None:
-        for name, by in moved.items():
+    def _note(self, transaction: lmdb.Transaction, moved: Mapping[str, int], position: SegmentsPlace | None) -> None:
+        for name, change in moved.items():
             key = _SIZE + name.encode()
-            size = int(transaction.get(key, db=self._meta) or 0) + by
+            size = int(transaction.get(key, db=self._meta) or 0) + change
             if size:
                 transaction.put(key, b"%d" % size, db=self._meta)
             else:
                 transaction.delete(key, db=self._meta)
-        if place is not None:
-            transaction.put(_PLACE, msgspec.json.encode(place), db=self._meta)
+        if position is not None:
+            transaction.put(_PLACE, msgspec.json.encode(position), db=self._meta)
 
 
 def all_members(store: SegmentStore, segment: str, at_once: int = 1000) -> Iterator[list[tuple[int, Membership]]]:

@@ -49,7 +49,7 @@ class Largest(NamedTuple):
     value: str
 
 
-def l_infinity(one: Mapping[str, float], other: Mapping[str, float]) -> Largest:
+def l_infinity(first: Mapping[str, float], second: Mapping[str, float]) -> Largest:
     """The largest difference of any value's share: max over v of |P(v) - Q(v)|, P and Q each of sum 1.
 
     >>> l_infinity({"a": 3, "b": 1}, {"a": 1, "b": 1, "c": 2})
@@ -58,16 +58,18 @@ def l_infinity(one: Mapping[str, float], other: Mapping[str, float]) -> Largest:
     Raises:
         ValueError: One of them has no counts, and so no shares.
     """
-    totals = sum(one.values()), sum(other.values())
+    totals = sum(first.values()), sum(second.values())
     if not all(totals):
-        raise ValueError("no distance from what has no values")
-    found = ((abs(one.get(key, 0) / totals[0] - other.get(key, 0) / totals[1]), key) for key in one.keys() | other)
+        raise ValueError("a distance needs values on both sides")
+    differences = (
+        (abs(first.get(key, 0) / totals[0] - second.get(key, 0) / totals[1]), key) for key in first.keys() | second
+    )
     # Among equal differences, the first by name, independent of their order.
-    distance, value = min(found, key=lambda entry: (-entry[0], entry[1]))
+    distance, value = min(differences, key=lambda entry: (-entry[0], entry[1]))
     return Largest(distance, value)
 
 
-def jensen_shannon(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+def jensen_shannon(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
     """Jensen-Shannon divergence of two histograms, `[buckets]` float64 counts each, in bits, so from 0 to 1.
 
     JSD(P, Q) = (D(P | M) + D(Q | M)) / 2 with M = (P + Q) / 2 and D(P | M) = sum of P log2(P / M) (Lin, Divergence
@@ -79,20 +81,20 @@ def jensen_shannon(one: NDArray[np.float64], other: NDArray[np.float64]) -> floa
     Raises:
         ValueError: One of them has no counts.
     """
-    if not one.sum() or not other.sum():
-        raise ValueError("no divergence from what has no values")
-    p, q = one / one.sum(), other / other.sum()
+    if not first.sum() or not second.sum():
+        raise ValueError("a divergence needs counts on both sides")
+    p, q = first / first.sum(), second / second.sum()
     m = (p + q) / 2
 
     def towards(share: NDArray[np.float64]) -> float:
-        there = share > 0
-        return float((share[there] * np.log2(share[there] / m[there])).sum())
+        occurs = share > 0
+        return float((share[occurs] * np.log2(share[occurs] / m[occurs])).sum())
 
     return min(1.0, max(0.0, (towards(p) + towards(q)) / 2))
 
 
 def aligned(
-    one: Mapping[tuple[float, float], float], other: Mapping[tuple[float, float], float]
+    first: Mapping[tuple[float, float], float], second: Mapping[tuple[float, float], float]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Two histograms over the bounds of both, as if the values of a bucket were evenly distributed in it.
 
@@ -102,20 +104,20 @@ def aligned(
     >>> [counts.tolist() for counts in aligned({(0, 2): 4.0}, {(0, 1): 1.0, (1, 3): 2.0})]
     [[2.0, 2.0, 0.0], [1.0, 1.0, 1.0]]
     """
-    bounds = np.array(sorted({bound for bucket in (*one, *other) if bucket[0] < bucket[1] for bound in bucket}))
-    points = sorted({bucket[0] for bucket in (*one, *other) if bucket[0] == bucket[1]})
+    bounds = np.array(sorted({bound for bucket in (*first, *second) if bucket[0] < bucket[1] for bound in bucket}))
+    points = sorted({bucket[0] for bucket in (*first, *second) if bucket[0] == bucket[1]})
 
     def over(histogram: Mapping[tuple[float, float], float]) -> NDArray[np.float64]:
-        made = np.zeros(max(0, len(bounds) - 1) + len(points))
+        counts = np.zeros(max(0, len(bounds) - 1) + len(points))
         for (low, high), count in histogram.items():
             if low == high:
-                made[len(made) - len(points) + points.index(low)] += count
+                counts[len(counts) - len(points) + points.index(low)] += count
                 continue
             first, after = np.searchsorted(bounds, (low, high))
-            made[first:after] += count * np.diff(bounds[first : after + 1]) / (high - low)
-        return made
+            counts[first:after] += count * np.diff(bounds[first : after + 1]) / (high - low)
+        return counts
 
-    return over(one), over(other)
+    return over(first), over(second)
 
 
 class Finding(NamedTuple):
@@ -133,34 +135,34 @@ def validate(
     previous: DatasetFeatureStatistics | None = None,
 ) -> Anomalies:
     """Compares a window with the schema, the baseline and the preceding window."""
-    found = Anomalies(baseline=schema)
-    here = by_name(statistics)
-    befores = [None if one is None else by_name(one) for one in (baseline, previous)]
+    anomalies = Anomalies(baseline=schema)
+    features = by_name(statistics)
+    befores = [None if dataset is None else by_name(dataset) for dataset in (baseline, previous)]
     for feature in schema.feature:
-        one = here.get(feature.name)
-        findings = list(_of_feature(feature, one))
-        if one is not None and common(one).num_non_missing:
+        observed = features.get(feature.name)
+        findings = list(_of_feature(feature, observed))
+        if observed is not None and common(observed).num_non_missing:
             measured = DriftSkewInfo()
             measured.path.step.append(feature.name)
             sides = zip(("skew", "drift"), befores, strict=True)
             for side, before in ((side, before) for side, before in sides if before is not None):
                 comparator = getattr(feature, f"{side}_comparator")
-                for measurement, finding in _compared(side, comparator, one, before.get(feature.name)):
+                for measurement, finding in _compared(side, comparator, observed, before.get(feature.name)):
                     getattr(measured, f"{side}_measurements").append(measurement)
                     findings += [finding] * (measurement.value > measurement.threshold)
             if measured.drift_measurements or measured.skew_measurements:
-                found.drift_skew_info.append(measured)
-        _note(found, feature.name, findings)
-    for name in here.keys() - {feature.name for feature in schema.feature}:
+                anomalies.drift_skew_info.append(measured)
+        _note(anomalies, feature.name, findings)
+    for name in features.keys() - {feature.name for feature in schema.feature}:
         words = "The baseline does not know it: take it up by `springtide schema accept`."
-        _note(found, name, [Finding(AnomalyInfo.SCHEMA_NEW_COLUMN, "New column", words)], AnomalyInfo.WARNING)
-    return found
+        _note(anomalies, name, [Finding(AnomalyInfo.SCHEMA_NEW_COLUMN, "New column", words)], AnomalyInfo.WARNING)
+    return anomalies
 
 
-def _note(found: Anomalies, name: str, findings: list[Finding], severity: int = AnomalyInfo.ERROR) -> None:
+def _note(anomalies: Anomalies, name: str, findings: list[Finding], severity: int = AnomalyInfo.ERROR) -> None:
     if not findings:
         return
-    info = found.anomaly_info[name]
+    info = anomalies.anomaly_info[name]
     info.path.step.append(name)
     info.severity = severity
     for finding in findings:
@@ -169,34 +171,34 @@ def _note(found: Anomalies, name: str, findings: list[Finding], severity: int = 
     info.description = " ".join(finding.description for finding in findings)
 
 
-def _of_feature(feature: Feature, one: FeatureNameStatistics | None) -> Iterator[Finding]:
+def _of_feature(feature: Feature, observed: FeatureNameStatistics | None) -> Iterator[Finding]:
     """The anomalies of the window alone."""
     least = feature.presence.min_fraction
-    if one is None or not (there := common(one).num_non_missing):
+    if observed is None or not (present := common(observed).num_non_missing):
         if least > 0:
             yield Finding(AnomalyInfo.SCHEMA_MISSING_COLUMN, "Column dropped", "The feature has no value in any row.")
         return
-    share = there / (there + common(one).num_missing)
+    share = present / (present + common(observed).num_missing)
     if share < least:
         words = f"The feature has a value in {share:.1%} of the rows, expected are {least:.1%} or more."
         yield Finding(AnomalyInfo.FEATURE_TYPE_LOW_FRACTION_PRESENT, "Missing values", words)
-    if _TYPES[one.type] != feature.type:
-        said = FeatureNameStatistics.Type.Name(one.type), schema_pb2.FeatureType.Name(feature.type)
+    if _TYPES[observed.type] != feature.type:
+        types = FeatureNameStatistics.Type.Name(observed.type), schema_pb2.FeatureType.Name(feature.type)
         yield Finding(
-            AnomalyInfo.UNEXPECTED_DATA_TYPE, "Unexpected type", f"The feature is {said[0]}, expected is {said[1]}."
+            AnomalyInfo.UNEXPECTED_DATA_TYPE, "Unexpected type", f"The feature is {types[0]}, expected is {types[1]}."
         )
         return
-    if one.HasField("string_stats"):
-        yield from _outside_domain(feature, one)
+    if observed.HasField("string_stats"):
+        yield from _outside_domain(feature, observed)
     else:
-        yield from _outside_bounds(feature, one)
+        yield from _outside_bounds(feature, observed)
 
 
-def _outside_domain(feature: Feature, one: FeatureNameStatistics) -> Iterator[Finding]:
+def _outside_domain(feature: Feature, observed: FeatureNameStatistics) -> Iterator[Finding]:
     if not feature.HasField("string_domain"):
         return
-    known, total = {*feature.string_domain.value}, common(one).num_non_missing
-    new = {value: count for value, count in frequencies(one).items() if value not in known}
+    known, total = {*feature.string_domain.value}, common(observed).num_non_missing
+    new = {value: count for value, count in frequencies(observed).items() if value not in known}
     allowed = 1.0 - feature.distribution_constraints.min_domain_mass
     if (share := sum(new.values()) / total) > allowed or (allowed == 0 and new):
         top = sorted(new.items(), key=lambda entry: (-entry[1], entry[0]))[:NAMED_VALUES]
@@ -205,8 +207,8 @@ def _outside_domain(feature: Feature, one: FeatureNameStatistics) -> Iterator[Fi
         yield Finding(AnomalyInfo.ENUM_TYPE_UNEXPECTED_STRING_VALUES, "Unexpected string values", words)
 
 
-def _outside_bounds(feature: Feature, one: FeatureNameStatistics) -> Iterator[Finding]:
-    numbers = one.num_stats
+def _outside_bounds(feature: Feature, observed: FeatureNameStatistics) -> Iterator[Finding]:
+    numbers = observed.num_stats
     if feature.HasField("int_domain"):
         domain = feature.int_domain
         small, big = AnomalyInfo.INT_TYPE_SMALL_INT, AnomalyInfo.INT_TYPE_BIG_INT
@@ -223,35 +225,35 @@ def _outside_bounds(feature: Feature, one: FeatureNameStatistics) -> Iterator[Fi
 
 
 def _compared(
-    side: str, comparator: FeatureComparator, one: FeatureNameStatistics, before: FeatureNameStatistics | None
+    side: str, comparator: FeatureComparator, observed: FeatureNameStatistics, before: FeatureNameStatistics | None
 ) -> Iterator[tuple[DriftSkewInfo.Measurement, Finding]]:
     """The distances that a comparator requests, and the findings for those beyond their thresholds."""
     if before is None or not common(before).num_non_missing:
         return
-    what = "the baseline" if side == "skew" else "the window before"
-    if comparator.infinity_norm.HasField("threshold") and one.HasField("string_stats"):
-        limit, shares = comparator.infinity_norm.threshold, (frequencies(one), frequencies(before))
+    reference = "the baseline" if side == "skew" else "the window before"
+    if comparator.infinity_norm.HasField("threshold") and observed.HasField("string_stats"):
+        limit, shares = comparator.infinity_norm.threshold, (frequencies(observed), frequencies(before))
         if all(shares):
             distance, value = l_infinity(*shares)
-            words = f"The L-infinity distance from {what} is {distance:.3f}, above {limit:g}: the share of {value} differs most."
+            words = f"The L-infinity distance from {reference} is {distance:.3f}, above {limit:g}: the share of {value} differs most."
             yield (
                 Measurement(type=Measurement.L_INFTY, value=distance, threshold=limit),
-                Finding(AnomalyInfo.COMPARATOR_L_INFTY_HIGH, f"High L-infinity distance from {what}", words),
+                Finding(AnomalyInfo.COMPARATOR_L_INFTY_HIGH, f"High L-infinity distance from {reference}", words),
             )
-    if comparator.jensen_shannon_divergence.HasField("threshold") and one.HasField("num_stats"):
+    if comparator.jensen_shannon_divergence.HasField("threshold") and observed.HasField("num_stats"):
         limit = comparator.jensen_shannon_divergence.threshold
-        distance = jensen_shannon(*aligned(_histogram(one), _histogram(before)))
-        words = f"The Jensen-Shannon divergence from {what} is {distance:.3f}, above {limit:g}."
+        distance = jensen_shannon(*aligned(_histogram(observed), _histogram(before)))
+        words = f"The Jensen-Shannon divergence from {reference} is {distance:.3f}, above {limit:g}."
         yield (
             Measurement(type=Measurement.JENSEN_SHANNON_DIVERGENCE, value=distance, threshold=limit),
             Finding(
                 AnomalyInfo.COMPARATOR_JENSEN_SHANNON_DIVERGENCE_HIGH,
-                f"High Jensen-Shannon divergence from {what}",
+                f"High Jensen-Shannon divergence from {reference}",
                 words,
             ),
         )
 
 
-def _histogram(one: FeatureNameStatistics) -> dict[tuple[float, float], float]:
-    (standard,) = (found for found in one.num_stats.histograms if found.type == found.STANDARD)
+def _histogram(observed: FeatureNameStatistics) -> dict[tuple[float, float], float]:
+    (standard,) = (histogram for histogram in observed.num_stats.histograms if histogram.type == histogram.STANDARD)
     return {(bucket.low_value, bucket.high_value): bucket.sample_count for bucket in standard.buckets}

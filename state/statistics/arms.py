@@ -82,20 +82,20 @@ class _Arm(NamedTuple):
 def _combined(strata: Strata) -> tuple[_Arm, _Arm, float]:
     """Both arms over all strata, and the effective number of rows."""
     known = [pair for pair in strata if pair[0].rows and pair[1].rows]
-    worths = [1 / (1 / one.rows + 1 / other.rows) for one, other in known]
-    whole = sum(worths)
-    first, second = (_arm([pair[place] for pair in known], [worth / whole for worth in worths]) for place in (0, 1))
-    return first, second, whole
+    worths = [1 / (1 / first_sums.rows + 1 / second_sums.rows) for first_sums, second_sums in known]
+    total = sum(worths)
+    first, second = (_arm([pair[arm] for pair in known], [worth / total for worth in worths]) for arm in (0, 1))
+    return first, second, total
 
 
 def _arm(sums: Sequence[BlockSums], weights: Sequence[float]) -> _Arm:
     """Combines one arm; rows of a user may be in several strata, so the variance is by blocks over all of them."""
-    totals, rows, apart = np.zeros(BLOCKS), np.zeros(BLOCKS, np.int64), np.zeros(BLOCKS)
-    for one, weight in zip(sums, weights, strict=True):
-        totals += one.totals
-        rows += one.counts
-        apart += weight * (one.totals - one.mean * one.counts) / one.rows
+    totals, rows, deviations = np.zeros(BLOCKS), np.zeros(BLOCKS, np.int64), np.zeros(BLOCKS)
+    for block_sums, weight in zip(sums, weights, strict=True):
+        totals += block_sums.totals
+        rows += block_sums.counts
+        deviations += weight * (block_sums.totals - block_sums.mean * block_sums.counts) / block_sums.rows
     used = int(np.count_nonzero(rows))
-    variance = float((apart * apart).sum()) * used / (used - 1) if used > 1 else 0.0
-    mean = sum(weight * one.mean for one, weight in zip(sums, weights, strict=True))
+    variance = float((deviations * deviations).sum()) * used / (used - 1) if used > 1 else 0.0
+    mean = sum(weight * block_sums.mean for block_sums, weight in zip(sums, weights, strict=True))
     return _Arm(mean, variance, int(np.count_nonzero(totals)) >= TELLING_BLOCKS)

@@ -78,8 +78,8 @@ class Baselines:
         """The number of the baseline in force for a bootstrap of `Specs.bootstrapped`; 0 for the bootstrap's own."""
         with usable("be listed"):
             folder = self.path / layout.BASELINES / spec
-            found = [int(one.name) for one in folder.iterdir() if one.name.isdigit()] if folder.is_dir() else []
-        return max(found, default=0)
+            numbers = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+        return max(numbers, default=0)
 
     def newest(self, spec: str) -> Baseline | None:
         """The baseline in force; None if the bootstrap is of a release that wrote none.
@@ -88,13 +88,13 @@ class Baselines:
         """
         number = self.newest_number(spec)
         folder = self._folder(spec, number) if number else self.path / layout.SPECS / spec
-        about = self._about(folder / (ABOUT if number else SPEC))
-        digests = about["files"]
+        document = self._about(folder / (ABOUT if number else SPEC))
+        digests = document["files"]
         if SCHEMA not in digests:
             return None
         data = {name: self._checked(folder / name, digests[name]) for name in (SCHEMA, STATISTICS)}
         accepted = AcceptedBaseline(
-            number, str(about.get("actor", "")), str(about.get("reason", "")), int(about["created_at_ms"])
+            number, str(document.get("actor", "")), str(document.get("reason", "")), int(document["created_at_ms"])
         )
         try:
             return Baseline(accepted, schemas.of_text(data[SCHEMA].decode()), of_bytes(data[STATISTICS]))
@@ -109,7 +109,7 @@ class Baselines:
         It raises `ControlConflict` if another baseline was stored under this number meanwhile.
         """
         files = baseline_files(schema, statistics)
-        about = {
+        document = {
             "actor": accepted.actor,
             "reason": accepted.reason,
             "created_at_ms": accepted.at_ms,
@@ -123,7 +123,7 @@ class Baselines:
             try:
                 for name, data in files.items():
                     durable.write(temporary / name, data)
-                durable.write(temporary / ABOUT, sealed.encode(about))
+                durable.write(temporary / ABOUT, sealed.encode(document))
                 durable.sync_directory(temporary)
                 temporary.rename(final)
             except OSError:

@@ -61,14 +61,14 @@ class Categorical:
 
     def add(self, ids: NDArray[np.uint64]) -> None:
         """Counts `[n]` uint64 ids."""
-        found, counts = np.unique(ids, return_counts=True)
+        values_found, counts = np.unique(ids, return_counts=True)
         self.rows += len(ids)
-        if len(found) and found[0] == 0:
+        if len(values_found) and values_found[0] == 0:
             self.missing += int(counts[0])
-            found, counts = found[1:], counts[1:]
-        if not len(found):
+            values_found, counts = values_found[1:], counts[1:]
+        if not len(values_found):
             return
-        values = pa.array(found.view(np.int64))
+        values = pa.array(values_found.view(np.int64))
         self._different.AddValues(values)
         if self._listed:
             self._frequent.AddValues(values, pa.array(counts.astype(np.float32)))
@@ -93,8 +93,8 @@ class Categorical:
         values: Sequence[bytes] = estimate.field("values").to_pylist()
         counts: Sequence[float] = estimate.field("counts").to_pylist()
         # The sketch returns an id as a signed decimal number.
-        found = [(int(value) % 2**64, count) for value, count in zip(values, counts, strict=True)]
-        return sorted(found, key=lambda entry: (-entry[1], entry[0]))[:most]
+        frequencies = [(int(value) % 2**64, count) for value, count in zip(values, counts, strict=True)]
+        return sorted(frequencies, key=lambda entry: (-entry[1], entry[0]))[:most]
 
 
 @dataclass
@@ -129,21 +129,21 @@ class Statistics:
         `attributes` are the names of the attributes in the order of their columns.
         """
         kinds = columns["kind"]
-        here = happened(kinds)
-        every = bool(here.all())
+        is_event = happened(kinds)
+        every = bool(is_event.all())
 
         def of(name: str) -> NDArray[np.uint64]:
-            column: NDArray[np.uint64] = columns[name] if every else columns[name][here]
+            column: NDArray[np.uint64] = columns[name] if every else columns[name][is_event]
             return column
 
-        self.rows += int(here.sum())
+        self.rows += int(is_event.sum())
         for name in (CATEGORY, ITEM, USER):
             self._ids(name).add(of(name))
         self._ids(ACTION).add(of(ACTION).astype(np.uint64) + np.uint64(1))
         self._add_fields("context", self.context, of("context"))
         for side, names in zip(ATTRIBUTES, attributes, strict=True):
             self._add_fields(side, names, _known(side, names, of(side)))
-        self.features.add(columns[FEATURES] if every else columns[FEATURES][here])
+        self.features.add(columns[FEATURES] if every else columns[FEATURES][is_event])
         learned = trained(kinds)
         self.label.add_reals(columns["label"][learned].astype(np.float64))
         after_s = np.clip(columns["delay_ms"][learned] // 1000, 0, LONGEST_DELAY_S)
@@ -154,12 +154,12 @@ class Statistics:
         self.rows += other.rows
         for name, counted in other.categorical.items():
             self._ids(name).merge(counted)
-        for mine, theirs in ((self.label, other.label), (self.delay, other.delay), (self.features, other.features)):
-            mine.merge(theirs)
+        for own, others in ((self.label, other.label), (self.delay, other.delay), (self.features, other.features)):
+            own.merge(others)
 
     def _add_fields(self, column: str, names: Sequence[str], ids: NDArray[np.uint64]) -> None:
-        for name, one in zip(names, _columns(ids), strict=False):
-            self._ids(f"{column}.{name}").add(one)
+        for name, column_ids in zip(names, _columns(ids), strict=False):
+            self._ids(f"{column}.{name}").add(column_ids)
 
     def _ids(self, name: str) -> Categorical:
         if name not in self.categorical:

@@ -122,8 +122,8 @@ class BlockSums:
         used = int(np.count_nonzero(self.counts))
         if used < 2:
             return 0.0
-        apart = self.totals - self.mean * self.counts
-        return float((apart * apart).sum()) / self.rows**2 * used / (used - 1)
+        deviations = self.totals - self.mean * self.counts
+        return float((deviations * deviations).sum()) / self.rows**2 * used / (used - 1)
 
     def document(self) -> dict[str, Any]:
         """The sums as JSON values, exact to the last bit."""

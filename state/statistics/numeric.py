@@ -63,17 +63,17 @@ class Numeric:
 
     def add_reals(self, values: NDArray[np.float64]) -> None:
         """Counts `[n]` float64 of a single feature; NaN is missing. Values outside all buckets count in the nearest."""
-        there = values[~np.isnan(values)]
+        present = values[~np.isnan(values)]
         self.rows += len(values)
-        self.missing += len(values) - len(there)
-        if not len(there):
+        self.missing += len(values) - len(present)
+        if not len(present):
             return
-        inside = np.clip(np.searchsorted(self.edges, there, side="right") - 1, 0, len(self.edges) - 2)
+        inside = np.clip(np.searchsorted(self.edges, present, side="right") - 1, 0, len(self.edges) - 2)
         self.counts[0] += np.bincount(inside, minlength=self.counts.shape[1])
-        self.total += there.sum()
-        self.squares += np.dot(there, there)
-        self.zeros += np.count_nonzero(there == 0)
-        self.least, self.most = np.minimum(self.least, there.min()), np.maximum(self.most, there.max())
+        self.total += present.sum()
+        self.squares += np.dot(present, present)
+        self.zeros += np.count_nonzero(present == 0)
+        self.least, self.most = np.minimum(self.least, present.min()), np.maximum(self.most, present.max())
 
     def merge(self, other: Numeric) -> None:
         """Adds the counts of `other`."""

@@ -33,15 +33,15 @@ def dataset(statistics: Statistics, name: str) -> DatasetFeatureStatistics:
     >>> made.name, made.num_examples, [one.path.step[0] for one in made.features]
     ('none', 0, ['delay_s', 'label'])
     """
-    made = DatasetFeatureStatistics(name=name, num_examples=statistics.rows)
+    message = DatasetFeatureStatistics(name=name, num_examples=statistics.rows)
     for key, counted in sorted(statistics.categorical.items()):
         actions = statistics.actions if key == ACTION else ()
-        _add_categorical(made, key, counted, actions, MOST_ITEMS if key == ITEM else MOST_VALUES)
-    _add_numeric(made, [DELAY], statistics.delay, FeatureNameStatistics.INT)
-    _add_numeric(made, [LABEL], statistics.label, FeatureNameStatistics.FLOAT)
-    names = [f"{FEATURES}.{one}" for one in statistics.names]
-    _add_numeric(made, names, statistics.features, FeatureNameStatistics.INT)
-    return made
+        _add_categorical(message, key, counted, actions, MOST_ITEMS if key == ITEM else MOST_VALUES)
+    _add_numeric(message, [DELAY], statistics.delay, FeatureNameStatistics.INT)
+    _add_numeric(message, [LABEL], statistics.label, FeatureNameStatistics.FLOAT)
+    names = [f"{FEATURES}.{feature}" for feature in statistics.names]
+    _add_numeric(message, names, statistics.features, FeatureNameStatistics.INT)
+    return message
 
 
 def as_list(*datasets: DatasetFeatureStatistics) -> DatasetFeatureStatisticsList:
@@ -58,68 +58,68 @@ def of_bytes(data: bytes) -> DatasetFeatureStatistics:
     from google.protobuf.message import DecodeError
 
     try:
-        found = DatasetFeatureStatisticsList.FromString(data)
+        parsed = DatasetFeatureStatisticsList.FromString(data)
     except DecodeError as error:
         raise ValueError(f"no DatasetFeatureStatisticsList: {error}") from error
-    if len(found.datasets) != 1:
-        raise ValueError(f"{len(found.datasets)} datasets where one is expected")
-    return found.datasets[0]
+    if len(parsed.datasets) != 1:
+        raise ValueError(f"{len(parsed.datasets)} datasets where one is expected")
+    return parsed.datasets[0]
 
 
 def by_name(statistics: DatasetFeatureStatistics) -> dict[str, FeatureNameStatistics]:
     """The features of a dataset by name."""
-    return {one.path.step[0]: one for one in statistics.features}
+    return {feature.path.step[0]: feature for feature in statistics.features}
 
 
-def common(one: FeatureNameStatistics) -> CommonStatistics:
+def common(feature: FeatureNameStatistics) -> CommonStatistics:
     """The statistics that both kinds of features have."""
-    found = one.string_stats if one.HasField("string_stats") else one.num_stats
-    return found.common_stats
+    statistics = feature.string_stats if feature.HasField("string_stats") else feature.num_stats
+    return statistics.common_stats
 
 
-def frequencies(one: FeatureNameStatistics) -> dict[str, float]:
+def frequencies(feature: FeatureNameStatistics) -> dict[str, float]:
     """The count of each listed value of a categorical feature."""
-    return {bucket.label: bucket.sample_count for bucket in one.string_stats.rank_histogram.buckets}
+    return {bucket.label: bucket.sample_count for bucket in feature.string_stats.rank_histogram.buckets}
 
 
 def _common(rows: int, missing: int) -> CommonStatistics:
-    there = rows - missing
-    made = CommonStatistics(
-        num_non_missing=there, num_missing=missing, min_num_values=1, max_num_values=1, tot_num_values=there
+    present = rows - missing
+    message = CommonStatistics(
+        num_non_missing=present, num_missing=missing, min_num_values=1, max_num_values=1, tot_num_values=present
     )
-    made.avg_num_values = 1.0 if there else 0.0
-    return made
+    message.avg_num_values = 1.0 if present else 0.0
+    return message
 
 
 def _add_categorical(
-    made: DatasetFeatureStatistics, name: str, counted: Categorical, actions: Sequence[str], most: int
+    message: DatasetFeatureStatistics, name: str, counted: Categorical, actions: Sequence[str], most: int
 ) -> None:
-    one = made.features.add(type=FeatureNameStatistics.STRING)
-    one.path.step.append(name)
-    strings = one.string_stats
+    feature = message.features.add(type=FeatureNameStatistics.STRING)
+    feature.path.step.append(name)
+    strings = feature.string_stats
     strings.common_stats.CopyFrom(_common(counted.rows, counted.missing))
     strings.unique = counted.distinct
-    found = [(actions[value - 1] if actions else f"{value:016x}", count) for value, count in counted.frequent(most)]
-    for rank, (label, count) in enumerate(found):
+    counts = [(actions[value - 1] if actions else f"{value:016x}", count) for value, count in counted.frequent(most)]
+    for rank, (label, count) in enumerate(counts):
         strings.rank_histogram.buckets.add(low_rank=rank, high_rank=rank, label=label, sample_count=count)
         if rank < TOP_VALUES:
             strings.top_values.add(value=label, frequency=count)
     # This is also the mean over all values, because ids have one length, and actions are few.
-    strings.avg_length = float(np.mean([len(label) for label, _ in found])) if found else 0.0
+    strings.avg_length = float(np.mean([len(label) for label, _ in counts])) if counts else 0.0
 
 
-def _add_numeric(made: DatasetFeatureStatistics, names: Sequence[str], counted: Numeric, kind: int) -> None:
+def _add_numeric(message: DatasetFeatureStatistics, names: Sequence[str], counted: Numeric, kind: int) -> None:
     for number, name in enumerate(names):
-        one = made.features.add(type=kind)
-        one.path.step.append(name)
-        numbers, missing = one.num_stats, int(counted.missing[number])
+        feature = message.features.add(type=kind)
+        feature.path.step.append(name)
+        numbers, missing = feature.num_stats, int(counted.missing[number])
         numbers.common_stats.CopyFrom(_common(counted.rows, missing))
-        there = counted.rows - missing
-        if not there:
+        present = counted.rows - missing
+        if not present:
             continue
         counts = counted.counts[number]
-        numbers.mean = counted.total[number] / there
-        numbers.std_dev = max(0.0, counted.squares[number] / there - numbers.mean**2) ** 0.5
+        numbers.mean = counted.total[number] / present
+        numbers.std_dev = max(0.0, counted.squares[number] / present - numbers.mean**2) ** 0.5
         numbers.num_zeros = int(counted.zeros[number])
         numbers.min, numbers.max = float(counted.least[number]), float(counted.most[number])
         numbers.median = min(max(median(counts, counted.edges), numbers.min), numbers.max)

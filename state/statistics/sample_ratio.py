@@ -58,7 +58,7 @@ class SampleRatio:
 
     def add(self, counts: Sequence[int]) -> None:
         """Adds new users of each arm."""
-        self._counts = [have + came for have, came in zip(self._counts, counts, strict=True)]
+        self._counts = [count + added for count, added in zip(self._counts, counts, strict=True)]
         self._most = max(self._most, self.log_evidence)
 
     def change(self, shares: Sequence[float]) -> None:

@@ -33,19 +33,19 @@ def infer(statistics: DatasetFeatureStatistics, warm: bool) -> Schema:
     bootstrap's histories begin with its first click.
     """
     schema = Schema()
-    for one in statistics.features:
-        name, counted = one.path.step[0], common(one)
+    for observed in statistics.features:
+        name, counted = observed.path.step[0], common(observed)
         feature = schema.feature.add(name=name)
         rows = counted.num_non_missing + counted.num_missing
         present = counted.num_non_missing / rows if rows else 0.0
         feature.value_count.min = feature.value_count.max = 1
         # A feature that was present only occasionally may be absent.
         feature.presence.min_fraction = max(0.0, round(present - MISSING_SHARE, 6))
-        if one.HasField("string_stats"):
+        if observed.HasField("string_stats"):
             feature.type = schema_pb2.BYTES
-            _categorical(feature, one)
+            _categorical(feature, observed)
         else:
-            feature.type = schema_pb2.FLOAT if one.type == FeatureNameStatistics.FLOAT else schema_pb2.INT
+            feature.type = schema_pb2.FLOAT if observed.type == FeatureNameStatistics.FLOAT else schema_pb2.INT
             _numeric(feature, name, warm)
     return schema
 
@@ -79,14 +79,14 @@ def of_text(text: str) -> Schema:
         raise ValueError(f"no Schema of TensorFlow Metadata: {error}") from error
 
 
-def _categorical(feature: schema_pb2.Feature, one: FeatureNameStatistics) -> None:
-    found, total = frequencies(one), common(one).num_non_missing
+def _categorical(feature: schema_pb2.Feature, observed: FeatureNameStatistics) -> None:
+    counts, total = frequencies(observed), common(observed).num_non_missing
     if feature.name in (USER, ITEM) or not total:
         return
-    feature.string_domain.value.extend(sorted(found))
-    listed = sum(found.values()) / total
+    feature.string_domain.value.extend(sorted(counts))
+    listed = sum(counts.values()) / total
     # Good, The population frequencies of species, 1953: the next value is new with the share of values seen once.
-    unseen = sum(count == 1 for count in found.values()) / total
+    unseen = sum(count == 1 for count in counts.values()) / total
     feature.distribution_constraints.min_domain_mass = max(0.0, listed - unseen - NEW_VALUES_SHARE)
     for comparator in (feature.skew_comparator, feature.drift_comparator):
         comparator.infinity_norm.threshold = MAX_L_INFINITY

@@ -28,14 +28,14 @@ def used_bytes(folders: Iterable[Path]) -> int:
     >>> used_bytes([Path("no/such/folder")])
     0
     """
-    total, left = 0, [os.fspath(folder) for folder in folders]
-    while left:
+    total, to_visit = 0, [os.fspath(folder) for folder in folders]
+    while to_visit:
         # Files that are removed meanwhile take no space.
-        with contextlib.suppress(OSError), os.scandir(left.pop()) as entries:
+        with contextlib.suppress(OSError), os.scandir(to_visit.pop()) as entries:
             for entry in entries:
                 with contextlib.suppress(OSError):
                     if entry.is_dir(follow_symlinks=False):
-                        left.append(entry.path)
+                        to_visit.append(entry.path)
                     else:
                         total += entry.stat(follow_symlinks=False).st_blocks * _BLOCK
     return total

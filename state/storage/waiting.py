@@ -24,13 +24,13 @@ def is_full(error: BaseException) -> bool:
     >>> is_full(StoreFull("the map is full"))
     True
     """
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, StoreFull):
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, StoreFull):
             return True
-        if isinstance(found, OSError) and found.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        found = found.__cause__
+        cause = cause.__cause__
     return False
 
 
@@ -68,10 +68,10 @@ class Room:
         self._part, self._metrics, self._sleep, self._say = part, metrics, sleep, say
         self.waits = False
 
-    def wait_for(self, act: Callable[[], Done], what: str) -> Done:
+    def wait_for(self, act: Callable[[], Done], activity: str) -> Done:
         """Retries `act` while there is no disk space.
 
-        A refused `act` must have changed nothing; `what` names it in the log.
+        A refused `act` must have changed nothing; `activity` names it in the log.
 
         Raises:
             StoreFull, UnusableRegistry, OSError: There is no space, and the wait is to end.
@@ -79,28 +79,28 @@ class Room:
         """
         while True:
             try:
-                done = act()
+                result = act()
             except (StoreError, RegistryError, OSError) as error:
                 if not is_full(error):
                     raise
-                self.refused(error, what)
+                self.refused(error, activity)
                 if self._sleep(RETRY_S):
                     raise
             else:
-                self.found(what)
-                return done
+                self.found(activity)
+                return result
 
-    def refused(self, error: BaseException, what: str) -> None:
+    def refused(self, error: BaseException, activity: str) -> None:
         """Records that there is no space; logs and counts it if that is new."""
         if not self.waits:
             self.waits = True
             self._metrics.waits.labels(self._part).inc()
             self._metrics.waiting.labels(self._part).inc()
-            self._say("%s waits for room: %s", what, error)
+            self._say("%s waits for room: %s", activity, error)
 
-    def found(self, what: str) -> None:
+    def found(self, activity: str) -> None:
         """Records that there is space; logs it if that is new."""
         if self.waits:
             self.waits = False
             self._metrics.waiting.labels(self._part).dec()
-            self._say("%s goes on: there is room again", what)
+            self._say("%s goes on: there is room again", activity)

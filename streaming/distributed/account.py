@@ -82,15 +82,15 @@ class BundleReport:
     erased: dict[int, int]
 
     @classmethod
-    def of(cls, made: Sequence[BucketRows], records: int, seconds: float, truncated: Sequence[int]) -> BundleReport:
+    def of(cls, buckets: Sequence[BucketRows], records: int, seconds: float, truncated: Sequence[int]) -> BundleReport:
         """Summarises a bundle; see `CommitReport.of`."""
-        written = CommitReport.of([bucket.rows for bucket in made], records, seconds, truncated)
-        ranges = tuple(part for bucket in made for part in (*bucket.dropped, *bucket.rows.batch.ranges))
+        written = CommitReport.of([bucket.rows for bucket in buckets], records, seconds, truncated)
+        ranges = tuple(part for bucket in buckets for part in (*bucket.dropped, *bucket.rows.batch.ranges))
         return cls(
             replace(written, ranges=ranges),
-            max((bucket.appended_ms for bucket in made), default=0),
-            {bucket.bucket: bucket.users for bucket in made},
-            {bucket.bucket: bucket.erased for bucket in made},
+            max((bucket.appended_ms for bucket in buckets), default=0),
+            {bucket.bucket: bucket.users for bucket in buckets},
+            {bucket.bucket: bucket.erased for bucket in buckets},
         )
 
 
@@ -159,22 +159,22 @@ class Account:
 
     def faults(self) -> tuple[str, ...]:
         """The faults: ranges that did not continue, and partitions whose buckets do not add up to their offsets."""
-        found = [f"{self.conflicts} ranges did not begin where their bucket was"] if self.conflicts else []
+        faults = [f"{self.conflicts} ranges did not begin where their bucket was"] if self.conflicts else []
         partitions: dict[tuple[str, int, int], list[Mapping[str, int]]] = {}
         for source, counts in self.counts.items():
-            found += [f"{source}: {fault}" for fault in check_accounts(StreamAccount.of(counts))]
+            faults += [f"{source}: {fault}" for fault in check_accounts(StreamAccount.of(counts))]
             partitions.setdefault((source.topic_id, source.partition, source.buckets), []).append(counts)
-        for (topic_id, partition, buckets), theirs in partitions.items():
-            spans = {(counts["first"], counts["next"]) for counts in theirs}
+        for (topic_id, partition, buckets), bucket_counts in partitions.items():
+            spans = {(counts["first"], counts["next"]) for counts in bucket_counts}
             # While some buckets are ahead of others, their parts do not add up.
-            if len(spans) == 1 and len(theirs) == buckets:
+            if len(spans) == 1 and len(bucket_counts) == buckets:
                 ((first, after),) = spans
-                passed = summed(theirs)["positions"]
+                passed = summed(bucket_counts)["positions"]
                 if passed != after - first:
-                    found.append(
+                    faults.append(
                         f"{topic_id}:{partition}: {after - first} offsets, and its buckets have {passed} of their own"
                     )
-        return tuple(found)
+        return tuple(faults)
 
 
 class Publisher:
@@ -278,11 +278,11 @@ class Publisher:
         self._leave_port()
         logger.info("another process has the account now, and publishes it")
 
-    def _warn(self, what: str, warning: str) -> None:
+    def _warn(self, problem: str, warning: str) -> None:
         """Logs a problem, once as long as it stays the same."""
-        if warning != self._warned.get(what):
+        if warning != self._warned.get(problem):
             logger.warning("%s", warning)
-        self._warned[what] = warning
+        self._warned[problem] = warning
 
     def _run(self) -> None:
         while not self._stopping.wait(SHOW_S):
@@ -293,20 +293,20 @@ class Publisher:
                 logger.exception("the account cannot be shown")
 
 
-def _is_behind(ours: Mapping[int, int], group: Mapping[int, int]) -> bool:
+def _is_behind(own: Mapping[int, int], group: Mapping[int, int]) -> bool:
     """Whether a group is ahead of this process in a partition that both know.
 
     >>> _is_behind({0: 5}, {0: 7, 1: 9}), _is_behind({0: 5}, {0: 5, 1: 9}), _is_behind({}, {0: 1})
     (True, False, False)
     """
-    return any(group.get(partition, 0) > at for partition, at in ours.items())
+    return any(group.get(partition, 0) > position for partition, position in own.items())
 
 
-def records_of(made: Sequence[BucketRows], worker: JobWorker, now_ms: int) -> list[bytes]:
+def records_of(buckets: Sequence[BucketRows], worker: JobWorker, now_ms: int) -> list[bytes]:
     """The micro-batches of a bundle; rows under different masks or epochs of the log are not mixed."""
     groups: dict[Encoding, list[BucketRows]] = {}
     plain = Encoding.of(worker.settings.stream, worker.spec.digest, worker.salt.fingerprint)
-    for bucket in made:
+    for bucket in buckets:
         # A portion without ranges only reported an erasure to its bucket.
         if bucket.rows.batch.ranges:
             encoding = replace(plain, mask_generation=bucket.mask_generation, log_epoch=bucket.log_epoch)
@@ -338,16 +338,16 @@ class WriteBuckets(WorkerStep):
         Raises:
             LogError: The cluster refused, or was unreachable for long: the engine rolls back to its checkpoint.
         """
-        made, self._made = self._made, []
-        if not made:
+        buckets, self._made = self._made, []
+        if not buckets:
             return
         worker, begun_s = self.worker, time.perf_counter()
         now_ms = wall_ms()
-        values = records_of(made, worker, now_ms)
-        letters = [letter for bucket in made for letter in bucket.rows.batch.dead]
+        values = records_of(buckets, worker, now_ms)
+        letters = [letter for bucket in buckets for letter in bucket.rows.batch.dead]
         self._write(worker, values, letters, now_ms)
         truncated = truncated_columns(worker.spec.names)
-        report = BundleReport.of(made, len(values), time.perf_counter() - begun_s, truncated)
+        report = BundleReport.of(buckets, len(values), time.perf_counter() - begun_s, truncated)
         yield WindowedValue((ACCOUNT, encode(report)), Timestamp.now(), (GlobalWindow(),))
 
     def teardown(self) -> None:
@@ -362,7 +362,7 @@ class WriteBuckets(WorkerStep):
         If the outcome is unknown, a new writer writes again. Records may then be in the log twice, with the same
         positions.
         """
-        for left in reversed(range(TRIES)):
+        for tries_left in reversed(range(TRIES)):
             try:
                 self._writer = self._writer or worker.log.writer()
                 send_records(self._writer, worker.settings.kafka, values, letters, now_ms)
@@ -372,7 +372,7 @@ class WriteBuckets(WorkerStep):
                 if self._writer is not None:
                     self._writer.close(0.0)
                 self._writer = None
-                if not left:
+                if not tries_left:
                     raise
                 logger.warning("%s; these rows are written again as soon as it is back", error)
                 time.sleep(WAIT_S)
@@ -386,13 +386,13 @@ class KeepAccount(WorkerStep):
     def process(
         self,
         element: tuple[int, bytes],
-        kept: Any = beam.DoFn.StateParam(ACCOUNT),  # noqa: B008  # Beam reads the default
+        state: Any = beam.DoFn.StateParam(ACCOUNT),  # noqa: B008  # Beam reads the default
     ) -> Iterator[None]:
         """Takes the report of a bundle."""
         report = decode(element[1], BundleReport)
-        account = Account.of(kept.read())
+        account = Account.of(state.read())
         account.take_bundle(report)
-        kept.write(encode(account))
+        state.write(encode(account))
         worker = self.worker
         # Owned by the process, not by this step: an engine drops steps that were idle for a minute.
         publisher = cast(Publisher, worker.kept("publisher", lambda: Publisher(worker)))

@@ -157,16 +157,16 @@ class BucketStore:
         places = np.where(fresh, np.arange(len(fresh)), len(fresh))
         following = np.minimum.accumulate(places[::-1])[::-1]
         starts = ends - lengths // _EVENT_BYTES
-        kept = np.minimum(following[starts], ends)
-        gone = 0
-        for at in np.flatnonzero(kept > starts).tolist():
-            user, left = users[at], int(ends[at] - kept[at])
-            if left:
-                self._events[user] = self._events[user][-left * _EVENT_BYTES :]
+        first_fresh = np.minimum(following[starts], ends)
+        emptied = 0
+        for number in np.flatnonzero(first_fresh > starts).tolist():
+            user, remaining = users[number], int(ends[number] - first_fresh[number])
+            if remaining:
+                self._events[user] = self._events[user][-remaining * _EVENT_BYTES :]
             else:
                 del self._events[user]
-                gone += 1
-        return gone
+                emptied += 1
+        return emptied
 
     def newest(self) -> tuple[list[int], Events]:
         """All users, and the newest event of each, `[k]` EVENT."""
@@ -183,9 +183,9 @@ class BucketStore:
         for user in erased.users:
             if (stored := self._events.get(user)) is not None:
                 events = np.frombuffer(stored, EVENT)
-                kept = events[~erased.events(events, user)]
-                if len(kept):
-                    self._events[user] = kept.tobytes()
+                remaining = events[~erased.events(events, user)]
+                if len(remaining):
+                    self._events[user] = remaining.tobytes()
                 else:
                     del self._events[user]
         keys = WaitingRows(self).of_erased(erased)
@@ -319,18 +319,18 @@ class BucketCore:
         delta = Delta(self.store.inwards(rows.appends), waiting, {**extra, **self._marked()})
         self.store.take(delta)
         self._profiler.committed(rows)
-        made = BucketRows(rows, mask.generation, portion.log_epoch, dropped, self.store.users, portion.appended_ms)
-        return made, delta
+        computed = BucketRows(rows, mask.generation, portion.log_epoch, dropped, self.store.users, portion.appended_ms)
+        return computed, delta
 
     def forget(self, mask: Mask) -> tuple[Range, ...]:
         """Forgets users erased since the last call; returns the ranges of their impressions, which no longer wait.
 
         The deltas still contain their events, so a snapshot must be written.
         """
-        gone = mask.erased.after(self.erased)
-        waited = self.store.forget(gone)
+        newly_erased = mask.erased.after(self.erased)
+        waited = self.store.forget(newly_erased)
         # The caches and the queue are refilled from the store, which no longer contains these users.
-        self._profiler.forget([*gone.users])
+        self._profiler.forget([*newly_erased.users])
         self.erased = mask.erased.last
         return self._end_waits(waited)
 
@@ -365,9 +365,9 @@ class BucketCore:
             return ()
         self.store.take(Delta(waiting=dict.fromkeys(keys)))
         self._labels = Labels(self._settings, self.store)
-        at = {(source.topic_id, source.partition): (source, place.next) for source, place in self.places.items()}
+        at = {(source.topic_id, source.partition): (source, position.next) for source, position in self.places.items()}
         counted = Counter(at[source.topic_id, source.partition] for source, _ in map(place_of, keys))
-        return tuple(Range(source, place, place, dropped=count) for (source, place), count in counted.items())
+        return tuple(Range(source, offset, offset, dropped=count) for (source, offset), count in counted.items())
 
     def _advance(self, ranges: Sequence[Range], clocks: Sequence[tuple[int, int]]) -> None:
         for part, (_, end_ms) in zip(ranges, clocks, strict=True):
@@ -380,7 +380,7 @@ class BucketCore:
             self.places[part.source] = BucketPlace(part.next, end_ms)
 
     def _clock_ms(self) -> int:
-        return clock_of_all({source: place.clock_ms for source, place in self.places.items()}, self._reach_ms)
+        return clock_of_all({source: position.clock_ms for source, position in self.places.items()}, self._reach_ms)
 
     def _marked(self) -> dict[str, bytes]:
         """Records positions and clock whenever the log time has advanced by one step."""
@@ -389,7 +389,7 @@ class BucketCore:
         clock_ms, marked_ms = self._clock_ms(), self._read.newest_ms
         if marked_ms is not None and abs(clock_ms - marked_ms) < self._reach_ms // STEPS:
             return {}
-        positions = {source: place.next for source, place in self.places.items()}
+        positions = {source: position.next for source, position in self.places.items()}
         return {READ_TIMES: self._read.to_json()} if self._read.mark(positions, clock_ms, self._reach_ms) else {}
 
 
@@ -463,7 +463,7 @@ class Buckets:
         erases = mask.erased.last > core.erased
         dropped = core.forget(mask) if erases else ()
         # 3.
-        made, delta = core.update(portion, mask, join)
+        computed, delta = core.update(portion, mask, join)
         # 4.
         value = encode((FORMAT, head.number, delta)) if delta and not erases else b""
         if erases or head.delta_bytes + len(value) > max(head.snapshot_bytes, LEAST_BYTES):
@@ -476,7 +476,7 @@ class Buckets:
         head.token, head.places, head.erased = secrets.token_hex(TOKEN_BYTES), core.places, core.erased
         cells.head.write(encode(head))
         self._keep(bucket, head.token, core)
-        return replace(made, bucket=bucket, erased=core.erased, dropped=(*dropped, *made.dropped))
+        return replace(computed, bucket=bucket, erased=core.erased, dropped=(*dropped, *computed.dropped))
 
     @property
     def cached_users(self) -> int:
@@ -492,8 +492,8 @@ class Buckets:
     def _from_cache(self, bucket: int, token: str) -> BucketCore | None:
         """Removes and returns the bucket if it is cached at `token`; otherwise None."""
         with self._lock:
-            held = self._held.pop(bucket, None)
-        return held[1] if held is not None and held[0] == token else None
+            cached = self._held.pop(bucket, None)
+        return cached[1] if cached is not None and cached[0] == token else None
 
     def _keep(self, bucket: int, token: str, core: BucketCore) -> None:
         """Puts a bucket back, and drops buckets that were not used for `IDLE_S`."""

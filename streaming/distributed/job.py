@@ -99,8 +99,8 @@ def beam_options(runner: str, words: Sequence[str], settings: Settings) -> Pipel
             filled.append(("prism_location", path))
     else:
         filled.append(("runner", runner))
-    given = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
-    return PipelineOptions([*(_word(name, value) for name, value in filled if name not in given), *words])
+    options = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
+    return PipelineOptions([*(_word(name, value) for name, value in filled if name not in options), *words])
 
 
 def _word(name: str, value: object) -> str:
@@ -132,7 +132,7 @@ class FlinkJob:
 
     def ended_by(self) -> str | None:
         """The savepoint that it was stopped with; empty if it was cancelled without one, None if it ended otherwise."""
-        found = None
+        found_savepoint = None
         with suppress(FlinkFailed):
             job = self._known()
             if job is None:
@@ -140,12 +140,12 @@ class FlinkJob:
             for _ in range(TRIES):
                 state, savepoint = self._manager.state(job), self._manager.last_savepoint(job)
                 if state == "CANCELED":
-                    found = savepoint
-                if found or state in ("FINISHED", "FAILED"):
+                    found_savepoint = savepoint
+                if found_savepoint or state in ("FINISHED", "FAILED"):
                     break
                 # Answers of the JobManager are half a second old.
                 time.sleep(POLL_S)
-        return found
+        return found_savepoint
 
     def cancel(self) -> None:
         """Requests cancellation at the newest checkpoint.

@@ -99,12 +99,12 @@ def divide(events: EventBatch, clock: BatchClock, buckets: int) -> list[tuple[Ev
 
     Dead letters go to the first bucket, without keys and values.
     """
-    mine, parts = share_of(events.user) % buckets, len(events.ranges)
-    order = np.argsort(mine, kind="stable")
-    ends = np.cumsum(np.bincount(mine, minlength=buckets)).tolist()
-    rows = np.bincount(mine * parts + events.source, minlength=buckets * parts).reshape(buckets, parts).tolist()
+    bucket_of, parts = share_of(events.user) % buckets, len(events.ranges)
+    order = np.argsort(bucket_of, kind="stable")
+    ends = np.cumsum(np.bincount(bucket_of, minlength=buckets)).tolist()
+    rows = np.bincount(bucket_of * parts + events.source, minlength=buckets * parts).reshape(buckets, parts).tolist()
     categories, items = dict(events.names), dict(events.item_names)
-    found = []
+    pieces = []
     for bucket, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
         keep = order[start:end]
         columns = {name: column[keep] for name in COLUMNS if len(column := getattr(events, name)) == len(events)}
@@ -120,11 +120,11 @@ def divide(events: EventBatch, clock: BatchClock, buckets: int) -> list[tuple[Ev
             item_names=_named(items, columns["item"]),
         )
         moves = _moves_at_turns(clock.moves, events.ranges, bucket, buckets)
-        found.append((batch, BatchClock(clock.clock_ms[keep], moves, clock.believed, {}, () if bucket else clock.off)))
+        pieces.append((batch, BatchClock(clock.clock_ms[keep], moves, clock.believed, {}, () if bucket else clock.off)))
     # Names without an event go to the first bucket.
-    first, first_clock = found[0]
-    found[0] = replace(first, names=first.names | categories, item_names=first.item_names | items), first_clock
-    return found
+    first, first_clock = pieces[0]
+    pieces[0] = replace(first, names=first.names | categories, item_names=first.item_names | items), first_clock
+    return pieces
 
 
 def _of_bucket(part: Range, bucket: int, buckets: int, rows: int) -> Range:
@@ -139,14 +139,14 @@ def _moves_at_turns(moves: Moves, ranges: Sequence[Range], bucket: int, buckets:
     """The clock moves at the turns of a bucket's shares, one at each `buckets`th offset; see `streaming.labels`."""
     ends = np.array([part.next for part in ranges], np.int64)[moves.source]
     offset = moves.offset + (bucket - moves.offset) % buckets
-    seen = offset < ends
-    seen[:-1] &= (offset[1:] != offset[:-1]) | (moves.source[1:] != moves.source[:-1])
-    return Moves(moves.source[seen], offset[seen], moves.clock_ms[seen])
+    was_read = offset < ends
+    was_read[:-1] &= (offset[1:] != offset[:-1]) | (moves.source[1:] != moves.source[:-1])
+    return Moves(moves.source[was_read], offset[was_read], moves.clock_ms[was_read])
 
 
-def _named(left: dict[int, str], ids: NDArray[np.uint64]) -> dict[int, str]:
+def _named(names: dict[int, str], ids: NDArray[np.uint64]) -> dict[int, str]:
     """Removes the names of ids that occur in a bucket from the remaining names, and returns them."""
-    return {key: left.pop(key) for key in left.keys() & {*ids.tolist()}} if left else {}
+    return {key: names.pop(key) for key in names.keys() & {*ids.tolist()}} if names else {}
 
 
 def allowed(buckets: int) -> bool:

@@ -85,9 +85,9 @@ class SourceReading:
     accepted: tuple[Accepted, ...] = ()
 
     @classmethod
-    def of(cls, kept: Any) -> SourceReading:
+    def of(cls, state: Any) -> SourceReading:
         """Reads it from a value of the engine's state; empty for a source that was never read."""
-        value = kept.read()
+        value = state.read()
         return cls() if value is None else decode(value, cls)
 
 
@@ -146,11 +146,11 @@ class Partitions:
             logger.warning("topic %s was recreated: reading it from its beginning", kafka.clicks_topic)
             # The clock of all partitions continues.
             reading = replace(reading, topic_id="", next={}, leaders={})
-        mine = of_source(self._source, self._settings.stream.sources, info.partitions)
-        known = {partition: at for partition, at in reading.next.items() if partition in mine}
+        own_partitions = of_source(self._source, self._settings.stream.sources, info.partitions)
+        known = {partition: at for partition, at in reading.next.items() if partition in own_partitions}
         # 2.
         positions = {Source(info.topic_id, partition): at for partition, at in known.items()}
-        gaps = accounts.missing(info.topic_id, positions, {partition: ends[partition] for partition in mine})
+        gaps = accounts.missing(info.topic_id, positions, {partition: ends[partition] for partition in own_partitions})
         accepted = [*reading.accepted, *accounts.accept_gaps(gaps, consent, kafka.clicks_topic, now_ms)]
         at = known | {gap.source.partition: gap.next for gap in gaps}
         leaders = {
@@ -164,7 +164,7 @@ class Partitions:
             accepted.extend(accounts.newly_accepted(accepted, consent, now_ms, lost))
 
         position = Position(info.topic_id, at, leaders)
-        reader = accounts.open_clicks(worker.log, kafka, mine, position, accept) if mine else None
+        reader = accounts.open_clicks(worker.log, kafka, own_partitions, position, accept) if own_partitions else None
         worker.metrics.gaps_accepted.inc(len(accepted) - len(reading.accepted))
         self._topic_id, self._gaps, self._reading = info.topic_id, gaps, replace(reading, accepted=tuple(accepted))
         self._follow(reader)
@@ -236,25 +236,27 @@ class Partitions:
 
     def _epoch(self, control: Control | None) -> int:
         """The epoch of the log to write; reading continues only if it has not passed the branch point."""
-        mine = self._reading.log_epoch
+        own_epoch = self._reading.log_epoch
         branch = () if control is None else control.log
-        now = branch[-1].epoch if branch else (mine or FIRST_EPOCH)
-        if mine in (0, now):
+        now = branch[-1].epoch if branch else (own_epoch or FIRST_EPOCH)
+        if own_epoch in (0, now):
             return now
-        if mine > now:
+        if own_epoch > now:
             raise StoreError(
-                f"the job is of epoch {mine} of the training log, and control knows {now}: it is another registry, or an "
+                f"the job belongs to epoch {own_epoch} of the training log, but control has epoch {now}: this is another registry, or an "
                 "older copy of it",
                 "restore the registry, or start the job without a savepoint",
             )
-        ahead = sorted({place for segment in branch if segment.epoch > mine for place in self._ahead_of(segment)})
+        ahead = sorted(
+            {reached for segment in branch if segment.epoch > own_epoch for reached in self._ahead_of(segment)}
+        )
         if ahead:
             raise RewoundLog(
                 f"the training log branched into epoch {now} before what this job has read: partition "
                 + ", ".join(f"{partition} at {at}" for partition, at in ahead),
                 "stop the job without a savepoint, and resume it from a savepoint or checkpoint that had read no further "
-                "than that; without one, start it from scratch: it reads the clicks from their beginning, and readers drop "
-                "what they have",
+                "than that. Without one, start it from scratch: it reads the clicks from their beginning, and readers drop "
+                "the records that they have",
             )
         logger.info("epoch %d of the training log is written from here on", now)
         return now
@@ -262,32 +264,32 @@ class Partitions:
     def _ahead_of(self, segment: BranchSegment) -> list[tuple[int, int]]:
         """The partitions that were read beyond the start of a segment of the branch, with that start."""
         marks = dict[int, int]()
-        for source, at in segment.sources:
+        for source, offset in segment.sources:
             if source.topic_id == self._reading.topic_id:
-                marks[source.partition] = min(at, marks.get(source.partition, at))
+                marks[source.partition] = min(offset, marks.get(source.partition, offset))
         return [
             (partition, marks.get(partition, 0))
-            for partition, ours in self._reading.next.items()
-            if ours > marks.get(partition, 0)
+            for partition, offset in self._reading.next.items()
+            if offset > marks.get(partition, 0)
         ]
 
     def _poll(self, moment_s: float) -> list[PartitionBatch]:
         """Gathers records until the moment is over, or there are enough."""
         aligned = self._aligned
-        found: list[PartitionBatch] = []
+        batches: list[PartitionBatch] = []
         ends_s = time.monotonic() + moment_s
         if aligned is None:
             self._resting.wait(moment_s)
         else:
             aligned.begin(self._settings.stream.bundle_events)
             while not aligned.is_done and (rest_s := ends_s - time.monotonic()) > 0:
-                found += self._before_the_end(aligned.poll(rest_s))
+                batches += self._before_the_end(aligned.poll(rest_s))
                 if self.at_end:
                     break
         if time.monotonic() >= self._refresh_s:
             self._refresh_s = time.monotonic() + REFRESH_S
             self._take_new_partitions()
-        return found
+        return batches
 
     def _before_the_end(self, batches: Sequence[PartitionBatch]) -> Iterator[PartitionBatch]:
         """The batches before the end of reading, if there is one; the last batch may reach beyond it."""
@@ -319,10 +321,10 @@ class Partitions:
                 info = topics.describe(topic)
             if info.topic_id != self._topic_id:
                 raise made_again(topic, self._topic_id, info.topic_id)
-            mine = of_source(self._source, self._settings.stream.sources, info.partitions)
-            if len(mine) > len(at):
-                logger.info("reading new partitions of %s: %s", topic, sorted({*mine} - {*at}))
-                self._follow(self._worker.log.reader(topic, mine, at, leaders=self._leaders({}, at)))
+            own_partitions = of_source(self._source, self._settings.stream.sources, info.partitions)
+            if len(own_partitions) > len(at):
+                logger.info("reading new partitions of %s: %s", topic, sorted({*own_partitions} - {*at}))
+                self._follow(self._worker.log.reader(topic, own_partitions, at, leaders=self._leaders({}, at)))
                 if reader is not None:
                     reader.close()
 
@@ -366,19 +368,19 @@ class ReadPartitions(WorkerStep):
     def read(
         self,
         source: Any = beam.DoFn.KeyParam,
-        kept: Any = beam.DoFn.StateParam(READING),  # noqa: B008  # Beam reads the defaults
+        state: Any = beam.DoFn.StateParam(READING),  # noqa: B008  # Beam reads the defaults
         again: Any = beam.DoFn.TimerParam(AGAIN),  # noqa: B008
     ) -> Iterator[TimestampedValue[tuple[int, bytes]]]:
         """Yields `(bucket, bytes of a portion)`, in the order of the log for each bucket."""
         worker = self.worker
-        partitions = self._open(worker, source, SourceReading.of(kept))
+        partitions = self._open(worker, source, SourceReading.of(state))
         try:
             portions, after = partitions.read(max(LEAST_S, self._ends_s - time.monotonic()))
         except BaseException:
             partitions.close()
             raise
         if after is not None:
-            kept.write(encode(after))
+            state.write(encode(after))
         now = Timestamp.now()
         if partitions.at_end:
             partitions.close()
@@ -390,11 +392,11 @@ class ReadPartitions(WorkerStep):
             yield TimestampedValue((bucket, encode(portion)), now)
 
     def _open(self, worker: JobWorker, source: int, begin: SourceReading) -> Partitions:
-        held = cast(Partitions | None, worker.take_reading(source))
-        if held is not None and held.at != begin:
-            held.close()
-            held = None
-        return held or Partitions(worker, source, begin)
+        kept_reading = cast(Partitions | None, worker.take_reading(source))
+        if kept_reading is not None and kept_reading.at != begin:
+            kept_reading.close()
+            kept_reading = None
+        return kept_reading or Partitions(worker, source, begin)
 
 
 class UpdateBuckets(WorkerStep):

@@ -399,7 +399,7 @@ def test_records_deleted_before_they_were_read_are_a_gap(log: Log, topics: Topic
     write(log, clicks, [b"x"] * 10)
     with log.reader(clicks) as reader:
         topics.delete_before(clicks, {0: 6})
-        with pytest.raises(GapError, match=r"partition 0: we were at 0, but the log now begins at 6") as caught:
+        with pytest.raises(GapError, match=r"partition 0: the stored position is 0, but the log now begins at 6") as caught:
             read_until(reader, {0: 10})
         assert caught.value.gaps == (Gap(Source(reader.topic_id, 0), 0, 6),)
     with pytest.raises(GapError, match=r"4 positions"):
@@ -420,7 +420,7 @@ def test_a_topic_that_is_gone_or_another_one_stops_the_reader(log: Log, topics: 
             while time.monotonic() < deadline:
                 reader.poll(0.2)
         topics.ensure(clicks, 2)
-        with pytest.raises(UnknownTopic, match="made again"):
+        with pytest.raises(UnknownTopic, match="created again"):
             reader.refresh()
 
 

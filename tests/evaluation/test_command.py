@@ -152,7 +152,7 @@ def test_impressions_with_context_and_attributes_give_tables_of_engagement(
         (["u1,i1,c1,stare,1700000000"], [], "is a click: 1 dead letter (1 unknown_action)"),
         (["u1,i1,c1,view,1700000000"], ["--from", "2024-01-01"], "is after the last click of the recording"),
         (["u1,i1,c1,view,1700000000"], ["--last", "0"], "--last 0"),
-        (["u1,i1,c1,view,1700000000"], ["--synthetic", "news"], "files, or --synthetic"),
+        (["u1,i1,c1,view,1700000000"], ["--synthetic", "news"], "files or --synthetic"),
         (["u1,i1,c1,view,1700000000"], ["--json", "missing/result.json"], "there is no directory"),
         (["u1,i1,c1,view,1700000000"], ["--privacy.epsilon", "2"], "without the noise of privacy.epsilon"),
     ],
@@ -169,4 +169,4 @@ def test_bad_input_is_refused_with_advice(
 def test_an_unknown_format_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "clicks.xls").write_text("")
     assert main([str(tmp_path / "clicks.xls")]) == 2
-    assert "its name does not tell its format" in capfd.readouterr().err
+    assert "its name has no known suffix" in capfd.readouterr().err

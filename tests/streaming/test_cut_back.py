@@ -61,7 +61,7 @@ def shard(tmp_path: Path) -> Iterator[Shard]:
 
 
 def test_nobody_reads_on_unasked(shard: Shard) -> None:
-    with pytest.raises(TruncatedLog, match="ends at 6: the log was cut back, so that offsets 6 to 9 are used twice"):
+    with pytest.raises(TruncatedLog, match="ends at 6: the log was truncated, so that offsets 6 to 9 are used twice"):
         shard.opened()
     shard.write(b"new", 9)
     for consent in (Consent(), Consent((parse_allowance(f"{ZERO.topic_id}:0:7-9"),), "ann", "an election")):

@@ -331,7 +331,7 @@ def refused(name: str, *flags: str) -> str:
         ("Together", "is another alone than in a batch"),
         ("Lottery", "depend on the seed; dropout is for training only"),
         ("Narrow", "losses gave []"),
-        ("Boasting", "engagement_logit is not item_query . item_row + cross + what user and category say: off by"),
+        ("Boasting", "engagement_logit is not item_query . item_row + cross + the terms of user and category: off by"),
         ("Wide", "item_query is [32, 16]; wanted is the shape of item_row"),
         ("Idle", "no loss depends on its weight idle"),
         (
@@ -345,12 +345,12 @@ def refused(name: str, *flags: str) -> str:
         ("misnamed", "names a table of its own 'Items'; use lower-case letters, digits and underscores"),
         ("empty", "rows of its table 'items' have the width 0; give them 1 or more"),
         ("broken", "rows of its table 'items' have the width 1.5"),
-        ("alone", "no input looks up its table 'items'; add own_rows('items', ...), or take it out of tables"),
-        ("unsized", "reads items_of_item without the width of items rows; put it into tables"),
+        ("alone", "no input looks up its table 'items'; add own_rows('items', ...), or remove it from tables"),
+        ("unsized", "reads items_of_item without the width of items rows; add it to tables"),
         ("not_own", "looks up 'item' by own_rows; pick the inputs of a table that is not its own"),
         ("made_up", "names the input 'items_of_day'; there are"),
-        ("ranged", "initial_ranges says -1.0 of 'items'; give"),
-        ("strange", "initial_ranges says 0.1 of 'item_rows'; give"),
+        ("ranged", "initial_ranges has -1.0 for 'items'; use"),
+        ("strange", "initial_ranges has 0.1 for 'item_rows'; use"),
         ("unknown_ids", ": own_rows looks up 'items' by 'sequence_item'; there are user, item,"),
         ("unknown_input", ": pick names the input 'items_row'; there are features, user_row,"),
         ("nothing", "returned NoneType; wanted is build(settings, spec, preprocessing)"),
@@ -366,7 +366,7 @@ def test_a_wrong_ranker_is_refused_in_one_line(name: str, said: str) -> None:
 @pytest.mark.parametrize("name", ["din", "two_tower"])
 def test_sequences_that_rows_do_not_carry_are_refused(name: str) -> None:
     settings = small_settings("--model.ranker", wanted(name), *FLAGS, "--features.sequence", "0")
-    with pytest.raises(ProgramError, match=r"reads the user's latest events; say how many with features\.sequence"):
+    with pytest.raises(ProgramError, match=r"reads the user's latest events; set their number in features\.sequence"):
         check_ranker(settings, FeatureSpec.from_settings(settings), None)
 
 

@@ -183,7 +183,7 @@ def test_a_log_made_anew_or_cut_off_is_not_read_on(tmp_path: Path) -> None:
     running = learner(registry, written(RECORDS[:4]))
     run_to_end(running)
     running.close()
-    with pytest.raises(UnknownTopic, match="made again"):
+    with pytest.raises(UnknownTopic, match="created again"):
         learner(registry, written(RECORDS, topic_id="ef" * 16))
     with pytest.raises(GapError):
         learner(registry, written(RECORDS, begin=20))

@@ -61,7 +61,7 @@ def test_what_remains_and_what_replaced_lost_records_is_learned(tmp_path: Path, 
     assert control.epoch == control.generation == (3 if again == 3 and within else 2)
     assert (control.action, control.actor) == ("recover", "trainer:test")
     seen = KEPT if again != 3 or within else end
-    said = rf"the training log was cut back to offset {seen}, and we were at \d+; version {control.base} learned nothing beyond"
+    said = rf"the training log was truncated to offset {seen}, below the stored position \d+; version {control.base} learned nothing beyond"
     assert re.fullmatch(said, control.reason)
     assert control.base == lost[0] - 1, "the newest that learned nothing beyond"
     assert control.serving.mode == "follow"
@@ -103,7 +103,9 @@ def test_without_a_version_left_the_error_says_what_to_do(tmp_path: Path) -> Non
         registry.remove("delta", version)
     assert registry.versions() == [newest]
     log.cut_back(LOG, {0: KEPT})
-    with pytest.raises(TruncatedLog, match=r"what we read ends at 12.*no version is kept.*restore the training log"):
+    with pytest.raises(
+        TruncatedLog, match=r"the log that was read ends at 12.*every kept version learned.*restore the training log"
+    ):
         entered(registry, log)
     control = registry.control()
     assert control is not None and control.generation == 1

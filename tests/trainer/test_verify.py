@@ -173,7 +173,7 @@ def test_a_log_that_no_longer_reaches_back_is_reported(tmp_path: Path) -> None:
     log.topics().delete_before(LOG, {0: 3})
     with pytest.raises(GapError, match="no longer reaches back"):
         asked(registry, log, newest)
-    with pytest.raises(LogError, match="made again"):
+    with pytest.raises(LogError, match="created again"):
         asked(registry, written(RECORDS[:6], topic_id="ef" * 16), newest)
 
 

@@ -138,8 +138,8 @@ class ChurnWaiting:
             action: `[n]` uint8.
         """
         places = self._newest.find(user)
-        taken = self._looked_at(user) & ((places == 0) | (at_ms >= self._at_ms[places]))
-        order = np.flatnonzero(taken)
+        newer = self._looked_at(user) & ((places == 0) | (at_ms >= self._at_ms[places]))
+        order = np.flatnonzero(newer)
         order = order[np.lexsort((at_ms[order], user[order]))]
         if not order.size:
             return
@@ -158,8 +158,8 @@ class ChurnWaiting:
         # 4.
         while self._size > self._most:
             self._halvings += 1
-            held = self._used()
-            self.dropped += self._remove(held[~self._looked_at(self._user[held])])
+            used = self._used()
+            self.dropped += self._remove(used[~self._looked_at(self._user[used])])
         if self._halvings and self._size * _FEW < self._most:
             self._halvings -= 1
 
@@ -174,7 +174,7 @@ class ChurnWaiting:
         rows = np.repeat(np.arange(places.size), counts)
         nth = np.arange(rows.size) - np.repeat(np.cumsum(counts) - counts, counts)
         moments_ms = moment_ms[rows] + nth * horizon.stride_ms
-        found = KnownExamples(
+        examples = KnownExamples(
             self._windows[places[rows]],
             self._action[places[rows]],
             moments_ms - at_ms[rows],
@@ -186,8 +186,8 @@ class ChurnWaiting:
         self._due_ms[places] = self._moment_ms[places] + horizon.span_ms + self._late_ms
         self._remove(places[self._moment_ms[places] > last_ms])
         # The slot of a row must not affect the order.
-        order = np.lexsort((found.user, found.moment_ms))
-        return found.take(order)
+        order = np.lexsort((examples.user, examples.moment_ms))
+        return examples.take(order)
 
     def forget(self, users: U64) -> int:
         """Removes all rows of users (`[n]` uint64); returns how many."""
@@ -204,7 +204,7 @@ class ChurnWaiting:
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Replaces everything by what `state` returned."""
         self.clear()
-        self._halvings, self.dropped = (int(one) for one in state["counts"])
+        self._halvings, self.dropped = (int(count) for count in state["counts"])
         self._put(*(np.array(state[name]) for name in ROW_COLUMNS))
 
     def _looked_at(self, user: U64) -> Flags:
@@ -225,10 +225,10 @@ class ChurnWaiting:
     def _end(self, places: npt.NDArray[np.int32], next_ms: I64) -> None:
         """Takes the next events of users whose newest rows are at `places`; 0 for none."""
         known = places != 0
-        held, next_ms = places[known].astype(np.int64), next_ms[known]
-        self._next_ms[held] = next_ms
-        self._newest.remove(self._user[held])
-        self._remove(held[self._moment_ms[held] >= next_ms])
+        known_places, next_ms = places[known].astype(np.int64), next_ms[known]
+        self._next_ms[known_places] = next_ms
+        self._newest.remove(self._user[known_places])
+        self._remove(known_places[self._moment_ms[known_places] >= next_ms])
 
     def _put(self, user: U64, at_ms: I64, next_ms: I64, moment_ms: I64, windows: U16, action: U8) -> None:
         if len(self._free) < user.size:
@@ -253,14 +253,14 @@ class ChurnWaiting:
         return np.flatnonzero(self._user)
 
     def _reserve(self, capacity: int) -> None:
-        held = self._user.size
+        used = self._user.size
         for name in ("_user", "_at_ms", "_next_ms", "_moment_ms", "_due_ms", "_windows", "_action"):
             column = getattr(self, name)
             grown = np.zeros((capacity, *column.shape[1:]), column.dtype)
-            grown[:held] = column
+            grown[:used] = column
             setattr(self, name, grown)
-        self._due_ms[held:] = NEVER_MS
-        self._free += range(capacity - 1, max(held, 1) - 1, -1)
+        self._due_ms[used:] = NEVER_MS
+        self._free += range(capacity - 1, max(used, 1) - 1, -1)
 
 
 class ChurnMeasures:
@@ -272,25 +272,25 @@ class ChurnMeasures:
         self._bins: F64 = np.zeros((2, 2, BINS))
         self._tenths: F64 = np.zeros((TENTHS, 3))
 
-    def update(self, probability: F64, left: npt.NDArray[np.bool_]) -> None:
+    def update(self, probability: F64, has_left: npt.NDArray[np.bool_]) -> None:
         """Adds examples.
 
         Args:
             probability: `[n]` float64, before they were learned.
-            left: `[n]` bool.
+            has_left: `[n]` bool.
         """
         for sums in (self._sums[1], self._bins[1], self._tenths):
-            fade(sums, left.size)
+            fade(sums, has_left.size)
         likely = np.clip(probability, _LEAST, 1.0 - _LEAST)
-        losses = -np.log(np.where(left, likely, 1.0 - likely))
-        self._sums += (left.size, losses.sum(), probability.sum(), left.sum())
+        losses = -np.log(np.where(has_left, likely, 1.0 - likely))
+        self._sums += (has_left.size, losses.sum(), probability.sum(), has_left.sum())
         logits = np.log(likely) - np.log1p(-likely)
         placed = np.clip((logits + LOGIT_RANGE) * (BINS / (2 * LOGIT_RANGE)), 0, BINS - 1).astype(np.int64)
         for outcome in (0, 1):
-            self._bins[:, outcome] += np.bincount(placed[left == bool(outcome)], minlength=BINS)
+            self._bins[:, outcome] += np.bincount(placed[has_left == bool(outcome)], minlength=BINS)
         tenth = np.minimum((probability * TENTHS).astype(np.int64), TENTHS - 1)
-        for place, weights in enumerate((np.ones(left.size), probability, left)):
-            self._tenths[:, place] += np.bincount(tenth, weights, TENTHS)
+        for column, weights in enumerate((np.ones(has_left.size), probability, has_left)):
+            self._tenths[:, column] += np.bincount(tenth, weights, TENTHS)
 
     @property
     def seen(self) -> tuple[int, int]:
@@ -304,20 +304,20 @@ class ChurnMeasures:
         measures also have calibration_error, the mean distance of predicted and observed over tenths of the
         probability. A measure without rows is absent.
         """
-        found: dict[str, float] = {}
+        measures: dict[str, float] = {}
         for when, prefix in ((1, "churn."), (0, "churn.total.")):
-            rows, log_loss, predicted, left = self._sums[when].tolist()
-            found[f"{prefix}rows"] = rows
+            rows, log_loss, predicted, left_sum = self._sums[when].tolist()
+            measures[f"{prefix}rows"] = rows
             if rows >= SOME:
-                found |= {f"{prefix}log_loss": log_loss / rows, f"{prefix}left": left / rows}
-            if left >= SOME:
-                found[f"{prefix}calibration"] = predicted / left
+                measures |= {f"{prefix}log_loss": log_loss / rows, f"{prefix}left": left_sum / rows}
+            if left_sum >= SOME:
+                measures[f"{prefix}calibration"] = predicted / left_sum
             area = area_under_curve(self._bins[when, 0], self._bins[when, 1])
             if area is not None:
-                found[f"{prefix}auc"] = area
+                measures[f"{prefix}auc"] = area
         if (rows := float(self._tenths[:, 0].sum())) >= SOME:
-            found["churn.calibration_error"] = float(np.abs(self._tenths[:, 1] - self._tenths[:, 2]).sum()) / rows
-        return found
+            measures["churn.calibration_error"] = float(np.abs(self._tenths[:, 1] - self._tenths[:, 2]).sum()) / rows
+        return measures
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """All sums, for a version."""
@@ -425,8 +425,8 @@ class ChurnLearner:
             "calibration": self._calibration.state(),
             "measures": self.measures.state(),
         }
-        held = {f"{part}.{name}": value for part, found in parts.items() for name, value in found.items()}
-        return {"about": self._about.copy(), **held}
+        state_by_name = {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
+        return {"about": self._about.copy(), **state_by_name}
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Loads the result of `state`; starts from scratch if a version has none, or another span, spec or code."""
@@ -438,7 +438,7 @@ class ChurnLearner:
             return
 
         def part(name: str) -> dict[str, npt.NDArray[Any]]:
-            return {key.removeprefix(f"{name}."): one for key, one in state.items() if key.startswith(f"{name}.")}
+            return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
 
         self.waiting.load(part("waiting"))
         self._regression.load(part("regression"))

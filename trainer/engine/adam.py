@@ -113,9 +113,9 @@ class Adam:
         )
         self.fast_rate, self._fast = learning_rate * fast_rate, {name: weights[name] for name in fast_weights}
         self._rates = step_sizes(weights, learning_rate, rates)
-        others = {name: weight for name, weight in weights.items() if name not in fast_weights}
-        self._first = {name: tf.Variable(tf.zeros_like(w), trainable=False) for name, w in others.items()}
-        self._second = {name: tf.Variable(tf.zeros_like(w), trainable=False) for name, w in others.items()}
+        slow_weights = {name: weight for name, weight in weights.items() if name not in fast_weights}
+        self._first = {name: tf.Variable(tf.zeros_like(w), trainable=False) for name, w in slow_weights.items()}
+        self._second = {name: tf.Variable(tf.zeros_like(w), trainable=False) for name, w in slow_weights.items()}
         self._powers = tf.Variable(np.array([BETA_1, BETA_2]), trainable=False)
         self.epsilon = EPSILON
 
@@ -151,10 +151,10 @@ class Adam:
 
     def slots(self) -> dict[str, F32]:
         """A host copy of the state by name: `<weight>.m`, `<weight>.v`, `powers` of both betas, and `moving.<slot>`."""
-        held = {f"{name}.m": slot for name, slot in self._first.items()}
-        held |= {f"{name}.v": slot for name, slot in self._second.items()}
-        found = {name: np.array(slot.numpy()) for name, slot in (held | {"powers": self._powers}).items()}
-        return found | {f"moving.{name}": getattr(self.fast, name) for name in _SLOTS}
+        slots = {f"{name}.m": slot for name, slot in self._first.items()}
+        slots |= {f"{name}.v": slot for name, slot in self._second.items()}
+        state = {name: np.array(slot.numpy()) for name, slot in (slots | {"powers": self._powers}).items()}
+        return state | {f"moving.{name}": getattr(self.fast, name) for name in _SLOTS}
 
     def set_slots(self, slots: Mapping[str, F32]) -> None:
         """Restores the whole state.
@@ -219,8 +219,10 @@ class HostAdam:
 
     def slots(self) -> dict[str, F32]:
         """See `Adam`."""
-        found = {f"{name}.{kind}": view.copy() for kind, views in self._slots.items() for name, view in views.items()}
-        return found | {"powers": self._powers.copy()} | {f"moving.{name}": getattr(self.fast, name) for name in _SLOTS}
+        copies = {f"{name}.{kind}": view.copy() for kind, views in self._slots.items() for name, view in views.items()}
+        return (
+            copies | {"powers": self._powers.copy()} | {f"moving.{name}": getattr(self.fast, name) for name in _SLOTS}
+        )
 
     def set_slots(self, slots: Mapping[str, F32]) -> None:
         """See `Adam`."""
@@ -268,7 +270,7 @@ def step_sizes(names: Iterable[str], learning_rate: float, rates: Mapping[str, f
     >>> {name: float(size) for name, size in step_sizes(["a.b", "a.c", "d"], 1.0, {"a.": 2.0, "a.c": 4.0}).items()}
     {'a.b': 2.0, 'a.c': 4.0, 'd': 1.0}
     """
-    known = sorted((rates or {}).items(), key=lambda each: -len(each[0]))
+    known = sorted((rates or {}).items(), key=lambda entry: -len(entry[0]))
     factors = {name: next((factor for prefix, factor in known if name.startswith(prefix)), 1.0) for name in names}
     return {name: np.float32(learning_rate * factor) for name, factor in factors.items()}
 

@@ -60,7 +60,7 @@ def ranker_of(settings: Settings, spec: FeatureSpec, preprocessing: Preprocessin
     if path == ModelSettings().ranker:
         return DefaultRanker(settings.model, spec, preprocessing, labelled(settings))
     try:
-        found = load_named(path, "model.ranker")(settings.model, spec, preprocessing)
+        ranker = load_named(path, "model.ranker")(settings.model, spec, preprocessing)
     except SettingsError:
         raise
     except ProgramError as error:
@@ -68,17 +68,17 @@ def ranker_of(settings: Settings, spec: FeatureSpec, preprocessing: Preprocessin
     # A custom ranker may raise any exception.
     except Exception as error:
         raise ProgramError(f"model.ranker {path!r} raised {error_line(error)}", WANTED) from error
-    if not isinstance(found, Ranker):
-        raise ProgramError(f"model.ranker {path!r} returned {type(found).__name__}", WANTED)
-    found.origin = f"model.ranker {path!r}"
-    return found
+    if not isinstance(ranker, Ranker):
+        raise ProgramError(f"model.ranker {path!r} returned {type(ranker).__name__}", WANTED)
+    ranker.origin = f"model.ranker {path!r}"
+    return ranker
 
 
 def optimizer_of(ranker: Ranker, settings: Settings, engine: str) -> Adam | HostAdam:
     """The optimizer of the dense weights. With differential privacy all weights share one rate: noise is set per update."""
     private = settings.privacy.epsilon > 0
-    of = (HostAdam, ranker.weights()) if engine == "compiled" else (Adam, ranker.dense)
-    kind, weights = of
+    choice = (HostAdam, ranker.weights()) if engine == "compiled" else (Adam, ranker.dense)
+    kind, weights = choice
     return kind(
         weights,
         settings.privacy.learning_rate if private else settings.model.dense_learning_rate,
@@ -92,7 +92,7 @@ def tables_of(ranker: Ranker, settings: Settings, device: str | None) -> dict[st
     """Embedding rows, crosses, and the ranker's own tables, by name. Without a `device` rows are kept in host arrays."""
     model, trainer = settings.model, settings.trainer
     own = grown_by(ranker)
-    few = {"context", *(name for name, ids in own.items() if FEW.issuperset(ids))}
+    admitted_at_once = {"context", *(name for name, ids in own.items() if FEW.issuperset(ids))}
 
     def table(name: str) -> Table:
         return table_of(
@@ -101,7 +101,7 @@ def tables_of(ranker: Ranker, settings: Settings, device: str | None) -> dict[st
             ranker.tables.get(name, model.dim),
             trainer.capacity,
             model.initial_accumulator,
-            1 if name in few else trainer.admit_after,
+            1 if name in admitted_at_once else trainer.admit_after,
             ranker.initial_ranges.get(name, INITIAL_RANGE),
             trainer.max_rows,
         )
@@ -190,11 +190,11 @@ EMBEDDINGS = ("user", "item", "category", "context")
 
 def grown_by(ranker: Ranker) -> dict[str, tuple[str, ...]]:
     """The ids that grow each of the ranker's own tables, in the order in which its inputs name them."""
-    found: dict[str, dict[str, None]] = {name: {} for name in ranker.tables if name not in EMBEDDINGS}
-    for one in ranker.inputs:
-        if one.table in found:
-            found[one.table][GROWN_BY.get(one.ids, one.ids)] = None
-    return {name: tuple(ids) for name, ids in found.items()}
+    tables: dict[str, dict[str, None]] = {name: {} for name in ranker.tables if name not in EMBEDDINGS}
+    for input_ in ranker.inputs:
+        if input_.table in tables:
+            tables[input_.table][GROWN_BY.get(input_.ids, input_.ids)] = None
+    return {name: tuple(ids) for name, ids in tables.items()}
 
 
 class Growth:
@@ -222,7 +222,7 @@ class Growth:
                     table.observe(ids.reshape(-1), np.repeat(batch.at_ms, ids.size // len(batch)))
 
     def _ids(self, names: tuple[str, ...], batch: MicroBatch, context: U64, item_attributes: U64) -> Iterator[U64]:
-        apart = {"context": context, "item_attributes": item_attributes}
+        computed = {"context": context, "item_attributes": item_attributes}
         for name in names:
-            found = apart[name] if name in apart else getattr(batch, name)
-            yield np.ascontiguousarray(found, np.uint64)
+            ids = computed[name] if name in computed else getattr(batch, name)
+            yield np.ascontiguousarray(ids, np.uint64)

@@ -56,11 +56,11 @@ def _learn_marginals(
 ) -> None:
     """1. The first cross, which every row has, learns the logit of all labels; the others learn what they add to it."""
     for c in range(at.shape[1]):
-        place = at[b, c]
-        if place != 0:
+        row = at[b, c]
+        if row != 0:
             likely = _sigmoid(marginal[0] + marginal[c] if c > 0 else marginal[0])
-            precision[place, 1] += likely * (_ONE - likely)
-            rows[place, 1] += (label - likely) / (first + precision[place, 1])
+            precision[row, 1] += likely * (_ONE - likely)
+            rows[row, 1] += (label - likely) / (first + precision[row, 1])
 
 
 @part_of_sums
@@ -74,10 +74,10 @@ def _learn_weights(b: int, at: I32, label: np.float32, variance: F32, weight: F3
     information = likely * (_ONE - likely)
     error = (label - likely) / (_ONE + information * variances)
     for c in range(at.shape[1]):
-        place = at[b, c]
-        if place != 0:
-            rows[place, 0] += variance[c] * error
-            precision[place, 0] += information / (_ONE + information * (variances - variance[c]))
+        row = at[b, c]
+        if row != 0:
+            rows[row, 0] += variance[c] * error
+            precision[row, 0] += information / (_ONE + information * (variances - variance[c]))
 
 
 @part_of_sums
@@ -112,10 +112,10 @@ def _crosses(
     for b in range(at.shape[0]):
         crosses = 0
         for c in range(count):
-            place = at[b, c]
-            weight[c], marginal[c] = rows[place, 0], rows[place, 1]
-            variance[c] = _ONE / (prior[c] + precision[place, 0])
-            if place == 0:
+            row = at[b, c]
+            weight[c], marginal[c] = rows[row, 0], rows[row, 1]
+            variance[c] = _ONE / (prior[c] + precision[row, 0])
+            if row == 0:
                 variance[c] = _ZERO
             else:
                 crosses += 1
@@ -200,8 +200,8 @@ def crosses(
         precision: `[w, 2]` float32, accumulated information of each number, not changed.
         share_precision: The prior precision of a share; infinite if shares are not learned.
     """
-    found = Crossed(np.zeros(len(at), np.float32), rows.copy(), precision.copy())
+    crossed = Crossed(np.zeros(len(at), np.float32), rows.copy(), precision.copy())
     if at.shape[1]:
         firsts = np.array([*FIRST_SHARES, HYPERPARAMETERS.marginal_precision, share_precision], np.float32)
-        _crosses(at, share_at, prior, firsts, labels, *found)
-    return found
+        _crosses(at, share_at, prior, firsts, labels, *crossed)
+    return crossed

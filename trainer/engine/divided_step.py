@@ -87,21 +87,21 @@ class DividedTrainer(Trainer):
     def take_rows(self, how: Taking, without: Collection[str] = ()) -> dict[str, dict[str, npt.NDArray[Any]]]:
         """See `Trainer`; with the users of all workers."""
         self._send("take", {"how": how, "without": sorted(without)})
-        taken = super().take_rows(how, without)
+        changes = super().take_rows(how, without)
         if not self._alone:
-            parts = [load(part) for part in self.group.gather_bytes(save(taken[USER]))]
-            taken[USER] = joined_by_id(parts)
-        return taken
+            parts = [load(part) for part in self.group.gather_bytes(save(changes[USER]))]
+            changes[USER] = joined_by_id(parts)
+        return changes
 
     def own_rows(self, table: str, rows: Changes) -> Changes:
         """See `Trainer`; of users, those of this worker."""
         if table != USER or self._alone:
             return rows
-        found = rows.columns()
+        arrays = rows.columns()
         for ids, columns in COLUMNS_BY_ID.items():
-            mine = self._mine(found[ids])
-            found |= {name: found[name][mine] for name in (ids, *columns)}
-        return Changes(**found)
+            is_own = self._mine(arrays[ids])
+            arrays |= {name: arrays[name][is_own] for name in (ids, *columns)}
+        return Changes(**arrays)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -154,16 +154,16 @@ class DividedTrainer(Trainer):
             self.group.send(json.dumps({"name": name, **arguments}).encode() + b"\n" + data, timeout_s)
 
     def _mine(self, users: U64) -> npt.NDArray[np.bool_]:
-        mine: npt.NDArray[np.bool_] = self.group.owners(users) == self.group.index
-        return mine
+        is_own: npt.NDArray[np.bool_] = self.group.owners(users) == self.group.index
+        return is_own
 
     def _observe_users(self, batch: MicroBatch) -> U64:
         if self._alone:
             return super()._observe_users(batch)
-        mine = self._mine(batch.user)
+        is_own = self._mine(batch.user)
         new = np.zeros(len(batch), np.float32)
-        new[mine] = self.tables[USER].find(batch.user[mine]) == MISSING
-        self.tables[USER].observe(np.ascontiguousarray(batch.user[mine]), batch.at_ms[mine])
+        new[is_own] = self.tables[USER].find(batch.user[is_own]) == MISSING
+        self.tables[USER].observe(np.ascontiguousarray(batch.user[is_own]), batch.at_ms[is_own])
         everywhere = self.group.gather(new).any(0)
         self._began_s = self._clock()
         return batch.user[everywhere]
@@ -177,14 +177,14 @@ class DividedTrainer(Trainer):
 
     def _measured(self, record: Record, owners: I64) -> Measured:
         """Measures this worker's rows of a record, and exchanges the results for those of all rows."""
-        rows, mine = self.engine.rows(record), np.flatnonzero(owners == self.group.index)
+        rows, own_rows = self.engine.rows(record), np.flatnonzero(owners == self.group.index)
         shapes = self._shapes(record, rows, int(np.bincount(owners).max()))
         sent = np.zeros(sum(math.prod(shape) for shape in shapes.values()), np.float32)
         into, own, gradient = _views(sent, shapes), None, None
-        if mine.size:
-            own = self.engine.measure(record.take(mine))
+        if own_rows.size:
+            own = self.engine.measure(record.take(own_rows))
             gradient = self.engine.gradient(own)
-            self._fill(into, own, gradient, rows, np.float32(mine.size / len(record)))
+            self._fill(into, own, gradient, rows, np.float32(own_rows.size / len(record)))
         into["load"][:] = self._clock() - self._began_s, len(self.tables[USER])
         parts = [_views(part, shapes) for part in self.group.gather(sent)]
         self._began_s = self._clock()
@@ -237,8 +237,8 @@ class DividedTrainer(Trainer):
         }
         dense = {name: sums[f"dense.{name}"] for name in self._dense_shapes}
         shared = {name: sums[f"rows.{name}"] for name in rows if name not in (USER, CROSS)}
-        squared = float(sums["user_norm"][0]) + sum(float(np.square(each).sum()) for each in dense.values())
-        squared += sum(float(np.square(each[1:]).sum()) for each in shared.values())
+        squared = float(sums["user_norm"][0]) + sum(float(np.square(gradient).sum()) for gradient in dense.values())
+        squared += sum(float(np.square(gradient[1:]).sum()) for gradient in shared.values())
         if own is None or gradient is None:
             users, by_users = np.zeros(1, np.int32), np.zeros((1, self.tables[USER].dim), np.float32)
         else:
@@ -259,8 +259,8 @@ def _scores(parts: Sequence[Mapping[str, F32]], owners: I64, ranker: Ranker) -> 
     """The scores of all rows, from the workers' blocks."""
     rows = np.empty((len(owners), parts[0]["scores"].shape[1]), np.float32)
     for worker, part in enumerate(parts):
-        here = owners == worker
-        rows[here] = part["scores"][: np.count_nonzero(here)]
+        is_workers = owners == worker
+        rows[is_workers] = part["scores"][: np.count_nonzero(is_workers)]
     sizes = [int(ranker.sizes[letter] or 0) for letter in "LPS"]
     recent, popular, successor, loss, rank, pairs, pair_losses = np.split(rows, np.cumsum([*sizes, 1, 1, 2]), axis=1)
     return Scores(

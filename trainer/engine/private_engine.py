@@ -69,20 +69,20 @@ class ReleasedCrosses(CrossLearner):
     def measure(self, record: Record) -> tuple[I32, Crossed]:
         """See `CrossLearner`; rows and precision of released crosses are unchanged."""
         rows, at, _ = self._places(record)
-        mine, prior = np.ascontiguousarray(at[:, self._released :]), self._prior[self._released : at.shape[1]]
+        own_at, prior = np.ascontiguousarray(at[:, self._released :]), self._prior[self._released : at.shape[1]]
         none, values, precision = (
             np.zeros_like(prior, np.int32),
             self._table.gather(rows),
             self._table.gather_accum(rows),
         )
-        own = crosses(mine, none, prior, record.targets.label, values, precision, share_precision=np.inf)
+        own = crosses(own_at, none, prior, record.targets.label, values, precision, share_precision=np.inf)
         logits: F32 = own.logits + np.float32(SHARE) * own.rows[at[:, : self._released], 0].sum(1)
         return rows, own._replace(logits=logits)
 
     def counts(self, record: Record) -> F32:
         """How many released weights each row has, `[B]` float32."""
-        found: F32 = (self._at(record) != 0).sum(1).astype(np.float32)
-        return found
+        counts: F32 = (self._at(record) != 0).sum(1).astype(np.float32)
+        return counts
 
     def derivatives(self, record: Record, logits: F32) -> tuple[I32, F64]:
         """The released weights, as indices of the record's cross rows, and the derivatives of its losses by them.
@@ -96,9 +96,9 @@ class ReleasedCrosses(CrossLearner):
         shifted = logits.astype(np.float64) + targets.label_shift
         error = np.where(targets.label_weight > 0, 1.0 / (1.0 + np.exp(-shifted)) - targets.label, 0.0)
         by_row = np.repeat(SHARE * targets.label_weight * error, at.shape[1])
-        found: F64 = np.bincount(at.reshape(-1), by_row, minlength=1).astype(np.float64)
+        derivatives: F64 = np.bincount(at.reshape(-1), by_row, minlength=1).astype(np.float64)
         places = np.setdiff1d(at, [0]).astype(np.int32)
-        return places, found[places]
+        return places, derivatives[places]
 
     def _at(self, record: Record) -> I32:
         return self._places(record)[1][:, : self._released]
@@ -151,31 +151,31 @@ class PrivateEngine(TensorflowEngine):
         """
         values = {**record.values, "cross": self.crosses.measure(record)[1].logits}
         rows, at = self._rows(record)
-        inputs = [one for one in self._ranker.inputs if one.table]
-        whole = {place_of(one) for one in inputs if not one.shape.startswith("B")}
+        inputs = [input_ for input_ in self._ranker.inputs if input_.table]
+        whole_record = {place_of(input_) for input_ in inputs if not input_.shape.startswith("B")}
         listed = {
-            one.name: np.isin(record.ids[one.ids], self._listed(record)).astype(np.float32)
-            for one in inputs
-            if one.table == LISTED and place_of(one) not in whole
+            input_.name: np.isin(record.ids[input_.ids], self._listed(record)).astype(np.float32)
+            for input_ in inputs
+            if input_.table == LISTED and place_of(input_) not in whole_record
         }
         by_row = {
-            "at": {name: places for name, places in at.items() if name not in whole},
-            "values": {one.name: values[one.name] for one in self._ranker.inputs if not one.table},
+            "at": {name: places for name, places in at.items() if name not in whole_record},
+            "values": {input_.name: values[input_.name] for input_ in self._ranker.inputs if not input_.table},
             "listed": listed,
             "crosses": self.crosses.counts(record),
             "targets": record.targets,
         }
         shared = {
-            "rows": {name: tf.constant(found) for name, found in rows.items()},
-            "whole": {name: tf.constant(at[name]) for name in whole},
+            "rows": {name: tf.constant(indices) for name, indices in rows.items()},
+            "whole": {name: tf.constant(at[name]) for name in whole_record},
             "seed": tf.constant(record.seed, tf.int32),
         }
-        found = []
+        lengths = []
         for begin in range(0, len(record), ROWS_AT_ONCE):
-            part = tf.nest.map_structure(lambda one, b=begin: tf.constant(one[b : b + ROWS_AT_ONCE]), by_row)
+            part = tf.nest.map_structure(lambda tensor, b=begin: tf.constant(tensor[b : b + ROWS_AT_ONCE]), by_row)
             with tf.device(self._device):
-                found.append(self._traced_lengths(part, shared, tuple(losses))(part, shared).numpy())
-        return np.concatenate(found)
+                lengths.append(self._traced_lengths(part, shared, tuple(losses))(part, shared).numpy())
+        return np.concatenate(lengths)
 
     def noised(
         self, measured: Measured, record: Record, normal: Normal, deviation: float, own_rows: bool = True
@@ -189,8 +189,8 @@ class PrivateEngine(TensorflowEngine):
             deviation: Standard deviation of the noise.
             own_rows: Whether users' own rows are learned, exactly. A user's later rows then depend on the user's row.
         """
-        found: TensorsFound = measured.found
-        by_weight = dict(zip(self._ranker.dense, found.dense, strict=True))
+        tensors: TensorsFound = measured.found
+        by_weight = dict(zip(self._ranker.dense, tensors.dense, strict=True))
         learned = [name for name in by_weight if not name.startswith(FROZEN)]
         ends = np.cumsum([int(np.prod(by_weight[name].shape)) for name in learned])
         parts = dict(zip(learned, np.split(normal("dense", int(ends[-1])) * deviation, ends[:-1]), strict=True))
@@ -200,12 +200,15 @@ class PrivateEngine(TensorflowEngine):
             else np.zeros(gradient.shape, np.float32)
             for name, gradient in by_weight.items()
         }
-        given = {name: one.numpy() for name, one in zip(self._embeddings, found.sparse, strict=True)}
-        sparse = {name: one if name == USER and own_rows else np.zeros_like(one) for name, one in given.items()}
-        category = given[LISTED]
+        gradients = {name: gradient.numpy() for name, gradient in zip(self._embeddings, tensors.sparse, strict=True)}
+        sparse = {
+            name: gradient if name == USER and own_rows else np.zeros_like(gradient)
+            for name, gradient in gradients.items()
+        }
+        category = gradients[LISTED]
         listed = self._tables[LISTED].find(self._listed(record))
         noise = normal(LISTED, listed.size * category.shape[1]).reshape(listed.size, category.shape[1]) * deviation
-        order = {row: place for place, row in enumerate(measured.rows[LISTED].tolist())}
+        order = {row: index for index, row in enumerate(measured.rows[LISTED].tolist())}
         for row, part in zip(listed.tolist(), noise, strict=True):
             if row:
                 sparse[LISTED][order[row]] = category[order[row]] + part.astype(np.float32)
@@ -217,34 +220,38 @@ class PrivateEngine(TensorflowEngine):
         crossed.precision[places, 0] += np.square(slopes)
         crossed.rows[places, 0] -= RATE * slopes / (np.sqrt(crossed.precision[places, 0]) + floor)
         squared = float(np.square(slopes).sum())
-        squared += sum(float(np.square(one, dtype=np.float64).sum()) for one in (*dense.values(), sparse[LISTED]))
+        squared += sum(
+            float(np.square(gradient, dtype=np.float64).sum()) for gradient in (*dense.values(), sparse[LISTED])
+        )
         moved = self._moved({name: dense[name] for name in self._ranker.fast_weights})
-        by_dense, by_row = (tuple(tf.constant(one) for one in parts) for parts in (dense.values(), sparse.values()))
-        released = found._replace(dense=by_dense, sparse=by_row, squared_norm=tf.constant(squared), fast=moved)
+        by_dense, by_row = (
+            tuple(tf.constant(gradient) for gradient in parts) for parts in (dense.values(), sparse.values())
+        )
+        released = tensors._replace(dense=by_dense, sparse=by_row, squared_norm=tf.constant(squared), fast=moved)
         return replace(measured, squared_norm=squared, crossed=crossed, found=released)
 
     def _moved(self, gradients: Mapping[str, F32]) -> tuple[Tensor, ...]:
         """The slots of the fast weights after one move."""
-        flat = np.concatenate([one.reshape(-1) for one in gradients.values()])
+        flat = np.concatenate([gradient.reshape(-1) for gradient in gradients.values()])
         with tf.device(self._device):
             return self._blocks.moved(tf.constant(flat), [tf.constant(slot) for slot in self._optimizer.fast[1:]])
 
     def _listed(self, record: Record) -> npt.NDArray[np.uint64]:
         """The popular categories, without padding."""
         popular = record.ids["popular"]
-        found: npt.NDArray[np.uint64] = popular[popular != 0]
-        return found
+        categories: npt.NDArray[np.uint64] = popular[popular != 0]
+        return categories
 
     def _traced_lengths(self, part: Mapping[str, Any], shared: Mapping[str, Any], losses: tuple[str, ...]) -> Any:
         """The traced graph, for parts of any length."""
         if losses not in self._lengths:
 
             def spec(length: int | None) -> Callable[[Tensor], Any]:
-                return lambda one: tf.TensorSpec([length, *one.shape[1:]], one.dtype)
+                return lambda tensor: tf.TensorSpec([length, *tensor.shape[1:]], tensor.dtype)
 
             any_length = {
                 "rows": tf.nest.map_structure(spec(None), shared["rows"]),
-                "whole": {name: tf.TensorSpec(one.shape, one.dtype) for name, one in shared["whole"].items()},
+                "whole": {name: tf.TensorSpec(tensor.shape, tensor.dtype) for name, tensor in shared["whole"].items()},
                 "seed": tf.TensorSpec([2], tf.int32),
             }
             graph = tf.function(lambda part, shared: self._lengths_graph(part, shared, losses), autograph=False)
@@ -256,22 +263,24 @@ class PrivateEngine(TensorflowEngine):
             name: tf.raw_ops.ResourceGather(resource=self._tables[name].rows.handle, indices=rows, dtype=tf.float32)
             for name, rows in shared["rows"].items()
         }
-        inputs = [one for one in self._ranker.inputs if one.table]
-        rows = {one.name: self._gather(one, distinct, part["at"] | shared["whole"]) for one in inputs}
-        whole = {one.name: rows.pop(one.name) for one in inputs if place_of(one) in shared["whole"]}
-        values = {name: tf.cast(one, tf.float32) for name, one in part["values"].items()}
+        inputs = [input_ for input_ in self._ranker.inputs if input_.table]
+        rows = {input_.name: self._gather(input_, distinct, part["at"] | shared["whole"]) for input_ in inputs}
+        whole_record = {input_.name: rows.pop(input_.name) for input_ in inputs if place_of(input_) in shared["whole"]}
+        values = {name: tf.cast(value, tf.float32) for name, value in part["values"].items()}
         weights = [weight for name, weight in self._ranker.dense.items() if not name.startswith(FROZEN)]
 
         def of_row(row: Mapping[str, Any]) -> Tensor:
             # The batch dimension of a record with one row is added.
-            mine = {name: one[None] for name, one in row["rows"].items()} | whole
-            given = mine | {name: one[None] for name, one in row["values"].items()}
-            targets = Targets(*(one[None] for one in row["targets"]))
-            watched = {name: mine[name] for name in (*row["listed"], *whole)}
+            own = {name: value[None] for name, value in row["rows"].items()} | whole_record
+            inputs = own | {name: value[None] for name, value in row["values"].items()}
+            targets = Targets(*(target[None] for target in row["targets"]))
+            watched = {name: own[name] for name in (*row["listed"], *whole_record)}
             with tf.GradientTape(persistent=True) as tape:
                 tape.watch(list(watched.values()))
-                encoded = self._ranker.encode(given, True, shared["seed"])
-                each = [tf.reduce_sum(self._ranker.losses(encoded, given, only(targets, name))) for name in losses]
+                encoded = self._ranker.encode(inputs, True, shared["seed"])
+                loss_sums = [
+                    tf.reduce_sum(self._ranker.losses(encoded, inputs, only(targets, name))) for name in losses
+                ]
 
             def length(name: str, loss: Tensor) -> Tensor:
                 by_dense, by_rows = tape.gradient(
@@ -281,13 +290,13 @@ class PrivateEngine(TensorflowEngine):
                     tf.norm(by_row * tf.expand_dims(row["listed"][name], -1) if name in row["listed"] else by_row)
                     for name, by_row in zip(watched, by_rows, strict=True)
                 ]
-                squared = tf.add_n([tf.reduce_sum(tf.square(tf.convert_to_tensor(one))) for one in by_dense])
+                squared = tf.add_n([tf.reduce_sum(tf.square(tf.convert_to_tensor(gradient))) for gradient in by_dense])
                 if name == "engagement":
                     # The derivative by a logit is at most the factor of its loss.
                     squared += row["crosses"] * tf.square(SHARE * row["targets"].label_weight)
                 return tf.sqrt(squared + tf.square(tf.add_n(lengths)))
 
-            return tf.stack([length(name, one) for name, one in zip(losses, each, strict=True)])
+            return tf.stack([length(name, loss) for name, loss in zip(losses, loss_sums, strict=True)])
 
         by_row = {name: part[name] for name in ("listed", "crosses", "targets")}
         return tf.vectorized_map(of_row, {"rows": rows, "values": values, **by_row})
@@ -295,5 +304,5 @@ class PrivateEngine(TensorflowEngine):
 
 def only(targets: Targets, loss: str) -> Targets:
     """The targets with only one loss of `LOSSES`; the factors of the others are 0."""
-    others = [factor for name, factors in LOSSES.items() if name != loss for factor in factors]
-    return targets._replace(**{name: tf.zeros_like(getattr(targets, name)) for name in others})
+    other_factors = [factor for name, factors in LOSSES.items() if name != loss for factor in factors]
+    return targets._replace(**{name: tf.zeros_like(getattr(targets, name)) for name in other_factors})

@@ -166,11 +166,11 @@ def clipped(lengths: F32, units: Units, clip: float) -> F32:
         clip: The bound.
     """
     learned = units.learned & np.isfinite(lengths)
-    whole = np.bincount(units.of, np.where(learned, lengths, 0.0).astype(np.float64))
+    norms = np.bincount(units.of, np.where(learned, lengths, 0.0).astype(np.float64))
     bound = clip * (1.0 - ROUNDING)
-    factors = np.where(whole > bound, bound / np.maximum(whole, bound), 1.0)
-    found: F32 = (factors[units.of] * learned).astype(np.float32)
-    return found
+    factors = np.where(norms > bound, bound / np.maximum(norms, bound), 1.0)
+    row_factors: F32 = (factors[units.of] * learned).astype(np.float32)
+    return row_factors
 
 
 class PrivateTrainer(Trainer):
@@ -199,15 +199,15 @@ class PrivateTrainer(Trainer):
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """See `Trainer`."""
-        kept = self.private.allowance.state() | self.private.history.state()
-        return super().state() | {f"privacy.{name}": value for name, value in kept.items()}
+        state = self.private.allowance.state() | self.private.history.state()
+        return super().state() | {f"privacy.{name}": value for name, value in state.items()}
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """See `Trainer`."""
         super().load(state)
-        mine = {name.removeprefix("privacy."): value for name, value in state.items() if name.startswith("privacy.")}
-        self.private.allowance.load(mine)
-        self.private.history.load(mine)
+        own = {name.removeprefix("privacy."): value for name, value in state.items() if name.startswith("privacy.")}
+        self.private.allowance.load(own)
+        self.private.history.load(own)
 
     def step(self, batch: MicroBatch, seed: tuple[int, int] | None = None, place: NoisePlace | None = None) -> Report:
         """See `Trainer`.

@@ -63,13 +63,13 @@ class Record:
 
     def take(self, rows: npt.NDArray[np.int64]) -> Record:
         """The record of some rows, `[n]` ascending; the partners of these rows are among them."""
-        place = np.zeros(len(self), np.int64)
-        place[rows] = np.arange(len(rows))
+        index_of = np.zeros(len(self), np.int64)
+        index_of[rows] = np.arange(len(rows))
         return Record(
             ids={name: ids if name in WHOLE else ids[rows] for name, ids in self.ids.items()},
             values={name: values[rows] for name, values in self.values.items()},
             targets=Targets(*(target[rows] for target in self.targets)),
-            partner=place[self.partner[rows]],
+            partner=index_of[self.partner[rows]],
             seed=self.seed,
             newest=self.newest[rows],
         )
@@ -112,9 +112,9 @@ class Recorder:
             ids = np.ascontiguousarray(ids[:, self._learned])
         if len(rows) == len(batch):
             return ids
-        found = np.zeros((len(batch), ids.shape[1]), np.uint64)
-        found[known] = ids
-        return found
+        crosses = np.zeros((len(batch), ids.shape[1]), np.uint64)
+        crosses[known] = ids
+        return crosses
 
     def left(self, batch: MicroBatch) -> U64:
         """The category that each row's event follows, `[n]` uint64. 0 if either is missing or with a privacy budget."""
@@ -187,8 +187,8 @@ class Recorder:
             ids["sequence_actions"] = batch.sequence_actions.astype(np.uint64)
             values |= {name: getattr(batch, name) for name in ("sequence_actions", "sequence_ages")}
             values["sequence_mask"] = (batch.sequence_actions != 0).astype(np.float32)
-        made = Record(ids, values, _targets(batch, slots.target, partner), partner, seed, newest)
-        return alone(made) if self._private else made
+        record = Record(ids, values, _targets(batch, slots.target, partner), partner, seed, newest)
+        return alone(record) if self._private else record
 
 
 def _targets(batch: MicroBatch, slot: I32, partner: npt.NDArray[np.int64]) -> Targets:
@@ -263,14 +263,14 @@ def parts(batch: MicroBatch, crosses: U64, size: int) -> Iterator[tuple[MicroBat
 
 @compiled("u8, i8, f4, f4[::1]")
 def _drop(seed: np.uint64, least: int, factor: np.float32, kept: F32) -> None:
-    word, left = np.uint64(0), 0
+    bits, bytes_left = np.uint64(0), 0
     for i in range(kept.shape[0]):
-        if left == 0:
+        if bytes_left == 0:
             seed = seed + np.uint64(0x9E3779B97F4A7C15)
-            word, left = mix(seed), 8
-        kept[i] = factor if np.int64(word & np.uint64(255)) >= least else np.float32(0.0)
-        word = word >> np.uint64(8)
-        left -= 1
+            bits, bytes_left = mix(seed), 8
+        kept[i] = factor if np.int64(bits & np.uint64(255)) >= least else np.float32(0.0)
+        bits = bits >> np.uint64(8)
+        bytes_left -= 1
 
 
 def dropout(seed: tuple[int, int], rows: int, width: int, share: float) -> F32:

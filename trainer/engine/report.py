@@ -83,17 +83,17 @@ def of_model(scores: Scores, slot: I32) -> CategoryPrediction:
         scores: Of n rows.
         slot: `[n]` int32, see `trainer/model/candidates.py`; the last slot is no candidate.
     """
-    at = np.flatnonzero(slot >= 0)
-    found = CategoryPrediction(np.empty(at.size, np.int32), np.empty(at.size), np.empty(at.size, np.int32))
+    rows = np.flatnonzero(slot >= 0)
+    prediction = CategoryPrediction(np.empty(rows.size, np.int32), np.empty(rows.size), np.empty(rows.size, np.int32))
     width = sum(part.shape[1] for part in (scores.recent_logits, scores.popular_logits, scores.successor_logits))
     bits = np.empty(width, np.int32)
     recent, popular = np.ascontiguousarray(scores.recent_logits), np.ascontiguousarray(scores.popular_logits)
     successor = np.ascontiguousarray(scores.successor_logits)
-    _model(recent, popular, successor, np.ascontiguousarray(slot), at, bits, bits.view(np.float32), *found)
-    if not (finite := np.isfinite(found.log_share)).all():
+    _model(recent, popular, successor, np.ascontiguousarray(slot), rows, bits, bits.view(np.float32), *prediction)
+    if not (finite := np.isfinite(prediction.log_share)).all():
         # Without finite logits there is no best candidate.
-        found.rank[~finite], found.log_share[~finite], found.candidates[~finite] = NONE, 0.0, 0
-    return found
+        prediction.rank[~finite], prediction.log_share[~finite], prediction.candidates[~finite] = NONE, 0.0, 0
+    return prediction
 
 
 @compiled_sums("f4[:, ::1], f4[:, ::1], f4[:, ::1], i4[::1], i8[::1], i4[::1], f4[::1], i4[::1], f8[::1], i4[::1]")
@@ -223,24 +223,24 @@ def joined(updates: Sequence[Report]) -> Report:
     """Joins the reports of a record that was learned in several updates."""
     if len(updates) == 1:
         return updates[0]
-    order, slices = list(Verdict), [one.slices for one in updates if one.slices is not None]
+    order, slices = list(Verdict), [update.slices for update in updates if update.slices is not None]
     return Report(
-        rows=sum(one.rows for one in updates),
-        skipped=sum(one.skipped for one in updates),
-        verdict=max((one.verdict for one in updates), key=order.index),
-        interest_log_loss=_mean([(one.interest_log_loss, one.targets) for one in updates]),
-        engagement_log_loss=_mean([(one.engagement_log_loss, one.scores.size) for one in updates]),
-        top1=sum(one.top1 for one in updates),
-        top5=sum(one.top5 for one in updates),
-        targets=sum(one.targets for one in updates),
-        scores=np.concatenate([one.scores for one in updates]),
-        positive=np.concatenate([one.positive for one in updates]),
-        grad_norm=max(one.grad_norm for one in updates),
-        seconds=sum(one.seconds for one in updates),
-        quality=reduce(StepScores.__add__, (one.quality for one in updates)),
+        rows=sum(update.rows for update in updates),
+        skipped=sum(update.skipped for update in updates),
+        verdict=max((update.verdict for update in updates), key=order.index),
+        interest_log_loss=_mean([(update.interest_log_loss, update.targets) for update in updates]),
+        engagement_log_loss=_mean([(update.engagement_log_loss, update.scores.size) for update in updates]),
+        top1=sum(update.top1 for update in updates),
+        top5=sum(update.top5 for update in updates),
+        targets=sum(update.targets for update in updates),
+        scores=np.concatenate([update.scores for update in updates]),
+        positive=np.concatenate([update.positive for update in updates]),
+        grad_norm=max(update.grad_norm for update in updates),
+        seconds=sum(update.seconds for update in updates),
+        quality=reduce(StepScores.__add__, (update.quality for update in updates)),
         slices=np.sum(slices, axis=0) if slices else None,
-        judged=tuple(found for one in updates for found in one.judged),
-        order=np.concatenate([one.order for one in updates]),
+        judged=tuple(judgement for update in updates for judgement in update.judged),
+        order=np.concatenate([update.order for update in updates]),
     )
 
 
@@ -303,13 +303,13 @@ class Measures:
         reports = []
         for accepted in dict.fromkeys(kinds):
             some = joined_updates([update for update, kind in zip(updates, kinds, strict=True) if kind is accepted])
-            mine = numbers[: len(of_rows)][of_rows == accepted]
-            if mine.size == len(batch):
-                reports.append(self._add(batch, some, came_next, known, categories, log_ms, mine))
+            accepted_rows = numbers[: len(of_rows)][of_rows == accepted]
+            if accepted_rows.size == len(batch):
+                reports.append(self._add(batch, some, came_next, known, categories, log_ms, accepted_rows))
                 continue
-            part = CategoryPrediction(*(column[mine] for column in came_next))
-            rows = np.isin(numbers, mine)
-            reports.append(self._add(batch.take(rows), some, part, known[rows], categories, log_ms, mine))
+            part = CategoryPrediction(*(column[accepted_rows] for column in came_next))
+            rows = np.isin(numbers, accepted_rows)
+            reports.append(self._add(batch.take(rows), some, part, known[rows], categories, log_ms, accepted_rows))
         return joined(reports)
 
     def _add(
@@ -338,15 +338,15 @@ class Measures:
             engagement_losses = scores.engagement_loss[scored]
         labels = np.concatenate([pairs.label, np.zeros(len(batch), np.float32)])
         logits, positive = scores.engagement[scored], labels[scored] >= 0.5
-        found = judged(self.progressive, record, scores, came_next, known, categories, scored)
-        self.progressive.update(found.scores, batch.category, log_ms, accepted)
+        judgement = judged(self.progressive, record, scores, came_next, known, categories, scored)
+        self.progressive.update(judgement.scores, batch.category, log_ms, accepted)
         self.evaluation.update(losses, top1, top5, known[targets], logits, positive, engagement_losses)
         places: list[npt.NDArray[Any]] = [batch.action, known]
         if self.slices:
-            seen = Scored(targets, losses, top1, scored, record.partner, logits, positive, engagement_losses)
+            scored_pairs = Scored(targets, losses, top1, scored, record.partner, logits, positive, engagement_losses)
             users, items = self._columns.users_of(batch), self._columns.items_of(batch)
-            places += self.slices.update(users, items, batch.header.names, seen)
-        slices = self.breakdown.update(places, record.partner, found)
+            places += self.slices.update(users, items, batch.header.names, scored_pairs)
+        slices = self.breakdown.update(places, record.partner, judgement)
         return Report(
             rows=len(batch),
             skipped=0 if accepted else len(batch),
@@ -360,8 +360,8 @@ class Measures:
             positive=positive,
             grad_norm=update.norm,
             seconds=0.0,
-            quality=found.scores,
+            quality=judgement.scores,
             slices=slices if accepted else None,
-            judged=(found,),
+            judged=(judgement,),
             order=order,
         )

@@ -157,7 +157,7 @@ class Trainer:
         self._first_weights, self._first_slots = self.model.weights(), self.optimizer.slots()
         users, items = self._columns.users.names, self._columns.items.names
         self.crosses = Crosses(spec, settings.events.context, users, items)
-        dropped = settings.model.hidden[0] if any(one.name == "tower_kept" for one in self.model.inputs) else 0
+        dropped = settings.model.hidden[0] if any(input_.name == "tower_kept" for input_ in self.model.inputs) else 0
         self._recorder = Recorder(settings, self.crosses, self._columns, dropped)
         self.engine = engine_of(self.model, self.optimizer, learned, self.crosses, self._columns, settings, self.device)
 
@@ -202,12 +202,12 @@ class Trainer:
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """The small state by name: counters, guard, evaluation, slices, popular, churn; without tables, weights and slots."""
-        held: dict[str, npt.NDArray[Any]] = {}
+        state: dict[str, npt.NDArray[Any]] = {}
         for prefix, record in (("counters", asdict(self.counters)), ("guard", asdict(self.guard))):
-            held |= {f"{prefix}.{name}": np.array(value) for name, value in record.items()}
-        for prefix, one in self._kept().items():
-            held |= {f"{prefix}.{name}": value for name, value in one.state().items()}
-        return held
+            state |= {f"{prefix}.{name}": np.array(value) for name, value in record.items()}
+        for prefix, component in self._kept().items():
+            state |= {f"{prefix}.{name}": value for name, value in component.state().items()}
+        return state
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Sets the small state that `state` returned."""
@@ -217,22 +217,22 @@ class Trainer:
 
         self.counters = Counters(**{name: int(value) for name, value in part("counters.").items()})
         self.guard = GuardState(**{name: value.item() for name, value in part("guard.").items()})
-        for prefix, one in self._kept().items():
-            one.load(part(f"{prefix}."))
+        for prefix, component in self._kept().items():
+            component.load(part(f"{prefix}."))
 
     def _kept(self) -> dict[str, Evaluation | Slices | Popular | ChurnLearner | ItemRanking | InterestCounts]:
-        kept: dict[str, Evaluation | Slices | Popular | ChurnLearner | ItemRanking | InterestCounts] = {
+        parts: dict[str, Evaluation | Slices | Popular | ChurnLearner | ItemRanking | InterestCounts] = {
             "evaluation": self.measures.evaluation,
             "slices": self.measures.slices,
             "popular": self.popular,
         }
         if self.churn is not None:
-            kept["churn"] = self.churn
+            parts["churn"] = self.churn
         if self.item_ranking is not None:
-            kept["recommend"] = self.item_ranking
+            parts["recommend"] = self.item_ranking
         if self.interest_counts is not None:
-            kept["interests"] = self.interest_counts
-        return kept
+            parts["interests"] = self.interest_counts
+        return parts
 
     def step(self, batch: MicroBatch, seed: tuple[int, int] | None = None, place: NoisePlace | None = None) -> Report:
         """Takes one step.
@@ -262,20 +262,22 @@ class Trainer:
         began, size = self._clock(), self.settings.trainer.rows_per_update or len(batch)
         newest = self.transitions.find(np.ascontiguousarray(batch.recent_categories[:, 0]))
         came_next = of_came_next(self.transitions, newest, batch.category)
-        updates, left = [], 0
+        updates, skipped = [], 0
         for part, its_crosses in parts(batch, crosses, size):
             if self.guard.held:
-                left += len(part)
+                skipped += len(part)
             else:
                 updates.append(self._update(part, its_crosses, seed))
-        self.counters.skipped += left
+        self.counters.skipped += skipped
         if self.interest_counts is not None:
             updates = self.interest_counts.learn(batch, updates, self._visited())
         if self.item_ranking is not None:
             self.item_ranking.count()
         categories = len(self.tables["category"])
         report = self.measures.report(batch, updates, came_next, new_users, categories, self.counters.log_ms)
-        return replace(report, rows=report.rows + left, skipped=report.skipped + left, seconds=self._clock() - began)
+        return replace(
+            report, rows=report.rows + skipped, skipped=report.skipped + skipped, seconds=self._clock() - began
+        )
 
     def score(self, batch: MicroBatch) -> dict[str, F32]:
         """The interest logits of a batch without dropout: `recent_logits` `[B, L]`, `popular_logits` `[B, P]` and
@@ -297,17 +299,17 @@ class Trainer:
         known = {name: tables[name].known() for name in ("item", "category", "context")}
         # Every known user has the cross of the user alone. Without it there are no other crosses of that user.
         alone = [crosses.of_user(user, *(known["item"][:0],) * 3) for user in users.tolist()]
-        theirs = [
+        user_crosses = [
             crosses.of_user(user, known["item"], known["category"], known["context"])
             for user, first in zip(users.tolist(), alone, strict=True)
             if tables[CROSS].has(first)
         ]
-        gone = tables[CROSS].forget(np.concatenate([np.empty(0, np.uint64), *theirs]))
+        removed = tables[CROSS].forget(np.concatenate([np.empty(0, np.uint64), *user_crosses]))
         # User ids occur in no other table's ids: 64-bit hashes do not collide.
-        others = (*EMBEDDINGS, CROSS, TRANSITION, NEXT_CATEGORY)
-        named = [name for name in tables if name == "user" or name not in others]
+        without_users = (*EMBEDDINGS, CROSS, TRANSITION, NEXT_CATEGORY)
+        named = [name for name in tables if name == "user" or name not in without_users]
         waiting = 0 if self.churn is None else self.churn.forget(users)
-        return gone + waiting + sum(tables[name].forget(users) for name in named)
+        return removed + waiting + sum(tables[name].forget(users) for name in named)
 
     def _visited(self) -> ItemListTable | None:
         return None if self.item_ranking is None else self.item_ranking.tables[VISITED]

@@ -61,45 +61,45 @@ class Blocks:
         self._ranker, self._optimizer, self._rate = ranker, optimizer, np.float32(optimizer.fast_rate)
         self._fast = [ranker.dense[name] for name in ranker.fast_weights]
         # In the shape of the flat weights: factors of the step size, chosen by the longest matching prefix.
-        known = sorted(ranker.fast_learning_rates.items(), key=lambda each: len(each[0]))
+        known = sorted(ranker.fast_learning_rates.items(), key=lambda entry: len(entry[0]))
         factors = [next((f for p, f in reversed(known) if name.startswith(p)), 1.0) for name in ranker.fast_weights]
         sizes = [int(np.prod(weight.shape)) for weight in self._fast]
         self._sizes, self._factors = sizes, np.repeat(np.array(factors, np.float32), sizes)
-        self._by_row = {one.name for one in ranker.inputs if one.shape.startswith("B")}
+        self._by_row = {input_.name for input_ in ranker.inputs if input_.shape.startswith("B")}
 
-    def learn(self, of: Learning, move: Tensor) -> tuple[Any, ...]:
+    def learn(self, learning: Learning, move: Tensor) -> tuple[Any, ...]:
         """Computes scores and derivatives of a record; the fast weights move within it if `move` is true.
 
         Returns:
             1. The scores in the order of `Scores`.
-            2. The derivatives by each tensor of `of.encoded`, by each of `of.rows`, and by each dense weight.
+            2. The derivatives by each tensor of `learning.encoded`, by each of `learning.rows`, and by each dense weight.
             3. The slots of the fast weights after the record; the first slot is the weights.
         """
-        count, size = tf.shape(of.targets.slot)[0], HYPERPARAMETERS.fast_rows
+        count, size = tf.shape(learning.targets.slot)[0], HYPERPARAMETERS.fast_rows
         if not self._fast:
-            scores, by_encoded, by_rows, by_dense = self._block(of, 0, count)
-            return _joined(scores), by_encoded, by_rows, by_dense, (tf.zeros([0]), *of.slots)
+            scores, by_encoded, by_rows, by_dense = self._block(learning, 0, count)
+            return _joined(scores), by_encoded, by_rows, by_dense, (tf.zeros([0]), *learning.slots)
         blocks, before = (count + size - 1) // size, self._flat(self._fast)
         # Derivatives by rows that the whole record shares are summed; all others are concatenated by block.
-        shared = [name not in self._by_row for name in of.rows]
+        shared = [name not in self._by_row for name in learning.rows]
         rows = [
-            tf.zeros_like(each) if whole else _array(each, blocks)
-            for each, whole in zip(of.rows.values(), shared, strict=True)
+            tf.zeros_like(rows_of_input) if is_shared else _array(rows_of_input, blocks)
+            for rows_of_input, is_shared in zip(learning.rows.values(), shared, strict=True)
         ]
-        kinds = [_array(each, blocks) for each in self._kinds(of)]
-        encoded = [_array(each, blocks) for each in distinct_tensors(of.encoded)]
+        kinds = [_array(kind, blocks) for kind in self._kinds(learning)]
+        encoded = [_array(tensor, blocks) for tensor in distinct_tensors(learning.encoded)]
         totals = [tf.zeros(weight.shape) for weight in self._ranker.dense.values()]
 
         def body(number: Tensor, *state: Any) -> tuple[Any, ...]:
             kinds, encoded, rows, totals, weights, slots = state
             self._assign(weights)
             begin = number * size
-            scores, by_encoded, by_rows, by_dense = self._block(of, begin, tf.minimum(begin + size, count))
+            scores, by_encoded, by_rows, by_dense = self._block(learning, begin, tf.minimum(begin + size, count))
             kinds = [array.write(number, part) for array, part in zip(kinds, scores, strict=True)]
             encoded = [array.write(number, part) for array, part in zip(encoded, by_encoded, strict=True)]
             rows = [
-                held + part if whole else held.write(number, part)
-                for held, part, whole in zip(rows, by_rows, shared, strict=True)
+                array + part if is_shared else array.write(number, part)
+                for array, part, is_shared in zip(rows, by_rows, shared, strict=True)
             ]
             totals = [total + part for total, part in zip(totals, by_dense, strict=True)]
             named = dict(zip(self._ranker.dense, by_dense, strict=True))
@@ -107,27 +107,29 @@ class Blocks:
             weights, *slots = tf.cond(move, lambda: self.moved(gradient, slots), lambda: (weights, *slots))
             return number + 1, kinds, encoded, rows, totals, weights, slots
 
-        state = (0, kinds, encoded, rows, totals, before, list(of.slots))
+        state = (0, kinds, encoded, rows, totals, before, list(learning.slots))
         _, kinds, encoded, rows, totals, weights, slots = tf.while_loop(lambda n, *_: n < blocks, body, state)
         self._assign(before)
-        by_rows = [held if whole else held.concat() for held, whole in zip(rows, shared, strict=True)]
+        by_rows = [array if is_shared else array.concat() for array, is_shared in zip(rows, shared, strict=True)]
         scores = _joined([array.concat() for array in kinds])
         return scores, [array.concat() for array in encoded], by_rows, totals, (weights, *slots)
 
-    def _kinds(self, of: Learning) -> list[Tensor]:
+    def _kinds(self, learning: Learning) -> list[Tensor]:
         """Tensors with the types and row shapes of the scores of `_block`."""
-        row = of.targets.weight
+        row = learning.targets.weight
         sizes = [self._ranker.sizes[letter] for letter in "LPS"]
         logits = [tf.zeros([0, size]) for size in sizes]
         return [*logits, row, tf.zeros([0], tf.int32), row, row, row, row]
 
-    def _block(self, of: Learning, begin: Tensor, end: Tensor) -> tuple[Any, ...]:
+    def _block(self, learning: Learning, begin: Tensor, end: Tensor) -> tuple[Any, ...]:
         """Scores and losses of rows `begin` to `end`, and derivatives by encoded values, rows and dense weights."""
         values, rows = (
             {name: part[begin:end] if name in self._by_row else part for name, part in parts.items()}
-            for parts in (of.values, of.rows)
+            for parts in (learning.values, learning.rows)
         )
-        targets, encoded, plain = (_cut(part, begin, end) for part in (of.targets, of.encoded, of.plain))
+        targets, encoded, plain = (
+            _cut(part, begin, end) for part in (learning.targets, learning.encoded, learning.plain)
+        )
         flat = distinct_tensors(encoded)
         with tf.GradientTape() as tape:
             tape.watch([flat, list(rows.values())])
@@ -137,13 +139,13 @@ class Blocks:
             [flat, list(rows.values()), list(self._ranker.dense.values())],
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
-        by_dense = [tf.convert_to_tensor(each) for each in by_dense]
+        by_dense = [tf.convert_to_tensor(gradient) for gradient in by_dense]
         scores = self._ranker.score(plain, values | rows)
         own, drawn = losses.engagement_losses(scores, targets)
-        found = [scores[name] for name in ("recent_logits", "popular_logits", "successor_logits")]
-        found += [losses.interest_loss(scores, targets.slot), losses.rank(scores, targets.slot)]
-        found += [scores["engagement_logit"], scores["negative_logit"], own, drawn]
-        return found, by_encoded, by_rows, by_dense
+        tensors = [scores[name] for name in ("recent_logits", "popular_logits", "successor_logits")]
+        tensors += [losses.interest_loss(scores, targets.slot), losses.rank(scores, targets.slot)]
+        tensors += [scores["engagement_logit"], scores["negative_logit"], own, drawn]
+        return tensors, by_encoded, by_rows, by_dense
 
     def moved(self, gradient: Tensor, slots: list[Tensor]) -> tuple[Tensor, ...]:
         """One update of the fast weights, as `move` in `trainer/engine/adam.py`."""
@@ -230,7 +232,7 @@ class TensorflowEngine:
         self._ranker, self._optimizer, self._tables, self._device = ranker, optimizer, tables, device
         self._learning_rate, self._crosses = learning_rate, crosses
         self._embeddings = tuple(name for name in tables if name in ranker.tables)
-        self._crossed = any(one.name == "cross" for one in ranker.inputs)
+        self._crossed = any(input_.name == "cross" for input_ in ranker.inputs)
         self._blocks = Blocks(ranker, optimizer)
         self._measure = tf.function(self._measure_graph, autograph=False)
         rows = {name: tf.TensorSpec([None], tf.int32) for name in tables}
@@ -247,28 +249,30 @@ class TensorflowEngine:
         if self._crossed:
             crosses, crossed = self._crosses.measure(record)
             values = {**values, "cross": crossed.logits}
-        given = {
-            "rows": {name: tf.constant(found) for name, found in rows.items()},
+        inputs = {
+            "rows": {name: tf.constant(indices) for name, indices in rows.items()},
             "at": {name: tf.constant(places) for name, places in at.items()},
-            "values": {one.name: tf.constant(values[one.name]) for one in self._ranker.inputs if not one.table},
+            "values": {
+                input_.name: tf.constant(values[input_.name]) for input_ in self._ranker.inputs if not input_.table
+            },
             "targets": Targets(*(tf.constant(part) for part in record.targets)),
             "seed": tf.constant(record.seed, tf.int32),
             "fast": tuple(tf.constant(slot) for slot in self._optimizer.fast[1:]),
         }
         with tf.device(self._device):
-            found: TensorsFound = self._traced(given)(given, tf.constant(move))
-        scores = Scores(*(tensor.numpy() for tensor in found.scores))
-        return Measured(scores, float(found.squared_norm.numpy()), rows | {CROSS: crosses}, crossed, found)
+            tensors: TensorsFound = self._traced(inputs)(inputs, tf.constant(move))
+        scores = Scores(*(tensor.numpy() for tensor in tensors.scores))
+        return Measured(scores, float(tensors.squared_norm.numpy()), rows | {CROSS: crosses}, crossed, tensors)
 
     def apply(self, measured: Measured) -> None:
         """See `Engine`."""
-        found: TensorsFound = measured.found
+        tensors: TensorsFound = measured.found
         with tf.device(self._device):
             at = {name: tf.constant(measured.rows[name]) for name in self._tables}
-            self._apply(at, found.dense, found.sparse, found.fast[0])
+            self._apply(at, tensors.dense, tensors.sparse, tensors.fast[0])
         if measured.crossed is not None:
             self._crosses.apply(measured.rows[CROSS], measured.crossed)
-        self._optimizer.fast = FastSlots(*(np.array(slot.numpy()) for slot in found.fast))
+        self._optimizer.fast = FastSlots(*(np.array(slot.numpy()) for slot in tensors.fast))
 
     def rows(self, record: Record) -> dict[str, I32]:
         """See `Engine`."""
@@ -277,28 +281,30 @@ class TensorflowEngine:
 
     def gradient(self, measured: Measured) -> Gradient:
         """See `Engine`."""
-        found: TensorsFound = measured.found
-        dense = {name: np.asarray(one) for name, one in zip(self._ranker.dense, found.dense, strict=True)}
-        sparse = {name: np.asarray(one) for name, one in zip(self._embeddings, found.sparse, strict=True)}
-        return Gradient(dense, sparse, FastSlots(*(np.asarray(slot) for slot in found.fast)))
+        tensors: TensorsFound = measured.found
+        dense = {name: np.asarray(gradient) for name, gradient in zip(self._ranker.dense, tensors.dense, strict=True)}
+        sparse = {name: np.asarray(gradient) for name, gradient in zip(self._embeddings, tensors.sparse, strict=True)}
+        return Gradient(dense, sparse, FastSlots(*(np.asarray(slot) for slot in tensors.fast)))
 
     def with_gradient(self, measured: Measured, gradient: Gradient) -> Measured:
         """See `Engine`."""
         with tf.device(self._device):
-            found = TensorsFound(
+            tensors = TensorsFound(
                 scores=(),
                 dense=tuple(tf.constant(gradient.dense[name]) for name in self._ranker.dense),
                 sparse=tuple(tf.constant(gradient.sparse[name]) for name in self._embeddings),
                 squared_norm=None,
                 fast=tuple(tf.constant(slot) for slot in gradient.fast),
             )
-        return replace(measured, found=found)
+        return replace(measured, found=tensors)
 
-    def _traced(self, given: Mapping[str, Any]) -> Any:
+    def _traced(self, inputs: Mapping[str, Any]) -> Any:
         """The graph, for records of any length."""
         if self._trace is None:
             fixed = {
-                place_of(one) if one.table else one.name for one in self._ranker.inputs if not one.shape.startswith("B")
+                place_of(input_) if input_.table else input_.name
+                for input_ in self._ranker.inputs
+                if not input_.shape.startswith("B")
             }
 
             def spec(tensor: Tensor, length: int | None = None) -> Any:
@@ -307,61 +313,68 @@ class TensorflowEngine:
             named = {
                 part: {
                     name: spec(tensor, tensor.shape[0] if name in fixed and part != "rows" else None)
-                    for name, tensor in given[part].items()
+                    for name, tensor in inputs[part].items()
                 }
                 for part in ("rows", "at", "values")
             }
-            whole = {"seed": spec(given["seed"], 2), "fast": tuple(spec(slot, slot.shape[0]) for slot in given["fast"])}
-            specs = named | whole | {"targets": Targets(*(spec(part) for part in given["targets"]))}
+            fixed_specs = {
+                "seed": spec(inputs["seed"], 2),
+                "fast": tuple(spec(slot, slot.shape[0]) for slot in inputs["fast"]),
+            }
+            specs = named | fixed_specs | {"targets": Targets(*(spec(part) for part in inputs["targets"]))}
             self._trace = self._measure.get_concrete_function(specs, tf.TensorSpec([], tf.bool))
         return self._trace
 
     def _rows(self, record: Record) -> tuple[dict[str, I32], dict[str, I32]]:
         """Distinct rows of each table, the missing one first, and where in them each use of an id is, by `<table>.<ids>`."""
         uses: dict[str, dict[str, Any]] = {name: {} for name in self._tables}
-        for one in self._ranker.inputs:
-            if one.table:
-                uses[one.table][one.ids] = record.ids[one.ids]
-            if one.attributes and record.ids[one.attributes].size:
-                uses["context"][one.attributes] = record.ids[one.attributes]
+        for input_ in self._ranker.inputs:
+            if input_.table:
+                uses[input_.table][input_.ids] = record.ids[input_.ids]
+            if input_.attributes and record.ids[input_.attributes].size:
+                uses["context"][input_.attributes] = record.ids[input_.attributes]
         rows: dict[str, I32] = {}
         at: dict[str, I32] = {}
         for name, parts in uses.items():
             ids = np.concatenate([np.zeros(0, np.uint64), *(part.reshape(-1) for part in parts.values())])
             rows[name], places = self._tables[name].distinct(self._tables[name].find(ids))
             ends = np.cumsum([part.size for part in parts.values()])
-            found = np.split(places, ends[:-1]) if parts else []
-            at |= {f"{name}.{ids}": each.reshape(parts[ids].shape) for ids, each in zip(parts, found, strict=True)}
+            by_ids = zip(parts, np.split(places, ends[:-1]), strict=True) if parts else ()
+            at |= {f"{name}.{ids}": indices.reshape(parts[ids].shape) for ids, indices in by_ids}
         return rows, at
 
-    def _gather(self, one: Input, distinct: Mapping[str, Tensor], at: Mapping[str, Tensor]) -> Tensor:
-        """The rows of one input."""
-        places = at[place_of(one)]
-        rows = tf.gather(distinct[one.table], places)
-        if one.mean:
+    def _gather(self, input_: Input, distinct: Mapping[str, Tensor], at: Mapping[str, Tensor]) -> Tensor:
+        """The rows of an input."""
+        places = at[place_of(input_)]
+        rows = tf.gather(distinct[input_.table], places)
+        if input_.mean:
             # Without any ids the mean is the missing row.
             rows = tf.reduce_mean(rows, -2) if places.shape[-1] else tf.reduce_sum(rows, -2)
-        if (attributes := f"context.{one.attributes}") in at:
+        if (attributes := f"context.{input_.attributes}") in at:
             rows += tf.reduce_mean(tf.gather(distinct["context"], at[attributes]), -2)
         return rows
 
-    def _measure_graph(self, given: Mapping[str, Any], move: Tensor) -> TensorsFound:
+    def _measure_graph(self, inputs: Mapping[str, Any], move: Tensor) -> TensorsFound:
         # 1.
         distinct = {
-            name: tf.raw_ops.ResourceGather(resource=table.rows.handle, indices=given["rows"][name], dtype=tf.float32)
+            name: tf.raw_ops.ResourceGather(resource=table.rows.handle, indices=inputs["rows"][name], dtype=tf.float32)
             for name, table in self._tables.items()
         }
-        targets: Targets = given["targets"]
-        values = {name: tf.cast(value, tf.float32) for name, value in given["values"].items()}
+        targets: Targets = inputs["targets"]
+        values = {name: tf.cast(value, tf.float32) for name, value in inputs["values"].items()}
         # 2.
         embeddings = [distinct[name] for name in self._embeddings]
         with tf.GradientTape() as tape:
             tape.watch(embeddings)
-            rows = {one.name: self._gather(one, distinct, given["at"]) for one in self._ranker.inputs if one.table}
-            encoded = self._ranker.encode(values | rows, True, given["seed"])
-        plain = self._ranker.encode(values | rows, False, given["seed"])
+            rows = {
+                input_.name: self._gather(input_, distinct, inputs["at"])
+                for input_ in self._ranker.inputs
+                if input_.table
+            }
+            encoded = self._ranker.encode(values | rows, True, inputs["seed"])
+        plain = self._ranker.encode(values | rows, False, inputs["seed"])
         # 3.
-        learning = Learning(values, rows, encoded, plain, targets, given["fast"])
+        learning = Learning(values, rows, encoded, plain, targets, inputs["fast"])
         scores, by_encoded, by_rows, by_dense, fast = self._blocks.learn(learning, move)
         # 4.
         weights = list(self._ranker.dense.values())
@@ -371,10 +384,10 @@ class TensorflowEngine:
             output_gradients=[*by_encoded, *by_rows],
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
-        dense = tuple(tf.convert_to_tensor(one) + other for one, other in zip(through, by_dense, strict=True))
-        sparse = tuple(tf.convert_to_tensor(one) for one in sparse)
-        parts = [*dense, *(one[1:] for one in sparse)]
-        squared = 2.0 * tf.add_n([tf.nn.l2_loss(one) for one in parts])
+        dense = tuple(tf.convert_to_tensor(gradient) + other for gradient, other in zip(through, by_dense, strict=True))
+        sparse = tuple(tf.convert_to_tensor(gradient) for gradient in sparse)
+        parts = [*dense, *(gradient[1:] for gradient in sparse)]
+        squared = 2.0 * tf.add_n([tf.nn.l2_loss(part) for part in parts])
         return TensorsFound(scores, dense, sparse, squared, fast)
 
     def _apply_graph(
@@ -389,16 +402,16 @@ class TensorflowEngine:
             # The missing row is never trained.
             table, rows, gradient = self._tables[name], at[name][1:], gradient[1:]
             gather = {part: getattr(table, part).handle for part in ("rows", "accum")}
-            held = {
+            present = {
                 part: tf.raw_ops.ResourceGather(resource=handle, indices=rows, dtype=tf.float32)
                 for part, handle in gather.items()
             }
-            accum = held["accum"] + gradient * gradient
-            moved = held["rows"] - self._learning_rate * gradient / (tf.sqrt(accum) + HYPERPARAMETERS.epsilon)
+            accum = present["accum"] + gradient * gradient
+            moved = present["rows"] - self._learning_rate * gradient / (tf.sqrt(accum) + HYPERPARAMETERS.epsilon)
             tf.raw_ops.ResourceScatterUpdate(resource=gather["rows"], indices=rows, updates=moved)
             tf.raw_ops.ResourceScatterUpdate(resource=gather["accum"], indices=rows, updates=accum)
 
 
-def place_of(one: Input) -> str:
+def place_of(input_: Input) -> str:
     """The name of the positions of an input's rows; several tables may be read by the same ids."""
-    return f"{one.table}.{one.ids}"
+    return f"{input_.table}.{input_.ids}"

@@ -44,42 +44,42 @@ MOST_ROWS = 10_000
 
 def parser() -> argparse.ArgumentParser:
     """The command line of `springtide export`."""
-    made = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="springtide export",
         allow_abbrev=False,
         description="Export a version as a SavedModel for TensorFlow Serving, or as one file for a device. Safe while the loop runs.",
         epilog="Settings are written --section.name VALUE. Exit codes: 0 done, 1 failed, 2 wrong use.",
     )
-    made.add_argument(
+    parser.add_argument(
         "--version",
         type=int,
         metavar="V",
         help="version, as listed by `springtide versions` (default: the version that answers use)",
     )
-    made.add_argument("--tflite", type=Path, metavar="FILE", help="export one TFLite file for a device instead")
-    made.add_argument(
+    parser.add_argument("--tflite", type=Path, metavar="FILE", help="export one TFLite file for a device instead")
+    parser.add_argument(
         "--quantize", choices=("none", "float16", "int8"), default="none", help="quantization of the device file"
     )
-    made.add_argument(
+    parser.add_argument(
         "--users",
         type=Path,
         metavar="FILE",
         help="file with raw user ids, one per line: users whose rows the device file includes, or whom the SavedModel accepts by id",
     )
-    made.add_argument(
+    parser.add_argument(
         "--items",
         type=Path,
         metavar="FILE",
         help="file with raw item ids, one per line, that the SavedModel accepts by id; with --users",
     )
-    made.add_argument(
+    parser.add_argument(
         "--rows",
         type=int,
         default=MOST_ROWS,
         metavar="N",
         help=f"number of most recently seen rows of every other table (default {MOST_ROWS})",
     )
-    return made
+    return parser
 
 
 def chosen_version(registry: Registry, wanted: int | None) -> int:
@@ -105,23 +105,23 @@ def answers_of(settings: Settings, version: int, users: Path, items: Path | None
         ProgramError, SettingsError: The process failed; the message is its own.
     """
     with tempfile.TemporaryDirectory(prefix="springtide-answers-") as folder:
-        to = Path(folder) / "answers.npz"
-        words = ["--version", str(version), "--users", str(users), "--to", str(to)]
+        path = Path(folder) / "answers.npz"
+        words = ["--version", str(version), "--users", str(users), "--to", str(path)]
         words += [] if items is None else ["--items", str(items)]
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", "deploy.serving.answers.known_answers", *words],
             env=os.environ | settings.environment(),
             capture_output=True,
             text=True,
             check=False,
         )
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f"the answers ended with {done.returncode} in silence"]
-            raise (SettingsError if done.returncode == 2 else ProgramError)(lines[-1].removeprefix("springtide: "))
-        return to.read_bytes()
+        if process.returncode:
+            lines = process.stderr.strip().splitlines() or [f"the answers ended with {process.returncode} in silence"]
+            raise (SettingsError if process.returncode == 2 else ProgramError)(lines[-1].removeprefix("springtide: "))
+        return path.read_bytes()
 
 
-def run(settings: Settings, asked: argparse.Namespace) -> None:
+def run(settings: Settings, args: argparse.Namespace) -> None:
     """Runs the export that the arguments describe.
 
     Raises:
@@ -129,22 +129,22 @@ def run(settings: Settings, asked: argparse.Namespace) -> None:
     """
     if not (settings.registry_dir / VERSIONS).is_dir():
         raise RegistryError(f"there is no registry at {settings.registry_dir}", "correct paths.state or paths.registry")
-    if asked.tflite is None and asked.quantize != "none":
+    if args.tflite is None and args.quantize != "none":
         raise SettingsError("--quantize is for a device's file", "add --tflite FILE, or leave it out")
-    if asked.items is not None and (asked.tflite is not None or asked.users is None):
+    if args.items is not None and (args.tflite is not None or args.users is None):
         raise SettingsError("--items are for a SavedModel with --users", "add --users FILE, or leave --items out")
-    if asked.rows < 0:
-        raise SettingsError(f"--rows {asked.rows} is no number of rows", "give 0 or more")
+    if args.rows < 0:
+        raise SettingsError(f"--rows {args.rows} is no number of rows", "give 0 or more")
     registry, spec = Registry(settings.registry_dir), FeatureSpec.from_settings(settings)
-    number, folder = chosen_version(registry, asked.version), settings.exports_dir
-    if asked.tflite is None and (folder / str(number)).exists():
-        there = folder / str(number)
+    number, folder = chosen_version(registry, args.version), settings.exports_dir
+    if args.tflite is None and (folder / str(number)).exists():
+        saved = folder / str(number)
         print(
-            f"saved model  {there} exists and was left as it is; to write it again, for example with other --users, remove it first"
+            f"saved model  {saved} exists and was left as it is; to write it again, for example with other --users, remove it first"
         )
         return
-    users = None if asked.users is None else load_salt(settings.salt_path, create=False)
-    answers = None if asked.users is None or asked.tflite else answers_of(settings, number, asked.users, asked.items)
+    users = None if args.users is None else load_salt(settings.salt_path, create=False)
+    answers = None if args.users is None or args.tflite else answers_of(settings, number, args.users, args.items)
     with quiet_stderr():
         from trainer import device
         from trainer.engine.step import Trainer
@@ -153,31 +153,31 @@ def run(settings: Settings, asked: argparse.Namespace) -> None:
         from trainer.exporting.saved_model import KnownAnswers
         from trainer.versions.program import preprocessing_of
 
-        chosen = read_users(asked.users, users) if users is not None and asked.tflite else []
+        chosen = read_users(args.users, users) if users is not None and args.tflite else []
         # The trainer runs at the same time and owns the GPU.
         settings = replace(settings, trainer=replace(settings.trainer, device="cpu"))
         device.prepare(settings.trainer.device, settings.trainer.threads)
         name = registry.specs.bootstrapped(spec.digest, settings.model) or spec.digest
         trainer = Trainer(settings, spec, preprocessing_of(registry.specs.transform(name)))
 
-        of = exporting.load(registry, number, trainer, spec.digest, Log(settings.kafka))
-        if users is not None and users.fingerprint != of.version.salt:
-            raise SaltMismatch.between(f"version {number}", of.version.salt, users.fingerprint)
-        if asked.tflite is not None:
-            exporting.export_device_file(of, asked.tflite, chosen, asked.rows, asked.quantize, print)
+        compared = exporting.load(registry, number, trainer, spec.digest, Log(settings.kafka))
+        if users is not None and users.fingerprint != compared.version.salt:
+            raise SaltMismatch.between(f"version {number}", compared.version.salt, users.fingerprint)
+        if args.tflite is not None:
+            exporting.export_device_file(compared, args.tflite, chosen, args.rows, args.quantize, print)
             return
         known = None if answers is None else KnownAnswers(answers)
         with DirectoryLock(folder):
             saved_model.sweep(folder)
-            exporting.export_saved_model(of, folder, print, known)
-            for gone in saved_model.keep_newest(folder, settings.export.keep):
-                print(f"removed      version {gone}, for export.keep is {settings.export.keep}")
+            exporting.export_saved_model(compared, folder, print, known)
+            for version in saved_model.keep_newest(folder, settings.export.keep):
+                print(f"removed      version {version}, for export.keep is {settings.export.keep}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exports one version; returns the exit code."""
     keep_private()
-    asked, flags = parser().parse_known_args(sys.argv[1:] if argv is None else argv)
+    args, flags = parser().parse_known_args(sys.argv[1:] if argv is None else argv)
     with own_stderr() as errors:
         log_lines.begin("export", errors, logging.WARNING)
         quiet_tensorflow(os.environ)
@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             settings = load(flags, os.environ)
             log_lines.follow(settings.logs)
-            run(settings, asked)
+            run(settings, args)
         except (SpringtideError, OSError) as problem:
             error = of_disk(problem)
             print(f"springtide: {error}", file=errors)

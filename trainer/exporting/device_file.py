@@ -60,8 +60,8 @@ class ChosenRows(NamedTuple):
         if not len(self.ids):
             return np.zeros(ids.shape, np.int32)
         order = np.argsort(self.ids, kind="stable")
-        found = np.searchsorted(self.ids[order], ids).clip(max=len(order) - 1)
-        return np.where(self.ids[order][found] == ids, order[found] + 1, 0).astype(np.int32)
+        positions = np.searchsorted(self.ids[order], ids).clip(max=len(order) - 1)
+        return np.where(self.ids[order][positions] == ids, order[positions] + 1, 0).astype(np.int32)
 
 
 def placed(ranker: Ranker) -> list[Input]:
@@ -77,30 +77,30 @@ def _device_signature(ranker: Ranker, rows: Mapping[str, ChosenRows], kept: Mapp
     """`Ranker.predict` with row indices instead of rows. Inputs that do not depend on the batch row (`kept`) are constants."""
     specs = {name: spec for name, spec in ranker.specs().items() if name not in kept}
     tables = {input_.name: input_.table for input_ in placed(ranker)}
-    held = {
+    tables_of_rows = {
         name: np.concatenate([np.zeros_like(chosen.rows[:1], shape=(1, chosen.rows.shape[1])), chosen.rows])
         for name, chosen in rows.items()
     }
-    given = {
+    signature = {
         name + AT if name in tables else name: tf.TensorSpec(spec.shape[:-1], tf.int32, name + AT)
         if name in tables
         else spec
         for name, spec in specs.items()
     }
 
-    def predict(**asked: Any) -> Any:
-        constants = {table: tf.constant(held[table]) for table in set(tables.values())}
+    def predict(**values: Any) -> Any:
+        constants = {table: tf.constant(tables_of_rows[table]) for table in set(tables.values())}
         inputs = {
-            name: tf.gather(constants[tables[name]], asked[name + AT]) if name in tables else asked[name]
+            name: tf.gather(constants[tables[name]], values[name + AT]) if name in tables else values[name]
             for name in specs
         }
         return ranker.predict(inputs | {name: tf.constant(value) for name, value in kept.items()})
 
-    return tf.function(predict, autograph=False).get_concrete_function(**given)
+    return tf.function(predict, autograph=False).get_concrete_function(**signature)
 
 
 def lower(
-    ranker: Ranker, rows: Mapping[str, ChosenRows], kept: Mapping[str, F32], quantize: Quantize, what: str
+    ranker: Ranker, rows: Mapping[str, ChosenRows], kept: Mapping[str, F32], quantize: Quantize, subject: str
 ) -> bytes:
     """The LiteRT program with both signatures; weights and rows are constants.
 
@@ -113,17 +113,17 @@ def lower(
     signatures = {RAW: raw_signature(ranker, {}), DEVICE: _device_signature(ranker, rows, kept)}
     with tempfile.TemporaryDirectory(prefix="springtide-device-") as folder:
         tf.saved_model.save(module, folder, signatures=signatures)
-        return lower_saved_model(Path(folder), sorted(signatures), what, frozen=True, quantize=quantize)
+        return lower_saved_model(Path(folder), sorted(signatures), subject, frozen=True, quantize=quantize)
 
 
-def with_lists(program: bytes, rows: Mapping[str, ChosenRows], about: Mapping[str, Any]) -> bytes:
+def with_lists(program: bytes, rows: Mapping[str, ChosenRows], manifest: Mapping[str, Any]) -> bytes:
     """The program followed by the archive of its lists."""
     file = io.BytesIO(program)
     with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as archive:
         for table, chosen in rows.items():
             lines = [OTHERS, *(f"{identity:016x}" for identity in chosen.ids.tolist())]
             archive.writestr(f"rows/{table}.txt", "\n".join(lines) + "\n")
-        archive.writestr("version.json", json.dumps(about, indent=1))
+        archive.writestr("version.json", json.dumps(manifest, indent=1))
     return file.getvalue()
 
 
@@ -152,16 +152,16 @@ def choose(trainer: Trainer, users: Sequence[int], most: int) -> dict[str, Chose
     }
 
 
-def _of(trainer: Trainer, name: str, users: Sequence[int], most: int) -> ChosenRows:
+def _of(trainer: Trainer, name: str, users: Sequence[int], most_rows: int) -> ChosenRows:
     table = trainer.tables[name]
     assert isinstance(table, Table)
     if name == "user":
         ids: U64 = np.array(users, np.uint64)
         return ChosenRows(ids, table.gather(table.find(ids)))
-    held = table.state()
+    changes = table.state()
     # Newest first, ties by id, so that the same version gives the same file.
-    newest = np.lexsort((held.ids, -held.last_seen_ms))[:most]
-    return ChosenRows(held.ids[newest], held.rows[newest])
+    newest = np.lexsort((changes.ids, -changes.last_seen_ms))[:most_rows]
+    return ChosenRows(changes.ids[newest], changes.rows[newest])
 
 
 def device_inputs(
@@ -172,8 +172,8 @@ def device_inputs(
     kept: Sequence[str],
 ) -> dict[str, npt.NDArray[Any]]:
     """The inputs of the signature `device` for rows whose ids and raw inputs are known."""
-    found: dict[str, npt.NDArray[Any]] = {name: value for name, value in inputs.items() if name not in kept}
+    prepared: dict[str, npt.NDArray[Any]] = {name: value for name, value in inputs.items() if name not in kept}
     for input_ in placed(ranker):
-        del found[input_.name]
-        found[input_.name + AT] = rows[input_.table].places(ids[input_.ids])
-    return found
+        del prepared[input_.name]
+        prepared[input_.name + AT] = rows[input_.table].places(ids[input_.ids])
+    return prepared

@@ -82,7 +82,7 @@ class _Replayed:
             name: pieces[0][0][name] if name == "popular" else np.concatenate([ids[name] for ids, _ in pieces])[:ROWS]
             for name in pieces[0][0]
         }
-        values = {name: np.concatenate([held[name] for _, held in pieces])[:ROWS] for name in pieces[0][1]}
+        values = {name: np.concatenate([part[name] for _, part in pieces])[:ROWS] for name in pieces[0][1]}
         self.inputs: dict[str, F32] = {
             input_.name: self._rows(input_) if input_.table else np.asarray(values[input_.name], np.float32)
             for input_ in trainer.model.inputs
@@ -99,12 +99,12 @@ class _Replayed:
 
     def _rows(self, input_: Input) -> F32:
         """The rows of an input, as serving finds them."""
-        found = self._looked_up(input_.table, self.ids[input_.ids])
+        rows = self._looked_up(input_.table, self.ids[input_.ids])
         if input_.mean:
-            found = found.sum(-2) / np.float32(max(found.shape[-2], 1))
+            rows = rows.sum(-2) / np.float32(max(rows.shape[-2], 1))
         if input_.attributes and (attributes := self.ids[input_.attributes]).shape[1]:
-            found = found + self._looked_up("context", attributes).sum(1) / np.float32(attributes.shape[1])
-        return np.asarray(found, np.float32)
+            rows = rows + self._looked_up("context", attributes).sum(1) / np.float32(attributes.shape[1])
+        return np.asarray(rows, np.float32)
 
     def _looked_up(self, name: str, ids: U64) -> F32:
         table = self._trainer.tables[name]
@@ -155,16 +155,16 @@ class Agreement(NamedTuple):
     first: float
 
 
-def agreement(ours: Outputs, theirs: Outputs) -> Agreement:
+def agreement(tested: Outputs, reference: Outputs) -> Agreement:
     """Compares the outputs of the program under test with those of the reference program on the same rows."""
-    interests = [_softmax(np.concatenate([outputs[name] for name in LOGITS], 1)) for outputs in (ours, theirs)]
-    engagement = [1 / (1 + np.exp(-outputs["engagement_logit"].astype(np.float64))) for outputs in (ours, theirs)]
-    apart = [np.abs(both[0] - both[1]).max() for both in (interests, engagement)]
+    interests = [_softmax(np.concatenate([outputs[name] for name in LOGITS], 1)) for outputs in (tested, reference)]
+    engagement = [1 / (1 + np.exp(-outputs["engagement_logit"].astype(np.float64))) for outputs in (tested, reference)]
+    distances = [np.abs(pair[0] - pair[1]).max() for pair in (interests, engagement)]
     first = interests[0].argmax(1) == interests[1].argmax(1)
     return Agreement(
         len(first),
-        max(difference(ours[name], value) for name, value in theirs.items()),
-        float(max(apart)),
+        max(difference(tested[name], value) for name, value in reference.items()),
+        float(max(distances)),
         float(first.mean()),
     )
 
@@ -213,68 +213,70 @@ def load(registry: Registry, number: int, trainer: Trainer, spec: str, log: Log)
     # 2.
     batches = latest(log, version)
     if batches:
-        found = _Replayed(trainer, batches)
-        rows = len(found.ids["user"])
-        return Compared(trainer, version, program, found.inputs, found.ids, f"{rows} rows of the training log")
+        replayed = _Replayed(trainer, batches)
+        rows = len(replayed.ids["user"])
+        return Compared(trainer, version, program, replayed.inputs, replayed.ids, f"{rows} rows of the training log")
     inputs = sample(trainer.model, ROWS)
     return Compared(trainer, version, program, inputs, None, f"{ROWS} made-up rows, for the training log has none")
 
 
-def export_saved_model(of: Compared, folder: Path, say: Say, known: KnownAnswers | None = None) -> Path:
+def export_saved_model(compared: Compared, folder: Path, say: Say, known: KnownAnswers | None = None) -> Path:
     """Writes a SavedModel into the directory of all versions; returns its path.
 
     Raises:
         ProgramError: Its outputs differ from serving's; it is not stored.
     """
-    writing = saved_model.write(folder, of.version.version, of.trainer.model, of.kept, known)
+    writing = saved_model.write(folder, compared.version.version, compared.trainer.model, compared.kept, known)
     exported = saved_model.Exported(writing)
-    found = agreement(exported.predict(of.inputs), of.program.predict(of.inputs))
-    if found.outputs > TOLERANCE:
+    agreed = agreement(exported.predict(compared.inputs), compared.program.predict(compared.inputs))
+    if agreed.outputs > TOLERANCE:
         shutil.rmtree(writing)
         raise ProgramError(
-            f"the SavedModel of version {of.version.version} differs from serving's answers by {found.outputs:.2g} "
+            f"the SavedModel of version {compared.version.version} differs from serving's answers by {agreed.outputs:.2g} "
             f"(allowed {TOLERANCE:g})",
             "an operation of the model's is computed otherwise by LiteRT: `springtide check-model`",
         )
-    took_us = _median_us(exported.predict, of.inputs, of.kept)
-    path = saved_model.publish(writing, of.version.version)
+    took_us = _median_us(exported.predict, compared.inputs, compared.kept)
+    path = saved_model.publish(writing, compared.version.version)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     say(f"saved model  {path}, {size / 1e6:.2f} MB")
     if known is not None:
         say(f"by id        {known.users:,} users and {known.items:,} items, as of {known.at_ms} ms")
-    say(_comparison(found, of, took_us))
+    say(_comparison(agreed, compared, took_us))
     return path
 
 
-def export_device_file(of: Compared, path: Path, users: Sequence[int], most: int, quantize: Quantize, say: Say) -> None:
-    """Writes a file for a device, with the rows of `users` and at most `most` rows of any other table, by one rename.
+def export_device_file(
+    compared: Compared, path: Path, users: Sequence[int], most_rows: int, quantize: Quantize, say: Say
+) -> None:
+    """Writes a file for a device, with the rows of `users` and at most `most_rows` of any other table, by one rename.
 
     Raises:
         ProgramError: The model does not lower.
     """
-    ranker, version = of.trainer.model, of.version
-    rows = choose(of.trainer, users, most)
-    lowered = device_file.lower(ranker, rows, of.kept, quantize, f"version {version.version}")
-    about = {
+    ranker, version = compared.trainer.model, compared.version
+    rows = choose(compared.trainer, users, most_rows)
+    lowered = device_file.lower(ranker, rows, compared.kept, quantize, f"version {version.version}")
+    manifest = {
         "version": version.version,
         "spec": version.spec,
         "quantize": quantize,
-        "context": list(of.trainer.settings.events.context),
+        "context": list(compared.trainer.settings.events.context),
     }
-    content = device_file.with_lists(lowered, rows, about)
+    content = device_file.with_lists(lowered, rows, manifest)
     path.parent.mkdir(parents=True, exist_ok=True)
     durable.replace(path, content)
     counts = ", ".join(f"{len(chosen.ids):,} of {name}" for name, chosen in rows.items())
     say(f"device file  {path}, {len(content) / 1e6:.2f} MB, {quantize}; rows: {counts}")
-    if of.ids is None:
+    if compared.ids is None:
         say("agreement    not taken: the training log has no rows to replay")
         return
     program = Program(content, device_file.DEVICE)
-    asked = device_file.device_inputs(ranker, rows, of.ids, of.inputs, list(of.kept))
-    found = agreement(program.predict(asked), of.program.predict(of.inputs))
-    say(_comparison(found, of, _median_us(program.predict, asked)))
+    device_inputs = device_file.device_inputs(ranker, rows, compared.ids, compared.inputs, list(compared.kept))
+    agreed = agreement(program.predict(device_inputs), compared.program.predict(compared.inputs))
+    say(_comparison(agreed, compared, _median_us(program.predict, device_inputs)))
     aboard = {
-        input_.table: rows[input_.table].places(of.ids[input_.ids]) > 0
+        input_.table: rows[input_.table].places(compared.ids[input_.ids]) > 0
         for input_ in device_file.placed(ranker)
         if input_.ids == input_.table
     }
@@ -289,16 +291,16 @@ def _median_us(
     took = []
     for count in range(TIMED):
         row = count % rows
-        asked = {name: value if name in kept else value[row : row + 1] for name, value in inputs.items()}
+        row_inputs = {name: value if name in kept else value[row : row + 1] for name, value in inputs.items()}
         began_s = time.perf_counter()
-        predict(asked)
+        predict(row_inputs)
         took.append(time.perf_counter() - began_s)
     return float(np.median(took)) * 1e6
 
 
-def _comparison(found: Agreement, of: Compared, took_us: float) -> str:
-    ours_us = _median_us(of.program.predict, of.inputs, of.kept)
+def _comparison(agreed: Agreement, compared: Compared, took_us: float) -> str:
+    ours_us = _median_us(compared.program.predict, compared.inputs, compared.kept)
     return (
-        f"agreement    {of.of}: probabilities within {found.probability:.1g}, the same category first in {found.first:.1%}\n"
+        f"agreement    {compared.of}: probabilities within {agreed.probability:.1g}, the same category first in {agreed.first:.1%}\n"
         f"latency      {took_us:.0f} us a row alone, {ours_us:.0f} us by serving's program (median)"
     )

@@ -40,8 +40,8 @@ def raw_signature(ranker: Ranker, kept: Mapping[str, F32]) -> Any:
     # Inputs with a default come last, as in every Python signature.
     names = [*(name for name in specs if name not in kept), *kept]
 
-    def predict(*given: Any) -> Any:
-        return ranker.predict(dict(zip(names, given, strict=True)))
+    def predict(*values: Any) -> Any:
+        return ranker.predict(dict(zip(names, values, strict=True)))
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [
@@ -54,7 +54,7 @@ def raw_signature(ranker: Ranker, kept: Mapping[str, F32]) -> Any:
 
 def _warm_up_requests(ranker: Ranker, version: int) -> list[bytes]:
     """Requests, on made-up rows, that TensorFlow Serving runs before it reports a version as available."""
-    found = []
+    requests = []
     for rows in WARM_UP_ROWS:
         request = predict_pb2.PredictRequest()
         request.model_spec.name, request.model_spec.signature_name = MODEL, RAW
@@ -63,8 +63,8 @@ def _warm_up_requests(ranker: Ranker, version: int) -> list[bytes]:
             by_row = ranker.specs()[name].shape[0] is None
             request.inputs[name].CopyFrom(tf.make_tensor_proto(value[:rows] if by_row else value))
         log = prediction_log_pb2.PredictionLog(predict_log=prediction_log_pb2.PredictLog(request=request))
-        found.append(log.SerializeToString())
-    return found
+        requests.append(log.SerializeToString())
+    return requests
 
 
 def write(
@@ -135,14 +135,14 @@ class KnownAnswers(tf.Module):
 
     def __init__(self, content: bytes) -> None:
         super().__init__(name="known_answers")
-        with np.load(io.BytesIO(content), allow_pickle=False) as held:
-            users, items = held["user_ids"], held["item_ids"]
-            self.users, self.items, self.at_ms = len(users), len(items), int(held["at_ms"])
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            users, items = arrays["user_ids"], arrays["item_ids"]
+            self.users, self.items, self.at_ms = len(users), len(items), int(arrays["at_ms"])
             nothing = np.full((self.users + 1, 1), np.nan, np.float32)
-            self._engagements = tf.constant(np.concatenate([nothing, held["engagements"]], 1))
+            self._engagements = tf.constant(np.concatenate([nothing, arrays["engagements"]], 1))
             self._outputs = {
-                name.removeprefix("outputs."): tf.constant(_plain(held[name]))
-                for name in held.files
+                name.removeprefix("outputs."): tf.constant(_plain(arrays[name]))
+                for name in arrays.files
                 if name.startswith("outputs.")
             }
         self._user_places, self._item_places = _places(users, 1, 0), _places(np.append(items, b""), 1, -1, last=0)
@@ -154,8 +154,8 @@ class KnownAnswers(tf.Module):
         parameters = [inspect.Parameter("user_id", kind)]
         parameters += [inspect.Parameter(name, kind, default=value) for name, value in optional.items()]
 
-        def answer(*given: Tensor) -> dict[str, Tensor]:
-            return self._answer(*given)
+        def answer(*inputs: Tensor) -> dict[str, Tensor]:
+            return self._answer(*inputs)
 
         answer.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         specs = [tf.TensorSpec([None], tf.string, "user_id")]
@@ -166,16 +166,16 @@ class KnownAnswers(tf.Module):
         rows = tf.shape(user)
         # An omitted input has one value for all rows.
         item, at = tf.broadcast_to(item, rows), tf.broadcast_to(at, rows)
-        place, column = self._user_places.lookup(user), self._item_places.lookup(item)
+        row, column = self._user_places.lookup(user), self._item_places.lookup(item)
         checks = [
             tf.debugging.Assert(tf.reduce_all((at == NOW) | (at == self.at_ms)), [f"this model answers for {self.at_ms} ms only, at =", at]),
             tf.debugging.Assert(tf.reduce_all(column >= 0), ["this model knows the items that it was exported with only, item =", item]),
             tf.debugging.Assert(tf.reduce_all(category == b""), ["this model takes each item's own category, category =", category]),
         ]  # fmt: skip
         with tf.control_dependencies(checks):
-            found = {name: tf.gather(value, place) for name, value in self._outputs.items()}
-            engaged = tf.gather_nd(self._engagements, tf.stack([place, column], 1))
-            return found | {"engagement": engaged, "at": tf.fill(rows, tf.constant(self.at_ms, tf.int64))}
+            outputs = {name: tf.gather(value, row) for name, value in self._outputs.items()}
+            engaged = tf.gather_nd(self._engagements, tf.stack([row, column], 1))
+            return outputs | {"engagement": engaged, "at": tf.fill(rows, tf.constant(self.at_ms, tf.int64))}
 
 
 def _plain(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -192,8 +192,8 @@ def _places(keys: npt.NDArray[np.bytes_], first: int, other: int, last: int | No
     if last is not None:
         places[-1] = last
     # TensorFlow cannot create a table without keys.
-    given = (keys, places) if len(keys) else (np.array([b"\0"]), np.array([other], np.int64))
-    initializer = tf.lookup.KeyValueTensorInitializer(tf.constant(_plain(given[0])), tf.constant(given[1]))
+    entries = (keys, places) if len(keys) else (np.array([b"\0"]), np.array([other], np.int64))
+    initializer = tf.lookup.KeyValueTensorInitializer(tf.constant(_plain(entries[0])), tf.constant(entries[1]))
     return tf.lookup.StaticHashTable(initializer, other)
 
 
@@ -207,5 +207,5 @@ class Exported:
 
     def predict(self, inputs: Mapping[str, Any]) -> dict[str, F32]:
         """The outputs of the signature `raw`."""
-        given = {name: tf.constant(value) for name, value in inputs.items()}
-        return {name: np.asarray(value.numpy()) for name, value in self._raw(**given).items()}
+        tensors = {name: tf.constant(value) for name, value in inputs.items()}
+        return {name: np.asarray(value.numpy()) for name, value in self._raw(**tensors).items()}

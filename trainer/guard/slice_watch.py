@@ -108,14 +108,14 @@ class SliceWatch:
         """
         if opened is not None and opened.shape != self._added.shape:
             self._begin(opened.shape[:3])
-        added, whole = self._added, self._whole
+        added, totals = self._added, self._whole
         if opened is not None:
             # Each row belongs to one slice of each dimension.
-            added, whole = added + opened, whole + opened[:, :1, :, :2].sum(2, keepdims=True)
-        signals, errors = _spoken(added.reshape(-1, 3), whole.reshape(-1, 2))
+            added, totals = added + opened, totals + opened[:, :1, :, :2].sum(2, keepdims=True)
+        signals, errors = _spoken(added.reshape(-1, 3), totals.reshape(-1, 2))
         off = (signals - self._middle) / (self._wider * np.maximum(self._spread, errors))
         after = np.maximum(self._sums + np.minimum(off, MOST) - SLACK, 0.0)
-        return SliceWords(added, whole, signals, np.where(np.isnan(off), self._sums, after))
+        return SliceWords(added, totals, signals, np.where(np.isnan(off), self._sums, after))
 
     def end(self, words: SliceWords, start: WindowStart, judged: bool) -> None:
         """Ends the window.
@@ -126,19 +126,19 @@ class SliceWatch:
             judged: Whether slices with enough signals are judged from now on.
         """
         spoke = ~np.isnan(words.signals)
-        gone = ~spoke & (self._silent + 1 >= PATIENCE)
-        sums = np.where(gone, np.maximum(words.sums - SLACK, 0.0), words.sums)
+        faded = ~spoke & (self._silent + 1 >= PATIENCE)
+        sums = np.where(faded, np.maximum(words.sums - SLACK, 0.0), words.sums)
         for at in np.flatnonzero((sums > 0) & (self._sums <= 0)).tolist():
             self._since[at] = self._window_before(at) or start
-        self._since = {at: one for at, one in self._since.items() if sums[at] > 0}
+        self._since = {at: began for at, began in self._since.items() if sums[at] > 0}
         heard = np.flatnonzero(spoke)
         self._past[self._counts[heard] % REMEMBERED, heard] = words.signals[heard]
         self._counts[heard] += 1
-        done = spoke | gone
-        self._silent = np.where(done, 0, self._silent + 1)
+        ended = spoke | faded
+        self._silent = np.where(ended, 0, self._silent + 1)
         self._added, self._whole, self._sums = words.added.copy(), words.whole.copy(), sums
-        self._added.reshape(-1, 3)[done] = 0.0
-        self._whole.reshape(-1, 2)[done] = 0.0
+        self._added.reshape(-1, 3)[ended] = 0.0
+        self._whole.reshape(-1, 2)[ended] = 0.0
         self._starts = [*self._starts, start][-PATIENCE:]
         self._compare(judged)
 
@@ -160,9 +160,9 @@ class SliceWatch:
         signal = math.nan if words is None else float(words.signals[at])
         if math.isnan(signal):
             signal = float(self._past[(self._counts[at] - 1) % REMEMBERED, at])
-        measure, dimension, place = (int(one) for one in np.unravel_index(at, self._added.shape[:3]))
+        measure, dimension, value = (int(index) for index in np.unravel_index(at, self._added.shape[:3]))
         since = self._since.get(at) or self._window_before(at)
-        return OffSlice((measure, dimension, place), signal, float(self._middle[at]), float(sums[at]), since)
+        return OffSlice((measure, dimension, value), signal, float(self._middle[at]), float(sums[at]), since)
 
     def _window_before(self, at: int) -> WindowStart | None:
         """The last window before those that a slice's next signal covers, or else the first known window."""
@@ -185,30 +185,30 @@ class SliceWatch:
 
     def state(self) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
         """The whole state: as JSON, and arrays by name."""
-        about = {
-            "since": {str(at): one for at, one in sorted(self._since.items())},
+        document = {
+            "since": {str(at): began for at, began in sorted(self._since.items())},
             "starts": self._starts,
         }
-        return about, {name: getattr(self, f"_{name}").copy() for name in ARRAYS}
+        return document, {name: getattr(self, f"_{name}").copy() for name in ARRAYS}
 
-    def load(self, about: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]], judged: bool) -> None:
+    def load(self, document: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]], judged: bool) -> None:
         """Restores what `state` returned; if arrays are missing, slices start from scratch."""
         self.clear()
         if any(name not in arrays for name in ARRAYS):
             return
         for name in ARRAYS:
             setattr(self, f"_{name}", np.array(arrays[name]))
-        self._since = convert(about["since"], dict[int, WindowStart], strict=False)
-        self._starts = convert(about["starts"], list[WindowStart])
+        self._since = convert(document["since"], dict[int, WindowStart], strict=False)
+        self._starts = convert(document["starts"], list[WindowStart])
         self._compare(judged)
 
 
-def _spoken(added: F64, whole: F64) -> tuple[F64, F64]:
+def _spoken(added: F64, totals: F64) -> tuple[F64, F64]:
     """Signal and standard error of each of k slices, both `[k]` float64; NaN for those with too few rows.
 
     Args:
         added: `[k, 3]` float64, rows, log loss and squared log loss.
-        whole: `[k, 2]` float64, rows and log loss of all.
+        totals: `[k, 2]` float64, rows and log loss of all.
 
     >>> signals, errors = _spoken(np.array([[200.0, 600.0, 2000.0], [9.0, 9.0, 9.0]]), np.array([[900.0, 900.0]] * 2))
     >>> np.exp(signals).round(6).tolist(), errors.round(6).tolist()
@@ -218,7 +218,7 @@ def _spoken(added: F64, whole: F64) -> tuple[F64, F64]:
     at = (added[:, 0] >= FEWEST_OF_A_KIND) & (added[:, 1] > 0)
     rows, loss, squares = added[at].T
     mean = loss / rows
-    signals[at] = np.log(mean) - np.log(whole[at, 1] / whole[at, 0])
+    signals[at] = np.log(mean) - np.log(totals[at, 1] / totals[at, 0])
     errors[at] = np.sqrt(np.maximum(squares / rows - mean * mean, 0.0) / rows) / mean
     return signals, errors
 
@@ -234,18 +234,18 @@ def medians(values: npt.NDArray[np.floating[Any]]) -> F64:
     return np.asarray((ordered[(counts - 1) // 2, columns] + ordered[counts // 2, columns]) / 2)
 
 
-def named(shown: Mapping[str, Sequence[str]], dimension: int, place: int) -> str:
+def named(shown: Mapping[str, Sequence[str]], dimension: int, value_index: int) -> str:
     r"""The name of a slice, on one line.
 
     Args:
         shown: The names of each dimension's slices.
         dimension: Index of the dimension.
-        place: Index in the dimension.
+        value_index: Index in the dimension.
 
     >>> shown = {"action": ("view", "buy"), "city": ("Oslo", "Bergen\n")}
     >>> named(shown, 0, 1), named(shown, 1, 1)
     ('action=buy', "city='Bergen\\n'")
     """
     name = list(shown)[dimension]
-    value = shown[name][place]
+    value = shown[name][value_index]
     return f"{name}={value if value.isprintable() else ascii(value)}"

@@ -85,9 +85,9 @@ def _counted(ids: npt.NDArray[np.uint64]) -> I32:
     >>> _counted(np.array([5, 5, BUCKETS + 5, 0], np.uint64))[:6].tolist()
     [0, 0, 0, 0, 0, 3]
     """
-    found = np.bincount((ids & np.uint64(BUCKETS - 1)).astype(np.int64), minlength=BUCKETS)
-    found[0] -= int((ids == 0).sum())
-    return found.astype(np.int32)
+    counts = np.bincount((ids & np.uint64(BUCKETS - 1)).astype(np.int64), minlength=BUCKETS)
+    counts[0] -= int((ids == 0).sum())
+    return counts.astype(np.int32)
 
 
 def _no_crowds() -> I32:
@@ -146,8 +146,8 @@ class OpenWindow:
 
     def shares(self) -> F64:
         """`[3, BUCKETS]` float64, each bucket's share of the rows that have an id of this kind."""
-        found: F64 = self.crowds / np.maximum(self.crowds.sum(1, keepdims=True), 1)
-        return found
+        shares: F64 = self.crowds / np.maximum(self.crowds.sum(1, keepdims=True), 1)
+        return shares
 
     def signals(self, usual_shares: F32) -> F64:
         """The signal of each rule, in the order of RULES; NaN if there is too little data.
@@ -155,20 +155,20 @@ class OpenWindow:
         Args:
             usual_shares: `[3, BUCKETS]` float32, each bucket's share in earlier windows.
         """
-        of = dict(zip(SUMS, self.sums.tolist(), strict=True))
-        found = {
-            "log_loss": _log_mean(of["known_loss"], of["known_rows"]),
-            "new_users": _log_mean(of["new_loss"], of["new_rows"]),
-            "engagement": _log_mean(of["engagement_loss"], of["pairs"]),
-            "calibration": _log_mean(of["predicted"], of["positives"]),
-            "gradient": 0.5 * _log_mean(of["squared_norm"], of["rows"] - of["skipped"]),
-            "skipped": of["skipped"] / of["rows"] if of["rows"] else math.nan,
-            "dead_letters": of["dead"] / of["positions"] if of["positions"] else math.nan,
+        sums = dict(zip(SUMS, self.sums.tolist(), strict=True))
+        signals = {
+            "log_loss": _log_mean(sums["known_loss"], sums["known_rows"]),
+            "new_users": _log_mean(sums["new_loss"], sums["new_rows"]),
+            "engagement": _log_mean(sums["engagement_loss"], sums["pairs"]),
+            "calibration": _log_mean(sums["predicted"], sums["positives"]),
+            "gradient": 0.5 * _log_mean(sums["squared_norm"], sums["rows"] - sums["skipped"]),
+            "skipped": sums["skipped"] / sums["rows"] if sums["rows"] else math.nan,
+            "dead_letters": sums["dead"] / sums["positions"] if sums["positions"] else math.nan,
         }
         shares = self.shares()
         for kind, name in enumerate(CROWDS):
-            found[name] = _lift(shares[kind], usual_shares[kind], SHARES[name])
-        return np.array([found[name] for name in NAMES])
+            signals[name] = _lift(shares[kind], usual_shares[kind], SHARES[name])
+        return np.array([signals[name] for name in NAMES])
 
 
 def _log_mean(total: float, count: float) -> float:

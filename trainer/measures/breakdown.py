@@ -130,17 +130,17 @@ class Breakdown:
     def measures(self, shown: Mapping[str, Sequence[str]]) -> list[SliceMeasures]:
         """The metrics of each slice that has had a row; `shown` has the names of each dimension's slices."""
         return [
-            SliceMeasures(name, shown[name][place], *self._of(number, place))
+            SliceMeasures(name, shown[name][value], *self._of(number, value))
             for number, name in enumerate(self.dimensions)
-            for place in np.flatnonzero(self._total[number]).tolist()
+            for value in np.flatnonzero(self._total[number]).tolist()
         ]
 
-    def _of(self, number: int, place: int) -> tuple[dict[str, float], dict[str, Interval]]:
-        rows, targets, log_loss, squares, top1 = self._sums.rows[number, place].tolist()
-        deciles, bins = self._sums.pairs[number, place], self._sums.bins[number, place]
-        worth_rows, worth_pairs = self._sums.squares[number, place].tolist()
+    def _of(self, number: int, value: int) -> tuple[dict[str, float], dict[str, Interval]]:
+        rows, targets, log_loss, squares, top1 = self._sums.rows[number, value].tolist()
+        deciles, bins = self._sums.pairs[number, value], self._sums.bins[number, value]
+        worth_rows, worth_pairs = self._sums.squares[number, value].tolist()
         pairs, clicked, predicted, losses = deciles.sum(0).tolist()
-        figures, sure = {"total.rows": float(self._total[number, place]), "rows": rows}, {}
+        figures, sure = {"total.rows": float(self._total[number, value]), "rows": rows}, {}
         if targets >= SOME:
             equal = targets * targets / worth_rows
             figures |= {"log_loss": log_loss / targets, "top1": top1 / targets}
@@ -161,9 +161,9 @@ class Breakdown:
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """All sums, to be stored in a version."""
-        about = json.dumps(self.dimensions).encode()
-        held = {f"slices.{name}": sums.copy() for name, sums in self._sums._asdict().items()}
-        return held | {"slices.about": np.frombuffer(about, np.uint8), "slices.total": self._total.copy()}
+        dimensions = json.dumps(self.dimensions).encode()
+        sums_by_name = {f"slices.{name}": sums.copy() for name, sums in self._sums._asdict().items()}
+        return sums_by_name | {"slices.about": np.frombuffer(dimensions, np.uint8), "slices.total": self._total.copy()}
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Restores what `state` returned; sums of other slices are discarded."""
@@ -235,18 +235,18 @@ def shown_of(actions: Sequence[str], slices: Slices) -> dict[str, Sequence[str]]
 
 def values(measures: Sequence[SliceMeasures]) -> Iterator[tuple[str, float]]:
     """Each figure as `slice.<dimension>.<value>.<metric>`, its interval as `.low` and `.high`, and the gaps."""
-    for one in measures:
-        where = f"slice.{one.dimension}.{one.value}"
-        yield from ((f"{where}.{name}", figure) for name, figure in one.figures.items())
-        for name, (low, high) in one.intervals.items():
+    for slice_ in measures:
+        where = f"slice.{slice_.dimension}.{slice_.value}"
+        yield from ((f"{where}.{name}", figure) for name, figure in slice_.figures.items())
+        for name, (low, high) in slice_.intervals.items():
             yield f"{where}.{name}.low", low
             yield f"{where}.{name}.high", high
-    for dimension in dict.fromkeys(one.dimension for one in measures):
+    for dimension in dict.fromkeys(slice_.dimension for slice_ in measures):
         for name in GAPS:
-            found = gap(measures, dimension, name)
-            if found is not None:
-                yield f"gap.{dimension}.{name}", found.size
-                yield f"gap.{dimension}.{name}.sure", found.sure
+            slice_gap = gap(measures, dimension, name)
+            if slice_gap is not None:
+                yield f"gap.{dimension}.{name}", slice_gap.size
+                yield f"gap.{dimension}.{name}.sure", slice_gap.sure
 
 
 class SliceGap(NamedTuple):
@@ -280,14 +280,16 @@ def gap(measures: Sequence[SliceMeasures], dimension: str, name: str) -> SliceGa
     >>> found.size, round(found.sure, 3), found.best, found.worst
     (1.0, 0.771, 'young', 'old')
     """
-    there = [
-        one for one in measures if one.dimension == dimension and name in one.intervals and one.figures["rows"] >= LEAST
+    large = [
+        slice_
+        for slice_ in measures
+        if slice_.dimension == dimension and name in slice_.intervals and slice_.figures["rows"] >= LEAST
     ]
-    if len(there) < 2:
+    if len(large) < 2:
         return None
-    ordered = sorted(there, key=lambda one: one.figures[name] * GAPS[name])
+    ordered = sorted(large, key=lambda slice_: slice_.figures[name] * GAPS[name])
     worst, best = ordered[0], ordered[-1]
-    wider = intervals.widened(len(there))
+    wider = intervals.widened(len(large))
     size = abs(worst.figures[name] - best.figures[name])
-    inner = sum((one.intervals[name][1] - one.intervals[name][0]) / 2 * wider for one in (worst, best))
+    inner = sum((slice_.intervals[name][1] - slice_.intervals[name][0]) / 2 * wider for slice_ in (worst, best))
     return SliceGap(size, max(size - inner, 0.0), best.value, worst.value)

@@ -75,25 +75,25 @@ class Evaluation:
         candidate, so it is not comparable between models. The comparable `log_loss` is that of `progressive.py`. A
         metric without rows is absent.
         """
-        found: dict[str, float] = {}
+        values: dict[str, float] = {}
         for when, prefix in ((1, ""), (0, "total.")):
             for position, name in enumerate(SLICES):
                 rows, log_loss, top1, top5 = self._sums[when, position].tolist()
                 where = prefix if name == "all" else f"{prefix}{name}."
                 if rows >= SOME:
-                    found |= {
+                    values |= {
                         f"{where}training_loss": log_loss / rows,
                         f"{where}top1": top1 / rows,
                         f"{where}top5": top5 / rows,
                     }
-                found[f"{where}rows"] = rows
+                values[f"{where}rows"] = rows
             scored, loss = self._engagement[when].tolist()
             if scored >= SOME:
-                found[f"{prefix}engagement_log_loss"] = loss / scored
+                values[f"{prefix}engagement_log_loss"] = loss / scored
             area = area_under_curve(self._bins[when, 0], self._bins[when, 1])
             if area is not None:
-                found[f"{prefix}auc"] = area
-        return found
+                values[f"{prefix}auc"] = area
+        return values
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """All sums, to be stored in a version."""
@@ -123,9 +123,9 @@ def fade(sums: F64, rows: int, power: int = 1) -> None:
 
 
 @compiled("f8[::1], f8")
-def _fade(sums: F64, left: float) -> None:
+def _fade(sums: F64, share: float) -> None:
     for i in range(sums.shape[0]):
-        faded = sums[i] * left
+        faded = sums[i] * share
         sums[i] = faded if faded >= _GONE else 0.0
 
 

@@ -70,15 +70,15 @@ def of_area(negatives: F64, positives: F64, worth: float) -> Interval | None:
     Returns:
         None if an outcome has fewer than two rows.
     """
-    count, others = float(positives.sum()), float(negatives.sum())
-    if min(count, others) * worth <= 1.0:
+    positive_count, negative_count = float(positives.sum()), float(negatives.sum())
+    if min(positive_count, negative_count) * worth <= 1.0:
         return None
-    below = (np.cumsum(negatives) - negatives + negatives / 2) / others
-    above = (count - np.cumsum(positives) + positives / 2) / count
-    area = float((below * positives).sum() / count)
+    below = (np.cumsum(negatives) - negatives + negatives / 2) / negative_count
+    above = (positive_count - np.cumsum(positives) + positives / 2) / positive_count
+    area = float((below * positives).sum() / positive_count)
     variance = sum(
-        float((weights * (place - area) ** 2).sum() / total) / (total * worth - 1.0)
-        for place, weights, total in ((below, positives, count), (above, negatives, others))
+        float((weights * (placement - area) ** 2).sum() / total) / (total * worth - 1.0)
+        for placement, weights, total in ((below, positives, positive_count), (above, negatives, negative_count))
     )
     half = Z * math.sqrt(variance)
     return max(area - half, 0.0), min(area + half, 1.0)

@@ -69,10 +69,10 @@ def of_popular(popular: Popular, category: U64) -> CategoryPrediction:
     ([1, -1], [0.25, 1.0], [2, 2])
     """
     counts, rank, total = popular.standing_of(category)
-    there = counts > 0
+    is_candidate = counts > 0
     return CategoryPrediction(
-        np.where(there, rank, NONE).astype(np.int32),
-        np.log(np.where(there, counts, max(total, 1)) / max(total, 1)),
+        np.where(is_candidate, rank, NONE).astype(np.int32),
+        np.log(np.where(is_candidate, counts, max(total, 1)) / max(total, 1)),
         np.full(category.size, len(popular), np.int32),
     )
 
@@ -100,9 +100,9 @@ def of_came_next(transitions: CountTable, newest: I32, category: U64) -> Categor
         category: `[t]` uint64, what was clicked.
     """
     lists, count = transitions.held, newest.size
-    found = CategoryPrediction(np.empty(count, np.int32), np.empty(count), np.empty(count, np.int32))
-    _came_next(newest, lists.counts, lists.ids, np.array(category), *found)
-    return found
+    prediction = CategoryPrediction(np.empty(count, np.int32), np.empty(count), np.empty(count, np.int32))
+    _came_next(newest, lists.counts, lists.ids, np.array(category), *prediction)
+    return prediction
 
 
 @compiled("i4[::1], i4[:, ::1], u8[:, ::1], u8[::1], i4[::1], f8[::1], i4[::1]")

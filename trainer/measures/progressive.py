@@ -70,8 +70,8 @@ class Progressive:
         """
         kinds, misses, sums = known[targets], self.miss_shares(), no_sums()
         of_rows = [
-            row_sums(predictions[name], kinds, misses[place], categories, sums[place])
-            for place, name in enumerate(PREDICTORS)
+            row_sums(predictions[name], kinds, misses[number], categories, sums[number])
+            for number, name in enumerate(PREDICTORS)
         ]
         clicked, predicted, losses = int(pairs.positive.sum()), float(pairs.predicted.sum()), float(pairs.losses.sum())
         return Judged(StepScores(sums, pairs.losses.size, clicked, predicted, losses), targets, of_rows[0], pairs)
@@ -108,21 +108,21 @@ class Progressive:
 
         A metric without rows is absent.
         """
-        found: dict[str, float] = {}
+        values: dict[str, float] = {}
         for when, prefix in ((1, ""), (0, "total.")):
-            for place, name in enumerate(PREDICTORS):
+            for predictor, name in enumerate(PREDICTORS):
                 for users, kind in enumerate(USERS):
-                    sums, where = self._sums[when, place, users], where_of(name, kind)
+                    sums, where = self._sums[when, predictor, users], where_of(name, kind)
                     if sums[_ROWS] >= SOME:
-                        found |= {
-                            f"{prefix}{where}{measure}": float(sums[SUMS.index(of)] / sums[_ROWS])
-                            for measure, of in MEASURES.items()
+                        values |= {
+                            f"{prefix}{where}{measure}": float(sums[SUMS.index(sum_name)] / sums[_ROWS])
+                            for measure, sum_name in MEASURES.items()
                         }
-            found |= {f"{prefix}lift.{name}": value for name, value in lift(self._sums[when, :, 0]).items()}
+            values |= {f"{prefix}lift.{name}": value for name, value in lift(self._sums[when, :, 0]).items()}
             rows, skipped = self._rows[when].tolist()
             if rows >= SOME:
-                found[f"{prefix}skipped"] = skipped / rows
-        return found
+                values[f"{prefix}skipped"] = skipped / rows
+        return values
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """All sums and the popular categories, to be stored in a version."""
@@ -169,9 +169,9 @@ def row_sums(prediction: CategoryPrediction, known: Flags, miss: F64, categories
     >>> round(float(np.exp(-row_sums(missed, np.array([True]), np.array([0.5, 0.2]), 9, sums)[0, 1])), 6)
     0.033333
     """
-    found = np.zeros((known.size, len(SUMS)))
-    _judge(prediction.rank, prediction.log_share, prediction.candidates, known, miss, categories, found, sums)
-    return found
+    rows = np.zeros((known.size, len(SUMS)))
+    _judge(prediction.rank, prediction.log_share, prediction.candidates, known, miss, categories, rows, sums)
+    return rows
 
 
 @compiled("i4[::1], f8[::1], i4[::1], bool[::1], f8[::1], i8, f8[:, ::1], f8[:, ::1]")
@@ -181,15 +181,15 @@ def _judge(
     """Adds the rows to `sums`; the columns are in the order of SUMS."""
     for i in range(rank.shape[0]):
         kind = 1 if known[i] else 0
-        hit, others = rank[i] >= 0, np.log(float(max(categories - candidates[i], 0)) + 1.0)
-        log_loss = others
+        hit, log_others = rank[i] >= 0, np.log(float(max(categories - candidates[i], 0)) + 1.0)
+        log_loss = log_others
         if hit:
             log_loss = -np.log1p(-miss[kind]) - log_share[i]
             rows[i, 3] = 1.0 / (1.0 + rank[i])
             rows[i, 4] = 1.0 if rank[i] == 0 else 0.0
             rows[i, 5] = 1.0 if rank[i] < 5 else 0.0
         elif candidates[i] > 0:
-            log_loss = others - np.log(miss[kind])
+            log_loss = log_others - np.log(miss[kind])
         rows[i, 0], rows[i, 1], rows[i, 2] = 1.0, log_loss, log_loss * log_loss
         rows[i, 6] = 1.0 if candidates[i] > 0 else 0.0
         rows[i, 7] = 0.0 if hit else 1.0

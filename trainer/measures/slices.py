@@ -96,47 +96,47 @@ class Slices:
         """
         for sums in (self._sums, self._bins):
             fade(sums, scored.log_loss.size)
-        found = []
+        slices = []
         for number, name in enumerate(self.names):
-            mine = name in self._columns.users.names
+            is_of_user = name in self._columns.users.names
             ids = (
                 users[:, self._columns.users.names.index(name)]
-                if mine
+                if is_of_user
                 else (items[:, self._columns.items.names.index(name)])
             )
             places = self._places(number, ids, texts)
-            other = places if mine else places[scored.partner]
+            other = places if is_of_user else places[scored.partner]
             self._add(number, places, np.concatenate([places, other])[scored.pairs], scored)
-            found.append(places)
-        return found
+            slices.append(places)
+        return slices
 
     def shown(self) -> dict[str, list[str]]:
         """The texts of each attribute's slices."""
         return {
-            name: [self._text(number, place) for place in range(self._ids.shape[1])]
+            name: [self._text(number, value) for value in range(self._ids.shape[1])]
             for number, name in enumerate(self.names)
         }
 
-    def _text(self, number: int, place: int) -> str:
-        one = int(self._ids[number, place])
-        return SHOWN[place] if place < FIRST else self._texts.get(one, f"{one:016x}")
+    def _text(self, number: int, value: int) -> str:
+        identity = int(self._ids[number, value])
+        return SHOWN[value] if value < FIRST else self._texts.get(identity, f"{identity:016x}")
 
     def _places(self, number: int, ids: U64, texts: Mapping[int, str]) -> I64:
         """The slice of each of `[n]` ids; new ids take a free slice in the order of their occurrence."""
-        known = {one: place for place, one in enumerate(self._ids[number].tolist()) if one}
-        found = np.empty(len(ids), np.int64)
-        for row, one in enumerate(ids.tolist()):
-            place = known.get(one)
-            if place is None:
+        known = {identity: value for value, identity in enumerate(self._ids[number].tolist()) if identity}
+        values = np.empty(len(ids), np.int64)
+        for row, identity in enumerate(ids.tolist()):
+            value = known.get(identity)
+            if value is None:
                 # A row without an item has id 0, which is unknown.
-                place = UNKNOWN if one == 0 else len(known) + 1 if len(known) + 1 < self._ids.shape[1] else OTHER
-                if place >= FIRST:
-                    self._ids[number, place] = one
-                    known[one] = place
-            found[row] = place
-            if place >= FIRST and one in texts:
-                self._texts[one] = texts[one]
-        return found
+                value = UNKNOWN if identity == 0 else len(known) + 1 if len(known) + 1 < self._ids.shape[1] else OTHER
+                if value >= FIRST:
+                    self._ids[number, value] = identity
+                    known[identity] = value
+            values[row] = value
+            if value >= FIRST and identity in texts:
+                self._texts[identity] = texts[identity]
+        return values
 
     def _add(self, number: int, places: I64, paired: I64, scored: Scored) -> None:
         count, aimed = self._ids.shape[1], places[scored.targets]
@@ -159,10 +159,10 @@ class Slices:
         """All sums, to be stored in a version; empty without slice attributes."""
         if not self:
             return {}
-        texts = {f"{one:016x}": text for one, text in sorted(self._texts.items())}
-        about = json.dumps([self.names, texts]).encode()
+        texts = {f"{identity:016x}": text for identity, text in sorted(self._texts.items())}
+        document = json.dumps([self.names, texts]).encode()
         return {
-            "about": np.frombuffer(about, np.uint8),
+            "about": np.frombuffer(document, np.uint8),
             "ids": self._ids.copy(),
             "total": self._total.copy(),
             "sums": self._sums.copy(),
@@ -176,6 +176,6 @@ class Slices:
         names, texts = json.loads(state["about"].tobytes())
         if tuple(names) != self.names or state["ids"].shape != self._ids.shape:
             return
-        self._texts = {int(one, 16): text for one, text in texts.items()}
+        self._texts = {int(identity, 16): text for identity, text in texts.items()}
         self._ids, self._total = np.array(state["ids"]), np.array(state["total"])
         self._sums, self._bins = np.array(state["sums"]), np.array(state["bins"])

@@ -61,11 +61,11 @@ def _arranged(columns: U64, names: tuple[str, ...], table: AttributeTable) -> U6
     """The columns that `table` names. Columns that a micro-batch of older settings lacks are unknown."""
     if names == table.names:
         return columns
-    found = np.tile(table.unknown, (len(columns), 1))
-    for place, name in enumerate(table.names):
+    arranged = np.tile(table.unknown, (len(columns), 1))
+    for column, name in enumerate(table.names):
         if name in names:
-            found[:, place] = columns[:, names.index(name)]
-    return found
+            arranged[:, column] = columns[:, names.index(name)]
+    return arranged
 
 
 def combine(item: U64, attributes: U64) -> Combined:

@@ -69,11 +69,11 @@ def _compete(
     slots, ranks, last = recent_categories.shape[1], popular.shape[0], successors.shape[1]
     for i in range(category.shape[0]):
         own, foreign = category[i], category[partners[i]]
-        place, foreign_known = -1, foreign == np.uint64(0)
+        slot, foreign_known = -1, foreign == np.uint64(0)
         for p in range(ranks):
             popular_mask[i, p] = 0.0 if popular[p] == np.uint64(0) else 1.0
             if popular[p] == own:
-                place = slots + p
+                slot = slots + p
             if popular[p] == foreign:
                 foreign_known = True
         for j in range(slots):
@@ -81,7 +81,7 @@ def _compete(
             if recent == np.uint64(0):
                 continue
             if recent == own:
-                place = j
+                slot = j
             if recent == foreign:
                 foreign_known = True
             for p in range(ranks):
@@ -89,17 +89,17 @@ def _compete(
                     popular_mask[i, p] = 0.0
         for j in range(last):
             if successors[i, j] == own:
-                place = slots + ranks + j
+                slot = slots + ranks + j
             if successors[i, j] == foreign:
                 foreign_known = True
         if own == np.uint64(0):
             target[i] = -1
             other[i] = 0
-        elif place < 0:
+        elif slot < 0:
             target[i] = slots + ranks + last
             other[i] = own
         else:
-            target[i] = place
+            target[i] = slot
             other[i] = np.uint64(0) if foreign_known else foreign
 
 
@@ -112,9 +112,9 @@ def partners(topics: U64, partitions: U64, offsets: I64) -> I64:
     >>> bool((found != np.arange(3)).all())
     True
     """
-    found = np.empty(offsets.size, np.int64)
-    _partners(topics, partitions, offsets, found)
-    return found
+    chosen = np.empty(offsets.size, np.int64)
+    _partners(topics, partitions, offsets, chosen)
+    return chosen
 
 
 def candidates(category: U64, recent_categories: U64, popular: U64, successors: U64, partner: I64) -> Candidates:
@@ -138,11 +138,11 @@ def candidates(category: U64, recent_categories: U64, popular: U64, successors: 
     ([0, 5], [[0.0, 1.0], [1.0, 1.0]], [9, 9])
     """
     rows = category.size
-    found = Candidates(np.empty(rows, np.int32), np.empty((rows, popular.size), np.float32), np.empty(rows, np.uint64))
+    filled = Candidates(np.empty(rows, np.int32), np.empty((rows, popular.size), np.float32), np.empty(rows, np.uint64))
     _compete(
-        np.ascontiguousarray(category), np.ascontiguousarray(recent_categories), popular, successors, partner, *found
+        np.ascontiguousarray(category), np.ascontiguousarray(recent_categories), popular, successors, partner, *filled
     )
-    return found
+    return filled
 
 
 def seed_of(topic: int, partition: int, offset: int) -> tuple[int, int]:

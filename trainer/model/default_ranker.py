@@ -109,7 +109,7 @@ class DefaultRanker(Ranker):
         of_user = sum(not name.startswith("label.") for name in spec.names)
         self.user_width = of_user if prepared == len(spec.names) else prepared
         self.tower = load_builder(settings.tower)(into_tower, settings)
-        self.inputs = tuple(one for one in INPUTS if one.name != "tower_kept" or self.drops)
+        self.inputs = tuple(input_ for input_ in INPUTS if input_.name != "tower_kept" or self.drops)
         self.learning_rates = numbers.labelled_learning_rates if labelled else numbers.learning_rates
         self.fast_weights = FAST_WEIGHTS
         self.fast_learning_rates = {"interest.user_kernel": numbers.user_lr_scale}
@@ -261,8 +261,8 @@ class DefaultRanker(Ranker):
         highest = tf.reduce_max(logits, 1)
         normaliser = highest + tf.math.log(tf.reduce_sum(tf.exp(logits - tf.expand_dims(highest, 1)), 1))
         # Two categories never have equal rows. The missing row, all zero, matches no category.
-        apart = tf.reduce_sum(tf.abs(inputs["recent_rows"] - tf.expand_dims(category, 1)), 2)
-        same = tf.where(apart > 0.0, 0.0, 1.0) * inputs["recent_mask"]
+        distance = tf.reduce_sum(tf.abs(inputs["recent_rows"] - tf.expand_dims(category, 1)), 2)
+        same = tf.where(distance > 0.0, 0.0, 1.0) * inputs["recent_mask"]
         known = tf.reduce_max(same, 1) * tf.where(tf.reduce_sum(tf.abs(category), 1) > 0.0, 1.0, 0.0)
         likely = tf.reduce_max(_masked(recent, same), 1) - normaliser
         other = tf.reduce_sum(encoded.plain_queries[:, :dim] * category, 1) + self.dense["interest.other"]

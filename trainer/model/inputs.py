@@ -57,14 +57,14 @@ INPUTS = (
     Input("category_row", "BE", "the item's category", "category", "category"),
     Input("recent_rows", "BLE", "the user's latest categories", "category", "recent"),
     Input("category_windows", "BLF", "windows of each of them, by the feature spec", whole=True),
-    Input("recent_next", "BLN", "how often each came next after the newest", whole=True),
+    Input("recent_next", "BLN", "how often each category followed the newest one", whole=True),
     Input("recent_mask", "BL", "1 where there is a category"),
     Input("popular_rows", "PE", "the popular categories", "category", "popular"),
-    Input("popular_mask", "BP", "1 where one is none of the user's own"),
-    Input("popular_next", "BPN", "how often each came next after the newest", whole=True),
-    Input("successor_rows", "BSE", "what most often came next and is neither", "category", "successor"),
+    Input("popular_mask", "BP", "1 where it is not one of the user's own"),
+    Input("popular_next", "BPN", "how often each category followed the newest one", whole=True),
+    Input("successor_rows", "BSE", "the categories that came next most often and are neither", "category", "successor"),
     Input("successor_mask", "BS", "1 where there is one"),
-    Input("successor_next", "BSN", "how often each came next after the newest", whole=True),
+    Input("successor_next", "BSN", "how often each category followed the newest one", whole=True),
     Input("cross", "B", "the sum of the pair's crosses, a logit (`state/ranking/crosses.py`)"),
     Input("other_row", "BE", "the category of the last slot (`candidates.py`)", "category", "other", training=True),
     Input("other_mask", "B", "1 where there is one", training=True),
@@ -107,19 +107,19 @@ def own_rows(table: str, *ids: str) -> tuple[Input, ...]:
     Raises:
         ProgramError: There are no such ids.
     """
-    if unknown := [one for one in ids if one not in IDS]:
+    if unknown := [name for name in ids if name not in IDS]:
         raise ProgramError(f"own_rows looks up {table!r} by {unknown[0]!r}", f"there are {', '.join(IDS)}")
     return tuple(
         Input(
-            own_input(table, one),
-            f"{IDS[one][:-1] if one in AVERAGED_IDS else IDS[one]}E",
-            f"rows of {one} in a table of the ranker's own",
+            own_input(table, name),
+            f"{IDS[name][:-1] if name in AVERAGED_IDS else IDS[name]}E",
+            f"rows of {name} in a table of the ranker's own",
             table,
-            one,
-            mean=one in AVERAGED_IDS,
-            training=one not in SERVED_IDS,
+            name,
+            mean=name in AVERAGED_IDS,
+            training=name not in SERVED_IDS,
         )
-        for one in ids
+        for name in ids
     )
 
 
@@ -132,7 +132,7 @@ def pick(*names: str) -> tuple[Input, ...]:
     Raises:
         ProgramError: There is no such input.
     """
-    known = {one.name: one for one in (*INPUTS, *SEQUENCES)}
+    known = {input_.name: input_ for input_ in (*INPUTS, *SEQUENCES)}
     if unknown := [name for name in names if name not in known]:
         raise ProgramError(f"pick names the input {unknown[0]!r}", f"there are {', '.join(known)}")
     return tuple(known[name] for name in names)
@@ -156,6 +156,6 @@ def sizes(settings: ModelSettings, spec: FeatureSpec) -> dict[str, int | None]:
 def specs(inputs: tuple[Input, ...], sizes: Mapping[str, int | None], tables: Mapping[str, int]) -> dict[str, Any]:
     """The `tf.TensorSpec` of each input by name; `tables` has the width of the rows of each table."""
     return {
-        one.name: tf.TensorSpec([tables[one.table] if letter == "E" else sizes[letter] for letter in one.shape], tf.float32, one.name)
-        for one in inputs
+        input_.name: tf.TensorSpec([tables[input_.table] if letter == "E" else sizes[letter] for letter in input_.shape], tf.float32, input_.name)
+        for input_ in inputs
     }  # fmt: skip

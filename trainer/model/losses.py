@@ -32,9 +32,9 @@ def rank(scores: Mapping[str, Tensor], slot: Tensor) -> Tensor:
     """
     logits = interest_logits(scores)[:, :-1]
     slots = logits.shape[1]
-    place = tf.clip_by_value(slot, 0, slots - 1)
-    own = tf.gather(logits, tf.expand_dims(place, 1), batch_dims=1)
-    lower = tf.range(slots) < tf.expand_dims(place, 1)
+    clicked = tf.clip_by_value(slot, 0, slots - 1)
+    own = tf.gather(logits, tf.expand_dims(clicked, 1), batch_dims=1)
+    lower = tf.range(slots) < tf.expand_dims(clicked, 1)
     before = tf.reduce_sum(tf.cast((logits > own) | ((logits == own) & lower), tf.int32), 1)
     return tf.where((slot >= 0) & (slot < slots), before, slots)
 

@@ -127,7 +127,9 @@ class Ranker(tf.Module):
 
     def specs(self, training: bool = False) -> dict[str, Any]:
         """The `tf.TensorSpec` of each input of serving, or of training, by name."""
-        return specs(tuple(one for one in self.inputs if training or not one.training), self.sizes, self.tables)
+        return specs(
+            tuple(input_ for input_ in self.inputs if training or not input_.training), self.sizes, self.tables
+        )
 
     def hold(self, arrays: Mapping[str, F32]) -> None:
         """Hands the weights over to an engine, which trains `arrays` (by name) in place.
@@ -156,9 +158,9 @@ class Ranker(tf.Module):
         """
         for name, variable in self.dense.items():
             if name not in weights or weights[name].shape != tuple(variable.shape):
-                found = f"shape {weights[name].shape}" if name in weights else "none"
+                present = f"shape {weights[name].shape}" if name in weights else "none"
                 raise SettingsError(
-                    f"dense weight {name}: expected shape {tuple(variable.shape)}, the version has {found}",
+                    f"dense weight {name}: expected shape {tuple(variable.shape)}, the version has {present}",
                     "put the [model] settings back, or go on from it: `springtide upgrade --reason TEXT`",
                 )
             variable.assign(weights[name])

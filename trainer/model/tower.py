@@ -73,13 +73,13 @@ class DenseTower(tf.Module):
 
 def dropped(x: Tensor, share: float, seed: Tensor) -> Tensor:
     """Dropout of `[B, width]` float32 with one random byte for each unit: a quarter of the random words."""
-    kept = 256 - round(256 * share)
-    if kept == 256:
+    kept_bytes = 256 - round(256 * share)
+    if kept_bytes == 256:
         return x
     width = x.shape[1]
     drawn = tf.random.stateless_uniform([tf.shape(x)[0], (width + 3) // 4], seed, None, None, tf.uint32, alg="philox")
     bytes_ = tf.reshape(tf.bitcast(drawn, tf.uint8), [tf.shape(x)[0], -1])[:, :width]
-    return x * (tf.cast(bytes_ < kept, tf.float32) * (256.0 / kept))
+    return x * (tf.cast(bytes_ < kept_bytes, tf.float32) * (256.0 / kept_bytes))
 
 
 def build(width_in: int, settings: ModelSettings) -> Tower:
@@ -107,8 +107,8 @@ def load_builder(path: str) -> Callable[[int, ModelSettings], Tower]:
     """
     if path in FORMER_TOWERS:
         return build
-    found: Callable[[int, ModelSettings], Tower] = load_named(path, "model.tower")
-    return found
+    builder: Callable[[int, ModelSettings], Tower] = load_named(path, "model.tower")
+    return builder
 
 
 def named(tower: Tower) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def together(periods: Iterable[PrivacyPeriod]) -> float:
     >>> together([]), round(together([PrivacyPeriod(1, 0, 17, 8.0), PrivacyPeriod(1, 1, 17, 8.0)]), 3)
     (inf, 1.331)
     """
-    squared = sum(one.updates * _OF_ONE / one.noise**2 for one in periods)
+    squared = sum(period.updates * _OF_ONE / period.noise**2 for period in periods)
     return 1.0 / math.sqrt(squared) if squared else math.inf
 
 

@@ -86,19 +86,19 @@ class History:
         """Resets to the initial state."""
         self._history = self._conditions = self.line = bytes(_BYTES)
 
-    def line_at(self, place: NoisePlace) -> bytes:
+    def line_at(self, record: NoisePlace) -> bytes:
         """The line of the record that is learned next; has no side effects."""
-        conditions = self._digest(place.conditions)
+        conditions = self._digest(record.conditions)
         return self.line if conditions == self._conditions else self._digest(self._history, conditions)
 
-    def take(self, place: NoisePlace, batch: MicroBatch) -> str:
+    def take(self, record: NoisePlace, batch: MicroBatch) -> str:
         """Appends a record with the rows `batch`; returns the name of its noise."""
-        self.line, self._conditions = self.line_at(place), self._digest(place.conditions)
+        self.line, self._conditions = self.line_at(record), self._digest(record.conditions)
         content = hashlib.blake2b(repr((batch.header.spec, batch.header.ranges)).encode())
         for name, column in batch.columns.items():
             content.update(f"{name} {column.dtype.str} {column.shape} ".encode())
             content.update(np.ascontiguousarray(column).data)
-        self._history = self._digest(self._history, self.line, str(place.offset).encode(), content.digest())
+        self._history = self._digest(self._history, self.line, str(record.offset).encode(), content.digest())
         return self._history.hex()
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
@@ -114,10 +114,10 @@ class History:
 
     def _digest(self, *parts: bytes) -> bytes:
         """The keyed digest of parts, which may have any length."""
-        made = hashlib.blake2b(key=self._key, digest_size=_BYTES)
+        digest = hashlib.blake2b(key=self._key, digest_size=_BYTES)
         for part in parts:
-            made.update(len(part).to_bytes(8, "big") + part)
-        return made.digest()
+            digest.update(len(part).to_bytes(8, "big") + part)
+        return digest.digest()
 
 
 def own_key(settings: Settings) -> bytes:

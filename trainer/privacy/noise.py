@@ -33,13 +33,13 @@ class Noise:
         >>> bool((one.normal("here", 3) == other.normal("here", 3)).any() or (one.normal("there", 3) == one.normal("here", 3)).any())
         False
         """
-        own = hashlib.blake2b(name.encode(), key=self._key, digest_size=32).digest()
+        key = hashlib.blake2b(name.encode(), key=self._key, digest_size=32).digest()
         pairs = -(-count // 2)
-        stream = Cipher(algorithms.ChaCha20(own, bytes(16)), mode=None).encryptor().update(bytes(16 * pairs))
+        stream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor().update(bytes(16 * pairs))
         words = np.frombuffer(stream, "<u8").reshape(pairs, 2) >> np.uint64(11)
         # In (0, 1], so that its logarithm is finite: at most 8.57 standard deviations.
         length = np.sqrt(-2.0 * np.log((words[:, 0] + np.uint64(1)).astype(np.float64) * _UNIT))
         angle = words[:, 1].astype(np.float64) * (2.0 * np.pi * _UNIT)
-        found = np.empty((pairs, 2))
-        found[:, 0], found[:, 1] = length * np.cos(angle), length * np.sin(angle)
-        return found.reshape(-1)[:count]
+        numbers = np.empty((pairs, 2))
+        numbers[:, 0], numbers[:, 1] = length * np.cos(angle), length * np.sin(angle)
+        return numbers.reshape(-1)[:count]

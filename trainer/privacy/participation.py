@@ -65,10 +65,10 @@ class Participation:
         [True]
         """
         places = (mixed(users) & np.uint64(PLACES - 1)).astype(np.int64)
-        found: Flags = self._used[places] < self._updates
-        self._used[np.unique(places[found])] += 1
-        self.left_out += int(users.size - found.sum())
-        return found
+        admitted: Flags = self._used[places] < self._updates
+        self._used[np.unique(places[admitted])] += 1
+        self.left_out += int(users.size - admitted.sum())
+        return admitted
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """A copy of the whole state, by name."""

@@ -43,8 +43,8 @@ class ListedIds:
         """Each id once, ascending."""
         # Sorting is ten times as fast as NumPy's `unique`, which hashes.
         ids: U64 = np.sort(np.concatenate([np.zeros(1, np.uint64), *self._parts]))
-        found: U64 = ids[1:][ids[1:] != ids[:-1]]
-        return found
+        distinct: U64 = ids[1:][ids[1:] != ids[:-1]]
+        return distinct
 
 
 @dataclass(frozen=True)

@@ -131,9 +131,9 @@ class Pending:
 
     def load(self, seen: Sightings) -> None:
         """Sets sightings; a count of 0 removes an id."""
-        here = seen.counts > 0
-        self._places.drop(seen.ids[~here])
-        self._set(Sightings(seen.ids[here], seen.counts[here], seen.seen_ms[here]))
+        is_seen = seen.counts > 0
+        self._places.drop(seen.ids[~is_seen])
+        self._set(Sightings(seen.ids[is_seen], seen.counts[is_seen], seen.seen_ms[is_seen]))
 
     def expire(self, before_ms: int) -> U64:
         """Forgets ids last seen before `before_ms` of log time; returns them."""
@@ -313,8 +313,8 @@ class IdTable(ABC):
 
     def state(self) -> Changes:
         """Every row, for a base; the list of changes continues."""
-        held = self._ordered(self._places.held())
-        return self._collect(held, np.empty(0, np.uint64), self._pending.ids())
+        rows = self._ordered(self._places.held())
+        return self._collect(rows, np.empty(0, np.uint64), self._pending.ids())
 
     def load(self, changes: Changes) -> None:
         """Applies `changes` to the present rows, and lists none of them as changed. Call `clear` first for a base."""
@@ -388,13 +388,13 @@ class IdTable(ABC):
     def _ordered(self, rows: I32) -> I32:
         """Those of `[n]` rows that have an id, in the order of the ids."""
         ids = self._places.ids[rows]
-        held = np.flatnonzero(ids)
-        return rows[held[np.argsort(ids[held])]]
+        occupied = np.flatnonzero(ids)
+        return rows[occupied[np.argsort(ids[occupied])]]
 
     def _gone(self, since: ChangeList) -> U64:
         removed = since.removed.distinct()
-        gone: U64 = removed[self.find(removed) == MISSING]
-        return gone
+        absent: U64 = removed[self.find(removed) == MISSING]
+        return absent
 
     def _collect(self, rows: I32, removed: U64, pending: U64) -> Changes:
         values, accum = self._held(rows)

@@ -43,22 +43,22 @@ def _insert(keys: U64, rows: I32, ids: U64, values: I32) -> int:
 
 
 @compiled("u8[::1], i4[::1], const(u8[::1]), i4[::1]", "u8[::1], i4[::1], u8[::1], i4[::1]")
-def _find(keys: U64, rows: I32, ids: U64, found: I32) -> None:
+def _find(keys: U64, rows: I32, ids: U64, found_rows: I32) -> None:
     # An empty slot has key 0 and row 0, so id 0 ("none") finds MISSING.
     for i in range(ids.shape[0]):
-        found[i] = rows[_slot_of(keys, ids[i])]
+        found_rows[i] = rows[_slot_of(keys, ids[i])]
 
 
 @compiled("u8[::1], i4[::1], u8[::1]")
 def _remove(keys: U64, rows: I32, ids: U64) -> int:
     """Removes ids by shifting the rest of their run back, which needs no tombstones."""
     mask = np.int64(keys.shape[0] - 1)
-    gone = 0
+    removed = 0
     for i in range(ids.shape[0]):
         hole = _slot_of(keys, ids[i])
         if ids[i] == np.uint64(0) or keys[hole] != ids[i]:
             continue
-        gone += 1
+        removed += 1
         keys[hole] = np.uint64(0)
         rows[hole] = 0
         slot = (hole + 1) & mask
@@ -70,7 +70,7 @@ def _remove(keys: U64, rows: I32, ids: U64) -> int:
             keys[home] = key
             rows[home] = row
             slot = (slot + 1) & mask
-    return gone
+    return removed
 
 
 class IdIndex:
@@ -99,9 +99,9 @@ class IdIndex:
 
     def find(self, ids: U64) -> I32:
         """The row of each id, `[n]` int32; MISSING (0) for an unknown one."""
-        found = np.empty(ids.size, np.int32)
-        _find(self._keys, self._rows, np.ascontiguousarray(ids), found)
-        return found
+        rows = np.empty(ids.size, np.int32)
+        _find(self._keys, self._rows, np.ascontiguousarray(ids), rows)
+        return rows
 
     def insert(self, ids: U64, rows: I32) -> None:
         """Sets the rows of `ids` (no id is 0). Grows first if the index would exceed its fill limit."""
@@ -116,11 +116,11 @@ class IdIndex:
             self._rebuild(slots)
 
     def _rebuild(self, slots: int) -> None:
-        keys, held = self._keys, self._rows
+        keys, rows = self._keys, self._rows
         self._keys = np.zeros(slots, np.uint64)
         self._rows = np.zeros(slots, np.int32)
         used = keys != 0
-        _insert(self._keys, self._rows, keys[used], held[used])
+        _insert(self._keys, self._rows, keys[used], rows[used])
 
 
 def _slots_for(ids: int) -> int:
@@ -139,21 +139,21 @@ SPARSE = 4
 """If the capacity exceeds the ids in use by this factor, memory is freed."""
 
 
-def grown(held: npt.NDArray[Any], capacity: int) -> npt.NDArray[Any]:
-    """`[capacity, ...]`: `held` followed by zeros.
+def grown(array: npt.NDArray[Any], capacity: int) -> npt.NDArray[Any]:
+    """`[capacity, ...]`: `array` followed by zeros.
 
     >>> grown(np.array([7, 8]), 4).tolist()
     [7, 8, 0, 0]
     """
-    return np.concatenate([held, np.zeros((capacity - len(held), *held.shape[1:]), held.dtype)])
+    return np.concatenate([array, np.zeros((capacity - len(array), *array.shape[1:]), array.dtype)])
 
 
 @compiled("u8[::1], i8[::1], i8, i4[::1]")
-def _older(ids: U64, seen_ms: I64, before_ms: int, found: I32) -> int:
+def _older(ids: U64, seen_ms: I64, before_ms: int, older: I32) -> int:
     count = 0
-    for place in range(ids.shape[0]):
-        if ids[place] != 0 and seen_ms[place] < before_ms:
-            found[count] = place
+    for index in range(ids.shape[0]):
+        if ids[index] != 0 and seen_ms[index] < before_ms:
+            older[count] = index
             count += 1
     return count
 
@@ -203,8 +203,8 @@ class Places:
 
     def older(self, seen_ms: I64, before_ms: int) -> I32:
         """The indices in use whose `[capacity]` times are before `before_ms`, ascending."""
-        found = np.empty(len(self), np.int32)
-        return found[: _older(self.ids[: self._next], seen_ms, before_ms, found)].copy()
+        indices = np.empty(len(self), np.int32)
+        return indices[: _older(self.ids[: self._next], seen_ms, before_ms, indices)].copy()
 
     def take(self, ids: U64) -> I32:
         """Assigns indices to distinct ids that have none; this may change `capacity`.
@@ -212,13 +212,13 @@ class Places:
         Fresh indices are assigned in order, because touching memory pages at random is expensive.
         """
         recycled = min(self._free.size, ids.size)
-        kept = self._free.size - recycled
+        remaining = self._free.size - recycled
         fresh = self._next + ids.size - recycled
         if fresh > self.capacity:
             doubled = self._room(2 * self.capacity, self._most)
             self.ids = grown(self.ids, max(doubled, fresh))
-        places = np.concatenate([self._free[kept:], np.arange(self._next, fresh, dtype=np.int32)])
-        self._free, self._next = self._free[:kept], fresh
+        places = np.concatenate([self._free[remaining:], np.arange(self._next, fresh, dtype=np.int32)])
+        self._free, self._next = self._free[:remaining], fresh
         self.ids[places] = ids
         self._index.insert(ids, places)
         return places
@@ -226,12 +226,12 @@ class Places:
     def drop(self, ids: U64) -> I32:
         """Removes distinct ids; returns the former indices of those that had one."""
         places = self._index.find(ids)
-        left: I32 = places[places != 0]
-        if left.size:
-            self._index.remove(self.ids[left])
-            self.ids[left] = 0
-            self._free = np.concatenate([self._free, left])
-        return left
+        freed: I32 = places[places != 0]
+        if freed.size:
+            self._index.remove(self.ids[freed])
+            self.ids[freed] = 0
+            self._free = np.concatenate([self._free, freed])
+        return freed
 
     def pack(self) -> I32 | None:
         """Compacts the indices and shrinks the capacity if most of it is unused.

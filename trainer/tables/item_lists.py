@@ -35,8 +35,8 @@ class ItemListTable(IdTable):
 
     def put(self, rows: I32, values: F32, accum: F32) -> None:
         """Sets lists (rows `[n]` int32) from rows of a version, `[n, dim]` float32; there is no accumulator."""
-        held: list[npt.NDArray[Any]] = [*self._lists]
-        for part, new in zip(held, item_lists.unpack(values), strict=True):
+        parts: list[npt.NDArray[Any]] = [*self._lists]
+        for part, new in zip(parts, item_lists.unpack(values), strict=True):
             part[rows] = new
 
     def _held(self, rows: I32) -> tuple[F32, F32]:
@@ -46,8 +46,8 @@ class ItemListTable(IdTable):
         return item_lists.pack(self._lists.take(rows))
 
     def _begin(self, ids: U64, rows: I32) -> None:
-        held: list[npt.NDArray[Any]] = [*self._lists]
-        for part in held:
+        parts: list[npt.NDArray[Any]] = [*self._lists]
+        for part in parts:
             part[rows] = 0
 
     def _use(self) -> F32:

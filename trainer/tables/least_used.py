@@ -35,37 +35,37 @@ def _rank(last_seen_ms: int, bits: int) -> int:
 @compiled("u8[::1], i8[::1], i4[::1], i8, i8, i8[::1]")
 def _counted(ids: U64, last_seen_ms: I64, bits: I32, lowest: int, width: int, counts: I64) -> None:
     """Counts the ids in each rank bucket of `width`, starting at `lowest`."""
-    for place in range(ids.shape[0]):
-        if ids[place] != 0:
-            counts[(_rank(last_seen_ms[place], bits[place]) - lowest) // width] += 1
+    for index in range(ids.shape[0]):
+        if ids[index] != 0:
+            counts[(_rank(last_seen_ms[index], bits[index]) - lowest) // width] += 1
 
 
 @compiled("u8[::1], i8[::1], i4[::1], i8[::1]")
-def _bounds(ids: U64, last_seen_ms: I64, bits: I32, found: I64) -> None:
+def _bounds(ids: U64, last_seen_ms: I64, bits: I32, bounds: I64) -> None:
     """The lowest and the highest rank."""
-    for place in range(ids.shape[0]):
-        if ids[place] != 0:
-            rank = _rank(last_seen_ms[place], bits[place])
-            found[0] = min(found[0], rank)
-            found[1] = max(found[1], rank)
+    for index in range(ids.shape[0]):
+        if ids[index] != 0:
+            rank = _rank(last_seen_ms[index], bits[index])
+            bounds[0] = min(bounds[0], rank)
+            bounds[1] = max(bounds[1], rank)
 
 
 @compiled("u8[::1], i8[::1], i4[::1], i8, i8, i4[::1], i8[::1]")
-def _below(ids: U64, last_seen_ms: I64, bits: I32, bound: int, width: int, found: I32, ranks: I64) -> int:
-    """Fills `found` from the front with indices that rank below `bound`, and from the end with the next bucket.
+def _below(ids: U64, last_seen_ms: I64, bits: I32, bound: int, width: int, chosen: I32, ranks: I64) -> int:
+    """Fills `chosen` from the front with indices that rank below `bound`, and from the end with the next bucket.
 
     `ranks` gets the ranks of that bucket.
     """
-    below, behind = 0, found.shape[0]
-    for place in range(ids.shape[0]):
-        if ids[place] != 0:
-            rank = _rank(last_seen_ms[place], bits[place])
+    below, behind = 0, chosen.shape[0]
+    for index in range(ids.shape[0]):
+        if ids[index] != 0:
+            rank = _rank(last_seen_ms[index], bits[index])
             if rank < bound:
-                found[below] = place
+                chosen[below] = index
                 below += 1
             elif rank < bound + width:
                 behind -= 1
-                found[behind] = place
+                chosen[behind] = index
                 ranks[behind] = rank
     return below
 
@@ -92,11 +92,11 @@ def least_used(ids: U64, last_seen_ms: I64, use: F32, leaving: int) -> I32:
     sums = np.cumsum(counts)
     bucket = int(np.searchsorted(sums, leaving))
     among = int(counts[bucket])
-    found, ranks = np.empty(int(sums[bucket]), np.int32), np.empty(int(sums[bucket]), np.int64)
-    below = _below(ids, last_seen_ms, bits, lowest + bucket * width, width, found, ranks)
-    last = found[below : below + among]
+    chosen, ranks = np.empty(int(sums[bucket]), np.int32), np.empty(int(sums[bucket]), np.int64)
+    below = _below(ids, last_seen_ms, bits, lowest + bucket * width, width, chosen, ranks)
+    last = chosen[below : below + among]
     order = np.lexsort((ids[last], ranks[below : below + among]))
-    return np.concatenate([found[:below], last[order[: leaving - below]]])
+    return np.concatenate([chosen[:below], last[order[: leaving - below]]])
 
 
 def excess(count: int, most: int) -> int:

@@ -41,9 +41,9 @@ def decayed(counts: I64, times: int, kept: int = DECAY) -> I64:
 
 
 @compiled
-def _before(place: int, other: int, ids: U64, counts: I64) -> bool:
+def _before(index: int, other: int, ids: U64, counts: I64) -> bool:
     """Whether a category ranks first: by the larger count, on a tie by the smaller id."""
-    return bool(counts[place] > counts[other] or (counts[place] == counts[other] and ids[place] < ids[other]))
+    return bool(counts[index] > counts[other] or (counts[index] == counts[other] and ids[index] < ids[other]))
 
 
 @compiled("i4[::1], i8[::1], i8[::1]")
@@ -59,24 +59,24 @@ def _rank(places: I32, ids: U64, counts: I64, seen: Flags, top: I32) -> int:
 
     seen: `[used]` bool, all False before and after.
     """
-    found, most = 0, top.shape[0]
+    count, most = 0, top.shape[0]
     for i in range(places.shape[0]):
-        place = places[i]
-        if place == 0 or seen[place] or most == 0:
+        index = places[i]
+        if index == 0 or seen[index] or most == 0:
             continue
-        seen[place] = True
-        if found < most:
-            found += 1
-        elif not _before(place, top[most - 1], ids, counts):
+        seen[index] = True
+        if count < most:
+            count += 1
+        elif not _before(index, top[most - 1], ids, counts):
             continue
-        at = found - 1
-        while at > 0 and _before(place, top[at - 1], ids, counts):
+        at = count - 1
+        while at > 0 and _before(index, top[at - 1], ids, counts):
             top[at] = top[at - 1]
             at -= 1
-        top[at] = place
+        top[at] = index
     for i in range(places.shape[0]):
         seen[places[i]] = False
-    return found
+    return count
 
 
 class Popular:
@@ -146,10 +146,10 @@ class Popular:
         _count(places, amounts, self._counts)
         self._rank(np.arange(1, self._used, dtype=np.int32) if ticked else np.concatenate([self._top, places]))
         if leaving := excess(self._used - 1, self._most):
-            held, counts = self._ids[1 : self._used], self._counts[1 : self._used]
-            kept = np.ones(held.size, np.bool_)
-            kept[least_used(held, counts, np.zeros(held.size, np.float32), leaving)] = False
-            self.load({"ids": held[kept], "counts": counts[kept], "hour": self._hour})
+            ids, counts = self._ids[1 : self._used], self._counts[1 : self._used]
+            stays = np.ones(ids.size, np.bool_)
+            stays[least_used(ids, counts, np.zeros(ids.size, np.float32), leaving)] = False
+            self.load({"ids": ids[stays], "counts": counts[stays], "hour": self._hour})
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """`ids` ascending, their `counts`, and the `hour` of the last decay."""
@@ -174,8 +174,8 @@ class Popular:
     def _decay(self, hours: int) -> None:
         if hours:
             counts = decayed(self._counts[1 : self._used], hours, self._kept)
-            kept = counts > 0
-            self.load({"ids": self._ids[1 : self._used][kept], "counts": counts[kept], "hour": self._hour})
+            stays = counts > 0
+            self.load({"ids": self._ids[1 : self._used][stays], "counts": counts[stays], "hour": self._hour})
 
     def _reserve(self, needed: int) -> None:
         if needed > self._ids.size:

@@ -66,8 +66,8 @@ class Table(IdTable):
         self.rows = np.zeros((self.capacity, self.dim), np.float32)
         self.accum = np.full((self.capacity, self.dim), self._initial_accumulator, np.float32)
 
-    def _read(self, held: Any, rows: I32) -> F32:
-        return np.take(held, rows, 0)
+    def _read(self, array: Any, rows: I32) -> F32:
+        return np.take(array, rows, 0)
 
     def _held(self, rows: I32) -> tuple[F32, F32]:
         return self.gather(rows), self.gather_accum(rows)
@@ -85,9 +85,9 @@ class Table(IdTable):
         return learned
 
     def _resize(self, capacity: int, former: I32 | None = None) -> None:
-        def resized(held: F32) -> F32:
-            kept = held if former is None else held[former]
-            return np.concatenate([kept, np.zeros((capacity - len(kept), self.dim), np.float32)])
+        def resized(array: F32) -> F32:
+            values = array if former is None else array[former]
+            return np.concatenate([values, np.zeros((capacity - len(values), self.dim), np.float32)])
 
         self.rows, self.accum = resized(self.rows), resized(self.accum)
 
@@ -118,9 +118,9 @@ class DeviceTable(Table):
             first = tf.fill([self.capacity, self.dim], self._initial_accumulator)
             self.accum = tf.Variable(first, shape=shape, trainable=False, name=f"{self.name}.accum")
 
-    def _read(self, held: Any, rows: I32) -> F32:
+    def _read(self, array: Any, rows: I32) -> F32:
         with tf.device(self.device):
-            values: F32 = tf.raw_ops.ResourceGather(resource=held.handle, indices=rows, dtype=tf.float32).numpy()
+            values: F32 = tf.raw_ops.ResourceGather(resource=array.handle, indices=rows, dtype=tf.float32).numpy()
         return values
 
     def _use(self) -> F32:
@@ -131,8 +131,8 @@ class DeviceTable(Table):
     def _resize(self, capacity: int, former: I32 | None = None) -> None:
         with tf.device(self.device):
             for variable in (self.rows, self.accum):
-                kept = variable.read_value() if former is None else tf.gather(variable, former)
-                variable.assign(tf.concat([kept, tf.zeros([capacity - len(kept), self.dim])], 0))
+                values = variable.read_value() if former is None else tf.gather(variable, former)
+                variable.assign(tf.concat([values, tf.zeros([capacity - len(values), self.dim])], 0))
 
 
 def table_of(device: str | None, *arguments: Any) -> Table:

@@ -162,16 +162,16 @@ def carried(old: Tensors, fresh: Tensors, planned: Carrying, fast: Collection[st
     """
     kept_weights = {weight.name for weight in planned.weights if weight.goes_on}
     all_kept = all(weight.goes_on for weight in planned.weights if weight.now is not None)
-    found: dict[str, Array] = {}
+    state: dict[str, Array] = {}
     # 1. Tables.
     for table in planned.tables:
         if table.now is not None:
             source = old if table.goes_on else fresh
-            found |= {f"{table.name}.{column}": source[f"{table.name}.{column}"] for column in COLUMNS}
+            state |= {f"{table.name}.{column}": source[f"{table.name}.{column}"] for column in COLUMNS}
     # 2. Dense weights, and the slots that belong to them.
     for name in _under("dense.", fresh):
         source = old if name in kept_weights else fresh
-        found[f"dense.{name}"] = source[f"dense.{name}"]
+        state[f"dense.{name}"] = source[f"dense.{name}"]
     moving = [name for name in fresh if name.startswith(_MOVING)]
     moves_on = set(fast) <= kept_weights and all(_shape(name, old) == _shape(name, fresh) for name in moving)
     for name in _under("slots.", fresh):
@@ -183,12 +183,12 @@ def carried(old: Tensors, fresh: Tensors, planned: Carrying, fast: Collection[st
             goes_on = moves_on
         else:
             goes_on = name.rpartition(".")[0] in kept_weights
-        found[slot] = old[slot] if goes_on and _shape(slot, old) == _shape(slot, fresh) else fresh[slot]
+        state[slot] = old[slot] if goes_on and _shape(slot, old) == _shape(slot, fresh) else fresh[slot]
     # 3. Facts of the log. The guard's running loss is a property of the weights.
     for name, tensor in old.items():
         if name.startswith(("state.", QUALITY)):
-            found[name] = tensor if all_kept or not name.startswith(_GUARD) else fresh[name]
-    return found
+            state[name] = tensor if all_kept or not name.startswith(_GUARD) else fresh[name]
+    return state
 
 
 def removals(old: Tensors, fresh: Tensors, planned: Carrying) -> dict[str, Array]:
@@ -197,18 +197,18 @@ def removals(old: Tensors, fresh: Tensors, planned: Carrying) -> dict[str, Array
     When `content.merge` applies them to `old`, nothing of such a table is left. A table that is no longer read stays as
     a table of width 0.
     """
-    found: dict[str, Array] = {}
+    entries: dict[str, Array] = {}
     for table in planned.tables:
         if table.goes_on or table.was is None:
             continue
         if table.now is None:
             empty = {name: old[f"{table.name}.{name}"][:0] for name in COLUMNS}
             nothing = np.zeros((0, 0), np.float32)
-            found |= {f"{table.name}.{name}": column for name, column in (empty | {"rows": nothing}).items()}
+            entries |= {f"{table.name}.{name}": column for name, column in (empty | {"rows": nothing}).items()}
         else:
-            found |= {f"{table.name}.{name}": fresh[f"{table.name}.{name}"] for name in COLUMNS}
-        found[f"{table.name}.removed"] = np.sort(old[f"{table.name}.ids"])
-    return found
+            entries |= {f"{table.name}.{name}": fresh[f"{table.name}.{name}"] for name in COLUMNS}
+        entries[f"{table.name}.removed"] = np.sort(old[f"{table.name}.ids"])
+    return entries
 
 
 def _width(table: str, tensors: Tensors) -> tuple[int, ...] | None:
@@ -227,9 +227,9 @@ def _under(prefix: str, tensors: Mapping[str, Any]) -> Iterator[str]:
     return (name.removeprefix(prefix) for name in tensors if name.startswith(prefix))
 
 
-def _united(ours: Collection[str] | Iterator[str], theirs: Collection[str] | Iterator[str]) -> list[str]:
-    first = list(ours)
-    return [*first, *sorted(set(theirs) - set(first))]
+def _united(first_names: Collection[str] | Iterator[str], second_names: Collection[str] | Iterator[str]) -> list[str]:
+    first = list(first_names)
+    return [*first, *sorted(set(second_names) - set(first))]
 
 
 EXPERIMENT = "experiment"
@@ -255,17 +255,17 @@ def _take_over(
             f"the epoch continues from experiment {recorded[EXPERIMENT]}, and {path} is gone",
             f"roll back: `springtide rollback --to {version} --reason TEXT`",
         )
-    found = checkpoint.restore(Registry(path), int(recorded["version"]), trainer, spec)
-    of, old = checkpoint.full_state(live, version)
-    mine = checkpoint.full(trainer)
-    changes = checkpoint.changes(trainer) | mine | ends(old, mine) | removals(old, mine, plan(old, mine))
+    manifest = checkpoint.restore(Registry(path), int(recorded["version"]), trainer, spec)
+    part, old = checkpoint.full_state(live, version)
+    state = checkpoint.full(trainer)
+    changes = checkpoint.changes(trainer) | state | ends(old, state) | removals(old, state, plan(old, state))
     return replace(
-        found, version=of.version, kind=of.kind, epoch=of.epoch, parent=of.parent, visible=of.visible
+        manifest, version=part.version, kind=part.kind, epoch=part.epoch, parent=part.parent, visible=part.visible
     ), changes
 
 
-def ends(old: Tensors, mine: Tensors) -> dict[str, Array]:
-    """The removals in a delta from full state `old` to `mine`: rows and sightings that only `old` has, in tables of both.
+def ends(old: Tensors, new: Tensors) -> dict[str, Array]:
+    """The removals in a delta from full state `old` to `new`: rows and sightings that only `old` has, in tables of both.
 
     >>> ids = np.array([3, 5], np.uint64)
     >>> zeros = {"pending_counts": np.zeros(0, np.int32), "pending_seen_ms": np.zeros(0, np.int64)}
@@ -275,19 +275,18 @@ def ends(old: Tensors, mine: Tensors) -> dict[str, Array]:
     >>> ends(of(ids), of(ids[1:]))["user.removed"].tolist()
     [3]
     """
-    found: dict[str, Array] = {}
-    both = mine.keys() & old.keys()
-    for table in (name for name in tables_in(both) if f"{name}.ids" in both):
-        found[f"{table}.removed"] = np.setdiff1d(old[f"{table}.ids"], mine[f"{table}.ids"])
-        waits, ours = old[f"{table}.{PENDING[0]}"], mine[f"{table}.{PENDING[0]}"]
-        over = np.setdiff1d(waits, ours)
+    removed: dict[str, Array] = {}
+    shared = new.keys() & old.keys()
+    for table in (name for name in tables_in(shared) if f"{name}.ids" in shared):
+        removed[f"{table}.removed"] = np.setdiff1d(old[f"{table}.ids"], new[f"{table}.ids"])
+        waits, new_waits = old[f"{table}.{PENDING[0]}"], new[f"{table}.{PENDING[0]}"]
+        over = np.setdiff1d(waits, new_waits)
         ended = {PENDING[0]: over, PENDING[1]: np.zeros(len(over), np.int32), PENDING[2]: np.zeros(len(over), np.int64)}
-        order = np.argsort(np.concatenate([ours, over]), kind="stable")
-        found |= {
-            f"{table}.{name}": np.concatenate([mine[f"{table}.{name}"], column])[order]
-            for name, column in ended.items()
+        order = np.argsort(np.concatenate([new_waits, over]), kind="stable")
+        removed |= {
+            f"{table}.{name}": np.concatenate([new[f"{table}.{name}"], column])[order] for name, column in ended.items()
         }
-    return found
+    return removed
 
 
 class CarriedOver(NamedTuple):
@@ -335,9 +334,9 @@ def restore_or_carry(
     if began is None:
         return _without_lost_log(registry, control, checkpoint.restore(registry, version, trainer, spec)), None
     with trainer.alone():
-        found = carry_over(registry, version, trainer)
-    logger.info("epoch %d continues from version %d: %s", control.epoch, version, "; ".join(found.planned.lines()))
-    return found.manifest, found.changes
+        carried = carry_over(registry, version, trainer)
+    logger.info("epoch %d continues from version %d: %s", control.epoch, version, "; ".join(carried.planned.lines()))
+    return carried.manifest, carried.changes
 
 
 def _without_lost_log(registry: Registry, control: Control, version: Manifest) -> Manifest:
@@ -350,10 +349,10 @@ def _without_lost_log(registry: Registry, control: Control, version: Manifest) -
     return replace(version, log=log, metrics={**version.metrics, "account.gap": gap})
 
 
-def nothing_learned(trainer: Trainer, about: Mapping[str, Any]) -> dict[str, content.Array]:
+def nothing_learned(trainer: Trainer, description: Mapping[str, Any]) -> dict[str, content.Array]:
     """Clears everything that `trainer` has learned; returns what the first base holds."""
     with trainer.alone():
-        checkpoint.begin(trainer, about)
+        checkpoint.begin(trainer, description)
         return checkpoint.full(trainer)
 
 

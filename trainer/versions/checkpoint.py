@@ -45,15 +45,15 @@ def served(trainer: Trainer, item_lists: bool = True) -> dict[str, content.Array
     that is durable must have them.
     """
     without = UNSERVED if item_lists else UNSERVED.union(ITEM_LISTS, [NEXT_CATEGORY])
-    held = _rows(trainer, "take_served", without)
-    return held | _dense(trainer) | _beside(trainer) | {"popular": trainer.popular.top()}
+    rows = _rows(trainer, "take_served", without)
+    return rows | _dense(trainer) | _beside(trainer) | {"popular": trainer.popular.top()}
 
 
 def changes(trainer: Trainer) -> dict[str, content.Array]:
     """Copies the content of a durable version and resets both lists of changes. Only the step thread may call it."""
-    held = _tensors(trainer, "take_changes")
+    tensors = _tensors(trainer, "take_changes")
     quality = trainer.measures.progressive.state() | trainer.measures.breakdown.state()
-    return held | {f"{content.QUALITY}{name}": value for name, value in quality.items()}
+    return tensors | {f"{content.QUALITY}{name}": value for name, value in quality.items()}
 
 
 def full(trainer: Trainer) -> dict[str, content.Array]:
@@ -114,11 +114,11 @@ def load(trainer: Trainer, tensors: content.Tensors) -> None:
     widths = {name: tensors[f"{name}.rows"].shape[1] for name in tables_in(tensors) if f"{name}.ids" in tensors}
     # An upgrade leaves rows of width 0 of a table that is no longer read.
     widths = {name: width for name, width in widths.items() if width}
-    ours = {name: table.dim for name, table in trainer.tables.items()}
-    for name in sorted((widths.keys() | ours.keys()) - OPTIONAL):
-        if widths.get(name) != ours.get(name):
+    dims = {name: table.dim for name, table in trainer.tables.items()}
+    for name in sorted((widths.keys() | dims.keys()) - OPTIONAL):
+        if widths.get(name) != dims.get(name):
             raise SettingsError(
-                f"rows of {name}: expected width {ours.get(name, 'none')}, the version has {widths.get(name, 'none')}",
+                f"rows of {name}: expected width {dims.get(name, 'none')}, the version has {widths.get(name, 'none')}",
                 "put the [model] settings back, or continue from it: `springtide upgrade --reason TEXT`",
             )
     for name, table in trainer.tables.items():
@@ -134,13 +134,13 @@ def load(trainer: Trainer, tensors: content.Tensors) -> None:
         measures.load(_under(content.QUALITY, tensors))
 
 
-def begin(trainer: Trainer, about: Mapping[str, Any]) -> None:
-    """Resets `trainer` to an untrained one with the popular labels of the bootstrap, whose document is `about`."""
+def begin(trainer: Trainer, description: Mapping[str, Any]) -> None:
+    """Resets `trainer` to an untrained one with the popular labels of the bootstrap, whose document is `description`."""
     trainer.clear()
-    popular = sorted((int(label, 16), int(clicks)) for label, clicks in about["popular"])
+    popular = sorted((int(label, 16), int(clicks)) for label, clicks in description["popular"])
     # The bootstrap's counts have no noise, so they are not used with a privacy budget.
     if popular and not trainer.settings.privacy.epsilon:
-        hour = np.int64(int(about["newest_ms"]) // HOUR_MS)
+        hour = np.int64(int(description["newest_ms"]) // HOUR_MS)
         ids = np.array([label for label, _ in popular], np.uint64)
         counts = np.array([clicks * ONE for _, clicks in popular], np.int64)
         trainer.popular.load({"ids": ids, "counts": counts, "hour": hour})
@@ -202,21 +202,21 @@ def private(settings: Settings) -> dict[str, str]:
     if not settings.privacy.epsilon:
         return {}
     numbers = dataclasses.asdict(settings.privacy)
-    found = {f"privacy.{name}": str(value) for name, value in numbers.items() if name != "key_file"}
-    return found | {"privacy.key": private_files.fingerprint(own_key(settings))}
+    parameters = {f"privacy.{name}": str(value) for name, value in numbers.items() if name != "key_file"}
+    return parameters | {"privacy.key": private_files.fingerprint(own_key(settings))}
 
 
 def _rows(trainer: Trainer, how: Taking, without: Collection[str] = ()) -> dict[str, content.Array]:
-    taken = trainer.take_rows(how, without)
-    return {f"{name}.{field}": column for name, rows in taken.items() for field, column in rows.items()}
+    tables = trainer.take_rows(how, without)
+    return {f"{name}.{field}": column for name, rows in tables.items() for field, column in rows.items()}
 
 
 def _tensors(trainer: Trainer, how: Taking) -> dict[str, content.Array]:
-    held = _rows(trainer, how)
-    held |= _dense(trainer) | _beside(trainer)
-    held |= {f"slots.{name}": slot for name, slot in trainer.optimizer.slots().items()}
-    held |= {f"state.{name}": value for name, value in trainer.state().items()}
-    return held | {"popular": trainer.popular.top()}
+    tensors = _rows(trainer, how)
+    tensors |= _dense(trainer) | _beside(trainer)
+    tensors |= {f"slots.{name}": slot for name, slot in trainer.optimizer.slots().items()}
+    tensors |= {f"state.{name}": value for name, value in trainer.state().items()}
+    return tensors | {"popular": trainer.popular.top()}
 
 
 def _dense(trainer: Trainer) -> dict[str, content.Array]:
@@ -226,7 +226,7 @@ def _dense(trainer: Trainer) -> dict[str, content.Array]:
 def _beside(trainer: Trainer) -> dict[str, content.Array]:
     churn = {} if trainer.churn is None else trainer.churn.served()
     counted = [part.served() for part in (trainer.item_ranking, trainer.interest_counts) if part is not None]
-    return {name: value for held in (churn, *counted) for name, value in held.items()}
+    return {name: value for values in (churn, *counted) for name, value in values.items()}
 
 
 def _under(prefix: str, tensors: content.Tensors) -> dict[str, Any]:

@@ -57,9 +57,9 @@ def encode(tensors: Tensors) -> dict[str, bytes]:
     tables = [table for table in tables_in(tensors) if table not in UNSERVED]
     served = {f"{table}.{name}" for table in tables for name in SERVED} | {"popular"}
     for name, tensor in tensors.items():
-        to = SERVING if name in served or name.startswith(("dense.", PREFIX, CHURN, *SCORES)) else TRAINING
-        files[to][name] = tensor
-    return {name: tensor_files.pack(held) for name, held in files.items()}
+        file = SERVING if name in served or name.startswith(("dense.", PREFIX, CHURN, *SCORES)) else TRAINING
+        files[file][name] = tensor
+    return {name: tensor_files.pack(tensors_of_file) for name, tensors_of_file in files.items()}
 
 
 def encode_served(tensors: Tensors) -> dict[str, bytes]:
@@ -115,25 +115,27 @@ def _merged(parts: Sequence[Tensors], full: bool) -> dict[str, Array]:
     for table in tables:
         # A release without this table wrote nothing of it, which equals an empty one. Rows of another width are of a
         # release in which rows had another meaning: a trainer that continued from there used none of them.
-        held = [part for part in parts if f"{table}.ids" in part]
-        held = [part for part in held if part[f"{table}.rows"].shape[1:] == held[-1][f"{table}.rows"].shape[1:]]
-        if not held:
+        present = [part for part in parts if f"{table}.ids" in part]
+        present = [
+            part for part in present if part[f"{table}.rows"].shape[1:] == present[-1][f"{table}.rows"].shape[1:]
+        ]
+        if not present:
             continue
         # 2. Rows: the last entry of an id counts, be it a row or its removal.
-        ids = [part[f"{table}.{name}"] for part in held for name in ("removed", "ids")]
-        gone = [
-            np.full(len(part[f"{table}.{name}"]), name == "removed") for part in held for name in ("removed", "ids")
+        ids = [part[f"{table}.{name}"] for part in present for name in ("removed", "ids")]
+        is_removal = [
+            np.full(len(part[f"{table}.{name}"]), name == "removed") for part in present for name in ("removed", "ids")
         ]
         last = _last_of_each(np.concatenate(ids))
-        all_ids, all_gone = np.concatenate(ids), np.concatenate(gone)
-        live = last[~all_gone[last]]
+        all_ids, all_removed = np.concatenate(ids), np.concatenate(is_removal)
+        live = last[~all_removed[last]]
         merged[f"{table}.ids"] = all_ids[live]
-        merged[f"{table}.removed"] = np.zeros(0, np.uint64) if full else all_ids[last[all_gone[last]]]
-        place = np.cumsum(~all_gone) - 1
+        merged[f"{table}.removed"] = np.zeros(0, np.uint64) if full else all_ids[last[all_removed[last]]]
+        row_of = np.cumsum(~all_removed) - 1
         for name in ROWS:
-            merged[f"{table}.{name}"] = np.concatenate([part[f"{table}.{name}"] for part in held])[place[live]]
+            merged[f"{table}.{name}"] = np.concatenate([part[f"{table}.{name}"] for part in present])[row_of[live]]
         # 3. Occurrences of ids without a row; a count of 0 removes one.
-        columns = [np.concatenate([part[f"{table}.{name}"] for part in held]) for name in PENDING]
+        columns = [np.concatenate([part[f"{table}.{name}"] for part in present]) for name in PENDING]
         last = _last_of_each(columns[0])
         if full:
             last = last[columns[1][last] != 0]
@@ -178,25 +180,25 @@ class CrossedIds:
 
     def crosses_of(self, users: MaskedUsers, tensors: Tensors) -> U64:
         """The crosses of users that occur in tensors."""
-        held = np.concatenate([tensors[f"{CROSS}.{field}"] for field in ("ids", "removed", PENDING[0])])
-        found = [np.empty(0, np.uint64)]
-        for user in users if len(held) else ():
-            made = self._crosses.of_user(user, *(self._ids[table] for table in CROSSED))
-            found.append(made[np.isin(made, held)])
-        return np.concatenate(found)
+        ids = np.concatenate([tensors[f"{CROSS}.{field}"] for field in ("ids", "removed", PENDING[0])])
+        crosses = [np.empty(0, np.uint64)]
+        for user in users if len(ids) else ():
+            crosses_of_user = self._crosses.of_user(user, *(self._ids[table] for table in CROSSED))
+            crosses.append(crosses_of_user[np.isin(crosses_of_user, ids)])
+        return np.concatenate(crosses)
 
 
 def without(tensors: Tensors, users: MaskedUsers, known: CrossedIds) -> dict[str, Array]:
     """Removes users from the tensors of a base, or of a delta from before their erasure. `known` must have seen these tensors."""
-    found = dict(tensors)
-    for table, gone in _named(tensors, users, known):
-        keep = ~np.isin(tensors[f"{table}.ids"], gone)
-        found |= {f"{table}.{field}": tensors[f"{table}.{field}"][keep] for field in ("ids", *ROWS)}
+    remaining = dict(tensors)
+    for table, removing in _named(tensors, users, known):
+        keep = ~np.isin(tensors[f"{table}.ids"], removing)
+        remaining |= {f"{table}.{field}": tensors[f"{table}.{field}"][keep] for field in ("ids", *ROWS)}
         removed = tensors[f"{table}.removed"]
-        found[f"{table}.removed"] = removed[~np.isin(removed, gone)]
-        waits = ~np.isin(tensors[f"{table}.{PENDING[0]}"], gone)
-        found |= {f"{table}.{field}": tensors[f"{table}.{field}"][waits] for field in PENDING}
-    return found | _without_waiting(found, users)
+        remaining[f"{table}.removed"] = removed[~np.isin(removed, removing)]
+        waits = ~np.isin(tensors[f"{table}.{PENDING[0]}"], removing)
+        remaining |= {f"{table}.{field}": tensors[f"{table}.{field}"][waits] for field in PENDING}
+    return remaining | _without_waiting(remaining, users)
 
 
 def without_tombstones(tensors: Tensors, users: MaskedUsers, known: CrossedIds) -> dict[str, Array]:
@@ -204,13 +206,13 @@ def without_tombstones(tensors: Tensors, users: MaskedUsers, known: CrossedIds) 
 
     Use it only once no earlier version has their rows; `known` must have seen those versions.
     """
-    found = dict(tensors)
-    for table, gone in _named(tensors, users, known):
+    remaining = dict(tensors)
+    for table, removing in _named(tensors, users, known):
         removed = tensors[f"{table}.removed"]
-        found[f"{table}.removed"] = removed[~np.isin(removed, gone)]
-        ended = np.isin(tensors[f"{table}.{PENDING[0]}"], gone) & (tensors[f"{table}.{PENDING[1]}"] == 0)
-        found |= {f"{table}.{field}": tensors[f"{table}.{field}"][~ended] for field in PENDING}
-    return found
+        remaining[f"{table}.removed"] = removed[~np.isin(removed, removing)]
+        ended = np.isin(tensors[f"{table}.{PENDING[0]}"], removing) & (tensors[f"{table}.{PENDING[1]}"] == 0)
+        remaining |= {f"{table}.{field}": tensors[f"{table}.{field}"][~ended] for field in PENDING}
+    return remaining
 
 
 def _without_waiting(tensors: Tensors, users: MaskedUsers) -> dict[str, Array]:
@@ -218,13 +220,13 @@ def _without_waiting(tensors: Tensors, users: MaskedUsers) -> dict[str, Array]:
     if f"{WAITING}user" not in tensors:
         return {}
     keep = ~users.has(tensors[f"{WAITING}user"])
-    return {name: one[keep] for name, one in tensors.items() if name.startswith(WAITING) and name != NO_ROWS}
+    return {name: tensor[keep] for name, tensor in tensors.items() if name.startswith(WAITING) and name != NO_ROWS}
 
 
 def _named(tensors: Tensors, users: MaskedUsers, known: CrossedIds) -> list[tuple[str, U64]]:
     """By table, the ids in it that may belong to users or to their crosses."""
-    found: list[tuple[str, U64]] = []
+    named: list[tuple[str, U64]] = []
     for table in tables_in(tensors) if users else ():
         if table not in OTHERS and f"{table}.ids" in tensors:
-            found.append((table, known.crosses_of(users, tensors) if table == CROSS else users.ids))
-    return found
+            named.append((table, known.crosses_of(users, tensors) if table == CROSS else users.ids))
+    return named

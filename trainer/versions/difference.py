@@ -65,9 +65,9 @@ def first_difference(kept: Tensors, recomputed: Tensors) -> Difference | None:
         )
     tables = tables_in(kept.keys() | recomputed.keys())
     for table in tables:
-        found = _of_table(table, kept, recomputed)
-        if found is not None:
-            return found
+        difference = _of_table(table, kept, recomputed)
+        if difference is not None:
+            return difference
     tabled = {f"{table}.{name}" for table in tables for name in COLUMNS}
     for name in sorted(name for name in (kept.keys() | recomputed.keys()) - tabled if not name.startswith(BESIDE)):
         if name not in kept or name not in recomputed:
@@ -79,54 +79,54 @@ def first_difference(kept: Tensors, recomputed: Tensors) -> Difference | None:
 
 
 def _of_table(table: str, kept: Tensors, recomputed: Tensors) -> Difference | None:
-    there = [side for side in (kept, recomputed) if f"{table}.ids" in side]
-    if len(there) < 2:
+    present = [side for side in (kept, recomputed) if f"{table}.ids" in side]
+    if len(present) < 2:
         # A release without this table wrote nothing of it, which equals an empty one.
-        if all(len(side[f"{table}.{name}"]) == 0 for side in there for name in ("ids", "pending_ids")):
+        if all(len(side[f"{table}.{name}"]) == 0 for side in present for name in ("ids", "pending_ids")):
             return None
-        return Difference(table, "", None, None, _presence(there[0] is kept), _presence(there[0] is recomputed))
+        return Difference(table, "", None, None, _presence(present[0] is kept), _presence(present[0] is recomputed))
     for ids_name, columns in (("ids", ROWS), ("pending_ids", PENDING[1:])):
         ids, other = kept[f"{table}.{ids_name}"], recomputed[f"{table}.{ids_name}"]
-        what = "row" if ids_name == "ids" else "sightings"
+        kind = "row" if ids_name == "ids" else "sightings"
         # The lowest id that only one side has.
         alone = np.setxor1d(ids, other)
         if len(alone):
-            here = bool(np.isin(alone[0], ids))
-            return Difference(table, what, int(alone[0]), None, _presence(here), _presence(not here))
+            in_kept = bool(np.isin(alone[0], ids))
+            return Difference(table, kind, int(alone[0]), None, _presence(in_kept), _presence(not in_kept))
         order, other_order = np.argsort(ids, kind="stable"), np.argsort(other, kind="stable")
         for column in columns:
-            ours, theirs = kept[f"{table}.{column}"][order], recomputed[f"{table}.{column}"][other_order]
-            at = _unequal(ours, theirs)
+            kept_column, other_column = kept[f"{table}.{column}"][order], recomputed[f"{table}.{column}"][other_order]
+            at = _unequal(kept_column, other_column)
             if at is not None:
-                width = ours[0].size if len(ours) else 1
+                width = kept_column[0].size if len(kept_column) else 1
                 row = int(ids[order][(at or 0) // width]) if at >= 0 else None
-                return _at(table, row, column, at, ours, theirs, width)
+                return _at(table, row, column, at, kept_column, other_column, width)
     return None
 
 
-def _unequal(ours: Array, theirs: Array) -> int | None:
+def _unequal(a: Array, b: Array) -> int | None:
     """The flat position of the first element with other bits; -1 if type or shape differ, None if all are equal."""
-    if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
+    if a.dtype != b.dtype or a.shape != b.shape:
         return -1
-    if ours.tobytes() == theirs.tobytes():
+    if a.tobytes() == b.tobytes():
         return None
-    left, right = (np.ascontiguousarray(each).reshape(-1) for each in (ours, theirs))
-    size = left.dtype.itemsize
-    bits = left.view(np.uint8).reshape(-1, size) != right.view(np.uint8).reshape(-1, size)
+    first, second = (np.ascontiguousarray(column).reshape(-1) for column in (a, b))
+    size = first.dtype.itemsize
+    bits = first.view(np.uint8).reshape(-1, size) != second.view(np.uint8).reshape(-1, size)
     return int(np.argmax(bits.any(axis=1)))
 
 
-def _at(table: str, row: int | None, name: str, at: int, ours: Array, theirs: Array, width: int = 1) -> Difference:
+def _at(table: str, row: int | None, name: str, at: int, a: Array, b: Array, width: int = 1) -> Difference:
     if at < 0:
-        shapes = [f"{each.dtype}{list(each.shape)}" for each in (ours, theirs)]
+        shapes = [f"{column.dtype}{list(column.shape)}" for column in (a, b)]
         return Difference(table or name, name if table else "", row, None, *shapes)
     position = at % width if table else at
-    values = [repr(np.ascontiguousarray(each).reshape(-1)[at].item()) for each in (ours, theirs)]
+    values = [repr(np.ascontiguousarray(column).reshape(-1)[at].item()) for column in (a, b)]
     return Difference(table or name, name if table else "", row, position, *values)
 
 
-def _presence(there: bool) -> str:
-    return "it" if there else "nothing"
+def _presence(is_present: bool) -> str:
+    return "it" if is_present else "nothing"
 
 
 def environment_differences(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
@@ -157,7 +157,7 @@ def marks_difference(kept: Mapping[Any, int], recomputed: Mapping[Any, int]) -> 
     'marks of b: the version has 2, recomputed nothing'
     """
     for source in sorted(kept.keys() | recomputed.keys()):
-        values = [str(each.get(source, "nothing")) for each in (kept, recomputed)]
+        values = [str(marks.get(source, "nothing")) for marks in (kept, recomputed)]
         if values[0] != values[1]:
             return Difference(f"marks of {source}", "", None, None, *values)
     return None

@@ -67,13 +67,13 @@ def lower(ranker: Ranker) -> bytes:
         for name, variable in ranker.dense.items()
     }
 
-    def predict(**given: Any) -> Any:
-        return ranker.predict(given)
+    def predict(**inputs: Any) -> Any:
+        return ranker.predict(inputs)
 
-    def load(**given: Any) -> Any:
+    def load(**weights: Any) -> Any:
         for name, variable in ranker.dense.items():
-            variable.assign(given[argument(name)])
-        return {"loaded": tf.constant(len(given))}
+            variable.assign(weights[argument(name)])
+        return {"loaded": tf.constant(len(weights))}
 
     with _filled_with_nan(ranker), tempfile.TemporaryDirectory(prefix="springtide-program-") as folder:
         signatures = {
@@ -122,35 +122,36 @@ def check_parity(content: bytes, ranker: Ranker, inputs: Mapping[str, F32]) -> f
     if np.isfinite(program.predict(inputs)["vector"]).all():
         raise ProgramError("the program answers before weights are loaded", "report this as a defect")
     program.load(ranker.weights())
-    ours, theirs = program.predict(inputs), ranker.predict({name: tf.constant(value) for name, value in inputs.items()})
+    lowered = program.predict(inputs)
+    expected = ranker.predict({name: tf.constant(value) for name, value in inputs.items()})
     largest = 0.0
-    for name, tensor in theirs.items():
-        apart = difference(ours[name], tensor.numpy())
-        if apart > TOLERANCE:
+    for name, tensor in expected.items():
+        error = difference(lowered[name], tensor.numpy())
+        if error > TOLERANCE:
             raise ProgramError(
-                f"the program's {name} differs from the model's by {apart:.2g} (allowed {TOLERANCE:g})",
+                f"the program's {name} differs from the model's by {error:.2g} (allowed {TOLERANCE:g})",
                 f"{_own(ranker)} may use an operation that LiteRT computes otherwise",
             )
-        largest = max(largest, apart)
+        largest = max(largest, error)
     return largest
 
 
 def sample(ranker: Ranker, rows: int = 32, training: bool = False) -> dict[str, F32]:
     """Made-up inputs of serving, or of training: the same each time, with edge cases."""
     drawn = np.random.default_rng(7)
-    made: dict[str, F32] = {}
-    whole = {input_.name for input_ in ranker.inputs if input_.whole}
+    inputs: dict[str, F32] = {}
+    whole_inputs = {input_.name for input_ in ranker.inputs if input_.whole}
     for name, spec in ranker.specs(training).items():
         shape = [rows if size is None else size for size in spec.shape]
-        if name in whole:
+        if name in whole_inputs:
             values = drawn.integers(0, 300, shape).astype(np.float64)
             values.reshape(rows, -1)[0], values.reshape(rows, -1)[1] = 0, 65535
         elif name.endswith("_mask"):
             values = drawn.integers(0, 2, shape).astype(np.float64)
         else:
             values = drawn.normal(0.0, 0.1, shape)
-        made[name] = values.astype(np.float32)
-    return made
+        inputs[name] = values.astype(np.float32)
+    return inputs
 
 
 def build(ranker: Ranker) -> bytes:
@@ -184,9 +185,9 @@ def program_of(
 
 @contextmanager
 def _filled_with_nan(ranker: Ranker) -> Iterator[None]:
-    held = ranker.weights()
-    ranker.set_weights({name: np.full_like(weight, np.nan) for name, weight in held.items()})
+    weights = ranker.weights()
+    ranker.set_weights({name: np.full_like(weight, np.nan) for name, weight in weights.items()})
     try:
         yield
     finally:
-        ranker.set_weights(held)
+        ranker.set_weights(weights)

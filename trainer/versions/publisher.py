@@ -54,7 +54,7 @@ class Drafter:
     def draft(
         self,
         kind: Kind,
-        place: TrainingPlace,
+        position: TrainingPlace,
         trainer: Trainer,
         account: Mapping[str, int],
         topic_id: str,
@@ -68,7 +68,7 @@ class Drafter:
         Args:
             kind: `base`, `delta` or `recent`. The parent of a recent version is the last version, of others the last
                 durable one.
-            place: The trainer's position.
+            position: The trainer's position.
             trainer: Provides counters and metrics.
             account: Rows by outcome.
             topic_id: Id of the training log's topic.
@@ -78,17 +78,19 @@ class Drafter:
             slices: The metrics of slices; empty for a version that is not durable.
         """
         counters = trainer.counters
-        parent, first = (place.parent, place.first) if kind == "recent" else (place.durable, place.durable_first)
+        parent, first = (
+            (position.parent, position.first) if kind == "recent" else (position.durable, position.durable_first)
+        )
         return Draft(
             kind=kind,
-            epoch=place.epoch,
+            epoch=position.epoch,
             parent=parent or None,
             log=LogRange(
-                *(self.topic, topic_id, self.partition, first, place.next),
-                epoch_at(control.log, place.next),
-                place.leader_epoch,
+                *(self.topic, topic_id, self.partition, first, position.next),
+                epoch_at(control.log, position.next),
+                position.leader_epoch,
             ),
-            sources=tuple(place.marks.items()),
+            sources=tuple(position.marks.items()),
             steps=counters.steps,
             rows=counters.trained,
             created_at_ms=now_ms,
@@ -102,10 +104,10 @@ class Drafter:
             | dict(breakdown.values(slices))
             | ({} if trainer.churn is None else trainer.churn.values())
             | {f"account.{name}": float(value) for name, value in account.items()}
-            | {TOLD_MS: float(place.told_ms)},
+            | {TOLD_MS: float(position.told_ms)},
             environment=self.environment,
-            erased=place.erased,
-            erasures=place.erasures,
+            erased=position.erased,
+            erasures=position.erasures,
             verdict=judged[0],
             guard=judged[1],
         )
@@ -198,20 +200,20 @@ class Publisher:
         Serving follows the recent version while it becomes durable, so it need not wait for the disk.
         """
         began, files = time.perf_counter(), content.encode_served(served)
-        made = self._where_room_is(lambda: self._registry.publish(draft, files))
+        manifest = self._where_room_is(lambda: self._registry.publish(draft, files))
         self._metrics.publish_seconds.observe(time.perf_counter() - began)
-        self._recent.append((self._elapsed(), made.version))
+        self._recent.append((self._elapsed(), manifest.version))
         if saving is not None:
-            made = self._save(saving, made)
+            manifest = self._save(saving, manifest)
         self._drop_recent()
-        return made
+        return manifest
 
     def _save(self, saving: Saving, recent: Manifest | None) -> Manifest:
         began, files = time.perf_counter(), content.encode(saving.tensors)
-        made = self._where_room_is(lambda: self._registry.publish(saving.draft, files, recent))
+        manifest = self._where_room_is(lambda: self._registry.publish(saving.draft, files, recent))
         self._metrics.save_seconds.observe(time.perf_counter() - began)
-        self._metrics.durable_version.set(made.version)
-        return made
+        self._metrics.durable_version.set(manifest.version)
+        return manifest
 
     def _where_room_is(self, publish: Callable[[], Manifest]) -> Manifest:
         def drop_and_publish() -> Manifest:

@@ -63,7 +63,7 @@ export function askToken(told) {
     const found = await read("api/session");
     if (given.token.trim() && !found.role) {
       keepToken(before);
-      throw new Refused(401, { error: "this token is none of this host's" });
+      throw new Refused(401, { error: "this host does not know this token" });
     }
     await refresh();
   });
@@ -176,7 +176,7 @@ function facts({ plan }) {
     ["Learn again", learn],
     ["Leave out", left.length ? `${left.join("; ")}: ${count(plan.masked ?? null)} rows of ${count(plan.users ?? null)} users` : "nothing"],
   ];
-  if (plan.after) found.push(["Windows", `up to ${count(plan.after)} later rows still count what is left out; exact computes them again`]);
+  if (plan.after) found.push(["Windows", `up to ${count(plan.after)} later rows still count the masked clicks; exact recomputes them`]);
   if (plan.exact) found.push(["Stream", `reads ${count(plan.exact.clicks)} positions again`]);
   return found.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]);
 }

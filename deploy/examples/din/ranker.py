@@ -103,8 +103,8 @@ class Din(Ranker):
         """Returns logits `[B, C]` of candidates with rows `[B, C, dim]`."""
         query = tf.expand_dims(_times(rows, self.dense["attend.query"]), 2)  # [B, C, 1, A]
         keys = tf.expand_dims(encoded["keys"], 1)  # [B, 1, T, A]
-        both = keys * query
-        joined = tf.concat([keys + tf.zeros_like(both), query + tf.zeros_like(both), both], 3)
+        products = keys * query
+        joined = tf.concat([keys + tf.zeros_like(products), query + tf.zeros_like(products), products], 3)
         weights = tf.nn.relu(_times(joined, self.dense["attend.kernel"]) + self.dense["attend.bias"])
         weights = tf.squeeze(_times(weights, self.dense["attend.out"]), 3) * tf.expand_dims(mask, 1)  # [B, C, T]
         attended = tf.matmul(weights, encoded["values"]) / float(mask.shape[1])
@@ -154,9 +154,9 @@ class Din(Ranker):
 def _times(x: Any, kernel: Any) -> Any:
     """Multiplies `[..., n]` by `[n, m]` as one product of two matrices, the only form that LiteRT supports."""
     shape = tf.concat([tf.shape(x)[:-1], [kernel.shape[1]]], 0)
-    found = tf.reshape(tf.matmul(tf.reshape(x, [-1, kernel.shape[0]]), kernel), shape)
-    found.set_shape([*x.shape[:-1], kernel.shape[1]])
-    return found
+    product = tf.reshape(tf.matmul(tf.reshape(x, [-1, kernel.shape[0]]), kernel), shape)
+    product.set_shape([*x.shape[:-1], kernel.shape[1]])
+    return product
 
 
 def _masked(logits: Any, mask: Any) -> Any:

@@ -35,7 +35,7 @@ def decode_messagepack(settings: Events) -> Decoder:
             raise DecodeError(Reason.UNDECODABLE) from None
         if not isinstance(record, dict):
             raise DecodeError(Reason.WRONG_TYPE)
-        found = {field: record.get(name) if name else None for field, name in names.items()}
-        return SimpleNamespace(**found, context=[record.get(name) for name in settings.context])
+        values = {field: record.get(name) if name else None for field, name in names.items()}
+        return SimpleNamespace(**values, context=[record.get(name) for name in settings.context])
 
     return read

@@ -59,12 +59,12 @@ class TwoTower(Ranker):
         if hidden[-1] != dim:
             raise SettingsError(f"model.hidden must end with model.dim {dim}: both towers add to rows of that width")
         for tower, widths in (("user", (into, *hidden)), ("candidate", (dim, *hidden))):
-            for layer, (width, to) in enumerate(itertools.pairwise(widths)):
+            for layer, (width, out) in enumerate(itertools.pairwise(widths)):
                 name = f"{tower}.kernel_{layer}"
-                first = drawn.normal(0.0, width**-0.5, (width, to)).astype(np.float32) * (layer + 1 < len(hidden))
+                first = drawn.normal(0.0, width**-0.5, (width, out)).astype(np.float32) * (layer + 1 < len(hidden))
                 self.dense[name] = tf.Variable(first, name=name)
                 name = f"{tower}.bias_{layer}"
-                self.dense[name] = tf.Variable(np.zeros(to, np.float32), name=name)
+                self.dense[name] = tf.Variable(np.zeros(out, np.float32), name=name)
         self.dense["pair"] = tf.Variable(np.array([1.0, 0.0], np.float32), name="pair")
         self.layers = len(hidden)
 
@@ -108,7 +108,9 @@ class TwoTower(Ranker):
             "successor": self._scores(encoded, inputs["successor_rows"]),
         }
         masks = {kind: inputs[f"{kind}_mask"] for kind in logits}
-        scores = {f"{kind}_logits": each * masks[kind] + (1.0 - masks[kind]) * MASKED for kind, each in logits.items()}
+        scores = {
+            f"{kind}_logits": values * masks[kind] + (1.0 - masks[kind]) * MASKED for kind, values in logits.items()
+        }
         scores |= {
             "engagement_logit": self._pair(encoded, inputs["item_row"], inputs["category_row"]),
             "vector": encoded,
@@ -125,8 +127,8 @@ class TwoTower(Ranker):
         logits = tf.matmul(encoded, self._tower("candidate", rows, rows), transpose_b=True) / self.temperature  # [B, B]
         square = tf.reduce_sum(rows * rows, 1)
         squares = tf.expand_dims(square, 1) + tf.expand_dims(square, 0)
-        apart = squares - 2.0 * tf.matmul(rows, rows, transpose_b=True)
-        same = tf.stop_gradient(tf.cast(apart <= SAME * squares, tf.float32))
+        distances = squares - 2.0 * tf.matmul(rows, rows, transpose_b=True)
+        same = tf.stop_gradient(tf.cast(distances <= SAME * squares, tf.float32))
         count = tf.reduce_sum(same, 1)
         corrected = logits - tf.math.log(tf.expand_dims(count, 0) / tf.reduce_sum(tf.ones_like(count)))
         own = tf.linalg.diag_part(corrected)

@@ -126,23 +126,23 @@ def groups_of(
         if rows >= 0:
             continue
         if name == "features":
-            of = [number(group) for group in _of_features(spec)]
+            owners = [number(group) for group in _of_features(spec)]
         elif name in _BY_CATEGORY or (own is not None and own[1] == "recent"):
-            of = [number(Group("category", slot)) for slot in range(shape[0])]
+            owners = [number(Group("category", slot)) for slot in range(shape[0])]
         elif name == "popular_mask":
-            of = [number(Group("category", slot) if slot >= 0 else Group("pair")) for slot in own_popular]
+            owners = [number(Group("category", slot) if slot >= 0 else Group("pair")) for slot in own_popular]
         else:
-            of = [number(Group(_kind(name)))] * (shape[0] if shape else 1)
-        by_input[name] = np.broadcast_to(np.array(of, np.int32).reshape(-1, *[1] * (len(shape) - 1)), shape or (1,))
+            owners = [number(Group(_kind(name)))] * (shape[0] if shape else 1)
+        by_input[name] = np.broadcast_to(np.array(owners, np.int32).reshape(-1, *[1] * (len(shape) - 1)), shape or (1,))
     return list(numbers), by_input
 
 
 def _of_features(spec: FeatureSpec) -> list[Group]:
     of_action = len(spec.windows_s) + len(spec.half_lives_s) + 1
-    groups = [Group("action", place) for place in range(len(spec.actions)) for _ in range(of_action)]
+    groups = [Group("action", action) for action in range(len(spec.actions)) for _ in range(of_action)]
     for name in spec.names[len(groups) :]:
-        head, _, rest = name.partition(".")
-        slot = int(rest.partition(".")[0]) - 1 if head == "label" else 0
+        head, _, remainder = name.partition(".")
+        slot = int(remainder.partition(".")[0]) - 1 if head == "label" else 0
         groups.append(Group("category", slot) if head == "label" else Group(_FEATURES.get(head, "rhythm")))
     return groups
 
@@ -255,30 +255,30 @@ class Words:
             words = f"{len(events)} events on {on} of the last {self._span}{self._last(events)}"
         elif group.kind == "succession":
             newest = names[0] if names else "none"
-            words = f"what over all users comes next after {newest}, the latest category"
+            words = f"what users click next after {newest}, the latest category"
         elif group.kind == "sequence":
             words, shown = f"the order of the latest {self._spec.sequence} events", events
         elif group.kind == "user":
-            words = "what was learned from this user's clicks so far"
+            words = "the weights learned from this user's clicks"
         elif group.kind == "context":
             known = [f"{name}={text}" for name, text in self._attributes if text is not None]
             words = "attributes: " + listed(known)
         elif group.kind == "crosses":
-            words = "what was learned of this user and such users with this item and such items"
+            words = "the weights of the crosses of this user and this item"
         else:
             words = "the item and its category"
         return Behind(words, None, self._shown(shown))
 
-    def _done(self, events: Events, what: str, about: str) -> Behind:
+    def _done(self, events: Events, object_: str, subject: str) -> Behind:
         """Describes one category's or one action's events: how often, and the last time."""
         counts = np.bincount(events["action"], minlength=len(self._spec.actions)).tolist()
-        done = []
+        actions = []
         for action, count in zip(self._spec.actions, counts, strict=False):
             if count:
-                verb = VERBS.get(action, f"did {action} with {{}}" if what else f"did {action}").format(what)
-                done.append(f"{' '.join(verb.split())} {'once' if count == 1 else f'{count} times'}")
-        words = f"{' and '.join(done) or 'nothing'} in {self._span}{self._last(events)}"
-        return Behind(words, about, self._shown(events))
+                verb = VERBS.get(action, f"did {action} with {{}}" if object_ else f"did {action}").format(object_)
+                actions.append(f"{' '.join(verb.split())} {'once' if count == 1 else f'{count} times'}")
+        words = f"{' and '.join(actions) or 'nothing'} in {self._span}{self._last(events)}"
+        return Behind(words, subject, self._shown(events))
 
     def _last(self, events: Events) -> str:
         return f", last {duration(self._at_ms - int(events['at_ms'][0]))} ago" if len(events) else ""
@@ -328,16 +328,16 @@ def _values(slots: Sequence[int], inputs: Mapping[str, F32], outputs: Mapping[st
     return np.asarray((grown * is_candidate)[:, list(slots)].sum(1) / grown.sum(1))
 
 
-def candidate(prepared: Prepared, place: int, label: str) -> int | None:
-    """Returns the slot of a category in query number `place`; None if it is no candidate there.
+def candidate(prepared: Prepared, row: int, label: str) -> int | None:
+    """Returns the slot of a category in query number `row`; None if it is no candidate there.
 
     `label` is the category's raw id, or the hexadecimal id that an answer shows if no name is known.
     """
-    inputs, recent = prepared.inputs, prepared.vectors.recent_categories[place]
-    by_kind = {"recent": recent, "popular": prepared.version.popular, "successor": prepared.successors[place]}
+    inputs, recent = prepared.inputs, prepared.vectors.recent_categories[row]
+    by_kind = {"recent": recent, "popular": prepared.version.popular, "successor": prepared.successors[row]}
     kinds = [kind for kind in KINDS if f"{kind}_mask" in inputs]
     ids = np.concatenate([by_kind[kind] for kind in kinds])
-    is_candidate = np.concatenate([inputs[f"{kind}_mask"][place] for kind in kinds]) > 0
+    is_candidate = np.concatenate([inputs[f"{kind}_mask"][row] for kind in kinds]) > 0
     try:
         written = int(label, 16) if len(label) == 16 else 0
     except ValueError:
@@ -379,9 +379,9 @@ class Coalitions:
 
         They add up to the last of `values` less the first.
         """
-        found = np.zeros(self._orders.shape[1])
-        np.add.at(found, self._orders, np.diff(values[self._at], axis=1))
-        return found / len(self._orders)
+        group_values = np.zeros(self._orders.shape[1])
+        np.add.at(group_values, self._orders, np.diff(values[self._at], axis=1))
+        return group_values / len(self._orders)
 
 
 def explain(predictor: Predictor, query: Query, label: str | None) -> Generator[None, None, Explanation]:
@@ -394,25 +394,25 @@ def explain(predictor: Predictor, query: Query, label: str | None) -> Generator[
         NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: As `Predictor.profiles`.
     """
     if (label is None) == (query.item is None):
-        raise BadRequest("an explanation is of one category or of one item", "give label or item, and one of them only")
+        raise BadRequest("an explanation is about one category or one item", "give either label or item")
     with predictor.reading() as reader:
         # 1.
         prepared = predictor.prepare([query, query._replace(user=NOBODY)], reader)
         outputs = prepared.version.program.predict(prepared.inputs)
-        about, _ = predictor.answered(prepared, outputs)
+        answer, _ = predictor.answered(prepared, outputs)
         slots: tuple[int, ...] = ()
         if label is not None:
-            own, nobodys = (candidate(prepared, place, label) for place in (0, 1))
+            own, nobodys = (candidate(prepared, row, label) for row in (0, 1))
             if own is None:
-                others = ", ".join(interest["label"] for interest in about.interests[:10]) or "none"
-                raise BadRequest(f"label={label[:100]!r} is none of this user's candidates", f"ask for one of {others}")
+                others = ", ".join(interest["label"] for interest in answer.interests[:10]) or "none"
+                raise BadRequest(f"label={label[:100]!r} is not a candidate of this user", f"ask for one of {others}")
             slots = tuple({own, own if nobodys is None else nobodys})
-        ours, theirs = _values(slots, _inputs_of(prepared), outputs)[:2].tolist()
+        probability, cold_start_probability = _values(slots, _inputs_of(prepared), outputs)[:2].tolist()
         # 2.
         parts = yield from _parts(predictor, prepared, reader, slots)
         words = _words(predictor, prepared)
     # 3.
-    difference, total = ours - theirs, sum(share for _, share in parts)
+    difference, total = probability - cold_start_probability, sum(share for _, share in parts)
     if abs(total - difference) > TOLERANCE * abs(difference) + NEGLIGIBLE:
         raise ProgramError(
             f"the parts of the explanation add up to {total:.6g} and not to {difference:.6g}",
@@ -422,14 +422,14 @@ def explain(predictor: Predictor, query: Query, label: str | None) -> Generator[
     behind = [(group, share, words.of(group)) for group, share in parts]
     return about_same(
         Explanation,
-        about,
+        answer,
         label=label,
         item=query.item,
-        probability=ours,
-        cold_start_probability=theirs,
+        probability=probability,
+        cold_start_probability=cold_start_probability,
         reasons=[
-            ExplainedPart(kind=group.kind, about=one.about, share=share, words=one.words, events=one.events)
-            for group, share, one in behind
+            ExplainedPart(kind=group.kind, about=cause.about, share=share, words=cause.words, events=cause.events)
+            for group, share, cause in behind
         ],
         rest=difference - sum(share for _, share in parts),
     )
@@ -453,18 +453,18 @@ def _parts(
         for name in (_FACTOR, _OFFSET):
             numbers[name] = np.full(given[name].shape[1:], groups.index(group), np.int32)
     names = sorted(numbers)
-    of = np.concatenate([numbers[name].reshape(-1) for name in names])
+    group_of = np.concatenate([numbers[name].reshape(-1) for name in names])
     end, begin = (np.concatenate([given[name][row].reshape(-1) for name in names]) for row in (0, 1))
-    moving = np.unique(of[begin != end])
+    moving = np.unique(group_of[begin != end])
     # For each value, the column of its group in `members`; any column if the group does not change.
-    column = np.searchsorted(moving, of).clip(max=max(len(moving) - 1, 0))
+    column = np.searchsorted(moving, group_of).clip(max=max(len(moving) - 1, 0))
     coalitions = Coalitions(max(len(moving), 1))
     fixed = {name: value for name, value in prepared.inputs.items() if name not in numbers}
     sizes = {name: given[name].shape[1:] for name in names}
     values = []
     for first in range(0, len(coalitions.members), PAIRS):
         piece = coalitions.members[first : first + PAIRS]
-        points = np.zeros((batch_of(len(piece)), len(of)), np.float32)
+        points = np.zeros((batch_of(len(piece)), len(group_of)), np.float32)
         points[: len(piece)] = np.where(piece[:, column], end, begin)
         # Other requests may have loaded a newer version in between.
         predictor.take_up(reader)
@@ -488,13 +488,13 @@ def _split(points: F32, sizes: Mapping[str, tuple[int, ...]]) -> Inputs:
 
 
 def _words(predictor: Predictor, prepared: Prepared) -> Words:
-    asked, features = prepared.asked[0], prepared.version.features
-    events = exchanged(predictor.events_by(asked, prepared.mask), features.actions)
+    question, features = prepared.asked[0], prepared.version.features
+    events = exchanged(predictor.events_by(question, prepared.mask), features.actions)
     return Words(
-        events[events["at_ms"] > asked.at_ms - features.spec.windows_s[-1] * 1000],
-        asked.at_ms,
+        events[events["at_ms"] > question.at_ms - features.spec.windows_s[-1] * 1000],
+        question.at_ms,
         features.spec,
         lambda category: predictor.catalogue.name_of(category).name,
-        asked.recent_categories,
-        list(asked.user_attributes.texts.items()),
+        question.recent_categories,
+        list(question.user_attributes.texts.items()),
     )

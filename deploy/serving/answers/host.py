@@ -156,7 +156,7 @@ class Host:
             return None
         with self._rows.reader() as reader:
             served, refused = reader.served(), refused_versions(reader.note(REFUSED_NOTE))
-        return max((one for one in refused.items() if served is None or one[0] > served.version), default=None)
+        return max((entry for entry in refused.items() if served is None or entry[0] > served.version), default=None)
 
     def close(self) -> None:
         """Closes the stores."""

@@ -114,7 +114,7 @@ def correction_of(
     items = [int(key_of_item(np.uint64(item))) for item, _ in asked]
     lists, places = rows.next_categories([*_EVERY, *recent[:, 0].tolist(), *items])
     mask = np.concatenate(masks, 1)
-    found = Correction(np.empty((len(asked), 1), np.float32), np.empty((len(asked), mask.shape[1]), np.float32))
+    correction = Correction(np.empty((len(asked), 1), np.float32), np.empty((len(asked), mask.shape[1]), np.float32))
     _correct(
         lists,
         np.array(places, np.int32),
@@ -125,10 +125,10 @@ def correction_of(
         mask,
         _columns(version.features.spec).phi(vectors.features, vectors.category_windows),
         weights,
-        *found,
+        *correction,
         version.interest_work,
     )
-    return found
+    return correction
 
 
 @compiled(

@@ -124,14 +124,14 @@ class ItemIndex:
         lists = self._index.invlists
         fullest = max(range(self._index.nlist), key=lists.list_size)
         count = min(most, lists.list_size(fullest))
-        held = lists.get_ids(fullest)
-        found = faiss.rev_swig_ptr(held, count).copy() if count else np.empty(0, np.int64)
-        return np.asarray(found.view(np.uint64))
+        list_ids = lists.get_ids(fullest)
+        ids = faiss.rev_swig_ptr(list_ids, count).copy() if count else np.empty(0, np.int64)
+        return np.asarray(ids.view(np.uint64))
 
     def nearest(self, query: F32, most: int) -> list[int]:
         """The ids of the rows with the largest products with a query, `[dim]` float32; the largest first."""
-        _, found = self._index.search(query.reshape(1, -1), most)
-        return [one for one in found[0].view(np.uint64).tolist() if one != _NOTHING]
+        _, neighbours = self._index.search(query.reshape(1, -1), most)
+        return [identity for identity in neighbours[0].view(np.uint64).tolist() if identity != _NOTHING]
 
 
 def _centres(sample: F32, lists: int) -> F32:
@@ -223,8 +223,8 @@ class NearItems:
     def _put(self, index: ItemIndex, reader: RowReader, served: Served) -> None:
         """2. Read some of the due rows."""
         some = list(islice(self._due, ROWS_AT_ONCE))
-        for one in some:
-            del self._due[one]
+        for identity in some:
+            del self._due[identity]
         ids = np.array(some, np.uint64)
         rows, known = reader.get("item", some, served)
         index.remove(ids)
@@ -242,10 +242,10 @@ class NearItems:
             making.index.add(ids, rows)
         else:
             making.sample.append((ids, rows))
-            read = sum(len(some) for some, _ in making.sample)
+            rows_read = sum(len(some) for some, _ in making.sample)
             # Assume as many ids in the rest as in the part already read.
-            planned = read if following is None else round(read * _IDS / following)
-            if following is None or read >= POINTS * lists_for(planned):
+            planned = rows_read if following is None else round(rows_read * _IDS / following)
+            if following is None or rows_read >= POINTS * lists_for(planned):
                 making.planned = max(planned, ROWS_AT_ONCE)
                 making.index = ItemIndex(np.concatenate([some for _, some in making.sample]), making.planned)
                 for some, of_some in making.sample:
@@ -276,7 +276,7 @@ class _Category:
     def keep(self, most: int) -> int:
         """Drops all items except the best; returns the number of dropped items."""
         before = len(self.weights)
-        self.weights, self.ordered = {one: self.weights[one] for one in self.best(most)}, None
+        self.weights, self.ordered = {item: self.weights[item] for item in self.best(most)}, None
         return before - len(self.weights)
 
     def best(self, most: int) -> list[int]:
@@ -314,9 +314,9 @@ class ClickedItems:
         first = max(self._read, written - SLOTS)
         last = min(written, first + NOTES_AT_ONCE)
         for seq in range(first, last):
-            if (found := clicked_at(self._histories, seq)) is not None:
-                weight = self._weight(found.at_ms)
-                for item, category, clicks in found.items.tolist():
+            if (clicked := clicked_at(self._histories, seq)) is not None:
+                weight = self._weight(clicked.at_ms)
+                for item, category, clicks in clicked.items.tolist():
                     self._add(category, item, weight * clicks)
         self._read = last
         return last < written
@@ -324,13 +324,13 @@ class ClickedItems:
     def _turn_users(self) -> bool:
         if self._next_user is None or self._users >= MOST_USERS:
             return False
-        found = self._histories.ends(self._next_user, USERS_AT_ONCE)
-        for event in found.newest[["at_ms", "category", "item"]].tolist():
+        ends = self._histories.ends(self._next_user, USERS_AT_ONCE)
+        for event in ends.newest[["at_ms", "category", "item"]].tolist():
             at_ms, category, item = event
             if item and category:
                 self._add(category, item, self._weight(at_ms))
-        self._users += len(found.users)
-        self._next_user = found.following
+        self._users += len(ends.users)
+        self._next_user = ends.following
         return self._next_user is not None
 
     def _weight(self, at_ms: int) -> float:

@@ -174,9 +174,9 @@ class UserPairs:
         prepared = self._prepared
         if self.query is not None and not prepared.version.own:
             return self._by_query(items, self.query)
-        asked = self._predictor.items_of(prepared.asked[0], items)
-        self.categories += [question.category for question in asked]
-        return self._engagement(asked, batch_of(len(items)))
+        questions = self._predictor.items_of(prepared.asked[0], items)
+        self.categories += [question.category for question in questions]
+        return self._engagement(questions, batch_of(len(items)))
 
     def _by_query(self, items: Sequence[tuple[int, int]], query: F32) -> F32:
         """Computes logits as the sum of the category's logit, the item's row times the query, and the crosses."""
@@ -187,29 +187,29 @@ class UserPairs:
         new = [(0, category) for category in dict.fromkeys(categories) if category not in self._of_category]
         for first in range(0, len(new), size):
             of_none = predictor.items_of(prepared.asked[0], new[first : first + size])
-            logits = self._engagement([one._replace(query=prepared.asked[0].query) for one in of_none], size)
-            self._of_category |= zip([one.category for one in of_none], logits.tolist(), strict=True)
-        found = np.array([self._of_category[category] for category in categories], np.float32)
+            logits = self._engagement([question._replace(query=prepared.asked[0].query) for question in of_none], size)
+            self._of_category |= zip([question.category for question in of_none], logits.tolist(), strict=True)
+        logits = np.array([self._of_category[category] for category in categories], np.float32)
         if not predictor.item_attributes and not version.cross_shares.size:
-            return found + rows.items([item for item, _ in items]) @ query
-        asked = predictor.items_of(
+            return logits + rows.items([item for item, _ in items]) @ query
+        questions = predictor.items_of(
             prepared.asked[0], [(item, category) for (item, _), category in zip(items, categories, strict=True)]
         )
-        found += item_rows(rows, asked) @ query
+        logits += item_rows(rows, questions) @ query
         if version.cross_shares.size:
-            found += cross_logits(rows, asked, self._vectors(len(asked)).features)
-        return found
+            logits += cross_logits(rows, questions, self._vectors(len(questions)).features)
+        return logits
 
-    def _engagement(self, asked: Sequence[Asked], size: int) -> F32:
+    def _engagement(self, questions: Sequence[Asked], size: int) -> F32:
         """Runs the program on each pair, in one batch of `size` rows."""
-        version, rows, count = self._prepared.version, self._prepared.rows, len(asked)
+        version, rows, count = self._prepared.version, self._prepared.rows, len(questions)
         vectors, inputs = self._vectors(count), self._batch(size)
         for name in ITEM_INPUTS:
             if name in inputs:
                 inputs[name][:] = 0.0
-        add_items(inputs, version, rows, asked, vectors.features)
+        add_items(inputs, version, rows, questions, vectors.features)
         if version.own:
-            add_own_rows(inputs, version, rows, asked, vectors, np.repeat(self._prepared.successors, count, 0))
+            add_own_rows(inputs, version, rows, questions, vectors, np.repeat(self._prepared.successors, count, 0))
         return version.program.predict(inputs)["engagement_logit"][:count].reshape(count).copy()
 
     def _vectors(self, count: int) -> Vector:
@@ -260,15 +260,15 @@ def rank(
     with predictor.reading() as reader:
         prepared = predictor.prepare([query], reader)
         outputs = prepared.version.program.predict(prepared.inputs)
-        (about,) = predictor.answered(prepared, outputs)
+        (answer,) = predictor.answered(prepared, outputs)
         if has_caps:
             check_caps(caps, prepared.version.features.spec)
-            asked = prepared.asked[0]
-            events = predictor.events_by(asked, prepared.mask)
-            over = over_caps([item for item, _ in ids], caps, events, impressions, asked.at_ms)
-        kept = [place for place in range(len(items)) if place not in over]
+            question = prepared.asked[0]
+            events = predictor.events_by(question, prepared.mask)
+            over = over_caps([item for item, _ in ids], caps, events, impressions, question.at_ms)
+        kept_items = [index for index in range(len(items)) if index not in over]
         pairs, parts = UserPairs(predictor, prepared, outputs), [np.empty(0, np.float32)]
-        for piece in in_batches([ids[place] for place in kept]):
+        for piece in in_batches([ids[index] for index in kept_items]):
             # Other requests may have loaded a newer version in between.
             predictor.take_up(reader)
             parts.append(pairs.logits(piece))
@@ -276,19 +276,19 @@ def rank(
         logits = np.concatenate(parts)
     names = {category: predictor.catalogue.name_of(category).name for category in {*pairs.categories} if category}
     shown = [
-        RankedItem(item=items[kept[place]].item, category=names.get(category), probability=probability(logit))
-        for place, (category, logit) in enumerate(zip(pairs.categories, logits.tolist(), strict=True))
+        RankedItem(item=items[kept_items[rank]].item, category=names.get(category), probability=probability(logit))
+        for rank, (category, logit) in enumerate(zip(pairs.categories, logits.tolist(), strict=True))
     ]
     scores: NDArray[np.floating[Any]] = logits
     if bids is not None:
-        scores = bids[kept] * [item["probability"] for item in shown]
-        for ranked, bid, value in zip(shown, bids[kept].tolist(), scores.tolist(), strict=True):
+        scores = bids[kept_items] * [item["probability"] for item in shown]
+        for ranked, bid, value in zip(shown, bids[kept_items].tolist(), scores.tolist(), strict=True):
             ranked["bid"], ranked["expected_value"] = bid, value
-    best_first = [shown[place] for place in np.argsort(-scores, kind="stable").tolist()]
+    best_first = [shown[rank] for rank in np.argsort(-scores, kind="stable").tolist()]
     if not has_caps:
-        return about_same(RankedItems, about, items=best_first)
-    left_out = [LeftOut(item=items[place].item, reason="cap", seen=seen) for place, seen in over.items()]
-    return about_same(CappedItems, about, items=best_first, left_out=left_out)
+        return about_same(RankedItems, answer, items=best_first)
+    left_out = [LeftOut(item=items[index].item, reason="cap", seen=seen) for index, seen in over.items()]
+    return about_same(CappedItems, answer, items=best_first, left_out=left_out)
 
 
 def bids_of(bids: Sequence[float | None]) -> NDArray[np.float64] | None:
@@ -302,14 +302,14 @@ def bids_of(bids: Sequence[float | None]) -> NDArray[np.float64] | None:
     """
     if all(bid is None for bid in bids):
         return None
-    for place, bid in enumerate(bids):
+    for index, bid in enumerate(bids):
         if bid is None:
             raise BadRequest(
-                f"item {place} has no bid, others have", "give each item a bid, or none", f"/items/{place}"
+                f"item {index} has no bid, others have", "give each item a bid, or none", f"/items/{index}"
             )
         if not (math.isfinite(bid) and bid >= 0):
             raise BadRequest(
-                f"item {place} has a bid of {bid}", "give a finite number, 0 or more", f"/items/{place}/bid"
+                f"item {index} has a bid of {bid}", "give a finite number, 0 or more", f"/items/{index}/bid"
             )
     return np.array(bids, np.float64)
 
@@ -328,15 +328,15 @@ def check_caps(caps: Sequence[Cap | None], spec: FeatureSpec) -> None:
             longest window.
     """
     longest_s = spec.windows_s[-1]
-    for place, cap in enumerate(caps):
+    for index, cap in enumerate(caps):
         if cap is None:
             continue
         if not 1 <= cap.count <= spec.history:
             do = f"give 1 to {spec.history}, the events that a history holds (features.history)"
-            raise BadRequest(f"item {place} has a cap of {cap.count} times", do, f"/items/{place}/cap/count")
+            raise BadRequest(f"item {index} has a cap of {cap.count} times", do, f"/items/{index}/cap/count")
         if not 0 < cap.within_s <= longest_s:
             do = f"give seconds above 0, up to the longest window's {longest_s} (features.windows_s)"
-            raise BadRequest(f"item {place} has a cap within {cap.within_s} s", do, f"/items/{place}/cap/within_s")
+            raise BadRequest(f"item {index} has a cap within {cap.within_s} s", do, f"/items/{index}/cap/within_s")
 
 
 def over_caps(
@@ -356,12 +356,12 @@ def over_caps(
     for item, event_ms in zip(shown["item"].tolist(), shown["at_ms"].tolist(), strict=True):
         times.setdefault(item, []).append(event_ms)
     over = {}
-    for place, (item, cap) in enumerate(zip(items, caps, strict=True)):
+    for index, (item, cap) in enumerate(zip(items, caps, strict=True)):
         if cap is not None:
             after_ms = at_ms - round(cap.within_s * 1000)
             seen = sum(after_ms < event_ms <= at_ms for event_ms in times.get(item, ()))
             if seen >= cap.count:
-                over[place] = seen
+                over[index] = seen
     return over
 
 
@@ -391,8 +391,8 @@ def recommend(
         # 1.
         prepared = predictor.prepare([query], reader)
         outputs = prepared.version.program.predict(prepared.inputs)
-        asked = prepared.asked[0]
-        events = predictor.events_by(asked, prepared.mask)
+        question = prepared.asked[0]
+        events = predictor.events_by(question, prepared.mask)
         if prepared.version.item_weights is not None:
             category = None if wanted.category is None else public_id(wanted.category)
             order = scored(prepared, outputs, clicks_in(events, impressions), category, sources.work)
@@ -402,11 +402,11 @@ def recommend(
             yield
             predictor.take_up(reader)
             if len(chosen) == wanted.most or wanted.category is None:
-                without_interests = prepared._replace(asked=[asked._replace(query=asked.query._replace(top=0))])
-                (about,) = predictor.answered(without_interests, outputs)
+                without_interests = prepared._replace(asked=[question._replace(query=question.query._replace(top=0))])
+                (answer,) = predictor.answered(without_interests, outputs)
                 items = _recommended(predictor, UserPairs(predictor, prepared, outputs), chosen)
-                return about_same(Recommendations, about, items=items)
-        (about,) = predictor.answered(prepared, outputs)
+                return about_same(Recommendations, answer, items=items)
+        (answer,) = predictor.answered(prepared, outputs)
         visits = visits_of(events["item"])
         # 2.
         pairs, parts = UserPairs(predictor, prepared, outputs), [np.empty(0, np.float32)]
@@ -414,13 +414,13 @@ def recommend(
         if wanted.category is None and pairs.query is not None:
             near = near_to(sources.near, pairs.query, prepared.rows, SIMILAR_CANDIDATES)
         if wanted.category is None:
-            shares = {int(interest["id"], 16): interest["probability"] for interest in about.interests}
+            shares = {int(interest["id"], 16): interest["probability"] for interest in answer.interests}
         else:
             shares = {public_id(wanted.category): 1.0}
         reasons: dict[int, Reason] = dict.fromkeys(prepared.successors[0].tolist(), "next")
-        reasons |= dict.fromkeys(asked.recent_categories, "category")
-        found = candidates(sources.clicked, shares, reasons, wanted, visits, near)
-        ids = [(item, proposed.category) for item, proposed in found.items()]
+        reasons |= dict.fromkeys(question.recent_categories, "category")
+        proposals = candidates(sources.clicked, shares, reasons, wanted, visits, near)
+        ids = [(item, proposed.category) for item, proposed in proposals.items()]
         # 3.
         for piece in in_batches(ids):
             # Other requests may have loaded a newer version in between.
@@ -429,28 +429,28 @@ def recommend(
             yield
         logits = np.concatenate(parts)
     items = []
-    scores = logits + returning([visits.get(item, 0.0) for item in found])
-    for place in np.argsort(-scores, kind="stable")[: wanted.most].tolist():
-        name = predictor.catalogue.item_name(ids[place][0])
+    scores = logits + returning([visits.get(item, 0.0) for item in proposals])
+    for row in np.argsort(-scores, kind="stable")[: wanted.most].tolist():
+        name = predictor.catalogue.item_name(ids[row][0])
         items.append(
             Recommended(
                 item=name.name,
                 id=name.hex,
-                category=predictor.catalogue.name_of(pairs.categories[place]).name,
-                probability=probability(float(logits[place])),
-                reason=found[ids[place][0]].reason,
+                category=predictor.catalogue.name_of(pairs.categories[row]).name,
+                probability=probability(float(logits[row])),
+                reason=proposals[ids[row][0]].reason,
             )
         )
-    return about_same(Recommendations, about, items=items)
+    return about_same(Recommendations, answer, items=items)
 
 
 def clicks_in(events: Events, impressions: Sequence[int]) -> Events:
     """Returns the events that the trainer counts as clicks: not labelled as something else, and no impressions."""
     flags = events["flags"]
-    found: Events = events[
+    clicks: Events = events[
         (flags & POSITIVE != 0) | ((flags & LABELLED == 0) & ~np.isin(events["action"], impressions))
     ]
-    return found
+    return clicks
 
 
 class _Chosen(NamedTuple):
@@ -484,17 +484,17 @@ def _chosen(predictor: Predictor, order: NDArray[np.intp], work: Workspace, want
 
 def _recommended(predictor: Predictor, pairs: UserPairs, chosen: Sequence[_Chosen]) -> list[Recommended]:
     """The chosen items as an answer shows them, in their order."""
-    pieces = in_batches([(one.item, one.category) for one in chosen])
+    pieces = in_batches([(item.item, item.category) for item in chosen])
     logits = np.concatenate([np.empty(0, np.float32), *map(pairs.logits, pieces)])
     return [
         Recommended(
-            item=one.name.name,
-            id=one.name.hex,
-            category=predictor.catalogue.name_of(one.category).name,
+            item=item.name.name,
+            id=item.name.hex,
+            category=predictor.catalogue.name_of(item.category).name,
             probability=probability(logit),
-            reason=one.reason,
+            reason=item.reason,
         )
-        for one, logit in zip(chosen, logits.tolist(), strict=True)
+        for item, logit in zip(chosen, logits.tolist(), strict=True)
     ]
 
 
@@ -516,21 +516,21 @@ def candidates(
         visits: The items that the user clicked, from `visits_of`.
         near: The items nearest to the user.
     """
-    found = dict[int, Proposed]()
+    proposals = dict[int, Proposed]()
     if wanted.category is None and not wanted.exclude_seen:
-        found = dict.fromkeys(islice(visits, SEEN_CANDIDATES), Proposed("again", 0))
+        proposals = dict.fromkeys(islice(visits, SEEN_CANDIDATES), Proposed("again", 0))
     for category, share in sorted(shares.items(), key=lambda entry: -entry[1]):
         most = min(MOST_OF_CATEGORY, FEW + round(share * MOST_CANDIDATES)) if len(shares) > 1 else MOST_CANDIDATES
         proposed = Proposed(reasons.get(category, "popular"), category)
         for item in clicked.best(category, most):
-            found.setdefault(item, proposed)
-    found = dict(list(found.items())[: MOST_CANDIDATES - len(near)])
+            proposals.setdefault(item, proposed)
+    proposals = dict(list(proposals.items())[: MOST_CANDIDATES - len(near)])
     for item in near:
-        found.setdefault(item, Proposed("similar", 0))
+        proposals.setdefault(item, Proposed("similar", 0))
     if wanted.exclude_seen:
-        return {item: proposed for item, proposed in found.items() if item not in visits}
-    again = ((item, found[item]) for item in visits if item in found)
-    return found | {item: proposed._replace(reason="again") for item, proposed in again}
+        return {item: proposed for item, proposed in proposals.items() if item not in visits}
+    clicked_again = ((item, proposals[item]) for item in visits if item in proposals)
+    return proposals | {item: proposed._replace(reason="again") for item, proposed in clicked_again}
 
 
 def visits_of(items: NDArray[np.uint64]) -> dict[int, float]:
@@ -545,8 +545,8 @@ def visits_of(items: NDArray[np.uint64]) -> dict[int, float]:
     Returns:
         By item, the sum over its events of 1 / sqrt(k), where k is 1 for the user's newest event, 2 for the next, ...
     """
-    distinct, first, place = np.unique(items, return_index=True, return_inverse=True)
-    sums = np.bincount(place, 1.0 / np.sqrt(np.arange(1, len(items) + 1)), len(distinct))
+    distinct, first, of_event = np.unique(items, return_index=True, return_inverse=True)
+    sums = np.bincount(of_event, 1.0 / np.sqrt(np.arange(1, len(items) + 1)), len(distinct))
     order = np.lexsort((first, -sums))
     return {item: much for item, much in zip(distinct[order].tolist(), sums[order].tolist(), strict=True) if item}
 
@@ -557,8 +557,10 @@ def returning(visits: Sequence[float]) -> F32:
     >>> returning([0.0, 1.0]).tolist()
     [0.0, 6.0]
     """
-    given = np.array(visits, np.float32)
-    return np.where(given > 0.0, RETURN + VISITS * np.log(np.maximum(given, 1e-9)), 0.0).astype(np.float32)
+    visit_counts = np.array(visits, np.float32)
+    return np.where(visit_counts > 0.0, RETURN + VISITS * np.log(np.maximum(visit_counts, 1e-9)), 0.0).astype(
+        np.float32
+    )
 
 
 def similar(predictor: Predictor, near: NearItems, query: Query, wanted: WantedItems) -> SimilarItems:
@@ -579,31 +581,31 @@ def similar(predictor: Predictor, near: NearItems, query: Query, wanted: WantedI
     with predictor.reading() as reader:
         prepared = predictor.prepare([query], reader)
         outputs = prepared.version.program.predict(prepared.inputs)
-        (about,) = predictor.answered(prepared, outputs)
+        (answer,) = predictor.answered(prepared, outputs)
         question = prepared.asked[0]
         if "item_query" not in outputs:
             raise BadRequest(
-                f"the model of version {about.version['number']} has no query of items",
+                f"the model of version {answer.version['number']} has no query of items",
                 "ask /v1/recommendations, or give the ranker an item_query",
                 http_status=501,
             )
         user = outputs["item_query"][0].copy()
         seen = {*predictor.events_by(question, prepared.mask)["item"].tolist()} if wanted.exclude_seen else set[int]()
-        found = near_to(near, user, prepared.rows, PROPOSED * wanted.most + len(seen))
-        asked = predictor.items_of(question, [(item, 0) for item in found if item not in seen])
-        products = item_rows(prepared.rows, asked) @ user
+        neighbours = near_to(near, user, prepared.rows, PROPOSED * wanted.most + len(seen))
+        questions = predictor.items_of(question, [(item, 0) for item in neighbours if item not in seen])
+        products = item_rows(prepared.rows, questions) @ user
     items = []
-    for place in np.argsort(-products, kind="stable")[: wanted.most].tolist():
-        name, category = predictor.catalogue.item_name(asked[place].item), asked[place].category
+    for row in np.argsort(-products, kind="stable")[: wanted.most].tolist():
+        name, category = predictor.catalogue.item_name(questions[row].item), questions[row].category
         items.append(
             SimilarItem(
                 item=name.name,
                 id=name.hex,
                 category=predictor.catalogue.name_of(category).name if category else None,
-                similarity=float(products[place]),
+                similarity=float(products[row]),
             )
         )
-    return about_same(SimilarItems, about, items=items)
+    return about_same(SimilarItems, answer, items=items)
 
 
 def near_to(near: NearItems, user: F32, rows: VersionRows, most: int) -> Sequence[int]:

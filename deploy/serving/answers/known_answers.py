@@ -53,31 +53,34 @@ def answers(predictor: Predictor, number: int, users: Sequence[str], items: Sequ
     """
     if len(users) * len(items) > MOST_PAIRS:
         raise SettingsError(
-            f"{len(users)} users with {len(items)} items are more than {MOST_PAIRS:,} pairs", "name fewer of them"
+            f"{len(users)} users with {len(items)} items are more than {MOST_PAIRS:,} pairs",
+            "name fewer users or items",
         )
-    asked = [NOBODY, *users]
+    names = [NOBODY, *users]
     with predictor.reading() as reader:
         signature = signatures_of(predictor.take_up(reader, number), ())[BY_ID]
         (first,) = predictor.profiles([Query(NOBODY)], reader, number)
-        plain = [Query(user, at_ms=first.at_ms, fields=VECTOR) for user in asked]
-        parts = [tensors_of(found, signature) for found in _answered(predictor, reader, number, plain)]
-        pairs = [Query(user, item, at_ms=first.at_ms, top=0) for user in asked for item in items]
+        plain = [Query(user, at_ms=first.at_ms, fields=VECTOR) for user in names]
+        parts = [tensors_of(batch, signature) for batch in _answered(predictor, reader, number, plain)]
+        pairs = [Query(user, item, at_ms=first.at_ms, top=0) for user in names for item in items]
         engaged = [
-            0.0 if one.engagement is None else one.engagement["probability"]
-            for found in _answered(predictor, reader, number, pairs)
-            for one in found
+            0.0 if answer.engagement is None else answer.engagement["probability"]
+            for batch in _answered(predictor, reader, number, pairs)
+            for answer in batch
         ]
     outputs = {name: np.concatenate([part[name] for part in parts]) for name in signature.outputs}
-    held: dict[str, NDArray[Any]] = {
+    arrays: dict[str, NDArray[Any]] = {
         f"outputs.{name}": value.astype(np.bytes_) if value.dtype == np.object_ else value
         for name, value in outputs.items()
         if name not in ("engagement", "at")
     }
-    held["user_ids"], held["item_ids"] = (np.array([one.encode() for one in ids], np.bytes_) for ids in (users, items))
-    held["at_ms"] = np.array(first.at_ms)
-    held["engagements"] = np.array(engaged, np.float32).reshape(len(asked), len(items))
+    arrays["user_ids"], arrays["item_ids"] = (
+        np.array([identity.encode() for identity in ids], np.bytes_) for ids in (users, items)
+    )
+    arrays["at_ms"] = np.array(first.at_ms)
+    arrays["engagements"] = np.array(engaged, np.float32).reshape(len(names), len(items))
     file = io.BytesIO()
-    np.savez_compressed(file, **held)  # type: ignore[arg-type]
+    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     return file.getvalue()
 
 
@@ -94,13 +97,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--items", type=Path)
     parser.add_argument("--version", type=int, required=True)
     parser.add_argument("--to", type=Path, required=True)
-    asked, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    args, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     try:
         settings = load(flags, os.environ)
-        users, items = read_ids(asked.users), read_ids(asked.items)
+        users, items = read_ids(args.users), read_ids(args.items)
         host = Host(settings, load_salt(settings.salt_path, create=False), wall_ms)
         try:
-            asked.to.write_bytes(answers(host.predictor(), asked.version, users, items))
+            args.to.write_bytes(answers(host.predictor(), args.version, users, items))
         finally:
             host.close()
     except (SpringtideError, OSError) as problem:

@@ -88,14 +88,14 @@ class KnownAttributes:
         table = self._tables.get(side)
         if table is None or self._store is None:
             return [AttributeValues((), {})] * len(ids)
-        width, found = len(table.names), []
+        width, values = len(table.names), []
         for value in self._store.read_many(side, ids):
             if value is None:
-                found.append(self._unknown[side])
+                values.append(self._unknown[side])
             else:
                 texts = dict(zip(table.names, texts_in(value, width), strict=True))
-                found.append(AttributeValues(ids_in(value, width).tolist(), texts))
-        return found
+                values.append(AttributeValues(ids_in(value, width).tolist(), texts))
+        return values
 
 
 class Asked(NamedTuple):
@@ -214,13 +214,13 @@ class Predictor:
         return self._rows.reader()
 
     def profiles(
-        self, queries: Sequence[Query], held: RowReader | None = None, number: int | None = None
+        self, queries: Sequence[Query], snapshot: RowReader | None = None, number: int | None = None
     ) -> list[Answer]:
         """Answers queries in their order, all from the same version.
 
         Args:
             queries: At most `queue.MOST_AT_ONCE`.
-            held: A snapshot of versions and mask; None for the current state.
+            snapshot: A snapshot of versions and mask; None for the current state.
             number: The version; None for the served one.
 
         Raises:
@@ -232,7 +232,7 @@ class Predictor:
             ProgramError: The version's program cannot be run.
             CorruptVersion: The program's file is missing or damaged.
         """
-        with self._rows.reader() if held is None else nullcontext(held) as reader:
+        with self._rows.reader() if snapshot is None else nullcontext(snapshot) as reader:
             prepared = self.prepare(queries, reader, number)
         # 6. Logits, probabilities, names.
         return self.answered(prepared, prepared.version.program.predict(prepared.inputs))
@@ -249,20 +249,22 @@ class Predictor:
         rows = version.rows(reader)
         # 2. 3. Histories, windows, attributes.
         default_ms, clock = self._now(now_ms)
-        asked, vectors = self._asked(queries, mask, default_ms, version)
+        questions, vectors = self._asked(queries, mask, default_ms, version)
         # 4. Rows and crosses.
-        inputs, has_row = _program_inputs(version, rows, asked, vectors)
+        inputs, has_row = _program_inputs(version, rows, questions, vectors)
         # 5. Candidates.
         at, lists = rows.transitions(vectors.recent_categories[:, 0].tolist())
         following = succession(at, lists, vectors.recent_categories, version.popular)
         _add_succession(inputs, following, rows)
-        add_own_rows(inputs, version, rows, asked, vectors, following.ids)
+        add_own_rows(inputs, version, rows, questions, vectors, following.ids)
         correction = None
         if version.interest_weights is not None:
             masks = [inputs[name] for name in CANDIDATE_MASKS if name in inputs]
-            clicked = [(each.newest_item, each.at_ms) for each in asked]
+            clicked = [(question.newest_item, question.at_ms) for question in questions]
             correction = correction_of(version, rows, vectors, following.ids, masks, clicked)
-        return Prepared(version, rows, asked, vectors, has_row, following.ids, inputs, correction, clock, now_ms, mask)
+        return Prepared(
+            version, rows, questions, vectors, has_row, following.ids, inputs, correction, clock, now_ms, mask
+        )
 
     def answered(self, prepared: Prepared, outputs: Mapping[str, F32]) -> list[Answer]:
         """Builds the answers to prepared queries from the program's outputs."""
@@ -275,36 +277,36 @@ class Predictor:
             "mask_generation": prepared.mask.generation,
         }
         full: Version = {**lean, "sources": version.served.sources}
-        times = {at_ms: iso(at_ms) for at_ms in {asked.at_ms for asked in prepared.asked}}
+        times = {at_ms: iso(at_ms) for at_ms in {question.at_ms for question in prepared.asked}}
         answers = []
-        for place, asked in enumerate(prepared.asked):
-            query, known = asked.query, prepared.has_row[place] or bool(asked.recent_categories)
+        for row, question in enumerate(prepared.asked):
+            query, known = question.query, prepared.has_row[row] or bool(question.recent_categories)
             fields = query.fields
             engagement: Engagement | None = None
             if query.item is not None:
                 engagement = {
                     "item": query.item,
-                    "probability": probability(float(outputs["engagement_logit"][place])),
-                    "attributes": asked.item_attributes.texts,
+                    "probability": probability(float(outputs["engagement_logit"][row])),
+                    "attributes": question.item_attributes.texts,
                 }
             features = None
             if "features" in fields:
-                features = dict(zip(version.features.spec.names, vectors.features[place].tolist(), strict=True))
+                features = dict(zip(version.features.spec.names, vectors.features[row].tolist(), strict=True))
             answers.append(
                 Answer(
                     user_id=query.user,
                     known=known,
                     cold_start=not known,
                     version=full if "sources" in fields else lean,
-                    at=times[asked.at_ms],
-                    at_ms=asked.at_ms,
+                    at=times[question.at_ms],
+                    at_ms=question.at_ms,
                     clock=prepared.clock if query.at_ms is None else "request",
-                    interests=ranked[place],
+                    interests=ranked[row],
                     engagement=engagement,
-                    vector=outputs["vector"][place] if "vector" in fields else None,
+                    vector=outputs["vector"][row] if "vector" in fields else None,
                     features=features,
-                    attributes=asked.user_attributes.texts if "attributes" in fields else None,
-                    churn=asked.churn,
+                    attributes=question.user_attributes.texts if "attributes" in fields else None,
+                    churn=question.churn,
                 )
             )
         return answers
@@ -322,22 +324,22 @@ class Predictor:
                     self._require(user)
         return users
 
-    def items_of(self, asked: Asked, items: Sequence[tuple[int, int]]) -> list[Asked]:
+    def items_of(self, question: Asked, items: Sequence[tuple[int, int]]) -> list[Asked]:
         """Returns one query for each of n items, given as ids of item and category, all about the same user.
 
         If the category is 0, the item's last category is used.
         """
-        query = asked.query._replace(item="")
+        query = question.query._replace(item="")
         attributes = self._attributes.of("item", [item for item, _ in items])
         return [
-            asked._replace(query=query, item=item, category=category, item_attributes=known)
-            for (item, _), category, known in zip(items, self.catalogue.categories_of(items), attributes, strict=True)
+            question._replace(query=query, item=item, category=category, item_attributes=values)
+            for (item, _), category, values in zip(items, self.catalogue.categories_of(items), attributes, strict=True)
         ]
 
-    def events_by(self, asked: Asked, mask: Mask) -> Events:
+    def events_by(self, question: Asked, mask: Mask) -> Events:
         """Returns the user's unmasked events up to the time of the query, newest first."""
-        events = self.histories.read(asked.user) if asked.user else np.empty(0, EVENT)
-        visible = events[~mask.events(events, asked.user) & (events["at_ms"] <= asked.at_ms)]
+        events = self.histories.read(question.user) if question.user else np.empty(0, EVENT)
+        visible = events[~mask.events(events, question.user) & (events["at_ms"] <= question.at_ms)]
         newest_first: Events = visible[np.argsort(-visible["at_ms"], kind="stable")]
         return newest_first
 
@@ -370,30 +372,30 @@ class Predictor:
         items = [0 if query.item is None else public_id(query.item) for query in queries]
         times = [default_ms if query.at_ms is None else query.at_ms for query in queries]
         self.histories.history = features.spec.history
-        histories = [exchanged(each, features.actions) for each in self.histories.read_many(users)]
+        histories = [exchanged(history, features.actions) for history in self.histories.read_many(users)]
         vectors = vectorise_many(histories, times, mask, features.spec, users)
         recent = [[category for category in row if category] for row in vectors.recent_categories.tolist()]
         of_users, of_items = self._attributes.of("user", users), self._attributes.of("item", items)
         churn = churn_probabilities(version.churn, histories, times, mask, features.spec, users)
-        asked, counted = [], version.interest_weights is not None
-        for place, (query, user, item) in enumerate(zip(queries, users, items, strict=True)):
-            given, fields = query.context, self.context_fields
-            asked.append(
+        questions, counted = [], version.interest_weights is not None
+        for row, (query, user, item) in enumerate(zip(queries, users, items, strict=True)):
+            context, fields = query.context, self.context_fields
+            questions.append(
                 Asked(
                     query=query,
                     user=0 if mask.erased.hides(user, erased) else user,
-                    at_ms=times[place],
-                    recent_categories=recent[place],
-                    user_attributes=of_users[place],
+                    at_ms=times[row],
+                    recent_categories=recent[row],
+                    user_attributes=of_users[row],
                     item=item,
                     category=self.catalogue.category_of(item) if query.category is None else public_id(query.category),
-                    item_attributes=of_items[place],
-                    context=[context_id(name, given[name]) if name in given else 0 for name in fields],
-                    churn=churn[place],
-                    newest_item=newest_item(histories[place], times[place], mask, user) if counted else 0,
+                    item_attributes=of_items[row],
+                    context=[context_id(name, context[name]) if name in context else 0 for name in fields],
+                    churn=churn[row],
+                    newest_item=newest_item(histories[row], times[row], mask, user) if counted else 0,
                 )
             )
-        return asked, vectors
+        return questions, vectors
 
 
 def churn_probabilities(
@@ -413,20 +415,20 @@ def churn_probabilities(
     probabilities: list[float | None] = [None] * len(histories)
     if weights is None:
         return probabilities
-    asked: list[tuple[int, Events, int, int]] = []
-    for place, (events, now_ms, user) in enumerate(zip(histories, at_ms, users, strict=True)):
+    to_score: list[tuple[int, Events, int, int]] = []
+    for row, (events, now_ms, user) in enumerate(zip(histories, at_ms, users, strict=True)):
         latest = _latest(events, now_ms, mask, user)
         if latest is None or now_ms - (latest_ms := int(events["at_ms"][latest])) >= weights.horizon.reach_ms:
             continue
-        asked.append((place, events[:latest], latest_ms, int(events["action"][latest])))
-    if asked:
-        places, before, times, actions = zip(*asked, strict=True)
-        their_users = [users[place] for place in places]
-        ages = [at_ms[place] - latest_ms for place, _, latest_ms, _ in asked]
+        to_score.append((row, events[:latest], latest_ms, int(events["action"][latest])))
+    if to_score:
+        places, before, times, actions = zip(*to_score, strict=True)
+        their_users = [users[row] for row in places]
+        ages = [at_ms[row] - latest_ms for row, _, latest_ms, _ in to_score]
         windows = vectorise_many(before, times, mask, spec, their_users).features[:, weights.inputs.columns]
         inputs = weights.inputs.of(windows, np.array(actions, np.uint8), np.array(ages, np.int64))
-        for place, churn in zip(places, weights.probabilities(inputs).tolist(), strict=True):
-            probabilities[place] = churn
+        for row, churn in zip(places, weights.probabilities(inputs).tolist(), strict=True):
+            probabilities[row] = churn
     return probabilities
 
 
@@ -442,80 +444,80 @@ def _latest(events: Events, now_ms: int, mask: Mask, user: int) -> int | None:
 
 
 def _program_inputs(
-    version: LoadedVersion, rows: VersionRows, asked: Sequence[Asked], vectors: Vector
+    version: LoadedVersion, rows: VersionRows, questions: Sequence[Asked], vectors: Vector
 ) -> tuple[Inputs, list[bool]]:
     """Builds the inputs of n queries, without transitions between categories, and whether each user has a row.
 
     The inputs are float32 by name, padded with zeros to the program's batch size.
     """
-    shapes, count = version.program.shapes, batch_of(len(asked))
+    shapes, count = version.program.shapes, batch_of(len(questions))
     inputs = {name: np.zeros((count, *shape[1:]), np.float32) for name, shape in shapes.items() if shape[0] < 0}
     if "popular_rows" in shapes:
         inputs["popular_rows"] = version.popular_rows
     for name, values in (("features", vectors.features), ("category_windows", vectors.category_windows)):
         if name in inputs:
-            inputs[name][: len(asked)] = values
+            inputs[name][: len(questions)] = values
     # The users' own categories, which are masked out of the popular ones.
     recent = vectors.recent_categories
     if "recent_rows" in inputs:
         # 0 is padding and has no row.
         own_rows = rows.categories(recent.reshape(-1).tolist()).reshape(*recent.shape, -1)
-        inputs["recent_rows"][: len(asked)] = own_rows
-    inputs["recent_mask"][: len(asked)] = recent != 0
+        inputs["recent_rows"][: len(questions)] = own_rows
+    inputs["recent_mask"][: len(questions)] = recent != 0
     own = (recent[:, :, None] == version.popular).any(1)
-    inputs["popular_mask"][: len(asked)] = np.where(own, np.float32(0.0), version.popular_known)
+    inputs["popular_mask"][: len(questions)] = np.where(own, np.float32(0.0), version.popular_known)
     has_row, with_sequence = [], vectors.sequence_actions.shape[1] > 0
-    for place, question in enumerate(asked):
+    for row_number, question in enumerate(questions):
         row = rows.user(question.user)
         has_row.append(row is not None)
         if row is not None and "user_row" in inputs:
-            inputs["user_row"][place] = row
+            inputs["user_row"][row_number] = row
         if with_sequence:
-            _add_sequence(inputs, place, vectors, rows)
+            _add_sequence(inputs, row_number, vectors, rows)
         if "context_row" in inputs:
-            _add_context(inputs, place, question, rows)
-    add_items(inputs, version, rows, asked, vectors.features)
+            _add_context(inputs, row_number, question, rows)
+    add_items(inputs, version, rows, questions, vectors.features)
     return inputs, has_row
 
 
 def add_items(
-    inputs: Inputs, version: LoadedVersion, rows: VersionRows, asked: Sequence[Asked], features: NDArray[np.uint16]
+    inputs: Inputs, version: LoadedVersion, rows: VersionRows, questions: Sequence[Asked], features: NDArray[np.uint16]
 ) -> None:
     """Adds the inputs for the item of each query that has one. `features`: `[n, D]` uint16."""
-    about = [place for place, question in enumerate(asked) if question.query.item is not None]
-    if about and "item_row" in inputs:
-        inputs["item_row"][about] = item_rows(rows, [asked[place] for place in about])
-    named = [place for place, question in enumerate(asked) if question.category]
+    with_item = [row for row, question in enumerate(questions) if question.query.item is not None]
+    if with_item and "item_row" in inputs:
+        inputs["item_row"][with_item] = item_rows(rows, [questions[row] for row in with_item])
+    named = [row for row, question in enumerate(questions) if question.category]
     if named and "category_row" in inputs:
-        inputs["category_row"][named] = rows.categories([asked[place].category for place in named])
-    if about and "cross" in inputs and version.cross_shares.size:
-        inputs["cross"][about] = cross_logits(rows, [asked[place] for place in about], features[about])
+        inputs["category_row"][named] = rows.categories([questions[row].category for row in named])
+    if with_item and "cross" in inputs and version.cross_shares.size:
+        inputs["cross"][with_item] = cross_logits(rows, [questions[row] for row in with_item], features[with_item])
 
 
-def item_rows(rows: VersionRows, asked: Sequence[Asked]) -> F32:
+def item_rows(rows: VersionRows, questions: Sequence[Asked]) -> F32:
     """Returns the rows of n items plus the mean of each item's attribute rows, `[n, dim]` float32; 0 without rows."""
-    found = rows.items([question.item for question in asked])
-    if any(question.item_attributes.ids for question in asked):
-        found = found.copy()
-        for place, question in enumerate(asked):
+    item_vectors = rows.items([question.item for question in questions])
+    if any(question.item_attributes.ids for question in questions):
+        item_vectors = item_vectors.copy()
+        for row, question in enumerate(questions):
             if ids := question.item_attributes.ids:
-                found[place] += rows.context_sum(ids) / np.float32(len(ids))
-    return found
+                item_vectors[row] += rows.context_sum(ids) / np.float32(len(ids))
+    return item_vectors
 
 
-def cross_logits(rows: VersionRows, asked: Sequence[Asked], features: NDArray[np.uint16]) -> F32:
+def cross_logits(rows: VersionRows, questions: Sequence[Asked], features: NDArray[np.uint16]) -> F32:
     """Returns the cross logits of n user-item pairs, `[n]` float32. The version must have learned crosses.
 
     `features` are those of the users, `[n, D]` uint16.
     """
     return rows.cross_logits(
         Values(
-            user=np.array([question.user for question in asked], np.uint64),
-            item=np.array([question.item for question in asked], np.uint64),
-            category=np.array([question.category for question in asked], np.uint64),
-            context=_table([question.context for question in asked]),
-            user_attributes=_table([question.user_attributes.ids for question in asked]),
-            item_attributes=_table([question.item_attributes.ids for question in asked]),
+            user=np.array([question.user for question in questions], np.uint64),
+            item=np.array([question.item for question in questions], np.uint64),
+            category=np.array([question.category for question in questions], np.uint64),
+            context=_table([question.context for question in questions]),
+            user_attributes=_table([question.user_attributes.ids for question in questions]),
+            item_attributes=_table([question.item_attributes.ids for question in questions]),
             features=features,
         )
     )
@@ -526,28 +528,28 @@ def _table(ids: Sequence[Sequence[int]]) -> U64:
     return np.array(ids, np.uint64).reshape(len(ids), -1)
 
 
-def _add_sequence(inputs: Inputs, place: int, vectors: Vector, rows: VersionRows) -> None:
-    vector = Vector(*[column[place] for column in vectors])
+def _add_sequence(inputs: Inputs, row: int, vectors: Vector, rows: VersionRows) -> None:
+    vector = Vector(*[column[row] for column in vectors])
     known = int((vector.sequence_actions != 0).sum())
     if "sequence_item_rows" in inputs:
         for k, item in enumerate(vector.sequence_items[:known].tolist()):
-            inputs["sequence_item_rows"][place, k] = rows.item(item)
+            inputs["sequence_item_rows"][row, k] = rows.item(item)
     if "sequence_category_rows" in inputs:
-        inputs["sequence_category_rows"][place, :known] = rows.categories(vector.sequence_categories[:known].tolist())
+        inputs["sequence_category_rows"][row, :known] = rows.categories(vector.sequence_categories[:known].tolist())
     for name in ("sequence_actions", "sequence_ages"):
         if name in inputs:
-            inputs[name][place] = getattr(vector, name)
+            inputs[name][row] = getattr(vector, name)
     if "sequence_mask" in inputs:
-        inputs["sequence_mask"][place, :known] = 1.0
+        inputs["sequence_mask"][row, :known] = 1.0
 
 
-def _add_context(inputs: Inputs, place: int, question: Asked, rows: VersionRows) -> None:
-    given = [field for field in question.context if field]
-    if given or question.user_attributes.ids:
+def _add_context(inputs: Inputs, row: int, question: Asked, rows: VersionRows) -> None:
+    fields = [field for field in question.context if field]
+    if fields or question.user_attributes.ids:
         # As in training, a field that is not given counts as zeros.
         count = len(question.context) + len(question.user_attributes.ids)
-        total = rows.context_sum([*given, *question.user_attributes.ids])
-        inputs["context_row"][place] = total / np.float32(count)
+        total = rows.context_sum([*fields, *question.user_attributes.ids])
+        inputs["context_row"][row] = total / np.float32(count)
 
 
 def _add_succession(inputs: Inputs, following: Succession, rows: VersionRows) -> None:
@@ -570,25 +572,30 @@ def _add_succession(inputs: Inputs, following: Succession, rows: VersionRows) ->
 
 
 def add_own_rows(
-    inputs: Inputs, version: LoadedVersion, rows: VersionRows, asked: Sequence[Asked], vectors: Vector, successors: U64
+    inputs: Inputs,
+    version: LoadedVersion,
+    rows: VersionRows,
+    questions: Sequence[Asked],
+    vectors: Vector,
+    successors: U64,
 ) -> None:
     """Adds rows of the ranker's custom tables, for a program that uses some.
 
     `vectors` has n rows; `successors` is `[n, S]` uint64, padded with 0.
     """
     inputs |= version.own_popular
-    own = [each for each in version.own if each.ids != "popular"]
-    for place, question in enumerate(asked if own else ()):
-        ids = _ids_of(question, Vector(*[column[place] for column in vectors]), successors[place])
-        for each in own:
-            if wanted := ids[each.ids]:
-                values = rows.own(each.table, wanted, each.width)
-                if each.averaged:
-                    inputs[each.name][place] = values.sum(0) / np.float32(len(wanted))
-                elif inputs[each.name].ndim == 2:
-                    inputs[each.name][place] = values[0]
+    own = [table for table in version.own if table.ids != "popular"]
+    for row, question in enumerate(questions if own else ()):
+        ids = _ids_of(question, Vector(*[column[row] for column in vectors]), successors[row])
+        for table in own:
+            if wanted := ids[table.ids]:
+                values = rows.own(table.table, wanted, table.width)
+                if table.averaged:
+                    inputs[table.name][row] = values.sum(0) / np.float32(len(wanted))
+                elif inputs[table.name].ndim == 2:
+                    inputs[table.name][row] = values[0]
                 else:
-                    inputs[each.name][place, : len(wanted)] = values
+                    inputs[table.name][row, : len(wanted)] = values
 
 
 def _ids_of(question: Asked, vector: Vector, successors: U64) -> dict[str, list[int]]:
@@ -611,17 +618,17 @@ def _ids_of(question: Asked, vector: Vector, successors: U64) -> dict[str, list[
 def _interests(
     prepared: Prepared, outputs: Mapping[str, F32], name_of: Callable[[int], ShownName]
 ) -> list[list[Interest]]:
-    asked, version = prepared.asked, prepared.version
+    questions, version = prepared.asked, prepared.version
     successors_of = prepared.successors.tolist()
     names = [f"{kind}_logits" for kind in KINDS]
-    parts = [outputs[name][: len(asked)] for name in names if name in outputs]
+    parts = [outputs[name][: len(questions)] for name in names if name in outputs]
     logits = np.concatenate(parts, axis=1)
     if prepared.correction is not None:
         logits = prepared.correction.apply(logits)
     slots, ranks = parts[0].shape[1], parts[1].shape[1]
     has_successors, popular = len(parts) == len(KINDS), set(version.popular_ids)
     counts = []
-    for question, successors in zip(asked, successors_of, strict=True):
+    for question, successors in zip(questions, successors_of, strict=True):
         # A popular category that is also the user's own counts as one candidate.
         own = question.recent_categories
         count = len(own) + len(popular) - len(popular.intersection(own))
@@ -630,10 +637,10 @@ def _interests(
         counts.append(count if question.query.top is None else min(count, question.query.top))
     # An empty slot has a logit far below all others, so it sorts last.
     orders = np.argsort(-logits, axis=1, kind="stable")[:, : max(counts, default=0)]
-    shares = softmax(logits)[_PLACES[: len(asked)], orders].tolist()
-    found: list[list[Interest]] = []
+    shares = softmax(logits)[_PLACES[: len(questions)], orders].tolist()
+    interests: list[list[Interest]] = []
     for question, successors, count, order, its in zip(
-        asked, successors_of, counts, orders.tolist(), shares, strict=True
+        questions, successors_of, counts, orders.tolist(), shares, strict=True
     ):
         best: list[Interest] = []
         for slot, share in zip(order[:count], its, strict=False):
@@ -644,8 +651,8 @@ def _interests(
             else:
                 name, identity = name_of(successors[slot - slots - ranks])
             best.append({"label": name, "id": identity, "probability": share})
-        found.append(best)
-    return found
+        interests.append(best)
+    return interests
 
 
 def softmax(logits: F32) -> F32:

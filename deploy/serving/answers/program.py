@@ -83,8 +83,8 @@ class LoadedProgram:
         try:
             # A runner does not keep its interpreter alive.
             self._interpreters = {rows: Interpreter(model_content=data, num_threads=1) for rows in BATCHES}
-            self._loads = {rows: each.get_signature_runner("load") for rows, each in self._interpreters.items()}
-            runners = {rows: each.get_signature_runner("predict") for rows, each in self._interpreters.items()}
+            self._loads = {rows: model.get_signature_runner("load") for rows, model in self._interpreters.items()}
+            runners = {rows: model.get_signature_runner("predict") for rows, model in self._interpreters.items()}
         except (ValueError, RuntimeError) as error:
             raise ProgramError(
                 f"a program of {len(data)} bytes cannot be run ({error})",
@@ -96,11 +96,11 @@ class LoadedProgram:
         self._names = {RENAMED.get(name, name): name for name in inputs}
         self._outputs = {name: RENAMED.get(name, name) for name in outputs}
         self.shapes = {
-            name: tuple(int(size) for size in inputs[theirs]["shape_signature"]) for name, theirs in self._names.items()
+            name: tuple(int(size) for size in inputs[inner]["shape_signature"]) for name, inner in self._names.items()
         }
         self.outputs = {
-            name: tuple(int(size) for size in outputs[theirs]["shape_signature"])
-            for theirs, name in self._outputs.items()
+            name: tuple(int(size) for size in outputs[inner]["shape_signature"])
+            for inner, name in self._outputs.items()
         }
         with _quiet():
             self._predicts = {rows: self._fixed(runner, rows) for rows, runner in runners.items()}
@@ -111,13 +111,13 @@ class LoadedProgram:
         """Sets the dense weights; `predict` gives NaN before. Raises ProgramError if one is missing or of a wrong
         shape.
         """
-        given = {argument(name): value for name, value in weights.items()}
-        missing = [name for name in self._weights if name not in given]
+        tensors = {argument(name): value for name, value in weights.items()}
+        missing = [name for name in self._weights if name not in tensors]
         if missing:
             raise ProgramError(
                 f"the version has no dense weights {', '.join(missing)}, which its program wants", "roll back"
             )
-        self._given, self._stale = given, {*self._loads}
+        self._given, self._stale = tensors, {*self._loads}
         # The other batch sizes load the weights at their next use; under low load that never happens.
         self._set_weights(1)
 
@@ -143,10 +143,10 @@ class LoadedProgram:
         return _FixedBatch(runner, self._names, self._outputs, shapes)
 
     def _add_pairs(self) -> None:
-        made = self._interpreters[PAIRS] = Interpreter(model_content=self._data, num_threads=1)
-        self._loads[PAIRS] = made.get_signature_runner("load")
+        interpreter = self._interpreters[PAIRS] = Interpreter(model_content=self._data, num_threads=1)
+        self._loads[PAIRS] = interpreter.get_signature_runner("load")
         self._stale.add(PAIRS)
-        self._predicts[PAIRS] = self._fixed(made.get_signature_runner("predict"), PAIRS)
+        self._predicts[PAIRS] = self._fixed(interpreter.get_signature_runner("predict"), PAIRS)
 
 
 @contextmanager

@@ -130,10 +130,10 @@ class About:
 Kind = TypeVar("Kind", bound=About)
 
 
-def about_same(kind: type[Kind], about: About, **fields: Any) -> Kind:
+def about_same(kind: type[Kind], answer: About, **fields: Any) -> Kind:
     """Returns an answer of another kind about the same user, time and version."""
     return kind(
-        about.user_id, about.known, about.cold_start, about.version, about.at, about.at_ms, about.clock, **fields
+        answer.user_id, answer.known, answer.cold_start, answer.version, answer.at, answer.at_ms, answer.clock, **fields
     )
 
 
@@ -170,8 +170,8 @@ class Answer(About):
             "clock": self.clock,
             "interests": self.interests,
         }
-        asked = {name: getattr(self, name) for name in ("churn", "engagement", "vector", "features", "attributes")}
-        return document | {name: value for name, value in asked.items() if value is not None}
+        optional = {name: getattr(self, name) for name in ("churn", "engagement", "vector", "features", "attributes")}
+        return document | {name: value for name, value in optional.items() if value is not None}
 
 
 def iso(at_ms: int) -> str:

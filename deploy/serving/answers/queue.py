@@ -125,11 +125,11 @@ class Batcher:
     def __init__(
         self,
         answer: Profiles,
-        held: Callable[[], AbstractContextManager[Profiles]],
+        snapshot: Callable[[], AbstractContextManager[Profiles]],
         limits: QueueLimits = QueueLimits(),  # noqa: B008 - immutable
         clock_s: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._answer, self._held = answer, held
+        self._answer, self._held = answer, snapshot
         self._limits, self._clock_s = limits, clock_s
         self._waiting: deque[_Waiting] = deque()
         self._of_requests = 0

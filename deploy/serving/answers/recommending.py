@@ -61,21 +61,21 @@ def scored(
         category: The only category to take items from; None for all.
         work: Reused for each answer; has the candidates afterwards.
     """
-    version, asked = prepared.version, prepared.asked[0]
+    version, question = prepared.version, prepared.asked[0]
     assert version.item_weights is not None
     # 1. The user's own items: all in the history. A trainer's list holds fewer.
     visited = ItemLists.empty(2, max(2, len(clicks)))
     ordered = clicks[::-1]
     count_visits(np.ascontiguousarray(ordered["item"]), np.ascontiguousarray(ordered["at_ms"]) // 1000, 1, visited)
     # 2. The lists of the version.
-    keys, reads = _reads(prepared, outputs, asked, category)
+    keys, reads = _reads(prepared, outputs, question, category)
     clicked = prepared.rows.item_lists(CLICKED, keys)
     followed = prepared.rows.item_lists(FOLLOWED, [0, *visited.ids[1, :2].tolist()])
     # 3. Scores.
     phi = np.zeros(COLUMNS, np.float32)
     after = np.array([1, 2], np.int32) * (visited.ids[1, :2] != 0).astype(np.int32)
     count = gather(
-        clicked, followed, visited, reads, after, int(visited.ids[1, 0] != 0), asked.at_ms // 1000, phi, work
+        clicked, followed, visited, reads, after, int(visited.ids[1, 0] != 0), question.at_ms // 1000, phi, work
     )
     score(version.item_weights, phi, count, work)
     clear(count, work)
@@ -87,7 +87,7 @@ def scored(
 
 
 def _reads(
-    prepared: Prepared, outputs: Mapping[str, F32], asked: Asked, category: int | None
+    prepared: Prepared, outputs: Mapping[str, F32], question: Asked, category: int | None
 ) -> tuple[list[int], Reads]:
     """The keys of the lists of `clicked` that are read, and how; list 0 is that of no key."""
     if category is None:
@@ -99,8 +99,8 @@ def _reads(
     else:
         newest, interests = category, [category, *[0] * (INTERESTS - 1)]
         weights = np.eye(1, INTERESTS, dtype=np.float32)[0]
-    keys = [0, *EVERYTHING.tolist(), newest, *interests, *asked.context]
-    sources = item_scores.sources_of(len(asked.context))
+    keys = [0, *EVERYTHING.tolist(), newest, *interests, *question.context]
+    sources = item_scores.sources_of(len(question.context))
     every = np.ones(len(sources), np.float32)
     every[sources == INTERESTS_AT] = weights
     rows = np.arange(1, len(keys), dtype=np.int32) * (np.array(keys[1:], np.uint64) != 0)

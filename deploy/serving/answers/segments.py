@@ -104,22 +104,22 @@ class HostSegments:
         """
         self._require(segment)
         store = self._opened()
-        found = store.page(segment, start, most + 1)
+        members = store.page(segment, start, most + 1)
         return {
             **self._size(segment, store.sizes()),
-            "members": [_member(user, membership) for user, membership in found[:most]],
-            "next": f"{found[most][0]:016x}" if len(found) > most else None,
+            "members": [_member(user, membership) for user, membership in members[:most]],
+            "next": f"{members[most][0]:016x}" if len(members) > most else None,
         }
 
     def of_user(self, segment: str, user: str) -> UserSegment:
         """Returns whether the user with this raw id is in a segment; raises the errors of `page`."""
         self._require(segment)
-        (found,) = self._opened().memberships([(segment, user_id(self._salt, user))])
-        since = (None, None, None) if found is None else (iso(found.since_ms), *found)
+        (membership,) = self._opened().memberships([(segment, user_id(self._salt, user))])
+        since = (None, None, None) if membership is None else (iso(membership.since_ms), *membership)
         return {
             "segment": segment,
             "user_id": user,
-            "in": found is not None,
+            "in": membership is not None,
             "since": since[0],
             "since_ms": since[1],
             "version": since[2],
@@ -134,26 +134,26 @@ class HostSegments:
             CorruptStore: The list is damaged.
         """
         self._require(segment)
-        store, found = self._opened(), lookalikes.read(self._lists, segment)
-        if found is None:
-            do = "come again: they are listed each hour, once a user is in it"
+        store, listed = self._opened(), lookalikes.read(self._lists, segment)
+        if listed is None:
+            do = "try again later: they are computed each hour, once a user is in the segment"
             raise NotReady(
                 f"no lookalikes of {segment} are listed here",
-                do if self._listed else "say how many in segments.lookalikes, and start again",
+                do if self._listed else "set segments.lookalikes, and restart",
             )
-        joined = store.memberships([(segment, int(one.pseudonym, 16)) for one in found.lookalikes])
-        near = [one for one, membership in zip(found.lookalikes, joined, strict=True) if membership is None]
+        joined = store.memberships([(segment, int(user.pseudonym, 16)) for user in listed.lookalikes])
+        near = [user for user, membership in zip(listed.lookalikes, joined, strict=True) if membership is None]
         return {
             "segment": segment,
-            "version": found.version,
-            "at": iso(found.at_ms),
-            "at_ms": found.at_ms,
-            "members": found.members,
-            "users": found.users,
-            "lookalikes": [{"pseudonym": one.pseudonym, "similarity": one.similarity} for one in near[:most]],
+            "version": listed.version,
+            "at": iso(listed.at_ms),
+            "at_ms": listed.at_ms,
+            "members": listed.members,
+            "users": listed.users,
+            "lookalikes": [{"pseudonym": user.pseudonym, "similarity": user.similarity} for user in near[:most]],
             "precision": [
-                {"k": one.k, "lookalikes": one.lookalikes, "most_clicks": one.most_clicks, "chance": one.chance}
-                for one in found.precision
+                {"k": point.k, "lookalikes": point.lookalikes, "most_clicks": point.most_clicks, "chance": point.chance}
+                for point in listed.precision
             ],
         }
 

@@ -95,12 +95,12 @@ def signatures_of(version: LoadedVersion, context_fields: Sequence[str]) -> dict
         "known": TensorSpec("|b1", (-1,)),
         "at": TensorSpec("<i8", (-1,)),
     }
-    kept = {"popular_rows": version.popular_rows, **version.own_popular}
+    constants = {"popular_rows": version.popular_rows, **version.own_popular}
     by_rows = sorted(program.shapes.items(), key=lambda entry: entry[1][0])
     raw = Signature(
         {name: TensorSpec("<f4", shape) for name, shape in by_rows},
         {name: TensorSpec("<f4", shape) for name, shape in sorted(program.outputs.items())},
-        {name: value for name, value in kept.items() if name in program.shapes},
+        {name: value for name, value in constants.items() if name in program.shapes},
     )
     return {BY_ID: Signature(inputs, outputs), RAW: raw}
 
@@ -114,21 +114,21 @@ def require(signature: Signature, inputs: Tensors) -> int:
     """
     known = ", ".join(signature.inputs)
     rows: int | None = None
-    for name, given in inputs.items():
+    for name, tensor in inputs.items():
         spec = signature.inputs.get(name)
         if spec is None:
             raise BadRequest(f"there is no input {name[:100]!r}", f"give {known}")
-        if np.dtype(spec.dtype) != given.dtype:
-            raise BadRequest(f"the input {name!r} is of type {given.dtype}", f"give {np.dtype(spec.dtype)}")
-        fits = len(given.shape) == len(spec.shape) and all(
-            wanted in (-1, size) for wanted, size in zip(spec.shape, given.shape, strict=True)
+        if np.dtype(spec.dtype) != tensor.dtype:
+            raise BadRequest(f"the input {name!r} is of type {tensor.dtype}", f"give {np.dtype(spec.dtype)}")
+        fits = len(tensor.shape) == len(spec.shape) and all(
+            wanted in (-1, size) for wanted, size in zip(spec.shape, tensor.shape, strict=True)
         )
         if not fits:
-            raise BadRequest(f"the input {name!r} has the shape {list(given.shape)}", f"give {list(spec.shape)}")
+            raise BadRequest(f"the input {name!r} has the shape {list(tensor.shape)}", f"give {list(spec.shape)}")
         if spec.shape[0] < 0:
-            if rows not in (None, len(given)):
-                raise BadRequest(f"the input {name!r} has {len(given)} rows and others have {rows}", "give as many")
-            rows = len(given)
+            if rows not in (None, len(tensor)):
+                raise BadRequest(f"the input {name!r} has {len(tensor)} rows and others have {rows}", "give as many")
+            rows = len(tensor)
     missing = [name for name in signature.required() if name not in inputs]
     if missing:
         raise BadRequest(f"the input {missing[0]!r} is missing", f"give it; the inputs are {known}")
@@ -197,12 +197,12 @@ class TensorModel:
             if served is None:
                 raise NotReady("no version is here yet", "wait for the trainer's first version and for the applier")
             if number is None:
-                others = [one for one in reversed(reader.versions()) if one.version != served.version]
+                others = [version for version in reversed(reader.versions()) if version.version != served.version]
                 return [served, *others]
-            found = reader.version(number)
-            if found is None:
+            version = reader.version(number)
+            if version is None:
                 raise _unknown(reader, number)
-            return [found]
+            return [version]
 
     def signatures(self, choice: ModelChoice) -> tuple[int, dict[str, Signature]]:
         """Returns the requested version, and its signatures.
@@ -240,14 +240,14 @@ class TensorModel:
             if name not in offered:
                 raise BadRequest(f"there is no signature {name!r}", f"ask one of {', '.join(offered)}")
             form = offered[name]
-            given = inputs(form)
-            rows = require(form, given)
+            tensors = inputs(form)
+            rows = require(form, tensors)
             if unknown := set(wanted) - form.outputs.keys():
                 raise BadRequest(f"there is no output {min(unknown)!r}", f"take {', '.join(form.outputs)}")
             number = version.served.version
-            steps = self._steps_of(predictor, reader, number, name, form, given, rows)
+            steps = self._steps_of(predictor, reader, number, name, form, tensors, rows)
             parts = await self._steps.run(steps, len(range(0, rows, MOST_AT_ONCE)))
-        outputs = {one: np.concatenate([part[one] for part in parts]) for one in wanted or form.outputs}
+        outputs = {output: np.concatenate([part[output] for part in parts]) for output in wanted or form.outputs}
         return Prediction(number, name, outputs)
 
     def _steps_of(
@@ -257,15 +257,15 @@ class TensorModel:
         number: int,
         name: str,
         form: Signature,
-        given: Tensors,
+        tensors: Tensors,
         rows: int,
     ) -> Generator[None, None, list[dict[str, Tensor]]]:
         parts = []
-        queries = [] if name == RAW else _queries(given, rows)
+        queries = [] if name == RAW else _queries(tensors, rows)
         for at in range(0, rows, MOST_AT_ONCE):
             if name == RAW:
                 # Other requests may have loaded the weights of another version in between.
-                parts.append(_run(predictor.take_up(reader, number), form, given, at, rows))
+                parts.append(_run(predictor.take_up(reader, number), form, tensors, at, rows))
             else:
                 answers = predictor.profiles(queries[at : at + MOST_AT_ONCE], reader, number)
                 self._metrics.cold_starts.inc(sum(answer.cold_start for answer in answers))
@@ -282,23 +282,21 @@ def _queries(inputs: Tensors, rows: int) -> list[Query]:
     """Converts rows by id to queries; raises BadRequest if a string is not UTF-8, or a time is invalid."""
     texts = {name: _texts(name, values) for name, values in inputs.items() if name != "at"}
     times = inputs["at"].tolist() if "at" in inputs else [NOW] * rows
-    for place, at in enumerate(times):
+    for row, at in enumerate(times):
         if at != NOW and not 0 <= at <= LATEST_MS:
-            raise BadRequest(
-                f"row {place} of the input 'at' is {at}", f"give milliseconds since 1970, or {NOW} for now"
-            )
+            raise BadRequest(f"row {row} of the input 'at' is {at}", f"give milliseconds since 1970, or {NOW} for now")
     empty = [""] * rows
     contexts = {name.removeprefix(CONTEXT): values for name, values in texts.items() if name.startswith(CONTEXT)}
     return [
         Query(
-            texts["user_id"][place],
-            texts.get("item", empty)[place] or None,
-            texts.get("category", empty)[place] or None,
-            {name: values[place] for name, values in contexts.items() if values[place]},
-            None if times[place] == NOW else times[place],
+            texts["user_id"][row],
+            texts.get("item", empty)[row] or None,
+            texts.get("category", empty)[row] or None,
+            {name: values[row] for name, values in contexts.items() if values[row]},
+            None if times[row] == NOW else times[row],
             VECTOR,
         )
-        for place in range(rows)
+        for row in range(rows)
     ]
 
 
@@ -314,12 +312,12 @@ def tensors_of(answers: Sequence[Answer], signature: Signature) -> dict[str, Ten
     rows, slots = len(answers), signature.outputs["interest_labels"].shape[1]
     labels, ids = (np.full((rows, slots), b"", np.object_) for _ in range(2))
     probabilities = np.zeros((rows, slots), np.float32)
-    for place, answer in enumerate(answers):
+    for row, answer in enumerate(answers):
         for slot, interest in enumerate(answer.interests):
-            labels[place, slot] = interest["label"].encode()
-            ids[place, slot] = interest["id"].encode()
-            probabilities[place, slot] = interest["probability"]
-    engagement = [np.nan if one.engagement is None else one.engagement["probability"] for one in answers]
+            labels[row, slot] = interest["label"].encode()
+            ids[row, slot] = interest["id"].encode()
+            probabilities[row, slot] = interest["probability"]
+    engagement = [np.nan if answer.engagement is None else answer.engagement["probability"] for answer in answers]
     return {
         "interest_labels": labels,
         "interest_ids": ids,
@@ -331,13 +329,13 @@ def tensors_of(answers: Sequence[Answer], signature: Signature) -> dict[str, Ten
     }
 
 
-def _run(version: LoadedVersion, signature: Signature, given: Tensors, at: int, rows: int) -> dict[str, Tensor]:
-    here = min(MOST_AT_ONCE, rows - at)
+def _run(version: LoadedVersion, signature: Signature, tensors: Tensors, first: int, rows: int) -> dict[str, Tensor]:
+    count = min(MOST_AT_ONCE, rows - first)
     fed: dict[str, Tensor] = {}
     for name, spec in signature.inputs.items():
         if spec.shape[0] >= 0:
-            fed[name] = given[name] if name in given else signature.kept[name]
+            fed[name] = tensors[name] if name in tensors else signature.kept[name]
             continue
-        fed[name] = np.zeros((batch_of(here), *spec.shape[1:]), np.float32)
-        fed[name][:here] = given[name][at : at + here]
-    return {name: value[:here] for name, value in version.program.predict(fed).items()}
+        fed[name] = np.zeros((batch_of(count), *spec.shape[1:]), np.float32)
+        fed[name][:count] = tensors[name][first : first + count]
+    return {name: value[:count] for name, value in version.program.predict(fed).items()}

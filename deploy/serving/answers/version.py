@@ -100,11 +100,11 @@ class Catalogue:
 
     def named_items(self, items: Sequence[int]) -> list[tuple[int, ShownName]]:
         """Returns the category of each item (0 if it was never clicked), and its name as in `item_name`."""
-        found = []
+        names = []
         for item, stored in zip(items, self._histories.extra_of_each([*map(item_extra, items)]), strict=True):
             category, name = (0, "") if stored is None else item_parts(stored)
-            found.append((category, ShownName(name, f"{item:016x}") if name else self.name_of(item)))
-        return found
+            names.append((category, ShownName(name, f"{item:016x}") if name else self.name_of(item)))
+        return names
 
 
 @dataclass(frozen=True)
@@ -232,8 +232,8 @@ class VersionRows:
         if missing := [key for key in dict.fromkeys(keys) if key not in places]:
             stored = [self.reader.row(NEXT_CATEGORY, key, self.served) if key else None for key in missing]
             first = len(places)
-            held: list[NDArray[Any]] = [*cache.lists]
-            for part, new in zip(held, lists_from_stored(stored, ENTRIES[NEXT_CATEGORY]), strict=True):
+            cached: list[NDArray[Any]] = [*cache.lists]
+            for part, new in zip(cached, lists_from_stored(stored, ENTRIES[NEXT_CATEGORY]), strict=True):
                 part[first : first + len(missing)] = new
             places.update(zip(missing, range(first, first + len(missing)), strict=True))
         return cache.lists, [places[key] for key in keys]
@@ -349,20 +349,20 @@ def _unchanged(
     changed = reader.changed(table, before.served, served)
     if changed is None:
         return {}
-    kept = dict(known)
+    unchanged = dict(known)
     for identity in changed.tolist():
-        kept.pop(identity, None)
-    return kept
+        unchanged.pop(identity, None)
+    return unchanged
 
 
 def _weights_of(
     weights: Mapping[str, NDArray[Any]], name: str, first: NDArray[np.float64]
 ) -> NDArray[np.float64] | None:
     """The weights of a score; None without any, or if they differ in shape from the first ones of this release."""
-    found = weights.get(f"{STORED}{name}")
-    if found is None or found.shape != first.shape:
+    stored = weights.get(f"{STORED}{name}")
+    if stored is None or stored.shape != first.shape:
         return None
-    return np.ascontiguousarray(found, np.float64)
+    return np.ascontiguousarray(stored, np.float64)
 
 
 class VersionLoader:

@@ -68,12 +68,12 @@ class Upkeep:
         self,
         store: HistoryStore,
         reach_ms: int,
-        kept: ServingSettings,
+        settings: ServingSettings,
         metrics: ApplierMetrics,
         now_ms: Callable[[], int],
         lose: Callable[[], None] = lambda: None,
     ) -> None:
-        self._store, self._reach_ms, self._kept = store, reach_ms, kept
+        self._store, self._reach_ms, self._kept = store, reach_ms, settings
         self._metrics, self._now_ms, self._lose = metrics, now_ms, lose
         self.begin()
 
@@ -87,8 +87,8 @@ class Upkeep:
 
     def news(self, events: Events, names: Mapping[int, str], clock_ms: int) -> dict[str, bytes | None]:
         """Returns the extras to commit with some clicks; see `Remembered.news` and `ItemFeed.news`."""
-        found = self._remembered.news(events, names, clock_ms)
-        return found | self._feed.news(events, clock_ms)
+        extras = self._remembered.news(events, names, clock_ms)
+        return extras | self._feed.news(events, clock_ms)
 
     def look(self, newest_ms: int) -> None:
         """Checks some users and items if due, and removes expired ones; log time 0 is unknown.
@@ -187,7 +187,7 @@ class HistoryFollower:
                 )
             else:
                 self._metrics.gap_positions.inc(gap.positions)
-                _log.error("%s. Users' windows lack what was lost; raise kafka.retention_h", lost.what)
+                _log.error("%s. Users' windows lack the lost events; raise kafka.retention_h", lost.what)
         known = {} if opening.stored is None or opening.recreated else opening.stored.next
         if any(begin > known.get(partition, 0) for partition, (begin, _) in opening.ends.items()):
             self._parity.lose()
@@ -211,10 +211,10 @@ class HistoryFollower:
         self._erased, self._parity.mask = mask.erased, mask
         if line == self._line:
             return False
-        went = take_back(self._store, line, mask, partition, open_at, self._reach_ms, self._now_ms())
-        _log.info("epoch %d of the training log: %s", line[-1].epoch, went)
+        rewound = take_back(self._store, line, mask, partition, open_at, self._reach_ms, self._now_ms())
+        _log.info("epoch %d of the training log: %s", line[-1].epoch, rewound)
         self.disconnect()
-        if went is not None and went.short:
+        if rewound is not None and rewound.short:
             self._parity.lose()
         self._line, self._marks = line, self._store.positions()
         self._upkeep.begin()
@@ -280,28 +280,28 @@ class HistoryFollower:
         names: dict[int, str] = {}
         newest_ms = 0
         for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
-            found = self._decode(value, Source(batch.topic_id, batch.partition), offset)
-            if found is None or not counts(self._line, found.header.log_epoch, offset):
+            batch_read = self._decode(value, Source(batch.topic_id, batch.partition), offset)
+            if batch_read is None or not counts(self._line, batch_read.header.log_epoch, offset):
                 continue
-            keep, after = trim(found, marks)
-            parts, missing = new_ranges(found, marks)
+            keep, after = trim(batch_read, marks)
+            parts, missing = new_ranges(batch_read, marks)
             if missing:
                 self._metrics.gap_positions.inc(missing)
                 where = (offset, batch.partition, missing)
                 _log.error("record %d of partition %d: %d positions before it are in no micro-batch", *where)
-            self._parity.meet(found.header.ranges, marks, missing)
-            events_here = happened(found.kind)
+            self._parity.meet(batch_read.header.ranges, marks, missing)
+            events_here = happened(batch_read.kind)
             self._metrics.history_duplicates.inc(int((events_here & ~keep).sum()))
-            kept = found.take(events_here & keep & ~erased_rows(found, self._erased))
+            new_events = batch_read.take(events_here & keep & ~erased_rows(batch_read, self._erased))
             ranges.extend(parts)
-            events.append(events_of(kept, kept.header.ranges))
-            users.append(kept.user)
-            self._parity.look(kept, (batch.partition, offset), users, events)
-            newest_ms = max(newest_ms, int(log_times(kept).max(initial=0)))
-            if found.header.clocks and self.newest_ms > found.header.created_ms + DAY_MS:
+            events.append(events_of(new_events, new_events.header.ranges))
+            users.append(new_events.user)
+            self._parity.look(new_events, (batch.partition, offset), users, events)
+            newest_ms = max(newest_ms, int(log_times(new_events).max(initial=0)))
+            if batch_read.header.clocks and self.newest_ms > batch_read.header.created_ms + DAY_MS:
                 # With release 0.1.0, one click could set the clock years ahead.
                 self.newest_ms = 0
-            names |= found.header.names
+            names |= batch_read.header.names
             marks = after
         joined = np.concatenate([np.empty(0, EVENT), *events]).astype(EVENT)
         clock_ms = max(newest_ms, self.newest_ms)
@@ -316,20 +316,20 @@ class HistoryFollower:
     def _decode(self, value: bytes | None, log: Source, offset: int) -> MicroBatch | None:
         """Returns the micro-batch, or None for a record that is not one, which does not stop serving."""
         try:
-            found = decode(value or b"")
+            decoded = decode(value or b"")
         except MicroBatchError as error:
             self._metrics.unreadable_microbatches.inc()
             _log.error("record %d of partition %d is left out: %s", offset, log.partition, error)
             return None
-        self._salt = self._salt or found.header.salt
-        if found.header.salt != self._salt:
+        self._salt = self._salt or decoded.header.salt
+        if decoded.header.salt != self._salt:
             if not self._begun or left_out(self._accepted(), log, offset):
                 self._metrics.unreadable_microbatches.inc()
                 return None
-            raise SaltMismatch.between(f"record {offset} of partition {log.partition}", found.header.salt, self._salt)
+            raise SaltMismatch.between(f"record {offset} of partition {log.partition}", decoded.header.salt, self._salt)
         self._begun = True
         # If the spec of the record is unknown, its action numbers are taken as this host's.
-        return renumbered(found, self._named(found.header.spec) or self._spec.actions, self._spec.actions)
+        return renumbered(decoded, self._named(decoded.header.spec) or self._spec.actions, self._spec.actions)
 
     def _commit(
         self, batch: PartitionBatch, appends: Appends, ranges: Sequence[Range], extra: dict[str, bytes | None]
@@ -404,15 +404,17 @@ def take_back(
     at = None if stored is None else stored.next.get(partition)
 
     def extra(offset: int, before: Before) -> dict[str, bytes | None]:
-        gone = [item_extra(item) for item in before.items if item not in before.categories]
-        found: dict[str, bytes | None] = {name: None for one in gone for name in (one, SEEN + one)}
-        for item, one in before.categories.items():
-            found[item_extra(item)] = item_value(one, (store.extra(item_extra(item)) or b"")[8:])
+        nameless = [item_extra(item) for item in before.items if item not in before.categories]
+        extras: dict[str, bytes | None] = {
+            name: None for item_name in nameless for name in (item_name, SEEN + item_name)
+        }
+        for item, category in before.categories.items():
+            extras[item_extra(item)] = item_value(category, (store.extra(item_extra(item)) or b"")[8:])
         if stored is not None and at is not None and at > offset:
             moved = {**stored.next, partition: onward(line, offset)}
-            found[POSITION_EXTRA] = replace(stored, next=moved).to_json()
-        if newest_ms := max((int(log_times(one).max(initial=0)) for one in before.latest), default=0):
-            found[CLOCK_EXTRA] = json.dumps({"event_ms": newest_ms, "accepted_ms": now_ms}).encode()
-        return found
+            extras[POSITION_EXTRA] = replace(stored, next=moved).to_json()
+        if newest_ms := max((int(log_times(rows).max(initial=0)) for rows in before.latest), default=0):
+            extras[CLOCK_EXTRA] = json.dumps({"event_ms": newest_ms, "accepted_ms": now_ms}).encode()
+        return extras
 
     return rewind(store, line, open_at, partition, reach_ms, at, mask, extra)

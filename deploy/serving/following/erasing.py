@@ -58,8 +58,8 @@ class HostErasures:
         Raises:
             StoreFull: Nothing was changed.
         """
-        found = self._done.through < erased.last
-        if found:
+        is_new = self._done.through < erased.last
+        if is_new:
             self._done = self._histories.forget(erased)
             killpoints.reach("follow.forgotten")
             _log.info("erasure %d: users are forgotten in the histories", erased.last)
@@ -71,13 +71,13 @@ class HostErasures:
             except StoreFull as full:
                 self._say(f"free pages keep bytes of erased users: {full}")
         self._report(self._done)
-        return found
+        return is_new
 
-    def _report(self, done: ForgottenUsers) -> None:
-        through = min(done.through, self._rows())
-        if (through, done.pages) == (self._reported.through, self._reported.pages):
+    def _report(self, forgotten: ForgottenUsers) -> None:
+        through = min(forgotten.through, self._rows())
+        if (through, forgotten.pages) == (self._reported.through, self._reported.pages):
             return
-        name, pages = name_of(self._folder), min(done.pages, through)
+        name, pages = name_of(self._folder), min(forgotten.pages, through)
         progress = ErasureReport(name, HOST, str(self._folder), through, pages, 0, self._now_ms())
         try:
             report(self._registry, progress)

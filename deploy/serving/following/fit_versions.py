@@ -51,7 +51,7 @@ class Probing:
         if not trained:
             return
         loaded = self._program(program)
-        loaded.load({name.removeprefix(_DENSE): one for name, one in tensors.items() if name.startswith(_DENSE)})
+        loaded.load({name.removeprefix(_DENSE): tensor for name, tensor in tensors.items() if name.startswith(_DENSE)})
         probe.check(version, trained, _answers(loaded))
 
     def _program(self, digest: str) -> LoadedProgram:
@@ -64,14 +64,14 @@ class Probing:
 
 def _answers(program: LoadedProgram) -> dict[str, NDArray[np.float32]]:
     """Answers the probe in batches, as queries are."""
-    given = probe.inputs(program.shapes)
+    inputs = probe.inputs(program.shapes)
     by_row = {name for name, shape in program.shapes.items() if shape[0] < 0}
-    found: dict[str, list[NDArray[np.float32]]] = {}
+    outputs: dict[str, list[NDArray[np.float32]]] = {}
     for first in range(0, probe.ROWS, _AT_ONCE):
-        some = {name: one[first : first + _AT_ONCE] if name in by_row else one for name, one in given.items()}
+        some = {name: value[first : first + _AT_ONCE] if name in by_row else value for name, value in inputs.items()}
         for name, values in program.predict(some).items():
-            found.setdefault(name, []).append(values)
-    return {name: np.concatenate(parts) for name, parts in found.items()}
+            outputs.setdefault(name, []).append(values)
+    return {name: np.concatenate(parts) for name, parts in outputs.items()}
 
 
 class FitVersions:
@@ -109,11 +109,11 @@ class FitVersions:
                 self._refuse("probe", version, error)
         return version in self
 
-    def keep(self, here: Container[int]) -> None:
+    def keep(self, present: Container[int]) -> None:
         """Removes versions that are no longer in the rows."""
-        kept = {version: why for version, why in self._refused.items() if version in here}
-        if kept != self._refused:
-            self._note(kept)
+        remaining = {version: why for version, why in self._refused.items() if version in present}
+        if remaining != self._refused:
+            self._note(remaining)
 
     def show(self, served: Served | None) -> None:
         """Shows in the metrics which version would serve now if it had not failed."""

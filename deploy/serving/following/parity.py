@@ -51,22 +51,22 @@ def differences(trained: Vector, served: Vector, spec: FeatureSpec) -> Iterator[
     ['view.count_1h was trained as 0 and is 2 here', 'recent_categories[1] is another one here']
     """
     for name in Vector._fields:
-        left, right = getattr(trained, name), getattr(served, name)
-        if left.shape != right.shape:
-            yield f"{name} was trained in shape {left.shape} and has {right.shape} here"
+        trained_value, served_value = getattr(trained, name), getattr(served, name)
+        if trained_value.shape != served_value.shape:
+            yield f"{name} was trained in shape {trained_value.shape} and has {served_value.shape} here"
             continue
-        for place in np.argwhere(left != right):
-            at = (*place.tolist(),)
+        for index in np.argwhere(trained_value != served_value):
+            position = (*index.tolist(),)
             if name == "features":
-                called = spec.names[at[0]]
+                called = spec.names[position[0]]
             elif name == "category_windows":
-                called = f"{spec.window_names[at[1]]} of recent category {at[0] + 1}"
+                called = f"{spec.window_names[position[1]]} of recent category {position[0] + 1}"
             else:
-                called = f"{name}[{at[0]}]"
+                called = f"{name}[{position[0]}]"
             yield (
                 f"{called} is another one here"
                 if name in IDS
-                else f"{called} was trained as {int(left[at])} and is {int(right[at])} here"
+                else f"{called} was trained as {int(trained_value[position])} and is {int(served_value[position])} here"
             )
 
 
@@ -82,19 +82,19 @@ class Parity:
         store: HistoryStore,
         spec: FeatureSpec,
         reach_ms: int,
-        kept: ServingSettings,
+        settings: ServingSettings,
         metrics: ApplierMetrics,
         now_ms: Callable[[], int],
         choose: Callable[[int], int] = random.randrange,
     ) -> None:
         self._store, self._spec, self._reach_ms = store, spec, reach_ms
-        self._every_ms, self._now_ms, self._choose = round(1000 * kept.parity_every_s), now_ms, choose
+        self._every_ms, self._now_ms, self._choose = round(1000 * settings.parity_every_s), now_ms, choose
         self._counted = {outcome: metrics.parity_rows.labels(outcome) for outcome in OUTCOMES}
         self._said, self._looked_ms, self.mask = SaidOnce(_log.error), 0, Mask.NONE
-        whole = store.extra(WHOLE_EXTRA)
-        self._whole_ms = 0 if whole is None else int(json.loads(whole))
+        stored = store.extra(WHOLE_EXTRA)
+        self._whole_ms = 0 if stored is None else int(json.loads(stored))
         # An earlier release did not record what its histories lack.
-        self._lost = whole is None and bool(store.positions())
+        self._lost = stored is None and bool(store.positions())
 
     def lose(self) -> None:
         """Records that the histories may lack events up to now."""
@@ -116,37 +116,37 @@ class Parity:
         return {WHOLE_EXTRA: json.dumps(clock_ms).encode()}
 
     def look(
-        self, rows: MicroBatch, place: tuple[int, int], users: Sequence[NDArray[np.uint64]], events: Sequence[Events]
+        self, rows: MicroBatch, position: tuple[int, int], users: Sequence[NDArray[np.uint64]], events: Sequence[Events]
     ) -> None:
         """Compares one row of a record if a comparison is due.
 
-        `place` is the record's partition and offset in the training log. `users` and `events` are the parts of the
+        `position` is the record's partition and offset in the training log. `users` and `events` are the parts of the
         pending commit; the last part belongs to `rows`, which has one row per event.
         """
         now_ms = self._now_ms()
         if not self._every_ms or 0 <= now_ms - self._looked_ms < self._every_ms:
             return
-        held = np.flatnonzero(self._store.shares.has(rows.user))
-        if not len(held):
+        held_rows = np.flatnonzero(self._store.shares.has(rows.user))
+        if not len(held_rows):
             return
         self._looked_ms = now_ms
         if rows.header.spec != self._spec.digest:
             self._counted[UNKNOWN].inc()
             return
-        row = int(held[self._choose(len(held))])
+        row = int(held_rows[self._choose(len(held_rows))])
         user, at_ms = int(rows.user[row]), int(rows.at_ms[row])
         before = [*events[:-1], events[-1][:row]]
-        theirs = [one[who[: len(one)] == user] for who, one in zip(users, before, strict=True)]
-        history = np.concatenate([self._store.read(user), *theirs]).astype(EVENT)
-        self._count(rows, row, place, self._served(history, at_ms, user))
+        pending = [part[who[: len(part)] == user] for who, part in zip(users, before, strict=True)]
+        history = np.concatenate([self._store.read(user), *pending]).astype(EVENT)
+        self._count(rows, row, position, self._served(history, at_ms, user))
 
     def _served(self, history: Events, at_ms: int, user: int) -> Vector:
         return Vector(*[column[0] for column in vectorise_many([history], [at_ms], self.mask, self._spec, [user])])
 
-    def _count(self, rows: MicroBatch, row: int, place: tuple[int, int], served: Vector) -> None:
+    def _count(self, rows: MicroBatch, row: int, position: tuple[int, int], served: Vector) -> None:
         trained = Vector(*[getattr(rows, name)[row] for name in Vector._fields])
-        found = [*differences(trained, served, self._spec)]
-        if not found:
+        different = [*differences(trained, served, self._spec)]
+        if not different:
             self._counted[EQUAL].inc()
             return
         if self._excused(rows, row):
@@ -155,12 +155,12 @@ class Parity:
         self._counted[DIFFERS].inc()
         source = rows.header.ranges[int(rows.source[row])].source
         self._said(
-            f"record {place[1]} of partition {place[0]} of the training log: the click at offset {int(rows.offset[row])} of "
-            f"partition {source.partition} was trained with other features than answers have: {found[0]}"
-            + (f", and {len(found) - 1} more numbers differ" if found[1:] else "")
+            f"record {position[1]} of partition {position[0]} of the training log: the click at offset {int(rows.offset[row])} of "
+            f"partition {source.partition} was trained with other features than answers have: {different[0]}"
+            + (f", and {len(different) - 1} more numbers differ" if different[1:] else "")
         )
 
     def _excused(self, rows: MicroBatch, row: int) -> bool:
         """Whether the features may differ for a known reason."""
-        whole = not self._lost and (not self._whole_ms or int(rows.at_ms[row]) - self._reach_ms >= self._whole_ms)
-        return not whole or rows.header.mask_generation != self.mask.generation
+        is_complete = not self._lost and (not self._whole_ms or int(rows.at_ms[row]) - self._reach_ms >= self._whole_ms)
+        return not is_complete or rows.header.mask_generation != self.mask.generation

@@ -107,7 +107,7 @@ def route_to(
     wanted: int,
     registry: Registry,
     rows: RowStore,
-    here: Collection[int],
+    present: Collection[int],
     recents: Collection[int],
     refusals: Refusals,
     refuse: Callable[[str, int, Exception], None],
@@ -118,13 +118,13 @@ def route_to(
     2. Durable ones from one on this host, or a base and its deltas, up to the last durable one before `wanted`; then
        recent ones. If nothing leads to a recent `wanted`, the route ends at that durable one.
 
-    `here` are the versions in `rows`, and `recents` the recent ones that can be read. `refuse` is called with the
+    `present` are the versions in `rows`, and `recents` the recent ones that can be read. `refuse` is called with the
     kind, number and reason of a version that cannot be read.
     """
     # 1.
-    steps = recent_steps(wanted, registry, here, recents)
+    steps = recent_steps(wanted, registry, present, recents)
     first = steps[0].parent if steps else wanted
-    if steps and first in here and rows.accepts(steps[0]) and not refusals.blocks(steps):
+    if steps and first in present and rows.accepts(steps[0]) and not refusals.blocks(steps):
         return Route(wanted, steps, rebuild=False)
     # 2.
     durable = _last_durable(steps[-1], registry) if steps and wanted not in registry.versions() else wanted
@@ -132,10 +132,10 @@ def route_to(
         return None
     tail = [step for step in steps if step.version > durable] if durable >= (first or 0) else []
     target = tail[-1].version if tail else durable
-    if durable in here and not tail:
+    if durable in present and not tail:
         return Route(durable, [], rebuild=False)
     try:
-        lead = onto_what_is_here(durable, registry, rows, here)
+        lead = onto_what_is_here(durable, registry, rows, present)
         if lead is not None and not refusals.blocks(lead):
             return Route(target, [*lead, *tail], rebuild=False)
     except (CorruptVersion, UnknownVersion) as error:
@@ -149,27 +149,29 @@ def route_to(
     return None if refusals.blocks(lead) else Route(target, [*lead, *tail], rebuild=True)
 
 
-def recent_steps(wanted: int, registry: Registry, here: Collection[int], recents: Collection[int]) -> list[Manifest]:
+def recent_steps(wanted: int, registry: Registry, present: Collection[int], recents: Collection[int]) -> list[Manifest]:
     """The recent versions that lead to `wanted`, oldest first, back to a version on this host or the oldest readable one."""
     steps: list[Manifest] = []
     version: int | None = wanted
-    while version is not None and version not in here and version in recents:
+    while version is not None and version not in present and version in recents:
         try:
-            found = registry.manifest(version, "recent")
+            manifest = registry.manifest(version, "recent")
         except (CorruptVersion, UnknownVersion):
             break
-        steps.append(found)
-        version = found.parent
+        steps.append(manifest)
+        version = manifest.parent
     return steps[::-1]
 
 
 def _last_durable(version: Manifest, registry: Registry) -> int | None:
     """The newest durable version that a recent one descends from."""
-    return max((one for one in registry.versions() if sees(version.visible, one)), default=None)
+    return max((number for number in registry.versions() if sees(version.visible, number)), default=None)
 
 
-def onto_what_is_here(wanted: int, registry: Registry, rows: RowStore, here: Collection[int]) -> list[Manifest] | None:
-    """Deltas from the nearest ancestor in `here`; None if a base is needed.
+def onto_what_is_here(
+    wanted: int, registry: Registry, rows: RowStore, present: Collection[int]
+) -> list[Manifest] | None:
+    """Deltas from the nearest ancestor in `present`; None if a base is needed.
 
     Raises:
         CorruptVersion, UnknownVersion: One of them cannot be read.
@@ -177,7 +179,7 @@ def onto_what_is_here(wanted: int, registry: Registry, rows: RowStore, here: Col
     steps: list[Manifest] = []
     version = wanted
     deltas = set(registry.deltas())
-    while version not in here:
+    while version not in present:
         if version not in deltas:
             return None
         manifest = registry.manifest(version, "delta")
@@ -205,11 +207,11 @@ class NewestVersion:
     def of(self, epoch: int) -> int | None:
         """The newest version of `epoch`; None without one."""
         registry = self._registry
-        seen = (epoch, registry.recents()[-1:], registry.deltas()[-1:], registry.bases()[-1:], self._lost)
-        if self._found[0] != seen:
+        state = (epoch, registry.recents()[-1:], registry.deltas()[-1:], registry.bases()[-1:], self._lost)
+        if self._found[0] != state:
             self._found = (None, self._find(epoch))
             if not self._refusals.of_manifests():
-                self._found = (seen, self._found[1])
+                self._found = (state, self._found[1])
         return self._found[1]
 
     def recents(self) -> frozenset[int]:
@@ -223,12 +225,12 @@ class NewestVersion:
     def _find(self, epoch: int) -> int | None:
         recents = self.recents()
         for version in sorted({*self._registry.versions(), *recents}, reverse=True):
-            found = self._recent(version) if version in recents else self._durable(version)
-            if found is None:
+            manifest = self._recent(version) if version in recents else self._durable(version)
+            if manifest is None:
                 continue
-            if found.epoch == epoch:
+            if manifest.epoch == epoch:
                 return version
-            if found.epoch < epoch:
+            if manifest.epoch < epoch:
                 return None
         return None
 
@@ -268,15 +270,15 @@ class Labelled:
         self._steps: list[Manifest] = []
         self._anew = False
 
-    def step(self, labels: Iterable[tuple[str, int]], here: Collection[int]) -> bool:
+    def step(self, labels: Iterable[tuple[str, int]], present: Collection[int]) -> bool:
         """Applies one step towards the first labelled version that is not on this host; returns whether there was one."""
-        missing = [version for _, version in labels if version not in here]
+        missing = [version for _, version in labels if version not in present]
         if self._target not in missing:
             self._target, self._steps = None, []
         for version in [self._target] if self._target is not None else missing:
             try:
                 if not self._steps:
-                    self._find(version, here)
+                    self._find(version, present)
                 if self._refusals.blocks(self._steps):
                     self._target, self._steps = None, []
                     continue
@@ -290,9 +292,9 @@ class Labelled:
             return True
         return False
 
-    def _find(self, version: int, here: Collection[int]) -> None:
+    def _find(self, version: int, present: Collection[int]) -> None:
         """Finds the steps to a version: onto a version on this host, or all of them in a separate lane."""
-        lead = onto_what_is_here(version, self._registry, self._rows, here)
+        lead = onto_what_is_here(version, self._registry, self._rows, present)
         self._anew = lead is None
         if lead is None:
             base, deltas = self._registry.chain(version)
@@ -307,9 +309,9 @@ def applied_ms(rows: RowStore) -> dict[int, int]:
 
 
 def too_old(
-    here: Mapping[int, int], now_ms: int, keep_ms: int, durable: Collection[int], needed: Collection[int]
+    present: Mapping[int, int], now_ms: int, keep_ms: int, durable: Collection[int], needed: Collection[int]
 ) -> list[int]:
-    """The versions to remove, out of `here`, which has the time when each was applied.
+    """The versions to remove, out of `present`, which has the time when each was applied.
 
     They are not in `needed`, and older than `keep_ms` if durable, otherwise older than the lesser of `keep_ms` and
     `RECENT_MS`.
@@ -320,7 +322,7 @@ def too_old(
     recent_ms = min(RECENT_MS, keep_ms)
     return [
         version
-        for version, applied_ms in here.items()
+        for version, applied_ms in present.items()
         if now_ms - applied_ms > (keep_ms if version in durable else recent_ms) and version not in needed
     ]
 
@@ -447,8 +449,8 @@ class VersionFollower:
         """Stores control and mask where workers read them, with the pointer if the pinned version is on this host."""
         pin = control.serving.version if control.serving.mode == "pin" else None
         at_once = pin if pin in self._here and pin in self._fit else None
-        told = {"generation": control.generation, "epoch": control.epoch, "pin": pin, "labels": dict(control.labels)}
-        notes = {CONTROL_NOTE: json.dumps(told).encode(), MASK_NOTE: control.mask.to_bytes()}
+        note = {"generation": control.generation, "epoch": control.epoch, "pin": pin, "labels": dict(control.labels)}
+        notes = {CONTROL_NOTE: json.dumps(note).encode(), MASK_NOTE: control.mask.to_bytes()}
         self._rows.steer(notes, at_once)
         killpoints.reach("apply.steered")
         self._generation = control.generation
@@ -520,8 +522,8 @@ class VersionFollower:
         """Ends the route at `version`, which is on this host; answers use it if it is newer than the served one."""
         self._route = None
         with self._rows.reader() as reader:
-            here = reader.version(version)
-        if here is not None and self._may_follow(here, control):
+            stored_version = reader.version(version)
+        if stored_version is not None and self._may_follow(stored_version, control):
             self._serve(version)
         return False
 

@@ -123,7 +123,7 @@ class Tokens(_WatchedFiles):
         # Look up digests, so that the time of the lookup reveals nothing about the tokens.
         known = self._roles.get(_digest(authorization[len(_SCHEME) :].strip()))
         if known is None:
-            raise Unauthorized("this token is none of this host's", "send one of its tokens")
+            raise Unauthorized("this host does not know this token", "send a token of this host")
         if role == OPERATE and known != OPERATE:
             raise Forbidden("this token may read only", "send one of the role operate")
 
@@ -212,7 +212,7 @@ def tokens_in(path: Path) -> list[str]:
 def make_missing(folder: Path) -> list[Path]:
     """Creates the missing files, each with a new token, and returns them; safe for several processes at once."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    made = []
+    created = []
     for role in (READ, OPERATE):
         path = folder / role
         if path.exists():
@@ -227,9 +227,9 @@ def make_missing(folder: Path) -> list[Path]:
         try:
             # The link fails if another process was first; then its token is valid.
             os.link(temporary, path)
-            made.append(path)
+            created.append(path)
         except FileExistsError:
             pass
         finally:
             temporary.unlink()
-    return made
+    return created

@@ -116,8 +116,8 @@ class BoundedConnection(HttpToolsProtocol):
 
     flow: _Flow
 
-    def __init__(self, limits: ConnectionLimits, refused: Callable[[str], None], **given: Any) -> None:
-        super().__init__(**given)
+    def __init__(self, limits: ConnectionLimits, refused: Callable[[str], None], **options: Any) -> None:
+        super().__init__(**options)
         self._limits, self._refused = limits, refused
         self._since_s = self.loop.time()
         self._requests = self._received = self._body = self._buffered = self._arriving_bytes = 0
@@ -307,8 +307,8 @@ class BoundedConnection(HttpToolsProtocol):
             self.transport.close()
 
     def _too_large(self) -> SpringtideError:
-        what = f"request line and headers exceed {self._limits.head_bytes} bytes"
-        return BadRequest(what, "send shorter headers and parameters", http_status=431)
+        problem = f"request line and headers exceed {self._limits.head_bytes} bytes"
+        return BadRequest(problem, "send shorter headers and parameters", http_status=431)
 
     def _refuse(self, reason: str, error: SpringtideError) -> None:
         """Answers in place of the application, after all pending answers, and closes the connection."""

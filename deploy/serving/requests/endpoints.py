@@ -97,25 +97,25 @@ class Questions:
     def __init__(self, answers: Answers) -> None:
         self._answers, self._host = answers, answers.host
 
-    async def rank(self, asked: RankQuestion) -> RankedItems:
+    async def rank(self, question: RankQuestion) -> RankedItems:
         """Ranks the items that the caller names."""
-        items, impressions = asked.named_items(), self._host.impressions
-        return await self._answers.run(rank(self._host.predictor(), asked.query(), items, impressions))
+        items, impressions = question.named_items(), self._host.impressions
+        return await self._answers.run(rank(self._host.predictor(), question.query(), items, impressions))
 
-    async def recommend(self, user: str, asked: RecommendationParameters) -> Recommendations:
+    async def recommend(self, user: str, parameters: RecommendationParameters) -> Recommendations:
         """Recommends items."""
-        query, sources, host = asked.query(user), self._answers.sources(), self._host
-        wanted = asked.wanted()._replace(per_category=host.per_category)
+        query, sources, host = parameters.query(user), self._answers.sources(), self._host
+        wanted = parameters.wanted()._replace(per_category=host.per_category)
         return await self._answers.run(recommend(host.predictor(), sources, query, wanted, host.impressions))
 
-    async def similar(self, user: str, asked: NearParameters) -> SimilarItems:
+    async def similar(self, user: str, parameters: NearParameters) -> SimilarItems:
         """Finds the nearest items."""
         near = self._answers.sources().near
-        return self._answers.counted(similar(self._host.predictor(), near, asked.query(user), asked.wanted()))
+        return self._answers.counted(similar(self._host.predictor(), near, parameters.query(user), parameters.wanted()))
 
-    async def explain(self, user: str, asked: ExplanationParameters) -> Explanation:
+    async def explain(self, user: str, parameters: ExplanationParameters) -> Explanation:
         """Explains a probability."""
-        return await self._answers.run(explain(self._host.predictor(), asked.query(user), asked.label))
+        return await self._answers.run(explain(self._host.predictor(), parameters.query(user), parameters.label))
 
 
 def profile_endpoints(answers: Answers) -> list[Endpoint]:
@@ -126,16 +126,16 @@ def profile_endpoints(answers: Answers) -> list[Endpoint]:
         return encode(answer.document())
 
     def soon(request: Request) -> asyncio.Future[bytes]:
-        asked = request.parameters(ProfileParameters) if request.query_string else _NO_PARAMETERS
-        return answers.profiles.one(asked.query(request.path["user_id"]), json_of)
+        parameters = request.parameters(ProfileParameters) if request.query_string else _NO_PARAMETERS
+        return answers.profiles.one(parameters.query(request.path["user_id"]), json_of)
 
     async def profile(request: Request) -> Response:
         return Response(200, await soon(request))
 
     async def batch(request: Request) -> Response:
-        asked = await request.document()
+        question = await request.document()
         return Response(
-            200, b'{"profiles":[' + b",".join(await answers.profiles.many(asked.queries(), json_of)) + b"]}"
+            200, b'{"profiles":[' + b",".join(await answers.profiles.many(question.queries(), json_of)) + b"]}"
         )
 
     async def rank(request: Request) -> Response:
@@ -176,7 +176,7 @@ def profile_endpoints(answers: Answers) -> list[Endpoint]:
             ("GET",),
             "/v1/profiles/{user_id}/explain",
             about_user(ExplanationParameters, questions.explain),
-            "Why a probability of a profile is what it is.",
+            "Explains a probability of a profile.",
             parameters=ExplanationParameters,
             returns=(responses.Explanation,),
         ),
@@ -205,7 +205,7 @@ def profile_endpoints(answers: Answers) -> list[Endpoint]:
             ("GET",),
             "/v1/similar/{user_id}",
             about_user(NearParameters, questions.similar),
-            "The items nearest to one user by what was learned of both.",
+            "The items nearest to a user, by the vectors of both.",
             parameters=NearParameters,
             returns=(responses.SimilarItems,),
             failures={**ASKED, 501: responses.Failure},
@@ -218,33 +218,33 @@ def profile_service(answers: Answers) -> Service:
     questions = Questions(answers)
 
     async def profile(request: Message) -> Any:
-        given = _fields_of(request)
-        given["profiles"] = [given.pop("question", {})]
-        (query,) = _convert(given, ProfilesQuestion).queries()
+        fields = _fields_of(request)
+        fields["profiles"] = [fields.pop("question", {})]
+        (query,) = _convert(fields, ProfilesQuestion).queries()
         # Refused here, because in a batch it would make the queries of other requests fail too.
         answers.host.predictor().users_of([query])
         return await answers.profiles.one(query, _profile_message)
 
     async def batch(request: Message) -> Any:
-        given = _fields_of(request)
-        given["profiles"] = given.pop("questions", [])
-        asked = _convert(given, ProfilesQuestion)
-        profiles = await answers.profiles.many(asked.queries(), _profile_message)
+        fields = _fields_of(request)
+        fields["profiles"] = fields.pop("questions", [])
+        question = _convert(fields, ProfilesQuestion)
+        profiles = await answers.profiles.many(question.queries(), _profile_message)
         return message(f"{PACKAGE}.BatchGetProfilesResponse")(profiles=profiles)
 
     async def rank(request: Message) -> Any:
-        asked = _convert({"items": [], **_fields_of(request)}, RankQuestion)
-        return _filled("RankResponse", await questions.rank(asked))
+        question = _convert({"items": [], **_fields_of(request)}, RankQuestion)
+        return _filled("RankResponse", await questions.rank(question))
 
     def about_user(
         kind: type[Parameters], answer: Callable[[str, Parameters], Awaitable[About]], response: str
     ) -> Callable[[Message], Awaitable[Any]]:
         async def answered(request: Message) -> Any:
-            given = _fields_of(request)
-            given |= given.pop("question", {})
-            if not (user := given.pop("user_id", "")):
+            fields = _fields_of(request)
+            fields |= fields.pop("question", {})
+            if not (user := fields.pop("user_id", "")):
                 raise BadRequest("the request names no user_id", "name a user")
-            return _filled(response, await answer(user, _convert(given, kind)))
+            return _filled(response, await answer(user, _convert(fields, kind)))
 
         return answered
 
@@ -264,27 +264,27 @@ def profile_service(answers: Answers) -> Service:
 
 def _fields_of(request: Message) -> dict[str, Any]:
     """Converts a message to the names and values of HTTP; absent fields are left out."""
-    given: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for field, value in request.ListFields():
         name = field.name
         if name == "at_ms":
-            given["at"] = str(value)
+            fields["at"] = str(value)
         elif field.message_type is not None and field.message_type.GetOptions().map_entry:
-            given[name] = dict(value)
+            fields[name] = dict(value)
         elif field.message_type is not None:
             repeated = field.is_repeated
-            given[name] = [_fields_of(one) for one in value] if repeated else _fields_of(value)
+            fields[name] = [_fields_of(element) for element in value] if repeated else _fields_of(value)
         else:
-            given[name] = list(value) if field.is_repeated else value
-    return given
+            fields[name] = list(value) if field.is_repeated else value
+    return fields
 
 
-def _convert(given: Mapping[str, Any], kind: type[Parameters]) -> Parameters:
+def _convert(fields: Mapping[str, Any], kind: type[Parameters]) -> Parameters:
     try:
-        return msgspec.convert(given, kind)
+        return msgspec.convert(fields, kind)
     except msgspec.ValidationError as error:
-        what, where = what_and_where(error)
-        raise BadRequest(f"{where.lstrip('/') or 'the request'}: {what}", "correct it", where) from None
+        problem, where = what_and_where(error)
+        raise BadRequest(f"{where.lstrip('/') or 'the request'}: {problem}", "correct it", where) from None
 
 
 def _filled(name: str, answer: Any) -> Any:
@@ -311,15 +311,17 @@ def segment_endpoints(host: Host) -> list[Endpoint]:
         return Response(200, encode(host.segments.sizes()))
 
     async def segment(request: Request) -> Response:
-        asked = request.parameters(SegmentParameters)
-        return Response(200, encode(host.segments.page(request.path["segment"], int(asked.start, 16), asked.n)))
+        parameters = request.parameters(SegmentParameters)
+        return Response(
+            200, encode(host.segments.page(request.path["segment"], int(parameters.start, 16), parameters.n))
+        )
 
     async def user(request: Request) -> Response:
         return Response(200, encode(host.segments.of_user(request.path["segment"], request.path["user_id"])))
 
     async def lookalikes(request: Request) -> Response:
-        asked = request.parameters(LookalikeParameters)
-        return Response(200, encode(host.segments.lookalikes(request.path["segment"], asked.n)))
+        parameters = request.parameters(LookalikeParameters)
+        return Response(200, encode(host.segments.lookalikes(request.path["segment"], parameters.n)))
 
     failures = {**FAILED, 404: responses.Failure, 503: responses.Failure}
     return [
@@ -371,7 +373,7 @@ def host_endpoints(table: Callable[[], RoutingTable]) -> list[Endpoint]:
     """Returns the endpoint of the routing table, which `table` returns."""
 
     async def live(_: Request) -> Response:
-        listed = [{"address": one.address, "shares": one.shares} for one in table().hosts]
+        listed = [{"address": host_entry.address, "shares": host_entry.shares} for host_entry in table().hosts]
         return Response(200, encode({"hosts": listed}))
 
     return [
@@ -428,7 +430,7 @@ def health_endpoints(host: Host, registry: CollectorRegistry, draining: Callable
             METHODS,
             "/readyz",
             ready,
-            "Whether this worker can answer, and what it lacks.",
+            "Whether this worker can answer, and otherwise why not.",
             role=OPEN,
             returns=(responses.Readiness,),
             failures={**FAILED, 503: responses.Readiness},

@@ -56,16 +56,18 @@ class Forwarder:
             httpx.HTTPError: They do not answer, within `timeout_s` if that is given.
         """
         query, path = request.query_string, request.scope["raw_path"].decode("latin-1")
-        passed = {one.decode(): value for one in _PASSED_ON if (value := header(request.scope, one)) is not None}
-        given = await self._http.request(
+        passed = {name.decode(): value for name in _PASSED_ON if (value := header(request.scope, name)) is not None}
+        answer = await self._http.request(
             request.scope["method"],
             address + path + ("?" + query.decode("latin-1") if query else ""),
             content=body,
             headers={**passed, **(headers or {})},
             timeout=self._http.timeout if timeout_s is None else timeout_s,
         )
-        kept: Headers = [(name.encode(), value.encode()) for name in _PASSED_BACK if (value := given.headers.get(name))]
-        return Response(given.status_code, given.content, JSON if kept == JSON else kept)
+        back: Headers = [
+            (name.encode(), value.encode()) for name in _PASSED_BACK if (value := answer.headers.get(name))
+        ]
+        return Response(answer.status_code, answer.content, JSON if back == JSON else back)
 
 
 class _Asker(msgspec.Struct):
@@ -96,16 +98,16 @@ class QuestionBatch(msgspec.Struct, frozen=True):
         (['7'], None)
         """
         try:
-            rest = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-            (name,) = rest.keys() & {"profiles", "users"}
-            questions = msgspec.json.decode(rest.pop(name), type=list[msgspec.Raw])
+            members = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+            (name,) = members.keys() & {"profiles", "users"}
+            questions = msgspec.json.decode(members.pop(name), type=list[msgspec.Raw])
             if name == "users":
-                users = [str(msgspec.json.decode(one, type=str | int)) for one in questions]
+                users = [str(msgspec.json.decode(question, type=str | int)) for question in questions]
             else:
-                users = [str(msgspec.json.decode(one, type=_Asker).user_id) for one in questions]
+                users = [str(msgspec.json.decode(question, type=_Asker).user_id) for question in questions]
         except (msgspec.MsgspecError, UnicodeDecodeError, ValueError):
             return None
-        return cls(name, questions, users, rest)
+        return cls(name, questions, users, members)
 
     def part(self, places: Iterable[int]) -> bytes:
         """Encodes the body of a batch with only the queries at `places`.
@@ -113,7 +115,7 @@ class QuestionBatch(msgspec.Struct, frozen=True):
         >>> QuestionBatch.read(b'{"users": ["ann", 7, "bob"], "top": 3}').part([0, 1])
         b'{"top":3,"users":["ann",7]}'
         """
-        return msgspec.json.encode({**self.rest, self.name: [self.questions[place] for place in places]})
+        return msgspec.json.encode({**self.rest, self.name: [self.questions[index] for index in places]})
 
 
 def rows_of(body: bytes) -> list[bytes] | None:
@@ -132,8 +134,8 @@ async def answered_here(request: Request, batch: QuestionBatch, places: Sequence
     """Returns the rows of a part of a batch that this host answers; raises what `answer` raises."""
     if not places:
         return []
-    given = await answer(request._replace(receive=whole(batch.part(places))))
-    rows = rows_of(given.body)
+    response = await answer(request._replace(receive=whole(batch.part(places))))
+    rows = rows_of(response.body)
     assert rows is not None, "the endpoint answers with a row a question"
     return rows
 

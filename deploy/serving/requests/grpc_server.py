@@ -116,7 +116,7 @@ def handler_of(service: Service, counts: RequestCounts, tokens: Tokens | None = 
             except Exception:  # noqa: BLE001 - the edge of the process: logged and counted, others are answered
                 code = grpc.StatusCode.INTERNAL
                 _log.exception("a request for %s failed", route)
-                await _refuse(context, code, "the worker failed; its log says why")
+                await _refuse(context, code, "the worker failed; its log has the cause")
             finally:
                 counts.count(route, code.name, began_s)
 
@@ -143,8 +143,8 @@ def _parsed(name: str, data: bytes) -> Any:
 
 
 def _authorization(context: grpc.aio.ServicerContext[Any, Any]) -> str | None:
-    given = dict(context.invocation_metadata() or ()).get("authorization")
-    return given.decode("latin-1") if isinstance(given, bytes) else given
+    authorization = dict(context.invocation_metadata() or ()).get("authorization")
+    return authorization.decode("latin-1") if isinstance(authorization, bytes) else authorization
 
 
 async def _refuse(context: grpc.aio.ServicerContext[Any, Any], code: grpc.StatusCode, details: str) -> NoReturn:

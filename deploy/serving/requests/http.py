@@ -201,23 +201,23 @@ def parameters(query_string: bytes, kind: type[Parameters]) -> Parameters:
     if not query_string:
         return kind()
     fields = {field.encode_name: is_dict(field.type) for field in msgspec.structs.fields(kind)}
-    given: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, value in pairs(query_string):
-        group, dot, rest = name.partition(".")
-        if (name not in fields and not (dot and rest and fields.get(group))) or fields.get(name):
+        group, dot, field_name = name.partition(".")
+        if (name not in fields and not (dot and field_name and fields.get(group))) or fields.get(name):
             raise _unknown_parameter(name, fields)
         if not value:
             continue
         if dot:
-            given.setdefault(group, {})[rest] = value
+            values.setdefault(group, {})[field_name] = value
         else:
-            given[name] = value
+            values[name] = value
     try:
-        return msgspec.convert(given, kind, strict=False)
+        return msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as error:
-        what, where = what_and_where(error)
+        problem, where = what_and_where(error)
         name = where.strip("/").replace("/", ".")
-        raise BadRequest(f"parameter {name}: {what}", "correct the parameter", name) from None
+        raise BadRequest(f"parameter {name}: {problem}", "correct the parameter", name) from None
 
 
 def _unknown_parameter(name: str, known: Iterable[str]) -> BadRequest:
@@ -242,9 +242,9 @@ def pairs(query_string: bytes) -> Iterable[tuple[str, str]]:
             yield _text(name, shown), _text(value, shown)
 
 
-def _text(given: bytes, where: str) -> str:
+def _text(encoded: bytes, where: str) -> str:
     try:
-        return given.decode()
+        return encoded.decode()
     except UnicodeDecodeError:
         raise BadRequest(f"{where} is no UTF-8", "percent-encode its UTF-8", where) from None
 
@@ -267,8 +267,8 @@ def document(body: bytes, kinds: Sequence[type[msgspec.Struct]], example: str) -
             kind = next((kind for kind in kinds if _required(kind) <= names), kind)
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        what, where = what_and_where(error)
-        raise BadRequest(f"{where or 'the body'}: {what}", f"send {example}", where) from None
+        problem, where = what_and_where(error)
+        raise BadRequest(f"{where or 'the body'}: {problem}", f"send {example}", where) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"the body is no JSON: {str(error)[:_SHOWN]}", f"send {example}") from None
 
@@ -284,10 +284,12 @@ def what_and_where(error: msgspec.ValidationError) -> tuple[str, str]:
     ('expected `str`, got `int`', '/profiles/3/context/*')
     """
     message = str(error)
-    place = _PLACE.search(message)
-    steps = _STEP.findall(place[1]) if place else []
-    what = (message[: place.start()] if place else message)[:_SHOWN]
-    return what[:1].lower() + what[1:], "".join(f"/{(name or index).replace('...', '*')}" for name, index in steps)
+    match = _PLACE.search(message)
+    steps = _STEP.findall(match[1]) if match else []
+    problem = (message[: match.start()] if match else message)[:_SHOWN]
+    return problem[:1].lower() + problem[1:], "".join(
+        f"/{(name or index).replace('...', '*')}" for name, index in steps
+    )
 
 
 def is_dict(kind: Any) -> bool:

@@ -29,7 +29,7 @@ MEANING = {
     404: "There is no such model, version, label or segment.",
     408: "The request did not arrive in time.",
     413: "The body is too large.",
-    429: "More is asked than can be answered in time; `retry-after` says in how many seconds to retry.",
+    429: "The host is overloaded; retry after `retry-after` seconds.",
     431: "Request line and headers are too long.",
     500: "The worker failed; its log has the cause.",
     501: "The model does not offer this.",
@@ -225,7 +225,7 @@ def _response(endpoint: Endpoint, status: int, method: str, schemas: Schemas) ->
 
 def page(document: Mapping[str, Any]) -> str:
     """Builds the HTML page of a document."""
-    about = document["info"]
+    info = document["info"]
     operations = [
         (path, method, operation)
         for path, of_path in document["paths"].items()
@@ -233,10 +233,10 @@ def page(document: Mapping[str, Any]) -> str:
         if method != "head"
     ]
     parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(about['title'])}</title>",
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(info['title'])}</title>",
         f'<meta name=viewport content="width=device-width"><style>{_STYLE}</style>',
-        f"<h1>{escape(about['title'])} {escape(about['version'])}</h1>",
-        f"<p>{_text(about['summary'])} {_text(about['description'])} ",
+        f"<h1>{escape(info['title'])} {escape(info['version'])}</h1>",
+        f"<p>{_text(info['summary'])} {_text(info['description'])} ",
         'This page is made from <a href="openapi.json">openapi.json</a>.</p>',
         _table(
             (
@@ -252,8 +252,8 @@ def page(document: Mapping[str, Any]) -> str:
             f'<h2 id="{operation["operationId"]}">{method.upper()} <code>{escape(path)}</code></h2>',
             f"<p>{_text(operation['summary'])}</p>",
             _table(
-                (_name(one), one["in"], _type(one["schema"]), _text(one.get("description", "")))
-                for one in operation["parameters"]
+                (_name(parameter), parameter["in"], _type(parameter["schema"]), _text(parameter.get("description", "")))
+                for parameter in operation["parameters"]
             ),
         ]
         if "requestBody" in operation:
@@ -300,7 +300,7 @@ def _content(described: Mapping[str, Any]) -> str:
 
 def _description(schema: Mapping[str, Any]) -> str:
     """Returns the description in a schema; for an optional type, the description of its value."""
-    return next((one["description"] for one in (schema, *schema.get("anyOf", ())) if "description" in one), "")
+    return next((part["description"] for part in (schema, *schema.get("anyOf", ())) if "description" in part), "")
 
 
 def _type(schema: Mapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ _SHOWN = 100
 Id = str | int
 """An id; a number means its decimal digits."""
 
-_AT = "The time to answer for: milliseconds since 1970, or ISO 8601 (UTC unless it says otherwise); by default now."
+_AT = "The time to answer for: milliseconds since 1970, or ISO 8601 (UTC unless it has an offset); by default now."
 _CONTEXT = "Values of the fields of `events.context`."
 _ITEM = "An item; the answer then has the probability that the user engages with it."
 _CATEGORY = "The item's category; by default the one that it was last seen in."
@@ -118,11 +118,11 @@ class ProfilesQuestion(_Given, frozen=True):
                 _id(question.item),
                 _id(question.category),
                 _texts(question.context),
-                _time_ms(question.at, f"/profiles/{place}/at"),
+                _time_ms(question.at, f"/profiles/{index}/at"),
                 fields,
                 self.top,
             )
-            for place, question in enumerate(self.profiles)
+            for index, question in enumerate(self.profiles)
         ]
 
 
@@ -220,7 +220,7 @@ class RecommendationParameters(NearParameters, frozen=True):
         return WantedItems(self.n, self.category, self.exclude_seen)
 
 
-def time_ms(given: str | int, where: str = "at") -> int:
+def time_ms(written: str | int, where: str = "at") -> int:
     """Parses a time given as milliseconds since 1970 or as ISO 8601 (UTC without an offset).
 
     >>> time_ms("1500"), time_ms("1970-01-01T00:00:01.5Z")
@@ -230,17 +230,17 @@ def time_ms(given: str | int, where: str = "at") -> int:
         BadRequest: It is neither, or is outside the years 1970 to 9999.
     """
     try:
-        if isinstance(given, int) or (given.isascii() and given.isdigit()):
-            at_ms = int(given)
+        if isinstance(written, int) or (written.isascii() and written.isdigit()):
+            at_ms = int(written)
         else:
-            moment = datetime.fromisoformat(given)
+            moment = datetime.fromisoformat(written)
             moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
             at_ms = round(moment.timestamp() * 1000)
     except (ValueError, OverflowError):
         at_ms = -1
     if not 0 <= at_ms <= LATEST_MS:
         raise BadRequest(
-            f"at={str(given)[:_SHOWN]!r} is no time",
+            f"at={str(written)[:_SHOWN]!r} is no time",
             "give ISO 8601 such as 2026-01-31T12:00:00Z, or milliseconds since 1970",
             where,
         )
@@ -260,12 +260,12 @@ def fields_of(names: list[str]) -> frozenset[str]:
     return frozenset(names)
 
 
-def _time_ms(given: str | int | None, where: str = "at") -> int | None:
-    return None if given is None else time_ms(given, where)
+def _time_ms(written: str | int | None, where: str = "at") -> int | None:
+    return None if written is None else time_ms(written, where)
 
 
-def _id(given: Id | None) -> str | None:
-    return None if given is None else str(given)
+def _id(identity: Id | None) -> str | None:
+    return None if identity is None else str(identity)
 
 
 def _texts(context: Mapping[str, Any] | None) -> dict[str, str]:

@@ -192,17 +192,17 @@ class Router:
     def _is_held(self, user: str) -> bool:
         return self.held.is_all or self._pseudonym(user) in self.held
 
-    async def answer(self, request: Request, here: Answer) -> Response:
-        """Answers a request with `here`, or through other hosts.
+    async def answer(self, request: Request, local: Answer) -> Response:
+        """Answers a request with `local`, or through other hosts.
 
         Raises:
             NotHeld: No live host holds a user; or another host forwarded the request, and this host does not hold the user.
             NotReady: Another host forwarded the request, and this host is not ready.
-            SpringtideError: As `here`.
+            SpringtideError: As `local`.
         """
         name = request.endpoint.name
         if name not in ROUTES and name != MANY:
-            return await here(request)
+            return await local(request)
         body = b"" if request.scope["method"] == "GET" else await request.body()
         request = request._replace(receive=whole(body))
         if name == MANY:
@@ -213,93 +213,97 @@ class Router:
             users = [] if user is None else [user]
         shares = [self._pseudonym(user) % SHARES for user in users]
         if all(share in self.held for share in shares):
-            response = await here(request)
+            response = await local(request)
         elif header(request.scope, FORWARDED) is not None:
             for share in shares:
                 self.require(share)
             raise NotReady("this host is not ready for the users that it holds", "ask another host of the share")
         elif name == MANY:
-            response = await self._many(request, body, shares, here)
+            response = await self._many(request, body, shares, local)
         else:
-            response = await self._one(request, body, shares[0], here)
+            response = await self._one(request, body, shares[0], local)
         if header(request.scope, SHARE) is None or response.status != 200:
             return response
         return response._replace(headers=[*response.headers, (SHARE, ",".join(map(str, shares)).encode())])
 
-    async def _one(self, request: Request, body: bytes, share: int, here: Answer) -> Response:
-        refused, others = None, self._candidates(share)
-        for place, host in enumerate(others):
-            response = await self._sent(host, request, body, is_last=place + 1 == len(others))
+    async def _one(self, request: Request, body: bytes, share: int, local: Answer) -> Response:
+        refused, candidates = None, self._candidates(share)
+        for number, host in enumerate(candidates):
+            response = await self._sent(host, request, body, is_last=number + 1 == len(candidates))
             if response is not None and response.status not in FAILED:
                 self._forwards.labels("answered").inc()
                 return response
             refused = response or refused
         if share in self._host.shares:
-            return await here(request)
+            return await local(request)
         if refused is None:
             raise self._no_host(share)
         self._forwards.labels("failed").inc()
         return refused
 
-    async def _many(self, request: Request, body: bytes, shares: Sequence[int], here: Answer) -> Response:
+    async def _many(self, request: Request, body: bytes, shares: Sequence[int], local: Answer) -> Response:
         batch = QuestionBatch.read(body)
         assert batch is not None, "the endpoint accepts it"
-        asked = _Batch(request, batch, shares, here)
+        pending = _Batch(request, batch, shares, local)
         places = range(len(shares))
-        ours = [place for place in places if shares[place] in self.held]
-        theirs = [place for place in places if shares[place] not in self.held]
-        _, refused = await asyncio.gather(self._fill_here(asked, ours), self._fill(asked, theirs, frozenset(), None))
+        own = [index for index in places if shares[index] in self.held]
+        foreign = [index for index in places if shares[index] not in self.held]
+        _, refused = await asyncio.gather(
+            self._fill_here(pending, own), self._fill(pending, foreign, frozenset(), None)
+        )
         if refused is not None:
             self._forwards.labels("failed").inc()
             return refused
         self._forwards.labels("answered").inc()
-        return Response(200, b'{"profiles":[' + b",".join(asked.rows[place] for place in places) + b"]}")
+        return Response(200, b'{"profiles":[' + b",".join(pending.rows[index] for index in places) + b"]}")
 
-    async def _fill_here(self, asked: _Batch, places: Sequence[int]) -> None:
-        rows = await answered_here(asked.request, asked.batch, places, asked.here)
-        asked.rows.update(zip(places, rows, strict=True))
+    async def _fill_here(self, pending: _Batch, places: Sequence[int]) -> None:
+        rows = await answered_here(pending.request, pending.batch, places, pending.here)
+        pending.rows.update(zip(places, rows, strict=True))
 
     async def _fill(
-        self, asked: _Batch, places: Sequence[int], tried: frozenset[str], refused: Response | None
+        self, pending: _Batch, places: Sequence[int], tried: frozenset[str], refused: Response | None
     ) -> Response | None:
         """Fills in the rows at `places` by hosts other than those `tried`; returns the response of a host that refuses."""
-        order = {share: self._candidates(share) for share in {asked.shares[place] for place in places}}
-        ranked = sorted({host for others in order.values() for host in others}, key=lambda host: self._rank(host))
+        order = {share: self._candidates(share) for share in {pending.shares[index] for index in places}}
+        ranked = sorted(
+            {host for candidates in order.values() for host in candidates}, key=lambda host: self._rank(host)
+        )
         groups = dict[HostEntry, list[int]]()
         alone = list[int]()
-        for place in places:
-            share = asked.shares[place]
-            left = [host for host in order[share] if host.name not in tried]
-            if left and len(tried) < MOST_TRIED:
-                groups.setdefault(min(left, key=ranked.index), []).append(place)
+        for index in places:
+            share = pending.shares[index]
+            untried = [host for host in order[share] if host.name not in tried]
+            if untried and len(tried) < MOST_TRIED:
+                groups.setdefault(min(untried, key=ranked.index), []).append(index)
             elif share in self._host.shares:
-                alone.append(place)
+                alone.append(index)
             elif refused is not None:
                 return refused
             else:
                 raise self._no_host(share)
-        await self._fill_here(asked, alone)
+        await self._fill_here(pending, alone)
         return next(
             filter(
                 None,
-                await asyncio.gather(*(self._fill_by(host, asked, group, tried) for host, group in groups.items())),
+                await asyncio.gather(*(self._fill_by(host, pending, group, tried) for host, group in groups.items())),
             ),
             None,
         )
 
     async def _fill_by(
-        self, host: HostEntry, asked: _Batch, places: Sequence[int], tried: frozenset[str]
+        self, host: HostEntry, pending: _Batch, places: Sequence[int], tried: frozenset[str]
     ) -> Response | None:
-        others = {one.name for place in places for one in self.table.holders[asked.shares[place]]}
-        is_last = not others - tried - {host.name, self._entry.name}
-        response = await self._sent(host, asked.request, asked.batch.part(places), is_last)
+        holders = {holder.name for index in places for holder in self.table.holders[pending.shares[index]]}
+        is_last = not holders - tried - {host.name, self._entry.name}
+        response = await self._sent(host, pending.request, pending.batch.part(places), is_last)
         rows = None if response is None or response.status != 200 else rows_of(response.body)
         if rows is not None and len(rows) == len(places):
-            asked.rows.update(zip(places, rows, strict=True))
+            pending.rows.update(zip(places, rows, strict=True))
             return None
         if response is not None and response.status != 200 and response.status not in FAILED:
             return response
-        return await self._fill(asked, places, tried | {host.name}, response)
+        return await self._fill(pending, places, tried | {host.name}, response)
 
     def _candidates(self, share: int) -> list[HostEntry]:
         """Returns the other live hosts of a share, at most `MOST_TRIED`, those that did not answer lately last."""

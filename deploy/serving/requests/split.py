@@ -103,16 +103,16 @@ class Split:
         """Answers a batch, each row with its user's arm."""
         # 1.
         exposures = [self._exposure(experiment, user, at_ms) for user in batch.users]
-        places = {arm: [place for place, one in enumerate(exposures) if one.arm == arm] for arm in ARMS}
+        places = {arm: [index for index, exposure in enumerate(exposures) if exposure.arm == arm] for arm in ARMS}
         try:
             # 2.
             answer = request.endpoint.answer
-            theirs, ours = await asyncio.gather(
+            trial, live = await asyncio.gather(
                 self._theirs(request, batch, places[TRIAL]), answered_here(request, batch, places[LIVE], answer)
             )
             # 3.
-            failed = theirs is None
-            rows = [*(await answered_here(request, batch, places[TRIAL], answer) if theirs is None else theirs), *ours]
+            failed = trial is None
+            rows = [*(await answered_here(request, batch, places[TRIAL], answer) if trial is None else trial), *live]
         except BadRequest:
             # The error names a position in a part of the batch; the whole batch gives the right position.
             return await request.endpoint.answer(request)
@@ -123,14 +123,14 @@ class Split:
         # 4.
         self._store(exposures, failed=(TRIAL,) if failed else ())
         by_place = dict(zip([*places[TRIAL], *places[LIVE]], rows, strict=True))
-        return Response(200, joined((one.arm, by_place[place]) for place, one in enumerate(exposures)))
+        return Response(200, joined((exposure.arm, by_place[index]) for index, exposure in enumerate(exposures)))
 
     async def _theirs(self, request: Request, batch: QuestionBatch, places: Sequence[int]) -> list[bytes] | None:
         """Returns the rows from the trial's workers; None if they do not answer, or fail."""
         if not places:
             return []
-        given = await self._forwarded(request, batch.part(places))
-        rows = None if given is None or given.status != 200 else rows_of(given.body)
+        response = await self._forwarded(request, batch.part(places))
+        rows = None if response is None or response.status != 200 else rows_of(response.body)
         return rows if rows is not None and len(rows) == len(places) else None
 
     def _exposure(self, experiment: Experiment, user: str, at_ms: int) -> Exposure:
@@ -142,8 +142,10 @@ class Split:
 
     def _store(self, exposures: Sequence[Exposure], failed: Sequence[Arm], took_us: int | None = None) -> None:
         """Stores exposures; those of the arms `failed` are marked as failed."""
-        done = (msgspec.structs.replace(one, took_us=took_us, failed=one.arm in failed) for one in exposures)
-        self._spool.write(b"\n".join(map(encode, done)))
+        stored = (
+            msgspec.structs.replace(exposure, took_us=took_us, failed=exposure.arm in failed) for exposure in exposures
+        )
+        self._spool.write(b"\n".join(map(encode, stored)))
 
     def _took_us(self, began_s: float) -> int:
         return round(1e6 * (self._clock_s() - began_s))
@@ -167,14 +169,14 @@ class Split:
     async def _forwarded(self, request: Request, body: bytes) -> Response | None:
         """Forwards a request to the trial's workers; returns None if they do not answer, or fail."""
         try:
-            given = await self._forwarder.send(self._address, request, body)
+            response = await self._forwarder.send(self._address, request, body)
         except httpx.HTTPError as error:
             self._say(f"the trial does not answer ({type(error).__name__}): {error}")
             return None
-        if given.status in (401, 403, 429) or given.status >= 500:
-            self._say(f"the trial answers {given.status}")
+        if response.status in (401, 403, 429) or response.status >= 500:
+            self._say(f"the trial answers {response.status}")
             return None
-        return given
+        return response
 
 
 def joined(answers: Iterable[tuple[Arm, bytes]]) -> bytes:

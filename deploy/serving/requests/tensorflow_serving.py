@@ -47,7 +47,7 @@ _FAILURES_OF_PREDICT = {**_FAILURES, 413: ModelFailure, 504: ModelFailure}
 TensorProto, TensorInfo = message("tensorflow.TensorProto"), message("tensorflow.TensorInfo")
 SignatureDef = message("tensorflow.SignatureDef")
 METHOD = "tensorflow/serving/predict"
-_NUMBER_OF = {name: one.number for name, one in POOL.FindEnumTypeByName("tensorflow.DataType").values_by_name.items()}
+_NUMBER_OF = {name: kind.number for name, kind in POOL.FindEnumTypeByName("tensorflow.DataType").values_by_name.items()}
 _NAME_OF = {number: name for name, number in _NUMBER_OF.items()}
 _FIELDS = {
     "DT_FLOAT": ("<f4", "float_val"),
@@ -115,7 +115,8 @@ def model_endpoints(model: TensorModel) -> list[Endpoint]:
     async def status(request: Request) -> Response:
         ok = {"error_code": "OK", "error_message": ""}
         shown = [
-            {"version": str(one.version), "state": "AVAILABLE", "status": ok} for one in model.versions(chosen(request))
+            {"version": str(version.version), "state": "AVAILABLE", "status": ok}
+            for version in model.versions(chosen(request))
         ]
         return Response(200, encode({"model_version_status": shown}))
 
@@ -123,7 +124,7 @@ def model_endpoints(model: TensorModel) -> list[Endpoint]:
         raise BadRequest(f"{request.scope['path'][:200]} is not offered", "use :predict", http_status=501)
 
     def endpoints(
-        name: str, suffix: str, method: str, answer: Any, *, shown: bool = True, **more: Any
+        name: str, suffix: str, method: str, answer: Any, *, shown: bool = True, **options: Any
     ) -> list[Endpoint]:
         return [
             Endpoint(
@@ -133,7 +134,7 @@ def model_endpoints(model: TensorModel) -> list[Endpoint]:
                 _as_tensorflow_serving(answer, method),
                 placeholders=_PLACEHOLDERS,
                 shown_methods=(method,) if shown else (),
-                **more,
+                **options,
             )
             for choice in CHOICES
         ]
@@ -197,7 +198,9 @@ def chosen(request: Request) -> ModelChoice:
     if version is not None and not (
         version.isascii() and version.isdecimal() and len(version) < 20 and int(version) <= LARGEST
     ):
-        raise BadRequest(f"Malformed request: the version {version[:100]!r} is no number", "give one of them")
+        raise BadRequest(
+            f"Malformed request: the version {version[:100]!r} is not a number", "use the number of a version"
+        )
     return ModelChoice(path["model"], None if version is None else int(version), path.get("label"))
 
 
@@ -215,13 +218,13 @@ def _document(body: bytes) -> dict[str, Any]:
 
 def tensors(document: Mapping[str, Any], signature: Signature) -> Tensors:
     """Returns the inputs of a document; raises BadRequest, with the position, if they do not match the signature."""
-    given = _by_column(document["instances"], signature) if "instances" in document else document["inputs"]
-    if not isinstance(given, dict) or _is_bytes(given):
-        given = {_only(signature, "inputs"): given}
-    for name in given:
+    columns = _by_column(document["instances"], signature) if "instances" in document else document["inputs"]
+    if not isinstance(columns, dict) or _is_bytes(columns):
+        columns = {_only(signature, "inputs"): columns}
+    for name in columns:
         if name not in signature.inputs:
             raise BadRequest(f"there is no input {str(name)[:100]!r}", f"give {', '.join(signature.inputs)}")
-    return {name: _array(name, values, signature.inputs[name]) for name, values in given.items()}
+    return {name: _array(name, values, signature.inputs[name]) for name, values in columns.items()}
 
 
 def _by_column(instances: Any, signature: Signature) -> dict[str, list[Any]]:
@@ -231,21 +234,21 @@ def _by_column(instances: Any, signature: Signature) -> dict[str, list[Any]]:
     if not isinstance(instances[0], dict) or _is_bytes(instances[0]):
         return {_only(signature, "instances"): instances}
     columns: dict[str, list[Any]] = {}
-    for place, row in enumerate(instances):
+    for index, row in enumerate(instances):
         if not isinstance(row, dict) or _is_bytes(row):
-            raise BadRequest(f"instances[{place}] is no object, and the first one is", "send all rows alike")
+            raise BadRequest(f"instances[{index}] is no object, and the first one is", "send all rows alike")
         for name, value in row.items():
             spec = signature.inputs.get(name)
             if spec is None:
                 known = ", ".join(signature.inputs)
-                raise BadRequest(f"instances[{place}] has no input {name[:100]!r} to give", f"give {known}")
+                raise BadRequest(f"instances[{index}] has no input {name[:100]!r} to give", f"give {known}")
             if name not in columns:
                 default = spec.default.decode() if isinstance(spec.default, bytes) else spec.default
                 columns[name] = [default] * len(instances)
-            columns[name][place] = value
+            columns[name][index] = value
         for name in signature.required():
             if name not in row:
-                raise BadRequest(f"instances[{place}] lacks the input {name!r}", "give it in each row")
+                raise BadRequest(f"instances[{index}] lacks the input {name!r}", "give it in each row")
     return columns
 
 
@@ -266,7 +269,7 @@ def _array(name: str, values: Any, spec: TensorSpec) -> Tensor:
         if not isinstance(values, list):
             raise BadRequest(f"the input {name!r} is no list of strings", "give one string for each row")
         texts = np.empty(len(values), np.object_)
-        texts[:] = [_bytes(f"{name}[{place}]", value) for place, value in enumerate(values)]
+        texts[:] = [_bytes(f"{name}[{index}]", value) for index, value in enumerate(values)]
         return texts
     try:
         array = np.array(values)
@@ -281,15 +284,15 @@ def _array(name: str, values: Any, spec: TensorSpec) -> Tensor:
         return array.astype(wanted)
 
 
-def _bytes(place: str, value: Any) -> bytes:
+def _bytes(label: str, value: Any) -> bytes:
     if isinstance(value, str):
         return value.encode()
     if not (_is_bytes(value) and isinstance(value["b64"], str)):
-        raise BadRequest(f'{place} is neither a string nor {{"b64": TEXT}}', "send a string")
+        raise BadRequest(f'{label} is neither a string nor {{"b64": TEXT}}', "send a string")
     try:
         return base64.b64decode(value["b64"], validate=True)
     except (binascii.Error, ValueError):
-        raise BadRequest(f"{place} is no base64", "encode the bytes as RFC 4648 says") from None
+        raise BadRequest(f"{label} is no base64", "encode the bytes as RFC 4648 says") from None
 
 
 def _by_row(listed: Mapping[str, list[Any]]) -> list[Any]:
@@ -325,7 +328,7 @@ def to_array(name: str, proto: Any) -> Tensor:
     if proto.tensor_content and dtype != "O":
         if len(proto.tensor_content) != count * np.dtype(dtype).itemsize:
             raise BadRequest(
-                f"tensor_content of the input {name!r} has another length than its shape says", "correct it"
+                f"tensor_content of the input {name!r} does not have the length of its shape", "correct it"
             )
         return np.frombuffer(proto.tensor_content, dtype).reshape(shape)
     given = getattr(proto, field)
@@ -355,8 +358,8 @@ def signature_map(signatures: Mapping[str, Signature]) -> Any:
     """Returns the `tensorflow.serving.SignatureDefMap` of signatures; one row is the default of an input by row."""
     signature_map = message(f"{PACKAGE}.SignatureDefMap")()
     for name, signature in signatures.items():
-        made = SignatureDef(method_name=METHOD)
-        for infos, specs in ((made.inputs, signature.inputs), (made.outputs, signature.outputs)):
+        definition = SignatureDef(method_name=METHOD)
+        for infos, specs in ((definition.inputs, signature.inputs), (definition.outputs, signature.outputs)):
             for tensor, spec in specs.items():
                 info = TensorInfo(name=tensor, dtype=_TYPES[spec.dtype])
                 for size in spec.shape:
@@ -368,8 +371,8 @@ def signature_map(signatures: Mapping[str, Signature]) -> Any:
             if spec.default is not None
         }
         for tensor, value in {**defaults, **signature.kept}.items():
-            made.defaults[tensor].CopyFrom(to_proto(value))
-        signature_map.signature_def[name].CopyFrom(made)
+            definition.defaults[tensor].CopyFrom(to_proto(value))
+        signature_map.signature_def[name].CopyFrom(definition)
     return signature_map
 
 

@@ -92,7 +92,7 @@ class Workers:
             failed = False in {self._check(worker) for worker in self.workers}
             if failed:
                 self.stop()
-            alive = [one.process.sentinel for one in self.workers if one.process is not None and one.again_s is None]
+            alive = [worker.process.sentinel for worker in self.workers if worker.process and worker.again_s is None]
             if not self._stopping:
                 multiprocessing.connection.wait(alive, WAIT_S) if alive else time.sleep(WAIT_S)
         self.stop()

@@ -79,7 +79,7 @@ def test_a_rollback_is_caught_up_once_it_is_learned_again(
     registry.change(lambda now: control.roll_back(now, 40, Mask.NONE, **WHO))
     assert missing("caught-up", settings) == "the trainer is in epoch 1, and epoch 2 is wanted"
     trainer.epoch.set(2)
-    assert "not learned again yet" in missing("caught-up", settings)
+    assert "still being learned again" in missing("caught-up", settings)
     registry.generations.add_outcome(2, "learned", {})
     assert missing("caught-up", settings) == ""
 
@@ -125,7 +125,7 @@ def test_answers_follow_only_with_the_histories_of_the_line_that_control_names(
     registry.change(lambda now: control.roll_back(now, 40, Mask.NONE, log=line, **WHO))
     registry.change(lambda now: control.follow(now, **WHO))
     applier.epoch.set(2)
-    assert missing("following", settings) == "the histories are of epoch 1 of the log, and epoch 2 is wanted"
+    assert missing("following", settings) == "the histories belong to epoch 1 of the log, and epoch 2 is wanted"
     applier.history_epoch.set(2)
     applier.microbatch_lag_records.set(2000)
     assert missing("following", settings) == "the histories are 2,000 records behind"

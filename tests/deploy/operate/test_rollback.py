@@ -1,4 +1,4 @@
-"""`springtide rollback` on a real registry and log: it goes back to a version that learned nothing masked, or refuses and says what to do."""
+"""`springtide rollback` on a real registry and log: it goes back to a version that learned nothing masked, or refuses and explains what to do."""
 
 from __future__ import annotations
 
@@ -274,9 +274,7 @@ def test_users_whom_every_kept_version_knows_are_refused(operator: Operator, tmp
     registry.remove("base", 1)
     registry.publish(replace(draft(6, 5), salt=salt.fingerprint), files())
     registry.add_base(registry.manifest(5), files([user_id(salt, "ann")]))
-    refused(
-        operator, UnfitVersion, "no version is kept that has learned none.*fewer users", "--skip-users", str(listed)
-    )
+    refused(operator, UnfitVersion, "no kept version has learned none.*fewer users", "--skip-users", str(listed))
 
 
 def test_a_dry_run_tells_the_plan_and_changes_nothing(operator: Operator) -> None:
@@ -366,7 +364,7 @@ def test_large_versions_that_answer_at_once_are_checked_after_answers_turned(
 @pytest.mark.parametrize(
     ("words", "match"),
     [
-        (("--skip-time", "10m..2100-01-01"), "ends in the future, 2100.*end it with now"),
+        (("--skip-time", "10m..2100-01-01"), "ends in the future, 2100.*end it at the current time"),
         (("--skip-time", "3m..now"), "no row of the training log is named.*springtide status"),
         (("--skip", "1:600-640"), "ends before offset 640.*up to 639"),
         (("--skip", "7:1-2"), "no partition 7.*0, 1"),
@@ -384,7 +382,7 @@ def test_a_mask_outside_the_log_and_wrong_use_are_refused(
 
 
 def test_times_before_all_that_is_kept_are_refused(operator: Operator) -> None:
-    refused(operator, UnfitVersion, "no version is kept.*oldest is version 1", "--skip-time", "2020-01-01..2020-01-02")
+    refused(operator, UnfitVersion, "no kept version.*oldest is version 1", "--skip-time", "2020-01-01..2020-01-02")
     refused(operator, UnknownVersion, "oldest is version 1", "--before", "2001-01-01")
 
 

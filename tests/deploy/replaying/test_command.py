@@ -77,7 +77,7 @@ def test_after_a_kill_each_row_is_there_once(kafka_settings: KafkaFactory, tmp_p
     done = process(kafka, tmp_path, path)
     assert done.returncode == 0, done.stderr
     missing = "4,096" if "promised" in kill_at else "0"
-    assert f"in the middle of 4,096 rows: {missing} of them had not arrived" in done.stderr
+    assert f"in the middle of 4,096 rows: {missing} had not arrived" in done.stderr
     assert "9,000 clicks, 0 dead letters; complete" in done.stdout
     found = records(kafka)
     assert Counter(json.loads(value)["item"] for _, _, value, _ in found) == Counter(f"i{n}" for n in range(ROWS))

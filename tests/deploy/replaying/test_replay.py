@@ -253,7 +253,7 @@ def test_a_recording_longer_than_the_setting_stops_before_anything_is_sent_and_s
         stopped.value.what
         == "none of the first 16 rows is a click: 16 dead letters (16 implausible_time by events.max_age_s)"
     )
-    assert "they lie up to 7,689,600 s before the newest row: raise events.max_age_s" in stopped.value.do
+    assert "they are up to 7,689,600 s older than the newest row: raise events.max_age_s" in stopped.value.do
     long = replace(Events(), max_age_s=7_689_600.0)
     assert run(write(tmp_path, rows), tmp_path / "j", topic, events=long).clicks == 90
 

@@ -194,12 +194,12 @@ def test_the_loop_heals_itself_after_a_power_cut(loop: Loop) -> None:
                 f"nobody reads past the open transaction: {rebuilt.read_text() if rebuilt.exists() else loop.said()[said:]}"
             ),
         )
-    accepted = "(the local Kafka lost what was not on disk): topic springtide.clicks.v1"
+    accepted = "(the local Kafka lost records that were not on disk): topic springtide.clicks.v1"
     until(lambda: accepted in (settings.logs_dir / "stream.log").read_text(), "the stream did not notice the cut")
     recovered = until(
         lambda: [one for one in loop.springtide("history") if one["action"] == "recover"], "the trainer did not go back"
     )[-1]
-    assert recovered["actor"].startswith("trainer:") and "was cut back to offset" in recovered["reason"]
+    assert recovered["actor"].startswith("trainer:") and "was truncated to offset" in recovered["reason"]
     assert registry.manifest(recovered["base"]).log.next <= kept
 
     # 3. It lives: new clicks are learned and answered, what was known before is known.

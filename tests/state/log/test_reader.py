@@ -51,10 +51,10 @@ def test_a_topic_made_again_stops_the_reader(
         topics.ensure(clicks, 2)
         write(Log(settings), clicks, [b"new"] * written)
         deadline = time.monotonic() + 20
-        with pytest.raises(UnknownTopic, match="made again"):
+        with pytest.raises(UnknownTopic, match="created again"):
             while time.monotonic() < deadline:
                 assert values(reader.poll(0.2)) == []
-        with pytest.raises(UnknownTopic, match="made again"):
+        with pytest.raises(UnknownTopic, match="created again"):
             reader.refresh()
 
 
@@ -160,7 +160,10 @@ def test_a_partition_of_kafka_cut_back_and_grown_again(own: Broker) -> None:
         cut_back(own.directory / "data", TOPIC, 0, 6)
         own.start()
         # 1. It has not grown yet: the end says it, whoever comes.
-        with pytest.raises(TruncatedLog, match=r"we were at 10, but what we read ends at 6: the log was cut back, so"):
+        with pytest.raises(
+            TruncatedLog,
+            match=r"the stored position is 10, but the log that was read ends at 6: the log was truncated, so",
+        ):
             log.reader(TOPIC, positions={0: 10})
         write_of_truncation(log, [b"new %d" % number for number in range(9)])
         deadline = time.monotonic() + 60
@@ -169,7 +172,7 @@ def test_a_partition_of_kafka_cut_back_and_grown_again(own: Broker) -> None:
             while time.monotonic() < deadline:
                 assert running.poll(0.2) == []
         assert (
-            "ends at 6: the log was cut back and has grown again to 15, so that offsets 6 to 9 are used twice"
+            "ends at 6: the log was truncated and has grown again to 15, so that offsets 6 to 9 are used twice"
             in str(raised.value)
         )
         assert raised.value.kept == 6

@@ -189,7 +189,7 @@ def test_churn_holds_only_where_it_is_known_and_is_refused_where_profiles_have_n
     asked = parse("not churn > 0.5 or churn <= 0.5", KNOWN)
     assert not parse("churn <= 0.5", KNOWN).holds(ProfileFacts({}, {}, {}))
     assert asked.holds(ProfileFacts({}, {}, {}, 0.1)) and asked.kinds == {"churn"}
-    with pytest.raises(ValueError, match=r"^column 10: profiles say nothing of churn; set churn.days"):
+    with pytest.raises(ValueError, match=r"^column 10: profiles contain no churn; set churn.days"):
         parse("1 < 2 or churn > 0.5", KNOWN._replace(churn=False))
 
 
@@ -218,7 +218,7 @@ def test_segments_are_keys_of_their_section_and_reach_child_processes(tmp_path: 
         ("[segments]\n'a b' = '1 < 2'\n", "springtide.toml:1: segment 'a b=1 < 2' has no name"),
         ("[segments]\nexpressions = ['a=1 < 2']\na = '1 < 2'\n", "two segments are called a"),
         ("[segments]\na = \"user.age == 'x'\"\n", "column 1: age is no attribute of users, for there are none"),
-        ("[segments]\na = 'churn > 0.5'\n", "segment a, column 1: profiles say nothing of churn; set churn.days"),
+        ("[segments]\na = 'churn > 0.5'\n", "segment a, column 1: profiles contain no churn; set churn.days"),
     ],
 )
 def test_settings_that_name_no_segment_are_refused_with_their_place(tmp_path: Any, text: str, said: str) -> None:

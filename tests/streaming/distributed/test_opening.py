@@ -189,7 +189,9 @@ def test_clicks_that_were_cut_back_and_grew_again_are_never_read_at_offsets_that
     shop.click(24, 60)
     grown = shop.topics.ends(shop.clicks_topic)[0][1]
     engine.crash(shop.plan())
-    lost = rf"we were at {ends[0]}, but what we read ends at {ends[0] - 5}.* grown again to {grown}"
+    lost = (
+        rf"the stored position is {ends[0]}, but the log that was read ends at {ends[0] - 5}.* grown again to {grown}"
+    )
     with pytest.raises(GapError, match=lost) as found:
         engine.read(0)
     assert "never read: send them again" in str(found.value)

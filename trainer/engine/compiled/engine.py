@@ -128,15 +128,15 @@ class CompiledEngine:
 
     def apply(self, measured: Measured) -> None:
         """See `Engine`."""
-        found: Gradient = measured.found
+        gradient: Gradient = measured.found
         for name, table in self._tables.items():
             at = measured.rows[name][1:]
             # The missing row is never trained.
             if at.size:
-                adagrad(table.rows, table.accum, at, found.sparse[name][1:], self._ranker.settings.learning_rate)
+                adagrad(table.rows, table.accum, at, gradient.sparse[name][1:], self._ranker.settings.learning_rate)
         if measured.crossed is not None:
             self._crosses.apply(measured.rows[CROSS], measured.crossed)
-        self._optimizer.apply(found.fast)
+        self._optimizer.apply(gradient.fast)
 
     def rows(self, record: Record) -> dict[str, I32]:
         """See `Engine`."""
@@ -144,8 +144,8 @@ class CompiledEngine:
 
     def gradient(self, measured: Measured) -> Gradient:
         """See `Engine`."""
-        found: Gradient = measured.found
-        return found
+        gradient: Gradient = measured.found
+        return gradient
 
     def with_gradient(self, measured: Measured, gradient: Gradient) -> Measured:
         """See `Engine`."""
@@ -224,8 +224,8 @@ class CompiledEngine:
         if not self._attributes:
             return distinct["item"]
         rows = distinct["context"][at["item_attributes"]].reshape(-1, self._attributes, self._ranker.settings.dim)
-        found: F32 = distinct["item"][at["combined_item"]] + rows.mean(1)
-        return found
+        items: F32 = distinct["item"][at["combined_item"]] + rows.mean(1)
+        return items
 
     def _sparse(self, distinct: Mapping[str, F32], at: Mapping[str, I32], gradients: Gradients) -> dict[str, F32]:
         """The derivatives by the distinct rows of each embedding table that the heads found."""
@@ -276,9 +276,9 @@ def _by_table(table: F32) -> Callable[[U16], F32]:
     """Looks up features in `[65536, D]` float32, the value of each feature for each raw integer."""
 
     def look_up(raw: U16) -> F32:
-        found = np.empty(raw.shape, np.float32)
-        _look_up(read_only(raw), table, found)
-        return found
+        features = np.empty(raw.shape, np.float32)
+        _look_up(read_only(raw), table, features)
+        return features
 
     return look_up
 

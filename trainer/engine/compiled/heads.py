@@ -328,13 +328,13 @@ class Own(NamedTuple):
 
 
 @part_of_sums
-def _add_lanes(thread: int, threads: int, held: F32) -> None:
-    """`held` is `[LANES * n, d]`."""
-    rows = held.shape[0] // LANES
+def _add_lanes(thread: int, threads: int, lanes: F32) -> None:
+    """`lanes` is `[LANES * n, d]`."""
+    rows = lanes.shape[0] // LANES
     for row in range(thread, rows, threads):
         for lane in range(1, LANES):
-            for d in range(held.shape[1]):
-                held[row, d] += held[lane * rows + row, d]
+            for d in range(lanes.shape[1]):
+                lanes[row, d] += lanes[lane * rows + row, d]
 
 
 @compiled_sums(
@@ -357,7 +357,7 @@ def _heads(
     slots: FastSlots,
     total: F32,
     rate: np.float32,
-    apart: bool,
+    separate: bool,
 ) -> None:
     """One thread's part.
 
@@ -395,7 +395,7 @@ def _heads(
                 engage(b, lane, facts, inputs, weights, biases, logits, normaliser, scores, gradients)
                 # 4.
                 if facts.target[b] >= 0 and facts.weight[b] != _ZERO:
-                    if apart:
+                    if separate:
                         score_candidates(
                             b, row, facts, weights, inputs.queries, inputs.popular_logits, category, workspace, logits
                         )
@@ -413,15 +413,15 @@ def _heads(
         # 5. Each thread moves its part of the weights.
         size = total.shape[0]
         part = (size // threads // _PART + 1) * _PART
-        here, there = min(thread * part, size), min((thread + 1) * part, size)
-        summed, whole = of_lanes[0, here:there], total[here:there]
+        start, stop = min(thread * part, size), min((thread + 1) * part, size)
+        summed, derivatives = of_lanes[0, start:stop], total[start:stop]
         for lane in range(1, LANES):
-            added = of_lanes[lane, here:there]
+            added = of_lanes[lane, start:stop]
             for i in range(summed.shape[0]):
                 summed[i] += added[i]
         for i in range(summed.shape[0]):
-            whole[i] += summed[i]
-        move(slots, of_lanes[0], here, there, rate, weights.user.size)
+            derivatives[i] += summed[i]
+        move(slots, of_lanes[0], start, stop, rate, weights.user.size)
         meet(meeting, threads)
 
 
@@ -444,7 +444,7 @@ class Heads:
         self._buffers = dict[str, F32]()
 
     def prepare(
-        self, facts: Facts, inputs: HeadInputs, slots: FastSlots | None, rate: float, apart: bool
+        self, facts: Facts, inputs: HeadInputs, slots: FastSlots | None, rate: float, separate: bool
     ) -> tuple[Scores, Gradients, FastSlots, Work]:
         """Scores and gradients of a step, and the fast weights after it, once all threads have done the returned work.
 
@@ -453,7 +453,7 @@ class Heads:
             inputs: Computed by the tower.
             slots: The slots of the fast weights before the step, not changed; its weights are not read. None moves nothing.
             rate: Step size of the fast weights.
-            apart: Whether training inputs differ from scoring inputs, because of dropout.
+            separate: Whether training inputs differ from scoring inputs, because of dropout.
         """
         flat = inputs.fast.flat()
         moved = FastSlots.of(flat) if slots is None else FastSlots(flat, *(slot.copy() for slot in slots[1:]))
@@ -489,7 +489,7 @@ class Heads:
         def work(thread: int) -> None:
             _heads(
                 thread, self._threads.count, self._threads.meeting, facts, inputs, biases, LOGARITHMS,
-                scores, gradients, of_lanes, self._owns[thread], weights, moved, total, step, apart,
+                scores, gradients, of_lanes, self._owns[thread], weights, moved, total, step, separate,
             )  # fmt: skip
             _sum_lanes(thread, self._threads.count, gradients)
 
@@ -515,8 +515,8 @@ class Heads:
     def _zeros(self, name: str, *shape: int) -> F32:
         """Working memory, kept from call to call: clearing it costs less than fresh pages."""
         size = math.prod(shape)
-        held = self._buffers.get(name)
-        if held is None or held.size < size:
-            held = self._buffers[name] = np.empty(size, np.float32)
-        held[:size] = _ZERO
-        return held[:size].reshape(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.size < size:
+            buffer = self._buffers[name] = np.empty(size, np.float32)
+        buffer[:size] = _ZERO
+        return buffer[:size].reshape(shape)

@@ -29,10 +29,10 @@ def dot(a: F32, row: int, first: int, b: F32, at: int) -> np.float32:
 
 
 @part_of_sums
-def add(out: F32, at: int, to: int, factor: np.float32, a: F32, row: int, first: int, width: int) -> None:
-    """Adds `factor` times `width` numbers of `a[row]`, beginning at `first`, to `out[at]`, beginning at `to`."""
+def add(out: F32, at: int, column: int, factor: np.float32, a: F32, row: int, first: int, width: int) -> None:
+    """Adds `factor` times `width` numbers of `a[row]`, beginning at `first`, to `out[at]`, beginning at `column`."""
     for d in range(width):
-        out[at, to + d] += factor * a[row, first + d]
+        out[at, column + d] += factor * a[row, first + d]
 
 
 @part_of_sums
@@ -56,10 +56,10 @@ def exponentials(x: F32, highest: np.float32, out: F32, bits: I32, scale: F32) -
 @part_of_sums
 def highest_of(x: F32) -> np.float32:
     """The maximum of `[n]`."""
-    found: np.float32 = x[0]
+    highest: np.float32 = x[0]
     for i in range(1, x.shape[0]):
-        found = max(found, x[i])
-    return found
+        highest = max(highest, x[i])
+    return highest
 
 
 @part_of_sums

@@ -58,19 +58,19 @@ class Threads:
                     meet_all(self.meeting, self.count)
                 work(thread)
 
-        others = [self._pool.submit(part, thread) for thread in range(1, self.count)] if self._pool else []
+        futures = [self._pool.submit(part, thread) for thread in range(1, self.count)] if self._pool else []
         part(0)
-        for other in others:
+        for other in futures:
             other.result()
 
 
 def _adding(_context: Any, array: Any, index: Any, value: Any) -> Any:
     """Adds to one entry of an int64 array, atomically; returns the previous value."""
 
-    def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-        held = context.make_array(signature.args[0])(context, builder, given[0])
-        at = cgutils.get_item_pointer(context, builder, signature.args[0], held, [given[1]])
-        return builder.atomic_rmw("add", at, given[2], "seq_cst")
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        at = cgutils.get_item_pointer(context, builder, signature.args[0], array, [arguments[1]])
+        return builder.atomic_rmw("add", at, arguments[2], "seq_cst")
 
     return types.int64(array, types.intp, types.int64), generate
 

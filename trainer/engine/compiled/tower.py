@@ -75,29 +75,29 @@ def _fitting(most: int, large: int) -> int:
 
 
 @part_of_sums
-def transpose(given: F32, first: int, end: int, part: int, parts: int, out: F32) -> None:
-    """Writes columns `first` to `end` of `given` as rows of `out`.
+def transpose(matrix: F32, first: int, end: int, part: int, parts: int, out: F32) -> None:
+    """Writes columns `first` to `end` of `matrix` as rows of `out`.
 
-    A call handles every `parts`-th tile of the rows of `given`, from tile `part` on.
+    A call handles every `parts`-th tile of the rows of `matrix`, from tile `part` on.
     """
-    for begin in range(part * _TILE, given.shape[0], parts * _TILE):
-        rows, columns = min(begin + _TILE, given.shape[0]), end - (end - first) % 4
+    for begin in range(part * _TILE, matrix.shape[0], parts * _TILE):
+        rows, columns = min(begin + _TILE, matrix.shape[0]), end - (end - first) % 4
         # Moves sixteen numbers at a time in registers, in a third of the time that single moves take.
-        whole = rows - (rows - begin) % 4
-        for b in range(begin, whole, 4):
+        whole_rows = rows - (rows - begin) % 4
+        for b in range(begin, whole_rows, 4):
             for d in range(first, columns, 4):
-                a0, a1, a2, a3 = given[b, d], given[b, d + 1], given[b, d + 2], given[b, d + 3]
-                b0, b1, b2, b3 = given[b + 1, d], given[b + 1, d + 1], given[b + 1, d + 2], given[b + 1, d + 3]
-                c0, c1, c2, c3 = given[b + 2, d], given[b + 2, d + 1], given[b + 2, d + 2], given[b + 2, d + 3]
-                d0, d1, d2, d3 = given[b + 3, d], given[b + 3, d + 1], given[b + 3, d + 2], given[b + 3, d + 3]
+                a0, a1, a2, a3 = matrix[b, d], matrix[b, d + 1], matrix[b, d + 2], matrix[b, d + 3]
+                b0, b1, b2, b3 = matrix[b + 1, d], matrix[b + 1, d + 1], matrix[b + 1, d + 2], matrix[b + 1, d + 3]
+                c0, c1, c2, c3 = matrix[b + 2, d], matrix[b + 2, d + 1], matrix[b + 2, d + 2], matrix[b + 2, d + 3]
+                d0, d1, d2, d3 = matrix[b + 3, d], matrix[b + 3, d + 1], matrix[b + 3, d + 2], matrix[b + 3, d + 3]
                 at = d - first
                 out[at, b], out[at, b + 1], out[at, b + 2], out[at, b + 3] = a0, b0, c0, d0
                 out[at + 1, b], out[at + 1, b + 1], out[at + 1, b + 2], out[at + 1, b + 3] = a1, b1, c1, d1
                 out[at + 2, b], out[at + 2, b + 1], out[at + 2, b + 2], out[at + 2, b + 3] = a2, b2, c2, d2
                 out[at + 3, b], out[at + 3, b + 1], out[at + 3, b + 2], out[at + 3, b + 3] = a3, b3, c3, d3
         for b in range(begin, rows):
-            for d in range(first if b >= whole else columns, end):
-                out[d - first, b] = given[b, d]
+            for d in range(first if b >= whole_rows else columns, end):
+                out[d - first, b] = matrix[b, d]
 
 
 LATEST = HYPERPARAMETERS.latest
@@ -257,7 +257,7 @@ class Tower:
             `[B, k dim]` float32 by the embedding rows in x, `[P, 2 dim + 1]` by `popular_rows`, and the works in turn.
         """
         count, width = passed.x.shape
-        slopes = tuple(self._buffer(f"slope_{i}", count, one.shape[1]) for i, one in enumerate(passed.learned))
+        slopes = tuple(self._buffer(f"slope_{i}", count, layer.shape[1]) for i, layer in enumerate(passed.learned))
         of_rows = self._kernels[0][len(self._kernels[0]) - 3 * self._dim : width]
         by_rows, by_popular_rows = self._buffer("by_rows", count, len(of_rows)), np.empty_like(passed.popular_rows)
         gradients, threads = self._gradients, self._threads.count
@@ -266,10 +266,12 @@ class Tower:
         outputs = (*slopes, by_queries, passed.queries)
         kernels = (*(gradients[f"tower.kernel_{i}"] for i in range(len(slopes))), gradients["query.kernel"])
         biases = (*(gradients[f"tower.bias_{i}"] for i in range(len(slopes))), gradients["query.bias"])
-        shapes = tuple((given.shape[1], slope.shape[1]) for given, slope in zip(inputs, outputs, strict=True))
+        shapes = tuple(
+            (layer_input.shape[1], slope.shape[1]) for layer_input, slope in zip(inputs, outputs, strict=True)
+        )
         order = _blocks(count, shapes)
         weights = (of_rows, *self._kernels[1:], self._query)
-        backward = tuple(self._buffer(f"transposed_{i}", *one.T.shape) for i, one in enumerate(weights))
+        backward = tuple(self._buffer(f"transposed_{i}", *weight.T.shape) for i, weight in enumerate(weights))
 
         sums = [
             *zip(slopes, biases, strict=False),
@@ -293,10 +295,10 @@ class Tower:
 
     def _buffer(self, name: str, rows: int, width: int) -> F32:
         """Working memory `[rows, width]`, kept from step to step: fresh pages cost more than a small product."""
-        held = self._buffers.get(name)
-        if held is None or held.size < rows * width:
-            held = self._buffers[name] = np.empty(rows * width, np.float32)
-        return held[: rows * width].reshape(rows, width)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.size < rows * width:
+            buffer = self._buffers[name] = np.empty(rows * width, np.float32)
+        return buffer[: rows * width].reshape(rows, width)
 
 
 @lru_cache(64)
@@ -378,9 +380,9 @@ def _input(
 def _layers(begin: int, end: int, first: int, x: F32, layers: Layers, hidden: tuple[F32, ...]) -> None:
     """Layers `first` and on of rows `begin` to `end`; `x` is the input of layer `first`."""
     for i in range(first, len(layers.kernels)):
-        given = x if i == first else hidden[i - 1]
+        layer_input = x if i == first else hidden[i - 1]
         out, bias = hidden[i][begin:end], layers.biases[i]
-        np.dot(given[begin:end], layers.kernels[i], out)
+        np.dot(layer_input[begin:end], layers.kernels[i], out)
         for b in range(end - begin):
             for d in range(out.shape[1]):
                 out[b, d] = max(out[b, d] + bias[d], _ZERO)

@@ -143,7 +143,7 @@ def test_a_reason_says_what_happened(stores: Stores) -> None:
     }  # fmt: skip
     words = {one["kind"]: one["words"] for one in reasons if one["kind"] != "category"}
     assert words["action"] == "viewed 16 times in 7 days, last 5 s ago"
-    assert words["user"] == "what was learned from this user's clicks so far"
+    assert words["user"] == "the weights learned from this user's clicks"
 
 
 def test_events_tell_actions_and_outcomes() -> None:
@@ -172,10 +172,10 @@ def test_of_nobody_there_is_nothing_to_explain(stores: Stores) -> None:
 
 def test_what_is_no_candidate_is_refused_with_those_there_are(stores: Stores) -> None:
     answers = predictor_of(stores)
-    with pytest.raises(BadRequest, match=r"none of this user's candidates; ask for one of .*hats"):
+    with pytest.raises(BadRequest, match=r"not a candidate of this user; ask for one of .*hats"):
         explained(answers, Query("ann"), "tractors")
     for query, label in ((Query("ann", "i1"), "hats"), (Query("ann"), None)):
-        with pytest.raises(BadRequest, match="one of them only"):
+        with pytest.raises(BadRequest, match="either label or item"):
             explained(answers, query, label)
 
 
