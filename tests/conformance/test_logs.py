@@ -399,7 +399,9 @@ def test_records_deleted_before_they_were_read_are_a_gap(log: Log, topics: Topic
     write(log, clicks, [b"x"] * 10)
     with log.reader(clicks) as reader:
         topics.delete_before(clicks, {0: 6})
-        with pytest.raises(GapError, match=r"partition 0: the stored position is 0, but the log now begins at 6") as caught:
+        with pytest.raises(
+            GapError, match=r"partition 0: the stored position is 0, but the log now begins at 6"
+        ) as caught:
             read_until(reader, {0: 10})
         assert caught.value.gaps == (Gap(Source(reader.topic_id, 0), 0, 6),)
     with pytest.raises(GapError, match=r"4 positions"):

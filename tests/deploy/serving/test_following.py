@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from msgspec.structs import replace as changed
 from prometheus_client import CollectorRegistry
@@ -386,7 +386,6 @@ def led(world: World, epoch: int, before: int | None) -> tuple[int | None, int |
     return (None, None) if newest is None or at is None else (newest.version, at.version)
 
 
-@settings(max_examples=60, deadline=None)
 @given(operations=OPERATIONS)
 @example(operations=[("recent", 0, 0), ("recent", 0, 0), ("lose recent", 0, 1), ("recent", 0, 0)])
 def test_whatever_happens_the_wanted_version_is_served_whole(
