@@ -56,7 +56,7 @@ def with_what_it_reads(alert: str) -> list[dict[str, Any]]:
     return [*(rule for name, rule in RECORDED.items() if name in read), ALERTS[alert]]
 
 
-@pytest.mark.parametrize("file", rules.CASES_OF)
+@pytest.mark.parametrize("file", [file for file, cases in rules.CASES_OF.items() if cases])
 def test_each_alert_fires_where_it_must_and_is_silent_where_it_must(file: str, tmp_path: Path) -> None:
     # One promtool for all alerts of a file: its start takes longer than its work.
     paths = []
