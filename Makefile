@@ -1,8 +1,8 @@
-# Springtide: `make run` is all it takes; Python 3.11 and make are all it needs.
+# Springtide: `make run` is all it takes; Python 3.11 or 3.12 and make are all it needs.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test nightly check style types pytest docs debian venv bench chaos soak clean
+.PHONY: help run test nightly check style types pytest docs debian venv bench chaos soak wheels clean
 
 BIN := .venv/bin
 # Packages are installed uncompiled: an environment that forbids .pyc files would compile them at each start.
@@ -11,9 +11,9 @@ ARGS ?=
 # Test processes, for two cores: much of a test is waiting for other processes.
 WORKERS ?= 3
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
-IS_3_11 := import sys; sys.exit(sys.version_info[:2] != (3, 11))
-PYTHON ?= $(shell for name in python3.11 python3 python; do \
-	if $$name -c '$(IS_3_11)' >/dev/null 2>&1; then command -v $$name; break; fi; done)
+IS_SUPPORTED := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
+PYTHON ?= $(shell for name in python3.11 python3.12 python3 python; do \
+	if $$name -c '$(IS_SUPPORTED)' >/dev/null 2>&1; then command -v $$name; break; fi; done)
 BENCHES ?= $(filter-out __init__ report against,$(basename $(notdir $(wildcard tests/bench/*.py))))
 
 SEED ?= 7
@@ -53,6 +53,7 @@ style: .venv/ready-dev
 
 types: .venv/ready-dev
 	@$(BIN)/mypy
+	@$(BIN)/mypy --python-version 3.10 springtide_client
 
 # On a new machine one process compiles all tests before several would compile them at once.
 pytest: .venv/ready-dev
@@ -74,25 +75,32 @@ chaos: .venv/ready-dev ## Kills every part and rolls back in both modes, then co
 soak: .venv/ready-dev ## Half an hour at 10,000 clicks a second: nothing may grow; ARGS="--minutes 10 --rate 5000".
 	@$(BIN)/python -m tests.e2e.soak $(ARGS)
 
+wheels: .venv/ready-dev ## Builds the wheels of springtide and springtide-client into build/wheels, from a copy of the last commit.
+	@rm -rf build/wheels && mkdir -p build/wheels/source
+	@git archive HEAD | tar -x -C build/wheels/source
+	@$(BIN)/python -m pip wheel --disable-pip-version-check --no-input --quiet --no-deps --no-build-isolation -w build/wheels build/wheels/source/springtide_client build/wheels/source
+	@rm -rf build/wheels/source
+	@ls -s --block-size=1 build/wheels
+
 clean: ## Removes what was built here, .venv included; the state directory stays.
 	@rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -not -path './.springtide/*' -prune -exec rm -rf {} +
 
 venv:
-	@[ -e .venv/packages ] || "$(PYTHON)" -c '$(IS_3_11)' >/dev/null 2>&1 || { \
-		echo "springtide: needs Python 3.11, found $$("$(or $(PYTHON),python3)" --version 2>/dev/null || echo none); install it or name it with PYTHON=/path/to/python3.11" >&2; \
+	@[ -e .venv/packages ] || "$(PYTHON)" -c '$(IS_SUPPORTED)' >/dev/null 2>&1 || { \
+		echo "springtide: needs Python 3.11 or 3.12, found $$("$(or $(PYTHON),python3)" --version 2>/dev/null || echo none); install it or name it with PYTHON=/path/to/python3.11" >&2; \
 		exit 1; \
 	}
-	@[ -e .venv/packages ] || $(BIN)/python -c '$(IS_3_11)' >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv
+	@[ -e .venv/packages ] || $(BIN)/python -c '$(IS_SUPPORTED)' >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv
 
 # The packages of `make run`; those of tests and checks come on top in .venv/dev.
-.venv/packages: constraints.txt constraints-apart.txt pyproject.toml | venv
+.venv/packages: constraints.txt constraints-apart.txt pyproject.toml springtide_client/__init__.py | venv
 	@echo "packages     into .venv with $$($(BIN)/python --version); the first time this takes a few minutes"
 	@begin=$$SECONDS; \
 	$(INSTALL) -r constraints.txt | $(PROGRESS); \
 	$(INSTALL) --quiet --no-deps -r constraints-apart.txt; \
 	PYTHONWARNINGS=ignore $(PIP) --quiet --no-deps --editable .; \
-	rm -rf .venv/lib/python3.11/site-packages/$(HEADERS); \
+	rm -rf .venv/lib/python3.1*/site-packages/$(HEADERS); \
 	echo "packages     ready after $$((SECONDS - begin)) s"
 	@touch $@
 

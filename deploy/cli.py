@@ -36,7 +36,7 @@ def chosen(names: Sequence[str]) -> list[KnownSetting]:
         SettingsError: There is no such section or setting.
     """
     declared = list(known_settings())
-    known = {known_setting.name: known_setting for known_setting in declared}
+    known = {setting.name: setting for setting in declared}
     for name in names:
         if "." not in name and name not in SECTIONS:
             raise SettingsError(f"argument {name}: no such section", f"the nearest is {nearest(name, SECTIONS)}")
@@ -45,11 +45,11 @@ def chosen(names: Sequence[str]) -> list[KnownSetting]:
     return [setting for setting in declared if not names or {setting.name, setting.name.partition(".")[0]} & {*names}]
 
 
-def _changed(settings: Settings, listed: Sequence[KnownSetting]) -> list[KnownSetting]:
-    return [setting for setting in listed if setting.name in settings.origins]
+def _changed(settings: Settings, settings_listed: Sequence[KnownSetting]) -> list[KnownSetting]:
+    return [setting for setting in settings_listed if setting.name in settings.origins]
 
 
-def origin(settings: Settings, known: KnownSetting) -> str:
+def origin(settings: Settings, setting: KnownSetting) -> str:
     """Returns where a setting's value came from.
 
     >>> from state.config.loading import load
@@ -57,8 +57,8 @@ def origin(settings: Settings, known: KnownSetting) -> str:
     >>> origin(load(["--kafka.port", "9192"], env={}, path="/dev/null"), servers)
     'the local Kafka of kafka.port'
     """
-    local = known.name == SERVERS and SERVERS not in settings.origins
-    return "the local Kafka of kafka.port" if local else settings.origins.get(known.name, "default")
+    local = setting.name == SERVERS and SERVERS not in settings.origins
+    return "the local Kafka of kafka.port" if local else settings.origins.get(setting.name, "default")
 
 
 def as_lines(settings: Settings, listed: Sequence[KnownSetting]) -> str:
@@ -68,13 +68,13 @@ def as_lines(settings: Settings, listed: Sequence[KnownSetting]) -> str:
     """
     lines: list[str] = []
     section = ""
-    for known in listed:
-        part, _, name = known.name.partition(".")
+    for setting in listed:
+        part, _, name = setting.name.partition(".")
         if part != section:
             lines += [*([""] if lines else []), f"[{part}]"]
             section = part
-        value, came_from = shown(settings, known), origin(settings, known)
-        aside = value == MASK or came_from not in (settings.origins.get(known.name), "default")
+        value, came_from = shown(settings, setting), origin(settings, setting)
+        aside = value == MASK or came_from not in (settings.origins.get(setting.name), "default")
         written = f"{'# ' if aside else ''}{name} = {as_toml(value)}"
         lines.append(f"{written:<60}  # {came_from}")
     return "\n".join(lines)
@@ -85,16 +85,16 @@ def _as_pages(settings: Settings, listed: Sequence[KnownSetting]) -> str:
     pages = [
         "\n".join(
             [
-                f"{known.name} = {as_toml(shown(settings, known))}{f' {known.unit}' if known.unit else ''}",
-                f"    {known.help}",
-                f"    from      {origin(settings, known)}",
-                f"    default   {as_toml(known.default)}",
-                *(f"    allowed   {bounds}" for bounds in [allowed(known)] if bounds),
-                f"    write     [{known.name.partition('.')[0]}] {known.name.partition('.')[2]} = ..., "
-                f"{variable(known.name)}=...{'' if known.secret else f', or --{known.name} ...'}",
+                f"{setting.name} = {as_toml(shown(settings, setting))}{f' {setting.unit}' if setting.unit else ''}",
+                f"    {setting.help}",
+                f"    from      {origin(settings, setting)}",
+                f"    default   {as_toml(setting.default)}",
+                *(f"    allowed   {bounds}" for bounds in [allowed(setting)] if bounds),
+                f"    write     [{setting.name.partition('.')[0]}] {setting.name.partition('.')[2]} = ..., "
+                f"{variable(setting.name)}=...{'' if setting.secret else f', or --{setting.name} ...'}",
             ]
         )
-        for known in listed
+        for setting in listed
     ]
     return "\n\n".join(pages)
 
@@ -102,16 +102,16 @@ def _as_pages(settings: Settings, listed: Sequence[KnownSetting]) -> str:
 def _as_json(settings: Settings, listed: Sequence[KnownSetting]) -> str:
     entries = [
         {
-            "name": known.name,
-            "value": shown(settings, known),
-            "default": known.default,
-            "unit": known.unit,
-            "allowed": allowed(known),
-            "origin": origin(settings, known),
-            "secret": known.secret,
-            "help": known.help,
+            "name": setting.name,
+            "value": shown(settings, setting),
+            "default": setting.default,
+            "unit": setting.unit,
+            "allowed": allowed(setting),
+            "origin": origin(settings, setting),
+            "secret": setting.secret,
+            "help": setting.help,
         }
-        for known in listed
+        for setting in listed
     ]
     return json.dumps(entries, indent=2)
 
@@ -141,28 +141,28 @@ def as_markdown() -> str:
 
 
 def _rows(section: str) -> Iterator[str]:
-    for known in chosen([section]):
-        secret = " Secret." if known.secret else ""
-        default = f"`{as_text(known.default)}`" if as_text(known.default) else ""
-        name = known.name.partition(".")[2]
-        yield f"| `{name}` | {default} | {known.unit} | {allowed(known)} | {known.help}{secret} |"
+    for setting in chosen([section]):
+        secret = " Secret." if setting.secret else ""
+        default = f"`{as_text(setting.default)}`" if as_text(setting.default) else ""
+        name = setting.name.partition(".")[2]
+        yield f"| `{name}` | {default} | {setting.unit} | {allowed(setting)} | {setting.help}{secret} |"
 
 
-def allowed(known: KnownSetting) -> str:
+def allowed(setting: KnownSetting) -> str:
     """Describes the values that a setting may have; empty if its type is the only restriction.
 
     >>> by_name = {known.name: known for known in known_settings()}
     >>> [allowed(by_name[name]) for name in ("kafka.port", "trainer.device", "paths.state", "events.max_age_s")]
     ['1 to 65535', 'auto, cpu or gpu', 'not empty', 'above 0, at most 3153600000']
     """
-    if known.choices:
-        *others, last = filter(None, known.choices)
+    if setting.choices:
+        *others, last = filter(None, setting.choices)
         return f"{', '.join(others)} or {last}" if others else last
-    if known.filled:
+    if setting.filled:
         return "not empty"
-    least, most = (None if bound is None else as_number(bound) for bound in (known.least, known.most))
-    if known.above is not None:
-        return f"above {as_number(known.above)}" + (f", at most {most}" if most else "")
+    least, most = (None if bound is None else as_number(bound) for bound in (setting.least, setting.most))
+    if setting.above is not None:
+        return f"above {as_number(setting.above)}" + (f", at most {most}" if most else "")
     if least is None or most is None:
         return f"at least {least}" if least is not None else f"at most {most}" if most is not None else ""
     return f"{least} to {most}"
@@ -173,10 +173,10 @@ def as_number(bound: float) -> str:
     return str(int(bound)) if float(bound).is_integer() else f"{bound:g}"
 
 
-def shown(settings: Settings, known: KnownSetting) -> Any:
+def shown(settings: Settings, setting: KnownSetting) -> Any:
     """Returns a setting's value as it may be shown: a secret is masked."""
-    value = settings.value(known.name)
-    return MASK if known.secret and value else value
+    value = settings.value(setting.name)
+    return MASK if setting.secret and value else value
 
 
 def as_toml(value: Any) -> str:

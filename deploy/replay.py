@@ -251,13 +251,13 @@ def report(findings: Findings, files: int, topic: str) -> str:
         f"{findings.rows:,} rows of {files} file{'s' * (files != 1)}: {findings.clicks:,} clicks, "
         f"{shown_reasons(counts)}{unsendable}"
     ]
-    named = {reason: places for reason, (_, places) in findings.refused.items()} | {
+    named = {reason: locations for reason, (_, locations) in findings.refused.items()} | {
         "too large to send": findings.unsendable
     }
-    for reason, places in named.items():
-        more = counts.get(reason, len(places)) - len(places[:NAMED_LINES])
-        if places:
-            lines.append(f"{reason}: {_listed(places[:NAMED_LINES])}{f' and {more:,} more' if more else ''}")
+    for reason, locations in named.items():
+        more = counts.get(reason, len(locations)) - len(locations[:NAMED_LINES])
+        if locations:
+            lines.append(f"{reason}: {_listed(locations[:NAMED_LINES])}{f' and {more:,} more' if more else ''}")
     if findings.stray:
         lines.append(findings.stray)
     if findings.recorded[0] != NO_TIME:
@@ -267,12 +267,12 @@ def report(findings: Findings, files: int, topic: str) -> str:
     return "\n".join([*lines, "nothing was sent: without --dry-run the same command sends the rows"])
 
 
-def _listed(places: Sequence[str]) -> str:
+def _listed(locations: Sequence[str]) -> str:
     """Formats lines of files, each file once for its consecutive lines."""
-    files = ["", *(location.rpartition(":")[0] for location in places)]
+    files = ["", *(location.rpartition(":")[0] for location in locations)]
     return ", ".join(
         location.removeprefix(before) if file == before else location
-        for location, file, before in zip(places, files[1:], files, strict=False)
+        for location, file, before in zip(locations, files[1:], files, strict=False)
     )
 
 

@@ -525,7 +525,7 @@ def quality_text(section: Mapping[str, Any]) -> Text:
     >>> word, text = quality_text({"predictors": {"model": model, **simple}, "lift": lift, "skipped": 0.04})
     >>> print(word, *text.split("; "), sep=chr(10))
     +10.0 points
-    more often right than the best baseline: top 1 30.0 % against 20.0 % of what was popular in the last hour
+    more often right than the best baseline: top 1 30.0 % against 20.0 % for what was popular in the last hour
     top 5 25.0 %, MRR 0.250, log loss 3.500 (0.500 less), missed 25.0 %
     known users: top 1 25.0 %, top 5 25.0 %, log loss 3.500
     of these rows 4.0 % were skipped by the guard and not learned

@@ -315,14 +315,14 @@ def as_text(settings: Settings, snapshot: Snapshot) -> str:
         for name, process in state["processes"].items()
     ]
     rows += sections.labelled(state)
-    listed: list[Sequence[str]] = []
+    table: list[Sequence[str]] = []
     for label, word, text in rows:
         first, *others = text.split("; ")
-        listed += [(label, word, first), *(("", "", other) for other in others)]
+        table += [(label, word, first), *(("", "", other) for other in others)]
     links = [("see", f"{problem['runbook']} ({problem['text']})") for problem in state["problems"]]
     tries = addresses(settings, snapshot.figures.shoppers)
     return "\n".join(
-        [*panel(snapshot, (), settings.serving.processes), "", *lines(listed, PARTS), "", *lines([*links, *tries])]
+        [*panel(snapshot, (), settings.serving.processes), "", *lines(table, PARTS), "", *lines([*links, *tries])]
     )
 
 

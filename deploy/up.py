@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         require_python(sys.version_info)
-        # Imported here, because these modules need Python 3.11.
+        # Imported here, because these modules need a supported Python.
         from deploy.experiments import processes
         from deploy.startup import prometheus
         from deploy.startup.model_checks import take_upgrade, upgrade_or_refuse

@@ -117,24 +117,24 @@ class Ordered:
 
     def add(self, item: int, weight: float) -> None:
         """Adds to the weight of an item."""
-        weights, places, best = self._weights, self._places, self.best
+        weights, ranks, best = self._weights, self._places, self.best
         total = weights[item] = weights.get(item, 0.0) + weight
-        rank = places.get(item)
+        rank = ranks.get(item)
         if rank is None:
             if len(best) < self._most:
                 best.append(item)
             elif total > weights[best[-1]]:
-                del places[best[-1]]
+                del ranks[best[-1]]
                 best[-1] = item
             else:
                 return
             rank = len(best) - 1
         while rank and weights[best[rank - 1]] < total:
             best[rank] = best[rank - 1]
-            places[best[rank]] = rank
+            ranks[best[rank]] = rank
             rank -= 1
         best[rank] = item
-        places[item] = rank
+        ranks[item] = rank
 
     def scale(self, factor: float) -> None:
         """Multiplies all weights; items whose weight becomes 0 are dropped unless they are in the list."""
@@ -310,9 +310,9 @@ def _popular(
 ) -> None:
     """`state` has the sum of the counts, the start time, and the number of categories with a count."""
     for row in range(category.shape[0]):
-        clicked, known = category[row], np.int64(state[2])
+        clicked, categories = category[row], np.int64(state[2])
         count = counts[clicked]
-        rank[row], log_share[row], candidates[row] = NONE, 0.0, known
+        rank[row], log_share[row], candidates[row] = NONE, 0.0, categories
         if count > 0.0:
             log_share[row] = np.log(count / state[0])
             before = 0
@@ -381,9 +381,9 @@ class ClickRates:
         """
         while len(self._items) < items:
             self._items = np.concatenate([self._items, np.zeros_like(self._items)])
-        overall, own = np.empty(item.size), np.empty(item.size)
-        _rates(item, clicked, at_ms, self._items, self._state, float(HALF_LIVES_MS["1d"]), overall, own)
-        return {RATE_SO_FAR: overall, RATE_OF_ITEM: own}
+        overall, of_item = np.empty(item.size), np.empty(item.size)
+        _rates(item, clicked, at_ms, self._items, self._state, float(HALF_LIVES_MS["1d"]), overall, of_item)
+        return {RATE_SO_FAR: overall, RATE_OF_ITEM: of_item}
 
 
 @compiled("i8[::1], bool[::1], i8[::1], f8[:, ::1], f8[::1], f8, f8[::1], f8[::1]")
@@ -395,7 +395,7 @@ def _rates(
     state: F64,
     half_life_ms: float,
     overall: F64,
-    own: F64,
+    item_rate: F64,
 ) -> None:
     """`items` has clicks, rows and the time of the last row of each item, `state` clicks and rows of all."""
     for row in range(item.shape[0]):
@@ -405,7 +405,7 @@ def _rates(
         of_item[1] *= left
         of_item[2] = max(of_item[2], float(at_ms[row]))
         overall[row] = state[0] / state[1]
-        own[row] = (of_item[0] + PRIOR_ROWS * overall[row]) / (of_item[1] + PRIOR_ROWS)
+        item_rate[row] = (of_item[0] + PRIOR_ROWS * overall[row]) / (of_item[1] + PRIOR_ROWS)
         hit = 1.0 if clicked[row] else 0.0
         of_item[0] += hit
         of_item[1] += 1.0
@@ -430,6 +430,6 @@ class Numbers:
     def of(self, ids: U64) -> I64:
         """Returns the numbers of ids, of the same shape, int64; -1 for id 0."""
         numbers, flat = self._numbers, ids.reshape(-1)
-        unique, places = np.unique(flat, return_inverse=True)
+        unique, inverse = np.unique(flat, return_inverse=True)
         own_numbers = [numbers.setdefault(identity, len(numbers)) if identity else -1 for identity in unique.tolist()]
-        return np.array(own_numbers, np.int64)[places].reshape(ids.shape)
+        return np.array(own_numbers, np.int64)[inverse].reshape(ids.shape)

@@ -130,8 +130,8 @@ def table(title: str, users: NDArray[Any], estimates: Mapping[str, Mapping[str, 
         differences = {}
         if name != OURS:
             for measure, estimate in measures.items():
-                own = estimates[OURS][measure]
-                difference = Estimate(own.value - estimate.value, own.influence - estimate.influence)
+                own_estimate = estimates[OURS][measure]
+                difference = Estimate(own_estimate.value - estimate.value, own_estimate.influence - estimate.influence)
                 differences[measure] = figure(difference, users)
         figures = {measure: figure(estimate, users) for measure, estimate in measures.items()}
         scores.append(Score(name, figures, differences))

@@ -334,8 +334,8 @@ class ProgressiveValidation:
         own_predictions, first = np.full(len(batch), np.nan), 0
         for judged in report.judged:
             order = report.order[first : first + judged.targets.size]
-            own = judged.pairs.scored[: order.size]
-            own_predictions[order[own]] = judged.pairs.predicted[: int(own.sum())]
+            is_scored = judged.pairs.scored[: order.size]
+            own_predictions[order[is_scored]] = judged.pairs.predicted[: int(is_scored.sum())]
             first += order.size
         rows = np.flatnonzero(labelled & ~np.isnan(own_predictions))
         engagements = self.engagements

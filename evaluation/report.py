@@ -146,12 +146,12 @@ def rank_estimates(ranks: I64) -> dict[str, Estimate]:
     >>> {name: round(one.value, 3) for name, one in rank_estimates(np.array([0, 2, -1, 15])).items()}
     {'recall@10': 0.5, 'recall@20': 0.75, 'mrr': 0.349, 'ndcg@20': 0.436}
     """
-    hit, places = ranks >= 0, np.maximum(ranks, 0)
+    hit, positions = ranks >= 0, np.maximum(ranks, 0)
     return {
         "recall@10": mean(hit & (ranks < 10)),
         "recall@20": mean(hit & (ranks < 20)),
-        "mrr": mean(np.where(hit, 1.0 / (1.0 + places), 0.0)),
-        "ndcg@20": mean(np.where(hit, 1.0 / np.log2(2.0 + places), 0.0)),
+        "mrr": mean(np.where(hit, 1.0 / (1.0 + positions), 0.0)),
+        "ndcg@20": mean(np.where(hit, 1.0 / np.log2(2.0 + positions), 0.0)),
     }
 
 
@@ -166,7 +166,9 @@ def recommendation_tables(requests: Sequence[Asked]) -> list[Table]:
     for (least, most), title in zip(HISTORIES, BY_HISTORY, strict=True):
         within = [request for request in requests if least <= request.history <= most]
         groups.append((title, within, lambda request: request.ranks))
-    return [_rank_table(title, some, ranks) for title, some, ranks in groups if some]
+    return [
+        _rank_table(title, requests_of_group, ranks) for title, requests_of_group, ranks in groups if requests_of_group
+    ]
 
 
 def _rank_table(title: str, requests: Sequence[Asked], ranks: Callable[[Asked], dict[str, int]]) -> Table:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 
 Probability = Annotated[float, Meta(ge=0.0, le=1.0)]
 PublicId = Annotated[str, Meta(pattern="^[0-9a-f]{16}$", description="16 hexadecimal digits.")]
@@ -208,6 +208,76 @@ class SimilarItems(About, frozen=True, kw_only=True):
     """The items most similar to one user, in descending order."""
 
     items: list[SimilarItem]
+
+
+class SegmentSize(Struct, frozen=True):
+    """A segment: its name, its expression, and its number of users."""
+
+    name: str
+    expression: str
+    size: int
+
+
+class SegmentSizes(Struct, frozen=True):
+    """All segments, in the order of the settings."""
+
+    segments: list[SegmentSize]
+
+
+class SegmentMember(Struct, frozen=True):
+    """A member: the pseudonym, the log time of joining, and the version that decided it."""
+
+    pseudonym: PublicId
+    since: str
+    since_ms: int
+    version: int
+
+
+class SegmentPage(SegmentSize, frozen=True):
+    """A page of members in the order of pseudonyms; `next` is the start of the next page, null on the last page."""
+
+    members: list[SegmentMember]
+    next: PublicId | None
+
+
+class UserSegment(Struct, frozen=True):
+    """Whether a user is in a segment, since when, and by which version."""
+
+    segment: str
+    user_id: str
+    is_member: bool = field(name="in")
+    since: str | None
+    since_ms: int | None
+    version: int | None
+
+
+class Lookalike(Struct, frozen=True):
+    """A lookalike: the pseudonym, and the mean cosine similarity to the members."""
+
+    pseudonym: PublicId
+    similarity: float
+
+
+class ListPrecision(Struct, frozen=True):
+    """Precision at k: the share of held-out members in the first k, ranked by similarity, by clicks, and by chance."""
+
+    k: int
+    lookalikes: float
+    most_clicks: float
+    chance: float
+
+
+class SegmentLookalikes(Struct, frozen=True):
+    """The users nearest to the members at the time of listing, nearest first, without users who have joined since."""
+
+    segment: str
+    version: int
+    at: str
+    at_ms: int
+    members: int
+    users: int
+    lookalikes: list[Lookalike]
+    precision: list[ListPrecision]
 
 
 class Alive(Struct, frozen=True):

@@ -25,13 +25,22 @@ import msgspec
 from springtide_client.answers import (
     Explanation,
     Failure,
+    ModelMetadata,
+    ModelPredictions,
+    ModelStatus,
     Profile,
     Profiles,
     Ranking,
     Readiness,
     Recommendations,
+    SegmentLookalikes,
+    SegmentPage,
+    SegmentSize,
+    SegmentSizes,
+    ServingHost,
     ServingHosts,
     SimilarItems,
+    UserSegment,
 )
 from springtide_client.errors import (
     ClientError,
@@ -168,9 +177,9 @@ class AsyncClient:
         self._routes = Routes() if route else None
         self._url, self._retries, self._sleep, self._chance = url.rstrip("/"), retries, sleep, chance
         self._timeout_s = timeout_s
-        own = {} if token is None else {"authorization": f"Bearer {token}"}
+        token_header = {} if token is None else {"authorization": f"Bearer {token}"}
         self._http = httpx.AsyncClient(
-            headers={**own, **(headers or {})}, timeout=None, transport=transport, verify=verify
+            headers={**token_header, **(headers or {})}, timeout=None, transport=transport, verify=verify
         )
 
     async def __aenter__(self) -> AsyncClient:
@@ -236,8 +245,8 @@ class AsyncClient:
         parts = await asyncio.gather(*map(part, groups.values()))
         by_place = {
             index: profile
-            for places, profiles in zip(groups.values(), parts, strict=True)
-            for index, profile in zip(places, profiles, strict=True)
+            for indices, profiles in zip(groups.values(), parts, strict=True)
+            for index, profile in zip(indices, profiles, strict=True)
         }
         return [by_place[index] for index in range(len(named))]
 
@@ -314,6 +323,67 @@ class AsyncClient:
         parameters = {"label": label, "item": item, "category": category, "at": at, "top": top}
         return await self._get("/v1/profiles/{}/explain", user_id, Explanation, parameters, context)
 
+    async def segments(self) -> list[SegmentSize]:
+        """Returns all segments with their sizes, in the order of the settings; errors as of `profile`."""
+        return (await self._ask("GET", "/v1/segments", SegmentSizes, [])).segments
+
+    async def segment(self, segment: str, *, start: str | None = None, n: int | None = None) -> SegmentPage:
+        """Returns a page of a segment's members, in the order of their pseudonyms; errors as of `profile`.
+
+        `start` is the `next` of the page before. `n` is the most members, up to 1,000; by default 100.
+        """
+        params = _without_none({"from": start, "n": n})
+        return await self._ask("GET", f"/v1/segments/{in_path(segment)}", SegmentPage, [], params=params)
+
+    async def in_segment(self, segment: str, user_id: str) -> UserSegment:
+        """Returns whether the user with this raw id is in a segment, and since when; errors as of `profile`."""
+        path = f"/v1/segments/{in_path(segment)}/users/{in_path(user_id)}"
+        return await self._ask("GET", path, UserSegment, [user_id])
+
+    async def lookalikes(self, segment: str, *, n: int | None = None) -> SegmentLookalikes:
+        """Returns the `n` users nearest to a segment's members (up to 1,000; by default 100); errors as of `profile`."""
+        path = f"/v1/segments/{in_path(segment)}/lookalikes"
+        return await self._ask("GET", path, SegmentLookalikes, [], params=_without_none({"n": n}))
+
+    async def model_status(self, *, version: int | None = None, label: str | None = None) -> ModelStatus:
+        """Returns the versions that can be requested, the served one first; or the one with this number or label.
+
+        Raises:
+            ClientError: See `springtide_client.errors`.
+        """
+        return await self._ask("GET", _model(version, label), ModelStatus, [])
+
+    async def model_metadata(self, *, version: int | None = None, label: str | None = None) -> ModelMetadata:
+        """Returns the signatures of a version, by default of the served one; errors as of `profile`."""
+        return await self._ask("GET", f"{_model(version, label)}/metadata", ModelMetadata, [])
+
+    async def predict(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        signature: str | None = None,
+        version: int | None = None,
+        label: str | None = None,
+    ) -> list[Any]:
+        """Returns the outputs of a version for up to 1,000 rows of inputs, as TensorFlow Serving does.
+
+        Args:
+            rows: For each row its inputs by name, such as `{"user_id": "ann", "item": "i1"}`.
+            signature: By default `serving_default`, which takes user ids; `raw` takes the program's own inputs.
+            version: A version's number; by default the served one.
+            label: A version's label, instead of its number.
+
+        Raises:
+            ClientError: See `springtide_client.errors`.
+        """
+        body = _without_none({"instances": list(rows), "signature_name": signature})
+        path = f"{_model(version, label)}:predict"
+        return (await self._ask("POST", path, ModelPredictions, [], json=body)).predictions
+
+    async def hosts(self) -> list[ServingHost]:
+        """Returns the live hosts that hold parts of the users; none if each host holds all. Errors as of `profile`."""
+        return (await self._ask("GET", "/v1/hosts", ServingHosts, [])).hosts
+
     async def ready(self) -> Readiness:
         """Returns whether the worker can answer, and what it lacks; there are no retries.
 
@@ -385,11 +455,11 @@ class AsyncClient:
     async def _send(self, url: str, method: str, path: str, deadline_s: float, **options: Any) -> httpx.Response:
         """Sends one request; the only method that uses the network."""
         try:
-            async with asyncio.timeout_at(deadline_s):
-                return await self._http.request(method, url + path, **options)
+            left_s = deadline_s - asyncio.get_running_loop().time()
+            return await asyncio.wait_for(self._http.request(method, url + path, **options), left_s)
         except UnicodeEncodeError as error:
             raise _not_unicode(error) from error
-        except (httpx.TimeoutException, TimeoutError) as error:
+        except (httpx.TimeoutException, asyncio.TimeoutError) as error:
             raise TimedOut(f"{url} did not answer in time", "give more time, or ask for less at once") from error
         except httpx.TransportError as error:
             raise Unreachable(
@@ -470,6 +540,14 @@ class Client:
     recommend = _blocking(AsyncClient.recommend)
     similar = _blocking(AsyncClient.similar)
     explain = _blocking(AsyncClient.explain)
+    segments = _blocking(AsyncClient.segments)
+    segment = _blocking(AsyncClient.segment)
+    in_segment = _blocking(AsyncClient.in_segment)
+    lookalikes = _blocking(AsyncClient.lookalikes)
+    model_status = _blocking(AsyncClient.model_status)
+    model_metadata = _blocking(AsyncClient.model_metadata)
+    predict = _blocking(AsyncClient.predict)
+    hosts = _blocking(AsyncClient.hosts)
     ready = _blocking(AsyncClient.ready)
 
     def _run(self, call: Coroutine[Any, Any, T]) -> T:
@@ -483,7 +561,7 @@ class Client:
 
 
 def in_path(user_id: str) -> str:
-    """Percent-encodes a user id for a URL path, including ids of dots only, which would be path segments.
+    """Percent-encodes an id for a URL path, including ids of dots only, which would be path segments.
 
     >>> in_path("a/b c"), in_path("..")
     ('a%2Fb%20c', '%2E%2E')
@@ -492,7 +570,7 @@ def in_path(user_id: str) -> str:
         ClientError: The id is empty, or UTF-8 cannot encode it.
     """
     if not user_id:
-        raise ClientError("the user id is empty", "name a user")
+        raise ClientError("an id is empty", "name a user, a segment or a label")
     try:
         user_id.encode()
     except UnicodeEncodeError as error:
@@ -537,13 +615,24 @@ def _retry_after_s(response: httpx.Response) -> float | None:
 
 
 def _shape(path: str) -> str:
-    """Replaces the user's id in a path with a placeholder, and drops the parameters.
+    """Replaces the ids in a path with placeholders, and drops the parameters.
 
     >>> _shape("/v1/profiles/ann/explain?label=hats"), _shape("/v1/profiles:batch")
-    ('/v1/profiles/{user_id}/explain', '/v1/profiles:batch')
+    ('/v1/profiles/{id}/explain', '/v1/profiles:batch')
+    >>> _shape("/v1/segments/sporty/users/ann")
+    '/v1/segments/{id}/users/{id}'
     """
     _, first, second, *rest = [*path.partition("?")[0].split("/"), ""]
-    return "/".join(("", first, second, *(("{user_id}", *rest[1:-1]) if len(rest) > 1 else ())))
+    # From the third part on, ids and words alternate.
+    return "/".join(("", first, second, *(part if at % 2 else "{id}" for at, part in enumerate(rest[:-1]))))
+
+
+def _model(version: int | None, label: str | None) -> str:
+    """The path of a version of the model; ClientError if both are given."""
+    if version is not None and label is not None:
+        raise ClientError("both a version and a label are given", "name the version by one of them")
+    chosen = f"/versions/{version}" if version is not None else f"/labels/{in_path(label)}" if label is not None else ""
+    return f"/v1/models/profile{chosen}"
 
 
 def _item(item: Item) -> dict[str, Any]:

@@ -102,8 +102,8 @@ class ChurnInputs:
         rows = len(action)
         scaled = _scales()[self._kinds[None, :], windows]
         actions = np.zeros((rows, self._actions))
-        known = action < self._actions
-        actions[known, action[known]] = 1.0
+        is_known = action < self._actions
+        actions[is_known, action[is_known]] = 1.0
         log_age = np.log1p(age_ms / _MINUTE_MS) / _LOG_SCALE
         ages = np.stack([log_age, log_age * log_age, age_ms / self._reach_ms], 1)
         return np.concatenate(

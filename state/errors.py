@@ -300,7 +300,7 @@ class PortTaken(SpringtideError):
 
 
 class UnsupportedPython(SpringtideError):
-    """This Python is not 3.11. Install Python 3.11 and run `make clean run`."""
+    """This Python is neither 3.11 nor 3.12. Install one of them and run `make clean run`."""
 
 
 class JobFailed(SpringtideError):

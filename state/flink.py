@@ -136,9 +136,9 @@ class JobManager:
         """Asks a job to end, without a further savepoint; it can be resumed from its newest checkpoint."""
         self._ask(f"/jobs/{job}?mode=cancel", method="PATCH")
 
-    def _job(self, listed: Mapping[str, Any]) -> Job:
-        checkpoints = self._ask(f"/jobs/{listed['jid']}/checkpoints")
-        latest, tasks = checkpoints["latest"]["completed"], listed["tasks"]
+    def _job(self, job: Mapping[str, Any]) -> Job:
+        checkpoints = self._ask(f"/jobs/{job['jid']}/checkpoints")
+        latest, tasks = checkpoints["latest"]["completed"], job["tasks"]
         checkpoint = latest and Checkpoint(
             latest["id"],
             latest["trigger_timestamp"],
@@ -146,12 +146,12 @@ class JobManager:
             latest["state_size"],
             latest["external_path"],
         )
-        metrics = self._ask(f"/jobs/{listed['jid']}/metrics?get=numRestarts")
+        metrics = self._ask(f"/jobs/{job['jid']}/metrics?get=numRestarts")
         return Job(
-            listed["jid"],
-            listed["name"],
-            listed["state"],
-            int(listed["start-time"]),
+            job["jid"],
+            job["name"],
+            job["state"],
+            int(job["start-time"]),
             tasks["running"],
             tasks["total"],
             # A job that has ended has no metrics.

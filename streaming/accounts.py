@@ -128,8 +128,8 @@ class Leaders:
         self._path = folder / LEADERS
         document = json.loads(self._path.read_bytes()) if self._path.exists() else {}
         self._known: dict[Source, Known] = {
-            Source.parse(source): tuple((int(first), int(epoch)) for first, epoch in known)
-            for source, known in document.items()
+            Source.parse(source): tuple((int(first), int(epoch)) for first, epoch in epochs)
+            for source, epochs in document.items()
         }
         self._unwritten = False
 
@@ -150,15 +150,15 @@ class Leaders:
             OSError: The file cannot be written.
         """
         for part in ranges:
-            known = self._known.get(part.source, ())
+            epochs = self._known.get(part.source, ())
             epoch = reader.leader_epoch(part.source.partition, part.next)
-            if epoch >= 0 and epoch_before(known, part.next) != epoch:
+            if epoch >= 0 and epoch_before(epochs, part.next) != epoch:
                 # The epoch is stored from the range's first offset on. A rollback may end inside the range, where an
                 # epoch that ended earlier would look like a truncated log.
-                self._known[part.source] = noted(known, part.first, epoch)
+                self._known[part.source] = noted(epochs, part.first, epoch)
                 self._unwritten = True
         if self._unwritten:
-            document = {str(source): known for source, known in self._known.items()}
+            document = {str(source): epochs for source, epochs in self._known.items()}
             durable.replace(self._path, json.dumps(document, sort_keys=True).encode())
             self._unwritten = False
 
@@ -201,20 +201,22 @@ def accept_truncation(store: HistoryStore, consent: Consent, now_ms: int, lost: 
     Raises:
         TruncatedLog: The truncation is not accepted; nothing was changed.
     """
-    known = accepted(store)
-    if new := newly_accepted(known, consent, now_ms, lost):
-        store.commit(Appends.none(), (), {GAPS: accepted_gaps.encode([*known, *new])})
+    gaps_accepted = accepted(store)
+    if new := newly_accepted(gaps_accepted, consent, now_ms, lost):
+        store.commit(Appends.none(), (), {GAPS: accepted_gaps.encode([*gaps_accepted, *new])})
         store.sync()
 
 
-def newly_accepted(known: Sequence[Accepted], consent: Consent, now_ms: int, lost: TruncatedLog) -> list[Accepted]:
+def newly_accepted(
+    gaps_accepted: Sequence[Accepted], consent: Consent, now_ms: int, lost: TruncatedLog
+) -> list[Accepted]:
     """The records to store for an accepted truncation; empty if it was accepted before.
 
     Raises:
         TruncatedLog: The truncation is not accepted.
     """
     (gap,) = lost.gaps
-    if any(record.gap == gap for record in known):
+    if any(record.gap == gap for record in gaps_accepted):
         return []
     if not (consent.cut_back or consent.covers(gap, gap.source.topic_id)):
         raise TruncatedLog(

@@ -142,28 +142,28 @@ class Alignment:
             positions: Of all partitions that are read.
             most: Maximum number of records over all partitions.
         """
-        known = {number: self._known.setdefault(number, _Partition()) for number in positions}
+        states = {number: self._known.setdefault(number, _Partition()) for number in positions}
         unread = [number for number, at in positions.items() if at.unread > 0]
-        holders = [number for number in unread if known[number].holds]
-        reading = [number for number in positions if self._may_read(number, known, holders, positions)]
-        behind = [number for number in unread if known[number].silent_s < SILENT_S]
+        holders = [number for number in unread if states[number].holds]
+        reading = [number for number in positions if self._may_read(number, states, holders, positions)]
+        behind = [number for number in unread if states[number].silent_s < SILENT_S]
         if not behind:
             return dict.fromkeys(reading, most)
         at_end = {number: max(1, most // (AT_END_SHARE * len(positions))) for number in reading if number not in behind}
         # The parts of waiting partitions are not given to others; otherwise a single one would run far ahead of them.
-        parts = _divided(known, behind, max(1, most - sum(at_end.values())))
+        parts = _divided(states, behind, max(1, most - sum(at_end.values())))
         return {number: parts[number] for number in behind if number in reading and parts[number] > 0} | at_end
 
     def _may_read(
         self,
         number: int,
-        known: Mapping[int, _Partition],
+        states: Mapping[int, _Partition],
         holders: Sequence[int],
         positions: Mapping[int, ReadingPlace],
     ) -> bool:
         """Whether no other partition holds this one back; records the end offsets when a wait begins."""
-        state = known[number]
-        behind = [holder for holder in holders if state.ahead_ms(known[holder]) > self.max_skew_ms]
+        state = states[number]
+        behind = [holder for holder in holders if state.ahead_ms(states[holder]) > self.max_skew_ms]
         if not behind:
             state.ends = None
             return True
@@ -173,14 +173,14 @@ class Alignment:
         return not any(positions[holder].position < state.ends.get(holder, 0) for holder in behind)
 
 
-def _divided(known: Mapping[int, _Partition], behind: Sequence[int], most: int) -> dict[int, int]:
+def _divided(states: Mapping[int, _Partition], behind: Sequence[int], most: int) -> dict[int, int]:
     """Divides `most` records among `behind`: equal parts if the clock is unknown, the rest by rule 5."""
-    timed = [number for number in behind if known[number].pace_ms is not None and not known[number].late]
+    timed = [number for number in behind if states[number].pace_ms is not None and not states[number].late]
     equal = max(1, most // len(behind))
     # If the pace is unknown, so is how much event time its records cover.
-    parts = {number: min(equal, PROBE) if known[number].is_new else equal for number in behind if number not in timed}
+    parts = {number: min(equal, PROBE) if states[number].is_new else equal for number in behind if number not in timed}
     if timed:
-        clocks = [(known[number].clock_ms or 0, max(known[number].pace_ms or 0.0, LEAST_PACE_MS)) for number in timed]
+        clocks = [(states[number].clock_ms or 0, max(states[number].pace_ms or 0.0, LEAST_PACE_MS)) for number in timed]
         parts |= dict(zip(timed, to_one_time(clocks, max(1, most - sum(parts.values()))), strict=True))
     return parts
 
@@ -227,13 +227,13 @@ class AlignedReader:
         self._reader, self._reached, self._clock_s = reader, reached, clock_s
         self._alignment = Alignment(MAX_SKEW_MS)
         self._read: dict[int, int] = {}
-        self._left: dict[int, int] | None = None
+        self._remaining: dict[int, int] | None = None
         self._most = 0
 
     def begin(self, most: int) -> None:
         """Plans the next polls, which read at most `most` records over all partitions together."""
         reader, partitions = self._reader, self._reader.partitions
-        self._left, self._most = None, most
+        self._remaining, self._most = None, most
         if len(partitions) < 2:
             return
         for partition in partitions:
@@ -242,7 +242,7 @@ class AlignedReader:
                 self._alignment.follow(partition, self._read.get(partition, 0), self._reached(partition))
         self._read = {}
         positions = {number: ReadingPlace(reader.position(number), reader.unread(number)) for number in partitions}
-        self._left = self._alignment.shares(positions, most)
+        self._remaining = self._alignment.shares(positions, most)
 
     def poll(self, timeout_s: float) -> list[PartitionBatch]:
         """Returns the next of the planned batches, in order within a partition; none after `timeout_s` without records.
@@ -250,21 +250,21 @@ class AlignedReader:
         Raises:
             LogError: See `Reader.poll`.
         """
-        if self._left is None:
+        if self._remaining is None:
             batches = self._reader.poll(timeout_s, self._most)
             self._most -= sum(map(len, batches))
             return batches
-        shares = {number: unread for number, unread in self._left.items() if unread > 0}
+        shares = {number: unread for number, unread in self._remaining.items() if unread > 0}
         begun_s = self._clock_s()
         batches = self._reader.poll(timeout_s, self._most, shares)
         self._alignment.polled(shares, [batch.partition for batch in batches], self._clock_s() - begun_s)
         for batch in batches:
             self._read[batch.partition] = self._read.get(batch.partition, 0) + len(batch)
-            self._left[batch.partition] -= len(batch)
+            self._remaining[batch.partition] -= len(batch)
             self._most -= len(batch)
         return batches
 
     @property
     def is_done(self) -> bool:
         """Whether everything planned by `begin` was read."""
-        return self._most <= 0 or (self._left is not None and max(self._left.values(), default=0) <= 0)
+        return self._most <= 0 or (self._remaining is not None and max(self._remaining.values(), default=0) <= 0)

@@ -173,8 +173,8 @@ class Join:
                 reported_s = clock()
                 logger.info("reading attributes before the first click: %d records left", unread)
         self._show()
-        known = ", ".join(f"{self._store.count(follower.side)} {follower.side}s" for follower in self._followers)
-        logger.info("attributes of %s are known after %.1f s", known, clock() - begun_s)
+        counts = ", ".join(f"{self._store.count(follower.side)} {follower.side}s" for follower in self._followers)
+        logger.info("attributes of %s are known after %.1f s", counts, clock() - begun_s)
 
     def start(self) -> None:
         """Follows the topics from now on."""

@@ -432,13 +432,13 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
     spec, salt = FeatureSpec.from_settings(settings), own_salt(settings)
     registry = Registry(settings.registry_dir)
     require_same_salt(registry, salt)
-    known = registry.specs.bootstrapped(spec.digest, settings.model)
-    if known is not None and wanted.examples is None:
+    name = registry.specs.bootstrapped(spec.digest, settings.model)
+    if name is not None and wanted.examples is None:
         return False
     if wanted.examples is not None:
         _require_empty(wanted.examples)
     # 1.
-    if is_own(settings.model.preprocessing) and known is None and not wanted.of_up:
+    if is_own(settings.model.preprocessing) and name is None and not wanted.of_up:
         with quiet_stderr():
             checked = check_preprocessing(settings.model.preprocessing, spec, settings=settings.model)
         say(checked)
@@ -451,7 +451,7 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
         open_sample(settings, salt, clock, say) as handle,
     ):
         # 2.
-        output = None if known is not None else Path(folder)
+        output = None if name is not None else Path(folder)
         with quiet_stderr(), handle.as_raised(), analysis() as pipeline:
             build(pipeline, handle, wanted, output)
         sample = handle.context
@@ -459,10 +459,10 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
         # 3.
         if output is not None:
             description = document(sample, salt, read_categories(output / "categories"), now_ms)
-            known = registry.specs.free_name(spec.digest)
-            registry.specs.add_spec(known, description, lambda folder: _keep(sample, output / "transform", folder))
+            name = registry.specs.free_name(spec.digest)
+            registry.specs.add_spec(name, description, lambda folder: _keep(sample, output / "transform", folder))
         if wanted.examples is not None:
-            shutil.copytree(registry.specs.transform(known or spec.digest), wanted.examples / "transform")
+            shutil.copytree(registry.specs.transform(name or spec.digest), wanted.examples / "transform")
             description = {"digest": spec.digest, "salt": salt.fingerprint, "created_at_ms": now_ms}
             _describe(wanted.examples, sample, description)
             left_out = f"; {unlabelled}" if (unlabelled := sample.unlabelled) else ""

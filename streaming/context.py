@@ -176,7 +176,7 @@ def open_stream(
         # 1.
         store, salt = stack.enter_context(open_histories(settings, spec))
         # 2.
-        counted, room = _serve_metrics(settings, stack, stopping)
+        metrics, room = _serve_metrics(settings, stack, stopping)
         # 3.
         topics = stack.enter_context(log.topics())
         clicks = ensure_topics(settings, topics)
@@ -190,7 +190,7 @@ def open_stream(
         stack.callback(writer.close)
         now_ms = wall_ms()
         rewrite = control.compaction_is_due(store, desired.mask.erased, now_ms)
-        join = open_join(settings, salt, counted, stack, rewrite)
+        join = open_join(settings, salt, metrics, stack, rewrite)
         # 6.
         writer.skip_letters(roll_back_histories(log, settings, spec, store, desired))
         watch.open_again_in(control.apply_erasures(store, settings.registry_dir, desired.mask.erased, now_ms))
@@ -217,7 +217,7 @@ def open_stream(
             reader=reader,
             leaders=leaders,
             writer=writer,
-            metrics=counted,
+            metrics=metrics,
             room=room,
             closing=stack,
             stopping=stopping,
@@ -279,7 +279,7 @@ def _write_gaps(writer: StreamWriter, job: JobContext, gaps: Sequence[Gap], now_
 def open_join(
     settings: Settings,
     salt: Salt,
-    counted: StreamMetrics,
+    metrics: StreamMetrics,
     stack: ExitStack,
     rewrite: bool = False,
     reports: Callable[[str], Report] | None = None,
@@ -289,7 +289,7 @@ def open_join(
     Args:
         settings: The effective settings.
         salt: The salt of the users' pseudonyms.
-        counted: Metrics of the process.
+        metrics: Metrics of the process.
         stack: Ends the follower.
         rewrite: Whether to rewrite the store without free pages.
         reports: Returns what handles the refused records of a topic; by default they become dead letters.
@@ -303,7 +303,7 @@ def open_join(
         return None
     folder = settings.stream_dir / ATTRIBUTES
     store = AttributeStore.open_anew(folder, map_bytes(settings, STREAM, ATTRIBUTES, folder))
-    reports = reports or (lambda topic: report_to(settings.kafka, counted))
+    reports = reports or (lambda topic: report_to(settings.kafka, metrics))
     topics = {"user": wanted.user_topic, "item": wanted.item_topic}
     followers = [
         AttributeFollower(
@@ -311,7 +311,7 @@ def open_join(
         )
         for side, table in tables.items()
     ]
-    join = Join(store, followers, tables, wanted.slices, counted)
+    join = Join(store, followers, tables, wanted.slices, metrics)
     stack.callback(join.close)
     join.catch_up()
     if rewrite:

@@ -87,8 +87,8 @@ def merge_all(ranges: Iterable[Range]) -> tuple[Range, ...]:
     """
     merged: dict[Source, Range] = {}
     for part in ranges:
-        known = merged.get(part.source)
-        merged[part.source] = part if known is None else merge_ranges(known, part)
+        earlier = merged.get(part.source)
+        merged[part.source] = part if earlier is None else merge_ranges(earlier, part)
     return tuple(merged.values())
 
 

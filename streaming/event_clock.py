@@ -98,26 +98,26 @@ def believed_in(packed: bytes | None) -> int | None:
     return int(state[_BELIEVED]) if len(state) > _BELIEVED and state[_BELIEVED] > NEVER_MS else None
 
 
-def hear(known: Quorum, key: I64, user: NDArray[np.uint64], at_ms: I64, read_ms: int) -> I64:
-    """Adds clicks to `known` in order of arrival; returns `[n]` int64, for each click its partition's clock after it.
+def hear(quorum: Quorum, key: I64, user: NDArray[np.uint64], at_ms: I64, read_ms: int) -> I64:
+    """Adds clicks to `quorum` in order of arrival; returns `[n]` int64, for each click its partition's clock after it.
 
     Args:
-        known: The quorum, changed in place.
+        quorum: The quorum, changed in place.
         key: `[n]` int64, the key of each click's partition.
         user: `[n]` uint64.
         at_ms: `[n]` int64.
         read_ms: Wall clock.
     """
     clock = np.empty(len(at_ms), np.int64)
-    _hear(known, key, user.view(np.int64), at_ms, read_ms, clock)
+    _hear(quorum, key, user.view(np.int64), at_ms, read_ms, clock)
     return clock
 
 
-def believe(known: Quorum, keys: I64, source: I64, at_ms: I64, now_ms: int) -> tuple[I64, U8]:
+def believe(quorum: Quorum, keys: I64, source: I64, at_ms: I64, now_ms: int) -> tuple[I64, U8]:
     """The event time that readers may believe in each partition; call it after `hear` with the same clicks.
 
     Args:
-        known: The quorum, changed in place.
+        quorum: The quorum, changed in place.
         keys: `[r]` int64, of the partitions.
         source: `[n]` int64, the partition of each click, as an index of `keys`.
         at_ms: `[n]` int64.
@@ -128,51 +128,51 @@ def believe(known: Quorum, keys: I64, source: I64, at_ms: I64, now_ms: int) -> t
         time, far BEHIND it, or 0.
     """
     clocks, off = np.empty((len(keys), 2), np.int64), np.zeros(len(at_ms), np.uint8)
-    _believe(known, keys, source, at_ms, now_ms, clocks, off)
+    _believe(quorum, keys, source, at_ms, now_ms, clocks, off)
     return clocks, off
 
 
-def crowd(known: Quorum, key: int) -> tuple[int | None, int]:
+def crowd(quorum: Quorum, key: int) -> tuple[int | None, int]:
     """The lower median of a key's votes, ms, None if there are none; and its consecutive turns of late clicks."""
-    votes = known.votes[key]
-    times = np.sort(votes[votes[:, _TURN] > max(known.turns(key) - TURNS, 0), _AT])
-    return (int(times[(len(times) - 1) // 2]) if len(times) else None), int(known.marks[key, _LATE])
+    votes = quorum.votes[key]
+    times = np.sort(votes[votes[:, _TURN] > max(quorum.turns(key) - TURNS, 0), _AT])
+    return (int(times[(len(times) - 1) // 2]) if len(times) else None), int(quorum.marks[key, _LATE])
 
 
 @compiled
-def _take(known: Quorum, key: int, user: int, at_ms: int, read_ms: int) -> None:
+def _take(quorum: Quorum, key: int, user: int, at_ms: int, read_ms: int) -> None:
     """Records a user's click; a user's later click replaces the earlier one."""
-    turn = known.marks[key, _TURNS]
+    turn = quorum.marks[key, _TURNS]
     slot = oldest = 0
     same = False
     for entry in range(TURNS):
-        if known.votes[key, entry, _TURN] > 0 and known.votes[key, entry, _USER] == user:
+        if quorum.votes[key, entry, _TURN] > 0 and quorum.votes[key, entry, _USER] == user:
             slot = entry
             same = True
             break
-        if known.votes[key, entry, _TURN] < known.votes[key, oldest, _TURN]:
+        if quorum.votes[key, entry, _TURN] < quorum.votes[key, oldest, _TURN]:
             oldest = entry
     if not same:
         slot = oldest
-    if not same or known.votes[key, slot, _TURN] != turn:
+    if not same or quorum.votes[key, slot, _TURN] != turn:
         turn += 1
-        known.marks[key, _TURNS] = turn
-    known.votes[key, slot, _USER] = user
-    known.votes[key, slot, _AT] = at_ms
-    known.votes[key, slot, _READ] = read_ms
-    known.votes[key, slot, _TURN] = turn
+        quorum.marks[key, _TURNS] = turn
+    quorum.votes[key, slot, _USER] = user
+    quorum.votes[key, slot, _AT] = at_ms
+    quorum.votes[key, slot, _READ] = read_ms
+    quorum.votes[key, slot, _TURN] = turn
 
 
 @compiled
-def _sorted(known: Quorum, key: int, now_ms: int, times: I64) -> int:
+def _sorted(quorum: Quorum, key: int, now_ms: int, times: I64) -> int:
     """Writes the quorum's times, advanced to `now_ms`, to `times` in ascending order; returns their number."""
     count = 0
-    since = known.marks[key, _TURNS] - TURNS
+    since = quorum.marks[key, _TURNS] - TURNS
     for entry in range(TURNS):
-        turn = known.votes[key, entry, _TURN]
+        turn = quorum.votes[key, entry, _TURN]
         if turn <= max(since, 0):
             continue
-        time = known.votes[key, entry, _AT] + max(0, now_ms - known.votes[key, entry, _READ])
+        time = quorum.votes[key, entry, _AT] + max(0, now_ms - quorum.votes[key, entry, _READ])
         index = count
         while index > 0 and times[index - 1] > time:
             times[index] = times[index - 1]
@@ -183,9 +183,9 @@ def _sorted(known: Quorum, key: int, now_ms: int, times: I64) -> int:
 
 
 @compiled
-def _is_late(known: Quorum, key: int, user: int, at_ms: int) -> bool:
+def _is_late(quorum: Quorum, key: int, user: int, at_ms: int) -> bool:
     """Whether a late click must not affect the clock; after `PATIENCE` turns of late clicks, the state is reset."""
-    mark = known.marks[key]
+    mark = quorum.marks[key]
     if mark[_AGREED] == 0 or at_ms >= mark[_CLOCK] - TOLERANCE_MS:
         mark[_LATE] = 0
         return False
@@ -196,19 +196,19 @@ def _is_late(known: Quorum, key: int, user: int, at_ms: int) -> bool:
         return True
     mark[_LATE] = mark[_AGREED] = 0
     mark[_CLOCK] = NEVER_MS
-    known.votes[key, :, _TURN] = 0
+    quorum.votes[key, :, _TURN] = 0
     return False
 
 
 @compiled
-def _settle(known: Quorum, key: int, times: I64) -> int:
+def _settle(quorum: Quorum, key: int, times: I64) -> int:
     """Computes the clock from the quorum's times."""
     # 1.
-    count = _sorted(known, key, 0, times)
+    count = _sorted(quorum, key, 0, times)
     latest = times[(count - 1) // 2] + TOLERANCE_MS
-    clock = known.marks[key, _CLOCK]
+    clock = quorum.marks[key, _CLOCK]
     # 4.
-    if clock > latest and known.marks[key, _AGREED] == 0 and (count < 2 or times[count - 2] < clock - TOLERANCE_MS):
+    if clock > latest and quorum.marks[key, _AGREED] == 0 and (count < 2 or times[count - 2] < clock - TOLERANCE_MS):
         clock = latest - TOLERANCE_MS
     # 2.
     for entry in range(count):
@@ -216,27 +216,27 @@ def _settle(known: Quorum, key: int, times: I64) -> int:
             clock = max(clock, times[entry])
     # 3.
     if count >= AGREEING and times[count - AGREEING] >= clock - TOLERANCE_MS:
-        known.marks[key, _AGREED] = 1
-    known.marks[key, _CLOCK] = clock
+        quorum.marks[key, _AGREED] = 1
+    quorum.marks[key, _CLOCK] = clock
     return int(clock)
 
 
 @compiled("Quorum, i8[::1], i8[::1], i8[::1], i8, i8[::1]")
-def _hear(known: Quorum, key: I64, user: I64, at_ms: I64, read_ms: int, clock_ms: I64) -> None:
+def _hear(quorum: Quorum, key: I64, user: I64, at_ms: I64, read_ms: int, clock_ms: I64) -> None:
     times = np.empty(TURNS, np.int64)
     heard = False
     for n in range(key.shape[0]):
         own = key[n]
-        clock_ms[n] = known.marks[own, _CLOCK]
-        if not _is_late(known, own, user[n], at_ms[n]):
-            _take(known, own, user[n], at_ms[n], read_ms)
-            clock_ms[n] = _settle(known, own, times)
-        if not _is_late(known, ALL, user[n], at_ms[n]):
-            _take(known, ALL, user[n], at_ms[n], read_ms)
+        clock_ms[n] = quorum.marks[own, _CLOCK]
+        if not _is_late(quorum, own, user[n], at_ms[n]):
+            _take(quorum, own, user[n], at_ms[n], read_ms)
+            clock_ms[n] = _settle(quorum, own, times)
+        if not _is_late(quorum, ALL, user[n], at_ms[n]):
+            _take(quorum, ALL, user[n], at_ms[n], read_ms)
             heard = True
     # The clock of all partitions is only for readers, so once a batch is enough.
     if heard:
-        _settle(known, ALL, times)
+        _settle(quorum, ALL, times)
 
 
 @compiled
@@ -259,20 +259,20 @@ def _limit(crowd: int, count: int, now_ms: int) -> int:
 
 
 @compiled("Quorum, i8[::1], i8[::1], i8[::1], i8, i8[:, ::1], u1[::1]")
-def _believe(known: Quorum, keys: I64, source: I64, at_ms: I64, now_ms: int, clocks: I64, off: U8) -> None:
+def _believe(quorum: Quorum, keys: I64, source: I64, at_ms: I64, now_ms: int, clocks: I64, off: U8) -> None:
     times = np.empty(TURNS, np.int64)
     limits, crowds = np.empty(keys.shape[0], np.int64), np.empty(keys.shape[0], np.int64)
-    count_of_all = _sorted(known, ALL, now_ms, times)
+    count_of_all = _sorted(quorum, ALL, now_ms, times)
     crowd_of_all = _with_wall_clock(times, count_of_all, now_ms)
     for r in range(keys.shape[0]):
-        count, crowd = _sorted(known, keys[r], now_ms, times), crowd_of_all
+        count, crowd = _sorted(quorum, keys[r], now_ms, times), crowd_of_all
         if count >= ENOUGH:
             crowd = _with_wall_clock(times, count, now_ms)
         else:
             count = count_of_all
         limits[r] = _limit(crowd, count, now_ms)
         crowds[r] = min(crowd, limits[r])
-        before = known.marks[keys[r], _BELIEVED]
+        before = quorum.marks[keys[r], _BELIEVED]
         # The time believed before, unless it is beyond the limit now.
         clocks[r, 0] = clocks[r, 1] = before if before <= limits[r] else NEVER_MS
     for n in range(at_ms.shape[0]):
@@ -289,7 +289,7 @@ def _believe(known: Quorum, keys: I64, source: I64, at_ms: I64, now_ms: int, clo
         clocks[r, 1] = max(clocks[r, 1], crowds[r])
         if clocks[r, 0] == NEVER_MS:
             clocks[r, 0] = clocks[r, 1]
-        known.marks[keys[r], _BELIEVED] = clocks[r, 1]
+        quorum.marks[keys[r], _BELIEVED] = clocks[r, 1]
 
 
 Clicks = EventBatch | MicroBatch

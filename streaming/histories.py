@@ -197,10 +197,10 @@ def open_histories(settings: Settings, spec: FeatureSpec) -> Iterator[tuple[Hist
             store.close()
 
 
-def check_identity(store: HistoryStore, spec: FeatureSpec, salt: str, known: SpecActions) -> None:
+def check_identity(store: HistoryStore, spec: FeatureSpec, salt: str, actions: SpecActions) -> None:
     """Binds a store to the features of the settings, and permanently to the salt of its users.
 
-    Its events do not depend on a feature spec: windows of another spec are computed from them. `known` names the
+    Its events do not depend on a feature spec: windows of another spec are computed from them. `actions` names the
     actions of former feature specs.
 
     Raises:
@@ -212,7 +212,7 @@ def check_identity(store: HistoryStore, spec: FeatureSpec, salt: str, known: Spe
         raise SaltMismatch.between(str(store.path), stored_salt.decode(), salt)
     before = None
     if stored_spec not in (None, spec.digest.encode()) and store.extra(ACTIONS) is None:
-        before = known.of((stored_spec or b"").decode())
+        before = actions.of((stored_spec or b"").decode())
         if before is None:
             raise SpecMismatch(
                 f"{store.path} was filled by 0.1.0 under feature spec {(stored_spec or b'').decode()[:12]}, which the "

@@ -158,11 +158,13 @@ class WaitingImpressions(NamedTuple):
 
 def with_space(queue: Queue, added: int, partitions: int) -> Queue:
     """Returns a queue with space for `added` impressions and `partitions` partitions; `queue` itself if it has that."""
-    slots, known = len(queue.offset), len(queue.waiting) // SHARES
-    if queue.free_slots >= added and known >= partitions:
+    slots, partitions_held = len(queue.offset), len(queue.waiting) // SHARES
+    if queue.free_slots >= added and partitions_held >= partitions:
         return queue
     used = slots - queue.free_slots
-    grown = Queue.of(max(slots, 2 * (used + added)) if used + added > slots else slots, max(known, partitions))
+    grown = Queue.of(
+        max(slots, 2 * (used + added)) if used + added > slots else slots, max(partitions_held, partitions)
+    )
     _enter(grown, queue.rows())
     return grown
 
@@ -500,9 +502,9 @@ class Labels:
 
     def _number(self, sources: Sequence[Source]) -> NDArray[np.int64]:
         """`[n]` int64, a number for the partition of each source, the same for all its buckets."""
-        known = self._numbers
+        numbers = self._numbers
         return np.array(
-            [known.setdefault((source.topic_id, source.partition), len(known)) for source in sources], np.int64
+            [numbers.setdefault((source.topic_id, source.partition), len(numbers)) for source in sources], np.int64
         )
 
     def attribute(self, rows: Rows) -> Rows:

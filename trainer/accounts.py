@@ -139,10 +139,10 @@ class Passages:
 
 def show(account: Mapping[str, int], metrics: TrainerMetrics, known: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Sets the gauges of the row account, and logs an imbalance that is not in `known`, the result of the last call."""
-    counted = {name: account.get(name, 0) for name in NAMES}
-    for name, rows in counted.items():
+    rows_by_outcome = {name: account.get(name, 0) for name in NAMES}
+    for name, rows in rows_by_outcome.items():
         metrics.accounting_rows.labels(name).set(rows)
-    faults = check_accounts(trainer=TrainerAccount(**counted))
+    faults = check_accounts(trainer=TrainerAccount(**rows_by_outcome))
     if faults and faults != known:
         logger.error("the account of the rows does not balance: %s", "; ".join(faults))
     metrics.accounting_faults.set(len(faults))

@@ -271,9 +271,9 @@ def rewrite(registry: Registry, crosses: Crosses, now_ms: Callable[[], int] = wa
     checked = last_report.version if last_report.through >= erased.last else 0
     if any(_theirs(part, erased) for part in parts if part.version > checked):
         # Oldest first, so that a row is gone before the delta that removed it loses the row's id.
-        known = CrossedIds(crosses)
+        crossed_ids = CrossedIds(crosses)
         for part in parts:
-            count += _rewritten(registry, part, erased, known)
+            count += _rewritten(registry, part, erased, crossed_ids)
     last = parts[-1].version if parts else 0
     if (last_report.through, last_report.version) != (erased.last, last):
         report(
@@ -293,15 +293,15 @@ def _theirs(part: Manifest, erased: Erased) -> tuple[MaskedUsers, MaskedUsers] |
     return (rows, ids) if rows or ids else None
 
 
-def _rewritten(registry: Registry, part: Manifest, erased: Erased, known: CrossedIds) -> bool:
+def _rewritten(registry: Registry, part: Manifest, erased: Erased, crossed_ids: CrossedIds) -> bool:
     """Rewrites a part if it has rows or ids of erased users."""
     before = content.decode(registry.read(part, name) for name in (SERVING, TRAINING))
-    known.see(before)
+    crossed_ids.see(before)
     users = _theirs(part, erased)
     if users is None:
         return False
     rows, ids = users
-    after = without_tombstones(without(before, rows, known), ids, known)
+    after = without_tombstones(without(before, rows, crossed_ids), ids, crossed_ids)
     if all(len(after[name]) == len(tensor) for name, tensor in before.items() if tensor.ndim):
         return False
     files = content.encode(after)

@@ -357,8 +357,8 @@ class UpdateGuard:
         shown: Callable[[], Mapping[str, Sequence[str]]],
     ) -> None:
         wanted, self._shown = settings.guard, shown
-        places = {name: len(values) for name, values in shown().items()}
-        self._watch = WindowWatch(wanted, json.dumps([places, settings.events.actions]))
+        value_counts = {name: len(values) for name, values in shown().items()}
+        self._watch = WindowWatch(wanted, json.dumps([value_counts, settings.events.actions]))
         self._enabled, self._registry, self._metrics, self._clock = wanted.mode == "on", registry, metrics, clock
         self._last, self._elapsed = PASSED, elapsed
         self._skipped, self._skipped_since = 0, WindowStart(0, 0)

@@ -57,7 +57,7 @@ class TrainingLag:
         log: Log | None = None,
         wall_s: Callable[[], float] = time.time,
     ) -> None:
-        self._kafka, self._partition, self._taken, self._metrics = kafka, partition, taken, metrics
+        self._kafka, self._partition, self._position, self._metrics = kafka, partition, taken, metrics
         self._log, self._wall_s = log or Log(kafka), wall_s
         self._topics: Topics | None = None
         self._committed = -1
@@ -84,7 +84,7 @@ class TrainingLag:
         if self._topics is None:
             self._topics = self._log.topics()
         # Read before the end of the log, so that the lag is never negative.
-        position = self._taken()
+        position = self._position()
         _, end = self._topics.ends(topic, committed_only=True)[self._partition]
         lag = max(0, end - position.next)
         self._metrics.lag_records.set(lag)

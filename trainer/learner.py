@@ -191,7 +191,7 @@ class Learner:
     ) -> None:
         clock, elapsed = surroundings.clock, surroundings.elapsed
         self._settings, self._registry, self._trainer = settings, registry, trainer
-        self._kafka, self._spec, self._about, self._begins = log, model.spec, model.about, surroundings.begins
+        self._kafka, self._spec, self._description, self._begins = log, model.spec, model.about, surroundings.begins
         self._salt, self._partition = str(model.about["salt"]), settings.trainer.partition
         self._metrics, self._clock, self._elapsed = metrics, clock, elapsed
         drafter = Drafter.of(settings, trainer, model.spec, model.program, self._salt)
@@ -229,7 +229,9 @@ class Learner:
             self._log.close()
         first: Mapping[str, Any] | None
         if version is None:
-            self._log, self.place, first = self._begins(settings, self._trainer, self._about, self._kafka, control)
+            self._log, self.place, first = self._begins(
+                settings, self._trainer, self._description, self._kafka, control
+            )
         else:
             restored, first = restore_or_carry(self._registry, control, version, self._trainer, self._spec)
             self._log = resume(restored, control.log, self._kafka, settings, self._passages)

@@ -348,7 +348,7 @@ class _CheckedTower:
     """Calls the tower as the trainer does, checks its output, and reports its errors in the user's terms."""
 
     def __init__(self, tower: Any, width: int, label: str) -> None:
-        self._what, self._wanted = label, f"wanted is [B, {width}] float32, the last of model.hidden"
+        self._label, self._wanted = label, f"wanted is [B, {width}] float32, the last of model.hidden"
         self._width = width
 
         @tf.function(autograph=False)
@@ -361,14 +361,14 @@ class _CheckedTower:
         """`[n, width_in]` to `[n, width]` float32."""
         output = _called(
             lambda: self._call(tf.constant(x), training, tf.constant(seed, tf.int32)),
-            f"{self._what}: called with x {list(x.shape)} and training={training} it",
+            f"{self._label}: called with x {list(x.shape)} and training={training} it",
             self._wanted,
         )
         if not isinstance(output, tf.Tensor):
-            raise ProgramError(f"{self._what} gave {type(output).__name__} for {len(x)} rows", self._wanted)
+            raise ProgramError(f"{self._label} gave {type(output).__name__} for {len(x)} rows", self._wanted)
         if output.dtype != tf.float32 or tuple(output.shape) != (len(x), self._width):
             raise ProgramError(
-                f"{self._what} gave shape {list(output.shape)} and type {output.dtype.name} for {len(x)} rows",
+                f"{self._label} gave shape {list(output.shape)} and type {output.dtype.name} for {len(x)} rows",
                 self._wanted,
             )
         values: F32 = output.numpy()

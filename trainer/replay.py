@@ -56,8 +56,8 @@ class Replay:
         self._where = f"{target.log.topic}:{target.log.partition}"
         self._is_former = former(specs, lambda: trainer.counters.steps)
         self.marks = {} if base is None else base.marks
-        counted = {} if base is None else base.metrics
-        self.account = {name: int(counted.get(f"account.{name}", 0)) for name in ACCOUNT}
+        metrics = {} if base is None else base.metrics
+        self.account = {name: int(metrics.get(f"account.{name}", 0)) for name in ACCOUNT}
         self.steps = self.rows = 0
 
     def run(self, reader: SegmentReader, segments: Sequence[LogSegment], say: Callable[[str], None]) -> None:

@@ -132,9 +132,9 @@ def compare(registry: Registry, target: Manifest, trainer: Trainer, replay: Repl
         )
     difference = first_difference(stored, computed) or marks_difference(target.marks, replay.marks)
     for name in ACCOUNT:
-        counted = target.metrics.get(f"account.{name}")
-        if difference is None and counted is not None and int(counted) != replay.account[name]:
-            difference = Difference(f"account.{name}", "", None, None, str(int(counted)), str(replay.account[name]))
+        recorded = target.metrics.get(f"account.{name}")
+        if difference is None and recorded is not None and int(recorded) != replay.account[name]:
+            difference = Difference(f"account.{name}", "", None, None, str(int(recorded)), str(replay.account[name]))
     return difference, content.digest(stored)
 
 

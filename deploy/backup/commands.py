@@ -72,8 +72,8 @@ def restore(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say)
     backup = location.read_backup(store, args.at)
     spec = FeatureSpec.from_settings(settings).digest
     by = restoring.By(actor(), now_ms)
-    known, unknown = _later_erasures(store, backup, args.erasures_from)
-    restored = restoring.restore(settings, store, backup, by, progress, known, args.kafka_lost)
+    erasures, unknown = _later_erasures(store, backup, args.erasures_from)
+    restored = restoring.restore(settings, store, backup, by, progress, erasures, args.kafka_lost)
     lines = [
         f"restored backup {backup.id} of {iso(backup.created_at_ms)}, {age((now_ms - backup.created_at_ms) / 1000)} old: "
         f"{described(backup)}, histories of {restored.users:,} users; {size(backup.bytes)} in {progress.took_s:.1f} s",
@@ -109,17 +109,17 @@ def restore(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say)
 
 def _later_erasures(store: FileStore, backup: Backup, registry: Path | None) -> tuple[Erased, list[str]]:
     """Erasures made after a backup, and a message if the newest backup cannot be read."""
-    known, messages = [Erased.NOBODY], []
+    erasures, messages = [Erased.NOBODY], []
     if registry is not None:
-        known.append(restoring.erasures_in(registry))
+        erasures.append(restoring.erasures_in(registry))
     try:
         newest = location.read_backup(store)
         if newest.id != backup.id:
             with tempfile.TemporaryDirectory() as folder:
-                known.append(restoring.erasures_known_to(newest, Objects(store, listed=False), Path(folder)))
+                erasures.append(restoring.erasures_known_to(newest, Objects(store, listed=False), Path(folder)))
     except DamagedBackup as error:
         messages.append(f"erasures that later backups know may be missing, repeat them: {error.what}")
-    return max(known, key=lambda erased: erased.last), messages
+    return max(erasures, key=lambda erased: erased.last), messages
 
 
 def show(store: FileStore, args: argparse.Namespace, now_ms: int, say: Say) -> None:

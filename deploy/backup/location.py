@@ -150,12 +150,12 @@ def read_backup(store: FileStore, wanted: str = "") -> Backup:
         BackupError: There is no backup, or none with this id.
         DamagedBackup: The document fails its digest.
     """
-    known = ids(store)
-    if not known:
+    backup_ids = ids(store)
+    if not backup_ids:
         raise BackupError(f"{store.name} has no backup", "check the location: `springtide backup TO --list`")
-    wanted = wanted or known[-1]
-    if wanted not in known:
-        raise BackupError(f"{store.name} has no backup {wanted}", f"use one of {', '.join(known[-5:])}")
+    wanted = wanted or backup_ids[-1]
+    if wanted not in backup_ids:
+        raise BackupError(f"{store.name} has no backup {wanted}", f"use one of {', '.join(backup_ids[-5:])}")
     name = f"{BACKUPS}/{wanted}.json"
     try:
         return _decoded(store.read(name))
@@ -193,10 +193,10 @@ def prune(store: FileStore, keep: int) -> Pruned:
         DamagedBackup: A remaining backup cannot be read, so that its objects are unknown; no object was removed.
     """
     with Lease(store) as lease:
-        known = ids(store)
-        remaining = [read_backup(store, backup_id) for backup_id in known[-keep:]]
+        backup_ids = ids(store)
+        remaining = [read_backup(store, backup_id) for backup_id in backup_ids[-keep:]]
         # 1.
-        for backup_id in known[:-keep]:
+        for backup_id in backup_ids[:-keep]:
             store.remove(f"{BACKUPS}/{backup_id}.json")
         killpoints.reach("prune.documents")
         # 2.
@@ -205,7 +205,7 @@ def prune(store: FileStore, keep: int) -> Pruned:
         for digest in unused:
             lease.refresh()
             store.remove(_object_name(digest))
-    return Pruned(len(known[:-keep]), len(unused))
+    return Pruned(len(backup_ids[:-keep]), len(unused))
 
 
 def verify(store: FileStore, backup: Backup, progress: Callable[[int], None]) -> None:

@@ -236,10 +236,10 @@ class _Making:
         """The files of one version; files that the backup location already has are not read."""
         files = []
         for name, entry in part.files.items():
-            known = self._known.get(entry.sha256)
+            stored = self._known.get(entry.sha256)
             path_in_backup = f"{layout.REGISTRY}/{folder}/{name}"
-            if known is not None and self._objects.has(known):
-                files.append(changed(known, path=path_in_backup))
+            if stored is not None and self._objects.has(stored):
+                files.append(changed(stored, path=path_in_backup))
                 self._progress(entry.bytes)
                 continue
             kept_file = self.whole(path_in_backup, registry.path_of(part, name))

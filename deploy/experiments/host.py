@@ -35,7 +35,7 @@ def flags_of(settings: Settings, name: str) -> list[str]:
     ['--paths.state=.springtide/experiments/wider/host', '--paths.registry=.springtide/experiments/wider/registry']
     """
     experiments, address = Experiments(settings), urlsplit(settings.rollout.address)
-    own = {
+    settings_of_host = {
         "paths.state": experiments.folder(name) / HOST,
         "paths.registry": experiments.registry(name),
         "paths.shared_registry": "",
@@ -51,7 +51,7 @@ def flags_of(settings: Settings, name: str) -> list[str]:
         "rollout.address": "",
         "history.snapshot_every_s": 0,
     }
-    return [f"--{name}={value}" for name, value in own.items()]
+    return [f"--{name}={value}" for name, value in settings_of_host.items()]
 
 
 def run(settings: Settings, stopping: Callable[[], bool]) -> None:

@@ -79,7 +79,7 @@ class RolloutDriver:
         self.evidence = Evidence(experiment.name, settings.rollout.planned_answers)
         self._kept_ms = 0
         self._say = SaidOnce(_log.warning)
-        self._held: deque[tuple[int, int, NDArray[np.uint64]]] = deque()
+        self._pending: deque[tuple[int, int, NDArray[np.uint64]]] = deque()
         self._marks: dict[Source, int] = {}
         kafka, self._partition = settings.kafka, settings.trainer.partition
         self._exposures = self._open(kafka.exposures_topic, 0, self._rollout.exposures_from)
@@ -142,8 +142,8 @@ class RolloutDriver:
         now_ms = self._now_ms()
         for batch in self._clicks.poll(0.0, RECORDS_AT_ONCE):
             self._hold(batch, now_ms)
-        while self._held and self._held[0][0] <= now_ms and not self._exposures.unread(0):
-            _, known_ms, users = self._held.popleft()
+        while self._pending and self._pending[0][0] <= now_ms and not self._exposures.unread(0):
+            _, known_ms, users = self._pending.popleft()
             self.evidence.engage(users, known_ms)
 
     @property
@@ -162,7 +162,7 @@ class RolloutDriver:
             users = microbatch.user[fresh & self._engaged(microbatch)]
             if len(users):
                 known_ms = microbatch.header.created_ms
-                self._held.append((min(now_ms, known_ms) + HOLD_MS, known_ms, users))
+                self._pending.append((min(now_ms, known_ms) + HOLD_MS, known_ms, users))
 
     def _engaged(self, batch: MicroBatch) -> NDArray[np.bool_]:
         """Returns which rows are engagements: those with a positive label, or all clicks in a log without labels."""

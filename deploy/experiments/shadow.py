@@ -64,12 +64,12 @@ class LossComparison:
         self,
         folder: Path,
         live: Path,
-        own: Path,
+        experiment: Path,
         elapsed: Callable[[], float] = time.monotonic,
     ) -> None:
         self._folder, self._elapsed = folder, elapsed
         self._comparison = comparison.read(folder) or PairedComparison()
-        self._live, self._own = LossReader(live), LossReader(own)
+        self._live, self._own = LossReader(live), LossReader(experiment)
         self._kept_s, self._kept_records = elapsed(), self._comparison.records
 
     def step(self) -> None:
@@ -81,10 +81,10 @@ class LossComparison:
         for _ in range(READS_AT_ONCE):
             live_behind, own_behind = self._comparison.behind
             live = self._live.read() if live_behind else []
-            own = self._own.read() if own_behind else []
-            if not live and not own:
+            experiment_losses = self._own.read() if own_behind else []
+            if not live and not experiment_losses:
                 break
-            self._comparison.add(live, own)
+            self._comparison.add(live, experiment_losses)
         if self._elapsed() - self._kept_s >= KEEP_S:
             self.keep()
 
@@ -165,10 +165,10 @@ class ShadowRunner:
             self._end_by_itself(experiment, control)
             return
         name, running = experiment.name, self._running.get(experiment.name)
-        own = self._experiments.registry(name)
+        path = self._experiments.registry(name)
         if running is None:
-            compared = LossComparison(self._experiments.folder(name), self._live.path, own)
-            running = self._running[name] = _Running(Registry(own), compared)
+            compared = LossComparison(self._experiments.folder(name), self._live.path, path)
+            running = self._running[name] = _Running(Registry(path), compared)
         # 1.
         for registry in (self._live, running.registry):
             comparison.want(registry.path, name)
@@ -177,7 +177,7 @@ class ShadowRunner:
         # 3.
         if _part_of(name) not in self._supervisor.names():
             logger.info("experiment %s: its trainer begins", name)
-            command = (sys.executable, "-m", "trainer.loop", *flags_of(self._settings, experiment.overrides, own))
+            command = (sys.executable, "-m", "trainer.loop", *flags_of(self._settings, experiment.overrides, path))
             self._supervisor.start(ProcessPlan(_part_of(name), command, STOP_S))
         # 4.
         running.compared.step()

@@ -78,7 +78,7 @@ def flags_of(settings: Settings, overrides: Mapping[str, str], registry: Path) -
     >>> flags_of(Settings(), {"model.dim": "16"}, Path("r"))[:2]
     ['--model.dim=16', '--paths.registry=r']
     """
-    own = {
+    settings_of_experiment = {
         "paths.registry": registry,
         "paths.shared_registry": "",
         "trainer.metrics_port": 0,
@@ -87,7 +87,7 @@ def flags_of(settings: Settings, overrides: Mapping[str, str], registry: Path) -
         "registry.delta_keep_gb": settings.trials.registry_gb,
         "export.every_s": 0,
     }
-    return [f"--{name}={value}" for name, value in {**overrides, **own}.items()]
+    return [f"--{name}={value}" for name, value in {**overrides, **settings_of_experiment}.items()]
 
 
 def settings_of(settings: Settings, overrides: Mapping[str, str], registry: Path) -> Settings:

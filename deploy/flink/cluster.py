@@ -22,7 +22,6 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-import deploy
 from deploy.children.ending import last_line
 from deploy.children.log_files import log_sizes
 from deploy.children.supervisor import ProcessPlan, Supervisor, environment_of
@@ -34,6 +33,7 @@ from state.config.settings import Settings
 from state.errors import FlinkFailed, reason_of
 from state.flink import ENDED, JobManager, url
 from state.metrics import SupervisorMetrics
+from state.process.user_code import for_children
 
 HOST = "127.0.0.1"
 FIXED = Path(__file__).with_name("config.yaml")
@@ -58,7 +58,7 @@ def configuration(settings: FlinkSettings, directory: Path, rpc_port: int) -> st
 
     TaskManagers reach the JobManager on `rpc_port`.
     """
-    own: dict[str, object] = {
+    entries: dict[str, object] = {
         "state.checkpoints.dir": (directory / CHECKPOINTS).absolute().as_uri(),
         "state.savepoints.dir": (directory / SAVEPOINTS).absolute().as_uri(),
         # The cluster has the same jar on its class path; a second copy of each class per job would waste memory.
@@ -86,8 +86,8 @@ def configuration(settings: FlinkSettings, directory: Path, rpc_port: int) -> st
         "jvm-overhead.min": OFF_HEAP_MB,
         "jvm-overhead.max": OFF_HEAP_MB,
     }
-    own |= {f"taskmanager.memory.{part}": f"{size}m" for part, size in memory_mb.items()}
-    return FIXED.read_text(encoding="utf-8") + "".join(f"{name}: {value}\n" for name, value in own.items())
+    entries |= {f"taskmanager.memory.{part}": f"{size}m" for part, size in memory_mb.items()}
+    return FIXED.read_text(encoding="utf-8") + "".join(f"{name}: {value}\n" for name, value in entries.items())
 
 
 def process_plans(
@@ -223,12 +223,10 @@ def _prepare(settings: Settings, directory: Path) -> None:
 def _supervisor(settings: Settings, directory: Path, say: Say) -> Supervisor:
     """Creates a supervisor whose processes find the settings in their environment.
 
-    This release comes first in their PYTHONPATH, and its Python first in their PATH.
+    They import this release, and its Python comes first in their PATH.
     """
-    environment = environment_of(settings)
-    release = str(Path(deploy.__path__[0]).parent)
-    for name, first in (("PYTHONPATH", release), ("PATH", str(Path(sys.executable).parent))):
-        environment[name] = os.pathsep.join(filter(None, [first, environment.get(name)]))
+    environment = for_children(environment_of(settings))
+    environment["PATH"] = os.pathsep.join(filter(None, [str(Path(sys.executable).parent), environment.get("PATH")]))
     metrics, logs = SupervisorMetrics(CollectorRegistry()), directory / LOGS
     return Supervisor(logs, environment, say, metrics, time.monotonic, *log_sizes(settings))
 

@@ -265,14 +265,14 @@ def _legend(shown: bool) -> dict[str, Any]:
 def _thresholds(panel: Panel) -> list[dict[str, Any]]:
     """Green, orange from `warning` on, red from `critical` on; with `low_is_bad` red below `critical`, and so on."""
     levels = [(panel.warning, "orange"), (panel.critical, "red")]
-    known = [(value, colour) for value, colour in levels if value is not None]
+    thresholds = [(value, colour) for value, colour in levels if value is not None]
     if panel.low_is_bad:
-        known.reverse()
-        colours = [*(colour for _, colour in known), "green"]
-        values = [None, *(value for value, _ in known)]
+        thresholds.reverse()
+        colours = [*(colour for _, colour in thresholds), "green"]
+        values = [None, *(value for value, _ in thresholds)]
     else:
-        colours = ["green", *(colour for _, colour in known)]
-        values = [None, *(value for value, _ in known)]
+        colours = ["green", *(colour for _, colour in thresholds)]
+        values = [None, *(value for value, _ in thresholds)]
     return [{"value": value, "color": colour} for value, colour in zip(values, colours, strict=True)]
 
 

@@ -153,12 +153,12 @@ class ServingBranch:
                 base = self.registry.manifest(number, "base")
                 if base.parent is None and not base.rows:
                     return base
-                known = np.concatenate(
+                learned = np.concatenate(
                     [self._ids(base, SERVING, "user.ids"), self._ids(base, TRAINING, "user.pending_ids")]
                 )
             except (CorruptVersion, UnknownVersion, OSError, SafetensorError):
                 continue
-            if not any(bool(masked.has(known).any()) for masked in users):
+            if not any(bool(masked.has(learned).any()) for masked in users):
                 return base
         return None
 

@@ -204,10 +204,12 @@ def of_experiments(settings: Settings, control: Control) -> list[Holding]:
             remaining.append(Holding(f"experiment {name}", 1, "rows", "`springtide up` removes the rest of it"))
             continue
         registry = Registry(experiments.registry(name))
-        own = registry.control()
-        if own is not None:
+        control_of_experiment = registry.control()
+        if control_of_experiment is not None:
             compactor = {report.part: report for report in all_reports(registry)}.get(COMPACTOR)
-            own_remaining = _of_versions(settings, registry, changed(own, erased=control.erased), compactor)
+            own_remaining = _of_versions(
+                settings, registry, changed(control_of_experiment, erased=control.erased), compactor
+            )
             remaining += [replace(holding, where=f"experiment {name}: {holding.where}") for holding in own_remaining]
     return remaining
 

@@ -93,8 +93,8 @@ def compared(outcome: dict[str, Any]) -> str:
             clicks = f" ({planned['exact']['clicks']:,})" if planned else ""
             parts.append(f"{again['clicks']:,} clicks read again{clicks}")
             return "; ".join(parts)
-        known = planned is not None and "rows" in planned
-        rows, masked = (f" ({planned[name]:,})" if known else "" for name in ("rows", "masked"))
+        is_counted = planned is not None and "rows" in planned
+        rows, masked = (f" ({planned[name]:,})" if is_counted else "" for name in ("rows", "masked"))
         parts.append(f"{again['rows']:,} rows read again{rows}, {again['masked']:,} left out by the trainer{masked}")
     return "; ".join(parts)
 
@@ -136,8 +136,8 @@ def masks(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -
 
 
 def _entry(registry: Registry, entry: MaskEntry, set_by: Control | None) -> dict[str, Any]:
-    counted = None if set_by is None else registry.generations.outcome(set_by.epoch, "planned")
-    hit = ((counted or {}).get("masks") or {}).get(str(entry.id), {})
+    planned = None if set_by is None else registry.generations.outcome(set_by.epoch, "planned")
+    hit = ((planned or {}).get("masks") or {}).get(str(entry.id), {})
     return {
         "id": entry.id,
         "generation": entry.generation,

@@ -144,15 +144,15 @@ def show(settings: Settings, args: argparse.Namespace, say: Say) -> None:
     if args.pbtxt:
         say(as_text(baseline.schema).rstrip())
         return
-    counted = by_name(baseline.statistics)
+    statistics = by_name(baseline.statistics)
     if args.output == "json":
-        features = [_feature_document(feature, counted.get(feature.name)) for feature in baseline.schema.feature]
+        features = [_feature_document(feature, statistics.get(feature.name)) for feature in baseline.schema.feature]
         say(json.dumps({**_about(baseline), "rows": baseline.statistics.num_examples, "features": features}, indent=2))
         return
     say(_title(baseline))
     head = ["feature", "type", "has a value", "values", "may move by"]
     rows = [
-        _feature_line(feature, counted.get(feature.name), bootstrapped.about.get("names", {}))
+        _feature_line(feature, statistics.get(feature.name), bootstrapped.about.get("names", {}))
         for feature in baseline.schema.feature
     ]
     say(table([head, *rows]))
@@ -194,7 +194,7 @@ def diff(settings: Settings, args: argparse.Namespace, say: Say) -> None:
         "baseline": by_name(baseline.statistics),
         "previous": {} if before is None else by_name(before.statistics),
     }
-    listed = [
+    rows_listed = [
         [
             distance["feature"],
             "the baseline" if distance["against"] == "baseline" else "the window before",
@@ -205,8 +205,8 @@ def diff(settings: Settings, args: argparse.Namespace, say: Say) -> None:
         ]
         for distance in distances[:LISTED]
     ]
-    if listed:
-        say(table([head, *listed]))
+    if rows_listed:
+        say(table([head, *rows_listed]))
 
 
 def _distances(anomalies: Anomalies) -> list[dict[str, Any]]:

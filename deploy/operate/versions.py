@@ -50,8 +50,8 @@ def versions(settings: Settings, args: argparse.Namespace, now_ms: int, say: Cal
     from deploy.operate.log_view import horizon, horizon_text, view_of
 
     view = view_of(settings, ASK_KAFKA_S)
-    listed = (_entry(registry, number, control, served, now_ms, view) for number in shown)
-    entries = [entry for entry in listed if entry is not None]
+    found_entries = (_entry(registry, number, control, served, now_ms, view) for number in shown)
+    entries = [entry for entry in found_entries if entry is not None]
     if args.output == "json":
         say(json.dumps(entries, indent=2))
         return

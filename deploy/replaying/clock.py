@@ -126,8 +126,8 @@ def stamp(at_ms: I64, clock: Clock, hand: Hand) -> Stamped:
     high = np.maximum.accumulate(np.concatenate([[np.int64(hand.high_ms)], np.where(stray, NO_TIME, at_ms)]))
     steps = np.zeros(len(at_ms))
     if not math.isinf(clock.speed):
-        known = high[:-1] != NO_TIME  # the first click has no gap before it
-        steps[known] = np.minimum((high[1:][known] - high[:-1][known]) / clock.speed, clock.longest_wait_ms)
+        has_gap = high[:-1] != NO_TIME  # the first click has no gap before it
+        steps[has_gap] = np.minimum((high[1:][has_gap] - high[:-1][has_gap]) / clock.speed, clock.longest_wait_ms)
     due = hand.due_ms + np.cumsum(steps)
     at = at_ms.copy()
     if clock.keep:

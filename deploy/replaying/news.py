@@ -120,20 +120,20 @@ class NewsReaders:
         # Articles of the day before the first day, which readers read on the first day.
         self._articles = self._born(-1)
         # The remaining clicks of the day: readers and times.
-        self._left: tuple[list[int], list[int]] = ([], [])
+        self._visits: tuple[list[int], list[int]] = ([], [])
 
     def click(self, n: int) -> Clicks:
         """The next n clicks."""
         readers, articles, times = list[int](), list[int](), list[int]()
         while len(readers) < n:
-            if not self._left[0]:
+            if not self._visits[0]:
                 self._begin_day()
-            count = min(n - len(readers), len(self._left[0]))
-            for reader, at_ms in zip(self._left[0][:count], self._left[1][:count], strict=True):
+            count = min(n - len(readers), len(self._visits[0]))
+            for reader, at_ms in zip(self._visits[0][:count], self._visits[1][:count], strict=True):
                 readers.append(reader)
                 articles.append(self._choose(reader, at_ms))
                 times.append(at_ms)
-            self._left = self._left[0][count:], self._left[1][count:]
+            self._visits = self._visits[0][count:], self._visits[1][count:]
         articles_so_far = self._articles
         categories = articles_so_far.story[articles] if self._by_story else articles_so_far.section[articles]
         kind = "story" if self._by_story else "section"
@@ -164,7 +164,7 @@ class NewsReaders:
         # A visit ends at midnight.
         today = np.flatnonzero(at_ms < (self._day + 1) * DAY_MS)
         order = today[np.argsort(at_ms[today], kind="stable")]
-        self._left = np.repeat(readers, clicks)[order].tolist(), at_ms[order].astype(np.int64).tolist()
+        self._visits = np.repeat(readers, clicks)[order].tolist(), at_ms[order].astype(np.int64).tolist()
         self._day += 1
 
     def _born(self, day: int) -> _Articles:

@@ -510,8 +510,8 @@ class Findings:
             if reason is None:
                 self.unsendable.append(where)
             else:
-                count, places = self.refused.get(reason, (0, []))
-                self.refused[reason] = count + 1, [*places, where][:NAMED_LINES]
+                count, locations = self.refused.get(reason, (0, []))
+                self.refused[reason] = count + 1, [*locations, where][:NAMED_LINES]
         for row, value in zip(judged.numbers, judged.piece.values, strict=True):
             if row in judged.refused:
                 continue

@@ -95,13 +95,13 @@ class Outbox:
             LogError: Kafka refused, or did not answer; part of the piece may have arrived.
         """
         rows: dict[int, list[int]] = {}
-        known, partitions = self._partitions, self._bulk.partitions
-        if len(known) > KNOWN_KEYS:
-            known.clear()
+        cached, partitions = self._partitions, self._bulk.partitions
+        if len(cached) > KNOWN_KEYS:
+            cached.clear()
         for row, key in enumerate(piece.keys):
-            partition = known.get(key)
+            partition = cached.get(key)
             if partition is None:
-                partition = known[key] = partition_of(key, partitions)
+                partition = cached[key] = partition_of(key, partitions)
             rows.setdefault(partition, []).append(row)
         batches = {
             partition: encode_batch(part.keys, part.values, part.kafka_ms)

@@ -125,7 +125,7 @@ class ShopperCrowd:
         users, categories, items = shoppers.users, shoppers.categories, shoppers.items
         self._random = np.random.default_rng(seed)
         self._start_ms = start_ms
-        self._made = 0
+        self._drawn = 0
         self._step_ms = 1000.0 / rate if rate > 0 else 1.0
         self._drift_ms = shoppers.drift_s * 1000.0
         self._popular = np.cumsum(zipf(categories))
@@ -156,8 +156,8 @@ class ShopperCrowd:
 
     def click(self, n: int) -> Clicks:
         """The next n clicks; the clock advances by n / rate seconds."""
-        at_ms = self._start_ms + ((self._made + np.arange(1, n + 1)) * self._step_ms).astype(np.int64)
-        self._made += n
+        at_ms = self._start_ms + ((self._drawn + np.arange(1, n + 1)) * self._step_ms).astype(np.int64)
+        self._drawn += n
         users = self._draw(self._activity, n)
         categories = self._categories(users, at_ms)
         ranks = self._draw(self._item_ranks, n)

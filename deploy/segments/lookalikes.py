@@ -87,15 +87,15 @@ def vectors_of(predictor: Predictor, report: Callable[[int], None]) -> UserVecto
     vectors: list[F32] = []
     clicks: list[int] = []
     version = passed = 0
-    for some in _users(predictor):
-        answers = predictor.profiles([Query(named(user), fields=_VECTOR, top=0) for user in some])
+    for batch in _users(predictor):
+        answers = predictor.profiles([Query(named(user), fields=_VECTOR, top=0) for user in batch])
         for answer in answers:
             if answer.known and answer.vector is not None and answer.features is not None:
                 users.append(pseudonym(answer.user_id))
                 vectors.append(answer.vector.copy())
                 clicks.append(answer.features[_CLICKS])
                 version = answer.version["number"]
-        passed += len(some)
+        passed += len(batch)
         report(passed)
     stacked = np.stack(vectors) if vectors else np.empty((0, 0), np.float32)
     return UserVectors(np.array(users, np.uint64), stacked, np.array(clicks, np.int64), version)
@@ -240,7 +240,7 @@ def run(settings: Settings) -> None:
             if not members.any():
                 continue
             near = nearest(vectors, members, settings.segments.lookalikes)
-            listed = LookalikeList(
+            lookalikes = LookalikeList(
                 vectors.version,
                 wall_ms(),
                 int(members.sum()),
@@ -248,7 +248,7 @@ def run(settings: Settings) -> None:
                 tuple(NearUser(f"{user:016x}", similarity) for user, similarity in near),
                 tuple(precision_curve(vectors, members)),
             )
-            write(folder, segment, listed)
+            write(folder, segment, lookalikes)
     durable.sync_directory(folder)
 
 

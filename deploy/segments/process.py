@@ -368,7 +368,7 @@ class SegmentKeeper:
         self._seen: tuple[bytes | None, int, int] = (None, 0, 0)
         # Erased users to evaluate, and the erasure that is complete after that; -1 before control was read.
         self._leaving: set[int] = set()
-        self._erased, self._told = -1, 0
+        self._erased, self._reported = -1, 0
 
     def step(self) -> None:
         """Runs one round; waits for clicks at most `FETCH_S` if there is nothing else to do.
@@ -400,7 +400,7 @@ class SegmentKeeper:
         self._metrics.waiting.set(len(self._due))
         self._metrics.sweep_seconds.set(self._sweep.took_s)
         # 5.
-        if self._erased > self._told and not self._leaving:
+        if self._erased > self._reported and not self._leaving:
             self._tell_erased()
         # 6.
         if not self._sweep.hurried and not self._leaving:
@@ -423,12 +423,12 @@ class SegmentKeeper:
             mask = reader.note(MASK_NOTE) if control != self._seen[0] else None
         if served is None:
             return
-        known, epoch, version = self._seen
+        seen_control, epoch, version = self._seen
         self._seen = (control, served.epoch, served.version)
-        if (control, served.epoch) == (known, epoch) and served.version >= version:
+        if (control, served.epoch) == (seen_control, epoch) and served.version >= version:
             return
         self._lists.drop()
-        if control != known:
+        if control != seen_control:
             erased = Mask.from_bytes(mask or b"{}").erased
             if erased.last > self._erased:
                 self._leaving.update(user for erasure in erased.after(max(self._erased, 0)) for user in erasure.users)
@@ -451,7 +451,7 @@ class SegmentKeeper:
         last, now_ms = self._erased, self._now_ms()
         part = name_of(self._path, "segments")
         report(self._settings.registry_dir, ErasureReport(part, HOST, str(self._path), last, last, 0, now_ms))
-        self._told = last
+        self._reported = last
         _log.info("erasure %d: users have left all segments", last)
 
 

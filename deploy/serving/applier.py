@@ -109,7 +109,10 @@ class HostRows:
             _log.warning("the rows lie on the disk, %s: %s. Each version is written there", chosen.path, chosen.why)
         # In memory, the map may be larger than the rows' share of the disk.
         size = settings.serving.map_gb << 30 if chosen.in_memory else map_bytes(settings, SERVING, ROWS, chosen.path)
-        self._place, self._store = (chosen, RowStore.open_anew(chosen.path, size, shares=settings.serving.user_shares))
+        self._location, self._store = (
+            chosen,
+            RowStore.open_anew(chosen.path, size, shares=settings.serving.user_shares),
+        )
         self.versions = VersionFollower(
             Registry(settings.registry_dir),
             self._store,
@@ -140,9 +143,9 @@ class HostRows:
     def keep_house(self) -> None:
         """Frees the slots of readers that died, and updates metrics; called about once a second."""
         self._store.clear_stale_readers()
-        used = place.size(self._place.path)
-        self._metrics.rows_bytes.labels("memory").set(used if self._place.in_memory else 0)
-        self._metrics.rows_bytes.labels("disk").set(0 if self._place.in_memory else used)
+        used = place.size(self._location.path)
+        self._metrics.rows_bytes.labels("memory").set(used if self._location.in_memory else 0)
+        self._metrics.rows_bytes.labels("disk").set(0 if self._location.in_memory else used)
 
     def close(self) -> None:
         """Closes the store."""

@@ -76,10 +76,10 @@ class ItemFeed:
 
 def _clicked(events: Events) -> np.ndarray[tuple[int], np.dtype[np.void]]:
     """Counts the clicks of each item with a category, `[k]` CLICKED; its category is that of its last click."""
-    some = events[(events["item"] != 0) & (events["category"] != 0)][::-1]
-    items, first, clicks = np.unique(some["item"], return_index=True, return_counts=True)
+    clicks_of_items = events[(events["item"] != 0) & (events["category"] != 0)][::-1]
+    items, first, clicks = np.unique(clicks_of_items["item"], return_index=True, return_counts=True)
     clicked = np.zeros(len(items), CLICKED)
-    clicked["item"], clicked["category"], clicked["clicks"] = items, some["category"][first], clicks
+    clicked["item"], clicked["category"], clicked["clicks"] = items, clicks_of_items["category"][first], clicks
     return clicked if len(clicked) <= MOST_ITEMS else clicked[np.argsort(-clicks, kind="stable")[:MOST_ITEMS]]
 
 

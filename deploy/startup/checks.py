@@ -1,6 +1,6 @@
 """Checks before the loop starts: Python, disk and ports; each failure is one clear error.
 
-This file imports nothing that needs Python 3.11, so that an older Python reports an error and not a traceback.
+This file imports nothing that needs a supported Python, so that an older Python reports an error and not a traceback.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from state.errors import PortTaken, StoreFull, UnsupportedPython, UnusableDisk
 
-PYTHON = (3, 11)
+PYTHONS = ((3, 11), (3, 12))
 LEAST_FREE_BYTES = 256 * 2**20
 
 
@@ -28,7 +28,7 @@ class Port(NamedTuple):
 
 
 def require_python(version: Sequence[object]) -> None:
-    """Checks that Python is 3.11, the release at which TensorFlow and Beam pin each other.
+    """Checks that Python is one for which all pinned packages exist.
 
     Args:
         version: Major and minor number first, such as `sys.version_info`.
@@ -38,9 +38,10 @@ def require_python(version: Sequence[object]) -> None:
 
     >>> require_python((3, 11, 7))
     """
-    if tuple(version[:2]) != PYTHON:
-        own, wanted = (".".join(map(str, numbers[:2])) for numbers in (version, PYTHON))
-        raise UnsupportedPython(f"Python {own} is not supported", f"install Python {wanted} and run `make clean run`")
+    if tuple(version[:2]) not in PYTHONS:
+        own, *wanted = (".".join(map(str, numbers[:2])) for numbers in (version, *PYTHONS))
+        do = f"install Python {' or '.join(wanted)} and run `make clean run`"
+        raise UnsupportedPython(f"Python {own} is not supported", do)
 
 
 def require_directory(directory: Path) -> None:

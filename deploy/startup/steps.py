@@ -109,7 +109,7 @@ def process_plans(
 
     # It builds a new store next to the old one. If interrupted, it keeps the old store and starts again.
     rebuild = plan(REBUILD, "streaming.rebuild", stop_s=1.0, lasting=False)
-    listed = (
+    plans = (
         plan(SHOPPERS, "deploy.replay", "--synthetic", "--head-start", str(head_start), stop_s=3.0),
         replace(
             plan(STREAM, "streaming.pipeline", *accepted, stop_s=SAVING_S), remedies={CorruptStore.__name__: rebuild}
@@ -126,7 +126,7 @@ def process_plans(
         plan(CONSOLE, "deploy.console.server", stop_s=15.0),
         plan(PROBE, "deploy.probe", "--continuously", stop_s=3.0),
     )
-    return {listed_plan.name: listed_plan for listed_plan in listed}
+    return {plan.name: plan for plan in plans}
 
 
 def left_out(settings: Settings) -> set[str]:
@@ -146,7 +146,7 @@ def ports(settings: Settings, local_kafka: bool, watched: bool = False) -> list[
     """
     local, unwanted, metrics = "127.0.0.1", left_out(settings), settings.metrics.host
     serving, console = settings.serving, settings.console
-    listed = (
+    ports = (
         ("kafka.port", local, local_kafka),
         ("serving.port", serving.host, True),
         ("serving.grpc_port", serving.host, serving.grpc_port > 0),
@@ -160,7 +160,7 @@ def ports(settings: Settings, local_kafka: bool, watched: bool = False) -> list[
         ("probe.metrics_port", metrics, PROBE not in unwanted),
         ("up.prometheus_port", local, watched),
     )
-    return [Port(name, host, settings.value(name)) for name, host, wanted in listed if wanted]
+    return [Port(name, host, settings.value(name)) for name, host, wanted in ports if wanted]
 
 
 class LocalKafka:

@@ -120,7 +120,7 @@ class Windows:
     def __init__(self, window_s: int, new: Callable[[], Statistics], resumed: bool = False) -> None:
         self._length_ms = window_s * 1000
         self._new = new
-        self._whole = resumed
+        self._is_whole = resumed
         self._now_ms = 0
         self.open: Window | None = None
 
@@ -131,7 +131,7 @@ class Windows:
         if self.open is None or self._now_ms >= self.open.end_ms:
             ended = self.open
             start_ms = self._now_ms - self._now_ms % self._length_ms
-            is_whole = self._whole or ended is not None
+            is_whole = self._is_whole or ended is not None
             self.open = Window(start_ms, start_ms + self._length_ms, offset, self._new(), is_whole)
         self.open.statistics.add(batch.columns, batch.header.attributes)
         return ended
@@ -173,9 +173,9 @@ class WindowJudge:
             self._clear()
             metrics.windows.labels("begun_before" if not window.whole else "few_rows").inc()
             return None
-        counted = dataset(window.statistics, f"window until {window.end_ms}")
+        statistics = dataset(window.statistics, f"window until {window.end_ms}")
         previous = self._previous(window)
-        self._kept.add(KeptWindow(window.end_ms, counted), KEPT_WINDOWS)
+        self._kept.add(KeptWindow(window.end_ms, statistics), KEPT_WINDOWS)
         baseline = self._baseline()
         if baseline is None:
             self._clear()
@@ -185,8 +185,8 @@ class WindowJudge:
         metrics.baseline.set(baseline.accepted.number)
         if previous is not None and not self._settled(window):
             previous = _without_features(previous)
-        anomalies = validate(counted, baseline.schema, baseline.statistics, previous)
-        self._show(counted, anomalies)
+        anomalies = validate(statistics, baseline.schema, baseline.statistics, previous)
+        self._show(statistics, anomalies)
         self._tell(anomalies, rows)
         return anomalies
 
@@ -223,9 +223,9 @@ class WindowJudge:
             metric.clear()
         self._count({})
 
-    def _show(self, counted: DatasetFeatureStatistics, anomalies: Anomalies) -> None:
+    def _show(self, statistics: DatasetFeatureStatistics, anomalies: Anomalies) -> None:
         self._clear()
-        features = by_name(counted)
+        features = by_name(statistics)
         labels = labels_of(features)
         for label, against, distance in _largest(anomalies, labels):
             self._metrics.distance.labels(label, against).set(distance)

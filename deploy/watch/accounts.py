@@ -72,9 +72,9 @@ def in_flight(batches: Iterable[MicroBatch], marks: Mapping[Source, int], until:
     for batch in batches:
         fresh, after = trim(batch, at)
         ends = np.array([until.get(part.source, 0) for part in batch.header.ranges] or [0], np.int64)
-        counted = trained(batch.kind) & (batch.offset < ends[batch.source])
-        rows += int((fresh & counted).sum())
-        duplicate += int((~fresh & counted).sum())
+        is_counted = trained(batch.kind) & (batch.offset < ends[batch.source])
+        rows += int((fresh & is_counted).sum())
+        duplicate += int((~fresh & is_counted).sum())
         at = after
     return InFlight(rows, duplicate, at)
 
@@ -93,19 +93,19 @@ def stream_account(counts: Counts) -> StreamAccount:
 
 
 def _trainer_account(version: Manifest, flying: InFlight) -> TrainerAccount:
-    counted = {
+    rows_by_outcome = {
         name: int(version.metrics.get(f"account.{name}", 0))
         for name in ("rows", "trained", "skipped", "duplicate", "masked", "gap", "other_features")
     }
     return TrainerAccount(
-        rows=counted["rows"] + flying.rows + flying.duplicate,
-        trained=counted["trained"],
-        skipped=counted["skipped"],
-        duplicate=counted["duplicate"] + flying.duplicate,
+        rows=rows_by_outcome["rows"] + flying.rows + flying.duplicate,
+        trained=rows_by_outcome["trained"],
+        skipped=rows_by_outcome["skipped"],
+        duplicate=rows_by_outcome["duplicate"] + flying.duplicate,
         in_flight=flying.rows,
-        masked=counted["masked"],
-        gap=counted["gap"],
-        other_features=counted["other_features"],
+        masked=rows_by_outcome["masked"],
+        gap=rows_by_outcome["gap"],
+        other_features=rows_by_outcome["other_features"],
     )
 
 
@@ -118,7 +118,7 @@ def comparable(counts: Counts, version: Manifest, flying: InFlight) -> str:
         return f"the trainer has {ahead:,} positions that the stream has still to commit"
     if unknown := [str(source) for source in version.marks if source not in counts]:
         return f"the trainer has sources that no store here counts: {', '.join(unknown)}"
-    began = sum(counted["first"] for source, counted in counts.items() if source in flying.marks)
+    began = sum(outcomes["first"] for source, outcomes in counts.items() if source in flying.marks)
     if "account.before" not in version.metrics:
         return "the version is of a release that did not record where its branch began"
     if flying.marks.keys() == version.marks.keys() and int(version.metrics["account.before"]) != began:
@@ -233,7 +233,7 @@ def account(settings: Settings) -> dict[str, Any]:
         flying = InFlight(0, 0, version.marks, complete=False)
         try:
             if counts is not None:
-                until = {source: counted["next"] for source, counted in counts.items()}
+                until = {source: outcomes["next"] for source, outcomes in counts.items()}
                 flying = _read_tail(settings, version, until, line)
         except SpringtideError as error:
             document["notes"].append(f"rows in flight are not counted: {error}")
@@ -290,8 +290,8 @@ def _broker(settings: Settings, counts: Counts, document: dict[str, Any]) -> lis
         document["notes"].append(f"the broker's offsets are not known: {error}")
         return []
     return [
-        BrokerAccount(source, counted["next"], *ends[source.partition])
-        for source, counted in sorted(counts.items())
+        BrokerAccount(source, outcomes["next"], *ends[source.partition])
+        for source, outcomes in sorted(counts.items())
         if source.topic_id == topic_id and source.partition in ends
     ]
 

@@ -146,9 +146,9 @@ def reasons(dead: Mapping[str, float]) -> str:
     """
     if not any(dead.values()):
         return "none since the start"
-    listed = [f"{shown(count)} {reason}" for reason, count in dead.items() if count]
-    more = [f"{len(listed) - MOST_REASONS} more"] if len(listed) > MOST_REASONS else []
-    return f"{shown(sum(dead.values()))}: {', '.join([*listed[:MOST_REASONS], *more])}"
+    reasons = [f"{shown(count)} {reason}" for reason, count in dead.items() if count]
+    more = [f"{len(reasons) - MOST_REASONS} more"] if len(reasons) > MOST_REASONS else []
+    return f"{shown(sum(dead.values()))}: {', '.join([*reasons[:MOST_REASONS], *more])}"
 
 
 def span(spread_s: float | None) -> str:

@@ -68,9 +68,9 @@ class Scrape:
     def _matching(self, name: str, wanted: Mapping[str, Collection[str]]) -> Iterator[tuple[dict[str, str], float]]:
         for (series, labels), value in self.values.items():
             if series == name:
-                own = dict(labels)
-                if all(own.get(label) in values for label, values in wanted.items()):
-                    yield own, value
+                own_labels = dict(labels)
+                if all(own_labels.get(label) in values for label, values in wanted.items()):
+                    yield own_labels, value
 
     def by(self, name: str, label: str) -> dict[str, float]:
         """Returns the values of a series by one of its labels.

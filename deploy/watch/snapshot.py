@@ -81,10 +81,10 @@ class Snapshot:
         >>> Snapshot(Figures(up_s={"stream": 1.0}, held=True, paused=True)).texts
         'training is held by the guard, training is paused by an operator'
         """
-        known: dict[str, Problem] = {}
+        by_text: dict[str, Problem] = {}
         for problem in (*_of_figures(self.figures), *_of_sections(self.sections), *_holds(self.figures)):
-            known.setdefault(problem.text, problem)
-        return list(known.values())
+            by_text.setdefault(problem.text, problem)
+        return list(by_text.values())
 
     def having(self, sections: Mapping[str, Any]) -> Snapshot:
         """Returns the snapshot with sections; those of Kafka add to its figures."""

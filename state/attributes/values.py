@@ -128,14 +128,14 @@ class AttributeTable:
 
     def _id(self, name: str, text: str | None) -> int:
         key = name, text
-        known = self._ids.get(key)
-        if known is None:
-            known = self.none_id(name) if text is None else public_id(f"{self.side}:{name}={text}")
+        identity = self._ids.get(key)
+        if identity is None:
+            identity = self.none_id(name) if text is None else public_id(f"{self.side}:{name}={text}")
             if len(self._ids) >= CACHED_IDS:
                 self._ids.clear()
             if len(text or "") <= TEXT_CHARACTERS:
-                self._ids[key] = known
-        return known
+                self._ids[key] = identity
+        return identity
 
 
 def _text(field: Field, value: Any) -> str | None:

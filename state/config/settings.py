@@ -128,9 +128,9 @@ class Settings:
         {'SPRINGTIDE_KAFKA_CLICKS_TOPIC': 'shop', 'SPRINGTIDE_KAFKA_PORT': '9192'}
         """
         return {
-            variable(known.name): as_text(self.value(known.name))
-            for known in known_settings()
-            if self.value(known.name) != known.default
+            variable(setting.name): as_text(self.value(setting.name))
+            for setting in known_settings()
+            if self.value(setting.name) != setting.default
         }
 
     def value(self, name: str) -> Any:

@@ -249,24 +249,24 @@ def line_numbers(text: str) -> dict[str, int]:
     return lines
 
 
-def checked(known: KnownSetting, value: Any, origin: str) -> Any:
+def checked(setting: KnownSetting, value: Any, origin: str) -> Any:
     """The value in the setting's type and bounds; SettingsError if it is not of the type, or out of bounds."""
-    where = f"{origin}: {known.name}"
-    value = 0 if known.auto and value == "auto" else value
-    if isinstance(known.default, tuple):
+    where = f"{origin}: {setting.name}"
+    value = 0 if setting.auto and value == "auto" else value
+    if isinstance(setting.default, tuple):
         if isinstance(value, str):
             value = as_list(value)
         if not isinstance(value, list):
             raise SettingsError(
-                f"{where} must be a list, such as {as_text(known.default) or 'one,two'}, not {_shown(known, value)}"
+                f"{where} must be a list, such as {as_text(setting.default) or 'one,two'}, not {_shown(setting, value)}"
             )
         # An empty default is a list of strings.
-        kind = type(known.default[0]) if known.default else str
-        return tuple(_in_bounds(known, _scalar(known, kind, element, where), where) for element in value)
-    return _in_bounds(known, _scalar(known, type(known.default), value, where), where)
+        kind = type(setting.default[0]) if setting.default else str
+        return tuple(_in_bounds(setting, _scalar(setting, kind, element, where), where) for element in value)
+    return _in_bounds(setting, _scalar(setting, type(setting.default), value, where), where)
 
 
-def _scalar(known: KnownSetting, kind: type, value: Any, where: str) -> Any:
+def _scalar(setting: KnownSetting, kind: type, value: Any, where: str) -> Any:
     """One value as `kind`; text is parsed, other types must fit without loss."""
     try:
         if isinstance(value, kind) and not isinstance(value, bool):
@@ -278,29 +278,29 @@ def _scalar(known: KnownSetting, kind: type, value: Any, where: str) -> Any:
     except ValueError:
         pass
     wanted = {int: "a whole number", float: "a number", str: "a text"}[kind]
-    raise SettingsError(f"{where} must be {wanted}, not {_shown(known, value)}")
+    raise SettingsError(f"{where} must be {wanted}, not {_shown(setting, value)}")
 
 
-def _in_bounds(known: KnownSetting, value: Any, where: str) -> Any:
-    if known.choices and value not in known.choices:
+def _in_bounds(setting: KnownSetting, value: Any, where: str) -> Any:
+    if setting.choices and value not in setting.choices:
         raise SettingsError(
-            f"{where} must be one of {', '.join(filter(None, known.choices))}, not {_shown(known, value)}"
+            f"{where} must be one of {', '.join(filter(None, setting.choices))}, not {_shown(setting, value)}"
         )
     if isinstance(value, float) and not math.isfinite(value):
-        raise SettingsError(f"{where} must be finite, not {_shown(known, value)}")
-    if known.filled and value.strip() == "":
+        raise SettingsError(f"{where} must be finite, not {_shown(setting, value)}")
+    if setting.filled and value.strip() == "":
         raise SettingsError(f"{where} must not be empty")
-    if known.above is not None and value <= known.above:
-        raise SettingsError(f"{where} must be more than {known.above:g}, not {_shown(known, value)}")
-    if known.least is not None and value < known.least:
-        raise SettingsError(f"{where} must be at least {known.least:g}, not {_shown(known, value)}")
-    if known.most is not None and value > known.most:
-        raise SettingsError(f"{where} must be at most {known.most:g}, not {_shown(known, value)}")
+    if setting.above is not None and value <= setting.above:
+        raise SettingsError(f"{where} must be more than {setting.above:g}, not {_shown(setting, value)}")
+    if setting.least is not None and value < setting.least:
+        raise SettingsError(f"{where} must be at least {setting.least:g}, not {_shown(setting, value)}")
+    if setting.most is not None and value > setting.most:
+        raise SettingsError(f"{where} must be at most {setting.most:g}, not {_shown(setting, value)}")
     return value
 
 
-def _shown(known: KnownSetting, value: Any) -> str:
-    return MASK if known.secret else repr(value)
+def _shown(setting: KnownSetting, value: Any) -> str:
+    return MASK if setting.secret else repr(value)
 
 
 UNITS_MS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}

@@ -245,9 +245,9 @@ class LmdbStore:
                 for name, database in self._databases.items():
                     # A generator ends once; an LMDB cursor would start again.
                     entries, target = (entry for entry in snapshot.cursor(database)), copy.open_db(name.encode())
-                    while some := list(islice(entries, AT_ONCE)):
+                    while batch := list(islice(entries, AT_ONCE)):
                         with copy.begin(write=True, db=target) as transaction:
-                            transaction.cursor().putmulti(some, append=True)
+                            transaction.cursor().putmulti(batch, append=True)
         finally:
             copy.close()
 

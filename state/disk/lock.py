@@ -52,7 +52,7 @@ class DirectoryLock:
     """
 
     def __init__(self, path: Path, name: str = layout.LOCK, about: Mapping[str, str] = MappingProxyType({})) -> None:
-        self._path, self._about = Path(path), about
+        self._path, self._holder = Path(path), about
         self._file = self._path / name
         self._handle: int | None = None
 
@@ -134,7 +134,7 @@ class DirectoryLock:
     def _write_holder(self) -> None:
         assert self._handle is not None
         started_s = psutil.Process().create_time()
-        holder = {"host": socket.gethostname(), "pid": os.getpid(), "started_s": started_s, **self._about}
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "started_s": started_s, **self._holder}
         # The holder's name is only informative: a full disk must not prevent commands that free space.
         with contextlib.suppress(OSError):
             os.ftruncate(self._handle, 0)

@@ -350,9 +350,9 @@ class ExperimentsDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
             RegistryError: There is none.
         """
         if (experiment := self.find(name)) is None:
-            known = ", ".join(experiment.name for experiment in self.experiments) or "there is none"
+            names = ", ".join(experiment.name for experiment in self.experiments) or "there is none"
             raise RegistryError(
-                f"there is no experiment {name}", f"take one of `springtide experiment status`: {known}"
+                f"there is no experiment {name}", f"take one of `springtide experiment status`: {names}"
             )
         return experiment
 
@@ -544,9 +544,9 @@ class Experiments:
                 shutil.rmtree(temporary)
         if any(self.document().find(name) is None for name in self.open()):
             with self._locked():
-                known = self.document()
+                document = self.document()
                 for name in self.open():
-                    if known.find(name) is None:
+                    if document.find(name) is None:
                         shutil.rmtree(self.folder(name))
 
     def write_report(self, report: object) -> None:

@@ -57,8 +57,8 @@ class MaskedUsers:
         # In sorted order, consecutive lookups access the same part of a large set.
         order = np.argsort(users)
         ordered = users[order]
-        places = np.minimum(np.searchsorted(self.ids, ordered), len(self.ids) - 1)
-        members[order] = self.ids[places] == ordered
+        indices = np.minimum(np.searchsorted(self.ids, ordered), len(self.ids) - 1)
+        members[order] = self.ids[indices] == ordered
         return members
 
     def __contains__(self, user: int) -> bool:

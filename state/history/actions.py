@@ -38,9 +38,9 @@ def exchange(then: Sequence[str], now: Sequence[str]) -> Numbers | None:
     """
     if tuple(now[: len(then)]) == tuple(then):
         return None
-    places = {name: number for number, name in enumerate(now)}
+    number_of = {name: number for number, name in enumerate(now)}
     table = np.full(256, OTHER, np.uint8)
-    table[: len(then)] = [places.get(name, OTHER) for name in then]
+    table[: len(then)] = [number_of.get(name, OTHER) for name in then]
     return table
 
 

@@ -225,7 +225,7 @@ class Removed(NamedTuple):
 def remove(cursor: lmdb.Cursor, aged: Sequence[int], is_old: IsOld, evicted: Sequence[int]) -> Removed:
     """Deletes the leading chunks of `aged` users that contain only old events, and all chunks of `evicted` users."""
     keys = [[key for key, _ in all_of(cursor, user)] for user in evicted]
-    known = sum(map(bool, keys))
+    evicted_users = sum(map(bool, keys))
     events = emptied = 0
     for user in aged:
         chunks = all_of(cursor, user)
@@ -235,4 +235,4 @@ def remove(cursor: lmdb.Cursor, aged: Sequence[int], is_old: IsOld, evicted: Seq
         emptied += bool(chunks) and len(old) == len(chunks)
     for key in (key for keys_of_user in keys for key in keys_of_user):
         cursor.pop(key)
-    return Removed(events, emptied, known)
+    return Removed(events, emptied, evicted_users)

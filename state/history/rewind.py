@@ -148,7 +148,7 @@ class Before:
         self._low: dict[Source, int] = dict(marks)
         self._lacking = dict(needed)
         self._users = np.array(sorted(needed), np.uint64)
-        self._found: dict[int, list[Events]] = {user: [] for user in needed}
+        self._events: dict[int, list[Events]] = {user: [] for user in needed}
         self.waited, self.items = set(waited), set(items)
         self._items = np.array(sorted(self.items), np.uint64)
         self.categories: dict[int, int] = {}
@@ -217,7 +217,7 @@ class Before:
             if (lacking := self._lacking.get(user)) is None:
                 continue
             events = grouped.events[max(start, end - lacking) : end]
-            self._found[user].append(events)
+            self._events[user].append(events)
             self._lacking[user] = lacking - len(events)
             if len(events) == lacking:
                 del self._lacking[user]
@@ -231,7 +231,7 @@ class Before:
         """User -> the events found, in order."""
         return {
             user: np.concatenate([np.empty(0, EVENT), *reversed(parts)]).astype(EVENT)
-            for user, parts in self._found.items()
+            for user, parts in self._events.items()
         }
 
 

@@ -28,7 +28,7 @@ from state.history.snapshots import (
 )
 from state.history.store import FORGOTTEN, LOADING, ForgottenUsers, StoreView
 from state.log.follow import Position
-from state.positions import share_of
+from state.positions import Source, share_of
 from state.process import killpoints
 from state.registry import sealed
 from state.registry.log_line import WHOLE, to_json
@@ -41,6 +41,8 @@ REBASED, LEAST_GAIN = 2, 4
 deltas since its last scan have added a `LEAST_GAIN`th of its own events."""
 MOST_DELTAS = 64
 """A range is also due after this many deltas since its last scan."""
+MOST_GAINED = 8_000_000
+"""The maximum number of events of a delta; a snapshot after more of them scans all users."""
 _ENTRIES = 0xFFF
 _KEY = np.dtype([("user", ">u8"), ("chunk", ">u4")])
 _INVERT = np.uint32((1 << 32) - 1)
@@ -71,14 +73,14 @@ class Cut:
         view: The store at that moment.
         position: Its position in the training log.
         salt: Fingerprint of the salt of its users' pseudonyms.
-        gained: The events added since `since`, in order.
+        gained: The events added since `since`, in order; None to find them in the view.
         since: The snapshot on which this one builds; None to write all users.
     """
 
     view: StoreView
     position: Position
     salt: str
-    gained: Sequence[Gained]
+    gained: Sequence[Gained] | None
     since: HistorySnapshot | None
 
 
@@ -120,14 +122,18 @@ class SnapshotWriter:
             StoreFull: The snapshot is larger than `most_bytes`.
             UnusablePlace: The location cannot be reached.
         """
-        before, view = cut.since, cut.view
+        before, view, gained = cut.since, cut.view, cut.gained or ()
         self._number = max(now_ms, after + 1, before.number + 1 if before else 0)
         # 1.
         try:
+            if before is not None and cut.gained is None:
+                gained = self._gained_since(view, before.marks)
+                if sum(len(part.users) for part in gained) > MOST_GAINED:
+                    before, gained = None, ()
             self._files = [] if before is None else [file for file in before.files if file.kind != "extras"]
-            due = [] if before is None else due_ranges(before, sum(len(part.users) for part in cut.gained))
+            due = [] if before is None else due_ranges(before, sum(len(part.users) for part in gained))
             if before is not None and len(due) < len(before.ranges):
-                self._write_delta(Gained.joined(cut.gained))
+                self._write_delta(Gained.joined(gained))
             ranges = self._write_ranges(view, before, due)
             known = {} if before is None else {file.sha256: file for file in before.files if file.kind == "extras"}
             self._write_extras(view, known)
@@ -180,11 +186,33 @@ class SnapshotWriter:
             or (file.kind == "base" and (file.first_user, file.number) in bases)
         )
 
+    def _gained_since(self, view: StoreView, marks: Mapping[Source, int]) -> list[Gained]:
+        """The events that were appended at the offsets `marks` and later; incomplete beyond `MOST_GAINED`."""
+        found, count = list[Gained](), 0
+        after = _by_partition(marks)
+        for ends in view.ends():
+            if self._stopped():
+                raise _Stopped
+            # Events are in append order, so a user without a new last event has no new event.
+            users = np.array(ends.users, np.uint64)
+            users = users[_are_since(after, users, ends.newest)]
+            histories = [view.read_all(user) for user in users.tolist()]
+            owners = np.repeat(users, [*map(len, histories)])
+            events = np.concatenate([np.empty(0, EVENT), *histories]).astype(EVENT)
+            new = _are_since(after, owners, events)
+            found.append(Gained(owners[new], events[new]))
+            count += len(found[-1].users)
+            if count > MOST_GAINED:
+                break
+        return found
+
     def _write_delta(self, gained: Gained) -> None:
         if not len(gained.users):
             return
         order = np.lexsort((gained.users, share_of(gained.users)))
-        users, events = gained.users[order], gained.events[order]
+        users = gained.users[order]
+        # As words, since taking rows of a structured array is slow.
+        events = gained.events.view(np.int64).reshape(len(users), -1)[order].view(EVENT).reshape(-1)
         starts = np.flatnonzero(np.concatenate(([True], users[1:] != users[:-1])))
         ends = np.append(starts[1:], len(users))
         for first_share, last_share, low, high in _by_share(users[starts], np.diff(ends, prepend=0)):
@@ -290,6 +318,27 @@ class SnapshotWriter:
 
 class _Stopped(Exception):
     """The process is stopping."""
+
+
+def _by_partition(marks: Mapping[Source, int]) -> dict[tuple[int, int], NDArray[np.int64]]:
+    """(Topic number, partition) -> the next offset by share of users, `[SHARES]` int64."""
+    shares, found = np.arange(SHARES), dict[tuple[int, int], NDArray[np.int64]]()
+    for source, after in marks.items():
+        by_share = found.setdefault((source.topic, source.partition), np.zeros(SHARES, np.int64))
+        theirs = shares % source.buckets == source.bucket
+        by_share[theirs] = np.maximum(by_share[theirs], after)
+    return found
+
+
+def _are_since(
+    after: Mapping[tuple[int, int], NDArray[np.int64]], users: NDArray[np.uint64], events: Events
+) -> NDArray[np.bool_]:
+    """Which events (`[m]` EVENT) of `users` (`[m]` uint64) are at the offsets `after` or later, `[m]` bool."""
+    found, shares = np.ones(len(events), np.bool_), share_of(users)
+    for (topic, partition), by_share in after.items():
+        theirs = (events["topic"] == topic) & (events["partition"] == partition)
+        found[theirs] = events["offset"][theirs] >= by_share[shares[theirs]]
+    return found
 
 
 def due_ranges(before: HistorySnapshot, gained: int) -> list[UserRange]:

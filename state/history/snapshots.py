@@ -257,6 +257,10 @@ class Wanted:
             begin, end = self.ends.get(partition, (0, -1))
             if not begin <= after <= end:
                 return f"the training log now has the records {begin} to {end - 1}, and it needs the one at {after}"
+        return self.refuse_branch(snapshot)
+
+    def refuse_branch(self, snapshot: HistorySnapshot) -> str:
+        """Why the branch of a snapshot is not the one that control names; empty if it is."""
         try:
             parted = parting(from_json(snapshot.branch), self.branch)
         except ValueError:
@@ -470,6 +474,28 @@ def load_newest(
         store.clear()
         store.finish_loading([], 0)
     return None
+
+
+def newest_extras(location: FileStore, wanted: Wanted, keep: Callable[[str], bool]) -> dict[str, bytes]:
+    """The extras, selected by name, of the newest readable snapshot whose branch is not abandoned.
+
+    Its histories need not be usable. The result is empty if there is no such snapshot.
+
+    Raises:
+        UnusablePlace: The location cannot be reached.
+    """
+    for snapshot in _readable(location):
+        if wanted.refuse_branch(snapshot):
+            continue
+        reader = SnapshotReader(location, snapshot)
+        try:
+            named = ((key[2:].decode(), value) for key, value in reader.extras() if key[:2] == b"x:")
+            return {name: value for name, value in named if keep(name)}
+        except CorruptStore as error:
+            logger.error("%s", error)
+        finally:
+            reader.close()
+    return {}
 
 
 # Removing

@@ -103,17 +103,31 @@ class StoreView:
         """The chunks of all users from `user` on, in slices that may divide a user."""
         yield from self._slices(self._chunks, prefix_of(user))
 
+    def ends(self) -> Iterator[Ends]:
+        """The newest and the oldest event of all users, in slices."""
+        cursor, start = self._transaction.cursor(db=self._chunks), cast(int | None, 0)
+        while start is not None:
+            found = chunks.ends(cursor, start, SLICE)
+            yield found
+            start = found.following
+            time.sleep(SLICE_PAUSE_S)
+
+    def read_all(self, user: int) -> Events:
+        """All stored events of `user`, `[m]` EVENT in append order, with the store's action numbers."""
+        stored = chunks.all_of(self._transaction.cursor(db=self._chunks), user)
+        return chunks.events_in(b"".join(value for _, value in reversed(stored)))
+
     def counts_and_extras(self) -> Iterator[Chunks]:
         """The entries of `counts` and the extras, as `HistoryStore.finish_loading` takes them."""
-        for some in self._slices(self._meta, b"p:"):
-            yield [(key, value) for key, value in some if key[:2] in (b"p:", b"x:")]
+        for entries in self._slices(self._meta, b"p:"):
+            yield [(key, value) for key, value in entries if key[:2] in (b"p:", b"x:")]
 
     def _slices(self, database: Any, start: bytes) -> Iterator[Chunks]:
         cursor = self._transaction.cursor(db=database)
         # A generator ends once; an LMDB cursor would start again.
         entries = (entry for entry in cursor) if cursor.set_range(start) else iter(())
-        while some := cast(Chunks, list(islice(entries, SLICE))):
-            yield some
+        while batch := cast(Chunks, list(islice(entries, SLICE))):
+            yield batch
             time.sleep(SLICE_PAUSE_S)
 
     def close(self) -> None:
@@ -282,8 +296,8 @@ class HistoryStore(MemoryStore):
             # 2. Histories.
             new = chunks.append(transaction.cursor(db=self._chunks), appends, self.history)
             if new:
-                known = int(transaction.get(b"users", db=self._meta) or 0)
-                transaction.put(b"users", str(known + new).encode(), db=self._meta)
+                users = int(transaction.get(b"users", db=self._meta) or 0)
+                transaction.put(b"users", str(users + new).encode(), db=self._meta)
             # 3. Extras.
             named = {b"x:" + name.encode(): value for name, value in (extra or {}).items()}
             put_all(transaction, self._meta, named)
@@ -371,8 +385,8 @@ class HistoryStore(MemoryStore):
         with self._write() as transaction:
             removed = remove(transaction.cursor(db=self._chunks), aged, is_old, evicted)
             if removed_users := removed.aged + removed.evicted:
-                known = int(transaction.get(b"users", db=self._meta) or 0)
-                transaction.put(b"users", str(known - removed_users).encode(), db=self._meta)
+                users = int(transaction.get(b"users", db=self._meta) or 0)
+                transaction.put(b"users", str(users - removed_users).encode(), db=self._meta)
         return removed
 
     def view(self) -> StoreView:

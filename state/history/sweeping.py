@@ -95,10 +95,10 @@ class ReadTimes:
         """
         keys = _keys(events["topic"], events["partition"])
         number = np.minimum(np.searchsorted(self._sources, keys), max(0, len(self._sources) - 1))
-        known = self._sources[number] == keys if len(self._sources) else np.zeros(len(events), np.bool_)
+        has_mark = self._sources[number] == keys if len(self._sources) else np.zeros(len(events), np.bool_)
         slot = np.searchsorted(self._places, number * _OFFSETS + events["offset"], side="right")
         # The last owner is -1, which index -1 also reads before the first one.
-        inside = known & (self._owners[slot] == number)
+        inside = has_mark & (self._owners[slot] == number)
         after = np.where(inside, slot, -1)
         before = np.where(inside & (self._owners[slot - 1] == number), slot - 1, -1)
         return after, np.where(inside, self._times[after], clock_ms), before

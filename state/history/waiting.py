@@ -152,12 +152,12 @@ class WaitingRows:
         rows = dict(self._store.waiting()) if self.format is not None else {}
         if self.format is None or not rows:
             return []
-        keys, places = [*rows], [place_of(key) for key in rows]
-        sources = {source: number for number, source in enumerate(dict.fromkeys(source for source, _ in places))}
+        keys, positions = [*rows], [place_of(key) for key in rows]
+        sources = {source: number for number, source in enumerate(dict.fromkeys(source for source, _ in positions))}
         is_erased = erased.rows(
             self.format.unpack([*rows.values()])["user"],
-            np.array([sources[source] for source, _ in places], np.uint16),
-            np.array([offset for _, offset in places], np.int64),
+            np.array([sources[source] for source, _ in positions], np.uint16),
+            np.array([offset for _, offset in positions], np.int64),
             [Range(source, 0, 0) for source in sources],
         )
         return [keys[row] for row in np.flatnonzero(is_erased).tolist()]

@@ -184,11 +184,11 @@ class Journal:
 
     def add(self, gap: Accepted) -> None:
         """Stores a gap durably; leaves a gap that is stored already unchanged."""
-        known = self.accepted()
-        if any(stored.gap == gap.gap for stored in known):
+        stored_gaps = self.accepted()
+        if any(stored.gap == gap.gap for stored in stored_gaps):
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        final = self.path / f"{len(known) + 1:08d}.json"
+        final = self.path / f"{len(stored_gaps) + 1:08d}.json"
         data = json.dumps(gap.to_json(), sort_keys=True).encode()
         if not durable.create(final, data, durable.unique((self._staging or self.path) / final.name)):
             raise FileExistsError(final)
@@ -233,8 +233,8 @@ def accept(
     gap: Gap, consent: Consent, now_ms: int, marks: Mapping[Source, int] | None = None, record: str = ""
 ) -> Accepted:
     """The record of `gap` accepted by `consent`; see `Accepted`."""
-    known = {str(source): mark for source, mark in (marks or {}).items()}
-    return Accepted(gap, consent.actor, consent.reason, now_ms, known, record)
+    named_marks = {str(source): mark for source, mark in (marks or {}).items()}
+    return Accepted(gap, consent.actor, consent.reason, now_ms, named_marks, record)
 
 
 def add_options(parser: argparse.ArgumentParser, records: bool = False) -> None:

@@ -110,9 +110,9 @@ def open_topic(
             topic_id, ends = topics.describe(topic).topic_id, topics.ends(topic)
         if partitions is not None:
             ends = {partition: ends[partition] for partition in partitions if partition in ends}
-        known = stored if stored is not None and stored.topic_id in ("", topic_id) else Position(topic_id, {})
-        positions = {partition: known.next.get(partition, begin) for partition, (begin, _) in ends.items()}
-        leaders = {partition: epoch for partition, epoch in known.leaders.items() if partition in positions}
+        start = stored if stored is not None and stored.topic_id in ("", topic_id) else Position(topic_id, {})
+        positions = {partition: start.next.get(partition, begin) for partition, (begin, _) in ends.items()}
+        leaders = {partition: epoch for partition, epoch in start.leaders.items() if partition in positions}
         losses, reader = list[GapError](), None
         while reader is None:
             try:

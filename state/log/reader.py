@@ -172,8 +172,8 @@ class BatchConsumer:
 
     def topic_id(self) -> str | None:
         """The id of the topic of that name, as last received."""
-        known = self._fetcher._manager.cluster.topic_id(self._topic)
-        return None if known is None else str(known.hex)
+        topic_id = self._fetcher._manager.cluster.topic_id(self._topic)
+        return None if topic_id is None else str(topic_id.hex)
 
     def reachable(self) -> bool:
         """Whether a broker answers: a connection is open, and no request has waited for `HANGS_S`."""
@@ -338,9 +338,9 @@ class Reader:
     def seek(self, partition: int, offset: int) -> None:
         """Sets the position of the partition's next poll; the leader epochs of skipped records are unknown then."""
         self._buffer.drop(partition)
-        known = self._leaders.get(partition, ()) if offset <= self._positions[partition] else ()
-        self._leaders[partition], self._positions[partition] = known, offset
-        self._consumer.seek(partition, offset, epoch_before(known, offset))
+        leaders = self._leaders.get(partition, ()) if offset <= self._positions[partition] else ()
+        self._leaders[partition], self._positions[partition] = leaders, offset
+        self._consumer.seek(partition, offset, epoch_before(leaders, offset))
 
     def position(self, partition: int) -> int:
         """The position after the last one that `poll` covered."""

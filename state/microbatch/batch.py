@@ -307,14 +307,14 @@ def trim(batch: MicroBatch, marks: Mapping[Source, int]) -> tuple[NDArray[np.boo
 
 def _known_otherwise(batch: MicroBatch, marks: Mapping[Source, int]) -> NDArray[np.bool_]:
     """Which rows are below the mark of a source that contains their users with another number of buckets."""
-    share, known = share_of(batch.user), np.zeros(len(batch), np.bool_)
+    share, is_below = share_of(batch.user), np.zeros(len(batch), np.bool_)
     for number, part in enumerate(batch.header.ranges):
         is_of_range = batch.source == number
         for source, mark in marks.items():
             same = source[:2] == part.source[:2] and source.buckets != part.source.buckets
             if same and mark > part.first:
-                known |= is_of_range & (share % source.buckets == source.bucket) & (batch.offset < mark)
-    return known
+                is_below |= is_of_range & (share % source.buckets == source.bucket) & (batch.offset < mark)
+    return is_below
 
 
 def gaps(header: Header, marks: Mapping[Source, int]) -> list[tuple[Source, int, int]]:

@@ -328,20 +328,20 @@ class Frames:
     """
 
     def __init__(self) -> None:
-        self._rest, self.ended = b"", False
+        self._buffer, self.ended = b"", False
 
     def take(self, data: bytes) -> Iterator[bytes]:
         """The micro-batches that are complete now, each once."""
-        self._rest += data
+        self._buffer += data
         at = 0
-        while at + _LENGTH.size <= len(self._rest):
-            (length,) = _LENGTH.unpack_from(self._rest, at)
+        while at + _LENGTH.size <= len(self._buffer):
+            (length,) = _LENGTH.unpack_from(self._buffer, at)
             end = at + _LENGTH.size + length
             if not length:
                 self.ended = True
-            if end > len(self._rest):
+            if end > len(self._buffer):
                 break
             if length:
-                yield self._rest[at + _LENGTH.size : end]
+                yield self._buffer[at + _LENGTH.size : end]
             at = end
-        self._rest = self._rest[at:]
+        self._buffer = self._buffer[at:]

@@ -70,10 +70,12 @@ class RecordedTimes:
         for number, hour in enumerate(hours.tolist()):
             row, count, newest_ms = int(rows[firsts[number]]), int(counts[number]), int(newest[number])
             where = int(files[row]), int(line[row])
-            if (known := self._hours.get(hour)) is None:
+            if (counted := self._hours.get(hour)) is None:
                 self._hours[hour] = _Hour(count, newest_ms, where)
             else:
-                self._hours[hour] = _Hour(known.rows + count, max(known.newest_ms, newest_ms), min(known.first, where))
+                self._hours[hour] = _Hour(
+                    counted.rows + count, max(counted.newest_ms, newest_ms), min(counted.first, where)
+                )
 
     def crowd(self, max_age_ms: int) -> Crowd:
         """The newest time, without strays. Rows more than `max_age_ms` before the newest time are too old.

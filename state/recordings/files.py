@@ -84,8 +84,8 @@ def csv_rows(
         SettingsError: The file has no column for a wanted field.
     """
     names, records = _named(stream, where, columns, delimiter)
-    places = {name: names.index(name) for name in wanted if name in names}
-    missing = [name for name in wanted if name not in places]
+    index_of = {name: names.index(name) for name in wanted if name in names}
+    missing = [name for name in wanted if name not in index_of]
     if missing:
         if columns:
             raise SettingsError(f"--columns {','.join(names)}: has no {missing[0]!r}", f"name the column, or {remedy}")
@@ -97,7 +97,7 @@ def csv_rows(
     def rows_of(chunk: list[Record]) -> RecordedRows:
         cells = [record[2] or nothing for record in chunk]
         return RecordedRows(
-            columns={name: [row[index] for row in cells] for name, index in places.items()},
+            columns={name: [row[index] for row in cells] for name, index in index_of.items()},
             lines=np.array([record[0] for record in chunk], np.int64),
             broken=frozenset(row for row, record in enumerate(chunk) if record[2] is None),
             text=lambda row: chunk[row][1],

@@ -70,10 +70,10 @@ class EncodedRows:
 
     def take(self, rows: I64) -> EncodedRows:
         """The records `rows`, in that order."""
-        places = rows.tolist()
+        indices = rows.tolist()
         return EncodedRows(
-            [self.keys[row] for row in places],
-            [self.bodies[row] for row in places],
+            [self.keys[row] for row in indices],
+            [self.bodies[row] for row in indices],
             self.at_ms[rows],
             self.file[rows],
             self.line[rows],

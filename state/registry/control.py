@@ -98,8 +98,8 @@ class HeldUpdate:
         'user: share of one user is 30, usually 1, from partition 2 offset 5 on (training log 40 to 89)'
         """
         numbers = f"{self.meaning} is {self.signal:.3g}, usually {self.usual:.3g}"
-        places = ", ".join(f"partition {clicks.partition} offset {clicks.first}" for clicks in self.clicks)
-        since = f", from {places} on" if places else ""
+        starts = ", ".join(f"partition {clicks.partition} offset {clicks.first}" for clicks in self.clicks)
+        since = f", from {starts} on" if starts else ""
         return f"{self.rule}: {numbers}{since} (training log {self.first} to {self.next - 1})"
 
 

@@ -139,15 +139,15 @@ class Manifest(Draft):
 
 def complete(draft: Draft, version: int, ancestors: Visible, contents: Mapping[str, bytes]) -> Manifest:
     """Builds the manifest of `draft` as version `version`, whose parent sees `ancestors`."""
-    known = {field.name: getattr(draft, field.name) for field in fields(draft)}
-    known |= {
+    values = {field.name: getattr(draft, field.name) for field in fields(draft)}
+    values |= {
         "sources": tuple(sorted(draft.sources)),
         "metrics": {name: value for name, value in draft.metrics.items() if math.isfinite(value)},
         "environment": dict(draft.environment),
         "guard": dict(draft.guard),
     }
     visible = extend(ancestors, draft.parent, version)
-    return Manifest(**known, version=version, visible=visible, files=entries(contents))
+    return Manifest(**values, version=version, visible=visible, files=entries(contents))
 
 
 def entries(files: Mapping[str, bytes]) -> dict[str, FileEntry]:

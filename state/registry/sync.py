@@ -369,7 +369,7 @@ class DurableSender:
         changed_ns = self._changed_ns()
         if changed_ns == self._settled_ns:
             return False
-        local = self._here(catalog.folders)
+        local = self._local(catalog.folders)
         unsent = [
             entry for entry in local.items() if catalog.folders.get(entry[0]) != entry[1] and entry not in self._damaged
         ]
@@ -390,7 +390,7 @@ class DurableSender:
     def _first_catalog(self) -> Catalog:
         """Reads the catalogue, and removes files that a killed trainer left outside it."""
         catalog, self._tag = _tagged_catalog(self._store)
-        local = self._here(catalog.folders)
+        local = self._local(catalog.folders)
         for folder in DURABLE:
             for name in self._store.names(folder):
                 version = f"{folder}/{name.partition('/')[0]}"
@@ -399,7 +399,7 @@ class DurableSender:
         self._catalog = catalog
         return catalog
 
-    def _here(self, known: Mapping[str, str]) -> dict[str, str]:
+    def _local(self, known: Mapping[str, str]) -> dict[str, str]:
         """Folder -> mark of its manifest, for all local durable versions; from `known` for those not fetched yet."""
         marks = {}
         with usable("be listed"):

@@ -330,7 +330,7 @@ class RowStore(LmdbStore):
         self._rows, self._versions, self._changes = opened["rows"], opened["versions"], opened["changes"]
         self._last = LastServed()
         # The rows to check by lane, and whether a lane without versions may have rows.
-        self._left: deque[tuple[int, Changes]] = deque()
+        self._to_check: deque[tuple[int, Changes]] = deque()
         self._dead_lanes = True
 
     @contextmanager
@@ -421,7 +421,7 @@ class RowStore(LmdbStore):
             served = (stored(transaction, b"served", self._meta) or b"")[:8]
             if follow or served == u64(manifest.version):
                 self._point(manifest.version, transaction)
-        self._left += to_check
+        self._to_check += to_check
         return True
 
     def _put_record(
@@ -481,7 +481,7 @@ class RowStore(LmdbStore):
         with self._write() as transaction:
             served = stored(transaction, b"served", self._meta) or bytes(8)
             dropped, to_check = self._drop(transaction, {*versions} - {int.from_bytes(served[:8], "big")})
-        self._left += to_check
+        self._to_check += to_check
         return dropped
 
     def _records(self, transaction: lmdb.Transaction) -> list[Served]:
@@ -540,24 +540,24 @@ class RowStore(LmdbStore):
 
         The default is ROWS_AT_ONCE or more.
         """
-        if not self._left and not self._dead_lanes:
+        if not self._to_check and not self._dead_lanes:
             return False
         if at_most is None:
-            at_most = max(ROWS_AT_ONCE, sum(rows.shape[1] for _, rows in self._left) // ROUNDS)
+            at_most = max(ROWS_AT_ONCE, sum(rows.shape[1] for _, rows in self._to_check) // ROUNDS)
         lanes = dict[int, dict[int, Visible]]()
         with self._env.begin() as transaction:
             for record in self._records(transaction):
                 lanes.setdefault(record.lane, {})[record.version] = record.visible
         retained = {lane: branches_of(versions) for lane, versions in lanes.items()}
-        while at_most > 0 and self._left:
+        while at_most > 0 and self._to_check:
             at_most -= self._check_rows(retained, min(at_most, ROWS_IN_TRANSACTION))
-        if at_most > 0 and self._dead_lanes and not self._left:
+        if at_most > 0 and self._dead_lanes and not self._to_check:
             self._delete_dead_lanes(retained)
-        return bool(self._left) or self._dead_lanes
+        return bool(self._to_check) or self._dead_lanes
 
     def _check_rows(self, retained: Mapping[int, Sequence[Branch]], at_most: int) -> int:
         """Deletes unread entries of the next `at_most` rows; returns how many rows it checked."""
-        lane, rows = self._left[0]
+        lane, rows = self._to_check[0]
         tables, ids = rows[:, :at_most].tolist()
         with self._write() as transaction:
             floor, cursor, branches = 0, transaction.cursor(self._rows), retained.get(lane, ())
@@ -566,9 +566,9 @@ class RowStore(LmdbStore):
             floors = self._floors(transaction)
             if floor > floors.get(str(lane), 0):
                 self._put_floors(transaction, {**floors, str(lane): floor})
-        self._left.popleft()
+        self._to_check.popleft()
         if len(ids) < rows.shape[1]:
-            self._left.appendleft((lane, rows[:, len(ids) :]))
+            self._to_check.appendleft((lane, rows[:, len(ids) :]))
         return len(ids)
 
     def _delete_dead_lanes(self, retained: Mapping[int, Sequence[Branch]]) -> None:
@@ -601,14 +601,14 @@ class RowStore(LmdbStore):
         deleted = 0
         with self._write() as transaction:
             records = self._records(transaction)
-            known = [ids_in(transaction, self._rows, table) for table in ("item", "category", "context")]
+            known_ids = [ids_in(transaction, self._rows, table) for table in ("item", "category", "context")]
             # The tables that may have rows of users: the user table, and a ranker's own tables.
             tables = {"user", *(name for record in records for name in record.dims if name not in (*TABLES, *COUNTED))}
             for erasure in erased:
                 later = min((record.version for record in records if record.erased >= erasure.id), default=1 << 63)
                 wrote = (0, later) if version is None else (version, version + 1)
                 ids_by_table = dict.fromkeys(tables, erasure.users.ids)
-                pairs = [crosses.of_user(user, *known) for user in erasure.users]
+                pairs = [crosses.of_user(user, *known_ids) for user in erasure.users]
                 ids_by_table["cross"] = np.concatenate([np.empty(0, np.uint64), *pairs])
                 deleted += delete_entries(transaction, self._rows, ids_by_table, *wrote)
                 before = [record.version for record in records if record.erased < erasure.id]

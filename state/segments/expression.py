@@ -86,8 +86,8 @@ class _Operand(NamedTuple):
     value: Callable[[ProfileFacts], float | str | None]
 
 
-def parse(text: str, known: Vocabulary) -> Expression:
-    """Checks an expression; `known` has the names that it may use.
+def parse(text: str, vocabulary: Vocabulary) -> Expression:
+    """Checks an expression; `vocabulary` has the names that it may use.
 
     >>> known = Vocabulary(["view.count_7d"], ["age_band"])
     >>> asked = parse("view.count_7d>=5 and(not interest['Sport'] < 0.3)", known)
@@ -99,15 +99,15 @@ def parse(text: str, known: Vocabulary) -> Expression:
     """
     if len(text) > MOST_CHARACTERS:
         raise ValueError(f"column {MOST_CHARACTERS + 1}: an expression has {MOST_CHARACTERS} characters at most")
-    return _Checker(text, known).expression()
+    return _Checker(text, vocabulary).expression()
 
 
 class _Checker:
     """Turns the tree of one expression into functions."""
 
-    def __init__(self, text: str, known: Vocabulary) -> None:
+    def __init__(self, text: str, vocabulary: Vocabulary) -> None:
         # Joins the text to one line, so that each offset is a column.
-        self._text, self._known = re.sub(r"\s", " ", text), known
+        self._text, self._known = re.sub(r"\s", " ", text), vocabulary
         self._indent = len(self._text) - len(self._text.lstrip())
         self._kinds: set[str] = set()
 
@@ -201,9 +201,9 @@ class _Checker:
         self._kinds.add("feature")
         return _Operand(False, lambda facts: facts.features.get(name))
 
-    def _require(self, node: ast.expr, name: str, known: Collection[str], kind: str) -> None:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    def _require(self, node: ast.expr, name: str, names: Collection[str], kind: str) -> None:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
             raise self._wrong(
                 node, f"{name} is no {kind}{f'; the nearest is {near[0]}' if near else ', for there are none'}"
             )
@@ -256,7 +256,7 @@ def segments_of(settings: Settings) -> Mapping[str, Segment]:
     if len(written) > MOST_SEGMENTS:
         raise SettingsError(f"{origin}: {len(written)} segments", f"name {MOST_SEGMENTS} at most")
     users = settings.attributes
-    known = Vocabulary(
+    vocabulary = Vocabulary(
         features=FeatureSpec.from_settings(settings).names,
         attributes=tuple(field.name for field in fields_of(users.user_fields)) if users.user_topic else (),
         churn=bool(settings.churn.days),
@@ -271,7 +271,7 @@ def segments_of(settings: Settings) -> Mapping[str, Segment]:
         if name in segments:
             raise SettingsError(f"{origin}: two segments are called {name}", "give each a name of its own")
         try:
-            segments[name] = Segment(name, text, parse(text, known))
+            segments[name] = Segment(name, text, parse(text, vocabulary))
         except ValueError as error:
             raise SettingsError(f"{origin}: segment {name}, {error}", f"correct it: {text}") from None
     return segments

@@ -197,8 +197,8 @@ def _of_feature(feature: Feature, observed: FeatureNameStatistics | None) -> Ite
 def _outside_domain(feature: Feature, observed: FeatureNameStatistics) -> Iterator[Finding]:
     if not feature.HasField("string_domain"):
         return
-    known, total = {*feature.string_domain.value}, common(observed).num_non_missing
-    new = {value: count for value, count in frequencies(observed).items() if value not in known}
+    domain, total = {*feature.string_domain.value}, common(observed).num_non_missing
+    new = {value: count for value, count in frequencies(observed).items() if value not in domain}
     allowed = 1.0 - feature.distribution_constraints.min_domain_mass
     if (share := sum(new.values()) / total) > allowed or (allowed == 0 and new):
         top = sorted(new.items(), key=lambda entry: (-entry[1], entry[0]))[:NAMED_VALUES]

@@ -81,10 +81,10 @@ class _Arm(NamedTuple):
 
 def _combined(strata: Strata) -> tuple[_Arm, _Arm, float]:
     """Both arms over all strata, and the effective number of rows."""
-    known = [pair for pair in strata if pair[0].rows and pair[1].rows]
-    worths = [1 / (1 / first_sums.rows + 1 / second_sums.rows) for first_sums, second_sums in known]
+    pairs = [pair for pair in strata if pair[0].rows and pair[1].rows]
+    worths = [1 / (1 / first_sums.rows + 1 / second_sums.rows) for first_sums, second_sums in pairs]
     total = sum(worths)
-    first, second = (_arm([pair[arm] for pair in known], [worth / total for worth in worths]) for arm in (0, 1))
+    first, second = (_arm([pair[arm] for pair in pairs], [worth / total for worth in worths]) for arm in (0, 1))
     return first, second, total
 
 

@@ -152,8 +152,8 @@ class Statistics:
     def merge(self, other: Statistics) -> None:
         """Adds the counts of `other`, which does not change."""
         self.rows += other.rows
-        for name, counted in other.categorical.items():
-            self._ids(name).merge(counted)
+        for name, column in other.categorical.items():
+            self._ids(name).merge(column)
         for own, others in ((self.label, other.label), (self.delay, other.delay), (self.features, other.features)):
             own.merge(others)
 
@@ -173,8 +173,8 @@ def _known(side: str, names: Sequence[str], ids: NDArray[np.uint64]) -> NDArray[
     absent = [[table.unknown_id(name), table.none_id(name)] for name in names]
     if not absent:
         return ids
-    known: NDArray[np.uint64] = np.where((ids[:, :, None] == np.array(absent, np.uint64)).any(axis=2), 0, ids)
-    return known.astype(np.uint64, copy=False)
+    known_ids: NDArray[np.uint64] = np.where((ids[:, :, None] == np.array(absent, np.uint64)).any(axis=2), 0, ids)
+    return known_ids.astype(np.uint64, copy=False)
 
 
 def _columns(ids: NDArray[np.uint64]) -> Iterable[NDArray[np.uint64]]:

@@ -34,9 +34,9 @@ def dataset(statistics: Statistics, name: str) -> DatasetFeatureStatistics:
     ('none', 0, ['delay_s', 'label'])
     """
     message = DatasetFeatureStatistics(name=name, num_examples=statistics.rows)
-    for key, counted in sorted(statistics.categorical.items()):
+    for key, column in sorted(statistics.categorical.items()):
         actions = statistics.actions if key == ACTION else ()
-        _add_categorical(message, key, counted, actions, MOST_ITEMS if key == ITEM else MOST_VALUES)
+        _add_categorical(message, key, column, actions, MOST_ITEMS if key == ITEM else MOST_VALUES)
     _add_numeric(message, [DELAY], statistics.delay, FeatureNameStatistics.INT)
     _add_numeric(message, [LABEL], statistics.label, FeatureNameStatistics.FLOAT)
     names = [f"{FEATURES}.{feature}" for feature in statistics.names]
@@ -92,14 +92,14 @@ def _common(rows: int, missing: int) -> CommonStatistics:
 
 
 def _add_categorical(
-    message: DatasetFeatureStatistics, name: str, counted: Categorical, actions: Sequence[str], most: int
+    message: DatasetFeatureStatistics, name: str, column: Categorical, actions: Sequence[str], most: int
 ) -> None:
     feature = message.features.add(type=FeatureNameStatistics.STRING)
     feature.path.step.append(name)
     strings = feature.string_stats
-    strings.common_stats.CopyFrom(_common(counted.rows, counted.missing))
-    strings.unique = counted.distinct
-    counts = [(actions[value - 1] if actions else f"{value:016x}", count) for value, count in counted.frequent(most)]
+    strings.common_stats.CopyFrom(_common(column.rows, column.missing))
+    strings.unique = column.distinct
+    counts = [(actions[value - 1] if actions else f"{value:016x}", count) for value, count in column.frequent(most)]
     for rank, (label, count) in enumerate(counts):
         strings.rank_histogram.buckets.add(low_rank=rank, high_rank=rank, label=label, sample_count=count)
         if rank < TOP_VALUES:
@@ -108,22 +108,22 @@ def _add_categorical(
     strings.avg_length = float(np.mean([len(label) for label, _ in counts])) if counts else 0.0
 
 
-def _add_numeric(message: DatasetFeatureStatistics, names: Sequence[str], counted: Numeric, kind: int) -> None:
+def _add_numeric(message: DatasetFeatureStatistics, names: Sequence[str], column: Numeric, kind: int) -> None:
     for number, name in enumerate(names):
         feature = message.features.add(type=kind)
         feature.path.step.append(name)
-        numbers, missing = feature.num_stats, int(counted.missing[number])
-        numbers.common_stats.CopyFrom(_common(counted.rows, missing))
-        present = counted.rows - missing
+        numbers, missing = feature.num_stats, int(column.missing[number])
+        numbers.common_stats.CopyFrom(_common(column.rows, missing))
+        present = column.rows - missing
         if not present:
             continue
-        counts = counted.counts[number]
-        numbers.mean = counted.total[number] / present
-        numbers.std_dev = max(0.0, counted.squares[number] / present - numbers.mean**2) ** 0.5
-        numbers.num_zeros = int(counted.zeros[number])
-        numbers.min, numbers.max = float(counted.least[number]), float(counted.most[number])
-        numbers.median = min(max(median(counts, counted.edges), numbers.min), numbers.max)
+        counts = column.counts[number]
+        numbers.mean = column.total[number] / present
+        numbers.std_dev = max(0.0, column.squares[number] / present - numbers.mean**2) ** 0.5
+        numbers.num_zeros = int(column.zeros[number])
+        numbers.min, numbers.max = float(column.least[number]), float(column.most[number])
+        numbers.median = min(max(median(counts, column.edges), numbers.min), numbers.max)
         histogram = numbers.histograms.add(type=Histogram.STANDARD)
         last = int(np.flatnonzero(counts)[-1])
-        for low, high, count in zip(counted.edges, counted.edges[1:], counts[: last + 1].tolist(), strict=False):
+        for low, high, count in zip(column.edges, column.edges[1:], counts[: last + 1].tolist(), strict=False):
             histogram.buckets.add(low_value=float(low), high_value=float(high), sample_count=count)

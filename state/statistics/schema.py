@@ -34,10 +34,10 @@ def infer(statistics: DatasetFeatureStatistics, warm: bool) -> Schema:
     """
     schema = Schema()
     for observed in statistics.features:
-        name, counted = observed.path.step[0], common(observed)
+        name, statistics_of = observed.path.step[0], common(observed)
         feature = schema.feature.add(name=name)
-        rows = counted.num_non_missing + counted.num_missing
-        present = counted.num_non_missing / rows if rows else 0.0
+        rows = statistics_of.num_non_missing + statistics_of.num_missing
+        present = statistics_of.num_non_missing / rows if rows else 0.0
         feature.value_count.min = feature.value_count.max = 1
         # A feature that was present only occasionally may be absent.
         feature.presence.min_fraction = max(0.0, round(present - MISSING_SHARE, 6))
@@ -84,10 +84,10 @@ def _categorical(feature: schema_pb2.Feature, observed: FeatureNameStatistics) -
     if feature.name in (USER, ITEM) or not total:
         return
     feature.string_domain.value.extend(sorted(counts))
-    listed = sum(counts.values()) / total
+    listed_share = sum(counts.values()) / total
     # Good, The population frequencies of species, 1953: the next value is new with the share of values seen once.
     unseen = sum(count == 1 for count in counts.values()) / total
-    feature.distribution_constraints.min_domain_mass = max(0.0, listed - unseen - NEW_VALUES_SHARE)
+    feature.distribution_constraints.min_domain_mass = max(0.0, listed_share - unseen - NEW_VALUES_SHARE)
     for comparator in (feature.skew_comparator, feature.drift_comparator):
         comparator.infinity_norm.threshold = MAX_L_INFINITY
 

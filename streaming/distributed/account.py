@@ -325,11 +325,11 @@ class WriteBuckets(WorkerStep):
 
     def start_bundle(self) -> None:
         """Starts with no gathered rows."""
-        self._made: list[BucketRows] = []
+        self._buckets: list[BucketRows] = []
 
     def process(self, element: BucketRows) -> Iterator[tuple[int, bytes]]:
         """Gathers."""
-        self._made.append(element)
+        self._buckets.append(element)
         yield from ()
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
@@ -338,7 +338,7 @@ class WriteBuckets(WorkerStep):
         Raises:
             LogError: The cluster refused, or was unreachable for long: the engine rolls back to its checkpoint.
         """
-        buckets, self._made = self._made, []
+        buckets, self._buckets = self._buckets, []
         if not buckets:
             return
         worker, begun_s = self.worker, time.perf_counter()

@@ -104,8 +104,8 @@ class BucketStore:
 
     def read_many(self, users: Sequence[int]) -> list[Events]:
         """The histories of several users, each `[m <= N]` EVENT in append order."""
-        known, outwards = self._events, self._numbering.outwards
-        return [outwards(np.frombuffer(known.get(user, b""), EVENT)) for user in users]
+        events, outwards = self._events, self._numbering.outwards
+        return [outwards(np.frombuffer(events.get(user, b""), EVENT)) for user in users]
 
     def extra(self, name: str) -> bytes | None:
         """A named value of the store's owner; None if it is not set."""
@@ -131,11 +131,11 @@ class BucketStore:
     def take(self, delta: Delta) -> None:
         """Applies a delta; its events are already numbered by `inwards`."""
         appends, most = delta.appends, self._history * _EVENT_BYTES
-        data, known = appends.events.tobytes(), self._events
+        data, events = appends.events.tobytes(), self._events
         starts, ends = (appends.starts * _EVENT_BYTES), (appends.starts + appends.lengths) * _EVENT_BYTES
         for user, start, end in zip(appends.users.tolist(), starts.tolist(), ends.tolist(), strict=True):
-            before = known.get(user)
-            known[user] = (data[start:end] if before is None else before + data[start:end])[-most:]
+            before = events.get(user)
+            events[user] = (data[start:end] if before is None else before + data[start:end])[-most:]
         for key, value in delta.waiting.items():
             if value is None:
                 self._waiting.pop(key, None)
@@ -154,8 +154,8 @@ class BucketStore:
         fresh = ~is_old(np.frombuffer(b"".join(self._events.values()), EVENT))
         ends = np.cumsum(lengths // _EVENT_BYTES)
         # For each index, the index of the first event at or after it that is not old.
-        places = np.where(fresh, np.arange(len(fresh)), len(fresh))
-        following = np.minimum.accumulate(places[::-1])[::-1]
+        fresh_at = np.where(fresh, np.arange(len(fresh)), len(fresh))
+        following = np.minimum.accumulate(fresh_at[::-1])[::-1]
         starts = ends - lengths // _EVENT_BYTES
         first_fresh = np.minimum(following[starts], ends)
         emptied = 0
@@ -273,7 +273,7 @@ class BucketCore:
         spec: FeatureSpec,
         salt: str,
         store: BucketStore,
-        places: dict[Source, BucketPlace],
+        positions: dict[Source, BucketPlace],
         erased: int = 0,
     ) -> None:
         self._settings, self._spec, self.store = settings, spec, store
@@ -282,7 +282,7 @@ class BucketCore:
             raise SaltMismatch.between("the job's state", (stored_salt or b"").decode(), salt)
         self._new: Extra = {SALT: salt.encode()} if stored_salt is None else {}
         self._new |= store.name_actions(spec.actions)
-        self.places, self.erased = places, erased
+        self.places, self.erased = positions, erased
         stream = settings.stream
         self._profiler = Profiler(store, spec, max(1, stream.cache_users // stream.buckets))
         self._reach_ms = spec.reach_ms(settings.events)
@@ -371,10 +371,10 @@ class BucketCore:
 
     def _advance(self, ranges: Sequence[Range], clocks: Sequence[tuple[int, int]]) -> None:
         for part, (_, end_ms) in zip(ranges, clocks, strict=True):
-            known = self.places.get(part.source)
-            if known is not None and known.next != part.first:
+            position = self.places.get(part.source)
+            if position is not None and position.next != part.first:
                 raise PositionConflict(
-                    f"bucket {part.source.bucket} has {part.source} up to {known.next}, and the next portion begins at {part.first}",
+                    f"bucket {part.source.bucket} has {part.source} up to {position.next}, and the next portion begins at {part.first}",
                     "the engine lost or repeated an element of this job: resume it from its last savepoint",
                 )
             self.places[part.source] = BucketPlace(part.next, end_ms)
@@ -438,7 +438,7 @@ class Buckets:
 
     def __init__(self, opens: Opens, history: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._opens, self._history, self._clock = opens, history, clock
-        self._held: dict[int, tuple[str, BucketCore, float]] = {}
+        self._cached: dict[int, tuple[str, BucketCore, float]] = {}
         self._lock = threading.Lock()
 
     def take(self, bucket: int, portion: Portion, cells: Cells, mask: Mask, join: Joins) -> BucketRows:
@@ -482,26 +482,26 @@ class Buckets:
     def cached_users(self) -> int:
         """Number of users whose histories are cached in memory."""
         with self._lock:
-            return sum(core.cached_users for _, core, _ in self._held.values())
+            return sum(core.cached_users for _, core, _ in self._cached.values())
 
     def clear(self) -> None:
         """Drops all cached buckets."""
         with self._lock:
-            self._held.clear()
+            self._cached.clear()
 
     def _from_cache(self, bucket: int, token: str) -> BucketCore | None:
         """Removes and returns the bucket if it is cached at `token`; otherwise None."""
         with self._lock:
-            cached = self._held.pop(bucket, None)
+            cached = self._cached.pop(bucket, None)
         return cached[1] if cached is not None and cached[0] == token else None
 
     def _keep(self, bucket: int, token: str, core: BucketCore) -> None:
         """Puts a bucket back, and drops buckets that were not used for `IDLE_S`."""
         now_s = self._clock()
         with self._lock:
-            self._held[bucket] = (token, core, now_s)
-            for other in [key for key, (_, _, used_s) in self._held.items() if now_s - used_s > IDLE_S]:
-                del self._held[other]
+            self._cached[bucket] = (token, core, now_s)
+            for other in [key for key, (_, _, used_s) in self._cached.items() if now_s - used_s > IDLE_S]:
+                del self._cached[other]
 
 
 def restored(cells: Cells, history: int) -> BucketStore:

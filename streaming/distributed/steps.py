@@ -147,16 +147,16 @@ class Partitions:
             # The clock of all partitions continues.
             reading = replace(reading, topic_id="", next={}, leaders={})
         own_partitions = of_source(self._source, self._settings.stream.sources, info.partitions)
-        known = {partition: at for partition, at in reading.next.items() if partition in own_partitions}
+        stored = {partition: at for partition, at in reading.next.items() if partition in own_partitions}
         # 2.
-        positions = {Source(info.topic_id, partition): at for partition, at in known.items()}
+        positions = {Source(info.topic_id, partition): at for partition, at in stored.items()}
         gaps = accounts.missing(info.topic_id, positions, {partition: ends[partition] for partition in own_partitions})
         accepted = [*reading.accepted, *accounts.accept_gaps(gaps, consent, kafka.clicks_topic, now_ms)]
-        at = known | {gap.source.partition: gap.next for gap in gaps}
+        at = stored | {gap.source.partition: gap.next for gap in gaps}
         leaders = {
             partition: epoch
             for partition, epoch in reading.leaders.items()
-            if at.get(partition, -1) == known.get(partition)
+            if at.get(partition, -1) == stored.get(partition)
         }
 
         # 3.
@@ -212,13 +212,13 @@ class Partitions:
         self.at = self._reading = after
         return [Portion(*part, generation, log_epoch, newest_ms) for part in parts], after
 
-    def _leaders(self, known: Mapping[int, int], at: Mapping[int, int]) -> dict[int, int]:
+    def _leaders(self, stored: Mapping[int, int], at: Mapping[int, int]) -> dict[int, int]:
         """By partition, the leader epoch of the record before a position; a known one only at the same position."""
         reader = self._reader
         epochs = {
             number: -1 if reader is None else reader.leader_epoch(number, offset) for number, offset in at.items()
         }
-        return {number: epoch for number, epoch in {**known, **epochs}.items() if epoch >= 0}
+        return {number: epoch for number, epoch in {**stored, **epochs}.items() if epoch >= 0}
 
     @property
     def at_end(self) -> bool:

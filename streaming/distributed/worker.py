@@ -113,7 +113,7 @@ def without_secrets(settings: Settings) -> Settings:
     >>> without_secrets(Settings(kafka=Kafka(sasl_password="x"))).kafka.sasl_password
     ''
     """
-    return replace(_with(settings, {known.name: "" for known in known_settings() if known.secret}), origins={})
+    return replace(_with(settings, {setting.name: "" for setting in known_settings() if setting.secret}), origins={})
 
 
 def with_secrets(settings: Settings, env: Mapping[str, str]) -> Settings:
@@ -122,7 +122,7 @@ def with_secrets(settings: Settings, env: Mapping[str, str]) -> Settings:
     >>> with_secrets(Settings(), {"SPRINGTIDE_KAFKA_SASL_PASSWORD": "x"}).kafka.sasl_password
     'x'
     """
-    secrets = {known.name: variable(known.name) for known in known_settings() if known.secret}
+    secrets = {setting.name: variable(setting.name) for setting in known_settings() if setting.secret}
     return _with(settings, {name: env[named] for name, named in secrets.items() if named in env})
 
 
@@ -161,7 +161,7 @@ class JobWorker:
         self._lock, self._joining = threading.Lock(), threading.Lock()
         self._reading: dict[int, Closable] = {}
         self._masks: dict[int, Mask] = {}
-        self._join = self._given = join
+        self._join = self._given_join = join
         self._following, self._reports = ExitStack(), False
         self._kept: dict[str, Closable] = {}
         # A remote host has a copy of control, and reads nothing before it has polled for it.
@@ -196,7 +196,7 @@ class JobWorker:
         """Makes this process report refused records of attributes; it first reads earlier records again."""
         with self._joining:
             if not self._reports:
-                self._reports, self._join = True, self._given
+                self._reports, self._join = True, self._given_join
                 self._following.close()
 
     def _open_join(self) -> Join:

@@ -24,14 +24,15 @@ from typing import Any
 
 from state.config.loading import load
 from state.config.settings import Settings, as_text, known_settings, variable
+from state.config.sources import RENAMED
 
 HERE = Path(__file__).parent
 EXPECTED = "expected.json"
 SECTIONS = ("events", "labels", "attributes", "features", "stream", "model", "trainer", "serving", "kafka")
 # Where a run was, and how it reached its broker, say nothing about its data.
 ELSEWHERE = ("bootstrap_servers", "port", "_port", "device", "host")
-# Settings of 0.1.0 that have another name since.
-RENAMED = {"features.labels": "features.recent_categories"}
+SETTINGS_OF_0_1_0 = frozenset((HERE / "0.1.0" / "settings.txt").read_text().split())
+"""The names of all settings of that release."""
 # Defaults of 0.1.0 that name code which has another place since.
 OF_0_1_0 = {"events.decoder": "state.events:decode_json", "model.tower": "trainer.model:build"}
 

@@ -26,7 +26,6 @@ import tarfile
 import tempfile
 import threading
 import time
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +40,7 @@ from deploy.kafka.broker import Broker, free_port
 from deploy.replaying.shoppers import ShopperCrowd
 from deploy.serving.answers.host import CAUGHT_UP_EXTRA
 from deploy.serving.applier import FETCH_S, Applier
+from springtide_client import __version__ as RELEASE
 from state.config.loading import load
 from state.config.sections import Kafka
 from state.config.settings import Settings
@@ -56,7 +56,6 @@ from state.registry.registry import Registry
 from streaming import bootstrap
 from tests.golden.archive import (
     EXPECTED,
-    HERE,
     Document,
     Topic,
     described,
@@ -72,7 +71,6 @@ from trainer import compactor, device
 from trainer.learner import Learner, ServedModel, Surroundings
 from trainer.versions.program import build
 
-RELEASE = tomllib.loads((HERE.parents[1] / "pyproject.toml").read_text())["project"]["version"]
 EVERY = 3  # records of a version
 SALT = "golden salt of made-up shoppers"
 ANSWERED = (*(f"shopper-{number}" for number in (0, 1, 2, 3, 5, 8, 13, 21, 34)), "nobody")

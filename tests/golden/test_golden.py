@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from state.config.settings import Settings
+from state.config.settings import Settings, known_settings
+from state.config.sources import GONE, RENAMED
 from state.features.mask import Mask
 from state.history.store import HistoryStore
 from state.layout import HISTORIES, ROWS
@@ -17,7 +18,7 @@ from state.ranking.transitions import pack, signs_of
 from state.ranking.transitions import unpack as unpack_rows
 from state.registry.registry import Registry
 from state.rows.store import RowStore
-from tests.golden.archive import EXPECTED, HERE, read_topic, settings_of, unpack
+from tests.golden.archive import EXPECTED, HERE, SETTINGS_OF_0_1_0, read_topic, settings_of, unpack
 from tests.golden.learning import learn_on, new_trainer
 from tests.golden.measures import MAP_BYTES, differences, measure, without_digests
 from trainer.tables.changes import Changes
@@ -48,6 +49,10 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     expected = RUNS[request.param]
     state = unpack(FOLDER / expected["archive"], tmp_path_factory.mktemp(request.param))
     return Run(expected, state, settings_of(expected, state))
+
+
+def test_each_setting_of_0_1_0_is_read_or_ignored_with_a_warning_or_its_error_names_the_present_one() -> None:
+    assert SETTINGS_OF_0_1_0 - {known.name for known in known_settings()} - GONE.keys() - RENAMED.keys() == set()
 
 
 def test_everything_that_0_1_0_wrote_is_read_bit_by_bit_and_answers_as_it_did(run: Run) -> None:

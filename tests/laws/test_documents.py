@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 
 from docs.generate import PAGES
+from springtide_client import __version__
 from state.config.loading import load
 from state.events.identity import Salt
 from state.events.parser import Parser
@@ -112,15 +112,22 @@ def test_commands_name_the_program_where_make_installs_it() -> None:
     assert bare == []
 
 
+def test_the_changes_of_a_release_fit_two_pages() -> None:
+    (changes,) = re.findall(
+        rf"^## {re.escape(__version__)} .*?(?=^## )", (ROOT / "CHANGELOG.md").read_text(), re.M | re.S
+    )
+    lines = changes.splitlines()
+    assert len(lines) <= 100 and [line for line in lines if len(line) > 160] == []
+
+
 def test_an_image_is_named_with_the_version_of_the_release() -> None:
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     files = [*DOCUMENTS, *(ROOT / "deploy" / "container").glob("Dockerfile*"), *(ROOT / "deploy").rglob("*.yaml")]
     named = [
         (name(file), found)
         for file in files
         for found in re.findall(r"\bspringtide:(\d[\w.]*)|newTag: \"(\d[\w.]*)\"", file.read_text())
     ]
-    assert named and [(file, found) for file, found in named if version not in found] == []
+    assert named and [(file, found) for file, found in named if __version__ not in found] == []
 
 
 def test_each_file_that_the_readme_links_to_exists() -> None:

@@ -9,7 +9,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from tests.deploy.serving.conftest import lowered as lowered
 from tests.deploy.serving.conftest import stores as stores
 from tests.deploy.serving.http_api.test_app import app as app
 from tests.deploy.serving.http_api.test_app import ask
+from tests.deploy.serving.http_api.test_segments import keep, with_segments
 from tests.deploy.serving.stocked import Stores
 from tests.deploy.serving.test_rest import answers, until, worker
 
@@ -165,8 +167,83 @@ def test_an_answer_is_explained(app: App, calls: Calls) -> None:
     theirs = ask(app, "GET", "/v1/profiles/ann/explain?label=hats&top=1").json()
     assert found.label == "hats" and len(found.reasons) == 1 and found.reasons[0].words == theirs["reasons"][0]["words"]
     assert abs(found.probability - found.cold_start_probability - found.reasons[0].share - found.rest) < 1e-3
-    with pytest.raises(Refused, match="one category or of one item"):
+    with pytest.raises(Refused, match="one category or one item"):
         calls.explain("ann")
+
+
+@pytest.mark.parametrize("of_version", [{}, {"version": 1}, {"label": "stable"}])
+def test_a_model_is_asked_for_its_versions_its_signatures_and_predictions(
+    calls: Calls, of_version: dict[str, Any]
+) -> None:
+    assert calls.model_status(**of_version).model_version_status[0].version == "1"
+    metadata = calls.model_metadata(**of_version)
+    assert metadata.model_spec.name == "profile"
+    assert set(metadata.metadata["signature_def"]["signature_def"]) == {"serving_default", "raw"}
+    ann, bob = calls.predict([{"user_id": "ann", "item": "i1"}, {"user_id": "bob"}], **of_version)
+    assert ann["engagement"] == pytest.approx(
+        calls.profile("ann", item="i1", at=ann["at"]).engagement.probability, abs=1e-5
+    )
+    assert bob["engagement"] is None
+    with pytest.raises(Refused, match="no label 'x'"):
+        calls.model_status(label="x")
+    with pytest.raises(ClientError, match="both"):
+        calls.predict([], version=1, label="stable")
+
+
+def test_segments_and_their_members_are_listed(stores: Stores, kind: type) -> None:
+    keep(stores, "ann", "bob", "cem")
+    with closing(with_segments(stores)) as app:
+        calls = Calls(kind, Network(app), retries=Retries(most=0))
+        assert [(one.name, one.size) for one in calls.segments()] == [("busy", 3), ("idle", 0)]
+        first = calls.segment("busy", n=2)
+        second = calls.segment("busy", start=first.next)
+        assert len({one.pseudonym for one in first.members + second.members}) == 3 and second.next is None
+        assert [calls.in_segment("busy", user).is_member for user in ("ann", "dan")] == [True, False]
+        with pytest.raises(ServerFailed, match="no lookalikes of busy"):
+            calls.lookalikes("busy", n=5)
+        with pytest.raises(Refused, match="no segment 'nobody'"):
+            calls.segment("nobody")
+        calls.close()
+
+
+OPERATION = {"/healthz", "/metrics", "/openapi.json", "/docs"}
+"""What monitoring asks, and people."""
+
+
+def test_the_client_has_a_call_for_every_route(app: App) -> None:
+    asked = set[tuple[str, str]]()
+
+    class Recorder(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            asked.add((request.method, request.url.path))
+            return httpx.Response(404, json={"error": "recorded"})
+
+    versions: list[dict[str, Any]] = [{}, {"version": 7}, {"label": "stable"}]
+    with Client(URL, transport=Recorder()) as client:
+        for call, *words in (
+            *((one, "ann") for one in (client.profile, client.recommend, client.similar, client.explain)),
+            *((one,) for one in (client.segments, client.hosts, client.ready)),
+            *((one, "busy") for one in (client.segment, client.lookalikes)),
+            (client.profiles, ["ann"]),
+            (client.rank, "ann", ["i1"]),
+            (client.in_segment, "busy", "ann"),
+            *(
+                (one,)
+                for of in versions
+                for one in (partial(client.model_status, **of), partial(client.model_metadata, **of))
+            ),
+            *((partial(client.predict, **of), [{}]) for of in versions),
+        ):
+            with pytest.raises(Refused, match="recorded"):
+                call(*words)
+    paths = ask(app, "GET", "/openapi.json").json()["paths"]
+    routes = {(method.upper(), path) for path, methods in paths.items() for method in methods if method != "head"}
+
+    def is_asked(method: str, path: str) -> bool:
+        pattern = re.sub(r"\\\{\w+\\\}", "[^/:]+", re.escape(path))
+        return any(verb == method and re.fullmatch(pattern, one) for verb, one in asked)
+
+    assert {path for method, path in routes if not is_asked(method, path)} == OPERATION
 
 
 def test_a_user_may_be_called_anything(calls: Calls) -> None:
@@ -317,7 +394,7 @@ def test_both_clients_offer_the_same() -> None:
             if not name.startswith("_")
         }
 
-    assert calls(Client) == calls(AsyncClient) and len(calls(Client)) == 8
+    assert calls(Client) == calls(AsyncClient) and len(calls(Client)) == 16
     before = threading.active_count()
     with Client(URL):
         assert threading.active_count() == before + 1

@@ -136,7 +136,7 @@ def test_an_unreachable_broker_is_logged_once_and_stops_nothing(
     trainer.lag.poll()
     trainer.log.go_away()
     polls: list[int] = []
-    trainer.lag._taken = lambda: (polls.append(0), trainer.taken)[1]
+    trainer.lag._position = lambda: (polls.append(0), trainer.taken)[1]
     with caplog.at_level(logging.WARNING):
         trainer.lag.start()
         assert eventually(lambda: len(polls) > 5)

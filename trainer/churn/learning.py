@@ -137,8 +137,8 @@ class ChurnWaiting:
             features: `[n, D]` uint16, before each.
             action: `[n]` uint8.
         """
-        places = self._newest.find(user)
-        newer = self._looked_at(user) & ((places == 0) | (at_ms >= self._at_ms[places]))
+        slots = self._newest.find(user)
+        newer = self._looked_at(user) & ((slots == 0) | (at_ms >= self._at_ms[slots]))
         order = np.flatnonzero(newer)
         order = order[np.lexsort((at_ms[order], user[order]))]
         if not order.size:
@@ -147,7 +147,7 @@ class ChurnWaiting:
         last = np.append(user[1:] != user[:-1], True)
         first = np.insert(last[:-1], 0, True)
         # 1. 2. Earlier rows.
-        self._end(places[order[first]], at_ms[first])
+        self._end(slots[order[first]], at_ms[first])
         # New rows. Those with a moment of their own wait.
         following_ms = np.where(last, NEVER_MS, np.append(at_ms[1:], NEVER_MS))
         moment_ms = self._first_moment(user, at_ms)
@@ -166,39 +166,39 @@ class ChurnWaiting:
     def known(self, log_ms: int) -> KnownExamples:
         """3. The examples whose label is known at a log time; each once."""
         horizon = self._horizon
-        places = np.flatnonzero(self._due_ms < log_ms)
-        moment_ms, at_ms, next_ms = self._moment_ms[places], self._at_ms[places], self._next_ms[places]
-        last_ms = self._last_moment(places)
+        slots = np.flatnonzero(self._due_ms < log_ms)
+        moment_ms, at_ms, next_ms = self._moment_ms[slots], self._at_ms[slots], self._next_ms[slots]
+        last_ms = self._last_moment(slots)
         until_ms = np.minimum(last_ms, log_ms - horizon.span_ms - self._late_ms - 1)
         counts = (until_ms - moment_ms) // horizon.stride_ms + 1
-        rows = np.repeat(np.arange(places.size), counts)
+        rows = np.repeat(np.arange(slots.size), counts)
         nth = np.arange(rows.size) - np.repeat(np.cumsum(counts) - counts, counts)
         moments_ms = moment_ms[rows] + nth * horizon.stride_ms
         examples = KnownExamples(
-            self._windows[places[rows]],
-            self._action[places[rows]],
+            self._windows[slots[rows]],
+            self._action[slots[rows]],
             moments_ms - at_ms[rows],
             next_ms[rows] > moments_ms + horizon.span_ms,
-            self._user[places[rows]],
+            self._user[slots[rows]],
             moments_ms,
         )
-        self._moment_ms[places] = moment_ms + counts * horizon.stride_ms
-        self._due_ms[places] = self._moment_ms[places] + horizon.span_ms + self._late_ms
-        self._remove(places[self._moment_ms[places] > last_ms])
+        self._moment_ms[slots] = moment_ms + counts * horizon.stride_ms
+        self._due_ms[slots] = self._moment_ms[slots] + horizon.span_ms + self._late_ms
+        self._remove(slots[self._moment_ms[slots] > last_ms])
         # The slot of a row must not affect the order.
         order = np.lexsort((examples.user, examples.moment_ms))
         return examples.take(order)
 
     def forget(self, users: U64) -> int:
         """Removes all rows of users (`[n]` uint64); returns how many."""
-        places = self._used()
-        return self._remove(places[np.isin(self._user[places], users)])
+        slots = self._used()
+        return self._remove(slots[np.isin(self._user[slots], users)])
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """All rows by user and time, and the share of sampled users, for a version."""
-        places = self._used()
-        places = places[np.lexsort((self._at_ms[places], self._user[places]))]
-        columns = {name: getattr(self, f"_{name}")[places] for name in ROW_COLUMNS}
+        slots = self._used()
+        slots = slots[np.lexsort((self._at_ms[slots], self._user[slots]))]
+        columns = {name: getattr(self, f"_{name}")[slots] for name in ROW_COLUMNS}
         return {**columns, "counts": np.array([self._halvings, self.dropped], np.int64)}
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -218,36 +218,36 @@ class ChurnWaiting:
         drawn = hashed_uniform(user ^ at_ms.astype(np.uint64), 1, "churn.moments")[:, 0].astype(np.float64)
         return np.asarray(at_ms + ((drawn + 1.0) * (self._horizon.stride_ms / 2)).astype(np.int64))
 
-    def _last_moment(self, places: I64) -> I64:
+    def _last_moment(self, slots: I64) -> I64:
         """The last millisecond at which a row may have a moment."""
-        return np.minimum(self._next_ms[places], self._at_ms[places] + self._horizon.reach_ms) - 1
+        return np.minimum(self._next_ms[slots], self._at_ms[slots] + self._horizon.reach_ms) - 1
 
-    def _end(self, places: npt.NDArray[np.int32], next_ms: I64) -> None:
-        """Takes the next events of users whose newest rows are at `places`; 0 for none."""
-        known = places != 0
-        known_places, next_ms = places[known].astype(np.int64), next_ms[known]
-        self._next_ms[known_places] = next_ms
-        self._newest.remove(self._user[known_places])
-        self._remove(known_places[self._moment_ms[known_places] >= next_ms])
+    def _end(self, slots: npt.NDArray[np.int32], next_ms: I64) -> None:
+        """Takes the next events of users whose newest rows are at `slots`; 0 for none."""
+        has_slot = slots != 0
+        known_slots, next_ms = slots[has_slot].astype(np.int64), next_ms[has_slot]
+        self._next_ms[known_slots] = next_ms
+        self._newest.remove(self._user[known_slots])
+        self._remove(known_slots[self._moment_ms[known_slots] >= next_ms])
 
     def _put(self, user: U64, at_ms: I64, next_ms: I64, moment_ms: I64, windows: U16, action: U8) -> None:
         if len(self._free) < user.size:
             self._reserve(max(2 * self._user.size, self._size + user.size + 1))
-        places = np.array([self._free.pop() for _ in range(user.size)], np.int64)
-        self._user[places], self._at_ms[places], self._next_ms[places] = user, at_ms, next_ms
-        self._moment_ms[places], self._windows[places], self._action[places] = moment_ms, windows, action
-        self._due_ms[places] = moment_ms + self._horizon.span_ms + self._late_ms
+        slots = np.array([self._free.pop() for _ in range(user.size)], np.int64)
+        self._user[slots], self._at_ms[slots], self._next_ms[slots] = user, at_ms, next_ms
+        self._moment_ms[slots], self._windows[slots], self._action[slots] = moment_ms, windows, action
+        self._due_ms[slots] = moment_ms + self._horizon.span_ms + self._late_ms
         self._size += user.size
         newest = next_ms == NEVER_MS
-        self._newest.insert(user[newest], places[newest].astype(np.int32))
+        self._newest.insert(user[newest], slots[newest].astype(np.int32))
 
-    def _remove(self, places: I64) -> int:
-        newest = places[self._next_ms[places] == NEVER_MS]
+    def _remove(self, slots: I64) -> int:
+        newest = slots[self._next_ms[slots] == NEVER_MS]
         self._newest.remove(self._user[newest])
-        self._user[places], self._due_ms[places] = 0, NEVER_MS
-        self._free += places.tolist()
-        self._size -= places.size
-        return int(places.size)
+        self._user[slots], self._due_ms[slots] = 0, NEVER_MS
+        self._free += slots.tolist()
+        self._size -= slots.size
+        return int(slots.size)
 
     def _used(self) -> I64:
         return np.flatnonzero(self._user)
@@ -345,7 +345,7 @@ class ChurnLearner:
     def __init__(self, spec: FeatureSpec, span_ms: int, late_ms: int, most: int) -> None:
         self._horizon = Horizon.of(span_ms, spec)
         self._inputs = ChurnInputs(spec, self._horizon)
-        self._about = np.array([CODE, span_ms, self._inputs.digest, late_ms, most], np.int64)
+        self._header = np.array([CODE, span_ms, self._inputs.digest, late_ms, most], np.int64)
         self.waiting = ChurnWaiting(self._horizon, late_ms, most, self._inputs.columns)
         self._regression = OnlineRegression(np.zeros(self._inputs.width), _VARIANCE, _DRIFT)
         self._calibration = OnlineRegression(np.array([1.0, 0.0]), _CALIBRATION_VARIANCE, _CALIBRATION_DRIFT)
@@ -375,9 +375,9 @@ class ChurnLearner:
             log_ms: The newest log time seen, that of the batch included.
         """
         self.observe(batch)
-        known = self.waiting.known(log_ms)
-        if known.left.size:
-            self.learn(known)
+        examples = self.waiting.known(log_ms)
+        if examples.left.size:
+            self.learn(examples)
 
     def observe(self, batch: MicroBatch) -> None:
         """Takes rows, in log time, that show that their users were active."""
@@ -386,14 +386,16 @@ class ChurnLearner:
         after_ms = np.where(batch.kind == Kind.JOINED, np.maximum(batch.delay_ms, 0), 0)
         self.waiting.observe(user, batch.at_ms + after_ms, batch.features, batch.action)
 
-    def learn(self, known: KnownExamples) -> F64:
+    def learn(self, examples: KnownExamples) -> F64:
         """Scores examples and learns them, one after another; returns their calibrated probabilities before that, `[m]` float64."""
-        logits = self._regression.learn(self._inputs.of(known.windows, known.action, known.age_ms), known.left)
+        logits = self._regression.learn(
+            self._inputs.of(examples.windows, examples.action, examples.age_ms), examples.left
+        )
         logits = np.clip(logits, -STEEPEST_LOGIT, STEEPEST_LOGIT)
         predicted = calibrated(
-            self._calibration.learn(np.stack([logits, np.ones(logits.size)], 1), known.left), 1.0, 0.0
+            self._calibration.learn(np.stack([logits, np.ones(logits.size)], 1), examples.left), 1.0, 0.0
         )
-        self.measures.update(predicted, known.left)
+        self.measures.update(predicted, examples.left)
         return predicted
 
     def weights(self) -> ChurnWeights | None:
@@ -410,8 +412,8 @@ class ChurnLearner:
 
     def values(self) -> dict[str, float]:
         """The measures by name, for a version."""
-        counted = {"churn.waiting": float(len(self.waiting)), "churn.dropped": float(self.waiting.dropped)}
-        return self.measures.values() | counted
+        counts = {"churn.waiting": float(len(self.waiting)), "churn.dropped": float(self.waiting.dropped)}
+        return self.measures.values() | counts
 
     def forget(self, users: U64) -> int:
         """Removes the waiting rows of users (`[n]` uint64); returns how many. The learned weights stay."""
@@ -426,14 +428,14 @@ class ChurnLearner:
             "measures": self.measures.state(),
         }
         state_by_name = {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
-        return {"about": self._about.copy(), **state_by_name}
+        return {"about": self._header.copy(), **state_by_name}
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Loads the result of `state`; starts from scratch if a version has none, or another span, spec or code."""
         self.clear()
         if not state:
             return
-        if not np.array_equal(state["about"], self._about):
+        if not np.array_equal(state["about"], self._header):
             logger.info("churn starts from scratch: the version has another span, feature spec or release")
             return
 

@@ -81,11 +81,11 @@ def _learn(inputs: F64, outcomes: F64, mean: F64, covariance: F64, variance: flo
         logits[n] = logit
         along[:] = 0.0
         for i in range(size):
-            own = example[i]
-            total = covariance[i, i] * own
+            value = example[i]
+            total = covariance[i, i] * value
             for j in range(i + 1, size):
                 total += covariance[i, j] * example[j]
-                along[j] += covariance[i, j] * own
+                along[j] += covariance[i, j] * value
             along[i] += total
         spread = 0.0
         for j in range(size):

@@ -270,8 +270,8 @@ def step_sizes(names: Iterable[str], learning_rate: float, rates: Mapping[str, f
     >>> {name: float(size) for name, size in step_sizes(["a.b", "a.c", "d"], 1.0, {"a.": 2.0, "a.c": 4.0}).items()}
     {'a.b': 2.0, 'a.c': 4.0, 'd': 1.0}
     """
-    known = sorted((rates or {}).items(), key=lambda entry: -len(entry[0]))
-    factors = {name: next((factor for prefix, factor in known if name.startswith(prefix)), 1.0) for name in names}
+    by_length = sorted((rates or {}).items(), key=lambda entry: -len(entry[0]))
+    factors = {name: next((factor for prefix, factor in by_length if name.startswith(prefix)), 1.0) for name in names}
     return {name: np.float32(learning_rate * factor) for name, factor in factors.items()}
 
 

@@ -91,8 +91,8 @@ def optimizer_of(ranker: Ranker, settings: Settings, engine: str) -> Adam | Host
 def tables_of(ranker: Ranker, settings: Settings, device: str | None) -> dict[str, Table]:
     """Embedding rows, crosses, and the ranker's own tables, by name. Without a `device` rows are kept in host arrays."""
     model, trainer = settings.model, settings.trainer
-    own = grown_by(ranker)
-    admitted_at_once = {"context", *(name for name, ids in own.items() if FEW.issuperset(ids))}
+    tables = grown_by(ranker)
+    admitted_at_once = {"context", *(name for name, ids in tables.items() if FEW.issuperset(ids))}
 
     def table(name: str) -> Table:
         return table_of(
@@ -108,7 +108,7 @@ def tables_of(ranker: Ranker, settings: Settings, device: str | None) -> dict[st
 
     # The weight and the marginal logit of a new cross are 0.
     cross = table_of(device, CROSS, WIDTH, trainer.capacity, 0.0, trainer.admit_after, 0.0, trainer.max_crosses)
-    return {**{name: table(name) for name in EMBEDDINGS}, CROSS: cross, **{name: table(name) for name in own}}
+    return {**{name: table(name) for name in EMBEDDINGS}, CROSS: cross, **{name: table(name) for name in tables}}
 
 
 def transitions_of(settings: Settings) -> CountTable:

@@ -99,7 +99,7 @@ class DividedTrainer(Trainer):
             return rows
         arrays = rows.columns()
         for ids, columns in COLUMNS_BY_ID.items():
-            is_own = self._mine(arrays[ids])
+            is_own = self._owns(arrays[ids])
             arrays |= {name: arrays[name][is_own] for name in (ids, *columns)}
         return Changes(**arrays)
 
@@ -153,14 +153,14 @@ class DividedTrainer(Trainer):
         if self.group.leads and not self._alone:
             self.group.send(json.dumps({"name": name, **arguments}).encode() + b"\n" + data, timeout_s)
 
-    def _mine(self, users: U64) -> npt.NDArray[np.bool_]:
+    def _owns(self, users: U64) -> npt.NDArray[np.bool_]:
         is_own: npt.NDArray[np.bool_] = self.group.owners(users) == self.group.index
         return is_own
 
     def _observe_users(self, batch: MicroBatch) -> U64:
         if self._alone:
             return super()._observe_users(batch)
-        is_own = self._mine(batch.user)
+        is_own = self._owns(batch.user)
         new = np.zeros(len(batch), np.float32)
         new[is_own] = self.tables[USER].find(batch.user[is_own]) == MISSING
         self.tables[USER].observe(np.ascontiguousarray(batch.user[is_own]), batch.at_ms[is_own])
@@ -218,9 +218,9 @@ class DividedTrainer(Trainer):
                 into[f"rows.{name}"][_places(own.rows[name], rows[name])] = derivative
         if own.crossed is not None:
             table, at = self._crosses_table, own.rows[CROSS]
-            places = _places(at, rows[CROSS])
-            into[f"rows.{CROSS}"][places] = own.crossed.rows - table.gather(at)
-            into["precision"][places] = own.crossed.precision - table.gather_accum(at)
+            indices = _places(at, rows[CROSS])
+            into[f"rows.{CROSS}"][indices] = own.crossed.rows - table.gather(at)
+            into["precision"][indices] = own.crossed.precision - table.gather_accum(at)
 
     def _joined(
         self,
@@ -282,11 +282,11 @@ def _views(flat: F32, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, F32]:
     }
 
 
-def _places(some: I32, rows: I32) -> npt.NDArray[np.int64]:
-    """Where each of `some` distinct rows is in `rows`, which has all of them."""
+def _places(subset: I32, rows: I32) -> npt.NDArray[np.int64]:
+    """Where each of `subset` distinct rows is in `rows`, which has all of them."""
     order = np.argsort(rows)
-    places: npt.NDArray[np.int64] = order[np.searchsorted(rows, some, sorter=order)]
-    return places
+    indices: npt.NDArray[np.int64] = order[np.searchsorted(rows, subset, sorter=order)]
+    return indices
 
 
 def joined_by_id(parts: Sequence[Mapping[str, npt.NDArray[Any]]]) -> dict[str, npt.NDArray[Any]]:

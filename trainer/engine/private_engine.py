@@ -75,9 +75,9 @@ class ReleasedCrosses(CrossLearner):
             self._table.gather(rows),
             self._table.gather_accum(rows),
         )
-        own = crosses(own_at, none, prior, record.targets.label, values, precision, share_precision=np.inf)
-        logits: F32 = own.logits + np.float32(SHARE) * own.rows[at[:, : self._released], 0].sum(1)
-        return rows, own._replace(logits=logits)
+        crossed = crosses(own_at, none, prior, record.targets.label, values, precision, share_precision=np.inf)
+        logits: F32 = crossed.logits + np.float32(SHARE) * crossed.rows[at[:, : self._released], 0].sum(1)
+        return rows, crossed._replace(logits=logits)
 
     def counts(self, record: Record) -> F32:
         """How many released weights each row has, `[B]` float32."""
@@ -97,8 +97,8 @@ class ReleasedCrosses(CrossLearner):
         error = np.where(targets.label_weight > 0, 1.0 / (1.0 + np.exp(-shifted)) - targets.label, 0.0)
         by_row = np.repeat(SHARE * targets.label_weight * error, at.shape[1])
         derivatives: F64 = np.bincount(at.reshape(-1), by_row, minlength=1).astype(np.float64)
-        places = np.setdiff1d(at, [0]).astype(np.int32)
-        return places, derivatives[places]
+        indices = np.setdiff1d(at, [0]).astype(np.int32)
+        return indices, derivatives[indices]
 
     def _at(self, record: Record) -> I32:
         return self._places(record)[1][:, : self._released]
@@ -159,7 +159,7 @@ class PrivateEngine(TensorflowEngine):
             if input_.table == LISTED and place_of(input_) not in whole_record
         }
         by_row = {
-            "at": {name: places for name, places in at.items() if name not in whole_record},
+            "at": {name: indices for name, indices in at.items() if name not in whole_record},
             "values": {input_.name: values[input_.name] for input_ in self._ranker.inputs if not input_.table},
             "listed": listed,
             "crosses": self.crosses.counts(record),
@@ -214,11 +214,11 @@ class PrivateEngine(TensorflowEngine):
                 sparse[LISTED][order[row]] = category[order[row]] + part.astype(np.float32)
         logits, floor = measured.scores.engagement[: len(record)], float(self._optimizer.epsilon)
         assert measured.crossed is not None, "the default ranker reads crosses"
-        places, slopes = self.crosses.derivatives(record, logits)
-        slopes = slopes + normal("cross", places.size) * deviation
+        indices, slopes = self.crosses.derivatives(record, logits)
+        slopes = slopes + normal("cross", indices.size) * deviation
         crossed = Crossed(*(part.copy() for part in measured.crossed))
-        crossed.precision[places, 0] += np.square(slopes)
-        crossed.rows[places, 0] -= RATE * slopes / (np.sqrt(crossed.precision[places, 0]) + floor)
+        crossed.precision[indices, 0] += np.square(slopes)
+        crossed.rows[indices, 0] -= RATE * slopes / (np.sqrt(crossed.precision[indices, 0]) + floor)
         squared = float(np.square(slopes).sum())
         squared += sum(
             float(np.square(gradient, dtype=np.float64).sum()) for gradient in (*dense.values(), sparse[LISTED])

@@ -139,13 +139,13 @@ class PrivateLearning:
             update: From `begin`.
             log_ms: Log time.
         """
-        counted = (categories != 0) & update.units.learned
-        known = np.union1d(popular.state()["ids"], categories[categories != 0])
-        rows = np.bincount(update.units.of[counted], minlength=len(categories))
-        amounts = np.zeros(known.size)
-        np.add.at(amounts, np.searchsorted(known, categories[counted]), 1.0 / rows[update.units.of[counted]])
-        amounts += self._normal(update)("counts", known.size) * (self.noise * COUNT_NOISE)
-        popular.add(known, np.rint(amounts * ONE).astype(np.int64), log_ms)
+        is_counted = (categories != 0) & update.units.learned
+        distinct = np.union1d(popular.state()["ids"], categories[categories != 0])
+        rows = np.bincount(update.units.of[is_counted], minlength=len(categories))
+        amounts = np.zeros(distinct.size)
+        np.add.at(amounts, np.searchsorted(distinct, categories[is_counted]), 1.0 / rows[update.units.of[is_counted]])
+        amounts += self._normal(update)("counts", distinct.size) * (self.noise * COUNT_NOISE)
+        popular.add(distinct, np.rint(amounts * ONE).astype(np.int64), log_ms)
 
     def _normal(self, update: PrivateUpdate) -> Normal:
         return lambda name, count: self._noise.normal(f"{update.noise} {name}", count)

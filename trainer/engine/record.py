@@ -102,10 +102,10 @@ class Recorder:
         Crosses learn from labels only: a drawn negative may never have been shown. With a privacy budget only the crosses of
         `LearnedCrosses` are returned.
         """
-        known = ~np.isnan(batch.label)
-        if not known.any():
+        is_labelled = ~np.isnan(batch.label)
+        if not is_labelled.any():
             return np.zeros((len(batch), 0), np.uint64)
-        rows = batch.take(known)
+        rows = batch.take(is_labelled)
         users, items = self._columns.users_of(rows), self._columns.items_of(rows)
         ids = self._crosses.ids(Values(rows.user, rows.item, rows.category, rows.context, users, items, rows.features))
         if self._learned is not None:
@@ -113,13 +113,13 @@ class Recorder:
         if len(rows) == len(batch):
             return ids
         crosses = np.zeros((len(batch), ids.shape[1]), np.uint64)
-        crosses[known] = ids
+        crosses[is_labelled] = ids
         return crosses
 
     def left(self, batch: MicroBatch) -> U64:
         """The category that each row's event follows, `[n]` uint64. 0 if either is missing or with a privacy budget."""
-        counted = (batch.category != 0) & (not self._private)
-        return np.where(counted, batch.recent_categories[:, 0], np.uint64(0))
+        is_counted = (batch.category != 0) & (not self._private)
+        return np.where(is_counted, batch.recent_categories[:, 0], np.uint64(0))
 
     def record(
         self,
@@ -196,18 +196,18 @@ def _targets(batch: MicroBatch, slot: I32, partner: npt.NDArray[np.int64]) -> Ta
 
     A row with a label has no negative and no shift. A row without an item forms no pair.
     """
-    numbers, known = HYPERPARAMETERS, ~np.isnan(batch.label)
-    negative = ~known & (batch.item != batch.item[partner]) & (partner != np.arange(len(batch)))
+    numbers, is_labelled = HYPERPARAMETERS, ~np.isnan(batch.label)
+    negative = ~is_labelled & (batch.item != batch.item[partner]) & (partner != np.arange(len(batch)))
     negative &= (batch.item != 0) & (batch.item[partner] != 0)
     weight = np.where(slot >= 0, batch.weight, np.float32(0.0)) * np.float32(1.0 / numbers.loss_scale)
-    shift = np.where(known, np.float32(0.0), np.float32(NEGATIVE_SHIFT))
+    shift = np.where(is_labelled, np.float32(0.0), np.float32(NEGATIVE_SHIFT))
     share = np.float32(numbers.engagement_share / numbers.loss_scale)
     return Targets(
         slot=slot,
         weight=weight.astype(np.float32),
-        label=np.where(known, batch.label, np.float32(1.0)),
+        label=np.where(is_labelled, batch.label, np.float32(1.0)),
         label_shift=shift,
-        label_weight=(known | (batch.item != 0)).astype(np.float32) * share,
+        label_weight=(is_labelled | (batch.item != 0)).astype(np.float32) * share,
         negative_shift=shift,
         negative_weight=negative.astype(np.float32) * share,
     )
@@ -221,15 +221,15 @@ def alone(record: Record) -> Record:
     """
     ids, values, targets = dict(record.ids), dict(record.values), record.targets
     nothing, zero = np.zeros(len(record), np.uint64), np.float32(0.0)
-    own = targets.slot == ids["recent"].shape[1] + ids["popular"].size + ids["successor"].shape[1]
-    ids["other"] = np.where(own, ids["other"], nothing)
+    is_own = targets.slot == ids["recent"].shape[1] + ids["popular"].size + ids["successor"].shape[1]
+    ids["other"] = np.where(is_own, ids["other"], nothing)
     values["other_mask"] = (ids["other"] != 0).astype(np.float32)
     ids |= {"negative_item": nothing, "negative_category": nothing}
     ids["negative_item_attributes"] = np.zeros_like(ids["negative_item_attributes"])
     # Without negatives, each click without a label would count as a label 1.
     labelled = targets.label_shift == zero
     targets = targets._replace(
-        weight=np.where(own, zero, targets.weight),
+        weight=np.where(is_own, zero, targets.weight),
         label_weight=np.where(labelled, targets.label_weight, zero),
         negative_weight=np.zeros_like(targets.negative_weight),
     )

@@ -109,13 +109,13 @@ def _model(
     log_share: F64,
     candidates: I32,
 ) -> None:
-    own, ranks, last = recent.shape[1], popular.shape[1], successor.shape[1]
-    logits, shares = np.empty(own + ranks + last, np.float32), np.empty(own + ranks + last, np.float32)
+    slots, ranks, last = recent.shape[1], popular.shape[1], successor.shape[1]
+    logits, shares = np.empty(slots + ranks + last, np.float32), np.empty(slots + ranks + last, np.float32)
     for i in range(at.shape[0]):
         row, count = at[i], 0
-        logits[:own] = recent[row]
-        logits[own : own + ranks] = popular[row]
-        logits[own + ranks :] = successor[row]
+        logits[:slots] = recent[row]
+        logits[slots : slots + ranks] = popular[row]
+        logits[slots + ranks :] = successor[row]
         for j in range(logits.shape[0]):
             if logits[j] > _THERE:
                 count += 1
@@ -167,8 +167,8 @@ def joined_updates(updates: Sequence[Update]) -> Update:
 
 def joined_pairs(parts: Sequence[npt.NDArray[Any]], rows: Sequence[int]) -> npt.NDArray[Any]:
     """Joins the pairs of several parts, `[2 n]`: first the rows' own pairs of all parts, then their negatives."""
-    own = [part[:count] for part, count in zip(parts, rows, strict=True)]
-    return np.concatenate([*own, *(part[count:] for part, count in zip(parts, rows, strict=True))])
+    firsts = [part[:count] for part, count in zip(parts, rows, strict=True)]
+    return np.concatenate([*firsts, *(part[count:] for part, count in zip(parts, rows, strict=True))])
 
 
 def candidates_of(scores: Scores) -> int:
@@ -250,8 +250,8 @@ def _mean(parts: Sequence[tuple[float, int]]) -> float:
     >>> _mean([(1.0, 1), (float("nan"), 0), (4.0, 2)])
     3.0
     """
-    count = sum(some for _, some in parts)
-    return sum(mean * some for mean, some in parts if some) / count if count else float("nan")
+    count = sum(part_rows for _, part_rows in parts)
+    return sum(mean * part_rows for mean, part_rows in parts if part_rows) / count if count else float("nan")
 
 
 class Measures:
@@ -302,14 +302,18 @@ class Measures:
         known[~known] = ~np.isin(batch.user[~known], new_users)
         reports = []
         for accepted in dict.fromkeys(kinds):
-            some = joined_updates([update for update, kind in zip(updates, kinds, strict=True) if kind is accepted])
+            joined_update = joined_updates(
+                [update for update, kind in zip(updates, kinds, strict=True) if kind is accepted]
+            )
             accepted_rows = numbers[: len(of_rows)][of_rows == accepted]
             if accepted_rows.size == len(batch):
-                reports.append(self._add(batch, some, came_next, known, categories, log_ms, accepted_rows))
+                reports.append(self._add(batch, joined_update, came_next, known, categories, log_ms, accepted_rows))
                 continue
             part = CategoryPrediction(*(column[accepted_rows] for column in came_next))
             rows = np.isin(numbers, accepted_rows)
-            reports.append(self._add(batch.take(rows), some, part, known[rows], categories, log_ms, accepted_rows))
+            reports.append(
+                self._add(batch.take(rows), joined_update, part, known[rows], categories, log_ms, accepted_rows)
+            )
         return joined(reports)
 
     def _add(
@@ -341,12 +345,12 @@ class Measures:
         judgement = judged(self.progressive, record, scores, came_next, known, categories, scored)
         self.progressive.update(judgement.scores, batch.category, log_ms, accepted)
         self.evaluation.update(losses, top1, top5, known[targets], logits, positive, engagement_losses)
-        places: list[npt.NDArray[Any]] = [batch.action, known]
+        values: list[npt.NDArray[Any]] = [batch.action, known]
         if self.slices:
             scored_pairs = Scored(targets, losses, top1, scored, record.partner, logits, positive, engagement_losses)
             users, items = self._columns.users_of(batch), self._columns.items_of(batch)
-            places += self.slices.update(users, items, batch.header.names, scored_pairs)
-        slices = self.breakdown.update(places, record.partner, judgement)
+            values += self.slices.update(users, items, batch.header.names, scored_pairs)
+        slices = self.breakdown.update(values, record.partner, judgement)
         return Report(
             rows=len(batch),
             skipped=0 if accepted else len(batch),

@@ -251,7 +251,7 @@ class TensorflowEngine:
             values = {**values, "cross": crossed.logits}
         inputs = {
             "rows": {name: tf.constant(indices) for name, indices in rows.items()},
-            "at": {name: tf.constant(places) for name, places in at.items()},
+            "at": {name: tf.constant(indices) for name, indices in at.items()},
             "values": {
                 input_.name: tf.constant(values[input_.name]) for input_ in self._ranker.inputs if not input_.table
             },
@@ -337,19 +337,19 @@ class TensorflowEngine:
         at: dict[str, I32] = {}
         for name, parts in uses.items():
             ids = np.concatenate([np.zeros(0, np.uint64), *(part.reshape(-1) for part in parts.values())])
-            rows[name], places = self._tables[name].distinct(self._tables[name].find(ids))
+            rows[name], indices = self._tables[name].distinct(self._tables[name].find(ids))
             ends = np.cumsum([part.size for part in parts.values()])
-            by_ids = zip(parts, np.split(places, ends[:-1]), strict=True) if parts else ()
+            by_ids = zip(parts, np.split(indices, ends[:-1]), strict=True) if parts else ()
             at |= {f"{name}.{ids}": indices.reshape(parts[ids].shape) for ids, indices in by_ids}
         return rows, at
 
     def _gather(self, input_: Input, distinct: Mapping[str, Tensor], at: Mapping[str, Tensor]) -> Tensor:
         """The rows of an input."""
-        places = at[place_of(input_)]
-        rows = tf.gather(distinct[input_.table], places)
+        indices = at[place_of(input_)]
+        rows = tf.gather(distinct[input_.table], indices)
         if input_.mean:
             # Without any ids the mean is the missing row.
-            rows = tf.reduce_mean(rows, -2) if places.shape[-1] else tf.reduce_sum(rows, -2)
+            rows = tf.reduce_mean(rows, -2) if indices.shape[-1] else tf.reduce_sum(rows, -2)
         if (attributes := f"context.{input_.attributes}") in at:
             rows += tf.reduce_mean(tf.gather(distinct["context"], at[attributes]), -2)
         return rows

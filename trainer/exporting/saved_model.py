@@ -188,11 +188,11 @@ def _places(keys: npt.NDArray[np.bytes_], first: int, other: int, last: int | No
 
     `last` is the index of the last key, if it is out of order.
     """
-    places = np.arange(first, first + len(keys), dtype=np.int64)
+    indices = np.arange(first, first + len(keys), dtype=np.int64)
     if last is not None:
-        places[-1] = last
+        indices[-1] = last
     # TensorFlow cannot create a table without keys.
-    entries = (keys, places) if len(keys) else (np.array([b"\0"]), np.array([other], np.int64))
+    entries = (keys, indices) if len(keys) else (np.array([b"\0"]), np.array([other], np.int64))
     initializer = tf.lookup.KeyValueTensorInitializer(tf.constant(_plain(entries[0])), tf.constant(entries[1]))
     return tf.lookup.StaticHashTable(initializer, other)
 

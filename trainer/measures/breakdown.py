@@ -76,8 +76,8 @@ class _Sums(NamedTuple):
     squares: F64
 
     @classmethod
-    def none(cls, dimensions: int, places: int) -> _Sums:
-        shape = (dimensions, places)
+    def none(cls, dimensions: int, values: int) -> _Sums:
+        shape = (dimensions, values)
         return cls(*(np.zeros((*shape, *more)) for more in ((5,), (DECILES, 4), (2, BINS), (2,))))
 
 
@@ -90,24 +90,24 @@ class Breakdown:
         by_item: Whether a negative's slice is that of the row whose item it is.
     """
 
-    def __init__(self, dimensions: Sequence[str], places: Sequence[int], by_item: Sequence[bool]) -> None:
+    def __init__(self, dimensions: Sequence[str], values: Sequence[int], by_item: Sequence[bool]) -> None:
         self.dimensions = tuple(dimensions)
-        self._last, self._by_item = np.array(places, np.int64) - 1, np.array(by_item, np.bool_)
-        self._sums = _Sums.none(len(self.dimensions), max(places))
-        self._total: F64 = np.zeros((len(self.dimensions), max(places)))
+        self._last, self._by_item = np.array(values, np.int64) - 1, np.array(by_item, np.bool_)
+        self._sums = _Sums.none(len(self.dimensions), max(values))
+        self._total: F64 = np.zeros((len(self.dimensions), max(values)))
 
     @classmethod
     def of(cls, settings: Settings, slices: Slices) -> Breakdown:
         """The breakdown of a trainer with these settings: by action, by users, and by attributes."""
-        places = [FIRST + settings.attributes.slice_values] * len(slices.names)
-        own = len(settings.events.actions) + 1, len(USERS) - 1
-        return cls(("action", "users", *slices.names), (*own, *places), (False, False, *slices.by_item))
+        slice_counts = [FIRST + settings.attributes.slice_values] * len(slices.names)
+        sizes = len(settings.events.actions) + 1, len(USERS) - 1
+        return cls(("action", "users", *slices.names), (*sizes, *slice_counts), (False, False, *slices.by_item))
 
-    def update(self, places: Sequence[npt.NDArray[Any]], partner: I64, judged: Judged) -> F64:
+    def update(self, values: Sequence[npt.NDArray[Any]], partner: I64, judged: Judged) -> F64:
         """Adds the rows of one step, and returns their losses by slice.
 
         Args:
-            places: For each dimension `[n]`, the slice of each row.
+            values: For each dimension `[n]`, the slice of each row.
             partner: `[n]` int64, the row whose item is the negative.
             judged: The predictions for the rows.
 
@@ -119,7 +119,7 @@ class Breakdown:
         pairs = judged.pairs
         logits = np.clip(pairs.logits, -LOGIT_RANGE, LOGIT_RANGE)
         bins = np.minimum((logits + LOGIT_RANGE) * (BINS / (2 * LOGIT_RANGE)), BINS - 1).astype(np.int64)
-        at = np.minimum(np.stack(places).astype(np.int64), self._last[:, None])
+        at = np.minimum(np.stack(values).astype(np.int64), self._last[:, None])
         step = np.zeros((len(LOSSES), *self._total.shape, 3))
         _add(
             at, partner, self._by_item, np.flatnonzero(judged.targets), judged.rows, np.flatnonzero(pairs.scored), bins,
@@ -179,7 +179,7 @@ class Breakdown:
     "i8[:, ::1], i8[::1], bool[::1], i8[::1], f8[:, ::1], i8[::1], i8[::1], f8[::1], bool[::1], f8[::1], f8[:, :, ::1], f8[:, :, :, ::1], f8[:, :, :, ::1], f8[:, :, ::1], f8[:, ::1], f8[:, :, :, ::1]"
 )
 def _add(
-    places: I64,
+    values: I64,
     partner: I64,
     by_item: Flags,
     targets: I64,
@@ -196,13 +196,13 @@ def _add(
     total: F64,
     step: F64,
 ) -> None:
-    count = places.shape[1]
-    for d in range(places.shape[0]):
+    count = values.shape[1]
+    for d in range(values.shape[0]):
         for i in range(count):
-            rows[d, places[d, i], 0] += 1.0
-            total[d, places[d, i]] += 1.0
+            rows[d, values[d, i], 0] += 1.0
+            total[d, values[d, i]] += 1.0
         for i in range(targets.shape[0]):
-            at = places[d, targets[i]]
+            at = values[d, targets[i]]
             rows[d, at, 1] += 1.0
             rows[d, at, 2] += judged[i, _LOG_LOSS]
             rows[d, at, 3] += judged[i, _SQUARES]
@@ -215,7 +215,7 @@ def _add(
             row = scored[i]
             if row >= count:
                 row = partner[row - count] if by_item[d] else row - count
-            at, clicked = places[d, row], 1 if positive[i] else 0
+            at, clicked = values[d, row], 1 if positive[i] else 0
             decile = min(int(predicted[i] * DECILES), DECILES - 1)
             pairs[d, at, decile, 0] += 1.0
             pairs[d, at, decile, 1] += clicked

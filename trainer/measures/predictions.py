@@ -111,7 +111,7 @@ def _came_next(at: I32, counts: I32, ids: U64, category: U64, rank: I32, log_sha
         rank[i], log_share[i], candidates[i] = NONE, 0.0, 0
         if at[i] == 0:
             continue
-        total, own = 0, 0
+        total, own_count = 0, 0
         for k in range(FOLLOWERS):
             count = counts[at[i], k]
             if count == 0:
@@ -119,6 +119,6 @@ def _came_next(at: I32, counts: I32, ids: U64, category: U64, rank: I32, log_sha
             candidates[i] += 1
             total += count
             if ids[at[i], k] == category[i]:
-                rank[i], own = k, count
-        if own > 0:
-            log_share[i] = np.log(own / total)
+                rank[i], own_count = k, count
+        if own_count > 0:
+            log_share[i] = np.log(own_count / total)

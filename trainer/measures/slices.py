@@ -66,15 +66,15 @@ class Slices:
         self._columns = columns
         users, items = columns.users.names, columns.items.names
         self.names = tuple(name for name in settings.slices if name in users + items)
-        count, places = len(self.names), FIRST + settings.slice_values
-        self._ids: U64 = np.zeros((count, places), np.uint64)
+        count, size = len(self.names), FIRST + settings.slice_values
+        self._ids: U64 = np.zeros((count, size), np.uint64)
         for number, name in enumerate(self.names):
             table = columns.users if name in users else columns.items
             self._ids[number, [UNKNOWN, NONE]] = table.unknown_id(name), table.none_id(name)
         self._texts: dict[int, str] = {}
-        self._total: F64 = np.zeros((count, places))
-        self._sums: F64 = np.zeros((count, places, len(SUMS)))
-        self._bins: F64 = np.zeros((count, places, 2, BINS))
+        self._total: F64 = np.zeros((count, size))
+        self._sums: F64 = np.zeros((count, size, len(SUMS)))
+        self._bins: F64 = np.zeros((count, size, 2, BINS))
 
     def __bool__(self) -> bool:
         """Whether there is a slice attribute."""
@@ -104,10 +104,10 @@ class Slices:
                 if is_of_user
                 else (items[:, self._columns.items.names.index(name)])
             )
-            places = self._places(number, ids, texts)
-            other = places if is_of_user else places[scored.partner]
-            self._add(number, places, np.concatenate([places, other])[scored.pairs], scored)
-            slices.append(places)
+            slots = self._places(number, ids, texts)
+            other = slots if is_of_user else slots[scored.partner]
+            self._add(number, slots, np.concatenate([slots, other])[scored.pairs], scored)
+            slices.append(slots)
         return slices
 
     def shown(self) -> dict[str, list[str]]:
@@ -138,13 +138,13 @@ class Slices:
                 self._texts[identity] = texts[identity]
         return values
 
-    def _add(self, number: int, places: I64, paired: I64, scored: Scored) -> None:
-        count, aimed = self._ids.shape[1], places[scored.targets]
+    def _add(self, number: int, slots: I64, paired: I64, scored: Scored) -> None:
+        count, aimed = self._ids.shape[1], slots[scored.targets]
 
         def by(at: I64, weights: Any = None) -> F64:
             return np.bincount(at, weights, minlength=count).astype(np.float64)
 
-        rows = by(places)
+        rows = by(slots)
         self._total[number] += rows
         columns = (
             rows, by(aimed), by(aimed, scored.log_loss), by(aimed, scored.top1), by(paired),

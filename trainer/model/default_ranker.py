@@ -114,7 +114,7 @@ class DefaultRanker(Ranker):
         self.fast_weights = FAST_WEIGHTS
         self.fast_learning_rates = {"interest.user_kernel": numbers.user_lr_scale}
         query, engagement = (0.0, 0.0) if labelled else (numbers.first_query, numbers.first_engagement)
-        own = [
+        weights = [
             fixed("query.kernel", query_kernel(width, dim, query)),
             uniform("query.bias", (2 * dim + 1,), 0.0),
             fixed("interest.linear", recency_prior(names)),
@@ -134,7 +134,7 @@ class DefaultRanker(Ranker):
             uniform("engagement.category", (dim,), engagement),
         ]
         of_tower = {f"tower.{name}": weight for name, weight in named(self.tower).items()}
-        self.dense: dict[str, Any] = of_tower | {weight.name.removesuffix(":0"): weight for weight in own}
+        self.dense: dict[str, Any] = of_tower | {weight.name.removesuffix(":0"): weight for weight in weights}
 
     @property
     def drops(self) -> bool:
@@ -159,8 +159,8 @@ class DefaultRanker(Ranker):
         plain = interest
         if encoded.plain_queries is not encoded.queries:
             plain = self._interest(encoded.plain_queries, hidden, inputs)
-        own = self._engagement(encoded, plain, inputs, inputs["item_row"], inputs["category_row"])
-        scores = interest | {"engagement_logit": own + inputs["cross"], "vector": encoded.vector}
+        engagement = self._engagement(encoded, plain, inputs, inputs["item_row"], inputs["category_row"])
+        scores = interest | {"engagement_logit": engagement + inputs["cross"], "vector": encoded.vector}
         if "negative_item_row" in inputs:
             rows = inputs["negative_item_row"], inputs["negative_category_row"]
             scores["negative_logit"] = self._engagement(encoded, plain, inputs, *rows)
@@ -217,13 +217,13 @@ class DefaultRanker(Ranker):
 
     def _transition_logits(self, user_hidden: Tensor, counts: Tensor, kind: int) -> Tensor:
         """Logits n . next(c) + net'(next(c), z) of `[B, k, N]` integers, `[B, k]`; `kind`: 0 popular, 1 successors."""
-        places, columns = counts.shape[1], len(COLUMNS)
+        candidates, columns = counts.shape[1], len(COLUMNS)
         logs = tf.reshape(tf.math.log(counts + 1.0), [-1, columns]) * self.window_scaling.log_scale[-columns:]
-        hidden = tf.reshape(tf.matmul(logs, self.dense["interest.next_0"]), [-1, places, NEXT_HIDDEN])
+        hidden = tf.reshape(tf.matmul(logs, self.dense["interest.next_0"]), [-1, candidates, NEXT_HIDDEN])
         hidden = tf.nn.relu(hidden + tf.expand_dims(user_hidden[:, NET_HIDDEN:], 1))
         logits = tf.matmul(logs, tf.expand_dims(self.dense["interest.next"][kind], 1))
         logits += tf.matmul(tf.reshape(hidden, [-1, NEXT_HIDDEN]), tf.expand_dims(self.dense["interest.next_1"], 1))
-        return tf.reshape(logits, [-1, places])
+        return tf.reshape(logits, [-1, candidates])
 
     def _interest(self, queries: Tensor, user_hidden: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The logits s(c) of every candidate, masked."""

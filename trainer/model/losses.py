@@ -33,9 +33,9 @@ def rank(scores: Mapping[str, Tensor], slot: Tensor) -> Tensor:
     logits = interest_logits(scores)[:, :-1]
     slots = logits.shape[1]
     clicked = tf.clip_by_value(slot, 0, slots - 1)
-    own = tf.gather(logits, tf.expand_dims(clicked, 1), batch_dims=1)
+    clicked_logit = tf.gather(logits, tf.expand_dims(clicked, 1), batch_dims=1)
     lower = tf.range(slots) < tf.expand_dims(clicked, 1)
-    before = tf.reduce_sum(tf.cast((logits > own) | ((logits == own) & lower), tf.int32), 1)
+    before = tf.reduce_sum(tf.cast((logits > clicked_logit) | ((logits == clicked_logit) & lower), tf.int32), 1)
     return tf.where((slot >= 0) & (slot < slots), before, slots)
 
 
@@ -47,16 +47,16 @@ def interest_loss(scores: Mapping[str, Tensor], slot: Tensor) -> Tensor:
 
 def engagement_losses(scores: Mapping[str, Tensor], targets: Targets) -> tuple[Tensor, Tensor]:
     """`[B]` float32 each: the log loss of the row's own pair and of the drawn negative, before their weights."""
-    own = scores["engagement_logit"] + targets.label_shift
+    logit = scores["engagement_logit"] + targets.label_shift
     drawn = scores["negative_logit"] + targets.negative_shift
     return (
-        tf.nn.sigmoid_cross_entropy_with_logits(targets.label, own),
+        tf.nn.sigmoid_cross_entropy_with_logits(targets.label, logit),
         tf.nn.sigmoid_cross_entropy_with_logits(tf.zeros_like(drawn), drawn),
     )
 
 
 def log_losses(scores: Mapping[str, Tensor], targets: Targets) -> Tensor:
     """`[B]` float32: the weighted sum of each row's losses."""
-    own, drawn = engagement_losses(scores, targets)
+    pair_loss, drawn = engagement_losses(scores, targets)
     interest = interest_loss(scores, targets.slot) * targets.weight
-    return interest + own * targets.label_weight + drawn * targets.negative_weight
+    return interest + pair_loss * targets.label_weight + drawn * targets.negative_weight

@@ -64,9 +64,9 @@ class Participation:
         >>> allowance.admit(users[:1]).tolist()
         [True]
         """
-        places = (mixed(users) & np.uint64(PLACES - 1)).astype(np.int64)
-        admitted: Flags = self._used[places] < self._updates
-        self._used[np.unique(places[admitted])] += 1
+        counters = (mixed(users) & np.uint64(PLACES - 1)).astype(np.int64)
+        admitted: Flags = self._used[counters] < self._updates
+        self._used[np.unique(counters[admitted])] += 1
         self.left_out += int(users.size - admitted.sum())
         return admitted
 

@@ -72,8 +72,8 @@ class CountTable(IdTable):
         self.put(rows, first, np.zeros((len(rows), 0), np.float32))
 
     def _use(self) -> F32:
-        counted: F32 = self._lists.counts.sum(1).astype(np.float32)
-        return counted
+        sums: F32 = self._lists.counts.sum(1).astype(np.float32)
+        return sums
 
     def _resize(self, capacity: int, former: I32 | None = None) -> None:
         kept = (*self._lists, self._signs) if former is None else (part[former] for part in (*self._lists, self._signs))

@@ -122,8 +122,8 @@ class Pending:
 
     def of(self, ids: U64) -> Sightings:
         """The sightings of `[n]` ids, 0 for ids that do not wait."""
-        places = self._places.find(ids)
-        return Sightings(ids, self._counts[places], self._seen_ms[places])
+        slots = self._places.find(ids)
+        return Sightings(ids, self._counts[slots], self._seen_ms[slots])
 
     def ids(self) -> U64:
         """The ids that wait, ascending."""
@@ -141,8 +141,8 @@ class Pending:
 
     def forget(self, ids: U64) -> U64:
         """Forgets those of `[n]` ids that wait; returns them."""
-        places = self._places.find(ids)
-        return self._forget(np.unique(places[places != 0]))
+        slots = self._places.find(ids)
+        return self._forget(np.unique(slots[slots != 0]))
 
     def evict(self) -> U64:
         """Forgets the least used ids if too many wait; returns them."""
@@ -151,8 +151,8 @@ class Pending:
             return np.empty(0, np.uint64)
         return self._forget(least_used(self._places.ids, self._seen_ms, self._counts.astype(np.float32), leaving))
 
-    def _forget(self, places: I32) -> U64:
-        ids = self._places.ids[places]
+    def _forget(self, slots: I32) -> U64:
+        ids = self._places.ids[slots]
         self._places.drop(ids)
         former = self._places.pack()
         if former is not None:
@@ -166,8 +166,8 @@ class Pending:
         self._places.take(new)
         if self.capacity > self._counts.size:
             self._counts, self._seen_ms = grown(self._counts, self.capacity), grown(self._seen_ms, self.capacity)
-        places = self._places.find(seen.ids)
-        self._counts[places], self._seen_ms[places] = seen.counts, seen.seen_ms
+        slots = self._places.find(seen.ids)
+        self._counts[slots], self._seen_ms[slots] = seen.counts, seen.seen_ms
 
 
 class IdTable(ABC):
@@ -243,8 +243,8 @@ class IdTable(ABC):
         unknown = np.flatnonzero((rows == MISSING) & (ids != 0))
         if unknown.size:
             if self._admit_after > 1:
-                counted, admitted = self._pending.count(sightings(ids[unknown], at_ms[unknown]))
-                self._since_version.pending.add(counted)
+                sightings_counted, admitted = self._pending.count(sightings(ids[unknown], at_ms[unknown]))
+                self._since_version.pending.add(sightings_counted)
             else:
                 admitted = first_occurrences(ids[unknown])
             if admitted.size:

@@ -198,8 +198,8 @@ class Places:
 
     def held(self) -> I32:
         """The indices in use, ascending."""
-        places: I32 = np.flatnonzero(self.ids[: self._next]).astype(np.int32)
-        return places
+        used: I32 = np.flatnonzero(self.ids[: self._next]).astype(np.int32)
+        return used
 
     def older(self, seen_ms: I64, before_ms: int) -> I32:
         """The indices in use whose `[capacity]` times are before `before_ms`, ascending."""
@@ -217,16 +217,16 @@ class Places:
         if fresh > self.capacity:
             doubled = self._room(2 * self.capacity, self._most)
             self.ids = grown(self.ids, max(doubled, fresh))
-        places = np.concatenate([self._free[remaining:], np.arange(self._next, fresh, dtype=np.int32)])
+        indices = np.concatenate([self._free[remaining:], np.arange(self._next, fresh, dtype=np.int32)])
         self._free, self._next = self._free[:remaining], fresh
-        self.ids[places] = ids
-        self._index.insert(ids, places)
-        return places
+        self.ids[indices] = ids
+        self._index.insert(ids, indices)
+        return indices
 
     def drop(self, ids: U64) -> I32:
         """Removes distinct ids; returns the former indices of those that had one."""
-        places = self._index.find(ids)
-        freed: I32 = places[places != 0]
+        indices = self._index.find(ids)
+        freed: I32 = indices[indices != 0]
         if freed.size:
             self._index.remove(self.ids[freed])
             self.ids[freed] = 0

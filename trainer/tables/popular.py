@@ -47,21 +47,21 @@ def _before(index: int, other: int, ids: U64, counts: I64) -> bool:
 
 
 @compiled("i4[::1], i8[::1], i8[::1]")
-def _count(places: I32, amounts: I64, counts: I64) -> None:
-    for i in range(places.shape[0]):
-        if places[i] != 0:
-            counts[places[i]] += amounts[i]
+def _count(indices: I32, amounts: I64, counts: I64) -> None:
+    for i in range(indices.shape[0]):
+        if indices[i] != 0:
+            counts[indices[i]] += amounts[i]
 
 
 @compiled("i4[::1], u8[::1], i8[::1], bool[::1], i4[::1]")
-def _rank(places: I32, ids: U64, counts: I64, seen: Flags, top: I32) -> int:
+def _rank(indices: I32, ids: U64, counts: I64, seen: Flags, top: I32) -> int:
     """Puts the largest categories among `[n]` indices into `top`, the largest first; returns their number.
 
     seen: `[used]` bool, all False before and after.
     """
     count, most = 0, top.shape[0]
-    for i in range(places.shape[0]):
-        index = places[i]
+    for i in range(indices.shape[0]):
+        index = indices[i]
         if index == 0 or seen[index] or most == 0:
             continue
         seen[index] = True
@@ -74,8 +74,8 @@ def _rank(places: I32, ids: U64, counts: I64, seen: Flags, top: I32) -> int:
             top[at] = top[at - 1]
             at -= 1
         top[at] = index
-    for i in range(places.shape[0]):
-        seen[places[i]] = False
+    for i in range(indices.shape[0]):
+        seen[indices[i]] = False
     return count
 
 
@@ -107,10 +107,10 @@ class Popular:
 
     def standing_of(self, ids: U64) -> tuple[I64, I32, int]:
         """`[n]` int64 counts of categories, 0 for one without; `[n]` int32 ranks, P if not listed; and the sum of all counts."""
-        places = self._index.find(ids)
+        indices = self._index.find(ids)
         ranks = np.full(self._used, self._size, np.int32)
         ranks[self._top] = np.arange(self._top.size, dtype=np.int32)
-        return self._counts[places], ranks[places], int(self._counts[1 : self._used].sum())
+        return self._counts[indices], ranks[indices], int(self._counts[1 : self._used].sum())
 
     def top(self) -> U64:
         """The list as of the last update, `[P]` uint64, padded with 0."""
@@ -135,16 +135,16 @@ class Popular:
         if ticked:
             self._decay(hour - self._hour if self._hour >= 0 else 0)
             self._hour = hour
-        places = self._index.find(ids)
-        fresh = np.unique(ids[(places == 0) & (ids != 0)])
+        indices = self._index.find(ids)
+        fresh = np.unique(ids[(indices == 0) & (ids != 0)])
         if fresh.size:
             self._index.insert(fresh, np.arange(self._used, self._used + fresh.size, dtype=np.int32))
             self._reserve(self._used + fresh.size)
             self._ids[self._used : self._used + fresh.size] = fresh
             self._used += fresh.size
-            places = self._index.find(ids)
-        _count(places, amounts, self._counts)
-        self._rank(np.arange(1, self._used, dtype=np.int32) if ticked else np.concatenate([self._top, places]))
+            indices = self._index.find(ids)
+        _count(indices, amounts, self._counts)
+        self._rank(np.arange(1, self._used, dtype=np.int32) if ticked else np.concatenate([self._top, indices]))
         if leaving := excess(self._used - 1, self._most):
             ids, counts = self._ids[1 : self._used], self._counts[1 : self._used]
             stays = np.ones(ids.size, np.bool_)
@@ -167,9 +167,9 @@ class Popular:
         self._index.insert(ids, np.arange(1, self._used, dtype=np.int32))
         self._rank(np.arange(1, self._used, dtype=np.int32))
 
-    def _rank(self, places: I32) -> None:
+    def _rank(self, indices: I32) -> None:
         top = np.empty(self._size, np.int32)
-        self._top = top[: _rank(places, self._ids, self._counts, np.zeros(self._used, np.bool_), top)]
+        self._top = top[: _rank(indices, self._ids, self._counts, np.zeros(self._used, np.bool_), top)]
 
     def _decay(self, hours: int) -> None:
         if hours:

@@ -369,8 +369,8 @@ def require_ranker_fits(registry: Registry, settings: Settings, spec: FeatureSpe
 
 def is_of_release(registry: Registry, settings: Settings, spec: FeatureSpec) -> bool:
     """Whether only this release's own code can differ from the current version: no custom code, same settings."""
-    own, default = settings.model, Model()
-    if (own.ranker, own.tower, own.preprocessing) != (default.ranker, default.tower, default.preprocessing):
+    model, default = settings.model, Model()
+    if (model.ranker, model.tower, model.preprocessing) != (default.ranker, default.tower, default.preprocessing):
         return False
     version = version_to_go_on_from(registry)
     return version is not None and not differences(registry, version, settings, spec)

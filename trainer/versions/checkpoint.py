@@ -184,17 +184,24 @@ def environment(
 def deciding(settings: Settings) -> dict[str, str]:
     """The settings that affect a step, by name, and no others."""
     model = {f"model.{name}": str(value) for name, value in dataclasses.asdict(settings.model).items()}
-    wanted, own = settings.attributes, {f"trainer.{name}": str(getattr(settings.trainer, name)) for name in _DECIDING}
+    wanted, parameters = (
+        settings.attributes,
+        {f"trainer.{name}": str(getattr(settings.trainer, name)) for name in _DECIDING},
+    )
     for side in ("user", "item"):
         fields = getattr(wanted, f"{side}_fields") if getattr(wanted, f"{side}_topic") else ()
-        own[f"attributes.{side}_fields"] = str(fields)
-    own |= {"events.context": str(settings.events.context), "labelled": str(labelled(settings))} | private(settings)
+        parameters[f"attributes.{side}_fields"] = str(fields)
+    parameters |= {"events.context": str(settings.events.context), "labelled": str(labelled(settings))} | private(
+        settings
+    )
     if settings.churn.days:
-        own |= {
+        parameters |= {
             "churn.days": str(settings.churn.days),
             "churn.code": str(CHURN_CODE),
         }
-    return model | own | {f"attributes.{name}": str(getattr(wanted, name)) for name in ("slices", "slice_values")}
+    return (
+        model | parameters | {f"attributes.{name}": str(getattr(wanted, name)) for name in ("slices", "slice_values")}
+    )
 
 
 def private(settings: Settings) -> dict[str, str]:
@@ -225,8 +232,8 @@ def _dense(trainer: Trainer) -> dict[str, content.Array]:
 
 def _beside(trainer: Trainer) -> dict[str, content.Array]:
     churn = {} if trainer.churn is None else trainer.churn.served()
-    counted = [part.served() for part in (trainer.item_ranking, trainer.interest_counts) if part is not None]
-    return {name: value for values in (churn, *counted) for name, value in values.items()}
+    score_tensors = [part.served() for part in (trainer.item_ranking, trainer.interest_counts) if part is not None]
+    return {name: value for values in (churn, *score_tensors) for name, value in values.items()}
 
 
 def _under(prefix: str, tensors: content.Tensors) -> dict[str, Any]:

@@ -80,8 +80,8 @@ class TwoTower(Ranker):
         """Returns the user's vector, `[B, hidden[-1]]`."""
         shares = inputs["sequence_mask"] / np.arange(1, inputs["sequence_mask"].shape[1] + 1, dtype=np.float32)
         shares = tf.expand_dims(shares, 2)
-        known = tf.reduce_sum(shares, 1) + 1e-6
-        latest = [tf.reduce_sum(inputs[f"sequence_{kind}_rows"] * shares, 1) / known for kind in ("item", "category")]
+        total = tf.reduce_sum(shares, 1) + 1e-6
+        latest = [tf.reduce_sum(inputs[f"sequence_{kind}_rows"] * shares, 1) / total for kind in ("item", "category")]
         rows = [self.prepare(inputs["features"]), inputs["user_row"], inputs["context_row"], *latest]
         return self._tower("user", tf.concat(rows, 1), latest[1])
 

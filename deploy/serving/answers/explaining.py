@@ -122,12 +122,12 @@ def groups_of(
 
     by_input = {}
     for name, (rows, *shape) in shapes.items():
-        own = own_rows_of(name)
+        input_ = own_rows_of(name)
         if rows >= 0:
             continue
         if name == "features":
             owners = [number(group) for group in _of_features(spec)]
-        elif name in _BY_CATEGORY or (own is not None and own[1] == "recent"):
+        elif name in _BY_CATEGORY or (input_ is not None and input_[1] == "recent"):
             owners = [number(Group("category", slot)) for slot in range(shape[0])]
         elif name == "popular_mask":
             owners = [number(Group("category", slot) if slot >= 0 else Group("pair")) for slot in own_popular]
@@ -148,9 +148,9 @@ def _of_features(spec: FeatureSpec) -> list[Group]:
 
 
 def _kind(name: str) -> str:
-    own = own_rows_of(name)
-    if own is not None:
-        return "sequence" if own[1].startswith("sequence") else _OWN.get(own[1], "pair")
+    input_ = own_rows_of(name)
+    if input_ is not None:
+        return "sequence" if input_[1].startswith("sequence") else _OWN.get(input_[1], "pair")
     return "sequence" if name.startswith("sequence") else _KINDS.get(name, "pair")
 
 
@@ -261,8 +261,8 @@ class Words:
         elif group.kind == "user":
             words = "the weights learned from this user's clicks"
         elif group.kind == "context":
-            known = [f"{name}={text}" for name, text in self._attributes if text is not None]
-            words = "attributes: " + listed(known)
+            attributes = [f"{name}={text}" for name, text in self._attributes if text is not None]
+            words = "attributes: " + listed(attributes)
         elif group.kind == "crosses":
             words = "the weights of the crosses of this user and this item"
         else:
@@ -402,11 +402,11 @@ def explain(predictor: Predictor, query: Query, label: str | None) -> Generator[
         answer, _ = predictor.answered(prepared, outputs)
         slots: tuple[int, ...] = ()
         if label is not None:
-            own, nobodys = (candidate(prepared, row, label) for row in (0, 1))
-            if own is None:
+            slot, nobodys_slot = (candidate(prepared, row, label) for row in (0, 1))
+            if slot is None:
                 others = ", ".join(interest["label"] for interest in answer.interests[:10]) or "none"
                 raise BadRequest(f"label={label[:100]!r} is not a candidate of this user", f"ask for one of {others}")
-            slots = tuple({own, own if nobodys is None else nobodys})
+            slots = tuple({slot, slot if nobodys_slot is None else nobodys_slot})
         probability, cold_start_probability = _values(slots, _inputs_of(prepared), outputs)[:2].tolist()
         # 2.
         parts = yield from _parts(predictor, prepared, reader, slots)
@@ -439,9 +439,10 @@ def _parts(
     predictor: Predictor, prepared: Prepared, reader: RowReader, slots: Sequence[int]
 ) -> Generator[None, None, list[tuple[Group, float]]]:
     version = prepared.version
-    own = prepared.vectors.recent_categories[0]
+    categories = prepared.vectors.recent_categories[0]
     own_popular = [
-        int(np.flatnonzero(own == category)[0]) if category and category in own else -1 for category in version.popular
+        int(np.flatnonzero(categories == category)[0]) if category and category in categories else -1
+        for category in version.popular
     ]
     groups, numbers = groups_of(version.features.spec, version.program.shapes, own_popular)
     given = _inputs_of(prepared)

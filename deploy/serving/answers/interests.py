@@ -112,12 +112,12 @@ def correction_of(
     weights, recent = version.interest_weights, vectors.recent_categories
     assert weights is not None
     items = [int(key_of_item(np.uint64(item))) for item, _ in asked]
-    lists, places = rows.next_categories([*_EVERY, *recent[:, 0].tolist(), *items])
+    lists, indices = rows.next_categories([*_EVERY, *recent[:, 0].tolist(), *items])
     mask = np.concatenate(masks, 1)
     correction = Correction(np.empty((len(asked), 1), np.float32), np.empty((len(asked), mask.shape[1]), np.float32))
     _correct(
         lists,
-        np.array(places, np.int32),
+        np.array(indices, np.int32),
         np.array([at_ms // 1000 for _, at_ms in asked]),
         recent,
         version.popular,
@@ -137,7 +137,7 @@ def correction_of(
 )
 def _correct(
     lists: ItemLists,
-    places: I32,
+    indices: I32,
     at_s: I64,
     recent: U64,
     popular: U64,
@@ -149,18 +149,18 @@ def _correct(
     offset: F32,
     work: Workspace,
 ) -> None:
-    """`places`: the lists of no key, over all clicks, of the n newest categories, of the n newest items."""
-    count, own, ranks = recent.shape[0], recent.shape[1], popular.shape[0]
-    everything, rows = places[1 : 1 + LISTS_OF_EVERYTHING], np.empty((count, READ), np.int32)
+    """`indices`: the lists of no key, over all clicks, of the n newest categories, of the n newest items."""
+    count, slots, ranks = recent.shape[0], recent.shape[1], popular.shape[0]
+    everything, rows = indices[1 : 1 + LISTS_OF_EVERYTHING], np.empty((count, READ), np.int32)
     for i in range(count):
         if i == 0 or at_s[i] != at_s[i - 1]:
             gather_everything(lists, everything, at_s[i], work)
         for k in range(READ):
-            rows[i, k] = places[1 + LISTS_OF_EVERYTHING + k * count + i]
+            rows[i, k] = indices[1 + LISTS_OF_EVERYTHING + k * count + i]
         for j in range(mask.shape[1]):
-            category = recent[i, j] if j < own else (popular[j - own] if j < own + ranks else np.uint64(0))
-            if j >= own + ranks:
-                category = successors[i, j - own - ranks]
+            category = recent[i, j] if j < slots else (popular[j - slots] if j < slots + ranks else np.uint64(0))
+            if j >= slots + ranks:
+                category = successors[i, j - slots - ranks]
             take_candidate(j, category, np.float32(0.0) if mask[i, j] > 0 else MASKED, work)
         score(weights, phi, i, gather(lists, rows, at_s[i], i, work), work)
         factor[i, 0] = work.factors[0]

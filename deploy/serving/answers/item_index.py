@@ -222,13 +222,13 @@ class NearItems:
 
     def _put(self, index: ItemIndex, reader: RowReader, served: Served) -> None:
         """2. Read some of the due rows."""
-        some = list(islice(self._due, ROWS_AT_ONCE))
-        for identity in some:
+        batch = list(islice(self._due, ROWS_AT_ONCE))
+        for identity in batch:
             del self._due[identity]
-        ids = np.array(some, np.uint64)
-        rows, known = reader.get("item", some, served)
+        ids = np.array(batch, np.uint64)
+        rows, has_row = reader.get("item", batch, served)
         index.remove(ids)
-        index.add(ids[known], rows[known])
+        index.add(ids[has_row], rows[has_row])
         if (over := len(index) - MOST_INDEXED) > 0:
             index.remove(index.oldest(over))
 
@@ -242,12 +242,12 @@ class NearItems:
             making.index.add(ids, rows)
         else:
             making.sample.append((ids, rows))
-            rows_read = sum(len(some) for some, _ in making.sample)
+            rows_read = sum(len(ids) for ids, _ in making.sample)
             # Assume as many ids in the rest as in the part already read.
             planned = rows_read if following is None else round(rows_read * _IDS / following)
             if following is None or rows_read >= POINTS * lists_for(planned):
                 making.planned = max(planned, ROWS_AT_ONCE)
-                making.index = ItemIndex(np.concatenate([some for _, some in making.sample]), making.planned)
+                making.index = ItemIndex(np.concatenate([rows for _, rows in making.sample]), making.planned)
                 for some, of_some in making.sample:
                     making.index.add(some, of_some)
                 making.sample.clear()

@@ -470,9 +470,9 @@ def _chosen(predictor: Predictor, order: NDArray[np.intp], work: Workspace, want
     chosen, of_category = list[_Chosen](), Counter[int]()
     limit = wanted.most if wanted.category is not None else wanted.per_category or wanted.most
     for first in range(0, len(order), wanted.most):
-        some = order[first : first + wanted.most]
-        items = work.items[some].tolist()
-        named, reasons = predictor.catalogue.named_items(items), reasons_of(some, work)
+        best = order[first : first + wanted.most]
+        items = work.items[best].tolist()
+        named, reasons = predictor.catalogue.named_items(items), reasons_of(best, work)
         for item, (category, name), reason in zip(items, named, reasons, strict=True):
             if category and len(chosen) < wanted.most and of_category[category] < limit:
                 chosen.append(_Chosen(item, category, name, reason))

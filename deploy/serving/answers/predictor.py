@@ -377,7 +377,7 @@ class Predictor:
         recent = [[category for category in row if category] for row in vectors.recent_categories.tolist()]
         of_users, of_items = self._attributes.of("user", users), self._attributes.of("item", items)
         churn = churn_probabilities(version.churn, histories, times, mask, features.spec, users)
-        questions, counted = [], version.interest_weights is not None
+        questions, has_correction = [], version.interest_weights is not None
         for row, (query, user, item) in enumerate(zip(queries, users, items, strict=True)):
             context, fields = query.context, self.context_fields
             questions.append(
@@ -392,7 +392,7 @@ class Predictor:
                     item_attributes=of_items[row],
                     context=[context_id(name, context[name]) if name in context else 0 for name in fields],
                     churn=churn[row],
-                    newest_item=newest_item(histories[row], times[row], mask, user) if counted else 0,
+                    newest_item=newest_item(histories[row], times[row], mask, user) if has_correction else 0,
                 )
             )
         return questions, vectors
@@ -422,12 +422,12 @@ def churn_probabilities(
             continue
         to_score.append((row, events[:latest], latest_ms, int(events["action"][latest])))
     if to_score:
-        places, before, times, actions = zip(*to_score, strict=True)
-        their_users = [users[row] for row in places]
+        rows_scored, before, times, actions = zip(*to_score, strict=True)
+        their_users = [users[row] for row in rows_scored]
         ages = [at_ms[row] - latest_ms for row, _, latest_ms, _ in to_score]
         windows = vectorise_many(before, times, mask, spec, their_users).features[:, weights.inputs.columns]
         inputs = weights.inputs.of(windows, np.array(actions, np.uint8), np.array(ages, np.int64))
-        for row, churn in zip(places, weights.probabilities(inputs).tolist(), strict=True):
+        for row, churn in zip(rows_scored, weights.probabilities(inputs).tolist(), strict=True):
             probabilities[row] = churn
     return probabilities
 
@@ -464,8 +464,8 @@ def _program_inputs(
         own_rows = rows.categories(recent.reshape(-1).tolist()).reshape(*recent.shape, -1)
         inputs["recent_rows"][: len(questions)] = own_rows
     inputs["recent_mask"][: len(questions)] = recent != 0
-    own = (recent[:, :, None] == version.popular).any(1)
-    inputs["popular_mask"][: len(questions)] = np.where(own, np.float32(0.0), version.popular_known)
+    is_recent = (recent[:, :, None] == version.popular).any(1)
+    inputs["popular_mask"][: len(questions)] = np.where(is_recent, np.float32(0.0), version.popular_known)
     has_row, with_sequence = [], vectors.sequence_actions.shape[1] > 0
     for row_number, question in enumerate(questions):
         row = rows.user(question.user)
@@ -530,17 +530,17 @@ def _table(ids: Sequence[Sequence[int]]) -> U64:
 
 def _add_sequence(inputs: Inputs, row: int, vectors: Vector, rows: VersionRows) -> None:
     vector = Vector(*[column[row] for column in vectors])
-    known = int((vector.sequence_actions != 0).sum())
+    count = int((vector.sequence_actions != 0).sum())
     if "sequence_item_rows" in inputs:
-        for k, item in enumerate(vector.sequence_items[:known].tolist()):
+        for k, item in enumerate(vector.sequence_items[:count].tolist()):
             inputs["sequence_item_rows"][row, k] = rows.item(item)
     if "sequence_category_rows" in inputs:
-        inputs["sequence_category_rows"][row, :known] = rows.categories(vector.sequence_categories[:known].tolist())
+        inputs["sequence_category_rows"][row, :count] = rows.categories(vector.sequence_categories[:count].tolist())
     for name in ("sequence_actions", "sequence_ages"):
         if name in inputs:
             inputs[name][row] = getattr(vector, name)
     if "sequence_mask" in inputs:
-        inputs["sequence_mask"][row, :known] = 1.0
+        inputs["sequence_mask"][row, :count] = 1.0
 
 
 def _add_context(inputs: Inputs, row: int, question: Asked, rows: VersionRows) -> None:
@@ -584,10 +584,10 @@ def add_own_rows(
     `vectors` has n rows; `successors` is `[n, S]` uint64, padded with 0.
     """
     inputs |= version.own_popular
-    own = [table for table in version.own if table.ids != "popular"]
-    for row, question in enumerate(questions if own else ()):
+    tables = [table for table in version.own if table.ids != "popular"]
+    for row, question in enumerate(questions if tables else ()):
         ids = _ids_of(question, Vector(*[column[row] for column in vectors]), successors[row])
-        for table in own:
+        for table in tables:
             if wanted := ids[table.ids]:
                 values = rows.own(table.table, wanted, table.width)
                 if table.averaged:
@@ -630,8 +630,8 @@ def _interests(
     counts = []
     for question, successors in zip(questions, successors_of, strict=True):
         # A popular category that is also the user's own counts as one candidate.
-        own = question.recent_categories
-        count = len(own) + len(popular) - len(popular.intersection(own))
+        recent = question.recent_categories
+        count = len(recent) + len(popular) - len(popular.intersection(recent))
         if has_successors:
             count += len(successors) - successors.count(0)
         counts.append(count if question.query.top is None else min(count, question.query.top))

@@ -79,7 +79,7 @@ class LoadedProgram:
     """
 
     def __init__(self, data: bytes) -> None:
-        self._data, self._given = data, dict[str, NDArray[Any]]()
+        self._data, self._tensors = data, dict[str, NDArray[Any]]()
         try:
             # A runner does not keep its interpreter alive.
             self._interpreters = {rows: Interpreter(model_content=data, num_threads=1) for rows in BATCHES}
@@ -117,14 +117,14 @@ class LoadedProgram:
             raise ProgramError(
                 f"the version has no dense weights {', '.join(missing)}, which its program wants", "roll back"
             )
-        self._given, self._stale = tensors, {*self._loads}
+        self._tensors, self._stale = tensors, {*self._loads}
         # The other batch sizes load the weights at their next use; under low load that never happens.
         self._set_weights(1)
 
     def _set_weights(self, rows: int) -> None:
         try:
             with _quiet():
-                self._loads[rows](**{name: self._given[name] for name in self._weights})
+                self._loads[rows](**{name: self._tensors[name] for name in self._weights})
         except (ValueError, RuntimeError) as error:
             raise ProgramError(f"the version's dense weights do not fit its program ({error})", "roll back") from error
         self._stale.discard(rows)

@@ -129,7 +129,7 @@ class Batcher:
         limits: QueueLimits = QueueLimits(),  # noqa: B008 - immutable
         clock_s: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._answer, self._held = answer, snapshot
+        self._answer, self._snapshot = answer, snapshot
         self._limits, self._clock_s = limits, clock_s
         self._waiting: deque[_Waiting] = deque()
         self._of_requests = 0
@@ -161,7 +161,7 @@ class Batcher:
         since_s = self._clock_s()
         self._of_requests += len(queries)
         try:
-            with self._held() as answer:
+            with self._snapshot() as answer:
                 for first in range(0, len(queries), MOST_AT_ONCE):
                     if self._clock_s() - since_s > self._limits.waited_s:
                         raise self._limits.too_late()

@@ -81,8 +81,8 @@ def scored(
     clear(count, work)
     order = np.argsort(-work.scores[:count], kind="stable")
     if category is not None:
-        listed = clicked.ids[1 + len(EVERYTHING)]
-        order = order[np.isin(work.items[order], listed)]
+        category_items = clicked.ids[1 + len(EVERYTHING)]
+        order = order[np.isin(work.items[order], category_items)]
     return order
 
 

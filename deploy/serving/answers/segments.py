@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
-
 from deploy.serving.answers.query import iso
+from springtide_client.answers import (
+    ListPrecision,
+    Lookalike,
+    SegmentLookalikes,
+    SegmentMember,
+    SegmentPage,
+    SegmentSize,
+    SegmentSizes,
+    UserSegment,
+)
 from state.config.settings import Settings
 from state.errors import BadRequest, NotReady, StoreError
 from state.events.identity import Salt, user_id
@@ -12,72 +20,6 @@ from state.layout import DATA, LOOKALIKES, SEGMENTS
 from state.segments import lookalikes
 from state.segments.expression import texts_of
 from state.segments.members import Membership, SegmentStore
-
-
-class SegmentSize(TypedDict):
-    """A segment: its name, its expression, and its number of users."""
-
-    name: str
-    expression: str
-    size: int
-
-
-class SegmentSizes(TypedDict):
-    """All segments, in the order of the settings."""
-
-    segments: list[SegmentSize]
-
-
-class SegmentMember(TypedDict):
-    """A member: the pseudonym (16 hexadecimal digits), the log time of joining, and the version that decided it."""
-
-    pseudonym: str
-    since: str
-    since_ms: int
-    version: int
-
-
-class SegmentPage(SegmentSize):
-    """A page of members in the order of pseudonyms; `next` is the start of the next page, null on the last page."""
-
-    members: list[SegmentMember]
-    next: str | None
-
-
-UserSegment = TypedDict(
-    "UserSegment",
-    {"segment": str, "user_id": str, "in": bool, "since": str | None, "since_ms": int | None, "version": int | None},
-)
-"""Whether a user is in a segment, since when, and by which version."""
-
-
-class Lookalike(TypedDict):
-    """A lookalike: the pseudonym (16 hexadecimal digits), and the mean cosine similarity to the members."""
-
-    pseudonym: str
-    similarity: float
-
-
-class ListPrecision(TypedDict):
-    """Precision at k: the share of held-out members in the first k, ranked by similarity, by clicks, and by chance."""
-
-    k: int
-    lookalikes: float
-    most_clicks: float
-    chance: float
-
-
-class SegmentLookalikes(TypedDict):
-    """The users nearest to the members at the time of listing, nearest first, without users who have joined since."""
-
-    segment: str
-    version: int
-    at: str
-    at_ms: int
-    members: int
-    users: int
-    lookalikes: list[Lookalike]
-    precision: list[ListPrecision]
 
 
 class HostSegments:
@@ -93,7 +35,7 @@ class HostSegments:
     def sizes(self) -> SegmentSizes:
         """Returns all segments with their sizes; raises NotReady if this host has no store of members."""
         sizes = self._opened().sizes() if self._texts else {}
-        return {"segments": [self._size(name, sizes) for name in self._texts]}
+        return SegmentSizes([self._size(name, sizes) for name in self._texts])
 
     def page(self, segment: str, start: int, most: int) -> SegmentPage:
         """Returns a page of at most `most` members of a segment, from pseudonym `start` on.
@@ -105,25 +47,21 @@ class HostSegments:
         self._require(segment)
         store = self._opened()
         members = store.page(segment, start, most + 1)
-        return {
-            **self._size(segment, store.sizes()),
-            "members": [_member(user, membership) for user, membership in members[:most]],
-            "next": f"{members[most][0]:016x}" if len(members) > most else None,
-        }
+        return SegmentPage(
+            name=segment,
+            expression=self._texts[segment],
+            size=store.sizes().get(segment, 0),
+            members=[_member(user, membership) for user, membership in members[:most]],
+            next=f"{members[most][0]:016x}" if len(members) > most else None,
+        )
 
     def of_user(self, segment: str, user: str) -> UserSegment:
         """Returns whether the user with this raw id is in a segment; raises the errors of `page`."""
         self._require(segment)
         (membership,) = self._opened().memberships([(segment, user_id(self._salt, user))])
-        since = (None, None, None) if membership is None else (iso(membership.since_ms), *membership)
-        return {
-            "segment": segment,
-            "user_id": user,
-            "in": membership is not None,
-            "since": since[0],
-            "since_ms": since[1],
-            "version": since[2],
-        }
+        if membership is None:
+            return UserSegment(segment, user, False, None, None, None)
+        return UserSegment(segment, user, True, iso(membership.since_ms), membership.since_ms, membership.version)
 
     def lookalikes(self, segment: str, most: int) -> SegmentLookalikes:
         """Returns at most `most` lookalikes of a segment's members.
@@ -143,19 +81,18 @@ class HostSegments:
             )
         joined = store.memberships([(segment, int(user.pseudonym, 16)) for user in listed.lookalikes])
         near = [user for user, membership in zip(listed.lookalikes, joined, strict=True) if membership is None]
-        return {
-            "segment": segment,
-            "version": listed.version,
-            "at": iso(listed.at_ms),
-            "at_ms": listed.at_ms,
-            "members": listed.members,
-            "users": listed.users,
-            "lookalikes": [{"pseudonym": user.pseudonym, "similarity": user.similarity} for user in near[:most]],
-            "precision": [
-                {"k": point.k, "lookalikes": point.lookalikes, "most_clicks": point.most_clicks, "chance": point.chance}
-                for point in listed.precision
+        return SegmentLookalikes(
+            segment=segment,
+            version=listed.version,
+            at=iso(listed.at_ms),
+            at_ms=listed.at_ms,
+            members=listed.members,
+            users=listed.users,
+            lookalikes=[Lookalike(user.pseudonym, user.similarity) for user in near[:most]],
+            precision=[
+                ListPrecision(point.k, point.lookalikes, point.most_clicks, point.chance) for point in listed.precision
             ],
-        }
+        )
 
     def close(self) -> None:
         """Closes the store; the next query reopens it."""
@@ -182,13 +119,8 @@ class HostSegments:
             raise BadRequest(f"there is no segment {segment[:80]!r}", do, http_status=404)
 
     def _size(self, name: str, sizes: dict[str, int]) -> SegmentSize:
-        return {"name": name, "expression": self._texts[name], "size": sizes.get(name, 0)}
+        return SegmentSize(name, self._texts[name], sizes.get(name, 0))
 
 
 def _member(user: int, membership: Membership) -> SegmentMember:
-    return {
-        "pseudonym": f"{user:016x}",
-        "since": iso(membership.since_ms),
-        "since_ms": membership.since_ms,
-        "version": membership.version,
-    }
+    return SegmentMember(f"{user:016x}", iso(membership.since_ms), membership.since_ms, membership.version)

@@ -69,9 +69,9 @@ class Catalogue:
 
     def name_of(self, category: int) -> ShownName:
         """Returns a category's name."""
-        known = self._names.get(category)
-        if known is not None:
-            return known
+        name = self._names.get(category)
+        if name is not None:
+            return name
         identity = f"{category:016x}"
         stored = self._histories.extra(name_extra(category))
         if stored is None:
@@ -188,20 +188,20 @@ class VersionRows:
         """Returns the rows of n categories, `[n, dim]` float32; zeros for those without one."""
         return self._rows("category", self._version.category_rows, ids)
 
-    def _rows(self, table: str, known: dict[int, bytes], ids: Sequence[int]) -> F32:
+    def _rows(self, table: str, cached: dict[int, bytes], ids: Sequence[int]) -> F32:
         if not self._widths[table]:
             return np.zeros((len(ids), 0), np.float32)
         try:
-            rows = b"".join(map(known.__getitem__, ids))
+            rows = b"".join(map(cached.__getitem__, ids))
         except KeyError:
-            if len(known) >= ROWS_REMEMBERED:
-                known.clear()
+            if len(cached) >= ROWS_REMEMBERED:
+                cached.clear()
             for identity in ids:
-                if identity not in known:
+                if identity not in cached:
                     # 0 is padding.
                     row = identity and self.reader.row(table, identity, self.served)
-                    known[identity] = row or self._missing[table]
-            rows = b"".join(map(known.__getitem__, ids))
+                    cached[identity] = row or self._missing[table]
+            rows = b"".join(map(cached.__getitem__, ids))
         return np.frombuffer(rows, np.float32).reshape(len(ids), self._widths[table])
 
     def transitions(self, categories: Sequence[int]) -> tuple[I32, Lists]:
@@ -210,13 +210,13 @@ class VersionRows:
         Returns:
             `[n]` int32, the index of each category's list, 0 where the version has none; and the lists.
         """
-        known = self._version.lists
-        if len(known) > ROWS_REMEMBERED:
-            known.clear()
+        cached = self._version.lists
+        if len(cached) > ROWS_REMEMBERED:
+            cached.clear()
         for category in categories:
-            if category not in known:
-                known[category] = self.reader.row("transition", category, self.served) if category else None
-        return from_stored([known[category] for category in categories])
+            if category not in cached:
+                cached[category] = self.reader.row("transition", category, self.served) if category else None
+        return from_stored([cached[category] for category in categories])
 
     def item_lists(self, table: str, keys: Sequence[int]) -> ItemLists:
         """Returns the lists of n keys of a table of item lists; an empty list for key 0 or one without a list."""
@@ -228,15 +228,15 @@ class VersionRows:
         cache = self._version.next_categories
         if len(cache.places) + len(keys) > LISTS_REMEMBERED:
             cache.places.clear()
-        places = cache.places
-        if missing := [key for key in dict.fromkeys(keys) if key not in places]:
+        index_of = cache.places
+        if missing := [key for key in dict.fromkeys(keys) if key not in index_of]:
             stored = [self.reader.row(NEXT_CATEGORY, key, self.served) if key else None for key in missing]
-            first = len(places)
+            first = len(index_of)
             cached: list[NDArray[Any]] = [*cache.lists]
             for part, new in zip(cached, lists_from_stored(stored, ENTRIES[NEXT_CATEGORY]), strict=True):
                 part[first : first + len(missing)] = new
-            places.update(zip(missing, range(first, first + len(missing)), strict=True))
-        return cache.lists, [places[key] for key in keys]
+            index_of.update(zip(missing, range(first, first + len(missing)), strict=True))
+        return cache.lists, [index_of[key] for key in keys]
 
     def context_sum(self, ids: Sequence[int]) -> F32:
         """Returns the sum of rows of contexts and attributes, `[dim]` float32; an id without one counts as zeros."""
@@ -341,15 +341,15 @@ def named(reader: RowReader, most: int = 20) -> str:
 
 
 def _unchanged(
-    known: Mapping[int, Row], table: str, before: LoadedVersion, served: Served, reader: RowReader
+    cached: Mapping[int, Row], table: str, before: LoadedVersion, served: Served, reader: RowReader
 ) -> dict[int, Row]:
     """Returns the cached rows of the version before that are the same in `served`; none if that is unknown."""
-    if not known or before.served.program != served.program:
+    if not cached or before.served.program != served.program:
         return {}
     changed = reader.changed(table, before.served, served)
     if changed is None:
         return {}
-    unchanged = dict(known)
+    unchanged = dict(cached)
     for identity in changed.tolist():
         unchanged.pop(identity, None)
     return unchanged
@@ -389,7 +389,7 @@ class VersionLoader:
         self._features = {spec.digest: VersionFeatures(spec, crosses(spec))}
         self._loaded: LoadedVersion | None = None
         self._program: tuple[str, LoadedProgram] | None = None
-        self._others: OrderedDict[int, LoadedVersion] = OrderedDict()
+        self._by_serial: OrderedDict[int, LoadedVersion] = OrderedDict()
 
     @property
     def number(self) -> int | None:
@@ -434,21 +434,21 @@ class VersionLoader:
             raise BadRequest(f"version {version} is not here", f"ask for one of {named(reader)}", http_status=404)
         if (why := refused_versions(reader.note(REFUSED_NOTE)).get(version)) is not None:
             raise BadRequest(f"version {version} is refused: {why}", f"ask for one of {named(reader)}", http_status=404)
-        loaded = self._others.pop(served.serial, None)
+        loaded = self._by_serial.pop(served.serial, None)
         if loaded is None:
             features = self._features_of(served)
             program = LoadedProgram(read_program(self._programs, served.program))
             loaded = self._with_weights(reader, served, program, features, None)
-        self._others[served.serial] = loaded
-        while len(self._others) > OTHERS_LOADED:
-            self._others.popitem(last=False)
+        self._by_serial[served.serial] = loaded
+        while len(self._by_serial) > OTHERS_LOADED:
+            self._by_serial.popitem(last=False)
         return loaded
 
     def _features_of(self, served: Served) -> VersionFeatures:
         if served.salt != self._salt.fingerprint:
             raise SaltMismatch.between(f"version {served.version}", served.salt, self._salt.fingerprint)
-        known = self._features.get(served.spec)
-        if known is None:
+        features = self._features.get(served.spec)
+        if features is None:
             try:
                 spec = read_spec(self._programs, served.spec)
             except (OSError, ValueError, KeyError) as error:
@@ -458,8 +458,8 @@ class VersionLoader:
                     "use the settings of the stream, or wait for the first version of an upgrade",
                 ) from error
             actions = exchange(self._spec.actions, spec.actions)
-            known = self._features[served.spec] = VersionFeatures(spec, self._crosses(spec), actions)
-        return known
+            features = self._features[served.spec] = VersionFeatures(spec, self._crosses(spec), actions)
+        return features
 
     def _with_weights(
         self,
@@ -475,8 +475,8 @@ class VersionLoader:
         slots = program.shapes["popular_mask"][1]
         stored = reader.popular(served.version)
         popular = stored[stored != 0][:slots]
-        rows, known = np.zeros((slots, widths["category"]), np.float32), np.zeros(slots, np.float32)
-        known[: len(popular)] = 1.0
+        rows, is_known = np.zeros((slots, widths["category"]), np.float32), np.zeros(slots, np.float32)
+        is_known[: len(popular)] = 1.0
         shares = np.empty((0, WIDTH), np.float32)
         if served.dims.get("cross") == WIDTH:
             shares = reader.get("cross", features.crosses.shares.tolist(), served)[0]
@@ -489,7 +489,7 @@ class VersionLoader:
             popular_ids=popular.tolist(),
             popular_names=[self._catalogue.name_of(category) for category in popular.tolist()],
             popular_rows=rows,
-            popular_known=known,
+            popular_known=is_known,
             own=own_inputs(program.shapes),
             own_popular={},
             cross_shares=shares,
@@ -507,7 +507,7 @@ class VersionLoader:
             loaded.lists.update(_unchanged(before.lists, "transition", before, served, reader))
         version_rows = loaded.rows(reader)
         rows[: len(popular)] = version_rows.categories(popular.tolist())
-        for own in loaded.own:
-            if own.ids == "popular":
-                loaded.own_popular[own.name] = version_rows.own(own.table, loaded.popular.tolist(), own.width)
+        for input_ in loaded.own:
+            if input_.ids == "popular":
+                loaded.own_popular[input_.name] = version_rows.own(input_.table, loaded.popular.tolist(), input_.width)
         return loaded

@@ -188,8 +188,8 @@ class HistoryFollower:
             else:
                 self._metrics.gap_positions.inc(gap.positions)
                 _log.error("%s. Users' windows lack the lost events; raise kafka.retention_h", lost.what)
-        known = {} if opening.stored is None or opening.recreated else opening.stored.next
-        if any(begin > known.get(partition, 0) for partition, (begin, _) in opening.ends.items()):
+        stored = {} if opening.stored is None or opening.recreated else opening.stored.next
+        if any(begin > stored.get(partition, 0) for partition, (begin, _) in opening.ends.items()):
             self._parity.lose()
         # Set it now, not at the next poll, so that readers that wait for the histories do not see the old lag.
         self._metrics.microbatch_lag_records.set(opening.unread)
@@ -339,8 +339,8 @@ class HistoryFollower:
         assert self._log is not None, "connect first"
         reader = self._log.reader
         leaders = {partition: reader.leader_epoch(partition, at) for partition, at in positions.items()}
-        known = {partition: epoch for partition, epoch in leaders.items() if epoch >= 0}
-        extra[POSITION_EXTRA] = Position(batch.topic_id, positions, known).to_json()
+        epochs = {partition: epoch for partition, epoch in leaders.items() if epoch >= 0}
+        extra[POSITION_EXTRA] = Position(batch.topic_id, positions, epochs).to_json()
         if self._salt is not None:
             extra[SALT_EXTRA] = self._salt.encode()
         killpoints.reach("follow.taken")

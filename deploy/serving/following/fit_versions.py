@@ -68,8 +68,8 @@ def _answers(program: LoadedProgram) -> dict[str, NDArray[np.float32]]:
     by_row = {name for name, shape in program.shapes.items() if shape[0] < 0}
     outputs: dict[str, list[NDArray[np.float32]]] = {}
     for first in range(0, probe.ROWS, _AT_ONCE):
-        some = {name: value[first : first + _AT_ONCE] if name in by_row else value for name, value in inputs.items()}
-        for name, values in program.predict(some).items():
+        part = {name: value[first : first + _AT_ONCE] if name in by_row else value for name, value in inputs.items()}
+        for name, values in program.predict(part).items():
             outputs.setdefault(name, []).append(values)
     return {name: np.concatenate(parts) for name, parts in outputs.items()}
 

@@ -90,7 +90,7 @@ class Parity:
         self._store, self._spec, self._reach_ms = store, spec, reach_ms
         self._every_ms, self._now_ms, self._choose = round(1000 * settings.parity_every_s), now_ms, choose
         self._counted = {outcome: metrics.parity_rows.labels(outcome) for outcome in OUTCOMES}
-        self._said, self._looked_ms, self.mask = SaidOnce(_log.error), 0, Mask.NONE
+        self._say, self._compared_ms, self.mask = SaidOnce(_log.error), 0, Mask.NONE
         stored = store.extra(WHOLE_EXTRA)
         self._whole_ms = 0 if stored is None else int(json.loads(stored))
         # An earlier release did not record what its histories lack.
@@ -124,12 +124,12 @@ class Parity:
         pending commit; the last part belongs to `rows`, which has one row per event.
         """
         now_ms = self._now_ms()
-        if not self._every_ms or 0 <= now_ms - self._looked_ms < self._every_ms:
+        if not self._every_ms or 0 <= now_ms - self._compared_ms < self._every_ms:
             return
         held_rows = np.flatnonzero(self._store.shares.has(rows.user))
         if not len(held_rows):
             return
-        self._looked_ms = now_ms
+        self._compared_ms = now_ms
         if rows.header.spec != self._spec.digest:
             self._counted[UNKNOWN].inc()
             return
@@ -154,7 +154,7 @@ class Parity:
             return
         self._counted[DIFFERS].inc()
         source = rows.header.ranges[int(rows.source[row])].source
-        self._said(
+        self._say(
             f"record {position[1]} of partition {position[0]} of the training log: the click at offset {int(rows.offset[row])} of "
             f"partition {source.partition} was trained with other features than answers have: {different[0]}"
             + (f", and {len(different) - 1} more numbers differ" if different[1:] else "")

@@ -27,6 +27,11 @@ KINDS = ("item:", "name:")
 SPARE = 50  # a pass over a full store removes 1/SPARE of the limit more than necessary
 
 
+def is_remembered(name: str) -> bool:
+    """Whether an extra is one of an item or a name."""
+    return name.removeprefix(SEEN).startswith(KINDS)
+
+
 @dataclass
 class _Kind:
     """The state of items or of names: an upper bound on their number, and what the next pass removes."""

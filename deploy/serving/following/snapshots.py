@@ -18,15 +18,18 @@ import numpy as np
 from deploy.serving.following.clicks import SALT_EXTRA, position_of
 from deploy.serving.following.erasing import name_of
 from deploy.serving.following.parity import WHOLE_EXTRA
+from deploy.serving.following.remembered import is_remembered
 from deploy.serving.notes import CAUGHT_UP_EXTRA
 from state.config.settings import Settings
 from state.errors import StoreFull, UnusablePlace
 from state.history import snapshots
 from state.history.appends import Appends
-from state.history.snapshot_writer import Cut, Gained, SnapshotWriter
+from state.history.rewinding import branch_of
+from state.history.snapshot_writer import MOST_GAINED, Cut, Gained, SnapshotWriter
 from state.history.snapshots import HistorySnapshot, Wanted
 from state.history.store import HistoryStore
 from state.log import Log
+from state.log.follow import Position
 from state.metrics import ApplierMetrics
 from state.process.said_once import SaidOnce
 from state.registry.log_line import LogLine
@@ -36,8 +39,6 @@ FULL_INTERVALS = 30
 STANDBY = 3
 """Another host takes over after this many intervals without a snapshot."""
 POLL_S, LOOK_MS = 0.2, 10_000
-MOST_GAINED = 8_000_000
-"""Events of 40 bytes kept in memory between two snapshots; beyond them the next one scans all users."""
 FAR_CLICKS, FAR_SHARE = 1_000_000, 8
 """A snapshot replaces histories that lack more clicks than `FAR_CLICKS`, and than its events divided by `FAR_SHARE`."""
 _log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class SnapshotTaker:
         most = snapshots.most_bytes(settings)
         self._writer = SnapshotWriter(self._location, self._name, store.history, store.shares, most, stop.is_set)
         self._lock = threading.Lock()
-        # All events since `_last`, if `_complete`.
+        # All events since `_last`, the newest snapshot, if `_complete`; else the next cut finds them.
         self._gained, self._events, self._complete = list[Gained](), 0, False
         self._last: HistorySnapshot | None = None
         self._restarts, self._is_due, self._look_ms = 0, False, 0
@@ -99,7 +100,7 @@ class SnapshotTaker:
                 self._forget()
 
     def start_over(self) -> None:
-        """Makes a snapshot due now that scans all users, after histories lost events by a rollback or an erasure."""
+        """Makes a snapshot due now, after histories lost events by a rollback or an erasure."""
         with self._lock:
             self._forget()
             self._restarts += 1
@@ -118,13 +119,19 @@ class SnapshotTaker:
         self._asked.clear()
         self.reading = True
         with self._lock:
-            since = self._last if self._complete else None
-            if since is None:
+            since, parts = self._last, list(self._gained) if self._complete else None
+            if parts is None:
                 self._forget()
                 self._complete = True
-            parts = list(self._gained)
+                since = since if since is not None and self._continues(since, position, salt.decode()) else None
             cut = Cut(self._store.view(), position, salt.decode(), parts, since)
-            self._cuts.put((cut, len(parts), self._restarts))
+            self._cuts.put((cut, len(parts or ()), self._restarts))
+
+    def _continues(self, since: HistorySnapshot, position: Position, salt: str) -> bool:
+        """Whether the histories are those of a snapshot and the events after it."""
+        store, ends = self._store, {partition: (0, after) for partition, after in position.next.items()}
+        wanted = Wanted(store.history, salt, branch_of(store), position.topic_id, ends, store.shares)
+        return since.erased == store.forgotten.through and not wanted.refuse(since)
 
     def run(self) -> None:
         """Writes snapshots until `stop`."""
@@ -149,7 +156,9 @@ class SnapshotTaker:
                 self._cuts.get()[0].view.close()
 
     def _look(self, now_ms: int) -> None:
-        newest = snapshots.newest(self._location, self._store.shares)
+        newest = self._last
+        if newest is None or snapshots.numbers(self._location)[-1:] != [newest.number]:
+            newest = snapshots.newest(self._location, self._store.shares)
         if newest is not None:
             self._metrics.snapshot_seconds.set(newest.created_at_ms / 1000)
         if not self._due(newest, now_ms):
@@ -157,6 +166,7 @@ class SnapshotTaker:
         if newest is None or self._last is None or newest.number != self._last.number:
             with self._lock:
                 self._forget()
+                self._last = newest
         self._asked.set()
         found = None
         while found is None and not self._stop.is_set():
@@ -196,14 +206,16 @@ class SnapshotTaker:
             self._last, self._is_due = made, False
             del self._gained[:parts]
             self._events = sum(len(part.users) for part in self._gained)
-        elif cut.since is None:
+        elif cut.gained is None:
             self._forget()
 
 
 def load_if_behind(settings: Settings, store: HistoryStore, salt: str | None, branch: LogLine, log: Log) -> bool:
     """Loads the newest snapshot that can be used into histories that are empty or far behind it.
 
-    Returns whether the histories have changed. If the store is too small for the snapshot, they are empty.
+    Returns whether the histories have changed. If the store is too small for the snapshot, they are empty. If none can
+    be used, empty histories get the names and the items of the newest one: the stream repeats a name only every ten
+    minutes of event time, and the training log may have lost the last record with it.
 
     Raises:
         LogError: The training log cannot be described.
@@ -231,6 +243,8 @@ def load_if_behind(settings: Settings, store: HistoryStore, salt: str | None, br
         store.clear()
         store.finish_loading([], 0)
         return True
+    if loaded is None and not store.positions():
+        store.commit(Appends.none(), extra=snapshots.newest_extras(location, wanted, is_remembered))
     if loaded is not None:
         if store.extra(WHOLE_EXTRA) is None:
             # The host that wrote the snapshot had lost no events.

@@ -201,18 +201,18 @@ class NewestVersion:
         self._registry = registry
         self._refusals = refusals
         self._refuse = refuse
-        self._found: tuple[object, int | None] = (None, None)
+        self._last_found: tuple[object, int | None] = (None, None)
         self._lost: frozenset[int] = frozenset()
 
     def of(self, epoch: int) -> int | None:
         """The newest version of `epoch`; None without one."""
         registry = self._registry
         state = (epoch, registry.recents()[-1:], registry.deltas()[-1:], registry.bases()[-1:], self._lost)
-        if self._found[0] != state:
-            self._found = (None, self._find(epoch))
+        if self._last_found[0] != state:
+            self._last_found = (None, self._find(epoch))
             if not self._refusals.of_manifests():
-                self._found = (state, self._found[1])
-        return self._found[1]
+                self._last_found = (state, self._last_found[1])
+        return self._last_found[1]
 
     def recents(self) -> frozenset[int]:
         """The recent versions that can be read, as far as known."""
@@ -365,7 +365,7 @@ class VersionFollower:
         self._now_ms = now_ms
         self.served: Served | None = None
         self._read_served()
-        self._here = applied_ms(rows)
+        self._present = applied_ms(rows)
         with rows.reader() as reader:
             note = reader.note(CONTROL_NOTE)
         self._generation = 0 if note is None else int(json.loads(note)["generation"])
@@ -406,12 +406,12 @@ class VersionFollower:
         if wanted is None:
             return False
         if (self.served is not None and self.served.version == wanted) or (
-            wanted in self._here and wanted not in self._fit
+            wanted in self._present and wanted not in self._fit
         ):
             self._route = None
-            return self._labelled.step(control.labels, self._here)
+            return self._labelled.step(control.labels, self._present)
         # 3.
-        if wanted not in self._here or self._route is not None:
+        if wanted not in self._present or self._route is not None:
             return self._approach(wanted, control)
         # 4.
         self._serve(wanted)
@@ -436,19 +436,19 @@ class VersionFollower:
             return
         control, durable = self._registry.control(), {*self._registry.versions()}
         with self._rows.reader() as reader:
-            needed = {max(self._here, default=0), reader.before() or 0}
+            needed = {max(self._present, default=0), reader.before() or 0}
         if control is not None:
             needed |= named(control)
-        old = too_old(self._here, now_ms, self._keep_ms, durable, needed)
+        old = too_old(self._present, now_ms, self._keep_ms, durable, needed)
         self._metrics.swept_versions.inc(self._rows.drop(old))
         self._swept_ms = now_ms
-        self._here = applied_ms(self._rows)
-        self._fit.keep(self._here)
+        self._present = applied_ms(self._rows)
+        self._fit.keep(self._present)
 
     def _take_up(self, control: Control) -> None:
         """Stores control and mask where workers read them, with the pointer if the pinned version is on this host."""
         pin = control.serving.version if control.serving.mode == "pin" else None
-        at_once = pin if pin in self._here and pin in self._fit else None
+        at_once = pin if pin in self._present and pin in self._fit else None
         note = {"generation": control.generation, "epoch": control.epoch, "pin": pin, "labels": dict(control.labels)}
         notes = {CONTROL_NOTE: json.dumps(note).encode(), MASK_NOTE: control.mask.to_bytes()}
         self._rows.steer(notes, at_once)
@@ -476,7 +476,7 @@ class VersionFollower:
         if self._route is None or (self._route.target != wanted and not self._route.rebuild):
             recents = self._newest.recents()
             self._route = route_to(
-                wanted, self._registry, self._rows, self._here, recents, self._refusals, self._refuse
+                wanted, self._registry, self._rows, self._present, recents, self._refusals, self._refuse
             )
             if self._route is None:
                 return False
@@ -548,7 +548,7 @@ class VersionFollower:
         killpoints.reach("apply.applied")
         if manifest.erased < self._erased.last and self._crosses is not None:
             self._rows.forget(self._erased.after(manifest.erased), self._crosses, manifest.version)
-        self._here[manifest.version] = now_ms
+        self._present[manifest.version] = now_ms
         self._metrics.applied_versions.inc()
         if follow or (self.served is not None and self.served.version == manifest.version):
             self._read_served()

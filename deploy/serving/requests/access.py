@@ -121,10 +121,10 @@ class Tokens(_WatchedFiles):
         if authorization is None or authorization[: len(_SCHEME)].lower() != _SCHEME:
             raise Unauthorized("this needs a token", "send `Authorization: Bearer TOKEN`")
         # Look up digests, so that the time of the lookup reveals nothing about the tokens.
-        known = self._roles.get(_digest(authorization[len(_SCHEME) :].strip()))
-        if known is None:
+        granted = self._roles.get(_digest(authorization[len(_SCHEME) :].strip()))
+        if granted is None:
             raise Unauthorized("this host does not know this token", "send a token of this host")
-        if role == OPERATE and known != OPERATE:
+        if role == OPERATE and granted != OPERATE:
             raise Forbidden("this token may read only", "send one of the role operate")
 
     def _load(self) -> None:

@@ -36,7 +36,6 @@ from deploy.serving.answers.explaining import Explanation, explain
 from deploy.serving.answers.host import Answers, Host
 from deploy.serving.answers.items import RankedItems, Recommendations, SimilarItems, rank, recommend, similar
 from deploy.serving.answers.query import About, Answer
-from deploy.serving.answers.segments import SegmentLookalikes, SegmentPage, SegmentSizes, UserSegment
 from deploy.serving.requests.access import OPEN, OPERATE
 from deploy.serving.requests.grpc_server import Method, Service, message
 from deploy.serving.requests.http import (
@@ -308,20 +307,23 @@ def segment_endpoints(host: Host) -> list[Endpoint]:
     """Returns the endpoints that list segments and their members."""
 
     async def segments(_: Request) -> Response:
-        return Response(200, encode(host.segments.sizes()))
+        return Response(200, msgspec.json.encode(host.segments.sizes()))
 
     async def segment(request: Request) -> Response:
         parameters = request.parameters(SegmentParameters)
         return Response(
-            200, encode(host.segments.page(request.path["segment"], int(parameters.start, 16), parameters.n))
+            200,
+            msgspec.json.encode(host.segments.page(request.path["segment"], int(parameters.start, 16), parameters.n)),
         )
 
     async def user(request: Request) -> Response:
-        return Response(200, encode(host.segments.of_user(request.path["segment"], request.path["user_id"])))
+        return Response(
+            200, msgspec.json.encode(host.segments.of_user(request.path["segment"], request.path["user_id"]))
+        )
 
     async def lookalikes(request: Request) -> Response:
         parameters = request.parameters(LookalikeParameters)
-        return Response(200, encode(host.segments.lookalikes(request.path["segment"], parameters.n)))
+        return Response(200, msgspec.json.encode(host.segments.lookalikes(request.path["segment"], parameters.n)))
 
     failures = {**FAILED, 404: responses.Failure, 503: responses.Failure}
     return [
@@ -331,7 +333,7 @@ def segment_endpoints(host: Host) -> list[Endpoint]:
             "/v1/segments",
             segments,
             "All segments, and how many users are in each.",
-            returns=(SegmentSizes,),
+            returns=(responses.SegmentSizes,),
             failures={**FAILED, 503: responses.Failure},
         ),
         Endpoint(
@@ -341,7 +343,7 @@ def segment_endpoints(host: Host) -> list[Endpoint]:
             segment,
             "A segment, and some of its members.",
             parameters=SegmentParameters,
-            returns=(SegmentPage,),
+            returns=(responses.SegmentPage,),
             failures=failures,
             placeholders=_SEGMENT,
         ),
@@ -351,7 +353,7 @@ def segment_endpoints(host: Host) -> list[Endpoint]:
             "/v1/segments/{segment}/users/{user_id}",
             user,
             "Whether a user is in a segment.",
-            returns=(UserSegment,),
+            returns=(responses.UserSegment,),
             failures=failures,
             placeholders=_SEGMENT,
         ),
@@ -362,7 +364,7 @@ def segment_endpoints(host: Host) -> list[Endpoint]:
             lookalikes,
             "The users nearest to the members of a segment, as they were listed last.",
             parameters=LookalikeParameters,
-            returns=(SegmentLookalikes,),
+            returns=(responses.SegmentLookalikes,),
             failures=failures,
             placeholders=_SEGMENT,
         ),
@@ -373,8 +375,8 @@ def host_endpoints(table: Callable[[], RoutingTable]) -> list[Endpoint]:
     """Returns the endpoint of the routing table, which `table` returns."""
 
     async def live(_: Request) -> Response:
-        listed = [{"address": host_entry.address, "shares": host_entry.shares} for host_entry in table().hosts]
-        return Response(200, encode({"hosts": listed}))
+        hosts = [{"address": host_entry.address, "shares": host_entry.shares} for host_entry in table().hosts]
+        return Response(200, encode({"hosts": hosts}))
 
     return [
         Endpoint(

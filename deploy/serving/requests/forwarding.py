@@ -109,13 +109,13 @@ class QuestionBatch(msgspec.Struct, frozen=True):
             return None
         return cls(name, questions, users, members)
 
-    def part(self, places: Iterable[int]) -> bytes:
-        """Encodes the body of a batch with only the queries at `places`.
+    def part(self, indices: Iterable[int]) -> bytes:
+        """Encodes the body of a batch with only the queries at `indices`.
 
         >>> QuestionBatch.read(b'{"users": ["ann", 7, "bob"], "top": 3}').part([0, 1])
         b'{"top":3,"users":["ann",7]}'
         """
-        return msgspec.json.encode({**self.rest, self.name: [self.questions[index] for index in places]})
+        return msgspec.json.encode({**self.rest, self.name: [self.questions[index] for index in indices]})
 
 
 def rows_of(body: bytes) -> list[bytes] | None:
@@ -130,11 +130,11 @@ def rows_of(body: bytes) -> list[bytes] | None:
         return None
 
 
-async def answered_here(request: Request, batch: QuestionBatch, places: Sequence[int], answer: Answer) -> list[bytes]:
+async def answered_here(request: Request, batch: QuestionBatch, indices: Sequence[int], answer: Answer) -> list[bytes]:
     """Returns the rows of a part of a batch that this host answers; raises what `answer` raises."""
-    if not places:
+    if not indices:
         return []
-    response = await answer(request._replace(receive=whole(batch.part(places))))
+    response = await answer(request._replace(receive=whole(batch.part(indices))))
     rows = rows_of(response.body)
     assert rows is not None, "the endpoint answers with a row a question"
     return rows

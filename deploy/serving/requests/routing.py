@@ -245,9 +245,9 @@ class Router:
         batch = QuestionBatch.read(body)
         assert batch is not None, "the endpoint accepts it"
         pending = _Batch(request, batch, shares, local)
-        places = range(len(shares))
-        own = [index for index in places if shares[index] in self.held]
-        foreign = [index for index in places if shares[index] not in self.held]
+        indices = range(len(shares))
+        own = [index for index in indices if shares[index] in self.held]
+        foreign = [index for index in indices if shares[index] not in self.held]
         _, refused = await asyncio.gather(
             self._fill_here(pending, own), self._fill(pending, foreign, frozenset(), None)
         )
@@ -255,23 +255,23 @@ class Router:
             self._forwards.labels("failed").inc()
             return refused
         self._forwards.labels("answered").inc()
-        return Response(200, b'{"profiles":[' + b",".join(pending.rows[index] for index in places) + b"]}")
+        return Response(200, b'{"profiles":[' + b",".join(pending.rows[index] for index in indices) + b"]}")
 
-    async def _fill_here(self, pending: _Batch, places: Sequence[int]) -> None:
-        rows = await answered_here(pending.request, pending.batch, places, pending.here)
-        pending.rows.update(zip(places, rows, strict=True))
+    async def _fill_here(self, pending: _Batch, indices: Sequence[int]) -> None:
+        rows = await answered_here(pending.request, pending.batch, indices, pending.here)
+        pending.rows.update(zip(indices, rows, strict=True))
 
     async def _fill(
-        self, pending: _Batch, places: Sequence[int], tried: frozenset[str], refused: Response | None
+        self, pending: _Batch, indices: Sequence[int], tried: frozenset[str], refused: Response | None
     ) -> Response | None:
-        """Fills in the rows at `places` by hosts other than those `tried`; returns the response of a host that refuses."""
-        order = {share: self._candidates(share) for share in {pending.shares[index] for index in places}}
+        """Fills in the rows at `indices` by hosts other than those `tried`; returns the response of a host that refuses."""
+        order = {share: self._candidates(share) for share in {pending.shares[index] for index in indices}}
         ranked = sorted(
             {host for candidates in order.values() for host in candidates}, key=lambda host: self._rank(host)
         )
         groups = dict[HostEntry, list[int]]()
         alone = list[int]()
-        for index in places:
+        for index in indices:
             share = pending.shares[index]
             untried = [host for host in order[share] if host.name not in tried]
             if untried and len(tried) < MOST_TRIED:
@@ -292,18 +292,18 @@ class Router:
         )
 
     async def _fill_by(
-        self, host: HostEntry, pending: _Batch, places: Sequence[int], tried: frozenset[str]
+        self, host: HostEntry, pending: _Batch, indices: Sequence[int], tried: frozenset[str]
     ) -> Response | None:
-        holders = {holder.name for index in places for holder in self.table.holders[pending.shares[index]]}
+        holders = {holder.name for index in indices for holder in self.table.holders[pending.shares[index]]}
         is_last = not holders - tried - {host.name, self._entry.name}
-        response = await self._sent(host, pending.request, pending.batch.part(places), is_last)
+        response = await self._sent(host, pending.request, pending.batch.part(indices), is_last)
         rows = None if response is None or response.status != 200 else rows_of(response.body)
-        if rows is not None and len(rows) == len(places):
-            pending.rows.update(zip(places, rows, strict=True))
+        if rows is not None and len(rows) == len(indices):
+            pending.rows.update(zip(indices, rows, strict=True))
             return None
         if response is not None and response.status != 200 and response.status not in FAILED:
             return response
-        return await self._fill(pending, places, tried | {host.name}, response)
+        return await self._fill(pending, indices, tried | {host.name}, response)
 
     def _candidates(self, share: int) -> list[HostEntry]:
         """Returns the other live hosts of a share, at most `MOST_TRIED`, those that did not answer lately last."""

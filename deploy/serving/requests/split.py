@@ -103,16 +103,16 @@ class Split:
         """Answers a batch, each row with its user's arm."""
         # 1.
         exposures = [self._exposure(experiment, user, at_ms) for user in batch.users]
-        places = {arm: [index for index, exposure in enumerate(exposures) if exposure.arm == arm] for arm in ARMS}
+        indices = {arm: [index for index, exposure in enumerate(exposures) if exposure.arm == arm] for arm in ARMS}
         try:
             # 2.
             answer = request.endpoint.answer
             trial, live = await asyncio.gather(
-                self._theirs(request, batch, places[TRIAL]), answered_here(request, batch, places[LIVE], answer)
+                self._theirs(request, batch, indices[TRIAL]), answered_here(request, batch, indices[LIVE], answer)
             )
             # 3.
             failed = trial is None
-            rows = [*(await answered_here(request, batch, places[TRIAL], answer) if trial is None else trial), *live]
+            rows = [*(await answered_here(request, batch, indices[TRIAL], answer) if trial is None else trial), *live]
         except BadRequest:
             # The error names a position in a part of the batch; the whole batch gives the right position.
             return await request.endpoint.answer(request)
@@ -122,16 +122,16 @@ class Split:
             raise
         # 4.
         self._store(exposures, failed=(TRIAL,) if failed else ())
-        by_place = dict(zip([*places[TRIAL], *places[LIVE]], rows, strict=True))
+        by_place = dict(zip([*indices[TRIAL], *indices[LIVE]], rows, strict=True))
         return Response(200, joined((exposure.arm, by_place[index]) for index, exposure in enumerate(exposures)))
 
-    async def _theirs(self, request: Request, batch: QuestionBatch, places: Sequence[int]) -> list[bytes] | None:
+    async def _theirs(self, request: Request, batch: QuestionBatch, indices: Sequence[int]) -> list[bytes] | None:
         """Returns the rows from the trial's workers; None if they do not answer, or fail."""
-        if not places:
+        if not indices:
             return []
-        response = await self._forwarded(request, batch.part(places))
+        response = await self._forwarded(request, batch.part(indices))
         rows = None if response is None or response.status != 200 else rows_of(response.body)
-        return rows if rows is not None and len(rows) == len(places) else None
+        return rows if rows is not None and len(rows) == len(indices) else None
 
     def _exposure(self, experiment: Experiment, user: str, at_ms: int) -> Exposure:
         """Builds a user's exposure with what is known before the answer."""

@@ -99,10 +99,10 @@ def model_endpoints(model: TensorModel) -> list[Endpoint]:
         if not isinstance(name, str):
             raise BadRequest("'signature_name' is no string", "give a signature's name")
         answer = await model.predict(chosen(request), name, lambda signature: tensors(document, signature))
-        listed = {name: _listed(values) for name, values in answer.outputs.items()}
+        columns = {name: _listed(values) for name, values in answer.outputs.items()}
         if "instances" in document:
-            return Response(200, encode({"predictions": _by_row(listed)}))
-        return Response(200, encode({"outputs": next(iter(listed.values())) if len(listed) == 1 else listed}))
+            return Response(200, encode({"predictions": _by_row(columns)}))
+        return Response(200, encode({"outputs": next(iter(columns.values())) if len(columns) == 1 else columns}))
 
     async def metadata(request: Request) -> Response:
         version, signatures = model.signatures(chosen(request))
@@ -295,11 +295,11 @@ def _bytes(label: str, value: Any) -> bytes:
         raise BadRequest(f"{label} is no base64", "encode the bytes as RFC 4648 says") from None
 
 
-def _by_row(listed: Mapping[str, list[Any]]) -> list[Any]:
+def _by_row(columns: Mapping[str, list[Any]]) -> list[Any]:
     """Returns one element a row: an object by name, or the value itself if there is only one output."""
-    if len(listed) == 1:
-        return next(iter(listed.values()))
-    return [dict(zip(listed, row, strict=True)) for row in zip(*listed.values(), strict=True)]
+    if len(columns) == 1:
+        return next(iter(columns.values()))
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _listed(values: Tensor) -> list[Any]:

@@ -11,6 +11,7 @@ import pytest
 
 from deploy.backup import serving_start
 from deploy.serving.notes import CLOCK_EXTRA, item_extra, item_value, name_extra
+from state.events.identity import load_salt
 from state.features.spec import EVENT
 from state.history.appends import Appends
 from state.history.snapshots import SHARED_EXTRAS
@@ -18,6 +19,8 @@ from state.history.store import HistoryStore
 from state.layout import HISTORIES
 from state.positions import Range, Source
 from tests.deploy.backup.systems import NOW_MS, TOPIC, USERS, System, settings_of, springtide
+from tests.deploy.serving.test_clicks import LOG, SOURCE, Following, append, record, written
+from tests.deploy.serving.test_snapshots import new_host, taking
 
 NOTED = {
     CLOCK_EXTRA: b'{"event_ms": 5, "accepted_ms": 7}',
@@ -76,6 +79,28 @@ def test_a_machine_that_did_not_serve_gets_none_but_where_nothing_else_has_the_c
         assert store.users() == USERS
     finally:
         store.close()
+
+
+def test_a_restored_machine_that_did_not_serve_reads_a_snapshot_and_the_rest(tmp_path: Path) -> None:
+    """The snapshot is in the shared location of the registry, and the log has lost its beginning."""
+    system, flags = System(tmp_path / "here"), ("--paths.shared_registry", str(tmp_path / "shared"))
+    flags += ("--kafka.microbatches_topic", LOG)
+    salt = load_salt(system.settings.salt_path).fingerprint
+    other = Following(tmp_path / "other", written(record(0, 500, salt)), own_salt=salt)
+    with taking(settings_of(tmp_path / "elsewhere", *flags), other) as host:
+        host.taken(1)
+    springtide(system.settings, "backup", str(tmp_path / "backups"), "--with-salt")
+    there = settings_of(tmp_path / "there", *flags)
+    springtide(there, "restore", str(tmp_path / "backups"), *flags)
+    append(other.log, record(500, 700, salt))
+    other.drain()
+    with other.log.topics() as topics:
+        topics.delete_before(LOG, {0: 1})
+    store, follower = new_host(there, tmp_path / "new", other)
+    assert store.positions() == {SOURCE: 500}
+    while follower.step(0.0):
+        pass
+    assert store.digest() == other.store.digest() and store.positions() == other.store.positions()
 
 
 def test_a_backup_waits_for_clicks_that_serving_has_not_taken_yet(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from apache_beam.options.pipeline_options import FlinkRunnerOptions, PortableOpt
 
 from deploy.capacity import RESERVE, Load, Sizing
 from deploy.watch import scrape
+from springtide_client import __version__
 from state import layout
 from state.config.sections import SegmentSettings
 from state.storage import shares
@@ -97,7 +98,7 @@ def test_an_overlay_has_every_object_once_in_its_namespace(overlay: str) -> None
     spaces = {one["metadata"].get("namespace") for one in found(overlay) if one["kind"] != "Namespace"}
     assert spaces == {"springtide"}
     images = {one.told["image"] for one in boxes(found(overlay))}
-    assert images == {"springtide:0.1.0"}
+    assert images == {f"springtide:{__version__}"}
 
 
 @with_kubectl
@@ -162,7 +163,7 @@ def test_on_flink_the_stream_is_a_job_that_is_submitted_once() -> None:
     streams = [one for one in boxes(flink) if one.labels["app.kubernetes.io/component"] == "stream"]
     assert [one.owner for one in streams] == ["CronJob springtide-stream-submit"]
     (submit,) = streams
-    assert submit.told["image"] == "springtide:0.1.0"
+    assert submit.told["image"] == f"springtide:{__version__}"
     assert submit.document["spec"]["suspend"] is True
     job = submit.document["spec"]["jobTemplate"]["spec"]
     assert job["backoffLimit"] == 0 and submit.pod["restartPolicy"] == "Never"
@@ -256,7 +257,7 @@ def test_over_an_object_store_no_volume_is_mounted_on_two_nodes() -> None:
     own = sizes("large") | sizes_of(FOLDER / "components" / "object-store" / "kustomization.yaml")
     beside, copies = set(), set()
     for box in boxes(shared):
-        assert box.told["image"] == "springtide:0.1.0"
+        assert box.told["image"] == f"springtide:{__version__}"
         assert box.settings(own).paths.shared_registry.startswith("s3://")
         assert {"secretRef": {"name": "springtide-object-store", "optional": True}} in box.told["envFrom"]
         (volume,) = (one for one in box.pod["volumes"] if one["name"] == "registry")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def record(
     users: int = 3,
     label: float = float("nan"),
     clocks: tuple[tuple[int, int], ...] = (),
+    names: Mapping[int, str] = {50: "shoes"},
 ) -> bytes:
     """A micro-batch of the source's offsets [first, next_), each a row."""
     rows = next_ - first
@@ -84,7 +86,7 @@ def record(
         "user_attributes": np.empty((rows, 0), np.uint64),
         "item_attributes": np.empty((rows, 0), np.uint64),
     }
-    header = Header("spec", salt, (Range(SOURCE, first, next_, rows=rows),), 7, names={50: "shoes"}, clocks=clocks)
+    header = Header("spec", salt, (Range(SOURCE, first, next_, rows=rows),), 7, names={**names}, clocks=clocks)
     return encode(header, columns)
 
 

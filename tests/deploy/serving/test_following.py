@@ -232,7 +232,7 @@ def test_recent_versions_go_after_a_moment_and_durable_ones_once_they_are_old(wo
     ages.pop(base)
     assert max(age for version, age in ages.items() if version in durable) in range(50_000, 71_000)
     assert max(age for version, age in ages.items() if version not in durable) <= 20_000
-    assert {*world.follower._here} == {base, *ages}
+    assert {*world.follower._present} == {base, *ages}
     newest = max(ages)
     check(world, newest)
     world.follower.sweep()

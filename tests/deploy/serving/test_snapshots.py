@@ -18,19 +18,23 @@ from prometheus_client import CollectorRegistry
 from deploy.serving.following.clicks import HistoryFollower
 from deploy.serving.following.parity import WHOLE_EXTRA
 from deploy.serving.following.snapshots import SnapshotTaker, load_if_behind
-from deploy.serving.notes import CAUGHT_UP_EXTRA
+from deploy.serving.notes import CAUGHT_UP_EXTRA, name_extra
 from state.config.sections import HistorySettings, Kafka, Paths, StorageSettings
 from state.config.settings import Settings
+from state.events.identity import fingerprint_at
 from state.features.erased import Erased
 from state.features.masked_users import MaskedUsers
 from state.features.spec import FeatureSpec
 from state.history import snapshots
+from state.history.appends import Appends
+from state.history.rewinding import branch_extra
 from state.history.store import HistoryStore
 from state.log import Topics, Writer
 from state.metrics import ApplierMetrics
 from state.positions import Source
 from state.registry.control import start
-from state.registry.log_line import WHOLE
+from state.registry.controls import ControlPoll
+from state.registry.log_line import WHOLE, turned
 from state.registry.registry import Registry
 from tests import forked
 from tests.conftest import KafkaFactory
@@ -84,11 +88,13 @@ def taking(settings: Settings, following: Following) -> Iterator[Taking]:
 
 
 def new_host(settings: Settings, path: Path, following: Following) -> tuple[HistoryStore, HistoryFollower]:
-    """A host with empty histories, after it has loaded a snapshot."""
+    """A host with empty histories, after it has loaded a snapshot as its control and its salt allow."""
     store = HistoryStore(path, map_bytes=MAP)
     metrics = ApplierMetrics(CollectorRegistry())
     follower = HistoryFollower(store, FeatureSpec(), REACH_MS, metrics, following.clock)
-    if load_if_behind(settings, store, "salt", WHOLE, following.log):
+    control = ControlPoll(settings.registry_dir).poll()
+    branch, salt = WHOLE if control is None else control.log, fingerprint_at(settings.salt_path) or "salt"
+    if load_if_behind(settings, store, salt, branch, following.log):
         follower.begin()
     follower.connect(following.log, LOG)
     return store, follower
@@ -114,6 +120,43 @@ def test_a_new_host_reads_a_snapshot_and_the_rest_of_the_log(tmp_path: Path) -> 
     # It knows that its histories lack nothing; a host with histories of its own learns that as it runs.
     assert dict(store.extras("", "", 10_000)) == dict(following.store.extras("", "", 10_000)) | {WHOLE_EXTRA: b"0"}
     assert follower.caught_up and follower.newest_ms == following.follower.newest_ms
+
+
+def test_a_snapshot_after_a_restart_builds_on_the_newest(tmp_path: Path) -> None:
+    """Unless the histories were rolled back behind it."""
+    settings, following = settings_in(tmp_path), Following(tmp_path / "one", written(record(0, 500)))
+    with taking(settings, following) as host:
+        (first,) = host.taken(1)
+    append(following.log, record(500, 520))
+    following.drain()
+    following.clock.now_ms += 61_000
+    with taking(settings, following) as host:
+        _, second = host.taken(2)
+    assert {file.number for file in snapshots.read(host.location, second).files if file.kind == "base"} == {first}
+    store, _ = new_host(settings, tmp_path / "two", following)
+    assert store.digest() == following.store.digest() and store.users() == following.store.users()
+    following.store.commit(Appends.none(), (), branch_extra(turned(WHOLE, 1, 1, 2, ())))
+    following.clock.now_ms += 61_000
+    with taking(settings, following) as host:
+        third = host.taken(3)[-1]
+    assert {file.number for file in snapshots.read(host.location, third).files if file.kind == "base"} == {third}
+
+
+def test_a_host_that_can_use_no_snapshot_has_its_names_and_items(tmp_path: Path) -> None:
+    """The log has lost the record after the snapshot, and what is left repeats no name."""
+    settings, following = settings_in(tmp_path), Following(tmp_path / "one", written(record(0, 100)))
+    with taking(settings, following) as host:
+        host.taken(1)
+    append(following.log, record(100, 110), record(110, 130, names={}))
+    following.drain()
+    with following.log.topics() as topics:
+        topics.delete_before(LOG, {0: 2})
+    store, follower = new_host(settings, tmp_path / "two", following)
+    assert store.users() == 0 and store.extra(name_extra(50)) == b"shoes"
+    while follower.step(0.0):
+        pass
+    assert store.positions() == {SOURCE: 130} and store.read(1)["offset"].min() >= 110
+    assert store.extras("item:", "", 1000) == following.store.extras("item:", "", 1000)
 
 
 def test_a_host_that_is_little_behind_keeps_its_histories(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from state.errors import PortTaken, StoreFull, UnsupportedPython, UnusableDisk
 HOST = "127.0.0.1"
 
 
-@pytest.mark.parametrize("version", [(3, 10, 4), (3, 12, 0), (4, 11)])
+@pytest.mark.parametrize("version", [(3, 10, 4), (3, 13, 0), (4, 11)])
 def test_another_python_is_refused_with_both_versions(version: tuple[int, ...]) -> None:
     with pytest.raises(UnsupportedPython, match=rf"Python {version[0]}\.{version[1]} is not supported.*3\.11"):
         require_python(version)

@@ -6,7 +6,6 @@ import json
 import os
 import time
 import urllib.request
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,14 +140,6 @@ def test_what_the_loop_writes_is_its_owners_alone(loop: Loop) -> None:
     assert open_to_others == []
 
 
-def unnamed(answer: Mapping[str, Any]) -> Mapping[str, Any]:
-    """An answer without names of categories: another test may have deleted the records that have them."""
-    found: Mapping[str, Any] = json.loads(
-        json.dumps(answer), object_hook=lambda one: {name: value for name, value in one.items() if name != "label"}
-    )
-    return found
-
-
 def test_a_second_host_learns_from_clicks_and_a_pin_makes_answers_equal(loop: Loop, tmp_path: Path) -> None:
     loop.springtide("follow", "--reason", "a test begins")
     host = ServingHost("second", tmp_path / "second", loop, {})
@@ -166,7 +157,7 @@ def test_a_second_host_learns_from_clicks_and_a_pin_makes_answers_equal(loop: Lo
         number = pinned["control"]["serving"]["version"]
         answers = reached(both, lambda one: one["version"]["number"] == number, host.said)
         moment = str(answers[0]["at_ms"])
-        first, second = (without_age(unnamed(ask(USER, at=moment) or {})) for ask in both)
+        first, second = (without_age(ask(USER, at=moment) or {}) for ask in both)
         assert first == second
         loop.springtide("follow", "--reason", "a test ends")
         reached(both, lambda one: one["version"]["number"] > number, host.said)

@@ -78,8 +78,9 @@ class Host:
         self.gained.append(Gained(users, events))
         self.at += count
 
-    def snapshot(self) -> HistorySnapshot:
-        cut = Cut(self.store.view(), Position(LOG, {0: self.at}), "salt", self.gained, self.last)
+    def snapshot(self, restarted: bool = False) -> HistorySnapshot:
+        gained = None if restarted else self.gained
+        cut = Cut(self.store.view(), Position(LOG, {0: self.at}), "salt", gained, self.last)
         self.now_ms += 1000
         made = self.writer.write(cut, self.now_ms)
         assert made is not None
@@ -105,14 +106,14 @@ def same(one: HistoryStore, other: HistoryStore) -> bool:
 def test_a_loaded_store_equals_the_store_at_the_cut(
     clicks: list[int], range_bytes: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Whatever the number of ranges and deltas, and although clicks go on after the cut."""
+    """Whatever the number of ranges and deltas, although clicks go on after the cut, and after a restart."""
     host = Host(tmp_path_factory.mktemp("host"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(snapshot_writer, "RANGE_BYTES", range_bytes)
         patch.setattr(snapshot_writer, "FILE_BYTES", range_bytes // 64)
         for number, count in enumerate(clicks):
             host.click(count)
-            made = host.snapshot()
+            made = host.snapshot(restarted=number % 2 == 1)
             loaded = host.other(f"other{number}")
             assert snapshots.load_newest(host.location, host.wanted(), loaded) == made
             assert same(loaded, host.store)
@@ -132,6 +133,30 @@ def test_users_whose_events_did_not_change_are_not_written_again(tmp_path: Path)
     assert not [file for file in second.files if (file.kind, file.number) == ("base", second.number)]
     third = host.snapshot()
     assert {file.number for file in third.files} == {first.number, second.number}
+
+
+def test_a_snapshot_after_a_restart_has_the_events_since_the_one_before(tmp_path: Path) -> None:
+    """Each bucket of a partition's users has its own position."""
+    host, even, odd = Host(tmp_path), *(SOURCE._replace(bucket=bucket, buckets=2) for bucket in (0, 1))
+
+    def click(source: Source, first: int, after: int) -> None:
+        events = np.zeros(after - first, EVENT)
+        events["topic"], events["offset"] = source.topic, np.arange(first, after)
+        users = (events["offset"] * 2 % 40 + source.bucket).astype(np.uint64)
+        host.store.commit(Appends.of(users, events), [Range(source, first, after, rows=after - first)])
+
+    click(even, 0, 900)
+    click(odd, 0, 300)
+    first = host.snapshot()
+    click(odd, 300, 310)
+    second = host.snapshot(restarted=True)
+    assert [file.events for file in second.files if (file.kind, file.number) == ("delta", second.number)] == [10]
+    assert {file.number for file in second.files if file.kind == "base"} == {first.number}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(snapshot_writer, "MOST_GAINED", 5)
+        click(odd, 310, 320)
+        third = host.snapshot(restarted=True)
+    assert {file.number for file in third.files if file.kind == "base"} == {third.number}
 
 
 def test_shares_are_loaded_alone(tmp_path: Path) -> None:

@@ -245,9 +245,9 @@ class Workspace(NamedTuple):
         """Scratch arrays for blocks of `BLOCK` rows of `facts`."""
         recent_categories, width = facts.windows.shape[1], facts.log_scale.size
         rows, hidden, most = BLOCK, NET_HIDDEN + NEXT_HIDDEN, BLOCK * recent_categories
-        places = rows * (facts.popular_mask.shape[1] + facts.successor_mask.shape[1])
+        candidates = rows * (facts.popular_mask.shape[1] + facts.successor_mask.shape[1])
         columns = facts.popular_next.shape[2]
         shapes = [(rows, width), (most, width), (most, NET_HIDDEN), (most,), (rows, hidden), (most,), (rows, hidden)]
-        shapes += [(columns, places), (NEXT_HIDDEN, places), (places,), (places,)]
+        shapes += [(columns, candidates), (NEXT_HIDDEN, candidates), (candidates,), (candidates,)]
         shapes += [(width, NET_HIDDEN), (user_width, hidden)]
         return cls(np.zeros(rows + 1, np.int32), *(np.zeros(shape, np.float32) for shape in shapes))

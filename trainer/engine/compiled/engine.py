@@ -118,10 +118,10 @@ class CompiledEngine:
         dense = {
             weight: getattr(gradients.fast if name in FAST else gradients, name) for weight, name in FROM_HEADS.items()
         }
-        for weight, own in self._optimizer.gradients.items():
+        for weight, array in self._optimizer.gradients.items():
             if weight in dense:
-                own[...] = dense[weight]
-            dense[weight] = own
+                array[...] = dense[weight]
+            dense[weight] = array
         squared = square(self._optimizer.gradient[None]) + sum(square(part.reshape(1, -1)) for part in gradients.fast)
         squared += sum(square(gradient[1:]) for gradient in sparse.values())
         return Measured(scores, squared, rows, crossed, Gradient(dense, sparse, fast))
@@ -149,8 +149,8 @@ class CompiledEngine:
 
     def with_gradient(self, measured: Measured, gradient: Gradient) -> Measured:
         """See `Engine`."""
-        for name, own in self._optimizer.gradients.items():
-            own[...] = gradient.dense[name]
+        for name, array in self._optimizer.gradients.items():
+            array[...] = gradient.dense[name]
         return replace(measured, found=gradient)
 
     def _rows(self, record: Record) -> tuple[dict[str, I32], dict[str, I32]]:
@@ -167,10 +167,10 @@ class CompiledEngine:
         at: dict[str, I32] = {}
         for name, parts in uses.items():
             table = self._tables[name]
-            rows[name], places = table.distinct(table.find(np.concatenate(list(parts.values()))))
+            rows[name], indices = table.distinct(table.find(np.concatenate(list(parts.values()))))
             end = 0
             for use, ids in parts.items():
-                at[use], end = places[end : end + ids.size], end + ids.size
+                at[use], end = indices[end : end + ids.size], end + ids.size
         if combined is not None:
             at |= {"item": combined.at, "negative_item": combined.at[record.partner]}
         shaped = ("recent", "successor")

@@ -123,7 +123,7 @@ def learn_interest(
     queries, category = inputs.queries, inputs.category
     to_queries, to_category = gradients.queries, gradients.category
     recent_categories, ranks, successors = recent_mask.shape[1], facts.popular_mask.shape[1], successor_mask.shape[1]
-    dim, places, slots = category.shape[1], ranks + successors, slope.shape[0]
+    dim, candidates, slots = category.shape[1], ranks + successors, slope.shape[0]
     factor, of_lane = facts.weight[b] / total, lane * category.shape[0]
     for i in range(slots):
         slope[i] = shares[i] * factor
@@ -135,8 +135,8 @@ def learn_interest(
             m += 1
             add(to_queries, b, 0, slope[j], category, recent_at[b, j], 0, dim)
             add(to_category, of_lane + recent_at[b, j], 0, slope[j], queries, b, 0, dim)
-    for i in range(places):
-        workspace.transition_gradient[row * places + i] = slope[recent_categories + i]
+    for i in range(candidates):
+        workspace.transition_gradient[row * candidates + i] = slope[recent_categories + i]
     for p in range(ranks):
         gradients.popular_logits[b, p] = slope[recent_categories + p]
     for j in range(successors):
@@ -176,13 +176,13 @@ def engage(
     rows = facts.target.shape[0]
     for at in range(b, 2 * rows, rows):
         category_at, item_at = facts.pair_category_at[at], facts.pair_item_at[at]
-        known = -1
+        slot = -1
         if category_at != 0:
             for j in range(facts.recent_mask.shape[1]):
                 if facts.recent_at[b, j] == category_at and facts.recent_mask[b, j] != _ZERO:
-                    known = j
-        if known >= 0:
-            likely = logits[known] - normaliser
+                    slot = j
+        if slot >= 0:
+            likely = logits[slot] - normaliser
             fixed = prior[0] + prior[1] * likely
         else:
             likely = weights.other[0] + dot(plain, b, 0, category, category_at) - normaliser
@@ -200,7 +200,7 @@ def engage(
             continue
         shifted = fixed + queries[b, 2 * dim] + dot(queries, b, dim, item, item_at) + facts.engaged_shift[at]
         g = (_ONE / (_ONE + np.float32(math.exp(-shifted))) - facts.engaged[at]) * facts.engaged_weight[at]
-        if known >= 0:
+        if slot >= 0:
             gradients.prior[lane, 0] += g
             gradients.prior[lane, 1] += g * likely
         else:
@@ -223,25 +223,25 @@ def transition_net(
     user_hidden, logs = workspace.user_hidden, workspace.next_logs
     hidden, logits = workspace.next_hidden, workspace.transition_logits
     ranks, columns = facts.popular_next.shape[1], facts.popular_next.shape[2]
-    places, first = ranks + facts.successor_next.shape[1], facts.log_scale.shape[0] - columns
-    count = (end - begin) * places
+    candidates, first = ranks + facts.successor_next.shape[1], facts.log_scale.shape[0] - columns
+    count = (end - begin) * candidates
     for c in range(columns):
         scale = facts.log_scale[first + c]
         for b in range(begin, end):
-            at = (b - begin) * places
+            at = (b - begin) * candidates
             for p in range(ranks):
                 logs[c, at + p] = logarithms[facts.popular_next[b, p, c]] * scale
-            for j in range(places - ranks):
+            for j in range(candidates - ranks):
                 logs[c, at + ranks + j] = logarithms[facts.successor_next[b, j, c]] * scale
     for row in range(end - begin):
-        for i in range(places):
-            logits[row * places + i] = _ZERO
+        for i in range(candidates):
+            logits[row * candidates + i] = _ZERO
             for c in range(columns):
-                logits[row * places + i] += logs[c, row * places + i] * weights.next[0 if i < ranks else 1, c]
+                logits[row * candidates + i] += logs[c, row * candidates + i] * weights.next[0 if i < ranks else 1, c]
         for k in range(NEXT_HIDDEN):
-            own = user_hidden[row, NET_HIDDEN + k]
-            for i in range(places):
-                hidden[k, row * places + i] = own
+            value = user_hidden[row, NET_HIDDEN + k]
+            for i in range(candidates):
+                hidden[k, row * candidates + i] = value
     for k in range(NEXT_HIDDEN):
         for c in range(columns):
             weight = weights.next_0[c, k]
@@ -261,14 +261,14 @@ def transition_net_gradients(
     logs, hidden = workspace.next_logs, workspace.next_hidden
     gradient, user_gradient = workspace.transition_gradient, workspace.user_gradient
     ranks, columns = facts.popular_next.shape[1], facts.popular_next.shape[2]
-    places = ranks + facts.successor_next.shape[1]
-    count = (end - begin) * places
+    candidates = ranks + facts.successor_next.shape[1]
+    count = (end - begin) * candidates
     for c in range(columns):
         for row in range(end - begin):
             of_popular, of_successors = _ZERO, _ZERO
-            for i in range(row * places, row * places + ranks):
+            for i in range(row * candidates, row * candidates + ranks):
                 of_popular += gradient[i] * logs[c, i]
-            for i in range(row * places + ranks, (row + 1) * places):
+            for i in range(row * candidates + ranks, (row + 1) * candidates):
                 of_successors += gradient[i] * logs[c, i]
             fast_gradient.next[0, c] += of_popular
             fast_gradient.next[1, c] += of_successors
@@ -286,7 +286,7 @@ def transition_net_gradients(
             fast_gradient.next_0[c, k] += total
         for row in range(end - begin):
             total = _ZERO
-            for i in range(row * places, (row + 1) * places):
+            for i in range(row * candidates, (row + 1) * candidates):
                 total += hidden[k, i]
             user_gradient[row, NET_HIDDEN + k] = total
 

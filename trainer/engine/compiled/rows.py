@@ -68,9 +68,9 @@ def rank_of(logits: F32, target: int) -> int:
     slots: int = logits.shape[0] - 1
     if target >= slots:
         return slots
-    own, before = logits[target], 0
+    target_logit, before = logits[target], 0
     for i in range(slots):
-        if logits[i] > own or (logits[i] == own and i < target):
+        if logits[i] > target_logit or (logits[i] == target_logit and i < target):
             before += 1
     return before
 

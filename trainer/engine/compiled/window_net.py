@@ -37,7 +37,7 @@ def window_net(begin: int, end: int, facts: Facts, weights: FastWeights, logarit
     Adds the newest category's windows to `user_hidden`, which is complete afterwards.
     """
     firsts, newest, windows, hidden, window_logits, user_hidden = workspace[:6]
-    recent_categories, width, own = facts.windows.shape[1], facts.log_scale.shape[0], facts.windows.shape[2]
+    recent_categories, width, user_columns = facts.windows.shape[1], facts.log_scale.shape[0], facts.windows.shape[2]
     count = 0
     for b in range(begin, end):
         row = b - begin
@@ -46,12 +46,12 @@ def window_net(begin: int, end: int, facts: Facts, weights: FastWeights, logarit
             if facts.recent_mask[b, j] == _ZERO:
                 continue
             window_logits[count] = weights.position[j]
-            for f in range(own):
+            for f in range(user_columns):
                 window = facts.windows[b, j, f]
                 scaled = logarithms[window] * facts.log_scale[f] + np.float32(window) * facts.scale[f]
                 windows[count, f] = scaled + facts.shift[f]
-            for f in range(own, width):
-                window = facts.recent_next[b, j, f - own]
+            for f in range(user_columns, width):
+                window = facts.recent_next[b, j, f - user_columns]
                 scaled = logarithms[window] * facts.log_scale[f] + np.float32(window) * facts.scale[f]
                 windows[count, f] = scaled + facts.shift[f]
             count += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -22,14 +23,17 @@ EXPRESSIONS = ("busy=events.visible > 1", "idle=events.visible == 0")
 SALT = Salt(SALT_KEY)
 
 
-@pytest.fixture
-def app(stores: Stores) -> Iterator[App]:
-    """With two segments, whose members nobody keeps yet."""
+def with_segments(stores: Stores) -> App:
+    """An application with two segments, without a store of members."""
     stores.close()
     settings = replace(stores.settings, segments=SegmentSettings(EXPRESSIONS))
-    made = App(Host(settings, SALT, now_ms=lambda: NOW_MS), CollectorRegistry())
-    yield made
-    made.close()
+    return App(Host(settings, SALT, now_ms=lambda: NOW_MS), CollectorRegistry())
+
+
+@pytest.fixture
+def app(stores: Stores) -> Iterator[App]:
+    with closing(with_segments(stores)) as made:
+        yield made
 
 
 def keep(stores: Stores, *users: str) -> None:
