@@ -166,14 +166,14 @@ def test_killed_and_frozen_workers_change_no_bit_of_what_the_group_learns(
     faults: Sequence[Fault],
 ) -> None:
     written = [microbatch(number, rows, users=rows) for number in range(records)]
-    whole = settings_of(kafka_settings, tmp_path / "whole", workers)
-    expected = digest(*trained(whole, written, [], stack))
-
     settings = settings_of(kafka_settings, tmp_path / "faults", workers)
     registry, version = trained(settings, written, faults, stack)
-    assert digest(registry, version) == expected
     if workers == 2:
+        # Another group learns the whole log without a fault, and has the same bits.
         require_verified(settings, version)
+    else:
+        whole = settings_of(kafka_settings, tmp_path / "whole", workers)
+        assert digest(registry, version) == digest(*trained(whole, written, [], stack))
 
 
 @pytest.mark.nightly

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from state.errors import MicroBatchError
@@ -179,7 +179,6 @@ def test_a_micro_batch_of_format_1_is_one_without_attributes_and_without_waiting
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
 def test_damage_is_a_micro_batch_error_or_changes_no_shape(data: st.DataObject) -> None:
     value = bytearray(encode(*made(5)))
     place = data.draw(st.integers(0, len(value) - 1))
