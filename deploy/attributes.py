@@ -1,11 +1,4 @@
-"""Sends attributes of users and items from files to their compacted Kafka topics: `springtide attributes`.
-
-Each row becomes one record. Its key is the id, and its fields are those that `[attributes]` lists. The stream's own
-code validates each record before it is sent. A row that the stream would refuse is reported and not sent, so the
-topic keeps the record it has for that id.
-
-If an id occurs several times, the last row wins. If a run ends early, run it again.
-"""
+"""Sends attributes of users and items from files to their compacted Kafka topics: `springtide attributes`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Calculates how large a deployment must be: `springtide capacity`, `python -m deploy.capacity [options]`.
-
-The sizes follow from measured constants by the formulas of `capacity.toml`: what each part of the system uses, and
-which limit the design reaches first. `docs/operate/capacity.md` prints them.
-"""
+"""Calculates how large a deployment must be: `springtide capacity`, `python -m deploy.capacity [options]`."""
 
 from __future__ import annotations
 
@@ -214,7 +210,7 @@ DESCRIPTION = (
     "Report the resources that a deployment needs (cores, memory, disk, partitions) and the limit it reaches first."
 )
 EPILOG = (
-    "These settings, written --section.name VALUE, affect the result: features.history, stream.max_users, serving.max_users, "
+    "These settings, written --section.name VALUE, affect the result: features.history, history.max_users, "
     "serving.shares, trainer.max_rows, trainer.workers, model.dim, [registry], serving.keep_s, history.snapshot_every_s. Exit "
     "codes: 0 done, 1 the load exceeds a limit, 2 wrong use."
 )
@@ -356,8 +352,7 @@ def page(settings: Settings) -> str:
     """Returns the text of `docs/operate/capacity.md`."""
     roomy = replace(
         settings,
-        stream=replace(settings.stream, max_users=10**9),
-        serving=replace(settings.serving, max_users=10**9),
+        history=replace(settings.history, max_users=10**9),
         trainer=replace(settings.trainer, max_rows=10**9),
     )
     loads, limits = [], []

@@ -1,7 +1,4 @@
-"""The argument parser of `springtide`: its commands, their options and help texts.
-
-Settings are removed from the arguments before parsing; see `state.config.sources`.
-"""
+"""The argument parser of `springtide`: its commands, their options and help texts."""
 
 from __future__ import annotations
 

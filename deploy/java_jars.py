@@ -1,8 +1,4 @@
-"""Locates the Java runtime and the jars of each product that needs them (Kafka, Flink).
-
-A lock file names each jar with its SHA-256. jgo fetches exactly those that the local Maven repository lacks; it
-resolves no dependencies and runs no Java. Each start verifies every jar's digest.
-"""
+"""Locates the Java runtime and the jars of each product that needs them (Kafka, Flink)."""
 
 from __future__ import annotations
 

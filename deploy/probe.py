@@ -1,8 +1,5 @@
 """Measures the latency of the whole loop with clicks of probe users: `springtide probe [-o json] [--continuously]`.
 
-It runs once, or every `probe.every_s` seconds with its figures on /metrics. It sends clicks to Kafka like any producer
-and requests answers like any client, so it runs wherever both can be reached.
-
 1. Request an answer, which shows that serving works and when the user's last click was.
 2. Send the click; Kafka acknowledges it at an offset.
 3. Request answers until the user's features show the click, and until the version has learned from its offset.
@@ -47,6 +44,7 @@ DECODER = "state.events.decoding:decode_json"
 NEVER = 255
 REASONS = ("kafka", "answers", "refused", "features", "weights")
 EVERY_S = 30.0
+TIMEOUT_S = 30.0  # of a click on its way through the loop
 ANSWER_S = 5.0
 _log = logging.getLogger(__name__)
 
@@ -162,7 +160,7 @@ class Stopwatch:
         self._feature = f"{action_of(settings)}.recency"
 
     def time(self, user: str) -> Passage:
-        """Sends one click of a probe user and waits for it, at most `probe.timeout_s`.
+        """Sends one click of a probe user and waits for it, at most `TIMEOUT_S`.
 
         Raises:
             SettingsError: The settings' clicks are not JSON, or the tokens cannot be read.
@@ -187,13 +185,12 @@ class Stopwatch:
         return (answer.features or {}).get(self._feature, NEVER)
 
     def _look(self, user: str, at_ms: int, before: int, begun_s: float, passage: Passage) -> Passage:
-        timeout_s = self._settings.probe.timeout_s
         while True:
             asked_s = self._clock() - begun_s
             try:
                 answer = self._ask(user, at_ms)
             except ClientError as error:
-                if asked_s > timeout_s or self._stopped():
+                if asked_s > TIMEOUT_S or self._stopped():
                     return _unanswered(passage, error)
             else:
                 took_s = self._clock() - begun_s
@@ -204,8 +201,8 @@ class Stopwatch:
                     passage = replace(passage, weight_seconds=took_s)
                 if passage.feature_seconds is not None and passage.weight_seconds is not None:
                     return passage
-            if asked_s > timeout_s or self._stopped():
-                return _late(passage, timeout_s)
+            if asked_s > TIMEOUT_S or self._stopped():
+                return _late(passage)
             self._sleep(POLL_S)
 
     @staticmethod
@@ -218,21 +215,21 @@ def _unanswered(passage: Passage, error: ClientError) -> Passage:
     return replace(passage, reason="refused" if refused else "answers", problem=f"no answer came: {error}")
 
 
-def _late(passage: Passage, timeout_s: float) -> Passage:
+def _late(passage: Passage) -> Passage:
     partition = passage.source.rpartition(":")[2]
     where = f"the click at offset {passage.offset} of partition {partition}"
     if passage.feature_seconds is None:
         return replace(
             passage,
             reason="features",
-            problem=f"{where} is in no answer after {timeout_s:g} s: see whether it is a dead letter, and whether stream and "
+            problem=f"{where} is in no answer after {TIMEOUT_S:g} s: see whether it is a dead letter, and whether stream and "
             "applier run",
         )
     return replace(
         passage,
         reason="weights",
         problem=f"{where} was in answers after {passage.feature_seconds:.2f} s, and version {passage.version} has not learned "
-        f"from it after {timeout_s:g} s: see whether it is pinned, or training is held",
+        f"from it after {TIMEOUT_S:g} s: see whether it is pinned, or training is held",
     )
 
 
@@ -328,7 +325,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--continuously",
         action="store_true",
-        help=f"send a probe every probe.every_s ({EVERY_S:g} s if that is 0) until Ctrl-C, with metrics on probe.metrics_port",
+        help=f"send a probe every probe.every_s ({EVERY_S:g} s if that is 0) until Ctrl-C, with metrics on up.metrics_port + 1",
     )
     return command
 
@@ -349,7 +346,7 @@ def _main(words: Sequence[str]) -> int:
         log_lines.begin("probe")
         log_lines.follow(settings.logs)
         logging.getLogger("httpx").setLevel(logging.WARNING)
-        with served(settings.probe.metrics_port, settings.metrics.host) as registry:
+        with served(settings.up.probe_port, settings.metrics.host) as registry:
             run(settings, stop, probe.time, ProbeMetrics(registry))
         return 0
     passage = probe.time()

@@ -1,8 +1,4 @@
-"""Sends clicks to the topic, from files or from synthetic shoppers whose taste drifts: `springtide replay`.
-
-Before Kafka is contacted, the files and the mapping are checked. The command reports which rows the stream will
-refuse, why, and by which setting. It stops if no row is a click. `--dry-run` sends nothing and needs no Kafka.
-"""
+"""Sends clicks to the topic, from files or from synthetic shoppers whose taste drifts: `springtide replay`."""
 
 from __future__ import annotations
 
@@ -10,9 +6,9 @@ import argparse
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, TextIO
+from typing import Any
 
 from deploy.command_line import run_command
 from deploy.operate.options import SETTINGS_HELP
@@ -169,8 +165,6 @@ def _send_files(
     options: argparse.Namespace,
     settings: Settings,
     stopped: threading.Event,
-    say: Callable[[str], None] = print,
-    progress_to: TextIO = sys.stderr,
 ) -> None:
     """Replays the files named on the command line.
 
@@ -198,10 +192,10 @@ def _send_files(
     check(recording, events, now_ms + round(events.max_future_s * 1000))
     # 2.
     if options.dry_run:
-        say(report(try_out(source, now_ms), len(recording.files), topic))
+        print(report(try_out(source, now_ms), len(recording.files), topic))
         return
     # 3.
-    progress = Progress(progress_to, time.monotonic)
+    progress = Progress(sys.stderr, time.monotonic)
     with ExitStack() as stack:
         with Topics(settings.kafka) as topics:
             topic_id = topics.ensure(*topic_plan.clicks(settings)).topic_id
@@ -216,7 +210,7 @@ def _send_files(
         except LogError:
             progress.say("Kafka stopped the replay; the same command resumes where it stopped")
             raise
-    say(summary(outcome, topic, progress.took_s))
+    print(summary(outcome, topic, progress.took_s))
 
 
 def summary(outcome: Outcome, topic: str, took_s: float) -> str:

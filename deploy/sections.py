@@ -1,9 +1,4 @@
-"""The sections of `springtide status` and the page: what each part of the system stores and reports, and its text.
-
-`read` queries Kafka, registry, stores and disks, which takes up to some seconds. `measured` needs only the metrics of
-one poll. Each section is JSON values, or None if there is nothing to show. Its text in `TEXTS` is a keyword and a
-description, whose sentences are separated by semicolons.
-"""
+"""The sections of `springtide status` and the page: what each part of the system stores and reports, and its text."""
 
 from __future__ import annotations
 
@@ -268,22 +263,22 @@ def disk_text(usage: Mapping[str, Any]) -> Text:
 
 def row_store(settings: Settings) -> dict[str, Any] | None:
     """Returns location and size of this host's row store; None if there is none."""
-    return _store(settings, settings.serving_dir / layout.ROWS, settings.serving.rows_dir, "serving starts again")
+    return _store(settings, settings.serving_dir / layout.ROWS, "serving starts again")
 
 
 def _history_stores(settings: Settings) -> list[dict[str, Any]]:
     """Returns location and size of the histories of stream and serving; on disk while no process writes them."""
     links = [*layout.streams(settings.state_dir), settings.serving_dir / layout.HISTORIES]
-    stores = ((link, _store(settings, link, "", "their writer starts")) for link in links)
+    stores = ((link, _store(settings, link, "their writer starts")) for link in links)
     return [{"name": f"{link.parent.name}/{link.name}", **store} for link, store in stores if store is not None]
 
 
-def _store(settings: Settings, link: Path, configured: str, moves_when: str) -> dict[str, Any] | None:
+def _store(settings: Settings, link: Path, moves_when: str) -> dict[str, Any] | None:
     location, memory = memory_place.current(link), settings.storage.memory_dir
     if location is None:
         return None
-    # If a setting names a directory, or memory is disabled, the location is intended and needs no reason.
-    intended = location.in_memory or configured or not memory
+    # If memory is disabled, the location is intended and needs no reason.
+    intended = location.in_memory or not memory
     return {
         "path": str(location.path),
         "in_memory": location.in_memory,

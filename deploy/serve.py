@@ -1,8 +1,4 @@
-"""Serving on one host: starts the applier and the workers, and stops them together: `springtide serve`.
-
-If one process dies by itself, the others are stopped and this process ends with status 1, so that its supervisor
-restarts the whole host.
-"""
+"""Serving on one host: starts the applier and the workers, and stops them together: `springtide serve`."""
 
 from __future__ import annotations
 
@@ -13,9 +9,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from deploy.children.ending import die_with, how
+from deploy.children.ending import how
 from state.config.loading import load
 from state.errors import ProcessFailed, SpringtideError
+from state.process.ending import die_with
 from state.process.private_files import keep_private
 
 STOP_S = 10.0

@@ -1,10 +1,4 @@
-"""Reports what runs and how well: `springtide status [-o json] [--watch | --wait-for CONDITION]`.
-
-Each part is queried separately, so an unreachable part does not hide the others. Rates cover the seconds that a
-reading takes. Quantiles cover the time since each process started, and with `--watch` the last minute.
-
-`--wait-for` polls the running loop until a condition holds. A part that does not answer counts as missing.
-"""
+"""Reports what runs and how well: `springtide status [-o json] [--watch | --wait-for CONDITION]`."""
 
 from __future__ import annotations
 
@@ -66,23 +60,21 @@ def wait(
     settings: Settings,
     name: str,
     timeout_s: float,
-    clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
 ) -> float:
     """Waits for a condition, see `condition_of`; returns the seconds that it took.
 
     Raises:
         SpringtideError: It did not hold in time; the message says what was missing.
     """
-    began_s = clock()
+    began_s = time.monotonic()
     condition = condition_of(name)
     while missing := _looked(condition, settings):
-        if clock() - began_s >= timeout_s:
+        if time.monotonic() - began_s >= timeout_s:
             raise SpringtideError(
                 f"{name}: not within {timeout_s:g} s: {missing}", "look at `springtide status`, or wait longer"
             )
-        sleep(POLL_S)
-    return clock() - began_s
+        time.sleep(POLL_S)
+    return time.monotonic() - began_s
 
 
 def _looked(condition: Condition, settings: Settings) -> str:

@@ -215,8 +215,8 @@ class ItemNeighbours:
 
     name = "item-kNN"
 
-    def __init__(self, half_life_ms: float = HALF_LIVES_MS["1d"]) -> None:
-        self._growing = Growing(half_life_ms)
+    def __init__(self) -> None:
+        self._growing = Growing(HALF_LIVES_MS["1d"])
         self._clicks: dict[int, float] = {}
         self._covisits: dict[int, dict[int, float]] = {}
 

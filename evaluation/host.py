@@ -46,15 +46,15 @@ class ServingHost:
         program: bytes,
         attributes: KnownAttributes | None = None,
     ) -> None:
-        folder, map_bytes = settings.serving_dir, settings.serving.map_gb << 30
+        folder = settings.serving_dir
         self._spec, self._salt, self._digest = spec, salt, hashlib.sha256(program).hexdigest()
-        self.rows = RowStore(folder / ROWS, map_bytes)
-        self.histories = HistoryStore(folder / HISTORIES, settings.features.history, map_bytes)
+        self.rows = RowStore(folder / ROWS)
+        self.histories = HistoryStore(folder / HISTORIES, settings.features.history)
         self.programs: Path = folder / PROGRAMS
         self.programs.mkdir(exist_ok=True)
         program_path(self.programs, self._digest).write_bytes(program)
         metrics = ApplierMetrics(CollectorRegistry())
-        self._upkeep = Upkeep(self.histories, spec.reach_ms(settings.events), settings.serving, metrics, wall_ms)
+        self._upkeep = Upkeep(self.histories, spec.reach_ms(settings.events), settings.history, metrics, wall_ms)
         self._version, self._per_category = 0, settings.serving.per_category
         impressions = {*settings.labels.impressions}
         self._impressions = [n for n, name in enumerate(settings.events.actions) if name in impressions]

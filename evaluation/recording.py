@@ -190,7 +190,7 @@ def open_attributes(settings: Settings, files: Sequence[AttributeFiles]) -> Iter
         return
     ids = {"user": pseudonyms(SALT), "item": public_id}
     with tempfile.TemporaryDirectory(prefix="springtide-evaluate-") as folder:
-        store = AttributeStore(Path(folder), settings.stream.map_gb << 30)
+        store = AttributeStore(Path(folder))
         for side in files:
             for _, rows in rows_of_files(side):
                 records = encode_attributes(rows, side).records
@@ -218,7 +218,7 @@ def micro_batches(
     `batches` limits it to the first batches of the recording; by default it uses all.
     """
     with tempfile.TemporaryDirectory(prefix="springtide-evaluate-") as folder:
-        store = HistoryStore(Path(folder), spec.history, settings.stream.map_gb << 30)
+        store = HistoryStore(Path(folder), spec.history)
         join = None if attributes is None else attributes.join
         job = replace(open_job(settings, store, SALT, events.topic_id), join=join)
         encoding = Encoding(spec.digest, SALT.fingerprint, 1 << 16, settings.stream.max_record_bytes)

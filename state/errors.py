@@ -160,7 +160,7 @@ class CorruptStore(StoreError):
 
 
 class StoreFull(StoreError):
-    """The disk or a store's map is full. Free space, or raise `storage.budget_gb`, `stream.map_gb` or `serving.map_gb` and start again."""
+    """The disk or a store's map is full. Free space, or raise `storage.budget_gb` and start again."""
 
 
 class UnusableDisk(StoreError):

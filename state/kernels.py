@@ -1,9 +1,4 @@
-"""Compiles kernels before the processes that use them start: `python -m state.kernels [--all] [MODULE...]`.
-
-An installation runs it with `--all`, which compiles the kernels of all modules into `__pycache__` next to their source
-files. It uses one process per core, four at most. An init container fills a shared cache, because its CPU limit is
-higher than that of the other containers.
-"""
+"""Compiles kernels before the processes that use them start: `python -m state.kernels [--all] [MODULE...]`."""
 
 from __future__ import annotations
 

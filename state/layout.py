@@ -3,7 +3,7 @@
     paths.state/
     ├── lock                     the lock of `springtide up`
     ├── salt                     the secret key of pseudonyms, or at `paths.salt_file`
-    ├── privacy.key              the secret key of the noise, or at `privacy.key_file`     trainer/privacy/history.py
+    ├── privacy.key              the secret key of the noise                              trainer/privacy/history.py
     ├── tokens/                  access tokens, or at `serving.tokens_dir`         deploy/serving/requests/access.py
     ├── registry/                or at `paths.registry`
     │   ├── versions/ merged/ bases/   one directory per version  state/registry/registry.py
@@ -38,7 +38,7 @@
     │   ├── lookalikes/          the newest list for each segment state/segments/lookalikes.py
     │   ├── current.version, current.histories   times only       deploy/serving/notes.py
     │   ├── exposures/           exposures that workers have not sent to Kafka yet   deploy/serving/exposures.py
-    │   ├── counters/            counters of workers that share a port     deploy/serving/requests/workers.py
+    │   ├── counters/            counters of workers that share a port     deploy/serving/rest.py
     │   └── programs/            the programs of applied versions
     ├── exports/<version>/       SavedModels, or at `export.directory`     trainer/exporting/saved_model.py
     ├── validation/              place.json, windows/<log time>.pb         deploy/validation/process.py

@@ -1,7 +1,4 @@
-"""Lowers a TensorFlow SavedModel to a LiteRT program of built-in operations, and compares outputs.
-
-TensorFlow and LiteRT are imported when they are needed, so other processes do not load them.
-"""
+"""Lowers a TensorFlow SavedModel to a LiteRT program of built-in operations, and compares outputs."""
 
 from __future__ import annotations
 

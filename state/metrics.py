@@ -1,8 +1,4 @@
-"""Declares every metric with name, help, labels and buckets, one class per process.
-
-A process creates its class on its own `CollectorRegistry` and exposes it with `serve`. Tests check dashboards and
-alerts against this file. Label values are bounded, and no label contains an id.
-"""
+"""Declares every metric with name, help, labels and buckets, one class per process."""
 
 from __future__ import annotations
 
@@ -119,7 +115,6 @@ class StreamMetrics(Metrics):
         "Difference between the time of that click and the time of the clicks around it; 0 for a refused click.",
         "direction",
     )
-    clock_off_time_seconds = gauge("Time at which that click was read, in seconds since 1970.", "direction")
     busy_seconds = counter("Time that the reader thread has spent on processing clicks, including waits for commits.")
     lag_events = unset_gauge("Positions of the clicks topic that are not yet read and committed; NaN while unknown.")
     lag_seconds = unset_gauge(
@@ -129,7 +124,6 @@ class StreamMetrics(Metrics):
     microbatch_rows = histogram("Number of rows of a micro-batch.", ROWS)
     commit_seconds = histogram("Time to write and commit a micro-batch.", SHORT_SECONDS)
     truncated_histories = counter("Rows whose longest window starts before the oldest event of the history.")
-    cached_users = gauge("Users whose histories are cached in memory.")
     history_users = gauge("Users with a stored history.")
     swept_events = counter("Stored events removed because no window covers them any more.")
     swept_users = counter(
@@ -325,13 +319,11 @@ class ApplierMetrics(Metrics):
     refused_version = gauge(
         "Newest version that failed its probe and is newer than the version that answers use; 0 if none."
     )
-    swept_versions = counter("Old versions removed.")
     segments = gauge("Segments in the settings. `springtide segments run` must maintain them.")
     parity_rows = counter(
         "Sampled rows of the training log recomputed from serving's histories, by outcome: equal, differs, unknown (another feature spec or mask, or a history that began before this host's).",
         "outcome",
     )
-    history_duplicates = counter("Rows of the micro-batch topic that the histories already contained.")
     gap_positions = counter("Positions that no micro-batch covers or that were deleted before they were read.")
     unreadable_microbatches = counter("Records of the micro-batch topic that are not valid micro-batches.")
     log_failures = counter("Failed reads of the micro-batch topic.")
@@ -378,7 +370,7 @@ class ValidationMetrics(Metrics):
 
     prefix = "springtide_validation_"
     records = counter(
-        "Records of the training log, by outcome: read, passed (not sampled), other_features (from an earlier feature spec), unreadable.",
+        "Records of the training log, by outcome: read, other_features (from an earlier feature spec), unreadable.",
         "outcome",
     )
     rows = counter("Rows of the training log that were read.")
@@ -404,11 +396,6 @@ class SegmentMetrics(Metrics):
 
     prefix = "springtide_segments_"
     members = gauge("Users in a segment.", "segment")
-    changes = counter("Membership changes written to the topic, by change: joined, left.", "segment", "change")
-    judged = counter(
-        "Evaluated profiles, by cause: click, sweep (the periodic pass over all users), change (of control, such as a rollback, a mask or an erasure, and at the start).",
-        "cause",
-    )
     lag_records = gauge("Positions of the training log that are not yet processed.")
     waiting = gauge("Users who have clicked and wait to be evaluated.")
     sweep_seconds = gauge("Duration of the last pass over all users.")
@@ -452,7 +439,7 @@ class ProbeMetrics(Metrics):
         FRESHNESS_SECONDS,
     )
     failures = counter(
-        "Failed probes, by reason: kafka (the click could not be sent), answers (serving does not answer), refused (no valid token), features, weights (not within probe.timeout_s).",
+        "Failed probes, by reason: kafka (the click could not be sent), answers (serving does not answer), refused (no valid token), features, weights (not within 30 s).",
         "reason",
     )
     last_success = gauge(
@@ -471,10 +458,6 @@ class TrialMetrics(Metrics):
         "Log loss of the trial minus that of the live trainer, in nats per row, by end: mean, and low and high of the anytime-valid confidence interval. Negative if the trial is better.",
         "trial",
         "end",
-    )
-    unpaired_records = gauge(
-        "Records of the training log that only one side has scored, or with different rows: before the other side began, or while a mask had reached only one.",
-        "trial",
     )
 
 

@@ -1,9 +1,5 @@
 """Accounts for every position of the clicks: outcomes, imbalances, gaps and truncations.
 
-A gap is a range of positions that were deleted before they were read. Passing an accepted gap takes two steps, like
-clicks. First, a micro-batch without rows names it in the training log. Then one commit of the store moves past it and
-records who accepted it.
-
 A log can lose its tail and grow again, so that an offset is used twice. Downstream, each offset is one position. So the
 stream never reads an offset twice: it continues at the old position. If the log now ends before that position, it is
 first filled with empty records. To detect a truncation, the leader epochs of the clicks are stored with the histories:

@@ -1,8 +1,5 @@
 """Decides how much to read of each partition next, so that a backlog is read in approximate event-time order.
 
-The clock of a partition is the median event time of its latest users (`streaming/event_clock.py`). So no single user's
-wrong clock, and no Kafka timestamp of a record, can block a partition or release it.
-
 1. A partition waits while its clock is more than the maximum skew ahead of a partition that holds it back.
 2. A partition holds others back while it has unread records that arrive. It stops at its end, or after a second of
    polls without records, until it returns records again. Such polls occur if its broker is unreachable, or a

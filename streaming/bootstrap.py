@@ -13,10 +13,6 @@ One bounded Beam job with the stream's own code for clicks and windows:
    at most `bootstrap.sample_rows` clicks.
 3. `specs/<digest>/` of the registry appears at once with graph, labels, schema and statistics. It is written once for
    each feature spec. Another preprocessing of the same spec gets a directory with a number after the digest.
-
-`specs/<digest>/spec.json` records where the constants came from, and the first categories with their names.
-
-The trainer and serving need neither Beam nor TensorFlow Transform: the result is a plain TensorFlow graph.
 """
 
 from __future__ import annotations
@@ -208,7 +204,7 @@ class Sample(JobContext):
 def open_sample(settings: Settings, salt: Salt, clock: Callable[[], float], say: Say) -> Iterator[Handle[Sample]]:
     """Yields a new sample, whose store is deleted after the block."""
     with tempfile.TemporaryDirectory(prefix="springtide-bootstrap-") as folder:
-        store = HistoryStore(Path(folder), settings.features.history, map_bytes=settings.stream.map_gb << 30)
+        store = HistoryStore(Path(folder), settings.features.history)
         try:
             job = open_job(settings, store, salt, topic_id="")
             statistics = Statistics(job.spec.actions, job.spec.names, settings.events.context)

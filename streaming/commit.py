@@ -97,7 +97,6 @@ class CommitReport:
             metrics.clock_off_partition.labels(off.direction).set(off.partition)
             metrics.clock_off_offset.labels(off.direction).set(off.offset)
             metrics.clock_off_seconds.labels(off.direction).set(off.by_ms / 1000)
-            metrics.clock_off_time_seconds.labels(off.direction).set_to_current_time()
 
 
 def truncated_columns(names: Sequence[str]) -> list[int]:
@@ -175,7 +174,7 @@ class StreamSweep:
             believed_ms = believed_in(store.extra(PREFIX + str(source)))
             if believed_ms is not None:
                 self._clocks[source] = believed_ms
-        return Sweeper(store, self._reach_ms, settings.stream.max_users, self._context.profiler.forget)
+        return Sweeper(store, self._reach_ms, settings.history.max_users, self._context.profiler.forget)
 
 
 class Committer:

@@ -8,9 +8,6 @@ after a restart. Before any click is read:
    wrote on its old branch.
 2. The histories are rolled back to the branch point in one commit. After a crash before the commit, it is repeated.
 3. Erased users are removed from them.
-
-The first record that is written after that has the new epoch. Dead letters that are already in their topic are
-recorded at the rollback, and not written again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Decides when a micro-batch is cut, and what it contains: pure rules without Kafka, LMDB or Beam.
-
-Only the stream decides the cut, and the cut is durable once acknowledged. Batches of events are never split: a cut ends
-where a batch ends. So histories and positions are committed with exactly the rows that were written.
-"""
+"""Decides when a micro-batch is cut, and what it contains: pure rules without Kafka, LMDB or Beam."""
 
 from __future__ import annotations
 

@@ -1,18 +1,4 @@
-"""Computes the rows of past clicks for a trainer: `python -m streaming.past`, a child process of the trainer.
-
-The settings are those of the experiment's trainer; its registry holds the request (`state/experiments/past.py`). Past
-clicks come from files or from the topic. From the topic it reads up to the cut, and starts early enough to fill the
-windows of the first requested row.
-
-Micro-batches go to the standard output, framed as in `state/microbatch/codec.py`; log lines go to the standard error.
-The process exits with 0 after the last micro-batch, or when its reader has closed the pipe.
-
-Histories start empty and are filled by the stream's own code. Batching changes no bit of a row. So a row equals the
-stream's row of that click, as far as its history reaches back. Only attributes differ: they are the current ones.
-
-Histories and attributes are kept in a temporary directory of that registry and deleted at the end. The next run
-deletes what a killed process left.
-"""
+"""Computes the rows of past clicks for a trainer: `python -m streaming.past`, a child process of the trainer."""
 
 from __future__ import annotations
 

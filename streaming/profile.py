@@ -1,8 +1,4 @@
-"""Computes the windows of each event from the events before it, in memory.
-
-An arena holds each recent user's last N events in a ring buffer. A user who is not in it is read from the store. A user
-is evicted only when the store has all of that user's events, so eviction changes no result.
-"""
+"""Computes the windows of each event from the events before it, in memory."""
 
 from __future__ import annotations
 

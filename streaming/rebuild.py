@@ -545,7 +545,7 @@ def rebuild(settings: Settings, copy: Path | None, progress: ProgressLine) -> Re
         path = histories.begin(folder)
         most = map_bytes(settings, STREAM, HISTORIES, copy or path)
         if copy is not None:
-            HistoryStore.copied(copy, path, spec.history, most)
+            HistoryStore.copied(copy, path, spec.history)
         store = HistoryStore(path, spec.history, most)
         snapshot = None if copy is not None else load_snapshot(settings, store, salt, log)
         try:

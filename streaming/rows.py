@@ -18,7 +18,7 @@ from state.events.parser import EventBatch
 from state.features.arrays import Vector
 from state.features.mask import Mask
 from state.history.appends import Appends
-from state.microbatch.batch import LISTS, SCALARS, SINCE_2, Known, absent_column
+from state.microbatch.batch import LISTS, SCALARS, WAITING, Known, absent_column
 from streaming.event_clock import BatchClock
 
 
@@ -66,8 +66,8 @@ class Rows:
         }
         none = absent_column("user_attributes", rows)
         return {
-            **{name: getattr(batch, name) for name in (*SCALARS, "context") if name not in SINCE_2},
-            **{name: absent_column(name, rows) for name in SINCE_2},
+            **{name: getattr(batch, name) for name in (*SCALARS, "context") if name not in WAITING},
+            **{name: absent_column(name, rows) for name in WAITING},
             **{name: column for name, column in added.items() if len(column) == rows},
             # Sequences are columns only if the spec requests them.
             **{name: column for name, column in self.vectors._asdict().items() if column.shape[1] or name in LISTS},

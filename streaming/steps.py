@@ -1,12 +1,4 @@
-"""The Beam steps of the stream up to the rows: clicks are read, become events, and events become rows.
-
-Beam builds the steps of a job from pickles, and a store, a Kafka consumer or a thread cannot be pickled. So steps carry
-a `Handle`, a number that identifies a context in the process that opened it. Each job is one fused stage in one
-process.
-
-The source is one unbounded element of a splittable DoFn, which reads all partitions. It blocks in `poll` and never
-defers: an unbounded source that defers costs 5-200 ms a bundle and leaks.
-"""
+"""The Beam steps of the stream up to the rows: clicks are read, become events, and events become rows."""
 
 from __future__ import annotations
 
@@ -33,6 +25,8 @@ from state.process.wall_clock import wall_ms
 from streaming.alignment import AlignedReader
 from streaming.context import JobContext, StreamContext
 from streaming.rows import Rows
+
+POLL_S = 0.02  # how long a poll waits for clicks; also the interval of polls at the end of the log
 
 Context = TypeVar("Context", covariant=True)
 Owned = TypeVar("Owned")
@@ -120,7 +114,6 @@ class UpdateProfiles(Step[StreamContext]):
         """Yields the rows of one batch; an empty batch is passed on."""
         with self.handle.watched() as context:
             rows = context.make_rows(batch, wall_ms())
-            context.metrics.cached_users.set(context.profiler.cached_users)
         yield rows
 
 
@@ -187,14 +180,14 @@ class ClickReader:
     def poll(self) -> list[PartitionBatch]:
         """Returns the next batches, in order within a partition and of similar event times.
 
-        The list is empty after `stream.poll_ms` without records.
+        The list is empty after `POLL_S` without records.
 
         Raises:
             LogError: Positions are gone, or the broker stays unreachable.
         """
         stream = self._context.settings.stream
         self._reader.begin(stream.batch_events)
-        batches = self._reader.poll(stream.poll_ms / 1000)
+        batches = self._reader.poll(POLL_S)
         for batch in batches:
             self._lag.read(batch, wall_ms())
         now_s = time.monotonic()
@@ -293,4 +286,4 @@ class ReadClicks(Step[StreamContext]):
             if 0 < sum(map(len, batches)) < stream.batch_events:
                 # At the end of the log a poll returns with the next click. A poll and its steps cost the same for one
                 # click as for fifty, so this waits for more clicks to arrive.
-                context.stopping.wait(max(0.0, stream.poll_ms / 1000 - (time.perf_counter() - polled_s)))
+                context.stopping.wait(max(0.0, POLL_S - (time.perf_counter() - polled_s)))

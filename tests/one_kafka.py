@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deploy.kafka.broker import Broker
-from deploy.kafka.configuration import free_port
+from state.process.ports import free_port
 
 
 class Running(NamedTuple):

@@ -1,9 +1,4 @@
-"""Where a trainer begins: from a version, with no knowledge, or, for some experiments, with past clicks.
-
-Past clicks are learned before the training log. A child process makes their micro-batches (`streaming/past.py`), and
-each one is one step. `state.experiments.past.Past` defines which of their rows count. No version is kept before all of
-the past is learned, so after a crash the next start learns it again from the first click.
-"""
+"""Where a trainer begins: from a version, with no knowledge, or, for some experiments, with past clicks."""
 
 from __future__ import annotations
 
@@ -26,6 +21,7 @@ from state.experiments.past import Past, read_past
 from state.features.spec import FeatureSpec
 from state.log import Log, Reader
 from state.log.follow import Position, open_topic
+from state.log.topic_plan import TRAINING_PARTITION
 from state.microbatch.codec import Frames
 from state.positions import Source
 from state.process import killpoints
@@ -72,8 +68,8 @@ def from_nothing(
     settings: Settings, trainer: Trainer, description: Mapping[str, Any], log: Log, control: Control
 ) -> Beginning:
     """Starts from scratch, with the training log from its beginning; see `Begins`."""
-    reader = log.reader(settings.kafka.microbatches_topic, [settings.trainer.partition])
-    begin = reader.position(settings.trainer.partition)
+    reader = log.reader(settings.kafka.microbatches_topic, [TRAINING_PARTITION])
+    begin = reader.position(TRAINING_PARTITION)
     position = TrainingPlace(control.epoch, parent=0, first=begin, next=begin, durable_first=begin)
     return Beginning(reader, position, nothing_learned(trainer, description))
 

@@ -1,9 +1,4 @@
-"""Checks a custom ranker or tower before training: `python -m trainer.checks [--transform DIR]`.
-
-`trainer/model_checks.py` checks it on made-up rows, in a few seconds. The check then compares the model's weights with
-those of the version that training would continue from. It also lowers the whole model of a tower, as the trainer does,
-and refuses a name in `model.options` that neither ranker, tower nor preprocessing reads.
-"""
+"""Checks a custom ranker or tower before training: `python -m trainer.checks [--transform DIR]`."""
 
 from __future__ import annotations
 

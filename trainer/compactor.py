@@ -6,35 +6,27 @@
 2. Versions beyond a certain age are not all kept. Merge the deltas of the others into that of the next kept version
    (`plan`). Loading it gives the same bits. The merged delta appears atomically.
 3. Remove the merged parts. Then remove what exceeds its retention time or the limit of bytes, the oldest first.
-4. Remove garbage by age (`state/registry/garbage.py`).
+4. Remove garbage by age (`collect`).
 5. Thin snapshots of histories, and remove those from before an erasure (`thin_snapshots`).
-
-Versions that control names are never removed. After a crash at any step, all kept versions can be loaded, and the next
-run completes the work. The compactor needs no TensorFlow, and the trainer does not pause.
-
-For step 0, a version records how far its trainer had applied erasures when it was made. Earlier versions are rewritten
-without the users' rows, the oldest first. Then the delta that removed those rows is rewritten without the ids of the
-removed rows. Loading such a version gives the same result: a trainer forgets the users as it enters the epoch, and
-serving does not use their rows.
-
-Every young version is kept. Later the newest of each ten minutes is kept, then the newest of each hour. A base is
-removed if the previous base and the deltas since then also load quickly.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 from msgspec.structs import replace as changed
 
 from state import layout
 from state.config.settings import Settings
+from state.disk import files as durable
 from state.disk.files import HOST
 from state.disk.lock import DirectoryLock
 from state.errors import CorruptStore, LockHeld, UnusablePlace, UnusableRegistry
@@ -49,14 +41,90 @@ from state.process.part import run_part
 from state.process.wall_clock import wall_ms
 from state.ranking.crosses import Crosses, crosses_of
 from state.registry.control import Control, named
+from state.registry.directory import usable
 from state.registry.erasing import ErasureReport, report, reports
-from state.registry.garbage import collect
 from state.registry.manifest import Manifest, entries, sees
 from state.registry.registry import SERVING, TRAINING, Registry
 from state.storage.measuring import used_bytes
 from state.storage.shares import REGISTRY, kept_bytes
 from trainer.versions import content
 from trainer.versions.content import CrossedIds, without, without_tombstones
+
+TEMPORARY_MS = 86_400_000
+
+
+def collect(registry: Registry, keep_ms: int, now_ms: int, in_use: Collection[str] = ()) -> list[str]:
+    """Removes garbage older than `keep_ms`; returns the paths, relative to the registry.
+
+    Specs whose digests are `in_use` stay. Files in `tmp/` are kept for a day. The caller holds the compactor's lock.
+
+    Raises:
+        CorruptVersion: A manifest or control is damaged: nothing was removed.
+        UnusableRegistry: The disk refused.
+    """
+    with usable("delete unused files"):
+        removed = [*_garbage(registry, keep_ms, now_ms, frozenset(in_use)), *_left_by_writers(registry, now_ms)]
+        for path in removed:
+            # Uses one rename, as for versions, so that a crash leaves no half-deleted folder.
+            grave = registry.directory.temporary(f"garbage-{path.name.partition('~')[0]}")
+            path.rename(grave)
+            shutil.rmtree(grave) if grave.is_dir() else grave.unlink()
+    return [path.relative_to(registry.path).as_posix() for path in removed]
+
+
+def _garbage(registry: Registry, keep_ms: int, now_ms: int, in_use: frozenset[str]) -> list[Path]:
+    manifests = [registry.manifest(number) for number in registry.versions()]
+    control = registry.control()
+    newest_version = max((version.version for version in manifests), default=0)
+    epochs = {version.epoch for version in manifests} | ({control.epoch} if control else set())
+    garbage: list[Path] = []
+    for folder in (layout.VERSIONS, layout.MERGED, layout.BASES):
+        if not (registry.path / folder).is_dir():
+            continue
+        aside = [path for path in _older(registry.path / folder, keep_ms, now_ms) if ".bad" in path.name]
+        garbage += [path for path in aside if int(path.name.partition(".")[0].partition("-")[0]) < newest_version]
+    # A copy fetches small shared files again if they are missing, so specs and outcomes stay.
+    shared = registry.directory.binding is not None
+    named_by = {
+        layout.PROGRAMS: {version.program for version in manifests},
+        layout.SPECS: {version.spec for version in manifests},
+    }
+    for folder, used in named_by.items():
+        if shared and folder == layout.SPECS:
+            continue
+        every = list((registry.path / folder).iterdir())
+        newest = max(every, key=_age_of, default=None)
+        old = [path for path in _older(registry.path / folder, keep_ms, now_ms) if path != newest]
+        garbage += [path for path in old if path.name.removesuffix(".tflite") not in used | in_use]
+    if shared:
+        return garbage
+    garbage += [
+        path
+        for path in _older(registry.path / layout.OUTCOMES, keep_ms, now_ms)
+        if path.name.split("-")[0].isdecimal() and int(path.name.split("-")[0]) not in epochs
+    ]
+    return garbage
+
+
+def _left_by_writers(registry: Registry, now_ms: int) -> list[Path]:
+    """Files in `tmp/` of writers that are gone: dead ones of this machine, and others after a day."""
+    abandoned = []
+    for path in (registry.path / layout.TEMPORARY).iterdir():
+        owner = path.name.rpartition("~")[2]
+        foreign = owner.count("@") != 2 or not owner.startswith(f"{durable.HOST}@")
+        if (foreign and _age_of(path) < now_ms - TEMPORARY_MS) or (not foreign and durable.is_dead(owner)):
+            abandoned.append(path)
+    return abandoned
+
+
+def _older(folder: Path, keep_ms: int, now_ms: int) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if _age_of(path) < now_ms - keep_ms)
+
+
+def _age_of(path: Path) -> float:
+    """Modification time, ms."""
+    return path.stat().st_mtime * 1000
+
 
 PART = "compactor"
 NICENESS = 10
@@ -314,7 +382,7 @@ def tiers_of(settings: Settings) -> Tiers:
     retention = settings.registry
     return Tiers(
         each_ms=int(retention.delta_keep_s * 1000),
-        thin_ms=retention.base_keep_h * HOUR_MS,
+        thin_ms=DAY_MS,
         sparse_ms=retention.base_keep_d * DAY_MS,
         thin_every_ms=THIN_EVERY_MS,
         sparse_every_ms=HOUR_MS,

@@ -1,12 +1,4 @@
-"""The workers of one trainer, connected by TensorFlow's collective runtime.
-
-Worker 0 leads. It reads the training log, publishes versions and follows control, as a trainer without others does.
-The others repeat its calls in the same order (`send`, `receive`). Each worker holds the rows of the users of its shares
-and computes the gradient of their clicks; `gather` exchanges the gradients.
-
-After an error in a collective every worker ends. The leader's supervisor starts it again, the leader starts the others,
-and all load the newest version.
-"""
+"""The workers of one trainer, connected by TensorFlow's collective runtime."""
 
 from __future__ import annotations
 

@@ -60,6 +60,7 @@ from state.features.spec import FeatureSpec
 from state.log import KERNELS as LOG_KERNELS
 from state.log import Log
 from state.log.accepted_gaps import Consent, in_words, take_options
+from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import TrainerMetrics, serve
 from state.process.actor import actor
 from state.process.ending import stop_on_signals
@@ -268,7 +269,7 @@ def unused_kernels(settings: Settings) -> list[str]:
     engine, private = settings.trainer.engine, settings.privacy.epsilon > 0
     compiled = engine != "tensorflow" and not private and settings.model.ranker == Model().ranker
     unused = [] if compiled else ["trainer.engine.compiled.heads"]
-    return unused if settings.churn.days else [*unused, "trainer.churn.regression"]
+    return unused if settings.churn.days else [*unused, "trainer.churn.learning"]
 
 
 def _import_model(kernels: Kernels, phases: Phases, stopping: threading.Event) -> None:
@@ -542,7 +543,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
         compaction = Scheduled("trainer.compactor", arguments, settings.trainer.base_every_s, compacted)
         exports = Scheduled("trainer.exporting.command", arguments, settings.export.every_s, exported)
         lag = TrainingLag(
-            settings.kafka, settings.trainer.partition, lambda: Taken(learner.place.next, learner.taken_ms), metrics
+            settings.kafka, TRAINING_PARTITION, lambda: Taken(learner.place.next, learner.taken_ms), metrics
         )
         lag.start()
         holes = Holes()

@@ -93,7 +93,7 @@ class PrivacyBudget:
                 "restore it from a backup, or begin a new state directory (paths.state)",
             )
         if ledger is not None and (ledger.key, ledger.unit) != identity:
-            names = ("privacy.key_file", "privacy.unit")
+            names = ("the key of the noise", "privacy.unit")
             name, was, now = next(
                 pair for pair in zip(names, (ledger.key, ledger.unit), identity, strict=True) if pair[1] != pair[2]
             )

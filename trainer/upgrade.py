@@ -5,10 +5,6 @@
 3. The next control generation begins an epoch that continues from the version, by one exclusive create. Nothing else
    is changed.
 
-The trainer, started with these settings, makes the epoch's first version. Until then serving uses the old version, with
-its own features. With `--learn-anew` the epoch starts from scratch and learns all retained records of the training log.
-Serving stays at its version until the trainer has caught up.
-
 Stop the trainer first: the command needs its lock, because anything that the trainer learned meanwhile with the old
 settings would be lost. Serving continues. Exit codes: 0 done, 1 failed, 2 wrong use.
 """

@@ -3,9 +3,6 @@
 1. It imports TensorFlow, prepares the kernels and joins the others.
 2. It waits for the leader's first call, which comes after the bootstrap, and builds the same trainer as the leader.
 3. It repeats the leader's calls until the leader stops it or a worker is lost; see `trainer/group.py`.
-
-It writes nothing: the leader publishes the rows of all workers. What only versions and metrics need (item lists, counts of
-categories, churn) is learned by the leader alone.
 """
 
 from __future__ import annotations
@@ -15,13 +12,10 @@ import json
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -34,7 +28,9 @@ from state.errors import SettingsError, WorkerLost
 from state.features.spec import FeatureSpec
 from state.log import KERNELS as LOG_KERNELS
 from state.metrics import build, serve
+from state.process.ending import die_with
 from state.process.part import Work, run_process
+from state.process.ports import HOST, free_ports
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.registry.registry import Registry
 
@@ -45,19 +41,7 @@ DESCRIPTION = (
     "Run one of the other workers of a trainer with trainer.workers above 1. It joins the trainer, holds the rows of a part "
     "of the users, and computes their gradients."
 )
-POLL_S = 0.5
 logger = logging.getLogger(__name__)
-
-
-def end_with(parent: int) -> None:
-    """Ends this process when the process `parent`, which started it, has ended."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(POLL_S)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def restore_handlers() -> None:
@@ -100,17 +84,6 @@ def differences(environments: Sequence[Mapping[str, str]]) -> Iterator[tuple[int
             yield index, f"worker {index} has {name} {own.get(name)!r}, and the leader {leaders.get(name)!r}"
 
 
-def local_addresses(count: int) -> list[str]:
-    """Addresses with free ports for workers on this machine."""
-    with ExitStack() as sockets:
-        addresses = []
-        for _ in range(count):
-            socket_ = sockets.enter_context(socket.socket())
-            socket_.bind(("127.0.0.1", 0))
-            addresses.append(f"127.0.0.1:{socket_.getsockname()[1]}")
-    return addresses
-
-
 @contextmanager
 def workers_of(settings: Settings) -> Iterator[tuple[list[str], list[subprocess.Popen[bytes]]]]:
     """The addresses of the workers of a leader, and those that it runs as child processes, which end with the block.
@@ -129,7 +102,8 @@ def workers_of(settings: Settings) -> Iterator[tuple[list[str], list[subprocess.
     if addresses or count == 1:
         yield addresses if count > 1 else [], []
         return
-    addresses, environment = local_addresses(count), {**os.environ, **settings.environment()}
+    ports = free_ports(f"worker {index}" for index in range(count)).values()
+    addresses, environment = [f"{HOST}:{port}" for port in ports], {**os.environ, **settings.environment()}
     command = [sys.executable, "-m", "trainer.worker", "--addresses", ",".join(addresses), "--parent", str(os.getpid())]
     children = [
         subprocess.Popen([*command, "--index", str(index)], env=environment) for index in range(1, len(addresses))
@@ -212,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, flags = parser.parse_known_args(words)
         settings = load(flags, os.environ)
         if args.parent:
-            end_with(args.parent)
+            die_with(args.parent)()
         addresses = args.addresses.split(",") if args.addresses else list(settings.trainer.worker_addresses)
         # A worker that the leader started is on the leader's machine, where the leader has the port.
         port = None if args.parent else settings.trainer.metrics_port

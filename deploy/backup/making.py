@@ -173,8 +173,7 @@ class _Making:
                 f"{path} was open when the machine went down, so that pages may be missing; it is not copied",
                 "start the stream first, which rebuilds it",
             )
-        map_bytes = self._settings.stream.map_gb << 30
-        store = HistoryStore(path, self._settings.features.history, map_bytes, readonly=True)
+        store = HistoryStore(path, self._settings.features.history, readonly=True)
         try:
             positions = {str(source): after for source, after in sorted(store.positions().items())}
             salt = store.extra(SALT_OF) or b""
@@ -198,9 +197,7 @@ class _Making:
         if not os.path.lexists(path):
             return [], []
         try:
-            store = HistoryStore(
-                path, self._settings.features.history, self._settings.serving.map_gb << 30, readonly=True
-            )
+            store = HistoryStore(path, self._settings.features.history, readonly=True)
         except StoreError as error:
             return [], [f"{serving_start.NOTES_PATH}: {error.what}"]
         try:

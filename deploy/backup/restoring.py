@@ -216,13 +216,12 @@ def _finish_stores(settings: Settings, backup: Backup, kafka_lost: bool) -> tupl
     users, positions = 0, dict[str, dict[str, int]]()
     for path in layout.streams(settings.state_dir / RESTORING):
         clean_mark.write(path / layout.MARK, CleanMark(True, clean_mark.boot_id()))
-        opened = (path, settings.features.history, settings.stream.map_gb << 30)
         if kafka_lost:
             # The branch is of a log that no longer exists.
-            writing = HistoryStore(*opened)
+            writing = HistoryStore(path, settings.features.history)
             writing.commit(Appends.none(), (), branch_extra(WHOLE))
             writing.close()
-        store = HistoryStore(*opened, readonly=True)
+        store = HistoryStore(path, settings.features.history, readonly=True)
         try:
             users += store.users()
             positions_reached = {str(source): after for source, after in store.positions().items()}
@@ -242,8 +241,7 @@ def _begin_serving(settings: Settings, backup: Backup, kafka_lost: bool) -> None
     streams, serving = layout.streams(aside), aside / layout.SERVING
     # Histories of several shards of an earlier release are merged into one store only at the next start.
     if len(streams) == 1 and (kafka_lost or (serving / serving_start.NOTES).exists()):
-        opened = (settings.features.history, settings.stream.map_gb << 30)
-        serving_start.begin(streams[0], serving, opened, backup.created_at_ms)
+        serving_start.begin(streams[0], serving, settings.features.history, backup.created_at_ms)
     else:
         shutil.rmtree(serving, ignore_errors=True)
 

@@ -1,12 +1,4 @@
-"""Builds the state of a restored serving host from the stream's histories and serving's own notes.
-
-Serving's histories copy the training log, which may be lost, or shorter than the windows. So a backup keeps serving's
-notes: categories and names of items, recently clicked items, and the event clock. A restore gives serving a copy of the
-stream's histories with these notes. When serving reads the log, the positions skip the clicks in the copy.
-
-`serving/notes` in a backup is a sequence of names and values in turn, each preceded by its length as a 4-byte
-big-endian integer.
-"""
+"""Builds the state of a restored serving host from the stream's histories and serving's own notes."""
 
 from __future__ import annotations
 
@@ -71,21 +63,21 @@ def _read_notes(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
         yield name, part()
 
 
-def begin(stream: Path, serving: Path, opened: tuple[int, int], created_at_ms: int) -> None:
+def begin(stream: Path, serving: Path, history: int, created_at_ms: int) -> None:
     """Creates serving's histories from the stream's, in a directory that has none.
 
     Args:
         stream: The stream's histories, closed cleanly.
         serving: Serving's directory; its notes file is read and removed.
-        opened: Arguments for opening a store: events kept per user, and the maximum size in bytes.
+        history: Number of events kept per user.
         created_at_ms: When the backup was made, wall clock.
 
     Raises:
         StoreError: The disk is full, or the operating system refused the access.
     """
     path, notes = serving / HISTORIES, serving / NOTES
-    HistoryStore.copied(stream, path, *opened)
-    store = HistoryStore(path, *opened)
+    HistoryStore.copied(stream, path, history)
+    store = HistoryStore(path, history)
     try:
         # 1. Remove what belongs to the stream alone.
         foreign = [name for name, _ in _extras(store, "") if name not in SHARED_EXTRAS]

@@ -1,14 +1,12 @@
-"""How child processes end: bound to their parent, on request, or by themselves; and when they start again."""
+"""How child processes end: on request, or by themselves; and when they start again."""
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,24 +21,6 @@ LONGEST_WAIT_FOR_OTHERS_S = 4.0
 HEALTHY_S = 60.0
 TAIL_BYTES = 8192
 LONGEST_QUOTE = 300
-_PR_SET_PDEATHSIG = 1
-
-
-def die_with(parent: int, signal_number: signal.Signals = signal.SIGKILL) -> Callable[[], None]:
-    """Returns a function that binds a child to its parent; the child calls it between fork and exec, or later.
-
-    The kernel then ends the child with the signal `signal_number` when the parent's thread that started it ends.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-    def arrange() -> None:
-        if libc is not None:
-            libc.prctl(_PR_SET_PDEATHSIG, signal_number)
-            # The parent may have ended before prctl was called.
-            if os.getppid() != parent:
-                os._exit(1)
-
-    return arrange
 
 
 def end(process: subprocess.Popen[bytes], timeout_s: float) -> None:

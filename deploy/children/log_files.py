@@ -1,9 +1,4 @@
-"""Writes the output of child processes to rotated log files of bounded size.
-
-A child writes to a pipe, and one thread reads the pipes of all children into `<name>.log`. A full file becomes
-`<name>.log.1`, the one before it `<name>.log.2`, and so on. No line is lost or split, because only this thread
-writes. If the disk accepts no data, lines are dropped and counted in the log, and no child blocks.
-"""
+"""Writes the output of child processes to rotated log files of bounded size."""
 
 from __future__ import annotations
 

@@ -1,11 +1,4 @@
-"""Supervises the processes of the loop: starts them, restarts them after a death, stops them in order.
-
-A process that keeps dying waits longer before each start (`ending.py`), and does not affect the others. If a process
-ends with an error that has a remedy, the remedy runs first, as a process of its own.
-
-Every child ends with this process, however this process ends. The kernel kills a child when the thread that started
-it ends (Linux), so call `start` and `poll` only from the main thread.
-"""
+"""Supervises the processes of the loop: starts them, restarts them after a death, stops them in order."""
 
 from __future__ import annotations
 
@@ -16,11 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deploy.children.ending import HEALTHY_S, Backoff, die_with, how, last_line
+from deploy.children.ending import HEALTHY_S, Backoff, how, last_line
 from deploy.children.log_files import LOG_BYTES, OLDER_LOGS, LogPump, log_sizes
 from state.config.settings import Settings
 from state.errors import ProcessFailed, reason_of
 from state.metrics import SupervisorMetrics
+from state.process.ending import die_with
 from state.process.user_code import for_children
 
 WRONG_USE = 2

@@ -1,9 +1,4 @@
-"""Collects the data that the console shows: an hour of figures for its curves and a day of problems, in memory.
-
-While the console is open in a browser, figures are read every second, otherwise only as often as the curves need them.
-Sections that no process exposes on /metrics (Kafka, registry, accounts, disks) are read less often, and only while the
-console is open. One thread at a time opens stores, because LMDB cannot open a store twice in a process.
-"""
+"""Collects the data that the console shows: an hour of figures for its curves and a day of problems, in memory."""
 
 from __future__ import annotations
 

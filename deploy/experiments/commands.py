@@ -1,7 +1,5 @@
 """The command `springtide experiment`: start, status, rollout, halt, resume, back, promote, stop, report.
 
-A command writes the desired state of an experiment; the processes of `springtide up` converge to it.
-
 `promote` lets the live trainer continue, in a new epoch, from what an experiment learned:
 
 1. Check that the settings are those of the experiment. If the live version is of another model, the live trainer must be
@@ -10,9 +8,6 @@ A command writes the desired state of an experiment; the processes of `springtid
 3. Create the next control generation. It begins an epoch from the live version, whose first version is what the
    experiment learned.
 4. Record `promoted`. The experiment's registry is removed once that first version exists.
-
-After a crash before step 3 the experiment stays `promoting`, and the same command continues. The live branch is kept, so
-that `springtide rollback` can undo the promotion.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Answers users for an experiment until its rollout is over: `python -m deploy.experiments.host`, a child of `up`.
-
-It runs an applier and a worker like `springtide serve`, on the experiment's registry, at `rollout.address`. Their state
-is in the experiment's directory and is removed with the rollout.
-"""
+"""Answers users for an experiment until its rollout is over: `python -m deploy.experiments.host`, a child of `up`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The processes of experiments, as `springtide up` starts them: only while there is work.
 
 `python -m deploy.experiments.processes` starts them without `springtide up`, as in the trainer's Kubernetes pod; metrics
-are on `trials.metrics_port`.
+are on `up.metrics_port` + 5.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     stop = stop_on_signals()
 
     def work(settings: Settings) -> None:
-        with served(settings.trials.metrics_port, settings.metrics.host) as registry:
+        with served(settings.up.experiments_port, settings.metrics.host) as registry:
             run(settings, registry, stop)
 
     return run_part("experiments", work, argv, logger)

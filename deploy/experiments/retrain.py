@@ -1,14 +1,9 @@
 """Retrains the model on a schedule: `python -m deploy.experiments.retrain`.
 
-`springtide up` starts it as a child while a retrain is due or running.
-
 1. Record that a retrain is due.
 2. Start its experiment, from the clicks of the last days; the process of experiments runs it.
 3. Judge it by its state, its comparison and its rollout. Promote or stop it as an operator would.
 4. Record the outcome (promoted, dropped or failed) and the reason.
-
-After a kill at any point it continues. The schedule has the experiment's name: that experiment exists or is started, and
-its history shows what was decided. The process ends when nothing is due.
 """
 
 from __future__ import annotations
@@ -41,6 +36,7 @@ from state.process.wall_clock import wall_ms
 from state.registry.registry import Registry
 
 ACTOR = "retrain"
+LIMIT_MS = 86_400_000.0  # after which an undecided retrain ends
 """The actor of decisions that no operator made."""
 POLL_S = 1.0
 logger = logging.getLogger(__name__)
@@ -96,7 +92,7 @@ def judge(
         newest = experiment.newest
         return RetrainDecision("dropped", f"its rollout was rolled back: {newest.reason} ({newest.actor})")
     # 3.
-    is_late = took_ms >= (span_ms(settings.limit) or 0.0)
+    is_late = took_ms >= LIMIT_MS
     if held is not None:
         return RetrainDecision("failed", f"held by its guard: {held}") if is_late else None
     rows, verdict = (0, "undecided") if figures is None else (figures.rows, figures.verdict)
@@ -114,7 +110,7 @@ def judge(
         return RetrainDecision("dropped", f"no better: {compared}")
     if not is_late:
         return None
-    after = f"after {age(took_ms / 1000)} (retrain.limit)"
+    after = f"after {age(took_ms / 1000)}"
     if not rows:
         return RetrainDecision("failed", f"no row could be compared {after}: see logs/shadow-{experiment.name}.log")
     if verdict == "better":

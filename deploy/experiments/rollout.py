@@ -33,6 +33,7 @@ from state.experiments.experiment import GATE, By, Experiment, Experiments
 from state.experiments.gate import Decision, RolloutReport, as_lines, decide, report
 from state.log import Log, PartitionBatch, Reader, topic_plan
 from state.log.follow import Position, open_topic
+from state.log.topic_plan import TRAINING_PARTITION
 from state.microbatch.batch import MicroBatch, trained, trim
 from state.microbatch.codec import decode
 from state.positions import Source
@@ -76,12 +77,12 @@ class RolloutDriver:
         self._settings, self._log, self._experiments, self._now_ms = settings, log, experiments, now_ms
         assert experiment.rollout is not None
         self._experiment, self._rollout = experiment, experiment.rollout
-        self.evidence = Evidence(experiment.name, settings.rollout.planned_answers)
+        self.evidence = Evidence(experiment.name)
         self._kept_ms = 0
         self._say = SaidOnce(_log.warning)
         self._pending: deque[tuple[int, int, NDArray[np.uint64]]] = deque()
         self._marks: dict[Source, int] = {}
-        kafka, self._partition = settings.kafka, settings.trainer.partition
+        kafka, self._partition = settings.kafka, TRAINING_PARTITION
         self._exposures = self._open(kafka.exposures_topic, 0, self._rollout.exposures_from)
         try:
             self._clicks = self._open(kafka.microbatches_topic, self._partition, self._rollout.log_from)
@@ -294,7 +295,7 @@ def _ends(settings: Settings, log: Log) -> tuple[int, int]:
         topics.ensure(*topic_plan.exposures(settings))
         return (
             topics.ends(kafka.exposures_topic)[0][1],
-            topics.ends(kafka.microbatches_topic)[settings.trainer.partition][1],
+            topics.ends(kafka.microbatches_topic)[TRAINING_PARTITION][1],
         )
 
 

@@ -1,9 +1,4 @@
-"""`springtide experiment start`: the settings of an experiment's trainer, and the registry that it begins with.
-
-An experiment gets its own registry: the live version as links to its files, the feature spec, and a first control.
-Files of versions are never modified, only replaced under the same name. So a link uses no space, and stays valid when
-the live compactor removes the file.
-"""
+"""`springtide experiment start`: the settings of an experiment's trainer, and the registry that it begins with."""
 
 from __future__ import annotations
 
@@ -33,7 +28,7 @@ from state.registry.model_fit import differences, going_on_to, version_to_go_on_
 from state.registry.registry import Registry
 
 SECTIONS = ("model", "trainer", "guard")
-OWN = ("trainer.metrics_port", "trainer.partition", "trainer.publish_s", "trainer.device")
+OWN = ("trainer.metrics_port", "trainer.publish_s", "trainer.device")
 """Settings of these sections that an experiment cannot override: they do not affect training, or each trainer has its own."""
 
 COPIED = ("masks", "lifted", "mask_generation", "last_mask", "erased", "training")
@@ -44,6 +39,7 @@ that their stream knew.
 """
 
 _TRIES = 3
+REGISTRY_GB = 1.0  # of the versions of an experiment
 
 
 def overrides_of(words: Sequence[str]) -> dict[str, str]:
@@ -86,7 +82,7 @@ def flags_of(settings: Settings, overrides: Mapping[str, str], registry: Path) -
         "trainer.worker_addresses": "",
         # No host follows these versions, so only durable ones are published; a promotion needs those.
         "trainer.publish_s": settings.registry.durable_s,
-        "registry.delta_keep_gb": settings.trials.registry_gb,
+        "registry.delta_keep_gb": REGISTRY_GB,
         "export.every_s": 0,
     }
     return [f"--{name}={value}" for name, value in {**overrides, **settings_of_experiment}.items()]

@@ -284,7 +284,6 @@ def _export_comparison(metrics: TrialMetrics, name: str, figures: ComparisonFigu
     if figures is None:
         return
     metrics.rows.labels(name).set(figures.rows)
-    metrics.unpaired_records.labels(name).set(figures.alone + figures.unlike)
     for side, loss in (("trial", figures.trial_log_loss), ("live", figures.live_log_loss)):
         if loss is not None:
             metrics.log_loss.labels(name, side).set(loss)

@@ -26,13 +26,13 @@ from deploy.children.ending import last_line
 from deploy.children.log_files import log_sizes
 from deploy.children.supervisor import ProcessPlan, Supervisor, environment_of
 from deploy.flink import jars
-from deploy.kafka.configuration import free_port, listens
 from deploy.startup.checks import Port
 from state.config.sections import FlinkSettings
 from state.config.settings import Settings
 from state.errors import FlinkFailed, reason_of
 from state.flink import ENDED, JobManager, url
 from state.metrics import SupervisorMetrics
+from state.process.ports import free_port, listens
 from state.process.user_code import for_children
 
 HOST = "127.0.0.1"
@@ -148,7 +148,9 @@ def _java_options(heap_mb: int) -> list[str]:
 
 def ports(settings: FlinkSettings) -> list[Port]:
     """Returns the ports that other programs connect to."""
-    return [Port(f"flink.{name}", HOST, getattr(settings, name)) for name in ("rest_port", "job_port", "worker_port")]
+    return [
+        Port("flink.rest_port", HOST, port) for port in (settings.rest_port, settings.job_port, settings.worker_port)
+    ]
 
 
 Say = Callable[[str], None]

@@ -20,7 +20,6 @@ from deploy.children.ending import has_ended
 from deploy.command_line import run_command
 from deploy.flink import cluster, jars
 from deploy.flink.cluster import CHECKPOINTS, LOGS, SAVEPOINTS, ports
-from deploy.kafka.configuration import listens
 from deploy.operate.options import output
 from deploy.startup.checks import require_disk, require_ports
 from deploy.up import Signals
@@ -33,6 +32,7 @@ from state.config.sources import split_settings
 from state.disk.lock import DirectoryLock
 from state.errors import FlinkFailed, LockHeld, SettingsError
 from state.flink import Job, JobManager, Overview, url
+from state.process.ports import listens
 from state.process.private_files import keep_private
 from state.process.wall_clock import wall_ms
 

@@ -3,8 +3,6 @@
 Unlike Beam's own pool it listens on loopback only, starts its own interpreter, and has one log for all workers. Workers
 (`python -m deploy.flink.worker_pool worker CONTROL_ENDPOINT WORKER_ID`) end with the pool: each reads its standard
 input, which closes when the pool ends.
-
-Each TaskManager numbers its own workers, so workers of two TaskManagers on one machine can have the same id.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""Writes the Grafana dashboards from `dashboards.yml`: `python -m deploy.grafana`.
-
-It needs the packages of requirements-dev.txt. `dashboards.yml` explains its fields. Each dashboard
-becomes one JSON file that follows Grafana's dashboard schema:
-https://grafana.com/docs/grafana/latest/dashboards/build-dashboards/view-dashboard-json-model/
-"""
+"""Writes the Grafana dashboards from `dashboards.yml`: `python -m deploy.grafana`."""
 
 from __future__ import annotations
 

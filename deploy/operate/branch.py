@@ -1,8 +1,4 @@
-"""The serving branch, and the version of it that a rollback returns to.
-
-The branch is the ancestry of the newest version in control's epoch. It is searched for versions that are clean of
-masked clicks.
-"""
+"""The serving branch, and the version of it that a rollback returns to."""
 
 from __future__ import annotations
 

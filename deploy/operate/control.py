@@ -1,8 +1,4 @@
-"""The operator's commands on control: pin and follow, label, hold and release, pause and resume, unmask.
-
-A command only writes the next control generation; serving, trainer and stream read it and converge. A repeated
-command changes nothing.
-"""
+"""The operator's commands on control: pin and follow, label, hold and release, pause and resume, unmask."""
 
 from __future__ import annotations
 

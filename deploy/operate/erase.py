@@ -3,12 +3,6 @@
 1. Remove the users' attributes from their topic, by the plain id.
 2. Determine the positions: the ends of the clicks' partitions, and all of topics that were read before.
 3. Create the next control generation, which names pseudonyms and positions, with one exclusive create.
-
-Serving, stream, trainer and compactor read that generation and erase. The plain id is written nowhere else: not to
-control, a log, or this command's output. If the command ends early, run it again.
-
-`--status` derives its report from control, versions, the processes' reports and the ends of topics. For a compacted
-topic the ends are not enough, so its records are read.
 """
 
 from __future__ import annotations
@@ -39,6 +33,7 @@ from state.file_store import FileStore
 from state.history import snapshots
 from state.log import Log, topic_plan
 from state.log.follow import read_to
+from state.log.topic_plan import TRAINING_PARTITION
 from state.process import killpoints
 from state.process.actor import actor
 from state.registry.control import Control
@@ -260,7 +255,7 @@ def of_processes(reports: Sequence[ErasureReport], expected: Iterable[str], last
 
 
 def _of_topics(settings: Settings, control: Control, now_ms: int) -> list[Holding]:
-    kafka, partition, holdings = settings.kafka, settings.trainer.partition, list[Holding]()
+    kafka, partition, holdings = settings.kafka, TRAINING_PARTITION, list[Holding]()
     until = "Kafka compacts the topic, by its segment.ms and delete.retention.ms"
     try:
         log = log_view.open_log(settings)

@@ -326,7 +326,7 @@ def _histories_to_rebuild(settings: Settings, branch: LogLine, version: Manifest
     users = None
     for path in layout.streams(settings.state_dir):
         try:
-            store = HistoryStore(path, settings.features.history, settings.stream.map_gb << 30, readonly=True)
+            store = HistoryStore(path, settings.features.history, readonly=True)
         except StoreError:
             continue
         try:

@@ -1,8 +1,4 @@
-"""`springtide schema`: shows the schema that live clicks are validated against, compares it, and accepts a new baseline.
-
-An accepted baseline also creates a control generation that changes nothing else, so that `springtide history` shows who
-accepted it, when and why.
-"""
+"""`springtide schema`: shows the schema that live clicks are validated against, compares it, and accepts a new baseline."""
 
 from __future__ import annotations
 

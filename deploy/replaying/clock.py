@@ -11,9 +11,6 @@
   click that follows a later one is late by as much as in the recording, divided by the speed.
 - A kept time is never compared with today. Those records carry no Kafka timestamp, so that neither the parser's bounds
   nor the topic's retention apply to them.
-
-A row after `newest` is a stray (`state.recordings.crowd`). It does not advance the clock, and keeps its recorded
-distance from the others.
 """
 
 from __future__ import annotations

@@ -1,15 +1,11 @@
 """Synthetic shoppers whose taste drifts, and the pace at which they click.
 
-Each shopper has a taste: a vector of weights over the categories, nearly all of it on a few favourites.
-
 1. Consecutive clicks stay near one category with probability `STAY`.
 2. Otherwise the category is drawn from the shopper's taste or, with probability `WANDER`, from the overall popularity
    (Zipf).
-3. The focus of the taste moves from one favourite to the next, once in `drift_s` on average. A fifth of the moves jump
+3. The focus of the taste moves from one favourite to the next, once in `Population.drift_s` on average. A fifth of the moves jump
    to a new category.
 4. Items belong to categories. Within a category their popularity is Zipf too.
-
-The clicks depend only on the seed and the order of calls.
 """
 
 from __future__ import annotations
@@ -25,7 +21,7 @@ import numpy.typing as npt
 import orjson
 
 from deploy.replaying.sender import Piece
-from state.config.sections import Events, Shoppers
+from state.config.sections import Events
 from state.config.settings import Settings
 
 FAVOURITES = 4
@@ -40,6 +36,7 @@ FOCUS_WEIGHTS = np.array([0.70, 0.18, 0.08, 0.04])
 I64 = npt.NDArray[np.int64]
 F64 = npt.NDArray[np.float64]
 SLICE_S = 0.1
+SEED = 7
 MOST_PER_SLICE = 20_000
 
 
@@ -109,25 +106,35 @@ def burst(user: str, category: str, count: int, at_ms: int, action: str) -> Clic
     )
 
 
+@dataclass(frozen=True)
+class Population:
+    """How many users, categories and items there are, and the mean time in seconds until a user's taste moves."""
+
+    users: int
+    categories: int = 64
+    items: int = 4000
+    drift_s: float = 120.0
+
+
 class ShopperCrowd:
     """A crowd of shoppers with a clock of its own."""
 
-    def __init__(self, shoppers: Shoppers, rate: float, seed: int, start_ms: int, actions: Sequence[str]) -> None:
+    def __init__(self, population: Population, rate: float, seed: int, start_ms: int, actions: Sequence[str]) -> None:
         """Gives each shopper a taste.
 
         Args:
-            shoppers: How many users, categories and items there are, and how fast a taste moves.
+            population: Their number and variety.
             rate: Clicks per second of them all; sets their clock's pace.
             seed: The seed of every random choice.
             start_ms: Their clock at the first click, Unix ms.
             actions: Names, the most frequent first.
         """
-        users, categories, items = shoppers.users, shoppers.categories, shoppers.items
+        users, categories, items = population.users, population.categories, population.items
         self._random = np.random.default_rng(seed)
         self._start_ms = start_ms
         self._drawn = 0
         self._step_ms = 1000.0 / rate if rate > 0 else 1.0
-        self._drift_ms = shoppers.drift_s * 1000.0
+        self._drift_ms = population.drift_s * 1000.0
         self._popular = np.cumsum(zipf(categories))
         # The popular categories are not the first by name.
         order = self._random.permutation(categories)
@@ -151,8 +158,8 @@ class ShopperCrowd:
     @classmethod
     def from_settings(cls, settings: Settings, seed: int | None, rate: float, start_ms: int) -> ShopperCrowd:
         """The shoppers of the section [shoppers]."""
-        shoppers = settings.shoppers
-        return cls(shoppers, rate, shoppers.seed if seed is None else seed, start_ms, settings.events.actions)
+        population = Population(settings.shoppers.users)
+        return cls(population, rate, SEED if seed is None else seed, start_ms, settings.events.actions)
 
     def click(self, n: int) -> Clicks:
         """The next n clicks; the clock advances by n / rate seconds."""

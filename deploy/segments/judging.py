@@ -84,7 +84,7 @@ def open_host(settings: Settings) -> Host:
 @contextmanager
 def opened(settings: Settings) -> Iterator[SegmentStore]:
     """Opens this host's segment store, read only."""
-    store = SegmentStore(settings.serving_dir / SEGMENTS, settings.serving.map_gb << 30, readonly=True)
+    store = SegmentStore(settings.serving_dir / SEGMENTS, readonly=True)
     try:
         yield store
     finally:

@@ -29,7 +29,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy.children.ending import die_with
 from deploy.segments.judging import named, open_host, opened, pseudonym
 from deploy.serving.answers.predictor import Predictor
 from deploy.serving.answers.query import Query
@@ -37,6 +36,7 @@ from deploy.serving.answers.queue import MOST_AT_ONCE
 from state.config.settings import Settings
 from state.disk import files as durable
 from state.layout import LOOKALIKES
+from state.process.ending import die_with
 from state.process.part import run_part
 from state.process.user_code import for_children
 from state.process.wall_clock import wall_ms

@@ -1,8 +1,5 @@
 """Updates the members of each segment: `python -m deploy.segments.process`, `springtide segments run`.
 
-The process runs on one serving host, next to its applier and workers, and reads their stores. If it is slow or dead,
-clicks, training and answers continue. After a restart it evaluates all users.
-
 It evaluates users who clicked at once, and all users periodically, because windows expire and versions learn without a
 click of the user. After a change of control it evaluates all users at once. Each round (`SegmentKeeper.step`):
 
@@ -18,8 +15,6 @@ Memberships (`Members`) are written in an order that survives a crash:
 
 1. At the start, read the compacted topic from where this host's copy ends to the topic's end.
 2. Send each change as a record. Once it is acknowledged, commit it to the copy.
-
-A crash between the two leaves a record that the next start reads. No other process writes the topic.
 """
 
 from __future__ import annotations
@@ -56,6 +51,7 @@ from state.history.store import HistoryStore
 from state.layout import SEGMENTS, SEGMENTS_LOCK
 from state.log import KERNELS, Log, PartitionBatch, Writer, topic_plan
 from state.log.follow import Follower, Opening, Position, open_topic, read_to
+from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import SegmentMetrics, served
 from state.microbatch.codec import glance
 from state.process import killpoints
@@ -89,7 +85,6 @@ FETCH_S, SOON_S = 0.1, 0.01
 MOST_DUE = 200_000
 SWEEP_S = 600.0  # in which every user is evaluated again, because windows expire without a click
 """Maximum of due users, about 100 bytes each; above it all users are evaluated instead."""
-CLICK, SWEEP, CHANGE = "click", "sweep", "change"
 RETRY_S = 1.0
 NICENESS = 10
 """Lets answers and clicks run first if there are few cores."""
@@ -170,9 +165,6 @@ class Members:
         self._writer.flush()
         killpoints.reach("segments.written")
         self._store.commit(changes)
-        for (name, _), membership in changes.items():
-            if name in self._names:
-                self._metrics.changes.labels(name, "left" if membership is None else "joined").inc()
 
     def _show(self) -> None:
         sizes = self._store.sizes()
@@ -212,7 +204,7 @@ class ClickedUsers:
     """
 
     def __init__(self, settings: Settings, log: Log, metrics: SegmentMetrics) -> None:
-        topic, self._partition = settings.kafka.microbatches_topic, settings.trainer.partition
+        topic, self._partition = settings.kafka.microbatches_topic, TRAINING_PARTITION
         self._metrics = metrics
         self._histories: HistoryStore | None = None
         self._log = Follower(log, topic, [self._partition], self._stored, opened=self._opened)
@@ -394,9 +386,8 @@ class SegmentKeeper:
             self._clicked.missed = False
             self._sweep.hurry()
         # 3. 4.
-        self._take(list(islice(self._due, AT_ONCE)), CLICK)
-        cause = CHANGE if self._sweep.hurried else SWEEP
-        self._take(self._sweep.users(), cause)
+        self._take(list(islice(self._due, AT_ONCE)))
+        self._take(self._sweep.users())
         self._metrics.waiting.set(len(self._due))
         self._metrics.sweep_seconds.set(self._sweep.took_s)
         # 5.
@@ -436,7 +427,7 @@ class SegmentKeeper:
                 self._erased = erased.last
         self._sweep.hurry()
 
-    def _take(self, users: list[int], cause: str) -> None:
+    def _take(self, users: list[int]) -> None:
         if not users:
             return
         # Get them each time: the stores may be reopened, and the old ones are closed then.
@@ -444,7 +435,6 @@ class SegmentKeeper:
         for user in users:
             self._due.pop(user, None)
             self._leaving.discard(user)
-        self._metrics.judged.labels(cause).inc(len(users))
 
     def _tell_erased(self) -> None:
         self._members.compact()
@@ -507,7 +497,7 @@ def _run(settings: Settings, stop: threading.Event) -> None:
     _require_segments(settings)
     with (
         DirectoryLock(settings.serving_dir, SEGMENTS_LOCK),
-        served(settings.segments.metrics_port, settings.metrics.host) as registry,
+        served(settings.up.segments_port, settings.metrics.host) as registry,
     ):
         Kernels(registry, _log, uses=[KERNELS]).prepare(stop.is_set)
         run(settings, Log(settings.kafka), registry, stop)

@@ -1,7 +1,7 @@
 """The one process per serving host that writes its stores: versions into rows, micro-batches into histories.
 
     thread      what it follows                      what it writes          code
-    main        registry and control, each poll_ms   rows, pointer, mask     `HostRows`, versions.py
+    main        registry and control, each 20 ms     rows, pointer, mask     `HostRows`, versions.py
     clicks      the micro-batch topic                histories, event clock  clicks.py
     snapshots   nothing                              snapshots of histories  snapshots.py
     attributes  the topics of attributes, if any     attributes              state/attributes/follower.py
@@ -9,12 +9,6 @@
 
 The threads are independent. An unreachable registry does not delay clicks, and an unreachable Kafka does not delay
 versions. A full store or disk stops only the thread that writes to it.
-
-Rows are in memory where possible. If memory stays full, the row store and its follower move to the disk while
-workers continue to answer.
-
-Serving reads the topics of attributes itself, so an answer uses a user's attributes moments after their record
-arrives.
 """
 
 from __future__ import annotations
@@ -45,7 +39,7 @@ from state.attributes.values import tables_of
 from state.compiled.preparing import Kernels
 from state.config.settings import Settings
 from state.disk import memory_place as place
-from state.disk.lmdb_store import PAGES_MS
+from state.disk.lmdb_store import MAP_BYTES, PAGES_MS
 from state.disk.lock import DirectoryLock
 from state.errors import (
     GapError,
@@ -63,6 +57,7 @@ from state.history.store import open_or_replace
 from state.layout import ATTRIBUTES, CURRENT, EXPOSURES, GAPS, PROGRAMS, ROWS
 from state.log import KERNELS, Log, Reader, Topics, Writer
 from state.log.accepted_gaps import Journal
+from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import ApplierMetrics, served
 from state.process.ending import stop_on_signals
 from state.process.garbage import Holes, keep_what_is_there
@@ -82,6 +77,7 @@ from state.storage.measuring import offer
 from state.storage.shares import SERVING, map_bytes
 from state.storage.waiting import Room, is_full
 
+POLL_S = 0.02
 LOOK_S = 0.1
 SAMPLE_S = 0.1
 HOUSE_S = 1.0
@@ -103,12 +99,12 @@ class HostRows:
         link, memory = settings.serving_dir / ROWS, settings.storage.memory_dir
         for folder in place.remove_forgotten(memory):
             _log.info("%s is removed: its state directory is gone, or has its store elsewhere", folder)
-        chosen = place.choose(link, settings.serving.rows_dir, memory)
+        chosen = place.choose(link, memory)
         place.settle(link, chosen)
         if chosen.why:
             _log.warning("the rows lie on the disk, %s: %s. Each version is written there", chosen.path, chosen.why)
         # In memory, the map may be larger than the rows' share of the disk.
-        size = settings.serving.map_gb << 30 if chosen.in_memory else map_bytes(settings, SERVING, ROWS, chosen.path)
+        size = MAP_BYTES if chosen.in_memory else map_bytes(settings, SERVING, ROWS, chosen.path)
         self._location, self._store = (
             chosen,
             RowStore.open_anew(chosen.path, size, shares=settings.serving.user_shares),
@@ -363,7 +359,7 @@ class Applier:
             Journal(settings.registry_dir / GAPS).accepted,
             self._actions.of,
             self._salt,
-            settings.serving,
+            settings.history,
         )
         self._snapshots = None
         if settings.history.snapshot_every_s:
@@ -440,7 +436,7 @@ class Applier:
         sample, house, room = Every(SAMPLE_S), Every(HOUSE_S), self._room()
         say, holes = SaidOnce(_log.error), Holes()
         while not self._stop.is_set():
-            more, pause_s = False, self._settings.serving.poll_ms / 1000
+            more, pause_s = False, POLL_S
             try:
                 looked_ms = self._registry_ms()
                 more = self._rows.step()
@@ -476,7 +472,7 @@ class Applier:
 
     def _follow_clicks(self) -> None:
         say, room, begun = SaidOnce(_log.warning), self._room(), False
-        kafka, partition = self._settings.kafka, self._settings.trainer.partition
+        kafka, partition = self._settings.kafka, TRAINING_PARTITION
         check = LogCheck(max(1000, round(250 * self._settings.serving.max_age_s)))
 
         def open_at(offset: int) -> Reader:
@@ -540,7 +536,7 @@ class Applier:
         If that changed the histories, the next snapshot is written from scratch.
         """
         snapshots = self._snapshots
-        rewound = self.clicks.turn(control.log, control.mask, self._settings.trainer.partition, open_at)
+        rewound = self.clicks.turn(control.log, control.mask, TRAINING_PARTITION, open_at)
         erased = self.erasures.take_up(control.erased, snapshots is None or not snapshots.reading)
         if snapshots is not None and (rewound or erased):
             snapshots.start_over()

@@ -1,9 +1,4 @@
-"""A spool of exposures: workers, which do not use Kafka, write files that the applier of their host sends to Kafka.
-
-Each worker writes one file per quarter of a second in which it answers queries. The applier sends settled files, and
-removes them once Kafka has acknowledged them. A crash in between sends some exposures twice. That does no harm,
-because exposures count users, not records.
-"""
+"""A spool of exposures: workers, which do not use Kafka, write files that the applier of their host sends to Kafka."""
 
 from __future__ import annotations
 

@@ -1,27 +1,30 @@
-"""A serving worker's process: `python -m deploy.serving.rest [flags]`, HTTP and gRPC on one event loop.
-
-If `serving.workers` is above 1, this process is the parent of several workers on one port (`requests/workers.py`).
-Before a worker reports ready, it prepares its kernels and computes one answer of each kind.
-"""
+"""A serving worker's process: `python -m deploy.serving.rest [flags]`, HTTP and gRPC on one event loop."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import multiprocessing
+import multiprocessing.connection
 import os
 import resource
+import shutil
 import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Generator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.context import SpawnProcess
 from multiprocessing.synchronize import Event
+from pathlib import Path
 from typing import Any
 
 import psutil
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, values
 
+from deploy.children.ending import Backoff, how
 from deploy.serving.answers.explaining import explain
 from deploy.serving.answers.host import Answers, Host
 from deploy.serving.answers.items import rank, recommend, similar
@@ -59,7 +62,6 @@ from deploy.serving.requests.server import DrainingServer, listen
 from deploy.serving.requests.split import Split
 from deploy.serving.requests.tensorflow_serving import model_endpoints, model_services
 from deploy.serving.requests.worker_metrics import RequestCounts, of_all_workers
-from deploy.serving.requests.workers import Workers, count_as, end_with_parent
 from state.compiled.preparing import Kernels
 from state.config.loading import load
 from state.config.sections import ServingSettings
@@ -75,9 +77,139 @@ from state.process.part import Work, run_process
 from state.process.wall_clock import wall_ms
 from state.registry.hosts import RoutingTable
 
+WAIT_S = 0.1
+COUNTERS = "PROMETHEUS_MULTIPROC_DIR"
+KINDS = ("counter", "histogram", "gauge_max", "gauge_min")
+COUNTER_BYTES = 1 << 20
+"""Initial size of a counter file, as prometheus_client creates it; one per kind and worker."""
+
+
+@dataclass
+class Worker:
+    """One of the workers.
+
+    Attributes:
+        ready: Set once it accepted connections, in its first life or a later one.
+        deaths: In a row.
+        again_s: When it is started again; None while it runs.
+    """
+
+    number: int
+    ready: Event
+    process: SpawnProcess | None = None
+    since_s: float = 0.0
+    deaths: Backoff = field(default_factory=Backoff)
+    again_s: float | None = 0.0
+
+
+class Workers:
+    """Starts and supervises a host's workers; `run` returns after `stop`.
+
+    `counters` is the directory of their counters, which is emptied. `target` names what a worker's process calls:
+    (number, socket, event, parent's arguments).
+    """
+
+    def __init__(
+        self,
+        bound: socket.socket,
+        count: int,
+        counters: Path,
+        target: Callable[..., None],
+        arguments: list[str],
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._bound, self._target, self._arguments, self._clock_s = bound, target, arguments, clock_s
+        self._context = multiprocessing.get_context("spawn")
+        self._stopping = False
+        make_counters(counters, count)
+        os.environ[COUNTERS] = str(counters.resolve())
+        self.workers = [Worker(number, self._context.Event()) for number in range(count)]
+
+    def stop(self, *_: object) -> None:
+        """Ends all workers cleanly."""
+        self._stopping = True
+        for worker in self.workers:
+            if worker.process is not None and worker.process.is_alive():
+                worker.process.terminate()
+
+    def run(self) -> int:
+        """Returns the exit code once all have ended: 1 if a worker never became ready."""
+        failed = False
+        while not self._stopping:
+            # Check every worker, also after one that failed.
+            failed = False in {self._check(worker) for worker in self.workers}
+            if failed:
+                self.stop()
+            alive = [worker.process.sentinel for worker in self.workers if worker.process and worker.again_s is None]
+            if not self._stopping:
+                multiprocessing.connection.wait(alive, WAIT_S) if alive else time.sleep(WAIT_S)
+        self.stop()
+        for worker in self.workers:
+            if worker.process is not None:
+                worker.process.join()
+        return int(failed)
+
+    def _check(self, worker: Worker) -> bool:
+        """Starts a worker, or restarts it when due; false if it never became ready."""
+        now_s = self._clock_s()
+        if worker.again_s is None:
+            process = worker.process
+            assert process is not None
+            if process.is_alive():
+                return True
+            process.join()
+            if not worker.ready.is_set():
+                return self._stopping
+            # A worker that was asked to end did not crash: its successor may start at once.
+            worker.deaths = Backoff() if process.exitcode == 0 else worker.deaths.after(now_s - worker.since_s)
+            worker.again_s = now_s + worker.deaths.wait_s
+            ended = how(process.exitcode or 0)
+            _log.warning("serving worker %d ended (%s); %s", worker.number, ended, worker.deaths.as_text())
+        if now_s >= worker.again_s:
+            arguments = (worker.number, self._bound, worker.ready, self._arguments)
+            worker.process = self._context.Process(target=self._target, args=arguments)
+            worker.process.start()
+            worker.since_s, worker.again_s = now_s, None
+        return True
+
+
+def make_counters(folder: Path, count: int) -> None:
+    """Creates empty counter files for this many workers, at their full size; raises OSError if there is no space.
+
+    Later, a lack of space would end a worker that writes there.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for number in range(count):
+        for kind in KINDS:
+            with (folder / f"{kind}_{number}.db").open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, COUNTER_BYTES)
+
+
+def end_with_parent() -> None:
+    """Makes this process end cleanly when its parent is gone, so that it does not keep the port."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
+def count_as(number: int) -> None:
+    """Makes this process continue the counters of earlier workers with this number; exemplars are its own."""
+    kind = values.MultiProcessValue(process_identifier=lambda: number)
+    kind.set_exemplar = lambda value, exemplar: setattr(value, "_exemplar", exemplar)
+    kind.get_exemplar = lambda value: getattr(value, "_exemplar", None)
+    values.ValueClass = kind
+
+
 ITEMS = BATCHES[-1] + 1
 """Enough items to need the program for many pairs."""
 POLL_S = 0.1
+CONNECTIONS = 4096  # of a worker, and of concurrent gRPC calls
 OWN_FILES = 256
 """Open files of a worker in addition to its connections."""
 UNKNOWN = "unknown"
@@ -109,7 +241,6 @@ class App:
         split: Split | None = None,
     ) -> None:
         self.host = host
-        self._most_body_bytes = serving.max_body_bytes
         self._tokens = tokens
         self._split = split
         self._draining = False
@@ -177,7 +308,7 @@ class App:
             name = endpoint.name
             if self._tokens is not None:
                 self._tokens.require(header(scope, b"authorization"), endpoint.role)
-            request = Request(scope, receive, placeholders, endpoint, self._most_body_bytes)
+            request = Request(scope, receive, placeholders, endpoint)
             if endpoint.soon is None or self._split is not None:
                 return self._answer(request, done, began_s)
             if self.router is not None and not self.router.is_here(request):
@@ -321,14 +452,14 @@ def serve(
     else:
         add_process(registry)
     own_hosts = access.tokens is None and is_loopback(serving.host)
-    limits = ConnectionLimits(serving.timeout_s, serving.max_connections, own_hosts)
+    limits = ConnectionLimits(serving.timeout_s, CONNECTIONS, own_hosts)
     warming = Warming(host, Kernels(registry, _log))
     if serving.advertise or not host.shares.is_all:
         app.router = Router(settings, salt, host, app.metrics, wall_ms)
 
     def grpc() -> GrpcServer:
         name = f"[{serving.host}]" if ":" in serving.host else serving.host
-        address = GrpcAddress(f"{name}:{serving.grpc_port}", shared, serving.max_connections)
+        address = GrpcAddress(f"{name}:{serving.grpc_port}", shared, CONNECTIONS)
         counts = RequestCounts(app.metrics, lambda: host.version)
         return GrpcServer(app.grpc_services(), counts, app.ready, access, address)
 
@@ -383,7 +514,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(settings: Settings, arguments: list[str]) -> int:
     serving = settings.serving
-    allow_connections(serving.max_connections)
+    allow_connections(CONNECTIONS)
     if are_wanted(settings):
         for path in make_missing(settings.tokens_dir):
             _log.warning("made a token, which its clients need: %s", path)

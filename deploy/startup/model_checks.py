@@ -1,8 +1,4 @@
-"""Checks the model before anything starts: custom functions, and settings unlike those of the trained registry.
-
-Each check runs in a process of its own, so that TensorFlow is loaded only there. Ranker and tower are checked with the
-output of the preprocessing. A change of the release needs no request for an upgrade: the trainer handles it.
-"""
+"""Checks the model before anything starts: custom functions, and settings unlike those of the trained registry."""
 
 from __future__ import annotations
 

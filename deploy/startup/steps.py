@@ -153,14 +153,16 @@ def ports(settings: Settings, local_kafka: bool, watched: bool = False) -> list[
         ("stream.metrics_port", metrics, True),
         ("trainer.metrics_port", metrics, True),
         ("serving.metrics_port", metrics, True),
-        ("validation.metrics_port", metrics, VALIDATION not in unwanted),
-        ("segments.metrics_port", metrics, SEGMENTS not in unwanted),
-        ("up.metrics_port", metrics, settings.up.metrics_port > 0),
+        ("up.metrics_port", metrics, True),
         ("console.port", console.host, console.port > 0),
-        ("probe.metrics_port", metrics, PROBE not in unwanted),
         ("up.prometheus_port", local, watched),
     )
-    return [Port(name, host, settings.value(name)) for name, host, wanted in ports if wanted]
+    up = settings.up
+    next_to_up = ((PROBE, up.probe_port), (VALIDATION, up.validation_port), (SEGMENTS, up.segments_port))
+    return [
+        *(Port(name, host, settings.value(name)) for name, host, wanted in ports if wanted),
+        *(Port("up.metrics_port", metrics, port) for name, port in next_to_up if name not in unwanted),
+    ]
 
 
 class LocalKafka:
@@ -305,8 +307,6 @@ class Startup:
         hurry: Whether the operator asked again.
         accepted: Arguments of stream and trainer: losses that the operator accepts.
         others: Other processes to run, such as a Prometheus.
-        clock: Monotonic seconds.
-        sleep: Waits a number of seconds, or until a signal.
     """
 
     def __init__(
@@ -318,19 +318,16 @@ class Startup:
         hurry: Callable[[], bool],
         accepted: tuple[Sequence[str], Sequence[str]] = ((), ()),
         others: Sequence[ProcessPlan] = (),
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._settings, self._shoppers, self._screen = settings, shoppers, screen
         self._stop, self._hurry = stop, hurry
-        self._clock, self._sleep = clock, sleep
-        self._begin = clock()
+        self._begin = time.monotonic()
         local = "kafka.bootstrap_servers" not in settings.origins
         self._collected = CollectorRegistry()
         self._metrics = SupervisorMetrics(self._collected)
         self._collected.register(ExperimentCollector(settings))
         storage = offer(self._collected, settings, [LOGS, KAFKA] if local else [LOGS])
-        self._kafka = LocalKafka(settings, screen.say, self._metrics, clock, storage) if local else None
+        self._kafka = LocalKafka(settings, screen.say, self._metrics, time.monotonic, storage) if local else None
         # The first bootstrap waits for clicks. Shoppers with a head start shorten this wait.
         fresh, (stream, trainer) = not model_checks.has_spec(settings.registry_dir), accepted
         self._plans = process_plans(
@@ -372,7 +369,7 @@ class Startup:
         topics = _ensure_topics(settings, self._screen.say) if self._kafka is None else ""
         where = f"yours at {settings.kafka.bootstrap_servers}"
         goes_on = model_checks.is_bootstrapped(settings)
-        self._supervisor = Supervisor.of(settings, self._screen.say, self._metrics, self._clock)
+        self._supervisor = Supervisor.of(settings, self._screen.say, self._metrics)
         self._start(ANSWERING if goes_on else (BOOTSTRAP,))
         if self._kafka is not None:
             self._kafka.begin()
@@ -404,8 +401,7 @@ class Startup:
             prometheus.write_configuration(settings)
         require_ports(ports(settings, self._kafka is not None, watched))
         free = require_disk(settings.state_dir)
-        if settings.up.metrics_port:
-            serve(self._collected, settings.up.metrics_port, settings.metrics.host)
+        serve(self._collected, settings.up.metrics_port, settings.metrics.host)
         # A custom model that cannot be served is refused before anything starts.
         if model_checks.is_own(settings):
             self._screen.say(f"checking {' and '.join(model_checks.own(settings))}, some ten seconds")
@@ -468,7 +464,7 @@ class Startup:
         if self._answered:
             url, port = serving_address(self._settings), self._settings.serving.grpc_port
             where = f"{url} with version {self._answered}{f', gRPC on port {port}' if port else ''}"
-            self._step("serving", f"answers on {where}, {self._clock() - self._begin:.1f} s after the start")
+            self._step("serving", f"answers on {where}, {time.monotonic() - self._begin:.1f} s after the start")
 
     def _say_what_to_try(self) -> None:
         self._step("running", "try, in another terminal:")
@@ -478,32 +474,34 @@ class Startup:
 
     def _watch(self) -> None:
         settings = self._settings
-        poller = Poller(settings, clock_s=self._clock)
-        due = self._clock()
+        poller = Poller(settings)
+        due = time.monotonic()
         while True:
             self._poll()
-            if self._clock() >= due:
-                due = self._clock() + self._screen.every_s
+            if time.monotonic() >= due:
+                due = time.monotonic() + self._screen.every_s
                 snapshot = poller.poll()
                 if not self._stop():
                     tries = hints.addresses(settings, self._shoppers)
                     self._screen.live(live_line(snapshot), panel(snapshot, tries, settings.serving.processes))
-            self._sleep(POLL_S)
+            time.sleep(POLL_S)
 
     def _wait(self, look: Callable[[], Found], task: str) -> Found:
         """Watches the processes until `poll` returns something, and returns that; reports what takes long."""
-        remind, report = self._clock() + REMIND_S, self._clock() + PROGRESS_S
+        remind, report = time.monotonic() + REMIND_S, time.monotonic() + PROGRESS_S
         while not (result := look()):
             self._poll()
             self._notice_answer()
-            if self._clock() >= report:
-                report = self._clock() + PROGRESS_S
+            if time.monotonic() >= report:
+                report = time.monotonic() + PROGRESS_S
                 if progress := _preparing(self._settings, self._running().names()):
-                    self._screen.say(f"{self._clock() - self._begin:7.1f} s       {progress}")
-            if self._clock() >= remind:
-                remind = self._clock() + REMIND_S
-                self._screen.say(f"{self._clock() - self._begin:7.1f} s  still {task}; see {self._settings.logs_dir}")
-            self._sleep(POLL_S)
+                    self._screen.say(f"{time.monotonic() - self._begin:7.1f} s       {progress}")
+            if time.monotonic() >= remind:
+                remind = time.monotonic() + REMIND_S
+                self._screen.say(
+                    f"{time.monotonic() - self._begin:7.1f} s  still {task}; see {self._settings.logs_dir}"
+                )
+            time.sleep(POLL_S)
         return result
 
     def _poll(self) -> None:
@@ -515,13 +513,13 @@ class Startup:
             self._kafka.poll()
 
     def _come_down(self) -> None:
-        begin = self._clock()
+        begin = time.monotonic()
         took: list[str] = []
 
         def timed(name: str, stop: Callable[[], None]) -> None:
-            before = self._clock()
+            before = time.monotonic()
             stop()
-            took.append(f"{name} {self._clock() - before:.1f} s")
+            took.append(f"{name} {time.monotonic() - before:.1f} s")
 
         supervisor, kafka = self._supervisor, self._kafka
         if supervisor is not None:
@@ -535,7 +533,7 @@ class Startup:
         if took:
             where = self._settings.state_dir
             self._screen.say(
-                f"stopped after {self._clock() - begin:.1f} s ({', '.join(took)}); the state is in {where}"
+                f"stopped after {time.monotonic() - begin:.1f} s ({', '.join(took)}); the state is in {where}"
             )
 
     def _running(self) -> Supervisor:
@@ -544,4 +542,4 @@ class Startup:
 
     def _step(self, name: str, text: str) -> None:
         self._steps_done += 1
-        self._screen.say(f"{self._clock() - self._begin:7.1f} s  {self._steps_done}/{STEPS}  {name:<10} {text}")
+        self._screen.say(f"{time.monotonic() - self._begin:7.1f} s  {self._steps_done}/{STEPS}  {name:<10} {text}")

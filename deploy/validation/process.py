@@ -1,14 +1,4 @@
-"""Validates live clicks against the baseline: `python -m deploy.validation.process`, `springtide validate`.
-
-The process follows the training log in parallel to the trainer and collects the statistics of each window of log time.
-When a window ends, it compares the window with the baseline and the window before, and reports findings as metrics and
-log lines. If it is slow or dead, clicks, training and answers continue. It resumes the log where its open window began.
-
-The same log always gives the same windows. A record belongs as a whole to the window of its log time. Log time is the
-time by many users' clocks after the record's last event, and never earlier than that of the previous record. The first
-record of a later window ends a window. The rows of about one in `every` records are counted, chosen by a hash of the
-record's offset.
-"""
+"""Validates live clicks against the baseline: `python -m deploy.validation.process`, `springtide validate`."""
 
 from __future__ import annotations
 
@@ -33,6 +23,7 @@ from state.errors import GapError, LogError, MicroBatchError, RegistryError, Set
 from state.features.spec import FeatureSpec
 from state.log import KERNELS, Log, PartitionBatch
 from state.log.follow import Follower, Opening, Position
+from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import ValidationMetrics, served
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode
@@ -47,7 +38,6 @@ from state.statistics.baselines import Baseline, Baselines
 from state.statistics.collecting import FEATURES, Statistics
 from state.statistics.protos import by_name, common, dataset
 
-_SPREAD = 0x9E3779B97F4A7C15
 MOST_LABELS = 40
 SETTLED_WINDOWS = 24
 OTHERS = "others"
@@ -90,15 +80,6 @@ class Window:
     first: int
     statistics: Statistics
     whole: bool
-
-
-def chosen(offset: int, every: int) -> bool:
-    """Whether the record at `offset` is one of about one in `every`.
-
-    >>> sum(chosen(2 * offset, 10) for offset in range(10_000))
-    1000
-    """
-    return (offset * _SPREAD % 2**64 >> 32) % every == 0
 
 
 def _log_time_ms(batch: MicroBatch) -> int:
@@ -281,7 +262,7 @@ class LogValidation:
         self._spec = FeatureSpec.from_settings(settings)
         self._kept = KeptWindows(settings.validation_dir)
         self._judge = WindowJudge(settings, self._spec.digest, self._kept, metrics)
-        self._topic, self._partition = settings.kafka.microbatches_topic, settings.trainer.partition
+        self._topic, self._partition = settings.kafka.microbatches_topic, TRAINING_PARTITION
         self._log = Follower(log, self._topic, [self._partition], self._stored, opened=self._opened)
         self._windows = self._new_windows(resumed=False)
         self._say = SaidOnce(_log.warning)
@@ -321,11 +302,8 @@ class LogValidation:
         )
 
     def _take(self, batch: PartitionBatch) -> None:
-        every, records = self._settings.validation.every, self._metrics.records
+        records = self._metrics.records
         for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
-            if not chosen(offset, every):
-                records.labels("passed").inc()
-                continue
             try:
                 decoded = decode(value or b"")
             except MicroBatchError as error:
@@ -372,7 +350,7 @@ def _run(settings: Settings, stop: threading.Event) -> None:
     os.nice(BACKGROUND)
     with (
         DirectoryLock(settings.validation_dir),
-        served(settings.validation.metrics_port, settings.metrics.host) as registry,
+        served(settings.up.validation_port, settings.metrics.host) as registry,
     ):
         Kernels(registry, _log, uses=[KERNELS]).prepare(stop.is_set)
         run(settings, Log(settings.kafka), registry, stop)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -139,7 +139,7 @@ def _read_stores(settings: Settings) -> Stores:
     accepted: list[dict[str, Any]] = []
     waiting = 0
     for path in layout.streams(settings.state_dir):
-        store = HistoryStore(path, settings.features.history, settings.stream.map_gb << 30, readonly=True)
+        store = HistoryStore(path, settings.features.history, readonly=True)
         try:
             of_store, waits = store.cut()
             counts |= of_store
@@ -201,13 +201,11 @@ def _quick(settings: Settings) -> Any:
     return dataclasses.replace(settings.kafka, request_timeout_s=min(LONGEST_S, settings.kafka.request_timeout_s))
 
 
-def _settled(
-    settings: Settings, version: Manifest, read: Callable[[Settings], Stores] = _read_stores, wait_s: float = SETTLE_S
-) -> Stores:
-    """Reads the stores until they have what the version has, for at most `wait_s`."""
-    deadline_s = time.monotonic() + wait_s
+def _settled(settings: Settings, version: Manifest) -> Stores:
+    """Reads the stores until they have what the version has, for at most `SETTLE_S`."""
+    deadline_s = time.monotonic() + SETTLE_S
     while True:
-        stores = read(settings)
+        stores = _read_stores(settings)
         counts = stores.counts
         ahead = any(mark > counts[source]["next"] for source, mark in version.marks.items() if source in counts)
         if not ahead or time.monotonic() >= deadline_s:

@@ -131,10 +131,10 @@ def targets(settings: Settings) -> dict[str, str]:
         "applier": settings.serving.metrics_port,
     }
     others = {
-        UP: (settings.up.metrics_port, settings.up.metrics_port > 0),
-        "validation": (settings.validation.metrics_port, settings.validation.window_s > 0),
-        SEGMENTS: (settings.segments.metrics_port, bool(settings.segments.expressions)),
-        "probe": (settings.probe.metrics_port, settings.probe.every_s > 0),
+        UP: (settings.up.metrics_port, True),
+        "validation": (settings.up.validation_port, settings.validation.window_s > 0),
+        SEGMENTS: (settings.up.segments_port, bool(settings.segments.expressions)),
+        "probe": (settings.up.probe_port, settings.probe.every_s > 0),
     }
     elsewhere = hosts(settings)
     return {

@@ -1,10 +1,4 @@
-"""Follows a compacted topic of attributes and writes the attributes to the store.
-
-The last record of a key wins, and a tombstone removes the key. An invalid record (no key, no JSON object, a wrong type)
-changes nothing; it is reported with a reason before the positions advance. The newest record of each key and the
-positions are one commit. The topic is read from its beginning if the store has other fields, another salt or another
-topic, or if its positions are out of range.
-"""
+"""Follows a compacted topic of attributes and writes the attributes to the store."""
 
 from __future__ import annotations
 

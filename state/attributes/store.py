@@ -50,7 +50,6 @@ class AttributeStore(LmdbStore):
 
     noun = "attributes"
     databases = SIDES
-    map_setting = "stream.map_gb or serving.map_gb"
     writer = "the stream or the applier"
     remedy = "remove it: it is read again from Kafka"
     origin = "Kafka"

@@ -76,10 +76,9 @@ def privacy(settings: Settings) -> Iterator[Conflict]:
 
 def retrain(settings: Settings) -> Iterator[Conflict]:
     """Time spans are valid, and no two trainers share a privacy budget."""
-    for name in ("retrain.every", "retrain.limit"):
-        text = settings.value(name)
-        if (text or name == "retrain.limit") and not span_ms(text):
-            yield Conflict((name,), f"{name} {text!r} is no span of time", "write 1d, 12h, 30m or 90s")
+    every = settings.retrain.every
+    if every and not span_ms(every):
+        yield Conflict(("retrain.every",), f"retrain.every {every!r} is no span of time", "write 1d, 12h, 30m or 90s")
     if settings.retrain.every and settings.privacy.epsilon:
         yield Conflict(
             ("retrain.every", "privacy.epsilon"),

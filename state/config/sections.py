@@ -1,7 +1,4 @@
-"""Declares every setting: its section, default, unit, bounds and help.
-
-`state.config.settings` reads the values; nothing here reads a file or a variable.
-"""
+"""Declares every setting: its section, default, unit, bounds and help."""
 
 from __future__ import annotations
 
@@ -254,7 +251,13 @@ class Features:
 class Stream:
     """The Beam job."""
 
-    cut_ms: int = setting(100, "ms", least=1, most=60_000, help="Maximum time before a micro-batch is written.")
+    cut_ms: int = setting(
+        100,
+        "ms",
+        least=1,
+        most=60_000,
+        help="Maximum time before a micro-batch is written; on a distributed runner, the time for which a source collects clicks.",
+    )
     cut_rows: int = setting(2048, "rows", least=1, most=65536, help="Number of rows at which a micro-batch is written.")
     max_record_bytes: int = setting(
         900_000,
@@ -263,32 +266,15 @@ class Stream:
         most=15_000_000,
         help="Maximum size of a micro-batch record; a larger micro-batch is split.",
     )
-    poll_ms: int = setting(
-        20,
-        "ms",
-        least=1,
-        most=60_000,
-        help="Maximum wait for clicks in a poll; also the interval of polls at the end of the log.",
-    )
     batch_events: int = setting(
-        2048, "events", least=1, most=1_000_000, help="Maximum number of events in a columnar batch."
+        2048,
+        "events",
+        least=1,
+        most=1_000_000,
+        help="Maximum number of events in a columnar batch; a source on a distributed runner collects five times as many.",
     )
     cache_users: int = setting(
         20_000, "users", least=1, most=100_000_000, help="Number of users whose histories are cached in memory."
-    )
-    map_gb: int = setting(
-        16,
-        "GiB",
-        least=1,
-        most=65536,
-        help="Maximum size of the histories, in addition to the limit of their share of `storage.budget_gb`. It reserves address space, not memory.",
-    )
-    max_users: int = setting(
-        2_000_000,
-        "users",
-        least=1,
-        most=1_000_000_000,
-        help="Maximum number of users with a history. The least recently read histories are evicted first, also when the map is nearly full.",
     )
     metrics_port: int = setting(9101, least=0, most=65535, help="Port of /metrics of the stream.")
     buckets: int = setting(
@@ -302,16 +288,6 @@ class Stream:
         least=1,
         most=1000,
         help="Number of sources that share the partitions on a distributed runner, at most one per subtask; fixed for the life of a job.",
-    )
-    bundle_ms: int = setting(
-        100, "ms", least=1, most=60_000, help="Time for which a source collects clicks on a distributed runner."
-    )
-    bundle_events: int = setting(
-        10_000,
-        "events",
-        least=1,
-        most=1_000_000,
-        help="Maximum number of clicks that a source collects on a distributed runner; a backlog is read in many bundles.",
     )
 
 
@@ -471,7 +447,6 @@ class TrainerSettings:
     capacity: int = setting(
         65536, "rows", least=16, most=2_000_000_000, help="Initial number of rows of a table, which grows as needed."
     )
-    partition: int = setting(0, least=0, help="Partition of the micro-batch topic from which the trainer learns.")
     guard_factor: float = setting(
         8.0,
         least=1.0,
@@ -560,10 +535,6 @@ class PrivacySettings:
         most=100_000,
         help="Number of periods that the budget covers, after which training is held. Each epoch starts a period; with unit `example`, an epoch is one period.",
     )
-    key_file: str = setting(
-        "",
-        help="File with the secret key of the noise; empty: `privacy.key` in the state directory, created at first use.",
-    )
 
 
 @dataclass(frozen=True)
@@ -590,12 +561,6 @@ class RegistrySettings:
         least=1.0,
         help="Age up to which every durable version is kept; older versions are thinned to one per 10 minutes.",
     )
-    base_keep_h: int = setting(
-        24,
-        "h",
-        least=1,
-        help="Age up to which one version per 10 minutes is kept; older versions are thinned to one per hour.",
-    )
     base_keep_d: int = setting(7, "d", least=1, help="Age up to which one version per hour is kept.")
     delta_keep_gb: float = setting(
         4.0, "GB", least=0.01, help="Maximum size of all versions together; the oldest are removed first."
@@ -610,7 +575,22 @@ class RegistrySettings:
 
 @dataclass(frozen=True)
 class HistorySettings:
-    """Snapshots of histories, from which hosts and streams without histories start."""
+    """Histories of users in the stream and on each host: their limits and snapshots."""
+
+    max_users: int = setting(
+        2_000_000,
+        "users",
+        least=1,
+        most=1_000_000_000,
+        help="Maximum number of users with a history, in the stream and on each host. The least recently read histories are evicted first, also when the store is nearly full.",
+    )
+    items_keep_d: int = setting(
+        90,
+        "d",
+        least=1,
+        most=36_500,
+        help="Log time after which a host evicts an item or name that no click has mentioned.",
+    )
 
     snapshot_every_s: float = setting(
         120.0,
@@ -631,13 +611,6 @@ class ServingSettings:
     workers: int = setting(
         1, least=0, most=256, auto=True, help="Number of worker processes, which share the ports; auto: one per core."
     )
-    max_body_bytes: int = setting(
-        1 << 20,
-        "bytes",
-        least=1024,
-        most=1 << 30,
-        help="Maximum size of a request body; larger requests are refused (413).",
-    )
     max_queue_ms: int = setting(
         250,
         "ms",
@@ -647,13 +620,6 @@ class ServingSettings:
     )
     timeout_s: float = setting(
         10.0, "s", least=0.1, most=3600.0, help="Timeout for receiving a request (408) and for answering it (504)."
-    )
-    max_connections: int = setting(
-        4096,
-        "connections",
-        least=1,
-        most=1_000_000,
-        help="Maximum number of connections of a worker, and of concurrent gRPC calls; further ones are refused (429).",
     )
     max_age_s: float = setting(
         0.0,
@@ -686,37 +652,11 @@ class ServingSettings:
         choices=("event", "wall"),
         help="Default of `at` in a request: event clock or wall clock.",
     )
-    poll_ms: int = setting(20, "ms", least=1, most=60_000, help="Interval between polls of the registry.")
     keep_s: float = setting(
         900.0,
         "s",
         least=0.0,
         help="Retention of rows of older durable versions; rows of other versions are kept for 10 s.",
-    )
-    rows_dir: str = setting(
-        "",
-        help="Directory of the serving rows, preferably in memory, used regardless of its free space; empty: chosen by `storage.memory_dir`.",
-    )
-    map_gb: int = setting(
-        16,
-        "GiB",
-        least=1,
-        most=65536,
-        help="Maximum size of each serving store, in addition to the limit of its share of `storage.budget_gb`. It reserves address space, not memory.",
-    )
-    max_users: int = setting(
-        2_000_000,
-        "users",
-        least=1,
-        most=1_000_000_000,
-        help="Maximum number of users with a history. The least recently read histories are evicted first, also when the map is nearly full.",
-    )
-    items_keep_d: int = setting(
-        90,
-        "d",
-        least=1,
-        most=36_500,
-        help="Log time after which an item or name that no click has mentioned is evicted.",
     )
     per_category: int = setting(
         0,
@@ -724,13 +664,6 @@ class ServingSettings:
         least=0,
         most=100,
         help="Maximum number of recommended items of one category, in answers for all categories; 0: no limit.",
-    )
-    parity_every_s: float = setting(
-        1.0,
-        "s",
-        least=0.0,
-        most=86_400.0,
-        help="Interval between rows of the training log that are recomputed from serving's histories and compared; 0: off.",
     )
     metrics_port: int = setting(9103, least=0, most=65535, help="Port of /metrics of the applier.")
     shares: str = setting(
@@ -764,7 +697,6 @@ class ExportSettings:
         "",
         help="Directory of the SavedModels, with a subdirectory per version; empty: `exports` in the state directory.",
     )
-    keep: int = setting(3, "versions", least=1, most=100_000, help="Number of the newest SavedModels that are kept.")
 
 
 @dataclass(frozen=True)
@@ -773,12 +705,6 @@ class TrialSettings:
 
     cores: int = setting(
         1, least=1, most=1024, help="Number of cores that all experiments together may use, at low priority."
-    )
-    registry_gb: float = setting(
-        1.0, "GB", least=0.01, help="Maximum size of the versions of an experiment; not part of `storage.budget_gb`."
-    )
-    metrics_port: int = setting(
-        9109, least=0, most=65535, help="Port of /metrics of experiments that run without `springtide up`."
     )
 
 
@@ -808,10 +734,6 @@ class RetrainSettings:
         "off",
         choices=("on", "off"),
         help="Whether a better model is promoted only after its rollout (`springtide experiment rollout NAME`) is complete.",
-    )
-    limit: str = setting(
-        "1d",
-        help="Time limit of a retrain, such as 1d or 12h. An undecided retrain is then dropped, or failed if no row was compared or its guard holds it.",
     )
 
 
@@ -884,15 +806,7 @@ class Validation:
         most=604_800,
         help="Length of a window of log time for statistics; 0: `springtide up` runs no validation.",
     )
-    every: int = setting(
-        1,
-        "records",
-        least=1,
-        most=10_000,
-        help="Sampling interval: about one record of the training log in this many is read.",
-    )
     min_rows: int = setting(1000, "rows", least=1, help="Minimum number of rows of a window that is judged.")
-    metrics_port: int = setting(9106, least=0, most=65535, help="Port of /metrics of the validation.")
 
 
 @dataclass(frozen=True)
@@ -913,7 +827,6 @@ class SegmentSettings:
         most=1000,
         help="Number of lookalikes of each segment, the users nearest to its members, for `GET /v1/segments/NAME/lookalikes`; 0: none.",
     )
-    metrics_port: int = setting(9108, least=0, most=65535, help="Port of /metrics of `springtide segments run`.")
 
 
 @dataclass(frozen=True)
@@ -944,13 +857,6 @@ class RolloutSettings:
         most=60_000.0,
         help="Maximum by which the 99th percentile latency of the experiment may exceed that of the live versions.",
     )
-    planned_answers: int = setting(
-        20_000,
-        "answers",
-        least=100,
-        most=1_000_000_000,
-        help="Number of answers of both arms, weighted towards the smaller arm, for which confidence intervals are optimised.",
-    )
 
 
 @dataclass(frozen=True)
@@ -959,23 +865,44 @@ class Shoppers:
 
     users: int = setting(2000, least=1, most=100_000_000, help="Number of shoppers.")
     rate: float = setting(200.0, "events/s", least=0.0, help="Number of events that they generate.")
-    categories: int = setting(64, least=1, help="Number of categories that they choose from.")
-    items: int = setting(4000, least=1, help="Number of items that they choose from.")
-    drift_s: float = setting(120.0, "s", least=0.1, help="Time in which the taste of a shopper drifts.")
-    seed: int = setting(7, least=0, help="Random seed of their choices.")
 
 
 @dataclass(frozen=True)
 class Supervision:
     """`springtide up`, which supervises the parts of a loop."""
 
-    metrics_port: int = setting(9104, least=0, most=65535, help="Port of /metrics of `springtide up`; 0: off.")
+    metrics_port: int = setting(
+        9104,
+        least=1,
+        most=65_530,
+        help="Port of /metrics of `springtide up`. Probe, validation, segments and experiments without `up` use this port + 1, + 2, + 4 and + 5.",
+    )
     prometheus_port: int = setting(
         9090, least=1, most=65535, help="Port of the Prometheus that `springtide up --prometheus` starts."
     )
     prometheus_interval_s: float = setting(
         5.0, "s", least=0.1, most=60.0, help="Scrape and evaluation interval of that Prometheus."
     )
+
+    @property
+    def probe_port(self) -> int:
+        """Port of /metrics of the probe."""
+        return self.metrics_port + 1
+
+    @property
+    def validation_port(self) -> int:
+        """Port of /metrics of validation."""
+        return self.metrics_port + 2
+
+    @property
+    def segments_port(self) -> int:
+        """Port of /metrics of segments."""
+        return self.metrics_port + 4
+
+    @property
+    def experiments_port(self) -> int:
+        """Port of /metrics of experiments that run without `springtide up`."""
+        return self.metrics_port + 5
 
 
 @dataclass(frozen=True)
@@ -985,7 +912,7 @@ class ConsoleSettings:
     host: str = setting(
         "127.0.0.1",
         filled=True,
-        help="Address on which the console listens. Tokens and certificate are those of `[serving]`.",
+        help="Address on which the console and the webhook listen. Tokens and certificate are those of `[serving]`.",
     )
     port: int = setting(
         8502,
@@ -1006,18 +933,15 @@ class ProbeSettings:
         most=120.0,
         help="Interval between probes of `springtide up` and of `springtide probe --continuously`; 0: `up` sends none.",
     )
-    timeout_s: float = setting(30.0, "s", least=0.1, most=3600.0, help="Timeout of a probe.")
     url: str = setting(
         "", help="Address of the serving API to probe; empty: serving on this host, as set in `[serving]`."
     )
-    metrics_port: int = setting(9105, least=0, most=65535, help="Port of /metrics of the probe.")
 
 
 @dataclass(frozen=True)
 class WebhookSettings:
     """`springtide webhook`, which pins answers when an alert fires."""
 
-    host: str = setting("127.0.0.1", filled=True, help="Address on which the webhook listens for Alertmanager.")
     port: int = setting(9107, least=1, most=65535, help="Port of the webhook.")
 
 
@@ -1025,11 +949,12 @@ class WebhookSettings:
 class FlinkSettings:
     """`springtide flink`, a Flink cluster on this machine for a stream with `--runner flink`."""
 
-    rest_port: int = setting(8081, least=1, most=65535, help="Port of the REST interface of the JobManager.")
-    job_port: int = setting(
-        8099, least=1, most=65535, help="Port of the job server, to which the stream submits its job."
+    rest_port: int = setting(
+        8081,
+        least=1,
+        most=65_500,
+        help="Port of the REST interface of the JobManager. The pool of Python workers and the job server use this port + 17 and + 18.",
     )
-    worker_port: int = setting(8098, least=1, most=65535, help="Port of the pool that starts Python workers.")
     task_managers: int = setting(1, least=1, most=64, help="Number of TaskManagers.")
     slots: int = setting(
         2,
@@ -1049,3 +974,13 @@ class FlinkSettings:
         choices=("hashmap", "rocksdb"),
         help="State backend of the TaskManagers: hashmap keeps user state in the heap, rocksdb keeps it on disk at half the speed.",
     )
+
+    @property
+    def worker_port(self) -> int:
+        """Port of the pool that starts Python workers."""
+        return self.rest_port + 17
+
+    @property
+    def job_port(self) -> int:
+        """Port of the job server, to which the stream submits its job."""
+        return self.rest_port + 18

@@ -69,7 +69,7 @@ class Settings:
     @property
     def privacy_key_path(self) -> Path:
         """File with the secret key of the noise."""
-        return Path(self.privacy.key_file) if self.privacy.key_file else self.state_dir / layout.PRIVACY_KEY
+        return self.state_dir / layout.PRIVACY_KEY
 
     @property
     def privacy_ledger_path(self) -> Path:

@@ -32,19 +32,37 @@ NAMED = {"segments": "expressions"}
 RENAMED = {"features.labels": "features.recent_categories"}
 """Former name -> present name."""
 
-SHARDS = {"stream.shard": "0", "stream.shards": "1"}
-"""Former settings that shared the partitions among several streams, and their values for a single stream."""
+_SHARDS = (
+    "stop all streams of this deployment, leave the setting out and start one stream. If histories of other shards exist, "
+    "it asks for `springtide rebuild-history`, which `springtide up` runs by itself"
+)
+REFUSED = {
+    "stream.shard": ("0", _SHARDS),
+    "stream.shards": ("1", _SHARDS),
+    "trainer.partition": ("0", "leave it out, and let one stream write the training log"),
+}
+"""Removed settings of which only one value has no effect: that value, and the advice for others."""
 
+_ONE_STREAM = "one stream reads all partitions"
 _CUT = "a store that was open in a power cut is rebuilt"
-_ONE = "one stream reads all partitions"
-_ZIPPED = "examples are always compressed"
+_POLL = "the interval between polls is 20 ms"
+_MAP = "storage.budget_gb limits the stores"
+_CROWD = "the synthetic shoppers have 64 categories and 4,000 items, and their taste drifts in 120 s"
 GONE = {
     "stream.sync_s": _CUT,
     "serving.sync_s": _CUT,
-    **dict.fromkeys(SHARDS, _ONE),
-    "bootstrap.compression": _ZIPPED,
+    "stream.shard": _ONE_STREAM,
+    "stream.shards": _ONE_STREAM,
+    "bootstrap.compression": "examples are always compressed",
+    "stream.poll_ms": _POLL,
+    "serving.poll_ms": _POLL,
+    "stream.map_gb": _MAP,
+    "serving.map_gb": _MAP,
+    "trainer.partition": "the training log has one partition",
+    "registry.base_keep_h": "one version per 10 minutes is kept for 24 h",
+    **dict.fromkeys((f"shoppers.{name}" for name in ("categories", "items", "drift_s", "seed")), _CROWD),
 }
-"""Settings that were removed and are ignored, and why."""
+"""Settings of 0.1.0 that 0.2.0 removed and ignores, and why."""
 
 _logger = logging.getLogger(__name__)
 
@@ -79,14 +97,10 @@ def is_gone(name: str, value: Any, origin: str) -> bool:
     Raises:
         SettingsError: The setting requests a removed feature.
     """
-    if name in SHARDS and str(value).strip() != SHARDS[name]:
-        raise SettingsError(
-            f"{origin}: {name} was removed: {_ONE}",
-            "stop all streams of this deployment, leave the setting out and start one stream. If histories of other shards "
-            "exist, it asks for `springtide rebuild-history`, which `springtide up` runs by itself",
-        )
+    if name in REFUSED and str(value).strip() != REFUSED[name][0]:
+        raise SettingsError(f"{origin}: {name} was removed in 0.2.0: {GONE[name]}", REFUSED[name][1])
     if name in GONE:
-        _logger.warning("%s: %s was removed and is ignored: %s; leave it out", origin, name, GONE[name])
+        _logger.warning("%s: %s was removed in 0.2.0 and is ignored: %s; leave it out", origin, name, GONE[name])
     return name in GONE
 
 
@@ -213,9 +227,9 @@ def _known_name(name: str, known: Mapping[str, KnownSetting], origin: str, prefi
 def nearest_setting(name: str, known: Mapping[str, object]) -> str:
     """The setting that `name` probably means: the same key in another section, or else a similar name.
 
-    >>> known = {"kafka.port": 1, "trainer.publish_s": 2, "stream.poll_ms": 3}
+    >>> known = {"kafka.port": 1, "trainer.publish_s": 2, "stream.cut_ms": 3}
     >>> [nearest_setting(name, known) for name in ("stream.publish_s", "stream.pol_ms", "port")]
-    ['trainer.publish_s', 'stream.poll_ms', 'kafka.port']
+    ['trainer.publish_s', 'stream.cut_ms', 'kafka.port']
     """
     if name in RENAMED:
         return RENAMED[name]

@@ -1,8 +1,4 @@
-"""The marker file of a store that is not synced at each commit: whether it was closed cleanly, and the last boot id.
-
-After kill -9 such a store is complete, because the kernel still writes its pages. After a power cut any pages may be
-missing; the boot id in the marker then differs from the machine's.
-"""
+"""The marker file of a store that is not synced at each commit: whether it was closed cleanly, and the last boot id."""
 
 from __future__ import annotations
 

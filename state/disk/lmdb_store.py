@@ -32,6 +32,9 @@ from state.errors import CorruptStore, StoreError, StoreFull, UnusableDisk
 from state.process import killpoints
 from state.user_shares import UserShares
 
+MAP_BYTES = 1 << 36
+"""Maximum size of a store without a share of the disk: a reader, or a store in memory."""
+
 MAX_READERS = 512
 AT_ONCE = 4096
 """Entries per transaction of `compact`. LMDB keeps memory for as many pages as its largest transaction changed."""
@@ -50,9 +53,7 @@ class LmdbStore:
     Attributes:
         noun: The content of the store, for messages. Subclasses set this and the following attributes.
         databases: The names of its databases, except `meta`.
-        later: The databases that a store of an older release may lack.
         number: The number of its format.
-        map_setting: The setting that limits its size.
         writer: The process that creates it.
         remedy: The advice for a store that cannot be trusted.
         origin: The source from which `open_anew` rebuilds it.
@@ -60,7 +61,7 @@ class LmdbStore:
 
     Args:
         path: Its directory; a writer creates it.
-        map_bytes: Its maximum size; address space, not memory.
+        map_bytes: Its maximum size if it is written; address space, not memory.
         readonly: True for readers; the writer must have created the store.
         boot_id: The boot id of this machine; by default the kernel's.
         shares: The shares of users that the store holds; None for those with which it was created.
@@ -72,9 +73,7 @@ class LmdbStore:
 
     noun: ClassVar[str]
     databases: ClassVar[tuple[str, ...]]
-    later: ClassVar[frozenset[str]] = frozenset()
     number: ClassVar[int] = 1
-    map_setting: ClassVar[str]
     writer: ClassVar[str]
     remedy: ClassVar[str]
     origin: ClassVar[str]
@@ -82,7 +81,7 @@ class LmdbStore:
     def __init__(
         self,
         path: Path,
-        map_bytes: int = 1 << 34,
+        map_bytes: int = MAP_BYTES,
         readonly: bool = False,
         boot_id: str | None = None,
         shares: UserShares | None = None,
@@ -120,9 +119,7 @@ class LmdbStore:
                 # Writes the marker before the first page of this session.
                 clean_mark.write(self._mark_path, CleanMark(False, self._boot_id))
             self._databases = {
-                name: self._env.open_db(name.encode(), create=not readonly)
-                for name in ("meta", *self.databases)
-                if not readonly or name not in self.later or self._has(name)
+                name: self._env.open_db(name.encode(), create=not readonly) for name in ("meta", *self.databases)
             }
             self._meta = self._databases["meta"]
             if not readonly:
@@ -269,7 +266,7 @@ class LmdbStore:
         except lmdb.MapFullError as error:
             raise StoreFull(
                 f"{self.path} has reached its map of {self.bytes_limit()} bytes; nothing was changed",
-                f"raise storage.budget_gb (or {self.map_setting}) and start again",
+                "raise storage.budget_gb and start again",
             ) from error
         except _DAMAGED as error:
             raise CorruptStore(f"{self.path} is damaged ({error})", self.remedy) from error
@@ -325,18 +322,13 @@ class LmdbStore:
             with self._write() as transaction:
                 transaction.put(FORMAT, document, db=self._meta)
 
-    def _has(self, name: str) -> bool:
-        try:
-            self._env.open_db(name.encode(), create=False)
-        except (lmdb.NotFoundError, lmdb.ReadonlyError):
-            return False
-        return True
-
     def _stored(self, key: bytes) -> bytes | None:
         """The value of `key` in `meta`; None if there is no key or no `meta`."""
-        if not self._has("meta"):
+        try:
+            meta = self._env.open_db(b"meta", create=False)
+        except (lmdb.NotFoundError, lmdb.ReadonlyError):
             return None
-        with self._env.begin(db=self._env.open_db(b"meta", create=False)) as transaction:
+        with self._env.begin(db=meta) as transaction:
             value = transaction.get(key)
             return None if value is None else bytes(value)
 

@@ -1,8 +1,4 @@
-"""One writer per state directory: an exclusive file lock that names its holder.
-
-The kernel releases the lock when its process ends, for whatever reason, so a kill leaves nothing to clean up. A frozen
-process keeps the lock. A lock with renewals can be taken over (`state/registry/claim.py`).
-"""
+"""One writer per state directory: an exclusive file lock that names its holder."""
 
 from __future__ import annotations
 

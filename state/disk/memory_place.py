@@ -26,7 +26,7 @@ from pathlib import Path
 import psutil
 
 from state import layout
-from state.errors import UnusableDisk, reason_of
+from state.errors import reason_of
 
 MEMORY = "/dev/shm"
 """The directory in memory that `storage.memory_dir` names by default."""
@@ -47,25 +47,15 @@ class Place:
     why: str = ""
 
 
-def choose(link: Path, chosen: str, memory: str, least_bytes: int | None = None) -> Place:
+def choose(link: Path, memory: str, least_bytes: int | None = None) -> Place:
     """Chooses the location of a link's store. In memory, it also creates the directory that contains the store.
 
     Args:
         link: A link in a directory whose lock is held.
-        chosen: `serving.rows_dir`: a directory to use in any case, or empty; `UnusableDisk` if it cannot be used.
         memory: `storage.memory_dir`, used if it has space; empty if nothing may be in memory.
         least_bytes: The minimum space required. An existing store also requires a quarter more than its size.
     """
     link.parent.mkdir(parents=True, exist_ok=True)
-    if chosen:
-        parent = Path(chosen).absolute()
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-            return Place(own(home(parent, link)), disk_kind(parent) in IN_MEMORY)
-        except OSError as error:
-            raise UnusableDisk(
-                f"serving.rows_dir: {reason_of(error)}", "correct its access rights, or name another directory"
-            ) from error
     if not memory:
         return on_disk(link, "")
     why = lack(link, memory, least_bytes)

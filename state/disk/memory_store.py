@@ -1,8 +1,5 @@
 """A store that lives in memory while its writer runs, and is saved to the disk on close.
 
-`enter` chooses the location at the start. If memory becomes full later, commits are refused as on a full disk, until
-there is space or the writer restarts.
-
     histories           the store on the disk while no writer runs; else a link to the store in memory
     histories.link      replaces it at a start; after the exchange it is the copy on the disk, which is removed
     histories.saving    replaces it at a clean stop; after the exchange it is the link, which is removed
@@ -121,7 +118,7 @@ def enter(link: Path, memory: str, boot_id: str | None = None) -> Place:
             "make a copy with `springtide backup` and `springtide restore`, or stop the other one first",
         )
     # 3.
-    location = memory_place.choose(link, "", memory)
+    location = memory_place.choose(link, memory)
     why = _load(link, location) if location.in_memory else location.why
     if not location.in_memory or why:
         try:

@@ -1,7 +1,4 @@
-"""Decodes a record's bytes to the fields of a click: the JSON decoder, the interface of user decoders, and times.
-
-`state.events.parser.Parser` checks the output of every decoder.
-"""
+"""Decodes a record's bytes to the fields of a click: the JSON decoder, the interface of user decoders, and times."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def load_salt(path: Path, create: bool = True) -> Salt:
             logger.warning(
                 "made a new salt at %s: keep a copy, for without it stored users cannot be found again", path
             )
-    return Salt(private_files.read_key(path, "the salt", "paths.salt_file"))
+    return Salt(private_files.read_key(path, "the salt"))
 
 
 PREFIX = "springtide-probe-"

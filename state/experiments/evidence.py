@@ -23,6 +23,9 @@ from state.statistics.arms import Contrast, Strata
 from state.statistics.confidence_sequence import ALPHA, BlockSums
 from state.statistics.sample_ratio import SampleRatio
 
+PLANNED_ANSWERS = 20_000
+"""Number of answers of the smaller arm for which intervals are narrowest."""
+
 MOST_USERS = 1_000_000
 """Maximum number of tracked users, up to 500 bytes each. Later users count only for failures and latencies."""
 
@@ -87,7 +90,6 @@ class Evidence:
 
     Args:
         name: Name of the experiment.
-        planned_answers: Number of answers of the smaller arm for which intervals are tuned to be narrowest.
 
     Attributes:
         step: The newest step seen; -1 before the first.
@@ -96,8 +98,8 @@ class Evidence:
         users: Number of users ever exposed, by arm.
     """
 
-    def __init__(self, name: str, planned_answers: int) -> None:
-        self._name, self._planned = name, planned_answers
+    def __init__(self, name: str) -> None:
+        self._name = name
         self.step = -1
         self.of_step = {arm: StepSums() for arm in ARMS}
         self.rates: dict[int, dict[Arm, BlockSums]] = {}
@@ -144,11 +146,11 @@ class Evidence:
 
     def difference(self) -> Contrast:
         """Engagements per answer of the trial, minus those of the live arm."""
-        return arms.difference(self._strata(), ALPHA, self._planned)
+        return arms.difference(self._strata(), ALPHA, PLANNED_ANSWERS)
 
     def lift(self) -> Contrast | None:
         """The relative difference of the trial's rate to the live arm's; None if an arm has no engagements."""
-        return arms.lift(self._strata(), ALPHA, self._planned)
+        return arms.lift(self._strata(), ALPHA, PLANNED_ANSWERS)
 
     @property
     def mismatch(self) -> bool:

@@ -1,10 +1,4 @@
-"""Arms of a rollout and exposures: records of `kafka.exposures_topic`, one for each answer to a user during a rollout.
-
-A keyed hash of the pseudonym assigns a user to an arm, so a growing share only adds users to the trial.
-
-A record is one JSON object, keyed by the pseudonym (`docs/reference/formats.md`). It contains neither the answer's
-content nor the user's id as it was sent.
-"""
+"""Arms of a rollout and exposures: records of `kafka.exposures_topic`, one for each answer to a user during a rollout."""
 
 from __future__ import annotations
 

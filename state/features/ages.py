@@ -1,7 +1,4 @@
-"""Quantises ages: 64 steps per octave inside the kernel, for its sums, and 8 steps per octave in a row.
-
-Ages are in units of 1.024 s, which the kernel computes from milliseconds by a shift.
-"""
+"""Quantises ages: 64 steps per octave inside the kernel, for its sums, and 8 steps per octave in a row."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Numbers the actions in a store of histories, independent of their order in the settings. No side effects.
-
-An event stores its action as one byte. The store has its own list of names, which only grows, and converts the numbers
-on write and read. So stored events keep their meaning when `events.actions` changes. A name that the reader does not
-know becomes `OTHER`: windows count it among all actions, but not for any single action.
-"""
+"""Numbers the actions in a store of histories, independent of their order in the settings. No side effects."""
 
 from __future__ import annotations
 

@@ -6,8 +6,6 @@ To rewind, a follower of the training log reads the log in two directions:
    positions, and the impressions that stopped waiting.
 2. `Before`: backward from that position, for records that the store lacks. A history keeps the last N events, so a
    user who gained events has lost as many of the oldest ones. Impressions whose wait has ended are missing too.
-
-Both results form a `Rewind`, which is one transaction of the store.
 """
 
 from __future__ import annotations

@@ -145,8 +145,6 @@ class HistoryStore(MemoryStore):
 
     noun = "histories"
     databases = ("chunks", "waiting")
-    later = frozenset({"waiting"})
-    map_setting = "stream.map_gb or serving.map_gb"
     writer = "the stream or the applier"
     remedy = "`springtide rebuild-history` rebuilds the stream's histories from Kafka"
     origin = "the micro-batch topic"
@@ -169,7 +167,7 @@ class HistoryStore(MemoryStore):
                     transaction.delete(name, db=self._meta)
 
     def _bind(self) -> None:
-        self._chunks, self._waiting = self._databases["chunks"], self._databases.get("waiting")
+        self._chunks, self._waiting = self._databases["chunks"], self._databases["waiting"]
 
     def _made_with(self) -> dict[str, int]:
         return {"history": self.history}
@@ -220,7 +218,7 @@ class HistoryStore(MemoryStore):
     def cut(self) -> tuple[dict[Source, Counts], int]:
         """The counts and the number of waiting rows, from one snapshot."""
         with self._begin("meta") as transaction:
-            waits = 0 if self._waiting is None else int(transaction.stat(self._waiting)["entries"])
+            waits = int(transaction.stat(self._waiting)["entries"])
             entries = keys_with(transaction.cursor(), b"p:", b"p:")
         return {Source.parse(key[2:].decode()): json.loads(value) for key, value in entries}, waits
 
@@ -254,10 +252,9 @@ class HistoryStore(MemoryStore):
 
     def waiting(self) -> Iterator[tuple[bytes, bytes]]:
         """The waiting rows in the order of their keys, from one snapshot."""
-        if self._waiting is not None:
-            with self._begin("waiting") as transaction:
-                for key, value in transaction.cursor():
-                    yield bytes(key), bytes(value)
+        with self._begin("waiting") as transaction:
+            for key, value in transaction.cursor():
+                yield bytes(key), bytes(value)
 
     def waiting_values(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """The waiting rows under `keys`; None for a key without one."""
@@ -450,9 +447,9 @@ class HistoryStore(MemoryStore):
         HistoryStore(path, self.history, self.bytes_limit()).close()
 
     @classmethod
-    def copied(cls, source: Path, path: Path, history: int, map_bytes: int) -> None:
+    def copied(cls, source: Path, path: Path, history: int) -> None:
         """Copies a store that was closed cleanly, else `CorruptStore`, to `path`; the source is unchanged."""
-        store = cls(source, history, map_bytes, readonly=True)
+        store = cls(source, history, readonly=True)
         try:
             if not store.closed_in_order():
                 raise CorruptStore(

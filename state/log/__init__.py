@@ -1,12 +1,4 @@
-"""Access to Kafka: topics, reads by position, acknowledged writes.
-
-A log has topics, a topic has partitions, a partition has positions. A record has one position. A position may have no
-record (a transaction marker, an aborted or compacted record). Records written in a transaction become visible when it
-commits. Writing moves a partition's end; retention moves its beginning.
-
-Only the files of this package import the Kafka client. `tests/conformance/test_logs.py` tests the guarantees of a log,
-with Kafka and with a log in memory.
-"""
+"""Access to Kafka: topics, reads by position, acknowledged writes."""
 
 from __future__ import annotations
 

@@ -1,10 +1,4 @@
-"""The losses in a log that an operator accepts: options, consent, and the journal of accepted losses.
-
-A gap is a range of positions that can never be read. Retention deleted it before we read it, or no record of the
-training log covers it. A process that finds a gap stops and reports it. Restarted with
-`--accept-gap P:A-B --reason TEXT`, it skips the gap, and records the gap, its actor, the time and the reason.
-`--skip-record OFFSET` does the same for a record of the training log that is not a micro-batch of this system's stream.
-"""
+"""The losses in a log that an operator accepts: options, consent, and the journal of accepted losses."""
 
 from __future__ import annotations
 

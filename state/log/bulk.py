@@ -1,7 +1,4 @@
-"""Encodes and appends whole record batches: ten times the records per second of a producer.
-
-For load generators and replays. `state.log` does not export it, because it loads the compiler. Part of `state.log`.
-"""
+"""Encodes and appends whole record batches: ten times the records per second of a producer."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Connects to Kafka, and translates the errors of its client into ours; the errors of a log, each with advice.
-
-Part of `state.log`; only the files of this package import the Kafka client.
-"""
+"""Connects to Kafka, and translates the errors of its client into ours; the errors of a log, each with advice."""
 
 from __future__ import annotations
 

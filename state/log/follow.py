@@ -140,7 +140,6 @@ class Follower:
         topic: Its name.
         partitions: The partitions to read; None for all, including later ones.
         stored: Returns the position from which reading resumes; called for each connection.
-        lost: See `open_topic`.
         opened: Called for each connection. `reader` is then open, and the callback may seek in it.
     """
 
@@ -150,11 +149,10 @@ class Follower:
         topic: str,
         partitions: Sequence[int] | None = None,
         stored: Callable[[], Position | None] = lambda: None,
-        lost: Callable[[GapError], int] = nearest,
         opened: Callable[[Opening], None] = _ignore,
     ) -> None:
         self._log, self._topic, self._partitions = log, topic, partitions
-        self._stored, self._lost, self._opened = stored, lost, opened
+        self._stored, self._opened = stored, opened
         self._reader: Reader | None = None
         self._refresh_s = 0.0
 
@@ -177,7 +175,7 @@ class Follower:
         """
         if self._reader is None:
             stored = self._stored()
-            self._reader, opening = open_topic(self._log, self._topic, self._partitions, stored, self._lost)
+            self._reader, opening = open_topic(self._log, self._topic, self._partitions, stored)
             self._refresh_s = time.monotonic() + REFRESH_S
             try:
                 self._opened(opening)

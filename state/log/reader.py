@@ -1,12 +1,4 @@
-"""Reads a topic by position: no consumer group, no automatic commits, and no silent gaps. Part of `state.log`.
-
-The Kafka client returns one object per record. `BatchConsumer` makes it return whole record batches, and uses some of
-its private names for that. So the client's version is pinned below 3.1, and `tests/conformance/test_logs.py` compares
-both ways.
-
-A reader holds one fetch of each partition beyond the one that it delivers. While some partitions wait for others,
-nothing more is fetched, so that memory is bounded.
-"""
+"""Reads a topic by position: no consumer group, no automatic commits, and no silent gaps. Part of `state.log`."""
 
 from __future__ import annotations
 

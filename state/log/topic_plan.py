@@ -25,6 +25,7 @@ from typing import NamedTuple
 from state.config.settings import Settings
 from state.storage import shares
 
+TRAINING_PARTITION = 0  # the only partition of the training log
 HOUR_MS = 3_600_000
 # Room for a record batch's overhead in addition to the micro-batch: headers of batch and record, with a margin.
 BATCH_BYTES = 100_000

@@ -1,7 +1,4 @@
-"""Administers Kafka topics: creates and describes them, finds their ends and the positions of groups.
-
-Part of `state.log`.
-"""
+"""Administers Kafka topics: creates and describes them, finds their ends and the positions of groups."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Writes acknowledged records to topics, one by one or in transactions.
-
-Part of `state.log`.
-"""
+"""Writes acknowledged records to topics, one by one or in transactions."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ SCALARS: dict[str, np.dtype[Any]] = {
     "delay_ms": np.dtype("<i8"),
     "request": np.dtype("<u8"),
 }
-SINCE_2 = ("kind", "waited", "delay_ms", "request")  # all 0 in a row whose label did not wait
+WAITING = ("kind", "waited", "delay_ms", "request")  # all 0 in a row whose label did not wait
 LISTS: dict[str, np.dtype[Any]] = {
     "context": np.dtype("<u8"),
     "features": np.dtype("<u2"),
@@ -65,7 +65,7 @@ WRITTEN = {
     "recent_categories": "labels",
     "category_windows": "label_windows",
 }  # names in the encoded formats, where they differ
-ATTRIBUTES = ("user_attributes", "item_attributes")  # missing in a micro-batch of format 1
+ATTRIBUTES = ("user_attributes", "item_attributes")
 
 Columns = Mapping[str, NDArray[Any]]
 
@@ -257,7 +257,7 @@ class MicroBatch:
 
     def __post_init__(self) -> None:
         """Fills missing columns: rows that did not wait, without attributes and sequences."""
-        for name in (*SINCE_2, *ATTRIBUTES, *SEQUENCES):
+        for name in (*WAITING, *ATTRIBUTES, *SEQUENCES):
             if getattr(self, name) is _ABSENT:
                 object.__setattr__(self, name, absent_column(name, len(self.user)))
 

@@ -1,7 +1,7 @@
 """Encodes micro-batches: an Arrow IPC stream (zstd) with one record batch.
 
 The schema's metadata contains a JSON header. It names the feature spec, the salt, the mask and, per source, the
-contiguous range of positions of the rows. Format 1 had one kind of row and no attributes. A micro-batch has format 3 if
+contiguous range of positions of the rows. A micro-batch has format 3 if
 its rows contain sequences, else format 2.
 """
 
@@ -27,7 +27,7 @@ from state.microbatch.batch import (
     NAMES,
     SCALARS,
     SEQUENCES,
-    SINCE_2,
+    WAITING,
     WRITTEN,
     Columns,
     Header,
@@ -51,14 +51,14 @@ def encode(header: Header, columns: Columns) -> bytes:
     Args:
         header: The header.
         columns: The arrays by name, shaped as in `MicroBatch`, with the types of `SCALARS` and `LISTS`. Columns of
-            `SINCE_2` may be missing and are then 0; those of `ATTRIBUTES` are then empty. Those of `SEQUENCES` are all
+            `WAITING` may be missing and are then 0; those of `ATTRIBUTES` are then empty. Those of `SEQUENCES` are all
             present or all missing.
 
     Raises:
         MicroBatchError: A column is missing, of another type or length, or does not fit the ranges.
     """
     if "user" in columns:
-        columns = {name: absent_column(name, len(columns["user"])) for name in (*SINCE_2, *ATTRIBUTES)} | dict(columns)
+        columns = {name: absent_column(name, len(columns["user"])) for name in (*WAITING, *ATTRIBUTES)} | dict(columns)
     _check(header, columns)
     rows = len(columns["user"])
     arrays, fields = [], []
@@ -123,8 +123,6 @@ def damage_reported(value: bytes) -> Iterator[None]:
 
 def _column(batch: pa.RecordBatch, name: str, document: Mapping[str, Any]) -> NDArray[Any]:
     """A column of a batch with the header `document`, in the form of `MicroBatch`."""
-    if document["format"] == 1 and name in (*SINCE_2, *ATTRIBUTES):
-        return absent_column(name, batch.num_rows)
     column = batch.column(WRITTEN.get(name, name))
     if name in SCALARS:
         scalars: NDArray[Any] = column.to_numpy(zero_copy_only=True)
@@ -141,10 +139,10 @@ def document_of(schema: pa.Schema) -> dict[str, Any]:
     document = json.loads((schema.metadata or {}).get(METADATA, b"null"))
     if not isinstance(document, dict):
         raise MicroBatchError("an Arrow stream without a springtide header is no micro-batch", "check the topic's name")
-    if document.get("format") not in range(1, WITH_SEQUENCES + 1):
+    if document.get("format") not in (FORMAT, WITH_SEQUENCES):
         raise MicroBatchError(
             f"a micro-batch of format {document.get('format')!r}",
-            f"this release reads 1 to {WITH_SEQUENCES}: upgrade the reader before the stream",
+            f"this release reads {FORMAT} and {WITH_SEQUENCES}: upgrade the reader before the stream",
         )
     return document
 

@@ -1,7 +1,8 @@
-"""Ends a process: on a signal, on an error that is logged in one line, or when its output has no reader."""
+"""Ends a process: on a signal, on a logged error, with its parent, or when its output has no reader."""
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -11,6 +12,8 @@ from collections.abc import Callable
 
 from state.errors import SpringtideError, of_disk
 
+_PR_SET_PDEATHSIG = 1
+
 
 def stop_on_signals() -> threading.Event:
     """Returns an event that SIGTERM and SIGINT set from now on; call it in the main thread."""
@@ -18,6 +21,23 @@ def stop_on_signals() -> threading.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     return stop
+
+
+def die_with(parent: int, signal_number: signal.Signals = signal.SIGKILL) -> Callable[[], None]:
+    """Returns a function that binds a child to its parent; the child calls it between fork and exec, or later.
+
+    The kernel then ends the child with the signal `signal_number` when the parent's thread that started it ends.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def arrange() -> None:
+        if libc is not None:
+            libc.prctl(_PR_SET_PDEATHSIG, signal_number)
+            # The parent may have ended before prctl was called.
+            if os.getppid() != parent:
+                os._exit(1)
+
+    return arrange
 
 
 def reported(work: Callable[[], int | None], logger: logging.Logger) -> int:

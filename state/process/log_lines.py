@@ -1,8 +1,4 @@
-"""Log lines of a process: one line per event, as text or JSON, with version, partition and offset where they apply.
-
-Call `begin` before the settings are loaded, and `follow` afterwards. A repeated event is written only a limited number
-of times per minute; the suppressed lines are counted. No line contains a user id as the client sent it.
-"""
+"""Log lines of a process: one line per event, as text or JSON, with version, partition and offset where they apply."""
 
 from __future__ import annotations
 

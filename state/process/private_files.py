@@ -1,7 +1,4 @@
-"""Keeps files with user data private to their owner, and files with a secret key.
-
-Files get mode 0600, directories 0700. A key is created once, safely when several processes start at once.
-"""
+"""Keeps files with user data private to their owner, and files with a secret key."""
 
 from __future__ import annotations
 
@@ -54,7 +51,7 @@ def fingerprint(key: bytes) -> str:
     return hashlib.sha256(key).hexdigest()[:16]
 
 
-def read_key(path: Path, subject: str, setting: str) -> bytes:
+def read_key(path: Path, subject: str) -> bytes:
     """Reads the key in a file. The content is hexadecimal; any other content is the key itself.
 
     Raises:
@@ -63,7 +60,9 @@ def read_key(path: Path, subject: str, setting: str) -> bytes:
     try:
         content = path.read_bytes().strip()
     except OSError as error:
-        raise SettingsError(f"{subject} at {path} cannot be read ({error.strerror})", f"correct {setting}") from None
+        raise SettingsError(
+            f"{subject} at {path} cannot be read ({error.strerror})", "correct its access rights"
+        ) from None
     try:
         key = bytes.fromhex(content.decode())
     except ValueError:

@@ -1,8 +1,4 @@
-"""Filters the startup chatter of native libraries out of standard error.
-
-TensorFlow prints some lines before its own log level takes effect, bypassing Python's `sys.stderr`. Operators cannot
-act on them.
-"""
+"""Filters the startup chatter of native libraries out of standard error."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Encodes rows of a recording as records of the topic: JSON objects with the field names of `[events]`. Pure.
-
-The time of a row is added when it is sent, because a replay shifts it. Rows that cannot be clicks are not dropped. A
-row with invalid fields is sent unchanged, and a row that cannot be split into fields is sent as its text. The stream's
-parser turns each into a dead letter.
-"""
+"""Encodes rows of a recording as records of the topic: JSON objects with the field names of `[events]`. Pure."""
 
 from __future__ import annotations
 

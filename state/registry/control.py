@@ -1,8 +1,4 @@
-"""Control: the desired state of the system in numbered generations, and the pure transitions between them.
-
-An operator writes the next generation. Serving and the trainer converge to it and report what they run. A generation
-never changes, so the sequence of generations is the audit log.
-"""
+"""Control: the desired state of the system in numbered generations, and the pure transitions between them."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Reads and appends the control generations of a registry; each one is a file that only one process can create.
-
-Control refers to files of users by digest: masks, and erasures, each of which names its predecessor. In a shared
-registry, these files are pushed before a generation refers to them. Other hosts fetch them with that generation.
-Outcomes of rollbacks are files next to control, one for each epoch and part, each written once.
-"""
+"""Reads and appends the control generations of a registry; each one is a file that only one process can create."""
 
 from __future__ import annotations
 

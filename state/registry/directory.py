@@ -1,9 +1,4 @@
-"""The registry's directory, and the object store with which a shared registry synchronises it.
-
-The store has the file names of a registry directory. Each host has its own directory. The trainer's directory is the
-origin: versions are durable there first, and are pushed to the store in the background. All other directories are
-copies: they fetch names of versions at once, and files when they are read.
-"""
+"""The registry's directory, and the object store with which a shared registry synchronises it."""
 
 from __future__ import annotations
 

@@ -4,8 +4,6 @@ It is built from the entries that hosts renew in the registry:
 
     hosts/<name>.json   the entry of one host, renewed by its workers while they are ready
     hosts/fetched       the entries of other hosts, as JSON; the copier of a shared registry writes it
-
-Hosts compare the time of an entry with their own wall clock, so clocks must agree within some seconds.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Manifests: the description of a version, and the versions that it descends from.
-
-A manifest contains all facts that a restart, a rollback or serving needs without reading the weights.
-"""
+"""Manifests: the description of a version, and the versions that it descends from."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 """Checks that the version from which training continues fits the settings; defines upgrades to other settings.
 
-The version's manifest names the settings that it was trained with. The headers of its files have the shapes of its
-weights. Reading them does not need TensorFlow. An upgrade that an operator requested passes all checks.
-
 The generation that begins the epoch of an upgrade has this plan:
 
     spec        digest of the feature spec that training continues with
@@ -10,8 +7,6 @@ The generation that begins the epoch of an upgrade has this plan:
     model       the settings of `SETTINGS` that training continues with, by name, as text
     carried     the parts that are carried over from the version; `trainer.versions.carrying` defines how
     anew        the parts that start from scratch, in words
-
-Until the epoch has its own version, the trainer may carry its base over.
 """
 
 from __future__ import annotations

@@ -1,12 +1,8 @@
-"""The privacy ledger: which periods were charged, and how much of the log may have been learned.
-
-It is not part of a version. A rollback does not undo a release, so the ledger only grows.
-"""
+"""The privacy ledger: which periods were charged, and how much of the log may have been learned."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -14,7 +10,6 @@ from state.errors import RegistryError
 from state.registry.directory import Directory
 
 FORMAT = 2
-"""Version of the format. Format 1 has no format number, no lines and no position of the training log."""
 
 MOST_LINES = 64
 """Number of lines that a period remembers; a forgotten line is charged again when it returns."""
@@ -28,7 +23,7 @@ class PrivacyPeriod(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         number: For unit user, log time divided by the length of a period; else 0.
         updates: Maximum number of updates in which one unit takes part.
         noise: Standard deviation of the noise divided by the clipping bound.
-        lines: The lines that the charge covers, oldest first; see `trainer/privacy/history.py`. Empty in format 1.
+        lines: The lines that the charge covers, oldest first; see `trainer/privacy/history.py`.
     """
 
     epoch: int
@@ -94,19 +89,17 @@ def charged(ledger: PrivacyLedger, period: PrivacyPeriod, again: bool) -> Privac
 
 
 def read(path: Path) -> PrivacyLedger | None:
-    """Reads a ledger of this release or an earlier one; None if the file does not exist.
-
-    Charges of format 1 stay spent, but cover nothing, because that release added other noise.
+    """Reads a ledger; None if the file does not exist.
 
     Raises:
         RegistryError: It is damaged, or a later release wrote it.
         OSError: The disk refused.
     """
     try:
-        document = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-        if (number := document.get("format", 1)) not in (1, FORMAT):
-            raise ValueError(f"its format is {number}, this release reads formats up to {FORMAT}")
-        return msgspec.convert({**document, "format": FORMAT}, PrivacyLedger)
+        ledger = msgspec.json.decode(path.read_bytes(), type=PrivacyLedger)
+        if ledger.format != FORMAT:
+            raise ValueError(f"its format is {ledger.format}, this release reads {FORMAT}")
+        return ledger
     except FileNotFoundError:
         return None
     except (msgspec.DecodeError, ValueError) as error:

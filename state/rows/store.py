@@ -320,7 +320,6 @@ class RowStore(LmdbStore):
 
     noun = "rows"
     databases = ("rows", "versions", "dense", "popular", "changes")
-    map_setting = "serving.map_gb"
     writer = "the applier"
     remedy = "remove it: the applier rebuilds it from the registry"
     origin = "the registry"

@@ -111,7 +111,6 @@ class SegmentStore(LmdbStore):
 
     noun = "members of segments"
     databases = ("members",)
-    map_setting = "serving.map_gb"
     writer = "`springtide segments run`"
     remedy = "remove it: it is read again from Kafka"
     origin = "Kafka"

@@ -20,19 +20,19 @@ CONCENTRATION = 100.0
 sooner."""
 
 
-def log_evidence(counts: Sequence[int], shares: Sequence[float], concentration: float = CONCENTRATION) -> float:
+def log_evidence(counts: Sequence[int], shares: Sequence[float]) -> float:
     """The logarithm of the Bayes factor against the shares: log B(c p + n) - log B(c p) - sum of n_i log p_i.
 
     B is the multivariate beta function, n the users of each arm, p the expected shares, each more than 0, with sum 1,
-    and c the `concentration`.
+    and c is `CONCENTRATION`.
 
     >>> round(log_evidence([500, 500], [0.5, 0.5]), 2), round(log_evidence([450, 550], [0.5, 0.5]), 2)
     (-1.2, 3.35)
     """
-    alphas = [concentration * share for share in shares]
+    alphas = [CONCENTRATION * share for share in shares]
     return (
-        math.lgamma(concentration)
-        - math.lgamma(concentration + sum(counts))
+        math.lgamma(CONCENTRATION)
+        - math.lgamma(CONCENTRATION + sum(counts))
         + sum(
             math.lgamma(alpha + count) - math.lgamma(alpha) - count * math.log(share)
             for alpha, count, share in zip(alphas, counts, shares, strict=True)

@@ -1,10 +1,4 @@
-"""Infers a schema from a baseline's statistics: types, domains, presence, and allowed distance of a window.
-
-It is a `Schema` of TensorFlow Metadata, like that of `tfdv.infer_schema`. Its comparators have the meaning of
-TensorFlow Data Validation. `skew_comparator` compares a window with the baseline, and `drift_comparator` compares a
-window with the preceding one. To change a threshold, edit the text and accept it with
-`springtide schema accept --schema FILE`.
-"""
+"""Infers a schema from a baseline's statistics: types, domains, presence, and allowed distance of a window."""
 
 from __future__ import annotations
 

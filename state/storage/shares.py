@@ -76,11 +76,10 @@ def map_bytes(settings: Settings, part: str, store: str, folder: Path) -> int:
         store: Its name in `state/layout.py`.
         folder: Present or future directory of the store.
     """
-    most_bytes = {STREAM: settings.stream.map_gb, SERVING: settings.serving.map_gb}[part] << 30
     data = folder / layout.DATA
     present_bytes = data.stat().st_size if data.exists() else 0
     wanted = max(store_bytes(settings, part, store), int(present_bytes * _SLACK) + _SLACK_BYTES if present_bytes else 0)
-    return min(most_bytes, -(-wanted // _PAGE) * _PAGE)
+    return -(-wanted // _PAGE) * _PAGE
 
 
 def folders(settings: Settings, part: str) -> list[Path]:

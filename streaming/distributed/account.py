@@ -219,7 +219,6 @@ class Publisher:
         self._take_port()
         show_totals(self._metrics, account.totals, account.waiting)
         self._metrics.history_users.set(sum(self._users.values()))
-        self._metrics.cached_users.set(self._worker.buckets.cached_users)
         self._faults = show_faults(self._metrics, account.faults(), self._faults)
         self._report_erasures(account.forgotten(self._settings.stream.buckets))
         self._commit_group(account, is_new)

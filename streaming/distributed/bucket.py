@@ -290,11 +290,6 @@ class BucketCore:
         waits = settings.labels.impressions or store.waiting_rows()
         self._labels = Labels(settings, store) if waits else None
 
-    @property
-    def cached_users(self) -> int:
-        """How many users' histories are cached in memory."""
-        return self._profiler.cached_users
-
     def update(self, portion: Portion, mask: Mask, join: Joins) -> tuple[BucketRows, Delta]:
         """Computes the rows of a portion; returns them and the change to the store, which is already applied.
 
@@ -342,8 +337,7 @@ class BucketCore:
         clock_ms = self._clock_ms()
         horizon_ms = min(clock_ms, marked_ms) - self._reach_ms
         self.store.leave_old(lambda events: self._read.are_old(events, horizon_ms, clock_ms))
-        stream = self._settings.stream
-        most = -(-stream.max_users // stream.buckets)
+        most = -(-self._settings.history.max_users // self._settings.stream.buckets)
         if self.store.users <= most:
             return
         users, newest = self.store.newest()
@@ -477,12 +471,6 @@ class Buckets:
         cells.head.write(encode(head))
         self._keep(bucket, head.token, core)
         return replace(computed, bucket=bucket, erased=core.erased, dropped=(*dropped, *computed.dropped))
-
-    @property
-    def cached_users(self) -> int:
-        """Number of users whose histories are cached in memory."""
-        with self._lock:
-            return sum(core.cached_users for _, core, _ in self._cached.values())
 
     def clear(self) -> None:
         """Drops all cached buckets."""

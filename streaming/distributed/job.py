@@ -5,13 +5,6 @@
 
 The engine keeps positions, clocks, histories, waiting rows and the account in one checkpoint. Everything after a
 checkpoint is read and computed again after a failure.
-
-On Flink the job runs on the cluster. This process reports its progress, and ending this process does not end the job.
-A job is stopped by savepoint (`springtide flink down`), or cancelled on the cluster. On Prism, which is for tests and
-experiments, the job ends with this process.
-
-Beam's job server reports a job that was stopped with a savepoint as failed. It reports nothing while a job restarts
-repeatedly from its checkpoint. So `FlinkJob` asks the JobManager.
 """
 
 from __future__ import annotations

@@ -1,11 +1,4 @@
-"""Divides the events of a bundle into buckets of users, and encodes what travels between steps or stays in an engine.
-
-Each bucket gets a portion, even one without events. Its ranges cover all offsets that were read of the partitions, so
-that the bucket's positions advance.
-
-Values are encoded as MessagePack: no pickle, and no Arrow schema, which takes about 200 us for each of a thousand small
-messages a second. Both ends of a message run the same release, because a job is upgraded from a savepoint.
-"""
+"""Divides the events of a bundle into buckets of users, and encodes what travels between steps or stays in an engine."""
 
 from __future__ import annotations
 

@@ -4,12 +4,6 @@
 divided into buckets:
 
     poll until the moment is over ─ parse ─ leave masked clicks out ─ follow the clock ─ divide
-
-They stay open in their process from bundle to bundle. They are used again only if their position is exactly the one
-in the engine's checkpoint.
-
-A step that fails restarts its job from the last checkpoint, where the job finds the same loss of clicks. So the error
-of a loss contains the instructions for continuing.
 """
 
 from __future__ import annotations
@@ -54,6 +48,7 @@ RESUME = "springtide stream --runner RUNNER --savepoint_path=PATH"
 """How a stopped job is resumed; `springtide flink status` shows the savepoint or checkpoint."""
 
 REFRESH_S = 1.0
+BUNDLE_BATCHES = 5  # batches of `stream.batch_events` that a source collects at most
 LEAST_S = 0.01  # for a source that is read after the moment of its bundle is over
 logger = logging.getLogger(__name__)
 
@@ -281,7 +276,7 @@ class Partitions:
         if aligned is None:
             self._resting.wait(moment_s)
         else:
-            aligned.begin(self._settings.stream.bundle_events)
+            aligned.begin(BUNDLE_BATCHES * self._settings.stream.batch_events)
             while not aligned.is_done and (rest_s := ends_s - time.monotonic()) > 0:
                 batches += self._before_the_end(aligned.poll(rest_s))
                 if self.at_end:
@@ -354,7 +349,7 @@ class ReadPartitions(WorkerStep):
 
     def start_bundle(self) -> None:
         """Begins a moment, which all sources of the bundle share."""
-        self._ends_s = time.monotonic() + self.worker.settings.stream.bundle_ms / 1000
+        self._ends_s = time.monotonic() + self.worker.settings.stream.cut_ms / 1000
 
     def process(
         self,

@@ -1,13 +1,4 @@
-"""The resources that the steps of a distributed job share in one process; the first step that needs one opens it.
-
-An engine starts processes as needed, unpickles the steps in them, and runs several bundles at once, each in a thread.
-So steps carry a `JobPlan` and request the process's `JobWorker`, which lives as long as the process. A step takes each
-resource that only one thread may use from the worker, and returns it afterwards.
-
-Every process of a job follows the topics of attributes, but only one reports their dead letters: the one that reads
-the first source. How far it has reported is stored in Kafka, as offsets of a separate group. A process that
-replaces it reads the topics from their beginning, and reports from that offset on.
-"""
+"""The resources that the steps of a distributed job share in one process; the first step that needs one opens it."""
 
 from __future__ import annotations
 

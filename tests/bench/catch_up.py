@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 
 from deploy.kafka.broker import Broker
-from deploy.kafka.configuration import free_port
 from evaluation.measures import area_under_curve
 from evaluation.run import preprocessing_for
 from state.config.loading import load
@@ -35,6 +34,7 @@ from state.log.bulk import BulkWriter
 from state.microbatch.batch import MicroBatch, in_log_time
 from state.microbatch.codec import decode
 from state.positions import Range
+from state.process.ports import free_port
 from tests.bench.recorded import (
     SOURCE,
     Recorded,
@@ -105,7 +105,7 @@ def drained(base: Settings, kafka: Kafka, folder: Path, recorded: Recorded, part
         base,
         kafka=kafka,
         paths=Paths(state=str(folder / f"state-{partitions}")),
-        stream=dataclasses.replace(base.stream, metrics_port=free_port(), map_gb=4),
+        stream=dataclasses.replace(base.stream, metrics_port=free_port()),
     )
     events, rows = values(recorded, settings), len(recorded.users)
     keys = [str(user).encode() for user in recorded.users.tolist()]

@@ -23,13 +23,13 @@ import psutil
 
 from deploy.flink.cluster import end_jobs, url
 from deploy.kafka.broker import Broker
-from deploy.kafka.configuration import free_port
 from state.config.sections import Kafka, Paths, Stream
 from state.config.settings import Settings
 from state.errors import FlinkFailed
 from state.events.identity import load_salt
 from state.flink import JobManager
 from state.log import Topics
+from state.process.ports import free_port
 from tests.bench.report import Figure, Stages, report
 from tests.bench.stream import PARTITIONS, Clicks, latency_ms
 from tests.e2e.flink.cluster import UP_S, LocalFlink

@@ -141,11 +141,11 @@ def traffic(name: str, rows: int | None = None, flags: tuple[str, ...] = ()) -> 
         settings = load([*SEGMENTED, *flags], env={})
         found = _segmented(read_clicks(), settings)
         return Traffic(settings, _first(found, rows or found.users.size), 256)
-    slow = ("--shoppers.users", "1000", "--shoppers.drift_s", str(2 * 86_400.0)) if name == "week" else ()
+    slow = ("--shoppers.users", "1000") if name == "week" else ()
     count = rows or (200_000 if name == "week" else 150_000)
     pace = ("--shoppers.rate", str(count / WEEK_S)) if name == "week" else ()
     settings = load([*SEGMENTED, *slow, *pace, *flags], env={})
-    found = _segmented(made_clicks(settings, count), settings)
+    found = _segmented(made_clicks(settings, count, drift_s=2 * 86_400.0 if name == "week" else 120.0), settings)
     if name == "week":
         _warp(found)
     return Traffic(settings, found, 256)

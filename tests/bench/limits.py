@@ -32,10 +32,10 @@ from typing import Any
 import numpy as np
 
 from deploy.kafka.broker import Broker
-from deploy.kafka.configuration import HOST, free_port, free_ports
 from state.config.sections import Kafka
 from state.log import Topics
 from state.log.bulk import BulkWriter
+from state.process.ports import HOST, free_port, free_ports
 from state.process.wall_clock import wall_ms
 from tests.bench.loop import freshness
 from tests.bench.report import Figure, Stages, report

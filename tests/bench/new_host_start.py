@@ -30,7 +30,6 @@ import numpy as np
 import psutil
 
 from deploy.kafka.broker import Broker
-from deploy.kafka.configuration import free_port
 from deploy.serving.notes import CLICKS, Currency
 from state.config.settings import Settings
 from state.events.identity import load_salt, user_id
@@ -40,6 +39,7 @@ from state.history.store import HistoryStore
 from state.layout import CURRENT, HISTORIES, SALT
 from state.log import Topics, Writer
 from state.positions import Range
+from state.process.ports import free_port
 from state.process.wall_clock import wall_ms
 from state.registry.control import start
 from state.registry.registry import Registry
@@ -111,7 +111,7 @@ def make(settings: Settings, users: int, events: int) -> None:
     """Fills the stores of a host that has served for long; its registry has control and no version."""
     progress.say("filling the stores")
     fill(settings, users, events, users)
-    store = HistoryStore(settings.serving_dir / HISTORIES, settings.features.history, settings.serving.map_gb << 30)
+    store = HistoryStore(settings.serving_dir / HISTORIES, settings.features.history)
     store.commit(Appends.none(), [Range(SOURCE, 0, ROWS, rows=ROWS)])
     store.close()
     Registry(settings.registry_dir).propose(start(actor="bench", reason="a bench", now_ms=1))

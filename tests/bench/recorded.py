@@ -22,7 +22,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from deploy.replaying.news import NewsReaders
-from deploy.replaying.shoppers import Clicks, ShopperCrowd
+from deploy.replaying.shoppers import SEED, Clicks, Population, ShopperCrowd
 from state.attributes.values import AttributeTable
 from state.config.fields import fields_of
 from state.config.loading import load
@@ -106,9 +106,10 @@ def plain(users: U64, events: npt.NDArray[Any]) -> Recorded:
     )
 
 
-def made_clicks(settings: Settings, clicks: int, seed: int | None = None) -> Recorded:
+def made_clicks(settings: Settings, clicks: int, seed: int = SEED, drift_s: float = 120.0) -> Recorded:
     """The first clicks of synthetic shoppers, whose tastes drift."""
-    crowd = ShopperCrowd.from_settings(settings, seed, settings.shoppers.rate, START_MS)
+    shoppers, actions = settings.shoppers, settings.events.actions
+    crowd = ShopperCrowd(Population(shoppers.users, drift_s=drift_s), shoppers.rate, seed, START_MS, actions)
     return as_recorded(crowd.click(clicks), settings)
 
 

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import psutil
 
-from deploy.kafka.configuration import free_port
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
+from state.process.ports import free_port
 from state.registry.registry import Registry
 from tests.bench.report import Figure, report
 from tests.deploy.serving.fire import CATEGORIES, Asked, HostWriter, Line, Trainer, ask, events_of
@@ -43,7 +43,7 @@ def follow(settings: Settings, ended: Event) -> None:
     host = HostWriter(settings, Registry(settings.registry_dir))
     for user, category, age_ms in CLICKS:
         host.click(user, category, age_ms)
-    while not ended.wait(settings.serving.poll_ms / 1000):
+    while not ended.wait(0.02):
         host.settle()
     host.close()
 
@@ -134,7 +134,6 @@ def main() -> None:
         settings = replace(
             settings,
             paths=replace(settings.paths, state=folder),
-            serving=replace(settings.serving, map_gb=1),
         )
         settings.salt_path.write_text(SALT_KEY.decode())
         settings.salt_path.chmod(0o600)

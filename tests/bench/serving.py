@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from deploy.kafka.configuration import free_port
 from state.config.settings import Settings
 from state.layout import ROWS
+from state.process.ports import free_port
 from state.process.wall_clock import wall_ms
 from state.registry.manifest import Manifest
 from state.rows.store import RowStore
@@ -89,7 +89,7 @@ class Applying:
     """
 
     def __init__(self, settings: Settings, ids: Ids, base: Manifest, dim: int) -> None:
-        self._store = RowStore(settings.serving_dir / ROWS, settings.serving.map_gb << 30)
+        self._store = RowStore(settings.serving_dir / ROWS)
         self._rng, self._base, self._dim = np.random.default_rng(5), base, dim
         self._users = np.concatenate([ids.users, ids.others])
         self._over = threading.Event()

@@ -28,12 +28,12 @@ import numpy as np
 import psutil
 
 from deploy.kafka.broker import Broker
-from deploy.kafka.configuration import free_port
 from state.config.sections import Kafka, Paths, Stream
 from state.config.settings import Settings
 from state.log import Reader, Topics, partition_of
 from state.log.bulk import BulkWriter
 from state.microbatch.codec import decode
+from state.process.ports import free_port
 from state.process.wall_clock import wall_ms
 from tests.bench.report import Figure, report
 from tests.reading import append_encoded
@@ -207,7 +207,7 @@ def main() -> None:
     try:
         kafka = Kafka(bootstrap_servers=broker.bootstrap_servers, clicks_partitions=PARTITIONS)
         settings = Settings(
-            kafka=kafka, paths=Paths(state=str(folder / "state")), stream=Stream(metrics_port=free_port(), map_gb=4)
+            kafka=kafka, paths=Paths(state=str(folder / "state")), stream=Stream(metrics_port=free_port())
         )
         with Topics(kafka) as topics:
             topics.ensure(kafka.clicks_topic, PARTITIONS)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from state.process.ports import free_ports
 from tests.bench.report import Figure, report
 
 if TYPE_CHECKING:
@@ -147,9 +148,7 @@ def timings(group: Group | None) -> dict[str, float]:
 
 def measure(count: int, quality: str = "", steps: int = 0) -> dict[str, float]:
     """The figures of the leader of `count` workers."""
-    from trainer.worker import local_addresses
-
-    addresses = ",".join(local_addresses(count))
+    addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(map(str, range(count))).values())
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
     command = [sys.executable, "-m", "tests.bench.workers", "--quality", quality, "--steps", str(steps), "--join"]
     command.append(addresses)

@@ -95,14 +95,13 @@ def test_one_click_a_second_of_one_user_is_sized_as_by_hand() -> None:
 
 def test_no_more_users_and_rows_are_counted_than_the_settings_keep() -> None:
     few = Settings(
-        stream=replace(SETTINGS.stream, max_users=1_000_000),
-        serving=replace(SETTINGS.serving, max_users=500_000),
+        history=replace(SETTINGS.history, max_users=500_000),
         trainer=replace(SETTINGS.trainer, max_rows=1_000_000),
     )
     capped = sized(Load(clicks=10_000, users=1e7, items=1e5), few)
     a_user = VALUES["user_bytes"] + SETTINGS.features.history * VALUES["event_bytes"]
     assert capped["rows"] == 1_100_000
-    assert capped["stream_histories_bytes"] == pytest.approx(1_000_000 * a_user)
+    assert capped["stream_histories_bytes"] == pytest.approx(500_000 * a_user)
     assert capped["host_histories_bytes"] == pytest.approx(500_000 * a_user)
     shares = {limit.name: limit.share for limit in capped.limits()}
     assert (shares["`stream.max_users`"], shares["`serving.max_users`"]) == (10, 20)

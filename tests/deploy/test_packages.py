@@ -15,8 +15,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-
 from deploy.kafka.configuration import free_port
+
 from deploy.watch import scrape
 from springtide_client import Client, ClientError, __version__
 from tests.e2e.running import SHORT, Loop, until

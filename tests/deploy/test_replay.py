@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 
 from deploy.replay import main
-from deploy.replaying.shoppers import Clicks, Pace, ShopperCrowd, encode, let_click
-from state.config.sections import Events, Kafka, Shoppers
+from deploy.replaying.shoppers import Clicks, Pace, Population, ShopperCrowd, encode, let_click
+from state.config.sections import Events, Kafka
 from state.config.settings import Settings
 from state.log import Reader, Topics
 from tests import forked
@@ -34,8 +34,8 @@ ROOT = Path(__file__).parents[2]
 def crowd(
     users: int = 50, seed: int = 7, drift_s: float = 120.0, rate: float = 50.0, categories: int = 32
 ) -> ShopperCrowd:
-    shoppers = Shoppers(users=users, categories=categories, items=400, drift_s=drift_s)
-    return ShopperCrowd(shoppers, rate, seed, START_MS, Events().actions)
+    population = Population(users, categories, 400, drift_s)
+    return ShopperCrowd(population, rate, seed, START_MS, Events().actions)
 
 
 def by_user(clicks: Clicks) -> dict[str, list[tuple[int, str]]]:

@@ -15,7 +15,6 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from deploy import sections, status
-from deploy.kafka.configuration import free_port, free_ports
 from deploy.sections import kafka_lag
 from deploy.status import CONDITIONS
 from deploy.watch.figures import BORN, SPREADS
@@ -25,6 +24,7 @@ from state.config.sections import Kafka, SegmentSettings
 from state.config.settings import Settings
 from state.log import Topics, Writer
 from state.metrics import ApplierMetrics, SegmentMetrics, names, serve
+from state.process.ports import free_port, free_ports
 from state.registry import control
 from state.registry.registry import Registry
 from tests.e2e.running import until
@@ -128,7 +128,8 @@ def test_what_answers_is_shown_while_the_rest_is_away(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("collected")
 def test_segments_are_told_with_their_sizes_and_a_keeper_that_is_away_is_wrong(tmp_path: Path) -> None:
     port, own = free_port(), SegmentSettings(("busy=view.count_1h >= 2", "idle=view.count_1h == 0"))
-    settings = replace(settings_of(tmp_path), segments=replace(own, metrics_port=port))
+    settings = settings_of(tmp_path)
+    settings = replace(settings, segments=own, up=replace(settings.up, metrics_port=port - 4))
     registry = CollectorRegistry()
     metrics = SegmentMetrics(registry)
     metrics.members.labels("busy").set(1200)

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from deploy import up
-from deploy.kafka.configuration import free_port
 from deploy.startup.hints import repeated_flags
 from deploy.startup.steps import STOP_ORDER, ports, process_plans
 from state.config.loading import load
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
+from state.process.ports import free_port
 
 PORTS = (
     "serving.port",
@@ -23,7 +23,6 @@ PORTS = (
     "stream.metrics_port",
     "trainer.metrics_port",
     "serving.metrics_port",
-    "validation.metrics_port",
     "up.metrics_port",
     "kafka.port",
     "console.port",

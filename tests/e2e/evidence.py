@@ -348,7 +348,7 @@ def read_up_to(path: Path, ends: Mapping[str, int]) -> bool:
 
 def serving_differs(settings: Settings, registry: Registry) -> list[str]:
     """In what serving's rows, dense weights and labels differ from the trainer's at the version that serving names."""
-    store = RowStore(settings.serving_dir / ROWS, settings.serving.map_gb << 30, readonly=True)
+    store = RowStore(settings.serving_dir / ROWS, readonly=True)
     try:
         with store.reader() as reader:
             served = reader.served()

@@ -14,13 +14,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from deploy.children.ending import die_with
-from deploy.kafka.configuration import free_ports
 from deploy.operate.versions import rows_here
 from deploy.watch import scrape
 from deploy.watch.address import serving_address
 from state.config.loading import load
 from state.config.settings import Settings
+from state.process.ending import die_with
+from state.process.ports import free_ports
 from state.rows.reader import Served
 from tests.e2e.running import PATIENCE_S, ROOT, Loop
 

@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.children.ending import die_with, last_line
+from deploy.children.ending import last_line
 from deploy.kafka.broker import Broker
 from state.config.settings import Settings
 from state.process import killpoints
+from state.process.ending import die_with
 from tests.e2e.running import ROOT
 
 MODULES: Mapping[str, str] = {

@@ -20,12 +20,12 @@ import psutil
 
 from deploy import cli, status
 from deploy.command_line import PROCESSES
-from deploy.kafka.configuration import free_ports
 from deploy.watch import scrape
 from deploy.watch.address import serving_address
 from state.config.loading import load
 from state.config.settings import Settings
 from state.log import Topics, Writer
+from state.process.ports import free_ports
 from state.process.wall_clock import wall_ms
 from state.registry.registry import Registry
 
@@ -37,8 +37,6 @@ PORTS = (
     "stream.metrics_port",
     "trainer.metrics_port",
     "serving.metrics_port",
-    "validation.metrics_port",
-    "segments.metrics_port",
     "up.metrics_port",
     "console.port",
     "up.prometheus_port",

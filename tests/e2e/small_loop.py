@@ -49,7 +49,6 @@ from trainer.engine.step import Trainer
 from trainer.versions.program import build
 
 BATCH = 20
-MAP_GB = "1"
 TOPIC_IDS = ("ab" * 16, "cd" * 16, "ef" * 16)
 TICKS = 2000
 
@@ -213,7 +212,7 @@ class SmallLoop:
     ) -> None:
         folder.mkdir(parents=True)
         shutil.copy(salt, folder / "salt")
-        state = ("--paths.state", str(folder), "--stream.map_gb", MAP_GB, "--stream.metrics_port", "0")
+        state = ("--paths.state", str(folder), "--stream.metrics_port", "0")
         self.settings = small_settings(*state, *flags)
         ids = iter(TOPIC_IDS)
         self.log = MemoryLog(ids=lambda: next(ids))

@@ -21,8 +21,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from deploy.kafka.configuration import free_ports
 from state.log import Topics
+from state.process.ports import free_ports
 from tests.conftest import KafkaFactory
 from tests.e2e.running import until
 from tests.manifests import BASE, ROOT, Box, boxes, documents, sizes_of
@@ -155,7 +155,7 @@ def pods(tmp_path: Path, kafka_settings: KafkaFactory) -> Iterator[Pods]:
         "SPRINGTIDE_STREAM_METRICS_PORT": str(ports["stream"]["metrics"]),
         "SPRINGTIDE_TRAINER_METRICS_PORT": str(ports["trainer"]["metrics"]),
         "SPRINGTIDE_SERVING_METRICS_PORT": str(ports["applier"]["metrics"]),
-        "SPRINGTIDE_VALIDATION_METRICS_PORT": str(ports["validation"]["metrics"]),
+        "SPRINGTIDE_UP_METRICS_PORT": str(ports["validation"]["metrics"] - 2),
         "SPRINGTIDE_SERVING_PORT": str(ports["worker"]["http"]),
         "SPRINGTIDE_SERVING_GRPC_PORT": str(ports["worker"]["grpc"]),
         "SPRINGTIDE_SERVING_DRAIN_S": "0.1",

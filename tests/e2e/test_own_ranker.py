@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from deploy import cli
-from deploy.kafka.configuration import free_ports
 from state.config.loading import load
 from state.features.spec import FeatureSpec
 from state.log import Writer
+from state.process.ports import free_ports
 from state.process.wall_clock import wall_ms
 from state.registry.control import Control
 from state.registry.registry import Registry

@@ -52,7 +52,7 @@ class PastTrial:
         self.registry.propose(first_control(loop.control, None, None, By("ann", "to see", 5)))
         write_past(folder, past)
         places = ("--paths.state", loop.settings.paths.state, "--paths.registry", str(folder))
-        self.flags = (*places, "--stream.map_gb", "1", "--stream.metrics_port", "0", "--stream.cut_rows", str(BATCH))
+        self.flags = (*places, "--stream.metrics_port", "0", "--stream.cut_rows", str(BATCH))
 
     @contextmanager
     def records(self) -> Iterator[Iterator[bytes]]:

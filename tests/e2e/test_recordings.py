@@ -53,7 +53,6 @@ def settings_of(example: str, kafka_settings: KafkaFactory, state: Path) -> Sett
         "--kafka.group": kafka.group,
         "--kafka.clicks_partitions": "2",
         "--paths.state": str(state),
-        "--stream.map_gb": "1",
         "--stream.metrics_port": "0",
     }
     if load(["--config", str(EXAMPLES / example)], env={}).attributes.user_topic:

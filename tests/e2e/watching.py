@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from deploy.children.ending import die_with
-from deploy.kafka.configuration import free_port
 from deploy.startup import prometheus
 from deploy.watch import scrape
 from state.config.settings import Settings
+from state.process.ending import die_with
+from state.process.ports import free_port
 from tests import rules
 from tests.e2e.running import until
 

@@ -58,7 +58,7 @@ def settings_of(expected: Mapping[str, Any], state: Path) -> Settings:
         for name, value in expected["settings"].items()
         if OF_0_1_0.get(name) != value
     }
-    flags = ["--paths.state", str(state), "--trainer.device", "cpu", "--serving.map_gb", "1", "--stream.map_gb", "1"]
+    flags = ["--paths.state", str(state), "--trainer.device", "cpu"]
     return load(flags, env, "/dev/null")
 
 

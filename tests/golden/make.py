@@ -37,7 +37,7 @@ from kafka import KafkaConsumer, TopicPartition
 from prometheus_client import CollectorRegistry
 
 from deploy.kafka.broker import Broker, free_port
-from deploy.replaying.shoppers import ShopperCrowd
+from deploy.replaying.shoppers import Population, ShopperCrowd
 from deploy.serving.answers.host import CAUGHT_UP_EXTRA
 from deploy.serving.applier import FETCH_S, Applier
 from springtide_client import __version__ as RELEASE
@@ -189,7 +189,7 @@ def gather(settings: Settings, topics: Mapping[str, Topic], stage: Path) -> None
     shutil.copy(settings.salt_path, stage / "salt")
     for owner in (settings.stream_dir, settings.serving_dir):
         there = stage / owner.relative_to(state)
-        HistoryStore.copied(owner / "histories", there / "histories", settings.features.history, 1 << 30)
+        HistoryStore.copied(owner / "histories", there / "histories", settings.features.history)
         for name in ("rows", "attributes"):
             if (owner / name).exists():
                 compacted(owner / name, there / name)
@@ -329,13 +329,13 @@ def living(topic: Topic) -> int:
 START_MS = 1_700_000_000_000
 PARTITIONS = 2
 RATE = 0.02  # clicks per second
+CATEGORIES = 16
 COMPACT = {"cleanup.policy": "compact", "retention.ms": "-1"}
 
 SMALL = {
     "model.dim": 8, "model.hidden": "16,8", "model.popular": 4, "trainer.capacity": 64, "trainer.device": "cpu",
-    "stream.cut_rows": 80, "stream.cut_ms": 1000, "stream.batch_events": 40, "stream.map_gb": 1, "serving.map_gb": 1,
-    "stream.metrics_port": 0, "bootstrap.min_rows": 200, "shoppers.users": 60, "shoppers.categories": 16,
-    "shoppers.items": 120, "shoppers.drift_s": 20_000, "shoppers.seed": 11,
+    "stream.cut_rows": 80, "stream.cut_ms": 1000, "stream.batch_events": 40,
+    "stream.metrics_port": 0, "bootstrap.min_rows": 200, "shoppers.users": 60,
 }  # fmt: skip
 
 
@@ -391,7 +391,9 @@ def settings_for(run: str, state: Path, broker: Broker) -> Settings:
 
 def clicks_of(settings: Settings, clicks: int) -> list[tuple[str, int, bytes]]:
     """User, time and value of each click; with context each has a device, with labels some favorites are put in a cart."""
-    made = ShopperCrowd.from_settings(settings, None, RATE, START_MS).click(clicks)
+    made = ShopperCrowd(
+        Population(settings.shoppers.users, CATEGORIES, 120, 20_000.0), RATE, 11, START_MS, settings.events.actions
+    ).click(clicks)
     chance = np.random.default_rng(17)
     found = []
     for user, item, category, action, at_ms in zip(
@@ -424,7 +426,7 @@ def fill(settings: Settings) -> None:
         for number in range(0, settings.shoppers.users, 2):
             record = {"age_band": ("18-24", "25-34", "65+", None)[number % 4], "memberLevel": int(chance.integers(3))}
             writer.send(wanted.user_topic, 0, f"shopper-{number}".encode(), json.dumps(record).encode(), (), START_MS)
-        for category in range(settings.shoppers.categories):
+        for category in range(CATEGORIES):
             for rank in range(4):
                 record = {"brand": f"brand-{category % 5}", "price": round(float(chance.uniform(1, 90)), 2)}
                 key = f"item-{category:02d}-{rank:03d}".encode()

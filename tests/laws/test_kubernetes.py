@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,15 @@ SIZES = sizes_of(BASE / "kustomization.yaml")
 WORKERS = sizes_of(FOLDER / "components" / "workers" / "kustomization.yaml")["SPRINGTIDE_TRAINER_WORKER_ADDRESSES"]
 # Container -> its ports by name, and what answers GET there without a token.
 PORTS = {
-    "stream": {"metrics": "stream.metrics_port"},
-    "trainer": {"metrics": "trainer.metrics_port"},
-    "applier": {"metrics": "serving.metrics_port"},
-    "trainer-worker": {"metrics": "trainer.metrics_port"},
-    "worker": {"http": "serving.port", "grpc": "serving.grpc_port"},
-    "validation": {"metrics": "validation.metrics_port"},
-    "console": {"http": "console.port"},
-    "segments": {"segments": "segments.metrics_port"},
-    "experiments": {"experiments": "trials.metrics_port"},
+    "stream": {"metrics": attrgetter("stream.metrics_port")},
+    "trainer": {"metrics": attrgetter("trainer.metrics_port")},
+    "applier": {"metrics": attrgetter("serving.metrics_port")},
+    "trainer-worker": {"metrics": attrgetter("trainer.metrics_port")},
+    "worker": {"http": attrgetter("serving.port"), "grpc": attrgetter("serving.grpc_port")},
+    "validation": {"metrics": attrgetter("up.validation_port")},
+    "console": {"http": attrgetter("console.port")},
+    "segments": {"segments": attrgetter("up.segments_port")},
+    "experiments": {"experiments": attrgetter("up.experiments_port")},
 }
 WITHOUT_KAFKA = ("worker", "kernels", "compactor", "trainer-worker")
 nobody: Any = None
@@ -147,7 +148,7 @@ def test_a_container_says_what_it_takes_and_has_an_end_of_it(box: Box) -> None:
 @pytest.mark.parametrize("box", lasting(), ids=lambda box: box.name)
 def test_ports_are_those_of_the_settings_and_probes_ask_what_answers_there(box: Box) -> None:
     settings = box.settings(SIZES)
-    assert box.ports == {name: settings.value(setting) for name, setting in PORTS[box.name].items()}
+    assert box.ports == {name: port(settings) for name, port in PORTS[box.name].items()}
     probes = {name: box.told[name]["httpGet"] for name in box.told if name.endswith("Probe")}
     assert "livenessProbe" in probes
     for asked in probes.values():
@@ -326,7 +327,7 @@ def test_the_image_is_what_the_manifests_expect() -> None:
     told = dict(re.findall(r"(\w+)=(\S+?)(?: \\)?$", IMAGE, re.M))
     assert MALLOC.items() <= told.items(), "as `springtide up` starts its parts"
     exposed = {int(one) for one in re.findall(r"^EXPOSE (.*)$", IMAGE, re.M)[0].split()}
-    assert exposed == {Settings().value(setting) for ports in PORTS.values() for setting in ports.values()}
+    assert exposed == {port(Settings()) for ports in PORTS.values() for port in ports.values()}
     for source in re.findall(r"^COPY (?!--from)(.*) \S+$", IMAGE, re.M):
         assert all((ROOT / one).exists() for one in source.split())
     ignored = (ROOT / "deploy" / "container" / "Dockerfile.dockerignore").read_text()

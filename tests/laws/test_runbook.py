@@ -195,5 +195,5 @@ def test_a_lost_salt_a_full_store_and_a_power_cut_name_what_their_sections_do() 
     assert "paths.salt_file" in str(MissingSalt.at("salt")) and "springtide config paths.salt_file" in section_of(
         MissingSalt
     )
-    assert {"stream.map_gb", "serving.map_gb"} <= set(re.findall(r"`(\w+\.\w+)`", section_of(StoreFull)))
+    assert {"storage.budget_gb"} <= set(re.findall(r"`(\w+\.\w+)`", section_of(StoreFull)))
     assert re.findall(r"`(springtide \S+)`", HistoryStore.remedy)[0] in section_of(CorruptStore).splitlines()

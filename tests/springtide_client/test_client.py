@@ -18,7 +18,6 @@ import httpx
 import msgspec
 import pytest
 
-from deploy.kafka.configuration import free_port
 from deploy.serving.rest import App
 from springtide_client import (
     AsyncClient,
@@ -35,6 +34,7 @@ from springtide_client import (
     Unreachable,
     User,
 )
+from state.process.ports import free_port
 from tests.deploy.serving.conftest import lowered as lowered
 from tests.deploy.serving.conftest import stores as stores
 from tests.deploy.serving.http_api.test_app import app as app

@@ -10,7 +10,7 @@ import pytest
 
 from springtide_client import AsyncClient
 from springtide_client.answers import ServingHost
-from springtide_client.routing import AVOIDED_S, TABLE_S, Routes
+from springtide_client.client import AVOIDED_S, TABLE_S, Routes
 from tests.deploy.serving.conftest import lowered as lowered
 from tests.deploy.serving.test_routing import NOW_MS, USERS, Network, of_shares
 from tests.deploy.serving.test_routing import network as network

@@ -10,7 +10,6 @@ from importlib import metadata
 import pytest
 from prometheus_client import CollectorRegistry
 
-from deploy.kafka.configuration import free_port
 from state.errors import PortTaken
 from state.metrics import (
     OF_ANY_PROCESS,
@@ -21,6 +20,7 @@ from state.metrics import (
     names,
     serve,
 )
+from state.process.ports import free_port
 
 FORBIDDEN_LABELS = {"user", "user_id", "item", "item_id", "category", "id", "version"}
 

@@ -44,7 +44,7 @@ def write_recording(folder: Path) -> Path:
 
 def flags_of(folder: Path) -> list[str]:
     own = {"paths.state": folder / "state", "events.label": "bought", "events.context": "device"}
-    own |= {"bootstrap.shard_rows": 100, "bootstrap.sample_rows": ROWS, "stream.map_gb": 1, "stream.batch_events": 64}
+    own |= {"bootstrap.shard_rows": 100, "bootstrap.sample_rows": ROWS, "stream.batch_events": 64}
     return [f"--{name}={value}" for name, value in own.items()]
 
 
@@ -127,7 +127,6 @@ def test_a_label_that_came_later_is_in_the_example_of_its_impression_and_one_wit
     own += [
         "--labels.outcomes=click",
         "--labels.wait_s=120",
-        "--stream.map_gb=1",
         f"--paths.state={tmp_path / 'state'}",
     ]
     said = bootstrap(tmp_path / "clicks.csv", *own, "--examples", tmp_path / "examples")
@@ -197,7 +196,7 @@ def test_files_without_a_click_are_one_line_with_the_reasons(tmp_path: Path) -> 
     path = tmp_path / "clicks.jsonl"
     path.write_text('{"user": "a", "item": 1, "category": 2, "action": "dance", "time": 1700000000}\n' * 3)
     with pytest.raises(SpringtideError, match=r"no row of .*3 dead letters \(3 unknown_action\); correct \[events\]"):
-        bootstrap(path, "--paths.state", tmp_path / "state", "--stream.map_gb", 1)
+        bootstrap(path, "--paths.state", tmp_path / "state")
     assert Registry(tmp_path / "state" / "registry").specs.names() == []
 
 

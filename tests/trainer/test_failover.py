@@ -12,11 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.kafka.configuration import free_port
 from deploy.watch import scrape
 from state.config.settings import Settings
 from state.file_store import open_store
 from state.log import Log
+from state.process.ports import free_port
 from state.process.wall_clock import wall_ms
 from state.registry.registry import Registry
 from state.registry.sync import CATALOG, read_catalog

@@ -12,12 +12,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.kafka.configuration import free_port
 from state.config.settings import Settings
 from state.features.masked_users import MaskedUsers
 from state.log import Log
 from state.microbatch.codec import decode
 from state.positions import Source
+from state.process.ports import free_port
 from state.registry.control import erase, roll_back
 from state.registry.registry import Registry
 from tests.conftest import KafkaFactory

@@ -22,6 +22,7 @@ calibrated probabilities (Platt 1999). The second uses logits from before their 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -29,12 +30,97 @@ import numpy as np
 import numpy.typing as npt
 
 from state.churn import CODE, STEEPEST_LOGIT, ChurnInputs, ChurnWeights, Horizon, calibrated, tensors_of
+from state.compiled import compiled_sums
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import Kind, MicroBatch
-from trainer.churn.regression import OnlineRegression
 from trainer.measures.evaluation import BINS, LOGIT_RANGE, SOME, area_under_curve, fade
 from trainer.tables.index import U64, IdIndex, hashed_uniform
+
+HALVINGS = 40
+
+
+class OnlineRegression:
+    """A logistic regression that learns online.
+
+    Args:
+        mean: `[I]` float64, the weights before the first example.
+        variance: The initial variance of each weight.
+        drift: The amount by which each variance grows with each example.
+    """
+
+    def __init__(self, mean: F64, variance: float, drift: float) -> None:
+        self._first, self._variance, self._drift = mean.copy(), variance, drift
+        self.clear()
+
+    def clear(self) -> None:
+        """Resets to the initial state."""
+        self.mean: F64 = self._first.copy()
+        # The matrix is symmetric: only the diagonal and the part above it are used.
+        self._covariance: F64 = np.eye(self.mean.size) * self._variance
+
+    def learn(self, inputs: F64, outcome: npt.NDArray[np.bool_]) -> F64:
+        """Learns `[n, I]` float64 inputs and their `[n]` bool outcomes one after another.
+
+        Returns `[n]` float64, the logit of each example before it was learned.
+        """
+        logits = np.empty(len(outcome))
+        inputs, outcomes = np.ascontiguousarray(inputs), outcome.astype(np.float64)
+        _learn(inputs, outcomes, self.mean, self._covariance, self._variance, self._drift, logits)
+        return logits
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """The whole state, to be stored in a version."""
+        return {"mean": self.mean.copy(), "covariance": self._covariance[np.triu_indices(self.mean.size)]}
+
+    def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Restores what `state` returned."""
+        self.mean = np.array(state["mean"])
+        self._covariance = np.zeros((self.mean.size, self.mean.size))
+        self._covariance[np.triu_indices(self.mean.size)] = state["covariance"]
+
+
+@compiled_sums("f8[:, ::1], f8[::1], f8[::1], f8[:, ::1], f8, f8, f8[::1]")
+def _learn(inputs: F64, outcomes: F64, mean: F64, covariance: F64, variance: float, drift: float, logits: F64) -> None:
+    size = mean.shape[0]
+    along = np.empty(size)
+    for n in range(inputs.shape[0]):
+        example = inputs[n]
+        logit = 0.0
+        for j in range(size):
+            logit += mean[j] * example[j]
+        logits[n] = logit
+        along[:] = 0.0
+        for i in range(size):
+            value = example[i]
+            total = covariance[i, i] * value
+            for j in range(i + 1, size):
+                total += covariance[i, j] * example[j]
+                along[j] += covariance[i, j] * value
+            along[i] += total
+        spread = 0.0
+        for j in range(size):
+            spread += along[j] * example[j]
+        low = high = logit
+        reach = spread * (outcomes[n] - 1.0 / (1.0 + math.exp(-logit)))
+        low, high = min(logit, logit + reach), max(logit, logit + reach)
+        for _ in range(HALVINGS):
+            middle = 0.5 * (low + high)
+            if middle - logit > spread * (outcomes[n] - 1.0 / (1.0 + math.exp(-middle))):
+                high = middle
+            else:
+                low = middle
+        share = 1.0 / (1.0 + math.exp(-0.5 * (low + high)))
+        step, curve = outcomes[n] - share, share * (1.0 - share)
+        curve /= 1.0 + curve * spread
+        for i in range(size):
+            mean[i] += along[i] * step
+            scaled = curve * along[i]
+            for j in range(i, size):
+                covariance[i, j] -= scaled * along[j]
+            if covariance[i, i] < variance:
+                covariance[i, i] += drift
+
 
 I64 = npt.NDArray[np.int64]
 U16 = npt.NDArray[np.uint16]

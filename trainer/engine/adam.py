@@ -1,8 +1,4 @@
-"""Adam for the dense weights, and averaged Adam for the fast weights, which change within a record.
-
-`Adam` keeps weights and slots in TensorFlow variables, for the TensorFlow engine. `HostAdam` keeps them in host arrays,
-for the compiled engine. Each version stores the slots, so that a restored trainer continues with the same bits.
-"""
+"""Adam for the dense weights, and averaged Adam for the fast weights, which change within a record."""
 
 from __future__ import annotations
 

@@ -5,8 +5,6 @@
 3. Each worker measures the rows of its users: scores, and the gradient.
 4. The workers exchange scores and gradients. Each adds the gradients in the order of the workers, so that all apply the
    same bits. Fast weights are averaged by rows. What crosses learn is added up.
-
-Sums are rounded by worker, so the weights depend on the number of workers, which is part of the environment of a version.
 """
 
 from __future__ import annotations

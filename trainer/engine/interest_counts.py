@@ -6,9 +6,6 @@ Of the accepted updates of each record, in the order of their rows:
    these (`trainer/measures/progressive.py`).
 2. A row that is a click teaches the weights: one step of softmax regression over the row's candidates, with Adagrad.
 3. Its category is counted: in a list over all clicks, and in those of its user's newest category and newest item.
-
-All of it is a function of the log. Rows with a label below 0.5 are not clicks. With a privacy budget nothing is learned.
-The guard has judged the updates by the model's own losses, and the model learns from these alone.
 """
 
 from __future__ import annotations

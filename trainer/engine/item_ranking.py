@@ -6,9 +6,6 @@ It processes the rows of accepted updates in order, record by record:
    regression over the candidates that serving would have (`state/ranking/item_scores.py`).
 2. Each click is counted in several lists: of its category, of its context, of all clicks, of the user's previous item,
    and of the user.
-
-The result is a function of the log. Rows with a label below 0.5 are not clicks. With a privacy budget nothing is
-learned.
 """
 
 from __future__ import annotations

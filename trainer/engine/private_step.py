@@ -5,18 +5,18 @@
 3. The rows of each unit together are scaled to `privacy.clip`, each loss to a share of it.
 4. Noise is added. The key and the history of the record determine it. Only then does the guard, an optimizer or a
    version see the sum.
-
-`docs/model/privacy.md` describes what this guarantees.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
@@ -32,10 +32,42 @@ from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.model.preprocessing import Preprocessing
 from trainer.privacy.accounting import COUNT_NOISE, noise_for
 from trainer.privacy.history import History, NoisePlace, own_key
-from trainer.privacy.noise import Noise
 from trainer.privacy.participation import Participation
 from trainer.tables.index import U64
 from trainer.tables.popular import ONE, Popular
+
+F64 = npt.NDArray[np.float64]
+
+_UNIT = 2.0**-53
+
+
+class Noise:
+    """The noise of one key."""
+
+    def __init__(self, key: bytes) -> None:
+        # BLAKE2b accepts keys of at most 64 bytes.
+        self._key = hashlib.blake2b(key, digest_size=64, person=b"springtide noise").digest()
+
+    def normal(self, name: str, count: int) -> F64:
+        """Standard normal numbers, `[count]` float64. The first ones are the same for any `count`; `name` is unique to their use.
+
+        >>> one, other = Noise(b"a key of a test"), Noise(b"another one")
+        >>> bool((one.normal("here", 3) == one.normal("here", 8)[:3]).all())
+        True
+        >>> bool((one.normal("here", 3) == other.normal("here", 3)).any() or (one.normal("there", 3) == one.normal("here", 3)).any())
+        False
+        """
+        key = hashlib.blake2b(name.encode(), key=self._key, digest_size=32).digest()
+        pairs = -(-count // 2)
+        stream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor().update(bytes(16 * pairs))
+        words = np.frombuffer(stream, "<u8").reshape(pairs, 2) >> np.uint64(11)
+        # In (0, 1], so that its logarithm is finite: at most 8.57 standard deviations.
+        length = np.sqrt(-2.0 * np.log((words[:, 0] + np.uint64(1)).astype(np.float64) * _UNIT))
+        angle = words[:, 1].astype(np.float64) * (2.0 * np.pi * _UNIT)
+        numbers = np.empty((pairs, 2))
+        numbers[:, 0], numbers[:, 1] = length * np.cos(angle), length * np.sin(angle)
+        return numbers.reshape(-1)[:count]
+
 
 NOISE_FLOOR = 0.3
 """Added to the root of Adam's mean squared derivative, in units of the noise of a derivative (Reddi et al. 2021).

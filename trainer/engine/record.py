@@ -1,8 +1,4 @@
-"""A record as the host prepares it before any engine computes: ids, values, masks and targets, by name.
-
-The names are those of the table of inputs (`trainer/model/inputs.py`). An input with a table consists of the rows of
-the ids of that name. Any other input is the value of its own name.
-"""
+"""A record as the host prepares it before any engine computes: ids, values, masks and targets, by name."""
 
 from __future__ import annotations
 

@@ -8,8 +8,6 @@ One graph measures a record:
 3. `score` and `losses` run over blocks of rows (`Blocks`). After each block the fast weights move, before the next one
    is scored; without fast weights all rows are one block. Derivatives by the encoded and gathered values are collected.
 4. The derivatives go back through `encode` to dense weights and rows.
-
-A second graph applies: Adam to the dense weights, Adagrad to the rows.
 """
 
 from __future__ import annotations

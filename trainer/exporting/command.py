@@ -1,8 +1,4 @@
-"""Exports a version: `springtide export [--version V]`, or with `--tflite FILE` as one file for a device.
-
-The command is a separate process that loads TensorFlow. It runs next to the live system and reads the registry and the
-log. Of two exports of SavedModels at the same time the second is refused.
-"""
+"""Exports a version: `springtide export [--version V]`, or with `--tflite FILE` as one file for a device."""
 
 from __future__ import annotations
 
@@ -40,6 +36,8 @@ from state.registry.registry import Registry
 
 NICENESS = 10
 MOST_ROWS = 10_000
+KEPT = 3
+"""Number of the newest SavedModels that stay."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -170,8 +168,8 @@ def run(settings: Settings, args: argparse.Namespace) -> None:
         with DirectoryLock(folder):
             saved_model.sweep(folder)
             exporting.export_saved_model(compared, folder, print, known)
-            for version in saved_model.keep_newest(folder, settings.export.keep):
-                print(f"removed      version {version}, for export.keep is {settings.export.keep}")
+            for version in saved_model.keep_newest(folder, KEPT):
+                print(f"removed      version {version}: the newest {KEPT} stay")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,8 +7,6 @@ usual. A signal is compared with the slice's earlier signals as in `rules.py`, w
 - A slice has few rows, so the usual deviation is at least the standard error of the signal.
 - The largest deviation of k slices is large by chance. Usual deviations are widened so that the largest exceeds the
   slack as rarely as a single slice would (Bonferroni).
-
-Each slice has its own sum; the largest is the sum of the rule.
 """
 
 from __future__ import annotations

@@ -1,12 +1,4 @@
-"""Slices: metrics of subsets of rows, by action, by new and known users, and by attribute values.
-
-Each row belongs to one slice of each dimension. The metrics use the predictions of `progressive.py` and of the
-engagement head before learning. Each dimension has a bounded number of slices (`slices.py` assigns those of attributes),
-so the metrics are bounded, and a function of the log.
-
-Metrics are recent, with the half-life of `Evaluation`, and have 95 % confidence intervals (`intervals.py`). They
-influence no decision. Each durable version stores them.
-"""
+"""Slices: metrics of subsets of rows, by action, by new and known users, and by attribute values."""
 
 from __future__ import annotations
 

@@ -7,8 +7,6 @@ The candidates of a row are:
 - what came next most often after the newest category, over all users (S slots)
 - one more slot: the row's own category if no other slot has it, else a category that another row of the batch clicked.
   It teaches the model the value of "something else"
-
-Only the target slot and the last slot depend on the row's own event.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The losses: softmax cross-entropy over a row's candidates, and log loss of (user, item) pairs.
-
-Their weights (`engagement_share`, `loss_scale`) are in `hyperparameters.py`.
-"""
+"""The losses: softmax cross-entropy over a row's candidates, and log loss of (user, item) pairs."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""The ranker interface: scores of candidates and pairs as a function of inputs and weights, and the loss.
-
-An engine (`trainer/engine`) gathers what `inputs` names, differentiates `losses`, and updates weights and rows. A version
-stores `dense` and the rows of `tables`. Serving runs the program of `predict`.
-"""
+"""The ranker interface: scores of candidates and pairs as a function of inputs and weights, and the loss."""
 
 from __future__ import annotations
 

@@ -131,10 +131,10 @@ def own_key(settings: Settings) -> bytes:
         if settings.privacy_ledger_path.exists():
             raise SettingsError(
                 f"there is no key of the noise at {path}, and versions were learned with one",
-                "restore the file, or set privacy.key_file to where it is",
+                "restore the file",
             )
         if private_files.make_key(path):
             logger.warning(
                 "made a new key of the noise at %s: keep a copy, for without it no version can be verified", path
             )
-    return private_files.read_key(path, "the key of the noise", "privacy.key_file")
+    return private_files.read_key(path, "the key of the noise")

@@ -1,7 +1,4 @@
-"""Counts what came next after each category, over all users: typed lists on the host, without learned weights.
-
-Lists are converted to and from float32 rows only for a version (`state/ranking/transitions.py`).
-"""
+"""Counts what came next after each category, over all users: typed lists on the host, without learned weights."""
 
 from __future__ import annotations
 

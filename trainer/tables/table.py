@@ -1,7 +1,4 @@
-"""Embedding tables: one learned row per id, with an Adagrad accumulator.
-
-`Table` keeps rows and accumulators in host arrays, `DeviceTable` in TensorFlow variables on the trainer's device.
-"""
+"""Embedding tables: one learned row per id, with an Adagrad accumulator."""
 
 from __future__ import annotations
 

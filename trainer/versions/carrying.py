@@ -1,11 +1,4 @@
-"""What a trainer continues from: its version bit for bit, or what another model carries over from it.
-
-A table is carried over if it keeps its name and width, a dense weight if it keeps its name and shape; the optimizer's
-slots follow it. Counters, metrics, popular categories and transition counts are facts of the log and always carried over.
-
-To promote an experiment, the live trainer takes over the state of the experiment's trainer. The epoch's first version is
-then a delta of the live version that the epoch begins from, so readers of versions need no knowledge of experiments.
-"""
+"""What a trainer continues from: its version bit for bit, or what another model carries over from it."""
 
 from __future__ import annotations
 

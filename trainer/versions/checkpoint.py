@@ -146,14 +146,13 @@ def begin(trainer: Trainer, description: Mapping[str, Any]) -> None:
         trainer.popular.load({"ids": ids, "counts": counts, "hour": hour})
 
 
-def environment(
-    settings: Settings, device: str, engine: str = "compiled", cpuinfo: Path = Path("/proc/cpuinfo")
-) -> dict[str, str]:
+def environment(settings: Settings, device: str, engine: str = "compiled") -> dict[str, str]:
     """What the bits of a step depend on besides the log. Versions with different environments are not comparable.
 
-    `device` has the variables. `cpuinfo` lists the CPU's features.
+    `device` has the variables.
     """
     flags: set[str] = set()
+    cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
             name, _, value = line.partition(":")
@@ -209,7 +208,7 @@ def private(settings: Settings) -> dict[str, str]:
     if not settings.privacy.epsilon:
         return {}
     numbers = dataclasses.asdict(settings.privacy)
-    parameters = {f"privacy.{name}": str(value) for name, value in numbers.items() if name != "key_file"}
+    parameters = {f"privacy.{name}": str(value) for name, value in numbers.items()}
     return parameters | {"privacy.key": private_files.fingerprint(own_key(settings))}
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from state.config.settings import Settings
 from state.errors import UnusableRegistry
+from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import TrainerMetrics
 from state.registry.control import Control
 from state.registry.log_line import epoch_at
@@ -47,7 +48,7 @@ class Drafter:
     @classmethod
     def of(cls, settings: Settings, trainer: Trainer, spec: str, program: str, salt: str) -> Drafter:
         """The drafter of a process with these settings."""
-        topic, partition = settings.kafka.microbatches_topic, settings.trainer.partition
+        topic, partition = settings.kafka.microbatches_topic, TRAINING_PARTITION
         environment = checkpoint.environment(settings, trainer.device, trainer.engine.name)
         return cls(topic, partition, spec, program, salt, environment)
 

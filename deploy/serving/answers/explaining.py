@@ -8,8 +8,6 @@
    (Castro, Gomez and Tejada 2009).
 3. Each part is returned with the events behind it, in words. A check confirms that the parts add up to the
    difference.
-
-The fields of the explanation are those of the JSON that the API returns.
 """
 
 from __future__ import annotations

@@ -168,15 +168,13 @@ class Host:
 
     def _open(self) -> Predictor:
         settings, folder = self._settings, self._settings.serving_dir
-        map_bytes, shares = settings.serving.map_gb << 30, settings.serving.user_shares
+        shares = settings.serving.user_shares
         try:
-            self._rows = RowStore(folder / ROWS, map_bytes, readonly=True, shares=shares)
-            self._histories = HistoryStore(
-                folder / HISTORIES, settings.features.history, map_bytes, readonly=True, shares=shares
-            )
+            self._rows = RowStore(folder / ROWS, readonly=True, shares=shares)
+            self._histories = HistoryStore(folder / HISTORIES, settings.features.history, readonly=True, shares=shares)
             self._histories.numbering, _ = numbered(self._histories.extra(ACTIONS), self._spec.actions)
             if self._tables:
-                self._attributes = AttributeStore(folder / ATTRIBUTES, map_bytes, readonly=True, shares=shares)
+                self._attributes = AttributeStore(folder / ATTRIBUTES, readonly=True, shares=shares)
         except StoreError as error:
             raise NotReady(error.what, error.do) from error
         return Predictor(

@@ -1,9 +1,5 @@
 """Computes users' profiles from the host's stores: histories to windows, rows to logits, logits to answers.
 
-Every answer reads one version in one transaction over pointer, rows, dense weights and mask, and one snapshot of the
-user's history. Queries that arrive together form a batch: the program takes 55 us for one row and 150 us for
-sixteen.
-
 1. Read pointer, control and mask; load program and dense weights if the version changed.
 2. Compute the users' pseudonyms with the salt, and read their histories.
 3. Compute the windows as of `at`, without masked events; look up categories, and the attributes of user and item.

@@ -1,7 +1,4 @@
-"""Runs a LiteRT program with the model's two signatures: `load(weights)` and `predict(inputs)`.
-
-The program is shipped once; weights are data of each version and load in tens of microseconds.
-"""
+"""Runs a LiteRT program with the model's two signatures: `load(weights)` and `predict(inputs)`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Candidates of a recommendation with their scores, from the item lists and the weights of one version.
-
-The trainer learns both (`trainer/engine/item_ranking.py`). The user's own items come from the host's history, which is newer
-than the version.
-"""
+"""Candidates of a recommendation with their scores, from the item lists and the weights of one version."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class HostSegments:
     """Reads segments, members and lookalikes. Used by one thread."""
 
     def __init__(self, settings: Settings, salt: Salt) -> None:
-        self._path, self._map_bytes = settings.serving_dir / SEGMENTS, settings.serving.map_gb << 30
+        self._path = settings.serving_dir / SEGMENTS
         self._lists, self._listed = settings.serving_dir / LOOKALIKES, settings.segments.lookalikes
         self._texts, self._salt = texts_of(settings), salt
         self._store: SegmentStore | None = None
@@ -106,7 +106,7 @@ class HostSegments:
         if self._store is None or file != self._file:
             self.close()
             try:
-                self._store = SegmentStore(self._path, self._map_bytes, readonly=True)
+                self._store = SegmentStore(self._path, readonly=True)
             except StoreError as error:
                 raise NotReady(error.what, error.do) from error
             self._file = file

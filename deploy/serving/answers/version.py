@@ -1,8 +1,4 @@
-"""A version loaded into a worker: its program with weights, features, popular categories, and rows read so far.
-
-Also the names and categories that the host's histories hold. Rows that are the same in the next version are not read again.
-A version uses its own feature spec, even if the settings have changed since.
-"""
+"""A version loaded into a worker: its program with weights, features, popular categories, and rows read so far."""
 
 from __future__ import annotations
 

@@ -5,12 +5,6 @@
 3. Treat positions that no micro-batch covers as a gap: count it, log it, and continue.
 4. For each record, commit histories, source positions, the topic's position, names, items' categories and the event
    clock together.
-
-Records that are not on control's branch of the log are skipped. If the branch point is before the end of the
-histories, the histories are rolled back to it first.
-
-The topic is opened where the histories end, or where the remaining log ends if it was truncated before that
-position.
 """
 
 from __future__ import annotations
@@ -27,7 +21,7 @@ from deploy.serving.following.parity import Parity
 from deploy.serving.following.remembered import Remembered
 from deploy.serving.item_feed import ItemFeed
 from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA, DAY_MS, SEEN, item_extra, item_value
-from state.config.sections import ServingSettings
+from state.config.sections import HistorySettings
 from state.errors import MicroBatchError, SaltMismatch, StoreFull, TruncatedLog
 from state.features.erased import Erased
 from state.features.mask import Mask
@@ -53,7 +47,7 @@ POSITION_EXTRA = "microbatches"
 RECORDS_AT_ONCE = 8  # between two polls of control and two rounds of maintenance
 EVERY_MS = 1000
 MAX_ITEMS = 1_000_000  # whose category is stored, and of names; those not seen for longest are evicted first
-DEFAULTS = ServingSettings()
+DEFAULTS = HistorySettings()
 _log = logging.getLogger(__name__)
 
 
@@ -68,7 +62,7 @@ class Upkeep:
         self,
         store: HistoryStore,
         reach_ms: int,
-        settings: ServingSettings,
+        settings: HistorySettings,
         metrics: ApplierMetrics,
         now_ms: Callable[[], int],
         lose: Callable[[], None] = lambda: None,
@@ -141,7 +135,7 @@ class HistoryFollower:
         accepted: Callable[[], Sequence[Accepted]] = tuple,
         actions: Callable[[str], Sequence[str] | None] = lambda spec: None,
         own_salt: str | None = None,
-        kept: ServingSettings = DEFAULTS,
+        kept: HistorySettings = DEFAULTS,
     ) -> None:
         self._store, self._erased = store, Erased.NOBODY
         self._accepted, self._named, self._spec = accepted, actions, spec
@@ -158,7 +152,7 @@ class HistoryFollower:
         """Restarts from the store's content, after a snapshot was loaded into it."""
         store, metrics, now_ms = self._store, self._metrics, self._now_ms
         self._line, self._marks = branch_of(store), store.positions()
-        self._parity = Parity(store, self._spec, self._reach_ms, self._kept, metrics, now_ms)
+        self._parity = Parity(store, self._spec, self._reach_ms, metrics, now_ms)
         self._upkeep = Upkeep(store, self._reach_ms, self._kept, metrics, now_ms, self._parity.lose)
         salt = store.extra(SALT_EXTRA)
         self._salt, self._begun = self._own_salt if salt is None else salt.decode(), bool(self._marks)
@@ -290,9 +284,7 @@ class HistoryFollower:
                 where = (offset, batch.partition, missing)
                 _log.error("record %d of partition %d: %d positions before it are in no micro-batch", *where)
             self._parity.meet(batch_read.header.ranges, marks, missing)
-            events_here = happened(batch_read.kind)
-            self._metrics.history_duplicates.inc(int((events_here & ~keep).sum()))
-            new_events = batch_read.take(events_here & keep & ~erased_rows(batch_read, self._erased))
+            new_events = batch_read.take(happened(batch_read.kind) & keep & ~erased_rows(batch_read, self._erased))
             ranges.extend(parts)
             events.append(events_of(new_events, new_events.header.ranges))
             users.append(new_events.user)

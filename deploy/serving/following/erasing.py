@@ -1,7 +1,4 @@
-"""Erases users from a host's histories, and reports the progress to the registry; `versions.py` handles the row store.
-
-Answers exclude erased users, by the mask, as soon as the applier has read control.
-"""
+"""Erases users from a host's histories, and reports the progress to the registry; `versions.py` handles the row store."""
 
 from __future__ import annotations
 

@@ -7,8 +7,6 @@ histories, the windows computed from these must be equal for the same time, bit 
     differs  they differ: training and serving use different features
     unknown  they may differ for a known reason: another feature spec, a mask that only one side has yet, or
              histories that may lack events of a window (from before this host started, or in a gap)
-
-Each comparison reads one user and calls the window kernel once, outside the transaction.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from state.config.sections import ServingSettings
 from state.features.arrays import Vector
 from state.features.mask import Mask
 from state.features.spec import EVENT, Events, FeatureSpec, vectorise_many
@@ -32,6 +29,7 @@ from state.positions import Range, Source
 from state.process.said_once import SaidOnce
 
 WHOLE_EXTRA = "whole"
+EVERY_MS = 1000
 """An extra of the histories: the log time in ms before which they may lack events; 0 if they lack none."""
 
 EQUAL, DIFFERS, UNKNOWN = OUTCOMES = ("equal", "differs", "unknown")
@@ -82,13 +80,12 @@ class Parity:
         store: HistoryStore,
         spec: FeatureSpec,
         reach_ms: int,
-        settings: ServingSettings,
         metrics: ApplierMetrics,
         now_ms: Callable[[], int],
         choose: Callable[[int], int] = random.randrange,
     ) -> None:
         self._store, self._spec, self._reach_ms = store, spec, reach_ms
-        self._every_ms, self._now_ms, self._choose = round(1000 * settings.parity_every_s), now_ms, choose
+        self._now_ms, self._choose = now_ms, choose
         self._counted = {outcome: metrics.parity_rows.labels(outcome) for outcome in OUTCOMES}
         self._say, self._compared_ms, self.mask = SaidOnce(_log.error), 0, Mask.NONE
         stored = store.extra(WHOLE_EXTRA)
@@ -124,7 +121,7 @@ class Parity:
         pending commit; the last part belongs to `rows`, which has one row per event.
         """
         now_ms = self._now_ms()
-        if not self._every_ms or 0 <= now_ms - self._compared_ms < self._every_ms:
+        if 0 <= now_ms - self._compared_ms < EVERY_MS:
             return
         held_rows = np.flatnonzero(self._store.shares.has(rows.user))
         if not len(held_rows):

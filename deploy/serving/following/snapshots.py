@@ -1,9 +1,4 @@
-"""Snapshots of a host's histories: writes them while clicks are applied, and loads one into a store that has none.
-
-Of the hosts that hold the same users, only the host that wrote their newest snapshot writes. Another host takes over if
-there is no new snapshot for `STANDBY` intervals. If two hosts begin at once, both write, but only one document is
-created. The files of the other are removed with later snapshots.
-"""
+"""Snapshots of a host's histories: writes them while clicks are applied, and loads one into a store that has none."""
 
 from __future__ import annotations
 

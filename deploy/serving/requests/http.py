@@ -1,8 +1,4 @@
-"""HTTP requests, responses and endpoints, and the router; parses parameters and bodies into the types an endpoint declares.
-
-A type is a `msgspec.Struct` that forbids unknown fields; the OpenAPI document is built from the same types. An error
-names its position in the request: a JSON pointer into the body, or the name of a parameter.
-"""
+"""HTTP requests, responses and endpoints, and the router; parses parameters and bodies into the types an endpoint declares."""
 
 from __future__ import annotations
 

@@ -4,9 +4,6 @@
 2. Else the request is forwarded to a live host of the share (`state/registry/hosts.py`). If that host fails, another one
    is tried. A header marks the request, so that no host forwards it again.
 3. A batch is divided by host, and its rows are joined in their order.
-
-A worker renews its host's entry while it is ready, and withdraws it when it begins to drain. So a new host gets requests
-only once its histories have reached the end of the training log.
 """
 
 from __future__ import annotations

@@ -4,9 +4,6 @@
 2. For the arm `trial`, forward the query unchanged to the workers at `rollout.address`.
 3. If they do not answer, this worker answers, and the exposure records the failure.
 4. The answer names its arm in the header `springtide-arm`, and the exposure is stored.
-
-In a batch, each row has its own arm. The trial's workers answer their rows while this worker answers the others.
-Batches have no latency comparison, because the parts differ in size.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def fill(settings: Settings, users: int, events: int, rows: int) -> tuple[Ids, M
 
 
 def _fill_histories(settings: Settings, ids: Ids, events: int, now_ms: int, rng: np.random.Generator) -> None:
-    histories = HistoryStore(settings.serving_dir / HISTORIES, settings.features.history, settings.serving.map_gb << 30)
+    histories = HistoryStore(settings.serving_dir / HISTORIES, settings.features.history)
     for first in range(0, len(ids.users), 2000):
         some = ids.users[first : first + 2000]
         clicks = np.zeros(len(some) * events, EVENT)
@@ -125,7 +125,7 @@ def _fill_rows(settings: Settings, ids: Ids, now_ms: int, rng: np.random.Generat
         rows=1, created_at_ms=now_ms, event_time_ms=now_ms, spec=spec.digest, program=digest,
         salt=load_salt(settings.salt_path).fingerprint, mask_generation=0, metrics={}, environment={}, files={},
     )  # fmt: skip
-    rows = RowStore(folder / ROWS, settings.serving.map_gb << 30)
+    rows = RowStore(folder / ROWS)
     rows.apply(manifest, tensors, now_ms, follow=True)
     rows.close()
     return manifest, model

@@ -110,7 +110,7 @@ class Serving:
         )
         spec = FeatureSpec.from_settings(settings)
         self.clicks = HistoryFollower(
-            self.histories, spec, spec.reach_ms(settings.events), metrics, clock.now_ms, kept=settings.serving
+            self.histories, spec, spec.reach_ms(settings.events), metrics, clock.now_ms, kept=settings.history
         )
 
     def run(self) -> None:

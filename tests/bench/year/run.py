@@ -88,7 +88,7 @@ def settings_of(state: Path, horizons: Horizons) -> Settings:
         "features.recent_categories": 8,
         "events.label": "liked", "events.max_age_s": h.late_d * day_s,
         "kafka.retention_h": h.topics_d * 24, "registry.delta_keep_s": day_s, "registry.base_keep_d": h.topics_d,
-        "registry.load_mb": h.load_mb, "serving.keep_s": day_s, "serving.items_keep_d": h.rows_d, "stream.metrics_port": 0,
+        "registry.load_mb": h.load_mb, "serving.keep_s": day_s, "history.items_keep_d": h.rows_d, "stream.metrics_port": 0,
         "stream.cache_users": 1000,
         # The flood is to be lived through, and is what the guard is there to hold.
         "guard.mode": "off",

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from deploy.replaying.shoppers import FAVOURITES, ShopperCrowd
-from state.config.sections import Shoppers
+from deploy.replaying.shoppers import FAVOURITES, Population, ShopperCrowd
 
 HOUR_MS, DAY_MS = 3_600_000, 86_400_000
 ACTIONS = ("view", "cart", "favorite", "purchase")
@@ -65,8 +64,8 @@ class Town:
     def __init__(self, plan: Plan, start_ms: int) -> None:
         self._plan, self._start_ms = plan, start_ms
         self._chance = np.random.default_rng(plan.seed)
-        shoppers = Shoppers(users=plan.users, categories=plan.categories, items=plan.items, drift_s=10 * 86_400.0)
-        self._crowd = ShopperCrowd(shoppers, plan.clicks / 86_400, plan.seed, start_ms, ACTIONS)
+        population = Population(plan.users, plan.categories, plan.items, drift_s=10 * 86_400.0)
+        self._crowd = ShopperCrowd(population, plan.clicks / 86_400, plan.seed, start_ms, ACTIONS)
         # Tastes are as they become by and by, so that the town is as hard to know at first as at last.
         tastes = self._chance.integers(0, plan.categories, (plan.users, FAVOURITES)).tolist()
         self._crowd._favourites[:] = tastes

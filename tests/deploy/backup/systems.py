@@ -30,7 +30,7 @@ USERS = 500
 
 
 def settings_of(state: Path, *flags: str) -> Settings:
-    return load(["--paths.state", str(state), "--stream.map_gb", "1", *flags], {})
+    return load(["--paths.state", str(state), *flags], {})
 
 
 class System:
@@ -77,7 +77,7 @@ class System:
 def springtide(settings: Settings, *words: str, now_ms: int = NOW_MS) -> str:
     """What a command prints."""
     said: list[str] = []
-    line = [*words, "--paths.state", settings.paths.state, "--stream.map_gb", str(settings.stream.map_gb)]
+    line = [*words, "--paths.state", settings.paths.state]
     cli.run(line, lambda module, rest: None, now_ms, said.append)
     return "\n".join(said)
 

@@ -11,12 +11,12 @@ import httpx
 import pytest
 
 from deploy.console.server import Console, RequestGuard, access_of, open_to_read
-from deploy.kafka.configuration import free_port
 from deploy.serving.requests.access import OPERATE, READ, tokens_in
 from deploy.serving.requests.connections import ConnectionLimits
 from deploy.serving.requests.server import DrainingServer, listen
 from state.config.loading import load
 from state.config.settings import Settings
+from state.process.ports import free_port
 from tests.deploy.operating import NOW_MS, Operator
 
 PORTS = ("stream.metrics_port", "trainer.metrics_port", "serving.metrics_port", "serving.port", "up.metrics_port")

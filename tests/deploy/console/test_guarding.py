@@ -14,13 +14,13 @@ import httpx
 import pytest
 
 from deploy.console import server
-from deploy.kafka.configuration import free_port
 from deploy.serving.requests.access import OPERATE, READ, tokens_in
 from deploy.startup import prometheus
 from deploy.watch import scrape
 from deploy.watch.address import console_address
 from state import metrics
 from state.config.loading import load
+from state.process.ports import free_port
 from tests import forked
 from tests.deploy.console.conftest import Reached
 from tests.deploy.operating import Operator

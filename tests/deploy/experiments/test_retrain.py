@@ -28,7 +28,7 @@ from state.registry.registry import Registry
 from tests.deploy.operating import NOW_MS, Operator, draft, files
 
 HOUR_MS = 3_600_000
-FLAGS = ("--retrain.every", "4h", "--retrain.days", "2", "--retrain.rows", "1000", "--retrain.limit", "2h")
+FLAGS = ("--retrain.every", "4h", "--retrain.days", "2", "--retrain.rows", "1000")
 
 
 class Dead(BaseException):
@@ -176,8 +176,8 @@ def test_one_that_is_better_is_promoted(shop: Shop) -> None:
     [
         (0.5, 4000, 60_000, "dropped", "worse: +0."),
         (0.0, 4000, 60_000, "dropped", "no better: "),
-        (0.0, 400, 3 * HOUR_MS, "dropped", "no better after 3 h 0 min (retrain.limit): "),
-        (None, 0, 3 * HOUR_MS, "failed", "no row could be compared after 3 h 0 min"),
+        (0.0, 400, 25 * HOUR_MS, "dropped", "no better after 1 d 1 h: "),
+        (None, 0, 25 * HOUR_MS, "failed", "no row could be compared after 1 d 1 h"),
     ],
 )
 def test_one_that_is_not_is_dropped_with_the_reason(
@@ -232,7 +232,7 @@ def test_where_a_rollout_is_asked_for_better_alone_is_not_enough(tmp_path: Path)
     # Nobody opened one of the next: it is too late then.
     assert shop.step(4 * HOUR_MS)
     shop.compare(shop.known.name, -0.5)
-    assert not shop.step(3 * HOUR_MS)
+    assert not shop.step(25 * HOUR_MS)
     assert shop.known.outcome == "dropped" and shop.known.reason.startswith("better, but its rollout did not end")
 
 
@@ -275,7 +275,7 @@ def test_a_held_trial_is_reported_as_held_and_nothing_is_decided_by_its_comparis
     assert word == "held by its guard" and "held by its guard: steps: records in a row" in text
     listed = shop.operator("experiment", "status")
     assert listed.startswith("held by its guard") and "worse" not in listed and "BETTER" not in listed
-    assert not shop.step(2 * HOUR_MS)
+    assert not shop.step(25 * HOUR_MS)
     assert shop.known.outcome == "failed" and shop.known.reason.startswith("held by its guard: steps")
 
 
@@ -307,7 +307,6 @@ def test_killed_anywhere_it_goes_on_there(shop: Shop, deaths: list[str], point: 
 def test_wrong_schedules_are_refused_and_without_one_there_is_none(tmp_path: Path) -> None:
     for flags, said in (
         (("--retrain.every", "daily"), "'daily' is no span of time"),
-        (("--retrain.limit", ""), "is no span of time"),
         (("--retrain.every", "1d", "--privacy.epsilon", "4", "--trainer.engine", "tensorflow"), "two trainers would"),
     ):
         with pytest.raises(SettingsError, match=said):

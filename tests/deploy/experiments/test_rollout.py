@@ -22,7 +22,6 @@ import httpx
 import numpy as np
 import pytest
 
-from deploy.kafka.configuration import free_port
 from state.config.loading import load
 from state.config.sections import Kafka
 from state.config.settings import Settings
@@ -33,6 +32,7 @@ from state.features.spec import FeatureSpec
 from state.log import Topics, Writer
 from state.microbatch.batch import NAMES
 from state.microbatch.codec import decode, encode
+from state.process.ports import free_port
 from state.process.wall_clock import wall_ms
 from state.registry.registry import Registry
 from tests import forked
@@ -58,9 +58,9 @@ class ServedHost:
         salt.chmod(0o600)
         values = {
             "paths.state": self.state, "paths.salt_file": salt, "serving.port": self.port, "serving.grpc_port": 0,
-            "serving.metrics_port": 0, "serving.map_gb": 1, "serving.drain_s": 0, "serving.max_queue_ms": 60_000, "serving.timeout_s": 60,
+            "serving.metrics_port": 0, "serving.drain_s": 0, "serving.max_queue_ms": 60_000, "serving.timeout_s": 60,
             "kafka.bootstrap_servers": kafka.bootstrap_servers, "kafka.microbatches_topic": kafka.microbatches_topic,
-            "kafka.exposures_topic": kafka.exposures_topic, "rollout.planned_answers": 1000,
+            "kafka.exposures_topic": kafka.exposures_topic,
             # Processes share a machine with whatever else it does; latencies are judged in tests/state/experiments.
             "rollout.slower_ms": 60_000, "rollout.timeout_s": 60, **more,
         }  # fmt: skip

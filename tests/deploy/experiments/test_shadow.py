@@ -15,7 +15,6 @@ import psutil
 import pytest
 
 from deploy.experiments.processes import plans
-from deploy.kafka.configuration import free_port
 from deploy.watch import scrape
 from state.config.loading import load
 from state.config.settings import Settings
@@ -23,6 +22,7 @@ from state.experiments.comparison import is_wanted
 from state.experiments.experiment import Experiments
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
+from state.process.ports import free_port
 from state.registry.control import roll_back, start, train
 from state.registry.registry import Registry
 from tests.deploy.operating import Operator
@@ -120,7 +120,7 @@ def test_the_desired_state_of_experiments_is_reached_and_then_the_process_ends(
 def test_without_up_an_experiment_runs_while_it_is_wanted_and_the_next_one_is_waited_for(settings: Settings) -> None:
     operator, experiments, port = Operator(settings.state_dir), Experiments(settings), free_port()
     environment = {name: text for name, text in os.environ.items() if not name.startswith("SPRINGTIDE_")}
-    environment |= settings.environment() | {"SPRINGTIDE_TRIALS_METRICS_PORT": str(port)}
+    environment |= settings.environment() | {"SPRINGTIDE_UP_METRICS_PORT": str(port - 5)}
     pod = psutil.Popen([sys.executable, "-m", "deploy.experiments.processes"], env=environment)
 
     def trainers_below() -> int:

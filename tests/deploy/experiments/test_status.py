@@ -73,7 +73,7 @@ def test_a_running_rollout_is_unwatched_unless_it_was_judged_lately(settings: Se
     assert status.as_text(found)[0] == "UNWATCHED"
     assert found["rollout"]["unwatched_s"] == pytest.approx(AGO_MS / 1000, abs=5.0)
     assert metrics.value("springtide_rollout_judged_timestamp_seconds", trial="wider") == at_ms / 1000
-    evidence = Evidence("wider", settings.rollout.planned_answers)
+    evidence = Evidence("wider")
     for ago_ms, word in ((0, "running"), (AGO_MS - 1_000, "UNWATCHED")):
         judged_ms = wall_ms() - ago_ms
         experiments.write_report(report(experiments.get("wider"), evidence, judged_ms))

@@ -19,15 +19,15 @@ from deploy import java_jars
 from deploy.flink import command, jars
 from deploy.flink.cluster import EMPTIED, FIXED, configuration, ports, process_plans
 from deploy.flink.jars import SERVICES, merge
-from deploy.kafka.configuration import free_ports
 from state.config.sections import FlinkSettings
 from state.disk.lock import DirectoryLock
 from state.errors import FlinkFailed
+from state.process.ports import free_ports
 from tests.e2e.running import ROOT
 
 
 def flags(tmp_path: Path, **own: object) -> list[str]:
-    values: dict[str, object] = {**free_ports(("rest_port", "job_port", "worker_port"))}
+    values: dict[str, object] = {**free_ports(("rest_port",))}
     words = [word for name, value in {**values, **own}.items() for word in (f"--flink.{name}", str(value))]
     return [*words, "--state", str(tmp_path)]
 
@@ -50,8 +50,8 @@ def test_a_port_that_is_taken_is_named_with_its_setting(tmp_path: Path, capsys: 
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        assert command.main(["up", *flags(tmp_path, job_port=other.getsockname()[1])]) == 1
-    assert "set flink.job_port to a free port" in capsys.readouterr().err
+        assert command.main(["up", *flags(tmp_path, rest_port=other.getsockname()[1] - 18)]) == 1
+    assert "set flink.rest_port to a free port" in capsys.readouterr().err
 
 
 def test_a_second_cluster_in_a_directory_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,11 +155,11 @@ def test_each_process_has_a_place_of_its_own_for_what_it_leaves_behind() -> None
 
 
 def test_ports_are_those_of_the_settings() -> None:
-    settings = FlinkSettings(rest_port=1, job_port=2, worker_port=3)
-    assert [port.port for port in ports(settings)] == [1, 2, 3]
+    settings = FlinkSettings(rest_port=1)
+    assert [port.port for port in ports(settings)] == [1, 19, 18]
     plans = {plan.name: plan.command for plan in process_plans(settings, DIRECTORY, Path("/jar"), "/java", "/python")}
-    assert plans["workers"][-1] == "3"
-    assert {"--job-port=2", "--flink-master=127.0.0.1:1"} <= set(plans["job-server"])
+    assert plans["workers"][-1] == "18"
+    assert {"--job-port=19", "--flink-master=127.0.0.1:1"} <= set(plans["job-server"])
 
 
 def jar(path: Path, files: dict[str, str]) -> Path:

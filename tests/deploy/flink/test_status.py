@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from deploy.flink import command
-from deploy.kafka.configuration import free_ports
 from state.config.sections import FlinkSettings, Paths
 from state.config.settings import Settings
 from state.flink import Checkpoint, Job, Overview
+from state.process.ports import free_ports
 
 NOW_MS = 1_000_000_000
 CHECKPOINT = Checkpoint(17, NOW_MS - 900, 150, 4_100_000, "file:/chk-17")
@@ -90,7 +90,7 @@ def test_the_newest_checkpoint_of_a_job_that_does_not_run_can_be_resumed_from(tm
 
 
 def test_where_nothing_runs_it_says_so(tmp_path: Path) -> None:
-    ports = free_ports(("rest_port", "job_port", "worker_port"))
+    ports = free_ports(("rest_port",))
     settings = Settings(paths=Paths(state=str(tmp_path)), flink=FlinkSettings(**ports))
     state = command.read_state(settings, f"http://127.0.0.1:{ports['rest_port']}", NOW_MS)
     assert command.is_wrong(state)

@@ -18,9 +18,9 @@ import pytest
 from deploy.java_jars import Product, locked
 from deploy.kafka import broker as broker_module
 from deploy.kafka.broker import Broker
-from deploy.kafka.configuration import free_port
 from deploy.kafka.jars import KAFKA
 from state.errors import KafkaFailed, PortTaken
+from state.process.ports import free_port
 from tests.one_kafka import Running
 from tests.reading import eventually
 

@@ -10,13 +10,13 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from deploy import status
-from deploy.kafka.configuration import free_ports
 from deploy.status import CONDITIONS, condition_of, wait
 from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import SettingsError, SpringtideError
 from state.features.mask import Mask
 from state.metrics import ApplierMetrics, TrainerMetrics, serve
+from state.process.ports import free_ports
 from state.registry import control
 from state.registry.log_line import WHOLE, turned
 from state.registry.registry import Registry

@@ -105,7 +105,7 @@ def test_prometheus_scrapes_all_processes_at_their_default_ports() -> None:
         "springtide-trainer": settings.trainer.metrics_port,
         "springtide-applier": settings.serving.metrics_port,
         "springtide-worker": settings.serving.port,
-        "springtide-validation": settings.validation.metrics_port,
+        "springtide-validation": settings.up.validation_port,
         "springtide-console": settings.console.port,
         "springtide-up": settings.up.metrics_port,
     }

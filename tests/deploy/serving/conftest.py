@@ -50,9 +50,7 @@ def stores(tmp_path: Path, lowered: Lowered) -> Iterator[Stores]:
     # Other tests give it other weights.
     lowered.model.set_weights(lowered.weights)
     settings = small(Settings())
-    settings = replace(
-        settings, paths=replace(settings.paths, state=str(tmp_path)), serving=replace(settings.serving, map_gb=1)
-    )
+    settings = replace(settings, paths=replace(settings.paths, state=str(tmp_path)))
     settings.salt_path.write_text(SALT_KEY.decode())
     settings.salt_path.chmod(0o600)
     folder = settings.serving_dir

@@ -32,7 +32,7 @@ def test_an_applier_waits_for_a_registry_that_cannot_be_read(tmp_path: Path) -> 
     environment = os.environ | {
         "SPRINGTIDE_PATHS_STATE": str(tmp_path / "state"), "SPRINGTIDE_PATHS_REGISTRY": str(tmp_path / "registry"),
         "SPRINGTIDE_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:9", "SPRINGTIDE_SERVING_METRICS_PORT": "0",
-        "SPRINGTIDE_SERVING_MAP_GB": "1", "SPRINGTIDE_KAFKA_REQUEST_TIMEOUT_S": "1",
+        "SPRINGTIDE_KAFKA_REQUEST_TIMEOUT_S": "1",
     }  # fmt: skip
     # No directory, so that nobody may list it, root neither.
     (tmp_path / "registry").write_text("")
@@ -69,7 +69,7 @@ def test_the_process_applies_without_kafka_and_stops_in_order(tmp_path: Path) ->
     """No broker costs the clicks, not the versions; a second applier is refused; SIGTERM ends it with 0."""
     environment = os.environ | {
         "SPRINGTIDE_PATHS_STATE": str(tmp_path), "SPRINGTIDE_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:9",
-        "SPRINGTIDE_SERVING_METRICS_PORT": "0", "SPRINGTIDE_SERVING_MAP_GB": "1", "SPRINGTIDE_KAFKA_REQUEST_TIMEOUT_S": "1",
+        "SPRINGTIDE_SERVING_METRICS_PORT": "0", "SPRINGTIDE_KAFKA_REQUEST_TIMEOUT_S": "1",
     }  # fmt: skip
     registry = Registry(tmp_path / "registry")
     registry.propose(start(**BY))
@@ -106,7 +106,7 @@ def test_a_shared_registry_that_is_unreachable_makes_a_host_old(tmp_path: Path) 
     environment = os.environ | {
         "SPRINGTIDE_PATHS_STATE": str(tmp_path / "host"), "SPRINGTIDE_PATHS_SHARED_REGISTRY": str(place),
         "SPRINGTIDE_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:9", "SPRINGTIDE_SERVING_METRICS_PORT": "0",
-        "SPRINGTIDE_SERVING_MAP_GB": "1", "SPRINGTIDE_KAFKA_REQUEST_TIMEOUT_S": "1",
+        "SPRINGTIDE_KAFKA_REQUEST_TIMEOUT_S": "1",
     }  # fmt: skip
     noted = tmp_path / "host" / "serving" / f"{CURRENT}.{VERSIONS}"
 

@@ -39,7 +39,6 @@ def settings_of(kafka_settings: KafkaFactory, tmp_path: Path, state: Path) -> Se
     return replace(
         settings,
         paths=replace(settings.paths, state=str(state), registry=str(tmp_path / "registry"), salt_file=str(salt)),
-        serving=replace(settings.serving, rows_dir=str(tmp_path / "rows")),
         storage=replace(settings.storage, memory_dir=""),
         attributes=replace(ATTRIBUTES, user_topic=f"crm-{kafka.group}", item_topic=f"goods-{kafka.group}"),
     )

@@ -40,12 +40,11 @@ def world(tmp_path: Path) -> Iterator[World]:
     made.rows.close()
 
 
-def opened(tmp_path: Path, rows_dir: str = "") -> tuple[HostRows, Settings]:
+def opened(tmp_path: Path) -> tuple[HostRows, Settings]:
     settings = Settings()
     settings = replace(
         settings,
         paths=replace(settings.paths, state=str(tmp_path / "state")),
-        serving=replace(settings.serving, rows_dir=rows_dir),
         storage=replace(settings.storage, memory_dir=str(tmp_path / "memory")),
     )
     return HostRows(settings, ApplierMetrics(CollectorRegistry()), Clock()), settings
@@ -68,11 +67,8 @@ def followed(rows: HostRows) -> None:
         pass
 
 
-@pytest.mark.parametrize("by_setting", [True, False])
-def test_rows_wait_while_memory_is_full_and_answers_go_on(
-    tmp_path: Path, world: World, memory: Disk, by_setting: bool
-) -> None:
-    rows, settings = opened(tmp_path, str(memory.path) if by_setting else "")
+def test_rows_wait_while_memory_is_full_and_answers_go_on(tmp_path: Path, world: World, memory: Disk) -> None:
+    rows, settings = opened(tmp_path)
     first = world.publish({1: 1.0}).version
     followed(rows)
     filler = memory.fill()

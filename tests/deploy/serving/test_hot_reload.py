@@ -10,9 +10,9 @@ import numpy as np
 import psutil
 import pytest
 
-from deploy.kafka.configuration import free_port
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
+from state.process.ports import free_port
 from state.registry.registry import Registry
 from tests.deploy.serving.fire import CATEGORIES, USERS, Fire, HostWriter, Line, Trainer
 from tests.deploy.serving.stocked import DIM, SALT_KEY, Lowered, Stores, small
@@ -42,7 +42,7 @@ def lines(lowered: Lowered) -> list[Line]:
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     made = small(Settings())
-    made = replace(made, paths=replace(made.paths, state=str(tmp_path)), serving=replace(made.serving, map_gb=1))
+    made = replace(made, paths=replace(made.paths, state=str(tmp_path)))
     made.salt_path.write_text(SALT_KEY.decode())
     made.salt_path.chmod(0o600)
     return made

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from deploy.serving.answers.host import Host
-from deploy.serving.following.fit_versions import Probing
+from deploy.serving.following.versions import Probing
 from deploy.serving.version_files import program_path
 from state import probe
 from state.config.settings import Settings

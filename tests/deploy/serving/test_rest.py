@@ -21,13 +21,12 @@ from prometheus_client.core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from deploy.kafka.configuration import free_port
 from deploy.serving.answers.host import Host
 from deploy.serving.requests.connections import ConnectionLimits
 from deploy.serving.requests.server import DrainingServer
-from deploy.serving.requests.workers import COUNTER_BYTES, KINDS, make_counters
-from deploy.serving.rest import App
+from deploy.serving.rest import COUNTER_BYTES, KINDS, App, make_counters
 from state.events.identity import Salt
+from state.process.ports import free_port
 from tests import forked
 from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Stores, digest_of, manifest, tensors
 
@@ -37,7 +36,7 @@ def worker(
     stores: Stores, port: int, workers: int = 1, grpc_port: int = 0, **more: str
 ) -> Iterator[subprocess.Popen[str]]:
     given = {
-        "port": str(port), "workers": str(workers), "map_gb": "1", "grpc_port": str(grpc_port), "drain_s": "0",
+        "port": str(port), "workers": str(workers), "grpc_port": str(grpc_port), "drain_s": "0",
         # A machine that has other things to do is no reason to refuse an answer; what is has tests of its own.
         "max_queue_ms": "60000",
     } | more  # fmt: skip

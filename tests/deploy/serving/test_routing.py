@@ -51,7 +51,7 @@ def make_host(folder: Path, registry: Path, lowered: Lowered, name: str, shares:
     settings = replace(
         settings,
         paths=replace(settings.paths, state=str(folder), registry=str(registry)),
-        serving=replace(settings.serving, map_gb=1, shares=shares, advertise=f"http://{name}"),
+        serving=replace(settings.serving, shares=shares, advertise=f"http://{name}"),
     )
     serving, held = settings.serving_dir, settings.serving.user_shares
     rows, histories = (

@@ -242,7 +242,7 @@ def test_processes_that_are_killed_while_they_write_and_load_end_with_equal_hist
         environment = os.environ | {
             "SPRINGTIDE_PATHS_STATE": str(tmp_path / name), "SPRINGTIDE_PATHS_REGISTRY": str(registry),
             "SPRINGTIDE_KAFKA_BOOTSTRAP_SERVERS": kafka.bootstrap_servers, "SPRINGTIDE_SERVING_METRICS_PORT": "0",
-            "SPRINGTIDE_KAFKA_MICROBATCHES_TOPIC": kafka.microbatches_topic, "SPRINGTIDE_SERVING_MAP_GB": "1",
+            "SPRINGTIDE_KAFKA_MICROBATCHES_TOPIC": kafka.microbatches_topic,
             "SPRINGTIDE_HISTORY_SNAPSHOT_EVERY_S": "1", "SPRINGTIDE_KILL_AT": kill_at,
         }  # fmt: skip
         with log.open("a") as errors:

@@ -14,13 +14,13 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
-from deploy.kafka.configuration import free_port
 from deploy.serving.answers.host import Host
 from deploy.serving.rest import Warming
 from deploy.watch.scrape import Scrape, parsed
 from state.compiled.preparing import Kernels
 from state.errors import NotReady
 from state.events.identity import Salt
+from state.process.ports import free_port
 from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Stores
 from tests.deploy.serving.test_rest import answers, until, worker
 

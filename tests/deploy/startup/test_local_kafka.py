@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from deploy.kafka.configuration import free_port, listens
 from deploy.startup.steps import LocalKafka
 from state.config.loading import load
 from state.errors import KafkaFailed
 from state.metrics import StorageMetrics, SupervisorMetrics
+from state.process.ports import free_port, listens
 from state.storage.measuring import offer
 from state.storage.shares import KAFKA
 from tests.disks import small_disk

@@ -14,7 +14,6 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from deploy import sections
-from deploy.kafka.configuration import free_port
 from deploy.validation import process
 from deploy.validation.process import KINDS, MOST_LABELS, OTHERS, LogValidation, labels_of
 from deploy.validation.windows import KeptWindows
@@ -23,6 +22,7 @@ from state.config.settings import Settings
 from state.errors import LogError
 from state.log import Log
 from state.metrics import ValidationMetrics
+from state.process.ports import free_port
 from tests import forked
 from tests.conftest import KafkaFactory
 from tests.deploy.validation.live import (
@@ -164,16 +164,6 @@ def test_records_that_are_none_and_those_of_other_features_are_passed_and_counte
         assert run.value("springtide_validation_records_total", outcome=outcome) == count
 
 
-def test_of_so_many_records_about_one_is_looked_at_and_always_the_same(settings: Settings, tmp_path: Path) -> None:
-    log = written(minutes(20, rows=300))
-    sampled = [settings_at(tmp_path / name, "--validation.every", "3", "--validation.min_rows", "1") for name in "ab"]
-    for one in sampled:
-        run = Run(one, log)
-        run.catch_up()
-        assert 5 <= (run.value("springtide_validation_records_total", outcome="read") or 0) <= 25
-    assert windows(sampled[0]) == windows(sampled[1]) != {}
-
-
 def test_a_log_that_goes_away_costs_time_alone(settings: Settings) -> None:
     log = written(minutes(3))
     run = Run(settings, log)
@@ -232,7 +222,7 @@ def test_the_process_judges_windows_of_a_real_log_and_ends_when_asked_to(
     flags = [
         *("--kafka.bootstrap_servers", kafka.bootstrap_servers),
         *("--kafka.microbatches_topic", kafka.microbatches_topic),
-        *("--validation.metrics_port", str(port)),
+        *("--up.metrics_port", str(port - 2)),
     ]
     settings = settings_at(tmp_path / "state", *flags)
     bootstrapped(settings)

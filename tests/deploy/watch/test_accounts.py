@@ -108,7 +108,7 @@ def loop(
     monkeypatch.setattr(stored_accounts, "LONGEST_S", 60.0)
     kafka = kafka_settings()
     settings = settings_of(tmp_path, kafka)
-    settings = load([*_flags(settings), "--kafka.request_timeout_s", "60", "--stream.map_gb", "1"], env={})
+    settings = load([*_flags(settings), "--kafka.request_timeout_s", "60"], env={})
     with Topics(kafka) as topics, Writer(kafka) as writer:
         source = Source(topics.ensure(kafka.clicks_topic, 1).topic_id, 0)
         log_id = topics.ensure(kafka.microbatches_topic, 1).topic_id

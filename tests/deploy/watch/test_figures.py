@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram
 
-from deploy.kafka.configuration import free_port
 from deploy.watch.figures import BudgetLeft, Figures, Watch, between, quantile
 from deploy.watch.panel import live_line, panel
 from deploy.watch.scrape import Scrape, parsed, scrape
 from deploy.watch.snapshot import Snapshot
 from state.metrics import ANSWERING_ROUTES, ApplierMetrics, StreamMetrics, TrainerMetrics, WorkerMetrics, serve
+from state.process.ports import free_port
 from tests.rules import RECORDED
 
 

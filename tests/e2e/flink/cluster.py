@@ -14,13 +14,13 @@ from typing import Any
 
 import psutil
 
-from deploy.children.ending import die_with
 from state.config.loading import load
 from state.config.settings import Settings
+from state.process.ending import die_with
 from tests.e2e.parts import quiet_ports
 from tests.e2e.running import ROOT, until
 
-PORTS = ("flink.rest_port", "flink.job_port", "flink.worker_port")
+PORTS = ("flink.rest_port",)
 UP_S = 240.0
 # By what a process of the cluster is known.
 MAINS: Mapping[str, str] = {

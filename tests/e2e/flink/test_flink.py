@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from deploy.flink.cluster import end_jobs
-from deploy.kafka.configuration import listens
 from state.config.settings import Settings
 from state.flink import JobManager, url
 from state.log import Topics
+from state.process.ports import listens
 from tests.conftest import KafkaFactory
 from tests.e2e.flink.cluster import LocalFlink
 from tests.streaming.distributed.shop import rows_of

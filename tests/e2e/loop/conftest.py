@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.kafka.configuration import free_ports
 from deploy.startup import prometheus
+from state.process.ports import free_ports
 from tests import rules
 from tests.e2e.running import SHORT, Loop
 from tests.e2e.watching import Watching

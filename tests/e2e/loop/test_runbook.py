@@ -168,7 +168,7 @@ def a_clock_is_wrong(terminal: Terminal, section: Section) -> None:
 def live_clicks_have_changed(terminal: Terminal, section: Section) -> None:
     loop = terminal.loop
     diff, accept = section.commands
-    url = f"http://127.0.0.1:{loop.settings.validation.metrics_port}/metrics"
+    url = f"http://127.0.0.1:{loop.settings.up.validation_port}/metrics"
 
     def judged() -> float | None:
         found = scrape.scrape({"validation": url})["validation"]

@@ -30,14 +30,14 @@ def test_without_a_source_every_setting_has_its_default(tmp_path: Path, monkeypa
 
 
 def test_flags_win_over_variables_and_variables_over_the_file(tmp_path: Path) -> None:
-    path = write(tmp_path, "[stream]\ncut_ms = 1\ncut_rows = 1\npoll_ms = 1\n")
-    env = {"SPRINGTIDE_STREAM_CUT_ROWS": "2", "SPRINGTIDE_STREAM_POLL_MS": "2"}
-    settings = load(["--stream.poll_ms", "3"], env=env, path=path)
-    assert (settings.stream.cut_ms, settings.stream.cut_rows, settings.stream.poll_ms) == (1, 2, 3)
+    path = write(tmp_path, "[stream]\ncut_ms = 1\ncut_rows = 1\nbatch_events = 1\n")
+    env = {"SPRINGTIDE_STREAM_CUT_ROWS": "2", "SPRINGTIDE_STREAM_BATCH_EVENTS": "2"}
+    settings = load(["--stream.batch_events", "3"], env=env, path=path)
+    assert (settings.stream.cut_ms, settings.stream.cut_rows, settings.stream.batch_events) == (1, 2, 3)
     assert settings.origins == {
         "stream.cut_ms": f"{path}:2",
         "stream.cut_rows": "variable SPRINGTIDE_STREAM_CUT_ROWS",
-        "stream.poll_ms": "flag --stream.poll_ms",
+        "stream.batch_events": "flag --stream.batch_events",
     }
 
 
@@ -62,7 +62,7 @@ def test_an_unknown_variable_is_refused_with_the_nearest() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("stream.sync_s", "5"), ("stream.shards", "1"), ("bootstrap.compression", "none")],
+    [("stream.sync_s", "5"), ("stream.shards", "1"), ("stream.map_gb", "32"), ("trainer.partition", "0")],
 )
 def test_a_removed_setting_is_ignored_with_a_warning(
     tmp_path: Path, name: str, value: str, caplog: pytest.LogCaptureFixture
@@ -79,7 +79,7 @@ def test_a_removed_setting_is_ignored_with_a_warning(
         found = load(argv, env=env, path=path)
         assert found.kafka.port == 7 and name not in found.origins
         (said,) = caplog.messages
-        assert f"{name} was removed and is ignored" in said and said.endswith("leave it out")
+        assert f"{name} was removed in 0.2.0 and is ignored" in said and said.endswith("leave it out")
 
 
 def test_flags_are_written_in_three_ways() -> None:
@@ -262,8 +262,9 @@ def test_the_bounds_themselves_are_possible(known: KnownSetting, tmp_path: Path)
         ("[model]\nhidden = [128, 0]\n", 2, "at least 1"),
         ("[model]\ntower = 'mine'\n", 2, "module:name"),
         ("[model]\ntower = 'my tower:build'\n", 2, "module:name"),
-        ("[stream]\nshard = 1\n", 2, "stream.shard was removed: one stream reads all partitions"),
-        ("[stream]\nshards = 4\n", 2, "stream.shards was removed: one stream reads all partitions"),
+        ("[stream]\nshard = 1\n", 2, "stream.shard was removed in 0.2.0: one stream reads all partitions"),
+        ("[trainer]\npartition = 3\n", 2, "trainer.partition was removed in 0.2.0: the training log has one partition"),
+        ("[stream]\nshards = 4\n", 2, "stream.shards was removed in 0.2.0: one stream reads all partitions"),
         ("[stream]\nmax_record_bytes = 100_000_000\n", 2, "at most"),
         ("[kafka]\nclicks_topic = ''\n", 2, "no name of a topic"),
         ("[kafka]\nclicks_topic = 'my clicks'\n", 2, "no name of a topic"),

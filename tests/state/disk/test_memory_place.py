@@ -17,9 +17,8 @@ import pytest
 from state import layout
 from state.disk import memory_place as place
 from state.disk.memory_place import Place, choose, current, forget, remove_forgotten, settle
-from state.errors import UnusableDisk
 from state.rows.store import RowStore
-from tests.disks import ROOT, Disk, as_nobody, open_folder, small_disk
+from tests.disks import ROOT, Disk, small_disk
 
 MIB = 1 << 20
 
@@ -44,7 +43,7 @@ def stored(at: Place) -> Path:
 
 
 def test_the_rows_lie_in_memory_of_their_owner_alone_and_the_link_leads_there(link: Path, memory: Disk) -> None:
-    found = choose(link, "", str(memory.path), MIB)
+    found = choose(link, str(memory.path), MIB)
     settle(link, found)
     assert found.in_memory and found.path.parent.parent == memory.path
     assert found.path.parent.stat().st_mode & 0o777 == 0o700
@@ -52,7 +51,7 @@ def test_the_rows_lie_in_memory_of_their_owner_alone_and_the_link_leads_there(li
     assert (link / layout.DATA).samefile(file)
     assert current(link) == found
     # The next start finds it again.
-    again = choose(link, "", str(memory.path), MIB)
+    again = choose(link, str(memory.path), MIB)
     settle(link, again)
     assert again == found and file.exists()
 
@@ -60,26 +59,26 @@ def test_the_rows_lie_in_memory_of_their_owner_alone_and_the_link_leads_there(li
 def test_two_serving_directories_and_one_made_again_have_rows_of_their_own(
     tmp_path: Path, link: Path, memory: Disk
 ) -> None:
-    first = choose(link, "", str(memory.path), MIB)
-    assert choose(tmp_path / "other" / "serving" / "rows", "", str(memory.path), MIB).path != first.path
+    first = choose(link, str(memory.path), MIB)
+    assert choose(tmp_path / "other" / "serving" / "rows", str(memory.path), MIB).path != first.path
     link.parent.rename(tmp_path / "before")
-    assert choose(link, "", str(memory.path), MIB).path != first.path
+    assert choose(link, str(memory.path), MIB).path != first.path
 
 
 def test_without_memory_or_with_too_little_the_rows_lie_on_the_disk_and_say_why(
     tmp_path: Path, link: Path, memory: Disk
 ) -> None:
-    missing = choose(link, "", str(tmp_path / "missing"), MIB)
+    missing = choose(link, str(tmp_path / "missing"), MIB)
     assert "No such file" in missing.why
     ordinary = tmp_path / "ordinary"
     ordinary.mkdir()
     kind = place.disk_kind(ordinary)
     if kind not in place.IN_MEMORY:
-        assert choose(link, "", str(ordinary), MIB).why == f"{ordinary} is not in memory"
-    small = choose(link, "", str(memory.path))
+        assert choose(link, str(ordinary), MIB).why == f"{ordinary} is not in memory"
+    small = choose(link, str(memory.path))
     assert small.why == f"{memory.path} has room for 34 MB, and 268 MB are wanted"
     memory.fill()
-    assert "has room for 0 MB" in choose(link, "", str(memory.path), MIB).why
+    assert "has room for 0 MB" in choose(link, str(memory.path), MIB).why
     settle(link, small)
     stored(small)
     assert not small.in_memory or kind in place.IN_MEMORY
@@ -88,9 +87,9 @@ def test_without_memory_or_with_too_little_the_rows_lie_on_the_disk_and_say_why(
 
 
 def test_a_store_that_outgrew_its_memory_goes_to_the_disk_at_the_next_start(link: Path, memory: Disk) -> None:
-    settle(link, in_memory := choose(link, "", str(memory.path), MIB))
+    settle(link, in_memory := choose(link, str(memory.path), MIB))
     stored(in_memory).write_bytes(bytes(30 * MIB))
-    moved = choose(link, "", str(memory.path), MIB)
+    moved = choose(link, str(memory.path), MIB)
     settle(link, moved)
     assert moved.path == link.with_name("rows.disk")
     assert moved.why == f"{memory.path} has room for 34 MB, and 39 MB are wanted"
@@ -101,29 +100,29 @@ def test_a_store_of_an_earlier_release_gives_way_to_memory_and_stays_where_there
     link: Path, memory: Disk
 ) -> None:
     older = stored(Place(link, False))
-    on_disk = choose(link, "", str(memory.path))
+    on_disk = choose(link, str(memory.path))
     settle(link, on_disk)
     assert on_disk.path == link and older.exists()
-    settle(link, found := choose(link, "", str(memory.path), MIB))
+    settle(link, found := choose(link, str(memory.path), MIB))
     assert (link).is_symlink() and not found.path.exists()
 
 
 def test_removing_the_link_begins_the_rows_anew(link: Path, memory: Disk) -> None:
     for least in (MIB, 1 << 40):
-        settle(link, found := choose(link, "", str(memory.path), least))
+        settle(link, found := choose(link, str(memory.path), least))
         file = stored(found)
         # As an operator types it: `rm -r STATE/serving/rows`.
         (link).unlink()
-        settle(link, choose(link, "", str(memory.path), least))
+        settle(link, choose(link, str(memory.path), least))
         assert not file.exists() and (link).is_symlink()
 
 
 def test_after_a_power_cut_the_link_leads_to_a_new_store(link: Path, memory: Disk) -> None:
-    settle(link, found := choose(link, "", str(memory.path), MIB))
+    settle(link, found := choose(link, str(memory.path), MIB))
     stored(found)
     shutil.rmtree(found.path.parent)
     assert current(link) is None
-    settle(link, again := choose(link, "", str(memory.path), MIB))
+    settle(link, again := choose(link, str(memory.path), MIB))
     stored(again)
     assert current(link) == found
 
@@ -131,54 +130,31 @@ def test_after_a_power_cut_the_link_leads_to_a_new_store(link: Path, memory: Dis
 def test_a_copied_state_directory_leaves_the_rows_of_the_original_alone(
     tmp_path: Path, link: Path, memory: Disk
 ) -> None:
-    settle(link, found := choose(link, "", str(memory.path), MIB))
+    settle(link, found := choose(link, str(memory.path), MIB))
     file = stored(found)
     copy = tmp_path / "copy" / "serving" / "rows"
     shutil.copytree(link.parent, copy.parent, symlinks=True)
-    settle(copy, own := choose(copy, "", str(memory.path), MIB))
+    settle(copy, own := choose(copy, str(memory.path), MIB))
     assert own.path != found.path and file.exists()
     assert (link).readlink() == found.path
 
 
 def test_the_directory_of_somebody_else_is_not_used(link: Path, memory: Disk) -> None:
-    found = choose(link, "", str(memory.path), MIB)
+    found = choose(link, str(memory.path), MIB)
     if os.geteuid() != 0:
         pytest.skip("giving a directory away needs root")
     os.chown(found.path.parent, 65534, 65534)
-    assert "is somebody else's" in choose(link, "", str(memory.path), MIB).why
+    assert "is somebody else's" in choose(link, str(memory.path), MIB).why
     found.path.parent.rmdir()
     found.path.parent.symlink_to(memory.path)
-    assert "is somebody else's" in choose(link, "", str(memory.path), MIB).why
-    with pytest.raises(UnusableDisk, match=r"serving.rows_dir: .* is somebody else's"):
-        choose(link, str(memory.path), "")
-
-
-def test_the_setting_names_any_directory_and_moving_from_there_leaves_nothing(
-    tmp_path: Path, link: Path, memory: Disk
-) -> None:
-    settle(link, asked := choose(link, str(tmp_path / "asked"), str(memory.path)))
-    assert asked.path.is_relative_to(tmp_path / "asked") and not asked.why
-    stored(asked)
-    settle(link, choose(link, "", str(memory.path), MIB))
-    assert list((tmp_path / "asked").iterdir()) == []
-
-
-def test_a_directory_that_cannot_be_used_is_refused_with_the_setting() -> None:
-    with open_folder() as folder:
-        (folder / "serving").mkdir()
-        (folder / "serving").chmod(0o777)
-        done = as_nobody(
-            "import sys\nfrom pathlib import Path\nfrom state.disk.memory_place import choose",
-            "choose(Path(sys.argv[1]), sys.argv[2], '')", folder / "serving" / "rows", folder / "closed",
-        )  # fmt: skip
-    assert "UnusableDisk: serving.rows_dir: " in done.stderr and "Permission denied" in done.stderr
+    assert "is somebody else's" in choose(link, str(memory.path), MIB).why
 
 
 def test_what_a_removed_state_directory_left_in_memory_is_removed_and_nothing_else(
     tmp_path: Path, link: Path, memory: Disk
 ) -> None:
     later_s = time.time() + 2 * place.FORGOTTEN_S
-    settle(link, found := choose(link, "", str(memory.path), MIB))
+    settle(link, found := choose(link, str(memory.path), MIB))
     stored(found)
     (memory.path / "springtide_of-somebody").write_text("")
     assert remove_forgotten(str(memory.path), later_s) == []
@@ -190,7 +166,7 @@ def test_what_a_removed_state_directory_left_in_memory_is_removed_and_nothing_el
 
 
 def test_rows_that_another_process_has_open_are_not_removed(link: Path, memory: Disk) -> None:
-    settle(link, found := choose(link, "", str(memory.path), MIB))
+    settle(link, found := choose(link, str(memory.path), MIB))
     stored(found)
     (link).unlink()
     holds = "import sys; from pathlib import Path; from state.rows.store import RowStore; "
@@ -227,7 +203,7 @@ def test_directories_that_others_remove_meanwhile_do_not_stop_a_removal(tmp_path
 
 def test_rows_are_forgotten_wherever_they_lie(link: Path, memory: Disk) -> None:
     for least in (MIB, 1 << 40):
-        settle(link, found := choose(link, "", str(memory.path), least))
+        settle(link, found := choose(link, str(memory.path), least))
         stored(found)
         forget(link)
         assert not found.path.exists() and not (link).is_symlink()

@@ -35,7 +35,7 @@ class Traffic:
 
     def __init__(self, rates: dict[str, float], seed: int = 1) -> None:
         self.random, self.rates, self.now_ms = np.random.default_rng(seed), rates, 0
-        self.evidence = Evidence("wider", SETTINGS.planned_answers)
+        self.evidence = Evidence("wider")
         self.experiment = running(STEPS, 30.0)
         self.history = [self.experiment]
 
@@ -189,7 +189,7 @@ def counted(evidence: Evidence) -> dict[str, tuple[int, int]]:
 
 
 def test_an_engagement_is_of_the_arm_and_the_step_that_its_user_was_shown_when_it_became_known() -> None:
-    evidence, user = Evidence("wider", 1000), np.array([7, 8], np.uint64)
+    evidence, user = Evidence("wider"), np.array([7, 8], np.uint64)
     evidence.expose([Exposure(f"{7:016x}", "wider", 0, 0.05, "live", 1_000, 900)])
     evidence.engage(user, 999)
     assert counted(evidence) == {TRIAL: (0, 0), LIVE: (1, 0)}
@@ -210,6 +210,6 @@ def test_an_engagement_is_of_the_arm_and_the_step_that_its_user_was_shown_when_i
 
 
 def test_exposures_of_another_rollout_count_nothing() -> None:
-    evidence = Evidence("wider", 1000)
+    evidence = Evidence("wider")
     evidence.expose([Exposure(f"{7:016x}", "deeper", 3, 0.05, "live", 1_000, 900)])
     assert evidence.step == -1 and counted(evidence) == {TRIAL: (0, 0), LIVE: (0, 0)}

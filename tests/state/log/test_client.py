@@ -16,12 +16,13 @@ from pathlib import Path
 import pytest
 
 from deploy.kafka import broker as java
-from deploy.kafka.configuration import HOST, free_port, listens, properties
+from deploy.kafka.broker import properties
 from deploy.kafka.jars import KAFKA
 from state.config.sections import Kafka
 from state.errors import LogError, UnreachableBroker
 from state.log import Reader, Topics, Writer, client_options
 from state.log.client import ClientSelector
+from state.process.ports import HOST, free_port, listens
 
 LEFT_SOCKETS = pytest.mark.filterwarnings("ignore:unclosed <s:ResourceWarning")
 

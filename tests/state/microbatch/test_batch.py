@@ -18,8 +18,8 @@ from state.microbatch.batch import (
     NAMES,
     SCALARS,
     SEQUENCES,
-    SINCE_2,
     TOLERANCE_MS,
+    WAITING,
     Header,
     Kind,
     MicroBatch,
@@ -61,7 +61,7 @@ def made(rows: int, seed: int = 7, contexts: int = 2, random_features: bool = Fa
         end = 100 + count + count // 2
         ranges.append(Range(source, 100, end, rows=count, dead=end - 100 - count))
     columns["offset"] = offset
-    columns |= {name: np.zeros(rows, SCALARS[name]) for name in SINCE_2}
+    columns |= {name: np.zeros(rows, SCALARS[name]) for name in WAITING}
     names, attributes = {0xFEED: "shoes", 7: "Schürzen"}, (("age", "city"), ("brand",))
     header = Header("spec", "salt", tuple(ranges), 1_700_000_000_000, 3, names, attributes)
     return header, columns
@@ -167,15 +167,6 @@ def test_what_a_range_counts_beyond_a_mark_is_what_the_rows_say(mark: int) -> No
     keep, _ = trim(batch, {ZERO: mark})
     (part,) = new_ranges(batch, {ZERO: mark})[0] or [Range(ZERO, 107, 107)]
     assert {name: getattr(part, name) for name in counts(batch.kind)} == counts(batch.kind[keep])
-
-
-def test_a_micro_batch_of_format_1_is_one_without_attributes_and_without_waiting() -> None:
-    header, columns = made(7)
-    batch = decode((GOLDEN / "microbatch-v1.arrow").read_bytes())
-    assert batch.header == replace(header, attributes=((), ()))
-    none = {name: np.empty((7, 0), "<u8") for name in ("user_attributes", "item_attributes")}
-    assert same(batch.columns, columns | none)
-    assert same(decode(encode(batch.header, batch.columns)).columns, batch.columns)
 
 
 @given(st.data())

@@ -87,7 +87,7 @@ clicks = st.lists(
 
 
 def settings_of(
-    folder: Path, buckets: int = 1, sources: int = 1, bundle_events: int = 10, masks: bool = False
+    folder: Path, buckets: int = 1, sources: int = 1, batch_events: int = 2, masks: bool = False
 ) -> Settings:
     """Settings of a shop whose labels come later and whose users and items have attributes."""
     return Settings(
@@ -104,8 +104,8 @@ def settings_of(
             cache_users=8,
             buckets=buckets,
             sources=sources,
-            bundle_ms=2,
-            bundle_events=bundle_events,
+            cut_ms=2,
+            batch_events=batch_events,
             metrics_port=0,
         ),
     )

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from apache_beam.options.pipeline_options import PortableOptions, StandardOptions
 
-from deploy.kafka.configuration import free_port
 from deploy.watch.scrape import Scrape, scrape, urls
 from state.config.settings import Settings
 from state.errors import SettingsError
@@ -18,6 +17,7 @@ from state.events.identity import load_salt
 from state.events.parser import EventBatch
 from state.log import Topics
 from state.positions import Range, Source
+from state.process.ports import free_port
 from streaming.distributed.account import Account, BundleReport, Publisher
 from streaming.distributed.job import FLINK, PRISM, beam_options
 from streaming.distributed.portions import Portion, decode, divide, encode

@@ -15,7 +15,6 @@ from apache_beam.portability import common_urns
 from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
-from deploy.kafka.configuration import free_port
 from deploy.watch import accounts
 from deploy.watch.scrape import scrape, urls
 from state.config.settings import Settings
@@ -25,6 +24,7 @@ from state.features.mask import Mask
 from state.log import Topics
 from state.microbatch.codec import decode
 from state.positions import Source
+from state.process.ports import free_port
 from state.registry.control import roll_back, start
 from state.registry.controls import Controls
 from state.registry.log_line import turned
@@ -80,7 +80,7 @@ def shop(kafka_settings: KafkaFactory, tmp_path: Path) -> Settings:
     clicks = [*(click(number) for number in range(600)), *BAD]
     # Each user in one partition.
     send(kafka, clicks, partition=lambda number: number % 17 % 2)
-    small = {"buckets": 4, "bundle_events": 50, "bundle_ms": 50, "sources": 2, "metrics_port": free_port()}
+    small = {"buckets": 4, "batch_events": 10, "cut_ms": 50, "sources": 2, "metrics_port": free_port()}
     return settings_for(kafka, tmp_path / "state", tmp_path / "salt", **small)
 
 
@@ -181,7 +181,7 @@ def reading(settings: Settings, number: int, log: MemoryLog, begin: SourceReadin
 
 
 def test_where_the_line_turned_off_a_job_that_is_ahead_stops_and_an_older_savepoint_goes_on(tmp_path: Path) -> None:
-    settings = settings_of(tmp_path, buckets=2, bundle_events=4, masks=True)
+    settings = settings_of(tmp_path, buckets=2, batch_events=1, masks=True)
     load_salt(settings.salt_path)
     settings.registry_dir.mkdir()
     log = written([Click(0, 0, one, one) for one in range(12)], 1, settings)
@@ -189,7 +189,7 @@ def test_where_the_line_turned_off_a_job_that_is_ahead_stops_and_an_older_savepo
     _, early = partitions.read(1.0)
     _, late = partitions.read(1.0)
     assert early is not None and late is not None
-    assert (early.next, late.next, late.log_epoch) == ({0: 4}, {0: 8}, 1)
+    assert (early.next, late.next, late.log_epoch) == ({0: 5}, {0: 10}, 1)
     turn(settings, {0: 6}, late.topic_id)
     with pytest.raises(RewoundLog, match="into epoch 2 before what this job has read: partition 0 at 6"):
         partitions.read(1.0)
@@ -198,5 +198,5 @@ def test_where_the_line_turned_off_a_job_that_is_ahead_stops_and_an_older_savepo
     portions, after = again.read(1.0)
     assert after is not None and after.log_epoch == 2
     assert {one.log_epoch for one in portions} == {2}
-    assert [part.first for one in portions for part in one.batch.ranges] == [4, 4]
+    assert [part.first for one in portions for part in one.batch.ranges] == [5, 5]
     again.close()

@@ -55,8 +55,8 @@ class Shop:
         self.log: MemoryLog = written(log, partitions, settings)
         self.join: Join = known_attributes(folder / "attributes", settings, self.salt)
 
-    def settings(self, buckets: int = 1, sources: int = 1, bundle_events: int = 10) -> Settings:
-        return settings_of(self.folder, buckets, sources, bundle_events, self.masks)
+    def settings(self, buckets: int = 1, sources: int = 1, batch_events: int = 1) -> Settings:
+        return settings_of(self.folder, buckets, sources, batch_events, self.masks)
 
     def local(self, batch_events: int) -> Outcome:
         return local_form(self.folder / "local", self.settings(), self.log, self.join, self.mask, batch_events)
@@ -89,7 +89,7 @@ class Shop:
 
 def distributed(shop: Shop, acts: list[tuple[str, int]], buckets: int, sources: int, sinks: int) -> Outcome:
     """What the distributed form makes of the clicks, whatever happens to it."""
-    plan = shop.plan(0, shop.settings(buckets, sources, 3))
+    plan = shop.plan(0, shop.settings(buckets, sources))
     engine = Engine(plan, sinks)
     for number, (act, chance) in enumerate(acts):
         if act == "read":
@@ -103,7 +103,7 @@ def distributed(shop: Shop, acts: list[tuple[str, int]], buckets: int, sources: 
         else:
             # A process that lives on has a cache that is ahead of the state; one that died has none.
             dead = act == "die"
-            engine.crash(shop.plan(1 + number, shop.settings(buckets, sources, 1 + chance % 9)) if dead else None)
+            engine.crash(shop.plan(1 + number, shop.settings(buckets, sources, 1 + chance % 3)) if dead else None)
     while len(engine.ended) < sources:
         for source in range(sources):
             if source not in engine.ended:

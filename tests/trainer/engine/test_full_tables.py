@@ -11,8 +11,8 @@ from state.microbatch.batch import MicroBatch
 from tests.trainer.engine.test_crosses import NAMES, fresh, impressions
 from tests.trainer.engine.test_step import digests, learned
 from trainer.engine.step import Trainer
+from trainer.verify import first_difference
 from trainer.versions import checkpoint, content
-from trainer.versions.difference import first_difference
 
 ROWS, CROSSES, STEPS, HOUR_MS = 96, 1000, 8, 3_600_000
 

@@ -92,8 +92,6 @@ def test_a_host_writes_the_answers_in_a_process_of_its_own(
         str(to),
         "--paths.state",
         stores.settings.paths.state,
-        "--serving.map_gb",
-        "1",
     ]
     words += [word for name in ("dim", "hidden", "popular") for word in (f"--model.{name}", _text(stores, name))]
     assert known_answers.main([*words, "--version", "1"]) == 0, capsys.readouterr().err

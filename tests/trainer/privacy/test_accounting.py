@@ -17,9 +17,9 @@ from scipy.stats import norm
 from state.config.loading import load
 from state.errors import SettingsError
 from state.registry.privacy_ledger import PrivacyPeriod
+from trainer.engine.private_step import Noise
 from trainer.privacy.accounting import COUNT_NOISE, epsilon_of, noise_for, spent, together
 from trainer.privacy.history import own_key
-from trainer.privacy.noise import Noise
 
 
 def exact(noise: float, delta: float) -> float:

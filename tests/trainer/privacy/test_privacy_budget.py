@@ -16,7 +16,7 @@ from state.log import Log
 from state.registry import privacy_ledger
 from state.registry.control import erase, roll_back
 from state.registry.directory import Directory
-from state.registry.privacy_ledger import PrivacyLedger, PrivacyPeriod
+from state.registry.privacy_ledger import PrivacyLedger
 from state.registry.registry import Registry
 from tests.trainer.clicks import microbatch
 from tests.trainer.logs import LOG, append, bits_of, kill, learner, started, trainer_of, with_weight, written
@@ -98,7 +98,7 @@ def test_a_ledger_that_is_gone_or_of_another_key_or_unit_is_refused(tmp_path: Pa
     ledger = privacy_ledger.read(own.privacy_ledger_path)
     assert ledger is not None
     for other, name in (
-        (msgspec.structs.replace(ledger, key="00"), "key_file"),
+        (msgspec.structs.replace(ledger, key="00"), "the key of the noise"),
         (msgspec.structs.replace(ledger, unit="example"), "unit"),
     ):
         privacy_ledger.write(Directory(own.registry_dir), own.privacy_ledger_path, other)
@@ -179,24 +179,6 @@ def test_an_erasure_costs_nothing_unless_records_before_it_are_learned_again(tmp
     # Now the users are erased before the first record.
     again, _, _ = crashed(registry, log, path)
     assert len(again.periods) == 2 * len(after.periods) and again.spent > after.spent
-
-
-def test_a_ledger_of_the_first_format_is_loaded_stays_spent_and_covers_nothing(tmp_path: Path) -> None:
-    own = settings(tmp_path / "state")
-    registry, log = started(own.registry_dir), written(RECORDS[:2])
-    run(registry, log, tmp_path / "state", *FIRST_ONLY)._publisher.close()
-    now = privacy_ledger.read(own.privacy_ledger_path)
-    assert now is not None
-    (period,) = now.periods
-    own.privacy_ledger_path.write_text(
-        f'{{"delta": 1e-06, "epsilon": 60.0, "held": false, "key": "{now.key}", "periods": [{{"epoch": 1, "noise": {period.noise!r}, '
-        f'"number": {period.number}, "updates": {period.updates}}}], "spent": {now.spent!r}, "unit": "user"}}'
-    )
-    old = privacy_ledger.read(own.privacy_ledger_path)
-    assert old is not None and (old.spent, old.format) == (now.spent, privacy_ledger.FORMAT)
-    assert old.periods == (PrivacyPeriod(1, period.number, period.updates, period.noise),)
-    after, _, _ = crashed(registry, log, tmp_path / "state")
-    assert after.periods == (*old.periods, period) and after.spent > old.spent
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from deploy import status
-from deploy.kafka.configuration import free_port
 from deploy.watch import scrape
 from state.errors import SettingsError
 from state.log import Log
+from state.process.ports import free_port
 from state.registry import privacy_ledger
 from state.registry.registry import Registry
 from tests.conftest import KafkaFactory
@@ -115,7 +115,7 @@ def test_a_killed_trainer_spends_nothing_twice_holds_at_the_end_of_its_budget_an
     key.rename(tmp_path / "elsewhere.key")
     with pytest.raises(SettingsError, match="no key of the noise") as missing:
         verify.run(own, newest, None, lambda line: None)
-    assert "privacy.key_file" in missing.value.do
+    assert "restore the file" in missing.value.do
     other = settings(state, *more, key="cd" * 32)
     found = verify.run(other, newest, None, lambda line: None)
     assert found.outcome == "not comparable" and "privacy.key" in found.text()

@@ -12,11 +12,10 @@ from state.ranking.crosses import Values
 from tests.trainer.privacy.batches import CONTEXT, labelled, place, shared
 from trainer.engine.engine import CROSS
 from trainer.engine.private_engine import FROZEN, LISTED, LOSSES, USER
-from trainer.engine.private_step import ROUNDING, PrivateTrainer, Units, clipped
+from trainer.engine.private_step import ROUNDING, Noise, PrivateTrainer, Units, clipped
 from trainer.engine.record import Record
 from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.model.ranker import Targets
-from trainer.privacy.noise import Noise
 from trainer.privacy.participation import LearnedCrosses
 from trainer.versions import checkpoint
 

@@ -19,9 +19,9 @@ from state.registry.registry import TRAINING, Registry
 from tests.trainer.clicks import SPEC, batches, small_settings
 from trainer.engine.step import Trainer
 from trainer.model.hyperparameters import HYPERPARAMETERS
+from trainer.verify import environment_differences, first_difference
 from trainer.versions import checkpoint, content
 from trainer.versions.content import PENDING, ROWS, TABLES
-from trainer.versions.difference import environment_differences, first_difference
 
 FLAGS = ("--trainer.admit_after", "2", "--trainer.expire_s", "3600")
 

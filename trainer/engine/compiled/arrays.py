@@ -1,7 +1,4 @@
-"""Inputs and outputs of the compiled heads (`heads.py`), as named arrays.
-
-The engine prepares `Facts` from the record; the tower computes the rest of `HeadInputs`.
-"""
+"""Inputs and outputs of the compiled heads (`heads.py`), as named arrays."""
 
 from __future__ import annotations
 

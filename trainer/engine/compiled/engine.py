@@ -5,8 +5,6 @@
 3. The heads score candidates and pairs, and learn within the record (`heads.py`).
 4. The tower runs backward; derivatives are gathered by distinct row.
 5. `apply` moves the gathered rows by Adagrad and the dense weights by Adam.
-
-A step calls TensorFlow only for a custom `model.preprocessing`.
 """
 
 from __future__ import annotations

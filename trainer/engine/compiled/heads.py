@@ -1,8 +1,5 @@
 """Loss and gradients of both heads for one step: compiled loops over rows, candidates and pairs.
 
-`trainer/model/default_ranker.py` defines the heads. Here the same sums are computed with their derivatives, a block of
-rows at a time, so that its data stays in the nearest cache. A test compares them with TensorFlow's.
-
 For each row, in the order of the batch:
 
 1. Windows and transitions become logits, a block of rows at a time (`window_net.py`, `transition_net`). The transition
@@ -11,9 +8,6 @@ For each row, in the order of the batch:
 3. Engagement: the row's own item, and its negative if one was drawn. The contribution of its crosses is an input.
 4. The derivatives of interest, with dropout if there is any (`learn_interest`).
 5. After each `FAST_ROWS` rows the fast weights move, before the next row is scored.
-
-Threads share the blocks of `BLOCK` rows between two moves. Each block has sums of its own, which are added in the order
-of the blocks. So sums have the same bits for any number of threads, and for any order of rows in a table.
 """
 
 from __future__ import annotations

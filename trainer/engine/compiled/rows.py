@@ -1,7 +1,4 @@
-"""Loops over one row: dot products, sums, softmax over candidates, rank of the target, the log normaliser.
-
-A row of a matrix is passed as the matrix and an index, because each view would be reference-counted.
-"""
+"""Loops over one row: dot products, sums, softmax over candidates, rank of the target, the log normaliser."""
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
-from deploy.kafka.configuration import free_port
 from deploy.serving.answers.host import Host
 from deploy.serving.requests.access import (
     OPEN,
@@ -33,6 +32,7 @@ from state.config.sections import ServingSettings
 from state.config.settings import Settings
 from state.errors import Forbidden, SettingsError, Unauthorized
 from state.events.identity import Salt
+from state.process.ports import free_port
 from tests.deploy.serving.edge.certificates import write_certificate
 from tests.deploy.serving.grpc_api.test_profiles import call, of
 from tests.deploy.serving.http_api.test_app import ask

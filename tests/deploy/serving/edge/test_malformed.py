@@ -18,8 +18,8 @@ from google.protobuf.json_format import ParseDict
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from deploy.kafka.configuration import free_port
 from deploy.serving.requests.grpc_server import message
+from state.process.ports import free_port
 from tests.deploy.serving.grpc_api.test_profiles import call, of
 from tests.deploy.serving.stocked import Stores
 from tests.deploy.serving.test_rest import answers, until, worker

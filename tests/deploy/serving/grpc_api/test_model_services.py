@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from google.protobuf.descriptor import Descriptor
 
-from deploy.kafka.configuration import free_port
 from deploy.serving.requests.grpc_server import POOL
 from deploy.serving.requests.tensorflow_serving import TensorProto, to_array, to_proto
 from state.errors import BadRequest
+from state.process.ports import free_port
 from tests.deploy.serving.stocked import NOW_MS, Stores, digest_of, manifest, tensors
 from tests.deploy.serving.test_rest import answers, until, worker
 

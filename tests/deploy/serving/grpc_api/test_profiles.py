@@ -9,9 +9,9 @@ import grpc
 import httpx
 import pytest
 
-from deploy.kafka.configuration import free_port
 from deploy.serving.requests.grpc_server import message
 from state.events.identity import public_id
+from state.process.ports import free_port
 from tests.deploy.serving.grpc_api.test_server import channel_to
 from tests.deploy.serving.stocked import Stores
 from tests.deploy.serving.test_rest import answers, until, worker

@@ -19,12 +19,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 from prometheus_client import CollectorRegistry
 
-from deploy.kafka.configuration import free_port
 from deploy.serving.answers.queue import QueueLimits
 from deploy.serving.requests.grpc_server import PROTOS, Method, Service, handler_of
 from deploy.serving.requests.worker_metrics import RequestCounts
 from state.errors import NotReady
 from state.metrics import WorkerMetrics
+from state.process.ports import free_port
 from tests.deploy.serving.stocked import Stores
 from tests.deploy.serving.test_rest import answers, until, worker
 

@@ -20,11 +20,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi import checks
 
-from deploy.kafka.configuration import free_port
 from deploy.serving.answers.query import Answer
 from deploy.serving.requests import http as endpoints
 from deploy.serving.requests import parameters as requests
 from deploy.serving.rest import App
+from state.process.ports import free_port
 from tests.deploy.serving.http_api.test_app import app as app
 from tests.deploy.serving.http_api.test_app import ask
 from tests.deploy.serving.stocked import Stores

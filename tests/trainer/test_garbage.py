@@ -10,9 +10,9 @@ import pytest
 
 from state.disk import files as durable
 from state.registry.control import start
-from state.registry.garbage import DAY_MS, collect
 from state.registry.registry import SERVING, Registry
 from tests.state.registry.test_registry import WHO, draft
+from trainer.compactor import DAY_MS, collect
 
 NOW_MS = 1_000 * DAY_MS
 KEEP_MS = 30 * DAY_MS
