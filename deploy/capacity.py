@@ -20,10 +20,19 @@ from state.config.loading import load
 from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.errors import SettingsError
+from state.user_shares import SHARES
 
 SOURCE = Path(__file__).with_name("capacity.toml")
 RESERVE = 1.25
 """Provisioned memory over used memory, as `storage.memory_dir` requires; the same for disks."""
+NAMED = (
+    "keys of one stream process",
+    "one trainer",
+    "memory of one trainer",
+    "memory of a host",
+    "leader of the training log",
+)
+"""Limits in the page's table of loads."""
 ANSWERS = ("lean", "full", "recommend", "explain")
 BY_CLICKS = ("cores", "clicks/s", "GB/s")
 """Units of the limits that are proportional to the click rate."""
@@ -90,6 +99,7 @@ class Load:
     use: float = _option(0.6, "planned utilisation of a core")
     host_cores: float = _option(16, "cores of a serving host")
     replication: float = _option(3, "Kafka replication factor")
+    standbys: float = _option(0, "standby trainers")
     stream: str = _option(
         "auto", "stream runner; auto: flink if one process is not enough", choices=("local", "flink", "auto")
     )
@@ -140,6 +150,7 @@ class Sizing:
             **constants,
             **sections,
             "model": settings.model,
+            "held": sum(1 for _ in settings.serving.user_shares) / SHARES,
             "runner": load.stream,
             "answer_us": constants[f"{load.answer}_us"],
             "min": min,
@@ -148,6 +159,8 @@ class Sizing:
             "changed": self._changed,
             "kept": self._kept,
         }
+        most = settings.trainer.max_rows
+        self._rows = (min(load.users, settings.trainer.workers * most), min(load.items, most))
         for name, formula in DATA.formulas.items():
             self._values[name] = self._of(formula)
 
@@ -157,11 +170,10 @@ class Sizing:
     def _of(self, formula: str) -> Any:
         return eval(formula, {"__builtins__": {}}, self._values)
 
-    def _changed(self, seconds: float) -> float:
-        """Rows that clicks change in so many seconds, if all users and all items are equally active."""
-        most: int = self["trainer"].max_rows
-        counts = (min(self.load.users, most), min(self.load.items, most))
-        return sum(-count * math.expm1(-self.load.clicks * seconds / count) for count in counts)
+    def _changed(self, seconds: float, held: float = 1.0) -> float:
+        """Rows that clicks change in so many seconds, if all users and all items are equally active; of users, a part."""
+        users, items = (-count * math.expm1(-self.load.clicks * seconds / count) for count in self._rows)
+        return held * users + items
 
     def _kept(self, span_s: float, every_s: float) -> float:
         """Bytes of the durable versions of a time span of which one each `every_s` is kept."""
@@ -199,16 +211,26 @@ DESCRIPTION = (
 )
 EPILOG = (
     "These settings, written --section.name VALUE, affect the result: features.history, history.max_users, "
-    "trainer.max_rows, model.dim, [registry], serving.keep_s, history.snapshot_every_s. Exit codes: 0 done, 1 the load exceeds a limit, 2 wrong use."
+    "serving.shares, trainer.max_rows, trainer.workers, model.dim, [registry], serving.keep_s, history.snapshot_every_s. Exit "
+    "codes: 0 done, 1 the load exceeds a limit, 2 wrong use."
 )
-EXAMPLES = (
-    Load(clicks=200, users=2_000, items=4_000, answers=100),
-    Load(clicks=2_000, answers=2_000),
-    Load(clicks=10_000, answers=20_000),
-    Load(clicks=10_000, users=1e7, items=1e6, answers=20_000),
-    Load(clicks=100_000, users=1e8, items=1e7, answers=200_000),
-    Load(clicks=1e6, users=1e9, items=1e8, answers=1e6),
+SHOWN = Load(clicks=10_000, answers=20_000)
+_LARGE = Load(clicks=100_000, users=1e8, items=1e7, answers=200_000)
+_LARGEST = Load(clicks=1e6, users=1e9, items=1e8, answers=1e6)
+EXAMPLES: Sequence[tuple[Load, str, int]] = (
+    (Load(clicks=200, users=2_000, items=4_000, answers=100), "", 1),
+    (Load(clicks=2_000, answers=2_000), "", 1),
+    (SHOWN, "", 1),
+    (replace(SHOWN, standbys=1), "0-31", 1),
+    (Load(clicks=10_000, users=1e7, items=1e6, answers=20_000), "", 1),
+    (_LARGE, "", 1),
+    (replace(_LARGE, standbys=1), "0-3", 1),
+    (_LARGE, "0-3", 4),
+    (_LARGEST, "", 1),
+    (_LARGEST, "0", 1),
+    (_LARGEST, "0", 16),
 )
+"""Loads, with `serving.shares` and `trainer.workers`."""
 
 
 def amount(text: str) -> float:
@@ -280,6 +302,11 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
+def _start(sizing: Sizing) -> str:
+    """After which time a new host answers."""
+    return seconds(sizing["catch_up_s"]) if sizing["read_share"] < 1 else "- (it reads more slowly than clicks arrive)"
+
+
 def _as_text(sizing: Sizing) -> str:
     parts = [
         [
@@ -303,7 +330,7 @@ def _as_text(sizing: Sizing) -> str:
     ]
     return f"""{_table(["part", "instances", "cores", "memory, GB", "disk, GB"], parts)}
 
-The stream is {"a job on Flink" if sizing["on_flink"] else "one local process"}. The clicks topic has {sizing["partitions"]} partitions, the training log 1 with {number(sizing["log_bytes_s"] / 1e6)} MB/s. A new host answers after {seconds(sizing["catch_up_s"])}.
+The stream is {"a job on Flink" if sizing["on_flink"] else "one local process"}. The clicks topic has {sizing["partitions"]} partitions, the training log 1 with {number(sizing["log_bytes_s"] / 1e6)} MB/s. A new host answers after {_start(sizing)}.
 
 {_table(["", "limit", "share", "ends at", "what helps"], limits)}"""
 
@@ -328,30 +355,27 @@ def page(settings: Settings) -> str:
         history=replace(settings.history, max_users=10**9),
         trainer=replace(settings.trainer, max_rows=10**9),
     )
-    loads = []
-    for sizing in (Sizing(example, roomy) for example in EXAMPLES):
-        _, cores, memory_bytes, disk_bytes = sizing.orders()["all"]
-        beyond = sum(limit.share > 1 for limit in sizing.limits())
-        loads.append(
-            [number(value) for value in (sizing.load.clicks, sizing.load.users, sizing.load.answers)]
-            + [
-                "Flink" if sizing["on_flink"] else "local",
-                f"{cores:,g}",
-                number(memory_bytes / 1e9),
-                number(disk_bytes / 1e9),
-            ]
-            + [str(sizing["partitions"]), str(sizing["hosts"]), str(beyond)]
-        )
-    head = ["clicks/s", "users", "answers/s", "stream", "cores", "memory, GB", "disk, GB"]
-    head += ["partitions", "hosts", "limits passed"]
+    loads, limits = [], []
+    for example, shares, workers in EXAMPLES:
+        serving, trainer = replace(roomy.serving, shares=shares), replace(roomy.trainer, workers=workers)
+        sizing = Sizing(example, replace(roomy, serving=serving, trainer=trainer))
+        order, stream = sizing.orders()["all"], "Flink" if sizing["on_flink"] else "local"
+        about = [number(example.clicks), number(example.users), shares or "all", str(workers)]
+        sizes = [f"{order.cores:,g}", number(order.memory_bytes / 1e9), number(order.disk_bytes / 1e9)]
+        loads.append([*about, f"{example.standbys:g}", number(example.answers), stream, *sizes, str(sizing["hosts"])])
+        found = {limit.name: f"{limit.share:.0%}" for limit in sizing.limits()}
+        limits.append([*about, _start(sizing), *(found[name] for name in NAMED)])
+    about = ["clicks/s", "users", "`serving.shares`", "`trainer.workers`"]
+    head = [*about, "standbys", "answers/s", "stream", "cores", "memory, GB", "disk, GB", "hosts"]
     formulas = [[f"`{name}`", f"`{formula}`"] for name, formula in DATA.formulas.items()]
     constants = [
         [f"`{name}`", f"{number(constant.value)} {constant.unit}", constant.meaning, f"`{constant.bench}`"]
         for name, constant in CONSTANTS.items()
     ]
     return DATA.page["text"].format(
-        shown=_as_text(Sizing(EXAMPLES[2], settings)),
+        shown=_as_text(Sizing(SHOWN, settings)),
         loads=_table(head, loads),
+        limits=_table([*about, "a new host answers after", *NAMED], limits),
         formulas=_table(["answer", "formula"], formulas),
         constants=_table(["constant", "value", "meaning", "measured by"], constants),
     )

@@ -222,6 +222,11 @@ def _operator_command(name: str) -> Command:
         from deploy.operate import rollback
 
         return rollback.rollback
+    if name == "jumps":
+        # Likewise.
+        from deploy.operate import jumps
+
+        return jumps.jumps
     if name in ("backup", "restore"):
         from deploy.backup import commands as backing_up
 

@@ -288,6 +288,7 @@ def parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
         operating.rollback(add),
         operating.erase(add),
         *operating.masks(add),
+        operating.jumps(add),
         operating.schema(add),
         *backing_up.commands(add),
     ]

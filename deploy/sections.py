@@ -361,15 +361,16 @@ def history_snapshots(settings: Settings, now_ms: int) -> dict[str, Any] | None:
         numbers = list(reversed(snapshots.numbers(location)))
         newest = snapshots.newest(location, UserShares(0))
     except SpringtideError as error:
-        return {"problem": str(error), "every_s": every_s, "ages_s": [], "late": False}
+        return {"problem": str(error), "every_s": every_s, "ages_s": []}
     if not every_s and not numbers:
         return None
-    ages_s = [max(0, now_ms - number) / 1000 for number in numbers]
+    ages_s, late_s = [max(0, now_ms - number) / 1000 for number in numbers], LATE_INTERVALS * every_s + LATE_S
     return {
         "problem": "",
         "every_s": every_s,
         "ages_s": ages_s,
-        "late": bool(every_s) and (not ages_s or ages_s[0] > LATE_INTERVALS * every_s + LATE_S),
+        "late": bool(every_s) and (not ages_s or ages_s[0] > late_s),
+        "late_s": late_s,
         "users": newest.users if newest else 0,
         "bytes": newest.bytes if newest else 0,
         "writer": newest.writer if newest else "",

@@ -249,16 +249,17 @@ FIGURES: Mapping[str, Sequence[tuple[str, str]]] = {
 
 
 def processes(scrapes: Mapping[str, Scrape], up_s: Mapping[str, float]) -> dict[str, dict[str, Any]]:
-    """Returns by process whether it answers, why not, since when it is up, and its figures.
+    """Returns by process whether it answers, why not, since when it is up, its memory, and its figures.
 
     >>> processes({"worker": Scrape(problem="refused")}, {})["worker"]
-    {'answers': False, 'problem': 'refused', 'up_s': None, 'figures': {}}
+    {'answers': False, 'problem': 'refused', 'up_s': None, 'memory_bytes': None, 'figures': {}}
     """
     return {
         name: {
             "answers": not scraped.problem,
             "problem": scraped.problem,
             "up_s": up_s.get(name),
+            "memory_bytes": scraped.value("process_resident_memory_bytes"),
             "figures": {} if scraped.problem else {label: _figure(scraped, series) for label, series in FIGURES[name]},
         }
         for name, scraped in scrapes.items()

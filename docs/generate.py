@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import markdown
 import yaml
 
 from deploy import capacity, cli
@@ -116,7 +117,21 @@ def dead_letters() -> str:
     return "\n".join(lines) + "\n"
 
 
+def runbook() -> str:
+    """Returns the runbook as a page of the console; links to pages that the console does not have become text."""
+    text = (ROOT / "docs/operate/runbook.md").read_text()
+    text = re.sub(r"\[([^\]]+)\]\((?!#)[^)]+\)", r"\1", text)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>Runbook of Springtide</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<link rel="icon" href="icon.svg" type="image/svg+xml">\n<link rel="stylesheet" href="page.css">\n</head>\n'
+        '<body class="document">\n<main>\n<p><a href="./" class="tap">Back to the console</a></p>\n'
+        f"{markdown.markdown(text, extensions=['tables', 'fenced_code', 'toc'])}\n</main>\n</body>\n</html>\n"
+    )
+
+
 PAGES: Mapping[str, Callable[[], str]] = {
+    "deploy/console/static/runbook.html": runbook,
     "docs/operate/alerts.md": alerts,
     "docs/operate/capacity.md": lambda: capacity.page(Settings()) + "\n",
     "docs/reference/commands.md": commands,

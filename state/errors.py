@@ -316,7 +316,7 @@ class FlinkFailed(SpringtideError):
 
 
 class WorkerLost(SpringtideError):
-    """A worker of the trainer ended or does not answer. All workers start again from the newest version."""
+    """A worker of the trainer ended, does not answer or has other weights. All start again from the newest version."""
 
 
 class ProcessFailed(SpringtideError):

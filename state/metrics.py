@@ -246,8 +246,8 @@ class TrainerMetrics(Metrics):
     )
     table_rows = gauge("Rows in use, by table.", "table")
     table_rows_limit = gauge("Maximum number of rows, by table; the least used rows are evicted first.", "table")
-    worker_seconds = gauge(
-        "Time that a worker computed in the last update, by worker; the others wait for the slowest. Only with `trainer.workers` above 1.",
+    worker_seconds = counter(
+        "Time that a worker computed gradients, by worker; the others wait for the slowest. Only with `trainer.workers` above 1.",
         "worker",
     )
     worker_users = gauge("Users whose rows a worker holds, by worker. Only with `trainer.workers` above 1.", "worker")

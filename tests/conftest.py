@@ -28,8 +28,11 @@ FIRST = ("tests/e2e/loop/", "tests/e2e/", "tests/streaming/", "tests/conformance
 KAFKA = pytest.StashKey[OneKafka]()
 FORKS = pytest.StashKey[forked.Server]()
 # A busy machine makes slow examples of all of them.
-property_tests.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-property_tests.load_profile("untimed")
+for profile, examples in (("quick", 40), ("thorough", 300)):
+    property_tests.register_profile(
+        profile, max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+property_tests.load_profile("quick")
 # Test brokers live for minutes: the quick compiler alone costs half of what both do.
 os.environ.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1")
 

@@ -46,9 +46,9 @@ def show_step(report: Report, offset: int, metrics: TrainerMetrics) -> None:
 
 
 def show_workers(loads: Sequence[WorkerLoad], metrics: TrainerMetrics) -> None:
-    """Sets the gauges of the workers of a group, in their order."""
+    """Adds a step to the metrics of the workers of a group, in their order."""
     for worker, load in enumerate(loads):
-        metrics.worker_seconds.labels(str(worker)).set(load.seconds)
+        metrics.worker_seconds.labels(str(worker)).inc(load.seconds)
         metrics.worker_users.labels(str(worker)).set(load.users)
 
 

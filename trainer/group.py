@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -48,10 +50,11 @@ class Group:
     Attributes:
         index: Of this process.
         size: The number of workers.
+        exchanged_s: Monotonic time of the end of the last exchange.
     """
 
     def __init__(self, addresses: Sequence[str], index: int) -> None:
-        self.index, self.size = index, len(addresses)
+        self.index, self.size, self.exchanged_s = index, len(addresses), time.monotonic()
         resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
             tf.train.ClusterSpec({"worker": list(addresses)}), task_type="worker", task_id=index, rpc_layer="grpc"
         )
@@ -86,6 +89,7 @@ class Group:
                 **self._collective(2, length, timeout_s),
                 ordering_token=[],
             ).numpy()
+        self.exchanged_s = time.monotonic()
         gathered: F32 = received.reshape(self.size, length)[:, : values.size]
         return gathered
 
@@ -172,7 +176,8 @@ def _reported() -> Iterator[None]:
     try:
         yield
     except tf.errors.OpError as error:
+        text = re.sub(r"{{.*?}}\s*|\s*\[Op:.*", "", str(error.message).splitlines()[0])
         raise WorkerLost(
-            f"a worker of the trainer ended or does not answer: {str(error.message).splitlines()[0]}",
+            f"a worker of the trainer ended or does not answer: {text}",
             "see its log; the group starts again from the newest version",
         ) from error

@@ -401,7 +401,9 @@ class Learner:
             LogError: The log cannot be read.
             MicroBatchError, SpecMismatch, SaltMismatch: A record does not fit this stream, and no operator skipped it.
             RegistryError: A version needed cannot be loaded.
+            WorkerLost: Another worker of the trainer ended or does not answer.
         """
+        self._trainer.beat()
         if self._between():
             return 0
         if self._resting:
@@ -440,7 +442,6 @@ class Learner:
                 logger.info("epoch %d: caught up at offset %d", self.place.epoch, self.place.next)
             self._catching_up.check(self.place, self.control, self._publications.busy)
         self._metrics.caught_up.set(self.caught_up)
-        gauges.show_workers(self._trainer.loads, self._metrics)
         self._faults = accounts.show(self._account(), self._metrics, self._faults)
         self._updates.show()
         return count
@@ -483,6 +484,7 @@ class Learner:
             self.place = self.place.stepped()
             killpoints.reach("loop.stepped")
             gauges.show_step(report, offset, self._metrics)
+            gauges.show_workers(self._trainer.loads, self._metrics)
             self._losses.take(offset, intake.batch.user, report)
         if self._updates.take(intake.batch, report, before, self.place, (began_ms, self._trainer.counters.log_ms)):
             self._polled_s = float("-inf")

@@ -81,7 +81,7 @@ from state.storage.waiting import Room, is_full
 from trainer.checks import check_own, is_own
 from trainer.lag import Taken, TrainingLag
 from trainer.place import newest_before
-from trainer.worker import restore_handlers, workers_of
+from trainer.worker import begin, restore_handlers, workers_of
 
 if TYPE_CHECKING:
     from trainer.engine.step import Trainer
@@ -520,7 +520,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
             raise WorkerLost("the other workers could not be joined", "see the lines above")
         if group is not None:
             restore_handlers()
-            group.wait()
+            begin(group, settings)
         phases.enter(MODEL)
         with quiet_stderr():
             from trainer.beginning import beginning_of

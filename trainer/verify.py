@@ -42,14 +42,14 @@ from state.process import log_lines
 from state.process.ending import while_read
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.registry.control import Control
-from state.registry.manifest import Manifest
+from state.registry.manifest import Manifest, sees
 from state.registry.model_fit import FORMER_TOWERS, first_after, former_specs
 from state.registry.registry import Registry
 from state.registry.segments import base_of, segments_of
 from state.rows.tables import tables_in
 from trainer.replay import ACCOUNT, Replay, SegmentReader
 from trainer.versions.content import ADDED, BESIDE, COLUMNS, PENDING, ROWS, Array, Tensors
-from trainer.worker import workers_of
+from trainer.worker import begin, workers_of
 
 if TYPE_CHECKING:
     from trainer.engine.step import Trainer
@@ -173,12 +173,14 @@ def environment_differences(then: Mapping[str, str], now: Mapping[str, str]) -> 
     ['numpy was 2.3 and is 2.4']
     >>> environment_differences({"churn.days": "7.0"}, {})
     ['churn.days was 7.0 and is off']
+    >>> environment_differences({"workers": "2"}, {})
+    ['workers was 2 and is 1']
     >>> environment_differences({"model.tower": FORMER_TOWERS[0]}, {"model.tower": Model().tower})
     []
     """
     then = {name: Model().tower if value in FORMER_TOWERS else value for name, value in then.items()}
-    # Settings of a feature that is off are not named.
-    off = {name: "off" for name in then.keys() | now.keys() if name.startswith("churn.")}
+    # Settings of a feature that is off are not named, nor is a single worker.
+    off = {name: "off" for name in then.keys() | now.keys() if name.startswith("churn.")} | {"workers": "1"}
     then, now = {**off, **then}, {**off, **now}
     return [
         f"{name} was {then[name]} and is {now[name]}"
@@ -364,20 +366,30 @@ def verify(
 def origin_of(
     registry: Registry, beginnings: Sequence[Control], target: Manifest, wanted_base: int | None
 ) -> Manifest | None:
-    """The version to begin from, not before an upgrade, where another model learned. None to begin from scratch.
+    """The version to begin from, not before an upgrade or a change of the environment. None to begin from scratch.
 
     Raises:
         UnknownVersion: There is no such version, it is not kept, or `target` does not descend from it.
     """
     base = base_of(registry, target, wanted_base)
-    if (upgraded := first_after(registry, beginnings, base, target)) is None:
-        return base
-    if wanted_base is not None:
+    origin, change = base, ""
+    if (upgraded := first_after(registry, beginnings, base, target)) is not None:
+        origin, change = upgraded, "an upgrade"
+    for number in reversed(registry.versions()):
+        if number <= (0 if origin is None else origin.version):
+            break
+        if number < target.version and sees(target.visible, number):
+            earlier = registry.manifest(number)
+            if differs := environment_differences(earlier.environment, target.environment):
+                origin, change = earlier, f"a change of the environment ({'; '.join(differs)})"
+                break
+    if change and wanted_base is not None and origin is not None and origin.version != wanted_base:
         raise UnknownVersion(
-            f"there is an upgrade between versions {wanted_base} and {target.version}: another model learned the records before it",
-            f"use --from {upgraded.version}, or leave it out",
+            f"there is {change} between versions {wanted_base} and {target.version}, "
+            f"so the records before version {origin.version} were learned in another way",
+            f"use --from {origin.version}, or leave it out",
         )
-    return upgraded
+    return origin
 
 
 def taken_out(registry: Registry, base: Manifest | None) -> Erased:
@@ -459,7 +471,7 @@ def run(
             device.prepare(settings.trainer.device, settings.trainer.threads)
             group = Group(addresses, 0) if addresses else None
             if group is not None:
-                group.wait()
+                begin(group, settings)
             name = registry.specs.bootstrapped(spec.digest, settings.model) or spec.digest
             return trainer_of(settings, spec, preprocessing_of(registry.specs.transform(name)), group)
 

@@ -8,28 +8,34 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
 from state.compiled.preparing import Kernels
 from state.config.loading import load
 from state.config.settings import Settings
-from state.errors import SettingsError
+from state.errors import SettingsError, WorkerLost
 from state.features.spec import FeatureSpec
 from state.log import KERNELS as LOG_KERNELS
+from state.metrics import build, serve
 from state.process.ending import die_with
 from state.process.part import Work, run_process
 from state.process.ports import HOST, free_ports
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.registry.registry import Registry
+
+if TYPE_CHECKING:
+    from trainer.group import Group
 
 DESCRIPTION = (
     "Run one of the other workers of a trainer with trainer.workers above 1. It joins the trainer, holds the rows of a part "
@@ -42,6 +48,40 @@ def restore_handlers() -> None:
     """Installs this process's handlers again: joining a group replaces that of SIGTERM. Only in the main thread."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.getsignal(number))
+
+
+def begin(group: Group, settings: Settings) -> None:
+    """Waits until all workers call this, and requires that they have the leader's settings, release and type of processor.
+
+    The rows that every worker holds would otherwise not stay equal.
+
+    Raises:
+        SettingsError: This worker differs from the leader.
+        WorkerLost: Another worker differs, ended or does not answer.
+    """
+    from trainer import device
+    from trainer.versions import checkpoint
+
+    place = device.prepare(settings.trainer.device, settings.trainer.threads)
+    own = checkpoint.environment(settings, place, settings.trainer.engine)
+    own |= {"release": build()["version"], "feature spec": FeatureSpec.from_settings(settings).digest}
+    group.wait()
+    for index, differs in differences([json.loads(part) for part in group.gather_bytes(json.dumps(own).encode())]):
+        kind = SettingsError if index == group.index else WorkerLost
+        raise kind(differs, "give all workers of the trainer the same settings, release and type of processor")
+
+
+def differences(environments: Sequence[Mapping[str, str]]) -> Iterator[tuple[int, str]]:
+    """Each worker that differs from the leader, which is the first, and its first difference.
+
+    >>> [*differences([{"model.dim": "16", "release": "1"}, {"model.dim": "8", "release": "1"}])]
+    [(1, "worker 1 has model.dim '8', and the leader '16'")]
+    """
+    leaders = environments[0]
+    for index, own in enumerate(environments):
+        differing = sorted(name for name in {*leaders, *own} if leaders.get(name) != own.get(name))
+        for name in differing[:1]:
+            yield index, f"worker {index} has {name} {own.get(name)!r}, and the leader {leaders.get(name)!r}"
 
 
 @contextmanager
@@ -76,11 +116,12 @@ def workers_of(settings: Settings) -> Iterator[tuple[list[str], list[subprocess.
             child.wait()
 
 
-def run(settings: Settings, addresses: Sequence[str], index: int) -> None:
-    """Runs worker `index` until the leader stops it.
+def run(settings: Settings, addresses: Sequence[str], index: int, metrics_port: int | None = None) -> None:
+    """Runs worker `index` until the leader stops it. With a port, it exposes the metrics of its process there.
 
     Raises:
-        SettingsError: There is no such worker.
+        SettingsError: There is no such worker, or its settings differ from the leader's.
+        PortTaken: The port is in use.
         WorkerLost: The leader or another worker ended, or does not answer.
         SpringtideError: The registry cannot be read.
     """
@@ -91,6 +132,8 @@ def run(settings: Settings, addresses: Sequence[str], index: int) -> None:
         )
     # 1.
     collected = CollectorRegistry()
+    if metrics_port is not None:
+        serve(collected, metrics_port, settings.metrics.host)
     kernels = Kernels(collected, logger, [], [LOG_KERNELS])
     with quiet_stderr():
         from trainer import device
@@ -106,7 +149,7 @@ def run(settings: Settings, addresses: Sequence[str], index: int) -> None:
     restore_handlers()
     logger.info("joined as worker %d of %d", index, group.size)
     # 2.
-    group.wait()
+    begin(group, settings)
     registry, spec = Registry(settings.registry_dir), FeatureSpec.from_settings(settings)
     name = registry.specs.bootstrapped(spec.digest, settings.model) or spec.digest
     lighter = replace(
@@ -145,7 +188,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.parent:
             die_with(args.parent)()
         addresses = args.addresses.split(",") if args.addresses else list(settings.trainer.worker_addresses)
-        return settings, lambda: run(settings, addresses, args.index)
+        # A worker that the leader started is on the leader's machine, where the leader has the port.
+        port = None if args.parent else settings.trainer.metrics_port
+        return settings, lambda: run(settings, addresses, args.index, port)
 
     return run_process("worker", start, argv, logger, own_stderr())
 

@@ -8,9 +8,11 @@ something:
     GET /api/session
     GET /api/state
     GET /api/series?after_ms=
+    GET /api/problems
     GET /api/versions?last=
     GET /api/history?last=
     GET /api/masks
+    GET /api/jumps?minutes=    reads the training log, so it needs the role `operate`
     GET /api/profiles/{user_id}?label=    one user's profile, with an explanation
 
 Access control uses tokens and origins, not cookies, so a browser sends nothing on its own that another page could
@@ -170,6 +172,12 @@ class ListParameters(msgspec.Struct, forbid_unknown_fields=True):
     last: Annotated[int, msgspec.Meta(ge=1, le=500)] = 40
 
 
+class JumpsParameters(msgspec.Struct, forbid_unknown_fields=True):
+    """Parameters of the jumps: the last minutes, which are compared with the time before."""
+
+    minutes: Annotated[int, msgspec.Meta(ge=1, le=1440)] = 5
+
+
 class ProfileLookup(msgspec.Struct, forbid_unknown_fields=True):
     """Parameters of a profile: the category to explain; the first one if none is named."""
 
@@ -192,8 +200,10 @@ class Reading:
             Endpoint("session", METHODS, "/api/session", self._session, role=OPEN),
             Endpoint("state", METHODS, "/api/state", self._state),
             Endpoint("series", METHODS, "/api/series", self._series, parameters=SeriesParameters),
+            Endpoint("problems", METHODS, "/api/problems", self._problems),
             *lists,
             Endpoint("masks", METHODS, "/api/masks", self._list),
+            Endpoint("jumps", METHODS, "/api/jumps", self._list, parameters=JumpsParameters, role=OPERATE),
             Endpoint("profile", METHODS, "/api/profiles/{user_id}", self._profile, parameters=ProfileLookup),
         ]
 
@@ -208,10 +218,15 @@ class Reading:
     async def _series(self, request: Request) -> Response:
         return Response(200, encode(self._watch.curves.document(request.parameters(SeriesParameters).after_ms)))
 
+    async def _problems(self, request: Request) -> Response:
+        return Response(200, encode(self._watch.past_problems()))
+
     async def _list(self, request: Request) -> Response:
         name = request.endpoint.name
         words = [name]
-        if name != "masks":
+        if name == "jumps":
+            words.append(f"--minutes={request.parameters(JumpsParameters).minutes}")
+        elif name != "masks":
             words.append(f"--last={request.parameters(ListParameters).last}")
         return Response(200, encode(await asyncio.to_thread(self._commands.listed, words)))
 

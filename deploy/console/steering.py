@@ -21,7 +21,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 import msgspec
 
 from deploy.command_line import parser
-from deploy.operate import control, history, rollback, versions
+from deploy.operate import control, history, jumps, masking, rollback, versions
+from deploy.operate.branch import ServingBranch
 from deploy.operate.control import SWITCHES
 from deploy.operate.times import parse_time, parse_times
 from deploy.operate.versions import open_registry
@@ -33,7 +34,7 @@ from state.errors import BadRequest, ControlConflict, SpringtideError
 from state.process.actor import acting, actor
 
 MOST, KEEP_S = 32, 900.0
-LISTED_S = {"versions": 3.0, "history": 1.0, "masks": 1.0}
+LISTED_S = {"versions": 3.0, "history": 1.0, "masks": 1.0, "jumps": 10.0}
 """How long each list is reused, seconds."""
 LONGEST_REASON, LONGEST_NAME, MOST_SKIPS = 500, 64, 50
 Answer = Callable[[Request], Awaitable[Response]]
@@ -45,6 +46,7 @@ COMMANDS = {
     "versions": versions.versions,
     "history": history.history,
     "masks": history.masks,
+    "jumps": jumps.jumps,
     "rollback": rollback.rollback,
     "pin": control.pin,
     "follow": control.follow,
@@ -123,12 +125,14 @@ class ShownPlan(NamedTuple):
 
 
 class PlanWanted(msgspec.Struct, forbid_unknown_fields=True):
-    """The target of a rollback and what to exclude, as in `springtide rollback`."""
+    """The target of a rollback and what to exclude, as in `springtide rollback`; `users` are ids as in the clicks."""
 
     to: Number | None = None
     before: str = ""
     skip: Skips = []
     skip_time: Skips = []
+    users: Skips = []
+    pseudonyms: Skips = []
     minutes: Number | None = None
     mode: Literal["fast", "exact"] = "fast"
     follow_when_caught_up: bool = False
@@ -208,8 +212,14 @@ class Steering:
         return Response(200, encode({"digest": digest, "generation": generation, "plan": plan}))
 
     def _planned(self, wanted: PlanWanted) -> tuple[int, list[str], dict[str, Any]]:
-        now_ms = self._commands.now_ms()
-        found = control.current(open_registry(self._commands.settings))
+        now_ms, registry = self._commands.now_ms(), open_registry(self._commands.settings)
+        found = control.current(registry)
+        if wanted.users:
+            # Replaced at once, so that neither plans nor errors contain a user id.
+            salt = ServingBranch(registry, found).newest.salt
+            users = masking.pseudonyms(self._commands.settings, wanted.users, salt)
+            listed = [*wanted.pseudonyms, *(f"{user:016x}" for user in users)]
+            wanted = msgspec.structs.replace(wanted, users=[], pseudonyms=listed)
         words = [*words_of(wanted, now_ms), f"--if-generation={found.generation}"]
         target = [f"--to={wanted.to}"] if wanted.to is not None else []
         if wanted.before:
@@ -269,6 +279,7 @@ def words_of(wanted: PlanWanted, now_ms: int) -> list[str]:
     skips = [
         *(f"--skip={offsets}" for offsets in wanted.skip),
         *(f"--skip-time={first}..{last}" for first, last in times),
+        *(f"--skip-pseudonym={user}" for user in wanted.pseudonyms),
     ]
     return ["rollback", f"--mode={wanted.mode}", *follow, *skips]
 

@@ -1,4 +1,4 @@
-"""Collects the data that the console shows, and stores the last hour of figures in memory for its curves."""
+"""Collects the data that the console shows: an hour of figures for its curves and a day of problems, in memory."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from deploy import sections, status
 from deploy.watch.figures import Figures, Spread
-from deploy.watch.snapshot import Poller, Snapshot
+from deploy.watch.snapshot import Poller, Problem, Snapshot
 from state.config.settings import Settings
 from state.process.said_once import SaidOnce
 
@@ -46,6 +47,11 @@ QUANTILES: Mapping[str, tuple[str, str]] = {
 """Curve -> the histogram and its quantile."""
 LIFT = "lift_top1"
 """Curve of the model's top-1 hit rate compared with the best simple baseline."""
+DAY_MS, MOST_PROBLEMS = 86_400_000, 200
+ENDED_MS = 60_000
+"""A problem that was not seen for this long has ended; if it returns, it is another one."""
+STARTS = "a-process-starts"
+"""Section of the runbook for processes that start: no problem of the past."""
 WATCHED_S = 20.0
 """How long after a request the console counts as open."""
 POLL_S = 1.0
@@ -93,12 +99,63 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.6g}")
 
 
+@dataclass
+class PastProblem:
+    """A problem from when it was first seen until it was last seen, ms since 1970, with its newest text."""
+
+    problem: Problem
+    first_ms: int
+    last_ms: int
+
+
+class PastProblems:
+    """The problems of the last day, at most `MOST_PROBLEMS`. One thread adds, others read."""
+
+    def __init__(self, since_ms: int) -> None:
+        self._since_ms = since_ms
+        self._problems: list[PastProblem] = []
+
+    def add(self, at_ms: int, problems: Sequence[Problem]) -> None:
+        """Adds what is wrong at a moment; the same section and stage is the same problem, whatever its figures."""
+        kept = [past for past in self._problems if past.last_ms >= at_ms - DAY_MS]
+        open_ones = {
+            (past.problem.section, past.problem.stage): past for past in kept if past.last_ms >= at_ms - ENDED_MS
+        }
+        for problem in problems:
+            past = open_ones.get((problem.section, problem.stage))
+            if past is None:
+                past = open_ones[problem.section, problem.stage] = PastProblem(problem, at_ms, at_ms)
+                kept.append(past)
+            past.problem, past.last_ms = problem, at_ms
+        self._problems = kept[-MOST_PROBLEMS:]
+
+    def document(self, now_ms: int) -> dict[str, Any]:
+        """Returns the problems as JSON values, the oldest first; `open` is whether one has not ended.
+
+        >>> past = PastProblems(0)
+        >>> past.add(1000, [Problem("warning", "7% dead letters", "dead-letters", "clicks")])
+        >>> past.add(9000, [Problem("warning", "9% dead letters", "dead-letters", "clicks")])
+        >>> (found,) = past.document(10_000)["problems"]
+        >>> found["text"], found["first_ms"], found["last_ms"], found["open"], past.document(99_000)["problems"][0]["open"]
+        ('9% dead letters', 1000, 9000, True, False)
+        """
+        return {
+            "since_ms": max(self._since_ms, now_ms - DAY_MS),
+            "problems": [
+                past.problem.to_json()
+                | {"first_ms": past.first_ms, "last_ms": past.last_ms, "open": past.last_ms >= now_ms - ENDED_MS}
+                for past in list(self._problems)
+            ],
+        }
+
+
 class LoopWatch:
     """Polls the loop in its own threads; `stores` is held while a store is open."""
 
     def __init__(self, settings: Settings, stores: threading.Lock, now_ms: Callable[[], int]) -> None:
         self._settings, self._stores, self._now_ms = settings, stores, now_ms
         self._poller, self.curves = Poller(settings, now_ms=now_ms), Curves()
+        self._past = PastProblems(now_ms())
         self._requested_s = self._sections_s = float("-inf")
         self._sections: dict[str, Any] | None = None
         self._snapshot: Snapshot | None = None
@@ -123,7 +180,14 @@ class LoopWatch:
             compared = sections.quality(snapshot.scrapes["trainer"])
             self.curves.add(snapshot.at_ms, snapshot.figures, None if compared is None else compared["lift"]["top1"])
             self._snapshot = snapshot
+            is_fresh = self._sections is not None and time.monotonic() - self._sections_s < 2 * SECTIONS_S
+            whole = snapshot.having(self._sections or {}) if is_fresh else snapshot
+            self._past.add(snapshot.at_ms, [problem for problem in whole.faults if problem.section != STARTS])
             return snapshot
+
+    def past_problems(self) -> dict[str, Any]:
+        """Returns the problems of the last day, or since the start if that is later."""
+        return self._past.document(self._now_ms())
 
     def changed(self) -> None:
         """Makes the sections be read again soon, after a change by an operator."""

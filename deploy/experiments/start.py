@@ -78,6 +78,8 @@ def flags_of(settings: Settings, overrides: Mapping[str, str], registry: Path) -
         "paths.registry": registry,
         "paths.shared_registry": "",
         "trainer.metrics_port": 0,
+        # Its workers run on this machine; the addresses are those of the live trainer's.
+        "trainer.worker_addresses": "",
         # No host follows these versions, so only durable ones are published; a promotion needs those.
         "trainer.publish_s": settings.registry.durable_s,
         "registry.delta_keep_gb": REGISTRY_GB,

@@ -308,7 +308,7 @@ def _newest_clean(branch: ServingBranch, target: Target, masks: Sequence[MaskEnt
     rewrites = control.mode == "exact" and branch.registry.generations.outcome(control.epoch, "learned") is None
     if is_new and not rewrites:
         raise SettingsError(
-            "no row of the training log is named by --skip-time, --minutes or --skip-users: nothing would be left out",
+            "no row of the training log is named by the times and users to leave out: nothing would be left out",
             f"the log was searched from {iso(sure.event_time_ms)} on; check times and ids, and with "
             "`springtide status` whether the stream has read that far",
         )

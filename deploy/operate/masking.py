@@ -25,7 +25,7 @@ Ends = Mapping[int, tuple[int, int]]
 
 
 def mask_of(settings: Settings, args: argparse.Namespace, newest: Manifest, now_ms: int) -> Mask:
-    """Builds the mask from --skip, --skip-time, --minutes and --skip-users.
+    """Builds the mask from --skip, --skip-time, --minutes, --skip-users and --skip-pseudonym.
 
     Raises:
         SettingsError: An option has an invalid form, or ends in the future.
@@ -40,9 +40,9 @@ def mask_of(settings: Settings, args: argparse.Namespace, newest: Manifest, now_
             )
     if args.minutes is not None:
         times.append((now_ms - args.minutes * UNITS_MS["m"], now_ms))
-    users = MaskedUsers.NOBODY
+    users = MaskedUsers.of(parse_pseudonym(text) for text in args.skip_pseudonym)
     if args.skip_users is not None:
-        users = pseudonyms(settings, ids_in(args.skip_users, "--skip-users"), newest.salt)
+        users |= pseudonyms(settings, ids_in(args.skip_users, "--skip-users"), newest.salt)
     return Mask(offsets=tuple(parse_place(text, topic_ids) for text in args.skip), times=tuple(times), users=users)
 
 
@@ -89,6 +89,22 @@ def parse_place(text: str, topic_ids: Collection[str]) -> tuple[int, int, int, i
             f"--skip {text}: write TOPIC_ID:PARTITION:A-B with one of the topic ids trained on: {known}"
         )
     return int(matches[0][:8], 16), int(match[2]), int(match[3]), int(match[4]) + 1
+
+
+def parse_pseudonym(text: str) -> int:
+    """Parses the pseudonym of a user, 16 hexadecimal digits.
+
+    >>> parse_pseudonym("00000000000000ab")
+    171
+
+    Raises:
+        SettingsError: The text has another form.
+    """
+    if not re.fullmatch(r"[0-9a-f]{16}", text):
+        raise SettingsError(
+            "--skip-pseudonym: it does not have 16 hexadecimal digits", "copy it from `springtide jumps`"
+        )
+    return int(text, 16)
 
 
 def ids_in(file: Path, option: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Arguments of `springtide rollback`, `erase`, `masks`, `unmask` and `schema`."""
+"""Arguments of `springtide rollback`, `erase`, `masks`, `unmask`, `jumps` and `schema`."""
 
 from __future__ import annotations
 
@@ -82,6 +82,13 @@ def _skips(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--skip-users", type=Path, metavar="FILE", help="exclude the users in FILE, one id per line")
     command.add_argument(
+        "--skip-pseudonym",
+        action="append",
+        default=[],
+        metavar="P",
+        help="exclude the user with pseudonym P, 16 hexadecimal digits as in `springtide jumps`; repeatable",
+    )
+    command.add_argument(
         "--minutes", type=positive, metavar="N", help="exclude the last N minutes: --skip-time Nm..now"
     )
 
@@ -140,6 +147,18 @@ def masks(add: Add) -> list[argparse.ArgumentParser]:
     reason(lifting, required=True)
     if_generation(lifting)
     return [listing, lifting]
+
+
+def jumps(add: Add) -> argparse.ArgumentParser:
+    """Adds `jumps` and returns its parser."""
+    command = add(
+        "jumps",
+        "List users, items and categories whose share of the clicks jumped, to find the cause of bad versions.",
+        "Compares the clicks of the training log in the last minutes with three times as long before. Clicks that masks exclude "
+        "do not count. Prints user ids.",
+    )
+    command.add_argument("--minutes", type=positive, default=5, metavar="N", help="the last N minutes (default 5)")
+    return command
 
 
 def schema(add: Add) -> argparse.ArgumentParser:

@@ -453,7 +453,8 @@ def _planned(
     """Returns the plan and the generation that executes it; `control` itself if that is done, None if all is masked already."""
     branch, exact = ServingBranch(registry, control), args.mode == "exact"
     is_named = args.to is not None or args.before is not None
-    names_clicks = bool(args.skip or args.skip_time or args.skip_users is not None or args.minutes is not None)
+    names_users = bool(args.skip_pseudonym or args.skip_users is not None)
+    names_clicks = bool(args.skip or args.skip_time or names_users or args.minutes is not None)
     in_log = branch.in_log() if exact else []
     if not is_named and not names_clicks and not in_log:
         raise SettingsError(

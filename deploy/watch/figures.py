@@ -74,6 +74,7 @@ WAITS = {
 
 
 STANDS_BY = "stands by for another trainer"
+FORMING = "waits for its workers"
 
 
 class Backlog(NamedTuple):
@@ -228,7 +229,9 @@ def starting(scrapes: Mapping[str, Scrape]) -> dict[str, str]:
             phases[name] = STANDS_BY
             continue
         total, ready = (scraped.value(f"springtide_kernels_{kind}") or 0.0 for kind in ("total", "ready"))
-        if ready < total:
+        if scraped.value("springtide_trainer_phase", phase="waiting for workers"):
+            phases[name] = FORMING
+        elif ready < total:
             phases[name] = f"compiling kernels, {shown(ready)} of {shown(total)}"
         elif name in VERSIONS and not scraped.value(VERSIONS[name]):
             phases[name] = "starting"
@@ -303,7 +306,7 @@ class Figures:
         dead: Reason -> dead letters since the stream's start.
         rows_per_s: Rows of the training log read, with any outcome.
         trainer_lag: Positions of the training log the trainer has not read; `serving_lag` likewise of the histories.
-        trainer_workers: Seconds that each worker of a group computed in the last update; empty without other workers.
+        trainer_workers: Share of the time that each worker of a group computed; empty without other workers.
         log_loss: Of the interests, scored before learning, as are `auc` of the engagement and `top1`.
         version: Version that serving uses; `newest_version` is the trainer's.
         features_s: Age of the newest click in the histories that serving uses.
@@ -386,6 +389,17 @@ class Figures:
         lag_events = kafka["lag"] if self.lag_events is None else self.lag_events
         dying = {part: count for part, count in self.dying.items() if part != "kafka"}
         return dataclasses.replace(self, lag_events=lag_events, dying=dying)
+
+    @property
+    def slow_worker(self) -> tuple[str, float]:
+        """The slowest worker of a group, and the share of the time that the fastest one waits for it.
+
+        >>> Figures(trainer_workers={"0": 0.25, "1": 0.5}).slow_worker, Figures().slow_worker
+        (('1', 0.25), ('', 0.0))
+        """
+        workers = self.trainer_workers
+        slowest = max(workers, key=lambda worker: workers[worker], default="")
+        return slowest, workers[slowest] - min(workers.values()) if workers else 0.0
 
     @property
     def has_old_clicks(self) -> bool:
@@ -518,7 +532,10 @@ def read(stream: Seen, trainer: Seen, applier: Seen, worker: Seen) -> Figures:
         steps_per_s=trainer.rate("springtide_trainer_steps_total"),
         rows_per_s=trainer.rate("springtide_trainer_rows_total"),
         trainer_lag=trainer.now.value("springtide_trainer_lag_records"),
-        trainer_workers=trainer.now.by("springtide_trainer_worker_seconds", "worker"),
+        trainer_workers={
+            worker: trainer.rate("springtide_trainer_worker_seconds_total", worker=(worker,)) or 0.0
+            for worker in trainer.now.by("springtide_trainer_worker_seconds_total", "worker")
+        },
         # Before the first step the gauges have their initial value, which is not a score.
         log_loss=trainer.now.value("springtide_trainer_log_loss") if learned else None,
         auc=trainer.now.value("springtide_trainer_auc") if learned else None,

@@ -71,11 +71,7 @@ def _happenings(snapshot: Snapshot, workers: int = 1) -> list[Sequence[str]]:
             f"log loss {decimal(figures.log_loss)}, AUC {decimal(figures.auc)}",
             f"{rate(figures.steps_per_s, 'steps')}, top 1 {top1}",
         ),
-        *(
-            [("workers", f"{len(figures.trainer_workers)}", _slowest(figures.trainer_workers))]
-            if figures.trainer_workers
-            else []
-        ),
+        *([("workers", f"{len(figures.trainer_workers)}", _slowest(figures))] if figures.trainer_workers else []),
         *([("privacy", f"{budget.left:.2f} left", f"of epsilon {budget.epsilon:.2f}")] if budget else []),
         (
             "served version",
@@ -101,10 +97,14 @@ def _distributions(figures: Figures) -> list[Sequence[str]]:
     ]
 
 
-def _slowest(workers: Mapping[str, float]) -> str:
-    slowest = max(workers, key=lambda worker: workers[worker])
+def _slowest(figures: Figures) -> str:
+    workers, steps_per_s = figures.trainer_workers, figures.steps_per_s
+    if not steps_per_s:
+        return "-" if steps_per_s is None else "no steps"
     fastest = min(workers, key=lambda worker: workers[worker])
-    return f"slowest {slowest}: {duration(workers[slowest])} an update, fastest {fastest}: {duration(workers[fastest])}"
+    slowest, _ = figures.slow_worker
+    times = {worker: duration(share / steps_per_s) for worker, share in workers.items()}
+    return f"slowest {slowest}: {times[slowest]} a step, fastest {fastest}: {times[fastest]}"
 
 
 def _off(direction: str, clock: ClocksOff) -> str:

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from deploy.watch import scrape
-from deploy.watch.figures import FEW_RECORDS, SPREAD_S, STALE_S, STANDS_BY, Figures, Watch
+from deploy.watch.figures import FEW_RECORDS, FORMING, SPREAD_S, STALE_S, STANDS_BY, Figures, Watch
 from deploy.watch.messages import far, rate, seconds, shown
 from deploy.watch.scrape import Scrape
 from state.config.settings import Settings
@@ -24,8 +24,11 @@ RECENT_S = 600.0
 MANY_LAG = 10_000
 DEAD_SHARE = 0.01
 SKIPPED_SHARE = 0.01
+WAITING_SHARE = 0.2
 PAGE = "docs/operate/runbook.md"
 HOLDS = "held-by-an-operator"
+NO_SNAPSHOT = "no-fresh-snapshot-of-histories"
+WORKERS = "a-worker-of-the-trainer-is-missing-or-slow"
 STAGES = {"stream": "stream", "trainer": "trainer", "applier": "answers", "worker": "answers"}
 """Process -> its stage."""
 
@@ -82,7 +85,8 @@ class Snapshot:
         'training is held by the guard, training is paused by an operator'
         """
         by_text: dict[str, Problem] = {}
-        for problem in (*_of_figures(self.figures), *_of_sections(self.sections), *_holds(self.figures)):
+        of_sections = _of_sections(self.sections, self.figures.up_s.get("applier", 0.0))
+        for problem in (*_of_figures(self.figures), *of_sections, *_holds(self.figures)):
             by_text.setdefault(problem.text, problem)
         return list(by_text.values())
 
@@ -154,6 +158,10 @@ def _of_figures(figures: Figures) -> Iterator[Problem]:
         yield Problem(
             "critical", "training holds: the privacy budget is spent", "the-privacy-budget-is-spent", "trainer"
         )
+    worker, waiting = figures.slow_worker
+    if waiting > WAITING_SHARE:
+        text = f"worker {worker} slows the trainer, another one waits {waiting:.0%} of the time"
+        yield Problem("warning", text, WORKERS, "trainer")
     for name, text in figures.behind.items():
         section = "segments-are-out-of-date" if name == scrape.SEGMENTS else "the-stream-lags"
         yield Problem("warning", f"{name}: {text}", section, STAGES.get(name, ""))
@@ -194,6 +202,10 @@ def _of_processes(figures: Figures) -> Iterator[Problem]:
         if text == STANDS_BY:
             yield Problem("info", f"{name} {text}", "a-trainer-stands-by", STAGES.get(name, ""))
             continue
+        if text == FORMING:
+            severity: Severity = "warning" if figures.up == "starting" else "critical"
+            yield Problem(severity, f"{name} {text}", WORKERS, "trainer")
+            continue
         yield Problem("warning", f"{name} {text}", "a-process-starts", STAGES.get(name, ""))
     for name, deaths in figures.dying.items():
         yield Problem("critical", f"{name} cannot run, {shown(deaths)} deaths in a row", "a-process-cannot-run")
@@ -212,16 +224,21 @@ def _of_ages(figures: Figures) -> Iterator[Problem]:
         yield Problem("warning", f"features {seconds(figures.features_s)} old", "features-are-stale", "answers")
 
 
-def _of_sections(sections: Mapping[str, Any]) -> Iterator[Problem]:
+def _of_sections(sections: Mapping[str, Any], applier_s: float) -> Iterator[Problem]:
     kafka, registry, accounting = (sections.get(name) for name in ("kafka", "registry", "accounting"))
     snapshots = sections.get("snapshots")
     if kafka and not kafka["answers"] and not kafka["away"]:
         yield Problem("warning", "Kafka has no topics yet", "a-process-starts")
     if registry and not registry["answers"]:
         yield Problem("warning", "no registry can be read", "the-disk-is-lost")
-    if snapshots and snapshots["ages_s"] and snapshots["late"]:
-        text = f"snapshot of histories {seconds(snapshots['ages_s'][0])} old"
-        yield Problem("warning", text, "no-fresh-snapshot-of-histories", "answers")
+    if snapshots and snapshots["problem"]:
+        yield Problem("warning", "snapshots of histories cannot be read", NO_SNAPSHOT, "answers")
+    elif snapshots and snapshots["late"]:
+        # A loop that has just started has none yet.
+        if ages_s := snapshots["ages_s"]:
+            yield Problem("warning", f"snapshot of histories {seconds(ages_s[0])} old", NO_SNAPSHOT, "answers")
+        elif applier_s > snapshots["late_s"]:
+            yield Problem("warning", "no snapshot of histories", NO_SNAPSHOT, "answers")
     if accounting and accounting["balanced"] is None:
         yield Problem("warning", "accounts unknown", "accounts-do-not-balance")
     if accounting and accounting["balanced"] is False:

@@ -409,14 +409,14 @@ class TrainerSettings:
     item_ranking: str = setting(
         "counts",
         choices=("counts", "engagement"),
-        help="What recommendations are ranked by: decayed counts of clicks, which takes about a tenth of a step; or engagement, "
+        help="What recommendations are ranked by: decayed counts of clicks, which takes 12 % more of a step; or engagement, "
         "with a bonus for the user's own items.",
     )
     interests: str = setting(
         "counts",
         choices=("counts", "model"),
         help="What interests come from: the model, corrected by decayed counts of the categories clicked next, which takes "
-        "8 % more of a step and 0.05 ms of an answer; or the model alone.",
+        "6 % more of a step and 0.05 ms of an answer; or the model alone.",
     )
     publish_s: float = setting(
         0.1,

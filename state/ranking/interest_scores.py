@@ -218,7 +218,7 @@ def gather_everything(lists: ItemLists, rows: I32, at_s: int, work: Workspace) -
             work.places[_place(category, work)] = count + 1
             work.counted[count] = category
             for h in range(LIVES_READ):
-                work.values[h, count] = lists.counts[row, k, h] * work.decays[h]
+                work.values[h, count] = lists.counts[row, h, k] * work.decays[h]
             count += 1
     for h in range(LIVES_READ):
         for k in range(count):
@@ -273,7 +273,7 @@ def gather(lists: ItemLists, rows: I32, at_s: int, i: int, work: Workspace) -> t
                     slot -= 1
                 if slot >= 0:
                     for h in range(LIVES_READ):
-                        work.values[h, count] = np.float32(1.0) + lists.counts[row, k, h] * work.decays[h]
+                        work.values[h, count] = np.float32(1.0) + lists.counts[row, h, k] * work.decays[h]
                     work.hits[count] = slot
                     count += 1
         if source == 0:

@@ -70,7 +70,7 @@ class ItemLists(NamedTuple):
 
     Attributes:
         ids: `[n, E]` uint64, the items; 0 after the list's end.
-        counts: `[n, E, H]` float32, their decayed clicks.
+        counts: `[n, H, E]` float32, their decayed clicks.
         ages: `[n, E]` float32, seconds from the click that listed the item to the list's time.
         totals: `[n, H]` float32, the decayed clicks of all items, including those that are not listed.
         known: `[n, H]` float32, the decayed clicks of items that the list contained before the click.
@@ -89,7 +89,7 @@ class ItemLists(NamedTuple):
         """Empty lists."""
         return cls(
             np.zeros((count, entries), np.uint64),
-            np.zeros((count, entries, LIVES), np.float32),
+            np.zeros((count, LIVES, entries), np.float32),
             np.zeros((count, entries), np.float32),
             np.zeros((count, LIVES), np.float32),
             np.zeros((count, LIVES), np.float32),
@@ -145,11 +145,9 @@ def _decay(row: int, lists: ItemLists, at_s: int) -> None:
     short, middle, long = decays(elapsed_s)
     for k in range(listed):
         lists.ages[row, k] += np.float32(elapsed_s)
-    for k in range(listed):
-        lists.counts[row, k, 0] = _kept(lists.counts[row, k, 0] * short)
-        lists.counts[row, k, 1] = _kept(lists.counts[row, k, 1] * middle)
-        lists.counts[row, k, 2] = _kept(lists.counts[row, k, 2] * long)
     for h, kept in enumerate((short, middle, long)):
+        for k in range(listed):
+            lists.counts[row, h, k] = _kept(lists.counts[row, h, k] * kept)
         lists.totals[row, h] = _kept(lists.totals[row, h] * kept)
         lists.known[row, h] = _kept(lists.known[row, h] * kept)
 
@@ -175,10 +173,13 @@ def count_click(row: int, item: np.uint64, at_s: int, lists: ItemLists) -> None:
     """
     _decay(row, lists, at_s)
     at, entries = -1, lists.ids.shape[1]
+    # Without an early end, so that several entries are compared at once.
     for k in range(entries):
-        if lists.ids[row, k] == item or lists.ids[row, k] == np.uint64(0):
-            at = k
-            break
+        at = k if lists.ids[row, k] == item else at
+    if at < 0 and lists.ids[row, entries - 1] == np.uint64(0):
+        at = 0
+        while lists.ids[row, at] != np.uint64(0):
+            at += 1
     for h in range(LIVES):
         lists.totals[row, h] += np.float32(1.0)
     if at >= 0:
@@ -186,20 +187,20 @@ def count_click(row: int, item: np.uint64, at_s: int, lists: ItemLists) -> None:
         lists.ids[row, at] = item
         for h in range(LIVES):
             lists.known[row, h] += known
-            lists.counts[row, at, h] += np.float32(1.0)
+            lists.counts[row, h, at] += np.float32(1.0)
         return
-    least = 0
+    least, smallest = 0, lists.counts[row, _LEAST_BY, 0]
     for k in range(1, entries):
-        if lists.counts[row, k, _LEAST_BY] < lists.counts[row, least, _LEAST_BY]:
-            least = k
-    grown = lists.counts[row, least, _LEAST_BY] + np.float32(1.0)
+        if lists.counts[row, _LEAST_BY, k] < smallest:
+            least, smallest = k, lists.counts[row, _LEAST_BY, k]
+    grown = smallest + np.float32(1.0)
     drawn = mix(item ^ mix(np.uint64(at_s) ^ np.uint64(lists.totals[row, LIVES - 1] * np.float32(256.0))))
     if (drawn >> np.uint64(11)) * _UNIT * grown < 1.0:
         lists.ids[row, least], lists.ages[row, least] = item, np.float32(0.0)
         for h in range(_LEAST_BY):
-            lists.counts[row, least, h] = np.float32(1.0)
+            lists.counts[row, h, least] = np.float32(1.0)
     for h in range(_LEAST_BY, LIVES):
-        lists.counts[row, least, h] += np.float32(1.0)
+        lists.counts[row, h, least] += np.float32(1.0)
 
 
 @compiled
@@ -215,10 +216,10 @@ def count_visit(row: int, item: np.uint64, at_s: int, lists: ItemLists) -> None:
     for h in range(LIVES):
         lists.totals[row, h] += np.float32(1.0)
         lists.known[row, h] += repeated
-        visits = lists.counts[row, at, h] * repeated + np.float32(1.0)
+        visits = lists.counts[row, h, at] * repeated + np.float32(1.0)
         for k in range(at, 0, -1):
-            lists.counts[row, k, h] = lists.counts[row, k - 1, h]
-        lists.counts[row, 0, h] = visits
+            lists.counts[row, h, k] = lists.counts[row, h, k - 1]
+        lists.counts[row, h, 0] = visits
     for k in range(at, 0, -1):
         lists.ids[row, k], lists.ages[row, k] = lists.ids[row, k - 1], lists.ages[row, k - 1]
     lists.ids[row, 0], lists.ages[row, 0] = item, age
@@ -249,7 +250,7 @@ def _pack(lists: ItemLists, rows: F32) -> None:
             rows[i, entries + k] = np.float32((item >> np.uint64(21)) & _PART)
             rows[i, 2 * entries + k] = np.float32(item & _PART)
             for h in range(LIVES):
-                rows[i, (3 + h) * entries + k] = lists.counts[i, k, h]
+                rows[i, (3 + h) * entries + k] = lists.counts[i, h, k]
             rows[i, (3 + LIVES) * entries + k] = lists.ages[i, k]
         at = (4 + LIVES) * entries
         for h in range(LIVES):
@@ -264,7 +265,7 @@ def pack(lists: ItemLists) -> F32:
 
     >>> lists = ItemLists.empty(1, 16)
     >>> count_visits(np.array([7, 9, 7], np.uint64), np.array([5, 5, 1805]), 0, lists)
-    >>> lists.ids[0, :3].tolist(), lists.counts[0, :2, 0].tolist(), lists.totals[0, 0].item()
+    >>> lists.ids[0, :3].tolist(), lists.counts[0, 0, :2].tolist(), lists.totals[0, 0].item()
     ([7, 9, 0], [1.5, 0.5], 2.0)
     >>> bool(all((a == b).all() for a, b in zip(unpack(pack(lists)), lists)))
     True
@@ -283,7 +284,7 @@ def _unpack(rows: F32, lists: ItemLists) -> None:
             low = np.uint64(rows[i, 2 * entries + k])
             lists.ids[i, k] = (high << np.uint64(42)) | (middle << np.uint64(21)) | low
             for h in range(LIVES):
-                lists.counts[i, k, h] = rows[i, (3 + h) * entries + k]
+                lists.counts[i, h, k] = rows[i, (3 + h) * entries + k]
             lists.ages[i, k] = rows[i, (3 + LIVES) * entries + k]
         at = (4 + LIVES) * entries
         for h in range(LIVES):

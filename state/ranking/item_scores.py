@@ -190,7 +190,7 @@ def _add(
         if at == count:
             count += 1
         for h in range(LIVES):
-            work.features[source * LIVES + h, at] += lists.counts[row, k, h] * scale[h]
+            work.features[source * LIVES + h, at] += lists.counts[row, h, k] * scale[h]
         work.features[AGE_AT, at] = max(work.features[AGE_AT, at], lists.ages[row, k] + elapsed_s)
         work.entries[entries], work.sources[entries] = at, source
         entries += 1

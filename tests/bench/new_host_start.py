@@ -63,6 +63,7 @@ class Host:
             "SPRINGTIDE_KAFKA_BOOTSTRAP_SERVERS": f"127.0.0.1:{port}", "SPRINGTIDE_SERVING_METRICS_PORT": "0",
             "SPRINGTIDE_HISTORY_SNAPSHOT_EVERY_S": str(snapshot_every_s), "SPRINGTIDE_SERVING_MAX_AGE_S": "4",
             "SPRINGTIDE_PATHS_SALT_FILE": str(settings.salt_path), "SPRINGTIDE_STORAGE_MEMORY_DIR": "",
+            "SPRINGTIDE_STORAGE_BUDGET_GB": "200",
         }  # fmt: skip
 
     @contextmanager

@@ -1,14 +1,19 @@
 """One model trained by several workers on this machine: where the time of a step goes, and what more workers would gain.
 
     python -m tests.bench.workers
+    python -m tests.bench.workers --quality taobao|kuairand [--steps N]
 
 The leader is measured in processor milliseconds, without and within exchanges. From two and four workers follow the part
 of a step that every worker does (`replicated`) and the part that is divided: `compute(K) = replicated + divided / K`.
 With as many idle cores as workers a step takes that and the exchange.
+
+With `--quality` one process and two workers train on the same recorded events. The figures are the quality of both, its
+difference with a paired 95 % interval over users, and the relative distance of the weights.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -41,15 +46,72 @@ def trainer_of(group: Group | None) -> Trainer:
     return Trainer(settings, SPEC) if group is None else DividedTrainer(settings, SPEC, None, group)
 
 
-def run_worker(addresses: Sequence[str], index: int) -> None:
-    """Runs one worker; prints its milliseconds per step as JSON."""
+def run_worker(addresses: Sequence[str], index: int, quality: str, steps: int) -> None:
+    """Runs one worker; the leader prints the figures as JSON."""
     from trainer.device import prepare
 
     prepare("cpu", 1)
-    from tests.trainer.batches import micro_batch
     from trainer.group import Group
 
     group = Group(addresses, index) if len(addresses) > 1 else None
+    figures = timings(group) if group is None or not quality else qualities(group, quality, steps)
+    if not index:
+        print(json.dumps(figures), flush=True)
+
+
+def qualities(group: Group, log: str, steps: int) -> dict[str, float]:
+    """Trains one process and a group on the first steps of a recorded log; the figures of both, and the difference."""
+    from evaluation.measures import OURS
+    from evaluation.report import engagement_tables, interests_tables
+    from state.config.loading import load
+    from state.features.spec import FeatureSpec
+    from tests.bench.quality import analysis, figures_of, validated
+    from tests.bench.recorded import KUAIRAND_SETTINGS, read_clicks, read_impressions
+    from trainer.engine.divided_step import DividedTrainer
+    from trainer.engine.step import Trainer
+
+    is_clicks, device = log == "taobao", ["--trainer.device", "cpu"]
+    settings = load([*([] if is_clicks else ["--config", str(KUAIRAND_SETTINGS)]), *device], {})
+    spec, recorded = FeatureSpec.from_settings(settings), read_clicks() if is_clicks else read_impressions(settings)
+    preprocessing = analysis(recorded, spec, settings, steps) if is_clicks else None
+    several = DividedTrainer(settings, spec, preprocessing, group)
+    if not group.leads:
+        several.follow(lambda trainer, version: None)
+        return {}
+    single, other = Trainer(settings, spec, preprocessing), f"{group.size} workers"
+    one, group_of = (validated(recorded, settings, trainer, steps) for trainer in (single, several))
+    if is_clicks:
+        one.interests.scores = {OURS: one.interests.scores[OURS], other: group_of.interests.scores[OURS]}
+        table = interests_tables(one.interests)[0]
+    else:
+        predicted, others = one.engagements.predicted, group_of.engagements.predicted
+        one.engagements.predicted = {OURS: predicted[OURS], other: others[OURS]}
+        table = engagement_tables(one.engagements)[0]
+    figures = figures_of(table) | distances(single, several)
+    several.stop()
+    return figures
+
+
+def distances(one: Trainer, other: Trainer) -> dict[str, float]:
+    """The norm of the difference of weights over their norm, by table and for all dense weights."""
+    from trainer.versions import checkpoint
+
+    states = checkpoint.full(one), checkpoint.full(other)
+    tables = ("user", "item", "category", "context", "cross", "transition")
+    arrays = {name: tuple(state[f"{name}.rows"] for state in states) for name in tables}
+    dense = sorted(name for name in states[0] if name.startswith("dense."))
+    arrays["dense"] = tuple(np.concatenate([state[name].ravel() for name in dense]) for state in states)
+    return {
+        f"distance of {name}": float(np.linalg.norm(a.astype(np.float64) - b) / np.linalg.norm(a.astype(np.float64)))
+        for name, (a, b) in arrays.items()
+        if a.size
+    }
+
+
+def timings(group: Group | None) -> dict[str, float]:
+    """The leader's milliseconds per step."""
+    from tests.trainer.batches import micro_batch
+
     spent = {"cpu": 0.0, "wall": 0.0}
 
     def timed(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,9 +129,9 @@ def run_worker(addresses: Sequence[str], index: int) -> None:
         for name in ("gather", "send", "receive"):
             setattr(group, name, timed(getattr(group, name)))
     trainer = trainer_of(group)
-    if index:
+    if group is not None and not group.leads:
         trainer.follow(lambda trainer, version: None)  # type: ignore[attr-defined]
-        return
+        return {}
     compute, exchange, wall = [], [], []
     for number in range(STEPS):
         batch = micro_batch(ROWS, first=number * ROWS, users=USERS, items=50_000, categories=3000)
@@ -81,14 +143,15 @@ def run_worker(addresses: Sequence[str], index: int) -> None:
         wall.append(spent["wall"] - before["wall"])
     trainer.stop()
     found = {"compute": compute, "exchange": exchange, "waiting": wall}
-    print(json.dumps({name: float(np.median(values[WARM_UP:])) * 1e3 for name, values in found.items()}), flush=True)
+    return {name: float(np.median(values[WARM_UP:])) * 1e3 for name, values in found.items()}
 
 
-def measure(count: int) -> dict[str, float]:
-    """The leader's milliseconds per step with `count` workers."""
+def measure(count: int, quality: str = "", steps: int = 0) -> dict[str, float]:
+    """The figures of the leader of `count` workers."""
     addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(map(str, range(count))).values())
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [sys.executable, "-m", "tests.bench.workers", addresses]
+    command = [sys.executable, "-m", "tests.bench.workers", "--quality", quality, "--steps", str(steps), "--join"]
+    command.append(addresses)
     others = [subprocess.Popen([*command, str(index)], env=environment) for index in range(1, count)]
     try:
         done = subprocess.run([*command, "0"], env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -102,10 +165,19 @@ def measure(count: int) -> dict[str, float]:
 
 def main() -> None:
     """Measures, prints and writes the figures."""
-    if len(sys.argv) > 2:
-        run_worker(sys.argv[1].split(","), int(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quality", default="", choices=("", "taobao", "kuairand"), help="compare quality on this log")
+    parser.add_argument("--steps", type=int, default=40, help="steps of 1,024 rows of the log")
+    parser.add_argument("--join", nargs=2, help="addresses of the workers, and the index of this one")
+    asked = parser.parse_args()
+    if asked.join:
+        run_worker(asked.join[0].split(","), int(asked.join[1]), asked.quality, asked.steps)
         # TensorFlow's server has no end of its own.
         os._exit(0)
+    if asked.quality:
+        compared = {name: Figure(value, "") for name, value in measure(2, asked.quality, asked.steps).items()}
+        report(f"workers-{asked.quality}", compared, {"steps": asked.steps})
+        return
     found = {count: measure(count) for count in MEASURED}
     figures: dict[str, Figure] = {}
     for count, parts in found.items():

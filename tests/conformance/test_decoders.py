@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import deploy.examples
@@ -226,7 +226,6 @@ RECORDS = st.fixed_dictionaries(
 
 
 @pytest.mark.parametrize("path", implementations())
-@settings(max_examples=200, deadline=None)
 @given(value=st.binary(max_size=60))
 def test_any_bytes_are_a_record_or_a_decode_error(path: str, value: bytes) -> None:
     try:
@@ -237,7 +236,6 @@ def test_any_bytes_are_a_record_or_a_decode_error(path: str, value: bytes) -> No
 
 
 @pytest.mark.parametrize("path", implementations())
-@settings(max_examples=100, deadline=None)
 @given(
     given_=st.lists(st.binary(max_size=30) | st.none() | RECORDS, max_size=20),
     cuts=st.sets(st.integers(0, 20)),

@@ -265,7 +265,17 @@ def batches(spec: FeatureSpec, count: int, rows: int = 64) -> list[MicroBatch]:
     return made
 
 
-@pytest.mark.parametrize("name", ["default", *sorted(CONFIGURED)])
+# Tracing and lowering a ranker takes seconds: one that is nearly the default, and one with sequences and a table of its own.
+QUICK = ("default", "plain_network", "din")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.nightly] * (name not in QUICK))
+        for name in ("default", *sorted(CONFIGURED))
+    ],
+)
 def test_it_is_a_ranker_and_what_it_learned_goes_on_from_a_version_with_the_same_bits(name: str) -> None:
     settings = settings_of(name)
     spec = FeatureSpec.from_settings(settings)

@@ -179,7 +179,6 @@ def test_base_and_deltas_rebuild_the_table_in_another_layout(
     assert fresh.take_changes().ids.size == 0
 
 
-@settings(max_examples=50, deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(1, 12), st.integers(1, 300), st.sampled_from(("", "", "served", "changes"))),

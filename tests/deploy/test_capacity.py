@@ -104,7 +104,25 @@ def test_no_more_users_and_rows_are_counted_than_the_settings_keep() -> None:
     assert capped["stream_histories_bytes"] == pytest.approx(500_000 * a_user)
     assert capped["host_histories_bytes"] == pytest.approx(500_000 * a_user)
     shares = {limit.name: limit.share for limit in capped.limits()}
-    assert shares["`max_users`"] == 20 and shares["`trainer.max_rows`"] == 10
+    assert (shares["`history.max_users`, the stream"], shares["`history.max_users`, a host"]) == (10, 20)
+    assert shares["rows of one trainer, `trainer.max_rows`"] == 10
+
+
+def test_shares_divide_the_users_of_a_host_and_workers_the_rows_of_a_trainer() -> None:
+    load = Load(clicks=10_000, users=1e6, items=1e5)
+    whole = sized(load)
+    half = sized(load, replace(SETTINGS, serving=replace(SETTINGS.serving, shares="0-31")))
+    assert half["host_histories_bytes"] == pytest.approx(whole["host_histories_bytes"] / 2)
+    assert (whole["hosts"], half["hosts"]) == (2, 4), "two for each half"
+    # Each host reads the whole log, and applies half of it.
+    rest_us = VALUES["read_us"] + (VALUES["history_us"] - VALUES["read_us"]) / 2
+    assert half["read_share"] == pytest.approx(1e4 * rest_us / 1e6)
+    assert whole["applier_cores"] / 2 < half["applier_cores"] < whole["applier_cores"]
+    assert half["snapshot_bytes"] == pytest.approx(whole["snapshot_bytes"])
+    four = sized(load, replace(SETTINGS, trainer=replace(SETTINGS.trainer, workers=4)))
+    assert four["table_bytes"] == pytest.approx(whole["table_bytes"] * (1e6 / 4 + 1e5) / 1.1e6)
+    assert four["trainer_cores"] > whole["trainer_cores"], "workers need more processor time, not less"
+    assert (four.parts()[TRAINER].instances, sized(replace(load, standbys=1)).parts()[TRAINER].instances) == (4, 2)
 
 
 def test_a_stream_beyond_one_process_is_sized_for_flink() -> None:
@@ -140,7 +158,7 @@ def test_a_load_is_printed_with_its_limits_and_one_beyond_them_exits_with_1(caps
     assert main(words) == 0
     text = capsys.readouterr().out
     assert "| stream | 1 |" in text and "| all |" in text and "4 partitions" in text
-    assert "BEYOND" not in text and len(re.findall(r"^\| within", text, re.M)) == 9
+    assert "BEYOND" not in text and len(re.findall(r"^\| within", text, re.M)) == 11
     assert main(["--clicks", "1e6", "--users", "1e9", "-o", "json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert "one trainer" in {limit["name"] for limit in found["limits"] if limit["share"] > 1}

@@ -15,7 +15,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from deploy.kafka.configuration import free_port
 
+from deploy.watch import scrape
 from springtide_client import Client, ClientError, __version__
 from tests.e2e.running import SHORT, Loop, until
 from tests.laws.sources import PACKAGES, ROOT
@@ -141,7 +143,7 @@ def test_the_installed_wheel_runs_in_a_directory_with_packages_of_the_same_names
         (here / name).mkdir(parents=True)
         (here / name / "__init__.py").write_text("raise ImportError('this is another package')")
     # 3. `springtide up` there, in the default state directory.
-    loop = Loop(here, {**SHORT, "paths.state": here / ".springtide", "console.port": 0})
+    loop = Loop(here, {**SHORT, "paths.state": here / ".springtide", "console.port": free_port()})
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SPRINGTIDE_", "PYTHON"))}
     with loop.output.open("wb") as output:
         up = subprocess.Popen(
@@ -161,6 +163,8 @@ def test_the_installed_wheel_runs_in_a_directory_with_packages_of_the_same_names
             until(answer, lambda: f"{loop.said()}\n{loop.logs()}", FIRST_START_S)
         build = loop.get("/metrics")[1]
         assert f'version="{__version__}"' in build
+        page = f"http://127.0.0.1:{loop.settings.console.port}/"
+        until(lambda: scrape.fetch(page)[0] == 200, lambda: f"no page at {page}: {loop.logs()}")
     finally:
         up.send_signal(signal.SIGINT)
         assert up.wait(240) == 0, loop.said()

@@ -42,13 +42,14 @@ PORTS = (
     "up.prometheus_port",
 )
 SHORT: Mapping[str, object] = {
-    "shoppers.rate": 100,
+    "shoppers.rate": 40,
     "shoppers.users": 200,
-    "bootstrap.min_rows": 300,
-    "trainer.base_every_s": 20,
+    "bootstrap.min_rows": 120,
+    "trainer.base_every_s": 60,
     "registry.durable_s": 1,
-    # Most of what an idle loop takes is the cost of versions.
-    "trainer.publish_s": 0.2,
+    # Most of what an idle loop takes is the cost of micro-batches and versions.
+    "stream.cut_ms": 300,
+    "trainer.publish_s": 0.5,
     # A machine that has other things to do is no reason to refuse an answer; what is has tests of its own.
     "serving.max_queue_ms": 60_000,
     # Only where they are looked at: each takes a second of a core to start.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,23 +14,21 @@ from state.attributes.values import AttributeTable
 from state.config.fields import fields_of
 from state.config.loading import load
 from state.events.identity import Salt, user_id
-from state.microbatch.batch import Kind, MicroBatch
+from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode, encode
 from state.positions import Source
-from tests.e2e.chaos import POINTS, WEIGHTS, Chaos, Findings, Violence
+from tests.e2e.chaos import POINTS, Chaos
 from tests.e2e.crowd import Knowledge, values_of
 from tests.e2e.evidence import (
     Joined,
     LogContent,
     LogDifference,
-    TrainerState,
     attributes_differ,
     compare_logs,
     doubled,
 )
 from tests.e2e.running import ROOT
 from tests.trainer.clicks import microbatch
-from trainer.versions import content
 
 KILLS = 8
 SEQUENCES = ("stream.", "back.", "enter.", "caught.", "loop.", "publish.", "apply.", "follow.", "control.", "rollback.")
@@ -66,45 +63,6 @@ def test_each_kill_point_of_stream_trainer_and_applier_is_in_the_plan() -> None:
     }
     sequences = {name for name in found if name.startswith(SEQUENCES)}
     assert sequences - RARE == {point for points in POINTS.values() for point in points}
-
-
-def test_the_same_seed_kills_the_same() -> None:
-    def plan(seed: int) -> list[object]:
-        violence = Violence(seed)
-        return [
-            (violence.victim(WEIGHTS, WEIGHTS), violence.arm("stream"), violence.wait_s(), violence.away_s())
-            for _ in range(50)
-        ]
-
-    assert plan(3) == plan(3)
-    assert plan(3) != plan(4)
-
-
-def test_a_kill_point_stays_in_the_plan_until_it_has_struck() -> None:
-    violence = Violence(5)
-    armed: Counter[str] = Counter()
-    while violence.left:
-        for part in POINTS:
-            at = violence.arm(part)
-            armed[at.partition(":")[0]] += 1
-            if at and armed[at.partition(":")[0]] > 1:
-                violence.struck(part, at.partition(":")[0])
-    assert all(armed[point] >= 2 for points in POINTS.values() for point in points)
-
-
-def test_each_broken_promise_is_a_problem() -> None:
-    findings = Findings(1)
-    findings.doubled = -1
-    findings.differs = {"serving's rows": ["item.rows"], "stream's histories": []}
-    findings.answers.failed["503 no version"] = 2
-    findings.ends["stream", "UnreachableBroker"] = 1
-    findings.ends["trainer", "GapError"] = 1
-    assert findings.problems() == [
-        "serving's rows: item.rows",
-        "-1 rows learned twice (negative: never)",
-        "2 questions failed: 503 no version",
-        "trainer ended by itself 1 times: GapError",
-    ]
 
 
 ROWS = 40
@@ -167,17 +125,6 @@ def test_a_log_says_what_came_again_what_then_differed_and_where_it_has_a_hole()
     assert [doubled(trained, log_of(batches())) for trained in (4 * ROWS, 4 * ROWS + 1, 4 * ROWS - 1)] == [0, 1, -1]
 
 
-def test_rows_of_one_place_are_told_apart_and_only_those_learned_from_count() -> None:
-    (first,) = batches(1)
-    waited = np.array([0, 1, *[0] * (ROWS - 2)], np.int64)
-    offset = first.offset.copy()
-    offset[1] = offset[0]
-    kind = np.array([Kind.FEEDBACK, Kind.JOINED, *[Kind.ROW] * (ROWS - 2)], np.uint8)
-    log = LogContent()
-    log.add(0, replace(first, offset=offset, waited=waited, kind=kind))
-    assert (len(log.rows), log.learnable) == (ROWS, ROWS - 1)
-
-
 SOURCE, SALT = Source("ab" * 16, 0), Salt(b"salt of a test, long enough")
 USERS = AttributeTable("user", fields_of(["user_change", "user_tier"]))
 
@@ -208,16 +155,3 @@ def test_attributes_that_an_event_cannot_have_had_are_noticed(rows: list[Any], p
     knowledge.newest = {("user", "ada"): 3, ("user", "bob"): 2}
     found = attributes_differ(joined(*rows), {"user": USERS}, knowledge, SALT)
     assert [one.rpartition(": ")[2] for one in found] == ([problem] if problem else [])
-
-
-def test_one_bit_of_a_trainers_state_is_noticed_and_named() -> None:
-    def state(**tensors: Any) -> TrainerState:
-        return TrainerState(None, tensors, content.digest(tensors))  # type: ignore[arg-type]
-
-    rows = np.ones((2, 3), np.float32)
-    flipped = rows.copy()
-    flipped.view(np.uint32)[1, 2] ^= 1
-    ours = state(rows=rows, accum=rows)
-    assert ours.differs_in(state(rows=rows.copy(), accum=rows.copy())) == []
-    assert ours.differs_in(state(rows=flipped, accum=rows)) == ["rows"]
-    assert ours.differs_in(state(rows=rows)) == ["accum"]

@@ -142,6 +142,7 @@ def test_taobao_its_cut_line_and_its_rows_out_of_range_are_dead_letters(
     assert (np.diff(np.sort(at_ms)) == np.diff(seconds) * 1000).all()
 
 
+@pytest.mark.nightly
 @needs(KUAIRAND)
 def test_kuairand_clicks_are_labels_outcomes_stay_out_and_attributes_are_those_of_its_tables(
     kafka_settings: KafkaFactory, tmp_path: Path

@@ -165,7 +165,7 @@ def test_killed_at_each_step_and_started_again_it_comes_to_what_it_comes_to_left
     ("modes", "between"),
     [
         pytest.param(("exact", "fast"), 4, id="exact then fast half way"),
-        pytest.param(("exact", "fast", "exact"), 4, id="exact, fast, exact half way"),
+        pytest.param(("exact", "fast", "exact"), 4, id="exact, fast, exact half way", marks=pytest.mark.nightly),
         pytest.param(("fast", "exact", "exact"), 0, id="fast, exact, exact at once", marks=pytest.mark.nightly),
         pytest.param(("exact", "exact"), None, id="exact then exact when done", marks=pytest.mark.nightly),
         pytest.param(("fast", "exact"), 4, id="fast then exact half way", marks=pytest.mark.nightly),
@@ -339,7 +339,7 @@ def test_with_labels_an_exact_rollback_during_another_makes_the_rows_of_a_run_wi
     ("mode", "down"),
     [
         ("exact", "stream"),
-        ("fast", "log"),
+        pytest.param("fast", "log", marks=pytest.mark.nightly),
         pytest.param("exact", "log", marks=pytest.mark.nightly),
         *(pytest.param("exact", part, marks=pytest.mark.nightly) for part in ("trainer", "applier")),
         *(pytest.param("fast", part, marks=pytest.mark.nightly) for part in ("stream", "trainer", "applier")),

@@ -27,26 +27,31 @@ FULL: Sequence[dict[str, Any]] = built("overlays/full") if KUBECTL else ()
 ADDED = ("segments", "experiments")
 """Parts that stand in components as additions to others: they are looked at as kustomize puts them together."""
 BOXES = [
-    *boxes([*ALL, *documents(FOLDER / "components" / "flink")]),
+    *boxes([*ALL, *(one for name in ("flink", "workers") for one in documents(FOLDER / "components" / name))]),
     *(one for one in boxes(FULL) if one.name in ADDED),
 ]
-SERVICES = of_kind([*ALL, *(one for name in ADDED for one in documents(FOLDER / "components" / name))], "Service")
+SERVICES = of_kind(
+    [*ALL, *(one for name in (*ADDED, "workers") for one in documents(FOLDER / "components" / name))], "Service"
+)
 MONITORS = of_kind(documents(FOLDER / "components" / "monitoring"), "ServiceMonitor")
 ROUTES = [one for name in ("gateway", "istio") for one in documents(FOLDER / "components" / name)]
 README = PAGE.read_text()
 IMAGE = (ROOT / "deploy" / "container" / "Dockerfile").read_text()
 SIZES = sizes_of(BASE / "kustomization.yaml")
+WORKERS = sizes_of(FOLDER / "components" / "workers" / "kustomization.yaml")["SPRINGTIDE_TRAINER_WORKER_ADDRESSES"]
 # Container -> its ports by name, and what answers GET there without a token.
 PORTS = {
     "stream": {"metrics": attrgetter("stream.metrics_port")},
     "trainer": {"metrics": attrgetter("trainer.metrics_port")},
     "applier": {"metrics": attrgetter("serving.metrics_port")},
+    "trainer-worker": {"metrics": attrgetter("trainer.metrics_port")},
     "worker": {"http": attrgetter("serving.port"), "grpc": attrgetter("serving.grpc_port")},
     "validation": {"metrics": attrgetter("up.validation_port")},
     "console": {"http": attrgetter("console.port")},
     "segments": {"segments": attrgetter("up.segments_port")},
     "experiments": {"experiments": attrgetter("up.experiments_port")},
 }
+WITHOUT_KAFKA = ("worker", "kernels", "compactor", "trainer-worker")
 nobody: Any = None
 PATHS = {
     "worker": [one for one in health_endpoints(nobody, nobody, lambda: False) if one.role == OPEN],
@@ -87,10 +92,9 @@ def test_a_container_runs_a_command_of_ours(box: Box) -> None:
 def test_a_container_starts_with_settings_that_are_known_and_go_together(box: Box) -> None:
     settings = box.settings(SIZES)
     assert settings.metrics.host == "0.0.0.0", "a probe and Prometheus come from outside of the pod"
-    secrets = {one["name"] for one in box.told["env"] if "valueFrom" in one}
+    secrets = {one["name"] for one in box.told["env"] if "secretKeyRef" in one.get("valueFrom", ())}
     assert secrets <= {"SPRINGTIDE_KAFKA_SASL_USERNAME", "SPRINGTIDE_KAFKA_SASL_PASSWORD"}
-    asks_kafka = box.name not in ("worker", "kernels", "compactor")
-    assert len(secrets) == (2 if asks_kafka else 0)
+    assert len(secrets) == (0 if box.name in WITHOUT_KAFKA else 2)
 
 
 @every_box
@@ -211,7 +215,7 @@ def opened(direction: str, labels: Mapping[str, str]) -> set[int]:
     """The ports that network policies open for a pod, in one direction."""
     return {
         port["port"]
-        for policy in of_kind(FULL or ALL, "NetworkPolicy")
+        for policy in of_kind([*(FULL or ALL), *documents(FOLDER / "components" / "workers")], "NetworkPolicy")
         if selects(policy["spec"]["podSelector"], labels)
         for rule in policy["spec"].get(direction, ())
         for port in rule["ports"]
@@ -223,9 +227,10 @@ def test_the_network_lets_in_what_a_pod_offers_and_lets_out_what_it_asks(box: Bo
     offered = {port for one in BOXES if one.owner == box.owner for port in one.ports.values()}
     let_in = opened("ingress", box.labels)
     assert offered <= let_in
-    assert not (let_in - {port for one in BOXES for port in one.ports.values()}), "a port that nobody has"
+    workers = {int(address.rpartition(":")[2]) for address in WORKERS.split(",")}
+    assert not (let_in - workers - {port for one in BOXES for port in one.ports.values()}), "a port that nobody has"
     brokers = {int(one.rpartition(":")[2]) for one in box.settings(SIZES).kafka.bootstrap_servers.split(",")}
-    assert brokers | {53} <= opened("egress", box.labels)
+    assert {53} | (brokers if box.name != "trainer-worker" else workers) <= opened("egress", box.labels)
 
 
 def test_the_trainers_state_outlives_its_pod() -> None:
@@ -276,7 +281,8 @@ def test_a_monitor_scrapes_a_port_that_is_there_under_a_name_that_rules_know(mon
 
 def test_every_part_that_has_metrics_is_scraped() -> None:
     assert {one["metadata"]["name"] for one in MONITORS} == {
-        f"springtide-{name}" for name in ("stream", "trainer", "applier", "worker", "validation", *ADDED)
+        f"springtide-{name}"
+        for name in ("stream", "trainer", "trainer-worker", "applier", "worker", "validation", *ADDED)
     }
 
 
@@ -286,7 +292,12 @@ def test_secrets_are_those_that_the_readme_makes() -> None:
         for name, words in re.findall(r"create secret generic (\S+) (.*)", README)
     }
     volumes = {one["secret"]["secretName"] for box in BOXES for one in box.pod["volumes"] if "secret" in one}
-    named = [one["valueFrom"]["secretKeyRef"] for box in BOXES for one in box.told["env"] if "valueFrom" in one]
+    named = [
+        one["valueFrom"]["secretKeyRef"]
+        for box in BOXES
+        for one in box.told["env"]
+        if "secretKeyRef" in one.get("valueFrom", ())
+    ]
     given = {one["secretRef"]["name"] for box in BOXES for one in box.told["envFrom"] if "secretRef" in one}
     assert given == {"springtide-object-store"}
     assert volumes | given == made.keys() and {one["name"] for one in named} <= made.keys()

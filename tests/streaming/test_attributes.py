@@ -189,7 +189,11 @@ def test_each_row_has_what_was_known_when_it_was_made(shop: Settings, tmp_path: 
 
 @pytest.mark.parametrize(
     "point",
-    [pytest.param("attributes.reported", marks=pytest.mark.nightly), "attributes.committed", "stream.acknowledged"],
+    [
+        pytest.param("attributes.reported", marks=pytest.mark.nightly),
+        pytest.param("attributes.committed", marks=pytest.mark.nightly),
+        "stream.acknowledged",
+    ],
 )
 def test_after_a_kill_the_rows_written_first_count(shop: Settings, tmp_path: Path, point: str) -> None:
     kafka, crm = shop.kafka, shop.attributes.user_topic

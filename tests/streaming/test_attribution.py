@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from state import user_shares
@@ -174,7 +174,6 @@ def in_places(made: tuple[list[int], list[Resolved]]) -> tuple[list[int], list[R
 
 
 @given(logs, st.integers(1, 12), st.lists(st.integers(1, 30), min_size=1, max_size=5), st.booleans())
-@settings(max_examples=300, deadline=None)
 def test_any_cutting_gives_what_a_join_by_hand_gives(
     log: list[Event], most: int, sizes: list[int], reload: bool
 ) -> None:
@@ -182,7 +181,6 @@ def test_any_cutting_gives_what_a_join_by_hand_gives(
 
 
 @given(logs, st.integers(1, 12), st.integers(1, 30), st.sampled_from([2, 8, 64]))
-@settings(max_examples=100, deadline=None)
 def test_however_users_are_divided_each_impression_becomes_known_at_the_same_position(
     log: list[Event], most: int, size: int, buckets: int
 ) -> None:
@@ -196,7 +194,6 @@ def test_however_users_are_divided_each_impression_becomes_known_at_the_same_pos
     st.lists(st.sampled_from([PLAIN, IMPRESSION, OUTCOME, NOTHING]), min_size=1),
     st.sampled_from([9, 40]),
 )
-@settings(max_examples=150, deadline=None)
 def test_whatever_late_clicks_lie_between_those_of_others_these_become_known_at_the_same_positions(
     log: list[Event | None], late: list[int], share: int
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from state.log import Topics
 from state.microbatch.codec import decode
@@ -27,6 +28,7 @@ BATCH = 100
 RATES = (8, 5, 2, 1)  # of the partitions
 
 
+@pytest.mark.nightly
 def test_four_partitions_with_a_backlog_come_out_in_order(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
     """A click a second over all; each partition lies in one fetch, and would come whole before the next one."""
     settings = settings_for(kafka_settings(), tmp_path / "state", tmp_path / "salt", batch_events=BATCH)

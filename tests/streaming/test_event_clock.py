@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -41,7 +41,6 @@ def crowd(count: int, time: int, first: int = 100) -> Said:
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, TOLERANCE_MS)), min_size=1, max_size=80))
-@settings(max_examples=200, deadline=None)
 def test_where_all_clocks_are_right_it_is_the_newest_time(said: Said) -> None:
     assert heard(said) == np.maximum.accumulate([time for _, time in said]).tolist()
 
@@ -50,7 +49,6 @@ def test_where_all_clocks_are_right_it_is_the_newest_time(said: Said) -> None:
     st.lists(st.tuples(st.integers(1, 20), st.integers(-2 * FAR_MS, 2 * FAR_MS)), min_size=1, max_size=60),
     st.integers(1, 20),
 )
-@settings(max_examples=200, deadline=None)
 def test_any_cutting_and_a_restart_after_each_batch_give_the_same(said: Said, size: int) -> None:
     known, found = Quorum.of(2), list[int]()
     for first in range(0, len(said), size):

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from state.config.sections import LabelSettings
 from state.config.settings import Settings
 from state.features.mask import Mask
@@ -52,6 +54,7 @@ def content(settings: Settings) -> dict[str, Any]:
         return {"digest": store.digest(), "counts": store.counts(), "waiting": dict(store.waiting())}
 
 
+@pytest.mark.nightly
 def test_the_stream_reverts_reads_again_and_is_rebuilt_along_the_new_branch(
     kafka_settings: KafkaFactory, tmp_path: Path
 ) -> None:

@@ -35,10 +35,6 @@ def bucketized(inputs: Inputs) -> dict[str, Any]:
     return {"features": tf.cast(tft.bucketize(inputs["features"][:, :1], 4), tf.float32)}
 
 
-def bessel(inputs: Inputs) -> dict[str, Any]:
-    return {"features": tf.math.bessel_i0e(inputs["features"])}
-
-
 def random(inputs: Inputs) -> dict[str, Any]:
     return {"features": inputs["features"] + tf.random.normal(tf.shape(inputs["features"]))}
 
@@ -78,7 +74,6 @@ def bare(inputs: Inputs) -> Any:
 
 REFUSED = {
     "bucketized": r"does not lower to LiteRT: it has no tf\.UpperBound",
-    "bessel": r"does not lower to LiteRT: it has no tf\.BesselI0e",
     # TensorFlow says it itself where the process has asked for determinism, as a trainer does.
     "random": "the same rows gave two different outputs; leave out randomness|Random ops require a seed",
     "drawn_by_numpy": "two analyses of the same rows gave different graphs",

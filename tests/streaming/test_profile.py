@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from state.events.parser import EventBatch
@@ -120,7 +120,6 @@ def by_definition(batches: list[EventBatch]) -> list[Vector]:
     return rows
 
 
-@settings(max_examples=40, deadline=None)
 @given(clicks=streams, seed=st.integers(0, 1 << 16), cache_users=st.integers(1, 4), behind=st.integers(0, 4))
 def test_cuts_cache_lag_and_crashes_change_no_bit(
     tmp_path_factory: pytest.TempPathFactory, clicks: list[Click], seed: int, cache_users: int, behind: int

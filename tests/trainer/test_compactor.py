@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from state import layout
@@ -153,7 +153,6 @@ def test_versions_are_thinned_after_an_hour_and_again_after_a_day() -> None:
     assert len(line.bases) < 14
 
 
-@settings(deadline=None, max_examples=300)
 @given(
     st.lists(st.one_of(st.just(0), st.integers(1, 40)), min_size=2, max_size=40),
     st.sets(st.integers(2, 40), max_size=6),

@@ -132,6 +132,7 @@ def test_a_standby_learns_on_and_a_frozen_trainer_that_wakes_publishes_nothing(
     assert verify.run(settings, newest, None, lambda line: None).outcome == "equal"
 
 
+@pytest.mark.nightly
 def test_a_standby_on_another_host_learns_on_over_s3_and_a_trainer_that_wakes_publishes_nothing(
     kafka_settings: KafkaFactory, tmp_path: Path, stack: ExitStack
 ) -> None:

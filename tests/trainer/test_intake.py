@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from state.features.mask import Mask, always
@@ -94,7 +94,6 @@ def learned(log: list[bytes], fates: list[str]) -> Trainer:
     return trainer
 
 
-@settings(max_examples=150, deadline=None)
 @given(plan=cuts, fates=fates)
 def test_each_row_is_learned_once_in_order_whichever_process_dies(
     plan: list[tuple[int, int, bool]], fates: list[str]

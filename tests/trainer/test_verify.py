@@ -157,6 +157,23 @@ def test_a_doubled_record_is_no_difference_and_a_lost_one_is(tmp_path: Path) -> 
     assert found.outcome == "different"
 
 
+def test_a_version_after_a_change_of_the_environment_is_recomputed_from_the_last_one_before(tmp_path: Path) -> None:
+    registry, log, former = started_with_spec(tmp_path), written(RECORDS[:4]), ("--model.learning_rate", "0.2")
+    running = learner(registry, log, *former)
+    run_to_end(running)
+    running.close()
+    last = registry.newest(1) or 0
+    append(log, RECORDS[4:6])
+    running = learner(registry, log)
+    run_to_end(running)
+    running.close()
+    newest = registry.newest(1) or 0
+    found = asked(registry, log, newest)
+    assert (found.outcome, found.base) == ("equal", last), found.text()
+    with pytest.raises(UnknownVersion, match=r"model\.learning_rate was 0\.2 and is"):
+        asked(registry, log, newest, base=1)
+
+
 def test_another_environment_is_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registry, log, newest = trained(tmp_path)
     now = checkpoint.environment(small_settings(), "/CPU:0")

@@ -10,8 +10,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,10 +24,12 @@ import numpy.typing as npt
 from safetensors.numpy import load, save
 
 from state.config.settings import Settings
-from state.errors import SettingsError
+from state.errors import SettingsError, WorkerLost
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode, encode
+from state.ranking.item_lists import NEXT_CATEGORY
+from state.rows.tables import ITEM_LISTS
 from trainer.engine.adam import FastSlots
 from trainer.engine.crosses import Crossed
 from trainer.engine.engine import CROSS, F32, I32, Gradient, Measured, Scores
@@ -42,7 +46,9 @@ from trainer.tables.id_table import I64, MISSING
 from trainer.tables.index import U64
 from trainer.tables.table import Table
 
-USER = "user"
+USER, SHARED = "user", "shared"
+BEAT_S = 2.0
+"""The longest time without an exchange, so that the leader notices the loss of a worker without clicks."""
 COLUMNS_BY_ID = {
     "ids": ("rows", "accum", "last_seen_ms"),
     "removed": (),
@@ -54,7 +60,7 @@ COLUMNS_BY_ID = {
 class DividedTrainer(Trainer):
     """A `Trainer` that shares the training of one model with other processes.
 
-    The leader's calls of `step`, `forget`, `take_rows` and `rejoin` are repeated by the others (`follow`).
+    The leader's calls of `step`, `forget`, `take_rows`, `rejoin` and `beat` are repeated by the others (`follow`).
 
     Raises:
         SettingsError: A privacy budget is set: its noise is that of one process.
@@ -74,6 +80,7 @@ class DividedTrainer(Trainer):
         """See `Trainer`."""
         if len(batch) and not self.guard.held:
             self._send("step", {"guard": asdict(self.guard), "seed": seed}, encode(batch.header, batch.columns))
+        self.loads = [WorkerLoad(0.0, load.users) for load in self.loads]
         return super().step(batch, seed)
 
     def forget(self, users: U64) -> int:
@@ -82,11 +89,17 @@ class DividedTrainer(Trainer):
         return super().forget(users)
 
     def take_rows(self, how: Taking, without: Collection[str] = ()) -> dict[str, dict[str, npt.NDArray[Any]]]:
-        """See `Trainer`; with the users of all workers."""
+        """See `Trainer`; with the users of all workers.
+
+        Raises:
+            WorkerLost: A worker ended or does not answer, or weights that all hold differ; recent versions do not compare them.
+        """
         self._send("take", {"how": how, "without": sorted(without)})
         changes = super().take_rows(how, without)
         if not self._alone:
-            parts = [load(part) for part in self.group.gather_bytes(save(changes[USER]))]
+            shared = self._shared_digest(changes) if how != "take_served" else np.zeros(32, np.uint8)
+            parts = [load(part) for part in self.group.gather_bytes(save(changes[USER] | {SHARED: shared}))]
+            require_equal([part.pop(SHARED).tobytes() for part in parts])
             changes[USER] = joined_by_id(parts)
         return changes
 
@@ -118,6 +131,16 @@ class DividedTrainer(Trainer):
         # Loading may take minutes, so until all have loaded, workers wait for each other without a time limit.
         self.group.wait()
 
+    def beat(self) -> None:
+        """See `Trainer`.
+
+        Raises:
+            WorkerLost: A worker ended or does not answer.
+        """
+        if not self.group.leads or time.monotonic() - self.group.exchanged_s > BEAT_S:
+            self._send("beat", {})
+            self.group.gather(np.zeros(1, np.float32))
+
     def stop(self) -> None:
         """Ends the other workers."""
         self._send("stop", {})
@@ -136,7 +159,9 @@ class DividedTrainer(Trainer):
             call = json.loads(head)
             if call["name"] == "stop":
                 return
-            if call["name"] == "step":
+            if call["name"] == "beat":
+                self.beat()
+            elif call["name"] == "step":
                 self.guard = GuardState(**call["guard"])
                 self.step(decode(data), None if call["seed"] is None else tuple(call["seed"]))
             elif call["name"] == "forget":
@@ -149,6 +174,16 @@ class DividedTrainer(Trainer):
     def _send(self, name: str, arguments: Mapping[str, Any], data: bytes = b"", timeout_s: float = TIMEOUT_S) -> None:
         if self.group.leads and not self._alone:
             self.group.send(json.dumps({"name": name, **arguments}).encode() + b"\n" + data, timeout_s)
+
+    def _shared_digest(self, changes: Mapping[str, Mapping[str, npt.NDArray[Any]]]) -> npt.NDArray[np.uint8]:
+        """SHA-256 over the rows that all workers hold and the dense weights."""
+        sha = hashlib.sha256()
+        for name in sorted(changes.keys() - {USER, NEXT_CATEGORY, *ITEM_LISTS}):
+            for column in changes[name].values():
+                sha.update(np.ascontiguousarray(column).tobytes())
+        for _, weight in sorted(self.model.weights().items()):
+            sha.update(weight.tobytes())
+        return np.frombuffer(sha.digest(), np.uint8)
 
     def _owns(self, users: U64) -> npt.NDArray[np.bool_]:
         is_own: npt.NDArray[np.bool_] = self.group.owners(users) == self.group.index
@@ -169,7 +204,7 @@ class DividedTrainer(Trainer):
         if self._alone:
             return super()._update(batch, crosses, seed)
         owners = self.group.owners(batch.user)
-        record = self._record(batch, crosses, seed, owners)
+        record = self._record(batch, crosses, seed)
         return self._judge_and_apply(batch, record, self._measured(record, owners))
 
     def _measured(self, record: Record, owners: I64) -> Measured:
@@ -185,7 +220,11 @@ class DividedTrainer(Trainer):
         into["load"][:] = self._clock() - self._began_s, len(self.tables[USER])
         parts = [_views(part, shapes) for part in self.group.gather(sent)]
         self._began_s = self._clock()
-        self.loads = [WorkerLoad(float(part["load"][0]), int(part["load"][1])) for part in parts]
+        before = [load.seconds for load in self.loads] or [0.0] * self.group.size
+        self.loads = [
+            WorkerLoad(seconds + float(part["load"][0]), int(part["load"][1]))
+            for seconds, part in zip(before, parts, strict=True)
+        ]
         return self._joined(parts, own, gradient, rows, owners)
 
     def _shapes(self, record: Record, rows: Mapping[str, I32], most: int) -> dict[str, tuple[int, ...]]:
@@ -284,6 +323,25 @@ def _places(subset: I32, rows: I32) -> npt.NDArray[np.int64]:
     order = np.argsort(rows)
     indices: npt.NDArray[np.int64] = order[np.searchsorted(rows, subset, sorter=order)]
     return indices
+
+
+def require_equal(digests: Sequence[bytes]) -> None:
+    """Compares the digests of what all workers hold.
+
+    Raises:
+        WorkerLost: A worker's differs from the leader's.
+
+    >>> require_equal([b"a", b"a"])
+    >>> require_equal([b"a", b"a", b"b"])
+    Traceback (most recent call last):
+    state.errors.WorkerLost: worker 2 has other weights than worker 0; ...
+    """
+    for worker, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise WorkerLost(
+                f"worker {worker} has other weights than worker 0",
+                "run all workers with the same release, packages and type of CPU; the group starts again from the newest version",
+            )
 
 
 def joined_by_id(parts: Sequence[Mapping[str, npt.NDArray[Any]]]) -> dict[str, npt.NDArray[Any]]:

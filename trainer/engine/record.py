@@ -58,14 +58,12 @@ class Record:
         return len(self.partner)
 
     def take(self, rows: npt.NDArray[np.int64]) -> Record:
-        """The record of some rows, `[n]` ascending; the partners of these rows are among them."""
-        index_of = np.zeros(len(self), np.int64)
-        index_of[rows] = np.arange(len(rows))
+        """The record of some rows, `[n]` ascending, as an engine measures it: their partners may be other rows."""
         return Record(
             ids={name: ids if name in WHOLE else ids[rows] for name, ids in self.ids.items()},
             values={name: values[rows] for name, values in self.values.items()},
             targets=Targets(*(target[rows] for target in self.targets)),
-            partner=index_of[self.partner[rows]],
+            partner=self.partner[rows],
             seed=self.seed,
             newest=self.newest[rows],
         )
@@ -124,7 +122,6 @@ class Recorder:
         popular: U64,
         transitions: CountTable,
         seed: tuple[int, int] | None,
-        owners: npt.NDArray[np.int64] | None = None,
     ) -> Record:
         """Builds the record of `batch`.
 
@@ -134,15 +131,11 @@ class Recorder:
             popular: `[P]` uint64, padded with 0.
             transitions: What came next after each category.
             seed: The seed of dropout; None hashes the first row's position.
-            owners: `[n]` int64, the worker of each row, whose partner is another row of the same worker; None: all of one.
         """
         sources = [part.source for part in batch.header.ranges]
         topics = np.array([source.topic for source in sources], np.uint64)[batch.source]
         partitions = np.array([source.partition for source in sources], np.uint64)[batch.source]
-        partner = np.zeros(len(batch), np.int64)
-        for worker in (0,) if owners is None else np.unique(owners):
-            rows = np.arange(len(batch)) if owners is None else np.flatnonzero(owners == worker)
-            partner[rows] = rows[partners(topics[rows], partitions[rows], batch.opened[rows])]
+        partner = partners(topics, partitions, batch.opened)
         recent = batch.recent_categories
         newest = transitions.find(np.ascontiguousarray(recent[:, 0]))
         came_next = transitions.succession(newest, recent, popular)

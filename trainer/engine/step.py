@@ -62,7 +62,7 @@ from trainer.model.attributes import Columns
 from trainer.model.preprocessing import Preprocessing
 from trainer.privacy.history import NoisePlace
 from trainer.tables.changes import Changes
-from trainer.tables.id_table import I64, MISSING, IdTable
+from trainer.tables.id_table import MISSING, IdTable
 from trainer.tables.index import U64
 from trainer.tables.item_lists import ItemListTable
 from trainer.tables.popular import HOUR_MS, Popular
@@ -72,10 +72,10 @@ LoadVersion = Callable[["Trainer", int], object]
 
 
 class WorkerLoad(NamedTuple):
-    """A worker's part of an update.
+    """A worker's part of a step.
 
     Attributes:
-        seconds: Time that it computed, without waiting for others.
+        seconds: Time that it computed gradients, without waiting for others.
         users: Users whose rows it holds.
     """
 
@@ -123,7 +123,7 @@ class Trainer:
         churn: The churn model; None without `churn.days`.
         device: Of the variables.
         guarded: The state of the update guard in the loaded version, see `trainer/holding.py`.
-        loads: Of each worker in the last update; empty without other workers.
+        loads: Of each worker in the last step; empty without other workers.
     """
 
     loads: Sequence[WorkerLoad] = ()
@@ -196,6 +196,9 @@ class Trainer:
 
     def rejoin(self, load: LoadVersion, version: int) -> None:
         """Called when an epoch was entered at `version`, 0 for none. `load` restores a trainer to a version."""
+
+    def beat(self) -> None:
+        """Called between two polls of the log: checks that the other workers answer; there are none."""
 
     def stop(self) -> None:
         """Ends the other workers; there are none."""
@@ -314,10 +317,8 @@ class Trainer:
     def _visited(self) -> ItemListTable | None:
         return None if self.item_ranking is None else self.item_ranking.tables[VISITED]
 
-    def _record(
-        self, batch: MicroBatch, crosses: U64, seed: tuple[int, int] | None, owners: I64 | None = None
-    ) -> Record:
-        return self._recorder.record(batch, crosses, self.popular.top(), self.transitions, seed, owners)
+    def _record(self, batch: MicroBatch, crosses: U64, seed: tuple[int, int] | None) -> Record:
+        return self._recorder.record(batch, crosses, self.popular.top(), self.transitions, seed)
 
     def _observe(self, batch: MicroBatch, crosses: U64) -> U64:
         """Counts the sightings of a batch; returns its users who had no row before, repeated as they occur."""

@@ -39,7 +39,7 @@ export function tell(element, text) {
 /** Rows of a table whose columns have names; a cell is text or an element. */
 export function table(element, head, rows, none) {
   if (!rows.length) {
-    element.replaceChildren(h("tbody", {}, h("tr", {}, h("td", { class: "quiet" }, none))));
+    element.replaceChildren(h("tbody", {}, h("tr", {}, h("td", { class: "quiet text" }, marked(none)))));
     return;
   }
   element.replaceChildren(

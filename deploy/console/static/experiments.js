@@ -28,13 +28,12 @@ function row(one) {
   ];
 }
 
-/** Shows experiments and the open rollout; hides what there is none of. */
+/** Shows experiments, and the open rollout if there is one. */
 export function show(experiments) {
-  at("experiments").hidden = !experiments.length;
   // Without a name it is the error of a damaged document.
   const damaged = experiments.find((one) => !one.name);
   tell(at("experiments-problem"), damaged ? `▲ ${damaged.problem}` : "");
-  table(at("experiments-table"), HEAD, experiments.filter((one) => one.name).map(row), "No experiment runs.");
+  table(at("experiments-table"), HEAD, experiments.filter((one) => one.name).map(row), "No experiment runs; `springtide experiment start NAME` starts one.");
   const rolledOut = experiments.find((one) => one.rollout);
   at("rollout").hidden = !rolledOut;
   if (rolledOut) showRollout(rolledOut, rolledOut.rollout);

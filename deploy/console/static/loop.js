@@ -9,37 +9,43 @@ const SPARK = { width: 96, height: 22, points: 60 };
 // Each: the key of its problems, its processes, what flows out of it, its curve, and what is known of it now.
 const STAGES = [
   {
-    name: "Clicks", key: "clicks", processes: [], kafka: true, curve: "events_per_s", well: () => "arriving",
+    name: "Clicks", key: "clicks", processes: [], kafka: true, curve: "events_per_s", well: (f) => (f.events_per_s ? "arriving" : "none arrive now"),
     known: (f) => f.events, main: (f) => rate(f.events_per_s),
     facts: (f) => [["read", count(f.events)], ["dead letters", rate(f.dead_per_s)]],
   },
   {
-    name: "Stream", key: "stream", processes: ["stream"], curve: "lag_events", well: () => "keeps up",
+    name: "Stream", key: "stream", processes: ["stream"], curve: "lag_events", well: (f) => (f.events_per_s ? "keeps up" : "waits for clicks"),
     known: (f) => f.lag_events, main: (f) => `${count(f.lag_events)} waiting`,
     facts: (f) => [["lag", span(f.lag_s)], ["commit", span(f.spreads.commit_s?.p50)]],
   },
   {
-    name: "Micro-batches", key: "microbatches", processes: [], kafka: true, curve: "microbatches_per_s", well: () => "in the log",
+    name: "Micro-batches", key: "microbatches", processes: [], kafka: true, curve: "microbatches_per_s", well: (f) => (f.microbatches_per_s ? "in the log" : "none is written now"),
     known: (f) => f.trainer_lag, main: (f) => rate(f.microbatches_per_s),
     facts: (f) => [["rows each", decimal(f.microbatch_rows, 1)], ["unread", count(f.trainer_lag)]],
   },
   {
     name: "Training", key: "trainer", processes: ["trainer"], curve: "rows_per_s",
-    well: (f) => (f.budget ? `learning, epsilon ${decimal(f.budget.left, 2)} of ${decimal(f.budget.epsilon, 2)} left` : "learning"),
+    well: (f) => [f.rows_per_s ? "learning" : "waits for rows", f.budget && `epsilon ${decimal(f.budget.left, 2)} of ${decimal(f.budget.epsilon, 2)} left`, workers(f)].filter(Boolean).join(", "),
     known: (f) => f.trainer_lag, main: (f) => rate(f.rows_per_s, "rows"),
     facts: (f) => [["step", span(f.spreads.step_s?.p50)], ["log loss", decimal(f.log_loss)]],
   },
   {
-    name: "Versions", key: "versions", processes: ["trainer"], curve: "newest_version", well: () => "published",
+    name: "Versions", key: "versions", processes: ["trainer"], curve: "newest_version", well: (f) => (f.steps_per_s ? "published" : "no new one now"),
     known: (f) => f.newest_version, main: (f) => count(f.newest_version),
     facts: (f) => [["epoch", count(f.epoch)], ["publication", span(f.spreads.publication_s?.p50)]],
   },
   {
-    name: "Answers", key: "answers", processes: ["worker", "applier"], curve: "answers_per_s", well: () => "following",
+    name: "Answers", key: "answers", processes: ["worker", "applier"], curve: "answers_per_s", well: (f) => (f.answers_per_s ? "following" : "following, idle"),
     known: (f) => f.version, main: (f) => rate(f.answers_per_s),
     facts: (f) => [["version", count(f.version)], ["p99", span(f.spreads.answer_s?.p99)]],
   },
 ];
+
+/** The time of a step in each of several workers. */
+function workers({ trainer_workers: shares, steps_per_s: steps }) {
+  const times = Object.entries(shares).map(([worker, share]) => `${worker} ${steps ? span(share / steps) : NONE}`);
+  return times.length ? `workers ${times.join(", ")}` : "";
+}
 
 /** The state of a stage in words: its worst problem, or that nothing is wrong with it. */
 function stateOf(stage, { figures, problems, processes }) {
@@ -78,9 +84,28 @@ export function show(state) {
     stage.facts(figures).forEach(([, value], fact) => tell(parts.facts[fact][1], value));
     flow(parts.item, kind === "away" ? 0 : flowing(figures)[place]);
   });
+  first(state);
   tell(freshness[0][1], span(figures.features_s));
   tell(freshness[1][1], span(figures.weights_s));
   tell(freshness[2][1], figures.newest_version === null || figures.version === null ? NONE : count(Math.max(0, figures.newest_version - figures.version)));
+}
+
+const FIRST = [
+  ["Kafka answers", ({ kafka }) => kafka.answers],
+  ["The stream has read a click", ({ figures }) => figures.events > 0],
+  ["The training log has a record", ({ kafka }) => kafka.training_log > 0],
+  ["The trainer has published a version", ({ registry }) => registry.newest > 0],
+  ["Serving answers from a version", ({ figures }) => figures.version > 0],
+];
+
+/** Until the first answer: what has happened, and what the loop waits for. */
+function first(state) {
+  const done = FIRST.map(([, has]) => Boolean(has(state)));
+  at("first").hidden = done.at(-1) || state.registry.newest > 0;
+  if (at("first").hidden) return;
+  const next = done.indexOf(false);
+  const steps = FIRST.map(([words], place) => h("li", {}, `${words}: ${done[place] ? "yes" : place === next ? "not yet; the loop waits for this" : "not yet"}`));
+  at("first").replaceChildren(h("h3", {}, "First start"), h("p", {}, "No version answers yet. "), h("ol", {}, steps), h("p", { class: "quiet" }, "The first answer comes some 30 s after the start of ", h("code", {}, "springtide up"), ". ", h("a", { href: "runbook.html#a-process-starts", class: "tap" }, "If it takes longer")));
 }
 
 const flowing = (f) => [f.events_per_s, f.microbatches_per_s, f.steps_per_s, f.steps_per_s, f.steps_per_s, f.answers_per_s];

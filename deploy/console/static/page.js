@@ -1,11 +1,14 @@
 // The page: asks for the state each second while it is looked at, and shows it.
 
 import * as asking from "./asking.js";
+import * as cause from "./cause.js";
 import * as curves from "./curves.js";
-import { at, h, tell } from "./dom.js";
+import { at, tell } from "./dom.js";
 import * as experiments from "./experiments.js";
 import * as hosts from "./hosts.js";
 import * as loop from "./loop.js";
+import * as machine from "./machine.js";
+import * as problems from "./problems.js";
 import * as profile from "./profile.js";
 import * as segments from "./segments.js";
 import * as steer from "./steer.js";
@@ -13,44 +16,34 @@ import * as versions from "./versions.js";
 import { clock, count } from "./words.js";
 
 const STATE_MS = 1000, LISTS_MS = 5000;
-let state = null, history = [], role = "", missed = 0, told = "", listed = "";
-
-function health() {
-  const { problems } = state;
-  const now = JSON.stringify(problems);
-  if (told === now) return;
-  const holds = problems.filter((one) => one.severity === "hold").map((one) => one.text);
-  const others = problems.filter((one) => one.severity !== "hold");
-  // Announced when it changes, and not each second.
-  if (told) tell(at("heard"), problems.map((one) => one.text).join("; ") || "nothing is wrong any more");
-  told = now;
-  at("health").dataset.state = others.length ? "slow" : "ok";
-  at("health").replaceChildren(h("span", { "aria-hidden": "true" }, others.length ? "▲ " : "● "), others.length > 1 ? `${others.length} problems` : others[0]?.text ?? "nothing is wrong");
-  tell(at("held"), holds.length ? `❚❚ ${holds.join("; ")}` : "");
-  at("troubles").hidden = !others.length;
-  at("troubles").replaceChildren(...others.map((one) => h("li", {}, `${one.text} `, h("code", {}, one.runbook))));
-}
+let state = null, history = [], role = "", missed = 0, listed = "";
 
 async function lookAtState() {
   state = await asking.read("api/state");
   const figures = state.figures;
-  health();
+  problems.show(state.problems, figures);
   tell(at("serving"), `version ${count(figures.version)}, epoch ${count(figures.epoch)}, ${figures.pinned ? "pinned" : "follows"}; ${clock(state.at_ms)}`);
   loop.show(state);
   experiments.show(state.experiments);
   segments.show(state.segments);
   hosts.show(state.hosts);
+  hosts.showSnapshots(state.snapshots);
+  machine.show(state);
+  // A section without anything to show has no link either.
+  document.querySelectorAll("nav a").forEach((link) => { link.parentElement.hidden = at(link.hash.slice(1)).hidden; });
 }
 
 async function lookAtLists() {
-  const [series, kept, decided, masks, session] = await Promise.all([
-    asking.read(`api/series?after_ms=${curves.newest()}`), asking.read("api/versions"), asking.read("api/history"), asking.read("api/masks"), asking.read("api/session"),
+  const [series, kept, decided, masks, session, day] = await Promise.all([
+    asking.read(`api/series?after_ms=${curves.newest()}`), asking.read("api/versions"), asking.read("api/history"), asking.read("api/masks"), asking.read("api/session"), asking.read("api/problems"),
   ]);
   history = decided;
   role = session.role;
   curves.add(series);
   curves.mark(history.map((one) => ({ at_ms: one.created_at_ms, word: one.action })));
-  curves.draw();
+  curves.draw(state?.processes);
+  curves.restarted(history);
+  problems.showDay(day);
   loop.sparks(curves.known());
   steer.show(history.at(-1) ?? null, Boolean(state?.figures.held), role);
   const now = JSON.stringify([kept.map(({ age_s, ...one }) => one), history, masks]);
@@ -78,7 +71,7 @@ async function again(look, every_ms) {
 
 function trouble(error) {
   document.body.classList.add("away");
-  told = "";
+  problems.forget();
   at("health").dataset.state = "away";
   tell(at("health"), error.status === 401 ? "■ a token is needed" : `■ ${error.message}`);
   if (error.status === 401 && !at("asking").open && missed === 1) steer.askToken("Reading needs a token here: `read` or `operate`.");
@@ -90,6 +83,7 @@ async function refresh() {
 }
 
 loop.begin();
+cause.begin();
 curves.begin();
 profile.begin();
 steer.begin(refresh);

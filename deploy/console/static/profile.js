@@ -57,6 +57,14 @@ function reasons(explanation) {
   ].filter(Boolean);
 }
 
+/** Fills in a user and shows the profile. */
+export function lookUpUser(user) {
+  at("user").value = user;
+  at("profile").scrollIntoView();
+  at("user").focus();
+  at("lookup").requestSubmit();
+}
+
 export function begin() {
   at("lookup").addEventListener("submit", (event) => {
     event.preventDefault();

@@ -5,10 +5,9 @@ import { count, span } from "./words.js";
 
 const HEAD = [["segment", ""], ["users", "number"], ["expression", "text"]];
 
-/** Shows segments; nothing of them where none is named. */
+/** Shows segments, or how to name one. */
 export function show(kept) {
-  at("segments").hidden = !kept;
-  if (!kept) return;
+  if (!kept) return table(at("segments-table"), HEAD, [], "No segment is named; `segments.expressions` names them.");
   const looked = kept.sweep_s ? `all users were evaluated in ${span(kept.sweep_s)}` : "not all users are evaluated yet";
   const waits = `${count(kept.lag)} records of the training log and ${count(kept.waiting)} users wait; ${looked}.`;
   tell(at("segments-told"), kept.problem ? `Nobody keeps them: ${kept.problem}.` : waits);
@@ -18,4 +17,5 @@ export function show(kept) {
     kept.segments.map((one) => [one.name, count(one.users), h("code", {}, one.expression)]),
     "No segment is named.",
   );
+  return undefined;
 }

@@ -79,7 +79,7 @@ function verb(name, title, told, more = {}) {
   });
 }
 
-export const pin = (version) => verb("pin", `Pin answers at version ${version}`, "Training goes on; answers stay at this version until they are told to follow.", { version });
+export const pin = (version) => verb("pin", `Pin answers at version ${version}`, "Training goes on; answers stay at this version until they follow again.", { version });
 export const lift = (mask) => verb("unmask", `Lift mask ${mask}`, "New clicks count at once; what was left out comes back at the next exact rollback.", { masks: [mask] });
 
 /** Fills in a version to go back to. */
@@ -151,6 +151,16 @@ function propose(held, clicks) {
   at("steer").scrollIntoView();
 }
 
+/** Plans a rollback without users, given by their pseudonyms. */
+export function planWithout(pseudonyms) {
+  const form = at("plan");
+  form.reset();
+  form.elements.target.value = "clean";
+  form.elements.pseudonyms.value = pseudonyms.join(" ");
+  form.requestSubmit();
+  at("steer").scrollIntoView();
+}
+
 /** The fields of the form, as the interface takes them. */
 function wanted(form) {
   const given = Object.fromEntries(new FormData(form));
@@ -159,9 +169,11 @@ function wanted(form) {
   if (given.target === "before" && given.before) found.before = given.before;
   if (given.minutes) found.minutes = Number(given.minutes);
   if (given.skip_time) found.skip_time = [given.skip_time];
-  if (given.skip) found.skip = given.skip.split(/[\s,]+/).filter(Boolean);
+  for (const name of ["skip", "users", "pseudonyms"]) if (given[name]) found[name] = given[name].split(/[\s,]+/).filter(Boolean);
   return found;
 }
+
+const users = (number) => (number === 1 ? "1 user" : `${count(number)} users`);
 
 function facts({ plan }) {
   const turn = plan.answers;
@@ -170,14 +182,17 @@ function facts({ plan }) {
     ? `${count(plan.rows)} rows in ${count(plan.records)} records${plan.replay_s === null ? "" : `, about ${age(plan.replay_s)}`}`
     : "not counted: Kafka does not answer";
   const left = [...plan.mask.offsets.map(([, partition, first, last]) => `partition ${partition} offsets ${first}-${last - 1}`), ...plan.mask.times.map(([first, last]) => `${moment(first)} to ${moment(last)}`)];
+  if (plan.mask.users) left.push(`all clicks of ${users(plan.mask.users)}`);
   const found = [
+    ["Mode", plan.mode === "exact" ? "exact: the stream reads its clicks again, and windows are computed without what is left out" : "fast: the trainer learns again; the stream continues"],
     ["Go back to", `version ${plan.to}, ${age(plan.age_s)} old`],
-    ["Answers", `turn ${answers}, then ${plan.then_follow ? "follow once it has caught up" : "stay there"}`],
+    ["Answers", `switch ${answers}, then ${plan.then_follow ? "follow once it has caught up" : "stay there"}`],
     ["Learn again", learn],
-    ["Leave out", left.length ? `${left.join("; ")}: ${count(plan.masked ?? null)} rows of ${count(plan.users ?? null)} users` : "nothing"],
+    ["Leave out", left.length ? `${left.join("; ")}: ${count(plan.masked ?? null)} rows of ${users(plan.users ?? null)}` : "nothing"],
   ];
   if (plan.after) found.push(["Windows", `up to ${count(plan.after)} later rows still count the masked clicks; exact recomputes them`]);
   if (plan.exact) found.push(["Stream", `reads ${count(plan.exact.clicks)} positions again`]);
+  found.push(["Figures", `log loss, ranking and lift return to those of version ${plan.to} and are measured again from there`]);
   return found.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]);
 }
 

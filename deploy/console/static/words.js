@@ -33,6 +33,12 @@ export function age(value) {
   return `${Math.floor(value / 86400)} d`;
 }
 
+/** A size, in bytes. */
+export function bytes(value) {
+  if (value === null || value === undefined) return NONE;
+  return value < 1e9 ? `${whole.format(value / 1e6)} MB` : `${(value / 1e9).toFixed(1)} GB`;
+}
+
 export const percent = (value, digits = 1) => (value === null || value === undefined ? NONE : `${(100 * value).toFixed(digits)} %`);
 
 export const clock = (ms) => new Date(ms).toLocaleTimeString("en-GB");

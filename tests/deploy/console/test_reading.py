@@ -15,9 +15,10 @@ from prometheus_client import CollectorRegistry
 from deploy import status
 from deploy.console import server as pages
 from deploy.console.server import STATIC
-from deploy.console.watching import CURVES, LIFT, QUANTILES, Curves
+from deploy.console.watching import CURVES, LIFT, MOST_PROBLEMS, QUANTILES, Curves, PastProblems
 from deploy.serving.requests.access import OPEN
 from deploy.watch.figures import Figures
+from deploy.watch.snapshot import Problem
 from state.metrics import ApplierMetrics, serve
 from tests.deploy.console.conftest import Reached
 from tests.deploy.operating import Operator
@@ -37,6 +38,8 @@ def test_the_state_is_the_document_of_springtide_status(console: Reached) -> Non
     stop = serve(registry, console.settings.serving.metrics_port)
     try:
         metrics.version.set(3)
+        # Both clocks are before it: the host has just started.
+        metrics.began.set(4e9)
         with console.client() as client:
             found = client.get("/api/state").json()
             series = client.get("/api/series").json()
@@ -62,10 +65,33 @@ def test_the_state_is_the_document_of_springtide_status(console: Reached) -> Non
 
 def test_lists_are_those_of_the_commands(operating: httpx.Client, operator: Operator) -> None:
     operator("rollback", "--skip", "1:360-399", "--reason", "bots")
-    for name, words in {"versions": ("--last", "40"), "history": ("--last", "40"), "masks": ()}.items():
+    lists = {"versions": ("--last", "40"), "history": ("--last", "40"), "masks": (), "jumps": ("--minutes", "5")}
+    for name, words in lists.items():
         assert operating.get(f"/api/{name}").json() == json.loads(operator(name, *words, "-o", "json")), name
     assert [one["version"] for one in operating.get("/api/versions?last=2").json()] == [4, 5]
     assert operating.get("/api/versions?last=0").status_code == 400
+
+
+def test_jumps_name_users_and_need_the_token_that_operates(reading: httpx.Client) -> None:
+    assert reading.get("/api/masks").status_code == 200
+    assert reading.get("/api/jumps").status_code == 403
+
+
+def test_problems_of_the_last_day_end_return_and_are_forgotten() -> None:
+    past, minute_ms, day_ms = PastProblems(0), 60_000, 86_400_000
+    lag = Problem("warning", "12,000 clicks wait", "the-stream-lags", "stream")
+    for at_ms in (0, minute_ms, 3 * minute_ms):
+        past.add(at_ms, [lag])
+    found = past.document(3 * minute_ms)["problems"]
+    assert [(one["first_ms"], one["last_ms"], one["open"]) for one in found] == [
+        (0, minute_ms, False),
+        (3 * minute_ms, 3 * minute_ms, True),
+    ]
+    past.add(2 * day_ms, [])
+    assert past.document(2 * day_ms) == {"since_ms": day_ms, "problems": []}
+    for at_ms in range(0, 300 * day_ms // 1000, day_ms // 1000):
+        past.add(2 * day_ms + at_ms, [lag])
+    assert len(past.document(3 * day_ms)["problems"]) == MOST_PROBLEMS
 
 
 def test_curves_keep_the_newest_hour_and_no_more() -> None:
@@ -108,7 +134,8 @@ def test_uplot_is_the_one_that_was_released() -> None:
 def test_the_page_loads_its_own_files_alone_and_has_nothing_inline() -> None:
     assert len(OURS) > 8
     for path in OURS:
-        text = re.sub(r'xmlns="[^"]*"|const SVG = "[^"]*"', "", path.read_text())
+        # The runbook names addresses; it loads none.
+        text = re.sub(r'xmlns="[^"]*"|const SVG = "[^"]*"|<code>[^<]*</code>', "", path.read_text())
         assert not re.search(r"https?://|//cdn|@import|url\(", text), path.name
     html = (STATIC / "index.html").read_text()
     assert not re.search(r"<style|<script(?![^>]* src=)|\sstyle=|\son\w+=", html)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.deploy.operating import Operator
+from state.events.identity import load_salt
+from tests.deploy.operating import BOT, Operator, draft, files
 
 SKIP = {"skip": ["1:360-399"]}
 
@@ -25,6 +28,20 @@ def test_a_plan_is_that_of_a_dry_run_and_changes_nothing(operating: httpx.Client
     assert len(operator.registry.controls()) == 1
     assert (found["generation"], found["plan"]["to"], found["plan"]["masked"]) == (1, 3, 40)
     assert found["plan"]["mask"]["offsets"][0][1:] == [1, 360, 400]
+
+
+def test_a_plan_leaves_out_users_and_no_answer_names_them(
+    operating: httpx.Client, operator: Operator, tmp_path: Path
+) -> None:
+    found = planned(operating, pseudonyms=[f"{BOT:016x}"])
+    assert (found["plan"]["masked"], found["plan"]["users"], found["plan"]["mask"]["users"]) == (56, 1, 1)
+    # An id is looked for by its pseudonym; this user never clicked.
+    salt = load_salt(tmp_path / "salt")
+    operator.registry.publish(replace(draft(6, 5), salt=salt.fingerprint), files())
+    answer = operating.post("/api/plan", json={"users": ["somebody"]})
+    assert (answer.status_code, "no row of the training log" in answer.json()["error"]) == (400, True)
+    assert "somebody" not in answer.text
+    assert planned(operating, users=["somebody"], to=3, skip=SKIP["skip"])["plan"]["mask"]["users"] == 1
 
 
 @pytest.mark.parametrize("mode", ["fast", "exact"])
@@ -108,6 +125,7 @@ UNDOABLE: Sequence[tuple[str, dict[str, Any], int]] = (
     ("plan", {"skip": ["--reason=x"]}, 400),
     ("plan", {"minutes": 0}, 400),
     ("plan", {}, 400),
+    ("plan", {"pseudonyms": ["ann"]}, 400),
     ("plan", {"to": 5, "skip": ["1:360-399"]}, 409),
 )
 

@@ -43,9 +43,20 @@ def test_what_the_guard_holds_is_shown_and_gone_back_from_without_its_clicks(
         # Everything else is away, and the page says so.
         expect(page.locator("#troubles li").first).to_be_visible()
         expect(page.locator("#stages li[data-state=away]")).to_have_count(6)
+        reasons = page.locator("#plots .reason")
+        expect(reasons).to_have_count(9)
+        expect(reasons.first).to_contain_text("stream and trainer do not answer")
+        # A problem leads to its section of the runbook, which the console has itself.
+        expect(page.locator("#problems-table")).to_contain_text("nothing answers")
+        link = page.locator("#troubles").get_by_role("link", name="what to do").first
+        assert link.get_attribute("href") == "runbook.html#a-process-cannot-run"
+        link.click()
+        expect(page.locator("h2#a-process-cannot-run")).to_be_in_viewport()
+        page.go_back()
         suspect.get_by_role("button", name="Go back without these clicks").click()
         go = page.locator("#go")
         expect(go).to_contain_text("version 3")
+        expect(go).to_contain_text("fast: the trainer learns again")
         expect(go).to_contain_text("partition 1 offsets 400-479: 80 rows")
         go.get_by_label("Type 3 to confirm").fill("3")
         go.get_by_label("Reason").fill("a flood")

@@ -81,6 +81,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="the death signal of a parent is Linux's")
 def test_a_broker_dies_with_its_parent(tmp_path: Path) -> None:
     parent = subprocess.Popen(

@@ -15,7 +15,7 @@ from tests.kubernetes_api import Cluster, cluster
 from tests.manifests import FOLDER, KUBECTL, WHY_NOT, boxes, built
 
 pytestmark = pytest.mark.skipif(KUBECTL is None, reason=WHY_NOT)
-EVERY = ("small", "large", "full", "flink", "shared", "standby", "halves")
+EVERY = ("small", "large", "full", "flink", "shared", "standby", "halves", "workers")
 SERVING = "springtide-serving"
 
 

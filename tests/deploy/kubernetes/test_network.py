@@ -14,13 +14,15 @@ from state.config.settings import Settings
 from tests.manifests import KUBECTL, PAGE, WHY_NOT, Document, Peer, boxes, built, connects, of_kind, selects
 
 pytestmark = pytest.mark.skipif(KUBECTL is None, reason=WHY_NOT)
-EVERY = ("small", "large", "full", "flink", "shared", "standby", "halves")
+EVERY = ("small", "large", "full", "flink", "shared", "standby", "halves", "workers")
 COMPONENT = "app.kubernetes.io/component"
 LABELS = {"app.kubernetes.io/name": "springtide"}
 OUTSIDE = None
 """A broker or an object store, at an address of no pod here."""
 # Pods of a Flink of the user's, with the labels that the README asks for.
 FLINK = {name: Peer(LABELS | {COMPONENT: name}) for name in ("stream-worker", "stream-manager", "stream-jobs")}
+WORKERS = 7070
+"""The port of `trainer.worker_addresses`."""
 ANY_PORT = 45123
 """One that the system chose, as Flink's TaskManagers ask it to."""
 Pair = tuple[str, Peer | None, Peer | None, int]
@@ -86,6 +88,13 @@ def required(overlay: str) -> Iterator[Pair]:
         for name, pod in hosts:
             for other, server in hosts:
                 yield f"{name} to {other}", pod, server, settings.serving.port
+    if overlay == "workers":
+        group = {
+            name: ours[name] for name in ("Deployment springtide-trainer", "StatefulSet springtide-trainer-worker")
+        }
+        for name, pod in group.items():
+            for other, server in group.items():
+                yield f"{name} to {other}", pod, server, WORKERS
     client = Peer({}, {"springtide/clients": "true"})
     for name, pod in ours.items():
         if pod.labels.get(COMPONENT) == "serving":
@@ -129,6 +138,8 @@ def test_others_may_not(overlay: str) -> None:
     assert not connects(policies, scraper, console, settings.console.port)
     serving = ours["StatefulSet springtide-serving"]
     assert not connects(policies, serving, ours["Deployment springtide-trainer"], settings.trainer.metrics_port)
+    if overlay == "workers":
+        assert not connects(policies, serving, ours["StatefulSet springtide-trainer-worker"], WORKERS)
     if overlay == "flink":
         assert not connects(policies, serving, FLINK["stream-manager"], settings.flink.rest_port)
 

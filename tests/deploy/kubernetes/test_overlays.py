@@ -73,7 +73,7 @@ def test_each_object_as_it_stands_is_valid() -> None:
     ("overlay", "minor"),
     [
         ("small", MINORS[-1]),
-        *((name, MINORS[-1]) for name in ("flink", "full", "shared", "standby", "halves")),
+        *((name, MINORS[-1]) for name in ("flink", "full", "shared", "standby", "halves", "workers")),
         *(("large", minor) for minor in MINORS),
     ],
 )
@@ -245,6 +245,52 @@ def test_a_standby_trainer_runs_on_another_node_and_a_drain_leaves_one_of_them()
     assert {name: claims[name] for name in mounted} == {
         name: ["ReadWriteMany"] for name in ("springtide-registry", "springtide-trainers")
     }
+
+
+@with_kubectl
+def test_workers_of_the_trainer_have_the_addresses_and_numbers_that_the_settings_name() -> None:
+    workers = found("workers")
+    sizes = next(one for one in of_kind(workers, "ConfigMap") if one["metadata"]["name"] == "springtide-sizes")["data"]
+    services = {one["metadata"]["name"]: one["spec"] for one in of_kind(workers, "Service")}
+    (other,) = (box for box in boxes(workers) if box.name == "trainer-worker")
+    settings, spec = other.settings(sizes), other.document["spec"]
+    first, last = spec["ordinals"]["start"], spec["ordinals"]["start"] + spec["replicas"]
+    pods = [f"{other.document['metadata']['name']}-{index}.{spec['serviceName']}" for index in range(first, last)]
+    assert first == 1 and settings.trainer.workers == 1 + len(pods)
+    assert [address.partition(":")[0] for address in settings.trainer.worker_addresses] == ["springtide-trainer", *pods]
+    for name in ("springtide-trainer", spec["serviceName"]):
+        assert services[name]["clusterIP"] == "None" and services[name]["publishNotReadyAddresses"] is True
+    # The leader alone is in the service whose metrics the console reads.
+    leading = [
+        box.owner
+        for box in boxes(workers)
+        if selects({"matchLabels": services["springtide-trainer"]["selector"]}, box.labels)
+    ]
+    assert {*leading} == {"Deployment springtide-trainer"}
+
+
+@with_kubectl
+def test_each_half_is_scaled_by_itself_and_a_canary_holds_one() -> None:
+    halves = found("halves")
+    sets = {one["metadata"]["name"]: one for one in of_kind(halves, "StatefulSet")}
+    scalers = {one["spec"]["scaleTargetRef"]["name"]: one for one in of_kind(halves, "HorizontalPodAutoscaler")}
+    assert {*scalers} == {"springtide-serving", "springtide-serving-upper"}
+    assert not any("replicas" in sets[name]["spec"] for name in scalers)
+    budgets = [one["spec"]["selector"] for one in of_kind(halves, "PodDisruptionBudget")]
+    held = {}
+    for name, hosts in sets.items():
+        if not name.startswith("springtide-serving"):
+            continue
+        labels = hosts["spec"]["template"]["metadata"]["labels"]
+        assert sum(selects(selector, labels) for selector in budgets) == (name in scalers), name
+        containers = [box for box in boxes([hosts]) if not box.is_first]
+        env = [{one["name"]: one.get("value") for one in box.told["env"]} for box in containers]
+        (held[name],) = {own["SPRINGTIDE_SERVING_SHARES"] for own in env}
+        (address,) = (own["SPRINGTIDE_SERVING_ADVERTISE"] for own in env if "SPRINGTIDE_SERVING_ADVERTISE" in own)
+        assert address == f"http://$(POD_NAME).{hosts['spec']['serviceName']}:8501"
+    assert held == {
+        "springtide-serving": "0-31", "springtide-serving-canary": "0-31", "springtide-serving-upper": "32-63"
+    }  # fmt: skip
 
 
 @with_kubectl

@@ -56,18 +56,20 @@ def with_what_it_reads(alert: str) -> list[dict[str, Any]]:
     return [*(rule for name, rule in RECORDED.items() if name in read), ALERTS[alert]]
 
 
-@pytest.mark.parametrize("file", rules.CASES_OF)
+@pytest.mark.parametrize("file", [file for file, cases in rules.CASES_OF.items() if cases])
 def test_each_alert_fires_where_it_must_and_is_silent_where_it_must(file: str, tmp_path: Path) -> None:
+    # One promtool for all alerts of a file: its start takes longer than its work.
+    paths = []
     for alert, cases in rules.CASES_OF[file].items():
         rule_file = tmp_path / f"{alert}.json"  # JSON is YAML
         rule_file.write_text(json.dumps({"groups": [{"name": alert, "rules": with_what_it_reads(alert)}]}))
         for interval in sorted({case.interval for case in cases.values()}):
             tests = [as_promtool_has_it(alert, name, case) for name, case in cases.items() if case.interval == interval]
             document = {"rule_files": [str(rule_file)], "evaluation_interval": interval, "tests": tests}
-            path = tmp_path / "tests.json"
-            path.write_text(json.dumps(document))
-            said = told("test", "rules", path)
-            assert said.returncode == 0, said.stdout + said.stderr
+            paths.append(tmp_path / f"{alert} {interval} cases.json")
+            paths[-1].write_text(json.dumps(document))
+    said = told("test", "rules", *paths)
+    assert said.returncode == 0, said.stdout + said.stderr
 
 
 PROVED_BY = {

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deploy.replay import main
@@ -152,7 +152,6 @@ def test_limits_add_up_to_the_undisturbed_replay(tmp_path: Path, how: dict[str, 
     assert run(recording, tmp_path / "parts", parts, **how).position.complete
 
 
-@settings(deadline=None, max_examples=40)
 @given(
     break_at=st.integers(0, 3),
     arriving=st.sampled_from(["nothing", "a partition", "everything"]),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
@@ -123,7 +123,6 @@ class Following:
         return sorted(found)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     cuts=st.lists(st.tuples(st.integers(1, 7), st.integers(0, 9)), min_size=1, max_size=12),
     restarts=st.sets(st.integers(0, 11)),

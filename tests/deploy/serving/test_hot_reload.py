@@ -18,9 +18,9 @@ from tests.deploy.serving.fire import CATEGORIES, USERS, Fire, HostWriter, Line,
 from tests.deploy.serving.stocked import DIM, SALT_KEY, Lowered, Stores, small
 from tests.deploy.serving.test_rest import answers, until, worker
 
-SWAPS, NEW_PROGRAM_AT = 100, 50
+SWAPS, NEW_PROGRAM_AT = 40, 16
 ANSWERS_EACH, RATE = 20, 500.0
-WARM = 20
+WARM = 12
 """Swaps until what a process needs once is there."""
 MOST_GROWTH_BYTES = 16 << 20
 
@@ -62,7 +62,7 @@ def host(settings: Settings, trainer: Trainer) -> Iterator[HostWriter]:
     made.close()
 
 
-def test_a_hundred_versions_are_swapped_without_an_error_or_a_mixed_answer(
+def test_forty_versions_are_swapped_without_an_error_or_a_mixed_answer(
     settings: Settings, trainer: Trainer, host: HostWriter, lowered: Lowered
 ) -> None:
     """Half of them of another ranker with other features; each answer is computed again from what it says of itself."""
@@ -77,8 +77,8 @@ def test_a_hundred_versions_are_swapped_without_an_error_or_a_mixed_answer(
             for swap in range(SWAPS):
                 version = trainer.publish(int(swap >= NEW_PROGRAM_AT))
                 assert host.settle() == version
-                if swap % 5 == 0:
-                    host.click("ann", CATEGORIES[swap // 5 % len(CATEGORIES)], 60_000 - swap)
+                if swap % 2 == 0:
+                    host.click("ann", CATEGORIES[swap // 2 % len(CATEGORIES)], 60_000 - swap)
                 wanted = len(asked.waited_s) + ANSWERS_EACH
                 until(lambda wanted=wanted: len(asked.waited_s) >= wanted, 90.0)  # type: ignore[misc]
                 if swap in (NEW_PROGRAM_AT + WARM, SWAPS - 1):
@@ -92,31 +92,3 @@ def test_a_hundred_versions_are_swapped_without_an_error_or_a_mixed_answer(
     assert len({one["features"]["view.count_1h"] for one in found if one["user_id"] == "ann"}) > SWAPS / 10
     assert trainer.differences(found, host.events) == []
     assert grown[1] - grown[0] < MOST_GROWTH_BYTES
-
-
-def test_a_mixed_answer_is_found_out(trainer: Trainer, host: HostWriter) -> None:
-    """What the test above looks for can be seen: weights, rows, positions or features of another version."""
-    from deploy.serving.answers.predictor import Predictor
-    from deploy.serving.answers.query import Query
-    from state.events.identity import Salt
-    from state.layout import PROGRAMS
-    from tests.deploy.serving.stocked import NOW_MS
-
-    host.click("ann", "hats", 5000)
-    one, two = trainer.publish(), trainer.publish()
-    assert host.settle() == two
-    predictor = Predictor(
-        host.rows, host.histories, host._programs.parent / PROGRAMS, FeatureSpec(), Salt(SALT_KEY), (), "wall", lambda: NOW_MS
-    )  # fmt: skip
-    query = Query("ann", at_ms=NOW_MS, top=100)
-    with host.rows.reader() as reader:
-        (old,), (new,) = (predictor.profiles([query], reader, number) for number in (one, two))
-    documents = [one.document() | {"vector": one.vector.tolist()} for one in (old, new)]
-    assert trainer.differences(documents, host.events) == []
-    first, second = documents
-    assert trainer.differences([second | {"vector": first["vector"]}], host.events) == [
-        f"version {two}, ann after 1 clicks: another vector"
-    ]
-    assert trainer.differences([second | {"interests": first["interests"]}], host.events)
-    assert trainer.differences([second | {"version": first["version"] | {"number": two}}], host.events)
-    assert trainer.differences([second | {"features": second["features"] | {"view.count_1d": 9}}], host.events)

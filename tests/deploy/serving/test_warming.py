@@ -86,6 +86,7 @@ def test_the_first_answer_of_each_kind_compiles_and_imports_nothing(stores: Stor
     assert late == "late [] []"
 
 
+@pytest.mark.nightly
 def test_a_worker_with_an_empty_kernel_cache_answers_health_checks_and_is_not_ready(
     stores: Stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ import socket
 import time
 from pathlib import Path
 
+import pytest
 from prometheus_client import CollectorRegistry
 
 from deploy.startup.steps import LocalKafka
@@ -60,6 +61,7 @@ def test_a_broker_that_cannot_start_waits_longer_and_is_there_once_it_can(tmp_pa
         kafka.stop(20.0)
 
 
+@pytest.mark.nightly
 def test_a_broker_whose_disk_is_full_waits_for_room_and_is_not_tried_before(tmp_path: Path) -> None:
     now, lines, collected = [0.0], list[str](), CollectorRegistry()
 

@@ -104,6 +104,7 @@ def one_category(one: MicroBatch) -> MicroBatch:
 HOT = np.uint64(0x123456789)
 
 
+@pytest.mark.nightly
 @impressions_needed
 def test_days_of_impressions_raise_nothing(
     impressions: tuple[FeatureSpec, tuple[str, ...], list[MicroBatch]],

@@ -159,6 +159,21 @@ def test_a_start_is_reported_with_its_progress_and_unknown_values_are_not_0(loop
     assert (texts(found), found.lag_events) == ([], 0)
 
 
+def test_a_trainer_that_waits_for_workers_says_so_and_later_how_long_each_computes(loop: Loop) -> None:
+    phase, steps = loop.trainer.phase.labels("waiting for workers"), loop.trainer.steps
+    phase.set(1)
+    assert "trainer waits for its workers" in texts(Watch().figures(loop.scrapes(), 0.0, 0.0))
+    phase.set(0)
+    watch = Watch(spread_s=None)
+    for at_s in (0.0, 2.0):
+        found = watch.figures(loop.scrapes(), at_s, 0.0)
+        steps.inc(10)
+        for worker, seconds in enumerate((0.1, 0.2)):
+            loop.trainer.worker_seconds.labels(str(worker)).inc(seconds)
+    assert found.trainer_workers == {"0": pytest.approx(0.05), "1": pytest.approx(0.1)}
+    assert any("slowest 1: 20 ms a step, fastest 0: 10 ms" in line for line in panel(Snapshot(found)))
+
+
 def test_parts_that_up_has_still_to_start_are_not_called_away() -> None:
     away = {name: Scrape(problem="refused") for name in ("stream", "trainer")}
     found = Watch().figures({**away, "up": scraped("springtide_up_settled 0")}, 0.0, 0.0)
@@ -332,6 +347,9 @@ UP = {"worker": 1.0}
         ({"events_per_s": 100.0, "dead_per_s": 1.0}, "nothing is wrong"),
         ({"events_per_s": 100.0, "dead_per_s": 1.1}, "1% dead letters"),
         ({"corrupt": 2.0}, "corrupt versions: 2"),
+        ({"starting": {"trainer": "waits for its workers"}}, "trainer waits for its workers"),
+        ({"trainer_workers": {"0": 0.1, "1": 0.3}}, "nothing is wrong"),
+        ({"trainer_workers": {"0": 0.1, "1": 0.31}}, "worker 1 slows the trainer, another one waits 21% of the time"),
         ({"refused": 17.0}, "version 17 is refused"),
     ],
 )
@@ -354,6 +372,13 @@ def test_each_problem_is_reported_from_its_bound_on(figures: dict[str, Any], wor
         ({"experiments": [{"problem": "damaged"}], "retrain": {"problem": "damaged"}}, "experiments cannot be read"),
         ({"retrain": {"problem": "", "outcome": "failed"}}, "the last retrain failed"),
         ({"live_clicks": {"anomalies": {"ENUM": 1}}}, "live clicks have changed"),
+        ({"snapshots": {"problem": "denied", "ages_s": []}}, "snapshots of histories cannot be read"),
+        (
+            {"snapshots": {"problem": "", "late": True, "late_s": 660.0, "ages_s": [700.0]}},
+            "snapshot of histories 12 min old",
+        ),
+        ({"snapshots": {"problem": "", "late": True, "late_s": 660.0, "ages_s": []}}, "no snapshot of histories"),
+        ({"snapshots": {"problem": "", "late": True, "late_s": 1000.0, "ages_s": []}}, "nothing is wrong"),
         (
             {"accounting": {"balanced": True}, "retrain": None, "experiments": None, "live_clicks": None},
             "nothing is wrong",
@@ -361,7 +386,7 @@ def test_each_problem_is_reported_from_its_bound_on(figures: dict[str, Any], wor
     ],
 )
 def test_what_the_sections_show_is_in_the_same_list(sections: dict[str, Any], words: str) -> None:
-    assert Snapshot(Figures(up_s=UP)).having(sections).texts == words
+    assert Snapshot(Figures(up_s=UP | {"applier": 900.0})).having(sections).texts == words
 
 
 def test_a_hold_is_no_fault_and_each_problem_links_to_the_runbook() -> None:

@@ -182,8 +182,8 @@ def test_an_erased_shopper_is_a_cold_start_at_once_and_is_stored_nowhere(loop: L
 
     # 3. Topics let go by their retention, and then nothing holds anything.
     topics = {f"topic {name}" for name in (kafka.clicks_topic, kafka.microbatches_topic, "users")}
-    # A version that was being published meanwhile is compacted a moment later.
-    until(lambda: {one["where"] for one in told(loop)} == topics, lambda: f"it is in {told(loop)}")
+    # A version that was being published meanwhile is compacted too.
+    until(lambda: compacted(loop) and {one["where"] for one in told(loop)} == topics, lambda: f"it is in {told(loop)}")
     forget_before(loop)
     until(lambda: not told(loop), "something holds something again")
     assert topics_having(loop) == []

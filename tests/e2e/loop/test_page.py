@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from deploy.serving.requests.access import OPERATE, tokens_in
 from tests.e2e.loop.test_rollback import served
@@ -17,6 +19,14 @@ from tests.e2e.running import Loop, until
 
 CHROMIUM = shutil.which("chromium")
 PATIENCE_MS = 60_000.0
+FLOOD = 200
+SMALL_TARGETS = """
+[...document.querySelectorAll('a, button, input, select, summary')]
+  .filter((one) => one.checkVisibility() && !one.matches('.skip'))
+  .map((one) => [one.textContent || one.name, one.getBoundingClientRect()])
+  .filter(([, box]) => box.width < 24 || box.height < 24)
+  .map(([name, box]) => `${name}: ${box.width} x ${box.height}`)
+"""
 GRAVE = ("serious", "critical")
 USER = "shopper-17"
 
@@ -75,7 +85,7 @@ def test_the_picture_moves_and_a_profile_is_looked_up_with_its_reasons(page: Pag
     expect(page.locator("#plots canvas")).to_have_count(9)
     expect(page.locator("#segments-table")).to_contain_text("collectors")
 
-    page.get_by_role("textbox", name="User").focus()
+    page.get_by_role("textbox", name="User", exact=True).focus()
     page.keyboard.type(USER)
     page.keyboard.press("Enter")
     found = page.locator("#found")
@@ -91,46 +101,115 @@ def test_the_picture_moves_and_a_profile_is_looked_up_with_its_reasons(page: Pag
     assert USER not in (loop.settings.logs_dir / "console.log").read_text()
 
 
-def test_by_keyboard_alone_the_plan_is_shown_it_is_rolled_back_answers_turn_and_follow_again(
+def test_screenshots_are_taken_on_a_desktop_and_on_a_phone_where_every_control_is_reached(
+    page: Page, tmp_path: Path
+) -> None:
+    folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
+    expect(page.locator("#plots canvas").first).to_be_visible()
+    for name, width, height in (("console", 1280, 800), ("console-phone", 360, 740)):
+        page.set_viewport_size({"width": width, "height": height})
+        page.evaluate("scrollTo(0, 0)")
+        page.wait_for_timeout(200)
+        assert len(page.screenshot(path=folder / f"{name}.png")) > 20_000
+        # WCAG 2.5.8: targets of at least 24 px. A radio button's or a checkbox's label belongs to it.
+        small = page.evaluate(SMALL_TARGETS)
+        assert small == [], f"{width} wide"
+        for button in ("Pin", "Go back"):
+            box = page.locator("#versions-table").get_by_role("button", name=button).first.bounding_box()
+            assert box is not None and box["x"] >= 0 and box["x"] + box["width"] <= width, (button, width)
+
+
+def press_until(page: Page, key: str, wanted: Locator) -> None:
+    """Presses a key, such as Tab, until an element has the focus."""
+    for _ in range(200):
+        if wanted.evaluate("element => element === document.activeElement"):
+            return
+        page.keyboard.press(key)
+    raise AssertionError(f"{key} does not reach {wanted}")
+
+
+def go_to(page: Page, section: str) -> None:
+    """Follows the link of the navigation to a section."""
+    press_until(page, "Tab", page.get_by_role("navigation").get_by_role("link", name=section, exact=True))
+    page.keyboard.press("Enter")
+
+
+def poison(loop: Loop) -> str:
+    """Lets a user that nobody knows flood the clicks of one item, and returns the user, once the trainer has learned from it."""
+    user = f"visitor-{random.SystemRandom().randrange(10**6)}"
+    until(lambda: loop.springtide("jumps", "--minutes", "1")["clicks_before"] > 1000, "too few clicks to compare with")
+    ends = loop.click([(user, "flooded", "stamps", "purchase")] * FLOOD)
+
+    def is_learned() -> bool:
+        answer = loop.profile("anyone")
+        sources = answer["version"]["sources"] if answer else {}
+        return all(sources.get(name, 0) >= end for name, end in ends.items())
+
+    until(is_learned, "the flood is not learned")
+    return user
+
+
+def test_an_operator_finds_a_flood_on_the_page_rolls_back_without_it_and_follows_by_keyboard_alone(
     page: Page, loop: Loop
 ) -> None:
-    # 1. Who may do that.
-    page.get_by_role("button", name="Enter a token").focus()
+    culprit = poison(loop)
+    # 1. Authorization.
+    press_until(page, "Tab", page.locator("#token"))
     page.keyboard.press("Enter")
     page.keyboard.type(tokens_in(loop.settings.tokens_dir / OPERATE)[0])
     page.keyboard.press("Enter")
     expect(page.locator("#token")).to_have_text("Token: operate")
-    # 2. The plan, which changes nothing.
-    good, epoch = loop.kept()
+    # 2. The cause: the page names a user, and shows the profile.
+    go_to(page, "Cause")
+    press_until(page, "Tab", page.locator("#jumps input"))
+    page.keyboard.type("1")
+    page.keyboard.press("Enter")
+    expect(page.locator("#jumps-told")).to_be_focused()
+    found = page.locator("#jumps-table tbody tr", has=page.get_by_role("cell", name="user", exact=True)).first
+    name = found.locator("td").nth(1).inner_text()
+    plan = found.get_by_role("button", name=re.compile("Plan without this user"))
+    press_until(page, "Tab", found.get_by_role("button", name=re.compile("Show profile")))
+    page.keyboard.press("Enter")
+    expect(page.locator("#found")).to_contain_text(f"{name} is known")
+    # 3. The plan, which changes nothing, leaves out this user alone.
+    epoch = loop.kept()[1]
     decided = len(loop.springtide("history", "--all"))
-    page.get_by_role("textbox", name="Version to go back to").focus()
-    page.keyboard.type(str(good))
+    press_until(page, "Shift+Tab", plan)
     page.keyboard.press("Enter")
     expect(page.locator("#go h3")).to_be_focused()
-    expect(page.locator("#go")).to_contain_text(f"version {good}")
+    expect(page.locator("#go")).to_contain_text("fast: the trainer learns again")
+    expect(page.locator("#go")).to_contain_text(f"all clicks of 1 user: {FLOOD} rows of 1 user")
     assert len(loop.springtide("history", "--all")) == decided
-    # 3. Confirmed by its number, with a reason and a name.
-    for typed in (str(good), "odd answers", "ann"):
+    good = re.findall(r"Type (\d+) to confirm", page.locator("#go").inner_text())[0]
+    # 4. Confirmed by its number, with a reason and a name.
+    for typed in (good, "a flood", "ann"):
         page.keyboard.press("Tab")
         page.keyboard.type(typed)
     page.keyboard.press("Enter")
     expect(page.locator("#said")).to_contain_text(f"epoch {epoch + 1} starts from version {good}")
-    until(lambda: served(loop) == (good, epoch), f"version {good} does not answer")
+    until(lambda: served(loop) == (int(good), epoch), f"version {good} does not answer")
     newest = loop.springtide("history")[-1]
-    assert (newest["action"], newest["reason"], newest["actor"]) == ("rollback", "odd answers", "ann (console)")
+    assert (newest["action"], newest["reason"], newest["actor"]) == ("rollback", "a flood", "ann (console)")
     expect(page.locator("#held")).to_contain_text("pinned by an operator")
-    # 4. Answers follow again.
-    page.get_by_role("button", name="Follow", exact=True).focus()
+    expect(page.locator("#restarted")).to_contain_text(f"measured again from version {good} on")
+    # 5. Answers follow again.
+    go_to(page, "Steer")
+    press_until(page, "Tab", page.get_by_role("button", name="Follow", exact=True))
     page.keyboard.press("Enter")
-    page.keyboard.type("they are good")
+    page.keyboard.type("it is left out")
     page.keyboard.press("Enter")
     expect(page.locator("#said")).to_contain_text("follow")
     until(lambda: served(loop)[1] == epoch + 1, "answers do not follow into the new epoch")
-    assert loop.springtide("history")[-1]["reason"] == "they are good"
+    assert loop.springtide("history")[-1]["reason"] == "it is left out"
+    # It was the one, and it is gone.
+    assert name == culprit
+    assert not [one for one in loop.springtide("jumps", "--minutes", "1")["users"] if one["name"] == culprit]
+    log = (loop.settings.logs_dir / "console.log").read_text()
+    assert culprit not in log and USER not in log
 
 
 def test_axe_finds_nothing_grave_in_light_in_dark_and_on_a_phone(page: Page) -> None:
-    page.get_by_role("textbox", name="User").fill(USER)
+    page.get_by_role("textbox", name="User", exact=True).fill(USER)
     page.keyboard.press("Enter")
     expect(page.locator("#found .reasons li").first).to_be_visible()
     for scheme, width in (("light", 1360), ("dark", 390)):

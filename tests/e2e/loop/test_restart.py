@@ -54,14 +54,10 @@ def test_the_loop_recovers_from_the_kill_of_kafka_which_is_an_alert_meanwhile(lo
     watching.wait_until_over("SpringtideBrokerAway")
 
 
-def test_ctrl_c_leaves_no_process_and_a_second_start_answers_before_its_kafka_is_up_and_goes_on(loop: Loop) -> None:
-    user = "one-who-comes-back"
-    ends = loop.click([(user, "tent", "outdoors", "purchase")] * 7)
-    before = loop.answer_trained_on(user, ends, led_by("outdoors"), counting("purchase.count_7d", 7))
+def stopped_by_ctrl_c(loop: Loop) -> dict[str, int]:
+    """Stops the loop as Ctrl-C does; no process remains, and every position is accounted for. Returns the positions."""
     running, already = loop.processes(), len(loop.said())
     assert len(running) >= 7
-
-    # 1. Ctrl-C ends all of it.
     assert loop.stop(signal.SIGINT) == 0
     said = loop.said()[already:]
     assert "stopped after" in said
@@ -75,18 +71,28 @@ def test_ctrl_c_leaves_no_process_and_a_second_start_answers_before_its_kafka_is
         for word in one.info["cmdline"] or ()
     ]
     assert not any(mine)
-
-    # 2. Every position is accounted for.
     store = HistoryStore(loop.settings.stream_dir / "histories", readonly=True)
-    totals, positions = (
-        store.totals,
-        {f"{one.topic_id}:{one.partition}": next for one, next in store.positions().items()},
-    )
+    totals = store.totals
+    positions = {f"{one.topic_id}:{one.partition}": next for one, next in store.positions().items()}
     store.close()
     assert check_accounts(StreamAccount(**totals)) == ()
     assert totals["rows"] > 0
+    return positions
 
-    # 3. The second start answers from what is there, before its Kafka is up.
+
+def test_ctrl_c_leaves_no_process_and_every_position_accounted_for(loop: Loop) -> None:
+    """The folder's last test: see `conftest.py`."""
+    stopped_by_ctrl_c(loop)
+
+
+@pytest.mark.nightly
+def test_a_second_start_answers_before_its_kafka_is_up_and_goes_on(loop: Loop) -> None:
+    user = "one-who-comes-back"
+    ends = loop.click([(user, "tent", "outdoors", "purchase")] * 7)
+    before = loop.answer_trained_on(user, ends, led_by("outdoors"), counting("purchase.count_7d", 7))
+    positions = stopped_by_ctrl_c(loop)
+
+    # 1. The second start answers from what is there, before its Kafka is up.
     loop.begin()
     kafka = until(lambda: loop.pid("kafka"), "Java is not started")
     os.kill(kafka, signal.SIGSTOP)
@@ -103,7 +109,7 @@ def test_ctrl_c_leaves_no_process_and_a_second_start_answers_before_its_kafka_is
     finally:
         os.kill(kafka, signal.SIGCONT)
 
-    # 4. It goes on: same registry, same positions, no second bootstrap.
+    # 2. It goes on: same registry, same positions, no second bootstrap.
     loop.wait_until_up()
     assert "done by an earlier run" in loop.said_since_start()
     after = loop.answer_trained_on(user, ends, led_by("outdoors"), counting("purchase.count_7d", 7))

@@ -89,7 +89,7 @@ FILES = [
 LEFT = {("versions", 2): 4, ("versions", 3): 4, ("versions", 4): 3, ("bases", 1): 4, ("bases", 3): 4}
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(which=st.sampled_from(FILES), place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 8))
 def test_a_file_damaged_anywhere_is_never_loaded(
     chain: Path, which: tuple[str, int, str], place: float, bit: int, tmp_path_factory: pytest.TempPathFactory
@@ -118,7 +118,6 @@ def test_a_file_damaged_anywhere_is_never_loaded(
     shutil.rmtree(path.parent)
 
 
-@settings(max_examples=60, deadline=None)
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 8))
 def test_control_damaged_anywhere_is_no_control_and_no_older_one(
     place: float, bit: int, tmp_path_factory: pytest.TempPathFactory

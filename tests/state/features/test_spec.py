@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from state.config.loading import load
@@ -219,13 +219,11 @@ def assert_equal(history: Events, at_ms: int, mask: Mask, spec: FeatureSpec) -> 
         assert dict(zip(spec.window_names, row.category_windows[slot].tolist(), strict=True)) == names
 
 
-@settings(max_examples=150, deadline=None)
 @given(made=clicks, at=st.integers(-40, 5).map(lambda k: k * 30_000))
 def test_every_feature_equals_its_definition(made: list[Click], at: int) -> None:
     assert_equal(history_of(made), BASE_MS + at, Mask.NONE, SPEC)
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     made=clicks,
     offsets=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 30), st.integers(0, 30)), max_size=2),
@@ -250,7 +248,6 @@ def test_masked_events_are_left_out(
             np.testing.assert_array_equal(left, right)
 
 
-@settings(max_examples=100, deadline=None)
 @given(made=clicks, before=st.integers(0, 60))
 def test_before_shows_the_leading_events_only(made: list[Click], before: int) -> None:
     history = history_of(made)
@@ -262,7 +259,6 @@ def test_before_shows_the_leading_events_only(made: list[Click], before: int) ->
         np.testing.assert_array_equal(left, right)
 
 
-@settings(max_examples=100, deadline=None)
 @given(made=clicks, at=st.integers(-20, 5).map(lambda k: k * 30_000), swept=st.integers(0, 60))
 def test_sweeping_events_beyond_the_longest_window_changes_nothing(made: list[Click], at: int, swept: int) -> None:
     history = history_of(made)[-SPEC.history :]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from state.accounts import StreamAccount, check_accounts
@@ -41,7 +41,6 @@ class Model:
     note: bytes | None = None
 
 
-@settings(max_examples=80, deadline=None)
 @given(plan=st.lists(commits, min_size=1, max_size=10))
 def test_a_commit_is_whole_and_in_order_or_changes_nothing(
     tmp_path_factory: pytest.TempPathFactory, plan: list[tuple[list[tuple[int, int, tuple[int, ...]]], int, str]]

@@ -6,7 +6,7 @@ import struct
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kafka.record.default_records import DefaultRecordBatch, DefaultRecordBatchBuilder
 
@@ -77,7 +77,6 @@ records = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=150)
 @given(records, st.integers(0, 2**50), st.sampled_from([0, 1, 4]))
 def test_a_batch_reads_as_the_clients_own_decoder_reads_it(made: list[Record], base: int, codec: int) -> None:
     batch = built(made, base, codec)
@@ -91,7 +90,6 @@ def test_a_batch_reads_as_the_clients_own_decoder_reads_it(made: list[Record], b
     assert (chunk.first, chunk.next) == (base, base + len(made))
 
 
-@settings(deadline=None, max_examples=300)
 @given(records, st.data())
 def test_any_flipped_byte_behind_the_length_is_a_corrupt_range(made: list[Record], data: st.DataObject) -> None:
     batch = bytearray(built(made))
@@ -103,7 +101,6 @@ def test_any_flipped_byte_behind_the_length_is_a_corrupt_range(made: list[Record
     assert ranges(chunks) == [(0, len(made), []), (len(made), len(made) + 1, [b"next"])]
 
 
-@settings(deadline=None, max_examples=300)
 @given(st.binary(max_size=120), st.integers(0, 6))
 def test_bytes_that_parse_to_nothing_are_a_corrupt_range_whatever_they_are(body: bytes, count: int) -> None:
     batch = bytearray(HEADER.size) + body

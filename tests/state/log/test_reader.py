@@ -110,6 +110,7 @@ def test_a_broker_that_hangs_or_is_killed_and_is_back_costs_nothing_but_time(own
     assert time.monotonic() - start < 60
 
 
+@pytest.mark.nightly
 @LEFT_SOCKETS
 @pytest.mark.usefixtures("refused")
 def test_a_batch_damaged_on_disk_is_a_corrupt_range_between_good_ones(own: Broker) -> None:
@@ -143,6 +144,7 @@ def write_of_truncation(log: Log, sent: list[bytes]) -> None:
             writer.flush()
 
 
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:unclosed <s:ResourceWarning")
 def test_a_partition_of_kafka_cut_back_and_grown_again(own: Broker) -> None:
     log = Log(Kafka(bootstrap_servers=own.bootstrap_servers))

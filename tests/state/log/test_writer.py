@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 
-import hypothesis
 import numpy as np
 import pytest
 from hypothesis import given
@@ -62,7 +61,6 @@ def test_an_unknown_topic_is_said_and_never_made(settings: Kafka) -> None:
         BulkWriter(settings, "typo")
 
 
-@hypothesis.settings(deadline=None, max_examples=100)
 @given(st.lists(st.tuples(st.binary(max_size=40), st.binary(max_size=400), st.integers(0, 2**42)), min_size=1))
 def test_an_encoded_batch_is_read_by_the_client(made: list[tuple[bytes, bytes, int]]) -> None:
     keys, values, times = (list(column) for column in zip(*made, strict=True))

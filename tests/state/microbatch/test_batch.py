@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from state.errors import MicroBatchError
@@ -170,7 +170,6 @@ def test_what_a_range_counts_beyond_a_mark_is_what_the_rows_say(mark: int) -> No
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
 def test_damage_is_a_micro_batch_error_or_changes_no_shape(data: st.DataObject) -> None:
     value = bytearray(encode(*made(5)))
     place = data.draw(st.integers(0, len(value) - 1))

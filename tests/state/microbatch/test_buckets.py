@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from state.accounts import StreamAccount, check_accounts
@@ -106,7 +106,6 @@ def ran(log: list[bytes], buckets: int, begin: int, acts: list[tuple[str, list[i
     return end
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     first=st.sampled_from([1, 2, 4]),
     second=st.sampled_from([1, 4, 8]),

@@ -44,7 +44,7 @@ def test_logits_are_those_of_the_formula() -> None:
         for source, rows in enumerate(([1, 2], [3], [4])):
             total = sum(made.totals[row, life] * kept[row] for row in rows)
             for row in rows:
-                for category, count in zip(made.ids[row], made.counts[row, :, life] * kept[row], strict=True):
+                for category, count in zip(made.ids[row], made.counts[row, life] * kept[row], strict=True):
                     of_it = there & (IDS[0] == category) & (category != 0)
                     features[1 + 2 * source + life, of_it] = np.log1p(1000 * count / (total + 0.5))
     features[7:, 0] = 1.0, 0.0, 1.0, 0.0

@@ -46,7 +46,7 @@ def test_counts_are_decayed_clicks_while_all_items_fit() -> None:
     count_clicks(items, at_s, lists)
     wanted = naive(items, at_s)
     assert {*lists.ids[0].tolist()} == {*wanted}
-    for item, counts in zip(lists.ids[0].tolist(), lists.counts[0], strict=True):
+    for item, counts in zip(lists.ids[0].tolist(), lists.counts[0].T, strict=True):
         np.testing.assert_allclose(counts, wanted[item], rtol=1e-3)
     np.testing.assert_allclose(lists.totals[0], sum(wanted.values()), rtol=1e-3)
     first = [int(at_s[items == item][0]) for item in lists.ids[0]]
@@ -61,7 +61,7 @@ def test_a_full_list_keeps_what_is_clicked_now() -> None:
     count_clicks(items, at_s, lists)
     assert 5009 in lists.ids[0].tolist() and len({*lists.ids[0].tolist()}) == ENTRIES[CLICKED]
     # Replacing an entry keeps the sum of the counts that decide about it.
-    np.testing.assert_allclose(lists.counts[0, :, 1].sum(), lists.totals[0, 1], rtol=1e-3)
+    np.testing.assert_allclose(lists.counts[0, 1].sum(), lists.totals[0, 1], rtol=1e-3)
 
 
 def test_a_users_list_has_the_newest_items_first_and_counts_repeats() -> None:
@@ -70,7 +70,7 @@ def test_a_users_list_has_the_newest_items_first_and_counts_repeats() -> None:
     count_visits(items, np.full(7, 9), 0, lists)
     assert lists.ids[0].tolist() == [5, 4, 2, 3]
     assert lists.totals[0].tolist() == [6, 6, 6] and lists.known[0].tolist() == [1, 1, 1]
-    assert lists.counts[0, :, 0].tolist() == [1, 1, 2, 1]
+    assert lists.counts[0, 0].tolist() == [1, 1, 2, 1]
     count_visits(np.array([2], np.uint64), np.array([29]), 0, lists)
     assert lists.ids[0].tolist() == [2, 5, 4, 3] and lists.ages[0].tolist() == [20, 20, 20, 20]
 

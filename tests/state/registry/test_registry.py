@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from state.disk.files import HOST
@@ -156,7 +156,6 @@ def test_a_base_stays_readable_as_its_version_when_the_delta_is_removed(registry
         registry.manifest(9)
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.lists(st.one_of(st.just(0), st.integers(1, 30)), min_size=1, max_size=30))
 def test_visible_intervals_are_the_ancestors_after_any_rollbacks(plan: list[int]) -> None:
     """0 publishes the next version; another number rolls back to one of those there are."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from safetensors.numpy import save
@@ -19,7 +19,6 @@ TYPES = (np.float32, np.float64, np.uint64, np.int64, np.int32, np.uint8, np.uin
 SHAPES = arrays.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=40)
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.dictionaries(st.text("abc.", min_size=1), st.sampled_from(TYPES).flatmap(lambda t: arrays.arrays(t, SHAPES))))
 def test_what_is_packed_comes_back_bit_for_bit(tensors: dict[str, npt.NDArray[Any]]) -> None:
     data = tensor_files.pack(tensors)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from state.errors import UnknownVersion
@@ -125,7 +125,6 @@ PUBLISHED = ("publish", NOTHING, NOTHING)
 REMOVED = ("publish", NOTHING, {("user", 0)})
 
 
-@settings(max_examples=250, deadline=None)
 @given(OPERATIONS)
 # What a version wrote before it came into another lane is still known.
 @example([PUBLISHED, PUBLISHED, REMOVED, PUBLISHED, ("rebuild", 3, 0)])
@@ -192,7 +191,6 @@ def test_any_history_reads_as_its_replay(operations: list[tuple[str, Any, Any]])
             check_changed(store, truth)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(st.sets(KEYS, max_size=4), st.sets(KEYS, max_size=2)), min_size=6, max_size=40),
     st.integers(2, 7),

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from state.config.loading import load
@@ -43,7 +43,6 @@ members = st.tuples(names, users)
 memberships = st.builds(Membership, st.integers(-(2**40), 2**40), st.integers(0, 2**63))
 
 
-@settings(max_examples=40, deadline=None)
 @given(commits=st.lists(st.dictionaries(members, st.none() | memberships, max_size=6), max_size=6))
 def test_what_is_committed_is_paged_counted_and_found(commits: list[dict[tuple[str, int], Membership | None]]) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -45,6 +45,7 @@ def letters_in(settings: Settings) -> list[tuple[str, str]]:
 REFUSED = [("undecodable", "1"), ("wrong_type", "1")]
 
 
+@pytest.mark.nightly
 def test_rows_have_the_attributes_of_the_local_form_and_a_job_that_begins_anew_tells_no_letter_again(
     shop: Settings, tmp_path: Path
 ) -> None:

@@ -178,6 +178,7 @@ def held(settings: Settings) -> list[str]:
     return [one.where for one in holdings(settings, registry, control, wall_ms())]
 
 
+@pytest.mark.nightly
 def test_on_a_real_log_status_names_the_job_until_it_has_forgotten_and_the_user_is_a_new_one(
     shop: Settings, tmp_path: Path
 ) -> None:

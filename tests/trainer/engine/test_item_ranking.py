@@ -91,7 +91,7 @@ def test_lists_hold_what_was_clicked_under_each_key() -> None:
     lists, items = ranking.tables[CLICKED], rows.events["item"]
     held = lists.held.take(lists.find(EVERYTHING))
     assert {*held.ids[held.ids != 0].tolist()} == {*items.tolist()}
-    np.testing.assert_allclose(held.counts[:, :, 2].sum(), held.totals[:, 2].sum(), rtol=1e-4)
+    np.testing.assert_allclose(held.counts[:, 2].sum(), held.totals[:, 2].sum(), rtol=1e-4)
     under = {*items[rows.events["category"] == CATEGORIES[3]].tolist()}
     of_category = lists.held.ids[lists.find(CATEGORIES[3:4])[0]]
     assert {*of_category[of_category != 0].tolist()} == under

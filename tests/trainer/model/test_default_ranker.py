@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from state.config.settings import Settings
 from state.errors import SettingsError
 from state.ranking.transitions import SUCCESSORS
+from state.registry.model_fit import FORMER_TOWERS
 from tests.trainer.batches import SPEC
 from trainer.model.default_ranker import DefaultRanker
 from trainer.model.first_values import recency_prior
 from trainer.model.inputs import INPUTS, sizes, specs
 from trainer.model.ranker import MASKED
+from trainer.model.tower import DenseTower, build, dropped, load_builder
 
 MODEL = Settings().model
 ROWS = 5
@@ -99,3 +102,16 @@ def test_weights_of_another_model_are_refused(model: DefaultRanker) -> None:
         model.set_weights({name: value for name, value in weights.items() if name != "query.bias"})
     with pytest.raises(SettingsError, match=r"tower\.kernel_0"):
         model.set_weights(weights | {"tower.kernel_0": np.zeros((3, 3), np.float32)})
+
+
+def test_dropout_repeats_with_its_seed_and_keeps_the_expected_share() -> None:
+    tower = DenseTower(8, (4096, 4), 0.3)
+    x = tf.ones([1, 8])
+    one, two = (tower(x, True, tf.constant(seed)).numpy() for seed in ([1, 2], [1, 3]))
+    assert (one == tower(x, True, tf.constant([1, 2])).numpy()).all() and (one != two).any()
+    kept = dropped(tf.ones([64, 1024]), 0.3, tf.constant([3, 4])).numpy()
+    assert abs((kept > 0).mean() - 0.7) < 0.01 and abs(kept.mean() - 1) < 0.01
+
+
+def test_earlier_names_of_the_default_tower_still_mean_it() -> None:
+    assert [load_builder(path) for path in FORMER_TOWERS] == [build] * len(FORMER_TOWERS)

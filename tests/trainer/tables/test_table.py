@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.tables.index import IdIndex
@@ -14,7 +14,6 @@ def ids(*numbers: int) -> np.ndarray:
     return np.array(numbers, np.uint64)
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 60)), max_size=300))
 def test_index_agrees_with_a_dict(changes: list[tuple[bool, int]]) -> None:
     index, model = IdIndex(), {}
@@ -57,7 +56,6 @@ def ranked(ids: np.ndarray, counts: np.ndarray, size: int) -> np.ndarray:
     return ids[np.lexsort((ids, -counts))[:size]]
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.lists(st.integers(0, 30), max_size=12), st.integers(0, 3)), max_size=30))
 def test_list_equals_a_ranking_of_all_counts(updates: list[tuple[list[int], int]]) -> None:
     popular, hour = Popular(5), 0

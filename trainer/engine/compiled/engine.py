@@ -157,8 +157,10 @@ class CompiledEngine:
         With attributes the heads get one row for each combination of item and attributes.
         """
         uses = {table: {name: record.ids[name].reshape(-1) for name in names} for table, names in _USES.items()}
-        combined = combine(record.ids["item"], record.ids["item_attributes"]) if self._attributes else None
-        if combined is not None:
+        combined = None
+        if self._attributes:
+            sides = ("item", "negative_item"), ("item_attributes", "negative_item_attributes")
+            combined = combine(*(np.concatenate([record.ids[name] for name in names]) for names in sides))
             uses["item"] = {"combined_item": combined.item}
             uses["context"]["item_attributes"] = combined.attributes.reshape(-1)
         rows: dict[str, I32] = {}
@@ -170,7 +172,7 @@ class CompiledEngine:
             for use, ids in parts.items():
                 at[use], end = indices[end : end + ids.size], end + ids.size
         if combined is not None:
-            at |= {"item": combined.at, "negative_item": combined.at[record.partner]}
+            at["item"], at["negative_item"] = np.split(combined.at, 2)
         shaped = ("recent", "successor")
         return rows, at | {name: at[name].reshape(record.ids[name].shape) for name in shaped}
 
