@@ -104,7 +104,7 @@ def test_no_more_users_and_rows_are_counted_than_the_settings_keep() -> None:
     assert capped["stream_histories_bytes"] == pytest.approx(500_000 * a_user)
     assert capped["host_histories_bytes"] == pytest.approx(500_000 * a_user)
     shares = {limit.name: limit.share for limit in capped.limits()}
-    assert (shares["`history.max_users`, the stream"], shares["`history.max_users`, a host"]) == (10, 20)
+    assert (shares["`history.max_users`, the stream"], shares["`history.max_users`, a host"]) == (20, 20)
     assert shares["rows of one trainer, `trainer.max_rows`"] == 10
 
 
