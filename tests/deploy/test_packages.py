@@ -15,10 +15,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from deploy.kafka.configuration import free_port
 
 from deploy.watch import scrape
 from springtide_client import Client, ClientError, __version__
+from state.process.ports import free_port
 from tests.e2e.running import SHORT, Loop, until
 from tests.laws.sources import PACKAGES, ROOT
 
