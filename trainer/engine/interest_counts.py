@@ -269,7 +269,7 @@ def _teach(
 
 
 @compiled(
-    "ItemLists, i4[::1], i4[:, ::1], i8[::1], const(u8[:, ::1]), const(u8[::1]), const(u8[:, ::1]), Logits, u8[::1], "
+    "ItemLists, i4[::1], i4[:, ::1], i8[::1], const(u8[:, ::1]), u8[::1], u8[:, ::1], Logits, u8[::1], "
     "i4[::1], f4[:, ::1], i8, f8[:, ::1], f8[:, ::1], Workspace"
 )
 def _learn_and_count(
