@@ -115,6 +115,7 @@ class StreamMetrics(Metrics):
         "Difference between the time of that click and the time of the clicks around it; 0 for a refused click.",
         "direction",
     )
+    clock_off_time_seconds = gauge("Time at which that click was read, in seconds since 1970.", "direction")
     busy_seconds = counter("Time that the reader thread has spent on processing clicks, including waits for commits.")
     lag_events = unset_gauge("Positions of the clicks topic that are not yet read and committed; NaN while unknown.")
     lag_seconds = unset_gauge(

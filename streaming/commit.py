@@ -97,6 +97,7 @@ class CommitReport:
             metrics.clock_off_partition.labels(off.direction).set(off.partition)
             metrics.clock_off_offset.labels(off.direction).set(off.offset)
             metrics.clock_off_seconds.labels(off.direction).set(off.by_ms / 1000)
+            metrics.clock_off_time_seconds.labels(off.direction).set_to_current_time()
 
 
 def truncated_columns(names: Sequence[str]) -> list[int]:

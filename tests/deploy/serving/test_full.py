@@ -67,6 +67,11 @@ def test_versions_go_on_while_clicks_and_attributes_wait_and_then_nothing_is_mis
     caplog.set_level(logging.INFO)
     with small_disk(tmp_path / "disk", "24m") as disk:
         settings = settings_of(kafka_settings, tmp_path, disk.path / "state")
+        # The rows of versions are on another disk, which is not full.
+        rows, serving = tmp_path / "rows", disk.path / "state" / "serving"
+        rows.mkdir()
+        serving.mkdir(parents=True)
+        (serving / "rows.disk").symlink_to(rows)
         log, users = settings.kafka.microbatches_topic, settings.attributes.user_topic
         send = sender(settings)
         world = World(tmp_path / "unused", Clock(), Registry(settings.registry_dir))

@@ -59,8 +59,14 @@ NOT_YET = (
 
 
 def elsewhere(name: str) -> bool:
-    """Whether a series is none of this loop's: it sends no probes, has its registry alone and no schedule, and a rollout in its test."""
-    others = ("springtide_probe_", "springtide_retrain_", "springtide_rollout_", "springtide_shared_")
+    """Whether a series is none of this loop's: it sends no probes, has its registry alone, no schedule and one trainer, and a rollout in its test."""
+    others = (
+        "springtide_probe_",
+        "springtide_retrain_",
+        "springtide_rollout_",
+        "springtide_shared_",
+        "springtide_trainer_worker_",
+    )
     return name.startswith((*others, *NOT_YET, "instance:springtide_shared_"))
 
 

@@ -346,7 +346,7 @@ def test_each_drill_is_of_a_section() -> None:
     assert set(DRILLS) <= set(SECTIONS)
 
 
-STARTING = ("up", "rebuild-history", "verify")
+STARTING = ("up", "train-worker", "rebuild-history", "verify")
 """What cannot be done while the loop runs, or takes long: it is taken, and what it would become is looked at."""
 
 OF_THEIR_OWN = ("compact", "probe", "upgrade")
