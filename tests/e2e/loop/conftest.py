@@ -27,7 +27,13 @@ JOINED: Mapping[str, object] = {
     "attributes.slices": "age_band",
 }
 
-LAST = "test_ctrl_c_leaves_no_process_and_every_position_accounted_for"
+LAST = (
+    # Its mask would make the exact rollback of the runbook search a part of the log that another test deletes.
+    "test_an_operator_finds_a_flood_on_the_page_rolls_back_without_it_and_follows_by_keyboard_alone",
+    # Another start of the loop takes a minute of processor time.
+    "test_ctrl_c_leaves_no_process_and_every_position_accounted_for",
+)
+"""What runs last in this folder, in this order."""
 
 # The parts that are looked at here.
 LOOKED_AT: Mapping[str, object] = {
@@ -45,9 +51,9 @@ LOOKED_AT: Mapping[str, object] = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Runs last in this folder what ends the loop: another start takes a minute of processor time."""
+    """Runs `LAST` after the other tests of this folder."""
     places = [place for place, item in enumerate(items) if item.path.parent == Path(__file__).parent]
-    ours = sorted((items[place] for place in places), key=lambda item: item.name == LAST)
+    ours = sorted((items[place] for place in places), key=lambda item: item.name in LAST and 1 + LAST.index(item.name))
     for place, item in zip(places, ours, strict=True):
         items[place] = item
 
