@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 import numpy as np
@@ -26,8 +26,9 @@ from safetensors.numpy import load, save
 from state.config.settings import Settings
 from state.errors import SettingsError, WorkerLost
 from state.features.spec import FeatureSpec
-from state.microbatch.batch import MicroBatch
+from state.microbatch.batch import MicroBatch, counts_by_range
 from state.microbatch.codec import decode, encode
+from state.positions import Range
 from state.ranking.item_lists import NEXT_CATEGORY
 from state.rows.tables import ITEM_LISTS
 from trainer.engine.adam import FastSlots
@@ -57,6 +58,15 @@ COLUMNS_BY_ID = {
 """The columns of `Changes` that each column of ids orders."""
 
 
+def _counted(batch: MicroBatch) -> Iterator[Range]:
+    """The ranges of a batch from which rows may be left out: those rows count as masked."""
+    parts = batch.header.ranges
+    for part, counts in zip(parts, counts_by_range(batch.kind, batch.source, len(parts)), strict=True):
+        left_out = sum(getattr(part, name) - counts[name] for name in ("rows", "opened", "feedback"))
+        changed: dict[str, Any] = {**counts, "masked": part.masked + left_out}
+        yield replace(part, **changed)
+
+
 class DividedTrainer(Trainer):
     """A `Trainer` that shares the training of one model with other processes.
 
@@ -79,7 +89,9 @@ class DividedTrainer(Trainer):
     def step(self, batch: MicroBatch, seed: tuple[int, int] | None = None, place: NoisePlace | None = None) -> Report:
         """See `Trainer`."""
         if len(batch) and not self.guard.held:
-            self._send("step", {"guard": asdict(self.guard), "seed": seed}, encode(batch.header, batch.columns))
+            ranges = tuple(_counted(batch))
+            data = encode(replace(batch.header, ranges=ranges), batch.columns)
+            self._send("step", {"guard": asdict(self.guard), "seed": seed}, data)
         self.loads = [WorkerLoad(0.0, load.users) for load in self.loads]
         return super().step(batch, seed)
 
