@@ -30,6 +30,7 @@ from state.errors import DecodeError, LogError, MissingSalt
 from state.events.decoding import load_decoder
 from state.events.identity import load_salt, public_id, user_id
 from state.microbatch.batch import happened, log_times, masked
+from state.microbatch.codec import LOOKED_AT
 from state.registry.segments import segments_to_end
 
 KINDS = {"users": "user", "items": "item", "categories": "category"}
@@ -44,12 +45,16 @@ MOST_ROWS = 1 << 20
 """Rows in memory, 44 MB. If there are more, every second one is kept, again and again: shares stay."""
 MOST_RECORDS = 100_000
 """Offsets of the training log that are read at most: about 20 s."""
+NONE = (math.inf, 0)
+"""The kept offsets of a partition that does not exist."""
 CLICK_S, POLL_S = 5.0, 0.5
 """Seconds to wait for all clicks that name something, and for one poll."""
 ROW = np.dtype(
     [("user", "<u8"), ("item", "<u8"), ("category", "<u8"), ("at_ms", "<i8"), ("partition", "<u2"), ("offset", "<i8")]
 )
 Rows = NDArray[Any]
+COLUMNS = (*LOOKED_AT, "item", "category")
+"""The columns of a micro-batch that are read."""
 
 
 @dataclass
@@ -98,8 +103,8 @@ def jumps(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -
     rows = rows[(rows["at_ms"] >= first_ms) & (rows["at_ms"] < now_ms)]
     is_recent = rows["at_ms"] >= recent_ms
     recent, before = rows[is_recent], rows[~is_recent]
-    found = {section: _jumped(recent, before, kind, stride) for section, kind in KINDS.items()}
-    _name(settings, view, recent, found)
+    sections = {section: _jumped(recent, before, kind, stride) for section, kind in KINDS.items()}
+    _name(settings, view, recent, sections)
     begin_ms = int(before["at_ms"].min()) if len(before) else recent_ms
     document: dict[str, Any] = {
         "first_ms": begin_ms,
@@ -107,7 +112,7 @@ def jumps(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -
         "end_ms": now_ms,
         "clicks": len(recent) * stride,
         "clicks_before": len(before) * stride,
-    } | {section: [jump.document() for jump in listed] for section, listed in found.items()}
+    } | {section: [jump.document() for jump in listed] for section, listed in sections.items()}
     say(json.dumps(document, indent=2) if args.output == "json" else "\n".join(_lines(document)))
 
 
@@ -121,15 +126,16 @@ def _rows(settings: Settings, view: LogView, first_ms: int) -> Iterator[Rows]:
     segments = segments_to_end(registry, control, start, branch.newest, view.end)
     with view.reader(max(floor, min(segments[0].first, view.end))) as reader:
         for segment in segments:
-            for _, batch in records(reader, view.partition, max(floor, segment.first), segment.next, segment.line):
+            first = max(floor, segment.first)
+            for _, batch in records(reader, view.partition, first, segment.next, segment.line, COLUMNS):
                 counted = happened(batch.kind) & ~masked(batch, control.mask)
-                found = np.empty(len(batch), ROW)
+                rows = np.empty(len(batch), ROW)
                 for name in ("user", "item", "category", "offset"):
-                    found[name] = getattr(batch, name)
+                    rows[name] = getattr(batch, name)
                 partitions = [part.source.partition for part in batch.header.ranges] or [0]
-                found["partition"] = np.array(partitions, np.uint16)[batch.source]
-                found["at_ms"] = log_times(batch)
-                yield found[counted]
+                rows["partition"] = np.array(partitions, np.uint16)[batch.source]
+                rows["at_ms"] = log_times(batch)
+                yield rows[counted]
 
 
 def _kept(parts: Iterator[Rows]) -> tuple[Rows, int]:
@@ -152,38 +158,38 @@ def _jumped(recent: Rows, before: Rows, kind: str, stride: int) -> list[Jump]:
     ids, counts = np.unique(recent[kind], return_counts=True)
     old_ids, old_counts = np.unique(before[kind], return_counts=True)
     usual = np.zeros(len(ids))
-    _, here, there = np.intersect1d(ids, old_ids, assume_unique=True, return_indices=True)
-    usual[here] = old_counts[there] / len(before)
+    _, index, old_index = np.intersect1d(ids, old_ids, assume_unique=True, return_indices=True)
+    usual[index] = old_counts[old_index] / len(before)
     share, expected = counts / max(1, len(recent)), usual * len(recent)
     jumped = (ids != 0) & (counts * stride >= LEAST_CLICKS) & (share >= np.maximum(LEAST_SHARE, LEAST_GROWTH * usual))
     jumped &= counts - expected >= LEAST_DEVIATION * np.sqrt(expected + 1)
     order = np.argsort(expected - counts, kind="stable")
-    found = []
-    for place in order[jumped[order]][:LISTED].tolist():
-        users, clicks = np.unique(recent["user"][recent[kind] == ids[place]], return_counts=True)
+    listed = []
+    for number in order[jumped[order]][:LISTED].tolist():
+        users, clicks = np.unique(recent["user"][recent[kind] == ids[number]], return_counts=True)
         most = np.argsort(-clicks, kind="stable")[:MOST_USERS]
-        covered = float(clicks[most].sum() / counts[place])
-        shares = float(share[place]), float(usual[place])
-        found.append(Jump(int(ids[place]), int(counts[place]) * stride, *shares, users[most].tolist(), covered))
-    return found
+        covered = float(clicks[most].sum() / counts[number])
+        shares = float(share[number]), float(usual[number])
+        listed.append(Jump(int(ids[number]), int(counts[number]) * stride, *shares, users[most].tolist(), covered))
+    return listed
 
 
-def _name(settings: Settings, view: LogView, recent: Rows, found: Mapping[str, Sequence[Jump]]) -> None:
+def _name(settings: Settings, view: LogView, recent: Rows, sections: Mapping[str, Sequence[Jump]]) -> None:
     """Sets names, from the newest click of each jump by its first user."""
     try:
         salt = load_salt(settings.salt_path, create=False)
     except MissingSalt:
         # Without it, a click cannot be checked.
         return
-    places: list[tuple[Jump, str, tuple[int, int]]] = []
+    named: list[tuple[Jump, str, tuple[int, int]]] = []
     for section, kind in KINDS.items():
-        for jump in found[section]:
+        for jump in sections[section]:
             own = recent[(recent[kind] == jump.id) & (recent["user"] == jump.users[0])]
             newest = own[np.argmax(own["at_ms"])]
-            places.append((jump, kind, (int(newest["partition"]), int(newest["offset"]))))
-    clicks = _clicks(settings, view, [place for _, _, place in places])
-    for jump, kind, place in places:
-        if (click := clicks.get(place)) is None or click.user is None or user_id(salt, click.user) != jump.users[0]:
+            named.append((jump, kind, (int(newest["partition"]), int(newest["offset"]))))
+    clicks = _clicks(settings, view, [position for _, _, position in named])
+    for jump, kind, position in named:
+        if (click := clicks.get(position)) is None or click.user is None or user_id(salt, click.user) != jump.users[0]:
             # It is gone, or a recreated topic has another click there.
             continue
         jump.user = str(click.user)
@@ -192,11 +198,11 @@ def _name(settings: Settings, view: LogView, recent: Rows, found: Mapping[str, S
             jump.name = str(name)
 
 
-def _clicks(settings: Settings, view: LogView, places: Sequence[tuple[int, int]]) -> dict[tuple[int, int], Any]:
+def _clicks(settings: Settings, view: LogView, positions: Sequence[tuple[int, int]]) -> dict[tuple[int, int], Any]:
     """Reads clicks by partition and offset; those that are gone or cannot be decoded are left out."""
-    kept = [place for place in places if view.clicks.get(place[0], (math.inf, 0))[0] <= place[1]]
+    kept = [(partition, offset) for partition, offset in positions if view.clicks.get(partition, NONE)[0] <= offset]
     decode, until_s = load_decoder(settings.events), time.monotonic() + CLICK_S
-    found: dict[tuple[int, int], Any] = {}
+    clicks: dict[tuple[int, int], Any] = {}
     # The names are worth no failure: a broker may delete the clicks meanwhile.
     with suppress(LogError):
         if kept:
@@ -208,16 +214,16 @@ def _clicks(settings: Settings, view: LogView, places: Sequence[tuple[int, int]]
                         for batch in reader.poll(POLL_S, 1, {partition: 1}):
                             for at, value in zip(batch.offsets.tolist(), batch.values, strict=True):
                                 with suppress(DecodeError, ValueError):
-                                    found[partition, at] = decode(value or b"")
-    return found
+                                    clicks[partition, at] = decode(value or b"")
+    return clicks
 
 
 def _lines(document: dict[str, Any]) -> list[str]:
     """Formats the jumps as a table."""
     recent, clicks, before = document["recent_ms"], document["clicks"], document["clicks_before"]
-    said = f"{clicks:,} clicks since {iso(recent)}, compared with {before:,} from {iso(document['first_ms'])} on"
+    summary = f"{clicks:,} clicks since {iso(recent)}, compared with {before:,} from {iso(document['first_ms'])} on"
     if not before:
-        return [said, "there are no earlier clicks to compare with"]
+        return [summary, "there are no earlier clicks to compare with"]
     head = ["", "name", "clicks", "share", "before", "users", "pseudonym of the first"]
     listed = [
         [
@@ -232,4 +238,4 @@ def _lines(document: dict[str, Any]) -> list[str]:
         for section, kind in KINDS.items()
         for jump in document[section]
     ]
-    return [said, table([head, *listed]) if listed else "no share jumped"]
+    return [summary, table([head, *listed]) if listed else "no share jumped"]

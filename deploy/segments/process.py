@@ -250,7 +250,7 @@ class ClickedUsers:
 
     def _meet(self, offset: int, value: bytes | None) -> None:
         try:
-            self._waiting.append(_Record(offset + 1, np.unique(glance(value or b"").user)))
+            self._waiting.append(_Record(offset + 1, np.unique(glance(value or b"", ("user", "source")).user)))
         except MicroBatchError as error:
             _log.warning("record %d of the training log is left out: %s", offset, error)
 

@@ -1,8 +1,7 @@
 """Encodes micro-batches: an Arrow IPC stream (zstd) with one record batch.
 
 The schema's metadata contains a JSON header. It names the feature spec, the salt, the mask and, per source, the
-contiguous range of positions of the rows. A micro-batch has format 3 if
-its rows contain sequences, else format 2.
+contiguous range of positions of the rows. A micro-batch has format 3 if its rows contain sequences, else format 2.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -215,19 +215,31 @@ def _sequences(columns: Columns) -> list[str]:
     return present
 
 
-LOOKED_AT = ("user", "item", "category", "at_ms", "source", "offset", "kind", "waited", "delay_ms")
-_NUMBERS = [number for number, name in enumerate(SCALARS) if name in LOOKED_AT]
-_OPTIONS = pa.ipc.IpcReadOptions(use_threads=False, included_fields=_NUMBERS)
+LOOKED_AT = ("user", "at_ms", "source", "offset", "kind", "waited", "delay_ms")
 
 
-def glance(value: bytes) -> MicroBatch:
-    """The micro-batch in `value` with only the columns `LOOKED_AT`; the other columns are zero or empty."""
-    with damage_reported(value), pa.ipc.open_stream(pa.py_buffer(value), options=_OPTIONS) as reader:
+@cache
+def _reading(names: tuple[str, ...]) -> pa.ipc.IpcReadOptions:
+    numbers = [number for number, name in enumerate(SCALARS) if name in names]
+    return pa.ipc.IpcReadOptions(use_threads=False, included_fields=numbers)
+
+
+def glance(value: bytes, names: tuple[str, ...] = LOOKED_AT) -> MicroBatch:
+    """The micro-batch in `value` with only the columns `names`; the other columns are zero or empty.
+
+    Args:
+        value: An encoded micro-batch.
+        names: Names of `SCALARS`; user and source are among them.
+
+    Raises:
+        MicroBatchError: The value is not a micro-batch, or is damaged.
+    """
+    with damage_reported(value), pa.ipc.open_stream(pa.py_buffer(value), options=_reading(names)) as reader:
         document = document_of(reader.schema)
         batch = reader.read_next_batch()
         batch.validate()
         columns = {
-            name: batch.column(name).to_numpy(zero_copy_only=True) for name in batch.schema.names if name in LOOKED_AT
+            name: batch.column(name).to_numpy(zero_copy_only=True) for name in batch.schema.names if name in names
         }
         header = header_of(document)
     rows = len(columns["user"])
