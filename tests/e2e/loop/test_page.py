@@ -171,10 +171,16 @@ def test_an_operator_finds_a_flood_on_the_page_rolls_back_without_it_and_follows
     press_until(page, "Tab", found.get_by_role("button", name=re.compile("Show profile")))
     page.keyboard.press("Enter")
     expect(page.locator("#found")).to_contain_text(f"{name} is known")
-    # 3. The plan, which changes nothing, leaves out this user alone.
+    # 3. The plan, which changes nothing, leaves out the clicks on the item since then, or this user alone.
     epoch = loop.kept()[1]
     decided = len(loop.springtide("history", "--all"))
-    press_until(page, "Shift+Tab", plan)
+    item = page.locator("#jumps-table tbody tr", has=page.get_by_role("cell", name="item", exact=True)).first
+    press_until(page, "Tab", item.get_by_role("button", name=re.compile("Plan without this item")))
+    page.keyboard.press("Enter")
+    expect(page.locator("#go h3")).to_be_focused()
+    expect(page.locator("#go")).to_contain_text(re.compile(f"item flooded, .* to .*: {FLOOD} rows of 1 user"))
+    go_to(page, "Cause")
+    press_until(page, "Tab", plan)
     page.keyboard.press("Enter")
     expect(page.locator("#go h3")).to_be_focused()
     expect(page.locator("#go")).to_contain_text("fast: the trainer learns again")
