@@ -7,11 +7,12 @@ import random
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Error, Locator, Page, expect, sync_playwright
 
 from deploy.serving.requests.access import OPERATE, tokens_in
 from tests.e2e.loop.test_rollback import served
@@ -56,7 +57,14 @@ def page(loop: Loop, browser: Browser) -> Iterator[Page]:
     made.on("request", lambda request: asked.add(request.url))
     made.on("pageerror", lambda error: wrong.append(str(error)))
     made.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-    made.goto(url)
+
+    def opens() -> bool:
+        # The console may still be starting.
+        with suppress(Error):
+            return made.goto(url) is not None
+        return False
+
+    until(opens, "the console does not answer")
     expect(made.locator("#versions-table tbody tr").nth(1)).to_be_visible()
     yield made
     context.close()
