@@ -528,10 +528,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-
-
 POINTS: Mapping[str, Sequence[str]] = {
     "stream": (
         "stream.fenced",
@@ -791,3 +787,7 @@ class Findings:
         problems = self.problems()
         found += ["", *(f"PROBLEM: {one}" for one in problems)] if problems else ["", "every promise was kept"]
         return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
