@@ -89,6 +89,7 @@ OWN: Mapping[str, object] = {
     "trainer.base_every_s": 15,
     "registry.durable_s": 1,
     "registry.delta_keep_s": 40,
+    "history.snapshot_every_s": 5,
 }
 LABELS: Mapping[str, object] = {
     "labels.impressions": "view",
@@ -559,6 +560,9 @@ POINTS: Mapping[str, Sequence[str]] = {
         "back.committed",
         "follow.taken",
         "follow.committed",
+        "snapshot.file",
+        "snapshot.written",
+        "snapshot.named",
     ),
     "command": ("control.written", "control.linked", "rollback.proposed", "rollback.answered"),
 }

@@ -83,11 +83,13 @@ class Network(httpx.AsyncBaseTransport):
     apps: dict[str, App] = field(default_factory=dict)
     away: set[str] = field(default_factory=set)
     asked: list[str] = field(default_factory=list)
+    tokens: list[str | None] = field(default_factory=list)
     now_ms: int = NOW_MS
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         name = request.url.host
         self.asked.append(name)
+        self.tokens.append(request.headers.get("authorization"))
         if name in self.away:
             raise httpx.ConnectError("refused", request=request)
         return await httpx.ASGITransport(app=self.apps[name]).handle_async_request(request)  # type: ignore[arg-type]
@@ -246,7 +248,7 @@ def ask_grpc(network: Network, name: str, *calls: tuple[str, str, Mapping[str, A
                             f"/springtide.v1.Profiles/{method}",
                             request_serializer=type(request).SerializeToString,
                             response_deserializer=message(f"springtide.v1.{response}").FromString,
-                        )(request)
+                        )(request, metadata=[("authorization", "Bearer of the client")])
                         for method, response, fields in calls
                         for request in [message(f"springtide.v1.{method}Request")(**fields)]
                     ),
@@ -275,6 +277,7 @@ def test_what_another_host_refuses_is_refused_over_grpc_with_its_reason(network:
     bad = ("Similar", "SimilarResponse", {"user_id": theirs, "n": 1000})
     (refused,) = ask_grpc(network, "a", bad)
     assert refused.code() is grpc.StatusCode.INVALID_ARGUMENT and "parameter n: " in refused.details()
+    assert network.tokens == ["Bearer of the client"]
     network.run()
     network.away |= {"b", "d"}
     (refused,) = ask_grpc(network, "a", ("Similar", "SimilarResponse", {"user_id": theirs}))
