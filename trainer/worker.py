@@ -57,6 +57,15 @@ def waiting(missing: Sequence[int], addresses: Sequence[str]) -> str:
     return ", ".join(f"waiting for worker {worker} of {len(addresses)} ({addresses[worker]})" for worker in missing)
 
 
+def without_leading(settings: Settings) -> Settings:
+    """The settings of a worker that does not lead: only the leader keeps item lists, churn and interest counts."""
+    return replace(
+        settings,
+        trainer=replace(settings.trainer, item_ranking="engagement", interests="model"),
+        churn=replace(settings.churn, days=0.0),
+    )
+
+
 def restore_handlers() -> None:
     """Installs this process's handlers again: joining a group replaces that of SIGTERM. Only in the main thread."""
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -158,12 +167,7 @@ def run(settings: Settings, addresses: Sequence[str], index: int, metrics_port: 
     begin(group, settings)
     registry, spec = Registry(settings.registry_dir), FeatureSpec.from_settings(settings)
     name = registry.specs.bootstrapped(spec.digest, settings.model) or spec.digest
-    lighter = replace(
-        settings,
-        trainer=replace(settings.trainer, item_ranking="engagement", interests="model"),
-        churn=replace(settings.churn, days=0.0),
-    )
-    trainer = DividedTrainer(lighter, spec, preprocessing_of(registry.specs.transform(name)), group)
+    trainer = DividedTrainer(without_leading(settings), spec, preprocessing_of(registry.specs.transform(name)), group)
 
     def restore(trainer: Trainer, version: int) -> None:
         if version:

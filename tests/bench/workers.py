@@ -1,14 +1,15 @@
 """One model trained by several workers on this machine: where the time of a step goes, and what more workers would gain.
 
     python -m tests.bench.workers
-    python -m tests.bench.workers --quality taobao|kuairand [--workers K] [--steps N]
+    python -m tests.bench.workers --quality taobao|kuairand [--workers K] [--steps N] [--still]
 
 The leader is measured in processor milliseconds, without and within exchanges. From two and four workers follow the part
 of a step that every worker does (`replicated`) and the part that is divided: `compute(K) = replicated + divided / K`.
 With as many idle cores as workers a step takes that and the exchange.
 
 With `--quality` one process and K workers train on the same recorded events. The figures are the quality of both, its
-difference with a paired 95 % interval over users, and the relative distance of the weights.
+difference with a paired 95 % interval over users, and the relative distance of the weights. With `--still` fast weights do
+not move within a record, so the distance is that of other orders of sums.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from state.microbatch.batch import Logged
+from state.microbatch.codec import decode, encode
 from state.process.ports import free_ports
 from tests.bench.report import Figure, report
+from trainer.worker import without_leading
 
 if TYPE_CHECKING:
     from trainer.engine.step import Trainer
@@ -43,10 +48,12 @@ def trainer_of(group: Group | None) -> Trainer:
     from trainer.engine.step import Trainer
 
     settings = load(["--trainer.device", "cpu"], {})
-    return Trainer(settings, SPEC) if group is None else DividedTrainer(settings, SPEC, None, group)
+    if group is None:
+        return Trainer(settings, SPEC)
+    return DividedTrainer(settings if group.leads else without_leading(settings), SPEC, None, group)
 
 
-def run_worker(addresses: Sequence[str], index: int, quality: str, steps: int) -> None:
+def run_worker(addresses: Sequence[str], index: int, asked: argparse.Namespace) -> None:
     """Runs one worker; the leader prints the figures as JSON."""
     from trainer.device import prepare
 
@@ -54,12 +61,12 @@ def run_worker(addresses: Sequence[str], index: int, quality: str, steps: int) -
     from trainer.group import Group
 
     group = Group(addresses, index) if len(addresses) > 1 else None
-    figures = timings(group) if group is None or not quality else qualities(group, quality, steps)
+    figures = timings(group) if group is None or not asked.quality else qualities(group, asked)
     if not index:
         print(json.dumps(figures), flush=True)
 
 
-def qualities(group: Group, log: str, steps: int) -> dict[str, float]:
+def qualities(group: Group, asked: argparse.Namespace) -> dict[str, float]:
     """Trains one process and a group on the first steps of a recorded log; the figures of both, and the difference."""
     from evaluation.measures import OURS
     from evaluation.report import engagement_tables, interests_tables
@@ -70,15 +77,18 @@ def qualities(group: Group, log: str, steps: int) -> dict[str, float]:
     from trainer.engine.divided_step import DividedTrainer
     from trainer.engine.step import Trainer
 
-    is_clicks, device = log == "taobao", ["--trainer.device", "cpu"]
+    is_clicks, steps, device = asked.quality == "taobao", asked.steps, ["--trainer.device", "cpu"]
     settings = load([*([] if is_clicks else ["--config", str(KUAIRAND_SETTINGS)]), *device], {})
     spec, recorded = FeatureSpec.from_settings(settings), read_clicks() if is_clicks else read_impressions(settings)
     preprocessing = analysis(recorded, spec, settings, steps) if is_clicks else None
     several = DividedTrainer(settings, spec, preprocessing, group)
+    if asked.still:
+        several.optimizer.fast_rate = 0.0
     if not group.leads:
         several.follow(lambda trainer, version: None)
         return {}
     single, other = Trainer(settings, spec, preprocessing), f"{group.size} workers"
+    single.optimizer.fast_rate = several.optimizer.fast_rate
     one, group_of = (validated(recorded, settings, trainer, steps) for trainer in (single, several))
     if is_clicks:
         one.interests.scores = {OURS: one.interests.scores[OURS], other: group_of.interests.scores[OURS]}
@@ -134,7 +144,9 @@ def timings(group: Group | None) -> dict[str, float]:
         return {}
     compute, exchange, wall = [], [], []
     for number in range(STEPS):
-        batch = micro_batch(ROWS, first=number * ROWS, users=USERS, items=50_000, categories=3000)
+        made = micro_batch(ROWS, first=number * ROWS, users=USERS, items=50_000, categories=3000)
+        value = encode(made.header, made.columns)
+        batch = replace(decode(value), logged=Logged(value, np.ones(ROWS, np.bool_)))
         before, began = dict(spent), (time.process_time(), time.perf_counter())
         trainer.step(batch)
         within = spent["cpu"] - before["cpu"]
@@ -146,12 +158,11 @@ def timings(group: Group | None) -> dict[str, float]:
     return {name: float(np.median(values[WARM_UP:])) * 1e3 for name, values in found.items()}
 
 
-def measure(count: int, quality: str = "", steps: int = 0) -> dict[str, float]:
-    """The figures of the leader of `count` workers."""
+def measure(count: int, flags: Sequence[str]) -> dict[str, float]:
+    """The figures of the leader of `count` workers; `flags` are those of this program."""
     addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(map(str, range(count))).values())
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [sys.executable, "-m", "tests.bench.workers", "--quality", quality, "--steps", str(steps), "--join"]
-    command.append(addresses)
+    command = [sys.executable, "-m", "tests.bench.workers", *flags, "--join", addresses]
     others = [subprocess.Popen([*command, str(index)], env=environment) for index in range(1, count)]
     try:
         done = subprocess.run([*command, "0"], env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -169,19 +180,18 @@ def main() -> None:
     parser.add_argument("--quality", default="", choices=("", "taobao", "kuairand"), help="compare quality on this log")
     parser.add_argument("--workers", type=int, default=2, help="workers to compare with one process")
     parser.add_argument("--steps", type=int, default=40, help="steps of 1,024 rows of the log")
+    parser.add_argument("--still", action="store_true", help="without moves of the fast weights within a record")
     parser.add_argument("--join", nargs=2, help="addresses of the workers, and the index of this one")
     asked = parser.parse_args()
     if asked.join:
-        run_worker(asked.join[0].split(","), int(asked.join[1]), asked.quality, asked.steps)
+        run_worker(asked.join[0].split(","), int(asked.join[1]), asked)
         # TensorFlow's server has no end of its own.
         os._exit(0)
     if asked.quality:
-        compared = {
-            name: Figure(value, "") for name, value in measure(asked.workers, asked.quality, asked.steps).items()
-        }
-        report(f"workers-{asked.quality}-{asked.workers}", compared, {"steps": asked.steps})
+        compared = {name: Figure(value, "") for name, value in measure(asked.workers, sys.argv[1:]).items()}
+        report(f"workers-{asked.quality}-{asked.workers}{'-still' * asked.still}", compared, {"steps": asked.steps})
         return
-    found = {count: measure(count) for count in MEASURED}
+    found = {count: measure(count, sys.argv[1:]) for count in MEASURED}
     figures: dict[str, Figure] = {}
     for count, parts in found.items():
         for name, value in parts.items():

@@ -7,10 +7,13 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
@@ -236,3 +239,30 @@ def test_a_group_that_rolled_back_equals_one_that_never_saw_the_clicks_and_no_wo
     registry, version = learn(seen, settings)
     assert digest(registry, version) == digest(*learn(unseen, settings_of(kafka_settings, tmp_path / "unseen", 2)))
     require_verified(settings, version)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("engine", ["compiled", "tensorflow"])
+def test_another_number_of_workers_continues_a_version_and_facts_of_the_log_do_not_depend_on_it(
+    kafka_settings: KafkaFactory, tmp_path: Path, stack: ExitStack, engine: str
+) -> None:
+    records = [microbatch(number) for number in range(24)]
+
+    def learn(settings: Settings, numbers: Sequence[int]) -> Mapping[str, Any]:
+        registry, part = prepared(settings), len(records) // len(numbers)
+        for place, workers in enumerate(numbers, 1):
+            trainer = replace(settings.trainer, workers=workers, engine=engine)
+            leader = started(replace(settings, trainer=trainer), stack)
+            write(settings, records[part * (place - 1) : part * place])
+            version = version_of(leader, registry, part * place)
+            assert leader.stop() == 0, leader.said()
+        return checkpoint.full_state(registry, version)[1]
+
+    one = learn(settings_of(kafka_settings, tmp_path / "one", 1), [1])
+    several = learn(settings_of(kafka_settings, tmp_path / "several", 1), [2, 3, 1])
+    facts = [
+        name for name in one if name.endswith((".ids", ".last_seen_ms")) or name.startswith(("cross.", "transition."))
+    ]
+    assert len(facts) > 10
+    assert [name for name in facts if not np.array_equal(one[name], several[name])] == []
+    assert not np.array_equal(one["item.rows"], several["item.rows"]), "sums have another order"
