@@ -22,11 +22,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from state.errors import LogError, StoreFull, UnusableDisk
 from state.events.dead_letters import Reason
 from state.history.sweeping import Sweeper
+from state.history.waiting import Changes, Extra
 from state.metrics import StreamMetrics
 from state.positions import UNPLACED, Range, Source
 from state.process import killpoints
@@ -203,10 +204,11 @@ class Committer:
         context = self._context
         killpoints.reach("stream.taken")
         begun_s = time.perf_counter()
-        waiting: Mapping[bytes, bytes | None] = {}
-        extra: dict[str, bytes] = {}
-        if context.labels is not None:
-            cuts, waiting, extra = context.labels.look_up(cuts)
+        waiting: Changes = {}
+        extra: Extra = {}
+        cuts = [
+            replace(cut, pieces=tuple(context.complete(piece, waiting, extra) for piece in cut.pieces)) for cut in cuts
+        ]
         pieces = [piece for cut in cuts for piece in cut.pieces]
         ranges = merge_all(part for piece in pieces for part in piece.batch.ranges)
         context.room.wait_for(lambda: context.leaders.note(ranges, context.reader), WHAT)

@@ -135,9 +135,9 @@ class Encoding:
     log_epoch: int = 1
 
     @classmethod
-    def of(cls, stream: Stream, spec: str, salt: str) -> Encoding:
-        """The encoding of a stream with these settings, without a mask."""
-        return cls(spec, salt, stream.cut_rows, stream.max_record_bytes)
+    def of(cls, stream: Stream, spec: str, salt: str, mask_generation: int = 0, log_epoch: int = 1) -> Encoding:
+        """The encoding of a stream with these settings."""
+        return cls(spec, salt, stream.cut_rows, stream.max_record_bytes, mask_generation, log_epoch)
 
 
 def encode_cut(cut: Cut, encoding: Encoding) -> list[bytes]:

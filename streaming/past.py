@@ -169,7 +169,6 @@ def recorded_batches(
 
 
 def _newest(events: Events, recording: Recording, recorded: EncodedRows, say: Callable[[str], None]) -> int:
-    """The newest time, with which the others are compared; reports stray times."""
     times, max_age_s = RecordedTimes(), events.max_age_s
     times.add(recorded.at_ms, recorded.file, recorded.line)
     crowd = times.crowd(round(max_age_s * 1000))
@@ -207,8 +206,7 @@ class PastRows:
     def __init__(self, context: JobContext, metrics: StreamMetrics, salt: str, begin_ms: int) -> None:
         self._context, self._begin_ms = context, begin_ms
         stream = context.settings.stream
-        encoding = Encoding.of(stream, context.spec.digest, salt)
-        self._encoding = replace(encoding, mask_generation=context.mask.generation)
+        self._encoding = Encoding.of(stream, context.spec.digest, salt, context.mask.generation)
         self._cutter = Cutter(stream.cut_rows, NEVER_MS)
         self._sweep = StreamSweep(context, metrics)
 
@@ -299,7 +297,6 @@ def run(settings: Settings, wanted: Past, log: Log, out: Callable[[bytes], objec
 
 
 def _own_folder(registry: Path, stack: ExitStack) -> Path:
-    """A directory that is deleted with `stack`; those of killed processes are deleted now."""
     for leftover in registry.glob(f"{KEPT}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=KEPT, dir=registry))

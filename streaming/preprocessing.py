@@ -106,11 +106,7 @@ def analysis() -> Iterator[beam.Pipeline]:
 def analyse(features: PCollection[pa.RecordBatch], width: int, preprocessing: Preprocessing, output: Path) -> None:
     """Adds the analysis to a pipeline of `analysis`; it writes `transform_fn/` to the directory `output`.
 
-    Args:
-        features: Results of `record_batch`.
-        width: D.
-        preprocessing: A TensorFlow Transform preprocessing function of one input, `features`.
-        output: Output directory.
+    `features` are results of `record_batch` with `width` columns; `preprocessing` has the one input `features`.
     """
     from tensorflow_metadata.proto.v0 import schema_pb2
 
@@ -123,9 +119,7 @@ def analyse(features: PCollection[pa.RecordBatch], width: int, preprocessing: Pr
 def list_categories(categories: PCollection[pa.RecordBatch], output: Path) -> None:
     """Adds the category count to a pipeline of `analysis`: TensorFlow Transform's vocabulary, most frequent first.
 
-    Args:
-        categories: Results of `category_batch`.
-        output: Output directory; `read_categories` reads it.
+    `categories` are results of `category_batch`; `read_categories` reads the directory `output`.
     """
     import tensorflow_transform as tft
     from tensorflow_metadata.proto.v0 import schema_pb2
@@ -147,7 +141,6 @@ def _analyse(
     preprocessing: Preprocessing,
     output: Path,
 ) -> None:
-    """Adds the analysis of the only column of `schema`."""
     import tensorflow_transform.beam as tft_beam
     from tensorflow_transform.beam.tft_beam_io.transform_fn_io import WriteTransformFn
     from tfx_bsl.tfxio.tensor_adapter import TensorAdapterConfig
@@ -197,11 +190,6 @@ def category_batch(categories: npt.NDArray[np.uint64]) -> pa.RecordBatch:
     """
     values = [[b"%016x" % category] for category in categories[categories != 0].tolist()]
     return pa.RecordBatch.from_arrays([pa.array(values, pa.list_(pa.binary()))], schema=_CATEGORIES)
-
-
-def is_own(path: str) -> bool:
-    """Whether `model.preprocessing` differs from the default, which needs no check."""
-    return path != DEFAULT.preprocessing
 
 
 def check_preprocessing(path: str, spec: FeatureSpec, keep: Path | None = None, settings: Model = DEFAULT) -> str:
@@ -272,7 +260,6 @@ def made_up(spec: FeatureSpec) -> F32:
 
 
 def _analysed(function: Preprocessing, rows: F32, output: Path, name: str) -> None:
-    """Runs the analysis; an error in the user's function is reported as such."""
     failures: list[ProgramError] = []
 
     def checked(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -325,7 +312,6 @@ class _Transform:
 
 
 def _lowered(transform: _Transform, rows: F32, folder: Path, name: str) -> F32:
-    """The output that LiteRT computes."""
     import tensorflow as tf
 
     module = tf.Module()

@@ -30,8 +30,7 @@ from state.disk import files as durable
 from state.disk.files import HOST
 from state.disk.lock import DirectoryLock
 from state.errors import CorruptStore, LockHeld, UnusablePlace, UnusableRegistry
-from state.features.erased import Erased
-from state.features.masked_users import MaskedUsers
+from state.features.erased import Erased, MaskedUsers
 from state.features.spec import FeatureSpec
 from state.file_store import FileStore
 from state.history import snapshots

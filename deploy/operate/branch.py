@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from deploy.operate.log_view import LogView, first_hit
 from deploy.operate.times import iso
 from state.errors import CorruptVersion, SettingsError, UnfitVersion, UnknownVersion
-from state.features.masked_users import MaskedUsers
+from state.features.erased import MaskedUsers
 from state.registry.control import Control, MaskEntry, joined
 from state.registry.manifest import TOLD_MS, Manifest, sees
 from state.registry.registry import SERVING, TRAINING, Registry

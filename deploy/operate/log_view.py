@@ -15,8 +15,8 @@ from deploy.operate.times import age
 from state import layout
 from state.config.settings import Settings
 from state.errors import CorruptVersion, LogError, SpringtideError, UnfitVersion, UnknownVersion
+from state.features.erased import MaskedUsers
 from state.features.mask import Mask, MaskAt
-from state.features.masked_users import MaskedUsers
 from state.history.branch_records import branch_records
 from state.log import Log, Reader
 from state.log.accepted_gaps import Journal, past

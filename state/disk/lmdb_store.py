@@ -227,7 +227,6 @@ class LmdbStore:
             self._open(most)
 
     def _copy_alive(self, folder: Path) -> None:
-        """Writes all entries of all databases, in order, to a store in `folder`."""
         folder.mkdir()
         copy = lmdb.open(
             str(folder),
@@ -297,7 +296,6 @@ class LmdbStore:
             )
 
     def _check_made(self) -> None:
-        """Refuses another format, and an older release's store that was open at a power cut."""
         stored = self._stored(FORMAT)
         document = {"format": self.number, **self._made_with()} if stored is None else json.loads(stored)
         if document["format"] != self.number:

@@ -79,7 +79,9 @@ def lack(link: Path, memory: str, least_bytes: int | None = None) -> str:
         room = min(shutil.disk_usage(parent).free, psutil.virtual_memory().available) + present_bytes
     except OSError as error:
         return reason_of(error)
-    return "" if room >= wanted else f"{memory} has room for {_mb(room)}, and {_mb(wanted)} are wanted"
+    return (
+        "" if room >= wanted else f"{memory} has room for {room / 1e6:,.0f} MB, and {wanted / 1e6:,.0f} MB are wanted"
+    )
 
 
 def home(parent: Path, link: Path) -> Path:
@@ -231,12 +233,10 @@ def is_in_memory(path: Path) -> bool:
 
 
 def _beside(link: Path) -> Path:
-    """The path on the disk of a link's store."""
     return link.with_name(f"{link.name}.disk")
 
 
 def _is_forgotten(folder: Path) -> bool:
-    """Whether the link of a store's directory is gone or points elsewhere, and no process has the store open."""
     try:
         link = Path((folder / LINK).read_text())
         if target_of(link) == folder / link.name:
@@ -244,7 +244,3 @@ def _is_forgotten(folder: Path) -> bool:
     except OSError:
         pass
     return not any(is_open(store) for store in folder.glob("*/"))
-
-
-def _mb(count: int) -> str:
-    return f"{count / 1e6:,.0f} MB"

@@ -75,7 +75,6 @@ class EventBatch:
     request: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
 
     def __len__(self) -> int:
-        """The number of events."""
         return len(self.user)
 
     def __bool__(self) -> bool:
@@ -259,8 +258,6 @@ class Parser:
         ranges: tuple[Range, ...],
         dead: tuple[DeadLetter, ...],
     ) -> EventBatch:
-        """Concatenates the columns of all partition batches, with their offsets, into one batch."""
-
         def joined(part: list[NDArray[Any]], kind: type) -> NDArray[Any]:
             return np.concatenate(part) if part else np.empty(0, kind)
 
@@ -333,7 +330,6 @@ class Parser:
         return at_ms if (plausible & (at_ms >= 0) & (at_ms < LATEST_MS)).all() else None
 
     def _action_column(self, actions: list[Any]) -> NDArray[np.uint8] | None:
-        """The numbers of actions, `[n]` uint8; None if one is unknown."""
         kinds = {*map(type, actions)}
         if kinds == {type(None)} and len(self._actions) == 1:
             return np.zeros(len(actions), np.uint8)
@@ -396,7 +392,9 @@ class Parser:
     def _read(self, event: Any, timestamp_ms: int) -> tuple[int, int, int, int, int, float]:
         """Checks one event; returns user, item, category, action, time, label."""
         settings = self._settings
-        at_ms = parse_time(event.time, settings.time_unit) if event.time is not None else self._no_time(timestamp_ms)
+        if event.time is None and settings.time:
+            raise DecodeError(Reason.MISSING_FIELD)
+        at_ms = timestamp_ms if event.time is None else parse_time(event.time, settings.time_unit)
         # A record without a Kafka timestamp (-1) cannot be compared.
         if timestamp_ms >= 0 and not -self._age_ms <= at_ms - timestamp_ms <= self._future_ms:
             raise DecodeError(Reason.IMPLAUSIBLE_TIME)
@@ -406,16 +404,8 @@ class Parser:
         if type(value) is not str and type(value) is not int:
             raise DecodeError(Reason.MISSING_FIELD if value is None else Reason.WRONG_TYPE)
         user = self._users.id_of(value)
-        value = event.item
-        if type(value) is not str and type(value) is not int:
-            item = self._no_id(value, settings.item, event.user)
-        else:
-            item = self._items.id_of(value)
-        value = event.category
-        if type(value) is not str and type(value) is not int:
-            category = self._no_id(value, settings.category, event.user)
-        else:
-            category = self._categories.id_of(value)
+        item = self._id(self._items, event.item, settings.item, event.user)
+        category = self._id(self._categories, event.category, settings.category, event.user)
         action = self._actions.get(event.action) if type(event.action) is str else self._other_action(event.action)
         if action is None:
             raise DecodeError(Reason.UNKNOWN_ACTION)
@@ -428,13 +418,10 @@ class Parser:
             raise DecodeError(Reason.WRONG_TYPE if math.isfinite(label) else Reason.NOT_FINITE)
         return user, item, category, action, at_ms, float(label)
 
-    def _no_time(self, timestamp_ms: int) -> int:
-        if self._settings.time:
-            raise DecodeError(Reason.MISSING_FIELD)
-        return timestamp_ms
-
-    def _no_id(self, value: Any, configured: str, user: object) -> int:
-        """The id 0 for a missing value. It is allowed only if no field is configured, or for a probe user."""
+    def _id(self, table: IdTable, value: Any, configured: str, user: object) -> int:
+        """The id of a value. None is 0, and allowed only if no field is configured, or for a probe user."""
+        if type(value) is str or type(value) is int:
+            return table.id_of(value)
         if value is not None:
             raise DecodeError(Reason.WRONG_TYPE)
         if configured and not is_probe_user(user):

@@ -18,11 +18,6 @@ OTHER = 255
 Numbers = NDArray[np.uint8]
 
 
-def grown(stored: Sequence[str], actions: Sequence[str]) -> tuple[str, ...]:
-    """The store's names, extended by new `actions`."""
-    return (*stored, *(name for name in actions if name not in stored))
-
-
 def exchange(then: Sequence[str], now: Sequence[str]) -> Numbers | None:
     """The table from numbers in `then` to numbers in `now`, `[256]` uint8; None if every number stays the same.
 
@@ -78,6 +73,6 @@ def numbered(
     `stored` is the store's extra `ACTIONS`; `before` has the names in a store of a release that did not keep them.
     """
     names = tuple(json.loads(stored)) if stored is not None else tuple(before or actions)
-    now = grown(names, actions)
+    now = (*names, *(name for name in actions if name not in names))
     extra = {} if stored is not None and now == names else {ACTIONS: json.dumps(now).encode()}
     return Numbering(exchange(actions, now), exchange(now, actions)), extra

@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -59,7 +60,6 @@ _KEY = np.dtype([("user", ">u8"), ("chunk", ">u4")])
 logger = logging.getLogger(__name__)
 
 Kind = Literal["base", "delta", "extras"]
-Columns = Mapping[str, bytes]
 
 
 # The document
@@ -206,7 +206,6 @@ def newest(location: FileStore, shares: UserShares = ALL) -> HistorySnapshot | N
 
 
 def _readable(location: FileStore) -> Iterator[HistorySnapshot]:
-    """Yields the snapshots whose document can be read, newest first; logs why others cannot."""
     for number in reversed(numbers(location)):
         try:
             yield read(location, number)
@@ -291,18 +290,6 @@ def encode(columns: Mapping[str, Any]) -> bytes:
     return zstandard.ZstdCompressor(level=_LEVEL).compress(msgspec.msgpack.encode(columns))
 
 
-def event_columns(events: Events) -> dict[str, bytes]:
-    """The columns of events, for `encode`."""
-    return {name: np.ascontiguousarray(events[name]).tobytes() for name in EVENT.names or ()}
-
-
-def _events_in(columns: Columns) -> Events:
-    found = np.empty(len(columns["action"]), EVENT)
-    for name in EVENT.names or ():
-        found[name] = np.frombuffer(columns[name], EVENT[name])
-    return found
-
-
 class ShareHistories(NamedTuple):
     """The histories of one share: the chunks of its bases, and the events to append."""
 
@@ -378,7 +365,10 @@ class SnapshotReader:
         columns = self._read(file)
         users, lengths = np.frombuffer(columns["users"], np.uint64), np.frombuffer(columns["lengths"], np.uint32)
         chunks = np.frombuffer(columns.get("chunks", b""), np.uint32)
-        return _Decoded(file, users, chunks, np.cumsum(lengths, dtype=np.int64), _events_in(columns))
+        events = np.empty(len(columns["action"]), EVENT)
+        for name in EVENT.names or ():
+            events[name] = np.frombuffer(columns[name], EVENT[name])
+        return _Decoded(file, users, chunks, np.cumsum(lengths, dtype=np.int64), events)
 
     def close(self) -> None:
         """Stops its threads."""
@@ -406,17 +396,11 @@ def load(
     store: HistoryStore,
     keep: Callable[[str], bool] = lambda name: True,
 ) -> None:
-    """Replaces the content of a store by a snapshot.
+    """Replaces the content of a store, which only its writer may do, by a snapshot; `keep` selects extras by name.
 
     1. Clear the store and mark it as loading.
     2. Write the users of the shares that the store holds, share by share.
     3. Write counts and extras in the transaction that removes the mark.
-
-    Args:
-        location: The location of the snapshot.
-        snapshot: The snapshot.
-        store: The store; only its writer may call this.
-        keep: Selects the extras to write, by name.
 
     Raises:
         CorruptStore: A file is missing or damaged. The store is empty, or marked as loading.
@@ -446,7 +430,6 @@ def load(
 
 
 def _divided(appends: Appends) -> Iterator[Appends]:
-    """Divides appends into transactions of a bounded size."""
     for first in range(0, len(appends.users), _AT_ONCE):
         some = slice(first, first + _AT_ONCE)
         starts, lengths = appends.starts[some], appends.lengths[some]
@@ -515,7 +498,10 @@ def remove(location: FileStore, gone: Sequence[int], now_ms: int) -> int:
     """
     before = numbers(location)
     removed = [number for number in before if number in gone]
-    theirs = {file.name for number in removed for file in _files_of(location, number)}
+    theirs = set[str]()
+    for number in removed:
+        with suppress(CorruptStore):
+            theirs.update(file.name for file in read(location, number).files)
     # 1.
     for number in removed:
         location.remove(document_name(number))
@@ -531,10 +517,3 @@ def remove(location: FileStore, gone: Sequence[int], now_ms: int) -> int:
     for name in unnamed:
         location.remove(name)
     return len(unnamed)
-
-
-def _files_of(location: FileStore, number: int) -> Sequence[SnapshotFile]:
-    try:
-        return read(location, number).files
-    except CorruptStore:
-        return ()

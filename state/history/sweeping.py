@@ -93,7 +93,7 @@ class ReadTimes:
 
         An index is -1 without such a mark; the time is then `clock_ms`.
         """
-        keys = _keys(events["topic"], events["partition"])
+        keys = (events["topic"].astype(np.int64) << 16) | events["partition"]
         number = np.minimum(np.searchsorted(self._sources, keys), max(0, len(self._sources) - 1))
         has_mark = self._sources[number] == keys if len(self._sources) else np.zeros(len(events), np.bool_)
         slot = np.searchsorted(self._places, number * _OFFSETS + events["offset"], side="right")
@@ -109,7 +109,11 @@ class ReadTimes:
         merged: dict[int, list[tuple[int, int]]] = {}
         for source, marks in self._marks.items():
             key = (source.topic << 16) | source.partition
-            merged[key] = marks if key not in merged else _lowest(merged[key], marks)
+            if key in merged:
+                # The lower offset, at the times at which both have a mark.
+                other = dict(merged[key])
+                marks = [(at_ms, min(after, other[at_ms])) for at_ms, after in marks if at_ms in other]
+            merged[key] = marks
         self._sources = np.array(sorted(merged), np.int64)
         rows = [(number, *mark) for number, key in enumerate(sorted(merged)) for mark in merged[key]]
         columns = np.array([*rows, (-1, 0, 0)], np.int64).T
@@ -125,16 +129,6 @@ class ReadTimes:
         """Decodes the output of `to_json`; None means no marks."""
         stored = json.loads(value or b"{}")
         return cls({Source.parse(name): [(int(a), int(b)) for a, b in marks] for name, marks in stored.items()})
-
-
-def _keys(topic: NDArray[np.uint32], partition: NDArray[np.uint16]) -> I64:
-    return (topic.astype(np.int64) << 16) | partition
-
-
-def _lowest(first: Sequence[tuple[int, int]], second: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The lower offset of two buckets, at the times at which both have a mark."""
-    other = dict(second)
-    return [(at_ms, min(after, other[at_ms])) for at_ms, after in first if at_ms in other]
 
 
 READ_TIMES = "read_times"  # name of the store's extra
@@ -278,7 +272,6 @@ class Sweeper:
         return self._read.are_old(events, horizon_ms, clock_ms)
 
     def _end(self, walk: _Pass) -> None:
-        """Ends a pass, and decides which users the next pass evicts, if any."""
         if self._eviction is not None:
             self._full = min(BRIM, max(FULL, sum(self._pages()) + GROWN))
         self._pass, self._eviction = None, None
@@ -294,7 +287,6 @@ class Sweeper:
         )
 
     def _too_many(self) -> int:
-        """How many users to evict."""
         users, most = self._store.users(), self._max_users
         events, other = self._pages()
         if events + other > self._full:
@@ -306,7 +298,6 @@ class Sweeper:
         return users - most + most // SPARE if users > most else 0
 
     def _pages(self) -> tuple[float, float]:
-        """The shares of the map in use by events, and by everything else."""
         limit = self._store.bytes_limit()
         events, other = self._store.chunk_bytes()
         return events / limit, other / limit

@@ -173,7 +173,9 @@ def decode_batches(
             break
         if end > len(data):
             break
-        damage = _damage(data, at, end, header)
+        damage = f"record format {header.magic}" if header.magic != MAGIC else ""
+        if not damage and crc32c.crc32c(memoryview(data)[at + CRC_FROM : end]) != header.crc:
+            damage = "checksum"
         if damage:
             following = HEADER.unpack_from(data, end)[0] if len(data) - end >= HEADER.size else None
             chunk = _corrupt(position, header, following, damage)
@@ -208,13 +210,6 @@ class Transactions:
                 self._open.discard(header.producer)
             return False
         return bool(header.attributes & TRANSACTIONAL) and header.producer in self._open
-
-
-def _damage(data: bytes, at: int, end: int, header: BatchHeader) -> str:
-    """Why the batch in `data[at:end]` cannot be read; empty if it can."""
-    if header.magic != MAGIC:
-        return f"record format {header.magic}"
-    return "checksum" if crc32c.crc32c(memoryview(data)[at + CRC_FROM : end]) != header.crc else ""
 
 
 def _corrupt(position: int, header: BatchHeader, following: int | None, reason: str) -> Chunk:
@@ -269,11 +264,10 @@ def _chunk(
 
 
 def _slices(data: bytes, begins: I64, ends: I64) -> list[bytes | None]:
+    bounds = zip(begins.tolist(), ends.tolist(), strict=True)
     if len(ends) and ends.min() < 0:
-        return [
-            data[begin:end] if end >= 0 else None for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)
-        ]
-    return [data[begin:end] for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]
+        return [data[begin:end] if end >= 0 else None for begin, end in bounds]
+    return [data[begin:end] for begin, end in bounds]
 
 
 def _decompressed(payload: bytes, codec: int) -> bytes:

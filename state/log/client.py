@@ -64,19 +64,19 @@ class ClientSelector(selectors.DefaultSelector):
         self._keys: dict[int, selectors.SelectorKey] = {}
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
-        """Registers a socket."""
+        """See the base class."""
         key = super().register(fileobj, events, data)
         self._keys[key.fd] = key
         return key
 
     def modify(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
-        """Changes the events or the data of a registered socket."""
+        """See the base class."""
         key = super().modify(fileobj, events, data)
         self._keys[key.fd] = key
         return key
 
     def unregister(self, fileobj: Any) -> selectors.SelectorKey:
-        """Unregisters a socket."""
+        """See the base class."""
         key = super().unregister(fileobj)
         self._keys.pop(key.fd, None)
         return key
@@ -128,8 +128,7 @@ class _TokenProvider(AbstractTokenProvider):
         """An access token.
 
         Raises:
-            LogError: The function failed or returned no token. `failure` keeps the error, because the client retries
-                without reporting it.
+            LogError: The function failed or returned no token. The client retries without reporting it, so `failure` keeps it.
         """
         try:
             token = self._ask()
@@ -147,15 +146,9 @@ class _TokenProvider(AbstractTokenProvider):
 
 
 def connect(settings: Kafka, doing: str, make: Callable[..., Any], **options: object) -> Any:
-    """Creates a client of kafka-python; raises the errors of `translated`.
+    """Creates a client of kafka-python, with `options` in addition to `client_options`; raises the errors of `translated`.
 
-    If the client cannot connect, its threads and sockets are closed.
-
-    Args:
-        settings: Connection settings.
-        doing: The purpose; see `translated`.
-        make: One of the client's classes.
-        options: Options in addition to `client_options`.
+    If the client cannot connect, its threads and sockets are closed. `doing` is the purpose, as in `translated`.
     """
     begun: list[Any] = []
 
@@ -251,18 +244,6 @@ def fenced(doing: str) -> FencedWriter:
     )
 
 
-def gap(topic: str, topic_id: str, partition: int, position: int, begin: int, end: int) -> GapError:
-    """The error for our `position` outside a partition `[begin, end)`: deleted before it was read, or truncated."""
-    if position < begin:
-        return GapError(
-            f"topic {topic} partition {partition}: the stored position is {position}, but the log now begins at {begin}: "
-            f"{begin - position} positions were deleted unread",
-            "restore them, raise the topic's retention.ms, or accept the loss",
-            [Gap(Source(topic_id, partition), position, begin)],
-        )
-    return truncated(topic, topic_id, partition, position, end, end)
-
-
 def require_kept(topic: str, topic_id: str, partition: int, position: int, begin: int, end: int) -> None:
     """Checks that a partition with the positions `[begin, end)` can be read from `position`.
 
@@ -270,8 +251,15 @@ def require_kept(topic: str, topic_id: str, partition: int, position: int, begin
         GapError: Records from our position on were deleted before we read them.
         TruncatedLog: The log was truncated below our position.
     """
-    if not begin <= position <= end:
-        raise gap(topic, topic_id, partition, position, begin, end)
+    if position < begin:
+        raise GapError(
+            f"topic {topic} partition {partition}: the stored position is {position}, but the log now begins at {begin}: "
+            f"{begin - position} positions were deleted unread",
+            "restore them, raise the topic's retention.ms, or accept the loss",
+            [Gap(Source(topic_id, partition), position, begin)],
+        )
+    if position > end:
+        raise truncated(topic, topic_id, partition, position, end, end)
 
 
 def truncated(topic: str, topic_id: str, partition: int, position: int, kept: int, end: int) -> TruncatedLog:

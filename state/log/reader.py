@@ -435,14 +435,12 @@ class Reader:
             self._buffer.add(partition, chunks)
 
     def _check(self) -> int:
-        """Number of partitions, if the topic is still the same one."""
         info = self._topics.describe(self.topic)
         if info.topic_id != self.topic_id:
             raise made_again(self.topic, self.topic_id, info.topic_id)
         return info.partitions
 
     def _truncated(self, problem: kafka_errors.LogTruncationError) -> TruncatedLog:
-        """The error for the first partition that the client names."""
         self._check()
         partition = min(divergent.partition for divergent in problem.divergent_offsets)
         end_of_epoch = problem.divergent_offsets[TopicPartition(self.topic, partition)]

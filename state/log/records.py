@@ -146,15 +146,9 @@ class Chunk:
     leader_epoch: int = -1
 
 
-def split(chunk: Chunk, records: int) -> tuple[Chunk, Chunk]:
-    """Splits a chunk into its first `records` records and the rest."""
-    at = int(chunk.offsets[records])
-
-    def part(first: int, after: int, rows: slice) -> Chunk:
-        columns = (chunk.offsets[rows], chunk.timestamps_ms[rows], chunk.keys[rows], chunk.values[rows])
-        return Chunk(first, after, *columns, leader_epoch=chunk.leader_epoch)
-
-    return part(chunk.first, at, slice(None, records)), part(at, chunk.next, slice(records, None))
+def _part(chunk: Chunk, first: int, after: int, rows: slice) -> Chunk:
+    columns = (chunk.offsets[rows], chunk.timestamps_ms[rows], chunk.keys[rows], chunk.values[rows])
+    return Chunk(first, after, *columns, leader_epoch=chunk.leader_epoch)
 
 
 def take(chunks: deque[Chunk], max_records: int) -> list[Chunk]:
@@ -168,8 +162,9 @@ def take(chunks: deque[Chunk], max_records: int) -> list[Chunk]:
     while chunks and max_records > 0:
         chunk = chunks.popleft()
         if len(chunk.values) > max_records:
-            chunk, remainder = split(chunk, max_records)
-            chunks.appendleft(remainder)
+            at, head, tail = int(chunk.offsets[max_records]), slice(None, max_records), slice(max_records, None)
+            chunks.appendleft(_part(chunk, at, chunk.next, tail))
+            chunk = _part(chunk, chunk.first, at, head)
         max_records -= len(chunk.values)
         chunks_taken.append(chunk)
     return chunks_taken

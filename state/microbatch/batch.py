@@ -117,7 +117,6 @@ class Known:
     columns: Mapping[str, NDArray[Any]] | None = None
 
     def __len__(self) -> int:
-        """The number of rows."""
         return len(self.by)
 
     def __bool__(self) -> bool:
@@ -143,25 +142,26 @@ def counts(kind: NDArray[np.uint8]) -> dict[str, int]:
     >>> counts(np.array([Kind.ROW, Kind.OPENED, Kind.DROPPED, Kind.EXPIRED], np.uint8))
     {'rows': 1, 'opened': 2, 'feedback': 0, 'joined': 0, 'expired': 1, 'dropped': 1}
     """
-    return _named(np.bincount(kind, minlength=KIND_COUNT))
+    return counts_by_range(kind, np.zeros(len(kind), np.uint16), 1)[0]
 
 
 def counts_by_range(kind: NDArray[np.uint8], source: NDArray[np.uint16], ranges: int) -> list[dict[str, int]]:
     """Like `counts`, for each range of a batch; `source` is an index of its `ranges` ranges."""
     counts_of_kinds = np.bincount(source.astype(np.int64) * KIND_COUNT + kind, minlength=KIND_COUNT * ranges)
-    return [_named(counts_of_range) for counts_of_range in counts_of_kinds.reshape(-1, KIND_COUNT)[:ranges]]
-
-
-def _named(counts_of_kinds: NDArray[np.int64]) -> dict[str, int]:
-    rows, opened, dropped, feedback, joined, expired = counts_of_kinds.tolist()
-    return {
-        "rows": rows,
-        "opened": opened + dropped,
-        "feedback": feedback,
-        "joined": joined,
-        "expired": expired,
-        "dropped": dropped,
-    }
+    named = []
+    for counts_of_range in counts_of_kinds.reshape(-1, KIND_COUNT)[:ranges].tolist():
+        rows, opened, dropped, feedback, joined, expired = counts_of_range
+        named.append(
+            {
+                "rows": rows,
+                "opened": opened + dropped,
+                "feedback": feedback,
+                "joined": joined,
+                "expired": expired,
+                "dropped": dropped,
+            }
+        )
+    return named
 
 
 _ABSENT: NDArray[Any] = np.empty(0, np.uint8)
@@ -262,7 +262,6 @@ class MicroBatch:
                 object.__setattr__(self, name, absent_column(name, len(self.user)))
 
     def __len__(self) -> int:
-        """The number of rows."""
         return len(self.user)
 
     @property

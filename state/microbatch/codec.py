@@ -167,7 +167,6 @@ def _names(users: Iterable[str], items: Iterable[str]) -> tuple[tuple[str, ...],
 
 
 def _check(header: Header, columns: Columns) -> None:
-    """Raises MicroBatchError unless the columns match each other and the ranges."""
     if missing := [name for name in NAMES if name not in columns]:
         raise MicroBatchError(f"a micro-batch without the columns {', '.join(missing)}")
     rows = len(columns["user"])
@@ -207,7 +206,6 @@ def _check(header: Header, columns: Columns) -> None:
 
 
 def _sequences(columns: Columns) -> list[str]:
-    """The names of the sequence columns: all of `SEQUENCES` or none."""
     present = [name for name in SEQUENCES if name in columns]
     widths = {columns[name].shape[1:] for name in present}
     if present and (len(present) < len(SEQUENCES) or len(widths) > 1 or (0,) in widths):
@@ -288,14 +286,10 @@ def _middle(columns: Columns) -> int:
     return int(begins[np.argmin(np.abs(begins - len(offsets) // 2))]) if len(begins) else 0
 
 
-def _cut(middle: int) -> tuple[slice, slice]:
-    return slice(None, middle), slice(middle, None)
-
-
 def _halves(header: Header, columns: Columns, middle: int) -> list[tuple[Header, Columns]]:
     """The two halves of a batch cut before row `middle`; each half leaves out its empty ranges."""
     sources, offsets = columns["source"], columns["offset"]
-    halves: list[tuple[Header, Columns]] = []
+    parts_of_rows, halves = (slice(None, middle), slice(middle, None)), list[tuple[Header, Columns]]()
     ranges: tuple[list[Range], list[Range]] = ([], [])
     for index, source_range in enumerate(header.ranges):
         of_source = np.flatnonzero(sources == index)
@@ -306,10 +300,10 @@ def _halves(header: Header, columns: Columns, middle: int) -> list[tuple[Header,
         ranges[0].append(before)
         ranges[1].append(after)
     # A name stays with its first row; a name without a row stays with the first half.
-    first, second = ({*columns["item"][rows].tolist(), *columns["category"][rows].tolist()} for rows in _cut(middle))
+    first, second = ({*columns["item"][rows].tolist(), *columns["category"][rows].tolist()} for rows in parts_of_rows)
     late = {identity: text for identity, text in header.names.items() if identity in second - first}
     early = {identity: text for identity, text in header.names.items() if identity not in late}
-    for parts, rows, names in zip(ranges, _cut(middle), (early, late), strict=True):
+    for parts, rows, names in zip(ranges, parts_of_rows, (early, late), strict=True):
         used = [index for index, part in enumerate(parts) if part.next > part.first]
         index_of = np.zeros(max(len(parts), 1), np.uint16)
         index_of[used] = np.arange(len(used), dtype=np.uint16)

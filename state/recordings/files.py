@@ -21,6 +21,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -69,7 +70,7 @@ def csv_rows(
     chunk_rows: int = CHUNK_ROWS,
     remedy: str = REMEDY,
 ) -> Iterator[RecordedRows]:
-    """Reads CSV.
+    """Reads CSV, `chunk_rows` rows at a time.
 
     Args:
         stream: The bytes.
@@ -103,11 +104,11 @@ def csv_rows(
             text=lambda row: chunk[row][1],
         )
 
-    yield from (rows_of(chunk) for chunk in _chunks(records, chunk_rows))
+    while chunk := list(islice(records, chunk_rows)):
+        yield rows_of(chunk)
 
 
 def _named(stream: BinaryIO, where: str, columns: Sequence[str], delimiter: str) -> tuple[list[str], Iterator[Record]]:
-    """Returns the column names and the rows below the header."""
     lines = enumerate(stream, 1)
     for number, line in lines:
         text = line.removeprefix(BOM) if number == 1 else line
@@ -196,13 +197,7 @@ def _records(lines: Iterator[tuple[int, bytes]], delimiter: str, width: int) -> 
 def json_rows(
     stream: BinaryIO, where: str, wanted: Sequence[str], chunk_rows: int = CHUNK_ROWS
 ) -> Iterator[RecordedRows]:
-    """Reads JSON lines: one object per line.
-
-    Args:
-        stream: The bytes.
-        where: The file's name, for messages.
-        wanted: The fields to read; other fields are skipped.
-        chunk_rows: Rows at a time.
+    """Reads JSON lines, one object per line, `chunk_rows` at a time; fields other than `wanted` are skipped.
 
     Raises:
         SettingsError: The file is one JSON array.
@@ -211,7 +206,7 @@ def json_rows(
     numbered = ((number, line.removeprefix(BOM) if number == 1 else line) for number, line in enumerate(stream, 1))
     lines = ((number, line) for number, line in numbered if line.strip())
     first = True
-    for chunk in _chunks(lines, chunk_rows):
+    while chunk := list(islice(lines, chunk_rows)):
         if first and chunk[0][1].lstrip().startswith(b"["):
             raise SettingsError(
                 f"{where}: a JSON array", "a recording has one object a line: `jq -c '.[]' FILE` makes one"
@@ -221,7 +216,6 @@ def json_rows(
 
 
 def _decoder(wanted: Sequence[str]) -> Callable[[bytes], tuple[Any, ...]]:
-    """Returns a decoder that reads the wanted fields of one object, in their order."""
     fields: list[Any] = [(f"field_{index}", Any, None) for index in range(len(wanted))]
     rename = {f"field_{index}": name for index, name in enumerate(wanted)}
     decode = msgspec.json.Decoder(msgspec.defstruct("Row", fields, rename=rename, gc=False)).decode
@@ -248,21 +242,9 @@ def _json_chunk(
     )
 
 
-def _chunks(items: Iterator[Any], count: int) -> Iterator[list[Any]]:
-    chunk: list[Any] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == count:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
 def _parquet_rows(
     path: Path, wanted: Sequence[str], chunk_rows: int = CHUNK_ROWS, remedy: str = REMEDY
 ) -> Iterator[RecordedRows]:
-    """Reads Parquet; only the wanted columns are decoded."""
     with pq.ParquetFile(path) as file:
         names = file.schema_arrow.names
         for name in wanted:
@@ -271,9 +253,11 @@ def _parquet_rows(
         first = 1
         for batch in file.iter_batches(batch_size=chunk_rows, columns=list(wanted)):
             columns = {name: _as_values(batch.column(name)) for name in wanted}
-            yield RecordedRows(
-                columns, np.arange(first, first + len(batch), dtype=np.int64), frozenset(), _text_of(columns)
-            )
+
+            def text(row: int, columns: Mapping[str, Sequence[Any]] = columns) -> bytes:
+                return "; ".join(f"{name}: {values[row]!r}" for name, values in columns.items()).encode()
+
+            yield RecordedRows(columns, np.arange(first, first + len(batch), dtype=np.int64), frozenset(), text)
             first += len(batch)
 
 
@@ -291,20 +275,14 @@ def _as_values(column: pa.Array) -> list[Any]:
         return list(column.cast(pa.timestamp("us", kind.tz), safe=False).to_pylist())
     values: list[Any] = column.to_pylist()
     if pa.types.is_floating(kind):
-        return [None if value is None or math.isnan(value) else _whole(value) for value in values]
+        values = [None if value is None or math.isnan(value) else value for value in values]
+        return [int(value) if value is not None and value.is_integer() else value for value in values]
     if pa.types.is_decimal(kind):
-        return [None if value is None else _exact(value) for value in values]
+        values = [int(value) if value is not None and value == value.to_integral_value() else value for value in values]
+        return [str(value) if isinstance(value, Decimal) else value for value in values]
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return [None if value is None else _as_text(value) for value in values]
     return values
-
-
-def _whole(value: float) -> float | int:
-    return int(value) if value.is_integer() else value
-
-
-def _exact(value: Decimal) -> int | str:
-    return int(value) if value == value.to_integral_value() else str(value)
 
 
 def _as_text(value: bytes) -> str | bytes:
@@ -313,10 +291,6 @@ def _as_text(value: bytes) -> str | bytes:
         return value.decode()
     except UnicodeDecodeError:
         return value
-
-
-def _text_of(columns: Mapping[str, Sequence[Any]]) -> Callable[[int], bytes]:
-    return lambda row: "; ".join(f"{name}: {values[row]!r}" for name, values in columns.items()).encode()
 
 
 @dataclass(frozen=True)
@@ -376,12 +350,7 @@ class Recording:
             ) from None
 
     def encoded(self, encoder: Encoder, events: Events, chunk_rows: int = CHUNK_ROWS) -> Generator[EncodedRows]:
-        """Encodes all rows of all files as records, in the order of the files.
-
-        Raises:
-            SettingsError: As `rows`.
-            UnreadableRecording: As `rows`.
-        """
+        """Encodes all rows of all files as records, in the order of the files; raises the errors of `rows`."""
         fields = mapped_fields(events)
         for number in range(len(self.files)):
             with closing(self.rows(number, fields, chunk_rows)) as chunks:

@@ -12,9 +12,8 @@ import msgspec
 from msgspec.structs import replace as changed
 
 from state.errors import UnfitMask, UnfitVersion
-from state.features.erased import Erased
+from state.features.erased import Erased, MaskedUsers
 from state.features.mask import Mask
-from state.features.masked_users import MaskedUsers
 from state.registry.log_line import WHOLE, LogLine, from_json, to_json
 
 FORMAT, EXTENDED = 1, 2

@@ -12,8 +12,7 @@ from typing import Any, Literal
 from state import layout
 from state.disk import files as durable
 from state.errors import ControlConflict, CorruptVersion, RegistryError, UnfitMask
-from state.features.erased import Erased, Erasure
-from state.features.masked_users import MaskedUsers
+from state.features.erased import Erased, Erasure, MaskedUsers
 from state.process import killpoints
 from state.process.said_once import SaidOnce
 from state.registry import control as documents

@@ -306,12 +306,6 @@ def sweep_row(cursor: lmdb.Cursor, start: bytes, branches: Sequence[Branch]) -> 
     return floor
 
 
-def has_rows(transaction: lmdb.Transaction, rows: lmdb._Database, lane: int) -> bool:
-    """Whether a lane has any rows."""
-    cursor = transaction.cursor(rows)
-    return bool(cursor.set_range(lane_start(lane))) and lane_of(bytes(cursor.key())) == lane
-
-
 class RowStore(LmdbStore):
     """The row store. One thread of one process writes; any number of processes read.
 
@@ -416,26 +410,15 @@ class RowStore(LmdbStore):
                 transaction, self._databases, manifest.version, tensors, None if parent is None else parent.version
             )
             dims = {} if parent is None else dict(parent.dims)
-            self._put_record(manifest, parent, lane, dims | entries.dims, now_ms, transaction)
+            serial = int.from_bytes(stored(transaction, b"serial", self._meta) or b"", "big") + 1
+            transaction.put(b"serial", u64(serial), db=self._meta)
+            record = Served.of(manifest, parent, serial, lane, dims | entries.dims, now_ms)
+            transaction.put(u64(manifest.version), record.to_json(), db=self._versions)
             served = (stored(transaction, b"served", self._meta) or b"")[:8]
             if follow or served == u64(manifest.version):
                 self._point(manifest.version, transaction)
         self._to_check += to_check
         return True
-
-    def _put_record(
-        self,
-        manifest: Manifest,
-        parent: Served | None,
-        lane: int,
-        dims: dict[str, int],
-        now_ms: int,
-        transaction: lmdb.Transaction,
-    ) -> None:
-        serial = int.from_bytes(stored(transaction, b"serial", self._meta) or b"", "big") + 1
-        transaction.put(b"serial", u64(serial), db=self._meta)
-        record = Served.of(manifest, parent, serial, lane, dims, now_ms)
-        transaction.put(u64(manifest.version), record.to_json(), db=self._versions)
 
     def _point(self, version: int, transaction: lmdb.Transaction) -> None:
         record = Served.parse(required(transaction, version, self._versions))
@@ -463,7 +446,9 @@ class RowStore(LmdbStore):
     def _begin_lane(self, transaction: lmdb.Transaction) -> int:
         used = {record.lane for record in self._records(transaction)}
         for lane in range(LANES):
-            if lane not in used and not has_rows(transaction, self._rows, lane):
+            cursor = transaction.cursor(self._rows)
+            has_rows = bool(cursor.set_range(lane_start(lane))) and lane_of(bytes(cursor.key())) == lane
+            if lane not in used and not has_rows:
                 # Any version may be added to this lane again.
                 floors = {name: floor for name, floor in self._floors(transaction).items() if name != str(lane)}
                 self._put_floors(transaction, floors)
@@ -487,7 +472,6 @@ class RowStore(LmdbStore):
         return [Served.parse(record) for _, record in transaction.cursor(self._versions)]
 
     def _drop(self, transaction: lmdb.Transaction, versions: Collection[int]) -> tuple[int, list[tuple[int, Changes]]]:
-        """Drops versions; returns how many were stored, and by lane the rows to check after the commit."""
         records = self._records(transaction)
         dropped = [record for record in records if record.version in versions]
         to_check: list[tuple[int, Changes]] = []
@@ -555,7 +539,6 @@ class RowStore(LmdbStore):
         return bool(self._to_check) or self._dead_lanes
 
     def _check_rows(self, retained: Mapping[int, Sequence[Branch]], at_most: int) -> int:
-        """Deletes unread entries of the next `at_most` rows; returns how many rows it checked."""
         lane, rows = self._to_check[0]
         tables, ids = rows[:, :at_most].tolist()
         with self._write() as transaction:
@@ -571,7 +554,6 @@ class RowStore(LmdbStore):
         return len(ids)
 
     def _delete_dead_lanes(self, retained: Mapping[int, Sequence[Branch]]) -> None:
-        """Deletes some rows of lanes without versions, once no row is left to check."""
         empty, at_most = set(range(LANES)) - {*retained}, LANE_ROWS_AT_ONCE
         with self._write() as transaction:
             for lane in sorted(empty):
@@ -618,7 +600,6 @@ class RowStore(LmdbStore):
         return deleted
 
     def _leave_out(self, transaction: lmdb.Transaction, version: int, ids: U64) -> None:
-        """Removes ids from the list of a version's changes, because they no longer have entries."""
         written = np.frombuffer(transaction.get(u64(version), b"", db=self._changes), np.uint64).reshape(2, -1)
         is_erased = np.isin(written[1], ids)
         if is_erased.any():

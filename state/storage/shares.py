@@ -70,11 +70,7 @@ def store_bytes(settings: Settings, part: str, store: str) -> int:
 def map_bytes(settings: Settings, part: str, store: str, folder: Path) -> int:
     """The map size with which the writer opens a store: its share, or slightly more than its present size.
 
-    Args:
-        settings: The effective settings.
-        part: `stream` or `serving`.
-        store: Its name in `state/layout.py`.
-        folder: Present or future directory of the store.
+    `part` is `stream` or `serving`, `store` a name in `state/layout.py`, and `folder` the store's directory, if it exists.
     """
     data = folder / layout.DATA
     present_bytes = data.stat().st_size if data.exists() else 0

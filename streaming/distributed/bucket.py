@@ -36,7 +36,7 @@ from state.history.appends import Appends
 from state.history.sweeping import READ_TIMES, SPARE, STEPS, ReadTimes
 from state.history.waiting import Changes, Extra, WaitingRows, place_of
 from state.positions import Range, Source
-from streaming.distributed.portions import Portion, decode, encode
+from streaming.distributed.portions import Portion, decode, encode, stored
 from streaming.event_clock import clock_of_all
 from streaming.labels import Labels
 from streaming.profile import Profiler
@@ -69,7 +69,6 @@ class Delta:
     extra: Mapping[str, bytes] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        """Whether it changes anything."""
         return bool(len(self.appends.events) or self.waiting or self.extra)
 
 
@@ -108,19 +107,19 @@ class BucketStore:
         return [outwards(np.frombuffer(events.get(user, b""), EVENT)) for user in users]
 
     def extra(self, name: str) -> bytes | None:
-        """A named value of the store's owner; None if it is not set."""
+        """See `HistoryStore.extra`."""
         return self._extra.get(name)
 
     def waiting(self) -> Iterator[tuple[bytes, bytes]]:
-        """The waiting rows as pairs of key and value, sorted by key."""
+        """See `HistoryStore.waiting`."""
         return iter(sorted(self._waiting.items()))
 
     def waiting_values(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """The rows under `keys`; None for a row that does not wait."""
+        """See `HistoryStore.waiting_values`."""
         return [self._waiting.get(key) for key in keys]
 
     def waiting_rows(self) -> int:
-        """How many rows wait."""
+        """See `HistoryStore.waiting_rows`."""
         return len(self._waiting)
 
     def inwards(self, appends: Appends) -> Appends:
@@ -347,7 +346,6 @@ class BucketCore:
         self._profiler.forget(evicted)
 
     def _waits_of_old_topics(self, ranges: Sequence[Range]) -> list[bytes]:
-        """The keys of rows that wait for outcomes of a topic that was replaced by a new one."""
         new = {part.source.topic_id for part in ranges if part.source not in self.places}
         if not new - {source.topic_id for source in self.places}:
             return []
@@ -416,12 +414,6 @@ class Head:
     delta_bytes: int = 0
     erased: int = 0
 
-    @classmethod
-    def of(cls, cells: Cells) -> Head:
-        """Reads the head of a bucket."""
-        value = cells.head.read()
-        return cls() if value is None else decode(value, cls)
-
 
 Opens = Callable[[BucketStore, dict[Source, BucketPlace], int], BucketCore]
 """Creates the core of a bucket from its store, its positions, and its last erasure."""
@@ -448,7 +440,7 @@ class Buckets:
             PositionConflict: The portion does not start at the bucket's positions.
             SaltMismatch: The state was written with another salt.
         """
-        head = Head.of(cells)
+        head = stored(cells.head, Head)
         # 1.
         core = self._from_cache(bucket, head.token)
         if core is None:
@@ -478,7 +470,7 @@ class Buckets:
             self._cached.clear()
 
     def _from_cache(self, bucket: int, token: str) -> BucketCore | None:
-        """Removes and returns the bucket if it is cached at `token`; otherwise None."""
+        """Removes and returns the bucket if it is cached at `token`."""
         with self._lock:
             cached = self._cached.pop(bucket, None)
         return cached[1] if cached is not None and cached[0] == token else None

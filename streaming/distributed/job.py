@@ -33,6 +33,7 @@ from state.events.identity import own_salt
 from state.flink import JobManager, url
 from state.log import Log
 from state.log.accepted_gaps import Consent
+from state.log.client import first_line
 from state.registry.model_fit import require_same_model
 from streaming.context import NO_CONSENT, ensure_topics
 from streaming.distributed.account import KeepAccount, WriteBuckets
@@ -93,11 +94,10 @@ def beam_options(runner: str, words: Sequence[str], settings: Settings) -> Pipel
     else:
         filled.append(("runner", runner))
     options = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
-    return PipelineOptions([*(_word(name, value) for name, value in filled if name not in options), *words])
-
-
-def _word(name: str, value: object) -> str:
-    return f"--{name}" if value is True else f"--{name}={value}"
+    filled_words = [
+        f"--{name}" if value is True else f"--{name}={value}" for name, value in filled if name not in options
+    ]
+    return PipelineOptions([*filled_words, *words])
 
 
 class FlinkJob:
@@ -169,22 +169,19 @@ def permanent(failure: str) -> str:
     return ""
 
 
-def _wake(element: object, sources: int) -> list[tuple[int, bytes]]:
-    return [(source, b"") for source in range(sources)]
-
-
 def build_distributed(pipeline: beam.Pipeline, plan: JobPlan) -> PCollection[None]:
     """Applies the job to `pipeline`."""
-    woken, portion, report = tuple[int, bytes], tuple[int, bytes], tuple[int, bytes]
+    keyed, sources = tuple[int, bytes], plan.settings.stream.sources
     # Sources wake themselves. But when input ends, an engine drops the state of keys, and Flink is busy with timers.
     endless = PeriodicImpulse(fire_interval=WAKE_S, rebase=RebaseMode.REBASE_START)
     accounted: PCollection[None] = (
         pipeline
         | "Start" >> (endless if plan.until is None else beam.Impulse())
-        | "Wake sources" >> beam.FlatMap(_wake, plan.settings.stream.sources).with_output_types(woken)
-        | "Read partitions" >> beam.ParDo(ReadPartitions(plan)).with_output_types(portion)
+        | "Wake sources"
+        >> beam.FlatMap(lambda _: [(source, b"") for source in range(sources)]).with_output_types(keyed)
+        | "Read partitions" >> beam.ParDo(ReadPartitions(plan)).with_output_types(keyed)
         | "Update buckets" >> beam.ParDo(UpdateBuckets(plan)).with_output_types(BucketRows)
-        | "Write buckets" >> beam.ParDo(WriteBuckets(plan)).with_output_types(report)
+        | "Write buckets" >> beam.ParDo(WriteBuckets(plan)).with_output_types(keyed)
         | "Keep account" >> beam.ParDo(KeepAccount(plan))
     )
     return accounted
@@ -232,7 +229,7 @@ def run_on_engine(
     # Whatever a runner raises: gRPC's errors, those of a job server, of a library that is not installed.
     except Exception as error:
         raise JobFailed(
-            f"the job cannot be submitted to {runner}: {_first_line(error)}",
+            f"the job cannot be submitted to {runner}: {first_line(error)}",
             "check that the engine runs (`springtide flink status`), and that it is of Beam's release",
         ) from error
     local = not any(word.startswith("--job_endpoint") for word in words)
@@ -291,7 +288,3 @@ def _report_end(state: str, runner: str, job: FlinkJob | None) -> None:
             f"the job has ended on {runner}, {state.lower()}{also}",
             "read the engine's log; `springtide flink status` names the checkpoint to resume from",
         )
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -33,8 +33,6 @@ def _as_array(kind: object, values: Any) -> NDArray[Any]:
 
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=_as_values)
-
-
 _decoders: dict[object, msgspec.msgpack.Decoder[Any]] = {}
 
 
@@ -56,6 +54,12 @@ def decode(data: bytes, kind: type[Value]) -> Value:
     if kind not in _decoders:
         _decoders[kind] = msgspec.msgpack.Decoder(kind, dec_hook=_as_array)
     return cast(Value, _decoders[kind].decode(data))
+
+
+def stored(state: Any, kind: type[Value]) -> Value:
+    """Decodes a value of the engine's state; an empty one is `kind()`."""
+    data = state.read()
+    return kind() if data is None else decode(data, kind)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry
@@ -26,12 +27,11 @@ from state.features.spec import FeatureSpec
 from state.log import KERNELS, Log
 from state.log.accepted_gaps import Consent
 from state.metrics import StreamMetrics
-from state.positions import Source
 from state.registry.controls import Controls
 from state.registry.sharing import copying
 from streaming.attributes import Join
 from streaming.context import open_join
-from streaming.distributed.bucket import BucketCore, BucketPlace, Buckets, BucketStore
+from streaming.distributed.bucket import BucketCore, Buckets
 from streaming.labels import unused_kernels
 from streaming.rows import Rows
 from streaming.writer import report_to
@@ -40,33 +40,25 @@ MASKS_KEPT = 8
 logger = logging.getLogger(__name__)
 
 
-def group_of(kafka: Kafka) -> str:
-    """The group whose offsets record how far dead letters were reported.
-
-    >>> group_of(Kafka(group="shop"))
-    'shop-attribute-letters'
-    """
-    return f"{kafka.group}-attribute-letters"
-
-
 def report_once(kafka: Kafka, topic: str, log: Log, report: Report, reports: Callable[[], bool]) -> Report:
     """Returns a handler that reports the refused records of a topic of attributes, each one once.
 
-    The progress is stored as offsets of the group `group_of`. `reports` returns whether this process reports.
+    The progress is stored as offsets of a separate group. `reports` returns whether this process reports.
     """
+    group = f"{kafka.group}-attribute-letters"
 
     def report_new(bad: Sequence[DeadLetter]) -> None:
         if not reports():
             return
         with log.topics() as topics:
-            reported = topics.committed(group_of(kafka), topic)
+            reported = topics.committed(group, topic)
             new = [letter for letter in bad if letter.offset >= reported.get(letter.source.partition, 0)]
             if new:
                 report(new)
                 # Of each partition the last offset counts.
                 in_order = sorted(new, key=lambda letter: letter.offset)
                 ends = {letter.source.partition: letter.offset + 1 for letter in in_order}
-                topics.commit(group_of(kafka), topic, ends)
+                topics.commit(group, topic, ends)
 
     return report_new
 
@@ -147,7 +139,8 @@ class JobWorker:
             raise SaltMismatch.between(str(self.settings.salt_path), self.salt.fingerprint, plan.salt)
         self.registry = CollectorRegistry()
         self.metrics = StreamMetrics(self.registry)
-        self.buckets = Buckets(self.open_core, self.spec.history)
+        open_core = partial(BucketCore, self.settings, self.spec, plan.salt)
+        self.buckets = Buckets(open_core, self.spec.history)
         self.closing = ExitStack()
         self._lock, self._joining = threading.Lock(), threading.Lock()
         self._reading: dict[int, Closable] = {}
@@ -191,7 +184,6 @@ class JobWorker:
                 self._following.close()
 
     def _open_join(self) -> Join:
-        """The attributes of the topics, in a directory of this process, and their follower."""
         scratch = self._following.enter_context(tempfile.TemporaryDirectory(prefix="springtide-attributes-"))
         own_paths = replace(self.settings, paths=replace(self.settings.paths, state=scratch))
         kafka, metrics = self.settings.kafka, self.metrics
@@ -202,10 +194,6 @@ class JobWorker:
         join = open_join(own_paths, self.salt, metrics, self._following, reports=reports)
         assert join is not None, "called only if topics are configured"
         return join
-
-    def open_core(self, store: BucketStore, places: dict[Source, BucketPlace], erased: int) -> BucketCore:
-        """The core of a bucket, from the engine's state of it."""
-        return BucketCore(self.settings, self.spec, self.plan.salt, store, places, erased)
 
     def take_reading(self, source: int) -> Closable | None:
         """Takes the open partitions of a source for exclusive use; None if this process has none."""

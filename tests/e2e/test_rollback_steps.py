@@ -17,8 +17,8 @@ from msgspec import structs
 from deploy import cli
 from deploy.operate import log_view
 from state.events.identity import Salt, load_salt, user_id
+from state.features.erased import MaskedUsers
 from state.features.mask import Mask
-from state.features.masked_users import MaskedUsers
 from state.history import rewinding
 from state.history.store import HistoryStore
 from state.positions import Source

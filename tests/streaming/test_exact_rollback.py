@@ -22,7 +22,7 @@ from state.positions import Source
 from state.registry.control import roll_back, start
 from state.registry.controls import Controls
 from state.registry.log_line import WHOLE, turned
-from streaming.rebuild import progress_on, rebuild
+from streaming.rebuild import rebuild
 from tests.conftest import KafkaFactory
 from tests.streaming.streams import (
     BEGIN_MS,
@@ -88,7 +88,7 @@ def test_the_stream_reverts_reads_again_and_is_rebuilt_along_the_new_branch(
     offsets = [letter["offset"] for letter in headers_of(kafka, kafka.dead_letters_topic)]
     assert offsets == ["7", str(GOOD + 7)]
     # 4. A lost store comes back along the branch.
-    rebuild(settings, None, progress_on(io.StringIO()))
+    rebuild(settings, None, io.StringIO())
     assert content(settings) == before
 
 

@@ -18,7 +18,7 @@ from state.features.spec import FeatureSpec
 from state.layout import HISTORIES, WRITER, streams
 from state.log import Topics, Writer
 from streaming.histories import open_histories
-from streaming.rebuild import progress_on, rebuild
+from streaming.rebuild import rebuild
 from streaming.writer import id_of_first_release, keep_id, last_id, note_first_release, open_writer, transactional_id
 from tests.conftest import KafkaFactory
 from tests.streaming.streams import (
@@ -161,7 +161,7 @@ def test_a_rebuild_takes_all_partitions_fences_every_shard_and_sets_their_stores
     whole, zombies = digest(settings), sharded(settings)
     # As a shard leaves it: of its own partitions alone.
     shutil.rmtree(settings.stream_dir / HISTORIES)
-    rebuild(settings, None, progress_on(io.StringIO()))
+    rebuild(settings, None, io.StringIO())
     assert digest(settings) == whole
     assert [one.parent for one in streams(settings.state_dir)] == [settings.stream_dir]
     assert (shard(settings, 1) / "histories.bad1").is_dir() and (shard(settings, 2) / "histories.bad1").is_dir()
@@ -177,5 +177,5 @@ def test_a_shard_that_still_runs_here_is_not_rebuilt_over(settings: Settings) ->
     for zombie in sharded(settings).values():
         zombie.close()
     with DirectoryLock(shard(settings, 1)), pytest.raises(LockHeld):
-        rebuild(settings, None, progress_on(io.StringIO()))
+        rebuild(settings, None, io.StringIO())
     assert len(streams(settings.state_dir)) == SHARDS

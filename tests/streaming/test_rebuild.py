@@ -31,7 +31,7 @@ from state.positions import Source
 from state.process import killpoints
 from streaming import histories
 from streaming.accounts import faults
-from streaming.rebuild import Rebuilt, progress_on, rebuild
+from streaming.rebuild import Rebuilt, rebuild
 from tests import forked
 from tests.conftest import KafkaFactory
 from tests.disks import crash
@@ -95,7 +95,7 @@ def lost(kafka: Running, tmp_path_factory: pytest.TempPathFactory) -> Lost:
 
 
 def rebuilt(settings: Settings, copy: Path | None = None) -> Rebuilt:
-    return rebuild(settings, copy, progress_on(io.StringIO()))
+    return rebuild(settings, copy, io.StringIO())
 
 
 def snapshot(settings: Settings, polls: int) -> int:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from state.config.settings import Settings
-from state.features.masked_users import MaskedUsers
+from state.features.erased import MaskedUsers
 from state.log import Log
 from state.microbatch.codec import decode
 from state.positions import Source

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from safetensors.numpy import save
 
 from state.churn import PREFIX as CHURN
-from state.features.masked_users import MaskedUsers
+from state.features.erased import MaskedUsers
 from state.probe import PREFIX
 from state.ranking.crosses import Crosses
 from state.registry import tensor_files

@@ -12,8 +12,8 @@ from deploy.serving.answers.interests import newest_item
 from deploy.serving.answers.predictor import KINDS, Predictor
 from deploy.serving.answers.query import Answer, Query
 from state.events.identity import Salt, public_id, user_id
+from state.features.erased import MaskedUsers
 from state.features.mask import Mask
-from state.features.masked_users import MaskedUsers
 from state.features.spec import EVENT, LABELLED, POSITIVE, FeatureSpec, vectorise
 from state.history.appends import Appends
 from state.layout import PROGRAMS

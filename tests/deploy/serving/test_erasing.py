@@ -12,8 +12,7 @@ from safetensors.numpy import save
 
 from deploy.serving.following.erasing import HostErasures
 from deploy.serving.following.versions import VersionFollower
-from state.features.erased import Erased
-from state.features.masked_users import MaskedUsers
+from state.features.erased import Erased, MaskedUsers
 from state.features.spec import FeatureSpec
 from state.layout import PROGRAMS, ROWS
 from state.metrics import ApplierMetrics

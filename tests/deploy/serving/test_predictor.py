@@ -18,8 +18,7 @@ from deploy.serving.requests.http import encode
 from deploy.serving.version_files import VersionFiles, read_program
 from state.errors import CorruptVersion, NotReady, ProgramError, SaltMismatch, SpecMismatch
 from state.events.identity import Salt, public_id, user_id
-from state.features.erased import EVERYTHING, Erased
-from state.features.masked_users import MaskedUsers
+from state.features.erased import EVERYTHING, Erased, MaskedUsers
 from state.features.spec import FeatureSpec, Mask, vectorise
 from state.history.actions import numbered
 from state.history.appends import Appends

@@ -22,8 +22,7 @@ from deploy.serving.notes import CAUGHT_UP_EXTRA, name_extra
 from state.config.sections import HistorySettings, Kafka, Paths, StorageSettings
 from state.config.settings import Settings
 from state.events.identity import fingerprint_at
-from state.features.erased import Erased
-from state.features.masked_users import MaskedUsers
+from state.features.erased import Erased, MaskedUsers
 from state.features.spec import FeatureSpec
 from state.history import snapshots
 from state.history.appends import Appends

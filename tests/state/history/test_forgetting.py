@@ -8,8 +8,7 @@ import numpy as np
 
 from state.accounts import StreamAccount
 from state.disk.lmdb_store import PAGES_MS
-from state.features.erased import Erased
-from state.features.masked_users import MaskedUsers
+from state.features.erased import Erased, MaskedUsers
 from state.features.spec import EVENT, Events
 from state.history.appends import Appends
 from state.history.store import HistoryStore

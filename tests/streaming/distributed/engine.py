@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from apache_beam.utils.timestamp import Timestamp
 
 from streaming.distributed.account import Account, BundleReport, WriteBuckets
-from streaming.distributed.portions import decode, encode
+from streaming.distributed.portions import decode, encode, stored
 from streaming.distributed.steps import ReadPartitions, UpdateBuckets
 from streaming.distributed.worker import JobPlan, worker_of
 
@@ -75,7 +75,7 @@ class Kept:
 
     readings: dict[int, OneValue]
     buckets: dict[int, BucketState] = field(default_factory=dict)
-    account: bytes | None = None
+    account: OneValue = field(default_factory=OneValue)
 
 
 class Engine:
@@ -128,9 +128,9 @@ class Engine:
         """Finishes the bundle of a writing task, whose account is told."""
         writer = self._writers[sink]
         for one in writer.finish_bundle():
-            account = Account.of(self.now.account)
+            account = stored(self.now.account, Account)
             account.take_bundle(decode(one.value[1], BundleReport))
-            self.now.account = encode(account)
+            self.now.account.write(encode(account))
         writer.start_bundle()
 
     def checkpoint(self) -> None:

@@ -17,8 +17,8 @@ from state.attributes.values import AttributeTable, tables_of
 from state.config.sections import Attributes, Events, Features, Kafka, LabelSettings, Paths, Stream
 from state.config.settings import Settings
 from state.events.identity import Salt, load_salt, public_id, user_id
+from state.features.erased import MaskedUsers
 from state.features.mask import Mask
-from state.features.masked_users import MaskedUsers
 from state.history.store import HistoryStore
 from state.log import topic_plan
 from state.metrics import StreamMetrics

@@ -18,7 +18,7 @@ from deploy.operate.erase import erase, holdings
 from state.config.sections import Attributes
 from state.config.settings import Settings
 from state.events.identity import load_salt, user_id
-from state.features.masked_users import MaskedUsers
+from state.features.erased import MaskedUsers
 from state.features.spec import FeatureSpec
 from state.log import Topics
 from state.positions import Source
@@ -31,6 +31,7 @@ from state.registry.registry import Registry
 from streaming.distributed.account import PART, Account
 from streaming.distributed.bucket import Cells, Head
 from streaming.distributed.job import build_distributed, plan_of
+from streaming.distributed.portions import stored
 from streaming.distributed.worker import JobPlan, close_workers, worker_of
 from tests.conftest import KafkaFactory
 from tests.deploy.operating import draft
@@ -89,7 +90,7 @@ class Shop:
 
     @property
     def account(self) -> Account:
-        account = Account.of(self.engine.now.account)
+        account = stored(self.engine.now.account, Account)
         assert account.faults() == ()
         return account
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from state.features.masked_users import MaskedUsers
+from state.features.erased import MaskedUsers
 from state.microbatch.codec import decode
 from state.registry.registry import SERVING
 from tests.trainer.clicks import microbatch, small_settings
