@@ -57,8 +57,6 @@ class _Partition:
         clock_ms: Its clock; None if nothing was read, or the records gave no time.
         newest_ms: The maximum of its clock so far.
         pace_ms: Event time that a record takes; None until two batches were read.
-        late: Whether it reads late clicks.
-        begun: Whether anything was read.
         silent_s: How long its polls have returned nothing.
         ends: End offsets of the partitions when it began to wait; None while it does not wait.
     """
@@ -124,16 +122,12 @@ class Alignment:
             state.ends = None if partition in returning else state.ends
 
     def shares(self, positions: Mapping[int, ReadingPlace], most: int) -> dict[int, int]:
-        """Returns how many records to read of each partition; partitions that wait are absent.
+        """Returns how many records to read of each partition, `most` over all; partitions that wait are absent.
 
         >>> two = Alignment(max_skew_ms=60_000)
         >>> for number, crowd_ms in ((0, 1_000_000), (1, 0)): two.follow(number, 0, Reached(crowd_ms, False))
         >>> two.shares({0: ReadingPlace(5, 9), 1: ReadingPlace(7, 9)}, 100), two.shares({0: ReadingPlace(5, 9), 1: ReadingPlace(16, 0)}, 100)
         ({1: 16}, {0: 16, 1: 12})
-
-        Args:
-            positions: Of all partitions that are read.
-            most: Maximum number of records over all partitions.
         """
         states = {number: self.partitions.setdefault(number, _Partition()) for number in positions}
         unread = [number for number, at in positions.items() if at.unread > 0]
@@ -181,9 +175,8 @@ def _divided(states: Mapping[int, _Partition], behind: Sequence[int], most: int)
 def to_one_time(clocks: Sequence[tuple[int, float]], most: int) -> list[int]:
     """How many records to read of each partition so that the earliest ones reach a common event time.
 
-    Args:
-        clocks: For each partition its clock in ms, and the event time that a record takes in ms, above 0.
-        most: Maximum number of records over all. The result may be slightly lower; the earliest gets at least one.
+    `clocks` gives the clock of each, ms, and the event time that a record takes, ms, above 0. All together read at most
+    `most` records, perhaps slightly fewer; the earliest gets at least one.
 
     >>> to_one_time([(0, 10.0), (0, 30.0)], 100), to_one_time([(0, 10.0), (500, 10.0), (9_999, 10.0)], 100)
     ([75, 25], [75, 25, 0])

@@ -111,14 +111,9 @@ class Tally:
     """Counts of a sample so far.
 
     Attributes:
-        clicks: Events.
         examples: Rows used for training: all events except outcomes and impressions that have no label yet.
-        dropped: Impressions that could not wait.
         records: Records, refused ones included.
         refused: Records that are not clicks, by reason.
-        names: Names of category ids.
-        newest_ms: Time of the newest click.
-        reported_s: When progress was last reported.
     """
 
     clicks: int = 0
@@ -150,11 +145,6 @@ class Sample(JobContext):
     """The context of one bootstrap; its store is deleted afterwards.
 
     Attributes:
-        say: Receives progress messages.
-        clock_s: Wall clock, seconds.
-        began_s: Wall clock at the start of reading.
-        tally: Counts so far.
-        statistics: Statistics of the rows so far.
         asked: The options that the preprocessing read, as recorded by `AskedModel`.
     """
 

@@ -49,11 +49,7 @@ class CommitReport:
 
     Attributes:
         ranges: The positions, those of one source in order.
-        records: Number of micro-batches.
-        rows: Number of their rows.
-        seconds: How long it took.
         truncated: Rows whose history was truncated.
-        letters: Dead letters by reason.
         off: Wrong clocks; the newest refused click of a batch represents all refused ones.
     """
 

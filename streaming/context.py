@@ -72,15 +72,9 @@ class JobContext:
     The Beam thread uses it. The commit thread uses the store, notifies the profiler of commits, and looks up labels.
 
     Attributes:
-        settings: The effective settings.
-        spec: The feature spec.
         store: Histories, positions and waiting impressions.
-        parser: Parses records into events.
-        profiler: Histories in memory.
-        clock: The event clock.
         labels: Waiting impressions; None if none can wait.
         join: Attributes of users and items; None if none are configured.
-        mask: The clicks that are left out.
     """
 
     settings: Settings
@@ -131,11 +125,9 @@ class StreamContext(JobContext):
     """All resources of one stream process; created by `open_stream`.
 
     Attributes:
-        topic_id: The id of the topic of clicks.
         reader: Reads the clicks; used by the Beam thread only, except for `commit_group` and `leader_epoch`.
         leaders: Leader epoch of the newest click before each position; used by the commit thread only.
         writer: Writes micro-batches and dead letters; used by the commit thread only.
-        metrics: Metrics of the process.
         room: Lets a commit wait for disk space; used by the commit thread only.
         closing: Callbacks that run, last in first out, before the above is closed.
         stopping: Set by a signal; no further poll begins then.

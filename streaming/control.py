@@ -53,7 +53,6 @@ class Desired:
 
     Attributes:
         branch: The branch of the training log; the stream writes its last epoch.
-        mask: The clicks that are left out.
     """
 
     branch: LogLine
@@ -70,8 +69,6 @@ class ControlWatch:
 
     Args:
         registry: The registry's directory, which need not exist.
-        own: The branch of the histories.
-        clock: Monotonic clock in seconds.
 
     Raises:
         RegistryError: Control cannot be read.

@@ -119,10 +119,6 @@ class Encoding:
     """The properties that all records of a cut share.
 
     Attributes:
-        spec: Digest of the feature spec.
-        salt: Fingerprint of the salt.
-        max_rows: Maximum number of rows of one record.
-        max_record_bytes: Maximum size of one record in bytes.
         mask_generation: Generation of the mask that the windows were computed with.
         log_epoch: The epoch of the training log that is written.
     """

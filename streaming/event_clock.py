@@ -111,12 +111,7 @@ def hear(quorum: Quorum, key: I64, user: NDArray[np.uint64], at_ms: I64, read_ms
 def believe(quorum: Quorum, keys: I64, source: I64, at_ms: I64, now_ms: int) -> tuple[I64, U8]:
     """The event time that readers may believe in each partition; call it after `hear` with the same clicks.
 
-    Args:
-        quorum: The quorum, changed in place.
-        keys: `[r]` int64, of the partitions.
-        source: `[n]` int64, the partition of each click, as an index of `keys`.
-        at_ms: `[n]` int64.
-        now_ms: Wall clock.
+    `source`, `[n]` int64, is the partition of each click, as an index of `keys`.
 
     Returns:
         `[r, 2]` int64, the time before the first click and after the last one; and `[n]` uint8: AHEAD of the believed
@@ -296,10 +291,8 @@ class OffClock(NamedTuple):
     Attributes:
         direction: `ahead`; `behind`, which may also be late arrivals; or `refused`, if they were refused for their
             time.
-        partition: Of the topic of clicks.
         offset: Offset of the newest of these clicks.
         by_ms: How far that click's time is off.
-        clicks: Number of these clicks.
     """
 
     direction: str
@@ -332,7 +325,6 @@ class BatchClock:
         moves: The offsets at which that clock advances, for consumers that have only a part of the events.
         believed: For each range the time that readers may believe, before its first and after its last event, ms.
         state: Names of the store's extras and their values, to commit with the batch.
-        off: The clocks that are wrong.
     """
 
     clock_ms: NDArray[np.int64]

@@ -324,12 +324,7 @@ def pairs(user: U64, item: U64, request: U64) -> U64:
 def attribute(queue: Queue, arrived: Arrived, segments: Segments, wait_ms: int, most: int) -> tuple[Queue, Attributed]:
     """Processes segments of partitions; returns the queue to continue with, and the labels that became known.
 
-    Args:
-        queue: The waiting impressions; changed.
-        arrived: The events in the segments.
-        segments: Each continues where an earlier one of its partition ended.
-        wait_ms: The maximum wait.
-        most: Maximum number of waiting impressions of a share of a partition.
+    Each segment continues where an earlier one of its partition ended. At most `most` impressions of a share wait.
     """
     events, impressions = len(arrived.role), int((arrived.role == IMPRESSION).sum())
     queue = with_space(queue, impressions, int(segments.partition.max(initial=-1)) + 1)

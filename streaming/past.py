@@ -56,7 +56,6 @@ class ClicksSegment(NamedTuple):
     """The part of the clicks topic that is read.
 
     Attributes:
-        topic_id: The topic's id.
         begins: By partition its first offset.
         ends: By partition at least the offset after the last one; later clicks are learned from the training log.
     """
@@ -102,11 +101,7 @@ def segment_of(settings: Settings, past: Past, topics: Topics) -> ClicksSegment:
 def of_topic(settings: Settings, segment: ClicksSegment, log: Log, reached: Callable[[Source], Reached]) -> Batches:
     """Yields the clicks of a segment in approximate order of event time, and some clicks after the segment.
 
-    Args:
-        settings: Of the experiment's trainer.
-        segment: What to read.
-        log: The log that has the topic.
-        reached: Returns the time that a source has reached, once the yielded clicks are processed.
+    `reached` returns the time that a source has reached, once the yielded clicks are processed.
 
     Raises:
         GapError: Clicks of it were deleted meanwhile.
@@ -198,8 +193,6 @@ class PastRows:
 
     Args:
         context: Computes their rows; its store is new.
-        metrics: Metrics that are not served.
-        salt: Fingerprint of the users' salt.
         begin_ms: Micro-batches that end before this log time are left out: they only fill histories.
     """
 
@@ -250,13 +243,7 @@ def logged(clicks: Batches, total: int | None, clock_s: Callable[[], float] = ti
 
 
 def run(settings: Settings, wanted: Past, log: Log, out: Callable[[bytes], object]) -> None:
-    """Writes the micro-batches of the past to `out`.
-
-    Args:
-        settings: Of the experiment's trainer: its registry, and its control, which names the masked users.
-        wanted: The past.
-        log: The log that has the clicks.
-        out: Takes each encoded micro-batch.
+    """Writes the micro-batches of the past to `out`, with the registry and the control of the experiment's trainer.
 
     Raises:
         SpringtideError: Clicks, files or the disk cannot be used.

@@ -193,13 +193,9 @@ def category_batch(categories: npt.NDArray[np.uint64]) -> pa.RecordBatch:
 
 
 def check_preprocessing(path: str, spec: FeatureSpec, keep: Path | None = None, settings: Model = DEFAULT) -> str:
-    """Checks the function that `model.preprocessing` names; returns a description in one line.
+    """Checks the function `module:name` that `model.preprocessing` names; returns a description in one line.
 
-    Args:
-        path: `module:name`.
-        spec: Names the D columns.
-        keep: Directory to leave the analysed graph in, `transform_fn/`.
-        settings: Passed to a function of two arguments.
+    The analysed graph stays in the directory `keep`. A function of two arguments also gets `settings`.
 
     Raises:
         SettingsError: There is no such function.

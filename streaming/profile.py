@@ -63,7 +63,6 @@ class SlotTable:
 
 
 def _empty(size: int) -> I64:
-    """`[size, 2]` int64: a user and the slot."""
     table = np.zeros((size, 2), np.int64)
     table[:, 1] = ABSENT
     return table
@@ -237,7 +236,6 @@ class Profiler:
         return slots
 
     def _make_room(self, needed: int) -> None:
-        """Frees at least `needed` rings, the least recently used of committed users first; else the arena grows."""
         if len(self._free) >= needed:
             return
         # 1. More than needed are evicted at once, because the search checks all users.

@@ -90,7 +90,6 @@ class Rebuilt:
         clicks: Positions taken from the clicks instead.
         unreadable: Damaged records of the log; their positions were taken from the clicks.
         lost: Positions that neither topic contains any more.
-        users: Users with a history.
         incomplete: Users whose history may lack its oldest events: those with fewer than N events, if positions are
             lost.
         snapshot: The snapshot from which the histories began; 0 for none.
@@ -317,7 +316,6 @@ class Rebuild:
         self._progress.show(lambda: progress_line(passed, total, self._result.rows, self._progress.took_s), last)
 
     def _take(self, batch: PartitionBatch) -> None:
-        """Commits the records of one poll, and commits before each segment of clicks."""
         for first, after, reason in batch.corrupt:
             self._result.unreadable += 1
             logger.error("the micro-batch log's positions [%d, %d) are corrupt: %s", first, after, reason)
@@ -389,7 +387,6 @@ class Rebuild:
         self._appends, self._ranges, self._clocks = [], [], {}
 
     def _decode(self, value: bytes | None, offset: int) -> MicroBatch | None:
-        """The record's micro-batch; None if it does not count or cannot be read."""
         try:
             decoded = decode(value or b"")
         except MicroBatchError as error:

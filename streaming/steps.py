@@ -43,11 +43,7 @@ _numbers = itertools.count()
 
 
 class Handle(Generic[Context]):
-    """A picklable reference to a context that this process has open.
-
-    Args:
-        number: The context's number, assigned by `opened`.
-    """
+    """A picklable reference to a context that this process has open."""
 
     def __init__(self, number: int) -> None:
         self._number = number

@@ -128,8 +128,6 @@ class StreamWriter:
     """Writes cuts, each call in one transaction. Not thread-safe.
 
     Args:
-        settings: The effective settings.
-        encoding: The encoding of the micro-batches.
         stopping: Set once the stream was asked to stop; from then on the writer does not wait for an outage to end.
         opens: Opens a fencing writer, here and after each outage.
 

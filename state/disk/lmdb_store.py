@@ -60,7 +60,6 @@ class LmdbStore:
         shares: The shares of users that it holds; only subclasses with data of users read it.
 
     Args:
-        path: Its directory; a writer creates it.
         map_bytes: Its maximum size if it is written; address space, not memory.
         readonly: True for readers; the writer must have created the store.
         boot_id: The boot id of this machine; by default the kernel's.

@@ -50,10 +50,8 @@ class Place:
 def choose(link: Path, memory: str, least_bytes: int | None = None) -> Place:
     """Chooses the location of a link's store. In memory, it also creates the directory that contains the store.
 
-    Args:
-        link: A link in a directory whose lock is held.
-        memory: `storage.memory_dir`, used if it has space; empty if nothing may be in memory.
-        least_bytes: The minimum space required. An existing store also requires a quarter more than its size.
+    The link's directory is locked. `memory` is `storage.memory_dir`, empty if nothing may be in memory. It must have space
+    for `least_bytes`, and for a quarter more than the size of an existing store.
     """
     link.parent.mkdir(parents=True, exist_ok=True)
     if not memory:

@@ -113,9 +113,6 @@ class Erasure:
 
     Attributes:
         id: Its number, from 1 on, never reused.
-        generation: The control generation that set it.
-        at_ms: When it was set, wall clock.
-        users: The users' pseudonyms.
         until: (topic word, partition, next): clicks before that offset are removed. A source without an entry keeps
             all clicks.
     """

@@ -42,7 +42,6 @@ class Mask:
         generation: The control generation that set it.
         offsets: (topic word, partition, first, next); offsets in [first, next).
         times: (from, to) of event time in milliseconds, [from, to).
-        users: Pseudonyms.
         erased: Erased users, each up to an offset. No rollback and no `unmask` undoes an erasure.
 
     >>> mask = Mask(3, times=((1000, 2000),), users=MaskedUsers.of([7]))
@@ -83,14 +82,9 @@ class Mask:
         offset: I64,
         ranges: Sequence[Range],
     ) -> NDArray[np.bool_]:
-        """Which rows of a batch are masked.
+        """Which rows of a batch are masked, `[n]` bool, by their `[n]` users (uint64), event times (ms) and offsets (int64).
 
-        Args:
-            user: `[n]` uint64 pseudonyms.
-            at_ms: `[n]` int64 event times.
-            source: `[n]` uint16 indices into `ranges`.
-            offset: `[n]` int64.
-            ranges: The batch's source ranges.
+        `source`, `[n]` uint16, is an index of `ranges`.
         """
         words = [part.source.topic for part in ranges] or [0]
         partitions = [part.source.partition for part in ranges] or [0]

@@ -290,15 +290,9 @@ def _plain(value: Any) -> Any:
 
 
 def vectorise(history: Events, at_ms: int, before: int | None, mask: Mask, spec: FeatureSpec, user: int = 0) -> Vector:
-    """Computes one user's row as of `at_ms`, milliseconds.
+    """Computes one user's row as of `at_ms`, milliseconds, from a history in append order, `[m]` EVENT.
 
-    Args:
-        history: `[m]` EVENT in append order; only the last N count.
-        at_ms: The time of the answer.
-        before: How many leading events of `history` are visible; None for all.
-        mask: The events to leave out.
-        spec: The feature spec.
-        user: The pseudonym, for masks that name users.
+    Only its last N events count, and of `before` leading ones if that is not None. `user` is for masks that name users.
     """
     events = history if before is None else history[:before]
     return Vector(*[column[0] for column in vectorise_many([events], [at_ms], mask, spec, [user])])
@@ -309,12 +303,7 @@ def vectorise_many(
 ) -> Vector:
     """Computes the rows of n users, each as of its own time in milliseconds: `[n, ...]` of each array.
 
-    Args:
-        histories: n times `[m]` EVENT in append order; only the last N events of each count.
-        at_ms: n times.
-        mask: The events to leave out.
-        spec: The feature spec.
-        users: n pseudonyms, for masks that name users.
+    Each history is `[m]` EVENT in append order, of which only the last N events count. `users` are for masks that name some.
 
     >>> click = np.zeros(1, EVENT)
     >>> click["at_ms"], click["category"] = 1_000, 7

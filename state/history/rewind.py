@@ -124,7 +124,6 @@ class Before:
     Args:
         marks: The next offset of each source at that position.
         needed: User -> how many of the latest events are needed.
-        waited: Impressions that are needed.
         items: Items whose category is needed.
         timed: Sources whose latest clicks are needed, because their clock is rewound.
 

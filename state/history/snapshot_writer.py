@@ -69,8 +69,6 @@ class Cut:
     """A consistent view of a store at one moment, from which a snapshot is written.
 
     Attributes:
-        view: The store at that moment.
-        position: Its position in the training log.
         salt: Fingerprint of the salt of its users' pseudonyms.
         gained: The events added since `since`, in order; None to find them in the view.
         since: The snapshot on which this one builds; None to write all users.
@@ -87,11 +85,7 @@ class SnapshotWriter:
     """Writes snapshots of one store. Not thread-safe.
 
     Args:
-        location: Where to write; see `snapshots.location_of`.
         name: The name of this process, as in `ErasureReport.part`.
-        history: N, the events kept per user.
-        shares: The shares of users that the store holds.
-        most_bytes: The maximum size of one snapshot.
         stopped: Polled between files; True aborts an incomplete snapshot.
     """
 

@@ -69,13 +69,11 @@ class SnapshotFile(msgspec.Struct, frozen=True):
     """A file of a snapshot.
 
     Attributes:
-        kind: The kind of its content.
         number: The snapshot that wrote it.
         shares: The first and the last share of its users.
         first_user: The first user of its range; 0 except for a base.
         events: The number of its events; for extras, of its entries.
         sha256: Digest of its bytes, hexadecimal.
-        bytes: Its size.
     """
 
     kind: Kind
@@ -108,7 +106,6 @@ class HistorySnapshot(msgspec.Struct, frozen=True):
     """The document of a snapshot.
 
     Attributes:
-        number: Its number.
         created_at_ms: Wall clock of its cut.
         writer: The process that wrote it, as in `ErasureReport.part`.
         history: N, the events kept per user.
@@ -118,10 +115,6 @@ class HistorySnapshot(msgspec.Struct, frozen=True):
         next: The partitions of the training log, each with the offset of its next record.
         branch: The branch of the training log, as `state.registry.log_line.to_json` writes it.
         sources: The next offset of each source of clicks.
-        erased: The last erasure that was applied.
-        users: The number of users with a history.
-        ranges: The ranges of users, ascending.
-        files: All its files.
     """
 
     number: int
@@ -227,12 +220,9 @@ class Wanted:
     """The conditions that a snapshot must meet so that a reader of the training log can load it.
 
     Attributes:
-        history: N, the events kept per user.
         salt: Fingerprint of the salt of the users' pseudonyms; None if it is unknown.
         branch: The branch of the training log that control names.
-        topic_id: The id of the training log's topic.
         ends: By partition, the first retained offset of the log and the offset of its next record.
-        shares: The shares of users that the reader holds.
     """
 
     history: int

@@ -174,11 +174,9 @@ class Sweeper:
     """Sweeps a store; called by the thread that commits to it.
 
     Args:
-        store: The histories.
         reach_ms: The longest window plus the allowed lateness of a click.
         max_users: Maximum number of users; slightly exceeded while a pass runs.
         forget: Called with the evicted users, although later rows could still have seen their events.
-        elapsed: A clock in seconds.
     """
 
     def __init__(

@@ -34,19 +34,10 @@ class BatchHeader(NamedTuple):
     """The fields of `HEADER`, in its order.
 
     Attributes:
-        base: Offset of the first record.
         length: Bytes after this field.
-        leader_epoch: Epoch of the leader that wrote the batch.
-        magic: The format.
         crc: CRC-32C from `CRC_FROM` on.
-        attributes: Codec and flags.
         last_delta: Offset of the last record relative to the first.
-        first_ms: Timestamp of the first record.
-        max_ms: The latest timestamp.
         producer: The producer's id; `NO_PRODUCER` for none.
-        producer_epoch: The epoch of that producer.
-        sequence: The producer's sequence number of the first record.
-        records: The number of records.
     """
 
     base: int

@@ -189,7 +189,6 @@ class BulkWriter:
         return {partition["partition_index"]: partition["leader_id"] for partition in topic["partitions"]}
 
     async def _send(self, batches: dict[int, bytes]) -> dict[int, tuple[int, int]]:
-        """Partition -> the error code (0: acknowledged) and the offset of the first record."""
         by_leader: dict[int, dict[int, bytes]] = {}
         for partition, batch in batches.items():
             by_leader.setdefault(self._leaders[partition], {})[partition] = batch

@@ -54,7 +54,6 @@ class Opening:
     """The result of opening a topic.
 
     Attributes:
-        topic_id: Its id.
         ends: Partition -> its first retained offset and the offset of its next record.
         next: Partition -> the offset at which reading starts.
         stored: The requested position; None for none.

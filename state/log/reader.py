@@ -236,8 +236,6 @@ class Reader:
     and fetches with the first `poll`.
 
     Args:
-        settings: Connection settings.
-        topic: The topic's name.
         partitions: The partitions to read; None for all, including later ones.
         positions: Partition -> start position. Other partitions start at their beginning.
         committed_only: Whether to leave out records of open and aborted transactions.

@@ -25,14 +25,11 @@ class PartitionBatch:
 
     Attributes:
         topic_id: 32 hexadecimal digits.
-        partition: Number of the partition.
         first: First position covered; earlier batches covered the preceding position.
         next: Position after the last one covered.
         offsets: `[n]` int64, ascending; positions without a record are absent (transaction markers, aborted or
             compacted records).
         timestamps_ms: `[n]` int64, Kafka's timestamps.
-        keys: n keys.
-        values: n values.
         corrupt: (first, next, reason) of ranges that cannot be read; they contain no records.
     """
 
@@ -92,7 +89,6 @@ class Copies:
     Attributes:
         replicas: The number of replicas of the partition that has the fewest.
         min_insync: The number of replicas that must have a record before it is acknowledged.
-        brokers: The number of the cluster's brokers.
 
     >>> Copies(3, 2, 3).weakness(), Copies(1, 1, 1).weakness()
     ('', '')

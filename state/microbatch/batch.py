@@ -100,7 +100,6 @@ class Known:
         offset: `[m]` int64 offset at which the label became known.
         opened: `[m]` int64, offset of the impression in the same source.
         kind: `[m]` uint8, JOINED or EXPIRED.
-        label: `[m]` float32.
         weight: `[m]` float32 weight of the outcome's action; NaN keeps the impression's weight.
         at_ms: `[m]` int64 event time at which the label became known.
         columns: The rows' columns as in a micro-batch; None until they are loaded.
@@ -204,7 +203,6 @@ class MicroBatch:
     """The rows of one training step, in the order of the log within each source.
 
     Attributes:
-        header: The header.
         user: `[n]` uint64 ids; 0 is none.
         item: `[n]` uint64 ids.
         category: `[n]` uint64 ids.

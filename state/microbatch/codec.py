@@ -48,11 +48,8 @@ _READ = pa.ipc.IpcReadOptions(use_threads=False)
 def encode(header: Header, columns: Columns) -> bytes:
     """Encodes one micro-batch.
 
-    Args:
-        header: The header.
-        columns: The arrays by name, shaped as in `MicroBatch`, with the types of `SCALARS` and `LISTS`. Columns of
-            `WAITING` may be missing and are then 0; those of `ATTRIBUTES` are then empty. Those of `SEQUENCES` are all
-            present or all missing.
+    `columns` are shaped as in `MicroBatch`, with the types of `SCALARS` and `LISTS`. Columns of `WAITING` may be missing and
+    are then 0; those of `ATTRIBUTES` are then empty. Those of `SEQUENCES` are all present or all missing.
 
     Raises:
         MicroBatchError: A column is missing, of another type or length, or does not fit the ranges.
@@ -122,7 +119,6 @@ def damage_reported(value: bytes) -> Iterator[None]:
 
 
 def _column(batch: pa.RecordBatch, name: str, document: Mapping[str, Any]) -> NDArray[Any]:
-    """A column of a batch with the header `document`, in the form of `MicroBatch`."""
     column = batch.column(WRITTEN.get(name, name))
     if name in SCALARS:
         scalars: NDArray[Any] = column.to_numpy(zero_copy_only=True)
@@ -223,11 +219,9 @@ def _reading(names: tuple[str, ...]) -> pa.ipc.IpcReadOptions:
 
 
 def glance(value: bytes, names: tuple[str, ...] = LOOKED_AT) -> MicroBatch:
-    """The micro-batch in `value` with only the columns `names`; the other columns are zero or empty.
+    """The micro-batch in `value` with only the columns `names` of `SCALARS`; the other columns are zero or empty.
 
-    Args:
-        value: An encoded micro-batch.
-        names: Names of `SCALARS`; user and source are among them.
+    User and source must be among them.
 
     Raises:
         MicroBatchError: The value is not a micro-batch, or is damaged.

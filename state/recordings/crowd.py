@@ -26,7 +26,6 @@ class Crowd:
 
     Attributes:
         newest_ms: The newest time without strays; NO_TIME if no row has a time.
-        strays: Number of rows after that.
         first: File and line of the first stray; None without one.
         latest_ms: The newest time of all rows.
         spared: Rows that would be too old only if `latest_ms` were the newest time.
@@ -53,13 +52,7 @@ class RecordedTimes:
         self._hours: dict[int, _Hour] = {}
 
     def add(self, at_ms: I64, file: int | I64, line: I64) -> None:
-        """Counts rows.
-
-        Args:
-            at_ms: `[n]` int64, times; NO_TIME for none.
-            file: `[n]` int64, or one number: the file number of each row.
-            line: `[n]` int64, the line number of each row.
-        """
+        """Counts rows by their times, `[n]` int64, NO_TIME for none; `file` and `line` are those of each row."""
         rows = np.flatnonzero(at_ms != NO_TIME)
         files = np.broadcast_to(np.asarray(file, np.int64), len(at_ms))
         hours, firsts, numbers, counts = np.unique(

@@ -70,16 +70,10 @@ def csv_rows(
     chunk_rows: int = CHUNK_ROWS,
     remedy: str = REMEDY,
 ) -> Iterator[RecordedRows]:
-    """Reads CSV, `chunk_rows` rows at a time.
+    """Reads the fields `wanted` of CSV, `chunk_rows` rows at a time.
 
-    Args:
-        stream: The bytes.
-        where: The file's name, for messages.
-        wanted: The fields to read.
-        columns: Column names of a file without a header; if empty, the first line is the header.
-        delimiter: One character.
-        chunk_rows: Rows at a time.
-        remedy: Advice for the error about a missing column.
+    `where` names the file in messages. If `columns` is empty, the first line is the header. `remedy` is the advice for the
+    error about a missing column.
 
     Raises:
         SettingsError: The file has no column for a wanted field.
@@ -307,7 +301,6 @@ class Recording:
     """Files of clicks, and how their columns map to fields.
 
     Attributes:
-        files: The files in read order.
         columns: Column names of CSV files without a header; empty if they have one.
         constants: Field -> the value that each row has.
         remedy: Advice for the error about a field without a column.
@@ -365,10 +358,7 @@ def _opened(path: Path) -> BinaryIO:
 def find(patterns: Sequence[str], format: str = "", delimiter: str = "") -> tuple[RecordedFile, ...]:
     """Finds the files that paths and globs name, each once, those of one glob sorted by name.
 
-    Args:
-        patterns: Paths, or globs that the shell did not expand.
-        format: One of FORMATS; if empty, the file name decides.
-        delimiter: Delimiter of CSV; if empty, a tab for .tsv, else a comma.
+    An empty `format` is determined by the file's name. An empty `delimiter` of CSV is a tab for .tsv, else a comma.
 
     Raises:
         SettingsError: A pattern matches no file, or a file name does not reveal a format.

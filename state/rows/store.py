@@ -221,7 +221,6 @@ def delete_entries(
 
 
 def _lanes(cursor: lmdb.Cursor) -> Iterator[int]:
-    """The lanes that have entries, by seeks."""
     has_entry = cursor.first()
     while has_entry:
         lane = lane_of(bytes(cursor.key()))

@@ -78,9 +78,6 @@ class BucketStore:
     A snapshot has the form of deltas: it is the change to an empty store, in parts. Actions in its events are numbered
     by the names met so far, as in `state.history.store`. So the setting may change between a savepoint and the next
     job.
-
-    Args:
-        history: N, the number of events kept for a user.
     """
 
     def __init__(self, history: int) -> None:
@@ -231,13 +228,9 @@ class BucketRows:
 
     Attributes:
         rows: The rows to write; their ranges are the bucket's.
-        mask_generation: Generation of the mask that windows were computed with.
-        log_epoch: Epoch of the training log.
         dropped: Impressions that no longer wait because their user was erased or their topic is gone. They are ranges
             without positions, which come before those of the rows.
         users: Number of users with a history.
-        appended_ms: Of the portion.
-        bucket: Its number.
         erased: The last erasure that it has applied.
     """
 
@@ -255,8 +248,6 @@ class BucketCore:
     """The core objects of one bucket: profiler, labels, store and positions. Not thread-safe.
 
     Args:
-        settings: The effective settings.
-        spec: The feature spec.
         salt: Fingerprint of the salt of its users.
         store: Histories and waiting rows of the bucket.
         places: Its positions by source.
@@ -402,8 +393,6 @@ class Head:
         token: Identifies exactly this state; empty before the first portion.
         places: The bucket's positions by source.
         number: Of the next delta.
-        snapshot_bytes: Size of the snapshot.
-        delta_bytes: Size of the deltas since the snapshot.
         erased: The last erasure that was applied.
     """
 
@@ -476,7 +465,6 @@ class Buckets:
         return cached[1] if cached is not None and cached[0] == token else None
 
     def _keep(self, bucket: int, token: str, core: BucketCore) -> None:
-        """Puts a bucket back, and drops buckets that were not used for `IDLE_S`."""
         now_s = self._clock()
         with self._lock:
             self._cached[bucket] = (token, core, now_s)
@@ -512,7 +500,6 @@ def _decode_delta(value: bytes) -> tuple[int, Delta]:
 
 
 def _write_snapshot(cells: Cells, store: BucketStore) -> int:
-    """Replaces snapshot and deltas by a new snapshot of the store; returns its size in bytes."""
     cells.snapshot.clear()
     cells.deltas.clear()
     values = [encode((FORMAT, number, part)) for number, part in enumerate(store.snapshot())]

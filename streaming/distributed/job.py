@@ -150,7 +150,6 @@ class FlinkJob:
             self._manager.cancel(job)
 
     def _known(self) -> str | None:
-        """Its id; None before the JobManager knows the job."""
         self._id = self._id or self._manager.named(self._name)
         return self._id
 

@@ -142,7 +142,6 @@ def _moves_at_turns(moves: Moves, ranges: Sequence[Range], bucket: int, buckets:
 
 
 def _named(names: dict[int, str], ids: NDArray[np.uint64]) -> dict[int, str]:
-    """Removes the names of ids that occur in a bucket from the remaining names, and returns them."""
     return {key: names.pop(key) for key in names.keys() & {*ids.tolist()}} if names else {}
 
 

@@ -153,7 +153,6 @@ class Partitions:
         return [*range(self._source, partitions, self._settings.stream.sources)]
 
     def _follow(self, reader: Reader | None) -> None:
-        """Continues with `reader`, aligned by the event times of its partitions; None if there are no partitions."""
         clock, topic_id = self._clock, self._topic_id
         self._reader: Reader | None = reader
         self._aligned: AlignedReader | None = None
@@ -245,7 +244,6 @@ class Partitions:
         return now
 
     def _ahead_of(self, segment: BranchSegment) -> list[tuple[int, int]]:
-        """The partitions that were read beyond the start of a segment of the branch, with that start."""
         marks = dict[int, int]()
         for source, offset in segment.sources:
             if source.topic_id == self._reading.topic_id:

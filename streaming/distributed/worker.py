@@ -75,7 +75,6 @@ class JobPlan:
     """The parameters of every step, fixed when the job is submitted.
 
     Attributes:
-        job: Id of this job.
         settings: The effective settings, without secrets: each process has those in its own environment.
         salt: Fingerprint of the salt, which each process reads from `paths.salt_file`.
         consent: The losses that the operator accepts.
@@ -120,7 +119,6 @@ class JobWorker:
     """The resources of one process for a job. Any thread.
 
     Args:
-        plan: Of the job.
         log: The log of clicks and micro-batches; by default the cluster of the settings.
         join: The attributes of users and items; by default read from their topics, if these are configured.
 

@@ -29,7 +29,7 @@ from state.registry.controls import Controls
 from state.registry.erasing import reports
 from state.registry.registry import Registry
 from streaming.distributed.account import PART, Account
-from streaming.distributed.bucket import Cells, Head
+from streaming.distributed.bucket import Head
 from streaming.distributed.job import build_distributed, plan_of
 from streaming.distributed.portions import stored
 from streaming.distributed.worker import JobPlan, close_workers, worker_of
@@ -136,9 +136,7 @@ def test_what_a_source_brings_that_had_not_heard_of_it_is_forgotten_too(tmp_path
     assert shop.kept and shop.account.forgotten(BUCKETS) == 0
     shop.read(1)
     assert (shop.kept, shop.account.forgotten(BUCKETS)) == (0, 1)
-    assert {Head.of(Cells(one.head, one.snapshot, one.deltas)).erased for one in shop.engine.now.buckets.values()} == {
-        1
-    }
+    assert {stored(one.head, Head).erased for one in shop.engine.now.buckets.values()} == {1}
 
 
 @pytest.fixture
