@@ -1,8 +1,7 @@
 """Accounts for every position of the clicks: outcomes, imbalances, gaps and truncations.
 
-A log can lose its tail and grow again, so that an offset is used twice. Downstream, each offset is one position. So the
-stream never reads an offset twice: it continues at the old position. If the log now ends before that position, it is
-first filled with empty records. To detect a truncation, the leader epochs of the clicks are stored with the histories:
+A truncated log can grow again, so that an offset is used twice. The stream never reads an offset twice: it continues at
+the old position, up to which the log is first filled with empty records. The leader epochs of the clicks show it:
 
     leaders.json   {"<topic id>:<partition>": [[first offset, leader's epoch], ...]}
 """

@@ -3,10 +3,8 @@
     thread "attributes"   topics -> store -> changed ids          state/attributes/follower.py
     Beam thread           rows, and the store of recent ids       `Join`, `Recent`
 
-At the start, the topics are read to their ends before the first click. From then on a row gets the attributes that the
-stream has read by that moment. The joined ids are part of the micro-batch, so every reader of the log gets the same
-ids. Clicks read again after a crash may be joined with newer attributes. The rows written first count, because readers
-drop the others by their positions.
+At the start, the topics are read to their ends before the first click. The joined ids are part of the micro-batch, so
+every reader of the log gets the same ids.
 """
 
 from __future__ import annotations

@@ -8,9 +8,7 @@
 Both the stream and the rebuild call `finish` under the directory's lock before they open `histories`. So neither starts
 with an empty store between two renames.
 
-Earlier releases split the partitions among shards. A stream never continues next to histories of former shards. A
-rebuild creates one store of all partitions and fences the writers of the shards, including those on other hosts. It
-sets the stores of the shards aside once the new store is in use.
+Earlier releases split the partitions among shards. A rebuild creates one store of all partitions.
 """
 
 from __future__ import annotations

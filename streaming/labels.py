@@ -12,12 +12,8 @@ newest event time so far, unless some user's clock is wrong.
    contains a click or nothing. So no other user's click, late or not, decides where a wait ends. At most
    `MOST_EXPIRED` expire at once, so that one position yields few rows.
 
-Nothing here depends on the time of day, on batch boundaries, or on other shares. So any division of the log into
-batches, and of the users into shares, gives the same result.
-
-A batch of events passes `Labels` twice. In the Beam thread, `attribute` applies the rules. In the commit thread,
-`complete` reads the labelled impressions from the store, or from the current cuts. The changes to the waiting rows are
-committed with histories and positions, so after a crash both continue from the same event.
+So any division of the log into batches, and of the users into shares, gives the same result. In the Beam thread,
+`Labels.attribute` applies the rules. In the commit thread, `complete` reads the labelled impressions from the store.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """Rows of the stream: a batch of events with their windows, and the events to append to histories. Pure.
 
-Before rows are computed, masked clicks are left out of a batch. The events of several partitions are sorted by the
-partitions' clocks, not by the clicks' own times. So one wrong clock moves no other user's rows, and rows of one
-partition keep their order.
+The events of several partitions are sorted by the partitions' clocks, so one wrong clock moves no other user's rows.
 """
 
 from __future__ import annotations

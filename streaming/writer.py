@@ -1,15 +1,11 @@
 """Writes the stream's micro-batches and dead letters in acknowledged transactions, fenced against zombies.
 
-Kafka fences zombies of this stream by its transactional id. The id is derived from the topics' ids and the consumer
-group, so no other deployment has it, and a restarted stream keeps it. The last id is stored next to the histories. It
-differs if a topic was recreated, if the group was renamed, or if the release was 0.1.0, whose id was the same in every
-deployment. In these cases the writer of the last id is fenced first. Its open transaction ends, and a zombie with that
-id cannot write.
+The transactional id is derived from the topics' ids and the consumer group. The last id is stored next to the
+histories. If it differs, the writer of the last id is fenced first.
 
 A dead letter has the coordinates of a refused record and the reason in its headers, and the record's position as key.
 It contains neither that record's key, which is a user's id, nor its value. A dead letter may occur more than once;
-readers count distinct keys. The local stream writes dead letters in the transaction of their rows, and so repeats them
-only with their rows. A distributed job repeats those since the engine's last checkpoint.
+readers count distinct keys.
 """
 
 from __future__ import annotations

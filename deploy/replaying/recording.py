@@ -219,19 +219,22 @@ class Judge:
         offsets = np.arange(count, dtype=np.int64)
         batch = PartitionBatch("0" * 32, 0, 0, count, offsets, piece.kafka_ms, list(piece.keys), list(piece.values))
         dead: tuple[DeadLetter, ...] = self._parser.parse([batch]).dead
-        return {letter.offset: self._reason(letter, int(piece.kafka_ms[letter.offset])) for letter in dead}
+        return {
+            letter.offset: self._reason(letter.reason, piece.values[letter.offset], int(piece.kafka_ms[letter.offset]))
+            for letter in dead
+        }
 
-    def _reason(self, letter: DeadLetter, kafka_ms: int) -> str:
-        if letter.reason is not Reason.IMPLAUSIBLE_TIME or letter.value is None or kafka_ms < 0:
-            return str(letter.reason)
+    def _reason(self, reason: Reason, value: bytes, kafka_ms: int) -> str:
+        if reason is not Reason.IMPLAUSIBLE_TIME or kafka_ms < 0:
+            return str(reason)
         try:
-            after_ms = parse_time(self._decode(letter.value).time, self._events.time_unit) - kafka_ms
+            after_ms = parse_time(self._decode(value).time, self._events.time_unit) - kafka_ms
         # No setting would accept this time.
         except DecodeError:
-            return str(letter.reason)
+            return str(reason)
         if after_ms > self._events.max_future_s * 1000:
-            return f"{letter.reason} by {TOO_NEW}"
-        return f"{letter.reason} by {TOO_OLD}" if after_ms < -self._events.max_age_s * 1000 else str(letter.reason)
+            return f"{reason} by {TOO_NEW}"
+        return f"{reason} by {TOO_OLD}" if after_ms < -self._events.max_age_s * 1000 else str(reason)
 
 
 def _refuse_all_dead(refused: Mapping[int, str], count: int, oldest_s: float = 0.0) -> None:

@@ -128,12 +128,12 @@ class AttributeFollower:
                 identity = self._id(key)
                 stored = None if value is None else packed(self._table, value, self._most_bytes)
             except DecodeError as error:
-                bad.append(DeadLetter(source, offset, Reason(error.reason), key, value))
+                bad.append(DeadLetter(source, offset, Reason(error.reason)))
                 continue
             changes[identity] = stored
             counts["removed" if stored is None else "value"] += 1
         for first, after, _ in batch.corrupt:
-            bad += [DeadLetter(source, lost, Reason.CORRUPT_RECORD, None, None) for lost in range(first, after)]
+            bad += [DeadLetter(source, lost, Reason.CORRUPT_RECORD) for lost in range(first, after)]
         counts["dead"] += len(bad)
         passed = sum(counts[name] for name in OUTCOMES) - sum(self.place.counts.values())
         counts["absent"] += batch.next - batch.first - passed

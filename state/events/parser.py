@@ -179,17 +179,19 @@ _BAD = (DecodeError, ValueError, OverflowError)
 _KINDS: dict[str, type] = {
     **dict.fromkeys(("user", "item", "category", "request", "context"), np.uint64),
     **dict.fromkeys(("at_ms", "offset"), np.int64),
-    "action": np.uint8, "label": np.float32, "source": np.uint16,
+    "action": np.uint8,
+    "label": np.float32,
+    "source": np.uint16,
 }
 
 
 def _each(
-    convert: Callable[..., Sequence[Any]],
+    convert: Callable[..., Any],
     rows: Sequence[int],
     refused: dict[int, Reason],
     *columns: Sequence[Any],
     zero: Any = 0,
-) -> Sequence[Any]:
+) -> Any:
     """Converts columns at once or, if a value is invalid, row by row; adds invalid rows to `refused`, with `zero`."""
     try:
         return convert(*columns)
@@ -239,12 +241,9 @@ class Parser:
             source, refused = Source(batch.topic_id, batch.partition), dict[int, Reason]()
             columns = self._columns(batch, refused)
             parts.append(columns | {"source": np.full(len(columns["user"]), len(parts), np.uint16)})
-            letters = [
-                DeadLetter(source, int(batch.offsets[row]), reason, batch.keys[row], batch.values[row])
-                for row, reason in sorted(refused.items())
-            ]
+            letters = [DeadLetter(source, int(batch.offsets[row]), reason) for row, reason in sorted(refused.items())]
             letters += [
-                DeadLetter(source, lost, Reason.CORRUPT_RECORD, None, None)
+                DeadLetter(source, lost, Reason.CORRUPT_RECORD)
                 for first, after, _ in batch.corrupt
                 for lost in range(first, after)
             ]
@@ -300,7 +299,7 @@ class Parser:
             "context": _each(self._contexts_of, rows, refused, events, zero=[0] * width) if width else (),
             "offset": batch.offsets[kept],
         }
-        columns = {name: np.asarray(column, _KINDS[name]) for name, column in found.items()}
+        columns: dict[str, NDArray[Any]] = {name: np.asarray(column, _KINDS[name]) for name, column in found.items()}
         columns["context"] = columns["context"].reshape(len(rows), width)
         if refused:
             good = np.array([row not in refused for row in rows], np.bool_)

@@ -1,21 +1,14 @@
 """The window kernel: computes one row of integer features from one user's recent events.
 
-The stream calls it for whole batches on its arena of ring buffers; serving calls it for stored histories. Both run this
-code, so the same events give the same bits. It sees integers only. For each row:
+The stream calls it for whole batches on its arena of ring buffers; serving calls it for stored histories. For each row:
 
 1. The visible events are put in order, newest first, by (time, offset, source). Their order alone gives sessions, gaps
    and switches (`put_in_order`, `follow`).
 2. They are summed, newest first: counts and decayed counts by action, by category, and of first occurrences (`sum_up`).
 3. The sums are written as the row, saturated to 16 bits, in the order of the names of `FeatureSpec` (`write_features`).
-4. If the spec requests them, the latest events themselves are written, newest first, for a ranker that reads single
-   events (`write_sequence`).
-
-Each event of step 4 has an item, a category, an action and a recency. Actions count from 1 in the order of
-`events.actions`; an unnamed action gets the next number. The recency encodes the event's age at the row's time in eight
-steps per octave of 1.024 s, 0 to 254. A missing item or category is 0. Slots beyond the visible events are 0 in all
-four columns; an action of 0 identifies them.
-
-Each thread has its own working memory (`Work`).
+4. If the spec requests them, the latest events are written, newest first (`write_sequence`): item, category, action and
+   recency. Actions count from 1 in the order of `events.actions`; an unnamed action gets the next number. The recency
+   is the age in eight steps per octave of 1.024 s, 0 to 254. Slots beyond the visible events are 0 in all columns.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
-"""The feature spec and `vectorise_many`: a user's recent events as named integers.
-
-The stream and serving compute windows with the same kernel (`state/features/kernel.py`), so the same events give the
-same bits. The rules:
+"""The feature spec and `vectorise_many`: a user's recent events as named integers. The rules:
 
 - A history is the last N events in append order. The bound applies before the mask; masked events are then left out as
   if they had never happened.
 - The window of w seconds is `(at - w, at]`. Events later than `at`, and those older than the longest window, affect no
-  output. So sweeping old events cannot change an answer.
+  output.
 - "Last" is by (time, offset), then by partition. The windows `of_latest_5`, `of_latest_20` and `follows` of a category
   use the same order. The first two count the category's events among the user's latest 5 and 20. `follows` counts how
   often the category came next after the category of the user's latest event. An event without a category counts among

@@ -3,15 +3,10 @@
 Each step processes some hundred users in the order of their pseudonyms; a pass covers all users. Whenever log time has
 advanced by a 64th of the reach, a mark is added and a pass begins. A pass also begins when there are too many users.
 
-1. An event is old if both its own time and its read time are before the reach. The reach is the longest window plus
-   the allowed lateness of a click. So no later row can see an old event, and removing it changes no bit of any row.
-2. If there are too many users, the next pass evicts the excess users: those read longest ago. Among users read at
-   about the same time, it evicts those with the lowest pseudonyms. Event times are not used, so a wrong clock does not
-   keep a user longer.
-
-There are too many users if they exceed the allowed number, or if the pages in use nearly fill the store's map. Pages of
-evicted users become free only when their neighbours are removed or grow. So more users are evicted only when the pages
-grow again. An evicted user is unknown, as before the first click.
+1. An event is old if both its own time and its read time are before the reach: the longest window plus the allowed
+   lateness of a click. No later row can see it.
+2. There are too many users if they exceed the allowed number, or if the pages in use nearly fill the store's map. The
+   next pass evicts the excess: those read longest ago, whatever the times of their events.
 """
 
 from __future__ import annotations

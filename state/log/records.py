@@ -1,9 +1,8 @@
 """The data that a log returns: records of a partition as columns, descriptions of topics, and known leader epochs.
 
-A partition's leader has an epoch, which increases with each election. Every record has the epoch of the leader that
-wrote it. If a truncated log grows again, offsets are used twice. The epoch of the record before our position then ends
-before that position. The known epochs of a partition are a tuple of (first offset, epoch), ascending (`Known`). Part of
-`state.log`. No side effects.
+Every record has the epoch of the leader that wrote it. If a truncated log grows again, the epoch of the record before
+our position ends before that position. The known epochs of a partition are a tuple of (first offset, epoch), ascending
+(`Known`). Part of `state.log`. No side effects.
 """
 
 from __future__ import annotations

@@ -9,12 +9,8 @@
 | segments | 1 | the newest record of each key | the cluster's |
 | exposures | 1 | `kafka.retention_h`, at most 5 % of the local Kafka's share | the cluster's |
 
-Each topic has `kafka.replication` replicas, of which `kafka.min_insync_replicas` must have a record before it is
-acknowledged. An existing topic is not changed, because its owner has configured it.
-
-The local Kafka has a share of `storage.budget_gb`, and its topics are also limited in bytes. The training log has 55 %
-of the share, clicks 30 %, dead letters 5 %, exposures 5 %. The rest is for attributes and Kafka's own files. `up` sets
-these limits at each start.
+An existing topic is not changed, because its owner has configured it. Topics of the local Kafka are also limited in
+bytes: the training log has 55 % of its share, clicks 30 %, dead letters 5 %, exposures 5 %.
 """
 
 from __future__ import annotations

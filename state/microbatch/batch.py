@@ -1,8 +1,5 @@
 """The micro-batch: the rows of one training step, and a header with their origin. No side effects.
 
-One micro-batch is one record of the micro-batch log and one training step. `state/microbatch/codec.py` encodes it, and
-splits one that is too large.
-
 Each row has a `Kind`. An event whose label is known, or that never gets one, is one row: it updates the histories and
 the weights. An impression whose label comes later is two rows. The row at its own offset updates the histories, and the
 row where its label became known updates the weights. An outcome, such as a click on an impression, updates only the

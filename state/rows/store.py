@@ -11,16 +11,11 @@ Each base gets its own lane, of which there are 32; deltas use their parent's la
 visible, and a lane without versions is deleted. A version whose writing was interrupted is rolled back (`take_back`).
 
 Old versions are dropped in one short transaction. Rows that only they needed are deleted afterwards, a few at a time.
-Rows that a dropped version wrote count as written by the next retained version. So when that version is dropped too,
-only rows with entries since its predecessor are checked. The list of rows to check is in memory. If the process ends
-first, those rows keep one unneeded entry until their next check.
+Rows that a dropped version wrote count as written by the next retained version.
 
 Version numbers only grow. After a rollback to version 30 the next epoch begins at, say, 51 with parent 30. The versions
 that version 52 may see are then closed intervals, newest first: `((51, 52), (1, 30))`. Versions 31 to 50 are abandoned:
 their rows may still be stored, but no reader of 52 sees them.
-
-For erased users every earlier entry is deleted, in all lanes, even if a version still reads it. The store is a copy of
-the registry. After a power cut it is rebuilt.
 """
 
 from __future__ import annotations

@@ -1,23 +1,16 @@
 """Writes the rows of a distributed job, keeps the account of all buckets, and publishes it.
 
-The sink puts the rows that the buckets of a bundle made into micro-batches. They are acknowledged before the bundle
-ends:
+The sink writes the rows of a bundle, acknowledged before the bundle ends:
 
     process        gathers
     finish_bundle  1. cuts and encodes   2. writes, acknowledged   3. reports to the account
 
-An engine that rolls back a bundle computes its rows again, perhaps in other bundles. Readers drop these duplicates by
-their positions. Each writer of a bucket's rows started from a checkpoint, and all rows before that checkpoint were
-acknowledged. So the log has all of a bucket's positions up to the newest, even if an older writer is still active.
+An engine that rolls back a bundle computes its rows again, and readers drop these duplicates by their positions. A
+partition counts as read up to the lowest position of any of its buckets. Each offset is counted by the bucket of its
+user, and an offset without a user by the first bucket.
 
-`Account` counts the outcome of each click position, over all buckets. A partition counts as read up to the lowest
-position of any of its buckets. Each offset is counted by the bucket of its user, and an offset without a user by the
-first bucket.
-
-`Publisher` publishes the committed state: the gauges of the account, the lag, the group's offsets for lag tools, and
-the progress of erasures. The process that owns the account's only key publishes once a second, in a thread, even when
-no clicks arrive. If the key has moved to another process, the group is ahead of this process, which then releases the
-metrics port.
+`Publisher` publishes once a second, even when no clicks arrive. If the account's key has moved to another process, the
+group is ahead of this process, which then releases the metrics port.
 """
 
 from __future__ import annotations

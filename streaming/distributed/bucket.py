@@ -1,15 +1,13 @@
 """One bucket of users: the stream's profiler and labels over an in-memory store, kept in an engine's state.
 
-`BucketCore` is independent of Beam and any engine. Its output for a portion depends on the log alone. So after an
-engine restores a bucket from a checkpoint, here or on another machine, the bucket produces the same rows again. Readers
-drop them by their positions. `Buckets.take` keeps it in the engine's state:
+The output of `BucketCore` depends on the log alone. `Buckets.take` keeps a bucket in the engine's state:
 
     head      the token, the bucket's positions, the sizes of snapshot and deltas
     snapshot  the store at some earlier time, in parts
     deltas    changes since then, one for each portion that changed the store
 
-A cached bucket is used only if its token equals that of the state. No token is used twice. So if the engine rolls a
-bundle back, the token that the bundle left in the cache differs from that of the state.
+A cached bucket is used only if its token equals that of the state. No token is used twice, so a bundle that the engine
+rolled back leaves no usable bucket in the cache.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def gathered(events: EventBatch) -> EventBatch:
 def divide(events: EventBatch, clock: BatchClock, buckets: int) -> list[tuple[EventBatch, BatchClock]]:
     """Divides a batch with one range for each partition; returns the parts in the order of the buckets.
 
-    Dead letters go to the first bucket, without keys and values.
+    Dead letters go to the first bucket.
     """
     bucket_of, parts = share_of(events.user) % buckets, len(events.ranges)
     order = np.argsort(bucket_of, kind="stable")
@@ -112,7 +112,7 @@ def divide(events: EventBatch, clock: BatchClock, buckets: int) -> list[tuple[Ev
                 _of_bucket(part, bucket, buckets, count)
                 for part, count in zip(events.ranges, rows[bucket], strict=True)
             ),
-            dead=() if bucket else tuple(letter._replace(key=None, value=None) for letter in events.dead),
+            dead=() if bucket else events.dead,
             names=_named(categories, columns["category"]),
             item_names=_named(items, columns["item"]),
         )

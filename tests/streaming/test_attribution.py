@@ -228,11 +228,6 @@ def test_a_wait_that_is_over_ends_where_it_is_its_shares_turn_whatever_lies_ther
         assert by_kernel(log, 9, [7], False)[1] == [Resolved(0, SHARES + 3, 0, int(Kind.EXPIRED))]
 
 
-def test_a_wait_that_is_over_ends_at_its_users_next_event_before_its_shares_turn() -> None:
-    log = [Event(IMPRESSION, 0, 0, 7, 50), Event(PLAIN, 0, 500, 0, 50 + SHARES), Event(PLAIN, 0, -9, 0, 50)]
-    assert by_kernel(log, 9, [9], False)[1] == [Resolved(0, 2, 0, int(Kind.EXPIRED))]
-
-
 def test_in_a_stretch_without_events_each_share_has_its_turns() -> None:
     waits = [Event(IMPRESSION, 0, 0, number, 5) for number in range(3 * MOST_EXPIRED)] + [Event(PLAIN, 0, 900, 0, 9)]
     log = [*waits, *[Event(NOTHING, 0, 0, 0)] * (4 * SHARES)]
@@ -247,22 +242,9 @@ def resolved_by(*log: tuple[int, int, int], most: int = 100) -> list[tuple[int, 
     return [(one.by, one.opened, one.kind) for one in resolved]
 
 
-def test_the_latest_impression_before_the_click_gets_it_and_the_next_click_goes_to_the_one_before() -> None:
-    shown = [(IMPRESSION, 0, 7), (IMPRESSION, 1, 7), (IMPRESSION, 2, 8)]
-    assert resolved_by(*shown, (OUTCOME, 3, 7), (OUTCOME, 4, 7), (OUTCOME, 5, 7)) == [
-        (3, 1, Kind.JOINED),
-        (4, 0, Kind.JOINED),
-    ]
-
-
 def test_a_click_at_the_end_of_the_wait_joins_and_one_after_it_does_not() -> None:
     assert resolved_by((IMPRESSION, 0, 7), (OUTCOME, WAIT_MS, 7)) == [(1, 0, Kind.JOINED)]
     assert resolved_by((IMPRESSION, 0, 7), (OUTCOME, WAIT_MS + 1, 7)) == [(1, 0, Kind.EXPIRED)]
-
-
-def test_another_partition_does_not_end_a_wait() -> None:
-    log = [Event(IMPRESSION, 0, 0, 7), Event(PLAIN, 1, 9999, 0), Event(OUTCOME, 1, 50, 7), Event(OUTCOME, 0, 50, 7)]
-    assert by_kernel(log, 9, [9], reload=False)[1] == [Resolved(0, 1, 0, int(Kind.JOINED))]
 
 
 def test_a_stretch_of_any_length_without_events_costs_no_more_than_what_waits() -> None:

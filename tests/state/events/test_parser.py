@@ -86,7 +86,7 @@ def test_every_position_has_one_outcome() -> None:
     ]
     assert (out.source.tolist(), out.offset.tolist()) == ([0, 1, 1], [5, 100, 105])
     source = Source(TOPIC, 3)
-    assert out.dead[0] == DeadLetter(source, 101, Reason.UNDECODABLE, b"k", b"{")
+    assert out.dead[0] == DeadLetter(source, 101, Reason.UNDECODABLE)
     assert [(letter.offset, letter.reason) for letter in out.dead[1:]] == [
         (lost, Reason.CORRUPT_RECORD) for lost in (107, 108, 109)
     ]
