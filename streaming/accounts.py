@@ -39,9 +39,6 @@ def missing(topic_id: str, committed: Mapping[Source, int], ends: Mapping[int, t
     """The positions of a topic that were deleted before they were read.
 
     `committed` has the next offset of each source; `ends` by partition the first retained offset and the end offset.
-
-    >>> missing("ab" * 16, {Source("ab" * 16, 0): 5, Source("ab" * 16, 1): 7}, {0: (5, 9), 1: (10, 12), 2: (3, 3)})
-    [Gap(source=Source(topic_id='abababababababababababababababab', partition=1, bucket=0, buckets=1), first=7, next=10)]
     """
     positions = {partition: committed.get(Source(topic_id, partition)) for partition in sorted(ends)}
     return [

@@ -122,13 +122,7 @@ class Alignment:
             state.ends = None if partition in returning else state.ends
 
     def shares(self, positions: Mapping[int, ReadingPlace], most: int) -> dict[int, int]:
-        """Returns how many records to read of each partition, `most` over all; partitions that wait are absent.
-
-        >>> two = Alignment(max_skew_ms=60_000)
-        >>> for number, crowd_ms in ((0, 1_000_000), (1, 0)): two.follow(number, 0, Reached(crowd_ms, False))
-        >>> two.shares({0: ReadingPlace(5, 9), 1: ReadingPlace(7, 9)}, 100), two.shares({0: ReadingPlace(5, 9), 1: ReadingPlace(16, 0)}, 100)
-        ({1: 16}, {0: 16, 1: 12})
-        """
+        """Returns how many records to read of each partition, `most` over all; partitions that wait are absent."""
         states = {number: self.partitions.setdefault(number, _Partition()) for number in positions}
         unread = [number for number, at in positions.items() if at.unread > 0]
         holders = [number for number in unread if states[number].holds]
@@ -177,9 +171,6 @@ def to_one_time(clocks: Sequence[tuple[int, float]], most: int) -> list[int]:
 
     `clocks` gives the clock of each, ms, and the event time that a record takes, ms, above 0. All together read at most
     `most` records, perhaps slightly fewer; the earliest gets at least one.
-
-    >>> to_one_time([(0, 10.0), (0, 30.0)], 100), to_one_time([(0, 10.0), (500, 10.0), (9_999, 10.0)], 100)
-    ([75, 25], [75, 25, 0])
     """
     order = sorted(range(len(clocks)), key=lambda number: clocks[number][0])
     first_ms = clocks[order[0]][0]

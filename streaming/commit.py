@@ -249,18 +249,13 @@ class Committer:
         """Sets the account's gauges and commits the group's offsets, as of the last commit; any thread may call it."""
         with self._showing:
             self._faults = accounts.show(self._context.store, self._context.metrics, self._faults)
-            # If the group's offsets were not committed, the next call tries again.
-            self._unshown = not self._commit_group()
+            context = self._context
+            try:
+                context.reader.commit_group(accounts.positions_in(context.store, context.topic_id))
+                self._unshown = self._group_fails = False
+            # The next call tries again.
+            except LogError as error:
+                if not self._group_fails:
+                    logger.warning("offsets of group %s are not up to date: %s", context.settings.kafka.group, error)
+                self._unshown = self._group_fails = True
             self._show_due_s = time.monotonic() + SHOW_S
-
-    def _commit_group(self) -> bool:
-        """Commits the group's offsets of this topic; returns whether it succeeded. A failure is logged once."""
-        context = self._context
-        try:
-            context.reader.commit_group(accounts.positions_in(context.store, context.topic_id))
-            self._group_fails = False
-        except LogError as error:
-            if not self._group_fails:
-                logger.warning("offsets of group %s are not up to date: %s", context.settings.kafka.group, error)
-            self._group_fails = True
-        return not self._group_fails

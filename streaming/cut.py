@@ -73,11 +73,6 @@ class Cutter:
 def merge_all(ranges: Iterable[Range]) -> tuple[Range, ...]:
     """Merges ranges to one range for each source, in order of first appearance.
 
-    >>> zero, one = Source("ab" * 16, 0), Source("ab" * 16, 1)
-    >>> merged = merge_all([Range(zero, 0, 1, rows=1), Range(one, 7, 8, dead=1), Range(zero, 1, 3, rows=2)])
-    >>> [(part.source.partition, part.first, part.next) for part in merged]
-    [(0, 0, 3), (1, 7, 8)]
-
     Raises:
         ValueError: Two ranges of a source are not adjacent.
     """

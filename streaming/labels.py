@@ -306,10 +306,6 @@ def pairs(user: U64, item: U64, request: U64) -> U64:
     """`[n]` uint64 keys that pair an impression with its outcome.
 
     A pair collides with one of 1e6 others with probability below 1e-13.
-
-    >>> ids = np.array([1, 1, 2], np.uint64)
-    >>> len(set(pairs(ids, ids[::-1].copy(), ids).tolist()))
-    3
     """
     sums = np.zeros(len(user), np.uint64)
     for part in (user, item, request):

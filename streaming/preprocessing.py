@@ -77,9 +77,6 @@ def preprocessing_fn(inputs: Mapping[str, Any]) -> dict[str, Any]:
 def load_preprocessing(path: str, settings: Model = DEFAULT) -> Preprocessing:
     """Loads the function that `module:name` names; a function of two arguments also gets the settings and its options.
 
-    >>> load_preprocessing("streaming.preprocessing:preprocessing_fn").__name__
-    'preprocessing_fn'
-
     Raises:
         SettingsError: There is no such function.
     """
@@ -171,11 +168,7 @@ def analysed(features: Iterable[npt.NDArray[np.uint16]], preprocessing: Preproce
 
 
 def record_batch(features: npt.NDArray[np.uint16]) -> pa.RecordBatch:
-    """Converts `[n, D]` uint16 to the Arrow column that TensorFlow Transform takes.
-
-    >>> record_batch(np.array([[1, 2], [3, 4]], np.uint16)).to_pydict()
-    {'features': [[1.0, 2.0], [3.0, 4.0]]}
-    """
+    """Converts `[n, D]` uint16 to the Arrow column that TensorFlow Transform takes."""
     rows, width = features.shape
     values = pa.array(features.astype(np.float32).reshape(-1))
     offsets = pa.array(np.arange(0, (rows + 1) * width, width, dtype=np.int32))
@@ -183,11 +176,7 @@ def record_batch(features: npt.NDArray[np.uint16]) -> pa.RecordBatch:
 
 
 def category_batch(categories: npt.NDArray[np.uint64]) -> pa.RecordBatch:
-    """Converts `[n]` uint64 category ids, 0 for none, to the Arrow column of their vocabulary.
-
-    >>> category_batch(np.array([255, 0], np.uint64)).to_pydict()
-    {'category': [[b'00000000000000ff']]}
-    """
+    """Converts `[n]` uint64 category ids, 0 for none, to the Arrow column of their vocabulary."""
     values = [[b"%016x" % category] for category in categories[categories != 0].tolist()]
     return pa.RecordBatch.from_arrays([pa.array(values, pa.list_(pa.binary()))], schema=_CATEGORIES)
 

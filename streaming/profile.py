@@ -25,12 +25,6 @@ class SlotTable:
     """Maps users to slots: a hash table with open addressing that finds whole columns of users. One thread.
 
     Users are pseudonyms, whose bits are random, so that they need no further hashing.
-
-    >>> table = SlotTable()
-    >>> table.put(np.array([7, 7 + 2048], np.uint64), np.array([0, 1]))
-    >>> table.remove([7])
-    >>> table.find(np.array([7, 7 + 2048], np.uint64)).tolist(), len(table)
-    ([-1, 1], 1)
     """
 
     def __init__(self) -> None:

@@ -22,6 +22,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -126,11 +127,7 @@ class Rebuilt:
 
 
 def progress_line(passed: int, total: int, rows: int, seconds: float) -> str:
-    """Formats the progress through the log in one line.
-
-    >>> progress_line(500, 1000, 90_000, 3.0)
-    '[###############---------------]  50 %  500 of 1,000 positions of the log  90,000 rows  30,000 rows/s'
-    """
+    """Formats the progress through the log in one line."""
     rate = rows / max(seconds, 1e-9)
     return f"{bar(passed, total, BAR)}  {passed:,} of {total:,} positions of the log  {rows:,} rows  {rate:,.0f} rows/s"
 
@@ -449,11 +446,13 @@ def end_open_transaction(settings: Settings, writer: Writer) -> None:
             time.sleep(POLL_S)
     # 1.
     if stable < end:
-        empty = next(map(_without_rows, read(kafka, stable, end, committed_only=False).values()), None)
-        if empty is None:
+        record = next(iter(read(kafka, stable, end, committed_only=False).values()), None)
+        if record is None:
             return
+        batch = decode(record.value)
+        header, nothing = replace(batch.header, ranges=(), clocks=()), batch.take(np.zeros(len(batch), np.bool_))
         with writer.transaction():
-            writer.send(topic, 0, None, empty)
+            writer.send(topic, 0, None, encode(header, nothing.columns))
         logger.warning(
             "positions %d to %d of %s belonged to a transaction that was left open, as after a power cut; it is committed",
             *(stable, end - 1, topic),
@@ -485,21 +484,10 @@ def read(kafka: Kafka, first: int, end: int, committed_only: bool) -> Mapping[in
             for batch in batches:
                 times = batch.timestamps_ms.tolist()
                 for at, time_ms, value in zip(batch.offsets.tolist(), times, batch.values, strict=True):
-                    if at < end and _decoded(value) is not None:
-                        records[at] = KeptRecord(time_ms, value or b"")
+                    with suppress(MicroBatchError):
+                        decode(value or b"")
+                        records |= {at: KeptRecord(time_ms, value or b"")} if at < end else {}
     return records
-
-
-def _decoded(value: bytes | None) -> MicroBatch | None:
-    try:
-        return decode(value or b"")
-    except MicroBatchError:
-        return None
-
-
-def _without_rows(record: KeptRecord) -> bytes:
-    decoded = decode(record.value)
-    return encode(replace(decoded.header, ranges=(), clocks=()), decoded.take(np.zeros(len(decoded), np.bool_)).columns)
 
 
 def rebuild(settings: Settings, copy: Path | None, out: TextIO) -> Rebuilt:

@@ -29,12 +29,7 @@ EVERYTHING = (1 << 63) - 1
 
 
 class MaskedUsers:
-    """Pseudonyms of users, `[n]` uint64, ascending and unique; immutable.
-
-    >>> users = MaskedUsers.of([9, 3, 9])
-    >>> len(users), 3 in users, 4 in users, users.has(np.array([9, 1], np.uint64)).tolist()
-    (2, True, False, [True, False])
-    """
+    """Pseudonyms of users, `[n]` uint64, ascending and unique; immutable."""
 
     NOBODY: ClassVar[MaskedUsers]
 
@@ -157,14 +152,7 @@ class Erasure:
 
 @dataclass(frozen=True)
 class Erased:
-    """All erasures so far, in order; immutable.
-
-    >>> gone = Erased((Erasure(1, 5, 0, MaskedUsers.of([7]), ((42, 0, 100),)),))
-    >>> gone.last, gone.hides(7, through=0), gone.hides(7, through=1), gone.hides(8, through=0)
-    (1, True, False, False)
-    >>> Erased.from_bytes(gone.to_bytes()) == gone
-    True
-    """
+    """All erasures so far, in order; immutable."""
 
     entries: tuple[Erasure, ...] = ()
     NOBODY: ClassVar[Erased]

@@ -43,10 +43,6 @@ class Mask:
         offsets: (topic word, partition, first, next); offsets in [first, next).
         times: (from, to) of event time in milliseconds, [from, to).
         erased: Erased users, each up to an offset. No rollback and no `unmask` undoes an erasure.
-
-    >>> mask = Mask(3, times=((1000, 2000),), users=MaskedUsers.of([7]))
-    >>> Mask.from_json(mask.to_json()) == mask == Mask.from_bytes(mask.to_bytes())
-    True
     """
 
     generation: int = 0

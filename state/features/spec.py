@@ -120,12 +120,6 @@ class FeatureSpec:
         history: N, the events kept per user.
         recent_categories: L, the number of a user's latest categories that have their own windows.
         sequence: T, the latest events of a user that a row contains; 0 for none.
-
-    >>> spec = FeatureSpec()
-    >>> len(spec.names), len(spec.window_names), spec.names[0]
-    (128, 15, 'view.count_1h')
-    >>> FeatureSpec.from_json(spec.to_json()) == spec
-    True
     """
 
     actions: tuple[str, ...] = EventSettings().actions
@@ -301,12 +295,6 @@ def vectorise_many(
     """Computes the rows of n users, each as of its own time in milliseconds: `[n, ...]` of each array.
 
     Each history is `[m]` EVENT in append order, of which only the last N events count. `users` are for masks that name some.
-
-    >>> click = np.zeros(1, EVENT)
-    >>> click["at_ms"], click["category"] = 1_000, 7
-    >>> rows = vectorise_many([click[:0], click], [2_000, 2_000], Mask.NONE, FeatureSpec(), [1, 2])
-    >>> rows.recent_categories[:, 0].tolist()
-    [0, 7]
     """
     # Imported here: using only a spec, its digest or names needs no compiler, which takes a second to load.
     from state.features.kernel import many_rows

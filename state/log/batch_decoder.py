@@ -144,13 +144,6 @@ def decode_batches(
 
     Raises:
         LogError: The library for the batch's compression is not installed.
-
-    >>> from state.log.bulk import encode_batch
-    >>> piece = encode_batch([b"u"], [b"{}"], [1000])
-    >>> [(c.first, c.next, c.keys, c.values) for c in decode_batches(piece, 0)]
-    [(0, 1, [b'u'], [b'{}'])]
-    >>> decode_batches(piece[:-1], 0)
-    []
     """
     chunks: list[Chunk] = []
     bytes_u8 = np.frombuffer(data, np.uint8)

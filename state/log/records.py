@@ -147,12 +147,7 @@ def _part(chunk: Chunk, first: int, after: int, rows: slice) -> Chunk:
 
 
 def take(chunks: deque[Chunk], max_records: int) -> list[Chunk]:
-    """Takes chunks of at most `max_records` records from the left; the last one may be split.
-
-    >>> waiting = deque([Chunk(5, 9, np.array([6, 8]), np.array([0, 0]), [b"a", b"b"], [b"", b""])])
-    >>> [part.next for part in take(waiting, 1)], [part.first for part in waiting]
-    ([8], [8])
-    """
+    """Takes chunks of at most `max_records` records from the left; the last one may be split."""
     chunks_taken: list[Chunk] = []
     while chunks and max_records > 0:
         chunk = chunks.popleft()

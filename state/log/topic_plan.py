@@ -63,12 +63,7 @@ def exposures(settings: Settings) -> TopicPlan:
 
 
 def microbatches(settings: Settings) -> TopicPlan:
-    """The training log. It outlives the oldest version that can be rolled back to, because training resumes there.
-
-    >>> plan = microbatches(Settings())
-    >>> plan.partitions, plan.config
-    (1, {'retention.ms': '604800000', 'max.message.bytes': '1000000'})
-    """
+    """The training log. It outlives the oldest version that can be rolled back to, because training resumes there."""
     hours = max(settings.kafka.retention_h, settings.registry.base_keep_d * 24)
     largest = {"max.message.bytes": str(settings.stream.max_record_bytes + BATCH_BYTES)}
     return _planned(settings, settings.kafka.microbatches_topic, _kept_for(hours) | largest)
@@ -78,9 +73,6 @@ def bounds(settings: Settings) -> dict[str, dict[str, str]]:
     """Topic -> the configuration that limits it in the local Kafka: bytes of one partition and of one of its segments.
 
     The broker compresses the clicks, whose text is repetitive; micro-batches are compressed already.
-
-    >>> bounds(Settings())["springtide.clicks.v1"]
-    {'retention.bytes': '210000000', 'segment.bytes': '30000000', 'compression.type': 'zstd'}
     """
     largest = 2 * (settings.stream.max_record_bytes + BATCH_BYTES)
     limits = {

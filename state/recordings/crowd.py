@@ -69,13 +69,7 @@ class RecordedTimes:
                 )
 
     def crowd(self, max_age_ms: int) -> Crowd:
-        """The newest time, without strays. Rows more than `max_age_ms` before the newest time are too old.
-
-        >>> times, day = RecordedTimes(), 86_400_000
-        >>> times.add(np.array([*range(0, 9 * day, day), 60 * day]), 0, np.arange(2, 12))
-        >>> times.crowd(30 * day)
-        Crowd(newest_ms=691200000, strays=1, first=(0, 11), latest_ms=5184000000, spared=9)
-        """
+        """The newest time, without strays. Rows more than `max_age_ms` before the newest time are too old."""
         if not self._hours:
             return Crowd(NO_TIME)
         hours = [self._hours[hour] for hour in sorted(self._hours)]

@@ -84,12 +84,7 @@ WRITTEN_AT_ONCE = 250
 
 
 def rows_of(parts: Sequence[Changes], at_least: int = 1) -> Changes:
-    """The rows that are in at least `at_least` of the parts, each once, by table and id.
-
-    >>> parts = [np.array([[1, 1], [9, 7]], np.uint64), np.array([[1], [9]], np.uint64)]
-    >>> rows_of(parts).tolist(), rows_of(parts, at_least=2).tolist()
-    ([[1, 1], [7, 9]], [[1], [9]])
-    """
+    """The rows that are in at least `at_least` of the parts, each once, by table and id."""
     tables, ids = np.concatenate([np.empty((2, 0), np.uint64), *parts], axis=1)
     columns = [np.empty((2, 0), np.uint64)]
     for table in np.unique(tables):
@@ -235,11 +230,7 @@ class Branch(NamedTuple):
 
 
 def branches_of(retained: Mapping[int, Visible]) -> list[Branch]:
-    """The branches that the `retained` versions are on.
-
-    >>> branches_of({52: ((51, 52), (1, 30)), 29: ((1, 29),), 30: ((1, 30),)})
-    [Branch(start=1, before=(), versions=[29, 30]), Branch(start=51, before=((1, 30),), versions=[52])]
-    """
+    """The branches that the `retained` versions are on."""
     versions_by_branch: dict[tuple[int, Visible], list[int]] = {}
     for version in sorted(retained):
         (start, _), *before = retained[version]

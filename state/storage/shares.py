@@ -43,12 +43,7 @@ def budget_bytes(settings: Settings) -> int:
 
 
 def limit_bytes(settings: Settings, part: str) -> int:
-    """The share of a part.
-
-    >>> from state.config.settings import Settings
-    >>> limit_bytes(Settings(), "registry")
-    2500000000
-    """
+    """The share of a part."""
     return int(budget_bytes(settings) * SHARES[part])
 
 
@@ -58,12 +53,7 @@ def kept_bytes(settings: Settings, part: str) -> int:
 
 
 def store_bytes(settings: Settings, part: str, store: str) -> int:
-    """Maximum size of a store of a part, in whole pages.
-
-    >>> from state.config.settings import Settings
-    >>> store_bytes(Settings(), "stream", "histories")
-    1274998784
-    """
+    """Maximum size of a store of a part, in whole pages."""
     return int(limit_bytes(settings, part) * _STORES[part][store]) // _PAGE * _PAGE
 
 

@@ -128,11 +128,7 @@ class Account:
         return {partition: min(nexts) for partition, nexts in sorted(ends.items()) if len(nexts) >= wanted[partition]}
 
     def forgotten(self, buckets: int) -> int:
-        """The last erasure that all `buckets` buckets have applied.
-
-        >>> Account(erased={0: 2, 1: 1}).forgotten(2), Account(erased={0: 2}).forgotten(2)
-        (1, 0)
-        """
+        """The last erasure that all `buckets` buckets have applied."""
         return min(self.erased.get(bucket, 0) for bucket in range(buckets))
 
     @property

@@ -37,11 +37,7 @@ _decoders: dict[object, msgspec.msgpack.Decoder[Any]] = {}
 
 
 def encode(value: object) -> bytes:
-    """Encodes dataclasses, tuples and dictionaries of numbers, texts and arrays.
-
-    >>> decode(encode({"a": np.arange(3)}), dict[str, NDArray[np.int64]])["a"].tolist()
-    [0, 1, 2]
-    """
+    """Encodes dataclasses, tuples and dictionaries of numbers, texts and arrays."""
     return _encoder.encode(value)
 
 

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry
@@ -142,7 +142,8 @@ class JobWorker:
         self.closing = ExitStack()
         self._lock, self._joining = threading.Lock(), threading.Lock()
         self._reading: dict[int, Closable] = {}
-        self._masks: dict[int, Mask] = {}
+        controls = Controls(self.settings.registry_dir)
+        self._mask_at = lru_cache(MASKS_KEPT)(lambda generation: controls.generation(generation).mask)
         self._join = self._given_join = join
         self._following, self._reports = ExitStack(), False
         self._kept: dict[str, Closable] = {}
@@ -156,14 +157,7 @@ class JobWorker:
         Raises:
             CorruptVersion: The registry does not have it.
         """
-        if not control:
-            return Mask.NONE
-        with self._lock:
-            if control not in self._masks:
-                if len(self._masks) >= MASKS_KEPT:
-                    del self._masks[min(self._masks)]
-                self._masks[control] = Controls(self.settings.registry_dir).generation(control).mask
-            return self._masks[control]
+        return self._mask_at(control) if control else Mask.NONE
 
     def join(self, rows: Rows) -> Rows:
         """The rows with the present attributes of users and items; unchanged if none are configured."""
@@ -224,7 +218,7 @@ class JobWorker:
         self.closing.close()
 
 
-_workers: dict[str, JobWorker] = {}
+_worker: JobWorker | None = None
 _opening = threading.Lock()
 
 
@@ -233,17 +227,20 @@ def worker_of(plan: JobPlan, log: Log | None = None, join: Join | None = None) -
 
     `log` and `join` of `JobWorker` are used if the worker is opened here.
     """
+    global _worker
     with _opening:
-        if plan.job not in _workers:
+        if _worker is None or _worker.plan.job != plan.job:
             close_workers()
-            _workers[plan.job] = JobWorker(plan, log, join)
-        return _workers[plan.job]
+            _worker = JobWorker(plan, log, join)
+        return _worker
 
 
 def close_workers() -> None:
-    """Closes all workers of this process."""
-    for job in list(_workers):
-        _workers.pop(job).close()
+    """Closes the worker of this process."""
+    global _worker
+    if _worker is not None:
+        _worker.close()
+        _worker = None
 
 
 atexit.register(close_workers)

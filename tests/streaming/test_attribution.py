@@ -99,16 +99,7 @@ def by_hand(log: list[Event], most: int) -> tuple[list[int], list[Resolved]]:
 def by_kernel(
     log: list[Event], most: int, sizes: list[int], reload: bool, buckets: int = 1, clocks: list[int] | None = None
 ) -> tuple[list[int], list[Resolved]]:
-    """The same in batches of `sizes`, repeated, for each of `buckets` of the users apart.
-
-    Args:
-        log: Positions.
-        most: That wait in a share.
-        sizes: Of batches.
-        reload: Whether the queue is made anew from its rows after each batch.
-        buckets: How many.
-        clocks: Of each position its source's clock after it; by default the newest event time so far.
-    """
+    """The same in batches of `sizes`, repeated, for each of `buckets` of the users apart; `reload` makes the queue anew each time."""
     queues = [Queue.of(1, 1) for _ in range(buckets)]
     reached = {0: 0, 1: 0}
     clock: dict[int, int] = {}

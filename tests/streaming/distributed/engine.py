@@ -79,12 +79,7 @@ class Kept:
 
 
 class Engine:
-    """Runs a job's steps.
-
-    Args:
-        plan: Of the job; its worker is open.
-        sinks: How many tasks write; a bucket's is that of its number.
-    """
+    """Runs the steps of a job whose worker is open; `sinks` tasks write, each the buckets of its number."""
 
     def __init__(self, plan: JobPlan, sinks: int = 1) -> None:
         self._sinks = sinks
