@@ -37,13 +37,13 @@ from state.history.store import HistoryStore
 from state.history.waiting import Changes, Extra, WaitingRows, WaitingStore, keys_of, place_of
 from state.microbatch.batch import Kind, Known, counts_by_range
 from state.positions import Range, Source
+from state.user_shares import SHARES
 from streaming.rows import Rows
 
 I64 = NDArray[np.int64]
 U64 = NDArray[np.uint64]
 U8 = NDArray[np.uint8]
 
-SHARES = 64  # as in `state.user_shares`; a test compares the two
 MOST_EXPIRED = 8
 NONE = -1
 NEVER_MS = np.iinfo(np.int64).min

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from state import user_shares
 from state.microbatch.batch import Kind
 from state.positions import MOST_LEARNED
 from streaming import labels
@@ -255,7 +254,6 @@ def test_the_accounts_know_how_many_rows_one_position_can_have() -> None:
 def test_the_kernels_numbers_are_those_of_the_kinds() -> None:
     for name in ("OPENED", "DROPPED", "FEEDBACK", "JOINED", "EXPIRED"):
         assert getattr(labels, name) == Kind[name]
-    assert SHARES == user_shares.SHARES
 
 
 @pytest.mark.parametrize("changed", [0, 1, 2])

@@ -19,7 +19,7 @@ from tensorflow_transform.tf_metadata.schema_utils import schema_as_feature_spec
 from state.config.loading import load
 from state.config.sections import Model
 from state.config.settings import Settings
-from state.errors import SaltMismatch, SettingsError, SpringtideError, UnknownTopic, UnreachableBroker
+from state.errors import SaltMismatch, SettingsError, SpringtideError, UnknownTopic
 from state.events.identity import load_salt, public_id
 from state.features.spec import FeatureSpec
 from state.log import PartitionBatch, Topics, Writer
@@ -204,16 +204,6 @@ def test_an_option_that_the_preprocessing_asked_for_makes_another_graph_and_othe
     assert registry.specs.transform(f"{spec}.2").is_dir()
     # What an earlier release wrote names no options.
     assert fits({"preprocessing": f"{__name__}:scaled"}, wanted("scale=2").model)
-
-
-def test_a_broker_that_is_away_is_reported_in_one_line(tmp_path: Path) -> None:
-    away = load(
-        ["--paths.state", str(tmp_path), "--kafka.bootstrap_servers", "127.0.0.1:1", "--kafka.request_timeout_s", "1"],
-        {},
-    )
-    with pytest.raises(UnreachableBroker) as raised:
-        run(away, silent)
-    assert "\n" not in str(raised.value)
 
 
 BEGIN_S = 1_700_000_000

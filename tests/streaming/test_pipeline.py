@@ -192,14 +192,6 @@ def test_a_stream_that_is_asked_to_stop_while_it_opens_ends_cleanly(
     assert stream.lines[-1].endswith("stopped; everything read is committed")
 
 
-def test_a_mistyped_topic_is_one_line_and_exit_code_1(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
-    kafka = kafka_settings()
-    with running(settings_for(kafka, tmp_path / "state", tmp_path / "salt"), tmp_path / "log") as stream:
-        assert stream.wait() == 1
-    assert "UnknownTopic" in stream.lines[-1]
-    assert kafka.clicks_topic in stream.lines[-1]
-
-
 CLICKS = 6000
 BATCH = 100
 RATES = (8, 5, 2, 1)  # of the partitions
