@@ -40,6 +40,9 @@ NEVER = 255  # the recency of an event that never happened
 EXACT = 128  # each age below this many units has its own step; then 64 steps per octave
 DAY_MS = 86_400_000
 HOUR_MS = 3_600_000
+KERNELS = "state.features.kernel"
+"""The module that `vectorise_many` imports late. A process that computes windows prepares its kernels."""
+
 EVENT = np.dtype(
     [
         ("at_ms", "<i8"),

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from state import layout
 from state.config.settings import Settings
 from state.disk import files as durable
-from state.errors import CorruptStore
+from state.errors import CorruptStore, UnusablePlace
 from state.features.spec import EVENT, Events
 from state.file_store import FileStore, open_store
 from state.history.actions import ACTIONS
@@ -275,6 +275,29 @@ def usable(location: FileStore, wanted: Wanted) -> Iterator[HistorySnapshot]:
 # Files
 
 
+def read_file(location: FileStore, file: SnapshotFile) -> bytes:
+    """Reads a file. If it is damaged, it removes all snapshots that name it, so that no later one builds on them.
+
+    Raises:
+        CorruptStore: It is missing or does not match its digest.
+        UnusablePlace: The location cannot be reached.
+    """
+    try:
+        data = location.read(file.name)
+    except FileNotFoundError:
+        how = "is missing"
+    else:
+        if durable.digest(data) == file.sha256 and zstandard.frame_content_size(data) <= _MOST_BYTES:
+            return data
+        how = "fails its digest"
+    for number in numbers(location):
+        if file in _files_of(location, number):
+            # A process that cannot remove it does without it, too.
+            with suppress(UnusablePlace):
+                location.remove(document_name(number))
+    raise _damaged(file.name, location, how)
+
+
 def encode(columns: Mapping[str, Any]) -> bytes:
     """Encodes the columns of a file, given as bytes by name."""
     return zstandard.ZstdCompressor(level=_LEVEL).compress(msgspec.msgpack.encode(columns))
@@ -343,12 +366,7 @@ class SnapshotReader:
             yield from zip(columns["names"], columns["values"], strict=True)
 
     def _read(self, file: SnapshotFile) -> Any:
-        try:
-            data = self._location.read(file.name)
-        except FileNotFoundError:
-            raise _damaged(file.name, self._location, "is missing") from None
-        if durable.digest(data) != file.sha256 or zstandard.frame_content_size(data) > _MOST_BYTES:
-            raise _damaged(file.name, self._location, "fails its digest")
+        data = read_file(self._location, file)
         return msgspec.msgpack.decode(zstandard.ZstdDecompressor().decompress(data))
 
     def _decode(self, file: SnapshotFile) -> _Decoded:
@@ -488,10 +506,7 @@ def remove(location: FileStore, gone: Sequence[int], now_ms: int) -> int:
     """
     before = numbers(location)
     removed = [number for number in before if number in gone]
-    theirs = set[str]()
-    for number in removed:
-        with suppress(CorruptStore):
-            theirs.update(file.name for file in read(location, number).files)
+    theirs = {file.name for number in removed for file in _files_of(location, number)}
     # 1.
     for number in removed:
         location.remove(document_name(number))
@@ -507,3 +522,10 @@ def remove(location: FileStore, gone: Sequence[int], now_ms: int) -> int:
     for name in unnamed:
         location.remove(name)
     return len(unnamed)
+
+
+def _files_of(location: FileStore, number: int) -> Sequence[SnapshotFile]:
+    try:
+        return read(location, number).files
+    except CorruptStore:
+        return ()
