@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -185,14 +186,8 @@ _KINDS: dict[str, type] = {
 }
 
 
-def _each(
-    convert: Callable[..., Any],
-    rows: Sequence[int],
-    refused: dict[int, Reason],
-    *columns: Sequence[Any],
-    zero: Any = 0,
-) -> Any:
-    """Converts columns at once or, if a value is invalid, row by row; adds invalid rows to `refused`, with `zero`."""
+def _each(convert: Callable[..., Any], rows: Sequence[int], refused: dict[int, Reason], *columns: Sequence[Any]) -> Any:
+    """Converts columns at once or, if a value is invalid, row by row: leaves out invalid rows and adds them to `refused`."""
     try:
         return convert(*columns)
     except _BAD:
@@ -201,8 +196,7 @@ def _each(
             try:
                 converted.append(convert(*([value] for value in values))[0])
             except _BAD as error:
-                refused.setdefault(row, reason_of(error))
-                converted.append(zero)
+                refused[row] = reason_of(error)
         return converted
 
 
@@ -229,6 +223,21 @@ class Parser:
         self._users = IdTable(partial(user_id, salt), announced=False)
         self._items, self._categories = IdTable(public_id, whole=True), IdTable(public_id)
         self._contexts: dict[tuple[str, str], int] = {}
+        # In this order, the first invalid field of a record gives the reason.
+        self._converters: dict[str, Callable[..., Any]] = {
+            "at_ms": self._times,
+            "user": lambda events: self._users.column([event.user for event in events]),
+            "item": lambda events: self._ids(self._items, settings.item, [event.item for event in events], events),
+            "category": lambda events: self._ids(
+                self._categories, settings.category, [event.category for event in events], events
+            ),
+            "action": self._action_column,
+            "label": lambda events: label_column([event.label for event in events]),
+        }
+        if settings.request:
+            self._converters["request"] = self._requests
+        if settings.context:
+            self._converters["context"] = lambda events: [self._context(event) for event in events]
 
     def parse(self, batches: Sequence[PartitionBatch]) -> EventBatch:
         """Converts the result of one poll to events and dead letters, with the outcomes of every position."""
@@ -269,7 +278,7 @@ class Parser:
 
     def _columns(self, batch: PartitionBatch, refused: dict[int, Reason]) -> dict[str, NDArray[Any]]:
         """The columns of the events of a batch; adds the rows of records that are no events to `refused`."""
-        settings, values = self._settings, batch.values
+        values = batch.values
         # Without a value, a record is a tombstone.
         rows: Sequence[int] = range(len(values))
         if None in values:
@@ -277,48 +286,35 @@ class Parser:
         events = _each(
             self._decoded, rows, refused, values if len(rows) == len(values) else [values[row] for row in rows]
         )
-        if refused:
-            events = [event for row, event in zip(rows, events, strict=True) if row not in refused]
-            rows = [row for row in rows if row not in refused]
+        rows = [row for row in rows if row not in refused] if refused else rows
         kept: Any = slice(None) if len(rows) == len(values) else rows
-        users = [event.user for event in events]
-        items, categories = (
-            partial(self._ids, table, name)
-            for table, name in ((self._items, settings.item), (self._categories, settings.category))
-        )
-        width = len(settings.context)
-        # In this order, the first invalid field of a record gives the reason.
-        found = {
-            "at_ms": _each(self._times, rows, refused, [event.time for event in events], batch.timestamps_ms[kept]),
-            "user": _each(self._users.column, rows, refused, users),
-            "item": _each(items, rows, refused, [event.item for event in events], users),
-            "category": _each(categories, rows, refused, [event.category for event in events], users),
-            "action": _each(self._action_column, rows, refused, [event.action for event in events]),
-            "label": _each(label_column, rows, refused, [event.label for event in events]),
-            "request": _each(self._requests, rows, refused, events) if settings.request else (),
-            "context": _each(self._contexts_of, rows, refused, events, zero=[0] * width) if width else (),
-            "offset": batch.offsets[kept],
-        }
-        columns: dict[str, NDArray[Any]] = {name: np.asarray(column, _KINDS[name]) for name, column in found.items()}
-        columns["context"] = columns["context"].reshape(len(rows), width)
-        if refused:
-            good = np.array([row not in refused for row in rows], np.bool_)
-            columns = {name: column[good] if len(column) else column for name, column in columns.items()}
-        return columns
+        stamps_ms, found = batch.timestamps_ms[kept], {"offset": batch.offsets[kept]}
+        for name, convert in self._converters.items():
+            column = _each(convert, rows, refused, *((events, stamps_ms) if name == "at_ms" else (events,)))
+            if len(column) < len(rows):
+                good = [row not in refused for row in rows]
+                rows, events = [*compress(rows, good)], [*compress(events, good)]
+                found = {name: array[good] for name, array in found.items()}
+            found[name] = np.asarray(column, _KINDS[name])
+        none = np.empty(0, np.uint64)
+        contexts = found.get("context", none).reshape(len(rows), len(self._settings.context))
+        return {"request": none} | found | {"context": contexts}
 
     def _decoded(self, values: Sequence[bytes]) -> list[Any]:
         if max(map(len, values), default=0) > self._settings.max_event_bytes:
             raise DecodeError(Reason.TOO_LARGE)
         return [self._decode(value) for value in values]
 
-    def _times(self, times: list[Any], timestamps_ms: Sequence[int]) -> NDArray[np.int64]:
+    def _times(self, events: list[Any], timestamps_ms: Sequence[int]) -> NDArray[np.int64]:
+        times = [event.time for event in events]
         stamps_ms, unit, kinds = np.asarray(timestamps_ms, np.int64), self._settings.time_unit, {*map(type, times)}
         if type(None) in kinds and self._settings.time:
             raise DecodeError(Reason.MISSING_FIELD)
         if kinds == {int} and unit != "iso":
-            at_ms = np.array(times, np.int64)
-            if not ((at_ms > -LATEST_MS) & (at_ms < LATEST_MS)).all():
+            # An integer of more than 64 bits is out of range, too.
+            if not -LATEST_MS < min(times) <= max(times) < LATEST_MS:
                 raise DecodeError(Reason.IMPLAUSIBLE_TIME)
+            at_ms = np.array(times, np.int64)
             if unit != "ms":
                 at_ms = np.where((at_ms < MILLISECONDS_FROM) | (unit == "s"), at_ms * 1000, at_ms)
         elif kinds == {type(None)}:
@@ -332,12 +328,12 @@ class Parser:
             raise DecodeError(Reason.IMPLAUSIBLE_TIME)
         return at_ms
 
-    def _ids(self, table: IdTable, configured: str, values: list[Any], users: list[Any]) -> NDArray[np.uint64]:
+    def _ids(self, table: IdTable, configured: str, values: list[Any], events: list[Any]) -> NDArray[np.uint64]:
         """The ids of a column, `[n]` uint64; 0 for a missing value, allowed if no field is configured or for probe users."""
         if None not in values:
             return table.column(values)
         if configured and not all(
-            is_probe_user(user) for user, value in zip(users, values, strict=True) if value is None
+            is_probe_user(event.user) for event, value in zip(events, values, strict=True) if value is None
         ):
             raise DecodeError(Reason.MISSING_FIELD)
         ids = np.zeros(len(values), np.uint64)
@@ -345,7 +341,8 @@ class Parser:
         ids[named] = table.column([values[row] for row in named])
         return ids
 
-    def _action_column(self, actions: list[Any]) -> NDArray[np.uint8]:
+    def _action_column(self, events: list[Any]) -> NDArray[np.uint8]:
+        actions = [event.action for event in events]
         kinds = {*map(type, actions)}
         if kinds == {type(None)} and len(self._actions) == 1:
             return np.zeros(len(actions), np.uint8)
@@ -362,9 +359,6 @@ class Parser:
         if not {*map(type, requests)} <= _OPTIONAL_ID_TYPES:
             raise DecodeError(Reason.WRONG_TYPE)
         return [0 if request is None or request == "" else public_id(request) for request in requests]
-
-    def _contexts_of(self, events: list[Any]) -> list[list[int]]:
-        return [self._context(event) for event in events]
 
     def _context(self, event: Any) -> list[int]:
         ids = []
@@ -400,5 +394,5 @@ def label_column(labels: list[Any]) -> NDArray[np.float32]:
     # A label that is NaN or infinite fails one of the comparisons.
     if np.count_nonzero((array >= 0) & (array <= 1)) < len(array) - unknown:
         known = [label for label in labels if label is not None]
-        raise DecodeError(Reason.WRONG_TYPE if np.isfinite(known).all() else Reason.NOT_FINITE)
+        raise DecodeError(Reason.WRONG_TYPE if all(map(math.isfinite, known)) else Reason.NOT_FINITE)
     return array.astype(np.float32)
