@@ -157,10 +157,6 @@ class ProgressiveValidation:
 
     Args:
         contexts: By id the name and the text of each value of a context field.
-
-    Attributes:
-        interests, engagements, asked: The predictions so far.
-        lists, unseen_lists: The recommended items so far, and those of requests without seen items.
     """
 
     def __init__(

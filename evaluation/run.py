@@ -44,13 +44,7 @@ DECIDING = ("events.", "features.", "labels.", "model.", "trainer.")
 
 
 class Wanted(NamedTuple):
-    """The events to evaluate.
-
-    Attributes:
-        last: The number of last events to evaluate; None for all.
-        from_ms: The time of the first event to evaluate; None for all.
-        requests: Approximate number of clicks that are requests for recommendations; 0 for none.
-    """
+    """The last events, or those from a time on, that are evaluated, and about how many requests precede one of them."""
 
     last: int | None = None
     from_ms: int | None = None

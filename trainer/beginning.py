@@ -43,13 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 class Beginning(NamedTuple):
-    """The position at which a trainer begins.
-
-    Attributes:
-        log: The training log, open at the position.
-        place: The position.
-        tensors: What the first base holds.
-    """
+    """The training log, open at the position where a trainer begins, and what the first base holds."""
 
     log: Reader
     place: TrainingPlace
@@ -79,9 +73,7 @@ class FromPast:
     """Starts with past clicks, and the training log from the cut on.
 
     Attributes:
-        past: The clicks and the cut.
         records: A context manager that yields their encoded micro-batches.
-        elapsed: Monotonic seconds.
     """
 
     past: Past
@@ -162,11 +154,7 @@ class FromPast:
 
 @contextmanager
 def from_child(arguments: Sequence[str], stopping: threading.Event) -> Iterator[Iterator[bytes]]:
-    """Yields the micro-batches that a child process makes; the child ends with the block.
-
-    Args:
-        arguments: The command line of this process: the child has the same settings.
-        stopping: Set when this process is to end.
+    """Yields the micro-batches that a child process with the same `arguments` makes; the child ends with the block.
 
     Raises:
         ProcessFailed: The child ended before all of them were made.
@@ -203,11 +191,6 @@ def _read(child: subprocess.Popen[bytes], stopping: threading.Event) -> Iterator
 def beginning_of(registry: Registry, arguments: Sequence[str], stopping: threading.Event) -> Begins:
     """Returns how the trainer of a registry begins.
 
-    Args:
-        registry: The trainer's own.
-        arguments: The command line of this process.
-        stopping: Set when the process is to end.
-
     Raises:
         RegistryError: The request for past clicks cannot be read.
     """
@@ -229,16 +212,7 @@ def open_after(
     do: str,
     lost: Callable[[GapError], int] = refuse,
 ) -> Reader:
-    """Opens the training log after the range that something was learned from.
-
-    Args:
-        log: Contains the training log.
-        settings: Name its topic.
-        end: The range.
-        at: The offset at which to continue: that of the range, or after records that are skipped.
-        subject: What was learned from the range, for the message that the topic was recreated.
-        do: What to do then.
-        lost: See `open_topic`.
+    """Opens the training log at `at`, after the range `end` that `subject` was learned from; `lost` as in `open_topic`.
 
     Raises:
         UnknownTopic: The topic was recreated since.

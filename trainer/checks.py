@@ -40,11 +40,6 @@ def require_options_read(model: ModelSettings, read: Collection[str]) -> None:
 def check_own(settings: Settings, spec: FeatureSpec, preprocessing: Any = None) -> str:
     """Checks the custom ranker, or else the tower, with its actual input width; returns a one-line description.
 
-    Args:
-        settings: All settings.
-        spec: The feature spec.
-        preprocessing: What the bootstrap analysed; None takes logarithms.
-
     Raises:
         SettingsError: A function cannot be loaded.
         ProgramError: It fails a check, or does not lower to LiteRT.

@@ -163,25 +163,14 @@ class Tiers:
 
 
 class Merge(NamedTuple):
-    """Deltas to merge into one.
-
-    Attributes:
-        path: The versions, oldest first; the last one stays.
-        parent: The version that the first one continues.
-    """
+    """The versions to merge into the last one, oldest first, and the parent of the first one."""
 
     path: tuple[int, ...]
     parent: int
 
 
 class Thinning(NamedTuple):
-    """A retention plan, in the order in which to apply it.
-
-    Attributes:
-        merges: Deltas to merge.
-        deltas: Versions whose deltas are removed.
-        bases: Versions whose bases are removed.
-    """
+    """A retention plan: deltas to merge, and versions whose deltas and bases are removed."""
 
     merges: list[Merge]
     deltas: list[int]
@@ -191,15 +180,7 @@ class Thinning(NamedTuple):
 def plan(
     deltas: Sequence[Manifest], bases: Sequence[Manifest], keep: Collection[int], tiers: Tiers, now_ms: int
 ) -> Thinning:
-    """Plans what to merge and what to remove, so that all remaining versions can be loaded.
-
-    Args:
-        deltas: Manifests of the deltas, ascending.
-        bases: Manifests of the bases, ascending.
-        keep: Versions that are kept regardless of their age.
-        tiers: The retention times.
-        now_ms: Wall clock.
-    """
+    """Plans what to merge and what to remove, so that all remaining versions can be loaded. Manifests are ascending."""
     parts = _Held(deltas, bases)
     if not parts.all:
         return Thinning([], [], [])
@@ -404,9 +385,7 @@ def needed(control: Control | None) -> frozenset[int]:
 def compact(registry: Registry, load_bytes: int = 0) -> Manifest | None:
     """Makes a base of the newest version of control's epoch; None if it is not needed yet.
 
-    Args:
-        registry: With the compactor's lock held.
-        load_bytes: A base is made only if the deltas since the last base exceed both this and that base's size.
+    It is needed if the deltas since the last base exceed both `load_bytes` and the size of that base.
 
     Raises:
         CorruptVersion: A file of its chain fails its digest.

@@ -19,10 +19,6 @@ def prepare(device: str = "auto", threads: int = 1) -> str:
     Call it before anything else of TensorFlow: threads cannot be changed once an operation has run. A second call with the
     same values does nothing.
 
-    Args:
-        device: `auto`, `cpu` or `gpu`.
-        threads: Threads within and between operations.
-
     Raises:
         SettingsError: `device` is `gpu` and there is none.
     """

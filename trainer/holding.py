@@ -107,9 +107,7 @@ PASSED = Judgement(Standing.PASS)
 class WindowWatch:
     """Remembers the windows of one branch of the training log. One thread.
 
-    Args:
-        limits: The section `[guard]`.
-        slices: Describes the slice numbers; state of another description is dropped.
+    `slices` describes the slice numbers; state of another description is dropped.
     """
 
     def __init__(self, limits: GuardSettings, slices: str = "") -> None:
@@ -337,15 +335,7 @@ def suspect_clicks(since: WindowStart, after: TrainingPlace) -> tuple[SuspectCli
 
 
 class UpdateGuard:
-    """The guard of one trainer. The step thread calls every method.
-
-    Args:
-        settings: All settings.
-        registry: The registry of control and versions.
-        metrics: The trainer's metrics.
-        clock, elapsed: Wall clock and monotonic clock in seconds.
-        shown: By slice dimension the present names of its slices.
-    """
+    """The guard of one trainer; `shown` returns the names of the slices by dimension. The step thread calls every method."""
 
     def __init__(
         self,
@@ -391,12 +381,7 @@ class UpdateGuard:
     ) -> bool:
         """Judges one record; returns True if control holds it from now on.
 
-        Args:
-            batch: The rows that were learned; perhaps none.
-            report: Of the step; None without a row.
-            before: The trainer's position before the record.
-            after: Its position after it.
-            log_ms: Log time before and after.
+        `report` is None without a row; `log_ms` is log time before and after the record.
 
         Raises:
             ControlConflict: Other processes kept changing control.

@@ -77,18 +77,8 @@ def take_in(
 ) -> Intake:
     """Decodes a record, drops rows that `marks` covers, and excludes masked rows.
 
-    A record outside `line`, or of a former feature spec, has no rows left.
-
-    Args:
-        value: The record's value.
-        marks: The next offset of each source.
-        mask_at: The rows to exclude, by mask generation; they count as seen.
-        spec: Digest of the trainer's feature spec.
-        salt: Fingerprint of the salt of its user ids.
-        where: The record's offset, for messages.
-        line: The branch of the log: which records count.
-        offset: The record's offset.
-        is_former: Whether records of another feature spec or salt, by digest or fingerprint, are skipped.
+    A record outside `line`, or of a spec or salt that `is_former` accepts, has no rows left. `where` names the record in
+    messages; `offset` is its offset.
 
     Raises:
         MicroBatchError: The value is no micro-batch.
@@ -143,14 +133,7 @@ def _is_ours(batch: MicroBatch, spec: str, salt: str, where: str, is_former: Cal
 
 
 class LogRecord(NamedTuple):
-    """A record of the training log, or the records of a batch that cannot be read.
-
-    Attributes:
-        first: Its offset.
-        next: The offset after it.
-        value: Its value.
-        damage: Why it cannot be read; empty if it can.
-    """
+    """A record of the training log, or the records `first` to `next` of a batch that cannot be read because of `damage`."""
 
     first: int
     next: int
@@ -193,13 +176,7 @@ def take_or_leave(
 ) -> Taken | None:
     """Calls `take` on a record and returns its result; None if the record is skipped, which is permanent.
 
-    Args:
-        record: The record.
-        where: Its offset, for messages.
-        source: The training log's partition.
-        marks: The next offset of each source of clicks.
-        passages: Knows which records were skipped, and skips those that an operator accepts.
-        take: Learns the record's value; raises one of `BAD` if it cannot.
+    `take` raises one of `BAD` if it cannot learn the value; `where` names the record in messages.
 
     Raises:
         SpringtideError: From `take`, if the operator does not accept to skip the record.

@@ -208,10 +208,6 @@ class LossRecorder:
     """Writes the loss of each row, as it was scored before it was learned, for comparison with another trainer.
 
     Without a reader it neither writes nor copies anything (`state/experiments/comparison.py`).
-
-    Args:
-        registry: The path of the trainer's registry; its lock is held.
-        elapsed: Monotonic seconds.
     """
 
     def __init__(self, registry: Path, elapsed: Callable[[], float] = time.monotonic) -> None:
@@ -224,11 +220,6 @@ class LossRecorder:
         """Writes the losses of an accepted step if there is a reader. After a disk error, logs it and pauses writing.
 
         A record with rows that the guard skipped is left out, because a comparison needs rows that both trainers learn.
-
-        Args:
-            offset: Of the record in the training log.
-            users: `[n]` uint64, of the rows that the step took.
-            report: Of the step.
         """
         if not self._has_reader() or report.verdict is not Verdict.ACCEPT:
             return
@@ -274,13 +265,7 @@ def erased_up_to(control: Control, trainer: Trainer, position: TrainingPlace) ->
 
 
 class ServedModel(NamedTuple):
-    """What all versions of a trainer have in common.
-
-    Attributes:
-        program: SHA-256 of the program that fits the model.
-        spec: Digest of the feature spec.
-        about: The bootstrap's document of it.
-    """
+    """What all versions of a trainer share: SHA-256 of the program, digest of the spec, and the bootstrap's document of it."""
 
     program: str
     spec: str
@@ -292,11 +277,8 @@ class Surroundings:
     """The environment of a learner: how it starts, its limits and its clocks.
 
     Attributes:
-        consent: The losses that the operator accepts.
         room: Lets a version wait for disk space; None: a full disk ends the trainer.
         begins: Prepares the trainer if there is no version to continue from.
-        clock: Wall clock in seconds, for times in manifests.
-        elapsed: Monotonic seconds, for the pace of publishing and the retention of recent versions.
     """
 
     consent: Consent = NO_CONSENT
@@ -307,17 +289,7 @@ class Surroundings:
 
 
 class Learner:
-    """Learns the records of the training log and publishes versions to the registry. One thread.
-
-    Args:
-        settings: All settings.
-        registry: The registry of versions and control; the trainer's lock is held.
-        trainer: The weights and the step.
-        log: The log with the training log.
-        model: What its versions have in common.
-        metrics: The trainer's metrics.
-        surroundings: How it starts, and its clocks.
-    """
+    """Learns the records of the training log and publishes versions to the registry. One thread."""
 
     def __init__(
         self,

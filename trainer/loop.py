@@ -113,11 +113,8 @@ class Scheduled:
     """Runs a module at an interval in a child process, one run at a time, with the trainer's own settings.
 
     Args:
-        module: The module.
-        arguments: The command line of this process.
         every_s: Seconds from one start to the next; 0: never.
         on_end: Called with the exit code of a run that ended, and the number of failed runs in a row.
-        elapsed: Monotonic seconds.
     """
 
     def __init__(
@@ -174,13 +171,6 @@ def doubt(registry: Registry, version: int) -> None:
 
 def recover(registry: Registry, control: Control, lost: TruncatedLog, actor: str, now_ms: int) -> Control:
     """Writes control's next generation, which rewinds to before the loss; durable when this returns.
-
-    Args:
-        registry: Where versions and control are.
-        control: The generation that the trainer wanted to enter.
-        lost: The error of the log.
-        actor: Recorded in the history.
-        now_ms: Wall clock.
 
     Raises:
         TruncatedLog: There is no version to continue from; the error says what to do.
@@ -289,11 +279,7 @@ def _import_model(kernels: Kernels, phases: Phases, stopping: threading.Event) -
 
 
 def _check_own(settings: Settings) -> None:
-    """Checks a custom ranker or tower; the preprocessing's width is not known yet, and both take any.
-
-    Raises:
-        ProgramError: It does not meet the contract.
-    """
+    """Checks a custom ranker or tower; the preprocessing's width is not known yet, and both take any."""
     with quiet_stderr():
         from trainer import device
 
@@ -419,11 +405,7 @@ def _join(
 
 
 def _await(imports: threading.Thread, children: Sequence[subprocess.Popen[bytes]], stopping: threading.Event) -> None:
-    """Waits until `imports` ends or the process is stopping.
-
-    Raises:
-        ProcessFailed: A worker ended before it joined.
-    """
+    """Waits until `imports` ends or the process is stopping."""
     while imports.is_alive() and not stopping.is_set():
         imports.join(POLL_S)
         for index, child in enumerate(children, 1):

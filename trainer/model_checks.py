@@ -46,11 +46,6 @@ Outputs = Mapping[str, Any]
 def check_ranker(settings: Settings, spec: FeatureSpec, preprocessing: Preprocessing | None) -> str:
     """Checks the ranker that `model.ranker` names; returns a one-line description.
 
-    Args:
-        settings: All settings.
-        spec: The feature spec.
-        preprocessing: What the bootstrap analysed; None takes logarithms.
-
     Raises:
         SettingsError: There is no such builder.
         ProgramError: The ranker fails a check; the message says what it did and what is required.
@@ -275,10 +270,6 @@ def _check_rows_apart(ranker: Ranker, inputs: Mapping[str, F32], plain: Mapping[
 
 def check_tower(settings: ModelSettings, width_in: int) -> str:
     """Checks the tower that `model.tower` names; returns a one-line description.
-
-    Args:
-        settings: The section `[model]`.
-        width_in: Width of the tower's input.
 
     Raises:
         SettingsError: There is no such builder, or two weights have the same name.

@@ -121,13 +121,9 @@ class TrainingPlace:
 
 
 def newest_before(registry: Registry, branch: Manifest, partition: Source, offset: int) -> Manifest | None:
-    """The newest version that learned nothing from `offset` of the training log on; None if none can be loaded.
+    """The newest version that learned nothing from `offset` of the log's `partition` on; None if none can be loaded.
 
-    Args:
-        registry: Holds the versions.
-        branch: The version whose predecessors are searched, itself included.
-        partition: Of the training log; versions that were trained on another one do not count.
-        offset: An offset of it.
+    It is `branch` or a predecessor of it. Versions that were trained on another topic do not count.
     """
     for number in reversed(registry.versions()):
         if not sees(branch.visible, number):

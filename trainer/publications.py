@@ -57,17 +57,7 @@ class ProbedRanker:
 
 
 class Publications:
-    """The learner's versions, at most one of them being written. The step thread calls every method.
-
-    Args:
-        settings: Pace of versions, and of durable ones.
-        publisher: Writes them in the background.
-        drafter: Fills in what all manifests have.
-        trainer: The weights.
-        metrics: The trainer's metrics.
-        updates: Judges what becomes a version.
-        clock, elapsed: Wall clock and monotonic clock in seconds.
-    """
+    """The learner's versions, at most one of them being written. The step thread calls every method."""
 
     def __init__(
         self,
@@ -126,15 +116,7 @@ class Publications:
     def publish(
         self, position: TrainingPlace, control: Control, account: Mapping[str, int], topic_id: str, last: bool = False
     ) -> TrainingPlace:
-        """Hands a copy of the changes to the publisher. Returns the position afterwards.
-
-        Args:
-            position: The trainer's position.
-            control: The generation that it learned under.
-            account: The outcomes of the rows.
-            topic_id: Of the training log.
-            last: Whether the version is durable in any case.
-        """
+        """Hands a copy of the changes to the publisher; returns the position afterwards. The `last` version is durable."""
         began = time.perf_counter()
         durable = (
             last

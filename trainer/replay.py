@@ -29,16 +29,10 @@ class Replay:
     """Learns the records of the log again. Not thread-safe.
 
     Args:
-        trainer: A trainer in the state of the base.
-        base: The base's manifest; None for an untrained trainer.
-        target: The manifest of the version to reproduce.
         specs: Digests of the feature specs that upgrades replaced.
         lost: Erasures whose users' rows were removed from the base after it was made.
 
     Attributes:
-        marks: The next offset of each source.
-        account: Rows by outcome, with the keys `ACCOUNT`.
-        steps, rows: Steps done, rows read.
         unlike: Rows of the users in `lost` that were learned before their erasure. With any the result differs.
     """
 
@@ -62,11 +56,6 @@ class Replay:
 
     def run(self, reader: SegmentReader, segments: Sequence[LogSegment], say: Callable[[str], None]) -> None:
         """Learns the records of the segments, oldest first. Reports the progress and the remaining time once a second.
-
-        Args:
-            reader: Reads the log; closed at the end.
-            segments: Oldest first.
-            say: Receives the lines.
 
         Raises:
             GapError: Records were deleted.
@@ -128,12 +117,6 @@ class SegmentReader:
 
     After a rollback a segment begins before the end of the previous one; the log is
     then opened again at that offset.
-
-    Args:
-        open_at: Opens the log at an offset.
-        log: The range of the log that the version's manifest states.
-        accepted: Gaps that the trainer passed.
-        patience_s: The longest wait for a record that must exist.
     """
 
     def __init__(

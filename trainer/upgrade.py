@@ -157,17 +157,7 @@ def propose(
     reason: str,
     now_ms: int,
 ) -> Control:
-    """Creates control's next generation, which begins the epoch; durable on return.
-
-    Args:
-        registry: With the trainer's lock held.
-        settings: The new settings.
-        spec: Their feature spec.
-        version: The version to continue from; None starts from scratch.
-        plan: What is carried over.
-        who: The actor, for the history.
-        reason: For the history.
-        now_ms: Wall clock.
+    """Creates control's next generation, which begins the epoch from `version` or from scratch; durable on return.
 
     Raises:
         ControlConflict: Other processes keep changing control.

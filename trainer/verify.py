@@ -61,11 +61,7 @@ class Difference:
 
     Attributes:
         table: The table, or the tensor's name if it belongs to none.
-        field: The table's column; empty for other tensors.
-        id: The row's id; None for other tensors.
         position: The index in the row or in the flattened tensor; None if the whole differs.
-        kept: The version's value, as text.
-        recomputed: The recomputed value, as text.
     """
 
     table: str
@@ -210,19 +206,10 @@ class Comparison:
     """The result of a verification.
 
     Attributes:
-        version: The version under test.
         base: The version that the replay began from; 0 if it began from scratch.
-        first: The first offset replayed.
-        next: The offset after the last one.
-        steps: Steps done.
-        rows: Rows read.
         outcome: `equal`, `different` or `not comparable`.
-        environment: Differences of the environment; only if not comparable.
         erased_rows: Learned rows of users whose rows were removed from the base; only if that makes them not
             comparable.
-        difference: The first one; only if different.
-        digest: Of the version's state.
-        seconds: How long it took.
     """
 
     version: int
@@ -298,16 +285,7 @@ def verify(
     log: Log,
     say: Callable[[str], None] = lambda _: None,
 ) -> Comparison:
-    """Recomputes `version`; see the module.
-
-    Args:
-        settings: All settings, the same as the trainer's.
-        registry: Is only read.
-        version: The version.
-        wanted_base: Where to begin; None for the nearest base before it.
-        make_trainer: Makes a new trainer; called once.
-        log: The log with the training log.
-        say: Takes progress lines.
+    """Recomputes `version` from `wanted_base`, or from the nearest base before it; see the module.
 
     Raises:
         UnknownVersion: It, or a part of its chain, is not kept.
@@ -440,17 +418,7 @@ def run(
     wanted_base: int | None,
     say: Callable[[str], None],
 ) -> Comparison:
-    """Recomputes a version of the registry that the settings name, with as many local workers as trained it.
-
-    Args:
-        settings: All settings.
-        version: The version.
-        wanted_base: Where to begin; None for the nearest base before it.
-        say: Takes progress lines.
-
-    Raises:
-        SpringtideError: See `verify`.
-    """
+    """Recomputes a version of the registry that the settings name, with as many local workers as trained it."""
     if not (settings.registry_dir / layout.VERSIONS).is_dir():
         raise RegistryError(f"there is no registry at {settings.registry_dir}", "correct paths.state or paths.registry")
     registry = Registry(settings.registry_dir)

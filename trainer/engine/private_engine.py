@@ -57,7 +57,6 @@ class ReleasedCrosses(CrossLearner):
     derivatives with noise. Shares are not learned, because all later rows would see the effect of each row.
 
     Args:
-        table: The table of crosses.
         released: The number of columns that are released.
         prior: `[T + O]` float32, the prior precision of each weight.
     """
@@ -140,14 +139,8 @@ class PrivateEngine(TensorflowEngine):
     def lengths(self, record: Record, losses: Sequence[str]) -> F32:
         """An upper bound of the norm of each row's gradient, per loss, over all that an update releases.
 
-        Several inputs may look up the same category row, so the bound sums the norms over these inputs.
-
-        Args:
-            record: The record.
-            losses: Names in `LOSSES`.
-
-        Returns:
-            `[B, len(losses)]` float32; not finite where a gradient is not.
+        Returns `[B, len(losses)]` float32, not finite where a gradient is not. Several inputs may look up the same category
+        row, so the bound sums the norms over these inputs.
         """
         values = {**record.values, "cross": self.crosses.measure(record)[1].logits}
         rows, at = self._rows(record)
@@ -180,14 +173,9 @@ class PrivateEngine(TensorflowEngine):
     def noised(
         self, measured: Measured, record: Record, normal: Normal, deviation: float, own_rows: bool = True
     ) -> Measured:
-        """The private version of a measured update: noise on all that is shared, and zero for all else.
+        """The private version of an update without moves: noise on all that is shared, and zero for all else.
 
-        Args:
-            measured: With fast weights that do not move.
-            record: The measured record, with the factors of its losses.
-            normal: Makes the noise.
-            deviation: Standard deviation of the noise.
-            own_rows: Whether users' own rows are learned, exactly. A user's later rows then depend on the user's row.
+        With `own_rows`, users' own rows are learned exactly. A user's later rows then depend on the user's row.
         """
         tensors: TensorsFound = measured.found
         by_weight = dict(zip(self._ranker.dense, tensors.dense, strict=True))

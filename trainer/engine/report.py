@@ -50,14 +50,8 @@ def judged(
 ) -> Judged:
     """Scores the predictions of the model and the baselines for a record of n rows, before anything learns from it.
 
-    Args:
-        progressive: The running measures; they are not changed.
-        record: The rows.
-        scores: Of the model.
-        came_next: The prediction by transitions, for the n rows.
-        known: `[n]` bool, whether the user is known.
-        categories: The number of known categories, with those of the record.
-        scored: `[2 n]` bool, whether each pair's engagement counts: first the pairs of rows, then of their negatives.
+    `known` is `[n]`, whether the user is known; `scored` is `[2 n]`, whether the engagement of each pair counts: first the
+    pairs of rows, then of their negatives.
     """
     targets = record.targets
     rows = targets.slot >= 0
@@ -79,9 +73,7 @@ def judged(
 def of_model(scores: Scores, slot: I32) -> CategoryPrediction:
     """The model's prediction for the rows with a category: softmax over the candidates that serving has.
 
-    Args:
-        scores: Of n rows.
-        slot: `[n]` int32, see `trainer/model/candidates.py`; the last slot is no candidate.
+    `slot` is that of `Candidates.target`; the last slot is no candidate.
     """
     rows = np.flatnonzero(slot >= 0)
     prediction = CategoryPrediction(np.empty(rows.size, np.int32), np.empty(rows.size), np.empty(rows.size, np.int32))
@@ -133,14 +125,7 @@ def _model(
 
 
 class Update(NamedTuple):
-    """One update of a record: rows that were scored, judged and learned together.
-
-    Attributes:
-        record: The rows.
-        scores: Before learning.
-        verdict: The guard's verdict.
-        norm: Norm of the gradient.
-    """
+    """One update of a record: rows that were scored, judged and learned together."""
 
     record: Record
     scores: Scores
@@ -287,13 +272,7 @@ class Measures:
     ) -> Report:
         """Adds the rows of a step's updates, accepted ones and skipped ones separately, and reports on them.
 
-        Args:
-            batch: The rows of the step.
-            updates: In the order of the rows; rows after the last one were not scored.
-            came_next: The prediction by transitions, for the rows.
-            new_users: `[k]` uint64, users of the batch who had no row before it.
-            categories: The number of known categories, with those of the batch.
-            log_ms: Log time.
+        Rows after the last update were not scored; `new_users` had no row before the step.
         """
         kinds = [update.verdict is Verdict.ACCEPT for update in updates]
         numbers = np.arange(len(batch))

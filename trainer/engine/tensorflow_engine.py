@@ -205,16 +205,7 @@ class TensorsFound(NamedTuple):
 
 
 class TensorflowEngine:
-    """See `trainer/engine/engine.py`.
-
-    Args:
-        ranker: Any.
-        optimizer: Of its dense weights.
-        tables: The tables of embedding rows, by name.
-        learning_rate: Step size of rows.
-        crosses: Scores and learns crosses, if the ranker reads them.
-        device: Of the variables.
-    """
+    """See `trainer/engine/engine.py`."""
 
     name = "tensorflow"
 

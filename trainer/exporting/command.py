@@ -120,11 +120,7 @@ def answers_of(settings: Settings, version: int, users: Path, items: Path | None
 
 
 def run(settings: Settings, args: argparse.Namespace) -> None:
-    """Runs the export that the arguments describe.
-
-    Raises:
-        SpringtideError: The export failed.
-    """
+    """Runs the export that the arguments describe."""
     if not (settings.registry_dir / VERSIONS).is_dir():
         raise RegistryError(f"there is no registry at {settings.registry_dir}", "correct paths.state or paths.registry")
     if args.tflite is None and args.quantize != "none":

@@ -59,12 +59,7 @@ Say = Callable[[str], None]
 
 
 class _Replayed:
-    """The rows of one or more micro-batches as inputs of serving's program.
-
-    Attributes:
-        ids: By name, as a record has them.
-        inputs: By name, as the program has them.
-    """
+    """The rows of one or more micro-batches as inputs of serving's program."""
 
     def __init__(self, trainer: Trainer, batches: Sequence[MicroBatch]) -> None:
         settings = trainer.settings
@@ -179,11 +174,7 @@ class Compared(NamedTuple):
 
     Attributes:
         trainer: Restored to the version.
-        version: Its manifest.
-        program: What serving runs, with its weights.
-        inputs: The sample's inputs by name.
         ids: The sample's ids by name; None for made-up rows.
-        of: A description of the sample.
     """
 
     trainer: Trainer

@@ -77,11 +77,7 @@ all rows is not specific to a slice."""
 
 
 def usual(past: F64, rule: Rule) -> tuple[float, float]:
-    """Median and usual deviation of a signal.
-
-    Args:
-        past: `[n]` float64 of earlier windows; NaN for a window with too little data.
-        rule: The rule of the signal.
+    """Median and usual deviation of the signals of earlier windows, `[n]`; NaN for a window with too little data.
 
     >>> usual(np.array([1.0, 2.0, 2.0, 3.0, 90.0]), Rule("a", "", 0.1))
     (2.0, 1.4826)

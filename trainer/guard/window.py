@@ -150,11 +150,7 @@ class OpenWindow:
         return shares
 
     def signals(self, usual_shares: F32) -> F64:
-        """The signal of each rule, in the order of RULES; NaN if there is too little data.
-
-        Args:
-            usual_shares: `[3, BUCKETS]` float32, each bucket's share in earlier windows.
-        """
+        """The signal of each rule, by each bucket's share in earlier windows; NaN if there is too little data."""
         sums = dict(zip(SUMS, self.sums.tolist(), strict=True))
         signals = {
             "log_loss": _log_mean(sums["known_loss"], sums["known_rows"]),

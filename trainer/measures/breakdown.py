@@ -77,8 +77,7 @@ class Breakdown:
     """The running metrics of slices.
 
     Args:
-        dimensions: Their names.
-        places: How many slices each has; a larger index counts as the last one.
+        values: How many slices each dimension has; a larger index counts as the last one.
         by_item: Whether a negative's slice is that of the row whose item it is.
     """
 
@@ -96,12 +95,7 @@ class Breakdown:
         return cls(("action", "users", *slices.names), (*sizes, *slice_counts), (False, False, *slices.by_item))
 
     def update(self, values: Sequence[npt.NDArray[Any]], partner: I64, judged: Judged) -> F64:
-        """Adds the rows of one step, and returns their losses by slice.
-
-        Args:
-            values: For each dimension `[n]`, the slice of each row.
-            partner: `[n]` int64, the row whose item is the negative.
-            judged: The predictions for the rows.
+        """Adds the rows of one step, and returns their losses by slice; `values` are, by dimension, the slices of the rows.
 
         Returns:
             `[loss, dimension, place, 3]` float64 of this step, by LOSSES: rows or pairs, their loss, and its squares.
@@ -245,9 +239,7 @@ class SliceGap(NamedTuple):
     """The difference between the worst and the best slice of a dimension.
 
     Attributes:
-        size: The difference.
         sure: The distance between their confidence intervals; 0 if they overlap.
-        best, worst: Their values.
     """
 
     size: float

@@ -47,17 +47,7 @@ class Evaluation:
         positive: npt.NDArray[np.bool_],
         engagement_log_loss: npt.NDArray[np.float32],
     ) -> None:
-        """Adds the rows of one step.
-
-        Args:
-            log_loss: `[n]` interest log loss of each row with a category.
-            top1: `[n]` whether the best candidate was the next category.
-            top5: `[n]` whether it was among the best five.
-            known: `[n]` whether the user had a category in the windows, or was seen before and has a row.
-            scores: `[m]` engagement logits.
-            positive: `[m]` their outcomes.
-            engagement_log_loss: `[m]` their log losses.
-        """
+        """Adds the rows of one step: `[n]` rows with a category, and `[m]` scored pairs with their logits and outcomes."""
         for sums in (self._sums, self._bins, self._engagement):
             fade(sums[1], log_loss.size)
         columns = np.stack([np.ones(log_loss.size), log_loss.astype(np.float64), top1, top5], 1)
@@ -107,12 +97,9 @@ class Evaluation:
 
 
 def fade(sums: F64, rows: int, power: int = 1) -> None:
-    """Decays recent sums by a number of rows, in place; values that underflow become 0, because a CPU is slow with denormals.
+    """Decays contiguous sums, none negative, in place: half is left after HALF_LIFE_ROWS rows.
 
-    Args:
-        sums: Contiguous float64, none negative.
-        rows: Rows learned since; after HALF_LIFE_ROWS half is left.
-        power: Power of the weights that were summed.
+    `power` is that of the summed weights. Values that underflow become 0, because a CPU is slow with denormals.
 
     >>> sums = np.array([4.0, 1e-29])
     >>> fade(sums, 2 * HALF_LIFE_ROWS, power=2)

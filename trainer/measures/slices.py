@@ -55,12 +55,7 @@ class Scored(NamedTuple):
 
 
 class Slices:
-    """The running metrics of the values of some attributes.
-
-    Args:
-        settings: The section `[attributes]`.
-        columns: The attributes that the trainer has.
-    """
+    """The running metrics of the values of some attributes."""
 
     def __init__(self, settings: Attributes, columns: Columns) -> None:
         self._columns = columns
@@ -88,11 +83,7 @@ class Slices:
     def update(self, users: U64, items: U64, texts: Mapping[int, str], scored: Scored) -> list[I64]:
         """Adds the rows of one step; returns, for each attribute, the slice of each row, `[n]` int64.
 
-        Args:
-            users: `[n, Au]` uint64.
-            items: `[n, Ai]` uint64.
-            texts: Texts of the ids that the micro-batch announces.
-            scored: The scores of the step.
+        `users` is `[n, Au]`, `items` `[n, Ai]`; `texts` has the texts of the ids that the micro-batch announces.
         """
         for sums in (self._sums, self._bins):
             fade(sums, scored.log_loss.size)

@@ -34,15 +34,7 @@ class Combined(NamedTuple):
 
 
 class Columns:
-    """The columns of attributes that the trainer learns from.
-
-    Args:
-        settings: The section `[attributes]`.
-
-    Attributes:
-        users: Table of users' attributes, without fields if they have no topic.
-        items: Table of items' attributes, without fields if they have no topic.
-    """
+    """The tables of the attributes that the trainer learns from; without fields if a side has no topic."""
 
     def __init__(self, settings: Attributes) -> None:
         self.users = AttributeTable("user", fields_of(settings.user_fields if settings.user_topic else ()))

@@ -81,7 +81,6 @@ class DefaultRanker(Ranker):
     """The ranker of the settings `[model]`.
 
     Args:
-        settings: The section `[model]`.
         spec: Names the D features and the F windows of each of the L categories.
         preprocessing: `[B, D]` float32 raw integers to `[B, D']` float32; None takes logarithms.
         labelled: Whether engagement is learned from labels. All parts of it but the crosses then start at zero, and the

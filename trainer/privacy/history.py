@@ -71,11 +71,7 @@ def environment_digest(environment: Mapping[str, str]) -> str:
 
 
 class History:
-    """The digests of one trainer; part of each version. They are keyed: without the key they reveal nothing about rows.
-
-    Attributes:
-        line: `[32]` bytes, the line of the last record; all zero before the first one.
-    """
+    """The digests of one trainer; part of each version. They are keyed: without the key they reveal nothing about rows."""
 
     def __init__(self, key: bytes) -> None:
         # BLAKE2b accepts keys of at most 64 bytes.

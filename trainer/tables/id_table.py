@@ -248,14 +248,9 @@ class IdTable(ABC):
         return bool(self.find(ids).any() or self._pending.of(ids).counts.any())
 
     def observe(self, ids: U64, at_ms: I64) -> I32:
-        """Counts one sighting of each id at log time, and admits those seen often enough.
+        """Counts one sighting of each of `[n]` ids at log time, and admits those seen often enough; 0 is ignored.
 
-        Args:
-            ids: `[n]` uint64, one for each event; 0 is ignored.
-            at_ms: `[n]` int64 milliseconds since the epoch.
-
-        Returns:
-            `[n]` int32: the row of each id after the admissions.
+        Returns the row of each id after the admissions, `[n]` int32.
         """
         rows = self.find(ids)
         unknown = np.flatnonzero((rows == MISSING) & (ids != 0))
@@ -349,13 +344,7 @@ class IdTable(ABC):
 
     @abstractmethod
     def put(self, rows: I32, values: F32, accum: F32) -> None:
-        """Sets rows (`[n]` int32) to what a version holds of them; `touch` lists them as changed.
-
-        Args:
-            rows: `[n]` int32.
-            values: `[n, dim]` float32.
-            accum: Their accumulators, `[n, dim]` float32; `[n, 0]` if rows have none.
-        """
+        """Sets `[n]` rows to what a version holds of them: `[n, dim]` values and accumulators, `[n, 0]` if they have none."""
 
     @abstractmethod
     def _held(self, rows: I32) -> tuple[F32, F32]:

@@ -18,9 +18,6 @@ class ItemListTable(IdTable):
 
     Args:
         name: The table's name in versions, one of `item_lists.ENTRIES`.
-        capacity: Initial capacity in lists. It doubles when the table is full, and shrinks when few lists are left.
-        admit_after: Occurrences that a key needs before it gets a list.
-        max_rows: The most keys with a list.
     """
 
     def __init__(self, name: str, capacity: int = 1024, admit_after: int = 1, max_rows: int = NO_CAP) -> None:

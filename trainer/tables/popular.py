@@ -123,13 +123,7 @@ class Popular:
         self.add(ids, np.full(ids.size, ONE, np.int64), at_ms)
 
     def add(self, ids: U64, amounts: I64, at_ms: int) -> None:
-        """Adds to counts at log time.
-
-        Args:
-            ids: `[n]` uint64, 0 ignored.
-            amounts: `[n]` int64, in 1/65536 clicks; may be negative because of noise.
-            at_ms: Log time.
-        """
+        """Adds amounts in 1/65536 clicks, which noise may make negative, to the counts of `[n]` ids at log time; 0 is ignored."""
         hour = at_ms // self._span_ms
         ticked = hour > self._hour
         if ticked:

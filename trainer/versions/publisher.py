@@ -27,16 +27,7 @@ from trainer.versions import checkpoint, content
 
 @dataclass(frozen=True)
 class Drafter:
-    """Drafts the versions of one process; holds the fields that all of them share.
-
-    Attributes:
-        topic: Name of the training log's topic.
-        partition: Its partition.
-        spec: Digest of the feature spec.
-        program: SHA-256 of the program that fits the model.
-        salt: Fingerprint of the salt.
-        environment: What the bits of a step depend on besides the log.
-    """
+    """Drafts the versions of one process; holds the fields that all of them share."""
 
     topic: str
     partition: int
@@ -66,17 +57,8 @@ class Drafter:
     ) -> Draft:
         """The draft of a version with the current weights of `trainer`.
 
-        Args:
-            kind: `base`, `delta` or `recent`. The parent of a recent version is the last version, of others the last
-                durable one.
-            position: The trainer's position.
-            trainer: Provides counters and metrics.
-            account: Rows by outcome.
-            topic_id: Id of the training log's topic.
-            control: The control under which it learned: its mask, and the branch of the log.
-            now_ms: Wall clock.
-            judged: The guard's verdict, and how near its rules are to a hold.
-            slices: The metrics of slices; empty for a version that is not durable.
+        The parent of a recent version is the last version, that of others the last durable one. `slices` are empty for
+        a version that is not durable.
         """
         counters = trainer.counters
         parent, first = (
@@ -129,11 +111,8 @@ class Publisher:
     all of their changes.
 
     Args:
-        registry: The registry; the thread has its own object of it.
-        metrics: Where durations are recorded.
         recent_s: How long a version stays in `recent/`; the newest one stays until there is another.
         room: Waits for free disk space; with None, a full disk is an error.
-        elapsed: Monotonic clock in seconds.
     """
 
     def __init__(
