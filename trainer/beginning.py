@@ -87,12 +87,6 @@ class FromPast:
 
         1. The past is learned; after a crash here it is learned again.
         2. The log is opened at the cut.
-
-        Raises:
-            MicroBatchError, SpecMismatch, SaltMismatch: The micro-batches do not fit this trainer.
-            ProcessFailed, SystemExit: See `from_child`.
-            GapError: The log no longer reaches back to the cut.
-            UnknownTopic: The log was recreated since the cut.
         """
         # 1.
         with trainer.alone():
@@ -189,11 +183,7 @@ def _read(child: subprocess.Popen[bytes], stopping: threading.Event) -> Iterator
 
 
 def beginning_of(registry: Registry, arguments: Sequence[str], stopping: threading.Event) -> Begins:
-    """Returns how the trainer of a registry begins.
-
-    Raises:
-        RegistryError: The request for past clicks cannot be read.
-    """
+    """Returns how the trainer of a registry begins."""
     past = read_past(registry.path)
     return from_nothing if past is None else FromPast(past, partial(from_child, arguments, stopping))
 
@@ -238,11 +228,6 @@ def resume(restored: Manifest, line: LogLine, log: Log, settings: Settings, pass
     2. The log is open at its offset.
 
     Nothing is written up to here, so after a crash the next start repeats both steps.
-
-    Raises:
-        UnknownTopic: The log was recreated since that version.
-        GapError: It no longer reaches back to that version, and the operator does not accept the gap.
-        TruncatedLog: It was truncated before the version's end.
     """
     # 1.
     killpoints.reach("enter.restored")

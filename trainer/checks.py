@@ -24,11 +24,7 @@ def is_own(model: ModelSettings) -> bool:
 
 
 def require_options_read(model: ModelSettings, read: Collection[str]) -> None:
-    """Refuses names in `model.options` that no custom function reads.
-
-    Raises:
-        SettingsError: There is such a name.
-    """
+    """Refuses names in `model.options` that no custom function reads."""
     if unread := [name for name in model.written if name not in read]:
         names = f"the names read are {', '.join(sorted(read))}" if read else "no name was read"
         raise SettingsError(

@@ -18,9 +18,6 @@ def prepare(device: str = "auto", threads: int = 1) -> str:
 
     Call it before anything else of TensorFlow: threads cannot be changed once an operation has run. A second call with the
     same values does nothing.
-
-    Raises:
-        SettingsError: `device` is `gpu` and there is none.
     """
     chosen = pick(device, [gpu.name for gpu in tf.config.list_physical_devices("GPU")])
     try:

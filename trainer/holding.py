@@ -407,11 +407,7 @@ class UpdateGuard:
         return self.write()
 
     def write(self) -> bool:
-        """Writes a waiting hold, and retries after `AGAIN_S` if that fails; returns True if control holds it now.
-
-        Raises:
-            ControlConflict: Other processes kept changing control.
-        """
+        """Writes a waiting hold, and retries after `AGAIN_S` if that fails; returns True if control holds it now."""
         if self._unwritten is None or self._elapsed() - self._tried_s < AGAIN_S:
             return False
         update, after = self._unwritten

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,14 +13,11 @@ from state.features.mask import MaskAt
 from state.log import PartitionBatch
 from state.microbatch.batch import MicroBatch, gaps, in_log_time, masked, trained, trim
 from state.microbatch.codec import decode
-from state.positions import Gap, Source
+from state.positions import Source
 from state.registry.log_line import WHOLE, LogLine, counts
-from trainer.accounts import Passages
 
 BAD = (MicroBatchError, SpecMismatch, SaltMismatch)
 """The errors that concern a single record."""
-
-Taken = TypeVar("Taken")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,15 +72,10 @@ def take_in(
     offset: int = 0,
     is_former: Callable[[str], bool] = never,
 ) -> Intake:
-    """Decodes a record, drops rows that `marks` covers, and excludes masked rows.
+    """Decodes a record, drops rows that `marks` covers, and excludes masked rows. Raises one of `BAD` for a bad record.
 
     A record outside `line`, or of a spec or salt that `is_former` accepts, has no rows left. `where` names the record in
     messages; `offset` is its offset.
-
-    Raises:
-        MicroBatchError: The value is no micro-batch.
-        SpecMismatch: It has other features, and `is_former` does not accept them.
-        SaltMismatch: It has another salt, and `is_former` does not accept it.
     """
     try:
         batch = decode(value or b"")
@@ -164,28 +156,3 @@ def records_of(batch: PartitionBatch) -> Iterator[LogRecord]:
         yield from (LogRecord(offset, offset + 1, value) for offset, value in records_read)
         return
     yield from sorted([*damaged, *(LogRecord(offset, offset + 1, value) for offset, value in records_read)])
-
-
-def take_or_leave(
-    record: LogRecord,
-    where: str,
-    source: Source,
-    marks: Mapping[Source, int],
-    passages: Passages,
-    take: Callable[[bytes | None], Taken],
-) -> Taken | None:
-    """Calls `take` on a record and returns its result; None if the record is skipped, which is permanent.
-
-    `take` raises one of `BAD` if it cannot learn the value; `where` names the record in messages.
-
-    Raises:
-        SpringtideError: From `take`, if the operator does not accept to skip the record.
-    """
-    if passages.is_left_out(source, record.first):
-        return None
-    try:
-        record.require_whole(where)
-        return take(record.value)
-    except BAD as problem:
-        passages.leave_out(Gap(source, record.first, record.next), marks, problem)
-        return None

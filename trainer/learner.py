@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ from state.log import Log, Reader
 from state.log.accepted_gaps import Consent, Journal
 from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import TrainerMetrics
-from state.positions import Source
+from state.positions import Gap, Source
 from state.process import killpoints
 from state.process.said_once import SaidOnce
 from state.registry.control import Control, follow
@@ -42,14 +42,14 @@ from trainer.engine.guard import Verdict
 from trainer.engine.report import Report
 from trainer.engine.step import Trainer
 from trainer.holding import UpdateGuard
-from trainer.intake import LogRecord, former, records_of, take_in, take_or_leave
+from trainer.intake import BAD, LogRecord, former, records_of, take_in
 from trainer.measures.step_scores import SUMS
 from trainer.place import TrainingPlace
 from trainer.privacy_budget import PrivacyBudget
-from trainer.publications import Publications
+from trainer.publications import Publications, ServedModel
 from trainer.versions import checkpoint
 from trainer.versions.carrying import restore_or_carry
-from trainer.versions.publisher import Drafter, Publisher
+from trainer.versions.publisher import Publisher
 
 RETRY_S = 5.0
 """Seconds between two attempts to let serving follow while the object store of a shared registry is unreachable."""
@@ -264,14 +264,6 @@ def erased_up_to(control: Control, trainer: Trainer, position: TrainingPlace) ->
     return replace(position, erased=new.last, erasures=erasures).stepped()
 
 
-class ServedModel(NamedTuple):
-    """What all versions of a trainer share: SHA-256 of the program, digest of the spec, and the bootstrap's document of it."""
-
-    program: str
-    spec: str
-    about: Mapping[str, Any]
-
-
 @dataclass(frozen=True)
 class Surroundings:
     """The environment of a learner: how it starts, its limits and its clocks.
@@ -306,18 +298,17 @@ class Learner:
         self._kafka, self._spec, self._description, self._begins = log, model.spec, model.about, surroundings.begins
         self._salt, self._partition = str(model.about["salt"]), TRAINING_PARTITION
         self._metrics, self._clock, self._elapsed = metrics, clock, elapsed
-        drafter = Drafter.of(settings, trainer, model.spec, model.program, self._salt)
         self._passages = Passages(
             Journal(registry.path / layout.GAPS, registry.directory.staging), surroundings.consent, metrics, clock
         )
         self._publisher = Publisher(registry, metrics, settings.registry.recent_s, surroundings.room, elapsed)
         self._updates = UpdateGuard(settings, registry, metrics, clock, elapsed, lambda: trainer.measures.shown())
         self._publications = Publications(
-            settings, self._publisher, drafter, trainer, metrics, self._updates, clock, elapsed
+            settings, self._publisher, model, trainer, metrics, self._updates, clock, elapsed
         )
         self._catching_up = CatchingUp(registry, clock, elapsed)
         self._losses = LossRecorder(registry.path)
-        self._budget = PrivacyBudget(settings, registry.directory, trainer, metrics, drafter.environment)
+        self._budget = PrivacyBudget(settings, registry.directory, trainer, metrics, model.environment)
         self._log: Reader | None = None
         self.control: Control
         self.place: TrainingPlace
@@ -428,18 +419,25 @@ class Learner:
         offset, marks, control = record.first, self.place.marks, self.control
         self._catching_up.pass_by(offset, self.place)
         source = Source(self._reader.topic_id, self._partition)
+        if self._passages.is_left_out(source, offset):
+            self.place = self.place.past(record.next)
+            return
         where = f"{self._settings.kafka.microbatches_topic}:{source.partition} offset {offset}"
-        intake = take_or_leave(
-            record,
-            where,
-            source,
-            marks,
-            self._passages,
-            lambda value: take_in(
-                value, marks, control.mask_at, self._spec, self._salt, where, control.log, offset, self._is_former
-            ),
-        )
-        if intake is None:
+        try:
+            record.require_whole(where)
+            intake = take_in(
+                record.value,
+                marks,
+                control.mask_at,
+                self._spec,
+                self._salt,
+                where,
+                control.log,
+                offset,
+                self._is_former,
+            )
+        except BAD as problem:
+            self._passages.leave_out(Gap(source, offset, record.next), marks, problem)
             self.place = self.place.past(record.next)
             return
         noise_place = self._budget.noise_place(intake, source, offset, control)

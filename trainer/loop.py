@@ -74,7 +74,6 @@ from state.registry.control import Control, start
 from state.registry.model_fit import require_same_model, version_to_go_on_from
 from state.registry.registry import Registry
 from state.registry.sharing import owning
-from state.registry.specs import Specs
 from state.storage.measuring import offer
 from state.storage.shares import REGISTRY
 from state.storage.waiting import Room, is_full
@@ -288,21 +287,6 @@ def _check_own(settings: Settings) -> None:
     logger.info("%s", result)
 
 
-def model_of(settings: Settings, specs: Specs, group: Group | None) -> Trainer:
-    """Builds the trainer of a bootstrapped feature spec, which shares the training with the other workers of `group`."""
-    # Not at the top: TensorFlow reads its log level when it is loaded, and `main` sets it before.
-    with quiet_stderr():
-        from trainer import device
-        from trainer.engine.making import trainer_of
-        from trainer.versions.program import preprocessing_of
-
-        # Threads are fixed before the first operation, which loading the graph is.
-        device.prepare(settings.trainer.device, settings.trainer.threads)
-        spec = FeatureSpec.from_settings(settings)
-        name = specs.bootstrapped(spec.digest, settings.model) or spec.digest
-        return trainer_of(settings, spec, preprocessing_of(specs.transform(name)), group)
-
-
 def prepare(
     settings: Settings,
     registry: Registry,
@@ -311,16 +295,11 @@ def prepare(
     surroundings: Surroundings,
     phases: Phases,
 ) -> Learner:
-    """Lowers the trainer's program, and enters control's epoch; learns past clicks first if that is requested.
-
-    Raises:
-        ModelMismatch: The newest version was trained with another model.
-        ProgramError: The model does not lower, or the program's outputs differ from the model's.
-        SpringtideError: The registry or the training log cannot be used.
-    """
+    """Lowers the trainer's program, and enters control's epoch; learns past clicks first if that is requested."""
     with quiet_stderr():
         from trainer import device
-        from trainer.learner import Learner, ServedModel
+        from trainer.learner import Learner
+        from trainer.publications import ServedModel
         from trainer.versions import checkpoint
         from trainer.versions.program import program_of
 
@@ -340,7 +319,7 @@ def prepare(
     if control is None:
         control = registry.propose(start(actor=f"trainer:{getpass.getuser()}", reason="first start", now_ms=wall_ms()))
 
-    model = ServedModel(program, spec.digest, registry.specs.spec(name))
+    model = ServedModel(program, spec.digest, registry.specs.spec(name), environment)
     learner = Learner(settings, registry, trainer, Log(settings.kafka), model, metrics, surroundings)
     # 5.
     phases.enter(VERSION)
@@ -349,12 +328,7 @@ def prepare(
 
 
 def upgrade_to_this_release(registry: Registry, settings: Settings, spec: FeatureSpec, trainer: Trainer) -> None:
-    """Begins an epoch automatically if only this release's own code keeps the newest version from being loaded.
-
-    Raises:
-        ModelMismatch: The settings or custom code differ, and no upgrade was requested.
-        SpringtideError: The registry cannot be used.
-    """
+    """Begins an epoch automatically if only this release's own code keeps the newest version from being loaded."""
     from trainer.upgrade import planned_for, propose
     from trainer.versions.carrying import is_of_release, require_ranker_fits
 
@@ -372,12 +346,7 @@ def upgrade_to_this_release(registry: Registry, settings: Settings, spec: Featur
 
 
 def enter(learner: Learner, registry: Registry, control: Control) -> None:
-    """Enters control's epoch. If the log was truncated to before its version, a new epoch rewinds to the remaining log.
-
-    Raises:
-        TruncatedLog: There is no version to continue from.
-        SpringtideError: See `Learner.enter`.
-    """
+    """Enters control's epoch. If the log was truncated to before its version, a new epoch rewinds to the remaining log."""
     while True:
         try:
             learner.enter(control)
@@ -421,26 +390,28 @@ def _sweep(registry: Registry) -> None:
 
 
 def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event, consent: Consent = NO_CONSENT) -> None:
-    """Runs the trainer until `stopping` is set.
-
-    Raises:
-        LockHeld: Another trainer took over this registry, because this one was frozen.
-        SpringtideError: See `prepare` and `Learner.tick`.
-    """
+    """Runs the trainer until `stopping` is set."""
     collected = CollectorRegistry()
     metrics = TrainerMetrics(collected)
     phases = Phases(metrics)
     room = Room(REGISTRY, offer(collected, settings, [REGISTRY]), stopping.wait)
     kernels = Kernels(collected, logger, unused_kernels(settings), [LOG_KERNELS])
-    # A standby builds the model before it has the claim, other trainers afterwards.
-    model = functools.cache(lambda group: model_of(settings, Registry(settings.registry_dir).specs, group))
+
+    @functools.cache
+    def model(group: Group | None) -> Trainer:
+        # Not at the top: TensorFlow reads its log level when it is loaded, and `main` sets it before.
+        with quiet_stderr():
+            from trainer.engine.making import bootstrapped_trainer
+
+            return bootstrapped_trainer(settings, Registry(settings.registry_dir).specs, group)
 
     def load() -> None:
         _import_model(kernels, phases, stopping)
         specs, spec = Registry(settings.registry_dir).specs, FeatureSpec.from_settings(settings)
         alone = settings.trainer.workers == 1 and not is_own(settings.model)
         if phases.loaded == STANDBY and alone and specs.bootstrapped(spec.digest, settings.model):
-            # A standby reports errors when it takes over, because the other trainer's model may change until then.
+            # A standby builds the model before it has the claim. It reports errors when it takes over, because the other
+            # trainer's model may change until then.
             phases.enter(MODEL)
             with suppress(SpringtideError):
                 model(None)

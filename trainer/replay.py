@@ -55,13 +55,7 @@ class Replay:
         self.steps = self.rows = 0
 
     def run(self, reader: SegmentReader, segments: Sequence[LogSegment], say: Callable[[str], None]) -> None:
-        """Learns the records of the segments, oldest first. Reports the progress and the remaining time once a second.
-
-        Raises:
-            GapError: Records were deleted.
-            LogError: Records do not arrive in time.
-            MicroBatchError: A record cannot be read.
-        """
+        """Learns the records of the segments, oldest first. Reports the progress and the remaining time once a second."""
         total, learned = sum(segment.next - segment.first for segment in segments), 0
         said_s = time.monotonic()
         began: tuple[float, int] | None = None

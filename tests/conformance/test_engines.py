@@ -173,7 +173,7 @@ def test_after_hundred_steps_they_are_a_stated_distance_apart(kind: str) -> None
     ours, theirs = (one.score(probe) for one in trainers)
     apart = np.concatenate([np.abs(value - theirs[name]).reshape(-1) for name, value in ours.items()])
     assert apart.mean() < AFTER_100_STEPS
-    hits = [sum(one.top1 for one in some) for some in reports]
+    hits = [sum(one.quality.total("top1") for one in some) for some in reports]
     assert abs(hits[0] - hits[1]) <= 4
     losses = [np.nanmean([one.interest_log_loss for one in some]) for some in reports]
     assert losses[0] == pytest.approx(losses[1], abs=3e-3)
@@ -210,7 +210,7 @@ def test_rows_per_update_learns_within_a_record_as_records_of_so_many_rows_do(en
     # Ids are known from the whole record on: observe them all first, as the step does.
     one._observe(made, one._recorder.crosses_of(made))
     updates = [one._update(made.take(numbers // 20 == part), np.zeros((20, 0), np.uint64), None) for part in range(3)]
-    assert report.rows == 60 and report.top1 == sum(
+    assert report.rows == 60 and report.quality.total("top1") == sum(
         int((update.scores.rank[update.record.targets.slot >= 0] < 1).sum()) for update in updates
     )
     for name, weight in one.model.weights().items():

@@ -26,7 +26,8 @@ from tests.memory_log import MemoryLog
 from tests.trainer.clicks import SALT, SPEC, small_settings
 from trainer.beginning import Begins, from_nothing
 from trainer.engine.step import Trainer
-from trainer.learner import NO_CONSENT, Learner, ServedModel, Surroundings
+from trainer.learner import NO_CONSENT, Learner, Surroundings
+from trainer.publications import ServedModel
 from trainer.versions import checkpoint
 
 TOPIC_ID = "cd" * 16
@@ -81,13 +82,13 @@ def learner(
     """
     pace = ("--trainer.publish_s", "0.01", "--registry.durable_s", "0.01", "--registry.recent_s", "3600")
     settings = small_settings(*pace, *flags)
-    ticks = iter(range(10**9))
+    ticks, trainer = iter(range(10**9)), trainer or fresh(*flags)
     made = Learner(
         settings,
         registry,
-        trainer or fresh(*flags),
+        trainer,
         log,
-        ServedModel(program, spec.digest, about),
+        ServedModel(program, spec.digest, about, checkpoint.environment(settings, trainer.device, trainer.engine.name)),
         TrainerMetrics(CollectorRegistry()),
         Surroundings(consent, room, begins, clock=lambda: 0.0, elapsed=lambda: tick_s * next(ticks)),
     )

@@ -20,7 +20,7 @@ from state.history.snapshots import HistorySnapshot, SnapshotFile, UserRange
 from state.process import killpoints
 from state.registry import sealed
 from state.registry.control import roll_back, start
-from state.registry.manifest import Draft, FileEntry, LogRange, Manifest, extend, sees
+from state.registry.manifest import Draft, FileEntry, LogRange, Manifest, complete, extend, sees
 from state.registry.registry import Registry
 from tests.trainer.clicks import SPEC, batches, small_settings
 from trainer import compactor
@@ -63,27 +63,8 @@ def test_a_base_is_the_trainers_state_bit_for_bit(tmp_path: Path) -> None:
 def manifest(
     version: int, parent: int | None, created_at_ms: int, visible: tuple[tuple[int, int], ...], size: int = 100
 ) -> Manifest:
-    made = draft(parent, created_at_ms)
-    return Manifest(
-        version=version,
-        kind="delta",
-        epoch=1,
-        parent=parent,
-        visible=visible,
-        log=made.log,
-        sources=(),
-        steps=0,
-        rows=0,
-        created_at_ms=created_at_ms,
-        event_time_ms=0,
-        spec="",
-        program="",
-        salt="",
-        mask_generation=0,
-        metrics={},
-        environment={},
-        files={"a": FileEntry("", size)},
-    )
+    made = complete(draft(parent, created_at_ms), version, visible, {})
+    return replace(made, visible=visible, files={"a": FileEntry("", size)})
 
 
 class Line:
@@ -270,29 +251,21 @@ def test_a_compactor_killed_while_it_merges_leaves_every_version_loadable(
     assert len(list((tmp_path / "versions").iterdir())) + len(list((tmp_path / "merged").iterdir())) <= 8
 
 
-def test_the_process_compacts_a_registry_and_says_what_it_did(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_operators_compactor_waits_until_the_trainers_own_is_done_and_says_what_it_did(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     registry = Registry(tmp_path / "registry")
     registry.propose(start(**WHO))
     trainer = Trainer(small_settings(), SPEC)
     first = registry.publish(draft(None), content.encode(checkpoint.full(trainer))).version
     trainer.step(batches(0, 1)[0])
     second = registry.publish(draft(first, 10**15), content.encode(checkpoint.changes(trainer))).version
-    with caplog.at_level(logging.INFO):
-        compactor.run(small_settings("--paths.state", str(tmp_path), "--registry.load_mb", "0.001"))
-    assert f"base of version {second}" in caplog.text
-    assert registry.bases()[-1] == second
-
-
-def test_an_operators_compactor_waits_until_the_trainers_own_is_done(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    registry = Registry(tmp_path / "registry")
-    registry.propose(start(**WHO))
     at_work = DirectoryLock(registry.path, layout.COMPACTOR_LOCK).acquire()
     monkeypatch.setattr(compactor.time, "sleep", lambda _: at_work.release())
     with caplog.at_level(logging.INFO):
-        compactor.run_after_others(small_settings("--paths.state", str(tmp_path)))
-    assert "waiting for it" in caplog.text
+        compactor.run_after_others(small_settings("--paths.state", str(tmp_path), "--registry.load_mb", "0.001"))
+    assert "waiting for it" in caplog.text and f"base of version {second}" in caplog.text
+    assert registry.bases()[-1] == second
 
 
 def test_snapshots_of_histories_are_thinned_and_leave_with_the_users_that_they_have(tmp_path: Path) -> None:

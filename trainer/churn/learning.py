@@ -34,7 +34,7 @@ from state.compiled import compiled_sums
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import Kind, MicroBatch
-from trainer.measures.evaluation import BINS, LOGIT_RANGE, SOME, area_under_curve, fade
+from trainer.measures.evaluation import BINS, SOME, area_under_curve, bins_of, fade
 from trainer.tables.index import U64, IdIndex, hashed_uniform
 
 HALVINGS = 40
@@ -357,7 +357,7 @@ class ChurnMeasures:
         losses = -np.log(np.where(has_left, likely, 1.0 - likely))
         self._sums += (has_left.size, losses.sum(), probability.sum(), has_left.sum())
         logits = np.log(likely) - np.log1p(-likely)
-        placed = np.clip((logits + LOGIT_RANGE) * (BINS / (2 * LOGIT_RANGE)), 0, BINS - 1).astype(np.int64)
+        placed = bins_of(logits, BINS)
         for outcome in (0, 1):
             self._bins[:, outcome] += np.bincount(placed[has_left == bool(outcome)], minlength=BINS)
         tenth = np.minimum((probability * TENTHS).astype(np.int64), TENTHS - 1)

@@ -172,12 +172,6 @@ class Report:
         skipped: Of them, rows of updates that the guard skipped.
         verdict: The guard's verdict, the worst one of several updates. Weights change only after ACCEPT.
         interest_log_loss: Mean over rows with a category, before learning; NaN without any.
-        engagement_log_loss: Mean over scored pairs, before learning.
-        top1: Rows whose category was the best candidate.
-        top5: Rows whose category was among the best five.
-        targets: Rows with a category.
-        scores: `[m]` float32 engagement logits, before learning.
-        positive: `[m]` bool, their outcomes.
         grad_norm: Norm of the whole gradient, the largest one of several updates.
         seconds: Duration of the step.
         quality: Scores of the model and of simple baselines before learning, as sums.
@@ -190,12 +184,6 @@ class Report:
     skipped: int
     verdict: Verdict
     interest_log_loss: float
-    engagement_log_loss: float
-    top1: int
-    top5: int
-    targets: int
-    scores: npt.NDArray[np.float32]
-    positive: npt.NDArray[np.bool_]
     grad_norm: float
     seconds: float
     quality: StepScores
@@ -213,13 +201,7 @@ def joined(updates: Sequence[Report]) -> Report:
         rows=sum(update.rows for update in updates),
         skipped=sum(update.skipped for update in updates),
         verdict=max((update.verdict for update in updates), key=order.index),
-        interest_log_loss=_mean([(update.interest_log_loss, update.targets) for update in updates]),
-        engagement_log_loss=_mean([(update.engagement_log_loss, update.scores.size) for update in updates]),
-        top1=sum(update.top1 for update in updates),
-        top5=sum(update.top5 for update in updates),
-        targets=sum(update.targets for update in updates),
-        scores=np.concatenate([update.scores for update in updates]),
-        positive=np.concatenate([update.positive for update in updates]),
+        interest_log_loss=_mean([(update.interest_log_loss, update.quality.total("rows")) for update in updates]),
         grad_norm=max(update.grad_norm for update in updates),
         seconds=sum(update.seconds for update in updates),
         quality=reduce(StepScores.__add__, (update.quality for update in updates)),
@@ -229,7 +211,7 @@ def joined(updates: Sequence[Report]) -> Report:
     )
 
 
-def _mean(parts: Sequence[tuple[float, int]]) -> float:
+def _mean(parts: Sequence[tuple[float, float]]) -> float:
     """The overall mean of (mean, count) pairs.
 
     >>> _mean([(1.0, 1), (float("nan"), 0), (4.0, 2)])
@@ -335,12 +317,6 @@ class Measures:
             skipped=0 if accepted else len(batch),
             verdict=update.verdict,
             interest_log_loss=loss,
-            engagement_log_loss=float(engagement_losses.mean()) if engagement_losses.size else float("nan"),
-            top1=int(top1.sum()),
-            top5=int(top5.sum()),
-            targets=int(targets.sum()),
-            scores=logits,
-            positive=positive,
             grad_norm=update.norm,
             seconds=0.0,
             quality=judgement.scores,

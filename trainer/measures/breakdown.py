@@ -12,7 +12,7 @@ import numpy.typing as npt
 from state.compiled import compiled
 from state.config.settings import Settings
 from trainer.measures import intervals
-from trainer.measures.evaluation import LOGIT_RANGE, SOME, area_under_curve, fade
+from trainer.measures.evaluation import SOME, area_under_curve, bins_of, fade
 from trainer.measures.intervals import Interval
 from trainer.measures.slices import FIRST, Slices
 from trainer.measures.step_scores import SUMS, USERS, Judged
@@ -103,8 +103,7 @@ class Breakdown:
         for sums, power in zip(self._sums, (1, 1, 1, 2), strict=True):
             fade(sums, judged.rows.shape[0], power)
         pairs = judged.pairs
-        logits = np.clip(pairs.logits, -LOGIT_RANGE, LOGIT_RANGE)
-        bins = np.minimum((logits + LOGIT_RANGE) * (BINS / (2 * LOGIT_RANGE)), BINS - 1).astype(np.int64)
+        bins = bins_of(pairs.logits, BINS)
         at = np.minimum(np.stack(values).astype(np.int64), self._last[:, None])
         step = np.zeros((len(LOSSES), *self._total.shape, 3))
         _add(

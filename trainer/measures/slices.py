@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from state.attributes.values import U64
 from state.config.sections import Attributes
-from trainer.measures.evaluation import LOGIT_RANGE, fade
+from trainer.measures.evaluation import bins_of, fade
 from trainer.model.attributes import Columns
 
 F32 = npt.NDArray[np.float32]
@@ -142,8 +142,7 @@ class Slices:
             by(paired, scored.engagement_log_loss),
         )  # fmt: skip
         self._sums[number] += np.stack(columns, 1)
-        placed = np.clip((scored.logits + LOGIT_RANGE) * (BINS / (2 * LOGIT_RANGE)), 0, BINS - 1).astype(np.int64)
-        cells = (paired * 2 + scored.positive) * BINS + placed
+        cells = (paired * 2 + scored.positive) * BINS + bins_of(scored.logits, BINS)
         self._bins[number] += np.bincount(cells, minlength=count * 2 * BINS).reshape(count, 2, BINS)
 
     def state(self) -> dict[str, npt.NDArray[Any]]:

@@ -280,12 +280,7 @@ class CarriedOver(NamedTuple):
 
 
 def carry_over(versions: Registry, version: int, trainer: Trainer) -> CarriedOver:
-    """Loads the fitting parts of `version` into `trainer`; the rest is initialised.
-
-    Raises:
-        UnknownVersion: A part of its chain is not kept.
-        CorruptVersion: A file of its chain fails its digest.
-    """
+    """Loads the fitting parts of `version` into `trainer`; the rest is initialised."""
     manifest, old = checkpoint.full_state(versions, version)
     trainer.clear()
     fresh = checkpoint.full(trainer)

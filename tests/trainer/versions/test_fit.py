@@ -107,16 +107,6 @@ def test_another_preprocessing_and_an_option_that_it_asked_for_are_refused(regis
         require_same_model(changed(registry, ("--model.options", "scale=2")))
 
 
-def test_a_tower_of_ones_own_is_refused_by_its_weights(registry: Registry) -> None:
-    settings = changed(registry, OWN_TOWER)
-    require_same_model(settings)
-    with pytest.raises(ModelMismatch) as refused:
-        require_ranker_fits(registry, settings, SPEC, Trainer(settings, SPEC).model)
-    assert f"model.tower was trainer.model.tower:build and is {OWN_TOWER[1]}" in refused.value.what
-    assert "none in the version" in refused.value.what
-    assert "--model.tower trainer.model.tower:build" in refused.value.do
-
-
 @pytest.mark.parametrize(("name", "at"), [("manifest.json", 0), (SERVING, 0), (SERVING, 100), (SERVING, -1)])
 def test_a_damaged_version_is_left_to_those_who_set_it_aside(registry: Registry, name: str, at: int) -> None:
     settings = changed(registry, OWN_TOWER)
