@@ -1,10 +1,7 @@
 """Recorded or synthetic clicks as the records that the stream would write to the training log, without Kafka.
 
-    files      -> recorded_batches -> Parser ┐
-    synthetic  -> encode           -> Parser ┴> events -> windows, labels (the stream's code) -> micro-batches
-
-A live stream ends a record after `stream.cut_ms`. So at recorded rates of one click every few seconds, a live record
-has one row.
+files      -> recorded_batches -> Parser ┐
+synthetic  -> encode           -> Parser ┴> events -> windows, labels (the stream's code) -> micro-batches
 """
 
 from __future__ import annotations

@@ -1,15 +1,6 @@
 """Passes each record to the guard, withholds versions while one is suspect, and asks control to hold bad ones.
 
-If control cannot be written, the hold waits. Until it is written, no version is published and no record is learned, so
-that a held update never serves traffic.
-
-`WindowWatch` judges each step of the training log by the preceding windows: pass, suspect or hold.
-
-- Windows follow each other in log time. A window ends when it has its length and enough rows to judge. From that many
-  rows on, the open window is judged with each step.
-- The remembered windows are a function of the log, so a trainer that restarts or reads the log again reaches the same
-  verdicts at the same offsets. An operator's actions change none of them.
-- At a hold everything is forgotten, because later steps are compared with what the operator let pass.
+Until a hold is written, no version is published and no record is learned, so a held update never serves traffic.
 """
 
 from __future__ import annotations
@@ -105,7 +96,11 @@ PASSED = Judgement(Standing.PASS)
 
 
 class WindowWatch:
-    """Remembers the windows of one branch of the training log. One thread.
+    """Judges each step by the preceding windows of one branch of the training log: pass, suspect or hold. One thread.
+
+    A window ends when it has its length in log time and enough rows to judge. From that many rows on, the open window is
+    judged with each step. The windows are a function of the log, so a trainer that reads it again reaches the same
+    verdicts at the same offsets. At a hold everything is forgotten.
 
     `slices` describes the slice numbers; state of another description is dropped.
     """

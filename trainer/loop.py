@@ -6,24 +6,10 @@
    release's model, an epoch begins from the parts that fit. If the settings differ, the trainer refuses to start.
 4. Creates control generation 1 if there is no control.
 5. Enters control's epoch: from its newest version, else from its base, else from scratch or with the past clicks of an
-   experiment. If the training log was truncated to before that version, the trainer rewinds first (`recover`, below).
-6. Reads, steps, publishes and converges to control until SIGTERM or SIGINT. Then it publishes its remaining work and
-   exits with 0.
+   experiment. If the training log was truncated to before that version, the trainer rewinds first (`recover`).
+6. Reads, steps, publishes and converges to control until SIGTERM or SIGINT. Then it publishes its remaining work.
 
-If records of the training log, or clicks before it, are missing, it exits and lists them. With
-`--accept-gap P:A-B --reason TEXT` it counts them and continues. If the trainer cannot learn from a record,
-`--skip-record OFFSET --reason TEXT` leaves that record out in the same way, here and in every replay.
-
-After any other error the trainer writes one line to standard error and exits with 1 (2 for a wrong setting). A
-restarted trainer continues from the newest version.
-
-Two child processes run next to the trainer from time to time (`Scheduled`): the compactor, and an export if
-`export.every_s` is set. A failed compaction makes the trainer check the version (`doubt`).
-
-A trainer can be ahead of its log. A broker without other replicas loses the newest records if it loses power, and so
-does the election of a leader that lacks them. Other records then get their offsets, and weights that learned the lost
-records are no longer a function of the log. So the trainer writes a control generation with the next epoch. It starts
-from the newest version of the branch that learned nothing beyond the remaining log.
+Two child processes run next to it from time to time (`Scheduled`): the compactor, and an export.
 """
 
 from __future__ import annotations
@@ -170,6 +156,9 @@ def doubt(registry: Registry, version: int) -> None:
 
 def recover(registry: Registry, control: Control, lost: TruncatedLog, actor: str, now_ms: int) -> Control:
     """Writes control's next generation, which rewinds to before the loss; durable when this returns.
+
+    A broker that loses power can lose the newest records, and others then get their offsets. Weights that learned the
+    lost records are no longer a function of the log. The next epoch starts from the newest version without them.
 
     Raises:
         TruncatedLog: There is no version to continue from; the error says what to do.

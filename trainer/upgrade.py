@@ -5,8 +5,7 @@
 3. The next control generation begins an epoch that continues from the version, by one exclusive create. Nothing else
    is changed.
 
-Stop the trainer first: the command needs its lock, because anything that the trainer learned meanwhile with the old
-settings would be lost. Serving continues. Exit codes: 0 done, 1 failed, 2 wrong use.
+The command needs the trainer's lock; serving continues.
 """
 
 from __future__ import annotations

@@ -8,8 +8,7 @@
    Rows of erased users are left out if they were removed from the version's files. The two are not comparable if those
    rows were removed from the base, and the log has clicks of those users that were learned.
 
-It runs next to the live system: it reads the registry and the log with its own reader, takes no lock and writes
-nothing. Exit codes: 0 equal; 1 different, not comparable, or no longer replayable; 2 wrong use.
+It runs next to the live system: it takes no lock and writes nothing.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """The TensorFlow engine of a private update: bounds the gradient of each row, and adds noise to the shared sum.
 
-A row's own gradient is needed only for its norm. The row's losses are then scaled to respect the bound, and the
-ordinary graph sums them. An update releases gradients by the dense weights other than the tower's, by the rows of the
-popular categories, and by some crosses. Each of these gets noise in each update, whatever was clicked. The tower and
-all other shared rows keep their initial values. A user's own row and crosses are used only for that user, so they get
-no noise.
+An update releases gradients by the dense weights other than the tower's, by the rows of the popular categories, and by
+some crosses. Each of these gets noise in each update, whatever was clicked. The tower and all other shared rows keep
+their initial values. A user's own row and crosses are used only for that user, so they get no noise.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Attributes in a training step: rows of the context table, for the tower (users) and added to the item's row (items).
 
 The mean of a user's attributes and the context fields is an input of the tower. The mean of an item's attributes is
-added to the item's row, which only the engagement head reads. An item's vector thus depends on the row, so the head gets
-one row for each combination of item and attributes in the step.
+added to the item's row, which only the engagement head reads.
 """
 
 from __future__ import annotations

@@ -46,9 +46,6 @@ class CountTable(IdTable):
         self._lists.counts[rows], self._lists.ids[rows] = lists
         self._signs[rows] = transitions.signs_of(values)
 
-    def _held(self, rows: I32) -> tuple[F32, F32]:
-        return self._served(rows), np.zeros((len(rows), 0), np.float32)
-
     def _served(self, rows: I32) -> F32:
         return transitions.pack(self.lists(rows), self._signs[rows])
 

@@ -346,9 +346,9 @@ class IdTable(ABC):
     def put(self, rows: I32, values: F32, accum: F32) -> None:
         """Sets `[n]` rows to what a version holds of them: `[n, dim]` values and accumulators, `[n, 0]` if they have none."""
 
-    @abstractmethod
     def _held(self, rows: I32) -> tuple[F32, F32]:
-        """Copies of rows and their accumulators, as versions hold them and `put` takes them."""
+        """Copies of rows and their accumulators, as versions hold them and `put` takes them; by default there are none."""
+        return self._served(rows), np.zeros((len(rows), 0), np.float32)
 
     @abstractmethod
     def _served(self, rows: I32) -> F32:

@@ -37,9 +37,6 @@ class ItemListTable(IdTable):
             part[rows] = new
         self._begun = max(self._begun, int(rows.max(initial=0)))
 
-    def _held(self, rows: I32) -> tuple[F32, F32]:
-        return self._served(rows), np.zeros((len(rows), 0), np.float32)
-
     def _served(self, rows: I32) -> F32:
         return item_lists.pack(self._lists.take(rows))
 

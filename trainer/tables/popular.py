@@ -1,7 +1,6 @@
 """The popular categories: a bounded list of categories by decayed count at log time, in integers.
 
-A count is in units of 1/65536 clicks. Each hour of log time multiplies it by a fixed ratio, so the same log gives the
-same list on every machine. A batch updates the ranks of its categories; the hourly decay ranks all of them again.
+A count is in units of 1/65536 clicks. Each hour of log time multiplies it by a fixed ratio.
 """
 
 from __future__ import annotations
