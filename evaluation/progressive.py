@@ -44,7 +44,7 @@ from trainer.engine.report import Report
 from trainer.engine.step import Trainer
 from trainer.measures.evaluation import fade
 from trainer.measures.predictions import CategoryPrediction
-from trainer.measures.progressive import row_sums
+from trainer.measures.progressive import miss_shares, row_sums
 from trainer.measures.step_scores import SUMS, no_sums
 from trainer.versions import checkpoint
 
@@ -58,14 +58,12 @@ ABSENT = -1
 """The rank of an item that is not in a list."""
 INTERESTS = ("top1", "top5", "log_loss")
 _COLUMNS = [SUMS.index(name) for name in INTERESTS]
-_OFFERED, _MISSED = SUMS.index("offered"), SUMS.index("missed")
 
 
 class Plan(NamedTuple):
     """Which clicks are evaluated.
 
     Attributes:
-        begin: Offset of the first evaluated event; earlier ones are only learned.
         every: About one in `every` evaluated clicks is a request for recommendations; 0 for none.
     """
 
@@ -318,9 +316,7 @@ class ProgressiveValidation:
     def _scored(self, name: str, predicted: CategoryPrediction, known: Flags, categories: int) -> F64:
         """Returns INTERESTS of each row; a category that is not a candidate costs the same as for the model."""
         sums = self._sums[name]
-        recent = sums[1:]
-        without = recent[:, SUMS.index("rows")] - recent[:, _OFFERED]
-        miss = (recent[:, _MISSED] - without + 0.5) / (recent[:, _OFFERED] + 1.0)
+        miss = miss_shares(sums)
         fade(sums, known.size)
         return row_sums(predicted, known, miss, categories, sums)[:, _COLUMNS]
 

@@ -62,10 +62,6 @@ class Evaluation(msgspec.Struct, frozen=True):
 
     `sources` has the contribution of each source to the first table of recommendations. `unseen_sources` is the same
     for lists without items that the user has seen.
-
-    Attributes:
-        recording: The input: names, counts of events, users, items, categories and refused records, and times.
-        evaluated: The evaluated part: its first and last time, and its number of events.
     """
 
     recording: dict[str, Any]

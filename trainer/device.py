@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 
 import tensorflow as tf
 
@@ -44,11 +43,9 @@ def show(device: str, metrics: TrainerMetrics) -> None:
     if "GPU" not in device:
         return
     for kind in ("current", "peak"):
-        metrics.device_memory_bytes.labels(kind).set_function(partial(_held_bytes, device, kind))
-
-
-def _held_bytes(device: str, kind: str) -> float:
-    return float(tf.config.experimental.get_memory_info(device.lstrip("/"))[kind])
+        metrics.device_memory_bytes.labels(kind).set_function(
+            lambda kind=kind: float(tf.config.experimental.get_memory_info(device.lstrip("/"))[kind])
+        )
 
 
 def pick(device: str, gpus: list[str]) -> str:

@@ -74,10 +74,7 @@ class Judgement:
     """The judgement on one step.
 
     Attributes:
-        standing: The verdict on its versions.
-        rule: The rule with the largest deviation; empty if there is none.
         signal: Its value in this window, or in the preceding one if this one has too few rows; not logarithmic.
-        usual: Its usual value.
         total: The sum of deviations beyond the slack; LIMIT is too much.
         since: The start of the window before the first deviating one: everything from there on is suspect.
         place: For rule `slice`, the slice: measure, dimension and index in it.
@@ -190,7 +187,8 @@ class WindowWatch:
         share = max(2 / REMEMBERED, 1 / (len(self._past) + 1))
         self._shares += (share * (window.shares() - self._shares)).astype(np.float32)
         self._past = np.concatenate([self._past, signals[None]])[-REMEMBERED:]
-        self._users = np.concatenate([self._users, [window.distinct_users()]])[-REMEMBERED:]
+        # Buckets that have a user: a lower bound of their number.
+        self._users = np.concatenate([self._users, [np.count_nonzero(window.crowds[0])]])[-REMEMBERED:]
         self._sums, self._before, self._open = sums, window.start, None
         self._slices.end(words, window.start, self._crowded)
         self._compare()
@@ -456,22 +454,19 @@ class UpdateGuard:
 
     def _named(self, judgement: Judgement) -> str:
         """The rule, and which slice it is about."""
-        return f"{judgement.rule} {self._slice(judgement.place)}" if judgement.place else judgement.rule or "none"
-
-    def _meaning(self, judgement: Judgement) -> str:
         if judgement.place is None:
-            return _MEANINGS[judgement.rule]
-        return f"{LOSSES[judgement.place[0]]} of {self._slice(judgement.place)} over that of all rows"
-
-    def _slice(self, slice_: tuple[int, int, int]) -> str:
-        return named(self._shown(), *slice_[1:])
+            return judgement.rule or "none"
+        return f"{judgement.rule} {named(self._shown(), *judgement.place[1:])}"
 
     def _held(self, judgement: Judgement, after: TrainingPlace, log_ms: int) -> HeldUpdate:
-        since = judgement.since
+        since, place = judgement.since, judgement.place
         assert since is not None, "a held update has a start"
+        meaning = _MEANINGS[judgement.rule]
+        if place is not None:
+            meaning = f"{LOSSES[place[0]]} of {named(self._shown(), *place[1:])} over that of all rows"
         return HeldUpdate(
             rule=judgement.rule,
-            meaning=self._meaning(judgement),
+            meaning=meaning,
             signal=judgement.signal,
             usual=judgement.usual,
             version=version_before(self._registry, after, since.offset),

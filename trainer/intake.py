@@ -26,9 +26,7 @@ class Intake:
 
     Attributes:
         batch: The rows to learn from, in log time; may be empty.
-        marks: The next offset of each source afterwards.
         rows: Rows of the record to learn from; the others only update histories.
-        duplicate: Rows that a stream wrote again after a crash.
         masked: New rows that the mask excludes.
         gaps: Positions that no record covered: (source, expected, found).
         told_ms: The newest time of a row to learn from, of its event or its label; 0 without rows.

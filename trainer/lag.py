@@ -33,11 +33,7 @@ class Taken(NamedTuple):
 
 
 class TrainingLag:
-    """Reports the lag of one trainer from `start` to `close`.
-
-    Attributes:
-        records: The lag at the last poll, in positions of the log; None before the first poll.
-    """
+    """Reports the lag of one trainer from `start` to `close`."""
 
     def __init__(
         self,

@@ -98,7 +98,7 @@ class CatchingUp:
         self.pass_by(position.next, position)
         # 1.
         if not self._caught_up:
-            if not self._at_goal(position):
+            if any(position.marks.get(source, 0) < mark for source, mark in self._goal.items()):
                 return
             with unless_full(self._say):
                 self._write(position)
@@ -114,9 +114,6 @@ class CatchingUp:
         elif not busy and (position.first >= self._end or not position.changed):
             with unless_full(self._say):
                 self._watched = not self._let_follow(control)
-
-    def _at_goal(self, position: TrainingPlace) -> bool:
-        return all(position.marks.get(source, 0) >= mark for source, mark in self._goal.items())
 
     def _is_again(self, position: TrainingPlace, offset: int) -> bool:
         """Whether `offset` is past all that the plan counted.

@@ -21,12 +21,8 @@ class TrainingPlace:
     """The trainer's position: one consistent cut together with its weights.
 
     Attributes:
-        epoch: Control's epoch.
         parent: The newest version of this branch, recent or durable; 0 for none.
         first: The offset at which the log continues after `parent`.
-        next: The next offset to read.
-        marks: The next offset of each source.
-        rows: Rows read on this branch.
         duplicate: Of them, rows dropped as seen before.
         masked: Of them, rows that a mask excluded.
         gap: Source positions that no record held, an accepted loss.
@@ -38,7 +34,6 @@ class TrainingPlace:
         durable: The newest durable version of this branch; 0 for none.
         durable_first: The offset at which the log continues after `durable`.
         unsaved: Whether there was a step since `durable`.
-        erased: The last erasure of control that was applied.
         erasures: (erasure, offset) of the newest erasures that were applied in this epoch.
         told_ms: The newest time that a learned row reported. A rollback uses it to find what a version cannot contain.
     """

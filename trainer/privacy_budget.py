@@ -41,11 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 class PrivacyBudget:
-    """The budget of one trainer. The step thread calls every method.
-
-    Attributes:
-        held: Whether training holds, because the next period would cost more than is left.
-    """
+    """The budget of one trainer. The step thread calls every method."""
 
     def __init__(
         self,

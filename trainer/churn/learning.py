@@ -188,9 +188,6 @@ class ChurnWaiting:
     Args:
         late_ms: The maximum time by which a row may arrive late.
         columns: `[C]` int64, which features are kept of a row.
-
-    Attributes:
-        dropped: Rows that were dropped because the capacity was reached, since the epoch began.
     """
 
     def __init__(self, horizon: Horizon, late_ms: int, most: int, columns: I64) -> None:

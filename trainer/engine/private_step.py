@@ -109,8 +109,6 @@ class PrivateLearning:
         updates: The most updates of a period that one unit takes part in.
         noise: Standard deviation of the noise, divided by the clipping bound.
         deviation: Standard deviation of the noise on each derivative.
-        allowance: How many updates each user took part in; part of each version.
-        history: Names the noise of each record; part of each version.
     """
 
     def __init__(self, settings: Settings, key: bytes) -> None:

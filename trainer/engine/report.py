@@ -168,13 +168,10 @@ class Report:
     """The outcome of one training step.
 
     Attributes:
-        rows: Rows of the step.
         skipped: Of them, rows of updates that the guard skipped.
         verdict: The guard's verdict, the worst one of several updates. Weights change only after ACCEPT.
         interest_log_loss: Mean over rows with a category, before learning; NaN without any.
         grad_norm: Norm of the whole gradient, the largest one of several updates.
-        seconds: Duration of the step.
-        quality: Scores of the model and of simple baselines before learning, as sums.
         slices: `[loss, dimension, place, 3]` float64, see `Breakdown.update`; None if the step was skipped.
         judged: The predictions for its rows: of accepted updates, and of skipped ones.
         order: `[n]` int64, the place in the record of each row of `judged`.

@@ -36,11 +36,8 @@ class Learning(NamedTuple):
     """The inputs of the blocks of a record.
 
     Attributes:
-        values: Inputs that are values, by name.
-        rows: Inputs of embedding rows.
         encoded: With dropout.
         plain: Without.
-        targets: The training targets.
         slots: Of the fast weights before the record: fast, slow, second, moves.
     """
 
@@ -193,7 +190,6 @@ class TensorsFound(NamedTuple):
         scores: Without dropout, in the order of `Scores`.
         dense: Derivatives by the dense weights, in their order.
         sparse: By the distinct rows of each embedding table, in the order of the tables.
-        squared_norm: Of all derivatives.
         fast: The slots of the fast weights after it.
     """
 

@@ -123,7 +123,6 @@ class Agreement(NamedTuple):
     """How far the outputs of two programs agree.
 
     Attributes:
-        rows: Number of rows compared.
         outputs: The largest difference of any output, relative to 1 + the other's value.
         probability: The largest difference of an interest's or an engagement's probability.
         first: Share of rows in which the same category is the most probable.

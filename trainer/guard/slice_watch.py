@@ -57,8 +57,6 @@ class OffSlice(NamedTuple):
 
     Attributes:
         place: Measure, dimension, and index in the dimension.
-        signal: Its last signal.
-        usual: The median of its earlier signals.
         total: Its sum.
         since: The start of the window before the first one that deviates.
     """

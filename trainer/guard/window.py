@@ -43,16 +43,11 @@ class StepFigures:
 
     Attributes:
         log_ms: Log time after the record.
-        rows: Rows learned from or skipped.
         skipped: Of them, rows of updates that were skipped as not finite or exploding.
         positions: Clicks that the record covers, whatever their outcome.
         dead: Of them, those that were refused.
         known: (rows, summed log loss) of rows with a category whose user is known, before learning.
         new: The same of new users.
-        pairs: Pairs whose engagement was scored.
-        engagement_loss: Summed log loss of these pairs.
-        predicted: Their summed probability.
-        positives: How many of them were positive.
         squared_norm: Sum over rows of the squared norm of the gradient per square root of rows.
         crowds: `[3, BUCKETS]` int32, rows by bucket of user, item and category.
         slices: `[measure, dimension, place, 3]` float64, see `Breakdown.update`.
@@ -90,10 +85,6 @@ def _counted(ids: npt.NDArray[np.uint64]) -> I32:
     return counts.astype(np.int32)
 
 
-def _no_crowds() -> I32:
-    return np.zeros((len(CROWDS), BUCKETS), np.int32)
-
-
 class WindowStart(NamedTuple):
     """The start of a window, stored as a JSON list.
 
@@ -113,15 +104,13 @@ class OpenWindow:
     """The sums since the window began.
 
     Attributes:
-        start: Where it began.
-        sums: `[len(SUMS)]` float64.
         crowds: `[3, BUCKETS]` int32, rows by bucket of user, item and category.
         slices: `[measure, dimension, place, 3]` float64, see `Breakdown.update`; None until something is scored.
     """
 
     start: WindowStart
     sums: F64 = field(default_factory=lambda: np.zeros(len(SUMS)))
-    crowds: I32 = field(default_factory=_no_crowds)
+    crowds: I32 = field(default_factory=lambda: np.zeros((len(CROWDS), BUCKETS), np.int32))
     slices: F64 | None = None
 
     def add(self, step: StepFigures) -> None:
@@ -139,10 +128,6 @@ class OpenWindow:
     def rows(self) -> float:
         """Rows so far."""
         return float(self.sums[0])
-
-    def distinct_users(self) -> int:
-        """A lower bound of the number of users: the buckets that have at least one."""
-        return int(np.count_nonzero(self.crowds[0]))
 
     def shares(self) -> F64:
         """`[3, BUCKETS]` float64, each bucket's share of the rows that have an id of this kind."""

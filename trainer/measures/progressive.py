@@ -60,19 +60,13 @@ class Progressive:
         `targets` are the rows with a category, `known` those of known users, both `[n]`. `categories` is the number of
         known ones, with those of these rows: otherwise new ones would cost nothing.
         """
-        kinds, misses, sums = known[targets], self.miss_shares(), no_sums()
+        kinds, misses, sums = known[targets], miss_shares(self._sums[1]), no_sums()
         of_rows = [
             row_sums(predictions[name], kinds, misses[number], categories, sums[number])
             for number, name in enumerate(PREDICTORS)
         ]
         clicked, predicted, losses = int(pairs.positive.sum()), float(pairs.predicted.sum()), float(pairs.losses.sum())
         return Judged(StepScores(sums, pairs.losses.size, clicked, predicted, losses), targets, of_rows[0], pairs)
-
-    def miss_shares(self) -> F64:
-        """`[predictor, 2]` float64: the miss probability for new users and for known ones."""
-        recent = self._sums[1, :, 1:]
-        without = recent[..., _ROWS] - recent[..., _OFFERED]
-        return np.asarray((recent[..., _MISSED] - without + 0.5) / (recent[..., _OFFERED] + 1.0))
 
     def update(self, scores: StepScores, category: U64, log_ms: int, learned: bool = True) -> None:
         """Adds the scores of a step; updates the popular categories if the step was learned."""
@@ -124,6 +118,13 @@ class Progressive:
         if "sums" in state and state["sums"].shape == self._sums.shape:
             self._sums = np.array(state["sums"])
             self.popular.load({name: state[f"popular.{name}"] for name in ("ids", "counts", "hour")})
+
+
+def miss_shares(sums: F64) -> F64:
+    """`[..., 2]` float64: the miss probability for new users and for known ones, by recent `[..., users, sum]`."""
+    recent = sums[..., 1:, :]
+    without = recent[..., _ROWS] - recent[..., _OFFERED]
+    return np.asarray((recent[..., _MISSED] - without + 0.5) / (recent[..., _OFFERED] + 1.0))
 
 
 def where_of(predictor: str, users: str) -> str:

@@ -153,7 +153,9 @@ class DefaultRanker(Ranker):
 
     def score(self, encoded: Encoded, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Ranker`."""
-        hidden = self._user_hidden(encoded.user_features)
+        # The user's part of the hidden units of both nets.
+        hidden = tf.matmul(encoded.user_features, self.dense["interest.user_kernel"])
+        hidden = tf.nn.bias_add(hidden, self.dense["interest.bias"])
         interest = self._interest(encoded.queries, hidden, inputs)
         plain = interest
         if encoded.plain_queries is not encoded.queries:
@@ -196,11 +198,6 @@ class DefaultRanker(Ranker):
         """q, q' and b, concatenated, `[B, 2 dim + 1]`."""
         user = tf.concat([user_row, user_row, tf.zeros_like(user_row[:, :1])], 1)
         return tf.nn.bias_add(tf.matmul(vector, self.dense["query.kernel"]), self.dense["query.bias"]) + user
-
-    def _user_hidden(self, user_features: Tensor) -> Tensor:
-        """The user's part of the hidden units of both nets, `[B, NET_HIDDEN + NEXT_HIDDEN]`."""
-        user = tf.matmul(user_features, self.dense["interest.user_kernel"])
-        return tf.nn.bias_add(user, self.dense["interest.bias"])
 
     def _window_logits(self, user_hidden: Tensor, category_windows: Tensor) -> Tensor:
         """Logits m . windows_j + net(windows_j, windows_1, z) + b_j of the recent categories, `[B, L]`."""

@@ -41,10 +41,6 @@ class NoisePlace:
     """The position of a record, and everything but the records that determines its noised sum.
 
     Attributes:
-        topic_id: Id of the training log's topic.
-        partition: Partition of the training log.
-        offset: Offset of the record.
-        epoch: Control's epoch.
         line: The branch of the log: the records that count in this epoch.
         mask: The rows of the record that are excluded, those of erased users among them.
         environment: `environment_digest` of the trainer: settings, code and machine.

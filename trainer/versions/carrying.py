@@ -36,11 +36,8 @@ class CarriedPart:
     """A table or a dense weight, before and after.
 
     Attributes:
-        kind: Which of the two.
-        name: Its name.
         was: Width of the table's rows, or shape of the weight, in the version; None if the version has none.
         now: Likewise in the model; None if it reads no such table or has no such weight.
-        rows: The number of the table's rows in the version.
     """
 
     kind: Literal["table", "weight"]

@@ -118,8 +118,8 @@ def test_loss_falls_and_top1_rises() -> None:
     for _ in range(40):
         last = trainer.step(batch)
     assert last.interest_log_loss < 0.7 * first.interest_log_loss
-    assert last.top1 > first.top1 + 100
-    assert last.engagement_log_loss < first.engagement_log_loss
+    assert last.quality.total("top1") > first.quality.total("top1") + 100
+    assert last.quality.engagement_log_loss < first.quality.engagement_log_loss
 
 
 def test_skipped_step_changes_no_weight_and_keeps_its_sightings() -> None:
