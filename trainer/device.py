@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import tensorflow as tf
 
@@ -42,10 +43,12 @@ def show(device: str, metrics: TrainerMetrics) -> None:
     """Exports TensorFlow's GPU memory use as metrics, read at each scrape. Does nothing on a CPU."""
     if "GPU" not in device:
         return
+
+    def held_bytes(kind: str) -> float:
+        return float(tf.config.experimental.get_memory_info(device.lstrip("/"))[kind])
+
     for kind in ("current", "peak"):
-        metrics.device_memory_bytes.labels(kind).set_function(
-            lambda kind=kind: float(tf.config.experimental.get_memory_info(device.lstrip("/"))[kind])
-        )
+        metrics.device_memory_bytes.labels(kind).set_function(partial(held_bytes, kind))
 
 
 def pick(device: str, gpus: list[str]) -> str:

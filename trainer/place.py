@@ -23,8 +23,8 @@ class TrainingPlace:
     Attributes:
         parent: The newest version of this branch, recent or durable; 0 for none.
         first: The offset at which the log continues after `parent`.
-        duplicate: Of them, rows dropped as seen before.
-        masked: Of them, rows that a mask excluded.
+        duplicate: Rows of this branch that were dropped as seen before.
+        masked: Rows that a mask excluded.
         gap: Source positions that no record held, an accepted loss.
         before: Source positions before the first one of this branch, summed over sources.
         left_out: Records of the log that could not be learned from, an accepted loss.

@@ -168,7 +168,7 @@ class Report:
     """The outcome of one training step.
 
     Attributes:
-        skipped: Of them, rows of updates that the guard skipped.
+        skipped: Rows of updates that the guard skipped.
         verdict: The guard's verdict, the worst one of several updates. Weights change only after ACCEPT.
         interest_log_loss: Mean over rows with a category, before learning; NaN without any.
         grad_norm: Norm of the whole gradient, the largest one of several updates.

@@ -43,7 +43,7 @@ class StepFigures:
 
     Attributes:
         log_ms: Log time after the record.
-        skipped: Of them, rows of updates that were skipped as not finite or exploding.
+        skipped: Rows of updates that were skipped as not finite or exploding.
         positions: Clicks that the record covers, whatever their outcome.
         dead: Of them, those that were refused.
         known: (rows, summed log loss) of rows with a category whose user is known, before learning.
