@@ -208,7 +208,6 @@ class ProgressiveValidation:
         self._learn(batch, events, clicks, learned, len(batch))
 
     def _learn(self, batch: MicroBatch, events: Events, clicks: Flags, first: int, after: int) -> None:
-        """Feeds events to the host and to the baselines of items."""
         if first == after:
             return
         assert self._host is not None
@@ -264,7 +263,6 @@ class ProgressiveValidation:
     def _ranks(
         self, request: RequestOf, past: UserPast, exclude_seen: bool, lists: Lists
     ) -> tuple[dict[str, int], str]:
-        """Returns the rank of the item in each predictor's list, and its source in ours."""
         assert self._host is not None
         wanted = WantedItems(SHOWN, None, exclude_seen)
         answer = self._host.recommend(request.user, request.at_ms, wanted, request.context).items

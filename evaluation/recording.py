@@ -107,7 +107,6 @@ class RecordedEvents:
         return np.concatenate([getattr(batch, name) for batch in self.batches])
 
     def __len__(self) -> int:
-        """The number of events."""
         return sum(map(len, self.batches))
 
 

@@ -351,7 +351,6 @@ def _share(part: int, total: int) -> str:
 
 
 def _aligned(cells: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Aligns columns: the first one to the left, the others to the right."""
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     for first, *others in cells:
         yield "    " + "  ".join(

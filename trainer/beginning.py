@@ -123,7 +123,6 @@ class FromPast:
         return Beginning(reader, position, tensors)
 
     def _learn(self, spec: str, trainer: Trainer, salt: str, control: Control) -> tuple[int, int]:
-        """Learns the past; returns the number of its rows and the newest time that they report."""
         past, began_s = self.past, self.elapsed()
         logged_s, rows, newest_ms = began_s, 0, 0
         logger.info("learning past clicks up to live version %d, offset %d", past.version, past.log.next)

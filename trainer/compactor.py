@@ -198,8 +198,6 @@ def plan(
 
 
 class _Held:
-    """The existing versions."""
-
     def __init__(self, deltas: Sequence[Manifest], bases: Sequence[Manifest]) -> None:
         self.deltas = {delta.version: delta for delta in deltas}
         self.bases = {base.version: base for base in bases}

@@ -199,7 +199,6 @@ class WindowWatch:
         return len(self._users) > 0 and float(np.median(self._users)) >= self._limits.users
 
     def _compare(self) -> None:
-        """Updates the usual values; None for rules with too few windows yet."""
         crowded = self._crowded
         enough = np.count_nonzero(~np.isnan(self._past), axis=0) >= self._limits.warm_up
         self._usual = [
@@ -453,7 +452,6 @@ class UpdateGuard:
         return {f"{GUARDED}{name}": array for name, array in self._watch.state().items()} if self._enabled else {}
 
     def _named(self, judgement: Judgement) -> str:
-        """The rule, and which slice it is about."""
         if judgement.place is None:
             return judgement.rule or "none"
         return f"{judgement.rule} {named(self._shown(), *judgement.place[1:])}"
@@ -478,7 +476,6 @@ class UpdateGuard:
         )
 
     def _hold(self, update: HeldUpdate, after: TrainingPlace) -> bool:
-        """Asks control to hold it; returns True if it does from now on."""
 
         def with_hold(control: Control) -> Control:
             if control.epoch != after.epoch:

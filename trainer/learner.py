@@ -161,7 +161,6 @@ class CatchingUp:
             )
 
     def _let_follow(self, control: Control) -> bool:
-        """Lets serving follow the trainer. Returns whether this is settled."""
         action = "rollback" if self._began is None else self._began.action
 
         def caught_up(newest: Control) -> Control:
@@ -407,12 +406,10 @@ class Learner:
         return count
 
     def _account(self) -> dict[str, int]:
-        """Outcomes of the rows of the training log, since this branch began."""
         counters = self._trainer.counters
         return self.place.counts() | {"trained": counters.trained, "skipped": counters.skipped}
 
     def _take(self, record: LogRecord) -> None:
-        """Takes one record, as one step if a row is left to learn from."""
         offset, marks, control = record.first, self.place.marks, self.control
         self._catching_up.pass_by(offset, self.place)
         source = Source(self._reader.topic_id, self._partition)
@@ -464,18 +461,15 @@ class Learner:
 
     @property
     def _resting(self) -> bool:
-        """Whether no record may be taken: guard or operator hold training or an update, or no budget is left."""
         is_held = self._trainer.guard.held or self._budget.held or bool(self.control.held)
         return is_held or self._updates.waits or not self.control.training
 
     def _between(self) -> bool:
-        """Runs between two records; returns True if the epoch changed."""
         self._publish_if_due()
         self._polled_s = float("-inf") if self._updates.write() else self._polled_s
         return self._poll_control()
 
     def _poll_control(self) -> bool:
-        """Converges to the newest control, polled a few times a second; returns True if the epoch changed."""
         if self._elapsed() - self._polled_s < CONTROL_S:
             return False
         self._polled_s = self._elapsed()
@@ -489,7 +483,6 @@ class Learner:
         return self._converge(control)
 
     def _converge(self, control: Control) -> bool:
-        """Applies a new generation; returns True if that is another epoch."""
         if control.epoch != self.place.epoch:
             try:
                 self._settle(wait=True)

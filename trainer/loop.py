@@ -63,7 +63,7 @@ from state.registry.sharing import owning
 from state.storage.measuring import offer
 from state.storage.shares import REGISTRY
 from state.storage.waiting import Room, is_full
-from trainer.checks import check_own, is_own
+from trainer.checks import is_own
 from trainer.lag import Taken, TrainingLag
 from trainer.place import newest_before
 from trainer.worker import begin, restore_handlers, workers_of
@@ -251,7 +251,6 @@ def unused_kernels(settings: Settings) -> list[str]:
 
 
 def _import_model(kernels: Kernels, phases: Phases, stopping: threading.Event) -> None:
-    """Imports TensorFlow and the model, and prepares the kernels of the engine."""
     phases.enter(IMPORTS)
     began_s, began_cpu_s = time.monotonic(), time.process_time()
     with quiet_stderr():
@@ -270,6 +269,7 @@ def _check_own(settings: Settings) -> None:
     """Checks a custom ranker or tower; the preprocessing's width is not known yet, and both take any."""
     with quiet_stderr():
         from trainer import device
+        from trainer.model_checks import check_own
 
         device.prepare(settings.trainer.device, settings.trainer.threads)
         result = check_own(settings, FeatureSpec.from_settings(settings))
@@ -363,7 +363,6 @@ def _join(
 
 
 def _await(imports: threading.Thread, children: Sequence[subprocess.Popen[bytes]], stopping: threading.Event) -> None:
-    """Waits until `imports` ends or the process is stopping."""
     while imports.is_alive() and not stopping.is_set():
         imports.join(POLL_S)
         for index, child in enumerate(children, 1):

@@ -82,7 +82,6 @@ class Replay:
             reader.close()
 
     def _learn(self, offset: int, value: bytes | None, segment: LogSegment) -> None:
-        """Learns one record in one step, as in the trainer's loop."""
         where = f"{self._where} offset {offset}"
         intake = take_in(
             value, self.marks, segment.mask_at, self._spec, self._salt, where, segment.line, offset, self._is_former

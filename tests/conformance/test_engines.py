@@ -22,13 +22,13 @@ from tests.trainer.batches import SPEC, micro_batch
 from tests.trainer.engine.test_step import digests, learned, restored
 from tests.trainer.engine.test_step import settings as trainer_settings
 from tests.trainer.model.test_attributes import WANTED, with_attributes
-from trainer.checks import check_own
 from trainer.engine.adam import FastSlots
 from trainer.engine.build import engine_name
 from trainer.engine.engine import Measured
 from trainer.engine.step import Trainer
 from trainer.model.default_ranker import FAST_WEIGHTS, DefaultRanker
 from trainer.model.ranker import MASKED, Ranker
+from trainer.model_checks import check_own
 
 ENGINES = ("compiled", "tensorflow")
 SMALL = Model(dim=8, hidden=(16, 8), popular=4)

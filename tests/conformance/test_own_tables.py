@@ -22,12 +22,12 @@ from state.rows.store import RowStore
 from state.rows.tables import SERVED_IDS, UNSERVED, tables_in
 from tests.conformance.kept import sweep
 from tests.conformance.test_engines import CONFIGURED, batches, settings_of
-from trainer.checks import check_own
 from trainer.engine.build import grown_by, ranker_of
 from trainer.engine.step import Trainer
 from trainer.model import losses
 from trainer.model.inputs import IDS, own_rows, pick, sizes
 from trainer.model.ranker import MASKED, Ranker, Targets
+from trainer.model_checks import check_own
 from trainer.versions import checkpoint, content
 
 EVERY = "every id"

@@ -293,7 +293,6 @@ class ChurnWaiting:
         return np.asarray(at_ms + ((drawn + 1.0) * (self._horizon.stride_ms / 2)).astype(np.int64))
 
     def _last_moment(self, slots: I64) -> I64:
-        """The last millisecond at which a row may have a moment."""
         return np.minimum(self._next_ms[slots], self._at_ms[slots] + self._horizon.reach_ms) - 1
 
     def _end(self, slots: npt.NDArray[np.int32], next_ms: I64) -> None:

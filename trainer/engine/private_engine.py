@@ -223,13 +223,11 @@ class PrivateEngine(TensorflowEngine):
             return self._blocks.moved(tf.constant(flat), [tf.constant(slot) for slot in self._optimizer.fast[1:]])
 
     def _listed(self, record: Record) -> npt.NDArray[np.uint64]:
-        """The popular categories, without padding."""
         popular = record.ids["popular"]
         categories: npt.NDArray[np.uint64] = popular[popular != 0]
         return categories
 
     def _traced_lengths(self, part: Mapping[str, Any], shared: Mapping[str, Any], losses: tuple[str, ...]) -> Any:
-        """The traced graph, for parts of any length."""
         if losses not in self._lengths:
 
             def spec(length: int | None) -> Callable[[Tensor], Any]:

@@ -54,7 +54,6 @@ class Record:
     newest: I32
 
     def __len__(self) -> int:
-        """The number of rows, B."""
         return len(self.partner)
 
     def take(self, rows: npt.NDArray[np.int64]) -> Record:

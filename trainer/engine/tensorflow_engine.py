@@ -284,7 +284,6 @@ class TensorflowEngine:
         return replace(measured, found=tensors)
 
     def _traced(self, inputs: Mapping[str, Any]) -> Any:
-        """The graph, for records of any length."""
         if self._trace is None:
             fixed = {
                 place_of(input_) if input_.table else input_.name
@@ -329,7 +328,6 @@ class TensorflowEngine:
         return rows, at
 
     def _gather(self, input_: Input, distinct: Mapping[str, Tensor], at: Mapping[str, Tensor]) -> Tensor:
-        """The rows of an input."""
         indices = at[place_of(input_)]
         rows = tf.gather(distinct[input_.table], indices)
         if input_.mean:

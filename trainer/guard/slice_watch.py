@@ -149,7 +149,6 @@ class SliceWatch:
         return self._starts[max(len(self._starts) - 1 - int(self._silent[at]), 0)]
 
     def _compare(self, judged: bool) -> None:
-        """Updates the usual signal of each slice; NaN for slices with too few signals."""
         self._middle: F64 = np.full(self._counts.size, np.nan)
         self._spread: F64 = np.full(self._counts.size, np.nan)
         known = np.flatnonzero(self._counts >= self._warm_up) if judged else np.empty(0, np.int64)

@@ -72,7 +72,6 @@ class Slices:
         self._bins: F64 = np.zeros((count, size, 2, BINS))
 
     def __bool__(self) -> bool:
-        """Whether there is a slice attribute."""
         return bool(self.names)
 
     @property

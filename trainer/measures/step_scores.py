@@ -46,7 +46,6 @@ class StepScores:
     engagement_log_loss: float
 
     def __add__(self, other: StepScores) -> StepScores:
-        """The sums of both."""
         return StepScores(
             self.sums + other.sums,
             self.pairs + other.pairs,

@@ -222,7 +222,6 @@ class DefaultRanker(Ranker):
         return tf.reshape(logits, [-1, candidates])
 
     def _interest(self, queries: Tensor, user_hidden: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The logits s(c) of every candidate, masked."""
         query = queries[:, : self.settings.dim]
         windows = tf.concat([inputs["category_windows"], inputs["recent_next"]], 2)
         recent = _dots(inputs["recent_rows"], query) + self._window_logits(user_hidden, windows)

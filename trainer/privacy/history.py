@@ -105,7 +105,6 @@ class History:
             self._history, self._conditions, self.line = (np.asarray(state[name], np.uint8).tobytes() for name in NAMES)
 
     def _digest(self, *parts: bytes) -> bytes:
-        """The keyed digest of parts, which may have any length."""
         digest = hashlib.blake2b(key=self._key, digest_size=_BYTES)
         for part in parts:
             digest.update(len(part).to_bytes(8, "big") + part)

@@ -122,7 +122,6 @@ class Pending:
         self._seen_ms: I64 = np.zeros(self._places.capacity, np.int64)
 
     def __len__(self) -> int:
-        """Ids that wait."""
         return len(self._places)
 
     @property
@@ -179,7 +178,6 @@ class Pending:
         return ids
 
     def _set(self, seen: Sightings) -> None:
-        """Of distinct ids with sightings."""
         new = seen.ids[self._places.find(seen.ids) == 0]
         self._places.take(new)
         if self.capacity > self._counts.size:
@@ -222,7 +220,6 @@ class IdTable(ABC):
         self._pending = Pending(self._admit_after, self.max_rows)
 
     def __len__(self) -> int:
-        """Ids that have a row."""
         return len(self._places)
 
     @property
@@ -379,7 +376,6 @@ class IdTable(ABC):
         return rows
 
     def _leave(self, rows: I32) -> None:
-        """Removes rows, and frees memory if most of it is unused."""
         ids = self._places.ids[rows]
         self._places.drop(ids)
         self._since_version.removed.add(ids)

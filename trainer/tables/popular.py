@@ -101,7 +101,6 @@ class Popular:
         self._top: I32 = np.zeros(0, np.int32)
 
     def __len__(self) -> int:
-        """The number of categories with a count."""
         return self._used - 1
 
     def standing_of(self, ids: U64) -> tuple[I64, I32, int]:

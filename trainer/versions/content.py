@@ -223,7 +223,6 @@ def _without_waiting(tensors: Tensors, users: MaskedUsers) -> dict[str, Array]:
 
 
 def _named(tensors: Tensors, users: MaskedUsers, known: CrossedIds) -> list[tuple[str, U64]]:
-    """By table, the ids in it that may belong to users or to their crosses."""
     named: list[tuple[str, U64]] = []
     for table in tables_in(tensors) if users else ():
         if table not in OTHERS and f"{table}.ids" in tensors:
