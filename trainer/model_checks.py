@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,7 @@ def _check_tower(settings: ModelSettings, width_in: int, label: str) -> tuple[st
     wanted = f"wanted is [B, {width}] float32, the last of model.hidden"
     for training in (False, True):
         output = _called(
-            lambda training=training: tower(tf.constant(x), training, tf.constant(SEEDS[1], tf.int32)),
+            partial(tower, tf.constant(x), training, tf.constant(SEEDS[1], tf.int32)),
             f"{label}: called with x {list(x.shape)} and training={training} it",
             wanted,
         )

@@ -100,7 +100,7 @@ def train_impressions(steps: int | None = None, settings: Settings | None = None
     trainer = Trainer(settings, FeatureSpec.from_settings(settings))
     begin = int(np.argmax(recorded.measured)) if steps is None else 0
     validation = validated(recorded, settings, trainer, steps, begin)
-    clicked = np.concatenate(validation.engagements.clicked)[begin:]
+    clicked = np.concatenate([part.flag for part in validation.engagements])[begin:]
     return figures_of(engagement_tables(validation.engagements)[0]) | {"clicked": float(clicked.mean())}
 
 
