@@ -119,7 +119,7 @@ def read_files(
 
     Raises:
         SettingsError: The columns do not fit, no row is a click, or the files do not fit in memory.
-        UnreadableRecording: A file is cut or damaged.
+        SpringtideError: A file is cut or damaged.
     """
     names = ", ".join(str(file.path) for file in recording.files)
     events, parser = RecordedEvents(names, topic_of(recording)), Parser(settings.events, SALT)
@@ -178,7 +178,7 @@ def open_attributes(settings: Settings, files: Sequence[AttributeFiles]) -> Iter
 
     Raises:
         SettingsError: The columns do not fit.
-        UnreadableRecording: A file is cut or damaged.
+        SpringtideError: A file is cut or damaged.
     """
     tables = tables_of(settings.attributes)
     if not tables:
