@@ -20,6 +20,7 @@ from state.metrics import TrainerMetrics
 from state.microbatch.batch import Header
 from state.microbatch.codec import decode, encode
 from state.registry.control import start
+from state.registry.manifest import Draft, LogRange
 from state.registry.registry import Registry
 from state.storage.waiting import Room
 from tests.memory_log import MemoryLog
@@ -28,7 +29,7 @@ from trainer.beginning import Begins, from_nothing
 from trainer.engine.step import Trainer
 from trainer.learner import NO_CONSENT, Learner, Surroundings
 from trainer.publications import ServedModel
-from trainer.versions import checkpoint
+from trainer.versions import checkpoint, content
 
 TOPIC_ID = "cd" * 16
 LOG = Kafka().microbatches_topic
@@ -56,6 +57,17 @@ def started(path: Path) -> Registry:
     if registry.control() is None:
         registry.propose(start(actor="test", reason="test", now_ms=0))
     return registry
+
+
+def draft(parent: int | None, **changes: Any) -> Draft:
+    kind = "base" if parent is None else "delta"
+    return replace(Draft(kind, 1, parent, LogRange(), (), 0, 0, 0, 0, SPEC.digest, "", ""), **changes)
+
+
+def publish(registry: Registry, trainer: Trainer, parent: int | None, **changes: Any) -> int:
+    """Publishes what a trainer learned since `parent`, or all; returns the version."""
+    tensors = checkpoint.full(trainer) if parent is None else checkpoint.changes(trainer)
+    return registry.publish(draft(parent, **changes), content.encode(tensors)).version
 
 
 def fresh(*flags: str) -> Trainer:

@@ -13,10 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from state.errors import CorruptVersion, SpecMismatch
-from state.registry.control import start
-from state.registry.manifest import Draft, LogRange
 from state.registry.registry import TRAINING, Registry
 from tests.trainer.clicks import SPEC, batches, small_settings
+from tests.trainer.logs import publish, started
 from trainer.engine.step import Trainer
 from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.verify import environment_differences, first_difference
@@ -30,17 +29,9 @@ def made(*flags: str) -> Trainer:
     return Trainer(small_settings(*FLAGS, *flags), SPEC)
 
 
-def publish(registry: Registry, trainer: Trainer, parent: int | None, spec: str = SPEC.digest) -> int:
-    tensors = checkpoint.full(trainer) if parent is None else checkpoint.changes(trainer)
-    draft = Draft("base" if parent is None else "delta", 1, parent, LogRange(), (), 0, 0, 0, 0, spec, "", "")
-    return registry.publish(draft, content.encode(tensors)).version
-
-
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
-    found = Registry(tmp_path)
-    found.propose(start(actor="test", reason="test", now_ms=0))
-    return found
+    return started(tmp_path)
 
 
 def test_the_tables_are_those_of_the_step() -> None:

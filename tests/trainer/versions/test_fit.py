@@ -12,14 +12,12 @@ import pytest
 from deploy import up
 from state.config.settings import Settings
 from state.errors import ModelMismatch, SettingsError
-from state.registry.control import start
-from state.registry.manifest import Draft, LogRange
 from state.registry.model_fit import require_same_model
 from state.registry.registry import SERVING, Registry
 from tests.trainer.clicks import SALT, SPEC, batches, small_settings
-from tests.trainer.logs import write_transform
+from tests.trainer.logs import publish, started, write_transform
 from trainer.engine.step import Trainer
-from trainer.versions import checkpoint, content
+from trainer.versions import checkpoint
 from trainer.versions.carrying import require_ranker_fits, require_settings_fit
 
 HIDDEN, DIM = ("--model.hidden", "24,8"), ("--model.dim", "16")
@@ -32,15 +30,11 @@ OTHER_RANKER = ("--model.ranker", "deploy.examples.two_tower.ranker:build")
 def registry(tmp_path: Path) -> Registry:
     """A base and a delta of the small model."""
     settings = small_settings("--paths.state", str(tmp_path))
-    found, trainer = Registry(settings.registry_dir), Trainer(settings, SPEC)
-    found.propose(start(actor="test", reason="test", now_ms=0))
+    found, trainer = started(settings.registry_dir), Trainer(settings, SPEC)
     environment = checkpoint.environment(settings, trainer.device)
     parent = None
     for batch in batches(0, 2):
-        tensors = checkpoint.full(trainer) if parent is None else checkpoint.changes(trainer)
-        kind = "base" if parent is None else "delta"
-        draft = Draft(kind, 1, parent, LogRange(), (), 0, 0, 0, 0, SPEC.digest, "", "", environment=environment)
-        parent = found.publish(draft, content.encode(tensors)).version
+        parent = publish(found, trainer, parent, environment=environment)
         trainer.step(batch)
     return found
 
