@@ -271,30 +271,27 @@ def _of_slice(off: OffSlice, may_hold: bool) -> Judgement:
 def figures_of(batch: MicroBatch, report: Report | None, log_ms: int) -> StepFigures:
     """The figures of one record for the guard; `report` is None without a row, `log_ms` is log time after the record."""
     ranges = batch.header.ranges
-    covered, dead = sum(part.next - part.first for part in ranges), sum(part.dead for part in ranges)
+    sums: dict[str, float] = {
+        "positions": sum(part.next - part.first for part in ranges),
+        "dead": sum(part.dead for part in ranges),
+    }
     if report is None:
-        return StepFigures(log_ms, 0, positions=covered, dead=dead)
+        return StepFigures(log_ms, sums)
+    sums["rows"] = report.rows
     if report.verdict is not Verdict.ACCEPT:
-        return StepFigures(log_ms, report.rows, report.rows, covered, dead, crowds=crowds_of(batch))
+        return StepFigures(log_ms, sums | {"skipped": report.rows}, crowds_of(batch))
     scores = report.quality
-    known, new = (
-        (int(scores.total("rows", users=who)), scores.total("log_loss", users=who)) for who in ("known", "new")
-    )
-    return StepFigures(
-        log_ms=log_ms,
-        rows=report.rows,
-        positions=covered,
-        dead=dead,
-        known=known,
-        new=new,
-        pairs=scores.pairs,
-        engagement_loss=scores.engagement_log_loss,
-        predicted=scores.predicted,
-        positives=scores.positives,
-        squared_norm=report.grad_norm**2,
-        crowds=crowds_of(batch),
-        slices=report.slices,
-    )
+    for who in ("known", "new"):
+        sums[f"{who}_rows"] = scores.total("rows", users=who)
+        sums[f"{who}_loss"] = scores.total("log_loss", users=who)
+    sums |= {
+        "pairs": scores.pairs,
+        "engagement_loss": scores.engagement_log_loss,
+        "predicted": scores.predicted,
+        "positives": scores.positives,
+        "squared_norm": report.grad_norm**2,
+    }
+    return StepFigures(log_ms, sums, crowds_of(batch), report.slices)
 
 
 def version_before(registry: Registry, position: TrainingPlace, offset: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -35,36 +36,31 @@ SUMS = (
     "rows", "skipped", "positions", "dead", "known_rows", "known_loss", "new_rows", "new_loss", "pairs", "engagement_loss",
     "predicted", "positives", "squared_norm",
 )  # fmt: skip
+"""Sums of a record of the training log.
+
+In this order:
+
+- rows, and rows of updates that were skipped as not finite or exploding
+- clicks that the record covers, whatever their outcome, and those of them that were refused
+- rows with a category whose user is known, and their log loss before learning; the same of new users
+- scored pairs, their log loss and predicted probability, and those that were clicked
+- over rows, the squared norm of the gradient per square root of rows
+"""
 
 
 @dataclass(frozen=True)
 class StepFigures:
-    """Counts and sums of one record of the training log.
+    """The figures of one record of the training log.
 
     Attributes:
         log_ms: Log time after the record.
-        skipped: Rows of updates that were skipped as not finite or exploding.
-        positions: Clicks that the record covers, whatever their outcome.
-        dead: Of them, those that were refused.
-        known: (rows, summed log loss) of rows with a category whose user is known, before learning.
-        new: The same of new users.
-        squared_norm: Sum over rows of the squared norm of the gradient per square root of rows.
+        sums: By name, SUMS that are not 0.
         crowds: `[3, BUCKETS]` int32, rows by bucket of user, item and category.
         slices: `[measure, dimension, place, 3]` float64, see `Breakdown.update`.
     """
 
     log_ms: int
-    rows: int
-    skipped: int = 0
-    positions: int = 0
-    dead: int = 0
-    known: tuple[int, float] = (0, 0.0)
-    new: tuple[int, float] = (0, 0.0)
-    pairs: int = 0
-    engagement_loss: float = 0.0
-    predicted: float = 0.0
-    positives: int = 0
-    squared_norm: float = 0.0
+    sums: Mapping[str, float]
     crowds: I32 | None = None
     slices: F64 | None = None
 
@@ -115,10 +111,7 @@ class OpenWindow:
 
     def add(self, step: StepFigures) -> None:
         """Adds one step."""
-        self.sums += (
-            step.rows, step.skipped, step.positions, step.dead, *step.known, *step.new, step.pairs, step.engagement_loss,
-            step.predicted, step.positives, step.squared_norm,
-        )  # fmt: skip
+        self.sums += [step.sums.get(name, 0.0) for name in SUMS]
         if step.crowds is not None:
             self.crowds += step.crowds
         if step.slices is not None:
