@@ -131,7 +131,7 @@ def send(
 
     Raises:
         SettingsError: The columns do not fit, or none of the first rows is a record.
-        UnreadableRecording: A file is truncated or damaged.
+        SpringtideError: A file is truncated or damaged.
         LogError: Kafka refused a record, or did not answer. Run the command again.
     """
     outcome = SentAttributes(0, Counter(), Counter())

@@ -27,7 +27,7 @@ from state.layout import HISTORIES, PROGRAMS, ROWS
 from state.metrics import ApplierMetrics
 from state.process.wall_clock import wall_ms
 from state.ranking.item_scores import SOURCES, scores_without
-from state.registry.manifest import LogRange, Manifest
+from state.registry.manifest import Draft, Kind, LogRange, complete
 from state.rows.store import RowStore
 
 U64 = NDArray[Any]
@@ -90,27 +90,12 @@ class ServingHost:
         `tensors` is its content, as in a registry. If `whole` is True, it is a base instead of the changes since the
         previous version.
         """
-        parent, self._version = self._version, self._version + 1
-        manifest = Manifest(
-            version=self._version,
-            kind="base" if whole else "delta",
-            epoch=1,
-            parent=None if whole else parent,
-            visible=((1, self._version),),
-            log=LogRange(),
-            sources=(),
-            steps=1,
-            rows=1,
-            created_at_ms=1,
-            event_time_ms=1,
-            spec=self._spec.digest,
-            program=self._digest,
-            salt=self._salt.fingerprint,
-            mask_generation=0,
-            metrics={},
-            environment={},
-            files={},
-        )
+        kind: Kind = "base" if whole else "delta"
+        parent = None if whole else self._version
+        about = (self._spec.digest, self._digest, self._salt.fingerprint)
+        draft = Draft(kind, 1, parent, LogRange(), (), 1, 1, 1, 1, *about)
+        manifest = complete(draft, self._version + 1, ((1, self._version),), {})
+        self._version += 1
         self.rows.apply(manifest, tensors, wall_ms(), follow=True)
         self.rows.drop({self._version - KEPT_VERSIONS})
         while self.rows.tidy():

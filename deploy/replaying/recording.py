@@ -385,7 +385,7 @@ class Replay:
 
         Raises:
             SettingsError: The columns do not fit, or no row is a click.
-            UnreadableRecording: A file is cut or damaged.
+            SpringtideError: A file is cut or damaged.
             LogError: Kafka refused a record, or did not answer. Run the replay again.
             CorruptStore: The journal is unreadable.
         """
@@ -535,7 +535,7 @@ def try_out(source: RecordingSource, now_ms: int) -> Findings:
 
     Raises:
         SettingsError: None of the first rows is a click, or they do not fit into memory.
-        UnreadableRecording: A file is truncated or damaged.
+        SpringtideError: A file is truncated or damaged.
     """
     hand = Hand(NO_TIME, float(now_ms))
     walk = _Walk(source, Position(now_ms, NO_TIME, 0, 0, hand, {}, {}))
@@ -569,7 +569,7 @@ def check(recording: Recording, events: Events, latest_ms: int) -> None:
 
     Raises:
         SettingsError: A field is no column of a file, or none of the first rows is a click.
-        UnreadableRecording: A file is truncated or damaged.
+        SpringtideError: A file is truncated or damaged.
     """
     fields = mapped_fields(events)
     for number in range(len(recording.files)):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from state.errors import PortTaken, StoreFull, UnsupportedPython, UnusableDisk
+from state.errors import PortTaken, SettingsError, StoreFull, UnusableDisk
 
 PYTHONS = ((3, 11), (3, 12))
 LEAST_FREE_BYTES = 256 * 2**20
@@ -34,14 +34,14 @@ def require_python(version: Sequence[object]) -> None:
         version: Major and minor number first, such as `sys.version_info`.
 
     Raises:
-        UnsupportedPython: The version is another one.
+        SettingsError: The version is another one.
 
     >>> require_python((3, 11, 7))
     """
     if tuple(version[:2]) not in PYTHONS:
         own, *wanted = (".".join(map(str, numbers[:2])) for numbers in (version, *PYTHONS))
         do = f"install Python {' or '.join(wanted)} and run `make clean run`"
-        raise UnsupportedPython(f"Python {own} is not supported", do)
+        raise SettingsError(f"Python {own} is not supported", do)
 
 
 def require_directory(directory: Path) -> None:

@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 
 from state.config.sections import Events
 from state.config.sources import nearest
-from state.errors import SettingsError, UnreadableRecording
+from state.errors import SettingsError, SpringtideError
 from state.recordings.rows import EncodedRows, Encoder, RecordedRows, mapped_fields
 
 FORMATS = ("csv", "json", "parquet")
@@ -316,7 +316,7 @@ class Recording:
 
         Raises:
             SettingsError: The file has no column for a field.
-            UnreadableRecording: The file is truncated or damaged.
+            SpringtideError: The file is truncated or damaged.
         """
         file = self.files[number]
         wanted = [name for name in fields if name not in (self.constants or {})]
@@ -337,7 +337,7 @@ class Recording:
                 last = int(rows.lines[-1])
         except (OSError, pa.ArrowException) as error:
             unit = "row" if file.format == "parquet" else "line"
-            raise UnreadableRecording(
+            raise SpringtideError(
                 f"{file.path}: not readable as {file.format} after {unit} {last}: {error}",
                 "repair the file, leave it out, or name its format with --format",
             ) from None

@@ -83,11 +83,8 @@ class Adam:
     """Adam (Kingma and Ba 2015) over named dense weights in TensorFlow variables.
 
     Args:
-        weights: The variables by name.
-        learning_rate: Step size.
         rates: Factors of the step size by prefix of a name. The longest matching prefix counts; otherwise 1.
         fast_weights: Names, in this order, of the weights that change within a record. `apply` assigns them.
-        fast_rate: Factor of their step size.
 
     Attributes:
         fast: The slots of the fast weights; its field `weights` is not read.
@@ -116,12 +113,7 @@ class Adam:
         self.epsilon = EPSILON
 
     def apply(self, gradients: Sequence[Any], moved: Any) -> None:
-        """One step, inside a tf.function.
-
-        Args:
-            gradients: In the order of the weights; those of fast weights are not read.
-            moved: `[m]` float32, the new fast weights, concatenated.
-        """
+        """One step, inside a tf.function. Gradients of fast weights are not read; `moved` are the new ones, `[m]`."""
         sizes = np.array([int(np.prod(weight.shape)) for weight in self._fast.values()], np.int32)
         parts = tf.split(moved, sizes) if sizes.size else ()
         for weight, part in zip(self._fast.values(), parts, strict=True):

@@ -209,13 +209,7 @@ class Growth:
         self._grown = [(tables[name], ids) for name, ids in grown_by(ranker).items()]
 
     def observe(self, batch: MicroBatch, context: U64, item_attributes: U64) -> None:
-        """Counts one occurrence of each id of n rows, and creates the rows that are due.
-
-        Args:
-            batch: The rows.
-            context: `[n, K]` uint64, fields and users' attributes.
-            item_attributes: `[n, A]` uint64.
-        """
+        """Counts one occurrence of each id, and creates the rows that are due; `context` is `[n, K]`, `item_attributes` `[n, A]`."""
         for table, names in self._grown:
             for ids in self._ids(names, batch, context, item_attributes):
                 if ids.size:

@@ -20,7 +20,6 @@ class Table(IdTable):
     """The rows of one kind of id, in host arrays.
 
     Args:
-        name, dim, capacity, admit_after, max_rows: See `IdTable`.
         initial_accumulator: Initial value of each Adagrad accumulator.
         initial_range: A new row is uniform in plus and minus this, by a hash of its id and the table's name.
 

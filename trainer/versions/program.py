@@ -54,11 +54,7 @@ def preprocessing_of(transform: Path) -> Callable[[Any], Any]:
 
 
 def lower(ranker: Ranker) -> bytes:
-    """The LiteRT program of `ranker`.
-
-    Raises:
-        ProgramError: An operation has no LiteRT counterpart; the message names it.
-    """
+    """The LiteRT program of `ranker`."""
     module = tf.Module()
     module.model = ranker
     inputs = ranker.specs()
@@ -172,9 +168,6 @@ def program_of(
 
     Lowering takes seconds, so the program of `version` is reused where possible: that version was trained with this
     feature spec and in this environment, and its program still computes the ranker's outputs.
-
-    Raises:
-        ProgramError: The model does not lower, or the outputs of program and model differ.
     """
     if version is not None and (version.spec, version.environment) == (spec, environment):
         with suppress(ProgramError, CorruptVersion):

@@ -32,7 +32,9 @@ from tests.memory_log import MemoryLog
 from tests.trainer.logs import settle
 from trainer.compactor import compact, thin, tiers_of
 from trainer.engine.step import Trainer
-from trainer.learner import Learner, ServedModel, Surroundings
+from trainer.learner import Learner, Surroundings
+from trainer.publications import ServedModel
+from trainer.versions import checkpoint
 from trainer.versions.program import build
 
 PARTITIONS = 4
@@ -197,7 +199,12 @@ class Chain:
             self.registry,
             self.trainer,
             self.log,
-            ServedModel(self.registry.specs.add_program(self._program), shard.spec.digest, about),
+            ServedModel(
+                self.registry.specs.add_program(self._program),
+                shard.spec.digest,
+                about,
+                checkpoint.environment(settings, self.trainer.device, self.trainer.engine.name),
+            ),
             TrainerMetrics(CollectorRegistry()),
             Surroundings(clock=self.clock.now_s, elapsed=self.clock.now_s),
         )
