@@ -5,6 +5,7 @@ Fields that a later release adds are ignored.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct, field
@@ -28,7 +29,7 @@ Attributes = Annotated[
 ]
 
 
-class Version(Struct, frozen=True):
+class Version(Struct, frozen=True, omit_defaults=True):
     """The model version that the whole response was computed from."""
 
     number: Annotated[int, Meta(ge=1)]
@@ -39,7 +40,7 @@ class Version(Struct, frozen=True):
     ]
     sources: (
         Annotated[
-            dict[str, int],
+            Mapping[str, int],
             Meta(
                 description='"topic id:partition" of the clicks, and the position up to which the version has learned.'
             ),
@@ -76,7 +77,7 @@ class About(Struct, frozen=True, kw_only=True):
     clock: Clock
 
 
-class Profile(About, frozen=True, kw_only=True):
+class Profile(About, frozen=True, kw_only=True, omit_defaults=True):
     """The profile of one user at one time."""
 
     interests: Annotated[
@@ -172,7 +173,8 @@ class Ranking(About, frozen=True, kw_only=True, omit_defaults=True):
 
     items: list[RankedItem]
     left_out: Annotated[
-        list[LeftOutItem], Meta(description="Those that have reached their caps; only where items have caps.")
+        list[LeftOutItem],
+        Meta(description="Those that have reached their caps, in the order of the request; absent without any."),
     ] = []
 
 

@@ -10,13 +10,11 @@ import concurrent.futures
 import functools
 import math
 import random
-import ssl
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from types import TracebackType
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 from urllib.parse import quote
 
@@ -188,27 +186,24 @@ class Retries:
     longest_wait_s: float = 5.0
     first_wait_s: float = 0.1
 
-    def wait_s(self, tried: int, retry_after_s: float | None, chance: float, left_s: float = math.inf) -> float | None:
+    def wait_s(self, tried: int, retry_after_s: float | None, left_s: float = math.inf) -> float | None:
         """Returns how long to wait after attempt number `tried`; None for no further attempt.
 
-        `chance`, from 0 to 1, is jitter: it scales the wait to between half of it and the whole. `left_s` is the
-        time until the call's deadline, after which there is no attempt.
+        Without `retry_after_s`, jitter shortens the wait by up to a half. `left_s` is the time until the call's
+        deadline, after which there is no attempt.
 
-        >>> [Retries(most=3).wait_s(tried, None, 1.0) for tried in (1, 2, 3, 4)]
-        [0.1, 0.2, 0.4, None]
-        >>> Retries().wait_s(1, 2.0, 0.5), Retries().wait_s(1, 60.0, 0.5)
-        (2.0, None)
-        >>> Retries().wait_s(1, 2.0, 0.5, left_s=1.5)
-        >>> Retries(most=10_000).wait_s(5000, None, 1.0)
-        5.0
+        >>> Retries().wait_s(1, 2.0), Retries().wait_s(1, 60.0), Retries().wait_s(1, 2.0, left_s=1.5)
+        (2.0, None, None)
+        >>> 2.5 <= Retries(most=10_000).wait_s(5000, None) <= 5.0
+        True
         """
         if tried > self.most:
             return None
-        if retry_after_s is None:
+        wait_s = retry_after_s
+        if wait_s is None:
             # 2.0**1024 overflows; the wait reaches its maximum long before.
-            wait_s = min(self.first_wait_s * 2.0 ** min(tried - 1, 1000), self.longest_wait_s) * (0.5 + chance / 2)
-        else:
-            wait_s = retry_after_s
+            longest_s = min(self.first_wait_s * 2.0 ** min(tried - 1, 1000), self.longest_wait_s)
+            wait_s = longest_s * random.uniform(0.5, 1.0)
         return wait_s if wait_s <= self.longest_wait_s and wait_s < left_s else None
 
 
@@ -221,13 +216,10 @@ class AsyncClient:
         url: Address of a worker, or of a load balancer in front of several, such as `http://localhost:8501`.
         timeout_s: Time limit of a call in seconds, including all retries and the waits between them.
         token: Sent with each request as `authorization: Bearer`, if the server requires one.
-        headers: Additional headers of each request, for example for a proxy.
-        verify: Whether to verify the certificate of an `https` address, or the SSL context to verify it with.
         route: Whether to send requests to the hosts that hold their users (`serving.shares`), as soon as those are
             known; other requests go to `url`. The hosts' addresses must be reachable from here.
-        transport: Sends the requests; by default httpx's own transport.
-        sleep: Waits the given number of seconds.
-        chance: Returns a random number from 0 to 1.
+        http: Sends the requests, for example through a proxy or with another certificate; `close` closes it. By
+            default, a client with httpx's defaults.
     """
 
     def __init__(
@@ -237,27 +229,19 @@ class AsyncClient:
         timeout_s: float = TIMEOUT_S,
         retries: Retries = Retries(),
         token: str | None = None,
-        headers: Mapping[str, str] | None = None,
-        verify: ssl.SSLContext | bool = True,
         route: bool = False,
-        transport: httpx.AsyncBaseTransport | None = None,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-        chance: Callable[[], float] = random.random,
+        http: httpx.AsyncClient | None = None,
     ) -> None:
         self._routes = Routes() if route else None
-        self._url, self._retries, self._sleep, self._chance = url.rstrip("/"), retries, sleep, chance
-        self._timeout_s = timeout_s
-        token_header = {} if token is None else {"authorization": f"Bearer {token}"}
-        self._http = httpx.AsyncClient(
-            headers={**token_header, **(headers or {})}, timeout=None, transport=transport, verify=verify
-        )
+        self._url, self._retries, self._timeout_s = url.rstrip("/"), retries, timeout_s
+        self._http = http or httpx.AsyncClient()
+        if token is not None:
+            self._http.headers["authorization"] = f"Bearer {token}"
 
     async def __aenter__(self) -> AsyncClient:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def close(self) -> None:
@@ -477,19 +461,17 @@ class AsyncClient:
         deadline_s = loop.time() + self._timeout_s
         while True:
             tried += 1
-            response, pause_s = None, None
             try:
                 response = await self._routed(method, path, deadline_s, users, **options)
             except Unreachable:
-                wait_s = self._retries.wait_s(tried, None, self._chance(), deadline_s - loop.time())
+                wait_s = self._retries.wait_s(tried, None, deadline_s - loop.time())
                 if wait_s is None:
                     raise
             else:
-                pause_s = _retry_after_s(response)
-                wait_s = self._retries.wait_s(tried, pause_s, self._chance(), deadline_s - loop.time())
+                wait_s = self._retries.wait_s(tried, _retry_after_s(response), deadline_s - loop.time())
                 if response.status_code not in AGAIN or wait_s is None:
                     return _decoded(response, kind)
-            await self._sleep(wait_s)
+            await asyncio.sleep(wait_s)
 
     async def _routed(
         self, method: str, path: str, deadline_s: float, users: Sequence[str], **options: Any
@@ -526,7 +508,7 @@ class AsyncClient:
         """Sends one request; the only method that uses the network."""
         try:
             left_s = deadline_s - asyncio.get_running_loop().time()
-            return await asyncio.wait_for(self._http.request(method, url + path, **options), left_s)
+            return await asyncio.wait_for(self._http.request(method, url + path, timeout=None, **options), left_s)
         except UnicodeEncodeError as error:
             raise _not_unicode(error) from error
         except (httpx.TimeoutException, asyncio.TimeoutError) as error:
@@ -555,7 +537,7 @@ class Client:
     It runs an `AsyncClient` in an event loop in its own thread, because only a task can be cancelled at any moment.
     So a server that sends one byte at a time does not hold a call beyond its time limit.
 
-    Args: As of `AsyncClient`; `sleep` and `transport` run in that event loop.
+    Args: As of `AsyncClient`; `http` is used in that event loop.
     """
 
     def __init__(
@@ -565,25 +547,10 @@ class Client:
         timeout_s: float = TIMEOUT_S,
         retries: Retries = Retries(),
         token: str | None = None,
-        headers: Mapping[str, str] | None = None,
-        verify: ssl.SSLContext | bool = True,
         route: bool = False,
-        transport: httpx.AsyncBaseTransport | None = None,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-        chance: Callable[[], float] = random.random,
+        http: httpx.AsyncClient | None = None,
     ) -> None:
-        self._client = AsyncClient(
-            url,
-            timeout_s=timeout_s,
-            retries=retries,
-            token=token,
-            headers=headers,
-            verify=verify,
-            route=route,
-            transport=transport,
-            sleep=sleep,
-            chance=chance,
-        )
+        self._client = AsyncClient(url, timeout_s=timeout_s, retries=retries, token=token, route=route, http=http)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="springtide-client", daemon=True)
         self._thread.start()
@@ -591,9 +558,7 @@ class Client:
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -54,9 +54,8 @@ from state.features.spec import FeatureSpec
 from state.history.actions import ACTIONS, numbered
 from state.history.appends import Appends
 from state.history.store import open_or_replace
-from state.layout import ATTRIBUTES, CURRENT, EXPOSURES, GAPS, PROGRAMS, ROWS
+from state.layout import ATTRIBUTES, CURRENT, EXPOSURES, ROWS
 from state.log import KERNELS, Log, Reader, Topics, Writer
-from state.log.accepted_gaps import Journal
 from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import ApplierMetrics, served
 from state.process.ending import stop_on_signals
@@ -64,11 +63,9 @@ from state.process.garbage import Holes, keep_what_is_there
 from state.process.part import run_part
 from state.process.said_once import SaidOnce
 from state.process.wall_clock import wall_ms
-from state.ranking.crosses import crosses_of
 from state.registry.control import Control
 from state.registry.controls import ControlPoll
 from state.registry.log_line import WHOLE, LogLine
-from state.registry.registry import Registry
 from state.registry.sharing import copying, reached_ms
 from state.registry.specs import SpecActions
 from state.rows.reader import Served
@@ -109,15 +106,7 @@ class HostRows:
             chosen,
             RowStore.open_anew(chosen.path, size, shares=settings.serving.user_shares),
         )
-        self.versions = VersionFollower(
-            Registry(settings.registry_dir),
-            self._store,
-            settings.serving_dir / PROGRAMS,
-            metrics,
-            settings.serving.keep_s,
-            now_ms,
-            crosses_of(settings),
-        )
+        self.versions = VersionFollower(self._store, settings, metrics, now_ms)
 
     def step(self) -> bool:
         """Follows and removes old versions once; returns whether there may be more to do at once.
@@ -350,17 +339,7 @@ class Applier:
         self._spec, self._actions = spec, SpecActions(settings.registry_dir, spec)
         self._number_actions()
         self._salt = fingerprint_at(settings.salt_path)
-        self.clicks = HistoryFollower(
-            self._histories,
-            spec,
-            spec.reach_ms(settings.events),
-            self.metrics,
-            now_ms,
-            Journal(settings.registry_dir / GAPS).accepted,
-            self._actions.of,
-            self._salt,
-            settings.history,
-        )
+        self.clicks = HistoryFollower(self._histories, settings, self.metrics, now_ms, self._actions.of, self._salt)
         self._snapshots = None
         if settings.history.snapshot_every_s:
             self._snapshots = SnapshotTaker(settings, self._histories, self.metrics, stop, now_ms)

@@ -207,7 +207,7 @@ def first_click(host: Bench, number: int) -> None:
     host.click(np.full(1, 1, np.uint64), events)
     host.follow()
     wanted = WantedItems(SHOWN, f"category-{number}")
-    while f"{item:016x}" not in {one["id"] for one in host.recommended(3, wanted).items}:
+    while f"{item:016x}" not in {one.id for one in host.recommended(3, wanted).items}:
         pass
 
 

@@ -40,7 +40,7 @@ OTHERS = 500
 
 def follow(settings: Settings, ended: Event) -> None:
     """The applier's process."""
-    host = HostWriter(settings, Registry(settings.registry_dir))
+    host = HostWriter(settings)
     for user, category, age_ms in CLICKS:
         host.click(user, category, age_ms)
     while not ended.wait(0.02):

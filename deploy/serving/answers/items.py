@@ -22,9 +22,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,9 +40,19 @@ from deploy.serving.answers.predictor import (
     item_rows,
 )
 from deploy.serving.answers.program import BATCHES, PAIRS, batch_of
-from deploy.serving.answers.query import About, Cap, NamedItem, Query, WantedItems, about_same, probability
-from deploy.serving.answers.recommending import Reason, reasons_of, scored
+from deploy.serving.answers.query import Cap, NamedItem, Query, WantedItems, about_same, probability
+from deploy.serving.answers.recommending import reasons_of, scored
 from deploy.serving.answers.version import ShownName, VersionRows
+from springtide_client.answers import (
+    LeftOutItem,
+    RankedItem,
+    Ranking,
+    Reason,
+    Recommendations,
+    RecommendedItem,
+    SimilarItem,
+    SimilarItems,
+)
 from state.errors import BadRequest
 from state.events.identity import public_id
 from state.features.arrays import Vector
@@ -67,83 +76,6 @@ ITEM_INPUTS = ("item_row", "category_row", "cross")
 """The program's inputs that depend on the item, in addition to the item's rows of the ranker's custom tables."""
 
 F32 = NDArray[np.float32]
-
-
-class LeftOut(TypedDict):
-    """An item that is not ranked, the reason, and how often the user saw it within the cap's period."""
-
-    item: str
-    reason: Literal["cap"]
-    seen: int
-
-
-class RankedItem(TypedDict):
-    """A ranked item: the name of its category (None if unknown), and the engagement probability.
-
-    With bids, it also has its bid and the expected value: probability × bid.
-    """
-
-    item: str
-    category: str | None
-    probability: float
-    bid: NotRequired[float]
-    expected_value: NotRequired[float]
-
-
-@dataclass(slots=True)
-class RankedItems(About):
-    """The items of one user, best first.
-
-    Attributes:
-        items: The items by descending probability, or with bids by descending expected value; ties keep the order of
-            the request.
-    """
-
-    items: list[RankedItem]
-
-
-@dataclass(slots=True)
-class CappedItems(RankedItems):
-    """The items of one user, best first, if some items have caps.
-
-    Attributes:
-        left_out: The items that have reached their caps, in the order of the request.
-    """
-
-    left_out: list[LeftOut]
-
-
-class Recommended(TypedDict):
-    """A recommended item: its name (its id if it has no name), id, category name, probability and reason."""
-
-    item: str
-    id: str
-    category: str
-    probability: float
-    reason: Reason
-
-
-@dataclass(slots=True)
-class Recommendations(About):
-    """The items of one user, best first; items that the user clicked before rank above their probability."""
-
-    items: list[Recommended]
-
-
-class SimilarItem(TypedDict):
-    """A similar item: its name (its id if it has no name), id, category name or None, and similarity."""
-
-    item: str
-    id: str
-    category: str | None
-    similarity: float
-
-
-@dataclass(slots=True)
-class SimilarItems(About):
-    """The items nearest to one user, nearest first."""
-
-    items: list[SimilarItem]
 
 
 class UserPairs:
@@ -239,7 +171,7 @@ def in_batches(items: Sequence[tuple[int, int]]) -> list[Sequence[tuple[int, int
 
 def rank(
     predictor: Predictor, query: Query, items: Sequence[NamedItem], impressions: Sequence[int] = ()
-) -> Generator[None, None, RankedItems]:
+) -> Generator[None, None, Ranking]:
     """Ranks items and returns the answer; yields after each batch, so that other requests are answered in between.
 
     Args:
@@ -255,13 +187,12 @@ def rank(
     ids = [(public_id(item.item), 0 if item.category is None else public_id(item.category)) for item in items]
     bids = bids_of([item.bid for item in items])
     caps = [item.cap for item in items]
-    has_caps = any(cap is not None for cap in caps)
     over: dict[int, int] = {}
     with predictor.reading() as reader:
         prepared = predictor.prepare([query], reader)
         outputs = prepared.version.program.predict(prepared.inputs)
         (answer,) = predictor.answered(prepared, outputs)
-        if has_caps:
+        if any(caps):
             check_caps(caps, prepared.version.features.spec)
             question = prepared.asked[0]
             events = predictor.events_by(question, prepared.mask)
@@ -275,20 +206,24 @@ def rank(
             yield
         logits = np.concatenate(parts)
     names = {category: predictor.catalogue.name_of(category).name for category in {*pairs.categories} if category}
-    shown = [
-        RankedItem(item=items[kept_items[rank]].item, category=names.get(category), probability=probability(logit))
-        for rank, (category, logit) in enumerate(zip(pairs.categories, logits.tolist(), strict=True))
-    ]
-    scores: NDArray[np.floating[Any]] = logits
-    if bids is not None:
-        scores = bids[kept_items] * [item["probability"] for item in shown]
-        for ranked, bid, value in zip(shown, bids[kept_items].tolist(), scores.tolist(), strict=True):
-            ranked["bid"], ranked["expected_value"] = bid, value
-    best_first = [shown[rank] for rank in np.argsort(-scores, kind="stable").tolist()]
-    if not has_caps:
-        return about_same(RankedItems, answer, items=best_first)
-    left_out = [LeftOut(item=items[index].item, reason="cap", seen=seen) for index, seen in over.items()]
-    return about_same(CappedItems, answer, items=best_first, left_out=left_out)
+    probabilities = [probability(logit) for logit in logits.tolist()]
+    scores: NDArray[np.floating[Any]] = logits if bids is None else bids[kept_items] * probabilities
+    best_first = np.argsort(-scores, kind="stable").tolist()
+    return about_same(
+        Ranking,
+        answer,
+        items=[
+            RankedItem(
+                item=items[kept_items[place]].item,
+                category=names.get(pairs.categories[place]),
+                probability=probabilities[place],
+                bid=items[kept_items[place]].bid,
+                expected_value=None if bids is None else float(scores[place]),
+            )
+            for place in best_first
+        ],
+        left_out=[LeftOutItem(items[index].item, "cap", seen) for index, seen in over.items()],
+    )
 
 
 def bids_of(bids: Sequence[float | None]) -> NDArray[np.float64] | None:
@@ -414,7 +349,7 @@ def recommend(
         if wanted.category is None and pairs.query is not None:
             near = near_to(sources.near, pairs.query, prepared.rows, SIMILAR_CANDIDATES)
         if wanted.category is None:
-            shares = {int(interest["id"], 16): interest["probability"] for interest in answer.interests}
+            shares = {int(interest.id, 16): interest.probability for interest in answer.interests}
         else:
             shares = {public_id(wanted.category): 1.0}
         reasons: dict[int, Reason] = dict.fromkeys(prepared.successors[0].tolist(), "next")
@@ -433,7 +368,7 @@ def recommend(
     for row in np.argsort(-scores, kind="stable")[: wanted.most].tolist():
         name = predictor.catalogue.item_name(ids[row][0])
         items.append(
-            Recommended(
+            RecommendedItem(
                 item=name.name,
                 id=name.hex,
                 category=predictor.catalogue.name_of(pairs.categories[row]).name,
@@ -482,12 +417,12 @@ def _chosen(predictor: Predictor, order: NDArray[np.intp], work: Workspace, want
     return chosen
 
 
-def _recommended(predictor: Predictor, pairs: UserPairs, chosen: Sequence[_Chosen]) -> list[Recommended]:
+def _recommended(predictor: Predictor, pairs: UserPairs, chosen: Sequence[_Chosen]) -> list[RecommendedItem]:
     """The chosen items as an answer shows them, in their order."""
     pieces = in_batches([(item.item, item.category) for item in chosen])
     logits = np.concatenate([np.empty(0, np.float32), *map(pairs.logits, pieces)])
     return [
-        Recommended(
+        RecommendedItem(
             item=item.name.name,
             id=item.name.hex,
             category=predictor.catalogue.name_of(item.category).name,
@@ -585,7 +520,7 @@ def similar(predictor: Predictor, near: NearItems, query: Query, wanted: WantedI
         question = prepared.asked[0]
         if "item_query" not in outputs:
             raise BadRequest(
-                f"the model of version {answer.version['number']} has no query of items",
+                f"the model of version {answer.version.number} has no query of items",
                 "ask /v1/recommendations, or give the ranker an item_query",
                 http_status=501,
             )

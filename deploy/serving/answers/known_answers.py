@@ -64,7 +64,7 @@ def answers(predictor: Predictor, number: int, users: Sequence[str], items: Sequ
         parts = [tensors_of(batch, signature) for batch in _answered(predictor, reader, number, plain)]
         pairs = [Query(user, item, at_ms=first.at_ms, top=0) for user in names for item in items]
         engaged = [
-            0.0 if answer.engagement is None else answer.engagement["probability"]
+            0.0 if answer.engagement is None else answer.engagement.probability
             for batch in _answered(predictor, reader, number, pairs)
             for answer in batch
         ]

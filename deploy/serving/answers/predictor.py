@@ -15,15 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deploy.serving.answers.interests import Correction, correction_of, newest_item
 from deploy.serving.answers.program import PAIRS, batch_of
-from deploy.serving.answers.query import NOBODY, Answer, Engagement, Interest, Query, Version, iso, probability
+from deploy.serving.answers.query import NOBODY, Query, iso, probability
 from deploy.serving.answers.version import (
     CANDIDATE_MASKS,
     Catalogue,
@@ -33,15 +32,17 @@ from deploy.serving.answers.version import (
     VersionRows,
 )
 from deploy.serving.notes import CLOCK_EXTRA, CONTROL_NOTE, MASK_NOTE, EventClock
+from springtide_client.answers import Clock, Engagement, Interest, Profile, Version
 from state.attributes.store import AttributeStore, ids_in, texts_in
-from state.attributes.values import SIDES, AttributeTable
+from state.attributes.values import SIDES, AttributeTable, tables_of
 from state.churn import ChurnWeights
+from state.config.settings import Settings
 from state.events.identity import Salt, context_id, pseudonyms, public_id
 from state.features.arrays import Vector
 from state.features.spec import EVENT, Events, FeatureSpec, Mask, vectorise_many
 from state.history.actions import exchanged
 from state.history.store import HistoryStore
-from state.ranking.crosses import Crosses, Values
+from state.ranking.crosses import Values
 from state.ranking.transitions import Succession, succession
 from state.rows.reader import RowReader, Served
 from state.rows.store import RowStore
@@ -64,7 +65,7 @@ class AttributeValues(NamedTuple):
     """
 
     ids: Sequence[int]
-    texts: Mapping[str, str | None]
+    texts: dict[str, str | None]
 
 
 class KnownAttributes:
@@ -74,8 +75,8 @@ class KnownAttributes:
         names: The names of the attributes by side; empty for a side without a table.
     """
 
-    def __init__(self, store: AttributeStore | None = None, tables: Mapping[str, AttributeTable] | None = None) -> None:
-        self._store, self._tables = store, {} if store is None or tables is None else tables
+    def __init__(self, store: AttributeStore | None, tables: Mapping[str, AttributeTable]) -> None:
+        self._store, self._tables = store, {} if store is None else tables
         self.names = {side: self._tables[side].names if side in self._tables else () for side in SIDES}
         self._unknown = {side: AttributeValues(table.unknown.tolist(), {}) for side, table in self._tables.items()}
 
@@ -137,16 +138,23 @@ class Prepared(NamedTuple):
     successors: NDArray[np.uint64]
     inputs: Inputs
     correction: Correction | None
-    clock: str
+    clock: Clock
     now_ms: int
     mask: Mask
+
+
+class Stores(NamedTuple):
+    """The stores of one host; `attributes` is None without configured attributes."""
+
+    rows: RowStore
+    histories: HistoryStore
+    attributes: AttributeStore | None = None
 
 
 class Predictor:
     """Answers queries from one host's stores, opened read-only. Used by one thread.
 
     Args:
-        programs: The directory with the applier's copies of programs.
         pseudonym: Maps a query's user to a pseudonym; None if queries contain raw ids.
         require: Raises NotHeld if this host does not hold a user, by pseudonym; None if it holds all users.
 
@@ -156,36 +164,20 @@ class Predictor:
 
     def __init__(
         self,
-        rows: RowStore,
-        histories: HistoryStore,
-        programs: Path,
-        spec: FeatureSpec,
+        stores: Stores,
+        settings: Settings,
         salt: Salt,
-        context_fields: Sequence[str],
-        clock: str,
         now_ms: Callable[[], int],
-        attributes: KnownAttributes | None = None,
         pseudonym: Callable[[str], int] | None = None,
         require: Callable[[int], None] | None = None,
     ) -> None:
-        self._require = require
-        self._attributes = attributes or KnownAttributes()
-        self._rows = rows
-        self.histories = histories
-        self._pseudonym = pseudonym or pseudonyms(salt)
-        self.context_fields = tuple(context_fields)
-        names = self._attributes.names
-        self._clock = clock
-        self._now_ms = now_ms
-        self.catalogue = Catalogue(histories)
-        self.item_attributes = bool(names["item"])
-        self._versions = VersionLoader(
-            programs,
-            spec,
-            lambda spec: Crosses(spec, self.context_fields, names["user"], names["item"]),
-            salt,
-            self.catalogue,
-        )
+        self._rows, self.histories = stores.rows, stores.histories
+        self._attributes = KnownAttributes(stores.attributes, tables_of(settings.attributes))
+        self._pseudonym, self._require = pseudonym or pseudonyms(salt), require
+        self.context_fields, self._clock, self._now_ms = settings.events.context, settings.serving.clock, now_ms
+        self.catalogue = Catalogue(self.histories)
+        self.item_attributes = bool(self._attributes.names["item"])
+        self._versions = VersionLoader(settings, salt, self.catalogue)
         self._control: tuple[bytes | None, Mask] = (None, Mask.NONE)
         self._clock_read: tuple[bytes | None, EventClock | None] = (None, None)
 
@@ -196,7 +188,7 @@ class Predictor:
         category: str | None = None,
         context: Mapping[str, str] | None = None,
         at_ms: int | None = None,
-    ) -> Answer:
+    ) -> Profile:
         """Answers one query; see `profiles`."""
         return self.profiles([Query(user, item, category, context or {}, at_ms)])[0]
 
@@ -211,7 +203,7 @@ class Predictor:
 
     def profiles(
         self, queries: Sequence[Query], snapshot: RowReader | None = None, number: int | None = None
-    ) -> list[Answer]:
+    ) -> list[Profile]:
         """Answers queries in their order, all from the same version.
 
         Args:
@@ -262,17 +254,14 @@ class Predictor:
             version, rows, questions, vectors, has_row, following.ids, inputs, correction, clock, now_ms, mask
         )
 
-    def answered(self, prepared: Prepared, outputs: Mapping[str, F32]) -> list[Answer]:
+    def answered(self, prepared: Prepared, outputs: Mapping[str, F32]) -> list[Profile]:
         """Builds the answers to prepared queries from the program's outputs."""
         version, vectors = prepared.version, prepared.vectors
         ranked = _interests(prepared, outputs, self.catalogue.name_of)
-        lean: Version = {
-            "number": version.served.version,
-            "epoch": version.served.epoch,
-            "age_s": (prepared.now_ms - version.served.created_at_ms) / 1000,
-            "mask_generation": prepared.mask.generation,
-        }
-        full: Version = {**lean, "sources": version.served.sources}
+        served = version.served
+        age_s, generation = (prepared.now_ms - served.created_at_ms) / 1000, prepared.mask.generation
+        lean = Version(served.version, served.epoch, age_s, generation)
+        full = Version(served.version, served.epoch, age_s, generation, served.sources)
         times = {at_ms: iso(at_ms) for at_ms in {question.at_ms for question in prepared.asked}}
         answers = []
         for row, question in enumerate(prepared.asked):
@@ -280,16 +269,13 @@ class Predictor:
             fields = query.fields
             engagement: Engagement | None = None
             if query.item is not None:
-                engagement = {
-                    "item": query.item,
-                    "probability": probability(float(outputs["engagement_logit"][row])),
-                    "attributes": question.item_attributes.texts,
-                }
+                chance = probability(float(outputs["engagement_logit"][row]))
+                engagement = Engagement(query.item, chance, question.item_attributes.texts)
             features = None
             if "features" in fields:
                 features = dict(zip(version.features.spec.names, vectors.features[row].tolist(), strict=True))
             answers.append(
-                Answer(
+                Profile(
                     user_id=query.user,
                     known=known,
                     cold_start=not known,
@@ -299,7 +285,8 @@ class Predictor:
                     clock=prepared.clock if query.at_ms is None else "request",
                     interests=ranked[row],
                     engagement=engagement,
-                    vector=outputs["vector"][row] if "vector" in fields else None,
+                    # JSON has an array like a list, with the digits of float32.
+                    vector=cast(list[float], outputs["vector"][row]) if "vector" in fields else None,
                     features=features,
                     attributes=question.user_attributes.texts if "attributes" in fields else None,
                     churn=question.churn,
@@ -350,7 +337,7 @@ class Predictor:
             self._control = (control, Mask.from_bytes(reader.note(MASK_NOTE) or b"{}"))
         return self._control[1]
 
-    def _now(self, now_ms: int) -> tuple[int, str]:
+    def _now(self, now_ms: int) -> tuple[int, Clock]:
         if self._clock == "event":
             stored = self.histories.extra(CLOCK_EXTRA)
             if stored != self._clock_read[0]:
@@ -646,7 +633,7 @@ def _interests(
                 name, identity = version.popular_names[slot - slots]
             else:
                 name, identity = name_of(successors[slot - slots - ranks])
-            best.append({"label": name, "id": identity, "probability": share})
+            best.append(Interest(name, identity, share))
         interests.append(best)
     return interests
 

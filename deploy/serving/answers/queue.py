@@ -15,7 +15,8 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeVar
 
 from deploy.serving.answers.program import BATCHES
-from deploy.serving.answers.query import Answer, Query
+from deploy.serving.answers.query import Query
+from springtide_client.answers import Profile
 from state.errors import Overloaded, TookTooLong
 
 MOST_AT_ONCE = BATCHES[-1]
@@ -25,7 +26,7 @@ _SLOWER = 4
 _AT_LEAST_S = 0.002
 
 Result = TypeVar("Result")
-Profiles = Callable[[Sequence[Query]], Sequence[Answer]]
+Profiles = Callable[[Sequence[Query]], Sequence[Profile]]
 """Answers at most `MOST_AT_ONCE` queries, in their order."""
 
 
@@ -107,7 +108,7 @@ class StepQueue:
 
 class _Waiting(NamedTuple):
     query: Query
-    body: Callable[[Answer], Any]
+    body: Callable[[Profile], Any]
     future: asyncio.Future[Any]
     since_s: float
 
@@ -136,7 +137,7 @@ class Batcher:
         self._batch_s = 0.0
         self._ended_s: float | None = None
 
-    def one(self, query: Query, body: Callable[[Answer], Result]) -> asyncio.Future[Result]:
+    def one(self, query: Query, body: Callable[[Profile], Result]) -> asyncio.Future[Result]:
         """Queues a query and returns the future of its answer, converted by `body`; raises Overloaded.
 
         Queries of one event loop iteration are answered together.
@@ -149,7 +150,7 @@ class Batcher:
         self._waiting.append(_Waiting(query, body, future, self._clock_s()))
         return future
 
-    async def many(self, queries: Sequence[Query], body: Callable[[Answer], Result]) -> list[Result]:
+    async def many(self, queries: Sequence[Query], body: Callable[[Profile], Result]) -> list[Result]:
         """Returns the converted answers to the queries of one request, in their order, all from one version.
 
         Raises:

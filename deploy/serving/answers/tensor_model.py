@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 
 from deploy.serving.answers.predictor import KINDS, Predictor
 from deploy.serving.answers.program import batch_of
-from deploy.serving.answers.query import Answer, Query
+from deploy.serving.answers.query import Query
 from deploy.serving.answers.queue import MOST_AT_ONCE, StepQueue
 from deploy.serving.answers.version import LoadedVersion, named
 from deploy.serving.notes import CONTROL_NOTE
+from springtide_client.answers import Profile
 from state.errors import BadRequest, NotReady
 from state.metrics import WorkerMetrics
 from state.rows.reader import RowReader, Served
@@ -307,17 +308,17 @@ def _texts(name: str, values: Tensor) -> list[str]:
         raise BadRequest(f"the input {name!r} has a string that is no UTF-8", "encode it so") from None
 
 
-def tensors_of(answers: Sequence[Answer], signature: Signature) -> dict[str, Tensor]:
+def tensors_of(answers: Sequence[Profile], signature: Signature) -> dict[str, Tensor]:
     """Returns the outputs by id; interests are padded with empty labels of probability 0."""
     rows, slots = len(answers), signature.outputs["interest_labels"].shape[1]
     labels, ids = (np.full((rows, slots), b"", np.object_) for _ in range(2))
     probabilities = np.zeros((rows, slots), np.float32)
     for row, answer in enumerate(answers):
         for slot, interest in enumerate(answer.interests):
-            labels[row, slot] = interest["label"].encode()
-            ids[row, slot] = interest["id"].encode()
-            probabilities[row, slot] = interest["probability"]
-    engagement = [np.nan if answer.engagement is None else answer.engagement["probability"] for answer in answers]
+            labels[row, slot] = interest.label.encode()
+            ids[row, slot] = interest.id.encode()
+            probabilities[row, slot] = interest.probability
+    engagement = [np.nan if answer.engagement is None else answer.engagement.probability for answer in answers]
     return {
         "interest_labels": labels,
         "interest_ids": ids,

@@ -22,6 +22,7 @@ from deploy.serving.following.remembered import Remembered
 from deploy.serving.item_feed import ItemFeed
 from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA, DAY_MS, SEEN, item_extra, item_value
 from state.config.sections import HistorySettings
+from state.config.settings import Settings
 from state.errors import MicroBatchError, SaltMismatch, StoreFull, TruncatedLog
 from state.features.erased import Erased
 from state.features.mask import Mask
@@ -32,8 +33,9 @@ from state.history.rewind import Before
 from state.history.rewinding import OpenAt, Rewound, branch_of, rewind
 from state.history.store import HistoryStore
 from state.history.sweeping import Sweeper
+from state.layout import GAPS
 from state.log import Log, PartitionBatch
-from state.log.accepted_gaps import Accepted, left_out
+from state.log.accepted_gaps import Journal, left_out
 from state.log.follow import Follower, Opening, Position
 from state.metrics import ApplierMetrics
 from state.microbatch.batch import MicroBatch, erased_rows, happened, log_times, new_ranges, trim
@@ -47,7 +49,6 @@ POSITION_EXTRA = "microbatches"
 RECORDS_AT_ONCE = 8  # between two polls of control and two rounds of maintenance
 EVERY_MS = 1000
 MAX_ITEMS = 1_000_000  # whose category is stored, and of names; those not seen for longest are evicted first
-DEFAULTS = HistorySettings()
 _log = logging.getLogger(__name__)
 
 
@@ -114,9 +115,6 @@ class HistoryFollower:
     """Applies the micro-batch topic to the histories; used by one thread, the store's only writer.
 
     Args:
-        reach_ms: The maximum age, relative to the newest event, of an event that still matters; see
-            `FeatureSpec.reach_ms`.
-        accepted: The losses that operators accepted, including records that the trainer leaves out.
         actions: Returns the action names of a record by its feature spec; None for an unknown spec.
         own_salt: Fingerprint of this host's salt. Records with another salt before the first one with ours are skipped.
 
@@ -128,20 +126,17 @@ class HistoryFollower:
     def __init__(
         self,
         store: HistoryStore,
-        spec: FeatureSpec,
-        reach_ms: int,
+        settings: Settings,
         metrics: ApplierMetrics,
         now_ms: Callable[[], int],
-        accepted: Callable[[], Sequence[Accepted]] = tuple,
         actions: Callable[[str], Sequence[str] | None] = lambda spec: None,
         own_salt: str | None = None,
-        kept: HistorySettings = DEFAULTS,
     ) -> None:
         self._store, self._erased = store, Erased.NOBODY
-        self._accepted, self._named, self._spec = accepted, actions, spec
-        self._metrics = metrics
-        self._now_ms = now_ms
-        self._reach_ms, self._own_salt, self._kept = reach_ms, own_salt, kept
+        self._accepted = Journal(settings.registry_dir / GAPS).accepted
+        self._spec, self._named, self._own_salt = FeatureSpec.from_settings(settings), actions, own_salt
+        self._reach_ms, self._kept = self._spec.reach_ms(settings.events), settings.history
+        self._metrics, self._now_ms = metrics, now_ms
         self._log: Follower | None = None
         self._positions: dict[int, int] = {}
         self._housekept_ms = 0

@@ -23,7 +23,6 @@ import json
 import logging
 from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,13 +32,15 @@ from numpy.typing import NDArray
 from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE, REFUSED_NOTE, refused_versions
 from deploy.serving.version_files import VersionFiles, read_program
 from state import probe
+from state.config.settings import Settings
 from state.disk.lmdb_store import PAGES_MS
 from state.errors import CorruptVersion, ProgramError, UnknownVersion
 from state.features.erased import Erased
+from state.layout import PROGRAMS
 from state.metrics import ApplierMetrics
 from state.process import killpoints
 from state.process.said_once import SaidOnce
-from state.ranking.crosses import Crosses
+from state.ranking.crosses import crosses_of
 from state.registry.control import Control, named
 from state.registry.manifest import Manifest, sees
 from state.registry.registry import SERVING, Registry
@@ -52,6 +53,54 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 16
 _DENSE = "dense."
+RETRY_MS = 1000
+REMEMBERED = 1000
+RECENT_MS = 10_000
+"""How long versions that are not durable are kept."""
+ROUND_MS = 200
+SWEEP_MS = 10_000
+_log = logging.getLogger(__name__)
+
+
+class Refusals:
+    """Remembers versions that cannot be read or used.
+
+    Attributes:
+        answering: The version that answers, for messages.
+    """
+
+    def __init__(self, metrics: ApplierMetrics, now_ms: Callable[[], int]) -> None:
+        self._metrics, self._now_ms = metrics, now_ms
+        self._again_ms: dict[tuple[str, int], int] = {}
+        self.answering = "no version"
+
+    def add(self, kind: str, version: int, error: Exception) -> None:
+        """Remembers for a second that a version cannot be read, and logs it once.
+
+        `kind` is `manifest`, `delta`, `base`, or `probe`, which is not tried again.
+        """
+        if (kind, version) not in self._again_ms:
+            if isinstance(error, CorruptVersion):
+                self._metrics.corrupt_versions.inc()
+            _log.warning("%s; %s goes on answering", error, self.answering)
+        self._again_ms[kind, version] = self._now_ms() + RETRY_MS
+        if len(self._again_ms) > REMEMBERED:
+            # The version that was refused first.
+            del self._again_ms[next(iter(self._again_ms))]
+
+    def blocks(self, steps: Iterable[Manifest]) -> bool:
+        """Whether one of these versions was refused a moment ago."""
+        now_ms = self._now_ms()
+        # The upper bound handles a wall clock that was set back.
+        return any(now_ms < self._again_ms.get((step.kind, step.version), 0) <= now_ms + RETRY_MS for step in steps)
+
+    def of_manifests(self) -> bool:
+        """Whether a manifest could not be read since the last `clear`."""
+        return any(kind == "manifest" for kind, _ in self._again_ms)
+
+    def clear(self) -> None:
+        """Forgets all refusals."""
+        self._again_ms.clear()
 
 
 class Probing:
@@ -98,15 +147,10 @@ def _answers(program: LoadedProgram) -> dict[str, NDArray[np.float32]]:
 
 
 class FitVersions:
-    """All versions except those that failed; used by the thread that writes the rows.
+    """All versions except those that failed their probe; used by the thread that writes the rows."""
 
-    `refuse` is called with `probe`, the number of a version that fails, and the reason.
-    """
-
-    def __init__(
-        self, rows: RowStore, programs: Path, metrics: ApplierMetrics, refuse: Callable[[str, int, Exception], None]
-    ) -> None:
-        self._rows, self._metrics, self._refuse = rows, metrics, refuse
+    def __init__(self, rows: RowStore, programs: Path, metrics: ApplierMetrics, refusals: Refusals) -> None:
+        self._rows, self._metrics, self._refusals = rows, metrics, refusals
         self._probing = Probing(programs)
         with rows.reader() as reader:
             self._refused = refused_versions(reader.note(REFUSED_NOTE))
@@ -129,7 +173,7 @@ class FitVersions:
             except ProgramError as error:
                 self._metrics.failed_probes.inc()
                 self._note({**self._refused, version: str(error)})
-                self._refuse("probe", version, error)
+                self._refusals.add("probe", version, error)
         return version in self
 
     def keep(self, present: Container[int]) -> None:
@@ -146,52 +190,6 @@ class FitVersions:
     def _note(self, refused: dict[int, str]) -> None:
         self._rows.steer({REFUSED_NOTE: json.dumps(refused).encode()})
         self._refused = refused
-
-
-RETRY_MS = 1000
-REMEMBERED = 1000
-RECENT_MS = 10_000
-"""How long versions that are not durable are kept."""
-ROUND_MS = 200
-SWEEP_MS = 10_000
-_log = logging.getLogger(__name__)
-
-
-class Refusals:
-    """Remembers versions that cannot be read."""
-
-    def __init__(self, metrics: ApplierMetrics, now_ms: Callable[[], int]) -> None:
-        self._metrics = metrics
-        self._now_ms = now_ms
-        self._again_ms: dict[tuple[str, int], int] = {}
-
-    def add(self, kind: str, version: int, error: Exception, answering: str) -> None:
-        """Remembers for a second that a version cannot be read, and logs it once with the version that keeps answering.
-
-        `kind` is `manifest`, `delta`, `base`, or `probe`, which is not tried again.
-        """
-        if (kind, version) not in self._again_ms:
-            if isinstance(error, CorruptVersion):
-                self._metrics.corrupt_versions.inc()
-            _log.warning("%s; %s goes on answering", error, answering)
-        self._again_ms[kind, version] = self._now_ms() + RETRY_MS
-        if len(self._again_ms) > REMEMBERED:
-            # The version that was refused first.
-            del self._again_ms[next(iter(self._again_ms))]
-
-    def blocks(self, steps: Iterable[Manifest]) -> bool:
-        """Whether one of these versions was refused a moment ago."""
-        now_ms = self._now_ms()
-        # The upper bound handles a wall clock that was set back.
-        return any(now_ms < self._again_ms.get((step.kind, step.version), 0) <= now_ms + RETRY_MS for step in steps)
-
-    def of_manifests(self) -> bool:
-        """Whether a manifest could not be read since the last `clear`."""
-        return any(kind == "manifest" for kind, _ in self._again_ms)
-
-    def clear(self) -> None:
-        """Forgets all refusals."""
-        self._again_ms.clear()
 
 
 @dataclass
@@ -215,16 +213,14 @@ def route_to(
     present: Collection[int],
     recents: Collection[int],
     refusals: Refusals,
-    refuse: Callable[[str, int, Exception], None],
 ) -> Route | None:
     """The route to `wanted` without a recently refused version; None while there is none.
 
     1. Recent versions, from one on this host.
-    2. Durable ones from one on this host, or a base and its deltas, up to the last durable one before `wanted`; then
-       recent ones. If nothing leads to a recent `wanted`, the route ends at that durable one.
+    2. Durable ones up to the last durable one before `wanted`, then recent ones. If nothing leads to a recent
+       `wanted`, the route ends at that durable one.
 
-    `present` are the versions in `rows`, and `recents` the recent ones that can be read. `refuse` is called with the
-    kind, number and reason of a version that cannot be read.
+    `present` are the versions in `rows`, and `recents` the recent ones that can be read.
     """
     # 1.
     steps = recent_steps(wanted, registry, present, recents)
@@ -236,22 +232,29 @@ def route_to(
     if durable is None or (not steps and wanted in recents and wanted not in registry.versions()):
         return None
     tail = [step for step in steps if step.version > durable] if durable >= (first or 0) else []
-    target = tail[-1].version if tail else durable
     if durable in present and not tail:
         return Route(durable, [], rebuild=False)
+    route = durable_route(durable, registry, rows, present, refusals)
+    return route and Route(tail[-1].version if tail else durable, [*route.steps, *tail], route.rebuild)
+
+
+def durable_route(
+    wanted: int, registry: Registry, rows: RowStore, present: Collection[int], refusals: Refusals
+) -> Route | None:
+    """The route to a durable version: deltas onto an ancestor in `present`, or a base and its deltas."""
     try:
-        lead = onto_what_is_here(durable, registry, rows, present)
-        if lead is not None and not refusals.blocks(lead):
-            return Route(target, [*lead, *tail], rebuild=False)
+        steps = onto_what_is_here(wanted, registry, rows, present)
+        if steps is not None and not refusals.blocks(steps):
+            return Route(wanted, steps, rebuild=False)
     except (CorruptVersion, UnknownVersion) as error:
-        refuse("delta", durable, error)
+        refusals.add("delta", wanted, error)
     try:
-        base, deltas = registry.chain(durable)
+        base, deltas = registry.chain(wanted)
     except (CorruptVersion, UnknownVersion) as error:
-        refuse("base", durable, error)
+        refusals.add("base", wanted, error)
         return None
-    lead = [base, *deltas]
-    return None if refusals.blocks(lead) else Route(target, [*lead, *tail], rebuild=True)
+    steps = [base, *deltas]
+    return None if refusals.blocks(steps) else Route(wanted, steps, rebuild=True)
 
 
 def recent_steps(wanted: int, registry: Registry, present: Collection[int], recents: Collection[int]) -> list[Manifest]:
@@ -297,15 +300,10 @@ def onto_what_is_here(
 
 
 class NewestVersion:
-    """The newest version of an epoch; lists the registry again only when there is another version.
+    """The newest version of an epoch; lists the registry again only when there is another version."""
 
-    `refuse` is called with `manifest`, the number of a version whose manifest cannot be read, and the reason.
-    """
-
-    def __init__(self, registry: Registry, refusals: Refusals, refuse: Callable[[str, int, Exception], None]) -> None:
-        self._registry = registry
-        self._refusals = refusals
-        self._refuse = refuse
+    def __init__(self, registry: Registry, refusals: Refusals) -> None:
+        self._registry, self._refusals = registry, refusals
         self._last_found: tuple[object, int | None] = (None, None)
         self._lost: frozenset[int] = frozenset()
 
@@ -343,7 +341,7 @@ class NewestVersion:
         try:
             return self._registry.manifest(version)
         except (CorruptVersion, UnknownVersion) as error:
-            self._refuse("manifest", version, error)
+            self._refusals.add("manifest", version, error)
             return None
 
     def _recent(self, version: int) -> Manifest | None:
@@ -352,59 +350,6 @@ class NewestVersion:
         except (CorruptVersion, UnknownVersion):
             self.lose(version)
             return self._durable(version) if version in self._registry.versions() else None
-
-
-class Labelled:
-    """Applies what labelled versions lack; used by the thread that writes the rows.
-
-    `refuse` is called with the kind, number and reason of a version that cannot be read. `apply` applies a step
-    without moving the pointer; with the flag, into a separate lane even if it is on this host.
-    """
-
-    def __init__(
-        self,
-        registry: Registry,
-        rows: RowStore,
-        refusals: Refusals,
-        refuse: Callable[[str, int, Exception], None],
-        apply: Callable[[Manifest, bool], None],
-    ) -> None:
-        self._registry, self._rows = registry, rows
-        self._refusals, self._refuse, self._apply = refusals, refuse, apply
-        self._target: int | None = None
-        self._steps: list[Manifest] = []
-        self._anew = False
-
-    def step(self, labels: Iterable[tuple[str, int]], present: Collection[int]) -> bool:
-        """Applies one step towards the first labelled version that is not on this host; returns whether there was one."""
-        missing = [version for _, version in labels if version not in present]
-        if self._target not in missing:
-            self._target, self._steps = None, []
-        for version in [self._target] if self._target is not None else missing:
-            try:
-                if not self._steps:
-                    self._find(version, present)
-                if self._refusals.blocks(self._steps):
-                    self._target, self._steps = None, []
-                    continue
-                self._apply(self._steps[0], self._anew)
-            except (CorruptVersion, UnknownVersion) as error:
-                self._refuse(self._steps[0].kind if self._steps else "base", version, error)
-                self._target, self._steps = None, []
-                continue
-            self._target = version
-            self._steps.pop(0)
-            return True
-        return False
-
-    def _find(self, version: int, present: Collection[int]) -> None:
-        """Finds the steps to a version: onto a version on this host, or all of them in a separate lane."""
-        lead = onto_what_is_here(version, self._registry, self._rows, present)
-        self._anew = lead is None
-        if lead is None:
-            base, deltas = self._registry.chain(version)
-            lead = [base, *deltas]
-        self._steps = lead
 
 
 def applied_ms(rows: RowStore) -> dict[int, int]:
@@ -442,31 +387,20 @@ def show_control(control: Control, metrics: ApplierMetrics) -> None:
 class VersionFollower:
     """Keeps the row store at the version that control wants; used by one thread, the store's only writer.
 
-    Args:
-        programs: Directory for copies of programs and feature specs.
-        crosses: The crosses in the settings, to find those of erased users; None without crosses.
-
     Attributes:
         erased: The last erasure whose users no longer have data in the store.
     """
 
-    def __init__(
-        self,
-        registry: Registry,
-        rows: RowStore,
-        programs: Path,
-        metrics: ApplierMetrics,
-        keep_s: float,
-        now_ms: Callable[[], int],
-        crosses: Crosses | None = None,
-    ) -> None:
-        self._crosses, self._erased, self.erased = crosses, Erased.NOBODY, rows.erased()
+    def __init__(self, rows: RowStore, settings: Settings, metrics: ApplierMetrics, now_ms: Callable[[], int]) -> None:
+        registry, programs = Registry(settings.registry_dir), settings.serving_dir / PROGRAMS
+        self._crosses, self._erased, self.erased = crosses_of(settings), Erased.NOBODY, rows.erased()
         self._anew_ms: int | None = None
         self._registry, self._rows = registry, rows
         self._files = VersionFiles(programs, registry)
-        self._fit = FitVersions(rows, programs, metrics, self._refuse)
+        self._refusals = Refusals(metrics, now_ms)
+        self._fit = FitVersions(rows, programs, metrics, self._refusals)
         self._metrics = metrics
-        self._keep_ms = round(keep_s * 1000)
+        self._keep_ms = round(settings.serving.keep_s * 1000)
         self._now_ms = now_ms
         self.served: Served | None = None
         self._read_served()
@@ -474,11 +408,9 @@ class VersionFollower:
         with rows.reader() as reader:
             note = reader.note(CONTROL_NOTE)
         self._generation = 0 if note is None else int(json.loads(note)["generation"])
-        self._refusals = Refusals(metrics, now_ms)
-        self._newest = NewestVersion(registry, self._refusals, self._refuse)
-        apply = partial(self._apply, follow=False)
-        self._labelled = Labelled(registry, rows, self._refusals, self._refuse, apply)
+        self._newest = NewestVersion(registry, self._refusals)
         self._route: Route | None = None
+        self._labelled: Route | None = None
         self._looked_again: Manifest | None = None
         self._say = SaidOnce(_log.info)
         self._swept_ms = 0
@@ -499,7 +431,7 @@ class VersionFollower:
         if control.generation != self._generation:
             self._take_up(control)
         self._erased = control.erased
-        if self.erased < control.erased.last and self._crosses is not None:
+        if self.erased < control.erased.last:
             # The mask already excludes them from answers.
             self._rows.forget(control.erased.after(self.erased), self._crosses)
             self.erased = control.erased.last
@@ -514,7 +446,7 @@ class VersionFollower:
             wanted in self._present and wanted not in self._fit
         ):
             self._route = None
-            return self._labelled.step(control.labels, self._present)
+            return self._apply_labelled(control)
         # 3.
         if wanted not in self._present or self._route is not None:
             return self._approach(wanted, control)
@@ -580,9 +512,7 @@ class VersionFollower:
         # A rebuild does not restart because the epoch has a newer version.
         if self._route is None or (self._route.target != wanted and not self._route.rebuild):
             recents = self._newest.recents()
-            self._route = route_to(
-                wanted, self._registry, self._rows, self._present, recents, self._refusals, self._refuse
-            )
+            self._route = route_to(wanted, self._registry, self._rows, self._present, recents, self._refusals)
             if self._route is None:
                 return False
             if not self._route.steps:
@@ -620,7 +550,7 @@ class VersionFollower:
         if isinstance(error, UnknownVersion) and self._looked_again != step:
             self._looked_again = step
             return True
-        self._refuse(step.kind, step.version, error)
+        self._refusals.add(step.kind, step.version, error)
         return False
 
     def _settle_for(self, version: int, control: Control) -> bool:
@@ -631,6 +561,25 @@ class VersionFollower:
         if stored_version is not None and self._may_follow(stored_version, control):
             self._serve(version)
         return False
+
+    def _apply_labelled(self, control: Control) -> bool:
+        """Applies one step towards the first labelled version that is not on this host; returns whether there was one."""
+        missing = [version for _, version in control.labels if version not in self._present]
+        if self._labelled is None or self._labelled.target not in missing:
+            routes = (
+                durable_route(version, self._registry, self._rows, self._present, self._refusals) for version in missing
+            )
+            self._labelled = next(filter(None, routes), None)
+        if self._labelled is None:
+            return False
+        step = self._labelled.steps[0]
+        try:
+            self._apply(step, self._labelled.rebuild, follow=False)
+            self._labelled.steps.pop(0)
+        except (CorruptVersion, UnknownVersion) as error:
+            self._refusals.add(step.kind, step.version, error)
+            self._labelled = None
+        return True
 
     def _may_follow(self, manifest: Manifest | Served, control: Control) -> bool:
         """Whether workers may serve this version on the route to the wanted one."""
@@ -651,7 +600,7 @@ class VersionFollower:
         with self._metrics.apply_seconds.time():
             self._rows.apply(manifest, tensors, now_ms, follow=follow, replace=rebuild)
         killpoints.reach("apply.applied")
-        if manifest.erased < self._erased.last and self._crosses is not None:
+        if manifest.erased < self._erased.last:
             self._rows.forget(self._erased.after(manifest.erased), self._crosses, manifest.version)
         self._present[manifest.version] = now_ms
         self._metrics.applied_versions.inc()
@@ -671,12 +620,9 @@ class VersionFollower:
         with self._rows.reader() as reader:
             self.served = reader.served()
         if self.served is not None:
+            self._refusals.answering = f"version {self.served.version}"
             # Workers answer with the version's own features, regardless of the release that applied it.
             self._files.fetch_spec(self.served.spec)
             self._metrics.version.set(self.served.version)
             self._metrics.epoch.set(self.served.epoch)
         self._fit.show(self.served)
-
-    def _refuse(self, kind: str, version: int, error: Exception) -> None:
-        answering = "no version" if self.served is None else f"version {self.served.version}"
-        self._refusals.add(kind, version, error, answering)

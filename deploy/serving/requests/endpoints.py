@@ -23,19 +23,18 @@ answers; its requests are converted to the parameters and bodies of HTTP.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Annotated, Any, TypeVar
 
 import msgspec
+import numpy as np
 from google.protobuf.message import Message
 from msgspec import Meta
 from prometheus_client import CollectorRegistry
 
-from deploy.serving.answers.explaining import Explanation, explain
+from deploy.serving.answers.explaining import explain
 from deploy.serving.answers.host import Answers, Host
-from deploy.serving.answers.items import RankedItems, Recommendations, SimilarItems, rank, recommend, similar
-from deploy.serving.answers.query import About, Answer
+from deploy.serving.answers.items import rank, recommend, similar
 from deploy.serving.requests.access import OPEN, OPERATE
 from deploy.serving.requests.grpc_server import Method, Service, message
 from deploy.serving.requests.http import (
@@ -96,23 +95,23 @@ class Questions:
     def __init__(self, answers: Answers) -> None:
         self._answers, self._host = answers, answers.host
 
-    async def rank(self, question: RankQuestion) -> RankedItems:
+    async def rank(self, question: RankQuestion) -> responses.Ranking:
         """Ranks the items that the caller names."""
         items, impressions = question.named_items(), self._host.impressions
         return await self._answers.run(rank(self._host.predictor(), question.query(), items, impressions))
 
-    async def recommend(self, user: str, parameters: RecommendationParameters) -> Recommendations:
+    async def recommend(self, user: str, parameters: RecommendationParameters) -> responses.Recommendations:
         """Recommends items."""
         query, sources, host = parameters.query(user), self._answers.sources(), self._host
-        wanted = parameters.wanted()._replace(per_category=host.per_category)
+        wanted = parameters.wanted()._replace(per_category=host.serving.per_category)
         return await self._answers.run(recommend(host.predictor(), sources, query, wanted, host.impressions))
 
-    async def similar(self, user: str, parameters: NearParameters) -> SimilarItems:
+    async def similar(self, user: str, parameters: NearParameters) -> responses.SimilarItems:
         """Finds the nearest items."""
         near = self._answers.sources().near
         return self._answers.counted(similar(self._host.predictor(), near, parameters.query(user), parameters.wanted()))
 
-    async def explain(self, user: str, parameters: ExplanationParameters) -> Explanation:
+    async def explain(self, user: str, parameters: ExplanationParameters) -> responses.Explanation:
         """Explains a probability."""
         return await self._answers.run(explain(self._host.predictor(), parameters.query(user), parameters.label))
 
@@ -121,12 +120,9 @@ def profile_endpoints(answers: Answers) -> list[Endpoint]:
     """Returns the endpoints that answer profiles, explanations and items."""
     questions = Questions(answers)
 
-    def json_of(answer: Answer) -> bytes:
-        return encode(answer.document())
-
     def soon(request: Request) -> asyncio.Future[bytes]:
         parameters = request.parameters(ProfileParameters) if request.query_string else _NO_PARAMETERS
-        return answers.profiles.one(parameters.query(request.path["user_id"]), json_of)
+        return answers.profiles.one(parameters.query(request.path["user_id"]), encode)
 
     async def profile(request: Request) -> Response:
         return Response(200, await soon(request))
@@ -134,14 +130,14 @@ def profile_endpoints(answers: Answers) -> list[Endpoint]:
     async def batch(request: Request) -> Response:
         question = await request.document()
         return Response(
-            200, b'{"profiles":[' + b",".join(await answers.profiles.many(question.queries(), json_of)) + b"]}"
+            200, b'{"profiles":[' + b",".join(await answers.profiles.many(question.queries(), encode)) + b"]}"
         )
 
     async def rank(request: Request) -> Response:
         return Response(200, encode(await questions.rank(await request.document())))
 
     def about_user(
-        kind: type[Parameters], answer: Callable[[str, Parameters], Awaitable[About]]
+        kind: type[Parameters], answer: Callable[[str, Parameters], Awaitable[responses.About]]
     ) -> Callable[[Request], Awaitable[Response]]:
         async def answered(request: Request) -> Response:
             return Response(200, encode(await answer(request.path["user_id"], request.parameters(kind))))
@@ -236,7 +232,7 @@ def profile_service(answers: Answers) -> Service:
         return _filled("RankResponse", await questions.rank(question))
 
     def about_user(
-        kind: type[Parameters], answer: Callable[[str, Parameters], Awaitable[About]], response: str
+        kind: type[Parameters], answer: Callable[[str, Parameters], Awaitable[responses.About]], response: str
     ) -> Callable[[Message], Awaitable[Any]]:
         async def answered(request: Message) -> Any:
             fields = _fields_of(request)
@@ -287,16 +283,12 @@ def _convert(fields: Mapping[str, Any], kind: type[Parameters]) -> Parameters:
 
 
 def _filled(name: str, answer: Any) -> Any:
-    return message(f"{PACKAGE}.{name}")(
-        **{field.name: getattr(answer, field.name) for field in dataclasses.fields(answer)}
-    )
+    return message(f"{PACKAGE}.{name}")(**msgspec.to_builtins(answer))
 
 
-def _profile_message(answer: Answer) -> Any:
+def _profile_message(answer: responses.Profile) -> Any:
     """Returns the message of a profile: maps without missing values, lists in place of arrays."""
-    document = answer.document()
-    if "vector" in document:
-        document["vector"] = document["vector"].tolist()
+    document = msgspec.to_builtins(answer, enc_hook=np.ndarray.tolist)
     for owner in (document, document.get("engagement")):
         if owner is not None and "attributes" in owner:
             owner["attributes"] = {name: text for name, text in owner["attributes"].items() if text is not None}
@@ -307,23 +299,21 @@ def segment_endpoints(host: Host) -> list[Endpoint]:
     """Returns the endpoints that list segments and their members."""
 
     async def segments(_: Request) -> Response:
-        return Response(200, msgspec.json.encode(host.segments.sizes()))
+        return Response(200, encode(host.segments.sizes()))
 
     async def segment(request: Request) -> Response:
         parameters = request.parameters(SegmentParameters)
         return Response(
             200,
-            msgspec.json.encode(host.segments.page(request.path["segment"], int(parameters.start, 16), parameters.n)),
+            encode(host.segments.page(request.path["segment"], int(parameters.start, 16), parameters.n)),
         )
 
     async def user(request: Request) -> Response:
-        return Response(
-            200, msgspec.json.encode(host.segments.of_user(request.path["segment"], request.path["user_id"]))
-        )
+        return Response(200, encode(host.segments.of_user(request.path["segment"], request.path["user_id"])))
 
     async def lookalikes(request: Request) -> Response:
         parameters = request.parameters(LookalikeParameters)
-        return Response(200, msgspec.json.encode(host.segments.lookalikes(request.path["segment"], parameters.n)))
+        return Response(200, encode(host.segments.lookalikes(request.path["segment"], parameters.n)))
 
     failures = {**FAILED, 404: responses.Failure, 503: responses.Failure}
     return [

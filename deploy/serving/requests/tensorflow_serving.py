@@ -101,8 +101,10 @@ def model_endpoints(model: TensorModel) -> list[Endpoint]:
         answer = await model.predict(chosen(request), name, lambda signature: tensors(document, signature))
         columns = {name: _listed(values) for name, values in answer.outputs.items()}
         if "instances" in document:
-            return Response(200, encode({"predictions": _by_row(columns)}))
-        return Response(200, encode({"outputs": next(iter(columns.values())) if len(columns) == 1 else columns}))
+            document = {"predictions": _by_row(columns)}
+        else:
+            document = {"outputs": next(iter(columns.values())) if len(columns) == 1 else columns}
+        return Response(200, orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY))
 
     async def metadata(request: Request) -> Response:
         version, signatures = model.signatures(chosen(request))

@@ -26,7 +26,7 @@ from state.events.identity import Salt, public_id, user_id
 from state.features.spec import FeatureSpec, Mask, vectorise
 from state.history.appends import Appends
 from state.history.store import HistoryStore
-from state.layout import HISTORIES, PROGRAMS, ROWS
+from state.layout import HISTORIES, ROWS
 from state.metrics import ApplierMetrics
 from state.process.wall_clock import wall_ms
 from state.registry.control import start
@@ -239,29 +239,21 @@ class HostWriter:
 
     Args:
         settings: With the state directory, and the salt in it.
-        registry: Whose versions it follows.
     """
 
-    def __init__(self, settings: Settings, registry: Registry) -> None:
+    def __init__(self, settings: Settings) -> None:
         folder = settings.serving_dir
         folder.mkdir(parents=True, exist_ok=True)
         self.rows, self.histories = RowStore(folder / ROWS, MAP), HistoryStore(folder / HISTORIES, map_bytes=MAP)
         self.metrics = ApplierMetrics(CollectorRegistry())
         self.events = {user: clicks([]) for user in USERS}
-        self._registry, self._programs, self._closed = registry, folder / PROGRAMS, False
+        self._settings, self._closed = settings, False
         self.restart()
         self.histories.commit(Appends.none(), (), {"caught_up": b"1", "clock": CLOCK})
 
     def restart(self) -> None:
         """The follower begins again on the same rows."""
-        self.follower = VersionFollower(
-            Registry(self._registry.path),
-            self.rows,
-            self._programs,
-            self.metrics,
-            60.0,
-            wall_ms,
-        )
+        self.follower = VersionFollower(self.rows, self._settings, self.metrics, wall_ms)
 
     def settle(self) -> int:
         """Takes up what there is; returns the version that answers."""

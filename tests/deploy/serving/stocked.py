@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from deploy.serving.answers.predictor import Predictor
+from deploy.serving.answers.predictor import Stores as HostStores
+from state.attributes.store import AttributeStore
 from state.config.settings import Settings
 from state.events.identity import Salt, public_id, user_id
 from state.features.spec import EVENT, FeatureSpec
@@ -21,6 +24,7 @@ from state.rows.store import RowStore
 NOW_MS = 1_800_000_000_000
 SOURCE = Source("ab" * 16, 0)
 SALT_KEY = b"a salt of the tests only"
+SALT = Salt(SALT_KEY)
 DIM = 8
 MAP = 1 << 27
 
@@ -83,6 +87,20 @@ def tensors(lowered: Lowered, version: int, names: Mapping[str, list[str]], popu
     return made
 
 
+def predictor(
+    stores: Stores,
+    clock: str = "wall",
+    context: tuple[str, ...] = (),
+    known: AttributeStore | None = None,
+    **sections: Any,
+) -> Predictor:
+    """Answers from the stores, with these sections of the settings."""
+    settings = stores.settings
+    serving, events = replace(settings.serving, clock=clock), replace(settings.events, context=context)
+    settings = replace(settings, **{"serving": serving, "events": events, **sections})
+    return Predictor(HostStores(stores.rows, stores.histories, known), settings, SALT, lambda: NOW_MS)
+
+
 def no_succession() -> dict[str, Any]:
     """The model's inputs of one user of whose labels it is not known what came next."""
     said = {
@@ -106,7 +124,7 @@ def clicks(rows: list[tuple[str, str, int]], first_offset: int = 0) -> Any:
 
 @dataclass
 class Stores:
-    """The writers' side of a serving host, with the settings that a worker needs."""
+    """The stores of a serving host, open for writing, and the settings of a worker."""
 
     settings: Settings
     rows: RowStore

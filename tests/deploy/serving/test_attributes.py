@@ -14,16 +14,16 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from deploy.serving.answers.host import Host
-from deploy.serving.answers.predictor import KnownAttributes, Predictor
+from deploy.serving.answers.predictor import KnownAttributes
 from deploy.serving.applier import AttributesFollower
 from state.attributes.store import AttributeStore, TopicPosition, pack
 from state.attributes.values import AttributeTable, tables_of
 from state.config.sections import Attributes
 from state.config.settings import Settings
 from state.errors import MissingSalt, NotReady
-from state.events.identity import Salt, public_id, user_id
+from state.events.identity import public_id, user_id
 from state.features.spec import FeatureSpec, Mask, vectorise
-from state.layout import ATTRIBUTES, PROGRAMS
+from state.layout import ATTRIBUTES
 from state.log import Topics, Writer
 from state.metrics import ApplierMetrics, StorageMetrics
 from state.storage.shares import SERVING
@@ -32,16 +32,17 @@ from tests.conftest import KafkaFactory
 from tests.deploy.serving.stocked import (
     DIM,
     NOW_MS,
+    SALT,
     SALT_KEY,
     Stores,
     digest_of,
     manifest,
     no_succession,
+    predictor,
     row_of,
     tensors,
 )
 
-SALT = Salt(SALT_KEY)
 WANTED = Attributes("crm", "goods", ("age", "city"), ("brand",))
 TABLES = tables_of(WANTED)
 ROOM = Room(SERVING, StorageMetrics(CollectorRegistry()), lambda seconds: False)
@@ -69,13 +70,6 @@ def known(stores: Stores) -> Iterator[AttributeStore]:
     put(store, TABLES["item"], public_id("i1"), "acme")
     yield store
     store.close()
-
-
-def predictor(stores: Stores, store: AttributeStore | None, context: tuple[str, ...] = ()) -> Predictor:
-    return Predictor(
-        stores.rows, stores.histories, stores.settings.serving_dir / PROGRAMS, FeatureSpec(), SALT, context, "wall",
-        lambda: NOW_MS, None if store is None else KnownAttributes(store, TABLES),
-    )  # fmt: skip
 
 
 def learned(name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -111,38 +105,38 @@ def expected(stores: Stores, user: str, context: Any, item: Any) -> dict[str, An
 
 
 def test_an_answer_uses_the_attributes_as_training_does_and_names_them(stores: Stores, known: AttributeStore) -> None:
-    answer = predictor(stores, known).profile("ann", item="i1")
+    answer = predictor(stores, known=known, attributes=WANTED).profile("ann", item="i1")
     context = (learned("user:age=25-34") + learned("user:city")) / np.float32(2)
     wanted = expected(stores, "ann", context, row_of("item", "i1", 1) + learned("item:brand=acme"))
     np.testing.assert_allclose(answer.vector, wanted["vector"][0], atol=1e-5)
     assert answer.engagement is not None
-    assert answer.engagement["probability"] == pytest.approx(1 / (1 + np.exp(-wanted["engagement_logit"][0])), abs=1e-5)
+    assert answer.engagement.probability == pytest.approx(1 / (1 + np.exp(-wanted["engagement_logit"][0])), abs=1e-5)
     assert answer.attributes == {"age": "25-34", "city": None}
-    assert answer.engagement["attributes"] == {"brand": "acme"}
+    assert answer.engagement.attributes == {"brand": "acme"}
 
 
 def test_whoever_has_no_record_is_unknown_and_not_none(stores: Stores, known: AttributeStore) -> None:
-    answer = predictor(stores, known).profile("nobody")
+    answer = predictor(stores, known=known, attributes=WANTED).profile("nobody")
     wanted = expected(stores, "nobody", learned("user:age?") / np.float32(2), None)
     np.testing.assert_allclose(answer.vector, wanted["vector"][0], atol=1e-5)
     assert answer.attributes == {}
 
 
 def test_context_fields_and_attributes_share_the_mean(stores: Stores, known: AttributeStore) -> None:
-    answer = predictor(stores, known, context=("device",)).profile("ann")
+    answer = predictor(stores, context=("device",), known=known, attributes=WANTED).profile("ann")
     context = (learned("user:age=25-34") + learned("user:city")) / np.float32(3)
     np.testing.assert_allclose(answer.vector, expected(stores, "ann", context, None)["vector"][0], atol=1e-5)
 
 
 def test_the_next_answer_has_the_newest_record(stores: Stores, known: AttributeStore) -> None:
-    answering = predictor(stores, known)
+    answering = predictor(stores, known=known, attributes=WANTED)
     assert answering.profile("bob").attributes == {}
     put(known, TABLES["user"], user_id(SALT, "bob"), None, "Oslo")
     assert answering.profile("bob").attributes == {"age": None, "city": "Oslo"}
 
 
 def test_without_attributes_answers_are_what_they_were(stores: Stores, known: AttributeStore) -> None:
-    answer = predictor(stores, None).profile("ann", item="i1")
+    answer = predictor(stores).profile("ann", item="i1")
     assert answer.attributes == {}
     np.testing.assert_allclose(
         answer.vector, expected(stores, "ann", np.zeros(DIM, np.float32), None)["vector"][0], atol=1e-5

@@ -20,6 +20,8 @@ from safetensors.numpy import save
 from deploy.serving.answers.tensor_model import labels_of
 from deploy.serving.following.versions import VersionFollower
 from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
+from state.config.sections import Paths, ServingSettings
+from state.config.settings import Settings
 from state.features.spec import FeatureSpec, Mask
 from state.layout import PROGRAMS, ROWS
 from state.metrics import ApplierMetrics
@@ -65,9 +67,11 @@ class World:
     def restart(self) -> None:
         """The applier begins again on the same stores."""
         self.metrics = ApplierMetrics(CollectorRegistry())
-        self.follower = VersionFollower(
-            Registry(self.registry.path), self.rows, self.path / PROGRAMS, self.metrics, keep_s=10.0, now_ms=self.clock
+        settings = Settings(
+            paths=Paths(state=str(self.path.parent), registry=str(self.registry.path)),
+            serving=ServingSettings(keep_s=10.0),
         )
+        self.follower = VersionFollower(self.rows, settings, self.metrics, self.clock)
 
     def publish(self, changes: dict[int, float], parent: int | None = None, removed: tuple[int, ...] = ()) -> Manifest:
         """A version of control's epoch; the first one is a base."""

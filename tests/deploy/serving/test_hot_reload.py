@@ -55,7 +55,7 @@ def trainer(settings: Settings, lines: list[Line]) -> Trainer:
 
 @pytest.fixture
 def host(settings: Settings, trainer: Trainer) -> Iterator[HostWriter]:
-    made = HostWriter(settings, trainer.registry)
+    made = HostWriter(settings)
     for place, category in enumerate(CATEGORIES):
         made.click("bob", category, 1000 * (50 - place))
     yield made

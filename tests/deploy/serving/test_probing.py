@@ -45,7 +45,7 @@ def trainer(settings: Settings, line: Line) -> Trainer:
 
 @pytest.fixture
 def host(settings: Settings, trainer: Trainer) -> Iterator[HostWriter]:
-    made = HostWriter(settings, trainer.registry)
+    made = HostWriter(settings)
     yield made
     made.close()
 
@@ -82,7 +82,7 @@ def test_readiness_names_it_and_it_cannot_be_asked_for(settings: Settings, train
         with pytest.raises(BadRequest, match=f"version {bad} is refused"):
             predictor.take_up(reader, bad)
     worker.close()
-    again = HostWriter(settings, trainer.registry)
+    again = HostWriter(settings)
     better = trainer.publish()
     assert again.settle() == better and again.metrics.refused_version._value.get() == 0
     again.close()
