@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from deploy.serving.answers.item_index import ItemSources
 from deploy.serving.answers.items import recommend
 from deploy.serving.answers.predictor import Predictor, Stores
 from deploy.serving.answers.query import Query, WantedItems
+from deploy.serving.answers.queue import finished
 from deploy.serving.following.clicks import Upkeep
 from deploy.serving.version_files import program_path
 from springtide_client.answers import Recommendations
@@ -32,7 +33,6 @@ from state.registry.manifest import LogRange, Manifest
 from state.rows.store import RowStore
 
 U64 = NDArray[Any]
-Answer = TypeVar("Answer")
 KEPT_VERSIONS = 2
 
 
@@ -134,13 +134,3 @@ class ServingHost:
         """Closes the stores."""
         self.histories.close()
         self.rows.close()
-
-
-def finished(steps: Generator[None, None, Answer]) -> Answer:
-    """Runs a generator to its end and returns its return value."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            answer: Answer = end.value
-            return answer

@@ -1,7 +1,4 @@
-"""Response types of the HTTP API, one for each response; the server's OpenAPI document is generated from them too.
-
-Fields that a later release adds are ignored.
-"""
+"""Types of the answers of the HTTP API, for server and client. Fields that a later release adds are ignored."""
 
 from __future__ import annotations
 

@@ -1,14 +1,6 @@
-"""The one process per serving host that writes its stores: versions into rows, micro-batches into histories.
+"""The one process per serving host that writes its stores. Its threads are independent.
 
-    thread      what it follows                      what it writes          code
-    main        registry and control, each 20 ms     rows, pointer, mask     `HostRows`, versions.py
-    clicks      the micro-batch topic                histories, event clock  clicks.py
-    snapshots   nothing                              snapshots of histories  snapshots.py
-    attributes  the topics of attributes, if any     attributes              state/attributes/follower.py
-    exposures   exposures that workers kept, if any  the exposures topic     `ExposureForwarder`
-
-The threads are independent. An unreachable registry does not delay clicks, and an unreachable Kafka does not delay
-versions. A full store or disk stops only the thread that writes to it.
+An unreachable registry, an unreachable Kafka or a full store stops only the thread that needs it.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from deploy.serving.answers.host import Answers, Host
 from deploy.serving.answers.items import rank, recommend, similar
 from deploy.serving.answers.program import BATCHES
 from deploy.serving.answers.query import NOBODY, NamedItem, Query, WantedItems
+from deploy.serving.answers.queue import finished
 from deploy.serving.answers.tensor_model import TensorModel
 from deploy.serving.requests.access import Access, Tokens, are_wanted, is_loopback, make_missing
 from deploy.serving.requests.connections import ConnectionLimits
@@ -403,20 +404,12 @@ def one_of_each(host: Host) -> list[Callable[[], Any]]:
 
     return [
         *(lambda count=count: profiles(count) for count in BATCHES),
-        lambda: _result(rank(host.predictor(), lean, items, host.impressions)),
-        lambda: _result(explain(host.predictor(), everything._replace(item="0"), None)),
+        lambda: finished(rank(host.predictor(), lean, items, host.impressions)),
+        lambda: finished(explain(host.predictor(), everything._replace(item="0"), None)),
         lambda: host.sources().turn(),
-        lambda: _result(recommend(host.predictor(), host.sources(), everything, WantedItems(1))),
+        lambda: finished(recommend(host.predictor(), host.sources(), everything, WantedItems(1))),
         lambda: similar(host.predictor(), host.sources().near, lean, WantedItems(1)),
     ]
-
-
-def _result(steps: Generator[None, None, Any]) -> Any:
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
 
 
 def serve(

@@ -1,14 +1,4 @@
-"""Explains a predicted probability: splits its difference from an unknown user's probability into parts that add up.
-
-1. One version answers two queries at one moment, one about the user and one about an unknown user.
-2. Inputs that differ are grouped by what they describe. A group's part is its Shapley value (Shapley 1953, "A Value
-   for n-Person Games"). Groups are switched from the unknown user's inputs to the user's, one after another. The value
-   is the change of the probability when this group is switched, averaged over all orders of the groups. With more than
-   `EXACT` groups, `ORDERS` random orders are a sample: half of them are drawn, the others are the same ones reversed
-   (Castro, Gomez and Tejada 2009).
-3. Each part is returned with the events behind it, in words. A check confirms that the parts add up to the
-   difference.
-"""
+"""Explains a predicted probability: splits its difference from an unknown user's probability into parts that add up."""
 
 from __future__ import annotations
 
@@ -313,7 +303,10 @@ def candidate(prepared: Prepared, row: int, label: str) -> int | None:
 
 
 class Coalitions:
-    """The sets of groups at which the function is evaluated.
+    """The sets of groups whose inputs are switched to the user's, to compute Shapley values (Shapley 1953).
+
+    With more than `EXACT` groups, `ORDERS` random orders of the groups are a sample: half of them are drawn, the others
+    are the same ones reversed (Castro, Gomez and Tejada 2009).
 
     >>> coalitions = Coalitions(2)
     >>> coalitions.members.tolist()

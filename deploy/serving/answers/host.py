@@ -200,7 +200,7 @@ class Answers:
         self.host, self._metrics = host, metrics
         limits = QueueLimits(host.serving.max_queue_ms / 1000, host.serving.timeout_s)
         self.steps = StepQueue(limits)
-        self.profiles = Batcher(lambda queries: self._counted(host.predictor().profiles(queries)), self._held, limits)
+        self.profiles = Batcher(self._snapshot, limits)
         self._timer: asyncio.TimerHandle | None = None
 
     async def run(self, steps: Generator[None, None, Found]) -> Found:
@@ -231,17 +231,15 @@ class Answers:
             more = self.host.sources().turn()
         self._timer = asyncio.get_running_loop().call_later(MORE_S if more else TURN_S, self._turn)
 
-    def _counted(self, answers: list[Profile]) -> list[Profile]:
-        if cold := sum(answer.cold_start for answer in answers):
-            self._metrics.cold_starts.inc(cold)
-        return answers
-
     @contextmanager
-    def _held(self) -> Iterator[Profiles]:
+    def _snapshot(self) -> Iterator[Profiles]:
         predictor = self.host.predictor()
 
         def answer(queries: Sequence[Query]) -> list[Profile]:
-            return self._counted(predictor.profiles(queries, reader))
+            answers = predictor.profiles(queries, reader)
+            if cold := sum(answer.cold_start for answer in answers):
+                self._metrics.cold_starts.inc(cold)
+            return answers
 
         with predictor.reading() as reader:
             yield answer

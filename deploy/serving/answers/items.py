@@ -1,20 +1,6 @@
 """Items for one user: ranks those that a caller names, recommends some, and finds those nearest to the user.
 
 All are scored with one version. The program scores pairs: each row is one user and one item (`UserPairs`).
-
-A recommendation ranks hundreds of candidates:
-
-1. Rank the candidate categories with the version (the user's, popular ones and successors), and read the user's clicks.
-   A version with item lists and weights of the item score answers from these (`deploy/serving/answers/recommending.py`).
-2. For a version without them, generate candidates from three sources: the most clicked items of each category (more
-   items for a more probable category), items that the user clicked, and the items whose rows are nearest to the user's
-   item query vector.
-3. Score the engagement with each item, with the same version; add a bonus for items that the user clicked before.
-
-For advertising, named items can have bids and frequency caps. With bids, items are ordered by expected value:
-probability × bid. A cap counts the item's events in the user's history. If actions are configured as impressions
-(`labels.impressions`), only these count, else all events. The caller paces the spending of a budget, because serving
-keeps no record of its answers.
 """
 
 from __future__ import annotations
@@ -172,17 +158,10 @@ def in_batches(items: Sequence[tuple[int, int]]) -> list[Sequence[tuple[int, int
 def rank(
     predictor: Predictor, query: Query, items: Sequence[NamedItem], impressions: Sequence[int] = ()
 ) -> Generator[None, None, Ranking]:
-    """Ranks items and returns the answer; yields after each batch, so that other requests are answered in between.
+    """Ranks 1 to `MOST_ITEMS` items; yields after each batch, so that other requests are answered in between.
 
-    Args:
-        predictor: The predictor.
-        query: The query about the user, without an item.
-        items: 1 to `MOST_ITEMS` items.
-        impressions: The numbers of the actions that caps count; if empty, all count.
-
-    Raises:
-        BadRequest: Bids or caps are invalid; see `bids_of` and `check_caps`.
-        NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: See `Predictor.profiles`.
+    With bids, items are ordered by expected value: probability × bid. `impressions` are the numbers of the actions that
+    caps count; if empty, all count. Raises as `bids_of`, `check_caps` and `Predictor.profiles` do.
     """
     ids = [(public_id(item.item), 0 if item.category is None else public_id(item.category)) for item in items]
     bids = bids_of([item.bid for item in items])
@@ -279,12 +258,8 @@ def over_caps(
 ) -> dict[int, int]:
     """Returns the items that have reached their caps: index to the number of times seen within the cap's period.
 
-    Args:
-        items: The ids of n items.
-        caps: The cap of each item; None if it has none.
-        events: The user's events that count for this answer.
-        impressions: The numbers of the actions that count; if empty, all count.
-        at_ms: The time of the query; events count that are at most this late and less than `within_s` older.
+    Events of the actions `impressions` count; if empty, all. They are at most as late as `at_ms`, the time of the query,
+    and less than `within_s` older.
     """
     shown = events[np.isin(events["action"], impressions)] if len(impressions) else events
     times: dict[int, list[int]] = {}
@@ -312,15 +287,13 @@ def recommend(
 ) -> Generator[None, None, Recommendations]:
     """Recommends items and returns the answer; yields after each batch, so that other requests are answered in between.
 
-    Args:
-        predictor: The predictor.
-        sources: The sources of candidate items.
-        query: The query about the user, without an item, and with all interests.
-        wanted: The parameters of the recommendation.
-        impressions: The numbers of the actions that are no clicks without a positive label.
+    1. Rank the candidate categories with the version. A version with weights of the item score answers from its lists.
+    2. Without them, or for a category with too few items, candidates are the most clicked items of each category, items
+       that the user clicked, and the items nearest to the user.
+    3. Score the engagement with each item; add a bonus for items that the user clicked before.
 
-    Raises:
-        NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: See `Predictor.profiles`.
+    `query` has no item, and asks for all interests. `impressions` are the numbers of the actions that are no clicks
+    without a positive label. Raises as `Predictor.profiles` does.
     """
     with predictor.reading() as reader:
         # 1.
@@ -443,13 +416,8 @@ def candidates(
 ) -> dict[int, Proposed]:
     """Generates at most `MOST_CANDIDATES` items, each with the reason.
 
-    Args:
-        clicked: The candidate index: items by category.
-        shares: The probability of each category to take candidates from.
-        reasons: The reason for each category; `popular` if missing.
-        wanted: The parameters of the recommendation.
-        visits: The items that the user clicked, from `visits_of`.
-        near: The items nearest to the user.
+    `shares` has the probability of each category to take candidates from, and `reasons` its reason, by default
+    `popular`. `visits` is from `visits_of`, and `near` are the items nearest to the user.
     """
     proposals = dict[int, Proposed]()
     if wanted.category is None and not wanted.exclude_seen:
@@ -499,19 +467,9 @@ def returning(visits: Sequence[float]) -> F32:
 
 
 def similar(predictor: Predictor, near: NearItems, query: Query, wanted: WantedItems) -> SimilarItems:
-    """Finds the items with the largest dot product of the user's item query vector and the item's row.
+    """Finds the items of any category with the largest dot product of the user's item query vector and the item's row.
 
-    All rows are from one version.
-
-    Args:
-        predictor: The predictor.
-        near: The index that proposes items.
-        query: The query about the user, without an item.
-        wanted: The parameters of the request; the category is ignored.
-
-    Raises:
-        BadRequest: The version's model has no output `item_query`.
-        NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: See `Predictor.profiles`.
+    Raises as `Predictor.profiles` does, and BadRequest if the version's model has no output `item_query`.
     """
     with predictor.reading() as reader:
         prepared = predictor.prepare([query], reader)
@@ -544,12 +502,5 @@ def similar(predictor: Predictor, near: NearItems, query: Query, wanted: WantedI
 
 
 def near_to(near: NearItems, user: F32, rows: VersionRows, most: int) -> Sequence[int]:
-    """Returns the items nearest to a user that have a row in the version, approximately in order.
-
-    Args:
-        near: The index that proposes items.
-        user: `[dim]` float32, the user's item query vector.
-        rows: The version's rows.
-        most: The maximum number of items.
-    """
+    """Returns the items nearest to a user, `[dim]` float32, that have a row in the version, approximately in order."""
     return [item for item in near.nearest(user, most) if rows.has_item(item)]

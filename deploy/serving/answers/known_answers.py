@@ -1,7 +1,6 @@
-"""Writes this host's current answers about given users and items to an `.npz` file.
+"""Writes this host's current answers about given users and items to a file, in parallel with its workers.
 
-`python -m deploy.serving.answers.known_answers --users FILE [--items FILE] --version V --to FILE` reads the host's
-stores in parallel with its workers. `trainer/exporting/saved_model.py` defines the format.
+`trainer/exporting/saved_model.py` defines the format, an `.npz` file.
 """
 
 from __future__ import annotations

@@ -1,15 +1,4 @@
-"""Computes users' profiles from the host's stores: histories to windows, rows to logits, logits to answers.
-
-1. Read pointer, control and mask; load program and dense weights if the version changed.
-2. Compute the users' pseudonyms with the salt, and read their histories.
-3. Compute the windows as of `at`, without masked events; look up categories, and the attributes of user and item.
-4. Read the rows of user, context, categories, item and attributes. For an item, compute the crosses of the pair.
-5. Build the candidates: the user's categories, newest first, then the other popular ones, then the successors.
-   Successors are the other categories that most often came next after the newest one over all users. A candidate's
-   slot is its index in the program's logits. Add how often each candidate came next, and the rows of the ranker's
-   custom tables.
-6. Compute logits, correct them by decayed counts, take the softmax over the candidates, and look up names.
-"""
+"""Computes users' profiles from the host's stores: histories to windows, rows to logits, logits to answers."""
 
 from __future__ import annotations
 
@@ -206,19 +195,12 @@ class Predictor:
     ) -> list[Profile]:
         """Answers queries in their order, all from the same version.
 
-        Args:
-            queries: At most `queue.MOST_AT_ONCE`.
-            snapshot: A snapshot of versions and mask; None for the current state.
-            number: The version; None for the served one.
+        There are at most `queue.MOST_AT_ONCE` queries. They see `snapshot`, by default the current state, and are answered
+        by version `number`, by default the served one.
 
         Raises:
-            NotReady: There is no version yet.
-            BadRequest: The version is not on this host.
             NotHeld: This host does not hold one of the users.
-            SaltMismatch: The version's pseudonyms use another salt.
-            SpecMismatch: The version's features cannot be computed on this host.
-            ProgramError: The version's program cannot be run.
-            CorruptVersion: The program's file is missing or damaged.
+            NotReady, BadRequest, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: See `VersionLoader.take_up`.
         """
         with self._rows.reader() if snapshot is None else nullcontext(snapshot) as reader:
             prepared = self.prepare(queries, reader, number)

@@ -18,6 +18,7 @@ FIELDS = frozenset(("features", "vector", "attributes", "sources"))
 """Fields that an answer has only on request."""
 NOBODY = "\0"
 """A user id that no user has: the unknown user."""
+LATEST_MS = 253_402_300_799_000  # the end of the year 9999
 MOST_ITEMS = 1000
 """The maximum number of items to rank."""
 STEEPEST_LOGIT = 60.0

@@ -47,14 +47,8 @@ def scored(
 ) -> NDArray[np.intp]:
     """Scores the candidates of the only query of `prepared`, whose version must have item weights.
 
-    Returns their indices in `work`, best first.
-
-    Args:
-        prepared: The prepared query.
-        outputs: The program's outputs for it.
-        clicks: The user's clicks, newest first.
-        category: The only category to take items from; None for all.
-        work: Reused for each answer; has the candidates afterwards.
+    Returns their indices in `work`, best first. `clicks` are the user's, newest first. `category` is the only one to take
+    items from; None for all.
     """
     version, question = prepared.version, prepared.asked[0]
     assert version.item_weights is not None

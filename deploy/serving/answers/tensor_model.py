@@ -1,12 +1,6 @@
 """Evaluates the model on named tensors, as the TensorFlow Serving API does, independent of HTTP and gRPC.
 
-There are two signatures:
-
-    serving_default   users by id: serving looks up histories, windows and rows
-    raw               the program's own inputs, with the names in the version's graph
-
-One version answers all rows of a request: the served one, or any that this host still holds, by number or label.
-`stable` is the version that answers and `previous` the one before it, unless the operator assigned them.
+The signature `serving_default` takes users by id. `raw` takes the program's own inputs, by their names in the graph.
 """
 
 from __future__ import annotations
@@ -21,7 +15,7 @@ from numpy.typing import NDArray
 
 from deploy.serving.answers.predictor import KINDS, Predictor
 from deploy.serving.answers.program import batch_of
-from deploy.serving.answers.query import Query
+from deploy.serving.answers.query import LATEST_MS, Query
 from deploy.serving.answers.queue import MOST_AT_ONCE, StepQueue
 from deploy.serving.answers.version import LoadedVersion, named
 from deploy.serving.notes import CONTROL_NOTE
@@ -37,7 +31,6 @@ STABLE, PREVIOUS = "stable", "previous"
 MODEL = "profile"
 MOST_ROWS = 1000
 VECTOR = frozenset(("vector",))
-LATEST_MS = 253_402_300_799_000  # the end of the year 9999
 
 Tensor = NDArray[Any]
 Tensors = Mapping[str, Tensor]

@@ -394,11 +394,7 @@ class VersionLoader:
         return None if self._loaded is None else self._loaded.served.version
 
     def take_up(self, reader: RowReader, version: int | None = None) -> LoadedVersion:
-        """Returns the serving version, reloaded if it changed, or another one on this host.
-
-        Args:
-            reader: The reader of the transaction.
-            version: Its number; None for the serving version.
+        """Returns the serving version, reloaded if it changed, or another one on this host, by number.
 
         Raises:
             NotReady: There is no version yet.

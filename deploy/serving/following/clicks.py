@@ -1,11 +1,4 @@
-"""Follows the micro-batch topic and applies each record exactly once to the host's histories.
-
-1. Read records by position. The position read up to is stored with the histories.
-2. Skip rows that the histories already have (the stream wrote them again after a crash).
-3. Treat positions that no micro-batch covers as a gap: count it, log it, and continue.
-4. For each record, commit histories, source positions, the topic's position, names, items' categories and the event
-   clock together.
-"""
+"""Follows the micro-batch topic and applies each record exactly once to the host's histories."""
 
 from __future__ import annotations
 

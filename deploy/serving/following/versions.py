@@ -1,21 +1,4 @@
-"""Applies the version that control wants to the host's row store, and moves the pointer to it.
-
-    situation                 what happens
-    control pins V            exactly V is wanted
-    control follows           the newest version of control's epoch is wanted, durable or recent
-    the epoch has none yet    the epoch's base is wanted if there is one; else the pointer stays
-    V is not on this host     recent versions are applied onto an ancestor on this host. Without one, deltas are applied
-                              onto an ancestor, then recent versions. Without an ancestor, base and deltas are applied
-                              in a separate lane, while the old version answers
-    V is older                a recent version that its epoch no longer has keeps answering: the trainer was killed, and
-                              makes it again from the log
-    V has a label             it is applied too, one step at a time, while answers use the version that control wants
-    V is corrupt              the last good version keeps answering; another base is tried
-    V fails its probe         likewise; its rows stay on this host, because later versions build on them
-
-Each version is one transaction. While control follows, that transaction also moves the pointer. A version that
-cannot be read is logged once and tried again after a while.
-"""
+"""Applies the version that control wants to the host's row store, and moves the pointer to it."""
 
 from __future__ import annotations
 
@@ -386,6 +369,12 @@ def show_control(control: Control, metrics: ApplierMetrics) -> None:
 
 class VersionFollower:
     """Keeps the row store at the version that control wants; used by one thread, the store's only writer.
+
+    Control pins a version, or follows the newest of its epoch, durable or recent; before the epoch has one, its base. Each
+    version is one transaction. While control follows, that transaction also moves the pointer. Without an ancestor on this
+    host, base and deltas are applied in a separate lane, while the old version answers. A version that cannot be read, or
+    fails its probe, does not answer; it is logged once, and the first is tried again after a while. Labelled versions are
+    applied too.
 
     Attributes:
         erased: The last erasure whose users no longer have data in the store.

@@ -1,8 +1,6 @@
 """Authenticates clients of a worker: its TLS certificate, and bearer tokens; both are reloaded when their files change.
 
-Each role has a file of tokens, one per line, readable only by its owner and created at the first start. `read` may
-request answers; `operate` also metrics and every operation that changes something. A request carries its token as
-`Authorization: Bearer TOKEN`, over HTTP and gRPC alike. A change takes effect within a second, without a restart.
+Each role has a file of tokens, one per line, readable only by its owner and created at the first start.
 """
 
 from __future__ import annotations

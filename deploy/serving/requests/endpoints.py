@@ -1,23 +1,6 @@
 """The endpoints of a worker: profiles, items, explanations and segments, over HTTP and gRPC, and its health.
 
-`docs/reference/api.md` documents the API for callers. The gRPC service `springtide.v1.Profiles` gives the same
-answers; its requests are converted to the parameters and bodies of HTTP.
-
-    GET  /v1/profiles/{user_id}?item=&category=&at=&context.NAME=&fields=&top=
-    POST /v1/profiles:batch      {"profiles": [{"user_id": ..., "item": ..., ...}, ...]} or {"users": [...]}, "fields", "top"
-    GET  /v1/profiles/{user_id}/explain?label=|item=&category=&at=&context.NAME=&top=
-
-    POST /v1/rank      {"user_id": ..., "items": [...], "context": {...}, "at": ...}
-    GET  /v1/recommendations/{user_id}?n=&category=&exclude_seen=&at=&context.NAME=
-    GET  /v1/similar/{user_id}?n=&exclude_seen=&at=&context.NAME=
-
-    GET /v1/segments
-    GET /v1/segments/{segment}?from=&n=
-    GET /v1/segments/{segment}/users/{user_id}
-    GET /v1/segments/{segment}/lookalikes?n=
-
-    GET /v1/hosts
-    GET /healthz /readyz /metrics
+`docs/reference/api.md` documents the API for callers. gRPC gives the same answers as HTTP.
 """
 
 from __future__ import annotations

@@ -9,11 +9,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from deploy.serving.answers.query import FIELDS, MOST_ITEMS, Cap, NamedItem, Query, WantedItems
+from deploy.serving.answers.query import FIELDS, LATEST_MS, MOST_ITEMS, Cap, NamedItem, Query, WantedItems
 from state.errors import BadRequest
 
 MOST_PROFILES = 1000
-LATEST_MS = 253_402_300_799_000  # the end of the year 9999
 TOP = 10
 MOST_TOP = 10_000
 MOST_RECOMMENDED = 100

@@ -1,11 +1,4 @@
-"""A worker's HTTP server: uvicorn's, which checks its connections every second and drains before it stops.
-
-Shutdown, at SIGTERM or SIGINT:
-
-1. /readyz answers 503, gRPC's health answers NOT_SERVING, and each HTTP answer announces that its connection closes.
-   Connections are still accepted for `drain_s`, so that clients can switch to another host.
-2. No more connections are accepted. Connections without a request are closed, and pending requests are answered.
-"""
+"""A worker's HTTP server: uvicorn's, which checks its connections every second and drains before it stops."""
 
 from __future__ import annotations
 
@@ -191,7 +184,12 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Ends in the order of the module docstring."""
+        """Stops as SIGTERM and SIGINT ask.
+
+        1. /readyz answers 503, gRPC's health NOT_SERVING, and each HTTP answer announces that its connection closes.
+           Connections are still accepted for `drain_s`, so that clients can switch to another host.
+        2. No more connections are accepted. Connections without a request are closed, and pending requests are answered.
+        """
         # 1. Clients may switch to another host.
         self._app.draining = True
         if self._grpc is not None:

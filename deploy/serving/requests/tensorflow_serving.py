@@ -1,11 +1,6 @@
-"""TensorFlow Serving's interfaces over REST and gRPC: status, metadata and predictions in its formats.
+"""TensorFlow Serving's interfaces over REST and gRPC: status, metadata and predictions, with its formats and codes.
 
-    GET  /v1/models/profile[/versions/V|/labels/L][/metadata]
-    POST /v1/models/profile[/versions/V|/labels/L]:predict    {"instances": [...]} or {"inputs": {...}}
-
-Tensors in JSON are by row (`instances`) or by column (`inputs`), with bytes as `{"b64": TEXT}`; errors are
-`{"error": TEXT}`. Over gRPC, `PredictionService` and `ModelService` answer as far as they apply to this model, with
-strings as bytes in arrays of objects. Status codes are TensorFlow Serving's.
+Tensors in JSON are by row (`instances`) or by column (`inputs`), with bytes as `{"b64": TEXT}`.
 """
 
 from __future__ import annotations

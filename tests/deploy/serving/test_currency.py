@@ -6,16 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry
 
-from deploy.serving.answers.host import Host
 from deploy.serving.applier import LogCheck
 from deploy.serving.notes import CLICKS, NOTE_MS, VERSIONS, Currency
-from deploy.serving.rest import App
-from state.events.identity import Salt
 from state.layout import CURRENT
-from tests.deploy.serving.http_api.test_app import ask
-from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Stores
+from tests.deploy.serving.http_api.test_app import app_of, ask
+from tests.deploy.serving.stocked import NOW_MS, Stores
 from tests.deploy.serving.test_clicks import LOG, Following, append, record, written
 
 
@@ -43,9 +39,8 @@ def test_a_moment_is_noted_at_most_once_a_second_whatever_the_clock_does(tmp_pat
 
 
 def test_what_is_missed_for_a_minute_is_degraded_and_still_ready(stores: Stores) -> None:
-    stores.close()
     now = [NOW_MS]
-    app = App(Host(stores.settings, Salt(SALT_KEY), now_ms=lambda: now[0]), CollectorRegistry())
+    app = app_of(stores, lambda: now[0])
     notes = Currency(stores.settings.serving_dir, CURRENT)
     for part in (VERSIONS, CLICKS):
         notes.note(part, NOW_MS)
@@ -60,12 +55,10 @@ def test_what_is_missed_for_a_minute_is_degraded_and_still_ready(stores: Stores)
 
 
 def test_readiness_ends_with_currency_and_comes_again(stores: Stores) -> None:
-    stores.close()
-    settings = replace(stores.settings, serving=replace(stores.settings.serving, max_age_s=30.0))
     now = [NOW_MS]
-    app = App(Host(settings, Salt(SALT_KEY), now_ms=lambda: now[0]), CollectorRegistry())
+    app = app_of(stores, lambda: now[0], serving=replace(stores.settings.serving, max_age_s=30.0))
     assert ask(app, "GET", "/readyz").status_code == 503
-    notes = Currency(settings.serving_dir, CURRENT)
+    notes = Currency(stores.settings.serving_dir, CURRENT)
     for part in (VERSIONS, CLICKS):
         notes.note(part, NOW_MS)
     assert ask(app, "GET", "/readyz").json()["ready"]

@@ -21,7 +21,7 @@ from state.errors import CorruptVersion, NotReady, ProgramError, SaltMismatch, S
 from state.events.identity import public_id, user_id
 from state.features.erased import EVERYTHING, Erased
 from state.features.masked_users import MaskedUsers
-from state.features.spec import FeatureSpec, Mask, vectorise
+from state.features.spec import FeatureSpec, Mask
 from state.history.actions import numbered
 from state.history.appends import Appends
 from state.layout import PROGRAMS
@@ -29,7 +29,6 @@ from state.ranking import transitions
 from state.ranking.transitions import Lists, record
 from state.registry.registry import Registry
 from tests.deploy.serving.stocked import (
-    DIM,
     NOW_MS,
     SALT,
     SOURCE,
@@ -37,48 +36,11 @@ from tests.deploy.serving.stocked import (
     Stores,
     digest_of,
     manifest,
-    no_succession,
+    model_outputs,
     predictor,
     row_of,
     tensors,
 )
-
-
-def reference(
-    stores: Stores, user: str, labels: list[str], popular: list[str], item: str, category: str
-) -> dict[str, Any]:
-    """What the model itself says, from inputs composed here."""
-    spec = FeatureSpec()
-    vector = vectorise(stores.histories.read(user_id(SALT, user)), NOW_MS, None, Mask.NONE, spec)
-    known = {"shoes", "hats", "books", "tea"}
-    zeros = np.zeros(DIM, np.float32)
-    row = {name: row_of("category", name, 1) if name in known else zeros for name in (*labels, *popular, category)}
-    rows, mask = (
-        np.zeros((1, spec.recent_categories, DIM), np.float32),
-        np.zeros((1, spec.recent_categories), np.float32),
-    )
-    for place, name in enumerate(labels):
-        rows[0, place], mask[0, place] = row[name], 1.0
-    popular_rows, popular_mask = np.zeros((4, DIM), np.float32), np.zeros((1, 4), np.float32)
-    for place, name in enumerate(popular):
-        popular_rows[place], popular_mask[0, place] = row[name], float(name not in labels)
-    outputs = stores.lowered.model.predict(
-        {
-            "features": vector.features.astype(np.float32)[None],
-            "user_row": (row_of("user", user, 1) if user == "ann" else zeros)[None],
-            "context_row": zeros[None],
-            "item_row": (row_of("item", item, 1) if item == "i1" else zeros)[None],
-            "category_row": row[category][None],
-            "recent_rows": rows,
-            "category_windows": vector.category_windows.astype(np.float32)[None],
-            "recent_mask": mask,
-            "popular_rows": popular_rows,
-            "popular_mask": popular_mask,
-            "cross": np.zeros(1, np.float32),
-            **no_succession(),
-        }
-    )
-    return {name: np.asarray(value) for name, value in outputs.items()}
 
 
 def check(answer: Profile, outputs: dict[str, Any], candidates: list[tuple[str, str, int]]) -> None:
@@ -96,7 +58,7 @@ def check(answer: Profile, outputs: dict[str, Any], candidates: list[tuple[str, 
 def test_a_known_user_is_scored_as_the_model_scores(stores: Stores) -> None:
     """Candidates are the user's labels, newest first, and the popular label that is not among them."""
     answer = predictor(stores).profile("ann", item="i1")
-    outputs = reference(stores, "ann", ["shoes", "hats"], ["tea", "shoes"], "i1", "hats")
+    outputs = model_outputs(stores, "ann", item_row=row_of("item", "i1", 1), category_row=row_of("category", "hats", 1))
     tea = f"{public_id('tea'):016x}"
     check(answer, outputs, [("shoes", "recent_logits", 0), ("hats", "recent_logits", 1), (tea, "popular_logits", 0)])
     assert answer.known and not answer.cold_start
@@ -109,7 +71,7 @@ def test_a_known_user_is_scored_as_the_model_scores(stores: Stores) -> None:
 
 def test_a_user_without_a_row_is_known_by_the_clicks(stores: Stores) -> None:
     answer = predictor(stores).profile("bob")
-    outputs = reference(stores, "bob", ["books"], ["tea", "shoes"], "none", "books")
+    outputs = model_outputs(stores, "bob")
     tea = f"{public_id('tea'):016x}"
     check(answer, outputs, [("books", "recent_logits", 0), (tea, "popular_logits", 0), ("shoes", "popular_logits", 1)])
     assert answer.known and answer.engagement is None
@@ -149,7 +111,7 @@ def test_a_worker_that_followed_versions_answers_as_one_that_starts_at_the_last(
 
 def test_an_unknown_user_gets_the_popular_labels(stores: Stores) -> None:
     answer = predictor(stores).profile("nobody")
-    outputs = reference(stores, "nobody", [], ["tea", "shoes"], "none", "tea")
+    outputs = model_outputs(stores, "nobody")
     tea = f"{public_id('tea'):016x}"
     check(answer, outputs, [(tea, "popular_logits", 0), ("shoes", "popular_logits", 1)])
     assert not answer.known and answer.cold_start

@@ -229,6 +229,7 @@ def test_a_snapshot_beyond_the_budget_is_not_written(tmp_path: Path, caplog: pyt
     assert not host.location.names(snapshots.FILES)
 
 
+@pytest.mark.nightly
 def test_processes_that_are_killed_while_they_write_and_load_end_with_equal_histories(
     kafka_settings: KafkaFactory, tmp_path: Path
 ) -> None:

@@ -24,7 +24,7 @@ from tests.deploy.serving.grpc_api.test_profiles import call, of
 from tests.deploy.serving.stocked import Stores
 from tests.deploy.serving.test_rest import answers, until, worker
 
-COUNT = int(os.environ.get("MALFORMED", "600"))
+COUNT = int(os.environ.get("MALFORMED", "300"))
 SEED = int(os.environ.get("SEED", "7"))
 STATUS = re.compile(rb"^HTTP/1\.1 (\d{3}) ", re.MULTILINE)
 OURS = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DATA_LOSS}

@@ -20,12 +20,12 @@ from deploy.serving.answers.explaining import (
 )
 from deploy.serving.answers.predictor import Predictor
 from deploy.serving.answers.query import Query
+from deploy.serving.answers.queue import finished
 from springtide_client.answers import BehindIt, Explanation
 from state.errors import BadRequest
 from state.events.identity import Salt, public_id, user_id
 from state.features.spec import EVENT, LABELLED, POSITIVE, FeatureSpec
 from state.history.appends import Appends
-from tests.deploy.serving.recommending.test_ranking import run
 from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Stores, clicks
 from tests.deploy.serving.stocked import predictor as predictor_of
 from tests.deploy.serving.test_own_tables import looking_up as looking_up
@@ -33,9 +33,7 @@ from tests.deploy.serving.test_own_tables import predictor as predictor
 
 
 def explained(answers: Predictor, query: Query, label: str | None = None) -> Explanation:
-    """What the steps return in the end."""
-    found: Explanation = run(explain(answers, query, label))[1]
-    return found
+    return finished(explain(answers, query, label))
 
 
 def busy(stores: Stores) -> Predictor:

@@ -27,7 +27,7 @@ def app(stores: Stores) -> Iterator[App]:
         made = tensors(stores.lowered, version, {"user": ["ann"], "category": ["hats"]}, ["tea", "shoes"])
         stores.rows.apply(manifest(version, digest_of(stores.lowered), parent=version - 1), made, NOW_MS, follow=True)
     stores.rows.steer({CONTROL_NOTE: json.dumps({"generation": 1, "labels": {"canary": 1}}).encode()})
-    made_app, _ = app_of(stores)
+    made_app = app_of(stores)
     yield made_app
     made_app.close()
 

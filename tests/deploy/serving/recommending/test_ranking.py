@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import pytest
 from deploy.serving.answers.items import UserPairs, over_caps, rank
 from deploy.serving.answers.predictor import Predictor
 from deploy.serving.answers.query import Cap, NamedItem, Query
+from deploy.serving.answers.queue import finished
 from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
 from springtide_client.answers import LeftOutItem
 from state.attributes.store import AttributeStore
@@ -23,17 +24,6 @@ from tests.deploy.serving.test_attributes import known as known
 from tests.deploy.serving.test_crosses import ids_of, learn, numbers
 
 
-def run(steps: Generator[None, None, Any]) -> tuple[int, Any]:
-    """How often a generator stopped, and what it returned."""
-    stops = 0
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return stops, end.value
-        stops += 1
-
-
 def test_items_are_scored_as_one_by_one_and_come_best_first(stores: Stores) -> None:
     """Clicked or not, with a category or without; of equal ones the first one named comes first."""
     answers = predictor(stores)
@@ -42,8 +32,9 @@ def test_items_are_scored_as_one_by_one_and_come_best_first(stores: Stores) -> N
         NamedItem("i1"),
         NamedItem("never"),
     ]
-    stops, found = run(rank(answers, Query("ann"), asked))
-    assert stops == 2 and len(found.items) == len(asked)
+    found = finished(rank(answers, Query("ann"), asked))
+    assert len(found.items) == len(asked)
+    assert len(list(rank(answers, Query("ann"), asked))) == 2, "it stops after each batch"
     given = [one.probability for one in found.items]
     assert given == sorted(given, reverse=True)
     shown = {one.item: one for one in found.items}
@@ -59,7 +50,7 @@ def test_items_are_scored_as_one_by_one_and_come_best_first(stores: Stores) -> N
 
 def test_all_items_are_scored_by_the_version_that_answered_first(stores: Stores) -> None:
     answers, items = predictor(stores), [NamedItem(f"n{n}", "shoes") for n in range(600)]
-    _, wanted = run(rank(answers, Query("ann"), items))
+    wanted = finished(rank(answers, Query("ann"), items))
     steps = rank(answers, Query("ann"), items)
     next(steps)
     other = {name: value + 0.5 for name, value in stores.lowered.weights.items()}
@@ -67,9 +58,9 @@ def test_all_items_are_scored_by_the_version_that_answered_first(stores: Stores)
     made |= {f"dense.{name}": np.asarray(value, np.float32) for name, value in other.items()}
     stores.rows.apply(manifest(2, digest_of(stores.lowered), parent=1), made, NOW_MS, follow=True)
     assert answers.profile("ann").version.number == 2
-    _, found = run(steps)
+    found = finished(steps)
     assert found.version.number == 1 and found.items == wanted.items
-    _, later = run(rank(answers, Query("ann"), items))
+    later = finished(rank(answers, Query("ann"), items))
     assert later.version.number == 2 and later.items != wanted.items
 
 
@@ -77,7 +68,7 @@ DAY = 86_400.0
 
 
 def ranked(stores: Stores, items: Sequence[NamedItem], impressions: Sequence[int] = (), user: str = "ann") -> Any:
-    return run(rank(predictor(stores), Query(user, at_ms=NOW_MS), items, impressions))[1]
+    return finished(rank(predictor(stores), Query(user, at_ms=NOW_MS), items, impressions))
 
 
 def test_items_with_bids_come_by_probability_times_bid(stores: Stores) -> None:

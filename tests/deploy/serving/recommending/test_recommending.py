@@ -10,11 +10,11 @@ import pytest
 from deploy.serving.answers.item_index import ItemSources
 from deploy.serving.answers.items import recommend, visits_of
 from deploy.serving.answers.query import Query, WantedItems
+from deploy.serving.answers.queue import finished
 from deploy.serving.following.remembered import Remembered
 from state.events.identity import public_id, user_id
 from state.features.spec import Mask
 from state.history.appends import Appends
-from tests.deploy.serving.recommending.test_ranking import run
 from tests.deploy.serving.recommending.test_shelves import news
 from tests.deploy.serving.stocked import NOW_MS, SALT, Stores, clicks, predictor
 
@@ -36,7 +36,7 @@ def recommended(stores: Stores, user: str, wanted: WantedItems, sources: ItemSou
     sources = sources or ItemSources(stores.histories, stores.rows)
     while sources.turn():
         pass
-    return run(recommend(predictor(stores), sources, Query(user), wanted))[1]
+    return finished(recommend(predictor(stores), sources, Query(user), wanted))
 
 
 def test_items_come_from_categories_and_clicks_by_the_models_scores(stores: Stores) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from deploy.serving.answers.item_index import ItemSources
 from deploy.serving.answers.items import recommend
 from deploy.serving.answers.query import Query, WantedItems
+from deploy.serving.answers.queue import finished
 from deploy.serving.following.remembered import Remembered
 from state.config.settings import Settings
 from state.events.identity import public_id, user_id
@@ -18,7 +19,6 @@ from state.ranking import item_scores
 from state.ranking.item_lists import CLICKED, EVERYTHING, FOLLOWED, VISITED
 from state.ranking.item_scores import COLUMNS, WEIGHTS, Reads, Workspace, first_weights, sources_of
 from tests.bench.recorded import micro_batches, plain
-from tests.deploy.serving.recommending.test_ranking import run
 from tests.deploy.serving.recommending.test_shelves import news
 from tests.deploy.serving.stocked import NOW_MS, SALT, Stores, clicks, digest_of, manifest, predictor
 from tests.trainer.engine.test_item_ranking import count
@@ -60,11 +60,8 @@ def serve(stores: Stores, ranking: ItemRanking, weights: Any) -> None:
 
 
 def recommended(stores: Stores, user: str, wanted: WantedItems) -> list[Any]:
-    found = run(
-        recommend(predictor(stores), ItemSources(stores.histories, stores.rows), Query(user, at_ms=NOW_MS), wanted)
-    )
-    items: list[Any] = found[1].items
-    return items
+    sources = ItemSources(stores.histories, stores.rows)
+    return finished(recommend(predictor(stores), sources, Query(user, at_ms=NOW_MS), wanted)).items
 
 
 def test_serving_scores_what_the_trainer_scores(stores: Stores) -> None:

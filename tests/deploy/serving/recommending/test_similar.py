@@ -10,8 +10,8 @@ import pytest
 from deploy.serving.answers.item_index import ItemSources
 from deploy.serving.answers.items import recommend, similar
 from deploy.serving.answers.query import Query, WantedItems
+from deploy.serving.answers.queue import finished
 from state.events.identity import public_id
-from tests.deploy.serving.recommending.test_ranking import run
 from tests.deploy.serving.stocked import NOW_MS, Stores, digest_of, manifest, predictor, row_of, tensors
 
 ITEMS = [f"item-{number}" for number in range(300)]
@@ -67,12 +67,12 @@ def test_what_the_user_clicked_is_left_out_where_that_is_asked_for(stores: Store
 def test_near_items_are_recommended_with_that_reason(stores: Stores) -> None:
     learn(stores, 2)
     sources = sources_of(stores)
-    found = run(recommend(predictor(stores), sources, Query("ann"), WantedItems(50)))[1]
+    found = finished(recommend(predictor(stores), sources, Query("ann"), WantedItems(50)))
     near = [one for one in found.items if one.reason == "similar"]
     assert len(near) > 20
     nearest = similar(predictor(stores), sources.near, Query("ann"), WantedItems(100))
     assert {one.id for one in near} <= {one.id for one in nearest.items}
-    assert not run(recommend(predictor(stores), sources, Query("ann"), WantedItems(50, "tea")))[1].items
+    assert not finished(recommend(predictor(stores), sources, Query("ann"), WantedItems(50, "tea"))).items
 
 
 def test_items_that_the_version_has_no_row_of_are_not_near(stores: Stores) -> None:
