@@ -14,8 +14,8 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from dataclasses import dataclass
+from typing import Any, Concatenate, ParamSpec, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -130,8 +130,7 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 
-@dataclass(frozen=True)
-class Cap:
+class Cap(msgspec.Struct, frozen=True):
     """The maximum number of times (`count`) that a user may see an item within a period.
 
     The period ends at the requested time (`at`) and has `within_s` seconds.
@@ -141,7 +140,7 @@ class Cap:
     within_s: float
 
 
-class Item(NamedTuple):
+class Item(msgspec.Struct, frozen=True, omit_defaults=True):
     """An item to rank; `item` and `category` are raw ids.
 
     Attributes:
@@ -156,7 +155,7 @@ class Item(NamedTuple):
     cap: Cap | None = None
 
 
-class User(NamedTuple):
+class User(msgspec.Struct, frozen=True, omit_defaults=True):
     """One user of a batch request.
 
     Attributes:
@@ -169,7 +168,7 @@ class User(NamedTuple):
     item: str | None = None
     category: str | None = None
     at: str | int | None = None
-    context: Mapping[str, str] | None = None
+    context: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -284,11 +283,14 @@ class AsyncClient:
         They are all of one version, unless hosts hold parts of the users: then those of one host are.
         """
         named = [User(user) if isinstance(user, str) else user for user in users]
-        options = {"fields": list(fields) or None, "top": top}
+        options = _without_none({"fields": list(fields) or None, "top": top})
 
         async def part(indices: Sequence[int]) -> list[Profile]:
-            queries = [_without_none(named[index]._asdict()) for index in indices]
-            body, ids = _without_none({"profiles": queries, **options}), [named[index].user_id for index in indices]
+            users_of_part = [named[index] for index in indices]
+            body, ids = (
+                {"profiles": msgspec.to_builtins(users_of_part), **options},
+                [user.user_id for user in users_of_part],
+            )
             return (await self._ask("POST", "/v1/profiles:batch", Profiles, ids, json=body)).profiles
 
         if self._routes is None or not named:
@@ -316,8 +318,7 @@ class AsyncClient:
 
         With bids, the item of the highest expected value comes first. Items at their cap are only in `left_out`.
         """
-        named = [item if isinstance(item, str) else _item(item) for item in items]
-        body = {"user_id": user_id, "items": named, "at": at, "context": context}
+        body = {"user_id": user_id, "items": msgspec.to_builtins(list(items)), "at": at, "context": context}
         return await self._ask("POST", "/v1/rank", Ranking, [user_id], json=_without_none(body))
 
     async def recommend(
@@ -468,8 +469,10 @@ class AsyncClient:
                 if wait_s is None:
                     raise
             else:
+                if response.status_code not in AGAIN:
+                    return _decoded(response, kind)
                 wait_s = self._retries.wait_s(tried, _retry_after_s(response), deadline_s - loop.time())
-                if response.status_code not in AGAIN or wait_s is None:
+                if wait_s is None:
                     return _decoded(response, kind)
             await asyncio.sleep(wait_s)
 
@@ -668,11 +671,6 @@ def _model(version: int | None, label: str | None) -> str:
         raise ClientError("both a version and a label are given", "name the version by one of them")
     chosen = f"/versions/{version}" if version is not None else f"/labels/{in_path(label)}" if label is not None else ""
     return f"/v1/models/profile{chosen}"
-
-
-def _item(item: Item) -> dict[str, Any]:
-    cap = {} if item.cap is None else {"cap": asdict(item.cap)}
-    return _without_none(item._asdict()) | cap
 
 
 def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:

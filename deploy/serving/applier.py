@@ -284,26 +284,6 @@ class LogCheck:
         return at_ms
 
 
-class Every:
-    """Rate limit: true at most once in `period_s`.
-
-    >>> due = Every(1.0)
-    >>> due(10.0), due(10.5), due(11.0)
-    (True, False, True)
-    """
-
-    def __init__(self, period_s: float) -> None:
-        self._period_s = period_s
-        self._next_s = 0.0
-
-    def __call__(self, now_s: float) -> bool:
-        """Whether the period has passed since the last True."""
-        if now_s < self._next_s:
-            return False
-        self._next_s = now_s + self._period_s
-        return True
-
-
 class Applier:
     """Runs the followers and their maintenance until `stop` is set. A thread that fails sets it."""
 
@@ -404,7 +384,7 @@ class Applier:
         return min(now_ms, reached_ms(self._settings.registry_dir))
 
     def _follow_versions(self) -> None:
-        sample, house, room = Every(SAMPLE_S), Every(HOUSE_S), self._room()
+        sample_s, house_s, room = 0.0, 0.0, self._room()
         say, holes = SaidOnce(_log.error), Holes()
         while not self._stop.is_set():
             more, pause_s = False, POLL_S
@@ -421,10 +401,12 @@ class Applier:
                     say(f"the registry cannot be followed: {error}; answers go on as they are")
                 pause_s = RETRY_S
             now_s = time.monotonic()
-            if sample(now_s):
+            if now_s >= sample_s:
+                sample_s = now_s + SAMPLE_S
                 show_ages(self.versions.served, self.clicks.newest_ms, self._now_ms(), self.metrics)
             holes.tick()
-            if house(now_s):
+            if now_s >= house_s:
+                house_s = now_s + HOUSE_S
                 self._rows.keep_house()
                 self._histories.clear_stale_readers()
                 if self._attributes is not None:

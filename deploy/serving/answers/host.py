@@ -130,7 +130,8 @@ class Host:
                 "the histories are still being rebuilt from the micro-batch topic; wait for the applier"
             )
         try:
-            predictor.ready()
+            with predictor.reading() as reader:
+                predictor.take_up(reader)
         except NotReady as error:
             missing["version"] = str(error)
         except SpringtideError as error:

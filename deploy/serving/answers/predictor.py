@@ -33,7 +33,7 @@ from state.history.actions import exchanged
 from state.history.store import HistoryStore
 from state.ranking.crosses import Values
 from state.ranking.transitions import Succession, succession
-from state.rows.reader import RowReader, Served
+from state.rows.reader import RowReader
 from state.rows.store import RowStore
 
 KINDS = ("recent", "popular", "successor")
@@ -308,11 +308,6 @@ class Predictor:
         newest_first: Events = visible[np.argsort(-visible["at_ms"], kind="stable")]
         return newest_first
 
-    def ready(self) -> Served:
-        """Returns the version that answers would use now; raises as `profiles` does."""
-        with self._rows.reader() as reader:
-            return self._versions.take_up(reader).served
-
     def _mask(self, reader: RowReader) -> Mask:
         control = reader.note(CONTROL_NOTE)
         if control != self._control[0]:
@@ -497,8 +492,7 @@ def _add_sequence(inputs: Inputs, row: int, vectors: Vector, rows: VersionRows) 
     vector = Vector(*[column[row] for column in vectors])
     count = int((vector.sequence_actions != 0).sum())
     if "sequence_item_rows" in inputs:
-        for k, item in enumerate(vector.sequence_items[:count].tolist()):
-            inputs["sequence_item_rows"][row, k] = rows.item(item)
+        inputs["sequence_item_rows"][row, :count] = rows.items(vector.sequence_items[:count].tolist())
     if "sequence_category_rows" in inputs:
         inputs["sequence_category_rows"][row, :count] = rows.categories(vector.sequence_categories[:count].tolist())
     for name in ("sequence_actions", "sequence_ages"):

@@ -176,10 +176,6 @@ class VersionRows:
         row = self.reader.row("user", identity, self.served)
         return None if row is None else np.frombuffer(row, np.float32)
 
-    def item(self, identity: int) -> F32:
-        """Returns an item's row, `[dim]` float32; zeros for an item without one."""
-        return np.frombuffer(self.reader.row("item", identity, self.served) or self._missing["item"], np.float32)
-
     def has_item(self, identity: int) -> bool:
         """Whether an item has a row."""
         return self.reader.row("item", identity, self.served) is not None

@@ -113,6 +113,8 @@ class HistoryFollower:
 
     Attributes:
         newest_ms: The store's event clock.
+        caught_up: Whether the topic was ever read to its end.
+        positions: By partition of the log, where the histories end.
         committed: Called with the events of each commit, after it.
     """
 
@@ -131,7 +133,7 @@ class HistoryFollower:
         self._reach_ms, self._kept = self._spec.reach_ms(settings.events), settings.history
         self._metrics, self._now_ms = metrics, now_ms
         self._log: Follower | None = None
-        self._positions: dict[int, int] = {}
+        self.positions: Mapping[int, int] = {}
         self._housekept_ms = 0
         self.committed: Callable[[Appends], None] = lambda appends: None
         self.begin()
@@ -145,7 +147,7 @@ class HistoryFollower:
         salt = store.extra(SALT_EXTRA)
         self._salt, self._begun = self._own_salt if salt is None else salt.decode(), bool(self._marks)
         self.newest_ms = clock_of(store)
-        self._caught_up = store.extra(CAUGHT_UP_EXTRA) is not None
+        self.caught_up = store.extra(CAUGHT_UP_EXTRA) is not None
 
     def connect(self, log: Log, topic: str) -> None:
         """Starts to read a topic at the position where the histories end.
@@ -177,7 +179,7 @@ class HistoryFollower:
         self._metrics.microbatch_lag_records.set(opening.unread)
         self._metrics.history_epoch.set(self._line[-1].epoch)
         self._metrics.log_away.set(0)
-        self._positions = dict(opening.next)
+        self.positions = dict(opening.next)
 
     def turn(self, line: LogLine, mask: Mask, partition: int, open_at: OpenAt) -> bool:
         """Moves the histories to the log branch that control names; returns whether the branch changed.
@@ -202,16 +204,6 @@ class HistoryFollower:
         self._upkeep.begin()
         self.newest_ms = clock_of(self._store)
         return True
-
-    @property
-    def caught_up(self) -> bool:
-        """Whether the topic was ever read to its end."""
-        return self._caught_up
-
-    @property
-    def positions(self) -> Mapping[int, int]:
-        """By partition of the log, where the histories end."""
-        return self._positions
 
     @property
     def connected(self) -> bool:
@@ -315,7 +307,7 @@ class HistoryFollower:
         self, batch: PartitionBatch, appends: Appends, ranges: Sequence[Range], extra: dict[str, bytes | None]
     ) -> None:
         following = onward(self._line, batch.next)
-        positions = self._positions | {batch.partition: following}
+        positions = {**self.positions, batch.partition: following}
         assert self._log is not None, "connect first"
         reader = self._log.reader
         leaders = {partition: reader.leader_epoch(partition, at) for partition, at in positions.items()}
@@ -327,7 +319,7 @@ class HistoryFollower:
         self._store.commit(appends, ranges, extra)
         killpoints.reach("follow.committed")
         self.committed(appends)
-        self._positions = positions
+        self.positions = positions
         if following != batch.next:
             reader.seek(batch.partition, following)
         self._metrics.history_rows.inc(int(appends.lengths[self._store.shares.has(appends.users)].sum()))
@@ -335,16 +327,16 @@ class HistoryFollower:
     def _keep_house(self, idle: bool) -> None:
         """Measures the lag and the store, once a second."""
         now_ms = self._now_ms()
-        if 0 <= now_ms - self._housekept_ms < EVERY_MS and not (idle and not self._caught_up):
+        if 0 <= now_ms - self._housekept_ms < EVERY_MS and not (idle and not self.caught_up):
             return
         self._housekept_ms = now_ms
         assert self._log is not None, "connect first"
         lag = self._log.lag()
         self._metrics.microbatch_lag_records.set(lag)
         self._metrics.log_away.set(not self._log.reader.reachable())
-        if not lag and not self._caught_up:
+        if not lag and not self.caught_up:
             self._store.commit(Appends.none(), (), {CAUGHT_UP_EXTRA: b"1"})
-            self._caught_up = True
+            self.caught_up = True
         self._upkeep.show()
 
 
