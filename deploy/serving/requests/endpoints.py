@@ -278,25 +278,25 @@ def _profile_message(answer: responses.Profile) -> Any:
     return message(f"{PACKAGE}.Profile")(**document)
 
 
+def _answering(answer: Callable[[Request], Any]) -> Callable[[Request], Awaitable[Response]]:
+    async def answered(request: Request) -> Response:
+        return Response(200, encode(answer(request)))
+
+    return answered
+
+
 def segment_endpoints(host: Host) -> list[Endpoint]:
     """Returns the endpoints that list segments and their members."""
 
-    async def segments(_: Request) -> Response:
-        return Response(200, encode(host.segments.sizes()))
-
-    async def segment(request: Request) -> Response:
+    def page(request: Request) -> responses.SegmentPage:
         parameters = request.parameters(SegmentParameters)
-        return Response(
-            200,
-            encode(host.segments.page(request.path["segment"], int(parameters.start, 16), parameters.n)),
-        )
+        return host.segments.page(request.path["segment"], int(parameters.start, 16), parameters.n)
 
-    async def user(request: Request) -> Response:
-        return Response(200, encode(host.segments.of_user(request.path["segment"], request.path["user_id"])))
+    def of_user(request: Request) -> responses.UserSegment:
+        return host.segments.of_user(request.path["segment"], request.path["user_id"])
 
-    async def lookalikes(request: Request) -> Response:
-        parameters = request.parameters(LookalikeParameters)
-        return Response(200, encode(host.segments.lookalikes(request.path["segment"], parameters.n)))
+    def lookalikes(request: Request) -> responses.SegmentLookalikes:
+        return host.segments.lookalikes(request.path["segment"], request.parameters(LookalikeParameters).n)
 
     failures = {**FAILED, 404: responses.Failure, 503: responses.Failure}
     return [
@@ -304,7 +304,7 @@ def segment_endpoints(host: Host) -> list[Endpoint]:
             "segments",
             ("GET",),
             "/v1/segments",
-            segments,
+            _answering(lambda _: host.segments.sizes()),
             "All segments, and how many users are in each.",
             returns=(responses.SegmentSizes,),
             failures={**FAILED, 503: responses.Failure},
@@ -313,7 +313,7 @@ def segment_endpoints(host: Host) -> list[Endpoint]:
             "segment",
             ("GET",),
             "/v1/segments/{segment}",
-            segment,
+            _answering(page),
             "A segment, and some of its members.",
             parameters=SegmentParameters,
             returns=(responses.SegmentPage,),
@@ -324,7 +324,7 @@ def segment_endpoints(host: Host) -> list[Endpoint]:
             "segment",
             ("GET",),
             "/v1/segments/{segment}/users/{user_id}",
-            user,
+            _answering(of_user),
             "Whether a user is in a segment.",
             returns=(responses.UserSegment,),
             failures=failures,
@@ -334,7 +334,7 @@ def segment_endpoints(host: Host) -> list[Endpoint]:
             "lookalikes",
             ("GET",),
             "/v1/segments/{segment}/lookalikes",
-            lookalikes,
+            _answering(lookalikes),
             "The users nearest to the members of a segment, as they were listed last.",
             parameters=LookalikeParameters,
             returns=(responses.SegmentLookalikes,),
@@ -347,16 +347,15 @@ def segment_endpoints(host: Host) -> list[Endpoint]:
 def host_endpoints(table: Callable[[], RoutingTable]) -> list[Endpoint]:
     """Returns the endpoint of the routing table, which `table` returns."""
 
-    async def live(_: Request) -> Response:
-        hosts = [{"address": host_entry.address, "shares": host_entry.shares} for host_entry in table().hosts]
-        return Response(200, encode({"hosts": hosts}))
+    def live(_: Request) -> responses.ServingHosts:
+        return responses.ServingHosts([responses.ServingHost(entry.address, entry.shares) for entry in table().hosts])
 
     return [
         Endpoint(
             "hosts",
             ("GET",),
             "/v1/hosts",
-            live,
+            _answering(live),
             "The live hosts that hold parts of the users; none if each host holds all users.",
             returns=(responses.ServingHosts,),
             failures=FAILED,
@@ -377,7 +376,7 @@ def health_endpoints(host: Host, registry: CollectorRegistry, draining: Callable
         document: dict[str, object] = {"ready": not missing}
         document |= {part: part not in missing for part in ("version", "program", "histories")}
         if refused is not None:
-            document["refused"] = {"version": refused[0], "reason": refused[1]}
+            document["refused"] = responses.RefusedVersion(*refused)
         if degraded:
             document["degraded"] = degraded
         if missing:
