@@ -610,10 +610,9 @@ def in_path(user_id: str) -> str:
     if not user_id:
         raise ClientError("an id is empty", "name a user, a segment or a label")
     try:
-        user_id.encode()
+        return quote(user_id, safe="") if user_id.strip(".") else "%2E" * len(user_id)
     except UnicodeEncodeError as error:
         raise _not_unicode(error) from None
-    return quote(user_id, safe="") if user_id.strip(".") else "%2E" * len(user_id)
 
 
 def _not_unicode(error: UnicodeEncodeError) -> ClientError:
@@ -637,8 +636,7 @@ def _decoded(response: httpx.Response, kind: type[T], statuses: Sequence[int] = 
             return msgspec.json.decode(response.content, type=kind)
         failure = msgspec.json.decode(response.content, type=Failure)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        request = f"{response.request.method} {_shape(response.request.url.raw_path.decode())}"
-        problem = f"{response.url.host} answers {status} to {request} in another form ({error})"
+        problem = f"{response.url.host} answers {status} in another form ({error})"
         do = "check the address, and the proxies between client and worker"
         if refusal is Refused:
             raise UnexpectedAnswer(problem, do) from None
@@ -650,19 +648,6 @@ def _retry_after_s(response: httpx.Response) -> float | None:
     """Returns the `retry-after` header in seconds; None if it is absent or a date."""
     value = response.headers.get("retry-after")
     return float(value) if value is not None and value.isascii() and value.isdigit() else None
-
-
-def _shape(path: str) -> str:
-    """Replaces the ids in a path with placeholders, and drops the parameters.
-
-    >>> _shape("/v1/profiles/ann/explain?label=hats"), _shape("/v1/profiles:batch")
-    ('/v1/profiles/{id}/explain', '/v1/profiles:batch')
-    >>> _shape("/v1/segments/sporty/users/ann")
-    '/v1/segments/{id}/users/{id}'
-    """
-    _, first, second, *rest = [*path.partition("?")[0].split("/"), ""]
-    # From the third part on, ids and words alternate.
-    return "/".join(("", first, second, *(part if at % 2 else "{id}" for at, part in enumerate(rest[:-1]))))
 
 
 def _model(version: int | None, label: str | None) -> str:

@@ -45,6 +45,7 @@ FieldsText = Annotated[
     ),
 ]
 Top = Annotated[int, Meta(ge=1, le=MOST_TOP, description="The most interests of an answer.")]
+Bid = Annotated[float, Meta(ge=0, description="The value of an engagement. All items have a bid, or none.")]
 UserId = Annotated[Id, Meta(description="The raw id.", examples=["ann", 7])]
 
 
@@ -143,16 +144,7 @@ class ItemToRank(_Given, frozen=True):
 
     item: Id
     category: Id | None = None
-    bid: (
-        Annotated[
-            float,
-            Meta(
-                ge=0,
-                description="What an engagement is worth: items are ranked by probability × bid. All items have one, or none.",
-            ),
-        ]
-        | None
-    ) = None
+    bid: Bid | None = None
     cap: Cap | None = None
 
 

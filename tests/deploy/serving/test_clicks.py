@@ -101,9 +101,10 @@ class Following:
     log: MemoryLog
     clock: Clock = field(default_factory=Clock)
     own_salt: str | None = None
+    history: int = Settings().features.history
 
     def __post_init__(self) -> None:
-        self.store = HistoryStore(self.path, map_bytes=MAP)
+        self.store = HistoryStore(self.path, self.history, MAP)
         self.metrics = ApplierMetrics(CollectorRegistry())
         settings = Settings(paths=Paths(registry=str(self.path.parent / "registry")), events=EVENTS)
         self.follower = HistoryFollower(self.store, settings, self.metrics, self.clock, own_salt=self.own_salt)

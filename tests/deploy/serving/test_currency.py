@@ -15,16 +15,6 @@ from tests.deploy.serving.stocked import NOW_MS, Stores
 from tests.deploy.serving.test_clicks import LOG, Following, append, record, written
 
 
-def test_what_was_current_longer_ago_than_bearable_is_named(tmp_path: Path) -> None:
-    writer, reader = Currency(tmp_path, CURRENT), Currency(tmp_path, CURRENT)
-    assert set(reader.older_than(30.0, NOW_MS)) == {VERSIONS, CLICKS}
-    writer.note(VERSIONS, NOW_MS)
-    writer.note(CLICKS, NOW_MS - 20_000)
-    assert reader.older_than(30.0, NOW_MS) == {}
-    assert set(reader.older_than(30.0, NOW_MS + 11_000)) == {CLICKS}
-    assert set(reader.older_than(30.0, NOW_MS + 31_000)) == {VERSIONS, CLICKS}
-
-
 def test_a_moment_is_noted_at_most_once_a_second_whatever_the_clock_does(tmp_path: Path) -> None:
     notes, path = Currency(tmp_path, CURRENT), tmp_path / f"{CURRENT}.{VERSIONS}"
 

@@ -157,17 +157,6 @@ def check(world: World, version: int) -> None:
     assert world.served() == (version, world.state[version])
 
 
-def test_versions_are_followed_in_order(world: World) -> None:
-    world.settle()
-    assert world.served() is None
-    for value in (1.0, 2.0, 3.0):
-        version = world.publish({1: value, int(value): value}).version
-        world.settle()
-        check(world, version)
-    assert (world.path / PROGRAMS / f"{world.program}.tflite").read_bytes() == b"a program"
-    assert world.metrics.applied_versions._value.get() == 3
-
-
 def test_where_recent_versions_went_unseen_durable_ones_lead_on(world: World, caplog: pytest.LogCaptureFixture) -> None:
     """An applier that was away longer than they stay reads nothing twice and says nothing."""
     world.publish({1: 1.0})
