@@ -239,33 +239,24 @@ class TensorModel:
             if unknown := set(wanted) - form.outputs.keys():
                 raise BadRequest(f"there is no output {min(unknown)!r}", f"take {', '.join(form.outputs)}")
             number = version.served.version
-            steps = self._steps_of(predictor, reader, number, name, form, tensors, rows)
-            parts = await self._steps.run(steps, len(range(0, rows, MOST_AT_ONCE)))
+            queries = [] if name == RAW else _queries(tensors, rows)
+
+            def steps() -> Generator[None, None, list[dict[str, Tensor]]]:
+                parts = []
+                for at in range(0, rows, MOST_AT_ONCE):
+                    if name == RAW:
+                        # Other requests may have loaded the weights of another version in between.
+                        parts.append(_run(predictor.take_up(reader, number), form, tensors, at, rows))
+                    else:
+                        answers = predictor.profiles(queries[at : at + MOST_AT_ONCE], reader, number)
+                        self._metrics.cold_starts.inc(sum(answer.cold_start for answer in answers))
+                        parts.append(tensors_of(answers, form))
+                    yield
+                return parts
+
+            parts = await self._steps.run(steps(), len(range(0, rows, MOST_AT_ONCE)))
         outputs = {output: np.concatenate([part[output] for part in parts]) for output in wanted or form.outputs}
         return Prediction(number, name, outputs)
-
-    def _steps_of(
-        self,
-        predictor: Predictor,
-        reader: RowReader,
-        number: int,
-        name: str,
-        form: Signature,
-        tensors: Tensors,
-        rows: int,
-    ) -> Generator[None, None, list[dict[str, Tensor]]]:
-        parts = []
-        queries = [] if name == RAW else _queries(tensors, rows)
-        for at in range(0, rows, MOST_AT_ONCE):
-            if name == RAW:
-                # Other requests may have loaded the weights of another version in between.
-                parts.append(_run(predictor.take_up(reader, number), form, tensors, at, rows))
-            else:
-                answers = predictor.profiles(queries[at : at + MOST_AT_ONCE], reader, number)
-                self._metrics.cold_starts.inc(sum(answer.cold_start for answer in answers))
-                parts.append(tensors_of(answers, form))
-            yield
-        return parts
 
 
 def _unknown(reader: RowReader, number: int) -> BadRequest:

@@ -195,7 +195,7 @@ class HistoryFollower:
         self._erased, self._parity.mask = mask.erased, mask
         if line == self._line:
             return False
-        rewound = take_back(self._store, line, mask, partition, open_at, self._reach_ms, self._now_ms())
+        rewound = self._rewind(line, mask, partition, open_at)
         _log.info("epoch %d of the training log: %s", line[-1].epoch, rewound)
         self.disconnect()
         if rewound is not None and rewound.short:
@@ -204,6 +204,32 @@ class HistoryFollower:
         self._upkeep.begin()
         self.newest_ms = clock_of(self._store)
         return True
+
+    def _rewind(self, line: LogLine, mask: Mask, partition: int, open_at: OpenAt) -> Rewound | None:
+        """Rewinds the store to the branch `line`, in one transaction with position, event clock and items' categories.
+
+        An item that only masked clicks have named since the branch point gets its previous category back, or none until
+        the next click if none is found nearby.
+        """
+        store, stored = self._store, position_of(self._store)
+        # Restored histories have no position in the log. Their events may come from any position.
+        at = None if stored is None else stored.next.get(partition)
+
+        def extra(offset: int, before: Before) -> dict[str, bytes | None]:
+            nameless = [item_extra(item) for item in before.items if item not in before.categories]
+            extras: dict[str, bytes | None] = {
+                name: None for item_name in nameless for name in (item_name, SEEN + item_name)
+            }
+            for item, category in before.categories.items():
+                extras[item_extra(item)] = item_value(category, (store.extra(item_extra(item)) or b"")[8:])
+            if stored is not None and at is not None and at > offset:
+                moved = {**stored.next, partition: onward(line, offset)}
+                extras[POSITION_EXTRA] = replace(stored, next=moved).to_json()
+            if newest_ms := max((int(log_times(rows).max(initial=0)) for rows in before.latest), default=0):
+                extras[CLOCK_EXTRA] = json.dumps({"event_ms": newest_ms, "accepted_ms": self._now_ms()}).encode()
+            return extras
+
+        return rewind(store, line, open_at, partition, self._reach_ms, at, mask, extra)
 
     @property
     def connected(self) -> bool:
@@ -352,41 +378,3 @@ def position_of(store: HistoryStore) -> Position | None:
     It is None if nothing was read, or after a restore.
     """
     return Position.from_json(store.extra(POSITION_EXTRA))
-
-
-def take_back(
-    store: HistoryStore, line: LogLine, mask: Mask, partition: int, open_at: OpenAt, reach_ms: int, now_ms: int
-) -> Rewound | None:
-    """Rewinds `store` to the branch `line`.
-
-    One transaction also sets the topic's position, the event clock and items' categories. An item that only masked
-    clicks have named since the branch point gets its previous category back, or none until the next click if none is
-    found nearby.
-
-    `mask` has the clicks that are not read again, and `open_at` opens partition `partition` of the topic at an
-    offset. `reach_ms` is the maximum age, relative to the newest event, of an event that still matters.
-
-    Raises:
-        GapError: The log no longer reaches back to the branch point.
-        LogError: The broker refused a request.
-        StoreFull: Nothing was changed.
-    """
-    stored = position_of(store)
-    # Restored histories have no position in the log. Their events may come from any position.
-    at = None if stored is None else stored.next.get(partition)
-
-    def extra(offset: int, before: Before) -> dict[str, bytes | None]:
-        nameless = [item_extra(item) for item in before.items if item not in before.categories]
-        extras: dict[str, bytes | None] = {
-            name: None for item_name in nameless for name in (item_name, SEEN + item_name)
-        }
-        for item, category in before.categories.items():
-            extras[item_extra(item)] = item_value(category, (store.extra(item_extra(item)) or b"")[8:])
-        if stored is not None and at is not None and at > offset:
-            moved = {**stored.next, partition: onward(line, offset)}
-            extras[POSITION_EXTRA] = replace(stored, next=moved).to_json()
-        if newest_ms := max((int(log_times(rows).max(initial=0)) for rows in before.latest), default=0):
-            extras[CLOCK_EXTRA] = json.dumps({"event_ms": newest_ms, "accepted_ms": now_ms}).encode()
-        return extras
-
-    return rewind(store, line, open_at, partition, reach_ms, at, mask, extra)
