@@ -86,39 +86,13 @@ class Refusals:
         self._again_ms.clear()
 
 
-class Probing:
-    """Probes versions with this host's copies of programs; used by the thread that writes the rows."""
+def check_probe(version: int, program: LoadedProgram, tensors: Mapping[str, NDArray[Any]]) -> None:
+    """Compares a program's answers with a version's weights to the probe in its tensors; answers in batches, as workers do.
 
-    def __init__(self, programs: Path) -> None:
-        self._programs = programs
-        self._loaded: tuple[str, LoadedProgram] | None = None
-
-    def check(self, version: int, program: str, tensors: Mapping[str, NDArray[Any]]) -> None:
-        """Compares the program's answers with these weights to the probe; a version of a release without probes passes.
-
-        `program` is the SHA-256 of the version's program, which is on this host.
-
-        Raises:
-            ProgramError: It cannot be run with these weights, or its answers differ from the trainer's.
-            CorruptVersion: The program's file is missing or damaged.
-        """
-        trained = probe.answers_in(tensors)
-        if not trained:
-            return
-        loaded = self._program(program)
-        loaded.load({name.removeprefix(_DENSE): tensor for name, tensor in tensors.items() if name.startswith(_DENSE)})
-        probe.check(version, trained, _answers(loaded))
-
-    def _program(self, digest: str) -> LoadedProgram:
-        if self._loaded is None or self._loaded[0] != digest:
-            from deploy.serving.answers.program import LoadedProgram
-
-            self._loaded = (digest, LoadedProgram(read_program(self._programs, digest)))
-        return self._loaded[1]
-
-
-def _answers(program: LoadedProgram) -> dict[str, NDArray[np.float32]]:
-    """Answers the probe in batches, as queries are."""
+    Raises:
+        ProgramError: It cannot be run with these weights, or its answers differ from the trainer's.
+    """
+    program.load({name.removeprefix(_DENSE): tensor for name, tensor in tensors.items() if name.startswith(_DENSE)})
     inputs = probe.inputs(program.shapes)
     by_row = {name for name, shape in program.shapes.items() if shape[0] < 0}
     outputs: dict[str, list[NDArray[np.float32]]] = {}
@@ -126,15 +100,16 @@ def _answers(program: LoadedProgram) -> dict[str, NDArray[np.float32]]:
         part = {name: value[first : first + _AT_ONCE] if name in by_row else value for name, value in inputs.items()}
         for name, values in program.predict(part).items():
             outputs.setdefault(name, []).append(values)
-    return {name: np.concatenate(parts) for name, parts in outputs.items()}
+    answers = {name: np.concatenate(parts) for name, parts in outputs.items()}
+    probe.check(version, probe.answers_in(tensors), answers)
 
 
 class FitVersions:
     """All versions except those that failed their probe; used by the thread that writes the rows."""
 
     def __init__(self, rows: RowStore, programs: Path, metrics: ApplierMetrics, refusals: Refusals) -> None:
-        self._rows, self._metrics, self._refusals = rows, metrics, refusals
-        self._probing = Probing(programs)
+        self._rows, self._programs, self._metrics, self._refusals = rows, programs, metrics, refusals
+        self._loaded: tuple[str, LoadedProgram] | None = None
         with rows.reader() as reader:
             self._refused = refused_versions(reader.note(REFUSED_NOTE))
 
@@ -144,20 +119,27 @@ class FitVersions:
     def admit(self, manifest: Manifest, tensors: Mapping[str, NDArray[Any]]) -> bool:
         """Whether a version that is about to be applied may serve; if not, that is recorded when this returns.
 
-        Its program must be on this host, and `tensors` has all of it.
+        Its program must be on this host, and `tensors` has all of it. A version of a release without probes is as its
+        parent. Raises CorruptVersion if the program's file is missing or damaged.
         """
-        version = manifest.version
-        if version not in self._refused:
-            if manifest.parent in self._refused and not probe.answers_in(tensors):
-                self._note({**self._refused, version: self._refused[manifest.parent]})
-                return False
+        version, has_probe = manifest.version, bool(probe.answers_in(tensors))
+        if version in self and not has_probe and manifest.parent in self._refused:
+            self._note({**self._refused, version: self._refused[manifest.parent]})
+        elif version in self and has_probe:
             try:
-                self._probing.check(version, manifest.program, tensors)
+                check_probe(version, self._program(manifest.program), tensors)
             except ProgramError as error:
                 self._metrics.failed_probes.inc()
                 self._note({**self._refused, version: str(error)})
                 self._refusals.add("probe", version, error)
         return version in self
+
+    def _program(self, digest: str) -> LoadedProgram:
+        if self._loaded is None or self._loaded[0] != digest:
+            from deploy.serving.answers.program import LoadedProgram
+
+            self._loaded = (digest, LoadedProgram(read_program(self._programs, digest)))
+        return self._loaded[1]
 
     def keep(self, present: Container[int]) -> None:
         """Removes versions that are no longer in the rows."""
