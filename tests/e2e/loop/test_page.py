@@ -92,6 +92,7 @@ def test_the_picture_moves_and_a_profile_is_looked_up_with_its_reasons(page: Pag
     expect(page.locator("#stages li.flows")).not_to_have_count(0)
     expect(page.locator("#plots canvas")).to_have_count(9)
     expect(page.locator("#segments-table")).to_contain_text("collectors")
+    expect(page.locator("#snapshots-told")).to_contain_text("The newest is")
 
     page.get_by_role("textbox", name="User", exact=True).focus()
     page.keyboard.type(USER)
