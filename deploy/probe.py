@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
+import httpx
 import numpy as np
 
 from deploy.command_line import run_command
@@ -277,7 +278,7 @@ class Probe:
             timeout_s=ANSWER_S,
             retries=Retries(most=0),
             token=token,
-            verify=address.context() or True,
+            http=httpx.AsyncClient(verify=address.context() or True),
         )
 
 

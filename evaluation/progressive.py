@@ -240,8 +240,8 @@ class ProgressiveValidation:
         seen = request.item in past.seen
         wanted = WantedItems(MOST_CANDIDATES)
         candidates = self._host.recommend(request.user, request.at_ms, wanted, request.context).items
-        self.lists.candidates.update(candidate["reason"] for candidate in candidates)
-        proposed = {int(candidate["id"], 16): str(candidate["reason"]) for candidate in candidates}
+        self.lists.candidates.update(candidate.reason for candidate in candidates)
+        proposed = {int(candidate.id, 16): str(candidate.reason) for candidate in candidates}
         ranking = self._trainer.item_ranking
         without = self._host.ranks_without(request.item, SHOWN) if ranking is not None and ranking.served() else {}
         ranks, hit = self._ranks(request, past, False, self.lists)
@@ -267,8 +267,8 @@ class ProgressiveValidation:
         assert self._host is not None
         wanted = WantedItems(SHOWN, None, exclude_seen)
         answer = self._host.recommend(request.user, request.at_ms, wanted, request.context).items
-        lists.listed.update(item["reason"] for item in answer)
-        proposals = {OURS: [int(item["id"], 16) for item in answer]}
+        lists.listed.update(item.reason for item in answer)
+        proposals = {OURS: [int(item.id, 16) for item in answer]}
         for baseline in self._item_baselines:
             proposed = baseline.propose(past)
             if exclude_seen:
@@ -278,7 +278,7 @@ class ProgressiveValidation:
         for name, items in proposals.items():
             lists.items.setdefault(name, set()).update(items)
             ranks[name] = items.index(request.item) if request.item in items else ABSENT
-        return ranks, answer[ranks[OURS]]["reason"] if ranks[OURS] >= 0 else ""
+        return ranks, answer[ranks[OURS]].reason if ranks[OURS] >= 0 else ""
 
     def _judge(self, batch: MicroBatch, report: Report) -> None:
         order = report.order

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from deploy.attributes import AttributeFiles
 from deploy.operate.times import iso
-from deploy.serving.answers.predictor import KnownAttributes
 from evaluation import report
 from evaluation.host import ServingHost
 from evaluation.progressive import Plan, ProgressiveValidation, clicks_of
@@ -175,9 +174,9 @@ def open_host(
     settings: Settings, spec: FeatureSpec, trainer: Trainer, attributes: KnownFields | None = None
 ) -> ServingHost:
     """Returns a serving host for the versions of a trainer."""
-    known = None if attributes is None else KnownAttributes(attributes.store, attributes.tables)
+    store = None if attributes is None else attributes.store
     with quiet_stderr():
-        return ServingHost(settings, spec, SALT, build(trainer.model), known)
+        return ServingHost(settings, spec, SALT, build(trainer.model), store)
 
 
 def progress_line(done: int, total: int, took_s: float) -> str:

@@ -92,9 +92,9 @@ def vectors_of(predictor: Predictor, report: Callable[[int], None]) -> UserVecto
         for answer in answers:
             if answer.known and answer.vector is not None and answer.features is not None:
                 users.append(pseudonym(answer.user_id))
-                vectors.append(answer.vector.copy())
+                vectors.append(np.array(answer.vector, np.float32))
                 clicks.append(answer.features[_CLICKS])
-                version = answer.version["number"]
+                version = answer.version.number
         passed += len(batch)
         report(passed)
     stacked = np.stack(vectors) if vectors else np.empty((0, 0), np.float32)

@@ -17,7 +17,7 @@ ALLOWED = {
     "streaming": {"streaming", "state"},
     "trainer": {"trainer", "state"},
     "deploy": {"deploy", "state", "springtide_client"},
-    "evaluation": {"evaluation", "deploy", "trainer", "streaming", "state"},
+    "evaluation": {"evaluation", "deploy", "springtide_client", "trainer", "streaming", "state"},
     "springtide_client": {"springtide_client"},
 }
 EXAMPLES = "deploy/examples/"

@@ -63,14 +63,7 @@ def _apply(logits: F32, factor: F32, offset: F32, corrected: F32) -> None:
 
 
 def newest_item(events: Events, at_ms: int, mask: Mask, user: int) -> int:
-    """Returns the item of a user's latest click up to a time; 0 without one.
-
-    Args:
-        events: In the order in which they were appended.
-        at_ms: The time of the query.
-        mask: Hides events.
-        user: The user.
-    """
+    """Returns the item of a user's latest visible click up to `at_ms`; 0 without one. `events` are in append order."""
     hidden = mask.events(events, user) if mask else _NOTHING_HIDDEN
     return int(_newest_item(events["at_ms"], events["item"], events["flags"], hidden, at_ms))
 
@@ -97,14 +90,9 @@ def correction_of(
 ) -> Correction:
     """Returns the correction for n queries; the version must have one.
 
-    Args:
-        version: The version.
-        rows: Its rows.
-        vectors: The features of n users.
-        successors: `[n, S]` uint64.
-        masks: The program's masks of the candidates, by kind, `[n or more, .]` float32: 1 for a candidate, else 0. A program
-            without successors has two.
-        asked: For each query the item of the user's latest click, 0 for none, and the time in ms.
+    `masks` are the program's masks of the candidates, by kind, `[n or more, .]` float32; a program without successors has
+    two. `successors` is `[n, S]` uint64. `asked` has for each query the item of the user's latest click, 0 for none, and
+    the time in ms.
     """
     weights, recent = version.interest_weights, vectors.recent_categories
     assert weights is not None

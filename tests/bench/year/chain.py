@@ -17,7 +17,6 @@ from prometheus_client import CollectorRegistry
 from deploy.serving.following.clicks import HistoryFollower
 from deploy.serving.following.versions import VersionFollower
 from state.config.settings import Settings
-from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
 from state.log import partition_of, topic_plan
 from state.metrics import ApplierMetrics, TrainerMetrics
@@ -106,14 +105,8 @@ class Serving:
         folder, metrics = settings.serving_dir, ApplierMetrics(CollectorRegistry())
         self.rows = RowStore.open_anew(folder / "rows", MAP_BYTES)
         self.histories = HistoryStore.open_anew(folder / "histories", settings.features.history, MAP_BYTES)
-        registry = Registry(settings.registry_dir)
-        self.versions = VersionFollower(
-            registry, self.rows, folder / "programs", metrics, settings.serving.keep_s, clock.now_ms
-        )
-        spec = FeatureSpec.from_settings(settings)
-        self.clicks = HistoryFollower(
-            self.histories, spec, spec.reach_ms(settings.events), metrics, clock.now_ms, kept=settings.history
-        )
+        self.versions = VersionFollower(self.rows, settings, metrics, clock.now_ms)
+        self.clicks = HistoryFollower(self.histories, settings, metrics, clock.now_ms)
 
     def run(self) -> None:
         """Takes up all that is new, and forgets what is due."""

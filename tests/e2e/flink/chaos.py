@@ -178,8 +178,7 @@ def histories_of_log(settings: Settings) -> Histories:
     store = HistoryStore(settings.serving_dir / HISTORIES, settings.features.history)
     follower = HistoryFollower(
         store,
-        spec,
-        spec.reach_ms(settings.events),
+        settings,
         ApplierMetrics(CollectorRegistry()),
         wall_ms,
         actions=lambda digest: spec.actions if digest == spec.digest else None,
