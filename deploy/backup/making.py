@@ -136,7 +136,7 @@ def make(settings: Settings, store: FileStore, scope: Scope, now_ms: int, progre
             sent_bytes=making.sent_bytes,
         )
         # 5.
-        lease.require_held()
+        lease.renew()
         killpoints.reach("backup.sent")
         store.write(f"{location.BACKUPS}/{backup.id}.json", sealed.encode(backup))
     return backup
