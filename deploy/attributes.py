@@ -42,7 +42,6 @@ class AttributeFiles:
 
     Attributes:
         table: What a record contains.
-        most_bytes: Larger records are refused.
     """
 
     side: str
@@ -50,7 +49,6 @@ class AttributeFiles:
     table: AttributeTable
     topic: str
     key: str
-    most_bytes: int
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -80,7 +78,7 @@ def encode(rows: RecordedRows, files: AttributeFiles) -> AttributeRecords:
         try:
             key = None if type(identity) not in (str, int) else str(identity).encode()
             value = rows.text(row) if row in rows.broken else _value(dict(zip(paths, values, strict=True)), rows, row)
-            texts = table.read(value, files.most_bytes)
+            texts = table.read(value, LARGEST_VALUE)
             id_of(key)
         except DecodeError as error:
             encoded.refused.append((row, str(error.reason)))
@@ -248,8 +246,7 @@ def files_of(options: argparse.Namespace, settings: Settings) -> list[AttributeF
         columns = tuple(options.columns.split(",")) if options.columns else ()
         files = find(patterns[side], options.format, options.delimiter)
         remedy = f"{NOT_THERE}, or name the column of the id with --{side}-id"
-        most_bytes = min(settings.events.max_event_bytes, LARGEST_VALUE)
-        side_files.append(AttributeFiles(side, Recording(files, columns, remedy=remedy), table, topic, key, most_bytes))
+        side_files.append(AttributeFiles(side, Recording(files, columns, remedy=remedy), table, topic, key))
     return side_files
 
 

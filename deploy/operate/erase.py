@@ -343,15 +343,7 @@ def _set_aside(settings: Settings, registry: Registry, control: Control) -> list
 
 
 def erase(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Erases users, or shows what still holds data of erased users.
-
-    Raises:
-        SettingsError: No users are named, or no reason; or their file cannot be read.
-        MissingSalt, SaltMismatch: The salt is missing, or is not the one of the stored pseudonyms.
-        RegistryError: There is no registry or no version yet.
-        LogError: Kafka does not answer: nothing was changed.
-        ControlConflict: Other clients kept changing control.
-    """
+    """Erases users, or shows what still holds data of erased users."""
     registry = open_registry(settings)
     if args.status:
         show(settings, registry, now_ms, args.output, say)

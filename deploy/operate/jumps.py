@@ -88,12 +88,7 @@ class Jump:
 
 
 def jumps(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Prints the users, items and categories whose share of the clicks jumped in the last `args.minutes`.
-
-    Raises:
-        RegistryError, UnknownVersion: There is no registry, or no version yet.
-        LogError: The log cannot be read.
-    """
+    """Prints the users, items and categories whose share of the clicks jumped in the last `args.minutes`."""
     span_ms = args.minutes * UNITS_MS["m"]
     recent_ms, first_ms = now_ms - span_ms, now_ms - (1 + BEFORE) * span_ms
     view = view_of(settings)

@@ -391,14 +391,7 @@ def _before(registry: Registry, version: Manifest, bad: Manifest) -> str:
 
 
 def rollback(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Executes or plans one rollback.
-
-    Raises:
-        UnknownVersion, UnfitVersion: The version is not kept, or cannot be rolled back to.
-        LogError: Kafka is needed and does not answer.
-        SettingsError: What to skip is malformed, or does not exist.
-        ControlConflict: Another client changed control in the meantime.
-    """
+    """Executes or plans one rollback."""
     began_s = time.monotonic()
     registry = open_registry(settings)
     control = current(registry, args.if_generation)

@@ -106,12 +106,7 @@ class Bootstrapped(NamedTuple):
 
 
 def schema(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Shows, compares or accepts a baseline.
-
-    Raises:
-        SettingsError: There is nothing to show yet, or the options do not fit together.
-        RegistryError: There is no registry, or a file of it is damaged.
-    """
+    """Shows, compares or accepts a baseline."""
     if args.what != "accept" and (args.schema or args.reason):
         raise SettingsError("--schema and --reason belong to `springtide schema accept`", "leave them out")
     if args.what == "show":
