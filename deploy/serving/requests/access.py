@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import logging
-import os
 import secrets
 import ssl
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from state.config.settings import Settings
 from state.errors import Forbidden, SettingsError, Unauthorized
-from state.process.private_files import others_may
+from state.process.private_files import create_secret, others_may
 from state.process.said_once import SaidOnce
 
 OPEN, READ, OPERATE = "", "read", "operate"
@@ -145,11 +144,15 @@ class Access:
     _say: SaidOnce = field(default_factory=lambda: SaidOnce(_log.error), repr=False)
 
     @classmethod
-    def of(cls, settings: Settings) -> Access:
-        """Builds the access control from the settings; raises SettingsError if their files cannot be used."""
+    def of(cls, settings: Settings, always: bool = False) -> Access:
+        """Builds the access control from the settings; `always`: requests need tokens, whatever the settings want.
+
+        Raises:
+            SettingsError: The files that the settings name cannot be used.
+        """
         serving = settings.serving
         certificate = Certificate(Path(serving.tls_cert), Path(serving.tls_key)) if serving.tls_cert else None
-        return cls(certificate, Tokens(settings.tokens_dir) if are_wanted(settings) else None)
+        return cls(certificate, Tokens(settings.tokens_dir) if always or are_wanted(settings) else None)
 
     def look(self) -> None:
         """Reloads files that have changed; if the new ones cannot be used, the previous ones stay in effect."""
@@ -212,24 +215,8 @@ def tokens_in(path: Path) -> list[str]:
 def make_missing(folder: Path) -> list[Path]:
     """Creates the missing files, each with a new token, and returns them; safe for several processes at once."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    created = []
-    for role in (READ, OPERATE):
-        path = folder / role
-        if path.exists():
-            continue
-        temporary = path.with_name(f".{role}.{secrets.token_hex(8)}")
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            os.write(handle, secrets.token_urlsafe(_BYTES).encode() + b"\n")
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        try:
-            # The link fails if another process was first; then its token is valid.
-            os.link(temporary, path)
-            created.append(path)
-        except FileExistsError:
-            pass
-        finally:
-            temporary.unlink()
+    paths = [folder / role for role in (READ, OPERATE)]
+    created = [path for path in paths if not path.exists() and create_secret(path, secrets.token_urlsafe(_BYTES))]
+    for path in created:
+        _log.warning("created a token, which clients need: %s", path)
     return created
