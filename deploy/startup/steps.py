@@ -18,7 +18,7 @@ from deploy.experiments.processes import EXPERIMENTS, RETRAIN, ROLLOUT_HOST
 from deploy.experiments.status import ExperimentCollector
 from deploy.kafka.broker import Broker
 from deploy.startup import hints, model_checks, prometheus
-from deploy.startup.checks import LEAST_FREE_BYTES, Port, require_directory, require_disk, require_ports
+from deploy.startup.checks import LEAST_FREE_BYTES, require_directory, require_disk
 from deploy.watch import scrape
 from deploy.watch.address import serving_address
 from deploy.watch.figures import starting
@@ -30,6 +30,7 @@ from state.errors import CorruptStore, KafkaFailed, PortTaken
 from state.events.identity import own_salt
 from state.log import Topics, topic_plan
 from state.metrics import StorageMetrics, SupervisorMetrics, serve
+from state.process.ports import Port, require_ports
 from state.registry.model_fit import require_same_salt
 from state.registry.registry import Registry
 from state.storage.measuring import offer
