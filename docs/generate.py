@@ -32,7 +32,7 @@ REFUSED = {
     Reason.NOT_FINITE: "A number is NaN, infinite or too large for a double.",
     Reason.IMPLAUSIBLE_TIME: "The event time differs from the Kafka timestamp by more than `events.max_future_s` or "
     "`events.max_age_s`, or is before 1970.",
-    Reason.TOO_LARGE: "It is larger than `events.max_event_bytes`.",
+    Reason.TOO_LARGE: "It is larger than 1,000,000 bytes.",
     Reason.UNKNOWN_ACTION: "Its action is not in `events.actions`.",
     Reason.CORRUPT_RECORD: "Kafka's record batch fails its checksum or cannot be read. Each of its offsets is one dead letter.",
 }

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from state.config.sections import Events as EventSettings
 from state.errors import DecodeError, SettingsError
-from state.events.dead_letters import DeadLetter, Reason, reason_of
+from state.events.dead_letters import MOST_EVENT_BYTES, DeadLetter, Reason, reason_of
 from state.events.decoding import LATEST_MS, MILLISECONDS_FROM, load_decoder, parse_time
 from state.events.identity import Salt, context_id, context_text, is_probe_user, public_id, user_id
 from state.positions import Range, Source
@@ -290,7 +290,7 @@ class Parser:
     def _at_once(self, batch: PartitionBatch) -> _Columns | None:
         """Parses a batch column by column; None if a record needs the slower `_one_by_one`."""
         settings, values = self._settings, batch.values
-        if None in values or max(map(len, values), default=0) > settings.max_event_bytes:  # type: ignore[arg-type]
+        if None in values or max(map(len, values), default=0) > MOST_EVENT_BYTES:  # type: ignore[arg-type]
             return None
         try:
             events = [self._decode(value) for value in values]  # type: ignore[arg-type]
@@ -356,14 +356,14 @@ class Parser:
         dead: list[DeadLetter] = []
         parsed: list[int] = []
         filtered = 0
-        limit, wide, paired = self._settings.max_event_bytes, bool(self._settings.context), bool(self._settings.request)
+        wide, paired = bool(self._settings.context), bool(self._settings.request)
         times = batch.timestamps_ms.tolist()
         for index, value in enumerate(batch.values):
             if value is None:
                 filtered += 1
                 continue
             try:
-                if len(value) > limit:
+                if len(value) > MOST_EVENT_BYTES:
                     raise DecodeError(Reason.TOO_LARGE)
                 event = self._decode(value)
                 row = self._read(event, times[index])

@@ -1,10 +1,7 @@
 """Finds the newest time of a recording, ignoring a few stray rows far after all the others. Pure.
 
-A replay at full speed shifts the newest time to now, and `events.max_age_s` decides which rows are then too old. One
-row with a wrong clock, weeks after the rest, would make all others too old. So the newest time is the one with the
-lowest cost. The cost is `STRAY_COST` for each row after it, called a stray, plus one for each row that is too old.
-Strays are excluded only if that at least halves the cost. Times are counted by the hour, so a recording may be larger
-than memory.
+The newest time is the one with the lowest cost: `STRAY_COST` for each row after it, called a stray, plus one for each
+row that is too old by `events.max_age_s`. Strays are excluded only if that at least halves the cost.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 """Lookalikes of each segment: the users nearest to its members, in one file per segment for the workers of this host.
 
-    lookalikes/<segment>.json   `LookalikeList` as JSON, with its digest
-
-A file is complete or absent. The process that stores members removes all files when control changes. So no file
-contains an erased user or a rolled-back version.
+The process that stores members removes all files when control changes, so none contains an erased user.
 """
 
 from __future__ import annotations

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import numpy as np
 import pytest
 
-from state.statistics.arms import difference, lift
+from state.statistics.arms import SampleRatio, difference, lift, log_evidence
 from state.statistics.confidence_sequence import UNBOUNDED, BlockSums, half_width, tuning
-from state.statistics.sample_ratio import SampleRatio, log_evidence
 
 ALPHA, PLANNED = 0.05, 2_000
 TRIALS = 300
@@ -130,15 +128,3 @@ def test_the_evidence_is_the_integral_of_the_likelihoods_over_the_mixture(
     assert math.exp(log_evidence(counts, [share, 1 - share])) == pytest.approx(
         float(np.trapezoid(likelihood * density, shares)), rel=1e-6
     )
-
-
-def test_a_ratio_goes_on_after_a_restart() -> None:
-    ratio = SampleRatio([0.01, 0.99])
-    ratio.add([12, 950])
-    ratio.change([0.05, 0.95])
-    ratio.add([40, 990])
-    restarted = SampleRatio.from_json(json.loads(json.dumps(ratio.document())))
-    for one in (ratio, restarted):
-        one.add([400, 990])
-    assert restarted.document() == ratio.document()
-    assert restarted.p_value == ratio.p_value < 1e-9
