@@ -78,11 +78,7 @@ class Box:
         return {one["mountPath"]: one["name"] for one in self.told["volumeMounts"]}
 
     def settings(self, sizes: Mapping[str, str]) -> Settings:
-        """Those in force in it.
-
-        Args:
-            sizes: What the ConfigMap `springtide-sizes` says.
-        """
+        """Those in force in it."""
         env = dict(sizes) | {one["name"]: one["value"] for one in self.told["env"] if "value" in one}
         file = env.pop("SPRINGTIDE_CONFIG")
         assert file == "/etc/springtide/config/springtide.toml"
@@ -143,14 +139,7 @@ class Peer:
 
 
 def connects(policies: Sequence[Document], client: Peer | None, server: Peer | None, port: int) -> bool:
-    """Whether network policies let a TCP connection out of the client's pod and into the server's.
-
-    Args:
-        policies: Of one namespace.
-        client: Who connects.
-        server: Who listens; None: an address of no pod that a policy knows.
-        port: Where.
-    """
+    """Whether network policies let a TCP connection out of the client's pod and into the server's."""
 
     def lets(direction: str, held: Peer | None, other: Peer | None) -> bool:
         if held is None or held.namespace is not None:

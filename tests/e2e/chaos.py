@@ -114,18 +114,7 @@ Say = Callable[[str], None]
 
 
 class Chaos:
-    """One run.
-
-    Args:
-        directory: All state of it.
-        seed: Of clicks and kills.
-        kills: How many at least.
-        rounds: How often each kill point is armed until it strikes.
-        thorough: Goes on until all of them have struck.
-        say: Takes progress.
-        labels: Whether labels come later, and attributes change.
-        rollbacks: How many of each mode at least; 0 for none at all.
-    """
+    """One run."""
 
     def __init__(
         self,
@@ -591,11 +580,6 @@ MOST_TIMES = 3
 
 class Violence:
     """A seeded plan.
-
-    Args:
-        seed: Of every choice.
-        rounds: How often each kill point must have struck.
-        points: By part its kill points.
 
     Attributes:
         arms_always: Whether each part that is started gets a kill point as long as it has one left.

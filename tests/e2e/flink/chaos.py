@@ -134,12 +134,7 @@ class FlinkFindings:
 
 
 class Reached:
-    """How far the training log is, read bit by bit.
-
-    Args:
-        kafka: Where it is.
-        buckets: Of the job.
-    """
+    """How far the training log is, read bit by bit."""
 
     def __init__(self, kafka: Kafka, buckets: int) -> None:
         self._reader, self._buckets = Reader(kafka, kafka.microbatches_topic, [0]), buckets
@@ -194,14 +189,7 @@ def histories_of_log(settings: Settings) -> Histories:
 
 
 class FlinkChaos:
-    """One run.
-
-    Args:
-        directory: All state of it.
-        seed: Of the clicks, and of the order of the kills.
-        rounds: How often each part is killed.
-        say: Takes progress.
-    """
+    """One run."""
 
     def __init__(self, directory: Path, seed: int, rounds: int, say: Say) -> None:
         self._chance, self._rounds, self._say = random.Random(seed), rounds, say
