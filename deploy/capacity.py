@@ -176,7 +176,6 @@ class Sizing:
         return held * users + items
 
     def _kept(self, span_s: float, every_s: float) -> float:
-        """Bytes of the durable versions of a time span of which one each `every_s` is kept."""
         version = self["durable_bytes"] + self._changed(every_s) * self["durable_row_bytes"]
         return max(0.0, span_s) / every_s * float(version)
 
@@ -303,7 +302,6 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _start(sizing: Sizing) -> str:
-    """After which time a new host answers."""
     return seconds(sizing["catch_up_s"]) if sizing["read_share"] < 1 else "- (it reads more slowly than clicks arrive)"
 
 

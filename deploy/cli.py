@@ -80,7 +80,6 @@ def as_lines(settings: Settings, listed: Sequence[KnownSetting]) -> str:
 
 
 def _as_pages(settings: Settings, listed: Sequence[KnownSetting]) -> str:
-    """Formats each setting in full: value, origin, help, bounds, and how it is written in file, variable and flag."""
     pages = [
         "\n".join(
             [

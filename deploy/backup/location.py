@@ -352,7 +352,6 @@ class Lease:
         self._renewed_s = 0.0
 
     def __enter__(self) -> Lease:
-        """Acquires the lock."""
         data, self._tag = self._store.tagged(LOCK)
         if (data and self._lives(data)) or not self._replace():
             raise LockHeld(
@@ -364,7 +363,6 @@ class Lease:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Releases the lock."""
         if self._store.tagged(LOCK)[1] == self._tag:
             self._store.remove(LOCK)
 

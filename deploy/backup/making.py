@@ -419,7 +419,6 @@ def _manifests(
 
 
 def _needed(parts: Mapping[str, Manifest], control: Control) -> set[str]:
-    """The existing directories of the versions that the trainer needs to continue and that control names."""
     newest = newest_whole(parts, control)
     wanted = named(control) if newest is None else named(control) | {newest.version}
     return set().union(*(chain_of(parts, version) or () for version in wanted))

@@ -345,7 +345,6 @@ class Supervisor:
         return last_line(self.log_path(name))
 
     def _watch(self, child: _Child) -> None:
-        """Resets the backoff of a process that is healthy again, and reports the progress of a remedy."""
         name, now = child.plan.name, self._clock()
         if child.backoff.deaths and now - child.started_at >= HEALTHY_S:
             self._say(f"{name} has run for {HEALTHY_S:g} s again")

@@ -129,7 +129,6 @@ def open_to_read(settings: Settings) -> bool:
 
 
 def _require_own_page(scope: Scope) -> None:
-    """Refuses a request that a browser sends for another page."""
     origin, site = header(scope, b"origin"), header(scope, b"sec-fetch-site")
     foreign = origin is not None and origin.partition("://")[2] != header(scope, b"host")
     if foreign or site not in (None, "same-origin", "none"):
@@ -186,7 +185,6 @@ class Reading:
         ]
 
     async def _session(self, request: Request) -> Response:
-        """Whether reading needs a token, and what the request's token permits."""
         role = self._guard.role(request.scope)
         return Response(200, encode({"open_to_read": self._guard.open_to_read, "role": role}))
 

@@ -186,7 +186,6 @@ class RolloutDriver:
         return self._experiments.change(judged.name, transition)
 
     def _open(self, topic: str, partition: int, offset: int) -> Reader:
-        """Opens a topic where the rollout began, or at the first offset that retention has kept."""
         reader, opening = open_topic(self._log, topic, [partition], Position("", {partition: offset}))
         for lost in opening.losses:
             _log.warning("%s; the remaining records are judged", lost)

@@ -362,8 +362,6 @@ def total_bytes(registry: Registry, version: int) -> int:
 
 
 def _require_sound(registry: Registry, version: Manifest) -> None:
-    """Refuses a version of which a file fails its digest."""
-
     def problem_of(part: Manifest) -> CorruptVersion | None:
         try:
             registry.verify(part)

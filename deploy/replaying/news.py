@@ -146,7 +146,6 @@ class NewsReaders:
         )
 
     def _begin_day(self) -> None:
-        """Adds the articles that are born on a day, and draws who visits when."""
         self._add(self._born(self._day))
         news, random = self._news, self._random
         visits = max(1, round(news.clicks_a_day / news.session))
@@ -198,7 +197,6 @@ class NewsReaders:
         )
 
     def _choose(self, reader: int, at_ms: int) -> int:
-        """The article that a reader clicks at a time."""
         news, random, articles, articles_read = self._news, self._random, self._articles, self._read[reader]
         latest = self._latest[reader]
         if latest and random.random() < news.repeat:

@@ -452,7 +452,6 @@ class Replay:
         return chunk.cut(count, len(chunk))
 
     def _deliver(self, judged: _JudgedPiece, stamped: Stamped, after: int) -> None:
-        """Sends a piece that ends before row `after` of the stamped rows."""
         rows, count, position = judged.rows, len(judged.rows), self._position
         for row, reason in judged.refused.items():
             self._progress.name(self._where(rows, row), reason)

@@ -255,7 +255,6 @@ class ClickedUsers:
             _log.warning("record %d of the training log is left out: %s", offset, error)
 
     def _reached(self, histories: HistoryStore) -> int:
-        """Returns the offset at which the histories end."""
         stored = position_of(histories)
         return 0 if stored is None else stored.next.get(self._partition, 0)
 

@@ -416,7 +416,6 @@ class Startup:
         self._step("salt", f"{'made' if fresh else 'found'} in {settings.salt_path}, fingerprint {salt.fingerprint}")
 
     def _say_whose_kafka(self) -> None:
-        """Explains why no broker is started if the configured address is the local broker's."""
         kafka, origin = self._settings.kafka, self._settings.origins.get("kafka.bootstrap_servers")
         if origin and kafka.bootstrap_servers in (f"{host}:{kafka.port}" for host in ("127.0.0.1", "localhost")):
             self._screen.say(
@@ -458,7 +457,6 @@ class Startup:
         self._step("bootstrap", "preprocessing constants found on the first clicks")
 
     def _notice_answer(self) -> None:
-        """Reports once that serving answers, and with which version."""
         if self._answered or self._running().pid(WORKER) is None:
             return
         self._answered = _answered_version(self._settings)

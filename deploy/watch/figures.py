@@ -504,7 +504,6 @@ class Watch:
         )
 
     def _seen(self, name: str, scrapes: Mapping[str, Scrape], now_s: float, within_s: float) -> Seen:
-        """Returns the process now and at its oldest poll within that time, or else at its last poll."""
         now = scrapes.get(name, UNREACHABLE)
         born = now.value(BORN[name])
         polls = [(at_s, seen[name]) for at_s, seen in self._polls if name in seen and not seen[name].problem]

@@ -146,7 +146,6 @@ class AttributeFollower:
         return list(changes)
 
     def _note_end(self, commit: bool = True) -> None:
-        """Records that the topic has been read up to its end once."""
         if self.place.caught_up or self.unread:
             return
         self.place = replace(self.place, caught_up=True)

@@ -325,7 +325,6 @@ def certificates(settings: Settings) -> Iterator[Conflict]:
 
 
 def _unused(settings: Settings, names: Sequence[str], wanted: str) -> Iterator[Conflict]:
-    """Security settings that would have no effect, although the operator relies on them."""
     for name in names:
         if settings.value(name):
             yield Conflict(

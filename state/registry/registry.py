@@ -92,7 +92,6 @@ class Numbers:
         return tuple(self._parents)
 
     def __contains__(self, version: int) -> bool:
-        """Whether the directory has this version, complete."""
         self._refresh()
         return version in self._parents
 
@@ -212,13 +211,11 @@ class Registry:
         ]
 
     def _delta_folders(self, version: int) -> list[Path]:
-        """All directories of a version's delta, the effective one first."""
         first = self._folders(version, "delta")
         merged = (self.path / layout.MERGED).glob(f"{version:012d}-*")
         return first + sorted(folder for folder in merged if folder not in first and "." not in folder.name)
 
     def _not_kept(self, version: int) -> UnknownVersion:
-        """The error for a version that cannot be rolled back to, with the versions to use instead."""
         versions = self.versions()
         nearest = [
             *[number for number in versions if number < version][-1:],

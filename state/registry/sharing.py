@@ -214,7 +214,6 @@ def _become_copy(path: Path, url: str, store: FileStore) -> None:
 
 
 def _push_control(registry: Registry, store: FileStore) -> None:
-    """Pushes the control of a registry that was not shared to an empty store, all generations in order."""
     newest = registry.control()
     if newest is None:
         return

@@ -307,7 +307,6 @@ class RecentSender:
             yield number, files | {MANIFEST: manifest.encode(part)}
 
     def _remove_old(self) -> None:
-        """Removes old packs, and packs of a previous trainer once there is a newer pack."""
         while self._old:
             self._store.remove(self._old[-1])
             self._old.pop()
@@ -362,12 +361,10 @@ class DurableSender:
         return bool(unsent or removed)
 
     def _changed_ns(self) -> tuple[int, ...]:
-        """When the folders of durable versions last changed."""
         with usable("be listed"):
             return tuple((self._path / folder).stat().st_mtime_ns for folder in DURABLE)
 
     def _first_catalog(self) -> Catalog:
-        """Reads the catalogue, and removes files that a killed trainer left outside it."""
         catalog, self._tag = _tagged_catalog(self._store)
         local = self._local(catalog.folders)
         for folder in DURABLE:
@@ -585,7 +582,6 @@ class Copier:
             self._fetched_s = self._elapsed()
 
     def _find_packs(self) -> None:
-        """Finds the pack to begin with: the one that continues the newest durable version, or the first missed one."""
         with sharing():
             firsts = sorted(int(name) for name in self._store.names(RECENT) if name.isdecimal())
         behind = max(self._last_fetched, *(version_of(folder) for folder in self._catalog.folders), 0)
@@ -753,7 +749,6 @@ def exchange_small(registry: Registry, store: FileStore) -> int:
 
 
 def _is_permanent(name: str) -> bool:
-    """Whether a file is neither being written nor set aside."""
     return not durable.is_temporary(name) and ".bad" not in name
 
 

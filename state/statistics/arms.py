@@ -80,7 +80,6 @@ class _Arm(NamedTuple):
 
 
 def _combined(strata: Strata) -> tuple[_Arm, _Arm, float]:
-    """Both arms over all strata, and the effective number of rows."""
     pairs = [pair for pair in strata if pair[0].rows and pair[1].rows]
     worths = [1 / (1 / first_sums.rows + 1 / second_sums.rows) for first_sums, second_sums in pairs]
     total = sum(worths)
