@@ -1,6 +1,6 @@
 """Kills every part of a loop at random and at each step of the commit sequences, then proves that nothing was harmed.
 
-    python -m tests.e2e.chaos --kills 200 --seed 7 [--labels | --flink]
+    python -m tests.e2e.chaos --kills 200 --seed 7 [--labels]
 
 1. A real Kafka, stream, bootstrap, trainer, applier, worker; a crowd that
    clicks, sometimes nonsense; a client that asks for profiles every 50 ms.
@@ -66,7 +66,6 @@ from tests.e2e.evidence import (
     state_at,
     stream_histories,
 )
-from tests.e2e.flink.chaos import FlinkChaos, FlinkFindings
 from tests.e2e.operator import COMMAND, Operator, Rollbacks
 from tests.e2e.parts import End, Parts, quiet_ports
 from tests.e2e.running import PORTS, ROOT, until
@@ -489,9 +488,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="stop after the kills, whatever points have not struck")
     parser.add_argument("--seed", type=int, default=7, help="of clicks and kills (7)")
     parser.add_argument("--labels", action="store_true", help="labels come later, and attributes change")
-    parser.add_argument(
-        "--flink", action="store_true", help="kill the parts of a Flink cluster and rescale its job, instead"
-    )
     parser.add_argument("--keep", action="store_true", help="keep the state afterwards")
     chosen = parser.parse_args(argv)
     begun_s = time.monotonic()
@@ -501,13 +497,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     BUILD.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix=f"{chosen.seed}-", dir=BUILD))
-    findings: Findings | FlinkFindings
-    if chosen.flink:
-        findings = FlinkChaos(directory, chosen.seed, chosen.rounds, say).run()
-    else:
-        findings = Chaos(
-            directory, chosen.seed, chosen.kills, chosen.rounds, not chosen.quick, say, chosen.labels, chosen.rollbacks
-        ).run()
+    findings = Chaos(
+        directory, chosen.seed, chosen.kills, chosen.rounds, not chosen.quick, say, chosen.labels, chosen.rollbacks
+    ).run()
     print("\n".join(findings.lines()))
     if findings.problems():
         print(f"the state is in {directory}")

@@ -35,9 +35,9 @@ MAINS: Mapping[str, str] = {
 class LocalFlink:
     """One cluster, `springtide flink up` in a process of its own."""
 
-    def __init__(self, directory: Path, own: Mapping[str, object] | None = None) -> None:
+    def __init__(self, directory: Path) -> None:
         ports = zip(PORTS, quiet_ports(len(PORTS), random.Random()), strict=True)
-        values = {**dict(ports), "paths.state": directory / "state", "flink.heap_mb": 400, **(own or {})}
+        values = {**dict(ports), "paths.state": directory / "state", "flink.heap_mb": 400}
         self.flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
         self.settings: Settings = load(self.flags, env={})
         self.output = directory / "flink.log"
