@@ -187,8 +187,8 @@ BYTES = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 def quantity(text: str) -> float:
     """A size or a number of cores.
 
-    >>> quantity("2Gi"), quantity("200m"), quantity("2")
-    (2147483648.0, 0.2, 2.0)
+    >>> quantity("2Gi"), quantity("1Mi"), quantity("200m"), quantity("2")
+    (2147483648.0, 1048576.0, 0.2, 2.0)
     """
     for unit, factor in BYTES.items():
         if text.endswith(unit):

@@ -404,8 +404,3 @@ def test_the_settings_of_an_overlay_give_its_stores_their_room(overlay: str) -> 
     disk = quantity(claims["springtide-registry"]["spec"]["resources"]["requests"]["storage"])
     kept = min(settings.registry.delta_keep_gb * 1e9, shares.kept_bytes(settings, shares.REGISTRY))
     assert disk >= kept + 2 * wanted["base_bytes"]
-
-
-def test_a_quantity_is_read_as_kubernetes_reads_it() -> None:
-    for text, value in (("1", 1.0), ("250m", 0.25), ("3Gi", 3 * 2**30), ("300Mi", 300 * 2**20)):
-        assert quantity(text) == value
