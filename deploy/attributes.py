@@ -38,11 +38,7 @@ NOT_THERE = "correct [attributes]"
 
 @dataclass(frozen=True)
 class AttributeFiles:
-    """The files of one side (user or item), the topic of their records, and `key`, the column of the id.
-
-    Attributes:
-        table: What a record contains.
-    """
+    """The files of one side (user or item), the topic of their records, and `key`, the column of the id."""
 
     side: str
     recording: Recording
@@ -119,13 +115,6 @@ def send(
     wall_ms: Callable[[], int],
 ) -> SentAttributes:
     """Sends the records of all files of one side, until their ends or `stopped`.
-
-    Args:
-        files: What to send.
-        deliver: Sends records and returns when they are acknowledged.
-        progress: Reports the progress.
-        stopped: Ends it between two batches.
-        wall_ms: Unix time, the records' timestamp.
 
     Raises:
         SettingsError: The columns do not fit, or none of the first rows is a record.

@@ -47,7 +47,6 @@ class KeptFile(msgspec.Struct, frozen=True):
     Attributes:
         path: Its path in a restored system: under `registry/`, `stream-<shard>/`, or `salt`.
         bytes: Its size.
-        sha256: Digest of its bytes, hexadecimal.
         pieces: The digests of its pieces, in order; each piece is an object.
     """
 
@@ -63,15 +62,12 @@ class Backup(msgspec.Struct, frozen=True):
     Attributes:
         id: When the backup started, in UTC; ids ascend.
         created_at_ms: When the backup started, wall clock.
-        release: The Springtide release that made it.
         salt: Fingerprint of the users' salt.
         spec: Digest of the feature spec of `version`; empty if there is none.
         generation: The newest control generation in the backup.
-        epoch: The trainer's epoch in that generation.
         version: The newest version of that epoch, from which the trainer continues; None if there was none yet.
         log: The position in the training log from which the trainer continues.
         positions: By shard, the next offset of each source; the shard's histories are at least that far.
-        versions: How many versions are in the backup.
         left_out: Damaged parts that are not in the backup, with the reason.
         sent_bytes: How many bytes this backup added to the object store, after compression.
     """
@@ -337,8 +333,6 @@ class Lease:
     renews its lock.
 
     Args:
-        store: The backup location.
-        clock: The wall clock, seconds.
         owner: Identity of the holder: host, pid and start time.
 
     Raises:

@@ -40,7 +40,6 @@ class LogFile:
     """The log of one child, with its older files.
 
     Args:
-        path: `<name>.log`.
         most_bytes: Maximum size of one file. A file can be somewhat larger, because data is split only at a line end.
         older: How many older files are kept.
     """
@@ -195,10 +194,6 @@ class Supervisor:
 
     Args:
         logs: Directory of the logs; `<name>.log` receives a process's stdout and stderr.
-        environment: The processes' environment.
-        say: Receives one line for the operator.
-        metrics: Counts deaths and starts.
-        clock: Monotonic seconds.
         log_bytes: Maximum size of one log file.
         older_logs: How many full log files are kept per process.
     """

@@ -60,11 +60,7 @@ _log = logging.getLogger(__name__)
 
 
 class RolloutDriver:
-    """Drives the newest rollout of an experiment, which must have one. Not thread-safe; call `close` at the end.
-
-    Attributes:
-        evidence: The evidence about both arms.
-    """
+    """Drives the newest rollout of an experiment, which must have one. Not thread-safe; call `close` at the end."""
 
     def __init__(
         self,

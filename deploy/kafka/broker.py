@@ -182,14 +182,7 @@ class Broker:
         heap_mb: int = 384,
         retention_h: float = 168.0,
     ) -> None:
-        """Prepares a broker; nothing runs before `start`.
-
-        Args:
-            directory: Directory of the data and the log.
-            port: Port on loopback (setting kafka.port).
-            heap_mb: Java heap, MB, reserved at the start.
-            retention_h: How long records and committed offsets of groups are kept, hours.
-        """
+        """Prepares a broker; nothing runs before `start`."""
         self.directory = Path(directory).absolute()
         self.port = port
         self.heap_mb = heap_mb

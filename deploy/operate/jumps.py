@@ -63,8 +63,6 @@ class Jump:
 
     Attributes:
         id: The pseudonym of a user, or the hash of an item or a category.
-        clicks: Its clicks in the recent span.
-        share: Their share of all recent clicks.
         before: Its share in the earlier span.
         users: Pseudonyms of the users with most of its recent clicks, at most `MOST_USERS`; for a user, that one.
         covered: Share of its recent clicks that are of these users.

@@ -154,9 +154,7 @@ class Plan:
     """A rollback from the control generation `before` to a version: what it does, and, once counted, what that affects.
 
     Attributes:
-        new: The masks that the rollback adds.
         view: The topics as they are; None if Kafka does not answer.
-        topic: Name of the training log.
         then_follow: Whether serving follows again once the trainer has caught up.
         exact: What an exact rollback does in addition; None for a fast one.
         counted: The records from the version to the end of the log; None until `count`, or without `view`.

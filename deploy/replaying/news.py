@@ -94,8 +94,6 @@ class NewsReaders:
     """Readers with a clock of their own.
 
     Args:
-        news: The parameters.
-        seed: The seed of every random choice.
         begin_ms: Their clock before the first click, Unix ms.
         actions: Names of actions, the most frequent first.
         by_story: Whether the category of a click is the story and not the section.
@@ -226,13 +224,7 @@ class NewsReaders:
 
 
 def write(path: Path, clicks: Clicks, events: Events) -> None:
-    """Writes clicks as a recording: CSV for `.csv`, else JSON lines.
-
-    Args:
-        path: The file; it is replaced.
-        clicks: The clicks.
-        events: Names the fields.
-    """
+    """Writes clicks as a recording: CSV for `.csv`, else JSON lines."""
     values = encode(clicks, events).values
     if path.suffix != ".csv":
         path.write_bytes(b"".join(value + b"\n" for value in values))

@@ -301,9 +301,7 @@ class Startup:
     """One run of the loop.
 
     Args:
-        settings: Settings of the loop.
         shoppers: Whether synthetic shoppers click.
-        screen: Receives the lines.
         stop: Whether the operator asked to stop.
         hurry: Whether the operator asked again.
         accepted: Arguments of stream and trainer: losses that the operator accepts.

@@ -39,8 +39,6 @@ class Problem:
 
     Attributes:
         severity: As of alerts. `info` needs no action; `hold` is what an operator wants.
-        text: What is wrong, in a few words.
-        section: Its section of the runbook.
         stage: The stage of the loop that it concerns: clicks, stream, trainer, versions or answers; empty for others.
     """
 

@@ -33,11 +33,6 @@ class AttributeFollower:
     """Keeps one side of the store (users or items) up to date with its topic. For one thread, the store's only writer.
 
     Args:
-        kafka: Connection settings.
-        topic: Name of the topic.
-        table: Decodes records.
-        salt: Salt of the user pseudonyms.
-        store: Destination of the attributes.
         report: Receives refused records. When it returns, they are durably reported.
     """
 

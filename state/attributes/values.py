@@ -79,10 +79,8 @@ class AttributeTable:
 
     Args:
         side: `user` or `item`.
-        fields: The A attributes.
 
     Attributes:
-        names: The names of the attributes.
         unknown: `[A]` uint64, the ids used where there is no record.
         digest: Digest of everything that determines a record's ids.
     """

@@ -49,7 +49,6 @@ class RowLosses(NamedTuple):
     """Losses of the rows of one record that have a category.
 
     Attributes:
-        offset: Offset of the record in the training log.
         blocks: `[n]` uint16, the blocks of their users.
         losses: `[n]` float64, their log losses in nats.
     """
@@ -192,16 +191,11 @@ class ComparisonFigures(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     """The figures of a comparison; None for those that are not known yet.
 
     Attributes:
-        rows: Rows that both scored.
-        records: Records that were paired.
         alone: Records that one side has and the other skipped.
         unlike: Records for which the sides have different rows.
-        differing: Rows whose two losses differ in at least one bit.
         live_log_loss: Mean log loss of the live trainer, nats.
         trial_log_loss: Mean log loss of the experiment's trainer, nats.
         difference: `trial_log_loss` minus `live_log_loss`.
-        low: Lower end of its interval.
-        high: Upper end of its interval.
         alpha: Probability that equal trainers are ever reported as different.
     """
 

@@ -87,9 +87,6 @@ class StepSums:
 class Evidence:
     """The sums of one rollout.
 
-    Args:
-        name: Name of the experiment.
-
     Attributes:
         step: The newest step seen; -1 before the first.
         of_step: Sums of that step, by arm.

@@ -61,7 +61,6 @@ class Directory:
     """A registry's directory, with a folder for temporary files, whose names carry their writer.
 
     Args:
-        path: The directory.
         claim: The trainer's claim, whose staging folder has the temporary files; None in other processes.
     """
 

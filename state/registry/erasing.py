@@ -18,8 +18,6 @@ class ErasureReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         part: Name of the process, such as `stream-0`; also the name of its file.
-        host: Host of the process.
-        path: The directory of its copies.
         through: The last erasure whose users' records are deleted there.
         pages: Likewise, including free pages of the store's file, which hold old bytes until the file is rewritten.
         version: For the compactor: versions up to this one were checked.

@@ -30,7 +30,6 @@ class HostEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         name: Name of the host, unique; also the name of its file.
         address: URL under which other hosts and clients reach it.
         shares: The shares of users that it holds, in the form of `serving.shares`.
-        at_ms: Wall clock time of the last renewal.
     """
 
     name: str

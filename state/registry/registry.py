@@ -130,11 +130,9 @@ class Registry:
     """One registry directory. Use one object per thread; only `read` may run in any thread.
 
     Args:
-        path: The directory.
         claim: See `Directory`; only a trainer has one.
 
     Attributes:
-        path: The directory.
         directory: Its files, and the object store in which it is shared.
         generations: Control, and outcomes of rollbacks.
         specs: Programs and feature specs.

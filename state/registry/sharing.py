@@ -103,8 +103,6 @@ class Owned(NamedTuple):
     """A shared registry whose versions this host's trainer owns.
 
     Attributes:
-        store: The object store.
-        claim: The number of the claim.
         took_over: Whether another trainer owned the versions before.
     """
 

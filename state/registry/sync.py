@@ -163,8 +163,6 @@ class Catalog(msgspec.Struct, frozen=True):
     """The contents of the object store.
 
     Attributes:
-        serial: Serial number; grows with each change.
-        claim: Claim of the trainer that wrote it.
         last: The highest number that any version has had.
         folders: Folder of each durable version, such as `bases/000000000001` -> first digits of its manifest's SHA-256.
         programs: Digests of the programs.
@@ -250,10 +248,7 @@ class RecentSender:
 
     Args:
         path: The registry's directory; the caller holds the trainer's lock.
-        store: The object store.
         claim: The claim number under which this trainer owns the versions.
-        serial: Returns the serial number of the newest catalogue.
-        elapsed: Monotonic seconds.
     """
 
     def __init__(
@@ -489,9 +484,7 @@ class Copier:
 
     Args:
         path: The registry's directory, which is bound to the store.
-        store: The object store.
         recent_s: How long recent versions are kept locally; the newest one is kept until there is a newer one.
-        elapsed: Monotonic seconds.
     """
 
     def __init__(

@@ -36,9 +36,7 @@ class LookalikeList(msgspec.Struct, frozen=True):
 
     Attributes:
         version: The version whose embeddings were used.
-        at_ms: When they were found, wall clock.
         members: Number of members with which users were compared.
-        users: Number of users that were compared.
         lookalikes: The users, nearest first.
         precision: Quality of the ranking; empty if too few members could be held out.
     """
