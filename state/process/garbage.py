@@ -29,13 +29,14 @@ class Holes:
     new block fits. Without trimming, a trainer's heap grows for hours.
     """
 
-    def __init__(self) -> None:
-        self._next_s = time.monotonic() + EVERY_S
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._next_s = clock() + EVERY_S
         # Only glibc has malloc_trim.
         self._trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
     def tick(self) -> None:
         """Trims the heap if ten seconds have passed."""
-        if self._trim is not None and (now_s := time.monotonic()) >= self._next_s:
+        if self._trim is not None and (now_s := self._clock()) >= self._next_s:
             self._trim(0)
             self._next_s = now_s + EVERY_S
