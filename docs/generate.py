@@ -14,7 +14,6 @@ import yaml
 from deploy import capacity, cli
 from deploy.command_line import OWN_HELP, parser
 from deploy.watch import metrics_table
-from state.config.settings import Settings
 from state.events.dead_letters import Reason
 
 ROOT = Path(__file__).parents[1]
@@ -133,7 +132,7 @@ def runbook() -> str:
 PAGES: Mapping[str, Callable[[], str]] = {
     "deploy/console/static/runbook.html": runbook,
     "docs/operate/alerts.md": alerts,
-    "docs/operate/capacity.md": lambda: capacity.page(Settings()) + "\n",
+    "docs/operate/capacity.md": lambda: capacity.page() + "\n",
     "docs/reference/commands.md": commands,
     "docs/reference/dead-letters.md": dead_letters,
     "docs/reference/metrics.md": metrics_table.as_markdown,
