@@ -632,27 +632,21 @@ class Findings:
     """Filled in as a run goes on.
 
     Attributes:
-        seed: Of the run.
         kills: (part, kill point or "anywhere") -> kill -9.
         ends: (part, class of error) -> ends that nobody caused.
         back_s: Part -> seconds from its death until it worked again.
-        clicks: Records in the clicks topic.
-        rows: Distinct rows in the micro-batch log.
         records: Micro-batches in it.
         again: Rows written again after a crash.
         differing: Of them, those with other bytes than the first time.
         gaps: Positions that no micro-batch covers.
         abandoned: Micro-batches that exact rollbacks left behind.
         masked: Clicks left out at the end.
-        rollbacks: What became of the operator's.
         labels: Impressions by what became of them, where labels come later.
         changes: Changes of attributes, where there are any.
         log: In what the log differs from an undisturbed stream's.
         doubled: Rows that the trainer learned twice; negative where some were never learned.
         differs: (what is compared) -> in what it differs; empty lists are proofs.
         spot_checks: How often serving's rows were compared in the middle of it.
-        answers: What the client got.
-        seconds: How long it took.
     """
 
     seed: int
@@ -716,54 +710,19 @@ class Findings:
 
     def lines(self) -> list[str]:
         """The findings for people."""
-        found = [
-            f"seed {self.seed}: {self.killed} kills in {self.seconds:.0f} s on {os.cpu_count()} processors under a load of "
-            f"{os.getloadavg()[1]:.0f}",
-            "",
-        ]
-        by_part: dict[str, list[str]] = defaultdict(list)
-        for (part, point), count in sorted(self.kills.items()):
-            by_part[part].append(f"{point} {count}")
-        for part, points in by_part.items():
-            total = sum(count for (one, _), count in self.kills.items() if one == part)
-            found.append(f"  {part:<10} {total:>4}   {', '.join(points)}")
-        found += [
-            "",
-            f"clicks            {self.clicks:,}; {self.rows:,} rows in {self.records:,} micro-batches",
-            *(
-                [f"impressions       {', '.join(f'{n:,} {what}' for what, n in self.labels.items())}"]
-                if self.labels
-                else []
-            ),
-            *([f"attributes        {self.changes:,} changes"] if self.changes else []),
-            f"rollbacks         {self.rollbacks.modes['exact']} exact, {self.rollbacks.modes['fast']} fast, {self.rollbacks.interrupting} "
-            f"of them during another; {self.masked:,} clicks left out, {self.abandoned:,} micro-batches abandoned",
-            f"commands          {self.rollbacks.retyped} typed again, {self.rollbacks.conflicts} told of another's, "
-            f"{self.rollbacks.unchanged} typed twice",
-            f"written again     {self.again:,} rows, {self.differing} with other bytes",
-            f"lost              {self.log.lost}",
-            f"doubled           {self.doubled}",
-            f"changed, invented {self.log.changed}, {self.log.invented}",
-            f"versions          {self.versions:,}",
-        ]
-        found += [
-            f"{what:<44} {'equal' if not names else 'DIFFERS in ' + ', '.join(names[:8])}"
+        apart = ("kills", "ends", "back_s", "differs", "answers")
+        kills = [f"{part} at {point}: {count} kills" for (part, point), count in sorted(self.kills.items())]
+        figures = [f"{name}: {value}" for name, value in vars(self).items() if name not in apart]
+        compared = [
+            f"{what}: {'equal' if not names else 'DIFFERS in ' + ', '.join(names[:8])}"
             for what, names in self.differs.items()
         ]
-        answers = self.answers
-        found += [
-            f"spot checks of serving's rows               {self.spot_checks}",
-            f"answers           {answers.given:,} given, {sum(answers.failed.values())} failed, {answers.excused} missing "
-            f"while the worker was dead or not back; the slowest {answers.longest_s * 1000:.0f} ms",
-            "",
+        times = [
+            f"{what}: {len(took)} times, median {statistics.median(took):.1f} s, most {max(took):.1f} s"
+            for what, took in self.times_s().items()
         ]
-        found += [
-            f"{what:<44} {len(times):>3} times, median {statistics.median(times):5.1f} s, most {max(times):5.1f} s"
-            for what, times in self.times_s().items()
-        ]
-        found += [
-            f"ended by itself   {part}: {error}, {count} times" for (part, error), count in sorted(self.ends.items())
-        ]
-        problems = self.problems()
-        found += ["", *(f"PROBLEM: {one}" for one in problems)] if problems else ["", "every promise was kept"]
-        return found
+        ends = [f"{part} ended by itself {count} times: {error}" for (part, error), count in sorted(self.ends.items())]
+        problems = [f"PROBLEM: {problem}" for problem in self.problems()] or ["every promise was kept"]
+        load = f"{self.killed} kills on {os.cpu_count()} processors under a load of {os.getloadavg()[1]:.0f}"
+        answers = f"answers: {self.answers.given} given, {self.answers.excused} missing while the worker was away"
+        return [load, *kills, *figures, answers, *compared, *times, *ends, *problems]
