@@ -147,7 +147,9 @@ class Sizing:
             "held": sum(1 for _ in settings.serving.user_shares) / SHARES,
             "runner": load.stream,
             "answer_us": constants[f"{load.answer}_us"],
-            "min": min, "max": max, "ceil": math.ceil,
+            "min": min,
+            "max": max,
+            "ceil": math.ceil,
             "changed": self._changed,
             "kept": self._kept,
         }

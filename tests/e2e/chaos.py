@@ -88,6 +88,7 @@ OWN: Mapping[str, object] = {
     "trainer.base_every_s": 15,
     "registry.durable_s": 1,
     "registry.delta_keep_s": 40,
+    "history.snapshot_every_s": 5,
 }
 LABELS: Mapping[str, object] = {
     "labels.impressions": "view",
@@ -509,10 +510,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-
-
 POINTS: Mapping[str, Sequence[str]] = {
     "stream": (
         "stream.fenced",
@@ -544,6 +541,9 @@ POINTS: Mapping[str, Sequence[str]] = {
         "back.committed",
         "follow.taken",
         "follow.committed",
+        "snapshot.file",
+        "snapshot.written",
+        "snapshot.named",
     ),
     "command": ("control.written", "control.linked", "rollback.proposed", "rollback.answered"),
 }
@@ -726,3 +726,7 @@ class Findings:
         load = f"{self.killed} kills on {os.cpu_count()} processors under a load of {os.getloadavg()[1]:.0f}"
         answers = f"answers: {self.answers.given} given, {self.answers.excused} missing while the worker was away"
         return [load, *kills, *figures, answers, *compared, *times, *ends, *problems]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
