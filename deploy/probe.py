@@ -137,13 +137,8 @@ class Stopwatch:
     """Sends clicks and times them. Not thread-safe.
 
     Args:
-        settings: Settings of the loop.
         send: Sends a click of a user and returns its position once it is acknowledged.
         ask: Requests a profile with features and sources, of a user at a time.
-        now_ms: Wall clock.
-        clock: Monotonic seconds.
-        sleep: Waits so many seconds.
-        stopped: Whether to stop early.
     """
 
     def __init__(

@@ -190,9 +190,7 @@ def open_attributes(settings: Settings, files: Sequence[AttributeFiles]) -> Iter
         for side in files:
             for _, rows in rows_of_files(side):
                 records = encode_attributes(rows, side).records
-                values = {
-                    ids[side.side](key.decode()): packed(side.table, value, side.most_bytes) for key, value in records
-                }
+                values = {ids[side.side](key.decode()): packed(side.table, value) for key, value in records}
                 store.commit(side.side, values, TopicPosition("", "", {}))
         join = Join(store, (), tables, settings.attributes.slices, StreamMetrics(CollectorRegistry()))
         try:

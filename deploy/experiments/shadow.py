@@ -19,7 +19,6 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -60,17 +59,11 @@ class LossComparison:
         CorruptStore: The stored comparison cannot be read.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        live: Path,
-        experiment: Path,
-        elapsed: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._folder, self._elapsed = folder, elapsed
+    def __init__(self, folder: Path, live: Path, experiment: Path) -> None:
+        self._folder = folder
         self._comparison = comparison.read(folder) or PairedComparison()
         self._live, self._own = LossReader(live), LossReader(experiment)
-        self._kept_s, self._kept_records = elapsed(), self._comparison.records
+        self._kept_s, self._kept_records = time.monotonic(), self._comparison.records
 
     def step(self) -> None:
         """Reads new losses, and stores the comparison if it is due.
@@ -85,7 +78,7 @@ class LossComparison:
             if not live and not experiment_losses:
                 break
             self._comparison.add(live, experiment_losses)
-        if self._elapsed() - self._kept_s >= KEEP_S:
+        if time.monotonic() - self._kept_s >= KEEP_S:
             self.keep()
 
     def keep(self) -> None:
@@ -94,7 +87,7 @@ class LossComparison:
         Raises:
             OSError: The disk cannot be written; it is tried again.
         """
-        self._kept_s = self._elapsed()
+        self._kept_s = time.monotonic()
         if self._comparison.records != self._kept_records:
             comparison.write(self._folder, self._comparison)
             self._kept_records = self._comparison.records

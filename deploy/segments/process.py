@@ -256,7 +256,6 @@ class ClickedUsers:
             _log.warning("record %d of the training log is left out: %s", offset, error)
 
     def _reached(self, histories: HistoryStore) -> int:
-        """Returns the offset at which the histories end."""
         stored = position_of(histories)
         return 0 if stored is None else stored.next.get(self._partition, 0)
 
@@ -267,7 +266,6 @@ class UserSweep:
     A pass spreads its work over `every_s`; a hurried pass takes only the time that it needs. Not thread-safe.
 
     Attributes:
-        hurried: Whether this pass is hurried.
         took_s: How long the last whole pass took; 0 before.
     """
 
@@ -325,12 +323,7 @@ class SegmentKeeper:
     """Updates the segments of one deployment on one of its serving hosts. Not thread-safe.
 
     Args:
-        settings: Settings of the loop; they name segments.
         predictor: Returns what answers on this host; its queries identify users by pseudonym.
-        log: The log with the topics.
-        metrics: Metrics of the process.
-        now_ms: Wall clock.
-        clock_s: Monotonic seconds.
 
     Raises:
         SettingsError: An expression is invalid.

@@ -205,9 +205,7 @@ class AttributesFollower:
         topics = {"user": wanted.user_topic, "item": wanted.item_topic}
         # The stream writes dead letters for refused records; here they are ignored.
         self._followers = [
-            AttributeFollower(
-                settings.kafka, topics[side], table, salt, self.store, lambda bad: None, settings.events.max_event_bytes
-            )
+            AttributeFollower(settings.kafka, topics[side], table, salt, self.store, lambda bad: None)
             for side, table in tables_of(wanted).items()
         ]
 

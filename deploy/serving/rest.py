@@ -504,8 +504,7 @@ def _run(settings: Settings, arguments: list[str]) -> int:
     serving = settings.serving
     allow_connections(CONNECTIONS)
     if are_wanted(settings):
-        for path in make_missing(settings.tokens_dir):
-            _log.warning("made a token, which its clients need: %s", path)
+        make_missing(settings.tokens_dir)
     bound = listen(serving.host, serving.port)
     if serving.grpc_port:
         # Only checks whether the port is free: grpc binds it.

@@ -180,7 +180,6 @@ class WindowJudge:
         return None if before is None else before.statistics
 
     def _settled(self, window: Window) -> bool:
-        """Whether histories, which begin empty with the bootstrap, grow slowly enough to compare with the window before."""
         specs = Specs(Directory(self._settings.registry_dir))
         name = specs.bootstrapped(self._spec, self._settings.model)
         begun_ms = 0 if name is None else int(specs.spec(name)["newest_ms"])
@@ -238,7 +237,6 @@ def _without_features(statistics: DatasetFeatureStatistics) -> DatasetFeatureSta
 
 
 def _largest(anomalies: Anomalies, labels: Mapping[str, str]) -> Iterable[tuple[str, str, float]]:
-    """Returns label, reference, and the largest distance of the features with that label, by `labels` of features."""
     distances: dict[tuple[str, str], float] = {}
     for feature in anomalies.drift_skew_info:
         label = labels[feature.path.step[0]]

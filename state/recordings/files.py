@@ -1,12 +1,4 @@
-"""Finds files of clicks, detects their format and reads their rows as columns in chunks; defines their options.
-
-    CSV         .csv .tsv .txt
-    JSON lines  .json .jsonl .ndjson
-    Parquet     .parquet .pq
-
-CSV and JSON lines may be compressed (.gz .zst .bz2 .lz4). Only the columns that `[events]` names are read, so an
-outcome that is not mapped cannot become a feature.
-"""
+"""Finds files of clicks (CSV, JSON lines, Parquet), detects their format and reads their rows as columns in chunks."""
 
 from __future__ import annotations
 
@@ -441,13 +433,6 @@ def add_file_arguments(parser: argparse.ArgumentParser, usage: str) -> None:
         "--constant", action="append", default=[], metavar="FIELD=VALUE", help="field with the same value in every row"
     )
     group.add_argument(
-        "--allow-outcome",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="allow an outcome (events.outcomes) as a feature",
-    )
-    group.add_argument(
         "--sort",
         choices=("memory", "assume"),
         default="memory",
@@ -472,14 +457,13 @@ def add_format_arguments(parser: argparse._ActionsContainer, suffix: str = "") -
 def as_settings(options: argparse.Namespace) -> list[str]:
     """Converts the options that are settings to their flags.
 
-    >>> as_settings(argparse.Namespace(columns="user,time", constant=["action=view"], allow_outcome=[]))
+    >>> as_settings(argparse.Namespace(columns="user,time", constant=["action=view"]))
     ['--events.columns=user,time', '--events.constants=action=view']
     """
     flags = []
     for name, values in (
         ("columns", options.columns.split(",") if options.columns else []),
         ("constants", options.constant),
-        ("allow_outcomes", options.allow_outcome),
     ):
         if values:
             flags.append(f"--events.{name}={','.join(values)}")

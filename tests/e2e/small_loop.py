@@ -186,15 +186,7 @@ class Applying:
 
 
 class SmallLoop:
-    """Clicks in, answers' rows and histories out.
-
-    Args:
-        folder: All state of it.
-        salt: Of the users' pseudonyms; copied.
-        decided: Makes its first control generation of the plain one.
-        flags: More settings.
-        partitions: Of the clicks.
-    """
+    """Clicks in, answers' rows and histories out."""
 
     NAMES = ("stream", "trainer", "applier")
 

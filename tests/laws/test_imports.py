@@ -99,11 +99,7 @@ def test_a_circle_is_found() -> None:
 
 
 def edges(part: Callable[[str], str]) -> dict[str, set[str]]:
-    """What each part imports of the others, in functions and for type checkers too.
-
-    Args:
-        part: Of a module.
-    """
+    """What each part imports of the others, in functions and for type checkers too."""
     known = files_of_modules()
     found: dict[str, set[str]] = {}
     for module, path in known.items():

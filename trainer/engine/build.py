@@ -30,7 +30,7 @@ from trainer.model.tower import DenseTower
 from trainer.privacy.participation import LearnedCrosses
 from trainer.tables.count_table import CountTable
 from trainer.tables.index import U64
-from trainer.tables.table import INITIAL_RANGE, Table, table_of
+from trainer.tables.table import INITIAL_ACCUMULATOR, INITIAL_RANGE, Table, table_of
 
 TRANSITION = "transition"
 """The table of what came next after a category, which is counted and not learned."""
@@ -100,7 +100,7 @@ def tables_of(ranker: Ranker, settings: Settings, device: str | None) -> dict[st
             name,
             ranker.tables.get(name, model.dim),
             trainer.capacity,
-            model.initial_accumulator,
+            INITIAL_ACCUMULATOR,
             1 if name in admitted_at_once else trainer.admit_after,
             ranker.initial_ranges.get(name, INITIAL_RANGE),
             trainer.max_rows,

@@ -140,11 +140,15 @@ class Access:
     _say: SaidOnce = field(default_factory=lambda: SaidOnce(_log.error), repr=False)
 
     @classmethod
-    def of(cls, settings: Settings) -> Access:
-        """Builds the access control from the settings; raises SettingsError if their files cannot be used."""
+    def of(cls, settings: Settings, always: bool = False) -> Access:
+        """Builds the access control from the settings; `always`: requests need tokens, whatever the settings want.
+
+        Raises:
+            SettingsError: The files that the settings name cannot be used.
+        """
         serving = settings.serving
         certificate = Certificate(Path(serving.tls_cert), Path(serving.tls_key)) if serving.tls_cert else None
-        return cls(certificate, Tokens(settings.tokens_dir) if are_wanted(settings) else None)
+        return cls(certificate, Tokens(settings.tokens_dir) if always or are_wanted(settings) else None)
 
     def look(self) -> None:
         """Reloads files that have changed; if the new ones cannot be used, the previous ones stay in effect."""
@@ -207,4 +211,8 @@ def tokens_in(path: Path) -> list[str]:
 def make_missing(folder: Path) -> list[Path]:
     """Creates the missing files, each with a new token, and returns them; safe for several processes at once."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return [path for path in (folder / READ, folder / OPERATE) if not path.exists() and make_key(path)]
+    paths = [folder / role for role in (READ, OPERATE)]
+    created = [path for path in paths if not path.exists() and make_key(path)]
+    for path in created:
+        _log.warning("created a token, which clients need: %s", path)
+    return created

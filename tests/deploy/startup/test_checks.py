@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from deploy.startup.checks import Port, require_directory, require_disk, require_ports, require_python
+from deploy.startup.checks import require_directory, require_disk, require_python
 from state.errors import PortTaken, SettingsError, StoreFull, UnusableDisk
+from state.process.ports import Port, require_ports
 
 HOST = "127.0.0.1"
 
