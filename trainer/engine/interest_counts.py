@@ -209,7 +209,10 @@ def _with_logits(scores: Scores, logits: Logits) -> Scores:
     )
 
 
-@compiled("const(u8[::1]), u8[::1], u8[::1], i4[::1], u8[:, ::1]")
+@compiled(
+    "u8[::1], u8[::1], u8[::1], i4[::1], u8[:, ::1]",
+    "const(u8[::1]), u8[::1], u8[::1], i4[::1], u8[:, ::1]",
+)
 def _keys_of_newest_items(users: U64, items: U64, before: U64, places: I32, keys: U64) -> None:
     """Writes the key of the newest item of each row's user before the row; an item is 0 in a row that is no click.
 
@@ -269,8 +272,10 @@ def _teach(
 
 
 @compiled(
+    "ItemLists, i4[::1], i4[:, ::1], i8[::1], u8[:, ::1], u8[::1], u8[:, ::1], Logits, u8[::1], "
+    "i4[::1], f4[:, ::1], i8, f8[:, ::1], f8[:, ::1], Workspace",
     "ItemLists, i4[::1], i4[:, ::1], i8[::1], const(u8[:, ::1]), u8[::1], u8[:, ::1], Logits, u8[::1], "
-    "i4[::1], f4[:, ::1], i8, f8[:, ::1], f8[:, ::1], Workspace"
+    "i4[::1], f4[:, ::1], i8, f8[:, ::1], f8[:, ::1], Workspace",
 )
 def _learn_and_count(
     lists: ItemLists,

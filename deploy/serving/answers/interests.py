@@ -54,7 +54,7 @@ class Correction(NamedTuple):
         return corrected
 
 
-@compiled("f4[:, ::1], f4[:, :], f4[:, :], f4[:, ::1]")
+@compiled("f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1]", "f4[:, ::1], f4[:, :], f4[:, :], f4[:, ::1]")
 def _apply(logits: F32, factor: F32, offset: F32, corrected: F32) -> None:
     for i in range(logits.shape[0]):
         for j in range(logits.shape[1]):
@@ -68,7 +68,10 @@ def newest_item(events: Events, at_ms: int, mask: Mask, user: int) -> int:
     return int(_newest_item(events["at_ms"], events["item"], events["flags"], hidden, at_ms))
 
 
-@compiled("const(i8[:]), const(u8[:]), const(u1[:]), bool[::1], i8")
+@compiled(
+    "const(i8[:]), const(u8[:]), const(u1[:]), bool[::1], i8",
+    "const(i8[::1]), const(u8[::1]), const(u1[::1]), bool[::1], i8",
+)
 def _newest_item(
     at_ms: I64, items: U64, flags: NDArray[np.uint8], hidden: NDArray[np.bool_], until_ms: int
 ) -> np.uint64:
@@ -117,7 +120,7 @@ def correction_of(
 
 
 @compiled(
-    "ItemLists, i4[::1], i8[::1], const(u8[:, ::1]), const(u8[::1]), const(u8[:, ::1]), f4[:, ::1], f4[:, ::1], "
+    "ItemLists, i4[::1], i8[::1], u8[:, ::1], u8[::1], u8[:, ::1], f4[:, ::1], f4[:, ::1], "
     "f8[:, ::1], f4[:, ::1], f4[:, ::1], Workspace"
 )
 def _correct(
