@@ -354,9 +354,8 @@ class VersionFollower:
 
     Control pins a version, or follows the newest of its epoch, durable or recent; before the epoch has one, its base. Each
     version is one transaction. While control follows, that transaction also moves the pointer. Without an ancestor on this
-    host, base and deltas are applied in a separate lane, while the old version answers. A version that cannot be read, or
-    fails its probe, does not answer; it is logged once, and the first is tried again after a while. Labelled versions are
-    applied too.
+    host, base and deltas are applied in a separate lane, while the old version answers. A version that cannot be read is
+    tried again after a while. One that fails its probe does not answer. Labelled versions are applied too.
 
     Attributes:
         erased: The last erasure whose users no longer have data in the store.
