@@ -11,7 +11,7 @@ import numpy as np
 from state.errors import MicroBatchError, SaltMismatch, SpecMismatch
 from state.features.mask import MaskAt
 from state.log import PartitionBatch
-from state.microbatch.batch import MicroBatch, gaps, in_log_time, masked, trained, trim
+from state.microbatch.batch import Logged, MicroBatch, gaps, in_log_time, masked, trained, trim
 from state.microbatch.codec import decode
 from state.positions import Source
 from state.registry.log_line import WHOLE, LogLine, counts
@@ -93,9 +93,10 @@ def take_in(
     mask = mask_at(batch.header.mask_generation)
     allowed = unseen & ~masked(batch, mask) if mask else unseen
     keep = is_trained & allowed
+    # Log time is computed from all rows, and only then the rows to learn from are selected.
+    learned = in_log_time(batch.take(allowed)).take(is_trained[allowed])
     return Intake(
-        # Log time is computed from all rows, and only then the rows to learn from are selected.
-        batch=in_log_time(batch.take(allowed)).take(is_trained[allowed]),
+        batch=replace(learned, logged=Logged(value or b"", keep)),
         marks=after,
         rows=int(is_trained.sum()),
         duplicate=int((is_trained & ~unseen).sum()),

@@ -53,6 +53,7 @@ from state.process.ending import stop_on_signals
 from state.process.garbage import Holes, keep_what_is_there
 from state.process.part import Work, run_process
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
+from state.process.said_once import SaidOnce
 from state.process.wall_clock import wall_ms
 from state.registry import control as transitions
 from state.registry.claim import LEASE_S, claiming
@@ -66,7 +67,7 @@ from state.storage.waiting import Room, is_full
 from trainer.checks import is_own
 from trainer.lag import Taken, TrainingLag
 from trainer.place import newest_before
-from trainer.worker import begin, restore_handlers, workers_of
+from trainer.worker import begin, restore_handlers, waiting, workers_of
 
 if TYPE_CHECKING:
     from trainer.engine.step import Trainer
@@ -219,6 +220,17 @@ class Phases:
         for name in PHASES:
             self._metrics.phase.labels(name).set(name == phase)
 
+    def wait_for(self, addresses: Sequence[str]) -> Callable[[Sequence[int]], None]:
+        """A function that shows which workers are missing."""
+        say = SaidOnce(logger.info)
+
+        def report(missing: Sequence[int]) -> None:
+            for worker in range(1, len(addresses)):
+                self._metrics.worker_missing.labels(str(worker)).set(worker in missing)
+            say(waiting(missing, addresses))
+
+        return report
+
     def follow(self, caught_up: bool, records_left: int | None) -> None:
         """Shows whether the trainer has read the log to its end; until then logs `records_left` every few seconds.
 
@@ -354,9 +366,11 @@ def _join(
     phases.enter(WORKERS)
     with quiet_stderr():
         from trainer import device
-        from trainer.group import Group
+        from trainer.group import Group, await_others
 
         device.prepare(settings.trainer.device, settings.trainer.threads)
+    await_others(addresses, 0, phases.wait_for(addresses))
+    with quiet_stderr():
         joined.append(Group(addresses, 0))
     logger.info("%d workers have joined", len(addresses))
     phases.enter(phases.loaded)

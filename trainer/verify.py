@@ -28,7 +28,6 @@ import numpy as np
 
 from state import layout, probe
 from state.config.loading import load
-from state.config.sections import Model
 from state.config.settings import Settings
 from state.errors import GapError, LogError, RegistryError, UnknownVersion
 from state.features.erased import Erased
@@ -41,7 +40,7 @@ from state.process.part import run_command
 from state.process.quiet_stderr import quiet_stderr
 from state.registry.control import Control
 from state.registry.manifest import Manifest, sees
-from state.registry.model_fit import FORMER_TOWERS, first_after, former_specs
+from state.registry.model_fit import environment_differences, first_after, former_specs
 from state.registry.registry import Registry
 from state.registry.segments import base_of, segments_of
 from state.rows.tables import tables_in
@@ -158,29 +157,6 @@ def _at(table: str, row: int | None, name: str, at: int, a: Array, b: Array, wid
 
 def _presence(is_present: bool) -> str:
     return "it" if is_present else "nothing"
-
-
-def environment_differences(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """The differences between two environments, one line each; a name that only one of them has is left out.
-
-    >>> environment_differences({"numpy": "2.3", "device": "/CPU:0"}, {"numpy": "2.4", "device": "/CPU:0"})
-    ['numpy was 2.3 and is 2.4']
-    >>> environment_differences({"churn.days": "7.0"}, {})
-    ['churn.days was 7.0 and is off']
-    >>> environment_differences({"workers": "2"}, {})
-    ['workers was 2 and is 1']
-    >>> environment_differences({"model.tower": FORMER_TOWERS[0]}, {"model.tower": Model().tower})
-    []
-    """
-    then = {name: Model().tower if value in FORMER_TOWERS else value for name, value in then.items()}
-    # Settings of a feature that is off are not named, nor is a single worker.
-    off = {name: "off" for name in then.keys() | now.keys() if name.startswith("churn.")} | {"workers": "1"}
-    then, now = {**off, **then}, {**off, **now}
-    return [
-        f"{name} was {then[name]} and is {now[name]}"
-        for name in sorted(then.keys() & now.keys())
-        if then[name] != now[name]
-    ]
 
 
 def marks_difference(kept: Mapping[Any, int], recomputed: Mapping[Any, int]) -> Difference | None:
@@ -429,11 +405,13 @@ def run(
         with quiet_stderr():
             from trainer import device
             from trainer.engine.making import bootstrapped_trainer
-            from trainer.group import Group
+            from trainer.group import Group, await_others
 
             device.prepare(settings.trainer.device, settings.trainer.threads)
-            group = Group(addresses, 0) if addresses else None
-            if group is not None:
+            group = None
+            if addresses:
+                await_others(addresses, 0, lambda missing: None)
+                group = Group(addresses, 0)
                 begin(group, settings)
             return bootstrapped_trainer(settings, registry.specs, group)
 

@@ -74,7 +74,7 @@ WAITS = {
 
 
 STANDS_BY = "stands by for another trainer"
-FORMING = "waits for its workers"
+FORMING = "waits for worker"
 
 
 class Backlog(NamedTuple):
@@ -228,7 +228,9 @@ def starting(scrapes: Mapping[str, Scrape]) -> dict[str, str]:
             continue
         total, ready = (scraped.value(f"springtide_kernels_{kind}") or 0.0 for kind in ("total", "ready"))
         if scraped.value("springtide_trainer_phase", phase="waiting for workers"):
-            phases[name] = FORMING
+            workers = scraped.by("springtide_trainer_worker_missing", "worker")
+            missing = ", ".join(worker for worker, is_missing in workers.items() if is_missing)
+            phases[name] = f"{FORMING} {missing} of {len(workers) + 1}" if missing else f"{FORMING}s"
         elif ready < total:
             phases[name] = f"compiling kernels, {shown(ready)} of {shown(total)}"
         elif name in VERSIONS and not scraped.value(VERSIONS[name]):

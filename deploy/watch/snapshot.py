@@ -199,7 +199,7 @@ def _of_processes(figures: Figures) -> Iterator[Problem]:
         if text == STANDS_BY:
             yield Problem("info", f"{name} {text}", "a-trainer-stands-by", STAGES.get(name, ""))
             continue
-        if text == FORMING:
+        if text.startswith(FORMING):
             severity: Severity = "warning" if figures.up == "starting" else "critical"
             yield Problem(severity, f"{name} {text}", WORKERS, "trainer")
             continue

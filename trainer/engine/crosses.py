@@ -161,10 +161,6 @@ class CrossLearner:
             self._table.gather_accum(rows),
         )
 
-    def rows(self, record: Record) -> I32:
-        """The rows that `measure` would return."""
-        return self._places(record)[0]
-
     def apply(self, rows: I32, crossed: Crossed) -> None:
         """Stores what `measure` returned."""
         # The missing row is never trained.

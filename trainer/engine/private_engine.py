@@ -18,7 +18,7 @@ import tensorflow as tf
 from state.ranking.crosses import FIRST_SHARES
 from trainer.engine.adam import Adam
 from trainer.engine.crosses import Crossed, CrossLearner, crosses
-from trainer.engine.engine import F32, I32, Measured
+from trainer.engine.engine import F32, I32, I64, Measured
 from trainer.engine.record import Record
 from trainer.engine.tensorflow_engine import TensorflowEngine, TensorsFound, place_of
 from trainer.model.ranker import Ranker, Targets
@@ -122,7 +122,7 @@ class PrivateEngine(TensorflowEngine):
         self.crosses = crosses
         self._lengths: dict[tuple[str, ...], Any] = {}
 
-    def measure(self, record: Record, move: bool = True) -> Measured:
+    def measure(self, record: Record, move: bool = True, own: I64 | None = None) -> Measured:
         """See `Engine`.
 
         Raises:
@@ -132,7 +132,7 @@ class PrivateEngine(TensorflowEngine):
             raise ValueError(
                 "a private record is measured with fast weights that do not move: make trainers by trainer_of"
             )
-        return super().measure(record, move)
+        return super().measure(record, move, own)
 
     def lengths(self, record: Record, losses: Sequence[str]) -> F32:
         """An upper bound of the norm of each row's gradient, per loss, over all that an update releases.

@@ -21,7 +21,7 @@ import tensorflow as tf
 
 from trainer.engine.adam import Adam, FastSlots
 from trainer.engine.crosses import CrossLearner
-from trainer.engine.engine import CROSS, I32, Gradient, Measured, Scores
+from trainer.engine.engine import CROSS, I32, I64, Gradient, Measured, Scores
 from trainer.engine.record import Record
 from trainer.model import losses
 from trainer.model.hyperparameters import HYPERPARAMETERS
@@ -227,13 +227,17 @@ class TensorflowEngine:
         self._apply = tf.function(self._apply_graph, [rows, dense, sparse, fast], autograph=False)
         self._trace: Any = None
 
-    def measure(self, record: Record, move: bool = True) -> Measured:
+    def measure(self, record: Record, move: bool = True, own: I64 | None = None) -> Measured:
         """See `Engine`."""
-        rows, at = self._rows(record)
-        values, crossed, crosses = record.values, None, np.zeros(1, np.int32)
+        crossed, crosses = None, np.zeros(1, np.int32)
         if self._crossed:
             crosses, crossed = self._crosses.measure(record)
-            values = {**values, "cross": crossed.logits}
+        if own is not None:
+            record = record.take(own)
+        rows, at = self._rows(record)
+        values = record.values
+        if crossed is not None:
+            values = {**values, "cross": crossed.logits if own is None else crossed.logits[own]}
         inputs = {
             "rows": {name: tf.constant(indices) for name, indices in rows.items()},
             "at": {name: tf.constant(indices) for name, indices in at.items()},
@@ -261,8 +265,7 @@ class TensorflowEngine:
 
     def rows(self, record: Record) -> dict[str, I32]:
         """See `Engine`."""
-        crosses = self._crosses.rows(record) if self._crossed else np.zeros(1, np.int32)
-        return self._rows(record)[0] | {CROSS: crosses}
+        return self._rows(record)[0]
 
     def gradient(self, measured: Measured) -> Gradient:
         """See `Engine`."""

@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from state.errors import CorruptVersion, SpecMismatch
+from state.registry.model_fit import environment_differences
 from state.registry.registry import TRAINING, Registry
 from tests.trainer.clicks import SPEC, batches, small_settings
 from tests.trainer.logs import publish, started
 from trainer.engine.step import Trainer
 from trainer.model.hyperparameters import HYPERPARAMETERS
-from trainer.verify import environment_differences, first_difference
+from trainer.verify import first_difference
 from trainer.versions import checkpoint, content
 from trainer.versions.content import PENDING, ROWS, TABLES
 
