@@ -39,6 +39,7 @@ from state.log import Log, Reader
 from state.log.accepted_gaps import Journal
 from state.log.follow import Position, open_topic
 from state.process import log_lines
+from state.process.background import run_in_background
 from state.process.ending import while_read
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.registry.control import Control
@@ -200,9 +201,6 @@ def marks_difference(kept: Mapping[Any, int], recomputed: Mapping[Any, int]) -> 
         if values[0] != values[1]:
             return Difference(f"marks of {source}", "", None, None, *values)
     return None
-
-
-NICENESS = 10
 
 
 @dataclass(frozen=True)
@@ -500,7 +498,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with own_stderr() as errors:
         log_lines.begin("verify", errors, logging.WARNING)
         quiet_tensorflow(os.environ)
-        os.nice(NICENESS)
+        run_in_background()
 
         def say(line: str) -> None:
             print(line, file=errors, flush=True)

@@ -29,12 +29,12 @@ from state.features.spec import FeatureSpec
 from state.layout import VERSIONS
 from state.log import Log
 from state.process import log_lines
+from state.process.background import run_in_background
 from state.process.ending import while_read
 from state.process.private_files import keep_private
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.registry.registry import Registry
 
-NICENESS = 10
 MOST_ROWS = 10_000
 KEPT = 3
 """Number of the newest SavedModels that stay."""
@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with own_stderr() as errors:
         log_lines.begin("export", errors, logging.WARNING)
         quiet_tensorflow(os.environ)
-        os.nice(NICENESS)
+        run_in_background()
         try:
             settings = load(flags, os.environ)
             log_lines.follow(settings.logs)
