@@ -282,18 +282,25 @@ def needed(versions: Sequence[int], branches: Iterable[Branch]) -> set[int]:
 def sweep_row(cursor: lmdb.Cursor, start: bytes, after: int, newest: int, branches: Sequence[Branch]) -> int:
     """Deletes the entries of one row of versions from `after + 1` to `newest` that no version reads.
 
+    If `after` is not 0, these versions are on one branch, and only the newest of their entries is read.
+
     Returns:
         The newest tombstone that was dropped; 0 if none was. No version up to it may be applied to this lane again.
     """
-    end = start + u64(TOP - after)
-    entries: list[tuple[int, bool]] = []
     has_entry = cursor.set_range(start + u64(TOP - newest))
-    while has_entry and (key := cursor.key()) < end and key.startswith(start):
+    if after:
+        end = start + u64(TOP - after)
+        has_entry = has_entry and bytes(cursor.key()) < end and cursor.next()
+        while has_entry and bytes(cursor.key()) < end:
+            has_entry = cursor.delete() and bool(cursor.key())
+        return 0
+    entries: list[tuple[int, bool]] = []
+    while has_entry and (key := bytes(cursor.key())).startswith(start):
         entries.append((version_of(key), not cursor.value()))
         has_entry = cursor.next()
     floor = 0
     needed_versions = needed([version for version, _ in entries], branches)
-    for version, empty in reversed(entries if not after else ()):
+    for version, empty in reversed(entries):
         # A tombstone without older entries is redundant, but no version up to it may be applied to this lane again.
         if version in needed_versions and not empty:
             break
@@ -307,7 +314,7 @@ def sweep_row(cursor: lmdb.Cursor, start: bytes, after: int, newest: int, branch
 
 
 class Unread(NamedTuple):
-    """Rows that may have entries that no version reads: of versions from `after + 1` to `newest`, in one lane."""
+    """Rows that may have entries that no version reads, see `sweep_row`."""
 
     lane: int
     rows: Changes
@@ -430,6 +437,10 @@ class RowStore(LmdbStore):
             if follow or served == u64(manifest.version):
                 self._point(manifest.version, transaction)
         self._to_check += to_check
+        for place, unread in enumerate(self._to_check):
+            if unread.after < manifest.version <= unread.newest:
+                # This version was dropped before, and reads older entries than the next one.
+                self._to_check[place] = unread._replace(after=0, newest=TOP)
         return True
 
     def _put_record(

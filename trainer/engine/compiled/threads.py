@@ -29,7 +29,7 @@ _SPINS = 2000
 
 _PAUSE_US = 20
 
-_sleep = types.ExternalFunction("usleep", types.int32(types.uint32))
+_sleep: Any = types.ExternalFunction("usleep", types.int32(types.uint32))
 
 
 class Threads:
