@@ -99,8 +99,8 @@ class Publications:
         """Whether a version, or a durable one, is due now.
 
         Each version costs the trainer and every serving host time. If learning is late by `late_s`, versions are
-        therefore that far apart, up to `LATE_PACES` times the usual interval. They are also farther apart if steps took
-        more than half of the time since the last version: `steps_s`.
+        therefore that far apart, up to `LATE_PACES` times the usual interval. The interval also grows as steps leave
+        less time: `steps_s` is what they took since the last version.
         """
         if (
             not (position.changed or position.unsaved)
@@ -112,7 +112,8 @@ class Publications:
         now_s = self._elapsed()
         since_s = now_s - self._last_s
         idle = 1.0 - steps_s / since_s if since_s > steps_s else 0.0
-        pace_s = min(max(late_s, self._pace_s * 0.5 / max(idle, 0.1), self._pace_s), LATE_PACES * self._pace_s)
+        pace_s = self._pace_s / max(idle, 1.0 / LATE_PACES)
+        pace_s = max(pace_s, min(late_s, LATE_PACES * self._pace_s))
         return since_s >= pace_s and (position.changed or now_s - self._saved_s >= self._durable_s)
 
     def settle(self, wait: bool = False) -> Manifest | None:
