@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import sys
 import time
@@ -36,6 +35,7 @@ from state.file_store import FileStore
 from state.history import snapshots
 from state.history.snapshots import HistorySnapshot
 from state.process import killpoints
+from state.process.background import run_in_background
 from state.process.part import run_part
 from state.process.wall_clock import wall_ms
 from state.ranking.crosses import Crosses, crosses_of
@@ -126,7 +126,6 @@ def _age_of(path: Path) -> float:
 
 
 PART = "compactor"
-NICENESS = 10
 GARBAGE_KEEP_D = 30  # of damaged versions and of files that no kept version refers to
 PATIENCE_S, WAIT_S = 300.0, 0.5
 THIN_EVERY_MS = 600_000  # between versions older than `registry.delta_keep_s`
@@ -526,7 +525,7 @@ def run_after_others(settings: Settings) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compacts once; returns the exit code."""
-    os.nice(NICENESS)
+    run_in_background()
     return run_part("compactor", run_after_others, argv, logger)
 
 

@@ -310,7 +310,7 @@ class Learner:
         self.place: TrainingPlace
         self._faults: tuple[str, ...] = ()
         self._polled_s, self.caught_up, self.taken_ms = float("-inf"), False, 0
-        self._behind = False
+        self._behind, self._steps_s = False, 0.0
 
     def enter(self, control: Control) -> None:
         """Restores what `control` requires: the newest version of its epoch, else its base, else an untrained state.
@@ -445,6 +445,7 @@ class Learner:
         gauges.show_intake(intake, self._metrics)
         if len(intake.batch):
             report = self._trainer.step(intake.batch, place=noise_place)
+            self._steps_s += report.seconds
             self.place = self.place.stepped()
             killpoints.reach("loop.stepped")
             gauges.show_step(report, offset, self._metrics)
@@ -500,7 +501,7 @@ class Learner:
     def _publish_if_due(self) -> None:
         try:
             self._settle()
-            if self._publications.due(self.place, self.control, self._late_s):
+            if self._publications.due(self.place, self.control, self._late_s, self._steps_s):
                 self.publish()
         except WrongEpoch as refused:
             logger.info("%s", refused)
@@ -516,6 +517,7 @@ class Learner:
         leader = self._reader.leader_epoch(self._partition, self.place.next)
         position, topic_id = replace(self.place, leader_epoch=leader), self._reader.topic_id
         self.place = self._publications.publish(position, self.control, self._account(), topic_id, last)
+        self._steps_s = 0.0
 
     def _settle(self, wait: bool = False) -> None:
         if (published := self._publications.settle(wait)) is not None:

@@ -30,7 +30,7 @@ from trainer.versions.content import Array
 from trainer.versions.publisher import Publisher, Saving
 
 LATE_PACES = 5
-"""Intervals between two versions where learning is late."""
+"""The most intervals between two versions where learning is late, or steps leave little time."""
 
 FULL_S = 1.0
 """Least seconds between recent versions that carry a probe and changed item lists. Both cost the trainer and each host
@@ -104,11 +104,12 @@ class Publications:
         """Begins an epoch, or continues after a start: the first version is due a pace later, and durable."""
         self._last_s, self._saved_s = self._elapsed(), float("-inf")
 
-    def due(self, position: TrainingPlace, control: Control, late_s: float = 0.0) -> bool:
+    def due(self, position: TrainingPlace, control: Control, late_s: float = 0.0, steps_s: float = 0.0) -> bool:
         """Whether a version, or a durable one, is due now.
 
         Each version costs the trainer and every serving host time. If learning is late by `late_s`, versions are
-        therefore that far apart, up to `LATE_PACES` times the usual interval.
+        therefore that far apart, up to `LATE_PACES` times the usual interval. The interval also grows as steps leave
+        less time: `steps_s` is what they took since the last version.
         """
         if (
             not (position.changed or position.unsaved)
@@ -117,8 +118,12 @@ class Publications:
             or not self._updates.passes
         ):
             return False
-        now_s, pace_s = self._elapsed(), min(max(late_s, self._pace_s), LATE_PACES * self._pace_s)
-        return now_s - self._last_s >= pace_s and (position.changed or now_s - self._saved_s >= self._durable_s)
+        now_s = self._elapsed()
+        since_s = now_s - self._last_s
+        idle = 1.0 - steps_s / since_s if since_s > steps_s else 0.0
+        pace_s = self._pace_s / max(idle, 1.0 / LATE_PACES)
+        pace_s = max(pace_s, min(late_s, LATE_PACES * self._pace_s))
+        return since_s >= pace_s and (position.changed or now_s - self._saved_s >= self._durable_s)
 
     def settle(self, wait: bool = False) -> Manifest | None:
         """The version that has been published since the last call; see `Publisher.settle`.

@@ -35,6 +35,7 @@ from state.log import Log, Reader
 from state.log.accepted_gaps import Journal
 from state.log.follow import Position, open_topic
 from state.process import log_lines
+from state.process.background import run_in_background
 from state.process.ending import while_read
 from state.process.part import run_command
 from state.process.quiet_stderr import quiet_stderr
@@ -170,9 +171,6 @@ def marks_difference(kept: Mapping[Any, int], recomputed: Mapping[Any, int]) -> 
         if values[0] != values[1]:
             return Difference(f"marks of {source}", "", None, None, *values)
     return None
-
-
-NICENESS = 10
 
 
 @dataclass(frozen=True)
@@ -437,7 +435,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="output format (default text)")
     args, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    os.nice(NICENESS)
+    run_in_background()
 
     def work(errors: TextIO) -> int:
         settings = load(flags, os.environ)

@@ -35,6 +35,7 @@ from state.experiments import comparison
 from state.experiments.comparison import LossReader, PairedComparison
 from state.experiments.experiment import By, Experiment, Experiments
 from state.metrics import SupervisorMetrics
+from state.process.background import run_in_background
 from state.process.ending import stop_on_signals
 from state.process.part import run_part
 from state.process.said_once import SaidOnce
@@ -47,7 +48,6 @@ KEEP_S = 5.0
 READS_AT_ONCE = 8
 POLL_S = 0.2
 STOP_S = 15.0
-NICENESS = 10
 ACTOR = "experiments"
 logger = logging.getLogger(__name__)
 
@@ -209,7 +209,7 @@ def run(settings: Settings, stopping: threading.Event) -> None:
         LockHeld: Another process runs them.
     """
     with DirectoryLock(settings.state_dir / layout.EXPERIMENTS):
-        os.nice(NICENESS)
+        run_in_background()
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-settings.trials.cores :])
         runner = ShadowRunner(settings)
         try:

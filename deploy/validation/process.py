@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import threading
 import time
@@ -27,6 +26,7 @@ from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import ValidationMetrics, served
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode
+from state.process.background import run_in_background
 from state.process.ending import stop_on_signals
 from state.process.garbage import keep_what_is_there
 from state.process.part import run_part
@@ -56,8 +56,6 @@ KINDS = (
 )
 """The kinds of anomalies that `state/statistics/anomalies.py` can find."""
 FETCH_S = 0.5
-BACKGROUND = 10
-"""Added to the niceness of the process."""
 RETRY_S = 1.0
 RECORDS_AT_ONCE = 64
 LOOK_BACK_WINDOWS = 2
@@ -344,8 +342,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(settings: Settings, stop: threading.Event) -> None:
-    # On a busy machine the stream, the trainer and serving come first.
-    os.nice(BACKGROUND)
+    run_in_background()
     with (
         DirectoryLock(settings.validation_dir),
         served(settings.up.validation_port, settings.metrics.host) as registry,

@@ -49,30 +49,23 @@ class FastSlots(NamedTuple):
 
 
 @part_of_sums
-def count_move(slots: FastSlots) -> None:
-    """Counts one more move; call it before `move`."""
+def move(slots: FastSlots, gradient: F32, rate: np.float32, users: int) -> None:
+    """One step of Adam without momentum, averaged (Defazio et al. 2024), in place; sets `gradient` to zero.
+
+    The first `users` weights move at `USER_LR_SCALE`.
+    """
     slots.moves[0] += _ONE
     slots.moves[1] *= BETA_2
-
-
-@part_of_sums
-def move(slots: FastSlots, gradient: F32, begin: int, end: int, rate: np.float32, users: int) -> None:
-    """One step of Adam without momentum, averaged (Defazio et al. 2024), of weights `begin` to `end`, in place.
-
-    Sets `gradient` to zero. The first `users` weights move at `USER_LR_SCALE`. Call `count_move` first.
-    """
     step = rate * np.sqrt(_ONE - slots.moves[1])
     share = max(_ONE / AVERAGE_MOVES, FIRST_MOVES / (slots.moves[0] + FIRST_MOVES))
-    # Loops over slices are vectorized; loops from `begin` to `end` are not.
-    weights, fast, slow = slots.weights[begin:end], slots.fast[begin:end], slots.slow[begin:end]
-    second, slopes = slots.second[begin:end], gradient[begin:end]
-    for i in range(slopes.shape[0]):
-        second[i] += (slopes[i] * slopes[i] - second[i]) * (_ONE - BETA_2)
-        scaled = step * USER_LR_SCALE if begin + i < users else step
-        fast[i] -= scaled * slopes[i] / (np.sqrt(second[i]) + EPSILON)
+    weights, fast, slow, second = slots.weights, slots.fast, slots.slow, slots.second
+    for i in range(gradient.shape[0]):
+        second[i] += (gradient[i] * gradient[i] - second[i]) * (_ONE - BETA_2)
+        scaled = step * USER_LR_SCALE if i < users else step
+        fast[i] -= scaled * gradient[i] / (np.sqrt(second[i]) + EPSILON)
         slow[i] += share * (fast[i] - slow[i])
         weights[i] = fast[i] + AVERAGE_SHARE * (slow[i] - fast[i])
-        slopes[i] = _ZERO
+        gradient[i] = _ZERO
 
 
 _SLOTS = FastSlots._fields[1:]

@@ -21,13 +21,13 @@ from state.features.spec import FeatureSpec
 from state.layout import VERSIONS
 from state.log import Log
 from state.process import log_lines
+from state.process.background import run_in_background
 from state.process.ending import while_read
 from state.process.part import run_command
 from state.process.private_files import keep_private
 from state.process.quiet_stderr import quiet_stderr
 from state.registry.registry import Registry
 
-NICENESS = 10
 MOST_ROWS = 10_000
 KEPT = 3
 """Number of the newest SavedModels that stay."""
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exports one version; returns the exit code."""
     keep_private()
     args, flags = parser().parse_known_args(sys.argv[1:] if argv is None else argv)
-    os.nice(NICENESS)
+    run_in_background()
 
     def work(errors: TextIO) -> None:
         settings = load(flags, os.environ)
