@@ -224,7 +224,7 @@ def _compute(entries: int, work: Workspace) -> None:
         features[AGE_AT, at] = logs[LIVES, e] / np.float32(5.0)
 
 
-@compiled("ItemLists, ItemLists, ItemLists, Reads, i4[::1], i4, i8, f4[::1], Workspace")
+@compiled("ItemLists, ItemLists, ItemLists, Reads, i4[::1], i8, i8, f4[::1], Workspace")
 def gather(
     clicked: ItemLists,
     followed: ItemLists,
