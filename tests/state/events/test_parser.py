@@ -59,7 +59,7 @@ def test_an_action_may_be_missing_where_there_is_only_one() -> None:
 def test_the_first_invalid_field_gives_the_reason_and_the_record_announces_no_name() -> None:
     late = {**GOOD, "time": 1 << 70, "item": "new", "category": "new", "action": "stare"}
     assert reason(late) == "implausible_time"
-    assert reason({**GOOD, "label": 10**30}) == "wrong_type"
+    assert reason({**GOOD, "label": 10**30}, Events(label="label")) == "wrong_type"
     batch = parse(GOOD, late)
     assert "new" not in {*batch.names.values(), *batch.item_names.values()}
 
