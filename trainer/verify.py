@@ -428,8 +428,8 @@ def run(
         addresses, _ = workers.enter_context(workers_of(settings))
         with quiet_stderr():
             from trainer import device
-            from trainer.engine.making import bootstrapped_trainer
             from trainer.group import Group
+            from trainer.versions.program import bootstrapped_trainer
 
             device.prepare(settings.trainer.device, settings.trainer.threads)
             group = Group(addresses, 0) if addresses else None
