@@ -403,7 +403,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
     def model(group: Group | None) -> Trainer:
         # Not at the top: TensorFlow reads its log level when it is loaded, and `main` sets it before.
         with quiet_stderr():
-            from trainer.engine.making import bootstrapped_trainer
+            from trainer.versions.program import bootstrapped_trainer
 
             return bootstrapped_trainer(settings, Registry(settings.registry_dir).specs, group)
 

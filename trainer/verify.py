@@ -402,8 +402,8 @@ def run(
         addresses, _ = workers.enter_context(workers_of(settings))
         with quiet_stderr():
             from trainer import device
-            from trainer.engine.making import bootstrapped_trainer
             from trainer.group import Group, await_others
+            from trainer.versions.program import bootstrapped_trainer
 
             device.prepare(settings.trainer.device, settings.trainer.threads)
             group = None

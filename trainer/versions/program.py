@@ -22,10 +22,17 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from state.config.settings import Settings
 from state.errors import CorruptVersion, ProgramError
+from state.features.spec import FeatureSpec
 from state.lowering import TOLERANCE, argument, difference, lower_saved_model
 from state.registry.manifest import Manifest
 from state.registry.registry import Registry
+from state.registry.specs import Specs
+from trainer import device
+from trainer.engine.making import trainer_of
+from trainer.engine.step import Trainer
+from trainer.group import Group
 from trainer.model.default_ranker import DefaultRanker
 from trainer.model.ranker import Ranker
 
@@ -51,6 +58,15 @@ def preprocessing_of(transform: Path) -> Callable[[Any], Any]:
             return self.graph.transform_fn({"features": x})["features"]
 
     return Preprocessing()
+
+
+def bootstrapped_trainer(settings: Settings, specs: Specs, group: Group | None = None) -> Trainer:
+    """See `trainer_of`; behind the preprocessing that the bootstrap of the settings' feature spec analysed."""
+    # Threads are fixed before TensorFlow's first operation, which loading the graph is.
+    device.prepare(settings.trainer.device, settings.trainer.threads)
+    spec = FeatureSpec.from_settings(settings)
+    name = specs.bootstrapped(spec.digest, settings.model) or spec.digest
+    return trainer_of(settings, spec, preprocessing_of(specs.transform(name)), group)
 
 
 def lower(ranker: Ranker) -> bytes:
