@@ -18,7 +18,7 @@ from deploy.flink import jars
 from state.config.sections import FlinkSettings
 from state.config.settings import Settings
 from state.errors import FlinkFailed, reason_of
-from state.flink import ENDED, JobManager, url
+from state.flink import JobManager, url
 from state.metrics import SupervisorMetrics
 from state.process.ports import Port, free_port, listens
 from state.process.user_code import for_children
@@ -268,9 +268,9 @@ def end_jobs(manager: JobManager, say: Say, savepoint: bool = True, hurry: Calla
             manager.cancel(job)
             say(f"job {job} ends without a savepoint; its newest checkpoint is kept")
     deadline_s = time.monotonic() + CANCEL_S
-    for job in jobs:
-        while manager.state(job) not in ENDED and time.monotonic() < deadline_s and not hurry():
-            time.sleep(POLL_S)
+    # A question about a single job that ends in this moment is answered with 500.
+    while not {*jobs}.isdisjoint(manager.running()) and time.monotonic() < deadline_s and not hurry():
+        time.sleep(POLL_S)
     if jobs and not hurry():
         time.sleep(FOLLOWED_S)
 
