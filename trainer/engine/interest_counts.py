@@ -50,7 +50,7 @@ from state.ranking.item_lists import (
 from trainer.engine.compiled.rows import exponentials, highest_of
 from trainer.engine.engine import Scores
 from trainer.engine.guard import Verdict
-from trainer.engine.online_regression import LEAST_ROWS, OnlineRegression
+from trainer.engine.online_regression import OnlineRegression
 from trainer.engine.record import Record
 from trainer.engine.report import Update
 from trainer.tables.index import F32, I32, U64
@@ -64,6 +64,8 @@ ROWS_OF_A_LIST = 8
 """`trainer.max_rows` allows one list for so many rows."""
 CAPACITY = 1024
 RATE = 0.05
+LEAST_ROWS = 64
+"""Measures and versions have the correction after so many rows."""
 ROWS_BETWEEN = 64
 """The features by all clicks are computed again after so many rows of an update."""
 _AHEAD = 4
@@ -87,7 +89,8 @@ class InterestCounts(OnlineRegression):
         self.table = ItemListTable(NEXT_CATEGORY, CAPACITY, 1, most)
         self._columns = Columns(spec)
         self._work: Workspace | None = None
-        super().__init__(WEIGHTS, interest_scores.first_weights())
+        first = interest_scores.first_weights()
+        super().__init__(WEIGHTS, LEAST_ROWS, {"weights": first, "squares": np.zeros_like(first)})
 
     @classmethod
     def of(cls, settings: Settings, spec: FeatureSpec) -> InterestCounts | None:
@@ -143,8 +146,8 @@ class InterestCounts(OnlineRegression):
                     update.record.targets.slot,
                     phi[mine],
                     self.learned,
-                    self._weights,
-                    self._squares,
+                    self._values["weights"],
+                    self._values["squares"],
                     self._workspace(*_logits(update.scores)),
                 )
                 update = update._replace(scores=_with_logits(update.scores, logits))
@@ -161,7 +164,17 @@ class InterestCounts(OnlineRegression):
         slots, logits = np.concatenate([ids["recent"], popular, ids["successor"]], 1), np.concatenate(parts, 1)
         everything, rows = self._rows(self._keys(batch, np.zeros(len(batch), np.bool_), visited))
         at_s, phi = batch.at_ms // 1000, self._columns.phi(batch.features, batch.category_windows)
-        correct(self.table.held, everything, rows, at_s, slots, logits, self._weights, phi, self._workspace(*parts))
+        correct(
+            self.table.held,
+            everything,
+            rows,
+            at_s,
+            slots,
+            logits,
+            self._values["weights"],
+            phi,
+            self._workspace(*parts),
+        )
         ends = np.cumsum([part.shape[1] for part in parts[:2]])
         return _with_logits(scores, Logits(*np.split(logits, ends, 1)))
 
