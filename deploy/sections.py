@@ -354,12 +354,14 @@ def hosts_text(section: Mapping[str, Any]) -> Text:
 
 
 def history_snapshots(settings: Settings, now_ms: int) -> dict[str, Any] | None:
-    """Returns the snapshots of histories with their ages, the newest first; None if none are written and none exist."""
+    """Returns the snapshots of histories with their ages, from the newest readable one; None if none are written and
+    none exist.
+    """
     every_s = settings.history.snapshot_every_s
     try:
         location = snapshots.location_of(settings)
-        numbers = list(reversed(snapshots.numbers(location)))
         newest = snapshots.newest(location, UserShares(0))
+        numbers = [number for number in reversed(snapshots.numbers(location)) if newest and number <= newest.number]
     except SpringtideError as error:
         return {"problem": str(error), "every_s": every_s, "ages_s": []}
     if not every_s and not numbers:

@@ -131,6 +131,8 @@ class PlanWanted(msgspec.Struct, forbid_unknown_fields=True):
     before: str = ""
     skip: Skips = []
     skip_time: Skips = []
+    skip_item: Skips = []
+    skip_category: Skips = []
     users: Skips = []
     pseudonyms: Skips = []
     minutes: Number | None = None
@@ -275,10 +277,13 @@ def words_of(wanted: PlanWanted, now_ms: int) -> list[str]:
     times = [parse_times(text, now_ms) for text in wanted.skip_time]
     if wanted.minutes is not None:
         times.append((now_ms - wanted.minutes * UNITS_MS["m"], now_ms))
+    named = [masking.parse_named(text, "item", now_ms) for text in wanted.skip_item]
+    named += [masking.parse_named(text, "category", now_ms) for text in wanted.skip_category]
     follow = ["--follow-when-caught-up"] if wanted.follow_when_caught_up else []
     skips = [
         *(f"--skip={offsets}" for offsets in wanted.skip),
         *(f"--skip-time={first}..{last}" for first, last in times),
+        *(f"--skip-{column}={name}={first}..{last}" for column, name, first, last in named),
         *(f"--skip-pseudonym={user}" for user in wanted.pseudonyms),
     ]
     return ["rollback", f"--mode={wanted.mode}", *follow, *skips]

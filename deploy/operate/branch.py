@@ -115,7 +115,8 @@ class ServingBranch:
         firsts: dict[tuple[int, int], int] = {}
         for topic, partition, first, _ in (entry.offsets for entry in entries if entry.offsets):
             firsts[topic, partition] = min(first, firsts.get((topic, partition), first))
-        begin_ms = min((entry.times[0] for entry in entries if entry.times), default=None)
+        spans = [entry.times or (entry.named and entry.named[2:]) for entry in entries]
+        begin_ms = min((span[0] for span in spans if span), default=None)
         users = [entry.users for entry in entries if entry.users]
 
         def holds(version: Manifest) -> bool:

@@ -30,7 +30,6 @@ from state.errors import DecodeError, LogError, MissingSalt
 from state.events.decoding import load_decoder
 from state.events.identity import load_salt, public_id, user_id
 from state.microbatch.batch import happened, log_times, masked
-from state.microbatch.codec import LOOKED_AT
 from state.registry.segments import segments_to_end
 
 KINDS = {"users": "user", "items": "item", "categories": "category"}
@@ -53,8 +52,6 @@ ROW = np.dtype(
     [("user", "<u8"), ("item", "<u8"), ("category", "<u8"), ("at_ms", "<i8"), ("partition", "<u2"), ("offset", "<i8")]
 )
 Rows = NDArray[Any]
-COLUMNS = (*LOOKED_AT, "item", "category")
-"""The columns of a micro-batch that are read."""
 
 
 @dataclass
@@ -127,7 +124,7 @@ def _rows(settings: Settings, view: LogView, first_ms: int) -> Iterator[Rows]:
     with view.reader(max(floor, min(segments[0].first, view.end))) as reader:
         for segment in segments:
             first = max(floor, segment.first)
-            for _, batch in records(reader, view.partition, first, segment.next, segment.line, COLUMNS):
+            for _, batch in records(reader, view.partition, first, segment.next, segment.line):
                 counted = happened(batch.kind) & ~masked(batch, control.mask)
                 rows = np.empty(len(batch), ROW)
                 for name in ("user", "item", "category", "offset"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from state.log import Log, Reader
 from state.log.accepted_gaps import Journal, past
 from state.log.topic_plan import TRAINING_PARTITION
 from state.microbatch.batch import MicroBatch, masked, trained, trim
-from state.microbatch.codec import LOOKED_AT, glance
+from state.microbatch.codec import glance
 from state.positions import Source
 from state.registry.control import MaskEntry
 from state.registry.log_line import LogLine, onward
@@ -182,22 +181,16 @@ class Counted:
     by_mask: dict[int, tuple[int, set[int]]] = field(default_factory=dict)
 
 
-def records(
-    reader: Reader, partition: int, first: int, end: int, branch: LogLine, names: tuple[str, ...] = LOOKED_AT
-) -> Iterator[tuple[int, MicroBatch]]:
+def records(reader: Reader, partition: int, first: int, end: int, branch: LogLine) -> Iterator[tuple[int, MicroBatch]]:
     """Yields the records of a branch at offsets from `first` up to `end`, exclusive, with their offsets.
 
-    Of each record only the columns `names` are read, see `glance`.
+    Of each record only some columns are read, see `glance`.
 
     Raises:
         LogError: No record arrived for `STALLED_S`, or the log cannot be read.
     """
     at = onward(branch, first)
-    return (
-        branch_records(reader, partition, at, end, branch, partial(glance, names=names), STALLED_S)
-        if at < end
-        else iter(())
-    )
+    return branch_records(reader, partition, at, end, branch, glance, STALLED_S) if at < end else iter(())
 
 
 def first_hit(

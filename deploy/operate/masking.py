@@ -8,14 +8,14 @@ import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from deploy.operate.times import iso, parse_times
 from state.config.settings import Settings
 from state.config.sources import UNITS_MS
 from state.errors import SaltMismatch, SettingsError
 from state.events.identity import load_salt, user_id
-from state.features.mask import Mask
+from state.features.mask import Column, Mask, Named
 from state.features.masked_users import MaskedUsers
 from state.registry.manifest import Manifest
 
@@ -25,25 +25,48 @@ Ends = Mapping[int, tuple[int, int]]
 
 
 def mask_of(settings: Settings, args: argparse.Namespace, newest: Manifest, now_ms: int) -> Mask:
-    """Builds the mask from --skip, --skip-time, --minutes, --skip-users and --skip-pseudonym.
+    """Builds the mask from the options --skip, --skip-time, --minutes, --skip-users and so on.
 
     Raises:
         SettingsError: An option has an invalid form, or ends in the future.
     """
     topic_ids = {source.topic_id for source, _ in newest.sources}
-    times = [parse_times(text, now_ms) for text in args.skip_time]
-    for text, (_, end) in zip(args.skip_time, times, strict=True):
-        if end > now_ms:
-            raise SettingsError(
-                f"--skip-time {text}: it ends in the future, {iso(end)}, so future clicks would be left out too",
-                "end it at the current time, and mask later clicks when they have arrived",
-            )
+    times = [_past(text, "--skip-time", now_ms) for text in args.skip_time]
+    named = [
+        parse_named(text, column, now_ms) for column in get_args(Column) for text in getattr(args, f"skip_{column}")
+    ]
     if args.minutes is not None:
         times.append((now_ms - args.minutes * UNITS_MS["m"], now_ms))
     users = MaskedUsers.of(parse_pseudonym(text) for text in args.skip_pseudonym)
     if args.skip_users is not None:
         users |= pseudonyms(settings, ids_in(args.skip_users, "--skip-users"), newest.salt)
-    return Mask(offsets=tuple(parse_place(text, topic_ids) for text in args.skip), times=tuple(times), users=users)
+    offsets = tuple(parse_place(text, topic_ids) for text in args.skip)
+    return Mask(offsets=offsets, times=tuple(times), users=users, named=tuple(named))
+
+
+def parse_named(text: str, column: Column, now_ms: int) -> Named:
+    """Parses `NAME=A..B`, the clicks on an item or in a category within a time span.
+
+    >>> parse_named("shoes=10m..now", "category", 1_000_000)
+    Named(column='category', name='shoes', first_ms=400000, next_ms=1000000)
+
+    Raises:
+        SettingsError: The text has another form, or ends in the future.
+    """
+    name, _, span = text.rpartition("=")
+    if not name:
+        raise SettingsError(f"--skip-{column} {text}: write NAME=A..B, such as {column}-7=20m..now")
+    return Named(column, name, *_past(span, f"--skip-{column}", now_ms))
+
+
+def _past(text: str, option: str, now_ms: int) -> tuple[int, int]:
+    first, end = parse_times(text, now_ms, option)
+    if end > now_ms:
+        raise SettingsError(
+            f"{option} {text}: it ends in the future, {iso(end)}, so future clicks would be left out too",
+            "end it at the current time, and mask later clicks when they have arrived",
+        )
+    return first, end
 
 
 def require_positions(mask: Mask, topic_id: str, ends: Ends) -> None:
@@ -147,6 +170,7 @@ def describe(mask: Mask) -> str:
         for topic, partition, first, last in mask.offsets
     ]
     parts += [f"clicks from {iso(first)} to {iso(last)}" for first, last in mask.times]
+    parts += [f"clicks of {column} {name} from {iso(first)} to {iso(last)}" for column, name, first, last in mask.named]
     if mask.users:
         parts.append(f"all of {len(mask.users):,} user{'s' if len(mask.users) > 1 else ''}")
     return "; ".join(parts) or "nothing"

@@ -88,6 +88,14 @@ def _skips(command: argparse.ArgumentParser) -> None:
         metavar="P",
         help="exclude the user with pseudonym P, 16 hexadecimal digits as in `springtide jumps`; repeatable",
     )
+    for column in ("item", "category"):
+        command.add_argument(
+            f"--skip-{column}",
+            action="append",
+            default=[],
+            metavar="NAME=A..B",
+            help=f"exclude clicks on {column} NAME with times from A to before B, such as {column}-7=20m..now; repeatable",
+        )
     command.add_argument(
         "--minutes", type=positive, metavar="N", help="exclude the last N minutes: --skip-time Nm..now"
     )

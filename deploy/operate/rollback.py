@@ -454,7 +454,8 @@ def _planned(
     branch, exact = ServingBranch(registry, control), args.mode == "exact"
     is_named = args.to is not None or args.before is not None
     names_users = bool(args.skip_pseudonym or args.skip_users is not None)
-    names_clicks = bool(args.skip or args.skip_time or names_users or args.minutes is not None)
+    skips = (args.skip, args.skip_time, args.skip_item, args.skip_category, names_users, args.minutes is not None)
+    names_clicks = any(skips)
     in_log = branch.in_log() if exact else []
     if not is_named and not names_clicks and not in_log:
         raise SettingsError(

@@ -34,8 +34,8 @@ def parse_time(text: str, now_ms: int) -> int:
     return round((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
 
 
-def parse_times(text: str, now_ms: int) -> tuple[int, int]:
-    """Parses `A..B` to a half-open range in ms.
+def parse_times(text: str, now_ms: int, option: str = "--skip-time") -> tuple[int, int]:
+    """Parses `A..B`, the value of `option`, to a half-open range in ms.
 
     >>> parse_times("10m..now", 1_000_000)
     (400000, 1000000)
@@ -45,10 +45,10 @@ def parse_times(text: str, now_ms: int) -> tuple[int, int]:
     """
     first, dots, last = text.partition("..")
     if not dots:
-        raise SettingsError(f"--skip-time {text}: write A..B, such as 10m..now")
+        raise SettingsError(f"{option} {text}: write A..B, such as 10m..now")
     span = (parse_time(first, now_ms), parse_time(last, now_ms))
     if span[0] >= span[1]:
-        raise SettingsError(f"--skip-time {text}: it ends before it begins", "write the earlier time first")
+        raise SettingsError(f"{option} {text}: it ends before it begins", "write the earlier time first")
     return span
 
 

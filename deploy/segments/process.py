@@ -47,6 +47,7 @@ from state.disk.files import HOST
 from state.disk.lock import DirectoryLock
 from state.errors import MicroBatchError, SettingsError, SpringtideError, of_disk
 from state.features.mask import Mask
+from state.features.spec import KERNELS as FEATURE_KERNELS
 from state.history.store import HistoryStore
 from state.layout import SEGMENTS, SEGMENTS_LOCK
 from state.log import KERNELS, Log, PartitionBatch, Writer, topic_plan
@@ -499,7 +500,7 @@ def _run(settings: Settings, stop: threading.Event) -> None:
         DirectoryLock(settings.serving_dir, SEGMENTS_LOCK),
         served(settings.up.segments_port, settings.metrics.host) as registry,
     ):
-        Kernels(registry, _log, uses=[KERNELS]).prepare(stop.is_set)
+        Kernels(registry, _log, uses=[KERNELS, FEATURE_KERNELS]).prepare(stop.is_set)
         run(settings, Log(settings.kafka), registry, stop)
 
 

@@ -50,6 +50,7 @@ from state.errors import (
     UnusablePlace,
 )
 from state.events.identity import fingerprint_at, load_salt
+from state.features.spec import KERNELS as FEATURE_KERNELS
 from state.features.spec import FeatureSpec
 from state.history.actions import ACTIONS, numbered
 from state.history.appends import Appends
@@ -566,7 +567,7 @@ def _run(settings: Settings, stop: threading.Event) -> None:
         served(port, host) as registry,
         copying(settings, registry),
     ):
-        Kernels(registry, _log, uses=[KERNELS]).prepare(stop.is_set)
+        Kernels(registry, _log, uses=[KERNELS, FEATURE_KERNELS]).prepare(stop.is_set)
         Applier(settings, registry, stop).run()
 
 

@@ -68,6 +68,7 @@ from state.config.sections import ServingSettings
 from state.config.settings import Settings
 from state.errors import SpringtideError, WorkerFailed
 from state.events.identity import load_salt
+from state.features.spec import KERNELS as FEATURE_KERNELS
 from state.layout import WORKER_COUNTERS
 from state.metrics import WorkerMetrics, add_process, say_build
 from state.process import log_lines
@@ -261,7 +262,7 @@ class App:
 
     def grpc_services(self) -> list[Service]:
         """Returns the gRPC services, which answer as the endpoints do."""
-        return [profile_service(self._answers), *model_services(self._model)]
+        return [profile_service(self._answers, self.endpoints, self.router), *model_services(self._model)]
 
     @property
     def draining(self) -> bool:
@@ -453,7 +454,7 @@ def serve(
         add_process(registry)
     own_hosts = access.tokens is None and is_loopback(serving.host)
     limits = ConnectionLimits(serving.timeout_s, CONNECTIONS, own_hosts)
-    warming = Warming(host, Kernels(registry, _log))
+    warming = Warming(host, Kernels(registry, _log, uses=[FEATURE_KERNELS]))
     if serving.advertise or not host.shares.is_all:
         app.router = Router(settings, salt, host, app.metrics, wall_ms)
 

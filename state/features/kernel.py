@@ -106,14 +106,18 @@ class Course(NamedTuple):
 
 
 @inlined
-def hides(hidden: Hidden, source: int, offset: int, at_ms: int) -> bool:
-    """Whether a mask hides the event; `source` is topic | partition << 32."""
+def hides(hidden: Hidden, event: I64) -> bool:
+    """Whether a mask hides the event, one row of a ring."""
+    at_ms, offset, source = event[0], event[3], event[4] & SOURCE_BITS
     is_hidden = False
     for k in range(hidden.offsets.shape[0]):
         if source == hidden.offsets[k, 0] and hidden.offsets[k, 1] <= offset < hidden.offsets[k, 2]:
             is_hidden = True
     for k in range(hidden.times.shape[0]):
         if hidden.times[k, 0] <= at_ms < hidden.times[k, 1]:
+            is_hidden = True
+    for k in range(hidden.named.shape[0]):
+        if event[hidden.named[k, 0]] == hidden.named[k, 1] and hidden.named[k, 2] <= at_ms < hidden.named[k, 3]:
             is_hidden = True
     return is_hidden
 
@@ -137,7 +141,7 @@ def put_in_order(
 
     Histories are nearly in order, so insertion takes one pass.
     """
-    masked = hidden.offsets.shape[0] + hidden.times.shape[0] > 0
+    masked = hidden.offsets.shape[0] + hidden.times.shape[0] + hidden.named.shape[0] > 0
     horizon = at_ms - tables.windows_ms[-1]
     truncated = count == tables.history
     visible = 0
@@ -153,7 +157,7 @@ def put_in_order(
             continue
         if time > at_ms:
             continue
-        if masked and hides(hidden, ring[slot, 4] & SOURCE_BITS, ring[slot, 3], time):
+        if masked and hides(hidden, ring[slot]):
             continue
         hole = visible
         if time >= oldest:
@@ -459,7 +463,7 @@ def write_sequence(ring: I64, at_ms: int, visible: int, tables: Tables, work: Sc
 
 # Not in the module of the classes: using only a spec, its digest or names needs no compiler.
 layout("i8[::1], i8[:, ::1], i8[::1], i8[:, ::1], i8[:, ::1], i8, i8")(Tables)
-layout("i8[:, ::1], i8[:, ::1]")(Hidden)
+layout("i8[:, ::1], i8[:, ::1], i8[:, ::1]")(Hidden)
 layout("u2[:, ::1], u8[:, ::1], u2[:, :, ::1], u8[:, ::1], u8[:, ::1], u2[:, ::1], u2[:, ::1]")(Vector)
 
 

@@ -1,4 +1,4 @@
-"""The mask: the clicks that an operator excludes, by log position, time or user, and the clicks of erased users.
+"""The mask: the clicks that an operator excludes, by log position, time, user, item or category, and those of erased users.
 
 A masked event is left out of every window as if it had never happened, but is not deleted. The bound on a history
 counts events before the mask is applied, so a masked event still uses one of a user's N slots.
@@ -11,16 +11,58 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from state.events.identity import public_id
 from state.features.erased import Erased
 from state.features.masked_users import MaskedUsers
 from state.positions import Range
 
 I64 = NDArray[np.int64]
+WORDS = {"category": 1, "item": 2}
+"""Which of the int64 words of an event, as the window kernel reads it, has the hash."""
+
+
+Column = Literal["item", "category"]
+
+
+class Named(NamedTuple):
+    """The clicks on one item, or in one category, within a time span.
+
+    Attributes:
+        column: Whether `name` is an item or a category.
+        name: As in the clicks.
+        first_ms: Event time in milliseconds from which they are excluded.
+        next_ms: Event time up to which they are excluded, itself not included.
+    """
+
+    column: Column
+    name: str
+    first_ms: int
+    next_ms: int
+
+
+class Clicks(NamedTuple):
+    """The columns of a batch that masks read, `[n]` each.
+
+    Attributes:
+        user: uint64 pseudonyms.
+        item: uint64 hashes.
+        category: uint64 hashes.
+        at_ms: int64 event times.
+        source: uint16 indices into the ranges of the batch.
+        offset: int64.
+    """
+
+    user: NDArray[np.uint64]
+    item: NDArray[np.uint64]
+    category: NDArray[np.uint64]
+    at_ms: I64
+    source: NDArray[np.uint16]
+    offset: I64
 
 
 class Hidden(NamedTuple):
@@ -29,10 +71,12 @@ class Hidden(NamedTuple):
     Attributes:
         offsets: `[k, 3]` int64: topic | partition << 32, first, next.
         times: `[t, 2]` int64: from, to; milliseconds.
+        named: `[m, 4]` int64: word of the event, hash of the item or category, from, to.
     """
 
     offsets: I64
     times: I64
+    named: I64
 
 
 @dataclass(frozen=True)
@@ -44,6 +88,7 @@ class Mask:
         offsets: (topic word, partition, first, next); offsets in [first, next).
         times: (from, to) of event time in milliseconds, [from, to).
         users: Pseudonyms.
+        named: Items and categories, each with a time span.
         erased: Erased users, each up to an offset. No rollback and no `unmask` undoes an erasure.
 
     >>> mask = Mask(3, times=((1000, 2000),), users=MaskedUsers.of([7]))
@@ -56,15 +101,18 @@ class Mask:
     times: tuple[tuple[int, int], ...] = ()
     users: MaskedUsers = MaskedUsers.NOBODY
     erased: Erased = Erased.NOBODY
+    named: tuple[Named, ...] = ()
     NONE: ClassVar[Mask]
 
     def __bool__(self) -> bool:
-        return bool(self.offsets or self.times or self.users or self.erased)
+        return bool(self.offsets or self.times or self.users or self.erased or self.named)
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the excluded events, independent of the generation."""
-        parts = [sorted(self.offsets), sorted(self.times), self.users.digest, self.erased.digest]
+        parts: list[Any] = [sorted(self.offsets), sorted(self.times), self.users.digest, self.erased.digest]
+        if self.named:
+            parts.append(sorted(self.named))
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @cached_property
@@ -74,50 +122,51 @@ class Mask:
         return Hidden(
             np.array(offsets, np.int64).reshape(-1, 3),
             np.array(self.times, np.int64).reshape(-1, 2),
+            np.array(
+                [
+                    (WORDS[column], np.uint64(public_id(name)).astype(np.int64), begin, end)
+                    for column, name, begin, end in self.named
+                ],
+                np.int64,
+            ).reshape(-1, 4),
         )
 
-    def rows(
-        self,
-        user: NDArray[np.uint64],
-        at_ms: I64,
-        source: NDArray[np.uint16],
-        offset: I64,
-        ranges: Sequence[Range],
-    ) -> NDArray[np.bool_]:
-        """Which rows of a batch are masked.
-
-        Args:
-            user: `[n]` uint64 pseudonyms.
-            at_ms: `[n]` int64 event times.
-            source: `[n]` uint16 indices into `ranges`.
-            offset: `[n]` int64.
-            ranges: The batch's source ranges.
-        """
+    def rows(self, clicks: Clicks, ranges: Sequence[Range]) -> NDArray[np.bool_]:
+        """Which rows of a batch are masked (`[n]` bool); `ranges` are the batch's source ranges."""
         words = [part.source.topic for part in ranges] or [0]
         partitions = [part.source.partition for part in ranges] or [0]
-        topic, partition = np.array(words, np.int64)[source], np.array(partitions, np.int64)[source]
-        out = self._events(topic, partition, offset, at_ms)
+        topic, partition = np.array(words, np.int64)[clicks.source], np.array(partitions, np.int64)[clicks.source]
+        out = self._events(topic, partition, clicks.offset, clicks.at_ms, clicks.item, clicks.category)
         if self.users:
-            out |= self.users.has(user)
+            out |= self.users.has(clicks.user)
         if self.erased:
-            out |= self.erased.rows(user, source, offset, ranges)
+            out |= self.erased.rows(clicks.user, clicks.source, clicks.offset, ranges)
         return out
 
     def events(self, history: NDArray[Any], user: int = 0) -> NDArray[np.bool_]:
         """Which events of one user's history (`[m]` EVENT) are masked."""
         if user in self.users:
             return np.ones(len(history), np.bool_)
-        out = self._events(history["topic"], history["partition"], history["offset"], history["at_ms"])
+        names = ("topic", "partition", "offset", "at_ms", "item", "category")
+        out = self._events(*(history[name] for name in names))
         return out | self.erased.events(history, user) if self.erased else out
 
     def _events(
-        self, topic: NDArray[Any], partition: NDArray[Any], offset: NDArray[Any], at_ms: NDArray[Any]
+        self,
+        topic: NDArray[Any],
+        partition: NDArray[Any],
+        offset: NDArray[Any],
+        at_ms: NDArray[Any],
+        item: NDArray[Any],
+        category: NDArray[Any],
     ) -> NDArray[np.bool_]:
         out = np.zeros(len(offset), np.bool_)
         for word, part, first, last in self.offsets:
             out |= (topic == word) & (partition == part) & (offset >= first) & (offset < last)
         for begin, end in self.times:
             out |= (at_ms >= begin) & (at_ms < end)
+        for column, name, begin, end in self.named:
+            out |= ((item if column == "item" else category) == public_id(name)) & (at_ms >= begin) & (at_ms < end)
         return out
 
     def to_json(self) -> dict[str, Any]:
@@ -151,6 +200,7 @@ class Mask:
             "generation": self.generation,
             "offsets": [list(part) for part in self.offsets],
             "times": [list(part) for part in self.times],
+            **({"named": [list(part) for part in self.named]} if self.named else {}),
         }
 
     @classmethod
@@ -160,6 +210,7 @@ class Mask:
             offsets=tuple((int(a), int(b), int(c), int(d)) for a, b, c, d in document.get("offsets", ())),
             times=tuple((int(a), int(b)) for a, b in document.get("times", ())),
             users=users,
+            named=tuple(Named(*part) for part in document.get("named", ())),
         )
 
 

@@ -39,6 +39,9 @@ from state.features.mask import Mask as Mask
 if TYPE_CHECKING:
     from state.config.settings import Settings
 
+KERNELS = "state.features.kernel"
+"""The module that `vectorise_many` imports late. A process that computes windows prepares its kernels."""
+
 EVENT = np.dtype(
     [
         ("at_ms", "<i8"),

@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 from state import layout
 from state.config.settings import Settings
 from state.disk import files as durable
-from state.errors import CorruptStore
+from state.errors import CorruptStore, UnusablePlace
 from state.features.spec import EVENT, Events
 from state.file_store import FileStore, open_store
 from state.history.actions import ACTIONS
@@ -286,6 +287,29 @@ def usable(location: FileStore, wanted: Wanted) -> Iterator[HistorySnapshot]:
 # Files
 
 
+def read_file(location: FileStore, file: SnapshotFile) -> bytes:
+    """Reads a file. If it is damaged, it removes all snapshots that name it, so that no later one builds on them.
+
+    Raises:
+        CorruptStore: It is missing or does not match its digest.
+        UnusablePlace: The location cannot be reached.
+    """
+    try:
+        data = location.read(file.name)
+    except FileNotFoundError:
+        how = "is missing"
+    else:
+        if durable.digest(data) == file.sha256 and zstandard.frame_content_size(data) <= _MOST_BYTES:
+            return data
+        how = "fails its digest"
+    for number in numbers(location):
+        if file in _files_of(location, number):
+            # A process that cannot remove it does without it, too.
+            with suppress(UnusablePlace):
+                location.remove(document_name(number))
+    raise _damaged(file.name, location, how)
+
+
 def encode(columns: Mapping[str, Any]) -> bytes:
     """Encodes the columns of a file, given as bytes by name."""
     return zstandard.ZstdCompressor(level=_LEVEL).compress(msgspec.msgpack.encode(columns))
@@ -366,12 +390,7 @@ class SnapshotReader:
             yield from zip(columns["names"], columns["values"], strict=True)
 
     def _read(self, file: SnapshotFile) -> Any:
-        try:
-            data = self._location.read(file.name)
-        except FileNotFoundError:
-            raise _damaged(file.name, self._location, "is missing") from None
-        if durable.digest(data) != file.sha256 or zstandard.frame_content_size(data) > _MOST_BYTES:
-            raise _damaged(file.name, self._location, "fails its digest")
+        data = read_file(self._location, file)
         return msgspec.msgpack.decode(zstandard.ZstdDecompressor().decompress(data))
 
     def _decode(self, file: SnapshotFile) -> _Decoded:

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.features.erased import Erased
-from state.features.mask import Mask
+from state.features.mask import Clicks, Mask
 from state.positions import Range, Source, share_of, split_range
 
 # Order and types define the format; a change needs a new FORMAT and a golden file.
@@ -350,11 +350,19 @@ def new_ranges(batch: MicroBatch, marks: Mapping[Source, int]) -> tuple[list[Ran
 def masked(batch: MicroBatch, mask: Mask) -> NDArray[np.bool_]:
     """Which rows (`[n]` bool) the mask leaves out: those of a masked event, and those labelled by a masked event."""
     ranges = batch.header.ranges
-    out = mask.rows(batch.user, batch.at_ms, batch.source, batch.opened, ranges)
+    clicks = Clicks(batch.user, batch.item, batch.category, batch.at_ms, batch.source, batch.opened)
+    out = mask.rows(clicks, ranges)
     # An event that only ended a wait does not affect the row.
     if len(joined := np.flatnonzero(batch.kind == Kind.JOINED)):
-        known_ms = (batch.at_ms + batch.delay_ms)[joined]
-        out[joined] |= mask.rows(batch.user[joined], known_ms, batch.source[joined], batch.offset[joined], ranges)
+        labels = Clicks(
+            batch.user[joined],
+            batch.item[joined],
+            batch.category[joined],
+            (batch.at_ms + batch.delay_ms)[joined],
+            batch.source[joined],
+            batch.offset[joined],
+        )
+        out[joined] |= mask.rows(labels, ranges)
     return out
 
 

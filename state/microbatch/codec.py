@@ -215,7 +215,7 @@ def _sequences(columns: Columns) -> list[str]:
     return present
 
 
-LOOKED_AT = ("user", "at_ms", "source", "offset", "kind", "waited", "delay_ms")
+LOOKED_AT = ("user", "item", "category", "at_ms", "source", "offset", "kind", "waited", "delay_ms")
 
 
 @cache

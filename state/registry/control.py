@@ -13,7 +13,7 @@ from msgspec.structs import replace as changed
 
 from state.errors import UnfitMask, UnfitVersion
 from state.features.erased import Erased
-from state.features.mask import Mask
+from state.features.mask import Mask, Named
 from state.features.masked_users import MaskedUsers
 from state.registry.log_line import WHOLE, LogLine, from_json, to_json
 
@@ -100,14 +100,15 @@ class HeldUpdate:
 
 
 class MaskEntry(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One mask, from one option of a rollback: a range of offsets, a time span, or users.
+    """One mask, from one option of a rollback: a range of offsets, a time span, users, an item or a category.
 
     Attributes:
         id: Its number; numbers are never reused.
         generation: Generation of the control that set it.
         offsets: (topic word, partition, first, next), or None.
         times: (from, to) of event time in milliseconds, or None.
-        users: Pseudonyms; empty for a mask of offsets or times.
+        users: Pseudonyms; empty for any other mask.
+        named: An item or a category and a time span, or None.
         lifted: The generation that lifted it; 0 while it is in force.
         excluded: Whether the training log contains none of its events, because an exact rollback rewrote the log under
             this mask.
@@ -120,6 +121,7 @@ class MaskEntry(msgspec.Struct, frozen=True, omit_defaults=True):
     users: MaskedUsers = MaskedUsers.NOBODY
     lifted: int = 0
     excluded: bool = False
+    named: Named | None = None
 
     @property
     def mask(self) -> Mask:
@@ -135,6 +137,7 @@ def entries(mask: Mask) -> list[MaskEntry]:
     """
     parts: list[MaskEntry] = [MaskEntry(0, mask.generation, offsets=part) for part in sorted(set(mask.offsets))]
     parts += [MaskEntry(0, mask.generation, times=part) for part in sorted(set(mask.times))]
+    parts += [MaskEntry(0, mask.generation, named=part) for part in sorted(set(mask.named))]
     if mask.users:
         parts.append(MaskEntry(0, mask.generation, users=mask.users))
     return [changed(part, id=number) for number, part in enumerate(parts, 1)]
@@ -153,7 +156,7 @@ def added(held: Sequence[MaskEntry], mask: Mask, last: int, generation: int) -> 
     >>> [(entry.id, entry.times) for entry in added(held, Mask(times=((0, 9), (5, 7))), 4, 3)]
     [(5, (5, 7))]
     """
-    known = {(entry.offsets, entry.times) for entry in held}
+    known = {(entry.offsets, entry.times, entry.named) for entry in held}
     users = reduce(lambda all_users, entry: all_users | entry.users, held, MaskedUsers.NOBODY)
     new: list[MaskEntry] = []
     for part in entries(mask):
@@ -162,7 +165,7 @@ def added(held: Sequence[MaskEntry], mask: Mask, last: int, generation: int) -> 
             if not len(fresh):
                 continue
             part = changed(part, users=part.users if len(fresh) == len(part.users) else MaskedUsers(fresh))
-        elif (part.offsets, part.times) in known:
+        elif (part.offsets, part.times, part.named) in known:
             continue
         new.append(changed(part, id=last + len(new) + 1, generation=generation))
     return new
@@ -178,6 +181,7 @@ def joined(held: Iterable[MaskEntry], generation: int) -> Mask:
         tuple(sorted(entry.offsets for entry in held if entry.offsets is not None)),
         tuple(sorted(entry.times for entry in held if entry.times is not None)),
         reduce(lambda users, entry: users | entry.users, held, MaskedUsers.NOBODY),
+        named=tuple(sorted(entry.named for entry in held if entry.named is not None)),
     )
 
 

@@ -10,6 +10,7 @@ from safetensors.numpy import save
 
 from deploy import cli
 from state.config.sections import Kafka
+from state.events.identity import public_id
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import DTYPES, NAMES, SCALARS, Header
 from state.microbatch.codec import encode
@@ -24,6 +25,8 @@ LOG_ID = "cd" * 16
 ROWS, RECORDS = 20, 32
 USERS = 17
 BOT = 99
+BAIT = "bait=1"
+"""The item of each click of the bot; no other click has an item."""
 """A user who begins in record 18, in every fifth row."""
 
 
@@ -66,6 +69,7 @@ def record(number: int) -> bytes:
     }
     columns |= {
         "user": np.array(users_of(number), np.uint64),
+        "item": np.array([public_id(BAIT) if user == BOT else 0 for user in users_of(number)], np.uint64),
         "at_ms": begin_ms(number) + 600 * np.arange(ROWS, dtype=np.int64),
         "offset": np.arange(first, first + ROWS, dtype=np.int64),
     }

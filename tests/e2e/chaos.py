@@ -89,6 +89,7 @@ OWN: Mapping[str, object] = {
     "trainer.base_every_s": 15,
     "registry.durable_s": 1,
     "registry.delta_keep_s": 40,
+    "history.snapshot_every_s": 5,
 }
 LABELS: Mapping[str, object] = {
     "labels.impressions": "view",
@@ -528,10 +529,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-
-
 POINTS: Mapping[str, Sequence[str]] = {
     "stream": (
         "stream.fenced",
@@ -563,6 +560,9 @@ POINTS: Mapping[str, Sequence[str]] = {
         "back.committed",
         "follow.taken",
         "follow.committed",
+        "snapshot.file",
+        "snapshot.written",
+        "snapshot.named",
     ),
     "command": ("control.written", "control.linked", "rollback.proposed", "rollback.answered"),
 }
@@ -791,3 +791,7 @@ class Findings:
         problems = self.problems()
         found += ["", *(f"PROBLEM: {one}" for one in problems)] if problems else ["", "every promise was kept"]
         return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -31,10 +31,14 @@ from tests.e2e.running import ROOT
 from tests.trainer.clicks import microbatch
 
 KILLS = 8
-SEQUENCES = ("stream.", "back.", "enter.", "caught.", "loop.", "publish.", "apply.", "follow.", "control.", "rollback.")
-# Only where a version that is pinned to has to be rebuilt, or follows by itself, or users are masked or erased: tests of
-# their own.
+SEQUENCES = (
+    "stream.", "back.", "enter.", "caught.", "loop.", "publish.", "apply.", "follow.", "control.", "rollback.",
+    "snapshot.",
+)  # fmt: skip
+# Only where a version that is pinned to has to be rebuilt, or follows by itself, users are masked or erased, or histories
+# are loaded from a snapshot: tests of their own.
 RARE = {"apply.served", "caught.followed", "control.shared", "control.users", "follow.forgotten", "stream.forgotten"}
+RARE |= {"snapshot.cleared", "snapshot.share", "snapshot.loaded", "snapshot.unnamed"}
 
 
 @pytest.mark.nightly

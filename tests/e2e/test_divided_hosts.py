@@ -12,12 +12,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import psutil
 import pytest
 
+from deploy.serving.requests.grpc_server import message
 from deploy.watch.address import serving_address
 from springtide_client import Client, ClientError
+from state.process.ports import free_port
 from tests.disks import forget_memory
 from tests.e2e.hosts import ServingHost
 from tests.e2e.running import SHORT, Loop, until
@@ -26,34 +29,52 @@ USERS = [f"divided-{number}@example.org" for number in range(24)]
 PAUSE_S, DIFFERING_S = 0.05, 60.0
 
 
+def call(host: Loop | ServingHost, method: str, response: str, **fields: Any) -> Any:
+    """One call over gRPC."""
+    asked, answered = (message(f"springtide.v1.{name}") for name in (f"{method}Request", response))
+    with grpc.insecure_channel(f"127.0.0.1:{host.settings.serving.grpc_port}") as channel:
+        ask = channel.unary_unary(f"/springtide.v1.Profiles/{method}", asked.SerializeToString, answered.FromString)
+        return ask(asked(**fields), timeout=30.0)
+
+
 class Asking(threading.Thread):
     """Asks for all users in turn through the fronts, as clients do; keeps each failure.
 
     Attributes:
-        fronts: The addresses that are asked.
+        fronts: The hosts that are asked.
     """
 
-    def __init__(self, fronts: list[str]) -> None:
+    def __init__(self, fronts: list[ServingHost]) -> None:
         super().__init__(daemon=True)
         self.fronts, self.failed, self.answered = fronts, list[str](), 0
         self._stopping = threading.Event()
 
     def run(self) -> None:
         """Asks until `stop`."""
-        with httpx.Client(timeout=30.0) as http, Client(self.fronts[0], timeout_s=30.0, route=True) as client:
+        with httpx.Client(timeout=30.0) as http, Client(address(self.fronts[0]), timeout_s=30.0, route=True) as client:
             turn = 0
             while not self._stopping.wait(PAUSE_S):
                 turn += 1
-                front, user = self.fronts[turn // 3 % len(self.fronts)], USERS[turn % len(USERS)]
+                host, user = self.fronts[turn // 5 % len(self.fronts)], USERS[turn % len(USERS)]
+                front = address(host)
                 asked = [
-                    lambda front=front, user=user: http.get(f"{front}/v1/profiles/{user}"),
-                    lambda front=front, user=user: http.get(f"{front}/v1/recommendations/{user}"),
-                    lambda front=front: http.post(f"{front}/v1/profiles:batch", json={"users": USERS}),
+                    lambda front=front, user=user: http.get(f"{front}/v1/profiles/{user}").raise_for_status(),
+                    lambda front=front, user=user: http.get(f"{front}/v1/recommendations/{user}").raise_for_status(),
+                    lambda front=front: http.post(
+                        f"{front}/v1/profiles:batch", json={"users": USERS}
+                    ).raise_for_status(),
+                    lambda host=host, user=user: call(host, "Recommend", "RecommendResponse", user_id=user),
+                    lambda host=host: call(
+                        host,
+                        "BatchGetProfiles",
+                        "BatchGetProfilesResponse",
+                        questions=[{"user_id": one} for one in USERS],
+                    ),
                 ]
                 try:
-                    response = asked[turn % len(asked)]()
-                    self._count(response.status_code == 200, f"{front}: {response.status_code} {response.text[:300]}")
-                except httpx.HTTPError as error:
+                    asked[turn % len(asked)]()
+                    self._count(True, "")
+                except (httpx.HTTPError, grpc.RpcError) as error:
                     self._count(False, f"{front}: {error}")
                 try:
                     self._count(client.profile(user).user_id == user, f"another user than {user}")
@@ -106,7 +127,7 @@ def test_halves_of_the_users_on_four_hosts_that_come_and_go_answer_like_one_host
     loop: Loop, tmp_path: Path
 ) -> None:
     hosts = {
-        name: ServingHost(name, tmp_path / name, loop, {"serving.shares": shares})
+        name: ServingHost(name, tmp_path / name, loop, {"serving.shares": shares, "serving.grpc_port": free_port()})
         for name, shares in (("a", "0-31"), ("b", "0-31"), ("c", "32-63"), ("d", "32-63"), ("e", "0-31"))
     }
 
@@ -153,7 +174,16 @@ def test_halves_of_the_users_on_four_hosts_that_come_and_go_answer_like_one_host
         sizes = {name: hosts[name].metrics("springtide_serving_history_users") for name in "ac"}
         assert min(sizes.values()) > 0 and max(sizes.values()) < loop.metrics("applier").value("springtide_serving_history_users")  # type: ignore[operator]  # fmt: skip
 
-        asking = Asking([address(hosts[name]) for name in "cdb"])
+        def over_grpc(host: Loop | ServingHost) -> Any:
+            questions = [{"user_id": user, "at_ms": int(moment)} for user in USERS]
+            answer = call(host, "BatchGetProfiles", "BatchGetProfilesResponse", questions=questions)
+            for profile in answer.profiles:
+                profile.version.ClearField("age_s")
+            return answer
+
+        assert over_grpc(hosts["a"]) == over_grpc(hosts["c"]) == over_grpc(loop)
+
+        asking = Asking([hosts[name] for name in "cdb"])
         asking.start()
         # Killed: the table still lists it for a while.
         kill(hosts["a"])
@@ -161,7 +191,7 @@ def test_halves_of_the_users_on_four_hosts_that_come_and_go_answer_like_one_host
         hosts["e"].start()
         live_are(*"bcde")
         # Removed: it leaves the table, and then drains.
-        asking.fronts = [address(hosts[name]) for name in "cde"]
+        asking.fronts = [hosts[name] for name in "cde"]
         hosts["b"].stop()
         live_are(*"cde")
         assert listed()["with_one_host"] == [*range(32)]

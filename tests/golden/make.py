@@ -169,10 +169,6 @@ def main() -> None:
     place.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
 
 
-if __name__ == "__main__":
-    main()
-
-
 def compacted(source: Path, target: Path) -> None:
     """A compact copy of an LMDB store that is closed, with its mark."""
     target.mkdir(parents=True)
@@ -444,3 +440,7 @@ def send(settings: Settings, rows: Sequence[tuple[str, int, bytes]]) -> None:
             key = user.encode()
             writer.send(settings.kafka.clicks_topic, partition_of(key, PARTITIONS), key, value, (), at_ms)
         writer.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -94,6 +94,14 @@ def lost(kafka: Running, tmp_path_factory: pytest.TempPathFactory) -> Lost:
         return Lost(settings, store.digest(), store.counts(), records)
 
 
+class Died(BaseException):
+    """The process ended here."""
+
+
+def die() -> None:
+    raise Died
+
+
 def rebuilt(settings: Settings, copy: Path | None = None) -> Rebuilt:
     return rebuild(settings, copy, progress_on(io.StringIO()))
 
@@ -170,13 +178,21 @@ def test_a_store_from_before_a_power_cut_is_refused_rebuilt_and_gone_on_from(los
         assert stream.stop() == 0, stream.lines
 
 
-def test_a_snapshot_of_servings_histories_is_gone_on_from(lost: Lost, copied_log: Settings) -> None:
-    """Although neither the log nor the clicks have what is before it, and records after it repeat clicks of it."""
+def test_a_snapshot_of_servings_histories_is_gone_on_from(
+    lost: Lost, copied_log: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although neither the log nor the clicks have what is before it, records after it repeat clicks of it, and the
+    process is killed while it loads and after it."""
     settings, kafka = copied_log, copied_log.kafka
     with Topics(kafka) as topics:
         read = snapshot(settings, 1)
         topics.delete_before(kafka.microbatches_topic, {0: read})
-    found = rebuilt(replace(settings, kafka=replace(kafka, clicks_topic="no-such-topic")))
+    without_clicks = replace(settings, kafka=replace(kafka, clicks_topic="no-such-topic"))
+    for point in ("snapshot.share:3", "snapshot.loaded"):
+        with monkeypatch.context() as patch, pytest.raises(Died):
+            patch.setattr(killpoints, "armed", killpoints.parse(point, die))
+            rebuilt(without_clicks)
+    found = rebuilt(without_clicks)
     assert held(settings) == (lost.digest, lost.counts)
     assert (found.snapshot, found.records, found.lost, found.clicks) == (1, lost.records - read, 0, 0)
 
@@ -244,19 +260,12 @@ def test_another_salt_is_refused_and_nothing_changes(lost: Lost, tmp_path: Path)
     assert not (settings.stream_dir / "histories").exists()
 
 
-class Died(BaseException):
-    """The process ended here."""
-
-
 @pytest.mark.parametrize("point", ["rebuild.committed", "rebuild.promised", "rebuild.aside"])
 def test_a_rebuild_cut_short_leaves_the_old_store_or_the_new_one(
     lost: Lost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
     settings = lost.elsewhere(tmp_path / "state")
     HistoryStore(settings.stream_dir / "histories", 256, 1 << 30).close()
-
-    def die() -> None:
-        raise Died
 
     monkeypatch.setattr(killpoints, "armed", killpoints.parse(point, die))
     with pytest.raises(Died):

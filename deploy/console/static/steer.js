@@ -151,12 +151,12 @@ function propose(held, clicks) {
   at("steer").scrollIntoView();
 }
 
-/** Plans a rollback without users, given by their pseudonyms. */
-export function planWithout(pseudonyms) {
+/** Plans a rollback without the clicks that the fields of the form name. */
+export function planWithout(fields) {
   const form = at("plan");
   form.reset();
   form.elements.target.value = "clean";
-  form.elements.pseudonyms.value = pseudonyms.join(" ");
+  for (const [name, value] of Object.entries(fields)) form.elements[name].value = value;
   form.requestSubmit();
   at("steer").scrollIntoView();
 }
@@ -168,7 +168,7 @@ function wanted(form) {
   if (given.target === "to" && given.to) found.to = Number(given.to);
   if (given.target === "before" && given.before) found.before = given.before;
   if (given.minutes) found.minutes = Number(given.minutes);
-  if (given.skip_time) found.skip_time = [given.skip_time];
+  for (const name of ["skip_time", "skip_item", "skip_category"]) if (given[name]) found[name] = [given[name]];
   for (const name of ["skip", "users", "pseudonyms"]) if (given[name]) found[name] = given[name].split(/[\s,]+/).filter(Boolean);
   return found;
 }
@@ -182,6 +182,7 @@ function facts({ plan }) {
     ? `${count(plan.rows)} rows in ${count(plan.records)} records${plan.replay_s === null ? "" : `, about ${age(plan.replay_s)}`}`
     : "not counted: Kafka does not answer";
   const left = [...plan.mask.offsets.map(([, partition, first, last]) => `partition ${partition} offsets ${first}-${last - 1}`), ...plan.mask.times.map(([first, last]) => `${moment(first)} to ${moment(last)}`)];
+  left.push(...(plan.mask.named ?? []).map(([column, name, first, last]) => `${column} ${name}, ${moment(first)} to ${moment(last)}`));
   if (plan.mask.users) left.push(`all clicks of ${users(plan.mask.users)}`);
   const found = [
     ["Mode", plan.mode === "exact" ? "exact: the stream reads its clicks again, and windows are computed without what is left out" : "fast: the trainer learns again; the stream continues"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from deploy.serving.following.parity import WHOLE_EXTRA
 from deploy.serving.following.remembered import is_remembered
 from deploy.serving.notes import CAUGHT_UP_EXTRA
 from state.config.settings import Settings
-from state.errors import StoreFull, UnusablePlace
+from state.errors import CorruptStore, StoreFull, UnusablePlace
 from state.history import snapshots
 from state.history.appends import Appends
 from state.history.rewinding import branch_of
@@ -33,6 +34,8 @@ FULL_INTERVALS = 30
 """After a snapshot that was too large, the next one is tried after this many intervals."""
 STANDBY = 3
 """Another host takes over after this many intervals without a snapshot."""
+CHECKED_MS = 6 * 3_600_000
+"""The time in which the writer reads each file of its snapshots once, to find damage."""
 POLL_S, LOOK_MS = 0.2, 10_000
 FAR_CLICKS, FAR_SHARE = 1_000_000, 8
 """A snapshot replaces histories that lack more clicks than `FAR_CLICKS`, and than its events divided by `FAR_SHARE`."""
@@ -73,7 +76,7 @@ class SnapshotTaker:
         # All events since `_last`, the newest snapshot, if `_complete`; else the next cut finds them.
         self._gained, self._events, self._complete = list[Gained](), 0, False
         self._last: HistorySnapshot | None = None
-        self._restarts, self._is_due, self._look_ms = 0, False, 0
+        self._restarts, self._is_due, self._look_ms, self._checked = 0, False, 0, ""
         # Read here, since the store may be closed and opened again by its own thread.
         self._erased = store.forgotten.through
         self._asked, self._cuts = threading.Event(), queue.SimpleQueue[tuple[Cut, int, int]]()
@@ -195,6 +198,19 @@ class SnapshotTaker:
                 "snapshot %d of the histories of %d users: %.1f MB, of which %.1f MB are new",
                 *(made.number, made.users, made.bytes / 1e6, new / 1e6),
             )
+            self._check(made)
+
+    def _check(self, made: HistorySnapshot) -> None:
+        """Reads the next files, in the order of their names; damage removes the snapshots that have it."""
+        files = sorted(made.files, key=lambda file: (file.name <= self._checked, file.name))
+        for file in files[: math.ceil(len(files) * self._every_ms / CHECKED_MS)]:
+            if self._stop.is_set():
+                return
+            self._checked = file.name
+            try:
+                snapshots.read_file(self._location, file)
+            except CorruptStore as error:
+                _log.error("snapshot %d of histories is damaged and not used: %s", made.number, error)
 
     def _written(self, made: HistorySnapshot | None, cut: Cut, parts: int) -> None:
         if made is not None:

@@ -24,10 +24,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
+from urllib.parse import quote, urlencode
 
 import msgspec
+import orjson
+from google.protobuf import json_format
 from google.protobuf.message import Message
 from msgspec import Meta
 from prometheus_client import CollectorRegistry
@@ -37,6 +40,7 @@ from deploy.serving.answers.host import Answers, Host
 from deploy.serving.answers.items import RankedItems, Recommendations, SimilarItems, rank, recommend, similar
 from deploy.serving.answers.query import About, Answer
 from deploy.serving.requests.access import OPEN, OPERATE
+from deploy.serving.requests.forwarding import whole
 from deploy.serving.requests.grpc_server import Method, Service, message
 from deploy.serving.requests.http import (
     ASKED,
@@ -44,9 +48,11 @@ from deploy.serving.requests.http import (
     METHODS,
     SENT,
     Endpoint,
+    Headers,
     Request,
     Response,
     encode,
+    error_in,
     header,
     what_and_where,
 )
@@ -61,6 +67,7 @@ from deploy.serving.requests.parameters import (
     RecommendationParameters,
     UsersQuestion,
 )
+from deploy.serving.requests.routing import Router
 from deploy.serving.requests.worker_metrics import rendered
 from springtide_client import answers as responses
 from state.errors import BadRequest
@@ -212,52 +219,63 @@ def profile_endpoints(answers: Answers) -> list[Endpoint]:
     ]
 
 
-def profile_service(answers: Answers) -> Service:
-    """Returns the gRPC service `springtide.v1.Profiles`."""
-    questions = Questions(answers)
+def profile_service(answers: Answers, endpoints: Sequence[Endpoint], router: Router | None) -> Service:
+    """Returns the gRPC service `springtide.v1.Profiles`; through `router`, other hosts answer about their users over
+    HTTP.
+    """
+    questions, by_name = Questions(answers), {endpoint.name: endpoint for endpoint in endpoints}
 
-    async def profile(request: Message) -> Any:
-        fields = _fields_of(request)
-        fields["profiles"] = [fields.pop("question", {})]
-        (query,) = _convert(fields, ProfilesQuestion).queries()
+    async def profile(user: str, parameters: ProfileParameters) -> Any:
+        query = parameters.query(user)
         # Refused here, because in a batch it would make the queries of other requests fail too.
         answers.host.predictor().users_of([query])
         return await answers.profiles.one(query, _profile_message)
 
-    async def batch(request: Message) -> Any:
-        fields = _fields_of(request)
-        fields["profiles"] = fields.pop("questions", [])
-        question = _convert(fields, ProfilesQuestion)
+    async def batch(fields: dict[str, Any]) -> Any:
+        question = _convert({"profiles": [], **fields}, ProfilesQuestion)
         profiles = await answers.profiles.many(question.queries(), _profile_message)
         return message(f"{PACKAGE}.BatchGetProfilesResponse")(profiles=profiles)
 
-    async def rank(request: Message) -> Any:
-        question = _convert({"items": [], **_fields_of(request)}, RankQuestion)
-        return _filled("RankResponse", await questions.rank(question))
+    async def rank(fields: dict[str, Any]) -> Any:
+        return await questions.rank(_convert({"items": [], **fields}, RankQuestion))
 
     def about_user(
-        kind: type[Parameters], answer: Callable[[str, Parameters], Awaitable[About]], response: str
-    ) -> Callable[[Message], Awaitable[Any]]:
-        async def answered(request: Message) -> Any:
-            fields = _fields_of(request)
-            fields |= fields.pop("question", {})
+        kind: type[Parameters], answer: Callable[[str, Parameters], Awaitable[Any]]
+    ) -> Callable[[dict[str, Any]], Awaitable[Any]]:
+        async def answered(fields: dict[str, Any]) -> Any:
             if not (user := fields.pop("user_id", "")):
                 raise BadRequest("the request names no user_id", "name a user")
-            return _filled(response, await answer(user, _convert(fields, kind)))
+            return await answer(user, _convert(fields, kind))
 
         return answered
 
-    methods = {
-        "GetProfile": profile,
-        "BatchGetProfiles": batch,
-        "Rank": rank,
-        "Recommend": about_user(RecommendationParameters, questions.recommend, "RecommendResponse"),
-        "Explain": about_user(ExplanationParameters, questions.explain, "Explanation"),
-        "Similar": about_user(NearParameters, questions.similar, "SimilarResponse"),
-    }
+    def method(name: str, endpoint: Endpoint, local: Callable[[dict[str, Any]], Awaitable[Any]], kind: str) -> Method:
+        async def answer(request: Message, headers: Headers) -> Any:
+            fields = _fields_of(request)
+            if endpoint.parameters is not None and "fields" in fields:
+                fields["fields"] = ",".join(fields["fields"])
+            if router is not None and not all(map(router.is_held, _users_in(fields))):
+                return _message_of(await router.answer(_as_http(endpoint, fields, headers), endpoint.answer), kind)
+            found = await local(fields)
+            return found if isinstance(found, Message) else _filled(kind, found)
+
+        return Method(name, f"{PACKAGE}.{name}Request", answer)
+
     return Service(
         f"{PACKAGE}.Profiles",
-        [Method(name, f"{PACKAGE}.{name}Request", answer) for name, answer in methods.items()],
+        [
+            method("GetProfile", by_name["profile"], about_user(ProfileParameters, profile), "Profile"),
+            method("BatchGetProfiles", by_name["batch"], batch, "BatchGetProfilesResponse"),
+            method("Rank", by_name["rank"], rank, "RankResponse"),
+            method(
+                "Recommend",
+                by_name["recommendations"],
+                about_user(RecommendationParameters, questions.recommend),
+                "RecommendResponse",
+            ),
+            method("Explain", by_name["explain"], about_user(ExplanationParameters, questions.explain), "Explanation"),
+            method("Similar", by_name["similar"], about_user(NearParameters, questions.similar), "SimilarResponse"),
+        ],
     )
 
 
@@ -268,14 +286,51 @@ def _fields_of(request: Message) -> dict[str, Any]:
         name = field.name
         if name == "at_ms":
             fields["at"] = str(value)
+        elif name == "question":
+            fields |= _fields_of(value)
         elif field.message_type is not None and field.message_type.GetOptions().map_entry:
             fields[name] = dict(value)
         elif field.message_type is not None:
             repeated = field.is_repeated
-            fields[name] = [_fields_of(element) for element in value] if repeated else _fields_of(value)
+            converted = [_fields_of(element) for element in value] if repeated else _fields_of(value)
+            fields["profiles" if name == "questions" else name] = converted
         else:
             fields[name] = list(value) if field.is_repeated else value
     return fields
+
+
+def _users_in(fields: Mapping[str, Any]) -> list[str]:
+    """Returns the users that a request names; one without a user is refused where it is answered."""
+    return [question["user_id"] for question in fields.get("profiles", [fields]) if "user_id" in question]
+
+
+def _as_http(endpoint: Endpoint, fields: dict[str, Any], headers: Headers) -> Request:
+    """Returns the HTTP request of the same meaning."""
+    user, query, body = "", "", b""
+    if endpoint.body:
+        body = msgspec.json.encode(fields)
+    else:
+        user = fields.pop("user_id")
+        context = {f"context.{name}": text for name, text in fields.pop("context", {}).items()}
+        query = urlencode(fields | context)
+    path = endpoint.path.replace("{user_id}", quote(user, safe=""))
+    scope = {
+        "method": endpoint.methods[0],
+        "raw_path": path.encode(),
+        "query_string": query.encode(),
+        "headers": headers,
+    }
+    return Request(scope, whole(body), {"user_id": user} if user else {}, endpoint)
+
+
+def _message_of(response: Response, kind: str) -> Any:
+    """Returns the message of an HTTP response, without fields that only a later release knows; raises its error."""
+    if response.status != 200:
+        raise error_in(response)
+    document = orjson.loads(response.body)
+    for profile in document.get("profiles", [document]):
+        _drop_missing(profile)
+    return json_format.ParseDict(document, message(f"{PACKAGE}.{kind}")(), ignore_unknown_fields=True)
 
 
 def _convert(fields: Mapping[str, Any], kind: type[Parameters]) -> Parameters:
@@ -297,10 +352,15 @@ def _profile_message(answer: Answer) -> Any:
     document = answer.document()
     if "vector" in document:
         document["vector"] = document["vector"].tolist()
-    for owner in (document, document.get("engagement")):
+    _drop_missing(document)
+    return message(f"{PACKAGE}.Profile")(**document)
+
+
+def _drop_missing(profile: dict[str, Any]) -> None:
+    """Drops attributes without a value, which the maps of a message cannot have."""
+    for owner in (profile, profile.get("engagement")):
         if owner is not None and "attributes" in owner:
             owner["attributes"] = {name: text for name, text in owner["attributes"].items() if text is not None}
-    return message(f"{PACKAGE}.Profile")(**document)
 
 
 def segment_endpoints(host: Host) -> list[Endpoint]:

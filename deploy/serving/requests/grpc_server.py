@@ -28,8 +28,9 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from deploy.serving.requests.access import READ, Access, Tokens
+from deploy.serving.requests.http import Headers
 from deploy.serving.requests.worker_metrics import RequestCounts
-from state.errors import BadRequest, Overloaded, SpringtideError
+from state.errors import BadRequest, SpringtideError
 
 PROTOS = Path(__file__).with_name("protos")
 CODES = {
@@ -82,12 +83,12 @@ class Method:
     Attributes:
         name: The name in the `.proto` file.
         request: The full name of the request's message; empty if `answer` takes the raw bytes.
-        answer: Answers a request, or raises an error.
+        answer: Answers a request, given its message and the HTTP headers of the same meaning; raises an error otherwise.
     """
 
     name: str
     request: str
-    answer: Callable[[Any], Awaitable[Any]]
+    answer: Callable[[Any, Headers], Awaitable[Any]]
 
 
 @dataclass(frozen=True)
@@ -105,13 +106,14 @@ def handler_of(service: Service, counts: RequestCounts, tokens: Tokens | None = 
         async def answer(data: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             began_s, code = counts.clock_s(), grpc.StatusCode.OK
             try:
+                authorization = _authorization(context)
                 if tokens is not None:
-                    tokens.require(_authorization(context), READ)
-                return await method.answer(_parsed(method.request, data))
+                    tokens.require(authorization, READ)
+                headers = [] if authorization is None else [(b"authorization", authorization.encode("latin-1"))]
+                return await method.answer(_parsed(method.request, data), headers)
             except SpringtideError as error:
                 code = CODES.get(error.http_status, grpc.StatusCode.INTERNAL)
-                if isinstance(error, Overloaded):
-                    context.set_trailing_metadata([(name.decode(), value) for name, value in error.http_headers])
+                context.set_trailing_metadata([(name.decode(), value) for name, value in error.http_headers])
                 await _refuse(context, code, str(error))
             except Exception:  # noqa: BLE001 - the edge of the process: logged and counted, others are answered
                 code = grpc.StatusCode.INTERNAL

@@ -315,6 +315,17 @@ def failure(error: SpringtideError) -> Response:
     return Response(error.http_status, encode(document), [*JSON, *error.http_headers])
 
 
+def error_in(response: Response) -> SpringtideError:
+    """Returns the error that another host's response reports."""
+    try:
+        failure = msgspec.json.decode(response.body, type=Failure)
+    except msgspec.MsgspecError:
+        failure = Failure(f"another host answered with status {response.status}", "check its log")
+    error = BadRequest(failure.error, failure.do, failure.where, response.status)
+    error.http_headers = tuple(entry for entry in response.headers if entry[0] == b"retry-after")
+    return error
+
+
 async def answer(send: Send, response: Response) -> None:
     """Sends a whole response."""
     headers = [*response.headers, (b"content-length", b"%d" % len(response.body))]

@@ -184,9 +184,10 @@ class Router:
     def is_here(self, request: Request) -> bool:
         """Whether this host answers a request about the user in its path, without anything about routing."""
         user = request.path.get("user_id")
-        return user is not None and self._is_held(user) and header(request.scope, SHARE) is None
+        return user is not None and self.is_held(user) and header(request.scope, SHARE) is None
 
-    def _is_held(self, user: str) -> bool:
+    def is_held(self, user: str) -> bool:
+        """Whether this host answers about a user now."""
         return self.held.is_all or self._pseudonym(user) in self.held
 
     async def answer(self, request: Request, local: Answer) -> Response:

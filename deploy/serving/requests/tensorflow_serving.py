@@ -31,7 +31,7 @@ from deploy.serving.answers.tensor_model import (
     TensorSpec,
 )
 from deploy.serving.requests.grpc_server import POOL, Method, Service, message
-from deploy.serving.requests.http import FAILED, JSON, Endpoint, Request, Response, encode
+from deploy.serving.requests.http import FAILED, JSON, Endpoint, Headers, Request, Response, encode
 from springtide_client.answers import ModelFailure, ModelMetadata, ModelOutputs, ModelPredictions, ModelStatus
 from state.errors import BadRequest, SpringtideError
 
@@ -379,7 +379,7 @@ def signature_map(signatures: Mapping[str, Signature]) -> Any:
 def model_services(model: TensorModel) -> list[Service]:
     """Returns TensorFlow Serving's gRPC services."""
 
-    async def predict(request: Any) -> Any:
+    async def predict(request: Any, _: Headers) -> Any:
         def inputs(_: Signature) -> dict[str, Any]:
             return {name: to_array(name, proto) for name, proto in request.inputs.items()}
 
@@ -391,7 +391,7 @@ def model_services(model: TensorModel) -> list[Service]:
             response.outputs[name].CopyFrom(to_proto(values))
         return response
 
-    async def metadata(request: Any) -> Any:
+    async def metadata(request: Any, _: Headers) -> Any:
         wanted = list(request.metadata_field)
         if wanted != [SIGNATURE_DEF]:
             raise BadRequest(f"the metadata fields asked for are {wanted}", f"ask for {SIGNATURE_DEF}")
@@ -401,7 +401,7 @@ def model_services(model: TensorModel) -> list[Service]:
         response.metadata[SIGNATURE_DEF].Pack(signature_map(signatures))
         return response
 
-    async def status(request: Any) -> Any:
+    async def status(request: Any, _: Headers) -> Any:
         response, available = message(f"{PACKAGE}.GetModelStatusResponse")(), message(f"{PACKAGE}.ModelVersionStatus")
         for version in model.versions(choice_of(request.model_spec)):
             status = response.model_version_status.add(version=version.version, state=available.AVAILABLE)
@@ -438,7 +438,7 @@ def _fill(spec: Any, version: int, signature: str = "") -> None:
 def _refusing(service: str, name: str, instead: str) -> Method:
     """Returns a method that is not offered; its error names the alternative."""
 
-    async def refuse(_: Any) -> Any:
+    async def refuse(_: Any, __: Headers) -> Any:
         raise BadRequest(f"{service}.{name} is not offered", instead, http_status=501)
 
     return Method(name, "", refuse)

@@ -20,7 +20,9 @@ def test_a_bot_is_the_only_user_whose_share_jumped_and_is_gone_once_it_is_masked
     assert (bot["id"], bot["users"]) == (f"{BOT:016x}", [f"{BOT:016x}"])
     assert (bot["before"], bot["name"]) == (0.0, None)
     assert 0.14 < bot["share"] < 0.25 and bot["clicks"] == round(bot["share"] * listed["clicks"])
-    assert listed["items"] == listed["categories"] == []
+    assert listed["categories"] == []
+    (bait,) = listed["items"]
+    assert (bait["users"], bait["covered"], bait["clicks"]) == (bot["users"], 1.0, bot["clicks"])
     operator("rollback", "--skip-pseudonym", bot["id"], "--reason", "a bot")
     (mask,) = operator.registry.controls()[-1].masks
     assert [*mask.mask.users] == [BOT]

@@ -26,7 +26,7 @@ from state.events.identity import load_salt, user_id
 from state.process import killpoints
 from state.registry.control import Control
 from state.rows.store import RowStore
-from tests.deploy.operating import BOT, NOW_MS, TOPIC, Operator, draft, files, record, users_of
+from tests.deploy.operating import BAIT, BOT, NOW_MS, TOPIC, Operator, draft, files, record, users_of
 from tests.memory_log import MemoryLog
 
 LOG = Kafka().microbatches_topic
@@ -192,6 +192,7 @@ def test_rollback_tells_its_plan_and_creates_the_epoch(operator: Operator) -> No
         (("--skip-time", "6m..now"), 4),
         (("--skip-time", "361s..now"), 3),
         (("--minutes", "7"), 3),
+        (("--skip-item", f"{BAIT}=7m..now"), 3),
         (("--minutes", "4"), 5),
     ],
 )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from deploy.serving.notes import CLOCK_EXTRA, item_extra
-from state.features.mask import Mask
+from state.features.mask import Clicks, Mask
 from state.history.store import HistoryStore
 from state.microbatch.codec import decode, encode
 from state.process import killpoints
@@ -29,7 +29,8 @@ MASK = Mask(2, offsets=((SOURCE.topic, SOURCE.partition, 200, 233),))
 def with_items(value: bytes, epoch: int = 1, mask: Mask = Mask.NONE) -> bytes:
     """The record with an item and a category of the bots' in masked rows, without what `mask` names, in an epoch of the log."""
     batch = decode(value)
-    bots = MASK.rows(batch.user, batch.at_ms, batch.source, batch.offset, batch.header.ranges)
+    clicks = Clicks(batch.user, batch.item, batch.category, batch.at_ms, batch.source, batch.offset)
+    bots = MASK.rows(clicks, batch.header.ranges)
     # Bots named a good item too, of which nobody else speaks since.
     item = np.where(bots, np.where(batch.offset % 2 == 0, 900, 104), np.where(batch.item == 104, 103, batch.item))
     columns = batch.columns | {
@@ -37,7 +38,7 @@ def with_items(value: bytes, epoch: int = 1, mask: Mask = Mask.NONE) -> bytes:
         "category": np.where(bots, 77, batch.category).astype(np.uint64),
     }
     (part,) = batch.header.ranges
-    out = mask.rows(batch.user, batch.at_ms, batch.source, batch.offset, batch.header.ranges)
+    out = mask.rows(clicks, batch.header.ranges)
     part = replace(part, rows=part.rows - int(out.sum()), masked=int(out.sum()))
     header = replace(batch.header, ranges=(part,), log_epoch=epoch)
     return encode(header, {name: column[~out] for name, column in columns.items()})

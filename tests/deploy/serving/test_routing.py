@@ -83,11 +83,13 @@ class Network(httpx.AsyncBaseTransport):
     apps: dict[str, App] = field(default_factory=dict)
     away: set[str] = field(default_factory=set)
     asked: list[str] = field(default_factory=list)
+    tokens: list[str | None] = field(default_factory=list)
     now_ms: int = NOW_MS
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         name = request.url.host
         self.asked.append(name)
+        self.tokens.append(request.headers.get("authorization"))
         if name in self.away:
             raise httpx.ConnectError("refused", request=request)
         return await httpx.ASGITransport(app=self.apps[name]).handle_async_request(request)  # type: ignore[arg-type]
@@ -141,13 +143,17 @@ QUESTIONS: Mapping[str, Callable[[str], tuple[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("question", QUESTIONS)
-def test_any_host_answers_any_user_like_a_host_with_all_users(network: Network, question: str) -> None:
+def warm_indexes(network: Network) -> None:
+    """Indexes of items follow the stores in steps, from the first query on."""
     for name, app in network.apps.items():
-        # Indexes of items follow the stores in steps, from the first query on.
         network.ask(name, QUESTIONS["similar"]((of_shares("32-63") if name in "bd" else of_shares("0-31"))[0])[0])
         while app.host.sources().turn():
             pass
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_any_host_answers_any_user_like_a_host_with_all_users(network: Network, question: str) -> None:
+    warm_indexes(network)
     before = forwarded(network, "a", "answered") + forwarded(network, "b", "answered")
     asked = [QUESTIONS[question](user) for user in USERS[:8]]
     for path, body in asked:
@@ -216,35 +222,66 @@ def test_a_request_is_forwarded_once_and_never_answered_without_the_users_data(n
     assert predicted.status_code == 503 and "http://b" in predicted.json()["error"]
 
 
-def test_grpc_names_the_hosts_to_ask(network: Network) -> None:
-    app = network.apps["a"]
-    mine, theirs = of_shares("0-31")[0], of_shares("32-63")[0]
+CALLS: Mapping[str, Callable[[str], tuple[str, Mapping[str, Any]]]] = {
+    "GetProfile": lambda user: ("Profile", {"question": {"user_id": user, "item": "i1", "at_ms": NOW_MS}, "top": 2, "fields": ["features", "vector", "sources"]}),
+    "BatchGetProfiles": lambda _: ("BatchGetProfilesResponse", {"questions": [{"user_id": user, "at_ms": NOW_MS} for user in USERS]}),
+    "Explain": lambda user: ("Explanation", {"question": {"user_id": user, "item": "i1", "at_ms": NOW_MS}}),
+    "Rank": lambda user: ("RankResponse", {"user_id": user, "items": [{"item": "i1", "bid": 2.0}, {"item": "i2", "bid": 1.0}], "at_ms": NOW_MS}),
+    "Recommend": lambda user: ("RecommendResponse", {"user_id": user, "exclude_seen": True, "at_ms": NOW_MS}),
+    "Similar": lambda user: ("SimilarResponse", {"user_id": user, "n": 1, "at_ms": NOW_MS}),
+}  # fmt: skip
 
-    async def ask() -> list[Any]:
-        assert app.router is not None
-        for other in network.apps.values():
-            if other.router is not None:
-                await other.router.poll()
-        await app.router.poll()
+
+def ask_grpc(network: Network, name: str, *calls: tuple[str, str, Mapping[str, Any]]) -> list[Any]:
+    """Calls of the service of profiles at a host: answers and errors. Each is a method, its response and its request."""
+    app = network.apps[name]
+
+    async def ask(_: httpx.AsyncClient) -> list[Any]:
         counts = RequestCounts(app.metrics, lambda: None)
         server = GrpcServer(app.grpc_services(), counts, app.ready, Access(), GrpcAddress("127.0.0.1:0", False, 10))
         await server.start()
         try:
             async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-                call = channel.unary_unary(
-                    "/springtide.v1.Profiles/GetProfile",
-                    request_serializer=lambda one: one.SerializeToString(),
-                    response_deserializer=message("springtide.v1.Profile").FromString,
+                return await asyncio.gather(
+                    *(
+                        channel.unary_unary(
+                            f"/springtide.v1.Profiles/{method}",
+                            request_serializer=type(request).SerializeToString,
+                            response_deserializer=message(f"springtide.v1.{response}").FromString,
+                        )(request, metadata=[("authorization", "Bearer of the client")])
+                        for method, response, fields in calls
+                        for request in [message(f"springtide.v1.{method}Request")(**fields)]
+                    ),
+                    return_exceptions=True,
                 )
-                kind = message("springtide.v1.GetProfileRequest")
-                asked = (kind(question={"user_id": user}) for user in (mine, theirs))
-                return await asyncio.gather(*map(call, asked), return_exceptions=True)
         finally:
             await server.stop(0)
 
-    answered, refused = asyncio.run(ask())
-    assert answered.user_id == mine
-    assert refused.code() is grpc.StatusCode.UNAVAILABLE and "http://b" in refused.details()
+    (found,) = network.run(ask)
+    return found
+
+
+@pytest.mark.parametrize("method", CALLS)
+def test_any_host_answers_any_user_over_grpc_like_a_host_with_all_users(network: Network, method: str) -> None:
+    warm_indexes(network)
+    calls = [(method, *CALLS[method](user)) for user in USERS[:8]]
+    whole, *others = (ask_grpc(network, name, *calls) for name in ("whole", "a", "b"))
+    assert [type(one).__name__ for one in whole] == [calls[0][1]] * len(calls)
+    for answers in others:
+        assert answers == whole
+    assert forwarded(network, "a", "answered") + forwarded(network, "b", "answered") >= len(calls)
+
+
+def test_what_another_host_refuses_is_refused_over_grpc_with_its_reason(network: Network) -> None:
+    theirs = of_shares("32-63")[0]
+    bad = ("Similar", "SimilarResponse", {"user_id": theirs, "n": 1000})
+    (refused,) = ask_grpc(network, "a", bad)
+    assert refused.code() is grpc.StatusCode.INVALID_ARGUMENT and "parameter n: " in refused.details()
+    assert network.tokens == ["Bearer of the client"]
+    network.run()
+    network.away |= {"b", "d"}
+    (refused,) = ask_grpc(network, "a", ("Similar", "SimilarResponse", {"user_id": theirs}))
+    assert refused.code() is grpc.StatusCode.UNAVAILABLE and f"share {share(theirs)} " in refused.details()
 
 
 def test_a_response_has_the_shares_of_its_users_if_the_request_asks_for_them(network: Network) -> None:

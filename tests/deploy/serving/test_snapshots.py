@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
+from deploy.sections import history_snapshots
 from deploy.serving.following.clicks import HistoryFollower
 from deploy.serving.following.parity import WHOLE_EXTRA
 from deploy.serving.following.snapshots import SnapshotTaker, load_if_behind
@@ -140,6 +141,51 @@ def test_a_snapshot_after_a_restart_builds_on_the_newest(tmp_path: Path) -> None
     with taking(settings, following) as host:
         third = host.taken(3)[-1]
     assert {file.number for file in snapshots.read(host.location, third).files if file.kind == "base"} == {third}
+
+
+@pytest.mark.parametrize("kind", ["base", "extras"])
+@pytest.mark.parametrize("by", ["a new host", "the writer"])
+def test_a_snapshot_with_a_damaged_file_is_replaced_by_one_without_it(
+    kind: str, by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who reads the file removes the snapshots that name it; the writer reads each file in turn."""
+    settings, following = settings_in(tmp_path), Following(tmp_path / "one", written(record(0, 500)))
+    if by == "the writer":
+        monkeypatch.setattr("deploy.serving.following.snapshots.CHECKED_MS", 60_000)
+    with taking(settings, following) as host:
+        (first,) = host.taken(1)
+        damaged = next(file for file in snapshots.read(host.location, first).files if file.kind == kind)
+        path = settings.registry_dir / damaged.name
+        path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+        if by == "a new host":
+            store, _ = new_host(settings, tmp_path / "two", following)
+            assert store.users() == 0 and snapshots.numbers(host.location) == []
+
+        def is_replaced() -> bool:
+            following.clock.now_ms += 11_000
+            following.drain()
+            host.taker.poll(following.follower.caught_up)
+            newest = snapshots.newest(host.location)
+            return newest is not None and damaged not in newest.files
+
+        until(is_replaced)
+    assert damaged.name in caplog.text
+    store, _ = new_host(settings, tmp_path / "three", following)
+    assert store.digest() == following.store.digest() and store.counts() == following.store.counts()
+
+
+def test_status_shows_the_age_of_the_newest_snapshot_that_can_be_read(tmp_path: Path) -> None:
+    settings, following = settings_in(tmp_path), Following(tmp_path / "one", written(record(0, 100)))
+    with taking(settings, following) as host:
+        (first,) = host.taken(1)
+        following.clock.now_ms += 61_000
+        _, second = host.taken(2)
+    section = history_snapshots(settings, second)
+    assert section is not None and section["ages_s"] == [0.0, (second - first) / 1000] and not section["late"]
+    assert section["held"] == "0-63" and section["users"] == following.store.users()
+    (settings.registry_dir / snapshots.document_name(second)).write_bytes(b"{}")
+    assert history_snapshots(settings, second + 1000)["ages_s"] == [1 + (second - first) / 1000]  # type: ignore[index]
+    assert history_snapshots(settings, second + 3_600_000)["late"]  # type: ignore[index]
 
 
 def test_a_host_that_can_use_no_snapshot_has_its_names_and_items(tmp_path: Path) -> None:

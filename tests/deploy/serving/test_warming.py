@@ -55,12 +55,11 @@ async def run():
     settings = load([])
     host = Host(settings, load_salt(settings.salt_path, create=False), wall_ms)
     app = App(host, CollectorRegistry())
-    warming = Warming(host, Kernels(CollectorRegistry(), logging.getLogger()))
+    warming = Warming(host, Kernels(CollectorRegistry(), logging.getLogger(), uses=["state.features.kernel"]))
     warming.start()
     while host.missing():
         await asyncio.sleep(0.02)
     before = set(sys.modules)
-    FIRST_CALLS.clear()
     statuses = set()
     for method, path, body in [("GET", p, b"") for p in PATHS] + [("POST", p, b) for p, b in BODIES.items()]:
         async def receive():

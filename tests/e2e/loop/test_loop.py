@@ -119,6 +119,13 @@ def test_status_shows_every_part_running(loop: Loop) -> None:
     until(all_run, lambda: f"{loop.springtide('status')['processes']}")
 
 
+def test_each_process_prepares_its_kernels_before_it_needs_them(loop: Loop) -> None:
+    logs = {path.name: path.read_text() for path in loop.settings.logs_dir.glob("*.log")}
+    assert {"applier.log", "stream.log", "trainer.log", "worker.log"} <= logs.keys()
+    late = [line for text in logs.values() for line in text.splitlines() if "was not prepared" in line]
+    assert late == []
+
+
 def test_answers_use_the_features_that_were_trained(loop: Loop) -> None:
     def compared() -> dict[str, int] | None:
         rows: dict[str, int] = loop.springtide("status")["parity"] or {}

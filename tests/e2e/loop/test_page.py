@@ -7,11 +7,12 @@ import random
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Error, Locator, Page, expect, sync_playwright
 
 from deploy.serving.requests.access import OPERATE, tokens_in
 from tests.e2e.loop.test_rollback import served
@@ -56,7 +57,14 @@ def page(loop: Loop, browser: Browser) -> Iterator[Page]:
     made.on("request", lambda request: asked.add(request.url))
     made.on("pageerror", lambda error: wrong.append(str(error)))
     made.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-    made.goto(url)
+
+    def opens() -> bool:
+        # The console may still be starting.
+        with suppress(Error):
+            return made.goto(url) is not None
+        return False
+
+    until(opens, "the console does not answer")
     expect(made.locator("#versions-table tbody tr").nth(1)).to_be_visible()
     yield made
     context.close()
@@ -84,6 +92,7 @@ def test_the_picture_moves_and_a_profile_is_looked_up_with_its_reasons(page: Pag
     expect(page.locator("#stages li.flows")).not_to_have_count(0)
     expect(page.locator("#plots canvas")).to_have_count(9)
     expect(page.locator("#segments-table")).to_contain_text("collectors")
+    expect(page.locator("#snapshots-told")).to_contain_text("The newest is")
 
     page.get_by_role("textbox", name="User", exact=True).focus()
     page.keyboard.type(USER)
@@ -171,10 +180,16 @@ def test_an_operator_finds_a_flood_on_the_page_rolls_back_without_it_and_follows
     press_until(page, "Tab", found.get_by_role("button", name=re.compile("Show profile")))
     page.keyboard.press("Enter")
     expect(page.locator("#found")).to_contain_text(f"{name} is known")
-    # 3. The plan, which changes nothing, leaves out this user alone.
+    # 3. The plan, which changes nothing, leaves out the clicks on the item since then, or this user alone.
     epoch = loop.kept()[1]
     decided = len(loop.springtide("history", "--all"))
-    press_until(page, "Shift+Tab", plan)
+    item = page.locator("#jumps-table tbody tr", has=page.get_by_role("cell", name="item", exact=True)).first
+    press_until(page, "Tab", item.get_by_role("button", name=re.compile("Plan without this item")))
+    page.keyboard.press("Enter")
+    expect(page.locator("#go h3")).to_be_focused()
+    expect(page.locator("#go")).to_contain_text(re.compile(f"item flooded, .* to .*: {FLOOD} rows of 1 user"))
+    go_to(page, "Cause")
+    press_until(page, "Tab", plan)
     page.keyboard.press("Enter")
     expect(page.locator("#go h3")).to_be_focused()
     expect(page.locator("#go")).to_contain_text("fast: the trainer learns again")

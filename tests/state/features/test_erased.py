@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from state.features.erased import EVERYTHING, Erased
-from state.features.mask import Mask
+from state.features.mask import Clicks, Mask
 from state.features.masked_users import MaskedUsers
 from state.features.spec import EVENT, FeatureSpec, vectorise
 from state.positions import Range, Source
@@ -20,7 +20,8 @@ GONE = Erased.NOBODY.and_also(
 def rows(erased: Erased, users: list[int], source: list[int], offsets: list[int]) -> list[bool]:
     places = np.array(source, np.uint16), np.array(offsets, np.int64)
     found = erased.rows(np.array(users, np.uint64), *places, RANGES).tolist()
-    as_mask = Mask(erased=erased).rows(np.array(users, np.uint64), np.zeros(len(users), np.int64), *places, RANGES)
+    none, now = np.zeros(len(users), np.uint64), np.zeros(len(users), np.int64)
+    as_mask = Mask(erased=erased).rows(Clicks(np.array(users, np.uint64), none, none, now, *places), RANGES)
     assert as_mask.tolist() == found
     return found
 

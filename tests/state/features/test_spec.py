@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from state.config.loading import load
 from state.errors import SettingsError
+from state.events.identity import public_id
 from state.features.ages import quantise, recency_step
+from state.features.mask import Clicks, Named
 from state.features.masked_users import MaskedUsers
 from state.features.spec import EVENT, Events, FeatureSpec, Mask, vectorise, vectorise_many
 from state.positions import Range, Source
@@ -228,16 +230,30 @@ def test_every_feature_equals_its_definition(made: list[Click], at: int) -> None
     made=clicks,
     offsets=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 30), st.integers(0, 30)), max_size=2),
     times=st.lists(st.tuples(st.integers(-40, 0), st.integers(1, 20)), max_size=2),
+    named=st.lists(
+        st.tuples(st.sampled_from(["item", "category"]), st.integers(1, 4), st.integers(-40, 0), st.integers(1, 20)),
+        max_size=2,
+    ),
 )
 def test_masked_events_are_left_out(
-    made: list[Click], offsets: list[tuple[int, int, int]], times: list[tuple[int, int]]
+    made: list[Click],
+    offsets: list[tuple[int, int, int]],
+    times: list[tuple[int, int]],
+    named: list[tuple[Any, int, int, int]],
 ) -> None:
     mask = Mask(
         1,
         tuple((TOPIC, partition, first, first + count) for partition, first, count in offsets),
         tuple((BASE_MS + begin * 30_000, BASE_MS + (begin + count) * 30_000) for begin, count in times),
+        named=tuple(
+            Named(column, str(number), BASE_MS + begin * 30_000, BASE_MS + (begin + count) * 30_000)
+            for column, number, begin, count in named
+        ),
     )
     history = history_of(made)
+    history["category"] = -history["category"].astype(np.int64)
+    for column in ("item", "category"):
+        history[column] = [public_id(number) if number else 0 for number in history[column].tolist()]
     assert_equal(history, BASE_MS, mask, SPEC)
     if (
         len(history) <= SPEC.history
@@ -396,16 +412,19 @@ def test_an_impossible_spec_is_refused(wrong: dict[str, Any]) -> None:
 
 def test_a_mask_names_rows_of_a_batch_and_comes_back_from_json() -> None:
     ranges = (Range(Source("ab" * 16, 0), 0, 9, rows=9), Range(Source("ab" * 16, 1), 0, 9, rows=9))
-    mask = Mask(4, ((TOPIC, 1, 2, 5),), ((1000, 2000),), MaskedUsers.of([2**64 - 1]))
-    rows = mask.rows(
-        user=np.array([1, 1, 1, 2**64 - 1, 1], np.uint64),
-        at_ms=np.array([0, 0, 1999, 0, 2000]),
-        source=np.array([0, 1, 0, 0, 1], np.uint16),
-        offset=np.array([2, 2, 0, 0, 5]),
-        ranges=ranges,
+    named = (Named("item", "a", 2000, 3000), Named("category", "a", 5000, 6000))
+    mask = Mask(4, ((TOPIC, 1, 2, 5),), ((1000, 2000),), MaskedUsers.of([2**64 - 1]), named=named)
+    clicks = Clicks(
+        user=np.array([1, 1, 1, 2**64 - 1, 1, 1, 1, 1], np.uint64),
+        item=np.array([0, 0, 0, 0, 0, *[public_id("a")] * 3], np.uint64),
+        category=np.zeros(8, np.uint64),
+        at_ms=np.array([0, 0, 1999, 0, 2000, 2999, 3000, 5000]),
+        source=np.array([0, 1, 0, 0, 1, 0, 0, 0], np.uint16),
+        offset=np.array([2, 2, 0, 0, 5, 6, 7, 8]),
     )
-    assert rows.tolist() == [False, True, True, True, False]
-    assert Mask.from_json(mask.to_json()) == mask
+    rows = mask.rows(clicks, ranges)
+    assert rows.tolist() == [False, True, True, True, False, True, False, False]
+    assert Mask.from_json(mask.to_json()) == mask == Mask.from_bytes(mask.to_bytes())
     assert bool(mask) and not Mask.NONE
     assert (
         vectorise(history_of([(0, 1, 1, 0, 0, 0)]), BASE_MS, None, mask, SPEC, user=2**64 - 1).recent_categories[0] == 0

@@ -272,7 +272,9 @@ def test_a_killed_writer_leaves_the_snapshots_before_it(point: str, visit: int, 
     assert left == {file.name for file in last.files}
 
 
-@pytest.mark.parametrize(("point", "visit"), [("snapshot.cleared", 1), ("snapshot.share", 1), ("snapshot.share", 60)])
+@pytest.mark.parametrize(
+    ("point", "visit"), [("snapshot.cleared", 1), ("snapshot.share", 1), ("snapshot.share", 60), ("snapshot.loaded", 1)]
+)
 def test_a_killed_load_is_begun_again(point: str, visit: int, tmp_path: Path) -> None:
     """The store says that it is not complete, until it is."""
     host, loaded = Host(tmp_path), HistoryStore(tmp_path / "other", HISTORY, MAP)
@@ -280,7 +282,7 @@ def test_a_killed_load_is_begun_again(point: str, visit: int, tmp_path: Path) ->
     host.snapshot()
     with killed_at(point, visit):
         snapshots.load_newest(host.location, host.wanted(), loaded)
-    assert loaded.is_loading and not loaded.positions()
+    assert loaded.is_loading == (not loaded.positions()) == (point != "snapshot.loaded")
     snapshots.load_newest(host.location, host.wanted(), loaded)
     assert not loaded.is_loading and same(loaded, host.store)
 

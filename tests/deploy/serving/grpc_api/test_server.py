@@ -118,7 +118,7 @@ REQUEST = "springtide.v1.GetProfileRequest"
 def refused(error: Exception, data: bytes = b"") -> tuple[grpc.StatusCode, dict[str, Any]]:
     """Code and trailing metadata of a call whose answer raises the error."""
 
-    async def answer(_: Any) -> Any:
+    async def answer(*_: Any) -> Any:
         raise error
 
     async def go() -> tuple[grpc.StatusCode, dict[str, Any]]:
