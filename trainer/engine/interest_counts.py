@@ -50,7 +50,7 @@ from state.ranking.item_lists import (
 from trainer.engine.compiled.rows import exponentials, highest_of
 from trainer.engine.engine import Scores
 from trainer.engine.guard import Verdict
-from trainer.engine.online_regression import OnlineRegression
+from trainer.engine.online_regression import LEAST_ROWS, OnlineRegression
 from trainer.engine.record import Record
 from trainer.engine.report import Update
 from trainer.tables.index import F32, I32, U64
@@ -64,8 +64,6 @@ ROWS_OF_A_LIST = 8
 """`trainer.max_rows` allows one list for so many rows."""
 CAPACITY = 1024
 RATE = 0.05
-LEAST_ROWS = 64
-"""Measures and versions have the correction after so many rows."""
 ROWS_BETWEEN = 64
 """The features by all clicks are computed again after so many rows of an update."""
 _AHEAD = 4
@@ -90,7 +88,7 @@ class InterestCounts(OnlineRegression):
         self._columns = Columns(spec)
         self._work: Workspace | None = None
         first = interest_scores.first_weights()
-        super().__init__(WEIGHTS, LEAST_ROWS, {"weights": first, "squares": np.zeros_like(first)})
+        super().__init__(WEIGHTS, {"weights": first, "squares": np.zeros_like(first)})
 
     @classmethod
     def of(cls, settings: Settings, spec: FeatureSpec) -> InterestCounts | None:

@@ -137,7 +137,7 @@ class ItemRanking(OnlineRegression):
             for name, rows in ROWS_OF_A_LIST.items()
         }
         self._work = Workspace.empty()
-        super().__init__(WEIGHTS, 1, Learned.first()._asdict())
+        super().__init__(WEIGHTS, Learned.first()._asdict())
 
     @classmethod
     def of(cls, settings: Settings) -> ItemRanking | None:

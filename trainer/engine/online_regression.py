@@ -10,21 +10,23 @@ import numpy.typing as npt
 
 F64 = npt.NDArray[np.float64]
 
+LEAST_ROWS = 64
+"""So many rows must have taught the weights before a version has them."""
+
 
 class OnlineRegression:
     """The weights of a softmax regression, and the state of their optimizer. A subclass learns them.
 
     Args:
         name: The tensor of the weights in versions.
-        least_rows: So many rows must have taught the weights before a version has them.
         first: The values before any row is learned, float64: `weights`, and the optimizer's by name.
 
     Attributes:
         learned: The number of rows that taught the weights.
     """
 
-    def __init__(self, name: str, least_rows: int, first: Mapping[str, F64]) -> None:
-        self._name, self._least_rows, self._first = name, least_rows, first
+    def __init__(self, name: str, first: Mapping[str, F64]) -> None:
+        self._name, self._first = name, first
         self.clear()
 
     def clear(self) -> None:
@@ -47,4 +49,4 @@ class OnlineRegression:
 
     def served(self) -> dict[str, npt.NDArray[Any]]:
         """The tensors that serving reads; none before enough rows taught the weights."""
-        return {self._name: self._values["weights"].copy()} if self.learned >= self._least_rows else {}
+        return {self._name: self._values["weights"].copy()} if self.learned >= LEAST_ROWS else {}
