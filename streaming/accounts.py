@@ -1,8 +1,7 @@
 """Accounts for every position of the clicks: outcomes, imbalances, gaps and truncations.
 
-A log can lose its tail and grow again, so that an offset is used twice. Downstream, each offset is one position. So the
-stream never reads an offset twice: it continues at the old position. If the log now ends before that position, it is
-first filled with empty records. To detect a truncation, the leader epochs of the clicks are stored with the histories:
+A truncated log can grow again, so that an offset is used twice. The stream never reads an offset twice: it continues at
+the old position, up to which the log is first filled with empty records. The leader epochs of the clicks show it:
 
     leaders.json   {"<topic id>:<partition>": [[first offset, leader's epoch], ...]}
 """
@@ -39,13 +38,7 @@ logger = logging.getLogger(__name__)
 def missing(topic_id: str, committed: Mapping[Source, int], ends: Mapping[int, tuple[int, int]]) -> list[Gap]:
     """The positions of a topic that were deleted before they were read.
 
-    >>> missing("ab" * 16, {Source("ab" * 16, 0): 5, Source("ab" * 16, 1): 7}, {0: (5, 9), 1: (10, 12), 2: (3, 3)})
-    [Gap(source=Source(topic_id='abababababababababababababababab', partition=1, bucket=0, buckets=1), first=7, next=10)]
-
-    Args:
-        topic_id: Current id of the topic.
-        committed: The next offset of each source.
-        ends: By partition, the first retained offset and the end offset.
+    `committed` has the next offset of each source; `ends` by partition the first retained offset and the end offset.
     """
     positions = {partition: committed.get(Source(topic_id, partition)) for partition in sorted(ends)}
     return [
@@ -168,12 +161,7 @@ def open_clicks(
 ) -> Reader:
     """Opens the clicks at the position read so far, past any truncation that was accepted.
 
-    Args:
-        log: Contains the clicks.
-        kafka: Names their topic.
-        partitions: The partitions to read; None for all, including later ones.
-        position: The position read so far.
-        accept: Records who accepted a truncation, or raises it.
+    `partitions` None reads all partitions, including later ones. `accept` records who accepted a truncation, or raises it.
 
     Raises:
         TruncatedLog: From `accept`.
@@ -227,7 +215,6 @@ def newly_accepted(
 
 
 def _fill(log: Log, topic: str, gap: Gap) -> None:
-    """Appends empty records to the clicks until they reach the end of `gap`."""
     partition = gap.source.partition
     with log.topics() as topics:
         while (end := topics.ends(topic)[partition][1]) < gap.next:

@@ -57,8 +57,6 @@ class _Partition:
         clock_ms: Its clock; None if nothing was read, or the records gave no time.
         newest_ms: The maximum of its clock so far.
         pace_ms: Event time that a record takes; None until two batches were read.
-        late: Whether it reads late clicks.
-        begun: Whether anything was read.
         silent_s: How long its polls have returned nothing.
         ends: End offsets of the partitions when it began to wait; None while it does not wait.
     """
@@ -73,12 +71,11 @@ class _Partition:
 
     @property
     def holds(self) -> bool:
-        """Whether it holds others back unless it is at its end, by rules 2 and 3; False without a clock."""
+        """Whether it holds others back unless it is at its end, by rules 2 and 3."""
         return self.silent_s < SILENT_S and not self.late and (self.clock_ms is not None or not self.begun)
 
     @property
     def is_new(self) -> bool:
-        """Whether its pace is still unknown."""
         return not self.late and self.pace_ms is None and (self.clock_ms is not None or not self.begun)
 
     def ahead_ms(self, other: _Partition) -> float:
@@ -96,18 +93,15 @@ class Alignment:
 
     Attributes:
         max_skew_ms: How far a partition that is read may be ahead of another one.
+        partitions: The state of each partition that an earlier call named.
     """
 
     max_skew_ms: int
-    _known: dict[int, _Partition] = field(default_factory=dict)
-
-    def knows(self, partition: int) -> bool:
-        """Whether an earlier call named this partition."""
-        return partition in self._known
+    partitions: dict[int, _Partition] = field(default_factory=dict)
 
     def follow(self, partition: int, records: int, reached: Reached) -> None:
         """Updates the clock of a partition after `records` more records; 0 where a reader begins."""
-        state = self._known.setdefault(partition, _Partition())
+        state = self.partitions.setdefault(partition, _Partition())
         state.begun = state.begun or records > 0
         if reached.crowd_ms is None:
             return
@@ -123,23 +117,13 @@ class Alignment:
         """Records which partitions a poll of `took_s` seconds requested, and which of them returned records."""
         returning = set(returned)
         for partition in shares:
-            state = self._known.setdefault(partition, _Partition())
+            state = self.partitions.setdefault(partition, _Partition())
             state.silent_s = 0.0 if partition in returning else state.silent_s + took_s
             state.ends = None if partition in returning else state.ends
 
     def shares(self, positions: Mapping[int, ReadingPlace], most: int) -> dict[int, int]:
-        """Returns how many records to read of each partition; partitions that wait are absent.
-
-        >>> two = Alignment(max_skew_ms=60_000)
-        >>> for number, crowd_ms in ((0, 1_000_000), (1, 0)): two.follow(number, 0, Reached(crowd_ms, False))
-        >>> two.shares({0: ReadingPlace(5, 9), 1: ReadingPlace(7, 9)}, 100), two.shares({0: ReadingPlace(5, 9), 1: ReadingPlace(16, 0)}, 100)
-        ({1: 16}, {0: 16, 1: 12})
-
-        Args:
-            positions: Of all partitions that are read.
-            most: Maximum number of records over all partitions.
-        """
-        states = {number: self._known.setdefault(number, _Partition()) for number in positions}
+        """Returns how many records to read of each partition, `most` over all; partitions that wait are absent."""
+        states = {number: self.partitions.setdefault(number, _Partition()) for number in positions}
         unread = [number for number, at in positions.items() if at.unread > 0]
         holders = [number for number in unread if states[number].holds]
         reading = [number for number in positions if self._may_read(number, states, holders, positions)]
@@ -185,12 +169,8 @@ def _divided(states: Mapping[int, _Partition], behind: Sequence[int], most: int)
 def to_one_time(clocks: Sequence[tuple[int, float]], most: int) -> list[int]:
     """How many records to read of each partition so that the earliest ones reach a common event time.
 
-    Args:
-        clocks: For each partition its clock in ms, and the event time that a record takes in ms, above 0.
-        most: Maximum number of records over all. The result may be slightly lower; the earliest gets at least one.
-
-    >>> to_one_time([(0, 10.0), (0, 30.0)], 100), to_one_time([(0, 10.0), (500, 10.0), (9_999, 10.0)], 100)
-    ([75, 25], [75, 25, 0])
+    `clocks` gives the clock of each, ms, and the event time that a record takes, ms, above 0. All together read at most
+    `most` records, perhaps slightly fewer; the earliest gets at least one.
     """
     order = sorted(range(len(clocks)), key=lambda number: clocks[number][0])
     first_ms = clocks[order[0]][0]
@@ -209,19 +189,12 @@ def to_one_time(clocks: Sequence[tuple[int, float]], most: int) -> list[int]:
 class AlignedReader:
     """Reads batches whose event times are close to each other. Not thread-safe.
 
-    Args:
-        reader: Reads the partitions.
-        reached: Event time at the position of a partition. It is called once everything read so far is included in it.
-        clock_s: Monotonic clock in seconds.
+    `reached` returns the event time at the position of a partition. It is called once everything read so far is included
+    in it.
     """
 
-    def __init__(
-        self,
-        reader: Reader,
-        reached: Callable[[int], Reached],
-        clock_s: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._reader, self._reached, self._clock_s = reader, reached, clock_s
+    def __init__(self, reader: Reader, reached: Callable[[int], Reached]) -> None:
+        self._reader, self._reached = reader, reached
         self._alignment = Alignment(MAX_SKEW_MS)
         self._read: dict[int, int] = {}
         self._remaining: dict[int, int] | None = None
@@ -235,7 +208,7 @@ class AlignedReader:
             return
         for partition in partitions:
             # At first, the time that an earlier process had reached.
-            if partition in self._read or not self._alignment.knows(partition):
+            if partition in self._read or partition not in self._alignment.partitions:
                 self._alignment.follow(partition, self._read.get(partition, 0), self._reached(partition))
         self._read = {}
         positions = {number: ReadingPlace(reader.position(number), reader.unread(number)) for number in partitions}
@@ -252,9 +225,9 @@ class AlignedReader:
             self._most -= sum(map(len, batches))
             return batches
         shares = {number: unread for number, unread in self._remaining.items() if unread > 0}
-        begun_s = self._clock_s()
+        begun_s = time.monotonic()
         batches = self._reader.poll(timeout_s, self._most, shares)
-        self._alignment.polled(shares, [batch.partition for batch in batches], self._clock_s() - begun_s)
+        self._alignment.polled(shares, [batch.partition for batch in batches], time.monotonic() - begun_s)
         for batch in batches:
             self._read[batch.partition] = self._read.get(batch.partition, 0) + len(batch)
             self._remaining[batch.partition] -= len(batch)

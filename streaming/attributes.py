@@ -3,10 +3,8 @@
     thread "attributes"   topics -> store -> changed ids          state/attributes/follower.py
     Beam thread           rows, and the store of recent ids       `Join`, `Recent`
 
-At the start, the topics are read to their ends before the first click. From then on a row gets the attributes that the
-stream has read by that moment. The joined ids are part of the micro-batch, so every reader of the log gets the same
-ids. Clicks read again after a crash may be joined with newer attributes. The rows written first count, because readers
-drop the others by their positions.
+At the start, the topics are read to their ends before the first click. The joined ids are part of the micro-batch, so
+every reader of the log gets the same ids.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -33,13 +31,9 @@ logger = logging.getLogger(__name__)
 
 
 class Recent:
-    """Caches the newest attributes of recent user or item ids. One thread calls `take`; any thread calls `forget`.
+    """Caches the newest attributes of `remembered` recent user or item ids.
 
-    Args:
-        store: The newest attributes of all ids.
-        table: Defines the attributes.
-        slices: Names of the attributes whose values are announced.
-        remembered: Ids held in memory.
+    One thread calls `take`; any thread calls `forget`. The values of the attributes `slices` are announced.
     """
 
     def __init__(
@@ -86,7 +80,6 @@ class Recent:
         return {value: texts[value] for value in due}
 
     def _read(self, missing: list[int]) -> None:
-        """Reads ids into memory; all without a record share one entry of the values."""
         width = len(self._table.names)
         while self._used + len(missing) > len(self._values):
             self._values = np.concatenate([self._values, np.empty_like(self._values)])
@@ -113,15 +106,8 @@ class Recent:
 class Join:
     """Joins rows with the attributes of users and items, and follows their topics.
 
-    `rows` is called by the Beam thread. `catch_up` and then `start` are called once, `close` at the end; an error of
-    the thread surfaces in `rows`.
-
-    Args:
-        store: Keeps the attributes; closed with this.
-        followers: Of the configured topics.
-        tables: By side.
-        slices: Names of the attributes whose values are announced.
-        metrics: Of the stream.
+    `rows` is called by the Beam thread. `catch_up` and then `start` are called once, `close` at the end, which also
+    closes `store`. An error of the thread surfaces in `rows`. The values of the attributes `slices` are announced.
     """
 
     def __init__(
@@ -158,7 +144,7 @@ class Join:
             joined.append(values)
         return replace(rows, attributes=Joined(joined[0], joined[1], names, self._fields))
 
-    def catch_up(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def catch_up(self) -> None:
         """Reads the topics to their present ends, so that the first click is joined with current attributes.
 
         Raises:
@@ -166,15 +152,15 @@ class Join:
         """
         for follower in self._followers:
             follower.connect()
-        begun_s = reported_s = clock()
+        begun_s = reported_s = time.monotonic()
         while unread := sum(follower.unread for follower in self._followers):
             follow(self._followers, POLL_S)
-            if clock() - reported_s >= PROGRESS_S:
-                reported_s = clock()
+            if time.monotonic() - reported_s >= PROGRESS_S:
+                reported_s = time.monotonic()
                 logger.info("reading attributes before the first click: %d records left", unread)
         self._show()
         counts = ", ".join(f"{self._store.count(follower.side)} {follower.side}s" for follower in self._followers)
-        logger.info("attributes of %s are known after %.1f s", counts, clock() - begun_s)
+        logger.info("attributes of %s are known after %.1f s", counts, time.monotonic() - begun_s)
 
     def start(self) -> None:
         """Follows the topics from now on."""

@@ -38,7 +38,6 @@ from typing import Any, NoReturn
 import apache_beam as beam
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.tfrecordio import WriteToTFRecord
-from apache_beam.pvalue import PCollection
 
 from state.config.loading import load
 from state.config.sections import AskedModel
@@ -64,14 +63,14 @@ from state.statistics.baselines import baseline_files
 from state.statistics.collecting import Statistics
 from state.statistics.protos import dataset
 from state.statistics.schema import infer
-from streaming.context import JobContext, open_job, parts_of
+from streaming.context import JobContext, open_job
 from streaming.past import Batches, recorded_batches
 from streaming.preprocessing import (
+    DEFAULT,
     analyse,
     analysis,
     category_batch,
     check_preprocessing,
-    is_own,
     list_categories,
     load_preprocessing,
     read_categories,
@@ -112,14 +111,9 @@ class Tally:
     """Counts of a sample so far.
 
     Attributes:
-        clicks: Events.
         examples: Rows used for training: all events except outcomes and impressions that have no label yet.
-        dropped: Impressions that could not wait.
         records: Records, refused ones included.
         refused: Records that are not clicks, by reason.
-        names: Names of category ids.
-        newest_ms: Time of the newest click.
-        reported_s: When progress was last reported.
     """
 
     clicks: int = 0
@@ -151,11 +145,6 @@ class Sample(JobContext):
     """The context of one bootstrap; its store is deleted afterwards.
 
     Attributes:
-        say: Receives progress messages.
-        clock_s: Wall clock, seconds.
-        began_s: Wall clock at the start of reading.
-        tally: Counts so far.
-        statistics: Statistics of the rows so far.
         asked: The options that the preprocessing read, as recorded by `AskedModel`.
     """
 
@@ -186,16 +175,6 @@ class Sample(JobContext):
             f"{tally.clicks:,} clicks{dead} read in {now_s - self.began_s:.1f} s ({self._rate(now_s):,.0f} rows/s)"
         )
 
-    @property
-    def unlabelled(self) -> str:
-        """Describes the impressions that got no label; empty if there are none."""
-        waiting, dropped = self.store.waiting_rows(), self.tally.dropped
-        parts = [
-            f"{waiting:,} impressions still waited for their label when the clicks ended" * (waiting > 0),
-            f"{dropped:,} could not wait" * (dropped > 0),
-        ]
-        return ", ".join(filter(None, parts))
-
     def _rate(self, now_s: float) -> float:
         return self.tally.records / max(now_s - self.began_s, 1e-9)
 
@@ -208,7 +187,7 @@ def open_sample(settings: Settings, salt: Salt, clock: Callable[[], float], say:
         try:
             job = open_job(settings, store, salt, topic_id="")
             statistics = Statistics(job.spec.actions, job.spec.names, settings.events.context)
-            sample = Sample(**parts_of(job), say=say, clock_s=clock, began_s=clock(), statistics=statistics)
+            sample = Sample(**vars(job), say=say, clock_s=clock, began_s=clock(), statistics=statistics)
             with opened(sample) as handle:
                 yield handle
         finally:
@@ -232,9 +211,7 @@ class ComputeWindows(Step[Sample]):
 def of_topic(sample: Sample, await_topic: bool = False) -> Batches:
     """Reads the clicks topic from its beginning; ends when there are enough clicks and no more are waiting.
 
-    Args:
-        sample: Counts what was read so far.
-        await_topic: Whether to wait for Kafka and the topic, up to `bootstrap.timeout_s`.
+    With `await_topic` it waits for Kafka and the topic, up to `bootstrap.timeout_s`.
 
     Raises:
         SpringtideError: `bootstrap.timeout_s` passed with fewer than `bootstrap.min_rows` clicks.
@@ -274,10 +251,10 @@ def _reader(sample: Sample, await_topic: bool) -> Reader:
 
 
 def of_recording(sample: Sample, recording: Recording, sort: str) -> Batches:
-    """Reads the rows of files with their recorded times, as one partition; see `recorded_batches`.
+    """Reads the rows of files with their recorded times, as one partition.
 
     Raises:
-        SettingsError, UnreadableRecording: See `recorded_batches`.
+        SettingsError, SpringtideError: See `recorded_batches`.
         SpringtideError: No row is a click.
     """
     clicks = recorded_batches(
@@ -326,30 +303,7 @@ class EncodeExamples(beam.DoFn):
         yield from self._encoder.encode(example_batch(rows.columns))
 
 
-def _require_empty(folder: Path) -> None:
-    """Refuses a directory that is not empty: examples of two runs must not mix."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SettingsError(f"--examples {folder}: already exists", "name a new or empty directory")
-
-
-def _write_examples(rows: PCollection[Rows], settings: Settings, folder: Path) -> None:
-    """Adds the steps to a job that write the rows as examples into `folder`; `_describe` completes it."""
-    bootstrap = settings.bootstrap
-    (
-        rows
-        | "Encode examples" >> beam.ParDo(EncodeExamples())
-        | "Write examples"
-        >> WriteToTFRecord(
-            str(folder / PREFIX),
-            file_name_suffix=SUFFIXES[COMPRESSION],
-            num_shards=math.ceil(bootstrap.sample_rows / bootstrap.shard_rows),
-            compression_type=CompressionTypes.GZIP,
-        )
-    )
-
-
 def _describe(folder: Path, sample: Sample, description: Mapping[str, Any]) -> None:
-    """Writes schema.pbtxt and then spec.json next to the examples, durably; the examples are then complete."""
     context = sample.settings.events.context
     durable.write(folder / SCHEMA, str(schema(sample.spec, len(context))).encode())
     content = {
@@ -391,7 +345,17 @@ def build(pipeline: beam.Pipeline, handle: Handle[Sample], wanted: Wanted, outpu
         categories = rows | "Take categories" >> beam.Map(lambda batch: category_batch(batch.batch.category))
         list_categories(categories, output / "categories")
     if wanted.examples is not None:
-        _write_examples(rows, settings, wanted.examples)
+        # `_describe` completes the directory.
+        shards = math.ceil(settings.bootstrap.sample_rows / settings.bootstrap.shard_rows)
+        target, suffix = str(wanted.examples / PREFIX), SUFFIXES[COMPRESSION]
+        (
+            rows
+            | "Encode examples" >> beam.ParDo(EncodeExamples())
+            | "Write examples"
+            >> WriteToTFRecord(
+                target, file_name_suffix=suffix, num_shards=shards, compression_type=CompressionTypes.GZIP
+            )
+        )
 
 
 def document(sample: Sample, salt: Salt, categories: Mapping[int, int], now_ms: int) -> dict[str, Any]:
@@ -431,15 +395,23 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
     name = registry.specs.bootstrapped(spec.digest, settings.model)
     if name is not None and wanted.examples is None:
         return False
-    if wanted.examples is not None:
-        _require_empty(wanted.examples)
+    examples = wanted.examples
+    # Examples of two runs must not mix.
+    if examples is not None and examples.exists() and (not examples.is_dir() or any(examples.iterdir())):
+        raise SettingsError(f"--examples {examples}: already exists", "name a new or empty directory")
     # 1.
-    if is_own(settings.model.preprocessing) and name is None and not wanted.of_up:
+    if settings.model.preprocessing != DEFAULT.preprocessing and name is None and not wanted.of_up:
         with quiet_stderr():
             checked = check_preprocessing(settings.model.preprocessing, spec, settings=settings.model)
         say(checked)
+
+    def import_analysis() -> None:
+        with quiet_stderr():
+            importlib.import_module("tensorflow_transform.beam.tft_beam_io.transform_fn_io")
+            importlib.import_module("tfx_bsl.tfxio.tensor_adapter")
+
     # Importing the analysis modules takes as long as the wait for clicks, so both run at the same time.
-    imports = threading.Thread(target=_import_analysis, name="imports", daemon=True)
+    imports = threading.Thread(target=import_analysis, name="imports", daemon=True)
     imports.start()
     imports.join(None if wanted.recording else 0)
     with (
@@ -461,24 +433,19 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
             shutil.copytree(registry.specs.transform(name or spec.digest), wanted.examples / "transform")
             description = {"digest": spec.digest, "salt": salt.fingerprint, "created_at_ms": now_ms}
             _describe(wanted.examples, sample, description)
-            left_out = f"; {unlabelled}" if (unlabelled := sample.unlabelled) else ""
-            say(f"{sample.tally.examples:,} examples in {wanted.examples}{left_out}")
+            waiting, dropped = sample.store.waiting_rows(), sample.tally.dropped
+            waits = f"; {waiting:,} impressions still waited for their label when the clicks ended" if waiting else ""
+            could_not = f"; {dropped:,} could not wait" if dropped else ""
+            say(f"{sample.tally.examples:,} examples in {wanted.examples}{waits}{could_not}")
     return True
 
 
 def _keep(sample: Sample, transform: Path, folder: Path) -> None:
-    """Writes graph, schema and statistics of a sample to the new directory `folder`."""
     shutil.copytree(transform, folder / "transform")
     statistics = dataset(sample.statistics, "bootstrap")
     schema = infer(statistics, warm=False)
     for name, data in baseline_files(schema, statistics).items():
         (folder / name).write_bytes(data)
-
-
-def _import_analysis() -> None:
-    with quiet_stderr():
-        importlib.import_module("tensorflow_transform.beam.tft_beam_io.transform_fn_io")
-        importlib.import_module("tfx_bsl.tfxio.tensor_adapter")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -22,11 +22,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from state.errors import LogError, StoreFull, UnusableDisk
 from state.events.dead_letters import Reason
 from state.history.sweeping import Sweeper
+from state.history.waiting import Changes, Extra
 from state.metrics import StreamMetrics
 from state.positions import UNPLACED, Range, Source
 from state.process import killpoints
@@ -48,11 +49,7 @@ class CommitReport:
 
     Attributes:
         ranges: The positions, those of one source in order.
-        records: Number of micro-batches.
-        rows: Number of their rows.
-        seconds: How long it took.
         truncated: Rows whose history was truncated.
-        letters: Dead letters by reason.
         off: Wrong clocks; the newest refused click of a batch represents all refused ones.
     """
 
@@ -203,10 +200,11 @@ class Committer:
         context = self._context
         killpoints.reach("stream.taken")
         begun_s = time.perf_counter()
-        waiting: Mapping[bytes, bytes | None] = {}
-        extra: dict[str, bytes] = {}
-        if context.labels is not None:
-            cuts, waiting, extra = context.labels.look_up(cuts)
+        waiting: Changes = {}
+        extra: Extra = {}
+        cuts = [
+            replace(cut, pieces=tuple(context.complete(piece, waiting, extra) for piece in cut.pieces)) for cut in cuts
+        ]
         pieces = [piece for cut in cuts for piece in cut.pieces]
         ranges = merge_all(part for piece in pieces for part in piece.batch.ranges)
         context.room.wait_for(lambda: context.leaders.note(ranges, context.reader), WHAT)
@@ -251,18 +249,13 @@ class Committer:
         """Sets the account's gauges and commits the group's offsets, as of the last commit; any thread may call it."""
         with self._showing:
             self._faults = accounts.show(self._context.store, self._context.metrics, self._faults)
-            # If the group's offsets were not committed, the next call tries again.
-            self._unshown = not self._commit_group()
+            context = self._context
+            try:
+                context.reader.commit_group(accounts.positions_in(context.store, context.topic_id))
+                self._unshown = self._group_fails = False
+            # The next call tries again.
+            except LogError as error:
+                if not self._group_fails:
+                    logger.warning("offsets of group %s are not up to date: %s", context.settings.kafka.group, error)
+                self._unshown = self._group_fails = True
             self._show_due_s = time.monotonic() + SHOW_S
-
-    def _commit_group(self) -> bool:
-        """Commits the group's offsets of this topic; returns whether it succeeded. A failure is logged once."""
-        context = self._context
-        try:
-            context.reader.commit_group(accounts.positions_in(context.store, context.topic_id))
-            self._group_fails = False
-        except LogError as error:
-            if not self._group_fails:
-                logger.warning("offsets of group %s are not up to date: %s", context.settings.kafka.group, error)
-            self._group_fails = True
-        return not self._group_fails

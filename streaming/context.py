@@ -18,9 +18,8 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from prometheus_client import CollectorRegistry
 
@@ -73,15 +72,9 @@ class JobContext:
     The Beam thread uses it. The commit thread uses the store, notifies the profiler of commits, and looks up labels.
 
     Attributes:
-        settings: The effective settings.
-        spec: The feature spec.
         store: Histories, positions and waiting impressions.
-        parser: Parses records into events.
-        profiler: Histories in memory.
-        clock: The event clock.
         labels: Waiting impressions; None if none can wait.
         join: Attributes of users and items; None if none are configured.
-        mask: The clicks that are left out.
     """
 
     settings: Settings
@@ -106,6 +99,10 @@ class JobContext:
             rows = self.join.rows(rows)
         return rows if self.labels is None else self.labels.attribute(rows)
 
+    def complete(self, rows: Rows, waiting: Changes, extra: Extra) -> Rows:
+        """Completes rows for a micro-batch, see `Labels.complete`."""
+        return rows if self.labels is None else self.labels.complete(rows, waiting, extra)
+
     def commit(self, rows: Rows) -> Rows:
         """Commits rows to the store without a micro-batch; returns them complete.
 
@@ -116,8 +113,7 @@ class JobContext:
         """
         waiting: Changes = {}
         extra: Extra = {}
-        if self.labels is not None:
-            rows = self.labels.complete(rows, waiting, extra)
+        rows = self.complete(rows, waiting, extra)
         state = {} if rows.clock is None else rows.clock.state
         self.store.commit(rows.appends, rows.batch.ranges, {**extra, **state}, waiting)
         self.profiler.committed(rows)
@@ -129,11 +125,9 @@ class StreamContext(JobContext):
     """All resources of one stream process; created by `open_stream`.
 
     Attributes:
-        topic_id: The id of the topic of clicks.
         reader: Reads the clicks; used by the Beam thread only, except for `commit_group` and `leader_epoch`.
         leaders: Leader epoch of the newest click before each position; used by the commit thread only.
         writer: Writes micro-batches and dead letters; used by the commit thread only.
-        metrics: Metrics of the process.
         room: Lets a commit wait for disk space; used by the commit thread only.
         closing: Callbacks that run, last in first out, before the above is closed.
         stopping: Set by a signal; no further poll begins then.
@@ -157,17 +151,13 @@ def open_stream(
 ) -> Iterator[StreamContext]:
     """Opens a stream process's context in the order of this module, and closes it in reverse order.
 
-    Args:
-        settings: The effective settings.
-        consent: The losses that the operator accepts.
-        stopping: Set by a signal; created here by default.
-        log: Contains clicks and micro-batches; by default the cluster of the settings.
+    `stopping` is set by a signal. `log` contains clicks and micro-batches; by default it is the cluster of the settings.
 
     Raises:
         LockHeld: Another process has the directory.
         ModelMismatch, SaltMismatch, SpecMismatch: See `streaming.histories.open_histories`.
         SettingsError, PortTaken: The salt cannot be read, or the metrics' port is in use.
-        GapError: Positions were deleted, and the gap is not accepted.
+        GapError: Positions were deleted, and the operator's `consent` does not cover the gap.
         RegistryError, StoreError, LogError: Control, the store or Kafka cannot be read, or a topic is missing.
     """
     spec, stopping = FeatureSpec.from_settings(settings), stopping or threading.Event()
@@ -184,16 +174,17 @@ def open_stream(
         watch = ControlWatch(settings.registry_dir, branch_of(store))
         desired = watch.desired
         # 5.
-        encoding = Encoding.of(settings.stream, spec.digest, salt.fingerprint)
-        encoding = replace(encoding, mask_generation=desired.mask.generation, log_epoch=desired.log_epoch)
+        encoding = Encoding.of(
+            settings.stream, spec.digest, salt.fingerprint, desired.mask.generation, desired.log_epoch
+        )
         writer = StreamWriter(settings, encoding, stopping, partial(open_writer, log=log))
         stack.callback(writer.close)
         now_ms = wall_ms()
-        rewrite = control.compaction_is_due(store, desired.mask.erased, now_ms)
-        join = open_join(settings, salt, metrics, stack, rewrite)
+        erased = desired.mask.erased
+        join = open_join(settings, salt, metrics, stack, control.compaction_is_due(store, erased, now_ms))
         # 6.
         writer.skip_letters(roll_back_histories(log, settings, spec, store, desired))
-        watch.open_again_in(control.apply_erasures(store, settings.registry_dir, desired.mask.erased, now_ms))
+        watch.open_again_in(control.apply_erasures(store, settings.registry_dir, erased, now_ms))
         # 7.
         job = replace(open_job(settings, store, salt, clicks.topic_id, desired.mask), join=join)
         gaps = accounts.missing(clicks.topic_id, store.positions(), topics.ends(settings.kafka.clicks_topic))
@@ -201,7 +192,9 @@ def open_stream(
         accounts.pass_gaps(store, gaps, consent, settings.kafka.clicks_topic, now_ms, write)
         # 8.
         leaders = Leaders(settings.stream_dir)
-        positions = _start_positions(store, clicks, settings.kafka.clicks_topic)
+        positions = accounts.positions_in(store, clicks.topic_id)
+        if store.positions() and not positions:
+            logger.warning("topic %s was recreated: reading it from its beginning", settings.kafka.clicks_topic)
         reader = accounts.open_clicks(
             log,
             settings.kafka,
@@ -212,7 +205,7 @@ def open_stream(
         stack.enter_context(reader)
         killpoints.reach("stream.opened")
         context = StreamContext(
-            **parts_of(job),
+            **vars(job),
             topic_id=clicks.topic_id,
             reader=reader,
             leaders=leaders,
@@ -242,13 +235,8 @@ def open_job(settings: Settings, store: HistoryStore, salt: Salt, topic_id: str,
     )
 
 
-def parts_of(job: JobContext) -> dict[str, Any]:
-    """The fields of a context by name, for a context that has more."""
-    return {field.name: getattr(job, field.name) for field in fields(JobContext)}
-
-
 def _serve_metrics(settings: Settings, stack: ExitStack, stopping: threading.Event) -> tuple[StreamMetrics, Room]:
-    """Serves the process's metrics on `stream.metrics_port` (0: off) until `stack` closes, and prepares the kernels."""
+    """Serves the metrics until `stack` closes, and prepares the kernels."""
     registry = CollectorRegistry()
     counted, storage = StreamMetrics(registry), offer(registry, settings, [STREAM])
     if port := settings.stream.metrics_port:
@@ -271,9 +259,8 @@ def ensure_topics(settings: Settings, topics: Topics) -> TopicInfo:
 
 
 def _write_gaps(writer: StreamWriter, job: JobContext, gaps: Sequence[Gap], now_ms: int) -> None:
-    """Writes a micro-batch without rows, whose ranges announce the gaps to readers of the training log."""
     nothing = replace(job.parser.parse([]), ranges=accounts.as_ranges(gaps))
-    writer.write_once(Cut((job.profiler.update(nothing),), now_ms))
+    writer.write([Cut((job.profiler.update(nothing),), now_ms)], patient=False)
 
 
 def open_join(
@@ -286,13 +273,8 @@ def open_join(
 ) -> Join | None:
     """Opens the attributes, up to date with their topics, and their follower; None if none are configured.
 
-    Args:
-        settings: The effective settings.
-        salt: The salt of the users' pseudonyms.
-        metrics: Metrics of the process.
-        stack: Ends the follower.
-        rewrite: Whether to rewrite the store without free pages.
-        reports: Returns what handles the refused records of a topic; by default they become dead letters.
+    `stack` ends the follower. `rewrite` rewrites the store without free pages. `reports` returns what handles the refused
+    records of a topic; by default they become dead letters.
 
     Raises:
         LogError: A topic is missing or cannot be read.
@@ -306,9 +288,7 @@ def open_join(
     reports = reports or (lambda topic: report_to(settings.kafka, metrics))
     topics = {"user": wanted.user_topic, "item": wanted.item_topic}
     followers = [
-        AttributeFollower(
-            settings.kafka, topics[side], table, salt, store, reports(topics[side]), settings.events.max_event_bytes
-        )
+        AttributeFollower(settings.kafka, topics[side], table, salt, store, reports(topics[side]))
         for side, table in tables.items()
     ]
     join = Join(store, followers, tables, wanted.slices, metrics)
@@ -320,16 +300,7 @@ def open_join(
     return join
 
 
-def _start_positions(store: HistoryStore, clicks: TopicInfo, topic: str) -> dict[int, int]:
-    """The start offset of each partition; partitions that are not named start at their beginning."""
-    positions = accounts.positions_in(store, clicks.topic_id)
-    if store.positions() and not positions:
-        logger.warning("topic %s was recreated: reading it from its beginning", topic)
-    return positions
-
-
 def _report_start(context: StreamContext, clicks: TopicInfo) -> None:
-    """Shows the account, logs the start positions, and sets the metric of gaps ever accepted."""
     accounts.show(context.store, context.metrics)
     context.metrics.gaps_accepted.inc(len(accounts.accepted(context.store)))
     positions = accounts.positions_in(context.store, clicks.topic_id)

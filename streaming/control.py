@@ -16,7 +16,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +39,7 @@ from state.registry.control import Control
 from state.registry.controls import ControlPoll
 from state.registry.erasing import ErasureReport, report
 from state.registry.log_line import LogLine
-from streaming.event_clock import EventClock, clock_names
+from streaming.event_clock import PREFIX, EventClock
 
 POLL_S = 0.1
 LETTERS = "letters"  # name of the store's extra
@@ -53,7 +53,6 @@ class Desired:
 
     Attributes:
         branch: The branch of the training log; the stream writes its last epoch.
-        mask: The clicks that are left out.
     """
 
     branch: LogLine
@@ -70,8 +69,6 @@ class ControlWatch:
 
     Args:
         registry: The registry's directory, which need not exist.
-        own: The branch of the histories.
-        clock: Monotonic clock in seconds.
 
     Raises:
         RegistryError: Control cannot be read.
@@ -95,7 +92,7 @@ class ControlWatch:
         self._again_s = float("inf") if seconds is None else self._clock() + seconds
 
     def changed(self) -> bool:
-        """Whether control has changed, or the stream is to be opened again; polls control at most once per `POLL_S`."""
+        """Whether control has changed, or the stream is to be opened again; polls at most once per `POLL_S`."""
         now_s = self._clock()
         if now_s >= self._again_s:
             return True
@@ -125,7 +122,8 @@ def clocks_after(before: Before, own: Collection[Source]) -> dict[str, bytes | N
         is_own = np.array([part.source in own for part in batch.header.ranges] or [False])
         rows = batch.take(new & is_own[batch.source])
         state |= clock.follow(rows, batch.header.ranges, batch.header.created_ms).state
-    return {name: state.get(name) for name in clock_names(before.timed)} if before.timed else {}
+    names = [PREFIX + "all", *(PREFIX + str(source) for source in before.timed)]
+    return {name: state.get(name) for name in names} if before.timed else {}
 
 
 def roll_back_histories(
@@ -168,8 +166,8 @@ def report_erasures(registry: Path, applied: ErasureReport, warn: Callable[[str]
 
 def compaction_is_due(store: HistoryStore, erased: Erased, now_ms: int) -> bool:
     """Whether the stream's stores must be rewritten, so that free pages contain no data of erased users."""
-    forgotten = store.forgotten
-    return forgotten.pages < erased.last and now_ms >= forgotten.paged_ms + PAGES_MS
+    due_ms = replace(store.forgotten, through=erased.last).due_ms()
+    return due_ms is not None and now_ms >= due_ms
 
 
 def apply_erasures(store: HistoryStore, registry: Path, erased: Erased, now_ms: int) -> float | None:

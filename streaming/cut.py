@@ -73,11 +73,6 @@ class Cutter:
 def merge_all(ranges: Iterable[Range]) -> tuple[Range, ...]:
     """Merges ranges to one range for each source, in order of first appearance.
 
-    >>> zero, one = Source("ab" * 16, 0), Source("ab" * 16, 1)
-    >>> merged = merge_all([Range(zero, 0, 1, rows=1), Range(one, 7, 8, dead=1), Range(zero, 1, 3, rows=2)])
-    >>> [(part.source.partition, part.first, part.next) for part in merged]
-    [(0, 0, 3), (1, 7, 8)]
-
     Raises:
         ValueError: Two ranges of a source are not adjacent.
     """
@@ -119,10 +114,6 @@ class Encoding:
     """The properties that all records of a cut share.
 
     Attributes:
-        spec: Digest of the feature spec.
-        salt: Fingerprint of the salt.
-        max_rows: Maximum number of rows of one record.
-        max_record_bytes: Maximum size of one record in bytes.
         mask_generation: Generation of the mask that the windows were computed with.
         log_epoch: The epoch of the training log that is written.
     """
@@ -135,9 +126,9 @@ class Encoding:
     log_epoch: int = 1
 
     @classmethod
-    def of(cls, stream: Stream, spec: str, salt: str) -> Encoding:
-        """The encoding of a stream with these settings, without a mask."""
-        return cls(spec, salt, stream.cut_rows, stream.max_record_bytes)
+    def of(cls, stream: Stream, spec: str, salt: str, mask_generation: int = 0, log_epoch: int = 1) -> Encoding:
+        """The encoding of a stream with these settings."""
+        return cls(spec, salt, stream.cut_rows, stream.max_record_bytes, mask_generation, log_epoch)
 
 
 def encode_cut(cut: Cut, encoding: Encoding) -> list[bytes]:

@@ -23,7 +23,7 @@ it continues from there after a crash.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -101,12 +101,7 @@ def believed_in(packed: bytes | None) -> int | None:
 def hear(quorum: Quorum, key: I64, user: NDArray[np.uint64], at_ms: I64, read_ms: int) -> I64:
     """Adds clicks to `quorum` in order of arrival; returns `[n]` int64, for each click its partition's clock after it.
 
-    Args:
-        quorum: The quorum, changed in place.
-        key: `[n]` int64, the key of each click's partition.
-        user: `[n]` uint64.
-        at_ms: `[n]` int64.
-        read_ms: Wall clock.
+    `key`, `[n]` int64, is the key of each click's partition.
     """
     clock = np.empty(len(at_ms), np.int64)
     _hear(quorum, key, user.view(np.int64), at_ms, read_ms, clock)
@@ -116,12 +111,7 @@ def hear(quorum: Quorum, key: I64, user: NDArray[np.uint64], at_ms: I64, read_ms
 def believe(quorum: Quorum, keys: I64, source: I64, at_ms: I64, now_ms: int) -> tuple[I64, U8]:
     """The event time that readers may believe in each partition; call it after `hear` with the same clicks.
 
-    Args:
-        quorum: The quorum, changed in place.
-        keys: `[r]` int64, of the partitions.
-        source: `[n]` int64, the partition of each click, as an index of `keys`.
-        at_ms: `[n]` int64.
-        now_ms: Wall clock.
+    `source`, `[n]` int64, is the partition of each click, as an index of `keys`.
 
     Returns:
         `[r, 2]` int64, the time before the first click and after the last one; and `[n]` uint8: AHEAD of the believed
@@ -141,7 +131,6 @@ def crowd(quorum: Quorum, key: int) -> tuple[int | None, int]:
 
 @compiled
 def _take(quorum: Quorum, key: int, user: int, at_ms: int, read_ms: int) -> None:
-    """Records a user's click; a user's later click replaces the earlier one."""
     turn = quorum.marks[key, _TURNS]
     slot = oldest = 0
     same = False
@@ -202,7 +191,6 @@ def _is_late(quorum: Quorum, key: int, user: int, at_ms: int) -> bool:
 
 @compiled
 def _settle(quorum: Quorum, key: int, times: I64) -> int:
-    """Computes the clock from the quorum's times."""
     # 1.
     count = _sorted(quorum, key, 0, times)
     latest = times[(count - 1) // 2] + TOLERANCE_MS
@@ -252,7 +240,6 @@ def _with_wall_clock(times: I64, count: int, now_ms: int) -> int:
 
 @compiled
 def _limit(crowd: int, count: int, now_ms: int) -> int:
-    """The latest time that is believed."""
     if crowd > now_ms:
         return crowd if count >= AGREEING else now_ms
     return min(now_ms, crowd + TOLERANCE_MS)
@@ -294,16 +281,8 @@ def _believe(quorum: Quorum, keys: I64, source: I64, at_ms: I64, now_ms: int, cl
 
 Clicks = EventBatch | MicroBatch
 
-PREFIX = "clock:"  # prefix of the names of the store's extras: one for each source and one for all together
-
-
-def clock_names(sources: Iterable[Source]) -> list[str]:
-    """The names of the store's extras: of the clock of all sources together, and of each of the given sources.
-
-    >>> clock_names([Source("ab" * 16, 3)])
-    ['clock:all', 'clock:abababababababababababababababab:3']
-    """
-    return [PREFIX + "all", *(PREFIX + str(source) for source in sources)]
+PREFIX = "clock:"
+"""Prefix of the names of the store's extras: `clock:<source>`, and `clock:all` for all sources together."""
 
 
 class OffClock(NamedTuple):
@@ -312,10 +291,8 @@ class OffClock(NamedTuple):
     Attributes:
         direction: `ahead`; `behind`, which may also be late arrivals; or `refused`, if they were refused for their
             time.
-        partition: Of the topic of clicks.
         offset: Offset of the newest of these clicks.
         by_ms: How far that click's time is off.
-        clicks: Number of these clicks.
     """
 
     direction: str
@@ -348,7 +325,6 @@ class BatchClock:
         moves: The offsets at which that clock advances, for consumers that have only a part of the events.
         believed: For each range the time that readers may believe, before its first and after its last event, ms.
         state: Names of the store's extras and their values, to commit with the batch.
-        off: The clocks that are wrong.
     """
 
     clock_ms: NDArray[np.int64]
@@ -372,13 +348,8 @@ def moves_of(
 ) -> Moves:
     """The offsets at which the clocks of a batch's partitions advance.
 
-    There are none in a gap at the start of a range, because a gap was never read.
-
-    Args:
-        ranges: What `clicks.source` is an index of.
-        begin_ms: `[r]` int64, the clock of each range before its first click; `NEVER_MS` if there was no click yet.
-        clicks: In order of arrival.
-        clock_ms: `[n]` int64, for each click its partition's clock after it.
+    There are none in a gap at the start of a range, because a gap was never read. `begin_ms`, `[r]` int64, is the clock of
+    each range before its first click, `NEVER_MS` if there was none; `clock_ms`, `[n]` int64, that after each click.
     """
     firsts = np.array([part.first + part.gap for part in ranges], np.int64)
     source = np.concatenate([np.arange(len(ranges), dtype=np.uint16), clicks.source])
@@ -394,10 +365,6 @@ def clock_of_all(clocks: Mapping[Source, int], reach_ms: int) -> int:
     """The log time that all sources have reached, ms, except those that are further behind than the reach.
 
     After an outage, one partition may be read to its end before another one is begun.
-
-    >>> zero, one = Source("ab" * 16, 0), Source("ab" * 16, 1)
-    >>> clock_of_all({zero: 900, one: 700}, 300), clock_of_all({zero: 900, one: 500}, 300)
-    (700, 900)
     """
     newest_ms = max(clocks.values())
     return min(clock for clock in clocks.values() if clock > newest_ms - reach_ms)
@@ -420,10 +387,7 @@ class EventClock:
     def follow(self, clicks: Clicks, ranges: Sequence[Range], now_ms: int) -> BatchClock:
         """Updates the clocks with a batch of events, and returns them.
 
-        Args:
-            clicks: In order of arrival.
-            ranges: What `clicks.source` is an index of.
-            now_ms: Wall clock.
+        `clicks` are in order of arrival; `ranges` is what `clicks.source` is an index of; `now_ms` is the wall clock.
         """
         keys = np.array([self._key(part.source) for part in ranges], np.int64)
         # Copies: for read-only or non-contiguous arrays the kernels would be compiled again.

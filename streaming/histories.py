@@ -8,9 +8,7 @@
 Both the stream and the rebuild call `finish` under the directory's lock before they open `histories`. So neither starts
 with an empty store between two renames.
 
-Earlier releases split the partitions among shards. A stream never continues next to histories of former shards. A
-rebuild creates one store of all partitions and fences the writers of the shards, including those on other hosts. It
-sets the stores of the shards aside once the new store is in use.
+Earlier releases split the partitions among shards. A rebuild creates one store of all partitions.
 """
 
 from __future__ import annotations
@@ -114,14 +112,6 @@ def former_shards(state: Path) -> list[Path]:
     return [store.parent for store in layout.streams(state) if store.parent != layout.stream(state)]
 
 
-def _refuse_former_shards(state: Path) -> None:
-    if shards := former_shards(state):
-        raise CorruptStore(
-            f"{', '.join(map(str, shards))}: histories of partitions that one stream reads now",
-            "stop the streams of all shards, and run `springtide rebuild-history`: it builds one store of all partitions",
-        )
-
-
 @contextmanager
 def replacing_shards(settings: Settings, log: Log) -> Iterator[None]:
     """Wraps a rebuild: locks the former shards' directories, fences their writers, and then sets their stores aside.
@@ -143,7 +133,6 @@ def replacing_shards(settings: Settings, log: Log) -> Iterator[None]:
 
 
 def _fence(settings: Settings, log: Log, shards: list[Path]) -> None:
-    """Takes over the transactional id of each possible shard; a shard beyond the number of partitions read nothing."""
     kafka = settings.kafka
     with log.topics() as topics:
         clicks, microbatches = topics.describe(kafka.clicks_topic), topics.describe(kafka.microbatches_topic)
@@ -160,11 +149,10 @@ def _fence(settings: Settings, log: Log, shards: list[Path]) -> None:
 def open_histories(settings: Settings, spec: FeatureSpec) -> Iterator[tuple[HistoryStore, Salt]]:
     """Opens the store of a stream's directory and its users' salt; the block owns both exclusively.
 
-    1. Lock the directory, so that no other process has the store.
+    1. Lock the directory.
     2. Load the salt, which is created at the first start.
-    3. Complete a rebuild that was interrupted after its store was finished. Refuse to continue next to histories of
-       shards of an earlier release.
-    4. Open the store, in memory if there is space. It must have been filled with this salt.
+    3. Complete a rebuild that was interrupted after its store was finished; refuse histories of former shards.
+    4. Open the store, in memory if there is space.
 
     Raises:
         LockHeld: Another process has the directory.
@@ -187,7 +175,11 @@ def open_histories(settings: Settings, spec: FeatureSpec) -> Iterator[tuple[Hist
         if (aside := finish(folder)) is not None:
             logger.info("using the histories of an interrupted rebuild; the old store is %s", aside)
         note_first_release(folder)
-        _refuse_former_shards(settings.state_dir)
+        if shards := former_shards(settings.state_dir):
+            raise CorruptStore(
+                f"{', '.join(map(str, shards))}: histories of partitions that one stream reads now",
+                "stop the streams of all shards, and run `springtide rebuild-history`: it builds one store of all partitions",
+            )
         # 4.
         store = open_history_store(settings, STREAM, folder)
         try:

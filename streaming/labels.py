@@ -12,12 +12,8 @@ newest event time so far, unless some user's clock is wrong.
    contains a click or nothing. So no other user's click, late or not, decides where a wait ends. At most
    `MOST_EXPIRED` expire at once, so that one position yields few rows.
 
-Nothing here depends on the time of day, on batch boundaries, or on other shares. So any division of the log into
-batches, and of the users into shares, gives the same result.
-
-A batch of events passes `Labels` twice. In the Beam thread, `attribute` applies the rules. In the commit thread,
-`look_up` reads the labelled impressions from the store, or from the current cuts. The changes to the waiting rows are
-committed with histories and positions, so after a crash both continue from the same event.
+So any division of the log into batches, and of the users into shares, gives the same result. In the Beam thread,
+`Labels.attribute` applies the rules. In the commit thread, `complete` reads the labelled impressions from the store.
 """
 
 from __future__ import annotations
@@ -41,14 +37,13 @@ from state.history.store import HistoryStore
 from state.history.waiting import Changes, Extra, WaitingRows, WaitingStore, keys_of, place_of
 from state.microbatch.batch import Kind, Known, counts_by_range
 from state.positions import Range, Source
-from streaming.cut import Cut
+from state.user_shares import SHARES
 from streaming.rows import Rows
 
 I64 = NDArray[np.int64]
 U64 = NDArray[np.uint64]
 U8 = NDArray[np.uint8]
 
-SHARES = 64  # as in `state.user_shares`; a test compares the two
 MOST_EXPIRED = 8
 NONE = -1
 NEVER_MS = np.iinfo(np.int64).min
@@ -137,15 +132,9 @@ class Queue(NamedTuple):
 
 @layout("i8[::1], i8[::1], i8[::1], u8[::1], u8[::1], i8[::1]")
 class WaitingImpressions(NamedTuple):
-    """Waiting impressions, those of a share in the order of their offsets.
+    """Waiting impressions, those of a share in the order of their offsets; columns as in `Queue`, `[n]` each.
 
-    Attributes:
-        offset: `[n]` int64.
-        at_ms: `[n]` int64.
-        begun_ms: `[n]` int64, when each began to wait.
-        pair: `[n]` uint64 of `pairs`.
-        user: `[n]` uint64.
-        partition: `[n]` int64, its number.
+    `partition` is the number of the partition.
     """
 
     offset: I64
@@ -317,10 +306,6 @@ def pairs(user: U64, item: U64, request: U64) -> U64:
     """`[n]` uint64 keys that pair an impression with its outcome.
 
     A pair collides with one of 1e6 others with probability below 1e-13.
-
-    >>> ids = np.array([1, 1, 2], np.uint64)
-    >>> len(set(pairs(ids, ids[::-1].copy(), ids).tolist()))
-    3
     """
     sums = np.zeros(len(user), np.uint64)
     for part in (user, item, request):
@@ -331,12 +316,7 @@ def pairs(user: U64, item: U64, request: U64) -> U64:
 def attribute(queue: Queue, arrived: Arrived, segments: Segments, wait_ms: int, most: int) -> tuple[Queue, Attributed]:
     """Processes segments of partitions; returns the queue to continue with, and the labels that became known.
 
-    Args:
-        queue: The waiting impressions; changed.
-        arrived: The events in the segments.
-        segments: Each continues where an earlier one of its partition ended.
-        wait_ms: The maximum wait.
-        most: Maximum number of waiting impressions of a share of a partition.
+    Each segment continues where an earlier one of its partition ended. At most `most` impressions of a share wait.
     """
     events, impressions = len(arrived.role), int((arrived.role == IMPRESSION).sum())
     queue = with_space(queue, impressions, int(segments.partition.max(initial=-1)) + 1)
@@ -350,10 +330,7 @@ def attribute(queue: Queue, arrived: Arrived, segments: Segments, wait_ms: int, 
     begins = np.searchsorted(arrived.segment[order], numbers)
     moves = np.searchsorted(segments.move_segment, numbers)
     count = _attribute(queue, arrived, segments, order, begins, moves, wait_ms, most, result)
-    known = result.known[:count]
-    return queue, Attributed(
-        result.kind, by[:count], segment[:count], at[:count], opened[:count], known, opened_ms[:count]
-    )
+    return queue, Attributed._make([result.kind, *(column[:count] for column in result[1:])])
 
 
 @compiled
@@ -462,18 +439,10 @@ def _attribute(
     return count
 
 
-class LookedUp(NamedTuple):
-    """Completed cuts, and what is committed with them: changes of waiting rows, and values of the store's owner."""
-
-    cuts: list[Cut]
-    waiting: Changes
-    extra: Extra
-
-
 class Labels:
     """The waiting impressions of one stream, or of one bucket of its users.
 
-    One thread calls `attribute`. One thread calls `look_up` or `complete`, and commits before it calls again.
+    One thread calls `attribute`. One thread calls `complete`, and commits before it calls again.
     """
 
     def __init__(self, settings: Settings, store: WaitingStore) -> None:
@@ -501,7 +470,7 @@ class Labels:
         return queue
 
     def _number(self, sources: Sequence[Source]) -> NDArray[np.int64]:
-        """`[n]` int64, a number for the partition of each source, the same for all its buckets."""
+        """Numbers the partition of each source, the same for all its buckets: `[n]` int64."""
         numbers = self._numbers
         return np.array(
             [numbers.setdefault((source.topic_id, source.partition), len(numbers)) for source in sources], np.int64
@@ -547,30 +516,17 @@ class Labels:
         known.label[joined] = np.where(np.isnan(batch.label[by]), np.float32(1.0), batch.label[by])
         known.weight[joined] = batch.weight[by]
         known.at_ms[joined] = batch.at_ms[by]
-        ranges = _counted(batch.ranges, batch.source, result.kind, known.source, result.known)
+        kinds, sources = np.concatenate([result.kind, known.kind]), np.concatenate([batch.source, known.source])
+        counted: list[dict[str, Any]] = [*counts_by_range(kinds, sources, len(batch.ranges))]
+        ranges = tuple(replace(part, **counts) for part, counts in zip(batch.ranges, counted, strict=True))
         delay_ms = np.where(result.kind == Kind.OPENED, np.minimum(clock.clock_ms - batch.at_ms, 0), 0)
         return replace(rows, batch=replace(batch, ranges=ranges), kind=result.kind, known=known, delay_ms=delay_ms)
-
-    def look_up(self, cuts: Sequence[Cut]) -> LookedUp:
-        """Completes cuts with the columns of the earlier impressions.
-
-        Raises:
-            CorruptStore: The store lacks an earlier impression.
-        """
-        looked_up = LookedUp([], {}, {})
-        for cut in cuts:
-            pieces = tuple(self.complete(piece, looked_up.waiting, looked_up.extra) for piece in cut.pieces)
-            looked_up.cuts.append(replace(cut, pieces=pieces))
-        return looked_up
 
     def complete(self, rows: Rows, waiting: Changes, extra: Extra) -> Rows:
         """Completes the rows of `attribute` with the columns of the earlier impressions.
 
-        Args:
-            rows: The next batch to commit.
-            waiting: Uncommitted changes of waiting rows, by key. Those of this batch are added, with None for a wait
-                that ends.
-            extra: Uncommitted values of the store's owner; those of this batch are added.
+        The changes of waiting rows and values of the store's owner that must be committed with these rows are added to `waiting`
+        and `extra`. Both also hold those of preceding batches that are not committed yet.
 
         Raises:
             CorruptStore: The store lacks an earlier impression.
@@ -599,7 +555,6 @@ class Labels:
 
 
 def _relabelled(opened: dict[str, NDArray[Any]], known: Known) -> dict[str, NDArray[Any]]:
-    """The columns of impressions with their labels, at the position where the labels became known."""
     return opened | {
         "kind": known.kind,
         "label": known.label,
@@ -610,22 +565,6 @@ def _relabelled(opened: dict[str, NDArray[Any]], known: Known) -> dict[str, NDAr
         "delay_ms": known.at_ms - opened["at_ms"],
         "request": np.zeros(len(known), np.uint64),
     }
-
-
-def _counted(
-    ranges: Sequence[Range],
-    source: NDArray[np.uint16],
-    kind: NDArray[np.uint8],
-    known_source: NDArray[np.uint16],
-    known: NDArray[np.uint8],
-) -> tuple[Range, ...]:
-    """Ranges with rows counted by kind, including the earlier impressions that became known in them."""
-    sources, kinds = np.concatenate([source, known_source]), np.concatenate([kind, known])
-    names = ("dead", "filtered", "absent", "gap", "masked", "elsewhere")
-    return tuple(
-        Range(part.source, part.first, part.next, **{name: getattr(part, name) for name in names}, **by_kind)
-        for part, by_kind in zip(ranges, counts_by_range(kinds, sources, len(ranges)), strict=True)
-    )
 
 
 def forget_other_topics(store: HistoryStore, topic_id: str) -> int:
@@ -646,7 +585,7 @@ def forget_other_topics(store: HistoryStore, topic_id: str) -> int:
 
 
 def unused_kernels(settings: Settings) -> Sequence[str]:
-    """The modules with kernels that a stream of these settings does not call, unless earlier impressions still wait."""
+    """The modules with kernels that a stream of these settings does not call, unless impressions still wait."""
     return () if settings.labels.impressions else ("streaming.labels",)
 
 

@@ -56,7 +56,6 @@ class ClicksSegment(NamedTuple):
     """The part of the clicks topic that is read.
 
     Attributes:
-        topic_id: The topic's id.
         begins: By partition its first offset.
         ends: By partition at least the offset after the last one; later clicks are learned from the training log.
     """
@@ -102,11 +101,7 @@ def segment_of(settings: Settings, past: Past, topics: Topics) -> ClicksSegment:
 def of_topic(settings: Settings, segment: ClicksSegment, log: Log, reached: Callable[[Source], Reached]) -> Batches:
     """Yields the clicks of a segment in approximate order of event time, and some clicks after the segment.
 
-    Args:
-        settings: Of the experiment's trainer.
-        segment: What to read.
-        log: The log that has the topic.
-        reached: Returns the time that a source has reached, once the yielded clicks are processed.
+    `reached` returns the time that a source has reached, once the yielded clicks are processed.
 
     Raises:
         GapError: Clicks of it were deleted meanwhile.
@@ -145,7 +140,7 @@ def recorded_batches(
 
     Raises:
         SettingsError: The columns do not fit, or the files do not fit in memory.
-        UnreadableRecording: A file is cut or damaged.
+        SpringtideError: A file is cut or damaged.
     """
     encoder = Encoder(events, recording.constants or {}, round((now_s + events.max_future_s) * 1000))
     chunks: Iterator[EncodedRows] = recording.encoded(encoder, events)
@@ -169,7 +164,6 @@ def recorded_batches(
 
 
 def _newest(events: Events, recording: Recording, recorded: EncodedRows, say: Callable[[str], None]) -> int:
-    """The newest time, with which the others are compared; reports stray times."""
     times, max_age_s = RecordedTimes(), events.max_age_s
     times.add(recorded.at_ms, recorded.file, recorded.line)
     crowd = times.crowd(round(max_age_s * 1000))
@@ -199,16 +193,13 @@ class PastRows:
 
     Args:
         context: Computes their rows; its store is new.
-        metrics: Metrics that are not served.
-        salt: Fingerprint of the users' salt.
         begin_ms: Micro-batches that end before this log time are left out: they only fill histories.
     """
 
     def __init__(self, context: JobContext, metrics: StreamMetrics, salt: str, begin_ms: int) -> None:
         self._context, self._begin_ms = context, begin_ms
         stream = context.settings.stream
-        encoding = Encoding.of(stream, context.spec.digest, salt)
-        self._encoding = replace(encoding, mask_generation=context.mask.generation)
+        self._encoding = Encoding.of(stream, context.spec.digest, salt, context.mask.generation)
         self._cutter = Cutter(stream.cut_rows, NEVER_MS)
         self._sweep = StreamSweep(context, metrics)
 
@@ -252,13 +243,7 @@ def logged(clicks: Batches, total: int | None, clock_s: Callable[[], float] = ti
 
 
 def run(settings: Settings, wanted: Past, log: Log, out: Callable[[bytes], object]) -> None:
-    """Writes the micro-batches of the past to `out`.
-
-    Args:
-        settings: Of the experiment's trainer: its registry, and its control, which names the masked users.
-        wanted: The past.
-        log: The log that has the clicks.
-        out: Takes each encoded micro-batch.
+    """Writes the micro-batches of the past to `out`, with the registry and the control of the experiment's trainer.
 
     Raises:
         SpringtideError: Clicks, files or the disk cannot be used.
@@ -299,7 +284,6 @@ def run(settings: Settings, wanted: Past, log: Log, out: Callable[[bytes], objec
 
 
 def _own_folder(registry: Path, stack: ExitStack) -> Path:
-    """A directory that is deleted with `stack`; those of killed processes are deleted now."""
     for leftover in registry.glob(f"{KEPT}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=KEPT, dir=registry))

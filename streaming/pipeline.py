@@ -1,13 +1,7 @@
 """The stream's Beam job and its process: `python -m streaming.pipeline [--section.name VALUE ...]`.
 
-If clicks were deleted before they were read, the process ends and lists them. With
-`--accept-gap P:A-B --reason TEXT` it counts them as a gap and continues.
-
-SIGTERM and SIGINT end it cleanly: the source returns, gathered rows are written and committed, and the process
-exits with 0. Any other end is one line on the standard error and exit code 1 (2 for a wrong setting).
-
-With `--runner flink`, `prism` or another of Beam's runners the same code runs as a job of that engine
-(`streaming/distributed`); Beam's options pass through.
+SIGTERM and SIGINT end it cleanly: gathered rows are written and committed, and the process exits with 0. With
+`--runner`, the same code runs as a job of another engine (`streaming/distributed`); Beam's options pass through.
 """
 
 from __future__ import annotations

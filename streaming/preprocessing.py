@@ -77,9 +77,6 @@ def preprocessing_fn(inputs: Mapping[str, Any]) -> dict[str, Any]:
 def load_preprocessing(path: str, settings: Model = DEFAULT) -> Preprocessing:
     """Loads the function that `module:name` names; a function of two arguments also gets the settings and its options.
 
-    >>> load_preprocessing("streaming.preprocessing:preprocessing_fn").__name__
-    'preprocessing_fn'
-
     Raises:
         SettingsError: There is no such function.
     """
@@ -106,11 +103,7 @@ def analysis() -> Iterator[beam.Pipeline]:
 def analyse(features: PCollection[pa.RecordBatch], width: int, preprocessing: Preprocessing, output: Path) -> None:
     """Adds the analysis to a pipeline of `analysis`; it writes `transform_fn/` to the directory `output`.
 
-    Args:
-        features: Results of `record_batch`.
-        width: D.
-        preprocessing: A TensorFlow Transform preprocessing function of one input, `features`.
-        output: Output directory.
+    `features` are results of `record_batch` with `width` columns; `preprocessing` has the one input `features`.
     """
     from tensorflow_metadata.proto.v0 import schema_pb2
 
@@ -123,9 +116,7 @@ def analyse(features: PCollection[pa.RecordBatch], width: int, preprocessing: Pr
 def list_categories(categories: PCollection[pa.RecordBatch], output: Path) -> None:
     """Adds the category count to a pipeline of `analysis`: TensorFlow Transform's vocabulary, most frequent first.
 
-    Args:
-        categories: Results of `category_batch`.
-        output: Output directory; `read_categories` reads it.
+    `categories` are results of `category_batch`; `read_categories` reads the directory `output`.
     """
     import tensorflow_transform as tft
     from tensorflow_metadata.proto.v0 import schema_pb2
@@ -147,7 +138,6 @@ def _analyse(
     preprocessing: Preprocessing,
     output: Path,
 ) -> None:
-    """Adds the analysis of the only column of `schema`."""
     import tensorflow_transform.beam as tft_beam
     from tensorflow_transform.beam.tft_beam_io.transform_fn_io import WriteTransformFn
     from tfx_bsl.tfxio.tensor_adapter import TensorAdapterConfig
@@ -178,11 +168,7 @@ def analysed(features: Iterable[npt.NDArray[np.uint16]], preprocessing: Preproce
 
 
 def record_batch(features: npt.NDArray[np.uint16]) -> pa.RecordBatch:
-    """Converts `[n, D]` uint16 to the Arrow column that TensorFlow Transform takes.
-
-    >>> record_batch(np.array([[1, 2], [3, 4]], np.uint16)).to_pydict()
-    {'features': [[1.0, 2.0], [3.0, 4.0]]}
-    """
+    """Converts `[n, D]` uint16 to the Arrow column that TensorFlow Transform takes."""
     rows, width = features.shape
     values = pa.array(features.astype(np.float32).reshape(-1))
     offsets = pa.array(np.arange(0, (rows + 1) * width, width, dtype=np.int32))
@@ -190,28 +176,15 @@ def record_batch(features: npt.NDArray[np.uint16]) -> pa.RecordBatch:
 
 
 def category_batch(categories: npt.NDArray[np.uint64]) -> pa.RecordBatch:
-    """Converts `[n]` uint64 category ids, 0 for none, to the Arrow column of their vocabulary.
-
-    >>> category_batch(np.array([255, 0], np.uint64)).to_pydict()
-    {'category': [[b'00000000000000ff']]}
-    """
+    """Converts `[n]` uint64 category ids, 0 for none, to the Arrow column of their vocabulary."""
     values = [[b"%016x" % category] for category in categories[categories != 0].tolist()]
     return pa.RecordBatch.from_arrays([pa.array(values, pa.list_(pa.binary()))], schema=_CATEGORIES)
 
 
-def is_own(path: str) -> bool:
-    """Whether `model.preprocessing` differs from the default, which needs no check."""
-    return path != DEFAULT.preprocessing
-
-
 def check_preprocessing(path: str, spec: FeatureSpec, keep: Path | None = None, settings: Model = DEFAULT) -> str:
-    """Checks the function that `model.preprocessing` names; returns a description in one line.
+    """Checks the function `module:name` that `model.preprocessing` names; returns a description in one line.
 
-    Args:
-        path: `module:name`.
-        spec: Names the D columns.
-        keep: Directory to leave the analysed graph in, `transform_fn/`.
-        settings: Passed to a function of two arguments.
+    The analysed graph stays in the directory `keep`. A function of two arguments also gets `settings`.
 
     Raises:
         SettingsError: There is no such function.
@@ -272,7 +245,6 @@ def made_up(spec: FeatureSpec) -> F32:
 
 
 def _analysed(function: Preprocessing, rows: F32, output: Path, name: str) -> None:
-    """Runs the analysis; an error in the user's function is reported as such."""
     failures: list[ProgramError] = []
 
     def checked(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -325,7 +297,6 @@ class _Transform:
 
 
 def _lowered(transform: _Transform, rows: F32, folder: Path, name: str) -> F32:
-    """The output that LiteRT computes."""
     import tensorflow as tf
 
     module = tf.Module()

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from state.compiled import compiled
 from state.events.parser import EventBatch
-from state.features.arrays import WORDS, Vector, words
+from state.features.arrays import WORDS, Rings, Vector, words
 from state.features.kernel import update_rows
 from state.features.spec import EVENT, Events, FeatureSpec, Mask
 from state.history.appends import Appends, events_of
@@ -25,12 +25,6 @@ class SlotTable:
     """Maps users to slots: a hash table with open addressing that finds whole columns of users. One thread.
 
     Users are pseudonyms, whose bits are random, so that they need no further hashing.
-
-    >>> table = SlotTable()
-    >>> table.put(np.array([7, 7 + 2048], np.uint64), np.array([0, 1]))
-    >>> table.remove([7])
-    >>> table.find(np.array([7, 7 + 2048], np.uint64)).tolist(), len(table)
-    ([-1, 1], 1)
     """
 
     def __init__(self) -> None:
@@ -63,7 +57,6 @@ class SlotTable:
 
 
 def _empty(size: int) -> I64:
-    """`[size, 2]` int64: a user and the slot."""
     table = np.zeros((size, 2), np.int64)
     table[:, 1] = ABSENT
     return table
@@ -132,11 +125,8 @@ class Profiler:
     One thread calls `update`; any thread may call `committed` and `forget`. Neither batching nor the set of users in
     memory changes a bit of a row.
 
-    Args:
-        store: The committed histories.
-        spec: What to compute.
-        cache_users: Users held in memory; more when more have uncommitted events.
-        mask: Events that no row may use; masked events themselves are left out before they reach the profiler.
+    It holds `cache_users` users in memory, and more when more have uncommitted events. No row uses events of `mask`;
+    masked events themselves are left out before they reach the profiler.
     """
 
     def __init__(self, store: Histories, spec: FeatureSpec, cache_users: int, mask: Mask = Mask.NONE) -> None:
@@ -146,8 +136,9 @@ class Profiler:
         self._slots = SlotTable()
         self._free: list[int] = []
         # The system allocates the pages of an empty array only when they are written.
-        self._rings = np.empty((0, spec.history, WORDS), np.int64)
-        self._ends = self._counts = self._users = self._pending = self._used = np.empty(0, np.int64)
+        none = np.empty(0, np.int64)
+        self._rings = Rings(np.empty((0, spec.history, WORDS), np.int64), none, none)
+        self._users = self._pending = self._used = none
         self._clock = 0
         self._committed: deque[NDArray[np.uint64]] = deque()
         self._evicted: deque[Sequence[int]] = deque()
@@ -162,10 +153,9 @@ class Profiler:
         return len(self._slots)
 
     def update(self, batch: EventBatch) -> Rows:
-        """Makes the rows of a batch. Nothing is durable until the rows' appends are committed.
+        """Makes the rows of a batch of events in order of arrival. Each event is part of the history of its user's later ones.
 
-        Args:
-            batch: Events in order of arrival; an earlier event of a user is part of the history of a later one.
+        Nothing is durable until the rows' appends are committed.
         """
         self._settle()
         self._clock += 1
@@ -202,11 +192,10 @@ class Profiler:
 
     def _compute(self, slots: I64, events: Events) -> Vector:
         rows = self._spec.empty(len(events))
-        update_rows(self._rings, self._ends, self._counts, slots, words(events), self._spec.tables, self._hidden, rows)
+        update_rows(self._rings, slots, words(events), self._spec.tables, self._hidden, rows)
         return rows
 
     def _settle(self) -> None:
-        """Applies `committed` and `forget` since the last batch."""
         while self._committed:
             # No user twice: these are the users of one `Rows`.
             self._pending[self._slots.find(self._committed.popleft())] -= 1
@@ -231,9 +220,9 @@ class Profiler:
         for number, history in zip(missing.tolist(), self._store.read_many(absent), strict=True):
             slot = self._free.pop()
             count = len(history)
-            self._rings[slot, :count] = words(history)
-            self._counts[slot] = count
-            self._ends[slot] = count % self._spec.history
+            self._rings.events[slot, :count] = words(history)
+            self._rings.counts[slot] = count
+            self._rings.ends[slot] = count % self._spec.history
             self._pending[slot] = 0
             slots[number] = slot
         self._users[slots[missing]] = users[missing].view(np.int64)
@@ -241,11 +230,10 @@ class Profiler:
         return slots
 
     def _make_room(self, needed: int) -> None:
-        """Frees at least `needed` rings, the least recently used of committed users first; else the arena grows."""
         if len(self._free) >= needed:
             return
         # 1. More than needed are evicted at once, because the search checks all users.
-        capacity = len(self._ends)
+        capacity = len(self._users)
         may_go = np.flatnonzero((self._pending == 0) & (self._used < self._clock) & (self._used > 0))
         leaving = min(len(may_go), max(needed, capacity // 16))
         if leaving:
@@ -261,15 +249,12 @@ class Profiler:
         self._free.extend(slots)
 
     def _grow(self, more: int) -> None:
-        """Adds `more` rings; `_used` is 0 for those without a user."""
-        capacity = len(self._ends)
-        rings = np.empty((capacity + more, *self._rings.shape[1:]), np.int64)
-        rings[:capacity] = self._rings
-        self._rings = rings
-        added = np.zeros(more, np.int64)
-        self._ends = np.concatenate((self._ends, added))
-        self._counts = np.concatenate((self._counts, added))
-        self._users = np.concatenate((self._users, added))
-        self._pending = np.concatenate((self._pending, added))
-        self._used = np.concatenate((self._used, added))
+        capacity = len(self._users)
+        events = np.empty((capacity + more, *self._rings.events.shape[1:]), np.int64)
+        events[:capacity] = self._rings.events
+        columns = (self._rings.ends, self._rings.counts, self._users, self._pending, self._used)
+        ends, counts, self._users, self._pending, self._used = (
+            np.concatenate((column, np.zeros(more, np.int64))) for column in columns
+        )
+        self._rings = Rings(events, ends, counts)
         self._free = [*range(capacity + more - 1, capacity - 1, -1), *self._free]

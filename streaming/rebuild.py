@@ -22,6 +22,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -39,6 +40,7 @@ from state.features.erased import Flags
 from state.features.spec import FeatureSpec
 from state.history.actions import renumbered
 from state.history.appends import Appends, events_of
+from state.history.branch_records import branch_records
 from state.history.rewinding import branch_of
 from state.history.snapshots import SHARED_EXTRAS, HistorySnapshot, Wanted, load_newest, location_of
 from state.history.store import HistoryStore
@@ -89,7 +91,6 @@ class Rebuilt:
         clicks: Positions taken from the clicks instead.
         unreadable: Damaged records of the log; their positions were taken from the clicks.
         lost: Positions that neither topic contains any more.
-        users: Users with a history.
         incomplete: Users whose history may lack its oldest events: those with fewer than N events, if positions are
             lost.
         snapshot: The snapshot from which the histories began; 0 for none.
@@ -126,18 +127,9 @@ class Rebuilt:
 
 
 def progress_line(passed: int, total: int, rows: int, seconds: float) -> str:
-    """Formats the progress through the log in one line.
-
-    >>> progress_line(500, 1000, 90_000, 3.0)
-    '[###############---------------]  50 %  500 of 1,000 positions of the log  90,000 rows  30,000 rows/s'
-    """
+    """Formats the progress through the log in one line."""
     rate = rows / max(seconds, 1e-9)
     return f"{bar(passed, total, BAR)}  {passed:,} of {total:,} positions of the log  {rows:,} rows  {rate:,.0f} rows/s"
-
-
-def progress_on(out: TextIO) -> ProgressLine:
-    """Displays the progress of a rebuild: one updating line on a terminal, otherwise a line every few seconds."""
-    return ProgressLine(out, LINE_EVERY_S, at_once=True)
 
 
 class Waits:
@@ -188,7 +180,6 @@ class Waits:
 
 
 def _without(part: Range, lost: MicroBatch) -> Range:
-    """A range without those of its closings that are in `lost`."""
     sources = [entry.source for entry in lost.header.ranges]
     own: NDArray[np.bool_] = np.array([sources[number] == part.source for number in lost.source.tolist()], np.bool_)
     own &= (lost.offset >= part.first) & (lost.offset < part.next)
@@ -203,16 +194,8 @@ class Rebuild:
     2. Positions before a record that no earlier record covers are read from the clicks, in the order of their source.
     3. Positions of partitions that the group names and the log does not are also read from the clicks.
 
-    Args:
-        settings: The settings of the stream.
-        store: Built in another directory; reading continues at its positions.
-        actions: Names the actions of each record by its feature spec.
-        salt: The salt of the users' pseudonyms.
-        progress: Shows the progress through the log.
-        desired: The records that count, and the clicks that are left out.
-
-    Attributes:
-        snapshot: The snapshot that the store was loaded from; its events are not read again.
+    `store` is built in another directory; reading continues at its positions. `desired` determines the records that
+    count, and the clicks that are left out.
     """
 
     def __init__(
@@ -224,7 +207,6 @@ class Rebuild:
         progress: ProgressLine,
         desired: Desired,
     ) -> None:
-        self.snapshot: HistorySnapshot | None = None
         self._settings, self._store, self._actions, self._salt = settings, store, actions, salt
         self._progress, self._desired = progress, desired
         self._accepted = Journal(settings.registry_dir / GAPS).accepted()
@@ -238,8 +220,8 @@ class Rebuild:
         self._ranges: list[Range] = []
         self._result = Rebuilt()
 
-    def run(self) -> Rebuilt:
-        """Reads everything available; the store holds it when this returns.
+    def run(self, snapshot: HistorySnapshot | None = None) -> Rebuilt:
+        """Reads everything available; the store holds it when this returns. Events of a loaded `snapshot` are not read.
 
         Raises:
             SaltMismatch: The log's pseudonyms were computed with another salt.
@@ -263,9 +245,9 @@ class Rebuild:
             except UnknownTopic as error:
                 logger.warning("%s; the positions of the stream are those of the consumer group", error)
         # 1. and 2.
-        if self.snapshot is not None:
-            result.snapshot = self.snapshot.number
-            self._read_waiting(begin, next_after := dict(self.snapshot.next).get(0, begin))
+        if snapshot is not None:
+            result.snapshot = snapshot.number
+            self._read_waiting(begin, next_after := dict(snapshot.next).get(0, begin))
             begin = next_after
         if end > begin:
             self._read(begin, end)
@@ -324,17 +306,13 @@ class Rebuild:
         """The micro-batches of our branch at the positions `[first, end)`."""
         kafka = self._settings.kafka
         with Reader(kafka, kafka.microbatches_topic, [0], {0: first}) as reader:
-            for batches in read_to(reader, {0: end}, RECORDS_AT_ONCE):
-                for batch in batches:
-                    for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
-                        if offset < end and (batch_read := self._decode(value, offset)) is not None:
-                            yield batch_read
+            for offset, batch in branch_records(reader, 0, first, end, self._desired.branch):
+                yield self._checked(batch, offset)
 
     def _show(self, passed: int, total: int, last: bool = False) -> None:
         self._progress.show(lambda: progress_line(passed, total, self._result.rows, self._progress.took_s), last)
 
     def _take(self, batch: PartitionBatch) -> None:
-        """Commits the records of one poll, and commits before each segment of clicks."""
         for first, after, reason in batch.corrupt:
             self._result.unreadable += 1
             logger.error("the micro-batch log's positions [%d, %d) are corrupt: %s", first, after, reason)
@@ -367,7 +345,6 @@ class Rebuild:
         killpoints.reach("rebuild.committed")
 
     def _fill_before(self, part: Range) -> None:
-        """Reads the positions between the mark of a range's source and the range from the clicks."""
         source, mark = part.source, self._marks.get(part.source)
         if mark is not None and mark >= part.first:
             return
@@ -407,17 +384,19 @@ class Rebuild:
         self._appends, self._ranges, self._clocks = [], [], {}
 
     def _decode(self, value: bytes | None, offset: int) -> MicroBatch | None:
-        """The record's micro-batch; None if it does not count or cannot be read."""
-        where = f"{self._settings.kafka.microbatches_topic}:0 offset {offset}"
         try:
             decoded = decode(value or b"")
         except MicroBatchError as error:
             self._result.unreadable += 1
-            logger.error("%s is skipped, its clicks are read again: %s", where, error)
+            logger.error("offset %d of the training log is skipped, its clicks are read again: %s", offset, error)
             return None
-        header = decoded.header
-        if not counts(self._desired.branch, header.log_epoch, offset):
+        if not counts(self._desired.branch, decoded.header.log_epoch, offset):
             return None
+        return self._checked(decoded, offset)
+
+    def _checked(self, batch: MicroBatch, offset: int) -> MicroBatch:
+        """A micro-batch with the actions of the settings; raises if its salt or its feature spec is unknown."""
+        where, header = f"{self._settings.kafka.microbatches_topic}:0 offset {offset}", batch.header
         if header.salt != self._salt.fingerprint:
             raise SaltMismatch.between(where, header.salt, self._salt.fingerprint)
         # Histories do not keep computed features: only an action's number depends on the feature spec.
@@ -427,7 +406,7 @@ class Rebuild:
                 f"{where} has feature spec {header.spec[:12]}, which the registry does not know",
                 "put [features] and events.actions back, or restore specs/ of the registry",
             )
-        return renumbered(decoded, named, self._settings.events.actions)
+        return renumbered(batch, named, self._settings.events.actions)
 
 
 class KeptRecord(NamedTuple):
@@ -467,11 +446,13 @@ def end_open_transaction(settings: Settings, writer: Writer) -> None:
             time.sleep(POLL_S)
     # 1.
     if stable < end:
-        empty = next(map(_without_rows, read(kafka, stable, end, committed_only=False).values()), None)
-        if empty is None:
+        record = next(iter(read(kafka, stable, end, committed_only=False).values()), None)
+        if record is None:
             return
+        batch = decode(record.value)
+        header, nothing = replace(batch.header, ranges=(), clocks=()), batch.take(np.zeros(len(batch), np.bool_))
         with writer.transaction():
-            writer.send(topic, 0, None, empty)
+            writer.send(topic, 0, None, encode(header, nothing.columns))
         logger.warning(
             "positions %d to %d of %s belonged to a transaction that was left open, as after a power cut; it is committed",
             *(stable, end - 1, topic),
@@ -503,26 +484,14 @@ def read(kafka: Kafka, first: int, end: int, committed_only: bool) -> Mapping[in
             for batch in batches:
                 times = batch.timestamps_ms.tolist()
                 for at, time_ms, value in zip(batch.offsets.tolist(), times, batch.values, strict=True):
-                    if at < end and _decoded(value) is not None:
-                        records[at] = KeptRecord(time_ms, value or b"")
+                    with suppress(MicroBatchError):
+                        decode(value or b"")
+                        records |= {at: KeptRecord(time_ms, value or b"")} if at < end else {}
     return records
 
 
-def _decoded(value: bytes | None) -> MicroBatch | None:
-    try:
-        return decode(value or b"")
-    except MicroBatchError:
-        return None
-
-
-def _without_rows(record: KeptRecord) -> bytes:
-    """A micro-batch without rows, otherwise like this record."""
-    decoded = decode(record.value)
-    return encode(replace(decoded.header, ranges=(), clocks=()), decoded.take(np.zeros(len(decoded), np.bool_)).columns)
-
-
-def rebuild(settings: Settings, copy: Path | None, progress: ProgressLine) -> Rebuilt:
-    """Rebuilds the stream's histories and puts them in place.
+def rebuild(settings: Settings, copy: Path | None, out: TextIO) -> Rebuilt:
+    """Rebuilds the stream's histories and puts them in place; `out` shows the progress.
 
     Raises:
         LockHeld: The stream, a shard of it, or another rebuild, holds the directory.
@@ -554,9 +523,8 @@ def rebuild(settings: Settings, copy: Path | None, progress: ProgressLine) -> Re
             desired = ControlWatch(settings.registry_dir, branch_of(store)).desired
             roll_back_histories(log, settings, spec, store, desired)
             # 2. and 3.
-            rebuilding = Rebuild(settings, store, actions, salt, progress, desired)
-            rebuilding.snapshot = snapshot
-            result = rebuilding.run()
+            progress = ProgressLine(out, LINE_EVERY_S, at_once=True)
+            result = Rebuild(settings, store, actions, salt, progress, desired).run(snapshot)
         finally:
             store.close()
         # 4.
@@ -595,30 +563,21 @@ def are_lost(settings: Settings) -> bool:
         return histories.is_lost(settings.stream_dir) or bool(former_shards(settings.state_dir))
 
 
-def asked(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Parses a command line; returns `copy` and `if_lost`, and the flags of settings.
-
-    >>> asked(["--from", "copy", "--kafka.port", "9192"])
-    (Namespace(copy=PosixPath('copy'), if_lost=False), ['--kafka.port', '9192'])
-    """
-    parser = argparse.ArgumentParser(prog="springtide rebuild-history", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument(
-        "--from", dest="copy", type=Path, metavar="COPY", help="cleanly closed history store to start from"
-    )
-    parser.add_argument(
-        "--if-lost",
-        action="store_true",
-        help="rebuild only if the histories were lost with the machine or its container",
-    )
-    return parser.parse_known_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Rebuilds once; returns the exit code."""
 
     def start(words: Sequence[str]) -> tuple[Settings, Work]:
-        options, flags = asked(words)
+        parser = argparse.ArgumentParser(prog="springtide rebuild-history", description=__doc__, allow_abbrev=False)
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        parser.add_argument(
+            "--from", dest="copy", type=Path, metavar="COPY", help="cleanly closed history store to start from"
+        )
+        parser.add_argument(
+            "--if-lost",
+            action="store_true",
+            help="rebuild only if the histories were lost with the machine or its container",
+        )
+        options, flags = parser.parse_known_args(words)
         settings = load(flags, os.environ)
 
         def work() -> None:
@@ -627,7 +586,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.if_lost and not are_lost(settings):
                 print(f"the histories in {settings.stream_dir} are not lost: nothing is rebuilt")
                 return
-            result = rebuild(settings, options.copy, progress_on(sys.stderr))
+            result = rebuild(settings, options.copy, sys.stderr)
             print(result.in_words(settings.stream_dir / HISTORIES))
 
         return settings, work

@@ -1,8 +1,6 @@
 """Rows of the stream: a batch of events with their windows, and the events to append to histories. Pure.
 
-Before rows are computed, masked clicks are left out of a batch. The events of several partitions are sorted by the
-partitions' clocks, not by the clicks' own times. So one wrong clock moves no other user's rows, and rows of one
-partition keep their order.
+The events of several partitions are sorted by the partitions' clocks, so one wrong clock moves no other user's rows.
 """
 
 from __future__ import annotations
@@ -29,7 +27,6 @@ class Rows:
     Attributes:
         batch: The events, in order of arrival.
         vectors: Output of the window kernel for each event, `[n, ...]`.
-        appends: The events by user, for `HistoryStore.commit`.
         kind: `[n]` uint8 `Kind`; by default each event is a row.
         known: Earlier impressions whose label became known.
         attributes: Attributes of users and items; None if none are configured.
@@ -48,7 +45,6 @@ class Rows:
     delay_ms: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
     def __len__(self) -> int:
-        """The number of rows of a micro-batch."""
         return len(self.batch.offset) + (0 if self.known is None else len(self.known))
 
     def __bool__(self) -> bool:
@@ -113,9 +109,7 @@ def leave_out(batch: EventBatch, mask: Mask) -> EventBatch:
 def in_order(batch: EventBatch, clock: BatchClock) -> tuple[EventBatch, BatchClock]:
     """Returns the batch with its rows in order of time, and their event clock in the same order.
 
-    Args:
-        batch: Rows partition by partition, each in log order.
-        clock: The result of `EventClock.follow` for the batch.
+    Before, the rows come partition by partition, each in log order; `clock` is the result of `EventClock.follow` for them.
     """
     if len(batch.ranges) < 2 or not len(batch):
         return batch, clock

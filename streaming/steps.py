@@ -43,11 +43,7 @@ _numbers = itertools.count()
 
 
 class Handle(Generic[Context]):
-    """A picklable reference to a context that this process has open.
-
-    Args:
-        number: The context's number, assigned by `opened`.
-    """
+    """A picklable reference to a context that this process has open."""
 
     def __init__(self, number: int) -> None:
         self._number = number
@@ -172,15 +168,10 @@ class ClickReader:
         self._unreachable = False
         # Before the next poll, everything read has become rows, so the clock includes it.
         clock, topic_id = context.clock, context.topic_id
-        self._reader = AlignedReader(
-            context.reader,
-            lambda partition: clock.reached(Source(topic_id, partition)),
-        )
+        self._reader = AlignedReader(context.reader, lambda partition: clock.reached(Source(topic_id, partition)))
 
     def poll(self) -> list[PartitionBatch]:
-        """Returns the next batches, in order within a partition and of similar event times.
-
-        The list is empty after `POLL_S` without records.
+        """Returns the next batches, in order within a partition and of similar event times; none after `POLL_S` without one.
 
         Raises:
             LogError: Positions are gone, or the broker stays unreachable.
@@ -189,7 +180,8 @@ class ClickReader:
         self._reader.begin(stream.batch_events)
         batches = self._reader.poll(POLL_S)
         for batch in batches:
-            self._lag.read(batch, wall_ms())
+            received_ms = appended_ms(batch, wall_ms())
+            self._lag.note(Source(batch.topic_id, batch.partition), batch.first, batch.next, received_ms)
         now_s = time.monotonic()
         if now_s >= self._due_s:
             self._due_s = now_s + UPKEEP_S
@@ -197,7 +189,6 @@ class ClickReader:
         return batches
 
     def _do_upkeep(self) -> None:
-        """Finds new partitions, and updates the lag metrics."""
         context, reader = self._context, self._context.reader
         try:
             for partition in reader.refresh():
@@ -237,10 +228,6 @@ class Lag:
         self._read: dict[Source, deque[tuple[int, int]]] = {}
         self._begun: dict[Source, int] = {}
         self._newest_ms = 0
-
-    def read(self, batch: PartitionBatch, now_ms: int) -> None:
-        """Adds a batch that was read."""
-        self.note(Source(batch.topic_id, batch.partition), batch.first, batch.next, appended_ms(batch, now_ms))
 
     def note(self, source: Source, first: int, after: int, newest_ms: int) -> None:
         """Adds the range `[first, after)` that was read; Kafka received its newest record at `newest_ms` (0: none)."""

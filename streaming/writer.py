@@ -1,15 +1,11 @@
 """Writes the stream's micro-batches and dead letters in acknowledged transactions, fenced against zombies.
 
-Kafka fences zombies of this stream by its transactional id. The id is derived from the topics' ids and the consumer
-group, so no other deployment has it, and a restarted stream keeps it. The last id is stored next to the histories. It
-differs if a topic was recreated, if the group was renamed, or if the release was 0.1.0, whose id was the same in every
-deployment. In these cases the writer of the last id is fenced first. Its open transaction ends, and a zombie with that
-id cannot write.
+The transactional id is derived from the topics' ids and the consumer group. The last id is stored next to the
+histories. If it differs, the writer of the last id is fenced first.
 
 A dead letter has the coordinates of a refused record and the reason in its headers, and the record's position as key.
 It contains neither that record's key, which is a user's id, nor its value. A dead letter may occur more than once;
-readers count distinct keys. The local stream writes dead letters in the transaction of their rows, and so repeats them
-only with their rows. A distributed job repeats those since the engine's last checkpoint.
+readers count distinct keys.
 """
 
 from __future__ import annotations
@@ -94,42 +90,21 @@ def keep_id(folder: Path, own_id: str) -> None:
     durable.replace(folder / WRITER, own_id.encode())
 
 
-def _headers(letter: DeadLetter) -> list[tuple[str, bytes]]:
-    return [
-        ("reason", str(letter.reason).encode()),
-        ("topic_id", letter.source.topic_id.encode()),
-        ("partition", str(letter.source.partition).encode()),
-        ("offset", str(letter.offset).encode()),
-    ]
-
-
-def letter_key(letter: DeadLetter) -> bytes:
-    """The key of a dead letter: the refused record's position.
-
-    >>> from state.events.dead_letters import Reason
-    >>> from state.positions import Source
-    >>> letter_key(DeadLetter(Source("ab" * 2, 3), 17, Reason.UNDECODABLE, b"a user", None))
-    b'abab:3:17'
-    """
-    return f"{letter.source.topic_id}:{letter.source.partition}:{letter.offset}".encode()
-
-
 def send_records(
     writer: Writer, kafka: Kafka, values: Sequence[bytes], letters: Sequence[DeadLetter], at_ms: int | None = None
 ) -> None:
     """Passes micro-batches and dead letters to `writer`; they are acknowledged with its flush or transaction.
 
-    Args:
-        writer: The writer of the process.
-        kafka: Names the topics.
-        values: Encoded micro-batches.
-        letters: Refused records.
-        at_ms: Their timestamp; None for the time of writing.
+    `at_ms` is their timestamp; None for the time of writing.
     """
     for value in values:
         writer.send(kafka.microbatches_topic, 0, None, value, [], at_ms)
     for letter in letters:
-        writer.send(kafka.dead_letters_topic, 0, letter_key(letter), b"", _headers(letter), at_ms)
+        topic_id, partition, offset = letter.source.topic_id, letter.source.partition, letter.offset
+        headers = {"reason": letter.reason, "topic_id": topic_id, "partition": partition, "offset": offset}
+        encoded = [(name, str(value).encode()) for name, value in headers.items()]
+        key = f"{topic_id}:{partition}:{offset}".encode()
+        writer.send(kafka.dead_letters_topic, 0, key, b"", encoded, at_ms)
 
 
 def report_to(kafka: Kafka, metrics: StreamMetrics) -> Report:
@@ -149,8 +124,6 @@ class StreamWriter:
     """Writes cuts, each call in one transaction. Not thread-safe.
 
     Args:
-        settings: The effective settings.
-        encoding: The encoding of the micro-batches.
         stopping: Set once the stream was asked to stop; from then on the writer does not wait for an outage to end.
         opens: Opens a fencing writer, here and after each outage.
 
@@ -173,12 +146,12 @@ class StreamWriter:
         """Marks dead letters of positions below `until` as already in the topic, so that they are not written again."""
         self._written_letters = until
 
-    def write(self, cuts: Sequence[Cut]) -> int:
+    def write(self, cuts: Sequence[Cut], patient: bool = True) -> int:
         """Writes the micro-batches and the dead letters of cuts, acknowledged when it returns.
 
         If the outcome of a transaction is unknown, its records are written again with a new writer, which first ends
         the old transaction. Records that were already visible then occur twice, with the same positions, as after a
-        crash.
+        crash. Without `patient`, an unreachable broker is an error.
 
         Returns:
             The number of micro-batches.
@@ -197,23 +170,16 @@ class StreamWriter:
                     killpoints.reach("stream.sent")
                 return len(values)
             except UnreachableBroker as error:
-                if self._stopping.is_set():
+                if self._stopping.is_set() or not patient:
                     raise
                 logger.warning("%s; these rows are written again as soon as it is back", error)
                 self._reopen()
-
-    def write_once(self, cut: Cut) -> None:
-        """Writes the micro-batches of a cut, acknowledged when it returns; does not wait for an unreachable broker."""
-        with self._writer.transaction():
-            values = encode_cut(cut, self._encoding)
-            send_records(self._writer, self._settings.kafka, values, (), cut.created_ms)
 
     def close(self) -> None:
         """Closes the connection; an open transaction is discarded."""
         self._writer.close()
 
     def _reopen(self) -> None:
-        """Opens a new writer as soon as a broker answers."""
         self._writer.close(0.0)
         while True:
             try:

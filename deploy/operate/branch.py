@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from deploy.operate.log_view import LogView, first_hit
 from deploy.operate.times import iso
 from state.errors import CorruptVersion, SettingsError, UnfitVersion, UnknownVersion
-from state.features.masked_users import MaskedUsers
+from state.features.erased import MaskedUsers
 from state.registry.control import Control, MaskEntry, joined
 from state.registry.manifest import TOLD_MS, Manifest, sees
 from state.registry.registry import SERVING, TRAINING, Registry
@@ -277,7 +277,6 @@ def _before(branch: ServingBranch, before_ms: int | None) -> Manifest:
 
 
 def _newest_clean(branch: ServingBranch, target: Target, masks: Sequence[MaskEntry], view: LogView | None) -> Manifest:
-    """Returns the newest clean version, or any clean version that is not older than the requested one."""
     enough = branch.newest.version if target.to is None else target.to
     sure = branch.surely_clean(masks, target.wait_ms, target.exact)
     if sure is None:

@@ -14,8 +14,8 @@ from deploy.operate.times import age
 from state import layout
 from state.config.settings import Settings
 from state.errors import CorruptVersion, LogError, SpringtideError, UnfitVersion, UnknownVersion
+from state.features.erased import MaskedUsers
 from state.features.mask import Mask, MaskAt
-from state.features.masked_users import MaskedUsers
 from state.history.branch_records import branch_records
 from state.log import Log, Reader
 from state.log.accepted_gaps import Journal, past
@@ -165,7 +165,6 @@ class Counted:
     """What the trainer will read between a version and the log's end.
 
     Attributes:
-        records: Records on the branch.
         rows: Rows to learn from, each counted once.
         masked: How many of these rows are masked.
         users: Users of the rows that new masks exclude.

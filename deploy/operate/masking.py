@@ -15,8 +15,8 @@ from state.config.settings import Settings
 from state.config.sources import UNITS_MS
 from state.errors import SaltMismatch, SettingsError
 from state.events.identity import load_salt, user_id
+from state.features.erased import MaskedUsers
 from state.features.mask import Column, Mask, Named
-from state.features.masked_users import MaskedUsers
 from state.registry.manifest import Manifest
 
 STDIN = Path("-")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import NamedTuple
+
+import msgspec
 
 from state.disk import files as durable
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
-class CleanMark(NamedTuple):
+class CleanMark(msgspec.Struct, frozen=True):
     """The content of a marker file: whether the store was closed cleanly, and the boot id when it was last open."""
 
     clean: bool
@@ -27,20 +27,16 @@ def boot_id() -> str:
     return _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else "unknown"
 
 
-def parse(text: bytes) -> CleanMark:
-    """Parses a marker file; a damaged file gives a marker that no boot id trusts."""
-    try:
-        fields = json.loads(text)
-        return CleanMark(bool(fields["clean"]), str(fields["boot_id"]))
-    except (ValueError, KeyError, TypeError):
-        return CleanMark(False, "")
-
-
 def read(path: Path) -> CleanMark | None:
-    """Reads the marker at `path`; None if there is none."""
-    return parse(path.read_bytes()) if path.exists() else None
+    """Reads the marker at `path`; None if there is none. A damaged file gives a marker that no boot id trusts."""
+    if not path.exists():
+        return None
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=CleanMark)
+    except msgspec.MsgspecError:
+        return CleanMark(False, "")
 
 
 def write(path: Path, mark: CleanMark) -> None:
     """Replaces the marker; durable when this returns."""
-    durable.replace(path, json.dumps(mark._asdict()).encode())
+    durable.replace(path, msgspec.json.encode(mark))

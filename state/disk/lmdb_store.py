@@ -60,7 +60,6 @@ class LmdbStore:
         shares: The shares of users that it holds; only subclasses with data of users read it.
 
     Args:
-        path: Its directory; a writer creates it.
         map_bytes: Its maximum size if it is written; address space, not memory.
         readonly: True for readers; the writer must have created the store.
         boot_id: The boot id of this machine; by default the kernel's.
@@ -227,7 +226,6 @@ class LmdbStore:
             self._open(most)
 
     def _copy_alive(self, folder: Path) -> None:
-        """Writes all entries of all databases, in order, to a store in `folder`."""
         folder.mkdir()
         copy = lmdb.open(
             str(folder),
@@ -297,7 +295,6 @@ class LmdbStore:
             )
 
     def _check_made(self) -> None:
-        """Refuses another format, and an older release's store that was open at a power cut."""
         stored = self._stored(FORMAT)
         document = {"format": self.number, **self._made_with()} if stored is None else json.loads(stored)
         if document["format"] != self.number:

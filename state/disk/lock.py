@@ -42,8 +42,6 @@ class DirectoryLock:
     """Holds the lock of directory `path`, which is created if missing, from `acquire` (or `with`) to `release`.
 
     Args:
-        path: The directory.
-        name: The name of the lock file.
         about: Additional facts about the holder, for the lock file.
     """
 

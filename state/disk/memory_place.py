@@ -50,10 +50,8 @@ class Place:
 def choose(link: Path, memory: str, least_bytes: int | None = None) -> Place:
     """Chooses the location of a link's store. In memory, it also creates the directory that contains the store.
 
-    Args:
-        link: A link in a directory whose lock is held.
-        memory: `storage.memory_dir`, used if it has space; empty if nothing may be in memory.
-        least_bytes: The minimum space required. An existing store also requires a quarter more than its size.
+    The link's directory is locked. `memory` is `storage.memory_dir`, empty if nothing may be in memory. It must have space
+    for `least_bytes`, and for a quarter more than the size of an existing store.
     """
     link.parent.mkdir(parents=True, exist_ok=True)
     if not memory:
@@ -79,7 +77,9 @@ def lack(link: Path, memory: str, least_bytes: int | None = None) -> str:
         room = min(shutil.disk_usage(parent).free, psutil.virtual_memory().available) + present_bytes
     except OSError as error:
         return reason_of(error)
-    return "" if room >= wanted else f"{memory} has room for {_mb(room)}, and {_mb(wanted)} are wanted"
+    return (
+        "" if room >= wanted else f"{memory} has room for {room / 1e6:,.0f} MB, and {wanted / 1e6:,.0f} MB are wanted"
+    )
 
 
 def home(parent: Path, link: Path) -> Path:
@@ -231,12 +231,10 @@ def is_in_memory(path: Path) -> bool:
 
 
 def _beside(link: Path) -> Path:
-    """The path on the disk of a link's store."""
     return link.with_name(f"{link.name}.disk")
 
 
 def _is_forgotten(folder: Path) -> bool:
-    """Whether the link of a store's directory is gone or points elsewhere, and no process has the store open."""
     try:
         link = Path((folder / LINK).read_text())
         if target_of(link) == folder / link.name:
@@ -244,7 +242,3 @@ def _is_forgotten(folder: Path) -> bool:
     except OSError:
         pass
     return not any(is_open(store) for store in folder.glob("*/"))
-
-
-def _mb(count: int) -> str:
-    return f"{count / 1e6:,.0f} MB"

@@ -1,4 +1,4 @@
-"""Dead letters, the records that cannot become events: their reason codes, and their stored data."""
+"""Dead letters, the records that cannot become events, and their reason codes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import enum
 from typing import NamedTuple
 
 from state.positions import Source
+
+MOST_EVENT_BYTES = 1_000_000
+"""Maximum size of a record of clicks or attributes; a larger one is a dead letter."""
 
 
 class Reason(enum.StrEnum):
@@ -29,17 +32,8 @@ def reason_of(error: Exception) -> Reason:
 
 
 class DeadLetter(NamedTuple):
-    """A record that cannot become an event.
-
-    Key and value are only for the dead-letter writer, if writing bytes is enabled, because the key is a user's raw id.
-    """
+    """A record that cannot become an event: its position and the reason, without its key and value."""
 
     source: Source
     offset: int
     reason: Reason
-    key: bytes | None
-    value: bytes | None
-
-    def __repr__(self) -> str:
-        """Shows only coordinates and reason, because the bytes may contain a raw user id."""
-        return f"DeadLetter({self.source}@{self.offset}, {self.reason})"

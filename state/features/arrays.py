@@ -37,6 +37,20 @@ class Tables(NamedTuple):
     history: int
 
 
+class Rings(NamedTuple):
+    """The latest events of several users, each in a ring buffer.
+
+    Attributes:
+        events: `[users, N, 5]` int64.
+        ends: `[users]` int64, the position of each user's next event.
+        counts: `[users]` int64, the number of events.
+    """
+
+    events: I64
+    ends: I64
+    counts: I64
+
+
 class Vector(NamedTuple):
     """One row of integers, or `[n, ...]` of each array for n rows.
 

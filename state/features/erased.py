@@ -1,4 +1,4 @@
-"""Erasures: the erased users, the offsets up to which they are erased, and the rows and events to remove.
+"""Sets of users, and erasures: the erased users, the offsets up to which they are erased, and the rows and events to remove.
 
 An erasure names users and, for each source of clicks, the offset below which their clicks are removed. Later clicks
 create a new user with the same pseudonym. Erasures depend on positions, never on the clock, so a record in a log or a
@@ -17,14 +17,89 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from state.features.masked_users import MaskedUsers
 from state.positions import Range
 
 Flags = NDArray[np.bool_]
 Until = tuple[tuple[int, int, int], ...]
 
+STORED = np.dtype("<u8")
+
 EVERYTHING = (1 << 63) - 1
 """Offset of a source all of whose clicks are erased, because its topic is no longer written."""
+
+
+class MaskedUsers:
+    """Pseudonyms of users, `[n]` uint64, ascending and unique; immutable."""
+
+    NOBODY: ClassVar[MaskedUsers]
+
+    def __init__(self, ids: NDArray[np.uint64]) -> None:
+        self.ids = ids
+        self.ids.flags.writeable = False
+
+    @classmethod
+    def of(cls, users: Iterable[int]) -> MaskedUsers:
+        """Builds the set from pseudonyms in any order."""
+        return cls(np.unique(np.fromiter(users, np.uint64)))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> MaskedUsers:
+        """Decodes the output of `to_bytes`; ValueError if the pseudonyms are not in order."""
+        ids = np.frombuffer(data, STORED).astype(np.uint64)
+        if not np.all(ids[1:] > ids[:-1]):
+            raise ValueError("users of a mask are not in order")
+        return cls(ids)
+
+    def to_bytes(self) -> bytes:
+        """Encodes the pseudonyms, 8 bytes each, little-endian and ascending."""
+        return self.ids.astype(STORED).tobytes()
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of `to_bytes`, hexadecimal; it names the file."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def has(self, users: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Which of `users` (`[n]` uint64) are in the set (`[n]` bool)."""
+        members = np.zeros(len(users), np.bool_)
+        if not len(self.ids):
+            return members
+        # In sorted order, consecutive lookups access the same part of a large set.
+        order = np.argsort(users)
+        ordered = users[order]
+        indices = np.minimum(np.searchsorted(self.ids, ordered), len(self.ids) - 1)
+        members[order] = self.ids[indices] == ordered
+        return members
+
+    def __contains__(self, user: int) -> bool:
+        if not self.ids.size:
+            return False
+        index = int(self.ids.searchsorted(np.uint64(user)))
+        return index < len(self.ids) and int(self.ids[index]) == user
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.ids.tolist())
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __or__(self, others: MaskedUsers) -> MaskedUsers:
+        if not len(others) or self is others:
+            return self
+        return MaskedUsers(np.union1d(self.ids, others.ids)) if len(self) else others
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, MaskedUsers) and np.array_equal(self.ids, other.ids)
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        # Without the pseudonyms, because the text may appear in an error or a log line.
+        return f"MaskedUsers({len(self)})"
+
+
+MaskedUsers.NOBODY = MaskedUsers(np.empty(0, np.uint64))
 
 
 @dataclass(frozen=True)
@@ -33,9 +108,6 @@ class Erasure:
 
     Attributes:
         id: Its number, from 1 on, never reused.
-        generation: The control generation that set it.
-        at_ms: When it was set, wall clock.
-        users: The users' pseudonyms.
         until: (topic word, partition, next): clicks before that offset are removed. A source without an entry keeps
             all clicks.
     """
@@ -80,14 +152,7 @@ class Erasure:
 
 @dataclass(frozen=True)
 class Erased:
-    """All erasures so far, in order; immutable.
-
-    >>> gone = Erased((Erasure(1, 5, 0, MaskedUsers.of([7]), ((42, 0, 100),)),))
-    >>> gone.last, gone.hides(7, through=0), gone.hides(7, through=1), gone.hides(8, through=0)
-    (1, True, False, False)
-    >>> Erased.from_bytes(gone.to_bytes()) == gone
-    True
-    """
+    """All erasures so far, in order; immutable."""
 
     entries: tuple[Erasure, ...] = ()
     NOBODY: ClassVar[Erased]

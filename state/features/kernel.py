@@ -1,21 +1,14 @@
 """The window kernel: computes one row of integer features from one user's recent events.
 
-The stream calls it for whole batches on its arena of ring buffers; serving calls it for stored histories. Both run this
-code, so the same events give the same bits. It sees integers only. For each row:
+The stream calls it for whole batches on its arena of ring buffers; serving calls it for stored histories. For each row:
 
 1. The visible events are put in order, newest first, by (time, offset, source). Their order alone gives sessions, gaps
    and switches (`put_in_order`, `follow`).
 2. They are summed, newest first: counts and decayed counts by action, by category, and of first occurrences (`sum_up`).
 3. The sums are written as the row, saturated to 16 bits, in the order of the names of `FeatureSpec` (`write_features`).
-4. If the spec requests them, the latest events themselves are written, newest first, for a ranker that reads single
-   events (`write_sequence`).
-
-Each event of step 4 has an item, a category, an action and a recency. Actions count from 1 in the order of
-`events.actions`; an unnamed action gets the next number. The recency encodes the event's age at the row's time in eight
-steps per octave of 1.024 s, 0 to 254. A missing item or category is 0. Slots beyond the visible events are 0 in all
-four columns; an action of 0 identifies them.
-
-Each thread has its own working memory (`Scratch`).
+4. If the spec requests them, the latest events are written, newest first (`write_sequence`): item, category, action and
+   recency. Actions count from 1 in the order of `events.actions`; an unnamed action gets the next number. The recency
+   is the age in eight steps per octave of 1.024 s, 0 to 254. Slots beyond the visible events are 0 in all columns.
 """
 
 from __future__ import annotations
@@ -25,7 +18,6 @@ from typing import NamedTuple
 import numpy as np
 
 from state.compiled import compiled, inlined, layout
-from state.features.ages import DAY_MS, EXACT, HOUR_MS, NEVER, quantise
 from state.features.arrays import (
     FEW,
     GAPS,
@@ -38,15 +30,19 @@ from state.features.arrays import (
     U16,
     U64,
     WORDS,
+    Rings,
     Tables,
     Vector,
 )
 from state.features.mask import Hidden
+from state.features.spec import DAY_MS, EXACT, HOUR_MS, NEVER, quantise
 
 
-class Scratch(NamedTuple):
-    """Working memory of one thread, reused from row to row."""
+class Work(NamedTuple):
+    """The constants of a spec, the mask, and the working memory of one thread, which is reused from row to row."""
 
+    tables: Tables
+    hidden: Hidden
     order: U64  # [N]: ring positions of visible events, newest first
     recent_categories: I64  # [T, 2]: open addressing, key and generation << 16 | slot
     items: I64  # [T, 2]
@@ -64,15 +60,17 @@ class Scratch(NamedTuple):
 
 
 @compiled
-def scratch_of(tables: Tables) -> Scratch:
-    """Working memory for the rows of a spec."""
+def work_of(tables: Tables, hidden: Hidden) -> Work:
+    """Working memory for the rows of a spec under a mask."""
     # At most a quarter full, because collisions cost more than memory.
     size = 64
     while size < 4 * tables.history:
         size *= 2
     width = tables.windows_ms.shape[0]
     lives = tables.decay.shape[1]
-    return Scratch(
+    return Work(
+        tables,
+        hidden,
         np.zeros(tables.history, np.uint64),
         np.zeros((size, 2), np.int64),
         np.zeros((size, 2), np.int64),
@@ -97,6 +95,7 @@ class Course(NamedTuple):
     """The facts that follow from the order of the visible events."""
 
     visible: int
+    truncated: bool
     session_events: int
     session_start: int
     sessions: int
@@ -134,13 +133,12 @@ def newer(ring: I64, first: int, second: int) -> bool:
 
 
 @inlined
-def put_in_order(
-    ring: I64, end: int, count: int, at_ms: int, tables: Tables, hidden: Hidden, order: U64
-) -> tuple[int, bool]:
-    """Writes `order`; returns the number of visible events, and whether older events may have been lost.
+def put_in_order(ring: I64, end: int, count: int, at_ms: int, work: Work) -> tuple[int, bool]:
+    """Writes `work.order`; returns the number of visible events, and whether older events may have been lost.
 
     Histories are nearly in order, so insertion takes one pass.
     """
+    tables, hidden, order = work.tables, work.hidden, work.order
     masked = hidden.offsets.shape[0] + hidden.times.shape[0] + hidden.named.shape[0] > 0
     horizon = at_ms - tables.windows_ms[-1]
     truncated = count == tables.history
@@ -172,8 +170,9 @@ def put_in_order(
 
 
 @inlined
-def follow(ring: I64, at_ms: int, visible: int, tables: Tables, work: Scratch) -> Course:
+def follow(ring: I64, at_ms: int, visible: int, truncated: bool, work: Work) -> Course:
     """Walks from the newest visible event to the oldest; writes the gaps."""
+    tables = work.tables
     work.gaps[:] = NEVER
     session_events = sessions = same_category = switches = days = 0
     session_start = newer_time = at_ms
@@ -201,11 +200,11 @@ def follow(ring: I64, at_ms: int, visible: int, tables: Tables, work: Scratch) -
         if open_session:
             session_events += 1
             session_start = time
-    return Course(visible, session_events, session_start, sessions, same_category, switches, days)
+    return Course(visible, truncated, session_events, session_start, sessions, same_category, switches, days)
 
 
 class Totals(NamedTuple):
-    """The results of the sums that are not in `Scratch`."""
+    """The results of the sums that are not in `Work`."""
 
     categories: int
     session_categories: int
@@ -229,26 +228,21 @@ def slot_of(table: I64, key: int, generation: int, fresh: int) -> int:
 
 
 @inlined
-def sum_up(
-    ring: I64,
-    at_ms: int,
-    visible: int,
-    session_events: int,
-    generation: int,
-    tables: Tables,
-    work: Scratch,
-    recent_categories: U64,
-    category_windows: U16,
-) -> Totals:
-    """Sums into `work`, and writes the categories in order with their recencies.
+def sum_up(ring: I64, at_ms: int, course: Course, work: Work, rows: Vector, n: int) -> Totals:
+    """Sums into `work`, and writes the categories of row `n` in order with their recencies.
 
     Ages only grow. So finding the window, the step of the quantiser and the first occurrence needs no search.
     """
-    windows, recency = tables.windows_ms, tables.recency
+    tables, recent_categories, category_windows = work.tables, rows.recent_categories[n], rows.category_windows[n]
+    windows, recency, generation = tables.windows_ms, tables.recency, n + 1
     width, lives, actions, slots = windows.shape[0], tables.decay.shape[1], tables.actions, recent_categories.shape[0]
-    _begin(work, recent_categories, category_windows)
+    work.kind_sums[:] = 0
+    work.distinct[:] = 0
+    work.action_recency[:] = NEVER
+    recent_categories[:] = 0
+    category_windows[:] = 0
     category_count = item_count = session_categories = session_items = window = shift = step = 0
-    for k in range(visible):
+    for k in range(course.visible):
         event = work.order[k]
         time, category, item, packed = ring[event, 0], ring[event, 1], ring[event, 2], ring[event, 4]
         action = min((packed >> 48) & 0xFF, actions)
@@ -285,22 +279,13 @@ def sum_up(
         if item != 0 and slot_of(work.items, item, generation, item_count) == item_count:
             item_count += 1
             work.distinct[1, window] += 1
-        if k < session_events:
+        if k < course.session_events:
             session_categories, session_items = category_count, item_count
     return Totals(category_count, session_categories, session_items, step)
 
 
 @inlined
-def _begin(work: Scratch, recent_categories: U64, category_windows: U16) -> None:
-    work.kind_sums[:] = 0
-    work.distinct[:] = 0
-    work.action_recency[:] = NEVER
-    recent_categories[:] = 0
-    category_windows[:] = 0
-
-
-@inlined
-def sum_in_order(work: Scratch, visible: int, category_count: int) -> None:
+def sum_in_order(work: Work, visible: int, category_count: int) -> None:
     """Writes `work.of_order`: the sums of each category that depend only on the order of events."""
     slots, sums = work.slots, work.of_order
     sums[:, :category_count] = 0
@@ -313,8 +298,9 @@ def sum_in_order(work: Scratch, visible: int, category_count: int) -> None:
 
 
 @inlined
-def write_categories(tables: Tables, work: Scratch, category_count: int, any_last: bool, category_windows: U16) -> None:
+def write_categories(work: Work, category_count: int, any_last: bool, category_windows: U16) -> None:
     """Writes the windows of each category, in the order of `FeatureSpec.window_names`."""
+    tables = work.tables
     width, lives = tables.windows_ms.shape[0], tables.decay.shape[1]
     of_order, first = work.of_order, category_windows.shape[1] - OF_ORDER
     for slot in range(category_windows.shape[0]):
@@ -339,19 +325,11 @@ def write_categories(tables: Tables, work: Scratch, category_count: int, any_las
 
 
 @inlined
-def write_features(
-    at_ms: int,
-    tables: Tables,
-    work: Scratch,
-    course: Course,
-    totals: Totals,
-    truncated: bool,
-    category_windows: U16,
-    features: U16,
-) -> None:
-    """Writes the row, in the order of `FeatureSpec.names`."""
-    f = _write_sums(tables, work, features)
-    f = _write_distinct(tables, work, totals.categories, features, f)
+def write_features(at_ms: int, work: Work, course: Course, totals: Totals, rows: Vector, n: int) -> None:
+    """Writes the features of row `n`, in the order of `FeatureSpec.names`."""
+    tables, features, category_windows = work.tables, rows.features[n], rows.category_windows[n]
+    f = _write_sums(work, features)
+    f = _write_distinct(work, totals.categories, features, f)
     for k in range(GAPS):
         features[f] = work.gaps[k]
         f += 1
@@ -364,7 +342,7 @@ def write_features(
     features[f + 5] = course.same_category
     features[f + 6] = course.switches
     features[f + 7] = course.visible
-    features[f + 8] = truncated
+    features[f + 8] = course.truncated
     features[f + 9] = recency[totals.oldest_step] if course.visible else NEVER
     features[f + 10] = course.days
     f = _write_clock(at_ms, tables, features, f + 11)
@@ -375,8 +353,9 @@ def write_features(
 
 
 @inlined
-def _write_sums(tables: Tables, work: Scratch, features: U16) -> int:
+def _write_sums(work: Work, features: U16) -> int:
     """Writes sums by action, then of events with a known label, then with a positive one; returns the next index."""
+    tables = work.tables
     width, lives, actions = tables.windows_ms.shape[0], tables.decay.shape[1], tables.actions
     f = 0
     sums = work.sums
@@ -411,9 +390,9 @@ def _write_sums(tables: Tables, work: Scratch, features: U16) -> int:
 
 
 @inlined
-def _write_distinct(tables: Tables, work: Scratch, category_count: int, features: U16, f: int) -> int:
+def _write_distinct(work: Work, category_count: int, features: U16, f: int) -> int:
     """Writes the numbers of distinct categories and items, and the share of the top category in thousandths."""
-    width = tables.windows_ms.shape[0]
+    width = work.tables.windows_ms.shape[0]
     for kind in range(2):
         total = 0
         for w in range(width):
@@ -445,8 +424,9 @@ def _write_clock(at_ms: int, tables: Tables, features: U16, f: int) -> int:
 
 
 @inlined
-def write_sequence(ring: I64, at_ms: int, visible: int, tables: Tables, work: Scratch, rows: Vector, n: int) -> None:
+def write_sequence(ring: I64, at_ms: int, visible: int, work: Work, rows: Vector, n: int) -> None:
     """Writes the four `sequence_*` of row `n`; writes nothing if they have length 0."""
+    tables = work.tables
     for k in range(rows.sequence_items.shape[1]):
         if k >= visible:
             rows.sequence_items[n, k] = 0
@@ -464,37 +444,25 @@ def write_sequence(ring: I64, at_ms: int, visible: int, tables: Tables, work: Sc
 # Not in the module of the classes: using only a spec, its digest or names needs no compiler.
 layout("i8[::1], i8[:, ::1], i8[::1], i8[:, ::1], i8[:, ::1], i8, i8")(Tables)
 layout("i8[:, ::1], i8[:, ::1], i8[:, ::1]")(Hidden)
+layout("i8[:, :, ::1], i8[::1], i8[::1]")(Rings)
 layout("u2[:, ::1], u8[:, ::1], u2[:, :, ::1], u8[:, ::1], u8[:, ::1], u2[:, ::1], u2[:, ::1]")(Vector)
 
 
 @inlined
-def _write_row(
-    ring: I64,
-    end: int,
-    count: int,
-    at_ms: int,
-    tables: Tables,
-    hidden: Hidden,
-    work: Scratch,
-    rows: Vector,
-    n: int,
-) -> None:
+def _write_row(ring: I64, end: int, count: int, at_ms: int, work: Work, rows: Vector, n: int) -> None:
     """Writes row `n` from the `count` events that end before ring position `end`."""
-    recent_categories, category_windows = rows.recent_categories[n], rows.category_windows[n]
     # 1.
-    visible, truncated = put_in_order(ring, end, count, at_ms, tables, hidden, work.order)
-    course = follow(ring, at_ms, visible, tables, work)
+    visible, truncated = put_in_order(ring, end, count, at_ms, work)
+    course = follow(ring, at_ms, visible, truncated, work)
     # 2.
-    totals = sum_up(
-        ring, at_ms, visible, course.session_events, n + 1, tables, work, recent_categories, category_windows
-    )
+    totals = sum_up(ring, at_ms, course, work, rows, n)
     sum_in_order(work, visible, totals.categories)
     # 3.
     last_is_category = visible > 0 and ring[work.order[0], 1] != 0
-    write_categories(tables, work, totals.categories, last_is_category, category_windows)
-    write_features(at_ms, tables, work, course, totals, truncated, category_windows, rows.features[n])
+    write_categories(work, totals.categories, last_is_category, rows.category_windows[n])
+    write_features(at_ms, work, course, totals, rows, n)
     # 4.
-    write_sequence(ring, at_ms, visible, tables, work, rows, n)
+    write_sequence(ring, at_ms, visible, work, rows, n)
 
 
 @compiled("i8[:, ::1], i8[::1], i8[::1], Tables, Hidden, Vector")
@@ -509,41 +477,31 @@ def many_rows(events: I64, starts: I64, at_ms: I64, tables: Tables, hidden: Hidd
         hidden: The mask.
         rows: The n rows, written by this function.
     """
-    work = scratch_of(tables)
+    work = work_of(tables, hidden)
     for n in range(at_ms.shape[0]):
         count = starts[n + 1] - starts[n]
-        _write_row(events[starts[n] : starts[n + 1]], count, count, at_ms[n], tables, hidden, work, rows, n)
+        _write_row(events[starts[n] : starts[n + 1]], count, count, at_ms[n], work, rows, n)
 
 
-@compiled("i8[:, :, ::1], i8[::1], i8[::1], i8[::1], i8[:, ::1], Tables, Hidden, Vector")
-def update_rows(
-    rings: I64,
-    ends: I64,
-    counts: I64,
-    slots: I64,
-    events: I64,
-    tables: Tables,
-    hidden: Hidden,
-    rows: Vector,
-) -> None:
+@compiled("Rings, i8[::1], i8[:, ::1], Tables, Hidden, Vector")
+def update_rows(rings: Rings, slots: I64, events: I64, tables: Tables, hidden: Hidden, rows: Vector) -> None:
     """Writes the row of each event from the events before it, then appends it.
 
     Args:
-        rings: `[users, N, 5]` int64, updated.
-        ends: `[users]` int64, the ring position of each user's next event, updated.
-        counts: `[users]` int64, events in each ring, updated.
+        rings: The events of the users, updated.
         slots: `[n]` int64, the ring of each event's user.
         events: `[n, 5]` int64, in order of arrival.
         tables: The spec's constants.
         hidden: The mask.
         rows: The n rows, written by this function.
     """
-    work = scratch_of(tables)
-    size = rings.shape[1]
+    work = work_of(tables, hidden)
+    ends, counts, size = rings.ends, rings.counts, rings.events.shape[1]
     for n in range(events.shape[0]):
         slot = slots[n]
-        _write_row(rings[slot], ends[slot], counts[slot], events[n, 0], tables, hidden, work, rows, n)
+        ring = rings.events[slot]
+        _write_row(ring, ends[slot], counts[slot], events[n, 0], work, rows, n)
         for word in range(WORDS):
-            rings[slot, ends[slot], word] = events[n, word]
+            ring[ends[slot], word] = events[n, word]
         ends[slot] = (ends[slot] + 1) % size
         counts[slot] = min(counts[slot] + 1, size)

@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.events.identity import public_id
-from state.features.erased import Erased
-from state.features.masked_users import MaskedUsers
+from state.features.erased import Erased, MaskedUsers
 from state.positions import Range
 
 I64 = NDArray[np.int64]
@@ -90,10 +89,6 @@ class Mask:
         users: Pseudonyms.
         named: Items and categories, each with a time span.
         erased: Erased users, each up to an offset. No rollback and no `unmask` undoes an erasure.
-
-    >>> mask = Mask(3, times=((1000, 2000),), users=MaskedUsers.of([7]))
-    >>> Mask.from_json(mask.to_json()) == mask == Mask.from_bytes(mask.to_bytes())
-    True
     """
 
     generation: int = 0

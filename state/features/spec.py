@@ -1,12 +1,9 @@
-"""The feature spec and `vectorise`: a user's recent events as named integers.
-
-The stream and serving compute windows with the same kernel (`state/features/kernel.py`), so the same events give the
-same bits. The rules:
+"""The feature spec and `vectorise_many`: a user's recent events as named integers. The rules:
 
 - A history is the last N events in append order. The bound applies before the mask; masked events are then left out as
   if they had never happened.
 - The window of w seconds is `(at - w, at]`. Events later than `at`, and those older than the longest window, affect no
-  output. So sweeping old events cannot change an answer.
+  output.
 - "Last" is by (time, offset), then by partition. The windows `of_latest_5`, `of_latest_20` and `follows` of a category
   use the same order. The first two count the category's events among the user's latest 5 and 20. `follows` counts how
   often the category came next after the category of the user's latest event. An event without a category counts among
@@ -17,6 +14,7 @@ same bits. The rules:
 
 from __future__ import annotations
 
+import decimal
 import hashlib
 import json
 import math
@@ -32,13 +30,16 @@ from numpy.typing import NDArray
 from state.config.sections import Events as EventSettings
 from state.config.sections import Features
 from state.errors import SettingsError
-from state.features.ages import ages_of_steps, decay_column, recency_step
 from state.features.arrays import FEW, GAPS, MANY, OF_ORDER, SLOTS, SWITCHES, Tables, Vector, words
 from state.features.mask import Mask as Mask
 
 if TYPE_CHECKING:
     from state.config.settings import Settings
 
+NEVER = 255  # the recency of an event that never happened
+EXACT = 128  # each age below this many units has its own step; then 64 steps per octave
+DAY_MS = 86_400_000
+HOUR_MS = 3_600_000
 KERNELS = "state.features.kernel"
 """The module that `vectorise_many` imports late. A process that computes windows prepares its kernels."""
 
@@ -61,8 +62,50 @@ CODE = 2  # increment it when the same events give other integers
 Events = NDArray[Any]
 
 
+def quantise(age: int) -> int:
+    """The step of an age in units of 1.024 s, exact below 128 units.
+
+    >>> [quantise(age) for age in (0, 127, 128, 129, 130, 256)]
+    [0, 127, 128, 128, 129, 192]
+    """
+    shift = 0
+    while (age >> shift) >= EXACT:
+        shift += 1
+    return 64 * shift + (age >> shift)
+
+
+def recency_step(age: int) -> int:
+    """The recency of an age in units of 1.024 s: eight steps per octave, at most 254.
+
+    >>> [recency_step(age) for age in (0, 15, 16, 3515, 590_625, 10**12)]
+    [0, 15, 16, 77, 137, 254]
+    """
+    shift = max(0, age.bit_length() - 4)
+    return min(8 * shift + (age >> shift), NEVER - 1)
+
+
+def ages_of_steps(longest_ms: int) -> list[int]:
+    """The minimum age of each step of the quantiser, in units, up to the step of `longest_ms`.
+
+    >>> ages = ages_of_steps(604_800_000)
+    >>> len(ages), [quantise(age) for age in ages] == list(range(len(ages)))
+    (905, True)
+    """
+    steps = quantise(longest_ms >> 10) + 1
+    return [q if q < EXACT else (q % 64 + 64) << (q // 64 - 1) for q in range(steps)]
+
+
+def decay_column(half_life_s: int, ages: list[int]) -> list[int]:
+    """65536 * 2^(-age / half life) for ages in units of 1.024 s.
+
+    Decimal arithmetic is correctly rounded everywhere; a platform's exp2 is not.
+    """
+    with decimal.localcontext(decimal.Context(prec=34)):
+        rate = -decimal.Decimal(2).ln() * 1024 / (1000 * half_life_s)
+        return [int((65536 * (rate * age).exp()).to_integral_value()) for age in ages]
+
+
 def _span(seconds: int) -> str:
-    """The name of a duration."""
     for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
         if seconds % size == 0:
             return f"{seconds // size}{unit}"
@@ -80,12 +123,6 @@ class FeatureSpec:
         history: N, the events kept per user.
         recent_categories: L, the number of a user's latest categories that have their own windows.
         sequence: T, the latest events of a user that a row contains; 0 for none.
-
-    >>> spec = FeatureSpec()
-    >>> len(spec.names), len(spec.window_names), spec.names[0]
-    (128, 15, 'view.count_1h')
-    >>> FeatureSpec.from_json(spec.to_json()) == spec
-    True
     """
 
     actions: tuple[str, ...] = EventSettings().actions
@@ -247,15 +284,9 @@ def _plain(value: Any) -> Any:
 
 
 def vectorise(history: Events, at_ms: int, before: int | None, mask: Mask, spec: FeatureSpec, user: int = 0) -> Vector:
-    """Computes one user's row as of `at_ms`, milliseconds.
+    """Computes one user's row as of `at_ms`, milliseconds, from a history in append order, `[m]` EVENT.
 
-    Args:
-        history: `[m]` EVENT in append order; only the last N count.
-        at_ms: The time of the answer.
-        before: How many leading events of `history` are visible; None for all.
-        mask: The events to leave out.
-        spec: The feature spec.
-        user: The pseudonym, for masks that name users.
+    Only its last N events count, and of `before` leading ones if that is not None. `user` is for masks that name users.
     """
     events = history if before is None else history[:before]
     return Vector(*[column[0] for column in vectorise_many([events], [at_ms], mask, spec, [user])])
@@ -266,18 +297,7 @@ def vectorise_many(
 ) -> Vector:
     """Computes the rows of n users, each as of its own time in milliseconds: `[n, ...]` of each array.
 
-    Args:
-        histories: n times `[m]` EVENT in append order; only the last N events of each count.
-        at_ms: n times.
-        mask: The events to leave out.
-        spec: The feature spec.
-        users: n pseudonyms, for masks that name users.
-
-    >>> click = np.zeros(1, EVENT)
-    >>> click["at_ms"], click["category"] = 1_000, 7
-    >>> rows = vectorise_many([click[:0], click], [2_000, 2_000], Mask.NONE, FeatureSpec(), [1, 2])
-    >>> rows.recent_categories[:, 0].tolist()
-    [0, 7]
+    Each history is `[m]` EVENT in append order, of which only the last N events count. `users` are for masks that name some.
     """
     # Imported here: using only a spec, its digest or names needs no compiler, which takes a second to load.
     from state.features.kernel import many_rows
@@ -294,7 +314,6 @@ def vectorise_many(
 
 
 def _seen(events: Events, user: int, mask: Mask, history: int) -> Events:
-    """The last N events of a user after the mask's users and erasures are applied."""
     if user in mask.users:
         return events[:0]
     visible: Events = events[~mask.erased.events(events, user)] if mask.erased else events

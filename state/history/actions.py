@@ -18,19 +18,8 @@ OTHER = 255
 Numbers = NDArray[np.uint8]
 
 
-def grown(stored: Sequence[str], actions: Sequence[str]) -> tuple[str, ...]:
-    """The store's names, extended by new `actions`."""
-    return (*stored, *(name for name in actions if name not in stored))
-
-
 def exchange(then: Sequence[str], now: Sequence[str]) -> Numbers | None:
-    """The table from numbers in `then` to numbers in `now`, `[256]` uint8; None if every number stays the same.
-
-    >>> exchange(("view", "cart"), ("view", "cart", "wish")) is None
-    True
-    >>> exchange(("view", "cart"), ("cart", "wish"))[:3].tolist()
-    [255, 0, 255]
-    """
+    """The table from numbers in `then` to numbers in `now`, `[256]` uint8; None if every number stays the same."""
     if tuple(now[: len(then)]) == tuple(then):
         return None
     number_of = {name: number for number, name in enumerate(now)}
@@ -78,6 +67,6 @@ def numbered(
     `stored` is the store's extra `ACTIONS`; `before` has the names in a store of a release that did not keep them.
     """
     names = tuple(json.loads(stored)) if stored is not None else tuple(before or actions)
-    now = grown(names, actions)
+    now = (*names, *(name for name in actions if name not in names))
     extra = {} if stored is not None and now == names else {ACTIONS: json.dumps(now).encode()}
     return Numbering(exchange(actions, now), exchange(now, actions)), extra

@@ -37,12 +37,7 @@ class Appends:
 
     @classmethod
     def of(cls, users: NDArray[np.uint64], events: Events) -> Appends:
-        """Groups events by user.
-
-        >>> appends = Appends.of(np.array([7, 5, 7], np.uint64), np.zeros(3, EVENT))
-        >>> appends.users.tolist(), appends.starts.tolist(), appends.lengths.tolist()
-        ([5, 7], [0, 1], [1, 2])
-        """
+        """Groups events by user."""
         if not len(users):
             return cls.none()
         order = np.argsort(users, kind="stable")

@@ -50,11 +50,7 @@ def move(cursor: lmdb.Cursor, part: Range, holder: str) -> None:
 
 
 def summed(sources: Iterable[Mapping[str, int]]) -> Counts:
-    """Outcomes summed over all sources, with `positions`, the offsets passed. Counts of `RARE` occur only if not 0.
-
-    >>> summed([{"first": 3, "next": 5, "rows": 2, "dead": 0, "filtered": 0, "absent": 0}])
-    {'positions': 2, 'rows': 2, 'dead': 0, 'filtered': 0, 'absent': 0}
-    """
+    """Outcomes summed over all sources, with `positions`, the offsets passed. Counts of `RARE` occur only if not 0."""
     counts = list(sources)
     sums = {name: sum(count[name] for count in counts) for name in OUTCOMES}
     sums |= {name: total for name in RARE if (total := sum(count.get(name, 0) for count in counts))}

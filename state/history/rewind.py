@@ -125,7 +125,6 @@ class Before:
     Args:
         marks: The next offset of each source at that position.
         needed: User -> how many of the latest events are needed.
-        waited: Impressions that are needed.
         items: Items whose category is needed.
         timed: Sources whose latest clicks are needed, because their clock is rewound.
 
@@ -177,7 +176,9 @@ class Before:
         untimed = self._untimed if self.latest else None
         for batch in block:
             self._find_opened(batch)
-            events = narrowed(batch, happened(batch.kind))
+            # Without windows, sequences and attributes.
+            columns = {name: column if column.ndim == 1 else column[:, :0] for name, column in batch.columns.items()}
+            events = MicroBatch(batch.header, **columns).take(happened(batch.kind))
             times.append(int(events.at_ms.max(initial=0)))
             has_no_time = [untimed is None or part.source in untimed for part in events.header.ranges]
             if any(has_no_time):
@@ -204,7 +205,6 @@ class Before:
                 self.opened.append(batch.take(np.arange(len(batch)) == row))
 
     def _take(self, wanted: MicroBatch) -> None:
-        """Takes the needed users' events of a record that precedes all records taken so far."""
         ranges = wanted.header.ranges
         lows = np.array([self._low.get(part.source, 0) for part in ranges] or [0], np.int64)
         wanted = wanted.take(wanted.offset < lows[wanted.source])
@@ -232,12 +232,6 @@ class Before:
             user: np.concatenate([np.empty(0, EVENT), *reversed(parts)]).astype(EVENT)
             for user, parts in self._events.items()
         }
-
-
-def narrowed(batch: MicroBatch, keep: NDArray[np.bool_]) -> MicroBatch:
-    """The rows of a batch selected by `keep` (`[n]` bool), without windows, sequences and attributes."""
-    columns = {name: column if column.ndim == 1 else column[:, :0] for name, column in batch.columns.items()}
-    return MicroBatch(batch.header, **{name: column[keep] for name, column in columns.items()})
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,6 @@ class Rewound:
     waiting: int = 0
 
     def __str__(self) -> str:
-        """A summary in one line."""
         short = f", {self.short:,} of them without their oldest events" if self.short else ""
         waits = f", {self.waiting:,} impressions wait for their labels again" if self.waiting else ""
         return f"{self.positions:,} positions of {self.users:,} users rolled back, {self.rebuilt:,} histories rebuilt from the log{short}{waits}"

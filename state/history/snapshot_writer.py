@@ -24,7 +24,6 @@ from state.history.snapshots import (
     UserRange,
     document_name,
     encode,
-    event_columns,
 )
 from state.history.store import FORGOTTEN, LOADING, ForgottenUsers, StoreView
 from state.log.follow import Position
@@ -70,8 +69,6 @@ class Cut:
     """A consistent view of a store at one moment, from which a snapshot is written.
 
     Attributes:
-        view: The store at that moment.
-        position: Its position in the training log.
         salt: Fingerprint of the salt of its users' pseudonyms.
         gained: The events added since `since`, in order; None to find them in the view.
         since: The snapshot on which this one builds; None to write all users.
@@ -88,11 +85,7 @@ class SnapshotWriter:
     """Writes snapshots of one store. Not thread-safe.
 
     Args:
-        location: Where to write; see `snapshots.location_of`.
         name: The name of this process, as in `ErasureReport.part`.
-        history: N, the events kept per user.
-        shares: The shares of users that the store holds.
-        most_bytes: The maximum size of one snapshot.
         stopped: Polled between files; True aborts an incomplete snapshot.
     """
 
@@ -159,8 +152,9 @@ class SnapshotWriter:
         finally:
             view.close()
         if made.bytes > self._most_bytes:
-            for file in self._own():
-                self._location.remove(file.name)
+            for file in self._files:
+                if file.number == self._number:
+                    self._location.remove(file.name)
             raise StoreFull(
                 f"a snapshot of the histories takes {made.bytes:,} bytes, and its share of the disk is {self._most_bytes:,}",
                 "raise storage.budget_gb, or turn snapshots off with history.snapshot_every_s = 0",
@@ -170,10 +164,6 @@ class SnapshotWriter:
         created = self._location.create(document_name(made.number), sealed.encode(made))
         killpoints.reach("snapshot.named")
         return made if created else None
-
-    def _own(self) -> list[SnapshotFile]:
-        """The files that this snapshot wrote."""
-        return [file for file in self._files if file.number == self._number]
 
     def _needed(self, ranges: Sequence[UserRange]) -> tuple[SnapshotFile, ...]:
         """The files that are still needed: neither bases of rescanned ranges, nor deltas that all bases contain."""
@@ -294,7 +284,9 @@ class SnapshotWriter:
         columns: Mapping[str, NDArray[Any]],
         events: Events,
     ) -> None:
-        data = encode({name: column.tobytes() for name, column in columns.items()} | event_columns(events))
+        parts = {name: column.tobytes() for name, column in columns.items()}
+        parts |= {name: np.ascontiguousarray(events[name]).tobytes() for name in EVENT.names or ()}
+        data = encode(parts)
         self._put_encoded(kind, shares, first_user, len(events), data)
 
     def _put_encoded(

@@ -60,7 +60,6 @@ _KEY = np.dtype([("user", ">u8"), ("chunk", ">u4")])
 logger = logging.getLogger(__name__)
 
 Kind = Literal["base", "delta", "extras"]
-Columns = Mapping[str, bytes]
 
 
 # The document
@@ -70,13 +69,11 @@ class SnapshotFile(msgspec.Struct, frozen=True):
     """A file of a snapshot.
 
     Attributes:
-        kind: The kind of its content.
         number: The snapshot that wrote it.
         shares: The first and the last share of its users.
         first_user: The first user of its range; 0 except for a base.
         events: The number of its events; for extras, of its entries.
         sha256: Digest of its bytes, hexadecimal.
-        bytes: Its size.
     """
 
     kind: Kind
@@ -109,7 +106,6 @@ class HistorySnapshot(msgspec.Struct, frozen=True):
     """The document of a snapshot.
 
     Attributes:
-        number: Its number.
         created_at_ms: Wall clock of its cut.
         writer: The process that wrote it, as in `ErasureReport.part`.
         history: N, the events kept per user.
@@ -119,10 +115,6 @@ class HistorySnapshot(msgspec.Struct, frozen=True):
         next: The partitions of the training log, each with the offset of its next record.
         branch: The branch of the training log, as `state.registry.log_line.to_json` writes it.
         sources: The next offset of each source of clicks.
-        erased: The last erasure that was applied.
-        users: The number of users with a history.
-        ranges: The ranges of users, ascending.
-        files: All its files.
     """
 
     number: int
@@ -207,7 +199,6 @@ def newest(location: FileStore, shares: UserShares = ALL) -> HistorySnapshot | N
 
 
 def _readable(location: FileStore) -> Iterator[HistorySnapshot]:
-    """Yields the snapshots whose document can be read, newest first; logs why others cannot."""
     for number in reversed(numbers(location)):
         try:
             yield read(location, number)
@@ -229,12 +220,9 @@ class Wanted:
     """The conditions that a snapshot must meet so that a reader of the training log can load it.
 
     Attributes:
-        history: N, the events kept per user.
         salt: Fingerprint of the salt of the users' pseudonyms; None if it is unknown.
         branch: The branch of the training log that control names.
-        topic_id: The id of the training log's topic.
         ends: By partition, the first retained offset of the log and the offset of its next record.
-        shares: The shares of users that the reader holds.
     """
 
     history: int
@@ -315,18 +303,6 @@ def encode(columns: Mapping[str, Any]) -> bytes:
     return zstandard.ZstdCompressor(level=_LEVEL).compress(msgspec.msgpack.encode(columns))
 
 
-def event_columns(events: Events) -> dict[str, bytes]:
-    """The columns of events, for `encode`."""
-    return {name: np.ascontiguousarray(events[name]).tobytes() for name in EVENT.names or ()}
-
-
-def _events_in(columns: Columns) -> Events:
-    found = np.empty(len(columns["action"]), EVENT)
-    for name in EVENT.names or ():
-        found[name] = np.frombuffer(columns[name], EVENT[name])
-    return found
-
-
 class ShareHistories(NamedTuple):
     """The histories of one share: the chunks of its bases, and the events to append."""
 
@@ -397,7 +373,10 @@ class SnapshotReader:
         columns = self._read(file)
         users, lengths = np.frombuffer(columns["users"], np.uint64), np.frombuffer(columns["lengths"], np.uint32)
         chunks = np.frombuffer(columns.get("chunks", b""), np.uint32)
-        return _Decoded(file, users, chunks, np.cumsum(lengths, dtype=np.int64), _events_in(columns))
+        events = np.empty(len(columns["action"]), EVENT)
+        for name in EVENT.names or ():
+            events[name] = np.frombuffer(columns[name], EVENT[name])
+        return _Decoded(file, users, chunks, np.cumsum(lengths, dtype=np.int64), events)
 
     def close(self) -> None:
         """Stops its threads."""
@@ -425,17 +404,11 @@ def load(
     store: HistoryStore,
     keep: Callable[[str], bool] = lambda name: True,
 ) -> None:
-    """Replaces the content of a store by a snapshot.
+    """Replaces the content of a store, which only its writer may do, by a snapshot; `keep` selects extras by name.
 
     1. Clear the store and mark it as loading.
     2. Write the users of the shares that the store holds, share by share.
     3. Write counts and extras in the transaction that removes the mark.
-
-    Args:
-        location: The location of the snapshot.
-        snapshot: The snapshot.
-        store: The store; only its writer may call this.
-        keep: Selects the extras to write, by name.
 
     Raises:
         CorruptStore: A file is missing or damaged. The store is empty, or marked as loading.
@@ -465,7 +438,6 @@ def load(
 
 
 def _divided(appends: Appends) -> Iterator[Appends]:
-    """Divides appends into transactions of a bounded size."""
     for first in range(0, len(appends.users), _AT_ONCE):
         some = slice(first, first + _AT_ONCE)
         starts, lengths = appends.starts[some], appends.lengths[some]

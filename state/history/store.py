@@ -183,28 +183,22 @@ class HistoryStore(MemoryStore):
     def read(self, user: int) -> Events:
         """The last events of `user`, `[m <= N]` EVENT in append order, from one snapshot; empty if unknown."""
         with self._begin("chunks") as transaction:
-            return self._read(transaction.cursor(), prefix_of(user))[0]
+            return self._read(transaction.cursor(), prefix_of(user))
 
     def read_many(self, users: Sequence[int]) -> list[Events]:
         """The histories of several users from one snapshot."""
         with self._begin("chunks") as transaction:
             cursor = transaction.cursor()
-            return [self._read(cursor, prefix_of(user))[0] for user in users]
+            return [self._read(cursor, prefix_of(user)) for user in users]
 
-    def _read(self, cursor: lmdb.Cursor, prefix: bytes) -> tuple[Events, int]:
-        """The last N events from the cursor's snapshot, and the user's total number of events."""
-        joined, total = chunks.read(cursor, prefix, self.history)
+    def _read(self, cursor: lmdb.Cursor, prefix: bytes) -> Events:
+        joined, _ = chunks.read(cursor, prefix, self.history)
         if len(joined) % EVENT_BYTES:
             raise CorruptStore(
                 f"{self.path} holds a history of {len(joined)} bytes, which is no whole number of events; it is not used",
                 self.remedy,
             )
-        return self.numbering.outwards(np.frombuffer(joined, EVENT)[-self.history :]), total
-
-    def total(self, user: int) -> int:
-        """The total number of events of `user` since the user was last unknown."""
-        with self._begin("chunks") as transaction:
-            return self._read(transaction.cursor(), prefix_of(user))[1]
+        return self.numbering.outwards(np.frombuffer(joined, EVENT)[-self.history :])
 
     def users(self) -> int:
         """The number of users with a history."""
@@ -292,14 +286,17 @@ class HistoryStore(MemoryStore):
                 move(transaction.cursor(db=self._meta), part, str(self.path))
             # 2. Histories.
             new = chunks.append(transaction.cursor(db=self._chunks), appends, self.history)
-            if new:
-                users = int(transaction.get(b"users", db=self._meta) or 0)
-                transaction.put(b"users", str(users + new).encode(), db=self._meta)
+            self._add_users(transaction, new)
             # 3. Extras.
             named = {b"x:" + name.encode(): value for name, value in (extra or {}).items()}
             put_all(transaction, self._meta, named)
             # 4. Waiting rows.
             put_all(transaction, self._waiting, waiting or {})
+
+    def _add_users(self, transaction: lmdb.Transaction, count: int) -> None:
+        if count:
+            users = int(transaction.get(b"users", b"0", db=self._meta)) + count
+            transaction.put(b"users", str(users).encode(), db=self._meta)
 
     def lacking(self, since: Since, marks: Mapping[Source, int]) -> dict[int, int]:
         """User -> how many events must be found again to rewind to `marks`; see `state.history.rewind`."""
@@ -334,15 +331,14 @@ class HistoryStore(MemoryStore):
         dropped, at = Counter(place_of(key)[0] for key in waiting), self.positions()
         with self._write() as transaction:
             # 1. Histories: later events of the user stay, as those of a new user.
-            users, cursor = int(transaction.get(b"users", b"0", db=self._meta)), transaction.cursor(db=self._chunks)
-            newly_erased = erased.after(before.through)
+            cursor, newly_erased, gone = transaction.cursor(db=self._chunks), erased.after(before.through), 0
             for user in newly_erased.users:
                 stored = chunks.events_in(chunks.read(cursor, prefix_of(user), self.history)[0])
                 remaining = stored[~newly_erased.events(stored, user)]
-                users -= len(stored) > 0 and len(remaining) == 0
+                gone += len(stored) > 0 and len(remaining) == 0
                 if len(remaining) < len(stored):
                     chunks.replace_all(cursor, prefix_of(user), remaining, len(remaining))
-            transaction.put(b"users", str(users).encode(), db=self._meta)
+            self._add_users(transaction, -gone)
             # 2. Waiting rows and their counts.
             put_all(transaction, self._waiting, dict.fromkeys(waiting))
             for source, count in dropped.items():
@@ -381,9 +377,7 @@ class HistoryStore(MemoryStore):
         """
         with self._write() as transaction:
             removed = remove(transaction.cursor(db=self._chunks), aged, is_old, evicted)
-            if removed_users := removed.aged + removed.evicted:
-                users = int(transaction.get(b"users", db=self._meta) or 0)
-                transaction.put(b"users", str(users - removed_users).encode(), db=self._meta)
+            self._add_users(transaction, -removed.aged - removed.evicted)
         return removed
 
     def view(self) -> StoreView:
@@ -425,7 +419,7 @@ class HistoryStore(MemoryStore):
         """SHA-256 over the last N events of every user, by user; equal histories have equal digests."""
         with self._begin("chunks") as transaction:
             reader = transaction.cursor()
-            return chunks.digest((prefix, self._read(reader, prefix)[0]) for prefix, _ in by_user(transaction.cursor()))
+            return chunks.digest((prefix, self._read(reader, prefix)) for prefix, _ in by_user(transaction.cursor()))
 
     def users_below(self, events: int) -> int:
         """How many users have a total of fewer than `events` events since they were last unknown."""

@@ -3,15 +3,10 @@
 Each step processes some hundred users in the order of their pseudonyms; a pass covers all users. Whenever log time has
 advanced by a 64th of the reach, a mark is added and a pass begins. A pass also begins when there are too many users.
 
-1. An event is old if both its own time and its read time are before the reach. The reach is the longest window plus
-   the allowed lateness of a click. So no later row can see an old event, and removing it changes no bit of any row.
-2. If there are too many users, the next pass evicts the excess users: those read longest ago. Among users read at
-   about the same time, it evicts those with the lowest pseudonyms. Event times are not used, so a wrong clock does not
-   keep a user longer.
-
-There are too many users if they exceed the allowed number, or if the pages in use nearly fill the store's map. Pages of
-evicted users become free only when their neighbours are removed or grow. So more users are evicted only when the pages
-grow again. An evicted user is unknown, as before the first click.
+1. An event is old if both its own time and its read time are before the reach: the longest window plus the allowed
+   lateness of a click. No later row can see it.
+2. There are too many users if they exceed the allowed number, or if the pages in use nearly fill the store's map. The
+   next pass evicts the excess: those read longest ago, whatever the times of their events.
 """
 
 from __future__ import annotations
@@ -93,7 +88,7 @@ class ReadTimes:
 
         An index is -1 without such a mark; the time is then `clock_ms`.
         """
-        keys = _keys(events["topic"], events["partition"])
+        keys = (events["topic"].astype(np.int64) << 16) | events["partition"]
         number = np.minimum(np.searchsorted(self._sources, keys), max(0, len(self._sources) - 1))
         has_mark = self._sources[number] == keys if len(self._sources) else np.zeros(len(events), np.bool_)
         slot = np.searchsorted(self._places, number * _OFFSETS + events["offset"], side="right")
@@ -109,7 +104,11 @@ class ReadTimes:
         merged: dict[int, list[tuple[int, int]]] = {}
         for source, marks in self._marks.items():
             key = (source.topic << 16) | source.partition
-            merged[key] = marks if key not in merged else _lowest(merged[key], marks)
+            if key in merged:
+                # The lower offset, at the times at which both have a mark.
+                other = dict(merged[key])
+                marks = [(at_ms, min(after, other[at_ms])) for at_ms, after in marks if at_ms in other]
+            merged[key] = marks
         self._sources = np.array(sorted(merged), np.int64)
         rows = [(number, *mark) for number, key in enumerate(sorted(merged)) for mark in merged[key]]
         columns = np.array([*rows, (-1, 0, 0)], np.int64).T
@@ -125,16 +124,6 @@ class ReadTimes:
         """Decodes the output of `to_json`; None means no marks."""
         stored = json.loads(value or b"{}")
         return cls({Source.parse(name): [(int(a), int(b)) for a, b in marks] for name, marks in stored.items()})
-
-
-def _keys(topic: NDArray[np.uint32], partition: NDArray[np.uint16]) -> I64:
-    return (topic.astype(np.int64) << 16) | partition
-
-
-def _lowest(first: Sequence[tuple[int, int]], second: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The lower offset of two buckets, at the times at which both have a mark."""
-    other = dict(second)
-    return [(at_ms, min(after, other[at_ms])) for at_ms, after in first if at_ms in other]
 
 
 READ_TIMES = "read_times"  # name of the store's extra
@@ -180,11 +169,9 @@ class Sweeper:
     """Sweeps a store; called by the thread that commits to it.
 
     Args:
-        store: The histories.
         reach_ms: The longest window plus the allowed lateness of a click.
         max_users: Maximum number of users; slightly exceeded while a pass runs.
         forget: Called with the evicted users, although later rows could still have seen their events.
-        elapsed: A clock in seconds.
     """
 
     def __init__(
@@ -278,7 +265,6 @@ class Sweeper:
         return self._read.are_old(events, horizon_ms, clock_ms)
 
     def _end(self, walk: _Pass) -> None:
-        """Ends a pass, and decides which users the next pass evicts, if any."""
         if self._eviction is not None:
             self._full = min(BRIM, max(FULL, sum(self._pages()) + GROWN))
         self._pass, self._eviction = None, None
@@ -294,7 +280,6 @@ class Sweeper:
         )
 
     def _too_many(self) -> int:
-        """How many users to evict."""
         users, most = self._store.users(), self._max_users
         events, other = self._pages()
         if events + other > self._full:
@@ -306,7 +291,6 @@ class Sweeper:
         return users - most + most // SPARE if users > most else 0
 
     def _pages(self) -> tuple[float, float]:
-        """The shares of the map in use by events, and by everything else."""
         limit = self._store.bytes_limit()
         events, other = self._store.chunk_bytes()
         return events / limit, other / limit

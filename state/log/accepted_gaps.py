@@ -74,9 +74,6 @@ class Consent:
     """The losses that an operator accepts when starting a process.
 
     Attributes:
-        allowances: The gaps.
-        actor: The operator who accepts them.
-        reason: The actor's reason.
         records: Offsets of training log records that may be skipped if they cannot be learned from.
         cut_back: Whether any truncation of the clicks is accepted.
     """
@@ -120,9 +117,6 @@ class Accepted:
     """A gap that was skipped permanently.
 
     Attributes:
-        gap: The missing positions.
-        actor: The operator who accepted the gap.
-        reason: The actor's reason.
         at_ms: Wall clock time of the acceptance.
         marks: The reader's position in each source of the rows that the gap contained, as text: rows that follow each
             position may be missing too. Only for a gap in the training log.

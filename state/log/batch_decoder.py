@@ -34,19 +34,10 @@ class BatchHeader(NamedTuple):
     """The fields of `HEADER`, in its order.
 
     Attributes:
-        base: Offset of the first record.
         length: Bytes after this field.
-        leader_epoch: Epoch of the leader that wrote the batch.
-        magic: The format.
         crc: CRC-32C from `CRC_FROM` on.
-        attributes: Codec and flags.
         last_delta: Offset of the last record relative to the first.
-        first_ms: Timestamp of the first record.
-        max_ms: The latest timestamp.
         producer: The producer's id; `NO_PRODUCER` for none.
-        producer_epoch: The epoch of that producer.
-        sequence: The producer's sequence number of the first record.
-        records: The number of records.
     """
 
     base: int
@@ -153,13 +144,6 @@ def decode_batches(
 
     Raises:
         LogError: The library for the batch's compression is not installed.
-
-    >>> from state.log.bulk import encode_batch
-    >>> piece = encode_batch([b"u"], [b"{}"], [1000])
-    >>> [(c.first, c.next, c.keys, c.values) for c in decode_batches(piece, 0)]
-    [(0, 1, [b'u'], [b'{}'])]
-    >>> decode_batches(piece[:-1], 0)
-    []
     """
     chunks: list[Chunk] = []
     bytes_u8 = np.frombuffer(data, np.uint8)
@@ -173,7 +157,9 @@ def decode_batches(
             break
         if end > len(data):
             break
-        damage = _damage(data, at, end, header)
+        damage = f"record format {header.magic}" if header.magic != MAGIC else ""
+        if not damage and crc32c.crc32c(memoryview(data)[at + CRC_FROM : end]) != header.crc:
+            damage = "checksum"
         if damage:
             following = HEADER.unpack_from(data, end)[0] if len(data) - end >= HEADER.size else None
             chunk = _corrupt(position, header, following, damage)
@@ -208,13 +194,6 @@ class Transactions:
                 self._open.discard(header.producer)
             return False
         return bool(header.attributes & TRANSACTIONAL) and header.producer in self._open
-
-
-def _damage(data: bytes, at: int, end: int, header: BatchHeader) -> str:
-    """Why the batch in `data[at:end]` cannot be read; empty if it can."""
-    if header.magic != MAGIC:
-        return f"record format {header.magic}"
-    return "checksum" if crc32c.crc32c(memoryview(data)[at + CRC_FROM : end]) != header.crc else ""
 
 
 def _corrupt(position: int, header: BatchHeader, following: int | None, reason: str) -> Chunk:
@@ -269,11 +248,10 @@ def _chunk(
 
 
 def _slices(data: bytes, begins: I64, ends: I64) -> list[bytes | None]:
+    bounds = zip(begins.tolist(), ends.tolist(), strict=True)
     if len(ends) and ends.min() < 0:
-        return [
-            data[begin:end] if end >= 0 else None for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)
-        ]
-    return [data[begin:end] for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]
+        return [data[begin:end] if end >= 0 else None for begin, end in bounds]
+    return [data[begin:end] for begin, end in bounds]
 
 
 def _decompressed(payload: bytes, codec: int) -> bytes:

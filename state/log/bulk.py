@@ -57,13 +57,8 @@ def put_records(
 ) -> int:
     """Encodes records into `out`, without the batch header; returns the number of bytes written.
 
-    Args:
-        keys: `[bytes]` uint8, all keys joined.
-        key_sizes: `[n]` int64, sizes of the keys, bytes.
-        values: `[bytes]` uint8, all values joined.
-        value_sizes: `[n]` int64, sizes of the values, bytes.
-        deltas_ms: `[n]` int64, timestamps relative to the batch's first.
-        out: `[bytes]` uint8, at least 40 bytes per record in addition to keys and values.
+    `keys` and `values`, `[bytes]` uint8, are joined; `[n]` int64 are their sizes, and the timestamps relative to the
+    batch's first. `out`, `[bytes]` uint8, has at least 40 bytes per record in addition to keys and values.
     """
     at = 0
     key_at = 0
@@ -194,7 +189,6 @@ class BulkWriter:
         return {partition["partition_index"]: partition["leader_id"] for partition in topic["partitions"]}
 
     async def _send(self, batches: dict[int, bytes]) -> dict[int, tuple[int, int]]:
-        """Partition -> the error code (0: acknowledged) and the offset of the first record."""
         by_leader: dict[int, dict[int, bytes]] = {}
         for partition, batch in batches.items():
             by_leader.setdefault(self._leaders[partition], {})[partition] = batch

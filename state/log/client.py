@@ -13,15 +13,7 @@ from kafka.net.compat import KafkaNetClient
 from kafka.net.sasl.oauth import AbstractTokenProvider
 
 from state.config.sections import Kafka
-from state.errors import (
-    FencedWriter,
-    GapError,
-    LogError,
-    SpringtideError,
-    TruncatedLog,
-    UnknownTopic,
-    UnreachableBroker,
-)
+from state.errors import GapError, LogError, SpringtideError, TruncatedLog, UnknownTopic, UnreachableBroker
 from state.positions import Gap, Source
 from state.process.user_code import error_line, load_named
 
@@ -64,19 +56,19 @@ class ClientSelector(selectors.DefaultSelector):
         self._keys: dict[int, selectors.SelectorKey] = {}
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
-        """Registers a socket."""
+        """See the base class."""
         key = super().register(fileobj, events, data)
         self._keys[key.fd] = key
         return key
 
     def modify(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
-        """Changes the events or the data of a registered socket."""
+        """See the base class."""
         key = super().modify(fileobj, events, data)
         self._keys[key.fd] = key
         return key
 
     def unregister(self, fileobj: Any) -> selectors.SelectorKey:
-        """Unregisters a socket."""
+        """See the base class."""
         key = super().unregister(fileobj)
         self._keys.pop(key.fd, None)
         return key
@@ -128,8 +120,7 @@ class _TokenProvider(AbstractTokenProvider):
         """An access token.
 
         Raises:
-            LogError: The function failed or returned no token. `failure` keeps the error, because the client retries
-                without reporting it.
+            LogError: The function failed or returned no token. The client retries without reporting it, so `failure` keeps it.
         """
         try:
             token = self._ask()
@@ -147,15 +138,9 @@ class _TokenProvider(AbstractTokenProvider):
 
 
 def connect(settings: Kafka, doing: str, make: Callable[..., Any], **options: object) -> Any:
-    """Creates a client of kafka-python; raises the errors of `translated`.
+    """Creates a client of kafka-python, with `options` in addition to `client_options`; raises the errors of `translated`.
 
-    If the client cannot connect, its threads and sockets are closed.
-
-    Args:
-        settings: Connection settings.
-        doing: The purpose; see `translated`.
-        make: One of the client's classes.
-        options: Options in addition to `client_options`.
+    If the client cannot connect, its threads and sockets are closed. `doing` is the purpose, as in `translated`.
     """
     begun: list[Any] = []
 
@@ -184,7 +169,7 @@ def translated(settings: Kafka, doing: str) -> Iterator[None]:
     Raises:
         UnreachableBroker: No broker answered in time.
         UnknownTopic: The topic or partition does not exist.
-        FencedWriter: A newer writer has the same transactional id.
+        LogError: A newer writer has the same transactional id.
         LogError: Kafka refused for any other reason.
     """
     try:
@@ -243,24 +228,12 @@ def made_again(topic: str, before: str, now: str) -> UnknownTopic:
     )
 
 
-def fenced(doing: str) -> FencedWriter:
+def fenced(doing: str) -> LogError:
     """The error for a writer whose transactional id another writer took over."""
-    return FencedWriter(
+    return LogError(
         f"cannot {doing}: another writer took over this transactional id",
         "stop one of the two: one stream reads all partitions",
     )
-
-
-def gap(topic: str, topic_id: str, partition: int, position: int, begin: int, end: int) -> GapError:
-    """The error for our `position` outside a partition `[begin, end)`: deleted before it was read, or truncated."""
-    if position < begin:
-        return GapError(
-            f"topic {topic} partition {partition}: the stored position is {position}, but the log now begins at {begin}: "
-            f"{begin - position} positions were deleted unread",
-            "restore them, raise the topic's retention.ms, or accept the loss",
-            [Gap(Source(topic_id, partition), position, begin)],
-        )
-    return truncated(topic, topic_id, partition, position, end, end)
 
 
 def require_kept(topic: str, topic_id: str, partition: int, position: int, begin: int, end: int) -> None:
@@ -270,8 +243,15 @@ def require_kept(topic: str, topic_id: str, partition: int, position: int, begin
         GapError: Records from our position on were deleted before we read them.
         TruncatedLog: The log was truncated below our position.
     """
-    if not begin <= position <= end:
-        raise gap(topic, topic_id, partition, position, begin, end)
+    if position < begin:
+        raise GapError(
+            f"topic {topic} partition {partition}: the stored position is {position}, but the log now begins at {begin}: "
+            f"{begin - position} positions were deleted unread",
+            "restore them, raise the topic's retention.ms, or accept the loss",
+            [Gap(Source(topic_id, partition), position, begin)],
+        )
+    if position > end:
+        raise truncated(topic, topic_id, partition, position, end, end)
 
 
 def truncated(topic: str, topic_id: str, partition: int, position: int, kept: int, end: int) -> TruncatedLog:

@@ -54,7 +54,6 @@ class Opening:
     """The result of opening a topic.
 
     Attributes:
-        topic_id: Its id.
         ends: Partition -> its first retained offset and the offset of its next record.
         next: Partition -> the offset at which reading starts.
         stored: The requested position; None for none.
@@ -96,14 +95,10 @@ def open_topic(
     stored: Position | None = None,
     lost: Callable[[GapError], int] = nearest,
 ) -> tuple[Reader, Opening]:
-    """Opens a topic at a stored position.
+    """Opens a topic at a stored position; partitions that it does not name start at their beginning.
 
-    Args:
-        log: Contains the topic.
-        topic: Its name.
-        partitions: The partitions to read; None for all, including later ones.
-        stored: The position from which reading resumes; partitions that it does not name start at their beginning.
-        lost: Returns the offset at which to continue after a loss, or raises.
+    `partitions` None reads all partitions, including later ones. `lost` returns the offset at which to continue after a
+    loss, or raises.
     """
     while True:
         with log.topics() as topics:
@@ -128,19 +123,11 @@ def open_topic(
         reader.close()
 
 
-def _ignore(opening: Opening) -> None:
-    del opening
-
-
 class Follower:
     """Follows a topic. Connects with the first poll, and again after an error. Not thread-safe.
 
-    Args:
-        log: Contains the topic.
-        topic: Its name.
-        partitions: The partitions to read; None for all, including later ones.
-        stored: Returns the position from which reading resumes; called for each connection.
-        opened: Called for each connection. `reader` is then open, and the callback may seek in it.
+    `stored` returns the position from which reading resumes, and `opened` is called, for each connection. `reader` is
+    then open, and the callback may seek in it. `partitions` None reads all partitions, including later ones.
     """
 
     def __init__(
@@ -149,7 +136,7 @@ class Follower:
         topic: str,
         partitions: Sequence[int] | None = None,
         stored: Callable[[], Position | None] = lambda: None,
-        opened: Callable[[Opening], None] = _ignore,
+        opened: Callable[[Opening], None] = lambda _: None,
     ) -> None:
         self._log, self._topic, self._partitions = log, topic, partitions
         self._stored, self._opened = stored, opened

@@ -182,7 +182,7 @@ class BatchConsumer:
 
 
 class Buffer:
-    """Chunks by partition, in order.
+    """The chunks of fetches by partition, in order.
 
     >>> buffer = Buffer()
     >>> for first in (0, 4): buffer.add(1, [Chunk(first, first + 4)])
@@ -193,40 +193,37 @@ class Buffer:
     """
 
     def __init__(self) -> None:
-        self._now: dict[int, deque[Chunk]] = {}
-        self._ahead: dict[int, deque[Chunk]] = {}
+        self._fetches: dict[int, deque[deque[Chunk]]] = {}
 
     def __contains__(self, partition: object) -> bool:
-        return partition in self._now
+        return partition in self._fetches
 
     def __iter__(self) -> Iterator[int]:
-        return iter(list(self._now))
+        return iter(list(self._fetches))
 
     @property
     def full(self) -> set[int]:
         """The partitions that have a fetch ahead."""
-        return set(self._ahead)
+        return {partition for partition, fetches in self._fetches.items() if len(fetches) > 1}
 
     def add(self, partition: int, chunks: Iterable[Chunk]) -> None:
         """Appends the chunks of one fetch, at least one."""
-        buffer = self._ahead if partition in self._now else self._now
-        buffer.setdefault(partition, deque()).extend(chunks)
+        self._fetches.setdefault(partition, deque()).append(deque(chunks))
 
     def take(self, partition: int, max_records: int) -> list[Chunk]:
         """Takes at most `max_records` records of a partition that has some, from the left."""
-        chunks = take(self._now[partition], max_records)
-        while not self._now[partition]:
-            del self._now[partition]
-            if partition not in self._ahead:
-                break
-            self._now[partition] = self._ahead.pop(partition)
-            chunks += take(self._now[partition], max_records - sum(len(chunk.values) for chunk in chunks))
+        fetches, chunks = self._fetches[partition], list[Chunk]()
+        while fetches:
+            chunks += take(fetches[0], max_records - sum(len(chunk.values) for chunk in chunks))
+            if fetches[0]:
+                return chunks
+            fetches.popleft()
+        del self._fetches[partition]
         return chunks
 
     def drop(self, partition: int) -> None:
         """Drops the chunks of a partition, which are then fetched again."""
-        self._now.pop(partition, None)
-        self._ahead.pop(partition, None)
+        self._fetches.pop(partition, None)
 
 
 class Reader:
@@ -236,8 +233,6 @@ class Reader:
     and fetches with the first `poll`.
 
     Args:
-        settings: Connection settings.
-        topic: The topic's name.
         partitions: The partitions to read; None for all, including later ones.
         positions: Partition -> start position. Other partitions start at their beginning.
         committed_only: Whether to leave out records of open and aborted transactions.
@@ -435,14 +430,12 @@ class Reader:
             self._buffer.add(partition, chunks)
 
     def _check(self) -> int:
-        """Number of partitions, if the topic is still the same one."""
         info = self._topics.describe(self.topic)
         if info.topic_id != self.topic_id:
             raise made_again(self.topic, self.topic_id, info.topic_id)
         return info.partitions
 
     def _truncated(self, problem: kafka_errors.LogTruncationError) -> TruncatedLog:
-        """The error for the first partition that the client names."""
         self._check()
         partition = min(divergent.partition for divergent in problem.divergent_offsets)
         end_of_epoch = problem.divergent_offsets[TopicPartition(self.topic, partition)]

@@ -1,9 +1,8 @@
 """The data that a log returns: records of a partition as columns, descriptions of topics, and known leader epochs.
 
-A partition's leader has an epoch, which increases with each election. Every record has the epoch of the leader that
-wrote it. If a truncated log grows again, offsets are used twice. The epoch of the record before our position then ends
-before that position. The known epochs of a partition are a tuple of (first offset, epoch), ascending (`Known`). Part of
-`state.log`. No side effects.
+Every record has the epoch of the leader that wrote it. If a truncated log grows again, the epoch of the record before
+our position ends before that position. The known epochs of a partition are a tuple of (first offset, epoch), ascending
+(`Known`). Part of `state.log`. No side effects.
 """
 
 from __future__ import annotations
@@ -25,14 +24,11 @@ class PartitionBatch:
 
     Attributes:
         topic_id: 32 hexadecimal digits.
-        partition: Number of the partition.
         first: First position covered; earlier batches covered the preceding position.
         next: Position after the last one covered.
         offsets: `[n]` int64, ascending; positions without a record are absent (transaction markers, aborted or
             compacted records).
         timestamps_ms: `[n]` int64, Kafka's timestamps.
-        keys: n keys.
-        values: n values.
         corrupt: (first, next, reason) of ranges that cannot be read; they contain no records.
     """
 
@@ -92,7 +88,6 @@ class Copies:
     Attributes:
         replicas: The number of replicas of the partition that has the fewest.
         min_insync: The number of replicas that must have a record before it is acknowledged.
-        brokers: The number of the cluster's brokers.
 
     >>> Copies(3, 2, 3).weakness(), Copies(1, 1, 1).weakness()
     ('', '')
@@ -146,30 +141,20 @@ class Chunk:
     leader_epoch: int = -1
 
 
-def split(chunk: Chunk, records: int) -> tuple[Chunk, Chunk]:
-    """Splits a chunk into its first `records` records and the rest."""
-    at = int(chunk.offsets[records])
-
-    def part(first: int, after: int, rows: slice) -> Chunk:
-        columns = (chunk.offsets[rows], chunk.timestamps_ms[rows], chunk.keys[rows], chunk.values[rows])
-        return Chunk(first, after, *columns, leader_epoch=chunk.leader_epoch)
-
-    return part(chunk.first, at, slice(None, records)), part(at, chunk.next, slice(records, None))
+def _part(chunk: Chunk, first: int, after: int, rows: slice) -> Chunk:
+    columns = (chunk.offsets[rows], chunk.timestamps_ms[rows], chunk.keys[rows], chunk.values[rows])
+    return Chunk(first, after, *columns, leader_epoch=chunk.leader_epoch)
 
 
 def take(chunks: deque[Chunk], max_records: int) -> list[Chunk]:
-    """Takes chunks of at most `max_records` records from the left; the last one may be split.
-
-    >>> waiting = deque([Chunk(5, 9, np.array([6, 8]), np.array([0, 0]), [b"a", b"b"], [b"", b""])])
-    >>> [part.next for part in take(waiting, 1)], [part.first for part in waiting]
-    ([8], [8])
-    """
+    """Takes chunks of at most `max_records` records from the left; the last one may be split."""
     chunks_taken: list[Chunk] = []
     while chunks and max_records > 0:
         chunk = chunks.popleft()
         if len(chunk.values) > max_records:
-            chunk, remainder = split(chunk, max_records)
-            chunks.appendleft(remainder)
+            at, head, tail = int(chunk.offsets[max_records]), slice(None, max_records), slice(max_records, None)
+            chunks.appendleft(_part(chunk, at, chunk.next, tail))
+            chunk = _part(chunk, chunk.first, at, head)
         max_records -= len(chunk.values)
         chunks_taken.append(chunk)
     return chunks_taken

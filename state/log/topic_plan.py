@@ -9,12 +9,8 @@
 | segments | 1 | the newest record of each key | the cluster's |
 | exposures | 1 | `kafka.retention_h`, at most 5 % of the local Kafka's share | the cluster's |
 
-Each topic has `kafka.replication` replicas, of which `kafka.min_insync_replicas` must have a record before it is
-acknowledged. An existing topic is not changed, because its owner has configured it.
-
-The local Kafka has a share of `storage.budget_gb`, and its topics are also limited in bytes. The training log has 55 %
-of the share, clicks 30 %, dead letters 5 %, exposures 5 %. The rest is for attributes and Kafka's own files. `up` sets
-these limits at each start.
+An existing topic is not changed, because its owner has configured it. Topics of the local Kafka are also limited in
+bytes: the training log has 55 % of its share, clicks 30 %, dead letters 5 %, exposures 5 %.
 """
 
 from __future__ import annotations
@@ -67,12 +63,7 @@ def exposures(settings: Settings) -> TopicPlan:
 
 
 def microbatches(settings: Settings) -> TopicPlan:
-    """The training log. It outlives the oldest version that can be rolled back to, because training resumes there.
-
-    >>> plan = microbatches(Settings())
-    >>> plan.partitions, plan.config
-    (1, {'retention.ms': '604800000', 'max.message.bytes': '1000000'})
-    """
+    """The training log. It outlives the oldest version that can be rolled back to, because training resumes there."""
     hours = max(settings.kafka.retention_h, settings.registry.base_keep_d * 24)
     largest = {"max.message.bytes": str(settings.stream.max_record_bytes + BATCH_BYTES)}
     return _planned(settings, settings.kafka.microbatches_topic, _kept_for(hours) | largest)
@@ -82,9 +73,6 @@ def bounds(settings: Settings) -> dict[str, dict[str, str]]:
     """Topic -> the configuration that limits it in the local Kafka: bytes of one partition and of one of its segments.
 
     The broker compresses the clicks, whose text is repetitive; micro-batches are compressed already.
-
-    >>> bounds(Settings())["springtide.clicks.v1"]
-    {'retention.bytes': '210000000', 'segment.bytes': '30000000', 'compression.type': 'zstd'}
     """
     largest = 2 * (settings.stream.max_record_bytes + BATCH_BYTES)
     limits = {

@@ -1,8 +1,5 @@
 """The micro-batch: the rows of one training step, and a header with their origin. No side effects.
 
-One micro-batch is one record of the micro-batch log and one training step. `state/microbatch/codec.py` encodes it, and
-splits one that is too large.
-
 Each row has a `Kind`. An event whose label is known, or that never gets one, is one row: it updates the histories and
 the weights. An impression whose label comes later is two rows. The row at its own offset updates the histories, and the
 row where its label became known updates the weights. An outcome, such as a click on an impression, updates only the
@@ -100,7 +97,6 @@ class Known:
         offset: `[m]` int64 offset at which the label became known.
         opened: `[m]` int64, offset of the impression in the same source.
         kind: `[m]` uint8, JOINED or EXPIRED.
-        label: `[m]` float32.
         weight: `[m]` float32 weight of the outcome's action; NaN keeps the impression's weight.
         at_ms: `[m]` int64 event time at which the label became known.
         columns: The rows' columns as in a micro-batch; None until they are loaded.
@@ -117,7 +113,6 @@ class Known:
     columns: Mapping[str, NDArray[Any]] | None = None
 
     def __len__(self) -> int:
-        """The number of rows."""
         return len(self.by)
 
     def __bool__(self) -> bool:
@@ -138,30 +133,27 @@ def trained(kind: NDArray[np.uint8]) -> NDArray[np.bool_]:
 
 
 def counts(kind: NDArray[np.uint8]) -> dict[str, int]:
-    """Counts rows by the outcomes of a `Range`; a dropped impression counts as opened too.
-
-    >>> counts(np.array([Kind.ROW, Kind.OPENED, Kind.DROPPED, Kind.EXPIRED], np.uint8))
-    {'rows': 1, 'opened': 2, 'feedback': 0, 'joined': 0, 'expired': 1, 'dropped': 1}
-    """
-    return _named(np.bincount(kind, minlength=KIND_COUNT))
+    """Counts rows by the outcomes of a `Range`; a dropped impression counts as opened too."""
+    return counts_by_range(kind, np.zeros(len(kind), np.uint16), 1)[0]
 
 
 def counts_by_range(kind: NDArray[np.uint8], source: NDArray[np.uint16], ranges: int) -> list[dict[str, int]]:
     """Like `counts`, for each range of a batch; `source` is an index of its `ranges` ranges."""
     counts_of_kinds = np.bincount(source.astype(np.int64) * KIND_COUNT + kind, minlength=KIND_COUNT * ranges)
-    return [_named(counts_of_range) for counts_of_range in counts_of_kinds.reshape(-1, KIND_COUNT)[:ranges]]
-
-
-def _named(counts_of_kinds: NDArray[np.int64]) -> dict[str, int]:
-    rows, opened, dropped, feedback, joined, expired = counts_of_kinds.tolist()
-    return {
-        "rows": rows,
-        "opened": opened + dropped,
-        "feedback": feedback,
-        "joined": joined,
-        "expired": expired,
-        "dropped": dropped,
-    }
+    named = []
+    for counts_of_range in counts_of_kinds.reshape(-1, KIND_COUNT)[:ranges].tolist():
+        rows, opened, dropped, feedback, joined, expired = counts_of_range
+        named.append(
+            {
+                "rows": rows,
+                "opened": opened + dropped,
+                "feedback": feedback,
+                "joined": joined,
+                "expired": expired,
+                "dropped": dropped,
+            }
+        )
+    return named
 
 
 _ABSENT: NDArray[Any] = np.empty(0, np.uint8)
@@ -216,7 +208,6 @@ class MicroBatch:
     """The rows of one training step, in the order of the log within each source.
 
     Attributes:
-        header: The header.
         user: `[n]` uint64 ids; 0 is none.
         item: `[n]` uint64 ids.
         category: `[n]` uint64 ids.
@@ -276,7 +267,6 @@ class MicroBatch:
                 object.__setattr__(self, name, absent_column(name, len(self.user)))
 
     def __len__(self) -> int:
-        """The number of rows."""
         return len(self.user)
 
     @property

@@ -48,11 +48,8 @@ _READ = pa.ipc.IpcReadOptions(use_threads=False)
 def encode(header: Header, columns: Columns) -> bytes:
     """Encodes one micro-batch.
 
-    Args:
-        header: The header.
-        columns: The arrays by name, shaped as in `MicroBatch`, with the types of `SCALARS` and `LISTS`. Columns of
-            `WAITING` may be missing and are then 0; those of `ATTRIBUTES` are then empty. Those of `SEQUENCES` are all
-            present or all missing.
+    `columns` are shaped as in `MicroBatch`, with the types of `SCALARS` and `LISTS`. Columns of `WAITING` may be missing and
+    are then 0; those of `ATTRIBUTES` are then empty. Those of `SEQUENCES` are all present or all missing.
 
     Raises:
         MicroBatchError: A column is missing, of another type or length, or does not fit the ranges.
@@ -122,7 +119,6 @@ def damage_reported(value: bytes) -> Iterator[None]:
 
 
 def _column(batch: pa.RecordBatch, name: str, document: Mapping[str, Any]) -> NDArray[Any]:
-    """A column of a batch with the header `document`, in the form of `MicroBatch`."""
     column = batch.column(WRITTEN.get(name, name))
     if name in SCALARS:
         scalars: NDArray[Any] = column.to_numpy(zero_copy_only=True)
@@ -167,7 +163,6 @@ def _names(users: Iterable[str], items: Iterable[str]) -> tuple[tuple[str, ...],
 
 
 def _check(header: Header, columns: Columns) -> None:
-    """Raises MicroBatchError unless the columns match each other and the ranges."""
     if missing := [name for name in NAMES if name not in columns]:
         raise MicroBatchError(f"a micro-batch without the columns {', '.join(missing)}")
     rows = len(columns["user"])
@@ -207,7 +202,6 @@ def _check(header: Header, columns: Columns) -> None:
 
 
 def _sequences(columns: Columns) -> list[str]:
-    """The names of the sequence columns: all of `SEQUENCES` or none."""
     present = [name for name in SEQUENCES if name in columns]
     widths = {columns[name].shape[1:] for name in present}
     if present and (len(present) < len(SEQUENCES) or len(widths) > 1 or (0,) in widths):
@@ -225,11 +219,9 @@ def _reading(names: tuple[str, ...]) -> pa.ipc.IpcReadOptions:
 
 
 def glance(value: bytes, names: tuple[str, ...] = LOOKED_AT) -> MicroBatch:
-    """The micro-batch in `value` with only the columns `names`; the other columns are zero or empty.
+    """The micro-batch in `value` with only the columns `names` of `SCALARS`; the other columns are zero or empty.
 
-    Args:
-        value: An encoded micro-batch.
-        names: Names of `SCALARS`; user and source are among them.
+    User and source must be among them.
 
     Raises:
         MicroBatchError: The value is not a micro-batch, or is damaged.
@@ -288,14 +280,10 @@ def _middle(columns: Columns) -> int:
     return int(begins[np.argmin(np.abs(begins - len(offsets) // 2))]) if len(begins) else 0
 
 
-def _cut(middle: int) -> tuple[slice, slice]:
-    return slice(None, middle), slice(middle, None)
-
-
 def _halves(header: Header, columns: Columns, middle: int) -> list[tuple[Header, Columns]]:
     """The two halves of a batch cut before row `middle`; each half leaves out its empty ranges."""
     sources, offsets = columns["source"], columns["offset"]
-    halves: list[tuple[Header, Columns]] = []
+    parts_of_rows, halves = (slice(None, middle), slice(middle, None)), list[tuple[Header, Columns]]()
     ranges: tuple[list[Range], list[Range]] = ([], [])
     for index, source_range in enumerate(header.ranges):
         of_source = np.flatnonzero(sources == index)
@@ -306,10 +294,10 @@ def _halves(header: Header, columns: Columns, middle: int) -> list[tuple[Header,
         ranges[0].append(before)
         ranges[1].append(after)
     # A name stays with its first row; a name without a row stays with the first half.
-    first, second = ({*columns["item"][rows].tolist(), *columns["category"][rows].tolist()} for rows in _cut(middle))
+    first, second = ({*columns["item"][rows].tolist(), *columns["category"][rows].tolist()} for rows in parts_of_rows)
     late = {identity: text for identity, text in header.names.items() if identity in second - first}
     early = {identity: text for identity, text in header.names.items() if identity not in late}
-    for parts, rows, names in zip(ranges, _cut(middle), (early, late), strict=True):
+    for parts, rows, names in zip(ranges, parts_of_rows, (early, late), strict=True):
         used = [index for index, part in enumerate(parts) if part.next > part.first]
         index_of = np.zeros(max(len(parts), 1), np.uint16)
         index_of[used] = np.arange(len(used), dtype=np.uint16)

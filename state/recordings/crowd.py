@@ -1,10 +1,7 @@
 """Finds the newest time of a recording, ignoring a few stray rows far after all the others. Pure.
 
-A replay at full speed shifts the newest time to now, and `events.max_age_s` decides which rows are then too old. One
-row with a wrong clock, weeks after the rest, would make all others too old. So the newest time is the one with the
-lowest cost. The cost is `STRAY_COST` for each row after it, called a stray, plus one for each row that is too old.
-Strays are excluded only if that at least halves the cost. Times are counted by the hour, so a recording may be larger
-than memory.
+The newest time is the one with the lowest cost: `STRAY_COST` for each row after it, called a stray, plus one for each
+row that is too old by `events.max_age_s`. Strays are excluded only if that at least halves the cost.
 """
 
 from __future__ import annotations
@@ -26,7 +23,6 @@ class Crowd:
 
     Attributes:
         newest_ms: The newest time without strays; NO_TIME if no row has a time.
-        strays: Number of rows after that.
         first: File and line of the first stray; None without one.
         latest_ms: The newest time of all rows.
         spared: Rows that would be too old only if `latest_ms` were the newest time.
@@ -53,13 +49,7 @@ class RecordedTimes:
         self._hours: dict[int, _Hour] = {}
 
     def add(self, at_ms: I64, file: int | I64, line: I64) -> None:
-        """Counts rows.
-
-        Args:
-            at_ms: `[n]` int64, times; NO_TIME for none.
-            file: `[n]` int64, or one number: the file number of each row.
-            line: `[n]` int64, the line number of each row.
-        """
+        """Counts rows by their times, `[n]` int64, NO_TIME for none; `file` and `line` are those of each row."""
         rows = np.flatnonzero(at_ms != NO_TIME)
         files = np.broadcast_to(np.asarray(file, np.int64), len(at_ms))
         hours, firsts, numbers, counts = np.unique(
@@ -78,13 +68,7 @@ class RecordedTimes:
                 )
 
     def crowd(self, max_age_ms: int) -> Crowd:
-        """The newest time, without strays. Rows more than `max_age_ms` before the newest time are too old.
-
-        >>> times, day = RecordedTimes(), 86_400_000
-        >>> times.add(np.array([*range(0, 9 * day, day), 60 * day]), 0, np.arange(2, 12))
-        >>> times.crowd(30 * day)
-        Crowd(newest_ms=691200000, strays=1, first=(0, 11), latest_ms=5184000000, spared=9)
-        """
+        """The newest time, without strays. Rows more than `max_age_ms` before the newest time are too old."""
         if not self._hours:
             return Crowd(NO_TIME)
         hours = [self._hours[hour] for hour in sorted(self._hours)]

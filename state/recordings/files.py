@@ -1,12 +1,4 @@
-"""Finds files of clicks, detects their format and reads their rows as columns in chunks; defines their options.
-
-    CSV         .csv .tsv .txt
-    JSON lines  .json .jsonl .ndjson
-    Parquet     .parquet .pq
-
-CSV and JSON lines may be compressed (.gz .zst .bz2 .lz4). Only the columns that `[events]` names are read, so an
-outcome that is not mapped cannot become a feature.
-"""
+"""Finds files of clicks (CSV, JSON lines, Parquet), detects their format and reads their rows as columns in chunks."""
 
 from __future__ import annotations
 
@@ -21,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -31,7 +24,7 @@ import pyarrow.parquet as pq
 
 from state.config.sections import Events
 from state.config.sources import nearest
-from state.errors import SettingsError, UnreadableRecording
+from state.errors import SettingsError, SpringtideError
 from state.recordings.rows import EncodedRows, Encoder, RecordedRows, mapped_fields
 
 FORMATS = ("csv", "json", "parquet")
@@ -69,16 +62,10 @@ def csv_rows(
     chunk_rows: int = CHUNK_ROWS,
     remedy: str = REMEDY,
 ) -> Iterator[RecordedRows]:
-    """Reads CSV.
+    """Reads the fields `wanted` of CSV, `chunk_rows` rows at a time.
 
-    Args:
-        stream: The bytes.
-        where: The file's name, for messages.
-        wanted: The fields to read.
-        columns: Column names of a file without a header; if empty, the first line is the header.
-        delimiter: One character.
-        chunk_rows: Rows at a time.
-        remedy: Advice for the error about a missing column.
+    `where` names the file in messages. If `columns` is empty, the first line is the header. `remedy` is the advice for the
+    error about a missing column.
 
     Raises:
         SettingsError: The file has no column for a wanted field.
@@ -103,11 +90,11 @@ def csv_rows(
             text=lambda row: chunk[row][1],
         )
 
-    yield from (rows_of(chunk) for chunk in _chunks(records, chunk_rows))
+    while chunk := list(islice(records, chunk_rows)):
+        yield rows_of(chunk)
 
 
 def _named(stream: BinaryIO, where: str, columns: Sequence[str], delimiter: str) -> tuple[list[str], Iterator[Record]]:
-    """Returns the column names and the rows below the header."""
     lines = enumerate(stream, 1)
     for number, line in lines:
         text = line.removeprefix(BOM) if number == 1 else line
@@ -196,13 +183,7 @@ def _records(lines: Iterator[tuple[int, bytes]], delimiter: str, width: int) -> 
 def json_rows(
     stream: BinaryIO, where: str, wanted: Sequence[str], chunk_rows: int = CHUNK_ROWS
 ) -> Iterator[RecordedRows]:
-    """Reads JSON lines: one object per line.
-
-    Args:
-        stream: The bytes.
-        where: The file's name, for messages.
-        wanted: The fields to read; other fields are skipped.
-        chunk_rows: Rows at a time.
+    """Reads JSON lines, one object per line, `chunk_rows` at a time; fields other than `wanted` are skipped.
 
     Raises:
         SettingsError: The file is one JSON array.
@@ -211,7 +192,7 @@ def json_rows(
     numbered = ((number, line.removeprefix(BOM) if number == 1 else line) for number, line in enumerate(stream, 1))
     lines = ((number, line) for number, line in numbered if line.strip())
     first = True
-    for chunk in _chunks(lines, chunk_rows):
+    while chunk := list(islice(lines, chunk_rows)):
         if first and chunk[0][1].lstrip().startswith(b"["):
             raise SettingsError(
                 f"{where}: a JSON array", "a recording has one object a line: `jq -c '.[]' FILE` makes one"
@@ -221,7 +202,6 @@ def json_rows(
 
 
 def _decoder(wanted: Sequence[str]) -> Callable[[bytes], tuple[Any, ...]]:
-    """Returns a decoder that reads the wanted fields of one object, in their order."""
     fields: list[Any] = [(f"field_{index}", Any, None) for index in range(len(wanted))]
     rename = {f"field_{index}": name for index, name in enumerate(wanted)}
     decode = msgspec.json.Decoder(msgspec.defstruct("Row", fields, rename=rename, gc=False)).decode
@@ -248,21 +228,9 @@ def _json_chunk(
     )
 
 
-def _chunks(items: Iterator[Any], count: int) -> Iterator[list[Any]]:
-    chunk: list[Any] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == count:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
 def _parquet_rows(
     path: Path, wanted: Sequence[str], chunk_rows: int = CHUNK_ROWS, remedy: str = REMEDY
 ) -> Iterator[RecordedRows]:
-    """Reads Parquet; only the wanted columns are decoded."""
     with pq.ParquetFile(path) as file:
         names = file.schema_arrow.names
         for name in wanted:
@@ -271,9 +239,11 @@ def _parquet_rows(
         first = 1
         for batch in file.iter_batches(batch_size=chunk_rows, columns=list(wanted)):
             columns = {name: _as_values(batch.column(name)) for name in wanted}
-            yield RecordedRows(
-                columns, np.arange(first, first + len(batch), dtype=np.int64), frozenset(), _text_of(columns)
-            )
+
+            def text(row: int, columns: Mapping[str, Sequence[Any]] = columns) -> bytes:
+                return "; ".join(f"{name}: {values[row]!r}" for name, values in columns.items()).encode()
+
+            yield RecordedRows(columns, np.arange(first, first + len(batch), dtype=np.int64), frozenset(), text)
             first += len(batch)
 
 
@@ -291,20 +261,14 @@ def _as_values(column: pa.Array) -> list[Any]:
         return list(column.cast(pa.timestamp("us", kind.tz), safe=False).to_pylist())
     values: list[Any] = column.to_pylist()
     if pa.types.is_floating(kind):
-        return [None if value is None or math.isnan(value) else _whole(value) for value in values]
+        values = [None if value is None or math.isnan(value) else value for value in values]
+        return [int(value) if value is not None and value.is_integer() else value for value in values]
     if pa.types.is_decimal(kind):
-        return [None if value is None else _exact(value) for value in values]
+        values = [int(value) if value is not None and value == value.to_integral_value() else value for value in values]
+        return [str(value) if isinstance(value, Decimal) else value for value in values]
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return [None if value is None else _as_text(value) for value in values]
     return values
-
-
-def _whole(value: float) -> float | int:
-    return int(value) if value.is_integer() else value
-
-
-def _exact(value: Decimal) -> int | str:
-    return int(value) if value == value.to_integral_value() else str(value)
 
 
 def _as_text(value: bytes) -> str | bytes:
@@ -313,10 +277,6 @@ def _as_text(value: bytes) -> str | bytes:
         return value.decode()
     except UnicodeDecodeError:
         return value
-
-
-def _text_of(columns: Mapping[str, Sequence[Any]]) -> Callable[[int], bytes]:
-    return lambda row: "; ".join(f"{name}: {values[row]!r}" for name, values in columns.items()).encode()
 
 
 @dataclass(frozen=True)
@@ -333,7 +293,6 @@ class Recording:
     """Files of clicks, and how their columns map to fields.
 
     Attributes:
-        files: The files in read order.
         columns: Column names of CSV files without a header; empty if they have one.
         constants: Field -> the value that each row has.
         remedy: Advice for the error about a field without a column.
@@ -349,7 +308,7 @@ class Recording:
 
         Raises:
             SettingsError: The file has no column for a field.
-            UnreadableRecording: The file is truncated or damaged.
+            SpringtideError: The file is truncated or damaged.
         """
         file = self.files[number]
         wanted = [name for name in fields if name not in (self.constants or {})]
@@ -370,18 +329,13 @@ class Recording:
                 last = int(rows.lines[-1])
         except (OSError, pa.ArrowException) as error:
             unit = "row" if file.format == "parquet" else "line"
-            raise UnreadableRecording(
+            raise SpringtideError(
                 f"{file.path}: not readable as {file.format} after {unit} {last}: {error}",
                 "repair the file, leave it out, or name its format with --format",
             ) from None
 
     def encoded(self, encoder: Encoder, events: Events, chunk_rows: int = CHUNK_ROWS) -> Generator[EncodedRows]:
-        """Encodes all rows of all files as records, in the order of the files.
-
-        Raises:
-            SettingsError: As `rows`.
-            UnreadableRecording: As `rows`.
-        """
+        """Encodes all rows of all files as records, in the order of the files; raises the errors of `rows`."""
         fields = mapped_fields(events)
         for number in range(len(self.files)):
             with closing(self.rows(number, fields, chunk_rows)) as chunks:
@@ -396,10 +350,7 @@ def _opened(path: Path) -> BinaryIO:
 def find(patterns: Sequence[str], format: str = "", delimiter: str = "") -> tuple[RecordedFile, ...]:
     """Finds the files that paths and globs name, each once, those of one glob sorted by name.
 
-    Args:
-        patterns: Paths, or globs that the shell did not expand.
-        format: One of FORMATS; if empty, the file name decides.
-        delimiter: Delimiter of CSV; if empty, a tab for .tsv, else a comma.
+    An empty `format` is determined by the file's name. An empty `delimiter` of CSV is a tab for .tsv, else a comma.
 
     Raises:
         SettingsError: A pattern matches no file, or a file name does not reveal a format.
@@ -482,13 +433,6 @@ def add_file_arguments(parser: argparse.ArgumentParser, usage: str) -> None:
         "--constant", action="append", default=[], metavar="FIELD=VALUE", help="field with the same value in every row"
     )
     group.add_argument(
-        "--allow-outcome",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="allow an outcome (events.outcomes) as a feature",
-    )
-    group.add_argument(
         "--sort",
         choices=("memory", "assume"),
         default="memory",
@@ -513,14 +457,13 @@ def add_format_arguments(parser: argparse._ActionsContainer, suffix: str = "") -
 def as_settings(options: argparse.Namespace) -> list[str]:
     """Converts the options that are settings to their flags.
 
-    >>> as_settings(argparse.Namespace(columns="user,time", constant=["action=view"], allow_outcome=[]))
+    >>> as_settings(argparse.Namespace(columns="user,time", constant=["action=view"]))
     ['--events.columns=user,time', '--events.constants=action=view']
     """
     flags = []
     for name, values in (
         ("columns", options.columns.split(",") if options.columns else []),
         ("constants", options.constant),
-        ("allow_outcomes", options.allow_outcome),
     ):
         if values:
             flags.append(f"--events.{name}={','.join(values)}")

@@ -159,7 +159,6 @@ def time_of(value: Any, unit: str, latest_ms: int) -> int:
 
 
 def _times_as(at_ms: I64, unit: str) -> list[bytes]:
-    """Formats `[n]` int64 times as JSON in the configured unit."""
     if unit == "iso":
         return [b'"%sZ"' % text.encode() for text in at_ms.astype("datetime64[ms]").astype(str).tolist()]
     if unit == "s" or (unit == "auto" and len(at_ms) and at_ms.min() < SECONDS_BELOW):
@@ -175,7 +174,6 @@ class Encoder:
     """Encodes rows as records.
 
     Args:
-        events: The section `[events]`.
         constants: Field -> the value that every row has.
         latest_ms: A later time counts as missing, because a recording is of the past.
     """

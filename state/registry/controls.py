@@ -12,8 +12,7 @@ from typing import Any, Literal
 from state import layout
 from state.disk import files as durable
 from state.errors import ControlConflict, CorruptVersion, RegistryError, UnfitMask
-from state.features.erased import Erased, Erasure
-from state.features.masked_users import MaskedUsers
+from state.features.erased import Erased, Erasure, MaskedUsers
 from state.process import killpoints
 from state.process.said_once import SaidOnce
 from state.registry import control as documents
@@ -258,7 +257,6 @@ class Controls:
         return self._users[digest]
 
     def _erasures(self, digest: str) -> Erased:
-        """The chain of erasures up to the file of this SHA-256."""
         unread: list[tuple[str, Erasure]] = []
         while digest not in self._erased:
             erasure, before = Erasure.from_bytes(self._kept(f"{digest}.erased", "an erasure"))

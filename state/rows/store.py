@@ -11,16 +11,11 @@ Each base gets its own lane, of which there are 32; deltas use their parent's la
 visible, and a lane without versions is deleted. A version whose writing was interrupted is rolled back (`take_back`).
 
 Old versions are dropped in one short transaction. Rows that only they needed are deleted afterwards, a few at a time.
-Rows that a dropped version wrote count as written by the next retained version. So when that version is dropped too,
-only rows with entries since its predecessor are checked. The list of rows to check is in memory. If the process ends
-first, those rows keep one unneeded entry until their next check.
+Rows that a dropped version wrote count as written by the next retained version.
 
 Version numbers only grow. After a rollback to version 30 the next epoch begins at, say, 51 with parent 30. The versions
 that version 52 may see are then closed intervals, newest first: `((51, 52), (1, 30))`. Versions 31 to 50 are abandoned:
 their rows may still be stored, but no reader of 52 sees them.
-
-For erased users every earlier entry is deleted, in all lanes, even if a version still reads it. The store is a copy of
-the registry. After a power cut it is rebuilt.
 """
 
 from __future__ import annotations
@@ -89,12 +84,7 @@ WRITTEN_AT_ONCE = 250
 
 
 def rows_of(parts: Sequence[Changes], at_least: int = 1) -> Changes:
-    """The rows that are in at least `at_least` of the parts, each once, by table and id.
-
-    >>> parts = [np.array([[1, 1], [9, 7]], np.uint64), np.array([[1], [9]], np.uint64)]
-    >>> rows_of(parts).tolist(), rows_of(parts, at_least=2).tolist()
-    ([[1, 1], [7, 9]], [[1], [9]])
-    """
+    """The rows that are in at least `at_least` of the parts, each once, by table and id."""
     tables, ids = np.concatenate([np.empty((2, 0), np.uint64), *parts], axis=1)
     columns = [np.empty((2, 0), np.uint64)]
     for table in np.unique(tables):
@@ -221,7 +211,6 @@ def delete_entries(
 
 
 def _lanes(cursor: lmdb.Cursor) -> Iterator[int]:
-    """The lanes that have entries, by seeks."""
     has_entry = cursor.first()
     while has_entry:
         lane = lane_of(bytes(cursor.key()))
@@ -241,11 +230,7 @@ class Branch(NamedTuple):
 
 
 def branches_of(retained: Mapping[int, Visible]) -> list[Branch]:
-    """The branches that the `retained` versions are on.
-
-    >>> branches_of({52: ((51, 52), (1, 30)), 29: ((1, 29),), 30: ((1, 30),)})
-    [Branch(start=1, before=(), versions=[29, 30]), Branch(start=51, before=((1, 30),), versions=[52])]
-    """
+    """The branches that the `retained` versions are on."""
     versions_by_branch: dict[tuple[int, Visible], list[int]] = {}
     for version in sorted(retained):
         (start, _), *before = retained[version]
@@ -279,16 +264,23 @@ def needed(versions: Sequence[int], branches: Iterable[Branch]) -> set[int]:
     return entries
 
 
-def sweep_row(cursor: lmdb.Cursor, start: bytes, branches: Sequence[Branch]) -> int:
-    """Deletes the entries of one row that no version reads.
+def sweep_row(cursor: lmdb.Cursor, start: bytes, after: int, newest: int, branches: Sequence[Branch]) -> int:
+    """Deletes the entries of one row of versions from `after + 1` to `newest` that no version reads.
+
+    If `after` is not 0, these versions are on one branch, and only the newest of their entries is read.
 
     Returns:
         The newest tombstone that was dropped; 0 if none was. No version up to it may be applied to this lane again.
     """
-    size = len(start)
+    has_entry = cursor.set_range(start + u64(TOP - newest))
+    if after:
+        end = start + u64(TOP - after)
+        has_entry = has_entry and bytes(cursor.key()) < end and cursor.next()
+        while has_entry and bytes(cursor.key()) < end:
+            has_entry = cursor.delete() and bool(cursor.key())
+        return 0
     entries: list[tuple[int, bool]] = []
-    has_entry = cursor.set_range(start)
-    while has_entry and (key := bytes(cursor.key()))[:size] == start:
+    while has_entry and (key := bytes(cursor.key())).startswith(start):
         entries.append((version_of(key), not cursor.value()))
         has_entry = cursor.next()
     floor = 0
@@ -306,10 +298,13 @@ def sweep_row(cursor: lmdb.Cursor, start: bytes, branches: Sequence[Branch]) -> 
     return floor
 
 
-def has_rows(transaction: lmdb.Transaction, rows: lmdb._Database, lane: int) -> bool:
-    """Whether a lane has any rows."""
-    cursor = transaction.cursor(rows)
-    return bool(cursor.set_range(lane_start(lane))) and lane_of(bytes(cursor.key())) == lane
+class Unread(NamedTuple):
+    """Rows that may have entries that no version reads, see `sweep_row`."""
+
+    lane: int
+    rows: Changes
+    after: int
+    newest: int
 
 
 class RowStore(LmdbStore):
@@ -328,8 +323,8 @@ class RowStore(LmdbStore):
         opened = self._databases
         self._rows, self._versions, self._changes = opened["rows"], opened["versions"], opened["changes"]
         self._last = LastServed()
-        # The rows to check by lane, and whether a lane without versions may have rows.
-        self._to_check: deque[tuple[int, Changes]] = deque()
+        # The rows to check, and whether a lane without versions may have rows.
+        self._to_check: deque[Unread] = deque()
         self._dead_lanes = True
 
     @contextmanager
@@ -416,26 +411,19 @@ class RowStore(LmdbStore):
                 transaction, self._databases, manifest.version, tensors, None if parent is None else parent.version
             )
             dims = {} if parent is None else dict(parent.dims)
-            self._put_record(manifest, parent, lane, dims | entries.dims, now_ms, transaction)
+            serial = int.from_bytes(stored(transaction, b"serial", self._meta) or b"", "big") + 1
+            transaction.put(b"serial", u64(serial), db=self._meta)
+            record = Served.of(manifest, parent, serial, lane, dims | entries.dims, now_ms)
+            transaction.put(u64(manifest.version), record.to_json(), db=self._versions)
             served = (stored(transaction, b"served", self._meta) or b"")[:8]
             if follow or served == u64(manifest.version):
                 self._point(manifest.version, transaction)
         self._to_check += to_check
+        for place, unread in enumerate(self._to_check):
+            if unread.after < manifest.version <= unread.newest:
+                # This version was dropped before, and reads older entries than the next one.
+                self._to_check[place] = unread._replace(after=0, newest=TOP)
         return True
-
-    def _put_record(
-        self,
-        manifest: Manifest,
-        parent: Served | None,
-        lane: int,
-        dims: dict[str, int],
-        now_ms: int,
-        transaction: lmdb.Transaction,
-    ) -> None:
-        serial = int.from_bytes(stored(transaction, b"serial", self._meta) or b"", "big") + 1
-        transaction.put(b"serial", u64(serial), db=self._meta)
-        record = Served.of(manifest, parent, serial, lane, dims, now_ms)
-        transaction.put(u64(manifest.version), record.to_json(), db=self._versions)
 
     def _point(self, version: int, transaction: lmdb.Transaction) -> None:
         record = Served.parse(required(transaction, version, self._versions))
@@ -463,7 +451,9 @@ class RowStore(LmdbStore):
     def _begin_lane(self, transaction: lmdb.Transaction) -> int:
         used = {record.lane for record in self._records(transaction)}
         for lane in range(LANES):
-            if lane not in used and not has_rows(transaction, self._rows, lane):
+            cursor = transaction.cursor(self._rows)
+            has_rows = bool(cursor.set_range(lane_start(lane))) and lane_of(bytes(cursor.key())) == lane
+            if lane not in used and not has_rows:
                 # Any version may be added to this lane again.
                 floors = {name: floor for name, floor in self._floors(transaction).items() if name != str(lane)}
                 self._put_floors(transaction, floors)
@@ -486,11 +476,10 @@ class RowStore(LmdbStore):
     def _records(self, transaction: lmdb.Transaction) -> list[Served]:
         return [Served.parse(record) for _, record in transaction.cursor(self._versions)]
 
-    def _drop(self, transaction: lmdb.Transaction, versions: Collection[int]) -> tuple[int, list[tuple[int, Changes]]]:
-        """Drops versions; returns how many were stored, and by lane the rows to check after the commit."""
+    def _drop(self, transaction: lmdb.Transaction, versions: Collection[int]) -> tuple[int, list[Unread]]:
         records = self._records(transaction)
         dropped = [record for record in records if record.version in versions]
-        to_check: list[tuple[int, Changes]] = []
+        to_check: list[Unread] = []
         for lane in {record.lane for record in dropped}:
             stay = {
                 record.version: record.visible
@@ -498,7 +487,7 @@ class RowStore(LmdbStore):
                 if record.lane == lane and record.version not in versions
             }
             in_lane = [record.version for record in dropped if record.lane == lane]
-            to_check += [(lane, rows) for rows in self._hand_on(transaction, in_lane, stay)] if stay else []
+            to_check += self._hand_on(transaction, lane, in_lane, stay) if stay else []
             self._dead_lanes |= not stay
         for record in dropped:
             for name in ("versions", "dense", "popular", "changes"):
@@ -506,10 +495,10 @@ class RowStore(LmdbStore):
         return len(dropped), to_check
 
     def _hand_on(
-        self, transaction: lmdb.Transaction, dropped: Sequence[int], stay: Mapping[int, Visible]
-    ) -> list[Changes]:
+        self, transaction: lmdb.Transaction, lane: int, dropped: Sequence[int], stay: Mapping[int, Visible]
+    ) -> list[Unread]:
         """Adds the changes of a lane's dropped versions to those of the next versions; returns the rows to check."""
-        to_check = list[Changes]()
+        to_check = list[Unread]()
         one_branch = len(branches_of(stay)) == 1
 
         def wrote(version: int) -> Changes:
@@ -530,8 +519,10 @@ class RowStore(LmdbStore):
                 # If a row was written once since the preceding version, the next version reads that entry, and the
                 # preceding version reads the older one.
                 rows = rows_of(parts, at_least=2)
+            # On one branch, neither the preceding version nor versions after the heir read entries between the two.
+            before = max((earlier for earlier in stay if earlier < versions[0]), default=0) if one_branch else 0
             if rows.shape[1]:
-                to_check.append(rows)
+                to_check.append(Unread(lane, rows, before, heir if one_branch and heir is not None else TOP))
         return to_check
 
     def tidy(self, at_most: int | None = None) -> bool:
@@ -542,7 +533,7 @@ class RowStore(LmdbStore):
         if not self._to_check and not self._dead_lanes:
             return False
         if at_most is None:
-            at_most = max(ROWS_AT_ONCE, sum(rows.shape[1] for _, rows in self._to_check) // ROUNDS)
+            at_most = max(ROWS_AT_ONCE, sum(unread.rows.shape[1] for unread in self._to_check) // ROUNDS)
         lanes = dict[int, dict[int, Visible]]()
         with self._env.begin() as transaction:
             for record in self._records(transaction):
@@ -555,23 +546,21 @@ class RowStore(LmdbStore):
         return bool(self._to_check) or self._dead_lanes
 
     def _check_rows(self, retained: Mapping[int, Sequence[Branch]], at_most: int) -> int:
-        """Deletes unread entries of the next `at_most` rows; returns how many rows it checked."""
-        lane, rows = self._to_check[0]
+        lane, rows, after, newest = self._to_check[0]
         tables, ids = rows[:, :at_most].tolist()
         with self._write() as transaction:
             floor, cursor, branches = 0, transaction.cursor(self._rows), retained.get(lane, ())
             for table, identity in zip(tables, ids, strict=True):
-                floor = max(floor, sweep_row(cursor, stem(lane, table, identity), branches))
+                floor = max(floor, sweep_row(cursor, stem(lane, table, identity), after, newest, branches))
             floors = self._floors(transaction)
             if floor > floors.get(str(lane), 0):
                 self._put_floors(transaction, {**floors, str(lane): floor})
         self._to_check.popleft()
         if len(ids) < rows.shape[1]:
-            self._to_check.appendleft((lane, rows[:, len(ids) :]))
+            self._to_check.appendleft(Unread(lane, rows[:, len(ids) :], after, newest))
         return len(ids)
 
     def _delete_dead_lanes(self, retained: Mapping[int, Sequence[Branch]]) -> None:
-        """Deletes some rows of lanes without versions, once no row is left to check."""
         empty, at_most = set(range(LANES)) - {*retained}, LANE_ROWS_AT_ONCE
         with self._write() as transaction:
             for lane in sorted(empty):
@@ -618,7 +607,6 @@ class RowStore(LmdbStore):
         return deleted
 
     def _leave_out(self, transaction: lmdb.Transaction, version: int, ids: U64) -> None:
-        """Removes ids from the list of a version's changes, because they no longer have entries."""
         written = np.frombuffer(transaction.get(u64(version), b"", db=self._changes), np.uint64).reshape(2, -1)
         is_erased = np.isin(written[1], ids)
         if is_erased.any():

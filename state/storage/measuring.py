@@ -23,11 +23,7 @@ _BLOCK = 512  # the unit of st_blocks, independent of the file system's block si
 
 
 def used_bytes(folders: Iterable[Path]) -> int:
-    """The disk space of the files under `folders`; holes of sparse files do not count.
-
-    >>> used_bytes([Path("no/such/folder")])
-    0
-    """
+    """The disk space of the files under `folders`; holes of sparse files do not count."""
     total, to_visit = 0, [os.fspath(folder) for folder in folders]
     while to_visit:
         # Files that are removed meanwhile take no space.

@@ -43,12 +43,7 @@ def budget_bytes(settings: Settings) -> int:
 
 
 def limit_bytes(settings: Settings, part: str) -> int:
-    """The share of a part.
-
-    >>> from state.config.settings import Settings
-    >>> limit_bytes(Settings(), "registry")
-    2500000000
-    """
+    """The share of a part."""
     return int(budget_bytes(settings) * SHARES[part])
 
 
@@ -58,23 +53,14 @@ def kept_bytes(settings: Settings, part: str) -> int:
 
 
 def store_bytes(settings: Settings, part: str, store: str) -> int:
-    """Maximum size of a store of a part, in whole pages.
-
-    >>> from state.config.settings import Settings
-    >>> store_bytes(Settings(), "stream", "histories")
-    1274998784
-    """
+    """Maximum size of a store of a part, in whole pages."""
     return int(limit_bytes(settings, part) * _STORES[part][store]) // _PAGE * _PAGE
 
 
 def map_bytes(settings: Settings, part: str, store: str, folder: Path) -> int:
     """The map size with which the writer opens a store: its share, or slightly more than its present size.
 
-    Args:
-        settings: The effective settings.
-        part: `stream` or `serving`.
-        store: Its name in `state/layout.py`.
-        folder: Present or future directory of the store.
+    `part` is `stream` or `serving`, `store` a name in `state/layout.py`, and `folder` the store's directory, if it exists.
     """
     data = folder / layout.DATA
     present_bytes = data.stat().st_size if data.exists() else 0

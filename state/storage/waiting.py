@@ -50,7 +50,6 @@ class Room:
 
     Args:
         part: Name of the part in `state.storage.shares`.
-        metrics: Metrics of this process.
         sleep: Sleeps for the given seconds; returns True if the wait is to end.
         say: A logger's method: takes a format string and its arguments.
 

@@ -1,23 +1,16 @@
 """Writes the rows of a distributed job, keeps the account of all buckets, and publishes it.
 
-The sink puts the rows that the buckets of a bundle made into micro-batches. They are acknowledged before the bundle
-ends:
+The sink writes the rows of a bundle, acknowledged before the bundle ends:
 
     process        gathers
     finish_bundle  1. cuts and encodes   2. writes, acknowledged   3. reports to the account
 
-An engine that rolls back a bundle computes its rows again, perhaps in other bundles. Readers drop these duplicates by
-their positions. Each writer of a bucket's rows started from a checkpoint, and all rows before that checkpoint were
-acknowledged. So the log has all of a bucket's positions up to the newest, even if an older writer is still active.
+An engine that rolls back a bundle computes its rows again, and readers drop these duplicates by their positions. A
+partition counts as read up to the lowest position of any of its buckets. Each offset is counted by the bucket of its
+user, and an offset without a user by the first bucket.
 
-`Account` counts the outcome of each click position, over all buckets. A partition counts as read up to the lowest
-position of any of its buckets. Each offset is counted by the bucket of its user, and an offset without a user by the
-first bucket.
-
-`Publisher` publishes the committed state: the gauges of the account, the lag, the group's offsets for lag tools, and
-the progress of erasures. The process that owns the account's only key publishes once a second, in a thread, even when
-no clicks arrive. If the key has moved to another process, the group is ahead of this process, which then releases the
-metrics port.
+`Publisher` publishes once a second, even when no clicks arrive. If the account's key has moved to another process, the
+group is ahead of this process, which then releases the metrics port.
 """
 
 from __future__ import annotations
@@ -52,7 +45,7 @@ from streaming.commit import CommitReport, truncated_columns
 from streaming.control import report_erasures
 from streaming.cut import Cut, Encoding, encode_cut
 from streaming.distributed.bucket import BucketRows
-from streaming.distributed.portions import decode, encode
+from streaming.distributed.portions import decode, encode, stored
 from streaming.distributed.steps import WorkerStep
 from streaming.distributed.worker import JobWorker
 from streaming.writer import send_records
@@ -108,11 +101,6 @@ class Account:
     conflicts: int = 0
     erased: dict[int, int] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, value: bytes | None) -> Account:
-        """Decodes the engine's stored value; None is an empty account."""
-        return cls() if value is None else decode(value, cls)
-
     def take_bundle(self, report: BundleReport) -> None:
         """Takes the report of a bundle."""
         self.take(report.written.ranges)
@@ -140,16 +128,12 @@ class Account:
         return {partition: min(nexts) for partition, nexts in sorted(ends.items()) if len(nexts) >= wanted[partition]}
 
     def forgotten(self, buckets: int) -> int:
-        """The last erasure that all `buckets` buckets have applied.
-
-        >>> Account(erased={0: 2, 1: 1}).forgotten(2), Account(erased={0: 2}).forgotten(2)
-        (1, 0)
-        """
+        """The last erasure that all `buckets` buckets have applied."""
         return min(self.erased.get(bucket, 0) for bucket in range(buckets))
 
     @property
     def totals(self) -> Counts:
-        """Outcomes over all sources, with `positions`, their sum."""
+        """Outcomes over all sources, see `summed`."""
         return summed(self.counts.values())
 
     @property
@@ -224,7 +208,6 @@ class Publisher:
         self._commit_group(account, is_new)
 
     def _report_erasures(self, through: int) -> None:
-        """Reports the last erasure that all buckets have applied; reports 0 too, so that the job is known."""
         registry = self._settings.registry_dir
         if through == self._forgotten or not registry.is_dir():
             return
@@ -234,7 +217,6 @@ class Publisher:
             self._warned.pop("erasures", None)
 
     def _take_port(self) -> None:
-        """Serves the metrics as soon as no other process of this host uses their port."""
         port = self._settings.stream.metrics_port
         if not port or self._stop_offering is not None:
             return
@@ -250,13 +232,17 @@ class Publisher:
             self._stop_offering = None
 
     def _commit_group(self, account: Account, is_new: bool) -> None:
-        """Commits the offsets that all buckets have to the group, and sets the lag."""
         kafka = self._settings.kafka
         try:
             with self._worker.log.topics() as topics:
                 reached = account.reached(topics.describe(kafka.clicks_topic).topic_id)
-                if not is_new and _is_behind(reached, topics.committed(kafka.group, kafka.clicks_topic)):
-                    self._let_go(account)
+                committed = {} if is_new else topics.committed(kafka.group, kafka.clicks_topic)
+                if any(committed.get(partition, 0) > position for partition, position in reached.items()):
+                    # Clicks may come here again meanwhile.
+                    if self._latest is account:
+                        self._latest = None
+                    self._leave_port()
+                    logger.info("another process has the account now, and publishes it")
                     return
                 if reached and reached != self._committed:
                     topics.commit(kafka.group, kafka.clicks_topic, reached)
@@ -270,15 +256,7 @@ class Publisher:
         self._metrics.lag_events.set(lag)
         self._metrics.lag_seconds.set(max(0.0, time.time() - self._appended_ms / 1000) if lag else 0.0)
 
-    def _let_go(self, account: Account) -> None:
-        """Stops publishing, unless clicks come here again."""
-        if self._latest is account:
-            self._latest = None
-        self._leave_port()
-        logger.info("another process has the account now, and publishes it")
-
     def _warn(self, problem: str, warning: str) -> None:
-        """Logs a problem, once as long as it stays the same."""
         if warning != self._warned.get(problem):
             logger.warning("%s", warning)
         self._warned[problem] = warning
@@ -292,23 +270,14 @@ class Publisher:
                 logger.exception("the account cannot be shown")
 
 
-def _is_behind(own: Mapping[int, int], group: Mapping[int, int]) -> bool:
-    """Whether a group is ahead of this process in a partition that both know.
-
-    >>> _is_behind({0: 5}, {0: 7, 1: 9}), _is_behind({0: 5}, {0: 5, 1: 9}), _is_behind({}, {0: 1})
-    (True, False, False)
-    """
-    return any(group.get(partition, 0) > position for partition, position in own.items())
-
-
 def records_of(buckets: Sequence[BucketRows], worker: JobWorker, now_ms: int) -> list[bytes]:
     """The micro-batches of a bundle; rows under different masks or epochs of the log are not mixed."""
     groups: dict[Encoding, list[BucketRows]] = {}
-    plain = Encoding.of(worker.settings.stream, worker.spec.digest, worker.salt.fingerprint)
+    stream, spec, salt = worker.settings.stream, worker.spec.digest, worker.salt.fingerprint
     for bucket in buckets:
         # A portion without ranges only reported an erasure to its bucket.
         if bucket.rows.batch.ranges:
-            encoding = replace(plain, mask_generation=bucket.mask_generation, log_epoch=bucket.log_epoch)
+            encoding = Encoding.of(stream, spec, salt, bucket.mask_generation, bucket.log_epoch)
             groups.setdefault(encoding, []).append(bucket)
     return [
         value
@@ -356,11 +325,7 @@ class WriteBuckets(WorkerStep):
             self._writer = None
 
     def _write(self, worker: JobWorker, values: Sequence[bytes], letters: Sequence[DeadLetter], now_ms: int) -> None:
-        """Writes, acknowledged when it returns; a broker that is briefly unreachable only delays it.
-
-        If the outcome is unknown, a new writer writes again. Records may then be in the log twice, with the same
-        positions.
-        """
+        """Writes, acknowledged when it returns. If the outcome is unknown, a new writer writes again."""
         for tries_left in reversed(range(TRIES)):
             try:
                 self._writer = self._writer or worker.log.writer()
@@ -389,7 +354,7 @@ class KeepAccount(WorkerStep):
     ) -> Iterator[None]:
         """Takes the report of a bundle."""
         report = decode(element[1], BundleReport)
-        account = Account.of(state.read())
+        account = stored(state, Account)
         account.take_bundle(report)
         state.write(encode(account))
         worker = self.worker

@@ -1,15 +1,13 @@
 """One bucket of users: the stream's profiler and labels over an in-memory store, kept in an engine's state.
 
-`BucketCore` is independent of Beam and any engine. Its output for a portion depends on the log alone. So after an
-engine restores a bucket from a checkpoint, here or on another machine, the bucket produces the same rows again. Readers
-drop them by their positions. `Buckets.take` keeps it in the engine's state:
+The output of `BucketCore` depends on the log alone. `Buckets.take` keeps a bucket in the engine's state:
 
     head      the token, the bucket's positions, the sizes of snapshot and deltas
     snapshot  the store at some earlier time, in parts
     deltas    changes since then, one for each portion that changed the store
 
-A cached bucket is used only if its token equals that of the state. No token is used twice. So if the engine rolls a
-bundle back, the token that the bundle left in the cache differs from that of the state.
+A cached bucket is used only if its token equals that of the state. No token is used twice, so a bundle that the engine
+rolled back leaves no usable bucket in the cache.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ from state.history.appends import Appends
 from state.history.sweeping import READ_TIMES, SPARE, STEPS, ReadTimes
 from state.history.waiting import Changes, Extra, WaitingRows, place_of
 from state.positions import Range, Source
-from streaming.distributed.portions import Portion, decode, encode
+from streaming.distributed.portions import Portion, decode, encode, stored
 from streaming.event_clock import clock_of_all
 from streaming.labels import Labels
 from streaming.profile import Profiler
@@ -69,7 +67,6 @@ class Delta:
     extra: Mapping[str, bytes] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        """Whether it changes anything."""
         return bool(len(self.appends.events) or self.waiting or self.extra)
 
 
@@ -79,9 +76,6 @@ class BucketStore:
     A snapshot has the form of deltas: it is the change to an empty store, in parts. Actions in its events are numbered
     by the names met so far, as in `state.history.store`. So the setting may change between a savepoint and the next
     job.
-
-    Args:
-        history: N, the number of events kept for a user.
     """
 
     def __init__(self, history: int) -> None:
@@ -108,19 +102,19 @@ class BucketStore:
         return [outwards(np.frombuffer(events.get(user, b""), EVENT)) for user in users]
 
     def extra(self, name: str) -> bytes | None:
-        """A named value of the store's owner; None if it is not set."""
+        """See `HistoryStore.extra`."""
         return self._extra.get(name)
 
     def waiting(self) -> Iterator[tuple[bytes, bytes]]:
-        """The waiting rows as pairs of key and value, sorted by key."""
+        """See `HistoryStore.waiting`."""
         return iter(sorted(self._waiting.items()))
 
     def waiting_values(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """The rows under `keys`; None for a row that does not wait."""
+        """See `HistoryStore.waiting_values`."""
         return [self._waiting.get(key) for key in keys]
 
     def waiting_rows(self) -> int:
-        """How many rows wait."""
+        """See `HistoryStore.waiting_rows`."""
         return len(self._waiting)
 
     def inwards(self, appends: Appends) -> Appends:
@@ -232,13 +226,9 @@ class BucketRows:
 
     Attributes:
         rows: The rows to write; their ranges are the bucket's.
-        mask_generation: Generation of the mask that windows were computed with.
-        log_epoch: Epoch of the training log.
         dropped: Impressions that no longer wait because their user was erased or their topic is gone. They are ranges
             without positions, which come before those of the rows.
         users: Number of users with a history.
-        appended_ms: Of the portion.
-        bucket: Its number.
         erased: The last erasure that it has applied.
     """
 
@@ -256,8 +246,6 @@ class BucketCore:
     """The core objects of one bucket: profiler, labels, store and positions. Not thread-safe.
 
     Args:
-        settings: The effective settings.
-        spec: The feature spec.
         salt: Fingerprint of the salt of its users.
         store: Histories and waiting rows of the bucket.
         places: Its positions by source.
@@ -347,7 +335,6 @@ class BucketCore:
         self._profiler.forget(evicted)
 
     def _waits_of_old_topics(self, ranges: Sequence[Range]) -> list[bytes]:
-        """The keys of rows that wait for outcomes of a topic that was replaced by a new one."""
         new = {part.source.topic_id for part in ranges if part.source not in self.places}
         if not new - {source.topic_id for source in self.places}:
             return []
@@ -404,8 +391,6 @@ class Head:
         token: Identifies exactly this state; empty before the first portion.
         places: The bucket's positions by source.
         number: Of the next delta.
-        snapshot_bytes: Size of the snapshot.
-        delta_bytes: Size of the deltas since the snapshot.
         erased: The last erasure that was applied.
     """
 
@@ -415,12 +400,6 @@ class Head:
     snapshot_bytes: int = 0
     delta_bytes: int = 0
     erased: int = 0
-
-    @classmethod
-    def of(cls, cells: Cells) -> Head:
-        """Reads the head of a bucket."""
-        value = cells.head.read()
-        return cls() if value is None else decode(value, cls)
 
 
 Opens = Callable[[BucketStore, dict[Source, BucketPlace], int], BucketCore]
@@ -448,7 +427,7 @@ class Buckets:
             PositionConflict: The portion does not start at the bucket's positions.
             SaltMismatch: The state was written with another salt.
         """
-        head = Head.of(cells)
+        head = stored(cells.head, Head)
         # 1.
         core = self._from_cache(bucket, head.token)
         if core is None:
@@ -478,13 +457,12 @@ class Buckets:
             self._cached.clear()
 
     def _from_cache(self, bucket: int, token: str) -> BucketCore | None:
-        """Removes and returns the bucket if it is cached at `token`; otherwise None."""
+        """Removes and returns the bucket if it is cached at `token`."""
         with self._lock:
             cached = self._cached.pop(bucket, None)
         return cached[1] if cached is not None and cached[0] == token else None
 
     def _keep(self, bucket: int, token: str, core: BucketCore) -> None:
-        """Puts a bucket back, and drops buckets that were not used for `IDLE_S`."""
         now_s = self._clock()
         with self._lock:
             self._cached[bucket] = (token, core, now_s)
@@ -520,7 +498,6 @@ def _decode_delta(value: bytes) -> tuple[int, Delta]:
 
 
 def _write_snapshot(cells: Cells, store: BucketStore) -> int:
-    """Replaces snapshot and deltas by a new snapshot of the store; returns its size in bytes."""
     cells.snapshot.clear()
     cells.deltas.clear()
     values = [encode((FORMAT, number, part)) for number, part in enumerate(store.snapshot())]

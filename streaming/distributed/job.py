@@ -28,11 +28,12 @@ from apache_beam.transforms.periodicsequence import PeriodicImpulse, RebaseMode
 
 from state import errors
 from state.config.settings import Settings
-from state.errors import FlinkFailed, GapError, JobFailed, RewoundLog, SaltMismatch, SettingsError
+from state.errors import FlinkFailed, GapError, RewoundLog, SaltMismatch, SettingsError
 from state.events.identity import own_salt
 from state.flink import JobManager, url
 from state.log import Log
 from state.log.accepted_gaps import Consent
+from state.log.client import first_line
 from state.registry.model_fit import require_same_model
 from streaming.context import NO_CONSENT, ensure_topics
 from streaming.distributed.account import KeepAccount, WriteBuckets
@@ -93,11 +94,10 @@ def beam_options(runner: str, words: Sequence[str], settings: Settings) -> Pipel
     else:
         filled.append(("runner", runner))
     options = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
-    return PipelineOptions([*(_word(name, value) for name, value in filled if name not in options), *words])
-
-
-def _word(name: str, value: object) -> str:
-    return f"--{name}" if value is True else f"--{name}={value}"
+    filled_words = [
+        f"--{name}" if value is True else f"--{name}={value}" for name, value in filled if name not in options
+    ]
+    return PipelineOptions([*filled_words, *words])
 
 
 class FlinkJob:
@@ -150,7 +150,6 @@ class FlinkJob:
             self._manager.cancel(job)
 
     def _known(self) -> str | None:
-        """Its id; None before the JobManager knows the job."""
         self._id = self._id or self._manager.named(self._name)
         return self._id
 
@@ -169,22 +168,19 @@ def permanent(failure: str) -> str:
     return ""
 
 
-def _wake(element: object, sources: int) -> list[tuple[int, bytes]]:
-    return [(source, b"") for source in range(sources)]
-
-
 def build_distributed(pipeline: beam.Pipeline, plan: JobPlan) -> PCollection[None]:
     """Applies the job to `pipeline`."""
-    woken, portion, report = tuple[int, bytes], tuple[int, bytes], tuple[int, bytes]
+    keyed, sources = tuple[int, bytes], plan.settings.stream.sources
     # Sources wake themselves. But when input ends, an engine drops the state of keys, and Flink is busy with timers.
     endless = PeriodicImpulse(fire_interval=WAKE_S, rebase=RebaseMode.REBASE_START)
     accounted: PCollection[None] = (
         pipeline
         | "Start" >> (endless if plan.until is None else beam.Impulse())
-        | "Wake sources" >> beam.FlatMap(_wake, plan.settings.stream.sources).with_output_types(woken)
-        | "Read partitions" >> beam.ParDo(ReadPartitions(plan)).with_output_types(portion)
+        | "Wake sources"
+        >> beam.FlatMap(lambda _: [(source, b"") for source in range(sources)]).with_output_types(keyed)
+        | "Read partitions" >> beam.ParDo(ReadPartitions(plan)).with_output_types(keyed)
         | "Update buckets" >> beam.ParDo(UpdateBuckets(plan)).with_output_types(BucketRows)
-        | "Write buckets" >> beam.ParDo(WriteBuckets(plan)).with_output_types(report)
+        | "Write buckets" >> beam.ParDo(WriteBuckets(plan)).with_output_types(keyed)
         | "Keep account" >> beam.ParDo(KeepAccount(plan))
     )
     return accounted
@@ -217,7 +213,7 @@ def run_on_engine(
     """Submits the job to `runner`, and returns when it has ended, or when this process is asked to stop.
 
     Raises:
-        JobFailed: The job could not be submitted, or has failed.
+        FlinkFailed: The job could not be submitted, or has failed.
         SpringtideError: A condition that would stop the steps was found first.
     """
     plan = plan_of(settings, consent)
@@ -231,8 +227,8 @@ def run_on_engine(
         result = pipeline.run()
     # Whatever a runner raises: gRPC's errors, those of a job server, of a library that is not installed.
     except Exception as error:
-        raise JobFailed(
-            f"the job cannot be submitted to {runner}: {_first_line(error)}",
+        raise FlinkFailed(
+            f"the job cannot be submitted to {runner}: {first_line(error)}",
             "check that the engine runs (`springtide flink status`), and that it is of Beam's release",
         ) from error
     local = not any(word.startswith("--job_endpoint") for word in words)
@@ -246,7 +242,7 @@ def follow(result: PipelineResult, runner: str, stopping: threading.Event, job: 
     A job with a failure that no restart repairs is cancelled.
 
     Raises:
-        JobFailed: It has failed, or its state cannot be read.
+        FlinkFailed: It has failed, or its state cannot be read.
     """
     reported = None
     while not stopping.wait(FOLLOW_S):
@@ -256,7 +252,7 @@ def follow(result: PipelineResult, runner: str, stopping: threading.Event, job: 
             reported = state
         if job is not None and (problem := job.permanent()):
             job.cancel()
-            raise JobFailed(f"the job was cancelled, because no restart repairs its failure: {problem}")
+            raise FlinkFailed(f"the job was cancelled, because no restart repairs its failure: {problem}")
         if state is not None and PipelineState.is_terminal(state):
             _report_end(state, runner, job)
             return
@@ -271,14 +267,14 @@ def _state_of(result: PipelineResult, runner: str) -> str | None:
     try:
         return cast(str | None, result.state)
     except grpc.RpcError as error:
-        raise JobFailed(
+        raise FlinkFailed(
             f"the job server of {runner} no longer answers ({error.code().name})",
             "the job may continue without it: check the engine (`springtide flink status`)",
         ) from error
 
 
 def _report_end(state: str, runner: str, job: FlinkJob | None) -> None:
-    """Logs how an operator ended the job; raises JobFailed if no operator did."""
+    """Logs how an operator ended the job; raises FlinkFailed if no operator did."""
     savepoint = None if job is None else job.ended_by()
     if savepoint:
         logger.info("the job was stopped by a savepoint; resume it with --savepoint_path=%s", savepoint)
@@ -287,11 +283,7 @@ def _report_end(state: str, runner: str, job: FlinkJob | None) -> None:
     elif state in (PipelineState.FAILED, PipelineState.UNRECOGNIZED):
         # Beam also reports a job as failed that was cancelled with a savepoint.
         also = ", which is also reported after a stop by savepoint" if job is None else ""
-        raise JobFailed(
+        raise FlinkFailed(
             f"the job has ended on {runner}, {state.lower()}{also}",
             "read the engine's log; `springtide flink status` names the checkpoint to resume from",
         )
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

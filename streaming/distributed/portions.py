@@ -33,17 +33,11 @@ def _as_array(kind: object, values: Any) -> NDArray[Any]:
 
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=_as_values)
-
-
 _decoders: dict[object, msgspec.msgpack.Decoder[Any]] = {}
 
 
 def encode(value: object) -> bytes:
-    """Encodes dataclasses, tuples and dictionaries of numbers, texts and arrays.
-
-    >>> decode(encode({"a": np.arange(3)}), dict[str, NDArray[np.int64]])["a"].tolist()
-    [0, 1, 2]
-    """
+    """Encodes dataclasses, tuples and dictionaries of numbers, texts and arrays."""
     return _encoder.encode(value)
 
 
@@ -56,6 +50,12 @@ def decode(data: bytes, kind: type[Value]) -> Value:
     if kind not in _decoders:
         _decoders[kind] = msgspec.msgpack.Decoder(kind, dec_hook=_as_array)
     return cast(Value, _decoders[kind].decode(data))
+
+
+def stored(state: Any, kind: type[Value]) -> Value:
+    """Decodes a value of the engine's state; an empty one is `kind()`."""
+    data = state.read()
+    return kind() if data is None else decode(data, kind)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,7 +90,7 @@ def gathered(events: EventBatch) -> EventBatch:
 def divide(events: EventBatch, clock: BatchClock, buckets: int) -> list[tuple[EventBatch, BatchClock]]:
     """Divides a batch with one range for each partition; returns the parts in the order of the buckets.
 
-    Dead letters go to the first bucket, without keys and values.
+    Dead letters go to the first bucket.
     """
     bucket_of, parts = share_of(events.user) % buckets, len(events.ranges)
     order = np.argsort(bucket_of, kind="stable")
@@ -108,7 +108,7 @@ def divide(events: EventBatch, clock: BatchClock, buckets: int) -> list[tuple[Ev
                 _of_bucket(part, bucket, buckets, count)
                 for part, count in zip(events.ranges, rows[bucket], strict=True)
             ),
-            dead=() if bucket else tuple(letter._replace(key=None, value=None) for letter in events.dead),
+            dead=() if bucket else events.dead,
             names=_named(categories, columns["category"]),
             item_names=_named(items, columns["item"]),
         )
@@ -138,7 +138,6 @@ def _moves_at_turns(moves: Moves, ranges: Sequence[Range], bucket: int, buckets:
 
 
 def _named(names: dict[int, str], ids: NDArray[np.uint64]) -> dict[int, str]:
-    """Removes the names of ids that occur in a bucket from the remaining names, and returns them."""
     return {key: names.pop(key) for key in names.keys() & {*ids.tolist()}} if names else {}
 
 

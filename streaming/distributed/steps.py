@@ -38,7 +38,7 @@ from state.registry.log_line import FIRST_EPOCH, BranchSegment
 from streaming import accounts
 from streaming.alignment import AlignedReader
 from streaming.distributed.bucket import BucketRows, Cells
-from streaming.distributed.portions import Portion, decode, divide, encode, gathered
+from streaming.distributed.portions import Portion, decode, divide, encode, gathered, stored
 from streaming.distributed.worker import JobPlan, JobWorker, worker_of
 from streaming.event_clock import EventClock
 from streaming.rows import in_order, leave_out
@@ -79,25 +79,9 @@ class SourceReading:
     leaders: Mapping[int, int] = field(default_factory=dict)
     accepted: tuple[Accepted, ...] = ()
 
-    @classmethod
-    def of(cls, state: Any) -> SourceReading:
-        """Reads it from a value of the engine's state; empty for a source that was never read."""
-        value = state.read()
-        return cls() if value is None else decode(value, cls)
-
-
-def of_source(source: int, sources: int, partitions: int) -> list[int]:
-    """The partitions that a source reads, including later ones.
-
-    >>> of_source(1, 2, 5)
-    [1, 3]
-    """
-    return [partition for partition in range(partitions) if partition % sources == source]
-
 
 @contextmanager
 def _saying_how() -> Iterator[None]:
-    """Adds to the error of a loss the instructions for continuing without the lost positions."""
     try:
         yield
     except GapError as error:
@@ -141,17 +125,17 @@ class Partitions:
             logger.warning("topic %s was recreated: reading it from its beginning", kafka.clicks_topic)
             # The clock of all partitions continues.
             reading = replace(reading, topic_id="", next={}, leaders={})
-        own_partitions = of_source(self._source, self._settings.stream.sources, info.partitions)
-        stored = {partition: at for partition, at in reading.next.items() if partition in own_partitions}
+        own_partitions = self._own(info.partitions)
+        read_so_far = {partition: at for partition, at in reading.next.items() if partition in own_partitions}
         # 2.
-        positions = {Source(info.topic_id, partition): at for partition, at in stored.items()}
+        positions = {Source(info.topic_id, partition): at for partition, at in read_so_far.items()}
         gaps = accounts.missing(info.topic_id, positions, {partition: ends[partition] for partition in own_partitions})
         accepted = [*reading.accepted, *accounts.accept_gaps(gaps, consent, kafka.clicks_topic, now_ms)]
-        at = stored | {gap.source.partition: gap.next for gap in gaps}
+        at = read_so_far | {gap.source.partition: gap.next for gap in gaps}
         leaders = {
             partition: epoch
             for partition, epoch in reading.leaders.items()
-            if at.get(partition, -1) == stored.get(partition)
+            if at.get(partition, -1) == read_so_far.get(partition)
         }
 
         # 3.
@@ -164,8 +148,11 @@ class Partitions:
         self._topic_id, self._gaps, self._reading = info.topic_id, gaps, replace(reading, accepted=tuple(accepted))
         self._follow(reader)
 
+    def _own(self, partitions: int) -> list[int]:
+        """The partitions of this source, of a topic with `partitions` of them."""
+        return [*range(self._source, partitions, self._settings.stream.sources)]
+
     def _follow(self, reader: Reader | None) -> None:
-        """Continues with `reader`, aligned by the event times of its partitions; None if there are no partitions."""
         clock, topic_id = self._clock, self._topic_id
         self._reader: Reader | None = reader
         self._aligned: AlignedReader | None = None
@@ -257,7 +244,6 @@ class Partitions:
         return now
 
     def _ahead_of(self, segment: BranchSegment) -> list[tuple[int, int]]:
-        """The partitions that were read beyond the start of a segment of the branch, with that start."""
         marks = dict[int, int]()
         for source, offset in segment.sources:
             if source.topic_id == self._reading.topic_id:
@@ -269,8 +255,7 @@ class Partitions:
         ]
 
     def _poll(self, moment_s: float) -> list[PartitionBatch]:
-        """Gathers records until the moment is over, or there are enough."""
-        aligned = self._aligned
+        aligned, until = self._aligned, self._worker.plan.until
         batches: list[PartitionBatch] = []
         ends_s = time.monotonic() + moment_s
         if aligned is None:
@@ -278,7 +263,12 @@ class Partitions:
         else:
             aligned.begin(BUNDLE_BATCHES * self._settings.stream.batch_events)
             while not aligned.is_done and (rest_s := ends_s - time.monotonic()) > 0:
-                batches += self._before_the_end(aligned.poll(rest_s))
+                # With an end of reading, the last batch may reach beyond it.
+                batches += [
+                    batch
+                    for batch in aligned.poll(rest_s)
+                    if until is None or batch.first < until.get(batch.partition, 0)
+                ]
                 if self.at_end:
                     break
         if time.monotonic() >= self._refresh_s:
@@ -286,15 +276,7 @@ class Partitions:
             self._take_new_partitions()
         return batches
 
-    def _before_the_end(self, batches: Sequence[PartitionBatch]) -> Iterator[PartitionBatch]:
-        """The batches before the end of reading, if there is one; the last batch may reach beyond it."""
-        until = self._worker.plan.until
-        for batch in batches:
-            if until is None or batch.first < until.get(batch.partition, 0):
-                yield batch
-
     def _events(self, batches: Sequence[PartitionBatch]) -> EventBatch:
-        """The events of the records, with the preceding gaps."""
         events = self._parser.parse(batches)
         gaps, self._gaps = accounts.as_ranges(self._gaps), list[Gap]()
         if gaps:
@@ -303,11 +285,7 @@ class Partitions:
         return gathered(events)
 
     def _take_new_partitions(self) -> None:
-        """Reopens the reader if the topic has more partitions of this source; these are read from their beginning.
-
-        Raises:
-            UnknownTopic: The topic is gone, or is another topic of that name.
-        """
+        """Reopens the reader if the topic has more partitions of this source; these are read from their beginning."""
         reader, topic = self._reader, self._settings.kafka.clicks_topic
         at = {} if reader is None else {number: reader.position(number) for number in reader.partitions}
         # An unreachable broker costs only time.
@@ -316,7 +294,7 @@ class Partitions:
                 info = topics.describe(topic)
             if info.topic_id != self._topic_id:
                 raise made_again(topic, self._topic_id, info.topic_id)
-            own_partitions = of_source(self._source, self._settings.stream.sources, info.partitions)
+            own_partitions = self._own(info.partitions)
             if len(own_partitions) > len(at):
                 logger.info("reading new partitions of %s: %s", topic, sorted({*own_partitions} - {*at}))
                 self._follow(self._worker.log.reader(topic, own_partitions, at, leaders=self._leaders({}, at)))
@@ -368,7 +346,7 @@ class ReadPartitions(WorkerStep):
     ) -> Iterator[TimestampedValue[tuple[int, bytes]]]:
         """Yields `(bucket, bytes of a portion)`, in the order of the log for each bucket."""
         worker = self.worker
-        partitions = self._open(worker, source, SourceReading.of(state))
+        partitions = self._open(worker, source, stored(state, SourceReading))
         try:
             portions, after = partitions.read(max(LEAST_S, self._ends_s - time.monotonic()))
         except BaseException:

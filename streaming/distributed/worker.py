@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry
@@ -26,12 +27,11 @@ from state.features.spec import FeatureSpec
 from state.log import KERNELS, Log
 from state.log.accepted_gaps import Consent
 from state.metrics import StreamMetrics
-from state.positions import Source
 from state.registry.controls import Controls
 from state.registry.sharing import copying
 from streaming.attributes import Join
 from streaming.context import open_join
-from streaming.distributed.bucket import BucketCore, BucketPlace, Buckets, BucketStore
+from streaming.distributed.bucket import BucketCore, Buckets
 from streaming.labels import unused_kernels
 from streaming.rows import Rows
 from streaming.writer import report_to
@@ -40,33 +40,25 @@ MASKS_KEPT = 8
 logger = logging.getLogger(__name__)
 
 
-def group_of(kafka: Kafka) -> str:
-    """The group whose offsets record how far dead letters were reported.
-
-    >>> group_of(Kafka(group="shop"))
-    'shop-attribute-letters'
-    """
-    return f"{kafka.group}-attribute-letters"
-
-
 def report_once(kafka: Kafka, topic: str, log: Log, report: Report, reports: Callable[[], bool]) -> Report:
     """Returns a handler that reports the refused records of a topic of attributes, each one once.
 
-    The progress is stored as offsets of the group `group_of`. `reports` returns whether this process reports.
+    The progress is stored as offsets of a separate group. `reports` returns whether this process reports.
     """
+    group = f"{kafka.group}-attribute-letters"
 
     def report_new(bad: Sequence[DeadLetter]) -> None:
         if not reports():
             return
         with log.topics() as topics:
-            reported = topics.committed(group_of(kafka), topic)
+            reported = topics.committed(group, topic)
             new = [letter for letter in bad if letter.offset >= reported.get(letter.source.partition, 0)]
             if new:
                 report(new)
                 # Of each partition the last offset counts.
                 in_order = sorted(new, key=lambda letter: letter.offset)
                 ends = {letter.source.partition: letter.offset + 1 for letter in in_order}
-                topics.commit(group_of(kafka), topic, ends)
+                topics.commit(group, topic, ends)
 
     return report_new
 
@@ -83,7 +75,6 @@ class JobPlan:
     """The parameters of every step, fixed when the job is submitted.
 
     Attributes:
-        job: Id of this job.
         settings: The effective settings, without secrets: each process has those in its own environment.
         salt: Fingerprint of the salt, which each process reads from `paths.salt_file`.
         consent: The losses that the operator accepts.
@@ -128,7 +119,6 @@ class JobWorker:
     """The resources of one process for a job. Any thread.
 
     Args:
-        plan: Of the job.
         log: The log of clicks and micro-batches; by default the cluster of the settings.
         join: The attributes of users and items; by default read from their topics, if these are configured.
 
@@ -147,11 +137,13 @@ class JobWorker:
             raise SaltMismatch.between(str(self.settings.salt_path), self.salt.fingerprint, plan.salt)
         self.registry = CollectorRegistry()
         self.metrics = StreamMetrics(self.registry)
-        self.buckets = Buckets(self.open_core, self.spec.history)
+        open_core = partial(BucketCore, self.settings, self.spec, plan.salt)
+        self.buckets = Buckets(open_core, self.spec.history)
         self.closing = ExitStack()
         self._lock, self._joining = threading.Lock(), threading.Lock()
         self._reading: dict[int, Closable] = {}
-        self._masks: dict[int, Mask] = {}
+        controls = Controls(self.settings.registry_dir)
+        self._mask_at = lru_cache(MASKS_KEPT)(lambda generation: controls.generation(generation).mask)
         self._join = self._given_join = join
         self._following, self._reports = ExitStack(), False
         self._kept: dict[str, Closable] = {}
@@ -165,14 +157,7 @@ class JobWorker:
         Raises:
             CorruptVersion: The registry does not have it.
         """
-        if not control:
-            return Mask.NONE
-        with self._lock:
-            if control not in self._masks:
-                if len(self._masks) >= MASKS_KEPT:
-                    del self._masks[min(self._masks)]
-                self._masks[control] = Controls(self.settings.registry_dir).generation(control).mask
-            return self._masks[control]
+        return self._mask_at(control) if control else Mask.NONE
 
     def join(self, rows: Rows) -> Rows:
         """The rows with the present attributes of users and items; unchanged if none are configured."""
@@ -191,7 +176,6 @@ class JobWorker:
                 self._following.close()
 
     def _open_join(self) -> Join:
-        """The attributes of the topics, in a directory of this process, and their follower."""
         scratch = self._following.enter_context(tempfile.TemporaryDirectory(prefix="springtide-attributes-"))
         own_paths = replace(self.settings, paths=replace(self.settings.paths, state=scratch))
         kafka, metrics = self.settings.kafka, self.metrics
@@ -202,10 +186,6 @@ class JobWorker:
         join = open_join(own_paths, self.salt, metrics, self._following, reports=reports)
         assert join is not None, "called only if topics are configured"
         return join
-
-    def open_core(self, store: BucketStore, places: dict[Source, BucketPlace], erased: int) -> BucketCore:
-        """The core of a bucket, from the engine's state of it."""
-        return BucketCore(self.settings, self.spec, self.plan.salt, store, places, erased)
 
     def take_reading(self, source: int) -> Closable | None:
         """Takes the open partitions of a source for exclusive use; None if this process has none."""
@@ -238,7 +218,7 @@ class JobWorker:
         self.closing.close()
 
 
-_workers: dict[str, JobWorker] = {}
+_worker: JobWorker | None = None
 _opening = threading.Lock()
 
 
@@ -247,17 +227,20 @@ def worker_of(plan: JobPlan, log: Log | None = None, join: Join | None = None) -
 
     `log` and `join` of `JobWorker` are used if the worker is opened here.
     """
+    global _worker
     with _opening:
-        if plan.job not in _workers:
+        if _worker is None or _worker.plan.job != plan.job:
             close_workers()
-            _workers[plan.job] = JobWorker(plan, log, join)
-        return _workers[plan.job]
+            _worker = JobWorker(plan, log, join)
+        return _worker
 
 
 def close_workers() -> None:
-    """Closes all workers of this process."""
-    for job in list(_workers):
-        _workers.pop(job).close()
+    """Closes the worker of this process."""
+    global _worker
+    if _worker is not None:
+        _worker.close()
+        _worker = None
 
 
 atexit.register(close_workers)

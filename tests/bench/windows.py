@@ -13,7 +13,7 @@ import numpy as np
 from state.config.sections import Events as EventSettings
 from state.events.identity import Salt
 from state.events.parser import EventBatch, Parser
-from state.features.arrays import WORDS, words
+from state.features.arrays import WORDS, Rings, words
 from state.features.kernel import update_rows
 from state.features.spec import EVENT, Events, FeatureSpec, Mask, vectorise
 from state.history.appends import Appends
@@ -108,7 +108,7 @@ def kernel_us(rng: np.random.Generator, length: int, rows: int = 2000) -> float:
 
     def run() -> None:
         ends, counts = np.full(rows, length % SPEC.history), np.full(rows, length)
-        update_rows(rings, ends, counts, slots, words(events), SPEC.tables, Mask.NONE.hidden, made)
+        update_rows(Rings(rings, ends, counts), slots, words(events), SPEC.tables, Mask.NONE.hidden, made)
 
     run()
     return best_cpu_s(run) / rows * 1e6

@@ -90,13 +90,9 @@ def qualities(group: Group, asked: argparse.Namespace) -> dict[str, float]:
     single, other = Trainer(settings, spec, preprocessing), f"{group.size} workers"
     single.optimizer.fast_rate = several.optimizer.fast_rate
     one, group_of = (validated(recorded, settings, trainer, steps) for trainer in (single, several))
-    if is_clicks:
-        one.interests.scores = {OURS: one.interests.scores[OURS], other: group_of.interests.scores[OURS]}
-        table = interests_tables(one.interests)[0]
-    else:
-        predicted, others = one.engagements.predicted, group_of.engagements.predicted
-        one.engagements.predicted = {OURS: predicted[OURS], other: others[OURS]}
-        table = engagement_tables(one.engagements)[0]
+    kind, tables = ("interests", interests_tables) if is_clicks else ("engagements", engagement_tables)
+    pairs = zip(getattr(one, kind), getattr(group_of, kind), strict=True)
+    table = tables([own._replace(scores={OURS: own.scores[OURS], other: its.scores[OURS]}) for own, its in pairs])[0]
     figures = figures_of(table) | distances(single, several)
     several.stop()
     return figures

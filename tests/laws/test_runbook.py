@@ -14,7 +14,7 @@ from deploy.watch.figures import STANDS_BY, WAITS, BudgetLeft, ClocksOff, Figure
 from deploy.watch.scrape import Scrape, parsed
 from deploy.watch.snapshot import Snapshot
 from state import errors
-from state.errors import CorruptStore, MicroBatchError, MissingSalt, SpringtideError, StoreFull
+from state.errors import CorruptStore, GapError, MicroBatchError, MissingSalt, SpringtideError, StoreFull
 from state.history.store import HistoryStore
 from state.log import client
 from state.log.accepted_gaps import Consent, Journal, how_to_go_on
@@ -179,12 +179,13 @@ def typed(error: SpringtideError) -> str:
 
 def test_what_a_gap_a_cut_and_a_bad_record_say_to_type_is_in_their_sections(tmp_path: Path) -> None:
     source = Source("ab" * 16, 0)
-    gap = client.gap("clicks", source.topic_id, source.partition, 5, 10, 20)
+    with pytest.raises(GapError) as gap:
+        client.require_kept("clicks", source.topic_id, source.partition, 5, 10, 20)
     cut = client.truncated("clicks", source.topic_id, source.partition, 10, 5, 20)
     passages = Passages(Journal(tmp_path), Consent(), TrainerMetrics(CollectorRegistry()), lambda: 0.0)
     with pytest.raises(MicroBatchError) as bad:
         passages.leave_out(Gap(source, 7, 8), {}, MicroBatchError("it is none", "see who writes"))
-    for error in (how_to_go_on(gap, STREAM), how_to_go_on(cut, STREAM), bad.value):
+    for error in (how_to_go_on(gap.value, STREAM), how_to_go_on(cut, STREAM), bad.value):
         lines = [
             runbook.filled(line, {**runbook.EXAMPLES, "TEXT": "TEXT"}) for line in section_of(type(error)).splitlines()
         ]

@@ -34,14 +34,7 @@ def context_of(**owned: Any) -> StreamContext:
 def batch_of(
     partitions: Sequence[int], following: list[int], absent: Sequence[bool] = (), **columns: Any
 ) -> EventBatch:
-    """Events at the next offsets of `SOURCES`; `following` keeps these.
-
-    Args:
-        partitions: Of each position.
-        following: By partition its next offset.
-        absent: Whether nothing is at a position; by default all have an event.
-        columns: Those of the events.
-    """
+    """Events at the next offsets of `SOURCES`, which `following` keeps; nothing is at positions that are `absent`."""
     known, first, offsets, source = sorted(set(partitions)), list(following), list[int](), list[int]()
     for place, partition in enumerate(partitions):
         if not (absent and absent[place]):

@@ -71,14 +71,7 @@ def send(
 
 
 class StreamProcess:
-    """A running stream process.
-
-    Args:
-        settings: Its settings.
-        log: Where its standard error goes.
-        kill_at: The kill point that is armed; empty for none.
-        arguments: Its command line.
-    """
+    """A running stream process, whose standard error goes to `log`; `kill_at` names the kill point that is armed."""
 
     def __init__(self, settings: Settings, log: Path, kill_at: str = "", arguments: Sequence[str] = ()) -> None:
         self.log = log
@@ -117,12 +110,7 @@ def running(settings: Settings, log: Path, kill_at: str = "", arguments: Sequenc
 
 
 class Follower:
-    """Reads a topic as its consumers do.
-
-    Args:
-        kafka: Where.
-        topic: Which; it may not exist yet.
-    """
+    """Reads a topic, which may not exist yet, as its consumers do."""
 
     def __init__(self, kafka: Kafka, topic: str) -> None:
         self._kafka, self._topic = kafka, topic

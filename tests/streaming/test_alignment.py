@@ -25,13 +25,7 @@ BEGIN_MS = 1_700_000_000_000
 
 @dataclass
 class Reading:
-    """Partitions that are read as a source reads them; whose times many right clocks say.
-
-    Attributes:
-        logs: By partition the times of its records.
-        positions: By partition where it is read to.
-        away: Partitions that give nothing.
-    """
+    """Partitions, given by the times of their records, that are read as a source reads them; those in `away` give nothing."""
 
     logs: list[list[int]]
     alignment: Alignment = field(default_factory=lambda: Alignment(SKEW_MS))
@@ -180,11 +174,7 @@ def test_what_says_nothing_of_its_time_is_read_beside_the_others() -> None:
 
 
 class Told(Reading):
-    """The same with users: what time it is their clicks say.
-
-    Attributes:
-        users: Of a record by partition and position.
-    """
+    """The same with users: what time it is their clicks say."""
 
     def __init__(self, logs: list[list[int]], users: Callable[[int, int], int]) -> None:
         super().__init__(logs)

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from state import user_shares
 from state.microbatch.batch import Kind
 from state.positions import MOST_LEARNED
 from streaming import labels
@@ -99,16 +98,7 @@ def by_hand(log: list[Event], most: int) -> tuple[list[int], list[Resolved]]:
 def by_kernel(
     log: list[Event], most: int, sizes: list[int], reload: bool, buckets: int = 1, clocks: list[int] | None = None
 ) -> tuple[list[int], list[Resolved]]:
-    """The same in batches of `sizes`, repeated, for each of `buckets` of the users apart.
-
-    Args:
-        log: Positions.
-        most: That wait in a share.
-        sizes: Of batches.
-        reload: Whether the queue is made anew from its rows after each batch.
-        buckets: How many.
-        clocks: Of each position its source's clock after it; by default the newest event time so far.
-    """
+    """The same in batches of `sizes`, repeated, for each of `buckets` of the users apart; `reload` makes the queue anew each time."""
     queues = [Queue.of(1, 1) for _ in range(buckets)]
     reached = {0: 0, 1: 0}
     clock: dict[int, int] = {}
@@ -228,11 +218,6 @@ def test_a_wait_that_is_over_ends_where_it_is_its_shares_turn_whatever_lies_ther
         assert by_kernel(log, 9, [7], False)[1] == [Resolved(0, SHARES + 3, 0, int(Kind.EXPIRED))]
 
 
-def test_a_wait_that_is_over_ends_at_its_users_next_event_before_its_shares_turn() -> None:
-    log = [Event(IMPRESSION, 0, 0, 7, 50), Event(PLAIN, 0, 500, 0, 50 + SHARES), Event(PLAIN, 0, -9, 0, 50)]
-    assert by_kernel(log, 9, [9], False)[1] == [Resolved(0, 2, 0, int(Kind.EXPIRED))]
-
-
 def test_in_a_stretch_without_events_each_share_has_its_turns() -> None:
     waits = [Event(IMPRESSION, 0, 0, number, 5) for number in range(3 * MOST_EXPIRED)] + [Event(PLAIN, 0, 900, 0, 9)]
     log = [*waits, *[Event(NOTHING, 0, 0, 0)] * (4 * SHARES)]
@@ -247,22 +232,9 @@ def resolved_by(*log: tuple[int, int, int], most: int = 100) -> list[tuple[int, 
     return [(one.by, one.opened, one.kind) for one in resolved]
 
 
-def test_the_latest_impression_before_the_click_gets_it_and_the_next_click_goes_to_the_one_before() -> None:
-    shown = [(IMPRESSION, 0, 7), (IMPRESSION, 1, 7), (IMPRESSION, 2, 8)]
-    assert resolved_by(*shown, (OUTCOME, 3, 7), (OUTCOME, 4, 7), (OUTCOME, 5, 7)) == [
-        (3, 1, Kind.JOINED),
-        (4, 0, Kind.JOINED),
-    ]
-
-
 def test_a_click_at_the_end_of_the_wait_joins_and_one_after_it_does_not() -> None:
     assert resolved_by((IMPRESSION, 0, 7), (OUTCOME, WAIT_MS, 7)) == [(1, 0, Kind.JOINED)]
     assert resolved_by((IMPRESSION, 0, 7), (OUTCOME, WAIT_MS + 1, 7)) == [(1, 0, Kind.EXPIRED)]
-
-
-def test_another_partition_does_not_end_a_wait() -> None:
-    log = [Event(IMPRESSION, 0, 0, 7), Event(PLAIN, 1, 9999, 0), Event(OUTCOME, 1, 50, 7), Event(OUTCOME, 0, 50, 7)]
-    assert by_kernel(log, 9, [9], reload=False)[1] == [Resolved(0, 1, 0, int(Kind.JOINED))]
 
 
 def test_a_stretch_of_any_length_without_events_costs_no_more_than_what_waits() -> None:
@@ -282,7 +254,6 @@ def test_the_accounts_know_how_many_rows_one_position_can_have() -> None:
 def test_the_kernels_numbers_are_those_of_the_kinds() -> None:
     for name in ("OPENED", "DROPPED", "FEEDBACK", "JOINED", "EXPIRED"):
         assert getattr(labels, name) == Kind[name]
-    assert SHARES == user_shares.SHARES
 
 
 @pytest.mark.parametrize("changed", [0, 1, 2])

@@ -13,20 +13,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow as tf
+from tensorflow_transform.tf_metadata.schema_utils import schema_as_feature_spec
 
 from state.config.loading import load
 from state.config.sections import Model
 from state.config.settings import Settings
-from state.errors import SaltMismatch, SpringtideError, UnknownTopic, UnreachableBroker
-from state.events.identity import load_salt
+from state.errors import SaltMismatch, SettingsError, SpringtideError, UnknownTopic
+from state.events.identity import load_salt, public_id
 from state.features.spec import FeatureSpec
 from state.log import PartitionBatch, Topics, Writer
+from state.microbatch.examples import about, dataset, schema
+from state.recordings.files import Recording, find
 from state.registry.registry import Registry
 from state.registry.specs import fits
 from state.statistics.anomalies import validate
 from state.statistics.baselines import Baselines
 from state.statistics.protos import by_name, frequencies
-from streaming.bootstrap import ComputeWindows, Sample, Wanted, of_topic, open_sample, run
+from streaming.bootstrap import ComputeWindows, Sample, Wanted, asked, of_recording, of_topic, open_sample, run
 from streaming.preprocessing import CLIP, analysed, preprocessing_fn
 from streaming.rows import Rows
 from streaming.steps import Handle, ParseEvents
@@ -202,11 +206,192 @@ def test_an_option_that_the_preprocessing_asked_for_makes_another_graph_and_othe
     assert fits({"preprocessing": f"{__name__}:scaled"}, wanted("scale=2").model)
 
 
-def test_a_broker_that_is_away_is_reported_in_one_line(tmp_path: Path) -> None:
-    away = load(
-        ["--paths.state", str(tmp_path), "--kafka.bootstrap_servers", "127.0.0.1:1", "--kafka.request_timeout_s", "1"],
-        {},
-    )
-    with pytest.raises(UnreachableBroker) as raised:
-        run(away, silent)
-    assert "\n" not in str(raised.value)
+BEGIN_S = 1_700_000_000
+ROWS = 700
+COLUMNS = ("user", "item", "category", "action", "at_ms", "offset", "label", "weight", "context")
+
+
+def write_recording(folder: Path) -> Path:
+    """Clicks that are not in order of time, two of them no clicks."""
+    drawn = np.random.default_rng(5)
+    lines = ["user,item,category,action,time,bought,device"]
+    for number in drawn.permutation(ROWS).tolist():
+        category, label = f"c{int(drawn.zipf(1.6)) % 9}", ("1", "0", "")[number % 3]
+        device = ("phone", "desk", "")[number % 3]
+        lines.append(f"u{number % 23},i{number % 50},{category},view,{BEGIN_S + number * 60},{label},{device}")
+    lines += [f"u1,i1,c1,dance,{BEGIN_S},1,phone", "broken"]
+    path = folder / "clicks.csv"
+    path.write_text("\n".join([*lines, ""]))
+    return path
+
+
+def flags_of(folder: Path) -> list[str]:
+    own = {"paths.state": folder / "state", "events.label": "bought", "events.context": "device"}
+    own |= {"bootstrap.shard_rows": 100, "bootstrap.sample_rows": ROWS, "stream.batch_events": 64}
+    return [f"--{name}={value}" for name, value in own.items()]
+
+
+def bootstrap(*argv: object) -> list[str]:
+    """Does a command line in this process; returns what it said."""
+    said: list[str] = []
+    settings, wanted = asked([*map(str, argv)])
+    if not run(settings, said.append, wanted):
+        said.append("nothing to do")
+    return said
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Settings, str]:
+    """A finished run of the command: its folder, settings and what it said."""
+    folder = tmp_path_factory.mktemp("bootstrap")
+    said = bootstrap(write_recording(folder), *flags_of(folder), "--examples", folder / "examples")
+    return folder, load(flags_of(folder), env={}), "\n".join(said)
+
+
+def computed(folder: Path, settings: Settings) -> list[Rows]:
+    """The rows of the recording, by the stream's code and without Beam."""
+    recording = Recording(find([str(folder / "clicks.csv")]))
+    salt = load_salt(settings.salt_path)
+    with open_sample(settings, salt, lambda: 1_800_000_000.0, lambda _: None) as sample:
+        steps = ParseEvents(sample), ComputeWindows(sample)
+        batches = of_recording(sample.context, recording, "memory")
+        return [rows for one in batches for events in steps[0].process(one) for rows in steps[1].process(events)]
+
+
+def read_back(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """All examples, in the order of their offsets."""
+    parts = list(dataset(folder / "examples", batch_rows=90).as_numpy_iterator())
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    order = np.argsort(whole["offset"])
+    return {name: column[order] for name, column in whole.items()}
+
+
+def test_examples_are_bit_for_bit_the_rows_that_the_stream_makes(made: tuple[Path, Settings, str]) -> None:
+    folder, settings, _ = made
+    rows, found = computed(folder, settings), read_back(folder)
+    assert len(found["user"]) == ROWS
+    for name in COLUMNS:
+        column = np.concatenate([getattr(one.batch, name) for one in rows])
+        expected = column.view(np.int64) if column.dtype == np.uint64 else column
+        np.testing.assert_array_equal(found[name], expected, name)
+    for name in ("features", "category_windows"):
+        expected = np.concatenate([getattr(one.vectors, name) for one in rows])
+        assert found[name].dtype == np.float32
+        np.testing.assert_array_equal(found[name], expected, name)
+    labels = np.concatenate([one.vectors.recent_categories for one in rows])
+    np.testing.assert_array_equal(found["recent_categories"].view(np.uint64), labels)
+    np.testing.assert_array_equal(found["recent_mask"], labels != 0)
+    assert (np.diff(found["at_ms"]) >= 0).all(), "the recording was not ordered by time"
+    assert {*found["category"].view(np.uint64).tolist()} <= {public_id(f"c{number}") for number in range(9)}
+
+
+def test_one_late_row_costs_the_sample_itself_only(tmp_path: Path) -> None:
+    lines = write_recording(tmp_path).read_text().splitlines()
+    (tmp_path / "clicks.csv").write_text("\n".join([*lines, f"u1,i1,c1,view,{BEGIN_S + 60 * 86_400},,", ""]))
+    settings, said = load(flags_of(tmp_path), env={}), list[str]()
+    salt = load_salt(settings.salt_path)
+    with open_sample(settings, salt, lambda: 1_800_000_000.0, said.append) as sample:
+        parse, compute = ParseEvents(sample), ComputeWindows(sample)
+        for batch in of_recording(sample.context, Recording(find([str(tmp_path / "clicks.csv")])), "memory"):
+            for events in parse.process(batch):
+                list(compute.process(events))
+        assert sample.context.tally.clicks == ROWS
+    assert f"clicks.csv:{len(lines) + 1}: 1 row is long after all the others" in said[0]
+
+
+def test_a_label_that_came_later_is_in_the_example_of_its_impression_and_one_without_a_label_in_none(
+    tmp_path: Path,
+) -> None:
+    # One is clicked, one is not, one still waits at the end; the windows count what came before each.
+    events = [("a", "view", 0), ("b", "view", 10), ("a", "click", 20), ("c", "view", 200)]
+    lines = [f"u1,{item},c,{action},{BEGIN_S + at}" for item, action, at in events]
+    (tmp_path / "clicks.csv").write_text("\n".join(["user,item,category,action,time", *lines, ""]))
+    own = ["--events.actions=view,click", "--events.action_weights=1,2", "--labels.impressions=view"]
+    own += [
+        "--labels.outcomes=click",
+        "--labels.wait_s=120",
+        f"--paths.state={tmp_path / 'state'}",
+    ]
+    said = bootstrap(tmp_path / "clicks.csv", *own, "--examples", tmp_path / "examples")
+    assert said[-1].endswith("; 1 impressions still waited for their label when the clicks ended")
+    found = read_back(tmp_path)
+    assert (found["offset"].tolist(), found["label"].tolist()) == ([0, 1], [1.0, 0.0])
+    visible = FeatureSpec.from_settings(load(own, env={})).names.index("events.visible")
+    assert found["features"][:, visible].tolist() == [0, 1]
+
+
+def test_the_schema_beside_them_describes_every_feature(made: tuple[Path, Settings, str]) -> None:
+    folder, settings, _ = made
+    described = schema(FeatureSpec.from_settings(settings), 1)
+    assert (folder / "examples" / "schema.pbtxt").read_text() == str(described)
+    columns = schema_as_feature_spec(described).feature_spec
+    (file, *_) = sorted((folder / "examples").glob("*.tfrecord.gz"))
+    (first,) = tf.data.TFRecordDataset(str(file), compression_type="GZIP").take(1)
+    example = tf.train.Example.FromString(first.numpy())
+    assert set(columns) == set(example.features.feature)
+    parsed = tf.io.parse_single_example(first, columns)
+    assert parsed["label_windows"].shape == (360,)
+    assert parsed["at_ms"].shape == ()
+    assert about(folder / "examples")["features"] == list(FeatureSpec.from_settings(settings).names)
+    assert len(list((folder / "examples").glob("*.tfrecord.gz"))) == ROWS // 100
+
+
+def test_the_command_says_what_it_read_what_it_refused_and_how_long_it_took(made: tuple[Path, Settings, str]) -> None:
+    said = made[2]
+    assert re.search(
+        r"700 clicks and 2 dead letters \(1 unknown_action, 1 (undecodable|wrong_type)\) read in [\d.]+ s \([\d,]+ rows/s\)",
+        said,
+    ), said
+
+
+def test_a_bootstrap_from_files_needs_no_kafka_and_leaves_what_the_trainer_waits_for(
+    made: tuple[Path, Settings, str],
+) -> None:
+    _, settings, _ = made
+    registry = Registry(settings.registry_dir)
+    (digest,) = registry.specs.names()
+    assert digest == FeatureSpec.from_settings(settings).digest
+    document = registry.specs.spec(digest)
+    assert document["rows"] == ROWS
+    assert sum(clicks for _, clicks in document["popular"]) == ROWS
+    assert (registry.specs.transform(digest) / "transform_fn" / "saved_model.pb").exists()
+
+
+def test_a_second_run_writes_more_examples_but_never_into_the_same_directory(
+    made: tuple[Path, Settings, str], tmp_path: Path
+) -> None:
+    folder, _, _ = made
+    line = [folder / "clicks.csv", *flags_of(folder), "--rows", "128"]
+    with pytest.raises(SettingsError, match="already exists"):
+        bootstrap(*line, "--examples", folder / "examples")
+    assert bootstrap(*line, "--examples", tmp_path / "more")[-1] == f"128 examples in {tmp_path / 'more'}"
+    assert sum(len(part["user"]) for part in dataset(tmp_path / "more").as_numpy_iterator()) == 128
+    assert bootstrap(*line) == ["nothing to do"]
+
+
+def test_examples_that_were_not_completed_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "examples-00000-of-00001.tfrecord.gz").write_bytes(b"")
+    with pytest.raises(SettingsError, match=r"no complete examples.*springtide bootstrap --examples"):
+        dataset(tmp_path)
+
+
+def test_files_without_a_click_are_one_line_with_the_reasons(tmp_path: Path) -> None:
+    path = tmp_path / "clicks.jsonl"
+    path.write_text('{"user": "a", "item": 1, "category": 2, "action": "dance", "time": 1700000000}\n' * 3)
+    with pytest.raises(SpringtideError, match=r"no row of .*3 dead letters \(3 unknown_action\); correct \[events\]"):
+        bootstrap(path, "--paths.state", tmp_path / "state")
+    assert Registry(tmp_path / "state" / "registry").specs.names() == []
+
+
+@pytest.mark.parametrize("argv", [["nowhere.csv"], ["--rows", "none"], ["--rows", "0"], ["--exmaples", "x"]])
+def test_wrong_use_is_refused_before_anything_is_read(argv: list[str]) -> None:
+    with pytest.raises(SettingsError):
+        asked(argv)
+
+
+def test_an_exact_number_of_rows_is_taken_in_order_of_time(tmp_path: Path) -> None:
+    write_recording(tmp_path)
+    settings = load([*flags_of(tmp_path), "--bootstrap.sample_rows=100"], env={})
+    at_ms = np.concatenate([rows.batch.at_ms for rows in computed(tmp_path, settings)])
+    # The row of an unknown action is the first of all, and no click.
+    assert at_ms.tolist() == [(BEGIN_S + number * 60) * 1000 for number in range(100)]

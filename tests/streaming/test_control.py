@@ -10,9 +10,8 @@ import pytest
 from state import layout
 from state.disk.lmdb_store import PAGES_MS, LmdbStore
 from state.errors import StoreError, StoreFull
-from state.features.erased import Erased
+from state.features.erased import Erased, MaskedUsers
 from state.features.mask import Mask
-from state.features.masked_users import MaskedUsers
 from state.history.rewinding import branch_of
 from state.layout import CONTROL, HISTORIES
 from state.process import killpoints

@@ -91,13 +91,6 @@ def test_names_of_categories_and_items_go_with_the_cut() -> None:
     assert decode(value).header.names == {7: "hats", 1: "i1", 2: "i2"}
 
 
-def test_a_batch_larger_than_a_record_is_written_in_parts() -> None:
-    values = encode_cut(Cut((piece((ZERO, 0, 25)),), 0), Encoding("spec", "salt", 10, 900_000))
-    parts = [decode(value) for value in values]
-    assert max(map(len, parts)) <= 10
-    assert np.concatenate([part.offset for part in parts]).tolist() == list(range(25))
-
-
 def test_a_missing_batch_is_noticed() -> None:
     with pytest.raises(ValueError, match="not adjacent"):
         gather(Cut((piece((ZERO, 0, 2)), piece((ZERO, 3, 2))), 0))

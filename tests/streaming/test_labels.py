@@ -17,12 +17,11 @@ from state.config.sections import Events, LabelSettings
 from state.config.settings import Settings
 from state.errors import CorruptStore
 from state.events.parser import EventBatch
-from state.features.erased import Erased
-from state.features.masked_users import MaskedUsers
+from state.features.erased import Erased, MaskedUsers
 from state.features.spec import FeatureSpec
 from state.history.appends import Appends, events_of
 from state.history.store import HistoryStore
-from state.history.waiting import RowFormat, key_of
+from state.history.waiting import Changes, Extra, RowFormat, key_of
 from state.microbatch.batch import Kind, MicroBatch, erased_rows, happened, new_ranges, trained, trim
 from state.microbatch.codec import decode
 from state.positions import Source
@@ -120,16 +119,18 @@ class Run:
         made = [Cut(tuple(rows[index] for index in part), NOW_MS) for part in pieces if len(part)]
         if not made:
             return
-        done = self.labels.look_up(made) if self.labels is not None else streaming_labels.LookedUp(made, {}, {})
-        self.values += [value for cut in done.cuts for value in encode_cut(cut, Encoding("spec", "salt", 5, 900_000))]
+        waiting: Changes = {}
+        extra: Extra = {}
+        if self.labels is not None:
+            complete = self.labels.complete
+            made = [Cut(tuple(complete(piece, waiting, extra) for piece in cut.pieces), NOW_MS) for cut in made]
+        self.values += [value for cut in made for value in encode_cut(cut, Encoding("spec", "salt", 5, 900_000))]
         if dies:
             return
-        ready = [piece for cut in done.cuts for piece in cut.pieces]
+        ready = [piece for cut in made for piece in cut.pieces]
         ranges = merge_all(part for piece in ready for part in piece.batch.ranges)
         clocks = {name: value for piece in ready if piece.clock for name, value in piece.clock.state.items()}
-        self.store.commit(
-            merge_appends([piece.appends for piece in ready]), ranges, {**done.extra, **clocks}, done.waiting
-        )
+        self.store.commit(merge_appends([piece.appends for piece in ready]), ranges, {**extra, **clocks}, waiting)
         for piece in ready:
             self.profiler.committed(piece)
         self.queue.clear()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -19,6 +20,7 @@ from state.config.sections import Events, Kafka, LabelSettings
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import CorruptStore, LockHeld, SaltMismatch, StoreError
+from state.features.mask import Mask
 from state.features.spec import FeatureSpec
 from state.history.snapshot_writer import Cut, SnapshotWriter
 from state.history.snapshots import location_of
@@ -29,17 +31,22 @@ from state.metrics import ApplierMetrics
 from state.microbatch.codec import decode
 from state.positions import Source
 from state.process import killpoints
+from state.registry.control import roll_back, start
+from state.registry.controls import Controls
+from state.registry.log_line import WHOLE, turned
 from streaming import histories
 from streaming.accounts import faults
-from streaming.rebuild import Rebuilt, progress_on, rebuild
+from streaming.rebuild import Rebuilt, rebuild
 from tests import forked
 from tests.conftest import KafkaFactory
 from tests.disks import crash
 from tests.one_kafka import Running
 from tests.streaming.streams import (
+    BEGIN_MS,
     FOREVER,
     click,
     following,
+    headers_of,
     histories_of,
     next_offsets,
     running,
@@ -103,15 +110,14 @@ def die() -> None:
 
 
 def rebuilt(settings: Settings, copy: Path | None = None) -> Rebuilt:
-    return rebuild(settings, copy, progress_on(io.StringIO()))
+    return rebuild(settings, copy, io.StringIO())
 
 
 def snapshot(settings: Settings, polls: int) -> int:
     """Writes a snapshot of a serving host that has read so many polls of the training log; returns how many records."""
     spec = FeatureSpec.from_settings(settings)
     store = HistoryStore(settings.serving_dir / HISTORIES, spec.history, 1 << 30)
-    reach_ms = spec.reach_ms(settings.events)
-    follower = HistoryFollower(store, spec, reach_ms, ApplierMetrics(CollectorRegistry()), lambda: 0)
+    follower = HistoryFollower(store, settings, ApplierMetrics(CollectorRegistry()), lambda: 0)
     follower.connect(Log(settings.kafka), settings.kafka.microbatches_topic)
     records, deadline_s = 0, time.monotonic() + 60
     while polls and time.monotonic() < deadline_s:
@@ -320,3 +326,64 @@ def test_impressions_that_wait_come_back_from_the_log_and_if_that_is_gone_from_t
             rebuilt(elsewhere)
             assert stored(elsewhere) == before
             topics.delete_before(kafka.microbatches_topic, {0: topics.ends(kafka.microbatches_topic)[0][1]})
+
+
+GOOD, ALL = 600, 1200
+MASKED_S = GOOD + 100, GOOD + 160
+
+
+def values() -> list[bytes]:
+    actions = ("favorite", "cart", "view", "view", "view")
+    made = [click(number, action=actions[number % 5]) for number in range(ALL)]
+    made[7] = made[GOOD + 7] = b"{not json"
+    return made
+
+
+def content(settings: Settings) -> dict[str, Any]:
+    with histories_of(settings) as store:
+        return {"digest": store.digest(), "counts": store.counts(), "waiting": dict(store.waiting())}
+
+
+@pytest.mark.nightly
+def test_the_stream_reverts_reads_again_and_is_rebuilt_along_the_new_branch(
+    kafka_settings: KafkaFactory, tmp_path: Path
+) -> None:
+    settings = settings_for(kafka_settings(), tmp_path / "state", tmp_path / "salt")
+    labels = LabelSettings(impressions=("favorite",), outcomes=("cart",), wait_s=90.0)
+    settings = replace(settings, labels=labels)
+    kafka, controls = settings.kafka, Controls(settings.registry_dir)
+    controls.propose(start(actor="trainer", reason="first start", now_ms=0))
+
+    with Topics(kafka) as topics, following(kafka, kafka.microbatches_topic) as log:
+        source = Source(topics.ensure(kafka.clicks_topic, 1, FOREVER).topic_id, 0)
+        send(kafka, values()[:GOOD], partition=lambda _: 0)
+        with running(settings, tmp_path / "log") as stream:
+            # 1. A version stands at the end of the good clicks.
+            until(lambda: next_offsets(log.poll()) == {0: GOOD}, "the good clicks")
+            place = topics.ends(kafka.microbatches_topic)[0][1]
+            send(kafka, values()[GOOD:], GOOD, partition=lambda _: 0)
+            until(lambda: next_offsets(log.poll()) == {0: ALL}, "the later clicks")
+            # 2. Control goes back there.
+            branch = turned(WHOLE, 1, place, topics.ends(kafka.microbatches_topic)[0][1], ((source, GOOD),))
+            mask = Mask(generation=2, times=((BEGIN_MS + MASKED_S[0] * 1000, BEGIN_MS + MASKED_S[1] * 1000),))
+            controls.change(lambda now: roll_back(now, 3, mask, actor="ann", reason="bots", now_ms=5, log=branch))
+            until(lambda: topics.committed(kafka.group, kafka.clicks_topic) == {0: ALL}, "the clicks are committed")
+            until(lambda: sum(" reading " in line for line in stream.lines) == 2, "the stream is opened again")
+            until(lambda: _masked(log.poll()) == MASKED_S[1] - MASKED_S[0], "they are read again")
+            assert stream.stop() == 0, stream.lines
+    before = content(settings)
+    assert before["counts"][source]["masked"] == MASKED_S[1] - MASKED_S[0]
+    assert before["counts"][source]["next"] == ALL and before["waiting"]
+    # 3. Each dead letter is written once.
+    offsets = [letter["offset"] for letter in headers_of(kafka, kafka.dead_letters_topic)]
+    assert offsets == ["7", str(GOOD + 7)]
+    # 4. A lost store comes back along the branch.
+    rebuild(settings, None, io.StringIO())
+    assert content(settings) == before
+
+
+def _masked(records: list[bytes]) -> int:
+    """Masked positions in the micro-batches of the second epoch, once all of it is there."""
+    headers = [header for record in records if (header := decode(record).header).log_epoch == 2]
+    reached = max((part.next for header in headers for part in header.ranges), default=0)
+    return sum(part.masked for header in headers for part in header.ranges) if reached == ALL else -1

@@ -16,7 +16,7 @@ from state.metrics import StreamMetrics
 from state.positions import Range
 from streaming import steps
 from streaming.context import StreamContext
-from streaming.steps import ClickReader, Lag
+from streaming.steps import ClickReader
 from tests.memory_log import MemoryLog
 from tests.streaming.pieces import ZERO, context_of
 
@@ -70,12 +70,3 @@ def test_a_broker_that_is_unreachable_for_a_while_stops_nothing_and_is_logged_on
     expected = "new partitions and lag are unknown for now: cannot describe topic clicks: no broker"
     assert record.message.startswith(expected)
     store.close()
-
-
-def test_lag_in_seconds_is_that_of_the_newest_committed_click() -> None:
-    lag, reader = Lag(), clicked(9).reader(CLICKS)
-    lag.read(*reader.poll(0.0, 4), now_ms=100_000)
-    assert (lag.uncommitted({ZERO: 3}), lag.seconds(now_s=100.0)) == (1, 0.0)
-    lag.read(*reader.poll(0.0, 5), now_ms=100_000)
-    assert (lag.uncommitted({ZERO: 4}), lag.seconds(now_s=100.0)) == (5, 97.0)
-    assert (lag.uncommitted({ZERO: 9}), lag.seconds(now_s=100.0)) == (0, 92.0)

@@ -18,8 +18,8 @@ from state.disk.lock import DirectoryLock
 from state.errors import LockHeld, RegistryError, SettingsError
 from state.experiments.comparison import ComparisonFigures, LossReader, PairedComparison, want
 from state.experiments.experiment import Experiments
+from state.features.erased import MaskedUsers
 from state.features.mask import Mask
-from state.features.masked_users import MaskedUsers
 from state.microbatch.codec import decode
 from state.positions import Source
 from state.registry.control import erase, roll_back

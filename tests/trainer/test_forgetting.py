@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from state.features.erased import MaskedUsers
 from state.features.mask import Mask
-from state.features.masked_users import MaskedUsers
 from state.microbatch.codec import decode
 from state.positions import Source
 from state.process import killpoints

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from state.features.erased import MaskedUsers
 from state.features.mask import Mask, always
-from state.features.masked_users import MaskedUsers
 from state.microbatch.batch import ATTRIBUTES, LISTS, SCALARS, Header, Kind
 from state.microbatch.codec import encode
 from state.positions import Range, Source

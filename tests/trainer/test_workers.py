@@ -19,7 +19,7 @@ import pytest
 
 from state.config.settings import Settings
 from state.errors import PortTaken
-from state.features.masked_users import MaskedUsers
+from state.features.erased import MaskedUsers
 from state.log import Log
 from state.microbatch.codec import decode
 from state.positions import Source

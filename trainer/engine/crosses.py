@@ -143,7 +143,6 @@ class CrossLearner:
     """Scores and learns the crosses of records on the host, wherever the rows of the table are.
 
     Args:
-        table: The table of crosses.
         prior: `[C]` float32, the prior precision of each cross's weight.
     """
 

@@ -50,7 +50,6 @@ class Measured:
     """A measured record: its scores and the update that it would cause.
 
     Attributes:
-        scores: Before learning.
         squared_norm: Squared norm of the whole gradient.
         rows: By table, `[u]` int32, the rows that the update changes, the missing row first.
         crossed: What the crosses learn; None if the ranker does not read them.

@@ -36,11 +36,8 @@ class Learning(NamedTuple):
     """The inputs of the blocks of a record.
 
     Attributes:
-        values: Inputs that are values, by name.
-        rows: Inputs of embedding rows.
         encoded: With dropout.
         plain: Without.
-        targets: The training targets.
         slots: Of the fast weights before the record: fast, slow, second, moves.
     """
 
@@ -193,7 +190,6 @@ class TensorsFound(NamedTuple):
         scores: Without dropout, in the order of `Scores`.
         dense: Derivatives by the dense weights, in their order.
         sparse: By the distinct rows of each embedding table, in the order of the tables.
-        squared_norm: Of all derivatives.
         fast: The slots of the fast weights after it.
     """
 
@@ -205,16 +201,7 @@ class TensorsFound(NamedTuple):
 
 
 class TensorflowEngine:
-    """See `trainer/engine/engine.py`.
-
-    Args:
-        ranker: Any.
-        optimizer: Of its dense weights.
-        tables: The tables of embedding rows, by name.
-        learning_rate: Step size of rows.
-        crosses: Scores and learns crosses, if the ranker reads them.
-        device: Of the variables.
-    """
+    """See `trainer/engine/engine.py`."""
 
     name = "tensorflow"
 
@@ -300,7 +287,6 @@ class TensorflowEngine:
         return replace(measured, found=tensors)
 
     def _traced(self, inputs: Mapping[str, Any]) -> Any:
-        """The graph, for records of any length."""
         if self._trace is None:
             fixed = {
                 place_of(input_) if input_.table else input_.name
@@ -345,7 +331,6 @@ class TensorflowEngine:
         return rows, at
 
     def _gather(self, input_: Input, distinct: Mapping[str, Tensor], at: Mapping[str, Tensor]) -> Tensor:
-        """The rows of an input."""
         indices = at[place_of(input_)]
         rows = tf.gather(distinct[input_.table], indices)
         if input_.mean:

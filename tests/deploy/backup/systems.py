@@ -13,8 +13,8 @@ from state.config.loading import load
 from state.config.settings import Settings
 from state.disk.files import write as write_file
 from state.events.identity import load_salt
+from state.features.erased import MaskedUsers
 from state.features.mask import Mask
-from state.features.masked_users import MaskedUsers
 from state.features.spec import EVENT
 from state.history.appends import Appends
 from state.history.store import HistoryStore

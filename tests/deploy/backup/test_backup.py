@@ -12,8 +12,7 @@ from deploy.backup.location import PIECE_BYTES, id_at
 from state.config.settings import Settings
 from state.errors import BackupError, DamagedBackup, MissingSalt, SaltMismatch
 from state.events.identity import load_salt
-from state.features.erased import Erased
-from state.features.masked_users import MaskedUsers
+from state.features.erased import Erased, MaskedUsers
 from state.process import killpoints
 from state.registry.control import erase
 from state.registry.registry import Registry

@@ -10,9 +10,8 @@ import pytest
 
 from state.config.sections import Kafka
 from state.errors import LogError
-from state.features.erased import Erased
+from state.features.erased import Erased, MaskedUsers
 from state.features.mask import Mask
-from state.features.masked_users import MaskedUsers
 from state.layout import LOOKALIKES
 from state.log import Log
 from state.registry.erasing import reports

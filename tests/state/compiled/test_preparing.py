@@ -15,9 +15,9 @@ from prometheus_client import CollectorRegistry
 
 from state.compiled import FIRST_CALLS, declared
 from state.compiled.preparing import Kernels
+from state.features.erased import MaskedUsers
 from state.features.kernel import many_rows
 from state.features.mask import Mask
-from state.features.masked_users import MaskedUsers
 from state.features.spec import EVENT, FeatureSpec, vectorise, vectorise_many
 from state.history.appends import Appends
 from state.history.store import HistoryStore

@@ -56,6 +56,14 @@ def test_an_action_may_be_missing_where_there_is_only_one() -> None:
     assert reason({**GOOD, "action": "cart"}, single) == "unknown_action"
 
 
+def test_the_first_invalid_field_gives_the_reason_and_the_record_announces_no_name() -> None:
+    late = {**GOOD, "time": 1 << 70, "item": "new", "category": "new", "action": "stare"}
+    assert reason(late) == "implausible_time"
+    assert reason({**GOOD, "label": 10**30}, Events(label="label")) == "wrong_type"
+    batch = parse(GOOD, late)
+    assert "new" not in {*batch.names.values(), *batch.item_names.values()}
+
+
 def test_a_record_is_compared_with_its_own_timestamp() -> None:
     value = json.dumps({**GOOD, "time": 5_000}).encode()
     parser = Parser(Events(time_unit="ms"), SALT)
@@ -86,7 +94,7 @@ def test_every_position_has_one_outcome() -> None:
     ]
     assert (out.source.tolist(), out.offset.tolist()) == ([0, 1, 1], [5, 100, 105])
     source = Source(TOPIC, 3)
-    assert out.dead[0] == DeadLetter(source, 101, Reason.UNDECODABLE, b"k", b"{")
+    assert out.dead[0] == DeadLetter(source, 101, Reason.UNDECODABLE)
     assert [(letter.offset, letter.reason) for letter in out.dead[1:]] == [
         (lost, Reason.CORRUPT_RECORD) for lost in (107, 108, 109)
     ]
@@ -168,7 +176,7 @@ def test_a_record_becomes_the_same_event_whatever_records_came_with_it(seed: int
         json.dumps(GOOD | {"user": int(rng.integers(5)), "label": None}).encode() if simple else _some_value(rng)
         for _ in range(int(rng.integers(1, 12)))
     ]
-    # A record that is no event makes the parser read the whole batch record by record.
+    # After a record that is no event, the parser reads the values record by record.
     together = Parser(settings, SALT).parse([records(values)])
     apart = Parser(settings, SALT).parse([records([*values, b"no JSON"])])
     assert len(apart.dead) == len(together.dead) + 1

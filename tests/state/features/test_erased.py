@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from state.features.erased import EVERYTHING, Erased
+from state.features.erased import EVERYTHING, Erased, MaskedUsers
 from state.features.mask import Clicks, Mask
-from state.features.masked_users import MaskedUsers
 from state.features.spec import EVENT, FeatureSpec, vectorise
 from state.positions import Range, Source
 

@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from state.features.erased import Erased, Erasure
-from state.features.masked_users import MaskedUsers
+from state.features.erased import Erased, Erasure, MaskedUsers
 from state.features.spec import EVENT
 from state.file_store import DirectoryStore
 from state.history import snapshot_writer, snapshots

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from state.errors import CorruptStore
+from state.accounts import StreamAccount, check_accounts
+from state.config.loading import load
+from state.config.settings import Settings
+from state.disk import memory_place
+from state.disk.lock import DirectoryLock
+from state.errors import CorruptStore, PositionConflict
 from state.features.spec import EVENT, Events
 from state.history.actions import ACTIONS, numbered
 from state.history.actions import OTHER as UNKNOWN
 from state.history.appends import Appends
-from state.history.store import HistoryStore
-from state.layout import DATA
-from state.positions import Source
-from tests.disks import crash
+from state.history.store import HistoryStore, open_history_store, open_or_replace
+from state.layout import DATA, HISTORIES
+from state.positions import Range, Source
+from state.storage.measuring import used_bytes
+from state.storage.shares import SERVING, STREAM, store_bytes
+from streaming import histories
+from tests.disks import Disk, crash, small_disk
+from tests.state.disk.held_histories import MIB, commit, told
 
 MAP = 64 << 20
 SOURCE = Source("ab" * 16, 0)
@@ -142,3 +158,201 @@ def test_the_mark_that_0_1_0_kept_among_the_values_counts_once(
     crash(store_at(tmp_path / "store"))
     with pytest.raises(CorruptStore):
         store_at(tmp_path / "store", boot_id="boot-2")
+
+
+SOURCES = tuple(Source("ab" * 16, partition) for partition in range(3))
+N = 32
+
+outcomes = st.tuples(st.integers(0, 40), st.integers(0, 2), st.integers(0, 2), st.integers(0, 2))
+# Where a range begins, against where its source stands: mostly there, sometimes before or after.
+misplaced = st.sampled_from([0, 0, 0, 0, 0, -1, -3, 1, 2])
+parts = st.tuples(st.integers(0, 2), misplaced, outcomes)
+commits = st.tuples(
+    st.lists(parts, max_size=4), st.integers(0, 1 << 16), st.sampled_from(["go on", "go on", "crash", "close"])
+)
+
+
+@dataclass
+class Model:
+    """What the store must hold."""
+
+    next: dict[Source, int] = field(default_factory=dict)
+    first: dict[Source, int] = field(default_factory=dict)
+    counts: dict[Source, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0, 0, 0]))
+    histories: dict[int, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
+    note: bytes | None = None
+
+
+@given(plan=st.lists(commits, min_size=1, max_size=10))
+def test_a_commit_is_whole_and_in_order_or_changes_nothing(
+    tmp_path_factory: pytest.TempPathFactory, plan: list[tuple[list[tuple[int, int, tuple[int, ...]]], int, str]]
+) -> None:
+    path = tmp_path_factory.mktemp("commits") / "store"
+    store, model = open_store(path), Model()
+    for number, (wanted, seed, then) in enumerate(plan):
+        ranges: list[Range] = []
+        after = dict(model.next)
+        in_order = True
+        for place, shift, (rows, dead, filtered, absent) in wanted:
+            source = SOURCES[place]
+            stands = after.get(source)
+            first = max(0, (5 if stands is None else stands) + shift)
+            in_order = in_order and (stands is None or first == stands)
+            length = rows + dead + filtered + absent
+            ranges.append(Range(source, first, first + length, rows, dead, filtered, absent))
+            after[source] = first + length
+        users, events = rows_of(ranges, seed)
+        note = b"commit %d" % number
+        before = store.digest()
+        try:
+            store.commit(Appends.of(users, events), ranges, {"note": note})
+        except PositionConflict:
+            assert not in_order
+            assert store.digest() == before
+        else:
+            assert in_order
+            take(model, ranges, users, events, note)
+        store = end(store, then)
+        check(store, model)
+    store.close()
+
+
+def open_store(path: object) -> HistoryStore:
+    return HistoryStore(path, history=N, map_bytes=64 << 20, boot_id="boot")  # type: ignore[arg-type]
+
+
+def rows_of(ranges: list[Range], seed: int) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+    count = sum(part.rows for part in ranges)
+    events = np.zeros(count, EVENT)
+    events["offset"] = [part.first + row for part in ranges for row in range(part.rows)]
+    events["partition"] = [part.source.partition for part in ranges for _ in range(part.rows)]
+    return np.random.default_rng(seed).integers(1, 5, count).astype(np.uint64), events
+
+
+def take(model: Model, ranges: list[Range], users: np.ndarray, events: np.ndarray, note: bytes) -> None:  # type: ignore[type-arg]
+    for part in ranges:
+        model.first.setdefault(part.source, part.first)
+        model.next[part.source] = part.next
+        for place, count in enumerate(part.outcomes.values()):
+            model.counts[part.source][place] += count
+    for user, event in zip(users.tolist(), events, strict=True):
+        model.histories[user].append((int(event["partition"]), int(event["offset"])))
+    model.note = note
+
+
+def end(store: HistoryStore, then: str) -> HistoryStore:
+    """A crash leaves what the kernel has: the environment goes without a sync or a clean mark."""
+    if then == "go on":
+        return store
+    if then == "crash":
+        crash(store)
+    else:
+        store.close()
+    return open_store(store.path)
+
+
+def check(store: HistoryStore, model: Model) -> None:
+    assert store.positions() == model.next
+    for source, counts in store.counts().items():
+        assert counts["first"] == model.first[source]
+        assert [counts[name] for name in ("rows", "dead", "filtered", "absent")] == model.counts[source]
+    assert store.users() == sum(map(bool, model.histories.values()))
+    for user, read in zip(range(1, 5), store.read_many(range(1, 5)), strict=True):
+        held = [(int(event["partition"]), int(event["offset"])) for event in read]
+        assert held == model.histories[user][-N:]
+    assert store.extra("note") == model.note
+    assert check_accounts(StreamAccount(**store.totals)) == ()
+    # Every row counted is in a history, and the other way round.
+    assert store.totals["rows"] == sum(map(len, model.histories.values()))
+
+
+@pytest.fixture
+def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+    monkeypatch.setattr(memory_place, "LEAST_BYTES", MIB)
+    with small_disk(tmp_path / "memory", "8m") as disk:
+        yield disk
+
+
+@pytest.fixture
+def settings(tmp_path: Path, memory: Disk) -> Settings:
+    return load(["--paths.state", str(tmp_path / "state"), "--storage.memory_dir", str(memory.path)], env={})
+
+
+def test_histories_in_memory_take_nothing_of_the_disk_and_are_limited_by_its_share(settings: Settings) -> None:
+    store = open_history_store(settings, STREAM, settings.stream_dir)
+    commit(store, 500, new=True)
+    assert memory_place.size(store.path) > MIB > used_bytes([settings.stream_dir])
+    # What comes back at a clean stop has room there.
+    assert store.bytes_limit() <= store_bytes(settings, STREAM, HISTORIES)
+    store.close()
+    assert used_bytes([settings.stream_dir]) > MIB
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_on_the_disk_the_log_says_why_where_nobody_asked_for_it(
+    settings: Settings, memory: Disk, wanted: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    if wanted:
+        memory.fill()
+    else:
+        settings = load(["--paths.state", settings.paths.state, "--storage.memory_dir", ""], env={})
+    store = open_history_store(settings, STREAM, settings.stream_dir)
+    assert not store.in_memory
+    store.close()
+    why = f"{memory.path} has room for 0 MB, and 1 MB are wanted. Each page that a click changes is written there"
+    assert caplog.text.count(why) == wanted == bool(caplog.text)
+
+
+def test_a_host_whose_histories_went_with_the_memory_begins_them_anew_and_a_stream_does_not(
+    settings: Settings, memory: Disk, caplog: pytest.LogCaptureFixture
+) -> None:
+    for part, folder in ((STREAM, settings.stream_dir), (SERVING, settings.serving_dir)):
+        store = open_history_store(settings, part, folder)
+        commit(store)
+        crash(store)
+    for one in memory.path.iterdir():
+        shutil.rmtree(one)
+    with pytest.raises(CorruptStore, match="rebuild-history"):
+        open_history_store(settings, STREAM, settings.stream_dir)
+    store = open_or_replace(settings, SERVING, settings.serving_dir)
+    assert store.in_memory and store.users() == 0
+    assert "are rebuilt from the micro-batch topic" in caplog.text
+    store.close()
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_rebuild_takes_the_place_of_histories_in_memory(settings: Settings, memory: Disk, lost: bool) -> None:
+    folder = settings.stream_dir
+    store = open_history_store(settings, STREAM, folder)
+    commit(store, 2)
+    before = told(store)
+    crash(store)
+    if lost:
+        for one in memory.path.iterdir():
+            shutil.rmtree(one)
+    with DirectoryLock(folder):
+        made = HistoryStore(histories.begin(folder), 32, 1 << 24)
+        commit(made, 5)
+        rebuilt = told(made)
+        made.close()
+        histories.promise(folder)
+        aside = histories.finish(folder)
+    assert (aside is None) == lost
+    if aside is not None:
+        kept = HistoryStore(aside, settings.features.history, readonly=True)
+        assert told(kept) == before
+        kept.close()
+    store = open_history_store(settings, STREAM, folder)
+    assert store.in_memory and told(store) == rebuilt
+    store.close()
+
+
+def test_what_a_removed_state_directory_left_in_memory_goes_at_the_next_start(
+    settings: Settings, memory: Disk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    crash(open_history_store(settings, STREAM, settings.stream_dir))
+    shutil.rmtree(settings.stream_dir)
+    monkeypatch.setattr(memory_place, "FORGOTTEN_S", -1.0)
+    open_history_store(settings, SERVING, settings.serving_dir).close()
+    assert "is removed: its state directory is gone" in caplog.text and list(memory.path.iterdir()) == []

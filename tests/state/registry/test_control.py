@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from state.errors import CorruptVersion, UnfitMask
 from state.experiments.experiment import Experiment, Schedule
+from state.features.erased import MaskedUsers
 from state.features.mask import Mask
-from state.features.masked_users import MaskedUsers
 from state.positions import Source
 from state.registry import manifest, sealed
 from state.registry.control import (

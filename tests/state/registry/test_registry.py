@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from state.disk.files import HOST
 from state.errors import ControlConflict, CorruptVersion, SaltMismatch, SpecMismatch, UnknownVersion, WrongEpoch
 from state.events.identity import Salt
+from state.features.erased import MaskedUsers
 from state.features.mask import Mask
-from state.features.masked_users import MaskedUsers
 from state.positions import Source
 from state.process import killpoints
 from state.registry.control import Control, follow, pin, roll_back, start

@@ -12,8 +12,8 @@ from unittest import mock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from state.features.erased import MaskedUsers
 from state.features.mask import Mask
-from state.features.masked_users import MaskedUsers
 from state.process import killpoints
 from state.registry.control import Control, roll_back, start
 from state.registry.manifest import Draft, LogRange, Manifest

@@ -12,8 +12,8 @@ from msgspec.structs import replace as replace_fields
 
 from state.disk.files import HOST
 from state.errors import ControlConflict, CorruptVersion, LockHeld, SettingsError, UnusablePlace, UnusableRegistry
+from state.features.erased import MaskedUsers
 from state.features.mask import Mask
-from state.features.masked_users import MaskedUsers
 from state.file_store import FileStore, open_store
 from state.process import killpoints
 from state.process.wall_clock import wall_ms

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from apache_beam.utils.timestamp import Timestamp
 
 from streaming.distributed.account import Account, BundleReport, WriteBuckets
-from streaming.distributed.portions import decode, encode
+from streaming.distributed.portions import decode, encode, stored
 from streaming.distributed.steps import ReadPartitions, UpdateBuckets
 from streaming.distributed.worker import JobPlan, worker_of
 
@@ -75,16 +75,11 @@ class Kept:
 
     readings: dict[int, OneValue]
     buckets: dict[int, BucketState] = field(default_factory=dict)
-    account: bytes | None = None
+    account: OneValue = field(default_factory=OneValue)
 
 
 class Engine:
-    """Runs a job's steps.
-
-    Args:
-        plan: Of the job; its worker is open.
-        sinks: How many tasks write; a bucket's is that of its number.
-    """
+    """Runs the steps of a job whose worker is open; `sinks` tasks write, each the buckets of its number."""
 
     def __init__(self, plan: JobPlan, sinks: int = 1) -> None:
         self._sinks = sinks
@@ -128,9 +123,9 @@ class Engine:
         """Finishes the bundle of a writing task, whose account is told."""
         writer = self._writers[sink]
         for one in writer.finish_bundle():
-            account = Account.of(self.now.account)
+            account = stored(self.now.account, Account)
             account.take_bundle(decode(one.value[1], BundleReport))
-            self.now.account = encode(account)
+            self.now.account.write(encode(account))
         writer.start_bundle()
 
     def checkpoint(self) -> None:

@@ -17,8 +17,8 @@ from state.attributes.values import AttributeTable, tables_of
 from state.config.sections import Attributes, Events, Features, Kafka, LabelSettings, Paths, Stream
 from state.config.settings import Settings
 from state.events.identity import Salt, load_salt, public_id, user_id
+from state.features.erased import MaskedUsers
 from state.features.mask import Mask
-from state.features.masked_users import MaskedUsers
 from state.history.store import HistoryStore
 from state.log import topic_plan
 from state.metrics import StreamMetrics
@@ -43,14 +43,7 @@ Place = tuple[str, int, int, int, int]
 
 
 class Click(NamedTuple):
-    """A record of the topic: of a user, or broken.
-
-    Attributes:
-        user: Its number; the partition follows from it.
-        action: An index of `ACTIONS`; -1 is no JSON, -2 a tombstone.
-        item: Its number.
-        at_ms: After `BASE_MS`.
-    """
+    """A record of the topic; `action` is an index of `ACTIONS`, -1 is no JSON, -2 a tombstone; `at_ms` is after `BASE_MS`."""
 
     user: int
     action: int
@@ -153,14 +146,7 @@ def _value(table: AttributeTable, text: str) -> bytes:
 
 @dataclass
 class Outcome:
-    """What a stream made of the clicks.
-
-    Attributes:
-        rows: By place the bytes of all columns of a row but `source`, which counts in one micro-batch only.
-        histories: By user the events.
-        waiting: Rows that wait.
-        totals: Positions by outcome.
-    """
+    """What a stream made of the clicks: by place the bytes of a row, by user the events, and what waits."""
 
     rows: dict[Place, bytes]
     histories: dict[int, bytes]

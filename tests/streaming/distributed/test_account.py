@@ -55,15 +55,14 @@ def test_an_offset_that_two_buckets_count_is_a_fault() -> None:
     assert "1 offsets, and its buckets have 2 of their own" in fault
 
 
-def test_a_portion_arrives_as_it_was_sent_without_what_a_dead_letter_contained() -> None:
+def test_a_portion_arrives_as_it_was_sent() -> None:
     batch = piece((ZERO, 5, 3), dead=1).batch
-    letter = DeadLetter(ZERO, 8, Reason.TOO_LARGE, b"ada", b"secret")
+    letter = DeadLetter(ZERO, 8, Reason.TOO_LARGE)
     batch = replace(batch, dead=(letter,), names={7: "x"})
     ((mine, clock),) = divide(batch, told(batch), 1)
     sent = Portion(mine, clock, 9, 2, 77)
     came = decode(encode(sent), Portion)
-    assert b"ada" not in encode(sent) and b"secret" not in encode(sent)
-    assert came.batch.dead == (letter._replace(key=None, value=None),)
+    assert came.batch.dead == (letter,)
     assert (came.control, came.log_epoch, came.appended_ms, came.batch.names) == (9, 2, 77, {7: "x"})
     assert (came.batch.ranges, came.clock.believed, came.clock.off) == (mine.ranges, clock.believed, clock.off)
     for name in Moves._fields:

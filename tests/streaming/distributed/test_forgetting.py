@@ -18,7 +18,7 @@ from deploy.operate.erase import erase, holdings
 from state.config.sections import Attributes
 from state.config.settings import Settings
 from state.events.identity import load_salt, user_id
-from state.features.masked_users import MaskedUsers
+from state.features.erased import MaskedUsers
 from state.features.spec import FeatureSpec
 from state.log import Topics
 from state.positions import Source
@@ -29,8 +29,9 @@ from state.registry.controls import Controls
 from state.registry.erasing import reports
 from state.registry.registry import Registry
 from streaming.distributed.account import PART, Account
-from streaming.distributed.bucket import Cells, Head
+from streaming.distributed.bucket import Head
 from streaming.distributed.job import build_distributed, plan_of
+from streaming.distributed.portions import stored
 from streaming.distributed.worker import JobPlan, close_workers, worker_of
 from tests.conftest import KafkaFactory
 from tests.deploy.operating import draft
@@ -89,7 +90,7 @@ class Shop:
 
     @property
     def account(self) -> Account:
-        account = Account.of(self.engine.now.account)
+        account = stored(self.engine.now.account, Account)
         assert account.faults() == ()
         return account
 
@@ -135,9 +136,7 @@ def test_what_a_source_brings_that_had_not_heard_of_it_is_forgotten_too(tmp_path
     assert shop.kept and shop.account.forgotten(BUCKETS) == 0
     shop.read(1)
     assert (shop.kept, shop.account.forgotten(BUCKETS)) == (0, 1)
-    assert {Head.of(Cells(one.head, one.snapshot, one.deltas)).erased for one in shop.engine.now.buckets.values()} == {
-        1
-    }
+    assert {stored(one.head, Head).erased for one in shop.engine.now.buckets.values()} == {1}
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from state.microbatch.codec import decode
 from streaming.context import NO_CONSENT
 from streaming.distributed.account import Account
 from streaming.distributed.job import plan_of
+from streaming.distributed.portions import stored
 from streaming.distributed.steps import SourceReading
 from streaming.distributed.worker import JobPlan, worker_of
 from tests.conftest import KafkaFactory
@@ -66,13 +67,13 @@ def shop(tmp_path: Path) -> Shop:
 
 
 def account_of(engine: Engine) -> Account:
-    account = Account.of(engine.now.account)
+    account = stored(engine.now.account, Account)
     assert account.faults() == ()
     return account
 
 
 def reading_of(engine: Engine) -> SourceReading:
-    return SourceReading.of(engine.now.readings[0])
+    return stored(engine.now.readings[0], SourceReading)
 
 
 def read_to(engine: Engine, positions: int) -> None:

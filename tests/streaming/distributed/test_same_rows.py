@@ -16,7 +16,8 @@ from state.features.spec import EVENT
 from state.history.appends import Appends
 from streaming.attributes import Join
 from streaming.distributed.account import Account
-from streaming.distributed.bucket import BucketStore, Cells, Delta, Head, restored
+from streaming.distributed.bucket import BucketStore, Cells, Delta, restored
+from streaming.distributed.portions import stored
 from streaming.distributed.worker import JobPlan, JobWorker, close_workers, worker_of
 from tests.memory_log import MemoryLog
 from tests.streaming.distributed.engine import Engine
@@ -121,15 +122,15 @@ def outcome(shop: Shop, engine: Engine) -> Outcome:
     waiting: list[tuple[bytes, bytes]] = []
     for state in engine.now.buckets.values():
         cells = Cells(state.head, state.snapshot, state.deltas)
-        head = Head.of(cells)
-        store = worker.open_core(restored(cells, worker.spec.history), head.places, head.erased).store
+        store = restored(cells, worker.spec.history)
+        store.name_actions(worker.spec.actions)
         users = [*users_of(shop.salt)]
         for user, events in zip(users, store.read_many(users), strict=True):
             if len(events):
                 assert user not in histories, "a user is in one bucket"
                 histories[user] = events.tobytes()
         waiting += store.waiting()
-    account = Account.of(engine.now.account)
+    account = stored(engine.now.account, Account)
     assert account.faults() == ()
     assert account.reached(TOPIC) == {one: end for one, end in shop.ends.items() if end}
     totals = {name: count for name, count in account.totals.items() if name != "elsewhere"}

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from state.features.erased import Erased
+from state.features.erased import Erased, MaskedUsers
 from state.features.mask import Mask
-from state.features.masked_users import MaskedUsers
 from state.microbatch.batch import MicroBatch
 from state.registry.log_line import WHOLE, turned
 from tests.trainer.privacy.batches import labelled, settings

@@ -10,8 +10,8 @@ import pytest
 
 from deploy import sections
 from state.errors import RegistryError, SettingsError
+from state.features.erased import MaskedUsers
 from state.features.mask import Mask
-from state.features.masked_users import MaskedUsers
 from state.log import Log
 from state.registry import privacy_ledger
 from state.registry.control import erase, roll_back

@@ -82,7 +82,7 @@ class CompiledEngine:
         ranker.hold(optimizer.weights)
         self._tower = Tower(ranker, optimizer.weights, optimizer.gradients, threads)
         self._prepare = prepared_by(ranker.preprocessing, ranker.sizes["D"] or 0, ranker.settings.preprocessing)
-        self._heads, self.threads = Heads(threads), threads
+        self._heads, self.threads = Heads(), threads
         self._weights = {name: optimizer.weights[weight] for weight, name in FROM_HEADS.items()}
 
     def measure(self, record: Record, move: bool = True, own: I64 | None = None) -> Measured:
@@ -111,8 +111,15 @@ class CompiledEngine:
         scores, gradients, fast, heads = self._heads.prepare(
             facts, inputs, slots, self._optimizer.fast_rate, self._ranker.drops
         )
-        by_rows, by_popular_rows, backward = self._tower.backward(passed, gradients.queries, gradients.popular_logits)
-        self.threads.run(forward, heads, *backward)
+        by_rows, by_popular_rows, by_layers, by_weights = self._tower.backward(
+            passed, gradients.queries, gradients.popular_logits
+        )
+
+        def learn(thread: int) -> None:
+            if thread == 0:
+                heads(passed.progress, self._tower.block)
+
+        self.threads.run((forward, learn, by_layers), (by_weights,))
         sparse = self._sparse(distinct, at, gradients)
         into = sparse["user"], sparse["category"], sparse["context"]
         scatter_rows(embedded, by_rows, gradients.queries, by_popular_rows, *into)
