@@ -38,19 +38,13 @@ NOT_THERE = "correct [attributes]"
 
 @dataclass(frozen=True)
 class AttributeFiles:
-    """The files of one side (user or item), the topic of their records, and `key`, the column of the id.
-
-    Attributes:
-        table: What a record contains.
-        most_bytes: Larger records are refused.
-    """
+    """The files of one side (user or item), the topic of their records, and `key`, the column of the id."""
 
     side: str
     recording: Recording
     table: AttributeTable
     topic: str
     key: str
-    most_bytes: int
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -80,7 +74,7 @@ def encode(rows: RecordedRows, files: AttributeFiles) -> AttributeRecords:
         try:
             key = None if type(identity) not in (str, int) else str(identity).encode()
             value = rows.text(row) if row in rows.broken else _value(dict(zip(paths, values, strict=True)), rows, row)
-            texts = table.read(value, files.most_bytes)
+            texts = table.read(value, LARGEST_VALUE)
             id_of(key)
         except DecodeError as error:
             encoded.refused.append((row, str(error.reason)))
@@ -122,16 +116,9 @@ def send(
 ) -> SentAttributes:
     """Sends the records of all files of one side, until their ends or `stopped`.
 
-    Args:
-        files: What to send.
-        deliver: Sends records and returns when they are acknowledged.
-        progress: Reports the progress.
-        stopped: Ends it between two batches.
-        wall_ms: Unix time, the records' timestamp.
-
     Raises:
         SettingsError: The columns do not fit, or none of the first rows is a record.
-        UnreadableRecording: A file is truncated or damaged.
+        SpringtideError: A file is truncated or damaged.
         LogError: Kafka refused a record, or did not answer. Run the command again.
     """
     outcome = SentAttributes(0, Counter(), Counter())
@@ -248,8 +235,7 @@ def files_of(options: argparse.Namespace, settings: Settings) -> list[AttributeF
         columns = tuple(options.columns.split(",")) if options.columns else ()
         files = find(patterns[side], options.format, options.delimiter)
         remedy = f"{NOT_THERE}, or name the column of the id with --{side}-id"
-        most_bytes = min(settings.events.max_event_bytes, LARGEST_VALUE)
-        side_files.append(AttributeFiles(side, Recording(files, columns, remedy=remedy), table, topic, key, most_bytes))
+        side_files.append(AttributeFiles(side, Recording(files, columns, remedy=remedy), table, topic, key))
     return side_files
 
 

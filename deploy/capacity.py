@@ -127,8 +127,6 @@ class Limit(NamedTuple):
     most: float
     unit: str
     remedy: str
-    by_clicks: bool
-    """Whether it is proportional to clicks a second."""
 
     @property
     def share(self) -> float:
@@ -141,15 +139,11 @@ class Sizing:
 
     def __init__(self, load: Load, settings: Settings, constants: Mapping[str, float] = VALUES) -> None:
         self.load = load
-        sections = {
-            name: getattr(settings, name)
-            for name in ("trainer", "stream", "serving", "features", "registry", "history")
-        }
+        sections = ("trainer", "stream", "serving", "features", "registry", "history", "model")
         self._values: dict[str, Any] = {
             **asdict(load),
             **constants,
-            **sections,
-            "model": settings.model,
+            **{name: getattr(settings, name) for name in sections},
             "held": sum(1 for _ in settings.serving.user_shares) / SHARES,
             "runner": load.stream,
             "answer_us": constants[f"{load.answer}_us"],
@@ -176,7 +170,6 @@ class Sizing:
         return held * users + items
 
     def _kept(self, span_s: float, every_s: float) -> float:
-        """Bytes of the durable versions of a time span of which one each `every_s` is kept."""
         version = self["durable_bytes"] + self._changed(every_s) * self["durable_row_bytes"]
         return max(0.0, span_s) / every_s * float(version)
 
@@ -191,18 +184,11 @@ class Sizing:
 
     def limits(self) -> list[Limit]:
         """All limits, the nearest first."""
-        limits = DATA.limits
-        reached = [
-            Limit(
-                limit.name,
-                self._of(limit.asked),
-                self._of(limit.most),
-                limit.unit,
-                limit.remedy,
-                limit.unit in BY_CLICKS,
-            )
-            for limit in (limits.flink if self["on_flink"] else limits.local, *limits.every)
-        ]
+        stream = DATA.limits.flink if self["on_flink"] else DATA.limits.local
+        reached = (
+            Limit(limit.name, self._of(limit.asked), self._of(limit.most), limit.unit, limit.remedy)
+            for limit in (stream, *DATA.limits.every)
+        )
         return sorted(reached, key=lambda limit: -limit.share)
 
 
@@ -277,7 +263,6 @@ def parser(settings: Settings) -> argparse.ArgumentParser:
         help="a constant that was measured on your machine, as NAME=VALUE; repeatable",
     )
     output(command)
-    command.add_argument("--markdown", action="store_true", help="print docs/operate/capacity.md")
     return command
 
 
@@ -303,19 +288,12 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _start(sizing: Sizing) -> str:
-    """After which time a new host answers."""
     return seconds(sizing["catch_up_s"]) if sizing["read_share"] < 1 else "- (it reads more slowly than clicks arrive)"
 
 
 def _as_text(sizing: Sizing) -> str:
     parts = [
-        [
-            part,
-            f"{need.instances:g}",
-            f"{need.cores:,g}",
-            number(need.memory_bytes / 1e9),
-            number(need.disk_bytes / 1e9),
-        ]
+        [part, f"{need.instances:g}", f"{need.cores:,g}", *(number(size / 1e9) for size in need[2:])]
         for part, need in sizing.orders().items()
     ]
     limits = [
@@ -323,7 +301,7 @@ def _as_text(sizing: Sizing) -> str:
             "BEYOND" if limit.share > 1 else "within",
             limit.name,
             f"{limit.share:.0%} of {number(limit.most)} {limit.unit}",
-            f"{number(sizing.load.clicks / limit.share)} clicks/s" if limit.by_clicks else "-",
+            f"{number(sizing.load.clicks / limit.share)} clicks/s" if limit.unit in BY_CLICKS else "-",
             limit.remedy,
         ]
         for limit in sizing.limits()
@@ -348,8 +326,9 @@ def _as_document(sizing: Sizing) -> dict[str, object]:
     }
 
 
-def page(settings: Settings) -> str:
-    """Returns the text of `docs/operate/capacity.md`."""
+def page() -> str:
+    """Returns the text of `docs/operate/capacity.md`, for the default settings."""
+    settings = Settings()
     roomy = replace(
         settings,
         history=replace(settings.history, max_users=10**9),
@@ -386,10 +365,6 @@ def _run(argv: Sequence[str]) -> int:
     settings = load(flags)
     args = parser(settings).parse_args(words)
     sizing = _sizing_of(args, settings)
-    if args.markdown:
-        # The page uses the defaults, regardless of this machine's settings.
-        print(page(Settings()))
-        return 0
     print(json.dumps(_as_document(sizing)) if args.output == "json" else _as_text(sizing))
     return int(sizing.limits()[0].share > 1)
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from deploy.command_line import OWN_HELP, PROCESSES, READERS, parser, run_command, with_times
+from deploy.command_line import OWN_HELP, PROCESSES, READERS, operation, parser, run_command, with_times
 from state.config.loading import load
 from state.config.settings import SECTIONS, KnownSetting, Settings, as_text, known_settings, variable
 from state.config.sources import MASK, nearest, nearest_setting, split_settings
@@ -23,7 +23,6 @@ from state.process.user_code import for_children
 from state.process.wall_clock import wall_ms
 
 SERVERS = "kafka.bootstrap_servers"
-Command = Callable[[Settings, argparse.Namespace, int, Callable[[str], None]], None]
 
 
 def chosen(names: Sequence[str]) -> list[KnownSetting]:
@@ -81,7 +80,6 @@ def as_lines(settings: Settings, listed: Sequence[KnownSetting]) -> str:
 
 
 def _as_pages(settings: Settings, listed: Sequence[KnownSetting]) -> str:
-    """Formats each setting in full: value, origin, help, bounds, and how it is written in file, variable and flag."""
     pages = [
         "\n".join(
             [
@@ -213,54 +211,6 @@ def check_model(settings: Settings, args: argparse.Namespace, now_ms: int, say: 
     model_checks.check(settings, say)
 
 
-def _operator_command(name: str) -> Command:
-    """Returns the function of an operator's command; its modules are imported only if it is given."""
-    if name in ("config", "check-model"):
-        return config if name == "config" else check_model
-    if name == "rollback":
-        # Imported separately, because it reads the training log.
-        from deploy.operate import rollback
-
-        return rollback.rollback
-    if name == "jumps":
-        # Likewise.
-        from deploy.operate import jumps
-
-        return jumps.jumps
-    if name in ("backup", "restore"):
-        from deploy.backup import commands as backing_up
-
-        return backing_up.backup if name == "backup" else backing_up.restore
-    if name == "erase":
-        # Likewise, because it reads the ends of topics.
-        from deploy.operate import erase
-
-        return erase.erase
-    if name == "experiment":
-        # Likewise, because it needs NumPy.
-        from deploy.experiments import commands as experiments
-
-        return experiments.experiment
-    if name == "schema":
-        # Likewise, because it loads TensorFlow's protos.
-        from deploy.operate import schema
-
-        return schema.schema
-    from deploy.operate import control, history, versions
-
-    commands: dict[str, Command] = {
-        "versions": versions.versions,
-        "pin": control.pin,
-        "follow": control.follow,
-        "label": control.label,
-        "unmask": control.unmask,
-        **dict.fromkeys(control.SWITCHES, control.switch),
-        "history": history.history,
-        "masks": history.masks,
-    }
-    return commands[name]
-
-
 def run(argv: Sequence[str], become: Callable[[str, list[str]], None], now_ms: int, say: Callable[[str], None]) -> None:
     """Runs one command line, the words after `springtide`; `become` replaces this process by a module's main.
 
@@ -283,7 +233,7 @@ def run(argv: Sequence[str], become: Callable[[str, list[str]], None], now_ms: i
         chosen_runner = [] if runner is None else ["--runner", runner]
         become(PROCESSES[args.command][0], [*_accepted(args), *chosen_runner, *unknown, *flags])
         return
-    _operator_command(args.command)(load(flags), args, now_ms, say)
+    operation(args.command)(load(flags), args, now_ms, say)
 
 
 def _accepted(args: argparse.Namespace) -> list[str]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from deploy.backup import options as backing_up
 from deploy.operate import options as operating
 from deploy.operate.options import SETTINGS_HELP, Add, positive
+from state.config.settings import Settings
 from state.config.sources import span_ms
 from state.errors import SettingsError, SpringtideError, of_disk
 from state.process.ending import while_read
@@ -168,6 +169,35 @@ PROCESSES = {
         "Write attributes from files (CSV, JSON lines, Parquet) to their topics: --users FILE... --items FILE...",
     ),
 }
+_CONTROL = ("pin", "follow", "label", "unmask")
+OPERATIONS = {
+    "config": "deploy.cli:config",
+    "check-model": "deploy.cli:check_model",
+    "versions": "deploy.operate.versions:versions",
+    **{name: f"deploy.operate.control:{name}" for name in _CONTROL},
+    **dict.fromkeys(("hold", "release", "pause", "resume"), "deploy.operate.control:switch"),
+    "history": "deploy.operate.history:history",
+    "masks": "deploy.operate.history:masks",
+    "rollback": "deploy.operate.rollback:rollback",
+    "jumps": "deploy.operate.jumps:jumps",
+    "erase": "deploy.operate.erase:erase",
+    "schema": "deploy.operate.schema:schema",
+    "backup": "deploy.backup.commands:backup",
+    "restore": "deploy.backup.commands:restore",
+    "experiment": "deploy.experiments.commands:experiment",
+}
+"""An operator's command -> its function, whose modules are imported only if the command is given."""
+Command = Callable[[Settings, argparse.Namespace, int, Callable[[str], None]], None]
+"""Settings, options, the wall clock in ms, and what prints. It raises a SpringtideError that is for the operator."""
+
+
+def operation(name: str) -> Command:
+    """Returns the function of an operator's command."""
+    module, _, function = OPERATIONS[name].partition(":")
+    command: Command = getattr(importlib.import_module(module), function)
+    return command
+
+
 OWN_HELP = (
     "up",
     "train-worker",
@@ -290,7 +320,7 @@ def parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
         *operating.masks(add),
         operating.jumps(add),
         operating.schema(add),
-        *backing_up.commands(add),
+        *operating.backups(add),
     ]
     add(
         "check-model",

@@ -25,7 +25,6 @@ class Product:
     """A product that jars are fetched for.
 
     Attributes:
-        name: Its name in messages.
         failed: Class of the error raised if it is unavailable.
         instead: What the operator can do without it; part of the error message.
         lock: The lock file.

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
+import httpx
 import numpy as np
 
 from deploy.command_line import run_command
@@ -136,13 +137,8 @@ class Stopwatch:
     """Sends clicks and times them. Not thread-safe.
 
     Args:
-        settings: Settings of the loop.
         send: Sends a click of a user and returns its position once it is acknowledged.
         ask: Requests a profile with features and sources, of a user at a time.
-        now_ms: Wall clock.
-        clock: Monotonic seconds.
-        sleep: Waits so many seconds.
-        stopped: Whether to stop early.
     """
 
     def __init__(
@@ -277,7 +273,7 @@ class Probe:
             timeout_s=ANSWER_S,
             retries=Retries(most=0),
             token=token,
-            verify=address.context() or True,
+            http=httpx.AsyncClient(verify=address.context() or True),
         )
 
 

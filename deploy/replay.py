@@ -262,7 +262,6 @@ def report(findings: Findings, files: int, topic: str) -> str:
 
 
 def _listed(locations: Sequence[str]) -> str:
-    """Formats lines of files, each file once for its consecutive lines."""
     files = ["", *(location.rpartition(":")[0] for location in locations)]
     return ", ".join(
         location.removeprefix(before) if file == before else location

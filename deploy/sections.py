@@ -67,11 +67,11 @@ def measured(settings: Settings, scrapes: Mapping[str, Scrape]) -> dict[str, Any
     }
 
 
-def kafka_lag(settings: Settings, connect: Callable[[Any], Topics] = Topics) -> dict[str, Any]:
+def kafka_lag(settings: Settings) -> dict[str, Any]:
     """Returns the end of the clicks topic, the stream's committed positions, and their difference."""
     kafka = dataclasses.replace(settings.kafka, request_timeout_s=min(LONGEST_WAIT_S, settings.kafka.request_timeout_s))
     try:
-        with connect(kafka) as topics:
+        with Topics(kafka) as topics:
             ends = topics.ends(kafka.clicks_topic)
             committed = topics.committed(kafka.group, kafka.clicks_topic)
             training = topics.ends(kafka.microbatches_topic)

@@ -214,45 +214,12 @@ EPILOG = (
     "condition holds; 1 something is wrong, or the condition timed out; 2 wrong use."
 )
 
-# Process -> (name here, series). Counters and labelled series are summed.
-FIGURES: Mapping[str, Sequence[tuple[str, str]]] = {
-    "stream": (
-        ("clicks", "springtide_stream_events_total"),
-        ("dead letters", "springtide_stream_dead_letters_total"),
-        ("lag", "springtide_stream_lag_events"),
-        ("micro-batches", "springtide_stream_microbatches_total"),
-        ("with attributes", "springtide_stream_attributes_known"),
-    ),
-    "trainer": (
-        ("version", "springtide_trainer_version"),
-        ("epoch", "springtide_trainer_epoch"),
-        ("steps", "springtide_trainer_steps_total"),
-        ("rows", "springtide_trainer_rows_total"),
-        ("lag", "springtide_trainer_lag_records"),
-        ("log loss", "springtide_trainer_log_loss"),
-        ("held", "springtide_trainer_held"),
-    ),
-    "applier": (
-        ("version", "springtide_serving_version"),
-        ("epoch", "springtide_serving_epoch"),
-        ("pinned", "springtide_serving_pinned"),
-        ("newest click in features", "springtide_serving_feature_freshness_seconds"),
-        ("in weights", "springtide_serving_weight_freshness_seconds"),
-        ("lag", "springtide_serving_microbatch_lag_records"),
-        ("with attributes", "springtide_serving_attributes_known"),
-    ),
-    "worker": (
-        ("requests", "springtide_requests_total"),
-        ("cold starts", "springtide_cold_starts_total"),
-    ),
-}
-
 
 def processes(scrapes: Mapping[str, Scrape], up_s: Mapping[str, float]) -> dict[str, dict[str, Any]]:
-    """Returns by process whether it answers, why not, since when it is up, its memory, and its figures.
+    """Returns by process whether it answers, why not, since when it is up, and its memory.
 
     >>> processes({"worker": Scrape(problem="refused")}, {})["worker"]
-    {'answers': False, 'problem': 'refused', 'up_s': None, 'memory_bytes': None, 'figures': {}}
+    {'answers': False, 'problem': 'refused', 'up_s': None, 'memory_bytes': None}
     """
     return {
         name: {
@@ -260,16 +227,9 @@ def processes(scrapes: Mapping[str, Scrape], up_s: Mapping[str, float]) -> dict[
             "problem": scraped.problem,
             "up_s": up_s.get(name),
             "memory_bytes": scraped.value("process_resident_memory_bytes"),
-            "figures": {} if scraped.problem else {label: _figure(scraped, series) for label, series in FIGURES[name]},
         }
         for name, scraped in scrapes.items()
     }
-
-
-def _figure(scraped: Scrape, series: str) -> float | None:
-    total = scraped.total(series)
-    # A counter with labels has no series before its first event.
-    return 0.0 if total is None and series.endswith("_total") else total
 
 
 def take(settings: Settings, between_s: float = BETWEEN_S) -> Snapshot:

@@ -9,10 +9,6 @@
 7. Wait for the trainer's first version.
 8. Wait for the first answer.
 9. Print hints, then watch: restart processes that die, update the live view, and stop everything in order.
-
-Serving starts before Kafka. If an earlier run left a version, answers come from local state, and step 8 is reported as
-soon as it is true. In a fresh state directory, bootstrap and trainer also start before Kafka, because their imports
-take as long as Kafka's start.
 """
 
 from __future__ import annotations

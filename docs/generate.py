@@ -14,7 +14,6 @@ import yaml
 from deploy import capacity, cli
 from deploy.command_line import OWN_HELP, parser
 from deploy.watch import metrics_table
-from state.config.settings import Settings
 from state.events.dead_letters import Reason
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +31,7 @@ REFUSED = {
     Reason.NOT_FINITE: "A number is NaN, infinite or too large for a double.",
     Reason.IMPLAUSIBLE_TIME: "The event time differs from the Kafka timestamp by more than `events.max_future_s` or "
     "`events.max_age_s`, or is before 1970.",
-    Reason.TOO_LARGE: "It is larger than `events.max_event_bytes`.",
+    Reason.TOO_LARGE: "It is larger than 1,000,000 bytes.",
     Reason.UNKNOWN_ACTION: "Its action is not in `events.actions`.",
     Reason.CORRUPT_RECORD: "Kafka's record batch fails its checksum or cannot be read. Each of its offsets is one dead letter.",
 }
@@ -133,7 +132,7 @@ def runbook() -> str:
 PAGES: Mapping[str, Callable[[], str]] = {
     "deploy/console/static/runbook.html": runbook,
     "docs/operate/alerts.md": alerts,
-    "docs/operate/capacity.md": lambda: capacity.page(Settings()) + "\n",
+    "docs/operate/capacity.md": lambda: capacity.page() + "\n",
     "docs/reference/commands.md": commands,
     "docs/reference/dead-letters.md": dead_letters,
     "docs/reference/metrics.md": metrics_table.as_markdown,

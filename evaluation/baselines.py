@@ -1,18 +1,5 @@
 """Simple baselines of `springtide evaluate`. Each predicts a click from the clicks before it, then learns the click.
 
-Next item (`ItemBaseline`), for one request at a time:
-
-    popular so far         most clicks of all users
-    popular now (30m)      clicks that halve in 30 minutes, also 6 h and 1 day; items new to the user come first
-    last category          most clicks in the category of the user's last click
-    own items              the user's items: each event counts 1 / sqrt(k), k = 1 for the newest
-    item-kNN               cosine of decayed co-visits with the user's latest items
-
-Next category (`CategoryBaseline`), for the rows of a record: popular so far, popular now (1h), and previous category
-(followed by the ones before it, newest first).
-
-Engagement (`click_rates`): the click rate so far, and the decayed click rate of the item.
-
 Stored counts are not decayed. Instead, a click weighs 2 ** ((time - begin) / half-life), which gives the same order of
 items. All weights are divided when they become too large.
 """
@@ -191,7 +178,7 @@ class LastCategory:
 
 
 class OwnItems:
-    """The user's own items, by recency and visits."""
+    """The user's own items: each event counts 1 / sqrt(k), k = 1 for the newest."""
 
     name = "own items"
 

@@ -40,7 +40,6 @@ def svg(periods: Sequence[Period]) -> str:
 
 
 def _lines(periods: Sequence[Period], kind: str, measure: str) -> dict[str, list[tuple[int, float]]]:
-    """Returns, by predictor, the number of each period with a figure, and the figure."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for number, period in enumerate(periods):
         figures: Mapping[str, Mapping[str, float]] = getattr(period, kind)

@@ -6,7 +6,6 @@ It needs no Kafka, and reads and writes nothing of a running loop. Exit codes: 0
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -23,10 +22,11 @@ from deploy.replaying.shoppers import ShopperCrowd
 from state.config.loading import load
 from state.config.settings import Settings
 from state.config.sources import split_settings
-from state.errors import SettingsError, SpringtideError, of_disk
+from state.errors import SettingsError
 from state.process import log_lines
 from state.process.ending import stop_on_signals, while_read
-from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
+from state.process.part import run_command
+from state.process.quiet_stderr import quiet_stderr
 from state.process.wall_clock import wall_ms
 from state.recordings.files import add_file_arguments, as_settings, chosen
 
@@ -104,11 +104,7 @@ def settings_of(options: argparse.Namespace, flags: Sequence[str]) -> Settings:
 
 
 def read(options: argparse.Namespace, settings: Settings, limits: RecordLimits, errors: TextIO) -> RecordedEvents:
-    """Reads the files, or generates the clicks, that the command line names.
-
-    Raises:
-        SpringtideError: They cannot be read, or contain no click.
-    """
+    """Reads the files, or generates the clicks, that the command line names."""
     from evaluation import recording
 
     def say(line: str) -> None:
@@ -125,11 +121,7 @@ def read(options: argparse.Namespace, settings: Settings, limits: RecordLimits, 
 
 
 def run(options: argparse.Namespace, flags: Sequence[str], errors: TextIO) -> str:
-    """Evaluates, writes the requested files, and returns the output.
-
-    Raises:
-        OSError: A file cannot be written.
-    """
+    """Evaluates, writes the requested files, and returns the output."""
     settings = settings_of(options, flags)
     log_lines.follow(settings.logs)
     begin_ms = None if options.begin is None else parse_time(options.begin, wall_ms())
@@ -161,17 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     flags, words = split_settings(sys.argv[1:] if argv is None else argv)
     options = parser().parse_args(words)
-    with own_stderr() as errors:
-        log_lines.begin("evaluate", errors, logging.WARNING)
-        quiet_tensorflow(os.environ)
-        try:
-            output = run(options, flags, errors)
-        except (SpringtideError, OSError) as problem:
-            error = of_disk(problem)
-            print(f"springtide evaluate: {error}", file=errors)
-            return error.exit_code
-    print(output)
-    return 0
+    return run_command("evaluate", lambda errors: print(run(options, flags, errors)))
 
 
 if __name__ == "__main__":

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
 from deploy.serving.answers.item_index import ItemSources
-from deploy.serving.answers.items import Recommendations, recommend
-from deploy.serving.answers.predictor import KnownAttributes, Predictor
+from deploy.serving.answers.items import recommend
+from deploy.serving.answers.predictor import Predictor, Stores
 from deploy.serving.answers.query import Query, WantedItems
+from deploy.serving.answers.queue import finished
 from deploy.serving.following.clicks import Upkeep
 from deploy.serving.version_files import program_path
+from springtide_client.answers import Recommendations
+from state.attributes.store import AttributeStore
 from state.config.settings import Settings
 from state.events.identity import Salt
 from state.features.spec import Events, FeatureSpec
@@ -27,11 +29,10 @@ from state.layout import HISTORIES, PROGRAMS, ROWS
 from state.metrics import ApplierMetrics
 from state.process.wall_clock import wall_ms
 from state.ranking.item_scores import SOURCES, scores_without
-from state.registry.manifest import LogRange, Manifest
+from state.registry.manifest import Draft, Kind, LogRange, complete
 from state.rows.store import RowStore
 
 U64 = NDArray[Any]
-Answer = TypeVar("Answer")
 KEPT_VERSIONS = 2
 
 
@@ -44,15 +45,15 @@ class ServingHost:
         spec: FeatureSpec,
         salt: Salt,
         program: bytes,
-        attributes: KnownAttributes | None = None,
+        attributes: AttributeStore | None = None,
     ) -> None:
         folder = settings.serving_dir
         self._spec, self._salt, self._digest = spec, salt, hashlib.sha256(program).hexdigest()
         self.rows = RowStore(folder / ROWS)
         self.histories = HistoryStore(folder / HISTORIES, settings.features.history)
-        self.programs: Path = folder / PROGRAMS
-        self.programs.mkdir(exist_ok=True)
-        program_path(self.programs, self._digest).write_bytes(program)
+        programs = folder / PROGRAMS
+        programs.mkdir(exist_ok=True)
+        program_path(programs, self._digest).write_bytes(program)
         metrics = ApplierMetrics(CollectorRegistry())
         self._upkeep = Upkeep(self.histories, spec.reach_ms(settings.events), settings.history, metrics, wall_ms)
         self._version, self._per_category = 0, settings.serving.per_category
@@ -60,16 +61,7 @@ class ServingHost:
         self._impressions = [n for n, name in enumerate(settings.events.actions) if name in impressions]
         self.sources = ItemSources(self.histories, self.rows)
         self.predictor = Predictor(
-            self.rows,
-            self.histories,
-            self.programs,
-            spec,
-            salt,
-            settings.events.context,
-            "wall",
-            wall_ms,
-            attributes,
-            int,
+            Stores(self.rows, self.histories, attributes), settings, salt, wall_ms, pseudonym=int
         )
 
     def click(self, users: U64, events: Events) -> None:
@@ -90,27 +82,12 @@ class ServingHost:
         `tensors` is its content, as in a registry. If `whole` is True, it is a base instead of the changes since the
         previous version.
         """
-        parent, self._version = self._version, self._version + 1
-        manifest = Manifest(
-            version=self._version,
-            kind="base" if whole else "delta",
-            epoch=1,
-            parent=None if whole else parent,
-            visible=((1, self._version),),
-            log=LogRange(),
-            sources=(),
-            steps=1,
-            rows=1,
-            created_at_ms=1,
-            event_time_ms=1,
-            spec=self._spec.digest,
-            program=self._digest,
-            salt=self._salt.fingerprint,
-            mask_generation=0,
-            metrics={},
-            environment={},
-            files={},
-        )
+        kind: Kind = "base" if whole else "delta"
+        parent = None if whole else self._version
+        about = (self._spec.digest, self._digest, self._salt.fingerprint)
+        draft = Draft(kind, 1, parent, LogRange(), (), 1, 1, 1, 1, *about)
+        manifest = complete(draft, self._version + 1, ((1, self._version),), {})
+        self._version += 1
         self.rows.apply(manifest, tensors, wall_ms(), follow=True)
         self.rows.drop({self._version - KEPT_VERSIONS})
         while self.rows.tidy():
@@ -142,13 +119,3 @@ class ServingHost:
         """Closes the stores."""
         self.histories.close()
         self.rows.close()
-
-
-def finished(steps: Generator[None, None, Answer]) -> Answer:
-    """Runs a generator to its end and returns its return value."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            answer: Answer = end.value
-            return answer

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +44,7 @@ from trainer.engine.report import Report
 from trainer.engine.step import Trainer
 from trainer.measures.evaluation import fade
 from trainer.measures.predictions import CategoryPrediction
-from trainer.measures.progressive import row_sums
+from trainer.measures.progressive import miss_shares, row_sums
 from trainer.measures.step_scores import SUMS, no_sums
 from trainer.versions import checkpoint
 
@@ -58,14 +58,12 @@ ABSENT = -1
 """The rank of an item that is not in a list."""
 INTERESTS = ("top1", "top5", "log_loss")
 _COLUMNS = [SUMS.index(name) for name in INTERESTS]
-_OFFERED, _MISSED = SUMS.index("offered"), SUMS.index("missed")
 
 
 class Plan(NamedTuple):
     """Which clicks are evaluated.
 
     Attributes:
-        begin: Offset of the first evaluated event; earlier ones are only learned.
         every: About one in `every` evaluated clicks is a request for recommendations; 0 for none.
     """
 
@@ -83,26 +81,28 @@ class Plan(NamedTuple):
         return chosen
 
 
-@dataclass
-class Interests:
-    """The predictions of categories for evaluated rows; `scores` are `[t, 3]` float64, `INTERESTS`, by predictor."""
-
-    users: list[U64] = field(default_factory=list)
-    at_ms: list[I64] = field(default_factory=list)
-    evaluated: list[Flags] = field(default_factory=list)
-    known: list[Flags] = field(default_factory=list)
-    scores: dict[str, list[F64]] = field(default_factory=dict)
+def clicks_of(settings: Settings, item: NDArray[Any], label: NDArray[Any], action: NDArray[Any]) -> Flags:
+    """Which of n events are clicks on an item; an impression is not one unless its label says so."""
+    impressions = {*settings.labels.impressions}
+    clickable = np.array([name not in impressions for name in settings.events.actions], np.bool_)
+    clicks: Flags = (item != 0) & ~(label < 0.5) & clickable[action]
+    return clicks
 
 
-@dataclass
-class Engagements:
-    """The predicted click probabilities of labelled rows; `predicted` and `losses`: by predictor `[m]` float64."""
+class Judged(NamedTuple):
+    """Predicted rows of n events, in the order of the log.
 
-    users: list[U64] = field(default_factory=list)
-    at_ms: list[I64] = field(default_factory=list)
-    evaluated: list[Flags] = field(default_factory=list)
-    clicked: list[Flags] = field(default_factory=list)
-    predicted: dict[str, list[F64]] = field(default_factory=dict)
+    Attributes:
+        evaluated: `[n]` bool; the others were only learned.
+        flag: `[n]` bool: of interests, whether the user had earlier clicks; of engagement, whether it was clicked.
+        scores: By predictor, float64: of interests `[n, 3]`, `INTERESTS`; of engagement `[n]`, the click probability.
+    """
+
+    users: U64
+    at_ms: I64
+    evaluated: Flags
+    flag: Flags
+    scores: dict[str, F64]
 
 
 class RequestOf(NamedTuple):
@@ -157,10 +157,6 @@ class ProgressiveValidation:
 
     Args:
         contexts: By id the name and the text of each value of a context field.
-
-    Attributes:
-        interests, engagements, asked: The predictions so far.
-        lists, unseen_lists: The recommended items so far, and those of requests without seen items.
     """
 
     def __init__(
@@ -172,15 +168,14 @@ class ProgressiveValidation:
         contexts: Mapping[int, tuple[str, str]] = MappingProxyType({}),
     ) -> None:
         self._trainer, self._host, self._plan, self._contexts = trainer, host, plan, contexts
-        impressions = {*settings.labels.impressions}
-        self._clickable = np.array([name not in impressions for name in settings.events.actions], np.bool_)
+        self._settings = settings
         self._past: dict[int, UserPast] = {}
         self._item_baselines = item_baselines()
         self._category_baselines = category_baselines()
         self._sums = {baseline.name: no_sums()[0] for baseline in self._category_baselines}
         self._rates, self._categories, self._items = ClickRates(), Numbers(), Numbers()
         self._first, self._changed = True, True
-        self.interests, self.engagements, self.asked = Interests(), Engagements(), list[Asked]()
+        self.interests, self.engagements, self.asked = list[Judged](), list[Judged](), list[Asked]()
         self.lists, self.unseen_lists = Lists(), Lists()
 
     def take(self, batch: MicroBatch) -> Report | None:
@@ -201,7 +196,7 @@ class ProgressiveValidation:
     def _ask(self, batch: MicroBatch) -> None:
         assert self._host is not None
         events = events_of(batch, batch.header.ranges)
-        clicks = (batch.item != 0) & ~(batch.label < 0.5) & self._clickable[batch.action]
+        clicks = clicks_of(self._settings, batch.item, batch.label, batch.action)
         learned = 0
         for row in np.flatnonzero(clicks & self._plan.asks(batch.offset)).tolist():
             self._learn(batch, events, clicks, learned, row)
@@ -214,7 +209,6 @@ class ProgressiveValidation:
         self._learn(batch, events, clicks, learned, len(batch))
 
     def _learn(self, batch: MicroBatch, events: Events, clicks: Flags, first: int, after: int) -> None:
-        """Feeds events to the host and to the baselines of items."""
         if first == after:
             return
         assert self._host is not None
@@ -246,8 +240,8 @@ class ProgressiveValidation:
         seen = request.item in past.seen
         wanted = WantedItems(MOST_CANDIDATES)
         candidates = self._host.recommend(request.user, request.at_ms, wanted, request.context).items
-        self.lists.candidates.update(candidate["reason"] for candidate in candidates)
-        proposed = {int(candidate["id"], 16): str(candidate["reason"]) for candidate in candidates}
+        self.lists.candidates.update(candidate.reason for candidate in candidates)
+        proposed = {int(candidate.id, 16): str(candidate.reason) for candidate in candidates}
         ranking = self._trainer.item_ranking
         without = self._host.ranks_without(request.item, SHOWN) if ranking is not None and ranking.served() else {}
         ranks, hit = self._ranks(request, past, False, self.lists)
@@ -270,12 +264,11 @@ class ProgressiveValidation:
     def _ranks(
         self, request: RequestOf, past: UserPast, exclude_seen: bool, lists: Lists
     ) -> tuple[dict[str, int], str]:
-        """Returns the rank of the item in each predictor's list, and its source in ours."""
         assert self._host is not None
         wanted = WantedItems(SHOWN, None, exclude_seen)
         answer = self._host.recommend(request.user, request.at_ms, wanted, request.context).items
-        lists.listed.update(item["reason"] for item in answer)
-        proposals = {OURS: [int(item["id"], 16) for item in answer]}
+        lists.listed.update(item.reason for item in answer)
+        proposals = {OURS: [int(item.id, 16) for item in answer]}
         for baseline in self._item_baselines:
             proposed = baseline.propose(past)
             if exclude_seen:
@@ -285,7 +278,7 @@ class ProgressiveValidation:
         for name, items in proposals.items():
             lists.items.setdefault(name, set()).update(items)
             ranks[name] = items.index(request.item) if request.item in items else ABSENT
-        return ranks, answer[ranks[OURS]]["reason"] if ranks[OURS] >= 0 else ""
+        return ranks, answer[ranks[OURS]].reason if ranks[OURS] >= 0 else ""
 
     def _judge(self, batch: MicroBatch, report: Report) -> None:
         order = report.order
@@ -308,23 +301,16 @@ class ProgressiveValidation:
             self._categories.of(batch.recent_categories[rows, :5]),
             batch.at_ms[rows],
         )
-        interests, categories = self.interests, len(self._trainer.tables["category"])
-        interests.users.append(batch.user[rows])
-        interests.at_ms.append(numbered.at_ms)
-        interests.evaluated.append(evaluated[rows])
-        interests.known.append(known)
-        interests.scores.setdefault(OURS, []).append(own_scores[:, _COLUMNS])
+        scores, categories = {OURS: own_scores[:, _COLUMNS]}, len(self._trainer.tables["category"])
         for baseline in self._category_baselines:
             predicted = baseline.predict(numbered, len(self._categories))
-            scored = self._scored(baseline.name, predicted, known, categories)
-            interests.scores.setdefault(baseline.name, []).append(scored)
+            scores[baseline.name] = self._scored(baseline.name, predicted, known, categories)
+        self.interests.append(Judged(batch.user[rows], numbered.at_ms, evaluated[rows], known, scores))
 
     def _scored(self, name: str, predicted: CategoryPrediction, known: Flags, categories: int) -> F64:
         """Returns INTERESTS of each row; a category that is not a candidate costs the same as for the model."""
         sums = self._sums[name]
-        recent = sums[1:]
-        without = recent[:, SUMS.index("rows")] - recent[:, _OFFERED]
-        miss = (recent[:, _MISSED] - without + 0.5) / (recent[:, _OFFERED] + 1.0)
+        miss = miss_shares(sums)
         fade(sums, known.size)
         return row_sums(predicted, known, miss, categories, sums)[:, _COLUMNS]
 
@@ -343,10 +329,5 @@ class ProgressiveValidation:
             own_predictions[order[is_scored]] = judged.pairs.predicted[: int(is_scored.sum())]
             first += order.size
         rows = np.flatnonzero(labelled & ~np.isnan(own_predictions))
-        engagements = self.engagements
-        engagements.users.append(batch.user[rows])
-        engagements.at_ms.append(batch.at_ms[rows])
-        engagements.evaluated.append(evaluated[rows])
-        engagements.clicked.append(clicked[rows])
-        for name, predicted in {OURS: own_predictions, **rates}.items():
-            engagements.predicted.setdefault(name, []).append(predicted[rows])
+        scores = {name: predicted[rows] for name, predicted in {OURS: own_predictions, **rates}.items()}
+        self.engagements.append(Judged(batch.user[rows], batch.at_ms[rows], evaluated[rows], clicked[rows], scores))

@@ -1,10 +1,7 @@
 """Recorded or synthetic clicks as the records that the stream would write to the training log, without Kafka.
 
-    files      -> recorded_batches -> Parser ┐
-    synthetic  -> encode           -> Parser ┴> events -> windows, labels (the stream's code) -> micro-batches
-
-A live stream ends a record after `stream.cut_ms`. So at recorded rates of one click every few seconds, a live record
-has one row.
+files      -> recorded_batches -> Parser ┐
+synthetic  -> encode           -> Parser ┴> events -> windows, labels (the stream's code) -> micro-batches
 """
 
 from __future__ import annotations
@@ -110,7 +107,6 @@ class RecordedEvents:
         return np.concatenate([getattr(batch, name) for batch in self.batches])
 
     def __len__(self) -> int:
-        """The number of events."""
         return sum(map(len, self.batches))
 
 
@@ -123,7 +119,7 @@ def read_files(
 
     Raises:
         SettingsError: The columns do not fit, no row is a click, or the files do not fit in memory.
-        UnreadableRecording: A file is cut or damaged.
+        SpringtideError: A file is cut or damaged.
     """
     names = ", ".join(str(file.path) for file in recording.files)
     events, parser = RecordedEvents(names, topic_of(recording)), Parser(settings.events, SALT)
@@ -182,7 +178,7 @@ def open_attributes(settings: Settings, files: Sequence[AttributeFiles]) -> Iter
 
     Raises:
         SettingsError: The columns do not fit.
-        UnreadableRecording: A file is cut or damaged.
+        SpringtideError: A file is cut or damaged.
     """
     tables = tables_of(settings.attributes)
     if not tables:
@@ -194,9 +190,7 @@ def open_attributes(settings: Settings, files: Sequence[AttributeFiles]) -> Iter
         for side in files:
             for _, rows in rows_of_files(side):
                 records = encode_attributes(rows, side).records
-                values = {
-                    ids[side.side](key.decode()): packed(side.table, value, side.most_bytes) for key, value in records
-                }
+                values = {ids[side.side](key.decode()): packed(side.table, value) for key, value in records}
                 store.commit(side.side, values, TopicPosition("", "", {}))
         join = Join(store, (), tables, settings.attributes.slices, StreamMetrics(CollectorRegistry()))
         try:

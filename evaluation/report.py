@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.measures import Estimate, Figure, Score, Table, area_under_curve, mean, ratio, table
-from evaluation.progressive import INTERESTS, SHOWN, Asked, Engagements, Interests, Lists, ProgressiveValidation
+from evaluation.progressive import INTERESTS, SHOWN, Asked, Judged, Lists, ProgressiveValidation
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 Flags = NDArray[np.bool_]
+Estimates = Callable[..., dict[str, Estimate]]
 
 PERIODS = 40
 """Maximum of periods, of equal length, with figures."""
@@ -62,10 +63,6 @@ class Evaluation(msgspec.Struct, frozen=True):
 
     `sources` has the contribution of each source to the first table of recommendations. `unseen_sources` is the same
     for lists without items that the user has seen.
-
-    Attributes:
-        recording: The input: names, counts of events, users, items, categories and refused records, and times.
-        evaluated: The evaluated part: its first and last time, and its number of events.
     """
 
     recording: dict[str, Any]
@@ -80,54 +77,53 @@ class Evaluation(msgspec.Struct, frozen=True):
     took_s: float
 
 
-def joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """Joins the parts to one array; empty without parts."""
-    return np.concatenate(parts) if parts else np.empty(0)
-
-
-def interests_tables(interests: Interests) -> list[Table]:
-    """Tables of the next category: evaluated rows, users with earlier clicks, all rows if some were only learned."""
-    if not interests.users:
-        return []
-    users, evaluated, known = (joined(part) for part in (interests.users, interests.evaluated, interests.known))
-    scores = {name: joined(parts) for name, parts in interests.scores.items()}
-    groups = {"all clicks": evaluated, "users with earlier clicks": evaluated & known}
-    if not evaluated.all():
-        groups["all clicks of the recording, with those that only trained"] = np.ones_like(evaluated)
-    return [
-        table(
-            title,
-            users[rows],
-            {
-                name: {measure: mean(columns[rows, column]) for column, measure in enumerate(INTERESTS)}
-                for name, columns in scores.items()
-            },
-        )
-        for title, rows in groups.items()
-        if rows.any()
-    ]
-
-
-def engagement_tables(engagements: Engagements) -> list[Table]:
-    """Tables of labelled rows: the evaluated ones, and all if some were only learned."""
-    if not engagements.users:
-        return []
-    users, evaluated, clicked = (
-        joined(part) for part in (engagements.users, engagements.evaluated, engagements.clicked)
+def joined(parts: Sequence[Judged]) -> Judged:
+    """The rows of one or more parts as one."""
+    users, at_ms, evaluated, flags, scores = zip(*parts, strict=True)
+    return Judged(
+        np.concatenate(users),
+        np.concatenate(at_ms),
+        np.concatenate(evaluated),
+        np.concatenate(flags),
+        {name: np.concatenate([part[name] for part in scores]) for name in scores[0]},
     )
-    predicted = {name: joined(parts) for name, parts in engagements.predicted.items()}
-    groups = {"all impressions": evaluated}
-    if not evaluated.all():
-        groups["all impressions of the recording, with those that only trained"] = np.ones_like(evaluated)
+
+
+def interests_tables(parts: Sequence[Judged]) -> list[Table]:
+    """Tables of the next category: evaluated rows, users with earlier clicks, all rows if some were only learned."""
+    if not parts:
+        return []
+    judged = joined(parts)
+    groups = {"all clicks": judged.evaluated, "users with earlier clicks": judged.evaluated & judged.flag}
+    return _judged_tables(judged, groups, "all clicks of the recording", interest_estimates)
+
+
+def engagement_tables(parts: Sequence[Judged]) -> list[Table]:
+    """Tables of labelled rows: the evaluated ones, and all if some were only learned."""
+    if not parts:
+        return []
+    judged = joined(parts)
+    groups = {"all impressions": judged.evaluated}
+    return _judged_tables(judged, groups, "all impressions of the recording", engagement_estimates)
+
+
+def _judged_tables(judged: Judged, groups: dict[str, Flags], every: str, estimates: Estimates) -> list[Table]:
+    if not judged.evaluated.all():
+        groups[f"{every}, with those that only trained"] = np.ones_like(judged.evaluated)
     return [
         table(
             title,
-            users[rows],
-            {name: engagement_estimates(columns[rows], clicked[rows]) for name, columns in predicted.items()},
+            judged.users[rows],
+            {name: estimates(scores[rows], judged.flag[rows]) for name, scores in judged.scores.items()},
         )
         for title, rows in groups.items()
         if rows.any()
     ]
+
+
+def interest_estimates(scores: F64, known: Flags) -> dict[str, Estimate]:
+    """The means of INTERESTS."""
+    return {measure: mean(scores[:, column]) for column, measure in enumerate(INTERESTS)}
 
 
 def engagement_estimates(predicted: F64, clicked: Flags) -> dict[str, Estimate]:
@@ -140,6 +136,11 @@ def engagement_estimates(predicted: F64, clicked: Flags) -> dict[str, Estimate]:
     }
 
 
+def recall_estimates(ranks: I64) -> dict[str, Estimate]:
+    """The recall of `rank_estimates`."""
+    return {f"recall@{most}": mean((ranks >= 0) & (ranks < most)) for most in (10, 20)}
+
+
 def rank_estimates(ranks: I64) -> dict[str, Estimate]:
     """Recall, MRR and NDCG for `[n]` ranks of the clicked item, from 0; negative where it is not in the list.
 
@@ -147,9 +148,7 @@ def rank_estimates(ranks: I64) -> dict[str, Estimate]:
     {'recall@10': 0.5, 'recall@20': 0.75, 'mrr': 0.349, 'ndcg@20': 0.436}
     """
     hit, positions = ranks >= 0, np.maximum(ranks, 0)
-    return {
-        "recall@10": mean(hit & (ranks < 10)),
-        "recall@20": mean(hit & (ranks < 20)),
+    return recall_estimates(ranks) | {
         "mrr": mean(np.where(hit, 1.0 / (1.0 + positions), 0.0)),
         "ndcg@20": mean(np.where(hit, 1.0 / np.log2(2.0 + positions), 0.0)),
     }
@@ -210,58 +209,37 @@ def sources_of(lists: Lists, proposers: Sequence[str], hits: Sequence[str]) -> d
 
 def periods(validation: ProgressiveValidation) -> list[Period]:
     """Returns the figures of parts of equal length of the evaluated time."""
-    interests, engagements, requests = validation.interests, validation.engagements, validation.asked
-    kinds = [(interests.at_ms, interests.evaluated), (engagements.at_ms, engagements.evaluated)]
-    times = [joined(at_ms)[joined(evaluated).astype(bool)] for at_ms, evaluated in kinds]
+    requests = validation.asked
     requests_ms = np.array([request.at_ms for request in requests], np.int64)
-    every = np.concatenate([*times, requests_ms])
+    kinds: list[tuple[str, Estimates, Judged]] = []
+    if validation.interests:
+        kinds.append(("interests", interest_estimates, joined(validation.interests)))
+    if validation.engagements:
+        kinds.append(("engagement", engagement_estimates, joined(validation.engagements)))
+    every = np.concatenate([*(judged.at_ms[judged.evaluated] for *_, judged in kinds), requests_ms])
     if not every.size:
         return []
     fewest = max(requests_ms.size if requests_ms.size else every.size, 1)
     count = int(np.clip(fewest // FEWEST_IN_PERIOD, 1, PERIODS))
     edges = np.linspace(every.min(), every.max() + 1, count + 1)
+    found = [Period(int(edges[n]), int(edges[n + 1]), {}, {}, {}) for n in range(count)]
 
-    def parts(at_ms: NDArray[Any]) -> NDArray[np.intp]:
-        return np.clip(np.searchsorted(edges, at_ms, "right") - 1, 0, count - 1)
+    def add(kind: str, predictor: str, estimates: Estimates, at_ms: NDArray[Any], *columns: NDArray[Any]) -> None:
+        part = np.clip(np.searchsorted(edges, at_ms, "right") - 1, 0, count - 1)
+        for number in np.unique(part).tolist():
+            figures: dict[str, dict[str, float]] = getattr(found[number], kind)
+            for measure, estimate in estimates(*(column[part == number] for column in columns)).items():
+                if np.isfinite(estimate.value):
+                    figures.setdefault(measure, {})[predictor] = estimate.value
 
-    periods_found = [Period(int(edges[n]), int(edges[n + 1]), {}, {}, {}) for n in range(count)]
-    if times[0].size:
-        chosen, part = joined(interests.evaluated), parts(times[0])
-        for name, scores in interests.scores.items():
-            _add_means(periods_found, "interests", name, INTERESTS, joined(scores)[chosen], part)
-    if times[1].size:
-        chosen, part = joined(engagements.evaluated), parts(times[1])
-        clicked = joined(engagements.clicked)[chosen]
-        for name, columns in engagements.predicted.items():
-            predicted = joined(columns)[chosen]
-            for number in np.unique(part).tolist():
-                estimates = engagement_estimates(predicted[part == number], clicked[part == number])
-                for measure, estimate in estimates.items():
-                    if np.isfinite(estimate.value):
-                        periods_found[number].engagement.setdefault(measure, {})[name] = estimate.value
-    if requests:
-        part = parts(requests_ms)
-        for name in requests[0].ranks:
-            ranks = np.array([request.ranks[name] for request in requests])
-            hits = np.stack([(ranks >= 0) & (ranks < most) for most in (10, 20)], 1)
-            _add_means(periods_found, "recommendation", name, ("recall@10", "recall@20"), hits, part)
-    return periods_found
-
-
-def _add_means(
-    periods_found: Sequence[Period],
-    task: str,
-    predictor: str,
-    measures: Sequence[str],
-    values: NDArray[Any],
-    part: NDArray[np.intp],
-) -> None:
-    rows = np.bincount(part, minlength=len(periods_found))
-    for column, measure in enumerate(measures):
-        sums = np.bincount(part, values[:, column], len(periods_found))
-        for number in np.flatnonzero(rows).tolist():
-            figures: dict[str, dict[str, float]] = getattr(periods_found[number], task)
-            figures.setdefault(measure, {})[predictor] = float(sums[number] / rows[number])
+    for kind, estimates, judged in kinds:
+        rows = judged.evaluated
+        for name, scores in judged.scores.items():
+            add(kind, name, estimates, judged.at_ms[rows], scores[rows], judged.flag[rows])
+    for name in requests[0].ranks if requests else ():
+        ranks = np.array([request.ranks[name] for request in requests], np.int64)
+        add("recommendation", name, recall_estimates, requests_ms, ranks)
+    return found
 
 
 def as_text(evaluation: Evaluation) -> str:
@@ -355,7 +333,6 @@ def _share(part: int, total: int) -> str:
 
 
 def _aligned(cells: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Aligns columns: the first one to the left, the others to the right."""
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     for first, *others in cells:
         yield "    " + "  ".join(

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 
 from deploy.attributes import AttributeFiles
 from deploy.operate.times import iso
-from deploy.serving.answers.predictor import KnownAttributes
 from evaluation import report
 from evaluation.host import ServingHost
-from evaluation.progressive import Plan, ProgressiveValidation
+from evaluation.progressive import Plan, ProgressiveValidation, clicks_of
 from evaluation.recording import SALT, KnownFields, RecordedEvents, RecordLimits, micro_batches, open_attributes
 from evaluation.report import Evaluation
 from state.config.settings import Settings
@@ -44,13 +43,7 @@ DECIDING = ("events.", "features.", "labels.", "model.", "trainer.")
 
 
 class Wanted(NamedTuple):
-    """The events to evaluate.
-
-    Attributes:
-        last: The number of last events to evaluate; None for all.
-        from_ms: The time of the first event to evaluate; None for all.
-        requests: Approximate number of clicks that are requests for recommendations; 0 for none.
-    """
+    """The last events, or those from a time on, that are evaluated, and about how many requests precede one of them."""
 
     last: int | None = None
     from_ms: int | None = None
@@ -122,7 +115,8 @@ def evaluate(
         raise SettingsError(
             "an evaluation learns without the noise of privacy.epsilon", "set --privacy.epsilon 0 to evaluate the model"
         )
-    begin, clicks = begin_of(events, wanted), clicks_of(settings, events)
+    begin = begin_of(events, wanted)
+    clicks = clicks_of(settings, *(events.column(name) for name in ("item", "label", "action")))
     if wanted.requests and not clicks.any():
         raise SettingsError(
             "no click has an item: there is nothing to recommend",
@@ -180,19 +174,9 @@ def open_host(
     settings: Settings, spec: FeatureSpec, trainer: Trainer, attributes: KnownFields | None = None
 ) -> ServingHost:
     """Returns a serving host for the versions of a trainer."""
-    known = None if attributes is None else KnownAttributes(attributes.store, attributes.tables)
+    store = None if attributes is None else attributes.store
     with quiet_stderr():
-        return ServingHost(settings, spec, SALT, build(trainer.model), known)
-
-
-def clicks_of(settings: Settings, events: RecordedEvents) -> NDArray[np.bool_]:
-    """Which events are clicks on an item, `[n]` bool; an impression is not one unless its label says so."""
-    impressions = {*settings.labels.impressions}
-    clickable = np.array([name not in impressions for name in settings.events.actions], np.bool_)
-    action: NDArray[Any] = events.column("action")
-    labels: NDArray[Any] = events.column("label")
-    found: NDArray[np.bool_] = (events.column("item") != 0) & ~(labels < 0.5) & clickable[action]
-    return found
+        return ServingHost(settings, spec, SALT, build(trainer.model), store)
 
 
 def progress_line(done: int, total: int, took_s: float) -> str:

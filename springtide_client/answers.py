@@ -1,10 +1,8 @@
-"""Response types of the HTTP API, one for each response; the server's OpenAPI document is generated from them too.
-
-Fields that a later release adds are ignored.
-"""
+"""Types of the answers of the HTTP API, for server and client. Fields that a later release adds are ignored."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct, field
@@ -23,12 +21,21 @@ Reason = Annotated[
         description="The user clicked it; of a category of the user; it, or its category, came next over all users; it is near to the user; popular."
     ),
 ]
+Sources = Annotated[
+    Mapping[str, int],
+    Meta(description='"topic id:partition" of the clicks, and the position up to which the version has learned.'),
+]
+Churn = Annotated[
+    float,
+    Meta(ge=0.0, le=1.0, description="That no event of the user comes in the next `churn.days`; absent if unknown."),
+]
+Arm = Annotated[Literal["trial", "live"], Meta(description="Of a row of a batch, while a rollout is open.")]
 Attributes = Annotated[
     dict[str, str | None], Meta(description="Values by name, null where the record has none; empty without a record.")
 ]
 
 
-class Version(Struct, frozen=True):
+class Version(Struct, frozen=True, omit_defaults=True):
     """The model version that the whole response was computed from."""
 
     number: Annotated[int, Meta(ge=1)]
@@ -37,15 +44,7 @@ class Version(Struct, frozen=True):
     mask_generation: Annotated[
         int, Meta(ge=0, description="Control generation of the mask that the windows leave out; 0 without one.")
     ]
-    sources: (
-        Annotated[
-            dict[str, int],
-            Meta(
-                description='"topic id:partition" of the clicks, and the position up to which the version has learned.'
-            ),
-        ]
-        | None
-    ) = None
+    sources: Sources | None = None
 
 
 class Interest(Struct, frozen=True):
@@ -76,38 +75,18 @@ class About(Struct, frozen=True, kw_only=True):
     clock: Clock
 
 
-class Profile(About, frozen=True, kw_only=True):
+class Profile(About, frozen=True, kw_only=True, omit_defaults=True):
     """The profile of one user at one time."""
 
     interests: Annotated[
         list[Interest], Meta(description="The most probable first; the probabilities of all of them sum to 1.")
     ]
-    churn: (
-        Annotated[
-            float,
-            Meta(
-                ge=0.0,
-                le=1.0,
-                description="That no event of the user comes in the next `churn.days`; absent where that is off or not known.",
-            ),
-        ]
-        | None
-    ) = None
+    churn: Churn | None = None
     engagement: Engagement | None = None
     vector: Annotated[list[float], Meta(description="The user's vector, float32.")] | None = None
-    features: (
-        Annotated[dict[str, int], Meta(description="Windowed counts, decayed counts and ages by name.")] | None
-    ) = None
+    features: Annotated[dict[str, int], Meta(description="Counts, decayed counts and ages by name.")] | None = None
     attributes: Attributes | None = None
-    arm: (
-        Annotated[
-            Literal["trial", "live"],
-            Meta(
-                description="Which arm of a rollout the user is in; of a row of a batch, and absent where none is open."
-            ),
-        ]
-        | None
-    ) = None
+    arm: Arm | None = None
 
 
 class BehindIt(Struct, frozen=True):
@@ -172,7 +151,8 @@ class Ranking(About, frozen=True, kw_only=True, omit_defaults=True):
 
     items: list[RankedItem]
     left_out: Annotated[
-        list[LeftOutItem], Meta(description="Those that have reached their caps; only where items have caps.")
+        list[LeftOutItem],
+        Meta(description="Those that have reached their caps, in the order of the request; absent without any."),
     ] = []
 
 

@@ -10,14 +10,12 @@ import concurrent.futures
 import functools
 import math
 import random
-import ssl
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from types import TracebackType
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from dataclasses import dataclass
+from typing import Any, Concatenate, ParamSpec, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -132,8 +130,7 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 
-@dataclass(frozen=True)
-class Cap:
+class Cap(msgspec.Struct, frozen=True):
     """The maximum number of times (`count`) that a user may see an item within a period.
 
     The period ends at the requested time (`at`) and has `within_s` seconds.
@@ -143,7 +140,7 @@ class Cap:
     within_s: float
 
 
-class Item(NamedTuple):
+class Item(msgspec.Struct, frozen=True, omit_defaults=True):
     """An item to rank; `item` and `category` are raw ids.
 
     Attributes:
@@ -158,7 +155,7 @@ class Item(NamedTuple):
     cap: Cap | None = None
 
 
-class User(NamedTuple):
+class User(msgspec.Struct, frozen=True, omit_defaults=True):
     """One user of a batch request.
 
     Attributes:
@@ -171,7 +168,7 @@ class User(NamedTuple):
     item: str | None = None
     category: str | None = None
     at: str | int | None = None
-    context: Mapping[str, str] | None = None
+    context: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -188,27 +185,24 @@ class Retries:
     longest_wait_s: float = 5.0
     first_wait_s: float = 0.1
 
-    def wait_s(self, tried: int, retry_after_s: float | None, chance: float, left_s: float = math.inf) -> float | None:
+    def wait_s(self, tried: int, retry_after_s: float | None, left_s: float = math.inf) -> float | None:
         """Returns how long to wait after attempt number `tried`; None for no further attempt.
 
-        `chance`, from 0 to 1, is jitter: it scales the wait to between half of it and the whole. `left_s` is the
-        time until the call's deadline, after which there is no attempt.
+        Without `retry_after_s`, jitter shortens the wait by up to a half. `left_s` is the time until the call's
+        deadline, after which there is no attempt.
 
-        >>> [Retries(most=3).wait_s(tried, None, 1.0) for tried in (1, 2, 3, 4)]
-        [0.1, 0.2, 0.4, None]
-        >>> Retries().wait_s(1, 2.0, 0.5), Retries().wait_s(1, 60.0, 0.5)
-        (2.0, None)
-        >>> Retries().wait_s(1, 2.0, 0.5, left_s=1.5)
-        >>> Retries(most=10_000).wait_s(5000, None, 1.0)
-        5.0
+        >>> Retries().wait_s(1, 2.0), Retries().wait_s(1, 60.0), Retries().wait_s(1, 2.0, left_s=1.5)
+        (2.0, None, None)
+        >>> 2.5 <= Retries(most=10_000).wait_s(5000, None) <= 5.0
+        True
         """
         if tried > self.most:
             return None
-        if retry_after_s is None:
+        wait_s = retry_after_s
+        if wait_s is None:
             # 2.0**1024 overflows; the wait reaches its maximum long before.
-            wait_s = min(self.first_wait_s * 2.0 ** min(tried - 1, 1000), self.longest_wait_s) * (0.5 + chance / 2)
-        else:
-            wait_s = retry_after_s
+            longest_s = min(self.first_wait_s * 2.0 ** min(tried - 1, 1000), self.longest_wait_s)
+            wait_s = longest_s * random.uniform(0.5, 1.0)
         return wait_s if wait_s <= self.longest_wait_s and wait_s < left_s else None
 
 
@@ -221,13 +215,10 @@ class AsyncClient:
         url: Address of a worker, or of a load balancer in front of several, such as `http://localhost:8501`.
         timeout_s: Time limit of a call in seconds, including all retries and the waits between them.
         token: Sent with each request as `authorization: Bearer`, if the server requires one.
-        headers: Additional headers of each request, for example for a proxy.
-        verify: Whether to verify the certificate of an `https` address, or the SSL context to verify it with.
         route: Whether to send requests to the hosts that hold their users (`serving.shares`), as soon as those are
             known; other requests go to `url`. The hosts' addresses must be reachable from here.
-        transport: Sends the requests; by default httpx's own transport.
-        sleep: Waits the given number of seconds.
-        chance: Returns a random number from 0 to 1.
+        http: Sends the requests, for example through a proxy or with another certificate; `close` closes it. By
+            default, a client with httpx's defaults.
     """
 
     def __init__(
@@ -237,27 +228,19 @@ class AsyncClient:
         timeout_s: float = TIMEOUT_S,
         retries: Retries = Retries(),
         token: str | None = None,
-        headers: Mapping[str, str] | None = None,
-        verify: ssl.SSLContext | bool = True,
         route: bool = False,
-        transport: httpx.AsyncBaseTransport | None = None,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-        chance: Callable[[], float] = random.random,
+        http: httpx.AsyncClient | None = None,
     ) -> None:
         self._routes = Routes() if route else None
-        self._url, self._retries, self._sleep, self._chance = url.rstrip("/"), retries, sleep, chance
-        self._timeout_s = timeout_s
-        token_header = {} if token is None else {"authorization": f"Bearer {token}"}
-        self._http = httpx.AsyncClient(
-            headers={**token_header, **(headers or {})}, timeout=None, transport=transport, verify=verify
-        )
+        self._url, self._retries, self._timeout_s = url.rstrip("/"), retries, timeout_s
+        self._http = http or httpx.AsyncClient()
+        if token is not None:
+            self._http.headers["authorization"] = f"Bearer {token}"
 
     async def __aenter__(self) -> AsyncClient:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def close(self) -> None:
@@ -300,11 +283,14 @@ class AsyncClient:
         They are all of one version, unless hosts hold parts of the users: then those of one host are.
         """
         named = [User(user) if isinstance(user, str) else user for user in users]
-        options = {"fields": list(fields) or None, "top": top}
+        options = _without_none({"fields": list(fields) or None, "top": top})
 
         async def part(indices: Sequence[int]) -> list[Profile]:
-            queries = [_without_none(named[index]._asdict()) for index in indices]
-            body, ids = _without_none({"profiles": queries, **options}), [named[index].user_id for index in indices]
+            users_of_part = [named[index] for index in indices]
+            body, ids = (
+                {"profiles": msgspec.to_builtins(users_of_part), **options},
+                [user.user_id for user in users_of_part],
+            )
             return (await self._ask("POST", "/v1/profiles:batch", Profiles, ids, json=body)).profiles
 
         if self._routes is None or not named:
@@ -332,8 +318,7 @@ class AsyncClient:
 
         With bids, the item of the highest expected value comes first. Items at their cap are only in `left_out`.
         """
-        named = [item if isinstance(item, str) else _item(item) for item in items]
-        body = {"user_id": user_id, "items": named, "at": at, "context": context}
+        body = {"user_id": user_id, "items": msgspec.to_builtins(list(items)), "at": at, "context": context}
         return await self._ask("POST", "/v1/rank", Ranking, [user_id], json=_without_none(body))
 
     async def recommend(
@@ -477,19 +462,19 @@ class AsyncClient:
         deadline_s = loop.time() + self._timeout_s
         while True:
             tried += 1
-            response, pause_s = None, None
             try:
                 response = await self._routed(method, path, deadline_s, users, **options)
             except Unreachable:
-                wait_s = self._retries.wait_s(tried, None, self._chance(), deadline_s - loop.time())
+                wait_s = self._retries.wait_s(tried, None, deadline_s - loop.time())
                 if wait_s is None:
                     raise
             else:
-                pause_s = _retry_after_s(response)
-                wait_s = self._retries.wait_s(tried, pause_s, self._chance(), deadline_s - loop.time())
-                if response.status_code not in AGAIN or wait_s is None:
+                if response.status_code not in AGAIN:
                     return _decoded(response, kind)
-            await self._sleep(wait_s)
+                wait_s = self._retries.wait_s(tried, _retry_after_s(response), deadline_s - loop.time())
+                if wait_s is None:
+                    return _decoded(response, kind)
+            await asyncio.sleep(wait_s)
 
     async def _routed(
         self, method: str, path: str, deadline_s: float, users: Sequence[str], **options: Any
@@ -526,7 +511,7 @@ class AsyncClient:
         """Sends one request; the only method that uses the network."""
         try:
             left_s = deadline_s - asyncio.get_running_loop().time()
-            return await asyncio.wait_for(self._http.request(method, url + path, **options), left_s)
+            return await asyncio.wait_for(self._http.request(method, url + path, timeout=None, **options), left_s)
         except UnicodeEncodeError as error:
             raise _not_unicode(error) from error
         except (httpx.TimeoutException, asyncio.TimeoutError) as error:
@@ -555,7 +540,7 @@ class Client:
     It runs an `AsyncClient` in an event loop in its own thread, because only a task can be cancelled at any moment.
     So a server that sends one byte at a time does not hold a call beyond its time limit.
 
-    Args: As of `AsyncClient`; `sleep` and `transport` run in that event loop.
+    Args: As of `AsyncClient`; `http` is used in that event loop.
     """
 
     def __init__(
@@ -565,25 +550,10 @@ class Client:
         timeout_s: float = TIMEOUT_S,
         retries: Retries = Retries(),
         token: str | None = None,
-        headers: Mapping[str, str] | None = None,
-        verify: ssl.SSLContext | bool = True,
         route: bool = False,
-        transport: httpx.AsyncBaseTransport | None = None,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-        chance: Callable[[], float] = random.random,
+        http: httpx.AsyncClient | None = None,
     ) -> None:
-        self._client = AsyncClient(
-            url,
-            timeout_s=timeout_s,
-            retries=retries,
-            token=token,
-            headers=headers,
-            verify=verify,
-            route=route,
-            transport=transport,
-            sleep=sleep,
-            chance=chance,
-        )
+        self._client = AsyncClient(url, timeout_s=timeout_s, retries=retries, token=token, route=route, http=http)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="springtide-client", daemon=True)
         self._thread.start()
@@ -591,9 +561,7 @@ class Client:
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -642,10 +610,9 @@ def in_path(user_id: str) -> str:
     if not user_id:
         raise ClientError("an id is empty", "name a user, a segment or a label")
     try:
-        user_id.encode()
+        return quote(user_id, safe="") if user_id.strip(".") else "%2E" * len(user_id)
     except UnicodeEncodeError as error:
         raise _not_unicode(error) from None
-    return quote(user_id, safe="") if user_id.strip(".") else "%2E" * len(user_id)
 
 
 def _not_unicode(error: UnicodeEncodeError) -> ClientError:
@@ -669,8 +636,7 @@ def _decoded(response: httpx.Response, kind: type[T], statuses: Sequence[int] = 
             return msgspec.json.decode(response.content, type=kind)
         failure = msgspec.json.decode(response.content, type=Failure)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        request = f"{response.request.method} {_shape(response.request.url.raw_path.decode())}"
-        problem = f"{response.url.host} answers {status} to {request} in another form ({error})"
+        problem = f"{response.url.host} answers {status} in another form ({error})"
         do = "check the address, and the proxies between client and worker"
         if refusal is Refused:
             raise UnexpectedAnswer(problem, do) from None
@@ -684,30 +650,12 @@ def _retry_after_s(response: httpx.Response) -> float | None:
     return float(value) if value is not None and value.isascii() and value.isdigit() else None
 
 
-def _shape(path: str) -> str:
-    """Replaces the ids in a path with placeholders, and drops the parameters.
-
-    >>> _shape("/v1/profiles/ann/explain?label=hats"), _shape("/v1/profiles:batch")
-    ('/v1/profiles/{id}/explain', '/v1/profiles:batch')
-    >>> _shape("/v1/segments/sporty/users/ann")
-    '/v1/segments/{id}/users/{id}'
-    """
-    _, first, second, *rest = [*path.partition("?")[0].split("/"), ""]
-    # From the third part on, ids and words alternate.
-    return "/".join(("", first, second, *(part if at % 2 else "{id}" for at, part in enumerate(rest[:-1]))))
-
-
 def _model(version: int | None, label: str | None) -> str:
     """The path of a version of the model; ClientError if both are given."""
     if version is not None and label is not None:
         raise ClientError("both a version and a label are given", "name the version by one of them")
     chosen = f"/versions/{version}" if version is not None else f"/labels/{in_path(label)}" if label is not None else ""
     return f"/v1/models/profile{chosen}"
-
-
-def _item(item: Item) -> dict[str, Any]:
-    cap = {} if item.cap is None else {"cap": asdict(item.cap)}
-    return _without_none(item._asdict()) | cap
 
 
 def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:

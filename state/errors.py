@@ -5,7 +5,7 @@
     │   └── ModelMismatch
     ├── MissingSalt, SaltMismatch, SpecMismatch
     ├── LogError
-    │   ├── UnreachableBroker, UnknownTopic, FencedWriter
+    │   ├── UnreachableBroker, UnknownTopic
     │   ├── GapError
     │   │   └── TruncatedLog
     ├── StoreError
@@ -13,7 +13,7 @@
     ├── RegistryError
     │   ├── UnknownVersion, CorruptVersion, UnusableRegistry, WrongEpoch, ControlConflict,
     │   ├── UnfitVersion, UnfitMask
-    ├── MicroBatchError, DecodeError, ProgramError, TrainingHeld, UnreadableRecording, NotReady, NotHeld
+    ├── MicroBatchError, DecodeError, ProgramError, TrainingHeld, NotReady, NotHeld
     ├── UnusablePlace
     ├── BackupError
     │   └── DamagedBackup
@@ -21,8 +21,7 @@
     │   └── Unauthorized, Forbidden     HTTP 401, 403
     ├── Overloaded, TookTooLong     HTTP 429, 504
     ├── WorkerFailed                HTTP 500
-    └── PortTaken, UnsupportedPython, KafkaFailed, JobFailed, FlinkFailed, ProcessFailed,
-        WorkerLost
+    └── PortTaken, KafkaFailed, FlinkFailed, ProcessFailed, WorkerLost
 
 An error states in one line what happened, to which input, and what to do, without a raw user id. A bad record is no
 error: it goes to the dead letters.
@@ -135,10 +134,6 @@ class TruncatedLog(GapError):
         return self.gaps[0].first
 
 
-class FencedWriter(LogError):
-    """Another stream writes with the same transactional id. Stop one of the two; one stream reads all partitions."""
-
-
 class StoreError(SpringtideError):
     """A store on disk cannot be used as it is. See the class below it; nothing was half written."""
 
@@ -213,10 +208,6 @@ class DecodeError(SpringtideError):
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
-
-
-class UnreadableRecording(SpringtideError):
-    """A file to replay is cut, damaged or of another format. Repair it or leave it out; records that the message reports as sent stay sent."""
 
 
 class UnusablePlace(SpringtideError):
@@ -299,20 +290,12 @@ class PortTaken(SpringtideError):
     """A port is in use. Stop its owner, or choose another with the setting that the message names."""
 
 
-class UnsupportedPython(SpringtideError):
-    """This Python is neither 3.11 nor 3.12. Install one of them and run `make clean run`."""
-
-
-class JobFailed(SpringtideError):
-    """A job ended on its engine. Read the engine's log; the job is resumed from its last checkpoint or savepoint."""
-
-
 class KafkaFailed(SpringtideError):
     """The local Kafka did not start or died. Read the log file that the message names."""
 
 
 class FlinkFailed(SpringtideError):
-    """The local Flink did not start, does not answer or refuses. Do as the message says, or read the log that it names."""
+    """The local Flink did not start, does not answer or refuses, or a job ended on its engine. Do as the message says, or read the log that it names."""
 
 
 class WorkerLost(SpringtideError):

@@ -251,6 +251,9 @@ class TrainerMetrics(Metrics):
         "Time that a worker computed gradients, by worker; the others wait for the slowest. Only with `trainer.workers` above 1.",
         "worker",
     )
+    worker_missing = gauge(
+        "1 for a worker that the trainer waits for, by worker. Only with `trainer.workers` above 1.", "worker"
+    )
     worker_users = gauge("Users whose rows a worker holds, by worker. Only with `trainer.workers` above 1.", "worker")
     guard = counter("Verdicts of the guard: accept, skip, hold.", "verdict")
     held = gauge("1 while the guard holds training.")

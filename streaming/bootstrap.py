@@ -254,7 +254,7 @@ def of_recording(sample: Sample, recording: Recording, sort: str) -> Batches:
     """Reads the rows of files with their recorded times, as one partition.
 
     Raises:
-        SettingsError, UnreadableRecording: See `recorded_batches`.
+        SettingsError, SpringtideError: See `recorded_batches`.
         SpringtideError: No row is a click.
     """
     clicks = recorded_batches(

@@ -288,9 +288,7 @@ def open_join(
     reports = reports or (lambda topic: report_to(settings.kafka, metrics))
     topics = {"user": wanted.user_topic, "item": wanted.item_topic}
     followers = [
-        AttributeFollower(
-            settings.kafka, topics[side], table, salt, store, reports(topics[side]), settings.events.max_event_bytes
-        )
+        AttributeFollower(settings.kafka, topics[side], table, salt, store, reports(topics[side]))
         for side, table in tables.items()
     ]
     join = Join(store, followers, tables, wanted.slices, metrics)

@@ -140,7 +140,7 @@ def recorded_batches(
 
     Raises:
         SettingsError: The columns do not fit, or the files do not fit in memory.
-        UnreadableRecording: A file is cut or damaged.
+        SpringtideError: A file is cut or damaged.
     """
     encoder = Encoder(events, recording.constants or {}, round((now_s + events.max_future_s) * 1000))
     chunks: Iterator[EncodedRows] = recording.encoded(encoder, events)

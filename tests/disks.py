@@ -93,13 +93,7 @@ def open_folder() -> Iterator[Path]:
 
 
 def as_nobody(imports: str, script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Runs a Python script without root's rights; as whoever we are where that is not root.
-
-    Args:
-        imports: Done with the rights we have: nobody may not even read the interpreter's own files.
-        script: Done without them.
-        arguments: What `sys.argv` holds from 1 on.
-    """
+    """Runs a Python script without root's rights; as whoever we are where that is not root."""
     drop = f"import os\nif os.geteuid() == 0:\n    os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\n"
     return subprocess.run(
         [sys.executable, "-c", f"{imports}\n{drop}\n{script}", *map(str, arguments)],

@@ -78,11 +78,7 @@ class Box:
         return {one["mountPath"]: one["name"] for one in self.told["volumeMounts"]}
 
     def settings(self, sizes: Mapping[str, str]) -> Settings:
-        """Those in force in it.
-
-        Args:
-            sizes: What the ConfigMap `springtide-sizes` says.
-        """
+        """Those in force in it."""
         env = dict(sizes) | {one["name"]: one["value"] for one in self.told["env"] if "value" in one}
         file = env.pop("SPRINGTIDE_CONFIG")
         assert file == "/etc/springtide/config/springtide.toml"
@@ -143,14 +139,7 @@ class Peer:
 
 
 def connects(policies: Sequence[Document], client: Peer | None, server: Peer | None, port: int) -> bool:
-    """Whether network policies let a TCP connection out of the client's pod and into the server's.
-
-    Args:
-        policies: Of one namespace.
-        client: Who connects.
-        server: Who listens; None: an address of no pod that a policy knows.
-        port: Where.
-    """
+    """Whether network policies let a TCP connection out of the client's pod and into the server's."""
 
     def lets(direction: str, held: Peer | None, other: Peer | None) -> bool:
         if held is None or held.namespace is not None:
@@ -198,8 +187,8 @@ BYTES = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 def quantity(text: str) -> float:
     """A size or a number of cores.
 
-    >>> quantity("2Gi"), quantity("200m"), quantity("2")
-    (2147483648.0, 0.2, 2.0)
+    >>> quantity("2Gi"), quantity("1Mi"), quantity("200m"), quantity("2")
+    (2147483648.0, 1048576.0, 0.2, 2.0)
     """
     for unit, factor in BYTES.items():
         if text.endswith(unit):

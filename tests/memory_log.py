@@ -167,11 +167,6 @@ class MemoryLog:
     ...     writer.send("clicks", 0, b"ada", b"shoes")
     >>> [(batch.first, batch.next, batch.values) for batch in log.reader("clicks").poll(0.0)]
     [(0, 2, [b'shoes'])]
-
-    Args:
-        settings: The section `[kafka]`: its group is shown to lag tools.
-        clock_ms: Wall clock, for timestamps of records and for retention.
-        ids: Returns the id of each new topic, 32 hexadecimal digits.
     """
 
     def __init__(

@@ -11,18 +11,7 @@ _MARKER_AT, _MARKER = 22, 0x20
 
 
 def cut_back(data: Path, topic: str, partition: int, end: int, in_a_transaction: bool = False) -> int:
-    """Takes away the record batches of a partition from offset `end` on; the broker must be down.
-
-    Args:
-        data: The broker's log directory.
-        topic: The topic's name.
-        partition: Its partition.
-        end: The partition ends there, or before, at the begin of a batch.
-        in_a_transaction: Take away one batch more where the last one is a transaction's marker.
-
-    Returns:
-        Where it ends now.
-    """
+    """Takes away the record batches of a partition from offset `end` on; the broker must be down."""
     reached, ends = 0, list[tuple[Path, int, int, bool]]()
     for segment in sorted((data / f"{topic}-{partition}").glob("*.log")):
         raw, at = segment.read_bytes(), 0

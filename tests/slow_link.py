@@ -15,10 +15,6 @@ PIECE_BYTES = 8192
 class SlowLink:
     """Passes connections on to a port of this machine.
 
-    Args:
-        port: Where the server listens.
-        bytes_per_s: What it carries, both ways and all connections together; without limit where none is given.
-
     Attributes:
         port: Where the link begins.
         connections: How many were made.

@@ -23,14 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class Passages:
-    """Lets the trainer continue past gaps that an operator accepts, and records each of them. Not thread-safe.
-
-    Args:
-        journal: Gaps accepted earlier; newly accepted gaps are appended.
-        consent: What the operator accepts at this start.
-        metrics: Where gaps are counted.
-        clock: Wall clock in seconds.
-    """
+    """Lets the trainer continue past gaps that an operator accepts, and records each of them. Not thread-safe."""
 
     def __init__(self, journal: Journal, consent: Consent, metrics: TrainerMetrics, clock: Callable[[], float]) -> None:
         self._journal, self._consent, self._metrics, self._clock = journal, consent, metrics, clock
@@ -43,10 +36,6 @@ class Passages:
 
     def pass_log(self, error: GapError, marks: Mapping[Source, int]) -> int:
         """Accepts a gap in the training log and returns the offset after it. The gap's record is durable on return.
-
-        Args:
-            error: The error that the log raised.
-            marks: The next offset of each source: clicks from there on may be missing too.
 
         Raises:
             GapError: The operator does not accept the gap.
@@ -63,12 +52,7 @@ class Passages:
         return accepted_gaps.left_out(self._known, source, offset)
 
     def leave_out(self, gap: Gap, marks: Mapping[Source, int], problem: SpringtideError) -> None:
-        """Skips a record that cannot be learned from. The skip is durable on return.
-
-        Args:
-            gap: The record's offset in the training log, or the offsets of a damaged batch of records.
-            marks: The next offset of each source: the record's clicks are missing from there on.
-            problem: Why the record cannot be learned from; it names the offset.
+        """Skips a record, or a damaged batch, that cannot be learned from because of `problem`. The skip is durable on return.
 
         Raises:
             SpringtideError: The operator does not accept the skip; `problem` plus the command to skip the record.
@@ -84,10 +68,7 @@ class Passages:
     def pass_sources(self, gaps: Sequence[tuple[Source, int, int]], where: str, read_topic: str) -> int:
         """Accepts the positions that no record before `where` covers, and returns how many there are.
 
-        Args:
-            gaps: (source, the trainer's mark, the first position that the record covers) of each gap.
-            where: The record's offset, for messages.
-            read_topic: Id of the training log's topic.
+        A gap is (source, the trainer's mark, the first position that the record covers).
 
         Raises:
             GapError: The operator does not accept one of the gaps.

@@ -43,13 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 class Beginning(NamedTuple):
-    """The position at which a trainer begins.
-
-    Attributes:
-        log: The training log, open at the position.
-        place: The position.
-        tensors: What the first base holds.
-    """
+    """The training log, open at the position where a trainer begins, and what the first base holds."""
 
     log: Reader
     place: TrainingPlace
@@ -79,9 +73,7 @@ class FromPast:
     """Starts with past clicks, and the training log from the cut on.
 
     Attributes:
-        past: The clicks and the cut.
         records: A context manager that yields their encoded micro-batches.
-        elapsed: Monotonic seconds.
     """
 
     past: Past
@@ -95,12 +87,6 @@ class FromPast:
 
         1. The past is learned; after a crash here it is learned again.
         2. The log is opened at the cut.
-
-        Raises:
-            MicroBatchError, SpecMismatch, SaltMismatch: The micro-batches do not fit this trainer.
-            ProcessFailed, SystemExit: See `from_child`.
-            GapError: The log no longer reaches back to the cut.
-            UnknownTopic: The log was recreated since the cut.
         """
         # 1.
         with trainer.alone():
@@ -137,7 +123,6 @@ class FromPast:
         return Beginning(reader, position, tensors)
 
     def _learn(self, spec: str, trainer: Trainer, salt: str, control: Control) -> tuple[int, int]:
-        """Learns the past; returns the number of its rows and the newest time that they report."""
         past, began_s = self.past, self.elapsed()
         logged_s, rows, newest_ms = began_s, 0, 0
         logger.info("learning past clicks up to live version %d, offset %d", past.version, past.log.next)
@@ -162,11 +147,7 @@ class FromPast:
 
 @contextmanager
 def from_child(arguments: Sequence[str], stopping: threading.Event) -> Iterator[Iterator[bytes]]:
-    """Yields the micro-batches that a child process makes; the child ends with the block.
-
-    Args:
-        arguments: The command line of this process: the child has the same settings.
-        stopping: Set when this process is to end.
+    """Yields the micro-batches that a child process with the same `arguments` makes; the child ends with the block.
 
     Raises:
         ProcessFailed: The child ended before all of them were made.
@@ -201,16 +182,7 @@ def _read(child: subprocess.Popen[bytes], stopping: threading.Event) -> Iterator
 
 
 def beginning_of(registry: Registry, arguments: Sequence[str], stopping: threading.Event) -> Begins:
-    """Returns how the trainer of a registry begins.
-
-    Args:
-        registry: The trainer's own.
-        arguments: The command line of this process.
-        stopping: Set when the process is to end.
-
-    Raises:
-        RegistryError: The request for past clicks cannot be read.
-    """
+    """Returns how the trainer of a registry begins."""
     past = read_past(registry.path)
     return from_nothing if past is None else FromPast(past, partial(from_child, arguments, stopping))
 
@@ -229,16 +201,7 @@ def open_after(
     do: str,
     lost: Callable[[GapError], int] = refuse,
 ) -> Reader:
-    """Opens the training log after the range that something was learned from.
-
-    Args:
-        log: Contains the training log.
-        settings: Name its topic.
-        end: The range.
-        at: The offset at which to continue: that of the range, or after records that are skipped.
-        subject: What was learned from the range, for the message that the topic was recreated.
-        do: What to do then.
-        lost: See `open_topic`.
+    """Opens the training log at `at`, after the range `end` that `subject` was learned from; `lost` as in `open_topic`.
 
     Raises:
         UnknownTopic: The topic was recreated since.
@@ -264,11 +227,6 @@ def resume(restored: Manifest, line: LogLine, log: Log, settings: Settings, pass
     2. The log is open at its offset.
 
     Nothing is written up to here, so after a crash the next start repeats both steps.
-
-    Raises:
-        UnknownTopic: The log was recreated since that version.
-        GapError: It no longer reaches back to that version, and the operator does not accept the gap.
-        TruncatedLog: It was truncated before the version's end.
     """
     # 1.
     killpoints.reach("enter.restored")

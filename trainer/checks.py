@@ -7,7 +7,6 @@ import json
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 from state.config.sections import AskedModel
 from state.config.sections import Model as ModelSettings
@@ -24,11 +23,7 @@ def is_own(model: ModelSettings) -> bool:
 
 
 def require_options_read(model: ModelSettings, read: Collection[str]) -> None:
-    """Refuses names in `model.options` that no custom function reads.
-
-    Raises:
-        SettingsError: There is such a name.
-    """
+    """Refuses names in `model.options` that no custom function reads."""
     if unread := [name for name in model.written if name not in read]:
         names = f"the names read are {', '.join(sorted(read))}" if read else "no name was read"
         raise SettingsError(
@@ -37,36 +32,13 @@ def require_options_read(model: ModelSettings, read: Collection[str]) -> None:
         )
 
 
-def check_own(settings: Settings, spec: FeatureSpec, preprocessing: Any = None) -> str:
-    """Checks the custom ranker, or else the tower, with its actual input width; returns a one-line description.
-
-    Args:
-        settings: All settings.
-        spec: The feature spec.
-        preprocessing: What the bootstrap analysed; None takes logarithms.
-
-    Raises:
-        SettingsError: A function cannot be loaded.
-        ProgramError: It fails a check, or does not lower to LiteRT.
-    """
-    # Not at the top: TensorFlow reads its log level when it is loaded, and `run_check` sets it before.
-    from trainer.model.tower import width_in
-    from trainer.model_checks import check_ranker, check_tower
-
-    if settings.model.ranker != ModelSettings().ranker:
-        return check_ranker(settings, spec, preprocessing)
-    return check_tower(settings.model, width_in(settings.model, spec, preprocessing))
-
-
 def check_model(settings: Settings, spec: FeatureSpec, transform: Path | None) -> str:
-    """Like `check_own`, behind the graph in `transform`, plus two checks.
-
-    The model has to fit the current version, and the whole model of a tower has to lower.
-    """
+    """Like `check_own`, behind the graph in `transform`. Options have to be read, and the model to fit the current version."""
+    # Not at the top: TensorFlow reads its log level when it is loaded, and `run_check` sets it before.
     from trainer import device
-    from trainer.model.default_ranker import DefaultRanker
+    from trainer.model_checks import check_own
     from trainer.versions.carrying import require_settings_fit
-    from trainer.versions.program import build, preprocessing_of
+    from trainer.versions.program import preprocessing_of
 
     # Threads have to be fixed before TensorFlow's first operation, and loading the graph is one.
     device.prepare(settings.trainer.device, settings.trainer.threads)
@@ -78,8 +50,6 @@ def check_model(settings: Settings, spec: FeatureSpec, transform: Path | None) -
     elif model.preprocessing == ModelSettings().preprocessing:
         require_options_read(model, model.asked.keys())
     require_settings_fit(settings, spec)
-    if settings.model.ranker == ModelSettings().ranker:
-        build(DefaultRanker(settings.model, spec, preprocessing))
     return result
 
 

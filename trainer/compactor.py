@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import sys
 import time
@@ -36,10 +35,11 @@ from state.file_store import FileStore
 from state.history import snapshots
 from state.history.snapshots import HistorySnapshot
 from state.process import killpoints
+from state.process.background import run_in_background
 from state.process.part import run_part
 from state.process.wall_clock import wall_ms
 from state.ranking.crosses import Crosses, crosses_of
-from state.registry.control import Control, named
+from state.registry.control import named
 from state.registry.directory import usable
 from state.registry.erasing import ErasureReport, report, reports
 from state.registry.manifest import Manifest, entries, sees
@@ -126,7 +126,6 @@ def _age_of(path: Path) -> float:
 
 
 PART = "compactor"
-NICENESS = 10
 GARBAGE_KEEP_D = 30  # of damaged versions and of files that no kept version refers to
 PATIENCE_S, WAIT_S = 300.0, 0.5
 THIN_EVERY_MS = 600_000  # between versions older than `registry.delta_keep_s`
@@ -162,25 +161,14 @@ class Tiers:
 
 
 class Merge(NamedTuple):
-    """Deltas to merge into one.
-
-    Attributes:
-        path: The versions, oldest first; the last one stays.
-        parent: The version that the first one continues.
-    """
+    """The versions to merge into the last one, oldest first, and the parent of the first one."""
 
     path: tuple[int, ...]
     parent: int
 
 
 class Thinning(NamedTuple):
-    """A retention plan, in the order in which to apply it.
-
-    Attributes:
-        merges: Deltas to merge.
-        deltas: Versions whose deltas are removed.
-        bases: Versions whose bases are removed.
-    """
+    """A retention plan: deltas to merge, and versions whose deltas and bases are removed."""
 
     merges: list[Merge]
     deltas: list[int]
@@ -190,15 +178,7 @@ class Thinning(NamedTuple):
 def plan(
     deltas: Sequence[Manifest], bases: Sequence[Manifest], keep: Collection[int], tiers: Tiers, now_ms: int
 ) -> Thinning:
-    """Plans what to merge and what to remove, so that all remaining versions can be loaded.
-
-    Args:
-        deltas: Manifests of the deltas, ascending.
-        bases: Manifests of the bases, ascending.
-        keep: Versions that are kept regardless of their age.
-        tiers: The retention times.
-        now_ms: Wall clock.
-    """
+    """Plans what to merge and what to remove, so that all remaining versions can be loaded. Manifests are ascending."""
     parts = _Held(deltas, bases)
     if not parts.all:
         return Thinning([], [], [])
@@ -216,8 +196,6 @@ def plan(
 
 
 class _Held:
-    """The existing versions."""
-
     def __init__(self, deltas: Sequence[Manifest], bases: Sequence[Manifest]) -> None:
         self.deltas = {delta.version: delta for delta in deltas}
         self.bases = {base.version: base for base in bases}
@@ -378,37 +356,22 @@ def _rewritten(registry: Registry, part: Manifest, erased: Erased, crossed_ids: 
 
 def tiers_of(settings: Settings) -> Tiers:
     """The tiers of the section `[registry]`, within its share of the disk."""
-    retention = settings.registry
+    retention, of_snapshots = settings.registry, used_bytes([settings.registry_dir / layout.SNAPSHOTS])
     return Tiers(
         each_ms=int(retention.delta_keep_s * 1000),
         thin_ms=DAY_MS,
         sparse_ms=retention.base_keep_d * DAY_MS,
         thin_every_ms=THIN_EVERY_MS,
         sparse_every_ms=HOUR_MS,
-        most_bytes=min(int(retention.delta_keep_gb * 1e9), kept_bytes(settings, REGISTRY) - _of_snapshots(settings)),
+        most_bytes=min(int(retention.delta_keep_gb * 1e9), kept_bytes(settings, REGISTRY) - of_snapshots),
         load_bytes=int(retention.load_mb * 1e6),
     )
-
-
-def _of_snapshots(settings: Settings) -> int:
-    """The bytes of snapshots of histories in the registry's directory."""
-    return used_bytes([settings.registry_dir / layout.SNAPSHOTS])
-
-
-def needed(control: Control | None) -> frozenset[int]:
-    """Returns the versions that control names, which are kept regardless of their age."""
-    return frozenset() if control is None else named(control)
 
 
 def compact(registry: Registry, load_bytes: int = 0) -> Manifest | None:
     """Makes a base of the newest version of control's epoch; None if it is not needed yet.
 
-    Args:
-        registry: With the compactor's lock held.
-        load_bytes: A base is made only if the deltas since the last base exceed both this and that base's size.
-
-    Raises:
-        CorruptVersion: A file of its chain fails its digest.
+    It is needed if the deltas since the last base exceed both `load_bytes` and the size of that base.
     """
     control = registry.control()
     version = registry.newest(control.epoch) if control else None
@@ -421,17 +384,14 @@ def compact(registry: Registry, load_bytes: int = 0) -> Manifest | None:
 
 
 def thin(registry: Registry, tiers: Tiers, now_ms: int) -> Thinning:
-    """Merges and removes versions beyond their tier; returns what was done.
-
-    Raises:
-        CorruptVersion: A file that is to be merged fails its digest.
-    """
+    """Merges and removes versions beyond their tier; returns what was done."""
     # Parts that a crash left next to the delta into which they were merged.
     for version in registry.deltas():
         registry.remove_superseded(version)
     deltas = [registry.manifest(version, "delta") for version in registry.deltas()]
     bases = [registry.manifest(version, "base") for version in registry.bases()]
-    thinning = plan(deltas, bases, needed(registry.control()), tiers, now_ms)
+    control = registry.control()
+    thinning = plan(deltas, bases, frozenset() if control is None else named(control), tiers, now_ms)
     passed = {version for merge in thinning.merges for version in merge.path}
     # Expired parts are removed first, the newest first: merging needs disk space, and no part may lack its parent.
     _remove(registry, [version for version in thinning.deltas if version not in passed])
@@ -565,7 +525,7 @@ def run_after_others(settings: Settings) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compacts once; returns the exit code."""
-    os.nice(NICENESS)
+    run_in_background()
     return run_part("compactor", run_after_others, argv, logger)
 
 

@@ -18,13 +18,6 @@ def prepare(device: str = "auto", threads: int = 1) -> str:
 
     Call it before anything else of TensorFlow: threads cannot be changed once an operation has run. A second call with the
     same values does nothing.
-
-    Args:
-        device: `auto`, `cpu` or `gpu`.
-        threads: Threads within and between operations.
-
-    Raises:
-        SettingsError: `device` is `gpu` and there is none.
     """
     chosen = pick(device, [gpu.name for gpu in tf.config.list_physical_devices("GPU")])
     try:
@@ -50,12 +43,12 @@ def show(device: str, metrics: TrainerMetrics) -> None:
     """Exports TensorFlow's GPU memory use as metrics, read at each scrape. Does nothing on a CPU."""
     if "GPU" not in device:
         return
+
+    def held_bytes(kind: str) -> float:
+        return float(tf.config.experimental.get_memory_info(device.lstrip("/"))[kind])
+
     for kind in ("current", "peak"):
-        metrics.device_memory_bytes.labels(kind).set_function(partial(_held_bytes, device, kind))
-
-
-def _held_bytes(device: str, kind: str) -> float:
-    return float(tf.config.experimental.get_memory_info(device.lstrip("/"))[kind])
+        metrics.device_memory_bytes.labels(kind).set_function(partial(held_bytes, kind))
 
 
 def pick(device: str, gpus: list[str]) -> str:

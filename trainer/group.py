@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from state.errors import WorkerLost
+from state.errors import PortTaken, WorkerLost
 from state.positions import share_of
 from state.user_shares import SHARES
 
@@ -27,6 +28,7 @@ TIMEOUT_S = 8.0
 SENT, GATHERED = 1024, 8192
 """Values of the first frame of a message and of an exchange of bytes; longer ones need a second frame."""
 
+_POLL_S = 0.2
 _KEY = 29
 _LEAST = 1024
 
@@ -34,14 +36,65 @@ _LEAST = 1024
 def padded(size: int) -> int:
     """The length to which an exchange of `size` elements is padded: each length has its own collective.
 
-    >>> padded(3), padded(1025)
-    (1024, 2048)
+    >>> padded(3), padded(1025), padded(2000)
+    (1024, 1152, 2048)
     """
-    return max(_LEAST, 1 << (size - 1).bit_length())
+    size = max(_LEAST, size)
+    step = 1 << (size - 1).bit_length() - 4
+    return -(-size // step) * step
+
+
+def await_others(addresses: Sequence[str], index: int, report: Callable[[Sequence[int]], object]) -> None:
+    """Waits until every other worker listens on its address, so that `Group` need not wait.
+
+    TensorFlow holds the interpreter's lock while it waits for workers, and the process could not answer on /metrics.
+
+    Args:
+        addresses: `host:port` of each worker, in order.
+        index: Of this process.
+        report: Takes the indices of the missing workers at each poll, and none at the end.
+
+    Raises:
+        PortTaken: Another process listens on this worker's port.
+    """
+    port, others = (
+        int(addresses[index].rpartition(":")[2]),
+        [other for other in range(len(addresses)) if other != index],
+    )
+    try:
+        is_dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if is_dual else socket.AF_INET
+        own = socket.create_server(("", port), family=family, dualstack_ipv6=is_dual)
+    except OSError as error:
+        raise PortTaken(
+            f"worker {index} of the trainer cannot listen on port {port}: {error}",
+            "stop its owner or set trainer.worker_addresses",
+        ) from error
+    with own:
+        own.settimeout(_POLL_S)
+        while missing := [other for other in others if not _listens(addresses[other])]:
+            report(missing)
+            for _ in others:
+                try:
+                    own.accept()[0].close()
+                except TimeoutError:
+                    break
+    report([])
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_POLL_S).close()
+    except OSError:
+        return False
+    return True
 
 
 class Group:
-    """This process and the other workers. Not thread-safe. Waits in the constructor until all workers have joined.
+    """This process and the other workers. Not thread-safe.
+
+    The constructor waits until all workers have joined; call `await_others` first.
 
     Args:
         addresses: `host:port` of each worker, in order.
@@ -143,7 +196,7 @@ class Group:
         return {
             "group_size": self.size,
             "group_key": _KEY,
-            "instance_key": kind << 16 | length.bit_length(),
+            "instance_key": kind << 16 | length.bit_length() << 4 | length >> length.bit_length() - 4,
             "communication_hint": "ring" if kind == 2 else "auto",
             "timeout_seconds": timeout_s,
         }

@@ -1,15 +1,6 @@
 """Passes each record to the guard, withholds versions while one is suspect, and asks control to hold bad ones.
 
-If control cannot be written, the hold waits. Until it is written, no version is published and no record is learned, so
-that a held update never serves traffic.
-
-`WindowWatch` judges each step of the training log by the preceding windows: pass, suspect or hold.
-
-- Windows follow each other in log time. A window ends when it has its length and enough rows to judge. From that many
-  rows on, the open window is judged with each step.
-- The remembered windows are a function of the log, so a trainer that restarts or reads the log again reaches the same
-  verdicts at the same offsets. An operator's actions change none of them.
-- At a hold everything is forgotten, because later steps are compared with what the operator let pass.
+Until a hold is written, no version is published and no record is learned, so a held update never serves traffic.
 """
 
 from __future__ import annotations
@@ -83,10 +74,7 @@ class Judgement:
     """The judgement on one step.
 
     Attributes:
-        standing: The verdict on its versions.
-        rule: The rule with the largest deviation; empty if there is none.
         signal: Its value in this window, or in the preceding one if this one has too few rows; not logarithmic.
-        usual: Its usual value.
         total: The sum of deviations beyond the slack; LIMIT is too much.
         since: The start of the window before the first deviating one: everything from there on is suspect.
         place: For rule `slice`, the slice: measure, dimension and index in it.
@@ -105,11 +93,13 @@ PASSED = Judgement(Standing.PASS)
 
 
 class WindowWatch:
-    """Remembers the windows of one branch of the training log. One thread.
+    """Judges each step by the preceding windows of one branch of the training log: pass, suspect or hold. One thread.
 
-    Args:
-        limits: The section `[guard]`.
-        slices: Describes the slice numbers; state of another description is dropped.
+    A window ends when it has its length in log time and enough rows to judge. From that many rows on, the open window is
+    judged with each step. The windows are a function of the log, so a trainer that reads it again reaches the same
+    verdicts at the same offsets. At a hold everything is forgotten.
+
+    `slices` describes the slice numbers; state of another description is dropped.
     """
 
     def __init__(self, limits: GuardSettings, slices: str = "") -> None:
@@ -197,7 +187,8 @@ class WindowWatch:
         share = max(2 / REMEMBERED, 1 / (len(self._past) + 1))
         self._shares += (share * (window.shares() - self._shares)).astype(np.float32)
         self._past = np.concatenate([self._past, signals[None]])[-REMEMBERED:]
-        self._users = np.concatenate([self._users, [window.distinct_users()]])[-REMEMBERED:]
+        # Buckets that have a user: a lower bound of their number.
+        self._users = np.concatenate([self._users, [np.count_nonzero(window.crowds[0])]])[-REMEMBERED:]
         self._sums, self._before, self._open = sums, window.start, None
         self._slices.end(words, window.start, self._crowded)
         self._compare()
@@ -208,7 +199,6 @@ class WindowWatch:
         return len(self._users) > 0 and float(np.median(self._users)) >= self._limits.users
 
     def _compare(self) -> None:
-        """Updates the usual values; None for rules with too few windows yet."""
         crowded = self._crowded
         enough = np.count_nonzero(~np.isnan(self._past), axis=0) >= self._limits.warm_up
         self._usual = [
@@ -281,30 +271,27 @@ def _of_slice(off: OffSlice, may_hold: bool) -> Judgement:
 def figures_of(batch: MicroBatch, report: Report | None, log_ms: int) -> StepFigures:
     """The figures of one record for the guard; `report` is None without a row, `log_ms` is log time after the record."""
     ranges = batch.header.ranges
-    covered, dead = sum(part.next - part.first for part in ranges), sum(part.dead for part in ranges)
+    sums: dict[str, float] = {
+        "positions": sum(part.next - part.first for part in ranges),
+        "dead": sum(part.dead for part in ranges),
+    }
     if report is None:
-        return StepFigures(log_ms, 0, positions=covered, dead=dead)
+        return StepFigures(log_ms, sums)
+    sums["rows"] = report.rows
     if report.verdict is not Verdict.ACCEPT:
-        return StepFigures(log_ms, report.rows, report.rows, covered, dead, crowds=crowds_of(batch))
+        return StepFigures(log_ms, sums | {"skipped": report.rows}, crowds_of(batch))
     scores = report.quality
-    known, new = (
-        (int(scores.total("rows", users=who)), scores.total("log_loss", users=who)) for who in ("known", "new")
-    )
-    return StepFigures(
-        log_ms=log_ms,
-        rows=report.rows,
-        positions=covered,
-        dead=dead,
-        known=known,
-        new=new,
-        pairs=scores.pairs,
-        engagement_loss=scores.engagement_log_loss,
-        predicted=scores.predicted,
-        positives=scores.positives,
-        squared_norm=report.grad_norm**2,
-        crowds=crowds_of(batch),
-        slices=report.slices,
-    )
+    for who in ("known", "new"):
+        sums[f"{who}_rows"] = scores.total("rows", users=who)
+        sums[f"{who}_loss"] = scores.total("log_loss", users=who)
+    sums |= {
+        "pairs": scores.pairs,
+        "engagement_loss": scores.engagement_log_loss,
+        "predicted": scores.predicted,
+        "positives": scores.positives,
+        "squared_norm": report.grad_norm**2,
+    }
+    return StepFigures(log_ms, sums, crowds_of(batch), report.slices)
 
 
 def version_before(registry: Registry, position: TrainingPlace, offset: int) -> int:
@@ -337,15 +324,7 @@ def suspect_clicks(since: WindowStart, after: TrainingPlace) -> tuple[SuspectCli
 
 
 class UpdateGuard:
-    """The guard of one trainer. The step thread calls every method.
-
-    Args:
-        settings: All settings.
-        registry: The registry of control and versions.
-        metrics: The trainer's metrics.
-        clock, elapsed: Wall clock and monotonic clock in seconds.
-        shown: By slice dimension the present names of its slices.
-    """
+    """The guard of one trainer; `shown` returns the names of the slices by dimension. The step thread calls every method."""
 
     def __init__(
         self,
@@ -391,12 +370,7 @@ class UpdateGuard:
     ) -> bool:
         """Judges one record; returns True if control holds it from now on.
 
-        Args:
-            batch: The rows that were learned; perhaps none.
-            report: Of the step; None without a row.
-            before: The trainer's position before the record.
-            after: Its position after it.
-            log_ms: Log time before and after.
+        `report` is None without a row; `log_ms` is log time before and after the record.
 
         Raises:
             ControlConflict: Other processes kept changing control.
@@ -422,11 +396,7 @@ class UpdateGuard:
         return self.write()
 
     def write(self) -> bool:
-        """Writes a waiting hold, and retries after `AGAIN_S` if that fails; returns True if control holds it now.
-
-        Raises:
-            ControlConflict: Other processes kept changing control.
-        """
+        """Writes a waiting hold, and retries after `AGAIN_S` if that fails; returns True if control holds it now."""
         if self._unwritten is None or self._elapsed() - self._tried_s < AGAIN_S:
             return False
         update, after = self._unwritten
@@ -479,23 +449,19 @@ class UpdateGuard:
         return {f"{GUARDED}{name}": array for name, array in self._watch.state().items()} if self._enabled else {}
 
     def _named(self, judgement: Judgement) -> str:
-        """The rule, and which slice it is about."""
-        return f"{judgement.rule} {self._slice(judgement.place)}" if judgement.place else judgement.rule or "none"
-
-    def _meaning(self, judgement: Judgement) -> str:
         if judgement.place is None:
-            return _MEANINGS[judgement.rule]
-        return f"{LOSSES[judgement.place[0]]} of {self._slice(judgement.place)} over that of all rows"
-
-    def _slice(self, slice_: tuple[int, int, int]) -> str:
-        return named(self._shown(), *slice_[1:])
+            return judgement.rule or "none"
+        return f"{judgement.rule} {named(self._shown(), *judgement.place[1:])}"
 
     def _held(self, judgement: Judgement, after: TrainingPlace, log_ms: int) -> HeldUpdate:
-        since = judgement.since
+        since, place = judgement.since, judgement.place
         assert since is not None, "a held update has a start"
+        meaning = _MEANINGS[judgement.rule]
+        if place is not None:
+            meaning = f"{LOSSES[place[0]]} of {named(self._shown(), *place[1:])} over that of all rows"
         return HeldUpdate(
             rule=judgement.rule,
-            meaning=self._meaning(judgement),
+            meaning=meaning,
             signal=judgement.signal,
             usual=judgement.usual,
             version=version_before(self._registry, after, since.offset),
@@ -507,7 +473,6 @@ class UpdateGuard:
         )
 
     def _hold(self, update: HeldUpdate, after: TrainingPlace) -> bool:
-        """Asks control to hold it; returns True if it does from now on."""
 
         def with_hold(control: Control) -> Control:
             if control.epoch != after.epoch:

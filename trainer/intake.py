@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
 from state.errors import MicroBatchError, SaltMismatch, SpecMismatch
 from state.features.mask import MaskAt
 from state.log import PartitionBatch
-from state.microbatch.batch import MicroBatch, gaps, in_log_time, masked, trained, trim
+from state.microbatch.batch import Logged, MicroBatch, gaps, in_log_time, masked, trained, trim
 from state.microbatch.codec import decode
-from state.positions import Gap, Source
+from state.positions import Source
 from state.registry.log_line import WHOLE, LogLine, counts
-from trainer.accounts import Passages
 
 BAD = (MicroBatchError, SpecMismatch, SaltMismatch)
 """The errors that concern a single record."""
-
-Taken = TypeVar("Taken")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +26,7 @@ class Intake:
 
     Attributes:
         batch: The rows to learn from, in log time; may be empty.
-        marks: The next offset of each source afterwards.
         rows: Rows of the record to learn from; the others only update histories.
-        duplicate: Rows that a stream wrote again after a crash.
         masked: New rows that the mask excludes.
         gaps: Positions that no record covered: (source, expected, found).
         told_ms: The newest time of a row to learn from, of its event or its label; 0 without rows.
@@ -75,25 +70,10 @@ def take_in(
     offset: int = 0,
     is_former: Callable[[str], bool] = never,
 ) -> Intake:
-    """Decodes a record, drops rows that `marks` covers, and excludes masked rows.
+    """Decodes a record, drops rows that `marks` covers, and excludes masked rows. Raises one of `BAD` for a bad record.
 
-    A record outside `line`, or of a former feature spec, has no rows left.
-
-    Args:
-        value: The record's value.
-        marks: The next offset of each source.
-        mask_at: The rows to exclude, by mask generation; they count as seen.
-        spec: Digest of the trainer's feature spec.
-        salt: Fingerprint of the salt of its user ids.
-        where: The record's offset, for messages.
-        line: The branch of the log: which records count.
-        offset: The record's offset.
-        is_former: Whether records of another feature spec or salt, by digest or fingerprint, are skipped.
-
-    Raises:
-        MicroBatchError: The value is no micro-batch.
-        SpecMismatch: It has other features, and `is_former` does not accept them.
-        SaltMismatch: It has another salt, and `is_former` does not accept it.
+    A record outside `line`, or of a spec or salt that `is_former` accepts, has no rows left. `where` names the record in
+    messages; `offset` is its offset.
     """
     try:
         batch = decode(value or b"")
@@ -113,9 +93,10 @@ def take_in(
     mask = mask_at(batch.header.mask_generation)
     allowed = unseen & ~masked(batch, mask) if mask else unseen
     keep = is_trained & allowed
+    # Log time is computed from all rows, and only then the rows to learn from are selected.
+    learned = in_log_time(batch.take(allowed)).take(is_trained[allowed])
     return Intake(
-        # Log time is computed from all rows, and only then the rows to learn from are selected.
-        batch=in_log_time(batch.take(allowed)).take(is_trained[allowed]),
+        batch=replace(learned, logged=Logged(value or b"", keep)),
         marks=after,
         rows=int(is_trained.sum()),
         duplicate=int((is_trained & ~unseen).sum()),
@@ -143,14 +124,7 @@ def _is_ours(batch: MicroBatch, spec: str, salt: str, where: str, is_former: Cal
 
 
 class LogRecord(NamedTuple):
-    """A record of the training log, or the records of a batch that cannot be read.
-
-    Attributes:
-        first: Its offset.
-        next: The offset after it.
-        value: Its value.
-        damage: Why it cannot be read; empty if it can.
-    """
+    """A record of the training log, or the records `first` to `next` of a batch that cannot be read because of `damage`."""
 
     first: int
     next: int
@@ -181,34 +155,3 @@ def records_of(batch: PartitionBatch) -> Iterator[LogRecord]:
         yield from (LogRecord(offset, offset + 1, value) for offset, value in records_read)
         return
     yield from sorted([*damaged, *(LogRecord(offset, offset + 1, value) for offset, value in records_read)])
-
-
-def take_or_leave(
-    record: LogRecord,
-    where: str,
-    source: Source,
-    marks: Mapping[Source, int],
-    passages: Passages,
-    take: Callable[[bytes | None], Taken],
-) -> Taken | None:
-    """Calls `take` on a record and returns its result; None if the record is skipped, which is permanent.
-
-    Args:
-        record: The record.
-        where: Its offset, for messages.
-        source: The training log's partition.
-        marks: The next offset of each source of clicks.
-        passages: Knows which records were skipped, and skips those that an operator accepts.
-        take: Learns the record's value; raises one of `BAD` if it cannot.
-
-    Raises:
-        SpringtideError: From `take`, if the operator does not accept to skip the record.
-    """
-    if passages.is_left_out(source, record.first):
-        return None
-    try:
-        record.require_whole(where)
-        return take(record.value)
-    except BAD as problem:
-        passages.leave_out(Gap(source, record.first, record.next), marks, problem)
-        return None

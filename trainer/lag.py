@@ -25,7 +25,6 @@ class Taken(NamedTuple):
     """The trainer's progress in the training log.
 
     Attributes:
-        next: The next position of the training log to read.
         at_ms: Kafka's timestamp of the newest record that was read; 0 if none was read since the start.
     """
 
@@ -34,19 +33,7 @@ class Taken(NamedTuple):
 
 
 class TrainingLag:
-    """Reports the lag of one trainer from `start` to `close`.
-
-    Args:
-        kafka: The section `[kafka]`.
-        partition: The partition that the trainer reads.
-        taken: Returns the trainer's progress; called by the thread.
-        metrics: The trainer's metrics.
-        log: The training log; None uses the cluster of the settings.
-        wall_s: Seconds since 1970.
-
-    Attributes:
-        records: The lag at the last poll, in positions of the log; None before the first poll.
-    """
+    """Reports the lag of one trainer from `start` to `close`."""
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ from state.log import Log, Reader
 from state.log.accepted_gaps import Consent, Journal
 from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import TrainerMetrics
-from state.positions import Source
+from state.positions import Gap, Source
 from state.process import killpoints
 from state.process.said_once import SaidOnce
 from state.registry.control import Control, follow
@@ -42,14 +42,14 @@ from trainer.engine.guard import Verdict
 from trainer.engine.report import Report
 from trainer.engine.step import Trainer
 from trainer.holding import UpdateGuard
-from trainer.intake import LogRecord, former, records_of, take_in, take_or_leave
+from trainer.intake import BAD, LogRecord, former, records_of, take_in
 from trainer.measures.step_scores import SUMS
 from trainer.place import TrainingPlace
 from trainer.privacy_budget import PrivacyBudget
-from trainer.publications import Publications
+from trainer.publications import Publications, ServedModel
 from trainer.versions import checkpoint
 from trainer.versions.carrying import restore_or_carry
-from trainer.versions.publisher import Drafter, Publisher
+from trainer.versions.publisher import Publisher
 
 RETRY_S = 5.0
 """Seconds between two attempts to let serving follow while the object store of a shared registry is unreachable."""
@@ -98,7 +98,7 @@ class CatchingUp:
         self.pass_by(position.next, position)
         # 1.
         if not self._caught_up:
-            if not self._at_goal(position):
+            if any(position.marks.get(source, 0) < mark for source, mark in self._goal.items()):
                 return
             with unless_full(self._say):
                 self._write(position)
@@ -114,9 +114,6 @@ class CatchingUp:
         elif not busy and (position.first >= self._end or not position.changed):
             with unless_full(self._say):
                 self._watched = not self._let_follow(control)
-
-    def _at_goal(self, position: TrainingPlace) -> bool:
-        return all(position.marks.get(source, 0) >= mark for source, mark in self._goal.items())
 
     def _is_again(self, position: TrainingPlace, offset: int) -> bool:
         """Whether `offset` is past all that the plan counted.
@@ -164,7 +161,6 @@ class CatchingUp:
             )
 
     def _let_follow(self, control: Control) -> bool:
-        """Lets serving follow the trainer. Returns whether this is settled."""
         action = "rollback" if self._began is None else self._began.action
 
         def caught_up(newest: Control) -> Control:
@@ -208,10 +204,6 @@ class LossRecorder:
     """Writes the loss of each row, as it was scored before it was learned, for comparison with another trainer.
 
     Without a reader it neither writes nor copies anything (`state/experiments/comparison.py`).
-
-    Args:
-        registry: The path of the trainer's registry; its lock is held.
-        elapsed: Monotonic seconds.
     """
 
     def __init__(self, registry: Path, elapsed: Callable[[], float] = time.monotonic) -> None:
@@ -224,11 +216,6 @@ class LossRecorder:
         """Writes the losses of an accepted step if there is a reader. After a disk error, logs it and pauses writing.
 
         A record with rows that the guard skipped is left out, because a comparison needs rows that both trainers learn.
-
-        Args:
-            offset: Of the record in the training log.
-            users: `[n]` uint64, of the rows that the step took.
-            report: Of the step.
         """
         if not self._has_reader() or report.verdict is not Verdict.ACCEPT:
             return
@@ -273,30 +260,13 @@ def erased_up_to(control: Control, trainer: Trainer, position: TrainingPlace) ->
     return replace(position, erased=new.last, erasures=erasures).stepped()
 
 
-class ServedModel(NamedTuple):
-    """What all versions of a trainer have in common.
-
-    Attributes:
-        program: SHA-256 of the program that fits the model.
-        spec: Digest of the feature spec.
-        about: The bootstrap's document of it.
-    """
-
-    program: str
-    spec: str
-    about: Mapping[str, Any]
-
-
 @dataclass(frozen=True)
 class Surroundings:
     """The environment of a learner: how it starts, its limits and its clocks.
 
     Attributes:
-        consent: The losses that the operator accepts.
         room: Lets a version wait for disk space; None: a full disk ends the trainer.
         begins: Prepares the trainer if there is no version to continue from.
-        clock: Wall clock in seconds, for times in manifests.
-        elapsed: Monotonic seconds, for the pace of publishing and the retention of recent versions.
     """
 
     consent: Consent = NO_CONSENT
@@ -307,17 +277,7 @@ class Surroundings:
 
 
 class Learner:
-    """Learns the records of the training log and publishes versions to the registry. One thread.
-
-    Args:
-        settings: All settings.
-        registry: The registry of versions and control; the trainer's lock is held.
-        trainer: The weights and the step.
-        log: The log with the training log.
-        model: What its versions have in common.
-        metrics: The trainer's metrics.
-        surroundings: How it starts, and its clocks.
-    """
+    """Learns the records of the training log and publishes versions to the registry. One thread."""
 
     def __init__(
         self,
@@ -334,24 +294,23 @@ class Learner:
         self._kafka, self._spec, self._description, self._begins = log, model.spec, model.about, surroundings.begins
         self._salt, self._partition = str(model.about["salt"]), TRAINING_PARTITION
         self._metrics, self._clock, self._elapsed = metrics, clock, elapsed
-        drafter = Drafter.of(settings, trainer, model.spec, model.program, self._salt)
         self._passages = Passages(
             Journal(registry.path / layout.GAPS, registry.directory.staging), surroundings.consent, metrics, clock
         )
         self._publisher = Publisher(registry, metrics, settings.registry.recent_s, surroundings.room, elapsed)
         self._updates = UpdateGuard(settings, registry, metrics, clock, elapsed, lambda: trainer.measures.shown())
         self._publications = Publications(
-            settings, self._publisher, drafter, trainer, metrics, self._updates, clock, elapsed
+            settings, self._publisher, model, trainer, metrics, self._updates, clock, elapsed
         )
         self._catching_up = CatchingUp(registry, clock, elapsed)
         self._losses = LossRecorder(registry.path)
-        self._budget = PrivacyBudget(settings, registry.directory, trainer, metrics, drafter.environment)
+        self._budget = PrivacyBudget(settings, registry.directory, trainer, metrics, model.environment)
         self._log: Reader | None = None
         self.control: Control
         self.place: TrainingPlace
         self._faults: tuple[str, ...] = ()
         self._polled_s, self.caught_up, self.taken_ms = float("-inf"), False, 0
-        self._behind = False
+        self._behind, self._steps_s = False, 0.0
 
     def enter(self, control: Control) -> None:
         """Restores what `control` requires: the newest version of its epoch, else its base, else an untrained state.
@@ -447,27 +406,32 @@ class Learner:
         return count
 
     def _account(self) -> dict[str, int]:
-        """Outcomes of the rows of the training log, since this branch began."""
         counters = self._trainer.counters
         return self.place.counts() | {"trained": counters.trained, "skipped": counters.skipped}
 
     def _take(self, record: LogRecord) -> None:
-        """Takes one record, as one step if a row is left to learn from."""
         offset, marks, control = record.first, self.place.marks, self.control
         self._catching_up.pass_by(offset, self.place)
         source = Source(self._reader.topic_id, self._partition)
+        if self._passages.is_left_out(source, offset):
+            self.place = self.place.past(record.next)
+            return
         where = f"{self._settings.kafka.microbatches_topic}:{source.partition} offset {offset}"
-        intake = take_or_leave(
-            record,
-            where,
-            source,
-            marks,
-            self._passages,
-            lambda value: take_in(
-                value, marks, control.mask_at, self._spec, self._salt, where, control.log, offset, self._is_former
-            ),
-        )
-        if intake is None:
+        try:
+            record.require_whole(where)
+            intake = take_in(
+                record.value,
+                marks,
+                control.mask_at,
+                self._spec,
+                self._salt,
+                where,
+                control.log,
+                offset,
+                self._is_former,
+            )
+        except BAD as problem:
+            self._passages.leave_out(Gap(source, offset, record.next), marks, problem)
             self.place = self.place.past(record.next)
             return
         noise_place = self._budget.noise_place(intake, source, offset, control)
@@ -481,6 +445,7 @@ class Learner:
         gauges.show_intake(intake, self._metrics)
         if len(intake.batch):
             report = self._trainer.step(intake.batch, place=noise_place)
+            self._steps_s += report.seconds
             self.place = self.place.stepped()
             killpoints.reach("loop.stepped")
             gauges.show_step(report, offset, self._metrics)
@@ -497,18 +462,15 @@ class Learner:
 
     @property
     def _resting(self) -> bool:
-        """Whether no record may be taken: guard or operator hold training or an update, or no budget is left."""
         is_held = self._trainer.guard.held or self._budget.held or bool(self.control.held)
         return is_held or self._updates.waits or not self.control.training
 
     def _between(self) -> bool:
-        """Runs between two records; returns True if the epoch changed."""
         self._publish_if_due()
         self._polled_s = float("-inf") if self._updates.write() else self._polled_s
         return self._poll_control()
 
     def _poll_control(self) -> bool:
-        """Converges to the newest control, polled a few times a second; returns True if the epoch changed."""
         if self._elapsed() - self._polled_s < CONTROL_S:
             return False
         self._polled_s = self._elapsed()
@@ -522,7 +484,6 @@ class Learner:
         return self._converge(control)
 
     def _converge(self, control: Control) -> bool:
-        """Applies a new generation; returns True if that is another epoch."""
         if control.epoch != self.place.epoch:
             try:
                 self._settle(wait=True)
@@ -540,7 +501,7 @@ class Learner:
     def _publish_if_due(self) -> None:
         try:
             self._settle()
-            if self._publications.due(self.place, self.control, self._late_s):
+            if self._publications.due(self.place, self.control, self._late_s, self._steps_s):
                 self.publish()
         except WrongEpoch as refused:
             logger.info("%s", refused)
@@ -556,6 +517,7 @@ class Learner:
         leader = self._reader.leader_epoch(self._partition, self.place.next)
         position, topic_id = replace(self.place, leader_epoch=leader), self._reader.topic_id
         self.place = self._publications.publish(position, self.control, self._account(), topic_id, last)
+        self._steps_s = 0.0
 
     def _settle(self, wait: bool = False) -> None:
         if (published := self._publications.settle(wait)) is not None:

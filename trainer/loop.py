@@ -6,24 +6,10 @@
    release's model, an epoch begins from the parts that fit. If the settings differ, the trainer refuses to start.
 4. Creates control generation 1 if there is no control.
 5. Enters control's epoch: from its newest version, else from its base, else from scratch or with the past clicks of an
-   experiment. If the training log was truncated to before that version, the trainer rewinds first (`recover`, below).
-6. Reads, steps, publishes and converges to control until SIGTERM or SIGINT. Then it publishes its remaining work and
-   exits with 0.
+   experiment. If the training log was truncated to before that version, the trainer rewinds first (`recover`).
+6. Reads, steps, publishes and converges to control until SIGTERM or SIGINT. Then it publishes its remaining work.
 
-If records of the training log, or clicks before it, are missing, it exits and lists them. With
-`--accept-gap P:A-B --reason TEXT` it counts them and continues. If the trainer cannot learn from a record,
-`--skip-record OFFSET --reason TEXT` leaves that record out in the same way, here and in every replay.
-
-After any other error the trainer writes one line to standard error and exits with 1 (2 for a wrong setting). A
-restarted trainer continues from the newest version.
-
-Two child processes run next to the trainer from time to time (`Scheduled`): the compactor, and an export if
-`export.every_s` is set. A failed compaction makes the trainer check the version (`doubt`).
-
-A trainer can be ahead of its log. A broker without other replicas loses the newest records if it loses power, and so
-does the election of a leader that lacks them. Other records then get their offsets, and weights that learned the lost
-records are no longer a function of the log. So the trainer writes a control generation with the next epoch. It starts
-from the newest version of the branch that learned nothing beyond the remaining log.
+Two child processes run next to it from time to time (`Scheduled`): the compactor, and an export.
 """
 
 from __future__ import annotations
@@ -67,6 +53,7 @@ from state.process.ending import stop_on_signals
 from state.process.garbage import Holes, keep_what_is_there
 from state.process.part import Work, run_process
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
+from state.process.said_once import SaidOnce
 from state.process.wall_clock import wall_ms
 from state.registry import control as transitions
 from state.registry.claim import LEASE_S, claiming
@@ -74,14 +61,13 @@ from state.registry.control import Control, start
 from state.registry.model_fit import require_same_model, version_to_go_on_from
 from state.registry.registry import Registry
 from state.registry.sharing import owning
-from state.registry.specs import Specs
 from state.storage.measuring import offer
 from state.storage.shares import REGISTRY
 from state.storage.waiting import Room, is_full
-from trainer.checks import check_own, is_own
+from trainer.checks import is_own
 from trainer.lag import Taken, TrainingLag
 from trainer.place import newest_before
-from trainer.worker import begin, restore_handlers, workers_of
+from trainer.worker import begin, restore_handlers, waiting, workers_of
 
 if TYPE_CHECKING:
     from trainer.engine.step import Trainer
@@ -113,11 +99,8 @@ class Scheduled:
     """Runs a module at an interval in a child process, one run at a time, with the trainer's own settings.
 
     Args:
-        module: The module.
-        arguments: The command line of this process.
         every_s: Seconds from one start to the next; 0: never.
         on_end: Called with the exit code of a run that ended, and the number of failed runs in a row.
-        elapsed: Monotonic seconds.
     """
 
     def __init__(
@@ -175,12 +158,8 @@ def doubt(registry: Registry, version: int) -> None:
 def recover(registry: Registry, control: Control, lost: TruncatedLog, actor: str, now_ms: int) -> Control:
     """Writes control's next generation, which rewinds to before the loss; durable when this returns.
 
-    Args:
-        registry: Where versions and control are.
-        control: The generation that the trainer wanted to enter.
-        lost: The error of the log.
-        actor: Recorded in the history.
-        now_ms: Wall clock.
+    A broker that loses power can lose the newest records, and others then get their offsets. Weights that learned the
+    lost records are no longer a function of the log. The next epoch starts from the newest version without them.
 
     Raises:
         TruncatedLog: There is no version to continue from; the error says what to do.
@@ -241,6 +220,17 @@ class Phases:
         for name in PHASES:
             self._metrics.phase.labels(name).set(name == phase)
 
+    def wait_for(self, addresses: Sequence[str]) -> Callable[[Sequence[int]], None]:
+        """A function that shows which workers are missing."""
+        say = SaidOnce(logger.info)
+
+        def report(missing: Sequence[int]) -> None:
+            for worker in range(1, len(addresses)):
+                self._metrics.worker_missing.labels(str(worker)).set(worker in missing)
+            say(waiting(missing, addresses))
+
+        return report
+
     def follow(self, caught_up: bool, records_left: int | None) -> None:
         """Shows whether the trainer has read the log to its end; until then logs `records_left` every few seconds.
 
@@ -273,7 +263,6 @@ def unused_kernels(settings: Settings) -> list[str]:
 
 
 def _import_model(kernels: Kernels, phases: Phases, stopping: threading.Event) -> None:
-    """Imports TensorFlow and the model, and prepares the kernels of the engine."""
     phases.enter(IMPORTS)
     began_s, began_cpu_s = time.monotonic(), time.process_time()
     with quiet_stderr():
@@ -289,32 +278,14 @@ def _import_model(kernels: Kernels, phases: Phases, stopping: threading.Event) -
 
 
 def _check_own(settings: Settings) -> None:
-    """Checks a custom ranker or tower; the preprocessing's width is not known yet, and both take any.
-
-    Raises:
-        ProgramError: It does not meet the contract.
-    """
+    """Checks a custom ranker or tower; the preprocessing's width is not known yet, and both take any."""
     with quiet_stderr():
         from trainer import device
+        from trainer.model_checks import check_own
 
         device.prepare(settings.trainer.device, settings.trainer.threads)
         result = check_own(settings, FeatureSpec.from_settings(settings))
     logger.info("%s", result)
-
-
-def model_of(settings: Settings, specs: Specs, group: Group | None) -> Trainer:
-    """Builds the trainer of a bootstrapped feature spec, which shares the training with the other workers of `group`."""
-    # Not at the top: TensorFlow reads its log level when it is loaded, and `main` sets it before.
-    with quiet_stderr():
-        from trainer import device
-        from trainer.engine.making import trainer_of
-        from trainer.versions.program import preprocessing_of
-
-        # Threads are fixed before the first operation, which loading the graph is.
-        device.prepare(settings.trainer.device, settings.trainer.threads)
-        spec = FeatureSpec.from_settings(settings)
-        name = specs.bootstrapped(spec.digest, settings.model) or spec.digest
-        return trainer_of(settings, spec, preprocessing_of(specs.transform(name)), group)
 
 
 def prepare(
@@ -325,16 +296,11 @@ def prepare(
     surroundings: Surroundings,
     phases: Phases,
 ) -> Learner:
-    """Lowers the trainer's program, and enters control's epoch; learns past clicks first if that is requested.
-
-    Raises:
-        ModelMismatch: The newest version was trained with another model.
-        ProgramError: The model does not lower, or the program's outputs differ from the model's.
-        SpringtideError: The registry or the training log cannot be used.
-    """
+    """Lowers the trainer's program, and enters control's epoch; learns past clicks first if that is requested."""
     with quiet_stderr():
         from trainer import device
-        from trainer.learner import Learner, ServedModel
+        from trainer.learner import Learner
+        from trainer.publications import ServedModel
         from trainer.versions import checkpoint
         from trainer.versions.program import program_of
 
@@ -354,7 +320,7 @@ def prepare(
     if control is None:
         control = registry.propose(start(actor=f"trainer:{getpass.getuser()}", reason="first start", now_ms=wall_ms()))
 
-    model = ServedModel(program, spec.digest, registry.specs.spec(name))
+    model = ServedModel(program, spec.digest, registry.specs.spec(name), environment)
     learner = Learner(settings, registry, trainer, Log(settings.kafka), model, metrics, surroundings)
     # 5.
     phases.enter(VERSION)
@@ -363,12 +329,7 @@ def prepare(
 
 
 def upgrade_to_this_release(registry: Registry, settings: Settings, spec: FeatureSpec, trainer: Trainer) -> None:
-    """Begins an epoch automatically if only this release's own code keeps the newest version from being loaded.
-
-    Raises:
-        ModelMismatch: The settings or custom code differ, and no upgrade was requested.
-        SpringtideError: The registry cannot be used.
-    """
+    """Begins an epoch automatically if only this release's own code keeps the newest version from being loaded."""
     from trainer.upgrade import planned_for, propose
     from trainer.versions.carrying import is_of_release, require_ranker_fits
 
@@ -386,12 +347,7 @@ def upgrade_to_this_release(registry: Registry, settings: Settings, spec: Featur
 
 
 def enter(learner: Learner, registry: Registry, control: Control) -> None:
-    """Enters control's epoch. If the log was truncated to before its version, a new epoch rewinds to the remaining log.
-
-    Raises:
-        TruncatedLog: There is no version to continue from.
-        SpringtideError: See `Learner.enter`.
-    """
+    """Enters control's epoch. If the log was truncated to before its version, a new epoch rewinds to the remaining log."""
     while True:
         try:
             learner.enter(control)
@@ -410,20 +366,17 @@ def _join(
     phases.enter(WORKERS)
     with quiet_stderr():
         from trainer import device
-        from trainer.group import Group
+        from trainer.group import Group, await_others
 
         device.prepare(settings.trainer.device, settings.trainer.threads)
+    await_others(addresses, 0, phases.wait_for(addresses))
+    with quiet_stderr():
         joined.append(Group(addresses, 0))
     logger.info("%d workers have joined", len(addresses))
     phases.enter(phases.loaded)
 
 
 def _await(imports: threading.Thread, children: Sequence[subprocess.Popen[bytes]], stopping: threading.Event) -> None:
-    """Waits until `imports` ends or the process is stopping.
-
-    Raises:
-        ProcessFailed: A worker ended before it joined.
-    """
     while imports.is_alive() and not stopping.is_set():
         imports.join(POLL_S)
         for index, child in enumerate(children, 1):
@@ -439,26 +392,28 @@ def _sweep(registry: Registry) -> None:
 
 
 def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event, consent: Consent = NO_CONSENT) -> None:
-    """Runs the trainer until `stopping` is set.
-
-    Raises:
-        LockHeld: Another trainer took over this registry, because this one was frozen.
-        SpringtideError: See `prepare` and `Learner.tick`.
-    """
+    """Runs the trainer until `stopping` is set."""
     collected = CollectorRegistry()
     metrics = TrainerMetrics(collected)
     phases = Phases(metrics)
     room = Room(REGISTRY, offer(collected, settings, [REGISTRY]), stopping.wait)
     kernels = Kernels(collected, logger, unused_kernels(settings), [LOG_KERNELS])
-    # A standby builds the model before it has the claim, other trainers afterwards.
-    model = functools.cache(lambda group: model_of(settings, Registry(settings.registry_dir).specs, group))
+
+    @functools.cache
+    def model(group: Group | None) -> Trainer:
+        # Not at the top: TensorFlow reads its log level when it is loaded, and `main` sets it before.
+        with quiet_stderr():
+            from trainer.versions.program import bootstrapped_trainer
+
+            return bootstrapped_trainer(settings, Registry(settings.registry_dir).specs, group)
 
     def load() -> None:
         _import_model(kernels, phases, stopping)
         specs, spec = Registry(settings.registry_dir).specs, FeatureSpec.from_settings(settings)
         alone = settings.trainer.workers == 1 and not is_own(settings.model)
         if phases.loaded == STANDBY and alone and specs.bootstrapped(spec.digest, settings.model):
-            # A standby reports errors when it takes over, because the other trainer's model may change until then.
+            # A standby builds the model before it has the claim. It reports errors when it takes over, because the other
+            # trainer's model may change until then.
             phases.enter(MODEL)
             with suppress(SpringtideError):
                 model(None)

@@ -1,19 +1,18 @@
 """Checks a custom ranker or tower on made-up rows, before anything is trained.
 
 1. It can be built. Its weights are float32 and, built twice, have the same initial values. An engine and serving can
-   provide a ranker's inputs and store its tables.
-2. A tower returns `[B, hidden[-1]]` float32. A ranker returns finite scores of the right shapes, and a loss for each
-   row. Its engagement matches its item_query, if it has one. Every variable that a loss depends on is one of its weights.
-3. The output depends on row, weights and seed alone. It keeps no state, uses the seed only in training, and gives the
-   same output for a row alone and in a batch.
+   provide a ranker's inputs and store its tables. A tower returns `[B, hidden[-1]]` float32.
+2. The ranker, or the default one with the tower, returns finite scores of the right shapes, and a loss for each row.
+   Its engagement matches its item_query, if it has one. Every variable that a loss depends on is one of its weights.
+3. Scores depend on row and weights alone: nothing is remembered, the seed is used only in training, and a row alone
+   has the same scores as in a batch.
 4. It lowers to LiteRT's built-in operations, and LiteRT computes the same.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,18 +23,17 @@ from state.config.sections import Model as ModelSettings
 from state.config.settings import Settings
 from state.errors import ProgramError, SettingsError
 from state.features.spec import FeatureSpec
-from state.lowering import ROWS_TOLERANCE, TOLERANCE, difference, lower_saved_model, run_lowered
+from state.lowering import ROWS_TOLERANCE, TOLERANCE, difference
 from state.process.user_code import error_line
 from state.rows.tables import CODES, TAKEN, is_name
 from trainer.engine.build import EMBEDDINGS, ranker_of
 from trainer.model.inputs import INPUTS, SEQUENCES, own_rows
 from trainer.model.preprocessing import Preprocessing
 from trainer.model.ranker import Ranker, Targets
-from trainer.model.tower import load_builder, named
+from trainer.model.tower import load_builder, named, width_in
 from trainer.versions.program import build, sample
 
 ROWS, ALONE = 32, 4
-TOWER_ROWS, TOWER_ALONE = 64, 8
 SEEDS = ((0, 0), (3, 5))
 SEEDED = "draw from the seed with tf.random.stateless_*"
 CANDIDATES = {"recent": "L", "popular": "P", "successor": "S"}
@@ -43,42 +41,69 @@ F32 = npt.NDArray[np.float32]
 Outputs = Mapping[str, Any]
 
 
-def check_ranker(settings: Settings, spec: FeatureSpec, preprocessing: Preprocessing | None) -> str:
-    """Checks the ranker that `model.ranker` names; returns a one-line description.
-
-    Args:
-        settings: All settings.
-        spec: The feature spec.
-        preprocessing: What the bootstrap analysed; None takes logarithms.
+def check_own(settings: Settings, spec: FeatureSpec, preprocessing: Preprocessing | None = None) -> str:
+    """Checks the ranker that `model.ranker` names, or else the tower in the default one; returns a one-line description.
 
     Raises:
-        SettingsError: There is no such builder.
-        ProgramError: The ranker fails a check; the message says what it did and what is required.
+        SettingsError: There is no such builder, or two weights of a tower have the same name.
+        ProgramError: The function fails a check; the message says what it did and what is required.
     """
-    label = f"model.ranker {settings.model.ranker!r}"
-    # 1.
-    ranker = ranker_of(settings, spec, preprocessing)
-    _check_declared(ranker, spec, label)
+    if settings.model.ranker == ModelSettings().ranker:
+        label = f"model.tower {settings.model.tower!r}"
+        described, own = _check_tower(settings.model, width_in(settings.model, spec, preprocessing), label)
+        ranker = ranker_of(settings, spec, preprocessing)
+    else:
+        label = f"model.ranker {settings.model.ranker!r}"
+        ranker = ranker_of(settings, spec, preprocessing)
+        _check_declared(ranker, spec, label)
+        described = ", ".join(f"{name} [{width}]" for name, width in ranker.tables.items()) or "none"
+        described, own = f"tables {described}", ranker.dense
     _check_weights(ranker.dense, ranker_of(settings, spec, preprocessing).dense, label)
-    # 2.
     inputs = sample(ranker, ROWS, training=True)
+    before = [variable.numpy() for variable in ranker.variables]
     plain = _scores(ranker, inputs, label)
     _check_item_query(ranker, inputs, label)
     _check_losses(ranker, inputs, _constants(spec, preprocessing), label)
-    # 3.
-    before = ranker.weights()
     if any((_scores(ranker, inputs, label)[name] != plain[name]).any() for name in plain):
         raise ProgramError(f"{label}: the same rows gave two different scores", SEEDED)
     if any((_scores(ranker, inputs, label, SEEDS[1])[name] != plain[name]).any() for name in plain):
         raise ProgramError(f"{label}: without training its scores depend on the seed", "dropout is for training only")
-    if any((now != before[name]).any() for name, now in ranker.weights().items()):
-        raise ProgramError(f"{label} changed a weight while it was called: a ranker remembers nothing between calls")
+    if any((now.numpy() != value).any() for now, value in zip(ranker.variables, before, strict=True)):
+        raise ProgramError(
+            f"{label} changed a variable while it was called: nothing is remembered between calls (no moving averages)"
+        )
     _check_rows_apart(ranker, inputs, plain, label)
-    # 4.
     build(ranker)
-    tables = ", ".join(f"{name} [{width}]" for name, width in ranker.tables.items())
-    weights = ", ".join(f"{name} {list(weight.shape)}" for name, weight in ranker.dense.items())
-    return f"{label}: tables {tables or 'none'}, weights {weights or 'none'}, lowers to LiteRT"
+    weights = ", ".join(f"{name} {list(weight.shape)}" for name, weight in own.items())
+    return f"{label}: {described}, weights {weights or 'none'}, lowers to LiteRT"
+
+
+def _check_tower(settings: ModelSettings, width_in: int, label: str) -> tuple[str, Mapping[str, Any]]:
+    """Checks that the tower can be built and called; returns its shapes, and its weights by name."""
+    wanted = "wanted is build(width_in: int, settings) -> tf.Module with __call__(x, training, seed)"
+    try:
+        tower = load_builder(settings.tower)(width_in, settings)
+    except SettingsError:
+        raise
+    except Exception as error:
+        raise ProgramError(f"{label} raised {error_line(error)}", wanted) from error
+    if not isinstance(tower, tf.Module) or not callable(tower):
+        raise ProgramError(f"{label} returned {type(tower).__name__}", wanted)
+    width, x = settings.hidden[-1], np.random.default_rng(7).normal(0.0, 1.0, (ROWS, width_in)).astype(np.float32)
+    wanted = f"wanted is [B, {width}] float32, the last of model.hidden"
+    for training in (False, True):
+        output = _called(
+            partial(tower, tf.constant(x), training, tf.constant(SEEDS[1], tf.int32)),
+            f"{label}: called with x {list(x.shape)} and training={training} it",
+            wanted,
+        )
+        if not isinstance(output, tf.Tensor):
+            raise ProgramError(f"{label} gave {type(output).__name__} for {ROWS} rows", wanted)
+        if output.dtype != tf.float32 or tuple(output.shape) != (ROWS, width):
+            raise ProgramError(
+                f"{label} gave shape {list(output.shape)} and type {output.dtype.name} for {ROWS} rows", wanted
+            )
+    return f"[B, {width_in}] to [B, {width}]", named(tower)
 
 
 def _check_declared(ranker: Ranker, spec: FeatureSpec, label: str) -> None:
@@ -271,105 +296,3 @@ def _check_rows_apart(ranker: Ranker, inputs: Mapping[str, F32], plain: Mapping[
                     f"allowed {ROWS_TOLERANCE:g})",
                     "score computes nothing over the rows of a batch, only losses may",
                 )
-
-
-def check_tower(settings: ModelSettings, width_in: int) -> str:
-    """Checks the tower that `model.tower` names; returns a one-line description.
-
-    Args:
-        settings: The section `[model]`.
-        width_in: Width of the tower's input.
-
-    Raises:
-        SettingsError: There is no such builder, or two weights have the same name.
-        ProgramError: The tower fails a check; the message says what it did and what is required.
-    """
-    label = f"model.tower {settings.tower!r}"
-    # 1.
-    tower = _built(settings, width_in, label)
-    _check_weights(named(tower), named(_built(settings, width_in, label)), label)
-    x = np.random.default_rng(7).normal(0.0, 1.0, (TOWER_ROWS, width_in)).astype(np.float32)
-    x[0], x[1] = 0.0, 10.0
-    # 2.
-    call = _CheckedTower(tower, settings.hidden[-1], label)
-    before = [variable.numpy() for variable in tower.variables]
-    plain, trained = call(x, False, SEEDS[0]), call(x, True, SEEDS[1])
-    # 3.
-    if not (np.isfinite(plain).all() and np.isfinite(trained).all()):
-        raise ProgramError(f"{label}: its output is not finite for some rows", "guard logarithms and divisions")
-    if any((now.numpy() != value).any() for now, value in zip(tower.variables, before, strict=True)):
-        raise ProgramError(
-            f"{label} changed a variable while it was called: a tower remembers nothing between calls (no moving averages)"
-        )
-    if (call(x, False, SEEDS[0]) != plain).any() or (call(x, True, SEEDS[1]) != trained).any():
-        raise ProgramError(f"{label}: the same rows and seed gave two different outputs", SEEDED)
-    if (call(x, False, SEEDS[1]) != plain).any():
-        raise ProgramError(f"{label}: without training its output depends on the seed", "dropout is for training only")
-    for row in range(TOWER_ALONE):
-        error = difference(call(x[row : row + 1], False, SEEDS[0]), plain[row : row + 1])
-        if error > ROWS_TOLERANCE:
-            raise ProgramError(
-                f"{label}: row {row} gives another output alone than in a batch of {TOWER_ROWS} (difference {error:.2g}, "
-                f"allowed {ROWS_TOLERANCE:g})",
-                "nothing may be computed over the rows of a batch",
-            )
-    # 4.
-    with tempfile.TemporaryDirectory(prefix="springtide-tower-") as folder:
-        predict = tf.function(lambda x: {"vector": tower(x, False, tf.constant(SEEDS[0]))}, autograph=False)
-        module = tf.Module()
-        module.tower = tower
-        concrete = predict.get_concrete_function(tf.TensorSpec([None, width_in], tf.float32, "x"))
-        tf.saved_model.save(module, folder, signatures={"predict": concrete})
-        content = lower_saved_model(Path(folder), ["predict"], label, frozen=True)
-    error = difference(run_lowered(content, "predict", {"x": x})["vector"], plain)
-    if error > TOLERANCE:
-        raise ProgramError(
-            f"{label}: LiteRT's output differs from TensorFlow's by {error:.2g} (allowed {TOLERANCE:g})",
-            "replace the operation that the two compute differently",
-        )
-    weights = ", ".join(f"{name} {list(weight.shape)}" for name, weight in named(tower).items())
-    return f"{label}: [B, {width_in}] to [B, {plain.shape[1]}], weights {weights or 'none'}, lowers to LiteRT, differs there by {error:.1g}"
-
-
-def _built(settings: ModelSettings, width_in: int, label: str) -> Any:
-    wanted = "wanted is build(width_in: int, settings) -> tf.Module with __call__(x, training, seed)"
-    try:
-        tower = load_builder(settings.tower)(width_in, settings)
-    except SettingsError:
-        raise
-    except Exception as error:
-        raise ProgramError(f"{label} raised {error_line(error)}", wanted) from error
-    if not isinstance(tower, tf.Module) or not callable(tower):
-        raise ProgramError(f"{label} returned {type(tower).__name__}", wanted)
-    return tower
-
-
-class _CheckedTower:
-    """Calls the tower as the trainer does, checks its output, and reports its errors in the user's terms."""
-
-    def __init__(self, tower: Any, width: int, label: str) -> None:
-        self._label, self._wanted = label, f"wanted is [B, {width}] float32, the last of model.hidden"
-        self._width = width
-
-        @tf.function(autograph=False)
-        def call(x: Any, training: bool, seed: Any) -> Any:
-            return tower(x, training, seed)
-
-        self._call = call
-
-    def __call__(self, x: F32, training: bool, seed: tuple[int, int]) -> F32:
-        """`[n, width_in]` to `[n, width]` float32."""
-        output = _called(
-            lambda: self._call(tf.constant(x), training, tf.constant(seed, tf.int32)),
-            f"{self._label}: called with x {list(x.shape)} and training={training} it",
-            self._wanted,
-        )
-        if not isinstance(output, tf.Tensor):
-            raise ProgramError(f"{self._label} gave {type(output).__name__} for {len(x)} rows", self._wanted)
-        if output.dtype != tf.float32 or tuple(output.shape) != (len(x), self._width):
-            raise ProgramError(
-                f"{self._label} gave shape {list(output.shape)} and type {output.dtype.name} for {len(x)} rows",
-                self._wanted,
-            )
-        values: F32 = output.numpy()
-        return values

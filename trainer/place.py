@@ -21,14 +21,10 @@ class TrainingPlace:
     """The trainer's position: one consistent cut together with its weights.
 
     Attributes:
-        epoch: Control's epoch.
         parent: The newest version of this branch, recent or durable; 0 for none.
         first: The offset at which the log continues after `parent`.
-        next: The next offset to read.
-        marks: The next offset of each source.
-        rows: Rows read on this branch.
-        duplicate: Of them, rows dropped as seen before.
-        masked: Of them, rows that a mask excluded.
+        duplicate: Rows of this branch that were dropped as seen before.
+        masked: Rows that a mask excluded.
         gap: Source positions that no record held, an accepted loss.
         before: Source positions before the first one of this branch, summed over sources.
         left_out: Records of the log that could not be learned from, an accepted loss.
@@ -38,7 +34,6 @@ class TrainingPlace:
         durable: The newest durable version of this branch; 0 for none.
         durable_first: The offset at which the log continues after `durable`.
         unsaved: Whether there was a step since `durable`.
-        erased: The last erasure of control that was applied.
         erasures: (erasure, offset) of the newest erasures that were applied in this epoch.
         told_ms: The newest time that a learned row reported. A rollback uses it to find what a version cannot contain.
     """
@@ -121,13 +116,9 @@ class TrainingPlace:
 
 
 def newest_before(registry: Registry, branch: Manifest, partition: Source, offset: int) -> Manifest | None:
-    """The newest version that learned nothing from `offset` of the training log on; None if none can be loaded.
+    """The newest version that learned nothing from `offset` of the log's `partition` on; None if none can be loaded.
 
-    Args:
-        registry: Holds the versions.
-        branch: The version whose predecessors are searched, itself included.
-        partition: Of the training log; versions that were trained on another one do not count.
-        offset: An offset of it.
+    It is `branch` or a predecessor of it. Versions that were trained on another topic do not count.
     """
     for number in reversed(registry.versions()):
         if not sees(branch.visible, number):

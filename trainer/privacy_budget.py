@@ -41,18 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 class PrivacyBudget:
-    """The budget of one trainer. The step thread calls every method.
-
-    Args:
-        settings: All settings; with `privacy.epsilon` 0 there is no budget.
-        directory: The registry's directory, which has the ledger.
-        trainer: The trainer of the records.
-        metrics: The trainer's metrics.
-        environment: What the bits of a step depend on besides the log, as in manifests.
-
-    Attributes:
-        held: Whether training holds, because the next period would cost more than is left.
-    """
+    """The budget of one trainer. The step thread calls every method."""
 
     def __init__(
         self,
@@ -117,11 +106,7 @@ class PrivacyBudget:
     def allows(self, noise_place: NoisePlace, intake: Intake, position: TrainingPlace, leader_epoch: int) -> bool:
         """Whether a record may be learned; when this returns True, the ledger has its charge durably.
 
-        Args:
-            noise_place: The result of `noise_place` for the record.
-            intake: The rows that are learned; without rows there is no charge.
-            position: The position before the record.
-            leader_epoch: Kafka's epoch of the leader that wrote the record.
+        `position` is that before the record. A record without rows to learn costs nothing.
 
         Raises:
             OSError: The disk cannot be written.

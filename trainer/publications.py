@@ -5,30 +5,32 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from state import probe
 from state.config.settings import Settings
+from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import TrainerMetrics
 from state.registry.control import Control
-from state.registry.log_line import onward
-from state.registry.manifest import Draft, Kind, Manifest
+from state.registry.log_line import epoch_at, onward
+from state.registry.manifest import TOLD_MS, Draft, Kind, LogRange, Manifest
 from state.registry.registry import MOST_BETWEEN
 from trainer import gauges
 from trainer.engine.step import Trainer
 from trainer.holding import UpdateGuard
+from trainer.measures import breakdown
 from trainer.measures.breakdown import SliceMeasures
 from trainer.model.ranker import Ranker
 from trainer.place import TrainingPlace
 from trainer.versions import checkpoint
 from trainer.versions.content import Array
-from trainer.versions.publisher import Drafter, Publisher, Saving
+from trainer.versions.publisher import Publisher, Saving
 
 LATE_PACES = 5
-"""Intervals between two versions where learning is late."""
+"""The most intervals between two versions where learning is late, or steps leave little time."""
 
 FULL_S = 1.0
 """Least seconds between recent versions that carry a probe and changed item lists. Both cost the trainer and each host
@@ -56,24 +58,30 @@ class ProbedRanker:
         return {f"{probe.PREFIX}{name}": np.array(value.numpy()) for name, value in outputs.items()}
 
 
-class Publications:
-    """The learner's versions, at most one of them being written. The step thread calls every method.
+class ServedModel(NamedTuple):
+    """What all versions of a trainer have in common.
 
-    Args:
-        settings: Pace of versions, and of durable ones.
-        publisher: Writes them in the background.
-        drafter: Fills in what all manifests have.
-        trainer: The weights.
-        metrics: The trainer's metrics.
-        updates: Judges what becomes a version.
-        clock, elapsed: Wall clock and monotonic clock in seconds.
+    Attributes:
+        program: SHA-256 of the program that fits the model.
+        spec: Digest of the feature spec.
+        about: The bootstrap's document of it.
+        environment: What the bits of a step depend on besides the log.
     """
+
+    program: str
+    spec: str
+    about: Mapping[str, Any]
+    environment: Mapping[str, str]
+
+
+class Publications:
+    """The learner's versions, at most one of them being written. The step thread calls every method."""
 
     def __init__(
         self,
         settings: Settings,
         publisher: Publisher,
-        drafter: Drafter,
+        model: ServedModel,
         trainer: Trainer,
         metrics: TrainerMetrics,
         updates: UpdateGuard,
@@ -81,7 +89,8 @@ class Publications:
         elapsed: Callable[[], float],
     ) -> None:
         self._updates = updates
-        self._publisher, self._drafter, self._trainer = publisher, drafter, trainer
+        self._publisher, self._model, self._trainer = publisher, model, trainer
+        self._topic = settings.kafka.microbatches_topic
         self._metrics, self._pace_s, self._clock, self._elapsed = metrics, settings.trainer.publish_s, clock, elapsed
         self._durable_s, self._probed = settings.registry.durable_s, ProbedRanker(trainer.model)
         self._last_s = self._saved_s = self._full_s = float("-inf")
@@ -95,11 +104,12 @@ class Publications:
         """Begins an epoch, or continues after a start: the first version is due a pace later, and durable."""
         self._last_s, self._saved_s = self._elapsed(), float("-inf")
 
-    def due(self, position: TrainingPlace, control: Control, late_s: float = 0.0) -> bool:
+    def due(self, position: TrainingPlace, control: Control, late_s: float = 0.0, steps_s: float = 0.0) -> bool:
         """Whether a version, or a durable one, is due now.
 
         Each version costs the trainer and every serving host time. If learning is late by `late_s`, versions are
-        therefore that far apart, up to `LATE_PACES` times the usual interval.
+        therefore that far apart, up to `LATE_PACES` times the usual interval. The interval also grows as steps leave
+        less time: `steps_s` is what they took since the last version.
         """
         if (
             not (position.changed or position.unsaved)
@@ -108,8 +118,12 @@ class Publications:
             or not self._updates.passes
         ):
             return False
-        now_s, pace_s = self._elapsed(), min(max(late_s, self._pace_s), LATE_PACES * self._pace_s)
-        return now_s - self._last_s >= pace_s and (position.changed or now_s - self._saved_s >= self._durable_s)
+        now_s = self._elapsed()
+        since_s = now_s - self._last_s
+        idle = 1.0 - steps_s / since_s if since_s > steps_s else 0.0
+        pace_s = self._pace_s / max(idle, 1.0 / LATE_PACES)
+        pace_s = max(pace_s, min(late_s, LATE_PACES * self._pace_s))
+        return since_s >= pace_s and (position.changed or now_s - self._saved_s >= self._durable_s)
 
     def settle(self, wait: bool = False) -> Manifest | None:
         """The version that has been published since the last call; see `Publisher.settle`.
@@ -126,15 +140,7 @@ class Publications:
     def publish(
         self, position: TrainingPlace, control: Control, account: Mapping[str, int], topic_id: str, last: bool = False
     ) -> TrainingPlace:
-        """Hands a copy of the changes to the publisher. Returns the position afterwards.
-
-        Args:
-            position: The trainer's position.
-            control: The generation that it learned under.
-            account: The outcomes of the rows.
-            topic_id: Of the training log.
-            last: Whether the version is durable in any case.
-        """
+        """Hands a copy of the changes to the publisher; returns the position afterwards. The `last` version is durable."""
         began = time.perf_counter()
         durable = (
             last
@@ -178,10 +184,6 @@ class Publications:
         """Publishes the first version of an epoch that does not just continue; returns the position once it is durable.
 
         It is a base if there is no version before it.
-
-        Raises:
-            WrongEpoch: Control is at another epoch by now.
-            OSError: The disk cannot be written.
         """
         kind: Kind = "delta" if position.parent else "base"
         draft = self.draft(kind, position, control, account, topic_id, self._trainer.measures.of_slices())
@@ -199,7 +201,42 @@ class Publications:
         topic_id: str,
         slices: Sequence[SliceMeasures] = (),
     ) -> Draft:
-        """The manifest of a version made now."""
-        now_ms = int(self._clock() * 1000)
-        verdict = self._updates.verdict()
-        return self._drafter.draft(kind, position, self._trainer, account, topic_id, control, now_ms, verdict, slices)
+        """The draft of a version with the present weights.
+
+        The parent of a recent version is the last version, that of others the last durable one.
+        """
+        trainer, model, counters = self._trainer, self._model, self._trainer.counters
+        parent, first = (
+            (position.parent, position.first) if kind == "recent" else (position.durable, position.durable_first)
+        )
+        verdict, near = self._updates.verdict()
+        return Draft(
+            kind=kind,
+            epoch=position.epoch,
+            parent=parent or None,
+            log=LogRange(
+                *(self._topic, topic_id, TRAINING_PARTITION, first, position.next),
+                epoch_at(control.log, position.next),
+                position.leader_epoch,
+            ),
+            sources=tuple(position.marks.items()),
+            steps=counters.steps,
+            rows=counters.trained,
+            created_at_ms=int(self._clock() * 1000),
+            event_time_ms=counters.event_time_ms,
+            spec=model.spec,
+            program=model.program,
+            salt=str(model.about["salt"]),
+            mask_generation=control.mask.generation,
+            metrics=trainer.measures.evaluation.values()
+            | trainer.measures.progressive.values()
+            | dict(breakdown.values(slices))
+            | ({} if trainer.churn is None else trainer.churn.values())
+            | {f"account.{name}": float(value) for name, value in account.items()}
+            | {TOLD_MS: float(position.told_ms)},
+            environment=model.environment,
+            erased=position.erased,
+            erasures=position.erasures,
+            verdict=verdict,
+            guard=near,
+        )

@@ -29,16 +29,10 @@ class Replay:
     """Learns the records of the log again. Not thread-safe.
 
     Args:
-        trainer: A trainer in the state of the base.
-        base: The base's manifest; None for an untrained trainer.
-        target: The manifest of the version to reproduce.
         specs: Digests of the feature specs that upgrades replaced.
         lost: Erasures whose users' rows were removed from the base after it was made.
 
     Attributes:
-        marks: The next offset of each source.
-        account: Rows by outcome, with the keys `ACCOUNT`.
-        steps, rows: Steps done, rows read.
         unlike: Rows of the users in `lost` that were learned before their erasure. With any the result differs.
     """
 
@@ -61,18 +55,7 @@ class Replay:
         self.steps = self.rows = 0
 
     def run(self, reader: SegmentReader, segments: Sequence[LogSegment], say: Callable[[str], None]) -> None:
-        """Learns the records of the segments, oldest first. Reports the progress and the remaining time once a second.
-
-        Args:
-            reader: Reads the log; closed at the end.
-            segments: Oldest first.
-            say: Receives the lines.
-
-        Raises:
-            GapError: Records were deleted.
-            LogError: Records do not arrive in time.
-            MicroBatchError: A record cannot be read.
-        """
+        """Learns the records of the segments, oldest first. Reports the progress and the remaining time once a second."""
         total, learned = sum(segment.next - segment.first for segment in segments), 0
         said_s = time.monotonic()
         began: tuple[float, int] | None = None
@@ -99,7 +82,6 @@ class Replay:
             reader.close()
 
     def _learn(self, offset: int, value: bytes | None, segment: LogSegment) -> None:
-        """Learns one record in one step, as in the trainer's loop."""
         where = f"{self._where} offset {offset}"
         intake = take_in(
             value, self.marks, segment.mask_at, self._spec, self._salt, where, segment.line, offset, self._is_former
@@ -128,12 +110,6 @@ class SegmentReader:
 
     After a rollback a segment begins before the end of the previous one; the log is
     then opened again at that offset.
-
-    Args:
-        open_at: Opens the log at an offset.
-        log: The range of the log that the version's manifest states.
-        accepted: Gaps that the trainer passed.
-        patience_s: The longest wait for a record that must exist.
     """
 
     def __init__(

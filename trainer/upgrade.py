@@ -5,31 +5,30 @@
 3. The next control generation begins an epoch that continues from the version, by one exclusive create. Nothing else
    is changed.
 
-Stop the trainer first: the command needs its lock, because anything that the trainer learned meanwhile with the old
-settings would be lost. Serving continues. Exit codes: 0 done, 1 failed, 2 wrong use.
+The command needs the trainer's lock; serving continues.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from state import layout
 from state.config.loading import load
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
-from state.errors import RegistryError, SettingsError, SpringtideError, of_disk
+from state.errors import RegistryError, SettingsError
 from state.features.spec import FeatureSpec
 from state.process import log_lines
 from state.process.actor import actor
 from state.process.ending import while_read
+from state.process.part import run_command
 from state.process.private_files import keep_private
-from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
+from state.process.quiet_stderr import quiet_stderr
 from state.process.wall_clock import wall_ms
 from state.registry.control import Control
 from state.registry.manifest import Manifest
@@ -42,12 +41,6 @@ if TYPE_CHECKING:
     from trainer.versions.carrying import Carrying
 
 Say = Callable[[str], None]
-
-HELP = {
-    "dry_run": "show what would be carried over and what would start from scratch; change nothing",
-    "reason": "reason; recorded with your name in the history",
-    "learn_anew": "learn from scratch from the retained training log; histories and salt are kept",
-}
 
 
 def run(settings: Settings, dry_run: bool, learn_anew: bool, reason: str, say: Say, now_ms: int) -> Control | None:
@@ -102,12 +95,7 @@ def run(settings: Settings, dry_run: bool, learn_anew: bool, reason: str, say: S
 def planning(
     registry: Registry, version: Manifest, settings: Settings, spec: FeatureSpec
 ) -> tuple[Carrying, list[str]]:
-    """Plans what the settings' model carries over from a version; also returns the plan as text.
-
-    Raises:
-        UnknownVersion, CorruptVersion: The version cannot be read.
-        ProgramError, SettingsError: The model cannot be built.
-    """
+    """Plans what the settings' model carries over from a version; also returns the plan as text."""
     with quiet_stderr():
         from trainer import device
         from trainer.engine.making import trainer_of
@@ -133,16 +121,11 @@ def planning(
 
 
 def planned_for(registry: Registry, version: Manifest, trainer: Trainer) -> Carrying:
-    """Plans what a trainer's model carries over from a version. Clears the trainer.
-
-    Raises:
-        UnknownVersion, CorruptVersion: The version cannot be read.
-    """
-    from trainer.versions import checkpoint, content
+    """Plans what a trainer's model carries over from a version. Clears the trainer."""
+    from trainer.versions import checkpoint
     from trainer.versions.carrying import plan
 
-    base, deltas = registry.chain(version.version)
-    old = content.merge(checkpoint.tensors_of(registry, part) for part in (base, *deltas))
+    _, old = checkpoint.full_state(registry, version.version)
     trainer.clear()
     return plan(old, checkpoint.full(trainer))
 
@@ -157,17 +140,7 @@ def propose(
     reason: str,
     now_ms: int,
 ) -> Control:
-    """Creates control's next generation, which begins the epoch; durable on return.
-
-    Args:
-        registry: With the trainer's lock held.
-        settings: The new settings.
-        spec: Their feature spec.
-        version: The version to continue from; None starts from scratch.
-        plan: What is carried over.
-        who: The actor, for the history.
-        reason: For the history.
-        now_ms: Wall clock.
+    """Creates control's next generation, which begins the epoch from `version` or from scratch; durable on return.
 
     Raises:
         ControlConflict: Other processes keep changing control.
@@ -199,25 +172,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         "version answers until the first new version exists.",
         epilog="Settings are written --section.name VALUE. Exit codes: 0 done, 1 failed, 2 wrong use.",
     )
-    parser.add_argument("--dry-run", action="store_true", help=HELP["dry_run"])
-    parser.add_argument("--learn-anew", action="store_true", help=HELP["learn_anew"])
-    parser.add_argument("--reason", default="", metavar="TEXT", help=HELP["reason"])
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show what would be carried over and what would start from scratch; change nothing",
+    )
+    parser.add_argument(
+        "--learn-anew",
+        action="store_true",
+        help="learn from scratch from the retained training log; histories and salt are kept",
+    )
+    parser.add_argument("--reason", default="", metavar="TEXT", help="reason; recorded with your name in the history")
     args, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     keep_private()
-    with own_stderr() as errors:
-        log_lines.begin("upgrade", errors, logging.WARNING)
-        quiet_tensorflow(os.environ)
-        try:
-            if not args.dry_run and not args.reason.strip():
-                raise SettingsError("upgrade needs --reason TEXT, or --dry-run to see what it would do")
-            settings, now_ms = load(flags, os.environ), wall_ms()
-            log_lines.follow(settings.logs)
-            run(settings, args.dry_run, args.learn_anew, args.reason, print, now_ms)
-        except (SpringtideError, OSError) as problem:
-            error = of_disk(problem)
-            print(f"springtide: {error}", file=errors, flush=True)
-            return error.exit_code
-    return 0
+
+    def work(errors: TextIO) -> None:
+        if not args.dry_run and not args.reason.strip():
+            raise SettingsError("upgrade needs --reason TEXT, or --dry-run to see what it would do")
+        settings, now_ms = load(flags, os.environ), wall_ms()
+        log_lines.follow(settings.logs)
+        run(settings, args.dry_run, args.learn_anew, args.reason, print, now_ms)
+
+    return run_command("upgrade", work)
 
 
 if __name__ == "__main__":

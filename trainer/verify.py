@@ -8,15 +8,13 @@
    Rows of erased users are left out if they were removed from the version's files. The two are not comparable if those
    rows were removed from the base, and the log has clicks of those users that were learned.
 
-It runs next to the live system: it reads the registry and the log with its own reader, takes no lock and writes
-nothing. Exit codes: 0 equal; 1 different, not comparable, or no longer replayable; 2 wrong use.
+It runs next to the live system: it takes no lock and writes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import sys
 import time
@@ -24,26 +22,26 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
 from state import layout, probe
 from state.config.loading import load
-from state.config.sections import Model
 from state.config.settings import Settings
-from state.errors import GapError, LogError, RegistryError, SpringtideError, UnknownVersion, of_disk
+from state.errors import GapError, LogError, RegistryError, UnknownVersion
 from state.features.erased import Erased
-from state.features.spec import FeatureSpec
 from state.log import Log, Reader
 from state.log.accepted_gaps import Journal
 from state.log.follow import Position, open_topic
 from state.process import log_lines
+from state.process.background import run_in_background
 from state.process.ending import while_read
-from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
+from state.process.part import run_command
+from state.process.quiet_stderr import quiet_stderr
 from state.registry.control import Control
 from state.registry.manifest import Manifest, sees
-from state.registry.model_fit import FORMER_TOWERS, first_after, former_specs
+from state.registry.model_fit import environment_differences, first_after, former_specs
 from state.registry.registry import Registry
 from state.registry.segments import base_of, segments_of
 from state.rows.tables import tables_in
@@ -61,11 +59,7 @@ class Difference:
 
     Attributes:
         table: The table, or the tensor's name if it belongs to none.
-        field: The table's column; empty for other tensors.
-        id: The row's id; None for other tensors.
         position: The index in the row or in the flattened tensor; None if the whole differs.
-        kept: The version's value, as text.
-        recomputed: The recomputed value, as text.
     """
 
     table: str
@@ -166,29 +160,6 @@ def _presence(is_present: bool) -> str:
     return "it" if is_present else "nothing"
 
 
-def environment_differences(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """The differences between two environments, one line each; a name that only one of them has is left out.
-
-    >>> environment_differences({"numpy": "2.3", "device": "/CPU:0"}, {"numpy": "2.4", "device": "/CPU:0"})
-    ['numpy was 2.3 and is 2.4']
-    >>> environment_differences({"churn.days": "7.0"}, {})
-    ['churn.days was 7.0 and is off']
-    >>> environment_differences({"workers": "2"}, {})
-    ['workers was 2 and is 1']
-    >>> environment_differences({"model.tower": FORMER_TOWERS[0]}, {"model.tower": Model().tower})
-    []
-    """
-    then = {name: Model().tower if value in FORMER_TOWERS else value for name, value in then.items()}
-    # Settings of a feature that is off are not named, nor is a single worker.
-    off = {name: "off" for name in then.keys() | now.keys() if name.startswith("churn.")} | {"workers": "1"}
-    then, now = {**off, **then}, {**off, **now}
-    return [
-        f"{name} was {then[name]} and is {now[name]}"
-        for name in sorted(then.keys() & now.keys())
-        if then[name] != now[name]
-    ]
-
-
 def marks_difference(kept: Mapping[Any, int], recomputed: Mapping[Any, int]) -> Difference | None:
     """The first source whose next offset differs.
 
@@ -202,27 +173,15 @@ def marks_difference(kept: Mapping[Any, int], recomputed: Mapping[Any, int]) -> 
     return None
 
 
-NICENESS = 10
-
-
 @dataclass(frozen=True)
 class Comparison:
     """The result of a verification.
 
     Attributes:
-        version: The version under test.
         base: The version that the replay began from; 0 if it began from scratch.
-        first: The first offset replayed.
-        next: The offset after the last one.
-        steps: Steps done.
-        rows: Rows read.
         outcome: `equal`, `different` or `not comparable`.
-        environment: Differences of the environment; only if not comparable.
         erased_rows: Learned rows of users whose rows were removed from the base; only if that makes them not
             comparable.
-        difference: The first one; only if different.
-        digest: Of the version's state.
-        seconds: How long it took.
     """
 
     version: int
@@ -298,16 +257,7 @@ def verify(
     log: Log,
     say: Callable[[str], None] = lambda _: None,
 ) -> Comparison:
-    """Recomputes `version`; see the module.
-
-    Args:
-        settings: All settings, the same as the trainer's.
-        registry: Is only read.
-        version: The version.
-        wanted_base: Where to begin; None for the nearest base before it.
-        make_trainer: Makes a new trainer; called once.
-        log: The log with the training log.
-        say: Takes progress lines.
+    """Recomputes `version` from `wanted_base`, or from the nearest base before it; see the module.
 
     Raises:
         UnknownVersion: It, or a part of its chain, is not kept.
@@ -440,22 +390,10 @@ def run(
     wanted_base: int | None,
     say: Callable[[str], None],
 ) -> Comparison:
-    """Recomputes a version of the registry that the settings name, with as many local workers as trained it.
-
-    Args:
-        settings: All settings.
-        version: The version.
-        wanted_base: Where to begin; None for the nearest base before it.
-        say: Takes progress lines.
-
-    Raises:
-        SpringtideError: See `verify`.
-    """
+    """Recomputes a version of the registry that the settings name, with as many local workers as trained it."""
     if not (settings.registry_dir / layout.VERSIONS).is_dir():
         raise RegistryError(f"there is no registry at {settings.registry_dir}", "correct paths.state or paths.registry")
     registry = Registry(settings.registry_dir)
-    spec = FeatureSpec.from_settings(settings)
-
     settings = replace(settings, trainer=replace(settings.trainer, worker_addresses=()))
     workers = ExitStack()
 
@@ -464,16 +402,16 @@ def run(
         addresses, _ = workers.enter_context(workers_of(settings))
         with quiet_stderr():
             from trainer import device
-            from trainer.engine.making import trainer_of
-            from trainer.group import Group
-            from trainer.versions.program import preprocessing_of
+            from trainer.group import Group, await_others
+            from trainer.versions.program import bootstrapped_trainer
 
             device.prepare(settings.trainer.device, settings.trainer.threads)
-            group = Group(addresses, 0) if addresses else None
-            if group is not None:
+            group = None
+            if addresses:
+                await_others(addresses, 0, lambda missing: None)
+                group = Group(addresses, 0)
                 begin(group, settings)
-            name = registry.specs.bootstrapped(spec.digest, settings.model) or spec.digest
-            return trainer_of(settings, spec, preprocessing_of(registry.specs.transform(name)), group)
+            return bootstrapped_trainer(settings, registry.specs, group)
 
     with workers:
         return verify(settings, registry, version, wanted_base, make_trainer, Log(settings.kafka), say)
@@ -497,24 +435,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="output format (default text)")
     args, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    with own_stderr() as errors:
-        log_lines.begin("verify", errors, logging.WARNING)
-        quiet_tensorflow(os.environ)
-        os.nice(NICENESS)
+    run_in_background()
 
-        def say(line: str) -> None:
-            print(line, file=errors, flush=True)
+    def work(errors: TextIO) -> int:
+        settings = load(flags, os.environ)
+        log_lines.follow(settings.logs)
+        comparison = run(settings, args.version, args.base, partial(print, file=errors, flush=True))
+        print(json.dumps(comparison.document(), indent=2) if args.output == "json" else comparison.text())
+        return 0 if comparison.outcome == "equal" else 1
 
-        try:
-            settings = load(flags, os.environ)
-            log_lines.follow(settings.logs)
-            comparison = run(settings, args.version, args.base, say)
-        except (SpringtideError, OSError) as problem:
-            error = of_disk(problem)
-            say(f"springtide: {error}")
-            return error.exit_code
-    print(json.dumps(comparison.document(), indent=2) if args.output == "json" else comparison.text())
-    return 0 if comparison.outcome == "equal" else 1
+    return run_command("verify", work)
 
 
 if __name__ == "__main__":

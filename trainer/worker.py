@@ -14,7 +14,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -32,6 +32,8 @@ from state.process.ending import die_with
 from state.process.part import Work, run_process
 from state.process.ports import HOST, free_ports
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
+from state.process.said_once import SaidOnce
+from state.registry.model_fit import environment_differences
 from state.registry.registry import Registry
 
 if TYPE_CHECKING:
@@ -42,6 +44,17 @@ DESCRIPTION = (
     "of the users, and computes their gradients."
 )
 logger = logging.getLogger(__name__)
+
+
+def waiting(missing: Sequence[int], addresses: Sequence[str]) -> str:
+    """What a process logs while it waits for the workers `missing`.
+
+    >>> waiting([1], ["a:7070", "b:7070"])
+    'waiting for worker 1 of 2 (b:7070)'
+    """
+    if not missing:
+        return f"joining {len(addresses) - 1} other workers"
+    return ", ".join(f"waiting for worker {worker} of {len(addresses)} ({addresses[worker]})" for worker in missing)
 
 
 def restore_handlers() -> None:
@@ -66,22 +79,13 @@ def begin(group: Group, settings: Settings) -> None:
     own = checkpoint.environment(settings, place, settings.trainer.engine)
     own |= {"release": build()["version"], "feature spec": FeatureSpec.from_settings(settings).digest}
     group.wait()
-    for index, differs in differences([json.loads(part) for part in group.gather_bytes(json.dumps(own).encode())]):
-        kind = SettingsError if index == group.index else WorkerLost
-        raise kind(differs, "give all workers of the trainer the same settings, release and type of processor")
-
-
-def differences(environments: Sequence[Mapping[str, str]]) -> Iterator[tuple[int, str]]:
-    """Each worker that differs from the leader, which is the first, and its first difference.
-
-    >>> [*differences([{"model.dim": "16", "release": "1"}, {"model.dim": "8", "release": "1"}])]
-    [(1, "worker 1 has model.dim '8', and the leader '16'")]
-    """
-    leaders = environments[0]
-    for index, own in enumerate(environments):
-        differing = sorted(name for name in {*leaders, *own} if leaders.get(name) != own.get(name))
-        for name in differing[:1]:
-            yield index, f"worker {index} has {name} {own.get(name)!r}, and the leader {leaders.get(name)!r}"
+    leaders, *others = [json.loads(part) for part in group.gather_bytes(json.dumps(own).encode())]
+    for index, other in enumerate(others, 1):
+        if differs := environment_differences(leaders, other, "{name} {now!r}, and the leader {then!r}"):
+            raise (SettingsError if index == group.index else WorkerLost)(
+                f"worker {index} has {differs[0]}",
+                "give all workers of the trainer the same settings, release and type of processor",
+            )
 
 
 @contextmanager
@@ -139,11 +143,13 @@ def run(settings: Settings, addresses: Sequence[str], index: int, metrics_port: 
         from trainer import device
         from trainer.engine.divided_step import DividedTrainer
         from trainer.engine.step import Trainer
-        from trainer.group import Group
+        from trainer.group import Group, await_others
         from trainer.versions import checkpoint
         from trainer.versions.program import preprocessing_of
     kernels.prepare(lambda: False)
     device.prepare(settings.trainer.device, settings.trainer.threads)
+    say = SaidOnce(logger.info)
+    await_others(addresses, index, lambda missing: say(waiting(missing, addresses)))
     with quiet_stderr():
         group = Group(addresses, index)
     restore_handlers()

@@ -108,7 +108,6 @@ def restore(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say)
 
 
 def _later_erasures(store: FileStore, backup: Backup, registry: Path | None) -> tuple[Erased, list[str]]:
-    """Erasures made after a backup, and a message if the newest backup cannot be read."""
     erasures, messages = [Erased.NOBODY], []
     if registry is not None:
         erasures.append(restoring.erasures_in(registry))

@@ -1,9 +1,5 @@
 """A backup location: what it holds, its lock, and how backups in it are listed, read, verified and pruned.
 
-    objects/<first two digits>/<sha256>   pieces of files, zstd
-    backups/<id>.json                     document of a backup, sealed with its digest and written last
-    locks/<owner>.json                    who writes here now
-
 Files are stored in pieces of at most 4 MiB, each an object named by the SHA-256 of its uncompressed bytes, which every
 read verifies. A piece that exists is not sent again. Only one piece is in memory at a time.
 """
@@ -12,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +26,7 @@ from state.process import killpoints
 from state.registry import sealed
 from state.registry.manifest import LogRange
 
-OBJECTS, BACKUPS, LOCKS = "objects", "backups", "locks"
+OBJECTS, BACKUPS, LOCK = "objects", "backups", "lock.json"
 FORMAT = 1
 PIECE_BYTES = 4 << 20
 REFRESH_S, STALE_S = 60.0, 3600.0
@@ -52,7 +47,6 @@ class KeptFile(msgspec.Struct, frozen=True):
     Attributes:
         path: Its path in a restored system: under `registry/`, `stream-<shard>/`, or `salt`.
         bytes: Its size.
-        sha256: Digest of its bytes, hexadecimal.
         pieces: The digests of its pieces, in order; each piece is an object.
     """
 
@@ -68,15 +62,12 @@ class Backup(msgspec.Struct, frozen=True):
     Attributes:
         id: When the backup started, in UTC; ids ascend.
         created_at_ms: When the backup started, wall clock.
-        release: The Springtide release that made it.
         salt: Fingerprint of the users' salt.
         spec: Digest of the feature spec of `version`; empty if there is none.
         generation: The newest control generation in the backup.
-        epoch: The trainer's epoch in that generation.
         version: The newest version of that epoch, from which the trainer continues; None if there was none yet.
         log: The position in the training log from which the trainer continues.
         positions: By shard, the next offset of each source; the shard's histories are at least that far.
-        versions: How many versions are in the backup.
         left_out: Damaged parts that are not in the backup, with the reason.
         sent_bytes: How many bytes this backup added to the object store, after compression.
     """
@@ -337,16 +328,11 @@ class _Lock(msgspec.Struct):
 class Lease:
     """Context manager that holds the lock of a backup location: only one process makes a backup there or prunes.
 
-    1. The writer creates a file under `locks/` with its identity and the time of its last refresh.
-    2. If it then sees another lock, it removes its own and gives up. Of two writers at once both may give up, but at
-       least one does.
-
-    A dead writer on this machine is recognised by its process id, one on another machine by its silence. Before a backup
-    becomes valid, its writer checks that it still holds its lock.
+    The lock is a file that is replaced only if it is unchanged since it was read. A dead holder on this machine is
+    recognised by its process id, one on another machine by its silence. Before a backup becomes valid, its writer
+    renews its lock.
 
     Args:
-        store: The backup location.
-        clock: The wall clock, seconds.
         owner: Identity of the holder: host, pid and start time.
 
     Raises:
@@ -356,75 +342,55 @@ class Lease:
     def __init__(self, store: FileStore, clock: Callable[[], float] = time.time, owner: str = "") -> None:
         self._store, self._clock = store, clock
         self._owner = owner or durable.owner_mark()
-        self._name = f"{os.urandom(8).hex()}.json"
-        self._written_s = 0.0
+        self._tag = ""
+        self._renewed_s = 0.0
 
     def __enter__(self) -> Lease:
-        """Acquires the lock."""
-        # 1.
-        self._write()
-        # 2.
-        try:
-            others = [name for name in self._store.names(LOCKS) if name != self._name and self._lives(name)]
-            if others:
-                raise LockHeld(
-                    f"{self._store.name} is in use: {self._holder(others[0])}",
-                    "wait for it; if it is gone for good, remove that file",
-                )
-        except BaseException:
-            self._store.remove(f"{LOCKS}/{self._name}")
-            raise
+        data, self._tag = self._store.tagged(LOCK)
+        if (data and self._lives(data)) or not self._replace():
+            raise LockHeld(
+                f"{self._store.name} is in use: {self._holder()}",
+                f"wait for it; if it is gone for good, remove {LOCK} there",
+            )
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Releases the lock."""
-        self._store.remove(f"{LOCKS}/{self._name}")
+        if self._store.tagged(LOCK)[1] == self._tag:
+            self._store.remove(LOCK)
 
     def refresh(self) -> None:
         """Renews the lock if `REFRESH_S` has passed; cheap enough to call often."""
-        if self._clock() - self._written_s >= REFRESH_S:
-            self.require_held()
-            self._write()
+        if self._clock() - self._renewed_s >= REFRESH_S:
+            self.renew()
 
-    def require_held(self) -> None:
-        """Raises BackupError if another process removed the lock as stale."""
-        if self._name not in self._store.names(LOCKS):
+    def renew(self) -> None:
+        """Renews the lock.
+
+        Raises:
+            BackupError: Another process took it over.
+        """
+        if not self._replace():
             raise BackupError(
                 f"{self._store.name} was taken over by another process while this one was suspended",
                 "run it again; files that were sent are not sent again",
             )
 
-    def _write(self) -> None:
-        self._written_s = self._clock()
-        lock = _Lock(self._owner, int(self._written_s * 1000))
-        self._store.write(f"{LOCKS}/{self._name}", msgspec.json.encode(lock))
+    def _replace(self) -> bool:
+        now_s = self._clock()
+        tag = self._store.swap(LOCK, msgspec.json.encode(_Lock(self._owner, int(now_s * 1000))), self._tag)
+        if tag:
+            self._tag, self._renewed_s = tag, now_s
+        return bool(tag)
 
-    def _lives(self, name: str) -> bool:
-        """Whether a lock's holder is alive; removes the lock of a dead holder."""
-        try:
-            lock = self._read(name)
-        except FileNotFoundError:
-            return False
-        # A lock that was written to a full disk has no content, so its holder is unknown.
-        dead = lock is not None and (self._clock() - lock.at_ms / 1000 > STALE_S or durable.is_dead(lock.owner))
-        if dead:
-            self._store.remove(f"{LOCKS}/{name}")
-        return not dead
+    def _lives(self, data: bytes) -> bool:
+        lock = msgspec.json.decode(data, type=_Lock)
+        return self._clock() - lock.at_ms / 1000 <= STALE_S and not durable.is_dead(lock.owner)
 
-    def _read(self, name: str) -> _Lock | None:
-        try:
-            return msgspec.json.decode(self._store.read(f"{LOCKS}/{name}"), type=_Lock)
-        except msgspec.MsgspecError:
-            return None
-
-    def _holder(self, name: str) -> str:
-        try:
-            lock = self._read(name)
-        except FileNotFoundError:
-            lock = None
-        if lock is None or lock.owner.count("@") < 2:
-            return f"{LOCKS}/{name} is of a process that has just begun or ended"
-        host, pid, _ = lock.owner.rsplit("@", 2)
-        return f"{LOCKS}/{name} is of process {pid} on {host}"
+    def _holder(self) -> str:
+        data, _ = self._store.tagged(LOCK)
+        if not data:
+            return "another process has just begun or ended"
+        host, pid, _ = msgspec.json.decode(data, type=_Lock).owner.rsplit("@", 2)
+        return f"process {pid} on {host} writes there"

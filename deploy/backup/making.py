@@ -69,8 +69,6 @@ class Shard(NamedTuple):
     """The histories of one shard, as copied.
 
     Attributes:
-        name: Name of its directory.
-        files: Its files in the backup.
         positions: The next offset of each source, or further.
         salt: Fingerprint of the salt that its users have.
     """
@@ -83,13 +81,6 @@ class Shard(NamedTuple):
 
 def make(settings: Settings, store: FileStore, scope: Scope, now_ms: int, progress: Callable[[int], None]) -> Backup:
     """Makes a backup.
-
-    Args:
-        settings: All settings.
-        store: Destination of the backup.
-        scope: The parts to back up.
-        now_ms: Wall clock.
-        progress: Called repeatedly with the number of bytes copied.
 
     Raises:
         LockHeld: Another backup is made there.
@@ -136,7 +127,7 @@ def make(settings: Settings, store: FileStore, scope: Scope, now_ms: int, progre
             sent_bytes=making.sent_bytes,
         )
         # 5.
-        lease.require_held()
+        lease.renew()
         killpoints.reach("backup.sent")
         store.write(f"{location.BACKUPS}/{backup.id}.json", sealed.encode(backup))
     return backup
@@ -296,7 +287,6 @@ class RegistryCut:
     """One consistent cut of a registry.
 
     Attributes:
-        control: The newest control generation.
         parts: The directories of versions, relative to the registry, with their manifests.
         files: All other files in the backup: control, masks, outcomes, gaps, programs, specs.
         damaged: Directories of versions whose manifest cannot be read, with the reason.
@@ -419,7 +409,6 @@ def _manifests(
 
 
 def _needed(parts: Mapping[str, Manifest], control: Control) -> set[str]:
-    """The existing directories of the versions that the trainer needs to continue and that control names."""
     newest = newest_whole(parts, control)
     wanted = named(control) if newest is None else named(control) | {newest.version}
     return set().union(*(chain_of(parts, version) or () for version in wanted))

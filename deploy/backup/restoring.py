@@ -105,7 +105,6 @@ class Restored(NamedTuple):
         generation: The control generation that records the restore.
         first_number: The least number that the next version may have.
         erasures: How many erasures made after the backup were applied again.
-        version: The version that the trainer continues from; None without one.
     """
 
     users: int

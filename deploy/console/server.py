@@ -1,29 +1,7 @@
 """Serves the operator's console over HTTP: `springtide console`; `springtide up` starts it too.
 
-It is its own process, because it may block for seconds, which must not delay answers to users. It logs no request
-path, because a path may contain a user id. It answers these read requests; `steering.py` has those that change
-something:
-
-    GET /                   the page and the files of `static`, read once; the page loads nothing from other servers
-    GET /api/session
-    GET /api/state
-    GET /api/series?after_ms=
-    GET /api/problems
-    GET /api/versions?last=
-    GET /api/history?last=
-    GET /api/masks
-    GET /api/jumps?minutes=    reads the training log, so it needs the role `operate`
-    GET /api/profiles/{user_id}?label=    one user's profile, with an explanation
-
-Access control uses tokens and origins, not cookies, so a browser sends nothing on its own that another page could
-use. A request that changes something must
-
-- carry a token of the role `operate` in a header,
-- declare a JSON body, which an HTML form cannot,
-- come from this page, if the browser sends an origin.
-
-Where reading needs no token, the connection checks the host of each request
-(`deploy/serving/requests/connections.py`).
+`docs/operate/console.md` lists the requests. Access control uses tokens and origins, not cookies. No request path is
+logged, because a path may contain a user id.
 """
 
 from __future__ import annotations
@@ -43,7 +21,7 @@ from prometheus_client import CollectorRegistry
 
 from deploy.console.steering import CommandRunner, Steering, status_of
 from deploy.console.watching import LoopWatch
-from deploy.serving.requests.access import OPEN, OPERATE, READ, Access, Certificate, Tokens, are_wanted, make_missing
+from deploy.serving.requests.access import OPEN, OPERATE, READ, Access, Tokens, are_wanted, make_missing
 from deploy.serving.requests.connections import ConnectionLimits
 from deploy.serving.requests.http import (
     LAST,
@@ -151,7 +129,6 @@ def open_to_read(settings: Settings) -> bool:
 
 
 def _require_own_page(scope: Scope) -> None:
-    """Refuses a request that a browser sends for another page."""
     origin, site = header(scope, b"origin"), header(scope, b"sec-fetch-site")
     foreign = origin is not None and origin.partition("://")[2] != header(scope, b"host")
     if foreign or site not in (None, "same-origin", "none"):
@@ -208,7 +185,6 @@ class Reading:
         ]
 
     async def _session(self, request: Request) -> Response:
-        """Whether reading needs a token, and what the request's token permits."""
         role = self._guard.role(request.scope)
         return Response(200, encode({"open_to_read": self._guard.open_to_read, "role": role}))
 
@@ -353,12 +329,10 @@ def access_of(settings: Settings) -> tuple[Access, RequestGuard]:
     Raises:
         SettingsError: The files that the settings name cannot be used.
     """
-    serving = settings.serving
-    for path in make_missing(settings.tokens_dir):
-        _log.warning("created a token: %s", path)
-    tokens = Tokens(settings.tokens_dir)
-    certificate = Certificate(Path(serving.tls_cert), Path(serving.tls_key)) if serving.tls_cert else None
-    return Access(certificate, tokens), RequestGuard(tokens, open_to_read(settings))
+    make_missing(settings.tokens_dir)
+    access = Access.of(settings, always=True)
+    assert access.tokens is not None
+    return access, RequestGuard(access.tokens, open_to_read(settings))
 
 
 def run(settings: Settings) -> None:

@@ -1,8 +1,4 @@
-"""Handles the console's requests that change something. Each runs one of the operator's commands, with a reason.
-
-    POST /api/plan       what a rollback would do; changes nothing
-    POST /api/rollback   executes a plan that was shown
-    POST /api/pin /api/follow /api/hold /api/release /api/pause /api/resume /api/unmask
+"""Handles the console's requests that change something: each runs one of the operator's commands, with a reason.
 
 Plans are kept in memory. A rollback executes only a plan that was shown, while control is the same as then.
 """
@@ -20,8 +16,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
-from deploy.command_line import parser
-from deploy.operate import control, history, jumps, masking, rollback, versions
+from deploy.command_line import operation, parser
+from deploy.operate import control, masking
 from deploy.operate.branch import ServingBranch
 from deploy.operate.control import SWITCHES
 from deploy.operate.times import parse_time, parse_times
@@ -40,20 +36,6 @@ LONGEST_REASON, LONGEST_NAME, MOST_SKIPS = 500, 64, 50
 Answer = Callable[[Request], Awaitable[Response]]
 Skips = Annotated[list[str], msgspec.Meta(max_length=MOST_SKIPS)]
 Number = Annotated[int, msgspec.Meta(ge=1)]
-
-
-COMMANDS = {
-    "versions": versions.versions,
-    "history": history.history,
-    "masks": history.masks,
-    "jumps": jumps.jumps,
-    "rollback": rollback.rollback,
-    "pin": control.pin,
-    "follow": control.follow,
-    "unmask": control.unmask,
-    **dict.fromkeys(control.SWITCHES, control.switch),
-}
-"""The function of each command; it outputs one JSON document."""
 
 
 def status_of(error: SpringtideError) -> int:
@@ -91,7 +73,7 @@ class CommandRunner:
         printed: list[str] = []
         line = [*words, "--output=json"]
         with self.stores:
-            COMMANDS[words[0]](self.settings, parser(line).parse_args(line), self.now_ms(), printed.append)
+            operation(words[0])(self.settings, parser(line).parse_args(line), self.now_ms(), printed.append)
         return json.loads(printed[-1])
 
     def listed(self, words: Sequence[str]) -> Any:

@@ -55,13 +55,7 @@ CHANGES: dict[str, Callable[[Experiment, By], Experiment]] = {
 
 
 def experiment(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Runs one command about experiments.
-
-    Raises:
-        SettingsError: A word is missing, or an option belongs to another verb.
-        RegistryError: There is no such experiment, or the change is not possible in its state.
-        SpringtideError: The registry or the experiment's directory cannot be used.
-    """
+    """Runs one command about experiments."""
     verb, name = args.what, args.name
     if verb != "status" and (not name or (verb in REASONED and not args.reason.strip())):
         raise SettingsError(

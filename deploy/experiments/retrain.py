@@ -206,7 +206,6 @@ class Retrainer:
         return By(ACTOR, reason, self._now_ms())
 
     def _change(self, transition: Callable[[Schedule], Schedule]) -> Schedule:
-        """Applies a transition to the schedule, which begins when it is first read."""
         first = Schedule(self._now_ms())
         document = self._experiments.edit(lambda now: replace(now, schedule=transition(now.schedule or first)))
         assert document.schedule is not None

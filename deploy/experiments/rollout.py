@@ -60,11 +60,7 @@ _log = logging.getLogger(__name__)
 
 
 class RolloutDriver:
-    """Drives the newest rollout of an experiment, which must have one. Not thread-safe; call `close` at the end.
-
-    Attributes:
-        evidence: The evidence about both arms.
-    """
+    """Drives the newest rollout of an experiment, which must have one. Not thread-safe; call `close` at the end."""
 
     def __init__(
         self,
@@ -186,7 +182,6 @@ class RolloutDriver:
         return self._experiments.change(judged.name, transition)
 
     def _open(self, topic: str, partition: int, offset: int) -> Reader:
-        """Opens a topic where the rollout began, or at the first offset that retention has kept."""
         reader, opening = open_topic(self._log, topic, [partition], Position("", {partition: offset}))
         for lost in opening.losses:
             _log.warning("%s; the remaining records are judged", lost)

@@ -19,7 +19,6 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +35,7 @@ from state.experiments import comparison
 from state.experiments.comparison import LossReader, PairedComparison
 from state.experiments.experiment import By, Experiment, Experiments
 from state.metrics import SupervisorMetrics
+from state.process.background import run_in_background
 from state.process.ending import stop_on_signals
 from state.process.part import run_part
 from state.process.said_once import SaidOnce
@@ -48,7 +48,6 @@ KEEP_S = 5.0
 READS_AT_ONCE = 8
 POLL_S = 0.2
 STOP_S = 15.0
-NICENESS = 10
 ACTOR = "experiments"
 logger = logging.getLogger(__name__)
 
@@ -60,17 +59,11 @@ class LossComparison:
         CorruptStore: The stored comparison cannot be read.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        live: Path,
-        experiment: Path,
-        elapsed: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._folder, self._elapsed = folder, elapsed
+    def __init__(self, folder: Path, live: Path, experiment: Path) -> None:
+        self._folder = folder
         self._comparison = comparison.read(folder) or PairedComparison()
         self._live, self._own = LossReader(live), LossReader(experiment)
-        self._kept_s, self._kept_records = elapsed(), self._comparison.records
+        self._kept_s, self._kept_records = time.monotonic(), self._comparison.records
 
     def step(self) -> None:
         """Reads new losses, and stores the comparison if it is due.
@@ -85,7 +78,7 @@ class LossComparison:
             if not live and not experiment_losses:
                 break
             self._comparison.add(live, experiment_losses)
-        if self._elapsed() - self._kept_s >= KEEP_S:
+        if time.monotonic() - self._kept_s >= KEEP_S:
             self.keep()
 
     def keep(self) -> None:
@@ -94,7 +87,7 @@ class LossComparison:
         Raises:
             OSError: The disk cannot be written; it is tried again.
         """
-        self._kept_s = self._elapsed()
+        self._kept_s = time.monotonic()
         if self._comparison.records != self._kept_records:
             comparison.write(self._folder, self._comparison)
             self._kept_records = self._comparison.records
@@ -216,7 +209,7 @@ def run(settings: Settings, stopping: threading.Event) -> None:
         LockHeld: Another process runs them.
     """
     with DirectoryLock(settings.state_dir / layout.EXPERIMENTS):
-        os.nice(NICENESS)
+        run_in_background()
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-settings.trials.cores :])
         runner = ShadowRunner(settings)
         try:

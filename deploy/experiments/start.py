@@ -230,7 +230,6 @@ def _link_version(live: Registry, own: Registry, version: int) -> None:
 
 
 def _link(source: str, target: str) -> None:
-    """Links a file, or copies it onto another disk."""
     if Path(target).exists():
         return
     try:

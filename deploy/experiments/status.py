@@ -97,7 +97,6 @@ def _document(
 
 
 def _rollout(experiment: Experiment, report: RolloutReport | None, now_ms: int) -> dict[str, Any] | None:
-    """Returns the rollout of an experiment, if it is open or the gate stopped it."""
     if experiment.rollout is None or not (experiment.is_hosted or experiment.is_stopped_by_gate):
         return None
     watched = experiment.stage == "rollout" and experiment.phase == "running"

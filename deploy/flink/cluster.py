@@ -1,14 +1,4 @@
-"""Runs a local Flink cluster: its directory, configuration and processes. It also stops the jobs of any cluster.
-
-paths.state/flink/
-├── lock                       held by `springtide flink up`
-├── conf/config.yaml           written at each start
-├── checkpoints/<job>/chk-<n>  newest three of each job, kept when it ends
-├── savepoints/                kept until deleted by hand
-├── tmp/<process>/             emptied at each start of the process
-├── artifacts/                 of submitted jobs
-└── logs/                      one file per process
-"""
+"""Runs a local Flink cluster: its directory, configuration and processes. It also stops the jobs of any cluster."""
 
 from __future__ import annotations
 
@@ -23,16 +13,14 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from deploy.children.ending import last_line
-from deploy.children.log_files import log_sizes
-from deploy.children.supervisor import ProcessPlan, Supervisor, environment_of
+from deploy.children.supervisor import ProcessPlan, Supervisor, environment_of, log_sizes
 from deploy.flink import jars
-from deploy.startup.checks import Port
 from state.config.sections import FlinkSettings
 from state.config.settings import Settings
 from state.errors import FlinkFailed, reason_of
-from state.flink import ENDED, JobManager, url
+from state.flink import JobManager, url
 from state.metrics import SupervisorMetrics
-from state.process.ports import free_port, listens
+from state.process.ports import Port, free_port, listens
 from state.process.user_code import for_children
 
 HOST = "127.0.0.1"
@@ -280,9 +268,9 @@ def end_jobs(manager: JobManager, say: Say, savepoint: bool = True, hurry: Calla
             manager.cancel(job)
             say(f"job {job} ends without a savepoint; its newest checkpoint is kept")
     deadline_s = time.monotonic() + CANCEL_S
-    for job in jobs:
-        while manager.state(job) not in ENDED and time.monotonic() < deadline_s and not hurry():
-            time.sleep(POLL_S)
+    # A question about a single job that ends in this moment is answered with 500.
+    while not {*jobs}.isdisjoint(manager.running()) and time.monotonic() < deadline_s and not hurry():
+        time.sleep(POLL_S)
     if jobs and not hurry():
         time.sleep(FOLLOWED_S)
 

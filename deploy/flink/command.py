@@ -21,7 +21,7 @@ from deploy.command_line import run_command
 from deploy.flink import cluster, jars
 from deploy.flink.cluster import CHECKPOINTS, LOGS, SAVEPOINTS, ports
 from deploy.operate.options import output
-from deploy.startup.checks import require_disk, require_ports
+from deploy.startup.checks import require_disk
 from deploy.up import Signals
 from deploy.watch.messages import seconds
 from deploy.watch.panel import lines
@@ -32,7 +32,7 @@ from state.config.sources import split_settings
 from state.disk.lock import DirectoryLock
 from state.errors import FlinkFailed, LockHeld, SettingsError
 from state.flink import Job, JobManager, Overview, url
-from state.process.ports import listens
+from state.process.ports import listens, require_ports
 from state.process.private_files import keep_private
 from state.process.wall_clock import wall_ms
 

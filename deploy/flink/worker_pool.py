@@ -86,7 +86,6 @@ def _run_pool(port: str) -> None:
 
 
 def _run_worker(control: str, worker: str) -> None:
-    """Runs a Beam Python worker until its TaskManager closes the connection, or the pool ends."""
     from apache_beam.runners.worker.sdk_worker import SdkHarness
 
     threading.Thread(target=_end_with_pool, daemon=True).start()
@@ -108,7 +107,6 @@ def _run_worker(control: str, worker: str) -> None:
 
 
 def _end_with_pool() -> None:
-    """Ends the process when the pool's end of standard input closes, however the pool ended."""
     # Not `sys.stdin`: its lock would be held when Python exits.
     while os.read(0, 1):
         pass

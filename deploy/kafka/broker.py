@@ -10,7 +10,6 @@ import os
 import queue
 import shutil
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -20,9 +19,9 @@ from pathlib import Path
 
 from deploy.children.ending import end
 from deploy.kafka.jars import KAFKA
-from state.errors import KafkaFailed, PortTaken, reason_of
+from state.errors import KafkaFailed, reason_of
 from state.process.ending import die_with
-from state.process.ports import HOST, free_port, listens
+from state.process.ports import HOST, Port, free_port, listens, require_ports
 
 
 def properties(port: int, controller_port: int, data_dir: Path, retention_h: float) -> str:
@@ -48,23 +47,6 @@ def properties(port: int, controller_port: int, data_dir: Path, retention_h: flo
             ("offsets.retention.minutes", str(max(1, retention_ms // 60_000))),
         )
     )
-
-
-def require_free(port: int) -> None:
-    """Checks that no process listens on a port.
-
-    Raises:
-        PortTaken: The port is in use; the message names the setting.
-    """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as problem:
-            raise PortTaken(
-                f"port {port} (setting kafka.port) cannot be used: {problem.strerror}",
-                "stop the process that listens there, or set kafka.port to a free port",
-            ) from problem
 
 
 QUOTED_LINES = 5
@@ -200,14 +182,7 @@ class Broker:
         heap_mb: int = 384,
         retention_h: float = 168.0,
     ) -> None:
-        """Prepares a broker; nothing runs before `start`.
-
-        Args:
-            directory: Directory of the data and the log.
-            port: Port on loopback (setting kafka.port).
-            heap_mb: Java heap, MB, reserved at the start.
-            retention_h: How long records and committed offsets of groups are kept, hours.
-        """
+        """Prepares a broker; nothing runs before `start`."""
         self.directory = Path(directory).absolute()
         self.port = port
         self.heap_mb = heap_mb
@@ -236,12 +211,12 @@ class Broker:
         1. Finds the jars. 2. Locks the directory. 3. Formats the storage if it is new. 4. Runs Java.
 
         Raises:
-            PortTaken: Another process listens on the port.
+            PortTaken: The port cannot be used; the message names the setting.
             KafkaFailed: No packages, no disk, or Java cannot be run.
         """
         if self.pid is not None:
             return
-        require_free(self.port)
+        require_ports([Port("kafka.port", HOST, self.port)])
         try:
             self._begin()
         except OSError as problem:

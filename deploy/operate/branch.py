@@ -277,7 +277,6 @@ def _before(branch: ServingBranch, before_ms: int | None) -> Manifest:
 
 
 def _newest_clean(branch: ServingBranch, target: Target, masks: Sequence[MaskEntry], view: LogView | None) -> Manifest:
-    """Returns the newest clean version, or any clean version that is not older than the requested one."""
     enough = branch.newest.version if target.to is None else target.to
     sure = branch.surely_clean(masks, target.wait_ms, target.exact)
     if sure is None:

@@ -62,12 +62,7 @@ def control_document(control: Control) -> dict[str, Any]:
 
 
 def pin(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Pins serving to one version; training continues.
-
-    Raises:
-        UnknownVersion: The version is not kept, or parts of it are no longer available.
-        ControlConflict: Another client changed control in the meantime.
-    """
+    """Pins serving to one version; training continues."""
     registry = open_registry(settings)
     registry.chain(args.version)
     old = current(registry, args.if_generation)
@@ -76,14 +71,7 @@ def pin(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> 
 
 
 def label(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Sets a label on a version, or removes the label.
-
-    Raises:
-        SettingsError: Neither a version nor `--remove` is given, or both are.
-        UnknownVersion: The version is not kept, or parts of it are no longer available.
-        UnfitVersion: The label has an invalid form, or there are too many labels.
-        ControlConflict: Another client changed control in the meantime.
-    """
+    """Sets a label on a version, or removes the label."""
     if (args.version is None) != args.remove:
         raise SettingsError("a label needs either a version or --remove", "see `springtide label --help`")
     registry = open_registry(settings)
@@ -96,11 +84,7 @@ def label(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -
 
 
 def follow(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Makes serving follow the newest version again.
-
-    Raises:
-        ControlConflict: Another client changed control in the meantime.
-    """
+    """Makes serving follow the newest version again."""
     registry = open_registry(settings)
     old = current(registry, args.if_generation)
     new = transitions.follow(old, **_who(args, now_ms))
@@ -108,11 +92,7 @@ def follow(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) 
 
 
 def switch(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Holds or releases publishing, pauses or resumes training; release and resume also clear a hold of the guard.
-
-    Raises:
-        ControlConflict: Another client changed control in the meantime.
-    """
+    """Holds or releases publishing, pauses or resumes training; release and resume also clear a hold of the guard."""
     registry = open_registry(settings)
     old = current(registry, args.if_generation)
     transition, on, result = SWITCHES[args.command]
@@ -125,12 +105,7 @@ def switch(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) 
 
 
 def unmask(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Lifts masks, and reports how the masked clicks come back.
-
-    Raises:
-        UnfitMask: There is no mask with such a number.
-        ControlConflict: Another client changed control in the meantime.
-    """
+    """Lifts masks, and reports how the masked clicks come back."""
     registry = open_registry(settings)
     old = current(registry, args.if_generation)
     new = transitions.unmask(old, args.masks, **_who(args, now_ms))

@@ -322,7 +322,6 @@ def _has_clicks(erasure: Erasure, word: int, begins: Mapping[int, int]) -> bool:
 
 
 def _gone_by(erasure: Erasure, config: Mapping[str, str]) -> str:
-    """Returns when retention removes all records from before an erasure from a topic that Springtide created."""
     kept_ms = int(config.get("retention.ms", -1))
     return (
         "its own retention" if kept_ms < 0 else f"its retention, {iso(erasure.at_ms + kept_ms)} as Springtide makes it"
@@ -330,7 +329,6 @@ def _gone_by(erasure: Erasure, config: Mapping[str, str]) -> str:
 
 
 def _set_aside(settings: Settings, registry: Registry, control: Control) -> list[Holding]:
-    """Returns stores set aside as damaged, or replaced, before the newest erasure: no process opens them to erase."""
     folders = [registry.path / name for name in (layout.VERSIONS, layout.BASES, layout.MERGED)]
     folders += [settings.state_dir, *(path.parent for path in layout.streams(settings.state_dir)), settings.serving_dir]
     remaining = []
@@ -343,15 +341,7 @@ def _set_aside(settings: Settings, registry: Registry, control: Control) -> list
 
 
 def erase(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Erases users, or shows what still holds data of erased users.
-
-    Raises:
-        SettingsError: No users are named, or no reason; or their file cannot be read.
-        MissingSalt, SaltMismatch: The salt is missing, or is not the one of the stored pseudonyms.
-        RegistryError: There is no registry or no version yet.
-        LogError: Kafka does not answer: nothing was changed.
-        ControlConflict: Other clients kept changing control.
-    """
+    """Erases users, or shows what still holds data of erased users."""
     registry = open_registry(settings)
     if args.status:
         show(settings, registry, now_ms, args.output, say)

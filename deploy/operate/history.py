@@ -19,11 +19,7 @@ PARTS: tuple[Part, ...] = ("planned", "answered", "learned")
 
 
 def history(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Lists control generations: who decided what, when and why, and the outcome of each rollback.
-
-    Raises:
-        RegistryError: There is no registry.
-    """
+    """Lists control generations: who decided what, when and why, and the outcome of each rollback."""
     registry = open_registry(settings)
     # One generation more, because an outcome is computed from a generation and the one before it.
     stored = registry.controls(None if args.all else args.last + 1)
@@ -100,11 +96,7 @@ def compared(outcome: dict[str, Any]) -> str:
 
 
 def masks(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Lists all masks, lifted ones included: who set each, when and why, with its rows and users.
-
-    Raises:
-        RegistryError: There is no registry, or no control.
-    """
+    """Lists all masks, lifted ones included: who set each, when and why, with its rows and users."""
     registry = open_registry(settings)
     control = current(registry)
     all_masks = (*control.masks, *control.lifted)

@@ -60,8 +60,6 @@ class Jump:
 
     Attributes:
         id: The pseudonym of a user, or the hash of an item or a category.
-        clicks: Its clicks in the recent span.
-        share: Their share of all recent clicks.
         before: Its share in the earlier span.
         users: Pseudonyms of the users with most of its recent clicks, at most `MOST_USERS`; for a user, that one.
         covered: Share of its recent clicks that are of these users.
@@ -85,12 +83,7 @@ class Jump:
 
 
 def jumps(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Prints the users, items and categories whose share of the clicks jumped in the last `args.minutes`.
-
-    Raises:
-        RegistryError, UnknownVersion: There is no registry, or no version yet.
-        LogError: The log cannot be read.
-    """
+    """Prints the users, items and categories whose share of the clicks jumped in the last `args.minutes`."""
     span_ms = args.minutes * UNITS_MS["m"]
     recent_ms, first_ms = now_ms - span_ms, now_ms - (1 + BEFORE) * span_ms
     view = view_of(settings)
@@ -114,7 +107,6 @@ def jumps(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -
 
 
 def _rows(settings: Settings, view: LogView, first_ms: int) -> Iterator[Rows]:
-    """Yields the rows of the branch from the newest version before a time on, one array per record."""
     registry = open_registry(settings)
     control = current(registry, None)
     branch = ServingBranch(registry, control)
@@ -136,7 +128,6 @@ def _rows(settings: Settings, view: LogView, first_ms: int) -> Iterator[Rows]:
 
 
 def _kept(parts: Iterator[Rows]) -> tuple[Rows, int]:
-    """Returns at most `MOST_ROWS` of the rows, every n-th one, and n."""
     kept, stride = np.empty(0, ROW), 1
     pending: list[Rows] = []
     seen = waiting = 0
@@ -149,7 +140,6 @@ def _kept(parts: Iterator[Rows]) -> tuple[Rows, int]:
 
 
 def _jumped(recent: Rows, before: Rows, kind: str, stride: int) -> list[Jump]:
-    """Returns the ids of a kind that jumped, those with most clicks beyond the expected first."""
     if not len(before):
         return []
     ids, counts = np.unique(recent[kind], return_counts=True)
@@ -172,7 +162,6 @@ def _jumped(recent: Rows, before: Rows, kind: str, stride: int) -> list[Jump]:
 
 
 def _name(settings: Settings, view: LogView, recent: Rows, sections: Mapping[str, Sequence[Jump]]) -> None:
-    """Sets names, from the newest click of each jump by its first user."""
     try:
         salt = load_salt(settings.salt_path, create=False)
     except MissingSalt:
@@ -216,7 +205,6 @@ def _clicks(settings: Settings, view: LogView, positions: Sequence[tuple[int, in
 
 
 def _lines(document: dict[str, Any]) -> list[str]:
-    """Formats the jumps as a table."""
     recent, clicks, before = document["recent_ms"], document["clicks"], document["clicks_before"]
     summary = f"{clicks:,} clicks since {iso(recent)}, compared with {before:,} from {iso(document['first_ms'])} on"
     if not before:

@@ -165,7 +165,6 @@ class Counted:
     """What the trainer will read between a version and the log's end.
 
     Attributes:
-        records: Records on the branch.
         rows: Rows to learn from, each counted once.
         masked: How many of these rows are masked.
         users: Users of the rows that new masks exclude.

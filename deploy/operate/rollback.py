@@ -154,9 +154,7 @@ class Plan:
     """A rollback from the control generation `before` to a version: what it does, and, once counted, what that affects.
 
     Attributes:
-        new: The masks that the rollback adds.
         view: The topics as they are; None if Kafka does not answer.
-        topic: Name of the training log.
         then_follow: Whether serving follows again once the trainer has caught up.
         exact: What an exact rollback does in addition; None for a fast one.
         counted: The records from the version to the end of the log; None until `count`, or without `view`.
@@ -362,8 +360,6 @@ def total_bytes(registry: Registry, version: int) -> int:
 
 
 def _require_sound(registry: Registry, version: Manifest) -> None:
-    """Refuses a version of which a file fails its digest."""
-
     def problem_of(part: Manifest) -> CorruptVersion | None:
         try:
             registry.verify(part)
@@ -391,14 +387,7 @@ def _before(registry: Registry, version: Manifest, bad: Manifest) -> str:
 
 
 def rollback(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Executes or plans one rollback.
-
-    Raises:
-        UnknownVersion, UnfitVersion: The version is not kept, or cannot be rolled back to.
-        LogError: Kafka is needed and does not answer.
-        SettingsError: What to skip is malformed, or does not exist.
-        ControlConflict: Another client changed control in the meantime.
-    """
+    """Executes or plans one rollback."""
     began_s = time.monotonic()
     registry = open_registry(settings)
     control = current(registry, args.if_generation)

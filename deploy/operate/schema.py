@@ -40,7 +40,6 @@ def present(statistics: FeatureNameStatistics | None) -> float:
 
 
 def _limits(feature: schema_pb2.Feature) -> dict[str, float]:
-    """Returns how far a feature may move: from the baseline, and from the window before."""
     limits = {}
     for against, comparator in (("baseline", feature.skew_comparator), ("previous", feature.drift_comparator)):
         for kind in ("infinity_norm", "jensen_shannon_divergence"):
@@ -80,7 +79,6 @@ def _feature_line(
 
 
 def _typical(statistics: FeatureNameStatistics | None, names: Mapping[str, str]) -> str:
-    """Returns the most frequent value of a categorical feature with its share, or the middle of a numeric one."""
     if statistics is None or not (present_rows := common(statistics).num_non_missing):
         return "none"
     if statistics.HasField("num_stats"):
@@ -106,12 +104,7 @@ class Bootstrapped(NamedTuple):
 
 
 def schema(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Shows, compares or accepts a baseline.
-
-    Raises:
-        SettingsError: There is nothing to show yet, or the options do not fit together.
-        RegistryError: There is no registry, or a file of it is damaged.
-    """
+    """Shows, compares or accepts a baseline."""
     if args.what != "accept" and (args.schema or args.reason):
         raise SettingsError("--schema and --reason belong to `springtide schema accept`", "leave them out")
     if args.what == "show":
@@ -206,7 +199,6 @@ def diff(settings: Settings, args: argparse.Namespace, say: Say) -> None:
 
 
 def _distances(anomalies: Anomalies) -> list[dict[str, Any]]:
-    """Returns all distances, the farthest beyond its threshold first."""
     distances = [
         {
             "feature": feature.path.step[0],

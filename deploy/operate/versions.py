@@ -34,11 +34,7 @@ FIGURES = {
 
 
 def versions(settings: Settings, args: argparse.Namespace, now_ms: int, say: Callable[[str], None]) -> None:
-    """Lists the versions with age, log range, metrics, which one is served, and which ones can only be served.
-
-    Raises:
-        RegistryError: There is no registry.
-    """
+    """Lists the versions with age, log range, metrics, which one is served, and which ones can only be served."""
     registry = open_registry(settings)
     control = registry.control()
     served = served_version(settings.serving_dir)

@@ -94,8 +94,6 @@ class NewsReaders:
     """Readers with a clock of their own.
 
     Args:
-        news: The parameters.
-        seed: The seed of every random choice.
         begin_ms: Their clock before the first click, Unix ms.
         actions: Names of actions, the most frequent first.
         by_story: Whether the category of a click is the story and not the section.
@@ -146,7 +144,6 @@ class NewsReaders:
         )
 
     def _begin_day(self) -> None:
-        """Adds the articles that are born on a day, and draws who visits when."""
         self._add(self._born(self._day))
         news, random = self._news, self._random
         visits = max(1, round(news.clicks_a_day / news.session))
@@ -198,7 +195,6 @@ class NewsReaders:
         )
 
     def _choose(self, reader: int, at_ms: int) -> int:
-        """The article that a reader clicks at a time."""
         news, random, articles, articles_read = self._news, self._random, self._articles, self._read[reader]
         latest = self._latest[reader]
         if latest and random.random() < news.repeat:
@@ -228,13 +224,7 @@ class NewsReaders:
 
 
 def write(path: Path, clicks: Clicks, events: Events) -> None:
-    """Writes clicks as a recording: CSV for `.csv`, else JSON lines.
-
-    Args:
-        path: The file; it is replaced.
-        clicks: The clicks.
-        events: Names the fields.
-    """
+    """Writes clicks as a recording: CSV for `.csv`, else JSON lines."""
     values = encode(clicks, events).values
     if path.suffix != ".csv":
         path.write_bytes(b"".join(value + b"\n" for value in values))

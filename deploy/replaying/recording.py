@@ -68,9 +68,7 @@ class Options:
     Attributes:
         sort: memory (read everything, then order by time) or assume (the files are in order).
         speed: Seconds of the recording per second, or MAX.
-        keep: Keep times as recorded.
         limit: How many rows to send in this run; None: all.
-        longest_wait_s: Upper bound of the pause for one gap.
     """
 
     sort: str = "memory"
@@ -160,13 +158,7 @@ def folder_of(state_dir: Path, key: str) -> Path:
 
 @dataclass(frozen=True)
 class RecordingSource:
-    """A recording, and how it is replayed.
-
-    Attributes:
-        recording: The files.
-        events: Names of fields, and the unit of times.
-        options: Order, pace and times.
-    """
+    """A recording, and how it is replayed."""
 
     recording: Recording
     events: Events
@@ -261,7 +253,6 @@ class _JudgedPiece(NamedTuple):
     """Consecutive rows, and the records that they are sent as.
 
     Attributes:
-        rows: The rows.
         at_ms: `[n]` int64, their event times as sent.
         piece: The records, one for each row that a record can hold.
         numbers: The row of each record.
@@ -281,7 +272,6 @@ class _Walk:
     """Reads a recording from a position on, and turns its rows into judged pieces.
 
     Attributes:
-        chunks: The remaining rows, in send order.
         total: Rows of the recording; None if they are not counted yet.
         clock: Computes the times.
         stray: Which rows are excluded from finding the newest time; empty without any.
@@ -385,7 +375,7 @@ class Replay:
 
         Raises:
             SettingsError: The columns do not fit, or no row is a click.
-            UnreadableRecording: A file is cut or damaged.
+            SpringtideError: A file is cut or damaged.
             LogError: Kafka refused a record, or did not answer. Run the replay again.
             CorruptStore: The journal is unreadable.
         """
@@ -455,7 +445,6 @@ class Replay:
         return chunk.cut(count, len(chunk))
 
     def _deliver(self, judged: _JudgedPiece, stamped: Stamped, after: int) -> None:
-        """Sends a piece that ends before row `after` of the stamped rows."""
         rows, count, position = judged.rows, len(judged.rows), self._position
         for row, reason in judged.refused.items():
             self._progress.name(self._where(rows, row), reason)
@@ -535,7 +524,7 @@ def try_out(source: RecordingSource, now_ms: int) -> Findings:
 
     Raises:
         SettingsError: None of the first rows is a click, or they do not fit into memory.
-        UnreadableRecording: A file is truncated or damaged.
+        SpringtideError: A file is truncated or damaged.
     """
     hand = Hand(NO_TIME, float(now_ms))
     walk = _Walk(source, Position(now_ms, NO_TIME, 0, 0, hand, {}, {}))
@@ -569,7 +558,7 @@ def check(recording: Recording, events: Events, latest_ms: int) -> None:
 
     Raises:
         SettingsError: A field is no column of a file, or none of the first rows is a click.
-        UnreadableRecording: A file is truncated or damaged.
+        SpringtideError: A file is truncated or damaged.
     """
     fields = mapped_fields(events)
     for number in range(len(recording.files)):

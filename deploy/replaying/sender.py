@@ -28,8 +28,6 @@ class Piece:
     """n records that are sent together.
 
     Attributes:
-        keys: n keys.
-        values: n values.
         kafka_ms: `[n]` int64, Kafka timestamps.
     """
 

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from deploy.serving.answers.host import Host
 from deploy.serving.answers.predictor import Predictor
-from deploy.serving.answers.query import Answer, Query
+from deploy.serving.answers.query import Query
 from deploy.serving.answers.queue import MOST_AT_ONCE
+from springtide_client.answers import Profile
 from state.config.settings import Settings
 from state.errors import SettingsError
 from state.events.identity import load_salt
@@ -51,18 +52,18 @@ class ProfileJudge:
             judged_users += [self._judged(answer) for answer in answers]
         return judged_users
 
-    def _judged(self, answer: Answer) -> JudgedUser:
+    def _judged(self, answer: Profile) -> JudgedUser:
         # An unknown user is in no segment, even if an expression holds for all-zero features.
         facts = _facts_of(answer)
         within = (name for name, expression in self._expressions.items() if answer.known and expression.holds(facts))
-        return JudgedUser(pseudonym(answer.user_id), answer.at_ms, answer.version["number"], frozenset(within))
+        return JudgedUser(pseudonym(answer.user_id), answer.at_ms, answer.version.number, frozenset(within))
 
 
-def _facts_of(answer: Answer) -> ProfileFacts:
+def _facts_of(answer: Profile) -> ProfileFacts:
     """Returns what expressions can refer to in an answer; of categories with the same name the most probable counts."""
     interests: dict[str, float] = {}
     for interest in answer.interests:
-        interests.setdefault(interest["label"], interest["probability"])
+        interests.setdefault(interest.label, interest.probability)
     return ProfileFacts(answer.features or {}, interests, answer.attributes or {}, answer.churn)
 
 

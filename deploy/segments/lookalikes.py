@@ -3,16 +3,8 @@
     v_u     the vector of user u less the mean over all users, at unit length
     s(u)    v_u . mean of v_m over the members m: the mean cosine of u with the members
 
-The mean is subtracted because all vectors share it. One query runs against all users, so all products are computed
-exactly; an index pays off only for many queries.
-
-The quality is precision at k with held-out members. A fifth of the members, chosen by pseudonym, are added to the users
-who are not members. The measure is the share of them among the first k. It is compared with the order by most clicks,
-and with chance.
-
-Workers read one list per segment. The process of segments starts a child at intervals (`python -m
-deploy.segments.lookalikes`), which writes the lists to a temporary directory. After a successful end the parent moves
-them to their final location. A change of control removes all lists and stops the child.
+The quality is precision at k with held-out members: a fifth of the members, chosen by pseudonym, are added to the users
+who are not members. It is compared with the order by most clicks, and with chance.
 """
 
 from __future__ import annotations
@@ -92,9 +84,9 @@ def vectors_of(predictor: Predictor, report: Callable[[int], None]) -> UserVecto
         for answer in answers:
             if answer.known and answer.vector is not None and answer.features is not None:
                 users.append(pseudonym(answer.user_id))
-                vectors.append(answer.vector.copy())
+                vectors.append(np.array(answer.vector, np.float32))
                 clicks.append(answer.features[_CLICKS])
-                version = answer.version["number"]
+                version = answer.version.number
         passed += len(batch)
         report(passed)
     stacked = np.stack(vectors) if vectors else np.empty((0, 0), np.float32)

@@ -20,7 +20,6 @@ Memberships (`Members`) are written in an order that survives a crash:
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import threading
 import time
@@ -56,6 +55,7 @@ from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import SegmentMetrics, served
 from state.microbatch.codec import glance
 from state.process import killpoints
+from state.process.background import run_in_background
 from state.process.ending import stop_on_signals
 from state.process.garbage import keep_what_is_there
 from state.process.part import run_part
@@ -87,8 +87,6 @@ MOST_DUE = 200_000
 SWEEP_S = 600.0  # in which every user is evaluated again, because windows expire without a click
 """Maximum of due users, about 100 bytes each; above it all users are evaluated instead."""
 RETRY_S = 1.0
-NICENESS = 10
-"""Lets answers and clicks run first if there are few cores."""
 _log = logging.getLogger(__name__)
 
 
@@ -256,7 +254,6 @@ class ClickedUsers:
             _log.warning("record %d of the training log is left out: %s", offset, error)
 
     def _reached(self, histories: HistoryStore) -> int:
-        """Returns the offset at which the histories end."""
         stored = position_of(histories)
         return 0 if stored is None else stored.next.get(self._partition, 0)
 
@@ -267,7 +264,6 @@ class UserSweep:
     A pass spreads its work over `every_s`; a hurried pass takes only the time that it needs. Not thread-safe.
 
     Attributes:
-        hurried: Whether this pass is hurried.
         took_s: How long the last whole pass took; 0 before.
     """
 
@@ -325,12 +321,7 @@ class SegmentKeeper:
     """Updates the segments of one deployment on one of its serving hosts. Not thread-safe.
 
     Args:
-        settings: Settings of the loop; they name segments.
         predictor: Returns what answers on this host; its queries identify users by pseudonym.
-        log: The log with the topics.
-        metrics: Metrics of the process.
-        now_ms: Wall clock.
-        clock_s: Monotonic seconds.
 
     Raises:
         SettingsError: An expression is invalid.
@@ -494,7 +485,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(settings: Settings, stop: threading.Event) -> None:
-    os.nice(NICENESS)
+    run_in_background()
     _require_segments(settings)
     with (
         DirectoryLock(settings.serving_dir, SEGMENTS_LOCK),

@@ -1,14 +1,6 @@
-"""The one process per serving host that writes its stores: versions into rows, micro-batches into histories.
+"""The one process per serving host that writes its stores. Its threads are independent.
 
-    thread      what it follows                      what it writes          code
-    main        registry and control, each 20 ms     rows, pointer, mask     `HostRows`, versions.py
-    clicks      the micro-batch topic                histories, event clock  clicks.py
-    snapshots   nothing                              snapshots of histories  snapshots.py
-    attributes  the topics of attributes, if any     attributes              state/attributes/follower.py
-    exposures   exposures that workers kept, if any  the exposures topic     `ExposureForwarder`
-
-The threads are independent. An unreachable registry does not delay clicks, and an unreachable Kafka does not delay
-versions. A full store or disk stops only the thread that writes to it.
+An unreachable registry, an unreachable Kafka or a full store stops only the thread that needs it.
 """
 
 from __future__ import annotations
@@ -55,9 +47,8 @@ from state.features.spec import FeatureSpec
 from state.history.actions import ACTIONS, numbered
 from state.history.appends import Appends
 from state.history.store import open_or_replace
-from state.layout import ATTRIBUTES, CURRENT, EXPOSURES, GAPS, PROGRAMS, ROWS
+from state.layout import ATTRIBUTES, CURRENT, EXPOSURES, ROWS
 from state.log import KERNELS, Log, Reader, Topics, Writer
-from state.log.accepted_gaps import Journal
 from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import ApplierMetrics, served
 from state.process.ending import stop_on_signals
@@ -65,11 +56,9 @@ from state.process.garbage import Holes, keep_what_is_there
 from state.process.part import run_part
 from state.process.said_once import SaidOnce
 from state.process.wall_clock import wall_ms
-from state.ranking.crosses import crosses_of
 from state.registry.control import Control
 from state.registry.controls import ControlPoll
 from state.registry.log_line import WHOLE, LogLine
-from state.registry.registry import Registry
 from state.registry.sharing import copying, reached_ms
 from state.registry.specs import SpecActions
 from state.rows.reader import Served
@@ -110,15 +99,7 @@ class HostRows:
             chosen,
             RowStore.open_anew(chosen.path, size, shares=settings.serving.user_shares),
         )
-        self.versions = VersionFollower(
-            Registry(settings.registry_dir),
-            self._store,
-            settings.serving_dir / PROGRAMS,
-            metrics,
-            settings.serving.keep_s,
-            now_ms,
-            crosses_of(settings),
-        )
+        self.versions = VersionFollower(self._store, settings, metrics, now_ms)
 
     def step(self) -> bool:
         """Follows and removes old versions once; returns whether there may be more to do at once.
@@ -224,9 +205,7 @@ class AttributesFollower:
         topics = {"user": wanted.user_topic, "item": wanted.item_topic}
         # The stream writes dead letters for refused records; here they are ignored.
         self._followers = [
-            AttributeFollower(
-                settings.kafka, topics[side], table, salt, self.store, lambda bad: None, settings.events.max_event_bytes
-            )
+            AttributeFollower(settings.kafka, topics[side], table, salt, self.store, lambda bad: None)
             for side, table in tables_of(wanted).items()
         ]
 
@@ -304,26 +283,6 @@ class LogCheck:
         return at_ms
 
 
-class Every:
-    """Rate limit: true at most once in `period_s`.
-
-    >>> due = Every(1.0)
-    >>> due(10.0), due(10.5), due(11.0)
-    (True, False, True)
-    """
-
-    def __init__(self, period_s: float) -> None:
-        self._period_s = period_s
-        self._next_s = 0.0
-
-    def __call__(self, now_s: float) -> bool:
-        """Whether the period has passed since the last True."""
-        if now_s < self._next_s:
-            return False
-        self._next_s = now_s + self._period_s
-        return True
-
-
 class Applier:
     """Runs the followers and their maintenance until `stop` is set. A thread that fails sets it."""
 
@@ -351,17 +310,7 @@ class Applier:
         self._spec, self._actions = spec, SpecActions(settings.registry_dir, spec)
         self._number_actions()
         self._salt = fingerprint_at(settings.salt_path)
-        self.clicks = HistoryFollower(
-            self._histories,
-            spec,
-            spec.reach_ms(settings.events),
-            self.metrics,
-            now_ms,
-            Journal(settings.registry_dir / GAPS).accepted,
-            self._actions.of,
-            self._salt,
-            settings.history,
-        )
+        self.clicks = HistoryFollower(self._histories, settings, self.metrics, now_ms, self._actions.of, self._salt)
         self._snapshots = None
         if settings.history.snapshot_every_s:
             self._snapshots = SnapshotTaker(settings, self._histories, self.metrics, stop, now_ms)
@@ -434,7 +383,7 @@ class Applier:
         return min(now_ms, reached_ms(self._settings.registry_dir))
 
     def _follow_versions(self) -> None:
-        sample, house, room = Every(SAMPLE_S), Every(HOUSE_S), self._room()
+        sample_s, house_s, room = 0.0, 0.0, self._room()
         say, holes = SaidOnce(_log.error), Holes()
         while not self._stop.is_set():
             more, pause_s = False, POLL_S
@@ -451,10 +400,12 @@ class Applier:
                     say(f"the registry cannot be followed: {error}; answers go on as they are")
                 pause_s = RETRY_S
             now_s = time.monotonic()
-            if sample(now_s):
+            if now_s >= sample_s:
+                sample_s = now_s + SAMPLE_S
                 show_ages(self.versions.served, self.clicks.newest_ms, self._now_ms(), self.metrics)
             holes.tick()
-            if house(now_s):
+            if now_s >= house_s:
+                house_s = now_s + HOUSE_S
                 self._rows.keep_house()
                 self._histories.clear_stale_readers()
                 if self._attributes is not None:

@@ -1,10 +1,6 @@
-"""A feed of recently clicked items; the applier writes it with the clicks, and workers read it.
+"""A feed of recently clicked items, without users; the applier commits it with the clicks, and workers read it.
 
-    feed            seq u64: the number of entries
-    clicked:<slot>  seq u64, log time i64, CLICKED of one commit; the last `SLOTS` commits
-
-All are extras of the histories, and are deleted after a day of log time. They contain no users. If a reader falls
-behind, its counts lack some clicks; nothing else is affected.
+If a reader falls behind, its counts lack some clicks; nothing else is affected.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from deploy.serving.answers.host import Answers, Host
 from deploy.serving.answers.items import rank, recommend, similar
 from deploy.serving.answers.program import BATCHES
 from deploy.serving.answers.query import NOBODY, NamedItem, Query, WantedItems
-from deploy.serving.answers.queue import QueueLimits
+from deploy.serving.answers.queue import finished
 from deploy.serving.answers.tensor_model import TensorModel
 from deploy.serving.requests.access import Access, Tokens, are_wanted, is_loopback, make_missing
 from deploy.serving.requests.connections import ConnectionLimits
@@ -64,7 +64,6 @@ from deploy.serving.requests.tensorflow_serving import model_endpoints, model_se
 from deploy.serving.requests.worker_metrics import RequestCounts, of_all_workers
 from state.compiled.preparing import Kernels
 from state.config.loading import load
-from state.config.sections import ServingSettings
 from state.config.settings import Settings
 from state.errors import SpringtideError, WorkerFailed
 from state.events.identity import load_salt
@@ -235,20 +234,16 @@ class App:
         self,
         host: Host,
         registry: CollectorRegistry,
-        serving: ServingSettings = ServingSettings(),  # noqa: B008 - immutable
         shown_metrics: CollectorRegistry | None = None,
         tokens: Tokens | None = None,
-        clock_s: Callable[[], float] = time.perf_counter,
         split: Split | None = None,
     ) -> None:
-        self.host = host
-        self._tokens = tokens
-        self._split = split
+        self.host, self._tokens, self._split = host, tokens, split
         self._draining = False
         self.router: Router | None = None
         self.metrics = WorkerMetrics(registry)
-        self.counts = RequestCounts(self.metrics, lambda: host.version, clock_s)
-        self._answers = Answers(host, self.metrics, QueueLimits(serving.max_queue_ms / 1000, serving.timeout_s))
+        self.counts = RequestCounts(self.metrics, lambda: host.version)
+        self._answers = Answers(host, self.metrics)
         self._model = TensorModel(host.predictor, self._answers.steps, self.metrics)
         self.endpoints: list[Endpoint] = [
             *profile_endpoints(self._answers),
@@ -406,24 +401,16 @@ def one_of_each(host: Host) -> list[Callable[[], Any]]:
     items = [NamedItem(str(number)) for number in range(ITEMS)]
 
     def profiles(count: int) -> Any:
-        return [answer.document() for answer in host.predictor().profiles([everything] * count)]
+        return host.predictor().profiles([everything] * count)
 
     return [
         *(lambda count=count: profiles(count) for count in BATCHES),
-        lambda: _result(rank(host.predictor(), lean, items, host.impressions)),
-        lambda: _result(explain(host.predictor(), everything._replace(item="0"), None)),
+        lambda: finished(rank(host.predictor(), lean, items, host.impressions)),
+        lambda: finished(explain(host.predictor(), everything._replace(item="0"), None)),
         lambda: host.sources().turn(),
-        lambda: _result(recommend(host.predictor(), host.sources(), everything, WantedItems(1))),
+        lambda: finished(recommend(host.predictor(), host.sources(), everything, WantedItems(1))),
         lambda: similar(host.predictor(), host.sources().near, lean, WantedItems(1)),
     ]
-
-
-def _result(steps: Generator[None, None, Any]) -> Any:
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
 
 
 def serve(
@@ -445,7 +432,7 @@ def serve(
     # It logs URLs, which contain user ids.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     split = Split(settings, salt, wall_ms) if settings.rollout.address else None
-    app = App(host, registry, serving, of_all_workers(registry) if shared else None, access.tokens, split=split)
+    app = App(host, registry, of_all_workers(registry) if shared else None, access.tokens, split)
     if shared:
         say_build(registry)
         # Counters continue from those of workers that ended.
@@ -517,8 +504,7 @@ def _run(settings: Settings, arguments: list[str]) -> int:
     serving = settings.serving
     allow_connections(CONNECTIONS)
     if are_wanted(settings):
-        for path in make_missing(settings.tokens_dir):
-            _log.warning("made a token, which its clients need: %s", path)
+        make_missing(settings.tokens_dir)
     bound = listen(serving.host, serving.port)
     if serving.grpc_port:
         # Only checks whether the port is free: grpc binds it.

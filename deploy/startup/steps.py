@@ -18,7 +18,7 @@ from deploy.experiments.processes import EXPERIMENTS, RETRAIN, ROLLOUT_HOST
 from deploy.experiments.status import ExperimentCollector
 from deploy.kafka.broker import Broker
 from deploy.startup import hints, model_checks, prometheus
-from deploy.startup.checks import LEAST_FREE_BYTES, Port, require_directory, require_disk, require_ports
+from deploy.startup.checks import LEAST_FREE_BYTES, require_directory, require_disk
 from deploy.watch import scrape
 from deploy.watch.address import serving_address
 from deploy.watch.figures import starting
@@ -30,6 +30,7 @@ from state.errors import CorruptStore, KafkaFailed, PortTaken
 from state.events.identity import own_salt
 from state.log import Topics, topic_plan
 from state.metrics import StorageMetrics, SupervisorMetrics, serve
+from state.process.ports import Port, require_ports
 from state.registry.model_fit import require_same_salt
 from state.registry.registry import Registry
 from state.storage.measuring import offer
@@ -300,9 +301,7 @@ class Startup:
     """One run of the loop.
 
     Args:
-        settings: Settings of the loop.
         shoppers: Whether synthetic shoppers click.
-        screen: Receives the lines.
         stop: Whether the operator asked to stop.
         hurry: Whether the operator asked again.
         accepted: Arguments of stream and trainer: losses that the operator accepts.
@@ -415,7 +414,6 @@ class Startup:
         self._step("salt", f"{'made' if fresh else 'found'} in {settings.salt_path}, fingerprint {salt.fingerprint}")
 
     def _say_whose_kafka(self) -> None:
-        """Explains why no broker is started if the configured address is the local broker's."""
         kafka, origin = self._settings.kafka, self._settings.origins.get("kafka.bootstrap_servers")
         if origin and kafka.bootstrap_servers in (f"{host}:{kafka.port}" for host in ("127.0.0.1", "localhost")):
             self._screen.say(
@@ -457,7 +455,6 @@ class Startup:
         self._step("bootstrap", "preprocessing constants found on the first clicks")
 
     def _notice_answer(self) -> None:
-        """Reports once that serving answers, and with which version."""
         if self._answered or self._running().pid(WORKER) is None:
             return
         self._answered = _answered_version(self._settings)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import threading
 import time
@@ -27,6 +26,7 @@ from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import ValidationMetrics, served
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode
+from state.process.background import run_in_background
 from state.process.ending import stop_on_signals
 from state.process.garbage import keep_what_is_there
 from state.process.part import run_part
@@ -56,8 +56,6 @@ KINDS = (
 )
 """The kinds of anomalies that `state/statistics/anomalies.py` can find."""
 FETCH_S = 0.5
-BACKGROUND = 10
-"""Added to the niceness of the process."""
 RETRY_S = 1.0
 RECORDS_AT_ONCE = 64
 LOOK_BACK_WINDOWS = 2
@@ -180,7 +178,6 @@ class WindowJudge:
         return None if before is None else before.statistics
 
     def _settled(self, window: Window) -> bool:
-        """Whether histories, which begin empty with the bootstrap, grow slowly enough to compare with the window before."""
         specs = Specs(Directory(self._settings.registry_dir))
         name = specs.bootstrapped(self._spec, self._settings.model)
         begun_ms = 0 if name is None else int(specs.spec(name)["newest_ms"])
@@ -238,7 +235,6 @@ def _without_features(statistics: DatasetFeatureStatistics) -> DatasetFeatureSta
 
 
 def _largest(anomalies: Anomalies, labels: Mapping[str, str]) -> Iterable[tuple[str, str, float]]:
-    """Returns label, reference, and the largest distance of the features with that label, by `labels` of features."""
     distances: dict[tuple[str, str], float] = {}
     for feature in anomalies.drift_skew_info:
         label = labels[feature.path.step[0]]
@@ -346,8 +342,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(settings: Settings, stop: threading.Event) -> None:
-    # On a busy machine the stream, the trainer and serving come first.
-    os.nice(BACKGROUND)
+    run_in_background()
     with (
         DirectoryLock(settings.validation_dir),
         served(settings.up.validation_port, settings.metrics.host) as registry,

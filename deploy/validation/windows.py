@@ -1,10 +1,4 @@
-"""Stored state of the validation: statistics of the newest windows, and the log offset where the open window begins.
-
-    validation/windows/<end of the window, log time in ms>.pb    a binary DatasetFeatureStatisticsList
-    validation/place.json                                       topic id, and offset of the open window's first record
-
-After a restart the process counts the open window again, from that offset.
-"""
+"""Stored state of the validation: statistics of the newest windows, and the log offset where the open window begins."""
 
 from __future__ import annotations
 

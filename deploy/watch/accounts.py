@@ -177,7 +177,6 @@ def _read_shown(settings: Settings) -> Shown:
 
 
 def _read_tail(settings: Settings, version: Manifest, until: Mapping[Source, int], line: LogLine = WHOLE) -> InFlight:
-    """Counts the rows between the version's position in the log and the stream's, along a branch of the log."""
     kafka = _quick(settings)
     partition, offset = version.log.partition, onward(line, version.log.next)
     with Topics(kafka) as topics:
@@ -202,7 +201,6 @@ def _quick(settings: Settings) -> Any:
 
 
 def _settled(settings: Settings, version: Manifest) -> Stores:
-    """Reads the stores until they have what the version has, for at most `SETTLE_S`."""
     deadline_s = time.monotonic() + SETTLE_S
     while True:
         stores = _read_stores(settings)

@@ -15,7 +15,6 @@ class Address(str):
     """A URL with its credentials; their files are read at each request, because they can change.
 
     Args:
-        url: The URL.
         token_file: File with the token to send; None if none is needed.
         certificate: File with the server's certificate; None without TLS.
     """

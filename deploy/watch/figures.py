@@ -74,14 +74,13 @@ WAITS = {
 
 
 STANDS_BY = "stands by for another trainer"
-FORMING = "waits for its workers"
+FORMING = "waits for worker"
 
 
 class Backlog(NamedTuple):
     """The gauge of items that wait for a process, and the counter of processed items.
 
     Attributes:
-        what: Name of the items in messages.
         waiting_s: Name of the gauge with their waiting time; without one, `FEW_RECORDS` of them may wait.
     """
 
@@ -163,7 +162,6 @@ class BudgetLeft:
     """The privacy budget.
 
     Attributes:
-        epsilon: The whole budget.
         left: The part that no period has used.
         spent: Whether training holds, because the next period would use more than is left.
     """
@@ -230,7 +228,9 @@ def starting(scrapes: Mapping[str, Scrape]) -> dict[str, str]:
             continue
         total, ready = (scraped.value(f"springtide_kernels_{kind}") or 0.0 for kind in ("total", "ready"))
         if scraped.value("springtide_trainer_phase", phase="waiting for workers"):
-            phases[name] = FORMING
+            workers = scraped.by("springtide_trainer_worker_missing", "worker")
+            missing = ", ".join(worker for worker, is_missing in workers.items() if is_missing)
+            phases[name] = f"{FORMING} {missing} of {len(workers) + 1}" if missing else f"{FORMING}s"
         elif ready < total:
             phases[name] = f"compiling kernels, {shown(ready)} of {shown(total)}"
         elif name in VERSIONS and not scraped.value(VERSIONS[name]):
@@ -300,10 +300,7 @@ class Figures:
         up: The state of `springtide up`: `starting` its processes, or `running`; empty if it does not answer.
         starting: Process that answers but is still starting -> its phase, in words.
         behind: Process that is stuck or falls behind -> its waiting work, in words.
-        events: Positions of the clicks topic read since the stream's start.
-        lag_events: Positions of the clicks topic not yet read.
         lag_s: Wall time since the newest click read was appended to Kafka; 0 if none waits.
-        dead: Reason -> dead letters since the stream's start.
         rows_per_s: Rows of the training log read, with any outcome.
         trainer_lag: Positions of the training log the trainer has not read; `serving_lag` likewise of the histories.
         trainer_workers: Share of the time that each worker of a group computed; empty without other workers.
@@ -313,7 +310,6 @@ class Figures:
         weights_s: Age of the newest click trained into the version that serving uses.
         answers: Requests for profiles since the worker's start.
         failed: Those of them that failed, or were refused because a worker had too many (429).
-        faults: Accounts that do not balance.
         corrupt: Versions that serving refused for their digests.
         differing: Sampled rows that were trained with other features than serving computes.
         refused: The newest version that failed its probe, if it is newer than the served one.
@@ -504,7 +500,6 @@ class Watch:
         )
 
     def _seen(self, name: str, scrapes: Mapping[str, Scrape], now_s: float, within_s: float) -> Seen:
-        """Returns the process now and at its oldest poll within that time, or else at its last poll."""
         now = scrapes.get(name, UNREACHABLE)
         born = now.value(BORN[name])
         polls = [(at_s, seen[name]) for at_s, seen in self._polls if name in seen and not seen[name].problem]

@@ -244,7 +244,6 @@ class Screen:
         self._open = len(wanted)
 
     def _erase(self) -> str:
-        """Returns the control sequence that moves to the view's first line and clears everything from there."""
         if not self._open:
             return ""
         up = f"\x1b[{self._open - 1}A" if self._open > 1 else ""

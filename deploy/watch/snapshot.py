@@ -39,8 +39,6 @@ class Problem:
 
     Attributes:
         severity: As of alerts. `info` needs no action; `hold` is what an operator wants.
-        text: What is wrong, in a few words.
-        section: Its section of the runbook.
         stage: The stage of the loop that it concerns: clicks, stream, trainer, versions or answers; empty for others.
     """
 
@@ -118,16 +116,15 @@ class Poller:
         self,
         settings: Settings,
         spread_s: float | None = SPREAD_S,
-        clock_s: Callable[[], float] = time.monotonic,
         now_ms: Callable[[], int] = wall_ms,
     ) -> None:
         self._urls, self._watch = scrape.watched_urls(settings), Watch(spread_s)
-        self._clock_s, self._now_ms = clock_s, now_ms
+        self._now_ms = now_ms
 
     def poll(self) -> Snapshot:
         """Returns a snapshot of now, without sections."""
         scrapes, at_ms = scrape.scrape(self._urls), self._now_ms()
-        return Snapshot(self._watch.figures(scrapes, self._clock_s(), at_ms / 1000), scrapes, {}, at_ms)
+        return Snapshot(self._watch.figures(scrapes, time.monotonic(), at_ms / 1000), scrapes, {}, at_ms)
 
 
 def _holds(figures: Figures) -> Iterator[Problem]:
@@ -202,7 +199,7 @@ def _of_processes(figures: Figures) -> Iterator[Problem]:
         if text == STANDS_BY:
             yield Problem("info", f"{name} {text}", "a-trainer-stands-by", STAGES.get(name, ""))
             continue
-        if text == FORMING:
+        if text.startswith(FORMING):
             severity: Severity = "warning" if figures.up == "starting" else "critical"
             yield Problem(severity, f"{name} {text}", WORKERS, "trainer")
             continue

@@ -33,13 +33,7 @@ class AttributeFollower:
     """Keeps one side of the store (users or items) up to date with its topic. For one thread, the store's only writer.
 
     Args:
-        kafka: Connection settings.
-        topic: Name of the topic.
-        table: Decodes records.
-        salt: Salt of the user pseudonyms.
-        store: Destination of the attributes.
         report: Receives refused records. When it returns, they are durably reported.
-        most_bytes: Larger records are refused.
     """
 
     def __init__(
@@ -50,10 +44,9 @@ class AttributeFollower:
         salt: Salt,
         store: AttributeStore,
         report: Report,
-        most_bytes: int,
     ) -> None:
         self._topic, self._table, self._store = topic, table, store
-        self._report, self._most_bytes, self._salt = report, most_bytes, salt
+        self._report, self._salt = report, salt
         self._identity = f"{table.digest}-{salt.fingerprint}" if table.side == "user" else table.digest
         self._log = Follower(Log(kafka), topic, stored=self._stored, opened=self._opened)
         self._ends: dict[int, int] = {}
@@ -126,7 +119,7 @@ class AttributeFollower:
         for offset, key, value in zip(batch.offsets.tolist(), batch.keys, batch.values, strict=True):
             try:
                 identity = self._id(key)
-                stored = None if value is None else packed(self._table, value, self._most_bytes)
+                stored = None if value is None else packed(self._table, value)
             except DecodeError as error:
                 bad.append(DeadLetter(source, offset, Reason(error.reason)))
                 continue
@@ -148,7 +141,6 @@ class AttributeFollower:
         return list(changes)
 
     def _note_end(self, commit: bool = True) -> None:
-        """Records that the topic has been read up to its end once."""
         if self.place.caught_up or self.unread:
             return
         self.place = replace(self.place, caught_up=True)
@@ -160,13 +152,13 @@ class AttributeFollower:
         return user_id(self._salt, text) if self.side == "user" else public_id(text)
 
 
-def packed(table: AttributeTable, value: bytes, most_bytes: int) -> bytes:
+def packed(table: AttributeTable, value: bytes) -> bytes:
     """A record's value as the store keeps it.
 
     Raises:
-        DecodeError: The record is invalid, or larger than `most_bytes`.
+        DecodeError: The record is invalid or too large.
     """
-    texts = table.read(value, most_bytes)
+    texts = table.read(value)
     return pack(table.ids(texts), [text and text[:TEXT_CHARACTERS] for text in texts])
 
 

@@ -1,10 +1,7 @@
 """The newest attributes of each user and item in LMDB, committed together with the positions in their topics.
 
-    user, item   id u64 BE -> the attributes' ids, u64 LE each, then their texts as JSON
-    meta         user, item -> `TopicPosition` as JSON; format
-
-The store is derived data: a compacted topic still has the newest record of each key. If the store cannot be trusted (a
-power cut, damage, other settings, another topic), it is cleared and the topic is read from its beginning.
+If the store cannot be trusted (a power cut, damage, other settings, another topic), it is cleared and the topic is read
+from its beginning.
 """
 
 from __future__ import annotations

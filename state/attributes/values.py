@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from state.config.fields import Field, fields_of
 from state.config.sections import Attributes
 from state.errors import DecodeError
-from state.events.dead_letters import Reason
+from state.events.dead_letters import MOST_EVENT_BYTES, Reason
 from state.events.decoding import why
 from state.events.identity import context_text, public_id
 
@@ -31,7 +31,6 @@ U64 = NDArray[np.uint64]
 
 SIDES = ("user", "item")
 CACHED_IDS = 100_000
-MOST_BYTES = 1 << 30
 TEXT_CHARACTERS = 200  # a longer value is shown truncated; its id is that of the whole text
 
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
@@ -80,10 +79,8 @@ class AttributeTable:
 
     Args:
         side: `user` or `item`.
-        fields: The A attributes.
 
     Attributes:
-        names: The names of the attributes.
         unknown: `[A]` uint64, the ids used where there is no record.
         digest: Digest of everything that determines a record's ids.
     """
@@ -105,7 +102,7 @@ class AttributeTable:
         """The id of an attribute where the record has no value for it."""
         return public_id(f"{self.side}:{name}")
 
-    def read(self, value: bytes, most_bytes: int = MOST_BYTES) -> list[str | None]:
+    def read(self, value: bytes, most_bytes: int = MOST_EVENT_BYTES) -> list[str | None]:
         """The values in a record as text, in the order of the attributes; None where there is no value.
 
         >>> AttributeTable("item", fields_of(["brand", "price:10|50"])).read(b'{"price": 12, "brand": null, "more": 1}')

@@ -149,7 +149,7 @@ def fields(settings: Settings) -> Iterator[Conflict]:
             )
     if twice := repeated([entry.partition("=")[0] for entry in events.constants]):
         yield Conflict(("events.constants",), f"events.constants gives {twice!r} twice", "give each field one value")
-    leaks = {*events.outcomes, events.label} - {"", *events.allow_outcomes}
+    leaks = {*events.outcomes, events.label} - {""}
     for name in ("user", "item", "category", "action", "context"):
         leaking = leaks.intersection(events.context if name == "context" else (getattr(events, name),))
         if leaking:
@@ -157,7 +157,7 @@ def fields(settings: Settings) -> Iterator[Conflict]:
             yield Conflict(
                 (f"events.{name}", "events.outcomes", "events.label"),
                 f"events.{name} names {field!r}, an outcome: known only after the event, it would leak the label",
-                f"remove it, or set events.allow_outcomes to {field}",
+                "remove it, or take it out of events.outcomes if it is known before the event",
             )
 
 
@@ -325,7 +325,6 @@ def certificates(settings: Settings) -> Iterator[Conflict]:
 
 
 def _unused(settings: Settings, names: Sequence[str], wanted: str) -> Iterator[Conflict]:
-    """Security settings that would have no effect, although the operator relies on them."""
     for name in names:
         if settings.value(name):
             yield Conflict(

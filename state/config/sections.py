@@ -143,21 +143,11 @@ class Events:
         (),
         help="Fields that are known only after the event. They are refused as context or id because they leak the label.",
     )
-    allow_outcomes: tuple[str, ...] = setting(
-        (), help="Outcomes that may be used as features despite that; state the reason in a comment."
-    )
     columns: tuple[str, ...] = setting(
         (), help="Column names of replayed CSV files without a header, in order; `-` skips a column."
     )
     constants: tuple[str, ...] = setting(
         (), help="Fields with the same value in every replayed row, as `field=value`, such as `action=view`."
-    )
-    max_event_bytes: int = setting(
-        1_000_000,
-        "bytes",
-        least=16,
-        most=1_000_000_000,
-        help="Maximum size of a record; a larger record is a dead letter.",
     )
     max_future_s: float = setting(
         300.0,
@@ -314,7 +304,6 @@ class Model:
     )
     learning_rate: float = setting(0.02, least=0.0, help="Learning rate of the embedding rows (Adagrad).")
     dense_learning_rate: float = setting(0.001, least=0.0, help="Learning rate of the dense weights (Adam).")
-    initial_accumulator: float = setting(1e-6, least=1e-12, help="Initial value of the Adagrad accumulators.")
     options: tuple[str, ...] = setting(
         (), help="Hyperparameters of a custom ranker, tower or preprocessing function, each as NAME=VALUE."
     )
@@ -423,7 +412,7 @@ class TrainerSettings:
         "s",
         least=0.01,
         most=3600.0,
-        help="Interval between versions; one version per `registry.durable_s` is durable.",
+        help="Interval between versions, up to five times as long under load; one version per `registry.durable_s` is durable.",
     )
     base_every_s: float = setting(600.0, "s", least=1.0, help="Interval between bases that the compactor writes.")
     admit_after: int = setting(1, "sightings", least=1, help="Number of sightings of an id before it gets its own row.")
@@ -843,12 +832,6 @@ class RolloutSettings:
         above=0.0,
         most=60.0,
         help="Timeout of an answer of the experiment. After it the live version answers, and the experiment's answer counts as failed.",
-    )
-    max_failures: float = setting(
-        0.01,
-        least=0.0,
-        most=1.0,
-        help="Maximum by which the failure rate of the experiment may exceed that of the live versions.",
     )
     slower_ms: float = setting(
         20.0,

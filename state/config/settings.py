@@ -156,7 +156,6 @@ class KnownSetting:
     Attributes:
         name: The dotted name.
         least: The smallest allowed value; for a list, of each element. Likewise for the next three.
-        most: The largest allowed value.
         above: An exclusive lower bound.
         filled: Whether an empty text is refused.
         choices: The only allowed values.

@@ -59,6 +59,9 @@ GONE = {
     "stream.map_gb": _MAP,
     "serving.map_gb": _MAP,
     "trainer.partition": "the training log has one partition",
+    "events.max_event_bytes": "a record has at most 1,000,000 bytes",
+    "events.allow_outcomes": "a field that is known before the event is left out of events.outcomes",
+    "model.initial_accumulator": "accumulators begin with 1e-6",
     "registry.base_keep_h": "one version per 10 minutes is kept for 24 h",
     **dict.fromkeys((f"shoppers.{name}" for name in ("categories", "items", "drift_s", "seed")), _CROWD),
 }

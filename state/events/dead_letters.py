@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from state.positions import Source
 
+MOST_EVENT_BYTES = 1_000_000
+"""Maximum size of a record of clicks or attributes; a larger one is a dead letter."""
+
 
 class Reason(enum.StrEnum):
     """Why a record is a dead letter."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from state.config.sections import Events as EventSettings
 from state.errors import DecodeError, SettingsError
-from state.events.dead_letters import DeadLetter, Reason, reason_of
+from state.events.dead_letters import MOST_EVENT_BYTES, DeadLetter, Reason, reason_of
 from state.events.decoding import LATEST_MS, MILLISECONDS_FROM, load_decoder, parse_time
 from state.events.identity import Salt, context_id, context_text, is_probe_user, public_id, user_id
 from state.positions import Range, Source
@@ -301,7 +301,7 @@ class Parser:
         return {"request": none} | found | {"context": contexts}
 
     def _decoded(self, values: Sequence[bytes]) -> list[Any]:
-        if max(map(len, values), default=0) > self._settings.max_event_bytes:
+        if max(map(len, values), default=0) > MOST_EVENT_BYTES:
             raise DecodeError(Reason.TOO_LARGE)
         return [self._decode(value) for value in values]
 

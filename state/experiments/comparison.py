@@ -3,20 +3,8 @@
 A difference is the experiment's loss minus the live one's; below 0 the experiment is better. The interval of the mean
 is a confidence sequence (`state/statistics/confidence_sequence.py`): it may be checked at any time and stopped early.
 
-A trainer writes its losses only while something reads them:
-
-    <registry>/losses/<name>.wanted       a reader exists
-    <registry>/losses/<number>.losses     frames, one for each record of the training log, in the order of training
-
-A frame has three parts, all little-endian:
-
-- its header: offset int64, rows uint32, CRC-32 of the rest, uint32;
-- for each row with a category the block of its user, uint16: `users modulo BLOCKS`, so it has no pseudonym;
-- the log loss of each of these rows, float64.
-
-Each start of a trainer begins a new file, so only the last frame of a file can be torn; a torn frame is never read.
-Records that a trainer learns again after a crash occur in the files again. The files are not synced; losses that a
-power failure destroys are left out of the comparison.
+A trainer writes its losses only while something reads them, in a new file after each start, so only the last frame of a
+file can be torn. The files are not synced; losses that a power failure destroys are left out of the comparison.
 """
 
 from __future__ import annotations
@@ -61,7 +49,6 @@ class RowLosses(NamedTuple):
     """Losses of the rows of one record that have a category.
 
     Attributes:
-        offset: Offset of the record in the training log.
         blocks: `[n]` uint16, the blocks of their users.
         losses: `[n]` float64, their log losses in nats.
     """
@@ -204,16 +191,11 @@ class ComparisonFigures(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     """The figures of a comparison; None for those that are not known yet.
 
     Attributes:
-        rows: Rows that both scored.
-        records: Records that were paired.
         alone: Records that one side has and the other skipped.
         unlike: Records for which the sides have different rows.
-        differing: Rows whose two losses differ in at least one bit.
         live_log_loss: Mean log loss of the live trainer, nats.
         trial_log_loss: Mean log loss of the experiment's trainer, nats.
         difference: `trial_log_loss` minus `live_log_loss`.
-        low: Lower end of its interval.
-        high: Upper end of its interval.
         alpha: Probability that equal trainers are ever reported as different.
     """
 

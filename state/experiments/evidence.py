@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 
 from state.experiments.exposure import ARMS, LIVE, TRIAL, Arm, Exposure
 from state.statistics import arms
-from state.statistics.arms import Contrast, Strata
+from state.statistics.arms import Contrast, SampleRatio, Strata
 from state.statistics.confidence_sequence import ALPHA, BlockSums
-from state.statistics.sample_ratio import SampleRatio
 
 PLANNED_ANSWERS = 20_000
 """Number of answers of the smaller arm for which intervals are narrowest."""
@@ -87,9 +86,6 @@ class StepSums:
 
 class Evidence:
     """The sums of one rollout.
-
-    Args:
-        name: Name of the experiment.
 
     Attributes:
         step: The newest step seen; -1 before the first.

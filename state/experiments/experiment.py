@@ -1,14 +1,6 @@
 """Experiments: other settings tried in parallel with the live trainer, on a share of users, and live. One document.
 
-    <registry>/experiments/experiments.json    all experiments and the retrain schedule, replaced as a whole
-    <registry>/experiments/lock                held for each change
-    <registry>/experiments/rollout.lock        the lock of the command that drives a rollout
-    <registry>/experiments/report.json         the newest report on a rollout, for display only
-    <state>/experiments/<name>/registry/       the registry of the experiment's trainer; removed once it is not needed
-    <state>/experiments/<name>/comparison.json see `state/experiments/comparison.py`
-    <state>/experiments/lock                   the lock of the process that runs the trainers
-
-Commands, the gate of a rollout and the retrain schedule write the desired state. The processes converge to it. Stages:
+Commands, the gate of a rollout and the retrain schedule write the desired state; the processes converge to it. Stages:
 
     shadow     its trainer learns in parallel and serves no users
     rollout    its trainer learns in parallel and answers a share of the users

@@ -26,6 +26,9 @@ from state.statistics.arms import Contrast
 LEAST_FAILURES = 10
 """Minimum number of failures in a step before failures are compared."""
 
+MOST_EXCESS = 0.01
+"""Maximum by which the failure rate of the trial may exceed that of the live arm."""
+
 LEAST_ANSWERS = 500
 """Minimum answers of each arm before latencies are compared, so that the slowest hundredth is a few answers."""
 
@@ -129,7 +132,7 @@ def _against(evidence: Evidence, settings: RolloutSettings) -> Decision | None:
     """The first check that fails; None if none does."""
     trial, live = evidence.of_step[TRIAL], evidence.of_step[LIVE]
     excess = _failing(trial) - _failing(live)
-    if trial.failures >= LEAST_FAILURES and excess > settings.max_failures:
+    if trial.failures >= LEAST_FAILURES and excess > MOST_EXCESS:
         return Decision(
             "back", f"it fails in {_failing(trial):.1%} of its answers, the live one in {_failing(live):.1%}"
         )

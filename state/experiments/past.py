@@ -1,14 +1,8 @@
 """Past clicks that an experiment's trainer learns before it follows the training log, and the cut between the two.
 
-    <its registry>/past.json    sealed like a manifest, written once
-
-The cut is a durable version of the live trainer. It names the offset at which the training log continues. For each
-source of clicks, it names the offset below which rows are in the log before the cut. A past row is learned if the live
-trainer would drop it after the cut as a duplicate (`state.microbatch.batch.trim`). Other rows are learned from the log,
-so each click of the topic is learned once.
-
-Files have no offsets, so for them the cut is in log time. A click that reached the log late, with a time before the
-cut, is learned twice if a file also contains it.
+The cut is a durable version of the live trainer. A past row is learned if the live trainer would drop it after the cut
+as a duplicate (`state.microbatch.batch.trim`). Other rows are learned from the log, so each click of the topic is
+learned once. Files have no offsets, so for them the cut is in log time.
 """
 
 from __future__ import annotations

@@ -13,15 +13,7 @@ from kafka.net.compat import KafkaNetClient
 from kafka.net.sasl.oauth import AbstractTokenProvider
 
 from state.config.sections import Kafka
-from state.errors import (
-    FencedWriter,
-    GapError,
-    LogError,
-    SpringtideError,
-    TruncatedLog,
-    UnknownTopic,
-    UnreachableBroker,
-)
+from state.errors import GapError, LogError, SpringtideError, TruncatedLog, UnknownTopic, UnreachableBroker
 from state.positions import Gap, Source
 from state.process.user_code import error_line, load_named
 
@@ -177,7 +169,7 @@ def translated(settings: Kafka, doing: str) -> Iterator[None]:
     Raises:
         UnreachableBroker: No broker answered in time.
         UnknownTopic: The topic or partition does not exist.
-        FencedWriter: A newer writer has the same transactional id.
+        LogError: A newer writer has the same transactional id.
         LogError: Kafka refused for any other reason.
     """
     try:
@@ -236,9 +228,9 @@ def made_again(topic: str, before: str, now: str) -> UnknownTopic:
     )
 
 
-def fenced(doing: str) -> FencedWriter:
+def fenced(doing: str) -> LogError:
     """The error for a writer whose transactional id another writer took over."""
-    return FencedWriter(
+    return LogError(
         f"cannot {doing}: another writer took over this transactional id",
         "stop one of the two: one stream reads all partitions",
     )

@@ -103,7 +103,7 @@ class Writer:
         An exception in the block aborts the transaction and propagates.
 
         Raises:
-            FencedWriter: Another writer took over the transactional id.
+            LogError: Another writer took over the transactional id.
             UnreachableBroker: No broker answered within a third of the request time-out; the outcome is unknown.
             LogError: The cluster refused; nothing became visible.
         """

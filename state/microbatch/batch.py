@@ -16,7 +16,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -191,6 +191,18 @@ class Header:
     clocks: tuple[tuple[int, int], ...] = ()
 
 
+class Logged(NamedTuple):
+    """Where the rows of a micro-batch are in the training log.
+
+    Attributes:
+        value: The encoded record.
+        rows: `[m]` bool, which rows of the record they are.
+    """
+
+    value: bytes
+    rows: NDArray[np.bool_]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class MicroBatch:
     """The rows of one training step, in the order of the log within each source.
@@ -219,6 +231,7 @@ class MicroBatch:
         sequence_categories: `[n, T]` uint64 ids.
         sequence_actions: `[n, T]` uint16, 1 and up; 0 pads.
         sequence_ages: `[n, T]` uint16 recencies.
+        logged: `Logged`; None if it was not read from the training log.
     """
 
     header: Header
@@ -245,6 +258,7 @@ class MicroBatch:
     sequence_categories: NDArray[np.uint64] = field(default_factory=_absent)
     sequence_actions: NDArray[np.uint16] = field(default_factory=_absent)
     sequence_ages: NDArray[np.uint16] = field(default_factory=_absent)
+    logged: Any = None
 
     def __post_init__(self) -> None:
         """Fills missing columns: rows that did not wait, without attributes and sequences."""

@@ -38,7 +38,6 @@ def _kill() -> None:
 
 
 def _stop() -> None:
-    """Stops this process until it gets SIGCONT."""
     # Sends the signal to this thread. If it were sent to the process, another thread might receive it while this
     # thread continues.
     signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)

@@ -52,7 +52,6 @@ def places(record: logging.LogRecord) -> dict[str, int]:
 
 
 def _filled(form: str, value: str) -> tuple[str, str]:
-    """Splits a format string after its first placeholder: the part before it with `value` filled in, and the rest."""
     match = _CONVERSION.search(form)
     if match is None:
         return form, ""

@@ -72,6 +72,22 @@ def run_process(
         return 1
 
 
+def run_command(name: str, work: Callable[[TextIO], int | None]) -> int:
+    """Runs a command that loads TensorFlow, whose chatter is kept from the stream that `work` gets for standard error.
+
+    An error is written to it in one line. Returns the exit code.
+    """
+    with own_stderr() as errors:
+        log_lines.begin(name, errors, logging.WARNING)
+        quiet_tensorflow(os.environ)
+        try:
+            return work(errors) or 0
+        except (SpringtideError, OSError) as problem:
+            error = of_disk(problem)
+            print(f"springtide: {error}", file=errors, flush=True)
+            return error.exit_code
+
+
 def run_check(argv: Sequence[str] | None, option: str, check: Check) -> int:
     """Runs a check on the settings and the directory that `option`, such as `--keep`, names; returns the exit code.
 

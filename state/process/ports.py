@@ -1,13 +1,17 @@
-"""Ports of this machine: free ones, and whether a process listens on one."""
+"""Ports of this machine: free ones, those that may be used, and whether a process listens on one."""
 
 from __future__ import annotations
 
+import errno
 import secrets
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
+
+from state.errors import PortTaken
 
 HOST = "127.0.0.1"
 FIRST_PORT = 10_000
@@ -50,3 +54,60 @@ def listens(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(1.0)
         return probe.connect_ex((HOST, port)) == 0
+
+
+class Port(NamedTuple):
+    """A port that the loop will listen on, and the setting that chooses it."""
+
+    setting: str
+    host: str
+    port: int
+
+
+def require_ports(ports: Sequence[Port]) -> None:
+    """Checks that no port is in use or named by two settings.
+
+    Raises:
+        PortTaken: Names the port, the setting to change and, if known, the process that uses the port.
+    """
+    owners: dict[int, str] = {}
+    for setting, host, port in ports:
+        if port == 0:
+            raise PortTaken(
+                f"{setting} is 0, and the parts find each other by fixed ports", f"set {setting} to a free port"
+            )
+        if port in owners:
+            raise PortTaken(
+                f"port {port} is named by {owners[port]} and by {setting}", "set one of them to another port"
+            )
+        owners[port] = setting
+        _require_port(setting, host, port)
+
+
+def _require_port(setting: str, host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        # As the servers do: a port in TIME_WAIT can be used.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as problem:
+            if problem.errno == errno.EADDRINUSE:
+                why, do = f"is in use{_owner(port)}", "stop its owner"
+            else:
+                why, do = f"cannot be used on {host} ({problem.strerror})", "correct the address"
+            raise PortTaken(f"port {port} {why}", f"{do}, or set {setting} to a free port") from None
+
+
+def _owner(port: int) -> str:
+    """Names the process that listens on `port`; empty if the system does not report it."""
+    import psutil
+
+    try:
+        connections = psutil.net_connections(kind="tcp")
+        for connection in connections:
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+                return f" by {psutil.Process(connection.pid).name()} (process {connection.pid})"
+    except (psutil.Error, OSError):
+        pass
+    return ""

@@ -77,11 +77,16 @@ def read_key(path: Path, subject: str) -> bytes:
 def make_key(path: Path) -> bool:
     """Creates a file with a new key. Returns False if another process created it first, whose key then counts."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    return create_secret(path, secrets.token_bytes(KEY_BYTES).hex())
+
+
+def create_secret(path: Path, text: str) -> bool:
+    """Creates a file of one line that only its owner can read, durably; False if another process created it first."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     # Does not use `state.disk.files`, because locks in that package use this module to keep directories private.
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        os.write(handle, secrets.token_bytes(KEY_BYTES).hex().encode() + b"\n")
+        os.write(handle, text.encode() + b"\n")
         os.fsync(handle)
     finally:
         os.close(handle)

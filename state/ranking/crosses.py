@@ -248,8 +248,8 @@ class Crosses:
         return np.concatenate(found)
 
 
-def crosses_of(settings: Settings) -> Crosses:
-    """The crosses of a model with these settings; trainer, compactor and serving share this function."""
+def crosses_of(settings: Settings, spec: FeatureSpec | None = None) -> Crosses:
+    """The crosses of a model with these settings; `spec` is the version's feature spec, by default that of the settings."""
     tables = tables_of(settings.attributes)
     users, items = (tables[side].names if side in tables else () for side in ("user", "item"))
-    return Crosses(FeatureSpec.from_settings(settings), settings.events.context, users, items)
+    return Crosses(spec or FeatureSpec.from_settings(settings), settings.events.context, users, items)

@@ -87,7 +87,10 @@ def key_of_item(item: np.uint64) -> np.uint64:
     return mix(item ^ _ITEMS) if item != np.uint64(0) else np.uint64(0)
 
 
-@compiled("const(u2[:, ::1]), const(u2[:, :, ::1]), i8[::1], i8, f4[:, ::1]")
+@compiled(
+    "u2[:, ::1], u2[:, :, ::1], i8[::1], i8, f4[:, ::1]",
+    "const(u2[:, ::1]), const(u2[:, :, ::1]), i8[::1], i8, f4[:, ::1]",
+)
 def _phi(features: U16, category_windows: U16, recency: I64, latest: int, phi: F32) -> None:
     for i in range(phi.shape[0]):
         pause = True

@@ -12,6 +12,7 @@ decayed clicks of item i in list k, divided by all decayed clicks of that list, 
     p(i)       softmax of s over the candidates
 
 A source with several lists, such as the categories of a user's interests, has the sum of their weighted shares. The
+probability of all other categories is multiplied by the share in the lists of all clicks. The
 trainer learns w from the clicked items, and serving ranks by s. Both use `gather` and `score`.
 """
 
@@ -224,7 +225,7 @@ def _compute(entries: int, work: Workspace) -> None:
         features[AGE_AT, at] = logs[LIVES, e] / np.float32(5.0)
 
 
-@compiled("ItemLists, ItemLists, ItemLists, Reads, i4[::1], i4, i8, f4[::1], Workspace")
+@compiled("ItemLists, ItemLists, ItemLists, Reads, i4[::1], i8, i8, f4[::1], Workspace")
 def gather(
     clicked: ItemLists,
     followed: ItemLists,
@@ -255,9 +256,11 @@ def gather(
     for a in range(FEATURES):
         features[a, : min(most, MOST)] = np.float32(0.0)
     # 1. Shares. Those of the lists of everything are of the clicks of all of them.
-    counts, everything = (0, 0), np.full(LIVES, np.float32(0.5))
+    counts, everything, other = (0, 0), np.full(LIVES, np.float32(0.5)), np.float32(1.0)
     for k in range(reads.rows.shape[0]):
         row = reads.rows[k]
+        if reads.sources[k] == INTERESTS_AT and row != 0:
+            other -= reads.weights[k]
         if reads.sources[k] == EVERYTHING_AT and row != 0:
             for h, kept in enumerate(decays(max(0, at_s - clicked.at_s[row]))):
                 everything[h] += clicked.totals[row, h] * kept
@@ -271,6 +274,10 @@ def gather(
         else:
             _scale(clicked, row, at_s, reads.weights[k], scale)
         counts = _add(clicked, row, source, scale, at_s, counts, work)
+        if source == EVERYTHING_AT and other > np.float32(0.0):
+            for h in range(LIVES):
+                scale[h] *= other
+            counts = _add(clicked, row, INTERESTS_AT, scale, at_s, counts, work)
     for k in range(2):
         if after[k] != 0:
             _scale(followed, after[k], at_s, 1.0, scale)

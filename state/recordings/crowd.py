@@ -1,8 +1,7 @@
 """Finds the newest time of a recording, ignoring a few stray rows far after all the others. Pure.
 
 The newest time is the one with the lowest cost: `STRAY_COST` for each row after it, called a stray, plus one for each
-row that is too old by `events.max_age_s`. Strays are excluded only if that at least halves the cost. Times are counted
-by the hour, so a recording may be larger than memory.
+row that is too old by `events.max_age_s`. Strays are excluded only if that at least halves the cost.
 """
 
 from __future__ import annotations

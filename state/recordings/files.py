@@ -1,12 +1,4 @@
-"""Finds files of clicks, detects their format and reads their rows as columns in chunks; defines their options.
-
-    CSV         .csv .tsv .txt
-    JSON lines  .json .jsonl .ndjson
-    Parquet     .parquet .pq
-
-CSV and JSON lines may be compressed (.gz .zst .bz2 .lz4). Only the columns that `[events]` names are read, so an
-outcome that is not mapped cannot become a feature.
-"""
+"""Finds files of clicks (CSV, JSON lines, Parquet), detects their format and reads their rows as columns in chunks."""
 
 from __future__ import annotations
 
@@ -32,7 +24,7 @@ import pyarrow.parquet as pq
 
 from state.config.sections import Events
 from state.config.sources import nearest
-from state.errors import SettingsError, UnreadableRecording
+from state.errors import SettingsError, SpringtideError
 from state.recordings.rows import EncodedRows, Encoder, RecordedRows, mapped_fields
 
 FORMATS = ("csv", "json", "parquet")
@@ -316,7 +308,7 @@ class Recording:
 
         Raises:
             SettingsError: The file has no column for a field.
-            UnreadableRecording: The file is truncated or damaged.
+            SpringtideError: The file is truncated or damaged.
         """
         file = self.files[number]
         wanted = [name for name in fields if name not in (self.constants or {})]
@@ -337,7 +329,7 @@ class Recording:
                 last = int(rows.lines[-1])
         except (OSError, pa.ArrowException) as error:
             unit = "row" if file.format == "parquet" else "line"
-            raise UnreadableRecording(
+            raise SpringtideError(
                 f"{file.path}: not readable as {file.format} after {unit} {last}: {error}",
                 "repair the file, leave it out, or name its format with --format",
             ) from None
@@ -441,13 +433,6 @@ def add_file_arguments(parser: argparse.ArgumentParser, usage: str) -> None:
         "--constant", action="append", default=[], metavar="FIELD=VALUE", help="field with the same value in every row"
     )
     group.add_argument(
-        "--allow-outcome",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="allow an outcome (events.outcomes) as a feature",
-    )
-    group.add_argument(
         "--sort",
         choices=("memory", "assume"),
         default="memory",
@@ -472,14 +457,13 @@ def add_format_arguments(parser: argparse._ActionsContainer, suffix: str = "") -
 def as_settings(options: argparse.Namespace) -> list[str]:
     """Converts the options that are settings to their flags.
 
-    >>> as_settings(argparse.Namespace(columns="user,time", constant=["action=view"], allow_outcome=[]))
+    >>> as_settings(argparse.Namespace(columns="user,time", constant=["action=view"]))
     ['--events.columns=user,time', '--events.constants=action=view']
     """
     flags = []
     for name, values in (
         ("columns", options.columns.split(",") if options.columns else []),
         ("constants", options.constant),
-        ("allow_outcomes", options.allow_outcome),
     ):
         if values:
             flags.append(f"--events.{name}={','.join(values)}")

@@ -45,9 +45,6 @@ class Silence:
     """Measures how long a value that another process renews has not changed.
 
     A late poll counts as `MOST_S` at most, because this process may have been frozen together with the other one.
-
-    Args:
-        elapsed: Monotonic seconds.
     """
 
     MOST_S = 4.0
@@ -69,10 +66,6 @@ class Silence:
 
 class Claim:
     """The claim of one trainer on a registry's directory. Any thread may check and confirm.
-
-    Args:
-        path: The registry's directory.
-        elapsed: Monotonic seconds.
 
     Attributes:
         staging: The folder from which this trainer publishes; it exists while the claim is held.

@@ -32,8 +32,6 @@ class ServingChoice:
     """The version that serving uses.
 
     Attributes:
-        mode: `follow` the newest version of the control's epoch, or `pin` one version.
-        version: The pinned version; None while following.
         then_follow: Whether the trainer switches serving to `follow` once it has caught up.
     """
 
@@ -63,8 +61,6 @@ class HeldUpdate:
     Attributes:
         rule: Name of the rule.
         meaning: The quantity that the rule checks, in words.
-        signal: Its value in the suspect window.
-        usual: Its usual value.
         version: The newest durable version before the suspect window; 0 if there is none.
         first: Offset of the training log where the window begins.
         next: Offset after the record at which the update was held; training pauses there.
@@ -190,8 +186,6 @@ class Control(msgspec.Struct, frozen=True, dict=True, omit_defaults=True):
     Attributes:
         generation: Its number; the newest generation is in force.
         created_at_ms: Wall clock time of the decision.
-        actor: The person or process that made the decision.
-        reason: The actor's reason.
         action: The kind of decision: start, pin, follow, rollback, unmask, erase, hold, release, pause, resume,
             recover, upgrade, restore, label, or accept.
         epoch: Number of the trainer's epoch; a rollback begins a new one. Versions of another epoch are refused.

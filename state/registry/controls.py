@@ -257,7 +257,6 @@ class Controls:
         return self._users[digest]
 
     def _erasures(self, digest: str) -> Erased:
-        """The chain of erasures up to the file of this SHA-256."""
         unread: list[tuple[str, Erasure]] = []
         while digest not in self._erased:
             erasure, before = Erasure.from_bytes(self._kept(f"{digest}.erased", "an erasure"))

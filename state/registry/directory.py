@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from state.registry.claim import Claim
 
 BINDING = "shared.json"
+Document = TypeVar("Document")
 
 
 class Binding(msgspec.Struct, frozen=True):
@@ -60,7 +61,6 @@ class Directory:
     """A registry's directory, with a folder for temporary files, whose names carry their writer.
 
     Args:
-        path: The directory.
         claim: The trainer's claim, whose staging folder has the temporary files; None in other processes.
     """
 
@@ -208,6 +208,40 @@ class Directory:
             except FileNotFoundError:
                 return
             shutil.rmtree(grave)
+
+
+def own_documents(folder: Path, kind: type[Document]) -> dict[str, Document]:
+    """The documents that processes of this host replace in a folder, by file name; unreadable ones are skipped."""
+    documents = {}
+    for path in sorted(folder.glob("*.json")):
+        with suppress(OSError, ValueError):
+            documents[path.name] = msgspec.json.decode(path.read_bytes(), type=kind)
+    return documents
+
+
+def stored_documents(
+    store: FileStore, folder: str, kind: type[Document], own: Collection[str] = ()
+) -> dict[str, Document]:
+    """The documents of other hosts in an object store, by name, without those named in `own`; likewise."""
+    documents = {}
+    for name in store.names(folder):
+        if name not in own:
+            with suppress(FileNotFoundError, ValueError):
+                documents[name] = msgspec.json.decode(store.read(f"{folder}/{name}"), type=kind)
+    return documents
+
+
+def all_documents(directory: Directory, folder: str, kind: type[Document]) -> list[Document]:
+    """The documents of the processes of all hosts; those of this host are read locally.
+
+    Raises:
+        UnusableRegistry: The object store of the shared registry cannot be reached.
+    """
+    documents = own_documents(directory.path / folder, kind)
+    if (store := directory.shared) is not None:
+        with sharing():
+            documents |= stored_documents(store, folder, kind, documents)
+    return list(documents.values())
 
 
 @contextmanager

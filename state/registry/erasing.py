@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 
 from state import layout
 from state.disk import files as durable
-from state.registry.directory import sharing
+from state.registry.directory import all_documents, own_documents
 from state.registry.registry import Registry
 
 
@@ -17,8 +18,6 @@ class ErasureReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         part: Name of the process, such as `stream-0`; also the name of its file.
-        host: Host of the process.
-        path: The directory of its copies.
         through: The last erasure whose users' records are deleted there.
         pages: Likewise, including free pages of the store's file, which hold old bytes until the file is rewritten.
         version: For the compactor: versions up to this one were checked.
@@ -47,30 +46,17 @@ def report(registry: Path, progress: ErasureReport) -> None:
 
 def reports(registry: Path) -> list[ErasureReport]:
     """The reports of all processes of this host, sorted by name; unreadable ones are skipped."""
-    reports_read = []
-    for path in sorted((registry / layout.ERASURES).glob("*.json")):
-        try:
-            reports_read.append(msgspec.json.decode(path.read_bytes(), type=ErasureReport))
-        except (OSError, msgspec.MsgspecError):
-            continue
-    return reports_read
+    return _by_part(own_documents(registry / layout.ERASURES, ErasureReport).values())
 
 
 def all_reports(registry: Registry) -> list[ErasureReport]:
-    """The reports of the processes of all hosts, by name. For processes of this host, the local report counts.
+    """The reports of the processes of all hosts, by name.
 
     Raises:
         UnusableRegistry: The object store of the shared registry cannot be reached.
     """
-    by_part = {local.part: local for local in reports(registry.path)}
-    if (store := registry.directory.shared) is not None:
-        with sharing():
-            for name in store.names(layout.ERASURES):
-                if name.removesuffix(".json") in by_part:
-                    continue
-                try:
-                    remote = msgspec.json.decode(store.read(f"{layout.ERASURES}/{name}"), type=ErasureReport)
-                except (FileNotFoundError, msgspec.MsgspecError):
-                    continue
-                by_part[remote.part] = remote
-    return [by_part[part] for part in sorted(by_part)]
+    return _by_part(all_documents(registry.directory, layout.ERASURES, ErasureReport))
+
+
+def _by_part(reports: Iterable[ErasureReport]) -> list[ErasureReport]:
+    return sorted(reports, key=lambda report: report.part)

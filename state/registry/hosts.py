@@ -1,14 +1,9 @@
-"""The routing table of serving: which hosts hold which shares of users.
-
-It is built from the entries that hosts renew in the registry:
-
-    hosts/<name>.json   the entry of one host, renewed by its workers while they are ready
-    hosts/fetched       the entries of other hosts, as JSON; the copier of a shared registry writes it
-"""
+"""The routing table of serving: which hosts hold which shares of users, from entries that hosts renew in the registry."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +11,7 @@ import msgspec
 
 from state import layout
 from state.disk import files as durable
-from state.registry.directory import sharing
+from state.registry.directory import all_documents, own_documents
 from state.registry.registry import Registry
 from state.user_shares import SHARES, UserShares
 
@@ -35,13 +30,16 @@ class HostEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         name: Name of the host, unique; also the name of its file.
         address: URL under which other hosts and clients reach it.
         shares: The shares of users that it holds, in the form of `serving.shares`.
-        at_ms: Wall clock time of the last renewal.
     """
 
     name: str
     address: str
     shares: str
     at_ms: int
+
+    def __post_init__(self) -> None:
+        # An entry whose shares are none is unreadable.
+        UserShares.parse(self.shares)
 
     def is_live(self, now_ms: int) -> bool:
         """Whether the entry was renewed lately."""
@@ -99,14 +97,10 @@ def withdraw(registry: Path, name: str) -> None:
 
 def entries(registry: Path) -> list[HostEntry]:
     """The entries in a registry's directory, by name, live or not; unreadable ones are skipped."""
-    folder, by_name = registry / layout.HOSTS, dict[str, HostEntry]()
-    for path in (folder / layout.FETCHED, *folder.glob("*.json")):
-        try:
-            for entry in decoded(path.read_bytes()):
-                by_name[entry.name] = entry
-        except (OSError, ValueError):
-            continue
-    return [by_name[name] for name in sorted(by_name)]
+    folder, fetched = registry / layout.HOSTS, list[HostEntry]()
+    with suppress(OSError, ValueError):
+        fetched = msgspec.json.decode((folder / layout.FETCHED).read_bytes(), type=list[HostEntry])
+    return _by_name([*fetched, *own_documents(folder, HostEntry).values()])
 
 
 def all_entries(registry: Registry) -> list[HostEntry]:
@@ -115,23 +109,9 @@ def all_entries(registry: Registry) -> list[HostEntry]:
     Raises:
         UnusableRegistry: The object store cannot be reached.
     """
-    known = {entry.name: entry for entry in entries(registry.path)}
-    if (store := registry.directory.shared) is not None:
-        with sharing():
-            for name in store.names(layout.HOSTS):
-                try:
-                    remote = decoded(store.read(f"{layout.HOSTS}/{name}"))
-                except (FileNotFoundError, ValueError):
-                    continue
-                newer = (entry for entry in remote if entry.name not in known or known[entry.name].at_ms < entry.at_ms)
-                known |= {entry.name: entry for entry in newer}
-    return [known[name] for name in sorted(known)]
+    return _by_name(all_documents(registry.directory, layout.HOSTS, HostEntry))
 
 
-def decoded(data: bytes) -> list[HostEntry]:
-    """Decodes an entry or a list of entries; raises ValueError if it is neither, or an entry names no shares."""
-    decoded_value = msgspec.json.decode(data, type=HostEntry | list[HostEntry])
-    listed = decoded_value if isinstance(decoded_value, list) else [decoded_value]
-    for entry in listed:
-        UserShares.parse(entry.shares)
-    return listed
+def _by_name(entries: Iterable[HostEntry]) -> list[HostEntry]:
+    by_name = {entry.name: entry for entry in entries}
+    return [by_name[name] for name in sorted(by_name)]

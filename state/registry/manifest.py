@@ -33,7 +33,6 @@ class LogRange:
     Attributes:
         topic: The topic's name, for people.
         topic_id: The topic's id, 32 hexadecimal digits; empty before the first record.
-        partition: The partition.
         first: The offset of the first record.
         next: The offset at which the trainer continues.
         epoch: The epoch of the log at `next`, see `state/registry/log_line.py`.
@@ -62,14 +61,12 @@ class Draft:
     """The part of a manifest that its author knows; the registry adds number, descent and files.
 
     Attributes:
-        kind: How it is stored.
         epoch: The control's epoch in which it was trained.
         parent: The version it continues, durable unless it is `recent`; None for the very first.
         log: The range of the training log since the parent.
         sources: Per source the offset after the newest row trained; duplicates are dropped by it.
         steps: Steps since the beginning of the descent.
         rows: Rows trained since then.
-        created_at_ms: Wall clock.
         event_time_ms: Time of the newest event trained; 0 for none.
         spec: Digest of the feature spec.
         program: SHA-256 of the program that serving uses with these weights.

@@ -260,6 +260,31 @@ SETTINGS = ("ranker", "tower", "dim", "hidden", "options", "preprocessing")
 """Settings of `[model]` that may change the weights of a version, or their meaning."""
 
 
+def environment_differences(
+    then: Mapping[str, str], now: Mapping[str, str], form: str = "{name} was {then} and is {now}"
+) -> list[str]:
+    """The differences between two environments, one line each; a name that only one of them has is left out.
+
+    >>> environment_differences({"numpy": "2.3", "device": "/CPU:0"}, {"numpy": "2.4", "device": "/CPU:0"})
+    ['numpy was 2.3 and is 2.4']
+    >>> environment_differences({"churn.days": "7.0"}, {})
+    ['churn.days was 7.0 and is off']
+    >>> environment_differences({"workers": "2"}, {})
+    ['workers was 2 and is 1']
+    >>> environment_differences({"model.tower": FORMER_TOWERS[0]}, {"model.tower": Model().tower})
+    []
+    """
+    then = {name: Model().tower if value in FORMER_TOWERS else value for name, value in then.items()}
+    # Settings of a feature that is off are not named, nor is a single worker.
+    off = {name: "off" for name in then.keys() | now.keys() if name.startswith("churn.")} | {"workers": "1"}
+    then, now = {**off, **then}, {**off, **now}
+    return [
+        form.format(name=name, then=then[name], now=now[name])
+        for name in sorted(then.keys() & now.keys())
+        if then[name] != now[name]
+    ]
+
+
 def going_on_to(settings: Settings, spec: str) -> dict[str, Any]:
     """The part of a plan that describes the settings and the digest of their feature spec.
 

@@ -38,8 +38,6 @@ class PrivacyLedger(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         key: Fingerprint of the noise key.
-        unit: The unit of privacy: user or example.
-        periods: The charges, oldest first.
         epsilon: The budget in the trainer's settings, at `delta`.
         spent: Epsilon of all charges together, at `delta`.
         held: Whether training is held, because the next charge exceeds the budget.

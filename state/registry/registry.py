@@ -1,17 +1,12 @@
 """The registry: versions, control generations that select the version in use, and the files that versions refer to.
 
-`state/layout.py` lists its folders. Any number of processes may read. Only the trainer, under its lock, publishes
-versions. Every process that may write to the directory may propose control.
+Any number of processes may read. Only the trainer, under its lock, publishes versions. A version is complete or absent:
+it is written under `tmp/` and appears with one rename, after a sync if it is durable; one rename removes it. Every read
+checks the digest. In a copy of a shared registry, a version may be an empty folder, whose files are fetched when they
+are first read.
 
-A version is complete or absent. It is written under `tmp/` and appears with one rename, after a sync if it is durable.
-One rename removes it. Every read checks the digest and never returns data that fails it. A merged delta appears before
-the deltas that it replaces are removed, so a reader that misses a file finds it on its next read. In a copy of a shared
-registry, a version may be an empty folder. Its files are fetched when they are first read, and then kept.
-
-Versions between two durable ones are recent. They are stored for some seconds, without sync, and are removed before the
-kernel writes their pages to disk. A rollback to one is not possible; the training log reproduces it, bit for bit.
-`recent/` also contains each durable version, as the changes since the preceding version. Numbers are never reused,
-although a power failure may destroy `recent/`: after a reboot they continue beyond any number that may have been used.
+Versions between two durable ones are recent. They are stored for some seconds, without sync, and no rollback to one is
+possible. Numbers are never reused: after a reboot they continue beyond any number that may have been used.
 """
 
 from __future__ import annotations
@@ -97,7 +92,6 @@ class Numbers:
         return tuple(self._parents)
 
     def __contains__(self, version: int) -> bool:
-        """Whether the directory has this version, complete."""
         self._refresh()
         return version in self._parents
 
@@ -136,11 +130,9 @@ class Registry:
     """One registry directory. Use one object per thread; only `read` may run in any thread.
 
     Args:
-        path: The directory.
         claim: See `Directory`; only a trainer has one.
 
     Attributes:
-        path: The directory.
         directory: Its files, and the object store in which it is shared.
         generations: Control, and outcomes of rollbacks.
         specs: Programs and feature specs.
@@ -217,13 +209,11 @@ class Registry:
         ]
 
     def _delta_folders(self, version: int) -> list[Path]:
-        """All directories of a version's delta, the effective one first."""
         first = self._folders(version, "delta")
         merged = (self.path / layout.MERGED).glob(f"{version:012d}-*")
         return first + sorted(folder for folder in merged if folder not in first and "." not in folder.name)
 
     def _not_kept(self, version: int) -> UnknownVersion:
-        """The error for a version that cannot be rolled back to, with the versions to use instead."""
         versions = self.versions()
         nearest = [
             *[number for number in versions if number < version][-1:],

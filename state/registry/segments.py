@@ -23,11 +23,9 @@ class LogSegment:
     """A range of the training log that was learned in one epoch.
 
     Attributes:
-        first: Its first offset.
         next: The offset after its last record.
         mask_at: The mask at each generation, which defines the rows to leave out.
         line: The branch, which defines the records that count.
-        epoch: Epoch of control.
         forget: Users whose rows are removed before its first record.
         erased: The last erasure in force in the segment.
     """

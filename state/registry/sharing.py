@@ -103,8 +103,6 @@ class Owned(NamedTuple):
     """A shared registry whose versions this host's trainer owns.
 
     Attributes:
-        store: The object store.
-        claim: The number of the claim.
         took_over: Whether another trainer owned the versions before.
     """
 
@@ -214,7 +212,6 @@ def _become_copy(path: Path, url: str, store: FileStore) -> None:
 
 
 def _push_control(registry: Registry, store: FileStore) -> None:
-    """Pushes the control of a registry that was not shared to an empty store, all generations in order."""
     newest = registry.control()
     if newest is None:
         return
@@ -259,7 +256,6 @@ def owning(
     stopping: threading.Event,
     on_directory: Claim,
     on_wait: Callable[[str], None],
-    now_ms: Callable[[], int] = wall_ms,
 ) -> Iterator[Ownership]:
     """Owns the versions of a shared registry while the block runs, and sends them; does nothing if it is not shared.
 
@@ -272,7 +268,6 @@ def owning(
         stopping: Ends the wait with SystemExit.
         on_directory: The held claim on the directory.
         on_wait: Called with a description of the current owner if this process waits as a standby.
-        now_ms: Wall clock.
 
     Raises:
         SettingsError: The directory is of another registry.
@@ -311,7 +306,7 @@ def owning(
 
     while True:
         try:
-            origin, claim, took_over = own(path, url, now_ms, wait, on_directory.took_over)
+            origin, claim, took_over = own(path, url, wall_ms, wait, on_directory.took_over)
             break
         except RegistryError as error:
             warn_once(f"{error}; the trainer waits for it")
@@ -333,7 +328,7 @@ def owning(
         return more
 
     senders = [
-        _Repeating("share-claim", lambda: sync.renew(origin, claim, now_ms()), RENEW_S, stop),
+        _Repeating("share-claim", lambda: sync.renew(origin, claim, wall_ms()), RENEW_S, stop),
         _Repeating("share-recent", lambda: recent.send() < 0, SEND_S, stop),
         _Repeating("share-durable", send_durable, SEND_S, stop),
     ]
@@ -343,7 +338,7 @@ def owning(
     if not any(thread.is_alive() for thread in threads):
         _send_the_rest(recent, versions)
         with suppress(UnusablePlace, LockHeld):
-            sync.renew(origin, claim, now_ms(), released=True)
+            sync.renew(origin, claim, wall_ms(), released=True)
 
 
 def _require_newest(store: FileStore, claim: int) -> None:

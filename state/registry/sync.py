@@ -1,41 +1,20 @@
 """Synchronises the directories of a shared registry with its object store: pushes and fetches files.
 
-The store has the same names as a registry directory (`state/registry/registry.py`), and:
-
-    catalog.json            the complete durable versions and programs, readable with one request
-    recent/<number>         a pack: several recent versions from that number on, in one file
-    trainers/<number>.json  a claim, created exclusively: the trainer with the newest one owns the versions
-
-Each host has one copier; the trainer has the senders. A version is pushed in this order: its files, its manifest, then
-the catalogue. A deletion changes the catalogue first. So every version in the catalogue is complete, except briefly
-during a deletion.
+`docs/reference/formats.md` has the names in the store. Each host has one copier; the trainer has the senders. A version
+is pushed in this order: its files, its manifest, then the catalogue. A deletion changes the catalogue first. So every
+version in the catalogue is complete, except briefly during a deletion.
 
 A claim has a lease, which its trainer renews. If that trainer is silent for `LEASE_S`, another trainer claims the
-versions. The first trainer then stops, like a fenced producer of Kafka:
+versions. A trainer without the claim is refused like a fenced producer of Kafka:
 
-    what           how a trainer without the claim is refused
+    what           how
     versions       the catalogue names its claim and is replaced only if it is unchanged (a conditional request)
     control        a takeover creates a generation; before a trainer creates one, it checks its claim
     recent         the claim is checked before a pack is sent, every `FENCE_S`
 
-So a pack that is in transit while its trainer is frozen may arrive after the takeover. Its versions were published
-before the takeover on the trainer's own host. If a request fails, the version stays durable on this host, and is sent
-once the store can be reached again. Training and publishing on this host never wait for it.
-
-The copier of a host fetches:
-
-    what           how it is found                                        requests
-    control        the file of the next generation                        one per poll
-    recent         the pack that begins with the next version             one per poll; more to catch up
-    versions       the catalogue, when a pack names a newer one           one for each durable version
-    small files    lists of four folders, both ways                       four each `SMALL_S`
-    erasures       the reports of this host's processes, when changed     one each
-    hosts          if serving here is in the routing table: all entries   one, and one for each host, every `RENEW_S`
-
 If no version arrives for `SILENT_S`, the copier reads the catalogue and lists the packs again, because the successor
 of a killed trainer may skip numbers. If the packs have no end for `SILENT_S`, the link is too slow for them. The copier
-then fetches only durable versions for `REST_S`, and resumes with the pack that continues from the newest one. Files of
-durable versions are fetched when a process reads them. The trainer's own host fetches no versions.
+then fetches only durable versions for `REST_S`. Files of durable versions are fetched when a process reads them.
 """
 
 from __future__ import annotations
@@ -61,8 +40,8 @@ from state.process.wall_clock import wall_ms
 from state.registry import manifest, sealed
 from state.registry.claim import LEASE_S, Silence
 from state.registry.controls import Controls
-from state.registry.directory import file_bytes, sharing, usable
-from state.registry.hosts import GONE_S, RENEW_S, HostEntry, decoded
+from state.registry.directory import file_bytes, sharing, stored_documents, usable
+from state.registry.hosts import GONE_S, RENEW_S, HostEntry
 from state.registry.registry import DURABLE, MANIFEST, Registry
 
 CATALOG, RECENT, CLAIMS = "catalog.json", "recent", "trainers"
@@ -184,8 +163,6 @@ class Catalog(msgspec.Struct, frozen=True):
     """The contents of the object store.
 
     Attributes:
-        serial: Serial number; grows with each change.
-        claim: Claim of the trainer that wrote it.
         last: The highest number that any version has had.
         folders: Folder of each durable version, such as `bases/000000000001` -> first digits of its manifest's SHA-256.
         programs: Digests of the programs.
@@ -271,10 +248,7 @@ class RecentSender:
 
     Args:
         path: The registry's directory; the caller holds the trainer's lock.
-        store: The object store.
         claim: The claim number under which this trainer owns the versions.
-        serial: Returns the serial number of the newest catalogue.
-        elapsed: Monotonic seconds.
     """
 
     def __init__(
@@ -328,7 +302,6 @@ class RecentSender:
             yield number, files | {MANIFEST: manifest.encode(part)}
 
     def _remove_old(self) -> None:
-        """Removes old packs, and packs of a previous trainer once there is a newer pack."""
         while self._old:
             self._store.remove(self._old[-1])
             self._old.pop()
@@ -383,12 +356,10 @@ class DurableSender:
         return bool(unsent or removed)
 
     def _changed_ns(self) -> tuple[int, ...]:
-        """When the folders of durable versions last changed."""
         with usable("be listed"):
             return tuple((self._path / folder).stat().st_mtime_ns for folder in DURABLE)
 
     def _first_catalog(self) -> Catalog:
-        """Reads the catalogue, and removes files that a killed trainer left outside it."""
         catalog, self._tag = _tagged_catalog(self._store)
         local = self._local(catalog.folders)
         for folder in DURABLE:
@@ -513,9 +484,7 @@ class Copier:
 
     Args:
         path: The registry's directory, which is bound to the store.
-        store: The object store.
         recent_s: How long recent versions are kept locally; the newest one is kept until there is a newer one.
-        elapsed: Monotonic seconds.
     """
 
     def __init__(
@@ -537,8 +506,7 @@ class Copier:
         self._rests_until_s: float | None = None
         now_s = elapsed()
         self._recent = deque((now_s, number) for number in self._registry.recents())
-        self._reported: dict[str, int] = {}
-        self._renewed: dict[str, int] = {}
+        self._pushed: dict[str, dict[str, int]] = {}
         self._exchanged_s = float("-inf")
         self._began = False
 
@@ -553,7 +521,7 @@ class Copier:
             self.fetch_control()
         if self._directory.is_copy:
             self._fetch_versions()
-        self._push_reports()
+        self._push_own(layout.ERASURES)
         if self._elapsed() - self._exchanged_s >= RENEW_S and (self._registry.path / layout.HOSTS).is_dir():
             self._exchange_hosts()
             self._exchanged_s = self._elapsed()
@@ -607,7 +575,6 @@ class Copier:
             self._fetched_s = self._elapsed()
 
     def _find_packs(self) -> None:
-        """Finds the pack to begin with: the one that continues the newest durable version, or the first missed one."""
         with sharing():
             firsts = sorted(int(name) for name in self._store.names(RECENT) if name.isdecimal())
         behind = max(self._last_fetched, *(version_of(folder) for folder in self._catalog.folders), 0)
@@ -704,15 +671,20 @@ class Copier:
             self._directory.keep(path / layout.SHARED_CATALOG, data)
         self._catalog = catalog
 
-    def _push_reports(self) -> None:
-        """Pushes the erasure reports of this host's processes that changed."""
-        for path in (self._registry.path / layout.ERASURES).glob("*.json"):
-            with usable("be read"):
-                changed_ns, data = path.stat().st_mtime_ns, path.read_bytes()
-            if self._reported.get(path.name) != changed_ns:
-                with sharing():
-                    self._store.write(f"{layout.ERASURES}/{path.name}", data)
-                self._reported[path.name] = changed_ns
+    def _push_own(self, folder: str) -> set[str]:
+        """Pushes the documents of this host's processes that changed; removes withdrawn ones; returns the names."""
+        path, pushed = self._registry.path / folder, self._pushed.setdefault(folder, {})
+        with usable("be read"):
+            own = {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in path.glob("*.json")}
+        with sharing():
+            for name, (changed_ns, data) in own.items():
+                if pushed.get(name) != changed_ns:
+                    self._store.write(f"{folder}/{name}", data)
+                    pushed[name] = changed_ns
+            for name in pushed.keys() - own.keys():
+                self._store.remove(f"{folder}/{name}")
+                del pushed[name]
+        return set(own)
 
     def _exchange_hosts(self) -> None:
         """Pushes this host's entries of the routing table, and fetches those of other hosts.
@@ -721,32 +693,17 @@ class Copier:
         2. The entries of other hosts are read. Entries of hosts that are gone are removed.
         3. The entries are stored locally in one file.
         """
-        folder = self._registry.path / layout.HOSTS
-        with usable("be read"):
-            own_files = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("*.json")}
-        remote_entries = list[HostEntry]()
+        # 1.
+        own = self._push_own(layout.HOSTS)
+        # 2.
         with sharing():
-            # 1.
-            for name, (changed_ns, data) in own_files.items():
-                if self._renewed.get(name) != changed_ns:
-                    self._store.write(f"{layout.HOSTS}/{name}", data)
-                    self._renewed[name] = changed_ns
-            for name in self._renewed.keys() - own_files.keys():
-                self._store.remove(f"{layout.HOSTS}/{name}")
-                del self._renewed[name]
-            # 2.
-            for name in self._store.names(layout.HOSTS):
-                if name in own_files:
-                    continue
-                try:
-                    entries = decoded(self._store.read(f"{layout.HOSTS}/{name}"))
-                except (FileNotFoundError, ValueError):
-                    continue
-                if all(wall_ms() - entry.at_ms > GONE_S * 1000 for entry in entries):
+            others = stored_documents(self._store, layout.HOSTS, HostEntry, own)
+            for name, entry in others.items():
+                if wall_ms() - entry.at_ms > GONE_S * 1000:
                     self._store.remove(f"{layout.HOSTS}/{name}")
-                remote_entries += entries
         # 3.
-        self._directory.keep(folder / layout.FETCHED, msgspec.json.encode(remote_entries))
+        fetched = self._registry.path / layout.HOSTS / layout.FETCHED
+        self._directory.keep(fetched, msgspec.json.encode([*others.values()]))
 
     def _fetch(self, name: str) -> bytes | None:
         return self._directory.fetch(self._registry.path / name)
@@ -785,7 +742,6 @@ def exchange_small(registry: Registry, store: FileStore) -> int:
 
 
 def _is_permanent(name: str) -> bool:
-    """Whether a file is neither being written nor set aside."""
     return not durable.is_temporary(name) and ".bad" not in name
 
 

@@ -264,16 +264,23 @@ def needed(versions: Sequence[int], branches: Iterable[Branch]) -> set[int]:
     return entries
 
 
-def sweep_row(cursor: lmdb.Cursor, start: bytes, branches: Sequence[Branch]) -> int:
-    """Deletes the entries of one row that no version reads.
+def sweep_row(cursor: lmdb.Cursor, start: bytes, after: int, newest: int, branches: Sequence[Branch]) -> int:
+    """Deletes the entries of one row of versions from `after + 1` to `newest` that no version reads.
+
+    If `after` is not 0, these versions are on one branch, and only the newest of their entries is read.
 
     Returns:
         The newest tombstone that was dropped; 0 if none was. No version up to it may be applied to this lane again.
     """
-    size = len(start)
+    has_entry = cursor.set_range(start + u64(TOP - newest))
+    if after:
+        end = start + u64(TOP - after)
+        has_entry = has_entry and bytes(cursor.key()) < end and cursor.next()
+        while has_entry and bytes(cursor.key()) < end:
+            has_entry = cursor.delete() and bool(cursor.key())
+        return 0
     entries: list[tuple[int, bool]] = []
-    has_entry = cursor.set_range(start)
-    while has_entry and (key := bytes(cursor.key()))[:size] == start:
+    while has_entry and (key := bytes(cursor.key())).startswith(start):
         entries.append((version_of(key), not cursor.value()))
         has_entry = cursor.next()
     floor = 0
@@ -289,6 +296,15 @@ def sweep_row(cursor: lmdb.Cursor, start: bytes, branches: Sequence[Branch]) -> 
         if version not in needed_versions and cursor.set_key(start + u64(TOP - version)):
             cursor.delete()
     return floor
+
+
+class Unread(NamedTuple):
+    """Rows that may have entries that no version reads, see `sweep_row`."""
+
+    lane: int
+    rows: Changes
+    after: int
+    newest: int
 
 
 class RowStore(LmdbStore):
@@ -307,8 +323,8 @@ class RowStore(LmdbStore):
         opened = self._databases
         self._rows, self._versions, self._changes = opened["rows"], opened["versions"], opened["changes"]
         self._last = LastServed()
-        # The rows to check by lane, and whether a lane without versions may have rows.
-        self._to_check: deque[tuple[int, Changes]] = deque()
+        # The rows to check, and whether a lane without versions may have rows.
+        self._to_check: deque[Unread] = deque()
         self._dead_lanes = True
 
     @contextmanager
@@ -403,6 +419,10 @@ class RowStore(LmdbStore):
             if follow or served == u64(manifest.version):
                 self._point(manifest.version, transaction)
         self._to_check += to_check
+        for place, unread in enumerate(self._to_check):
+            if unread.after < manifest.version <= unread.newest:
+                # This version was dropped before, and reads older entries than the next one.
+                self._to_check[place] = unread._replace(after=0, newest=TOP)
         return True
 
     def _point(self, version: int, transaction: lmdb.Transaction) -> None:
@@ -456,10 +476,10 @@ class RowStore(LmdbStore):
     def _records(self, transaction: lmdb.Transaction) -> list[Served]:
         return [Served.parse(record) for _, record in transaction.cursor(self._versions)]
 
-    def _drop(self, transaction: lmdb.Transaction, versions: Collection[int]) -> tuple[int, list[tuple[int, Changes]]]:
+    def _drop(self, transaction: lmdb.Transaction, versions: Collection[int]) -> tuple[int, list[Unread]]:
         records = self._records(transaction)
         dropped = [record for record in records if record.version in versions]
-        to_check: list[tuple[int, Changes]] = []
+        to_check: list[Unread] = []
         for lane in {record.lane for record in dropped}:
             stay = {
                 record.version: record.visible
@@ -467,7 +487,7 @@ class RowStore(LmdbStore):
                 if record.lane == lane and record.version not in versions
             }
             in_lane = [record.version for record in dropped if record.lane == lane]
-            to_check += [(lane, rows) for rows in self._hand_on(transaction, in_lane, stay)] if stay else []
+            to_check += self._hand_on(transaction, lane, in_lane, stay) if stay else []
             self._dead_lanes |= not stay
         for record in dropped:
             for name in ("versions", "dense", "popular", "changes"):
@@ -475,10 +495,10 @@ class RowStore(LmdbStore):
         return len(dropped), to_check
 
     def _hand_on(
-        self, transaction: lmdb.Transaction, dropped: Sequence[int], stay: Mapping[int, Visible]
-    ) -> list[Changes]:
+        self, transaction: lmdb.Transaction, lane: int, dropped: Sequence[int], stay: Mapping[int, Visible]
+    ) -> list[Unread]:
         """Adds the changes of a lane's dropped versions to those of the next versions; returns the rows to check."""
-        to_check = list[Changes]()
+        to_check = list[Unread]()
         one_branch = len(branches_of(stay)) == 1
 
         def wrote(version: int) -> Changes:
@@ -499,8 +519,10 @@ class RowStore(LmdbStore):
                 # If a row was written once since the preceding version, the next version reads that entry, and the
                 # preceding version reads the older one.
                 rows = rows_of(parts, at_least=2)
+            # On one branch, neither the preceding version nor versions after the heir read entries between the two.
+            before = max((earlier for earlier in stay if earlier < versions[0]), default=0) if one_branch else 0
             if rows.shape[1]:
-                to_check.append(rows)
+                to_check.append(Unread(lane, rows, before, heir if one_branch and heir is not None else TOP))
         return to_check
 
     def tidy(self, at_most: int | None = None) -> bool:
@@ -511,7 +533,7 @@ class RowStore(LmdbStore):
         if not self._to_check and not self._dead_lanes:
             return False
         if at_most is None:
-            at_most = max(ROWS_AT_ONCE, sum(rows.shape[1] for _, rows in self._to_check) // ROUNDS)
+            at_most = max(ROWS_AT_ONCE, sum(unread.rows.shape[1] for unread in self._to_check) // ROUNDS)
         lanes = dict[int, dict[int, Visible]]()
         with self._env.begin() as transaction:
             for record in self._records(transaction):
@@ -524,18 +546,18 @@ class RowStore(LmdbStore):
         return bool(self._to_check) or self._dead_lanes
 
     def _check_rows(self, retained: Mapping[int, Sequence[Branch]], at_most: int) -> int:
-        lane, rows = self._to_check[0]
+        lane, rows, after, newest = self._to_check[0]
         tables, ids = rows[:, :at_most].tolist()
         with self._write() as transaction:
             floor, cursor, branches = 0, transaction.cursor(self._rows), retained.get(lane, ())
             for table, identity in zip(tables, ids, strict=True):
-                floor = max(floor, sweep_row(cursor, stem(lane, table, identity), branches))
+                floor = max(floor, sweep_row(cursor, stem(lane, table, identity), after, newest, branches))
             floors = self._floors(transaction)
             if floor > floors.get(str(lane), 0):
                 self._put_floors(transaction, {**floors, str(lane): floor})
         self._to_check.popleft()
         if len(ids) < rows.shape[1]:
-            self._to_check.appendleft((lane, rows[:, len(ids) :]))
+            self._to_check.appendleft(Unread(lane, rows[:, len(ids) :], after, newest))
         return len(ids)
 
     def _delete_dead_lanes(self, retained: Mapping[int, Sequence[Branch]]) -> None:

@@ -1,9 +1,6 @@
 """Lookalikes of each segment: the users nearest to its members, in one file per segment for the workers of this host.
 
-    lookalikes/<segment>.json   `LookalikeList` as JSON, with its digest
-
-A file is complete or absent. The process that stores members removes all files when control changes. So no file
-contains an erased user or a rolled-back version.
+The process that stores members removes all files when control changes, so none contains an erased user.
 """
 
 from __future__ import annotations
@@ -39,9 +36,7 @@ class LookalikeList(msgspec.Struct, frozen=True):
 
     Attributes:
         version: The version whose embeddings were used.
-        at_ms: When they were found, wall clock.
         members: Number of members with which users were compared.
-        users: Number of users that were compared.
         lookalikes: The users, nearest first.
         precision: Quality of the ranking; empty if too few members could be held out.
     """

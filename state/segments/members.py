@@ -1,20 +1,7 @@
 """The members of segments: their records in the compacted topic, and this host's copy of it in LMDB.
 
-A record of the topic, which other programs read (a change of the format needs another topic):
-
-    key     <pseudonym, 16 hexadecimal digits>:<segment>
-    value   {"in": true, "since": "<ISO 8601>", "since_ms": ..., "version": ...}, or none: the user is out
-
-`since_ms` is the time of the profile by which the user joined, and `version` the version that computed it. A user who
-leaves gets a tombstone, which removes the earlier record when Kafka compacts the topic.
-
-The copy, for workers and commands of this host:
-
-    members   <segment>, 0, pseudonym u64 BE -> since i64 BE, version u64 BE
-    meta      size:<segment> -> number of members; place -> `SegmentsPlace` as JSON; format
-
-A member takes about 50 bytes. The topic contains all of the data. If the store cannot be trusted, it is rebuilt from
-the beginning of the topic.
+Other programs read the topic, so a change of the format of its records needs another topic. If the copy cannot be
+trusted, it is rebuilt from the beginning of the topic.
 """
 
 from __future__ import annotations

@@ -172,7 +172,6 @@ def _note(anomalies: Anomalies, name: str, findings: list[Finding], severity: in
 
 
 def _of_feature(feature: Feature, observed: FeatureNameStatistics | None) -> Iterator[Finding]:
-    """The anomalies of the window alone."""
     least = feature.presence.min_fraction
     if observed is None or not (present := common(observed).num_non_missing):
         if least > 0:
@@ -227,7 +226,6 @@ def _outside_bounds(feature: Feature, observed: FeatureNameStatistics) -> Iterat
 def _compared(
     side: str, comparator: FeatureComparator, observed: FeatureNameStatistics, before: FeatureNameStatistics | None
 ) -> Iterator[tuple[DriftSkewInfo.Measurement, Finding]]:
-    """The distances that a comparator requests, and the findings for those beyond their thresholds."""
     if before is None or not common(before).num_non_missing:
         return
     reference = "the baseline" if side == "skew" else "the window before"

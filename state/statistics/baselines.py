@@ -1,12 +1,7 @@
 """Baselines for the comparison of live clicks: the bootstrap's schema and statistics, or later accepted ones.
 
-    specs/<name>/schema.pbtxt, statistics.pb           of the bootstrap; older releases wrote none
-    baselines/<name>/<number>/schema.pbtxt, statistics.pb
-                             /baseline.json             actor, time and reason of the acceptance
-
-`schema.pbtxt` is the text of a `Schema`. `statistics.pb` is a binary `DatasetFeatureStatisticsList` with one dataset.
-`tfdv.load_schema_text` and `tfdv.load_stats_binary` read them. The baseline with the highest number is in force; none
-is changed or deleted.
+`tfdv.load_schema_text` and `tfdv.load_stats_binary` read their files. The baseline with the highest number is in force;
+none is changed or deleted.
 """
 
 from __future__ import annotations

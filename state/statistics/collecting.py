@@ -102,13 +102,10 @@ class Statistics:
     """Statistics of some rows, each event counted once.
 
     Attributes:
-        actions: Names of the actions, in the order of their numbers.
         names: Names of the D features of the spec.
         context: Names of the K fields of `events.context`.
         categorical: Statistics of ids, by feature name.
-        label: Statistics of the label.
         delay: Statistics of the delay in whole seconds.
-        features: Statistics of the D features.
     """
 
     actions: Sequence[str]

@@ -29,7 +29,6 @@ class Numeric:
         edges: Bounds of the buckets: `WHOLE` or `SHARES`.
 
     Attributes:
-        rows: Number of rows.
         missing: `[D]` int64, rows in which the feature had no value.
         counts: `[D, buckets]` int64.
         total: `[D]` float64, sum of the values.

@@ -28,7 +28,7 @@ from apache_beam.transforms.periodicsequence import PeriodicImpulse, RebaseMode
 
 from state import errors
 from state.config.settings import Settings
-from state.errors import FlinkFailed, GapError, JobFailed, RewoundLog, SaltMismatch, SettingsError
+from state.errors import FlinkFailed, GapError, RewoundLog, SaltMismatch, SettingsError
 from state.events.identity import own_salt
 from state.flink import JobManager, url
 from state.log import Log
@@ -213,7 +213,7 @@ def run_on_engine(
     """Submits the job to `runner`, and returns when it has ended, or when this process is asked to stop.
 
     Raises:
-        JobFailed: The job could not be submitted, or has failed.
+        FlinkFailed: The job could not be submitted, or has failed.
         SpringtideError: A condition that would stop the steps was found first.
     """
     plan = plan_of(settings, consent)
@@ -227,7 +227,7 @@ def run_on_engine(
         result = pipeline.run()
     # Whatever a runner raises: gRPC's errors, those of a job server, of a library that is not installed.
     except Exception as error:
-        raise JobFailed(
+        raise FlinkFailed(
             f"the job cannot be submitted to {runner}: {first_line(error)}",
             "check that the engine runs (`springtide flink status`), and that it is of Beam's release",
         ) from error
@@ -242,7 +242,7 @@ def follow(result: PipelineResult, runner: str, stopping: threading.Event, job: 
     A job with a failure that no restart repairs is cancelled.
 
     Raises:
-        JobFailed: It has failed, or its state cannot be read.
+        FlinkFailed: It has failed, or its state cannot be read.
     """
     reported = None
     while not stopping.wait(FOLLOW_S):
@@ -252,7 +252,7 @@ def follow(result: PipelineResult, runner: str, stopping: threading.Event, job: 
             reported = state
         if job is not None and (problem := job.permanent()):
             job.cancel()
-            raise JobFailed(f"the job was cancelled, because no restart repairs its failure: {problem}")
+            raise FlinkFailed(f"the job was cancelled, because no restart repairs its failure: {problem}")
         if state is not None and PipelineState.is_terminal(state):
             _report_end(state, runner, job)
             return
@@ -267,14 +267,14 @@ def _state_of(result: PipelineResult, runner: str) -> str | None:
     try:
         return cast(str | None, result.state)
     except grpc.RpcError as error:
-        raise JobFailed(
+        raise FlinkFailed(
             f"the job server of {runner} no longer answers ({error.code().name})",
             "the job may continue without it: check the engine (`springtide flink status`)",
         ) from error
 
 
 def _report_end(state: str, runner: str, job: FlinkJob | None) -> None:
-    """Logs how an operator ended the job; raises JobFailed if no operator did."""
+    """Logs how an operator ended the job; raises FlinkFailed if no operator did."""
     savepoint = None if job is None else job.ended_by()
     if savepoint:
         logger.info("the job was stopped by a savepoint; resume it with --savepoint_path=%s", savepoint)
@@ -283,7 +283,7 @@ def _report_end(state: str, runner: str, job: FlinkJob | None) -> None:
     elif state in (PipelineState.FAILED, PipelineState.UNRECOGNIZED):
         # Beam also reports a job as failed that was cancelled with a savepoint.
         also = ", which is also reported after a stop by savepoint" if job is None else ""
-        raise JobFailed(
+        raise FlinkFailed(
             f"the job has ended on {runner}, {state.lower()}{also}",
             "read the engine's log; `springtide flink status` names the checkpoint to resume from",
         )

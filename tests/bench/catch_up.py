@@ -147,7 +147,8 @@ def learned(batches: Iterator[MicroBatch], settings: Settings, preprocessing: Pr
     """Top-1 of known users and AUC, in percent, of one pass."""
     trainer = Trainer(settings, FeatureSpec.from_settings(settings), preprocessing)
     done = [trainer.step(batch) for batch in batches]
-    scores, positive = (np.concatenate([getattr(one, part) for one in done]) for part in ("scores", "positive"))
+    pairs = [judged.pairs for one in done for judged in one.judged]
+    scores, positive = (np.concatenate([getattr(one, part) for one in pairs]) for part in ("logits", "positive"))
     measures = trainer.measures.evaluation.values()
     return {"top-1": 100 * measures["total.known.top1"], "AUC": 100 * area_under_curve(scores, positive).value}
 

@@ -44,7 +44,7 @@ def main(users: int, rounds: int) -> None:
         predictor = host.predictor()
 
         def first(user: str) -> None:
-            label = predictor.profiles([Query(user, top=1)])[0].interests[0]["label"]
+            label = predictor.profiles([Query(user, top=1)])[0].interests[0].label
             list(explain(predictor, Query(user, top=10), label))
 
         calls: dict[str, Callable[[str], object]] = {

@@ -94,7 +94,7 @@ def read_with(
     now_ms = START_MS + 1500 * records
     store = HistoryStore(path, SPEC.history, MAP_BYTES, shares=shares)
     metrics = ApplierMetrics(CollectorRegistry())
-    host = HistoryFollower(store, SPEC, SPEC.reach_ms(SETTINGS.events), metrics, lambda: now_ms)
+    host = HistoryFollower(store, SETTINGS, metrics, lambda: now_ms)
     progress.say("reading it")
     host.connect(log, TOPIC)
     took, read, begun = [], 0, psutil.Process().memory_info().rss

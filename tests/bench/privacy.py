@@ -122,8 +122,8 @@ class Run:
             began = time.perf_counter()
             done = trainer.step(batch, place=_place(number))
             seconds += time.perf_counter() - began
-            scores.append(done.scores)
-            positive.append(done.positive)
+            scores += [judged.pairs.logits for judged in done.judged]
+            positive += [judged.pairs.positive for judged in done.judged]
             learned += len(batch)
             self._stages.say(self._name, f"{learned:,} of {self._rows:,} rows")
         measures = trainer.measures.evaluation.values() | trainer.measures.progressive.values()

@@ -100,7 +100,7 @@ def train_impressions(steps: int | None = None, settings: Settings | None = None
     trainer = Trainer(settings, FeatureSpec.from_settings(settings))
     begin = int(np.argmax(recorded.measured)) if steps is None else 0
     validation = validated(recorded, settings, trainer, steps, begin)
-    clicked = np.concatenate(validation.engagements.clicked)[begin:]
+    clicked = np.concatenate([part.flag for part in validation.engagements])[begin:]
     return figures_of(engagement_tables(validation.engagements)[0]) | {"clicked": float(clicked.mean())}
 
 
@@ -130,9 +130,11 @@ def train_shoppers(clicks: int = SHOPPERS_CLICKS, settings: Settings | None = No
             done["still"].append(still.step(batch))
     found = {"rows": float(sum(report.rows for report in done["live"]))}
     for name, reports in done.items():
-        scores, positive = (np.concatenate([getattr(one, part) for one in reports]) for part in ("scores", "positive"))
+        pairs = [judged.pairs for one in reports for judged in one.judged]
+        scores, positive = (np.concatenate([getattr(one, part) for one in pairs]) for part in ("logits", "positive"))
         found[f"{name}.auc"] = area_under_curve(scores, positive).value
-        found[f"{name}.top1"] = sum(one.top1 for one in reports) / sum(one.targets for one in reports)
+        hits, rows = (sum(one.quality.total(part) for one in reports) for part in ("top1", "rows"))
+        found[f"{name}.top1"] = hits / rows
     found["above frozen.auc"] = found["live.auc"] - found["frozen.auc"]
     return found | {"above still.auc": found["live.auc"] - found["still.auc"]}
 

@@ -22,8 +22,9 @@ import numpy as np
 
 from deploy.serving.answers.items import SIMILAR_CANDIDATES, Recommendations, SimilarItems, rank, similar
 from deploy.serving.answers.query import Cap, NamedItem, Query, WantedItems
+from deploy.serving.answers.queue import finished
 from deploy.serving.item_feed import MOST_ITEMS
-from evaluation.host import ServingHost, finished
+from evaluation.host import ServingHost
 from evaluation.measures import OURS
 from evaluation.progressive import Plan, ProgressiveValidation
 from evaluation.recording import SALT
@@ -207,7 +208,7 @@ def first_click(host: Bench, number: int) -> None:
     host.click(np.full(1, 1, np.uint64), events)
     host.follow()
     wanted = WantedItems(SHOWN, f"category-{number}")
-    while f"{item:016x}" not in {one["id"] for one in host.recommended(3, wanted).items}:
+    while f"{item:016x}" not in {one.id for one in host.recommended(3, wanted).items}:
         pass
 
 

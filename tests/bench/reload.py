@@ -28,8 +28,8 @@ from state.features.spec import FeatureSpec
 from state.process.ports import free_port
 from state.registry.registry import Registry
 from tests.bench.report import Figure, report
-from tests.deploy.serving.fire import CATEGORIES, Asked, HostWriter, Line, Trainer, ask, events_of
-from tests.deploy.serving.stocked import SALT_KEY, Stores
+from tests.deploy.serving.fire import Asked, HostWriter, Line, Trainer, ask, events_of
+from tests.deploy.serving.stocked import CATEGORIES, SALT_KEY, Stores
 from tests.deploy.serving.test_rest import answers, until, worker
 
 STEADY_S, WARM_S = 60.0, 5.0
@@ -40,7 +40,7 @@ OTHERS = 500
 
 def follow(settings: Settings, ended: Event) -> None:
     """The applier's process."""
-    host = HostWriter(settings, Registry(settings.registry_dir))
+    host = HostWriter(settings)
     for user, category, age_ms in CLICKS:
         host.click(user, category, age_ms)
     while not ended.wait(0.02):

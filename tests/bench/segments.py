@@ -19,7 +19,7 @@ import numpy as np
 
 from deploy.segments.judging import ProfileJudge, pseudonym
 from deploy.segments.lookalikes import UserVectors, precision_curve, vectors_of
-from deploy.serving.answers.predictor import Predictor
+from deploy.serving.answers.predictor import Predictor, Stores
 from evaluation.recording import SALT
 from state.config.sections import SegmentSettings
 from state.config.settings import Settings
@@ -69,10 +69,8 @@ def main(steps: int) -> None:
         users = host.histories.users()
         recorded = read_clicks()
         last_ms = int(recorded.events["at_ms"][: steps * 1024].max())
-        predictor = Predictor(
-            host.rows, host.histories, host.programs, spec, SALT, (), "wall", lambda: last_ms, None,
-            pseudonym,
-        )  # fmt: skip
+        wall = replace(settings, serving=replace(settings.serving, clock="wall"))
+        predictor = Predictor(Stores(host.rows, host.histories), wall, SALT, lambda: last_ms, pseudonym)
         STAGES.say("vectors")
         found = vectors_of(predictor, lambda done: STAGES.say("vectors", f"{done:,} of {users:,}"))
         STAGES.say("judging")

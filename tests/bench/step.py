@@ -5,10 +5,11 @@
 Each size and the Keras peer run in a process of their own, on one thread but
 where threads are compared, by wall time: that wants a machine with idle cores.
 Seconds are processor seconds of that process, so that neighbours on the
-machine disturb them little. The speed-up by threads is measured, and predicted by
-Amdahl's law from the parts of a step on one thread: what is serial, the tower,
-which any number of threads share, and the heads, whose fast weights move after
-each 32 rows, so that at most `LANES` threads share them. The peer is `train_on_batch` with Adam: three
+machine disturb them little. The speed-up by threads is measured, and predicted
+from the parts of a step on one thread. One thread runs the heads, in which a row
+depends on those before it. Meanwhile the others run the layers of the tower, for
+rows that the heads need next or have learned. All threads share the derivatives
+by the tower's weights. The rest is serial. The peer is `train_on_batch` with Adam: three
 `keras.layers.Embedding` of width 32 (1e7 users) and 128 -> 256 -> 128 -> 20.
 """
 
@@ -20,7 +21,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,19 +37,17 @@ ROWS, FEWER = 1024, (40, 600)
 STEPS = 60
 THREADS = 2
 PREDICTED = (2, 4, 8, 16)
-PARTS = ("serial_ms", "heads_ms", "tower_ms")
+PARTS = ("serial_ms", "heads_ms", "layers_ms", "weights_ms")
 
 
 def predicted_speed_up(parts: Mapping[str, float], threads: int) -> float:
     """By how much threads make a step faster, from the milliseconds of its parts on one thread.
 
-    >>> predicted_speed_up({"serial_ms": 2.0, "heads_ms": 4.0, "tower_ms": 8.0}, 4)
-    2.333333333333333
+    >>> predicted_speed_up({"serial_ms": 2.0, "heads_ms": 4.0, "layers_ms": 3.0, "weights_ms": 3.0}, 3)
+    1.7142857142857142
     """
-    from trainer.engine.compiled.heads import LANES
-
-    shared = parts["serial_ms"] + parts["heads_ms"] / min(threads, LANES) + parts["tower_ms"] / threads
-    return sum(parts[name] for name in PARTS) / shared
+    rows_ms = max(parts["heads_ms"], parts["layers_ms"] / (threads - 1))
+    return sum(parts[name] for name in PARTS) / (parts["serial_ms"] + rows_ms + parts["weights_ms"] / threads)
 
 
 def measure_parts(users: int, rows: int = ROWS) -> dict[str, float]:
@@ -57,19 +56,17 @@ def measure_parts(users: int, rows: int = ROWS) -> dict[str, float]:
     from trainer.engine.compiled.threads import Threads, Work
 
     class TimedThreads(Threads):
-        """Times the works of a step: the tower forward, the heads, and the tower backward in three works."""
+        """Times the works of a step: the layers forward, the heads and the layers backward; then the weights."""
 
         def __init__(self) -> None:
             super().__init__(1)
-            self.heads_s, self.tower_s = 0.0, 0.0
+            self.took_s = [0.0] * 4
 
-        def run(self, *works: Work) -> None:
-            for number, work in enumerate(works):
-                began = time.process_time()
+        def run(self, *stages: Sequence[Work]) -> None:
+            for number, work in enumerate(work for stage in stages for work in stage):
+                began_s = time.process_time()
                 work(0)
-                took_s = time.process_time() - began
-                self.heads_s += took_s if number == 1 else 0.0
-                self.tower_s += took_s if number != 1 else 0.0
+                self.took_s[number] += time.process_time() - began_s
 
     trainer, batches = made(users, rows, 1)
     threads, engine = TimedThreads(), trainer.engine
@@ -79,10 +76,11 @@ def measure_parts(users: int, rows: int = ROWS) -> dict[str, float]:
         trainer.step(batch)
     found: dict[str, list[float]] = {name: [] for name in PARTS}
     for batch in batches:
-        threads.heads_s, threads.tower_s, began = 0.0, 0.0, time.process_time()
+        threads.took_s, began_s = [0.0] * 4, time.process_time()
         trainer.step(batch)
-        whole_s = time.process_time() - began
-        parts_s = whole_s - threads.heads_s - threads.tower_s, threads.heads_s, threads.tower_s
+        serial_s = time.process_time() - began_s - sum(threads.took_s)
+        forward_s, heads_s, backward_s, weights_s = threads.took_s
+        parts_s = serial_s, heads_s, forward_s + backward_s, weights_s
         for name, part_s in zip(PARTS, parts_s, strict=True):
             found[name].append(part_s * 1e3)
     return {name: float(np.median(values)) for name, values in found.items()}

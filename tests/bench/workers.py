@@ -1,13 +1,13 @@
 """One model trained by several workers on this machine: where the time of a step goes, and what more workers would gain.
 
     python -m tests.bench.workers
-    python -m tests.bench.workers --quality taobao|kuairand [--steps N]
+    python -m tests.bench.workers --quality taobao|kuairand [--workers K] [--steps N]
 
 The leader is measured in processor milliseconds, without and within exchanges. From two and four workers follow the part
 of a step that every worker does (`replicated`) and the part that is divided: `compute(K) = replicated + divided / K`.
 With as many idle cores as workers a step takes that and the exchange.
 
-With `--quality` one process and two workers train on the same recorded events. The figures are the quality of both, its
+With `--quality` one process and K workers train on the same recorded events. The figures are the quality of both, its
 difference with a paired 95 % interval over users, and the relative distance of the weights.
 """
 
@@ -80,13 +80,9 @@ def qualities(group: Group, log: str, steps: int) -> dict[str, float]:
         return {}
     single, other = Trainer(settings, spec, preprocessing), f"{group.size} workers"
     one, group_of = (validated(recorded, settings, trainer, steps) for trainer in (single, several))
-    if is_clicks:
-        one.interests.scores = {OURS: one.interests.scores[OURS], other: group_of.interests.scores[OURS]}
-        table = interests_tables(one.interests)[0]
-    else:
-        predicted, others = one.engagements.predicted, group_of.engagements.predicted
-        one.engagements.predicted = {OURS: predicted[OURS], other: others[OURS]}
-        table = engagement_tables(one.engagements)[0]
+    kind, tables = ("interests", interests_tables) if is_clicks else ("engagements", engagement_tables)
+    pairs = zip(getattr(one, kind), getattr(group_of, kind), strict=True)
+    table = tables([own._replace(scores={OURS: own.scores[OURS], other: its.scores[OURS]}) for own, its in pairs])[0]
     figures = figures_of(table) | distances(single, several)
     several.stop()
     return figures
@@ -167,6 +163,7 @@ def main() -> None:
     """Measures, prints and writes the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quality", default="", choices=("", "taobao", "kuairand"), help="compare quality on this log")
+    parser.add_argument("--workers", type=int, default=2, help="workers to compare with one process")
     parser.add_argument("--steps", type=int, default=40, help="steps of 1,024 rows of the log")
     parser.add_argument("--join", nargs=2, help="addresses of the workers, and the index of this one")
     asked = parser.parse_args()
@@ -175,8 +172,10 @@ def main() -> None:
         # TensorFlow's server has no end of its own.
         os._exit(0)
     if asked.quality:
-        compared = {name: Figure(value, "") for name, value in measure(2, asked.quality, asked.steps).items()}
-        report(f"workers-{asked.quality}", compared, {"steps": asked.steps})
+        compared = {
+            name: Figure(value, "") for name, value in measure(asked.workers, asked.quality, asked.steps).items()
+        }
+        report(f"workers-{asked.quality}-{asked.workers}", compared, {"steps": asked.steps})
         return
     found = {count: measure(count) for count in MEASURED}
     figures: dict[str, Figure] = {}

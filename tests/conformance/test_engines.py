@@ -22,13 +22,13 @@ from tests.trainer.batches import SPEC, micro_batch
 from tests.trainer.engine.test_step import digests, learned, restored
 from tests.trainer.engine.test_step import settings as trainer_settings
 from tests.trainer.model.test_attributes import WANTED, with_attributes
-from trainer.checks import check_own
 from trainer.engine.adam import FastSlots
 from trainer.engine.build import engine_name
 from trainer.engine.engine import Measured
 from trainer.engine.step import Trainer
 from trainer.model.default_ranker import FAST_WEIGHTS, DefaultRanker
 from trainer.model.ranker import MASKED, Ranker
+from trainer.model_checks import check_own
 
 ENGINES = ("compiled", "tensorflow")
 SMALL = Model(dim=8, hidden=(16, 8), popular=4)
@@ -173,7 +173,7 @@ def test_after_hundred_steps_they_are_a_stated_distance_apart(kind: str) -> None
     ours, theirs = (one.score(probe) for one in trainers)
     apart = np.concatenate([np.abs(value - theirs[name]).reshape(-1) for name, value in ours.items()])
     assert apart.mean() < AFTER_100_STEPS
-    hits = [sum(one.top1 for one in some) for some in reports]
+    hits = [sum(one.quality.total("top1") for one in some) for some in reports]
     assert abs(hits[0] - hits[1]) <= 4
     losses = [np.nanmean([one.interest_log_loss for one in some]) for some in reports]
     assert losses[0] == pytest.approx(losses[1], abs=3e-3)
@@ -210,7 +210,7 @@ def test_rows_per_update_learns_within_a_record_as_records_of_so_many_rows_do(en
     # Ids are known from the whole record on: observe them all first, as the step does.
     one._observe(made, one._recorder.crosses_of(made))
     updates = [one._update(made.take(numbers // 20 == part), np.zeros((20, 0), np.uint64), None) for part in range(3)]
-    assert report.rows == 60 and report.top1 == sum(
+    assert report.rows == 60 and report.quality.total("top1") == sum(
         int((update.scores.rank[update.record.targets.slot >= 0] < 1).sum()) for update in updates
     )
     for name, weight in one.model.weights().items():

@@ -15,19 +15,18 @@ from state.config.sections import Model
 from state.config.settings import Settings
 from state.errors import SettingsError
 from state.features.spec import FeatureSpec
-from state.registry.control import start
-from state.registry.manifest import Draft, LogRange
 from state.registry.registry import SERVING, Registry
 from state.rows.store import RowStore
 from state.rows.tables import SERVED_IDS, UNSERVED, tables_in
 from tests.conformance.kept import sweep
 from tests.conformance.test_engines import CONFIGURED, batches, settings_of
-from trainer.checks import check_own
+from tests.trainer.logs import publish, started
 from trainer.engine.build import grown_by, ranker_of
 from trainer.engine.step import Trainer
 from trainer.model import losses
 from trainer.model.inputs import IDS, own_rows, pick, sizes
 from trainer.model.ranker import MASKED, Ranker, Targets
+from trainer.model_checks import check_own
 from trainer.versions import checkpoint, content
 
 EVERY = "every id"
@@ -73,15 +72,7 @@ def store(tmp_path: Path) -> Iterator[RowStore]:
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
-    found = Registry(tmp_path / "registry")
-    found.propose(start(actor="test", reason="test", now_ms=0))
-    return found
-
-
-def publish(registry: Registry, trainer: Trainer, parent: int | None) -> int:
-    tensors = checkpoint.full(trainer) if parent is None else checkpoint.changes(trainer)
-    draft = Draft("base" if parent is None else "delta", 1, parent, LogRange(), (), 0, 0, 0, 0, "", "", "")
-    return registry.publish(draft, content.encode(tensors)).version
+    return started(tmp_path / "registry")
 
 
 def rows_of(trainer: Trainer, table: str) -> dict[int, bytes]:

@@ -46,8 +46,7 @@ def settings_of(state: Path, kafka: Kafka | None = None) -> Settings:
 
 
 def test_every_figure_is_a_metric_that_its_process_offers() -> None:
-    named = {series for figures in status.FIGURES.values() for _, series in figures}
-    named |= {f"{series}_bucket" for _, series, _ in SPREADS.values()} | {*BORN.values()}
+    named = {f"{series}_bucket" for _, series, _ in SPREADS.values()} | {*BORN.values()}
     assert named <= names()
 
 
@@ -97,7 +96,7 @@ def test_what_answers_is_shown_while_the_rest_is_away(tmp_path: Path) -> None:
         state, shown = showing(settings)
     finally:
         stop()
-    assert state["processes"]["applier"]["figures"]["version"] == 41.0
+    assert state["figures"]["version"] == 41.0
     assert state["processes"]["applier"]["up_s"] >= 0
     assert state["figures"]["spreads"]["weights_s"]["count"] == 1
     assert state["urls"]["profile"] == f"http://127.0.0.1:{settings.serving.port}/v1/profiles/USER"

@@ -1,6 +1,6 @@
 """Kills every part of a loop at random and at each step of the commit sequences, then proves that nothing was harmed.
 
-    python -m tests.e2e.chaos --kills 200 --seed 7 [--labels | --flink]
+    python -m tests.e2e.chaos --kills 200 --seed 7 [--labels]
 
 1. A real Kafka, stream, bootstrap, trainer, applier, worker; a crowd that
    clicks, sometimes nonsense; a client that asks for profiles every 50 ms.
@@ -66,7 +66,6 @@ from tests.e2e.evidence import (
     state_at,
     stream_histories,
 )
-from tests.e2e.flink.chaos import FlinkChaos, FlinkFindings
 from tests.e2e.operator import COMMAND, Operator, Rollbacks
 from tests.e2e.parts import End, Parts, quiet_ports
 from tests.e2e.running import PORTS, ROOT, until
@@ -115,18 +114,7 @@ Say = Callable[[str], None]
 
 
 class Chaos:
-    """One run.
-
-    Args:
-        directory: All state of it.
-        seed: Of clicks and kills.
-        kills: How many at least.
-        rounds: How often each kill point is armed until it strikes.
-        thorough: Goes on until all of them have struck.
-        say: Takes progress.
-        labels: Whether labels come later, and attributes change.
-        rollbacks: How many of each mode at least; 0 for none at all.
-    """
+    """One run."""
 
     def __init__(
         self,
@@ -501,9 +489,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="stop after the kills, whatever points have not struck")
     parser.add_argument("--seed", type=int, default=7, help="of clicks and kills (7)")
     parser.add_argument("--labels", action="store_true", help="labels come later, and attributes change")
-    parser.add_argument(
-        "--flink", action="store_true", help="kill the parts of a Flink cluster and rescale its job, instead"
-    )
     parser.add_argument("--keep", action="store_true", help="keep the state afterwards")
     chosen = parser.parse_args(argv)
     begun_s = time.monotonic()
@@ -513,13 +498,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     BUILD.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix=f"{chosen.seed}-", dir=BUILD))
-    findings: Findings | FlinkFindings
-    if chosen.flink:
-        findings = FlinkChaos(directory, chosen.seed, chosen.rounds, say).run()
-    else:
-        findings = Chaos(
-            directory, chosen.seed, chosen.kills, chosen.rounds, not chosen.quick, say, chosen.labels, chosen.rollbacks
-        ).run()
+    findings = Chaos(
+        directory, chosen.seed, chosen.kills, chosen.rounds, not chosen.quick, say, chosen.labels, chosen.rollbacks
+    ).run()
     print("\n".join(findings.lines()))
     if findings.problems():
         print(f"the state is in {directory}")
@@ -592,11 +573,6 @@ MOST_TIMES = 3
 class Violence:
     """A seeded plan.
 
-    Args:
-        seed: Of every choice.
-        rounds: How often each kill point must have struck.
-        points: By part its kill points.
-
     Attributes:
         arms_always: Whether each part that is started gets a kill point as long as it has one left.
     """
@@ -656,27 +632,21 @@ class Findings:
     """Filled in as a run goes on.
 
     Attributes:
-        seed: Of the run.
         kills: (part, kill point or "anywhere") -> kill -9.
         ends: (part, class of error) -> ends that nobody caused.
         back_s: Part -> seconds from its death until it worked again.
-        clicks: Records in the clicks topic.
-        rows: Distinct rows in the micro-batch log.
         records: Micro-batches in it.
         again: Rows written again after a crash.
         differing: Of them, those with other bytes than the first time.
         gaps: Positions that no micro-batch covers.
         abandoned: Micro-batches that exact rollbacks left behind.
         masked: Clicks left out at the end.
-        rollbacks: What became of the operator's.
         labels: Impressions by what became of them, where labels come later.
         changes: Changes of attributes, where there are any.
         log: In what the log differs from an undisturbed stream's.
         doubled: Rows that the trainer learned twice; negative where some were never learned.
         differs: (what is compared) -> in what it differs; empty lists are proofs.
         spot_checks: How often serving's rows were compared in the middle of it.
-        answers: What the client got.
-        seconds: How long it took.
     """
 
     seed: int
@@ -740,57 +710,22 @@ class Findings:
 
     def lines(self) -> list[str]:
         """The findings for people."""
-        found = [
-            f"seed {self.seed}: {self.killed} kills in {self.seconds:.0f} s on {os.cpu_count()} processors under a load of "
-            f"{os.getloadavg()[1]:.0f}",
-            "",
-        ]
-        by_part: dict[str, list[str]] = defaultdict(list)
-        for (part, point), count in sorted(self.kills.items()):
-            by_part[part].append(f"{point} {count}")
-        for part, points in by_part.items():
-            total = sum(count for (one, _), count in self.kills.items() if one == part)
-            found.append(f"  {part:<10} {total:>4}   {', '.join(points)}")
-        found += [
-            "",
-            f"clicks            {self.clicks:,}; {self.rows:,} rows in {self.records:,} micro-batches",
-            *(
-                [f"impressions       {', '.join(f'{n:,} {what}' for what, n in self.labels.items())}"]
-                if self.labels
-                else []
-            ),
-            *([f"attributes        {self.changes:,} changes"] if self.changes else []),
-            f"rollbacks         {self.rollbacks.modes['exact']} exact, {self.rollbacks.modes['fast']} fast, {self.rollbacks.interrupting} "
-            f"of them during another; {self.masked:,} clicks left out, {self.abandoned:,} micro-batches abandoned",
-            f"commands          {self.rollbacks.retyped} typed again, {self.rollbacks.conflicts} told of another's, "
-            f"{self.rollbacks.unchanged} typed twice",
-            f"written again     {self.again:,} rows, {self.differing} with other bytes",
-            f"lost              {self.log.lost}",
-            f"doubled           {self.doubled}",
-            f"changed, invented {self.log.changed}, {self.log.invented}",
-            f"versions          {self.versions:,}",
-        ]
-        found += [
-            f"{what:<44} {'equal' if not names else 'DIFFERS in ' + ', '.join(names[:8])}"
+        apart = ("kills", "ends", "back_s", "differs", "answers")
+        kills = [f"{part} at {point}: {count} kills" for (part, point), count in sorted(self.kills.items())]
+        figures = [f"{name}: {value}" for name, value in vars(self).items() if name not in apart]
+        compared = [
+            f"{what}: {'equal' if not names else 'DIFFERS in ' + ', '.join(names[:8])}"
             for what, names in self.differs.items()
         ]
-        answers = self.answers
-        found += [
-            f"spot checks of serving's rows               {self.spot_checks}",
-            f"answers           {answers.given:,} given, {sum(answers.failed.values())} failed, {answers.excused} missing "
-            f"while the worker was dead or not back; the slowest {answers.longest_s * 1000:.0f} ms",
-            "",
+        times = [
+            f"{what}: {len(took)} times, median {statistics.median(took):.1f} s, most {max(took):.1f} s"
+            for what, took in self.times_s().items()
         ]
-        found += [
-            f"{what:<44} {len(times):>3} times, median {statistics.median(times):5.1f} s, most {max(times):5.1f} s"
-            for what, times in self.times_s().items()
-        ]
-        found += [
-            f"ended by itself   {part}: {error}, {count} times" for (part, error), count in sorted(self.ends.items())
-        ]
-        problems = self.problems()
-        found += ["", *(f"PROBLEM: {one}" for one in problems)] if problems else ["", "every promise was kept"]
-        return found
+        ends = [f"{part} ended by itself {count} times: {error}" for (part, error), count in sorted(self.ends.items())]
+        problems = [f"PROBLEM: {problem}" for problem in self.problems()] or ["every promise was kept"]
+        load = f"{self.killed} kills on {os.cpu_count()} processors under a load of {os.getloadavg()[1]:.0f}"
+        answers = f"answers: {self.answers.given} given, {self.answers.excused} missing while the worker was away"
+        return [load, *kills, *figures, answers, *compared, *times, *ends, *problems]
 
 
 if __name__ == "__main__":

@@ -47,13 +47,7 @@ class Answers:
 
 
 class Client:
-    """Asks again and again from a thread of its own.
-
-    Args:
-        base: Where serving answers.
-        users: Whom it asks for, one after the other.
-        every_s: Seconds between an answer and the next question.
-    """
+    """Asks again and again from a thread of its own."""
 
     def __init__(self, base: str, users: list[str], every_s: float = EVERY_S) -> None:
         self._base, self._users, self._every_s = base, users, every_s

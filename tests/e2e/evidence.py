@@ -281,12 +281,6 @@ def attributes_differ(
     1. A row has a change of its own user or item, or nobody's.
     2. In a partition the later of two events never has the older change.
     3. An impression's row does not have an older change than it had when it began to wait.
-
-    Args:
-        log: Rows in the order in which they were first written.
-        tables: By side.
-        knowledge: Which changes there were.
-        salt: Of the users' pseudonyms.
     """
     owners = {side: _owners(side, knowledge, salt) for side in tables}
     found = []

@@ -28,15 +28,7 @@ STOP_S = 60.0
 
 
 class ServingHost:
-    """`springtide serve` in a directory of its own.
-
-    Args:
-        name: Of the host, for its log.
-        directory: For its state.
-        loop: Whose versions and clicks it follows.
-        own: Settings beside; without `paths.shared_registry` it reads the loop's registry where that lies.
-        environment: Variables of its processes, beside those of this one.
-    """
+    """`springtide serve` in a directory of its own."""
 
     def __init__(
         self,

@@ -88,15 +88,7 @@ class Rollbacks:
 
 
 class Operator:
-    """One operator; `tick` is called all the time by the thread that looks after the parts.
-
-    Args:
-        settings: Of the loop.
-        seed: Of what is done when.
-        client: It is told where answers may go to.
-        arm: Gives a kill point for a command that is started; empty for none.
-        struck: Takes the kill point at which a command died, empty for anywhere.
-    """
+    """One operator; `tick` is called all the time by the thread that looks after the parts."""
 
     def __init__(
         self,

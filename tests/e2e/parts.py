@@ -68,15 +68,7 @@ class End:
 
 
 class Part:
-    """One process, now or never.
-
-    Args:
-        name: One of `MODULES`.
-        settings: Of the loop.
-        log: Where its output goes.
-        kill_at: The kill point that is armed; empty for none.
-        words: Its command line.
-    """
+    """One process, now or never."""
 
     def __init__(self, name: str, settings: Settings, log: Path, kill_at: str = "", words: Sequence[str] = ()) -> None:
         self.name, self.kill_at, self.log = name, kill_at, log

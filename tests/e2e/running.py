@@ -97,13 +97,7 @@ def until(look: Callable[[], Found | None], what: str | Callable[[], str], deadl
 
 
 class Loop:
-    """One loop; `start` may be called again after `stop`.
-
-    Args:
-        directory: For its state and what it says.
-        own: Settings.
-        words: Further words of each start.
-    """
+    """One loop; `start` may be called again after `stop`."""
 
     def __init__(self, directory: Path, own: Mapping[str, object] = SHORT, words: Sequence[str] = ()) -> None:
         values = free_ports(PORTS) | {"paths.state": directory / "state"} | dict(own)
@@ -238,11 +232,7 @@ class Loop:
         return json.loads(said.getvalue())
 
     def click(self, clicks: Sequence[tuple[str, str, str, str]]) -> dict[str, int]:
-        """Sends clicks (user, item, category, action) of this moment.
-
-        Returns:
-            "<topic id>:<partition>" -> the position after the last of them, as an answer's `version.sources` has it.
-        """
+        """Sends clicks (user, item, category, action) of this moment."""
         kafka = self.settings.kafka
         now_ms = wall_ms()
         with Writer(replace(kafka, request_timeout_s=DEADLINE_S)) as writer:
@@ -275,14 +265,7 @@ class Loop:
     def answer_trained_on(
         self, user: str, ends: dict[str, int], *wanted: Callable[[dict[str, Any]], bool], **query: str
     ) -> dict[str, Any]:
-        """Waits for an answer by a version that has learned from everything before `ends`.
-
-        Args:
-            user: Whom it is about.
-            ends: As `click` returns them.
-            wanted: What is waited for besides: clicks come into histories by another way than into versions.
-            query: Further words of the question.
-        """
+        """Waits for an answer by a version that has learned from everything before `ends`."""
 
         def look() -> dict[str, Any] | None:
             answer = self.if_trained_on(user, ends, **query)

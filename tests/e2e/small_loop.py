@@ -22,9 +22,8 @@ from deploy.serving.following.versions import VersionFollower
 from state.config.settings import Settings
 from state.errors import LogError
 from state.events.identity import load_salt
-from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
-from state.layout import HISTORIES, PROGRAMS, ROWS
+from state.layout import HISTORIES, ROWS
 from state.log import Reader
 from state.metrics import ApplierMetrics
 from state.microbatch.batch import trim
@@ -156,11 +155,8 @@ class Applying:
         self._rows = RowStore(folder / ROWS, 1 << 27)
         self._histories = HistoryStore(folder / HISTORIES, settings.features.history, 1 << 27)
         self._registry = Registry(settings.registry_dir)
-        self._versions = VersionFollower(
-            self._registry, self._rows, folder / PROGRAMS, metrics, settings.serving.keep_s, lambda: 0
-        )
-        spec = FeatureSpec.from_settings(settings)
-        self._clicks = HistoryFollower(self._histories, spec, spec.reach_ms(settings.events), metrics, lambda: 0)
+        self._versions = VersionFollower(self._rows, settings, metrics, lambda: 0)
+        self._clicks = HistoryFollower(self._histories, settings, metrics, lambda: 0)
 
     @property
     def served(self) -> int | None:
@@ -190,15 +186,7 @@ class Applying:
 
 
 class SmallLoop:
-    """Clicks in, answers' rows and histories out.
-
-    Args:
-        folder: All state of it.
-        salt: Of the users' pseudonyms; copied.
-        decided: Makes its first control generation of the plain one.
-        flags: More settings.
-        partitions: Of the clicks.
-    """
+    """Clicks in, answers' rows and histories out."""
 
     NAMES = ("stream", "trainer", "applier")
 

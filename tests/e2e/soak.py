@@ -77,10 +77,6 @@ def descriptors(pid: int) -> int:
 def faults(name: str, looks: Sequence[Look]) -> list[str]:
     """What grew in one process, in words.
 
-    Args:
-        name: Of the process.
-        looks: After the warm-up, in order.
-
     >>> steady = [Look(100_000, 20, 8)] * 8
     >>> faults("stream", steady)
     []

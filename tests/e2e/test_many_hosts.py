@@ -8,9 +8,7 @@ over a slow link: it would be a host that holds a copy of who is erased.
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import pytest
 from state.registry.registry import Registry
 from tests.disks import forget_memory
 from tests.e2e.hosts import ServingHost
-from tests.e2e.running import ROOT, SHORT, Loop, until
+from tests.e2e.running import SHORT, Loop, until
 from tests.one_s3 import S3Server
 from tests.slow_link import SlowLink
 
@@ -92,46 +90,6 @@ def at_least(number: int) -> Callable[[Any], bool]:
 
 def all_of(loop: Loop, hosts: list[ServingHost]) -> list[Asked]:
     return [loop.profile, *(one.profile for one in hosts)]
-
-
-def without_age(answer: dict[str, Any]) -> dict[str, Any]:
-    """What an answer says at one moment of one version."""
-    version = {name: value for name, value in answer["version"].items() if name != "age_s"}
-    return {**answer, "version": version}
-
-
-def command(settings: Sequence[str], *words: str) -> None:
-    """Does what an operator types on a host with these settings."""
-    line = [sys.executable, "-m", "deploy.cli", *words, *settings]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.nightly
-def test_a_host_that_was_away_until_nothing_led_on_from_what_it_has_catches_up(
-    loop: Loop, hosts: list[ServingHost]
-) -> None:
-    before = []
-    for one in hosts:
-        served = one.served()
-        assert served is not None
-        before.append(served.version)
-        one.stop()
-    registry = Registry(loop.settings.registry_dir)
-    # What takes a day otherwise: versions of an hour ago are merged into later ones.
-    newest = until(lambda: next((one for one in registry.versions()[::-1] if one > max(before)), None), "no version")
-    until(lambda: (registry.newest(1) or 0) > newest, "no version")
-    command(loop.flags, "compact", "--registry.delta_keep_s", "1")
-    assert not {*before} & {*registry.versions()}, "the host's version is still kept"
-    ends = loop.click([(USER, "tent", "outdoors", "purchase")] * 3)
-    learned = loop.answer_trained_on(USER, ends)["version"]["number"]
-    for one in hosts:
-        one.start()
-    reached(
-        all_of(loop, hosts),
-        lambda one: one["version"]["number"] >= learned and one["features"]["purchase.count_7d"] == 10,
-        lambda: hosts[1].said(),
-    )
 
 
 @pytest.mark.nightly

@@ -1,4 +1,4 @@
-"""A rollback converges whatever happens on its way: killed at each step, interrupted by another, with parts or the log away.
+"""A rollback converges whatever happens on its way: killed at each step, and interrupted by another.
 
 What it converges to is a loop that never saw the masked clicks (exact), or one
 that was left alone (fast); weights, histories, accounts, log and rows are equal
@@ -333,34 +333,3 @@ def test_with_labels_an_exact_rollback_during_another_makes_the_rows_of_a_run_wi
     assert expected["waiting"]
     for one in (ours, theirs):
         one.loop.close()
-
-
-@pytest.mark.parametrize(
-    ("mode", "down"),
-    [
-        ("exact", "stream"),
-        pytest.param("fast", "log", marks=pytest.mark.nightly),
-        pytest.param("exact", "log", marks=pytest.mark.nightly),
-        *(pytest.param("exact", part, marks=pytest.mark.nightly) for part in ("trainer", "applier")),
-        *(pytest.param("fast", part, marks=pytest.mark.nightly) for part in ("stream", "trainer", "applier")),
-    ],
-)
-def test_what_is_down_during_the_command_and_started_afterwards_converges_too(
-    tmp_path: Path, salt: Path, left_alone: dict[Mode, dict[str, Any]], mode: Mode, down: str
-) -> None:
-    loop, to = poisoned(tmp_path / "loop", salt)
-    line_known = loop.line(to)
-    if down == "log":
-        # The command asks for the line before; what it writes is a file.
-        loop.log.go_away()
-        loop.line = lambda _: line_known  # type: ignore[method-assign]
-    else:
-        loop.down.add(down)
-        loop.end(down)
-    go_back(loop, to, bots(salt, 0, 1, 2), mode)
-    for _ in range(20):
-        for name in loop.NAMES:
-            if name not in loop.down:
-                loop.tick(name)
-    loop.log.come_back()
-    assert finished(loop) == left_alone[mode]

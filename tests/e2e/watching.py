@@ -25,12 +25,7 @@ ALERT_S = 180.0
 
 
 class Watching:
-    """What a Prometheus says.
-
-    Args:
-        url: Where it answers. None where none is installed: then no alert is waited for, for the tests that make a
-            fault have more to show than its alert.
-    """
+    """What a Prometheus says."""
 
     def __init__(self, url: str | None) -> None:
         self._url = url

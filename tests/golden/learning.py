@@ -81,11 +81,11 @@ def step(trainer: Trainer, offset: int, batch: MicroBatch) -> Document:
         "rows": report.rows,
         "verdict": report.verdict.value,
         "interest_log_loss": finite(report.interest_log_loss),
-        "engagement_log_loss": finite(report.engagement_log_loss),
+        "engagement_log_loss": finite(report.quality.engagement_log_loss / report.quality.pairs),
         "grad_norm": finite(report.grad_norm),
-        "top1": report.top1,
-        "top5": report.top5,
-        "targets": report.targets,
+        "top1": int(report.quality.total("top1")),
+        "top5": int(report.quality.total("top5")),
+        "targets": int(report.quality.total("rows")),
     }
 
 

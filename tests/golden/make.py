@@ -68,7 +68,9 @@ from tests.golden.learning import STEPS_FROM_NOTHING, STEPS_ON, learn_on, new_tr
 from tests.golden.measures import measure
 from tests.streaming.streams import FOREVER, following, next_offsets, running, until
 from trainer import compactor, device
-from trainer.learner import Learner, ServedModel, Surroundings
+from trainer.learner import Learner, Surroundings
+from trainer.publications import ServedModel
+from trainer.versions import checkpoint
 from trainer.versions.program import build
 
 EVERY = 3  # records of a version
@@ -266,7 +268,12 @@ class Training:
             self.registry,
             self.trainer,
             Log(self._settings.kafka),
-            ServedModel(self._program, self._spec, self.registry.specs.spec(self._spec)),
+            ServedModel(
+                self._program,
+                self._spec,
+                self.registry.specs.spec(self._spec),
+                checkpoint.environment(self._settings, self.trainer.device, self.trainer.engine.name),
+            ),
             TrainerMetrics(CollectorRegistry()),
             Surroundings(clock=lambda: self._now_ms / 1000, elapsed=lambda: 0.0),
         )

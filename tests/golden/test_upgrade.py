@@ -33,7 +33,8 @@ from tests.memory_log import MemoryLog
 from tests.trainer.logs import account_in, append, run_to_end
 from trainer import upgrade
 from trainer.engine.step import Trainer
-from trainer.learner import Learner, ServedModel, Surroundings
+from trainer.learner import Learner, Surroundings
+from trainer.publications import ServedModel
 from trainer.versions import checkpoint
 
 FOLDER = HERE / "0.1.0"
@@ -74,7 +75,12 @@ def learner(settings: Settings, registry: Registry, trainer: Trainer, log: Memor
         registry,
         trainer,
         log,
-        ServedModel(RUN["registry"]["program"], spec, about),
+        ServedModel(
+            RUN["registry"]["program"],
+            spec,
+            about,
+            checkpoint.environment(settings, trainer.device, trainer.engine.name),
+        ),
         TrainerMetrics(CollectorRegistry()),
         Surroundings(clock=lambda: 0.0, elapsed=lambda: float(next(ticks))),
     )

@@ -77,11 +77,7 @@ def own_helps() -> dict[str, str]:
 
 
 def check(words: list[str]) -> None:
-    """Refuses a line as `springtide` would, before anything starts.
-
-    Raises:
-        SettingsError: A command, an option or a setting is not there.
-    """
+    """Refuses a line as `springtide` would, before anything starts."""
     flags, rest = split_settings(words)
     asked, unknown = parser().parse_known_args(with_times(rest))
     if asked.command in OWN_HELP:

@@ -17,7 +17,7 @@ ALLOWED = {
     "streaming": {"streaming", "state"},
     "trainer": {"trainer", "state"},
     "deploy": {"deploy", "state", "springtide_client"},
-    "evaluation": {"evaluation", "deploy", "trainer", "streaming", "state"},
+    "evaluation": {"evaluation", "deploy", "springtide_client", "trainer", "streaming", "state"},
     "springtide_client": {"springtide_client"},
 }
 EXAMPLES = "deploy/examples/"
@@ -99,11 +99,7 @@ def test_a_circle_is_found() -> None:
 
 
 def edges(part: Callable[[str], str]) -> dict[str, set[str]]:
-    """What each part imports of the others, in functions and for type checkers too.
-
-    Args:
-        part: Of a module.
-    """
+    """What each part imports of the others, in functions and for type checkers too."""
     known = files_of_modules()
     found: dict[str, set[str]] = {}
     for module, path in known.items():

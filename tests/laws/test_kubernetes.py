@@ -38,7 +38,6 @@ ROUTES = [one for name in ("gateway", "istio") for one in documents(FOLDER / "co
 README = PAGE.read_text()
 IMAGE = (ROOT / "deploy" / "container" / "Dockerfile").read_text()
 SIZES = sizes_of(BASE / "kustomization.yaml")
-WORKERS = sizes_of(FOLDER / "components" / "workers" / "kustomization.yaml")["SPRINGTIDE_TRAINER_WORKER_ADDRESSES"]
 # Container -> its ports by name, and what answers GET there without a token.
 PORTS = {
     "stream": {"metrics": attrgetter("stream.metrics_port")},
@@ -211,28 +210,6 @@ def test_disruption_budgets_hold_only_what_may_be_away_one_by_one() -> None:
     assert held == {"StatefulSet springtide-serving"}, "one of a single pod would keep a node from being drained"
 
 
-def opened(direction: str, labels: Mapping[str, str]) -> set[int]:
-    """The ports that network policies open for a pod, in one direction."""
-    return {
-        port["port"]
-        for policy in of_kind([*(FULL or ALL), *documents(FOLDER / "components" / "workers")], "NetworkPolicy")
-        if selects(policy["spec"]["podSelector"], labels)
-        for rule in policy["spec"].get(direction, ())
-        for port in rule["ports"]
-    }
-
-
-@pytest.mark.parametrize("box", lasting(), ids=lambda box: box.name)
-def test_the_network_lets_in_what_a_pod_offers_and_lets_out_what_it_asks(box: Box) -> None:
-    offered = {port for one in BOXES if one.owner == box.owner for port in one.ports.values()}
-    let_in = opened("ingress", box.labels)
-    assert offered <= let_in
-    workers = {int(address.rpartition(":")[2]) for address in WORKERS.split(",")}
-    assert not (let_in - workers - {port for one in BOXES for port in one.ports.values()}), "a port that nobody has"
-    brokers = {int(one.rpartition(":")[2]) for one in box.settings(SIZES).kafka.bootstrap_servers.split(",")}
-    assert {53} | (brokers if box.name != "trainer-worker" else workers) <= opened("egress", box.labels)
-
-
 def test_the_trainers_state_outlives_its_pod() -> None:
     """The ledger of the privacy budget does, and the trainer refuses to start without the key of the noise."""
     (trainer,) = (box for box in BOXES if box.name == "trainer")
@@ -243,11 +220,6 @@ def test_the_trainers_state_outlives_its_pod() -> None:
     )
     claimed = volume["persistentVolumeClaim"]["claimName"]
     assert claimed in {claim["metadata"]["name"] for claim in of_kind(ALL, "PersistentVolumeClaim")}
-
-
-def test_everything_is_closed_that_no_policy_opens() -> None:
-    closed = [one["spec"] for one in of_kind(ALL, "NetworkPolicy") if one["spec"]["podSelector"] == {}]
-    assert {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]} in closed
 
 
 def test_the_console_finds_the_other_parts_where_services_are() -> None:
@@ -261,7 +233,6 @@ def test_the_console_finds_the_other_parts_where_services_are() -> None:
     for url in urls.values():
         host, port = re.fullmatch(r"http://([a-z-]+):(\d+)/metrics", url).groups()  # type: ignore[union-attr]
         assert int(port) in ports[host], url
-        assert int(port) in opened("egress", console.labels), url
 
 
 @pytest.mark.parametrize("monitor", MONITORS, ids=lambda one: str(one["metadata"]["name"]))

@@ -1,15 +1,17 @@
-"""The client of applications, in both its forms: what it returns is what the real application answers, and it is patient as told."""
+"""The client of applications: it returns what the real application answers, retries as set, and keeps its time limit."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
+import math
 import re
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,12 +51,7 @@ README = Path(__file__).parents[2] / "README.md"
 
 
 class Network(httpx.AsyncBaseTransport):
-    """Carries requests to the application, after some faults.
-
-    Args:
-        app: The application.
-        faults: What happens to the first requests instead.
-    """
+    """Carries requests to the application; `faults` happen to the first requests instead."""
 
     def __init__(self, app: App, *faults: Fault) -> None:
         self._to_app = httpx.ASGITransport(app=app)  # type: ignore[arg-type]
@@ -71,139 +68,103 @@ class Network(httpx.AsyncBaseTransport):
         return await self._to_app.handle_async_request(request)
 
 
-class Calls:
-    """A client of either form, called without an event loop.
+@dataclass(frozen=True)
+class Recorded(Retries):
+    """Records the waits, and does not wait."""
 
-    Args:
-        kind: `Client` or `AsyncClient`.
-        transport: What carries the requests; None for the real network.
-        url: The address.
-        more: What else the client is told.
+    waited: list[float] = field(default_factory=list)
 
-    Attributes:
-        waited: Seconds that it has waited, each time.
-    """
-
-    def __init__(self, kind: type, transport: Network | None, url: str = URL, **more: Any) -> None:
-        self.waited: list[float] = []
-
-        async def wait(seconds: float) -> None:
-            self.waited.append(seconds)
-
-        self._made = kind(url, transport=transport, sleep=wait, chance=lambda: 1.0, **more)
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        def call(*words: Any, **more: Any) -> Any:
-            found = getattr(self._made, name)(*words, **more)
-            return asyncio.run(found) if inspect.isawaitable(found) else found
-
-        return call
+    def wait_s(self, tried: int, retry_after_s: float | None, left_s: float = math.inf) -> float | None:
+        wait_s = super().wait_s(tried, retry_after_s, left_s)
+        if wait_s is not None:
+            self.waited.append(wait_s)
+        return wait_s and 0.0
 
 
-@pytest.fixture(params=[Client, AsyncClient])
-def kind(request: pytest.FixtureRequest) -> type:
-    made: type = request.param
-    return made
+Connect = Callable[..., tuple[Client, list[float]]]
 
 
 @pytest.fixture
-def calls(app: App, kind: type) -> Iterator[Calls]:
-    made = Calls(kind, Network(app))
-    yield made
-    made.close()
+def connect() -> Iterator[Connect]:
+    """Makes clients, each with the list of its waits in seconds."""
+    made: list[Client] = []
+
+    def one(
+        transport: Network | None, url: str = URL, timeout_s: float = 10.0, **retries: Any
+    ) -> tuple[Client, list[float]]:
+        recorded = Recorded(**retries)
+        http = httpx.AsyncClient(transport=transport)
+        made.append(Client(url, timeout_s=timeout_s, retries=recorded, http=http))
+        return made[-1], recorded.waited
+
+    yield one
+    for client in made:
+        client.close()
 
 
-def plain(answer: Any) -> Any:
-    """An answer as JSON has it, without what is not there."""
-    built = msgspec.to_builtins(answer)
-    return {name: value for name, value in built.items() if value is not None}
+@pytest.fixture
+def client(app: App, connect: Connect) -> Client:
+    return connect(Network(app))[0]
 
 
-def test_a_profile_is_what_the_server_answers(app: App, calls: Calls) -> None:
-    found = calls.profile(
+def doubled(waited: list[float], count: int) -> bool:
+    """Whether there were so many waits, of 0.1 s at first and twice as long each time, less at most a half."""
+    return len(waited) == count and all(2**n / 20 <= wait_s <= 2**n / 10 for n, wait_s in enumerate(waited))
+
+
+def test_a_profile_is_what_the_server_answers(app: App, client: Client) -> None:
+    found = client.profile(
         "ann", item="i1", fields=["vector", "features", "attributes"], top=2, context={"device": "tv"}
     )
     path = "/v1/profiles/ann?item=i1&fields=vector,features,attributes&top=2&context.device=tv"
-    theirs = ask(app, "GET", path).json()
-    theirs["version"]["sources"] = None
-    assert plain(found) == theirs
-    assert found.engagement.item == "i1" and len(found.interests) == 2 and found.version.number == 1
-    assert calls.profile("ann", fields=["sources"]).version.sources and calls.profile("ann").vector is None
-    assert calls.profile("nobody", at=1500).at_ms == 1500 and calls.profile("nobody").cold_start
+    assert msgspec.to_builtins(found) == ask(app, "GET", path).json()
+    assert client.profile("ann", fields=["sources"]).version.sources and client.profile("ann").vector is None
+    bob, ann = client.profiles(["bob", User("ann", "i1", at="1970-01-01T00:00:02Z", context={"device": "tv"})], top=1)
+    assert (bob.user_id, ann.user_id, ann.at_ms) == ("bob", "ann", 2000)
+    assert bob.engagement is None and ann.engagement is not None and len(bob.interests) == 1
 
 
-def test_many_profiles_come_in_their_order(calls: Calls) -> None:
-    found = calls.profiles(["bob", User("ann", item="i1", at="1970-01-01T00:00:02Z", context={"device": "tv"})], top=1)
-    assert [one.user_id for one in found] == ["bob", "ann"] and found[1].at_ms == 2000
-    assert found[0].engagement is None and found[1].engagement.item == "i1" and len(found[0].interests) == 1
-
-
-def test_items_are_ranked_and_recommended(app: App, calls: Calls) -> None:
-    ranked = calls.rank("ann", ["i1", Item("new-1", category="shoes"), "i9"])
-    body = {"user_id": "ann", "items": ["i1", {"item": "new-1", "category": "shoes"}, "i9"]}
-    theirs = ask(app, "POST", "/v1/rank", json=body).json()
-    assert msgspec.to_builtins(ranked)["items"] == theirs["items"] and {one.item for one in ranked.items} >= {"new-1"}
-    bidding = calls.rank(
-        "ann", [Item("i1", bid=2.0, cap=Cap(1, 3600)), Item("new-1", "shoes", 0.5), Item("i9", bid=1.0)]
-    )
-    assert [one.item for one in bidding.items] == ["i9", "new-1"] and not ranked.left_out
-    assert all(one.expected_value == one.probability * one.bid for one in bidding.items)
-    assert [(one.item, one.reason, one.seen) for one in bidding.left_out] == [("i1", "cap", 1)]
-    found = calls.recommend("ann", n=3)
-    assert 0 < len(found.items) <= 3 and {one.reason for one in found.items} <= {
-        "again",
-        "category",
-        "similar",
-        "popular",
-    }
-    assert len(calls.recommend("ann", category="shoes", exclude_seen=True).items) < len(calls.recommend("ann").items)
-    near = calls.similar("ann", n=3)
-    assert (near.user_id, near.version.number) == ("ann", 1) and {one.item for one in near.items} <= {"i1"}
-    assert calls.similar("ann", exclude_seen=True).items == []
-
-
-def test_an_answer_is_explained(app: App, calls: Calls) -> None:
-    found = calls.explain("ann", label="hats", top=1)
-    theirs = ask(app, "GET", "/v1/profiles/ann/explain?label=hats&top=1").json()
-    assert found.label == "hats" and len(found.reasons) == 1 and found.reasons[0].words == theirs["reasons"][0]["words"]
-    assert abs(found.probability - found.cold_start_probability - found.reasons[0].share - found.rest) < 1e-3
-    with pytest.raises(Refused, match="one category or one item"):
-        calls.explain("ann")
+def test_every_argument_is_one_of_the_api(client: Client) -> None:
+    """The server refuses a parameter or a field that it does not know."""
+    when: dict[str, Any] = {"at": 1_800_000_000_000, "context": {"device": "tv"}}
+    items = [Item("i1", bid=2.0, cap=Cap(1, 3600)), Item("new-1", "shoes", 0.5), Item("i9", bid=1.0)]
+    ranked = client.rank("ann", items, **when)
+    assert [item.item for item in ranked.items] == ["i9", "new-1"] and ranked.left_out[0].item == "i1"
+    assert not client.rank("ann", ["i1", "i2"]).left_out
+    assert client.recommend("ann", n=1, category="hats", **when).at_ms == when["at"]
+    assert len(client.recommend("ann", exclude_seen=True).items) < len(client.recommend("ann").items)
+    assert client.similar("ann", n=3, exclude_seen=True, **when).items == []
+    found = client.explain("ann", item="i1", category="hats", top=1, **when)
+    assert found.item == "i1" and len(found.reasons) == 1
+    assert client.explain("ann", label="hats").label == "hats"
 
 
 @pytest.mark.parametrize("of_version", [{}, {"version": 1}, {"label": "stable"}])
 def test_a_model_is_asked_for_its_versions_its_signatures_and_predictions(
-    calls: Calls, of_version: dict[str, Any]
+    client: Client, of_version: dict[str, Any]
 ) -> None:
-    assert calls.model_status(**of_version).model_version_status[0].version == "1"
-    metadata = calls.model_metadata(**of_version)
-    assert metadata.model_spec.name == "profile"
-    assert set(metadata.metadata["signature_def"]["signature_def"]) == {"serving_default", "raw"}
-    ann, bob = calls.predict([{"user_id": "ann", "item": "i1"}, {"user_id": "bob"}], **of_version)
-    assert ann["engagement"] == pytest.approx(
-        calls.profile("ann", item="i1", at=ann["at"]).engagement.probability, abs=1e-5
-    )
-    assert bob["engagement"] is None
+    assert client.model_status(**of_version).model_version_status[0].version == "1"
+    signatures = client.model_metadata(**of_version).metadata["signature_def"]["signature_def"]
+    assert set(signatures) == {"serving_default", "raw"}
+    ann, bob = client.predict([{"user_id": "ann", "item": "i1"}, {"user_id": "bob"}], **of_version)
+    assert 0.0 < ann["engagement"] < 1.0 and bob["engagement"] is None
     with pytest.raises(Refused, match="no label 'x'"):
-        calls.model_status(label="x")
+        client.model_status(label="x")
     with pytest.raises(ClientError, match="both"):
-        calls.predict([], version=1, label="stable")
+        client.predict([], version=1, label="stable")
 
 
-def test_segments_and_their_members_are_listed(stores: Stores, kind: type) -> None:
+def test_segments_and_their_members_are_listed(stores: Stores, connect: Connect) -> None:
     keep(stores, "ann", "bob", "cem")
     with closing(with_segments(stores)) as app:
-        calls = Calls(kind, Network(app), retries=Retries(most=0))
-        assert [(one.name, one.size) for one in calls.segments()] == [("busy", 3), ("idle", 0)]
-        first = calls.segment("busy", n=2)
-        second = calls.segment("busy", start=first.next)
-        assert len({one.pseudonym for one in first.members + second.members}) == 3 and second.next is None
-        assert [calls.in_segment("busy", user).is_member for user in ("ann", "dan")] == [True, False]
+        client, _ = connect(Network(app), most=0)
+        assert [(segment.name, segment.size) for segment in client.segments()] == [("busy", 3), ("idle", 0)]
+        first = client.segment("busy", n=2)
+        second = client.segment("busy", start=first.next)
+        assert len({member.pseudonym for member in first.members + second.members}) == 3 and second.next is None
+        assert [client.in_segment("busy", user).is_member for user in ("ann", "dan")] == [True, False]
         with pytest.raises(ServerFailed, match="no lookalikes of busy"):
-            calls.lookalikes("busy", n=5)
-        with pytest.raises(Refused, match="no segment 'nobody'"):
-            calls.segment("nobody")
-        calls.close()
+            client.lookalikes("busy", n=5)
 
 
 OPERATION = {"/healthz", "/metrics", "/openapi.json", "/docs"}
@@ -219,7 +180,7 @@ def test_the_client_has_a_call_for_every_route(app: App) -> None:
             return httpx.Response(404, json={"error": "recorded"})
 
     versions: list[dict[str, Any]] = [{}, {"version": 7}, {"label": "stable"}]
-    with Client(URL, transport=Recorder()) as client:
+    with Client(URL, http=httpx.AsyncClient(transport=Recorder())) as client:
         for call, *words in (
             *((one, "ann") for one in (client.profile, client.recommend, client.similar, client.explain)),
             *((one,) for one in (client.segments, client.hosts, client.ready)),
@@ -246,60 +207,53 @@ def test_the_client_has_a_call_for_every_route(app: App) -> None:
     assert {path for method, path in routes if not is_asked(method, path)} == OPERATION
 
 
-def test_a_user_may_be_called_anything(calls: Calls) -> None:
+def test_a_user_may_be_called_anything(client: Client) -> None:
     for user in ("a/b c", "Łódź?", "..", "%2F", "#"):
-        assert calls.profile(user).user_id == user and calls.recommend(user).user_id == user
+        assert client.profile(user).user_id == user and client.recommend(user).user_id == user
     with pytest.raises(ClientError, match="empty"):
-        calls.profile("")
+        client.profile("")
+    for call in (lambda: client.profile("a\ud800"), lambda: client.rank("a\ud800", ["i1"])):
+        with pytest.raises(ClientError, match="Unicode"):
+            call()
 
 
-def test_a_refusal_says_what_where_and_what_to_do(calls: Calls) -> None:
+def test_a_refusal_says_what_where_and_what_to_do(app: App, connect: Connect) -> None:
+    client, waited = connect(Network(app))
     with pytest.raises(Refused) as found:
-        calls.profiles([User("ann", at="soon")])
+        client.profiles([User("ann", at="soon")])
     assert found.value.status == 400 and found.value.where == "/profiles/0/at"
-    assert "soon" in found.value.what and "ISO 8601" in found.value.do and calls.waited == []
+    assert "soon" in found.value.what and "ISO 8601" in found.value.do and waited == []
 
 
-def test_what_is_not_ready_is_asked_again_and_then_said(app: App, stores: Stores, kind: type) -> None:
+def test_what_is_not_ready_is_asked_again_and_then_said(app: App, stores: Stores, connect: Connect) -> None:
     stores.settings.serving_dir.rename(stores.settings.serving_dir.with_name("away"))
-    calls = Calls(kind, network := Network(app), retries=Retries(most=2))
+    client, waited = connect(network := Network(app), most=2)
     with pytest.raises(ServerFailed, match="applier") as found:
-        calls.profile("ann")
-    assert found.value.status == 503 and calls.waited == [0.1, 0.2] and network.carried == 3
-    ready = calls.ready()
+        client.profile("ann")
+    assert found.value.status == 503 and doubled(waited, 2) and network.carried == 3
+    ready = client.ready()
     assert not ready.ready and not ready.version and "version" in ready.error and network.carried == 4
 
 
-def test_a_worker_says_when_to_come_again(app: App, kind: type) -> None:
+def test_a_worker_says_when_to_come_again(app: App, connect: Connect) -> None:
     def busy(seconds: int) -> httpx.Response:
         return httpx.Response(429, headers={"retry-after": str(seconds)}, json={"error": "busy", "do": "come again"})
 
-    calls = Calls(kind, Network(app, busy(2), busy(1)))
-    assert calls.profile("ann").known and calls.waited == [2.0, 1.0]
-    calls = Calls(kind, Network(app, busy(60)))
+    client, waited = connect(Network(app, busy(2), busy(1)))
+    assert client.profile("ann").known and waited == [2.0, 1.0]
+    client, waited = connect(Network(app, busy(60)))
     with pytest.raises(Overloaded) as found:
-        calls.profile("ann")
-    assert found.value.retry_after_s == 60 and calls.waited == []
+        client.profile("ann")
+    assert found.value.retry_after_s == 60 and waited == []
 
 
-def test_a_connection_that_ends_is_begun_again(app: App, kind: type) -> None:
-    calls = Calls(kind, Network(app, httpx.RemoteProtocolError("closed"), httpx.ConnectError("refused")))
-    assert calls.profile("ann").known and calls.waited == [0.1, 0.2]
-
-
-def test_nobody_there_is_unreachable(kind: type) -> None:
-    calls = Calls(kind, None, f"http://127.0.0.1:{free_port()}", retries=Retries(most=1))
+def test_a_connection_that_ends_is_begun_again(app: App, connect: Connect) -> None:
+    client, waited = connect(Network(app, httpx.RemoteProtocolError("closed"), httpx.ConnectError("refused")))
+    assert client.profile("ann").known and doubled(waited, 2)
+    client, waited = connect(None, f"http://127.0.0.1:{free_port()}", most=1)
     with pytest.raises(Unreachable, match=r"127\.0\.0\.1"):
-        calls.profile("ann")
-    assert calls.waited == [0.1]
-
-
-def test_silence_ends_with_the_time_that_was_given(kind: type) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        calls = Calls(kind, None, f"http://127.0.0.1:{silent.getsockname()[1]}", timeout_s=0.05)
-        with pytest.raises(TimedOut):
-            calls.profile("ann")
-    assert calls.waited == []
+        client.profile("ann")
+    assert doubled(waited, 1)
 
 
 @contextmanager
@@ -328,63 +282,65 @@ def dripping(head: bytes, rest: bytes) -> Iterator[str]:
     thread.join()
 
 
-@pytest.mark.parametrize("in_head", [True, False])
-def test_a_server_that_drips_does_not_hold_a_call_beyond_its_time(kind: type, in_head: bool) -> None:
+def test_silence_ends_with_the_time_that_was_given(connect: Connect) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        client, waited = connect(None, f"http://127.0.0.1:{silent.getsockname()[1]}", timeout_s=0.05)
+        with pytest.raises(TimedOut):
+            client.profile("ann")
+    assert waited == []
+
+
+HEAD, BODY = b"HTTP/1.1 200 OK\r\ncontent-length: 600\r\n", b'{"ready": true}'.ljust(600)
+
+
+@pytest.mark.parametrize(("head", "rest"), [(HEAD[:10], HEAD[10:] + b"x: y\r\n" * 90), (HEAD + b"\r\n", BODY)])
+def test_a_server_that_drips_does_not_hold_a_call_beyond_its_time(connect: Connect, head: bytes, rest: bytes) -> None:
     """Neither in the head of the answer nor in its body: the time is for the whole call, not for a byte."""
-    head, body = b"HTTP/1.1 200 OK\r\ncontent-length: 600\r\n", b'{"ready": true}'.ljust(600)
-    parts = (head[:10], head[10:] + b"x: y\r\n" * 90) if in_head else (head + b"\r\n", body)
-    with dripping(*parts) as url:
-        calls, began_s = Calls(kind, None, url, timeout_s=0.5), time.monotonic()
-        with pytest.raises(TimedOut):
-            calls.ready()
-        with pytest.raises(TimedOut):
-            calls.profile("ann")
+    with dripping(head, rest) as url:
+        (client, waited), began_s = connect(None, url, timeout_s=0.5), time.monotonic()
+        for call in (client.ready, lambda: client.profile("ann")):
+            with pytest.raises(TimedOut):
+                call()
     # Each answer takes a minute.
-    assert time.monotonic() - began_s < 20.0 and calls.waited == []
+    assert time.monotonic() - began_s < 20.0 and waited == []
 
 
-def test_tries_end_with_the_time_of_the_call(app: App, kind: type) -> None:
+def test_tries_end_with_the_time_of_the_call(app: App, connect: Connect) -> None:
     busy = httpx.Response(503, json={"error": "busy", "do": "come again"})
-    calls = Calls(kind, network := Network(app, busy), timeout_s=1.0, retries=Retries(first_wait_s=2.0))
+    client, waited = connect(network := Network(app, busy), timeout_s=1.0, first_wait_s=2.0)
     with pytest.raises(ServerFailed):
-        calls.profile("ann")
-    assert calls.waited == [] and network.carried == 1
-    patient = Retries(most=1_000_000, longest_wait_s=0.001)
-    calls = Calls(kind, Network(app, *[busy] * 1_000_000), timeout_s=0.3, retries=patient)
+        client.profile("ann")
+    assert waited == [] and network.carried == 1
+    client, waited = connect(Network(app, *[busy] * 1_000_000), timeout_s=0.3, most=1_000_000, longest_wait_s=0.001)
     with pytest.raises((ServerFailed, TimedOut)):
-        calls.profile("ann")
-    assert len(calls.waited) > 1
+        client.profile("ann")
+    assert len(waited) > 1
 
 
-@pytest.mark.parametrize(("status", "error"), [(429, Overloaded), (502, ServerFailed), (503, ServerFailed)])
-def test_an_error_of_a_proxy_has_its_status(app: App, kind: type, status: int, error: type[Refused]) -> None:
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (200, UnexpectedAnswer),
+        (404, UnexpectedAnswer),
+        (429, Overloaded),
+        (502, ServerFailed),
+        (503, ServerFailed),
+    ],
+)
+def test_another_server_is_recognised_and_an_error_of_a_proxy_has_its_status(
+    app: App, connect: Connect, status: int, error: type[ClientError]
+) -> None:
     page = httpx.Response(status, text="<html>no backend</html>", headers={"retry-after": "60"})
-    calls = Calls(kind, Network(app, page, page))
-    for call in (lambda: calls.profile("ann"), calls.ready):
+    client, _ = connect(Network(app, page, page))
+    for call in (lambda: client.profile("ann"), client.ready):
         with pytest.raises(error) as found:
             call()
-        assert (found.value.status, found.value.retry_after_s) == (status, 60.0) and "ann" not in str(found.value)
+        assert "ann" not in str(found.value)
+        if isinstance(found.value, Refused):
+            assert (found.value.status, found.value.retry_after_s) == (status, 60.0)
 
 
-def test_what_is_no_unicode_is_an_error_of_the_client(calls: Calls) -> None:
-    for call in (
-        lambda: calls.profile("a\ud800"),
-        lambda: calls.profile("ann", item="a\ud800"),
-        lambda: calls.rank("a\ud800", ["i1"]),
-    ):
-        with pytest.raises(ClientError, match="Unicode"):
-            call()
-
-
-@pytest.mark.parametrize("status", [200, 404])
-def test_another_server_is_recognised(app: App, kind: type, status: int) -> None:
-    calls = Calls(kind, Network(app, httpx.Response(status, text="<html>welcome</html>")))
-    with pytest.raises(UnexpectedAnswer) as found:
-        calls.profile("ann")
-    assert "ann" not in str(found.value)
-
-
-def test_both_clients_offer_the_same() -> None:
+def test_both_clients_offer_the_same(app: App) -> None:
     """Each call with its arguments and its documentation; `close` ends the thread."""
 
     def calls(kind: type) -> dict[str, Any]:
@@ -399,6 +355,12 @@ def test_both_clients_offer_the_same() -> None:
     with Client(URL):
         assert threading.active_count() == before + 1
     assert threading.active_count() == before
+
+    async def known() -> bool:
+        async with AsyncClient(URL, http=httpx.AsyncClient(transport=Network(app))) as client:
+            return (await client.profile("ann")).known
+
+    assert asyncio.run(known())
 
 
 def test_the_program_of_the_readme_runs(stores: Stores, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import httpx
 import pytest
 
 from springtide_client import AsyncClient
@@ -25,7 +26,7 @@ def run(network: Network, steps: Callable[[AsyncClient], Coroutine[Any, Any, Any
         for app in network.apps.values():
             if app.router is not None:
                 await app.router.poll()
-        async with AsyncClient("http://a", route=True, transport=network) as client:
+        async with AsyncClient("http://a", route=True, http=httpx.AsyncClient(transport=network)) as client:
             return await steps(client)
 
     return asyncio.run(go())
@@ -73,7 +74,7 @@ def test_a_host_that_is_away_is_avoided_and_the_own_address_forwards(network: Ne
 
 def test_hosts_without_shares_are_asked_as_by_any_client(network: Network) -> None:
     async def steps(client: AsyncClient) -> None:
-        async with AsyncClient("http://whole", route=True, transport=network) as other:
+        async with AsyncClient("http://whole", route=True, http=httpx.AsyncClient(transport=network)) as other:
             for _ in range(2):
                 assert (await other.profile(USERS[0], at=NOW_MS)).user_id == USERS[0]
                 assert len(await other.profiles(USERS)) == len(USERS)

@@ -117,8 +117,7 @@ def snapshot(settings: Settings, polls: int) -> int:
     """Writes a snapshot of a serving host that has read so many polls of the training log; returns how many records."""
     spec = FeatureSpec.from_settings(settings)
     store = HistoryStore(settings.serving_dir / HISTORIES, spec.history, 1 << 30)
-    reach_ms = spec.reach_ms(settings.events)
-    follower = HistoryFollower(store, spec, reach_ms, ApplierMetrics(CollectorRegistry()), lambda: 0)
+    follower = HistoryFollower(store, settings, ApplierMetrics(CollectorRegistry()), lambda: 0)
     follower.connect(Log(settings.kafka), settings.kafka.microbatches_topic)
     records, deadline_s = 0, time.monotonic() + 60
     while polls and time.monotonic() < deadline_s:

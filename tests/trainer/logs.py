@@ -20,14 +20,16 @@ from state.metrics import TrainerMetrics
 from state.microbatch.batch import Header
 from state.microbatch.codec import decode, encode
 from state.registry.control import start
+from state.registry.manifest import Draft, LogRange
 from state.registry.registry import Registry
 from state.storage.waiting import Room
 from tests.memory_log import MemoryLog
 from tests.trainer.clicks import SALT, SPEC, small_settings
 from trainer.beginning import Begins, from_nothing
 from trainer.engine.step import Trainer
-from trainer.learner import NO_CONSENT, Learner, ServedModel, Surroundings
-from trainer.versions import checkpoint
+from trainer.learner import NO_CONSENT, Learner, Surroundings
+from trainer.publications import ServedModel
+from trainer.versions import checkpoint, content
 
 TOPIC_ID = "cd" * 16
 LOG = Kafka().microbatches_topic
@@ -57,6 +59,17 @@ def started(path: Path) -> Registry:
     return registry
 
 
+def draft(parent: int | None, **changes: Any) -> Draft:
+    kind = "base" if parent is None else "delta"
+    return replace(Draft(kind, 1, parent, LogRange(), (), 0, 0, 0, 0, SPEC.digest, "", ""), **changes)
+
+
+def publish(registry: Registry, trainer: Trainer, parent: int | None, **changes: Any) -> int:
+    """Publishes what a trainer learned since `parent`, or all; returns the version."""
+    tensors = checkpoint.full(trainer) if parent is None else checkpoint.changes(trainer)
+    return registry.publish(draft(parent, **changes), content.encode(tensors)).version
+
+
 def fresh(*flags: str) -> Trainer:
     """A small trainer that has learned nothing."""
     return Trainer(small_settings(*flags), SPEC)
@@ -81,13 +94,13 @@ def learner(
     """
     pace = ("--trainer.publish_s", "0.01", "--registry.durable_s", "0.01", "--registry.recent_s", "3600")
     settings = small_settings(*pace, *flags)
-    ticks = iter(range(10**9))
+    ticks, trainer = iter(range(10**9)), trainer or fresh(*flags)
     made = Learner(
         settings,
         registry,
-        trainer or fresh(*flags),
+        trainer,
         log,
-        ServedModel(program, spec.digest, about),
+        ServedModel(program, spec.digest, about, checkpoint.environment(settings, trainer.device, trainer.engine.name)),
         TrainerMetrics(CollectorRegistry()),
         Surroundings(consent, room, begins, clock=lambda: 0.0, elapsed=lambda: tick_s * next(ticks)),
     )

@@ -28,8 +28,7 @@ from trainer.checks import check_model
 from trainer.engine.build import engine_name
 from trainer.engine.step import Trainer
 from trainer.model.inputs import Input, own_rows, pick
-from trainer.model.tower import width_in
-from trainer.model_checks import check_ranker, check_tower
+from trainer.model_checks import check_own
 from trainer.versions.program import build as build_program
 
 EXAMPLE = "deploy.examples.own_model.tower:build"
@@ -60,11 +59,11 @@ CALLS: dict[str, tuple[Call, str]] = {
     "bessel": (lambda t, x, *_: tf.math.bessel_i0e(x @ t.kernel), r"does not lower to LiteRT: it has no tf\.BesselI0e"),
     "narrow": (
         lambda t, x, *_: (x @ t.kernel)[:, :3],
-        r"gave shape \[64, 3\] and type float32 for 64 rows; wanted is \[B, 8\]",
+        r"gave shape \[32, 3\] and type float32 for 32 rows; wanted is \[B, 8\]",
     ),
     "double": (
         lambda t, x, *_: tf.cast(x @ t.kernel, tf.float64),
-        r"type float64 for 64 rows; wanted is \[B, 8\] float32",
+        r"type float64 for 32 rows; wanted is \[B, 8\] float32",
     ),
     "random": (
         lambda t, x, *_: x @ t.kernel + tf.random.normal([]),
@@ -73,17 +72,17 @@ CALLS: dict[str, tuple[Call, str]] = {
     "counting": (counting, "changed a variable while it was called"),
     "centred": (
         lambda t, x, *_: (x - tf.reduce_mean(x, 0, keepdims=True)) @ t.kernel,
-        "row 0 gives another output alone than in a batch of 64",
+        "of row 0 is another alone than in a batch of 32",
     ),
     "seeded": (
         lambda t, x, training, seed: x @ t.kernel * tf.cast(seed[0] + 1, tf.float32),
-        "without training its output depends on the seed",
+        "without training its scores depend on the seed",
     ),
     "misspelt": (
         lambda t, x, *_: x @ t.kernle,
-        r"called with x \[64, 152\] and training=False it raised AttributeError.*\(test_checks\.py:\d+\); wanted",
+        r"called with x \[32, 152\] and training=False it raised AttributeError.*\(test_checks\.py:\d+\); wanted",
     ),
-    "infinite": (lambda t, x, *_: tf.math.log(x @ t.kernel * 0.0), "its output is not finite"),
+    "infinite": (lambda t, x, *_: tf.math.log(x @ t.kernel * 0.0), "is not finite for some rows"),
 }
 
 
@@ -114,22 +113,21 @@ def build_namesakes(width: int, settings: ModelSettings) -> Tower:
 
 
 REFUSED = {f"build_{name}": message for name, (_, message) in CALLS.items()} | {
-    "build_by_chance": "built twice its weight kernel begins with other values; draw first values from a fixed seed",
+    "build_by_chance": "built twice its weight tower.kernel begins with other values; draw first values from a fixed seed",
     "build_nothing": r"returned NoneType; wanted is build\(width_in: int, settings\) -> tf\.Module",
     "build_of_width": r"raised TypeError.*wanted is build\(width_in: int, settings\)",
 }
 
 
 def check(name: str) -> str:
-    settings = ModelSettings(dim=8, hidden=(16, 8), popular=4, tower=name)
-    return check_tower(settings, width_in(settings, SPEC, None))
+    return check_own(small_settings("--model.tower", name), SPEC)
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_wrong_tower_is_refused_with_what_is_expected(name: str) -> None:
     with pytest.raises(ProgramError, match=REFUSED[name]) as caught:
         check(f"{__name__}:{name}")
-    assert str(caught.value).startswith(f"model.tower '{__name__}:{name}'")
+    assert str(caught.value).startswith((f"model.tower '{__name__}:{name}'", "the model of model.tower"))
     assert "\n" not in str(caught.value)
 
 
@@ -319,7 +317,7 @@ def refused(name: str, *flags: str) -> str:
     path = f"{__name__}:{name}"
     settings = small_settings("--model.ranker", path, *FLAGS, *flags)
     with pytest.raises(ProgramError) as caught:
-        check_ranker(settings, FeatureSpec.from_settings(settings), None)
+        check_own(settings, FeatureSpec.from_settings(settings))
     assert str(caught.value).startswith((f"model.ranker '{path}'", f"the model of model.ranker '{path}'"))
     return str(caught.value)
 
@@ -367,7 +365,7 @@ def test_a_wrong_ranker_is_refused_in_one_line(name: str, said: str) -> None:
 def test_sequences_that_rows_do_not_carry_are_refused(name: str) -> None:
     settings = small_settings("--model.ranker", wanted(name), *FLAGS, "--features.sequence", "0")
     with pytest.raises(ProgramError, match=r"reads the user's latest events; set their number in features\.sequence"):
-        check_ranker(settings, FeatureSpec.from_settings(settings), None)
+        check_own(settings, FeatureSpec.from_settings(settings))
 
 
 class Centred(tf.Module):
@@ -383,7 +381,7 @@ class Centred(tf.Module):
 
 def test_a_variable_of_the_preprocessing_is_no_weight() -> None:
     settings = small_settings("--model.ranker", wanted("two_tower"), *FLAGS)
-    assert "lowers to LiteRT" in check_ranker(settings, FeatureSpec.from_settings(settings), Centred())
+    assert "lowers to LiteRT" in check_own(settings, FeatureSpec.from_settings(settings), Centred())
 
 
 def test_an_option_reaches_the_ranker_in_the_type_of_its_default() -> None:

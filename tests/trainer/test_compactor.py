@@ -20,9 +20,10 @@ from state.history.snapshots import HistorySnapshot, SnapshotFile, UserRange
 from state.process import killpoints
 from state.registry import sealed
 from state.registry.control import roll_back, start
-from state.registry.manifest import Draft, FileEntry, LogRange, Manifest, extend, sees
+from state.registry.manifest import FileEntry, Manifest, complete, extend, sees
 from state.registry.registry import Registry
 from tests.trainer.clicks import SPEC, batches, small_settings
+from tests.trainer.logs import draft, publish, started
 from trainer import compactor
 from trainer.compactor import DAY_MS, HOUR_MS, Tiers, compact, plan, thin
 from trainer.engine.step import Trainer
@@ -32,20 +33,14 @@ WHO = {"actor": "test", "reason": "test", "now_ms": 0}
 TIERS = Tiers(each_ms=HOUR_MS, thin_ms=DAY_MS, sparse_ms=7 * DAY_MS)
 
 
-def draft(parent: int | None, created_at_ms: int = 0, epoch: int = 1) -> Draft:
-    kind = "base" if parent is None else "delta"
-    return Draft(kind, epoch, parent, LogRange(), (), 0, 0, created_at_ms, 0, SPEC.digest, "", "")
-
-
 def test_a_base_is_the_trainers_state_bit_for_bit(tmp_path: Path) -> None:
-    registry = Registry(tmp_path)
-    registry.propose(start(**WHO))
+    registry = started(tmp_path)
     trainer = Trainer(small_settings("--trainer.admit_after", "2", "--trainer.expire_s", "3600"), SPEC)
-    version = registry.publish(draft(None), content.encode(checkpoint.full(trainer))).version
+    version = publish(registry, trainer, None)
     for number, batch in enumerate(batches(0, 60)):
         trainer.step(batch)
         if number % 5 == 4:
-            version = registry.publish(draft(version), content.encode(checkpoint.changes(trainer))).version
+            version = publish(registry, trainer, version)
         if number == 30:
             compact(registry)
     made = compact(registry)
@@ -63,27 +58,8 @@ def test_a_base_is_the_trainers_state_bit_for_bit(tmp_path: Path) -> None:
 def manifest(
     version: int, parent: int | None, created_at_ms: int, visible: tuple[tuple[int, int], ...], size: int = 100
 ) -> Manifest:
-    made = draft(parent, created_at_ms)
-    return Manifest(
-        version=version,
-        kind="delta",
-        epoch=1,
-        parent=parent,
-        visible=visible,
-        log=made.log,
-        sources=(),
-        steps=0,
-        rows=0,
-        created_at_ms=created_at_ms,
-        event_time_ms=0,
-        spec="",
-        program="",
-        salt="",
-        mask_generation=0,
-        metrics={},
-        environment={},
-        files={"a": FileEntry("", size)},
-    )
+    made = complete(draft(parent, created_at_ms=created_at_ms), version, visible, {})
+    return replace(made, visible=visible, files={"a": FileEntry("", size)})
 
 
 class Line:
@@ -192,18 +168,17 @@ def test_every_kept_version_can_be_restored(
 
 def test_every_version_that_is_kept_is_restored_as_it_was(tmp_path: Path) -> None:
     """Thinned again and again while it learns, rolls back, expires rows and admits them anew; a reader looks all the time."""
-    registry, now_ms = Registry(tmp_path), 10**12
-    registry.propose(start(**WHO))
+    registry, now_ms = started(tmp_path), 10**12
     trainer = Trainer(small_settings("--trainer.admit_after", "2", "--trainer.expire_s", "3600"), SPEC)
     reader, digests, merges = Registry(tmp_path), {}, 0
-    version = registry.publish(draft(None, now_ms), content.encode(checkpoint.full(trainer))).version
+    version = publish(registry, trainer, None, created_at_ms=now_ms)
     digests[version] = checkpoint.digest(trainer)
     tiers = replace(TIERS, load_bytes=60_000)
     epoch, went_back = 1, 0
     for number, batch in enumerate(batches(0, 90)):
         trainer.step(batch)
         now_ms += 150_000 if number < 60 else 30_000
-        version = registry.publish(draft(version, now_ms, epoch), content.encode(checkpoint.changes(trainer))).version
+        version = publish(registry, trainer, version, created_at_ms=now_ms, epoch=epoch)
         digests[version] = checkpoint.digest(trainer)
         if number == 40:
             went_back = version - 7
@@ -236,16 +211,13 @@ def test_every_version_that_is_kept_is_restored_as_it_was(tmp_path: Path) -> Non
 def test_a_compactor_killed_while_it_merges_leaves_every_version_loadable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
-    registry = Registry(tmp_path)
-    registry.propose(start(**WHO))
+    registry = started(tmp_path)
     trainer = Trainer(small_settings(), SPEC)
-    version = registry.publish(draft(None), content.encode(checkpoint.full(trainer))).version
+    version = publish(registry, trainer, None)
     digests = {}
     for number, batch in enumerate(batches(0, 24)):
         trainer.step(batch)
-        version = registry.publish(
-            draft(version, number * 150_000), content.encode(checkpoint.changes(trainer))
-        ).version
+        version = publish(registry, trainer, version, created_at_ms=number * 150_000)
         digests[version] = checkpoint.digest(trainer)
 
     class Killed(BaseException):
@@ -270,29 +242,21 @@ def test_a_compactor_killed_while_it_merges_leaves_every_version_loadable(
     assert len(list((tmp_path / "versions").iterdir())) + len(list((tmp_path / "merged").iterdir())) <= 8
 
 
-def test_the_process_compacts_a_registry_and_says_what_it_did(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    registry = Registry(tmp_path / "registry")
-    registry.propose(start(**WHO))
-    trainer = Trainer(small_settings(), SPEC)
-    first = registry.publish(draft(None), content.encode(checkpoint.full(trainer))).version
-    trainer.step(batches(0, 1)[0])
-    second = registry.publish(draft(first, 10**15), content.encode(checkpoint.changes(trainer))).version
-    with caplog.at_level(logging.INFO):
-        compactor.run(small_settings("--paths.state", str(tmp_path), "--registry.load_mb", "0.001"))
-    assert f"base of version {second}" in caplog.text
-    assert registry.bases()[-1] == second
-
-
-def test_an_operators_compactor_waits_until_the_trainers_own_is_done(
+def test_an_operators_compactor_waits_until_the_trainers_own_is_done_and_says_what_it_did(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = Registry(tmp_path / "registry")
     registry.propose(start(**WHO))
+    trainer = Trainer(small_settings(), SPEC)
+    first = publish(registry, trainer, None)
+    trainer.step(batches(0, 1)[0])
+    second = publish(registry, trainer, first, created_at_ms=10**15)
     at_work = DirectoryLock(registry.path, layout.COMPACTOR_LOCK).acquire()
     monkeypatch.setattr(compactor.time, "sleep", lambda _: at_work.release())
     with caplog.at_level(logging.INFO):
-        compactor.run_after_others(small_settings("--paths.state", str(tmp_path)))
-    assert "waiting for it" in caplog.text
+        compactor.run_after_others(small_settings("--paths.state", str(tmp_path), "--registry.load_mb", "0.001"))
+    assert "waiting for it" in caplog.text and f"base of version {second}" in caplog.text
+    assert registry.bases()[-1] == second
 
 
 def test_snapshots_of_histories_are_thinned_and_leave_with_the_users_that_they_have(tmp_path: Path) -> None:

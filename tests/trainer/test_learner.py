@@ -80,22 +80,6 @@ def _first_of(registry: Registry, epoch: int) -> int:
     return min(version for version in registry.versions() if registry.manifest(version).epoch == epoch)
 
 
-def test_a_restart_continues_with_the_same_bits_in_another_layout(tmp_path: Path) -> None:
-    whole = learner(started(tmp_path / "whole"), written(RECORDS))
-    run_to_end(whole)
-    expected = state(whole)
-    registry, log, known = started(tmp_path / "cut"), written([]), 0
-    for capacity, records in (("64", 13), ("1024", 17), ("64", 24)):
-        append(log, RECORDS[known:records])
-        known = records
-        running = learner(registry, log, "--trainer.capacity", capacity)
-        run_to_end(running)
-        # Killed: what was not published is lost, and learned again.
-        kill(running)
-    assert state(running) == expected
-    assert (running.place.rows, running.place.duplicate) == (whole.place.rows, 0)
-
-
 def test_a_version_says_what_it_was_trained_on(tmp_path: Path) -> None:
     registry = started(tmp_path)
     running = learner(registry, written(RECORDS[:3]), "--trainer.publish_s", "3600")

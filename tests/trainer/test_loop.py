@@ -56,13 +56,10 @@ def test_one_run_is_started_when_it_is_due_and_failures_in_a_row_are_counted() -
     runs.close()
 
 
-def test_no_run_is_started_without_an_interval() -> None:
-    runs = Scheduled("json.tool", [], 0.0, lambda *_: None, lambda: 1e9)
-    runs.tick()
-    assert runs._child is None
-
-
-def test_a_run_starts_sooner_on_a_full_disk() -> None:
+def test_a_run_starts_sooner_on_a_full_disk_and_none_without_an_interval() -> None:
+    never = Scheduled("json.tool", [], 0.0, lambda *_: None, lambda: 1e9)
+    never.tick()
+    assert never._child is None
     now_s = 0.0
     runs = Scheduled("json.tool", ["--help"], 600.0, lambda *_: None, lambda: now_s)
     for now_s, hurry, started in ((HURRY_S - 1, True, False), (HURRY_S, False, False), (HURRY_S, True, True)):  # noqa: B007
@@ -118,14 +115,11 @@ class Trainer:
 
 def test_lag_is_in_positions_and_in_seconds_since_the_newest_record_taken() -> None:
     trainer = Trainer(9)
+    assert trainer.shown() == (9, 0.0), "before the first record the seconds are unknown"
     trainer.taken = Taken(4, 4000)
     assert trainer.shown() == (5, 96.0)
     trainer.taken = Taken(9, 9000)
     assert trainer.shown() == (0, 0.0)
-
-
-def test_before_the_first_record_the_seconds_are_unknown() -> None:
-    assert Trainer(9).shown() == (9, 0.0)
 
 
 def test_an_unreachable_broker_is_logged_once_and_stops_nothing(

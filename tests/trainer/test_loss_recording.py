@@ -38,11 +38,6 @@ def read(registry: Registry) -> list[RowLosses]:
     return found
 
 
-def test_nothing_is_written_without_a_reader(registry: Registry) -> None:
-    learned(registry).close()
-    assert not (registry.path / "losses").exists()
-
-
 def test_each_row_with_a_category_has_the_loss_that_the_measures_count(registry: Registry) -> None:
     want(registry.path, "wider")
     running = learned(registry)
@@ -84,7 +79,9 @@ def test_what_is_learned_again_after_a_crash_has_the_same_losses(registry: Regis
     assert sorted(by_offset) == list(range(0, 2 * len(RECORDS), 2))
 
 
-def test_files_are_removed_once_there_is_no_reader(registry: Registry) -> None:
+def test_nothing_is_written_without_a_reader_and_files_are_removed_once_there_is_none(registry: Registry) -> None:
+    learned(registry, 1).close()
+    assert not (registry.path / "losses").exists()
     want(registry.path, "wider")
     running = learned(registry, 2)
     assert segments(registry.path)

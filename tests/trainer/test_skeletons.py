@@ -13,8 +13,8 @@ from state.errors import DecodeError
 from state.events.decoding import load_decoder
 from state.features.spec import FeatureSpec
 from streaming.preprocessing import check_preprocessing
-from trainer.checks import check_own
 from trainer.model.default_ranker import DefaultRanker
+from trainer.model_checks import check_own
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -173,10 +173,7 @@ def test_versions_behind_an_upgrade_are_recomputed_from_it(registry: Registry, t
     found = verify(wanted, registry, ours.place.parent, None, lambda: trainers["windows"], log)
     assert (found.outcome, found.steps) == ("equal", 5)
     with pytest.raises(UnknownVersion, match="there is an upgrade between"):
-        verify(
-            wanted, registry, ours.place.parent, before.place.parent, lambda: trainers["windows"],
-            log,
-        )  # fmt: skip
+        verify(wanted, registry, ours.place.parent, before.place.parent, lambda: trainers["windows"], log)
 
 
 def test_learning_anew_starts_from_scratch_and_serving_waits_until_it_has_caught_up(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import signal
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -13,11 +15,12 @@ import psutil
 import pytest
 
 from state.config.settings import Settings
+from state.errors import PortTaken
 from state.features.erased import MaskedUsers
 from state.log import Log
 from state.microbatch.codec import decode
 from state.positions import Source
-from state.process.ports import free_port
+from state.process.ports import free_port, free_ports
 from state.registry.control import erase, roll_back
 from state.registry.registry import Registry
 from tests.conftest import KafkaFactory
@@ -27,6 +30,7 @@ from tests.trainer.clicks import SALT, SPEC, TOPIC, microbatch, small_settings
 from tests.trainer.logs import without, write_transform
 from tests.trainer.test_control_changes import WHO
 from tests.trainer.test_learner import POISON
+from trainer.group import await_others
 from trainer.versions import checkpoint, content
 
 DEADLINE_S = 300.0
@@ -174,6 +178,31 @@ def test_killed_and_frozen_workers_change_no_bit_of_what_the_group_learns(
     else:
         whole = settings_of(kafka_settings, tmp_path / "whole", workers)
         assert digest(registry, version) == digest(*trained(whole, written, [], stack))
+
+
+def test_a_worker_waits_for_the_others_and_names_those_that_are_missing(stack: ExitStack) -> None:
+    ports = list(free_ports("012").values())
+    addresses, reported = [f"127.0.0.1:{port}" for port in ports], list[Sequence[int]]()
+
+    def wait(index: int, report: Callable[[Sequence[int]], object]) -> None:
+        await_others(addresses, index, report)
+        # From here on, TensorFlow's server listens on the port.
+        stack.enter_context(socket.create_server(("127.0.0.1", ports[index])))
+
+    def started(index: int, report: Callable[[Sequence[int]], object]) -> threading.Thread:
+        thread = threading.Thread(target=wait, args=(index, report), daemon=True)
+        thread.start()
+        return thread
+
+    threads = [started(0, reported.append)]
+    until(lambda: reported and list(reported[-1]) == [1, 2], "both are missing")
+    threads.append(started(2, len))
+    until(lambda: list(reported[-1]) == [1], "worker 1 is missing")
+    with pytest.raises(PortTaken, match="worker 2 of the trainer cannot listen"):
+        await_others(addresses, 2, len)
+    threads.append(started(1, len))
+    until(lambda: not any(thread.is_alive() for thread in threads), "all have found the others")
+    assert list(reported[-1]) == []
 
 
 @pytest.mark.nightly

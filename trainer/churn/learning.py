@@ -34,7 +34,7 @@ from state.compiled import compiled_sums
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import Kind, MicroBatch
-from trainer.measures.evaluation import BINS, LOGIT_RANGE, SOME, area_under_curve, fade
+from trainer.measures.evaluation import BINS, SOME, area_under_curve, bins_of, fade
 from trainer.tables.index import U64, IdIndex, hashed_uniform
 
 HALVINGS = 40
@@ -186,13 +186,8 @@ class ChurnWaiting:
     """Rows that wait until it is known whether their users left.
 
     Args:
-        horizon: The span of the prediction.
         late_ms: The maximum time by which a row may arrive late.
-        most: The maximum number of rows.
         columns: `[C]` int64, which features are kept of a row.
-
-    Attributes:
-        dropped: Rows that were dropped because the capacity was reached, since the epoch began.
     """
 
     def __init__(self, horizon: Horizon, late_ms: int, most: int, columns: I64) -> None:
@@ -215,14 +210,7 @@ class ChurnWaiting:
         self._reserve(_FIRST_CAPACITY)
 
     def observe(self, user: U64, at_ms: I64, features: U16, action: U8) -> None:
-        """Takes rows in the order of the log.
-
-        Args:
-            user: `[n]` uint64; 0 is no user.
-            at_ms: `[n]` int64 log time.
-            features: `[n, D]` uint16, before each.
-            action: `[n]` uint8.
-        """
+        """Takes `[n]` rows in the order of the log, with `[n, D]` features before each; user 0 is no user."""
         slots = self._newest.find(user)
         newer = self._looked_at(user) & ((slots == 0) | (at_ms >= self._at_ms[slots]))
         order = np.flatnonzero(newer)
@@ -305,7 +293,6 @@ class ChurnWaiting:
         return np.asarray(at_ms + ((drawn + 1.0) * (self._horizon.stride_ms / 2)).astype(np.int64))
 
     def _last_moment(self, slots: I64) -> I64:
-        """The last millisecond at which a row may have a moment."""
         return np.minimum(self._next_ms[slots], self._at_ms[slots] + self._horizon.reach_ms) - 1
 
     def _end(self, slots: npt.NDArray[np.int32], next_ms: I64) -> None:
@@ -359,19 +346,14 @@ class ChurnMeasures:
         self._tenths: F64 = np.zeros((TENTHS, 3))
 
     def update(self, probability: F64, has_left: npt.NDArray[np.bool_]) -> None:
-        """Adds examples.
-
-        Args:
-            probability: `[n]` float64, before they were learned.
-            has_left: `[n]` bool.
-        """
+        """Adds `[n]` examples, with their probabilities before they were learned."""
         for sums in (self._sums[1], self._bins[1], self._tenths):
             fade(sums, has_left.size)
         likely = np.clip(probability, _LEAST, 1.0 - _LEAST)
         losses = -np.log(np.where(has_left, likely, 1.0 - likely))
         self._sums += (has_left.size, losses.sum(), probability.sum(), has_left.sum())
         logits = np.log(likely) - np.log1p(-likely)
-        placed = np.clip((logits + LOGIT_RANGE) * (BINS / (2 * LOGIT_RANGE)), 0, BINS - 1).astype(np.int64)
+        placed = bins_of(logits, BINS)
         for outcome in (0, 1):
             self._bins[:, outcome] += np.bincount(placed[has_left == bool(outcome)], minlength=BINS)
         tenth = np.minimum((probability * TENTHS).astype(np.int64), TENTHS - 1)
@@ -418,14 +400,8 @@ class ChurnLearner:
     """The churn model of a trainer, with its waiting rows and measures. One thread.
 
     Args:
-        spec: The feature spec of the micro-batches.
         span_ms: The span without an event after which a user counts as having left.
         late_ms: The maximum time by which a row may arrive late.
-        most: The maximum number of waiting rows.
-
-    Attributes:
-        waiting: The rows that wait.
-        measures: Of examples before they were learned.
     """
 
     def __init__(self, spec: FeatureSpec, span_ms: int, late_ms: int, most: int) -> None:
@@ -454,12 +430,7 @@ class ChurnLearner:
         self.measures = ChurnMeasures()
 
     def take(self, batch: MicroBatch, log_ms: int) -> None:
-        """Takes the rows of a step, and learns from the examples whose label is known by now.
-
-        Args:
-            batch: In log time.
-            log_ms: The newest log time seen, that of the batch included.
-        """
+        """Takes the rows of a step, in log time, and learns from the examples whose label is known at `log_ms`."""
         self.observe(batch)
         examples = self.waiting.known(log_ms)
         if examples.left.size:

@@ -49,30 +49,23 @@ class FastSlots(NamedTuple):
 
 
 @part_of_sums
-def count_move(slots: FastSlots) -> None:
-    """Counts one more move; call it before `move`."""
+def move(slots: FastSlots, gradient: F32, rate: np.float32, users: int) -> None:
+    """One step of Adam without momentum, averaged (Defazio et al. 2024), in place; sets `gradient` to zero.
+
+    The first `users` weights move at `USER_LR_SCALE`.
+    """
     slots.moves[0] += _ONE
     slots.moves[1] *= BETA_2
-
-
-@part_of_sums
-def move(slots: FastSlots, gradient: F32, begin: int, end: int, rate: np.float32, users: int) -> None:
-    """One step of Adam without momentum, averaged (Defazio et al. 2024), of weights `begin` to `end`, in place.
-
-    Sets `gradient` to zero. The first `users` weights move at `USER_LR_SCALE`. Call `count_move` first.
-    """
     step = rate * np.sqrt(_ONE - slots.moves[1])
     share = max(_ONE / AVERAGE_MOVES, FIRST_MOVES / (slots.moves[0] + FIRST_MOVES))
-    # Loops over slices are vectorized; loops from `begin` to `end` are not.
-    weights, fast, slow = slots.weights[begin:end], slots.fast[begin:end], slots.slow[begin:end]
-    second, slopes = slots.second[begin:end], gradient[begin:end]
-    for i in range(slopes.shape[0]):
-        second[i] += (slopes[i] * slopes[i] - second[i]) * (_ONE - BETA_2)
-        scaled = step * USER_LR_SCALE if begin + i < users else step
-        fast[i] -= scaled * slopes[i] / (np.sqrt(second[i]) + EPSILON)
+    weights, fast, slow, second = slots.weights, slots.fast, slots.slow, slots.second
+    for i in range(gradient.shape[0]):
+        second[i] += (gradient[i] * gradient[i] - second[i]) * (_ONE - BETA_2)
+        scaled = step * USER_LR_SCALE if i < users else step
+        fast[i] -= scaled * gradient[i] / (np.sqrt(second[i]) + EPSILON)
         slow[i] += share * (fast[i] - slow[i])
         weights[i] = fast[i] + AVERAGE_SHARE * (slow[i] - fast[i])
-        slopes[i] = _ZERO
+        gradient[i] = _ZERO
 
 
 _SLOTS = FastSlots._fields[1:]
@@ -83,11 +76,8 @@ class Adam:
     """Adam (Kingma and Ba 2015) over named dense weights in TensorFlow variables.
 
     Args:
-        weights: The variables by name.
-        learning_rate: Step size.
         rates: Factors of the step size by prefix of a name. The longest matching prefix counts; otherwise 1.
         fast_weights: Names, in this order, of the weights that change within a record. `apply` assigns them.
-        fast_rate: Factor of their step size.
 
     Attributes:
         fast: The slots of the fast weights; its field `weights` is not read.
@@ -116,12 +106,7 @@ class Adam:
         self.epsilon = EPSILON
 
     def apply(self, gradients: Sequence[Any], moved: Any) -> None:
-        """One step, inside a tf.function.
-
-        Args:
-            gradients: In the order of the weights; those of fast weights are not read.
-            moved: `[m]` float32, the new fast weights, concatenated.
-        """
+        """One step, inside a tf.function. Gradients of fast weights are not read; `moved` are the new ones, `[m]`."""
         sizes = np.array([int(np.prod(weight.shape)) for weight in self._fast.values()], np.int32)
         parts = tf.split(moved, sizes) if sizes.size else ()
         for weight, part in zip(self._fast.values(), parts, strict=True):

@@ -30,7 +30,7 @@ from trainer.model.tower import DenseTower
 from trainer.privacy.participation import LearnedCrosses
 from trainer.tables.count_table import CountTable
 from trainer.tables.index import U64
-from trainer.tables.table import INITIAL_RANGE, Table, table_of
+from trainer.tables.table import INITIAL_ACCUMULATOR, INITIAL_RANGE, Table, table_of
 
 TRANSITION = "transition"
 """The table of what came next after a category, which is counted and not learned."""
@@ -100,7 +100,7 @@ def tables_of(ranker: Ranker, settings: Settings, device: str | None) -> dict[st
             name,
             ranker.tables.get(name, model.dim),
             trainer.capacity,
-            model.initial_accumulator,
+            INITIAL_ACCUMULATOR,
             1 if name in admitted_at_once else trainer.admit_after,
             ranker.initial_ranges.get(name, INITIAL_RANGE),
             trainer.max_rows,
@@ -209,13 +209,7 @@ class Growth:
         self._grown = [(tables[name], ids) for name, ids in grown_by(ranker).items()]
 
     def observe(self, batch: MicroBatch, context: U64, item_attributes: U64) -> None:
-        """Counts one occurrence of each id of n rows, and creates the rows that are due.
-
-        Args:
-            batch: The rows.
-            context: `[n, K]` uint64, fields and users' attributes.
-            item_attributes: `[n, A]` uint64.
-        """
+        """Counts one occurrence of each id, and creates the rows that are due; `context` is `[n, K]`, `item_attributes` `[n, A]`."""
         for table, names in self._grown:
             for ids in self._ids(names, batch, context, item_attributes):
                 if ids.size:

@@ -143,7 +143,6 @@ class CrossLearner:
     """Scores and learns the crosses of records on the host, wherever the rows of the table are.
 
     Args:
-        table: The table of crosses.
         prior: `[C]` float32, the prior precision of each cross's weight.
     """
 
@@ -161,10 +160,6 @@ class CrossLearner:
             self._table.gather(rows),
             self._table.gather_accum(rows),
         )
-
-    def rows(self, record: Record) -> I32:
-        """The rows that `measure` would return."""
-        return self._places(record)[0]
 
     def apply(self, rows: I32, crossed: Crossed) -> None:
         """Stores what `measure` returned."""

@@ -4,7 +4,7 @@
 2. The table of users has only the worker's own users. All other tables, dense weights and counts are equal everywhere.
 3. Each worker measures the rows of its users: scores, and the gradient.
 4. The workers exchange scores and gradients. Each adds the gradients in the order of the workers, so that all apply the
-   same bits. Fast weights are averaged by rows. What crosses learn is added up.
+   same bits. Fast weights are averaged by rows. Crosses learn from all rows in each worker.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,13 +26,11 @@ from safetensors.numpy import load, save
 from state.config.settings import Settings
 from state.errors import SettingsError, WorkerLost
 from state.features.spec import FeatureSpec
-from state.microbatch.batch import MicroBatch, counts_by_range
+from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode, encode
-from state.positions import Range
 from state.ranking.item_lists import NEXT_CATEGORY
 from state.rows.tables import ITEM_LISTS
-from trainer.engine.adam import FastSlots
-from trainer.engine.crosses import Crossed
+from trainer.engine.adam import AVERAGE_SHARE, FastSlots
 from trainer.engine.engine import CROSS, F32, I32, Gradient, Measured, Scores
 from trainer.engine.guard import GuardState
 from trainer.engine.record import Record
@@ -45,9 +43,11 @@ from trainer.privacy.history import NoisePlace
 from trainer.tables.changes import Changes
 from trainer.tables.id_table import I64, MISSING
 from trainer.tables.index import U64
-from trainer.tables.table import Table
 
 USER, SHARED = "user", "shared"
+DENSE, FAST, ROWS = "dense.", "fast.", "rows."
+FAST_SENT = FastSlots._fields[1:]
+"""The weights follow from them."""
 BEAT_S = 2.0
 """The longest time without an exchange, so that the leader notices the loss of a worker without clicks."""
 COLUMNS_BY_ID = {
@@ -56,15 +56,6 @@ COLUMNS_BY_ID = {
     "pending_ids": ("pending_counts", "pending_seen_ms"),
 }
 """The columns of `Changes` that each column of ids orders."""
-
-
-def _counted(batch: MicroBatch) -> Iterator[Range]:
-    """The ranges of a batch from which rows may be left out: those rows count as masked."""
-    parts = batch.header.ranges
-    for part, counts in zip(parts, counts_by_range(batch.kind, batch.source, len(parts)), strict=True):
-        left_out = sum(getattr(part, name) - counts[name] for name in ("rows", "opened", "feedback"))
-        changed: dict[str, Any] = {**counts, "masked": part.masked + left_out}
-        yield replace(part, **changed)
 
 
 class DividedTrainer(Trainer):
@@ -84,15 +75,14 @@ class DividedTrainer(Trainer):
         self.group, self._alone, self._was_alone, self._began_s = group, False, False, 0.0
         super().__init__(settings, spec, preprocessing)
         self._dense_shapes = {name: weight.shape for name, weight in self.model.weights().items()}
-        self._crosses_table = cast(Table, self.tables[CROSS])
 
     def step(self, batch: MicroBatch, seed: tuple[int, int] | None = None, place: NoisePlace | None = None) -> Report:
         """See `Trainer`."""
-        if len(batch) and not self.guard.held:
-            ranges = tuple(_counted(batch))
-            data = encode(replace(batch.header, ranges=ranges), batch.columns)
-            self._send("step", {"guard": asdict(self.guard), "seed": seed}, data)
-        self.loads = [WorkerLoad(0.0, load.users) for load in self.loads]
+        if self.group.leads and len(batch) and not self.guard.held:
+            value, rows = batch.logged or (encode(batch.header, batch.columns), np.ones(len(batch), np.bool_))
+            call = {"guard": asdict(self.guard), "seed": seed, "rows": (len(batch), rows.size)}
+            self._send("step", call, batch.at_ms.tobytes() + rows.tobytes() + value)
+        self.loads, self._began_s = [WorkerLoad(0.0, load.users) for load in self.loads], self._clock()
         return super().step(batch, seed)
 
     def forget(self, users: U64) -> int:
@@ -175,7 +165,10 @@ class DividedTrainer(Trainer):
                 self.beat()
             elif call["name"] == "step":
                 self.guard = GuardState(**call["guard"])
-                self.step(decode(data), None if call["seed"] is None else tuple(call["seed"]))
+                count, of = call["rows"]
+                at_ms, rows = np.frombuffer(data, np.int64, count), np.frombuffer(data, np.bool_, of, 8 * count)
+                batch = replace(decode(data[8 * count + of :]).take(rows), at_ms=at_ms)
+                self.step(batch, None if call["seed"] is None else tuple(call["seed"]))
             elif call["name"] == "forget":
                 self.forget(np.frombuffer(data, np.uint64))
             elif call["name"] == "take":
@@ -205,121 +198,132 @@ class DividedTrainer(Trainer):
         if self._alone:
             return super()._observe_users(batch)
         is_own = self._owns(batch.user)
-        new = np.zeros(len(batch), np.float32)
-        new[is_own] = self.tables[USER].find(batch.user[is_own]) == MISSING
-        self.tables[USER].observe(np.ascontiguousarray(batch.user[is_own]), batch.at_ms[is_own])
-        everywhere = self.group.gather(new).any(0)
-        self._began_s = self._clock()
-        return batch.user[everywhere]
+        users = np.ascontiguousarray(batch.user[is_own])
+        new_users: U64 = users[self.tables[USER].find(users) == MISSING]
+        self.tables[USER].observe(users, batch.at_ms[is_own])
+        return new_users
 
     def _update(self, batch: MicroBatch, crosses: U64, seed: tuple[int, int] | None) -> Update:
         if self._alone:
             return super()._update(batch, crosses, seed)
-        owners = self.group.owners(batch.user)
         record = self._record(batch, crosses, seed)
-        return self._judge_and_apply(batch, record, self._measured(record, owners))
+        return self._judge_and_apply(batch, record, self._measured(record))
 
-    def _measured(self, record: Record, owners: I64) -> Measured:
+    def _measured(self, record: Record) -> Measured:
         """Measures this worker's rows of a record, and exchanges the results for those of all rows."""
-        rows, own_rows = self.engine.rows(record), np.flatnonzero(owners == self.group.index)
-        shapes = self._shapes(record, rows, int(np.bincount(owners).max()))
-        sent = np.zeros(sum(math.prod(shape) for shape in shapes.values()), np.float32)
-        into, own, gradient = _views(sent, shapes), None, None
+        exchange, users = self._exchange(record), record.ids[USER]
+        own_rows = np.flatnonzero(exchange.owners == self.group.index)
+        # Crosses learn from all rows in each worker, so a worker without rows measures one whose user it does not hold.
+        own = self.engine.measure(record, own=own_rows if own_rows.size else np.zeros(1, np.int64))
+        gradient = self.engine.gradient(own)
         if own_rows.size:
-            own = self.engine.measure(record.take(own_rows))
-            gradient = self.engine.gradient(own)
-            self._fill(into, own, gradient, rows, np.float32(own_rows.size / len(record)))
-        into["load"][:] = self._clock() - self._began_s, len(self.tables[USER])
-        parts = [_views(part, shapes) for part in self.group.gather(sent)]
+            exchange.put(own, gradient, np.isin(users[own_rows], self._new_users))
+        exchange.gather(self.group, WorkerLoad(self._clock() - self._began_s, len(self.tables[USER])))
         self._began_s = self._clock()
         before = [load.seconds for load in self.loads] or [0.0] * self.group.size
         self.loads = [
-            WorkerLoad(seconds + float(part["load"][0]), int(part["load"][1]))
-            for seconds, part in zip(before, parts, strict=True)
+            WorkerLoad(seconds + load.seconds, load.users)
+            for seconds, load in zip(before, exchange.loads(), strict=True)
         ]
-        return self._joined(parts, own, gradient, rows, owners)
+        scores, is_new = exchange.scores(self.model)
+        self._new_users = np.union1d(self._new_users, users[is_new])
+        joined, squared = exchange.gradient(gradient.sparse[USER])
+        rows = {**exchange.rows, USER: own.rows[USER], CROSS: own.rows[CROSS]}
+        return self.engine.with_gradient(Measured(scores, squared, rows, own.crossed, None), joined)
 
-    def _shapes(self, record: Record, rows: Mapping[str, I32], most: int) -> dict[str, tuple[int, ...]]:
-        """The arrays that each worker sends, in order; a worker has at most `most` rows."""
+    def _exchange(self, record: Record) -> Exchange:
+        owners = self.group.owners(record.ids[USER])
+        rows = {name: at for name, at in self.engine.rows(record).items() if name != USER}
         logits = record.ids["recent"].shape[1] + record.ids["popular"].size + record.ids["successor"].shape[1]
-        shapes: dict[str, tuple[int, ...]] = {"scores": (most, logits + 6), "user_norm": (1,), "load": (2,)}
-        shapes |= {f"dense.{name}": shape for name, shape in self._dense_shapes.items()}
-        shapes |= {f"fast.{name}": slot.shape for name, slot in self.optimizer.fast._asdict().items()}
-        shapes |= {f"rows.{name}": (at.size, self.tables[name].dim) for name, at in rows.items() if name != USER}
-        return shapes | {"precision": (rows[CROSS].size, self.tables[CROSS].dim)}
+        scores = int(np.bincount(owners).max()), logits + 7
+        shapes: dict[str, tuple[int, ...]] = {"scores": scores, "user_norm": (1,), "load": (2,)}
+        shapes |= {f"{DENSE}{name}": shape for name, shape in self._dense_shapes.items()}
+        shapes |= {f"{FAST}{name}": getattr(self.optimizer.fast, name).shape for name in FAST_SENT}
+        shapes |= {f"{ROWS}{name}": (at.size, self.tables[name].dim) for name, at in rows.items()}
+        return Exchange(shapes, rows, owners)
 
-    def _fill(
-        self, into: Mapping[str, F32], own: Measured, gradient: Gradient, rows: Mapping[str, I32], share: np.float32
-    ) -> None:
-        scores = own.scores
+
+class Exchange:
+    """What the workers send each other about one update, and what follows for the whole record.
+
+    1. `put` writes what this worker measured of its rows.
+    2. `gather` exchanges it.
+    3. `loads`, `scores` and `gradient` read what all have sent; they add it up in the order of the workers.
+
+    Args:
+        shapes: By name, the arrays that each worker sends, in order.
+        rows: By table that all workers hold, `[u]` int32, the rows that the update changes.
+        owners: `[B]` int64, the worker of each row of the record.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], rows: Mapping[str, I32], owners: I64) -> None:
+        self._shapes, self.rows, self.owners = shapes, rows, owners
+        self._sent = np.zeros(sum(math.prod(shape) for shape in shapes.values()), np.float32)
+        self._parts: list[dict[str, F32]] = []
+
+    def put(self, own: Measured, gradient: Gradient, is_new: npt.NDArray[np.bool_]) -> None:
+        """Writes this worker's part.
+
+        Args:
+            own: Its rows, one or more.
+            gradient: Of `own`.
+            is_new: `[n]` bool, whether each row's user had no row before.
+        """
+        into, scores = _views(self._sent, self._shapes), own.scores
         pairs = (part.reshape(2, -1).T for part in (scores.engagement, scores.engagement_loss))
         columns = (scores.recent_logits, scores.popular_logits, scores.successor_logits)
-        ranked = np.stack([scores.interest_loss, scores.rank.astype(np.float32)], 1)
+        ranked = np.stack([scores.interest_loss, scores.rank, is_new], 1, dtype=np.float32, casting="unsafe")
         into["scores"][: len(ranked)] = np.concatenate([*columns, ranked, *pairs], 1)
         into["user_norm"][0] = np.square(gradient.sparse[USER][1:]).sum()
         for name, derivative in gradient.dense.items():
-            into[f"dense.{name}"][...] = derivative
-        for name, slot in gradient.fast._asdict().items():
-            into[f"fast.{name}"][...] = slot * share
-        for name, derivative in gradient.sparse.items():
-            if name != USER:
-                into[f"rows.{name}"][_places(own.rows[name], rows[name])] = derivative
-        if own.crossed is not None:
-            table, at = self._crosses_table, own.rows[CROSS]
-            indices = _places(at, rows[CROSS])
-            into[f"rows.{CROSS}"][indices] = own.crossed.rows - table.gather(at)
-            into["precision"][indices] = own.crossed.precision - table.gather_accum(at)
+            into[f"{DENSE}{name}"][...] = derivative
+        for name in FAST_SENT:
+            into[f"{FAST}{name}"][...] = getattr(gradient.fast, name) * np.float32(len(is_new) / len(self.owners))
+        for name, rows in self.rows.items():
+            into[f"{ROWS}{name}"][_places(own.rows[name], rows)] = gradient.sparse[name]
 
-    def _joined(
-        self,
-        parts: Sequence[Mapping[str, F32]],
-        own: Measured | None,
-        gradient: Gradient | None,
-        rows: Mapping[str, I32],
-        owners: I64,
-    ) -> Measured:
-        sums = {
-            name: functools.reduce(np.add, (part[name] for part in parts))
-            for name in parts[0]
-            if name not in ("scores", "load")
+    def gather(self, group: Group, load: WorkerLoad) -> None:
+        """Exchanges the parts. Raises as `Group.gather`."""
+        _views(self._sent, self._shapes)["load"][:] = load
+        self._parts = [_views(part, self._shapes) for part in group.gather(self._sent)]
+
+    def loads(self) -> list[WorkerLoad]:
+        """The load of each worker."""
+        return [WorkerLoad(float(part["load"][0]), int(part["load"][1])) for part in self._parts]
+
+    def scores(self, ranker: Ranker) -> tuple[Scores, npt.NDArray[np.bool_]]:
+        """The scores of all rows, and whether each row's user had no row before, `[B]` bool."""
+        rows = np.empty((len(self.owners), self._shapes["scores"][1]), np.float32)
+        for worker, part in enumerate(self._parts):
+            is_workers = self.owners == worker
+            rows[is_workers] = part["scores"][: np.count_nonzero(is_workers)]
+        sizes = np.cumsum([*(int(ranker.sizes[letter] or 0) for letter in "LPS"), 1, 1, 1, 2])
+        recent, popular, successor, loss, rank, is_new, pairs, losses = np.split(rows, sizes, axis=1)
+        scores = Scores(
+            recent_logits=np.ascontiguousarray(recent),
+            popular_logits=np.ascontiguousarray(popular),
+            successor_logits=np.ascontiguousarray(successor),
+            interest_loss=loss[:, 0].copy(),
+            rank=rank[:, 0].astype(np.int32),
+            engagement=pairs.T.reshape(-1),
+            engagement_loss=losses.T.reshape(-1),
+        )
+        return scores, is_new[:, 0] != 0.0
+
+    def gradient(self, by_users: F32) -> tuple[Gradient, float]:
+        """The gradient of the record, with this worker's derivatives by rows of users, and its squared norm."""
+        dense, fast, rows = (self._sums(kind) for kind in (DENSE, FAST, ROWS))
+        squared = float(sum(part["user_norm"][0] for part in self._parts))
+        squared += sum(float(np.square(derivative).sum()) for derivative in dense.values())
+        squared += sum(float(np.square(derivative[1:]).sum()) for derivative in rows.values())
+        weights = fast["fast"] + AVERAGE_SHARE * (fast["slow"] - fast["fast"])
+        return Gradient(dense, {**rows, USER: by_users}, FastSlots(weights, **fast)), squared
+
+    def _sums(self, kind: str) -> dict[str, F32]:
+        names = [name for name in self._shapes if name.startswith(kind)]
+        return {
+            name.removeprefix(kind): functools.reduce(np.add, (part[name] for part in self._parts)) for name in names
         }
-        dense = {name: sums[f"dense.{name}"] for name in self._dense_shapes}
-        shared = {name: sums[f"rows.{name}"] for name in rows if name not in (USER, CROSS)}
-        squared = float(sums["user_norm"][0]) + sum(float(np.square(gradient).sum()) for gradient in dense.values())
-        squared += sum(float(np.square(gradient[1:]).sum()) for gradient in shared.values())
-        if own is None or gradient is None:
-            users, by_users = np.zeros(1, np.int32), np.zeros((1, self.tables[USER].dim), np.float32)
-        else:
-            users, by_users = own.rows[USER], gradient.sparse[USER]
-        crosses, crossed = self._crosses_table, None
-        if own is None or own.crossed is not None:
-            crossed = Crossed(
-                np.zeros(len(owners), np.float32),
-                crosses.gather(rows[CROSS]) + sums[f"rows.{CROSS}"],
-                crosses.gather_accum(rows[CROSS]) + sums["precision"],
-            )
-        fast = FastSlots(*(sums[f"fast.{name}"] for name in FastSlots._fields))
-        measured = Measured(_scores(parts, owners, self.model), squared, {**rows, USER: users}, crossed, None)
-        return self.engine.with_gradient(measured, Gradient(dense, {**shared, USER: by_users}, fast))
-
-
-def _scores(parts: Sequence[Mapping[str, F32]], owners: I64, ranker: Ranker) -> Scores:
-    """The scores of all rows, from the workers' blocks."""
-    rows = np.empty((len(owners), parts[0]["scores"].shape[1]), np.float32)
-    for worker, part in enumerate(parts):
-        is_workers = owners == worker
-        rows[is_workers] = part["scores"][: np.count_nonzero(is_workers)]
-    sizes = [int(ranker.sizes[letter] or 0) for letter in "LPS"]
-    recent, popular, successor, loss, rank, pairs, pair_losses = np.split(rows, np.cumsum([*sizes, 1, 1, 2]), axis=1)
-    return Scores(
-        recent_logits=np.ascontiguousarray(recent),
-        popular_logits=np.ascontiguousarray(popular),
-        successor_logits=np.ascontiguousarray(successor),
-        interest_loss=loss[:, 0].copy(),
-        rank=rank[:, 0].astype(np.int32),
-        engagement=pairs.T.reshape(-1),
-        engagement_loss=pair_losses.T.reshape(-1),
-    )
 
 
 def _views(flat: F32, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, F32]:

@@ -16,6 +16,7 @@ from trainer.engine.record import Record
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
 
 CROSS = "cross"
 """The table of crosses. Its rows are learned one training row after another and have no derivative."""
@@ -49,7 +50,6 @@ class Measured:
     """A measured record: its scores and the update that it would cause.
 
     Attributes:
-        scores: Before learning.
         squared_norm: Squared norm of the whole gradient.
         rows: By table, `[u]` int32, the rows that the update changes, the missing row first.
         crossed: What the crosses learn; None if the ranker does not read them.
@@ -83,17 +83,18 @@ class Engine(Protocol):
 
     name: str
 
-    def measure(self, record: Record, move: bool = True) -> Measured:
+    def measure(self, record: Record, move: bool = True, own: I64 | None = None) -> Measured:
         """Scores a record and computes its gradient, without side effects.
 
         With `move` fast weights move within the record, as in training. Otherwise all rows see the same weights.
+        With `own`, `[n]` ascending, only these rows are scored and have a gradient; crosses learn from all rows.
         """
 
     def apply(self, measured: Measured) -> None:
         """Applies the measured update to weights, rows and their slots. Nothing else may change them in between."""
 
     def rows(self, record: Record) -> dict[str, I32]:
-        """By table, the rows that an update by `record` would change, the missing row first."""
+        """By table of embedding rows, the rows that an update by `record` would change, the missing row first."""
 
     def gradient(self, measured: Measured) -> Gradient:
         """The gradient of a measured update; valid until the next record is measured."""

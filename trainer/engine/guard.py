@@ -40,11 +40,8 @@ class GuardState:
     """The guard's state, stored in each version.
 
     Attributes:
-        loss: Running mean of the loss.
         norm: Running mean of the gradient norm per square root of rows.
-        accepted: Updates accepted so far.
         skipped: Updates skipped since the last accepted one.
-        held: Whether training is held.
     """
 
     loss: float = 0.0

@@ -87,7 +87,8 @@ class InterestCounts(OnlineRegression):
         self.table = ItemListTable(NEXT_CATEGORY, CAPACITY, 1, most)
         self._columns = Columns(spec)
         self._work: Workspace | None = None
-        super().__init__(WEIGHTS, interest_scores.first_weights())
+        first = interest_scores.first_weights()
+        super().__init__(WEIGHTS, {"weights": first, "squares": np.zeros_like(first)})
 
     @classmethod
     def of(cls, settings: Settings, spec: FeatureSpec) -> InterestCounts | None:
@@ -143,8 +144,8 @@ class InterestCounts(OnlineRegression):
                     update.record.targets.slot,
                     phi[mine],
                     self.learned,
-                    self._weights,
-                    self._squares,
+                    self._values["weights"],
+                    self._values["squares"],
                     self._workspace(*_logits(update.scores)),
                 )
                 update = update._replace(scores=_with_logits(update.scores, logits))
@@ -161,7 +162,17 @@ class InterestCounts(OnlineRegression):
         slots, logits = np.concatenate([ids["recent"], popular, ids["successor"]], 1), np.concatenate(parts, 1)
         everything, rows = self._rows(self._keys(batch, np.zeros(len(batch), np.bool_), visited))
         at_s, phi = batch.at_ms // 1000, self._columns.phi(batch.features, batch.category_windows)
-        correct(self.table.held, everything, rows, at_s, slots, logits, self._weights, phi, self._workspace(*parts))
+        correct(
+            self.table.held,
+            everything,
+            rows,
+            at_s,
+            slots,
+            logits,
+            self._values["weights"],
+            phi,
+            self._workspace(*parts),
+        )
         ends = np.cumsum([part.shape[1] for part in parts[:2]])
         return _with_logits(scores, Logits(*np.split(logits, ends, 1)))
 
@@ -209,7 +220,10 @@ def _with_logits(scores: Scores, logits: Logits) -> Scores:
     )
 
 
-@compiled("const(u8[::1]), u8[::1], u8[::1], i4[::1], u8[:, ::1]")
+@compiled(
+    "u8[::1], u8[::1], u8[::1], i4[::1], u8[:, ::1]",
+    "const(u8[::1]), u8[::1], u8[::1], i4[::1], u8[:, ::1]",
+)
 def _keys_of_newest_items(users: U64, items: U64, before: U64, places: I32, keys: U64) -> None:
     """Writes the key of the newest item of each row's user before the row; an item is 0 in a row that is no click.
 
@@ -269,8 +283,10 @@ def _teach(
 
 
 @compiled(
+    "ItemLists, i4[::1], i4[:, ::1], i8[::1], u8[:, ::1], u8[::1], u8[:, ::1], Logits, u8[::1], "
+    "i4[::1], f4[:, ::1], i8, f8[:, ::1], f8[:, ::1], Workspace",
     "ItemLists, i4[::1], i4[:, ::1], i8[::1], const(u8[:, ::1]), u8[::1], u8[:, ::1], Logits, u8[::1], "
-    "i4[::1], f4[:, ::1], i8, f8[:, ::1], f8[:, ::1], Workspace"
+    "i4[::1], f4[:, ::1], i8, f8[:, ::1], f8[:, ::1], Workspace",
 )
 def _learn_and_count(
     lists: ItemLists,

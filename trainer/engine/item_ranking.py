@@ -3,7 +3,8 @@
 It processes the rows of accepted updates in order, record by record:
 
 1. Some rows, chosen by a hash of user and time, train the weights before they are counted. Each is one step of softmax
-   regression over the candidates that serving would have (`state/ranking/item_scores.py`).
+   regression over the candidates that serving would have (`state/ranking/item_scores.py`). The step is a natural
+   gradient with a Kronecker-factored curvature (Martens and Grosse 2015).
 2. Each click is counted in several lists: of its category, of its context, of all clicks, of the user's previous item,
    and of the user.
 """
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from state.compiled import compiled, part_of_sums
+from state.compiled import compiled, layout, part_of_sums
 from state.compiled.mixing import mix, mixed
 from state.compiled.prefetch import prefetch
 from state.config.settings import Settings
@@ -57,12 +58,40 @@ Flags = npt.NDArray[np.bool_]
 ROWS_OF_A_LIST = {CLICKED: 32, FOLLOWED: 8, VISITED: 8}
 """`trainer.max_rows` allows one list for this many rows."""
 CAPACITY = 1024
-FIRST_EVERY, EVERY, HALVED_AFTER = 8, 256, 512
+FIRST_EVERY, EVERY, HALVED_AFTER = 2, 256, 512
 """One in `FIRST_EVERY` rows trains the weights at first, half as many after each `HALVED_AFTER` of them, down to one in
 `EVERY`."""
-RATE = 0.06
+KEPT = 1.0 - 1.0 / 20_000
+"""The curvature of earlier rows is multiplied by this for each row that trains the weights."""
+DAMPING, FIRST_ROWS = 30.0, 100.0
+"""What is added to the diagonals of the curvature, and the number of rows that it stands for."""
 AHEAD = 3
 """The lists of a row are prefetched this many rows before it is counted."""
+
+
+@layout("f8[:, ::1], f8[:, ::1], f8[:, ::1], f8[::1]")
+class Learned(NamedTuple):
+    """The weights of the item score and their curvature.
+
+    For the gradient d phi' of a row, the step is rows (features + DAMPING)^-1 d phi' (columns + DAMPING)^-1.
+
+    Attributes:
+        weights: `[FEATURES, COLUMNS]` float64.
+        features: `[FEATURES, FEATURES]` float64, the lower triangle of the decayed sum of d d'.
+        columns: `[COLUMNS, COLUMNS]` float64, likewise of phi phi'.
+        rows: `[1]` float64, their decayed number.
+    """
+
+    weights: F64
+    features: F64
+    columns: F64
+    rows: F64
+
+    @classmethod
+    def first(cls) -> Learned:
+        """Before any row is learned."""
+        curvature = np.zeros((FEATURES, FEATURES)), np.zeros((COLUMNS, COLUMNS))
+        return cls(item_scores.first_weights(), *curvature, np.full(1, FIRST_ROWS))
 
 
 class _Seen(NamedTuple):
@@ -108,7 +137,7 @@ class ItemRanking(OnlineRegression):
             for name, rows in ROWS_OF_A_LIST.items()
         }
         self._work = Workspace.empty()
-        super().__init__(WEIGHTS, item_scores.first_weights())
+        super().__init__(WEIGHTS, Learned.first()._asdict())
 
     @classmethod
     def of(cls, settings: Settings) -> ItemRanking | None:
@@ -184,8 +213,7 @@ class ItemRanking(OnlineRegression):
             clicked.held,
             followed.held,
             visited.held,
-            self._weights,
-            self._squares,
+            Learned(**self._values),
             self._work,
         )
 
@@ -228,39 +256,80 @@ def _is_candidate(
     return False
 
 
-@part_of_sums
-def _learn(
-    item: np.uint64, count: int, phi: F32, learned: tuple[F64, F64], shares: F32, bits: I32, work: Workspace
-) -> bool:
-    """One step of softmax regression towards the clicked item, with Adagrad; False if the item is not a candidate.
+@layout("f4[::1], i4[::1], f8[::1], f8[::1], f8[:, ::1]")
+class Scratch(NamedTuple):
+    """Memory of `_learn`, overwritten: two arrays of `[MOST]`, two vectors and a matrix."""
 
-    `learned`: the weights and the sums of their squared gradients. shares, bits: `[MOST]`, overwritten.
+    shares: F32
+    bits: I32
+    gradient: F64
+    columns: F64
+    factor: F64
+
+
+@part_of_sums
+def _solve(matrix: F64, right: F64, factor: F64) -> None:
+    """Solves (matrix + DAMPING I) x = right in place, by Cholesky decomposition.
+
+    `matrix`: `[n, n]`, its lower triangle. `factor`: `[m, m]`, m >= n, overwritten.
     """
+    for i in range(right.shape[0]):
+        for j in range(i + 1):
+            total = matrix[i, j]
+            for k in range(j):
+                total -= factor[i, k] * factor[j, k]
+            factor[i, j] = total / factor[j, j] if j < i else np.sqrt(total + DAMPING)
+        for k in range(i):
+            right[i] -= factor[i, k] * right[k]
+        right[i] /= factor[i, i]
+    for i in range(right.shape[0] - 1, -1, -1):
+        for k in range(i + 1, right.shape[0]):
+            right[i] -= factor[k, i] * right[k]
+        right[i] /= factor[i, i]
+
+
+@part_of_sums
+def _add_outer(matrix: F64, vector: F64) -> None:
+    """Decays the lower triangle of a sum of outer products, and adds that of a vector."""
+    for i in range(vector.shape[0]):
+        for j in range(i + 1):
+            matrix[i, j] = KEPT * matrix[i, j] + vector[i] * vector[j]
+
+
+@part_of_sums
+def _learn(item: np.uint64, count: int, phi: F32, learned: Learned, work: Workspace, scratch: Scratch) -> bool:
+    """One step of softmax regression towards the clicked item; False if the item is not a candidate."""
     target = -1
     for i in range(count):
         if work.items[i] == item:
             target = i
     if target < 0:
         return False
-    scores = work.scores[:count]
+    scores, shares, bits = work.scores[:count], scratch.shares, scratch.bits
     scale = bits.view(np.float32)
     total = exponentials(scores, highest_of(scores), shares[:count], bits[:count], scale[:count])
-    weights, squares = learned
+    gradient, columns = scratch.gradient, scratch.columns
     for a in range(FEATURES):
         expected = np.float32(0.0)
         for i in range(count):
             expected += shares[i] * work.features[a, i]
-        difference = work.features[a, target] - expected / total
+        gradient[a] = work.features[a, target] - expected / total
+    for c in range(COLUMNS):
+        columns[c] = phi[c]
+    _add_outer(learned.features, gradient)
+    _add_outer(learned.columns, columns)
+    learned.rows[0] = KEPT * learned.rows[0] + 1.0
+    _solve(learned.features, gradient, scratch.factor)
+    _solve(learned.columns, columns, scratch.factor)
+    for a in range(FEATURES):
         for c in range(COLUMNS):
-            gradient = np.float64(difference * phi[c])
-            squares[a, c] += gradient * gradient
-            weights[a, c] += RATE * gradient / np.sqrt(squares[a, c] + 1e-3)
+            learned.weights[a, c] += learned.rows[0] * gradient[a] * columns[c]
     return True
 
 
 @compiled(
     "u8[::1], i8[::1], i4[::1], i4[::1], i4[::1], i4[:, ::1], i4[::1], i8[::1], i4[:, ::1], i4[::1], f4[:, ::1], "
-    "ItemLists, ItemLists, ItemLists, f8[:, ::1], f8[:, ::1], Workspace"
+    "ItemLists, ItemLists, ItemLists, Learned, Workspace"
 )
 def _learn_and_count(
     item: U64,
@@ -277,13 +346,13 @@ def _learn_and_count(
     clicked: ItemLists,
     followed: ItemLists,
     visited: ItemLists,
-    weights: F64,
-    squares: F64,
+    learned: Learned,
     work: Workspace,
 ) -> int:
-    phi = np.zeros(COLUMNS, np.float32)
-    after, shares, bits = np.zeros(2, np.int32), np.empty(MOST, np.float32), np.empty(MOST, np.int32)
-    following, learned = 0, 0
+    phi, after = np.zeros(COLUMNS, np.float32), np.zeros(2, np.int32)
+    shares, bits = np.empty(MOST, np.float32), np.empty(MOST, np.int32)
+    scratch = Scratch(shares, bits, np.empty(FEATURES), np.empty(COLUMNS), np.empty((FEATURES, FEATURES)))
+    following, taught_rows = 0, 0
     for i in range(item.shape[0]):
         later = i + AHEAD
         if later < item.shape[0]:
@@ -300,8 +369,8 @@ def _learn_and_count(
                     prefetch(clicked.ids, row)
             if _is_candidate(item[i], reads, after, own[i], clicked, followed, visited):
                 count = gather(clicked, followed, visited, reads, after, own[i], at_s[i], phi, work)
-                score(weights, phi, count, work)
-                learned += _learn(item[i], count, phi, (weights, squares), shares, bits, work)
+                score(learned.weights, phi, count, work)
+                taught_rows += _learn(item[i], count, phi, learned, work, scratch)
                 clear(count, work)
         count_click(everything[(mix(item[i]) % np.uint64(LISTS_OF_EVERYTHING))], item[i], at_s[i], clicked)
         for k in range(keys.shape[1]):
@@ -311,4 +380,4 @@ def _learn_and_count(
             if newest[i] != 0 and visited.ids[own[i], 0] != item[i]:
                 count_click(newest[i], item[i], at_s[i], followed)
             count_visit(own[i], item[i], at_s[i], visited)
-    return learned
+    return taught_rows

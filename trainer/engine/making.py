@@ -13,17 +13,7 @@ from trainer.model.preprocessing import Preprocessing
 def trainer_of(
     settings: Settings, spec: FeatureSpec, preprocessing: Preprocessing | None = None, group: Group | None = None
 ) -> Trainer:
-    """An untrained trainer. With a privacy budget it learns with differential privacy.
-
-    Args:
-        settings: All settings.
-        spec: The feature spec of the micro-batches.
-        preprocessing: `[B, D]` float32 raw integers to `[B, D']`; None takes logarithms.
-        group: The workers that share the training; None: this process alone.
-
-    Raises:
-        SettingsError: A budget is set, and the noise key is missing.
-    """
+    """An untrained trainer, which shares the training with the workers of `group`. With a privacy budget it is private."""
     if group is not None:
         return DividedTrainer(settings, spec, preprocessing, group)
     if not settings.privacy.epsilon:

@@ -15,39 +15,38 @@ LEAST_ROWS = 64
 
 
 class OnlineRegression:
-    """The weights of a softmax regression with Adagrad. A subclass learns them.
+    """The weights of a softmax regression, and the state of their optimizer. A subclass learns them.
 
     Args:
         name: The tensor of the weights in versions.
-        first: The weights before any row is learned, float64.
+        first: The values before any row is learned, float64: `weights`, and the optimizer's by name.
 
     Attributes:
         learned: The number of rows that taught the weights.
     """
 
-    def __init__(self, name: str, first: F64) -> None:
+    def __init__(self, name: str, first: Mapping[str, F64]) -> None:
         self._name, self._first = name, first
         self.clear()
 
     def clear(self) -> None:
         """Forgets the weights. The trainer clears the tables."""
         self.learned = 0
-        self._weights, self._squares = self._first.copy(), np.zeros_like(self._first)
+        self._values = {name: value.copy() for name, value in self._first.items()}
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """The weights, their sums of squared gradients, and how many rows taught them; empty if none did."""
+        """The weights, the state of the optimizer, and how many rows taught them; empty if none did."""
         if not self.learned:
             return {}
-        return {"weights": self._weights.copy(), "squares": self._squares.copy(), "learned": np.array(self.learned)}
+        return {name: value.copy() for name, value in self._values.items()} | {"learned": np.array(self.learned)}
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Sets what `state` returned; a release without it, or with other features, starts from scratch."""
+        """Sets what `state` returned; a release with other features or another optimizer starts from scratch."""
         self.clear()
-        if "weights" in state and state["weights"].shape == self._weights.shape:
-            self._weights = np.array(state["weights"], np.float64)
-            self._squares = np.array(state["squares"], np.float64)
+        if all(name in state and state[name].shape == value.shape for name, value in self._values.items()):
+            self._values = {name: np.array(state[name], np.float64) for name in self._values}
             self.learned = int(state["learned"])
 
     def served(self) -> dict[str, npt.NDArray[Any]]:
         """The tensors that serving reads; none before enough rows taught the weights."""
-        return {self._name: self._weights.copy()} if self.learned >= LEAST_ROWS else {}
+        return {self._name: self._values["weights"].copy()} if self.learned >= LEAST_ROWS else {}

@@ -1,10 +1,8 @@
 """The TensorFlow engine of a private update: bounds the gradient of each row, and adds noise to the shared sum.
 
-A row's own gradient is needed only for its norm. The row's losses are then scaled to respect the bound, and the
-ordinary graph sums them. An update releases gradients by the dense weights other than the tower's, by the rows of the
-popular categories, and by some crosses. Each of these gets noise in each update, whatever was clicked. The tower and
-all other shared rows keep their initial values. A user's own row and crosses are used only for that user, so they get
-no noise.
+An update releases gradients by the dense weights other than the tower's, by the rows of the popular categories, and by
+some crosses. Each of these gets noise in each update, whatever was clicked. The tower and all other shared rows keep
+their initial values. A user's own row and crosses are used only for that user, so they get no noise.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ import tensorflow as tf
 from state.ranking.crosses import FIRST_SHARES
 from trainer.engine.adam import Adam
 from trainer.engine.crosses import Crossed, CrossLearner, crosses
-from trainer.engine.engine import F32, I32, Measured
+from trainer.engine.engine import F32, I32, I64, Measured
 from trainer.engine.record import Record
 from trainer.engine.tensorflow_engine import TensorflowEngine, TensorsFound, place_of
 from trainer.model.ranker import Ranker, Targets
@@ -57,7 +55,6 @@ class ReleasedCrosses(CrossLearner):
     derivatives with noise. Shares are not learned, because all later rows would see the effect of each row.
 
     Args:
-        table: The table of crosses.
         released: The number of columns that are released.
         prior: `[T + O]` float32, the prior precision of each weight.
     """
@@ -125,7 +122,7 @@ class PrivateEngine(TensorflowEngine):
         self.crosses = crosses
         self._lengths: dict[tuple[str, ...], Any] = {}
 
-    def measure(self, record: Record, move: bool = True) -> Measured:
+    def measure(self, record: Record, move: bool = True, own: I64 | None = None) -> Measured:
         """See `Engine`.
 
         Raises:
@@ -135,19 +132,13 @@ class PrivateEngine(TensorflowEngine):
             raise ValueError(
                 "a private record is measured with fast weights that do not move: make trainers by trainer_of"
             )
-        return super().measure(record, move)
+        return super().measure(record, move, own)
 
     def lengths(self, record: Record, losses: Sequence[str]) -> F32:
         """An upper bound of the norm of each row's gradient, per loss, over all that an update releases.
 
-        Several inputs may look up the same category row, so the bound sums the norms over these inputs.
-
-        Args:
-            record: The record.
-            losses: Names in `LOSSES`.
-
-        Returns:
-            `[B, len(losses)]` float32; not finite where a gradient is not.
+        Returns `[B, len(losses)]` float32, not finite where a gradient is not. Several inputs may look up the same category
+        row, so the bound sums the norms over these inputs.
         """
         values = {**record.values, "cross": self.crosses.measure(record)[1].logits}
         rows, at = self._rows(record)
@@ -180,14 +171,9 @@ class PrivateEngine(TensorflowEngine):
     def noised(
         self, measured: Measured, record: Record, normal: Normal, deviation: float, own_rows: bool = True
     ) -> Measured:
-        """The private version of a measured update: noise on all that is shared, and zero for all else.
+        """The private version of an update without moves: noise on all that is shared, and zero for all else.
 
-        Args:
-            measured: With fast weights that do not move.
-            record: The measured record, with the factors of its losses.
-            normal: Makes the noise.
-            deviation: Standard deviation of the noise.
-            own_rows: Whether users' own rows are learned, exactly. A user's later rows then depend on the user's row.
+        With `own_rows`, users' own rows are learned exactly. A user's later rows then depend on the user's row.
         """
         tensors: TensorsFound = measured.found
         by_weight = dict(zip(self._ranker.dense, tensors.dense, strict=True))
@@ -237,13 +223,11 @@ class PrivateEngine(TensorflowEngine):
             return self._blocks.moved(tf.constant(flat), [tf.constant(slot) for slot in self._optimizer.fast[1:]])
 
     def _listed(self, record: Record) -> npt.NDArray[np.uint64]:
-        """The popular categories, without padding."""
         popular = record.ids["popular"]
         categories: npt.NDArray[np.uint64] = popular[popular != 0]
         return categories
 
     def _traced_lengths(self, part: Mapping[str, Any], shared: Mapping[str, Any], losses: tuple[str, ...]) -> Any:
-        """The traced graph, for parts of any length."""
         if losses not in self._lengths:
 
             def spec(length: int | None) -> Callable[[Tensor], Any]:

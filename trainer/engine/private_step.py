@@ -96,12 +96,7 @@ class Units(NamedTuple):
 
 @dataclass(frozen=True)
 class PrivateUpdate:
-    """One private update of a record.
-
-    Attributes:
-        units: The units of its rows.
-        noise: The name that determines its noise.
-    """
+    """One private update of a record: the units of its rows, and the name that determines its noise."""
 
     units: Units
     noise: str
@@ -110,16 +105,10 @@ class PrivateUpdate:
 class PrivateLearning:
     """The differential privacy mechanism of one trainer: participation, clipping and noise.
 
-    Args:
-        settings: All settings, with `privacy.epsilon` above 0.
-        key: The key of the noise.
-
     Attributes:
         updates: The most updates of a period that one unit takes part in.
         noise: Standard deviation of the noise, divided by the clipping bound.
         deviation: Standard deviation of the noise on each derivative.
-        allowance: How many updates each user took part in; part of each version.
-        history: Names the noise of each record; part of each version.
     """
 
     def __init__(self, settings: Settings, key: bytes) -> None:
@@ -134,13 +123,7 @@ class PrivateLearning:
         self._losses = tuple(LOSSES) if labelled(settings) else ("interest",)
 
     def begin(self, users: U64, record: str, number: int) -> PrivateUpdate:
-        """Starts an update of a record, and counts it for each user that takes part.
-
-        Args:
-            users: `[B]` uint64.
-            record: The name of the record's noise, from `History.take`.
-            number: The number of the update within the record.
-        """
+        """Starts update `number` of a record, and counts it for each user that takes part; `record` is from `History.take`."""
         noise = f"{record} update {number}"
         if not self._by_user:
             return PrivateUpdate(Units(np.arange(users.size), np.ones(users.size, np.bool_)), noise)
@@ -163,14 +146,7 @@ class PrivateLearning:
         return replace(record, targets=record.targets._replace(**scaled))
 
     def count(self, popular: Popular, categories: U64, update: PrivateUpdate, log_ms: int) -> None:
-        """Counts the categories of an update, one click a unit, with noise on the count of each known category.
-
-        Args:
-            popular: Updated in place.
-            categories: `[B]` uint64, 0 for none.
-            update: From `begin`.
-            log_ms: Log time.
-        """
+        """Counts the categories of an update, one click a unit, with noise on the count of each known category."""
         is_counted = (categories != 0) & update.units.learned
         distinct = np.union1d(popular.state()["ids"], categories[categories != 0])
         rows = np.bincount(update.units.of[is_counted], minlength=len(categories))
@@ -186,16 +162,12 @@ class PrivateLearning:
 def clipped(lengths: F32, units: Units, clip: float) -> F32:
     """The factor of each row's losses that keeps each unit within `clip`, `[B]` float32; 0 in rows that take no part.
 
-    The norm of a unit is at most the sum of the norms of its rows, whatever their directions.
+    The norm of a unit is at most the sum of the norms of its rows, whatever their directions. A row whose length is not
+    finite takes no part.
 
     >>> units = Units(np.array([0, 0, 1, 2]), np.array([True, True, True, False]))
     >>> clipped(np.array([3.0, 1.0, 0.5, 9.0], np.float32), units, 2.0).round(3).tolist()
     [0.5, 0.5, 1.0, 0.0]
-
-    Args:
-        lengths: `[B]` float32, norm of each row's gradient; a row whose norm is not finite takes no part.
-        units: The units of the rows.
-        clip: The bound.
     """
     learned = units.learned & np.isfinite(lengths)
     norms = np.bincount(units.of, np.where(learned, lengths, 0.0).astype(np.float64))
@@ -207,9 +179,6 @@ def clipped(lengths: F32, units: Units, clip: float) -> F32:
 
 class PrivateTrainer(Trainer):
     """A `Trainer` that learns with differential privacy. The metrics of a step stay exact; only the operator sees them.
-
-    Attributes:
-        private: Clips, adds noise, and remembers who took part.
 
     Raises:
         SettingsError: The key of the noise is missing.

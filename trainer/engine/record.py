@@ -54,7 +54,6 @@ class Record:
     newest: I32
 
     def __len__(self) -> int:
-        """The number of rows, B."""
         return len(self.partner)
 
     def take(self, rows: npt.NDArray[np.int64]) -> Record:
@@ -73,9 +72,6 @@ class Recorder:
     """Builds records from micro-batches.
 
     Args:
-        settings: All settings.
-        crosses: The crosses, with the columns of the settings.
-        columns: The columns of attributes.
         dropped_units: Units of the tower's first layer whose dropout the host draws; 0 for none.
     """
 
@@ -123,15 +119,7 @@ class Recorder:
         transitions: CountTable,
         seed: tuple[int, int] | None,
     ) -> Record:
-        """Builds the record of `batch`.
-
-        Args:
-            batch: One row or more.
-            crosses: From `crosses_of`.
-            popular: `[P]` uint64, padded with 0.
-            transitions: What came next after each category.
-            seed: The seed of dropout; None hashes the first row's position.
-        """
+        """Builds the record of `batch`; `popular` is `[P]`, and `seed` None hashes the first row's position for dropout."""
         sources = [part.source for part in batch.header.ranges]
         topics = np.array([source.topic for source in sources], np.uint64)[batch.source]
         partitions = np.array([source.partition for source in sources], np.uint64)[batch.source]

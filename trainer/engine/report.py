@@ -50,14 +50,8 @@ def judged(
 ) -> Judged:
     """Scores the predictions of the model and the baselines for a record of n rows, before anything learns from it.
 
-    Args:
-        progressive: The running measures; they are not changed.
-        record: The rows.
-        scores: Of the model.
-        came_next: The prediction by transitions, for the n rows.
-        known: `[n]` bool, whether the user is known.
-        categories: The number of known categories, with those of the record.
-        scored: `[2 n]` bool, whether each pair's engagement counts: first the pairs of rows, then of their negatives.
+    `known` is `[n]`, whether the user is known; `scored` is `[2 n]`, whether the engagement of each pair counts: first the
+    pairs of rows, then of their negatives.
     """
     targets = record.targets
     rows = targets.slot >= 0
@@ -79,9 +73,7 @@ def judged(
 def of_model(scores: Scores, slot: I32) -> CategoryPrediction:
     """The model's prediction for the rows with a category: softmax over the candidates that serving has.
 
-    Args:
-        scores: Of n rows.
-        slot: `[n]` int32, see `trainer/model/candidates.py`; the last slot is no candidate.
+    `slot` is that of `Candidates.target`; the last slot is no candidate.
     """
     rows = np.flatnonzero(slot >= 0)
     prediction = CategoryPrediction(np.empty(rows.size, np.int32), np.empty(rows.size), np.empty(rows.size, np.int32))
@@ -133,14 +125,7 @@ def _model(
 
 
 class Update(NamedTuple):
-    """One update of a record: rows that were scored, judged and learned together.
-
-    Attributes:
-        record: The rows.
-        scores: Before learning.
-        verdict: The guard's verdict.
-        norm: Norm of the gradient.
-    """
+    """One update of a record: rows that were scored, judged and learned together."""
 
     record: Record
     scores: Scores
@@ -183,19 +168,10 @@ class Report:
     """The outcome of one training step.
 
     Attributes:
-        rows: Rows of the step.
-        skipped: Of them, rows of updates that the guard skipped.
+        skipped: Rows of updates that the guard skipped.
         verdict: The guard's verdict, the worst one of several updates. Weights change only after ACCEPT.
         interest_log_loss: Mean over rows with a category, before learning; NaN without any.
-        engagement_log_loss: Mean over scored pairs, before learning.
-        top1: Rows whose category was the best candidate.
-        top5: Rows whose category was among the best five.
-        targets: Rows with a category.
-        scores: `[m]` float32 engagement logits, before learning.
-        positive: `[m]` bool, their outcomes.
         grad_norm: Norm of the whole gradient, the largest one of several updates.
-        seconds: Duration of the step.
-        quality: Scores of the model and of simple baselines before learning, as sums.
         slices: `[loss, dimension, place, 3]` float64, see `Breakdown.update`; None if the step was skipped.
         judged: The predictions for its rows: of accepted updates, and of skipped ones.
         order: `[n]` int64, the place in the record of each row of `judged`.
@@ -205,12 +181,6 @@ class Report:
     skipped: int
     verdict: Verdict
     interest_log_loss: float
-    engagement_log_loss: float
-    top1: int
-    top5: int
-    targets: int
-    scores: npt.NDArray[np.float32]
-    positive: npt.NDArray[np.bool_]
     grad_norm: float
     seconds: float
     quality: StepScores
@@ -228,13 +198,7 @@ def joined(updates: Sequence[Report]) -> Report:
         rows=sum(update.rows for update in updates),
         skipped=sum(update.skipped for update in updates),
         verdict=max((update.verdict for update in updates), key=order.index),
-        interest_log_loss=_mean([(update.interest_log_loss, update.targets) for update in updates]),
-        engagement_log_loss=_mean([(update.engagement_log_loss, update.scores.size) for update in updates]),
-        top1=sum(update.top1 for update in updates),
-        top5=sum(update.top5 for update in updates),
-        targets=sum(update.targets for update in updates),
-        scores=np.concatenate([update.scores for update in updates]),
-        positive=np.concatenate([update.positive for update in updates]),
+        interest_log_loss=_mean([(update.interest_log_loss, update.quality.total("rows")) for update in updates]),
         grad_norm=max(update.grad_norm for update in updates),
         seconds=sum(update.seconds for update in updates),
         quality=reduce(StepScores.__add__, (update.quality for update in updates)),
@@ -244,7 +208,7 @@ def joined(updates: Sequence[Report]) -> Report:
     )
 
 
-def _mean(parts: Sequence[tuple[float, int]]) -> float:
+def _mean(parts: Sequence[tuple[float, float]]) -> float:
     """The overall mean of (mean, count) pairs.
 
     >>> _mean([(1.0, 1), (float("nan"), 0), (4.0, 2)])
@@ -287,13 +251,7 @@ class Measures:
     ) -> Report:
         """Adds the rows of a step's updates, accepted ones and skipped ones separately, and reports on them.
 
-        Args:
-            batch: The rows of the step.
-            updates: In the order of the rows; rows after the last one were not scored.
-            came_next: The prediction by transitions, for the rows.
-            new_users: `[k]` uint64, users of the batch who had no row before it.
-            categories: The number of known categories, with those of the batch.
-            log_ms: Log time.
+        Rows after the last update were not scored; `new_users` had no row before the step.
         """
         kinds = [update.verdict is Verdict.ACCEPT for update in updates]
         numbers = np.arange(len(batch))
@@ -356,12 +314,6 @@ class Measures:
             skipped=0 if accepted else len(batch),
             verdict=update.verdict,
             interest_log_loss=loss,
-            engagement_log_loss=float(engagement_losses.mean()) if engagement_losses.size else float("nan"),
-            top1=int(top1.sum()),
-            top5=int(top5.sum()),
-            targets=int(targets.sum()),
-            scores=logits,
-            positive=positive,
             grad_norm=update.norm,
             seconds=0.0,
             quality=judgement.scores,

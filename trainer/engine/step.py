@@ -258,7 +258,7 @@ class Trainer:
         if len(batch) == 0:
             raise ValueError("a micro-batch without rows is no step")
         crosses = self._recorder.crosses_of(batch)
-        new_users = self._observe(batch, crosses)
+        self._new_users = self._observe(batch, crosses)
         if self.churn is not None:
             self.churn.take(batch, self.counters.log_ms)
         self.counters.steps += 1
@@ -277,7 +277,7 @@ class Trainer:
         if self.item_ranking is not None:
             self.item_ranking.count()
         categories = len(self.tables["category"])
-        report = self.measures.report(batch, updates, came_next, new_users, categories, self.counters.log_ms)
+        report = self.measures.report(batch, updates, came_next, self._new_users, categories, self.counters.log_ms)
         return replace(
             report, rows=report.rows + skipped, skipped=report.skipped + skipped, seconds=self._clock() - began
         )

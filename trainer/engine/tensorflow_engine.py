@@ -21,7 +21,7 @@ import tensorflow as tf
 
 from trainer.engine.adam import Adam, FastSlots
 from trainer.engine.crosses import CrossLearner
-from trainer.engine.engine import CROSS, I32, Gradient, Measured, Scores
+from trainer.engine.engine import CROSS, I32, I64, Gradient, Measured, Scores
 from trainer.engine.record import Record
 from trainer.model import losses
 from trainer.model.hyperparameters import HYPERPARAMETERS
@@ -36,11 +36,8 @@ class Learning(NamedTuple):
     """The inputs of the blocks of a record.
 
     Attributes:
-        values: Inputs that are values, by name.
-        rows: Inputs of embedding rows.
         encoded: With dropout.
         plain: Without.
-        targets: The training targets.
         slots: Of the fast weights before the record: fast, slow, second, moves.
     """
 
@@ -193,7 +190,6 @@ class TensorsFound(NamedTuple):
         scores: Without dropout, in the order of `Scores`.
         dense: Derivatives by the dense weights, in their order.
         sparse: By the distinct rows of each embedding table, in the order of the tables.
-        squared_norm: Of all derivatives.
         fast: The slots of the fast weights after it.
     """
 
@@ -205,16 +201,7 @@ class TensorsFound(NamedTuple):
 
 
 class TensorflowEngine:
-    """See `trainer/engine/engine.py`.
-
-    Args:
-        ranker: Any.
-        optimizer: Of its dense weights.
-        tables: The tables of embedding rows, by name.
-        learning_rate: Step size of rows.
-        crosses: Scores and learns crosses, if the ranker reads them.
-        device: Of the variables.
-    """
+    """See `trainer/engine/engine.py`."""
 
     name = "tensorflow"
 
@@ -240,13 +227,17 @@ class TensorflowEngine:
         self._apply = tf.function(self._apply_graph, [rows, dense, sparse, fast], autograph=False)
         self._trace: Any = None
 
-    def measure(self, record: Record, move: bool = True) -> Measured:
+    def measure(self, record: Record, move: bool = True, own: I64 | None = None) -> Measured:
         """See `Engine`."""
-        rows, at = self._rows(record)
-        values, crossed, crosses = record.values, None, np.zeros(1, np.int32)
+        crossed, crosses = None, np.zeros(1, np.int32)
         if self._crossed:
             crosses, crossed = self._crosses.measure(record)
-            values = {**values, "cross": crossed.logits}
+        if own is not None:
+            record = record.take(own)
+        rows, at = self._rows(record)
+        values = record.values
+        if crossed is not None:
+            values = {**values, "cross": crossed.logits if own is None else crossed.logits[own]}
         inputs = {
             "rows": {name: tf.constant(indices) for name, indices in rows.items()},
             "at": {name: tf.constant(indices) for name, indices in at.items()},
@@ -274,8 +265,7 @@ class TensorflowEngine:
 
     def rows(self, record: Record) -> dict[str, I32]:
         """See `Engine`."""
-        crosses = self._crosses.rows(record) if self._crossed else np.zeros(1, np.int32)
-        return self._rows(record)[0] | {CROSS: crosses}
+        return self._rows(record)[0]
 
     def gradient(self, measured: Measured) -> Gradient:
         """See `Engine`."""
@@ -297,7 +287,6 @@ class TensorflowEngine:
         return replace(measured, found=tensors)
 
     def _traced(self, inputs: Mapping[str, Any]) -> Any:
-        """The graph, for records of any length."""
         if self._trace is None:
             fixed = {
                 place_of(input_) if input_.table else input_.name
@@ -342,7 +331,6 @@ class TensorflowEngine:
         return rows, at
 
     def _gather(self, input_: Input, distinct: Mapping[str, Tensor], at: Mapping[str, Tensor]) -> Tensor:
-        """The rows of an input."""
         indices = at[place_of(input_)]
         rows = tf.gather(distinct[input_.table], indices)
         if input_.mean:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import subprocess
 import sys
@@ -11,30 +10,24 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TextIO
 
 from state.config.loading import load
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
-from state.errors import (
-    ProgramError,
-    RegistryError,
-    SaltMismatch,
-    SettingsError,
-    SpringtideError,
-    UnknownVersion,
-    of_disk,
-)
+from state.errors import ProgramError, RegistryError, SaltMismatch, SettingsError, UnknownVersion
 from state.events.identity import load_salt
 from state.features.spec import FeatureSpec
 from state.layout import VERSIONS
 from state.log import Log
 from state.process import log_lines
+from state.process.background import run_in_background
 from state.process.ending import while_read
+from state.process.part import run_command
 from state.process.private_files import keep_private
-from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
+from state.process.quiet_stderr import quiet_stderr
 from state.registry.registry import Registry
 
-NICENESS = 10
 MOST_ROWS = 10_000
 KEPT = 3
 """Number of the newest SavedModels that stay."""
@@ -81,11 +74,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def chosen_version(registry: Registry, wanted: int | None) -> int:
-    """The requested version; otherwise the version that serving is pinned to, or the newest of control's epoch.
-
-    Raises:
-        UnknownVersion: It is not kept, or there is none yet.
-    """
+    """The requested version; otherwise the version that serving is pinned to, or the newest of control's epoch."""
     if wanted is not None:
         return registry.manifest(wanted).version
     control = registry.control()
@@ -120,11 +109,7 @@ def answers_of(settings: Settings, version: int, users: Path, items: Path | None
 
 
 def run(settings: Settings, args: argparse.Namespace) -> None:
-    """Runs the export that the arguments describe.
-
-    Raises:
-        SpringtideError: The export failed.
-    """
+    """Runs the export that the arguments describe."""
     if not (settings.registry_dir / VERSIONS).is_dir():
         raise RegistryError(f"there is no registry at {settings.registry_dir}", "correct paths.state or paths.registry")
     if args.tflite is None and args.quantize != "none":
@@ -176,19 +161,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exports one version; returns the exit code."""
     keep_private()
     args, flags = parser().parse_known_args(sys.argv[1:] if argv is None else argv)
-    with own_stderr() as errors:
-        log_lines.begin("export", errors, logging.WARNING)
-        quiet_tensorflow(os.environ)
-        os.nice(NICENESS)
-        try:
-            settings = load(flags, os.environ)
-            log_lines.follow(settings.logs)
-            run(settings, args)
-        except (SpringtideError, OSError) as problem:
-            error = of_disk(problem)
-            print(f"springtide: {error}", file=errors)
-            return error.exit_code
-    return 0
+    run_in_background()
+
+    def work(errors: TextIO) -> None:
+        settings = load(flags, os.environ)
+        log_lines.follow(settings.logs)
+        run(settings, args)
+
+    return run_command("export", work)
 
 
 if __name__ == "__main__":

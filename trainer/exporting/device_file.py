@@ -102,11 +102,7 @@ def _device_signature(ranker: Ranker, rows: Mapping[str, ChosenRows], kept: Mapp
 def lower(
     ranker: Ranker, rows: Mapping[str, ChosenRows], kept: Mapping[str, F32], quantize: Quantize, subject: str
 ) -> bytes:
-    """The LiteRT program with both signatures; weights and rows are constants.
-
-    Raises:
-        ProgramError: An operation has no LiteRT counterpart; the message names it.
-    """
+    """The LiteRT program with both signatures; weights and rows are constants."""
     module = tf.Module()
     module.model = ranker
     # LiteRT does not support default values of inputs: all are required.

@@ -58,66 +58,46 @@ TOLERANCE = 1e-5
 Say = Callable[[str], None]
 
 
-class _Replayed:
-    """The rows of one or more micro-batches as inputs of serving's program.
+def _replayed(trainer: Trainer, batches: Sequence[MicroBatch]) -> tuple[dict[str, U64], dict[str, F32]]:
+    """The rows of micro-batches, as serving finds them: ids as a record has them, and inputs as the program has them."""
+    columns = Columns(trainer.settings.attributes)
+    recorder = Recorder(trainer.settings, trainer.crosses, columns, 0)
 
-    Attributes:
-        ids: By name, as a record has them.
-        inputs: By name, as the program has them.
-    """
-
-    def __init__(self, trainer: Trainer, batches: Sequence[MicroBatch]) -> None:
-        settings = trainer.settings
-        columns = Columns(settings.attributes)
-        recorder = Recorder(settings, trainer.crosses, columns, 0)
-        self._trainer = trainer
-        popular, pieces = trainer.popular.top(), []
-        for batch in batches:
-            none = np.zeros((len(batch), 0), np.uint64)
-            record = recorder.record(batch, none, popular, trainer.transitions, (0, 0))
-            users, items = columns.users_of(batch), columns.items_of(batch)
-            pairs = Values(batch.user, batch.item, batch.category, batch.context, users, items, batch.features)
-            pieces.append((record.ids, {**record.values, "cross": self._crosses(pairs)}))
-        self.ids: dict[str, U64] = {
-            name: pieces[0][0][name] if name == "popular" else np.concatenate([ids[name] for ids, _ in pieces])[:ROWS]
-            for name in pieces[0][0]
-        }
-        values = {name: np.concatenate([part[name] for _, part in pieces])[:ROWS] for name in pieces[0][1]}
-        self.inputs: dict[str, F32] = {
-            input_.name: self._rows(input_) if input_.table else np.asarray(values[input_.name], np.float32)
-            for input_ in trainer.model.inputs
-            if not input_.training
-        }
-
-    def _crosses(self, pairs: Values) -> F32:
-        """`[n]` float32: the sum of the crosses of each pair."""
-        table, crosses = self._trainer.tables[CROSS], self._trainer.crosses
+    def looked_up(name: str, ids: U64) -> F32:
+        table = trainer.tables[name]
         assert isinstance(table, Table)
-        ids = crosses.ids(pairs)
-        rows = table.gather(table.find(ids.reshape(-1))).reshape(*ids.shape, -1)
-        return logits_of(rows, table.gather(table.find(crosses.shares)))
+        return table.gather(table.find(np.ascontiguousarray(ids).reshape(-1))).reshape(*ids.shape, table.dim)
 
-    def _rows(self, input_: Input) -> F32:
-        """The rows of an input, as serving finds them."""
-        rows = self._looked_up(input_.table, self.ids[input_.ids])
+    def rows_of(input_: Input) -> F32:
+        rows = looked_up(input_.table, ids[input_.ids])
         if input_.mean:
             rows = rows.sum(-2) / np.float32(max(rows.shape[-2], 1))
-        if input_.attributes and (attributes := self.ids[input_.attributes]).shape[1]:
-            rows = rows + self._looked_up("context", attributes).sum(1) / np.float32(attributes.shape[1])
+        if input_.attributes and (attributes := ids[input_.attributes]).shape[1]:
+            rows = rows + looked_up("context", attributes).sum(1) / np.float32(attributes.shape[1])
         return np.asarray(rows, np.float32)
 
-    def _looked_up(self, name: str, ids: U64) -> F32:
-        table = self._trainer.tables[name]
-        assert isinstance(table, Table)
-        flat = table.find(np.ascontiguousarray(ids).reshape(-1))
-        return table.gather(flat).reshape(*ids.shape, table.dim)
+    popular, pieces = trainer.popular.top(), []
+    for batch in batches:
+        none = np.zeros((len(batch), 0), np.uint64)
+        record = recorder.record(batch, none, popular, trainer.transitions, (0, 0))
+        users, items = columns.users_of(batch), columns.items_of(batch)
+        pairs = Values(batch.user, batch.item, batch.category, batch.context, users, items, batch.features)
+        crosses = logits_of(looked_up(CROSS, trainer.crosses.ids(pairs)), looked_up(CROSS, trainer.crosses.shares))
+        pieces.append((record.ids, {**record.values, "cross": crosses}))
+    ids: dict[str, U64] = {
+        name: pieces[0][0][name] if name == "popular" else np.concatenate([ids[name] for ids, _ in pieces])[:ROWS]
+        for name in pieces[0][0]
+    }
+    values = {name: np.concatenate([part[name] for _, part in pieces])[:ROWS] for name in pieces[0][1]}
+    return ids, {
+        input_.name: rows_of(input_) if input_.table else np.asarray(values[input_.name], np.float32)
+        for input_ in trainer.model.inputs
+        if not input_.training
+    }
 
 
 def latest(log: Log, version: Manifest) -> list[MicroBatch]:
-    """The latest micro-batches that a version learned, as many as have `ROWS` rows together.
-
-    None if the log no longer has them, or is unreachable.
-    """
+    """The latest micro-batches that a version learned, as many as have `ROWS` rows together, if the log still has them."""
     first, batches = max(0, version.log.next - 2 * RECORDS), list[MicroBatch]()
     if not version.log.topic_id:
         return batches
@@ -143,7 +123,6 @@ class Agreement(NamedTuple):
     """How far the outputs of two programs agree.
 
     Attributes:
-        rows: Number of rows compared.
         outputs: The largest difference of any output, relative to 1 + the other's value.
         probability: The largest difference of an interest's or an engagement's probability.
         first: Share of rows in which the same category is the most probable.
@@ -179,11 +158,7 @@ class Compared(NamedTuple):
 
     Attributes:
         trainer: Restored to the version.
-        version: Its manifest.
-        program: What serving runs, with its weights.
-        inputs: The sample's inputs by name.
         ids: The sample's ids by name; None for made-up rows.
-        of: A description of the sample.
     """
 
     trainer: Trainer
@@ -201,11 +176,7 @@ class Compared(NamedTuple):
 
 
 def load(registry: Registry, number: int, trainer: Trainer, spec: str, log: Log) -> Compared:
-    """Loads the version into `trainer`, and makes a sample for it.
-
-    Raises:
-        SpringtideError: The version cannot be loaded with these settings.
-    """
+    """Loads the version into `trainer`, and makes a sample for it."""
     # 1.
     version = checkpoint.restore(registry, number, trainer, spec)
     program = Program(registry.specs.program(version.program))
@@ -213,9 +184,8 @@ def load(registry: Registry, number: int, trainer: Trainer, spec: str, log: Log)
     # 2.
     batches = latest(log, version)
     if batches:
-        replayed = _Replayed(trainer, batches)
-        rows = len(replayed.ids["user"])
-        return Compared(trainer, version, program, replayed.inputs, replayed.ids, f"{rows} rows of the training log")
+        ids, inputs = _replayed(trainer, batches)
+        return Compared(trainer, version, program, inputs, ids, f"{len(ids['user'])} rows of the training log")
     inputs = sample(trainer.model, ROWS)
     return Compared(trainer, version, program, inputs, None, f"{ROWS} made-up rows, for the training log has none")
 
@@ -249,11 +219,7 @@ def export_saved_model(compared: Compared, folder: Path, say: Say, known: KnownA
 def export_device_file(
     compared: Compared, path: Path, users: Sequence[int], most_rows: int, quantize: Quantize, say: Say
 ) -> None:
-    """Writes a file for a device, with the rows of `users` and at most `most_rows` of any other table, by one rename.
-
-    Raises:
-        ProgramError: The model does not lower.
-    """
+    """Writes a file for a device, with the rows of `users` and at most `most_rows` of any other table, by one rename."""
     ranker, version = compared.trainer.model, compared.version
     rows = choose(compared.trainer, users, most_rows)
     lowered = device_file.lower(ranker, rows, compared.kept, quantize, f"version {version.version}")

@@ -126,11 +126,6 @@ class KnownAnswers(tf.Module):
     Args:
         content: An `.npz` file with `user_ids` `[U]` and `item_ids` `[I]` (bytes), `at_ms`, `engagements` `[U + 1, I]`
             float32, and as `outputs.<name>` `[U + 1, ...]` serving's outputs without an item. Row 0 is an unknown user.
-
-    Attributes:
-        users: The number of users.
-        items: The number of items.
-        at_ms: The time that all answers are for.
     """
 
     def __init__(self, content: bytes) -> None:

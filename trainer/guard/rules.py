@@ -6,10 +6,7 @@ the floor, prevents a nearly constant signal from being flagged at its first sma
 are summed (a one-sided CUSUM, Page 1954, with the deviation of one window capped). Two windows with a large deviation
 exceed the limit, and so do many windows with a small one. A single window never does.
 
-Floors, slack and limits were measured (`python -m tests.bench.guard`). On clean traffic the largest deviations of single
-windows were 4.5 (gradient, once) and 2.3 usual deviations, and 3.2 for slices. With KuaiRand's labels flipped, in all
-rows or in those of one attribute value, a floor of 0.05 never held an update. One of 0.03 holds it at the second and at
-the fourth window.
+Floors, slack and limits were measured by `python -m tests.bench.guard`.
 """
 
 from __future__ import annotations
@@ -77,11 +74,7 @@ all rows is not specific to a slice."""
 
 
 def usual(past: F64, rule: Rule) -> tuple[float, float]:
-    """Median and usual deviation of a signal.
-
-    Args:
-        past: `[n]` float64 of earlier windows; NaN for a window with too little data.
-        rule: The rule of the signal.
+    """Median and usual deviation of the signals of earlier windows, `[n]`; NaN for a window with too little data.
 
     >>> usual(np.array([1.0, 2.0, 2.0, 3.0, 90.0]), Rule("a", "", 0.1))
     (2.0, 1.4826)

@@ -57,8 +57,6 @@ class OffSlice(NamedTuple):
 
     Attributes:
         place: Measure, dimension, and index in the dimension.
-        signal: Its last signal.
-        usual: The median of its earlier signals.
         total: Its sum.
         since: The start of the window before the first one that deviates.
     """
@@ -71,11 +69,7 @@ class OffSlice(NamedTuple):
 
 
 class SliceWatch:
-    """Remembers the signals of each slice, and when it began to deviate. Not thread-safe.
-
-    Args:
-        warm_up: Signals of a slice before it is judged.
-    """
+    """Remembers the signals of each slice; judges it after `warm_up` signals. Not thread-safe."""
 
     def __init__(self, warm_up: int) -> None:
         self._warm_up = warm_up
@@ -99,11 +93,7 @@ class SliceWatch:
         self._compare(False)
 
     def judge(self, opened: F64 | None) -> SliceWords:
-        """The signal of each slice, including the open window.
-
-        Args:
-            opened: `[measure, dimension, place, 3]` float64 of the open window; None if nothing was scored.
-        """
+        """The signal of each slice, including the open window (see `Breakdown.update`); None if nothing was scored in it."""
         if opened is not None and opened.shape != self._added.shape:
             self._begin(opened.shape[:3])
         added, totals = self._added, self._whole
@@ -116,13 +106,7 @@ class SliceWatch:
         return SliceWords(added, totals, signals, np.where(np.isnan(off), self._sums, after))
 
     def end(self, words: SliceWords, start: WindowStart, judged: bool) -> None:
-        """Ends the window.
-
-        Args:
-            words: The signals of the whole window.
-            start: Where the window began.
-            judged: Whether slices with enough signals are judged from now on.
-        """
+        """Ends the window that began at `start`; `judged`: whether slices with enough signals are judged from now on."""
         spoke = ~np.isnan(words.signals)
         faded = ~spoke & (self._silent + 1 >= PATIENCE)
         sums = np.where(faded, np.maximum(words.sums - SLACK, 0.0), words.sums)
@@ -146,11 +130,7 @@ class SliceWatch:
         return float(self._sums.max(initial=0.0))
 
     def worst(self, words: SliceWords | None) -> OffSlice | None:
-        """The slice with the largest deviation; None if there is none.
-
-        Args:
-            words: With the open window; None if it has too little data.
-        """
+        """The slice with the largest deviation, if any; `words` are None if the open window has too little data."""
         sums = self._sums if words is None else words.sums
         at = int(sums.argmax()) if sums.size else 0
         if not sums.size or sums[at] <= 0 or math.isnan(self._middle[at]):
@@ -169,7 +149,6 @@ class SliceWatch:
         return self._starts[max(len(self._starts) - 1 - int(self._silent[at]), 0)]
 
     def _compare(self, judged: bool) -> None:
-        """Updates the usual signal of each slice; NaN for slices with too few signals."""
         self._middle: F64 = np.full(self._counts.size, np.nan)
         self._spread: F64 = np.full(self._counts.size, np.nan)
         known = np.flatnonzero(self._counts >= self._warm_up) if judged else np.empty(0, np.int64)
@@ -202,11 +181,7 @@ class SliceWatch:
 
 
 def _spoken(added: F64, totals: F64) -> tuple[F64, F64]:
-    """Signal and standard error of each of k slices, both `[k]` float64; NaN for those with too few rows.
-
-    Args:
-        added: `[k, 3]` float64, rows, log loss and squared log loss.
-        totals: `[k, 2]` float64, rows and log loss of all.
+    """Signal and standard error of k slices, `[k]` float64 each; NaN with too few rows. See `SliceWords` for the arguments.
 
     >>> signals, errors = _spoken(np.array([[200.0, 600.0, 2000.0], [9.0, 9.0, 9.0]]), np.array([[900.0, 900.0]] * 2))
     >>> np.exp(signals).round(6).tolist(), errors.round(6).tolist()
@@ -234,11 +209,6 @@ def medians(values: npt.NDArray[np.floating[Any]]) -> F64:
 
 def named(shown: Mapping[str, Sequence[str]], dimension: int, value_index: int) -> str:
     r"""The name of a slice, on one line.
-
-    Args:
-        shown: The names of each dimension's slices.
-        dimension: Index of the dimension.
-        value_index: Index in the dimension.
 
     >>> shown = {"action": ("view", "buy"), "city": ("Oslo", "Bergen\n")}
     >>> named(shown, 0, 1), named(shown, 1, 1)

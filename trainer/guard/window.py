@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -35,41 +36,31 @@ SUMS = (
     "rows", "skipped", "positions", "dead", "known_rows", "known_loss", "new_rows", "new_loss", "pairs", "engagement_loss",
     "predicted", "positives", "squared_norm",
 )  # fmt: skip
+"""Sums of a record of the training log.
+
+In this order:
+
+- rows, and rows of updates that were skipped as not finite or exploding
+- clicks that the record covers, whatever their outcome, and those of them that were refused
+- rows with a category whose user is known, and their log loss before learning; the same of new users
+- scored pairs, their log loss and predicted probability, and those that were clicked
+- over rows, the squared norm of the gradient per square root of rows
+"""
 
 
 @dataclass(frozen=True)
 class StepFigures:
-    """Counts and sums of one record of the training log.
+    """The figures of one record of the training log.
 
     Attributes:
         log_ms: Log time after the record.
-        rows: Rows learned from or skipped.
-        skipped: Of them, rows of updates that were skipped as not finite or exploding.
-        positions: Clicks that the record covers, whatever their outcome.
-        dead: Of them, those that were refused.
-        known: (rows, summed log loss) of rows with a category whose user is known, before learning.
-        new: The same of new users.
-        pairs: Pairs whose engagement was scored.
-        engagement_loss: Summed log loss of these pairs.
-        predicted: Their summed probability.
-        positives: How many of them were positive.
-        squared_norm: Sum over rows of the squared norm of the gradient per square root of rows.
+        sums: By name, SUMS that are not 0.
         crowds: `[3, BUCKETS]` int32, rows by bucket of user, item and category.
         slices: `[measure, dimension, place, 3]` float64, see `Breakdown.update`.
     """
 
     log_ms: int
-    rows: int
-    skipped: int = 0
-    positions: int = 0
-    dead: int = 0
-    known: tuple[int, float] = (0, 0.0)
-    new: tuple[int, float] = (0, 0.0)
-    pairs: int = 0
-    engagement_loss: float = 0.0
-    predicted: float = 0.0
-    positives: int = 0
-    squared_norm: float = 0.0
+    sums: Mapping[str, float]
     crowds: I32 | None = None
     slices: F64 | None = None
 
@@ -88,10 +79,6 @@ def _counted(ids: npt.NDArray[np.uint64]) -> I32:
     counts = np.bincount((ids & np.uint64(BUCKETS - 1)).astype(np.int64), minlength=BUCKETS)
     counts[0] -= int((ids == 0).sum())
     return counts.astype(np.int32)
-
-
-def _no_crowds() -> I32:
-    return np.zeros((len(CROWDS), BUCKETS), np.int32)
 
 
 class WindowStart(NamedTuple):
@@ -113,23 +100,18 @@ class OpenWindow:
     """The sums since the window began.
 
     Attributes:
-        start: Where it began.
-        sums: `[len(SUMS)]` float64.
         crowds: `[3, BUCKETS]` int32, rows by bucket of user, item and category.
         slices: `[measure, dimension, place, 3]` float64, see `Breakdown.update`; None until something is scored.
     """
 
     start: WindowStart
     sums: F64 = field(default_factory=lambda: np.zeros(len(SUMS)))
-    crowds: I32 = field(default_factory=_no_crowds)
+    crowds: I32 = field(default_factory=lambda: np.zeros((len(CROWDS), BUCKETS), np.int32))
     slices: F64 | None = None
 
     def add(self, step: StepFigures) -> None:
         """Adds one step."""
-        self.sums += (
-            step.rows, step.skipped, step.positions, step.dead, *step.known, *step.new, step.pairs, step.engagement_loss,
-            step.predicted, step.positives, step.squared_norm,
-        )  # fmt: skip
+        self.sums += [step.sums.get(name, 0.0) for name in SUMS]
         if step.crowds is not None:
             self.crowds += step.crowds
         if step.slices is not None:
@@ -140,21 +122,13 @@ class OpenWindow:
         """Rows so far."""
         return float(self.sums[0])
 
-    def distinct_users(self) -> int:
-        """A lower bound of the number of users: the buckets that have at least one."""
-        return int(np.count_nonzero(self.crowds[0]))
-
     def shares(self) -> F64:
         """`[3, BUCKETS]` float64, each bucket's share of the rows that have an id of this kind."""
         shares: F64 = self.crowds / np.maximum(self.crowds.sum(1, keepdims=True), 1)
         return shares
 
     def signals(self, usual_shares: F32) -> F64:
-        """The signal of each rule, in the order of RULES; NaN if there is too little data.
-
-        Args:
-            usual_shares: `[3, BUCKETS]` float32, each bucket's share in earlier windows.
-        """
+        """The signal of each rule, by each bucket's share in earlier windows; NaN if there is too little data."""
         sums = dict(zip(SUMS, self.sums.tolist(), strict=True))
         signals = {
             "log_loss": _log_mean(sums["known_loss"], sums["known_rows"]),

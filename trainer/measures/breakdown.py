@@ -12,7 +12,7 @@ import numpy.typing as npt
 from state.compiled import compiled
 from state.config.settings import Settings
 from trainer.measures import intervals
-from trainer.measures.evaluation import LOGIT_RANGE, SOME, area_under_curve, fade
+from trainer.measures.evaluation import SOME, area_under_curve, bins_of, fade
 from trainer.measures.intervals import Interval
 from trainer.measures.slices import FIRST, Slices
 from trainer.measures.step_scores import SUMS, USERS, Judged
@@ -77,8 +77,7 @@ class Breakdown:
     """The running metrics of slices.
 
     Args:
-        dimensions: Their names.
-        places: How many slices each has; a larger index counts as the last one.
+        values: How many slices each dimension has; a larger index counts as the last one.
         by_item: Whether a negative's slice is that of the row whose item it is.
     """
 
@@ -96,12 +95,7 @@ class Breakdown:
         return cls(("action", "users", *slices.names), (*sizes, *slice_counts), (False, False, *slices.by_item))
 
     def update(self, values: Sequence[npt.NDArray[Any]], partner: I64, judged: Judged) -> F64:
-        """Adds the rows of one step, and returns their losses by slice.
-
-        Args:
-            values: For each dimension `[n]`, the slice of each row.
-            partner: `[n]` int64, the row whose item is the negative.
-            judged: The predictions for the rows.
+        """Adds the rows of one step, and returns their losses by slice; `values` are, by dimension, the slices of the rows.
 
         Returns:
             `[loss, dimension, place, 3]` float64 of this step, by LOSSES: rows or pairs, their loss, and its squares.
@@ -109,8 +103,7 @@ class Breakdown:
         for sums, power in zip(self._sums, (1, 1, 1, 2), strict=True):
             fade(sums, judged.rows.shape[0], power)
         pairs = judged.pairs
-        logits = np.clip(pairs.logits, -LOGIT_RANGE, LOGIT_RANGE)
-        bins = np.minimum((logits + LOGIT_RANGE) * (BINS / (2 * LOGIT_RANGE)), BINS - 1).astype(np.int64)
+        bins = bins_of(pairs.logits, BINS)
         at = np.minimum(np.stack(values).astype(np.int64), self._last[:, None])
         step = np.zeros((len(LOSSES), *self._total.shape, 3))
         _add(
@@ -245,9 +238,7 @@ class SliceGap(NamedTuple):
     """The difference between the worst and the best slice of a dimension.
 
     Attributes:
-        size: The difference.
         sure: The distance between their confidence intervals; 0 if they overlap.
-        best, worst: Their values.
     """
 
     size: float

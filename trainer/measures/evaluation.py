@@ -47,23 +47,13 @@ class Evaluation:
         positive: npt.NDArray[np.bool_],
         engagement_log_loss: npt.NDArray[np.float32],
     ) -> None:
-        """Adds the rows of one step.
-
-        Args:
-            log_loss: `[n]` interest log loss of each row with a category.
-            top1: `[n]` whether the best candidate was the next category.
-            top5: `[n]` whether it was among the best five.
-            known: `[n]` whether the user had a category in the windows, or was seen before and has a row.
-            scores: `[m]` engagement logits.
-            positive: `[m]` their outcomes.
-            engagement_log_loss: `[m]` their log losses.
-        """
+        """Adds the rows of one step: `[n]` rows with a category, and `[m]` scored pairs with their logits and outcomes."""
         for sums in (self._sums, self._bins, self._engagement):
             fade(sums[1], log_loss.size)
         columns = np.stack([np.ones(log_loss.size), log_loss.astype(np.float64), top1, top5], 1)
         for position, rows in enumerate((np.ones_like(known), ~known, known)):
             self._sums[:, position] += columns[rows].sum(0)
-        placed = np.clip((scores + LOGIT_RANGE) * (BINS / (2 * LOGIT_RANGE)), 0, BINS - 1).astype(np.int64)
+        placed = bins_of(scores, BINS)
         for outcome in (0, 1):
             self._bins[:, outcome] += np.bincount(placed[positive == bool(outcome)], minlength=BINS)
         self._engagement += (scores.size, engagement_log_loss.astype(np.float64).sum())
@@ -106,13 +96,15 @@ class Evaluation:
         self._engagement = np.array(state["engagement"])
 
 
-def fade(sums: F64, rows: int, power: int = 1) -> None:
-    """Decays recent sums by a number of rows, in place; values that underflow become 0, because a CPU is slow with denormals.
+def bins_of(logits: npt.NDArray[Any], count: int) -> npt.NDArray[np.int64]:
+    """The bin of each of `[n]` logits, among `count` of equal width within LOGIT_RANGE."""
+    return np.clip((logits + LOGIT_RANGE) * (count / (2 * LOGIT_RANGE)), 0, count - 1).astype(np.int64)
 
-    Args:
-        sums: Contiguous float64, none negative.
-        rows: Rows learned since; after HALF_LIFE_ROWS half is left.
-        power: Power of the weights that were summed.
+
+def fade(sums: F64, rows: int, power: int = 1) -> None:
+    """Decays contiguous sums, none negative, in place: half is left after HALF_LIFE_ROWS rows.
+
+    `power` is that of the summed weights. Values that underflow become 0, because a CPU is slow with denormals.
 
     >>> sums = np.array([4.0, 1e-29])
     >>> fade(sums, 2 * HALF_LIFE_ROWS, power=2)

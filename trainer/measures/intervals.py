@@ -43,14 +43,9 @@ def of_share(share: float, rows: float) -> Interval:
 
 
 def of_ratio(predicted: float, observed: float, pairs: float) -> Interval:
-    """The interval of predicted over observed clicks, by Wilson's interval of the observed share.
+    """The interval of the mean predicted over the observed share, above 0, by Wilson's interval of the latter.
 
     Outcomes with unequal probabilities vary less than outcomes with their mean, so the interval is slightly too wide.
-
-    Args:
-        predicted: Mean predicted probability.
-        observed: Share of the pairs that were clicked; more than 0.
-        pairs: Effective sample size.
     """
     low, high = of_share(observed, pairs)
     return predicted / high, predicted / low

@@ -92,13 +92,7 @@ def of_previous(newest: U64, category: U64) -> CategoryPrediction:
 
 
 def of_came_next(transitions: CountTable, newest: I32, category: U64) -> CategoryPrediction:
-    """The prediction by what came next after users' newest categories.
-
-    Args:
-        transitions: The lists of what came next.
-        newest: `[t]` int32, the row of each newest category; 0 for none.
-        category: `[t]` uint64, what was clicked.
-    """
+    """The prediction by what came next after users' newest categories, whose `[t]` rows are `newest`."""
     lists, count = transitions.held, newest.size
     prediction = CategoryPrediction(np.empty(count, np.int32), np.empty(count), np.empty(count, np.int32))
     _came_next(newest, lists.counts, lists.ids, np.array(category), *prediction)

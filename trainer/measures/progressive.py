@@ -38,11 +38,7 @@ _ROWS, _LOG_LOSS, _TOP1, _OFFERED, _MISSED = (
 
 
 class Progressive:
-    """The running metrics of the model and of the baselines.
-
-    Attributes:
-        popular: The popular categories of about the last hour.
-    """
+    """The running metrics of the model and of the baselines."""
 
     def __init__(self) -> None:
         # [total and recent, predictor, users, sum]
@@ -61,14 +57,10 @@ class Progressive:
     ) -> Judged:
         """Scores the predictions for n rows before anything learns from them; has no side effects.
 
-        Args:
-            predictions: The predictions of each of PREDICTORS for the rows with a category.
-            targets: `[n]` bool, which rows have a category.
-            known: `[n]` bool, whether the user is known.
-            categories: The number of known categories, with those of these rows: otherwise new ones would cost nothing.
-            pairs: The pairs whose engagement was scored.
+        `targets` are the rows with a category, `known` those of known users, both `[n]`. `categories` is the number of
+        known ones, with those of these rows: otherwise new ones would cost nothing.
         """
-        kinds, misses, sums = known[targets], self.miss_shares(), no_sums()
+        kinds, misses, sums = known[targets], miss_shares(self._sums[1]), no_sums()
         of_rows = [
             row_sums(predictions[name], kinds, misses[number], categories, sums[number])
             for number, name in enumerate(PREDICTORS)
@@ -76,21 +68,8 @@ class Progressive:
         clicked, predicted, losses = int(pairs.positive.sum()), float(pairs.predicted.sum()), float(pairs.losses.sum())
         return Judged(StepScores(sums, pairs.losses.size, clicked, predicted, losses), targets, of_rows[0], pairs)
 
-    def miss_shares(self) -> F64:
-        """`[predictor, 2]` float64: the miss probability for new users and for known ones."""
-        recent = self._sums[1, :, 1:]
-        without = recent[..., _ROWS] - recent[..., _OFFERED]
-        return np.asarray((recent[..., _MISSED] - without + 0.5) / (recent[..., _OFFERED] + 1.0))
-
     def update(self, scores: StepScores, category: U64, log_ms: int, learned: bool = True) -> None:
-        """Adds the scores of a step, and updates the popular categories.
-
-        Args:
-            scores: From `score`.
-            category: `[n]` uint64, what was clicked; 0 for none.
-            log_ms: Log time.
-            learned: Whether the model learns from the step; the popular categories learn from the same steps.
-        """
+        """Adds the scores of a step; updates the popular categories if the step was learned."""
         for sums in (self._sums, self._rows):
             fade(sums[1], int(scores.total("rows")))
         self._sums += scores.sums
@@ -141,6 +120,13 @@ class Progressive:
             self.popular.load({name: state[f"popular.{name}"] for name in ("ids", "counts", "hour")})
 
 
+def miss_shares(sums: F64) -> F64:
+    """`[..., 2]` float64: the miss probability for new users and for known ones, by recent `[..., users, sum]`."""
+    recent = sums[..., 1:, :]
+    without = recent[..., _ROWS] - recent[..., _OFFERED]
+    return np.asarray((recent[..., _MISSED] - without + 0.5) / (recent[..., _OFFERED] + 1.0))
+
+
 def where_of(predictor: str, users: str) -> str:
     """The prefix of a metric's name.
 
@@ -151,14 +137,9 @@ def where_of(predictor: str, users: str) -> str:
 
 
 def row_sums(prediction: CategoryPrediction, known: Flags, miss: F64, categories: int, sums: F64) -> F64:
-    """SUMS of each of t rows, `[t, sum]` float64.
+    """SUMS of each of t rows, `[t, sum]` float64, which are added to `sums`, `[users, sum]`.
 
-    Args:
-        prediction: For the rows.
-        known: `[t]` bool, whether the user is known.
-        miss: `[2]` float64, the miss probability if there are candidates, of new users and of known ones.
-        categories: The number of known categories.
-        sums: `[users, sum]` float64, to which the rows are added.
+    `miss` is `[2]`: the miss probability if there are candidates, of new users and of known ones.
 
     >>> one, sums = np.ones(1), no_sums()[0]
     >>> hit = CategoryPrediction(one.astype(np.int32), np.log(one / 4), one.astype(np.int32) * 4)

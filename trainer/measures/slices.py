@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from state.attributes.values import U64
 from state.config.sections import Attributes
-from trainer.measures.evaluation import LOGIT_RANGE, fade
+from trainer.measures.evaluation import bins_of, fade
 from trainer.model.attributes import Columns
 
 F32 = npt.NDArray[np.float32]
@@ -55,12 +55,7 @@ class Scored(NamedTuple):
 
 
 class Slices:
-    """The running metrics of the values of some attributes.
-
-    Args:
-        settings: The section `[attributes]`.
-        columns: The attributes that the trainer has.
-    """
+    """The running metrics of the values of some attributes."""
 
     def __init__(self, settings: Attributes, columns: Columns) -> None:
         self._columns = columns
@@ -77,7 +72,6 @@ class Slices:
         self._bins: F64 = np.zeros((count, size, 2, BINS))
 
     def __bool__(self) -> bool:
-        """Whether there is a slice attribute."""
         return bool(self.names)
 
     @property
@@ -88,11 +82,7 @@ class Slices:
     def update(self, users: U64, items: U64, texts: Mapping[int, str], scored: Scored) -> list[I64]:
         """Adds the rows of one step; returns, for each attribute, the slice of each row, `[n]` int64.
 
-        Args:
-            users: `[n, Au]` uint64.
-            items: `[n, Ai]` uint64.
-            texts: Texts of the ids that the micro-batch announces.
-            scored: The scores of the step.
+        `users` is `[n, Au]`, `items` `[n, Ai]`; `texts` has the texts of the ids that the micro-batch announces.
         """
         for sums in (self._sums, self._bins):
             fade(sums, scored.log_loss.size)
@@ -151,8 +141,7 @@ class Slices:
             by(paired, scored.engagement_log_loss),
         )  # fmt: skip
         self._sums[number] += np.stack(columns, 1)
-        placed = np.clip((scored.logits + LOGIT_RANGE) * (BINS / (2 * LOGIT_RANGE)), 0, BINS - 1).astype(np.int64)
-        cells = (paired * 2 + scored.positive) * BINS + placed
+        cells = (paired * 2 + scored.positive) * BINS + bins_of(scored.logits, BINS)
         self._bins[number] += np.bincount(cells, minlength=count * 2 * BINS).reshape(count, 2, BINS)
 
     def state(self) -> dict[str, npt.NDArray[Any]]:

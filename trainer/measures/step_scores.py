@@ -37,8 +37,6 @@ class StepScores:
         sums: `[predictor, users, sum]` float64, by PREDICTORS, USERS and SUMS.
         pairs: (User, item) pairs whose engagement was scored.
         positives: Of them, pairs that were clicked, or have a positive label.
-        predicted: Sum of their predicted probabilities.
-        engagement_log_loss: Sum of their log losses.
     """
 
     sums: F64
@@ -48,7 +46,6 @@ class StepScores:
     engagement_log_loss: float
 
     def __add__(self, other: StepScores) -> StepScores:
-        """The sums of both."""
         return StepScores(
             self.sums + other.sums,
             self.pairs + other.pairs,
@@ -84,10 +81,8 @@ class Judged(NamedTuple):
     """The evaluated predictions for n rows, before anything learned from them.
 
     Attributes:
-        scores: Their sums.
         targets: `[n]` bool, the rows with a category.
         rows: `[t, sum]` float64, SUMS of the model for each row with a category.
-        pairs: The scored pairs.
     """
 
     scores: StepScores

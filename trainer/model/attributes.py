@@ -1,8 +1,7 @@
 """Attributes in a training step: rows of the context table, for the tower (users) and added to the item's row (items).
 
 The mean of a user's attributes and the context fields is an input of the tower. The mean of an item's attributes is
-added to the item's row, which only the engagement head reads. An item's vector thus depends on the row, so the head gets
-one row for each combination of item and attributes in the step.
+added to the item's row, which only the engagement head reads.
 """
 
 from __future__ import annotations
@@ -34,15 +33,7 @@ class Combined(NamedTuple):
 
 
 class Columns:
-    """The columns of attributes that the trainer learns from.
-
-    Args:
-        settings: The section `[attributes]`.
-
-    Attributes:
-        users: Table of users' attributes, without fields if they have no topic.
-        items: Table of items' attributes, without fields if they have no topic.
-    """
+    """The tables of the attributes that the trainer learns from; without fields if a side has no topic."""
 
     def __init__(self, settings: Attributes) -> None:
         self.users = AttributeTable("user", fields_of(settings.user_fields if settings.user_topic else ()))

@@ -81,7 +81,6 @@ class DefaultRanker(Ranker):
     """The ranker of the settings `[model]`.
 
     Args:
-        settings: The section `[model]`.
         spec: Names the D features and the F windows of each of the L categories.
         preprocessing: `[B, D]` float32 raw integers to `[B, D']` float32; None takes logarithms.
         labelled: Whether engagement is learned from labels. All parts of it but the crosses then start at zero, and the
@@ -154,7 +153,9 @@ class DefaultRanker(Ranker):
 
     def score(self, encoded: Encoded, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Ranker`."""
-        hidden = self._user_hidden(encoded.user_features)
+        # The user's part of the hidden units of both nets.
+        hidden = tf.matmul(encoded.user_features, self.dense["interest.user_kernel"])
+        hidden = tf.nn.bias_add(hidden, self.dense["interest.bias"])
         interest = self._interest(encoded.queries, hidden, inputs)
         plain = interest
         if encoded.plain_queries is not encoded.queries:
@@ -198,11 +199,6 @@ class DefaultRanker(Ranker):
         user = tf.concat([user_row, user_row, tf.zeros_like(user_row[:, :1])], 1)
         return tf.nn.bias_add(tf.matmul(vector, self.dense["query.kernel"]), self.dense["query.bias"]) + user
 
-    def _user_hidden(self, user_features: Tensor) -> Tensor:
-        """The user's part of the hidden units of both nets, `[B, NET_HIDDEN + NEXT_HIDDEN]`."""
-        user = tf.matmul(user_features, self.dense["interest.user_kernel"])
-        return tf.nn.bias_add(user, self.dense["interest.bias"])
-
     def _window_logits(self, user_hidden: Tensor, category_windows: Tensor) -> Tensor:
         """Logits m . windows_j + net(windows_j, windows_1, z) + b_j of the recent categories, `[B, L]`."""
         slots, width, kernel = self.sizes["L"], category_windows.shape[2], self.dense["interest.kernel_0"]
@@ -226,7 +222,6 @@ class DefaultRanker(Ranker):
         return tf.reshape(logits, [-1, candidates])
 
     def _interest(self, queries: Tensor, user_hidden: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The logits s(c) of every candidate, masked."""
         query = queries[:, : self.settings.dim]
         windows = tf.concat([inputs["category_windows"], inputs["recent_next"]], 2)
         recent = _dots(inputs["recent_rows"], query) + self._window_logits(user_hidden, windows)

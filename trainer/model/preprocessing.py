@@ -23,13 +23,6 @@ class Logarithms:
 
     Counts become log(1 + x) / 4. A recency is a logarithm already (eight steps
     an octave, 255 for never) and is only scaled.
-
-    Args:
-        names: Names of the k columns.
-
-    Attributes:
-        log_scale: `[k]` float32, the factor of the logarithm.
-        scale: `[k]` float32, the factor of the integer itself.
     """
 
     def __init__(self, names: tuple[str, ...]) -> None:
@@ -46,14 +39,6 @@ class WindowScaling:
     """Scales the windows of categories, `[n, F]` raw integers to about [-2, 4]: log(1 + x), centred by their kind.
 
     The kinds differ more than the categories of one user do.
-
-    Args:
-        names: Names of the F windows.
-
-    Attributes:
-        log_scale: `[F]` float32, the factor of the logarithm.
-        scale: `[F]` float32, the factor of the integer itself.
-        shift: `[F]` float32, added.
     """
 
     def __init__(self, names: tuple[str, ...]) -> None:

@@ -105,9 +105,6 @@ class Ranker(tf.Module):
 
         Serving then uses it to search the index of all items and to score many of them cheaply. None if the ranker's
         engagement is no such sum.
-
-        Args:
-            encoded: What `encode` returned.
         """
         return None
 

@@ -28,10 +28,6 @@ def epsilon_of(noise: float, delta: float) -> float:
 
     >>> round(epsilon_of(3.73, 1e-5), 3), epsilon_of(math.inf, 1e-5)
     (1.0, 0.0)
-
-    Args:
-        noise: Its standard deviation; infinite noise reveals nothing.
-        delta: The probability with which epsilon may not hold.
     """
     return float(dp_accounting.get_epsilon_gaussian(noise, delta))
 
@@ -56,10 +52,5 @@ def noise_for(epsilon: float, delta: float, updates: int) -> float:
 
     >>> round(noise_for(1.0, 1e-5, 1), 2), round(noise_for(1.0, 1e-5, 16), 2)
     (3.85, 15.38)
-
-    Args:
-        epsilon: The budget, above 0.
-        delta: The delta of the budget.
-        updates: Updates that one unit takes part in, over all periods.
     """
     return float(dp_accounting.get_sigma_gaussian(epsilon, delta)) * math.sqrt(updates * _OF_ONE)

@@ -41,10 +41,6 @@ class NoisePlace:
     """The position of a record, and everything but the records that determines its noised sum.
 
     Attributes:
-        topic_id: Id of the training log's topic.
-        partition: Partition of the training log.
-        offset: Offset of the record.
-        epoch: Control's epoch.
         line: The branch of the log: the records that count in this epoch.
         mask: The rows of the record that are excluded, those of erased users among them.
         environment: `environment_digest` of the trainer: settings, code and machine.
@@ -71,11 +67,7 @@ def environment_digest(environment: Mapping[str, str]) -> str:
 
 
 class History:
-    """The digests of one trainer; part of each version. They are keyed: without the key they reveal nothing about rows.
-
-    Attributes:
-        line: `[32]` bytes, the line of the last record; all zero before the first one.
-    """
+    """The digests of one trainer; part of each version. They are keyed: without the key they reveal nothing about rows."""
 
     def __init__(self, key: bytes) -> None:
         # BLAKE2b accepts keys of at most 64 bytes.
@@ -113,7 +105,6 @@ class History:
             self._history, self._conditions, self.line = (np.asarray(state[name], np.uint8).tobytes() for name in NAMES)
 
     def _digest(self, *parts: bytes) -> bytes:
-        """The keyed digest of parts, which may have any length."""
         digest = hashlib.blake2b(key=self._key, digest_size=_BYTES)
         for part in parts:
             digest.update(len(part).to_bytes(8, "big") + part)

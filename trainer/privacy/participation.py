@@ -23,13 +23,6 @@ class Participation:
 
     No id is stored. A user is counted in a bucket that is a hash of the id. Users with the same bucket share its
     allowance, so no user ever gets more.
-
-    Args:
-        updates: The most updates of a period.
-        period_ms: Length of a period in log time.
-
-    Attributes:
-        left_out: Rows that were excluded because their user had no update left.
     """
 
     def __init__(self, updates: int, period_ms: int) -> None:

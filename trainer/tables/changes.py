@@ -132,12 +132,7 @@ class ChangeList:
         self.clear()
 
     def resize(self, capacity: int, former: I32 | None = None) -> None:
-        """Follows a table that moved its rows.
-
-        Args:
-            capacity: Row slots.
-            former: The former slots of rows 0, 1, 2 ..; None if all stay.
-        """
+        """Follows a table that moved its rows; `former` are the former slots of rows 0, 1, 2 .., None if all stay."""
         if former is None:
             self._flags, self._listed = grown(self._flags, capacity), grown(self._listed, capacity)
             return

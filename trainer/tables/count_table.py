@@ -29,23 +29,12 @@ class CountTable(IdTable):
         return Lists(self._lists.counts[rows], self._lists.ids[rows])
 
     def succession(self, rows: I32, recent_categories: U64, popular: U64) -> Succession:
-        """The candidates and counts from the lists of users' newest categories.
-
-        Args:
-            rows: `[n]` int32, the row of each user's newest category; MISSING for none.
-            recent_categories: `[n, L]` uint64, padded with 0.
-            popular: `[P]` uint64, padded with 0.
-        """
+        """The candidates and counts from the lists of users' newest categories, whose `[n]` rows these are."""
         distinct, at = self.distinct(rows)
         return transitions.succession(at, self._lists, recent_categories, popular, distinct)
 
     def count(self, rows: I32, followers: U64) -> None:
-        """Counts transitions in the order of a batch, and marks all of `rows` as changed.
-
-        Args:
-            rows: `[n]` int32, the row of the newest category before each event; MISSING for none.
-            followers: `[n]` uint64, the category that came next; 0 for none.
-        """
+        """Counts `[n]` transitions from the newest category (a row) to the next one (an id, or 0); marks all rows as changed."""
         halved = transitions.record(rows, followers, self._lists)
         # Entries that halving removes from a list become positive zeros.
         self._signs[rows[halved]] = 0
@@ -56,9 +45,6 @@ class CountTable(IdTable):
         lists = transitions.unpack(values)
         self._lists.counts[rows], self._lists.ids[rows] = lists
         self._signs[rows] = transitions.signs_of(values)
-
-    def _held(self, rows: I32) -> tuple[F32, F32]:
-        return self._served(rows), np.zeros((len(rows), 0), np.float32)
 
     def _served(self, rows: I32) -> F32:
         return transitions.pack(self.lists(rows), self._signs[rows])

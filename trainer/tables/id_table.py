@@ -122,7 +122,6 @@ class Pending:
         self._seen_ms: I64 = np.zeros(self._places.capacity, np.int64)
 
     def __len__(self) -> int:
-        """Ids that wait."""
         return len(self._places)
 
     @property
@@ -179,7 +178,6 @@ class Pending:
         return ids
 
     def _set(self, seen: Sightings) -> None:
-        """Of distinct ids with sightings."""
         new = seen.ids[self._places.find(seen.ids) == 0]
         self._places.take(new)
         if self.capacity > self._counts.size:
@@ -222,7 +220,6 @@ class IdTable(ABC):
         self._pending = Pending(self._admit_after, self.max_rows)
 
     def __len__(self) -> int:
-        """Ids that have a row."""
         return len(self._places)
 
     @property
@@ -248,14 +245,9 @@ class IdTable(ABC):
         return bool(self.find(ids).any() or self._pending.of(ids).counts.any())
 
     def observe(self, ids: U64, at_ms: I64) -> I32:
-        """Counts one sighting of each id at log time, and admits those seen often enough.
+        """Counts one sighting of each of `[n]` ids at log time, and admits those seen often enough; 0 is ignored.
 
-        Args:
-            ids: `[n]` uint64, one for each event; 0 is ignored.
-            at_ms: `[n]` int64 milliseconds since the epoch.
-
-        Returns:
-            `[n]` int32: the row of each id after the admissions.
+        Returns the row of each id after the admissions, `[n]` int32.
         """
         rows = self.find(ids)
         unknown = np.flatnonzero((rows == MISSING) & (ids != 0))
@@ -349,17 +341,11 @@ class IdTable(ABC):
 
     @abstractmethod
     def put(self, rows: I32, values: F32, accum: F32) -> None:
-        """Sets rows (`[n]` int32) to what a version holds of them; `touch` lists them as changed.
+        """Sets `[n]` rows to what a version holds of them: `[n, dim]` values and accumulators, `[n, 0]` if they have none."""
 
-        Args:
-            rows: `[n]` int32.
-            values: `[n, dim]` float32.
-            accum: Their accumulators, `[n, dim]` float32; `[n, 0]` if rows have none.
-        """
-
-    @abstractmethod
     def _held(self, rows: I32) -> tuple[F32, F32]:
-        """Copies of rows and their accumulators, as versions hold them and `put` takes them."""
+        """Copies of rows and their accumulators, as versions hold them and `put` takes them; by default there are none."""
+        return self._served(rows), np.zeros((len(rows), 0), np.float32)
 
     @abstractmethod
     def _served(self, rows: I32) -> F32:
@@ -390,7 +376,6 @@ class IdTable(ABC):
         return rows
 
     def _leave(self, rows: I32) -> None:
-        """Removes rows, and frees memory if most of it is unused."""
         ids = self._places.ids[rows]
         self._places.drop(ids)
         self._since_version.removed.add(ids)

@@ -187,7 +187,6 @@ class Places:
         self._free: I32 = np.empty(0, np.int32)
 
     def __len__(self) -> int:
-        """The number of ids with an index."""
         return len(self._index)
 
     @property

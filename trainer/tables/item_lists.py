@@ -18,9 +18,6 @@ class ItemListTable(IdTable):
 
     Args:
         name: The table's name in versions, one of `item_lists.ENTRIES`.
-        capacity: Initial capacity in lists. It doubles when the table is full, and shrinks when few lists are left.
-        admit_after: Occurrences that a key needs before it gets a list.
-        max_rows: The most keys with a list.
     """
 
     def __init__(self, name: str, capacity: int = 1024, admit_after: int = 1, max_rows: int = NO_CAP) -> None:
@@ -39,9 +36,6 @@ class ItemListTable(IdTable):
         for part, new in zip(parts, item_lists.unpack(values), strict=True):
             part[rows] = new
         self._begun = max(self._begun, int(rows.max(initial=0)))
-
-    def _held(self, rows: I32) -> tuple[F32, F32]:
-        return self._served(rows), np.zeros((len(rows), 0), np.float32)
 
     def _served(self, rows: I32) -> F32:
         return item_lists.pack(self._lists.take(rows))

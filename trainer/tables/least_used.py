@@ -34,7 +34,6 @@ def _rank(last_seen_ms: int, bits: int) -> int:
 
 @compiled("u8[::1], i8[::1], i4[::1], i8, i8, i8[::1]")
 def _counted(ids: U64, last_seen_ms: I64, bits: I32, lowest: int, width: int, counts: I64) -> None:
-    """Counts the ids in each rank bucket of `width`, starting at `lowest`."""
     for index in range(ids.shape[0]):
         if ids[index] != 0:
             counts[(_rank(last_seen_ms[index], bits[index]) - lowest) // width] += 1
@@ -42,7 +41,6 @@ def _counted(ids: U64, last_seen_ms: I64, bits: I32, lowest: int, width: int, co
 
 @compiled("u8[::1], i8[::1], i4[::1], i8[::1]")
 def _bounds(ids: U64, last_seen_ms: I64, bits: I32, bounds: I64) -> None:
-    """The lowest and the highest rank."""
     for index in range(ids.shape[0]):
         if ids[index] != 0:
             rank = _rank(last_seen_ms[index], bits[index])

@@ -1,7 +1,6 @@
 """The popular categories: a bounded list of categories by decayed count at log time, in integers.
 
-A count is in units of 1/65536 clicks. Each hour of log time multiplies it by a fixed ratio, so the same log gives the
-same list on every machine. A batch updates the ranks of its categories; the hourly decay ranks all of them again.
+A count is in units of 1/65536 clicks. Each hour of log time multiplies it by a fixed ratio.
 """
 
 from __future__ import annotations
@@ -102,7 +101,6 @@ class Popular:
         self._top: I32 = np.zeros(0, np.int32)
 
     def __len__(self) -> int:
-        """The number of categories with a count."""
         return self._used - 1
 
     def standing_of(self, ids: U64) -> tuple[I64, I32, int]:
@@ -123,13 +121,7 @@ class Popular:
         self.add(ids, np.full(ids.size, ONE, np.int64), at_ms)
 
     def add(self, ids: U64, amounts: I64, at_ms: int) -> None:
-        """Adds to counts at log time.
-
-        Args:
-            ids: `[n]` uint64, 0 ignored.
-            amounts: `[n]` int64, in 1/65536 clicks; may be negative because of noise.
-            at_ms: Log time.
-        """
+        """Adds amounts in 1/65536 clicks, which noise may make negative, to the counts of `[n]` ids at log time; 0 is ignored."""
         hour = at_ms // self._span_ms
         ticked = hour > self._hour
         if ticked:

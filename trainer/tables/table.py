@@ -10,6 +10,7 @@ import tensorflow as tf
 from trainer.tables.id_table import NO_CAP, IdTable
 from trainer.tables.index import F32, I32, U64, hashed_uniform
 
+INITIAL_ACCUMULATOR = 1e-6
 INITIAL_RANGE = 0.05
 """A new row of an embedding is uniform in plus and minus this."""
 
@@ -20,7 +21,6 @@ class Table(IdTable):
     """The rows of one kind of id, in host arrays.
 
     Args:
-        name, dim, capacity, admit_after, max_rows: See `IdTable`.
         initial_accumulator: Initial value of each Adagrad accumulator.
         initial_range: A new row is uniform in plus and minus this, by a hash of its id and the table's name.
 
@@ -37,7 +37,7 @@ class Table(IdTable):
         name: str,
         dim: int,
         capacity: int = 65536,
-        initial_accumulator: float = 1e-6,
+        initial_accumulator: float = INITIAL_ACCUMULATOR,
         admit_after: int = 1,
         initial_range: float = INITIAL_RANGE,
         max_rows: int = NO_CAP,

@@ -36,11 +36,8 @@ class CarriedPart:
     """A table or a dense weight, before and after.
 
     Attributes:
-        kind: Which of the two.
-        name: Its name.
         was: Width of the table's rows, or shape of the weight, in the version; None if the version has none.
         now: Likewise in the model; None if it reads no such table or has no such weight.
-        rows: The number of the table's rows in the version.
     """
 
     kind: Literal["table", "weight"]
@@ -81,10 +78,6 @@ class Carrying:
 
     Attributes:
         tables: Of the version and of the model, in the order of the model's, then by name.
-        weights: Of the version and of the model, in the same order.
-        steps: Steps that the version counted.
-        trained: Rows learned from that the version counted.
-        popular: The version's number of popular categories.
     """
 
     tables: tuple[CarriedPart, ...]
@@ -234,14 +227,7 @@ logger = logging.getLogger(__name__)
 def _take_over(
     live: Registry, recorded: Mapping[str, Any], version: int, trainer: Trainer, spec: str
 ) -> tuple[Manifest, dict[str, Array]]:
-    """Restores `trainer` to the experiment's version, as the start of an epoch that begins from the live `version`.
-
-    Returns:
-        The experiment's manifest with the identity of the live version, and what the epoch's first version holds.
-
-    Raises:
-        UnknownVersion: The experiment's registry, or a version in it, is missing.
-    """
+    """Restores `trainer` to the experiment's version, as the start of an epoch that begins from the live `version`."""
     path = layout.experiment_registry(trainer.settings.state_dir, str(recorded[EXPERIMENT]))
     if not path.is_dir():
         raise UnknownVersion(
@@ -291,12 +277,7 @@ class CarriedOver(NamedTuple):
 
 
 def carry_over(versions: Registry, version: int, trainer: Trainer) -> CarriedOver:
-    """Loads the fitting parts of `version` into `trainer`; the rest is initialised.
-
-    Raises:
-        UnknownVersion: A part of its chain is not kept.
-        CorruptVersion: A file of its chain fails its digest.
-    """
+    """Loads the fitting parts of `version` into `trainer`; the rest is initialised."""
     manifest, old = checkpoint.full_state(versions, version)
     trainer.clear()
     fresh = checkpoint.full(trainer)
@@ -312,8 +293,7 @@ def restore_or_carry(
 ) -> tuple[Manifest, dict[str, content.Array] | None]:
     """Restores the trainer that published `version`, or carries it over if an upgrade begins.
 
-    Returns:
-        The manifest of the version, and what the first version of an upgrade holds; None without an upgrade.
+    Returns the manifest, and what the first version of an upgrade holds; None without one.
 
     Raises:
         UnknownVersion, CorruptVersion: The version cannot be read.

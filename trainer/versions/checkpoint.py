@@ -75,14 +75,13 @@ def restore(versions: Registry, version: int, trainer: Trainer, spec: str) -> Ma
         SpecMismatch: It was trained on other features than those of digest `spec`.
         SettingsError: It is of another model.
     """
-    base, deltas = versions.chain(version)
-    newest = deltas[-1] if deltas else base
+    newest, tensors = full_state(versions, version)
     if newest.spec != spec:
         raise SpecMismatch(
             f"version {version} was trained on feature spec {newest.spec[:12]}, the settings make {spec[:12]}",
             "put [features] and events.actions back, or continue from it: `springtide upgrade --reason TEXT`",
         )
-    load(trainer, content.merge(tensors_of(versions, part) for part in (base, *deltas)))
+    load(trainer, tensors)
     return newest
 
 

@@ -8,8 +8,7 @@
                            quality.<name>: metrics that affect nothing, which 0.1.0 did not have
 
 A delta lists the rows that changed and the ids that were removed, and contains everything else completely. Durable
-versions are compressed (`state/registry/tensor_files.py`). A recent version has the first file only, uncompressed. This
-module needs NumPy only, because the compactor runs without TensorFlow.
+versions are compressed (`state/registry/tensor_files.py`). A recent version has the first file only, uncompressed.
 """
 
 from __future__ import annotations
@@ -224,7 +223,6 @@ def _without_waiting(tensors: Tensors, users: MaskedUsers) -> dict[str, Array]:
 
 
 def _named(tensors: Tensors, users: MaskedUsers, known: CrossedIds) -> list[tuple[str, U64]]:
-    """By table, the ids in it that may belong to users or to their crosses."""
     named: list[tuple[str, U64]] = []
     for table in tables_in(tensors) if users else ():
         if table not in OTHERS and f"{table}.ids" in tensors:

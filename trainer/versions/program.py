@@ -22,10 +22,17 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from state.config.settings import Settings
 from state.errors import CorruptVersion, ProgramError
+from state.features.spec import FeatureSpec
 from state.lowering import TOLERANCE, argument, difference, lower_saved_model
 from state.registry.manifest import Manifest
 from state.registry.registry import Registry
+from state.registry.specs import Specs
+from trainer import device
+from trainer.engine.making import trainer_of
+from trainer.engine.step import Trainer
+from trainer.group import Group
 from trainer.model.default_ranker import DefaultRanker
 from trainer.model.ranker import Ranker
 
@@ -53,12 +60,17 @@ def preprocessing_of(transform: Path) -> Callable[[Any], Any]:
     return Preprocessing()
 
 
-def lower(ranker: Ranker) -> bytes:
-    """The LiteRT program of `ranker`.
+def bootstrapped_trainer(settings: Settings, specs: Specs, group: Group | None = None) -> Trainer:
+    """See `trainer_of`; behind the preprocessing that the bootstrap of the settings' feature spec analysed."""
+    # Threads are fixed before TensorFlow's first operation, which loading the graph is.
+    device.prepare(settings.trainer.device, settings.trainer.threads)
+    spec = FeatureSpec.from_settings(settings)
+    name = specs.bootstrapped(spec.digest, settings.model) or spec.digest
+    return trainer_of(settings, spec, preprocessing_of(specs.transform(name)), group)
 
-    Raises:
-        ProgramError: An operation has no LiteRT counterpart; the message names it.
-    """
+
+def lower(ranker: Ranker) -> bytes:
+    """The LiteRT program of `ranker`."""
     module = tf.Module()
     module.model = ranker
     inputs = ranker.specs()
@@ -172,9 +184,6 @@ def program_of(
 
     Lowering takes seconds, so the program of `version` is reused where possible: that version was trained with this
     feature spec and in this environment, and its program still computes the ranker's outputs.
-
-    Raises:
-        ProgramError: The model does not lower, or the outputs of program and model differ.
     """
     if version is not None and (version.spec, version.environment) == (spec, environment):
         with suppress(ProgramError, CorruptVersion):

@@ -1,21 +1,11 @@
-"""Explains a predicted probability: splits its difference from an unknown user's probability into parts that add up.
-
-1. One version answers two queries at one moment, one about the user and one about an unknown user.
-2. Inputs that differ are grouped by what they describe. A group's part is its Shapley value (Shapley 1953, "A Value
-   for n-Person Games"). Groups are switched from the unknown user's inputs to the user's, one after another. The value
-   is the change of the probability when this group is switched, averaged over all orders of the groups. With more than
-   `EXACT` groups, `ORDERS` random orders are a sample: half of them are drawn, the others are the same ones reversed
-   (Castro, Gomez and Tejada 2009).
-3. Each part is returned with the events behind it, in words. A check confirms that the parts add up to the
-   difference.
-"""
+"""Explains a predicted probability: splits its difference from an unknown user's probability into parts that add up."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +13,8 @@ from numpy.typing import NDArray
 from deploy.serving.answers.interests import Correction
 from deploy.serving.answers.predictor import KINDS, Inputs, Predictor, Prepared
 from deploy.serving.answers.program import PAIRS, batch_of
-from deploy.serving.answers.query import NOBODY, STEEPEST_LOGIT, About, Query, about_same, iso
+from deploy.serving.answers.query import NOBODY, STEEPEST_LOGIT, Query, about_same, iso
+from springtide_client.answers import BehindIt, Explanation, ReasonFor
 from state.errors import BadRequest, ProgramError
 from state.events.identity import public_id
 from state.features.spec import LABELLED, POSITIVE, Events, FeatureSpec
@@ -152,46 +143,6 @@ def _kind(name: str) -> str:
     return "sequence" if name.startswith("sequence") else _KINDS.get(name, "pair")
 
 
-class Behind(NamedTuple):
-    """The evidence for a part.
-
-    Attributes:
-        about: The category or action that the part describes; None for other kinds.
-        events: The newest of the events behind it, each with `at`, `action`, `category` and `item`.
-    """
-
-    words: str
-    about: str | None
-    events: Sequence[dict[str, str | None]]
-
-
-class ExplainedPart(TypedDict):
-    """A part of the difference: the kind of its group, its contribution to the probability, and its evidence."""
-
-    kind: str
-    about: str | None
-    share: float
-    words: str
-    events: Sequence[dict[str, str | None]]
-
-
-@dataclass(slots=True)
-class Explanation(About):
-    """Why a probability differs from that of an unknown user at the same moment.
-
-    Attributes:
-        reasons: The largest parts of the difference, the largest first.
-        rest: The sum of all smaller parts: reasons and rest add up to the difference of the probabilities.
-    """
-
-    label: str | None
-    item: str | None
-    probability: float
-    cold_start_probability: float
-    reasons: list[ExplainedPart]
-    rest: float
-
-
 def duration(ms: int) -> str:
     """A length of time in its largest whole unit.
 
@@ -213,32 +164,37 @@ def listed(names: Sequence[str]) -> str:
     return (", ".join(names[:NAMES_SHOWN]) or "none") + f" and {more} more" * (more > 0)
 
 
+@dataclass(frozen=True)
 class Words:
     """Describes one user's events: `[m]` EVENT, newest first, the ones that windows count."""
 
-    def __init__(
-        self,
-        events: Events,
-        at_ms: int,
-        spec: FeatureSpec,
-        name_of: Callable[[int], str],
-        recent_categories: Sequence[int],
-        attributes: Sequence[tuple[str, str | None]],
-    ) -> None:
-        self._events, self._at_ms, self._spec, self._name_of = events, at_ms, spec, name_of
-        self._recent, self._attributes = recent_categories, attributes
-        self._span = duration(spec.windows_s[-1] * 1000)
+    events: Events
+    at_ms: int
+    spec: FeatureSpec
+    name_of: Callable[[int], str]
+    recent_categories: Sequence[int]
+    attributes: Mapping[str, str | None]
 
-    def of(self, group: Group) -> Behind:
-        """Describes the events behind a group of inputs."""
-        events = self._events
-        names = [self._name_of(category) for category in self._recent]
+    @property
+    def _span(self) -> str:
+        return duration(self.spec.windows_s[-1] * 1000)
+
+    def of(self, group: Group, share: float) -> ReasonFor:
+        """Describes the part `share` of the difference, which a group of inputs contributes."""
+        about, words, events = self._behind(group)
+        return ReasonFor(group.kind, about, share, words, self._shown(events))
+
+    def _behind(self, group: Group) -> tuple[str | None, str, Events]:
+        """Returns the category or action that a group describes, the evidence in words, and its events."""
+        events = self.events
+        names = [self.name_of(category) for category in self.recent_categories]
         if group.kind == "category":
             name = names[group.place] if group.place < len(names) else "none"
-            of_category = events[np.isin(events["category"], self._recent[group.place : group.place + 1])]
-            return self._done(of_category, name, name)
+            of_category = events[np.isin(events["category"], self.recent_categories[group.place : group.place + 1])]
+            return name, self._done(of_category, name), of_category
         if group.kind == "action":
-            return self._done(events[events["action"] == group.place], "", self._spec.actions[group.place])
+            of_action = events[events["action"] == group.place]
+            return self.spec.actions[group.place], self._done(of_action, ""), of_action
         positive, shown = events["flags"] & POSITIVE != 0, events[:0]
         if group.kind == "outcomes":
             labelled, shown = events["flags"] & LABELLED != 0, events[positive]
@@ -255,41 +211,40 @@ class Words:
             newest = names[0] if names else "none"
             words = f"what users click next after {newest}, the latest category"
         elif group.kind == "sequence":
-            words, shown = f"the order of the latest {self._spec.sequence} events", events
+            words, shown = f"the order of the latest {self.spec.sequence} events", events
         elif group.kind == "user":
             words = "the weights learned from this user's clicks"
         elif group.kind == "context":
-            attributes = [f"{name}={text}" for name, text in self._attributes if text is not None]
+            attributes = [f"{name}={text}" for name, text in self.attributes.items() if text is not None]
             words = "attributes: " + listed(attributes)
         elif group.kind == "crosses":
             words = "the weights of the crosses of this user and this item"
         else:
             words = "the item and its category"
-        return Behind(words, None, self._shown(shown))
+        return None, words, shown
 
-    def _done(self, events: Events, object_: str, subject: str) -> Behind:
+    def _done(self, events: Events, object_: str) -> str:
         """Describes one category's or one action's events: how often, and the last time."""
-        counts = np.bincount(events["action"], minlength=len(self._spec.actions)).tolist()
+        counts = np.bincount(events["action"], minlength=len(self.spec.actions)).tolist()
         actions = []
-        for action, count in zip(self._spec.actions, counts, strict=False):
+        for action, count in zip(self.spec.actions, counts, strict=False):
             if count:
                 verb = VERBS.get(action, f"did {action} with {{}}" if object_ else f"did {action}").format(object_)
                 actions.append(f"{' '.join(verb.split())} {'once' if count == 1 else f'{count} times'}")
-        words = f"{' and '.join(actions) or 'nothing'} in {self._span}{self._last(events)}"
-        return Behind(words, subject, self._shown(events))
+        return f"{' and '.join(actions) or 'nothing'} in {self._span}{self._last(events)}"
 
     def _last(self, events: Events) -> str:
-        return f", last {duration(self._at_ms - int(events['at_ms'][0]))} ago" if len(events) else ""
+        return f", last {duration(self.at_ms - int(events['at_ms'][0]))} ago" if len(events) else ""
 
-    def _shown(self, events: Events) -> list[dict[str, str | None]]:
-        actions = self._spec.actions
+    def _shown(self, events: Events) -> list[BehindIt]:
+        actions = self.spec.actions
         return [
-            {
-                "at": iso(int(event["at_ms"])),
-                "action": actions[int(event["action"])] if event["action"] < len(actions) else None,
-                "category": self._name_of(int(event["category"])) if event["category"] else None,
-                "item": f"{int(event['item']):016x}" if event["item"] else None,
-            }
+            BehindIt(
+                at=iso(int(event["at_ms"])),
+                action=actions[int(event["action"])] if event["action"] < len(actions) else None,
+                category=self.name_of(int(event["category"])) if event["category"] else None,
+                item=f"{int(event['item']):016x}" if event["item"] else None,
+            )
             for event in events[:EVENTS_SHOWN]
         ]
 
@@ -348,7 +303,10 @@ def candidate(prepared: Prepared, row: int, label: str) -> int | None:
 
 
 class Coalitions:
-    """The sets of groups at which the function is evaluated.
+    """The sets of groups whose inputs are switched to the user's, to compute Shapley values (Shapley 1953).
+
+    With more than `EXACT` groups, `ORDERS` random orders of the groups are a sample: half of them are drawn, the others
+    are the same ones reversed (Castro, Gomez and Tejada 2009).
 
     >>> coalitions = Coalitions(2)
     >>> coalitions.members.tolist()
@@ -402,7 +360,7 @@ def explain(predictor: Predictor, query: Query, label: str | None) -> Generator[
         if label is not None:
             slot, nobodys_slot = (candidate(prepared, row, label) for row in (0, 1))
             if slot is None:
-                others = ", ".join(interest["label"] for interest in answer.interests[:10]) or "none"
+                others = ", ".join(interest.label for interest in answer.interests[:10]) or "none"
                 raise BadRequest(f"label={label[:100]!r} is not a candidate of this user", f"ask for one of {others}")
             slots = tuple({slot, slot if nobodys_slot is None else nobodys_slot})
         probability, cold_start_probability = _values(slots, _inputs_of(prepared), outputs)[:2].tolist()
@@ -417,7 +375,6 @@ def explain(predictor: Predictor, query: Query, label: str | None) -> Generator[
             "the ranker gives a row another answer in a larger batch: `springtide check-model`",
         )
     parts = sorted((part for part in parts if part[1]), key=lambda part: -abs(part[1]))[: query.top]
-    behind = [(group, share, words.of(group)) for group, share in parts]
     return about_same(
         Explanation,
         answer,
@@ -425,10 +382,7 @@ def explain(predictor: Predictor, query: Query, label: str | None) -> Generator[
         item=query.item,
         probability=probability,
         cold_start_probability=cold_start_probability,
-        reasons=[
-            ExplainedPart(kind=group.kind, about=cause.about, share=share, words=cause.words, events=cause.events)
-            for group, share, cause in behind
-        ],
+        reasons=[words.of(group, share) for group, share in parts],
         rest=difference - sum(share for _, share in parts),
     )
 
@@ -495,5 +449,5 @@ def _words(predictor: Predictor, prepared: Prepared) -> Words:
         features.spec,
         lambda category: predictor.catalogue.name_of(category).name,
         question.recent_categories,
-        list(question.user_attributes.texts.items()),
+        question.user_attributes.texts,
     )

@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import TypeVar
 
 from deploy.serving.answers.item_index import ItemSources
-from deploy.serving.answers.predictor import KnownAttributes, Predictor
-from deploy.serving.answers.query import About, Answer, Query
+from deploy.serving.answers.predictor import Predictor, Stores
+from deploy.serving.answers.query import Query
 from deploy.serving.answers.queue import Batcher, Profiles, QueueLimits, StepQueue
 from deploy.serving.answers.segments import HostSegments
 from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA, REFUSED_NOTE, Currency, refused_versions
+from springtide_client.answers import About, Profile
 from state.attributes.store import AttributeStore
 from state.attributes.values import tables_of
 from state.compiled.preparing import Kernels
 from state.config.settings import Settings
 from state.errors import NotHeld, NotReady, SpringtideError, StoreError
 from state.events.identity import Salt
-from state.features.spec import FeatureSpec
 from state.history.actions import ACTIONS, numbered
 from state.history.store import HistoryStore
-from state.layout import ATTRIBUTES, CURRENT, DATA, HISTORIES, PROGRAMS, ROWS
+from state.layout import ATTRIBUTES, CURRENT, DATA, HISTORIES, ROWS
 from state.metrics import WorkerMetrics
 from state.rows.store import RowStore
 from state.user_shares import SHARES
@@ -44,7 +44,7 @@ class Host:
 
     Attributes:
         impressions: The numbers of the actions that are impressions (`labels.impressions`).
-        per_category: The maximum number of recommended items of one category (`serving.per_category`); 0 for no limit.
+        serving: The section `serving` of the settings.
         require: Raises NotHeld if this host does not hold a user, by pseudonym; None if it holds all users.
         kernels: The kernels that this process compiles; None if answers do not wait for them.
         warm: Whether answers of each kind have been computed once to warm up.
@@ -63,13 +63,10 @@ class Host:
         self.segments = HostSegments(settings, salt)
         impressions = settings.labels.impressions
         self.impressions = tuple(n for n, name in enumerate(settings.events.actions) if name in impressions)
-        self.per_category = settings.serving.per_category
-        self.shares = settings.serving.user_shares
+        self.serving, self.shares = settings.serving, settings.serving.user_shares
         self.require: Callable[[int], None] | None = None if self.shares.is_all else self._require
         self.kernels: Kernels | None = None
         self.warm = True
-        self._spec = FeatureSpec.from_settings(settings)
-        self._tables = tables_of(settings.attributes)
         self._rows: RowStore | None = None
         self._histories: HistoryStore | None = None
         self._attributes: AttributeStore | None = None
@@ -133,12 +130,13 @@ class Host:
                 "the histories are still being rebuilt from the micro-batch topic; wait for the applier"
             )
         try:
-            predictor.ready()
+            with predictor.reading() as reader:
+                predictor.take_up(reader)
         except NotReady as error:
             missing["version"] = str(error)
         except SpringtideError as error:
             missing["program"] = str(error)
-        if max_age_s := self._settings.serving.max_age_s:
+        if max_age_s := self.serving.max_age_s:
             missing = self._currency.older_than(max_age_s, self._now_ms()) | missing
         return missing or ({} if self.warm else {"program": self.COLD})
 
@@ -167,29 +165,17 @@ class Host:
         self._rows = self._histories = self._attributes = self._predictor = self._sources = None
 
     def _open(self) -> Predictor:
-        settings, folder = self._settings, self._settings.serving_dir
-        shares = settings.serving.user_shares
+        settings, folder, shares = self._settings, self._settings.serving_dir, self.shares
         try:
             self._rows = RowStore(folder / ROWS, readonly=True, shares=shares)
             self._histories = HistoryStore(folder / HISTORIES, settings.features.history, readonly=True, shares=shares)
-            self._histories.numbering, _ = numbered(self._histories.extra(ACTIONS), self._spec.actions)
-            if self._tables:
+            self._histories.numbering, _ = numbered(self._histories.extra(ACTIONS), settings.events.actions)
+            if tables_of(settings.attributes):
                 self._attributes = AttributeStore(folder / ATTRIBUTES, readonly=True, shares=shares)
         except StoreError as error:
             raise NotReady(error.what, error.do) from error
-        return Predictor(
-            self._rows,
-            self._histories,
-            folder / PROGRAMS,
-            self._spec,
-            self._salt,
-            settings.events.context,
-            settings.serving.clock,
-            self._now_ms,
-            KnownAttributes(self._attributes, self._tables),
-            self._pseudonym,
-            self.require,
-        )
+        stores = Stores(self._rows, self._histories, self._attributes)
+        return Predictor(stores, settings, self._salt, self._now_ms, self._pseudonym, self.require)
 
     def _require(self, user: int) -> None:
         if user not in self.shares:
@@ -211,10 +197,11 @@ class Answers:
     `profiles` answers profile queries in batches, and `steps` runs long answers in steps.
     """
 
-    def __init__(self, host: Host, metrics: WorkerMetrics, limits: QueueLimits) -> None:
+    def __init__(self, host: Host, metrics: WorkerMetrics) -> None:
         self.host, self._metrics = host, metrics
+        limits = QueueLimits(host.serving.max_queue_ms / 1000, host.serving.timeout_s)
         self.steps = StepQueue(limits)
-        self.profiles = Batcher(lambda queries: self._counted(host.predictor().profiles(queries)), self._held, limits)
+        self.profiles = Batcher(self._snapshot, limits)
         self._timer: asyncio.TimerHandle | None = None
 
     async def run(self, steps: Generator[None, None, Found]) -> Found:
@@ -245,17 +232,15 @@ class Answers:
             more = self.host.sources().turn()
         self._timer = asyncio.get_running_loop().call_later(MORE_S if more else TURN_S, self._turn)
 
-    def _counted(self, answers: list[Answer]) -> list[Answer]:
-        if cold := sum(answer.cold_start for answer in answers):
-            self._metrics.cold_starts.inc(cold)
-        return answers
-
     @contextmanager
-    def _held(self) -> Iterator[Profiles]:
+    def _snapshot(self) -> Iterator[Profiles]:
         predictor = self.host.predictor()
 
-        def answer(queries: Sequence[Query]) -> list[Answer]:
-            return self._counted(predictor.profiles(queries, reader))
+        def answer(queries: Sequence[Query]) -> list[Profile]:
+            answers = predictor.profiles(queries, reader)
+            if cold := sum(answer.cold_start for answer in answers):
+                self._metrics.cold_starts.inc(cold)
+            return answers
 
         with predictor.reading() as reader:
             yield answer

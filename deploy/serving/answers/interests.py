@@ -54,7 +54,7 @@ class Correction(NamedTuple):
         return corrected
 
 
-@compiled("f4[:, ::1], f4[:, :], f4[:, :], f4[:, ::1]")
+@compiled("f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1]", "f4[:, ::1], f4[:, :], f4[:, :], f4[:, ::1]")
 def _apply(logits: F32, factor: F32, offset: F32, corrected: F32) -> None:
     for i in range(logits.shape[0]):
         for j in range(logits.shape[1]):
@@ -63,19 +63,15 @@ def _apply(logits: F32, factor: F32, offset: F32, corrected: F32) -> None:
 
 
 def newest_item(events: Events, at_ms: int, mask: Mask, user: int) -> int:
-    """Returns the item of a user's latest click up to a time; 0 without one.
-
-    Args:
-        events: In the order in which they were appended.
-        at_ms: The time of the query.
-        mask: Hides events.
-        user: The user.
-    """
+    """Returns the item of a user's latest visible click up to `at_ms`; 0 without one. `events` are in append order."""
     hidden = mask.events(events, user) if mask else _NOTHING_HIDDEN
     return int(_newest_item(events["at_ms"], events["item"], events["flags"], hidden, at_ms))
 
 
-@compiled("const(i8[:]), const(u8[:]), const(u1[:]), bool[::1], i8")
+@compiled(
+    "const(i8[:]), const(u8[:]), const(u1[:]), bool[::1], i8",
+    "const(i8[::1]), const(u8[::1]), const(u1[::1]), bool[::1], i8",
+)
 def _newest_item(
     at_ms: I64, items: U64, flags: NDArray[np.uint8], hidden: NDArray[np.bool_], until_ms: int
 ) -> np.uint64:
@@ -97,14 +93,9 @@ def correction_of(
 ) -> Correction:
     """Returns the correction for n queries; the version must have one.
 
-    Args:
-        version: The version.
-        rows: Its rows.
-        vectors: The features of n users.
-        successors: `[n, S]` uint64.
-        masks: The program's masks of the candidates, by kind, `[n or more, .]` float32: 1 for a candidate, else 0. A program
-            without successors has two.
-        asked: For each query the item of the user's latest click, 0 for none, and the time in ms.
+    `masks` are the program's masks of the candidates, by kind, `[n or more, .]` float32; a program without successors has
+    two. `successors` is `[n, S]` uint64. `asked` has for each query the item of the user's latest click, 0 for none, and
+    the time in ms.
     """
     weights, recent = version.interest_weights, vectors.recent_categories
     assert weights is not None
@@ -129,7 +120,7 @@ def correction_of(
 
 
 @compiled(
-    "ItemLists, i4[::1], i8[::1], const(u8[:, ::1]), const(u8[::1]), const(u8[:, ::1]), f4[:, ::1], f4[:, ::1], "
+    "ItemLists, i4[::1], i8[::1], u8[:, ::1], u8[::1], u8[:, ::1], f4[:, ::1], f4[:, ::1], "
     "f8[:, ::1], f4[:, ::1], f4[:, ::1], Workspace"
 )
 def _correct(

@@ -1,30 +1,6 @@
 """Sources of candidate items in one worker's memory: clicked items by category, and the items nearest to a user.
 
-Both only propose items. The caller reads the rows of the proposed items at the version of the answer. So an index may
-be some tenths of a second behind, and need not separate versions. Each `turn` reads the next part of the stores for at
-most a few milliseconds. With more clicks, an index falls further behind, but a turn takes no longer. An idle host does
-no work.
-
-`ClickedItems` has items by category, with click weights. It is built from users' newest clicks, and then
-follows the feed that the applier writes (`deploy/serving/item_feed.py`). The weight of a click halves per day of log time.
-
-`NearItems` finds the items whose rows have the largest product with a user's query vector. From the first query on, it
-follows a host's rows:
-
-1. The serving version reports which items' rows were written since the one before (`RowReader.changed`). Each is due
-   once, however often it is written.
-2. Due rows are read at the version of the batch, and put into the index.
-3. A new index is built by a pass over all rows if it is unknown what changed. That happens the first time, after a
-   rollback, or if a worker slept longer than versions are kept. It is also built when there are four times as many rows as
-   the index was built for. The old index answers meanwhile.
-
-`ItemIndex` is a faiss inverted file, with rows in half precision, for up to a million rows. Each row is in the list of the
-centre with which its product is largest. A query searches the lists of some centres. Centres have unit length, so they
-represent directions: item rows differ in length by how often they were clicked, and the longest are near to many users.
-
-With a million rows of 32 numbers, on a core at about 2 GHz, adding a row takes 0.9 us, replacing one 1.5 us, and a
-query 3 ms. The index uses 135 MB. A graph (usearch, HNSW) answers a query in 0.3 ms. But it takes 43 us to add a row to
-only 60,000, and 940 us to replace one. Five versions a second rewrite thousands of rows.
+They only propose items, so they may be behind. The caller reads the items' rows at the version of the answer.
 """
 
 from __future__ import annotations
@@ -86,7 +62,10 @@ def lists_for(rows: int) -> int:
 
 
 class ItemIndex:
-    """Rows by id; use it in one thread.
+    """A faiss inverted file of rows in half precision, by id; used by one thread.
+
+    Each row is in the list of the centre with which its product is largest. Centres have unit length, so they represent
+    directions. A query searches the lists of some centres.
 
     Args:
         sample: `[k, dim]` float32, some of the rows; they are not added.
@@ -169,7 +148,13 @@ class _Walk:
 
 
 class NearItems:
-    """Follows the items' rows of one host; use it in one thread."""
+    """Follows the items' rows of one host, from the first query on; used by one thread.
+
+    1. The serving version reports which rows were written since the one before. Each is due once.
+    2. Due rows are read at the version of the batch, and put into the index.
+    3. A new index is built by a pass over all rows if it is unknown what changed, or if there are four times as many rows
+       as the index was built for. The old index answers meanwhile.
+    """
 
     def __init__(self, rows: RowStore) -> None:
         self._rows = rows
@@ -286,7 +271,7 @@ class _Category:
 
 
 class ClickedItems:
-    """The candidate index: items by category. Used by one thread."""
+    """The candidate index: items by category, from users' newest clicks and then the feed. Used by one thread."""
 
     def __init__(self, histories: HistoryStore) -> None:
         self._histories = histories

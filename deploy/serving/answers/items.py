@@ -1,20 +1,6 @@
 """Items for one user: ranks those that a caller names, recommends some, and finds those nearest to the user.
 
 All are scored with one version. The program scores pairs: each row is one user and one item (`UserPairs`).
-
-A recommendation ranks hundreds of candidates:
-
-1. Rank the candidate categories with the version (the user's, popular ones and successors), and read the user's clicks.
-   A version with item lists and weights of the item score answers from these (`deploy/serving/answers/recommending.py`).
-2. For a version without them, generate candidates from three sources: the most clicked items of each category (more
-   items for a more probable category), items that the user clicked, and the items whose rows are nearest to the user's
-   item query vector.
-3. Score the engagement with each item, with the same version; add a bonus for items that the user clicked before.
-
-For advertising, named items can have bids and frequency caps. With bids, items are ordered by expected value:
-probability × bid. A cap counts the item's events in the user's history. If actions are configured as impressions
-(`labels.impressions`), only these count, else all events. The caller paces the spending of a budget, because serving
-keeps no record of its answers.
 """
 
 from __future__ import annotations
@@ -22,9 +8,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,9 +26,19 @@ from deploy.serving.answers.predictor import (
     item_rows,
 )
 from deploy.serving.answers.program import BATCHES, PAIRS, batch_of
-from deploy.serving.answers.query import About, Cap, NamedItem, Query, WantedItems, about_same, probability
-from deploy.serving.answers.recommending import Reason, reasons_of, scored
+from deploy.serving.answers.query import Cap, NamedItem, Query, WantedItems, about_same, probability
+from deploy.serving.answers.recommending import reasons_of, scored
 from deploy.serving.answers.version import ShownName, VersionRows
+from springtide_client.answers import (
+    LeftOutItem,
+    RankedItem,
+    Ranking,
+    Reason,
+    Recommendations,
+    RecommendedItem,
+    SimilarItem,
+    SimilarItems,
+)
 from state.errors import BadRequest
 from state.events.identity import public_id
 from state.features.arrays import Vector
@@ -67,83 +62,6 @@ ITEM_INPUTS = ("item_row", "category_row", "cross")
 """The program's inputs that depend on the item, in addition to the item's rows of the ranker's custom tables."""
 
 F32 = NDArray[np.float32]
-
-
-class LeftOut(TypedDict):
-    """An item that is not ranked, the reason, and how often the user saw it within the cap's period."""
-
-    item: str
-    reason: Literal["cap"]
-    seen: int
-
-
-class RankedItem(TypedDict):
-    """A ranked item: the name of its category (None if unknown), and the engagement probability.
-
-    With bids, it also has its bid and the expected value: probability × bid.
-    """
-
-    item: str
-    category: str | None
-    probability: float
-    bid: NotRequired[float]
-    expected_value: NotRequired[float]
-
-
-@dataclass(slots=True)
-class RankedItems(About):
-    """The items of one user, best first.
-
-    Attributes:
-        items: The items by descending probability, or with bids by descending expected value; ties keep the order of
-            the request.
-    """
-
-    items: list[RankedItem]
-
-
-@dataclass(slots=True)
-class CappedItems(RankedItems):
-    """The items of one user, best first, if some items have caps.
-
-    Attributes:
-        left_out: The items that have reached their caps, in the order of the request.
-    """
-
-    left_out: list[LeftOut]
-
-
-class Recommended(TypedDict):
-    """A recommended item: its name (its id if it has no name), id, category name, probability and reason."""
-
-    item: str
-    id: str
-    category: str
-    probability: float
-    reason: Reason
-
-
-@dataclass(slots=True)
-class Recommendations(About):
-    """The items of one user, best first; items that the user clicked before rank above their probability."""
-
-    items: list[Recommended]
-
-
-class SimilarItem(TypedDict):
-    """A similar item: its name (its id if it has no name), id, category name or None, and similarity."""
-
-    item: str
-    id: str
-    category: str | None
-    similarity: float
-
-
-@dataclass(slots=True)
-class SimilarItems(About):
-    """The items nearest to one user, nearest first."""
-
-    items: list[SimilarItem]
 
 
 class UserPairs:
@@ -239,29 +157,21 @@ def in_batches(items: Sequence[tuple[int, int]]) -> list[Sequence[tuple[int, int
 
 def rank(
     predictor: Predictor, query: Query, items: Sequence[NamedItem], impressions: Sequence[int] = ()
-) -> Generator[None, None, RankedItems]:
-    """Ranks items and returns the answer; yields after each batch, so that other requests are answered in between.
+) -> Generator[None, None, Ranking]:
+    """Ranks 1 to `MOST_ITEMS` items; yields after each batch, so that other requests are answered in between.
 
-    Args:
-        predictor: The predictor.
-        query: The query about the user, without an item.
-        items: 1 to `MOST_ITEMS` items.
-        impressions: The numbers of the actions that caps count; if empty, all count.
-
-    Raises:
-        BadRequest: Bids or caps are invalid; see `bids_of` and `check_caps`.
-        NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: See `Predictor.profiles`.
+    With bids, items are ordered by expected value: probability × bid. `impressions` are the numbers of the actions that
+    caps count; if empty, all count. Raises as `bids_of`, `check_caps` and `Predictor.profiles` do.
     """
     ids = [(public_id(item.item), 0 if item.category is None else public_id(item.category)) for item in items]
     bids = bids_of([item.bid for item in items])
     caps = [item.cap for item in items]
-    has_caps = any(cap is not None for cap in caps)
     over: dict[int, int] = {}
     with predictor.reading() as reader:
         prepared = predictor.prepare([query], reader)
         outputs = prepared.version.program.predict(prepared.inputs)
         (answer,) = predictor.answered(prepared, outputs)
-        if has_caps:
+        if any(caps):
             check_caps(caps, prepared.version.features.spec)
             question = prepared.asked[0]
             events = predictor.events_by(question, prepared.mask)
@@ -275,20 +185,24 @@ def rank(
             yield
         logits = np.concatenate(parts)
     names = {category: predictor.catalogue.name_of(category).name for category in {*pairs.categories} if category}
-    shown = [
-        RankedItem(item=items[kept_items[rank]].item, category=names.get(category), probability=probability(logit))
-        for rank, (category, logit) in enumerate(zip(pairs.categories, logits.tolist(), strict=True))
-    ]
-    scores: NDArray[np.floating[Any]] = logits
-    if bids is not None:
-        scores = bids[kept_items] * [item["probability"] for item in shown]
-        for ranked, bid, value in zip(shown, bids[kept_items].tolist(), scores.tolist(), strict=True):
-            ranked["bid"], ranked["expected_value"] = bid, value
-    best_first = [shown[rank] for rank in np.argsort(-scores, kind="stable").tolist()]
-    if not has_caps:
-        return about_same(RankedItems, answer, items=best_first)
-    left_out = [LeftOut(item=items[index].item, reason="cap", seen=seen) for index, seen in over.items()]
-    return about_same(CappedItems, answer, items=best_first, left_out=left_out)
+    probabilities = [probability(logit) for logit in logits.tolist()]
+    scores: NDArray[np.floating[Any]] = logits if bids is None else bids[kept_items] * probabilities
+    best_first = np.argsort(-scores, kind="stable").tolist()
+    return about_same(
+        Ranking,
+        answer,
+        items=[
+            RankedItem(
+                item=items[kept_items[place]].item,
+                category=names.get(pairs.categories[place]),
+                probability=probabilities[place],
+                bid=items[kept_items[place]].bid,
+                expected_value=None if bids is None else float(scores[place]),
+            )
+            for place in best_first
+        ],
+        left_out=[LeftOutItem(items[index].item, "cap", seen) for index, seen in over.items()],
+    )
 
 
 def bids_of(bids: Sequence[float | None]) -> NDArray[np.float64] | None:
@@ -344,12 +258,8 @@ def over_caps(
 ) -> dict[int, int]:
     """Returns the items that have reached their caps: index to the number of times seen within the cap's period.
 
-    Args:
-        items: The ids of n items.
-        caps: The cap of each item; None if it has none.
-        events: The user's events that count for this answer.
-        impressions: The numbers of the actions that count; if empty, all count.
-        at_ms: The time of the query; events count that are at most this late and less than `within_s` older.
+    Events of the actions `impressions` count; if empty, all. They are at most as late as `at_ms`, the time of the query,
+    and less than `within_s` older.
     """
     shown = events[np.isin(events["action"], impressions)] if len(impressions) else events
     times: dict[int, list[int]] = {}
@@ -377,15 +287,13 @@ def recommend(
 ) -> Generator[None, None, Recommendations]:
     """Recommends items and returns the answer; yields after each batch, so that other requests are answered in between.
 
-    Args:
-        predictor: The predictor.
-        sources: The sources of candidate items.
-        query: The query about the user, without an item, and with all interests.
-        wanted: The parameters of the recommendation.
-        impressions: The numbers of the actions that are no clicks without a positive label.
+    1. Rank the candidate categories with the version. A version with weights of the item score answers from its lists.
+    2. Without them, or for a category with too few items, candidates are the most clicked items of each category, items
+       that the user clicked, and the items nearest to the user.
+    3. Score the engagement with each item; add a bonus for items that the user clicked before.
 
-    Raises:
-        NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: See `Predictor.profiles`.
+    `query` has no item, and asks for all interests. `impressions` are the numbers of the actions that are no clicks
+    without a positive label. Raises as `Predictor.profiles` does.
     """
     with predictor.reading() as reader:
         # 1.
@@ -414,7 +322,7 @@ def recommend(
         if wanted.category is None and pairs.query is not None:
             near = near_to(sources.near, pairs.query, prepared.rows, SIMILAR_CANDIDATES)
         if wanted.category is None:
-            shares = {int(interest["id"], 16): interest["probability"] for interest in answer.interests}
+            shares = {int(interest.id, 16): interest.probability for interest in answer.interests}
         else:
             shares = {public_id(wanted.category): 1.0}
         reasons: dict[int, Reason] = dict.fromkeys(prepared.successors[0].tolist(), "next")
@@ -433,7 +341,7 @@ def recommend(
     for row in np.argsort(-scores, kind="stable")[: wanted.most].tolist():
         name = predictor.catalogue.item_name(ids[row][0])
         items.append(
-            Recommended(
+            RecommendedItem(
                 item=name.name,
                 id=name.hex,
                 category=predictor.catalogue.name_of(pairs.categories[row]).name,
@@ -482,12 +390,12 @@ def _chosen(predictor: Predictor, order: NDArray[np.intp], work: Workspace, want
     return chosen
 
 
-def _recommended(predictor: Predictor, pairs: UserPairs, chosen: Sequence[_Chosen]) -> list[Recommended]:
+def _recommended(predictor: Predictor, pairs: UserPairs, chosen: Sequence[_Chosen]) -> list[RecommendedItem]:
     """The chosen items as an answer shows them, in their order."""
     pieces = in_batches([(item.item, item.category) for item in chosen])
     logits = np.concatenate([np.empty(0, np.float32), *map(pairs.logits, pieces)])
     return [
-        Recommended(
+        RecommendedItem(
             item=item.name.name,
             id=item.name.hex,
             category=predictor.catalogue.name_of(item.category).name,
@@ -508,13 +416,8 @@ def candidates(
 ) -> dict[int, Proposed]:
     """Generates at most `MOST_CANDIDATES` items, each with the reason.
 
-    Args:
-        clicked: The candidate index: items by category.
-        shares: The probability of each category to take candidates from.
-        reasons: The reason for each category; `popular` if missing.
-        wanted: The parameters of the recommendation.
-        visits: The items that the user clicked, from `visits_of`.
-        near: The items nearest to the user.
+    `shares` has the probability of each category to take candidates from, and `reasons` its reason, by default
+    `popular`. `visits` is from `visits_of`, and `near` are the items nearest to the user.
     """
     proposals = dict[int, Proposed]()
     if wanted.category is None and not wanted.exclude_seen:
@@ -564,19 +467,9 @@ def returning(visits: Sequence[float]) -> F32:
 
 
 def similar(predictor: Predictor, near: NearItems, query: Query, wanted: WantedItems) -> SimilarItems:
-    """Finds the items with the largest dot product of the user's item query vector and the item's row.
+    """Finds the items of any category with the largest dot product of the user's item query vector and the item's row.
 
-    All rows are from one version.
-
-    Args:
-        predictor: The predictor.
-        near: The index that proposes items.
-        query: The query about the user, without an item.
-        wanted: The parameters of the request; the category is ignored.
-
-    Raises:
-        BadRequest: The version's model has no output `item_query`.
-        NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: See `Predictor.profiles`.
+    Raises as `Predictor.profiles` does, and BadRequest if the version's model has no output `item_query`.
     """
     with predictor.reading() as reader:
         prepared = predictor.prepare([query], reader)
@@ -585,7 +478,7 @@ def similar(predictor: Predictor, near: NearItems, query: Query, wanted: WantedI
         question = prepared.asked[0]
         if "item_query" not in outputs:
             raise BadRequest(
-                f"the model of version {answer.version['number']} has no query of items",
+                f"the model of version {answer.version.number} has no query of items",
                 "ask /v1/recommendations, or give the ranker an item_query",
                 http_status=501,
             )
@@ -609,12 +502,5 @@ def similar(predictor: Predictor, near: NearItems, query: Query, wanted: WantedI
 
 
 def near_to(near: NearItems, user: F32, rows: VersionRows, most: int) -> Sequence[int]:
-    """Returns the items nearest to a user that have a row in the version, approximately in order.
-
-    Args:
-        near: The index that proposes items.
-        user: `[dim]` float32, the user's item query vector.
-        rows: The version's rows.
-        most: The maximum number of items.
-    """
+    """Returns the items nearest to a user, `[dim]` float32, that have a row in the version, approximately in order."""
     return [item for item in near.nearest(user, most) if rows.has_item(item)]

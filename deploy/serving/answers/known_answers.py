@@ -1,7 +1,6 @@
-"""Writes this host's current answers about given users and items to an `.npz` file.
+"""Writes this host's current answers about given users and items to a file, in parallel with its workers.
 
-`python -m deploy.serving.answers.known_answers --users FILE [--items FILE] --version V --to FILE` reads the host's
-stores in parallel with its workers. `trainer/exporting/saved_model.py` defines the format.
+`trainer/exporting/saved_model.py` defines the format, an `.npz` file.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ def answers(predictor: Predictor, number: int, users: Sequence[str], items: Sequ
         parts = [tensors_of(batch, signature) for batch in _answered(predictor, reader, number, plain)]
         pairs = [Query(user, item, at_ms=first.at_ms, top=0) for user in names for item in items]
         engaged = [
-            0.0 if answer.engagement is None else answer.engagement["probability"]
+            0.0 if answer.engagement is None else answer.engagement.probability
             for batch in _answered(predictor, reader, number, pairs)
             for answer in batch
         ]

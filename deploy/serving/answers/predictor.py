@@ -1,29 +1,17 @@
-"""Computes users' profiles from the host's stores: histories to windows, rows to logits, logits to answers.
-
-1. Read pointer, control and mask; load program and dense weights if the version changed.
-2. Compute the users' pseudonyms with the salt, and read their histories.
-3. Compute the windows as of `at`, without masked events; look up categories, and the attributes of user and item.
-4. Read the rows of user, context, categories, item and attributes. For an item, compute the crosses of the pair.
-5. Build the candidates: the user's categories, newest first, then the other popular ones, then the successors.
-   Successors are the other categories that most often came next after the newest one over all users. A candidate's
-   slot is its index in the program's logits. Add how often each candidate came next, and the rows of the ranker's
-   custom tables.
-6. Compute logits, correct them by decayed counts, take the softmax over the candidates, and look up names.
-"""
+"""Computes users' profiles from the host's stores: histories to windows, rows to logits, logits to answers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deploy.serving.answers.interests import Correction, correction_of, newest_item
 from deploy.serving.answers.program import PAIRS, batch_of
-from deploy.serving.answers.query import NOBODY, Answer, Engagement, Interest, Query, Version, iso, probability
+from deploy.serving.answers.query import NOBODY, Query, iso, probability
 from deploy.serving.answers.version import (
     CANDIDATE_MASKS,
     Catalogue,
@@ -33,17 +21,19 @@ from deploy.serving.answers.version import (
     VersionRows,
 )
 from deploy.serving.notes import CLOCK_EXTRA, CONTROL_NOTE, MASK_NOTE, EventClock
+from springtide_client.answers import Clock, Engagement, Interest, Profile, Version
 from state.attributes.store import AttributeStore, ids_in, texts_in
-from state.attributes.values import SIDES, AttributeTable
+from state.attributes.values import SIDES, AttributeTable, tables_of
 from state.churn import ChurnWeights
+from state.config.settings import Settings
 from state.events.identity import Salt, context_id, pseudonyms, public_id
 from state.features.arrays import Vector
 from state.features.spec import EVENT, Events, FeatureSpec, Mask, vectorise_many
 from state.history.actions import exchanged
 from state.history.store import HistoryStore
-from state.ranking.crosses import Crosses, Values
+from state.ranking.crosses import Values
 from state.ranking.transitions import Succession, succession
-from state.rows.reader import RowReader, Served
+from state.rows.reader import RowReader
 from state.rows.store import RowStore
 
 KINDS = ("recent", "popular", "successor")
@@ -64,7 +54,7 @@ class AttributeValues(NamedTuple):
     """
 
     ids: Sequence[int]
-    texts: Mapping[str, str | None]
+    texts: dict[str, str | None]
 
 
 class KnownAttributes:
@@ -74,8 +64,8 @@ class KnownAttributes:
         names: The names of the attributes by side; empty for a side without a table.
     """
 
-    def __init__(self, store: AttributeStore | None = None, tables: Mapping[str, AttributeTable] | None = None) -> None:
-        self._store, self._tables = store, {} if store is None or tables is None else tables
+    def __init__(self, store: AttributeStore | None, tables: Mapping[str, AttributeTable]) -> None:
+        self._store, self._tables = store, {} if store is None else tables
         self.names = {side: self._tables[side].names if side in self._tables else () for side in SIDES}
         self._unknown = {side: AttributeValues(table.unknown.tolist(), {}) for side, table in self._tables.items()}
 
@@ -137,16 +127,23 @@ class Prepared(NamedTuple):
     successors: NDArray[np.uint64]
     inputs: Inputs
     correction: Correction | None
-    clock: str
+    clock: Clock
     now_ms: int
     mask: Mask
+
+
+class Stores(NamedTuple):
+    """The stores of one host; `attributes` is None without configured attributes."""
+
+    rows: RowStore
+    histories: HistoryStore
+    attributes: AttributeStore | None = None
 
 
 class Predictor:
     """Answers queries from one host's stores, opened read-only. Used by one thread.
 
     Args:
-        programs: The directory with the applier's copies of programs.
         pseudonym: Maps a query's user to a pseudonym; None if queries contain raw ids.
         require: Raises NotHeld if this host does not hold a user, by pseudonym; None if it holds all users.
 
@@ -156,36 +153,20 @@ class Predictor:
 
     def __init__(
         self,
-        rows: RowStore,
-        histories: HistoryStore,
-        programs: Path,
-        spec: FeatureSpec,
+        stores: Stores,
+        settings: Settings,
         salt: Salt,
-        context_fields: Sequence[str],
-        clock: str,
         now_ms: Callable[[], int],
-        attributes: KnownAttributes | None = None,
         pseudonym: Callable[[str], int] | None = None,
         require: Callable[[int], None] | None = None,
     ) -> None:
-        self._require = require
-        self._attributes = attributes or KnownAttributes()
-        self._rows = rows
-        self.histories = histories
-        self._pseudonym = pseudonym or pseudonyms(salt)
-        self.context_fields = tuple(context_fields)
-        names = self._attributes.names
-        self._clock = clock
-        self._now_ms = now_ms
-        self.catalogue = Catalogue(histories)
-        self.item_attributes = bool(names["item"])
-        self._versions = VersionLoader(
-            programs,
-            spec,
-            lambda spec: Crosses(spec, self.context_fields, names["user"], names["item"]),
-            salt,
-            self.catalogue,
-        )
+        self._rows, self.histories = stores.rows, stores.histories
+        self._attributes = KnownAttributes(stores.attributes, tables_of(settings.attributes))
+        self._pseudonym, self._require = pseudonym or pseudonyms(salt), require
+        self.context_fields, self._clock, self._now_ms = settings.events.context, settings.serving.clock, now_ms
+        self.catalogue = Catalogue(self.histories)
+        self.item_attributes = bool(self._attributes.names["item"])
+        self._versions = VersionLoader(settings, salt, self.catalogue)
         self._control: tuple[bytes | None, Mask] = (None, Mask.NONE)
         self._clock_read: tuple[bytes | None, EventClock | None] = (None, None)
 
@@ -196,7 +177,7 @@ class Predictor:
         category: str | None = None,
         context: Mapping[str, str] | None = None,
         at_ms: int | None = None,
-    ) -> Answer:
+    ) -> Profile:
         """Answers one query; see `profiles`."""
         return self.profiles([Query(user, item, category, context or {}, at_ms)])[0]
 
@@ -211,22 +192,15 @@ class Predictor:
 
     def profiles(
         self, queries: Sequence[Query], snapshot: RowReader | None = None, number: int | None = None
-    ) -> list[Answer]:
+    ) -> list[Profile]:
         """Answers queries in their order, all from the same version.
 
-        Args:
-            queries: At most `queue.MOST_AT_ONCE`.
-            snapshot: A snapshot of versions and mask; None for the current state.
-            number: The version; None for the served one.
+        There are at most `queue.MOST_AT_ONCE` queries. They see `snapshot`, by default the current state, and are answered
+        by version `number`, by default the served one.
 
         Raises:
-            NotReady: There is no version yet.
-            BadRequest: The version is not on this host.
             NotHeld: This host does not hold one of the users.
-            SaltMismatch: The version's pseudonyms use another salt.
-            SpecMismatch: The version's features cannot be computed on this host.
-            ProgramError: The version's program cannot be run.
-            CorruptVersion: The program's file is missing or damaged.
+            NotReady, BadRequest, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: See `VersionLoader.take_up`.
         """
         with self._rows.reader() if snapshot is None else nullcontext(snapshot) as reader:
             prepared = self.prepare(queries, reader, number)
@@ -262,17 +236,14 @@ class Predictor:
             version, rows, questions, vectors, has_row, following.ids, inputs, correction, clock, now_ms, mask
         )
 
-    def answered(self, prepared: Prepared, outputs: Mapping[str, F32]) -> list[Answer]:
+    def answered(self, prepared: Prepared, outputs: Mapping[str, F32]) -> list[Profile]:
         """Builds the answers to prepared queries from the program's outputs."""
         version, vectors = prepared.version, prepared.vectors
         ranked = _interests(prepared, outputs, self.catalogue.name_of)
-        lean: Version = {
-            "number": version.served.version,
-            "epoch": version.served.epoch,
-            "age_s": (prepared.now_ms - version.served.created_at_ms) / 1000,
-            "mask_generation": prepared.mask.generation,
-        }
-        full: Version = {**lean, "sources": version.served.sources}
+        served = version.served
+        age_s, generation = (prepared.now_ms - served.created_at_ms) / 1000, prepared.mask.generation
+        lean = Version(served.version, served.epoch, age_s, generation)
+        full = Version(served.version, served.epoch, age_s, generation, served.sources)
         times = {at_ms: iso(at_ms) for at_ms in {question.at_ms for question in prepared.asked}}
         answers = []
         for row, question in enumerate(prepared.asked):
@@ -280,16 +251,13 @@ class Predictor:
             fields = query.fields
             engagement: Engagement | None = None
             if query.item is not None:
-                engagement = {
-                    "item": query.item,
-                    "probability": probability(float(outputs["engagement_logit"][row])),
-                    "attributes": question.item_attributes.texts,
-                }
+                chance = probability(float(outputs["engagement_logit"][row]))
+                engagement = Engagement(query.item, chance, question.item_attributes.texts)
             features = None
             if "features" in fields:
                 features = dict(zip(version.features.spec.names, vectors.features[row].tolist(), strict=True))
             answers.append(
-                Answer(
+                Profile(
                     user_id=query.user,
                     known=known,
                     cold_start=not known,
@@ -299,7 +267,8 @@ class Predictor:
                     clock=prepared.clock if query.at_ms is None else "request",
                     interests=ranked[row],
                     engagement=engagement,
-                    vector=outputs["vector"][row] if "vector" in fields else None,
+                    # JSON has an array like a list, with the digits of float32.
+                    vector=cast(list[float], outputs["vector"][row]) if "vector" in fields else None,
                     features=features,
                     attributes=question.user_attributes.texts if "attributes" in fields else None,
                     churn=question.churn,
@@ -339,18 +308,13 @@ class Predictor:
         newest_first: Events = visible[np.argsort(-visible["at_ms"], kind="stable")]
         return newest_first
 
-    def ready(self) -> Served:
-        """Returns the version that answers would use now; raises as `profiles` does."""
-        with self._rows.reader() as reader:
-            return self._versions.take_up(reader).served
-
     def _mask(self, reader: RowReader) -> Mask:
         control = reader.note(CONTROL_NOTE)
         if control != self._control[0]:
             self._control = (control, Mask.from_bytes(reader.note(MASK_NOTE) or b"{}"))
         return self._control[1]
 
-    def _now(self, now_ms: int) -> tuple[int, str]:
+    def _now(self, now_ms: int) -> tuple[int, Clock]:
         if self._clock == "event":
             stored = self.histories.extra(CLOCK_EXTRA)
             if stored != self._clock_read[0]:
@@ -528,8 +492,7 @@ def _add_sequence(inputs: Inputs, row: int, vectors: Vector, rows: VersionRows) 
     vector = Vector(*[column[row] for column in vectors])
     count = int((vector.sequence_actions != 0).sum())
     if "sequence_item_rows" in inputs:
-        for k, item in enumerate(vector.sequence_items[:count].tolist()):
-            inputs["sequence_item_rows"][row, k] = rows.item(item)
+        inputs["sequence_item_rows"][row, :count] = rows.items(vector.sequence_items[:count].tolist())
     if "sequence_category_rows" in inputs:
         inputs["sequence_category_rows"][row, :count] = rows.categories(vector.sequence_categories[:count].tolist())
     for name in ("sequence_actions", "sequence_ages"):
@@ -646,7 +609,7 @@ def _interests(
                 name, identity = version.popular_names[slot - slots]
             else:
                 name, identity = name_of(successors[slot - slots - ranks])
-            best.append({"label": name, "id": identity, "probability": share})
+            best.append(Interest(name, identity, share))
         interests.append(best)
     return interests
 

@@ -1,24 +1,24 @@
-"""The questions that serving answers, and its answers; the fields of an answer are the fields of the JSON response."""
+"""The questions that serving answers; `springtide_client.answers` has the types of the answers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
-import numpy as np
 from msgspec import Meta
-from numpy.typing import NDArray
+
+from springtide_client.answers import About
 
 FIELDS = frozenset(("features", "vector", "attributes", "sources"))
 """Fields that an answer has only on request."""
 NOBODY = "\0"
 """A user id that no user has: the unknown user."""
+LATEST_MS = 253_402_300_799_000  # the end of the year 9999
 MOST_ITEMS = 1000
 """The maximum number of items to rank."""
 STEEPEST_LOGIT = 60.0
@@ -81,97 +81,12 @@ class WantedItems(NamedTuple):
     per_category: int = 0
 
 
-class Version(TypedDict):
-    """The model version of an answer: `age_s` since its publication; `sources` has the next offset of each source."""
-
-    number: int
-    epoch: int
-    age_s: float
-    mask_generation: int
-    sources: NotRequired[Mapping[str, int]]
-
-
-class Interest(TypedDict):
-    """A candidate category: its name (its id if it has no name), its id, and its probability."""
-
-    label: str
-    id: str
-    probability: float
-
-
-class Engagement(TypedDict):
-    """The probability that the user engages with an item, and the item's attributes by name."""
-
-    item: str
-    probability: float
-    attributes: Mapping[str, str | None]
-
-
-@dataclass(slots=True)
-class About:
-    """The user, time and model version of an answer.
-
-    Attributes:
-        known: Whether the user has a visible click or a row.
-        cold_start: Whether this is the answer for unknown users.
-        at: The time at which the windows are evaluated, ISO 8601.
-        clock: The source of that time: `event`, `wall` or `request`.
-    """
-
-    user_id: str
-    known: bool
-    cold_start: bool
-    version: Version
-    at: str
-    at_ms: int
-    clock: str
-
-
 Kind = TypeVar("Kind", bound=About)
 
 
 def about_same(kind: type[Kind], answer: About, **fields: Any) -> Kind:
     """Returns an answer of another kind about the same user, time and version."""
-    return kind(
-        answer.user_id, answer.known, answer.cold_start, answer.version, answer.at, answer.at_ms, answer.clock, **fields
-    )
-
-
-@dataclass(slots=True)
-class Answer(About):
-    """The profile of one user at one time.
-
-    Attributes:
-        interests: Candidates, best first; the probabilities of all candidates sum to 1.
-        engagement: For the item of the query; None if the query has no item.
-        vector: `[width]` float32; None unless requested.
-        features: The windows by name; None unless requested.
-        attributes: The user's attributes by name; None unless requested. A value is None if the record lacks it. The
-            mapping is empty if there is no record.
-        churn: Probability that the user has no event in the next `churn.days`; None if churn is off or unknown.
-    """
-
-    interests: list[Interest]
-    engagement: Engagement | None
-    vector: NDArray[np.float32] | None
-    features: dict[str, int] | None
-    attributes: Mapping[str, str | None] | None
-    churn: float | None = None
-
-    def document(self) -> dict[str, Any]:
-        """Returns the fields by name, without optional fields that are None."""
-        document: dict[str, Any] = {
-            "user_id": self.user_id,
-            "known": self.known,
-            "cold_start": self.cold_start,
-            "version": self.version,
-            "at": self.at,
-            "at_ms": self.at_ms,
-            "clock": self.clock,
-            "interests": self.interests,
-        }
-        optional = {name: getattr(self, name) for name in ("churn", "engagement", "vector", "features", "attributes")}
-        return document | {name: value for name, value in optional.items() if value is not None}
+    return kind(**{name: getattr(answer, name) for name in About.__struct_fields__}, **fields)
 
 
 def iso(at_ms: int) -> str:

@@ -1,7 +1,6 @@
 """Admission control for the work of one event loop: answers in steps, and profile queries in batches.
 
-A request is admitted if its expected wait, from the queue's length and recent durations, is short enough. Otherwise
-it is refused at once, with the time after which to retry. A request that has waited too long is dropped.
+A request is refused at once if its expected wait is too long, and dropped if it has waited too long.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeVar
 
 from deploy.serving.answers.program import BATCHES
-from deploy.serving.answers.query import Answer, Query
+from deploy.serving.answers.query import Query
+from springtide_client.answers import Profile
 from state.errors import Overloaded, TookTooLong
 
 MOST_AT_ONCE = BATCHES[-1]
@@ -25,7 +25,7 @@ _SLOWER = 4
 _AT_LEAST_S = 0.002
 
 Result = TypeVar("Result")
-Profiles = Callable[[Sequence[Query]], Sequence[Answer]]
+Profiles = Callable[[Sequence[Query]], Sequence[Profile]]
 """Answers at most `MOST_AT_ONCE` queries, in their order."""
 
 
@@ -62,6 +62,16 @@ def expected_next(before_s: float, took_s: float) -> float:
     if took_s > before_s:
         return min(took_s, max(_SLOWER * before_s, _AT_LEAST_S))
     return before_s + _FASTER * (took_s - before_s)
+
+
+def finished(steps: Generator[None, None, Result]) -> Result:
+    """Runs a generator to its end and returns its result."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
 
 
 class StepQueue:
@@ -107,7 +117,7 @@ class StepQueue:
 
 class _Waiting(NamedTuple):
     query: Query
-    body: Callable[[Answer], Any]
+    body: Callable[[Profile], Any]
     future: asyncio.Future[Any]
     since_s: float
 
@@ -119,24 +129,22 @@ class Batcher:
     dropped.
 
     Args:
-        held: A context manager whose function answers from one version while it is open, even if a newer one arrives.
+        snapshot: A context manager whose function answers from one version while it is open, even if a newer one arrives.
     """
 
     def __init__(
         self,
-        answer: Profiles,
         snapshot: Callable[[], AbstractContextManager[Profiles]],
         limits: QueueLimits = QueueLimits(),  # noqa: B008 - immutable
         clock_s: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._answer, self._snapshot = answer, snapshot
-        self._limits, self._clock_s = limits, clock_s
+        self._snapshot, self._limits, self._clock_s = snapshot, limits, clock_s
         self._waiting: deque[_Waiting] = deque()
         self._of_requests = 0
         self._batch_s = 0.0
         self._ended_s: float | None = None
 
-    def one(self, query: Query, body: Callable[[Answer], Result]) -> asyncio.Future[Result]:
+    def one(self, query: Query, body: Callable[[Profile], Result]) -> asyncio.Future[Result]:
         """Queues a query and returns the future of its answer, converted by `body`; raises Overloaded.
 
         Queries of one event loop iteration are answered together.
@@ -149,7 +157,7 @@ class Batcher:
         self._waiting.append(_Waiting(query, body, future, self._clock_s()))
         return future
 
-    async def many(self, queries: Sequence[Query], body: Callable[[Answer], Result]) -> list[Result]:
+    async def many(self, queries: Sequence[Query], body: Callable[[Profile], Result]) -> list[Result]:
         """Returns the converted answers to the queries of one request, in their order, all from one version.
 
         Raises:
@@ -199,10 +207,12 @@ class Batcher:
             if not waiting.future.done() and began_s - waiting.since_s > self._limits.waited_s:
                 waiting.future.set_exception(self._limits.too_late())
         batch = [waiting for waiting in batch if not waiting.future.done()]
+        if not batch:
+            return
         try:
-            answers = self._answer([waiting.query for waiting in batch]) if batch else []
-            for waiting, answer in zip(batch, answers, strict=True):
-                waiting.future.set_result(waiting.body(answer))
+            with self._snapshot() as answer:
+                for waiting, profile in zip(batch, answer([waiting.query for waiting in batch]), strict=True):
+                    waiting.future.set_result(waiting.body(profile))
         except Exception as error:  # noqa: BLE001 - each request answers for itself
             for waiting in batch:
                 if not waiting.future.done():

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deploy.serving.answers.predictor import KINDS, Asked, Prepared
+from springtide_client.answers import Reason
 from state.features.spec import Events
 from state.ranking import item_scores
 from state.ranking.item_lists import CLICKED, EVERYTHING, FOLLOWED, LIVES, ItemLists, count_visits
@@ -30,7 +30,6 @@ from state.ranking.item_scores import (
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
 U64 = NDArray[np.uint64]
-Reason = Literal["again", "category", "next", "popular", "similar"]
 
 _REASONS: dict[str, Reason] = {
     "everything": "popular",
@@ -48,14 +47,8 @@ def scored(
 ) -> NDArray[np.intp]:
     """Scores the candidates of the only query of `prepared`, whose version must have item weights.
 
-    Returns their indices in `work`, best first.
-
-    Args:
-        prepared: The prepared query.
-        outputs: The program's outputs for it.
-        clicks: The user's clicks, newest first.
-        category: The only category to take items from; None for all.
-        work: Reused for each answer; has the candidates afterwards.
+    Returns their indices in `work`, best first. `clicks` are the user's, newest first. `category` is the only one to take
+    items from; None for all.
     """
     version, question = prepared.version, prepared.asked[0]
     assert version.item_weights is not None

@@ -88,10 +88,8 @@ class HostSegments:
             at_ms=listed.at_ms,
             members=listed.members,
             users=listed.users,
-            lookalikes=[Lookalike(user.pseudonym, user.similarity) for user in near[:most]],
-            precision=[
-                ListPrecision(point.k, point.lookalikes, point.most_clicks, point.chance) for point in listed.precision
-            ],
+            lookalikes=[Lookalike(*user) for user in near[:most]],
+            precision=[ListPrecision(*point) for point in listed.precision],
         )
 
     def close(self) -> None:

@@ -1,12 +1,6 @@
 """Evaluates the model on named tensors, as the TensorFlow Serving API does, independent of HTTP and gRPC.
 
-There are two signatures:
-
-    serving_default   users by id: serving looks up histories, windows and rows
-    raw               the program's own inputs, with the names in the version's graph
-
-One version answers all rows of a request: the served one, or any that this host still holds, by number or label.
-`stable` is the version that answers and `previous` the one before it, unless the operator assigned them.
+The signature `serving_default` takes users by id. `raw` takes the program's own inputs, by their names in the graph.
 """
 
 from __future__ import annotations
@@ -21,10 +15,11 @@ from numpy.typing import NDArray
 
 from deploy.serving.answers.predictor import KINDS, Predictor
 from deploy.serving.answers.program import batch_of
-from deploy.serving.answers.query import Answer, Query
+from deploy.serving.answers.query import LATEST_MS, Query
 from deploy.serving.answers.queue import MOST_AT_ONCE, StepQueue
 from deploy.serving.answers.version import LoadedVersion, named
 from deploy.serving.notes import CONTROL_NOTE
+from springtide_client.answers import Profile
 from state.errors import BadRequest, NotReady
 from state.metrics import WorkerMetrics
 from state.rows.reader import RowReader, Served
@@ -36,7 +31,6 @@ STABLE, PREVIOUS = "stable", "previous"
 MODEL = "profile"
 MOST_ROWS = 1000
 VECTOR = frozenset(("vector",))
-LATEST_MS = 253_402_300_799_000  # the end of the year 9999
 
 Tensor = NDArray[Any]
 Tensors = Mapping[str, Tensor]
@@ -245,33 +239,24 @@ class TensorModel:
             if unknown := set(wanted) - form.outputs.keys():
                 raise BadRequest(f"there is no output {min(unknown)!r}", f"take {', '.join(form.outputs)}")
             number = version.served.version
-            steps = self._steps_of(predictor, reader, number, name, form, tensors, rows)
-            parts = await self._steps.run(steps, len(range(0, rows, MOST_AT_ONCE)))
+            queries = [] if name == RAW else _queries(tensors, rows)
+
+            def steps() -> Generator[None, None, list[dict[str, Tensor]]]:
+                parts = []
+                for at in range(0, rows, MOST_AT_ONCE):
+                    if name == RAW:
+                        # Other requests may have loaded the weights of another version in between.
+                        parts.append(_run(predictor.take_up(reader, number), form, tensors, at, rows))
+                    else:
+                        answers = predictor.profiles(queries[at : at + MOST_AT_ONCE], reader, number)
+                        self._metrics.cold_starts.inc(sum(answer.cold_start for answer in answers))
+                        parts.append(tensors_of(answers, form))
+                    yield
+                return parts
+
+            parts = await self._steps.run(steps(), len(range(0, rows, MOST_AT_ONCE)))
         outputs = {output: np.concatenate([part[output] for part in parts]) for output in wanted or form.outputs}
         return Prediction(number, name, outputs)
-
-    def _steps_of(
-        self,
-        predictor: Predictor,
-        reader: RowReader,
-        number: int,
-        name: str,
-        form: Signature,
-        tensors: Tensors,
-        rows: int,
-    ) -> Generator[None, None, list[dict[str, Tensor]]]:
-        parts = []
-        queries = [] if name == RAW else _queries(tensors, rows)
-        for at in range(0, rows, MOST_AT_ONCE):
-            if name == RAW:
-                # Other requests may have loaded the weights of another version in between.
-                parts.append(_run(predictor.take_up(reader, number), form, tensors, at, rows))
-            else:
-                answers = predictor.profiles(queries[at : at + MOST_AT_ONCE], reader, number)
-                self._metrics.cold_starts.inc(sum(answer.cold_start for answer in answers))
-                parts.append(tensors_of(answers, form))
-            yield
-        return parts
 
 
 def _unknown(reader: RowReader, number: int) -> BadRequest:
@@ -307,17 +292,17 @@ def _texts(name: str, values: Tensor) -> list[str]:
         raise BadRequest(f"the input {name!r} has a string that is no UTF-8", "encode it so") from None
 
 
-def tensors_of(answers: Sequence[Answer], signature: Signature) -> dict[str, Tensor]:
+def tensors_of(answers: Sequence[Profile], signature: Signature) -> dict[str, Tensor]:
     """Returns the outputs by id; interests are padded with empty labels of probability 0."""
     rows, slots = len(answers), signature.outputs["interest_labels"].shape[1]
     labels, ids = (np.full((rows, slots), b"", np.object_) for _ in range(2))
     probabilities = np.zeros((rows, slots), np.float32)
     for row, answer in enumerate(answers):
         for slot, interest in enumerate(answer.interests):
-            labels[row, slot] = interest["label"].encode()
-            ids[row, slot] = interest["id"].encode()
-            probabilities[row, slot] = interest["probability"]
-    engagement = [np.nan if answer.engagement is None else answer.engagement["probability"] for answer in answers]
+            labels[row, slot] = interest.label.encode()
+            ids[row, slot] = interest.id.encode()
+            probabilities[row, slot] = interest.probability
+    engagement = [np.nan if answer.engagement is None else answer.engagement.probability for answer in answers]
     return {
         "interest_labels": labels,
         "interest_ids": ids,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -17,13 +16,15 @@ from deploy.serving.answers.program import LoadedProgram
 from deploy.serving.notes import REFUSED_NOTE, item_extra, item_parts, name_extra, refused_versions
 from deploy.serving.version_files import read_program, read_spec
 from state.churn import STORED, ChurnWeights, weights_in
+from state.config.settings import Settings
 from state.errors import BadRequest, NotReady, SaltMismatch, SpecMismatch
 from state.events.identity import Salt
 from state.features.spec import FeatureSpec
 from state.history.actions import Numbers, exchange
 from state.history.store import HistoryStore
+from state.layout import PROGRAMS
 from state.ranking import interest_scores, item_scores
-from state.ranking.crosses import WIDTH, Crosses, Values, logits_of
+from state.ranking.crosses import WIDTH, Crosses, Values, crosses_of, logits_of
 from state.ranking.item_lists import ENTRIES, NEXT_CATEGORY, ItemLists
 from state.ranking.item_lists import from_stored as lists_from_stored
 from state.ranking.transitions import Lists, from_stored
@@ -174,10 +175,6 @@ class VersionRows:
         """Returns a user's row, `[dim]` float32; None for a user without one."""
         row = self.reader.row("user", identity, self.served)
         return None if row is None else np.frombuffer(row, np.float32)
-
-    def item(self, identity: int) -> F32:
-        """Returns an item's row, `[dim]` float32; zeros for an item without one."""
-        return np.frombuffer(self.reader.row("item", identity, self.served) or self._missing["item"], np.float32)
 
     def has_item(self, identity: int) -> bool:
         """Whether an item has a row."""
@@ -374,24 +371,15 @@ class VersionLoader:
     """Keeps the serving version loaded, and the other versions that were requested last. Used by one thread.
 
     Args:
-        programs: The directory with the applier's copies of programs and specs.
-        spec: The feature spec of the settings.
-        crosses: Builds the crosses for a feature spec, with the other columns of the settings.
+        settings: The settings of the host.
         salt: The salt of the pseudonyms.
         catalogue: Looks up the names of the popular categories.
     """
 
-    def __init__(
-        self,
-        programs: Path,
-        spec: FeatureSpec,
-        crosses: Callable[[FeatureSpec], Crosses],
-        salt: Salt,
-        catalogue: Catalogue,
-    ) -> None:
-        self._programs, self._spec, self._crosses = programs, spec, crosses
-        self._salt, self._catalogue = salt, catalogue
-        self._features = {spec.digest: VersionFeatures(spec, crosses(spec))}
+    def __init__(self, settings: Settings, salt: Salt, catalogue: Catalogue) -> None:
+        self._settings, self._salt, self._catalogue = settings, salt, catalogue
+        self._programs, self._spec = settings.serving_dir / PROGRAMS, FeatureSpec.from_settings(settings)
+        self._features = {self._spec.digest: VersionFeatures(self._spec, crosses_of(settings))}
         self._loaded: LoadedVersion | None = None
         self._program: tuple[str, LoadedProgram] | None = None
         self._by_serial: OrderedDict[int, LoadedVersion] = OrderedDict()
@@ -402,11 +390,7 @@ class VersionLoader:
         return None if self._loaded is None else self._loaded.served.version
 
     def take_up(self, reader: RowReader, version: int | None = None) -> LoadedVersion:
-        """Returns the serving version, reloaded if it changed, or another one on this host.
-
-        Args:
-            reader: The reader of the transaction.
-            version: Its number; None for the serving version.
+        """Returns the serving version, reloaded if it changed, or another one on this host, by number.
 
         Raises:
             NotReady: There is no version yet.
@@ -463,7 +447,7 @@ class VersionLoader:
                     "use the settings of the stream, or wait for the first version of an upgrade",
                 ) from error
             actions = exchange(self._spec.actions, spec.actions)
-            features = self._features[served.spec] = VersionFeatures(spec, self._crosses(spec), actions)
+            features = self._features[served.spec] = VersionFeatures(spec, crosses_of(self._settings, spec), actions)
         return features
 
     def _with_weights(

@@ -1,11 +1,4 @@
-"""Follows the micro-batch topic and applies each record exactly once to the host's histories.
-
-1. Read records by position. The position read up to is stored with the histories.
-2. Skip rows that the histories already have (the stream wrote them again after a crash).
-3. Treat positions that no micro-batch covers as a gap: count it, log it, and continue.
-4. For each record, commit histories, source positions, the topic's position, names, items' categories and the event
-   clock together.
-"""
+"""Follows the micro-batch topic and applies each record exactly once to the host's histories."""
 
 from __future__ import annotations
 
@@ -22,6 +15,7 @@ from deploy.serving.following.remembered import Remembered
 from deploy.serving.item_feed import ItemFeed
 from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA, DAY_MS, SEEN, item_extra, item_value
 from state.config.sections import HistorySettings
+from state.config.settings import Settings
 from state.errors import MicroBatchError, SaltMismatch, StoreFull, TruncatedLog
 from state.features.erased import Erased
 from state.features.mask import Mask
@@ -32,8 +26,9 @@ from state.history.rewind import Before
 from state.history.rewinding import OpenAt, Rewound, branch_of, rewind
 from state.history.store import HistoryStore
 from state.history.sweeping import Sweeper
+from state.layout import GAPS
 from state.log import Log, PartitionBatch
-from state.log.accepted_gaps import Accepted, left_out
+from state.log.accepted_gaps import Journal, left_out
 from state.log.follow import Follower, Opening, Position
 from state.metrics import ApplierMetrics
 from state.microbatch.batch import MicroBatch, erased_rows, happened, log_times, new_ranges, trim
@@ -47,7 +42,6 @@ POSITION_EXTRA = "microbatches"
 RECORDS_AT_ONCE = 8  # between two polls of control and two rounds of maintenance
 EVERY_MS = 1000
 MAX_ITEMS = 1_000_000  # whose category is stored, and of names; those not seen for longest are evicted first
-DEFAULTS = HistorySettings()
 _log = logging.getLogger(__name__)
 
 
@@ -114,36 +108,32 @@ class HistoryFollower:
     """Applies the micro-batch topic to the histories; used by one thread, the store's only writer.
 
     Args:
-        reach_ms: The maximum age, relative to the newest event, of an event that still matters; see
-            `FeatureSpec.reach_ms`.
-        accepted: The losses that operators accepted, including records that the trainer leaves out.
         actions: Returns the action names of a record by its feature spec; None for an unknown spec.
         own_salt: Fingerprint of this host's salt. Records with another salt before the first one with ours are skipped.
 
     Attributes:
         newest_ms: The store's event clock.
+        caught_up: Whether the topic was ever read to its end.
+        positions: By partition of the log, where the histories end.
         committed: Called with the events of each commit, after it.
     """
 
     def __init__(
         self,
         store: HistoryStore,
-        spec: FeatureSpec,
-        reach_ms: int,
+        settings: Settings,
         metrics: ApplierMetrics,
         now_ms: Callable[[], int],
-        accepted: Callable[[], Sequence[Accepted]] = tuple,
         actions: Callable[[str], Sequence[str] | None] = lambda spec: None,
         own_salt: str | None = None,
-        kept: HistorySettings = DEFAULTS,
     ) -> None:
         self._store, self._erased = store, Erased.NOBODY
-        self._accepted, self._named, self._spec = accepted, actions, spec
-        self._metrics = metrics
-        self._now_ms = now_ms
-        self._reach_ms, self._own_salt, self._kept = reach_ms, own_salt, kept
+        self._accepted = Journal(settings.registry_dir / GAPS).accepted
+        self._spec, self._named, self._own_salt = FeatureSpec.from_settings(settings), actions, own_salt
+        self._reach_ms, self._kept = self._spec.reach_ms(settings.events), settings.history
+        self._metrics, self._now_ms = metrics, now_ms
         self._log: Follower | None = None
-        self._positions: dict[int, int] = {}
+        self.positions: Mapping[int, int] = {}
         self._housekept_ms = 0
         self.committed: Callable[[Appends], None] = lambda appends: None
         self.begin()
@@ -157,7 +147,7 @@ class HistoryFollower:
         salt = store.extra(SALT_EXTRA)
         self._salt, self._begun = self._own_salt if salt is None else salt.decode(), bool(self._marks)
         self.newest_ms = clock_of(store)
-        self._caught_up = store.extra(CAUGHT_UP_EXTRA) is not None
+        self.caught_up = store.extra(CAUGHT_UP_EXTRA) is not None
 
     def connect(self, log: Log, topic: str) -> None:
         """Starts to read a topic at the position where the histories end.
@@ -189,7 +179,7 @@ class HistoryFollower:
         self._metrics.microbatch_lag_records.set(opening.unread)
         self._metrics.history_epoch.set(self._line[-1].epoch)
         self._metrics.log_away.set(0)
-        self._positions = dict(opening.next)
+        self.positions = dict(opening.next)
 
     def turn(self, line: LogLine, mask: Mask, partition: int, open_at: OpenAt) -> bool:
         """Moves the histories to the log branch that control names; returns whether the branch changed.
@@ -205,7 +195,7 @@ class HistoryFollower:
         self._erased, self._parity.mask = mask.erased, mask
         if line == self._line:
             return False
-        rewound = take_back(self._store, line, mask, partition, open_at, self._reach_ms, self._now_ms())
+        rewound = self._rewind(line, mask, partition, open_at)
         _log.info("epoch %d of the training log: %s", line[-1].epoch, rewound)
         self.disconnect()
         if rewound is not None and rewound.short:
@@ -215,15 +205,31 @@ class HistoryFollower:
         self.newest_ms = clock_of(self._store)
         return True
 
-    @property
-    def caught_up(self) -> bool:
-        """Whether the topic was ever read to its end."""
-        return self._caught_up
+    def _rewind(self, line: LogLine, mask: Mask, partition: int, open_at: OpenAt) -> Rewound | None:
+        """Rewinds the store to the branch `line`, in one transaction with position, event clock and items' categories.
 
-    @property
-    def positions(self) -> Mapping[int, int]:
-        """By partition of the log, where the histories end."""
-        return self._positions
+        An item that only masked clicks have named since the branch point gets its previous category back, or none until
+        the next click if none is found nearby.
+        """
+        store, stored = self._store, position_of(self._store)
+        # Restored histories have no position in the log. Their events may come from any position.
+        at = None if stored is None else stored.next.get(partition)
+
+        def extra(offset: int, before: Before) -> dict[str, bytes | None]:
+            nameless = [item_extra(item) for item in before.items if item not in before.categories]
+            extras: dict[str, bytes | None] = {
+                name: None for item_name in nameless for name in (item_name, SEEN + item_name)
+            }
+            for item, category in before.categories.items():
+                extras[item_extra(item)] = item_value(category, (store.extra(item_extra(item)) or b"")[8:])
+            if stored is not None and at is not None and at > offset:
+                moved = {**stored.next, partition: onward(line, offset)}
+                extras[POSITION_EXTRA] = replace(stored, next=moved).to_json()
+            if newest_ms := max((int(log_times(rows).max(initial=0)) for rows in before.latest), default=0):
+                extras[CLOCK_EXTRA] = json.dumps({"event_ms": newest_ms, "accepted_ms": self._now_ms()}).encode()
+            return extras
+
+        return rewind(store, line, open_at, partition, self._reach_ms, at, mask, extra)
 
     @property
     def connected(self) -> bool:
@@ -327,7 +333,7 @@ class HistoryFollower:
         self, batch: PartitionBatch, appends: Appends, ranges: Sequence[Range], extra: dict[str, bytes | None]
     ) -> None:
         following = onward(self._line, batch.next)
-        positions = self._positions | {batch.partition: following}
+        positions = {**self.positions, batch.partition: following}
         assert self._log is not None, "connect first"
         reader = self._log.reader
         leaders = {partition: reader.leader_epoch(partition, at) for partition, at in positions.items()}
@@ -339,7 +345,7 @@ class HistoryFollower:
         self._store.commit(appends, ranges, extra)
         killpoints.reach("follow.committed")
         self.committed(appends)
-        self._positions = positions
+        self.positions = positions
         if following != batch.next:
             reader.seek(batch.partition, following)
         self._metrics.history_rows.inc(int(appends.lengths[self._store.shares.has(appends.users)].sum()))
@@ -347,16 +353,16 @@ class HistoryFollower:
     def _keep_house(self, idle: bool) -> None:
         """Measures the lag and the store, once a second."""
         now_ms = self._now_ms()
-        if 0 <= now_ms - self._housekept_ms < EVERY_MS and not (idle and not self._caught_up):
+        if 0 <= now_ms - self._housekept_ms < EVERY_MS and not (idle and not self.caught_up):
             return
         self._housekept_ms = now_ms
         assert self._log is not None, "connect first"
         lag = self._log.lag()
         self._metrics.microbatch_lag_records.set(lag)
         self._metrics.log_away.set(not self._log.reader.reachable())
-        if not lag and not self._caught_up:
+        if not lag and not self.caught_up:
             self._store.commit(Appends.none(), (), {CAUGHT_UP_EXTRA: b"1"})
-            self._caught_up = True
+            self.caught_up = True
         self._upkeep.show()
 
 
@@ -372,41 +378,3 @@ def position_of(store: HistoryStore) -> Position | None:
     It is None if nothing was read, or after a restore.
     """
     return Position.from_json(store.extra(POSITION_EXTRA))
-
-
-def take_back(
-    store: HistoryStore, line: LogLine, mask: Mask, partition: int, open_at: OpenAt, reach_ms: int, now_ms: int
-) -> Rewound | None:
-    """Rewinds `store` to the branch `line`.
-
-    One transaction also sets the topic's position, the event clock and items' categories. An item that only masked
-    clicks have named since the branch point gets its previous category back, or none until the next click if none is
-    found nearby.
-
-    `mask` has the clicks that are not read again, and `open_at` opens partition `partition` of the topic at an
-    offset. `reach_ms` is the maximum age, relative to the newest event, of an event that still matters.
-
-    Raises:
-        GapError: The log no longer reaches back to the branch point.
-        LogError: The broker refused a request.
-        StoreFull: Nothing was changed.
-    """
-    stored = position_of(store)
-    # Restored histories have no position in the log. Their events may come from any position.
-    at = None if stored is None else stored.next.get(partition)
-
-    def extra(offset: int, before: Before) -> dict[str, bytes | None]:
-        nameless = [item_extra(item) for item in before.items if item not in before.categories]
-        extras: dict[str, bytes | None] = {
-            name: None for item_name in nameless for name in (item_name, SEEN + item_name)
-        }
-        for item, category in before.categories.items():
-            extras[item_extra(item)] = item_value(category, (store.extra(item_extra(item)) or b"")[8:])
-        if stored is not None and at is not None and at > offset:
-            moved = {**stored.next, partition: onward(line, offset)}
-            extras[POSITION_EXTRA] = replace(stored, next=moved).to_json()
-        if newest_ms := max((int(log_times(rows).max(initial=0)) for rows in before.latest), default=0):
-            extras[CLOCK_EXTRA] = json.dumps({"event_ms": newest_ms, "accepted_ms": now_ms}).encode()
-        return extras
-
-    return rewind(store, line, open_at, partition, reach_ms, at, mask, extra)

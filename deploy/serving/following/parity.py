@@ -1,13 +1,4 @@
-"""Detects training-serving skew: compares sampled rows of the training log with features computed by serving.
-
-A row contains the windows that the stream computed before its click. When the applier adds that click to serving's
-histories, the windows computed from these must be equal for the same time, bit for bit. The outcomes are:
-
-    equal    they are equal
-    differs  they differ: training and serving use different features
-    unknown  they may differ for a known reason: another feature spec, a mask that only one side has yet, or
-             histories that may lack events of a window (from before this host started, or in a gap)
-"""
+"""Detects training-serving skew: compares sampled rows of the training log with features computed by serving."""
 
 from __future__ import annotations
 
@@ -70,6 +61,10 @@ def differences(trained: Vector, served: Vector, spec: FeatureSpec) -> Iterator[
 
 class Parity:
     """Samples rows as they are added to the histories. Used by the thread that writes the histories.
+
+    A row contains the windows that the stream computed before its click. When its click is added to the histories, the
+    windows computed from these must be equal for the same time, bit for bit. The outcome is `unknown` if they may differ
+    for a known reason: another feature spec, a mask that only one side has yet, or events that this host may lack.
 
     `reach_ms` is the maximum age, relative to a row, of an event that its windows cover. `choose` returns a random
     row index, given the number of rows.

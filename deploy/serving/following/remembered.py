@@ -1,14 +1,4 @@
-"""Stores the items and names that a host has seen, and removes those that have not been seen for long.
-
-    item:<id>        the category that the item was last seen in, and its name
-    name:<id>        the text of a category, of a measured attribute value, or of an item without a category
-    seen:item:<id>   the day of log time on which the item was last seen, 4 bytes; also `seen:name:<id>` for names
-
-All are extras of the histories, committed with the clicks that contain them. With each day of log time a pass over
-all of them begins. It removes entries not seen for the configured number of days and, above the limit, those seen
-longest ago; within one day, those with the lowest ids. An entry without a day, from an older release, counts as seen
-at the first pass.
-"""
+"""Stores the items and names that a host has seen, and removes those that have not been seen for long."""
 
 from __future__ import annotations
 
@@ -62,6 +52,10 @@ class _Kind:
 
 class Remembered:
     """The items and names in one host's histories. Used by the thread that commits to them.
+
+    They are extras of the histories, committed with the clicks that contain them, each with the day of log time on which
+    it was last seen. With each day a pass over all begins. It removes entries not seen for `keep_days` and, above the
+    limit, those seen longest ago. An entry without a day, from an older release, counts as seen at the first pass.
 
     Args:
         keep_days: Entries that have not been seen for more days of log time are removed.

@@ -1,21 +1,4 @@
-"""Applies the version that control wants to the host's row store, and moves the pointer to it.
-
-    situation                 what happens
-    control pins V            exactly V is wanted
-    control follows           the newest version of control's epoch is wanted, durable or recent
-    the epoch has none yet    the epoch's base is wanted if there is one; else the pointer stays
-    V is not on this host     recent versions are applied onto an ancestor on this host. Without one, deltas are applied
-                              onto an ancestor, then recent versions. Without an ancestor, base and deltas are applied
-                              in a separate lane, while the old version answers
-    V is older                a recent version that its epoch no longer has keeps answering: the trainer was killed, and
-                              makes it again from the log
-    V has a label             it is applied too, one step at a time, while answers use the version that control wants
-    V is corrupt              the last good version keeps answering; another base is tried
-    V fails its probe         likewise; its rows stay on this host, because later versions build on them
-
-Each version is one transaction. While control follows, that transaction also moves the pointer. A version that
-cannot be read is logged once and tried again after a while.
-"""
+"""Applies the version that control wants to the host's row store, and moves the pointer to it."""
 
 from __future__ import annotations
 
@@ -23,7 +6,6 @@ import json
 import logging
 from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,13 +15,15 @@ from numpy.typing import NDArray
 from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE, REFUSED_NOTE, refused_versions
 from deploy.serving.version_files import VersionFiles, read_program
 from state import probe
+from state.config.settings import Settings
 from state.disk.lmdb_store import PAGES_MS
 from state.errors import CorruptVersion, ProgramError, UnknownVersion
 from state.features.erased import Erased
+from state.layout import PROGRAMS
 from state.metrics import ApplierMetrics
 from state.process import killpoints
 from state.process.said_once import SaidOnce
-from state.ranking.crosses import Crosses
+from state.ranking.crosses import crosses_of
 from state.registry.control import Control, named
 from state.registry.manifest import Manifest, sees
 from state.registry.registry import SERVING, Registry
@@ -52,102 +36,6 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 16
 _DENSE = "dense."
-
-
-class Probing:
-    """Probes versions with this host's copies of programs; used by the thread that writes the rows."""
-
-    def __init__(self, programs: Path) -> None:
-        self._programs = programs
-        self._loaded: tuple[str, LoadedProgram] | None = None
-
-    def check(self, version: int, program: str, tensors: Mapping[str, NDArray[Any]]) -> None:
-        """Compares the program's answers with these weights to the probe; a version of a release without probes passes.
-
-        `program` is the SHA-256 of the version's program, which is on this host.
-
-        Raises:
-            ProgramError: It cannot be run with these weights, or its answers differ from the trainer's.
-            CorruptVersion: The program's file is missing or damaged.
-        """
-        trained = probe.answers_in(tensors)
-        if not trained:
-            return
-        loaded = self._program(program)
-        loaded.load({name.removeprefix(_DENSE): tensor for name, tensor in tensors.items() if name.startswith(_DENSE)})
-        probe.check(version, trained, _answers(loaded))
-
-    def _program(self, digest: str) -> LoadedProgram:
-        if self._loaded is None or self._loaded[0] != digest:
-            from deploy.serving.answers.program import LoadedProgram
-
-            self._loaded = (digest, LoadedProgram(read_program(self._programs, digest)))
-        return self._loaded[1]
-
-
-def _answers(program: LoadedProgram) -> dict[str, NDArray[np.float32]]:
-    """Answers the probe in batches, as queries are."""
-    inputs = probe.inputs(program.shapes)
-    by_row = {name for name, shape in program.shapes.items() if shape[0] < 0}
-    outputs: dict[str, list[NDArray[np.float32]]] = {}
-    for first in range(0, probe.ROWS, _AT_ONCE):
-        part = {name: value[first : first + _AT_ONCE] if name in by_row else value for name, value in inputs.items()}
-        for name, values in program.predict(part).items():
-            outputs.setdefault(name, []).append(values)
-    return {name: np.concatenate(parts) for name, parts in outputs.items()}
-
-
-class FitVersions:
-    """All versions except those that failed; used by the thread that writes the rows.
-
-    `refuse` is called with `probe`, the number of a version that fails, and the reason.
-    """
-
-    def __init__(
-        self, rows: RowStore, programs: Path, metrics: ApplierMetrics, refuse: Callable[[str, int, Exception], None]
-    ) -> None:
-        self._rows, self._metrics, self._refuse = rows, metrics, refuse
-        self._probing = Probing(programs)
-        with rows.reader() as reader:
-            self._refused = refused_versions(reader.note(REFUSED_NOTE))
-
-    def __contains__(self, version: int | None) -> bool:
-        return version not in self._refused
-
-    def admit(self, manifest: Manifest, tensors: Mapping[str, NDArray[Any]]) -> bool:
-        """Whether a version that is about to be applied may serve; if not, that is recorded when this returns.
-
-        Its program must be on this host, and `tensors` has all of it.
-        """
-        version = manifest.version
-        if version not in self._refused:
-            if manifest.parent in self._refused and not probe.answers_in(tensors):
-                self._note({**self._refused, version: self._refused[manifest.parent]})
-                return False
-            try:
-                self._probing.check(version, manifest.program, tensors)
-            except ProgramError as error:
-                self._metrics.failed_probes.inc()
-                self._note({**self._refused, version: str(error)})
-                self._refuse("probe", version, error)
-        return version in self
-
-    def keep(self, present: Container[int]) -> None:
-        """Removes versions that are no longer in the rows."""
-        remaining = {version: why for version, why in self._refused.items() if version in present}
-        if remaining != self._refused:
-            self._note(remaining)
-
-    def show(self, served: Served | None) -> None:
-        """Shows in the metrics which version would serve now if it had not failed."""
-        newer = [version for version in self._refused if served is None or version > served.version]
-        self._metrics.refused_version.set(max(newer, default=0))
-
-    def _note(self, refused: dict[int, str]) -> None:
-        self._rows.steer({REFUSED_NOTE: json.dumps(refused).encode()})
-        self._refused = refused
-
-
 RETRY_MS = 1000
 REMEMBERED = 1000
 RECENT_MS = 10_000
@@ -158,22 +46,26 @@ _log = logging.getLogger(__name__)
 
 
 class Refusals:
-    """Remembers versions that cannot be read."""
+    """Remembers versions that cannot be read or used.
+
+    Attributes:
+        answering: The version that answers, for messages.
+    """
 
     def __init__(self, metrics: ApplierMetrics, now_ms: Callable[[], int]) -> None:
-        self._metrics = metrics
-        self._now_ms = now_ms
+        self._metrics, self._now_ms = metrics, now_ms
         self._again_ms: dict[tuple[str, int], int] = {}
+        self.answering = "no version"
 
-    def add(self, kind: str, version: int, error: Exception, answering: str) -> None:
-        """Remembers for a second that a version cannot be read, and logs it once with the version that keeps answering.
+    def add(self, kind: str, version: int, error: Exception) -> None:
+        """Remembers for a second that a version cannot be read, and logs it once.
 
         `kind` is `manifest`, `delta`, `base`, or `probe`, which is not tried again.
         """
         if (kind, version) not in self._again_ms:
             if isinstance(error, CorruptVersion):
                 self._metrics.corrupt_versions.inc()
-            _log.warning("%s; %s goes on answering", error, answering)
+            _log.warning("%s; %s goes on answering", error, self.answering)
         self._again_ms[kind, version] = self._now_ms() + RETRY_MS
         if len(self._again_ms) > REMEMBERED:
             # The version that was refused first.
@@ -192,6 +84,77 @@ class Refusals:
     def clear(self) -> None:
         """Forgets all refusals."""
         self._again_ms.clear()
+
+
+def check_probe(version: int, program: LoadedProgram, tensors: Mapping[str, NDArray[Any]]) -> None:
+    """Compares a program's answers with a version's weights to the probe in its tensors; answers in batches, as workers do.
+
+    Raises:
+        ProgramError: It cannot be run with these weights, or its answers differ from the trainer's.
+    """
+    program.load({name.removeprefix(_DENSE): tensor for name, tensor in tensors.items() if name.startswith(_DENSE)})
+    inputs = probe.inputs(program.shapes)
+    by_row = {name for name, shape in program.shapes.items() if shape[0] < 0}
+    outputs: dict[str, list[NDArray[np.float32]]] = {}
+    for first in range(0, probe.ROWS, _AT_ONCE):
+        part = {name: value[first : first + _AT_ONCE] if name in by_row else value for name, value in inputs.items()}
+        for name, values in program.predict(part).items():
+            outputs.setdefault(name, []).append(values)
+    answers = {name: np.concatenate(parts) for name, parts in outputs.items()}
+    probe.check(version, probe.answers_in(tensors), answers)
+
+
+class FitVersions:
+    """All versions except those that failed their probe; used by the thread that writes the rows."""
+
+    def __init__(self, rows: RowStore, programs: Path, metrics: ApplierMetrics, refusals: Refusals) -> None:
+        self._rows, self._programs, self._metrics, self._refusals = rows, programs, metrics, refusals
+        self._loaded: tuple[str, LoadedProgram] | None = None
+        with rows.reader() as reader:
+            self._refused = refused_versions(reader.note(REFUSED_NOTE))
+
+    def __contains__(self, version: int | None) -> bool:
+        return version not in self._refused
+
+    def admit(self, manifest: Manifest, tensors: Mapping[str, NDArray[Any]]) -> bool:
+        """Whether a version that is about to be applied may serve; if not, that is recorded when this returns.
+
+        Its program must be on this host, and `tensors` has all of it. A version of a release without probes is as its
+        parent. Raises CorruptVersion if the program's file is missing or damaged.
+        """
+        version, has_probe = manifest.version, bool(probe.answers_in(tensors))
+        if version in self and not has_probe and manifest.parent in self._refused:
+            self._note({**self._refused, version: self._refused[manifest.parent]})
+        elif version in self and has_probe:
+            try:
+                check_probe(version, self._program(manifest.program), tensors)
+            except ProgramError as error:
+                self._metrics.failed_probes.inc()
+                self._note({**self._refused, version: str(error)})
+                self._refusals.add("probe", version, error)
+        return version in self
+
+    def _program(self, digest: str) -> LoadedProgram:
+        if self._loaded is None or self._loaded[0] != digest:
+            from deploy.serving.answers.program import LoadedProgram
+
+            self._loaded = (digest, LoadedProgram(read_program(self._programs, digest)))
+        return self._loaded[1]
+
+    def keep(self, present: Container[int]) -> None:
+        """Removes versions that are no longer in the rows."""
+        remaining = {version: why for version, why in self._refused.items() if version in present}
+        if remaining != self._refused:
+            self._note(remaining)
+
+    def show(self, served: Served | None) -> None:
+        """Shows in the metrics which version would serve now if it had not failed."""
+        newer = [version for version in self._refused if served is None or version > served.version]
+        self._metrics.refused_version.set(max(newer, default=0))
+
+    def _note(self, refused: dict[int, str]) -> None:
+        self._rows.steer({REFUSED_NOTE: json.dumps(refused).encode()})
+        self._refused = refused
 
 
 @dataclass
@@ -215,16 +178,14 @@ def route_to(
     present: Collection[int],
     recents: Collection[int],
     refusals: Refusals,
-    refuse: Callable[[str, int, Exception], None],
 ) -> Route | None:
     """The route to `wanted` without a recently refused version; None while there is none.
 
     1. Recent versions, from one on this host.
-    2. Durable ones from one on this host, or a base and its deltas, up to the last durable one before `wanted`; then
-       recent ones. If nothing leads to a recent `wanted`, the route ends at that durable one.
+    2. Durable ones up to the last durable one before `wanted`, then recent ones. If nothing leads to a recent
+       `wanted`, the route ends at that durable one.
 
-    `present` are the versions in `rows`, and `recents` the recent ones that can be read. `refuse` is called with the
-    kind, number and reason of a version that cannot be read.
+    `present` are the versions in `rows`, and `recents` the recent ones that can be read.
     """
     # 1.
     steps = recent_steps(wanted, registry, present, recents)
@@ -236,22 +197,29 @@ def route_to(
     if durable is None or (not steps and wanted in recents and wanted not in registry.versions()):
         return None
     tail = [step for step in steps if step.version > durable] if durable >= (first or 0) else []
-    target = tail[-1].version if tail else durable
     if durable in present and not tail:
         return Route(durable, [], rebuild=False)
+    route = durable_route(durable, registry, rows, present, refusals)
+    return route and Route(tail[-1].version if tail else durable, [*route.steps, *tail], route.rebuild)
+
+
+def durable_route(
+    wanted: int, registry: Registry, rows: RowStore, present: Collection[int], refusals: Refusals
+) -> Route | None:
+    """The route to a durable version: deltas onto an ancestor in `present`, or a base and its deltas."""
     try:
-        lead = onto_what_is_here(durable, registry, rows, present)
-        if lead is not None and not refusals.blocks(lead):
-            return Route(target, [*lead, *tail], rebuild=False)
+        steps = onto_what_is_here(wanted, registry, rows, present)
+        if steps is not None and not refusals.blocks(steps):
+            return Route(wanted, steps, rebuild=False)
     except (CorruptVersion, UnknownVersion) as error:
-        refuse("delta", durable, error)
+        refusals.add("delta", wanted, error)
     try:
-        base, deltas = registry.chain(durable)
+        base, deltas = registry.chain(wanted)
     except (CorruptVersion, UnknownVersion) as error:
-        refuse("base", durable, error)
+        refusals.add("base", wanted, error)
         return None
-    lead = [base, *deltas]
-    return None if refusals.blocks(lead) else Route(target, [*lead, *tail], rebuild=True)
+    steps = [base, *deltas]
+    return None if refusals.blocks(steps) else Route(wanted, steps, rebuild=True)
 
 
 def recent_steps(wanted: int, registry: Registry, present: Collection[int], recents: Collection[int]) -> list[Manifest]:
@@ -297,15 +265,10 @@ def onto_what_is_here(
 
 
 class NewestVersion:
-    """The newest version of an epoch; lists the registry again only when there is another version.
+    """The newest version of an epoch; lists the registry again only when there is another version."""
 
-    `refuse` is called with `manifest`, the number of a version whose manifest cannot be read, and the reason.
-    """
-
-    def __init__(self, registry: Registry, refusals: Refusals, refuse: Callable[[str, int, Exception], None]) -> None:
-        self._registry = registry
-        self._refusals = refusals
-        self._refuse = refuse
+    def __init__(self, registry: Registry, refusals: Refusals) -> None:
+        self._registry, self._refusals = registry, refusals
         self._last_found: tuple[object, int | None] = (None, None)
         self._lost: frozenset[int] = frozenset()
 
@@ -343,7 +306,7 @@ class NewestVersion:
         try:
             return self._registry.manifest(version)
         except (CorruptVersion, UnknownVersion) as error:
-            self._refuse("manifest", version, error)
+            self._refusals.add("manifest", version, error)
             return None
 
     def _recent(self, version: int) -> Manifest | None:
@@ -352,59 +315,6 @@ class NewestVersion:
         except (CorruptVersion, UnknownVersion):
             self.lose(version)
             return self._durable(version) if version in self._registry.versions() else None
-
-
-class Labelled:
-    """Applies what labelled versions lack; used by the thread that writes the rows.
-
-    `refuse` is called with the kind, number and reason of a version that cannot be read. `apply` applies a step
-    without moving the pointer; with the flag, into a separate lane even if it is on this host.
-    """
-
-    def __init__(
-        self,
-        registry: Registry,
-        rows: RowStore,
-        refusals: Refusals,
-        refuse: Callable[[str, int, Exception], None],
-        apply: Callable[[Manifest, bool], None],
-    ) -> None:
-        self._registry, self._rows = registry, rows
-        self._refusals, self._refuse, self._apply = refusals, refuse, apply
-        self._target: int | None = None
-        self._steps: list[Manifest] = []
-        self._anew = False
-
-    def step(self, labels: Iterable[tuple[str, int]], present: Collection[int]) -> bool:
-        """Applies one step towards the first labelled version that is not on this host; returns whether there was one."""
-        missing = [version for _, version in labels if version not in present]
-        if self._target not in missing:
-            self._target, self._steps = None, []
-        for version in [self._target] if self._target is not None else missing:
-            try:
-                if not self._steps:
-                    self._find(version, present)
-                if self._refusals.blocks(self._steps):
-                    self._target, self._steps = None, []
-                    continue
-                self._apply(self._steps[0], self._anew)
-            except (CorruptVersion, UnknownVersion) as error:
-                self._refuse(self._steps[0].kind if self._steps else "base", version, error)
-                self._target, self._steps = None, []
-                continue
-            self._target = version
-            self._steps.pop(0)
-            return True
-        return False
-
-    def _find(self, version: int, present: Collection[int]) -> None:
-        """Finds the steps to a version: onto a version on this host, or all of them in a separate lane."""
-        lead = onto_what_is_here(version, self._registry, self._rows, present)
-        self._anew = lead is None
-        if lead is None:
-            base, deltas = self._registry.chain(version)
-            lead = [base, *deltas]
-        self._steps = lead
 
 
 def applied_ms(rows: RowStore) -> dict[int, int]:
@@ -442,31 +352,25 @@ def show_control(control: Control, metrics: ApplierMetrics) -> None:
 class VersionFollower:
     """Keeps the row store at the version that control wants; used by one thread, the store's only writer.
 
-    Args:
-        programs: Directory for copies of programs and feature specs.
-        crosses: The crosses in the settings, to find those of erased users; None without crosses.
+    Control pins a version, or follows the newest of its epoch, durable or recent; before the epoch has one, its base. Each
+    version is one transaction. While control follows, that transaction also moves the pointer. Without an ancestor on this
+    host, base and deltas are applied in a separate lane, while the old version answers. A version that cannot be read is
+    tried again after a while. One that fails its probe does not answer. Labelled versions are applied too.
 
     Attributes:
         erased: The last erasure whose users no longer have data in the store.
     """
 
-    def __init__(
-        self,
-        registry: Registry,
-        rows: RowStore,
-        programs: Path,
-        metrics: ApplierMetrics,
-        keep_s: float,
-        now_ms: Callable[[], int],
-        crosses: Crosses | None = None,
-    ) -> None:
-        self._crosses, self._erased, self.erased = crosses, Erased.NOBODY, rows.erased()
+    def __init__(self, rows: RowStore, settings: Settings, metrics: ApplierMetrics, now_ms: Callable[[], int]) -> None:
+        registry, programs = Registry(settings.registry_dir), settings.serving_dir / PROGRAMS
+        self._crosses, self._erased, self.erased = crosses_of(settings), Erased.NOBODY, rows.erased()
         self._anew_ms: int | None = None
         self._registry, self._rows = registry, rows
         self._files = VersionFiles(programs, registry)
-        self._fit = FitVersions(rows, programs, metrics, self._refuse)
+        self._refusals = Refusals(metrics, now_ms)
+        self._fit = FitVersions(rows, programs, metrics, self._refusals)
         self._metrics = metrics
-        self._keep_ms = round(keep_s * 1000)
+        self._keep_ms = round(settings.serving.keep_s * 1000)
         self._now_ms = now_ms
         self.served: Served | None = None
         self._read_served()
@@ -474,11 +378,9 @@ class VersionFollower:
         with rows.reader() as reader:
             note = reader.note(CONTROL_NOTE)
         self._generation = 0 if note is None else int(json.loads(note)["generation"])
-        self._refusals = Refusals(metrics, now_ms)
-        self._newest = NewestVersion(registry, self._refusals, self._refuse)
-        apply = partial(self._apply, follow=False)
-        self._labelled = Labelled(registry, rows, self._refusals, self._refuse, apply)
+        self._newest = NewestVersion(registry, self._refusals)
         self._route: Route | None = None
+        self._labelled: Route | None = None
         self._looked_again: Manifest | None = None
         self._say = SaidOnce(_log.info)
         self._swept_ms = 0
@@ -499,7 +401,7 @@ class VersionFollower:
         if control.generation != self._generation:
             self._take_up(control)
         self._erased = control.erased
-        if self.erased < control.erased.last and self._crosses is not None:
+        if self.erased < control.erased.last:
             # The mask already excludes them from answers.
             self._rows.forget(control.erased.after(self.erased), self._crosses)
             self.erased = control.erased.last
@@ -514,7 +416,7 @@ class VersionFollower:
             wanted in self._present and wanted not in self._fit
         ):
             self._route = None
-            return self._labelled.step(control.labels, self._present)
+            return self._apply_labelled(control)
         # 3.
         if wanted not in self._present or self._route is not None:
             return self._approach(wanted, control)
@@ -580,9 +482,7 @@ class VersionFollower:
         # A rebuild does not restart because the epoch has a newer version.
         if self._route is None or (self._route.target != wanted and not self._route.rebuild):
             recents = self._newest.recents()
-            self._route = route_to(
-                wanted, self._registry, self._rows, self._present, recents, self._refusals, self._refuse
-            )
+            self._route = route_to(wanted, self._registry, self._rows, self._present, recents, self._refusals)
             if self._route is None:
                 return False
             if not self._route.steps:
@@ -620,7 +520,7 @@ class VersionFollower:
         if isinstance(error, UnknownVersion) and self._looked_again != step:
             self._looked_again = step
             return True
-        self._refuse(step.kind, step.version, error)
+        self._refusals.add(step.kind, step.version, error)
         return False
 
     def _settle_for(self, version: int, control: Control) -> bool:
@@ -631,6 +531,25 @@ class VersionFollower:
         if stored_version is not None and self._may_follow(stored_version, control):
             self._serve(version)
         return False
+
+    def _apply_labelled(self, control: Control) -> bool:
+        """Applies one step towards the first labelled version that is not on this host; returns whether there was one."""
+        missing = [version for _, version in control.labels if version not in self._present]
+        if self._labelled is None or self._labelled.target not in missing:
+            routes = (
+                durable_route(version, self._registry, self._rows, self._present, self._refusals) for version in missing
+            )
+            self._labelled = next(filter(None, routes), None)
+        if self._labelled is None:
+            return False
+        step = self._labelled.steps[0]
+        try:
+            self._apply(step, self._labelled.rebuild, follow=False)
+            self._labelled.steps.pop(0)
+        except (CorruptVersion, UnknownVersion) as error:
+            self._refusals.add(step.kind, step.version, error)
+            self._labelled = None
+        return True
 
     def _may_follow(self, manifest: Manifest | Served, control: Control) -> bool:
         """Whether workers may serve this version on the route to the wanted one."""
@@ -651,7 +570,7 @@ class VersionFollower:
         with self._metrics.apply_seconds.time():
             self._rows.apply(manifest, tensors, now_ms, follow=follow, replace=rebuild)
         killpoints.reach("apply.applied")
-        if manifest.erased < self._erased.last and self._crosses is not None:
+        if manifest.erased < self._erased.last:
             self._rows.forget(self._erased.after(manifest.erased), self._crosses, manifest.version)
         self._present[manifest.version] = now_ms
         self._metrics.applied_versions.inc()
@@ -671,12 +590,9 @@ class VersionFollower:
         with self._rows.reader() as reader:
             self.served = reader.served()
         if self.served is not None:
+            self._refusals.answering = f"version {self.served.version}"
             # Workers answer with the version's own features, regardless of the release that applied it.
             self._files.fetch_spec(self.served.spec)
             self._metrics.version.set(self.served.version)
             self._metrics.epoch.set(self.served.epoch)
         self._fit.show(self.served)
-
-    def _refuse(self, kind: str, version: int, error: Exception) -> None:
-        answering = "no version" if self.served is None else f"version {self.served.version}"
-        self._refusals.add(kind, version, error, answering)

@@ -1,8 +1,6 @@
 """Authenticates clients of a worker: its TLS certificate, and bearer tokens; both are reloaded when their files change.
 
-Each role has a file of tokens, one per line, readable only by its owner and created at the first start. `read` may
-request answers; `operate` also metrics and every operation that changes something. A request carries its token as
-`Authorization: Bearer TOKEN`, over HTTP and gRPC alike. A change takes effect within a second, without a restart.
+Each role has a file of tokens, one per line, readable only by its owner and created at the first start.
 """
 
 from __future__ import annotations
@@ -10,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import logging
-import os
-import secrets
 import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,13 +15,12 @@ from pathlib import Path
 
 from state.config.settings import Settings
 from state.errors import Forbidden, SettingsError, Unauthorized
-from state.process.private_files import others_may
+from state.process.private_files import make_key, others_may
 from state.process.said_once import SaidOnce
 
 OPEN, READ, OPERATE = "", "read", "operate"
 """The level that needs no token, and the two roles; `operate` includes `read`."""
 
-_BYTES = 32
 _LEAST_LENGTH = 16
 _SCHEME = "bearer "
 _log = logging.getLogger(__name__)
@@ -145,11 +140,15 @@ class Access:
     _say: SaidOnce = field(default_factory=lambda: SaidOnce(_log.error), repr=False)
 
     @classmethod
-    def of(cls, settings: Settings) -> Access:
-        """Builds the access control from the settings; raises SettingsError if their files cannot be used."""
+    def of(cls, settings: Settings, always: bool = False) -> Access:
+        """Builds the access control from the settings; `always`: requests need tokens, whatever the settings want.
+
+        Raises:
+            SettingsError: The files that the settings name cannot be used.
+        """
         serving = settings.serving
         certificate = Certificate(Path(serving.tls_cert), Path(serving.tls_key)) if serving.tls_cert else None
-        return cls(certificate, Tokens(settings.tokens_dir) if are_wanted(settings) else None)
+        return cls(certificate, Tokens(settings.tokens_dir) if always or are_wanted(settings) else None)
 
     def look(self) -> None:
         """Reloads files that have changed; if the new ones cannot be used, the previous ones stay in effect."""
@@ -212,24 +211,8 @@ def tokens_in(path: Path) -> list[str]:
 def make_missing(folder: Path) -> list[Path]:
     """Creates the missing files, each with a new token, and returns them; safe for several processes at once."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    created = []
-    for role in (READ, OPERATE):
-        path = folder / role
-        if path.exists():
-            continue
-        temporary = path.with_name(f".{role}.{secrets.token_hex(8)}")
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            os.write(handle, secrets.token_urlsafe(_BYTES).encode() + b"\n")
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        try:
-            # The link fails if another process was first; then its token is valid.
-            os.link(temporary, path)
-            created.append(path)
-        except FileExistsError:
-            pass
-        finally:
-            temporary.unlink()
+    paths = [folder / role for role in (READ, OPERATE)]
+    created = [path for path in paths if not path.exists() and make_key(path)]
+    for path in created:
+        _log.warning("created a token, which clients need: %s", path)
     return created

@@ -9,16 +9,6 @@
     the client does not read an answer for `timeout_s`         none
     no request for `timeout_s` after the connection opened     none
 
-Pipelined requests are answered in order, one at a time. While `PIPELINED` requests wait, the rest is neither parsed
-nor read from the socket. While uvloop's write buffer holds 64 KiB or more, the next answer waits, so a client that
-does not read its answers stops only its own connection.
-
-If the application has `respond` (`deploy/serving/rest.py`), it is called instead of ASGI. Its answer is written at
-once, without a task, by the same rules.
-
-A client may close its half of the connection after its request, and is still answered. The server calls `look` for
-each connection every second, so that no request needs a timer.
-
 `own_hosts` protects against DNS rebinding (`docs/reference/api.md`).
 """
 

@@ -1,44 +1,26 @@
 """The endpoints of a worker: profiles, items, explanations and segments, over HTTP and gRPC, and its health.
 
-`docs/reference/api.md` documents the API for callers. The gRPC service `springtide.v1.Profiles` gives the same
-answers; its requests are converted to the parameters and bodies of HTTP.
-
-    GET  /v1/profiles/{user_id}?item=&category=&at=&context.NAME=&fields=&top=
-    POST /v1/profiles:batch      {"profiles": [{"user_id": ..., "item": ..., ...}, ...]} or {"users": [...]}, "fields", "top"
-    GET  /v1/profiles/{user_id}/explain?label=|item=&category=&at=&context.NAME=&top=
-
-    POST /v1/rank      {"user_id": ..., "items": [...], "context": {...}, "at": ...}
-    GET  /v1/recommendations/{user_id}?n=&category=&exclude_seen=&at=&context.NAME=
-    GET  /v1/similar/{user_id}?n=&exclude_seen=&at=&context.NAME=
-
-    GET /v1/segments
-    GET /v1/segments/{segment}?from=&n=
-    GET /v1/segments/{segment}/users/{user_id}
-    GET /v1/segments/{segment}/lookalikes?n=
-
-    GET /v1/hosts
-    GET /healthz /readyz /metrics
+`docs/reference/api.md` documents the API for callers. gRPC gives the same answers as HTTP.
 """
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 from urllib.parse import quote, urlencode
 
 import msgspec
+import numpy as np
 import orjson
 from google.protobuf import json_format
 from google.protobuf.message import Message
 from msgspec import Meta
 from prometheus_client import CollectorRegistry
 
-from deploy.serving.answers.explaining import Explanation, explain
+from deploy.serving.answers.explaining import explain
 from deploy.serving.answers.host import Answers, Host
-from deploy.serving.answers.items import RankedItems, Recommendations, SimilarItems, rank, recommend, similar
-from deploy.serving.answers.query import About, Answer
+from deploy.serving.answers.items import rank, recommend, similar
 from deploy.serving.requests.access import OPEN, OPERATE
 from deploy.serving.requests.forwarding import whole
 from deploy.serving.requests.grpc_server import Method, Service, message
@@ -103,23 +85,23 @@ class Questions:
     def __init__(self, answers: Answers) -> None:
         self._answers, self._host = answers, answers.host
 
-    async def rank(self, question: RankQuestion) -> RankedItems:
+    async def rank(self, question: RankQuestion) -> responses.Ranking:
         """Ranks the items that the caller names."""
         items, impressions = question.named_items(), self._host.impressions
         return await self._answers.run(rank(self._host.predictor(), question.query(), items, impressions))
 
-    async def recommend(self, user: str, parameters: RecommendationParameters) -> Recommendations:
+    async def recommend(self, user: str, parameters: RecommendationParameters) -> responses.Recommendations:
         """Recommends items."""
         query, sources, host = parameters.query(user), self._answers.sources(), self._host
-        wanted = parameters.wanted()._replace(per_category=host.per_category)
+        wanted = parameters.wanted()._replace(per_category=host.serving.per_category)
         return await self._answers.run(recommend(host.predictor(), sources, query, wanted, host.impressions))
 
-    async def similar(self, user: str, parameters: NearParameters) -> SimilarItems:
+    async def similar(self, user: str, parameters: NearParameters) -> responses.SimilarItems:
         """Finds the nearest items."""
         near = self._answers.sources().near
         return self._answers.counted(similar(self._host.predictor(), near, parameters.query(user), parameters.wanted()))
 
-    async def explain(self, user: str, parameters: ExplanationParameters) -> Explanation:
+    async def explain(self, user: str, parameters: ExplanationParameters) -> responses.Explanation:
         """Explains a probability."""
         return await self._answers.run(explain(self._host.predictor(), parameters.query(user), parameters.label))
 
@@ -128,12 +110,9 @@ def profile_endpoints(answers: Answers) -> list[Endpoint]:
     """Returns the endpoints that answer profiles, explanations and items."""
     questions = Questions(answers)
 
-    def json_of(answer: Answer) -> bytes:
-        return encode(answer.document())
-
     def soon(request: Request) -> asyncio.Future[bytes]:
         parameters = request.parameters(ProfileParameters) if request.query_string else _NO_PARAMETERS
-        return answers.profiles.one(parameters.query(request.path["user_id"]), json_of)
+        return answers.profiles.one(parameters.query(request.path["user_id"]), encode)
 
     async def profile(request: Request) -> Response:
         return Response(200, await soon(request))
@@ -141,14 +120,14 @@ def profile_endpoints(answers: Answers) -> list[Endpoint]:
     async def batch(request: Request) -> Response:
         question = await request.document()
         return Response(
-            200, b'{"profiles":[' + b",".join(await answers.profiles.many(question.queries(), json_of)) + b"]}"
+            200, b'{"profiles":[' + b",".join(await answers.profiles.many(question.queries(), encode)) + b"]}"
         )
 
     async def rank(request: Request) -> Response:
         return Response(200, encode(await questions.rank(await request.document())))
 
     def about_user(
-        kind: type[Parameters], answer: Callable[[str, Parameters], Awaitable[About]]
+        kind: type[Parameters], answer: Callable[[str, Parameters], Awaitable[responses.About]]
     ) -> Callable[[Request], Awaitable[Response]]:
         async def answered(request: Request) -> Response:
             return Response(200, encode(await answer(request.path["user_id"], request.parameters(kind))))
@@ -342,16 +321,12 @@ def _convert(fields: Mapping[str, Any], kind: type[Parameters]) -> Parameters:
 
 
 def _filled(name: str, answer: Any) -> Any:
-    return message(f"{PACKAGE}.{name}")(
-        **{field.name: getattr(answer, field.name) for field in dataclasses.fields(answer)}
-    )
+    return message(f"{PACKAGE}.{name}")(**msgspec.to_builtins(answer))
 
 
-def _profile_message(answer: Answer) -> Any:
+def _profile_message(answer: responses.Profile) -> Any:
     """Returns the message of a profile: maps without missing values, lists in place of arrays."""
-    document = answer.document()
-    if "vector" in document:
-        document["vector"] = document["vector"].tolist()
+    document = msgspec.to_builtins(answer, enc_hook=np.ndarray.tolist)
     _drop_missing(document)
     return message(f"{PACKAGE}.Profile")(**document)
 
@@ -363,27 +338,25 @@ def _drop_missing(profile: dict[str, Any]) -> None:
             owner["attributes"] = {name: text for name, text in owner["attributes"].items() if text is not None}
 
 
+def _answering(answer: Callable[[Request], Any]) -> Callable[[Request], Awaitable[Response]]:
+    async def answered(request: Request) -> Response:
+        return Response(200, encode(answer(request)))
+
+    return answered
+
+
 def segment_endpoints(host: Host) -> list[Endpoint]:
     """Returns the endpoints that list segments and their members."""
 
-    async def segments(_: Request) -> Response:
-        return Response(200, msgspec.json.encode(host.segments.sizes()))
-
-    async def segment(request: Request) -> Response:
+    def page(request: Request) -> responses.SegmentPage:
         parameters = request.parameters(SegmentParameters)
-        return Response(
-            200,
-            msgspec.json.encode(host.segments.page(request.path["segment"], int(parameters.start, 16), parameters.n)),
-        )
+        return host.segments.page(request.path["segment"], int(parameters.start, 16), parameters.n)
 
-    async def user(request: Request) -> Response:
-        return Response(
-            200, msgspec.json.encode(host.segments.of_user(request.path["segment"], request.path["user_id"]))
-        )
+    def of_user(request: Request) -> responses.UserSegment:
+        return host.segments.of_user(request.path["segment"], request.path["user_id"])
 
-    async def lookalikes(request: Request) -> Response:
-        parameters = request.parameters(LookalikeParameters)
-        return Response(200, msgspec.json.encode(host.segments.lookalikes(request.path["segment"], parameters.n)))
+    def lookalikes(request: Request) -> responses.SegmentLookalikes:
+        return host.segments.lookalikes(request.path["segment"], request.parameters(LookalikeParameters).n)
 
     failures = {**FAILED, 404: responses.Failure, 503: responses.Failure}
     return [
@@ -391,7 +364,7 @@ def segment_endpoints(host: Host) -> list[Endpoint]:
             "segments",
             ("GET",),
             "/v1/segments",
-            segments,
+            _answering(lambda _: host.segments.sizes()),
             "All segments, and how many users are in each.",
             returns=(responses.SegmentSizes,),
             failures={**FAILED, 503: responses.Failure},
@@ -400,7 +373,7 @@ def segment_endpoints(host: Host) -> list[Endpoint]:
             "segment",
             ("GET",),
             "/v1/segments/{segment}",
-            segment,
+            _answering(page),
             "A segment, and some of its members.",
             parameters=SegmentParameters,
             returns=(responses.SegmentPage,),
@@ -411,7 +384,7 @@ def segment_endpoints(host: Host) -> list[Endpoint]:
             "segment",
             ("GET",),
             "/v1/segments/{segment}/users/{user_id}",
-            user,
+            _answering(of_user),
             "Whether a user is in a segment.",
             returns=(responses.UserSegment,),
             failures=failures,
@@ -421,7 +394,7 @@ def segment_endpoints(host: Host) -> list[Endpoint]:
             "lookalikes",
             ("GET",),
             "/v1/segments/{segment}/lookalikes",
-            lookalikes,
+            _answering(lookalikes),
             "The users nearest to the members of a segment, as they were listed last.",
             parameters=LookalikeParameters,
             returns=(responses.SegmentLookalikes,),
@@ -434,16 +407,15 @@ def segment_endpoints(host: Host) -> list[Endpoint]:
 def host_endpoints(table: Callable[[], RoutingTable]) -> list[Endpoint]:
     """Returns the endpoint of the routing table, which `table` returns."""
 
-    async def live(_: Request) -> Response:
-        hosts = [{"address": host_entry.address, "shares": host_entry.shares} for host_entry in table().hosts]
-        return Response(200, encode({"hosts": hosts}))
+    def live(_: Request) -> responses.ServingHosts:
+        return responses.ServingHosts([responses.ServingHost(entry.address, entry.shares) for entry in table().hosts])
 
     return [
         Endpoint(
             "hosts",
             ("GET",),
             "/v1/hosts",
-            live,
+            _answering(live),
             "The live hosts that hold parts of the users; none if each host holds all users.",
             returns=(responses.ServingHosts,),
             failures=FAILED,
@@ -464,7 +436,7 @@ def health_endpoints(host: Host, registry: CollectorRegistry, draining: Callable
         document: dict[str, object] = {"ready": not missing}
         document |= {part: part not in missing for part in ("version", "program", "histories")}
         if refused is not None:
-            document["refused"] = {"version": refused[0], "reason": refused[1]}
+            document["refused"] = responses.RefusedVersion(*refused)
         if degraded:
             document["degraded"] = degraded
         if missing:

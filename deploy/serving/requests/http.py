@@ -302,9 +302,12 @@ def header(scope: Scope, name: bytes) -> str | None:
     return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)
 
 
-def encode(document: object) -> bytes:
-    """Encodes a document as JSON; it may contain NumPy arrays and dataclasses."""
-    return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+def _array(values: Any) -> msgspec.Raw:
+    return msgspec.Raw(orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY))
+
+
+encode = msgspec.json.Encoder(enc_hook=_array).encode
+"""Encodes a document as JSON; it may contain structs, dataclasses and NumPy arrays."""
 
 
 def failure(error: SpringtideError) -> Response:

@@ -1,7 +1,4 @@
-"""The OpenAPI 3.1 document of the HTTP API, built from the endpoints and their types, and a page that shows it.
-
-GET /openapi.json /docs
-"""
+"""The OpenAPI 3.1 document of the HTTP API, built from the endpoints and their types, and a page that shows it."""
 
 from __future__ import annotations
 

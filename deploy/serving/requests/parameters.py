@@ -9,11 +9,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from deploy.serving.answers.query import FIELDS, MOST_ITEMS, Cap, NamedItem, Query, WantedItems
+from deploy.serving.answers.query import FIELDS, LATEST_MS, MOST_ITEMS, Cap, NamedItem, Query, WantedItems
 from state.errors import BadRequest
 
 MOST_PROFILES = 1000
-LATEST_MS = 253_402_300_799_000  # the end of the year 9999
 TOP = 10
 MOST_TOP = 10_000
 MOST_RECOMMENDED = 100
@@ -46,6 +45,7 @@ FieldsText = Annotated[
     ),
 ]
 Top = Annotated[int, Meta(ge=1, le=MOST_TOP, description="The most interests of an answer.")]
+Bid = Annotated[float, Meta(ge=0, description="The value of an engagement. All items have a bid, or none.")]
 UserId = Annotated[Id, Meta(description="The raw id.", examples=["ann", 7])]
 
 
@@ -144,16 +144,7 @@ class ItemToRank(_Given, frozen=True):
 
     item: Id
     category: Id | None = None
-    bid: (
-        Annotated[
-            float,
-            Meta(
-                ge=0,
-                description="What an engagement is worth: items are ranked by probability × bid. All items have one, or none.",
-            ),
-        ]
-        | None
-    ) = None
+    bid: Bid | None = None
     cap: Cap | None = None
 
 

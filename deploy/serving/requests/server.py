@@ -1,11 +1,4 @@
-"""A worker's HTTP server: uvicorn's, which checks its connections every second and drains before it stops.
-
-Shutdown, at SIGTERM or SIGINT:
-
-1. /readyz answers 503, gRPC's health answers NOT_SERVING, and each HTTP answer announces that its connection closes.
-   Connections are still accepted for `drain_s`, so that clients can switch to another host.
-2. No more connections are accepted. Connections without a request are closed, and pending requests are answered.
-"""
+"""A worker's HTTP server: uvicorn's, which checks its connections every second and drains before it stops."""
 
 from __future__ import annotations
 
@@ -18,13 +11,16 @@ import ssl
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import uvicorn
 
 from deploy.serving.requests.access import Access
 from deploy.serving.requests.connections import BoundedConnection, ConnectionLimits
 from state.errors import PortTaken
+
+if TYPE_CHECKING:
+    from deploy.serving.requests.grpc_server import GrpcServer
 
 AT_ONCE = 64
 """Connections accepted in one iteration of the event loop."""
@@ -120,19 +116,6 @@ class Application(Protocol):
         """Answers one request."""
 
 
-class Companion(Protocol):
-    """A server that starts and ends with this one, such as `GrpcServer`."""
-
-    async def start(self) -> None:
-        """Accepts requests from now on."""
-
-    def poll(self) -> None:
-        """Notifies clients of a change of readiness."""
-
-    async def stop(self, grace_s: float) -> None:
-        """Ends within `grace_s`."""
-
-
 class DrainingServer(uvicorn.Server):
     """The HTTP server of a worker.
 
@@ -146,7 +129,7 @@ class DrainingServer(uvicorn.Server):
         limits: ConnectionLimits,
         drain_s: float,
         ready: Callable[[], None] = lambda: None,
-        grpc: Callable[[], Companion] | None = None,
+        grpc: Callable[[], GrpcServer] | None = None,
         access: Access | None = None,
     ) -> None:
         config = uvicorn.Config(
@@ -166,7 +149,7 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._app, self._limits, self._drain_s, self._ready = app, limits, drain_s, ready
         self._make_grpc, self._access = grpc, access or Access()
-        self._grpc: Companion | None = None
+        self._grpc: GrpcServer | None = None
 
     def end_on_signals(self) -> None:
         """Lets SIGTERM and SIGINT start the shutdown from now on, not only once the server runs.
@@ -201,7 +184,12 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Ends in the order of the module docstring."""
+        """Stops as SIGTERM and SIGINT ask.
+
+        1. /readyz answers 503, gRPC's health NOT_SERVING, and each HTTP answer announces that its connection closes.
+           Connections are still accepted for `drain_s`, so that clients can switch to another host.
+        2. No more connections are accepted. Connections without a request are closed, and pending requests are answered.
+        """
         # 1. Clients may switch to another host.
         self._app.draining = True
         if self._grpc is not None:

@@ -1,17 +1,13 @@
-"""TensorFlow Serving's interfaces over REST and gRPC: status, metadata and predictions in its formats.
+"""TensorFlow Serving's interfaces over REST and gRPC: status, metadata and predictions, with its formats and codes.
 
-    GET  /v1/models/profile[/versions/V|/labels/L][/metadata]
-    POST /v1/models/profile[/versions/V|/labels/L]:predict    {"instances": [...]} or {"inputs": {...}}
-
-Tensors in JSON are by row (`instances`) or by column (`inputs`), with bytes as `{"b64": TEXT}`; errors are
-`{"error": TEXT}`. Over gRPC, `PredictionService` and `ModelService` answer as far as they apply to this model, with
-strings as bytes in arrays of objects. Status codes are TensorFlow Serving's.
+Tensors in JSON are by row (`instances`) or by column (`inputs`), with bytes as `{"b64": TEXT}`.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Annotated, Any
 
@@ -32,15 +28,24 @@ from deploy.serving.answers.tensor_model import (
 )
 from deploy.serving.requests.grpc_server import POOL, Method, Service, message
 from deploy.serving.requests.http import FAILED, JSON, Endpoint, Headers, Request, Response, encode
-from springtide_client.answers import ModelFailure, ModelMetadata, ModelOutputs, ModelPredictions, ModelStatus
+from springtide_client.answers import (
+    ModelFailure,
+    ModelMetadata,
+    ModelOutputs,
+    ModelPredictions,
+    ModelSpec,
+    ModelStatus,
+    ModelVersion,
+    Status,
+)
 from state.errors import BadRequest, SpringtideError
 
-FORM = 'send {"instances": [...]} or {"inputs": {...}}'
+FORM = '{"instances": [...]} or {"inputs": {...}}'
+_VERSION = re.compile("^[0-9]{1,18}$")
 _KINDS = {"f": "iuf", "i": "iu", "b": "b"}
 """NumPy kinds of JSON values that each kind of tensor accepts."""
 CHOICES = ("", "/versions/{version}", "/labels/{label}")
-LARGEST = 2**63 - 1
-_PLACEHOLDERS: Mapping[str, Mapping[str, Any]] = {"model": {"enum": [MODEL]}, "version": {"pattern": "^[0-9]{1,18}$"}}
+_PLACEHOLDERS: Mapping[str, Mapping[str, Any]] = {"model": {"enum": [MODEL]}, "version": {"pattern": _VERSION.pattern}}
 _FAILURES: Mapping[int, type] = {**FAILED, 400: ModelFailure, 404: ModelFailure, 503: ModelFailure}
 _FAILURES_OF_PREDICT = {**_FAILURES, 413: ModelFailure, 504: ModelFailure}
 
@@ -76,14 +81,14 @@ NOT_OFFERED = {
 }
 
 
-class QuestionsByRow(msgspec.Struct, frozen=True):
+class QuestionsByRow(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Questions by row: objects of equal form, or plain values if only one input is required."""
 
     instances: Annotated[list[Any], Meta(min_length=1)]
     signature_name: str = ""
 
 
-class QuestionsByColumn(msgspec.Struct, frozen=True):
+class QuestionsByColumn(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Questions by column: lists by input, or one list if only one input is required."""
 
     inputs: Annotated[dict[str, Any] | list[Any], Meta(description="By name, or of the only one.")]
@@ -94,31 +99,28 @@ def model_endpoints(model: TensorModel) -> list[Endpoint]:
     """Returns the endpoints of the model; paths with a colon are matched first."""
 
     async def predict(request: Request) -> Response:
-        document = _document(await request.body())
-        name = document.get("signature_name", "")
-        if not isinstance(name, str):
-            raise BadRequest("'signature_name' is no string", "give a signature's name")
-        answer = await model.predict(chosen(request), name, lambda signature: tensors(document, signature))
+        asked: QuestionsByRow | QuestionsByColumn = await request.document()
+        answer = await model.predict(chosen(request), asked.signature_name, lambda signature: tensors(asked, signature))
         columns = {name: _listed(values) for name, values in answer.outputs.items()}
-        if "instances" in document:
-            return Response(200, encode({"predictions": _by_row(columns)}))
-        return Response(200, encode({"outputs": next(iter(columns.values())) if len(columns) == 1 else columns}))
+        document: dict[str, Any]
+        if isinstance(asked, QuestionsByRow):
+            document = {"predictions": _by_row(columns)}
+        else:
+            document = {"outputs": next(iter(columns.values())) if len(columns) == 1 else columns}
+        return Response(200, orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY))
 
     async def metadata(request: Request) -> Response:
         version, signatures = model.signatures(chosen(request))
         shown = json_format.MessageToDict(
             signature_map(signatures), preserving_proto_field_name=True, always_print_fields_with_no_presence=True
         )
-        spec = {"name": request.path["model"], "signature_name": "", "version": str(version)}
-        return Response(200, encode({"model_spec": spec, "metadata": {"signature_def": shown}}))
+        spec = ModelSpec(request.path["model"], "", str(version))
+        return Response(200, encode(ModelMetadata(spec, {"signature_def": shown})))
 
     async def status(request: Request) -> Response:
-        ok = {"error_code": "OK", "error_message": ""}
-        shown = [
-            {"version": str(version.version), "state": "AVAILABLE", "status": ok}
-            for version in model.versions(chosen(request))
-        ]
-        return Response(200, encode({"model_version_status": shown}))
+        versions = model.versions(chosen(request))
+        shown = [ModelVersion(str(version.version), "AVAILABLE", Status("OK", "")) for version in versions]
+        return Response(200, encode(ModelStatus(shown)))
 
     async def not_offered(request: Request) -> Response:
         raise BadRequest(f"{request.scope['path'][:200]} is not offered", "use :predict", http_status=501)
@@ -147,6 +149,7 @@ def model_endpoints(model: TensorModel) -> list[Endpoint]:
             predict,
             summary="Predictions by user id, or from raw inputs, as TensorFlow Serving gives them.",
             body=(QuestionsByRow, QuestionsByColumn),
+            example=FORM,
             returns=(ModelPredictions, ModelOutputs),
             failures=_FAILURES_OF_PREDICT,
         ),
@@ -194,31 +197,16 @@ def chosen(request: Request) -> ModelChoice:
     """Returns the model that a path selects; raises BadRequest if the version is no number."""
     path = request.path
     version = path.get("version")
-    # Digits of other scripts count as numbers.
-    if version is not None and not (
-        version.isascii() and version.isdecimal() and len(version) < 20 and int(version) <= LARGEST
-    ):
+    if version is not None and not _VERSION.fullmatch(version):
         raise BadRequest(
             f"Malformed request: the version {version[:100]!r} is not a number", "use the number of a version"
         )
     return ModelChoice(path["model"], None if version is None else int(version), path.get("label"))
 
 
-def _document(body: bytes) -> dict[str, Any]:
-    try:
-        document = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise BadRequest(f"JSON Parse error: {error}", FORM) from None
-    if not isinstance(document, dict):
-        raise BadRequest("the body is no JSON object", FORM)
-    if ("instances" in document) == ("inputs" in document):
-        raise BadRequest("the body has not exactly one of 'instances' and 'inputs'", FORM)
-    return document
-
-
-def tensors(document: Mapping[str, Any], signature: Signature) -> Tensors:
-    """Returns the inputs of a document; raises BadRequest, with the position, if they do not match the signature."""
-    columns = _by_column(document["instances"], signature) if "instances" in document else document["inputs"]
+def tensors(asked: QuestionsByRow | QuestionsByColumn, signature: Signature) -> Tensors:
+    """Returns the inputs of a request; raises BadRequest, with the position, if they do not match the signature."""
+    columns: Any = _by_column(asked.instances, signature) if isinstance(asked, QuestionsByRow) else asked.inputs
     if not isinstance(columns, dict) or _is_bytes(columns):
         columns = {_only(signature, "inputs"): columns}
     for name in columns:
@@ -227,10 +215,8 @@ def tensors(document: Mapping[str, Any], signature: Signature) -> Tensors:
     return {name: _array(name, values, signature.inputs[name]) for name, values in columns.items()}
 
 
-def _by_column(instances: Any, signature: Signature) -> dict[str, list[Any]]:
+def _by_column(instances: list[Any], signature: Signature) -> dict[str, list[Any]]:
     """Converts rows to columns; a row may omit optional inputs."""
-    if not isinstance(instances, list) or not instances:
-        raise BadRequest("'instances' is no list with at least one element", FORM)
     if not isinstance(instances[0], dict) or _is_bytes(instances[0]):
         return {_only(signature, "instances"): instances}
     columns: dict[str, list[Any]] = {}

@@ -17,7 +17,6 @@ from prometheus_client import CollectorRegistry
 from deploy.serving.following.clicks import HistoryFollower
 from deploy.serving.following.versions import VersionFollower
 from state.config.settings import Settings
-from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
 from state.log import partition_of, topic_plan
 from state.metrics import ApplierMetrics, TrainerMetrics
@@ -32,7 +31,9 @@ from tests.memory_log import MemoryLog
 from tests.trainer.logs import settle
 from trainer.compactor import compact, thin, tiers_of
 from trainer.engine.step import Trainer
-from trainer.learner import Learner, ServedModel, Surroundings
+from trainer.learner import Learner, Surroundings
+from trainer.publications import ServedModel
+from trainer.versions import checkpoint
 from trainer.versions.program import build
 
 PARTITIONS = 4
@@ -104,14 +105,8 @@ class Serving:
         folder, metrics = settings.serving_dir, ApplierMetrics(CollectorRegistry())
         self.rows = RowStore.open_anew(folder / "rows", MAP_BYTES)
         self.histories = HistoryStore.open_anew(folder / "histories", settings.features.history, MAP_BYTES)
-        registry = Registry(settings.registry_dir)
-        self.versions = VersionFollower(
-            registry, self.rows, folder / "programs", metrics, settings.serving.keep_s, clock.now_ms
-        )
-        spec = FeatureSpec.from_settings(settings)
-        self.clicks = HistoryFollower(
-            self.histories, spec, spec.reach_ms(settings.events), metrics, clock.now_ms, kept=settings.history
-        )
+        self.versions = VersionFollower(self.rows, settings, metrics, clock.now_ms)
+        self.clicks = HistoryFollower(self.histories, settings, metrics, clock.now_ms)
 
     def run(self) -> None:
         """Takes up all that is new, and forgets what is due."""
@@ -197,7 +192,12 @@ class Chain:
             self.registry,
             self.trainer,
             self.log,
-            ServedModel(self.registry.specs.add_program(self._program), shard.spec.digest, about),
+            ServedModel(
+                self.registry.specs.add_program(self._program),
+                shard.spec.digest,
+                about,
+                checkpoint.environment(settings, self.trainer.device, self.trainer.engine.name),
+            ),
             TrainerMetrics(CollectorRegistry()),
             Surroundings(clock=self.clock.now_s, elapsed=self.clock.now_s),
         )

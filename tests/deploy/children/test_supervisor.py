@@ -17,8 +17,7 @@ from prometheus_client import CollectorRegistry
 
 from deploy.children import supervisor as supervising
 from deploy.children.ending import last_line
-from deploy.children.log_files import LogFile, LogPump
-from deploy.children.supervisor import ProcessPlan, Supervisor
+from deploy.children.supervisor import LogFile, LogPump, ProcessPlan, Supervisor
 from state.config.loading import load
 from state.errors import ProcessFailed
 from state.metrics import SupervisorMetrics

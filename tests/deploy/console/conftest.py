@@ -33,10 +33,6 @@ def settings(operator: Operator) -> Settings:
 class Reached:
     """A console that answers.
 
-    Args:
-        settings: Of the system.
-        guard: Lets requests in.
-
     Attributes:
         url: Where.
         app: The application.

@@ -122,13 +122,7 @@ class Site:
     def use(
         self, rates: Mapping[str, float], over: Callable[[], bool], crowd: Iterable[Sequence[int]] | None = None
     ) -> list[tuple[int, str | None, int]]:
-        """Users ask and engage, so often an answer as the rate of their arm says, until it is over.
-
-        Args:
-            rates: Engagements an answer; the part behind the comma is a chance.
-            over: Whether it is.
-            crowd: Who asks, one batch after another; nobody once they have. By default some again and again.
-        """
+        """Users ask and engage, so often an answer as the rate of their arm says, until it is over."""
         asked, deadline, random = [], time.monotonic() + PATIENCE_S, np.random.default_rng(next(self.seeds))
         for numbers in crowd or (random.integers(0, USERS, 100).tolist() for _ in itertools.count()):
             if over():

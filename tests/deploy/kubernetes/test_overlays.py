@@ -42,6 +42,11 @@ from tests.manifests import (
 DISK_BYTES_S = 1e8
 """What a block device writes and reads at least, one that is worth the name."""
 MINORS = ("1.35", "1.36", "1.37")
+IMMUTABLE = {
+    "StatefulSet": ("selector", "serviceName", "podManagementPolicy", "volumeClaimTemplates"),
+    "Deployment": ("selector",),
+}
+"""Fields of a `spec` of which the API server refuses a change."""
 # Kinds of others, which have no place in Kubernetes' own schemas.
 OTHERS = {"ServiceMonitor", "HTTPRoute", "VirtualService"}
 with_kubectl = pytest.mark.skipif(KUBECTL is None, reason=WHY_NOT)
@@ -99,6 +104,20 @@ def test_an_overlay_has_every_object_once_in_its_namespace(overlay: str) -> None
     assert spaces == {"springtide"}
     images = {one.told["image"] for one in boxes(found(overlay))}
     assert images == {f"springtide:{__version__}"}
+    sets = {one["metadata"]["name"]: one["spec"] for one in of_kind(found(overlay), "StatefulSet")}
+    scaled = {one["spec"]["scaleTargetRef"]["name"] for one in of_kind(found(overlay), "HorizontalPodAutoscaler")}
+    assert not any("replicas" in sets[name] for name in scaled), "an apply would undo what the autoscaler decided"
+
+
+@with_kubectl
+@pytest.mark.parametrize("larger", ["large", "full", "flink", "standby"])
+def test_a_small_deployment_becomes_a_larger_one_in_place(larger: str) -> None:
+    before, after = (
+        {(one["kind"], one["metadata"]["name"]): one for one in found(overlay)} for overlay in ("small", larger)
+    )
+    for kind, name in before.keys() & after.keys():
+        for field in IMMUTABLE.get(kind, ()):
+            assert before[kind, name]["spec"].get(field) == after[kind, name]["spec"].get(field), (name, field)
 
 
 @with_kubectl
@@ -385,8 +404,3 @@ def test_the_settings_of_an_overlay_give_its_stores_their_room(overlay: str) -> 
     disk = quantity(claims["springtide-registry"]["spec"]["resources"]["requests"]["storage"])
     kept = min(settings.registry.delta_keep_gb * 1e9, shares.kept_bytes(settings, shares.REGISTRY))
     assert disk >= kept + 2 * wanted["base_bytes"]
-
-
-def test_a_quantity_is_read_as_kubernetes_reads_it() -> None:
-    for text, value in (("1", 1.0), ("250m", 0.25), ("3Gi", 3 * 2**30), ("300Mi", 300 * 2**20)):
-        assert quantity(text) == value

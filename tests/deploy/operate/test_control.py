@@ -12,10 +12,9 @@ from deploy.sections import held_text, held_update
 from state.config.loading import load
 from state.errors import CorruptVersion, SettingsError, UnfitMask, UnfitVersion, UnknownVersion
 from state.process.actor import actor
-from state.registry.control import HeldUpdate, SuspectClicks
+from state.registry.control import HeldUpdate, SuspectClicks, named
 from state.registry.control import hold as hold_update
 from tests.deploy.operating import NOW_MS, TOPIC, Operator
-from trainer.compactor import needed
 
 
 def test_a_pin_and_a_follow_are_generations_with_actor_and_reason(operator: Operator) -> None:
@@ -94,11 +93,11 @@ def test_a_label_is_a_generation_that_lists_and_keeps_the_version(operator: Oper
     assert "nothing was changed" in operator("label", "canary", "3")
     labelled = operator.registry.controls()[-1]
     assert (labelled.action, labelled.labels, labelled.reason) == ("label", (("canary", 3),), "try it")
-    assert 3 in needed(labelled)
+    assert 3 in named(labelled)
     operator("pin", "2")
     assert operator.registry.controls()[-1].labels == (("canary", 3),)
     operator("label", "canary", "--remove")
-    assert operator.registry.controls()[-1].labels == () and 3 not in needed(operator.registry.controls()[-1])
+    assert operator.registry.controls()[-1].labels == () and 3 not in named(operator.registry.controls()[-1])
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,13 @@ from prometheus_client import CollectorRegistry
 from deploy.segments.judging import pseudonym
 from deploy.segments.process import SegmentKeeper
 from deploy.serving.answers.predictor import Predictor
+from deploy.serving.answers.predictor import Stores as HostStores
 from deploy.serving.following.clicks import HistoryFollower
 from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
 from state.config.sections import SegmentSettings
 from state.config.settings import Settings
 from state.events.identity import Salt, public_id, user_id
 from state.features.mask import Mask
-from state.features.spec import FeatureSpec
-from state.layout import PROGRAMS
 from state.log import Log, Topics, Writer, topic_plan
 from state.metrics import ApplierMetrics, SegmentMetrics
 from state.microbatch.batch import Header
@@ -68,18 +67,16 @@ class KeptHost:
         with Topics(kafka) as topics:
             topics.ensure(*topic_plan.microbatches(self.settings))
         metrics = ApplierMetrics(CollectorRegistry())
-        self._follower = HistoryFollower(
-            self.stores.histories,
-            FeatureSpec(),
-            FeatureSpec().reach_ms(Settings().events),
-            metrics,
-            lambda: self.now_ms,
-        )
+        self._follower = HistoryFollower(self.stores.histories, self.settings, metrics, lambda: self.now_ms)
         self._follower.connect(self.log, kafka.microbatches_topic)
-        programs = self.stores.settings.serving_dir / PROGRAMS
+        serving = replace(self.settings.serving, clock="wall")
         self.predictor = Predictor(
-            self.stores.rows, self.stores.histories, programs, FeatureSpec(), SALT, (), "wall", lambda: self.now_ms, None, pseudonym
-        )  # fmt: skip
+            HostStores(self.stores.rows, self.stores.histories),
+            replace(self.settings, serving=serving),
+            SALT,
+            lambda: self.now_ms,
+            pseudonym,
+        )
         self.keeper = self.start()
 
     def start(self) -> SegmentKeeper:

@@ -26,17 +26,25 @@ from state.events.identity import Salt, public_id, user_id
 from state.features.spec import FeatureSpec, Mask, vectorise
 from state.history.appends import Appends
 from state.history.store import HistoryStore
-from state.layout import HISTORIES, PROGRAMS, ROWS
+from state.layout import HISTORIES, ROWS
 from state.metrics import ApplierMetrics
 from state.process.wall_clock import wall_ms
 from state.registry.control import start
 from state.registry.manifest import Draft, LogRange
 from state.registry.registry import Registry
 from state.rows.store import RowStore
-from tests.deploy.serving.stocked import MAP, NOW_MS, SALT_KEY, SOURCE, clicks, row_of
+from tests.deploy.serving.stocked import (
+    CATEGORIES,
+    MAP,
+    NOW_MS,
+    POPULAR,
+    SALT_KEY,
+    SOURCE,
+    clicks,
+    model_inputs,
+    row_of,
+)
 
-CATEGORIES = ["shoes", "hats", "books", "tea"]
-POPULAR = ["tea", "shoes"]
 USERS = ["ann", "bob", "nobody"]
 """With a row and clicks, with clicks, with neither."""
 DURABLE_EACH = 25
@@ -178,7 +186,8 @@ class Trainer:
             for each, count in zip(events, seen, strict=True)
         ]
         line.set(seed)
-        inputs = self._inputs(line, seed, [one["user_id"] for one in answers], vectors)
+        users = [one["user_id"] for one in answers]
+        inputs = model_inputs(line.model, users, vectors, lambda table, name: self._row(table, name, seed))
         outputs = {name: np.asarray(value) for name, value in line.model.predict(inputs).items()}
         for place, (one, vector) in enumerate(zip(answers, vectors, strict=True)):
             who = f"{one['user_id']} after {seen[place]} clicks"
@@ -192,35 +201,6 @@ class Trainer:
             given = {each["id"]: each["probability"] for each in one["interests"]}
             if given.keys() != shares.keys() or any(abs(given[name] - shares[name]) > 1e-5 for name in shares):
                 yield f"{who}: other interests"
-
-    def _inputs(self, line: Line, seed: int, users: list[str], vectors: list[Any]) -> dict[str, Any]:
-        """What the model is asked about users without an item, composed as `trainer/model/inputs.py` says."""
-        shapes = {name: tuple(spec.shape) for name, spec in line.model.specs().items()}
-        made = {
-            name: np.zeros([len(users) if size is None else size for size in shape], np.float32)
-            for name, shape in shapes.items()
-        }
-        rows = {public_id(name): self._row("category", name, seed) for name in CATEGORIES}
-        for place, name in enumerate(POPULAR):
-            made["popular_rows"][place] = rows[public_id(name)]
-        for place, (user, vector) in enumerate(zip(users, vectors, strict=True)):
-            made["features"][place] = vector.features
-            if "category_windows" in made:
-                made["category_windows"][place] = vector.category_windows
-            for slot in np.flatnonzero(vector.sequence_actions).tolist():
-                # All clicks are on one item.
-                made["sequence_item_rows"][place, slot] = self._row("item", "i1", seed)
-                made["sequence_category_rows"][place, slot] = rows[int(vector.sequence_categories[slot])]
-                made["sequence_mask"][place, slot] = 1.0
-            if user == "ann":
-                made["user_row"][place] = self._row("user", user, seed)
-            own = vector.recent_categories.tolist()
-            for slot, category in enumerate(filter(None, own)):
-                made["recent_rows"][place, slot] = rows[category]
-                made["recent_mask"][place, slot] = 1.0
-            for slot, name in enumerate(POPULAR):
-                made["popular_mask"][place, slot] = public_id(name) not in own
-        return made
 
 
 def _shares(recent: Any, outputs: dict[str, Any]) -> dict[str, float]:
@@ -239,29 +219,21 @@ class HostWriter:
 
     Args:
         settings: With the state directory, and the salt in it.
-        registry: Whose versions it follows.
     """
 
-    def __init__(self, settings: Settings, registry: Registry) -> None:
+    def __init__(self, settings: Settings) -> None:
         folder = settings.serving_dir
         folder.mkdir(parents=True, exist_ok=True)
         self.rows, self.histories = RowStore(folder / ROWS, MAP), HistoryStore(folder / HISTORIES, map_bytes=MAP)
         self.metrics = ApplierMetrics(CollectorRegistry())
         self.events = {user: clicks([]) for user in USERS}
-        self._registry, self._programs, self._closed = registry, folder / PROGRAMS, False
+        self._settings, self._closed = settings, False
         self.restart()
         self.histories.commit(Appends.none(), (), {"caught_up": b"1", "clock": CLOCK})
 
     def restart(self) -> None:
         """The follower begins again on the same rows."""
-        self.follower = VersionFollower(
-            Registry(self._registry.path),
-            self.rows,
-            self._programs,
-            self.metrics,
-            60.0,
-            wall_ms,
-        )
+        self.follower = VersionFollower(self.rows, self._settings, self.metrics, wall_ms)
 
     def settle(self) -> int:
         """Takes up what there is; returns the version that answers."""

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from deploy.serving.answers.predictor import Predictor
+from deploy.serving.answers.predictor import Stores as HostStores
+from state.attributes.store import AttributeStore
 from state.config.settings import Settings
 from state.events.identity import Salt, public_id, user_id
-from state.features.spec import EVENT, FeatureSpec
+from state.features.spec import EVENT, FeatureSpec, Mask, vectorise
 from state.history.store import HistoryStore
 from state.positions import Source
-from state.ranking.transitions import SUCCESSORS
 from state.registry.manifest import Kind, LogRange, Manifest
 from state.rows.store import RowStore
 
 NOW_MS = 1_800_000_000_000
 SOURCE = Source("ab" * 16, 0)
 SALT_KEY = b"a salt of the tests only"
+SALT = Salt(SALT_KEY)
 DIM = 8
 MAP = 1 << 27
+CATEGORIES = ["shoes", "hats", "books", "tea"]
+POPULAR = ["tea", "shoes"]
 
 
 @dataclass(frozen=True)
@@ -83,15 +88,59 @@ def tensors(lowered: Lowered, version: int, names: Mapping[str, list[str]], popu
     return made
 
 
-def no_succession() -> dict[str, Any]:
-    """The model's inputs of one user of whose labels it is not known what came next."""
-    said = {
-        "recent_next": np.zeros((1, FeatureSpec().recent_categories, 2), np.float32),
-        "popular_next": np.zeros((1, 4, 2), np.float32),
-        "successor_next": np.zeros((1, SUCCESSORS, 2), np.float32),
+def predictor(
+    stores: Stores,
+    clock: str = "wall",
+    context: tuple[str, ...] = (),
+    known: AttributeStore | None = None,
+    **sections: Any,
+) -> Predictor:
+    """Answers from the stores, with these sections of the settings."""
+    settings = stores.settings
+    serving, events = replace(settings.serving, clock=clock), replace(settings.events, context=context)
+    settings = replace(settings, **{"serving": serving, "events": events, **sections})
+    return Predictor(HostStores(stores.rows, stores.histories, known), settings, SALT, lambda: NOW_MS)
+
+
+def model_inputs(model: Any, users: list[str], vectors: list[Any], row: Callable[[str, str], Any]) -> dict[str, Any]:
+    """What a model is asked about users without an item, composed as `trainer/model/inputs.py` says.
+
+    `row` returns the row of a table's name; all of `CATEGORIES` have one, and of the users ann.
+    """
+    shapes = {name: tuple(spec.shape) for name, spec in model.specs().items()}
+    made = {
+        name: np.zeros([len(users) if size is None else size for size in shape], np.float32)
+        for name, shape in shapes.items()
     }
-    rows, mask = np.zeros((1, SUCCESSORS, DIM), np.float32), np.zeros((1, SUCCESSORS), np.float32)
-    return said | {"successor_rows": rows, "successor_mask": mask}
+    rows = {public_id(name): row("category", name) for name in CATEGORIES}
+    for place, name in enumerate(POPULAR):
+        made["popular_rows"][place] = rows[public_id(name)]
+    for place, (user, vector) in enumerate(zip(users, vectors, strict=True)):
+        made["features"][place] = vector.features
+        if "category_windows" in made:
+            made["category_windows"][place] = vector.category_windows
+        for slot in np.flatnonzero(vector.sequence_actions).tolist():
+            # All clicks are on one item.
+            made["sequence_item_rows"][place, slot] = row("item", "i1")
+            made["sequence_category_rows"][place, slot] = rows[int(vector.sequence_categories[slot])]
+            made["sequence_mask"][place, slot] = 1.0
+        if user == "ann":
+            made["user_row"][place] = row("user", user)
+        own = vector.recent_categories.tolist()
+        for slot, category in enumerate(filter(None, own)):
+            made["recent_rows"][place, slot] = rows[category]
+            made["recent_mask"][place, slot] = 1.0
+        for slot, name in enumerate(POPULAR):
+            made["popular_mask"][place, slot] = public_id(name) not in own
+    return made
+
+
+def model_outputs(stores: Stores, user: str, **inputs: Any) -> dict[str, Any]:
+    """What the model itself says of a user now, by version 1 and with these inputs, each of one row."""
+    vector = vectorise(stores.histories.read(user_id(SALT, user)), NOW_MS, None, Mask.NONE, FeatureSpec())
+    asked = model_inputs(stores.lowered.model, [user], [vector], lambda table, name: row_of(table, name, 1))
+    asked |= {name: np.asarray(value)[None] for name, value in inputs.items()}
+    return {name: np.asarray(value) for name, value in stores.lowered.model.predict(asked).items()}
 
 
 def clicks(rows: list[tuple[str, str, int]], first_offset: int = 0) -> Any:
@@ -106,7 +155,7 @@ def clicks(rows: list[tuple[str, str, int]], first_offset: int = 0) -> Any:
 
 @dataclass
 class Stores:
-    """The writers' side of a serving host, with the settings that a worker needs."""
+    """The stores of a serving host, open for writing, and the settings of a worker."""
 
     settings: Settings
     rows: RowStore

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,7 @@ class Slow:
 
     def __init__(self, limits: QueueLimits) -> None:
         self.now_s, self.batches = 0.0, list[list[str]]()
-        self.batcher = Batcher(self.answer, self.held, limits, lambda: self.now_s)
+        self.batcher = Batcher(self.held, limits, lambda: self.now_s)
 
     def answer(self, queries: Sequence[Query]) -> Any:
         self.now_s += 1.0
@@ -42,13 +42,6 @@ class Slow:
 
     def ask(self, count: int) -> list[asyncio.Future[bytes]]:
         return [self.batcher.one(Query(f"u{n}"), body) for n in range(count)]
-
-
-def run(slow: Slow, test: Callable[[], Awaitable[None]]) -> None:
-    async def go() -> None:
-        await test()
-
-    asyncio.run(go())
 
 
 def test_requests_that_arrive_while_a_batch_is_computed_are_one_batch() -> None:
@@ -74,7 +67,7 @@ def test_requests_that_arrive_while_a_batch_is_computed_are_one_batch() -> None:
     def held() -> Iterator[Profiles]:
         yield answers
 
-    batcher = Batcher(answers, held)
+    batcher = Batcher(held)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await answer(send, Response(200, await batcher.one(Query("ann"), body)))
@@ -98,7 +91,7 @@ def test_more_than_a_batch_waits_for_the_next_one() -> None:
         answers = await asyncio.gather(*slow.ask(MOST_AT_ONCE + 3))
         assert answers == [f"u{n}".encode() for n in range(MOST_AT_ONCE + 3)]
 
-    run(slow, test)
+    asyncio.run(test())
     assert [len(batch) for batch in slow.batches] == [MOST_AT_ONCE, 3]
 
 
@@ -120,7 +113,7 @@ def test_who_would_wait_too_long_is_refused_at_once() -> None:
         assert len(await asyncio.gather(*accepted)) == 3 * MOST_AT_ONCE
         await asyncio.gather(*slow.ask(1))
 
-    run(slow, test)
+    asyncio.run(test())
 
 
 def test_less_than_a_batch_is_never_refused() -> None:
@@ -130,7 +123,7 @@ def test_less_than_a_batch_is_never_refused() -> None:
         for _ in range(5):
             assert len(await asyncio.gather(*slow.ask(MOST_AT_ONCE))) == MOST_AT_ONCE
 
-    run(slow, test)
+    asyncio.run(test())
 
 
 def test_a_question_that_waited_too_long_is_given_up() -> None:
@@ -143,7 +136,7 @@ def test_a_question_that_waited_too_long_is_given_up() -> None:
         with pytest.raises(TookTooLong):
             await slow.batcher.many([Query("ann")] * 3 * MOST_AT_ONCE, body)
 
-    run(slow, test)
+    asyncio.run(test())
     assert [len(batch) for batch in slow.batches] == [MOST_AT_ONCE] * 4
 
 
@@ -155,7 +148,7 @@ def test_a_question_that_nobody_waits_for_is_not_computed() -> None:
         gone.cancel()
         assert await kept == b"u0"
 
-    run(slow, test)
+    asyncio.run(test())
     assert slow.batches == [["u0"]]
 
 
@@ -170,7 +163,7 @@ def test_reading_and_refusing_take_half_of_the_time_at_most() -> None:
             slow.now_s += 2.5  # what others do in each turn
             await asyncio.sleep(0)
 
-    run(slow, test)
+    asyncio.run(test())
     assert answered == [0, 1, 4] and len(slow.batches) == 7
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from deploy.serving.answers.interests import newest_item
-from deploy.serving.answers.predictor import KINDS, Predictor
-from deploy.serving.answers.query import Answer, Query
-from state.events.identity import Salt, public_id, user_id
+from deploy.serving.answers.predictor import KINDS
+from deploy.serving.answers.query import Query
+from springtide_client.answers import Profile
+from state.events.identity import public_id, user_id
 from state.features.erased import MaskedUsers
 from state.features.mask import Mask
 from state.features.spec import EVENT, LABELLED, POSITIVE, FeatureSpec, vectorise
@@ -19,10 +20,10 @@ from state.history.appends import Appends
 from state.layout import PROGRAMS
 from state.microbatch.batch import MicroBatch
 from state.ranking.transitions import SUCCESSORS
-from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Lowered, Stores, clicks, digest_of, manifest
+from tests.deploy.serving.stocked import NOW_MS, SALT, Lowered, Stores, clicks, digest_of, manifest, predictor
 from tests.trainer.batches import micro_batch, spread
 
-SALT, SPEC = Salt(SALT_KEY), FeatureSpec()
+SPEC = FeatureSpec()
 CATEGORIES = 40
 USERS = {"cleo": [1, 2, 7], "dora": [2], "emil": [4, 3, 2, 1], "finn": [35], "gus": []}
 """What each clicked, oldest first: numbers of categories."""
@@ -86,12 +87,6 @@ def serve(stores: Stores, program: bytes, tensors: dict[str, Any]) -> None:
     stores.rows.apply(manifest(version, digest_of(lowered)), tensors, NOW_MS, follow=True)
 
 
-def predictor(stores: Stores) -> Predictor:
-    return Predictor(
-        stores.rows, stores.histories, stores.settings.serving_dir / PROGRAMS, SPEC, SALT, (), "wall", lambda: NOW_MS
-    )
-
-
 def asked(stores: Stores) -> MicroBatch:
     """The users' rows as the trainer is given them; what they click next is some category."""
     vectors = [vectorise(stores.histories.read(user_id(SALT, name)), NOW_MS, None, Mask.NONE, SPEC) for name in USERS]
@@ -130,10 +125,10 @@ def expected(stores: Stores, taught: Taught) -> list[dict[str, float]]:
     return found
 
 
-def chances(answer: Answer) -> dict[str, float]:
-    given = [one["probability"] for one in answer.interests]
+def chances(answer: Profile) -> dict[str, float]:
+    given = [one.probability for one in answer.interests]
     assert given == sorted(given, reverse=True)
-    return {one["id"]: one["probability"] for one in answer.interests}
+    return {one.id: one.probability for one in answer.interests}
 
 
 def test_each_candidate_has_the_trainers_probability_alone_and_among_others(shop: Stores, taught: Taught) -> None:
@@ -154,7 +149,7 @@ def test_a_successor_is_named_as_other_labels_are(shop: Stores, taught: Taught) 
     first = successors(taught, asked(shop).recent_categories[0].tolist())[0]
     empty = Appends.of(np.empty(0, np.uint64), clicks([]))
     shop.histories.commit(empty, (), {f"name:{first:016x}": b"tents"})
-    found = {one["id"]: one["label"] for one in predictor(shop).profile("cleo").interests}
+    found = {one.id: one.label for one in predictor(shop).profile("cleo").interests}
     assert found[f"{first:016x}"] == "tents"
 
 
@@ -175,8 +170,8 @@ def test_engagement_is_the_trainers_too_of_a_label_a_successor_and_something_els
         answers = predictor(shop).profiles([Query(name, item="i9") for name in USERS])
         for answer, logit in zip(answers, scores.engagement[: len(batch)].tolist(), strict=True):
             assert answer.engagement is not None
-            assert answer.engagement["probability"] == pytest.approx(1 / (1 + np.exp(-logit)), rel=1e-3)
-        found.add(answers[0].engagement["probability"] if answers[0].engagement else None)
+            assert answer.engagement.probability == pytest.approx(1 / (1 + np.exp(-logit)), rel=1e-3)
+        found.add(answers[0].engagement.probability if answers[0].engagement else None)
     assert len(found) == 3
 
 

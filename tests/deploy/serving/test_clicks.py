@@ -15,10 +15,13 @@ from prometheus_client import CollectorRegistry
 
 from deploy.serving.following.clicks import HistoryFollower
 from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA
+from state.config.sections import Events as EventSettings
+from state.config.sections import Paths
+from state.config.settings import Settings
 from state.errors import SaltMismatch
-from state.features.spec import FeatureSpec
 from state.history.appends import Appends, events_of
 from state.history.store import HistoryStore
+from state.layout import GAPS
 from state.log.accepted_gaps import Accepted, Journal
 from state.metrics import ApplierMetrics
 from state.microbatch.batch import Header, new_ranges
@@ -29,7 +32,7 @@ from tests.memory_log import MemoryLog
 MAP = 1 << 27
 TOPIC = "cd" * 16
 LOG = "microbatches"
-REACH_MS = 1000 * (FeatureSpec().windows_s[-1] + 3600)
+EVENTS = EventSettings(max_age_s=3600.0, max_future_s=0.0)
 SOURCE = Source("ab" * 16, 3)
 
 
@@ -98,12 +101,13 @@ class Following:
     log: MemoryLog
     clock: Clock = field(default_factory=Clock)
     own_salt: str | None = None
+    history: int = Settings().features.history
 
     def __post_init__(self) -> None:
-        self.store = HistoryStore(self.path, map_bytes=MAP)
+        self.store = HistoryStore(self.path, self.history, MAP)
         self.metrics = ApplierMetrics(CollectorRegistry())
-        own = {"own_salt": self.own_salt}
-        self.follower = HistoryFollower(self.store, FeatureSpec(), REACH_MS, self.metrics, self.clock, **own)
+        settings = Settings(paths=Paths(registry=str(self.path.parent / "registry")), events=EVENTS)
+        self.follower = HistoryFollower(self.store, settings, self.metrics, self.clock, own_salt=self.own_salt)
         self.connect()
 
     def connect(self) -> None:
@@ -245,8 +249,7 @@ def test_records_of_a_lost_salt_before_the_first_of_ours_are_left_out(tmp_path: 
 
 def test_a_record_of_another_salt_that_the_trainer_leaves_out_is_left_out_here_too(tmp_path: Path) -> None:
     following = Following(tmp_path / "store", written(record(0, 3), record(0, 9, salt="other"), record(3, 5)))
-    journal = Journal(tmp_path / "gaps")
-    following.follower._accepted = journal.accepted
+    journal = Journal(tmp_path / "registry" / GAPS)
     with pytest.raises(SaltMismatch, match="record 1"):
         following.drain()
     # While it runs: an operator started the trainer with --skip-record.

@@ -12,8 +12,7 @@ from state.events.identity import Salt, context_id, public_id, user_id
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec, vectorise
 from state.ranking.crosses import Crosses, Values
-from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Stores, digest_of, manifest, tensors
-from tests.deploy.serving.test_predictor import predictor
+from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Stores, digest_of, manifest, predictor, tensors
 
 SPEC = FeatureSpec()
 
@@ -38,7 +37,7 @@ def learn(stores: Stores, version: int, ids: np.ndarray[Any, Any], rows: np.ndar
 def logit(stores: Stores, user: str, **asked: Any) -> float:
     answer = predictor(stores, context=("tab",)).profile(user, **asked).engagement
     assert answer is not None
-    chance = answer["probability"]
+    chance = answer.probability
     return float(np.log(chance / (1 - chance)))
 
 
@@ -60,7 +59,7 @@ def test_a_pairs_weights_count_half_at_first(stores: Stores) -> None:
         [Q("bob", None), Q("ann", "i1", context={"tab": "3"}), Q("bob", "i1")]
     )
     assert many[1].engagement is not None and many[0].engagement is None
-    chance = many[1].engagement["probability"]
+    chance = many[1].engagement.probability
     assert float(np.log(chance / (1 - chance))) == expected
 
 

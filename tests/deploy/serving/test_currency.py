@@ -6,27 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry
 
-from deploy.serving.answers.host import Host
 from deploy.serving.applier import LogCheck
 from deploy.serving.notes import CLICKS, NOTE_MS, VERSIONS, Currency
-from deploy.serving.rest import App
-from state.events.identity import Salt
 from state.layout import CURRENT
-from tests.deploy.serving.http_api.test_app import ask
-from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Stores
+from tests.deploy.serving.http_api.test_app import app_of, ask
+from tests.deploy.serving.stocked import NOW_MS, Stores
 from tests.deploy.serving.test_clicks import LOG, Following, append, record, written
-
-
-def test_what_was_current_longer_ago_than_bearable_is_named(tmp_path: Path) -> None:
-    writer, reader = Currency(tmp_path, CURRENT), Currency(tmp_path, CURRENT)
-    assert set(reader.older_than(30.0, NOW_MS)) == {VERSIONS, CLICKS}
-    writer.note(VERSIONS, NOW_MS)
-    writer.note(CLICKS, NOW_MS - 20_000)
-    assert reader.older_than(30.0, NOW_MS) == {}
-    assert set(reader.older_than(30.0, NOW_MS + 11_000)) == {CLICKS}
-    assert set(reader.older_than(30.0, NOW_MS + 31_000)) == {VERSIONS, CLICKS}
 
 
 def test_a_moment_is_noted_at_most_once_a_second_whatever_the_clock_does(tmp_path: Path) -> None:
@@ -43,9 +29,8 @@ def test_a_moment_is_noted_at_most_once_a_second_whatever_the_clock_does(tmp_pat
 
 
 def test_what_is_missed_for_a_minute_is_degraded_and_still_ready(stores: Stores) -> None:
-    stores.close()
     now = [NOW_MS]
-    app = App(Host(stores.settings, Salt(SALT_KEY), now_ms=lambda: now[0]), CollectorRegistry())
+    app = app_of(stores, lambda: now[0])
     notes = Currency(stores.settings.serving_dir, CURRENT)
     for part in (VERSIONS, CLICKS):
         notes.note(part, NOW_MS)
@@ -60,12 +45,10 @@ def test_what_is_missed_for_a_minute_is_degraded_and_still_ready(stores: Stores)
 
 
 def test_readiness_ends_with_currency_and_comes_again(stores: Stores) -> None:
-    stores.close()
-    settings = replace(stores.settings, serving=replace(stores.settings.serving, max_age_s=30.0))
     now = [NOW_MS]
-    app = App(Host(settings, Salt(SALT_KEY), now_ms=lambda: now[0]), CollectorRegistry())
+    app = app_of(stores, lambda: now[0], serving=replace(stores.settings.serving, max_age_s=30.0))
     assert ask(app, "GET", "/readyz").status_code == 503
-    notes = Currency(settings.serving_dir, CURRENT)
+    notes = Currency(stores.settings.serving_dir, CURRENT)
     for part in (VERSIONS, CLICKS):
         notes.note(part, NOW_MS)
     assert ask(app, "GET", "/readyz").json()["ready"]

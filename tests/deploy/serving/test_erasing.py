@@ -7,15 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from prometheus_client import CollectorRegistry
 from safetensors.numpy import save
 
 from deploy.serving.following.erasing import HostErasures
-from deploy.serving.following.versions import VersionFollower
 from state.features.erased import Erased, MaskedUsers
 from state.features.spec import FeatureSpec
-from state.layout import PROGRAMS, ROWS
-from state.metrics import ApplierMetrics
+from state.layout import ROWS
 from state.process import killpoints
 from state.ranking.crosses import Crosses
 from state.registry.control import erase, follow, pin
@@ -41,18 +38,9 @@ def entries(world: World, user: int) -> int:
         return sum(bytes(key)[1:9] == user.to_bytes(8, "big") for key, _ in transaction.cursor())
 
 
-def forgetting(world: World) -> None:
-    """The applier begins again, with the crosses of the settings."""
-    metrics = ApplierMetrics(CollectorRegistry())
-    world.follower = VersionFollower(
-        Registry(world.registry.path), world.rows, world.path / PROGRAMS, metrics, 10.0, world.clock, CROSSES
-    )
-
-
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
     made = World(tmp_path / "serving", Clock(), Registry(tmp_path / "registry"))
-    forgetting(made)
     yield made
     made.rows.close()
 
@@ -87,7 +75,7 @@ def test_no_entry_of_the_user_is_left_in_the_rows_whatever_version_wrote_it(
     with pytest.raises(KeyboardInterrupt):
         world.settle()
     monkeypatch.undo()
-    forgetting(world)
+    world.restart()
     world.settle()
     assert (entries(world, 7), world.follower.erased) == (0, 1), "also the version that answers stay at"
     assert world.served() == (first, {8: 1.0})
@@ -97,7 +85,7 @@ def test_no_entry_of_the_user_is_left_in_the_rows_whatever_version_wrote_it(
     world.registry.change(lambda control: pin(control, newest, **BY))
     world.settle()
     assert (entries(world, 7), world.served()) == (1, (newest, {7: 4.0, 8: 3.0}))
-    forgetting(world)
+    world.restart()
     world.settle()
     assert world.served() == (newest, {7: 4.0, 8: 3.0}), "a restart takes nothing away that came after"
 

@@ -20,6 +20,8 @@ from safetensors.numpy import save
 from deploy.serving.answers.tensor_model import labels_of
 from deploy.serving.following.versions import VersionFollower
 from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
+from state.config.sections import Paths, ServingSettings
+from state.config.settings import Settings
 from state.features.spec import FeatureSpec, Mask
 from state.layout import PROGRAMS, ROWS
 from state.metrics import ApplierMetrics
@@ -65,9 +67,11 @@ class World:
     def restart(self) -> None:
         """The applier begins again on the same stores."""
         self.metrics = ApplierMetrics(CollectorRegistry())
-        self.follower = VersionFollower(
-            Registry(self.registry.path), self.rows, self.path / PROGRAMS, self.metrics, keep_s=10.0, now_ms=self.clock
+        settings = Settings(
+            paths=Paths(state=str(self.path.parent), registry=str(self.registry.path)),
+            serving=ServingSettings(keep_s=10.0),
         )
+        self.follower = VersionFollower(self.rows, settings, self.metrics, self.clock)
 
     def publish(self, changes: dict[int, float], parent: int | None = None, removed: tuple[int, ...] = ()) -> Manifest:
         """A version of control's epoch; the first one is a base."""
@@ -151,17 +155,6 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 def check(world: World, version: int) -> None:
     assert world.served() == (version, world.state[version])
-
-
-def test_versions_are_followed_in_order(world: World) -> None:
-    world.settle()
-    assert world.served() is None
-    for value in (1.0, 2.0, 3.0):
-        version = world.publish({1: value, int(value): value}).version
-        world.settle()
-        check(world, version)
-    assert (world.path / PROGRAMS / f"{world.program}.tflite").read_bytes() == b"a program"
-    assert world.metrics.applied_versions._value.get() == 3
 
 
 def test_where_recent_versions_went_unseen_durable_ones_lead_on(world: World, caplog: pytest.LogCaptureFixture) -> None:

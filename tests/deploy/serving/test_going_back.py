@@ -12,12 +12,10 @@ import pytest
 
 from deploy.serving.notes import CLOCK_EXTRA, item_extra
 from state.features.mask import Clicks, Mask
-from state.history.store import HistoryStore
 from state.microbatch.codec import decode, encode
 from state.process import killpoints
 from state.registry.log_line import WHOLE, LogLine, turned
-from tests.deploy.serving.test_clicks import LOG, MAP, SOURCE, Following, append, record, written
-from tests.memory_log import MemoryLog
+from tests.deploy.serving.test_clicks import LOG, SOURCE, Following, append, record, written
 
 HISTORY = 40
 # Three users; each had more than it keeps when the poison came.
@@ -55,26 +53,11 @@ def content(following: Following) -> dict[str, Any]:
     }
 
 
-class Host(Following):
-    """A follower whose histories are short, and that looks at a line of the log."""
-
-    line: LogLine = WHOLE
-
-    def __post_init__(self) -> None:
-        HistoryStore(self.path, HISTORY, MAP).close()
-        super().__post_init__()
-
-    def turn(self, line: LogLine) -> bool:
-        went = self.follower.turn(line, MASK, 0, lambda at: self.log.reader(LOG, [0], {0: at}))
-        if went:
-            self.connect()
-        return went
-
-
-def host(path: Path, log: MemoryLog, monkeypatch: pytest.MonkeyPatch) -> Host:
-    _, *others = HistoryStore.__init__.__defaults__
-    monkeypatch.setattr(HistoryStore.__init__, "__defaults__", (HISTORY, *others))
-    return Host(path, log)
+def turn(host: Following, line: LogLine) -> bool:
+    went = host.follower.turn(line, MASK, 0, lambda at: host.log.reader(LOG, [0], {0: at}))
+    if went:
+        host.connect()
+    return went
 
 
 @pytest.mark.parametrize("had", [0, 6, 11, 13])
@@ -88,7 +71,7 @@ def test_histories_go_back_and_on_from_however_far_they_had_come(
     place, end = len(good), len(good) + len(poison)
     line = turned(WHOLE, 1, place, end, ((SOURCE, 180),))
     append(log, late)
-    ours = host(tmp_path / "ours", log, monkeypatch)
+    ours = Following(tmp_path / "ours", log, history=HISTORY)
     monkeypatch.setattr("deploy.serving.following.clicks.RECORDS_AT_ONCE", 1)
     clean = [with_items(one, 2, MASK) for one in (*POISON, record(300, 330))]
     # A host that sees control late has passed over records of the new epoch.
@@ -103,23 +86,23 @@ def test_histories_go_back_and_on_from_however_far_they_had_come(
     if at:
         monkeypatch.setattr(killpoints, "armed", killpoints.parse(at, strike))
         try:
-            ours.turn(line)
+            turn(ours, line)
         except KeyboardInterrupt:
             ours.store.close()
-            ours = host(tmp_path / "ours", log, monkeypatch)
-    assert ours.turn(line) or at
+            ours = Following(tmp_path / "ours", log, history=HISTORY)
+    assert turn(ours, line) or at
     following = json.loads(ours.store.extra("microbatches") or b'{"next": {"0": 0}}')["next"]["0"]
     shown = ours.metrics.history_epoch, ours.metrics.microbatch_lag_records
     assert [one._value.get() for one in shown] == [2, log.topics().ends(LOG)[0][1] - following]
     append(log, *clean[len(written_already) :])
     for _ in range(len(good) + 2 * len(poison) + 4):
         ours.follower.step(0.0)
-    theirs = host(tmp_path / "theirs", written(*good, *clean), monkeypatch)
+    theirs = Following(tmp_path / "theirs", written(*good, *clean), history=HISTORY)
     theirs.follower._line = turned(WHOLE, 1, place, place, ((SOURCE, 180),))
     theirs.drain()
     assert content(ours) == content(theirs)
     assert ours.store.totals["masked"] == 33
-    assert not ours.turn(line)
+    assert not turn(ours, line)
     assert json.loads(ours.store.extra("microbatches") or b"")["next"] == {"0": end + 1 + len(clean)}
     ours.store.close()
     theirs.store.close()

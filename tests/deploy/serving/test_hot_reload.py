@@ -14,8 +14,8 @@ from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.process.ports import free_port
 from state.registry.registry import Registry
-from tests.deploy.serving.fire import CATEGORIES, USERS, Fire, HostWriter, Line, Trainer
-from tests.deploy.serving.stocked import DIM, SALT_KEY, Lowered, Stores, small
+from tests.deploy.serving.fire import USERS, Fire, HostWriter, Line, Trainer
+from tests.deploy.serving.stocked import CATEGORIES, DIM, SALT_KEY, Lowered, Stores, small
 from tests.deploy.serving.test_rest import answers, until, worker
 
 SWAPS, NEW_PROGRAM_AT = 40, 16
@@ -55,7 +55,7 @@ def trainer(settings: Settings, lines: list[Line]) -> Trainer:
 
 @pytest.fixture
 def host(settings: Settings, trainer: Trainer) -> Iterator[HostWriter]:
-    made = HostWriter(settings, trainer.registry)
+    made = HostWriter(settings)
     for place, category in enumerate(CATEGORIES):
         made.click("bob", category, 1000 * (50 - place))
     yield made

@@ -16,8 +16,7 @@ from springtide_client.answers import Profile
 from state.churn import ChurnInputs, ChurnWeights, Horizon, tensors_of
 from state.features.mask import Mask
 from state.features.spec import EVENT, FeatureSpec, vectorise
-from tests.deploy.serving.stocked import NOW_MS, SOURCE, Stores, digest_of, manifest, tensors
-from tests.deploy.serving.test_predictor import predictor
+from tests.deploy.serving.stocked import NOW_MS, SOURCE, Stores, digest_of, manifest, predictor, tensors
 
 SPEC = FeatureSpec()
 HOUR_MS, DAY_MS = 3_600_000, 86_400_000
@@ -78,22 +77,21 @@ def test_nothing_is_said_where_nothing_was_learned() -> None:
 
 def test_a_profile_has_it_from_the_version_that_tells_it_and_loses_it_with_a_rollback(stores: Stores) -> None:
     answering = predictor(stores)
-    assert "churn" not in answering.profile("ann").document()
+    assert answering.profile("ann").churn is None
     made = tensors(stores.lowered, 2, {"user": ["ann"]}, ["tea"])
     second = replace(manifest(2, digest_of(stores.lowered), parent=1), visible=((1, 2),))
     stores.rows.apply(second, made | tensors_of(weights()), NOW_MS, follow=True)
     for user in ("ann", "bob"):
         answer = answering.profile(user)
-        document = answer.document()
-        assert document["version"]["number"] == 2
-        assert 0.0 < document["churn"] < 1.0
-        assert _profile_message(answer).churn == document["churn"]
-        assert msgspec.json.decode(encode(document), type=Profile).churn == document["churn"]
+        assert answer.version.number == 2
+        assert answer.churn is not None and 0.0 < answer.churn < 1.0
+        assert _profile_message(answer).churn == answer.churn
+        assert msgspec.json.decode(encode(answer), type=Profile).churn == answer.churn
     nobody = answering.profile("nobody")
-    assert "churn" not in nobody.document()
+    assert "churn" not in msgspec.json.decode(encode(nobody))
     assert not _profile_message(nobody).HasField("churn")
     stores.rows.serve(1)
-    assert "churn" not in answering.profile("ann").document()
+    assert answering.profile("ann").churn is None
 
 
 @pytest.mark.parametrize("days", [0.5, 2, 7, 30])

@@ -9,24 +9,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploy.serving.answers.predictor import KnownAttributes, Predictor
+from deploy.serving.answers.predictor import Predictor
 from state.attributes.store import AttributeStore, TopicPosition, pack
 from state.attributes.values import tables_of
 from state.config.sections import Attributes
 from state.config.settings import Settings
-from state.events.identity import Salt, context_id, public_id, user_id
+from state.events.identity import context_id, public_id, user_id
 from state.features.spec import FeatureSpec, Mask, vectorise
 from state.layout import ATTRIBUTES, PROGRAMS
 from state.ranking import transitions
 from state.ranking.transitions import Lists, record, succession
 from state.rows.tables import SERVED_IDS
 from tests.conformance.test_own_tables import NARROW, WIDTH, LookingUp
-from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Lowered, Stores, digest_of, manifest, small
+from tests.deploy.serving.stocked import NOW_MS, SALT, Lowered, Stores, digest_of, manifest, small
+from tests.deploy.serving.stocked import predictor as predictor_of
 from trainer.versions.program import build
 
-SALT = Salt(SALT_KEY)
 SPEC = replace(FeatureSpec(), sequence=3)
-TABLES = tables_of(Attributes("crm", "goods", ("age", "city"), ("brand",)))
+ATTRIBUTES_OF = Attributes("crm", "goods", ("age", "city"), ("brand",))
+TABLES = tables_of(ATTRIBUTES_OF)
 FIELDS = ("place", "device")
 AGE, BRAND = TABLES["user"].ids(("25-34", None)), TABLES["item"].ids(("acme",))
 
@@ -76,10 +77,8 @@ def predictor(stores: Stores, looking_up: Lowered) -> Iterator[Predictor]:
     for side, one, text in (("user", user_id(SALT, "ann"), ("25-34", None)), ("item", public_id("i1"), ("acme",))):
         place = TopicPosition("identity", "ab" * 16, {0: 1})
         store.commit(side, {one: pack(TABLES[side].ids(text), text)}, place)
-    yield Predictor(
-        stores.rows, stores.histories, folder / PROGRAMS, SPEC, SALT, FIELDS, "wall", lambda: NOW_MS,
-        KnownAttributes(store, TABLES),
-    )  # fmt: skip
+    features = replace(stores.settings.features, sequence=SPEC.sequence)
+    yield predictor_of(stores, context=FIELDS, known=store, attributes=ATTRIBUTES_OF, features=features)
     store.close()
 
 
@@ -127,5 +126,5 @@ def test_the_popular_categories_are_looked_up_once_for_all(predictor: Predictor)
     answer = predictor.profile("nobody")
     logits = [float(row(public_id(name)).sum()) for name in ("tea", "shoes")]
     shares = np.exp(logits) / np.exp(logits).sum()
-    found = {one["id"]: one["probability"] for one in answer.interests}
+    found = {one.id: one.probability for one in answer.interests}
     assert [found[f"{public_id(name):016x}"] for name in ("tea", "shoes")] == pytest.approx(shares, abs=1e-5)

@@ -15,7 +15,10 @@ from prometheus_client import CollectorRegistry
 
 from deploy.serving.following.clicks import HistoryFollower
 from deploy.serving.following.parity import WHOLE_EXTRA
+from state.config.sections import Events as EventSettings
+from state.config.sections import Features as FeatureSettings
 from state.config.sections import HistorySettings
+from state.config.settings import Settings
 from state.features.mask import Mask
 from state.features.spec import EVENT, FeatureSpec
 from state.history.appends import Appends
@@ -32,7 +35,17 @@ from tests.streaming.test_profile import BASE_MS, SPEC, batches_of
 
 LOG = "microbatches"
 FIRST_USER, USERS = 2**63, 6
-REACH_MS = 1000 * SPEC.windows_s[-1] + 3_600_000
+SETTINGS = Settings(
+    events=EventSettings(max_age_s=3600.0, max_future_s=0.0),
+    features=FeatureSettings(
+        windows_s=SPEC.windows_s,
+        half_lives_s=SPEC.half_lives_s,
+        history=SPEC.history,
+        recent_categories=SPEC.recent_categories,
+        sequence=SPEC.sequence,
+    ),
+)
+REACH_MS = SPEC.reach_ms(SETTINGS.events)
 CLICKS = 400
 MASK = Mask(3, offsets=((SOURCES[0].topic, 0, 20, 60),), times=((BASE_MS - 90_000, BASE_MS - 60_000),))
 
@@ -89,8 +102,8 @@ class Host:
     def __post_init__(self) -> None:
         self.store = HistoryStore(self.path, SPEC.history, 1 << 26)
         self.metrics = ApplierMetrics(CollectorRegistry())
-        kept = HistorySettings(max_users=self.max_users)
-        self.follower = HistoryFollower(self.store, SPEC, REACH_MS, self.metrics, self.now_ms, kept=kept)
+        settings = replace(SETTINGS, history=HistorySettings(max_users=self.max_users))
+        self.follower = HistoryFollower(self.store, settings, self.metrics, self.now_ms)
 
     def drain(self) -> None:
         if not self.follower.connected:

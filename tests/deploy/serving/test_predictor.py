@@ -12,14 +12,15 @@ import pytest
 
 from deploy.serving.answers.predictor import Predictor
 from deploy.serving.answers.program import LoadedProgram
-from deploy.serving.answers.query import Answer, Query
+from deploy.serving.answers.query import Query
 from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
 from deploy.serving.requests.http import encode
 from deploy.serving.version_files import VersionFiles, read_program
+from springtide_client.answers import Profile
 from state.errors import CorruptVersion, NotReady, ProgramError, SaltMismatch, SpecMismatch
-from state.events.identity import Salt, public_id, user_id
+from state.events.identity import public_id, user_id
 from state.features.erased import EVERYTHING, Erased, MaskedUsers
-from state.features.spec import FeatureSpec, Mask, vectorise
+from state.features.spec import FeatureSpec, Mask
 from state.history.actions import numbered
 from state.history.appends import Appends
 from state.layout import PROGRAMS
@@ -27,76 +28,28 @@ from state.ranking import transitions
 from state.ranking.transitions import Lists, record
 from state.registry.registry import Registry
 from tests.deploy.serving.stocked import (
-    DIM,
     NOW_MS,
-    SALT_KEY,
+    SALT,
     SOURCE,
     Lowered,
     Stores,
     digest_of,
     manifest,
-    no_succession,
+    model_outputs,
+    predictor,
     row_of,
     tensors,
 )
 
-SALT = Salt(SALT_KEY)
 
-
-def predictor(
-    stores: Stores, clock: str = "wall", context: tuple[str, ...] = (), spec: FeatureSpec | None = None
-) -> Predictor:
-    return Predictor(
-        stores.rows, stores.histories, stores.settings.serving_dir / PROGRAMS, spec or FeatureSpec(), SALT, context, clock,
-        now_ms=lambda: NOW_MS,
-    )  # fmt: skip
-
-
-def reference(
-    stores: Stores, user: str, labels: list[str], popular: list[str], item: str, category: str
-) -> dict[str, Any]:
-    """What the model itself says, from inputs composed here."""
-    spec = FeatureSpec()
-    vector = vectorise(stores.histories.read(user_id(SALT, user)), NOW_MS, None, Mask.NONE, spec)
-    known = {"shoes", "hats", "books", "tea"}
-    zeros = np.zeros(DIM, np.float32)
-    row = {name: row_of("category", name, 1) if name in known else zeros for name in (*labels, *popular, category)}
-    rows, mask = (
-        np.zeros((1, spec.recent_categories, DIM), np.float32),
-        np.zeros((1, spec.recent_categories), np.float32),
-    )
-    for place, name in enumerate(labels):
-        rows[0, place], mask[0, place] = row[name], 1.0
-    popular_rows, popular_mask = np.zeros((4, DIM), np.float32), np.zeros((1, 4), np.float32)
-    for place, name in enumerate(popular):
-        popular_rows[place], popular_mask[0, place] = row[name], float(name not in labels)
-    outputs = stores.lowered.model.predict(
-        {
-            "features": vector.features.astype(np.float32)[None],
-            "user_row": (row_of("user", user, 1) if user == "ann" else zeros)[None],
-            "context_row": zeros[None],
-            "item_row": (row_of("item", item, 1) if item == "i1" else zeros)[None],
-            "category_row": row[category][None],
-            "recent_rows": rows,
-            "category_windows": vector.category_windows.astype(np.float32)[None],
-            "recent_mask": mask,
-            "popular_rows": popular_rows,
-            "popular_mask": popular_mask,
-            "cross": np.zeros(1, np.float32),
-            **no_succession(),
-        }
-    )
-    return {name: np.asarray(value) for name, value in outputs.items()}
-
-
-def check(answer: Answer, outputs: dict[str, Any], candidates: list[tuple[str, str, int]]) -> None:
+def check(answer: Profile, outputs: dict[str, Any], candidates: list[tuple[str, str, int]]) -> None:
     """Candidates are (name, output, place)."""
     logits = np.array([outputs[output][0, place] for _, output, place in candidates])
     shares = np.exp(logits) / np.exp(logits).sum()
     wanted = {name: share for (name, _, _), share in zip(candidates, shares, strict=True)}
-    assert {one["label"]: pytest.approx(one["probability"], abs=1e-5) for one in answer.interests} == wanted
-    assert sum(one["probability"] for one in answer.interests) == pytest.approx(1.0, abs=1e-5)
-    given = [one["probability"] for one in answer.interests]
+    assert {one.label: pytest.approx(one.probability, abs=1e-5) for one in answer.interests} == wanted
+    assert sum(one.probability for one in answer.interests) == pytest.approx(1.0, abs=1e-5)
+    given = [one.probability for one in answer.interests]
     assert given == sorted(given, reverse=True)
     np.testing.assert_allclose(answer.vector, outputs["vector"][0], atol=1e-5)
 
@@ -104,22 +57,20 @@ def check(answer: Answer, outputs: dict[str, Any], candidates: list[tuple[str, s
 def test_a_known_user_is_scored_as_the_model_scores(stores: Stores) -> None:
     """Candidates are the user's labels, newest first, and the popular label that is not among them."""
     answer = predictor(stores).profile("ann", item="i1")
-    outputs = reference(stores, "ann", ["shoes", "hats"], ["tea", "shoes"], "i1", "hats")
+    outputs = model_outputs(stores, "ann", item_row=row_of("item", "i1", 1), category_row=row_of("category", "hats", 1))
     tea = f"{public_id('tea'):016x}"
     check(answer, outputs, [("shoes", "recent_logits", 0), ("hats", "recent_logits", 1), (tea, "popular_logits", 0)])
     assert answer.known and not answer.cold_start
     assert answer.engagement is not None
-    assert answer.engagement["probability"] == pytest.approx(
-        1 / (1 + np.exp(-outputs["engagement_logit"][0])), abs=1e-5
-    )
-    assert answer.version["number"] == 1 and answer.version["age_s"] == 2.0
-    assert answer.version["sources"] == {f"{SOURCE}": 1001}
+    assert answer.engagement.probability == pytest.approx(1 / (1 + np.exp(-outputs["engagement_logit"][0])), abs=1e-5)
+    assert answer.version.number == 1 and answer.version.age_s == 2.0
+    assert answer.version.sources == {f"{SOURCE}": 1001}
     assert answer.features["view.count_1h"] == 2
 
 
 def test_a_user_without_a_row_is_known_by_the_clicks(stores: Stores) -> None:
     answer = predictor(stores).profile("bob")
-    outputs = reference(stores, "bob", ["books"], ["tea", "shoes"], "none", "books")
+    outputs = model_outputs(stores, "bob")
     tea = f"{public_id('tea'):016x}"
     check(answer, outputs, [("books", "recent_logits", 0), (tea, "popular_logits", 0), ("shoes", "popular_logits", 1)])
     assert answer.known and answer.engagement is None
@@ -134,7 +85,7 @@ def test_a_worker_that_followed_versions_answers_as_one_that_starts_at_the_last(
     asked, digest = predictor(stores), digest_of(stores.lowered)
 
     def documents(one: Predictor, count: int) -> list[bytes]:
-        return [encode(answer.document()) for answer in one.profiles(queries[:count])]
+        return [encode(answer) for answer in one.profiles(queries[:count])]
 
     changes: list[dict[str, Any]] = [
         tensors(stores.lowered, 2, {"category": ["hats"]}, ["tea", "shoes"]),
@@ -159,7 +110,7 @@ def test_a_worker_that_followed_versions_answers_as_one_that_starts_at_the_last(
 
 def test_an_unknown_user_gets_the_popular_labels(stores: Stores) -> None:
     answer = predictor(stores).profile("nobody")
-    outputs = reference(stores, "nobody", [], ["tea", "shoes"], "none", "tea")
+    outputs = model_outputs(stores, "nobody")
     tea = f"{public_id('tea'):016x}"
     check(answer, outputs, [(tea, "popular_logits", 0), ("shoes", "popular_logits", 1)])
     assert not answer.known and answer.cold_start
@@ -170,7 +121,7 @@ def test_an_items_category_is_the_one_asked_for_or_the_one_remembered(stores: St
     for category in (None, "hats", "books"):
         engagement = predictor(stores).profile("ann", item="i1", category=category).engagement
         assert engagement is not None
-        chances.append(engagement["probability"])
+        chances.append(engagement.probability)
     assert chances[0] == chances[1] != chances[2]
 
 
@@ -182,7 +133,7 @@ def test_masked_clicks_leave_the_answer_at_once(stores: Stores) -> None:
     stores.rows.steer({CONTROL_NOTE: b'{"generation": 2}', MASK_NOTE: json.dumps(mask.to_json()).encode()})
     answer = served.profile("ann")
     assert answer.features["view.count_1h"] == 1
-    assert answer.version["mask_generation"] == 2
+    assert answer.version.mask_generation == 2
     assert not served.profile("bob").known
 
 
@@ -217,11 +168,11 @@ def test_an_answer_is_from_the_version_that_the_pointer_names(stores: Stores) ->
     doubled = Lowered(stores.lowered.content, {name: 2 * value for name, value in stores.lowered.weights.items()}, None)
     newer = tensors(doubled, 2, {"user": ["ann"], "category": ["hats"]}, ["books"])
     stores.rows.apply(manifest(2, digest_of(doubled), parent=1), newer, NOW_MS)
-    assert served.profile("ann").version["number"] == 1
+    assert served.profile("ann").version.number == 1
     stores.rows.serve(2)
     second = served.profile("ann")
-    assert second.version["number"] == 2
-    assert {one["label"] for one in second.interests} == {"shoes", "hats", "books"}
+    assert second.version.number == 2
+    assert {one.label for one in second.interests} == {"shoes", "hats", "books"}
     assert not np.allclose(first.vector, second.vector)
     stores.rows.serve(1)
     again = served.profile("ann")
@@ -237,7 +188,7 @@ def test_a_held_moment_answers_from_its_version_whatever_comes_meanwhile(stores:
         stores.rows.steer({MASK_NOTE: Mask(2, times=((0, NOW_MS),)).to_bytes(), CONTROL_NOTE: b"{}"}, 2)
         between = served.profile("ann")
         (after,) = served.profiles([Query("ann")], held)
-    assert (between.version["number"], between.version["mask_generation"]) == (2, 2)
+    assert (between.version.number, between.version.mask_generation) == (2, 2)
     assert (after.version, after.interests) == (before.version, before.interests)
     assert (after.vector == before.vector).all()
 
@@ -275,7 +226,7 @@ def test_what_does_not_fit_is_refused(stores: Stores) -> None:
         predictor(stores).profile("ann")
     stores.rows.apply(manifest(3, program), rows, NOW_MS, follow=True)
     with pytest.raises(SpecMismatch, match="version 3"):
-        predictor(stores, spec=replace(FeatureSpec(), history=64)).profile("ann")
+        predictor(stores, features=replace(stores.settings.features, history=64)).profile("ann")
     stores.rows.apply(manifest(4, program), {"popular": rows["popular"]}, NOW_MS, follow=True)
     with pytest.raises(ProgramError, match="dense_"):
         predictor(stores).profile("ann")
@@ -292,15 +243,17 @@ def test_a_version_answers_with_its_own_features_whatever_the_settings_say_by_no
 ) -> None:
     """While an upgrade waits for its first version: same windows, names, actions and bits as before."""
     before = predictor(stores).profile("ann", item="i1")
-    other = replace(FeatureSpec(), windows_s=(60, 604800), history=64, actions=("wish", *FeatureSpec().actions[::-1]))
+    features = replace(stores.settings.features, windows_s=(60, 604800), history=64)
+    actions = ("wish", *FeatureSpec().actions[::-1])
+    other = {"features": features, "events": replace(stores.settings.events, actions=actions)}
     with pytest.raises(SpecMismatch, match="wait for the first version of an upgrade"):
-        predictor(stores, spec=other).profile("ann", item="i1")
+        predictor(stores, **other).profile("ann", item="i1")
     registry = Registry(tmp_path / "registry")
     registry.specs.add_spec(FeatureSpec().digest, {"spec": FeatureSpec().to_json()}, lambda folder: None)
     VersionFiles(stores.settings.serving_dir / PROGRAMS, registry).fetch_spec(FeatureSpec().digest)
-    stores.histories.numbering, extra = numbered(None, other.actions, FeatureSpec().actions)
+    stores.histories.numbering, extra = numbered(None, actions, FeatureSpec().actions)
     stores.histories.commit(Appends.none(), (), extra)
-    after = predictor(stores, spec=other).profile("ann", item="i1")
+    after = predictor(stores, **other).profile("ann", item="i1")
     assert np.array_equal(after.vector, before.vector)
     assert (after.features, after.interests) == (before.features, before.interests)
     assert after.engagement == before.engagement

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from deploy.serving.answers.host import Host
-from deploy.serving.following.versions import Probing
-from deploy.serving.version_files import program_path
+from deploy.serving.answers.program import LoadedProgram
+from deploy.serving.following.versions import check_probe
 from state import probe
 from state.config.settings import Settings
 from state.errors import BadRequest, ProgramError
@@ -21,7 +20,7 @@ from state.features.spec import FeatureSpec
 from state.registry.control import pin
 from state.registry.registry import Registry
 from tests.deploy.serving.fire import HostWriter, Line, Trainer
-from tests.deploy.serving.stocked import DIM, NOW_MS, SALT_KEY, Lowered, digest_of
+from tests.deploy.serving.stocked import DIM, NOW_MS, SALT_KEY, Lowered
 from tests.deploy.serving.test_hot_reload import settings as settings
 from trainer.model.inputs import INPUTS, SEQUENCES
 
@@ -45,7 +44,7 @@ def trainer(settings: Settings, line: Line) -> Trainer:
 
 @pytest.fixture
 def host(settings: Settings, trainer: Trainer) -> Iterator[HostWriter]:
-    made = HostWriter(settings, trainer.registry)
+    made = HostWriter(settings)
     yield made
     made.close()
 
@@ -82,7 +81,7 @@ def test_readiness_names_it_and_it_cannot_be_asked_for(settings: Settings, train
         with pytest.raises(BadRequest, match=f"version {bad} is refused"):
             predictor.take_up(reader, bad)
     worker.close()
-    again = HostWriter(settings, trainer.registry)
+    again = HostWriter(settings)
     better = trainer.publish()
     assert again.settle() == better and again.metrics.refused_version._value.get() == 0
     again.close()
@@ -129,10 +128,7 @@ def test_the_first_version_is_refused_too(trainer: Trainer, host: HostWriter) ->
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0])
-def test_trainer_and_program_agree_far_closer_than_is_asked(
-    tmp_path: Path, line: Line, lowered: Lowered, scale: float
-) -> None:
-    program_path(tmp_path, digest_of(lowered)).write_bytes(lowered.content)
+def test_trainer_and_program_agree_far_closer_than_is_asked(line: Line, lowered: Lowered, scale: float) -> None:
     rng = np.random.default_rng(11)
     weights = {
         name: (scale * rng.normal(0, 1 / np.sqrt(max(value.shape[:1] or (1,))), value.shape)).astype(np.float32)
@@ -140,10 +136,11 @@ def test_trainer_and_program_agree_far_closer_than_is_asked(
     }
     line.model.set_weights(weights)
     tensors = {f"dense.{name}": value for name, value in weights.items()} | line.probe()
-    Probing(tmp_path).check(1, digest_of(lowered), tensors)
+    program = LoadedProgram(lowered.content)
+    check_probe(1, program, tensors)
     spoiled(tensors)
     with pytest.raises(ProgramError, match=r"differs by"):
-        Probing(tmp_path).check(1, digest_of(lowered), tensors)
+        check_probe(1, program, tensors)
 
 
 def test_the_probe_gives_whole_numbers_where_the_model_wants_them() -> None:

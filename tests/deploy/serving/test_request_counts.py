@@ -54,6 +54,10 @@ def counted() -> Counted:
 
 
 def test_a_bucket_names_the_version_of_one_of_its_requests_a_second(counted: Counted) -> None:
+    counted.version = 0
+    counted.answer(0.1)
+    assert counted.exemplars() == [], "no version has answered yet"
+    counted.version = 7
     counted.answer(0.0041)
     counted.version = 8
     counted.answer(0.0042)
@@ -63,17 +67,6 @@ def test_a_bucket_names_the_version_of_one_of_its_requests_a_second(counted: Cou
     counted.now_s += 1.0
     counted.answer(0.0043)
     assert counted.exemplars() == [("0.005", "8", 0.0043), ("0.5", "8", 0.3)]
-
-
-def test_a_request_beyond_the_last_bucket_has_one_too(counted: Counted) -> None:
-    counted.answer(60.0)
-    assert counted.exemplars() == [("+Inf", "7", 60.0)]
-
-
-def test_before_the_first_answer_no_version_is_named(counted: Counted) -> None:
-    counted.version = 0
-    counted.answer(0.1)
-    assert counted.exemplars() == []
 
 
 def test_what_no_version_answers_is_timed_together(counted: Counted) -> None:
@@ -136,18 +129,14 @@ def test_the_masks_of_control_are_counted(collected: CollectorRegistry) -> None:
 
 
 def test_ages_are_from_the_version_its_newest_click_and_the_newest_click_here(collected: CollectorRegistry) -> None:
-    show_ages(SERVED, 9_500, 10_000, ApplierMetrics(collected))
-    assert collected.get_sample_value("springtide_serving_version_age_seconds") == 6.0
-    assert collected.get_sample_value("springtide_serving_weight_freshness_seconds") == 8.0
-    assert collected.get_sample_value("springtide_serving_feature_freshness_seconds") == 0.5
-
-
-def test_nothing_is_sampled_of_what_is_not_there(collected: CollectorRegistry) -> None:
     metrics = ApplierMetrics(collected)
     show_ages(None, 0, 10_000, metrics)
     show_ages(replace(SERVED, event_time_ms=0), 0, 10_000, metrics)
-    assert collected.get_sample_value("springtide_serving_weight_age_seconds_count") == 0
-    assert collected.get_sample_value("springtide_serving_feature_age_seconds_count") == 0
+    assert collected.get_sample_value("springtide_serving_weight_age_seconds_count") == 0, "of none there is no age"
+    show_ages(SERVED, 9_500, 10_000, metrics)
+    assert collected.get_sample_value("springtide_serving_version_age_seconds") == 6.0
+    assert collected.get_sample_value("springtide_serving_weight_freshness_seconds") == 8.0
+    assert collected.get_sample_value("springtide_serving_feature_freshness_seconds") == 0.5
 
 
 def test_a_weight_age_names_its_version(collected: CollectorRegistry) -> None:

@@ -24,7 +24,6 @@ from state.config.sections import HistorySettings, Kafka, Paths, StorageSettings
 from state.config.settings import Settings
 from state.events.identity import fingerprint_at
 from state.features.erased import Erased, MaskedUsers
-from state.features.spec import FeatureSpec
 from state.history import snapshots
 from state.history.appends import Appends
 from state.history.rewinding import branch_extra
@@ -38,7 +37,7 @@ from state.registry.log_line import WHOLE, turned
 from state.registry.registry import Registry
 from tests import forked
 from tests.conftest import KafkaFactory
-from tests.deploy.serving.test_clicks import LOG, MAP, REACH_MS, SOURCE, Following, append, record, written
+from tests.deploy.serving.test_clicks import EVENTS, LOG, MAP, SOURCE, Following, append, record, written
 from tests.deploy.serving.test_rest import until
 
 PATIENCE_S = 30.0
@@ -49,6 +48,7 @@ def settings_in(path: Path, **changed: object) -> Settings:
         paths=Paths(state=str(path / "state")),
         kafka=Kafka(microbatches_topic=LOG),
         history=HistorySettings(snapshot_every_s=60.0),
+        events=EVENTS,
     )
     return replace(made, **changed)  # type: ignore[arg-type]
 
@@ -91,7 +91,7 @@ def new_host(settings: Settings, path: Path, following: Following) -> tuple[Hist
     """A host with empty histories, after it has loaded a snapshot as its control and its salt allow."""
     store = HistoryStore(path, map_bytes=MAP)
     metrics = ApplierMetrics(CollectorRegistry())
-    follower = HistoryFollower(store, FeatureSpec(), REACH_MS, metrics, following.clock)
+    follower = HistoryFollower(store, settings, metrics, following.clock)
     control = ControlPoll(settings.registry_dir).poll()
     branch, salt = WHOLE if control is None else control.log, fingerprint_at(settings.salt_path) or "salt"
     if load_if_behind(settings, store, salt, branch, following.log):
@@ -274,6 +274,7 @@ def test_a_snapshot_beyond_the_budget_is_not_written(tmp_path: Path, caplog: pyt
     assert not host.location.names(snapshots.FILES)
 
 
+@pytest.mark.nightly
 def test_processes_that_are_killed_while_they_write_and_load_end_with_equal_histories(
     kafka_settings: KafkaFactory, tmp_path: Path
 ) -> None:

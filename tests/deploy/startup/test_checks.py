@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from deploy.startup.checks import Port, require_directory, require_disk, require_ports, require_python
-from state.errors import PortTaken, StoreFull, UnsupportedPython, UnusableDisk
+from deploy.startup.checks import require_directory, require_disk, require_python
+from state.errors import PortTaken, SettingsError, StoreFull, UnusableDisk
+from state.process.ports import Port, require_ports
 
 HOST = "127.0.0.1"
 
 
 @pytest.mark.parametrize("version", [(3, 10, 4), (3, 13, 0), (4, 11)])
 def test_another_python_is_refused_with_both_versions(version: tuple[int, ...]) -> None:
-    with pytest.raises(UnsupportedPython, match=rf"Python {version[0]}\.{version[1]} is not supported.*3\.11"):
+    with pytest.raises(SettingsError, match=rf"Python {version[0]}\.{version[1]} is not supported.*3\.11"):
         require_python(version)
 
 

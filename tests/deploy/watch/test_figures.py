@@ -162,7 +162,10 @@ def test_a_start_is_reported_with_its_progress_and_unknown_values_are_not_0(loop
 def test_a_trainer_that_waits_for_workers_says_so_and_later_how_long_each_computes(loop: Loop) -> None:
     phase, steps = loop.trainer.phase.labels("waiting for workers"), loop.trainer.steps
     phase.set(1)
-    assert "trainer waits for its workers" in texts(Watch().figures(loop.scrapes(), 0.0, 0.0))
+    assert "trainer waits for workers" in texts(Watch().figures(loop.scrapes(), 0.0, 0.0))
+    for worker, is_missing in (("1", False), ("2", True)):
+        loop.trainer.worker_missing.labels(worker).set(is_missing)
+    assert "trainer waits for worker 2 of 3" in texts(Watch().figures(loop.scrapes(), 0.0, 0.0))
     phase.set(0)
     watch = Watch(spread_s=None)
     for at_s in (0.0, 2.0):
@@ -347,7 +350,7 @@ UP = {"worker": 1.0}
         ({"events_per_s": 100.0, "dead_per_s": 1.0}, "nothing is wrong"),
         ({"events_per_s": 100.0, "dead_per_s": 1.1}, "1% dead letters"),
         ({"corrupt": 2.0}, "corrupt versions: 2"),
-        ({"starting": {"trainer": "waits for its workers"}}, "trainer waits for its workers"),
+        ({"starting": {"trainer": "waits for worker 1 of 2"}}, "trainer waits for worker 1 of 2"),
         ({"trainer_workers": {"0": 0.1, "1": 0.3}}, "nothing is wrong"),
         ({"trainer_workers": {"0": 0.1, "1": 0.31}}, "worker 1 slows the trainer, another one waits 21% of the time"),
         ({"refused": 17.0}, "version 17 is refused"),

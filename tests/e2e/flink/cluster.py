@@ -33,16 +33,11 @@ MAINS: Mapping[str, str] = {
 
 
 class LocalFlink:
-    """One cluster, `springtide flink up` in a process of its own.
+    """One cluster, `springtide flink up` in a process of its own."""
 
-    Args:
-        directory: For its state and what it says.
-        own: Further settings.
-    """
-
-    def __init__(self, directory: Path, own: Mapping[str, object] | None = None) -> None:
+    def __init__(self, directory: Path) -> None:
         ports = zip(PORTS, quiet_ports(len(PORTS), random.Random()), strict=True)
-        values = {**dict(ports), "paths.state": directory / "state", "flink.heap_mb": 400, **(own or {})}
+        values = {**dict(ports), "paths.state": directory / "state", "flink.heap_mb": 400}
         self.flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
         self.settings: Settings = load(self.flags, env={})
         self.output = directory / "flink.log"
@@ -85,13 +80,7 @@ class LocalFlink:
         return found
 
     def submit(self, settings: Settings, log: Path, words: Sequence[str] = ()) -> subprocess.Popen[bytes]:
-        """Hands the stream in, as its command does; the process follows the job, and its end is not the job's.
-
-        Args:
-            settings: Of the stream.
-            log: Where the process says how the job goes.
-            words: Options of Beam.
-        """
+        """Hands the stream in, as its command does; the process follows the job, and its end is not the job's."""
         with log.open("ab") as output:
             return subprocess.Popen(
                 [sys.executable, "-m", "deploy.cli", "stream", "--runner", "flink", *words],

@@ -19,9 +19,10 @@ from state.log import Topics
 from state.process.ports import listens
 from tests.conftest import KafkaFactory
 from tests.e2e.flink.cluster import LocalFlink
+from tests.e2e.running import until
 from tests.streaming.distributed.shop import rows_of
 from tests.streaming.distributed.test_job import ends_of, of_local_form, turn, values_in
-from tests.streaming.streams import FOREVER, click, send, settings_for, until
+from tests.streaming.streams import FOREVER, click, send, settings_for
 
 CLICKS = 300
 
@@ -99,33 +100,48 @@ def test_on_flink_the_rows_are_those_of_the_local_form(flink: LocalFlink, shop: 
 
 
 @pytest.mark.nightly
-def test_a_killed_worker_a_savepoint_and_an_exact_rollback_leave_the_rows_of_the_local_form(
+def test_kills_of_each_process_savepoints_and_an_exact_rollback_leave_the_rows_of_the_local_form(
     flink: LocalFlink, shop: Settings, tmp_path: Path
 ) -> None:
     with Topics(shop.kafka) as topics:
         topic_id = topics.describe(shop.kafka.clicks_topic).topic_id
     reached = more_clicks(shop, 0)
-    first, second = tmp_path / "first.log", tmp_path / "second.log"
+    first, second, third = (tmp_path / f"{name}.log" for name in ("first", "second", "third"))
     with handed_in(flink, shop, first):
         values_in(shop, reached)
-        # A worker dies: its buckets go back to the last checkpoint, and rows come again.
-        reached = more_clicks(shop, reached)
-        os.kill(flink.pids("worker")[0], signal.SIGKILL)
+        # Buckets go back to the last checkpoint, and rows come again.
+        for victim in ("worker", "workers", "task-manager"):
+            reached = more_clicks(shop, reached)
+            os.kill(flink.pids(victim)[0], signal.SIGKILL)
+            values_in(shop, reached)
+        until(lambda: committed_all(shop), "the group knows what all buckets have")
+        os.kill(flink.pids("job-manager")[0], signal.SIGKILL)
+        checkpoint = until(lambda: forgotten(flink), "the JobManager is not back without the job")
+    reached = more_clicks(shop, reached)
+    with handed_in(flink, shop, second, [f"--savepoint_path={checkpoint}"]):
         values_in(shop, reached)
         until(lambda: committed_all(shop), "the group knows what all buckets have")
         said: list[str] = []
         end_jobs(JobManager(url(flink.settings)), said.append)
         (path,) = re.findall(r"--savepoint_path (\S+)", "\n".join(said))
-        until(lambda: f"--savepoint_path={path}" in first.read_text(), "the job does not report its savepoint")
+        until(lambda: f"--savepoint_path={path}" in second.read_text(), "the job does not report its savepoint")
     reached = more_clicks(shop, reached)
-    with handed_in(flink, shop, second, [f"--savepoint_path={path}", "--parallelism=2"]) as following:
+    with handed_in(flink, shop, third, [f"--savepoint_path={path}", "--parallelism=2"]) as following:
         values = values_in(shop, reached)
         assert rows_of(values) == rows_of(of_local_form(shop, tmp_path, reached))
         # An exact rollback to before what the job has read: no restart mends that.
         turn(shop, {0: 6, 1: 6}, topic_id)
-        assert following.wait(60) == 1, second.read_text()
-        assert "RewoundLog: the training log branched into epoch 2" in second.read_text()
+        assert following.wait(60) == 1, third.read_text()
+        assert "RewoundLog: the training log branched into epoch 2" in third.read_text()
         until(lambda: not JobManager(url(flink.settings)).running(), "the job is cancelled")
+
+
+def forgotten(flink: LocalFlink) -> str | None:
+    """The newest checkpoint, once a JobManager that was killed is back and knows no job any more."""
+    state = flink.status()
+    manager = state["job_manager"]
+    is_back = manager is not None and manager["task_managers"] and not manager["jobs"]
+    return state["resumable"].get("checkpoint") if is_back else None
 
 
 def test_down_ends_all_of_it_and_status_says_so(flink: LocalFlink) -> None:

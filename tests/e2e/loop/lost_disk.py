@@ -19,11 +19,7 @@ from tests.e2e.running import Loop, until
 
 
 def back_up(loop: Loop, to: Path, user: str) -> int:
-    """Makes a backup beside the running loop, which has learned seven clicks of a user; learns three more that it lacks.
-
-    Returns:
-        The version that the backup goes on from.
-    """
+    """Makes a backup beside the running loop, which has learned seven clicks of a user; learns three more that it lacks."""
     loop.answer_trained_on(user, loop.click([(user, "tent", "outdoors", "purchase")] * 7))
     made = loop.springtide("backup", str(to), "--with-salt")["made"]
     # Else two that are made within a tenth of a second may be the same.

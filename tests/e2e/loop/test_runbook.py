@@ -354,12 +354,7 @@ OF_THEIR_OWN = ("compact", "probe", "upgrade")
 
 
 class Terminal:
-    """An operator's terminal, in a directory where the state is .springtide.
-
-    Args:
-        loop: The running loop.
-        directory: Where to type.
-    """
+    """An operator's terminal, in a directory where the state is .springtide."""
 
     def __init__(self, loop: Loop, directory: Path) -> None:
         self.loop, self.directory = loop, directory

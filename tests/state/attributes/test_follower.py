@@ -46,7 +46,7 @@ class Crm:
 
     def following(self, side: str = "user", salt: Salt = SALT, fields: tuple[str, ...] = FIELDS) -> AttributeFollower:
         table = AttributeTable(side, fields_of(fields))
-        return AttributeFollower(self.kafka, self.topic, table, salt, self.store, self.bad.extend, 1000)
+        return AttributeFollower(self.kafka, self.topic, table, salt, self.store, self.bad.extend)
 
     def send(self, *records: tuple[str | None, object], partition: int = 0) -> None:
         with Writer(self.kafka) as writer:
@@ -100,7 +100,7 @@ def test_the_last_record_of_a_user_wins_and_a_tombstone_makes_the_user_unknown(c
 
 
 def test_a_bad_record_is_told_counted_and_changes_nothing(crm: Crm) -> None:
-    bad = [("ann", b"{"), ("ann", {"level": []}), ("", {}), ("ann", {"age_band": "x" * 1000})]
+    bad = [("ann", b"{"), ("ann", {"level": []}), ("", {}), ("ann", {"age_band": "x" * 1_000_000})]
     crm.send(("ann", {"level": 1}), *bad, ("bob", {"level": 2}))
     crm.read()
     reasons = ["undecodable", "wrong_type", "empty_id", "too_large"]

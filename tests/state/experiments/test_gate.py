@@ -40,14 +40,7 @@ class Traffic:
         self.history = [self.experiment]
 
     def run(self, rounds: int = 400, failing: float = 0.0, slower_us: int = 0, losing: float = 0.0) -> None:
-        """Until it is over, so many times a thousand answers at most.
-
-        Args:
-            rounds: Each is a second.
-            failing: The share of the trial's answers that fail.
-            slower_us: How much longer its slowest twentieth takes.
-            losing: The share of its exposures that are lost.
-        """
+        """Until it is over, so many times a thousand answers at most."""
         for _ in range(rounds):
             self.now_ms += ROUND_MS
             for who in self.random.integers(0, USERS, (5, 200)).tolist():

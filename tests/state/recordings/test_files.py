@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from state.config.sections import Events
-from state.errors import SettingsError, UnreadableRecording
+from state.errors import SettingsError, SpringtideError
 from state.recordings.files import RecordedFile, Recording, constants_of, csv_rows, find, json_rows
 from state.recordings.rows import RecordedRows
 
@@ -90,7 +90,7 @@ def test_every_format_and_compression_gives_the_same_rows(tmp_path: Path, name: 
 def test_a_cut_file_is_named_and_never_taken_for_its_end(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(WRITTEN[name][:-40])
-    with pytest.raises(UnreadableRecording, match=name):
+    with pytest.raises(SpringtideError, match=name):
         list(Recording(find([str(path)])).rows(0, FIELDS))
 
 

@@ -89,13 +89,7 @@ class Link:
 
 
 class Origin:
-    """A trainer's host.
-
-    Args:
-        path: Its registry.
-        url: The place.
-        link: Puts itself between.
-    """
+    """A trainer's host."""
 
     def __init__(self, path: Path, url: str, link: Callable[[FileStore], FileStore] = lambda place: place) -> None:
         path.mkdir(parents=True, exist_ok=True)
@@ -140,13 +134,7 @@ class Origin:
 
 
 class CopyHost:
-    """A serving host.
-
-    Args:
-        path: Its registry.
-        url: The place.
-        place: The way to it.
-    """
+    """A serving host."""
 
     def __init__(self, path: Path, url: str, place: FileStore) -> None:
         sharing.bind(path, url)

@@ -375,3 +375,15 @@ def test_notes_and_pointer_move_together(tmp_path: Path) -> None:
     with store.reader() as reader:
         served = reader.served()
         assert served is not None and (served.version, reader.note("control")) == (1, b"2")
+
+
+def test_a_dropped_version_that_is_applied_again_keeps_what_it_reads(tmp_path: Path) -> None:
+    store = RowStore(tmp_path, 1 << 26)
+    store.apply(manifest(1, None, "base"), tensors({("user", 1): 1.0}), now_ms=1)
+    for version in (2, 3, 4):
+        store.apply(manifest(version, version - 1), tensors({("user", 1): float(version)}), now_ms=1, follow=True)
+    store.drop([3])
+    store.apply(manifest(3, 2), tensors({("user", 1): 3.0}), now_ms=2)
+    while store.tidy():
+        pass
+    assert [read(store, version)["user", 1] for version in (2, 3, 4)] == [2.0, 3.0, 4.0]

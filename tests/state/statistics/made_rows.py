@@ -21,15 +21,7 @@ CATEGORIES = np.array([public_id(f"c{number}") for number in range(20)], np.uint
 
 
 def columns(rows: int, seed: int = 0, hot: float = 0.0, known: float = 1.0, scale: float = 1.0) -> dict[str, Any]:
-    """So many rows of 50 users.
-
-    Args:
-        rows: How many.
-        seed: Of what is drawn.
-        hot: Share of the rows that go to the first category beyond what it has.
-        known: Share of the rows whose user's age is known.
-        scale: What the first feature is multiplied by.
-    """
+    """So many rows of 50 users."""
     drawn = np.random.default_rng(seed)
     category: NDArray[np.uint64] = CATEGORIES[drawn.zipf(1.6, rows) % len(CATEGORIES)]
     category[drawn.random(rows) < hot] = CATEGORIES[0]

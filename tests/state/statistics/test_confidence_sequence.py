@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from state.statistics.confidence_sequence import BLOCKS, UNBOUNDED, BlockSums, ConfidenceSequence, half_width, tuning
 
 ALPHA = 0.05
-TRIALS = 1000
+TRIALS = 300
 LOOKS, ROWS = 60, 64
 MOST_ALARMS = ALPHA * TRIALS + 3 * math.sqrt(TRIALS * ALPHA * (1 - ALPHA))
 """Three deviations of the binomial distribution above what is stated."""

@@ -14,7 +14,6 @@ from tests.trainer.clicks import microbatch, small_settings
 from tests.trainer.logs import (
     append,
     fresh,
-    kill,
     learner,
     run_to_end,
     started,
@@ -22,7 +21,6 @@ from tests.trainer.logs import (
     with_weight,
     written,
 )
-from tests.trainer.test_learner import state
 from tests.trainer.test_verify import started_with_spec
 from trainer import verify
 from trainer.churn.learning import ChurnLearner
@@ -45,23 +43,6 @@ def churn_of(running: Learner) -> ChurnLearner:
 
 def bits(held: dict[str, npt.NDArray[np.generic]]) -> dict[str, bytes]:
     return {name: one.tobytes() for name, one in held.items()}
-
-
-def test_a_restart_continues_with_the_same_bits(tmp_path: Path) -> None:
-    whole = learner(started(tmp_path / "whole"), written(RECORDS), *ON)
-    run_to_end(whole)
-    expected, learned = state(whole), bits(churn_of(whole).state())
-    assert churn_of(whole).values()["churn.total.rows"] > 200
-    registry, log, known = started(tmp_path / "cut"), written([]), 0
-    for records in (9, 17, 24):
-        append(log, RECORDS[known:records])
-        known = records
-        running = learner(registry, log, *ON)
-        run_to_end(running)
-        # Killed: what was not published is learned again.
-        kill(running)
-    assert state(running) == expected
-    assert bits(churn_of(running).state()) == learned
 
 
 def test_a_version_has_measures_weights_and_code_and_is_recomputed(tmp_path: Path) -> None:

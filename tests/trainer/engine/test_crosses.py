@@ -129,7 +129,7 @@ def test_rows_are_scored_and_learned_from_as_the_plain_filter_does() -> None:
     assert table.ids.tolist() == distinct[1:].tolist()
     np.testing.assert_allclose(np.concatenate([table.rows, table.accum], 1), expected, rtol=1e-4, atol=1e-5)
     # The rest of the logit is next to nothing in a first step.
-    np.testing.assert_allclose(report.scores, logits, atol=0.03)
+    np.testing.assert_allclose(report.judged[0].pairs.logits, logits, atol=0.03)
 
 
 def test_serving_adds_up_a_versions_rows_as_the_trainer_scores_the_next_row() -> None:
@@ -159,7 +159,7 @@ def test_a_users_taste_for_a_category_is_learned() -> None:
     for number in range(30):
         trainer.step(shown(number * 256)[0])
     last, liked = shown(30 * 256)
-    scores = trainer.step(last).scores
+    scores = trainer.step(last).judged[0].pairs.logits
     assert scores[liked].mean() > scores[~liked].mean() + 0.7
     ids = crosses_of(last)[:, NAMES.names.index("user*category")].copy()
     weights = trainer.tables[CROSS].gather(trainer.tables[CROSS].find(ids))[:, 0]

@@ -33,11 +33,6 @@ def easy(rows: int = 4) -> tuple[float, float, int]:
     return ordinary(rows, loss=0.002)
 
 
-def test_usual_step_is_accepted() -> None:
-    verdict, state = judged(settled(), 2.1, 33.0, 1024)
-    assert verdict is Verdict.ACCEPT and state.accepted == WARM_UP + 1
-
-
 @pytest.mark.parametrize(
     ("loss", "norm"), [(40.0, 32.0), (2.0, 20_000.0), (math.nan, 32.0), (2.0, math.inf), (2.0, math.nan)]
 )

@@ -12,8 +12,8 @@ from state.config.settings import Settings
 from state.features.spec import EVENT, FeatureSpec
 from state.microbatch.batch import MicroBatch
 from state.ranking import item_scores
-from state.ranking.item_lists import CLICKED, EVERYTHING, FOLLOWED, VISITED
-from state.ranking.item_scores import COLUMNS, EVERYTHING_AT, Reads, Workspace
+from state.ranking.item_lists import CLICKED, EVERYTHING, FOLLOWED, LIVES, VISITED
+from state.ranking.item_scores import COLUMNS, EVERYTHING_AT, INTERESTS_AT, Reads, Workspace, sources_of
 from tests.bench.recorded import SOURCE, micro_batches, plain
 from trainer.engine.engine import Scores
 from trainer.engine.item_ranking import ItemRanking
@@ -129,8 +129,8 @@ def test_a_private_log_has_no_lists() -> None:
     assert ItemRanking.of(replace(settings, privacy=replace(settings.privacy, epsilon=1.0))) is None
 
 
-def own_among_the_best(ranking: ItemRanking, most: int = 6) -> float:
-    """The mean share of users' own items among the best."""
+def own_is_best(ranking: ItemRanking) -> float:
+    """The share of users whose best item is one of their own."""
     work, phi, shares = Workspace.empty(), np.zeros(COLUMNS, np.float32), []
     lists, followed, visited = (ranking.tables[name] for name in (CLICKED, FOLLOWED, VISITED))
     reads = Reads(
@@ -143,13 +143,28 @@ def own_among_the_best(ranking: ItemRanking, most: int = 6) -> float:
         found = item_scores.gather(*held, reads, after, row, at_s, phi, work)
         item_scores.score(ranking.state()["weights"], phi, found, work)
         item_scores.clear(found, work)
-        best = np.argsort(-work.scores[:found])[:most]
-        shares.append((work.own[best] > 0).mean())
+        shares.append(work.own[np.argmax(work.scores[:found])] > 0)
     return float(np.mean(shares))
 
 
-@pytest.mark.parametrize(("repeats", "least", "most"), [(0.0, 0.0, 0.3), (0.9, 0.35, 1.0)])
+@pytest.mark.parametrize(("repeats", "least", "most"), [(0.0, 0.0, 0.3), (0.9, 0.7, 1.0)])
 def test_the_share_of_repeats_is_learned(repeats: float, least: float, most: float) -> None:
     ranking = learned(repeats, 24 * ROWS)
     assert ranking.served()
-    assert least <= own_among_the_best(ranking) <= most
+    assert least <= own_is_best(ranking) <= most
+
+
+def test_an_item_outside_of_the_likeliest_categories_has_the_rest_of_their_probability() -> None:
+    ranking = learned(0.3, 2 * ROWS)
+    assert ranking.served()
+    lists, followed, visited = (ranking.tables[name] for name in (CLICKED, FOLLOWED, VISITED))
+    keys = np.array([*EVERYTHING, 0, CATEGORIES[0], *[0] * (item_scores.INTERESTS - 1)], np.uint64)
+    reads = Reads(lists.find(keys), sources_of(0), np.full(len(keys), 0.6, np.float32))
+    work, after, phi = Workspace.empty(), np.zeros(2, np.int32), np.zeros(COLUMNS, np.float32)
+    held = (lists.held, followed.held, visited.held)
+    found = item_scores.gather(*held, reads, after, 0, int(visited.held.at_s.max()), phi, work)
+    shares = np.expm1(work.features[: item_scores.SHARES, :found]).reshape(-1, LIVES, found)
+    likely = np.isin(work.items[:found], lists.held.ids[reads.rows[len(EVERYTHING) + 1]])
+    assert 0 < likely.sum() < found
+    np.testing.assert_allclose(shares[INTERESTS_AT][:, ~likely], 0.4 * shares[EVERYTHING_AT][:, ~likely], rtol=1e-3)
+    assert (shares[INTERESTS_AT][:, likely] > 0.4 * shares[EVERYTHING_AT][:, likely]).all()

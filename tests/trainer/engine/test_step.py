@@ -118,8 +118,8 @@ def test_loss_falls_and_top1_rises() -> None:
     for _ in range(40):
         last = trainer.step(batch)
     assert last.interest_log_loss < 0.7 * first.interest_log_loss
-    assert last.top1 > first.top1 + 100
-    assert last.engagement_log_loss < first.engagement_log_loss
+    assert last.quality.total("top1") > first.quality.total("top1") + 100
+    assert last.quality.engagement_log_loss < first.quality.engagement_log_loss
 
 
 def test_skipped_step_changes_no_weight_and_keeps_its_sightings() -> None:
@@ -164,7 +164,7 @@ def test_a_model_with_logits_that_are_not_finite_names_no_candidate() -> None:
     measured = trainer.measures.progressive.values() | trainer.measures.evaluation.values()
     assert all(np.isfinite(value) for value in measured.values())
     assert (measured["total.rows"], measured["total.skipped"]) == (192, pytest.approx(1 / 3))
-    assert report.top1 == report.top5 == 0
+    assert report.quality.total("top1") == report.quality.total("top5") == 0
 
 
 def test_held_trainer_refuses_until_its_state_is_replaced() -> None:
@@ -208,7 +208,7 @@ def test_a_user_whose_windows_are_empty_again_is_known_and_one_never_seen_is_new
 def test_known_labels_are_learned_instead_of_drawn_negatives() -> None:
     batch = dataclasses.replace(micro_batch(8), label=np.array([0, 1] * 4, np.float32))
     report = fresh().step(batch)
-    assert report.positive.tolist() == [False, True] * 4
+    assert report.judged[0].pairs.positive.tolist() == [False, True] * 4
 
 
 def test_candidates_agree_with_a_plain_definition() -> None:

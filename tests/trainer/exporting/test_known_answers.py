@@ -14,8 +14,7 @@ from deploy.serving.answers.tensor_model import BY_ID, VECTOR, signatures_of, te
 from state.errors import SettingsError
 from tests.deploy.serving.conftest import lowered as lowered
 from tests.deploy.serving.conftest import stores as stores
-from tests.deploy.serving.stocked import NOW_MS, Stores
-from tests.deploy.serving.test_predictor import predictor
+from tests.deploy.serving.stocked import NOW_MS, Stores, predictor
 from trainer.exporting import saved_model
 from trainer.exporting.saved_model import KnownAnswers
 

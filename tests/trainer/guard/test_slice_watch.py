@@ -36,9 +36,8 @@ def sliced(number: int, times: Times | None = None, loss: int = 0) -> StepFigure
         for dimension, at in enumerate(places):
             for power in (0, 1, 2):
                 found[kind, dimension, :, power] = np.bincount(at, losses**power, found.shape[2])
-    return dataclasses.replace(
-        step, slices=found, known=(ROWS, float(known[0, 1])), pairs=ROWS, engagement_loss=float(known[1, 1])
-    )
+    sums = {"known_rows": ROWS, "known_loss": known[0, 1], "pairs": ROWS, "engagement_loss": known[1, 1]}
+    return dataclasses.replace(step, slices=found, sums={**step.sums, **sums})
 
 
 def taken(
@@ -136,10 +135,7 @@ def test_records_cut_differently_give_the_same_verdict() -> None:
         """The same sums in two records."""
         step = sliced(number, times)
         assert step.slices is not None
-        half = dataclasses.replace(
-            step, log_ms=step.log_ms - 500, rows=0, positions=0, dead=0, known=(0, 0.0), new=(0, 0.0), pairs=0,
-            engagement_loss=0.0, predicted=0.0, positives=0, squared_norm=0.0, crowds=None, slices=0.25 * step.slices,
-        )  # fmt: skip
+        half = StepFigures(step.log_ms - 500, {}, slices=0.25 * step.slices)
         return [half, dataclasses.replace(step, slices=0.75 * step.slices)]
 
     whole, cut = settled(), settled()

@@ -26,20 +26,22 @@ def clean(number: int, rows: int = ROWS, users: int = 200) -> StepFigures:
     crowds = np.stack([np.bincount(drawn.integers(0, most, rows), minlength=BUCKETS) for most in (users, 400, 12)])
     losses = drawn.normal(2.0, 1.2, rows).clip(0.0)
     pairs = drawn.random(2 * rows) < 0.5
-    return StepFigures(
-        log_ms=(number + 1) * STEP_MS,
-        rows=rows,
-        positions=rows + 2,
-        dead=2,
-        known=(int(0.8 * rows), float(losses[: int(0.8 * rows)].sum())),
-        new=(rows - int(0.8 * rows), float(losses[int(0.8 * rows) :].sum() * 1.5)),
-        pairs=2 * rows,
-        engagement_loss=float(drawn.normal(0.6, 0.4, 2 * rows).sum()),
-        predicted=float(rows),
-        positives=int(pairs.sum()),
-        squared_norm=float(rows * drawn.normal(1.0, 0.1)),
-        crowds=crowds.astype(np.int32),
-    )
+    known = int(0.8 * rows)
+    sums = {
+        "rows": rows,
+        "positions": rows + 2,
+        "dead": 2,
+        "known_rows": known,
+        "known_loss": losses[:known].sum(),
+        "new_rows": rows - known,
+        "new_loss": losses[known:].sum() * 1.5,
+        "pairs": 2 * rows,
+        "engagement_loss": drawn.normal(0.6, 0.4, 2 * rows).sum(),
+        "predicted": rows,
+        "positives": pairs.sum(),
+        "squared_norm": rows * drawn.normal(1.0, 0.1),
+    }
+    return StepFigures((number + 1) * STEP_MS, sums, crowds.astype(np.int32))
 
 
 def start(number: int) -> WindowStart:
@@ -64,18 +66,22 @@ def crowd(step: StepFigures, kind: int, share: float) -> StepFigures:
     assert step.crowds is not None
     crowds = step.crowds.copy()
     crowds[kind] = (crowds[kind] * (1 - share)).astype(np.int32)
-    crowds[kind, 900] = step.rows - crowds[kind].sum()
+    crowds[kind, 900] = step.sums["rows"] - crowds[kind].sum()
     return dataclasses.replace(step, crowds=crowds)
 
 
+def scaled(step: StepFigures, **factors: float) -> StepFigures:
+    return dataclasses.replace(step, sums={name: value * factors.get(name, 1) for name, value in step.sums.items()})
+
+
 POISONS: dict[str, Change] = {
-    "log_loss": lambda step: dataclasses.replace(step, known=(step.known[0], 1.6 * step.known[1])),
-    "new_users": lambda step: dataclasses.replace(step, new=(step.new[0], 2.0 * step.new[1])),
-    "engagement": lambda step: dataclasses.replace(step, engagement_loss=1.8 * step.engagement_loss),
-    "calibration": lambda step: dataclasses.replace(step, positives=step.positives // 3),
-    "gradient": lambda step: dataclasses.replace(step, squared_norm=30 * step.squared_norm),
-    "skipped": lambda step: dataclasses.replace(step, skipped=3 * step.rows // 5),
-    "dead_letters": lambda step: dataclasses.replace(step, dead=step.positions // 3),
+    "log_loss": lambda step: scaled(step, known_loss=1.6),
+    "new_users": lambda step: scaled(step, new_loss=2.0),
+    "engagement": lambda step: scaled(step, engagement_loss=1.8),
+    "calibration": lambda step: scaled(step, positives=1 / 3),
+    "gradient": lambda step: scaled(step, squared_norm=30.0),
+    "skipped": lambda step: dataclasses.replace(step, sums={**step.sums, "skipped": 0.6 * step.sums["rows"]}),
+    "dead_letters": lambda step: scaled(step, dead=17.0),
     "user": lambda step: crowd(step, 0, 0.5),
     "item": lambda step: crowd(step, 1, 0.5),
     "category": lambda step: crowd(step, 2, 0.8),
@@ -114,16 +120,8 @@ def test_versions_wait_for_half_a_minute_at_most() -> None:
 
 
 def test_many_windows_with_small_deviations_are_held_too() -> None:
-    def little(step: StepFigures) -> StepFigures:
-        return dataclasses.replace(step, known=(step.known[0], 1.22 * step.known[1]))
-
-    found = [one.standing for one in judged(settled(), 320, 420, little)]
+    found = [one.standing for one in judged(settled(), 320, 420, lambda step: scaled(step, known_loss=1.22))]
     assert 20 < found.index(Standing.HOLD) < 90
-
-
-def test_clean_traffic_passes() -> None:
-    watch = WindowWatch(LIMITS)
-    assert {one.standing for one in judged(watch, 0, 1200)} == {Standing.PASS}
 
 
 def test_tenfold_traffic_passes() -> None:
@@ -135,9 +133,7 @@ def test_a_loss_that_drifts_up_by_and_by_passes() -> None:
     watch = WindowWatch(LIMITS)
     found = set()
     for number in range(1200):
-        step = clean(number)
-        rows, loss = step.known
-        drifted = dataclasses.replace(step, known=(rows, loss * (1 + number / 1200)))
+        drifted = scaled(clean(number), known_loss=1 + number / 1200)
         found.add(watch.take(drifted, start(number)).standing)
     assert found == {Standing.PASS}
 

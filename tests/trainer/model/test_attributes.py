@@ -103,7 +103,8 @@ def test_items_that_differ_only_in_an_attribute_come_to_differ_in_engagement() -
         trainer.step(impressions(number * 256)[0])
     last, liked = impressions(30 * 256)
     report = trainer.step(last)
-    assert report.scores[liked].mean() > report.scores[~liked].mean() + 1.0
+    logits = report.judged[0].pairs.logits
+    assert logits[liked].mean() > logits[~liked].mean() + 1.0
 
 
 def test_the_order_of_columns_in_the_log_does_not_matter() -> None:

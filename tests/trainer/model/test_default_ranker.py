@@ -66,15 +66,6 @@ def test_shapes_and_masks(model: DefaultRanker) -> None:
     assert (found["successor_logits"].numpy()[given["successor_mask"] == 0] == MASKED).all()
 
 
-def test_interest_does_not_see_item_and_category(model: DefaultRanker) -> None:
-    given = inputs()
-    changed = given | {"item_row": given["item_row"] + 1, "category_row": given["category_row"] - 1}
-    before, after = model.predict(given), model.predict(changed)
-    for name in ("recent_logits", "popular_logits", "successor_logits", "vector"):
-        assert (before[name].numpy() == after[name].numpy()).all()
-    assert (before["engagement_logit"].numpy() != after["engagement_logit"].numpy()).all()
-
-
 def test_engagement_is_the_item_query_with_the_item_plus_what_user_category_and_cross_say(model: DefaultRanker) -> None:
     given = inputs()
     nothing = given | {name: np.zeros_like(given[name]) for name in ("item_row", "cross")}

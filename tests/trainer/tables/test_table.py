@@ -105,15 +105,5 @@ def test_counted_categories_are_limited_and_the_list_has_the_largest() -> None:
     assert popular.state()["ids"].tolist()[:4] == [1, 2, 3, 4] and every.state()["ids"].size == 204
 
 
-def test_state_restores_list_and_counts() -> None:
-    one, other = Popular(3), Popular(3)
-    one.update(np.array([5, 5, 9, 4, 3], np.uint64), 7 * HOUR_MS)
-    other.load(one.state())
-    assert other.top().tolist() == one.top().tolist() == [5, 3, 4]
-    for popular in (one, other):
-        popular.update(np.array([9, 9], np.uint64), 9 * HOUR_MS)
-    assert all((one.state()[name] == value).all() for name, value in other.state().items())
-
-
 def test_decay_halves_in_a_day() -> None:
     assert abs(int(decayed(np.array([1 << 30]), 24)[0]) / (1 << 29) - 1) < 0.001

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 
 from state.features.spec import FeatureSpec
-from state.registry.control import start
-from state.registry.manifest import Draft, LogRange
 from state.registry.model_fit import upgrade
 from state.registry.registry import SERVING, Registry
 from state.rows.store import RowStore
 from tests.conformance.test_own_tables import EVERY, log, wanted
 from tests.trainer.clicks import SPEC, batches, small_settings
+from tests.trainer.logs import draft, started
 from trainer.engine.step import Trainer
 from trainer.versions import checkpoint, content
 from trainer.versions.carrying import carried, carry_over, plan
@@ -33,16 +32,12 @@ def learned(*flags: str, spec: FeatureSpec = SPEC, steps: int = 6) -> Trainer:
 
 
 def publish(registry: Registry, tensors: content.Tensors, parent: int | None, epoch: int = 1) -> int:
-    kind = "base" if parent is None else "delta"
-    draft = Draft(kind, epoch, parent, LogRange(), (), 0, 0, 0, 0, SPEC.digest, "", "")
-    return registry.publish(draft, content.encode(tensors)).version
+    return registry.publish(draft(parent, epoch=epoch), content.encode(tensors)).version
 
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
-    found = Registry(tmp_path / "registry")
-    found.propose(start(actor="test", reason="test", now_ms=0))
-    return found
+    return started(tmp_path / "registry")
 
 
 def begun(registry: Registry, base: int) -> None:

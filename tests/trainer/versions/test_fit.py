@@ -12,14 +12,12 @@ import pytest
 from deploy import up
 from state.config.settings import Settings
 from state.errors import ModelMismatch, SettingsError
-from state.registry.control import start
-from state.registry.manifest import Draft, LogRange
 from state.registry.model_fit import require_same_model
 from state.registry.registry import SERVING, Registry
 from tests.trainer.clicks import SALT, SPEC, batches, small_settings
-from tests.trainer.logs import write_transform
+from tests.trainer.logs import publish, started, write_transform
 from trainer.engine.step import Trainer
-from trainer.versions import checkpoint, content
+from trainer.versions import checkpoint
 from trainer.versions.carrying import require_ranker_fits, require_settings_fit
 
 HIDDEN, DIM = ("--model.hidden", "24,8"), ("--model.dim", "16")
@@ -32,15 +30,11 @@ OTHER_RANKER = ("--model.ranker", "deploy.examples.two_tower.ranker:build")
 def registry(tmp_path: Path) -> Registry:
     """A base and a delta of the small model."""
     settings = small_settings("--paths.state", str(tmp_path))
-    found, trainer = Registry(settings.registry_dir), Trainer(settings, SPEC)
-    found.propose(start(actor="test", reason="test", now_ms=0))
+    found, trainer = started(settings.registry_dir), Trainer(settings, SPEC)
     environment = checkpoint.environment(settings, trainer.device)
     parent = None
     for batch in batches(0, 2):
-        tensors = checkpoint.full(trainer) if parent is None else checkpoint.changes(trainer)
-        kind = "base" if parent is None else "delta"
-        draft = Draft(kind, 1, parent, LogRange(), (), 0, 0, 0, 0, SPEC.digest, "", "", environment=environment)
-        parent = found.publish(draft, content.encode(tensors)).version
+        parent = publish(found, trainer, parent, environment=environment)
         trainer.step(batch)
     return found
 
@@ -105,16 +99,6 @@ def test_another_preprocessing_and_an_option_that_it_asked_for_are_refused(regis
     require_same_model(changed(registry, ("--model.options", "heads=4")))
     with pytest.raises(ModelMismatch, match=r"model\.options was empty and is scale=2"):
         require_same_model(changed(registry, ("--model.options", "scale=2")))
-
-
-def test_a_tower_of_ones_own_is_refused_by_its_weights(registry: Registry) -> None:
-    settings = changed(registry, OWN_TOWER)
-    require_same_model(settings)
-    with pytest.raises(ModelMismatch) as refused:
-        require_ranker_fits(registry, settings, SPEC, Trainer(settings, SPEC).model)
-    assert f"model.tower was trainer.model.tower:build and is {OWN_TOWER[1]}" in refused.value.what
-    assert "none in the version" in refused.value.what
-    assert "--model.tower trainer.model.tower:build" in refused.value.do
 
 
 @pytest.mark.parametrize(("name", "at"), [("manifest.json", 0), (SERVING, 0), (SERVING, 100), (SERVING, -1)])

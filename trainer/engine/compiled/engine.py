@@ -35,7 +35,7 @@ from trainer.engine.compiled.threads import Threads
 from trainer.engine.compiled.tower import Embedded, Passed, Tower, scatter_rows
 from trainer.engine.compiled.window_net import LOGARITHMS
 from trainer.engine.crosses import CrossLearner
-from trainer.engine.engine import CROSS, Gradient, Measured
+from trainer.engine.engine import CROSS, I64, Gradient, Measured
 from trainer.engine.record import Record
 from trainer.model.attributes import combine
 from trainer.model.default_ranker import DefaultRanker
@@ -82,14 +82,17 @@ class CompiledEngine:
         ranker.hold(optimizer.weights)
         self._tower = Tower(ranker, optimizer.weights, optimizer.gradients, threads)
         self._prepare = prepared_by(ranker.preprocessing, ranker.sizes["D"] or 0, ranker.settings.preprocessing)
-        self._heads, self.threads = Heads(threads), threads
+        self._heads, self.threads = Heads(), threads
         self._weights = {name: optimizer.weights[weight] for weight, name in FROM_HEADS.items()}
 
-    def measure(self, record: Record, move: bool = True) -> Measured:
+    def measure(self, record: Record, move: bool = True, own: I64 | None = None) -> Measured:
         """See `Engine`."""
+        crosses, crossed = self._crosses.measure(record)
+        if own is not None:
+            record, crossed = record.take(own), crossed._replace(logits=crossed.logits[own])
         rows, at = self._rows(record)
         distinct = {name: table.gather(rows[name]) for name, table in self._tables.items()}
-        rows[CROSS], crossed = self._crosses.measure(record)
+        rows[CROSS] = crosses
         embedded = Embedded(
             user=distinct["user"],
             user_at=at["user"],
@@ -108,8 +111,15 @@ class CompiledEngine:
         scores, gradients, fast, heads = self._heads.prepare(
             facts, inputs, slots, self._optimizer.fast_rate, self._ranker.drops
         )
-        by_rows, by_popular_rows, backward = self._tower.backward(passed, gradients.queries, gradients.popular_logits)
-        self.threads.run(forward, heads, *backward)
+        by_rows, by_popular_rows, by_layers, by_weights = self._tower.backward(
+            passed, gradients.queries, gradients.popular_logits
+        )
+
+        def learn(thread: int) -> None:
+            if thread == 0:
+                heads(passed.progress, self._tower.block)
+
+        self.threads.run((forward, learn, by_layers), (by_weights,))
         sparse = self._sparse(distinct, at, gradients)
         into = sparse["user"], sparse["category"], sparse["context"]
         scatter_rows(embedded, by_rows, gradients.queries, by_popular_rows, *into)
@@ -138,7 +148,7 @@ class CompiledEngine:
 
     def rows(self, record: Record) -> dict[str, I32]:
         """See `Engine`."""
-        return self._rows(record)[0] | {CROSS: self._crosses.rows(record)}
+        return self._rows(record)[0]
 
     def gradient(self, measured: Measured) -> Gradient:
         """See `Engine`."""

@@ -13,15 +13,17 @@ For each row, in the order of the batch:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from state.compiled import compiled_sums, layout, part_of_sums
-from trainer.engine.adam import FastSlots, count_move, move
+from trainer.engine.adam import FastSlots, move
 from trainer.engine.compiled.arrays import BLOCK, F32, I32, I64, Facts, FastWeights, Gradients, HeadInputs, Workspace
 from trainer.engine.compiled.rows import add, dot, exponentials, highest_of, normaliser_of, rank_of
-from trainer.engine.compiled.threads import Threads, Work, meet
+from trainer.engine.compiled.threads import advance, wait_for
+from trainer.engine.compiled.tower import FIRST, HEADS
 from trainer.engine.compiled.window_net import LOGARITHMS, user_hidden_of, window_net, window_net_gradients
 from trainer.engine.engine import Scores
 from trainer.model import ranker
@@ -288,10 +290,7 @@ def transition_net_gradients(
 FAST_ROWS = HYPERPARAMETERS.fast_rows
 
 LANES = FAST_ROWS // BLOCK
-"""Blocks between two moves of the fast weights: as many threads can share the heads."""
-
-_PART = 64
-"""The fast weights are divided among threads in multiples of this: whole vectors."""
+"""Blocks between two moves of the fast weights, whose derivatives are summed separately."""
 
 
 @layout("f4[:, ::1], f4[:, ::1]")
@@ -304,7 +303,7 @@ class Biases(NamedTuple):
 
 @layout("Workspace, f4[::1], FastWeights, f4[:, ::1], i4[::1]")
 class Own(NamedTuple):
-    """A thread's own memory.
+    """Working memory.
 
     Attributes:
         workspace: Of a block of rows.
@@ -322,23 +321,22 @@ class Own(NamedTuple):
 
 
 @part_of_sums
-def _add_lanes(thread: int, threads: int, lanes: F32) -> None:
+def _add_lanes(lanes: F32) -> None:
     """`lanes` is `[LANES * n, d]`."""
     rows = lanes.shape[0] // LANES
-    for row in range(thread, rows, threads):
+    for row in range(rows):
         for lane in range(1, LANES):
             for d in range(lanes.shape[1]):
                 lanes[row, d] += lanes[lane * rows + row, d]
 
 
 @compiled_sums(
-    "i8, i8, i8[::1], Facts, HeadInputs, Biases, f4[::1], Scores, Gradients, f4[:, ::1], Own, FastWeights, "
+    "i8[::1], i8, Facts, HeadInputs, Biases, f4[::1], Scores, Gradients, f4[:, ::1], Own, FastWeights, "
     "FastSlots, f4[::1], f4, bool"
 )
 def _heads(
-    thread: int,
-    threads: int,
-    meeting: I64,
+    progress: I64,
+    block: int,
     facts: Facts,
     inputs: HeadInputs,
     biases: Biases,
@@ -353,7 +351,7 @@ def _heads(
     rate: np.float32,
     separate: bool,
 ) -> None:
-    """One thread's part.
+    """Waits for the tower's blocks of `block` rows, and counts its own rows in `progress` (`Tower`).
 
     gradients: of each lane, `LANES` times the rows of one. of_lanes: `[LANES, m]` derivatives by the fast weights since
     the last move. weights: views of what moves. total: gets the derivatives by it over the whole record.
@@ -362,7 +360,9 @@ def _heads(
     logits, shares, slope, bits = own.candidates[0], own.candidates[1], own.candidates[2], own.bits
     powers, count = bits.view(np.float32), bits.shape[0]
     for first in range(0, rows, FAST_ROWS):
-        for lane in range(thread, LANES, threads):
+        for number in range(first // block, (min(first + FAST_ROWS, rows) - 1) // block + 1):
+            wait_for(progress, FIRST + number, 1)
+        for lane in range(LANES):
             begin = first + lane * BLOCK
             if begin >= rows:
                 of_lanes[lane, :] = _ZERO
@@ -401,46 +401,47 @@ def _heads(
             window_net_gradients(begin, end, facts, inputs.user_features, weights, workspace, fast)
             for i in range(own.flat.shape[0]):
                 of_lanes[lane, i] = own.flat[i]
-        if thread == 0:
-            count_move(slots)
-        meet(meeting, threads)
-        # 5. Each thread moves its part of the weights.
-        size = total.shape[0]
-        part = (size // threads // _PART + 1) * _PART
-        start, stop = min(thread * part, size), min((thread + 1) * part, size)
-        summed, derivatives = of_lanes[0, start:stop], total[start:stop]
+        # 5.
+        summed = of_lanes[0]
         for lane in range(1, LANES):
-            added = of_lanes[lane, start:stop]
+            added = of_lanes[lane]
             for i in range(summed.shape[0]):
                 summed[i] += added[i]
         for i in range(summed.shape[0]):
-            derivatives[i] += summed[i]
-        move(slots, of_lanes[0], start, stop, rate, weights.user.size)
-        meet(meeting, threads)
+            total[i] += summed[i]
+        move(slots, summed, rate, weights.user.size)
+        advance(progress, HEADS, FAST_ROWS)
+    _add_lanes(gradients.category)
+    _add_lanes(gradients.item)
+    _add_lanes(gradients.prior)
+    _add_lanes(gradients.item_bias)
+    _add_lanes(gradients.category_bias)
 
 
-@compiled_sums("i8, i8, Gradients")
-def _sum_lanes(thread: int, threads: int, gradients: Gradients) -> None:
-    """Adds the derivatives of the other lanes to those of the first; each thread takes some rows."""
-    _add_lanes(thread, threads, gradients.category)
-    _add_lanes(thread, threads, gradients.item)
-    _add_lanes(thread, threads, gradients.prior)
-    _add_lanes(thread, threads, gradients.item_bias)
-    _add_lanes(thread, threads, gradients.category_bias)
+def _own(facts: Facts, inputs: HeadInputs, candidates: int) -> Own:
+    flat = np.zeros(sum(part.size for part in inputs.fast), np.float32)
+    return Own(
+        Workspace.of(facts, inputs.user_features.shape[1]),
+        flat,
+        FastWeights.of(flat, inputs.fast),
+        np.zeros((3, candidates), np.float32),
+        np.zeros(candidates, np.int32),
+    )
 
 
 class Heads:
     """The heads with their working memory. One caller at a time; gradients are valid until the next call."""
 
-    def __init__(self, threads: Threads) -> None:
-        self._threads = threads
-        self._owns: tuple[Own, ...] = ()
+    def __init__(self) -> None:
+        self._own: Own | None = None
         self._buffers = dict[str, F32]()
 
     def prepare(
         self, facts: Facts, inputs: HeadInputs, slots: FastSlots | None, rate: float, separate: bool
-    ) -> tuple[Scores, Gradients, FastSlots, Work]:
-        """Scores and gradients of a step, and the fast weights after it, once all threads have done the returned work.
+    ) -> tuple[Scores, Gradients, FastSlots, Callable[[I64, int], None]]:
+        """Scores and gradients of a step, and the fast weights after it, once the returned function was called.
+
+        The function takes the progress of a tower that runs forward meanwhile, and the rows of its blocks.
 
         Args:
             facts: Prepared by the host.
@@ -474,18 +475,16 @@ class Heads:
             category_bias=self._zeros("category_bias", LANES, inputs.category_bias.size),
             fast=FastWeights.of(total, inputs.fast),
         )
-        if not self._owns:
-            self._owns = tuple(self._own(facts, inputs, candidates + 1) for _ in range(self._threads.count))
+        own = self._own = self._own or _own(facts, inputs, candidates + 1)
         biases = Biases(inputs.item_bias[None], inputs.category_bias[None])
         weights, step = FastWeights.of(moved.weights, inputs.fast), np.float32(rate if slots is not None else 0.0)
         of_lanes = self._zeros("of_lanes", LANES, flat.size)
 
-        def work(thread: int) -> None:
+        def work(progress: I64, block: int) -> None:
             _heads(
-                thread, self._threads.count, self._threads.meeting, facts, inputs, biases, LOGARITHMS,
-                scores, gradients, of_lanes, self._owns[thread], weights, moved, total, step, separate,
+                progress, block, facts, inputs, biases, LOGARITHMS, scores, gradients, of_lanes, own, weights, moved,
+                total, step, separate,
             )  # fmt: skip
-            _sum_lanes(thread, self._threads.count, gradients)
 
         summed = {
             name: getattr(gradients, name)[: len(getattr(gradients, name)) // LANES].reshape(
@@ -494,17 +493,6 @@ class Heads:
             for name in ("category", "item", "prior", "item_bias", "category_bias")
         }
         return scores, gradients._replace(**summed), moved, work
-
-    @staticmethod
-    def _own(facts: Facts, inputs: HeadInputs, candidates: int) -> Own:
-        flat = np.zeros(sum(part.size for part in inputs.fast), np.float32)
-        return Own(
-            Workspace.of(facts, inputs.user_features.shape[1]),
-            flat,
-            FastWeights.of(flat, inputs.fast),
-            np.zeros((3, candidates), np.float32),
-            np.zeros(candidates, np.int32),
-        )
 
     def _zeros(self, name: str, *shape: int) -> F32:
         """Working memory, kept from call to call: clearing it costs less than fresh pages."""

@@ -1,12 +1,12 @@
 """Threads that share the loops of a step.
 
-A loop is divided into fixed blocks; thread `i` of `n` takes blocks `i`, `i + n`, ... So any number of threads gives the
-same bits. Within a compiled loop, `meet` is the barrier.
+A loop is divided into fixed blocks, and each block is computed by one thread. So any number of threads gives the same
+bits. Compiled loops wait for the blocks of other threads by counters in shared memory (`advance`, `wait_for`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,38 +25,42 @@ Work = Callable[[int], None]
 """The work of one thread, called with the thread's number."""
 
 _SPINS = 2000
-"""How often a waiting thread spins before it yields: a few microseconds."""
+"""How often a waiting thread spins before it sleeps: some 20 microseconds."""
 
-_yield = types.ExternalFunction("sched_yield", types.int32())
+_PAUSE_US = 20
+
+_sleep: Any = types.ExternalFunction("usleep", types.int32(types.uint32))
 
 
 class Threads:
-    """Runs a function once per thread. The calling thread is one of them.
+    """Runs functions once per thread. The calling thread is one of them.
 
     Attributes:
         count: Threads.
-        meeting: `[2]` int64, state of the barrier `meet`: arrived threads, and completed meetings.
     """
 
     def __init__(self, count: int) -> None:
         # Without this, BLAS would divide each product among its own threads.
         threadpool_limits(1, "blas")
         self.count = count
-        self.meeting: I64 = np.zeros(2, np.int64)
         self._pool = ThreadPoolExecutor(count - 1, "step") if count > 1 else None
 
-    def run(self, *works: Work) -> None:
-        """Calls each `work(thread)` on all threads in parallel, one work after another; returns when all calls have returned.
+    def run(self, *stages: Sequence[Work]) -> None:
+        """Calls the works of each stage as `work(thread)`, in turn, on all threads in parallel.
+
+        A stage begins once all threads have ended the one before it. Returns when all calls have returned.
 
         Raises:
             Exception: What the first failed call raised.
         """
+        ended = np.zeros(len(stages), np.int64)
 
         def part(thread: int) -> None:
-            for number, work in enumerate(works):
-                if number and self.count > 1:
-                    meet_all(self.meeting, self.count)
-                work(thread)
+            for number, stage in enumerate(stages):
+                if number:
+                    meet(ended, number - 1, self.count)
+                for work in stage:
+                    work(thread)
 
         futures = [self._pool.submit(part, thread) for thread in range(1, self.count)] if self._pool else []
         part(0)
@@ -75,27 +79,22 @@ def _adding(_context: Any, array: Any, index: Any, value: Any) -> Any:
     return types.int64(array, types.intp, types.int64), generate
 
 
-_add: Any = intrinsic(_adding)
+advance: Any = intrinsic(_adding)
+"""`advance(counters, index, number)`: adds to a counter. Writes before it are visible to threads that waited for it."""
 
 
 @part_of_sums
-def meet(meeting: I64, threads: int) -> None:
-    """A barrier: returns once each of `threads` threads has called it. Writes before it are visible to all after it."""
-    if threads == 1:
-        return
-    number = _add(meeting, 1, 0)
-    if _add(meeting, 0, 1) == threads - 1:
-        _add(meeting, 0, -threads)
-        _add(meeting, 1, 1)
-        return
-    spins = 0
-    while _add(meeting, 1, 0) == number:
-        spins += 1
-        if spins > _SPINS:
-            _yield()
+def wait_for(counters: I64, index: int, least: int) -> None:
+    """Returns once a counter is at least `least`: spins shortly, then sleeps between polls."""
+    polls = 0
+    while advance(counters, index, 0) < least:
+        polls += 1
+        if polls > _SPINS:
+            _sleep(_PAUSE_US)
 
 
-@compiled_sums("i8[::1], i8")
-def meet_all(meeting: I64, threads: int) -> None:
-    """`meet`, callable from Python."""
-    meet(meeting, threads)
+@compiled_sums("i8[::1], i8, i8")
+def meet(counters: I64, index: int, threads: int) -> None:
+    """Returns once each of `threads` threads has called it with this counter, which was zero before."""
+    advance(counters, index, 1)
+    wait_for(counters, index, threads)

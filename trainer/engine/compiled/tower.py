@@ -31,7 +31,7 @@ from threadpoolctl import threadpool_info
 
 from state.compiled import compiled_sums, layout, part_of_sums
 from trainer.engine.compiled.arrays import F32, I32, I64
-from trainer.engine.compiled.threads import Threads, Work
+from trainer.engine.compiled.threads import Threads, Work, advance, wait_for
 from trainer.model.default_ranker import DefaultRanker
 from trainer.model.hyperparameters import HYPERPARAMETERS
 
@@ -75,12 +75,9 @@ def _fitting(most: int, large: int) -> int:
 
 
 @part_of_sums
-def transpose(matrix: F32, first: int, end: int, part: int, parts: int, out: F32) -> None:
-    """Writes columns `first` to `end` of `matrix` as rows of `out`.
-
-    A call handles every `parts`-th tile of the rows of `matrix`, from tile `part` on.
-    """
-    for begin in range(part * _TILE, matrix.shape[0], parts * _TILE):
+def transpose(matrix: F32, first: int, end: int, out: F32) -> None:
+    """Writes columns `first` to `end` of `matrix` as rows of `out`."""
+    for begin in range(0, matrix.shape[0], _TILE):
         rows, columns = min(begin + _TILE, matrix.shape[0]), end - (end - first) % 4
         # Moves sixteen numbers at a time in registers, in a third of the time that single moves take.
         whole_rows = rows - (rows - begin) % 4
@@ -101,6 +98,9 @@ def transpose(matrix: F32, first: int, end: int, part: int, parts: int, out: F32
 
 
 LATEST = HYPERPARAMETERS.latest
+
+HEADS, TRANSPOSED, FIRST = range(3)
+"""Indices in `Passed.progress`: rows that the heads have learned, transposed weights, and the first of the blocks."""
 
 _ZERO = np.float32(0.0)
 
@@ -129,12 +129,14 @@ class Embedded(NamedTuple):
 
 
 @layout(
-    "f4[:, ::1], (f4[:, ::1],) * 2, (f4[:, ::1],) * 2, f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1]"
+    "i8[::1], f4[:, ::1], (f4[:, ::1],) * 2, (f4[:, ::1],) * 2, f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], "
+    "f4[:, ::1], f4[:, ::1], f4[:, ::1]"
 )
 class Passed(NamedTuple):
     """What a forward pass computed of B rows, float32; valid until the next one.
 
     Attributes:
+        progress: Counters by which threads wait for each other.
         x: `[B, width]` input of the tower.
         plain: The hidden layers without dropout, `[B, h]` each.
         learned: The same with dropout; the same arrays where there is none.
@@ -147,6 +149,7 @@ class Passed(NamedTuple):
         kept: `[B, h_1]`, factors of dropout; `[0, 0]` without.
     """
 
+    progress: I64
     x: F32
     plain: tuple[F32, ...]
     learned: tuple[F32, ...]
@@ -181,6 +184,12 @@ class Layers(NamedTuple):
 class Tower:
     """Forward and backward passes over weights that are changed in place elsewhere.
 
+    With several threads, the first one computes the first block forward and then the heads, in which a row depends on
+    those before it. Meanwhile the others compute blocks forward before the heads, and backward behind them.
+
+    Attributes:
+        block: Rows of a block.
+
     Args:
         ranker: The default ranker, with a dense tower.
         weights: Dense weights by name.
@@ -198,11 +207,11 @@ class Tower:
         self._query, self._query_bias = weights["query.kernel"], weights["query.bias"]
         self._popular_bias, self._user_width = weights["interest.popular"], ranker.user_width
         self._gradients, self._drops = gradients, ranker.drops
-        self._block = rows_of_block(max(kernel.size for kernel in (*self._kernels, self._query)))
+        self.block = rows_of_block(max(kernel.size for kernel in (*self._kernels, self._query)))
         self._dim, self._buffers = ranker.settings.dim, dict[str, F32]()
 
     def forward(self, prepared: F32, embedded: Embedded, kept: F32) -> tuple[Passed, Work]:
-        """Scores B rows without changing anything, once all threads have done the work.
+        """Scores B rows without changing anything, once all threads have done the work, or the counter of a block is 1.
 
         Args:
             prepared: `[B, D']` float32, of the preprocessing.
@@ -218,6 +227,7 @@ class Tower:
         popular_rows = np.zeros((ranks, queries), np.float32)
         popular_rows[:, : self._dim] = embedded.category[embedded.popular_at]
         passed = Passed(
+            progress=np.zeros(FIRST + -(-count // self.block), np.int64),
             x=self._buffer("x", count, width),
             plain=plain,
             learned=plain,
@@ -242,11 +252,13 @@ class Tower:
             self._query_bias,
             self._popular_bias,
         )
-        limit, threads, block = np.float32(HYPERPARAMETERS.user_limit), self._threads.count, self._block
+        limit, threads, block = np.float32(HYPERPARAMETERS.user_limit), self._threads.count, self.block
         return passed, lambda thread: _forward(thread, threads, block, prepared, embedded, layers, passed, limit)
 
-    def backward(self, passed: Passed, by_queries: F32, by_popular: F32) -> tuple[F32, F32, tuple[Work, ...]]:
+    def backward(self, passed: Passed, by_queries: F32, by_popular: F32) -> tuple[F32, F32, Work, Work]:
         """Derivatives by the dense weights into `gradients`, once all threads have done the work.
+
+        The first work follows the heads; the second one begins when all threads have done the first.
 
         Args:
             passed: The forward pass.
@@ -254,7 +266,7 @@ class Tower:
             by_popular: `[B, P]` float32, by the logits of popular categories.
 
         Returns:
-            `[B, k dim]` float32 by the embedding rows in x, `[P, 2 dim + 1]` by `popular_rows`, and the works in turn.
+            `[B, k dim]` float32 by the embedding rows in x, `[P, 2 dim + 1]` by `popular_rows`, and both works.
         """
         count, width = passed.x.shape
         slopes = tuple(self._buffer(f"slope_{i}", count, layer.shape[1]) for i, layer in enumerate(passed.learned))
@@ -280,18 +292,20 @@ class Tower:
         ]
 
         def by_layers(thread: int) -> None:
-            _slopes(
-                thread, threads, self._block, by_queries, by_popular, passed.popular_rows, backward,
-                passed.learned, passed.kept, slopes, by_rows,
-            )  # fmt: skip
+            if thread == min(1, threads - 1):
+                _transposed(passed.progress, weights, backward)
+            if thread or threads == 1:
+                _slopes(
+                    max(thread - 1, 0), max(threads - 1, 1), self.block, passed.progress, by_queries, by_popular,
+                    passed.popular_rows, backward, passed.learned, passed.kept, slopes, by_rows,
+                )  # fmt: skip
 
         def by_weights(thread: int) -> None:
             _by_weights(thread, threads, order, inputs, outputs, (*kernels, by_popular_rows))
             for slope, bias in sums[thread::threads]:
                 _by_bias(slope, bias)
 
-        works = (lambda thread: _transposed(thread, threads, weights, backward), by_layers, by_weights)
-        return by_rows, by_popular_rows, works
+        return by_rows, by_popular_rows, by_layers, by_weights
 
     def _buffer(self, name: str, rows: int, width: int) -> F32:
         """Working memory `[rows, width]`, kept from step to step: fresh pages cost more than a small product."""
@@ -328,7 +342,9 @@ def _forward(
 ) -> None:
     """One thread's blocks of `block` rows."""
     rows, drops = prepared.shape[0], passed.kept.shape[0] > 0
-    for begin in range(thread * block, rows, threads * block):
+    # The first of several threads computes the first block only.
+    step = max(threads - 1, 1) * block if thread or threads == 1 else rows
+    for begin in range(thread * block, rows, step):
         end = min(begin + block, rows)
         _input(begin, end, prepared, embedded, passed.x, passed.user_features, limit)
         _layers(begin, end, 0, passed.x, layers, passed.plain)
@@ -342,6 +358,7 @@ def _forward(
                     out[b, d] = hidden[b, d] * passed.kept[b, d]
             _layers(begin, end, 1, out, layers, passed.learned)
             _score(begin, end, passed.learned, layers, embedded, passed.popular_rows, passed.queries, passed.popular)
+        advance(passed.progress, FIRST + begin // block, 1)
 
 
 @part_of_sums
@@ -415,21 +432,23 @@ def _score(
             popular[b, p] += popular_bias[p]
 
 
-@compiled_sums("i8, i8, (f4[:, ::1],) * 3, (f4[:, ::1],) * 3")
-def _transposed(thread: int, threads: int, weights: tuple[F32, ...], out: tuple[F32, ...]) -> None:
-    """One thread's part of the matrices that `_slopes` multiplies with."""
+@compiled_sums("i8[::1], (f4[:, ::1],) * 3, (f4[:, ::1],) * 3")
+def _transposed(progress: I64, weights: tuple[F32, ...], out: tuple[F32, ...]) -> None:
+    """The matrices that `_slopes` multiplies with."""
     for i in range(len(weights)):
-        transpose(weights[i], 0, weights[i].shape[1], thread, threads, out[i])
+        transpose(weights[i], 0, weights[i].shape[1], out[i])
+    advance(progress, TRANSPOSED, 1)
 
 
 @compiled_sums(
-    "i8, i8, i8, f4[:, ::1], f4[:, ::1], f4[:, ::1], (f4[:, ::1],) * 3, (f4[:, ::1],) * 2, f4[:, ::1], "
+    "i8, i8, i8, i8[::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], (f4[:, ::1],) * 3, (f4[:, ::1],) * 2, f4[:, ::1], "
     "(f4[:, ::1],) * 2, f4[:, ::1]"
 )
 def _slopes(
     thread: int,
     threads: int,
     block: int,
+    progress: I64,
     by_queries: F32,
     by_popular: F32,
     popular_rows: F32,
@@ -439,13 +458,15 @@ def _slopes(
     slopes: tuple[F32, ...],
     by_rows: F32,
 ) -> None:
-    """Backward through queries and layers: one thread's blocks of `block` rows.
+    """Backward through queries and layers: one thread's blocks of `block` rows, each behind the heads.
 
     backward: transposed weights of embedding rows in x, of each layer behind the first, and of queries.
     """
     rows, last = by_queries.shape[0], len(hidden) - 1
+    wait_for(progress, TRANSPOSED, 1)
     for begin in range(thread * block, rows, threads * block):
         end = min(begin + block, rows)
+        wait_for(progress, HEADS, end)
         from_popular = np.dot(by_popular[begin:end], popular_rows)
         for b in range(begin, end):
             for d in range(by_queries.shape[1]):
@@ -474,7 +495,7 @@ def _by_weights(
     for block in range(thread, blocks.shape[0], threads):
         pair, first, end = blocks[block, 0], blocks[block, 1], blocks[block, 2]
         part = np.empty((end - first, inputs[pair].shape[0]), np.float32)
-        transpose(inputs[pair], first, end, 0, 1, part)
+        transpose(inputs[pair], first, end, part)
         np.dot(part, slopes[pair], out[pair][first:end])
 
 

@@ -11,9 +11,7 @@ import grpc
 import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from prometheus_client import CollectorRegistry
 
-from deploy.serving.answers.host import Host
 from deploy.serving.requests.access import (
     OPEN,
     OPERATE,
@@ -25,18 +23,16 @@ from deploy.serving.requests.access import (
     make_missing,
     tokens_in,
 )
-from deploy.serving.rest import App
 from deploy.watch import scrape
 from deploy.watch.address import serving_address
 from state.config.sections import ServingSettings
 from state.config.settings import Settings
 from state.errors import Forbidden, SettingsError, Unauthorized
-from state.events.identity import Salt
 from state.process.ports import free_port
 from tests.deploy.serving.edge.certificates import write_certificate
 from tests.deploy.serving.grpc_api.test_profiles import call, of
-from tests.deploy.serving.http_api.test_app import ask
-from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Stores
+from tests.deploy.serving.http_api.test_app import app_of, ask
+from tests.deploy.serving.stocked import Stores
 from tests.deploy.serving.test_rest import until, worker
 
 
@@ -128,10 +124,8 @@ def test_tokens_are_wanted_where_others_reach_the_port(host: str, tokens: str, w
 
 def test_every_endpoint_but_health_and_documents_asks_for_a_token(stores: Stores, tmp_path: Path) -> None:
     """401 without one, with the header that HTTP asks for; 403 for metrics with that of a reader."""
-    stores.close()
     of_role = made_in(tmp_path / "tokens")
-    host = Host(stores.settings, Salt(SALT_KEY), now_ms=lambda: NOW_MS)
-    app = App(host, CollectorRegistry(), tokens=Tokens(tmp_path / "tokens"))
+    app = app_of(stores, tokens=Tokens(tmp_path / "tokens"))
     open_to_all = set()
     for endpoint in app.endpoints:
         method = endpoint.methods[0] if endpoint.methods else "GET"

@@ -24,7 +24,7 @@ from tests.deploy.serving.grpc_api.test_profiles import call, of
 from tests.deploy.serving.stocked import Stores
 from tests.deploy.serving.test_rest import answers, until, worker
 
-COUNT = int(os.environ.get("MALFORMED", "600"))
+COUNT = int(os.environ.get("MALFORMED", "300"))
 SEED = int(os.environ.get("SEED", "7"))
 STATUS = re.compile(rb"^HTTP/1\.1 (\d{3}) ", re.MULTILINE)
 OURS = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DATA_LOSS}
@@ -136,20 +136,10 @@ POSTS: dict[str, Any] = {
     "/v1/models/profile/versions/1:predict": {"inputs": {"user_id": ["ann"], "at": [5]}, "signature_name": ""},
     "/v1/models/profile/labels/stable:predict": {"instances": ["ann"]},
 }
-METHODS = ("PUT", "HEAD", "DELETE", "OPTIONS", "PATCH", "get", "BREW", "", "CONNECT", "TRACE")
 HEADERS = (
     "transfer-encoding: chunked", "connection: upgrade\r\nupgrade: websocket", "expect: 100-continue", "x: " + "y" * 40_000,
     "content-length: 3", "no colon", ": no name", "host: a", "authorization: Bearer \xff", "connection: close", "x:\ty\r\n z: 1",
 )  # fmt: skip
-ODD = (
-    b"null", b"true", b"[]", b"{}", b"-1", b"0", b"1.5", b"1e400", b"9" * 400, b'""', b'"\\ud800"', b'"\\u0000"', b'"vektor"',
-    b'"' + b"a" * 3000 + b'"', "\"１５é\"".encode(), b"%ff", b"%", b"//", b"\x00", b"\xff", b"{user_id}",
-)  # fmt: skip
-"""Put in, or put in place of a name or a value: JSON of other types and bounds, and what no text may have."""
-
-FRAMES = (0x0, 0x1, 0x2, 0x3, 0x4, 0x5, 0x6, 0x7, 0x8, 0x9, 0xFF)
-"""DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION; none."""
-
 TRAILERS = ((b"te", b"trailers"), (b"content-type", b"application/grpc"))
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 QUESTION = {"userId": "ann", "item": "i1", "atMs": "1800000000000"}
@@ -173,26 +163,14 @@ RPCS: dict[str, tuple[str, Any]] = {
 
 
 def http_request(chance: random.Random) -> bytes:
-    """The bytes of one HTTP request: odd in what it says, or broken in how it is written."""
+    """The bytes of one HTTP request, most of them changed; the types of values are those of `test_api_document`."""
     path = chance.choice([*GETS, *POSTS])
     body = json.dumps(POSTS[path]).encode() if path in POSTS else b""
-    method = ("POST" if body else "GET") if chance.random() < 0.8 else chance.choice(METHODS)
-    if chance.random() < 0.2:
-        path = with_odd(chance, path.encode()).decode("latin-1")
-    if body and chance.random() < 0.7:
-        body = with_odd(chance, body) if chance.random() < 0.8 else mutated(chance, body)
-    length = len(body) if chance.random() < 0.9 else chance.choice([-1, 0, 1, 10**20, "x", len(body) + 5])
-    headers = ["host: 127.0.0.1", f"content-length: {length}", *(one for one in HEADERS if chance.random() < 0.06)]
-    version = "HTTP/1.1" if chance.random() < 0.9 else chance.choice(["HTTP/1.0", "HTTP/2.0", "HTTP/9.9", "FTP/1", ""])
-    head = "".join(f"{line}\r\n" for line in (f"{method} {path} {version}", *headers, ""))
-    whole = head.encode("latin-1") + body
-    return mutated(chance, whole) if chance.random() < 0.3 else whole
-
-
-def with_odd(chance: random.Random, text: bytes) -> bytes:
-    """The text with another word or number somewhere."""
-    at = chance.choice(list(re.finditer(rb'"[^"]*"|\w+', text)))
-    return text[: at.start()] + chance.choice(ODD) + text[at.end() :]
+    method = ("POST" if body else "GET") if chance.random() < 0.8 else "PUT"
+    path += "" if chance.random() < 0.9 else "x"
+    headers = ["host: 127.0.0.1", f"content-length: {len(body)}", *(one for one in HEADERS if chance.random() < 0.06)]
+    whole = "\r\n".join((f"{method} {path} HTTP/1.1", *headers, "", "")).encode("latin-1") + body
+    return mutated(chance, whole) if chance.random() < 0.5 else whole
 
 
 def mutated(chance: random.Random, data: bytes) -> bytes:
@@ -206,7 +184,7 @@ def mutated(chance: random.Random, data: bytes) -> bytes:
         elif kind == 1:
             del changed[at : at + chance.randrange(8)]
         elif kind == 2:
-            changed[at:at] = chance.choice([chance.randbytes(chance.randrange(1, 8)), chance.choice(ODD)])
+            changed[at:at] = chance.randbytes(chance.randrange(1, 8))
         elif kind == 3:
             changed += changed[at:]
         else:
@@ -231,7 +209,7 @@ def http2_bytes(chance: random.Random) -> bytes:
         # Only a connection begins with the preface.
         sent += call.removeprefix(PREFACE) if sent else call
         if chance.random() < 0.4:
-            sent += frame(chance.choice(FRAMES), chance.randrange(256), 1, chance.randbytes(chance.randrange(30)))
+            sent += frame(chance.randrange(11), chance.randrange(256), 1, chance.randbytes(chance.randrange(30)))
     return mutated(chance, sent) if chance.random() < 0.6 else sent
 
 

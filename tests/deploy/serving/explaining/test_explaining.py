@@ -13,7 +13,6 @@ from deploy.serving.answers.explaining import (
     NOBODY,
     ORDERS,
     Coalitions,
-    Explanation,
     Group,
     Words,
     explain,
@@ -21,21 +20,20 @@ from deploy.serving.answers.explaining import (
 )
 from deploy.serving.answers.predictor import Predictor
 from deploy.serving.answers.query import Query
+from deploy.serving.answers.queue import finished
+from springtide_client.answers import BehindIt, Explanation
 from state.errors import BadRequest
 from state.events.identity import Salt, public_id, user_id
 from state.features.spec import EVENT, LABELLED, POSITIVE, FeatureSpec
 from state.history.appends import Appends
-from tests.deploy.serving.recommending.test_ranking import run
 from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Stores, clicks
+from tests.deploy.serving.stocked import predictor as predictor_of
 from tests.deploy.serving.test_own_tables import looking_up as looking_up
 from tests.deploy.serving.test_own_tables import predictor as predictor
-from tests.deploy.serving.test_predictor import predictor as predictor_of
 
 
 def explained(answers: Predictor, query: Query, label: str | None = None) -> Explanation:
-    """What the steps return in the end."""
-    found: Explanation = run(explain(answers, query, label))[1]
-    return found
+    return finished(explain(answers, query, label))
 
 
 def busy(stores: Stores) -> Predictor:
@@ -50,14 +48,14 @@ def test_the_parts_of_an_interest_add_up_to_what_the_answers_differ_by(stores: S
     """Of the user's own categories and of a popular one, which nobody's answer has too."""
     answers = busy(stores)
     found = explained(answers, Query("ann", at_ms=NOW_MS, top=1000), label)
-    shown = {one["label"]: one["probability"] for one in answers.profile("ann", at_ms=NOW_MS).interests}
-    nobody = {one["label"]: one["probability"] for one in answers.profile("nobody", at_ms=NOW_MS).interests}
+    shown = {one.label: one.probability for one in answers.profile("ann", at_ms=NOW_MS).interests}
+    nobody = {one.label: one.probability for one in answers.profile("nobody", at_ms=NOW_MS).interests}
     if label == "tea":
         # No click named it.
         shown[label], nobody[label] = (one[f"{public_id(label):016x}"] for one in (shown, nobody))
     assert found.probability == pytest.approx(shown[label], rel=1e-5)
     assert found.cold_start_probability == pytest.approx(nobody.get(label, 0.0), rel=1e-5)
-    total = sum(one["share"] for one in found.reasons)
+    total = sum(one.share for one in found.reasons)
     assert abs(found.probability - found.cold_start_probability) > 0.001
     assert total == pytest.approx(found.probability - found.cold_start_probability, rel=0.01)
     assert total + found.rest == pytest.approx(found.probability - found.cold_start_probability, abs=1e-9)
@@ -69,10 +67,10 @@ def test_the_parts_of_an_engagement_add_up_too(stores: Stores) -> None:
     answers = busy(stores)
     found = explained(answers, Query("ann", "i1", at_ms=NOW_MS, top=1000))
     engaged = [answers.profile(user, "i1", at_ms=NOW_MS).engagement for user in ("ann", "nobody")]
-    wanted = [one["probability"] for one in engaged if one is not None]
+    wanted = [one.probability for one in engaged if one is not None]
     assert [found.probability, found.cold_start_probability] == pytest.approx(wanted, rel=1e-5)
-    assert sum(one["share"] for one in found.reasons) == pytest.approx(wanted[0] - wanted[1], rel=0.01)
-    kinds = {one["kind"] for one in found.reasons}
+    assert sum(one.share for one in found.reasons) == pytest.approx(wanted[0] - wanted[1], rel=0.01)
+    kinds = {one.kind for one in found.reasons}
     assert kinds >= {"category", "action", "user"} and "pair" not in kinds
 
 
@@ -109,19 +107,19 @@ def test_a_reason_is_what_removing_its_inputs_changes(stores: Stores, label: str
             return float(shares[[one == public_id(label) for one in ids]].sum() / shares.sum())
 
         everything = set(range(len(groups)))
-        total = sum(abs(one["share"]) for one in reasons)
+        total = sum(abs(one.share) for one in reasons)
         for one in reasons:
-            number = groups.index(Group(one["kind"], places[one["about"]]))
+            number = groups.index(Group(one.kind, places[one.about]))
             removed = probability(set()) - probability({number})
             added = probability(everything - {number}) - probability(everything)
             least, most = min(removed, added), max(removed, added)
-            assert least - 0.05 * total <= one["share"] <= most + 0.05 * total, one
+            assert least - 0.05 * total <= one.share <= most + 0.05 * total, one
     assert len(reasons) > 5
 
 
 def test_a_ranker_of_ones_own_is_explained_too(predictor: Predictor) -> None:
     """By the latest events, and rows of its own tables; of its interests nothing but its candidates counts."""
-    best = predictor.profile("ann", at_ms=NOW_MS).interests[0]["label"]
+    best = predictor.profile("ann", at_ms=NOW_MS).interests[0].label
     cases: list[tuple[str | None, str | None, set[str]]] = [
         (None, best, {"category", "succession"}),
         ("i1", None, {"category", "succession", "user", "context", "sequence"}),
@@ -129,19 +127,17 @@ def test_a_ranker_of_ones_own_is_explained_too(predictor: Predictor) -> None:
     for item, label, kinds in cases:
         found = explained(predictor, Query("ann", item, at_ms=NOW_MS, top=100), label)
         difference = found.probability - found.cold_start_probability
-        assert abs(difference) > 0.001 and {one["kind"] for one in found.reasons} == kinds
-        assert sum(one["share"] for one in found.reasons) == pytest.approx(difference, rel=0.01)
+        assert abs(difference) > 0.001 and {one.kind for one in found.reasons} == kinds
+        assert sum(one.share for one in found.reasons) == pytest.approx(difference, rel=0.01)
 
 
 def test_a_reason_says_what_happened(stores: Stores) -> None:
     reasons = explained(busy(stores), Query("ann", at_ms=NOW_MS, top=1000), "hats").reasons
-    hats = next(one for one in reasons if (one["kind"], one["about"]) == ("category", "hats"))
-    assert hats["words"] == "viewed hats 15 times in 7 days, last 1 min ago"
-    assert [one["category"] for one in hats["events"]] == ["hats"] * 3
-    assert hats["events"][0] == {
-        "at": "2027-01-15T07:59:00.000Z", "action": "view", "category": "hats", "item": f"{public_id('i1'):016x}",
-    }  # fmt: skip
-    words = {one["kind"]: one["words"] for one in reasons if one["kind"] != "category"}
+    hats = next(one for one in reasons if (one.kind, one.about) == ("category", "hats"))
+    assert hats.words == "viewed hats 15 times in 7 days, last 1 min ago"
+    assert [one.category for one in hats.events] == ["hats"] * 3
+    assert hats.events[0] == BehindIt("2027-01-15T07:59:00.000Z", "view", "hats", f"{public_id('i1'):016x}")
+    words = {one.kind: one.words for one in reasons if one.kind != "category"}
     assert words["action"] == "viewed 16 times in 7 days, last 5 s ago"
     assert words["user"] == "the weights learned from this user's clicks"
 
@@ -151,11 +147,11 @@ def test_events_tell_actions_and_outcomes() -> None:
     events = np.zeros(4, EVENT)
     events["at_ms"], events["category"], events["action"] = NOW_MS - 86_400_000, 7, (255, 1, 0, 2)
     events["flags"] = (0, LABELLED | POSITIVE, LABELLED, 0)
-    words = Words(events, NOW_MS, spec, lambda one: f"c{one}", [7], [("age", "30"), ("city", None)])
+    words = Words(events, NOW_MS, spec, lambda one: f"c{one}", [7], {"age": "30", "city": None})
     groups, _ = groups_of(
         spec, {"features": (-1, len(spec.names)), "context_row": (-1, 2), "category_windows": (-1, 1, 2)}, []
     )
-    told = {group.kind: words.of(group).words for group in groups if group.place == 0}
+    told = {group.kind: words.of(group, 0.0).words for group in groups if group.place == 0}
     assert told["category"] == (
         "viewed c7 once and put c7 into the cart once and did swipe with c7 once in 7 days, last 1 day ago"
     )

@@ -1,18 +1,24 @@
-"""TensorFlow Serving's gRPC interface, asked by TensorFlow Serving's own client in a process of its own."""
+"""TensorFlow Serving's gRPC interface, asked by TensorFlow Serving's own client."""
 
 from __future__ import annotations
 
 import importlib
-import json
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
+import grpc
 import httpx
 import numpy as np
 import pytest
+import tensorflow as tf
 from google.protobuf.descriptor import Descriptor
+from tensorflow_serving.apis.classification_pb2 import ClassificationRequest
+from tensorflow_serving.apis.get_model_metadata_pb2 import GetModelMetadataRequest, SignatureDefMap
+from tensorflow_serving.apis.get_model_status_pb2 import GetModelStatusRequest
+from tensorflow_serving.apis.model_pb2 import ModelSpec
+from tensorflow_serving.apis.model_service_pb2_grpc import ModelServiceStub
+from tensorflow_serving.apis.predict_pb2 import PredictRequest
+from tensorflow_serving.apis.prediction_service_pb2_grpc import PredictionServiceStub
 
 from deploy.serving.requests.grpc_server import POOL
 from deploy.serving.requests.tensorflow_serving import TensorProto, to_array, to_proto
@@ -21,8 +27,6 @@ from state.process.ports import free_port
 from tests.deploy.serving.stocked import NOW_MS, Stores, digest_of, manifest, tensors
 from tests.deploy.serving.test_rest import answers, until, worker
 
-CLIENT = Path(__file__).with_name("public_client.py")
-AVAILABLE = 30
 PUBLIC = {
     "tensorflow_serving.apis.model_pb2": ["ModelSpec"],
     "tensorflow_serving.apis.predict_pb2": ["PredictRequest", "PredictResponse"],
@@ -34,55 +38,87 @@ PUBLIC = {
 }  # fmt: skip
 
 
+def outputs_of(answer: Any) -> dict[str, Any]:
+    """The outputs as REST has them."""
+    found = {name: tf.make_ndarray(proto) for name, proto in answer.outputs.items()}
+    return {
+        name: [[one.decode() for one in row] for row in values] if values.dtype == object else values.tolist()
+        for name, values in found.items()
+    }
+
+
 def test_tensorflow_servings_client_is_answered(stores: Stores) -> None:
     """By id and raw, by version and label, metadata and status, and each refusal with the code of its kind."""
     port, grpc_port = free_port(), free_port()
     made = tensors(stores.lowered, 2, {"user": ["ann"], "category": ["hats"]}, ["tea", "shoes"])
     stores.rows.apply(manifest(2, digest_of(stores.lowered), parent=1), made, NOW_MS, follow=True)
-    with worker(stores, port, 1, grpc_port):
+    with worker(stores, port, 1, grpc_port), grpc.insecure_channel(f"127.0.0.1:{grpc_port}") as channel:
         until(lambda: answers(port, "/readyz"))
-        run = subprocess.run(
-            [sys.executable, str(CLIENT), str(grpc_port)], capture_output=True, text=True, timeout=400, check=False
-        )
-        assert run.returncode == 0, run.stderr
-        body = {"inputs": {"user_id": ["ann", "nobody"], "item": ["i1", "i1"]}}
-        model = f"http://127.0.0.1:{port}/v1/models/profile"
-        rest = {
-            at: httpx.post(f"{model}{at}:predict", json=body, timeout=60.0).json()["outputs"]
-            for at in ("", "/versions/1")
+        prediction, model = PredictionServiceStub(channel), ModelServiceStub(channel)
+
+        def request(inputs: dict[str, Any], model: str = "profile", **spec: Any) -> PredictRequest:
+            asked = PredictRequest(inputs={name: tf.make_tensor_proto(value) for name, value in inputs.items()})
+            asked.model_spec.CopyFrom(ModelSpec(name=model, **spec))
+            return asked
+
+        def predict(asked: PredictRequest) -> Any:
+            return prediction.Predict(asked, timeout=60, wait_for_ready=True)
+
+        # 1. By id, as over REST; times go on between the two.
+        ann = {"user_id": ["ann", "nobody"], "item": ["i1", "i1"]}
+        for choice, at, version in (
+            ({}, "", 2),
+            ({"version": {"value": 1}}, "/versions/1", 1),
+            ({"version_label": "previous"}, "/versions/1", 1),
+        ):
+            answer = predict(request(ann, **choice))
+            assert (answer.model_spec.version.value, answer.model_spec.signature_name) == (version, "serving_default")
+            url = f"http://127.0.0.1:{port}/v1/models/profile{at}:predict"
+            given, rest = outputs_of(answer), httpx.post(url, json={"inputs": ann}, timeout=60.0).json()["outputs"]
+            assert set(given) == set(rest)
+            for name in ("interest_labels", "interest_ids", "known"):
+                assert given[name] == rest[name]
+            for name in ("interest_probabilities", "engagement", "vector"):
+                np.testing.assert_allclose(given[name], rest[name], atol=1e-3)
+        filtered = request({"user_id": ["ann"]})
+        filtered.output_filter.append("vector")
+        assert list(outputs_of(predict(filtered))) == ["vector"]
+        assert outputs_of(predict(request({"user_id": ["ann"], "at": np.array([1500], np.int64)})))["at"] == [1500]
+        # 2. Metadata, and raw inputs of its form.
+        asked = GetModelMetadataRequest(model_spec=ModelSpec(name="profile"), metadata_field=["signature_def"])
+        signatures = SignatureDefMap()
+        assert prediction.GetModelMetadata(asked, timeout=60).metadata["signature_def"].Unpack(signatures)
+        by_id, raw = (signatures.signature_def[name] for name in ("serving_default", "raw"))
+        assert set(by_id.outputs) == set(given) and raw.method_name == "tensorflow/serving/predict"
+        zeros = {
+            name: np.zeros([3 if dim.size == -1 else dim.size for dim in one.tensor_shape.dim], np.float32)
+            for name, one in raw.inputs.items()
         }
-    found = json.loads(run.stdout.splitlines()[-1])
-    _same(found["predict"], rest[""], 2)
-    _same(found["version"], rest["/versions/1"], 1)
-    _same(found["label"], rest["/versions/1"], 1)
-    assert list(found["filtered"]["outputs"]) == ["vector"]
-    assert found["values"]["outputs"]["at"] == [1500]
-    assert found["raw"]["signature"] == "raw"
-    inputs, outputs, method = found["signatures"]["raw"]
-    assert set(found["raw"]["outputs"]) == set(outputs) and "user_row" in inputs
-    assert all(len(values) == 3 for values in found["raw"]["outputs"].values())
-    assert method == "tensorflow/serving/predict"
-    assert set(found["signatures"]["serving_default"][1]) == set(found["predict"]["outputs"])
-    assert found["status"] == [[2, AVAILABLE, 0], [1, AVAILABLE, 0]]
-    codes = {name: code for name, (code, _) in found["refused"].items()}
-    assert codes == {
-        "model": "NOT_FOUND", "version": "NOT_FOUND", "negative": "NOT_FOUND", "label": "NOT_FOUND",
-        "signature": "INVALID_ARGUMENT", "type": "INVALID_ARGUMENT", "shape": "INVALID_ARGUMENT",
-        "size": "INVALID_ARGUMENT", "missing": "INVALID_ARGUMENT", "field": "INVALID_ARGUMENT",
-        "classify": "UNIMPLEMENTED",
-    }  # fmt: skip
-    known = {"model": "profile", "version": "2, 1", "label": "previous, stable", "classify": "Predict"}
-    assert all(words in found["refused"][name][1] for name, words in known.items())
-
-
-def _same(given: dict[str, Any], rest: dict[str, Any], version: int) -> None:
-    """Over gRPC it is what it is over REST; times go on between the two."""
-    assert (given["version"], given["signature"]) == (version, "serving_default")
-    assert set(given["outputs"]) == set(rest)
-    for name in ("interest_labels", "interest_ids", "known"):
-        assert given["outputs"][name] == rest[name]
-    for name in ("interest_probabilities", "engagement", "vector"):
-        np.testing.assert_allclose(given["outputs"][name], rest[name], atol=1e-3)
+        found = outputs_of(predict(request(zeros, signature_name="raw")))
+        assert set(found) == set(raw.outputs) and all(len(values) == 3 for values in found.values())
+        status = model.GetModelStatus(GetModelStatusRequest(model_spec=asked.model_spec)).model_version_status
+        assert [(one.version, one.state, one.status.error_code) for one in status] == [(2, 30, 0), (1, 30, 0)]
+        # 3. Refusals.
+        broken = request({"user_id": ["ann"]})
+        broken.inputs["user_id"].tensor_shape.dim[0].size = 1 << 40
+        asked.ClearField("metadata_field")
+        refusals: list[tuple[Callable[[Any], Any], Any, str, str]] = [
+            (predict, request(ann, "other"), "NOT_FOUND", "profile"),
+            (predict, request(ann, version={"value": 99}), "NOT_FOUND", "2, 1"),
+            (predict, request(ann, version={"value": -1}), "NOT_FOUND", "2, 1"),
+            (predict, request(ann, version_label="other"), "NOT_FOUND", "previous, stable"),
+            (predict, request(ann, signature_name="other"), "INVALID_ARGUMENT", "serving_default"),
+            (predict, request({"user_id": [7]}), "INVALID_ARGUMENT", "user_id"),
+            (predict, request({"user_id": [["ann"]]}), "INVALID_ARGUMENT", "shape"),
+            (predict, broken, "INVALID_ARGUMENT", "shape"),
+            (predict, request({"item": ["i1"]}), "INVALID_ARGUMENT", "missing"),
+            (prediction.GetModelMetadata, asked, "INVALID_ARGUMENT", "signature_def"),
+            (prediction.Classify, ClassificationRequest(), "UNIMPLEMENTED", "Predict"),
+        ]
+        for call, wrong, code, words in refusals:
+            with pytest.raises(grpc.RpcError) as refused:
+                call(wrong)
+            assert (refused.value.code().name, words in refused.value.details()) == (code, True), refused.value
 
 
 def _fields(descriptor: Descriptor) -> dict[str, tuple[int, int, bool, str]]:

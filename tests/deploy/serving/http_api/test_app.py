@@ -6,11 +6,10 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import httpx
 import pytest
@@ -18,20 +17,21 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from deploy.serving.answers.host import Host
+from deploy.serving.requests.access import Tokens
 from deploy.serving.requests.parameters import MOST_PROFILES, time_ms
 from deploy.serving.rest import App
 from state.errors import BadRequest
-from state.events.identity import Salt, public_id
+from state.events.identity import public_id
 from state.layout import PROGRAMS
-from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, SOURCE, Stores, digest_of
+from tests.deploy.serving.stocked import NOW_MS, SALT, SOURCE, Stores, digest_of
 
 
-def app_of(stores: Stores) -> tuple[App, CollectorRegistry]:
+def app_of(
+    stores: Stores, now_ms: Callable[[], int] = lambda: NOW_MS, tokens: Tokens | None = None, **sections: Any
+) -> App:
     """The application on the stores, whose writers are closed: one process may open a store only once."""
     stores.close()
-    registry = CollectorRegistry()
-    host = Host(stores.settings, Salt(SALT_KEY), now_ms=lambda: NOW_MS)
-    return App(host, registry), registry
+    return App(Host(replace(stores.settings, **sections), SALT, now_ms), CollectorRegistry(), tokens=tokens)
 
 
 def ask(app: App, method: str, path: str, **more: Any) -> httpx.Response:
@@ -62,7 +62,7 @@ def ask_bytes(app: App, path: bytes, query: bytes) -> tuple[int, Any]:
 
 @pytest.fixture
 def app(stores: Stores) -> Iterator[App]:
-    made, _ = app_of(stores)
+    made = app_of(stores)
     yield made
     made.close()
 
@@ -93,12 +93,6 @@ def test_a_profile_is_answered_in_the_documented_form(app: App) -> None:
     assert sum(one["probability"] for one in answer["interests"]) == pytest.approx(1.0, abs=1e-5)
     assert answer["engagement"]["item"] == "i1" and 0 < answer["engagement"]["probability"] < 1
     assert len(answer["vector"]) == 12 and len(answer["features"]) == 128
-
-
-def test_ids_may_hold_any_character(app: App) -> None:
-    for user in ("a/b c", "Łódź?", "日本"):
-        response = httpx.URL("http://worker").copy_with(raw_path=b"/v1/profiles/" + quote(user, safe="").encode())
-        assert ask(app, "GET", str(response)).json()["user_id"] == user
 
 
 @pytest.mark.parametrize("path", [b"/v1/profiles/%zz", b"/v1/profiles/100%", b"/health%7"])
@@ -231,7 +225,7 @@ def test_another_method_is_told_which_are_offered(app: App) -> None:
 
 
 def test_readiness_names_what_is_missing(stores: Stores) -> None:
-    app, _ = app_of(stores)
+    app = app_of(stores)
     assert ask(app, "GET", "/readyz").json() == {"ready": True, "version": True, "program": True, "histories": True}
     app.close()
     program = stores.settings.serving_dir / PROGRAMS / f"{digest_of(stores.lowered)}.tflite"
@@ -248,15 +242,13 @@ def test_readiness_names_what_is_missing(stores: Stores) -> None:
 
 def test_before_the_applier_nothing_is_ready(tmp_path: Path, stores: Stores) -> None:
     """A worker may start first; it says what it waits for, and answers once that is there."""
-    settings = replace(stores.settings, paths=replace(stores.settings.paths, state=str(tmp_path / "elsewhere")))
-    app = App(Host(settings, Salt(SALT_KEY), now_ms=lambda: NOW_MS), CollectorRegistry())
+    paths = replace(stores.settings.paths, state=str(tmp_path / "elsewhere"))
+    app = app_of(stores, paths=paths)
     response = ask(app, "GET", "/v1/profiles/ann")
     assert response.status_code == 503 and "start the applier" in response.json()["do"]
     assert ask(app, "GET", "/readyz").json()["version"] is False
-    stores.close()
-    stores.settings.serving_dir.rename(tmp_path / "moved")
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "moved").rename(settings.serving_dir)
+    stores.settings.serving_dir.rename(tmp_path / "elsewhere" / stores.settings.serving_dir.name)
     assert ask(app, "GET", "/v1/profiles/ann").status_code == 200
     app.close()
 
@@ -279,8 +271,7 @@ store.close()
 def test_stores_begun_anew_are_opened_again(stores: Stores, later_ms: int) -> None:
     """After a power cut the applier makes other files; a worker that runs on takes them up, whatever the clock does."""
     now = [NOW_MS]
-    stores.close()
-    app = App(Host(stores.settings, Salt(SALT_KEY), now_ms=lambda: now[0]), CollectorRegistry())
+    app = app_of(stores, lambda: now[0])
     assert ask(app, "GET", "/v1/profiles/cat").json()["cold_start"]
     path = stores.settings.serving_dir / "histories"
     path.rename(path.with_name("old"))
@@ -291,7 +282,7 @@ def test_stores_begun_anew_are_opened_again(stores: Stores, later_ms: int) -> No
 
 
 def test_requests_are_counted_without_ids(stores: Stores) -> None:
-    app, registry = app_of(stores)
+    app = app_of(stores)
     for path in ("/v1/profiles/ann", "/v1/profiles/nobody", "/v1/profiles/ann?at=x", "/secret"):
         ask(app, "GET", path)
     text = ask(app, "GET", "/metrics").text
@@ -300,12 +291,12 @@ def test_requests_are_counted_without_ids(stores: Stores) -> None:
     assert 'springtide_requests_total{code="404",route="unknown"} 1.0' in text
     assert "springtide_cold_starts_total 1.0" in text
     assert "ann" not in text.replace("channel", "") and "secret" not in text
-    assert registry.get_sample_value("springtide_request_seconds_count", {"route": "profile"}) == 3
+    assert 'springtide_request_seconds_count{route="profile"} 3.0' in text
     app.close()
 
 
 def test_who_accepts_openmetrics_gets_it_with_the_version_that_answered(stores: Stores) -> None:
-    app, _ = app_of(stores)
+    app = app_of(stores)
     version = ask(app, "GET", "/v1/profiles/ann").json()["version"]["number"]
     asked = ask(app, "GET", "/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
     assert asked.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")

@@ -4,30 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
 
 import pytest
-from prometheus_client import CollectorRegistry
 
-from deploy.serving.answers.host import Host
 from deploy.serving.rest import App
 from state.config.sections import SegmentSettings
-from state.events.identity import Salt, user_id
+from state.events.identity import user_id
 from state.layout import LOOKALIKES, SEGMENTS
 from state.segments.lookalikes import LookalikeList, NearUser, PrecisionAt, write
 from state.segments.members import Membership, SegmentStore
-from tests.deploy.serving.http_api.test_app import ask
-from tests.deploy.serving.stocked import MAP, NOW_MS, SALT_KEY, Stores
+from tests.deploy.serving.http_api.test_app import app_of, ask
+from tests.deploy.serving.stocked import MAP, NOW_MS, SALT, Stores
 
 EXPRESSIONS = ("busy=events.visible > 1", "idle=events.visible == 0")
-SALT = Salt(SALT_KEY)
 
 
 def with_segments(stores: Stores) -> App:
     """An application with two segments, without a store of members."""
-    stores.close()
-    settings = replace(stores.settings, segments=SegmentSettings(EXPRESSIONS))
-    return App(Host(settings, SALT, now_ms=lambda: NOW_MS), CollectorRegistry())
+    return app_of(stores, segments=SegmentSettings(EXPRESSIONS))
 
 
 @pytest.fixture

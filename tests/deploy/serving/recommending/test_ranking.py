@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,27 +11,17 @@ import pytest
 from deploy.serving.answers.items import UserPairs, over_caps, rank
 from deploy.serving.answers.predictor import Predictor
 from deploy.serving.answers.query import Cap, NamedItem, Query
+from deploy.serving.answers.queue import finished
 from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
+from springtide_client.answers import LeftOutItem
 from state.attributes.store import AttributeStore
 from state.events.identity import Salt, public_id, user_id
 from state.features.spec import EVENT, Mask
 from state.history.appends import Appends
-from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Stores, clicks, digest_of, manifest, tensors
+from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Stores, clicks, digest_of, manifest, predictor, tensors
+from tests.deploy.serving.test_attributes import WANTED
 from tests.deploy.serving.test_attributes import known as known
-from tests.deploy.serving.test_attributes import predictor as with_attributes
 from tests.deploy.serving.test_crosses import ids_of, learn, numbers
-from tests.deploy.serving.test_predictor import predictor
-
-
-def run(steps: Generator[None, None, Any]) -> tuple[int, Any]:
-    """How often a generator stopped, and what it returned."""
-    stops = 0
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return stops, end.value
-        stops += 1
 
 
 def test_items_are_scored_as_one_by_one_and_come_best_first(stores: Stores) -> None:
@@ -42,42 +32,43 @@ def test_items_are_scored_as_one_by_one_and_come_best_first(stores: Stores) -> N
         NamedItem("i1"),
         NamedItem("never"),
     ]
-    stops, found = run(rank(answers, Query("ann"), asked))
-    assert stops == 2 and len(found.items) == len(asked)
-    given = [one["probability"] for one in found.items]
+    found = finished(rank(answers, Query("ann"), asked))
+    assert len(found.items) == len(asked)
+    assert len(list(rank(answers, Query("ann"), asked))) == 2, "it stops after each batch"
+    given = [one.probability for one in found.items]
     assert given == sorted(given, reverse=True)
-    shown = {one["item"]: one for one in found.items}
-    assert shown["i1"]["category"] == "hats" and shown["never"]["category"] is None
+    shown = {one.item: one for one in found.items}
+    assert shown["i1"].category == "hats" and shown["never"].category is None
     for one in (asked[0], asked[299], *asked[300:]):
         alone = answers.profile("ann", item=one.item, category=one.category)
         assert alone.engagement is not None
-        assert shown[one.item]["probability"] == pytest.approx(alone.engagement["probability"], rel=1e-5)
-    shoes = [one["item"] for one in found.items if one["category"] == "shoes"]
+        assert shown[one.item].probability == pytest.approx(alone.engagement.probability, rel=1e-5)
+    shoes = [one.item for one in found.items if one.category == "shoes"]
     assert shoes == [f"never-{n}" for n in range(0, 300, 3)]
-    assert (found.user_id, found.known, found.version["number"]) == ("ann", True, 1)
+    assert (found.user_id, found.known, found.version.number) == ("ann", True, 1)
 
 
 def test_all_items_are_scored_by_the_version_that_answered_first(stores: Stores) -> None:
     answers, items = predictor(stores), [NamedItem(f"n{n}", "shoes") for n in range(600)]
-    _, wanted = run(rank(answers, Query("ann"), items))
+    wanted = finished(rank(answers, Query("ann"), items))
     steps = rank(answers, Query("ann"), items)
     next(steps)
     other = {name: value + 0.5 for name, value in stores.lowered.weights.items()}
     made = tensors(stores.lowered, 2, {"category": ["shoes"]}, [])
     made |= {f"dense.{name}": np.asarray(value, np.float32) for name, value in other.items()}
     stores.rows.apply(manifest(2, digest_of(stores.lowered), parent=1), made, NOW_MS, follow=True)
-    assert answers.profile("ann").version["number"] == 2
-    _, found = run(steps)
-    assert found.version["number"] == 1 and found.items == wanted.items
-    _, later = run(rank(answers, Query("ann"), items))
-    assert later.version["number"] == 2 and later.items != wanted.items
+    assert answers.profile("ann").version.number == 2
+    found = finished(steps)
+    assert found.version.number == 1 and found.items == wanted.items
+    later = finished(rank(answers, Query("ann"), items))
+    assert later.version.number == 2 and later.items != wanted.items
 
 
 DAY = 86_400.0
 
 
 def ranked(stores: Stores, items: Sequence[NamedItem], impressions: Sequence[int] = (), user: str = "ann") -> Any:
-    return run(rank(predictor(stores), Query(user, at_ms=NOW_MS), items, impressions))[1]
+    return finished(rank(predictor(stores), Query(user, at_ms=NOW_MS), items, impressions))
 
 
 def test_items_with_bids_come_by_probability_times_bid(stores: Stores) -> None:
@@ -85,13 +76,13 @@ def test_items_with_bids_come_by_probability_times_bid(stores: Stores) -> None:
     random = np.random.default_rng(1)
     named = [NamedItem(f"ad-{n}", ("shoes", "hats", "books")[n % 3]) for n in range(300)]
     bids = random.choice([0.0, 0.25, 1.0, 3.5], 300).tolist()
-    plain = {one["item"]: one["probability"] for one in ranked(stores, named).items}
+    plain = {one.item: one.probability for one in ranked(stores, named).items}
     found = ranked(stores, [one._replace(bid=bid) for one, bid in zip(named, bids, strict=True)]).items
-    assert {one["item"]: one["probability"] for one in found} == plain
-    assert {one["item"]: one["bid"] for one in found} == {one.item: bid for one, bid in zip(named, bids, strict=True)}
-    assert all(one["expected_value"] == one["probability"] * one["bid"] for one in found)
+    assert {one.item: one.probability for one in found} == plain
+    assert {one.item: one.bid for one in found} == {one.item: bid for one, bid in zip(named, bids, strict=True)}
+    assert all(one.expected_value == one.probability * one.bid for one in found)
     wanted = sorted(range(300), key=lambda n: (-plain[named[n].item] * bids[n], n))
-    assert [one["item"] for one in found] == [named[n].item for n in wanted]
+    assert [one.item for one in found] == [named[n].item for n in wanted]
     assert wanted != sorted(range(300), key=lambda n: (-plain[named[n].item], n)), "bids decide something"
 
 
@@ -106,20 +97,17 @@ def test_what_was_seen_as_often_as_its_cap_is_left_out_and_named(stores: Stores)
         NamedItem("i9"),
     ]
     found = ranked(stores, named)
-    assert found.left_out == [
-        {"item": "i1", "reason": "cap", "seen": 1},
-        {"item": "i2", "reason": "cap", "seen": 1},
-    ]
-    assert sorted(one["item"] for one in found.items) == ["i1", "i2", "i3", "i9"]
+    assert found.left_out == [LeftOutItem("i1", "cap", 1), LeftOutItem("i2", "cap", 1)]
+    assert sorted(one.item for one in found.items) == ["i1", "i2", "i3", "i9"]
     of_bob = ranked(stores, named, user="bob")
-    assert [one["item"] for one in of_bob.left_out] == ["i3"] and len(of_bob.items) == 5
+    assert [one.item for one in of_bob.left_out] == ["i3"] and len(of_bob.items) == 5
     assert ranked(stores, named, user="nobody").left_out == []
 
 
 def test_all_items_may_be_left_out(stores: Stores) -> None:
     found = ranked(stores, [NamedItem("i1", bid=1.0, cap=Cap(1, DAY)), NamedItem("i2", bid=2.0, cap=Cap(1, DAY))])
-    assert found.items == [] and [one["item"] for one in found.left_out] == ["i1", "i2"]
-    assert found.known and found.version["number"] == 1
+    assert found.items == [] and [one.item for one in found.left_out] == ["i1", "i2"]
+    assert found.known and found.version.number == 1
 
 
 def test_impressions_alone_count_where_there_are_some(stores: Stores) -> None:
@@ -129,8 +117,8 @@ def test_impressions_alone_count_where_there_are_some(stores: Stores) -> None:
     events["action"] = (1, 1, 0, 1)
     stores.histories.commit(Appends.of(np.full(4, ann, np.uint64), events), (), {})
     three, four = NamedItem("ad", cap=Cap(3, DAY)), NamedItem("ad", cap=Cap(4, DAY))
-    assert [one["seen"] for one in ranked(stores, [three, four], (1,)).left_out] == [3]
-    assert [one["seen"] for one in ranked(stores, [three, four]).left_out] == [4, 4]
+    assert [one.seen for one in ranked(stores, [three, four], (1,)).left_out] == [3]
+    assert [one.seen for one in ranked(stores, [three, four]).left_out] == [4, 4]
     assert ranked(stores, [three], (0,)).left_out == []
 
 
@@ -138,7 +126,7 @@ def test_masked_events_do_not_count(stores: Stores) -> None:
     named = [NamedItem("i1", cap=Cap(1, DAY)), NamedItem("i2", cap=Cap(1, DAY))]
     mask = Mask(2, times=((NOW_MS - 10_000, NOW_MS),))
     stores.rows.steer({CONTROL_NOTE: b'{"generation": 2}', MASK_NOTE: mask.to_bytes()})
-    assert [one["item"] for one in ranked(stores, named).left_out] == ["i1"]
+    assert [one.item for one in ranked(stores, named).left_out] == ["i1"]
 
 
 def test_caps_count_what_a_loop_over_the_events_counts() -> None:
@@ -194,7 +182,7 @@ def test_with_crosses(stores: Stores) -> None:
 
 
 def test_with_attributes(stores: Stores, known: AttributeStore) -> None:
-    (ours, _), (theirs, _) = both(with_attributes(stores, known), Query("ann"))
+    (ours, _), (theirs, _) = both(predictor(stores, known=known, attributes=WANTED), Query("ann"))
     (without, _), _ = both(predictor(stores), Query("ann"))
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     assert abs(ours[200] - without[200]) > 1e-3

@@ -9,6 +9,7 @@ import numpy as np
 from deploy.serving.answers.item_index import ItemSources
 from deploy.serving.answers.items import recommend
 from deploy.serving.answers.query import Query, WantedItems
+from deploy.serving.answers.queue import finished
 from deploy.serving.following.remembered import Remembered
 from state.config.settings import Settings
 from state.events.identity import public_id, user_id
@@ -18,10 +19,8 @@ from state.ranking import item_scores
 from state.ranking.item_lists import CLICKED, EVERYTHING, FOLLOWED, VISITED
 from state.ranking.item_scores import COLUMNS, WEIGHTS, Reads, Workspace, first_weights, sources_of
 from tests.bench.recorded import micro_batches, plain
-from tests.deploy.serving.recommending.test_ranking import run
 from tests.deploy.serving.recommending.test_shelves import news
-from tests.deploy.serving.stocked import NOW_MS, Stores, clicks, digest_of, manifest
-from tests.deploy.serving.test_predictor import SALT, predictor
+from tests.deploy.serving.stocked import NOW_MS, SALT, Stores, clicks, digest_of, manifest, predictor
 from tests.trainer.engine.test_item_ranking import count
 from trainer.engine.item_ranking import ItemRanking
 
@@ -61,11 +60,8 @@ def serve(stores: Stores, ranking: ItemRanking, weights: Any) -> None:
 
 
 def recommended(stores: Stores, user: str, wanted: WantedItems) -> list[Any]:
-    found = run(
-        recommend(predictor(stores), ItemSources(stores.histories, stores.rows), Query(user, at_ms=NOW_MS), wanted)
-    )
-    items: list[Any] = found[1].items
-    return items
+    sources = ItemSources(stores.histories, stores.rows)
+    return finished(recommend(predictor(stores), sources, Query(user, at_ms=NOW_MS), wanted)).items
 
 
 def test_serving_scores_what_the_trainer_scores(stores: Stores) -> None:
@@ -75,7 +71,7 @@ def test_serving_scores_what_the_trainer_scores(stores: Stores) -> None:
     interests = 3 * item_scores.INTERESTS_AT
     weights[interests : interests + 3] = 0.0
     serve(stores, ranking, weights)
-    found = [one["id"] for one in recommended(stores, "ann", WantedItems(100))]
+    found = [one.id for one in recommended(stores, "ann", WantedItems(100))]
     lists, followed, visited = (ranking.tables[table] for table in (CLICKED, FOLLOWED, VISITED))
     row = int(visited.find(np.array([user_id(SALT, "ann")], np.uint64))[0])
     keys = np.array([*EVERYTHING, public_id("shoes"), *[0] * item_scores.INTERESTS], np.uint64)
@@ -91,14 +87,14 @@ def test_serving_scores_what_the_trainer_scores(stores: Stores) -> None:
 
 def test_each_item_has_its_reason_and_what_was_seen_can_be_left_out(stores: Stores) -> None:
     serve(stores, learned(stores), first_weights())
-    reasons = {one["id"]: one["reason"] for one in recommended(stores, "ann", WantedItems(100))}
+    reasons = {one.id: one.reason for one in recommended(stores, "ann", WantedItems(100))}
     assert reasons[name("i1")] == reasons[name("i2")] == "again" and reasons[name("after-i2")] == "next"
-    unseen = {one["id"] for one in recommended(stores, "ann", WantedItems(100, exclude_seen=True))}
+    unseen = {one.id for one in recommended(stores, "ann", WantedItems(100, exclude_seen=True))}
     assert unseen == {*reasons} - {name("i1"), name("i2")}
-    of_tea = {one["id"] for one in recommended(stores, "ann", WantedItems(3, "tea"))}
+    of_tea = {one.id for one in recommended(stores, "ann", WantedItems(3, "tea"))}
     assert len(of_tea) == 3 and of_tea <= {name(f"tea-{n}") for n in range(5)}
     assert recommended(stores, "nobody", WantedItems(5))
-    listed = [one["category"] for one in recommended(stores, "ann", WantedItems(4, per_category=2))]
+    listed = [one.category for one in recommended(stores, "ann", WantedItems(4, per_category=2))]
     assert len(listed) == 4 and max(map(listed.count, listed)) == 2
 
 
@@ -108,11 +104,11 @@ def test_impressions_without_a_click_are_not_own_items(stores: Stores) -> None:
     shown = clicks([("tea", "tea-0", 3_000)], 3000)
     shown["flags"] = LABELLED
     stores.histories.commit(Appends.of(ann, shown), (), {})
-    reasons = {one["id"]: one["reason"] for one in recommended(stores, "ann", WantedItems(100))}
+    reasons = {one.id: one.reason for one in recommended(stores, "ann", WantedItems(100))}
     assert reasons[name("tea-0")] != "again" and reasons[name("i2")] == "again"
 
 
 def test_a_version_without_weights_is_ranked_as_before(stores: Stores) -> None:
     ranking = learned(stores)
     serve(stores, ranking, first_weights()[:5])
-    assert {one["reason"] for one in recommended(stores, "ann", WantedItems(20))} >= {"again"}
+    assert {one.reason for one in recommended(stores, "ann", WantedItems(20))} >= {"again"}
