@@ -32,7 +32,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from state.features.spec import DAY_MS, FeatureSpec
+from state.features.arrays import DAY_MS
+from state.features.spec import FeatureSpec
 
 MOST_STRIDES = 64
 """Maximum number of moments after one event. It bounds their number for a short span and a long window."""

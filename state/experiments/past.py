@@ -17,7 +17,7 @@ from state import layout
 from state.config.sections import RetrainSettings
 from state.disk import files as durable
 from state.errors import RegistryError
-from state.features.spec import DAY_MS
+from state.features.arrays import DAY_MS
 from state.microbatch.batch import MicroBatch, trim
 from state.positions import Source
 from state.registry import sealed

@@ -19,10 +19,14 @@ import numpy as np
 
 from state.compiled import compiled, inlined, layout
 from state.features.arrays import (
+    DAY_MS,
+    EXACT,
     FEW,
     GAPS,
+    HOUR_MS,
     I64,
     MANY,
+    NEVER,
     OF_ORDER,
     SLOTS,
     SOURCE_BITS,
@@ -33,9 +37,9 @@ from state.features.arrays import (
     Rings,
     Tables,
     Vector,
+    quantise,
 )
 from state.features.mask import Hidden
-from state.features.spec import DAY_MS, EXACT, HOUR_MS, NEVER, quantise
 
 
 class Work(NamedTuple):

@@ -20,7 +20,8 @@ from state.experiments import comparison
 from state.experiments.comparison import PairedComparison, RowLosses
 from state.experiments.experiment import By, Experiment, Experiments, Schedule
 from state.experiments.past import read_past
-from state.features.spec import DAY_MS, FeatureSpec
+from state.features.arrays import DAY_MS
+from state.features.spec import FeatureSpec
 from state.process import killpoints
 from state.registry.control import HeldUpdate, hold, release, start
 from state.registry.registry import Registry

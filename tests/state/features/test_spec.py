@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from state.config.loading import load
 from state.errors import SettingsError
 from state.events.identity import public_id
+from state.features.arrays import quantise, recency_step
 from state.features.erased import MaskedUsers
 from state.features.mask import Clicks, Named
-from state.features.spec import EVENT, Events, FeatureSpec, Mask, quantise, recency_step, vectorise, vectorise_many
+from state.features.spec import EVENT, Events, FeatureSpec, Mask, vectorise, vectorise_many
 from state.positions import Range, Source
 
 SPEC = FeatureSpec(windows_s=(60, 600, 7200), half_lives_s=(30, 900), history=32, recent_categories=6, sequence=7)
