@@ -7,6 +7,9 @@
     changes   version u64                  -> u64[2, k] (table, id) written since the preceding stored version
     meta      "served", "before", "serial", "floor", "erased", "format", "begun"; note:<name> -> bytes of the owner
 
+"floor" has, by lane, the version up to which no version may be applied again; "begun" is the version that is being
+written in several transactions.
+
 Each base gets its own lane, of which there are 32; deltas use their parent's lane. Entries of other lanes are never
 visible, and a lane without versions is deleted. A version whose writing was interrupted is rolled back (`take_back`).
 
