@@ -297,7 +297,7 @@ def gather(
         evidence = followed.totals[after[0], LIVES - 1] * decays(max(0, at_s - followed.at_s[after[0]]))[2]
     repeat_share, length = (repeats + 0.2) / (clicks + 1.0), np.log(1.0 + clicks) / 3.0
     phi[0], phi[1], phi[2], phi[3] = 1.0, repeat_share - 0.3, length, np.log(1.0 + evidence) / 3.0
-    phi[4] = 1.0 / (1.0 + clicks)
+    phi[4] = 1.0 if clicks == 0.0 else 0.0
     gap = np.log(1.0 + gap_s / 60.0) / 5.0
     for e in range(first_own, counts[1]):
         at = work.entries[e]

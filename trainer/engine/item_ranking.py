@@ -61,6 +61,8 @@ CAPACITY = 1024
 FIRST_EVERY, EVERY, HALVED_AFTER = 2, 256, 512
 """One in `FIRST_EVERY` rows trains the weights at first, half as many after each `HALVED_AFTER` of them, down to one in
 `EVERY`."""
+NEW_USERS = 4
+"""How many times as many rows of users without clicks train the weights."""
 KEPT = 1.0 - 1.0 / 20_000
 """The curvature of earlier rows is multiplied by this for each row that trains the weights."""
 DAMPING, FIRST_ROWS = 30.0, 100.0
@@ -171,15 +173,17 @@ class ItemRanking(OnlineRegression):
         )
         context = np.concatenate([part.batch.context[rows] for part, rows in seen])
         keys = np.concatenate([category[:, None], context], 1)
-        every = np.uint64(min(FIRST_EVERY << min(self.learned // HALVED_AFTER, 8), EVERY))
-        teaching = mixed(user ^ mixed(at_ms.astype(np.uint64))) % every == 0
-        taught = np.flatnonzero(teaching)
         clicked, followed, visited = (self.tables[name] for name in (CLICKED, FOLLOWED, VISITED))
         # 1. Lists are created, and evicted.
         own = visited.observe(user, at_ms)
         lists, at = visited.distinct(own)
         newest = np.zeros((2, len(own)), np.uint64)
         _newest(at, item, visited.held.ids[lists, :2], newest)
+        every = np.uint64(min(FIRST_EVERY << min(self.learned // HALVED_AFTER, 8), EVERY))
+        drawn = mixed(user ^ mixed(at_ms.astype(np.uint64)))
+        scheduled = drawn % every == 0
+        teaching = scheduled | (newest[0] == 0) & (drawn % np.maximum(every // np.uint64(NEW_USERS), 1) == 0)
+        taught = np.flatnonzero(teaching)
         after = followed.observe(newest[0], at_ms)
         counted = np.concatenate([EVERYTHING, keys.reshape(-1)])
         times = np.concatenate([np.full(len(EVERYTHING), at_ms.max()), np.repeat(at_ms, keys.shape[1])])
@@ -198,7 +202,7 @@ class ItemRanking(OnlineRegression):
         weights = np.ones((taught.size, len(sources)), np.float32)
         weights[:, sources == INTERESTS_AT] = shares
         # 3. Rows are learned and counted one after another.
-        self.learned += _learn_and_count(
+        learned = _learn_and_count(
             item,
             at_ms // 1000,
             own,
@@ -216,6 +220,8 @@ class ItemRanking(OnlineRegression):
             Learned(**self._values),
             self._work,
         )
+        # The additional rows of new users do not advance the schedule.
+        self.learned += learned * int(scheduled.sum()) // max(taught.size, 1)
 
 
 @compiled("i4[::1], u8[::1], u8[:, ::1], u8[:, ::1]")
