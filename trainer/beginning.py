@@ -241,7 +241,7 @@ def resume(restored: Manifest, line: LogLine, log: Log, settings: Settings, pass
         end,
         at,
         f"version {restored.version} was trained on",
-        "restore the topic, or learn the new one from its beginning: `springtide upgrade --learn-anew --reason TEXT`",
+        "restore the topic, or learn the new one from its beginning: `springtide upgrade --from-scratch --reason TEXT`",
         lambda error: onward(line, passages.pass_log(error, restored.marks)),
     )
     # 2.

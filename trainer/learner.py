@@ -1,4 +1,4 @@
-"""Takes records of the training log, steps, publishes, and converges to control: the only writer of weights.
+"""Takes records of the training log, steps, publishes, and does what control demands: the only writer of weights.
 
 The weights are a function of (base, log range, mask). A restart or a rollback therefore comes down to one operation:
 load a version and read on from its position in the log.
@@ -53,6 +53,17 @@ from trainer.versions.publisher import Publisher
 
 RETRY_S = 5.0
 """Seconds between two attempts to let serving follow while the object store of a shared registry is unreachable."""
+REMEMBERED = 32
+"""The most erasures of an epoch that a version records with their offsets."""
+READER_POLL_S, LOSSES_RETRY_S = 1.0, 10.0
+"""Seconds between two checks for a reader of row losses, and after a failed write of them."""
+CONTROL_S = 0.05
+"""Seconds between two polls of control."""
+RECORDS = 32
+"""The most records of one poll."""
+NO_CONSENT = Consent()
+_LOG_LOSS = SUMS.index("log_loss")
+logger = logging.getLogger(__name__)
 
 
 class CatchingUp:
@@ -78,19 +89,19 @@ class CatchingUp:
         plan = {} if self._began is None or self._began.plan is None else self._began.plan
         self._planned = from_json(plan.get("again", {}))
         is_at_base = self._began is not None and position.parent == self._began.base
-        if self._watched and not is_at_base and self._is_again(position, position.next):
+        if self._watched and not is_at_base and self._is_past_plan(position, position.next):
             # The trainer cannot distinguish records that it read before this start from later ones.
             self._again = {}
 
     def pass_by(self, offset: int, position: TrainingPlace) -> None:
         """Runs before the record at `offset`. Counts the relearned rows up to where the log ended at planning time."""
-        if self._watched and self._again is None and self._is_again(position, offset):
+        if self._watched and self._again is None and self._is_past_plan(position, offset):
             self._again = self._since_base(position)
 
     def check(self, position: TrainingPlace, control: Control, busy: bool) -> None:
         """Runs between two records, after the end of the log was reached. A failed write is retried at a later call.
 
-        1. Once the clicks have reached the position before the rollback, write the outcome.
+        1. Once training has reached the positions before the rollback, write the outcome.
         2. Once all of them are published (`busy` is false), let serving follow if the rollback asked for it.
         """
         if not self._watched:
@@ -115,7 +126,7 @@ class CatchingUp:
             with unless_full(self._say):
                 self._watched = not self._let_follow(control)
 
-    def _is_again(self, position: TrainingPlace, offset: int) -> bool:
+    def _is_past_plan(self, position: TrainingPlace, offset: int) -> bool:
         """Whether `offset` is past all that the plan counted.
 
         The plan of an exact rollback counts clicks, because the stream writes new records of them.
@@ -185,21 +196,6 @@ class CatchingUp:
             return False
 
 
-REMEMBERED = 32
-"""The most erasures of an epoch that a version records with their offsets."""
-
-POLL_S = 1.0
-"""Between two checks for a reader of row losses."""
-
-AGAIN_S = 10.0
-"""Wait after a failed write of row losses."""
-
-_LOG_LOSS = SUMS.index("log_loss")
-CONTROL_S, RECORDS = 0.05, 32
-NO_CONSENT = Consent()
-logger = logging.getLogger(__name__)
-
-
 class LossRecorder:
     """Writes the loss of each row, as it was scored before it was learned, for comparison with another trainer.
 
@@ -208,7 +204,7 @@ class LossRecorder:
 
     def __init__(self, registry: Path, elapsed: Callable[[], float] = time.monotonic) -> None:
         self._registry, self._elapsed = registry, elapsed
-        self._polled_s, self._writer = float("-inf"), LossWriter(registry)
+        self._next_poll_s, self._writer = float("-inf"), LossWriter(registry)
         self._wanted = True
         self._say = SaidOnce(logger.warning)
 
@@ -225,13 +221,13 @@ class LossRecorder:
             self._writer.append(RowLosses(offset, comparison.blocks_of(users[targets]), losses))
         except OSError as error:
             self._say(f"losses of rows are not written, and no experiment is compared meanwhile: {error}")
-            self._wanted, self._polled_s = False, self._elapsed() + AGAIN_S - POLL_S
+            self._wanted, self._next_poll_s = False, self._elapsed() + LOSSES_RETRY_S
 
     def _has_reader(self) -> bool:
         now_s = self._elapsed()
-        if now_s - self._polled_s >= POLL_S:
+        if now_s >= self._next_poll_s:
             before, self._wanted = self._wanted, comparison.is_wanted(self._registry)
-            self._polled_s = now_s
+            self._next_poll_s = now_s + READER_POLL_S
             if before and not self._wanted:
                 # This also happens at the start, because an earlier process may have left files.
                 self._writer.close()
@@ -353,7 +349,7 @@ class Learner:
         checkpoint.restore(self._registry, version, trainer, self._spec)
 
     def tick(self, wait_s: float, stopping: Callable[[], bool] = lambda: False) -> int:
-        """Polls control, takes the records of the log, publishes a due version; returns the number of records taken.
+        """Publishes a due version, polls control, and takes records of the log; returns the number of records taken.
 
         Raises:
             GapError: Records or clicks are missing, and no operator accepted the loss.
@@ -363,7 +359,7 @@ class Learner:
             WorkerLost: Another worker of the trainer ended or does not answer.
         """
         self._trainer.beat()
-        if self._between():
+        if self._publish_and_poll():
             return 0
         if self._resting:
             time.sleep(min(wait_s, CONTROL_S))
@@ -386,7 +382,7 @@ class Learner:
                     return count
                 self._take(record)
                 count += 1
-                if self._between():
+                if self._publish_and_poll():
                     return count
                 if stopping() or self._resting:
                     # Records that were polled and not taken are polled again.
@@ -465,7 +461,8 @@ class Learner:
         is_held = self._trainer.guard.held or self._budget.held or bool(self.control.held)
         return is_held or self._updates.waits or not self.control.training
 
-    def _between(self) -> bool:
+    def _publish_and_poll(self) -> bool:
+        """Publishes a due version and polls control; returns whether another epoch was entered."""
         self._publish_if_due()
         self._polled_s = float("-inf") if self._updates.write() else self._polled_s
         return self._poll_control()

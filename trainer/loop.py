@@ -180,7 +180,7 @@ def recover(registry: Registry, control: Control, lost: TruncatedLog, actor: str
         raise _hopeless(
             lost,
             "every kept version learned clicks that the log lost: restore the training log, or learn it from its "
-            "beginning: `springtide upgrade --learn-anew --reason TEXT`",
+            "beginning: `springtide upgrade --from-scratch --reason TEXT`",
         )
     reason = f"the training log {in_words(lost)}; version {target.version} learned nothing beyond"
     logger.warning("%s: rewinding to version %d, epoch %d", lost.what, target.version, control.epoch + 1)

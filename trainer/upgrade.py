@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 
-def run(settings: Settings, dry_run: bool, learn_anew: bool, reason: str, say: Say, now_ms: int) -> Control | None:
+def run(settings: Settings, dry_run: bool, from_scratch: bool, reason: str, say: Say, now_ms: int) -> Control | None:
     """Does one upgrade; returns the new control, or None if nothing was changed.
 
     Raises:
@@ -62,7 +62,7 @@ def run(settings: Settings, dry_run: bool, learn_anew: bool, reason: str, say: S
         if control is None or version is None:
             raise RegistryError(f"nothing was learned in {registry.path}", "`springtide up` begins")
         # 1. 2.
-        if learn_anew:
+        if from_scratch:
             lines = [
                 f"version {version.version}, epoch {version.epoch}: nothing is carried over",
                 "starts from scratch: all tables, weights, counts and measures, from the retained training log",
@@ -84,7 +84,7 @@ def run(settings: Settings, dry_run: bool, learn_anew: bool, reason: str, say: S
             say("dry run: nothing was changed")
             return None
         # 3.
-        proposed = propose(registry, settings, spec, None if learn_anew else version, plan, actor(), reason, now_ms)
+        proposed = propose(registry, settings, spec, None if from_scratch else version, plan, actor(), reason, now_ms)
         say(
             f"generation {proposed.generation}: epoch {proposed.epoch} begins from "
             f"{'nothing' if proposed.base is None else f'version {proposed.base}'}; start the trainer and the stream with these settings"
@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="show what would be carried over and what would start from scratch; change nothing",
     )
     parser.add_argument(
-        "--learn-anew",
+        "--from-scratch",
         action="store_true",
         help="learn from scratch from the retained training log; histories and salt are kept",
     )
@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SettingsError("upgrade needs --reason TEXT, or --dry-run to see what it would do")
         settings, now_ms = load(flags, os.environ), wall_ms()
         log_lines.follow(settings.logs)
-        run(settings, args.dry_run, args.learn_anew, args.reason, print, now_ms)
+        run(settings, args.dry_run, args.from_scratch, args.reason, print, now_ms)
 
     return run_command("upgrade", work)
 

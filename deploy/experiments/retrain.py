@@ -36,8 +36,9 @@ from state.process.wall_clock import wall_ms
 from state.registry.registry import Registry
 
 ACTOR = "retrain"
-LIMIT_MS = 86_400_000.0  # after which an undecided retrain ends
 """The actor of decisions that no operator made."""
+LIMIT_MS = 86_400_000.0
+"""Time after which an undecided retrain ends."""
 POLL_S = 1.0
 logger = logging.getLogger(__name__)
 

@@ -55,7 +55,7 @@ def parse_named(text: str, column: Column, now_ms: int) -> Named:
     """
     name, _, span = text.rpartition("=")
     if not name:
-        raise SettingsError(f"--skip-{column} {text}: write NAME=A..B, such as {column}-7=20m..now")
+        raise SettingsError(f"--skip-{column} {text}: write NAME=A..B, such as NAME=20m..now")
     return Named(column, name, *_past(span, f"--skip-{column}", now_ms))
 
 

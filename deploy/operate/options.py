@@ -94,7 +94,7 @@ def _skips(command: argparse.ArgumentParser) -> None:
             action="append",
             default=[],
             metavar="NAME=A..B",
-            help=f"exclude clicks on {column} NAME with times from A to before B, such as {column}-7=20m..now; repeatable",
+            help=f"exclude clicks on {column} NAME with times from A to before B, such as NAME=20m..now; repeatable",
         )
     command.add_argument(
         "--minutes", type=positive, metavar="N", help="exclude the last N minutes: --skip-time Nm..now"

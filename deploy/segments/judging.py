@@ -21,7 +21,7 @@ from state.segments.members import SegmentStore
 
 
 class JudgedUser(NamedTuple):
-    """The segments whose expression holds for a user at a time, computed by a version; none for an unknown user."""
+    """The segments whose expression holds for a user at a time, computed by a version; `within` is empty for an unknown user."""
 
     user: int
     at_ms: int

@@ -1,7 +1,7 @@
 """What the system looks like now, with the one list of its problems.
 
 `springtide status`, its conditions, the page and `up` show the same snapshot. The alerts of deploy/prometheus/rules use
-the same bounds and severities as the problems, with a delay.
+the same bounds as the problems, with a delay.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from deploy.watch import scrape
 from deploy.watch.figures import FEW_RECORDS, FORMING, SPREAD_S, STALE_S, STANDS_BY, Figures, Watch
@@ -77,7 +77,7 @@ class Snapshot:
 
     @cached_property
     def problems(self) -> list[Problem]:
-        """All problems once, the worst first, and then what an operator holds.
+        """All problems once, by severity: critical first, and what an operator holds last.
 
         >>> Snapshot(Figures(up_s={"stream": 1.0}, held=True, paused=True)).texts
         'training is held by the guard, training is paused by an operator'
@@ -86,7 +86,7 @@ class Snapshot:
         of_sections = _of_sections(self.sections, self.figures.up_s.get("applier", 0.0))
         for problem in (*_of_figures(self.figures), *of_sections, *_holds(self.figures)):
             by_text.setdefault(problem.text, problem)
-        return list(by_text.values())
+        return sorted(by_text.values(), key=lambda problem: get_args(Severity).index(problem.severity))
 
     def having(self, sections: Mapping[str, Any]) -> Snapshot:
         """Returns the snapshot with sections; those of Kafka add to its figures."""

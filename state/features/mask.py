@@ -1,7 +1,7 @@
 """The mask: the clicks that an operator excludes, by log position, time, user, item or category, and those of erased users.
 
 A masked event is left out of every window as if it had never happened, but is not deleted. The bound on a history
-counts events before the mask is applied, so a masked event still uses one of a user's N slots.
+counts events before the mask is applied, so a masked event still uses one of the `features.history` places of its user.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from state.features.erased import Erased, MaskedUsers
 from state.positions import Range
 
 I64 = NDArray[np.int64]
-WORDS = {"category": 1, "item": 2}
-"""Which of the int64 words of an event, as the window kernel reads it, has the hash."""
+HASH_WORD = {"category": 1, "item": 2}
+"""Index of the int64 word with the hash, in an event as the window kernel reads it."""
 
 
 Column = Literal["item", "category"]
@@ -104,7 +104,7 @@ class Mask:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the excluded events, independent of the generation."""
+        """SHA-256 of what the mask names, independent of the generation."""
         parts: list[Any] = [sorted(self.offsets), sorted(self.times), self.users.digest, self.erased.digest]
         if self.named:
             parts.append(sorted(self.named))
@@ -119,7 +119,7 @@ class Mask:
             np.array(self.times, np.int64).reshape(-1, 2),
             np.array(
                 [
-                    (WORDS[column], np.uint64(public_id(name)).astype(np.int64), begin, end)
+                    (HASH_WORD[column], np.uint64(public_id(name)).astype(np.int64), begin, end)
                     for column, name, begin, end in self.named
                 ],
                 np.int64,

@@ -224,7 +224,7 @@ def made_again(topic: str, before: str, now: str) -> UnknownTopic:
     return UnknownTopic(
         f"topic {topic} was deleted and created again (id {before} is now {now})",
         "the stored positions belong to the old topic: a restarted stream reads the new clicks from their beginning, and "
-        "a trainer learns the new log after `springtide upgrade --learn-anew --reason TEXT`",
+        "a trainer learns the new log after `springtide upgrade --from-scratch --reason TEXT`",
     )
 
 

@@ -7,6 +7,9 @@
     changes   version u64                  -> u64[2, k] (table, id) written since the preceding stored version
     meta      "served", "before", "serial", "floor", "erased", "format", "begun"; note:<name> -> bytes of the owner
 
+"floor" has, by lane, the version up to which no version may be applied again; "begun" is the version that is being
+written in several transactions.
+
 Each base gets its own lane, of which there are 32; deltas use their parent's lane. Entries of other lanes are never
 visible, and a lane without versions is deleted. A version whose writing was interrupted is rolled back (`take_back`).
 
@@ -66,7 +69,7 @@ if TYPE_CHECKING:
 
 ROWS_AT_ONCE = 1000
 ROWS_IN_TRANSACTION = 100
-"""Rows checked per transaction. LMDB keeps memory for the pages of its largest transaction, and rows share no pages."""
+"""Rows checked per transaction. LMDB keeps memory for the pages of its largest transaction, and few rows share a page."""
 ROUNDS = 25
 """Rounds of at least ROWS_AT_ONCE rows in which all pending rows are checked, so that they do not accumulate."""
 LANE_ROWS_AT_ONCE = 20 * ROWS_AT_ONCE  # rows that are deleted without a read cost less
@@ -80,7 +83,7 @@ BEGUN = b"begun"
 """Key in `meta` for a version that needs several transactions: version u64, lane u64, and u64[2, k] (table, id)."""
 
 WRITTEN_AT_ONCE = 250
-"""Rows of a version per transaction; as fast as a thousand."""
+"""Rows of a version per transaction; with 1,000 it is no faster."""
 
 
 def rows_of(parts: Sequence[Changes], at_least: int = 1) -> Changes:
@@ -179,7 +182,7 @@ def put_dense(
 
 
 def ids_in(transaction: lmdb.Transaction, rows: lmdb._Database, table: str) -> U64:
-    """The ids that have an entry in a table of every version, ascending."""
+    """The ids that have an entry in `table` in any version, ascending."""
     cursor, ids = transaction.cursor(rows), set[int]()
     for lane in _lanes(cursor):
         start = stem(lane, CODES[table], 0)[:1]
@@ -358,10 +361,10 @@ class RowStore(LmdbStore):
     def apply(
         self, manifest: Manifest, tensors: Tensors, now_ms: int, follow: bool = False, replace: bool = False
     ) -> bool:
-        """Adds one version, atomically for all readers; returns False if it was stored already.
+        """Adds one version, atomically for all readers; returns False if it was stored already and `replace` is false.
 
         Rows beyond WRITTEN_AT_ONCE are written in earlier transactions, invisible to readers. LMDB keeps memory for the
-        pages of its largest transaction, and nearly each row is on a separate page.
+        pages of its largest transaction, and few rows share a page.
 
         Args:
             manifest: The version; a base sees its own rows only, a delta its parent's too.
@@ -613,7 +616,7 @@ class RowStore(LmdbStore):
             transaction.put(u64(version), written[:, ~is_erased].tobytes(), db=self._changes)
 
     def erased(self) -> int:
-        """The last erasure whose users have no earlier entries in the store."""
+        """The id of the last erasure that is fully applied."""
         with self._env.begin() as transaction:
             return int.from_bytes(stored(transaction, b"erased", self._meta) or b"", "big")
 

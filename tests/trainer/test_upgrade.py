@@ -53,9 +53,9 @@ def settings(registry: Registry, *flags: str) -> Settings:
     return small_settings("--paths.state", str(registry.path.parent), *flags)
 
 
-def decided(registry: Registry, *flags: str, learn_anew: bool = False) -> list[str]:
+def decided(registry: Registry, *flags: str, from_scratch: bool = False) -> list[str]:
     said: list[str] = []
-    assert upgrade.run(settings(registry, *flags), False, learn_anew, "wider", said.append, 7) is not None
+    assert upgrade.run(settings(registry, *flags), False, from_scratch, "wider", said.append, 7) is not None
     return said
 
 
@@ -181,7 +181,7 @@ def test_learning_anew_starts_from_scratch_and_serving_waits_until_it_has_caught
 ) -> None:
     log = written(RECORDS[:6])
     before = learned(registry, log, trainers["old"])
-    said = decided(registry, *HIDDEN, learn_anew=True)
+    said = decided(registry, *HIDDEN, from_scratch=True)
     assert any("nothing is carried over" in line for line in said)
     control = registry.control()
     assert control is not None
