@@ -228,7 +228,8 @@ class Plan:
                 duration = f"about {age(self.replay_s)} at {self.rows_per_s:,.0f} rows/s"
             rows = f"{self.end}: {counted.rows:,} rows in {counted.records:,} records, {duration}"
             if mask:
-                masked = f": {counted.masked:,} rows; {len(counted.users):,} users affected by the new masks"
+                users = f"{len(counted.users):,} user{'' if len(counted.users) == 1 else 's'}"
+                masked = f": {counted.masked:,} rows; {users} affected by the new masks"
         lines = [
             f"roll back to  version {self.to.version}, {age(self.age_s)} old",
             f"answers       {self.switch.as_text()}; {following}",
