@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from state.attributes.values import Joined
 from state.events.parser import EventBatch
 from state.features.arrays import Vector
-from state.features.mask import Clicks, Mask
+from state.features.mask import ClickColumns, Mask
 from state.history.appends import Appends
 from state.microbatch.batch import LISTS, SCALARS, WAITING, Known, absent_column
 from streaming.event_clock import BatchClock
@@ -92,8 +92,7 @@ def leave_out(batch: EventBatch, mask: Mask) -> EventBatch:
     """Returns the batch without the events that `mask` matches."""
     if not mask or not len(batch):
         return batch
-    clicks = Clicks(batch.user, batch.item, batch.category, batch.at_ms, batch.source, batch.offset)
-    out = mask.rows(clicks, batch.ranges)
+    out = mask.rows(ClickColumns.of(batch), batch.ranges)
     if not out.any():
         return batch
     masked = np.bincount(batch.source[out], minlength=len(batch.ranges)).tolist()

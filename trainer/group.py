@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from state.errors import PortTaken, WorkerLost
 from state.positions import share_of
+from state.process.ports import listens
 from state.user_shares import SHARES
 
 F32 = npt.NDArray[np.float32]
@@ -84,11 +85,7 @@ def await_others(addresses: Sequence[str], index: int, report: Callable[[Sequenc
 
 def _listens(address: str) -> bool:
     host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_POLL_S).close()
-    except OSError:
-        return False
-    return True
+    return listens(int(port), host.strip("[]"), _POLL_S)
 
 
 class Group:

@@ -259,13 +259,11 @@ def words_of(wanted: PlanWanted, now_ms: int) -> list[str]:
     times = [parse_times(text, now_ms) for text in wanted.skip_time]
     if wanted.minutes is not None:
         times.append((now_ms - wanted.minutes * UNITS_MS["m"], now_ms))
-    named = [masking.parse_named(text, "item", now_ms) for text in wanted.skip_item]
-    named += [masking.parse_named(text, "category", now_ms) for text in wanted.skip_category]
     follow = ["--follow-when-caught-up"] if wanted.follow_when_caught_up else []
     skips = [
         *(f"--skip={offsets}" for offsets in wanted.skip),
         *(f"--skip-time={first}..{last}" for first, last in times),
-        *(f"--skip-{column}={name}={first}..{last}" for column, name, first, last in named),
+        *(f"--skip-{column}={name}={first}..{last}" for column, name, first, last in masking.named_in(wanted, now_ms)),
         *(f"--skip-pseudonym={user}" for user in wanted.pseudonyms),
     ]
     return ["rollback", f"--mode={wanted.mode}", *follow, *skips]

@@ -115,8 +115,7 @@ class ServingBranch:
         firsts: dict[tuple[int, int], int] = {}
         for topic, partition, first, _ in (entry.offsets for entry in entries if entry.offsets):
             firsts[topic, partition] = min(first, firsts.get((topic, partition), first))
-        spans = [entry.times or (entry.named and entry.named[2:]) for entry in entries]
-        begin_ms = min((span[0] for span in spans if span), default=None)
+        begin_ms = min((entry.span[0] for entry in entries if entry.span), default=None)
         users = [entry.users for entry in entries if entry.users]
 
         def holds(version: Manifest) -> bool:

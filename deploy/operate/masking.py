@@ -32,16 +32,19 @@ def mask_of(settings: Settings, args: argparse.Namespace, newest: Manifest, now_
     """
     topic_ids = {source.topic_id for source, _ in newest.sources}
     times = [_past(text, "--skip-time", now_ms) for text in args.skip_time]
-    named = [
-        parse_named(text, column, now_ms) for column in get_args(Column) for text in getattr(args, f"skip_{column}")
-    ]
     if args.minutes is not None:
         times.append((now_ms - args.minutes * UNITS_MS["m"], now_ms))
     users = MaskedUsers.of(parse_pseudonym(text) for text in args.skip_pseudonym)
     if args.skip_users is not None:
         users |= pseudonyms(settings, ids_in(args.skip_users, "--skip-users"), newest.salt)
     offsets = tuple(parse_place(text, topic_ids) for text in args.skip)
-    return Mask(offsets=offsets, times=tuple(times), users=users, named=tuple(named))
+    return Mask(offsets=offsets, times=tuple(times), users=users, named=named_in(args, now_ms))
+
+
+def named_in(wanted: Any, now_ms: int) -> tuple[Named, ...]:
+    """Parses the items and categories in `skip_item` and `skip_category`, lists of texts; raises as `parse_named`."""
+    columns: tuple[Column, ...] = get_args(Column)
+    return tuple(parse_named(text, column, now_ms) for column in columns for text in getattr(wanted, f"skip_{column}"))
 
 
 def parse_named(text: str, column: Column, now_ms: int) -> Named:

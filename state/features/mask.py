@@ -44,7 +44,7 @@ class Named(NamedTuple):
     next_ms: int
 
 
-class Clicks(NamedTuple):
+class ClickColumns(NamedTuple):
     """The columns of a batch that masks read, `[n]` each.
 
     Attributes:
@@ -62,6 +62,11 @@ class Clicks(NamedTuple):
     at_ms: I64
     source: NDArray[np.uint16]
     offset: I64
+
+    @classmethod
+    def of(cls, batch: Any) -> ClickColumns:
+        """The columns of an `EventBatch` or a `MicroBatch`."""
+        return cls(*(getattr(batch, name) for name in cls._fields))
 
 
 class Hidden(NamedTuple):
@@ -126,7 +131,7 @@ class Mask:
             ).reshape(-1, 4),
         )
 
-    def rows(self, clicks: Clicks, ranges: Sequence[Range]) -> NDArray[np.bool_]:
+    def rows(self, clicks: ClickColumns, ranges: Sequence[Range]) -> NDArray[np.bool_]:
         """Which rows of a batch are masked (`[n]` bool); `ranges` are the batch's source ranges."""
         words = [part.source.topic for part in ranges] or [0]
         partitions = [part.source.partition for part in ranges] or [0]

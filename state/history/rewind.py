@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.disk.lmdb_store import put_all
-from state.features.mask import Clicks, Mask
+from state.features.mask import ClickColumns, Mask
 from state.features.spec import EVENT, Events
 from state.history import chunks
 from state.history.appends import Appends, events_of
@@ -75,8 +75,7 @@ class Since:
         users, numbers = np.unique(batch.user[new & happens], return_counts=True)
         self.gained.update(dict(zip(users.tolist(), numbers.tolist(), strict=True)))
         if self._mask:
-            clicks = Clicks(batch.user, batch.item, batch.category, batch.at_ms, batch.source, batch.offset)
-            out = self._mask.rows(clicks, ranges)
+            out = self._mask.rows(ClickColumns.of(batch), ranges)
             for items, rows in zip(self._items, (out, ~out), strict=True):
                 items.update(np.unique(batch.item[new & happens & rows]).tolist())
         for row in np.flatnonzero(new & ~happens).tolist():

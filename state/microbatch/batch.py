@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.features.erased import Erased
-from state.features.mask import Clicks, Mask
+from state.features.mask import ClickColumns, Mask
 from state.positions import Range, Source, share_of, split_range
 
 # Order and types define the format; a change needs a new FORMAT and a golden file.
@@ -354,11 +354,11 @@ def new_ranges(batch: MicroBatch, marks: Mapping[Source, int]) -> tuple[list[Ran
 def masked(batch: MicroBatch, mask: Mask) -> NDArray[np.bool_]:
     """Which rows (`[n]` bool) the mask leaves out: those of a masked event, and those labelled by a masked event."""
     ranges = batch.header.ranges
-    clicks = Clicks(batch.user, batch.item, batch.category, batch.at_ms, batch.source, batch.opened)
-    out = mask.rows(clicks, ranges)
+    clicks = ClickColumns.of(batch)
+    out = mask.rows(clicks._replace(offset=batch.opened), ranges)
     # An event that only ended a wait does not affect the row.
     if len(joined := np.flatnonzero(batch.kind == Kind.JOINED)):
-        labels = Clicks(
+        labels = ClickColumns(
             batch.user[joined],
             batch.item[joined],
             batch.category[joined],

@@ -49,11 +49,11 @@ def free_port() -> int:
     return free_ports(["port"])["port"]
 
 
-def listens(port: int) -> bool:
-    """Returns whether a process listens on a port of this machine."""
-    with socket.socket() as probe:
-        probe.settimeout(1.0)
-        return probe.connect_ex((HOST, port)) == 0
+def listens(port: int, host: str = HOST, timeout_s: float = 1.0) -> bool:
+    """Returns whether a process listens on a port, by default of this machine."""
+    with suppress(OSError), socket.create_connection((host, port), timeout_s):
+        return True
+    return False
 
 
 class Port(NamedTuple):

@@ -119,6 +119,11 @@ class MaskEntry(msgspec.Struct, frozen=True, omit_defaults=True):
     named: Named | None = None
 
     @property
+    def span(self) -> tuple[int, int] | None:
+        """The event times to which it is limited, (from, to); None if it is not limited to times."""
+        return self.times if self.named is None else (self.named.first_ms, self.named.next_ms)
+
+    @property
     def mask(self) -> Mask:
         """This entry alone, as a mask."""
         return joined((self,), self.generation)

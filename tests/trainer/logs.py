@@ -12,7 +12,7 @@ import tensorflow as tf
 from prometheus_client import CollectorRegistry
 
 from state.config.sections import Kafka
-from state.features.mask import Clicks, Mask
+from state.features.mask import ClickColumns, Mask
 from state.features.spec import FeatureSpec
 from state.log import Log
 from state.log.accepted_gaps import Consent
@@ -154,7 +154,7 @@ def publish_all(running: Learner) -> int:
 def without(value: bytes, mask: Mask) -> bytes:
     """The record as it were, had the stream left out the masked rows."""
     batch = decode(value)
-    clicks = Clicks(batch.user, batch.item, batch.category, batch.at_ms, batch.source, batch.offset)
+    clicks = ClickColumns.of(batch)
     hidden = mask.rows(clicks, batch.header.ranges)
     gone = np.bincount(batch.source[hidden], minlength=len(batch.header.ranges)).tolist()
     ranges = tuple(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from deploy.serving.notes import CLOCK_EXTRA, item_extra
-from state.features.mask import Clicks, Mask
+from state.features.mask import ClickColumns, Mask
 from state.microbatch.codec import decode, encode
 from state.process import killpoints
 from state.registry.log_line import WHOLE, LogLine, turned
@@ -27,7 +27,7 @@ MASK = Mask(2, offsets=((SOURCE.topic, SOURCE.partition, 200, 233),))
 def with_items(value: bytes, epoch: int = 1, mask: Mask = Mask.NONE) -> bytes:
     """The record with an item and a category of the bots' in masked rows, without what `mask` names, in an epoch of the log."""
     batch = decode(value)
-    clicks = Clicks(batch.user, batch.item, batch.category, batch.at_ms, batch.source, batch.offset)
+    clicks = ClickColumns.of(batch)
     bots = MASK.rows(clicks, batch.header.ranges)
     # Bots named a good item too, of which nobody else speaks since.
     item = np.where(bots, np.where(batch.offset % 2 == 0, 900, 104), np.where(batch.item == 104, 103, batch.item))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from state.features.erased import EVERYTHING, Erased, MaskedUsers
-from state.features.mask import Clicks, Mask
+from state.features.mask import ClickColumns, Mask
 from state.features.spec import EVENT, FeatureSpec, vectorise
 from state.positions import Range, Source
 
@@ -20,7 +20,7 @@ def rows(erased: Erased, users: list[int], source: list[int], offsets: list[int]
     places = np.array(source, np.uint16), np.array(offsets, np.int64)
     found = erased.rows(np.array(users, np.uint64), *places, RANGES).tolist()
     none, now = np.zeros(len(users), np.uint64), np.zeros(len(users), np.int64)
-    as_mask = Mask(erased=erased).rows(Clicks(np.array(users, np.uint64), none, none, now, *places), RANGES)
+    as_mask = Mask(erased=erased).rows(ClickColumns(np.array(users, np.uint64), none, none, now, *places), RANGES)
     assert as_mask.tolist() == found
     return found
 

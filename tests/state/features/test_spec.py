@@ -19,7 +19,7 @@ from state.errors import SettingsError
 from state.events.identity import public_id
 from state.features.arrays import quantise, recency_step
 from state.features.erased import MaskedUsers
-from state.features.mask import Clicks, Named
+from state.features.mask import ClickColumns, Named
 from state.features.spec import EVENT, Events, FeatureSpec, Mask, vectorise, vectorise_many
 from state.positions import Range, Source
 
@@ -357,7 +357,7 @@ def test_a_mask_names_rows_of_a_batch_and_comes_back_from_json() -> None:
     ranges = (Range(Source("ab" * 16, 0), 0, 9, rows=9), Range(Source("ab" * 16, 1), 0, 9, rows=9))
     named = (Named("item", "a", 2000, 3000), Named("category", "a", 5000, 6000))
     mask = Mask(4, ((TOPIC, 1, 2, 5),), ((1000, 2000),), MaskedUsers.of([2**64 - 1]), named=named)
-    clicks = Clicks(
+    clicks = ClickColumns(
         user=np.array([1, 1, 1, 2**64 - 1, 1, 1, 1, 1], np.uint64),
         item=np.array([0, 0, 0, 0, 0, *[public_id("a")] * 3], np.uint64),
         category=np.zeros(8, np.uint64),

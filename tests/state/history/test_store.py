@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from state.positions import Range, Source
 from state.storage.measuring import used_bytes
 from state.storage.shares import SERVING, STREAM, store_bytes
 from streaming import histories
-from tests.disks import Disk, crash, small_disk
+from tests.disks import Disk, crash
 from tests.state.disk.held_histories import MIB, commit, told
 
 MAP = 64 << 20
@@ -264,13 +263,6 @@ def check(store: HistoryStore, model: Model) -> None:
     assert check_accounts(StreamAccount(**store.totals)) == ()
     # Every row counted is in a history, and the other way round.
     assert store.totals["rows"] == sum(map(len, model.histories.values()))
-
-
-@pytest.fixture
-def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
-    monkeypatch.setattr(memory_place, "LEAST_BYTES", MIB)
-    with small_disk(tmp_path / "memory", "8m") as disk:
-        yield disk
 
 
 @pytest.fixture
