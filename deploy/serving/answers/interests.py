@@ -88,29 +88,27 @@ def correction_of(
     rows: VersionRows,
     vectors: Vector,
     successors: U64,
-    masks: Sequence[F32],
-    asked: Sequence[tuple[int, int]],
+    newest_items: Sequence[int],
+    at_ms: Sequence[int],
 ) -> Correction:
     """Returns the correction for n queries; the version must have one.
 
-    `masks` are the program's masks of the candidates, by kind, `[n or more, .]` float32; a program without successors has
-    two. `successors` is `[n, S]` uint64. `asked` has for each query the item of the user's latest click, 0 for none, and
-    the time in ms.
+    `successors` is `[n, S]` uint64, with S = 0 for a program without successors. `newest_items` are the items of the users'
+    latest clicks, 0 for none. `at_ms` are the times of the queries.
     """
     weights, recent = version.interest_weights, vectors.recent_categories
     assert weights is not None
-    items = [int(key_of_item(np.uint64(item))) for item, _ in asked]
+    items = [int(key_of_item(np.uint64(item))) for item in newest_items]
     lists, indices = rows.next_categories([*_EVERY, *recent[:, 0].tolist(), *items])
-    mask = np.concatenate(masks, 1)
-    correction = Correction(np.empty((len(asked), 1), np.float32), np.empty((len(asked), mask.shape[1]), np.float32))
+    count, candidates = len(items), recent.shape[1] + version.popular.size + successors.shape[1]
+    correction = Correction(np.empty((count, 1), np.float32), np.empty((count, candidates), np.float32))
     _correct(
         lists,
         np.array(indices, np.int32),
-        np.array([at_ms // 1000 for _, at_ms in asked]),
+        np.array(at_ms) // 1000,
         recent,
         version.popular,
         successors,
-        mask,
         version.features.interest_columns.phi(vectors.features, vectors.category_windows),
         weights,
         *correction,
@@ -120,8 +118,8 @@ def correction_of(
 
 
 @compiled(
-    "ItemLists, i4[::1], i8[::1], u8[:, ::1], u8[::1], u8[:, ::1], f4[:, ::1], f4[:, ::1], "
-    "f8[:, ::1], f4[:, ::1], f4[:, ::1], Workspace"
+    "ItemLists, i4[::1], i8[::1], u8[:, ::1], u8[::1], u8[:, ::1], f4[:, ::1], f8[:, ::1], f4[:, ::1], f4[:, ::1], "
+    "Workspace"
 )
 def _correct(
     lists: ItemLists,
@@ -130,7 +128,6 @@ def _correct(
     recent: U64,
     popular: U64,
     successors: U64,
-    mask: F32,
     phi: F32,
     weights: F64,
     factor: F32,
@@ -146,12 +143,15 @@ def _correct(
             gather_everything(lists, everything, at_s[i], work)
         for k in range(READ):
             rows[i, k] = indices[1 + LISTS_OF_EVERYTHING + k * count + i]
-        for j in range(mask.shape[1]):
+        for j in range(offset.shape[1]):
             category = recent[i, j] if j < slots else (popular[j - slots] if j < slots + ranks else np.uint64(0))
             if j >= slots + ranks:
                 category = successors[i, j - slots - ranks]
-            take_candidate(j, category, np.float32(0.0) if mask[i, j] > 0 else MASKED, work)
+            # A popular category that is also the user's own is one candidate, the user's own.
+            for k in range(slots if slots <= j < slots + ranks else 0):
+                category = np.uint64(0) if recent[i, k] == category else category
+            take_candidate(j, category, MASKED if category == np.uint64(0) else np.float32(0.0), work)
         score(weights, phi, i, gather(lists, rows, at_s[i], i, work), work)
         factor[i, 0] = work.factors[0]
-        for j in range(mask.shape[1]):
+        for j in range(offset.shape[1]):
             offset[i, j] = work.scores[j]

@@ -13,7 +13,6 @@ from deploy.serving.answers.interests import Correction, correction_of, newest_i
 from deploy.serving.answers.program import PAIRS, batch_of
 from deploy.serving.answers.query import NOBODY, Query, iso, probability
 from deploy.serving.answers.version import (
-    CANDIDATE_MASKS,
     Catalogue,
     LoadedVersion,
     ShownName,
@@ -25,6 +24,7 @@ from springtide_client.answers import Clock, Engagement, Interest, Profile, Vers
 from state.attributes.store import AttributeStore, ids_in, texts_in
 from state.attributes.values import SIDES, AttributeTable, tables_of
 from state.churn import ChurnWeights
+from state.compiled import compiled
 from state.config.settings import Settings
 from state.events.identity import Salt, context_id, pseudonyms, public_id
 from state.features.arrays import Vector
@@ -229,9 +229,9 @@ class Predictor:
         add_own_rows(inputs, version, rows, questions, vectors, following.ids)
         correction = None
         if version.interest_weights is not None:
-            masks = [inputs[name] for name in CANDIDATE_MASKS if name in inputs]
-            clicked = [(question.newest_item, question.at_ms) for question in questions]
-            correction = correction_of(version, rows, vectors, following.ids, masks, clicked)
+            successors = following.ids if "successor_mask" in inputs else following.ids[:, :0]
+            newest, times = zip(*[(question.newest_item, question.at_ms) for question in questions], strict=True)
+            correction = correction_of(version, rows, vectors, successors, newest, times)
         return Prepared(
             version, rows, questions, vectors, has_row, following.ids, inputs, correction, clock, now_ms, mask
         )
@@ -424,8 +424,7 @@ def _program_inputs(
         own_rows = rows.categories(recent.reshape(-1).tolist()).reshape(*recent.shape, -1)
         inputs["recent_rows"][: len(questions)] = own_rows
     inputs["recent_mask"][: len(questions)] = recent != 0
-    is_recent = (recent[:, :, None] == version.popular).any(1)
-    inputs["popular_mask"][: len(questions)] = np.where(is_recent, np.float32(0.0), version.popular_known)
+    _mask_popular(recent, version.popular, inputs["popular_mask"])
     has_row, with_sequence = [], vectors.sequence_actions.shape[1] > 0
     for row_number, question in enumerate(questions):
         row = rows.user(question.user)
@@ -438,6 +437,17 @@ def _program_inputs(
             _add_context(inputs, row_number, question, rows)
     add_items(inputs, version, rows, questions, vectors.features)
     return inputs, has_row
+
+
+@compiled("u8[:, ::1], u8[::1], f4[:, ::1]")
+def _mask_popular(recent: U64, popular: U64, mask: F32) -> None:
+    """Sets the mask, `[n or more, P]`, of the popular categories that are not among the user's own; 0 is none."""
+    for i in range(recent.shape[0]):
+        for j in range(popular.shape[0]):
+            known = popular[j] != np.uint64(0)
+            for category in recent[i]:
+                known &= category != popular[j]
+            mask[i, j] = np.float32(known)
 
 
 def add_items(
