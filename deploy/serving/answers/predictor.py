@@ -9,7 +9,7 @@ from typing import NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy.serving.answers.interests import Correction, correction_of, newest_item
+from deploy.serving.answers.interests import Correction, correction_of, newest_key
 from deploy.serving.answers.program import PAIRS, batch_of
 from deploy.serving.answers.query import NOBODY, Query, iso, probability
 from deploy.serving.answers.version import (
@@ -93,7 +93,8 @@ class Asked(NamedTuple):
         item: The item's id; 0 if the query has no item.
         category: The item's category; 0 if unknown.
         context: One id per context field; 0 if the field is not given.
-        newest_item: The item of the user's latest click; 0 without one, or if the version does not use it.
+        newest_key: The key of the list of what was clicked after the user's latest item; 0 without one, or if the version
+            does not use it.
     """
 
     query: Query
@@ -106,7 +107,7 @@ class Asked(NamedTuple):
     item_attributes: AttributeValues
     context: list[int]
     churn: float | None = None
-    newest_item: int = 0
+    newest_key: int = 0
 
 
 class Prepared(NamedTuple):
@@ -230,8 +231,9 @@ class Predictor:
         correction = None
         if version.interest_weights is not None:
             successors = following.ids if "successor_mask" in inputs else following.ids[:, :0]
-            newest, times = zip(*[(question.newest_item, question.at_ms) for question in questions], strict=True)
-            correction = correction_of(version, rows, vectors, successors, newest, times)
+            keys = [question.newest_key for question in questions]
+            times = [question.at_ms for question in questions]
+            correction = correction_of(version, rows, vectors, successors, keys, times)
         return Prepared(
             version, rows, questions, vectors, has_row, following.ids, inputs, correction, clock, now_ms, mask
         )
@@ -352,7 +354,7 @@ class Predictor:
                     item_attributes=of_items[row],
                     context=[context_id(name, context[name]) if name in context else 0 for name in fields],
                     churn=churn[row],
-                    newest_item=newest_item(histories[row], times[row], mask, user) if has_correction else 0,
+                    newest_key=newest_key(histories[row], times[row], mask, user) if has_correction else 0,
                 )
             )
         return questions, vectors
@@ -410,9 +412,8 @@ def _program_inputs(
 
     The inputs are float32 by name, padded with zeros to the program's batch size.
     """
-    shapes, count = version.program.shapes, batch_of(len(questions))
-    inputs = {name: np.zeros((count, *shape[1:]), np.float32) for name, shape in shapes.items() if shape[0] < 0}
-    if "popular_rows" in shapes:
+    inputs: Inputs = version.program.zeros(batch_of(len(questions)))
+    if "popular_rows" in version.program.shapes:
         inputs["popular_rows"] = version.popular_rows
     for name, values in (("features", vectors.features), ("category_windows", vectors.category_windows)):
         if name in inputs:

@@ -25,8 +25,7 @@ from state.history.store import HistoryStore
 from state.layout import PROGRAMS
 from state.ranking import interest_scores, item_scores
 from state.ranking.crosses import WIDTH, Crosses, Values, crosses_of, logits_of
-from state.ranking.item_lists import ENTRIES, NEXT_CATEGORY, ItemLists
-from state.ranking.item_lists import fill
+from state.ranking.item_lists import ENTRIES, NEXT_CATEGORY, ItemLists, fill
 from state.ranking.item_lists import from_stored as lists_from_stored
 from state.ranking.transitions import Lists, from_stored
 from state.rows.reader import RowReader, Served
