@@ -222,12 +222,9 @@ def disk_kind(path: Path) -> str:
     return next((mounts[folder] for folder in (path, *path.parents) if folder in mounts), "")
 
 
-def is_in_memory(path: Path) -> bool:
-    """Whether a store is in memory; False if that is unknown."""
-    try:
-        return disk_kind(path) in IN_MEMORY
-    except OSError:
-        return False
+def is_in_memory(store: Path) -> bool:
+    """Whether a store is in memory, in a directory that `own` created for it."""
+    return store.resolve().parent.name.startswith(NAME)
 
 
 def _beside(link: Path) -> Path:

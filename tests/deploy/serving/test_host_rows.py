@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from deploy import sections
 from deploy.serving.applier import HostRows
 from state.config.settings import Settings
+from state.disk import lmdb_store
 from state.disk import memory_place as place
 from state.errors import StoreFull
 from state.layout import ROWS
@@ -28,8 +29,9 @@ MANY = dict.fromkeys(range(60000), 1.0)
 @pytest.fixture
 def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
     """Memory with room for some versions."""
-    with small_disk(tmp_path / "memory", "8m") as disk:
+    with small_disk(tmp_path / "memory", "16m") as disk:
         monkeypatch.setattr(place, "LEAST_BYTES", MIB)
+        monkeypatch.setattr(lmdb_store, "RESERVE_BYTES", 2 * MIB)
         yield disk
 
 
