@@ -70,8 +70,8 @@ def _skips(command: argparse.ArgumentParser) -> None:
         "--skip",
         action="append",
         default=[],
-        metavar="P:A-B",
-        help="exclude offsets A to B of partition P of the clicks topic; repeatable",
+        metavar="PARTITION:A-B",
+        help="exclude offsets A to B of a partition of the clicks topic; repeatable",
     )
     command.add_argument(
         "--skip-time",
@@ -85,16 +85,16 @@ def _skips(command: argparse.ArgumentParser) -> None:
         "--skip-pseudonym",
         action="append",
         default=[],
-        metavar="P",
-        help="exclude the user with pseudonym P, 16 hexadecimal digits as in `springtide jumps`; repeatable",
+        metavar="PSEUDONYM",
+        help="exclude the user with this pseudonym, 16 hexadecimal digits as in `springtide jumps`; repeatable",
     )
     for column in ("item", "category"):
         command.add_argument(
             f"--skip-{column}",
             action="append",
             default=[],
-            metavar="NAME=A..B",
-            help=f"exclude clicks on {column} NAME with times from A to before B, such as NAME=20m..now; repeatable",
+            metavar=f"{column.upper()}=A..B",
+            help=f"exclude clicks on this {column} with times from A to before B, such as NAME=20m..now; repeatable",
         )
     command.add_argument(
         "--minutes", type=positive, metavar="N", help="exclude the last N minutes: --skip-time Nm..now"
