@@ -441,7 +441,7 @@ def live_clicks_text(window: Mapping[str, Any]) -> Text:
     `springtide schema diff` shows the differences
     """
     baseline = f"baseline {window['baseline']}" if window["baseline"] else "the baseline of the bootstrap"
-    rows, anomalies = f"the newest window, of {window["rows"]:,} examples,", window["anomalies"]
+    rows, anomalies = f"the newest window, of {window['rows']:,} examples,", window["anomalies"]
     if not anomalies:
         return "unchanged", f"{rows} is like {baseline}"
     count = sum(anomalies.values())

@@ -91,7 +91,9 @@ def compared(outcome: dict[str, Any]) -> str:
             return "; ".join(parts)
         is_counted = planned is not None and "rows" in planned
         rows, masked = (f" ({planned[name]:,})" if is_counted else "" for name in ("rows", "masked"))
-        parts.append(f"{again['rows']:,} examples read again{rows}, {again['masked']:,} left out by the trainer{masked}")
+        parts.append(
+            f"{again['rows']:,} examples read again{rows}, {again['masked']:,} left out by the trainer{masked}"
+        )
     return "; ".join(parts)
 
 

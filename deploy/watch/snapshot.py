@@ -140,7 +140,7 @@ def _holds(figures: Figures) -> Iterator[Problem]:
 def _of_figures(figures: Figures) -> Iterator[Problem]:
     yield from _of_processes(figures)
     for text in figures.full:
-        yield Problem("critical" if text.endswith("waits for room") else "warning", text, "the-disk-is-full")
+        yield Problem("critical" if text.endswith("waits for space") else "warning", text, "the-disk-is-full")
     if figures.faults:
         yield Problem("critical", "accounts do not balance", "accounts-do-not-balance")
     if figures.differing:

@@ -57,7 +57,7 @@ function who(given) {
 /** Asks for the token; whoever reads with one may not steer with it. */
 export function askToken(told) {
   const field = h("label", {}, "Token", h("input", { name: "token", type: "password", autocomplete: "off", spellcheck: "false" }));
-  ask("Enter a token", told ?? "The token `operate` steers, `read` shows. It stays in this tab. Leave it empty to give it up.", [field], "Use it", async (given) => {
+  ask("Enter a token", told ?? "The token `operate` allows changes, the token `read` only reading. It stays in this tab. Leave the field empty to remove it.", [field], "Use it", async (given) => {
     const before = token();
     keepToken(given.token.trim());
     const found = await read("api/session");
@@ -79,7 +79,7 @@ function verb(name, title, told, more = {}) {
   });
 }
 
-export const pin = (version) => verb("pin", `Pin answers at version ${version}`, "Training goes on; answers stay at this version until they follow again.", { version });
+export const pin = (version) => verb("pin", `Pin answers at version ${version}`, "Training continues; answers stay at this version until they follow again.", { version });
 export const lift = (mask) => verb("unmask", `Lift mask ${mask}`, "New clicks count at once; what was left out comes back at the next exact rollback.", { masks: [mask] });
 
 /** Fills in a version to go back to. */
