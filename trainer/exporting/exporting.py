@@ -187,7 +187,7 @@ def load(registry: Registry, number: int, trainer: Trainer, spec: str, log: Log)
         ids, inputs = _replayed(trainer, batches)
         return Compared(trainer, version, program, inputs, ids, f"{len(ids['user'])} examples of the training log")
     inputs = sample(trainer.model, ROWS)
-    return Compared(trainer, version, program, inputs, None, f"{ROWS} synthetic examples, because the training log has none")
+    return Compared(trainer, version, program, inputs, None, f"{ROWS} synthetic examples: the training log has none")
 
 
 def export_saved_model(compared: Compared, folder: Path, say: Say, known: KnownAnswers | None = None) -> Path:

@@ -145,7 +145,9 @@ def test_a_devices_file_has_rows_by_place_and_says_how_far_it_is_off(stocked: St
         told = said(
             lambda say, path=path, quantize=quantize: exporting.export_device_file(of, path, users, 1000, quantize, say)
         )
-        assert f"{quantize}; rows: " in told and f"{len(users)} of user" in told and "user of 100% of the examples" in told
+        assert (
+            f"{quantize}; rows: " in told and f"{len(users)} of user" in told and "user of 100% of the examples" in told
+        )
         sizes[quantize], rows = path.stat().st_size, choose(of.trainer, users, 1000)
         asked = device_file.device_inputs(of.trainer.model, rows, of.ids, of.inputs, list(of.kept))
         found = Program(path.read_bytes(), device_file.DEVICE).predict(asked)
