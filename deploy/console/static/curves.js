@@ -36,7 +36,7 @@ export function restarted(history) {
   const first = history.findLastIndex((one, place) => place && one.epoch !== history[place - 1].epoch);
   const began = first < 0 ? null : history[first];
   const recent = began && began.created_at_ms >= newest() - 1000 * wanted();
-  tell(at("restarted"), recent ? `Since ${clock(began.created_at_ms)} (${began.action}) log loss, ranking and lift are measured again from version ${began.base} on, and versions count on in epoch ${began.epoch}.` : "");
+  tell(at("restarted"), recent ? `Since ${clock(began.created_at_ms)} (${began.action}) log loss, ranking and lift are measured again from version ${began.base} on, and version numbers continue in epoch ${began.epoch}.` : "");
 }
 
 /** Marks moments of control: each with its time and a word. */
