@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from state.errors import DecodeError
 from state.events.identity import Salt
 from state.events.parser import Parser
 from state.log import PartitionBatch
-from tests.laws.sources import ROOT, name
+from tests.laws.sources import ROOT, files, name, nodes
 
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 MOST_WORDS = 30
@@ -81,6 +82,17 @@ def test_sentences_are_short_and_their_words_are_plain(document: Path) -> None:
     banned = re.compile(rf"\b(?:{'|'.join(BANNED)})\b", re.IGNORECASE)
     assert [sentence for sentence in found if banned.search(sentence)] == []
     assert [sentence for sentence in found if len(sentence.split()) > MOST_WORDS] == []
+
+
+def test_words_of_messages_are_plain() -> None:
+    banned, found = re.compile(rf"\b(?:{'|'.join(BANNED)})\b"), []
+    for path in files():
+        docstrings = {id(node.value) for node in nodes(path) if isinstance(node, ast.Expr)}
+        texts = (node for node in nodes(path) if isinstance(node, ast.Constant) and id(node) not in docstrings)
+        # `--from nothing` is an option.
+        words = ((node.lineno, str(node.value).replace("--from nothing", "")) for node in texts)
+        found += [(name(path), line, text) for line, text in words if " " in text and banned.search(text)]
+    assert found == []
 
 
 @pytest.mark.parametrize("document", [ROOT / "README.md", ROOT / "docs" / "your-clicks.md"], ids=name)
