@@ -167,7 +167,7 @@ def test_one_that_is_better_is_promoted(shop: Shop) -> None:
     assert (promoted.stage, promoted.promoted_epoch) == ("promoted", 2)
     assert (shop.known.outcome, shop.known.judged_at_ms) == ("promoted", shop.now_ms)
     word, text = shop.told()
-    assert word == "PROMOTED" and "over 4,000 rows" in text and text.endswith("the next one begins in 3 h 59 min")
+    assert word == "PROMOTED" and "over 4,000 examples" in text and text.endswith("the next one begins in 3 h 59 min")
     assert 'springtide_retrain_outcome{outcome="promoted"} 1.0' in shop.metrics()
 
 
