@@ -177,7 +177,7 @@ def test_one_that_is_better_is_promoted(shop: Shop) -> None:
         (0.5, 4000, 60_000, "dropped", "worse: +0."),
         (0.0, 4000, 60_000, "dropped", "no better: "),
         (0.0, 400, 25 * HOUR_MS, "dropped", "no better after 1 d 1 h: "),
-        (None, 0, 25 * HOUR_MS, "failed", "no row could be compared after 1 d 1 h"),
+        (None, 0, 25 * HOUR_MS, "failed", "no example could be compared after 1 d 1 h"),
     ],
 )
 def test_one_that_is_not_is_dropped_with_the_reason(
