@@ -174,7 +174,7 @@ def test_the_example_passes_check_model_which_names_both_functions(capsys: pytes
 def test_what_the_guides_show_passes_check_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "my_package"
     package.mkdir()
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
     for page in ("own-tower", "own-ranker"):
         text = (ROOT / "docs" / "how-to" / f"{page}.md").read_text()
         blocks = dict(re.findall(r'^```python\n"""my_package/(\w+\.py): (.*?)^```$', text, re.MULTILINE | re.DOTALL))
