@@ -367,7 +367,7 @@ class LmdbStore:
         problem = f"{self.path} could not be {action} ({error}); nothing was changed"
         if _is_full(error, where or self.path):
             if where is None and memory_place.is_in_memory(self.path):
-                do = f"free space in memory, or start {self.writer} again: the store is on the disk if memory has no room"
+                do = f"free space in memory, or start {self.writer} again: the store is on the disk if memory is too small"
                 return StoreFull(f"{problem}: memory is full", do)
             return StoreFull(problem, "free space on its disk")
         return UnusableDisk(problem, "check its disk and its access rights, and start again")

@@ -78,7 +78,7 @@ def lack(link: Path, memory: str, least_bytes: int | None = None) -> str:
     except OSError as error:
         return reason_of(error)
     return (
-        "" if room >= wanted else f"{memory} has room for {room / 1e6:,.0f} MB, and {wanted / 1e6:,.0f} MB are wanted"
+        "" if room >= wanted else f"{memory} has space for {room / 1e6:,.0f} MB, and {wanted / 1e6:,.0f} MB are wanted"
     )
 
 

@@ -106,7 +106,7 @@ def test_where_memory_is_too_small_at_the_start_log_and_status_say_so(
     # As Docker gives it.
     with small_disk(tmp_path / "memory", "64m") as disk:
         rows, settings = opened(tmp_path)
-        why = f"{disk.path} has room for 67 MB, and 268 MB are wanted"
+        why = f"{disk.path} has space for 67 MB, and 268 MB are wanted"
         assert caplog.text.count(why) == 1
         shown = sections.row_store(settings)
         assert shown is not None and shown["why"] == why
