@@ -279,12 +279,14 @@ def _solve(matrix: F64, right: F64, factor: F64) -> None:
 
     `matrix`: `[n, n]`, its lower triangle. `factor`: `[m, m]`, m >= n, overwritten.
     """
-    for i in range(right.shape[0]):
-        for j in range(i + 1):
+    # By columns, because the entries of a column do not wait for each other.
+    for j in range(right.shape[0]):
+        for i in range(j, right.shape[0]):
             total = matrix[i, j]
             for k in range(j):
                 total -= factor[i, k] * factor[j, k]
             factor[i, j] = total / factor[j, j] if j < i else np.sqrt(total + DAMPING)
+    for i in range(right.shape[0]):
         for k in range(i):
             right[i] -= factor[i, k] * right[k]
         right[i] /= factor[i, i]
