@@ -18,7 +18,6 @@ import numpy.typing as npt
 
 from state.compiled import compiled, layout, part_of_sums
 from state.compiled.mixing import mix, mixed
-from state.compiled.prefetch import prefetch
 from state.config.settings import Settings
 from state.microbatch.batch import MicroBatch
 from state.ranking import item_scores
@@ -374,7 +373,7 @@ def _learn_and_count(
             following += 1
             if following < taught.shape[0]:
                 for row in read_rows[following]:
-                    prefetch(clicked.ids, row)
+                    prefetch_list(row, clicked)
             if _is_candidate(item[i], reads, after, own[i], clicked, followed, visited):
                 count = gather(clicked, followed, visited, reads, after, own[i], at_s[i], phi, work)
                 score(learned.weights, phi, count, work)
