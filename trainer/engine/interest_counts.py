@@ -96,24 +96,31 @@ class InterestCounts(OnlineRegression):
         wanted = settings.trainer.interests == "counts" and not settings.privacy.epsilon
         return cls(settings, spec) if wanted else None
 
-    def learn(self, batch: MicroBatch, updates: Sequence[Update], visited: ItemListTable | None) -> list[Update]:
-        """Corrects the scores of accepted updates, learns from their rows, and counts them.
+    def keys(self, batch: MicroBatch, updates: Sequence[Update], visited: ItemListTable | None) -> U64:
+        """The keys of the lists of each row, for `learn`, `[B, READ]` uint64.
 
         Args:
             batch: The rows of the record.
             updates: In the order of the rows.
             visited: The users' own items before the record; None for no items.
+        """
+        return self._keys(batch, _clicks(batch, updates), visited)
+
+    def learn(self, batch: MicroBatch, updates: Sequence[Update], keys: U64) -> list[Update]:
+        """Corrects the scores of accepted updates, learns from their rows, and counts them.
+
+        Args:
+            batch: The rows of the record.
+            updates: In the order of the rows.
+            keys: Of the rows, see `keys`.
 
         Returns:
             The updates with corrected logits. Their losses and ranks remain those of the model.
         """
         lengths = [len(update.record) for update in updates]
-        accepted = np.repeat([update.verdict is Verdict.ACCEPT for update in updates], lengths)
-        if not accepted.any():
+        if not any(update.verdict is Verdict.ACCEPT for update in updates):
             return list(updates)
-        clicks = accepted & (batch.weight > 0) & ~(batch.label < 0.5)
-        keys = self._keys(batch, clicks, visited)
-        clicks &= batch.category != 0
+        clicks = _clicks(batch, updates) & (batch.category != 0)
         # 1. Lists are created, and evicted.
         rows = None
         if clicks.any():
@@ -199,6 +206,17 @@ class InterestCounts(OnlineRegression):
         if self._work is None or self._work.scores.size != candidates:
             self._work = Workspace.empty(candidates, own)
         return self._work
+
+
+def _clicks(batch: MicroBatch, updates: Sequence[Update]) -> Flags:
+    """The rows of accepted updates that are clicks, `[B]` bool."""
+    accepted = np.zeros(len(batch), np.bool_)
+    first = 0
+    for update in updates:
+        first += len(update.record)
+        accepted[first - len(update.record) : first] = update.verdict is Verdict.ACCEPT
+    clicks: Flags = accepted & (batch.weight > 0) & ~(batch.label < 0.5)
+    return clicks
 
 
 @layout("f4[:, ::1], f4[:, ::1], f4[:, ::1]")

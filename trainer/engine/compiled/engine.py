@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 import tensorflow as tf
+from threadpoolctl import threadpool_limits
 
 from state.compiled import compiled, compiled_sums
 from state.config.sections import Model as ModelSettings
@@ -77,6 +78,8 @@ class CompiledEngine:
         attributes: int,
         threads: Threads,
     ) -> None:
+        # Without this, BLAS would divide each product among its own threads.
+        threadpool_limits(1, "blas")
         self._ranker, self._optimizer, self._tables = ranker, optimizer, tables
         self._crosses, self._attributes = crosses, attributes
         ranker.hold(optimizer.weights)
