@@ -49,7 +49,7 @@ class TrainingLag:
         self._topics: Topics | None = None
         self._committed = -1
         self.records: int | None = None
-        self._say = SaidOnce(logger.warning)
+        self._warn_once = SaidOnce(logger.warning)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lag", daemon=True)
 
@@ -86,8 +86,8 @@ class TrainingLag:
         while not self._closing.wait(POLL_S):
             try:
                 self.poll()
-                self._say.clear()
+                self._warn_once.clear()
             except LogError as error:
-                self._say(f"the lag of the training log is unknown for now: {error}")
+                self._warn_once(f"the lag of the training log is unknown for now: {error}")
         if self._topics is not None:
             self._topics.close()

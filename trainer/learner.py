@@ -78,7 +78,7 @@ class CatchingUp:
         self._again: dict[str, int] | None = None
         self._watched = self._caught_up = False
         self._end = 0
-        self._say = SaidOnce(logger.warning)
+        self._warn_once = SaidOnce(logger.warning)
 
     def enter(self, control: Control, position: TrainingPlace) -> None:
         """Enters an epoch. An epoch whose outcome is written already is not followed again, nor is an upgrade."""
@@ -111,7 +111,7 @@ class CatchingUp:
         if not self._caught_up:
             if any(position.marks.get(source, 0) < mark for source, mark in self._goal.items()):
                 return
-            with unless_full(self._say):
+            with unless_full(self._warn_once):
                 self._write(position)
                 self._caught_up, self._end = True, position.next
             if not self._caught_up:
@@ -123,7 +123,7 @@ class CatchingUp:
         elif self._elapsed() - self._refused_s < RETRY_S:
             return
         elif not busy and (position.first >= self._end or not position.changed):
-            with unless_full(self._say):
+            with unless_full(self._warn_once):
                 self._watched = not self._let_follow(control)
 
     def _is_past_plan(self, position: TrainingPlace, offset: int) -> bool:
@@ -192,7 +192,7 @@ class CatchingUp:
             if is_full(error):
                 raise
             self._refused_s = self._elapsed()
-            self._say(f"{error}; serving follows once control can be written")
+            self._warn_once(f"{error}; serving follows once control can be written")
             return False
 
 
@@ -206,7 +206,7 @@ class LossRecorder:
         self._registry, self._elapsed = registry, elapsed
         self._next_poll_s, self._writer = float("-inf"), LossWriter(registry)
         self._wanted = True
-        self._say = SaidOnce(logger.warning)
+        self._warn_once = SaidOnce(logger.warning)
 
     def take(self, offset: int, users: npt.NDArray[np.uint64], report: Report) -> None:
         """Writes the losses of an accepted step if there is a reader. After a disk error, logs it and pauses writing.
@@ -220,7 +220,7 @@ class LossRecorder:
         try:
             self._writer.append(RowLosses(offset, comparison.blocks_of(users[targets]), losses))
         except OSError as error:
-            self._say(f"losses of rows are not written, and no experiment is compared meanwhile: {error}")
+            self._warn_once(f"losses of rows are not written, and no experiment is compared meanwhile: {error}")
             self._wanted, self._next_poll_s = False, self._elapsed() + LOSSES_RETRY_S
 
     def _has_reader(self) -> bool:

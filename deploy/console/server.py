@@ -277,11 +277,11 @@ class Console:
         self._metrics = ConsoleMetrics(self._registry)
         add_process(self._registry)
         self._guard, self._routes = guard, Routes(self.endpoints)
-        self._say = SaidOnce(_log.warning)
+        self._warn_once = SaidOnce(_log.warning)
 
     def count_refused(self, reason: str) -> None:
         """Logs the first refusal of each reason."""
-        self._say(f"a connection or request was refused: {reason}")
+        self._warn_once(f"a connection or request was refused: {reason}")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""

@@ -160,7 +160,7 @@ class LoopWatch:
         self._sections: dict[str, Any] | None = None
         self._snapshot: Snapshot | None = None
         self._wanted, self._stopping = threading.Event(), threading.Event()
-        self._say = SaidOnce(_log.error)
+        self._log_once = SaidOnce(_log.error)
         self._polling, self._reading = threading.Lock(), threading.Lock()
 
     def start(self) -> None:
@@ -235,4 +235,4 @@ class LoopWatch:
         try:
             work()
         except Exception as error:  # noqa: BLE001 - the edge of the thread
-            self._say(f"the loop could not be polled: {type(error).__name__}: {error}")
+            self._log_once(f"the loop could not be polled: {type(error).__name__}: {error}")

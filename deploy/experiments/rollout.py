@@ -75,7 +75,7 @@ class RolloutDriver:
         self._experiment, self._rollout = experiment, experiment.rollout
         self.evidence = Evidence(experiment.name)
         self._kept_ms = 0
-        self._say = SaidOnce(_log.warning)
+        self._warn_once = SaidOnce(_log.warning)
         self._pending: deque[tuple[int, int, NDArray[np.uint64]]] = deque()
         self._marks: dict[Source, int] = {}
         kafka, self._partition = settings.kafka, TRAINING_PARTITION
@@ -121,9 +121,9 @@ class RolloutDriver:
         self._kept_ms = self._now_ms()
         try:
             self._experiments.write_report(self.report())
-            self._say.clear()
+            self._warn_once.clear()
         except OSError as error:
-            self._say(f"the report of the rollout cannot be stored: {error}")
+            self._warn_once(f"the report of the rollout cannot be stored: {error}")
 
     def read(self) -> None:
         """Reads new records from both topics.

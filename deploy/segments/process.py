@@ -140,8 +140,9 @@ class Members:
         before = self._store.memberships([(name, result.user) for name, result in wanted])
         changes: dict[Member, Membership | None] = {}
         for (name, result), membership in zip(wanted, before, strict=True):
-            if (name in result.within) != (membership is not None):
-                changes[name, result.user] = Membership(result.at_ms, result.version) if name in result.within else None
+            is_member = name in result.segments
+            if is_member != (membership is not None):
+                changes[name, result.user] = Membership(result.at_ms, result.version) if is_member else None
         if changes:
             self._write(changes)
             self._show()

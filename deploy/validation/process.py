@@ -136,7 +136,7 @@ class WindowJudge:
 
     def __init__(self, settings: Settings, spec: str, windows: KeptWindows, metrics: ValidationMetrics) -> None:
         self._settings, self._spec, self._kept, self._metrics = settings, spec, windows, metrics
-        self._say = SaidOnce(_log.warning)
+        self._warn_once = SaidOnce(_log.warning)
         self._seen: set[str] = set()
 
     def judge(self, window: Window) -> Anomalies | None:
@@ -173,7 +173,7 @@ class WindowJudge:
         try:
             before = self._kept.newest(window.start_ms)
         except SettingsError as error:
-            self._say(str(error))
+            self._warn_once(str(error))
             return None
         return None if before is None else before.statistics
 
@@ -187,7 +187,7 @@ class WindowJudge:
         name = Specs(Directory(self._settings.registry_dir)).bootstrapped(self._spec, self._settings.model)
         baseline = None if name is None else Baselines(self._settings.registry_dir).newest(name)
         if baseline is None:
-            self._say(
+            self._warn_once(
                 "there is no baseline yet"
                 if name is None
                 else "the bootstrap was one of an earlier release, which made no baseline: "
@@ -261,7 +261,7 @@ class LogValidation:
         self._topic, self._partition = settings.kafka.microbatches_topic, TRAINING_PARTITION
         self._log = Follower(log, self._topic, [self._partition], self._stored, opened=self._opened)
         self._windows = self._new_windows(resumed=False)
-        self._say = SaidOnce(_log.warning)
+        self._warn_once = SaidOnce(_log.warning)
 
     def step(self) -> None:
         """Reads what has arrived, waiting at most `FETCH_S`.
@@ -304,7 +304,7 @@ class LogValidation:
                 decoded = decode(value or b"")
             except MicroBatchError as error:
                 records.labels("unreadable").inc()
-                self._say(f"record {offset} of the training log is left out: {error}")
+                self._warn_once(f"record {offset} of the training log is left out: {error}")
                 continue
             if decoded.header.spec != self._spec.digest:
                 records.labels("other_features").inc()

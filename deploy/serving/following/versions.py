@@ -382,7 +382,7 @@ class VersionFollower:
         self._route: Route | None = None
         self._labelled: Route | None = None
         self._looked_again: Manifest | None = None
-        self._say = SaidOnce(_log.info)
+        self._log_once = SaidOnce(_log.info)
         self._swept_ms = 0
 
     def step(self) -> bool:
@@ -395,7 +395,7 @@ class VersionFollower:
         """
         control = self._registry.control()
         if control is None:
-            self._say("waiting for the first control generation; the trainer makes it")
+            self._log_once("waiting for the first control generation; the trainer makes it")
             return False
         # 1.
         if control.generation != self._generation:
@@ -489,7 +489,7 @@ class VersionFollower:
                 return self._settle_for(self._route.target, control)
         route = self._route
         if route.rebuild and self.served is not None:
-            self._say(
+            self._log_once(
                 f"version {route.target} is rebuilt from the registry ({len(route.steps)} to go); "
                 f"version {self.served.version} answers meanwhile"
             )

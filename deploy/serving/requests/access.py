@@ -137,7 +137,7 @@ class Access:
 
     certificate: Certificate | None = None
     tokens: Tokens | None = None
-    _say: SaidOnce = field(default_factory=lambda: SaidOnce(_log.error), repr=False)
+    _log_once: SaidOnce = field(default_factory=lambda: SaidOnce(_log.error), repr=False)
 
     @classmethod
     def of(cls, settings: Settings, always: bool = False) -> Access:
@@ -157,7 +157,7 @@ class Access:
                 try:
                     files.look()
                 except SettingsError as error:
-                    self._say(f"{error}; the previous content stays in effect")
+                    self._log_once(f"{error}; the previous content stays in effect")
 
 
 def are_wanted(settings: Settings, host: str | None = None) -> bool:
