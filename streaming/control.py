@@ -29,9 +29,10 @@ from state.features.erased import Erased
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
 from state.history.rewind import Before
-from state.history.rewinding import rewind
+from state.history.rewinding import LogToRead, rewind
 from state.history.store import HistoryStore
 from state.log import Log, Reader
+from state.log.topic_plan import TRAINING_PARTITION
 from state.microbatch.batch import trim
 from state.positions import Source
 from state.process import killpoints
@@ -43,7 +44,6 @@ from streaming.event_clock import PREFIX, EventClock
 
 POLL_S = 0.1
 LETTERS = "letters"  # name of the store's extra
-PARTITION = 0
 logger = logging.getLogger(__name__)
 
 
@@ -146,9 +146,10 @@ def roll_back_histories(
         return {**letters, **clocks_after(before, positions.keys())}
 
     def open_at(offset: int) -> Reader:
-        return log.reader(settings.kafka.microbatches_topic, [PARTITION], {PARTITION: offset})
+        return log.reader(settings.kafka.microbatches_topic, [TRAINING_PARTITION], {TRAINING_PARTITION: offset})
 
-    result = rewind(store, desired.branch, open_at, PARTITION, spec.reach_ms(settings.events), extra=extra, timed=True)
+    training_log = LogToRead(open_at, spec.reach_ms(settings.events))
+    result = rewind(store, desired.branch, training_log, extra=extra, timed=True)
     if result is not None:
         logger.info("epoch %d of the training log: %s", desired.log_epoch, result)
     return written_letters(store)

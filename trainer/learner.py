@@ -42,7 +42,7 @@ from trainer.engine.guard import Verdict
 from trainer.engine.report import Report
 from trainer.engine.step import Trainer
 from trainer.holding import UpdateGuard
-from trainer.intake import BAD, LogRecord, former, records_of, take_in
+from trainer.intake import BAD, LogRecord, RecordFilter, former, records_of
 from trainer.measures.step_scores import SUMS
 from trainer.place import TrainingPlace
 from trainer.privacy_budget import PrivacyBudget
@@ -288,7 +288,7 @@ class Learner:
         clock, elapsed = surroundings.clock, surroundings.elapsed
         self._settings, self._registry, self._trainer = settings, registry, trainer
         self._kafka, self._spec, self._description, self._begins = log, model.spec, model.about, surroundings.begins
-        self._salt, self._partition = str(model.about["salt"]), TRAINING_PARTITION
+        self._partition = TRAINING_PARTITION
         self._metrics, self._clock, self._elapsed = metrics, clock, elapsed
         self._passages = Passages(
             Journal(registry.path / layout.GAPS, registry.directory.staging), surroundings.consent, metrics, clock
@@ -318,7 +318,8 @@ class Learner:
             GapError: The log does not continue from it: deleted without acceptance, or truncated (TruncatedLog).
         """
         self.control, settings, specs = control, self._settings, former_specs(self._registry.generations.beginnings())
-        self._is_former = former(specs, lambda: self._trainer.counters.steps)
+        is_former = former(specs, lambda: self._trainer.counters.steps)
+        self._filter = RecordFilter(self._spec, str(self._description["salt"]), is_former)
         version = control.base if (newest := self._registry.newest_good(control.epoch)) is None else newest
         if self._log is not None:
             self._log.close()
@@ -415,17 +416,7 @@ class Learner:
         where = f"{self._settings.kafka.microbatches_topic}:{source.partition} offset {offset}"
         try:
             record.require_whole(where)
-            intake = take_in(
-                record.value,
-                marks,
-                control.mask_at,
-                self._spec,
-                self._salt,
-                where,
-                control.log,
-                offset,
-                self._is_former,
-            )
+            intake = self._filter.take_in(record.value, marks, control.mask_at, where, control.log, offset)
         except BAD as problem:
             self._passages.leave_out(Gap(source, offset, record.next), marks, problem)
             self.place = self.place.past(record.next)

@@ -340,9 +340,12 @@ def upgrade_to_this_release(registry: Registry, settings: Settings, spec: Featur
         if version is None or not is_of_release(registry, settings, spec):
             raise
         planned = planned_for(registry, version, trainer)
-        who, now_ms = f"trainer:{getpass.getuser()}", wall_ms()
-        reason = f"this release has another model than version {version.version}"
-        propose(registry, settings, spec, version, planned.document(), who, reason, now_ms)
+        decision = transitions.Decision(
+            actor=f"trainer:{getpass.getuser()}",
+            reason=f"this release has another model than version {version.version}",
+            now_ms=wall_ms(),
+        )
+        propose(registry, settings, version, planned.document(), **decision)
         logger.warning("%s; this release continues from it: %s", other.what, "; ".join(planned.lines()))
 
 

@@ -296,7 +296,7 @@ def _newest_clean(branch: ServingBranch, target: Target, masks: Sequence[MaskEnt
         )
     segments = segments_to_end(branch.registry, branch.control, sure, branch.newest, view.end)
     with view.reader(max(view.begin, min(segments[0].first, view.end))) as reader:
-        hit = first_hit(reader, view.partition, segments, joined(masks, 0), target.exact)
+        hit = first_hit(reader, segments, joined(masks, 0), target.exact)
     if hit is not None:
         position = (hit.epoch, hit.offset)
         version = branch.last(lambda version: (version.epoch, version.log.next) <= position)

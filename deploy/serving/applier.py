@@ -424,11 +424,11 @@ class Applier:
 
     def _follow_clicks(self) -> None:
         say, room, begun = SaidOnce(_log.warning), self._room(), False
-        kafka, partition = self._settings.kafka, TRAINING_PARTITION
+        kafka = self._settings.kafka
         check = LogCheck(max(1000, round(250 * self._settings.serving.max_age_s)))
 
         def open_at(offset: int) -> Reader:
-            return Reader(kafka, kafka.microbatches_topic, [partition], {partition: offset})
+            return Reader(kafka, kafka.microbatches_topic, [TRAINING_PARTITION], {TRAINING_PARTITION: offset})
 
         while not self._stop.is_set():
             try:
@@ -488,7 +488,7 @@ class Applier:
         If that changed the histories, the next snapshot is written from scratch.
         """
         snapshots = self._snapshots
-        rewound = self.clicks.turn(control.log, control.mask, TRAINING_PARTITION, open_at)
+        rewound = self.clicks.turn(control.log, control.mask, open_at)
         erased = self.erasures.take_up(control.erased, snapshots is None or not snapshots.reading)
         if snapshots is not None and (rewound or erased):
             snapshots.start_over()
