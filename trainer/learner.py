@@ -32,7 +32,7 @@ from state.process.said_once import SaidOnce
 from state.registry.control import Control, follow
 from state.registry.log_line import onward
 from state.registry.model_fit import former_specs
-from state.registry.registry import Registry
+from state.registry.registry import RECENT_S, Registry
 from state.registry.segments import ClickRanges, clicks_in, from_json, has_caught_up, learned_before
 from state.storage.waiting import Room, is_full, unless_full
 from trainer import accounts, gauges
@@ -263,11 +263,13 @@ class Surroundings:
     Attributes:
         room: Lets a version wait for disk space; None: a full disk ends the trainer.
         begins: Prepares the trainer if there is no version to continue from.
+        recent_s: How long a version that is not durable is kept.
     """
 
     consent: Consent = NO_CONSENT
     room: Room | None = None
     begins: Begins = from_nothing
+    recent_s: float = RECENT_S
     clock: Callable[[], float] = time.time
     elapsed: Callable[[], float] = time.monotonic
 
@@ -293,7 +295,7 @@ class Learner:
         self._passages = Passages(
             Journal(registry.path / layout.GAPS, registry.directory.staging), surroundings.consent, metrics, clock
         )
-        self._publisher = Publisher(registry, metrics, settings.registry.recent_s, surroundings.room, elapsed)
+        self._publisher = Publisher(registry, metrics, surroundings.recent_s, surroundings.room, elapsed)
         self._updates = UpdateGuard(settings, registry, metrics, clock, elapsed, lambda: trainer.measures.shown())
         self._publications = Publications(
             settings, self._publisher, model, trainer, metrics, self._updates, clock, elapsed

@@ -29,6 +29,7 @@ CONFIGURATION, CHECKPOINTS, SAVEPOINTS = "conf", "checkpoints", "savepoints"
 TEMPORARY, ARTIFACTS, LOGS = "tmp", "artifacts", "logs"
 JOB_MANAGER, TASK_MANAGER, JOB_SERVER, WORKERS = "job-manager", "task-manager", "job-server", "workers"
 STOP_S = 15.0
+SLOTS = 2  # of each TaskManager
 # Memory of a TaskManager, MB. Flink's own scripts compute these; without them a TaskManager requires each explicitly.
 FRAMEWORK_MB, NETWORK_MB, OFF_HEAP_MB, METASPACE_MB = 96, 64, 64, 256
 MANAGED_MB = {"hashmap": 0, "rocksdb": 128}
@@ -59,8 +60,8 @@ def configuration(settings: FlinkSettings, directory: Path, rpc_port: int) -> st
         "rest.bind-port": settings.rest_port,
         "state.backend.type": settings.state_backend,
         "state.backend.incremental": "true",
-        "taskmanager.numberOfTaskSlots": settings.slots,
-        "taskmanager.cpu.cores": settings.slots,
+        "taskmanager.numberOfTaskSlots": SLOTS,
+        "taskmanager.cpu.cores": SLOTS,
     }
     memory_mb = {
         "framework.heap.size": FRAMEWORK_MB,
@@ -174,7 +175,7 @@ def run(settings: Settings, jar: Path, say: Say, stop: Callable[[], bool], hurry
             flink = settings.flink
             say(
                 f"Flink runs after {time.monotonic() - begin_s:.1f} s: JobManager on {manager.url}, "
-                f"{flink.task_managers * flink.slots} slots, job server on {HOST}:{flink.job_port}, "
+                f"{flink.task_managers * SLOTS} slots, job server on {HOST}:{flink.job_port}, "
                 f"Python workers on {HOST}:{flink.worker_port}"
             )
             say(f"state and logs are in {directory}; `springtide flink status` shows what runs")

@@ -394,7 +394,7 @@ def visit(settings: Settings) -> None:
         return
     bind(path, url)
     with suppress(LockHeld), DirectoryLock(path, layout.SHARED_LOCK), sharing():
-        Copier(path, open_store(url), settings.registry.recent_s).step()
+        Copier(path, open_store(url)).step()
 
 
 def reached_ms(registry: Path) -> int:
@@ -440,7 +440,7 @@ class _HostCopier:
                 # From here on, the file's age shows how long the store has been unreachable.
                 self._began = True
                 self._metrics.looked_seconds.set_to_current_time()
-            copier = Copier(path, self._store, self._settings.registry.recent_s)
+            copier = Copier(path, self._store)
             copier.fetch_control()
             self._copier = copier
         began_ms = wall_ms()

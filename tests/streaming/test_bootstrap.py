@@ -227,7 +227,7 @@ def write_recording(folder: Path) -> Path:
 
 def flags_of(folder: Path) -> list[str]:
     own = {"paths.state": folder / "state", "events.label": "bought", "events.context": "device"}
-    own |= {"bootstrap.shard_rows": 100, "bootstrap.sample_rows": ROWS, "stream.batch_events": 64}
+    own |= {"bootstrap.sample_rows": ROWS, "stream.batch_events": 64}
     return [f"--{name}={value}" for name, value in own.items()]
 
 
