@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 import tensorflow as tf
 
-from state.compiled import compiled, compiled_sums
+from state.compiled import compiled, compiled_sums, read_only
 from state.config.sections import Model as ModelSettings
 from trainer.engine.adam import HostAdam
 from trainer.engine.compiled.arrays import (
@@ -28,7 +28,6 @@ from trainer.engine.compiled.arrays import (
     FastWeights,
     Gradients,
     HeadInputs,
-    read_only,
 )
 from trainer.engine.compiled.heads import Heads
 from trainer.engine.compiled.threads import Threads
