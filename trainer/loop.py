@@ -46,7 +46,6 @@ from state.features.spec import FeatureSpec
 from state.log import KERNELS as LOG_KERNELS
 from state.log import Log
 from state.log.accepted_gaps import Consent, in_words, take_options
-from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import TrainerMetrics, serve
 from state.process.actor import actor
 from state.process.ending import stop_on_signals
@@ -500,9 +499,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
 
         compaction = Scheduled("trainer.compactor", arguments, settings.trainer.base_every_s, compacted)
         exports = Scheduled("trainer.exporting.command", arguments, settings.export.every_s, exported)
-        lag = TrainingLag(
-            settings.kafka, TRAINING_PARTITION, lambda: Taken(learner.place.next, learner.taken_ms), metrics
-        )
+        lag = TrainingLag(settings.kafka, lambda: Taken(learner.place.next, learner.taken_ms), metrics)
         lag.start()
         holes = Holes()
         keep_what_is_there()

@@ -98,7 +98,7 @@ class ServingBranch:
         """Returns the active masks whose clicks the training log may still contain: those of fast rollbacks."""
         return [mask for mask in self.control.masks if not mask.excluded]
 
-    def surely_clean(self, entries: Sequence[MaskEntry], wait_ms: int, exact: bool = False) -> Manifest | None:
+    def surely_clean(self, entries: Sequence[MaskEntry], wait_ms: int, exact: bool) -> Manifest | None:
         """Returns the newest version that, by its manifest and tables, learned nothing that `entries` name.
 
         Newer versions may be clean too; only the log shows where the first masked click is.

@@ -189,7 +189,7 @@ def records(reader: Reader, first: int, end: int, branch: LogLine) -> Iterator[t
     return branch_records(reader, at, end, branch, glance, STALLED_S) if at < end else iter(())
 
 
-def first_hit(reader: Reader, segments: Sequence[LogSegment], mask: Mask, exact: bool = False) -> FirstHit | None:
+def first_hit(reader: Reader, segments: Sequence[LogSegment], mask: Mask, exact: bool) -> FirstHit | None:
     """Finds the first row along the branch that `mask` names and that was learned; None if there is none.
 
     Args:

@@ -47,7 +47,7 @@ from state.features.spec import FeatureSpec
 from state.history.actions import ACTIONS, numbered
 from state.history.appends import Appends
 from state.history.store import open_or_replace
-from state.layout import ATTRIBUTES, CURRENT, EXPOSURES, ROWS
+from state.layout import ATTRIBUTES, EXPOSURES, ROWS
 from state.log import KERNELS, Log, Reader, Topics, Writer
 from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import ApplierMetrics, served
@@ -316,7 +316,7 @@ class Applier:
             self._snapshots = SnapshotTaker(settings, self._histories, self.metrics, stop, now_ms)
             self.clicks.committed = self._snapshots.take
         self.metrics.snapshot_every_seconds.set(settings.history.snapshot_every_s)
-        self._currency = Currency(folder, CURRENT)
+        self._currency = Currency(folder)
         where = (folder, settings.registry_dir, self._histories)
         self.erasures = HostErasures(*where, lambda: self.versions.erased, now_ms)
 

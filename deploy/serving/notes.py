@@ -117,8 +117,8 @@ class Currency:
     The time is the modification time of a file, so recording it is cheap.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self._paths = {part: folder / f"{name}.{part}" for part in (VERSIONS, CLICKS)}
+    def __init__(self, folder: Path) -> None:
+        self._paths = {part: folder / f"{CURRENT}.{part}" for part in (VERSIONS, CLICKS)}
         self._noted_ms = dict.fromkeys(self._paths, 0)
 
     def note(self, part: str, at_ms: int) -> None:

@@ -315,8 +315,8 @@ class Startup:
         screen: Screen,
         stop: Callable[[], bool],
         hurry: Callable[[], bool],
-        accepted: tuple[Sequence[str], Sequence[str]] = ((), ()),
-        others: Sequence[ProcessPlan] = (),
+        accepted: tuple[Sequence[str], Sequence[str]],
+        others: Sequence[ProcessPlan],
     ) -> None:
         self._settings, self._shoppers, self._screen = settings, shoppers, screen
         self._stop, self._hurry = stop, hurry

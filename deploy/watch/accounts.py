@@ -176,7 +176,7 @@ def _read_shown(settings: Settings) -> Shown:
     return Shown(account, int(shown["waiting"]), int(stream.value("springtide_stream_lag_events") or 0))
 
 
-def _read_tail(settings: Settings, version: Manifest, until: Mapping[Source, int], line: LogLine = WHOLE) -> InFlight:
+def _read_tail(settings: Settings, version: Manifest, until: Mapping[Source, int], line: LogLine) -> InFlight:
     kafka = _quick(settings)
     partition, offset = version.log.partition, onward(line, version.log.next)
     with Topics(kafka) as topics:

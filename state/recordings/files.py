@@ -228,9 +228,7 @@ def _json_chunk(
     )
 
 
-def _parquet_rows(
-    path: Path, wanted: Sequence[str], chunk_rows: int = CHUNK_ROWS, remedy: str = REMEDY
-) -> Iterator[RecordedRows]:
+def _parquet_rows(path: Path, wanted: Sequence[str], chunk_rows: int, remedy: str) -> Iterator[RecordedRows]:
     with pq.ParquetFile(path) as file:
         names = file.schema_arrow.names
         for name in wanted:

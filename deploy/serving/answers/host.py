@@ -23,7 +23,7 @@ from state.errors import NotHeld, NotReady, SpringtideError, StoreError
 from state.events.identity import Salt
 from state.history.actions import ACTIONS, numbered
 from state.history.store import HistoryStore
-from state.layout import ATTRIBUTES, CURRENT, DATA, HISTORIES, ROWS
+from state.layout import ATTRIBUTES, DATA, HISTORIES, ROWS
 from state.metrics import WorkerMetrics
 from state.rows.store import RowStore
 from state.user_shares import SHARES
@@ -74,7 +74,7 @@ class Host:
         self._sources: ItemSources | None = None
         self._files: tuple[tuple[int, int], ...] = ()
         self._check_at_ms = 0
-        self._currency = Currency(settings.serving_dir, CURRENT)
+        self._currency = Currency(settings.serving_dir)
 
     def predictor(self) -> Predictor:
         """Returns the predictor; checks once a second whether a store's file was replaced, and then reopens all stores.

@@ -50,13 +50,12 @@ class Split:
         salt: Salt,
         now_ms: Callable[[], int],
         clock_s: Callable[[], float] = time.perf_counter,
-        transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._salt, self._now_ms, self._clock_s = salt, now_ms, clock_s
         self._experiments = Experiments(settings)
         self._spool = ExposureSpool(settings.serving_dir / layout.EXPOSURES, now_ms, _log.warning)
         self._address = settings.rollout.address
-        self._forwarder = Forwarder(settings.rollout.timeout_s, transport=transport)
+        self._forwarder = Forwarder(settings.rollout.timeout_s)
         self._rolled_out: Experiment | None = None
         self._polled_s = float("-inf")
         self._warn_once = SaidOnce(_log.warning)
