@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from state.layout import CURRENT
+
 CONTROL_NOTE = "control"
 MASK_NOTE = "mask"
 """Notes in the row store: the control generation that answers respect, and its mask."""
