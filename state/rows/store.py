@@ -406,18 +406,18 @@ class RowStore(LmdbStore):
                 )
             lane = self._free_lane(transaction) if parent is None else parent.lane
             entries = entries_of(tensors, lane, version)
-            early, last = entries.pairs[:-WRITTEN_AT_ONCE], entries.pairs[-WRITTEN_AT_ONCE:]
+            pairs, early = entries.pairs, max(0, len(entries.pairs) - 1) // WRITTEN_AT_ONCE * WRITTEN_AT_ONCE
             if early:
                 transaction.put(BEGUN, u64(version) + u64(lane) + entries.changes.tobytes(), db=self._meta)
         # 2.
-        for begin in range(0, len(early), WRITTEN_AT_ONCE):
+        for begin in range(0, early, WRITTEN_AT_ONCE):
             with self._write() as transaction:
-                transaction.cursor(self._rows).putmulti(early[begin : begin + WRITTEN_AT_ONCE])
+                transaction.cursor(self._rows).putmulti(pairs[begin : begin + WRITTEN_AT_ONCE])
             killpoints.reach("rows.begun")
         # 3.
         with self._write() as transaction:
             to_sweep = self._drop(transaction, {version}) if is_applied else []
-            transaction.cursor(self._rows).putmulti(last)
+            transaction.cursor(self._rows).putmulti(pairs[early:])
             transaction.delete(BEGUN, db=self._meta)
             transaction.put(u64(version), entries.changes.tobytes(), db=self._changes)
             put_dense(transaction, self._databases, version, tensors, None if parent is None else parent.version)
