@@ -280,6 +280,9 @@ def _savepoint(manager: JobManager, job: str, hurry: Callable[[], bool]) -> str:
     request, deadline_s = manager.begin_savepoint(job), time.monotonic() + SAVEPOINT_S
     while not (path := manager.savepoint(job, request)):
         if hurry() or time.monotonic() >= deadline_s:
-            raise FlinkFailed(f"job {job} has no savepoint: it was not ready when waiting ended")
+            raise FlinkFailed(
+                f"job {job} has no savepoint: it was not ready when waiting ended",
+                "resume the job from its newest checkpoint, which `springtide flink status` lists",
+            )
         time.sleep(POLL_S)
     return path

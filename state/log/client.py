@@ -193,7 +193,10 @@ def translated(settings: Kafka, doing: str) -> Iterator[None]:
             raise fenced(doing) from problem
         if _UNANSWERED in str(problem):
             raise unreachable(settings, doing, problem) from problem
-        raise LogError(f"cannot {doing} on {settings.bootstrap_servers}: {first_line(problem)}") from problem
+        raise LogError(
+            f"cannot {doing} on {settings.bootstrap_servers}: {first_line(problem)}",
+            "see the broker's log for the cause",
+        ) from problem
 
 
 def unreachable(settings: Kafka, doing: str, cause: BaseException | str) -> UnreachableBroker:
