@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from state.disk import files as durable
 from state.layout import CURRENT
 
 CONTROL_NOTE = "control"
@@ -128,11 +127,8 @@ class Currency:
         if 0 <= at_ms - self._noted_ms[part] < NOTE_MS:
             return
         self._noted_ms[part] = at_ms
-        path = self._paths[part]
-        # If the disk is full before the file exists, nothing is recorded, and readiness reports it.
-        with suppress(OSError):
-            path.touch()
-            os.utime(path, ns=(at_ms * 1_000_000, at_ms * 1_000_000))
+        # If the disk is full before the file exists, readiness reports it.
+        durable.note_time(self._paths[part], at_ms)
 
     def ages_s(self, now_ms: int) -> dict[str, float | None]:
         """Returns, by part, the time in seconds since it was last complete; None if that was never recorded."""

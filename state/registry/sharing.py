@@ -458,11 +458,8 @@ class _HostCopier:
         """Records for the other processes of this host that the store was reached then; at most once a second."""
         if not 0 <= at_ms - self._noted_ms < NOTE_MS:
             self._noted_ms = at_ms
-            path = self._settings.registry_dir / layout.SHARED_LOOKED
-            # On a full disk nothing is recorded, and the readiness check reports it.
-            with suppress(OSError):
-                path.touch()
-                os.utime(path, ns=(at_ms * 1_000_000, at_ms * 1_000_000))
+            # If the disk is full, the readiness check reports it.
+            durable.note_time(self._settings.registry_dir / layout.SHARED_LOOKED, at_ms)
 
     def close(self) -> None:
         self._lock.release()
