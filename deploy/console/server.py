@@ -299,7 +299,7 @@ class Console:
                 WorkerFailed("the console failed; its log has the cause", "report it with the console's log")
             )
         self._metrics.requests.labels(outcome(response.status)).inc()
-        kept = any(one == b"cache-control" for one, _ in response.headers)
+        kept = any(header_name == b"cache-control" for header_name, _ in response.headers)
         headers = [
             *response.headers,
             *SECURITY_HEADERS,

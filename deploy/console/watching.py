@@ -72,10 +72,10 @@ class Curves:
         """Adds a point if one is due, and returns whether it did. `lift` is the model's, about 0 to 1."""
         if self._points and 0 <= at_ms - self._points[-1][0] < self._every_ms:
             return False
-        found = [_rounded(getattr(figures, name)) for name in CURVES]
+        values = [_rounded(getattr(figures, name)) for name in CURVES]
         for spread, quantile in QUANTILES.values():
-            found.append(_rounded(getattr(figures.spreads.get(spread, Spread()), quantile)))
-        self._points.append((at_ms, (*found, _rounded(lift))))
+            values.append(_rounded(getattr(figures.spreads.get(spread, Spread()), quantile)))
+        self._points.append((at_ms, (*values, _rounded(lift))))
         return True
 
     def document(self, after_ms: int = 0) -> dict[str, Any]:

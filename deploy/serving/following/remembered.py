@@ -132,11 +132,11 @@ class Remembered:
     def _take(self, prefix: str, start: str) -> tuple[int, str | None]:
         """Scans entries from `start`; returns the number of removed entries, and where to continue."""
         kind, changes = self._kinds[prefix], dict[str, bytes | None]()
-        found = self._store.extras(prefix, start, AT_ONCE + 1)
-        following = found[AT_ONCE][0] if len(found) > AT_ONCE else None
+        entries = self._store.extras(prefix, start, AT_ONCE + 1)
+        following = entries[AT_ONCE][0] if len(entries) > AT_ONCE else None
         seen = dict(self._store.extras(SEEN + prefix, SEEN + start if start else "", AT_ONCE))
         removed = 0
-        for name, _ in found[:AT_ONCE]:
+        for name, _ in entries[:AT_ONCE]:
             stored = seen.get(SEEN + name)
             day = self._day if stored is None else int.from_bytes(stored, "big")
             if day < self._day - self._keep_days or kind.goes(day):
