@@ -66,7 +66,7 @@ from state.segments.expression import segments_of
 from state.segments.members import (
     Member,
     Membership,
-    SegmentsPlace,
+    SegmentsPosition,
     SegmentStore,
     all_members,
     key_of,
@@ -84,8 +84,8 @@ AT_ONCE = 256
 """Users evaluated per round, due ones and those of the periodic pass each; about 70 ms."""
 FETCH_S, SOON_S = 0.1, 0.01
 MOST_DUE = 200_000
-SWEEP_S = 600.0  # in which every user is evaluated again, because windows expire without a click
 """Maximum of due users, about 100 bytes each; above it all users are evaluated instead."""
+SWEEP_S = 600.0  # in which every user is evaluated again, because windows expire without a click
 RETRY_S = 1.0
 _log = logging.getLogger(__name__)
 
@@ -107,13 +107,13 @@ class Members:
             LogError: It cannot be read, or nothing came for half a minute.
             StoreFull: The store is full; its content does not change.
         """
-        position = self._store.place()
+        position = self._store.position()
         stored = None if position is None else Position(position.topic_id, position.next)
         reader, opening = open_topic(self._kafka, self._topic, stored=stored)
         with reader:
             begins = {partition: begin for partition, (begin, _) in opening.ends.items()}
             if position is None or not opening.resumed or position.next.keys() != begins.keys():
-                position = SegmentsPlace(opening.topic_id, begins)
+                position = SegmentsPosition(opening.topic_id, begins)
                 self._store.begin_anew(position)
                 for partition, begin in begins.items():
                     reader.seek(partition, begin)
@@ -121,7 +121,7 @@ class Members:
                 reader, {partition: end for partition, (_, end) in opening.ends.items()}, stalled_s=STALLED_S
             ):
                 for batch in batches:
-                    position = SegmentsPlace(position.topic_id, {**position.next, batch.partition: batch.next})
+                    position = SegmentsPosition(position.topic_id, {**position.next, batch.partition: batch.next})
                     self._store.commit(_changes(batch), position)
         for segment in self._store.sizes().keys() - {*self._names}:
             for page in all_members(self._store, segment):

@@ -223,7 +223,7 @@ class AttributesFollower:
 
     def _took(self, side: str, _: list[int]) -> None:
         self._count(side)
-        removed, now_s = sum(follower.place.counts["removed"] for follower in self._followers), time.monotonic()
+        removed, now_s = sum(follower.position.counts["removed"] for follower in self._followers), time.monotonic()
         if removed != self._removed and now_s >= self._due_s:
             # Erased data stays on free pages of the file. Compact once for many erasures, because a copy is expensive.
             self._removed, self._due_s = removed, now_s + PAGES_MS / 1000

@@ -279,7 +279,7 @@ class LogValidation:
         self._log.disconnect()
 
     def _stored(self) -> Position | None:
-        position = self._kept.place()
+        position = self._kept.position()
         return None if position is None else Position(position[0], {self._partition: position[1]})
 
     def _opened(self, opening: Opening) -> None:
@@ -313,7 +313,7 @@ class LogValidation:
             self._metrics.rows.inc(len(decoded))
             ended = self._windows.take(offset, decoded)
             if self._windows.open is not None and self._windows.open.first == offset and self._windows.open.whole:
-                self._kept.note_place(batch.topic_id, offset)
+                self._kept.note_position(batch.topic_id, offset)
             if ended is not None:
                 self._judge.judge(ended)
 

@@ -56,7 +56,7 @@ class AttributeStore(LmdbStore):
         with self._env.begin(db=self._databases[side], buffers=False) as transaction:
             return [transaction.get(identity.to_bytes(8, "big")) for identity in ids]
 
-    def place(self, side: str) -> TopicPosition | None:
+    def position(self, side: str) -> TopicPosition | None:
         """The position in the side's topic; None if nothing was read yet."""
         with self._env.begin(db=self._meta) as transaction:
             stored = transaction.get(side.encode())

@@ -20,7 +20,7 @@ from state.history.store import HistoryStore
 from state.positions import Range, Source
 from state.registry.manifest import LogRange, Manifest
 from state.rows.store import RowStore
-from state.segments.members import Membership, SegmentsPlace, SegmentStore
+from state.segments.members import Membership, SegmentsPosition, SegmentStore
 
 MAP = 64 << 20
 SOURCE = Source("ab" * 16, 0)
@@ -144,7 +144,7 @@ class Segments(Kept[SegmentStore]):
 
     def commit(self, store: SegmentStore, number: int, size: int = 20) -> None:
         changes = {("sporty", user): Membership(number, number) for user in range(size)}
-        store.commit(changes, SegmentsPlace(SOURCE.topic_id, {0: number}))
+        store.commit(changes, SegmentsPosition(SOURCE.topic_id, {0: number}))
 
     def seen(self, store: SegmentStore) -> int:
         found = {one for _, one in store.page("sporty", 0, 20)}
