@@ -284,7 +284,7 @@ def open_join(
     if not tables:
         return None
     folder = settings.stream_dir / ATTRIBUTES
-    store = AttributeStore.open_anew(folder, map_bytes(settings, STREAM, ATTRIBUTES, folder))
+    store = AttributeStore.open_or_rebuild(folder, map_bytes(settings, STREAM, ATTRIBUTES, folder))
     reports = reports or (lambda topic: report_to(settings.kafka, metrics))
     topics = {"user": wanted.user_topic, "item": wanted.item_topic}
     followers = [

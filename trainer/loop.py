@@ -49,7 +49,7 @@ from state.log.accepted_gaps import Consent, in_words, take_options
 from state.metrics import TrainerMetrics, serve
 from state.process.actor import actor
 from state.process.ending import stop_on_signals
-from state.process.garbage import Holes, keep_what_is_there
+from state.process.garbage import Holes, freeze_objects
 from state.process.part import Work, run_process
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.process.said_once import SaidOnce
@@ -502,7 +502,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
         lag = TrainingLag(settings.kafka, lambda: Taken(learner.place.next, learner.taken_ms), metrics)
         lag.start()
         holes = Holes()
-        keep_what_is_there()
+        freeze_objects()
         # 6.
         try:
             while not stopping.is_set():

@@ -57,7 +57,7 @@ from state.microbatch.codec import glance
 from state.process import killpoints
 from state.process.background import run_in_background
 from state.process.ending import stop_on_signals
-from state.process.garbage import keep_what_is_there
+from state.process.garbage import freeze_objects
 from state.process.part import run_part
 from state.process.said_once import SaidOnce
 from state.process.wall_clock import wall_ms
@@ -114,7 +114,7 @@ class Members:
             begins = {partition: begin for partition, (begin, _) in opening.ends.items()}
             if position is None or not opening.resumed or position.next.keys() != begins.keys():
                 position = SegmentsPosition(opening.topic_id, begins)
-                self._store.begin_anew(position)
+                self._store.restart_at(position)
                 for partition, begin in begins.items():
                     reader.seek(partition, begin)
             for batches in read_to(
@@ -342,7 +342,7 @@ class SegmentKeeper:
         self._settings, self._predictor, self._kafka = settings, predictor, log
         self._metrics, self._now_ms = metrics, now_ms
         self._path: Path = settings.serving_dir / SEGMENTS
-        self._store = SegmentStore.open_anew(self._path, map_bytes(settings, SERVING, SEGMENTS, self._path))
+        self._store = SegmentStore.open_or_rebuild(self._path, map_bytes(settings, SERVING, SEGMENTS, self._path))
         self._judge = ProfileJudge(segments)
         self._members = Members(log, settings.segments.topic, self._store, segments, metrics)
         self._clicked = ClickedUsers(settings, log, metrics)
@@ -453,7 +453,7 @@ def run(settings: Settings, log: Log, registry: CollectorRegistry, stop: threadi
     metrics, say = SegmentMetrics(registry), SaidOnce(_log.warning)
     host: Host | None = None
     keeper: SegmentKeeper | None = None
-    keep_what_is_there()
+    freeze_objects()
     try:
         while not stop.is_set():
             try:

@@ -52,7 +52,7 @@ from state.log import KERNELS, Log, Reader, Topics, Writer
 from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import ApplierMetrics, served
 from state.process.ending import stop_on_signals
-from state.process.garbage import Holes, keep_what_is_there
+from state.process.garbage import Holes, freeze_objects
 from state.process.part import run_part
 from state.process.said_once import SaidOnce
 from state.process.wall_clock import wall_ms
@@ -97,7 +97,7 @@ class HostRows:
         size = MAP_BYTES if chosen.in_memory else map_bytes(settings, SERVING, ROWS, chosen.path)
         self._location, self._store = (
             chosen,
-            RowStore.open_anew(chosen.path, size, shares=settings.serving.user_shares),
+            RowStore.open_or_rebuild(chosen.path, size, shares=settings.serving.user_shares),
         )
         self.versions = VersionFollower(self._store, settings, metrics, now_ms)
 
@@ -201,7 +201,7 @@ class AttributesFollower:
         self._removed, self._due_s = 0, float("-inf")
         salt = load_salt(settings.salt_path, create=False)
         most = map_bytes(settings, SERVING, ATTRIBUTES, path)
-        self.store = AttributeStore.open_anew(path, most, shares=settings.serving.user_shares)
+        self.store = AttributeStore.open_or_rebuild(path, most, shares=settings.serving.user_shares)
         topics = {"user": wanted.user_topic, "item": wanted.item_topic}
         # The stream writes dead letters for refused records; here they are ignored.
         self._followers = [
@@ -347,7 +347,7 @@ class Applier:
             threads.append(threading.Thread(target=self._guarded, args=(self._snapshots.run,), name="snapshots"))
         if self._settings.rollout.address:
             threads.append(threading.Thread(target=self._guarded, args=(self._forward,), name="exposures"))
-        keep_what_is_there()
+        freeze_objects()
         # Arrow's own pool does not return the memory of records; libc's heap reuses it.
         pa.set_memory_pool(pa.system_memory_pool())
         for thread in threads:
@@ -488,8 +488,8 @@ class Applier:
         If that changed the histories, the next snapshot is written from scratch.
         """
         snapshots = self._snapshots
-        rewound = self.clicks.turn(control.log, control.mask, open_at)
-        erased = self.erasures.take_up(control.erased, snapshots is None or not snapshots.reading)
+        rewound = self.clicks.follow_branch(control.log, control.mask, open_at)
+        erased = self.erasures.apply(control.erased, snapshots is None or not snapshots.reading)
         if snapshots is not None and (rewound or erased):
             snapshots.start_over()
 

@@ -28,7 +28,7 @@ from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode
 from state.process.background import run_in_background
 from state.process.ending import stop_on_signals
-from state.process.garbage import keep_what_is_there
+from state.process.garbage import freeze_objects
 from state.process.part import run_part
 from state.process.said_once import SaidOnce
 from state.registry.directory import Directory
@@ -322,7 +322,7 @@ def run(settings: Settings, log: Log, registry: CollectorRegistry, stop: threadi
     """Follows the log until `stop` is set, which takes at most some `FETCH_S`."""
     validation = LogValidation(settings, log, ValidationMetrics(registry), time.time)
     say = SaidOnce(_log.warning)
-    keep_what_is_there()
+    freeze_objects()
     try:
         while not stop.is_set():
             try:

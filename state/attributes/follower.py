@@ -104,7 +104,7 @@ class AttributeFollower:
             if position is not None:
                 logger.warning("the %ss' attributes are read again from the beginning of %s", self.side, self._topic)
             position = TopicPosition(self._identity, opening.topic_id, begins)
-            self._store.begin_anew(self.side, position)
+            self._store.restart_at(self.side, position)
             for partition, begin in begins.items():
                 self._log.reader.seek(partition, begin)
         self.position = replace(position, next={**begins, **position.next})

@@ -78,7 +78,7 @@ class AttributeStore(LmdbStore):
             put_all(transaction, self._databases[side], values)
             transaction.put(side.encode(), msgspec.json.encode(position), db=self._meta)
 
-    def begin_anew(self, side: str, position: TopicPosition) -> None:
+    def restart_at(self, side: str, position: TopicPosition) -> None:
         """Clears a side and sets its position; the topic is read again from `position`."""
         with self._write() as transaction:
             transaction.drop(self._databases[side], delete=False)

@@ -143,7 +143,7 @@ class SegmentStore(LmdbStore):
                 moved[member[0]] = moved.get(member[0], 0) + (membership is not None) - was
             self._note(transaction, moved, position)
 
-    def begin_anew(self, position: SegmentsPosition) -> None:
+    def restart_at(self, position: SegmentsPosition) -> None:
         """Deletes everything; the topic is then read again from `position`."""
         sizes = {name: -size for name, size in self.sizes().items()}
         with self._write() as transaction:

@@ -40,9 +40,9 @@ class Kept(ABC, Generic[Store]):
         """Opens the store; a class whose arguments are others overrides this."""
         return self.kind(path, map_bytes, readonly, boot_id)
 
-    def open_anew(self, path: Path) -> Store:
+    def open_or_rebuild(self, path: Path) -> Store:
         """Opens it for its writer, an empty one where it cannot be used."""
-        return self.kind.open_anew(path, MAP)
+        return self.kind.open_or_rebuild(path, MAP)
 
     @abstractmethod
     def commit(self, store: Store, number: int, size: int = 20) -> None:
@@ -63,8 +63,8 @@ class Histories(Kept[HistoryStore]):
     ) -> HistoryStore:
         return HistoryStore(path, 32, map_bytes, readonly, boot_id)
 
-    def open_anew(self, path: Path) -> HistoryStore:
-        return HistoryStore.open_anew(path, 32, MAP)
+    def open_or_rebuild(self, path: Path) -> HistoryStore:
+        return HistoryStore.open_or_rebuild(path, 32, MAP)
 
     def commit(self, store: HistoryStore, number: int, size: int = 20) -> None:
         events = np.zeros(size, EVENT)

@@ -79,16 +79,16 @@ class Upkeep:
         extras = self._remembered.news(events, names, clock_ms)
         return extras | self._feed.news(events, clock_ms)
 
-    def look(self, newest_ms: int) -> None:
+    def sweep(self, newest_ms: int) -> None:
         """Checks some users and items if due, and removes expired ones; log time 0 is unknown.
 
         Raises:
             StoreFull: There is not enough space to write. Nothing was changed.
         """
         if newest_ms:
-            if self._sweeper.look(newest_ms).evicted:
+            if self._sweeper.sweep(newest_ms).evicted:
                 self._lose()
-            self._remembered.look(newest_ms)
+            self._remembered.sweep(newest_ms)
 
     def make_room(self, newest_ms: int) -> None:
         """Checks many users and items when the store is full, as far as possible without more space."""
@@ -182,7 +182,7 @@ class HistoryFollower:
         self._metrics.log_away.set(0)
         self.positions = dict(opening.next)
 
-    def turn(self, line: LogLine, mask: Mask, open_at: OpenAt) -> bool:
+    def follow_branch(self, line: LogLine, mask: Mask, open_at: OpenAt) -> bool:
         """Moves the histories to the log branch that control names; returns whether the branch changed.
 
         If it changed, they are disconnected: call `connect` again. `mask` has the clicks that are not read again.
@@ -263,7 +263,7 @@ class HistoryFollower:
                 self._upkeep.make_room(self.newest_ms)
                 raise
         self._keep_house(idle=not batches)
-        self._upkeep.look(self.newest_ms)
+        self._upkeep.sweep(self.newest_ms)
         return sum(map(len, batches))
 
     def _take(self, batch: PartitionBatch) -> None:
@@ -295,7 +295,7 @@ class HistoryFollower:
             ranges.extend(parts)
             events.append(events_of(new_events, new_events.header.ranges))
             users.append(new_events.user)
-            self._parity.look(new_events, (batch.partition, offset), users, events)
+            self._parity.compare(new_events, (batch.partition, offset), users, events)
             newest_ms = max(newest_ms, int(log_times(new_events).max(initial=0)))
             if batch_read.header.clocks and self.newest_ms > batch_read.header.created_ms + DAY_MS:
                 # With release 0.1.0, one click could set the clock years ahead.

@@ -46,7 +46,7 @@ class HostErasures:
         self._done, self._reported = histories.forgotten, ErasureReport("", "", "", -1, -1)
         self._warn_once = SaidOnce(_log.warning)
 
-    def take_up(self, erased: Erased, may_compact: bool = True) -> bool:
+    def apply(self, erased: Erased, may_compact: bool = True) -> bool:
         """Erases newly erased users, and reports the progress if it has changed; returns whether users were erased.
 
         It is cheap if there is nothing to do. With `may_compact` False, because a view of the histories is open, they

@@ -107,7 +107,7 @@ class Parity:
         self._whole_ms, self._lost = clock_ms, False
         return {WHOLE_EXTRA: json.dumps(clock_ms).encode()}
 
-    def look(
+    def compare(
         self, rows: MicroBatch, position: tuple[int, int], users: Sequence[NDArray[np.uint64]], events: Sequence[Events]
     ) -> None:
         """Compares one row of a record if a comparison is due.

@@ -82,7 +82,7 @@ class Remembered:
 
         `events` are `[m]` EVENT, and `names` are the names in their record, by id.
         """
-        self._turn(clock_ms)
+        self._begin_day(clock_ms)
         day, extras = self._day.to_bytes(4, "big"), dict[str, bytes]()
         categories = dict(zip(events["item"].tolist(), events["category"].tolist(), strict=True))
         for item, category in categories.items():
@@ -112,9 +112,9 @@ class Remembered:
         self._known.clear()
         self._today.clear()
 
-    def look(self, clock_ms: int) -> int:
+    def sweep(self, clock_ms: int) -> int:
         """Scans a few hundred items or names, and removes those that are due; returns the number of removed entries."""
-        self._turn(clock_ms)
+        self._begin_day(clock_ms)
         if self._walk is None:
             if self._walked_day == self._day and all(kind.count <= self._most for kind in self._kinds.values()):
                 return 0
@@ -153,7 +153,7 @@ class Remembered:
             self._store.commit(Appends.none(), (), changes)
         return removed, following
 
-    def _turn(self, clock_ms: int) -> None:
+    def _begin_day(self, clock_ms: int) -> None:
         """Starts a new day of log time if it is due, and clears caches that are too large."""
         if clock_ms // DAY_MS != self._day or len(self._today) > ITEMS_REMEMBERED:
             self._day = clock_ms // DAY_MS

@@ -34,7 +34,7 @@ class _WatchedFiles:
         self._seen = self._states()
         self._load()
 
-    def look(self) -> None:
+    def reload(self) -> None:
         """Reloads the files if they have changed.
 
         If they cannot be used, raises SettingsError, and the previous content stays in effect.
@@ -150,12 +150,12 @@ class Access:
         certificate = Certificate(Path(serving.tls_cert), Path(serving.tls_key)) if serving.tls_cert else None
         return cls(certificate, Tokens(settings.tokens_dir) if always or are_wanted(settings) else None)
 
-    def look(self) -> None:
+    def reload(self) -> None:
         """Reloads files that have changed; if the new ones cannot be used, the previous ones stay in effect."""
         for files in (self.certificate, self.tokens):
             if files is not None:
                 try:
-                    files.look()
+                    files.reload()
                 except SettingsError as error:
                     self._log_once(f"{error}; the previous content stays in effect")
 

@@ -103,8 +103,8 @@ class Serving:
     def __init__(self, settings: Settings, log: MemoryLog, clock: Clock) -> None:
         self._settings, self._log, self._clock = settings, log, clock
         folder, metrics = settings.serving_dir, ApplierMetrics(CollectorRegistry())
-        self.rows = RowStore.open_anew(folder / "rows", MAP_BYTES)
-        self.histories = HistoryStore.open_anew(folder / "histories", settings.features.history, MAP_BYTES)
+        self.rows = RowStore.open_or_rebuild(folder / "rows", MAP_BYTES)
+        self.histories = HistoryStore.open_or_rebuild(folder / "histories", settings.features.history, MAP_BYTES)
         self.versions = VersionFollower(self.rows, settings, metrics, clock.now_ms)
         self.clicks = HistoryFollower(self.histories, settings, metrics, clock.now_ms)
 

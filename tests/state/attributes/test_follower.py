@@ -184,7 +184,7 @@ def test_a_side_that_is_begun_anew_leaves_the_other(tmp_path: Path) -> None:
     store = AttributeStore(tmp_path / "s", MAP)
     store.commit("user", {1: VALUE}, PLACE)
     store.commit("item", {1: VALUE}, PLACE)
-    store.begin_anew("user", TopicPosition("other", "cd" * 16, {0: 0}))
+    store.restart_at("user", TopicPosition("other", "cd" * 16, {0: 0}))
     assert (store.count("user"), store.count("item")) == (0, 1)
     place = store.position("user")
     assert place is not None

@@ -60,7 +60,7 @@ def test_what_is_committed_is_paged_counted_and_found(commits: list[dict[tuple[s
         asked = [(name, user) for name in ("a", "ab", "b-1") for user in (0, 1, 255, 256, LAST_USER)]
         assert store.memberships(asked) == [kept.get(one) for one in asked]
         assert store.position() is None
-        store.begin_anew(SegmentsPosition("cd" * 16, {0: 1}))
+        store.restart_at(SegmentsPosition("cd" * 16, {0: 1}))
         store.close()
         again = SegmentStore(Path(folder) / "s", MAP)
         assert (again.sizes(), again.page("a", 0, 9), again.position()) == ({}, [], SegmentsPosition("cd" * 16, {0: 1}))
