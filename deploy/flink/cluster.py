@@ -20,6 +20,7 @@ from state.config.settings import Settings
 from state.errors import FlinkFailed, reason_of
 from state.flink import JobManager, url
 from state.metrics import SupervisorMetrics
+from state.process.ending import Signals
 from state.process.ports import Port, free_port, listens
 from state.process.user_code import for_children
 
@@ -149,7 +150,7 @@ SAVEPOINT_S, CANCEL_S = 120.0, 30.0
 FOLLOWED_S = 2.5
 
 
-def run(settings: Settings, jar: Path, say: Say, stop: Callable[[], bool], hurry: Callable[[], bool]) -> None:
+def run(settings: Settings, jar: Path, say: Say, signals: Signals) -> None:
     """Runs the cluster until it is stopped; the caller holds the lock of its directory.
 
     1. Writes the configuration.
@@ -170,7 +171,7 @@ def run(settings: Settings, jar: Path, say: Say, stop: Callable[[], bool], hurry
         for plan in process_plans(settings.flink, directory, jar, jars.flink().java()):
             supervisor.start(plan)
         # 3.
-        if _wait_until_up(settings, manager, supervisor, stop):
+        if _wait_until_up(settings, manager, supervisor, signals.stop):
             supervisor.settled = True
             flink = settings.flink
             say(
@@ -181,7 +182,7 @@ def run(settings: Settings, jar: Path, say: Say, stop: Callable[[], bool], hurry
             say(f"state and logs are in {directory}; `springtide flink status` shows what runs")
             say("Ctrl-C, or `springtide flink down`, stops the jobs with a savepoint, then the cluster")
         # 4.
-        while not stop():
+        while not signals.stop():
             supervisor.poll()
             time.sleep(POLL_S)
     finally:
@@ -189,8 +190,8 @@ def run(settings: Settings, jar: Path, say: Say, stop: Callable[[], bool], hurry
         begin_s = time.monotonic()
         # A JobManager that does not answer cannot make a savepoint.
         with contextlib.suppress(FlinkFailed):
-            end_jobs(manager, say, hurry=hurry)
-        supervisor.stop_all(hurry)
+            end_jobs(manager, say, hurry=signals.hurry)
+        supervisor.stop_all(signals.hurry)
         say(f"Flink stopped after {time.monotonic() - begin_s:.1f} s")
 
 
