@@ -13,7 +13,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from deploy.children.ending import last_line
-from deploy.children.supervisor import ProcessPlan, Supervisor, environment_of, log_sizes
+from deploy.children.supervisor import ProcessPlan, Supervisor, environment_of, log_bytes
 from deploy.flink import jars
 from state.config.sections import FlinkSettings
 from state.config.settings import Settings
@@ -220,7 +220,7 @@ def _supervisor(settings: Settings, directory: Path, say: Say) -> Supervisor:
     environment = for_children(environment_of(settings))
     environment["PATH"] = os.pathsep.join(filter(None, [str(Path(sys.executable).parent), environment.get("PATH")]))
     metrics, logs = SupervisorMetrics(CollectorRegistry()), directory / LOGS
-    return Supervisor(logs, environment, say, metrics, time.monotonic, *log_sizes(settings))
+    return Supervisor(logs, environment, say, metrics, time.monotonic, log_bytes(settings))
 
 
 def _wait_until_up(settings: Settings, manager: JobManager, supervisor: Supervisor, stop: Callable[[], bool]) -> bool:
