@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.tables.id_table import NO_CAP, IdTable
 from trainer.tables.index import F32, I32, U64, hashed_uniform
 
 INITIAL_ACCUMULATOR = 1e-6
-INITIAL_RANGE = 0.05
 """A new row of an embedding is uniform in plus and minus this."""
 
 _SCATTER_ROWS = 1 << 18
@@ -39,7 +39,7 @@ class Table(IdTable):
         capacity: int = 65536,
         initial_accumulator: float = INITIAL_ACCUMULATOR,
         admit_after: int = 1,
-        initial_range: float = INITIAL_RANGE,
+        initial_range: float = HYPERPARAMETERS.first_row,
         max_rows: int = NO_CAP,
     ) -> None:
         super().__init__(name, dim, capacity, admit_after, max_rows)
