@@ -391,7 +391,7 @@ def _impression_of(queue: Queue, arrived: Arrived, n: int, share: int, wait_ms: 
         if is_pair and over_ms <= queue.begun_ms[slot] and time - wait_ms <= queue.at_ms[slot] <= time:
             break
         slot = queue.chain[slot, 2]
-    return slot
+    return int(slot)
 
 
 @compiled

@@ -593,7 +593,7 @@ class RowStore(LmdbStore):
             self._to_sweep[0] = sweep._replace(rows=remaining)
         else:
             self._to_sweep.popleft()
-        return rows.shape[1]
+        return int(rows.shape[1])
 
     def _delete_dead_lanes(self, retained: Mapping[int, Sequence[Branch]]) -> None:
         empty, at_most = set(range(LANES)) - {*retained}, LANE_ROWS_AT_ONCE

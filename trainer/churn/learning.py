@@ -353,7 +353,7 @@ class ChurnMeasures:
         losses = -np.log(np.where(has_left, likely, 1.0 - likely))
         self._sums += (has_left.size, losses.sum(), probability.sum(), has_left.sum())
         logits = np.log(likely) - np.log1p(-likely)
-        placed = bins_of(logits)
+        placed = bins_of(logits, BINS)
         for outcome in (0, 1):
             self._bins[:, outcome] += np.bincount(placed[has_left == bool(outcome)], minlength=BINS)
         tenth = np.minimum((probability * TENTHS).astype(np.int64), TENTHS - 1)

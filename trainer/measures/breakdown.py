@@ -103,7 +103,7 @@ class Breakdown:
         for sums, power in zip(self._sums, (1, 1, 1, 2), strict=True):
             fade(sums, judged.rows.shape[0], power)
         pairs = judged.pairs
-        bins = bins_of(pairs.logits)
+        bins = bins_of(pairs.logits, BINS)
         at = np.minimum(np.stack(values).astype(np.int64), self._last[:, None])
         step = np.zeros((len(LOSSES), *self._total.shape, 3))
         _add(

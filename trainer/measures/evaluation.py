@@ -53,7 +53,7 @@ class Evaluation:
         columns = np.stack([np.ones(log_loss.size), log_loss.astype(np.float64), top1, top5], 1)
         for position, rows in enumerate((np.ones_like(known), ~known, known)):
             self._sums[:, position] += columns[rows].sum(0)
-        placed = bins_of(scores)
+        placed = bins_of(scores, BINS)
         for outcome in (0, 1):
             self._bins[:, outcome] += np.bincount(placed[positive == bool(outcome)], minlength=BINS)
         self._engagement += (scores.size, engagement_log_loss.astype(np.float64).sum())
@@ -96,9 +96,9 @@ class Evaluation:
         self._engagement = np.array(state["engagement"])
 
 
-def bins_of(logits: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """The bin of each of `[n]` logits, among BINS of equal width within LOGIT_RANGE."""
-    return np.clip((logits + LOGIT_RANGE) * (BINS / (2 * LOGIT_RANGE)), 0, BINS - 1).astype(np.int64)
+def bins_of(logits: npt.NDArray[Any], count: int) -> npt.NDArray[np.int64]:
+    """The bin of each of `[n]` logits, among `count` of equal width within LOGIT_RANGE."""
+    return np.clip((logits + LOGIT_RANGE) * (count / (2 * LOGIT_RANGE)), 0, count - 1).astype(np.int64)
 
 
 def fade(sums: F64, rows: int, power: int = 1) -> None:

@@ -141,7 +141,7 @@ class Slices:
             by(paired, scored.engagement_log_loss),
         )  # fmt: skip
         self._sums[number] += np.stack(columns, 1)
-        cells = (paired * 2 + scored.positive) * BINS + bins_of(scored.logits)
+        cells = (paired * 2 + scored.positive) * BINS + bins_of(scored.logits, BINS)
         self._bins[number] += np.bincount(cells, minlength=count * 2 * BINS).reshape(count, 2, BINS)
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
