@@ -105,7 +105,7 @@ class ControlWatch:
         return Desired(self._own) if control is None else Desired(control.log, control.mask)
 
 
-def written_letters(store: HistoryStore) -> dict[Source, int]:
+def written_dead_letters(store: HistoryStore) -> dict[Source, int]:
     """By source, the offset below which each dead letter is already in its topic; set if the stream was rolled back."""
     return {Source.parse(source): int(after) for source, after in json.loads(store.extra(LETTERS) or b"{}").items()}
 
@@ -129,7 +129,7 @@ def clocks_after(before: Before, own: Collection[Source]) -> dict[str, bytes | N
 def roll_back_histories(
     log: Log, settings: Settings, spec: FeatureSpec, store: HistoryStore, desired: Desired
 ) -> dict[Source, int]:
-    """Rolls `store` back to the desired branch; returns `written_letters`.
+    """Rolls `store` back to the desired branch; returns `written_dead_letters`.
 
     Raises:
         GapError: The training log no longer reaches back to the branch point.
@@ -138,7 +138,7 @@ def roll_back_histories(
     """
     killpoints.reach("stream.fenced")
     positions = store.positions()
-    written = written_letters(store)
+    written = written_dead_letters(store)
     written |= {source: max(after, written.get(source, 0)) for source, after in positions.items()}
     letters = {LETTERS: json.dumps({str(source): after for source, after in written.items()}).encode()}
 
@@ -152,7 +152,7 @@ def roll_back_histories(
     result = rewind(store, desired.branch, training_log, extra=extra, timed=True)
     if result is not None:
         logger.info("epoch %d of the training log: %s", desired.log_epoch, result)
-    return written_letters(store)
+    return written_dead_letters(store)
 
 
 def report_erasures(registry: Path, applied: ErasureReport, warn: Callable[[str], None]) -> bool:
