@@ -98,7 +98,7 @@ def segments_of(
         start = last[end.epoch].base
         if start is None:
             raise UnknownVersion(
-                f"epoch {end.epoch} began from nothing: version {base.version} does not lead to it",
+                f"epoch {end.epoch} began from scratch: version {base.version} does not lead to it",
                 "use a newer base with --from",
             )
         turned = registry.manifest(start)

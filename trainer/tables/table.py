@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.tables.id_table import NO_CAP, IdTable
 from trainer.tables.index import F32, I32, U64, hashed_uniform
 
@@ -39,7 +38,7 @@ class Table(IdTable):
         capacity: int = 65536,
         initial_accumulator: float = INITIAL_ACCUMULATOR,
         admit_after: int = 1,
-        initial_range: float = HYPERPARAMETERS.first_row,
+        initial_range: float = 0.05,
         max_rows: int = NO_CAP,
     ) -> None:
         super().__init__(name, dim, capacity, admit_after, max_rows)
