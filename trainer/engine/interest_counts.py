@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from state.compiled import compiled, layout, part_of_sums
+from state.compiled import compiled, layout, part_of_sums, read_only
 from state.compiled.mixing import mix
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
@@ -143,7 +143,7 @@ class InterestCounts(OnlineRegression):
                     everything,
                     rows[mine],
                     at_s[mine],
-                    ids["recent"],
+                    read_only(ids["recent"]),
                     ids["popular"].reshape(-1),
                     ids["successor"],
                     logits,
@@ -190,7 +190,8 @@ class InterestCounts(OnlineRegression):
         if visited is not None:
             before = visited.held.ids[visited.find(batch.user), 0]
             places = np.zeros(2 << len(batch).bit_length(), np.int32)
-            _keys_of_newest_items(batch.user, np.where(clicks, batch.item, np.uint64(0)), before, places, keys)
+            items = np.where(clicks, batch.item, np.uint64(0))
+            _keys_of_newest_items(read_only(batch.user), items, before, places, keys)
         return keys
 
     def _rows(self, keys: U64, found: I32 | None = None) -> tuple[I32, I32]:
@@ -238,10 +239,7 @@ def _with_logits(scores: Scores, logits: Logits) -> Scores:
     )
 
 
-@compiled(
-    "u8[::1], u8[::1], u8[::1], i4[::1], u8[:, ::1]",
-    "const(u8[::1]), u8[::1], u8[::1], i4[::1], u8[:, ::1]",
-)
+@compiled("const(u8[::1]), u8[::1], u8[::1], i4[::1], u8[:, ::1]")
 def _keys_of_newest_items(users: U64, items: U64, before: U64, places: I32, keys: U64) -> None:
     """Writes the key of the newest item of each row's user before the row; an item is 0 in a row that is no click.
 
@@ -301,8 +299,6 @@ def _teach(
 
 
 @compiled(
-    "ItemLists, i4[::1], i4[:, ::1], i8[::1], u8[:, ::1], u8[::1], u8[:, ::1], Logits, u8[::1], "
-    "i4[::1], f4[:, ::1], i8, f8[:, ::1], f8[:, ::1], Workspace",
     "ItemLists, i4[::1], i4[:, ::1], i8[::1], const(u8[:, ::1]), u8[::1], u8[:, ::1], Logits, u8[::1], "
     "i4[::1], f4[:, ::1], i8, f8[:, ::1], f8[:, ::1], Workspace",
 )

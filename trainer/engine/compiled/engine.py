@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 from threadpoolctl import threadpool_limits
 
-from state.compiled import compiled, compiled_sums
+from state.compiled import compiled, compiled_sums, read_only
 from state.config.sections import Model as ModelSettings
 from trainer.engine.adam import HostAdam
 from trainer.engine.compiled.arrays import (
@@ -29,7 +29,6 @@ from trainer.engine.compiled.arrays import (
     FastWeights,
     Gradients,
     HeadInputs,
-    read_only,
 )
 from trainer.engine.compiled.heads import Heads
 from trainer.engine.compiled.threads import Threads
