@@ -281,33 +281,44 @@ def pack(lists: ItemLists) -> F32:
     return rows
 
 
-@compiled("f4[:, ::1], ItemLists")
-def _unpack(rows: F32, lists: ItemLists) -> None:
+@compiled("f4[:, ::1], ItemLists, i8")
+def _unpack(rows: F32, lists: ItemLists, first: int) -> None:
     entries = lists.ids.shape[1]
     for i in range(rows.shape[0]):
+        to = first + i
         for k in range(entries):
             high, middle = np.uint64(rows[i, k]), np.uint64(rows[i, entries + k])
             low = np.uint64(rows[i, 2 * entries + k])
-            lists.ids[i, k] = (high << np.uint64(42)) | (middle << np.uint64(21)) | low
+            lists.ids[to, k] = (high << np.uint64(42)) | (middle << np.uint64(21)) | low
             for h in range(LIVES):
-                lists.counts[i, h, k] = rows[i, (3 + h) * entries + k]
-            lists.ages[i, k] = rows[i, (3 + LIVES) * entries + k]
+                lists.counts[to, h, k] = rows[i, (3 + h) * entries + k]
+            lists.ages[to, k] = rows[i, (3 + LIVES) * entries + k]
         at = (4 + LIVES) * entries
         for h in range(LIVES):
-            lists.totals[i, h] = rows[i, at + h]
-            lists.known[i, h] = rows[i, at + LIVES + h]
-        lists.at_s[i] = np.int64(rows[i, at + 2 * LIVES]) * _TIME_PART + np.int64(rows[i, at + 2 * LIVES + 1])
+            lists.totals[to, h] = rows[i, at + h]
+            lists.known[to, h] = rows[i, at + LIVES + h]
+        lists.at_s[to] = np.int64(rows[i, at + 2 * LIVES]) * _TIME_PART + np.int64(rows[i, at + 2 * LIVES + 1])
 
 
 def unpack(rows: F32) -> ItemLists:
     """Unpacks `[n, width(E)]` float32 rows into lists."""
     lists = ItemLists.empty(len(rows), (rows.shape[1] - 2 * LIVES - 2) // (4 + LIVES))
-    _unpack(np.ascontiguousarray(rows), lists)
+    _unpack(np.ascontiguousarray(rows), lists, 0)
     return lists
 
 
+def fill(lists: ItemLists, first: int, stored: Sequence[bytes | None]) -> None:
+    """Unpacks rows of the row store into lists, from list `first` on.
+
+    A missing row, or one of another width, becomes an empty list.
+    """
+    size = 4 * width(lists.entries)
+    rows = bytearray().join(row if row is not None and len(row) == size else bytes(size) for row in stored)
+    _unpack(np.frombuffer(rows, "<f4").reshape(len(stored), -1), lists, first)
+
+
 def from_stored(stored: Sequence[bytes | None], entries: int) -> ItemLists:
-    """Unpacks lists from rows of the row store; a missing row, or one of another width, becomes an empty list."""
-    size = 4 * width(entries)
-    rows = b"".join(row if row is not None and len(row) == size else bytes(size) for row in stored)
-    return unpack(np.frombuffer(rows, "<f4").reshape(len(stored), -1).copy())
+    """Unpacks rows of the row store as `fill` does."""
+    lists = ItemLists.empty(len(stored), entries)
+    fill(lists, 0, stored)
+    return lists

@@ -293,9 +293,11 @@ def from_stored(stored: Sequence[bytes | None]) -> tuple[I32, Lists]:
     Returns the index of each category's list, `[n]` int32, 0 for none, and the lists. List 0 is that of no category. A
     row of another width, from a release with other lists, counts as None.
     """
-    fitting = [place for place, row in enumerate(stored) if row is not None and len(row) == 4 * WIDTH]
-    at = np.zeros(len(stored), np.int32)
-    at[fitting] = np.arange(1, 1 + len(fitting))
-    rows = np.zeros((1 + len(fitting), WIDTH), np.float32)
-    rows[1:] = np.frombuffer(b"".join(stored[place] or b"" for place in fitting), "<f4").reshape(-1, WIDTH)
-    return at, unpack(rows)
+    at, rows = [], [bytes(4 * WIDTH)]
+    for row in stored:
+        if row is not None and len(row) == 4 * WIDTH:
+            at.append(len(rows))
+            rows.append(row)
+        else:
+            at.append(0)
+    return np.array(at, np.int32), unpack(np.frombuffer(bytearray().join(rows), "<f4").reshape(-1, WIDTH))

@@ -62,17 +62,20 @@ def _apply(logits: F32, factor: F32, offset: F32, corrected: F32) -> None:
             corrected[i, j] = factor[i, 0] * logit + offset[i, j] if logit > _THERE else logit
 
 
-def newest_item(events: Events, at_ms: int, mask: Mask, user: int) -> int:
-    """Returns the item of a user's latest visible click up to `at_ms`; 0 without one. `events` are in append order."""
+def newest_key(events: Events, at_ms: int, mask: Mask, user: int) -> int:
+    """Returns the key of the list of a user's latest visible item up to `at_ms`; 0 without a click on one.
+
+    `events` are in append order.
+    """
     hidden = mask.events(events, user) if mask else _NOTHING_HIDDEN
-    return int(_newest_item(events["at_ms"], events["item"], events["flags"], hidden, at_ms))
+    return int(_newest_key(events["at_ms"], events["item"], events["flags"], hidden, at_ms))
 
 
 @compiled(
     "const(i8[:]), const(u8[:]), const(u1[:]), bool[::1], i8",
     "const(i8[::1]), const(u8[::1]), const(u1[::1]), bool[::1], i8",
 )
-def _newest_item(
+def _newest_key(
     at_ms: I64, items: U64, flags: NDArray[np.uint8], hidden: NDArray[np.bool_], until_ms: int
 ) -> np.uint64:
     newest_ms, newest = np.int64(-1), np.uint64(0)
@@ -80,7 +83,7 @@ def _newest_item(
         is_click = items[i] != 0 and flags[i] & _LABEL != LABELLED
         if is_click and newest_ms <= at_ms[i] <= until_ms and (hidden.shape[0] == 0 or not hidden[i]):
             newest_ms, newest = at_ms[i], items[i]
-    return newest
+    return key_of_item(newest)
 
 
 def correction_of(
@@ -88,29 +91,26 @@ def correction_of(
     rows: VersionRows,
     vectors: Vector,
     successors: U64,
-    masks: Sequence[F32],
-    asked: Sequence[tuple[int, int]],
+    newest_keys: Sequence[int],
+    at_ms: Sequence[int],
 ) -> Correction:
     """Returns the correction for n queries; the version must have one.
 
-    `masks` are the program's masks of the candidates, by kind, `[n or more, .]` float32; a program without successors has
-    two. `successors` is `[n, S]` uint64. `asked` has for each query the item of the user's latest click, 0 for none, and
-    the time in ms.
+    `successors` is `[n, S]` uint64, with S = 0 for a program without successors. `newest_keys` are the users' keys from
+    `newest_key`, and `at_ms` the times of the queries.
     """
     weights, recent = version.interest_weights, vectors.recent_categories
     assert weights is not None
-    items = [int(key_of_item(np.uint64(item))) for item, _ in asked]
-    lists, indices = rows.next_categories([*_EVERY, *recent[:, 0].tolist(), *items])
-    mask = np.concatenate(masks, 1)
-    correction = Correction(np.empty((len(asked), 1), np.float32), np.empty((len(asked), mask.shape[1]), np.float32))
+    lists, indices = rows.next_categories([*_EVERY, *recent[:, 0].tolist(), *newest_keys])
+    count, candidates = len(newest_keys), recent.shape[1] + version.popular.size + successors.shape[1]
+    correction = Correction(np.empty((count, 1), np.float32), np.empty((count, candidates), np.float32))
     _correct(
         lists,
         np.array(indices, np.int32),
-        np.array([at_ms // 1000 for _, at_ms in asked]),
+        np.array(at_ms),
         recent,
         version.popular,
         successors,
-        mask,
         version.features.interest_columns.phi(vectors.features, vectors.category_windows),
         weights,
         *correction,
@@ -120,17 +120,16 @@ def correction_of(
 
 
 @compiled(
-    "ItemLists, i4[::1], i8[::1], u8[:, ::1], u8[::1], u8[:, ::1], f4[:, ::1], f4[:, ::1], "
-    "f8[:, ::1], f4[:, ::1], f4[:, ::1], Workspace"
+    "ItemLists, i4[::1], i8[::1], u8[:, ::1], u8[::1], u8[:, ::1], f4[:, ::1], f8[:, ::1], f4[:, ::1], f4[:, ::1], "
+    "Workspace"
 )
 def _correct(
     lists: ItemLists,
     indices: I32,
-    at_s: I64,
+    at_ms: I64,
     recent: U64,
     popular: U64,
     successors: U64,
-    mask: F32,
     phi: F32,
     weights: F64,
     factor: F32,
@@ -141,17 +140,21 @@ def _correct(
     count, slots, ranks = recent.shape[0], recent.shape[1], popular.shape[0]
     everything, rows = indices[1 : 1 + LISTS_OF_EVERYTHING], np.empty((count, READ), np.int32)
     for i in range(count):
+        at_s = at_ms[i] // 1000
         # The lists of a version do not change, and `work` is the version's.
-        if at_s[i] != work.at_s[0]:
-            gather_everything(lists, everything, at_s[i], work)
+        if at_s != work.at_s[0]:
+            gather_everything(lists, everything, at_s, work)
         for k in range(READ):
             rows[i, k] = indices[1 + LISTS_OF_EVERYTHING + k * count + i]
-        for j in range(mask.shape[1]):
+        for j in range(offset.shape[1]):
             category = recent[i, j] if j < slots else (popular[j - slots] if j < slots + ranks else np.uint64(0))
             if j >= slots + ranks:
                 category = successors[i, j - slots - ranks]
-            take_candidate(j, category, np.float32(0.0) if mask[i, j] > 0 else MASKED, work)
-        score(weights, phi, i, gather(lists, rows, at_s[i], i, work), work)
+            # A popular category that is also the user's own is one candidate, the user's own.
+            for k in range(slots if slots <= j < slots + ranks else 0):
+                category = np.uint64(0) if recent[i, k] == category else category
+            take_candidate(j, category, MASKED if category == np.uint64(0) else np.float32(0.0), work)
+        score(weights, phi, i, gather(lists, rows, at_s, i, work), work)
         factor[i, 0] = work.factors[0]
-        for j in range(mask.shape[1]):
+        for j in range(offset.shape[1]):
             offset[i, j] = work.scores[j]

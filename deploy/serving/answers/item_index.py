@@ -276,6 +276,7 @@ class ClickedItems:
     def __init__(self, histories: HistoryStore) -> None:
         self._histories = histories
         self._categories: dict[int, _Category] = {}
+        self._all = _Category()
         self._items = 0
         self._next_user: int | None = 0
         self._users = 0
@@ -290,9 +291,9 @@ class ClickedItems:
             self._read = 0
         return any((self._read_clicked(written), self._read_users()))
 
-    def best(self, category: int, most: int) -> list[int]:
-        """Returns the items of a category with the highest click weights, best first."""
-        of_category = self._categories.get(category)
+    def best(self, category: int | None, most: int) -> list[int]:
+        """Returns the items of a category, or of all (None), with the highest click weights, best first."""
+        of_category = self._all if category is None else self._categories.get(category)
         return [] if of_category is None else of_category.best(most)
 
     def _read_clicked(self, written: int) -> bool:
@@ -328,6 +329,7 @@ class ClickedItems:
         if of_category is None:
             of_category = self._categories[category] = _Category()
         self._items += of_category.add(item, weight)
+        self._all.add(item, weight)
         while self._items > MOST_ITEMS:
             # Halve one category after another, so that each call does little work.
             first = next(iter(self._categories))

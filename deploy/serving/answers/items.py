@@ -289,7 +289,7 @@ def recommend(
 
     1. Rank the candidate categories with the version. A version with weights of the item score answers from its lists.
     2. Without them, or for a category with too few items, candidates are the most clicked items of each category, items
-       that the user clicked, and the items nearest to the user.
+       that the user clicked, and the items nearest to the user. A user without events gets the most clicked items.
     3. Score the engagement with each item; add a bonus for items that the user clicked before.
 
     `query` has no item, and asks for all interests. `impressions` are the numbers of the actions that are no clicks
@@ -337,7 +337,8 @@ def recommend(
             yield
         logits = np.concatenate(parts)
     items = []
-    scores = logits + returning([visits.get(item, 0.0) for item in proposals])
+    # Engagement does not know popularity, which is the best order for a user without events.
+    scores = logits + returning([visits.get(item, 0.0) for item in proposals]) if visits else -np.arange(len(logits))
     for row in np.argsort(-scores, kind="stable")[: wanted.most].tolist():
         name = predictor.catalogue.item_name(ids[row][0])
         items.append(
@@ -419,6 +420,8 @@ def candidates(
     `shares` has the probability of each category to take candidates from, and `reasons` its reason, by default
     `popular`. `visits` is from `visits_of`, and `near` are the items nearest to the user.
     """
+    if not visits and wanted.category is None:
+        return dict.fromkeys(clicked.best(None, wanted.most), Proposed("popular", 0))
     proposals = dict[int, Proposed]()
     if wanted.category is None and not wanted.exclude_seen:
         proposals = dict.fromkeys(islice(visits, SEEN_CANDIDATES), Proposed("again", 0))

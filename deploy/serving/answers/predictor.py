@@ -9,11 +9,10 @@ from typing import NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy.serving.answers.interests import Correction, correction_of, newest_item
+from deploy.serving.answers.interests import Correction, correction_of, newest_key
 from deploy.serving.answers.program import PAIRS, batch_of
 from deploy.serving.answers.query import NOBODY, Query, iso, probability
 from deploy.serving.answers.version import (
-    CANDIDATE_MASKS,
     Catalogue,
     LoadedVersion,
     ShownName,
@@ -25,6 +24,7 @@ from springtide_client.answers import Clock, Engagement, Interest, Profile, Vers
 from state.attributes.store import AttributeStore, ids_in, texts_in
 from state.attributes.values import SIDES, AttributeTable, tables_of
 from state.churn import ChurnWeights
+from state.compiled import compiled
 from state.config.settings import Settings
 from state.events.identity import Salt, context_id, pseudonyms, public_id
 from state.features.arrays import Vector
@@ -93,7 +93,8 @@ class Asked(NamedTuple):
         item: The item's id; 0 if the query has no item.
         category: The item's category; 0 if unknown.
         context: One id per context field; 0 if the field is not given.
-        newest_item: The item of the user's latest click; 0 without one, or if the version does not use it.
+        newest_key: The key of the list of what was clicked after the user's latest item; 0 without one, or if the version
+            does not use it.
     """
 
     query: Query
@@ -106,7 +107,7 @@ class Asked(NamedTuple):
     item_attributes: AttributeValues
     context: list[int]
     churn: float | None = None
-    newest_item: int = 0
+    newest_key: int = 0
 
 
 class Prepared(NamedTuple):
@@ -229,9 +230,10 @@ class Predictor:
         add_own_rows(inputs, version, rows, questions, vectors, following.ids)
         correction = None
         if version.interest_weights is not None:
-            masks = [inputs[name] for name in CANDIDATE_MASKS if name in inputs]
-            clicked = [(question.newest_item, question.at_ms) for question in questions]
-            correction = correction_of(version, rows, vectors, following.ids, masks, clicked)
+            successors = following.ids if "successor_mask" in inputs else following.ids[:, :0]
+            keys = [question.newest_key for question in questions]
+            times = [question.at_ms for question in questions]
+            correction = correction_of(version, rows, vectors, successors, keys, times)
         return Prepared(
             version, rows, questions, vectors, has_row, following.ids, inputs, correction, clock, now_ms, mask
         )
@@ -352,7 +354,7 @@ class Predictor:
                     item_attributes=of_items[row],
                     context=[context_id(name, context[name]) if name in context else 0 for name in fields],
                     churn=churn[row],
-                    newest_item=newest_item(histories[row], times[row], mask, user) if has_correction else 0,
+                    newest_key=newest_key(histories[row], times[row], mask, user) if has_correction else 0,
                 )
             )
         return questions, vectors
@@ -410,9 +412,8 @@ def _program_inputs(
 
     The inputs are float32 by name, padded with zeros to the program's batch size.
     """
-    shapes, count = version.program.shapes, batch_of(len(questions))
-    inputs = {name: np.zeros((count, *shape[1:]), np.float32) for name, shape in shapes.items() if shape[0] < 0}
-    if "popular_rows" in shapes:
+    inputs: Inputs = version.program.zeros(batch_of(len(questions)))
+    if "popular_rows" in version.program.shapes:
         inputs["popular_rows"] = version.popular_rows
     for name, values in (("features", vectors.features), ("category_windows", vectors.category_windows)):
         if name in inputs:
@@ -424,8 +425,7 @@ def _program_inputs(
         own_rows = rows.categories(recent.reshape(-1).tolist()).reshape(*recent.shape, -1)
         inputs["recent_rows"][: len(questions)] = own_rows
     inputs["recent_mask"][: len(questions)] = recent != 0
-    is_recent = (recent[:, :, None] == version.popular).any(1)
-    inputs["popular_mask"][: len(questions)] = np.where(is_recent, np.float32(0.0), version.popular_known)
+    _mask_popular(recent, version.popular, inputs["popular_mask"])
     has_row, with_sequence = [], vectors.sequence_actions.shape[1] > 0
     for row_number, question in enumerate(questions):
         row = rows.user(question.user)
@@ -438,6 +438,17 @@ def _program_inputs(
             _add_context(inputs, row_number, question, rows)
     add_items(inputs, version, rows, questions, vectors.features)
     return inputs, has_row
+
+
+@compiled("u8[:, ::1], u8[::1], f4[:, ::1]")
+def _mask_popular(recent: U64, popular: U64, mask: F32) -> None:
+    """Sets the mask, `[n or more, P]`, of the popular categories that are not among the user's own; 0 is none."""
+    for i in range(recent.shape[0]):
+        for j in range(popular.shape[0]):
+            known = popular[j] != np.uint64(0)
+            for category in recent[i]:
+                known &= category != popular[j]
+            mask[i, j] = np.float32(known)
 
 
 def add_items(

@@ -99,10 +99,14 @@ class LoadedProgram:
             name: tuple(int(size) for size in outputs[inner]["shape_signature"])
             for inner, name in self._outputs.items()
         }
+        by_query = {name: shape[1:] for name, shape in self.shapes.items() if shape[0] < 0}
+        self._by_query = {
+            rows: [(name, (rows, *shape)) for name, shape in by_query.items()] for rows in (*BATCHES, PAIRS)
+        }
         with _quiet():
             self._predicts = {rows: self._fixed(runner, rows) for rows, runner in runners.items()}
         # Any input with one row per query gives the number of queries.
-        self._by_row = next(name for name, shape in self.shapes.items() if shape[0] < 0)
+        self._by_row = next(iter(by_query))
 
     def load(self, weights: Arrays) -> None:
         """Sets the dense weights; `predict` gives NaN before. Raises ProgramError if one is missing or of a wrong
@@ -125,6 +129,10 @@ class LoadedProgram:
         except (ValueError, RuntimeError) as error:
             raise ProgramError(f"the version's dense weights do not fit its program ({error})", "roll back") from error
         self._stale.discard(rows)
+
+    def zeros(self, rows: int) -> dict[str, NDArray[np.float32]]:
+        """Returns zeros for each input with one row per query, by name; `rows` is from `batch_of`."""
+        return {name: np.zeros(shape, np.float32) for name, shape in self._by_query[rows]}
 
     def predict(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
         """Runs `predict`; inputs and outputs are by name, float32, with the number of rows from `batch_of`."""

@@ -25,7 +25,7 @@ from state.history.store import HistoryStore
 from state.layout import PROGRAMS
 from state.ranking import interest_scores, item_scores
 from state.ranking.crosses import WIDTH, Crosses, Values, crosses_of, logits_of
-from state.ranking.item_lists import ENTRIES, NEXT_CATEGORY, ItemLists
+from state.ranking.item_lists import ENTRIES, NEXT_CATEGORY, ItemLists, fill
 from state.ranking.item_lists import from_stored as lists_from_stored
 from state.ranking.transitions import Lists, from_stored
 from state.rows.reader import RowReader, Served
@@ -234,9 +234,7 @@ class VersionRows:
         missing = [key for key in dict.fromkeys(keys) if key not in index_of]
         stored = [self.reader.row(NEXT_CATEGORY, key, self.served) if key else None for key in missing]
         first = len(index_of)
-        cached: list[NDArray[Any]] = [*cache.lists]
-        for part, new in zip(cached, lists_from_stored(stored, ENTRIES[NEXT_CATEGORY]), strict=True):
-            part[first : first + len(missing)] = new
+        fill(cache.lists, first, stored)
         index_of.update(zip(missing, range(first, first + len(missing)), strict=True))
         return cache.lists, [index_of[key] for key in keys]
 
@@ -294,7 +292,6 @@ class LoadedVersion:
         popular_ids: The popular categories without padding.
         popular_names: Their names.
         popular_rows: `[P, dim]` float32.
-        popular_known: `[P]` float32, 1 where there is a popular category.
         own: The program's inputs that are rows of tables of the ranker's own.
         own_popular: Those of them that are rows of the popular categories, by name.
         cross_shares: `[C, 2]` float32, the scale of weights and margins of crosses; `[0, 2]` if the version has none:
@@ -318,7 +315,6 @@ class LoadedVersion:
     popular_ids: list[int]
     popular_names: list[ShownName]
     popular_rows: F32
-    popular_known: F32
     own: Sequence[OwnInput]
     own_popular: dict[str, F32]
     cross_shares: F32
@@ -464,8 +460,7 @@ class VersionLoader:
         slots = program.shapes["popular_mask"][1]
         stored = reader.popular(served.version)
         popular = stored[stored != 0][:slots]
-        rows, is_known = np.zeros((slots, widths["category"]), np.float32), np.zeros(slots, np.float32)
-        is_known[: len(popular)] = 1.0
+        rows = np.zeros((slots, widths["category"]), np.float32)
         shares = np.empty((0, WIDTH), np.float32)
         if served.dims.get("cross") == WIDTH:
             shares = reader.get("cross", features.crosses.shares.tolist(), served)[0]
@@ -478,7 +473,6 @@ class VersionLoader:
             popular_ids=popular.tolist(),
             popular_names=[self._catalogue.name_of(category) for category in popular.tolist()],
             popular_rows=rows,
-            popular_known=is_known,
             own=own_inputs(program.shapes),
             own_popular={},
             cross_shares=shares,

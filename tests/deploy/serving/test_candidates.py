@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploy.serving.answers.interests import newest_item
+from deploy.serving.answers.interests import newest_key
 from deploy.serving.answers.predictor import KINDS
 from deploy.serving.answers.query import Query
 from springtide_client.answers import Profile
@@ -19,6 +19,7 @@ from state.features.spec import EVENT, LABELLED, POSITIVE, FeatureSpec, vectoris
 from state.history.appends import Appends
 from state.layout import PROGRAMS
 from state.microbatch.batch import MicroBatch
+from state.ranking.interest_scores import key_of_item
 from state.ranking.transitions import SUCCESSORS
 from tests.deploy.serving.stocked import NOW_MS, SALT, Lowered, Stores, clicks, digest_of, manifest, predictor
 from tests.trainer.batches import micro_batch, spread
@@ -187,9 +188,9 @@ def test_engagement_is_the_trainers_too_of_a_label_a_successor_and_something_els
         ([], [], [], Mask.NONE, 0),
     ],
 )
-def test_the_newest_item_is_that_of_the_latest_visible_click(
+def test_the_newest_list_is_that_of_the_item_of_the_latest_visible_click(
     items: list[int], ages_s: list[int], flags: list[int], mask: Mask, newest: int
 ) -> None:
     events = np.zeros(len(items), EVENT)
     events["item"], events["at_ms"], events["flags"] = items, NOW_MS - 1000 * np.array(ages_s, np.int64), flags
-    assert newest_item(events, NOW_MS, mask, 9) == newest
+    assert newest_key(events, NOW_MS, mask, 9) == key_of_item(np.uint64(newest))

@@ -87,7 +87,12 @@ def test_what_the_user_clicks_often_and_late_comes_first(stores: Stores) -> None
     assert found[3].id == name("i2") and {one.reason for one in found[:4]} == {"again"}
 
 
-def test_somebody_unknown_gets_what_is_popular(stores: Stores) -> None:
-    click(stores, ("tea", "tea-1", 10_000), log_ms=NOW_MS - 30 * 24 * HOUR_MS)
-    found = recommended(stores, "nobody", WantedItems(10))
-    assert found.cold_start and {(one.id, one.reason) for one in found.items} >= {(name("tea-1"), "popular")}
+def test_a_user_without_events_gets_the_most_clicked_items_in_the_order_of_their_clicks(stores: Stores) -> None:
+    click(stores, *[("salt", "salt-1", 10_000)] * 4, ("tea", "tea-2", 10_000), *[("tea", "tea-1", 10_000)] * 3)
+    found = recommended(stores, "nobody", WantedItems(2))
+    assert found.cold_start and [one.id for one in found.items] == [name("salt-1"), name("tea-1")]
+    assert {one.reason for one in found.items} == {"popular"}
+    assert [one.id for one in recommended(stores, "nobody", WantedItems(9, "tea")).items] == [
+        name("tea-1"),
+        name("tea-2"),
+    ]
