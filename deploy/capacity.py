@@ -90,7 +90,7 @@ class Load:
 
     clicks: float = _option(10_000.0, "clicks per second in the peak hour")
     users: float = _option(1e6, "users who click within the longest window")
-    items: float = _option(1e5, "items and categories with a row")
+    items: float = _option(1e5, "items and categories with an embedding row")
     answers: float = _option(1_000.0, "answers per second, over all hosts")
     answer: str = _option("lean", "kind of the answers", choices=ANSWERS)
     versions: float = _option(5.0, "versions per second")

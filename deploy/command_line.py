@@ -27,8 +27,8 @@ def experiment(add: Add) -> argparse.ArgumentParser:
     """Adds `experiment` and returns its parser."""
     command = add(
         "experiment",
-        "Try other settings on the same rows next to the live trainer, then on a share of the users, and promote them.",
-        "`springtide up` runs the experiment's trainer on at most trials.cores cores. Both trainers score each row before they "
+        "Try other settings on the same examples next to the live trainer, then on a share of the users, and promote them.",
+        "`springtide up` runs the experiment's trainer on at most trials.cores cores. Both trainers score each example before they "
         "learn from it. The difference of their losses has an anytime-valid confidence interval.",
     )
     command.add_argument(

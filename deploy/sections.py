@@ -402,7 +402,7 @@ def snapshots_text(section: Mapping[str, Any]) -> Text:
 
 
 def account_text(accounting: Mapping[str, Any]) -> Text:
-    """Formats the account of all rows."""
+    """Formats the account of all examples."""
     balanced = accounting["balanced"]
     word = "unknown" if balanced is None else "balances" if balanced else "WRONG"
     return word, accounts.as_text(accounting)
@@ -432,16 +432,16 @@ def live_clicks_text(window: Mapping[str, Any]) -> Text:
     """Formats the validation's result.
 
     >>> live_clicks_text({"rows": 12000, "baseline": 0, "anomalies": {}})
-    ('unchanged', 'the newest window, of 12,000 rows, is like the baseline of the bootstrap')
+    ('unchanged', 'the newest window, of 12,000 examples, is like the baseline of the bootstrap')
     >>> word, text = live_clicks_text({"rows": 500, "baseline": 2, "anomalies": {"ENUM_TYPE_UNEXPECTED_STRING_VALUES": 1}})
     >>> print(word, *text.split("; "), sep=chr(10))
     CHANGED
-    the newest window, of 500 rows, differs from baseline 2 in 1 feature
+    the newest window, of 500 examples, differs from baseline 2 in 1 feature
     ENUM_TYPE_UNEXPECTED_STRING_VALUES (1)
     `springtide schema diff` shows the differences
     """
     baseline = f"baseline {window['baseline']}" if window["baseline"] else "the baseline of the bootstrap"
-    rows, anomalies = f"the newest window, of {window['rows']:,} rows,", window["anomalies"]
+    rows, anomalies = f"the newest window, of {window['rows']:,} examples,", window["anomalies"]
     if not anomalies:
         return "unchanged", f"{rows} is like {baseline}"
     count = sum(anomalies.values())
@@ -460,15 +460,15 @@ def parity_text(rows: Mapping[str, int]) -> Text:
     """Formats the comparison of features.
 
     >>> parity_text({"equal": 1200, "differs": 0, "unknown": 3})
-    ('holds', '1,200 rows of the training log have the same features here; 3 cannot be compared')
+    ('holds', '1,200 examples of the training log have the same features here; 3 cannot be compared')
     >>> parity_text({"equal": 0, "differs": 0, "unknown": 3})[0], parity_text({"equal": 5, "differs": 1, "unknown": 0})[0]
     ('unknown', 'BROKEN')
     """
     equal, differs, unknown = (rows.get(outcome, 0) for outcome in ("equal", "differs", "unknown"))
     word = "BROKEN" if differs else "holds" if equal else "unknown"
     parts = [
-        *([f"{differs:,} rows of the training log have other features here"] * bool(differs)),
-        f"{equal:,} rows of the training log have the same features here",
+        *([f"{differs:,} examples of the training log have other features here"] * bool(differs)),
+        f"{equal:,} examples of the training log have the same features here",
         *([f"{unknown:,} cannot be compared"] * bool(unknown)),
     ]
     return word, "; ".join(parts)
@@ -526,7 +526,7 @@ def quality_text(section: Mapping[str, Any]) -> Text:
     more often right than the best baseline: top 1 30.0 % against 20.0 % for what was popular in the last hour
     top 5 25.0 %, MRR 0.250, log loss 3.500 (0.500 less), missed 25.0 %
     known users: top 1 25.0 %, top 5 25.0 %, log loss 3.500
-    of these rows 4.0 % were skipped by the guard and not learned
+    of these examples 4.0 % were skipped by the guard and not learned
     """
     model, lift = section["predictors"]["model"], section["lift"]
     simple = {name: section["predictors"][name]["all"]["top1"] or 0.0 for name in BASELINES}
@@ -546,7 +546,7 @@ def quality_text(section: Mapping[str, Any]) -> Text:
         if users != "all" and measured["top1"] is not None
     ]
     if section["skipped"]:
-        parts.append(f"of these rows {_percent(section['skipped'])} were skipped by the guard and not learned")
+        parts.append(f"of these examples {_percent(section['skipped'])} were skipped by the guard and not learned")
     return f"{100 * (lift['top1'] or 0.0):+.1f} points", "; ".join(parts)
 
 
@@ -578,11 +578,11 @@ def churn_text(section: Mapping[str, Any]) -> Text:
     AUC 0.812
     2,100 examples, of recent ones 25.0 % left, log loss 0.400
     predicted over observed 1.02, 1.3 points apart in the mean
-    300 rows wait until it is known
+    300 examples wait until it is known
     >>> churn_text(dict.fromkeys(CHURN, 0.0) | {"waiting": 300.0})
-    ('-', 'nothing is known yet; 300 rows wait until it is known')
+    ('-', 'nothing is known yet; 300 examples wait until it is known')
     """
-    waits = f"{section['waiting']:,.0f} rows wait until it is known"
+    waits = f"{section['waiting']:,.0f} examples wait until it is known"
     if section["dropped"]:
         waits += f", {section['dropped']:,.0f} were dropped for lack of space"
     if not section["examples"]:
@@ -650,7 +650,7 @@ TEXTS: Mapping[str, tuple[str, Callable[[Any], Text]]] = {
     "privacy": ("privacy", privacy_text),
     "rollback": ("rollback", horizon_text),
     "storage": ("storage", disk_text),
-    "rows": ("rows", store_text),
+    "rows": ("row store", store_text),
     "histories": ("histories", store_text),
     "hosts": ("hosts", hosts_text),
     "snapshots": ("snapshots", snapshots_text),

@@ -31,7 +31,7 @@ synthetic shoppers. A second run resumes where the last one stopped.
   --no-shoppers                   no synthetic clicks
   --prometheus                    also run a Prometheus with the rules of Springtide, if it is installed
   --bootstrap-servers HOST:PORT   use this Kafka instead of a local one
-  --accept-gap TOPIC_ID:P:A-B --reason TEXT
+  --accept-gap TOPIC_ID:PARTITION:A-B --reason TEXT
                                   continue although these positions were deleted before they were read;
                                   repeatable
   --accept-cut-back --reason TEXT

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +17,7 @@ import markdown
 import yaml
 
 from deploy import capacity, cli
-from deploy.command_line import OWN_HELP, parser
+from deploy.command_line import OWN_HELP, PROCESSES, parser
 from deploy.watch import metrics_table
 from state.events.dead_letters import Reason
 
@@ -74,16 +79,37 @@ def commands() -> str:
         "# Command line",
         "",
         "Generated from `deploy/command_line.py`. Every command accepts settings as flags (`--kafka.port 9192`) and "
-        "`--config FILE`; [Configure](../how-to/configure.md) describes them. `--help` after a command prints its options "
-        "and exit codes.",
+        "`--config FILE`; [Configure](../how-to/configure.md) describes them. `--help` after a command prints this text.",
     ]
     for name, command in verbs.choices.items():
         lines += ["", f"## {name}", "", _escaped(str(command.description).strip())]
         if name in OWN_HELP:
-            lines += ["", f"`springtide {name} --help` lists its options."]
+            lines += ["", "```", own_helps()[name].strip(), "```"]
         elif rows := list(_options(command)):
             lines += ["", "| option | meaning |", "|---|---|", *rows]
     return "\n".join(lines) + "\n"
+
+
+_HELP = """
+import contextlib, importlib, io, json, sys
+helps = {}
+for command, module in json.loads(sys.argv[1]).items():
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
+        importlib.import_module(module).main(["--help"])
+    helps[command] = printed.getvalue()
+print(json.dumps(helps))
+"""
+
+
+@functools.cache
+def own_helps() -> dict[str, str]:
+    """Returns what `--help` prints for each command that defines its own options; one process imports all of them."""
+    modules = json.dumps({name: PROCESSES[name][0] for name in OWN_HELP})
+    environment = {**os.environ, "COLUMNS": "110"}
+    program = [sys.executable, "-c", _HELP, modules]
+    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    helps: dict[str, str] = json.loads(done.stdout)
+    return helps
 
 
 def _escaped(text: str) -> str:

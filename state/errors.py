@@ -114,7 +114,7 @@ class UnknownTopic(LogError):
 
 
 class GapError(LogError):
-    """Positions of a log are gone that were not read. Restore the topic, or accept the loss with `--accept-gap P:A-B --reason TEXT`.
+    """Positions of a log are gone that were not read. Restore the topic, or accept the loss with `--accept-gap PARTITION:A-B --reason TEXT`.
 
     Attributes:
         gaps: The missing ranges; empty if no gap can be accepted, as in a log that ends too early.

@@ -101,7 +101,7 @@ class StreamMetrics(Metrics):
     prefix = "springtide_stream_"
     began = gauge(BEGAN, name="springtide_stream_began_seconds")
     events = counter(
-        "Processed positions of the clicks topic, by outcome: rows, dead, filtered, absent, opened, feedback, masked.",
+        "Processed positions of the clicks topic, by outcome: rows (examples), dead, filtered, absent, opened, feedback, masked.",
         "outcome",
     )
     dead_letters = counter("Dead letters, by reason.", "reason")
@@ -122,9 +122,9 @@ class StreamMetrics(Metrics):
         "Wall time since the newest committed click was appended to Kafka; 0 if none waits, NaN while unknown."
     )
     microbatches = counter("Micro-batches written.")
-    microbatch_rows = histogram("Number of rows of a micro-batch.", ROWS)
+    microbatch_rows = histogram("Number of examples of a micro-batch.", ROWS)
     commit_seconds = histogram("Time to write and commit a micro-batch.", SHORT_SECONDS)
-    truncated_histories = counter("Rows whose longest window starts before the oldest event of the history.")
+    truncated_histories = counter("Examples whose longest window starts before the oldest event of the history.")
     history_users = gauge("Users with a stored history.")
     swept_events = counter("Stored events removed because no window covers them any more.")
     swept_users = counter(
@@ -138,7 +138,7 @@ class StreamMetrics(Metrics):
     )
     attributes_known = gauge("Users and items with attributes, by side.", "side")
     accounting_positions = gauge(
-        "Positions of the clicks topic since the store was created, by outcome: positions (all), rows, dead, filtered, absent, gap, opened, feedback, masked. Opened: impressions that wait for a label. Feedback: outcomes. Masked: excluded by control.",
+        "Positions of the clicks topic since the store was created, by outcome: positions (all), rows (examples), dead, filtered, absent, gap, opened, feedback, masked. Opened: impressions that wait for a label. Feedback: outcomes. Masked: excluded by control.",
         "outcome",
         name="springtide_accounting_positions",
     )
@@ -160,7 +160,7 @@ class TrainerMetrics(Metrics):
     prefix = "springtide_trainer_"
     began = gauge(BEGAN, name="springtide_trainer_began_seconds")
     rows = counter(
-        "Rows of the training log, by outcome: trained, skipped, duplicate, masked, other_features (from an earlier feature spec).",
+        "Examples of the training log, by outcome: trained, skipped, duplicate, masked, other_features (from an earlier feature spec).",
         "outcome",
     )
     steps = counter("Training steps, one for each record of the training log.")
@@ -169,7 +169,7 @@ class TrainerMetrics(Metrics):
         "Log loss of the user's next category over serving's candidates, including misses; computed before learning."
     )
     auc = gauge("AUC of engagement, computed before learning.")
-    top1_ratio = gauge("Top-1 accuracy: share of rows whose category ranked first, computed before learning.")
+    top1_ratio = gauge("Top-1 accuracy: share of examples whose category ranked first, computed before learning.")
     quality_log_loss = gauge(
         "Log loss of the next category, by predictor (the model and the baselines popular, previous, came_next) and users (all, new, known).",
         "predictor",
@@ -179,19 +179,19 @@ class TrainerMetrics(Metrics):
         "Mean reciprocal rank of the next category among the candidates; a miss counts as 0.", "predictor", "users"
     )
     quality_top1_ratio = gauge(
-        "Share of rows whose category ranked first, for the model and the baselines.", "predictor", "users"
+        "Share of examples whose category ranked first, for the model and the baselines.", "predictor", "users"
     )
-    quality_top5_ratio = gauge("Share of rows whose category ranked in the top five.", "predictor", "users")
-    quality_missed_ratio = gauge("Share of rows whose category was not among the candidates.", "predictor", "users")
+    quality_top5_ratio = gauge("Share of examples whose category ranked in the top five.", "predictor", "users")
+    quality_missed_ratio = gauge("Share of examples whose category was not among the candidates.", "predictor", "users")
     quality_skipped_ratio = gauge(
-        "Share of recent rows that the guard skipped; they are measured but not learned from."
+        "Share of recent examples that the guard skipped; they are measured but not learned from."
     )
     lift_log_loss = gauge("Log loss of the best baseline minus that of the model; negative if the model is worse.")
     lift_top1_ratio = gauge(
         "Top-1 accuracy of the model minus that of the best baseline; negative if the model is worse."
     )
     slice_rows = gauge(
-        "Recent rows of a slice: by action, by users (new, known) and by the values of `attributes.slices`. Only the largest slices are exported.",
+        "Recent examples of a slice: by action, by users (new, known) and by the values of `attributes.slices`. Only the largest slices are exported.",
         "attribute",
         "value",
     )
@@ -213,9 +213,9 @@ class TrainerMetrics(Metrics):
         "measure",
     )
     churn_examples = gauge("Churn examples (`churn.days`) learned from since the epoch began.")
-    churn_waiting = gauge("Rows that wait for their churn label.")
+    churn_waiting = gauge("Examples that wait for their churn label.")
     churn_dropped = gauge(
-        "Waiting rows that were dropped, together with their users, since the epoch began, because 20,000 rows wait."
+        "Waiting examples that were dropped, together with their users, since the epoch began, because 20,000 examples wait."
     )
     churn_left_ratio = gauge("Share of recent examples whose user churned.")
     churn_log_loss = gauge("Log loss of churn, computed before learning.")
@@ -245,8 +245,8 @@ class TrainerMetrics(Metrics):
     device_memory_bytes = gauge(
         "GPU memory that TensorFlow has allocated, by kind: current, peak; absent on a CPU.", "kind"
     )
-    table_rows = gauge("Rows in use, by table.", "table")
-    table_rows_limit = gauge("Maximum number of rows, by table; the least used rows are evicted first.", "table")
+    table_rows = gauge("Embedding rows in use, by table.", "table")
+    table_rows_limit = gauge("Maximum of embedding rows, by table; the least used are evicted first.", "table")
     worker_seconds = counter(
         "Time that a worker computed gradients, by worker; the others wait for the slowest. Only with `trainer.workers` above 1.",
         "worker",
@@ -254,7 +254,7 @@ class TrainerMetrics(Metrics):
     worker_missing = gauge(
         "1 for a worker that the trainer waits for, by worker. Only with `trainer.workers` above 1.", "worker"
     )
-    worker_users = gauge("Users whose rows a worker holds, by worker. Only with `trainer.workers` above 1.", "worker")
+    worker_users = gauge("Users whose embedding rows a worker holds. Only with `trainer.workers` above 1.", "worker")
     guard = counter("Verdicts of the guard: accept, skip, hold.", "verdict")
     held = gauge("1 while the guard holds training.")
     held_rule = gauge("1 for the rule by which the guard holds training, 0 for the others.", "rule")
@@ -269,7 +269,7 @@ class TrainerMetrics(Metrics):
     privacy_epsilon_limit = gauge("Privacy budget, privacy.epsilon; 0 if there is none.")
     privacy_held = gauge("1 while training is held because the privacy budget is spent.")
     privacy_rows_left_out = gauge(
-        "Rows of the current branch that were not learned from because their user had no update left in the period."
+        "Examples of the current branch that were not learned from because their user had no update left in the period."
     )
     compactor_failures = gauge(
         "Consecutive failed runs of the compactor.", name="springtide_trainer_compactor_failures_in_a_row"
@@ -277,12 +277,12 @@ class TrainerMetrics(Metrics):
     paused = gauge("1 while an operator has paused training.")
     publishing_held = gauge("1 while an operator holds the publishing of versions.")
     accounting_rows = gauge(
-        "Rows of the training log since the current branch began, by outcome: rows (all), trained, skipped, duplicate, masked, other_features (from an earlier feature spec). gap counts positions without a record.",
+        "Examples of the training log since the current branch began, by outcome: rows (all), trained, skipped, duplicate, masked, other_features (from an earlier feature spec). gap counts positions without a record.",
         "outcome",
         name="springtide_accounting_rows",
     )
     accounting_faults = gauge(
-        "Accounts of the trainer that do not balance; 0 if every row has one outcome.",
+        "Accounts of the trainer that do not balance; 0 if every example has one outcome.",
         name="springtide_accounting_trainer_faults",
     )
     gaps_accepted = counter("Gaps that operators have accepted since the registry was created.")
@@ -301,13 +301,13 @@ class ApplierMetrics(Metrics):
     version_age_seconds = gauge("Time since the version that answers use was created.")
     pinned = gauge("1 while an operator has pinned the version.")
     masks = gauge("Masks in control that answers exclude.")
-    applied_versions = counter("Versions whose rows were applied.")
-    apply_seconds = histogram("Time to apply the rows of a version.", SHORT_SECONDS)
-    rows_bytes = gauge("Size of the serving rows, by place: memory, disk (if memory has too little space).", "place")
+    applied_versions = counter("Versions whose embedding rows were applied.")
+    apply_seconds = histogram("Time to apply the embedding rows of a version.", SHORT_SECONDS)
+    rows_bytes = gauge("Size of serving's row store, by place: memory, disk (if memory has too little space).", "place")
     feature_freshness_seconds = gauge("Age of the newest click in the histories that answers use.")
     weight_freshness_seconds = gauge("Age of the newest click trained into the version that answers use.")
     attributes_known = gauge("Users and items whose attributes answers use, by side (user, item).", "side")
-    history_rows = counter("Rows added to serving's histories.")
+    history_rows = counter("Examples added to serving's histories.")
     history_users = gauge("Users with a history on this host.")
     snapshot_seconds = unset_gauge(
         "Unix time of the newest snapshot of histories, or of this host's start if there is none; NaN if none are written."
@@ -325,7 +325,7 @@ class ApplierMetrics(Metrics):
     )
     segments = gauge("Segments in the settings. `springtide segments run` must maintain them.")
     parity_rows = counter(
-        "Sampled rows of the training log recomputed from serving's histories, by outcome: equal, differs, unknown (another feature spec or mask, or a history that began before this host's).",
+        "Sampled examples of the training log recomputed from serving's histories, by outcome: equal, differs, unknown (another feature spec or mask, or a history that began before this host's).",
         "outcome",
     )
     gap_positions = counter("Positions that no micro-batch covers or that were deleted before they were read.")
@@ -377,7 +377,7 @@ class ValidationMetrics(Metrics):
         "Records of the training log, by outcome: read, other_features (from an earlier feature spec), unreadable.",
         "outcome",
     )
-    rows = counter("Rows of the training log that were read.")
+    rows = counter("Examples of the training log that were read.")
     lag_records = gauge("Positions of the training log that are not yet read.")
     windows = counter(
         "Completed windows, by outcome: judged, few_rows (fewer than validation.min_rows), begun_before (their start was not observed), no_baseline.",
@@ -391,7 +391,7 @@ class ValidationMetrics(Metrics):
         "against",
         name="springtide_validation_distance_ratio",
     )
-    missing_ratio = gauge("Share of rows of the newest window without a value of the feature.", "feature")
+    missing_ratio = gauge("Share of examples of the newest window without a value of the feature.", "feature")
     anomalies = gauge("Features of the newest window with an anomaly, by TensorFlow Data Validation type.", "type")
 
 
@@ -456,10 +456,10 @@ class TrialMetrics(Metrics):
     """Comparisons of the running experiments, at most four, with the live trainer."""
 
     prefix = "springtide_trial_"
-    rows = gauge("Rows that both trainers scored before they learned from them.", "trial")
-    log_loss = gauge("Mean log loss of these rows in nats, by side: trial, live.", "trial", "side")
+    rows = gauge("Examples that both trainers scored before they learned from them.", "trial")
+    log_loss = gauge("Mean log loss of these examples in nats, by side: trial, live.", "trial", "side")
     difference = gauge(
-        "Log loss of the trial minus that of the live trainer, in nats per row, by end: mean, and low and high of the anytime-valid confidence interval. Negative if the trial is better.",
+        "Log loss of the trial minus that of the live trainer, in nats per example, by end: mean, and low and high of the anytime-valid confidence interval. Negative if the trial is better.",
         "trial",
         "end",
     )

@@ -473,7 +473,7 @@ def asked(argv: Sequence[str]) -> tuple[Settings, Wanted]:
         "--examples",
         type=Path,
         metavar="DIR",
-        help="also write the rows as tf.Examples in TFRecord files to DIR, which must be new or empty",
+        help="also write the examples in TFRecord files to DIR, which must be new or empty",
     )
     parser.add_argument("--of-up", action="store_true", help=argparse.SUPPRESS)
     add_file_arguments(parser, "Recorded times are kept.")

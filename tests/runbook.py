@@ -12,8 +12,8 @@ TEXT = DOCUMENT.read_text()
 
 # What stands for something that the reader fills in; the longer ones first. Any document may use them.
 EXAMPLES: Mapping[str, str] = {
-    "TOPIC_ID:P:A-B": "abababab:0:5-9",
-    "P:A-B": "0:5-9",
+    "TOPIC_ID:PARTITION:A-B": "abababab:0:5-9",
+    "PARTITION:A-B": "0:5-9",
     "A..B": "20m..10m",
     "OFFSET": "7",
     "TEXT": "'the reason'",
@@ -92,7 +92,7 @@ def links(text: str) -> list[str]:
 def filled(command: str, values: Mapping[str, str] = EXAMPLES) -> str:
     """A command with its capitals filled in.
 
-    >>> filled("springtide rollback --to V --skip P:A-B --reason TEXT")
+    >>> filled("springtide rollback --to V --skip PARTITION:A-B --reason TEXT")
     "springtide rollback --to 176 --skip 0:5-9 --reason 'the reason'"
     """
     pattern = "|".join(re.escape(one) for one in sorted({*EXAMPLES, *values}, key=len, reverse=True))

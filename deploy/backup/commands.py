@@ -27,9 +27,7 @@ from state.process.actor import actor
 from state.process.progress_line import ProgressLine
 
 LINE_EVERY_S = 10.0
-SALT_IN = (
-    "the salt is in this backup: whoever reads it can tell which pseudonym is whose; keep it where only you can read it"
-)
+SALT_IN = "the salt is in this backup: anyone who reads it can link pseudonyms to users; restrict access to it"
 SALT_OUT = "the salt is not in it: keep a copy of {path} elsewhere, without it nothing can be restored"
 
 

@@ -98,7 +98,7 @@ def judge(
         return RetrainDecision("failed", f"held by its guard: {held}") if is_late else None
     rows, verdict = (0, "undecided") if figures is None else (figures.rows, figures.verdict)
     difference = "-" if figures is None else figures.difference_text
-    compared = f"{difference} nats a row against the live trainer, over {rows:,} rows"
+    compared = f"{difference} nats an example against the live trainer, over {rows:,} examples"
     # 4.
     if verdict == "worse":
         return RetrainDecision("dropped", f"worse: {compared}")
@@ -113,7 +113,7 @@ def judge(
         return None
     after = f"after {age(took_ms / 1000)}"
     if not rows:
-        return RetrainDecision("failed", f"no row could be compared {after}: see logs/shadow-{experiment.name}.log")
+        return RetrainDecision("failed", f"no example could be compared {after}: see logs/shadow-{experiment.name}.log")
     if verdict == "better":
         return RetrainDecision("dropped", f"better, but its rollout did not end {after}: {compared}")
     return RetrainDecision("dropped", f"no better {after}: {compared}")

@@ -147,7 +147,7 @@ def as_text(experiment: Mapping[str, Any]) -> tuple[str, str]:
     ...     print(sentence)
     wider learns from version 7 with model.dim 64
     ann, 1970-01-01T00:00:00Z: does more help?
-    log loss 2.400 against 2.500 of the live trainer on the same 9 rows
+    log loss 2.400 against 2.500 of the live trainer on the same 9 examples
     difference -0.1000 (-0.2000 to -0.0500): at most 5 % of equal experiments are reported as different
     """
     if "name" not in experiment:
@@ -176,10 +176,10 @@ def as_text(experiment: Mapping[str, Any]) -> tuple[str, str]:
     if experiment["problem"]:
         sentences.append(experiment["problem"])
     if figures is None or not figures.rows:
-        return [*words, "waits"][0], "; ".join([*sentences, "no row was scored by both yet"])
+        return [*words, "waits"][0], "; ".join([*sentences, "no example was scored by both yet"])
     sentences.append(
         f"log loss {_nats(figures.trial_log_loss)} against {_nats(figures.live_log_loss)} of the live trainer on "
-        f"the same {figures.rows:,} rows"
+        f"the same {figures.rows:,} examples"
     )
     sure = f": at most {100 * figures.alpha:g} % of equal experiments are reported as different"
     sentences.append(f"difference {figures.difference_text}{'' if figures.low is None else sure}")
@@ -234,9 +234,9 @@ def retrain_status(settings: Settings, now_ms: int) -> dict[str, Any] | None:
 def retrain_as_text(schedule: Mapping[str, Any]) -> tuple[str, str]:
     """Formats the retrain's status: a word and a description.
 
-    >>> over = msgspec.to_builtins(Schedule(0).begin(60_000).end("dropped", "worse: +0.2 nats a row", 90_000))
+    >>> over = msgspec.to_builtins(Schedule(0).begin(60_000).end("dropped", "worse: +0.2 nats an example", 90_000))
     >>> retrain_as_text({"problem": "", "every": "1d", **over, "due_ms": 86_460_000, "due_in_s": 3600.0})
-    ('dropped', 'retrain-19700101-000100 of 1970-01-01T00:01:00Z: worse: +0.2 nats a row; the next one begins in 1 h 0 min')
+    ('dropped', 'retrain-19700101-000100 of 1970-01-01T00:01:00Z: worse: +0.2 nats an example; the next one begins in 1 h 0 min')
     >>> retrain_as_text({"problem": "", "every": "1d", **msgspec.to_builtins(Schedule(0)), "due_ms": 5, "due_in_s": -3.0})
     ('none yet', 'the first one is due')
     """

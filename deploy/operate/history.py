@@ -68,7 +68,7 @@ def compared(outcome: dict[str, Any]) -> str:
     >>> planned = {"mode": "fast", "rows": 5000, "masked": 120, "replay_s": 2.4, "answers": {"serves": True, "seconds": 0.0}}
     >>> learned = {"seconds": 3.1, "again": {"rows": 5000, "masked": 120}}
     >>> compared({"planned": planned, "answered": {"seconds": 0.31}, "learned": learned})
-    'answers after 0.3 s (planned 0.0 s); caught up after 3.1 s (2.4 s); 5,000 rows read again (5,000), 120 left out by the trainer (120)'
+    'answers after 0.3 s (planned 0.0 s); caught up after 3.1 s (2.4 s); 5,000 examples read again (5,000), 120 left out by the trainer (120)'
     >>> compared({"planned": {"exact": {"clicks": 700}}, "answered": None, "learned": {"seconds": 3.1, "again": {"clicks": 700}}})
     'the time at which answers switched is unknown; caught up after 3.1 s; 700 clicks read again (700)'
     >>> compared({"planned": None, "answered": None, "learned": None})
@@ -91,12 +91,14 @@ def compared(outcome: dict[str, Any]) -> str:
             return "; ".join(parts)
         is_counted = planned is not None and "rows" in planned
         rows, masked = (f" ({planned[name]:,})" if is_counted else "" for name in ("rows", "masked"))
-        parts.append(f"{again['rows']:,} rows read again{rows}, {again['masked']:,} left out by the trainer{masked}")
+        parts.append(
+            f"{again['rows']:,} examples read again{rows}, {again['masked']:,} left out by the trainer{masked}"
+        )
     return "; ".join(parts)
 
 
 def masks(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Lists all masks, lifted ones included: who set each, when and why, with its rows and users."""
+    """Lists all masks, lifted ones included: who set each, when and why, with its examples and users."""
     registry = open_registry(settings)
     control = current(registry)
     all_masks = (*control.masks, *control.lifted)
@@ -110,7 +112,7 @@ def masks(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -
     if not entries:
         say("nothing is left out")
         return
-    head = ["mask", "leaves out", "rows", "users", "set", "by", "reason", ""]
+    head = ["mask", "leaves out", "examples", "users", "set", "by", "reason", ""]
     lines = [
         [
             str(entry["id"]),

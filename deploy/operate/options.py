@@ -24,7 +24,7 @@ def rollback(add: Add) -> argparse.ArgumentParser:
         "Answers switch to the version first and stay there until `springtide follow`. Then the command counts the plan in the "
         "training log and prints it. If the version has learned any of the named clicks, the command is refused and suggests "
         "the newest version that has not. Nothing is deleted. With --mode fast the trainer replays the log without the masked "
-        "rows; later rows keep the windows they were written with. With --mode exact the stream rewinds too and reads its "
+        "examples; later examples keep the windows they were written with. With --mode exact the stream rewinds too and reads its "
         "clicks again without the named ones.",
     )
     target = command.add_mutually_exclusive_group()
@@ -70,8 +70,8 @@ def _skips(command: argparse.ArgumentParser) -> None:
         "--skip",
         action="append",
         default=[],
-        metavar="P:A-B",
-        help="exclude offsets A to B of partition P of the clicks topic; repeatable",
+        metavar="PARTITION:A-B",
+        help="exclude offsets A to B of a partition of the clicks topic; repeatable",
     )
     command.add_argument(
         "--skip-time",
@@ -85,16 +85,16 @@ def _skips(command: argparse.ArgumentParser) -> None:
         "--skip-pseudonym",
         action="append",
         default=[],
-        metavar="P",
-        help="exclude the user with pseudonym P, 16 hexadecimal digits as in `springtide jumps`; repeatable",
+        metavar="PSEUDONYM",
+        help="exclude the user with this pseudonym, 16 hexadecimal digits as in `springtide jumps`; repeatable",
     )
     for column in ("item", "category"):
         command.add_argument(
             f"--skip-{column}",
             action="append",
             default=[],
-            metavar="NAME=A..B",
-            help=f"exclude clicks on {column} NAME with times from A to before B, such as NAME=20m..now; repeatable",
+            metavar=f"{column.upper()}=A..B",
+            help=f"exclude clicks on this {column} with times from A to before B, such as NAME=20m..now; repeatable",
         )
     command.add_argument(
         "--minutes", type=positive, metavar="N", help="exclude the last N minutes: --skip-time Nm..now"
@@ -143,7 +143,7 @@ def erase(add: Add) -> argparse.ArgumentParser:
 
 def masks(add: Add) -> list[argparse.ArgumentParser]:
     """Adds `masks` and `unmask` and returns their parsers."""
-    listing = add("masks", "List the masks of rollbacks, with rows, users, actor and reason.")
+    listing = add("masks", "List the masks of rollbacks, with examples, users, actor and reason.")
     lifting = add(
         "unmask",
         "Remove masks, so that their clicks count again.",
@@ -196,7 +196,7 @@ def backups(add: Add) -> list[argparse.ArgumentParser]:
         "Back up the learned state to a directory or an object store, while the system runs.",
         "A backup is one consistent cut of versions, control with its history, masks, feature specs, programs, and the stream's "
         "histories with their positions. Backups are incremental. A backup contains personal data under pseudonyms. It does not "
-        "contain serving's rows, attributes and Kafka's data.",
+        "contain serving's row store, attributes and Kafka's data.",
     )
     keeping.add_argument("to", metavar="TO", help="directory, or object store such as s3://bucket/folder")
     keeping.add_argument(

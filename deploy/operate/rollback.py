@@ -221,15 +221,15 @@ class Plan:
         if self.exact is not None:
             reads = "abandon"
         if counted is None:
-            rows = f"at least {self.end} (Kafka does not answer: rows are not counted)"
+            rows = f"at least {self.end} (Kafka does not answer: examples are not counted)"
         else:
             duration = "the duration is unknown: no trainer answers"
             if self.replay_s is not None:
-                duration = f"about {age(self.replay_s)} at {self.rows_per_s:,.0f} rows/s"
-            rows = f"{self.end}: {counted.rows:,} rows in {counted.records:,} records, {duration}"
+                duration = f"about {age(self.replay_s)} at {self.rows_per_s:,.0f} examples/s"
+            rows = f"{self.end}: {counted.rows:,} examples in {counted.records:,} records, {duration}"
             if mask:
                 users = f"{len(counted.users):,} user{'' if len(counted.users) == 1 else 's'}"
-                masked = f": {counted.masked:,} rows; {users} affected by the new masks"
+                masked = f": {counted.masked:,} examples; {users} affected by the new masks"
         lines = [
             f"roll back to  version {self.to.version}, {age(self.age_s)} old",
             f"answers       {self.switch.as_text()}; {following}",
@@ -240,7 +240,7 @@ class Plan:
             return [*lines, *self.exact.lines()]
         if counted is not None and counted.after:
             lines.append(
-                f"windows       up to {counted.after:,} later rows of these users still count the masked clicks; "
+                f"windows       up to {counted.after:,} later examples of these users still count the masked clicks; "
                 "--mode exact recomputes them"
             )
         return lines

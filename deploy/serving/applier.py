@@ -149,7 +149,9 @@ class ExposureForwarder:
                     self._close()
                     say(f"exposures wait on the disk: {error}")
                     if removed := make_room(self._folder):
-                        _log.error("%d files of exposures were removed unsent: Kafka is away for too long", removed)
+                        _log.error(
+                            "%d files of exposures were removed unsent: Kafka was unreachable for too long", removed
+                        )
                     stop.wait(RETRY_S)
         finally:
             self._close()
@@ -460,7 +462,7 @@ class Applier:
             except (GapError, UnknownTopic, LogError) as error:
                 self.clicks.disconnect()
                 self.metrics.log_failures.inc()
-                say(f"{error}; serving goes on with the clicks it has, and tries again")
+                say(f"{error}; serving continues with the clicks it has, and tries again")
                 self._stop.wait(RETRY_S)
         self.clicks.disconnect()
 

@@ -57,6 +57,8 @@ KINDS = (
 """The kinds of anomalies that `state/statistics/anomalies.py` can find."""
 FETCH_S = 0.5
 RETRY_S = 1.0
+PAUSE_S = 0.5
+"""Between two polls: some large fetches cost less than many small ones, and a window lasts minutes."""
 RECORDS_AT_ONCE = 64
 LOOK_BACK_WINDOWS = 2
 KEPT_WINDOWS = 12
@@ -328,6 +330,7 @@ def run(settings: Settings, log: Log, registry: CollectorRegistry, stop: threadi
             try:
                 validation.step()
                 say.clear()
+                stop.wait(PAUSE_S)
             except (GapError, UnknownTopic, LogError, RegistryError, OSError) as error:
                 say(f"{of_disk(error)}; the validation tries again")
                 stop.wait(RETRY_S)

@@ -282,7 +282,7 @@ def full_parts(scrapes: Iterable[Scrape]) -> list[str]:
         for name, parts in by_kind.items():
             for part, value in scraped.by(f"springtide_storage_{name}", "part").items():
                 parts[part] = parts.get(part, 0.0) + value
-    waits = [f"{WAITS.get(part, part)} waits for room" for part, count in by_kind["waiting"].items() if count]
+    waits = [f"{WAITS.get(part, part)} waits for space" for part, count in by_kind["waiting"].items() if count]
     shares_used = {
         part: by_kind["used_bytes"].get(part, 0.0) / limit for part, limit in by_kind["limit_bytes"].items() if limit
     }

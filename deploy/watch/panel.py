@@ -62,12 +62,12 @@ def _happenings(snapshot: Snapshot, workers: int = 1) -> list[Sequence[str]]:
         (
             "micro-batches",
             rate(figures.microbatches_per_s),
-            f"{decimal(figures.microbatch_rows, 1)} rows each",
+            f"{decimal(figures.microbatch_rows, 1)} examples each",
             f"trainer {shown(figures.trainer_lag)} behind",
         ),
         (
             "training",
-            rate(figures.rows_per_s, "rows"),
+            rate(figures.rows_per_s),
             f"log loss {decimal(figures.log_loss)}, AUC {decimal(figures.auc)}",
             f"{rate(figures.steps_per_s, 'steps')}, top 1 {top1}",
         ),

@@ -140,17 +140,17 @@ def _holds(figures: Figures) -> Iterator[Problem]:
 def _of_figures(figures: Figures) -> Iterator[Problem]:
     yield from _of_processes(figures)
     for text in figures.full:
-        yield Problem("critical" if text.endswith("waits for room") else "warning", text, "the-disk-is-full")
+        yield Problem("critical" if text.endswith("waits for space") else "warning", text, "the-disk-is-full")
     if figures.faults:
         yield Problem("critical", "accounts do not balance", "accounts-do-not-balance")
     if figures.differing:
-        text = f"rows trained with other features: {shown(figures.differing)}"
+        text = f"examples trained with other features: {shown(figures.differing)}"
         yield Problem("critical", text, "answers-and-training-see-different-features", "answers")
     skipped = _share(figures.skipped_per_s, figures.rows_per_s)
     if figures.held:
         yield Problem("critical", "training is held by the guard", "training-is-held", "trainer")
     elif skipped > SKIPPED_SHARE:
-        yield Problem("warning", f"the guard skips {skipped:.0%} of the rows", "training-is-held", "trainer")
+        yield Problem("warning", f"the guard skips {skipped:.0%} of the examples", "training-is-held", "trainer")
     if figures.budget and figures.budget.spent:
         yield Problem(
             "critical", "training holds: the privacy budget is spent", "the-privacy-budget-is-spent", "trainer"

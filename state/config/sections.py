@@ -233,7 +233,7 @@ class Features:
         "events",
         least=0,
         most=4096,
-        help="Number of a user's latest events in each row, for a custom ranker; 0: none.",
+        help="Number of a user's latest events in each example, for a custom ranker; 0: none.",
     )
 
 
@@ -248,7 +248,7 @@ class Stream:
         most=60_000,
         help="Maximum time before a micro-batch is written; on a distributed runner, the time for which a source collects clicks.",
     )
-    cut_rows: int = setting(2048, "rows", least=1, most=65536, help="Number of rows at which a micro-batch is written.")
+    cut_rows: int = setting(2048, "rows", least=1, most=65536, help="Examples at which a micro-batch is written.")
     max_record_bytes: int = setting(
         900_000,
         "bytes",
@@ -377,7 +377,7 @@ class TrainerSettings:
         1,
         least=1,
         most=64,
-        help="Number of processes that train one model together. Each keeps the rows of a part of the users.",
+        help="Number of processes that train one model together. Each keeps the embedding rows of a part of the users.",
     )
     worker_addresses: tuple[str, ...] = setting(
         (),
@@ -393,7 +393,7 @@ class TrainerSettings:
         "rows",
         least=0,
         most=65536,
-        help="Rows of one update of all weights and rows, about: a micro-batch is learned in equal updates; 0: in one.",
+        help="Examples of one update, about: a micro-batch is learned in equal updates; 0: in one.",
     )
     item_ranking: str = setting(
         "counts",
@@ -415,16 +415,16 @@ class TrainerSettings:
         help="Interval between versions, up to five times as long under load; one version per `registry.durable_s` is durable.",
     )
     base_every_s: float = setting(600.0, "s", least=1.0, help="Interval between bases that the compactor writes.")
-    admit_after: int = setting(1, "sightings", least=1, help="Number of sightings of an id before it gets its own row.")
+    admit_after: int = setting(1, "sightings", least=1, help="Sightings of an id before it gets an embedding row.")
     expire_s: float = setting(
-        2_592_000.0, "s", least=1.0, help="Log time without a sighting after which a row expires."
+        2_592_000.0, "s", least=1.0, help="Log time without a sighting after which an embedding row expires."
     )
     max_rows: int = setting(
         2_000_000,
         "rows",
         least=16,
         most=2_000_000_000,
-        help="Maximum number of rows of a table; the least used rows are evicted first.",
+        help="Maximum number of embedding rows of a table; the least used ones are evicted first.",
     )
     max_crosses: int = setting(
         8_000_000,
@@ -434,7 +434,7 @@ class TrainerSettings:
         help="Maximum number of crosses; the least used crosses are evicted first.",
     )
     capacity: int = setting(
-        65536, "rows", least=16, most=2_000_000_000, help="Initial number of rows of a table, which grows as needed."
+        65536, "rows", least=16, most=2_000_000_000, help="Initial embedding rows of a table, which grows as needed."
     )
     guard_factor: float = setting(
         8.0,
@@ -455,7 +455,7 @@ class GuardSettings:
         "on", choices=("on", "off"), help="Whether the guard compares updates with earlier windows of log time."
     )
     window_s: float = setting(10.0, "s", least=0.1, most=86_400.0, help="Minimum log time of a window.")
-    window_rows: int = setting(1024, "rows", least=16, most=10_000_000, help="Minimum number of rows of a window.")
+    window_rows: int = setting(1024, "rows", least=16, most=10_000_000, help="Minimum number of examples of a window.")
     users: int = setting(
         20,
         least=1,
@@ -508,13 +508,13 @@ class PrivacySettings:
         help="Learning rate of the dense weights (Adam) if `privacy.epsilon` is set; replaces `model.dense_learning_rate`.",
     )
     unit: str = setting(
-        "user", choices=("user", "example"), help="Unit of privacy: all rows of a user, or a single row."
+        "user", choices=("user", "example"), help="Unit of privacy: all examples of a user, or a single one."
     )
     updates: int = setting(
         8,
         least=1,
         most=65_535,
-        help="Maximum number of updates of a period to which a user contributes. Later rows of the user are measured but not learned from. For unit `user` only.",
+        help="Maximum number of updates of a period to which a user contributes. Later examples of the user are measured but not learned from. For unit `user` only.",
     )
     period_s: float = setting(86_400.0, "s", least=1.0, help="Log time of a period. For unit `user` only.")
     periods: int = setting(
@@ -645,7 +645,7 @@ class ServingSettings:
         900.0,
         "s",
         least=0.0,
-        help="Retention of rows of older durable versions; rows of other versions are kept for 10 s.",
+        help="Retention of serving's embedding rows of older durable versions; those of other versions are kept for 10 s.",
     )
     per_category: int = setting(
         0,
@@ -717,7 +717,7 @@ class RetrainSettings:
         100_000,
         "rows",
         least=100,
-        help="Number of paired rows after which a retrained model that is not significantly better than the live model is dropped.",
+        help="Number of compared examples after which a retrained model that is not significantly better than the live model is dropped.",
     )
     rollout: str = setting(
         "off",
@@ -739,7 +739,7 @@ class StorageSettings:
     )
     memory_dir: str = setting(
         "/dev/shm",
-        help="Directory in memory for data that is overwritten constantly: serving rows, and histories, which a clean stop saves to disk. If it has too little space, the data is on disk; empty: always on disk.",
+        help="Directory in memory for data that is overwritten constantly: serving's row store, and histories, which a clean stop saves to disk. If it has too little space, the data is on disk; empty: always on disk.",
     )
 
 
@@ -773,9 +773,9 @@ class MetricsSettings:
 class Bootstrap:
     """The analysis of the first clicks, for the constants of the preprocessing."""
 
-    sample_rows: int = setting(50_000, "rows", least=1, help="Maximum number of rows that are analysed.")
-    min_rows: int = setting(2000, "rows", least=1, help="Number of rows that the analysis waits for.")
-    timeout_s: int = setting(120, "s", least=1, help="Maximum wait for these rows.")
+    sample_rows: int = setting(50_000, "rows", least=1, help="Maximum number of examples that are analysed.")
+    min_rows: int = setting(2000, "rows", least=1, help="Number of examples that the analysis waits for.")
+    timeout_s: int = setting(120, "s", least=1, help="Maximum wait for these examples.")
     shard_rows: int = setting(
         10_000,
         "rows",
@@ -795,7 +795,7 @@ class Validation:
         most=604_800,
         help="Length of a window of log time for statistics; 0: `springtide up` runs no validation.",
     )
-    min_rows: int = setting(1000, "rows", least=1, help="Minimum number of rows of a window that is judged.")
+    min_rows: int = setting(1000, "rows", least=1, help="Minimum number of examples of a window that is judged.")
 
 
 @dataclass(frozen=True)

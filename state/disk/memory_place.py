@@ -78,7 +78,7 @@ def lack(link: Path, memory: str, least_bytes: int | None = None) -> str:
     except OSError as error:
         return reason_of(error)
     return (
-        "" if room >= wanted else f"{memory} has room for {room / 1e6:,.0f} MB, and {wanted / 1e6:,.0f} MB are wanted"
+        "" if room >= wanted else f"{memory} has space for {room / 1e6:,.0f} MB, and {wanted / 1e6:,.0f} MB are wanted"
     )
 
 
@@ -222,12 +222,9 @@ def disk_kind(path: Path) -> str:
     return next((mounts[folder] for folder in (path, *path.parents) if folder in mounts), "")
 
 
-def is_in_memory(path: Path) -> bool:
-    """Whether a store is in memory; False if that is unknown."""
-    try:
-        return disk_kind(path) in IN_MEMORY
-    except OSError:
-        return False
+def is_in_memory(store: Path) -> bool:
+    """Whether a store is in memory, in a directory that `own` created for it."""
+    return store.resolve().parent.name.startswith(NAME)
 
 
 def _beside(link: Path) -> Path:

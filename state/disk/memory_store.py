@@ -187,10 +187,15 @@ def bring_back(link: Path) -> None:
 
 
 def _copy(store: Path, target: Path) -> None:
-    for name in (layout.DATA, layout.MARK):
-        # A store that release 0.1.0 left has no mark.
-        with suppress(FileNotFoundError):
-            shutil.copyfile(store / name, target / name)
+    """Copies the used pages of a store that no process writes, and its mark."""
+    try:
+        with lmdb.open(str(store), readonly=True, lock=False, create=False) as pages:
+            pages.copy(str(target))
+    except lmdb.Error as error:
+        raise OSError(getattr(error, "code", errno.EIO), str(error), str(store)) from error
+    # A store that release 0.1.0 left has no mark.
+    with suppress(FileNotFoundError):
+        shutil.copyfile(store / layout.MARK, target / layout.MARK)
 
 
 def _beside(link: Path, suffix: str) -> Path:

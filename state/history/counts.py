@@ -21,7 +21,7 @@ def advanced(counts: Mapping[str, int] | None, part: Range, holder: str) -> Coun
     if after["next"] != part.first:
         raise PositionConflict(
             f"{holder} has read {part.source} up to {after['next']}, and the batch begins at {part.first}",
-            "stop the second writer and start again: reading goes on from the stored position",
+            "stop the second writer and start again: reading continues at the stored position",
         )
     after["next"] = part.next
     for name, count in part.outcomes.items():

@@ -50,7 +50,7 @@ class Allowance:
 
 
 def parse_allowance(text: str) -> Allowance:
-    """Parses `P:A-B` or `TOPIC_ID:P:A-B`, both ends included; SettingsError if the text has another form."""
+    """Parses `PARTITION:A-B` or `TOPIC_ID:PARTITION:A-B`, both ends included; SettingsError if the text has another form."""
     match = _FORM.fullmatch(text.strip())
     if not match or int(match[3]) > int(match[4]):
         raise SettingsError(
@@ -231,8 +231,8 @@ def add_options(parser: argparse.ArgumentParser, records: bool = False) -> None:
         "--accept-gap",
         action="append",
         default=[],
-        metavar="[TOPIC_ID:]P:A-B",
-        help="continue although positions A to B of partition P were deleted before they were read; repeatable",
+        metavar="[TOPIC_ID:]PARTITION:A-B",
+        help="continue although positions A to B of the partition were deleted before they were read; repeatable",
     )
     parser.add_argument(
         "--accept-cut-back",
@@ -281,7 +281,7 @@ def take_options(argv: Sequence[str], actor: str, records: bool = False) -> tupl
         args, words = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
         raise SettingsError(
-            str(error), "write --accept-gap P:A-B or --skip-record OFFSET, and --reason TEXT"
+            str(error), "write --accept-gap PARTITION:A-B or --skip-record OFFSET, and --reason TEXT"
         ) from error
     skipped = args.skip_record if records else []
     named = {"--accept-gap": args.accept_gap, "--accept-cut-back": args.accept_cut_back, "--skip-record": skipped}

@@ -499,7 +499,7 @@ class _Repeating(threading.Thread):
         try:
             more = self._act()
         except (UnusablePlace, RegistryError, OSError) as error:
-            self._warn_once(f"{error}; it is tried again, and the registry here goes on as it is")
+            self._warn_once(f"{error}; this is tried again; this host keeps using its own registry")
             return RETRY_S
         self._warn_once.clear()
         return 0.0 if more else self._pause_s

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from state import layout
+from state.disk import memory_place
 
 if TYPE_CHECKING:
     from state.config.settings import Settings
@@ -62,8 +63,7 @@ def map_bytes(settings: Settings, part: str, store: str, folder: Path) -> int:
 
     `part` is `stream` or `serving`, `store` a name in `state/layout.py`, and `folder` the store's directory, if it exists.
     """
-    data = folder / layout.DATA
-    present_bytes = data.stat().st_size if data.exists() else 0
+    present_bytes = memory_place.size(folder)
     wanted = max(store_bytes(settings, part, store), int(present_bytes * _SLACK) + _SLACK_BYTES if present_bytes else 0)
     return -(-wanted // _PAGE) * _PAGE
 

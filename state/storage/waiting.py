@@ -95,11 +95,11 @@ class Room:
             self.waits = True
             self._metrics.waits.labels(self._part).inc()
             self._metrics.waiting.labels(self._part).inc()
-            self._say("%s waits for room: %s", activity, error)
+            self._say("%s waits for space: %s", activity, error)
 
     def found(self, activity: str) -> None:
         """Records that there is space; logs it if that is new."""
         if self.waits:
             self.waits = False
             self._metrics.waiting.labels(self._part).dec()
-            self._say("%s goes on: there is room again", activity)
+            self._say("%s continues: there is space again", activity)

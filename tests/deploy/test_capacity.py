@@ -105,7 +105,7 @@ def test_no_more_users_and_rows_are_counted_than_the_settings_keep() -> None:
     assert capped["host_histories_bytes"] == pytest.approx(500_000 * a_user)
     shares = {limit.name: limit.share for limit in capped.limits()}
     assert (shares["`history.max_users`, the stream"], shares["`history.max_users`, a host"]) == (20, 20)
-    assert shares["rows of one trainer, `trainer.max_rows`"] == 10
+    assert shares["embedding rows of one trainer, `trainer.max_rows`"] == 10
 
 
 def test_shares_divide_the_users_of_a_host_and_workers_the_rows_of_a_trainer() -> None:
@@ -147,7 +147,7 @@ def test_the_page_has_every_constant() -> None:
 
 
 def test_each_constant_names_a_bench_that_exists() -> None:
-    benches = {constant.bench.removeprefix("python -m ") for constant in CONSTANTS.values()}
+    benches = {constant.bench.removeprefix(".venv/bin/python -m ") for constant in CONSTANTS.values()}
     assert [bench for bench in benches if importlib.util.find_spec(bench) is None] == []
 
 

@@ -119,7 +119,7 @@ def test_answers_go_on_the_rest_waits_and_nothing_is_lost_or_doubled(
 
     def told() -> dict[str, Any] | None:
         found: dict[str, Any] = loop.springtide("status")
-        return found if any("waits for room" in words for words in found["figures"]["full"]) else None
+        return found if any("waits for space" in words for words in found["figures"]["full"]) else None
 
     with Filler(loop.settings.state_dir.parent):
         # Who waits first: publishing, the stream or Kafka. Without clicks there is nothing to publish.
@@ -153,7 +153,7 @@ def test_answers_go_on_the_rest_waits_and_nothing_is_lost_or_doubled(
     until(lambda: balanced(loop), "the accounts do not balance")
     assert {part: loop.pid(part) for part in LASTING} == before
     lines = loop.said()[said:].splitlines()
-    for beginning in ("Kafka waits for room: ", "Kafka goes on: "):
+    for beginning in ("Kafka waits for space: ", "Kafka continues: "):
         assert sum(line.startswith(beginning) for line in lines) == 1, lines
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -167,6 +168,21 @@ def test_the_example_passes_check_model_which_names_both_functions(capsys: pytes
         f"model.preprocessing '{OWN.preprocessing}': [B, 128] to [B, 256], lowers to LiteRT"
     )
     assert tower.startswith(f"model.tower '{OWN.tower}': [B, 352] to [B, 64]")
+
+
+@pytest.mark.nightly
+def test_what_the_guides_show_passes_check_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "my_package"
+    package.mkdir()
+    monkeypatch.chdir(tmp_path)
+    for page in ("own-tower", "own-ranker"):
+        text = (ROOT / "docs" / "how-to" / f"{page}.md").read_text()
+        blocks = dict(re.findall(r'^```python\n"""my_package/(\w+\.py): (.*?)^```$', text, re.MULTILINE | re.DOTALL))
+        for name, program in blocks.items():
+            (package / name).write_text(f'"""{program}')
+        (settings,) = re.findall(r"^```toml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+        (tmp_path / "springtide.toml").write_text(settings)
+        assert blocks and cli.main(["check-model", "--config", str(tmp_path / "springtide.toml")]) == 0
 
 
 BAD = """

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import argparse
 import ast
-import functools
-import json
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from deploy.command_line import OWN_HELP, PROCESSES, parser, with_times
+from deploy.command_line import OWN_HELP, parser, with_times
+from docs.generate import own_helps
 from state.config.loading import load
 from state.config.settings import KnownSetting, known_settings
 from state.config.sources import split_settings
@@ -55,33 +52,12 @@ def shown(program: str) -> Iterator[Shown]:
                     yield Shown(name(path), words, said)
 
 
-HELP = """
-import contextlib, importlib, io, json, sys
-helps = {}
-for module in sys.argv[1:]:
-    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
-        importlib.import_module(module).main(["--help"])
-    helps[module] = said.getvalue()
-print(json.dumps(helps))
-"""
-
-
-@functools.cache
-def own_helps() -> dict[str, str]:
-    """The help of each command with options of its own, by module; one process imports all of them."""
-    modules = [PROCESSES[name][0] for name in OWN_HELP]
-    done = subprocess.run([sys.executable, "-c", HELP, *modules], cwd=ROOT, capture_output=True, text=True, check=True)
-    found: dict[str, str] = json.loads(done.stdout)
-    assert all("usage:" in text for text in found.values()), found
-    return found
-
-
 def check(words: list[str]) -> None:
     """Refuses a line as `springtide` would, before anything starts."""
     flags, rest = split_settings(words)
     asked, unknown = parser().parse_known_args(with_times(rest))
     if asked.command in OWN_HELP:
-        options = set(re.findall(r"--?[a-z][a-z-]*", own_helps()[PROCESSES[asked.command][0]]))
+        options = set(re.findall(r"--?[a-z][a-z-]*", own_helps()[asked.command]))
         unknown = [word for word in unknown if word.startswith("-") and word.partition("=")[0] not in options]
     if unknown:
         raise SettingsError(f"unknown argument {unknown[0]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +18,12 @@ import pytest
 from docs.generate import PAGES
 from springtide_client import __version__
 from state.config.loading import load
+from state.config.sections import Events
+from state.errors import DecodeError
 from state.events.identity import Salt
 from state.events.parser import Parser
 from state.log import PartitionBatch
-from tests.laws.sources import ROOT, name
+from tests.laws.sources import ROOT, files, name, nodes
 
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 MOST_WORDS = 30
@@ -80,6 +84,17 @@ def test_sentences_are_short_and_their_words_are_plain(document: Path) -> None:
     assert [sentence for sentence in found if len(sentence.split()) > MOST_WORDS] == []
 
 
+def test_words_of_messages_are_plain() -> None:
+    banned, found = re.compile(rf"\b(?:{'|'.join(BANNED)})\b"), []
+    for path in files():
+        docstrings = {id(node.value) for node in nodes(path) if isinstance(node, ast.Expr)}
+        texts = (node for node in nodes(path) if isinstance(node, ast.Constant) and id(node) not in docstrings)
+        # `--from nothing` is an option.
+        words = ((node.lineno, str(node.value).replace("--from nothing", "")) for node in texts)
+        found += [(name(path), line, text) for line, text in words if " " in text and banned.search(text)]
+    assert found == []
+
+
 @pytest.mark.parametrize("document", [ROOT / "README.md", ROOT / "docs" / "your-clicks.md"], ids=name)
 def test_the_settings_of_an_own_topic_read_its_record_as_written(document: Path, tmp_path: Path) -> None:
     (settings,), (record,) = fenced(document.read_text(), "toml"), fenced(document.read_text(), "json")
@@ -91,6 +106,18 @@ def test_the_settings_of_an_own_topic_read_its_record_as_written(document: Path,
     parsed = Parser(events, Salt(b"s" * 32)).parse([batch])
     assert (len(parsed), parsed.dead) == (1, ())
     assert set(json.loads(record)) == {events.user, events.item, events.category, events.action, events.time}
+
+
+def test_the_decoder_of_the_guide_reads_a_click_in_an_envelope() -> None:
+    program = fenced((ROOT / "docs" / "how-to" / "own-decoder.md").read_text(), "python")[0]
+    names: dict[str, Any] = {}
+    exec(compile(program, "own-decoder.md", "exec"), names)
+    read = names["decode_nested"](Events(request="", context=("device",)))
+    event = read(b'{"payload": {"user": "ann", "item": "i1", "device": "tv"}}')
+    assert (event.user, event.item, event.category, event.context) == ("ann", "i1", None, ["tv"])
+    for bad in (b"[", b"{}", b'{"payload": 7}'):
+        with pytest.raises(DecodeError):
+            read(bad)
 
 
 @pytest.mark.parametrize("document", [path for path in DOCUMENTS if fenced(path.read_text(), "toml")], ids=name)

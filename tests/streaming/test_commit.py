@@ -220,12 +220,12 @@ def test_a_commit_waits_for_room_says_so_once_and_writes_its_micro_batches_once(
         shard.commits.check()
         assert shard.store.positions() == {ZERO: 1}
         assert (refused, len(transactions(shard.log)), gauge(shard, "waits")) == (2, 2, 1)
-        assert [one for one in caplog.messages if "the stream waits for room" in one] == caplog.messages
+        assert [one for one in caplog.messages if "the stream waits for space" in one] == caplog.messages
         full.unlink()
         shard.commits.flush()
         assert shard.store.positions() == {ZERO: 1 + ROWS}
         assert (transactions(shard.log), gauge(shard, "waiting")) == ([1, 1], 0)
-        assert caplog.messages[-1] == "the stream goes on: there is room again"
+        assert caplog.messages[-1] == "the stream continues: there is space again"
         assert len(caplog.messages) == 2
 
 

@@ -122,11 +122,11 @@ def test_the_trainer_learns_on_and_publishes_everything_once_there_is_space(
         run_to_end(running)
         assert (running.place.next, registry.versions()[-1]) == (undisturbed.place.next, before)
         warnings = [record.message for record in caplog.records if record.name == waiting.__name__]
-        assert warnings and all(message.startswith("publishing waits for room: ") for message in warnings)
+        assert warnings and all(message.startswith("publishing waits for space: ") for message in warnings)
         full.unlink()
         running.close()
         assert (waits(metrics), metrics.waits.labels("registry")._value.get()) == (0, 1)
-        assert caplog.messages[-1] == "publishing goes on: there is room again"
+        assert caplog.messages[-1] == "publishing continues: there is space again"
         # A new trainer has all of it from the registry alone.
         again = learner(Registry(registry.path), log)
         assert again.place.marks == undisturbed.place.marks

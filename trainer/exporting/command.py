@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         "--users",
         type=Path,
         metavar="FILE",
-        help="file with raw user ids, one per line: users whose rows the device file includes, or whom the SavedModel accepts by id",
+        help="file with raw user ids, one per line: users whose embedding rows the device file includes, or whom the SavedModel accepts by id",
     )
     parser.add_argument(
         "--items",
@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=MOST_ROWS,
         metavar="N",
-        help=f"number of most recently seen rows of every other table (default {MOST_ROWS})",
+        help=f"number of most recently seen embedding rows of every other table (default {MOST_ROWS})",
     )
     return parser
 

@@ -185,9 +185,9 @@ def load(registry: Registry, number: int, trainer: Trainer, spec: str, log: Log)
     batches = latest(log, version)
     if batches:
         ids, inputs = _replayed(trainer, batches)
-        return Compared(trainer, version, program, inputs, ids, f"{len(ids['user'])} rows of the training log")
+        return Compared(trainer, version, program, inputs, ids, f"{len(ids['user'])} examples of the training log")
     inputs = sample(trainer.model, ROWS)
-    return Compared(trainer, version, program, inputs, None, f"{ROWS} made-up rows, for the training log has none")
+    return Compared(trainer, version, program, inputs, None, f"{ROWS} synthetic examples: the training log has none")
 
 
 def export_saved_model(compared: Compared, folder: Path, say: Say, known: KnownAnswers | None = None) -> Path:
@@ -235,7 +235,7 @@ def export_device_file(
     counts = ", ".join(f"{len(chosen.ids):,} of {name}" for name, chosen in rows.items())
     say(f"device file  {path}, {len(content) / 1e6:.2f} MB, {quantize}; rows: {counts}")
     if compared.ids is None:
-        say("agreement    not taken: the training log has no rows to replay")
+        say("agreement    unknown: the training log has no examples to replay")
         return
     program = Program(content, device_file.DEVICE)
     device_inputs = device_file.device_inputs(ranker, rows, compared.ids, compared.inputs, list(compared.kept))
@@ -246,7 +246,7 @@ def export_device_file(
         for input_ in device_file.placed(ranker)
         if input_.ids == input_.table
     }
-    say("on board     " + ", ".join(f"{name} of {share.mean():.0%} of the rows" for name, share in aboard.items()))
+    say("on board     " + ", ".join(f"{name} of {share.mean():.0%} of the examples" for name, share in aboard.items()))
 
 
 def _median_us(
@@ -268,5 +268,5 @@ def _comparison(agreed: Agreement, compared: Compared, took_us: float) -> str:
     ours_us = _median_us(compared.program.predict, compared.inputs, compared.kept)
     return (
         f"agreement    {compared.of}: probabilities within {agreed.probability:.1g}, the same category first in {agreed.first:.1%}\n"
-        f"latency      {took_us:.0f} us a row alone, {ours_us:.0f} us by serving's program (median)"
+        f"latency      {took_us:.0f} us an example alone, {ours_us:.0f} us by serving's program (median)"
     )

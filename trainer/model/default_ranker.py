@@ -4,25 +4,23 @@ For a user u with recent categories c_1 .. c_L (newest first), a candidate c, an
 
     x(u)  = [ prepare(features), e_u, mean of e_{c_1..c_3}, mean of context rows ]
     v(u)  = tower(x)                                              the profile vector, `vector`
-    [ q(u) | q'(u) | b(u) ] = W v(u) + w + [ e_u | e_u | 0 ]      queries of interest and of engagement, the user's bias
+    [ q(u) | r(u) | bias(u) ] = W v(u) + w + [ e_u | e_u | 0 ]    queries of interest and of engagement, the user's bias
     z(u)  = clip(prepared features), without those of single categories
 
     interest:    p(c) = softmax over the candidates of s(c)
-      recent     s(c_j) = q . e_c + m . windows_j + net(windows_j, windows_1, z(u)) + b_j
-      popular    s(c)   = q . e_c + n_0 . next(c) + net'(next(c), z(u)) + b_rank
-      successor  s(c)   = q . e_c + n_1 . next(c) + net'(next(c), z(u)) + b_rank
-      any other  s(c)   = q . e_c + b
+      recent     s(c_j) = q . e_{c_j} + m . windows_j + net(windows_j, windows_1, z(u)) + b_j
+      popular    s(c)   = q . e_c + m_pop . next(c) + net_next(next(c), z(u)) + b_pop[rank of c]
+      successor  s(c)   = q . e_c + m_suc . next(c) + net_next(next(c), z(u)) + b_suc[rank of c]
+      any other  s(c)   = q . e_c + b_other
 
-    engagement:  P = sigmoid( prior(c_i) + q' . e_i + w_i . e_i + w_c . e_c + b(u) + sum of crosses )
-      prior(c_i) = a + b log p(c_i) of a category of the user, else d (q . e_c + b - log sum exp s)
+    engagement:  y(i) = sigmoid( prior(c_i) + r . e_i + d_item . e_i + d_cat . e_{c_i} + bias(u) + sum of crosses )
+      prior(c)   = a_1 + a_2 log p(c) for a recent category of the user, a_3 log p(c) for any other
 
-`next(c)` are logarithms of how often c came next after the user's newest category,
-over all users. Both nets have one hidden layer with ReLU and share the kernel of
-`z(u)`. Interest is scored over rows of categories, never over a fixed vocabulary: a
-category first seen a minute ago is a candidate like any other. Engagement reads the
-interest logits without dropout and changes none of their weights. In a log with
-labels, the initial prior of engagement ignores interest, because what was clicked is
-not what was shown.
+In `prior`, p(c) has one more candidate with s = 0. `next(c)` are logarithms of how often c came next after the user's
+newest category, over all users. Both nets have one hidden layer with ReLU and share the kernel of `z(u)`. Interest is
+scored over rows of categories, never over a fixed vocabulary: a category first seen a minute ago is a candidate like
+any other. Engagement reads the interest logits without dropout and changes none of their weights. In a log with
+labels, the initial prior of engagement ignores interest, because what was clicked is not what was shown.
 """
 
 from __future__ import annotations
@@ -168,7 +166,7 @@ class DefaultRanker(Ranker):
         return scores
 
     def item_query(self, encoded: Encoded) -> Tensor:
-        """See `Ranker`: q' + w_i."""
+        """See `Ranker`: r + d_item."""
         dim = self.settings.dim
         return tf.nn.bias_add(encoded.queries[:, dim : 2 * dim], self.dense["engagement.item"])
 
@@ -177,7 +175,7 @@ class DefaultRanker(Ranker):
         return log_losses(self.score(encoded, inputs), targets)
 
     def popular_logits(self, queries: Tensor, popular_rows: Tensor) -> Tensor:
-        """Logits q . e_c + b_rank of the popular categories, not masked, `[B, P]`."""
+        """Logits q . e_c + b_pop of the popular categories, not masked, `[B, P]`."""
         # Zeros for the rest of the queries, because the derivative of a slice would copy all of them.
         rows = tf.pad(popular_rows, [[0, 0], [0, self.settings.dim + 1]])
         return tf.nn.bias_add(tf.matmul(queries, rows, transpose_b=True), self.dense["interest.popular"])
@@ -195,7 +193,7 @@ class DefaultRanker(Ranker):
         return (vector, self.tower(x, True, seed)) if training else (vector,)
 
     def _queries(self, vector: Tensor, user_row: Tensor) -> Tensor:
-        """q, q' and b, concatenated, `[B, 2 dim + 1]`."""
+        """q, r and the bias, concatenated, `[B, 2 dim + 1]`."""
         user = tf.concat([user_row, user_row, tf.zeros_like(user_row[:, :1])], 1)
         return tf.nn.bias_add(tf.matmul(vector, self.dense["query.kernel"]), self.dense["query.bias"]) + user
 
@@ -212,7 +210,7 @@ class DefaultRanker(Ranker):
         return tf.nn.bias_add(tf.reshape(logits, [-1, slots]), self.dense["interest.position"])
 
     def _transition_logits(self, user_hidden: Tensor, counts: Tensor, kind: int) -> Tensor:
-        """Logits n . next(c) + net'(next(c), z) of `[B, k, N]` integers, `[B, k]`; `kind`: 0 popular, 1 successors."""
+        """Logits m . next(c) + net_next(next(c), z) of `[B, k, N]` integers, `[B, k]`; `kind`: 0 popular, 1 successors."""
         candidates, columns = counts.shape[1], len(COLUMNS)
         logs = tf.reshape(tf.math.log(counts + 1.0), [-1, columns]) * self.window_scaling.log_scale[-columns:]
         hidden = tf.reshape(tf.matmul(logs, self.dense["interest.next_0"]), [-1, candidates, NEXT_HIDDEN])

@@ -1,6 +1,6 @@
 """All tuned constants of the trainer that are not settings, in one frozen record that each version stores.
 
-Two versions are comparable only if these are equal. `docs/model/index.md` documents the origin of each number. For a
+Two versions are comparable only if these are equal. `docs/model/experiments.md` has the measurements. For a
 change of the formula itself, raise `MODEL_CODE`.
 """
 

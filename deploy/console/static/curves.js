@@ -5,11 +5,11 @@ import { NONE, clock, count, decimal, rate, span } from "./words.js";
 
 const HEIGHT = 150;
 const PLOTS = [
-  { title: "Traffic", of: ["stream", "trainer"], none: "no click was read and no row learned", told: rate, curves: { clicks: "events_per_s", learned: "rows_per_s" } },
+  { title: "Traffic", of: ["stream", "trainer"], none: "no click was read and no example learned", told: rate, curves: { clicks: "events_per_s", learned: "rows_per_s" } },
   { title: "Freshness", of: ["applier"], none: "serving does not know a click yet", told: span, curves: { features: "features_s", weights: "weights_s" } },
-  { title: "Log loss", of: ["trainer"], none: "the trainer has not scored a row yet", told: (value) => decimal(value), free: true, curves: { "log loss": "log_loss" } },
-  { title: "Ranking", of: ["trainer"], none: "the trainer has not scored a row yet", told: (value) => decimal(value), free: true, curves: { AUC: "auc", "top 1": "top1" } },
-  { title: "Lift over simple baselines", of: ["trainer"], none: "the trainer has not scored a row yet", told: (value) => (value === null || value === undefined ? NONE : `${(100 * value).toFixed(1)} pp`), free: true, curves: { "top 1": "lift_top1" } },
+  { title: "Log loss", of: ["trainer"], none: "the trainer has not scored an example yet", told: (value) => decimal(value), free: true, curves: { "log loss": "log_loss" } },
+  { title: "Ranking", of: ["trainer"], none: "the trainer has not scored an example yet", told: (value) => decimal(value), free: true, curves: { AUC: "auc", "top 1": "top1" } },
+  { title: "Lift over simple baselines", of: ["trainer"], none: "the trainer has not scored an example yet", told: (value) => (value === null || value === undefined ? NONE : `${(100 * value).toFixed(1)} pp`), free: true, curves: { "top 1": "lift_top1" } },
   { title: "Answers", of: ["worker"], none: "no profile was requested", told: rate, curves: { answers: "answers_per_s", failed: "failed_per_s" } },
   { title: "Time of an answer", of: ["worker"], none: "no profile was requested", told: span, curves: { median: "answer_p50_s", p99: "answer_p99_s" } },
   { title: "Behind", of: ["stream", "trainer", "applier"], none: "no position in the topics is known yet", told: count, curves: { clicks: "lag_events", trainer: "trainer_lag", serving: "serving_lag" } },
@@ -36,7 +36,7 @@ export function restarted(history) {
   const first = history.findLastIndex((one, place) => place && one.epoch !== history[place - 1].epoch);
   const began = first < 0 ? null : history[first];
   const recent = began && began.created_at_ms >= newest() - 1000 * wanted();
-  tell(at("restarted"), recent ? `Since ${clock(began.created_at_ms)} (${began.action}) log loss, ranking and lift are measured again from version ${began.base} on, and versions count on in epoch ${began.epoch}.` : "");
+  tell(at("restarted"), recent ? `Since ${clock(began.created_at_ms)} (${began.action}) log loss, ranking and lift are measured again from version ${began.base} on, and version numbers continue in epoch ${began.epoch}.` : "");
 }
 
 /** Marks moments of control: each with its time and a word. */

@@ -3,7 +3,7 @@
 import { at, table, tell } from "./dom.js";
 import { count, decimal, moment, percent } from "./words.js";
 
-const HEAD = [["experiment", ""], ["with", ""], ["rows", "number"], ["log loss", "number"], ["live", "number"], ["difference", "number"], ["it is", ""], ["reason", "text"]];
+const HEAD = [["experiment", ""], ["with", ""], ["examples", "number"], ["log loss", "number"], ["live", "number"], ["difference", "number"], ["it is", ""], ["reason", "text"]];
 const ARMS_HEAD = [["arm", ""], ["users", "number"], ["answers", "number"], ["engagements", "number"], ["per answer", "number"], ["failures", "number"]];
 const ARMS = ["trial", "live"];
 

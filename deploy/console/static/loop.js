@@ -21,12 +21,12 @@ const STAGES = [
   {
     name: "Micro-batches", key: "microbatches", processes: [], kafka: true, curve: "microbatches_per_s", well: (f) => (f.microbatches_per_s ? "in the log" : "none is written now"),
     known: (f) => f.trainer_lag, main: (f) => rate(f.microbatches_per_s),
-    facts: (f) => [["rows each", decimal(f.microbatch_rows, 1)], ["unread", count(f.trainer_lag)]],
+    facts: (f) => [["examples each", decimal(f.microbatch_rows, 1)], ["unread", count(f.trainer_lag)]],
   },
   {
     name: "Training", key: "trainer", processes: ["trainer"], curve: "rows_per_s",
-    well: (f) => [f.rows_per_s ? "learning" : "waits for rows", f.budget && `epsilon ${decimal(f.budget.left, 2)} of ${decimal(f.budget.epsilon, 2)} left`, workers(f)].filter(Boolean).join(", "),
-    known: (f) => f.trainer_lag, main: (f) => rate(f.rows_per_s, "rows"),
+    well: (f) => [f.rows_per_s ? "learning" : "waits for examples", f.budget && `epsilon ${decimal(f.budget.left, 2)} of ${decimal(f.budget.epsilon, 2)} left`, workers(f)].filter(Boolean).join(", "),
+    known: (f) => f.trainer_lag, main: (f) => rate(f.rows_per_s),
     facts: (f) => [["step", span(f.spreads.step_s?.p50)], ["log loss", decimal(f.log_loss)]],
   },
   {

@@ -57,7 +57,7 @@ function who(given) {
 /** Asks for the token; whoever reads with one may not steer with it. */
 export function askToken(told) {
   const field = h("label", {}, "Token", h("input", { name: "token", type: "password", autocomplete: "off", spellcheck: "false" }));
-  ask("Enter a token", told ?? "The token `operate` steers, `read` shows. It stays in this tab. Leave it empty to give it up.", [field], "Use it", async (given) => {
+  ask("Enter a token", told ?? "The token `operate` allows changes, the token `read` only reading. It stays in this tab. Leave the field empty to remove it.", [field], "Use it", async (given) => {
     const before = token();
     keepToken(given.token.trim());
     const found = await read("api/session");
@@ -79,7 +79,7 @@ function verb(name, title, told, more = {}) {
   });
 }
 
-export const pin = (version) => verb("pin", `Pin answers at version ${version}`, "Training goes on; answers stay at this version until they follow again.", { version });
+export const pin = (version) => verb("pin", `Pin answers at version ${version}`, "Training continues; answers stay at this version until they follow again.", { version });
 export const lift = (mask) => verb("unmask", `Lift mask ${mask}`, "New clicks count at once; what was left out comes back at the next exact rollback.", { masks: [mask] });
 
 /** Fills in a version to go back to. */
@@ -179,7 +179,7 @@ function facts({ plan }) {
   const turn = plan.answers;
   const answers = !turn.serves ? "nothing serves on this host" : turn.in_row_store ? "at once: the version is in the row store" : `after about ${turn.seconds.toFixed(1)} s`;
   const learn = plan.end_is_exact
-    ? `${count(plan.rows)} rows in ${count(plan.records)} records${plan.replay_s === null ? "" : `, about ${age(plan.replay_s)}`}`
+    ? `${count(plan.rows)} examples in ${count(plan.records)} records${plan.replay_s === null ? "" : `, about ${age(plan.replay_s)}`}`
     : "not counted: Kafka does not answer";
   const left = [...plan.mask.offsets.map(([, partition, first, last]) => `partition ${partition} offsets ${first}-${last - 1}`), ...plan.mask.times.map(([first, last]) => `${moment(first)} to ${moment(last)}`)];
   left.push(...(plan.mask.named ?? []).map(([column, name, first, last]) => `${column} ${name}, ${moment(first)} to ${moment(last)}`));
@@ -189,9 +189,9 @@ function facts({ plan }) {
     ["Go back to", `version ${plan.to}, ${age(plan.age_s)} old`],
     ["Answers", `switch ${answers}, then ${plan.then_follow ? "follow once it has caught up" : "stay there"}`],
     ["Learn again", learn],
-    ["Leave out", left.length ? `${left.join("; ")}: ${count(plan.masked ?? null)} rows of ${users(plan.users ?? null)}` : "nothing"],
+    ["Leave out", left.length ? `${left.join("; ")}: ${count(plan.masked ?? null)} examples of ${users(plan.users ?? null)}` : "nothing"],
   ];
-  if (plan.after) found.push(["Windows", `up to ${count(plan.after)} later rows still count the masked clicks; exact recomputes them`]);
+  if (plan.after) found.push(["Windows", `up to ${count(plan.after)} later examples still count the masked clicks; exact recomputes them`]);
   if (plan.exact) found.push(["Stream", `reads ${count(plan.exact.clicks)} positions again`]);
   found.push(["Figures", `log loss, ranking and lift return to those of version ${plan.to} and are measured again from there`]);
   return found.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]);

@@ -78,7 +78,7 @@ function act(name, version, does) {
   return h("button", { type: "button", class: "small", "data-act": `${name} ${version}`, "aria-label": `${name} ${name === "Pin" ? "answers at" : "to"} version ${version}`, onclick: () => does(version) }, name);
 }
 
-const MASKS = [["mask", "number"], ["leaves out", ""], ["rows", "number"], ["users", "number"], ["set", ""], ["by", ""], ["reason", "text"], [hidden("what can be done"), "acts"]];
+const MASKS = [["mask", "number"], ["leaves out", ""], ["examples", "number"], ["users", "number"], ["set", ""], ["by", ""], ["reason", "text"], [hidden("what can be done"), "acts"]];
 
 export function showMasks(masks, lift) {
   table(
@@ -92,7 +92,7 @@ export function showMasks(masks, lift) {
   );
 }
 
-const AUDIT = [["generation", "number"], ["at", ""], ["by", ""], ["action", ""], ["epoch", "number"], ["answers", ""], ["reason", "text"], ["what came of it", "text"]];
+const AUDIT = [["generation", "number"], ["at", ""], ["by", ""], ["action", ""], ["epoch", "number"], ["answers", ""], ["reason", "text"], ["outcome", "text"]];
 
 export function showAudit(history) {
   table(
@@ -111,6 +111,6 @@ function outcome(found) {
   const { planned, answered, learned } = found;
   const said = [answered ? `answers after ${answered.seconds.toFixed(1)} s` : "the time at which answers switched is unknown"];
   said.push(learned ? `caught up after ${age(learned.seconds)}` : "not caught up yet");
-  if (learned?.again) said.push(`${count(learned.again.rows)} rows read again${planned?.rows === undefined ? "" : ` (planned ${count(planned.rows)})`}`);
+  if (learned?.again) said.push(`${count(learned.again.rows)} examples read again${planned?.rows === undefined ? "" : ` (planned ${count(planned.rows)})`}`);
   return said.join("; ");
 }

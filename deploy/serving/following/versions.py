@@ -65,7 +65,7 @@ class Refusals:
         if (kind, version) not in self._again_ms:
             if isinstance(error, CorruptVersion):
                 self._metrics.corrupt_versions.inc()
-            _log.warning("%s; %s goes on answering", error, self.answering)
+            _log.warning("%s; %s continues to answer", error, self.answering)
         self._again_ms[kind, version] = self._now_ms() + RETRY_MS
         if len(self._again_ms) > REMEMBERED:
             # The version that was refused first.

@@ -57,7 +57,7 @@ def test_what_the_guard_holds_is_shown_and_gone_back_from_without_its_clicks(
         go = page.locator("#go")
         expect(go).to_contain_text("version 3")
         expect(go).to_contain_text("fast: the trainer learns again")
-        expect(go).to_contain_text("partition 1 offsets 400-479: 80 rows")
+        expect(go).to_contain_text("partition 1 offsets 400-479: 80 examples")
         go.get_by_label("Type 3 to confirm").fill("3")
         go.get_by_label("Reason").fill("a flood")
         go.get_by_role("button", name="Roll back").click()

@@ -167,7 +167,7 @@ def test_one_that_is_better_is_promoted(shop: Shop) -> None:
     assert (promoted.stage, promoted.promoted_epoch) == ("promoted", 2)
     assert (shop.known.outcome, shop.known.judged_at_ms) == ("promoted", shop.now_ms)
     word, text = shop.told()
-    assert word == "PROMOTED" and "over 4,000 rows" in text and text.endswith("the next one begins in 3 h 59 min")
+    assert word == "PROMOTED" and "over 4,000 examples" in text and text.endswith("the next one begins in 3 h 59 min")
     assert 'springtide_retrain_outcome{outcome="promoted"} 1.0' in shop.metrics()
 
 
@@ -177,7 +177,7 @@ def test_one_that_is_better_is_promoted(shop: Shop) -> None:
         (0.5, 4000, 60_000, "dropped", "worse: +0."),
         (0.0, 4000, 60_000, "dropped", "no better: "),
         (0.0, 400, 25 * HOUR_MS, "dropped", "no better after 1 d 1 h: "),
-        (None, 0, 25 * HOUR_MS, "failed", "no row could be compared after 1 d 1 h"),
+        (None, 0, 25 * HOUR_MS, "failed", "no example could be compared after 1 d 1 h"),
     ],
 )
 def test_one_that_is_not_is_dropped_with_the_reason(

@@ -174,9 +174,9 @@ def test_rollback_tells_its_plan_and_creates_the_epoch(operator: Operator) -> No
     words = ("rollback", "--to", "3", "--skip", "1:360-399", "--follow-when-caught-up")
     printed = operator(*words, "--reason", "poison")
     assert re.search(r"version 3, 7 min 0 s old", printed) and "follow once the trainer has caught up" in printed
-    assert "offsets 30 to 64: 340 rows in 17 records" in printed
-    assert "partition 1 offsets 360-399: 40 rows" in printed
-    assert "later rows of these users still count" in printed
+    assert "offsets 30 to 64: 340 examples in 17 records" in printed
+    assert "partition 1 offsets 360-399: 40 examples" in printed
+    assert "later examples of these users still count" in printed
     control = newest(operator)
     assert (control.epoch, control.base, control.serving.version, control.reason) == (2, 3, 3, "poison")
     assert control.mask.offsets == ((42, 1, 360, 400),) and control.serving.then_follow

@@ -289,7 +289,7 @@ def test_a_corrupt_version_is_not_served_and_a_newer_base_goes_past_it(
             world.settle()
             world.clock.now_ms += 700
     check(world, good)
-    assert len(caplog.records) == 1 and f"version {good} goes on answering" in caplog.text
+    assert len(caplog.records) == 1 and f"version {good} continues to answer" in caplog.text
     assert world.metrics.corrupt_versions._value.get() == 1
     world.compact(after)
     world.clock.now_ms += 2_000

@@ -98,7 +98,7 @@ def test_clicks_and_attributes_wait_for_space_and_then_nothing_is_missing(
             tries = caplog.text.count(f"following {log}")
             until(lambda: caplog.text.count(f"following {log}") > tries)
             assert metric("waits_total") == 2
-            assert caplog.text.count(f"{CLICKS} waits for room") == 1
+            assert caplog.text.count(f"{CLICKS} waits for space") == 1
             filler.unlink()
             second = world.publish({2: 2.0}).version
             until(lambda: answers(second))

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from deploy import sections
 from deploy.serving.applier import HostRows
 from state.config.settings import Settings
+from state.disk import lmdb_store
 from state.disk import memory_place as place
 from state.errors import StoreFull
 from state.layout import ROWS
@@ -28,8 +29,9 @@ MANY = dict.fromkeys(range(60000), 1.0)
 @pytest.fixture
 def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
     """Memory with room for some versions."""
-    with small_disk(tmp_path / "memory", "8m") as disk:
+    with small_disk(tmp_path / "memory", "16m") as disk:
         monkeypatch.setattr(place, "LEAST_BYTES", MIB)
+        monkeypatch.setattr(lmdb_store, "RESERVE_BYTES", 2 * MIB)
         yield disk
 
 
@@ -104,7 +106,7 @@ def test_where_memory_is_too_small_at_the_start_log_and_status_say_so(
     # As Docker gives it.
     with small_disk(tmp_path / "memory", "64m") as disk:
         rows, settings = opened(tmp_path)
-        why = f"{disk.path} has room for 67 MB, and 268 MB are wanted"
+        why = f"{disk.path} has space for 67 MB, and 268 MB are wanted"
         assert caplog.text.count(why) == 1
         shown = sections.row_store(settings)
         assert shown is not None and shown["why"] == why

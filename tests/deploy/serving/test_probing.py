@@ -59,7 +59,7 @@ def test_a_version_that_answers_otherwise_is_refused_and_named(
     with caplog.at_level(logging.WARNING):
         assert host.settle() == good and host.settle() == good
     (said,) = [one.getMessage() for one in caplog.records]
-    assert f"version {bad} answers otherwise than its trainer" in said and f"version {good} goes on answering" in said
+    assert f"version {bad} answers otherwise than its trainer" in said and f"version {good} continues to answer" in said
     assert (host.metrics.failed_probes._value.get(), host.metrics.refused_version._value.get()) == (1, bad)
     host.restart()
     assert host.settle() == good and host.metrics.failed_probes._value.get() == 1

@@ -85,12 +85,12 @@ def test_a_broker_whose_disk_is_full_waits_for_room_and_is_not_tried_before(tmp_
                 now[0] += 2.0
                 kafka.poll()
             assert (starts(), waiting(), len(lines)) == (0, 1, 2)
-            assert lines[1].startswith("Kafka waits for room: Kafka was not started: ") and "0 MB free" in lines[1]
+            assert lines[1].startswith("Kafka waits for space: Kafka was not started: ") and "0 MB free" in lines[1]
             full.unlink()
             now[0] += 2.0
             kafka.poll()
             assert (starts(), waiting(), len(lines)) == (1, 0, 3)
-            assert lines[2] == "Kafka goes on: there is room again"
+            assert lines[2] == "Kafka continues: there is space again"
             assert listens(settings.kafka.port)
         finally:
             kafka.stop(20.0)

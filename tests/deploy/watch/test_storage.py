@@ -77,7 +77,7 @@ def test_a_part_that_waits_is_an_alert_until_there_is_room() -> None:
 
     assert fires() == (set(), [])
     room.refused(OSError(28, "No space left on device"), "publishing")
-    assert fires() == ({"registry"}, ["publishing waits for room"])
+    assert fires() == ({"registry"}, ["publishing waits for space"])
     room.found("publishing")
     assert fires() == (set(), [])
 

@@ -187,13 +187,13 @@ def test_an_operator_finds_a_flood_on_the_page_rolls_back_without_it_and_follows
     press_until(page, "Tab", item.get_by_role("button", name=re.compile("Plan without this item")))
     page.keyboard.press("Enter")
     expect(page.locator("#go h3")).to_be_focused()
-    expect(page.locator("#go")).to_contain_text(re.compile(f"item flooded, .* to .*: {FLOOD} rows of 1 user"))
+    expect(page.locator("#go")).to_contain_text(re.compile(f"item flooded, .* to .*: {FLOOD} examples of 1 user"))
     go_to(page, "Cause")
     press_until(page, "Tab", plan)
     page.keyboard.press("Enter")
     expect(page.locator("#go h3")).to_be_focused()
     expect(page.locator("#go")).to_contain_text("fast: the trainer learns again")
-    expect(page.locator("#go")).to_contain_text(f"all clicks of 1 user: {FLOOD} rows of 1 user")
+    expect(page.locator("#go")).to_contain_text(f"all clicks of 1 user: {FLOOD} examples of 1 user")
     assert len(loop.springtide("history", "--all")) == decided
     good = re.findall(r"Type (\d+) to confirm", page.locator("#go").inner_text())[0]
     # 4. Confirmed by its number, with a reason and a name.

@@ -76,7 +76,7 @@ def turn_back(terminal: Terminal, section: Section, user: str) -> str:
     answer = loop.answer_trained_on(user, ends, led_by(HONEST), counting("purchase.count_1h", 5))
     assert POISON not in labels(answer)
     happened = re.findall(r"^generation \d+: .*$", terminal.type("springtide history"), re.MULTILINE)[-1]
-    assert re.search(r"answers after .* caught up after .* (rows|clicks) read again", happened)
+    assert re.search(r"answers after .* caught up after .* (examples|clicks) read again", happened)
     print(f"{section.title}: {said}\nthe command took {answered_s:.2f} s, answers followed after {followed_s:.1f} s")
     print(happened)
     return span
@@ -162,7 +162,7 @@ def a_clock_is_wrong(terminal: Terminal, section: Section) -> None:
     terminal.type(status)
     source, end = max(terminal.loop.ends().items(), key=lambda one: one[1])
     place = f"{source.rpartition(':')[2]}:{end - 9}-{end - 2}"
-    assert "nothing was changed" in terminal.type(back, **{"P:A-B": place})
+    assert "nothing was changed" in terminal.type(back, **{"PARTITION:A-B": place})
 
 
 def live_clicks_have_changed(terminal: Terminal, section: Section) -> None:

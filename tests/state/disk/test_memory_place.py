@@ -76,9 +76,9 @@ def test_without_memory_or_with_too_little_the_rows_lie_on_the_disk_and_say_why(
     if kind not in place.IN_MEMORY:
         assert choose(link, str(ordinary), MIB).why == f"{ordinary} is not in memory"
     small = choose(link, str(memory.path))
-    assert small.why == f"{memory.path} has room for 34 MB, and 268 MB are wanted"
+    assert small.why == f"{memory.path} has space for 34 MB, and 268 MB are wanted"
     memory.fill()
-    assert "has room for 0 MB" in choose(link, str(memory.path), MIB).why
+    assert "has space for 0 MB" in choose(link, str(memory.path), MIB).why
     settle(link, small)
     stored(small)
     assert not small.in_memory or kind in place.IN_MEMORY
@@ -92,7 +92,7 @@ def test_a_store_that_outgrew_its_memory_goes_to_the_disk_at_the_next_start(link
     moved = choose(link, str(memory.path), MIB)
     settle(link, moved)
     assert moved.path == link.with_name("rows.disk")
-    assert moved.why == f"{memory.path} has room for 34 MB, and 39 MB are wanted"
+    assert moved.why == f"{memory.path} has space for 34 MB, and 39 MB are wanted"
     assert not in_memory.path.parent.exists()
 
 

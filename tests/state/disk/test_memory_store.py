@@ -239,7 +239,7 @@ def test_with_too_little_memory_or_none_wanted_it_stays_on_the_disk_and_says_why
     store.close()
     filler = memory.fill()
     full = enter(link, str(memory.path))
-    assert full.why == f"{memory.path} has room for 0 MB, and 1 MB are wanted" and not full.in_memory
+    assert full.why == f"{memory.path} has space for 0 MB, and 1 MB are wanted" and not full.in_memory
     filler.unlink()
     assert enter(link, "") == memory_place.Place(link, False)
     assert held(memory) == []

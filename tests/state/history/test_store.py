@@ -291,7 +291,7 @@ def test_on_the_disk_the_log_says_why_where_nobody_asked_for_it(
     store = open_history_store(settings, STREAM, settings.stream_dir)
     assert not store.in_memory
     store.close()
-    why = f"{memory.path} has room for 0 MB, and 1 MB are wanted. Each page that a click changes is written there"
+    why = f"{memory.path} has space for 0 MB, and 1 MB are wanted. Each page that a click changes is written there"
     assert caplog.text.count(why) == wanted == bool(caplog.text)
 
 

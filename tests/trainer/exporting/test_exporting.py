@@ -68,7 +68,7 @@ def said(call: Callable[[exporting.Say], object]) -> str:
 
 def test_the_sample_is_of_rows_that_the_version_learned(stocked: Stocked) -> None:
     of = stocked.of
-    assert of.ids is not None and of.of == "256 rows of the training log"
+    assert of.ids is not None and of.of == "256 examples of the training log"
     assert all(len(value) == 256 for name, value in of.inputs.items() if name not in of.kept)
     assert set(of.inputs) == set(of.trainer.model.specs()) and list(of.kept) == ["popular_rows"]
     rows = of.trainer.tables["user"].state()
@@ -145,7 +145,9 @@ def test_a_devices_file_has_rows_by_place_and_says_how_far_it_is_off(stocked: St
         told = said(
             lambda say, path=path, quantize=quantize: exporting.export_device_file(of, path, users, 1000, quantize, say)
         )
-        assert f"{quantize}; rows: " in told and f"{len(users)} of user" in told and "user of 100% of the rows" in told
+        assert (
+            f"{quantize}; rows: " in told and f"{len(users)} of user" in told and "user of 100% of the examples" in told
+        )
         sizes[quantize], rows = path.stat().st_size, choose(of.trainer, users, 1000)
         asked = device_file.device_inputs(of.trainer.model, rows, of.ids, of.inputs, list(of.kept))
         found = Program(path.read_bytes(), device_file.DEVICE).predict(asked)
