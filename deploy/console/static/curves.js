@@ -81,10 +81,13 @@ function drawMarks(u) {
   ctx.restore();
 }
 
+/** Whether a curve has one value only, which no line can show. */
+const isSingle = (u, place) => u.data[place].filter((value) => value !== null && value !== undefined).length === 1;
+
 function options(plot, width) {
   const axis = { stroke: color("--quiet"), grid: { stroke: color("--line"), width: 1 }, ticks: { show: false }, font: "11px system-ui" };
   const lines = Object.keys(plot.curves).map((label, place) => ({
-    label, stroke: color(`--curve-${place + 1}`), width: 1.75, points: { show: false }, dash: place === 1 ? [6, 3] : place === 2 ? [2, 3] : undefined,
+    label, stroke: color(`--curve-${place + 1}`), width: 1.75, points: { show: isSingle, size: 6 }, dash: place === 1 ? [6, 3] : place === 2 ? [2, 3] : undefined,
     value: (_, value) => plot.told(value),
   }));
   return {

@@ -224,7 +224,7 @@ class HostWriter:
     def __init__(self, settings: Settings) -> None:
         folder = settings.serving_dir
         folder.mkdir(parents=True, exist_ok=True)
-        self.rows, self.histories = RowStore(folder / ROWS, MAP), HistoryStore(folder / HISTORIES, map_bytes=MAP)
+        self.rows, self.histories = RowStore(folder / ROWS, 8 * MAP), HistoryStore(folder / HISTORIES, map_bytes=MAP)
         self.metrics = ApplierMetrics(CollectorRegistry())
         self.events = {user: clicks([]) for user in USERS}
         self._settings, self._closed = settings, False
