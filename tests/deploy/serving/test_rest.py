@@ -230,6 +230,7 @@ def test_a_worker_that_ends_or_is_killed_is_replaced_and_the_other_goes_on(store
     """Real processes on one socket: an end in order under fire costs no request, a kill costs no worker but its own."""
     port = free_port()
     with worker(stores, port, workers=2, drain_s="3") as process:
+        until(lambda: answers(port, "/readyz"))
         until(lambda: counted(port, STARTS) == 2)
         # Both of them: either takes a connection while it still prepares itself.
         until(lambda: all(answers(port, "/readyz") for _ in range(OTHERS)))
