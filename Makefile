@@ -112,10 +112,10 @@ venv:
 
 # Next to .venv/packages: no package is in both files of constraints.
 .venv/dev: constraints-dev.txt | venv
-	@echo "packages     of tests and checks"
+	@echo "tests        packages of tests and checks, meanwhile"
 	@begin=$$SECONDS; \
-	$(INSTALL) -r constraints-dev.txt | $(PROGRESS); \
-	echo "packages     ready after $$((SECONDS - begin)) s"
+	$(INSTALL) -r constraints-dev.txt | $(subst packages,tests   ,$(PROGRESS)); \
+	echo "tests        ready after $$((SECONDS - begin)) s"
 	@touch $@
 
 .venv/ready-dev: .venv/ready .venv/dev
