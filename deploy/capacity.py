@@ -342,8 +342,8 @@ def page() -> str:
         about = [number(example.clicks), number(example.users), shares or "all", str(workers)]
         sizes = [f"{order.cores:,g}", number(order.memory_bytes / 1e9), number(order.disk_bytes / 1e9)]
         loads.append([*about, f"{example.standbys:g}", number(example.answers), stream, *sizes, str(sizing["hosts"])])
-        found = {limit.name: f"{limit.share:.0%}" for limit in sizing.limits()}
-        limits.append([*about, _start(sizing), *(found[name] for name in NAMED)])
+        share_of = {limit.name: f"{limit.share:.0%}" for limit in sizing.limits()}
+        limits.append([*about, _start(sizing), *(share_of[name] for name in NAMED)])
     about = ["clicks/s", "users", "`serving.shares`", "`trainer.workers`"]
     head = [*about, "standbys", "answers/s", "stream", "cores", "memory, GB", "disk, GB", "hosts"]
     formulas = [[f"`{name}`", f"`{formula}`"] for name, formula in DATA.formulas.items()]

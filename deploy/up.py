@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
 from typing import NamedTuple
 
 from deploy.startup.checks import require_python
@@ -44,26 +42,6 @@ synthetic shoppers. A second run resumes where the last one stopped.
                                   new epoch; without it such settings are refused, with what would be kept
   --section.name VALUE            any setting; `springtide config` lists them
 """
-
-
-class Signals:
-    """Counts SIGINT, SIGTERM and SIGHUP: the first asks to stop, the second to stop at once."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._take)
-
-    def _take(self, number: int, frame: FrameType | None) -> None:
-        self.count += 1
-
-    def stop(self) -> bool:
-        """Returns whether to stop."""
-        return self.count > 0
-
-    def hurry(self) -> bool:
-        """Returns whether to stop at once."""
-        return self.count > 1
 
 
 class AcceptedLosses(NamedTuple):
@@ -116,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from deploy.startup.steps import Startup
         from deploy.watch.panel import Screen
         from state.config.loading import load
+        from state.process.ending import Signals
         from state.process.private_files import keep_private
         from state.segments.expression import segments_of
 
@@ -129,8 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Before anything starts, check the segment expressions, and that the settings can load the newest version.
         segments_of(settings)
         upgrade_or_refuse(settings, upgrade, functools.partial(print, flush=True))
-        signals = Signals()
-        return Startup(settings, shoppers, Screen(), signals.stop, signals.hurry, accepted, others).run()
+        return Startup(settings, shoppers, Screen(), Signals(), accepted, others).run()
     except SpringtideError as error:
         print(f"springtide: {error}", file=sys.stderr, flush=True)
         return error.exit_code

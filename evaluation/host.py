@@ -73,7 +73,7 @@ class ServingHost:
 
     def follow(self) -> None:
         """Lets the worker's candidate sources read everything new."""
-        while self.sources.turn():
+        while self.sources.read_more():
             pass
 
     def serve(self, tensors: Mapping[str, Any], whole: bool = False) -> None:

@@ -317,6 +317,12 @@ def of_disk(problem: SpringtideError | OSError) -> SpringtideError:
     return UnusableDisk(reason_of(problem), "free space or correct its access rights, and start again")
 
 
+def first_line(problem: BaseException) -> str:
+    """The first line of an exception's message; its class name if there is no message."""
+    text = str(problem).strip()
+    return text.splitlines()[0] if text else type(problem).__name__
+
+
 def reason_of(problem: OSError) -> str:
     """File and reason of an operating system's error, in one line."""
     reason = problem.strerror or str(problem) or type(problem).__name__

@@ -170,7 +170,10 @@ class JobManager:
                 "start one with `springtide flink up`, or correct flink.rest_port",
             )
         if status >= 300:
-            raise FlinkFailed(f"the JobManager at {self.url} refuses {path} with {status}: {_first(answer)}")
+            raise FlinkFailed(
+                f"the JobManager at {self.url} refuses {path} with {status}: {_first(answer)}",
+                "see its log for the cause",
+            )
         return json.loads(answer or "{}")
 
 

@@ -191,6 +191,6 @@ class Join:
 
     def _show(self) -> None:
         for follower in self._followers:
-            for outcome, count in follower.place.counts.items():
+            for outcome, count in follower.position.counts.items():
                 self._metrics.attribute_records.labels(follower.side, outcome).set(count)
             self._metrics.attributes_known.labels(follower.side).set(self._store.count(follower.side))

@@ -82,6 +82,7 @@ from streaming.steps import Handle, ParseEvents, Step, opened
 POLL_S = 0.2
 PROGRESS_S = 2.0
 COMPRESSION = "gzip"
+SHARD_ROWS = 10_000  # of a file of examples, about
 Say = Callable[[str], None]
 logger = logging.getLogger(__name__)
 
@@ -346,7 +347,7 @@ def build(pipeline: beam.Pipeline, handle: Handle[Sample], wanted: Wanted, outpu
         list_categories(categories, output / "categories")
     if wanted.examples is not None:
         # `_describe` completes the directory.
-        shards = math.ceil(settings.bootstrap.sample_rows / settings.bootstrap.shard_rows)
+        shards = math.ceil(settings.bootstrap.sample_rows / SHARD_ROWS)
         target, suffix = str(wanted.examples / PREFIX), SUFFIXES[COMPRESSION]
         (
             rows

@@ -141,7 +141,7 @@ class StreamSweep:
         metrics, sweeper = self._metrics, self._sweeper
         assert sweeper is not None
         try:
-            removed = sweeper.look(self.log_time_ms)
+            removed = sweeper.sweep(self.log_time_ms)
         except (StoreFull, UnusableDisk) as error:
             logger.warning("histories are not swept: %s", error)
             return

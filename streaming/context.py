@@ -183,7 +183,7 @@ def open_stream(
         erased = desired.mask.erased
         join = open_join(settings, salt, metrics, stack, control.compaction_is_due(store, erased, now_ms))
         # 6.
-        writer.skip_letters(roll_back_histories(log, settings, spec, store, desired))
+        writer.skip_dead_letters(roll_back_histories(log, settings, spec, store, desired))
         watch.open_again_in(control.apply_erasures(store, settings.registry_dir, erased, now_ms))
         # 7.
         job = replace(open_job(settings, store, salt, clicks.topic_id, desired.mask), join=join)
@@ -284,7 +284,7 @@ def open_join(
     if not tables:
         return None
     folder = settings.stream_dir / ATTRIBUTES
-    store = AttributeStore.open_anew(folder, map_bytes(settings, STREAM, ATTRIBUTES, folder))
+    store = AttributeStore.open_or_rebuild(folder, map_bytes(settings, STREAM, ATTRIBUTES, folder))
     reports = reports or (lambda topic: report_to(settings.kafka, metrics))
     topics = {"user": wanted.user_topic, "item": wanted.item_topic}
     followers = [

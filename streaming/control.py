@@ -29,9 +29,10 @@ from state.features.erased import Erased
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
 from state.history.rewind import Before
-from state.history.rewinding import rewind
+from state.history.rewinding import LogToRead, rewind
 from state.history.store import HistoryStore
 from state.log import Log, Reader
+from state.log.topic_plan import TRAINING_PARTITION
 from state.microbatch.batch import trim
 from state.positions import Source
 from state.process import killpoints
@@ -43,7 +44,6 @@ from streaming.event_clock import PREFIX, EventClock
 
 POLL_S = 0.1
 LETTERS = "letters"  # name of the store's extra
-PARTITION = 0
 logger = logging.getLogger(__name__)
 
 
@@ -105,7 +105,7 @@ class ControlWatch:
         return Desired(self._own) if control is None else Desired(control.log, control.mask)
 
 
-def written_letters(store: HistoryStore) -> dict[Source, int]:
+def written_dead_letters(store: HistoryStore) -> dict[Source, int]:
     """By source, the offset below which each dead letter is already in its topic; set if the stream was rolled back."""
     return {Source.parse(source): int(after) for source, after in json.loads(store.extra(LETTERS) or b"{}").items()}
 
@@ -129,7 +129,7 @@ def clocks_after(before: Before, own: Collection[Source]) -> dict[str, bytes | N
 def roll_back_histories(
     log: Log, settings: Settings, spec: FeatureSpec, store: HistoryStore, desired: Desired
 ) -> dict[Source, int]:
-    """Rolls `store` back to the desired branch; returns `written_letters`.
+    """Rolls `store` back to the desired branch; returns `written_dead_letters`.
 
     Raises:
         GapError: The training log no longer reaches back to the branch point.
@@ -138,7 +138,7 @@ def roll_back_histories(
     """
     killpoints.reach("stream.fenced")
     positions = store.positions()
-    written = written_letters(store)
+    written = written_dead_letters(store)
     written |= {source: max(after, written.get(source, 0)) for source, after in positions.items()}
     letters = {LETTERS: json.dumps({str(source): after for source, after in written.items()}).encode()}
 
@@ -146,12 +146,13 @@ def roll_back_histories(
         return {**letters, **clocks_after(before, positions.keys())}
 
     def open_at(offset: int) -> Reader:
-        return log.reader(settings.kafka.microbatches_topic, [PARTITION], {PARTITION: offset})
+        return log.reader(settings.kafka.microbatches_topic, [TRAINING_PARTITION], {TRAINING_PARTITION: offset})
 
-    result = rewind(store, desired.branch, open_at, PARTITION, spec.reach_ms(settings.events), extra=extra, timed=True)
+    training_log = LogToRead(open_at, spec.reach_ms(settings.events))
+    result = rewind(store, desired.branch, training_log, extra=extra, timed=True)
     if result is not None:
         logger.info("epoch %d of the training log: %s", desired.log_epoch, result)
-    return written_letters(store)
+    return written_dead_letters(store)
 
 
 def report_erasures(registry: Path, applied: ErasureReport, warn: Callable[[str], None]) -> bool:

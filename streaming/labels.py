@@ -279,6 +279,29 @@ class Segments(NamedTuple):
     move_ms: I64
 
 
+@layout("i8[::1], i8[::1], i8[::1]")
+class Order(NamedTuple):
+    """The order in which `_attribute` processes segments of r partitions.
+
+    Attributes:
+        events: `[n]` int64, the events by segment, those of a segment in order.
+        begins: `[r + 1]` int64, the place in `events` of each segment's first event, and the end.
+        moves: `[r + 1]` int64, each segment's first move of the clock, and the end.
+    """
+
+    events: I64
+    begins: I64
+    moves: I64
+
+
+@layout("i8, i8")
+class Limits(NamedTuple):
+    """How long an impression waits, and how many impressions of a share wait at most."""
+
+    wait_ms: int
+    most: int
+
+
 @layout("u1[::1], i8[::1], i8[::1], i8[::1], i8[::1], u1[::1], i8[::1]")
 class Attributed(NamedTuple):
     """The kind of each event, and the labels that became known at which positions: segment by segment, in order.
@@ -302,6 +325,15 @@ class Attributed(NamedTuple):
     opened_ms: I64
 
 
+@layout("i8, i8, i8")
+class Position(NamedTuple):
+    """A position at which labels become known; fields as in `Attributed`."""
+
+    by: int
+    segment: int
+    at: int
+
+
 def pairs(user: U64, item: U64, request: U64) -> U64:
     """`[n]` uint64 keys that pair an impression with its outcome.
 
@@ -313,10 +345,10 @@ def pairs(user: U64, item: U64, request: U64) -> U64:
     return sums
 
 
-def attribute(queue: Queue, arrived: Arrived, segments: Segments, wait_ms: int, most: int) -> tuple[Queue, Attributed]:
+def attribute(queue: Queue, arrived: Arrived, segments: Segments, limits: Limits) -> tuple[Queue, Attributed]:
     """Processes segments of partitions; returns the queue to continue with, and the labels that became known.
 
-    Each segment continues where an earlier one of its partition ended. At most `most` impressions of a share wait.
+    Each segment continues where an earlier one of its partition ended.
     """
     events, impressions = len(arrived.role), int((arrived.role == IMPRESSION).sum())
     queue = with_space(queue, impressions, int(segments.partition.max(initial=-1)) + 1)
@@ -325,21 +357,22 @@ def attribute(queue: Queue, arrived: Arrived, segments: Segments, wait_ms: int, 
     most_known = min((1 + MOST_EXPIRED) * events + MOST_EXPIRED * positions, waiting + impressions)
     by, segment, at, opened, opened_ms = (np.empty(most_known, np.int64) for _ in range(5))
     result = Attributed(np.zeros(events, np.uint8), by, segment, at, opened, np.empty(most_known, np.uint8), opened_ms)
-    order = np.argsort(arrived.segment, kind="stable")
-    numbers = np.arange(len(segments.first) + 1)
-    begins = np.searchsorted(arrived.segment[order], numbers)
-    moves = np.searchsorted(segments.move_segment, numbers)
-    count = _attribute(queue, arrived, segments, order, begins, moves, wait_ms, most, result)
+    by_segment, numbers = np.argsort(arrived.segment, kind="stable"), np.arange(len(segments.first) + 1)
+    order = Order(
+        events=by_segment,
+        begins=np.searchsorted(arrived.segment[by_segment], numbers),
+        moves=np.searchsorted(segments.move_segment, numbers),
+    )
+    count = _attribute(queue, arrived, segments, order, limits, result)
     return queue, Attributed._make([result.kind, *(column[:count] for column in result[1:])])
 
 
 @compiled
-def _resolve(
-    queue: Queue, result: Attributed, count: int, by: int, segment: int, at: int, slot: int, known: int
-) -> int:
-    result.by[count] = by
-    result.segment[count] = segment
-    result.at[count] = at
+def _resolve(queue: Queue, slot: int, known: int, position: Position, result: Attributed, count: int) -> int:
+    """Ends the wait of the impression in a slot; returns the number of labels so far."""
+    result.by[count] = position.by
+    result.segment[count] = position.segment
+    result.at[count] = position.at
     result.opened[count] = queue.offset[slot]
     result.known[count] = known
     result.opened_ms[count] = queue.at_ms[slot]
@@ -348,93 +381,81 @@ def _resolve(
 
 
 @compiled
-def _join(queue: Queue, arrived: Arrived, n: int, share: int, wait_ms: int, result: Attributed, count: int) -> int:
+def _impression_of(queue: Queue, arrived: Arrived, n: int, share: int, wait_ms: int) -> int:
+    """The slot of the waiting impression that outcome n labels; `NONE` if there is none."""
     time, over_ms = arrived.at_ms[n], arrived.clock_ms[n] - wait_ms
     slot = queue.buckets[np.int64(arrived.pair[n] & np.uint64(queue.buckets.shape[0] - 1))]
     while slot != NONE:
         is_pair = queue.pair[slot] == arrived.pair[n] and queue.share[slot] == share
         # The user's own clock counts too: it may be ahead of the others' or behind them.
         if is_pair and over_ms <= queue.begun_ms[slot] and time - wait_ms <= queue.at_ms[slot] <= time:
-            return _resolve(queue, result, count, n, arrived.segment[n], arrived.offset[n], slot, JOINED)
+            break
         slot = queue.chain[slot, 2]
-    return count
+    return int(slot)
 
 
 @compiled
-def _end(
-    queue: Queue,
-    share: int,
-    over_ms: int,
-    by: int,
-    segment: int,
-    at: int,
-    arrived: Arrived,
-    own: bool,
-    result: Attributed,
-    count: int,
-) -> int:
-    """Expires waits of a share that are over, oldest first; `own`: only those of the user of the event `by`."""
-    for _ in range(MOST_EXPIRED):
-        slot = queue.first[share, 0]
-        if slot == NONE or queue.begun_ms[slot] >= over_ms or (own and queue.user[slot] != arrived.user[by]):
-            break
-        count = _resolve(queue, result, count, by, segment, at, slot, EXPIRED)
-    return count
+def _oldest_over(queue: Queue, share: int, over_ms: int) -> int:
+    """The slot of the oldest impression of a share if its wait is over; otherwise `NONE`."""
+    slot = queue.first[share, 0]
+    return slot if slot != NONE and queue.begun_ms[slot] < over_ms else NONE
 
 
-@compiled("Queue, Arrived, Segments, i8[::1], i8[::1], i8[::1], i8, i8, Attributed")
+@compiled("Queue, Arrived, Segments, Order, Limits, Attributed")
 def _attribute(
-    queue: Queue,
-    arrived: Arrived,
-    segments: Segments,
-    order: I64,
-    begins: I64,
-    moves: I64,
-    wait_ms: int,
-    most: int,
-    result: Attributed,
+    queue: Queue, arrived: Arrived, segments: Segments, order: Order, limits: Limits, result: Attributed
 ) -> int:
-    count = 0
+    count, wait_ms = 0, limits.wait_ms
     for r in range(segments.first.shape[0]):
-        partition, at, move, last = segments.partition[r], segments.first[r], moves[r], NONE
+        partition, at, move, last = segments.partition[r], segments.first[r], order.moves[r], NONE
         turn_over_ms = NEVER_MS
-        for number in range(begins[r], begins[r + 1] + 1):
-            n = order[number] if number < begins[r + 1] else NONE
+        for number in range(order.begins[r], order.begins[r + 1] + 1):
+            n = order.events[number] if number < order.begins[r + 1] else NONE
             until_offset = arrived.offset[n] if n != NONE else segments.next[r]
             # 3. at the turn of a share, starting from the previous event.
             while at < until_offset:
-                while move < moves[r + 1] and segments.move_offset[move] <= at:
+                while move < order.moves[r + 1] and segments.move_offset[move] <= at:
                     turn_over_ms = segments.move_ms[move] - wait_ms
                     move += 1
-                until = min(until_offset, segments.move_offset[move]) if move < moves[r + 1] else until_offset
+                until = min(until_offset, segments.move_offset[move]) if move < order.moves[r + 1] else until_offset
                 idle = 0
                 # Once a turn of each share has expired nothing, no further turn can expire anything.
                 while at < until and idle < SHARES:
                     before = count
                     share = partition * SHARES + at % SHARES
-                    count = _end(queue, share, turn_over_ms, last, r, at, arrived, False, result, count)
+                    for _ in range(MOST_EXPIRED):
+                        slot = _oldest_over(queue, share, turn_over_ms)
+                        if slot == NONE:
+                            break
+                        count = _resolve(queue, slot, EXPIRED, Position(last, r, at), result, count)
                     idle = idle + 1 if count == before else 0
                     at += 1
                 at = until
             if n == NONE:
                 break
-            share = share_number(partition, arrived.user[n])
+            user, offset = arrived.user[n], arrived.offset[n]
+            share = share_number(partition, user)
             over_ms = arrived.clock_ms[n] - wait_ms
             # 1.
             if arrived.role[n] == OUTCOME:
                 result.kind[n] = FEEDBACK
-                count = _join(queue, arrived, n, share, wait_ms, result, count)
+                slot = _impression_of(queue, arrived, n, share, wait_ms)
+                if slot != NONE:
+                    count = _resolve(queue, slot, JOINED, Position(n, r, offset), result, count)
             # 2.
             elif arrived.role[n] == IMPRESSION:
                 begun_ms = min(arrived.at_ms[n], arrived.clock_ms[n])
-                if begun_ms < over_ms or queue.waiting[share] >= most:
+                if begun_ms < over_ms or queue.waiting[share] >= limits.most:
                     result.kind[n] = DROPPED
                 else:
                     result.kind[n] = OPENED
-                    user = arrived.user[n]
-                    begin(queue, arrived.offset[n], arrived.at_ms[n], begun_ms, arrived.pair[n], user, share)
+                    begin(queue, offset, arrived.at_ms[n], begun_ms, arrived.pair[n], user, share)
             # 3. at an event of its own user.
-            count = _end(queue, share, over_ms, n, r, until_offset, arrived, True, result, count)
+            for _ in range(MOST_EXPIRED):
+                slot = _oldest_over(queue, share, over_ms)
+                if slot == NONE or queue.user[slot] != user:
+                    break
+                count = _resolve(queue, slot, EXPIRED, Position(n, r, offset), result, count)
             last = n
     return count
 
@@ -450,7 +471,7 @@ class Labels:
         named = {**dict.fromkeys(labels.impressions, IMPRESSION), **dict.fromkeys(labels.outcomes, OUTCOME)}
         self._roles = np.array([named.get(name, PLAIN) for name in settings.events.actions], np.uint8)
         # Each share of a partition has its part of the maximum: no share knows how many wait in another.
-        self._wait_ms, self._most = round(labels.wait_s * 1000), -(-labels.max_waiting // SHARES)
+        self._limits = Limits(round(labels.wait_s * 1000), -(-labels.max_waiting // SHARES))
         self._rows = WaitingRows(store)
         self._numbers: dict[tuple[str, int], int] = {}
         self._queue = self._load(store)
@@ -498,8 +519,7 @@ class Labels:
                 clock.moves.offset,
                 clock.moves.clock_ms,
             ),
-            self._wait_ms,
-            self._most,
+            self._limits,
         )
         joined = np.flatnonzero(result.known == Kind.JOINED)
         by, count = result.by[joined], len(result.by)
@@ -511,7 +531,7 @@ class Labels:
             kind=result.known,
             label=np.zeros(count, np.float32),
             weight=np.full(count, np.nan, np.float32),
-            at_ms=result.opened_ms + self._wait_ms,
+            at_ms=result.opened_ms + self._limits.wait_ms,
         )
         known.label[joined] = np.where(np.isnan(batch.label[by]), np.float32(1.0), batch.label[by])
         known.weight[joined] = batch.weight[by]

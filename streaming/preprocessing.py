@@ -29,11 +29,11 @@ from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
 from state.config.sections import AskedModel, Model
 from state.config.settings import Settings
-from state.errors import ProgramError
+from state.errors import ProgramError, first_line
 from state.features.spec import FeatureSpec
 from state.lowering import ROWS_TOLERANCE, TOLERANCE, difference, lower_saved_model, run_lowered
 from state.process.part import OPTIONS_READ, run_check
-from state.process.user_code import error_line, first_line, load_named
+from state.process.user_code import error_line, load_named
 
 FEATURES = "features"
 CATEGORY = "category"

@@ -49,6 +49,7 @@ from state.layout import GAPS, HISTORIES
 from state.log import Log, PartitionBatch, Reader, Topics, Writer, accepted_gaps
 from state.log.accepted_gaps import Journal
 from state.log.follow import read_to
+from state.log.topic_plan import TRAINING_PARTITION
 from state.microbatch.batch import Kind, MicroBatch, erased_rows, happened, new_ranges, trim
 from state.microbatch.codec import decode, encode
 from state.positions import Range, Source
@@ -305,8 +306,8 @@ class Rebuild:
     def _between(self, first: int, end: int) -> Iterator[MicroBatch]:
         """The micro-batches of our branch at the positions `[first, end)`."""
         kafka = self._settings.kafka
-        with Reader(kafka, kafka.microbatches_topic, [0], {0: first}) as reader:
-            for offset, batch in branch_records(reader, 0, first, end, self._desired.branch):
+        with Reader(kafka, kafka.microbatches_topic, [TRAINING_PARTITION], {TRAINING_PARTITION: first}) as reader:
+            for offset, batch in branch_records(reader, first, end, self._desired.branch):
                 yield self._checked(batch, offset)
 
     def _show(self, passed: int, total: int, last: bool = False) -> None:

@@ -139,12 +139,12 @@ class StreamWriter:
         opens: Callable[[Settings], Writer] = open_writer,
     ) -> None:
         self._settings, self._encoding, self._stopping, self._opens = settings, encoding, stopping, opens
-        self._written_letters: Mapping[Source, int] = {}
+        self._written_dead_letters: Mapping[Source, int] = {}
         self._writer = opens(settings)
 
-    def skip_letters(self, until: Mapping[Source, int]) -> None:
+    def skip_dead_letters(self, until: Mapping[Source, int]) -> None:
         """Marks dead letters of positions below `until` as already in the topic, so that they are not written again."""
-        self._written_letters = until
+        self._written_dead_letters = until
 
     def write(self, cuts: Sequence[Cut], patient: bool = True) -> int:
         """Writes the micro-batches and the dead letters of cuts, acknowledged when it returns.
@@ -162,7 +162,7 @@ class StreamWriter:
         """
         values = [value for cut in cuts for value in encode_cut(cut, self._encoding)]
         dead = (letter for cut in cuts for piece in cut.pieces for letter in piece.batch.dead)
-        letters = [letter for letter in dead if letter.offset >= self._written_letters.get(letter.source, 0)]
+        letters = [letter for letter in dead if letter.offset >= self._written_dead_letters.get(letter.source, 0)]
         while True:
             try:
                 with self._writer.transaction():

@@ -31,7 +31,7 @@ from state.registry.manifest import LogRange, Manifest
 from state.registry.registry import Registry
 from trainer.accounts import Passages
 from trainer.engine.step import Trainer
-from trainer.intake import take_in
+from trainer.intake import RecordFilter
 from trainer.place import TrainingPlace
 from trainer.versions import checkpoint
 from trainer.versions.carrying import nothing_learned
@@ -91,9 +91,8 @@ class FromPast:
         # 1.
         with trainer.alone():
             checkpoint.begin(trainer, description)
-            rows, newest_ms = self._learn(
-                FeatureSpec.from_settings(settings).digest, trainer, str(description["salt"]), control
-            )
+            own = RecordFilter(FeatureSpec.from_settings(settings).digest, str(description["salt"]))
+            rows, newest_ms = self._learn(own, trainer, control)
             tensors = checkpoint.changes(trainer) | checkpoint.full(trainer)
         killpoints.reach("past.learned")
         # 2.
@@ -122,13 +121,13 @@ class FromPast:
         # The next version need not repeat the content of this one.
         return Beginning(reader, position, tensors)
 
-    def _learn(self, spec: str, trainer: Trainer, salt: str, control: Control) -> tuple[int, int]:
+    def _learn(self, own: RecordFilter, trainer: Trainer, control: Control) -> tuple[int, int]:
         past, began_s = self.past, self.elapsed()
         logged_s, rows, newest_ms = began_s, 0, 0
         logger.info("learning past clicks up to live version %d, offset %d", past.version, past.log.next)
         with self.records() as records:
             for number, value in enumerate(records, 1):
-                micro_batch = take_in(value, {}, control.mask_at, spec, salt, f"micro-batch {number} of past clicks")
+                micro_batch = own.take_in(value, {}, control.mask_at, f"micro-batch {number} of past clicks")
                 batch = micro_batch.batch.take(past.has(micro_batch.batch))
                 if len(batch):
                     if trainer.guard.held:

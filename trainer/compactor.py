@@ -128,6 +128,7 @@ def _age_of(path: Path) -> float:
 PART = "compactor"
 GARBAGE_KEEP_D = 30  # of damaged versions and of files that no kept version refers to
 PATIENCE_S, WAIT_S = 300.0, 0.5
+LOAD_BYTES = 64_000_000  # of deltas that are read after a base to load a version, if that base is not larger
 THIN_EVERY_MS = 600_000  # between versions older than `registry.delta_keep_s`
 HOUR_MS = 3_600_000
 DAY_MS = 24 * HOUR_MS
@@ -157,7 +158,7 @@ class Tiers:
     thin_every_ms: int = 600_000
     sparse_every_ms: int = HOUR_MS
     most_bytes: int = 1 << 60
-    load_bytes: int = 64_000_000
+    load_bytes: int = LOAD_BYTES
 
 
 class Merge(NamedTuple):
@@ -364,7 +365,7 @@ def tiers_of(settings: Settings) -> Tiers:
         thin_every_ms=THIN_EVERY_MS,
         sparse_every_ms=HOUR_MS,
         most_bytes=min(int(retention.delta_keep_gb * 1e9), kept_bytes(settings, REGISTRY) - of_snapshots),
-        load_bytes=int(retention.load_mb * 1e6),
+        load_bytes=LOAD_BYTES,
     )
 
 

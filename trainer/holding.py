@@ -343,7 +343,7 @@ class UpdateGuard:
         self._skipped, self._skipped_since = 0, WindowStart(0, 0)
         # A hold that is not in control yet, and the trainer's position at the hold.
         self._unwritten: tuple[HeldUpdate, TrainingPlace] | None = None
-        self._tried_s, self._say = float("-inf"), SaidOnce(logger.error)
+        self._tried_s, self._log_once = float("-inf"), SaidOnce(logger.error)
 
     def enter(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Restores the guard's state of the loaded version, at the beginning of an epoch or after a start; empty if it has none."""
@@ -405,9 +405,11 @@ class UpdateGuard:
             written = self._hold(update, after)
         except UnusableRegistry as error:
             self._tried_s = self._elapsed()
-            self._say(f"{update.in_words()}, and its hold cannot be written: {error}; nothing is published until it is")
+            self._log_once(
+                f"{update.in_words()}, and its hold cannot be written: {error}; nothing is published until it is"
+            )
             return False
-        self._say.clear()
+        self._log_once.clear()
         self._unwritten = None
         self._show_held(update if written else None)
         return written

@@ -59,68 +59,81 @@ def former(specs: Collection[str], steps: Callable[[], int]) -> Callable[[str], 
     return lambda spec: spec in specs or not steps()
 
 
-def take_in(
-    value: bytes | None,
-    marks: Mapping[Source, int],
-    mask_at: MaskAt,
-    spec: str,
-    salt: str,
-    where: str,
-    line: LogLine = WHOLE,
-    offset: int = 0,
-    is_former: Callable[[str], bool] = never,
-) -> Intake:
-    """Decodes a record, drops rows that `marks` covers, and excludes masked rows. Raises one of `BAD` for a bad record.
+class RecordFilter(NamedTuple):
+    """Selects the rows of records that a trainer with these features learns from.
 
-    A record outside `line`, or of a spec or salt that `is_former` accepts, has no rows left. `where` names the record in
-    messages; `offset` is its offset.
+    Attributes:
+        spec: Digest of the feature spec.
+        salt: Fingerprint of the salt.
+        is_former: Whether a record of another spec or salt is skipped; otherwise it is an error.
     """
-    try:
-        batch = decode(value or b"")
-    except MicroBatchError as error:
-        raise MicroBatchError(f"{where}: {error.what}", error.do) from error
-    if not counts(line, batch.header.log_epoch, offset):
-        return Intake(replace(_without_rows(batch), header=replace(batch.header, ranges=())), dict(marks), 0, 0, 0, [])
-    is_ours = _is_ours(batch, spec, salt, where, is_former)
-    unseen, after = trim(batch, marks)
-    is_trained = trained(batch.kind)
-    fresh = is_trained & unseen
-    if not is_ours:
-        # Sources without a mark get none: their clicks may still come, perhaps from the beginning.
-        known = {source: after[source] for source in marks}
-        rows, new = int(is_trained.sum()), int(fresh.sum())
-        return Intake(_without_rows(batch), known, rows, rows - new, 0, gaps(batch.header, marks), other_features=new)
-    mask = mask_at(batch.header.mask_generation)
-    allowed = unseen & ~masked(batch, mask) if mask else unseen
-    keep = is_trained & allowed
-    # Log time is computed from all rows, and only then the rows to learn from are selected.
-    learned = in_log_time(batch.take(allowed)).take(is_trained[allowed])
-    return Intake(
-        batch=replace(learned, logged=Logged(value or b"", keep)),
-        marks=after,
-        rows=int(is_trained.sum()),
-        duplicate=int((is_trained & ~unseen).sum()),
-        masked=int(fresh.sum()) - int(keep.sum()),
-        gaps=gaps(batch.header, marks),
-        told_ms=int((batch.at_ms + np.maximum(batch.delay_ms, 0))[keep].max()) if keep.any() else 0,
-    )
+
+    spec: str
+    salt: str
+    is_former: Callable[[str], bool] = never
+
+    def take_in(
+        self,
+        value: bytes | None,
+        marks: Mapping[Source, int],
+        mask_at: MaskAt,
+        where: str,
+        line: LogLine = WHOLE,
+        offset: int = 0,
+    ) -> Intake:
+        """Decodes a record, drops rows that `marks` covers, and excludes masked rows. Raises one of `BAD` for a bad record.
+
+        A record outside `line`, or of a former spec or salt, has no rows left. `where` names the record in messages;
+        `offset` is its offset.
+        """
+        try:
+            batch = decode(value or b"")
+        except MicroBatchError as error:
+            raise MicroBatchError(f"{where}: {error.what}", error.do) from error
+        if not counts(line, batch.header.log_epoch, offset):
+            batch = replace(_without_rows(batch), header=replace(batch.header, ranges=()))
+            return Intake(batch, dict(marks), 0, 0, 0, [])
+        is_ours = self._is_ours(batch, where)
+        unseen, after = trim(batch, marks)
+        is_trained = trained(batch.kind)
+        fresh = is_trained & unseen
+        if not is_ours:
+            # Sources without a mark get none: their clicks may still come, perhaps from the beginning.
+            known = {source: after[source] for source in marks}
+            rows, new = int(is_trained.sum()), int(fresh.sum())
+            return Intake(
+                _without_rows(batch), known, rows, rows - new, 0, gaps(batch.header, marks), other_features=new
+            )
+        mask = mask_at(batch.header.mask_generation)
+        allowed = unseen & ~masked(batch, mask) if mask else unseen
+        keep = is_trained & allowed
+        # Log time is computed from all rows, and only then the rows to learn from are selected.
+        learned = in_log_time(batch.take(allowed)).take(is_trained[allowed])
+        return Intake(
+            batch=replace(learned, logged=Logged(value or b"", keep)),
+            marks=after,
+            rows=int(is_trained.sum()),
+            duplicate=int((is_trained & ~unseen).sum()),
+            masked=int(fresh.sum()) - int(keep.sum()),
+            gaps=gaps(batch.header, marks),
+            told_ms=int((batch.at_ms + np.maximum(batch.delay_ms, 0))[keep].max()) if keep.any() else 0,
+        )
+
+    def _is_ours(self, batch: MicroBatch, where: str) -> bool:
+        """Whether a record has the trainer's features and salt. Raises if it has others that are not former ones."""
+        header = batch.header
+        if header.spec != self.spec and not self.is_former(header.spec):
+            raise SpecMismatch(
+                f"{where} has feature spec {header.spec[:12]}, this trainer has {self.spec[:12]}",
+                "give both the same release, [features] and events.actions: see `springtide upgrade --dry-run` with the stream's",
+            )
+        if header.salt != self.salt and not self.is_former(header.salt):
+            raise SaltMismatch.between(where, header.salt, self.salt)
+        return (header.spec, header.salt) == (self.spec, self.salt)
 
 
 def _without_rows(batch: MicroBatch) -> MicroBatch:
     return batch.take(np.zeros(len(batch), np.bool_))
-
-
-def _is_ours(batch: MicroBatch, spec: str, salt: str, where: str, is_former: Callable[[str], bool]) -> bool:
-    """Whether a record has the trainer's features and salt. Raises if it has others that are not former ones."""
-    header = batch.header
-    if header.spec != spec and not is_former(header.spec):
-        raise SpecMismatch(
-            f"{where} has feature spec {header.spec[:12]}, this trainer has {spec[:12]}",
-            "give both the same release, [features] and events.actions: see `springtide upgrade --dry-run` with the stream's",
-        )
-    if header.salt != salt and not is_former(header.salt):
-        raise SaltMismatch.between(where, header.salt, salt)
-    return (header.spec, header.salt) == (spec, salt)
 
 
 class LogRecord(NamedTuple):

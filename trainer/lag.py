@@ -14,6 +14,7 @@ from typing import NamedTuple
 from state.config.sections import Kafka
 from state.errors import LogError
 from state.log import Log, Topics
+from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import TrainerMetrics
 from state.process.said_once import SaidOnce
 
@@ -38,18 +39,17 @@ class TrainingLag:
     def __init__(
         self,
         kafka: Kafka,
-        partition: int,
         taken: Callable[[], Taken],
         metrics: TrainerMetrics,
         log: Log | None = None,
         wall_s: Callable[[], float] = time.time,
     ) -> None:
-        self._kafka, self._partition, self._position, self._metrics = kafka, partition, taken, metrics
+        self._kafka, self._position, self._metrics = kafka, taken, metrics
         self._log, self._wall_s = log or Log(kafka), wall_s
         self._topics: Topics | None = None
         self._committed = -1
         self.records: int | None = None
-        self._say = SaidOnce(logger.warning)
+        self._warn_once = SaidOnce(logger.warning)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lag", daemon=True)
 
@@ -72,22 +72,22 @@ class TrainingLag:
             self._topics = self._log.topics()
         # Read before the end of the log, so that the lag is never negative.
         position = self._position()
-        _, end = self._topics.ends(topic, committed_only=True)[self._partition]
+        _, end = self._topics.ends(topic, committed_only=True)[TRAINING_PARTITION]
         lag = max(0, end - position.next)
         self._metrics.lag_records.set(lag)
         self.records = lag
         waits = lag and position.at_ms
         self._metrics.lag_seconds.set(max(0.0, self._wall_s() - position.at_ms / 1000) if waits else 0.0)
         if position.next != self._committed:
-            self._topics.commit(self._kafka.group, topic, {self._partition: position.next})
+            self._topics.commit(self._kafka.group, topic, {TRAINING_PARTITION: position.next})
             self._committed = position.next
 
     def _run(self) -> None:
         while not self._closing.wait(POLL_S):
             try:
                 self.poll()
-                self._say.clear()
+                self._warn_once.clear()
             except LogError as error:
-                self._say(f"the lag of the training log is unknown for now: {error}")
+                self._warn_once(f"the lag of the training log is unknown for now: {error}")
         if self._topics is not None:
             self._topics.close()

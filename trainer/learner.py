@@ -32,7 +32,7 @@ from state.process.said_once import SaidOnce
 from state.registry.control import Control, follow
 from state.registry.log_line import onward
 from state.registry.model_fit import former_specs
-from state.registry.registry import Registry
+from state.registry.registry import RECENT_S, Registry
 from state.registry.segments import ClickRanges, clicks_in, from_json, has_caught_up, learned_before
 from state.storage.waiting import Room, is_full, unless_full
 from trainer import accounts, gauges
@@ -42,7 +42,7 @@ from trainer.engine.guard import Verdict
 from trainer.engine.report import Report
 from trainer.engine.step import Trainer
 from trainer.holding import UpdateGuard
-from trainer.intake import BAD, LogRecord, former, records_of, take_in
+from trainer.intake import BAD, LogRecord, RecordFilter, former, records_of
 from trainer.measures.step_scores import SUMS
 from trainer.place import TrainingPlace
 from trainer.privacy_budget import PrivacyBudget
@@ -78,7 +78,7 @@ class CatchingUp:
         self._again: dict[str, int] | None = None
         self._watched = self._caught_up = False
         self._end = 0
-        self._say = SaidOnce(logger.warning)
+        self._warn_once = SaidOnce(logger.warning)
 
     def enter(self, control: Control, position: TrainingPlace) -> None:
         """Enters an epoch. An epoch whose outcome is written already is not followed again, nor is an upgrade."""
@@ -111,7 +111,7 @@ class CatchingUp:
         if not self._caught_up:
             if any(position.marks.get(source, 0) < mark for source, mark in self._goal.items()):
                 return
-            with unless_full(self._say):
+            with unless_full(self._warn_once):
                 self._write(position)
                 self._caught_up, self._end = True, position.next
             if not self._caught_up:
@@ -123,7 +123,7 @@ class CatchingUp:
         elif self._elapsed() - self._refused_s < RETRY_S:
             return
         elif not busy and (position.first >= self._end or not position.changed):
-            with unless_full(self._say):
+            with unless_full(self._warn_once):
                 self._watched = not self._let_follow(control)
 
     def _is_past_plan(self, position: TrainingPlace, offset: int) -> bool:
@@ -192,7 +192,7 @@ class CatchingUp:
             if is_full(error):
                 raise
             self._refused_s = self._elapsed()
-            self._say(f"{error}; serving follows once control can be written")
+            self._warn_once(f"{error}; serving follows once control can be written")
             return False
 
 
@@ -206,7 +206,7 @@ class LossRecorder:
         self._registry, self._elapsed = registry, elapsed
         self._next_poll_s, self._writer = float("-inf"), LossWriter(registry)
         self._wanted = True
-        self._say = SaidOnce(logger.warning)
+        self._warn_once = SaidOnce(logger.warning)
 
     def take(self, offset: int, users: npt.NDArray[np.uint64], report: Report) -> None:
         """Writes the losses of an accepted step if there is a reader. After a disk error, logs it and pauses writing.
@@ -220,7 +220,7 @@ class LossRecorder:
         try:
             self._writer.append(RowLosses(offset, comparison.blocks_of(users[targets]), losses))
         except OSError as error:
-            self._say(f"losses of rows are not written, and no experiment is compared meanwhile: {error}")
+            self._warn_once(f"losses of rows are not written, and no experiment is compared meanwhile: {error}")
             self._wanted, self._next_poll_s = False, self._elapsed() + LOSSES_RETRY_S
 
     def _has_reader(self) -> bool:
@@ -263,11 +263,13 @@ class Surroundings:
     Attributes:
         room: Lets a version wait for disk space; None: a full disk ends the trainer.
         begins: Prepares the trainer if there is no version to continue from.
+        recent_s: How long a version that is not durable is kept.
     """
 
     consent: Consent = NO_CONSENT
     room: Room | None = None
     begins: Begins = from_nothing
+    recent_s: float = RECENT_S
     clock: Callable[[], float] = time.time
     elapsed: Callable[[], float] = time.monotonic
 
@@ -288,12 +290,12 @@ class Learner:
         clock, elapsed = surroundings.clock, surroundings.elapsed
         self._settings, self._registry, self._trainer = settings, registry, trainer
         self._kafka, self._spec, self._description, self._begins = log, model.spec, model.about, surroundings.begins
-        self._salt, self._partition = str(model.about["salt"]), TRAINING_PARTITION
+        self._partition = TRAINING_PARTITION
         self._metrics, self._clock, self._elapsed = metrics, clock, elapsed
         self._passages = Passages(
             Journal(registry.path / layout.GAPS, registry.directory.staging), surroundings.consent, metrics, clock
         )
-        self._publisher = Publisher(registry, metrics, settings.registry.recent_s, surroundings.room, elapsed)
+        self._publisher = Publisher(registry, metrics, surroundings.recent_s, surroundings.room, elapsed)
         self._updates = UpdateGuard(settings, registry, metrics, clock, elapsed, lambda: trainer.measures.shown())
         self._publications = Publications(
             settings, self._publisher, model, trainer, metrics, self._updates, clock, elapsed
@@ -318,7 +320,8 @@ class Learner:
             GapError: The log does not continue from it: deleted without acceptance, or truncated (TruncatedLog).
         """
         self.control, settings, specs = control, self._settings, former_specs(self._registry.generations.beginnings())
-        self._is_former = former(specs, lambda: self._trainer.counters.steps)
+        is_former = former(specs, lambda: self._trainer.counters.steps)
+        self._filter = RecordFilter(self._spec, str(self._description["salt"]), is_former)
         version = control.base if (newest := self._registry.newest_good(control.epoch)) is None else newest
         if self._log is not None:
             self._log.close()
@@ -415,17 +418,7 @@ class Learner:
         where = f"{self._settings.kafka.microbatches_topic}:{source.partition} offset {offset}"
         try:
             record.require_whole(where)
-            intake = take_in(
-                record.value,
-                marks,
-                control.mask_at,
-                self._spec,
-                self._salt,
-                where,
-                control.log,
-                offset,
-                self._is_former,
-            )
+            intake = self._filter.take_in(record.value, marks, control.mask_at, where, control.log, offset)
         except BAD as problem:
             self._passages.leave_out(Gap(source, offset, record.next), marks, problem)
             self.place = self.place.past(record.next)

@@ -46,11 +46,10 @@ from state.features.spec import FeatureSpec
 from state.log import KERNELS as LOG_KERNELS
 from state.log import Log
 from state.log.accepted_gaps import Consent, in_words, take_options
-from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import TrainerMetrics, serve
 from state.process.actor import actor
 from state.process.ending import stop_on_signals
-from state.process.garbage import Holes, keep_what_is_there
+from state.process.garbage import Holes, freeze_objects
 from state.process.part import Work, run_process
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.process.said_once import SaidOnce
@@ -340,9 +339,12 @@ def upgrade_to_this_release(registry: Registry, settings: Settings, spec: Featur
         if version is None or not is_of_release(registry, settings, spec):
             raise
         planned = planned_for(registry, version, trainer)
-        who, now_ms = f"trainer:{getpass.getuser()}", wall_ms()
-        reason = f"this release has another model than version {version.version}"
-        propose(registry, settings, spec, version, planned.document(), who, reason, now_ms)
+        decision = transitions.Decision(
+            actor=f"trainer:{getpass.getuser()}",
+            reason=f"this release has another model than version {version.version}",
+            now_ms=wall_ms(),
+        )
+        propose(registry, settings, version, planned.document(), **decision)
         logger.warning("%s; this release continues from it: %s", other.what, "; ".join(planned.lines()))
 
 
@@ -497,12 +499,10 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
 
         compaction = Scheduled("trainer.compactor", arguments, settings.trainer.base_every_s, compacted)
         exports = Scheduled("trainer.exporting.command", arguments, settings.export.every_s, exported)
-        lag = TrainingLag(
-            settings.kafka, TRAINING_PARTITION, lambda: Taken(learner.place.next, learner.taken_ms), metrics
-        )
+        lag = TrainingLag(settings.kafka, lambda: Taken(learner.place.next, learner.taken_ms), metrics)
         lag.start()
         holes = Holes()
-        keep_what_is_there()
+        freeze_objects()
         # 6.
         try:
             while not stopping.is_set():

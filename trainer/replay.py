@@ -14,7 +14,7 @@ from state.log.follow import read_to
 from state.positions import Source
 from state.registry.manifest import LogRange, Manifest
 from state.registry.segments import LogSegment
-from trainer.intake import former, records_of, take_in
+from trainer.intake import RecordFilter, former, records_of
 from trainer.privacy.history import NoisePlace, environment_digest
 
 if TYPE_CHECKING:
@@ -46,9 +46,9 @@ class Replay:
     ) -> None:
         self._lost, self.unlike, self._log = lost, 0, target.log
         self._environment = environment_digest(target.environment)
-        self._trainer, self._spec, self._salt = trainer, target.spec, target.salt
+        self._trainer = trainer
         self._where = f"{target.log.topic}:{target.log.partition}"
-        self._is_former = former(specs, lambda: trainer.counters.steps)
+        self._filter = RecordFilter(target.spec, target.salt, former(specs, lambda: trainer.counters.steps))
         self.marks = {} if base is None else base.marks
         metrics = {} if base is None else base.metrics
         self.account = {name: int(metrics.get(f"account.{name}", 0)) for name in ACCOUNT}
@@ -83,9 +83,7 @@ class Replay:
 
     def _learn(self, offset: int, value: bytes | None, segment: LogSegment) -> None:
         where = f"{self._where} offset {offset}"
-        intake = take_in(
-            value, self.marks, segment.mask_at, self._spec, self._salt, where, segment.line, offset, self._is_former
-        )
+        intake = self._filter.take_in(value, self.marks, segment.mask_at, where, segment.line, offset)
         self.marks = intake.marks
         self.rows += intake.rows
         for name in ACCOUNT:

@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, Unpack
 
 from state import layout
 from state.config.loading import load
@@ -30,7 +30,7 @@ from state.process.part import run_command
 from state.process.private_files import keep_private
 from state.process.quiet_stderr import quiet_stderr
 from state.process.wall_clock import wall_ms
-from state.registry.control import Control
+from state.registry.control import Control, Decision
 from state.registry.manifest import Manifest
 from state.registry.model_fit import accepted, differences, going_on_to, upgrade, version_to_go_on_from
 from state.registry.registry import Registry
@@ -84,7 +84,8 @@ def run(settings: Settings, dry_run: bool, from_scratch: bool, reason: str, say:
             say("dry run: nothing was changed")
             return None
         # 3.
-        proposed = propose(registry, settings, spec, None if from_scratch else version, plan, actor(), reason, now_ms)
+        decision = Decision(actor=actor(), reason=reason, now_ms=now_ms)
+        proposed = propose(registry, settings, None if from_scratch else version, plan, **decision)
         say(
             f"generation {proposed.generation}: epoch {proposed.epoch} begins from "
             f"{'nothing' if proposed.base is None else f'version {proposed.base}'}; start the trainer and the stream with these settings"
@@ -133,12 +134,9 @@ def planned_for(registry: Registry, version: Manifest, trainer: Trainer) -> Carr
 def propose(
     registry: Registry,
     settings: Settings,
-    spec: FeatureSpec,
     version: Manifest | None,
     plan: dict[str, Any],
-    who: str,
-    reason: str,
-    now_ms: int,
+    **decision: Unpack[Decision],
 ) -> Control:
     """Creates control's next generation, which begins the epoch from `version` or from scratch; durable on return.
 
@@ -147,18 +145,13 @@ def propose(
     """
     newest = version_to_go_on_from(registry)
     was = {} if newest is None else {"was": newest.spec}
-    document = {**going_on_to(settings, spec.digest), **was, **plan}
+    document = {**going_on_to(settings, FeatureSpec.from_settings(settings).digest), **was, **plan}
 
     def decided(control: Control) -> Control:
         # An untrained model serves badly, so serving stays at its version until the trainer has caught up.
         stays = control.serving.version or (None if newest is None else newest.version)
-        return upgrade(
-            *(control, None if version is None else version.version, document),
-            actor=who,
-            reason=reason,
-            now_ms=now_ms,
-            answers=stays if version is None else None,
-        )
+        base, answers = (None, stays) if version is None else (version.version, None)
+        return upgrade(control, base, document, answers, **decision)
 
     return registry.change(decided)
 

@@ -376,11 +376,13 @@ def open_at(log: Log, target: Manifest, origin: str, offset: int) -> Reader:
     if opening.recreated:
         raise LogError(
             f"version {target.version} was trained on topic id {trained.topic_id}, {trained.topic} is now "
-            f"{opening.topic_id}: it was deleted and created again, so that nothing before can be recomputed"
+            f"{opening.topic_id}: it was deleted and created again, so that nothing before can be recomputed",
+            "verify a version that was trained on the new topic",
         )
     raise LogError(
         f"topic {trained.topic} partition {partition} ends at {end} and version {target.version} was trained up to "
-        f"{trained.next}: it was truncated, or another cluster answers"
+        f"{trained.next}: it was truncated, or another cluster answers",
+        "check kafka.bootstrap_servers, or verify a version of an epoch that began after the truncation",
     )
 
 

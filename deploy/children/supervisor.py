@@ -19,33 +19,32 @@ from state.process.ending import die_with
 from state.process.user_code import for_children
 from state.storage.shares import LOGS, kept_bytes
 
-LOG_BYTES, OLDER_LOGS = 10_000_000, 1
+LOG_BYTES = 10_000_000
 READ_BYTES = 1 << 16
 LOG_POLL_S = 0.5
 MOST_READS = 64  # in a row, of a child that does not stop
 CHILDREN = 16  # that the share of the logs is meant for
 
 
-def log_sizes(settings: Settings) -> tuple[int, int]:
-    """Returns the maximum bytes of one log file, so that all logs fit their storage share, and how many old ones stay.
+def log_bytes(settings: Settings) -> int:
+    """Returns the maximum size of one log file, so that all logs and the older file of each fit their storage share.
 
     >>> from state.config.sections import StorageSettings
-    >>> log_sizes(Settings()), log_sizes(Settings(storage=StorageSettings(budget_gb=0.5)))
-    ((10000000, 1), (625000, 1))
+    >>> log_bytes(Settings()), log_bytes(Settings(storage=StorageSettings(budget_gb=0.5)))
+    (10000000, 625000)
     """
-    return min(LOG_BYTES, kept_bytes(settings, LOGS) // (CHILDREN * (1 + OLDER_LOGS))), OLDER_LOGS
+    return min(LOG_BYTES, kept_bytes(settings, LOGS) // (2 * CHILDREN))
 
 
 class LogFile:
-    """The log of one child, with its older files.
+    """The log of one child, and one older file.
 
     Args:
         most_bytes: Maximum size of one file. A file can be somewhat larger, because data is split only at a line end.
-        older: How many older files are kept.
     """
 
-    def __init__(self, path: Path, most_bytes: int, older: int) -> None:
-        self._path, self._most_bytes, self._older = path, most_bytes, older
+    def __init__(self, path: Path, most_bytes: int) -> None:
+        self._path, self._most_bytes = path, most_bytes
         self._lost = 0
 
     def add(self, output: bytes) -> None:
@@ -58,7 +57,7 @@ class LogFile:
                 self._append(output[:begun])
                 output = output[begun:]
                 if begun or self._ends_a_line():
-                    self._turn()
+                    self._path.replace(self._path.with_suffix(".log.1"))
             self._append(output)
         except OSError:
             self._lost += output.count(b"\n") + 1
@@ -76,20 +75,12 @@ class LogFile:
             file.seek(-1, os.SEEK_END)
             return file.read(1) == b"\n"
 
-    def _turn(self) -> None:
-        names = [self._path, *(self._path.with_suffix(f".log.{number}") for number in range(1, self._older + 1))]
-        for older, newer in zip(names[:0:-1], names[-2::-1], strict=True):
-            if newer.exists():
-                newer.replace(older)
-        if self._older == 0:
-            self._path.unlink()
-
 
 class LogPump:
-    """Reads the pipes of all children into their logs, each with `older` full files of at most `most_bytes`."""
+    """Reads the pipes of all children into their logs, of at most `most_bytes` each."""
 
-    def __init__(self, most_bytes: int, older: int) -> None:
-        self._most_bytes, self._older = most_bytes, older
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
         self._lock = threading.Lock()
         self._selector = selectors.DefaultSelector()
         self._thread: threading.Thread | None = None
@@ -101,7 +92,7 @@ class LogPump:
         reads, writes = os.pipe()
         os.set_blocking(reads, False)
         with self._lock:
-            self._selector.register(reads, selectors.EVENT_READ, LogFile(path, self._most_bytes, self._older))
+            self._selector.register(reads, selectors.EVENT_READ, LogFile(path, self._most_bytes))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="logs", daemon=True)
                 self._thread.start()
@@ -194,8 +185,7 @@ class Supervisor:
 
     Args:
         logs: Directory of the logs; `<name>.log` receives a process's stdout and stderr.
-        log_bytes: Maximum size of one log file.
-        older_logs: How many full log files are kept per process.
+        most_log_bytes: Maximum size of one log file.
     """
 
     def __init__(
@@ -205,8 +195,7 @@ class Supervisor:
         say: Callable[[str], None],
         metrics: SupervisorMetrics,
         clock: Callable[[], float] = time.monotonic,
-        log_bytes: int = LOG_BYTES,
-        older_logs: int = OLDER_LOGS,
+        most_log_bytes: int = LOG_BYTES,
     ) -> None:
         self.logs = logs
         self._settled = False
@@ -215,7 +204,7 @@ class Supervisor:
         self._metrics = metrics
         self._clock = clock
         self._children: dict[str, _Child] = {}
-        self._pump = LogPump(log_bytes, older_logs)
+        self._pump = LogPump(most_log_bytes)
         logs.mkdir(parents=True, exist_ok=True)
 
     @classmethod
@@ -228,7 +217,7 @@ class Supervisor:
     ) -> Supervisor:
         """Creates a supervisor for these settings, which the processes receive in their environment."""
         environment = for_children(environment_of(settings))
-        return cls(settings.logs_dir, environment, say, metrics, clock, *log_sizes(settings))
+        return cls(settings.logs_dir, environment, say, metrics, clock, log_bytes(settings))
 
     @property
     def settled(self) -> bool:

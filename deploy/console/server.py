@@ -277,11 +277,11 @@ class Console:
         self._metrics = ConsoleMetrics(self._registry)
         add_process(self._registry)
         self._guard, self._routes = guard, Routes(self.endpoints)
-        self._say = SaidOnce(_log.warning)
+        self._warn_once = SaidOnce(_log.warning)
 
     def count_refused(self, reason: str) -> None:
         """Logs the first refusal of each reason."""
-        self._say(f"a connection or request was refused: {reason}")
+        self._warn_once(f"a connection or request was refused: {reason}")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
@@ -299,7 +299,7 @@ class Console:
                 WorkerFailed("the console failed; its log has the cause", "report it with the console's log")
             )
         self._metrics.requests.labels(outcome(response.status)).inc()
-        kept = any(one == b"cache-control" for one, _ in response.headers)
+        kept = any(header_name == b"cache-control" for header_name, _ in response.headers)
         headers = [
             *response.headers,
             *SECURITY_HEADERS,

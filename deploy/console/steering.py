@@ -80,14 +80,14 @@ class CommandRunner:
         """Returns the output of a listing command, cached for `LISTED_S`; one thread runs it, others wait."""
         key = tuple(words)
         with self._listing:
-            read_s, found = self._lists.get(key, (-math.inf, None))
+            read_s, result = self._lists.get(key, (-math.inf, None))
             if time.monotonic() - read_s > LISTED_S[words[0]]:
                 # Old entries are dropped, so that the cache stays small.
                 recent_s = time.monotonic() - 60.0
-                self._lists = {one: entry for one, entry in self._lists.items() if entry[0] >= recent_s}
-                found = self.run(words)
-                self._lists[key] = time.monotonic(), found
-            return found
+                self._lists = {words_read: entry for words_read, entry in self._lists.items() if entry[0] >= recent_s}
+                result = self.run(words)
+                self._lists[key] = time.monotonic(), result
+            return result
 
     def forget(self) -> None:
         """Forgets the lists, after a change."""
@@ -197,19 +197,19 @@ class Steering:
 
     def _planned(self, wanted: PlanWanted) -> tuple[int, list[str], dict[str, Any]]:
         now_ms, registry = self._commands.now_ms(), open_registry(self._commands.settings)
-        found = control.current(registry)
+        current = control.current(registry)
         if wanted.users:
             # Replaced at once, so that neither plans nor errors contain a user id.
-            salt = ServingBranch(registry, found).newest.salt
+            salt = ServingBranch(registry, current).newest.salt
             users = masking.pseudonyms(self._commands.settings, wanted.users, salt)
             listed = [*wanted.pseudonyms, *(f"{user:016x}" for user in users)]
             wanted = msgspec.structs.replace(wanted, users=[], pseudonyms=listed)
-        words = [*words_of(wanted, now_ms), f"--if-generation={found.generation}"]
+        words = [*words_of(wanted, now_ms), f"--if-generation={current.generation}"]
         target = [f"--to={wanted.to}"] if wanted.to is not None else []
         if wanted.before:
             target.append(f"--before={parse_time(wanted.before, now_ms)}")
         shown = self._commands.run([*words, *target, "--dry-run", "--reason=a plan"])
-        return found.generation, words, shown["plan"]
+        return current.generation, words, shown["plan"]
 
     async def _roll_back(self, request: Request) -> Response:
         wanted: RollbackWanted = await request.document()

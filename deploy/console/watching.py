@@ -72,10 +72,10 @@ class Curves:
         """Adds a point if one is due, and returns whether it did. `lift` is the model's, about 0 to 1."""
         if self._points and 0 <= at_ms - self._points[-1][0] < self._every_ms:
             return False
-        found = [_rounded(getattr(figures, name)) for name in CURVES]
+        values = [_rounded(getattr(figures, name)) for name in CURVES]
         for spread, quantile in QUANTILES.values():
-            found.append(_rounded(getattr(figures.spreads.get(spread, Spread()), quantile)))
-        self._points.append((at_ms, (*found, _rounded(lift))))
+            values.append(_rounded(getattr(figures.spreads.get(spread, Spread()), quantile)))
+        self._points.append((at_ms, (*values, _rounded(lift))))
         return True
 
     def document(self, after_ms: int = 0) -> dict[str, Any]:
@@ -160,7 +160,7 @@ class LoopWatch:
         self._sections: dict[str, Any] | None = None
         self._snapshot: Snapshot | None = None
         self._wanted, self._stopping = threading.Event(), threading.Event()
-        self._say = SaidOnce(_log.error)
+        self._log_once = SaidOnce(_log.error)
         self._polling, self._reading = threading.Lock(), threading.Lock()
 
     def start(self) -> None:
@@ -235,4 +235,4 @@ class LoopWatch:
         try:
             work()
         except Exception as error:  # noqa: BLE001 - the edge of the thread
-            self._say(f"the loop could not be polled: {type(error).__name__}: {error}")
+            self._log_once(f"the loop could not be polled: {type(error).__name__}: {error}")

@@ -35,7 +35,6 @@ from state.experiments.gate import as_document, as_lines
 from state.features.spec import FeatureSpec
 from state.log import Log
 from state.process.actor import actor
-from state.process.ending import stop_on_signals
 from state.registry.control import Control
 from state.registry.manifest import Manifest
 from state.registry.model_fit import differences, going_on_to, upgrade, version_to_go_on_from
@@ -75,8 +74,7 @@ def experiment(settings: Settings, args: argparse.Namespace, now_ms: int, say: S
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
     try:
         if verb == "rollout":
-            steps, every_s, stop = args.steps or STEPS, args.every or EVERY_S, stop_on_signals()
-            roll_out(settings, name, steps, every_s, by, Log(settings.kafka), stop, say)
+            roll_out(settings, name, args.steps or STEPS, args.every or EVERY_S, by, say)
             return
         document, text = _result(settings, args, by)
     except OSError as error:
@@ -193,7 +191,7 @@ def _propose(live: Registry, own: Registry, experiment: Experiment, tried: Setti
                 f"the live trainer continued in epoch {control.epoch}: {control.action} by {control.actor}",
                 "start another experiment from the live version",
             )
-        return upgrade(control, newest.version, plan, actor=by.actor, reason=by.reason, now_ms=by.now_ms)
+        return upgrade(control, newest.version, plan, **by._asdict())
 
     current(live)
     return live.change(decided)

@@ -37,6 +37,7 @@ from state.log.topic_plan import TRAINING_PARTITION
 from state.microbatch.batch import MicroBatch, trained, trim
 from state.microbatch.codec import decode
 from state.positions import Source
+from state.process.ending import stop_on_signals
 from state.process.said_once import SaidOnce
 from state.process.wall_clock import wall_ms
 
@@ -75,7 +76,7 @@ class RolloutDriver:
         self._experiment, self._rollout = experiment, experiment.rollout
         self.evidence = Evidence(experiment.name)
         self._kept_ms = 0
-        self._say = SaidOnce(_log.warning)
+        self._warn_once = SaidOnce(_log.warning)
         self._pending: deque[tuple[int, int, NDArray[np.uint64]]] = deque()
         self._marks: dict[Source, int] = {}
         kafka, self._partition = settings.kafka, TRAINING_PARTITION
@@ -121,9 +122,9 @@ class RolloutDriver:
         self._kept_ms = self._now_ms()
         try:
             self._experiments.write_report(self.report())
-            self._say.clear()
+            self._warn_once.clear()
         except OSError as error:
-            self._say(f"the report of the rollout cannot be stored: {error}")
+            self._warn_once(f"the report of the rollout cannot be stored: {error}")
 
     def read(self) -> None:
         """Reads new records from both topics.
@@ -194,11 +195,9 @@ def roll_out(
     steps: tuple[float, ...],
     every_s: float,
     by: By,
-    log: Log,
-    stop: threading.Event,
     say: Say,
 ) -> None:
-    """Starts the rollout of an experiment, or continues it, until it is over or `stop` is set.
+    """Starts the rollout of an experiment, or continues it, until it is over or a signal ends this process.
 
     `steps`, shares of the users in percent, and `every_s`, their minimum duration, are for a new rollout.
 
@@ -215,7 +214,7 @@ def roll_out(
             "such as http://127.0.0.1:8601; elsewhere start them first (`springtide serve` with the experiment's registry and "
             "its own state directory)",
         )
-    experiments = Experiments(settings)
+    experiments, log, stop = Experiments(settings), Log(settings.kafka), stop_on_signals()
 
     def say_now(line: str) -> None:
         say(line)

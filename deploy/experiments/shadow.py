@@ -120,12 +120,12 @@ class ShadowRunner:
         # Settings are checked before an experiment begins, so that an error in one does not end the others.
         self._supervisor.settled = True
         self._running: dict[str, _Running] = {}
-        self._say: dict[str, SaidOnce] = {}
+        self._warn_once_of: dict[str, SaidOnce] = {}
 
     def step(self) -> bool:
         """Moves each experiment towards its desired state; returns False if nothing is left to do."""
         for name in self._experiments.open():
-            say = self._say.setdefault(name, SaidOnce(logger.warning))
+            say = self._warn_once_of.setdefault(name, SaidOnce(logger.warning))
             try:
                 experiment = self._experiments.document().find(name)
                 if experiment is None:

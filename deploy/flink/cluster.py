@@ -13,13 +13,14 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from deploy.children.ending import last_line
-from deploy.children.supervisor import ProcessPlan, Supervisor, environment_of, log_sizes
+from deploy.children.supervisor import ProcessPlan, Supervisor, environment_of, log_bytes
 from deploy.flink import jars
 from state.config.sections import FlinkSettings
 from state.config.settings import Settings
 from state.errors import FlinkFailed, reason_of
 from state.flink import JobManager, url
 from state.metrics import SupervisorMetrics
+from state.process.ending import Signals
 from state.process.ports import Port, free_port, listens
 from state.process.user_code import for_children
 
@@ -29,6 +30,7 @@ CONFIGURATION, CHECKPOINTS, SAVEPOINTS = "conf", "checkpoints", "savepoints"
 TEMPORARY, ARTIFACTS, LOGS = "tmp", "artifacts", "logs"
 JOB_MANAGER, TASK_MANAGER, JOB_SERVER, WORKERS = "job-manager", "task-manager", "job-server", "workers"
 STOP_S = 15.0
+SLOTS = 2  # of each TaskManager
 # Memory of a TaskManager, MB. Flink's own scripts compute these; without them a TaskManager requires each explicitly.
 FRAMEWORK_MB, NETWORK_MB, OFF_HEAP_MB, METASPACE_MB = 96, 64, 64, 256
 MANAGED_MB = {"hashmap": 0, "rocksdb": 128}
@@ -59,8 +61,8 @@ def configuration(settings: FlinkSettings, directory: Path, rpc_port: int) -> st
         "rest.bind-port": settings.rest_port,
         "state.backend.type": settings.state_backend,
         "state.backend.incremental": "true",
-        "taskmanager.numberOfTaskSlots": settings.slots,
-        "taskmanager.cpu.cores": settings.slots,
+        "taskmanager.numberOfTaskSlots": SLOTS,
+        "taskmanager.cpu.cores": SLOTS,
     }
     memory_mb = {
         "framework.heap.size": FRAMEWORK_MB,
@@ -148,7 +150,7 @@ SAVEPOINT_S, CANCEL_S = 120.0, 30.0
 FOLLOWED_S = 2.5
 
 
-def run(settings: Settings, jar: Path, say: Say, stop: Callable[[], bool], hurry: Callable[[], bool]) -> None:
+def run(settings: Settings, jar: Path, say: Say, signals: Signals) -> None:
     """Runs the cluster until it is stopped; the caller holds the lock of its directory.
 
     1. Writes the configuration.
@@ -169,18 +171,18 @@ def run(settings: Settings, jar: Path, say: Say, stop: Callable[[], bool], hurry
         for plan in process_plans(settings.flink, directory, jar, jars.flink().java()):
             supervisor.start(plan)
         # 3.
-        if _wait_until_up(settings, manager, supervisor, stop):
+        if _wait_until_up(settings, manager, supervisor, signals.stop):
             supervisor.settled = True
             flink = settings.flink
             say(
                 f"Flink runs after {time.monotonic() - begin_s:.1f} s: JobManager on {manager.url}, "
-                f"{flink.task_managers * flink.slots} slots, job server on {HOST}:{flink.job_port}, "
+                f"{flink.task_managers * SLOTS} slots, job server on {HOST}:{flink.job_port}, "
                 f"Python workers on {HOST}:{flink.worker_port}"
             )
             say(f"state and logs are in {directory}; `springtide flink status` shows what runs")
             say("Ctrl-C, or `springtide flink down`, stops the jobs with a savepoint, then the cluster")
         # 4.
-        while not stop():
+        while not signals.stop():
             supervisor.poll()
             time.sleep(POLL_S)
     finally:
@@ -188,8 +190,8 @@ def run(settings: Settings, jar: Path, say: Say, stop: Callable[[], bool], hurry
         begin_s = time.monotonic()
         # A JobManager that does not answer cannot make a savepoint.
         with contextlib.suppress(FlinkFailed):
-            end_jobs(manager, say, hurry=hurry)
-        supervisor.stop_all(hurry)
+            end_jobs(manager, say, hurry=signals.hurry)
+        supervisor.stop_all(signals.hurry)
         say(f"Flink stopped after {time.monotonic() - begin_s:.1f} s")
 
 
@@ -218,7 +220,7 @@ def _supervisor(settings: Settings, directory: Path, say: Say) -> Supervisor:
     environment = for_children(environment_of(settings))
     environment["PATH"] = os.pathsep.join(filter(None, [str(Path(sys.executable).parent), environment.get("PATH")]))
     metrics, logs = SupervisorMetrics(CollectorRegistry()), directory / LOGS
-    return Supervisor(logs, environment, say, metrics, time.monotonic, *log_sizes(settings))
+    return Supervisor(logs, environment, say, metrics, time.monotonic, log_bytes(settings))
 
 
 def _wait_until_up(settings: Settings, manager: JobManager, supervisor: Supervisor, stop: Callable[[], bool]) -> bool:
@@ -279,6 +281,9 @@ def _savepoint(manager: JobManager, job: str, hurry: Callable[[], bool]) -> str:
     request, deadline_s = manager.begin_savepoint(job), time.monotonic() + SAVEPOINT_S
     while not (path := manager.savepoint(job, request)):
         if hurry() or time.monotonic() >= deadline_s:
-            raise FlinkFailed(f"job {job} has no savepoint: it was not ready when waiting ended")
+            raise FlinkFailed(
+                f"job {job} has no savepoint: it was not ready when waiting ended",
+                "resume the job from its newest checkpoint, which `springtide flink status` lists",
+            )
         time.sleep(POLL_S)
     return path

@@ -22,7 +22,6 @@ from deploy.flink import cluster, jars
 from deploy.flink.cluster import CHECKPOINTS, LOGS, SAVEPOINTS, ports
 from deploy.operate.options import output
 from deploy.startup.checks import require_disk
-from deploy.up import Signals
 from deploy.watch.messages import seconds
 from deploy.watch.panel import lines
 from state import layout
@@ -32,6 +31,7 @@ from state.config.sources import split_settings
 from state.disk.lock import DirectoryLock
 from state.errors import FlinkFailed, LockHeld, SettingsError
 from state.flink import Job, JobManager, Overview, url
+from state.process.ending import Signals
 from state.process.ports import listens, require_ports
 from state.process.private_files import keep_private
 from state.process.wall_clock import wall_ms
@@ -79,8 +79,7 @@ def up(settings: Settings) -> None:
         require_ports(ports(settings.flink))
         # Until the signal handlers are installed, Ctrl-C aborts the download of jars at once.
         jar = jars.merged_jar(say)
-        signals = Signals()
-        cluster.run(settings, jar, say, signals.stop, signals.hurry)
+        cluster.run(settings, jar, say, Signals())
 
 
 def down(settings: Settings, savepoint: bool) -> None:

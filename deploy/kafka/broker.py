@@ -86,7 +86,10 @@ def format_storage(class_path: str, log: Path, configuration: Path) -> None:
     )
     if process.returncode != 0:
         quoted = (process.stderr or process.stdout).strip().splitlines()[-QUOTED_LINES:]
-        raise KafkaFailed(f"Kafka could not format {configuration.parent / 'data'}: " + " | ".join(quoted))
+        raise KafkaFailed(
+            f"Kafka could not format {configuration.parent / 'data'}: {' | '.join(quoted)}",
+            "check its disk and access rights, or set paths.kafka to an empty directory",
+        )
 
 
 def run_for_life(command: list[str], console: Path, lock: int) -> subprocess.Popen[bytes]:

@@ -98,7 +98,7 @@ class ServingBranch:
         """Returns the active masks whose clicks the training log may still contain: those of fast rollbacks."""
         return [mask for mask in self.control.masks if not mask.excluded]
 
-    def surely_clean(self, entries: Sequence[MaskEntry], wait_ms: int, exact: bool = False) -> Manifest | None:
+    def surely_clean(self, entries: Sequence[MaskEntry], wait_ms: int, exact: bool) -> Manifest | None:
         """Returns the newest version that, by its manifest and tables, learned nothing that `entries` name.
 
         Newer versions may be clean too; only the log shows where the first masked click is.
@@ -296,7 +296,7 @@ def _newest_clean(branch: ServingBranch, target: Target, masks: Sequence[MaskEnt
         )
     segments = segments_to_end(branch.registry, branch.control, sure, branch.newest, view.end)
     with view.reader(max(view.begin, min(segments[0].first, view.end))) as reader:
-        hit = first_hit(reader, view.partition, segments, joined(masks, 0), target.exact)
+        hit = first_hit(reader, segments, joined(masks, 0), target.exact)
     if hit is not None:
         position = (hit.epoch, hit.offset)
         version = branch.last(lambda version: (version.epoch, version.log.next) <= position)

@@ -116,7 +116,7 @@ def _rows(settings: Settings, view: LogView, first_ms: int) -> Iterator[Rows]:
     with view.reader(max(floor, min(segments[0].first, view.end))) as reader:
         for segment in segments:
             first = max(floor, segment.first)
-            for _, batch in records(reader, view.partition, first, segment.next, segment.line):
+            for _, batch in records(reader, first, segment.next, segment.line):
                 counted = happened(batch.kind) & ~masked(batch, control.mask)
                 rows = np.empty(len(batch), ROW)
                 for name in ("user", "item", "category", "offset"):

@@ -52,7 +52,6 @@ class LogView:
     log: Log
     topic: str
     topic_id: str
-    partition: int
     begin: int
     end: int
     clicks_id: str
@@ -64,12 +63,12 @@ class LogView:
         Raises:
             LogError: The log cannot be read.
         """
-        return self.log.reader(self.topic, [self.partition], {self.partition: offset})
+        return self.log.reader(self.topic, [TRAINING_PARTITION], {TRAINING_PARTITION: offset})
 
     def reaches(self, registry: Registry, version: Manifest) -> bool:
         """Returns whether the trainer could continue from a version, across accepted gaps."""
         accepted = Journal(registry.path / layout.GAPS).accepted()
-        return past(accepted, Source(self.topic_id, self.partition), version.log.next) >= self.begin
+        return past(accepted, Source(self.topic_id, TRAINING_PARTITION), version.log.next) >= self.begin
 
     def require_reach(self, registry: Registry, version: Manifest) -> None:
         """Checks that the trainer could continue from a version.
@@ -94,18 +93,16 @@ class LogView:
 
 def view_of(settings: Settings, patience_s: float = ASK_KAFKA_S) -> LogView | None:
     """Requests the ends of both topics from Kafka; None if it does not answer in time or a topic does not exist."""
-    partition = TRAINING_PARTITION
     kafka = replace(settings.kafka, request_timeout_s=min(patience_s, settings.kafka.request_timeout_s))
     try:
         log = open_log(replace(settings, kafka=kafka))
         topics = log.topics()
         try:
-            ends = topics.ends(kafka.microbatches_topic)[partition]
+            ends = topics.ends(kafka.microbatches_topic)[TRAINING_PARTITION]
             return LogView(
                 log,
                 kafka.microbatches_topic,
                 topics.describe(kafka.microbatches_topic).topic_id,
-                partition,
                 *ends,
                 topics.describe(kafka.clicks_topic).topic_id,
                 topics.ends(kafka.clicks_topic),
@@ -180,7 +177,7 @@ class Counted:
     by_mask: dict[int, tuple[int, set[int]]] = field(default_factory=dict)
 
 
-def records(reader: Reader, partition: int, first: int, end: int, branch: LogLine) -> Iterator[tuple[int, MicroBatch]]:
+def records(reader: Reader, first: int, end: int, branch: LogLine) -> Iterator[tuple[int, MicroBatch]]:
     """Yields the records of a branch at offsets from `first` up to `end`, exclusive, with their offsets.
 
     Of each record only some columns are read, see `glance`.
@@ -189,17 +186,14 @@ def records(reader: Reader, partition: int, first: int, end: int, branch: LogLin
         LogError: No record arrived for `STALLED_S`, or the log cannot be read.
     """
     at = onward(branch, first)
-    return branch_records(reader, partition, at, end, branch, glance, STALLED_S) if at < end else iter(())
+    return branch_records(reader, at, end, branch, glance, STALLED_S) if at < end else iter(())
 
 
-def first_hit(
-    reader: Reader, partition: int, segments: Sequence[LogSegment], mask: Mask, exact: bool = False
-) -> FirstHit | None:
+def first_hit(reader: Reader, segments: Sequence[LogSegment], mask: Mask, exact: bool) -> FirstHit | None:
     """Finds the first row along the branch that `mask` names and that was learned; None if there is none.
 
     Args:
         reader: Reads the training log.
-        partition: Its partition.
         segments: The segments of the branch, oldest first, each with its masks at that time.
         mask: The mask.
         exact: Whether to include rows that were not learned: events for histories only, and rows already masked.
@@ -208,7 +202,7 @@ def first_hit(
         LogError: The log cannot be read.
     """
     for segment in segments:
-        for offset, batch in records(reader, partition, segment.first, segment.next, segment.line):
+        for offset, batch in records(reader, segment.first, segment.next, segment.line):
             hit = masked(batch, mask)
             if not exact:
                 hit &= trained(batch.kind)

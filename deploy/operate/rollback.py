@@ -188,7 +188,7 @@ class Plan:
         # After a rollback, clicks of lifted masks are no longer left out.
         counting = Counting(self.to.marks, always(self.before.mask), self.new, max(settings.features.windows_s) * 1000)
         with view.reader(max(view.begin, self.to.log.next)) as reader:
-            for _, batch in records(reader, view.partition, self.to.log.next, view.end, self.before.log):
+            for _, batch in records(reader, self.to.log.next, view.end, self.before.log):
                 counting.take(batch)
         return replace(self, exact=exact, counted=counting.found, rows_per_s=rows_per_s)
 
@@ -331,7 +331,7 @@ def _histories_to_rebuild(settings: Settings, branch: LogLine, version: Manifest
         try:
             since = Since(version.marks, store.positions())
             with view.reader(version.log.next) as log:
-                for _, batch in branch_records(log, view.partition, version.log.next, view.end, branch):
+                for _, batch in branch_records(log, version.log.next, view.end, branch):
                     since.take(batch)
             users = (users or 0) + len(store.lacking(since, version.marks))
             if branch_of(store) != branch:

@@ -17,7 +17,7 @@ from deploy.command_line import RefusingParser, run_command
 from deploy.operate.options import SETTINGS_HELP, output, positive
 from deploy.operate.versions import table
 from deploy.segments import process
-from deploy.segments.judging import open_host, opened
+from deploy.segments.judging import open_host, open_segments
 from deploy.segments.lookalikes import nearest, precision_curve, vectors_of
 from state.config.loading import load
 from state.config.settings import Settings
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace, settings: Settings, say: Say) -> None:
     """
     segments = segments_of(settings)
     if args.action == "list":
-        with opened(settings) as store:
+        with open_segments(settings) as store:
             sizes = store.sizes()
         listed = [
             {"name": segment.name, "size": sizes.get(segment.name, 0), "expression": segment.text}
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace, settings: Settings, say: Say) -> None:
     if args.name not in segments:
         do = f"name one of {', '.join(segments)}" if segments else "name segments in [segments]"
         raise BadRequest(f"there is no segment {args.name}", do)
-    with opened(settings) as store:
+    with open_segments(settings) as store:
         (export if args.action == "export" else lookalikes)(args, settings, store, say)
 
 

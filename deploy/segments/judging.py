@@ -21,12 +21,12 @@ from state.segments.members import SegmentStore
 
 
 class JudgedUser(NamedTuple):
-    """The segments whose expression holds for a user at a time, computed by a version; `within` is empty for an unknown user."""
+    """A user's segments at a time, computed by a version; an unknown user has none."""
 
     user: int
     at_ms: int
     version: int
-    within: frozenset[str]
+    segments: frozenset[str]
 
 
 class ProfileJudge:
@@ -45,18 +45,18 @@ class ProfileJudge:
         Raises:
             NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: As `Predictor.profiles`.
         """
-        queries = [Query(named(user), fields=self._fields, top=self._top) for user in users]
+        queries = [Query(as_user_id(user), fields=self._fields, top=self._top) for user in users]
         judged_users: list[JudgedUser] = []
         for first in range(0, len(queries), MOST_AT_ONCE):
             answers = predictor.profiles(queries[first : first + MOST_AT_ONCE])
-            judged_users += [self._judged(answer) for answer in answers]
+            judged_users += [self._judge_user(answer) for answer in answers]
         return judged_users
 
-    def _judged(self, answer: Profile) -> JudgedUser:
+    def _judge_user(self, answer: Profile) -> JudgedUser:
         # An unknown user is in no segment, even if an expression holds for all-zero features.
         facts = _facts_of(answer)
-        within = (name for name, expression in self._expressions.items() if answer.known and expression.holds(facts))
-        return JudgedUser(pseudonym(answer.user_id), answer.at_ms, answer.version.number, frozenset(within))
+        segments = (name for name, expression in self._expressions.items() if answer.known and expression.holds(facts))
+        return JudgedUser(pseudonym(answer.user_id), answer.at_ms, answer.version.number, frozenset(segments))
 
 
 def _facts_of(answer: Profile) -> ProfileFacts:
@@ -68,7 +68,7 @@ def _facts_of(answer: Profile) -> ProfileFacts:
 
 
 def open_host(settings: Settings) -> Host:
-    """Opens this host's stores as a worker does; queries identify users by pseudonym in the form of `named`.
+    """Opens this host's stores as a worker does; queries identify users by pseudonym in the form of `as_user_id`.
 
     Raises:
         MissingSalt: There is no salt.
@@ -83,7 +83,7 @@ def open_host(settings: Settings) -> Host:
 
 
 @contextmanager
-def opened(settings: Settings) -> Iterator[SegmentStore]:
+def open_segments(settings: Settings) -> Iterator[SegmentStore]:
     """Opens this host's segment store, read only."""
     store = SegmentStore(settings.serving_dir / SEGMENTS, readonly=True)
     try:
@@ -92,15 +92,15 @@ def opened(settings: Settings) -> Iterator[SegmentStore]:
         store.close()
 
 
-def named(user: int) -> str:
+def as_user_id(user: int) -> str:
     """Returns the user id that a query has for a pseudonym.
 
-    >>> pseudonym(named(171))
+    >>> pseudonym(as_user_id(171))
     171
     """
     return f"{user:016x}"
 
 
 def pseudonym(text: str) -> int:
-    """Returns the pseudonym in a user id from `named`."""
+    """Returns the pseudonym in a user id from `as_user_id`."""
     return int(text, 16)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy.segments.judging import named, open_host, opened, pseudonym
+from deploy.segments.judging import as_user_id, open_host, open_segments, pseudonym
 from deploy.serving.answers.predictor import Predictor
 from deploy.serving.answers.query import Query
 from deploy.serving.answers.queue import MOST_AT_ONCE
@@ -80,7 +80,7 @@ def vectors_of(predictor: Predictor, report: Callable[[int], None]) -> UserVecto
     clicks: list[int] = []
     version = passed = 0
     for batch in _users(predictor):
-        answers = predictor.profiles([Query(named(user), fields=_VECTOR, top=0) for user in batch])
+        answers = predictor.profiles([Query(as_user_id(user), fields=_VECTOR, top=0) for user in batch])
         for answer in answers:
             if answer.known and answer.vector is not None and answer.features is not None:
                 users.append(pseudonym(answer.user_id))
@@ -225,7 +225,7 @@ def run(settings: Settings) -> None:
         vectors = vectors_of(host.predictor(), lambda users: None)
     finally:
         host.close()
-    with opened(settings) as store:
+    with open_segments(settings) as store:
         for segment in segments_of(settings):
             within = [user for page in all_members(store, segment) for user, _ in page]
             members = np.isin(vectors.users, np.array(within, np.uint64))

@@ -57,7 +57,7 @@ from state.microbatch.codec import glance
 from state.process import killpoints
 from state.process.background import run_in_background
 from state.process.ending import stop_on_signals
-from state.process.garbage import keep_what_is_there
+from state.process.garbage import freeze_objects
 from state.process.part import run_part
 from state.process.said_once import SaidOnce
 from state.process.wall_clock import wall_ms
@@ -66,7 +66,7 @@ from state.segments.expression import segments_of
 from state.segments.members import (
     Member,
     Membership,
-    SegmentsPlace,
+    SegmentsPosition,
     SegmentStore,
     all_members,
     key_of,
@@ -84,8 +84,8 @@ AT_ONCE = 256
 """Users evaluated per round, due ones and those of the periodic pass each; about 70 ms."""
 FETCH_S, SOON_S = 0.1, 0.01
 MOST_DUE = 200_000
-SWEEP_S = 600.0  # in which every user is evaluated again, because windows expire without a click
 """Maximum of due users, about 100 bytes each; above it all users are evaluated instead."""
+SWEEP_S = 600.0  # in which every user is evaluated again, because windows expire without a click
 RETRY_S = 1.0
 _log = logging.getLogger(__name__)
 
@@ -107,21 +107,21 @@ class Members:
             LogError: It cannot be read, or nothing came for half a minute.
             StoreFull: The store is full; its content does not change.
         """
-        position = self._store.place()
+        position = self._store.position()
         stored = None if position is None else Position(position.topic_id, position.next)
         reader, opening = open_topic(self._kafka, self._topic, stored=stored)
         with reader:
             begins = {partition: begin for partition, (begin, _) in opening.ends.items()}
             if position is None or not opening.resumed or position.next.keys() != begins.keys():
-                position = SegmentsPlace(opening.topic_id, begins)
-                self._store.begin_anew(position)
+                position = SegmentsPosition(opening.topic_id, begins)
+                self._store.restart_at(position)
                 for partition, begin in begins.items():
                     reader.seek(partition, begin)
             for batches in read_to(
                 reader, {partition: end for partition, (_, end) in opening.ends.items()}, stalled_s=STALLED_S
             ):
                 for batch in batches:
-                    position = SegmentsPlace(position.topic_id, {**position.next, batch.partition: batch.next})
+                    position = SegmentsPosition(position.topic_id, {**position.next, batch.partition: batch.next})
                     self._store.commit(_changes(batch), position)
         for segment in self._store.sizes().keys() - {*self._names}:
             for page in all_members(self._store, segment):
@@ -140,8 +140,9 @@ class Members:
         before = self._store.memberships([(name, result.user) for name, result in wanted])
         changes: dict[Member, Membership | None] = {}
         for (name, result), membership in zip(wanted, before, strict=True):
-            if (name in result.within) != (membership is not None):
-                changes[name, result.user] = Membership(result.at_ms, result.version) if name in result.within else None
+            is_member = name in result.segments
+            if is_member != (membership is not None):
+                changes[name, result.user] = Membership(result.at_ms, result.version) if is_member else None
         if changes:
             self._write(changes)
             self._show()
@@ -341,7 +342,7 @@ class SegmentKeeper:
         self._settings, self._predictor, self._kafka = settings, predictor, log
         self._metrics, self._now_ms = metrics, now_ms
         self._path: Path = settings.serving_dir / SEGMENTS
-        self._store = SegmentStore.open_anew(self._path, map_bytes(settings, SERVING, SEGMENTS, self._path))
+        self._store = SegmentStore.open_or_rebuild(self._path, map_bytes(settings, SERVING, SEGMENTS, self._path))
         self._judge = ProfileJudge(segments)
         self._members = Members(log, settings.segments.topic, self._store, segments, metrics)
         self._clicked = ClickedUsers(settings, log, metrics)
@@ -452,7 +453,7 @@ def run(settings: Settings, log: Log, registry: CollectorRegistry, stop: threadi
     metrics, say = SegmentMetrics(registry), SaidOnce(_log.warning)
     host: Host | None = None
     keeper: SegmentKeeper | None = None
-    keep_what_is_there()
+    freeze_objects()
     try:
         while not stop.is_set():
             try:

@@ -47,12 +47,12 @@ from state.features.spec import FeatureSpec
 from state.history.actions import ACTIONS, numbered
 from state.history.appends import Appends
 from state.history.store import open_or_replace
-from state.layout import ATTRIBUTES, CURRENT, EXPOSURES, ROWS
+from state.layout import ATTRIBUTES, EXPOSURES, ROWS
 from state.log import KERNELS, Log, Reader, Topics, Writer
 from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import ApplierMetrics, served
 from state.process.ending import stop_on_signals
-from state.process.garbage import Holes, keep_what_is_there
+from state.process.garbage import Holes, freeze_objects
 from state.process.part import run_part
 from state.process.said_once import SaidOnce
 from state.process.wall_clock import wall_ms
@@ -97,7 +97,7 @@ class HostRows:
         size = MAP_BYTES if chosen.in_memory else map_bytes(settings, SERVING, ROWS, chosen.path)
         self._location, self._store = (
             chosen,
-            RowStore.open_anew(chosen.path, size, shares=settings.serving.user_shares),
+            RowStore.open_or_rebuild(chosen.path, size, shares=settings.serving.user_shares),
         )
         self.versions = VersionFollower(self._store, settings, metrics, now_ms)
 
@@ -203,7 +203,7 @@ class AttributesFollower:
         self._removed, self._due_s = 0, float("-inf")
         salt = load_salt(settings.salt_path, create=False)
         most = map_bytes(settings, SERVING, ATTRIBUTES, path)
-        self.store = AttributeStore.open_anew(path, most, shares=settings.serving.user_shares)
+        self.store = AttributeStore.open_or_rebuild(path, most, shares=settings.serving.user_shares)
         topics = {"user": wanted.user_topic, "item": wanted.item_topic}
         # The stream writes dead letters for refused records; here they are ignored.
         self._followers = [
@@ -225,7 +225,7 @@ class AttributesFollower:
 
     def _took(self, side: str, _: list[int]) -> None:
         self._count(side)
-        removed, now_s = sum(follower.place.counts["removed"] for follower in self._followers), time.monotonic()
+        removed, now_s = sum(follower.position.counts["removed"] for follower in self._followers), time.monotonic()
         if removed != self._removed and now_s >= self._due_s:
             # Erased data stays on free pages of the file. Compact once for many erasures, because a copy is expensive.
             self._removed, self._due_s = removed, now_s + PAGES_MS / 1000
@@ -318,7 +318,7 @@ class Applier:
             self._snapshots = SnapshotTaker(settings, self._histories, self.metrics, stop, now_ms)
             self.clicks.committed = self._snapshots.take
         self.metrics.snapshot_every_seconds.set(settings.history.snapshot_every_s)
-        self._currency = Currency(folder, CURRENT)
+        self._currency = Currency(folder)
         where = (folder, settings.registry_dir, self._histories)
         self.erasures = HostErasures(*where, lambda: self.versions.erased, now_ms)
 
@@ -349,7 +349,7 @@ class Applier:
             threads.append(threading.Thread(target=self._guarded, args=(self._snapshots.run,), name="snapshots"))
         if self._settings.rollout.address:
             threads.append(threading.Thread(target=self._guarded, args=(self._forward,), name="exposures"))
-        keep_what_is_there()
+        freeze_objects()
         # Arrow's own pool does not return the memory of records; libc's heap reuses it.
         pa.set_memory_pool(pa.system_memory_pool())
         for thread in threads:
@@ -426,11 +426,11 @@ class Applier:
 
     def _follow_clicks(self) -> None:
         say, room, begun = SaidOnce(_log.warning), self._room(), False
-        kafka, partition = self._settings.kafka, TRAINING_PARTITION
+        kafka = self._settings.kafka
         check = LogCheck(max(1000, round(250 * self._settings.serving.max_age_s)))
 
         def open_at(offset: int) -> Reader:
-            return Reader(kafka, kafka.microbatches_topic, [partition], {partition: offset})
+            return Reader(kafka, kafka.microbatches_topic, [TRAINING_PARTITION], {TRAINING_PARTITION: offset})
 
         while not self._stop.is_set():
             try:
@@ -490,8 +490,8 @@ class Applier:
         If that changed the histories, the next snapshot is written from scratch.
         """
         snapshots = self._snapshots
-        rewound = self.clicks.turn(control.log, control.mask, TRAINING_PARTITION, open_at)
-        erased = self.erasures.take_up(control.erased, snapshots is None or not snapshots.reading)
+        rewound = self.clicks.follow_branch(control.log, control.mask, open_at)
+        erased = self.erasures.apply(control.erased, snapshots is None or not snapshots.reading)
         if snapshots is not None and (rewound or erased):
             snapshots.start_over()
 

@@ -23,7 +23,7 @@ class ExposureSpool:
     """Writes the exposures of one worker. Used by one thread."""
 
     def __init__(self, folder: Path, now_ms: Callable[[], int], say: Callable[[str, str], object]) -> None:
-        self._folder, self._now_ms, self._say = folder, now_ms, SaidOnce(say)
+        self._folder, self._now_ms, self._log_once = folder, now_ms, SaidOnce(say)
         self._handle, self._opened_ms = -1, 0
 
     def write(self, record: bytes) -> None:
@@ -35,7 +35,7 @@ class ExposureSpool:
             os.write(self._handle, record + b"\n")
         except OSError as error:
             self.close()
-            self._say(f"exposures are lost: {error}")
+            self._log_once(f"exposures are lost: {error}")
 
     def close(self) -> None:
         """Closes the current file."""

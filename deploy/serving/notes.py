@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
+
+from state.disk import files as durable
+from state.layout import CURRENT
 
 CONTROL_NOTE = "control"
 MASK_NOTE = "mask"
@@ -117,8 +118,8 @@ class Currency:
     The time is the modification time of a file, so recording it is cheap.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self._paths = {part: folder / f"{name}.{part}" for part in (VERSIONS, CLICKS)}
+    def __init__(self, folder: Path) -> None:
+        self._paths = {part: folder / f"{CURRENT}.{part}" for part in (VERSIONS, CLICKS)}
         self._noted_ms = dict.fromkeys(self._paths, 0)
 
     def note(self, part: str, at_ms: int) -> None:
@@ -126,11 +127,8 @@ class Currency:
         if 0 <= at_ms - self._noted_ms[part] < NOTE_MS:
             return
         self._noted_ms[part] = at_ms
-        path = self._paths[part]
-        # If the disk is full before the file exists, nothing is recorded, and readiness reports it.
-        with suppress(OSError):
-            path.touch()
-            os.utime(path, ns=(at_ms * 1_000_000, at_ms * 1_000_000))
+        # If the disk is full before the file exists, readiness reports it.
+        durable.note_time(self._paths[part], at_ms)
 
     def ages_s(self, now_ms: int) -> dict[str, float | None]:
         """Returns, by part, the time in seconds since it was last complete; None if that was never recorded."""

@@ -72,7 +72,7 @@ from state.layout import WORKER_COUNTERS
 from state.metrics import WorkerMetrics, add_process, say_build
 from state.process import log_lines
 from state.process.ending import reported
-from state.process.garbage import keep_what_is_there
+from state.process.garbage import freeze_objects
 from state.process.part import Work, run_process
 from state.process.wall_clock import wall_ms
 from state.registry.hosts import RoutingTable
@@ -390,7 +390,7 @@ class Warming:
                 _log.exception("an answer could not be prepared")
             yield
         # Modules have 100,000 objects. A full garbage collection that visits them delays all answers by 60 ms.
-        keep_what_is_there()
+        freeze_objects()
         self._host.warm = True
         _log.info("ready: one answer of each kind prepared in %.1f s", time.monotonic() - began_s)
 
@@ -407,7 +407,7 @@ def one_of_each(host: Host) -> list[Callable[[], Any]]:
         *(lambda count=count: profiles(count) for count in BATCHES),
         lambda: finished(rank(host.predictor(), lean, items, host.impressions)),
         lambda: finished(explain(host.predictor(), everything._replace(item="0"), None)),
-        lambda: host.sources().turn(),
+        lambda: host.sources().read_more(),
         lambda: finished(recommend(host.predictor(), host.sources(), everything, WantedItems(1))),
         lambda: similar(host.predictor(), host.sources().near, lean, WantedItems(1)),
     ]

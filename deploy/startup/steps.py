@@ -30,6 +30,7 @@ from state.errors import CorruptStore, KafkaFailed, PortTaken
 from state.events.identity import own_salt
 from state.log import Topics, topic_plan
 from state.metrics import StorageMetrics, SupervisorMetrics, serve
+from state.process.ending import Signals
 from state.process.ports import Port, require_ports
 from state.registry.model_fit import require_same_salt
 from state.registry.registry import Registry
@@ -302,8 +303,7 @@ class Startup:
 
     Args:
         shoppers: Whether synthetic shoppers click.
-        stop: Whether the operator asked to stop.
-        hurry: Whether the operator asked again.
+        signals: Whether the operator asked to stop, once or again.
         accepted: Arguments of stream and trainer: losses that the operator accepts.
         others: Other processes to run, such as a Prometheus.
     """
@@ -313,13 +313,12 @@ class Startup:
         settings: Settings,
         shoppers: bool,
         screen: Screen,
-        stop: Callable[[], bool],
-        hurry: Callable[[], bool],
-        accepted: tuple[Sequence[str], Sequence[str]] = ((), ()),
-        others: Sequence[ProcessPlan] = (),
+        signals: Signals,
+        accepted: tuple[Sequence[str], Sequence[str]],
+        others: Sequence[ProcessPlan],
     ) -> None:
         self._settings, self._shoppers, self._screen = settings, shoppers, screen
-        self._stop, self._hurry = stop, hurry
+        self._signals = signals
         self._begin = time.monotonic()
         local = "kafka.bootstrap_servers" not in settings.origins
         self._collected = CollectorRegistry()
@@ -478,7 +477,7 @@ class Startup:
             if time.monotonic() >= due:
                 due = time.monotonic() + self._screen.every_s
                 snapshot = poller.poll()
-                if not self._stop():
+                if not self._signals.stop():
                     tries = hints.addresses(settings, self._shoppers)
                     self._screen.live(live_line(snapshot), panel(snapshot, tries, settings.serving.processes))
             time.sleep(POLL_S)
@@ -503,7 +502,7 @@ class Startup:
 
     def _poll(self) -> None:
         """Raises `Stopped` if the operator asked for it; restarts what died."""
-        if self._stop():
+        if self._signals.stop():
             raise Stopped
         self._running().poll()
         if self._kafka is not None:
@@ -524,9 +523,9 @@ class Startup:
             if TRAINER in running:
                 self._screen.say("stopping: shoppers, stream, trainer, serving, Kafka")
             for name in running:
-                timed(name, functools.partial(supervisor.stop, name, self._hurry))
+                timed(name, functools.partial(supervisor.stop, name, self._signals.hurry))
         if kafka is not None and kafka.started:
-            timed("Kafka", functools.partial(kafka.stop, 1.0 if self._hurry() else 20.0))
+            timed("Kafka", functools.partial(kafka.stop, 1.0 if self._signals.hurry() else 20.0))
         if took:
             where = self._settings.state_dir
             self._screen.say(

@@ -28,7 +28,7 @@ from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode
 from state.process.background import run_in_background
 from state.process.ending import stop_on_signals
-from state.process.garbage import keep_what_is_there
+from state.process.garbage import freeze_objects
 from state.process.part import run_part
 from state.process.said_once import SaidOnce
 from state.registry.directory import Directory
@@ -138,7 +138,7 @@ class WindowJudge:
 
     def __init__(self, settings: Settings, spec: str, windows: KeptWindows, metrics: ValidationMetrics) -> None:
         self._settings, self._spec, self._kept, self._metrics = settings, spec, windows, metrics
-        self._say = SaidOnce(_log.warning)
+        self._warn_once = SaidOnce(_log.warning)
         self._seen: set[str] = set()
 
     def judge(self, window: Window) -> Anomalies | None:
@@ -175,7 +175,7 @@ class WindowJudge:
         try:
             before = self._kept.newest(window.start_ms)
         except SettingsError as error:
-            self._say(str(error))
+            self._warn_once(str(error))
             return None
         return None if before is None else before.statistics
 
@@ -189,7 +189,7 @@ class WindowJudge:
         name = Specs(Directory(self._settings.registry_dir)).bootstrapped(self._spec, self._settings.model)
         baseline = None if name is None else Baselines(self._settings.registry_dir).newest(name)
         if baseline is None:
-            self._say(
+            self._warn_once(
                 "there is no baseline yet"
                 if name is None
                 else "the bootstrap was one of an earlier release, which made no baseline: "
@@ -263,7 +263,7 @@ class LogValidation:
         self._topic, self._partition = settings.kafka.microbatches_topic, TRAINING_PARTITION
         self._log = Follower(log, self._topic, [self._partition], self._stored, opened=self._opened)
         self._windows = self._new_windows(resumed=False)
-        self._say = SaidOnce(_log.warning)
+        self._warn_once = SaidOnce(_log.warning)
 
     def step(self) -> None:
         """Reads what has arrived, waiting at most `FETCH_S`.
@@ -281,7 +281,7 @@ class LogValidation:
         self._log.disconnect()
 
     def _stored(self) -> Position | None:
-        position = self._kept.place()
+        position = self._kept.position()
         return None if position is None else Position(position[0], {self._partition: position[1]})
 
     def _opened(self, opening: Opening) -> None:
@@ -306,7 +306,7 @@ class LogValidation:
                 decoded = decode(value or b"")
             except MicroBatchError as error:
                 records.labels("unreadable").inc()
-                self._say(f"record {offset} of the training log is left out: {error}")
+                self._warn_once(f"record {offset} of the training log is left out: {error}")
                 continue
             if decoded.header.spec != self._spec.digest:
                 records.labels("other_features").inc()
@@ -315,7 +315,7 @@ class LogValidation:
             self._metrics.rows.inc(len(decoded))
             ended = self._windows.take(offset, decoded)
             if self._windows.open is not None and self._windows.open.first == offset and self._windows.open.whole:
-                self._kept.note_place(batch.topic_id, offset)
+                self._kept.note_position(batch.topic_id, offset)
             if ended is not None:
                 self._judge.judge(ended)
 
@@ -324,7 +324,7 @@ def run(settings: Settings, log: Log, registry: CollectorRegistry, stop: threadi
     """Follows the log until `stop` is set, which takes at most some `FETCH_S`."""
     validation = LogValidation(settings, log, ValidationMetrics(registry), time.time)
     say = SaidOnce(_log.warning)
-    keep_what_is_there()
+    freeze_objects()
     try:
         while not stop.is_set():
             try:

@@ -12,7 +12,7 @@ from state.disk import files as durable
 from state.errors import SettingsError
 from state.statistics.protos import as_list, of_bytes
 
-WINDOWS, PLACE = "windows", "place.json"
+WINDOWS, POSITION = "windows", "place.json"
 
 
 class KeptWindow(NamedTuple):
@@ -66,15 +66,15 @@ class KeptWindows:
         ends = [end_ms for end_ms in self.ends() if before_ms is None or end_ms <= before_ms]
         return self.read(ends[-1]) if ends else None
 
-    def note_place(self, topic_id: str, offset: int) -> None:
+    def note_position(self, topic_id: str, offset: int) -> None:
         """Stores the offset to continue from after a restart."""
         self._path.mkdir(parents=True, exist_ok=True)
-        durable.replace(self._path / PLACE, json.dumps({"topic_id": topic_id, "offset": offset}).encode())
+        durable.replace(self._path / POSITION, json.dumps({"topic_id": topic_id, "offset": offset}).encode())
 
-    def place(self) -> tuple[str, int] | None:
+    def position(self) -> tuple[str, int] | None:
         """Returns the topic's id and the offset to continue from; None if none is stored."""
         try:
-            noted = json.loads((self._path / PLACE).read_bytes())
+            noted = json.loads((self._path / POSITION).read_bytes())
             return str(noted["topic_id"]), int(noted["offset"])
         except (OSError, ValueError, KeyError, TypeError):
             return None

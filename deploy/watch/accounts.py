@@ -176,7 +176,7 @@ def _read_shown(settings: Settings) -> Shown:
     return Shown(account, int(shown["waiting"]), int(stream.value("springtide_stream_lag_events") or 0))
 
 
-def _read_tail(settings: Settings, version: Manifest, until: Mapping[Source, int], line: LogLine = WHOLE) -> InFlight:
+def _read_tail(settings: Settings, version: Manifest, until: Mapping[Source, int], line: LogLine) -> InFlight:
     kafka = _quick(settings)
     partition, offset = version.log.partition, onward(line, version.log.next)
     with Topics(kafka) as topics:
@@ -189,7 +189,7 @@ def _read_tail(settings: Settings, version: Manifest, until: Mapping[Source, int
     deadline_s = time.monotonic() + LONGEST_S
     with Reader(kafka, version.log.topic, [partition], {partition: offset}) as reader:
         # The trainer stops at a record that is no micro-batch, or leaves it out.
-        for _, batch in branch_records(reader, partition, offset, end, line, stalled_s=LONGEST_S):
+        for _, batch in branch_records(reader, offset, end, line, stalled_s=LONGEST_S):
             if time.monotonic() > deadline_s:
                 return InFlight(0, 0, version.marks, complete=False)
             batches.append(batch)

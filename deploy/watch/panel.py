@@ -38,7 +38,7 @@ MEANINGS = {
 }
 
 
-def _happenings(snapshot: Snapshot, workers: int = 1) -> list[Sequence[str]]:
+def _happenings(snapshot: Snapshot, workers: int) -> list[Sequence[str]]:
     figures = snapshot.figures
     budget = figures.budget
     top1 = "-" if figures.top1 is None else f"{figures.top1:.1%}"

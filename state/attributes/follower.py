@@ -50,7 +50,7 @@ class AttributeFollower:
         self._identity = f"{table.digest}-{salt.fingerprint}" if table.side == "user" else table.digest
         self._log = Follower(Log(kafka), topic, stored=self._stored, opened=self._opened)
         self._ends: dict[int, int] = {}
-        self.place = store.place(table.side) or TopicPosition(self._identity, "", {})
+        self.position = store.position(table.side) or TopicPosition(self._identity, "", {})
 
     @property
     def side(self) -> str:
@@ -65,7 +65,7 @@ class AttributeFollower:
     @property
     def unread(self) -> int:
         """Positions between the follower's position and the topic's end as of `connect`."""
-        return sum(max(0, end - self.place.next.get(partition, 0)) for partition, end in self._ends.items())
+        return sum(max(0, end - self.position.next.get(partition, 0)) for partition, end in self._ends.items())
 
     def connect(self) -> None:
         """Starts to read at the position that the store holds."""
@@ -88,13 +88,13 @@ class AttributeFollower:
         return changed
 
     def _stored(self) -> Position | None:
-        position = self._store.place(self.side)
+        position = self._store.position(self.side)
         return None if position is None else Position(position.topic_id, position.next)
 
     def _opened(self, opening: Opening) -> None:
         """Clears the store and reads from the beginning, unless the store matches the topic up to its position."""
         begins = {partition: begin for partition, (begin, _) in opening.ends.items()}
-        position = self._store.place(self.side)
+        position = self._store.position(self.side)
         if (
             position is None
             or position.identity != self._identity
@@ -104,10 +104,10 @@ class AttributeFollower:
             if position is not None:
                 logger.warning("the %ss' attributes are read again from the beginning of %s", self.side, self._topic)
             position = TopicPosition(self._identity, opening.topic_id, begins)
-            self._store.begin_anew(self.side, position)
+            self._store.restart_at(self.side, position)
             for partition, begin in begins.items():
                 self._log.reader.seek(partition, begin)
-        self.place = replace(position, next={**begins, **position.next})
+        self.position = replace(position, next={**begins, **position.next})
         self._ends = {partition: end for partition, (_, end) in opening.ends.items()}
         self._note_end()
 
@@ -115,7 +115,7 @@ class AttributeFollower:
         source = Source(batch.topic_id, batch.partition)
         changes: dict[int, bytes | None] = {}
         bad: list[DeadLetter] = []
-        counts: Counter[str] = Counter(dict(self.place.counts))
+        counts: Counter[str] = Counter(dict(self.position.counts))
         for offset, key, value in zip(batch.offsets.tolist(), batch.keys, batch.values, strict=True):
             try:
                 identity = self._id(key)
@@ -128,24 +128,26 @@ class AttributeFollower:
         for first, after, _ in batch.corrupt:
             bad += [DeadLetter(source, lost, Reason.CORRUPT_RECORD) for lost in range(first, after)]
         counts["dead"] += len(bad)
-        passed = sum(counts[name] for name in OUTCOMES) - sum(self.place.counts.values())
+        passed = sum(counts[name] for name in OUTCOMES) - sum(self.position.counts.values())
         counts["absent"] += batch.next - batch.first - passed
         if bad:
             # Reports before the commit, so that a crash in between reports the records twice rather than never.
             self._report(bad)
         killpoints.reach("attributes.reported")
-        self.place = replace(self.place, next={**self.place.next, batch.partition: batch.next}, counts=dict(counts))
+        self.position = replace(
+            self.position, next={**self.position.next, batch.partition: batch.next}, counts=dict(counts)
+        )
         self._note_end(commit=False)
-        self._store.commit(self.side, changes, self.place)
+        self._store.commit(self.side, changes, self.position)
         killpoints.reach("attributes.committed")
         return list(changes)
 
     def _note_end(self, commit: bool = True) -> None:
-        if self.place.caught_up or self.unread:
+        if self.position.caught_up or self.unread:
             return
-        self.place = replace(self.place, caught_up=True)
+        self.position = replace(self.position, caught_up=True)
         if commit:
-            self._store.commit(self.side, {}, self.place)
+            self._store.commit(self.side, {}, self.position)
 
     def _id(self, key: bytes | None) -> int:
         text = id_of(key)

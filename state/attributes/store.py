@@ -56,7 +56,7 @@ class AttributeStore(LmdbStore):
         with self._env.begin(db=self._databases[side], buffers=False) as transaction:
             return [transaction.get(identity.to_bytes(8, "big")) for identity in ids]
 
-    def place(self, side: str) -> TopicPosition | None:
+    def position(self, side: str) -> TopicPosition | None:
         """The position in the side's topic; None if nothing was read yet."""
         with self._env.begin(db=self._meta) as transaction:
             stored = transaction.get(side.encode())
@@ -78,7 +78,7 @@ class AttributeStore(LmdbStore):
             put_all(transaction, self._databases[side], values)
             transaction.put(side.encode(), msgspec.json.encode(position), db=self._meta)
 
-    def begin_anew(self, side: str, position: TopicPosition) -> None:
+    def restart_at(self, side: str, position: TopicPosition) -> None:
         """Clears a side and sets its position; the topic is read again from `position`."""
         with self._write() as transaction:
             transaction.drop(self._databases[side], delete=False)

@@ -31,9 +31,11 @@ import numba
 import numpy as np
 from numba.core.caching import IndexDataCacheFile
 from numba.core.compiler_lock import global_compiler_lock
+from numpy.typing import NDArray
 
 Kernel = TypeVar("Kernel", bound=Callable[..., object])
 Class = TypeVar("Class", bound=type)
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 _logger = logging.getLogger(__name__)
 
@@ -111,6 +113,16 @@ def layout(types: str) -> Callable[[Class], Class]:
         return tuple_class
 
     return declare
+
+
+def read_only(values: NDArray[Scalar]) -> NDArray[Scalar]:
+    """A contiguous read-only view, for kernels that take arrays of either kind: columns of log records are read-only.
+
+    A kernel that is declared for both kinds is compiled twice.
+    """
+    view = np.ascontiguousarray(values).view()
+    view.flags.writeable = False
+    return view
 
 
 class Declared(NamedTuple):

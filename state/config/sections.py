@@ -537,13 +537,6 @@ class RegistrySettings:
         most=3600.0,
         help="Interval between durable versions, to which a rollback is possible. States between them are recomputed from the training log.",
     )
-    recent_s: float = setting(
-        15.0,
-        "s",
-        least=1.0,
-        most=3600.0,
-        help="Retention of versions that are not durable. Above 25 s, the operating system writes them to disk.",
-    )
     delta_keep_s: float = setting(
         3600.0,
         "s",
@@ -553,12 +546,6 @@ class RegistrySettings:
     base_keep_d: int = setting(7, "d", least=1, help="Age up to which one version per hour is kept.")
     delta_keep_gb: float = setting(
         4.0, "GB", least=0.01, help="Maximum size of all versions together; the oldest are removed first."
-    )
-    load_mb: float = setting(
-        64.0,
-        "MB",
-        least=0.001,
-        help="Maximum size of the deltas that are read after a base to load a version, or the size of the base if that is larger.",
     )
 
 
@@ -776,12 +763,6 @@ class Bootstrap:
     sample_rows: int = setting(50_000, "rows", least=1, help="Maximum number of examples that are analysed.")
     min_rows: int = setting(2000, "rows", least=1, help="Number of examples that the analysis waits for.")
     timeout_s: int = setting(120, "s", least=1, help="Maximum wait for these examples.")
-    shard_rows: int = setting(
-        10_000,
-        "rows",
-        least=1,
-        help="Approximate number of examples in each file that `springtide bootstrap --examples` writes.",
-    )
 
 
 @dataclass(frozen=True)
@@ -938,12 +919,11 @@ class FlinkSettings:
         most=65_500,
         help="Port of the REST interface of the JobManager. The pool of Python workers and the job server use this port + 17 and + 18.",
     )
-    task_managers: int = setting(1, least=1, most=64, help="Number of TaskManagers.")
-    slots: int = setting(
-        2,
+    task_managers: int = setting(
+        1,
         least=1,
-        most=256,
-        help="Number of slots of each TaskManager; all slots together limit the parallelism of a job.",
+        most=64,
+        help="Number of TaskManagers, with two slots each; all slots together limit the parallelism.",
     )
     heap_mb: int = setting(
         512,

@@ -54,6 +54,7 @@ GONE = {
     "stream.shard": _ONE_STREAM,
     "stream.shards": _ONE_STREAM,
     "bootstrap.compression": "examples are always compressed",
+    "bootstrap.shard_rows": "a file of examples has about 10,000",
     "stream.poll_ms": _POLL,
     "serving.poll_ms": _POLL,
     "stream.map_gb": _MAP,

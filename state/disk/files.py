@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -81,6 +82,13 @@ def is_temporary(name: str) -> bool:
 def digest(data: bytes) -> str:
     """SHA-256 of `data`, hexadecimal."""
     return hashlib.sha256(data).hexdigest()
+
+
+def note_time(path: Path, at_ms: int) -> None:
+    """Sets the modification time of a file, which it creates. On a full disk nothing is noted."""
+    with suppress(OSError):
+        path.touch()
+        os.utime(path, ns=(at_ms * 1_000_000, at_ms * 1_000_000))
 
 
 def sync_directory(path: Path) -> None:

@@ -63,7 +63,7 @@ class LmdbStore:
         number: The number of its format.
         writer: The process that creates it.
         remedy: The advice for a store that cannot be trusted.
-        origin: The source from which `open_anew` rebuilds it.
+        origin: The source from which `open_or_rebuild` rebuilds it.
         shares: The shares of users that it holds; only subclasses with data of users read it.
 
     Args:
@@ -146,7 +146,7 @@ class LmdbStore:
         """Hook for subclasses, called each time the store is opened."""
 
     @classmethod
-    def open_anew(cls, path: Path, *arguments: Any, **named: Any) -> Self:
+    def open_or_rebuild(cls, path: Path, *arguments: Any, **named: Any) -> Self:
         """Opens a derived store for its writer; a store that cannot be trusted is replaced by an empty one."""
         try:
             return cls(path, *arguments, **named)

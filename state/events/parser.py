@@ -119,9 +119,9 @@ class IdTable:
             ids = self._ids[numbers]
         # `get` returns None for an unknown value.
         except TypeError:
-            found = [self._numbers.get(value) for value in values]
+            known = [self._numbers.get(value) for value in values]
             numbers = np.array(
-                [self._add(value) if number is None else number for value, number in zip(values, found, strict=True)]
+                [self._add(value) if number is None else number for value, number in zip(values, known, strict=True)]
             )
             ids = self._ids[numbers]
             for row in np.flatnonzero(numbers == _TOO_LONG).tolist():

@@ -24,6 +24,7 @@ from state.history.rewind import Before, Rewind, Since
 from state.history.store import HistoryStore
 from state.history.waiting import Changes, Extra, WaitingRows, key_of, place_of
 from state.log import Reader
+from state.log.topic_plan import TRAINING_PARTITION
 from state.positions import Source
 from state.process import killpoints
 from state.registry.log_line import WHOLE, LogLine, from_json, parting, to_json
@@ -38,6 +39,21 @@ Extras = Callable[[int, Before], Mapping[str, bytes | None]]
 
 OpenAt = Callable[[int], Reader]
 """Opens the training log at an offset of its partition."""
+
+
+@dataclass(frozen=True)
+class LogToRead:
+    """The training log, as a rewind reads it.
+
+    Attributes:
+        open_at: Opens it at an offset.
+        reach_ms: The age relative to the newest event from which on an event no longer matters.
+        end: The offset up to which the store has read it; None for the log's end.
+    """
+
+    open_at: OpenAt
+    reach_ms: int
+    end: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,10 +94,7 @@ def branch_extra(line: LogLine) -> dict[str, bytes]:
 def rewind(
     store: HistoryStore,
     line: LogLine,
-    open_at: OpenAt,
-    partition: int,
-    reach_ms: int,
-    end: int | None = None,
+    log: LogToRead,
     mask: Mask = Mask.NONE,
     extra: Extras = lambda _, __: {},
     timed: bool = False,
@@ -91,10 +104,7 @@ def rewind(
     Args:
         store: The store; only its writer may call this.
         line: The branch that control names.
-        open_at: Opens the training log.
-        partition: The partition of the training log.
-        reach_ms: The age relative to the newest event from which on an event no longer matters.
-        end: The offset up to which the store has read the log; None for the log's end.
+        log: The training log.
         mask: The clicks that will not be replayed, if the owner keeps the categories of items.
         extra: Returns more extras to commit.
         timed: Whether `extra` needs the latest clicks of each source that rewinds.
@@ -114,16 +124,18 @@ def rewind(
     if not since.sources:
         store.rewind(Rewind(marks, extra={**extra(branch_point.offset, Before(marks, {})), **branch_extra(line)}))
         return Rewound()
-    with open_at(branch_point.offset) as reader:
+    with log.open_at(branch_point.offset) as reader:
         # 2.
-        until = reader.position(partition) + reader.lag()[partition] if end is None else end
-        for _, batch in branch_records(reader, partition, branch_point.offset, until, branch):
+        end = log.end
+        if end is None:
+            end = reader.position(TRAINING_PARTITION) + reader.lag()[TRAINING_PARTITION]
+        for _, batch in branch_records(reader, branch_point.offset, end, branch):
             since.take(batch)
         # 3.
         clocks = since.sources if timed else ()
         before = Before(marks, store.lacking(since, marks), since.ended, since.masked_items, clocks)
         needed = len(before.histories())
-        read_before(reader, partition, branch_point.offset, branch, before, reach_ms)
+        read_before(reader, branch_point.offset, branch, before, log.reach_ms)
     # 4.
     stored = store.counts()
     counted = since.counts(stored)
@@ -136,7 +148,7 @@ def rewind(
     return Rewound(rewound_positions, len(since.gained), needed, before.short, len(before.opened))
 
 
-def read_before(reader: Reader, partition: int, end: int, line: LogLine, before: Before, reach_ms: int) -> None:
+def read_before(reader: Reader, end: int, line: LogLine, before: Before, reach_ms: int) -> None:
     """Passes the records before `end` to `before`, newest first, until it has everything or no older event matters.
 
     If only categories of items and clocks of sources are missing, it reads at most `BLOCKS_FOR_ITEMS` blocks. A flood
@@ -149,12 +161,12 @@ def read_before(reader: Reader, partition: int, end: int, line: LogLine, before:
         blocks += 1
         first = max(0, end - size)
         try:
-            time_ms = before.take_block(batch for _, batch in branch_records(reader, partition, first, end, line))
+            time_ms = before.take_block(batch for _, batch in branch_records(reader, first, end, line))
         except GapError as error:
             # Retention has deleted the log up to here.
             first, size = min((gap.next for gap in error.gaps), default=end), end
             time_ms = (
-                before.take_block(batch for _, batch in branch_records(reader, partition, first, end, line))
+                before.take_block(batch for _, batch in branch_records(reader, first, end, line))
                 if first < end
                 else None
             )

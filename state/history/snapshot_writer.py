@@ -131,7 +131,7 @@ class SnapshotWriter:
             known = {} if before is None else {file.sha256: file for file in before.files if file.kind == "extras"}
             self._write_extras(view, known)
             branch = view.extra(LINE)
-            made = HistorySnapshot(
+            snapshot = HistorySnapshot(
                 number=self._number,
                 created_at_ms=now_ms,
                 writer=self._name,
@@ -151,19 +151,19 @@ class SnapshotWriter:
             return None
         finally:
             view.close()
-        if made.bytes > self._most_bytes:
+        if snapshot.bytes > self._most_bytes:
             for file in self._files:
                 if file.number == self._number:
                     self._location.remove(file.name)
             raise StoreFull(
-                f"a snapshot of the histories takes {made.bytes:,} bytes, and its share of the disk is {self._most_bytes:,}",
+                f"a snapshot of the histories takes {snapshot.bytes:,} bytes, and its share of the disk is {self._most_bytes:,}",
                 "raise storage.budget_gb, or turn snapshots off with history.snapshot_every_s = 0",
             )
         killpoints.reach("snapshot.written")
         # 2.
-        created = self._location.create(document_name(made.number), sealed.encode(made))
+        created = self._location.create(document_name(snapshot.number), sealed.encode(snapshot))
         killpoints.reach("snapshot.named")
-        return made if created else None
+        return snapshot if created else None
 
     def _needed(self, ranges: Sequence[UserRange]) -> tuple[SnapshotFile, ...]:
         """The files that are still needed: neither bases of rescanned ranges, nor deltas that all bases contain."""
@@ -178,7 +178,7 @@ class SnapshotWriter:
 
     def _gained_since(self, view: StoreView, marks: Mapping[Source, int]) -> list[Gained]:
         """The events that were appended at the offsets `marks` and later; incomplete beyond `MOST_GAINED`."""
-        found, count = list[Gained](), 0
+        gained, count = list[Gained](), 0
         after = _by_partition(marks)
         for ends in view.ends():
             if self._stopped():
@@ -190,11 +190,11 @@ class SnapshotWriter:
             owners = np.repeat(users, [*map(len, histories)])
             events = np.concatenate([np.empty(0, EVENT), *histories]).astype(EVENT)
             new = _are_since(after, owners, events)
-            found.append(Gained(owners[new], events[new]))
-            count += len(found[-1].users)
+            gained.append(Gained(owners[new], events[new]))
+            count += len(gained[-1].users)
             if count > MOST_GAINED:
                 break
-        return found
+        return gained
 
     def _write_delta(self, gained: Gained) -> None:
         if not len(gained.users):
@@ -206,10 +206,10 @@ class SnapshotWriter:
         starts = np.flatnonzero(np.concatenate(([True], users[1:] != users[:-1])))
         ends = np.append(starts[1:], len(users))
         for first_share, last_share, low, high in _by_share(users[starts], np.diff(ends, prepend=0)):
-            mine = events[starts[low] if low < high else 0 : ends[high - 1] if low < high else 0]
+            file_events = events[starts[low] if low < high else 0 : ends[high - 1] if low < high else 0]
             lengths = (ends - starts)[low:high].astype(np.uint32)
             columns: Mapping[str, NDArray[Any]] = {"users": users[starts[low:high]], "lengths": lengths}
-            self._put("delta", (first_share, last_share), 0, columns, mine)
+            self._put("delta", (first_share, last_share), 0, columns, file_events)
 
     def _write_ranges(
         self, view: StoreView, before: HistorySnapshot | None, due: Sequence[UserRange]
@@ -253,9 +253,9 @@ class SnapshotWriter:
         users, chunks = named["user"].astype(np.uint64), _INVERT - named["chunk"].astype(np.uint32)
         order = np.argsort(share_of(users), kind="stable")
         for first_share, last_share, low, high in _by_share(users[order], lengths[order]):
-            mine = order[low:high]
-            columns = {"users": users[mine], "chunks": chunks[mine], "lengths": lengths[mine]}
-            events = events_in(b"".join([values[at] for at in mine.tolist()]))
+            in_file = order[low:high]
+            columns = {"users": users[in_file], "chunks": chunks[in_file], "lengths": lengths[in_file]}
+            events = events_in(b"".join([values[at] for at in in_file.tolist()]))
             self._put("base", (first_share, last_share), first_user, columns, events)
         return UserRange(first_user, self._number, int(lengths.sum()))
 
@@ -314,23 +314,23 @@ class _Stopped(Exception):
 
 def _by_partition(marks: Mapping[Source, int]) -> dict[tuple[int, int], NDArray[np.int64]]:
     """(Topic number, partition) -> the next offset by share of users, `[SHARES]` int64."""
-    shares, found = np.arange(SHARES), dict[tuple[int, int], NDArray[np.int64]]()
+    shares, by_partition = np.arange(SHARES), dict[tuple[int, int], NDArray[np.int64]]()
     for source, after in marks.items():
-        by_share = found.setdefault((source.topic, source.partition), np.zeros(SHARES, np.int64))
-        theirs = shares % source.buckets == source.bucket
-        by_share[theirs] = np.maximum(by_share[theirs], after)
-    return found
+        by_share = by_partition.setdefault((source.topic, source.partition), np.zeros(SHARES, np.int64))
+        is_in_bucket = shares % source.buckets == source.bucket
+        by_share[is_in_bucket] = np.maximum(by_share[is_in_bucket], after)
+    return by_partition
 
 
 def _are_since(
     after: Mapping[tuple[int, int], NDArray[np.int64]], users: NDArray[np.uint64], events: Events
 ) -> NDArray[np.bool_]:
     """Which events (`[m]` EVENT) of `users` (`[m]` uint64) are at the offsets `after` or later, `[m]` bool."""
-    found, shares = np.ones(len(events), np.bool_), share_of(users)
+    is_since, shares = np.ones(len(events), np.bool_), share_of(users)
     for (topic, partition), by_share in after.items():
-        theirs = (events["topic"] == topic) & (events["partition"] == partition)
-        found[theirs] = events["offset"][theirs] >= by_share[shares[theirs]]
-    return found
+        is_of_partition = (events["topic"] == topic) & (events["partition"] == partition)
+        is_since[is_of_partition] = events["offset"][is_of_partition] >= by_share[shares[is_of_partition]]
+    return is_since
 
 
 def due_ranges(before: HistorySnapshot, gained: int) -> list[UserRange]:
@@ -339,8 +339,8 @@ def due_ranges(before: HistorySnapshot, gained: int) -> list[UserRange]:
     due, left = list[UserRange](), REBASED * gained
     for part in sorted(before.ranges, key=lambda part: part.number):
         since = [(number, events) for number, events in deltas if number > part.number]
-        theirs = (gained + sum(events for _, events in since)) / len(before.ranges)
-        if LEAST_GAIN * theirs < part.events and len({number for number, _ in since}) < MOST_DELTAS:
+        gain = (gained + sum(events for _, events in since)) / len(before.ranges)
+        if LEAST_GAIN * gain < part.events and len({number for number, _ in since}) < MOST_DELTAS:
             break
         if due and left < part.events:
             break

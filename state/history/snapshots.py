@@ -183,19 +183,19 @@ def read(location: FileStore, number: int) -> HistorySnapshot:
     """
     name = document_name(number)
     try:
-        found = sealed.decode(location.read(name), HistorySnapshot)
+        snapshot = sealed.decode(location.read(name), HistorySnapshot)
     except FileNotFoundError:
         raise _damaged(name, location, "is missing") from None
     except ValueError as error:
         raise _damaged(name, location, f"is damaged: {error}") from error
-    if found.format != FORMAT:
-        raise _damaged(name, location, f"has format {found.format}, this release reads {FORMAT}")
-    return found
+    if snapshot.format != FORMAT:
+        raise _damaged(name, location, f"has format {snapshot.format}, this release reads {FORMAT}")
+    return snapshot
 
 
 def newest(location: FileStore, shares: UserShares = ALL) -> HistorySnapshot | None:
     """The newest snapshot of all users of these shares whose document can be read; None if there is none."""
-    return next((found for found in _readable(location) if found.user_shares.covers(shares)), None)
+    return next((snapshot for snapshot in _readable(location) if snapshot.user_shares.covers(shares)), None)
 
 
 def _readable(location: FileStore) -> Iterator[HistorySnapshot]:
@@ -265,11 +265,11 @@ def usable(location: FileStore, wanted: Wanted) -> Iterator[HistorySnapshot]:
     Raises:
         UnusablePlace: The location cannot be reached.
     """
-    for found in _readable(location):
-        if reason := wanted.refuse(found):
-            logger.info("snapshot %d of histories is not used: %s", found.number, reason)
+    for snapshot in _readable(location):
+        if reason := wanted.refuse(snapshot):
+            logger.info("snapshot %d of histories is not used: %s", snapshot.number, reason)
             continue
-        yield found
+        yield snapshot
 
 
 # Files
@@ -339,8 +339,8 @@ class SnapshotReader:
         files = [file for file in self._snapshot.files if file.kind != "extras" and file.has(share)]
         self._decoded = {file.name: self._decoded[file.name] for file in files if file.name in self._decoded}
         missing = [file for file in files if file.name not in self._decoded]
-        for found in self._threads.map(self._decode, missing):
-            self._decoded[found.file.name] = found
+        for decoded in self._threads.map(self._decode, missing):
+            self._decoded[decoded.file.name] = decoded
         ordered = sorted(
             files, key=lambda file: (file.kind, file.number if file.kind == "delta" else 0, file.first_user)
         )
@@ -352,11 +352,11 @@ class SnapshotReader:
             if file.kind == "base":
                 chunks += _as_chunks(part, int(low), int(high), first)
                 continue
-            theirs = np.repeat(part.users[low:high], np.diff(part.ends[low:high], prepend=first))
+            owners = np.repeat(part.users[low:high], np.diff(part.ends[low:high], prepend=first))
             # A base that is at least as new as the delta already contains these events.
-            new = self._cuts[np.searchsorted(self._firsts, theirs, side="right") - 1] < file.number
-            users.append(theirs[new])
-            events.append(part.events[first : first + len(theirs)][new])
+            new = self._cuts[np.searchsorted(self._firsts, owners, side="right") - 1] < file.number
+            users.append(owners[new])
+            events.append(part.events[first : first + len(owners)][new])
         return ShareHistories(chunks, Appends.of(np.concatenate(users), np.concatenate(events)))
 
     def extras(self) -> Iterator[tuple[bytes, bytes]]:
@@ -422,15 +422,15 @@ def load(
         killpoints.reach("snapshot.cleared")
         # 2.
         for share in store.shares:
-            found = reader.share(share)
-            users += len({key[:8] for key, _ in found.chunks})
-            for first in range(0, len(found.chunks), _AT_ONCE):
-                store.load(found.chunks[first : first + _AT_ONCE], Appends.none())
-            users += sum(store.load([], some) for some in _divided(found.appends))
+            histories = reader.share(share)
+            users += len({key[:8] for key, _ in histories.chunks})
+            for first in range(0, len(histories.chunks), _AT_ONCE):
+                store.load(histories.chunks[first : first + _AT_ONCE], Appends.none())
+            users += sum(store.load([], some) for some in _divided(histories.appends))
             killpoints.reach("snapshot.share")
         # 3.
         store.finish_loading(
-            [one for one in reader.extras() if one[0][:2] == b"p:" or keep(one[0][2:].decode())], users
+            [extra for extra in reader.extras() if extra[0][:2] == b"p:" or keep(extra[0][2:].decode())], users
         )
         killpoints.reach("snapshot.loaded")
     finally:
@@ -506,7 +506,7 @@ def remove(location: FileStore, gone: Sequence[int], now_ms: int) -> int:
     """
     before = numbers(location)
     removed = [number for number in before if number in gone]
-    theirs = {file.name for number in removed for file in _files_of(location, number)}
+    of_removed = {file.name for number in removed for file in _files_of(location, number)}
     # 1.
     for number in removed:
         location.remove(document_name(number))
@@ -517,7 +517,7 @@ def remove(location: FileStore, gone: Sequence[int], now_ms: int) -> int:
     unnamed = [
         name
         for name in (f"{FILES}/{name}" for name in location.names(FILES))
-        if name not in named and (name in theirs or int(name.split("/")[2]) < now_ms - LEFT_BEHIND_MS)
+        if name not in named and (name in of_removed or int(name.split("/")[2]) < now_ms - LEFT_BEHIND_MS)
     ]
     for name in unnamed:
         location.remove(name)

@@ -107,9 +107,9 @@ class StoreView:
         """The newest and the oldest event of all users, in slices."""
         cursor, start = self._transaction.cursor(db=self._chunks), cast(int | None, 0)
         while start is not None:
-            found = chunks.ends(cursor, start, SLICE)
-            yield found
-            start = found.following
+            slice_ends = chunks.ends(cursor, start, SLICE)
+            yield slice_ends
+            start = slice_ends.following
             time.sleep(SLICE_PAUSE_S)
 
     def read_all(self, user: int) -> Events:

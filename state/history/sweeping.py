@@ -129,7 +129,7 @@ class ReadTimes:
 READ_TIMES = "read_times"  # name of the store's extra
 USERS_AT_ONCE = 500
 MOST_REMOVED = 100  # users removed per step; each costs as much as reading 20
-HURRIED_LOOKS, MOST_HURRIED = 40, 4
+HURRIED_STEPS, MOST_HURRIED = 40, 4
 LOOK_S, HASTY_LOOK_S, REST_S = 0.1, 0.02, 1.0
 STEPS, BINS = 64, 1024
 FULL, EMPTIED, GROWN, BRIM = 0.9, 0.85, 0.02, 0.97  # shares of the map
@@ -192,7 +192,7 @@ class Sweeper:
         self._full, self._hurried = FULL, False
         self.due_s = 0.0
 
-    def look(self, clock_ms: int) -> Removed:
+    def sweep(self, clock_ms: int) -> Removed:
         """Runs one step if it is due: processes some users and removes old events. Takes a few milliseconds at most."""
         now_s = self._elapsed()
         # Does not wait for a clock that was set back.
@@ -213,9 +213,9 @@ class Sweeper:
         """Runs many steps at once, because the store refused a commit and so has too many users."""
         self._hurried = True
         try:
-            for _ in range(HURRIED_LOOKS):
+            for _ in range(HURRIED_STEPS):
                 self.due_s = self._elapsed()
-                self.look(clock_ms)
+                self.sweep(clock_ms)
         finally:
             self._hurried = False
 

@@ -225,7 +225,7 @@ def accept(
     return Accepted(gap, consent.actor, consent.reason, now_ms, named_marks, record)
 
 
-def add_options(parser: argparse.ArgumentParser, records: bool = False) -> None:
+def add_options(parser: argparse.ArgumentParser, records: bool) -> None:
     """Adds `--accept-gap`, `--accept-cut-back` and `--reason` to a parser; with `records` also `--skip-record`."""
     parser.add_argument(
         "--accept-gap",

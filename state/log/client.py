@@ -13,7 +13,7 @@ from kafka.net.compat import KafkaNetClient
 from kafka.net.sasl.oauth import AbstractTokenProvider
 
 from state.config.sections import Kafka
-from state.errors import GapError, LogError, SpringtideError, TruncatedLog, UnknownTopic, UnreachableBroker
+from state.errors import GapError, LogError, SpringtideError, TruncatedLog, UnknownTopic, UnreachableBroker, first_line
 from state.positions import Gap, Source
 from state.process.user_code import error_line, load_named
 
@@ -193,7 +193,10 @@ def translated(settings: Kafka, doing: str) -> Iterator[None]:
             raise fenced(doing) from problem
         if _UNANSWERED in str(problem):
             raise unreachable(settings, doing, problem) from problem
-        raise LogError(f"cannot {doing} on {settings.bootstrap_servers}: {first_line(problem)}") from problem
+        raise LogError(
+            f"cannot {doing} on {settings.bootstrap_servers}: {first_line(problem)}",
+            "see the broker's log for the cause",
+        ) from problem
 
 
 def unreachable(settings: Kafka, doing: str, cause: BaseException | str) -> UnreachableBroker:
@@ -264,9 +267,3 @@ def truncated(topic: str, topic_id: str, partition: int, position: int, kept: in
         "check the brokers (unclean.leader.election.enable=false, min.insync.replicas) and restore the log if you can",
         [Gap(Source(topic_id, partition), kept, position)],
     )
-
-
-def first_line(problem: BaseException) -> str:
-    """The first line of an exception's message; its class name if there is no message."""
-    text = str(problem).strip()
-    return text.splitlines()[0] if text else type(problem).__name__

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from types import FrameType
 
 from state.errors import SpringtideError, of_disk
 
@@ -21,6 +22,26 @@ def stop_on_signals() -> threading.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     return stop
+
+
+class Signals:
+    """Counts SIGINT, SIGTERM and SIGHUP: the first asks to stop, the second to stop at once."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._take)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+
+    def stop(self) -> bool:
+        """Returns whether to stop."""
+        return self.count > 0
+
+    def hurry(self) -> bool:
+        """Returns whether to stop at once."""
+        return self.count > 1
 
 
 def die_with(parent: int, signal_number: signal.Signals = signal.SIGKILL) -> Callable[[], None]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 EVERY_S = 10.0
 
 
-def keep_what_is_there() -> None:
+def freeze_objects() -> None:
     """Excludes all existing objects, such as modules, from garbage collection; call it once a process is set up.
 
     Python collects old objects only when the new long-lived objects reach a quarter of their number. That is rare with

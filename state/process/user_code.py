@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from state.errors import SettingsError
+from state.errors import SettingsError, first_line
 
 ROOT = Path(__file__).parents[2]
 """The location of our packages: a clone, or the interpreter's site-packages."""
@@ -55,11 +55,6 @@ def load_named(path: str, setting: str) -> Any:
             f"{setting} {path!r} cannot be loaded ({type(error).__name__}: {error})",
             "name a function as `module:name`, in a module that Python finds from here",
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text that is not blank."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
 
 
 def error_line(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from state.compiled import compiled, layout, part_of_sums
+from state.compiled import compiled, layout, part_of_sums, read_only
 from state.compiled.logarithms import logarithms
 from state.compiled.mixing import mix
 from state.features.spec import FeatureSpec
@@ -87,10 +87,7 @@ def key_of_item(item: np.uint64) -> np.uint64:
     return mix(item ^ _ITEMS) if item != np.uint64(0) else np.uint64(0)
 
 
-@compiled(
-    "u2[:, ::1], u2[:, :, ::1], i8[::1], i8, f4[:, ::1]",
-    "const(u2[:, ::1]), const(u2[:, :, ::1]), i8[::1], i8, f4[:, ::1]",
-)
+@compiled("const(u2[:, ::1]), const(u2[:, :, ::1]), i8[::1], i8, f4[:, ::1]")
 def _phi(features: U16, category_windows: U16, recency: I64, latest: int, phi: F32) -> None:
     for i in range(phi.shape[0]):
         pause = True
@@ -111,7 +108,7 @@ class Columns:
     def phi(self, features: U16, category_windows: U16) -> F32:
         """Phi of n users, `[n, COLUMNS]` float32, from `[n, D]` and `[n, L, F]` uint16."""
         phi = np.empty((len(features), COLUMNS), np.float32)
-        _phi(features, category_windows, self._recency, self._latest, phi)
+        _phi(read_only(features), read_only(category_windows), self._recency, self._latest, phi)
         return phi
 
 

@@ -60,7 +60,7 @@ WEIGHTS = "recommend.weights"
 
 _SLOTS = 2 * MOST
 _ENTRIES = 2 * MOST
-"""The maximum number of entries of lists that are read for a user."""
+"""The maximum number of entries of lists that are read for a user, besides those of the lists of everything."""
 _WIDTH = MOST + 16
 """Not a power of two, so that the features of one candidate are in different sets of the processor's cache."""
 _SCALE = np.float32(1e5)
@@ -93,11 +93,11 @@ class Workspace(NamedTuple):
         features: `[FEATURES, MOST + 16]` float32; shares and ages until all lists are read.
         own: `[MOST]` int32, 1 + the rank among the user's own items; 0 for others.
         scores: `[MOST]` float32.
-        entries: `[N]` int32, the candidate of each entry of a list.
+        entries: `[N]` int32, the candidate of each entry of a list, without `everything` and `interests`.
         sources: `[N]` int32, its source.
-        values: `[LIVES + 1, N]` float32, the arguments of the logarithms of its features.
+        values: `[LIVES + 1, M]` float32, the arguments of the logarithms of features; ages are last.
         bits: `values` viewed as int32.
-        logs: `[LIVES + 1, N]` float32, these logarithms.
+        logs: `[LIVES + 1, M]` float32, these logarithms.
         factors: `[FEATURES]` float32, w phi.
         size: `[1]` int64, the number of candidates.
     """
@@ -119,7 +119,7 @@ class Workspace(NamedTuple):
     @classmethod
     def empty(cls) -> Workspace:
         """A new workspace."""
-        values = np.ones((LIVES + 1, _ENTRIES), np.float32)
+        values = np.ones((LIVES + 1, 2 * MOST + _ENTRIES), np.float32)
         return cls(
             np.zeros(MOST, np.uint64),
             np.zeros(_SLOTS, np.int32),
@@ -172,6 +172,34 @@ def _find(item: np.uint64, count: int, work: Workspace) -> int:
 
 
 @compiled
+def _add_everything(lists: ItemLists, row: int, scales: F32, at_s: int, first: int, work: Workspace) -> int:
+    """Adds the items of a list of everything, of which no other such list has any.
+
+    scales: `[2, H]`, whose products with counts are shares of `everything` and of `interests`.
+    first: The number of candidates. Returns their number afterwards.
+    """
+    mask, count = np.uint64(work.slots.shape[0] - 1), first
+    for item in lists.ids[row]:
+        if item == np.uint64(0):
+            break
+        slot = mix(item) & mask
+        while work.slots[slot] != 0:
+            slot = (slot + np.uint64(1)) & mask
+        work.slots[slot], work.taken[count], work.items[count], work.own[count] = count + 1, slot, item, 0
+        count += 1
+    for h in range(LIVES):
+        shares = work.features[EVERYTHING_AT * LIVES + h, first:count]
+        interests = work.features[INTERESTS_AT * LIVES + h, first:count]
+        for k in range(count - first):
+            shares[k] = lists.counts[row, h, k] * scales[0, h]
+            interests[k] = lists.counts[row, h, k] * scales[1, h]
+    ages, elapsed_s = work.features[AGE_AT, first:count], np.float32(max(0, at_s - lists.at_s[row]))
+    for k in range(count - first):
+        ages[k] = lists.ages[row, k] + elapsed_s
+    return count
+
+
+@compiled
 def _add(
     lists: ItemLists, row: int, source: int, scale: F32, at_s: int, counts: tuple[int, int], work: Workspace
 ) -> tuple[int, int]:
@@ -193,8 +221,9 @@ def _add(
         for h in range(LIVES):
             work.features[source * LIVES + h, at] += lists.counts[row, h, k] * scale[h]
         work.features[AGE_AT, at] = max(work.features[AGE_AT, at], lists.ages[row, k] + elapsed_s)
-        work.entries[entries], work.sources[entries] = at, source
-        entries += 1
+        if source != INTERESTS_AT:
+            work.entries[entries], work.sources[entries] = at, source
+            entries += 1
         if source == OWN_AT:
             work.own[at] = k + 1
     return count, entries
@@ -208,21 +237,36 @@ def _scale(lists: ItemLists, row: int, at_s: int, weight: float, scale: F32) -> 
 
 
 @compiled
-def _compute(entries: int, work: Workspace) -> None:
-    """Replaces shares and ages by their features."""
-    features, values, logs = work.features, work.values, work.logs
-    for e in range(entries):
-        at, first = work.entries[e], work.sources[e] * LIVES
-        for h in range(LIVES):
-            values[h, e] = np.float32(1.0) + _SCALE * features[first + h, at]
-        values[LIVES, e] = np.float32(1.0) + features[AGE_AT, at] / np.float32(60.0)
-    logarithms(values, work.bits, logs, entries, 0)
-    # An item may have several entries of a source. All have the features of their sum.
-    for e in range(entries):
-        at, first = work.entries[e], work.sources[e] * LIVES
-        for h in range(LIVES):
-            features[first + h, at] = logs[h, e]
-        features[AGE_AT, at] = logs[LIVES, e] / np.float32(5.0)
+def _compute(listed: int, count: int, entries: int, work: Workspace) -> None:
+    """Replaces shares and ages by their features.
+
+    Those of `everything` are of the first `listed` candidates, those of `interests` and the age of all `count`, and
+    others of the entries: most shares of these sources are 0.
+    """
+    features, values, logs, bits = work.features, work.values, work.logs, work.bits
+    ages, ages_to_log, end = features[AGE_AT], values[LIVES], count + listed
+    for h in range(LIVES):
+        interests, everything = features[INTERESTS_AT * LIVES + h], features[EVERYTHING_AT * LIVES + h]
+        to_log, everything_to_log, others_to_log = values[h, :count], values[h, count:end], values[h, end:]
+        for i in range(count):
+            to_log[i] = np.float32(1.0) + _SCALE * interests[i]
+        for i in range(listed):
+            everything_to_log[i] = np.float32(1.0) + _SCALE * everything[i]
+        for e in range(entries):
+            share = features[work.sources[e] * LIVES + h, work.entries[e]]
+            others_to_log[e] = np.float32(1.0) + _SCALE * share
+    for i in range(count):
+        ages_to_log[i] = np.float32(1.0) + ages[i] / np.float32(60.0)
+    logarithms(values[:LIVES], bits[:LIVES], logs[:LIVES], end + entries, 0)
+    logarithms(values[LIVES:], bits[LIVES:], logs[LIVES:], count, 0)
+    for h in range(LIVES):
+        features[INTERESTS_AT * LIVES + h, :count] = logs[h, :count]
+        features[EVERYTHING_AT * LIVES + h, :listed] = logs[h, count:end]
+        # An item may have several entries of a source. All have the features of their sum.
+        for e in range(entries):
+            features[work.sources[e] * LIVES + h, work.entries[e]] = logs[h, end + e]
+    for i in range(count):
+        ages[i] = logs[LIVES, i] / np.float32(5.0)
 
 
 @compiled("ItemLists, ItemLists, ItemLists, Reads, i4[::1], i8, i8, f4[::1], Workspace")
@@ -250,13 +294,11 @@ def gather(
         phi: `[COLUMNS]` float32, written by this function.
         work: Its candidates are replaced; call `clear` with their number afterwards.
     """
-    features, scale, most = work.features, np.empty(LIVES, np.float32), 2 * followed.ids.shape[1] + visited.ids.shape[1]
-    for row in reads.rows:
-        most += clicked.ids.shape[1] if row != 0 else 0
+    features, scale, scales = work.features, np.empty(LIVES, np.float32), np.empty((2, LIVES), np.float32)
     for a in range(FEATURES):
-        features[a, : min(most, MOST)] = np.float32(0.0)
+        features[a, : work.size[0]] = np.float32(0.0)
     # 1. Shares. Those of the lists of everything are of the clicks of all of them.
-    counts, everything, other = (0, 0), np.full(LIVES, np.float32(0.5)), np.float32(1.0)
+    listed, everything, other = 0, np.full(LIVES, np.float32(0.5)), np.float32(1.0)
     for k in range(reads.rows.shape[0]):
         row = reads.rows[k]
         if reads.sources[k] == INTERESTS_AT and row != 0:
@@ -264,20 +306,19 @@ def gather(
         if reads.sources[k] == EVERYTHING_AT and row != 0:
             for h, kept in enumerate(decays(max(0, at_s - clicked.at_s[row]))):
                 everything[h] += clicked.totals[row, h] * kept
+    other = max(other, np.float32(0.0))
     for k in range(reads.rows.shape[0]):
-        row, source = reads.rows[k], reads.sources[k]
-        if row == 0:
-            continue
-        if source == EVERYTHING_AT:
+        row = reads.rows[k]
+        if reads.sources[k] == EVERYTHING_AT and row != 0:
             for h, kept in enumerate(decays(max(0, at_s - clicked.at_s[row]))):
-                scale[h] = kept / everything[h]
-        else:
-            _scale(clicked, row, at_s, reads.weights[k], scale)
-        counts = _add(clicked, row, source, scale, at_s, counts, work)
-        if source == EVERYTHING_AT and other > np.float32(0.0):
-            for h in range(LIVES):
-                scale[h] *= other
-            counts = _add(clicked, row, INTERESTS_AT, scale, at_s, counts, work)
+                scales[0, h] = kept / everything[h]
+                scales[1, h] = scales[0, h] * other
+            listed = _add_everything(clicked, row, scales, at_s, listed, work)
+    counts = (listed, 0)
+    for k in range(reads.rows.shape[0]):
+        if reads.sources[k] != EVERYTHING_AT and reads.rows[k] != 0:
+            _scale(clicked, reads.rows[k], at_s, reads.weights[k], scale)
+            counts = _add(clicked, reads.rows[k], reads.sources[k], scale, at_s, counts, work)
     for k in range(2):
         if after[k] != 0:
             _scale(followed, after[k], at_s, 1.0, scale)
@@ -287,7 +328,7 @@ def gather(
         _scale(visited, user, at_s, 1.0, scale)
         counts = _add(visited, user, OWN_AT, scale, at_s, counts, work)
     # 2. Features.
-    _compute(counts[1], work)
+    _compute(listed, counts[0], counts[1], work)
     clicks, repeats, gap_s, evidence = 0.0, 0.0, 0, 0.0
     if user != 0:
         # At the list's own time, because counts and totals decay alike.

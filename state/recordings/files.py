@@ -55,29 +55,28 @@ Record = tuple[int, bytes, list[str] | None]
 
 def csv_rows(
     stream: BinaryIO,
-    where: str,
+    file: RecordedFile,
     wanted: Sequence[str],
     columns: Sequence[str] = (),
-    delimiter: str = ",",
     chunk_rows: int = CHUNK_ROWS,
     remedy: str = REMEDY,
 ) -> Iterator[RecordedRows]:
-    """Reads the fields `wanted` of CSV, `chunk_rows` rows at a time.
+    """Reads the fields `wanted` of a CSV file, `chunk_rows` rows at a time.
 
-    `where` names the file in messages. If `columns` is empty, the first line is the header. `remedy` is the advice for the
+    `stream` has the file's uncompressed content. If `columns` is empty, the first line is the header. `remedy` is the advice for the
     error about a missing column.
 
     Raises:
         SettingsError: The file has no column for a wanted field.
     """
-    names, records = _named(stream, where, columns, delimiter)
+    names, records = _named(stream, str(file.path), columns, file.delimiter)
     index_of = {name: names.index(name) for name in wanted if name in names}
     missing = [name for name in wanted if name not in index_of]
     if missing:
         if columns:
             raise SettingsError(f"--columns {','.join(names)}: has no {missing[0]!r}", f"name the column, or {remedy}")
         raise SettingsError(
-            _no_column(where, missing[0], names), f"{remedy}, or give --columns if the file has no header"
+            _no_column(str(file.path), missing[0], names), f"{remedy}, or give --columns if the file has no header"
         )
     nothing = [None] * len(names)
 
@@ -228,9 +227,7 @@ def _json_chunk(
     )
 
 
-def _parquet_rows(
-    path: Path, wanted: Sequence[str], chunk_rows: int = CHUNK_ROWS, remedy: str = REMEDY
-) -> Iterator[RecordedRows]:
+def _parquet_rows(path: Path, wanted: Sequence[str], chunk_rows: int, remedy: str) -> Iterator[RecordedRows]:
     with pq.ParquetFile(path) as file:
         names = file.schema_arrow.names
         for name in wanted:
@@ -318,11 +315,10 @@ class Recording:
                 chunks = _parquet_rows(file.path, wanted, chunk_rows, self.remedy)
             else:
                 stream = _opened(file.path)
-                where = str(file.path)
                 chunks = (
-                    csv_rows(stream, where, wanted, self.columns, file.delimiter, chunk_rows, self.remedy)
+                    csv_rows(stream, file, wanted, self.columns, chunk_rows, self.remedy)
                     if file.format == "csv"
-                    else json_rows(stream, where, wanted, chunk_rows)
+                    else json_rows(stream, str(file.path), wanted, chunk_rows)
                 )
             for rows in chunks:
                 yield rows

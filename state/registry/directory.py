@@ -219,9 +219,7 @@ def own_documents(folder: Path, kind: type[Document]) -> dict[str, Document]:
     return documents
 
 
-def stored_documents(
-    store: FileStore, folder: str, kind: type[Document], own: Collection[str] = ()
-) -> dict[str, Document]:
+def stored_documents(store: FileStore, folder: str, kind: type[Document], own: Collection[str]) -> dict[str, Document]:
     """The documents of other hosts in an object store, by name, without those named in `own`; likewise."""
     documents = {}
     for name in store.names(folder):

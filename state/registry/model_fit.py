@@ -14,7 +14,7 @@ from __future__ import annotations
 import ast
 import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from state import layout
 from state.config.sections import Model
@@ -23,7 +23,7 @@ from state.errors import ModelMismatch, RegistryError, SaltMismatch, SpecMismatc
 from state.events.identity import Salt
 from state.features.spec import FeatureSpec
 from state.registry import tensor_files
-from state.registry.control import Control, ServingChoice, following
+from state.registry.control import Control, Decision, ServingChoice, following
 from state.registry.manifest import Manifest, sees
 from state.registry.registry import SERVING, Registry
 
@@ -298,11 +298,8 @@ def upgrade(
     control: Control,
     base: int | None,
     plan: Mapping[str, Any],
-    *,
-    actor: str,
-    reason: str,
-    now_ms: int,
     answers: int | None = None,
+    **decision: Unpack[Decision],
 ) -> Control:
     """Begins an epoch in which another model, feature spec or release continues from version `base`.
 
@@ -310,18 +307,14 @@ def upgrade(
         control: The control to start from.
         base: The version to continue from; None to train from scratch.
         plan: The plan in the format that the module describes.
-        actor: The person or process that made the decision.
-        reason: The actor's reason.
-        now_ms: Wall clock.
         answers: The version to pin serving to until the trainer has caught up; None to leave serving unchanged.
+        **decision: See `Decision`.
     """
     serving = control.serving if answers is None else ServingChoice("pin", answers, then_follow=True)
     return following(
         control,
         "upgrade",
-        actor,
-        reason,
-        now_ms,
+        **decision,
         epoch=control.epoch + 1,
         base=base,
         serving=serving,

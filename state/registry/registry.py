@@ -41,6 +41,9 @@ SERVING = "serving.safetensors"
 TRAINING = "training.safetensors"
 DURABLE = (layout.VERSIONS, layout.MERGED, layout.BASES)
 """The folders of durable versions."""
+RECENT_S = 15.0
+"""How long a version that is not durable is kept. After 25 s the operating system would write it to the disk."""
+
 MOST_BETWEEN = 10_000
 """Upper limit of the number of versions between two durable ones."""
 

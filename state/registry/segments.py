@@ -97,7 +97,10 @@ def segments_of(
     while base is not None and end.epoch != base.epoch:
         start = last[end.epoch].base
         if start is None:
-            raise UnknownVersion(f"epoch {end.epoch} began from scratch: version {base.version} does not lead to it")
+            raise UnknownVersion(
+                f"epoch {end.epoch} began from scratch: version {base.version} does not lead to it",
+                "use a newer base with --from",
+            )
         turned = registry.manifest(start)
         segment = LogSegment(turned.log.next, end.log.next, line=last[end.epoch].log, epoch=end.epoch)
         segments += parted(segment, end, last[end.epoch], turned.erased)[::-1]

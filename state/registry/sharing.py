@@ -394,7 +394,7 @@ def visit(settings: Settings) -> None:
         return
     bind(path, url)
     with suppress(LockHeld), DirectoryLock(path, layout.SHARED_LOCK), sharing():
-        Copier(path, open_store(url), settings.registry.recent_s).step()
+        Copier(path, open_store(url)).step()
 
 
 def reached_ms(registry: Path) -> int:
@@ -440,7 +440,7 @@ class _HostCopier:
                 # From here on, the file's age shows how long the store has been unreachable.
                 self._began = True
                 self._metrics.looked_seconds.set_to_current_time()
-            copier = Copier(path, self._store, self._settings.registry.recent_s)
+            copier = Copier(path, self._store)
             copier.fetch_control()
             self._copier = copier
         began_ms = wall_ms()
@@ -458,11 +458,8 @@ class _HostCopier:
         """Records for the other processes of this host that the store was reached then; at most once a second."""
         if not 0 <= at_ms - self._noted_ms < NOTE_MS:
             self._noted_ms = at_ms
-            path = self._settings.registry_dir / layout.SHARED_LOOKED
-            # On a full disk nothing is recorded, and the readiness check reports it.
-            with suppress(OSError):
-                path.touch()
-                os.utime(path, ns=(at_ms * 1_000_000, at_ms * 1_000_000))
+            # If the disk is full, the readiness check reports it.
+            durable.note_time(self._settings.registry_dir / layout.SHARED_LOOKED, at_ms)
 
     def close(self) -> None:
         self._lock.release()

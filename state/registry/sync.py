@@ -42,7 +42,7 @@ from state.registry.claim import LEASE_S, Silence
 from state.registry.controls import Controls
 from state.registry.directory import file_bytes, sharing, stored_documents, usable
 from state.registry.hosts import GONE_S, RENEW_S, HostEntry
-from state.registry.registry import DURABLE, MANIFEST, Registry
+from state.registry.registry import DURABLE, MANIFEST, RECENT_S, Registry
 
 CATALOG, RECENT, CLAIMS = "catalog.json", "recent", "trainers"
 SMALL = (layout.SPECS, layout.OUTCOMES, layout.BASELINES, layout.GAPS)
@@ -484,18 +484,15 @@ class Copier:
 
     Args:
         path: The registry's directory, which is bound to the store.
-        recent_s: How long recent versions are kept locally; the newest one is kept until there is a newer one.
     """
 
-    def __init__(
-        self, path: Path, store: FileStore, recent_s: float = 15.0, elapsed: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, path: Path, store: FileStore, elapsed: Callable[[], float] = time.monotonic) -> None:
         self._registry, self._store = Registry(path), store
         self._directory = self._registry.directory
         self._directory.shared = store
         # A separate object, because another thread may use it.
         self._controls = Controls(path)
-        self._recent_s, self._elapsed = recent_s, elapsed
+        self._elapsed = elapsed
         self._catalog = read_catalog((path / layout.SHARED_CATALOG).read_bytes)
         self._wanted_serial = self._catalog.serial
         self._next: int | None = None
@@ -569,7 +566,7 @@ class Copier:
         fetched = self._rests_until_s is None and self._fetch_packs()
         if self._wanted_serial != self._catalog.serial:
             self._fetch_catalog()
-        while len(self._recent) > 1 and self._elapsed() - self._recent[0][0] > self._recent_s:
+        while len(self._recent) > 1 and self._elapsed() - self._recent[0][0] > RECENT_S:
             self._registry.remove("recent", self._recent.popleft()[1])
         if fetched or again:
             self._fetched_s = self._elapsed()

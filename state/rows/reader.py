@@ -17,7 +17,7 @@ from safetensors.numpy import load as load_tensors
 
 from state.errors import UnknownVersion
 from state.registry.manifest import Manifest, Visible, extend, sees
-from state.rows.tables import CODES, TOP, VERSION_BYTES, stem, u64, version_of
+from state.rows.tables import CODES, TOP, VERSION_BYTES, row_prefix, u64, version_of
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class RowReader:
     def row(self, table: str, identity: int, at: Served) -> bytes | None:
         """The bytes of one row, `[dim]` float32, at version `at`; None if it has none."""
         cursor = self._cursor
-        start = stem(at.lane, CODES[table], identity)
+        start = row_prefix(at.lane, CODES[table], identity)
         for lowest, highest in at.visible:
             if not cursor.set_range(start + (TOP - highest).to_bytes(8, "big")):
                 return None
@@ -200,7 +200,7 @@ class RowReader:
         """
         code, dim, following = CODES[table], at.dims.get(table, 0), None
         cursor, values_by_id = self._transaction.cursor(self._databases["rows"]), dict[int, bytes | None]()
-        has_entry = bool(cursor.set_range(stem(at.lane, code, start)))
+        has_entry = bool(cursor.set_range(row_prefix(at.lane, code, start)))
         while has_entry:
             key = bytes(cursor.key())
             if key[0] != at.lane << 3 | code:

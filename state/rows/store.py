@@ -11,10 +11,10 @@
 written in several transactions.
 
 Each base gets its own lane, of which there are 32; deltas use their parent's lane. Entries of other lanes are never
-visible, and a lane without versions is deleted. A version whose writing was interrupted is rolled back (`take_back`).
+visible, and a lane without versions is deleted. What an interrupted write left is deleted (`undo_interrupted`).
 
-Old versions are dropped in one short transaction. Rows that only they needed are deleted afterwards, a few at a time.
-Rows that a dropped version wrote count as written by the next retained version.
+Old versions are dropped in one short transaction. Entries that only they read are deleted afterwards, a few rows at a
+time (`tidy`). Rows that a dropped version wrote count as written by the next retained version.
 
 Version numbers only grow. After a rollback to version 30 the next epoch begins at, say, 51 with parent 30. The versions
 that version 52 may see are then closed intervals, newest first: `((51, 52), (1, 30))`. Versions 31 to 50 are abandoned:
@@ -23,6 +23,7 @@ their rows may still be stored, but no reader of 52 sees them.
 
 from __future__ import annotations
 
+import itertools
 import json
 from bisect import bisect_left
 from collections import deque
@@ -56,7 +57,7 @@ from state.rows.tables import (
     lane_of,
     lane_start,
     row_keys,
-    stem,
+    row_prefix,
     tables_in,
     u64,
     version_of,
@@ -140,7 +141,7 @@ def pieces(text: bytes, size: int) -> list[bytes]:
     return [text[at : at + size] for at in range(0, len(text), size)]
 
 
-def take_back(transaction: lmdb.Transaction, databases: Databases) -> None:
+def undo_interrupted(transaction: lmdb.Transaction, databases: Databases) -> None:
     """Deletes the rows of a version whose writing was interrupted, by the end of the process or a full disk."""
     begun = stored(transaction, BEGUN, databases["meta"])
     if begun is None:
@@ -149,7 +150,7 @@ def take_back(transaction: lmdb.Transaction, databases: Databases) -> None:
     if transaction.get(version, db=databases["versions"]) is None:
         tail = u64(TOP - int.from_bytes(version, "big"))
         for table, identity in np.frombuffer(begun[16:], np.uint64).reshape(2, -1).T.tolist():
-            transaction.delete(stem(lane, table, identity) + tail, db=databases["rows"])
+            transaction.delete(row_prefix(lane, table, identity) + tail, db=databases["rows"])
     transaction.delete(BEGUN, db=databases["meta"])
 
 
@@ -185,7 +186,7 @@ def ids_in(transaction: lmdb.Transaction, rows: lmdb._Database, table: str) -> U
     """The ids that have an entry in `table` in any version, ascending."""
     cursor, ids = transaction.cursor(rows), set[int]()
     for lane in _lanes(cursor):
-        start = stem(lane, CODES[table], 0)[:1]
+        start = row_prefix(lane, CODES[table], 0)[:1]
         if cursor.set_range(start):
             for key in cursor.iternext(values=False):
                 if key[:1] != start:
@@ -202,7 +203,7 @@ def delete_entries(
     for lane in list(_lanes(cursor)):
         for table, ids in ids_by_table.items():
             for identity in ids.tolist():
-                start = stem(lane, CODES[table], identity)
+                start = row_prefix(lane, CODES[table], identity)
                 has_entry = cursor.set_range(start)
                 while has_entry and (key := bytes(cursor.key()))[: len(start)] == start:
                     if first <= version_of(key) < after:
@@ -238,7 +239,7 @@ def branches_of(retained: Mapping[int, Visible]) -> list[Branch]:
     for version in sorted(retained):
         (start, _), *before = retained[version]
         versions_by_branch.setdefault((start, tuple(before)), []).append(version)
-    return [Branch(*line, versions) for line, versions in versions_by_branch.items()]
+    return [Branch(start, before, versions) for (start, before), versions in versions_by_branch.items()]
 
 
 def needed(versions: Sequence[int], branches: Iterable[Branch]) -> set[int]:
@@ -267,47 +268,50 @@ def needed(versions: Sequence[int], branches: Iterable[Branch]) -> set[int]:
     return entries
 
 
-def sweep_row(cursor: lmdb.Cursor, start: bytes, after: int, newest: int, branches: Sequence[Branch]) -> int:
-    """Deletes the entries of one row of versions from `after + 1` to `newest` that no version reads.
+class RowsToSweep(NamedTuple):
+    """Rows of a lane that may have entries that no version reads.
 
-    If `after` is not 0, these versions are on one branch, and only the newest of their entries is read.
-
-    Returns:
-        The newest tombstone that was dropped; 0 if none was. No version up to it may be applied to this lane again.
+    Attributes:
+        rows: `[2, k]` uint64, table and id.
+        after: If not 0, the versions from `after + 1` to `newest` are on one branch, and only the newest of a row's
+            entries from them is read.
+        newest: No entry of a later version has to be checked.
     """
-    has_entry = cursor.set_range(start + u64(TOP - newest))
-    if after:
-        end = start + u64(TOP - after)
-        has_entry = has_entry and bytes(cursor.key()) < end and cursor.next()
-        while has_entry and bytes(cursor.key()) < end:
-            has_entry = cursor.delete() and bool(cursor.key())
-        return 0
-    entries: list[tuple[int, bool]] = []
-    while has_entry and (key := bytes(cursor.key())).startswith(start):
-        entries.append((version_of(key), not cursor.value()))
-        has_entry = cursor.next()
-    floor = 0
-    needed_versions = needed([version for version, _ in entries], branches)
-    for version, empty in reversed(entries):
-        # A tombstone without older entries is redundant, but no version up to it may be applied to this lane again.
-        if version in needed_versions and not empty:
-            break
-        if version in needed_versions:
-            floor = max(floor, version)
-            needed_versions.discard(version)
-    for version, _ in entries:
-        if version not in needed_versions and cursor.set_key(start + u64(TOP - version)):
-            cursor.delete()
-    return floor
-
-
-class Unread(NamedTuple):
-    """Rows that may have entries that no version reads, see `sweep_row`."""
 
     lane: int
     rows: Changes
-    after: int
-    newest: int
+    after: int = 0
+    newest: int = TOP
+
+
+def delete_superseded(cursor: lmdb.Cursor, prefix: bytes, after: int, newest: int) -> None:
+    """Deletes the entries of one row of versions from `after + 1` to `newest`, except the newest of these entries."""
+    end = prefix + u64(TOP - after)
+    has_entry = cursor.set_range(prefix + u64(TOP - newest)) and bytes(cursor.key()) < end and cursor.next()
+    while has_entry and bytes(cursor.key()) < end:
+        has_entry = cursor.delete() and bool(cursor.key())
+
+
+def delete_unread(cursor: lmdb.Cursor, prefix: bytes, newest: int, branches: Sequence[Branch]) -> int:
+    """Deletes the entries of one row of versions up to `newest` that no version on `branches` reads.
+
+    A tombstone without older entries is deleted too, because a missing entry reads the same.
+
+    Returns:
+        The newest deleted tombstone that was read; 0 if none was. No version up to it may be applied to this lane
+        again.
+    """
+    is_tombstone: dict[int, bool] = {}
+    has_entry = cursor.set_range(prefix + u64(TOP - newest))
+    while has_entry and (key := bytes(cursor.key())).startswith(prefix):
+        is_tombstone[version_of(key)] = not cursor.value()
+        has_entry = cursor.next()
+    read = sorted(needed([*is_tombstone], branches))
+    redundant = [*itertools.takewhile(is_tombstone.__getitem__, read)]
+    for version in is_tombstone.keys() - read[len(redundant) :]:
+        if cursor.set_key(prefix + u64(TOP - version)):
+            cursor.delete()
+    return max(redundant, default=0)
 
 
 class RowStore(LmdbStore):
@@ -327,8 +331,8 @@ class RowStore(LmdbStore):
         self._rows, self._versions, self._changes = opened["rows"], opened["versions"], opened["changes"]
         self._last = LastServed()
         # The rows to check, and whether a lane without versions may have rows.
-        self._to_check: deque[Unread] = deque()
-        self._dead_lanes = True
+        self._to_sweep: deque[RowsToSweep] = deque()
+        self._has_dead_lanes = True
 
     @contextmanager
     def reader(self) -> Iterator[RowReader]:
@@ -342,7 +346,8 @@ class RowStore(LmdbStore):
             return manifest.kind == "base" or self._parent(manifest, transaction) is not None
 
     def _parent(self, manifest: Manifest, transaction: lmdb.Transaction) -> Served | None:
-        if manifest.parent is None:
+        """The parent of a delta, if all entries that the delta needs are stored."""
+        if manifest.kind == "base" or manifest.parent is None:
             return None
         record = stored(transaction, u64(manifest.parent), self._versions)
         parent = None if record is None else Served.parse(record)
@@ -363,8 +368,11 @@ class RowStore(LmdbStore):
     ) -> bool:
         """Adds one version, atomically for all readers; returns False if it was stored already and `replace` is false.
 
-        Rows beyond WRITTEN_AT_ONCE are written in earlier transactions, invisible to readers. LMDB keeps memory for the
-        pages of its largest transaction, and few rows share a page.
+        1. Delete what an interrupted write left, choose the lane, and record the rows of a version that needs several
+           transactions.
+        2. Write such a version's first rows, WRITTEN_AT_ONCE per transaction. No reader sees them. LMDB keeps memory
+           for the pages of its largest transaction, and few rows share a page.
+        3. In one transaction, write the other rows and the version itself.
 
         Args:
             manifest: The version; a base sees its own rows only, a delta its parent's too.
@@ -379,60 +387,66 @@ class RowStore(LmdbStore):
             UnknownVersion: The parent is not stored, or entries that the delta needs were deleted.
             StoreFull, UnusableDisk: No visible row was changed.
         """
+        version = manifest.version
         if not self.shares.is_all:
             tensors = with_users(tensors, self.shares)
+        # 1.
         with self._write() as transaction:
-            take_back(transaction, self._databases)
-            is_here = transaction.get(u64(manifest.version), db=self._versions) is not None
-            if is_here and not replace:
+            undo_interrupted(transaction, self._databases)
+            is_applied = transaction.get(u64(version), db=self._versions) is not None
+            if is_applied and not replace:
                 if follow:
-                    self._point(manifest.version, transaction)
+                    self._point(version, transaction)
                 return False
-            parent = None if manifest.kind == "base" else self._parent(manifest, transaction)
+            parent = self._parent(manifest, transaction)
             if parent is None and manifest.kind != "base":
                 raise UnknownVersion(
-                    f"version {manifest.version} builds on version {manifest.parent}, whose rows are not here",
+                    f"version {version} builds on version {manifest.parent}, whose rows are not here",
                     "apply its base",
                 )
-            lane = self._begin_lane(transaction) if parent is None else parent.lane
-            entries = entries_of(tensors, lane, manifest.version)
-            if len(entries.pairs) > WRITTEN_AT_ONCE:
-                begun = u64(manifest.version) + u64(lane) + entries.changes.tobytes()
-                transaction.put(BEGUN, begun, db=self._meta)
-        while len(entries.pairs) > WRITTEN_AT_ONCE:
+            lane = self._free_lane(transaction) if parent is None else parent.lane
+            entries = entries_of(tensors, lane, version)
+            pairs, early = entries.pairs, max(0, len(entries.pairs) - 1) // WRITTEN_AT_ONCE * WRITTEN_AT_ONCE
+            if early:
+                transaction.put(BEGUN, u64(version) + u64(lane) + entries.changes.tobytes(), db=self._meta)
+        # 2.
+        for begin in range(0, early, WRITTEN_AT_ONCE):
             with self._write() as transaction:
-                transaction.cursor(self._rows).putmulti(entries.pairs[:WRITTEN_AT_ONCE])
-            del entries.pairs[:WRITTEN_AT_ONCE]
+                transaction.cursor(self._rows).putmulti(pairs[begin : begin + WRITTEN_AT_ONCE])
             killpoints.reach("rows.begun")
+        # 3.
         with self._write() as transaction:
-            # Its changes in the former lane count as written by the next version of that lane.
-            _, to_check = self._drop(transaction, {manifest.version}) if is_here else (0, [])
-            transaction.cursor(self._rows).putmulti(entries.pairs)
+            to_sweep = self._drop(transaction, {version}) if is_applied else []
+            transaction.cursor(self._rows).putmulti(pairs[early:])
             transaction.delete(BEGUN, db=self._meta)
-            transaction.put(u64(manifest.version), entries.changes.tobytes(), db=self._changes)
-            put_dense(
-                transaction, self._databases, manifest.version, tensors, None if parent is None else parent.version
-            )
-            dims = {} if parent is None else dict(parent.dims)
-            serial = int.from_bytes(stored(transaction, b"serial", self._meta) or b"", "big") + 1
-            transaction.put(b"serial", u64(serial), db=self._meta)
-            record = Served.of(manifest, parent, serial, lane, dims | entries.dims, now_ms)
-            transaction.put(u64(manifest.version), record.to_json(), db=self._versions)
-            served = (stored(transaction, b"served", self._meta) or b"")[:8]
-            if follow or served == u64(manifest.version):
-                self._point(manifest.version, transaction)
-        self._to_check += to_check
-        for place, unread in enumerate(self._to_check):
-            if unread.after < manifest.version <= unread.newest:
-                # This version was dropped before, and reads older entries than the next one.
-                self._to_check[place] = unread._replace(after=0, newest=TOP)
+            transaction.put(u64(version), entries.changes.tobytes(), db=self._changes)
+            put_dense(transaction, self._databases, version, tensors, None if parent is None else parent.version)
+            dims = entries.dims if parent is None else {**parent.dims, **entries.dims}
+            record = Served.of(manifest, parent, self._next_serial(transaction), lane, dims, now_ms)
+            transaction.put(u64(version), record.to_json(), db=self._versions)
+            if follow or version == self._served(transaction):
+                self._point(version, transaction)
+        # A version that was dropped before reads older entries than the next one.
+        self._to_sweep = deque(
+            sweep._replace(after=0, newest=TOP) if sweep.after < version <= sweep.newest else sweep
+            for sweep in (*self._to_sweep, *to_sweep)
+        )
         return True
+
+    def _next_serial(self, transaction: lmdb.Transaction) -> int:
+        serial = int.from_bytes(stored(transaction, b"serial", self._meta) or b"", "big") + 1
+        transaction.put(b"serial", u64(serial), db=self._meta)
+        return serial
+
+    def _served(self, transaction: lmdb.Transaction) -> int:
+        """The version that serving uses; 0 before the first."""
+        return int.from_bytes((stored(transaction, b"served", self._meta) or b"")[:8], "big")
 
     def _point(self, version: int, transaction: lmdb.Transaction) -> None:
         record = Served.parse(required(transaction, version, self._versions))
-        before = (stored(transaction, b"served", self._meta) or b"")[:8]
-        if before and before != u64(version):
-            transaction.put(b"before", before, db=self._meta)
+        before = self._served(transaction)
+        if before and before != version:
+            transaction.put(b"before", u64(before), db=self._meta)
         transaction.put(b"served", u64(version) + u64(record.serial), db=self._meta)
 
     def serve(self, version: int) -> None:
@@ -451,7 +465,7 @@ class RowStore(LmdbStore):
             if version is not None:
                 self._point(version, transaction)
 
-    def _begin_lane(self, transaction: lmdb.Transaction) -> int:
+    def _free_lane(self, transaction: lmdb.Transaction) -> int:
         used = {record.lane for record in self._records(transaction)}
         for lane in range(LANES):
             cursor = transaction.cursor(self._rows)
@@ -471,97 +485,115 @@ class RowStore(LmdbStore):
         `tidy` deletes their leftover rows.
         """
         with self._write() as transaction:
-            served = stored(transaction, b"served", self._meta) or bytes(8)
-            dropped, to_check = self._drop(transaction, {*versions} - {int.from_bytes(served[:8], "big")})
-        self._to_check += to_check
-        return dropped
+            applied = {record.version for record in self._records(transaction)}
+            dropped = applied & {*versions} - {self._served(transaction)}
+            to_sweep = self._drop(transaction, dropped)
+        self._to_sweep += to_sweep
+        return len(dropped)
 
     def _records(self, transaction: lmdb.Transaction) -> list[Served]:
         return [Served.parse(record) for _, record in transaction.cursor(self._versions)]
 
-    def _drop(self, transaction: lmdb.Transaction, versions: Collection[int]) -> tuple[int, list[Unread]]:
-        records = self._records(transaction)
-        dropped = [record for record in records if record.version in versions]
-        to_check: list[Unread] = []
-        for lane in {record.lane for record in dropped}:
-            stay = {
-                record.version: record.visible
-                for record in records
-                if record.lane == lane and record.version not in versions
-            }
-            in_lane = [record.version for record in dropped if record.lane == lane]
-            to_check += self._hand_on(transaction, lane, in_lane, stay) if stay else []
-            self._dead_lanes |= not stay
-        for record in dropped:
+    def _visible_by_lane(self, transaction: lmdb.Transaction) -> dict[int, dict[int, Visible]]:
+        """The intervals that each applied version sees, by lane and version."""
+        lanes: dict[int, dict[int, Visible]] = {}
+        for record in self._records(transaction):
+            lanes.setdefault(record.lane, {})[record.version] = record.visible
+        return lanes
+
+    def _drop(self, transaction: lmdb.Transaction, versions: Collection[int]) -> list[RowsToSweep]:
+        """Deletes versions, except their rows; returns the rows to sweep once the transaction is committed."""
+        to_sweep: list[RowsToSweep] = []
+        for lane, in_lane in self._visible_by_lane(transaction).items():
+            dropped = [version for version in in_lane if version in versions]
+            retained = {version: visible for version, visible in in_lane.items() if version not in versions}
+            if not retained:
+                self._has_dead_lanes = True
+            elif dropped:
+                to_sweep += self._inherit(transaction, lane, dropped, retained)
+        for version in versions:
             for name in ("versions", "dense", "popular", "changes"):
-                transaction.delete(u64(record.version), db=self._databases[name])
-        return len(dropped), to_check
+                transaction.delete(u64(version), db=self._databases[name])
+        return to_sweep
 
-    def _hand_on(
-        self, transaction: lmdb.Transaction, lane: int, dropped: Sequence[int], stay: Mapping[int, Visible]
-    ) -> list[Unread]:
-        """Adds the changes of a lane's dropped versions to those of the next versions; returns the rows to check."""
-        to_check = list[Unread]()
-        one_branch = len(branches_of(stay)) == 1
+    def _inherit(
+        self, transaction: lmdb.Transaction, lane: int, dropped: Sequence[int], retained: Mapping[int, Visible]
+    ) -> list[RowsToSweep]:
+        """Adds the changes of a lane's dropped versions, ascending, to those of the next retained versions, the heirs.
 
-        def wrote(version: int) -> Changes:
-            return np.frombuffer(required(transaction, version, self._changes), np.uint64).reshape(2, -1)
-
-        # The dropped versions, grouped by the next retained version; None if there is none.
-        heirs: dict[int | None, list[int]] = {}
-        for version in dropped:
-            heirs.setdefault(min((later for later in stay if later > version), default=None), []).append(version)
-        for heir, versions in heirs.items():
-            # Rows that the oldest version of a branch reads are useless only if later versions wrote them too.
-            oldest = one_branch and heir == min(stay)
-            parts = [*map(wrote, versions[1:] if oldest else versions), *([] if heir is None else [wrote(heir)])]
-            rows = rows_of(parts)
-            if heir is not None:
+        Returns the rows to sweep. If the retained versions are on one branch, neither the version before the dropped
+        ones nor versions after the heir read entries between the two.
+        """
+        to_sweep: list[RowsToSweep] = []
+        is_one_branch = len(branches_of(retained)) == 1
+        for heir, group in itertools.groupby(
+            dropped, lambda version: min((later for later in retained if later > version), default=None)
+        ):
+            versions = [*group]
+            previous = max((earlier for earlier in retained if earlier < versions[0]), default=0)
+            changes = [self._changes_of(transaction, version) for version in versions]
+            if heir is None:
+                rows = rows_of(changes)
+            else:
+                if is_one_branch and not previous:
+                    # The heir becomes the oldest version of the branch. It reads all rows of the first dropped version
+                    # that no later version wrote.
+                    del changes[0]
+                changes.append(self._changes_of(transaction, heir))
+                rows = rows_of(changes)
                 transaction.put(u64(heir), rows.tobytes(), db=self._changes)
-            if one_branch and heir is not None and not oldest:
-                # If a row was written once since the preceding version, the next version reads that entry, and the
-                # preceding version reads the older one.
-                rows = rows_of(parts, at_least=2)
-            # On one branch, neither the preceding version nor versions after the heir read entries between the two.
-            before = max((earlier for earlier in stay if earlier < versions[0]), default=0) if one_branch else 0
+                if is_one_branch and previous:
+                    # If a row was written once since the previous version, the heir reads that entry, and the previous
+                    # version reads an older one.
+                    rows = rows_of(changes, at_least=2)
             if rows.shape[1]:
-                to_check.append(Unread(lane, rows, before, heir if one_branch and heir is not None else TOP))
-        return to_check
+                sweep = RowsToSweep(lane, rows)
+                if is_one_branch:
+                    sweep = sweep._replace(after=previous, newest=TOP if heir is None else heir)
+                to_sweep.append(sweep)
+        return to_sweep
+
+    def _changes_of(self, transaction: lmdb.Transaction, version: int) -> Changes:
+        return np.frombuffer(required(transaction, version, self._changes), np.uint64).reshape(2, -1)
 
     def tidy(self, at_most: int | None = None) -> bool:
         """Checks at most `at_most` rows of dropped versions, and deletes unread entries; returns whether rows remain.
 
         The default is ROWS_AT_ONCE or more.
         """
-        if not self._to_check and not self._dead_lanes:
+        if not self._to_sweep and not self._has_dead_lanes:
             return False
         if at_most is None:
-            at_most = max(ROWS_AT_ONCE, sum(unread.rows.shape[1] for unread in self._to_check) // ROUNDS)
-        lanes = dict[int, dict[int, Visible]]()
+            at_most = max(ROWS_AT_ONCE, sum(sweep.rows.shape[1] for sweep in self._to_sweep) // ROUNDS)
         with self._env.begin() as transaction:
-            for record in self._records(transaction):
-                lanes.setdefault(record.lane, {})[record.version] = record.visible
+            lanes = self._visible_by_lane(transaction)
         retained = {lane: branches_of(versions) for lane, versions in lanes.items()}
-        while at_most > 0 and self._to_check:
-            at_most -= self._check_rows(retained, min(at_most, ROWS_IN_TRANSACTION))
-        if at_most > 0 and self._dead_lanes and not self._to_check:
+        while at_most > 0 and self._to_sweep:
+            at_most -= self._sweep(retained, min(at_most, ROWS_IN_TRANSACTION))
+        if at_most > 0 and self._has_dead_lanes and not self._to_sweep:
             self._delete_dead_lanes(retained)
-        return bool(self._to_check) or self._dead_lanes
+        return bool(self._to_sweep) or self._has_dead_lanes
 
-    def _check_rows(self, retained: Mapping[int, Sequence[Branch]], at_most: int) -> int:
-        lane, rows, after, newest = self._to_check[0]
-        tables, ids = rows[:, :at_most].tolist()
+    def _sweep(self, retained: Mapping[int, Sequence[Branch]], at_most: int) -> int:
+        sweep = self._to_sweep[0]
+        rows, remaining = sweep.rows[:, :at_most], sweep.rows[:, at_most:]
+        branches, floor = retained.get(sweep.lane, ()), 0
         with self._write() as transaction:
-            floor, cursor, branches = 0, transaction.cursor(self._rows), retained.get(lane, ())
-            for table, identity in zip(tables, ids, strict=True):
-                floor = max(floor, sweep_row(cursor, stem(lane, table, identity), after, newest, branches))
+            cursor = transaction.cursor(self._rows)
+            for table, identity in rows.T.tolist():
+                prefix = row_prefix(sweep.lane, table, identity)
+                if sweep.after:
+                    delete_superseded(cursor, prefix, sweep.after, sweep.newest)
+                else:
+                    floor = max(floor, delete_unread(cursor, prefix, sweep.newest, branches))
             floors = self._floors(transaction)
-            if floor > floors.get(str(lane), 0):
-                self._put_floors(transaction, {**floors, str(lane): floor})
-        self._to_check.popleft()
-        if len(ids) < rows.shape[1]:
-            self._to_check.appendleft(Unread(lane, rows[:, len(ids) :], after, newest))
-        return len(ids)
+            if floor > floors.get(str(sweep.lane), 0):
+                self._put_floors(transaction, {**floors, str(sweep.lane): floor})
+        if remaining.shape[1]:
+            self._to_sweep[0] = sweep._replace(rows=remaining)
+        else:
+            self._to_sweep.popleft()
+        return int(rows.shape[1])
 
     def _delete_dead_lanes(self, retained: Mapping[int, Sequence[Branch]]) -> None:
         empty, at_most = set(range(LANES)) - {*retained}, LANE_ROWS_AT_ONCE
@@ -580,7 +612,7 @@ class RowStore(LmdbStore):
             remaining = {lane: floor for lane, floor in floors.items() if int(lane) not in empty}
             if remaining != floors:
                 self._put_floors(transaction, remaining)
-        self._dead_lanes = len(empty) + len(retained) < LANES
+        self._has_dead_lanes = len(empty) + len(retained) < LANES
 
     def forget(self, erased: Erased, crosses: Crosses, version: int | None = None) -> int:
         """Deletes entries of erased users that versions before the erasures wrote; returns the number of entries.

@@ -109,10 +109,10 @@ def u64(number: int) -> bytes:
     return number.to_bytes(8, "big")
 
 
-def stem(lane: int, table: int, identity: int) -> bytes:
+def row_prefix(lane: int, table: int, identity: int) -> bytes:
     """The prefix of all keys of one row, without the version; `table` is one of `state.rows.tables.CODES`.
 
-    >>> stem(1, 2, 258).hex(), stem(1, 5 << 3 | OWN, 258).hex()
+    >>> row_prefix(1, 2, 258).hex(), row_prefix(1, 5 << 3 | OWN, 258).hex()
     ('0a0000000000000102', '0f000000050000000000000102')
     """
     if table <= OWN:
@@ -141,7 +141,7 @@ def row_keys(lane: int, table: int, ids: NDArray[np.uint64], version: int) -> ND
     >>> row_keys(1, 2, np.array([258], np.uint64), 1).tobytes().hex()
     '0a0000000000000102fffffffffffffffe'
     """
-    start = stem(lane, table, 0)
+    start = row_prefix(lane, table, 0)
     keys = np.empty((len(ids), len(start) + VERSION_BYTES), np.uint8)
     keys[:, : len(start)] = np.frombuffer(start, np.uint8)
     keys[:, len(start) - 8 : len(start)] = ids.astype(">u8").view(np.uint8).reshape(-1, 8)

@@ -78,12 +78,12 @@ def membership_of(value: bytes | None) -> Membership | None:
 
 
 _VALUE = struct.Struct(">qQ")
-_PLACE, _SIZE = b"place", b"size:"
+_POSITION, _SIZE = b"place", b"size:"
 LAST_USER = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
-class SegmentsPlace:
+class SegmentsPosition:
     """The topic, by its id, and the next offset of each partition up to which it was read."""
 
     topic_id: str
@@ -105,10 +105,10 @@ class SegmentStore(LmdbStore):
     def _bind(self) -> None:
         self._members = self._databases["members"]
 
-    def place(self) -> SegmentsPlace | None:
+    def position(self) -> SegmentsPosition | None:
         """The position up to which the topic was read; None before anything was read."""
-        stored = self._stored(_PLACE)
-        return None if stored is None else msgspec.json.decode(stored, type=SegmentsPlace)
+        stored = self._stored(_POSITION)
+        return None if stored is None else msgspec.json.decode(stored, type=SegmentsPosition)
 
     def sizes(self) -> dict[str, int]:
         """The number of members of each segment, in one snapshot; empty segments may be missing."""
@@ -129,7 +129,7 @@ class SegmentStore(LmdbStore):
             pairs = keys_with(transaction.cursor(), prefix, _key((segment, start)), most)
         return [(int.from_bytes(key[len(prefix) :], "big"), Membership(*_VALUE.unpack(value))) for key, value in pairs]
 
-    def commit(self, changes: Mapping[Member, Membership | None], position: SegmentsPlace | None = None) -> None:
+    def commit(self, changes: Mapping[Member, Membership | None], position: SegmentsPosition | None = None) -> None:
         """Adds members, or removes those with None, and stores `position`, if given, as the position; atomic."""
         moved = dict[str, int]()
         with self._write() as transaction:
@@ -143,14 +143,14 @@ class SegmentStore(LmdbStore):
                 moved[member[0]] = moved.get(member[0], 0) + (membership is not None) - was
             self._note(transaction, moved, position)
 
-    def begin_anew(self, position: SegmentsPlace) -> None:
+    def restart_at(self, position: SegmentsPosition) -> None:
         """Deletes everything; the topic is then read again from `position`."""
         sizes = {name: -size for name, size in self.sizes().items()}
         with self._write() as transaction:
             transaction.drop(self._members, delete=False)
             self._note(transaction, sizes, position)
 
-    def _note(self, transaction: lmdb.Transaction, moved: Mapping[str, int], position: SegmentsPlace | None) -> None:
+    def _note(self, transaction: lmdb.Transaction, moved: Mapping[str, int], position: SegmentsPosition | None) -> None:
         for name, change in moved.items():
             key = _SIZE + name.encode()
             size = int(transaction.get(key, db=self._meta) or 0) + change
@@ -159,7 +159,7 @@ class SegmentStore(LmdbStore):
             else:
                 transaction.delete(key, db=self._meta)
         if position is not None:
-            transaction.put(_PLACE, msgspec.json.encode(position), db=self._meta)
+            transaction.put(_POSITION, msgspec.json.encode(position), db=self._meta)
 
 
 def all_members(store: SegmentStore, segment: str, at_once: int = 1000) -> Iterator[list[tuple[int, Membership]]]:

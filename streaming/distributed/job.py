@@ -28,12 +28,11 @@ from apache_beam.transforms.periodicsequence import PeriodicImpulse, RebaseMode
 
 from state import errors
 from state.config.settings import Settings
-from state.errors import FlinkFailed, GapError, RewoundLog, SaltMismatch, SettingsError
+from state.errors import FlinkFailed, GapError, RewoundLog, SaltMismatch, SettingsError, first_line
 from state.events.identity import own_salt
 from state.flink import JobManager, url
 from state.log import Log
 from state.log.accepted_gaps import Consent
-from state.log.client import first_line
 from state.registry.model_fit import require_same_model
 from streaming.context import NO_CONSENT, ensure_topics
 from streaming.distributed.account import KeepAccount, WriteBuckets

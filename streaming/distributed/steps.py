@@ -109,7 +109,7 @@ class Partitions:
         self._resting = threading.Event()
         self.at = reading
         if not source:
-            worker.report_letters()
+            worker.report_dead_letters()
         self._clock = EventClock(reading.clocks.get)
         with _saying_how():
             self._open(reading)

@@ -168,7 +168,7 @@ class JobWorker:
             self._join = self._join or self._open_join()
             return self._join.rows(rows)
 
-    def report_letters(self) -> None:
+    def report_dead_letters(self) -> None:
         """Makes this process report refused records of attributes; it first reads earlier records again."""
         with self._joining:
             if not self._reports:

@@ -80,7 +80,7 @@ def main(steps: int) -> None:
         judge_us = 1e6 * (time.process_time() - begin_s) / len(judged)
         within: dict[str, set[int]] = {}
         for one in judged:
-            for name in one.within:
+            for name in one.segments:
                 within.setdefault(name, set()).add(one.user)
         made = curves(found, within)
         member_bytes = stored_bytes(Path(folder))

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -37,17 +37,20 @@ ROWS, FEWER = 1024, (40, 600)
 STEPS = 60
 THREADS = 2
 PREDICTED = (2, 4, 8, 16)
-PARTS = ("serial_ms", "heads_ms", "layers_ms", "weights_ms")
+PARTS = ("serial_ms", "tasks_ms", "heads_ms", "layers_ms", "weights_ms")
 
 
 def predicted_speed_up(parts: Mapping[str, float], threads: int) -> float:
     """By how much threads make a step faster, from the milliseconds of its parts on one thread.
 
-    >>> predicted_speed_up({"serial_ms": 2.0, "heads_ms": 4.0, "layers_ms": 3.0, "weights_ms": 3.0}, 3)
+    >>> parts = {"serial_ms": 1.0, "tasks_ms": 2.0, "heads_ms": 4.0, "layers_ms": 2.0, "weights_ms": 3.0}
+    >>> predicted_speed_up(parts | {"longest_tasks_ms": 1.0}, 3)
     1.7142857142857142
     """
+    tasks_ms = max(parts["longest_tasks_ms"], parts["tasks_ms"] / threads)
     rows_ms = max(parts["heads_ms"], parts["layers_ms"] / (threads - 1))
-    return sum(parts[name] for name in PARTS) / (parts["serial_ms"] + rows_ms + parts["weights_ms"] / threads)
+    shared_ms = tasks_ms + rows_ms + parts["weights_ms"] / threads
+    return sum(parts[name] for name in PARTS) / (parts["serial_ms"] + shared_ms)
 
 
 def measure_parts(users: int, rows: int = ROWS) -> dict[str, float]:
@@ -56,11 +59,23 @@ def measure_parts(users: int, rows: int = ROWS) -> dict[str, float]:
     from trainer.engine.compiled.threads import Threads, Work
 
     class TimedThreads(Threads):
-        """Times the works of a step: the layers forward, the heads and the layers backward; then the weights."""
+        """Times the works of a step: the layers forward, the heads and the layers backward; then the weights.
+
+        Also times the tasks, and the longest of each group that threads share.
+        """
 
         def __init__(self) -> None:
             super().__init__(1)
-            self.took_s = [0.0] * 4
+            self.took_s, self.tasks_s, self.longest_s = [0.0] * 4, 0.0, 0.0
+
+        def share(self, *tasks: Callable[[], Any]) -> list[Any]:
+            results, times_s = [], []
+            for task in tasks:
+                began_s = time.process_time()
+                results.append(task())
+                times_s.append(time.process_time() - began_s)
+            self.tasks_s, self.longest_s = self.tasks_s + sum(times_s), self.longest_s + max(times_s)
+            return results
 
         def run(self, *stages: Sequence[Work]) -> None:
             for number, work in enumerate(work for stage in stages for work in stage):
@@ -74,14 +89,14 @@ def measure_parts(users: int, rows: int = ROWS) -> dict[str, float]:
     engine.threads = threads
     for batch in batches[:10]:
         trainer.step(batch)
-    found: dict[str, list[float]] = {name: [] for name in PARTS}
+    found: dict[str, list[float]] = {name: [] for name in (*PARTS, "longest_tasks_ms")}
     for batch in batches:
-        threads.took_s, began_s = [0.0] * 4, time.process_time()
+        threads.took_s, threads.tasks_s, threads.longest_s, began_s = [0.0] * 4, 0.0, 0.0, time.process_time()
         trainer.step(batch)
-        serial_s = time.process_time() - began_s - sum(threads.took_s)
+        serial_s = time.process_time() - began_s - sum(threads.took_s) - threads.tasks_s
         forward_s, heads_s, backward_s, weights_s = threads.took_s
-        parts_s = serial_s, heads_s, forward_s + backward_s, weights_s
-        for name, part_s in zip(PARTS, parts_s, strict=True):
+        parts_s = serial_s, threads.tasks_s, heads_s, forward_s + backward_s, weights_s, threads.longest_s
+        for name, part_s in zip(found, parts_s, strict=True):
             found[name].append(part_s * 1e3)
     return {name: float(np.median(values)) for name, values in found.items()}
 
@@ -198,7 +213,7 @@ def main() -> None:
     shared = in_process("step", SIZES[0], ROWS, THREADS)["wall_ms"]
     figures[f"speed-up of {THREADS} threads"] = Figure(steps[SIZES[0]]["wall_ms"] / shared, "ratio", ">= 1.7")
     parts = in_process("parts", SIZES[0])
-    for name in PARTS:
+    for name in parts:
         figures[f"{name.removesuffix('_ms')} part of a step at 1e+05 user rows"] = Figure(parts[name], "cpu-ms")
     for threads in PREDICTED:
         figures[f"predicted speed-up of {threads} threads"] = Figure(predicted_speed_up(parts, threads), "ratio")

@@ -20,7 +20,7 @@ from state.history.store import HistoryStore
 from state.positions import Range, Source
 from state.registry.manifest import LogRange, Manifest
 from state.rows.store import RowStore
-from state.segments.members import Membership, SegmentsPlace, SegmentStore
+from state.segments.members import Membership, SegmentsPosition, SegmentStore
 
 MAP = 64 << 20
 SOURCE = Source("ab" * 16, 0)
@@ -40,9 +40,9 @@ class Kept(ABC, Generic[Store]):
         """Opens the store; a class whose arguments are others overrides this."""
         return self.kind(path, map_bytes, readonly, boot_id)
 
-    def open_anew(self, path: Path) -> Store:
+    def open_or_rebuild(self, path: Path) -> Store:
         """Opens it for its writer, an empty one where it cannot be used."""
-        return self.kind.open_anew(path, MAP)
+        return self.kind.open_or_rebuild(path, MAP)
 
     @abstractmethod
     def commit(self, store: Store, number: int, size: int = 20) -> None:
@@ -63,8 +63,8 @@ class Histories(Kept[HistoryStore]):
     ) -> HistoryStore:
         return HistoryStore(path, 32, map_bytes, readonly, boot_id)
 
-    def open_anew(self, path: Path) -> HistoryStore:
-        return HistoryStore.open_anew(path, 32, MAP)
+    def open_or_rebuild(self, path: Path) -> HistoryStore:
+        return HistoryStore.open_or_rebuild(path, 32, MAP)
 
     def commit(self, store: HistoryStore, number: int, size: int = 20) -> None:
         events = np.zeros(size, EVENT)
@@ -144,7 +144,7 @@ class Segments(Kept[SegmentStore]):
 
     def commit(self, store: SegmentStore, number: int, size: int = 20) -> None:
         changes = {("sporty", user): Membership(number, number) for user in range(size)}
-        store.commit(changes, SegmentsPlace(SOURCE.topic_id, {0: number}))
+        store.commit(changes, SegmentsPosition(SOURCE.topic_id, {0: number}))
 
     def seen(self, store: SegmentStore) -> int:
         found = {one for _, one in store.page("sporty", 0, 20)}

@@ -187,12 +187,12 @@ def test_what_cannot_be_used_is_begun_anew_aloud(
     kept.commit(store, 1)
     crash(store)
     with caplog.at_level(logging.WARNING):
-        anew = kept.open_anew(tmp_path / "s")
+        anew = kept.open_or_rebuild(tmp_path / "s")
     assert f"rebuilt from {kept.kind.origin}" in caplog.text
     assert kept.seen(anew) == 0
     kept.commit(anew, 1)
     anew.close()
-    again = kept.open_anew(tmp_path / "s")
+    again = kept.open_or_rebuild(tmp_path / "s")
     assert (kept.seen(again), len(caplog.records)) == (1, 1)
     again.close()
 

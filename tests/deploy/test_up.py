@@ -15,6 +15,7 @@ from deploy.startup.steps import STOP_ORDER, ports, process_plans
 from state.config.loading import load
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
+from state.process.ending import Signals
 from state.process.ports import free_port
 
 PORTS = (
@@ -163,7 +164,7 @@ def test_other_commands_are_shown_with_the_flags_of_this_run_and_no_password() -
 
 
 def test_signals_ask_once_to_stop_and_twice_to_hurry() -> None:
-    signals = up.Signals()
+    signals = Signals()
     assert not signals.stop()
     signal.raise_signal(signal.SIGINT)
     assert signals.stop()

@@ -321,7 +321,7 @@ def known_differs(path: Path, tables: Mapping[str, AttributeTable], knowledge: K
             if value is None or ids_in(value, len(wanted)).tolist() != wanted:
                 found.append(f"{side} {key}")
         for side in tables:
-            place = store.place(side)
+            place = store.position(side)
             assert place is not None
             if sum(place.counts.values()) != sum(place.next.values()):
                 found.append(f"{side}: {place.counts} do not add up to {place.next}")
@@ -334,7 +334,7 @@ def read_up_to(path: Path, ends: Mapping[str, int]) -> bool:
     """Whether a store of attributes was read to `ends`, by side the end of the topic's one partition."""
     store = AttributeStore(path, 1 << 30, readonly=True)
     try:
-        places = {side: store.place(side) for side in ends}
+        places = {side: store.position(side) for side in ends}
         return all(place is not None and place.next.get(0, 0) >= ends[side] for side, place in places.items())
     finally:
         store.close()

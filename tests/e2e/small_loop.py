@@ -175,7 +175,7 @@ class Applying:
         more = self._versions.step()
         control = self._registry.control()
         assert control is not None
-        turned = self._clicks.turn(control.log, control.mask, 0, open_at)
+        turned = self._clicks.follow_branch(control.log, control.mask, open_at)
         if not self._clicks.connected:
             self._clicks.connect(self._log, topic)
         return bool(self._clicks.step(0.0)) or turned or more

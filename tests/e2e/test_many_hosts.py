@@ -42,8 +42,7 @@ def place(s3: S3Server) -> str:
 def loop(tmp_path_factory: pytest.TempPathFactory, place: str) -> Iterator[Loop]:
     directory = tmp_path_factory.mktemp("hosts")
     # Durable versions are to be there sooner than the next one comes, also where the store is slow.
-    paces = {"registry.recent_s": 5, "registry.durable_s": 5}
-    made = Loop(directory, {**SHORT, **paces, "paths.shared_registry": place})
+    made = Loop(directory, {**SHORT, "registry.durable_s": 5, "paths.shared_registry": place})
     made.start()
     yield made
     made.stop()

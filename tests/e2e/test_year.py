@@ -23,7 +23,15 @@ PLAN = Plan(
     flood=1500,
 )
 HORIZONS = Horizons(
-    rows_d=4, window_d=3, late_d=1, topics_d=4, round_h=8, max_rows=600, max_crosses=4000, looked_at_d=3, load_mb=0.001
+    rows_d=4,
+    window_d=3,
+    late_d=1,
+    topics_d=4,
+    round_h=8,
+    max_rows=600,
+    max_crosses=4000,
+    looked_at_d=3,
+    load_bytes=1000,
 )
 MOST_GROWTH = 1.1
 """The bench holds a year to 5 %; some hundred users are not so even."""

@@ -16,7 +16,7 @@ from state.registry.registry import Registry
 from tests.golden.archive import Document, Topic
 from trainer import device
 from trainer.engine.step import Trainer
-from trainer.intake import take_in
+from trainer.intake import RecordFilter
 from trainer.versions import checkpoint, content
 from trainer.versions.program import preprocessing_of
 
@@ -54,10 +54,11 @@ def learn_on(trainer: Trainer, registry: Registry, log: Topic, version: int | No
         base = checkpoint.restore(registry, version, trainer, newest.spec)
         at, marks = base.log.next, base.marks
     found: list[Document] = [{"digest": checkpoint.digest(trainer)}]
+    own = RecordFilter(newest.spec, newest.salt)
     for one in log.records:
         if one["offset"] < at or len(found) > steps:
             continue
-        taken = take_in(one["value"], marks, always(mask), newest.spec, newest.salt, f"offset {one['offset']}")
+        taken = own.take_in(one["value"], marks, always(mask), f"offset {one['offset']}")
         marks = taken.marks
         if len(taken.batch):
             found.append(step(trainer, one["offset"], taken.batch))

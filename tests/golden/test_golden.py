@@ -111,6 +111,6 @@ def test_the_writers_of_this_release_take_the_stores_over(run: Run, tmp_path: Pa
             part = run.expected["stream" if owner == "stream-0" else "serving"]
             assert (histories.digest(), histories.waiting_rows()) == (part["digest"], part["waiting"])
             histories.close()
-        rows = RowStore.open_anew(state / "serving" / ROWS, MAP_BYTES)
+        rows = RowStore.open_or_rebuild(state / "serving" / ROWS, MAP_BYTES)
         assert rows.entries() == run.expected["serving"]["entries"]
         rows.close()

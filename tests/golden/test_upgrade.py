@@ -180,7 +180,7 @@ def test_0_1_0_finds_its_own_version_again_once_the_system_went_back_to_it(tmp_p
     run = RUNS["clicks"]
     state = unpack(FOLDER / run["archive"], tmp_path)
     settings, version = settings_of(run, state), run["registry"]["newest"]
-    registry, spec = Registry(settings.registry_dir), FeatureSpec.from_settings(settings)
+    registry = Registry(settings.registry_dir)
     written = {path: path.read_bytes() for path in registry.path.rglob("*") if path.is_file()}
 
     def newest() -> dict[str, Any]:
@@ -189,7 +189,7 @@ def test_0_1_0_finds_its_own_version_again_once_the_system_went_back_to_it(tmp_p
         return document
 
     said = {"actor": "ann", "reason": "test", "now_ms": 7}
-    upgrade.propose(registry, changed(settings), spec, registry.manifest(version), {}, "ann", "test", 7)
+    upgrade.propose(registry, changed(settings), registry.manifest(version), {}, **said)
     assert newest()["format"] == 2
     registry.change(lambda now: pin(now, version, **said))
     registry.change(lambda now: follow(now, **said))

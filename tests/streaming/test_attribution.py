@@ -20,6 +20,7 @@ from streaming.labels import (
     PLAIN,
     SHARES,
     Arrived,
+    Limits,
     Queue,
     Segments,
     attribute,
@@ -143,8 +144,7 @@ def by_kernel(
                     np.array([reached[0], reached[1]], np.int64),
                     *(np.array([move[column] for move in moves], np.int64) for column in range(3)),
                 ),
-                WAIT_MS,
-                most,
+                Limits(WAIT_MS, most),
             )
             made_kinds |= dict(zip(mine, made.kind.tolist(), strict=True))
             columns = (made.by, made.segment, made.at, made.opened, made.known)
@@ -241,7 +241,7 @@ def test_a_stretch_of_any_length_without_events_costs_no_more_than_what_waits() 
     queue, nobody = Queue.of(1, 1), np.empty(0, np.int64)
     none = Arrived(np.empty(0, np.uint8), *[nobody] * 4, *[nobody.view(np.uint64)] * 2)
     whole = Segments(*(np.array([one]) for one in (0, 0, 10**15, 0, 7, 500)))
-    assert len(attribute(queue, none, whole, WAIT_MS, 9)[1].by) == 0
+    assert len(attribute(queue, none, whole, Limits(WAIT_MS, 9))[1].by) == 0
 
 
 def test_the_accounts_know_how_many_rows_one_position_can_have() -> None:

@@ -62,7 +62,7 @@ def test_no_bit_of_a_row_changes_by_a_sweep_whoever_is_in_memory(tmp_path: Path,
             store.commit(rows.appends, rows.batch.ranges)
             profiler.committed(rows)
             clock_ms = max(clock_ms, int(rows.batch.at_ms.max()))
-            swept += sum(sweeper.look(clock_ms).events for _ in range(3))
+            swept += sum(sweeper.sweep(clock_ms).events for _ in range(3))
     assert swept > 100
     store.close()
     found = [type(rows.vectors)(*row) for rows in made for row in zip(*rows.vectors, strict=True)]

@@ -87,12 +87,13 @@ def learner(
     spec: FeatureSpec = SPEC,
     begins: Begins = from_nothing,
     tick_s: float = 1.0,
+    recent_s: float = 3600.0,
 ) -> Learner:
     """A learner in control's epoch; it publishes at every look, a durable version, unless flags say otherwise.
 
     Each reading of its clock is `tick_s` later than the one before.
     """
-    pace = ("--trainer.publish_s", "0.01", "--registry.durable_s", "0.01", "--registry.recent_s", "3600")
+    pace = ("--trainer.publish_s", "0.01", "--registry.durable_s", "0.01")
     settings = small_settings(*pace, *flags)
     ticks, trainer = iter(range(10**9)), trainer or fresh(*flags)
     made = Learner(
@@ -102,7 +103,7 @@ def learner(
         log,
         ServedModel(program, spec.digest, about, checkpoint.environment(settings, trainer.device, trainer.engine.name)),
         TrainerMetrics(CollectorRegistry()),
-        Surroundings(consent, room, begins, clock=lambda: 0.0, elapsed=lambda: tick_s * next(ticks)),
+        Surroundings(consent, room, begins, recent_s, clock=lambda: 0.0, elapsed=lambda: tick_s * next(ticks)),
     )
     control = registry.control()
     assert control is not None

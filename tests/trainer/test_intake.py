@@ -14,7 +14,7 @@ from state.features.mask import Mask, always
 from state.microbatch.batch import ATTRIBUTES, LISTS, SCALARS, Header, Kind
 from state.microbatch.codec import encode
 from state.positions import Range, Source
-from trainer.intake import take_in
+from trainer.intake import RecordFilter
 
 SPEC, SALT = "ab" * 32, "cd" * 8
 SOURCES = (Source("ab" * 16, 0), Source("ab" * 16, 1))
@@ -70,7 +70,7 @@ class Trainer:
         return Trainer(self.next, dict(self.marks), list(self.learned), self.rows, self.duplicate)
 
     def take(self, value: bytes) -> None:
-        found = take_in(value, self.marks, always(Mask.NONE), SPEC, SALT, "here")
+        found = RecordFilter(SPEC, SALT).take_in(value, self.marks, always(Mask.NONE), "here")
         sources = [part.source for part in found.batch.header.ranges]
         kept = zip(found.batch.source.tolist(), found.batch.offset.tolist(), strict=True)
         self.learned += [(sources[source], offset) for source, offset in kept]
@@ -111,10 +111,10 @@ def test_each_row_is_learned_once_in_order_whichever_process_dies(
 
 def test_a_row_that_no_record_holds_and_one_that_two_hold_are_noticed() -> None:
     first, third = (record([Range(SOURCES[0], at, at + 2, rows=2)]) for at in (0, 4))
-    marks = take_in(first, {}, always(Mask.NONE), SPEC, SALT, "here").marks
-    lost = take_in(third, marks, always(Mask.NONE), SPEC, SALT, "here")
+    marks = RecordFilter(SPEC, SALT).take_in(first, {}, always(Mask.NONE), "here").marks
+    lost = RecordFilter(SPEC, SALT).take_in(third, marks, always(Mask.NONE), "here")
     assert lost.gaps == [(SOURCES[0], 2, 4)]
-    twice = take_in(first, marks, always(Mask.NONE), SPEC, SALT, "here")
+    twice = RecordFilter(SPEC, SALT).take_in(first, marks, always(Mask.NONE), "here")
     assert (twice.rows, twice.duplicate, len(twice.batch)) == (2, 2, 0)
 
 
@@ -134,9 +134,9 @@ def joined(opened: int, at: int) -> bytes:
 
 def test_only_rows_to_learn_from_are_taken_and_counted() -> None:
     value = joined(opened=10, at=20)
-    found = take_in(value, {SOURCES[0]: 20}, always(Mask.NONE), SPEC, SALT, "here")
+    found = RecordFilter(SPEC, SALT).take_in(value, {SOURCES[0]: 20}, always(Mask.NONE), "here")
     assert (found.rows, found.duplicate, found.batch.opened.tolist()) == (2, 0, [10, 9])
-    again = take_in(value, found.marks, always(Mask.NONE), SPEC, SALT, "here")
+    again = RecordFilter(SPEC, SALT).take_in(value, found.marks, always(Mask.NONE), "here")
     assert (again.rows, again.duplicate, len(again.batch)) == (2, 2, 0)
 
 
@@ -153,6 +153,6 @@ def test_only_rows_to_learn_from_are_taken_and_counted() -> None:
     ],
 )
 def test_a_mask_leaves_out_a_row_with_its_impression_or_its_click(mask: Mask, left: list[int]) -> None:
-    found = take_in(joined(opened=10, at=20), {}, always(mask), SPEC, SALT, "here")
+    found = RecordFilter(SPEC, SALT).take_in(joined(opened=10, at=20), {}, always(mask), "here")
     assert found.batch.opened.tolist() == left
     assert (found.rows, found.masked) == (2, 2 - len(left))

@@ -105,7 +105,7 @@ class Trainer:
             for number in range(records):
                 writer.send(TOPIC, 0, None, b"", timestamp_ms=(number + 1) * 1000)
         self.taken = Taken(0, 0)
-        self.lag = TrainingLag(Kafka(), 0, lambda: self.taken, self.metrics, self.log, wall_s=lambda: 100.0)
+        self.lag = TrainingLag(Kafka(), lambda: self.taken, self.metrics, self.log, wall_s=lambda: 100.0)
 
     def shown(self) -> tuple[float, float]:
         """Positions and seconds."""
@@ -150,7 +150,7 @@ def test_the_groups_lag_of_any_client_is_that_of_the_metric(kafka_settings: Kafk
         for _ in range(7):
             writer.send(kafka.microbatches_topic, 0, None, b"")
         writer.flush()
-    TrainingLag(kafka, 0, lambda: Taken(3, 1), metrics).poll()
+    TrainingLag(kafka, lambda: Taken(3, 1), metrics).poll()
     where = TopicPartition(kafka.microbatches_topic, 0)
     asked = KafkaConsumer(bootstrap_servers=kafka.bootstrap_servers, group_id=kafka.group, enable_auto_commit=False)
     seen = asked.end_offsets([where])[where] - asked.committed(where)

@@ -147,7 +147,7 @@ def test_one_recent_version_a_second_and_each_durable_one_carry_a_probe_and_item
 
 def test_recent_versions_go_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registry = started(tmp_path)
-    running = learner(registry, written(RECORDS[:12]), "--registry.durable_s", "3600", "--registry.recent_s", "25")
+    running = learner(registry, written(RECORDS[:12]), "--registry.durable_s", "3600", recent_s=25.0)
     made = recorded(running, monkeypatch)
     run_to_end(running)
     newest = running.place.parent

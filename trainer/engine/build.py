@@ -30,7 +30,7 @@ from trainer.model.tower import DenseTower
 from trainer.privacy.participation import LearnedCrosses
 from trainer.tables.count_table import CountTable
 from trainer.tables.index import U64
-from trainer.tables.table import INITIAL_ACCUMULATOR, INITIAL_RANGE, Table, table_of
+from trainer.tables.table import INITIAL_ACCUMULATOR, Table, table_of
 
 TRANSITION = "transition"
 """The table of what came next after a category, which is counted and not learned."""
@@ -102,7 +102,7 @@ def tables_of(ranker: Ranker, settings: Settings, device: str | None) -> dict[st
             trainer.capacity,
             INITIAL_ACCUMULATOR,
             1 if name in admitted_at_once else trainer.admit_after,
-            ranker.initial_ranges.get(name, INITIAL_RANGE),
+            ranker.initial_ranges.get(name, HYPERPARAMETERS.first_row),
             trainer.max_rows,
         )
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from state.compiled import layout
 from trainer.engine.adam import FastSlots
+from trainer.engine.compiled.threads import Threads
 from trainer.engine.crosses import Crossed
 from trainer.engine.record import Record
 
@@ -79,9 +80,14 @@ class Gradient:
 
 
 class Engine(Protocol):
-    """Computes training steps. Not thread-safe."""
+    """Computes training steps. Not thread-safe.
+
+    Attributes:
+        threads: The threads that share a step.
+    """
 
     name: str
+    threads: Threads
 
     def measure(self, record: Record, move: bool = True, own: I64 | None = None) -> Measured:
         """Scores a record and computes its gradient, without side effects.

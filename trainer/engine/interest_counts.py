@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from state.compiled import compiled, layout, part_of_sums
+from state.compiled import compiled, layout, part_of_sums, read_only
 from state.compiled.mixing import mix
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
@@ -96,24 +96,31 @@ class InterestCounts(OnlineRegression):
         wanted = settings.trainer.interests == "counts" and not settings.privacy.epsilon
         return cls(settings, spec) if wanted else None
 
-    def learn(self, batch: MicroBatch, updates: Sequence[Update], visited: ItemListTable | None) -> list[Update]:
-        """Corrects the scores of accepted updates, learns from their rows, and counts them.
+    def keys(self, batch: MicroBatch, updates: Sequence[Update], visited: ItemListTable | None) -> U64:
+        """The keys of the lists of each row, for `learn`, `[B, READ]` uint64.
 
         Args:
             batch: The rows of the record.
             updates: In the order of the rows.
             visited: The users' own items before the record; None for no items.
+        """
+        return self._keys(batch, _clicks(batch, updates), visited)
+
+    def learn(self, batch: MicroBatch, updates: Sequence[Update], keys: U64) -> list[Update]:
+        """Corrects the scores of accepted updates, learns from their rows, and counts them.
+
+        Args:
+            batch: The rows of the record.
+            updates: In the order of the rows.
+            keys: Of the rows, see `keys`.
 
         Returns:
             The updates with corrected logits. Their losses and ranks remain those of the model.
         """
         lengths = [len(update.record) for update in updates]
-        accepted = np.repeat([update.verdict is Verdict.ACCEPT for update in updates], lengths)
-        if not accepted.any():
+        if not any(update.verdict is Verdict.ACCEPT for update in updates):
             return list(updates)
-        clicks = accepted & (batch.weight > 0) & ~(batch.label < 0.5)
-        keys = self._keys(batch, clicks, visited)
-        clicks &= batch.category != 0
+        clicks = _clicks(batch, updates) & (batch.category != 0)
         # 1. Lists are created, and evicted.
         rows = None
         if clicks.any():
@@ -136,7 +143,7 @@ class InterestCounts(OnlineRegression):
                     everything,
                     rows[mine],
                     at_s[mine],
-                    ids["recent"],
+                    read_only(ids["recent"]),
                     ids["popular"].reshape(-1),
                     ids["successor"],
                     logits,
@@ -183,7 +190,8 @@ class InterestCounts(OnlineRegression):
         if visited is not None:
             before = visited.held.ids[visited.find(batch.user), 0]
             places = np.zeros(2 << len(batch).bit_length(), np.int32)
-            _keys_of_newest_items(batch.user, np.where(clicks, batch.item, np.uint64(0)), before, places, keys)
+            items = np.where(clicks, batch.item, np.uint64(0))
+            _keys_of_newest_items(read_only(batch.user), items, before, places, keys)
         return keys
 
     def _rows(self, keys: U64, found: I32 | None = None) -> tuple[I32, I32]:
@@ -199,6 +207,17 @@ class InterestCounts(OnlineRegression):
         if self._work is None or self._work.scores.size != candidates:
             self._work = Workspace.empty(candidates, own)
         return self._work
+
+
+def _clicks(batch: MicroBatch, updates: Sequence[Update]) -> Flags:
+    """The rows of accepted updates that are clicks, `[B]` bool."""
+    accepted = np.zeros(len(batch), np.bool_)
+    first = 0
+    for update in updates:
+        first += len(update.record)
+        accepted[first - len(update.record) : first] = update.verdict is Verdict.ACCEPT
+    clicks: Flags = accepted & (batch.weight > 0) & ~(batch.label < 0.5)
+    return clicks
 
 
 @layout("f4[:, ::1], f4[:, ::1], f4[:, ::1]")
@@ -220,10 +239,7 @@ def _with_logits(scores: Scores, logits: Logits) -> Scores:
     )
 
 
-@compiled(
-    "u8[::1], u8[::1], u8[::1], i4[::1], u8[:, ::1]",
-    "const(u8[::1]), u8[::1], u8[::1], i4[::1], u8[:, ::1]",
-)
+@compiled("const(u8[::1]), u8[::1], u8[::1], i4[::1], u8[:, ::1]")
 def _keys_of_newest_items(users: U64, items: U64, before: U64, places: I32, keys: U64) -> None:
     """Writes the key of the newest item of each row's user before the row; an item is 0 in a row that is no click.
 
@@ -283,8 +299,6 @@ def _teach(
 
 
 @compiled(
-    "ItemLists, i4[::1], i4[:, ::1], i8[::1], u8[:, ::1], u8[::1], u8[:, ::1], Logits, u8[::1], "
-    "i4[::1], f4[:, ::1], i8, f8[:, ::1], f8[:, ::1], Workspace",
     "ItemLists, i4[::1], i4[:, ::1], i8[::1], const(u8[:, ::1]), u8[::1], u8[:, ::1], Logits, u8[::1], "
     "i4[::1], f4[:, ::1], i8, f8[:, ::1], f8[:, ::1], Workspace",
 )

@@ -18,7 +18,6 @@ import numpy.typing as npt
 
 from state.compiled import compiled, layout, part_of_sums
 from state.compiled.mixing import mix, mixed
-from state.compiled.prefetch import prefetch
 from state.config.settings import Settings
 from state.microbatch.batch import MicroBatch
 from state.ranking import item_scores
@@ -279,12 +278,14 @@ def _solve(matrix: F64, right: F64, factor: F64) -> None:
 
     `matrix`: `[n, n]`, its lower triangle. `factor`: `[m, m]`, m >= n, overwritten.
     """
-    for i in range(right.shape[0]):
-        for j in range(i + 1):
+    # By columns, because the entries of a column do not wait for each other.
+    for j in range(right.shape[0]):
+        for i in range(j, right.shape[0]):
             total = matrix[i, j]
             for k in range(j):
                 total -= factor[i, k] * factor[j, k]
             factor[i, j] = total / factor[j, j] if j < i else np.sqrt(total + DAMPING)
+    for i in range(right.shape[0]):
         for k in range(i):
             right[i] -= factor[i, k] * right[k]
         right[i] /= factor[i, i]
@@ -372,7 +373,7 @@ def _learn_and_count(
             following += 1
             if following < taught.shape[0]:
                 for row in read_rows[following]:
-                    prefetch(clicked.ids, row)
+                    prefetch_list(row, clicked)
             if _is_candidate(item[i], reads, after, own[i], clicked, followed, visited):
                 count = gather(clicked, followed, visited, reads, after, own[i], at_s[i], phi, work)
                 score(learned.weights, phi, count, work)

@@ -11,7 +11,8 @@ A step takes one micro-batch, already trimmed and unmasked:
    fast weights were learned while rows were scored. Clicks are added to the popular categories and the transitions.
    If it skips, no weight changes. Sightings and churn examples stay, because they are facts of the log and
    not of the gradient. Rows admitted by a skipped update have their initial values.
-5. The scores of all updates are added to the progressive measures, once a record.
+5. The scores of all updates are added to the progressive measures, once a record. Another thread counts the clicks of
+   items meanwhile, if there is one.
 
 The loss is a sum over rows divided by 1,024, so that learning does not depend on how traffic was cut. The same state,
 batch and environment give the same bits.
@@ -24,6 +25,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -56,7 +58,7 @@ from trainer.engine.item_ranking import ItemRanking
 from trainer.engine.record import Record, Recorder, parts
 from trainer.engine.report import Measures, Report, Update, candidates_of
 from trainer.measures.evaluation import Evaluation
-from trainer.measures.predictions import of_came_next
+from trainer.measures.predictions import CategoryPrediction, of_came_next
 from trainer.measures.slices import Slices
 from trainer.model.attributes import Columns
 from trainer.model.preprocessing import Preprocessing
@@ -272,12 +274,8 @@ class Trainer:
             else:
                 updates.append(self._update(part, its_crosses, seed))
         self.counters.skipped += skipped
-        if self.interest_counts is not None:
-            updates = self.interest_counts.learn(batch, updates, self._visited())
-        if self.item_ranking is not None:
-            self.item_ranking.count()
-        categories = len(self.tables["category"])
-        report = self.measures.report(batch, updates, came_next, self._new_users, categories, self.counters.log_ms)
+        tasks: list[Callable[[], Any]] = [] if self.item_ranking is None else [self.item_ranking.count]
+        report: Report = self.engine.threads.share(*tasks, self._reporting(batch, updates, came_next))[-1]
         return replace(
             report, rows=report.rows + skipped, skipped=report.skipped + skipped, seconds=self._clock() - began
         )
@@ -350,6 +348,18 @@ class Trainer:
         new_users: U64 = batch.user[self.tables["user"].find(batch.user) == MISSING]
         self.tables["user"].observe(np.ascontiguousarray(batch.user), batch.at_ms)
         return new_users
+
+    def _reporting(
+        self, batch: MicroBatch, updates: list[Update], came_next: CategoryPrediction
+    ) -> Callable[[], Report]:
+        """A task that corrects and counts interests, and measures the step. It does not read the lists of items."""
+        counts, categories = self.interest_counts, len(self.tables["category"])
+        corrected: Callable[[], list[Update]] = partial(list, updates)
+        if counts is not None:
+            corrected = partial(counts.learn, batch, updates, counts.keys(batch, updates, self._visited()))
+        return lambda: self.measures.report(
+            batch, corrected(), came_next, self._new_users, categories, self.counters.log_ms
+        )
 
     def _update(self, batch: MicroBatch, crosses: U64, seed: tuple[int, int] | None) -> Update:
         """Scores rows, judges the update, and applies it if it is accepted."""

@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.engine.adam import Adam, FastSlots
+from trainer.engine.compiled.threads import Threads
 from trainer.engine.crosses import CrossLearner
 from trainer.engine.engine import CROSS, I32, I64, Gradient, Measured, Scores
 from trainer.engine.record import Record
@@ -203,7 +204,7 @@ class TensorsFound(NamedTuple):
 class TensorflowEngine:
     """See `trainer/engine/engine.py`."""
 
-    name = "tensorflow"
+    name, threads = "tensorflow", Threads(1)
 
     def __init__(
         self,

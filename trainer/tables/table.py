@@ -11,7 +11,6 @@ from trainer.tables.id_table import NO_CAP, IdTable
 from trainer.tables.index import F32, I32, U64, hashed_uniform
 
 INITIAL_ACCUMULATOR = 1e-6
-INITIAL_RANGE = 0.05
 """A new row of an embedding is uniform in plus and minus this."""
 
 _SCATTER_ROWS = 1 << 18
@@ -39,7 +38,7 @@ class Table(IdTable):
         capacity: int = 65536,
         initial_accumulator: float = INITIAL_ACCUMULATOR,
         admit_after: int = 1,
-        initial_range: float = INITIAL_RANGE,
+        initial_range: float = 0.05,
         max_rows: int = NO_CAP,
     ) -> None:
         super().__init__(name, dim, capacity, admit_after, max_rows)

@@ -60,7 +60,7 @@ def preprocessing_of(transform: Path) -> Callable[[Any], Any]:
     return Preprocessing()
 
 
-def bootstrapped_trainer(settings: Settings, specs: Specs, group: Group | None = None) -> Trainer:
+def bootstrapped_trainer(settings: Settings, specs: Specs, group: Group | None) -> Trainer:
     """See `trainer_of`; behind the preprocessing that the bootstrap of the settings' feature spec analysed."""
     # Threads are fixed before TensorFlow's first operation, which loading the graph is.
     device.prepare(settings.trainer.device, settings.trainer.threads)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from state.errors import UnusableRegistry
 from state.metrics import TrainerMetrics
 from state.registry.manifest import Draft, Manifest
-from state.registry.registry import Registry
+from state.registry.registry import RECENT_S, Registry
 from state.storage.waiting import Room
 from trainer.versions import content
 
@@ -40,7 +40,7 @@ class Publisher:
         self,
         registry: Registry,
         metrics: TrainerMetrics,
-        recent_s: float = 15.0,
+        recent_s: float = RECENT_S,
         room: Room | None = None,
         elapsed: Callable[[], float] = time.monotonic,
     ) -> None:

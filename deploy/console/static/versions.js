@@ -14,7 +14,7 @@ function beginnings(history) {
   return found;
 }
 
-/** Whether what is learned now descends from a version: those behind the beginning of a later epoch are left behind. */
+/** Whether what is learned now descends from a version: those after the branch point of a later epoch are abandoned. */
 function kept(version, epoch, bases, newest) {
   let most = Infinity;
   for (let now = newest; now !== undefined && now >= epoch; ) {
@@ -59,7 +59,7 @@ export function showVersions(found, history, acts) {
     HEAD,
     rows.map((one) => {
       const left = one.epoch !== undefined && !kept(one.version, one.epoch, bases, newest);
-      const marks = [...one.marks, ...(left ? ["left behind"] : [])];
+      const marks = [...one.marks, ...(left ? ["abandoned"] : [])];
       const metrics = one.metrics ?? {};
       return [
         one.epoch === undefined ? "" : h("span", {}, lanes(one, rows, epochs, bases), h("span", { class: "unseen" }, `epoch ${one.epoch}`)),

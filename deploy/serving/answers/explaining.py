@@ -420,7 +420,7 @@ def _parts(
         points = np.zeros((batch_of(len(piece)), len(group_of)), np.float32)
         points[: len(piece)] = np.where(piece[:, column], end, begin)
         # Other requests may have loaded a newer version in between.
-        predictor.take_up(reader)
+        predictor.load_version(reader)
         inputs = _split(points, sizes)
         fed = {name: value for name, value in inputs.items() if name not in (_FACTOR, _OFFSET)}
         values.append(_values(slots, inputs, version.program.predict(fixed | fed))[: len(piece)])

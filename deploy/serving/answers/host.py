@@ -23,14 +23,14 @@ from state.errors import NotHeld, NotReady, SpringtideError, StoreError
 from state.events.identity import Salt
 from state.history.actions import ACTIONS, numbered
 from state.history.store import HistoryStore
-from state.layout import ATTRIBUTES, CURRENT, DATA, HISTORIES, ROWS
+from state.layout import ATTRIBUTES, DATA, HISTORIES, ROWS
 from state.metrics import WorkerMetrics
 from state.rows.store import RowStore
 from state.user_shares import SHARES
 
 DEGRADED_S = 60.0
 """The delay before a part counts as degraded; also that of the alert `SpringtideSharedAway`."""
-TURN_S = 0.1
+READ_S = 0.1
 """Interval between updates of the item sources, after the first request for items."""
 MORE_S = 0.005
 """The interval while there is more to read."""
@@ -74,7 +74,7 @@ class Host:
         self._sources: ItemSources | None = None
         self._files: tuple[tuple[int, int], ...] = ()
         self._check_at_ms = 0
-        self._currency = Currency(settings.serving_dir, CURRENT)
+        self._currency = Currency(settings.serving_dir)
 
     def predictor(self) -> Predictor:
         """Returns the predictor; checks once a second whether a store's file was replaced, and then reopens all stores.
@@ -131,7 +131,7 @@ class Host:
             )
         try:
             with predictor.reading() as reader:
-                predictor.take_up(reader)
+                predictor.load_version(reader)
         except NotReady as error:
             missing["version"] = str(error)
         except SpringtideError as error:
@@ -220,17 +220,17 @@ class Answers:
             NotReady: A store does not exist yet.
         """
         sources = self.host.sources()
-        sources.turn()
+        sources.read_more()
         loop = asyncio.get_running_loop()
-        if self._timer is None or self._timer.when() < loop.time() - TURN_S:
-            self._timer = loop.call_later(TURN_S, self._turn)
+        if self._timer is None or self._timer.when() < loop.time() - READ_S:
+            self._timer = loop.call_later(READ_S, self._read_more)
         return sources
 
-    def _turn(self) -> None:
+    def _read_more(self) -> None:
         more = False
         with suppress(SpringtideError):
-            more = self.host.sources().turn()
-        self._timer = asyncio.get_running_loop().call_later(MORE_S if more else TURN_S, self._turn)
+            more = self.host.sources().read_more()
+        self._timer = asyncio.get_running_loop().call_later(MORE_S if more else READ_S, self._read_more)
 
     @contextmanager
     def _snapshot(self) -> Iterator[Profiles]:

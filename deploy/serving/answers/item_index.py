@@ -177,7 +177,7 @@ class NearItems:
             return []
         return self._index.nearest(query, most)
 
-    def turn(self) -> bool:
+    def read_more(self) -> bool:
         """Reads some of the outstanding rows, after the first query; returns whether there are more."""
         if not self._wanted:
             return False
@@ -282,20 +282,20 @@ class ClickedItems:
         self._begun_ms = 0
         self._read = max(0, entries_in(histories) - SLOTS)
 
-    def turn(self) -> bool:
+    def read_more(self) -> bool:
         """Reads the next part of the feed, for at most a few milliseconds; returns whether there is more."""
         written = entries_in(self._histories)
         if written < self._read:
             # The store was rebuilt.
             self._read = 0
-        return any((self._turn_clicked(written), self._turn_users()))
+        return any((self._read_clicked(written), self._read_users()))
 
     def best(self, category: int, most: int) -> list[int]:
         """Returns the items of a category with the highest click weights, best first."""
         of_category = self._categories.get(category)
         return [] if of_category is None else of_category.best(most)
 
-    def _turn_clicked(self, written: int) -> bool:
+    def _read_clicked(self, written: int) -> bool:
         first = max(self._read, written - SLOTS)
         last = min(written, first + NOTES_AT_ONCE)
         for seq in range(first, last):
@@ -306,7 +306,7 @@ class ClickedItems:
         self._read = last
         return last < written
 
-    def _turn_users(self) -> bool:
+    def _read_users(self) -> bool:
         if self._next_user is None or self._users >= MOST_USERS:
             return False
         ends = self._histories.ends(self._next_user, USERS_AT_ONCE)
@@ -344,6 +344,6 @@ class ItemSources:
         self.clicked, self.near = ClickedItems(histories), NearItems(rows)
         self.work = Workspace.empty()
 
-    def turn(self) -> bool:
+    def read_more(self) -> bool:
         """Reads the next part of the stores, for at most a few milliseconds; returns whether there is more."""
-        return any((self.clicked.turn(), self.near.turn()))
+        return any((self.clicked.read_more(), self.near.read_more()))

@@ -180,7 +180,7 @@ def rank(
         pairs, parts = UserPairs(predictor, prepared, outputs), [np.empty(0, np.float32)]
         for piece in in_batches([ids[index] for index in kept_items]):
             # Other requests may have loaded a newer version in between.
-            predictor.take_up(reader)
+            predictor.load_version(reader)
             parts.append(pairs.logits(piece))
             yield
         logits = np.concatenate(parts)
@@ -308,7 +308,7 @@ def recommend(
                 order = order[~np.isin(sources.work.items[order], events["item"])]
             chosen = _chosen(predictor, order, sources.work, wanted)
             yield
-            predictor.take_up(reader)
+            predictor.load_version(reader)
             if len(chosen) == wanted.most or wanted.category is None:
                 without_interests = prepared._replace(asked=[question._replace(query=question.query._replace(top=0))])
                 (answer,) = predictor.answered(without_interests, outputs)
@@ -332,7 +332,7 @@ def recommend(
         # 3.
         for piece in in_batches(ids):
             # Other requests may have loaded a newer version in between.
-            predictor.take_up(reader)
+            predictor.load_version(reader)
             parts.append(pairs.logits(piece))
             yield
         logits = np.concatenate(parts)

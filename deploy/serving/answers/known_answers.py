@@ -57,7 +57,7 @@ def answers(predictor: Predictor, number: int, users: Sequence[str], items: Sequ
         )
     names = [NOBODY, *users]
     with predictor.reading() as reader:
-        signature = signatures_of(predictor.take_up(reader, number), ())[BY_ID]
+        signature = signatures_of(predictor.load_version(reader, number), ())[BY_ID]
         (first,) = predictor.profiles([Query(NOBODY)], reader, number)
         plain = [Query(user, at_ms=first.at_ms, fields=VECTOR) for user in names]
         parts = [tensors_of(batch, signature) for batch in _answered(predictor, reader, number, plain)]

@@ -200,7 +200,7 @@ class Predictor:
 
         Raises:
             NotHeld: This host does not hold one of the users.
-            NotReady, BadRequest, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: See `VersionLoader.take_up`.
+            NotReady, BadRequest, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: See `VersionLoader.load_version`.
         """
         with self._rows.reader() if snapshot is None else nullcontext(snapshot) as reader:
             prepared = self.prepare(queries, reader, number)
@@ -215,7 +215,7 @@ class Predictor:
         """
         now_ms = self._now_ms()
         # 1. Version and mask.
-        version, mask = self._versions.take_up(reader, number), self._mask(reader)
+        version, mask = self._versions.load_version(reader, number), self._mask(reader)
         rows = version.rows(reader)
         # 2. 3. Histories, windows, attributes.
         default_ms, clock = self._now(now_ms)
@@ -276,9 +276,9 @@ class Predictor:
             )
         return answers
 
-    def take_up(self, reader: RowReader, number: int | None = None) -> LoadedVersion:
+    def load_version(self, reader: RowReader, number: int | None = None) -> LoadedVersion:
         """Loads version `number`, or the one that `reader` sees, with its weights; raises as `profiles` does."""
-        return self._versions.take_up(reader, number)
+        return self._versions.load_version(reader, number)
 
     def users_of(self, queries: Sequence[Query]) -> list[int]:
         """Returns the pseudonyms of the users of queries; raises NotHeld if this host does not hold one of them."""

@@ -207,7 +207,7 @@ class TensorModel:
         """
         predictor = self._predictor()
         with predictor.reading() as reader:
-            version = predictor.take_up(reader, choice.resolve(reader))
+            version = predictor.load_version(reader, choice.resolve(reader))
             return version.served.version, signatures_of(version, predictor.context_fields)
 
     async def predict(
@@ -229,7 +229,7 @@ class TensorModel:
         """
         predictor, name = self._predictor(), signature or BY_ID
         with predictor.reading() as reader:
-            version = predictor.take_up(reader, choice.resolve(reader))
+            version = predictor.load_version(reader, choice.resolve(reader))
             offered = signatures_of(version, predictor.context_fields)
             if name not in offered:
                 raise BadRequest(f"there is no signature {name!r}", f"ask one of {', '.join(offered)}")
@@ -246,7 +246,7 @@ class TensorModel:
                 for at in range(0, rows, MOST_AT_ONCE):
                     if name == RAW:
                         # Other requests may have loaded the weights of another version in between.
-                        parts.append(_run(predictor.take_up(reader, number), form, tensors, at, rows))
+                        parts.append(_run(predictor.load_version(reader, number), form, tensors, at, rows))
                     else:
                         answers = predictor.profiles(queries[at : at + MOST_AT_ONCE], reader, number)
                         self._metrics.cold_starts.inc(sum(answer.cold_start for answer in answers))

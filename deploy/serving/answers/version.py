@@ -389,7 +389,7 @@ class VersionLoader:
         """The serving version that was loaded last; None before that."""
         return None if self._loaded is None else self._loaded.served.version
 
-    def take_up(self, reader: RowReader, version: int | None = None) -> LoadedVersion:
+    def load_version(self, reader: RowReader, version: int | None = None) -> LoadedVersion:
         """Returns the serving version, reloaded if it changed, or another one on this host, by number.
 
         Raises:

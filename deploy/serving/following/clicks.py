@@ -23,13 +23,14 @@ from state.features.spec import EVENT, Events, FeatureSpec
 from state.history.actions import renumbered
 from state.history.appends import Appends, events_of
 from state.history.rewind import Before
-from state.history.rewinding import OpenAt, Rewound, branch_of, rewind
+from state.history.rewinding import LogToRead, OpenAt, Rewound, branch_of, rewind
 from state.history.store import HistoryStore
 from state.history.sweeping import Sweeper
 from state.layout import GAPS
 from state.log import Log, PartitionBatch
 from state.log.accepted_gaps import Journal, left_out
 from state.log.follow import Follower, Opening, Position
+from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import ApplierMetrics
 from state.microbatch.batch import MicroBatch, erased_rows, happened, log_times, new_ranges, trim
 from state.microbatch.codec import decode
@@ -78,16 +79,16 @@ class Upkeep:
         extras = self._remembered.news(events, names, clock_ms)
         return extras | self._feed.news(events, clock_ms)
 
-    def look(self, newest_ms: int) -> None:
+    def sweep(self, newest_ms: int) -> None:
         """Checks some users and items if due, and removes expired ones; log time 0 is unknown.
 
         Raises:
             StoreFull: There is not enough space to write. Nothing was changed.
         """
         if newest_ms:
-            if self._sweeper.look(newest_ms).evicted:
+            if self._sweeper.sweep(newest_ms).evicted:
                 self._lose()
-            self._remembered.look(newest_ms)
+            self._remembered.sweep(newest_ms)
 
     def make_room(self, newest_ms: int) -> None:
         """Checks many users and items when the store is full, as far as possible without more space."""
@@ -181,11 +182,11 @@ class HistoryFollower:
         self._metrics.log_away.set(0)
         self.positions = dict(opening.next)
 
-    def turn(self, line: LogLine, mask: Mask, partition: int, open_at: OpenAt) -> bool:
+    def follow_branch(self, line: LogLine, mask: Mask, open_at: OpenAt) -> bool:
         """Moves the histories to the log branch that control names; returns whether the branch changed.
 
         If it changed, they are disconnected: call `connect` again. `mask` has the clicks that are not read again.
-        `open_at` opens the branch's partition of the topic at an offset.
+        `open_at` opens the training log at an offset.
 
         Raises:
             GapError: The log no longer reaches back to the branch point.
@@ -195,7 +196,7 @@ class HistoryFollower:
         self._erased, self._parity.mask = mask.erased, mask
         if line == self._line:
             return False
-        rewound = self._rewind(line, mask, partition, open_at)
+        rewound = self._rewind(line, mask, open_at)
         _log.info("epoch %d of the training log: %s", line[-1].epoch, rewound)
         self.disconnect()
         if rewound is not None and rewound.short:
@@ -205,7 +206,7 @@ class HistoryFollower:
         self.newest_ms = clock_of(self._store)
         return True
 
-    def _rewind(self, line: LogLine, mask: Mask, partition: int, open_at: OpenAt) -> Rewound | None:
+    def _rewind(self, line: LogLine, mask: Mask, open_at: OpenAt) -> Rewound | None:
         """Rewinds the store to the branch `line`, in one transaction with position, event clock and items' categories.
 
         An item that only masked clicks have named since the branch point gets its previous category back, or none until
@@ -213,7 +214,7 @@ class HistoryFollower:
         """
         store, stored = self._store, position_of(self._store)
         # Restored histories have no position in the log. Their events may come from any position.
-        at = None if stored is None else stored.next.get(partition)
+        at = None if stored is None else stored.next.get(TRAINING_PARTITION)
 
         def extra(offset: int, before: Before) -> dict[str, bytes | None]:
             nameless = [item_extra(item) for item in before.items if item not in before.categories]
@@ -223,13 +224,13 @@ class HistoryFollower:
             for item, category in before.categories.items():
                 extras[item_extra(item)] = item_value(category, (store.extra(item_extra(item)) or b"")[8:])
             if stored is not None and at is not None and at > offset:
-                moved = {**stored.next, partition: onward(line, offset)}
+                moved = {**stored.next, TRAINING_PARTITION: onward(line, offset)}
                 extras[POSITION_EXTRA] = replace(stored, next=moved).to_json()
             if newest_ms := max((int(log_times(rows).max(initial=0)) for rows in before.latest), default=0):
                 extras[CLOCK_EXTRA] = json.dumps({"event_ms": newest_ms, "accepted_ms": self._now_ms()}).encode()
             return extras
 
-        return rewind(store, line, open_at, partition, self._reach_ms, at, mask, extra)
+        return rewind(store, line, LogToRead(open_at, self._reach_ms, at), mask, extra)
 
     @property
     def connected(self) -> bool:
@@ -262,7 +263,7 @@ class HistoryFollower:
                 self._upkeep.make_room(self.newest_ms)
                 raise
         self._keep_house(idle=not batches)
-        self._upkeep.look(self.newest_ms)
+        self._upkeep.sweep(self.newest_ms)
         return sum(map(len, batches))
 
     def _take(self, batch: PartitionBatch) -> None:
@@ -294,7 +295,7 @@ class HistoryFollower:
             ranges.extend(parts)
             events.append(events_of(new_events, new_events.header.ranges))
             users.append(new_events.user)
-            self._parity.look(new_events, (batch.partition, offset), users, events)
+            self._parity.compare(new_events, (batch.partition, offset), users, events)
             newest_ms = max(newest_ms, int(log_times(new_events).max(initial=0)))
             if batch_read.header.clocks and self.newest_ms > batch_read.header.created_ms + DAY_MS:
                 # With release 0.1.0, one click could set the clock years ahead.

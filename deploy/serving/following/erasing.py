@@ -44,9 +44,9 @@ class HostErasures:
         self._folder, self._registry, self._histories = folder, registry, histories
         self._rows, self._now_ms = rows, now_ms
         self._done, self._reported = histories.forgotten, ErasureReport("", "", "", -1, -1)
-        self._say = SaidOnce(_log.warning)
+        self._warn_once = SaidOnce(_log.warning)
 
-    def take_up(self, erased: Erased, may_compact: bool = True) -> bool:
+    def apply(self, erased: Erased, may_compact: bool = True) -> bool:
         """Erases newly erased users, and reports the progress if it has changed; returns whether users were erased.
 
         It is cheap if there is nothing to do. With `may_compact` False, because a view of the histories is open, they
@@ -64,9 +64,9 @@ class HostErasures:
         if may_compact and due_ms is not None and self._now_ms() >= due_ms:
             try:
                 self._done = self._histories.compact_if_due(self._now_ms())
-                self._say.clear()
+                self._warn_once.clear()
             except StoreFull as full:
-                self._say(f"free pages keep bytes of erased users: {full}")
+                self._warn_once(f"free pages keep bytes of erased users: {full}")
         self._report(self._done)
         return is_new
 
@@ -79,6 +79,6 @@ class HostErasures:
         try:
             report(self._registry, progress)
         except OSError as error:
-            self._say(f"the progress of erasures cannot be reported in {self._registry}: {error}")
+            self._warn_once(f"the progress of erasures cannot be reported in {self._registry}: {error}")
             return
         self._reported = progress

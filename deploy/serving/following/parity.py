@@ -82,7 +82,7 @@ class Parity:
         self._store, self._spec, self._reach_ms = store, spec, reach_ms
         self._now_ms, self._choose = now_ms, choose
         self._counted = {outcome: metrics.parity_rows.labels(outcome) for outcome in OUTCOMES}
-        self._say, self._compared_ms, self.mask = SaidOnce(_log.error), 0, Mask.NONE
+        self._log_once, self._compared_ms, self.mask = SaidOnce(_log.error), 0, Mask.NONE
         stored = store.extra(WHOLE_EXTRA)
         self._whole_ms = 0 if stored is None else int(json.loads(stored))
         # An earlier release did not record what its histories lack.
@@ -107,7 +107,7 @@ class Parity:
         self._whole_ms, self._lost = clock_ms, False
         return {WHOLE_EXTRA: json.dumps(clock_ms).encode()}
 
-    def look(
+    def compare(
         self, rows: MicroBatch, position: tuple[int, int], users: Sequence[NDArray[np.uint64]], events: Sequence[Events]
     ) -> None:
         """Compares one row of a record if a comparison is due.
@@ -146,7 +146,7 @@ class Parity:
             return
         self._counted[DIFFERS].inc()
         source = rows.header.ranges[int(rows.source[row])].source
-        self._say(
+        self._log_once(
             f"record {position[1]} of partition {position[0]} of the training log: the click at offset {int(rows.offset[row])} of "
             f"partition {source.partition} was trained with other features than answers have: {different[0]}"
             + (f", and {len(different) - 1} more numbers differ" if different[1:] else "")

@@ -82,7 +82,7 @@ class Remembered:
 
         `events` are `[m]` EVENT, and `names` are the names in their record, by id.
         """
-        self._turn(clock_ms)
+        self._begin_day(clock_ms)
         day, extras = self._day.to_bytes(4, "big"), dict[str, bytes]()
         categories = dict(zip(events["item"].tolist(), events["category"].tolist(), strict=True))
         for item, category in categories.items():
@@ -112,9 +112,9 @@ class Remembered:
         self._known.clear()
         self._today.clear()
 
-    def look(self, clock_ms: int) -> int:
+    def sweep(self, clock_ms: int) -> int:
         """Scans a few hundred items or names, and removes those that are due; returns the number of removed entries."""
-        self._turn(clock_ms)
+        self._begin_day(clock_ms)
         if self._walk is None:
             if self._walked_day == self._day and all(kind.count <= self._most for kind in self._kinds.values()):
                 return 0
@@ -132,11 +132,11 @@ class Remembered:
     def _take(self, prefix: str, start: str) -> tuple[int, str | None]:
         """Scans entries from `start`; returns the number of removed entries, and where to continue."""
         kind, changes = self._kinds[prefix], dict[str, bytes | None]()
-        found = self._store.extras(prefix, start, AT_ONCE + 1)
-        following = found[AT_ONCE][0] if len(found) > AT_ONCE else None
+        entries = self._store.extras(prefix, start, AT_ONCE + 1)
+        following = entries[AT_ONCE][0] if len(entries) > AT_ONCE else None
         seen = dict(self._store.extras(SEEN + prefix, SEEN + start if start else "", AT_ONCE))
         removed = 0
-        for name, _ in found[:AT_ONCE]:
+        for name, _ in entries[:AT_ONCE]:
             stored = seen.get(SEEN + name)
             day = self._day if stored is None else int.from_bytes(stored, "big")
             if day < self._day - self._keep_days or kind.goes(day):
@@ -153,7 +153,7 @@ class Remembered:
             self._store.commit(Appends.none(), (), changes)
         return removed, following
 
-    def _turn(self, clock_ms: int) -> None:
+    def _begin_day(self, clock_ms: int) -> None:
         """Starts a new day of log time if it is due, and clears caches that are too large."""
         if clock_ms // DAY_MS != self._day or len(self._today) > ITEMS_REMEMBERED:
             self._day = clock_ms // DAY_MS

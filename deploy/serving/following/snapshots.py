@@ -89,8 +89,8 @@ class SnapshotTaker:
             return
         users, events = np.repeat(appends.users, appends.lengths), self._store.numbering.inwards(appends.events)
         if not self._store.shares.is_all:
-            mine = self._store.shares.has(users)
-            users, events = users[mine], events[mine]
+            is_ours = self._store.shares.has(users)
+            users, events = users[is_ours], events[is_ours]
         with self._lock:
             self._gained.append(Gained(users, events))
             self._events += len(events)
@@ -166,12 +166,12 @@ class SnapshotTaker:
                 self._forget()
                 self._last = newest
         self._asked.set()
-        found = None
-        while found is None and not self._stop.is_set():
+        cut = None
+        while cut is None and not self._stop.is_set():
             with suppress(queue.Empty):
-                found = self._cuts.get(timeout=POLL_S)
-        if found is not None:
-            self._write(*found, after=newest.number if newest else 0)
+                cut = self._cuts.get(timeout=POLL_S)
+        if cut is not None:
+            self._write(*cut, after=newest.number if newest else 0)
 
     def _due(self, newest: HistorySnapshot | None, now_ms: int) -> bool:
         if newest is None:
@@ -183,26 +183,26 @@ class SnapshotTaker:
         return age_ms >= self._every_ms * (1 if own else STANDBY) or age_ms < 0
 
     def _write(self, cut: Cut, parts: int, restarts: int, after: int) -> None:
-        made = None
+        snapshot = None
         try:
-            made = self._writer.write(cut, self._now_ms(), after)
+            snapshot = self._writer.write(cut, self._now_ms(), after)
         finally:
             self.reading = False
             with self._lock:
                 if restarts == self._restarts:
-                    self._written(made, cut, parts)
-        if made is not None:
-            self._metrics.snapshot_seconds.set(made.created_at_ms / 1000)
-            new = sum(file.bytes for file in made.files if file.number == made.number)
+                    self._written(snapshot, cut, parts)
+        if snapshot is not None:
+            self._metrics.snapshot_seconds.set(snapshot.created_at_ms / 1000)
+            new = sum(file.bytes for file in snapshot.files if file.number == snapshot.number)
             _log.info(
                 "snapshot %d of the histories of %d users: %.1f MB, of which %.1f MB are new",
-                *(made.number, made.users, made.bytes / 1e6, new / 1e6),
+                *(snapshot.number, snapshot.users, snapshot.bytes / 1e6, new / 1e6),
             )
-            self._check(made)
+            self._check(snapshot)
 
-    def _check(self, made: HistorySnapshot) -> None:
+    def _check(self, snapshot: HistorySnapshot) -> None:
         """Reads the next files, in the order of their names; damage removes the snapshots that have it."""
-        files = sorted(made.files, key=lambda file: (file.name <= self._checked, file.name))
+        files = sorted(snapshot.files, key=lambda file: (file.name <= self._checked, file.name))
         for file in files[: math.ceil(len(files) * self._every_ms / CHECKED_MS)]:
             if self._stop.is_set():
                 return
@@ -210,11 +210,11 @@ class SnapshotTaker:
             try:
                 snapshots.read_file(self._location, file)
             except CorruptStore as error:
-                _log.error("snapshot %d of histories is damaged and not used: %s", made.number, error)
+                _log.error("snapshot %d of histories is damaged and not used: %s", snapshot.number, error)
 
-    def _written(self, made: HistorySnapshot | None, cut: Cut, parts: int) -> None:
-        if made is not None:
-            self._last, self._is_due = made, False
+    def _written(self, snapshot: HistorySnapshot | None, cut: Cut, parts: int) -> None:
+        if snapshot is not None:
+            self._last, self._is_due = snapshot, False
             del self._gained[:parts]
             self._events = sum(len(part.users) for part in self._gained)
         elif cut.gained is None:
@@ -240,12 +240,12 @@ def load_if_behind(settings: Settings, store: HistoryStore, salt: str | None, br
         topic = settings.kafka.microbatches_topic
         topic_id, ends = topics.describe(topic).topic_id, topics.ends(topic)
     wanted = Wanted(store.history, salt, branch, topic_id, ends, store.shares)
-    if not store.is_loading and (mine := store.positions()):
-        found = next(snapshots.usable(location, wanted), None)
-        if found is None:
+    if not store.is_loading and (positions := store.positions()):
+        snapshot = next(snapshots.usable(location, wanted), None)
+        if snapshot is None:
             return False
-        ahead = sum(max(0, after - mine.get(source, 0)) for source, after in found.marks.items())
-        if ahead <= max(FAR_CLICKS, sum(part.events for part in found.ranges) // FAR_SHARE):
+        ahead = sum(max(0, after - positions.get(source, 0)) for source, after in snapshot.marks.items())
+        if ahead <= max(FAR_CLICKS, sum(part.events for part in snapshot.ranges) // FAR_SHARE):
             return False
     try:
         loaded = snapshots.load_newest(location, wanted, store, keep=lambda name: name != CAUGHT_UP_EXTRA)

@@ -208,7 +208,7 @@ def durable_route(
 ) -> Route | None:
     """The route to a durable version: deltas onto an ancestor in `present`, or a base and its deltas."""
     try:
-        steps = onto_what_is_here(wanted, registry, rows, present)
+        steps = deltas_onto_present(wanted, registry, rows, present)
         if steps is not None and not refusals.blocks(steps):
             return Route(wanted, steps, rebuild=False)
     except (CorruptVersion, UnknownVersion) as error:
@@ -241,7 +241,7 @@ def _last_durable(version: Manifest, registry: Registry) -> int | None:
     return max((number for number in registry.versions() if sees(version.visible, number)), default=None)
 
 
-def onto_what_is_here(
+def deltas_onto_present(
     wanted: int, registry: Registry, rows: RowStore, present: Collection[int]
 ) -> list[Manifest] | None:
     """Deltas from the nearest ancestor in `present`; None if a base is needed.
@@ -364,7 +364,7 @@ class VersionFollower:
     def __init__(self, rows: RowStore, settings: Settings, metrics: ApplierMetrics, now_ms: Callable[[], int]) -> None:
         registry, programs = Registry(settings.registry_dir), settings.serving_dir / PROGRAMS
         self._crosses, self._erased, self.erased = crosses_of(settings), Erased.NOBODY, rows.erased()
-        self._anew_ms: int | None = None
+        self._compact_ms: int | None = None
         self._registry, self._rows = registry, rows
         self._files = VersionFiles(programs, registry)
         self._refusals = Refusals(metrics, now_ms)
@@ -381,8 +381,8 @@ class VersionFollower:
         self._newest = NewestVersion(registry, self._refusals)
         self._route: Route | None = None
         self._labelled: Route | None = None
-        self._looked_again: Manifest | None = None
-        self._say = SaidOnce(_log.info)
+        self._retried: Manifest | None = None
+        self._log_once = SaidOnce(_log.info)
         self._swept_ms = 0
 
     def step(self) -> bool:
@@ -395,18 +395,18 @@ class VersionFollower:
         """
         control = self._registry.control()
         if control is None:
-            self._say("waiting for the first control generation; the trainer makes it")
+            self._log_once("waiting for the first control generation; the trainer makes it")
             return False
         # 1.
         if control.generation != self._generation:
-            self._take_up(control)
+            self._adopt(control)
         self._erased = control.erased
         if self.erased < control.erased.last:
             # The mask already excludes them from answers.
             self._rows.forget(control.erased.after(self.erased), self._crosses)
             self.erased = control.erased.last
             # The list of removed rows is removed with its version. Only then has the file no data of the erased users.
-            self._anew_ms = self._now_ms() + max(PAGES_MS, 3 * (self._keep_ms + SWEEP_MS))
+            self._compact_ms = self._now_ms() + max(PAGES_MS, 3 * (self._keep_ms + SWEEP_MS))
         show_control(control, self._metrics)
         # 2.
         wanted = self._wanted(control)
@@ -435,10 +435,10 @@ class VersionFollower:
         """
         self._rows.tidy()
         now_ms = self._now_ms()
-        if self._anew_ms is not None and now_ms >= self._anew_ms and self._route is None:
-            self._anew_ms = now_ms + PAGES_MS
+        if self._compact_ms is not None and now_ms >= self._compact_ms and self._route is None:
+            self._compact_ms = now_ms + PAGES_MS
             self._rows.compact()
-            self._anew_ms = None
+            self._compact_ms = None
         if 0 <= now_ms - self._swept_ms < SWEEP_MS or self._route is not None:
             return
         control, durable = self._registry.control(), {*self._registry.versions()}
@@ -452,7 +452,7 @@ class VersionFollower:
         self._present = applied_ms(self._rows)
         self._fit.keep(self._present)
 
-    def _take_up(self, control: Control) -> None:
+    def _adopt(self, control: Control) -> None:
         """Stores control and mask where workers read them, with the pointer if the pinned version is on this host."""
         pin = control.serving.version if control.serving.mode == "pin" else None
         at_once = pin if pin in self._present and pin in self._fit else None
@@ -489,7 +489,7 @@ class VersionFollower:
                 return self._settle_for(self._route.target, control)
         route = self._route
         if route.rebuild and self.served is not None:
-            self._say(
+            self._log_once(
                 f"version {route.target} is rebuilt from the registry ({len(route.steps)} to go); "
                 f"version {self.served.version} answers meanwhile"
             )
@@ -517,8 +517,8 @@ class VersionFollower:
             self._newest.lose(step.version)
             return True
         # The compactor may have merged the version that was being read: look it up again first.
-        if isinstance(error, UnknownVersion) and self._looked_again != step:
-            self._looked_again = step
+        if isinstance(error, UnknownVersion) and self._retried != step:
+            self._retried = step
             return True
         self._refusals.add(step.kind, step.version, error)
         return False

@@ -34,7 +34,7 @@ class _WatchedFiles:
         self._seen = self._states()
         self._load()
 
-    def look(self) -> None:
+    def reload(self) -> None:
         """Reloads the files if they have changed.
 
         If they cannot be used, raises SettingsError, and the previous content stays in effect.
@@ -137,7 +137,7 @@ class Access:
 
     certificate: Certificate | None = None
     tokens: Tokens | None = None
-    _say: SaidOnce = field(default_factory=lambda: SaidOnce(_log.error), repr=False)
+    _log_once: SaidOnce = field(default_factory=lambda: SaidOnce(_log.error), repr=False)
 
     @classmethod
     def of(cls, settings: Settings, always: bool = False) -> Access:
@@ -150,14 +150,14 @@ class Access:
         certificate = Certificate(Path(serving.tls_cert), Path(serving.tls_key)) if serving.tls_cert else None
         return cls(certificate, Tokens(settings.tokens_dir) if always or are_wanted(settings) else None)
 
-    def look(self) -> None:
+    def reload(self) -> None:
         """Reloads files that have changed; if the new ones cannot be used, the previous ones stay in effect."""
         for files in (self.certificate, self.tokens):
             if files is not None:
                 try:
-                    files.look()
+                    files.reload()
                 except SettingsError as error:
-                    self._say(f"{error}; the previous content stays in effect")
+                    self._log_once(f"{error}; the previous content stays in effect")
 
 
 def are_wanted(settings: Settings, host: str | None = None) -> bool:

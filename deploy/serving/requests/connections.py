@@ -275,7 +275,7 @@ class BoundedConnection(HttpToolsProtocol):
         if not self._ended:
             super().on_message_complete()
 
-    def look(self, now_s: float) -> None:
+    def enforce_limits(self, now_s: float) -> None:
         """Closes a connection that exceeds a time limit, by the loop's clock; called every second."""
         cycle = self.cycle
         is_idle = cycle is not None and cycle.response_complete and not self._in_request and not self._unparsed

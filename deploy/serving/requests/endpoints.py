@@ -235,8 +235,8 @@ def profile_service(answers: Answers, endpoints: Sequence[Endpoint], router: Rou
                 fields["fields"] = ",".join(fields["fields"])
             if router is not None and not all(map(router.is_held, _users_in(fields))):
                 return _message_of(await router.answer(_as_http(endpoint, fields, headers), endpoint.answer), kind)
-            found = await local(fields)
-            return found if isinstance(found, Message) else _filled(kind, found)
+            result = await local(fields)
+            return result if isinstance(result, Message) else _filled(kind, result)
 
         return Method(name, f"{PACKAGE}.{name}Request", answer)
 

@@ -118,25 +118,27 @@ class QuestionBatch(msgspec.Struct, frozen=True):
         return msgspec.json.encode({**self.rest, self.name: [self.questions[index] for index in indices]})
 
 
-def rows_of(body: bytes) -> list[bytes] | None:
-    """Returns the rows of an answer as raw JSON; None if it is not an answer to a batch.
+def rows_of(response: Response | None, count: int) -> list[bytes] | None:
+    """Returns the rows of an answer as raw JSON; None if it is not an answer to a batch of `count` queries.
 
-    >>> rows_of(b'{"profiles":[{"a":1},{"a":2}]}'), rows_of(b"{}")
+    >>> rows_of(Response(200, b'{"profiles":[{"a":1},{"a":2}]}'), 2), rows_of(Response(200, b"{}"), 2)
     ([b'{"a":1}', b'{"a":2}'], None)
     """
+    if response is None or response.status != 200:
+        return None
     try:
-        return [bytes(row) for row in msgspec.json.decode(body, type=_Answered).profiles]
+        rows = [bytes(row) for row in msgspec.json.decode(response.body, type=_Answered).profiles]
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return None
+    return rows if len(rows) == count else None
 
 
 async def answered_here(request: Request, batch: QuestionBatch, indices: Sequence[int], answer: Answer) -> list[bytes]:
     """Returns the rows of a part of a batch that this host answers; raises what `answer` raises."""
     if not indices:
         return []
-    response = await answer(request._replace(receive=whole(batch.part(indices))))
-    rows = rows_of(response.body)
-    assert rows is not None, "the endpoint answers with a row a question"
+    rows = rows_of(await answer(request._replace(receive=whole(batch.part(indices)))), len(indices))
+    assert rows is not None, "the endpoint answers with one row for each query"
     return rows
 
 

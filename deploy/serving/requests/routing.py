@@ -68,7 +68,7 @@ def address_of(settings: Settings) -> str:
     return f"{'https' if serving.tls_cert else 'http'}://{name}:{serving.port}"
 
 
-def trusted(certificate: str) -> ssl.SSLContext | bool:
+def verification(certificate: str) -> ssl.SSLContext | bool:
     """Returns what hosts trust of each other: the certificate that they share, with any name; else the system's."""
     if not certificate:
         return True
@@ -79,13 +79,13 @@ def trusted(certificate: str) -> ssl.SSLContext | bool:
 
 
 @dataclass
-class _Batch:
-    """A batch that is being answered; `rows` are the rows so far, by place."""
+class _PendingBatch:
+    """A batch that is being answered; `rows` are the rows so far, by their index in the batch."""
 
     request: Request
     batch: QuestionBatch
     shares: Sequence[int]
-    here: Answer
+    local: Answer
     rows: dict[int, bytes] = field(default_factory=dict)
 
 
@@ -109,14 +109,14 @@ class Router:
         serving = settings.serving
         self._registry, self._host, self._now_ms = settings.registry_dir, host, now_ms
         self._entry = HostEntry(name_of(settings.serving_dir), address_of(settings), str(host.shares), 0)
-        self._pseudonym, self._forwards, self._unheld = pseudonyms(salt), metrics.forwarded, metrics.unheld_shares
+        self._pseudonym, self._forward_counts, self._unheld = pseudonyms(salt), metrics.forwarded, metrics.unheld_shares
         self._first_s = min(FIRST_S, serving.timeout_s)
-        self._forwarder = Forwarder(serving.timeout_s, trusted(serving.tls_cert), transport)
+        self._forwarder = Forwarder(serving.timeout_s, verification(serving.tls_cert), transport)
         self.held, self.table = UserShares(0), RoutingTable()
-        self._avoided_ms: dict[str, float] = {}
+        self._avoid_until_ms: dict[str, float] = {}
         self._renewed_ms, self._leaving = 0, False
         self._task: asyncio.Task[None] | None = None
-        self._say = SaidOnce(_log.warning)
+        self._warn_once = SaidOnce(_log.warning)
         if not host.shares.is_all:
             host.require = self.require
 
@@ -132,7 +132,7 @@ class Router:
         try:
             hosts.withdraw(self._registry, self._entry.name)
         except OSError as error:
-            self._say(f"this host's entry cannot be removed from {self._registry}: {error}")
+            self._warn_once(f"this host's entry cannot be removed from {self._registry}: {error}")
 
     async def _run(self) -> None:
         while True:
@@ -143,10 +143,10 @@ class Router:
         """Renews or withdraws this host's entry as the host is ready or not, and reads the table."""
         ready = not self._leaving and not self._host.missing()
         try:
-            entries = await asyncio.to_thread(self._exchange, ready)
-            self._say.clear()
+            entries = await asyncio.to_thread(self._sync_table, ready)
+            self._warn_once.clear()
         except OSError as error:
-            self._say(f"the routing table in {self._registry} cannot be used: {error}; the last one stays in use")
+            self._warn_once(f"the routing table in {self._registry} cannot be used: {error}; the last one stays in use")
             return
         finally:
             # A host that drains answers its users to the end.
@@ -156,7 +156,7 @@ class Router:
         self.table = RoutingTable.of(entries, self._now_ms())
         self._unheld.set(len([*self.table.held_by(0)]))
 
-    def _exchange(self, ready: bool) -> list[HostEntry]:
+    def _sync_table(self, ready: bool) -> list[HostEntry]:
         now_ms = self._now_ms()
         if not ready and self._renewed_ms:
             # Only its own entry: another worker of this host may be ready.
@@ -217,91 +217,87 @@ class Router:
                 self.require(share)
             raise NotReady("this host is not ready for the users that it holds", "ask another host of the share")
         elif name == MANY:
-            response = await self._many(request, body, shares, local)
+            response = await self._answer_batch(request, body, shares, local)
         else:
-            response = await self._one(request, body, shares[0], local)
+            response = await self._answer_one(request, body, shares[0], local)
         if header(request.scope, SHARE) is None or response.status != 200:
             return response
         return response._replace(headers=[*response.headers, (SHARE, ",".join(map(str, shares)).encode())])
 
-    async def _one(self, request: Request, body: bytes, share: int, local: Answer) -> Response:
+    async def _answer_one(self, request: Request, body: bytes, share: int, local: Answer) -> Response:
         refused, candidates = None, self._candidates(share)
         for number, host in enumerate(candidates):
-            response = await self._sent(host, request, body, is_last=number + 1 == len(candidates))
+            response = await self._forward(host, request, body, is_last=number + 1 == len(candidates))
             if response is not None and response.status not in FAILED:
-                self._forwards.labels("answered").inc()
+                self._forward_counts.labels("answered").inc()
                 return response
             refused = response or refused
         if share in self._host.shares:
             return await local(request)
         if refused is None:
             raise self._no_host(share)
-        self._forwards.labels("failed").inc()
+        self._forward_counts.labels("failed").inc()
         return refused
 
-    async def _many(self, request: Request, body: bytes, shares: Sequence[int], local: Answer) -> Response:
+    async def _answer_batch(self, request: Request, body: bytes, shares: Sequence[int], local: Answer) -> Response:
         batch = QuestionBatch.read(body)
         assert batch is not None, "the endpoint accepts it"
-        pending = _Batch(request, batch, shares, local)
+        pending = _PendingBatch(request, batch, shares, local)
         indices = range(len(shares))
-        own = [index for index in indices if shares[index] in self.held]
-        foreign = [index for index in indices if shares[index] not in self.held]
+        held = [index for index in indices if shares[index] in self.held]
+        others = [index for index in indices if shares[index] not in self.held]
         _, refused = await asyncio.gather(
-            self._fill_here(pending, own), self._fill(pending, foreign, frozenset(), None)
+            self._add_local_rows(pending, held), self._add_rows(pending, others, frozenset(), None)
         )
         if refused is not None:
-            self._forwards.labels("failed").inc()
+            self._forward_counts.labels("failed").inc()
             return refused
-        self._forwards.labels("answered").inc()
+        self._forward_counts.labels("answered").inc()
         return Response(200, b'{"profiles":[' + b",".join(pending.rows[index] for index in indices) + b"]}")
 
-    async def _fill_here(self, pending: _Batch, indices: Sequence[int]) -> None:
-        rows = await answered_here(pending.request, pending.batch, indices, pending.here)
+    async def _add_local_rows(self, pending: _PendingBatch, indices: Sequence[int]) -> None:
+        rows = await answered_here(pending.request, pending.batch, indices, pending.local)
         pending.rows.update(zip(indices, rows, strict=True))
 
-    async def _fill(
-        self, pending: _Batch, indices: Sequence[int], tried: frozenset[str], refused: Response | None
+    async def _add_rows(
+        self, pending: _PendingBatch, indices: Sequence[int], tried: frozenset[str], refused: Response | None
     ) -> Response | None:
-        """Fills in the rows at `indices` by hosts other than those `tried`; returns the response of a host that refuses."""
-        order = {share: self._candidates(share) for share in {pending.shares[index] for index in indices}}
-        ranked = sorted(
-            {host for candidates in order.values() for host in candidates}, key=lambda host: self._rank(host)
-        )
-        groups = dict[HostEntry, list[int]]()
-        alone = list[int]()
+        """Adds the rows at `indices` from hosts other than those `tried`; returns the response of a host that refuses."""
+        candidates_of = {share: self._candidates(share) for share in {pending.shares[index] for index in indices}}
+        # One order for all shares, so that as few hosts as possible are asked.
+        hosts_in_order = sorted({host for candidates in candidates_of.values() for host in candidates}, key=self._rank)
+        indices_by_host = dict[HostEntry, list[int]]()
+        local = list[int]()
         for index in indices:
             share = pending.shares[index]
-            untried = [host for host in order[share] if host.name not in tried]
+            untried = [host for host in candidates_of[share] if host.name not in tried]
             if untried and len(tried) < MOST_TRIED:
-                groups.setdefault(min(untried, key=ranked.index), []).append(index)
+                indices_by_host.setdefault(min(untried, key=hosts_in_order.index), []).append(index)
             elif share in self._host.shares:
-                alone.append(index)
+                local.append(index)
             elif refused is not None:
                 return refused
             else:
                 raise self._no_host(share)
-        await self._fill_here(pending, alone)
-        return next(
-            filter(
-                None,
-                await asyncio.gather(*(self._fill_by(host, pending, group, tried) for host, group in groups.items())),
-            ),
-            None,
+        await self._add_local_rows(pending, local)
+        refusals = await asyncio.gather(
+            *(self._add_rows_from(host, pending, part, tried) for host, part in indices_by_host.items())
         )
+        return next(filter(None, refusals), None)
 
-    async def _fill_by(
-        self, host: HostEntry, pending: _Batch, indices: Sequence[int], tried: frozenset[str]
+    async def _add_rows_from(
+        self, host: HostEntry, pending: _PendingBatch, indices: Sequence[int], tried: frozenset[str]
     ) -> Response | None:
         holders = {holder.name for index in indices for holder in self.table.holders[pending.shares[index]]}
         is_last = not holders - tried - {host.name, self._entry.name}
-        response = await self._sent(host, pending.request, pending.batch.part(indices), is_last)
-        rows = None if response is None or response.status != 200 else rows_of(response.body)
-        if rows is not None and len(rows) == len(indices):
+        response = await self._forward(host, pending.request, pending.batch.part(indices), is_last)
+        rows = rows_of(response, len(indices))
+        if rows is not None:
             pending.rows.update(zip(indices, rows, strict=True))
             return None
         if response is not None and response.status != 200 and response.status not in FAILED:
             return response
-        return await self._fill(pending, indices, tried | {host.name}, response)
+        return await self._add_rows(pending, indices, tried | {host.name}, response)
 
     def _candidates(self, share: int) -> list[HostEntry]:
         """Returns the other live hosts of a share, at most `MOST_TRIED`, those that did not answer lately last."""
@@ -309,21 +305,21 @@ class Router:
         return sorted(others, key=self._rank)[:MOST_TRIED]
 
     def _rank(self, host: HostEntry) -> tuple[bool, float]:
-        return self._now_ms() < self._avoided_ms.get(host.name, 0.0), random.random()
+        return self._now_ms() < self._avoid_until_ms.get(host.name, 0.0), random.random()
 
-    async def _sent(self, host: HostEntry, request: Request, body: bytes, is_last: bool) -> Response | None:
+    async def _forward(self, host: HostEntry, request: Request, body: bytes, is_last: bool) -> Response | None:
         """Forwards a request; returns None if the host does not answer."""
         headers, timeout_s = {FORWARDED.decode(): self._entry.name}, None if is_last else self._first_s
         try:
             return await self._forwarder.send(host.address, request, body, headers, timeout_s)
         except httpx.HTTPError as error:
-            self._avoided_ms[host.name] = self._now_ms() + AVOIDED_S * 1000
-            self._say(f"{host.address} does not answer ({type(error).__name__}): {error}")
+            self._avoid_until_ms[host.name] = self._now_ms() + AVOIDED_S * 1000
+            self._warn_once(f"{host.address} does not answer ({type(error).__name__}): {error}")
             return None
 
     def _no_host(self, share: int) -> NotHeld:
         """Counts a request of whose share no host answers, and returns the error."""
-        self._forwards.labels("failed").inc()
+        self._forward_counts.labels("failed").inc()
         addresses = ", ".join(host.address for host in self._candidates(share))
         do = "start a host that holds it; `springtide status` shows all"
         if not addresses:

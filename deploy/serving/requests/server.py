@@ -179,8 +179,8 @@ class DrainingServer(uvicorn.Server):
         if counter % 10 == 0:
             now_s = asyncio.get_running_loop().time()
             for connection in list(self.server_state.connections):
-                cast(BoundedConnection, connection).look(now_s)
-            self._access.look()
+                cast(BoundedConnection, connection).enforce_limits(now_s)
+            self._access.reload()
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -50,22 +50,21 @@ class Split:
         salt: Salt,
         now_ms: Callable[[], int],
         clock_s: Callable[[], float] = time.perf_counter,
-        transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._salt, self._now_ms, self._clock_s = salt, now_ms, clock_s
         self._experiments = Experiments(settings)
         self._spool = ExposureSpool(settings.serving_dir / layout.EXPOSURES, now_ms, _log.warning)
         self._address = settings.rollout.address
-        self._forwarder = Forwarder(settings.rollout.timeout_s, transport=transport)
+        self._forwarder = Forwarder(settings.rollout.timeout_s)
         self._rolled_out: Experiment | None = None
         self._polled_s = float("-inf")
-        self._say = SaidOnce(_log.warning)
+        self._warn_once = SaidOnce(_log.warning)
 
     async def answer(self, request: Request) -> Response:
         """Answers a request with its user's arm, or the endpoint if no rollout is open; raises what the endpoint
         raises.
         """
-        experiment = self._split()
+        experiment = self._open_rollout()
         if experiment is None or request.endpoint.name not in (*ROUTES, MANY):
             return await request.endpoint.answer(request)
         at_ms, began_s = self._now_ms(), self._clock_s()
@@ -76,14 +75,14 @@ class Split:
             if batch is None or not 1 <= len(batch.users) <= MOST_PROFILES:
                 # The endpoint reports the error.
                 return await request.endpoint.answer(request)
-            return await self._many(request, batch, experiment, at_ms)
+            return await self._answer_batch(request, batch, experiment, at_ms)
         user = request.path.get("user_id") or user_in(body)
         if user is None:
             return await request.endpoint.answer(request)
         # 1.
         exposure = self._exposure(experiment, user, at_ms)
         # 2. 3.
-        forwarded = await self._forwarded(request, body) if exposure.arm == TRIAL else None
+        forwarded = await self._ask_trial(request, body) if exposure.arm == TRIAL else None
         failed = exposure.arm == TRIAL and forwarded is None
         try:
             response = forwarded or await request.endpoint.answer(request)
@@ -96,7 +95,9 @@ class Split:
             self._store([exposure], failed=(TRIAL,) if failed else (), took_us=self._took_us(began_s))
         return response._replace(headers=[*response.headers, (b"springtide-arm", exposure.arm.encode())])
 
-    async def _many(self, request: Request, batch: QuestionBatch, experiment: Experiment, at_ms: int) -> Response:
+    async def _answer_batch(
+        self, request: Request, batch: QuestionBatch, experiment: Experiment, at_ms: int
+    ) -> Response:
         """Answers a batch, each row with its user's arm."""
         # 1.
         exposures = [self._exposure(experiment, user, at_ms) for user in batch.users]
@@ -105,7 +106,7 @@ class Split:
             # 2.
             answer = request.endpoint.answer
             trial, live = await asyncio.gather(
-                self._theirs(request, batch, indices[TRIAL]), answered_here(request, batch, indices[LIVE], answer)
+                self._trial_rows(request, batch, indices[TRIAL]), answered_here(request, batch, indices[LIVE], answer)
             )
             # 3.
             failed = trial is None
@@ -119,16 +120,14 @@ class Split:
             raise
         # 4.
         self._store(exposures, failed=(TRIAL,) if failed else ())
-        by_place = dict(zip([*indices[TRIAL], *indices[LIVE]], rows, strict=True))
-        return Response(200, joined((exposure.arm, by_place[index]) for index, exposure in enumerate(exposures)))
+        row_of = dict(zip([*indices[TRIAL], *indices[LIVE]], rows, strict=True))
+        return Response(200, joined((exposure.arm, row_of[index]) for index, exposure in enumerate(exposures)))
 
-    async def _theirs(self, request: Request, batch: QuestionBatch, indices: Sequence[int]) -> list[bytes] | None:
+    async def _trial_rows(self, request: Request, batch: QuestionBatch, indices: Sequence[int]) -> list[bytes] | None:
         """Returns the rows from the trial's workers; None if they do not answer, or fail."""
         if not indices:
             return []
-        response = await self._forwarded(request, batch.part(indices))
-        rows = None if response is None or response.status != 200 else rows_of(response.body)
-        return rows if rows is not None and len(rows) == len(indices) else None
+        return rows_of(await self._ask_trial(request, batch.part(indices)), len(indices))
 
     def _exposure(self, experiment: Experiment, user: str, at_ms: int) -> Exposure:
         """Builds a user's exposure with what is known before the answer."""
@@ -151,27 +150,27 @@ class Split:
         """Closes the file of exposures."""
         self._spool.close()
 
-    def _split(self) -> Experiment | None:
+    def _open_rollout(self) -> Experiment | None:
         """Returns the experiment with an open rollout, at most `POLL_S` old; the last known one if it cannot be read."""
         now_s = self._clock_s()
         if now_s - self._polled_s >= POLL_S:
             self._polled_s = now_s
             try:
                 self._rolled_out = self._experiments.document().rolled_out
-                self._say.clear()
+                self._warn_once.clear()
             except RegistryError as error:
-                self._say(f"experiments cannot be read: {error}; users keep their arms")
+                self._warn_once(f"experiments cannot be read: {error}; users keep their arms")
         return self._rolled_out if self._rolled_out is not None and self._rolled_out.is_split else None
 
-    async def _forwarded(self, request: Request, body: bytes) -> Response | None:
+    async def _ask_trial(self, request: Request, body: bytes) -> Response | None:
         """Forwards a request to the trial's workers; returns None if they do not answer, or fail."""
         try:
             response = await self._forwarder.send(self._address, request, body)
         except httpx.HTTPError as error:
-            self._say(f"the trial does not answer ({type(error).__name__}): {error}")
+            self._warn_once(f"the trial does not answer ({type(error).__name__}): {error}")
             return None
         if response.status in (401, 403, 429) or response.status >= 500:
-            self._say(f"the trial answers {response.status}")
+            self._warn_once(f"the trial answers {response.status}")
             return None
         return response
 

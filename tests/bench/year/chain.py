@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
@@ -103,8 +103,8 @@ class Serving:
     def __init__(self, settings: Settings, log: MemoryLog, clock: Clock) -> None:
         self._settings, self._log, self._clock = settings, log, clock
         folder, metrics = settings.serving_dir, ApplierMetrics(CollectorRegistry())
-        self.rows = RowStore.open_anew(folder / "rows", MAP_BYTES)
-        self.histories = HistoryStore.open_anew(folder / "histories", settings.features.history, MAP_BYTES)
+        self.rows = RowStore.open_or_rebuild(folder / "rows", MAP_BYTES)
+        self.histories = HistoryStore.open_or_rebuild(folder / "histories", settings.features.history, MAP_BYTES)
         self.versions = VersionFollower(self.rows, settings, metrics, clock.now_ms)
         self.clicks = HistoryFollower(self.histories, settings, metrics, clock.now_ms)
 
@@ -135,10 +135,11 @@ class Chain:
     Args:
         settings: Of the whole system.
         start_ms: What time it is at first.
+        load_bytes: Of deltas that may be read to load a version.
     """
 
-    def __init__(self, settings: Settings, start_ms: int) -> None:
-        self.settings, self.clock = settings, Clock(start_ms)
+    def __init__(self, settings: Settings, start_ms: int, load_bytes: int) -> None:
+        self.settings, self.clock, self.load_bytes = settings, Clock(start_ms), load_bytes
         self.log = MemoryLog(settings.kafka, self.clock.now_ms)
         self._closing = ExitStack()
 
@@ -182,7 +183,8 @@ class Chain:
         """What is done now and then: the broker deletes what is too old, the compactor makes a base."""
         self.log.clean()
         compact(self.registry)
-        thin(self.registry, tiers_of(self.settings), self.clock.now_ms())
+        tiers = replace(tiers_of(self.settings), load_bytes=self.load_bytes)
+        thin(self.registry, tiers, self.clock.now_ms())
 
     def _learner(self, shard: StreamContext) -> Learner:
         settings = self.settings

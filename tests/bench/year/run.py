@@ -15,6 +15,7 @@ from state.config.settings import Settings
 from tests.bench.year import sizes
 from tests.bench.year.chain import Chain
 from tests.bench.year.town import DAY_MS, HOUR_MS, Plan, Town
+from trainer.compactor import LOAD_BYTES
 from trainer.measures.evaluation import Evaluation, area_under_curve
 
 START_MS = 1_700_006_400_000
@@ -35,7 +36,7 @@ class Horizons:
         looked_at_d: Days whose mean is compared.
         popular_d: After how many days a category is no longer counted among the popular ones, whose counts are halved
             each day; 0: not looked at.
-        load_mb: Deltas that may be read to load a version, for which bases stay longer than they are offered.
+        load_bytes: Of deltas that may be read to load a version, for which bases stay longer than they are offered.
     """
 
     rows_d: int
@@ -47,7 +48,7 @@ class Horizons:
     max_crosses: int
     looked_at_d: int
     popular_d: int = 0
-    load_mb: float = 64.0
+    load_bytes: int = LOAD_BYTES
 
     @property
     def longest_d(self) -> int:
@@ -88,7 +89,7 @@ def settings_of(state: Path, horizons: Horizons) -> Settings:
         "features.recent_categories": 8,
         "events.label": "liked", "events.max_age_s": h.late_d * day_s,
         "kafka.retention_h": h.topics_d * 24, "registry.delta_keep_s": day_s, "registry.base_keep_d": h.topics_d,
-        "registry.load_mb": h.load_mb, "serving.keep_s": day_s, "history.items_keep_d": h.rows_d, "stream.metrics_port": 0,
+        "serving.keep_s": day_s, "history.items_keep_d": h.rows_d, "stream.metrics_port": 0,
         "stream.cache_users": 1000,
         # The flood is to be lived through, and is what the guard is there to hold.
         "guard.mode": "off",
@@ -109,7 +110,7 @@ def live(
     """
     found, town = Year(), Town(plan, START_MS)
     rounds = 24 // horizons.round_h
-    with Chain(settings_of(state, horizons), START_MS) as chain:
+    with Chain(settings_of(state, horizons), START_MS, horizons.load_bytes) as chain:
         for day in range(plan.days):
             flood = town.flood(day) if day == plan.flood_day else []
             for number in range(rounds):

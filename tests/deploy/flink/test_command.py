@@ -132,8 +132,7 @@ def test_it_listens_on_loopback_alone() -> None:
 
 
 def test_sizes_are_those_of_the_settings() -> None:
-    told = read(FlinkSettings(slots=3, heap_mb=400, state_backend="rocksdb"))
-    assert told["taskmanager.numberOfTaskSlots"] == 3
+    told = read(FlinkSettings(heap_mb=400, state_backend="rocksdb"))
     assert told["state.backend.type"] == "rocksdb"
     heaps = [told[f"taskmanager.memory.{part}.heap.size"] for part in ("framework", "task")]
     assert sum(int(str(size).removesuffix("m")) for size in heaps) == 400

@@ -16,7 +16,7 @@ from tests.deploy.serving.test_clicks import LOG, Following, append, record, wri
 
 
 def test_a_moment_is_noted_at_most_once_a_second_whatever_the_clock_does(tmp_path: Path) -> None:
-    notes, path = Currency(tmp_path, CURRENT), tmp_path / f"{CURRENT}.{VERSIONS}"
+    notes, path = Currency(tmp_path), tmp_path / f"{CURRENT}.{VERSIONS}"
 
     def noted_ms(at_ms: int) -> int:
         notes.note(VERSIONS, at_ms)
@@ -31,7 +31,7 @@ def test_a_moment_is_noted_at_most_once_a_second_whatever_the_clock_does(tmp_pat
 def test_what_is_missed_for_a_minute_is_degraded_and_still_ready(stores: Stores) -> None:
     now = [NOW_MS]
     app = app_of(stores, lambda: now[0])
-    notes = Currency(stores.settings.serving_dir, CURRENT)
+    notes = Currency(stores.settings.serving_dir)
     for part in (VERSIONS, CLICKS):
         notes.note(part, NOW_MS)
     now[0] += 59_000
@@ -48,7 +48,7 @@ def test_readiness_ends_with_currency_and_comes_again(stores: Stores) -> None:
     now = [NOW_MS]
     app = app_of(stores, lambda: now[0], serving=replace(stores.settings.serving, max_age_s=30.0))
     assert ask(app, "GET", "/readyz").status_code == 503
-    notes = Currency(stores.settings.serving_dir, CURRENT)
+    notes = Currency(stores.settings.serving_dir)
     for part in (VERSIONS, CLICKS):
         notes.note(part, NOW_MS)
     assert ask(app, "GET", "/readyz").json()["ready"]

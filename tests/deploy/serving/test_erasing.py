@@ -168,12 +168,12 @@ def test_histories_forget_and_never_take_the_clicks_again(
 
         monkeypatch.setattr(killpoints, "reach", killed)
         with pytest.raises(KeyboardInterrupt):
-            told().take_up(erased)
+            told().apply(erased)
         monkeypatch.undo()
         assert reports(tmp_path / "registry") == []
     for _ in range(2):
         host.follower._erased = erased
-        told().take_up(erased)
+        told().apply(erased)
         assert (len(host.store.read(1)), host.store.read(2).tobytes()) == (0, before)
     (said,) = reports(tmp_path / "registry")
     assert (said.through, said.pages, said.path) == (1, 1, str(tmp_path))

@@ -54,7 +54,7 @@ def content(following: Following) -> dict[str, Any]:
 
 
 def turn(host: Following, line: LogLine) -> bool:
-    went = host.follower.turn(line, MASK, 0, lambda at: host.log.reader(LOG, [0], {0: at}))
+    went = host.follower.follow_branch(line, MASK, lambda at: host.log.reader(LOG, [0], {0: at}))
     if went:
         host.connect()
     return went

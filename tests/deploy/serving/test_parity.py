@@ -238,12 +238,12 @@ def test_after_a_gap_what_differs_is_unknown_also_for_a_host_that_starts_again(
 def test_masked_clicks_are_left_out_of_both(tmp_path: Path, clicks: Clicks, host: Open) -> None:
     records = streamed(tmp_path / "stream", clicks, MASK)
     ours = host(records, "knows")
-    ours.follower.turn(WHOLE, MASK, 0, lambda at: ours.log.reader(LOG, [0], {0: at}))
+    ours.follower.follow_branch(WHOLE, MASK, lambda at: ours.log.reader(LOG, [0], {0: at}))
     ours.drain()
     assert ours.counted["equal"] > 20
     assert ours.counted["differs"] == ours.counted["unknown"] == 0
     late = host(streamed(tmp_path / "unmasked", clicks), "late")
-    late.follower.turn(WHOLE, MASK, 0, lambda at: late.log.reader(LOG, [0], {0: at}))
+    late.follower.follow_branch(WHOLE, MASK, lambda at: late.log.reader(LOG, [0], {0: at}))
     late.drain()
     assert late.counted["unknown"] > 10
     assert late.counted["differs"] == 0
@@ -260,7 +260,7 @@ def test_after_an_exact_rollback_what_is_read_again_is_trained_and_answered_alik
     ours = host(records)
     ours.drain()
     line = turned(WHOLE, 1, place, len(records), tuple(marks.items()))
-    assert ours.follower.turn(line, mask, 0, lambda at: ours.log.reader(LOG, [0], {0: at}))
+    assert ours.follower.follow_branch(line, mask, lambda at: ours.log.reader(LOG, [0], {0: at}))
     compared = sum(ours.counted.values())
     again = streamed(tmp_path / "again", clicks, mask, epoch=2)[place:]
     append(ours, again)

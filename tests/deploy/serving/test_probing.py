@@ -77,9 +77,9 @@ def test_readiness_names_it_and_it_cannot_be_asked_for(settings: Settings, train
     assert version == bad and "otherwise than its trainer" in why
     predictor = worker.predictor()
     with predictor.reading() as reader:
-        assert predictor.take_up(reader).served.version == good
+        assert predictor.load_version(reader).served.version == good
         with pytest.raises(BadRequest, match=f"version {bad} is refused"):
-            predictor.take_up(reader, bad)
+            predictor.load_version(reader, bad)
     worker.close()
     again = HostWriter(settings)
     better = trainer.publish()

@@ -41,7 +41,7 @@ def name(kept: Remembered, store: HistoryStore, day: int, *items: int, names: di
 
 def settle(kept: Remembered, day: int) -> int:
     """Looks until a pass finds nothing to do any more."""
-    return sum(kept.look(day * DAY_MS + 7) for _ in range(200))
+    return sum(kept.sweep(day * DAY_MS + 7) for _ in range(200))
 
 
 def items(store: HistoryStore) -> list[int]:

@@ -147,7 +147,7 @@ def warm_indexes(network: Network) -> None:
     """Indexes of items follow the stores in steps, from the first query on."""
     for name, app in network.apps.items():
         network.ask(name, QUESTIONS["similar"]((of_shares("32-63") if name in "bd" else of_shares("0-31"))[0])[0])
-        while app.host.sources().turn():
+        while app.host.sources().read_more():
             pass
 
 
@@ -307,7 +307,7 @@ def test_a_host_with_other_shares_rebuilds_its_stores_or_drops_the_users_of_othe
         RowStore(rows, MAP, shares=narrow)
     store = HistoryStore(histories, map_bytes=MAP, shares=narrow)
     sweeper = Sweeper(store, reach_ms=1 << 40, max_users=1000, elapsed=lambda: 0.0)
-    sweeper.look(NOW_MS)
+    sweeper.sweep(NOW_MS)
     kept = [user for user in USERS if len(store.read(user_id(SALT, user)))]
     assert kept == of_shares("0-15") and store.users() == len(kept) < len(of_shares("0-31"))
     store.close()

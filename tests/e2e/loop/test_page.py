@@ -127,8 +127,10 @@ def test_screenshots_are_taken_on_a_desktop_and_on_a_phone_where_every_control_i
         small = page.evaluate(SMALL_TARGETS)
         assert small == [], f"{width} wide"
         for button in ("Pin", "Go back"):
-            box = page.locator("#versions-table").get_by_role("button", name=button).first.bounding_box()
-            assert box is not None and box["x"] >= 0 and box["x"] + box["width"] <= width, (button, width)
+            # The table is drawn again each second, and a button that is replaced meanwhile has no box.
+            found = page.locator("#versions-table").get_by_role("button", name=button).first
+            box = until(found.bounding_box, f"{button} is not shown")
+            assert box["x"] >= 0 and box["x"] + box["width"] <= width, (button, width)
 
 
 def press_until(page: Page, key: str, wanted: Locator) -> None:

@@ -67,7 +67,7 @@ class Crm:
         return None if value is None else texts_in(value, len(FIELDS))
 
     def counts(self) -> Mapping[str, int]:
-        return {name: count for name, count in self.follower.place.counts.items() if count}
+        return {name: count for name, count in self.follower.position.counts.items() if count}
 
     def reopen(self, **changes: Any) -> None:
         self.close()
@@ -114,7 +114,7 @@ def test_a_restart_goes_on_from_the_stored_offsets(crm: Crm) -> None:
     crm.send(("bob", {"level": 1}), ("cid", {"level": 1}), partition=1)
     crm.read()
     crm.reopen()
-    assert dict(crm.follower.place.next) == {0: 1, 1: 2}
+    assert dict(crm.follower.position.next) == {0: 1, 1: 2}
     crm.send(("ann", {"level": 2}))
     crm.read()
     assert (crm.of("ann"), crm.of("cid")) == ([None, "2"], [None, "1"])
@@ -173,7 +173,7 @@ def test_values_and_the_place_are_committed_together_and_survive(tmp_path: Path)
     again = AttributeStore(tmp_path / "s", MAP)
     assert again.read_many("user", [2, 9]) == [VALUE, None]
     assert again.read_many("item", [2]) == [None]
-    assert (again.place("user"), again.place("item")) == (PLACE, None)
+    assert (again.position("user"), again.position("item")) == (PLACE, None)
     again.commit("user", {1: None, 5: None}, PLACE)
     assert (again.read_many("user", [1, 2]), again.count("user")) == ([None, VALUE], 1)
     assert (ids_in(VALUE, 2).tolist(), texts_in(VALUE, 2)) == ([3, 4], ["25-34", None])
@@ -184,9 +184,9 @@ def test_a_side_that_is_begun_anew_leaves_the_other(tmp_path: Path) -> None:
     store = AttributeStore(tmp_path / "s", MAP)
     store.commit("user", {1: VALUE}, PLACE)
     store.commit("item", {1: VALUE}, PLACE)
-    store.begin_anew("user", TopicPosition("other", "cd" * 16, {0: 0}))
+    store.restart_at("user", TopicPosition("other", "cd" * 16, {0: 0}))
     assert (store.count("user"), store.count("item")) == (0, 1)
-    place = store.place("user")
+    place = store.position("user")
     assert place is not None
     assert place.identity == "other"
     store.close()

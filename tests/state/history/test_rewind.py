@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from state.history.appends import Appends, events_of
-from state.history.rewinding import Rewound, branch_of, rewind
+from state.history.rewinding import LogToRead, Rewound, branch_of, rewind
 from state.history.store import HistoryStore
 from state.history.waiting import WaitingRows, key_of
 from state.microbatch.batch import Header, Kind, MicroBatch, counts_by_range, happened
@@ -105,7 +105,7 @@ class Writer:
         return self.log.topics().ends(LOG)[0][1]
 
     def back(self, line: LogLine) -> Rewound | None:
-        return rewind(self.store, line, lambda at: self.log.reader(LOG, [0], {0: at}), 0, LONG_MS)
+        return rewind(self.store, line, LogToRead(lambda at: self.log.reader(LOG, [0], {0: at}), LONG_MS))
 
 
 def _placed(found: dict[str, int]) -> list[int]:

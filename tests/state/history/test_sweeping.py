@@ -43,18 +43,18 @@ class World:
             Appends.of(np.array(users, np.uint64), events), [Range(source, first, after, rows=len(users))]
         )
 
-    def look(self, clock_ms: int) -> int:
+    def sweep(self, clock_ms: int) -> int:
         """One look; returns how many events and users it took out."""
         self.now_s += 10.0
-        removed = self.sweeper.look(clock_ms)
+        removed = self.sweeper.sweep(clock_ms)
         return removed.events + removed.evicted
 
     def settle(self, clock_ms: int) -> int:
         """Looks until nothing is to be done at that log time."""
-        removed = self.look(clock_ms)
+        removed = self.sweep(clock_ms)
         for _ in range(10_000):
-            removed += self.look(clock_ms)
-            if self.sweeper.resting and not self.look(clock_ms) and self.sweeper.resting:
+            removed += self.sweep(clock_ms)
+            if self.sweeper.resting and not self.sweep(clock_ms) and self.sweeper.resting:
                 return removed
         raise AssertionError("the sweep does not come to an end")
 

@@ -7,7 +7,7 @@ import sys
 
 LATER = """
 import gc, sys, weakref
-from state.process.garbage import keep_what_is_there
+from state.process.garbage import freeze_objects
 
 class Cycle:
     def __init__(self):
@@ -15,7 +15,7 @@ class Cycle:
 
 many = [[number] for number in range(500_000)]
 if sys.argv[1] == "kept":
-    keep_what_is_there()
+    freeze_objects()
 # One that has lived for long when it becomes garbage.
 cycle = Cycle()
 gc.collect()

@@ -38,7 +38,7 @@ def cells(chunks: list[RecordedRows], fields: tuple[str, ...] = FIELDS) -> list[
 
 
 def read_csv(text: bytes, fields: tuple[str, ...] = FIELDS, **options: Any) -> list[RecordedRows]:
-    return list(csv_rows(io.BytesIO(text), "clicks.csv", fields, **options))
+    return list(csv_rows(io.BytesIO(text), RecordedFile(Path("clicks.csv"), "csv"), fields, **options))
 
 
 def as_csv(header: bool = True, delimiter: str = ",") -> bytes:

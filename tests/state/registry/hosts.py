@@ -145,7 +145,7 @@ class CopyHost:
 
     def restart(self) -> None:
         """The copier begins again."""
-        self.copier = Copier(self.registry.path, self.place, 15.0, self.elapsed)
+        self.copier = Copier(self.registry.path, self.place, self.elapsed)
 
     def look(self) -> None:
         """One look after a silence: all that is there is found."""

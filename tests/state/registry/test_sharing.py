@@ -349,7 +349,7 @@ def test_of_two_operators_on_two_hosts_one_wins_and_both_know(
     assert other.registry.control() == host.registry.control()
     other.registry.change(lambda control: follow(control, actor="bob", reason="again", now_ms=7))
     host.look()
-    Copier(origin.registry.path, origin.place, 15.0, origin.elapsed).step()
+    Copier(origin.registry.path, origin.place, origin.elapsed).step()
     for one in (host.registry, origin.registry):
         assert [each.actor for each in one.controls()] == ["ann", "ann", "bob"]
 

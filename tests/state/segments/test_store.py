@@ -27,7 +27,7 @@ from state.segments.expression import (
 from state.segments.members import (
     LAST_USER,
     Membership,
-    SegmentsPlace,
+    SegmentsPosition,
     SegmentStore,
     all_members,
     key_of,
@@ -59,11 +59,11 @@ def test_what_is_committed_is_paged_counted_and_found(commits: list[dict[tuple[s
             assert store.sizes().get(name, 0) == len(wanted)
         asked = [(name, user) for name in ("a", "ab", "b-1") for user in (0, 1, 255, 256, LAST_USER)]
         assert store.memberships(asked) == [kept.get(one) for one in asked]
-        assert store.place() is None
-        store.begin_anew(SegmentsPlace("cd" * 16, {0: 1}))
+        assert store.position() is None
+        store.restart_at(SegmentsPosition("cd" * 16, {0: 1}))
         store.close()
         again = SegmentStore(Path(folder) / "s", MAP)
-        assert (again.sizes(), again.page("a", 0, 9), again.place()) == ({}, [], SegmentsPlace("cd" * 16, {0: 1}))
+        assert (again.sizes(), again.page("a", 0, 9), again.position()) == ({}, [], SegmentsPosition("cd" * 16, {0: 1}))
         again.close()
 
 

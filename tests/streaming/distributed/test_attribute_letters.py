@@ -36,7 +36,7 @@ def shop(kafka_settings: KafkaFactory, tmp_path: Path) -> Settings:
     return replace(settings_for(kafka, tmp_path / "state", tmp_path / "salt", **small), attributes=wanted)
 
 
-def letters_in(settings: Settings) -> list[tuple[str, str]]:
+def dead_letters_in(settings: Settings) -> list[tuple[str, str]]:
     """Reason and offset of the dead letters."""
     found = headers_of(settings.kafka, settings.kafka.dead_letters_topic)
     return sorted((one["reason"], one["offset"]) for one in found)
@@ -54,7 +54,7 @@ def test_rows_have_the_attributes_of_the_local_form_and_a_job_that_begins_anew_t
         with job(plan_of(shop, until=ends_of(shop))):
             pass
         close_workers()
-        assert letters_in(shop) == REFUSED
+        assert dead_letters_in(shop) == REFUSED
     values = values_in(shop, 200)
     assert rows_of(values) == rows_of(of_local_form(shop, tmp_path, 200))
     batches = [decode(value) for value in values]
@@ -76,20 +76,20 @@ def test_of_several_processes_the_one_that_reads_the_first_source_tells_and_who_
     plan, crm = plan_of(shop), shop.attributes.user_topic
     first, second = JobWorker(plan), JobWorker(plan)
     join_nothing(second)
-    assert letters_in(shop) == []
-    first.report_letters()
+    assert dead_letters_in(shop) == []
+    first.report_dead_letters()
     join_nothing(first)
-    assert letters_in(shop) == REFUSED
+    assert dead_letters_in(shop) == REFUSED
     tell(shop.kafka, crm, ("user-5", b"no json"), ("user-5", {"level": 1}))
     for worker in (first, second):
         dead = worker.metrics.attribute_records.labels("user", "dead")._value
         until(lambda dead=dead: dead.get() == 2, "both have read it")
-    assert letters_in(shop) == sorted([*REFUSED, ("undecodable", "6")])
+    assert dead_letters_in(shop) == sorted([*REFUSED, ("undecodable", "6")])
     first.close()
     # What comes while nobody tells is read again by the next one.
     tell(shop.kafka, crm, ("user-6", b"no json"), ("user-6", {"level": 1}))
     until(lambda: dead.get() == 3, "the second one has read it")
-    second.report_letters()
+    second.report_dead_letters()
     join_nothing(second)
-    assert letters_in(shop) == sorted([*REFUSED, ("undecodable", "6"), ("undecodable", "8")])
+    assert dead_letters_in(shop) == sorted([*REFUSED, ("undecodable", "6"), ("undecodable", "8")])
     second.close()

@@ -82,7 +82,7 @@ def test_a_saved_model_has_servings_signature_and_answers(stocked: Stocked, tmp_
     of = stocked.of
     told = said(lambda say: exporting.export_saved_model(of, tmp_path, say))
     path = tmp_path / str(of.version.version)
-    assert str(path) in told and "the same category first in 100.0%" in told and " us a row alone" in told
+    assert str(path) in told and "the same category first in 100.0%" in told and " us an example alone" in told
     worker = LoadedProgram(stocked.registry.specs.program(of.version.program))
     worker.load(of.trainer.model.weights())
     loaded = tf.saved_model.load(str(path))
@@ -188,7 +188,7 @@ def test_the_command_exports_what_answers_use(
     newest = stocked.of.version.version
     assert command.main(flags) == 0
     told = capfd.readouterr().out
-    assert f"saved model  {tmp_path / str(newest)}, " in told and "256 made-up rows" in told
+    assert f"saved model  {tmp_path / str(newest)}, " in told and "256 synthetic examples" in told
     assert [path.name for path in sorted(tmp_path.iterdir())] == [str(newest), "lock"]
     assert command.main(flags) == 0
     assert f"{tmp_path / str(newest)} exists and was left as it is; to write it again" in capfd.readouterr().out

@@ -31,7 +31,7 @@ def test_named_users_are_answered_as_serving_answers(stores: Stores, tmp_path: P
     assert set(loaded.signatures) == {"raw", "serving_default"}
     by_id = loaded.signatures["serving_default"]
     with answers.reading() as reader:
-        offered = signatures_of(answers.take_up(reader), ())[BY_ID]
+        offered = signatures_of(answers.load_version(reader), ())[BY_ID]
     kinds = {"O": tf.string, "<i8": tf.int64, "<f4": tf.float32, "|b1": tf.bool}
     for ours, theirs in (
         (by_id.structured_input_signature[1], offered.inputs),

@@ -14,8 +14,9 @@ from dataclasses import replace
 
 import numpy as np
 import tensorflow as tf
+from threadpoolctl import threadpool_limits
 
-from state.compiled import compiled, compiled_sums
+from state.compiled import compiled, compiled_sums, read_only
 from state.config.sections import Model as ModelSettings
 from trainer.engine.adam import HostAdam
 from trainer.engine.compiled.arrays import (
@@ -28,7 +29,6 @@ from trainer.engine.compiled.arrays import (
     FastWeights,
     Gradients,
     HeadInputs,
-    read_only,
 )
 from trainer.engine.compiled.heads import Heads
 from trainer.engine.compiled.threads import Threads
@@ -77,6 +77,8 @@ class CompiledEngine:
         attributes: int,
         threads: Threads,
     ) -> None:
+        # Without this, BLAS would divide each product among its own threads.
+        threadpool_limits(1, "blas")
         self._ranker, self._optimizer, self._tables = ranker, optimizer, tables
         self._crosses, self._attributes = crosses, attributes
         ranker.hold(optimizer.weights)

@@ -1,4 +1,4 @@
-"""Threads that share the loops of a step.
+"""Threads that share the loops and the independent tasks of a step.
 
 A loop is divided into fixed blocks, and each block is computed by one thread. So any number of threads gives the same
 bits. Compiled loops wait for the blocks of other threads by counters in shared memory (`advance`, `wait_for`).
@@ -7,16 +7,14 @@ bits. Compiled loops wait for the blocks of other threads by counters in shared 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import scipy.linalg.cython_blas  # noqa: F401  loads the BLAS of compiled loops, for threadpool_limits
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
-from threadpoolctl import threadpool_limits
 
 from state.compiled import compiled_sums, part_of_sums
 
@@ -40,8 +38,6 @@ class Threads:
     """
 
     def __init__(self, count: int) -> None:
-        # Without this, BLAS would divide each product among its own threads.
-        threadpool_limits(1, "blas")
         self.count = count
         self._pool = ThreadPoolExecutor(count - 1, "step") if count > 1 else None
 
@@ -66,6 +62,27 @@ class Threads:
         part(0)
         for other in futures:
             other.result()
+
+    def share(self, *tasks: Callable[[], Any]) -> list[Any]:
+        """Calls each of some tasks on one of the threads, in parallel; returns their results when all have returned.
+
+        No task may read what another one writes, or use these threads. A single thread calls the tasks in their order.
+        """
+        results: list[Any] = [None] * len(tasks)
+        waiting = iter(range(len(tasks)))
+
+        def take() -> None:
+            for number in waiting:
+                results[number] = tasks[number]()
+
+        others = [self._pool.submit(take) for _ in tasks[1 : self.count]] if self._pool else []
+        try:
+            take()
+        finally:
+            wait(others)
+        for other in others:
+            other.result()
+        return results
 
 
 def _adding(_context: Any, array: Any, index: Any, value: Any) -> Any:

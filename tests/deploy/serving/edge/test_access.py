@@ -80,7 +80,7 @@ def test_files_of_tokens_are_taken_up_while_they_change(tmp_path: Path) -> None:
     assert access.tokens is not None
 
     def may(token: str) -> bool:
-        access.look()
+        access.reload()
         assert access.tokens is not None
         try:
             access.tokens.require(f"Bearer {token}", READ)
@@ -147,7 +147,7 @@ def test_a_certificate_that_cannot_be_used_is_refused_and_the_one_before_goes_on
     write_certificate(cert, key)
     access = Access(Certificate(cert, key))
     write_certificate(cert, tmp_path / "other.pem")
-    access.look()  # says so
+    access.reload()  # says so
     with pytest.raises(SettingsError, match=r"serving\.tls_key"):
         Certificate(cert, key)
     with pytest.raises(SettingsError, match="cannot be used"):

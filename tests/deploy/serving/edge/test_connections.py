@@ -139,9 +139,9 @@ def test_a_request_that_does_not_arrive_is_a_408(begun: bytes) -> None:
         send(client, begun)
         await asyncio.sleep(0.01)
         (connection,) = cast(set[BoundedConnection], on.state.connections)
-        connection.look(before_s + 9.0)
+        connection.enforce_limits(before_s + 9.0)
         assert not connection.transport.is_closing()
-        connection.look(loop.time() + 11.0)
+        connection.enforce_limits(loop.time() + 11.0)
         assert (await read(client, None)).startswith(b"HTTP/1.1 408") and on.refused("slow") == 1
 
     run(test)
@@ -151,7 +151,7 @@ def test_a_connection_that_asks_nothing_is_closed() -> None:
     async def test(on: Listening) -> None:
         client = await on.client()
         (connection,) = cast(set[BoundedConnection], on.state.connections)
-        connection.look(asyncio.get_running_loop().time() + 11.0)
+        connection.enforce_limits(asyncio.get_running_loop().time() + 11.0)
         assert await read(client, None) == b""
 
     run(test)
@@ -164,9 +164,9 @@ def test_a_connection_that_was_answered_and_asks_no_more_is_closed() -> None:
         await read(client)
         (connection,) = cast(set[BoundedConnection], on.state.connections)
         now_s = asyncio.get_running_loop().time()
-        connection.look(now_s + connection.timeout_keep_alive - 1.0)
+        connection.enforce_limits(now_s + connection.timeout_keep_alive - 1.0)
         assert not connection.transport.is_closing()
-        connection.look(now_s + connection.timeout_keep_alive + 1.0)
+        connection.enforce_limits(now_s + connection.timeout_keep_alive + 1.0)
         assert await read(client, None) == b""
 
     run(test)
@@ -182,7 +182,7 @@ def test_an_answer_that_nobody_takes_is_given_up() -> None:
         await loop.sock_recv(client, 100)
         (connection,) = cast(set[BoundedConnection], on.state.connections)
         now_s = loop.time()
-        connection.look(now_s + 1.0)
+        connection.enforce_limits(now_s + 1.0)
         for _ in range(20):
             await loop.sock_recv(client, 1 << 18)
         # What the client's socket has room for now is sent before anybody looks.
@@ -190,10 +190,10 @@ def test_an_answer_that_nobody_takes_is_given_up() -> None:
         while left != before:
             await asyncio.sleep(0.05)
             before, left = left, connection.transport.get_write_buffer_size()
-        connection.look(now_s + 15.0)
+        connection.enforce_limits(now_s + 15.0)
         await asyncio.sleep(0.01)
         assert on.state.connections
-        connection.look(now_s + 26.0)
+        connection.enforce_limits(now_s + 26.0)
         await asyncio.sleep(0.01)
         assert not on.state.connections
 

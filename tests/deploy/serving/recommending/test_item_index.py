@@ -117,7 +117,7 @@ def publish(
 
 
 def settled(near: NearItems) -> NearItems:
-    while near.turn():
+    while near.read_more():
         pass
     return near
 
@@ -135,7 +135,7 @@ def spread(count: int) -> dict[int, float]:
 
 def test_nothing_is_read_before_anybody_asks(store: RowStore) -> None:
     publish(store, 1, spread(3))
-    assert not NearItems(store).turn()
+    assert not NearItems(store).read_more()
 
 
 def test_rows_are_followed_from_version_to_version(store: RowStore) -> None:
@@ -146,7 +146,7 @@ def test_rows_are_followed_from_version_to_version(store: RowStore) -> None:
     assert near.nearest(ALONG, 3) == best
     for version in range(2, 30):
         publish(store, version, {7: version / 10, best[2]: 0.0}, version - 1)
-    assert near.turn() is False
+    assert near.read_more() is False
     assert near.nearest(ALONG, 3) == [7, *best[:2]]
     publish(store, 30, {}, 29, removed=(7, best[0]))
     settled(near)
@@ -162,7 +162,7 @@ def test_after_a_rollback_the_rows_are_those_of_the_version_that_answers(store: 
     near = asked(store)
     assert near.nearest(ALONG, 1) == [7]
     store.serve(1)
-    assert near.turn() and near.nearest(ALONG, 1) == [7]
+    assert near.read_more() and near.nearest(ALONG, 1) == [7]
     assert settled(near).nearest(ALONG, 1) == [best]
     publish(store, 3, {9: 5.0}, 1)
     assert settled(near).nearest(ALONG, 2) == [9, best]

@@ -34,7 +34,7 @@ def click(stores: Stores, *rows: tuple[str, str, int], log_ms: int = NOW_MS) -> 
 
 def recommended(stores: Stores, user: str, wanted: WantedItems, sources: ItemSources | None = None) -> Any:
     sources = sources or ItemSources(stores.histories, stores.rows)
-    while sources.turn():
+    while sources.read_more():
         pass
     return finished(recommend(predictor(stores), sources, Query(user), wanted))
 

@@ -50,7 +50,7 @@ def take(kept: Remembered, store: HistoryStore, at_ms: int, *pairs: tuple[int, i
 
 
 def settled(clicked: ClickedItems) -> ClickedItems:
-    while clicked.turn():
+    while clicked.read_more():
         pass
     return clicked
 

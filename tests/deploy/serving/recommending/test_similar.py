@@ -21,7 +21,7 @@ def sources_of(stores: Stores) -> ItemSources:
     """All that is to be read is read."""
     found = ItemSources(stores.histories, stores.rows)
     found.near.nearest(np.zeros(1, np.float32), 1)
-    while found.turn():
+    while found.read_more():
         pass
     return found
 
