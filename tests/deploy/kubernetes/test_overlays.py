@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -63,17 +61,11 @@ def sizes(overlay: str) -> dict[str, str]:
     return sizes_of(BASE / "kustomization.yaml") | sizes_of(FOLDER / "overlays" / overlay / "kustomization.yaml")
 
 
-@functools.cache
-def require_one_valid(text: str, minor: str) -> None:
-    """Validates an object, in JSON, once for all overlays that have it."""
-    kubernetes_validate.validate(json.loads(text), minor, strict=True)
-
-
 def require_valid(found: Sequence[Document], minor: str) -> None:
     ours = [one for one in found if one["kind"] not in OTHERS]
     assert len(ours) > 15
     for one in ours:
-        require_one_valid(json.dumps(one), minor)
+        kubernetes_validate.validate(one, minor, strict=True)
 
 
 def test_each_object_as_it_stands_is_valid() -> None:
