@@ -24,7 +24,8 @@ ROLLBACKS ?= 5
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input --no-compile
 # C++ headers of 430 MB, for extensions of TensorFlow; no process reads them.
 HEADERS := tensorflow/include
-INSTALL := $(PIP) --progress-bar off --require-hashes
+# Without a resolver: the files of constraints have every package.
+INSTALL := $(PIP) --progress-bar off --require-hashes --no-deps
 PROGRESS := awk '/^Collecting/ { if (++n % 25 == 0) { print "packages     " n " found"; fflush() } } \
 	/^Installing collected/ { print "packages     " n " found, installing"; fflush() }'
 
@@ -34,7 +35,7 @@ help: ## Lists the targets.
 run: .venv/ready ## Sets everything up and starts the whole loop; ARGS="--kafka.port 9192" passes flags.
 	@exec $(BIN)/springtide up $(ARGS)
 
-# Packages of Debian come while those of Python are installed, and types are checked while the tests begin.
+# Debian's packages, those of tests and those of production are installed together, and types are checked while the tests begin.
 test: ## Checks, and runs the tests and doctests; ARGS="tests/state -x" narrows the tests.
 	@$(MAKE) --no-print-directory -j3 .venv/ready-dev debian
 	@$(MAKE) --no-print-directory style
@@ -98,8 +99,8 @@ venv:
 	@echo "packages     into .venv with $$($(BIN)/python --version); the first time this takes a few minutes"
 	@begin=$$SECONDS; \
 	$(INSTALL) -r constraints.txt | $(PROGRESS); \
-	$(INSTALL) --quiet --no-deps -r constraints-apart.txt; \
-	PYTHONWARNINGS=ignore $(PIP) --quiet --no-deps --editable .; \
+	$(INSTALL) --quiet -r constraints-apart.txt; \
+	PYTHONWARNINGS=ignore $(PIP) --quiet --no-deps --no-build-isolation --editable .; \
 	rm -rf .venv/lib/python3.1*/site-packages/$(HEADERS); \
 	echo "packages     ready after $$((SECONDS - begin)) s"
 	@touch $@
@@ -109,12 +110,12 @@ venv:
 	@$(BIN)/python -m state.kernels --all
 	@touch $@
 
-# Without a resolver: constraints-dev.txt has all that is missing after .venv/packages.
-.venv/dev: .venv/packages constraints-dev.txt
-	@echo "packages     of tests and checks"
+# Next to .venv/packages: no package is in both files of constraints.
+.venv/dev: constraints-dev.txt | venv
+	@echo "tests        packages of tests and checks, meanwhile"
 	@begin=$$SECONDS; \
-	$(INSTALL) --no-deps -r constraints-dev.txt | $(PROGRESS); \
-	echo "packages     ready after $$((SECONDS - begin)) s"
+	$(INSTALL) -r constraints-dev.txt | $(subst packages,tests   ,$(PROGRESS)); \
+	echo "tests        ready after $$((SECONDS - begin)) s"
 	@touch $@
 
 .venv/ready-dev: .venv/ready .venv/dev

@@ -58,7 +58,7 @@ class OneKafka:
     def stop(self) -> None:
         """Ends the broker and removes all it wrote."""
         if self._broker is not None:
-            self._broker.stop()
+            self._broker.kill()
         self._listener.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 

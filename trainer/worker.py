@@ -14,7 +14,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -35,6 +37,7 @@ from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflo
 from state.process.said_once import SaidOnce
 from state.registry.model_fit import environment_differences
 from state.registry.registry import Registry
+from state.registry.sharing import copying
 
 if TYPE_CHECKING:
     from trainer.group import Group
@@ -43,6 +46,8 @@ DESCRIPTION = (
     "Run one of the other workers of a trainer with trainer.workers above 1. It joins the trainer, holds the rows of a part "
     "of the users, and computes their gradients."
 )
+SHARED_S, POLL_S = 60.0, 0.1
+"""How long a worker on another host waits until its copy of the registry has what the leader names."""
 logger = logging.getLogger(__name__)
 
 
@@ -129,8 +134,21 @@ def workers_of(settings: Settings) -> Iterator[tuple[list[str], list[subprocess.
             child.wait()
 
 
+def wait_for(is_here: Callable[[], bool]) -> None:
+    """Waits for what the leader wrote just before: a copy of a shared registry gets it later. Gives up after `SHARED_S`."""
+    end_s = time.monotonic() + SHARED_S
+    while not is_here() and time.monotonic() < end_s:
+        time.sleep(POLL_S)
+
+
 def run(settings: Settings, addresses: Sequence[str], index: int, metrics_port: int | None = None) -> None:
-    """Runs worker `index` until the leader stops it. With a port, it exposes the metrics of its process there.
+    """Runs worker `index` until the leader stops it.
+
+    Args:
+        settings: All settings.
+        addresses: `host:port` of each worker, in order.
+        index: Of this process, from 1.
+        metrics_port: Of the metrics of this process; None for a worker that uses the leader's port and registry.
 
     Raises:
         SettingsError: There is no such worker, or its settings differ from the leader's.
@@ -143,10 +161,17 @@ def run(settings: Settings, addresses: Sequence[str], index: int, metrics_port: 
             f"--index {index} is no worker of {len(addresses)} besides the first",
             "use 1 to trainer.workers - 1, and list every worker in trainer.worker_addresses",
         )
-    # 1.
     collected = CollectorRegistry()
-    if metrics_port is not None:
-        serve(collected, metrics_port, settings.metrics.host)
+    if metrics_port is None:
+        _follow(settings, addresses, index, collected)
+        return
+    serve(collected, metrics_port, settings.metrics.host)
+    with copying(settings, collected, first=threading.Event()):
+        _follow(settings, addresses, index, collected)
+
+
+def _follow(settings: Settings, addresses: Sequence[str], index: int, collected: CollectorRegistry) -> None:
+    # 1.
     kernels = Kernels(collected, logger, [], [LOG_KERNELS])
     with quiet_stderr():
         from trainer import device
@@ -166,11 +191,13 @@ def run(settings: Settings, addresses: Sequence[str], index: int, metrics_port: 
     # 2.
     begin(group, settings)
     registry, spec = Registry(settings.registry_dir), FeatureSpec.from_settings(settings)
+    wait_for(lambda: registry.specs.bootstrapped(spec.digest, settings.model) is not None)
     name = registry.specs.bootstrapped(spec.digest, settings.model) or spec.digest
     trainer = DividedTrainer(without_leading(settings), spec, preprocessing_of(registry.specs.transform(name)), group)
 
     def restore(trainer: Trainer, version: int) -> None:
         if version:
+            wait_for(lambda: version in registry.versions())
             checkpoint.restore(registry, version, trainer, spec.digest)
         else:
             checkpoint.begin(trainer, registry.specs.spec(name))

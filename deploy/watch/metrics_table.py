@@ -23,7 +23,7 @@ OFFERED = {
     metrics.RolloutMetrics: "`springtide up`, on `up.metrics_port`, during a rollout.",
     metrics.RetrainMetrics: "`springtide up`, on `up.metrics_port`, if `retrain.every` is set.",
     metrics.StorageMetrics: "Each process that stores data on disk.",
-    metrics.SharedMetrics: "The trainer and the applier, if `paths.shared_registry` is set.",
+    metrics.SharedMetrics: "The trainer, its workers on other machines and the applier, if `paths.shared_registry` is set.",
     metrics.BuildMetrics: "Each process.",
 }
 """By metrics class, which process exports them, and on which port."""

@@ -11,6 +11,7 @@ import pytest
 
 from deploy import cli, command_line
 from state.errors import SettingsError
+from tests import forked
 from tests.deploy.operating import Operator
 
 ROOT = Path(__file__).parents[2]
@@ -126,6 +127,6 @@ def test_a_reader_that_has_had_enough_is_no_failure(tmp_path: Path, words: list[
     reader, written = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "deploy.cli", *line, *flags]
-    done = subprocess.run(command, cwd=ROOT, stdout=written, stderr=subprocess.PIPE, text=True, check=False)
+    done = forked.run(command, cwd=ROOT, stdout=written, stderr=subprocess.PIPE, text=True)
     os.close(written)
     assert (done.stderr, done.returncode) == ("", 0)

@@ -48,8 +48,8 @@ SHORT: Mapping[str, object] = {
     "trainer.base_every_s": 60,
     "registry.durable_s": 1,
     # Most of what an idle loop takes is the cost of micro-batches and versions.
-    "stream.cut_ms": 300,
-    "trainer.publish_s": 0.5,
+    "stream.cut_ms": 500,
+    "trainer.publish_s": 1,
     # A machine that has other things to do is no reason to refuse an answer; what is has tests of its own.
     "serving.max_queue_ms": 60_000,
     # Only where they are looked at: each takes a second of a core to start.
@@ -93,7 +93,7 @@ def until(look: Callable[[], Found | None], what: str | Callable[[], str], deadl
         if found:
             return found
         assert time.monotonic() < end, f"after {deadline_s:.0f} s: {what() if callable(what) else what}"
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
 class Loop:

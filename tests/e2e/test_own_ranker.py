@@ -204,6 +204,7 @@ def build(width_in, settings):
 """
 
 
+@pytest.mark.nightly
 def test_up_refuses_what_does_not_lower_in_one_line_with_the_operation_and_starts_nothing(tmp_path: Path) -> None:
     (tmp_path / "shop.py").write_text(BAD)
     ports = [f"--{name}={port}" for name, port in free_ports(PORTS).items()]

@@ -38,7 +38,7 @@ def until(condition: Callable[[], object], what: str, deadline_s: float = DEADLI
     end_s = time.monotonic() + deadline_s
     while not condition():
         assert time.monotonic() < end_s, f"not within {deadline_s:g} s: {what}"
-        threading.Event().wait(0.02)
+        threading.Event().wait(0.05)
 
 
 def settings_for(kafka: Kafka, state: Path, salt: Path, **stream: Any) -> Settings:

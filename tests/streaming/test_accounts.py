@@ -124,13 +124,7 @@ def test_deleted_clicks_stop_the_stream_until_somebody_accepts_them(
         topic = topics.describe(kafka.clicks_topic).topic_id[:8]
         flag = f"--accept-gap {topic}"
         assert f"springtide stream (or up) {flag}:0:10-14 {flag}:1:10-11 --reason TEXT" in last
-        # 2. One of the two is not enough; without a reason it is wrong use.
-        with running(settings, tmp_path / "log", arguments=("--accept-gap", "0:10-14", "--reason", "old")) as stream:
-            assert stream.wait() == 1
-            assert f"{flag}:1:10-11" in stream.lines[-1]
-        with running(settings, tmp_path / "log", arguments=("--accept-gap", "0:10-14")) as stream:
-            assert stream.wait() == 2
-        # 3. Killed between the two steps, it does the same again.
+        # 2. Killed between the two steps, it does the same again.
         flags = ("--accept-gap", f"{topic}:0:10-14", "--accept-gap", "1:10-99", "--reason", "old clicks")
         with running(settings, tmp_path / "log", "gaps.written:1", arguments=flags) as stream:
             assert stream.wait() == -9, stream.lines
@@ -138,7 +132,7 @@ def test_deleted_clicks_stop_the_stream_until_somebody_accepts_them(
             until(lambda: next_offsets(log.poll()) == {0: 30, 1: 30}, "clicks behind the gap")
             assert stream.stop() == 0, stream.lines
         assert any("gap accepted by" in line and "old clicks" in line for line in stream.lines)
-        # 4. The account balances, and so do the ranges of the log.
+        # 3. The account balances, and so do the ranges of the log.
         with histories_of(settings) as store:
             assert store.totals == {"positions": 60, "rows": 53, "dead": 0, "filtered": 0, "absent": 0, "gap": 7}
             assert accounts.faults(store) == ()

@@ -152,9 +152,7 @@ def test_the_default_tower_and_the_example_pass_and_their_weights_are_listed() -
 @pytest.mark.parametrize(
     ("options", "refused"),
     [
-        ("temperature=0.5", ""),
         ("temperature=0.5,steps=3", ""),
-        ("temperatur=0.5", "model.options temperatur=0.5: neither ranker, tower nor preprocessing read it"),
         ("temperature=0.5,heads=3", "the names read are steps, temperature; correct the name, take it out, or read it"),
     ],
 )

@@ -29,10 +29,12 @@ from state.registry.registry import Registry
 from tests.conftest import KafkaFactory
 from tests.e2e.parts import Part
 from tests.e2e.running import until
+from tests.slow_link import SlowLink
 from tests.trainer.clicks import SALT, SPEC, TOPIC, microbatch, small_settings
 from tests.trainer.logs import without, write_transform
 from tests.trainer.test_control_changes import WHO
 from tests.trainer.test_learner import POISON
+from trainer.engine.adam import FastMoves, FastSlots, move
 from trainer.group import await_others
 from trainer.versions import checkpoint, content
 
@@ -181,6 +183,112 @@ def test_killed_and_frozen_workers_change_no_bit_of_what_the_group_learns(
     else:
         whole = settings_of(kafka_settings, tmp_path / "whole", workers)
         assert digest(registry, version) == digest(*trained(whole, written, [], stack))
+
+
+class Hosts:
+    """A leader and a worker, each with its own address and state directory; the network between them can be cut.
+
+    Both share the registry through an object store. The one that ends is started again, as a supervisor does.
+    """
+
+    def __init__(self, settings: Settings, stack: ExitStack) -> None:
+        ports = list(free_ports("01").values())
+        self.links = [
+            stack.enter_context(SlowLink(port, host=host))
+            for port, host in zip(ports, ("127.0.0.2", "127.0.0.3"), strict=True)
+        ]
+        reached = [f"127.0.0.1:{link.port}" for link in self.links]
+        addresses = (f"127.0.0.2:{ports[0]}", reached[1]), (reached[0], f"127.0.0.3:{ports[1]}")
+        state = Path(settings.paths.state)
+        self.settings = [
+            replace(
+                settings,
+                paths=replace(settings.paths, state=str(state / name), shared_registry=str(state / "shared")),
+                trainer=replace(settings.trainer, worker_addresses=known, metrics_port=free_port()),
+            )
+            for name, known in zip(("leader", "worker"), addresses, strict=True)
+        ]
+        self._stack, self.starts = stack, [0, 0]
+        self.registry = prepared(self.settings[0])
+        self.parts = [self._started(index) for index in (0, 1)]
+
+    def _started(self, index: int) -> Part:
+        name, words = ("command", ("train-worker", "--index", "1")) if index else ("trainer", ())
+        own = self.settings[index]
+        part = Part(name, own, own.logs_dir / "process.log", words=words)
+        self._stack.callback(part.kill)
+        self.starts[index] += 1
+        return part
+
+    def supervise(self) -> None:
+        """Starts again what has ended."""
+        for index, part in enumerate(self.parts):
+            if part.end() is not None:
+                self.parts[index] = self._started(index)
+
+    def said(self) -> str:
+        return "\n".join(part.log.read_text() for part in self.parts)
+
+    def until(self, is_so: Callable[[], object]) -> None:
+        def supervised() -> bool:
+            self.supervise()
+            return bool(is_so())
+
+        until(supervised, self.said, DEADLINE_S)
+
+
+@pytest.mark.nightly
+def test_workers_on_other_hosts_lose_nothing_if_the_network_between_them_is_cut_or_the_coordinator_is_lost(
+    kafka_settings: KafkaFactory, tmp_path: Path, stack: ExitStack
+) -> None:
+    records, hosts = (
+        [microbatch(number) for number in range(24)],
+        Hosts(settings_of(kafka_settings, tmp_path, 2), stack),
+    )
+    settings, registry = hosts.settings[0], hosts.registry
+
+    def learn(part: slice, since_s: float) -> None:
+        write(settings, records[part])
+        hosts.until(lambda: learned(registry, part.stop))
+        print(f"learned {part.stop} records {time.monotonic() - since_s:.1f} s after the start or the fault's end")
+
+    learn(slice(0, 8), time.monotonic())
+    assert hosts.starts == [1, 1], hosts.said()
+    for link in hosts.links:
+        link.cut()
+    cut_s = time.monotonic()
+    write(settings, records[8:12])
+    hosts.until(lambda: min(hosts.starts) == 2)
+    print(f"both had noticed the cut after {time.monotonic() - cut_s:.1f} s")
+    hosts.until(lambda: all("waiting for worker" in part.said() for part in hosts.parts))
+    assert not learned(registry, 12)
+    for link in hosts.links:
+        link.mend()
+    learn(slice(12, 16), time.monotonic())
+    hosts.parts[0].kill()
+    learn(slice(16, 24), time.monotonic())
+    leader, worker = hosts.parts
+    assert leader.stop() == 0, hosts.said()
+    assert worker.process.wait(DEADLINE_S) == 0, hosts.said()
+    # Two workers on this machine learn the whole log without a fault, and have the same bits.
+    require_verified(settings, learned(registry, 24))
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_means_of_the_moves_within_a_record_lead_as_far_as_the_moves(workers: int) -> None:
+    def moved(slots: FastSlots, moves: int) -> FastSlots:
+        after = FastSlots(*(slot.copy() for slot in slots))
+        for _ in range(moves):
+            move.py_func(after, np.array([0.5, -2.0, 0.0], np.float32), np.float32(0.01), 0)
+        return after
+
+    before = moved(FastSlots.of(np.zeros(3, np.float32)), 3000)
+    mean = FastMoves.between(before, moved(before, 16 // workers))
+    one, several = moved(before, 16), mean.applied(before, 16)
+    for name, alone, together in zip(one._fields, one, several, strict=True):
+        np.testing.assert_allclose(together, alone, rtol=1e-6 if workers == 1 else 1e-3, err_msg=name)
+    # The tolerance is small against the moves.
+    assert not np.allclose(one.weights, before.weights, rtol=4e-3)
 
 
 def test_a_worker_waits_for_the_others_and_names_those_that_are_missing(stack: ExitStack) -> None:

@@ -68,6 +68,54 @@ def move(slots: FastSlots, gradient: F32, rate: np.float32, users: int) -> None:
         gradient[i] = _ZERO
 
 
+class FastMoves(NamedTuple):
+    """Means over the moves that fast weights made from the same slots, which workers add up.
+
+    Attributes:
+        fast: `[m]` float32, the change of `fast` by a move.
+        slow: `[m]` float32, the change of the mean of `fast` over the moves, by one more than their number.
+        second: `[m]` float32, the squared derivative.
+    """
+
+    fast: F32
+    slow: F32
+    second: F32
+
+    @classmethod
+    def between(cls, before: FastSlots, after: FastSlots) -> FastMoves:
+        """The moves from `before`, one or more, that led to `after`."""
+        count = int(after.moves[0] - before.moves[0])
+        old, squares = _kept(before, count), float(BETA_2) ** count
+        mean_fast = _mean(before.slow, after.slow, old)
+        return cls(
+            fast=(after.fast - before.fast) / np.float32(count),
+            slow=((mean_fast - before.fast) / (count + 1)).astype(np.float32),
+            second=_mean(before.second, after.second, squares).astype(np.float32),
+        )
+
+    def applied(self, before: FastSlots, count: int) -> FastSlots:
+        """The slots after `count` such moves."""
+        old, squares = _kept(before, count), BETA_2 ** np.float32(count)
+        fast = before.fast + np.float32(count) * self.fast
+        mean_fast = before.fast + np.float32(count + 1) * self.slow
+        slow = mean_fast + np.float32(old) * (before.slow - mean_fast)
+        second = self.second + squares * (before.second - self.second)
+        moves = before.moves * np.array([1.0, squares], np.float32) + np.array([count, 0.0], np.float32)
+        return FastSlots(fast + AVERAGE_SHARE * (slow - fast), fast, slow, second, moves)
+
+
+def _kept(slots: FastSlots, count: int) -> float:
+    """The weight of `slow` that remains after `count` moves."""
+    moves = float(slots.moves[0]) + np.arange(1, count + 1)
+    shares = np.maximum(1.0 / AVERAGE_MOVES, FIRST_MOVES / (moves + FIRST_MOVES))
+    return float(np.prod(1.0 - shares))
+
+
+def _mean(before: F32, after: F32, kept: float) -> npt.NDArray[np.float64]:
+    """The mean of new values in `after = kept * before + (1 - kept) * mean`."""
+    return (after - kept * before.astype(np.float64)) / (1.0 - kept)
+
+
 _SLOTS = FastSlots._fields[1:]
 """The slots of the fast weights. The weights themselves are among the dense weights."""
 

@@ -4,7 +4,8 @@
 2. The table of users has only the worker's own users. All other tables, dense weights and counts are equal everywhere.
 3. Each worker measures the rows of its users: scores, and the gradient.
 4. The workers exchange scores and gradients. Each adds the gradients in the order of the workers, so that all apply the
-   same bits. Fast weights are averaged by rows. Crosses learn from all rows in each worker.
+   same bits. Fast weights make `moves_of` moves, by the means of the workers' moves, weighted by rows. Crosses learn
+   from all rows in each worker.
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode, encode
 from state.ranking.item_lists import NEXT_CATEGORY
 from state.rows.tables import ITEM_LISTS
-from trainer.engine.adam import AVERAGE_SHARE, FastSlots
+from trainer.engine.adam import FastMoves, FastSlots
 from trainer.engine.engine import CROSS, F32, I32, Gradient, Measured, Scores
 from trainer.engine.guard import GuardState
 from trainer.engine.record import Record
 from trainer.engine.report import Report, Update
 from trainer.engine.step import LoadVersion, Taking, Trainer, WorkerLoad
 from trainer.group import TIMEOUT_S, Group
+from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.model.preprocessing import Preprocessing
 from trainer.model.ranker import Ranker
 from trainer.privacy.history import NoisePlace
@@ -46,8 +48,6 @@ from trainer.tables.index import U64
 
 USER, SHARED = "user", "shared"
 DENSE, FAST, ROWS = "dense.", "fast.", "rows."
-FAST_SENT = FastSlots._fields[1:]
-"""The weights follow from them."""
 BEAT_S = 2.0
 """The longest time without an exchange, so that the leader notices the loss of a worker without clicks."""
 COLUMNS_BY_ID = {
@@ -238,9 +238,10 @@ class DividedTrainer(Trainer):
         scores = int(np.bincount(owners).max()), logits + 7
         shapes: dict[str, tuple[int, ...]] = {"scores": scores, "user_norm": (1,), "load": (2,)}
         shapes |= {f"{DENSE}{name}": shape for name, shape in self._dense_shapes.items()}
-        shapes |= {f"{FAST}{name}": getattr(self.optimizer.fast, name).shape for name in FAST_SENT}
+        fast = self.optimizer.fast
+        shapes |= {f"{FAST}{name}": fast.fast.shape for name in FastMoves._fields}
         shapes |= {f"{ROWS}{name}": (at.size, self.tables[name].dim) for name, at in rows.items()}
-        return Exchange(shapes, rows, owners)
+        return Exchange(shapes, rows, owners, fast)
 
 
 class Exchange:
@@ -254,10 +255,13 @@ class Exchange:
         shapes: By name, the arrays that each worker sends, in order.
         rows: By table that all workers hold, `[u]` int32, the rows that the update changes.
         owners: `[B]` int64, the worker of each row of the record.
+        fast: The fast weights before the record.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], rows: Mapping[str, I32], owners: I64) -> None:
-        self._shapes, self.rows, self.owners = shapes, rows, owners
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], rows: Mapping[str, I32], owners: I64, fast: FastSlots
+    ) -> None:
+        self._shapes, self.rows, self.owners, self._fast = shapes, rows, owners, fast
         self._sent = np.zeros(sum(math.prod(shape) for shape in shapes.values()), np.float32)
         self._parts: list[dict[str, F32]] = []
 
@@ -277,8 +281,9 @@ class Exchange:
         into["user_norm"][0] = np.square(gradient.sparse[USER][1:]).sum()
         for name, derivative in gradient.dense.items():
             into[f"{DENSE}{name}"][...] = derivative
-        for name in FAST_SENT:
-            into[f"{FAST}{name}"][...] = getattr(gradient.fast, name) * np.float32(len(is_new) / len(self.owners))
+        share = np.float32(len(is_new) / len(self.owners))
+        for name, mean in FastMoves.between(self._fast, gradient.fast)._asdict().items():
+            into[f"{FAST}{name}"][...] = mean * share
         for name, rows in self.rows.items():
             into[f"{ROWS}{name}"][_places(own.rows[name], rows)] = gradient.sparse[name]
 
@@ -316,14 +321,27 @@ class Exchange:
         squared = float(sum(part["user_norm"][0] for part in self._parts))
         squared += sum(float(np.square(derivative).sum()) for derivative in dense.values())
         squared += sum(float(np.square(derivative[1:]).sum()) for derivative in rows.values())
-        weights = fast["fast"] + AVERAGE_SHARE * (fast["slow"] - fast["fast"])
-        return Gradient(dense, {**rows, USER: by_users}, FastSlots(weights, **fast)), squared
+        moves = moves_of(len(self.owners), len(self._parts)) if self._fast.fast.size else 0
+        return Gradient(dense, {**rows, USER: by_users}, FastMoves(**fast).applied(self._fast, moves)), squared
 
     def _sums(self, kind: str) -> dict[str, F32]:
         names = [name for name in self._shapes if name.startswith(kind)]
         return {
             name.removeprefix(kind): functools.reduce(np.add, (part[name] for part in self._parts)) for name in names
         }
+
+
+def moves_of(rows: int, workers: int) -> int:
+    """The moves of the fast weights by an update.
+
+    Each worker makes 1 / `workers` of the moves of one process, from the same weights. Their sum would overshoot, and their
+    mean would learn too slowly. So the step of the mean grows by the root of the number of workers, as that of Adam does
+    with the batch (Malladi et al. 2022).
+
+    >>> [moves_of(512, workers) for workers in (1, 2, 4, 16)]
+    [16, 11, 8, 4]
+    """
+    return max(1, round(rows / HYPERPARAMETERS.fast_rows / math.sqrt(workers)))
 
 
 def _views(flat: F32, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, F32]:

@@ -240,7 +240,7 @@ def test_an_operator_halts_resumes_and_rolls_back_and_each_endpoint_is_split(sit
 
 
 def test_a_better_trial_comes_to_everybody_though_what_drives_it_is_killed(site: Site, tmp_path: Path) -> None:
-    words = ("wider", "--steps", "30,60,100", "--every", "2s")
+    words = ("wider", "--steps", "30,60,100", "--every", "1s")
     site.begin("wider")
     driving = Driving(site, tmp_path / "log", *words)
     rates = {TRIAL: 0.8, LIVE: 0.4}

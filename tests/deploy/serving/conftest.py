@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,9 +31,9 @@ from tests.deploy.serving.stocked import (
 )
 
 
-@pytest.fixture(scope="session")
-def lowered() -> Lowered:
-    """Lowered once for all tests; takes some seconds."""
+@functools.cache
+def lowered_once() -> Lowered:
+    """Takes some seconds; the fixture is also one of each folder that imports it."""
     from trainer.model.default_ranker import DefaultRanker
     from trainer.versions.program import build
 
@@ -42,6 +43,11 @@ def lowered() -> Lowered:
     weights = {name: rng.normal(0, 0.1, value.shape).astype(np.float32) for name, value in model.weights().items()}
     model.set_weights(weights)
     return Lowered(build(model), weights, model)
+
+
+@pytest.fixture(scope="session")
+def lowered() -> Lowered:
+    return lowered_once()
 
 
 @pytest.fixture

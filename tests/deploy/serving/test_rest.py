@@ -60,7 +60,7 @@ def until(condition: Callable[[], bool], seconds: float = 240.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
 def answers(port: int, path: str) -> bool:
@@ -229,9 +229,11 @@ class Fire:
 def test_a_worker_that_ends_or_is_killed_is_replaced_and_the_other_goes_on(stores: Stores) -> None:
     """Real processes on one socket: an end in order under fire costs no request, a kill costs no worker but its own."""
     port = free_port()
-    with worker(stores, port, workers=2, drain_s="6") as process:
+    with worker(stores, port, workers=2, drain_s="3") as process:
         until(lambda: answers(port, "/readyz"))
         until(lambda: counted(port, STARTS) == 2)
+        # Both of them: either takes a connection while it still prepares itself.
+        until(lambda: all(answers(port, "/readyz") for _ in range(OTHERS)))
         # 1. One drains under fire, and its successor takes up its connections and counters.
         with Fire(port) as fire:
             until(lambda: fire.answered > 20)

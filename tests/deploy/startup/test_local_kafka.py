@@ -20,22 +20,24 @@ from state.storage.measuring import offer
 from state.storage.shares import KAFKA
 from tests.disks import small_disk
 from tests.e2e.running import until
+from tests.one_kafka import Running, broker_like
 
 
-def test_a_broker_that_cannot_start_waits_longer_and_is_there_once_it_can(tmp_path: Path) -> None:
+def test_a_broker_that_cannot_start_waits_longer_and_is_there_once_it_can(kafka: Running, tmp_path: Path) -> None:
     now, lines, collected, port = [0.0], list[str](), CollectorRegistry(), free_port()
     settings = load(["--paths.state", str(tmp_path), "--kafka.port", str(port)], {})
+    broker_like(kafka, settings.kafka_dir)
     storage = offer(collected, settings, [KAFKA])
-    kafka = LocalKafka(settings, lines.append, SupervisorMetrics(collected), lambda: now[0], storage)
-    kafka.begin()
+    own = LocalKafka(settings, lines.append, SupervisorMetrics(collected), lambda: now[0], storage)
+    own.begin()
     try:
-        until(kafka.is_up, "Kafka is not up")
-        pid = kafka._broker.pid
+        until(own.is_up, "Kafka is not up")
+        pid = own._broker.pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + 30
         while not lines:
-            kafka.poll()
+            own.poll()
             assert time.monotonic() < deadline
             time.sleep(0.01)
         assert "ended with status -9" in lines[0] and lines[0].endswith("starting it again in 0.25 s")
@@ -44,21 +46,21 @@ def test_a_broker_that_cannot_start_waits_longer_and_is_there_once_it_can(tmp_pa
             holder.bind(("127.0.0.1", port))
             holder.listen()
             now[0] += 0.2
-            kafka.poll()
+            own.poll()
             assert len(lines) == 1, "it is not time yet"
             now[0] += 0.1
-            kafka.poll()
+            own.poll()
         assert f"port {port}" in lines[1] and lines[1].endswith("starting it again in 0.5 s, after 2 deaths in a row")
         assert collected.get_sample_value("springtide_up_deaths_in_a_row", {"part": "kafka"}) == 2
         now[0] += 1.0
-        kafka.poll()
+        own.poll()
         assert listens(port) and len(lines) == 2
         assert (collected.get_sample_value("springtide_storage_used_bytes", {"part": "kafka"}) or 0.0) > 10_000
         now[0] += 60.0
-        kafka.poll()
+        own.poll()
         assert collected.get_sample_value("springtide_up_deaths_in_a_row", {"part": "kafka"}) == 0
     finally:
-        kafka.stop(20.0)
+        own.stop(0.0)
 
 
 @pytest.mark.nightly

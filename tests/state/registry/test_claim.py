@@ -7,84 +7,74 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from state import layout
 from state.disk.files import HOST
 from state.disk.lock import DirectoryLock
-from state.errors import LockHeld
-from state.registry import privacy_ledger
-from state.registry.claim import LEASE_S, Claim, StandbyFile, standbys
-from state.registry.registry import Registry
-from tests.state.registry.hosts import Elapsed
-from tests.state.registry.test_registry import publish, started
-
-FROZEN = """
-import os, signal, sys
-from pathlib import Path
 from state.errors import LockHeld, UnusableRegistry
-from state.log.accepted_gaps import Accepted, Gap, Journal
-from state.positions import Source
+from state.log.accepted_gaps import Accepted, Journal
+from state.positions import Gap, Source
 from state.process import killpoints
 from state.registry import control, privacy_ledger
-from state.registry.claim import Claim
+from state.registry.claim import LEASE_S, Claim, StandbyFile, standbys
 from state.registry.registry import Registry
-from tests.state.registry.test_registry import WHO, draft, publish
-from dataclasses import replace
+from tests import forked
+from tests.reading import eventually
+from tests.state.registry.hosts import Elapsed
+from tests.state.registry.test_registry import WHO, draft, publish, started
 
-path, point = Path(sys.argv[1]), sys.argv[2]
-claim = Claim(path)
-claim.take()
-registry = Registry(path, claim)
-attempts = {
-    "recent.checked": lambda: registry.publish(replace(draft(2), kind="recent"), {"a": b"late"}),
-    "publish.checked": lambda: publish(registry, 2),
-    "control.written": lambda: registry.change(lambda now: control.train(now, False, **WHO)),
-    "ledger": lambda: privacy_ledger.write(
-        registry.directory, path / "privacy" / "ledger.json", privacy_ledger.PrivacyLedger("late", "user")
-    ),
-    "gap": lambda: Journal(path / "gaps", claim.staging).add(Accepted(Gap(Source("ab" * 16, 0), 1, 2), "a", "b", 5)),
-    "sweep": lambda: registry.sweep_recent(boot="another"),
-}
-stop = lambda: os.kill(os.getpid(), signal.SIGSTOP)
-if point in ("recent.checked", "publish.checked", "control.written"):
-    killpoints.armed = killpoints.parse(f"{point}:1:stop", killpoints._stop)
+
+def main() -> None:
+    """A trainer that takes the claim, stops in the middle of a publication or before it, and goes on when it is woken."""
+    path, point = Path(sys.argv[1]), sys.argv[2]
+    claim = Claim(path)
+    claim.take()
+    registry = Registry(path, claim)
+    late = privacy_ledger.PrivacyLedger("late", "user")
+    attempts: dict[str, Callable[[], object]] = {
+        "recent.checked": lambda: registry.publish(replace(draft(2), kind="recent"), {"a": b"late"}),
+        "publish.checked": lambda: publish(registry, 2),
+        "control.written": lambda: registry.change(lambda now: control.train(now, False, **WHO)),
+        "ledger": lambda: privacy_ledger.write(registry.directory, path / "privacy" / "ledger.json", late),
+        "gap": lambda: Journal(path / "gaps", claim.staging).add(
+            Accepted(Gap(Source("ab" * 16, 0), 1, 2), "a", "b", 5)
+        ),
+        "sweep": lambda: registry.sweep_recent(boot="another"),
+    }
     print("claimed", flush=True)
-else:
-    print("claimed", flush=True)
-    stop()
-try:
-    attempts[point]()
-    print("published", flush=True)
-except (UnusableRegistry, OSError) as error:
-    print("refused", flush=True)
-try:
-    claim.check()
-except LockHeld as error:
-    print(error, flush=True)
-"""
+    if point in ("recent.checked", "publish.checked", "control.written"):
+        killpoints.armed = killpoints.parse(f"{point}:1:stop", killpoints._stop)
+    else:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    try:
+        attempts[point]()
+        print("published", flush=True)
+    except (UnusableRegistry, OSError):
+        print("refused", flush=True)
+    try:
+        claim.check()
+    except LockHeld as error:
+        print(error, flush=True)
+
+
 POINTS = ("recent.checked", "publish.checked", "control.written", "ledger", "gap", "sweep")
 
 
 @contextmanager
-def frozen(path: Path, point: str) -> Iterator[subprocess.Popen[str]]:
+def frozen(path: Path, point: str) -> Iterator[forked.Popen]:
     """A trainer that has the claim and is frozen in the middle of a publication, or before it."""
-    with subprocess.Popen(
-        [sys.executable, "-c", FROZEN, str(path), point],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=Path.cwd(),
-    ) as process:
+    command = [sys.executable, "-m", __name__, str(path), point]
+    with forked.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "claimed\n"
         try:
-            # Until it is stopped.
-            _, status = os.waitpid(process.pid, os.WUNTRACED)
-            assert os.WIFSTOPPED(status), status
+            assert eventually(lambda: psutil.Process(process.pid).status() == psutil.STATUS_STOPPED)
             yield process
         finally:
             process.kill()

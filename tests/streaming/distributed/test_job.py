@@ -186,16 +186,16 @@ def test_where_the_line_turned_off_a_job_that_is_ahead_stops_and_an_older_savepo
     settings.registry_dir.mkdir()
     log = written([Click(0, 0, one, one) for one in range(12)], 1, settings)
     partitions = reading(settings, 1, log, SourceReading())
-    _, early = partitions.read(1.0)
-    _, late = partitions.read(1.0)
+    _, early = partitions.read(60.0)
+    _, late = partitions.read(60.0)
     assert early is not None and late is not None
     assert (early.next, late.next, late.log_epoch) == ({0: 5}, {0: 10}, 1)
     turn(settings, {0: 6}, late.topic_id)
     with pytest.raises(RewoundLog, match="into epoch 2 before what this job has read: partition 0 at 6"):
-        partitions.read(1.0)
+        partitions.read(60.0)
     partitions.close()
     again = reading(settings, 2, log, early)
-    portions, after = again.read(1.0)
+    portions, after = again.read(60.0)
     assert after is not None and after.log_epoch == 2
     assert {one.log_epoch for one in portions} == {2}
     assert [part.first for one in portions for part in one.batch.ranges] == [5, 5]
