@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,9 @@ U64 = npt.NDArray[np.uint64]
 
 TIMEOUT_S = 8.0
 """The longest wait for another worker within a step."""
+
+JOIN_S = 15
+"""The longest wait, in whole seconds, for the others to join; on two idle cores it takes 1 s."""
 
 SENT, GATHERED = 1024, 8192
 """Values of the first frame of a message and of an exchange of bytes; longer ones need a second frame."""
@@ -91,7 +95,8 @@ def _listens(address: str) -> bool:
 class Group:
     """This process and the other workers. Not thread-safe.
 
-    The constructor waits until all workers have joined; call `await_others` first.
+    The constructor waits until all workers have joined; call `await_others` first. If they have not joined after `JOIN_S`,
+    SIGALRM ends this process: one of them ended meanwhile, and TensorFlow would wait for an hour.
 
     Args:
         addresses: `host:port` of each worker, in order.
@@ -108,8 +113,11 @@ class Group:
         resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
             tf.train.ClusterSpec({"worker": list(addresses)}), task_type="worker", task_id=index, rpc_layer="grpc"
         )
+        # TensorFlow holds the interpreter's lock while it waits, so only a signal without a handler ends it.
+        signal.alarm(JOIN_S)
         # It starts this process's server, waits for the others and watches them. Its variables are not used.
         self._strategy = tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver)
+        signal.alarm(0)
 
     @property
     def leads(self) -> bool:

@@ -58,7 +58,7 @@ def waiting(missing: Sequence[int], addresses: Sequence[str]) -> str:
     'waiting for worker 1 of 2 (b:7070)'
     """
     if not missing:
-        return f"joining {len(addresses) - 1} other workers"
+        return f"joining {len(addresses) - 1} other workers; SIGALRM ends this process if one of them is lost meanwhile"
     return ", ".join(f"waiting for worker {worker} of {len(addresses)} ({addresses[worker]})" for worker in missing)
 
 

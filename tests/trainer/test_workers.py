@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -183,6 +185,12 @@ def test_killed_and_frozen_workers_change_no_bit_of_what_the_group_learns(
     else:
         whole = settings_of(kafka_settings, tmp_path / "whole", workers)
         assert digest(registry, version) == digest(*trained(whole, written, [], stack))
+
+
+def test_a_worker_that_is_lost_while_the_others_join_ends_them() -> None:
+    one, other = free_ports("01").values()
+    join = f"from trainer import group; group.JOIN_S = 2; group.Group(['127.0.0.1:{one}', '127.0.0.1:{other}'], 0)"
+    assert subprocess.run([sys.executable, "-c", join], capture_output=True, check=False).returncode == -signal.SIGALRM
 
 
 class Hosts:
