@@ -8,8 +8,8 @@
 A commit is visible to every reader at once and survives a kill. It survives a power cut only after the next `sync`. So
 a store is trusted after kill -9, and refused if it was open at a power cut.
 
-In memory (tmpfs), LMDB writes pages in place, which halves the cost of a commit. `data.mdb` is then sparse, with the
-size of the map.
+In memory (tmpfs), LMDB writes pages in place, so that a commit does not copy each changed page to the file again.
+`data.mdb` is then sparse, with the size of the map.
 """
 
 from __future__ import annotations

@@ -416,7 +416,7 @@ class RowStore(LmdbStore):
             killpoints.reach("rows.begun")
         # 3.
         with self._write() as transaction:
-            to_sweep = self._drop(transaction, {version}) if is_applied else []
+            to_sweep = self._drop(transaction, self._visible_by_lane(transaction), {version}) if is_applied else []
             transaction.cursor(self._rows).putmulti(pairs[early:])
             transaction.delete(BEGUN, db=self._meta)
             transaction.put(u64(version), entries.changes.tobytes(), db=self._changes)
@@ -485,9 +485,9 @@ class RowStore(LmdbStore):
         `tidy` deletes their leftover rows.
         """
         with self._write() as transaction:
-            applied = {record.version for record in self._records(transaction)}
-            dropped = applied & {*versions} - {self._served(transaction)}
-            to_sweep = self._drop(transaction, dropped)
+            lanes = self._visible_by_lane(transaction)
+            dropped = {*itertools.chain(*lanes.values())} & {*versions} - {self._served(transaction)}
+            to_sweep = self._drop(transaction, lanes, dropped)
         self._to_sweep += to_sweep
         return len(dropped)
 
@@ -501,10 +501,12 @@ class RowStore(LmdbStore):
             lanes.setdefault(record.lane, {})[record.version] = record.visible
         return lanes
 
-    def _drop(self, transaction: lmdb.Transaction, versions: Collection[int]) -> list[RowsToSweep]:
+    def _drop(
+        self, transaction: lmdb.Transaction, lanes: Mapping[int, Mapping[int, Visible]], versions: Collection[int]
+    ) -> list[RowsToSweep]:
         """Deletes versions, except their rows; returns the rows to sweep once the transaction is committed."""
         to_sweep: list[RowsToSweep] = []
-        for lane, in_lane in self._visible_by_lane(transaction).items():
+        for lane, in_lane in lanes.items():
             dropped = [version for version in in_lane if version in versions]
             retained = {version: visible for version, visible in in_lane.items() if version not in versions}
             if not retained:
