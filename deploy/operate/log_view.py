@@ -21,7 +21,7 @@ from state.log import Log, Reader
 from state.log.accepted_gaps import Journal, past
 from state.log.topic_plan import TRAINING_PARTITION
 from state.microbatch.batch import MicroBatch, masked, trained, trim
-from state.microbatch.codec import glance
+from state.microbatch.codec import decode_events
 from state.positions import Source
 from state.registry.control import MaskEntry
 from state.registry.log_line import LogLine, onward
@@ -180,13 +180,13 @@ class Counted:
 def records(reader: Reader, first: int, end: int, branch: LogLine) -> Iterator[tuple[int, MicroBatch]]:
     """Yields the records of a branch at offsets from `first` up to `end`, exclusive, with their offsets.
 
-    Of each record only some columns are read, see `glance`.
+    Features are not decoded.
 
     Raises:
         LogError: No record arrived for `STALLED_S`, or the log cannot be read.
     """
     at = onward(branch, first)
-    return branch_records(reader, at, end, branch, glance, STALLED_S) if at < end else iter(())
+    return branch_records(reader, at, end, branch, decode_events, STALLED_S) if at < end else iter(())
 
 
 def first_hit(reader: Reader, segments: Sequence[LogSegment], mask: Mask, exact: bool) -> FirstHit | None:

@@ -53,7 +53,7 @@ from state.log import KERNELS, Log, PartitionBatch, Writer, topic_plan
 from state.log.follow import Follower, Opening, Position, open_topic, read_to
 from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import SegmentMetrics, served
-from state.microbatch.codec import glance
+from state.microbatch.codec import decode
 from state.process import killpoints
 from state.process.background import run_in_background
 from state.process.ending import stop_on_signals
@@ -250,7 +250,7 @@ class ClickedUsers:
 
     def _meet(self, offset: int, value: bytes | None) -> None:
         try:
-            self._waiting.append(_Record(offset + 1, np.unique(glance(value or b"", ("user", "source")).user)))
+            self._waiting.append(_Record(offset + 1, np.unique(decode(value or b"", ("user", "source")).user)))
         except MicroBatchError as error:
             _log.warning("record %d of the training log is left out: %s", offset, error)
 

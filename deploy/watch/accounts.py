@@ -34,6 +34,7 @@ from state.history.branch_records import branch_records
 from state.history.store import HistoryStore
 from state.log import Reader, Topics, accepted_gaps
 from state.microbatch.batch import MicroBatch, trained, trim
+from state.microbatch.codec import decode_events
 from state.positions import Source
 from state.registry.log_line import WHOLE, LogLine, onward
 from state.registry.manifest import Manifest
@@ -189,7 +190,7 @@ def _read_tail(settings: Settings, version: Manifest, until: Mapping[Source, int
     deadline_s = time.monotonic() + LONGEST_S
     with Reader(kafka, version.log.topic, [partition], {partition: offset}) as reader:
         # The trainer stops at a record that is no micro-batch, or leaves it out.
-        for _, batch in branch_records(reader, offset, end, line, stalled_s=LONGEST_S):
+        for _, batch in branch_records(reader, offset, end, line, decode_events, LONGEST_S):
             if time.monotonic() > deadline_s:
                 return InFlight(0, 0, version.marks, complete=False)
             batches.append(batch)

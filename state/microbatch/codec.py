@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -42,7 +42,7 @@ FORMAT, WITH_SEQUENCES = 2, 3
 METADATA = b"springtide"
 
 _WRITE = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=1), use_threads=False)
-_READ = pa.ipc.IpcReadOptions(use_threads=False)
+ALL, EVENTS = (*NAMES, *SEQUENCES), tuple(SCALARS)
 
 
 def encode(header: Header, columns: Columns) -> bytes:
@@ -90,19 +90,43 @@ def encode(header: Header, columns: Columns) -> bytes:
     return bytes(sink.getvalue())
 
 
-def decode(value: bytes) -> MicroBatch:
-    """Decodes a micro-batch; its arrays are read-only views of the decoded buffers."""
-    with damage_reported(value), pa.ipc.open_stream(pa.py_buffer(value), options=_READ) as reader:
+def decode(value: bytes, names: tuple[str, ...] = ALL) -> MicroBatch:
+    """Decodes a micro-batch; its arrays are read-only views of the decoded buffers.
+
+    Only the columns `names` are decoded, which must include user and source; the others are zero or empty.
+
+    Raises:
+        MicroBatchError: The value is not a micro-batch, or is damaged.
+    """
+    with damage_reported(value), pa.ipc.open_stream(pa.py_buffer(value), options=_reading(names)) as reader:
         document = document_of(reader.schema)
         batch = reader.read_next_batch()
         # Damage can make lists longer than their buffers.
         batch.validate()
         header = header_of(document)
-        columns = {name: _column(batch, name, document) for name in NAMES}
-        if document["format"] == WITH_SEQUENCES:
-            columns |= {name: _column(batch, name, document) for name in SEQUENCES}
-    _check(header, columns)
+        has_sequences = document["format"] == WITH_SEQUENCES
+        columns = {name: _column(batch, name, document) for name in names if has_sequences or name not in SEQUENCES}
+    rows = len(columns["user"])
+    columns |= {name: _undecoded(name, rows) for name in NAMES if name not in names}
+    _check(header, columns, names)
     return MicroBatch(header, **columns)
+
+
+@cache
+def _reading(names: tuple[str, ...]) -> pa.ipc.IpcReadOptions:
+    # A micro-batch without sequences has fewer columns than `ALL`.
+    numbers = None if names == ALL else [number for number, name in enumerate(ALL) if name in names]
+    return pa.ipc.IpcReadOptions(use_threads=False, included_fields=numbers)
+
+
+def decode_events(value: bytes) -> MicroBatch:
+    """Decodes what the rows of a micro-batch say of their events. Their features take nine tenths of the time."""
+    return decode(value, EVENTS)
+
+
+def _undecoded(name: str, rows: int) -> NDArray[Any]:
+    width = (0, 0) if name == "category_windows" else (0,)
+    return absent_column(name, rows) if name in SCALARS else np.empty((rows, *width), DTYPES[name])
 
 
 @contextmanager
@@ -162,7 +186,7 @@ def _names(users: Iterable[str], items: Iterable[str]) -> tuple[tuple[str, ...],
     return tuple(map(str, users)), tuple(map(str, items))
 
 
-def _check(header: Header, columns: Columns) -> None:
+def _check(header: Header, columns: Columns, names: Collection[str] = ALL) -> None:
     if missing := [name for name in NAMES if name not in columns]:
         raise MicroBatchError(f"a micro-batch without the columns {', '.join(missing)}")
     rows = len(columns["user"])
@@ -174,10 +198,10 @@ def _check(header: Header, columns: Columns) -> None:
                 f"column {name} is {column.dtype}{list(column.shape)}, expected {kind} with {rows} rows "
                 f"and {depth} dimensions"
             )
-    for name, names in zip(ATTRIBUTES, header.attributes, strict=True):
-        if columns[name].shape[1] != len(names):
+    for name, named in zip(ATTRIBUTES, header.attributes, strict=True):
+        if name in names and columns[name].shape[1] != len(named):
             raise MicroBatchError(
-                f"column {name} has {columns[name].shape[1]} attributes, the header names {len(names)}"
+                f"column {name} has {columns[name].shape[1]} attributes, the header names {len(named)}"
             )
     if header.clocks and len(header.clocks) != len(header.ranges):
         raise MicroBatchError(f"the header has {len(header.ranges)} ranges and {len(header.clocks)} clocks")
@@ -187,6 +211,8 @@ def _check(header: Header, columns: Columns) -> None:
     kinds = columns["kind"]
     if rows and int(kinds.max()) >= KIND_COUNT:
         raise MicroBatchError(f"a row is of kind {int(kinds.max())}, there are {KIND_COUNT}")
+    if "kind" not in names:
+        return
     for part, counted in zip(header.ranges, counts_by_range(kinds, sources, len(header.ranges)), strict=True):
         for name, count in counted.items():
             if getattr(part, name) != count:
@@ -207,41 +233,6 @@ def _sequences(columns: Columns) -> list[str]:
     if present and (len(present) < len(SEQUENCES) or len(widths) > 1 or (0,) in widths):
         raise MicroBatchError(f"the columns {', '.join(SEQUENCES)} are there together, of one width, or not at all")
     return present
-
-
-LOOKED_AT = ("user", "item", "category", "at_ms", "source", "offset", "kind", "waited", "delay_ms")
-
-
-@cache
-def _reading(names: tuple[str, ...]) -> pa.ipc.IpcReadOptions:
-    numbers = [number for number, name in enumerate(SCALARS) if name in names]
-    return pa.ipc.IpcReadOptions(use_threads=False, included_fields=numbers)
-
-
-def glance(value: bytes, names: tuple[str, ...] = LOOKED_AT) -> MicroBatch:
-    """The micro-batch in `value` with only the columns `names` of `SCALARS`; the other columns are zero or empty.
-
-    User and source must be among them.
-
-    Raises:
-        MicroBatchError: The value is not a micro-batch, or is damaged.
-    """
-    with damage_reported(value), pa.ipc.open_stream(pa.py_buffer(value), options=_reading(names)) as reader:
-        document = document_of(reader.schema)
-        batch = reader.read_next_batch()
-        batch.validate()
-        columns = {
-            name: batch.column(name).to_numpy(zero_copy_only=True) for name in batch.schema.names if name in names
-        }
-        header = header_of(document)
-    rows = len(columns["user"])
-    wrong = [name for name, column in columns.items() if column.dtype != DTYPES[name] or len(column) != rows]
-    if wrong or (rows and int(columns["source"].max()) >= len(header.ranges)):
-        raise MicroBatchError(f"a micro-batch whose columns {', '.join(wrong) or 'source'} do not fit")
-    empty = {
-        name: absent_column(name, rows) if name in SCALARS else np.empty((rows, 0), DTYPES[name]) for name in NAMES
-    }
-    return MicroBatch(header, **(empty | columns))
 
 
 def split(header: Header, columns: Columns, max_record_bytes: int, max_rows: int = 2**31) -> list[bytes]:

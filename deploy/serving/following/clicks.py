@@ -33,7 +33,7 @@ from state.log.follow import Follower, Opening, Position
 from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import ApplierMetrics
 from state.microbatch.batch import MicroBatch, erased_rows, happened, log_times, new_ranges, trim
-from state.microbatch.codec import decode
+from state.microbatch.codec import decode, decode_events
 from state.positions import Range, Source
 from state.process import killpoints
 from state.registry.log_line import LogLine, counts, onward
@@ -315,7 +315,7 @@ class HistoryFollower:
     def _decode(self, value: bytes | None, log: Source, offset: int) -> MicroBatch | None:
         """Returns the micro-batch, or None for a record that is not one, which does not stop serving."""
         try:
-            decoded = decode(value or b"")
+            decoded = (decode if self._parity.is_due else decode_events)(value or b"")
         except MicroBatchError as error:
             self._metrics.unreadable_microbatches.inc()
             _log.error("record %d of partition %d is left out: %s", offset, log.partition, error)

@@ -107,6 +107,11 @@ class Parity:
         self._whole_ms, self._lost = clock_ms, False
         return {WHOLE_EXTRA: json.dumps(clock_ms).encode()}
 
+    @property
+    def is_due(self) -> bool:
+        """Whether a row of the next record will be compared; its features are needed then."""
+        return not 0 <= self._now_ms() - self._compared_ms < EVERY_MS
+
     def compare(
         self, rows: MicroBatch, position: tuple[int, int], users: Sequence[NDArray[np.uint64]], events: Sequence[Events]
     ) -> None:
@@ -115,13 +120,12 @@ class Parity:
         `position` is the record's partition and offset in the training log. `users` and `events` are the parts of the
         pending commit; the last part belongs to `rows`, which has one row per event.
         """
-        now_ms = self._now_ms()
-        if 0 <= now_ms - self._compared_ms < EVERY_MS:
+        if not self.is_due or rows.features.shape[1] == 0:
             return
         held_rows = np.flatnonzero(self._store.shares.has(rows.user))
         if not len(held_rows):
             return
-        self._compared_ms = now_ms
+        self._compared_ms = self._now_ms()
         if rows.header.spec != self._spec.digest:
             self._counted[UNKNOWN].inc()
             return
