@@ -317,7 +317,8 @@ class Broker:
         log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
         # Reserve the whole heap at the start: memory that grows for hours looks like a leak.
         heap = (f"-Xms{self.heap_mb}m", f"-Xmx{self.heap_mb}m", "-XX:+AlwaysPreTouch")
-        options = (*heap, "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError")
+        # The second compiler takes half of the processor time of the first minutes, for a tenth in later ones.
+        options = (*heap, "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError")
         self._process = run_for_life(
             command(class_path, self.log_path, *options, "kafka.Kafka", str(configuration)),
             self.directory / "console.log",

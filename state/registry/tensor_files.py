@@ -20,7 +20,7 @@ from safetensors.numpy import load, save
 
 Array = npt.NDArray[Any]
 
-LEVEL = 3
+LEVEL = 1
 LEAST_BYTES = 256
 """Tensors with fewer bytes are not packed, because packing would gain nothing."""
 HEAD_BYTES = 8  # the length of a file's JSON header, little endian
