@@ -29,6 +29,7 @@ from typing import Any, NamedTuple, TypeVar, cast, overload
 
 import numba
 import numpy as np
+from numba.core import runtime
 from numba.core.caching import IndexDataCacheFile
 from numba.core.compiler_lock import global_compiler_lock
 from numpy.typing import NDArray
@@ -45,6 +46,7 @@ POLL_S = 0.02
 
 _njit: Any = numba.njit
 """Typed as Any: Numba's own types lack the options of wrappers."""
+_runtime: Any = runtime
 _REGROUPED = {"reassoc", "contract", "nsz"}
 _NO_WRAPPERS = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 """For a part that only kernels call. With wrappers, it would be compiled three times: alone and in each wrapper."""
@@ -224,6 +226,7 @@ def _cached(kernel: Kernel, compile: Callable[[Kernel], Any], signatures: tuple[
     # Uses one file per stamp, because an index names classes, and an index with a removed class cannot be read.
     installed = Path(function.__code__.co_filename).with_name("__pycache__")
     cache._cache_file = _CacheFile(cache._cache_path, str(installed), f"{base}-{stamp[:16]}", stamp)
+    cache.load_overload = partial(_load, cache)
     _STAMPS[kernel] = stamp
     dispatcher.compile = partial(_compile_at_call, dispatcher)
     _LOCKS[dispatcher] = Path(cache._cache_path, f"{Path(function.__code__.co_filename).stem}.lock")
@@ -245,6 +248,16 @@ def _compile_once(dispatcher: Any, signature: Any) -> Any:
     # Takes Numba's own lock first, because a thread that holds it may need the kernel's lock.
     with global_compiler_lock, _locked(_LOCKS[dispatcher]):
         return type(dispatcher).compile(dispatcher, signature)
+
+
+def _load(cache: Any, signature: Any, context: Any) -> Any:
+    """Loads a kernel from the cache; None if it is not there.
+
+    Numba's own `load_overload` initializes the compiler first. That takes as long as loading all kernels of a process,
+    and only compiling needs it. Machine code needs the runtime, which allocates arrays.
+    """
+    _runtime.rtsys.initialize(context)
+    return cache._load_overload(signature, context)
 
 
 @contextmanager

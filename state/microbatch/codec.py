@@ -60,15 +60,15 @@ def encode(header: Header, columns: Columns) -> bytes:
     rows = len(columns["user"])
     arrays, fields = [], []
     for name in SCALARS:
-        arrays.append(pa.array(columns[name]))
+        arrays.append(_array(columns[name]))
         fields.append(pa.field(name, arrays[-1].type, nullable=False))
     sequences = _sequences(columns)
     for name in (*LISTS, *sequences):
-        column = np.ascontiguousarray(columns[name])
+        column = columns[name]
         width = int(np.prod(column.shape[1:], dtype=np.int64))
         kind = pa.list_(pa.field("item", pa.from_numpy_dtype(column.dtype), nullable=False), width)
         # FixedSizeListArray.from_arrays cannot determine the number of empty lists.
-        arrays.append(pa.Array.from_buffers(kind, rows, [None], children=[pa.array(column.reshape(-1))]))
+        arrays.append(pa.Array.from_buffers(kind, rows, [None], children=[_array(column.reshape(-1))]))
         fields.append(pa.field(WRITTEN.get(name, name), kind, nullable=False))
     document = {
         "format": WITH_SEQUENCES if sequences else FORMAT,
@@ -129,6 +129,12 @@ def _undecoded(name: str, rows: int) -> NDArray[Any]:
     return absent_column(name, rows) if name in SCALARS else np.empty((rows, *width), DTYPES[name])
 
 
+def _array(values: NDArray[Any]) -> pa.Array:
+    """`[n]` as an Arrow array. `pa.array` and `Array.to_numpy` would import pandas, which takes a third of a second."""
+    buffer = pa.py_buffer(np.ascontiguousarray(values))
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, buffer])
+
+
 @contextmanager
 def damage_reported(value: bytes) -> Iterator[None]:
     """Converts the errors that Arrow raises in the block for a damaged `value` to `MicroBatchError`."""
@@ -145,13 +151,11 @@ def damage_reported(value: bytes) -> Iterator[None]:
 def _column(batch: pa.RecordBatch, name: str, document: Mapping[str, Any]) -> NDArray[Any]:
     column = batch.column(WRITTEN.get(name, name))
     if name in SCALARS:
-        scalars: NDArray[Any] = column.to_numpy(zero_copy_only=True)
-        return scalars
+        return np.from_dlpack(column)
     if not pa.types.is_fixed_size_list(column.type):
         raise MicroBatchError(f"column {name} is {column.type}, expected lists of one length")
     shape = document["label_shape"] if name == "category_windows" else [column.type.list_size]
-    lists: NDArray[Any] = column.flatten().to_numpy(zero_copy_only=True).reshape(len(column), *shape)
-    return lists
+    return np.from_dlpack(column.flatten()).reshape(len(column), *shape)
 
 
 def document_of(schema: pa.Schema) -> dict[str, Any]:
