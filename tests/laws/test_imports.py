@@ -195,6 +195,23 @@ def test_the_client_loads_what_it_needs_alone() -> None:
     assert not tops_after("springtide_client") & (HEAVY | {"deploy", "state", "numpy", "numba", "lmdb", "kafka"})
 
 
+def test_a_process_reads_and_writes_micro_batches_without_pandas() -> None:
+    """Parts of pyarrow import it, which takes a third of a second."""
+    round_trip = """
+import sys
+import numpy as np
+from state.microbatch.batch import DTYPES, NAMES, SCALARS, Header
+from state.microbatch.codec import decode, encode
+shapes = {name: (0,) if name in SCALARS else (0, 1) for name in NAMES} | {"category_windows": (0, 1, 1)}
+columns = {name: np.zeros(shape, DTYPES[name]) for name, shape in shapes.items()}
+header = Header(spec="", salt="", ranges=(), created_ms=0, mask_generation=0, names={}, attributes=(("a",), ("b",)))
+decode(encode(header, columns))
+print("pandas" in sys.modules)
+"""
+    found = subprocess.run([sys.executable, "-c", round_trip], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
+
+
 def test_up_loads_no_compiler() -> None:
     assert not tops_after("deploy.startup.model_checks", "deploy.startup.steps") & (HEAVY | {"numba", "llvmlite"})
 

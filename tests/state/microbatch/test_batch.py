@@ -37,7 +37,7 @@ from state.microbatch.batch import (
     trained,
     trim,
 )
-from state.microbatch.codec import decode, encode, split
+from state.microbatch.codec import decode, decode_events, encode, split
 from state.positions import Range, Source, from_json, merge_ranges, split_range, to_json
 from tests.trainer.clicks import START_MS, microbatch
 
@@ -110,6 +110,19 @@ def test_what_is_encoded_comes_back(rows: int, contexts: int) -> None:
     assert len(batch) == rows
     assert same(batch.columns, columns)
     assert {name: column.shape for name, column in batch.columns.items()} == {n: c.shape for n, c in columns.items()}
+
+
+@pytest.mark.parametrize("rows", [0, 300])
+def test_only_the_wanted_columns_are_decoded(rows: int) -> None:
+    header, columns = with_sequences(rows)
+    value = encode(header, columns)
+    events = decode_events(value)
+    assert events.header == header
+    assert all(getattr(events, name).tobytes() == columns[name].tobytes() for name in SCALARS)
+    assert all(getattr(events, name).size == 0 and len(getattr(events, name)) == rows for name in (*LISTS, *SEQUENCES))
+    features = decode(value, ("user", "source", "features"))
+    assert features.features.tobytes() == columns["features"].tobytes()
+    assert not features.offset.any() and features.category_windows.size == 0
 
 
 @pytest.mark.parametrize("rows", [0, 1, 300])
