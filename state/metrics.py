@@ -383,7 +383,7 @@ class ValidationMetrics(Metrics):
         "Completed windows, by outcome: judged, few_rows (fewer than validation.min_rows), begun_before (their start was not observed), no_baseline.",
         "outcome",
     )
-    window_rows = gauge("Events in the newest completed window.")
+    window_rows = gauge("Events that count in the newest completed window; of many, some records count.")
     baseline = gauge("Number of the baseline that it was compared with; 0 is the baseline of the bootstrap.")
     distance = gauge(
         "Distance of a feature of the newest window, by feature and against (baseline, previous window): L-infinity distance of a categorical feature, Jensen-Shannon divergence of a numeric feature. A family of features shows its largest distance.",

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from prometheus_client import CollectorRegistry
 from tensorflow_metadata.proto.v0.anomalies_pb2 import Anomalies, AnomalyInfo
@@ -60,6 +61,10 @@ RETRY_S = 1.0
 PAUSE_S = 0.5
 """Between two polls: some large fetches cost less than many small ones, and a window lasts minutes."""
 RECORDS_AT_ONCE = 64
+MOST_ROWS = 200_000
+"""The most rows of a window that count, spread over its length, unless `validation.min_rows` is larger. More rows would
+hardly change a distance."""
+HEAD = ("user", "source", "at_ms")
 COLUMNS = (*SCALARS, "context", FEATURES, *ATTRIBUTES)
 """What statistics count; the windows of categories would take half of the time to decode."""
 LOOK_BACK_WINDOWS = 2
@@ -97,26 +102,34 @@ def _log_time_ms(batch: MicroBatch) -> int:
 class Windows:
     """Divides records, in the order of the log, into windows of `window_s` seconds; `new` returns empty statistics.
 
+    Of many rows, records spread over the window count: `MOST_ROWS` rows, and at least `min_rows`.
     `resumed`: the first record to come is the first of its window.
     """
 
-    def __init__(self, window_s: int, new: Callable[[], Statistics], resumed: bool = False) -> None:
+    def __init__(self, window_s: int, new: Callable[[], Statistics], resumed: bool = False, min_rows: int = 0) -> None:
         self._length_ms = window_s * 1000
         self._new = new
         self._is_whole = resumed
+        self._min_rows = min_rows
         self._now_ms = 0
         self.open: Window | None = None
 
-    def take(self, offset: int, batch: MicroBatch) -> Window | None:
-        """Counts the rows of the record at `offset`; returns the window that it ended, if it did."""
-        self._now_ms = max(self._now_ms, _log_time_ms(batch))
+    def take(self, offset: int, head: MicroBatch, decoded: Callable[[], MicroBatch]) -> Window | None:
+        """Counts the rows of the record at `offset` if the window has not enough of them; returns the window that it ended.
+
+        `head` has the columns `HEAD`, and `decoded` returns the columns `COLUMNS`.
+        """
+        self._now_ms = max(self._now_ms, _log_time_ms(head))
         ended = None
         if self.open is None or self._now_ms >= self.open.end_ms:
             ended = self.open
             start_ms = self._now_ms - self._now_ms % self._length_ms
             is_whole = self._is_whole or ended is not None
             self.open = Window(start_ms, start_ms + self._length_ms, offset, self._new(), is_whole)
-        self.open.statistics.add(batch.columns, batch.header.attributes)
+        enough = max(self._min_rows, MOST_ROWS * (self._now_ms - self.open.start_ms) / self._length_ms)
+        if self.open.statistics.rows <= enough:
+            batch = decoded()
+            self.open.statistics.add(batch.columns, batch.header.attributes)
         return ended
 
 
@@ -296,26 +309,28 @@ class LogValidation:
             self._log.reader.seek(self._partition, before[self._partition])
 
     def _new_windows(self, resumed: bool) -> Windows:
-        spec, context = self._spec, self._settings.events.context
-        return Windows(
-            self._settings.validation.window_s, lambda: Statistics(spec.actions, spec.names, context), resumed
-        )
+        spec, context, validation = self._spec, self._settings.events.context, self._settings.validation
+
+        def empty() -> Statistics:
+            return Statistics(spec.actions, spec.names, context)
+
+        return Windows(validation.window_s, empty, resumed, validation.min_rows)
 
     def _take(self, batch: PartitionBatch) -> None:
         records = self._metrics.records
         for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
             try:
-                decoded = decode(value or b"", COLUMNS)
+                head = decode(value or b"", HEAD)
             except MicroBatchError as error:
                 records.labels("unreadable").inc()
                 self._warn_once(f"record {offset} of the training log is left out: {error}")
                 continue
-            if decoded.header.spec != self._spec.digest:
+            if head.header.spec != self._spec.digest:
                 records.labels("other_features").inc()
                 continue
             records.labels("read").inc()
-            self._metrics.rows.inc(len(decoded))
-            ended = self._windows.take(offset, decoded)
+            self._metrics.rows.inc(len(head))
+            ended = self._windows.take(offset, head, partial(decode, value or b"", COLUMNS))
             if self._windows.open is not None and self._windows.open.first == offset and self._windows.open.whole:
                 self._kept.note_position(batch.topic_id, offset)
             if ended is not None:

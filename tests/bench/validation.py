@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 from prometheus_client import CollectorRegistry
 
-from deploy.validation.process import WindowJudge, Windows
+from deploy.validation.process import COLUMNS, WindowJudge, Windows
 from deploy.validation.windows import KeptWindows
 from state.config.settings import Settings
 from state.metrics import ValidationMetrics
@@ -31,9 +31,9 @@ def main() -> None:
     taken, decoding = [], []
     for number, value in enumerate(records):
         begun = time.process_time()
-        found = decode(value)
+        found = decode(value, COLUMNS)
         decoded = time.process_time()
-        windows.take(number, found)
+        windows.take(number, found, lambda found=found: found)
         taken.append(time.process_time() - begun)
         decoding.append(decoded - begun)
     window = windows.open

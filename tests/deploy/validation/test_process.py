@@ -86,6 +86,17 @@ def test_rows_like_those_of_the_baseline_have_no_anomaly_and_a_window_is_a_minut
     assert near is not None and 0 < near < 0.1
 
 
+def test_of_many_rows_some_records_of_the_whole_window_count(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "MOST_ROWS", 40)
+    run = Run(settings, written(minutes(3)))
+    run.catch_up()
+    assert run.value("springtide_validation_rows_total") == 1200
+    counted = run.value("springtide_validation_window_rows")
+    assert counted is not None and settings.validation.min_rows <= counted < 400
+
+
 def test_without_a_baseline_windows_are_kept_up_to_their_number_and_not_judged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,7 +41,9 @@ def days_of(batches: Iterator[MicroBatch], spec: FeatureSpec, context: tuple[str
     """The statistics of each day of log time, the last one too."""
     windows = Windows(DAY_S, lambda: Statistics(spec.actions, spec.names, context))
     found = [
-        ended.statistics for number, batch in enumerate(batches) if (ended := windows.take(number, batch)) is not None
+        ended.statistics
+        for number, batch in enumerate(batches)
+        if (ended := windows.take(number, batch, lambda batch=batch: batch)) is not None
     ]
     assert windows.open is not None
     return [*found, windows.open.statistics]
