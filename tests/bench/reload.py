@@ -18,10 +18,10 @@ import tempfile
 import time
 from dataclasses import replace
 from multiprocessing.synchronize import Event
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
@@ -118,8 +118,9 @@ def measure(settings: Settings, swaps: int, each_s: float, rate: float) -> dict[
 
 
 def sampled(*processes: int | None) -> list[int]:
-    """Resident bytes of processes without what they share with others."""
-    return [psutil.Process(one).memory_full_info().uss for one in processes if one is not None]
+    """Bytes that processes have allocated themselves, without pages of files: the kernel drops these when it needs memory."""
+    status = [Path(f"/proc/{process}/status").read_text() for process in processes if process is not None]
+    return [1024 * int(text.partition("RssAnon:")[2].split()[0]) for text in status]
 
 
 def main() -> None:
