@@ -42,11 +42,6 @@ from tests.manifests import (
 DISK_BYTES_S = 1e8
 """What a block device writes and reads at least, one that is worth the name."""
 MINORS = ("1.35", "1.36", "1.37")
-IMMUTABLE = {
-    "StatefulSet": ("selector", "serviceName", "podManagementPolicy", "volumeClaimTemplates"),
-    "Deployment": ("selector",),
-}
-"""Fields of a `spec` of which the API server refuses a change."""
 # Kinds of others, which have no place in Kubernetes' own schemas.
 OTHERS = {"ServiceMonitor", "HTTPRoute", "VirtualService"}
 with_kubectl = pytest.mark.skipif(KUBECTL is None, reason=WHY_NOT)
@@ -107,17 +102,6 @@ def test_an_overlay_has_every_object_once_in_its_namespace(overlay: str) -> None
     sets = {one["metadata"]["name"]: one["spec"] for one in of_kind(found(overlay), "StatefulSet")}
     scaled = {one["spec"]["scaleTargetRef"]["name"] for one in of_kind(found(overlay), "HorizontalPodAutoscaler")}
     assert not any("replicas" in sets[name] for name in scaled), "an apply would undo what the autoscaler decided"
-
-
-@with_kubectl
-@pytest.mark.parametrize("larger", ["large", "full", "flink", "standby"])
-def test_a_small_deployment_becomes_a_larger_one_in_place(larger: str) -> None:
-    before, after = (
-        {(one["kind"], one["metadata"]["name"]): one for one in found(overlay)} for overlay in ("small", larger)
-    )
-    for kind, name in before.keys() & after.keys():
-        for field in IMMUTABLE.get(kind, ()):
-            assert before[kind, name]["spec"].get(field) == after[kind, name]["spec"].get(field), (name, field)
 
 
 @with_kubectl
