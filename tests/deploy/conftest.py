@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,12 +33,19 @@ def log(monkeypatch: pytest.MonkeyPatch) -> MemoryLog:
     return made
 
 
-@pytest.fixture
-def operator(tmp_path: Path, log: MemoryLog) -> Operator:
-    """An operator of a registry with versions 1 to 5 and nothing else running."""
-    registry = Registry(tmp_path / "registry")
+@pytest.fixture(scope="session")
+def five_versions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A registry with versions 1 to 5, which tests copy."""
+    registry = Registry(tmp_path_factory.mktemp("versions") / "registry")
     registry.propose(start(actor="trainer", reason="first start", now_ms=NOW_MS - 3_600_000))
     for number in range(1, 6):
         known = {user for one in range(5 * number) for user in users_of(one)}
         registry.publish(draft(number, number - 1 or None), files(known))
+    return registry.path
+
+
+@pytest.fixture
+def operator(tmp_path: Path, log: MemoryLog, five_versions: Path) -> Operator:
+    """An operator of a registry with versions 1 to 5 and nothing else running."""
+    shutil.copytree(five_versions, tmp_path / "registry", symlinks=True)
     return Operator(tmp_path)
