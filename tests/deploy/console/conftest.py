@@ -54,7 +54,7 @@ class Reached:
         """A client with the token of a role."""
         if role:
             headers["authorization"] = f"Bearer {tokens_in(self.settings.tokens_dir / role)[0]}"
-        return httpx.Client(base_url=self.url, headers=headers, timeout=30.0, trust_env=False)
+        return httpx.Client(base_url=self.url, headers=headers, timeout=30.0, trust_env=False, verify=False)
 
     def close(self) -> None:
         self._server.should_exit = True

@@ -156,7 +156,7 @@ def test_a_certificate_that_cannot_be_used_is_refused_and_the_one_before_goes_on
 
 def served_certificate(port: int) -> bytes:
     """That a new connection is shown (DER)."""
-    context = ssl.create_default_context()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     with socket.create_connection(("127.0.0.1", port)) as plain, context.wrap_socket(plain) as client:
         return client.getpeercert(binary_form=True) or b""
