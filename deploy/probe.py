@@ -230,10 +230,13 @@ def _late(passage: Passage) -> Passage:
 
 
 class Probe:
-    """A stopwatch on a real loop. Each probe opens its own connections and uses the next probe user after `first`."""
+    """A stopwatch on a real loop. Each probe opens its own connections and uses the next probe user after `first`.
 
-    def __init__(self, settings: Settings, stop: threading.Event, first: int) -> None:
-        self._settings, self._stop, self._number = settings, stop, first
+    `url` is the address of the serving API to probe; empty: serving on this host.
+    """
+
+    def __init__(self, settings: Settings, stop: threading.Event, first: int, url: str = "") -> None:
+        self._settings, self._stop, self._number, self._url = settings, stop, first, url
 
     def time(self) -> Passage:
         """Times one click; connecting is not counted.
@@ -269,7 +272,7 @@ class Probe:
         address = serving_address(settings)
         token = tokens_in(settings.tokens_dir / READ)[0] if are_wanted(settings) else None
         return Client(
-            settings.probe.url or address,
+            self._url or address,
             timeout_s=ANSWER_S,
             retries=Retries(most=0),
             token=token,
@@ -319,6 +322,11 @@ def parser() -> argparse.ArgumentParser:
     )
     output(command)
     command.add_argument(
+        "--url",
+        default="",
+        help="address of the serving API to probe; default: serving on this host, as set in [serving]",
+    )
+    command.add_argument(
         "--continuously",
         action="store_true",
         help=f"send a probe every probe.every_s ({EVERY_S:g} s if that is 0) until Ctrl-C, with metrics on up.metrics_port + 1",
@@ -337,7 +345,7 @@ def _main(words: Sequence[str]) -> int:
     # A failed attempt is reported once, with what failed; the client's own messages would repeat it.
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
     settings = load(flags)
-    probe = Probe(settings, stop, random.randrange(SLOTS))
+    probe = Probe(settings, stop, random.randrange(SLOTS), args.url)
     if args.continuously:
         log_lines.begin("probe")
         log_lines.follow(settings.logs)

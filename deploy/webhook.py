@@ -175,8 +175,8 @@ def run(settings: Settings) -> None:
         PortTaken: The port is in use.
         SettingsError: Tokens or certificate cannot be used.
     """
-    host, port = settings.console.host, settings.webhook.port
-    bound, server = listen(host, port, "webhook.port"), server_of(settings, wall_ms)
+    host, port = settings.console.host, settings.up.webhook_port
+    bound, server = listen(host, port, "up.metrics_port"), server_of(settings, wall_ms)
     server.end_on_signals()
     _log.info("notifications are received at %s, port %d, %s", *bound.getsockname()[:2], PATH)
     server.run(sockets=[bound])

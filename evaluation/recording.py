@@ -215,7 +215,7 @@ def micro_batches(
         store = HistoryStore(Path(folder), spec.history)
         join = None if attributes is None else attributes.join
         job = replace(open_job(settings, store, SALT, events.topic_id), join=join)
-        encoding = Encoding(spec.digest, SALT.fingerprint, 1 << 16, settings.stream.max_record_bytes)
+        encoding = Encoding(spec.digest, SALT.fingerprint, 1 << 16)
 
         def converted() -> Iterator[MicroBatch]:
             now_ms = wall_ms()

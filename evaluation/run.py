@@ -29,7 +29,7 @@ from state.microbatch.batch import MicroBatch, happened
 from state.process.progress_line import ProgressLine, bar
 from state.process.quiet_stderr import quiet_stderr
 from state.recordings.rows import shown_reasons
-from streaming.preprocessing import analysed, load_preprocessing
+from streaming.preprocessing import SAMPLE_ROWS, analysed, load_preprocessing
 from trainer.device import prepare
 from trainer.engine.making import trainer_of
 from trainer.engine.step import Trainer
@@ -73,10 +73,10 @@ def begin_of(events: RecordedEvents, wanted: Wanted) -> int:
 def analyse(
     settings: Settings, spec: FeatureSpec, events: RecordedEvents, attributes: KnownFields | None
 ) -> Preprocessing:
-    """The preprocessing with the feature constants that a bootstrap finds in the first `bootstrap.sample_rows` rows."""
+    """The preprocessing with the feature constants that a bootstrap finds in the first `SAMPLE_ROWS` rows."""
     first = list[EventBatch]()
     for batch in events.batches:
-        if sum(map(len, first)) >= settings.bootstrap.sample_rows:
+        if sum(map(len, first)) >= SAMPLE_ROWS:
             break
         first.append(batch)
     with quiet_stderr(), micro_batches(settings, spec, events, attributes, first) as batches:
@@ -131,7 +131,7 @@ def evaluate(
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="springtide-evaluate-"))
         own = replace(settings, paths=replace(settings.paths, state=folder))
-        progress.say(f"analysing the features of the first {min(len(events), settings.bootstrap.sample_rows):,} events")
+        progress.say(f"analysing the features of the first {min(len(events), SAMPLE_ROWS):,} events")
         known = stack.enter_context(open_attributes(own, attributes))
         trainer = trainer_of(own, spec, analyse(own, spec, events, known))
         host = None

@@ -40,7 +40,7 @@
     │   ├── exposures/           exposures that workers have not sent to Kafka yet   deploy/serving/exposures.py
     │   ├── counters/            counters of workers that share a port     deploy/serving/rest.py
     │   └── programs/            the programs of applied versions
-    ├── exports/<version>/       SavedModels, or at `export.directory`     trainer/exporting/saved_model.py
+    ├── exports/<version>/       SavedModels                      trainer/exporting/saved_model.py
     ├── validation/              place.json, windows/<log time>.pb         deploy/validation/process.py
     ├── experiments/<name>/      comparison.json                           state/experiments/comparison.py
     │   ├── registry/            its own registry, with versions and control as above, and:
@@ -50,7 +50,7 @@
     │   │                        state/experiments/comparison.py
     │   └── host/                its own serving, while its rollout runs   deploy/experiments/host.py
     ├── replay/<key>/            lock, journal                    deploy/replaying/recording.py
-    ├── kafka/                   broker.lock, data; or at `paths.kafka`        deploy/kafka/broker.py
+    ├── kafka/                   broker.lock, data                deploy/kafka/broker.py
     ├── prometheus/              prometheus.yml, data             deploy/startup/prometheus.py
     ├── flink/                   lock, conf, checkpoints, savepoints, logs     deploy/flink/processes.py
     └── logs/                    one file per process             deploy/children/supervisor.py

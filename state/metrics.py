@@ -263,7 +263,7 @@ class TrainerMetrics(Metrics):
         "1 while a hold cannot be written, for example because the store of a shared registry is unreachable; nothing is published until it is."
     )
     guard_ratio = gauge("Score of each rule of the guard as a share of its hold threshold; 1 is a hold.", "rule")
-    guard_windows = gauge("Windows in the guard's baseline; below guard.warm_up the guard judges nothing.")
+    guard_windows = gauge("Windows in the guard's baseline; below 30 the guard judges nothing.")
     withheld = gauge("1 while versions wait because the guard suspects an update.")
     privacy_epsilon_spent = gauge("Spent privacy budget, as epsilon at privacy.delta.")
     privacy_epsilon_limit = gauge("Privacy budget, privacy.epsilon; 0 if there is none.")

@@ -10,7 +10,7 @@ One bounded Beam job with the stream's own code for clicks and windows:
 
 1. A custom preprocessing is checked on made-up rows.
 2. The job reads files, or the beginning of the clicks topic (it waits for `bootstrap.min_rows` clicks there). It reads
-   at most `bootstrap.sample_rows` clicks.
+   at most 50,000 clicks (`--rows`).
 3. `specs/<digest>/` of the registry appears at once with graph, labels, schema and statistics. It is written once for
    each feature spec. Another preprocessing of the same spec gets a directory with a number after the digest.
 """
@@ -67,6 +67,7 @@ from streaming.context import JobContext, open_job
 from streaming.past import Batches, recorded_batches
 from streaming.preprocessing import (
     DEFAULT,
+    SAMPLE_ROWS,
     analyse,
     analysis,
     category_batch,
@@ -80,6 +81,7 @@ from streaming.rows import Rows
 from streaming.steps import Handle, ParseEvents, Step, opened
 
 POLL_S = 0.2
+TIMEOUT_S = 120.0  # the maximum wait for `bootstrap.min_rows` clicks
 PROGRESS_S = 2.0
 COMPRESSION = "gzip"
 SHARD_ROWS = 10_000  # of a file of examples, about
@@ -96,12 +98,14 @@ class Wanted:
         sort: memory (read everything, then order by time) or assume (the files are in order).
         examples: Directory for tf.Examples; None for none.
         of_up: Whether `up` started this: it has checked the preprocessing, and creates the topic once its Kafka runs.
+        rows: The maximum number of clicks.
     """
 
     recording: Recording | None = None
     sort: str = "memory"
     examples: Path | None = None
     of_up: bool = False
+    rows: int = SAMPLE_ROWS
 
 
 TOPIC = Wanted()
@@ -146,9 +150,11 @@ class Sample(JobContext):
     """The context of one bootstrap; its store is deleted afterwards.
 
     Attributes:
+        rows: The maximum number of clicks.
         asked: The options that the preprocessing read, as recorded by `AskedModel`.
     """
 
+    rows: int
     say: Say
     clock_s: Callable[[], float]
     began_s: float
@@ -159,7 +165,7 @@ class Sample(JobContext):
     @property
     def left(self) -> int:
         """Maximum number of records of the next batch."""
-        return min(self.settings.stream.batch_events, self.settings.bootstrap.sample_rows - self.tally.clicks)
+        return min(self.settings.stream.cut_rows, self.rows - self.tally.clicks)
 
     def progress(self, wanted: str) -> None:
         """Reports the progress, at most once every two seconds."""
@@ -181,14 +187,16 @@ class Sample(JobContext):
 
 
 @contextmanager
-def open_sample(settings: Settings, salt: Salt, clock: Callable[[], float], say: Say) -> Iterator[Handle[Sample]]:
-    """Yields a new sample, whose store is deleted after the block."""
+def open_sample(
+    settings: Settings, salt: Salt, clock: Callable[[], float], say: Say, rows: int = SAMPLE_ROWS
+) -> Iterator[Handle[Sample]]:
+    """Yields a new sample of at most `rows` clicks, whose store is deleted after the block."""
     with tempfile.TemporaryDirectory(prefix="springtide-bootstrap-") as folder:
         store = HistoryStore(Path(folder), settings.features.history)
         try:
             job = open_job(settings, store, salt, topic_id="")
             statistics = Statistics(job.spec.actions, job.spec.names, settings.events.context)
-            sample = Sample(**vars(job), say=say, clock_s=clock, began_s=clock(), statistics=statistics)
+            sample = Sample(**vars(job), rows=rows, say=say, clock_s=clock, began_s=clock(), statistics=statistics)
             with opened(sample) as handle:
                 yield handle
         finally:
@@ -212,10 +220,10 @@ class ComputeWindows(Step[Sample]):
 def of_topic(sample: Sample, await_topic: bool = False) -> Batches:
     """Reads the clicks topic from its beginning; ends when there are enough clicks and no more are waiting.
 
-    With `await_topic` it waits for Kafka and the topic, up to `bootstrap.timeout_s`.
+    With `await_topic` it waits for Kafka and the topic, up to `TIMEOUT_S`.
 
     Raises:
-        SpringtideError: `bootstrap.timeout_s` passed with fewer than `bootstrap.min_rows` clicks.
+        SpringtideError: `TIMEOUT_S` passed with fewer than `bootstrap.min_rows` clicks.
         LogError: The topic cannot be read.
     """
     settings, wanted = sample.settings, sample.settings.bootstrap
@@ -227,12 +235,12 @@ def of_topic(sample: Sample, await_topic: bool = False) -> Batches:
             if batches:
                 yield batches
             # While clicks keep arriving no poll is empty, so reading ends at a lag of less than one batch.
-            if sample.tally.clicks >= wanted.min_rows and sum(reader.lag().values()) < settings.stream.batch_events:
+            if sample.tally.clicks >= wanted.min_rows and sum(reader.lag().values()) < settings.stream.cut_rows:
                 break
             sample.progress(f"of at least {wanted.min_rows:,} clicks of {topic}")
-            if sample.clock_s() - began_s > wanted.timeout_s and sample.tally.clicks < wanted.min_rows:
+            if sample.clock_s() - began_s > TIMEOUT_S and sample.tally.clicks < wanted.min_rows:
                 raise SpringtideError(
-                    f"after {wanted.timeout_s} s topic {topic} holds {sample.tally.clicks} usable clicks of the "
+                    f"after {TIMEOUT_S} s topic {topic} holds {sample.tally.clicks} usable clicks of the "
                     f"{wanted.min_rows} needed",
                     "start the producer, check the dead letters, lower "
                     "bootstrap.min_rows, or name files of recorded clicks: `springtide bootstrap FILE...`",
@@ -246,7 +254,7 @@ def _reader(sample: Sample, await_topic: bool) -> Reader:
         try:
             return Reader(settings.kafka, settings.kafka.clicks_topic)
         except (UnreachableBroker, UnknownTopic):
-            if not await_topic or sample.clock_s() - sample.began_s > settings.bootstrap.timeout_s:
+            if not await_topic or sample.clock_s() - sample.began_s > TIMEOUT_S:
                 raise
             time.sleep(POLL_S)
 
@@ -347,7 +355,7 @@ def build(pipeline: beam.Pipeline, handle: Handle[Sample], wanted: Wanted, outpu
         list_categories(categories, output / "categories")
     if wanted.examples is not None:
         # `_describe` completes the directory.
-        shards = math.ceil(settings.bootstrap.sample_rows / SHARD_ROWS)
+        shards = math.ceil(wanted.rows / SHARD_ROWS)
         target, suffix = str(wanted.examples / PREFIX), SUFFIXES[COMPRESSION]
         (
             rows
@@ -417,7 +425,7 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
     imports.join(None if wanted.recording else 0)
     with (
         tempfile.TemporaryDirectory(prefix="springtide-specs-") as folder,
-        open_sample(settings, salt, clock, say) as handle,
+        open_sample(settings, salt, clock, say, wanted.rows) as handle,
     ):
         # 2.
         output = None if name is not None else Path(folder)
@@ -469,7 +477,7 @@ def asked(argv: Sequence[str]) -> tuple[Settings, Wanted]:
         epilog="Settings are written --section.name VALUE. Exit codes: 0 done, 1 failed, 2 wrong use.",
         allow_abbrev=False,
     )
-    parser.add_argument("--rows", type=int, metavar="N", help="maximum number of clicks (bootstrap.sample_rows)")
+    parser.add_argument("--rows", type=int, metavar="N", default=SAMPLE_ROWS, help="maximum number of clicks")
     parser.add_argument(
         "--examples",
         type=Path,
@@ -479,10 +487,11 @@ def asked(argv: Sequence[str]) -> tuple[Settings, Wanted]:
     parser.add_argument("--of-up", action="store_true", help=argparse.SUPPRESS)
     add_file_arguments(parser, "Recorded times are kept.")
     options = parser.parse_args(words)
-    rows = [] if options.rows is None else [f"--bootstrap.sample_rows={options.rows}"]
-    settings = load([*flags, *as_settings(options), *rows], os.environ)
+    if options.rows < 1:
+        raise SettingsError(f"--rows {options.rows}: must be at least 1", f"see `{parser.prog} --help`")
+    settings = load([*flags, *as_settings(options)], os.environ)
     recording = chosen(options, settings.events) if options.files else None
-    return settings, Wanted(recording, options.sort, options.examples, options.of_up)
+    return settings, Wanted(recording, options.sort, options.examples, options.of_up, options.rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from state.config.sections import Stream
 from state.history.appends import Appends
+from state.log.topic_plan import RECORD_BYTES
 from state.microbatch.batch import Header
 from state.microbatch.codec import split
 from state.positions import Range, Source, merge_ranges
@@ -121,14 +122,14 @@ class Encoding:
     spec: str
     salt: str
     max_rows: int
-    max_record_bytes: int
+    max_record_bytes: int = RECORD_BYTES
     mask_generation: int = 0
     log_epoch: int = 1
 
     @classmethod
     def of(cls, stream: Stream, spec: str, salt: str, mask_generation: int = 0, log_epoch: int = 1) -> Encoding:
         """The encoding of a stream with these settings."""
-        return cls(spec, salt, stream.cut_rows, stream.max_record_bytes, mask_generation, log_epoch)
+        return cls(spec, salt, stream.cut_rows, RECORD_BYTES, mask_generation, log_epoch)
 
 
 def encode_cut(cut: Cut, encoding: Encoding) -> list[bytes]:

@@ -46,6 +46,7 @@ U8 = NDArray[np.uint8]
 
 MOST_EXPIRED = 8
 NONE = -1
+ANY_USER = np.uint64(0)  # no user has this id
 NEVER_MS = np.iinfo(np.int64).min
 _FREE = 0
 
@@ -395,10 +396,16 @@ def _impression_of(queue: Queue, arrived: Arrived, n: int, share: int, wait_ms: 
 
 
 @compiled
-def _oldest_over(queue: Queue, share: int, over_ms: int) -> int:
-    """The slot of the oldest impression of a share if its wait is over; otherwise `NONE`."""
-    slot = queue.first[share, 0]
-    return slot if slot != NONE and queue.begun_ms[slot] < over_ms else NONE
+def _expire(
+    queue: Queue, share: int, over_ms: int, user: np.uint64, position: Position, result: Attributed, count: int
+) -> int:
+    """Expires the oldest impressions of a share whose wait is over, up to the first of another user than `user`."""
+    for _ in range(MOST_EXPIRED):
+        slot = queue.first[share, 0]
+        if slot == NONE or queue.begun_ms[slot] >= over_ms or (user != ANY_USER and queue.user[slot] != user):
+            break
+        count = _resolve(queue, slot, EXPIRED, position, result, count)
+    return count
 
 
 @compiled("Queue, Arrived, Segments, Order, Limits, Attributed")
@@ -423,11 +430,7 @@ def _attribute(
                 while at < until and idle < SHARES:
                     before = count
                     share = partition * SHARES + at % SHARES
-                    for _ in range(MOST_EXPIRED):
-                        slot = _oldest_over(queue, share, turn_over_ms)
-                        if slot == NONE:
-                            break
-                        count = _resolve(queue, slot, EXPIRED, Position(last, r, at), result, count)
+                    count = _expire(queue, share, turn_over_ms, ANY_USER, Position(last, r, at), result, count)
                     idle = idle + 1 if count == before else 0
                     at += 1
                 at = until
@@ -451,11 +454,7 @@ def _attribute(
                     result.kind[n] = OPENED
                     begin(queue, offset, arrived.at_ms[n], begun_ms, arrived.pair[n], user, share)
             # 3. at an event of its own user.
-            for _ in range(MOST_EXPIRED):
-                slot = _oldest_over(queue, share, over_ms)
-                if slot == NONE or queue.user[slot] != user:
-                    break
-                count = _resolve(queue, slot, EXPIRED, Position(n, r, offset), result, count)
+            count = _expire(queue, share, over_ms, user, Position(n, r, offset), result, count)
             last = n
     return count
 

@@ -42,6 +42,9 @@ LEAST_DEVIATION = 0.25
 """Minimum standard deviation of a logarithm, so that rare columns are not inflated to unit variance."""
 
 CLIP = 6.0
+SAMPLE_ROWS = 50_000
+"""The most clicks from which the constants are computed, unless `springtide bootstrap --rows` is given."""
+
 DEFAULT = Model()
 ROWS = 256
 ALONE = 8

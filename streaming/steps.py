@@ -177,7 +177,7 @@ class ClickReader:
             LogError: Positions are gone, or the broker stays unreachable.
         """
         stream = self._context.settings.stream
-        self._reader.begin(stream.batch_events)
+        self._reader.begin(stream.cut_rows)
         batches = self._reader.poll(POLL_S)
         for batch in batches:
             received_ms = appended_ms(batch, wall_ms())
@@ -270,7 +270,7 @@ class ReadClicks(Step[StreamContext]):
             # All downstream steps run before the generator continues.
             yield batches
             context.metrics.busy_seconds.inc(time.perf_counter() - begun_s)
-            if 0 < sum(map(len, batches)) < stream.batch_events:
+            if 0 < sum(map(len, batches)) < stream.cut_rows:
                 # At the end of the log a poll returns with the next click. A poll and its steps cost the same for one
                 # click as for fifty, so this waits for more clicks to arrive.
                 context.stopping.wait(max(0.0, POLL_S - (time.perf_counter() - polled_s)))

@@ -365,7 +365,6 @@ def tiers_of(settings: Settings) -> Tiers:
         thin_every_ms=THIN_EVERY_MS,
         sparse_every_ms=HOUR_MS,
         most_bytes=min(int(retention.delta_keep_gb * 1e9), kept_bytes(settings, REGISTRY) - of_snapshots),
-        load_bytes=LOAD_BYTES,
     )
 
 

@@ -62,10 +62,8 @@ def await_others(addresses: Sequence[str], index: int, report: Callable[[Sequenc
     Raises:
         PortTaken: Another process listens on this worker's port.
     """
-    port, others = (
-        int(addresses[index].rpartition(":")[2]),
-        [other for other in range(len(addresses)) if other != index],
-    )
+    port = int(addresses[index].rpartition(":")[2])
+    others = [other for other in range(len(addresses)) if other != index]
     try:
         is_dual = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if is_dual else socket.AF_INET

@@ -41,6 +41,15 @@ F32 = npt.NDArray[np.float32]
 REMEMBERED = 120
 """Windows that a signal is compared with: 20 minutes of windows of the default length."""
 
+WINDOW_ROWS = 1024
+"""The fewest examples of a window."""
+
+USERS = 20
+"""The guard judges nothing while the median number of users who click in a window is below this."""
+
+WARM_UP = 30
+"""Windows before the guard first judges an update."""
+
 MOST_WAIT_MS = 30_000
 """Log time for which versions wait while the guard is unsure: half the delay of serving that raises an alert.
 If windows are longer than that, because few users click, a suspect version passes then, and may be held later."""
@@ -103,7 +112,7 @@ class WindowWatch:
     """
 
     def __init__(self, limits: GuardSettings, slices: str = "") -> None:
-        self._limits, self._of, self._slices = limits, slices, SliceWatch(limits.warm_up)
+        self._limits, self._of, self._slices = limits, slices, SliceWatch(WARM_UP)
         self.clear()
 
     def clear(self) -> None:
@@ -125,7 +134,7 @@ class WindowWatch:
             self._open = OpenWindow(start)
         window = self._open
         window.add(step)
-        if window.rows < self._limits.window_rows:
+        if window.rows < WINDOW_ROWS:
             return self._in_time(self._standing(self._sums, None, None), step.log_ms)
         signals, words = window.signals(self._shares), self._slices.judge(window.slices)
         sums = self._summed(signals)
@@ -196,11 +205,11 @@ class WindowWatch:
     @property
     def _crowded(self) -> bool:
         """Whether enough users usually click for a judgement."""
-        return len(self._users) > 0 and float(np.median(self._users)) >= self._limits.users
+        return len(self._users) > 0 and float(np.median(self._users)) >= USERS
 
     def _compare(self) -> None:
         crowded = self._crowded
-        enough = np.count_nonzero(~np.isnan(self._past), axis=0) >= self._limits.warm_up
+        enough = np.count_nonzero(~np.isnan(self._past), axis=0) >= WARM_UP
         self._usual = [
             usual(self._past[:, number], rule) if crowded and enough[number] else None
             for number, rule in enumerate(RULES)

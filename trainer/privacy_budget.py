@@ -115,7 +115,7 @@ class PrivacyBudget:
             return True
         self._metrics.privacy_rows_left_out.set(self._private.allowance.left_out)
         log_ms = max(self._trainer.counters.log_ms, int(intake.batch.at_ms.max()))
-        number = int(log_ms // (1000 * self._wanted.period_s)) if self._wanted.unit == "user" else 0
+        number = log_ms // self._private.allowance.period_ms if self._wanted.unit == "user" else 0
         # A rewritten log and accepted losses change which records a branch has; the history sees them only afterwards.
         lost = position.left_out + position.gap + sum(first - mark for _, mark, first in intake.gaps)
         line = self._private.history.line_at(noise_place) + f"leader {leader_epoch} lost {lost}".encode()

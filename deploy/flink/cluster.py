@@ -33,7 +33,6 @@ STOP_S = 15.0
 SLOTS = 2  # of each TaskManager
 # Memory of a TaskManager, MB. Flink's own scripts compute these; without them a TaskManager requires each explicitly.
 FRAMEWORK_MB, NETWORK_MB, OFF_HEAP_MB, METASPACE_MB = 96, 64, 64, 256
-MANAGED_MB = {"hashmap": 0, "rocksdb": 128}
 # Flink leaves its temporary files behind when it is killed, so each start empties the directory of its process.
 EMPTIED = ("/bin/sh", "-c", 'rm -rf "$0" && mkdir -p "$0" && exec "$@"')
 # Packages that Flink's and Beam's serialisers read by reflection.
@@ -59,8 +58,7 @@ def configuration(settings: FlinkSettings, directory: Path, rpc_port: int) -> st
         "jobmanager.rpc.port": rpc_port,
         "rest.port": settings.rest_port,
         "rest.bind-port": settings.rest_port,
-        "state.backend.type": settings.state_backend,
-        "state.backend.incremental": "true",
+        "state.backend.type": "hashmap",
         "taskmanager.numberOfTaskSlots": SLOTS,
         "taskmanager.cpu.cores": SLOTS,
     }
@@ -71,7 +69,7 @@ def configuration(settings: FlinkSettings, directory: Path, rpc_port: int) -> st
         "task.off-heap.size": OFF_HEAP_MB,
         "network.min": NETWORK_MB,
         "network.max": NETWORK_MB,
-        "managed.size": MANAGED_MB[settings.state_backend],
+        "managed.size": 0,
         "jvm-metaspace.size": METASPACE_MB,
         "jvm-overhead.min": OFF_HEAP_MB,
         "jvm-overhead.max": OFF_HEAP_MB,

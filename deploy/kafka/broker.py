@@ -88,7 +88,7 @@ def format_storage(class_path: str, log: Path, configuration: Path) -> None:
         quoted = (process.stderr or process.stdout).strip().splitlines()[-QUOTED_LINES:]
         raise KafkaFailed(
             f"Kafka could not format {configuration.parent / 'data'}: {' | '.join(quoted)}",
-            "check its disk and access rights, or set paths.kafka to an empty directory",
+            "check its disk and access rights",
         )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import functools
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -106,7 +108,7 @@ class Workers:
     """Starts and supervises a host's workers; `run` returns after `stop`.
 
     `counters` is the directory of their counters, which is emptied. `target` names what a worker's process calls:
-    (number, socket, event, parent's arguments).
+    (number, socket, event, flags of all workers whose kernels are ready, parent's arguments).
     """
 
     def __init__(
@@ -116,14 +118,15 @@ class Workers:
         counters: Path,
         target: Callable[..., None],
         arguments: list[str],
-        clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._bound, self._target, self._arguments, self._clock_s = bound, target, arguments, clock_s
+        self._bound, self._target, self._arguments = bound, target, arguments
         self._context = multiprocessing.get_context("spawn")
         self._stopping = False
         make_counters(counters, count)
         os.environ[COUNTERS] = str(counters.resolve())
         self.workers = [Worker(number, self._context.Event()) for number in range(count)]
+        # Without a lock, which a killed worker would keep.
+        self._compiled = self._context.RawArray(ctypes.c_bool, count)
 
     def stop(self, *_: object) -> None:
         """Ends all workers cleanly."""
@@ -151,7 +154,7 @@ class Workers:
 
     def _check(self, worker: Worker) -> bool:
         """Starts a worker, or restarts it when due; false if it never became ready."""
-        now_s = self._clock_s()
+        now_s = time.monotonic()
         if worker.again_s is None:
             process = worker.process
             assert process is not None
@@ -166,7 +169,7 @@ class Workers:
             ended = how(process.exitcode or 0)
             _log.warning("serving worker %d ended (%s); %s", worker.number, ended, worker.deaths.as_text())
         if now_s >= worker.again_s:
-            arguments = (worker.number, self._bound, worker.ready, self._arguments)
+            arguments = (worker.number, self._bound, worker.ready, self._compiled, self._arguments)
             worker.process = self._context.Process(target=self._target, args=arguments)
             worker.process.start()
             worker.since_s, worker.again_s = now_s, None
@@ -215,6 +218,7 @@ OWN_FILES = 256
 UNKNOWN = "unknown"
 """Metrics' label value of a request that matches no endpoint."""
 Done = Callable[[Response], None]
+Flags = ctypes.Array[ctypes.c_bool]
 _log = logging.getLogger(__name__)
 
 
@@ -347,16 +351,19 @@ class App:
 
 
 class Warming:
-    """Prepares a worker: its kernels, then one answer of each kind. Until then the host is not ready."""
+    """Prepares a worker: its kernels, then one answer of each kind. Until then the host is not ready.
 
-    def __init__(self, host: Host, kernels: Kernels) -> None:
-        self._host, self._kernels = host, kernels
+    `compiled` is called once the kernels are ready.
+    """
+
+    def __init__(self, host: Host, kernels: Kernels, compiled: Callable[[], object] = lambda: None) -> None:
+        self._host, self._kernels, self._compiled = host, kernels, compiled
         host.kernels, host.warm = kernels, False
         self._task: asyncio.Task[None] | None = None
 
     def prepare(self) -> None:
         """Prepares the worker before it accepts connections, if its host can answer already."""
-        self._kernels.prepare()
+        self._compile()
         if self._is_cold():
             for _ in self._steps():
                 pass
@@ -367,8 +374,12 @@ class Warming:
             return
         if not self._kernels.done:
             # A daemon: a stop does not wait for the compiler.
-            threading.Thread(target=self._kernels.prepare, name="kernels", daemon=True).start()
+            threading.Thread(target=self._compile, name="kernels", daemon=True).start()
         self._task = asyncio.get_running_loop().create_task(self._run())
+
+    def _compile(self) -> None:
+        self._kernels.prepare()
+        self._compiled()
 
     async def _run(self) -> None:
         while not self._is_cold():
@@ -417,16 +428,22 @@ def serve(
     settings: Settings,
     bound: socket.socket,
     ready: Callable[[], None] = lambda: None,
-    shared: bool = False,
+    number: int = 0,
+    compiled: Flags | None = None,
     again: bool = False,
 ) -> None:
     """Runs one worker until SIGTERM or SIGINT; requests in progress are answered before it returns.
 
-    `ready` is called once it accepts connections. `shared`: other workers answer on the same port, and its metrics
-    add up their counters. `again`: it replaces a worker, so it is prepared before it accepts connections.
+    `ready` is called once it accepts connections. `number` is its index among the workers that answer on the same port,
+    and `compiled` has a flag of each, set once that worker's kernels are ready; None: it is the only one. Metrics of
+    several workers add up their counters. `again`: it replaces a worker, so it is prepared before it accepts
+    connections.
     """
     salt, serving = load_salt(settings.salt_path, create=False), settings.serving
+    shared, flags = compiled is not None, (ctypes.c_bool * 1)() if compiled is None else compiled
     host = Host(settings, salt, now_ms=wall_ms)
+    # A client of the port may reach any worker.
+    host.others_compile = lambda: not all(flags)
     access = Access.of(settings)
     registry = CollectorRegistry()
     # It logs URLs, which contain user ids.
@@ -441,7 +458,9 @@ def serve(
         add_process(registry)
     own_hosts = access.tokens is None and is_loopback(serving.host)
     limits = ConnectionLimits(serving.timeout_s, CONNECTIONS, own_hosts)
-    warming = Warming(host, Kernels(registry, _log, uses=[FEATURE_KERNELS]))
+    warming = Warming(
+        host, Kernels(registry, _log, uses=[FEATURE_KERNELS]), functools.partial(flags.__setitem__, number, True)
+    )
     if serving.advertise or not host.shares.is_all:
         app.router = Router(settings, salt, host, app.metrics, wall_ms)
 
@@ -468,7 +487,7 @@ def serve(
         app.close()
 
 
-def shared_worker(number: int, bound: socket.socket, ready: Event, argv: list[str]) -> None:
+def shared_worker(number: int, bound: socket.socket, ready: Event, compiled: Flags, argv: list[str]) -> None:
     """Runs one of several workers; it adds the counters of the others to its own."""
     end_with_parent()
     count_as(number)
@@ -476,7 +495,7 @@ def shared_worker(number: int, bound: socket.socket, ready: Event, argv: list[st
     def work() -> None:
         settings = load(argv)
         log_lines.follow(settings.logs)
-        serve(settings, bound, ready.set, shared=True, again=ready.is_set())
+        serve(settings, bound, ready.set, number, compiled, again=ready.is_set())
 
     log_lines.begin("worker")
     sys.exit(reported(work, _log))

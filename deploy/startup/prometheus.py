@@ -17,6 +17,7 @@ from state.errors import SettingsError
 NAME = "prometheus"
 RULES = Path(__file__).parents[1] / "prometheus" / "rules"
 STOP_S = 15.0
+INTERVAL_S = 5.0  # between scrapes, and between evaluations of the rules
 STORED_MB = 512  # not part of `storage.budget_gb`; the oldest data is removed first
 
 
@@ -47,7 +48,7 @@ def configuration(settings: Settings) -> dict[str, Any]:
     >>> configuration(Settings())["scrape_configs"][1]["static_configs"]
     [{'targets': ['127.0.0.1:9102']}]
     """
-    every = f"{round(1000 * settings.up.prometheus_interval_s)}ms"
+    every = f"{round(1000 * INTERVAL_S)}ms"
     return {
         "global": {"scrape_interval": every, "scrape_timeout": every, "evaluation_interval": every},
         "rule_files": [str(RULES / "*.yml")],

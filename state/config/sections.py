@@ -45,7 +45,6 @@ class Paths:
     salt_file: str = setting(
         "", help="File with the secret salt of user pseudonyms; empty: `salt` in the state directory."
     )
-    kafka: str = setting("", help="Data directory of the local Kafka; empty: `kafka` in the state directory.")
 
 
 @dataclass(frozen=True)
@@ -248,20 +247,12 @@ class Stream:
         most=60_000,
         help="Maximum time before a micro-batch is written; on a distributed runner, the time for which a source collects clicks.",
     )
-    cut_rows: int = setting(2048, "rows", least=1, most=65536, help="Examples at which a micro-batch is written.")
-    max_record_bytes: int = setting(
-        900_000,
-        "bytes",
-        least=100_000,
-        most=15_000_000,
-        help="Maximum size of a micro-batch record; a larger micro-batch is split.",
-    )
-    batch_events: int = setting(
+    cut_rows: int = setting(
         2048,
-        "events",
+        "rows",
         least=1,
-        most=1_000_000,
-        help="Maximum number of events in a columnar batch; a source on a distributed runner collects five times as many.",
+        most=65536,
+        help="Examples at which a micro-batch is written, and maximum number of events that are read at once; a source on a distributed runner collects five times as many.",
     )
     cache_users: int = setting(
         20_000, "users", least=1, most=100_000_000, help="Number of users whose histories are cached in memory."
@@ -303,7 +294,11 @@ class Model:
         32, "categories", least=1, most=4096, help="Number of popular categories that are scored for every user."
     )
     learning_rate: float = setting(0.02, least=0.0, help="Learning rate of the embedding rows (Adagrad).")
-    dense_learning_rate: float = setting(0.001, least=0.0, help="Learning rate of the dense weights (Adam).")
+    dense_learning_rate: float = setting(
+        0.001,
+        least=0.0,
+        help="Learning rate of the dense weights (Adam); 20 times as high if `privacy.epsilon` is set.",
+    )
     options: tuple[str, ...] = setting(
         (), help="Hyperparameters of a custom ranker, tower or preprocessing function, each as NAME=VALUE."
     )
@@ -424,25 +419,7 @@ class TrainerSettings:
         "rows",
         least=16,
         most=2_000_000_000,
-        help="Maximum number of embedding rows of a table; the least used ones are evicted first.",
-    )
-    max_crosses: int = setting(
-        8_000_000,
-        "rows",
-        least=64,
-        most=2_000_000_000,
-        help="Maximum number of crosses; the least used crosses are evicted first.",
-    )
-    capacity: int = setting(
-        65536, "rows", least=16, most=2_000_000_000, help="Initial embedding rows of a table, which grows as needed."
-    )
-    guard_factor: float = setting(
-        8.0,
-        least=1.0,
-        help="Multiple of the expected loss or gradient above which the guard skips an update; see `docs/model/index.md`.",
-    )
-    guard_patience: int = setting(
-        20, "steps", least=1, help="Number of consecutive skipped updates after which training is held."
+        help="Maximum number of embedding rows of a table, and of four times as many crosses; the least used ones are evicted first.",
     )
     metrics_port: int = setting(9102, least=0, most=65535, help="Port of /metrics of the trainer.")
 
@@ -455,16 +432,6 @@ class GuardSettings:
         "on", choices=("on", "off"), help="Whether the guard compares updates with earlier windows of log time."
     )
     window_s: float = setting(10.0, "s", least=0.1, most=86_400.0, help="Minimum log time of a window.")
-    window_rows: int = setting(1024, "rows", least=16, most=10_000_000, help="Minimum number of examples of a window.")
-    users: int = setting(
-        20,
-        least=1,
-        most=1000,
-        help="Minimum for the median number of users who click in a window; below it, the guard judges nothing.",
-    )
-    warm_up: int = setting(
-        30, "windows", least=3, most=120, help="Number of windows before the guard first judges an update."
-    )
 
 
 @dataclass(frozen=True)
@@ -502,11 +469,6 @@ class PrivacySettings:
         most=1e6,
         help="Maximum norm of the gradient that a unit contributes to an update.",
     )
-    learning_rate: float = setting(
-        0.02,
-        least=0.0,
-        help="Learning rate of the dense weights (Adam) if `privacy.epsilon` is set; replaces `model.dense_learning_rate`.",
-    )
     unit: str = setting(
         "user", choices=("user", "example"), help="Unit of privacy: all examples of a user, or a single one."
     )
@@ -514,9 +476,8 @@ class PrivacySettings:
         8,
         least=1,
         most=65_535,
-        help="Maximum number of updates of a period to which a user contributes. Later examples of the user are measured but not learned from. For unit `user` only.",
+        help="Maximum number of updates of a period, a day of log time, to which a user contributes. Later examples of the user are measured but not learned from. For unit `user` only.",
     )
-    period_s: float = setting(86_400.0, "s", least=1.0, help="Log time of a period. For unit `user` only.")
     periods: int = setting(
         30,
         "periods",
@@ -560,13 +521,6 @@ class HistorySettings:
         most=1_000_000_000,
         help="Maximum number of users with a history, in the stream and on each host. The least recently read histories are evicted first, also when the store is nearly full.",
     )
-    items_keep_d: int = setting(
-        90,
-        "d",
-        least=1,
-        most=36_500,
-        help="Log time after which a host evicts an item or name that no click has mentioned.",
-    )
 
     snapshot_every_s: float = setting(
         120.0,
@@ -595,7 +549,11 @@ class ServingSettings:
         help="Maximum expected wait in the queue; a request that would wait longer is refused (429).",
     )
     timeout_s: float = setting(
-        10.0, "s", least=0.1, most=3600.0, help="Timeout for receiving a request (408) and for answering it (504)."
+        10.0,
+        "s",
+        least=0.1,
+        most=3600.0,
+        help="Timeout for receiving a request (408) and for answering it (504). An experiment in a rollout has a tenth of it; then the live version answers.",
     )
     max_age_s: float = setting(
         0.0,
@@ -668,10 +626,6 @@ class ExportSettings:
 
     every_s: float = setting(
         0.0, "s", least=0.0, help="Interval between SavedModels that are exported in parallel to training; 0: none."
-    )
-    directory: str = setting(
-        "",
-        help="Directory of the SavedModels, with a subdirectory per version; empty: `exports` in the state directory.",
     )
 
 
@@ -760,9 +714,7 @@ class MetricsSettings:
 class Bootstrap:
     """The analysis of the first clicks, for the constants of the preprocessing."""
 
-    sample_rows: int = setting(50_000, "rows", least=1, help="Maximum number of examples that are analysed.")
     min_rows: int = setting(2000, "rows", least=1, help="Number of examples that the analysis waits for.")
-    timeout_s: int = setting(120, "s", least=1, help="Maximum wait for these examples.")
 
 
 @dataclass(frozen=True)
@@ -807,13 +759,6 @@ class RolloutSettings:
         "",
         help="Address of the experiment's workers, such as http://127.0.0.1:8601. `springtide up` runs them if the address is on its machine. Empty: this host takes part in no rollout.",
     )
-    timeout_s: float = setting(
-        1.0,
-        "s",
-        above=0.0,
-        most=60.0,
-        help="Timeout of an answer of the experiment. After it the live version answers, and the experiment's answer counts as failed.",
-    )
     slower_ms: float = setting(
         20.0,
         "ms",
@@ -839,13 +784,10 @@ class Supervision:
         9104,
         least=1,
         most=65_530,
-        help="Port of /metrics of `springtide up`. Probe, validation, segments and experiments without `up` use this port + 1, + 2, + 4 and + 5.",
+        help="Port of /metrics of `springtide up`. Probe, validation, the webhook, segments and experiments without `up` use this port + 1 to + 5.",
     )
     prometheus_port: int = setting(
         9090, least=1, most=65535, help="Port of the Prometheus that `springtide up --prometheus` starts."
-    )
-    prometheus_interval_s: float = setting(
-        5.0, "s", least=0.1, most=60.0, help="Scrape and evaluation interval of that Prometheus."
     )
 
     @property
@@ -857,6 +799,11 @@ class Supervision:
     def validation_port(self) -> int:
         """Port of /metrics of validation."""
         return self.metrics_port + 2
+
+    @property
+    def webhook_port(self) -> int:
+        """Port of the webhook."""
+        return self.metrics_port + 3
 
     @property
     def segments_port(self) -> int:
@@ -897,16 +844,6 @@ class ProbeSettings:
         most=120.0,
         help="Interval between probes of `springtide up` and of `springtide probe --continuously`; 0: `up` sends none.",
     )
-    url: str = setting(
-        "", help="Address of the serving API to probe; empty: serving on this host, as set in `[serving]`."
-    )
-
-
-@dataclass(frozen=True)
-class WebhookSettings:
-    """`springtide webhook`, which pins answers when an alert fires."""
-
-    port: int = setting(9107, least=1, most=65535, help="Port of the webhook.")
 
 
 @dataclass(frozen=True)
@@ -931,11 +868,6 @@ class FlinkSettings:
         least=256,
         most=1_000_000,
         help="Java heap of the JobManager, of each TaskManager and of the job server.",
-    )
-    state_backend: str = setting(
-        "hashmap",
-        choices=("hashmap", "rocksdb"),
-        help="State backend of the TaskManagers: hashmap keeps user state in the heap, rocksdb keeps it on disk at half the speed.",
     )
 
     @property

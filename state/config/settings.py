@@ -47,7 +47,6 @@ class Settings:
     up: sections.Supervision = field(default_factory=sections.Supervision)
     console: sections.ConsoleSettings = field(default_factory=sections.ConsoleSettings)
     probe: sections.ProbeSettings = field(default_factory=sections.ProbeSettings)
-    webhook: sections.WebhookSettings = field(default_factory=sections.WebhookSettings)
     flink: sections.FlinkSettings = field(default_factory=sections.FlinkSettings)
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
@@ -94,12 +93,12 @@ class Settings:
     @property
     def exports_dir(self) -> Path:
         """Directory of the SavedModels, one subdirectory per version."""
-        return Path(self.export.directory) if self.export.directory else self.state_dir / layout.EXPORTS
+        return self.state_dir / layout.EXPORTS
 
     @property
     def kafka_dir(self) -> Path:
         """Directory of the local Kafka's data."""
-        return Path(self.paths.kafka) if self.paths.kafka else self.state_dir / layout.KAFKA
+        return self.state_dir / layout.KAFKA
 
     @property
     def validation_dir(self) -> Path:

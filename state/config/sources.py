@@ -63,6 +63,13 @@ GONE = {
     "events.max_event_bytes": "a record has at most 1,000,000 bytes",
     "events.allow_outcomes": "a field that is known before the event is left out of events.outcomes",
     "model.initial_accumulator": "accumulators begin with 1e-6",
+    "stream.batch_events": "a batch has at most stream.cut_rows events",
+    "stream.max_record_bytes": "a micro-batch record has at most 900,000 bytes",
+    "bootstrap.sample_rows": "50,000 clicks are analysed, or those of `springtide bootstrap --rows`",
+    "bootstrap.timeout_s": "the analysis waits 120 s for clicks",
+    "trainer.capacity": "a table grows as needed",
+    "trainer.guard_factor": "the factor is 8",
+    "trainer.guard_patience": "20 skipped updates one after another hold training",
     "registry.base_keep_h": "one version per 10 minutes is kept for 24 h",
     **dict.fromkeys((f"shoppers.{name}" for name in ("categories", "items", "drift_s", "seed")), _CROWD),
 }

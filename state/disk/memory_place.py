@@ -117,7 +117,7 @@ def current(link: Path) -> Place | None:
     if not link.is_dir():
         return None
     path = link.resolve()
-    return Place(path, disk_kind(path) in IN_MEMORY)
+    return Place(path, is_in_memory(path))
 
 
 def settle(link: Path, location: Place) -> None:

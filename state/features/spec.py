@@ -248,15 +248,6 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def vectorise(history: Events, at_ms: int, before: int | None, mask: Mask, spec: FeatureSpec, user: int = 0) -> Vector:
-    """Computes one user's row as of `at_ms`, milliseconds, from a history in append order, `[m]` EVENT.
-
-    Only its last N events count, and of `before` leading ones if that is not None. `user` is for masks that name users.
-    """
-    events = history if before is None else history[:before]
-    return Vector(*[column[0] for column in vectorise_many([events], [at_ms], mask, spec, [user])])
-
-
 def vectorise_many(
     histories: Sequence[Events], at_ms: Sequence[int], mask: Mask, spec: FeatureSpec, users: Sequence[int]
 ) -> Vector:

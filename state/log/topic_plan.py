@@ -4,7 +4,7 @@
 |---|---|---|---|
 | clicks | `kafka.clicks_partitions` | `kafka.retention_h` | the cluster's |
 | dead letters | 1 | `kafka.retention_h` | the cluster's |
-| micro-batches | 1 | while a version can be rolled back to, at least `kafka.retention_h` | `stream.max_record_bytes` |
+| micro-batches | 1 | while a version can be rolled back to, at least `kafka.retention_h` | `RECORD_BYTES` |
 | attributes | 1 | the newest record of each key | the cluster's |
 | segments | 1 | the newest record of each key | the cluster's |
 | exposures | 1 | `kafka.retention_h`, at most 5 % of the local Kafka's share | the cluster's |
@@ -23,6 +23,7 @@ from state.storage import shares
 
 TRAINING_PARTITION = 0  # the only partition of the training log
 HOUR_MS = 3_600_000
+RECORD_BYTES = 900_000  # of a micro-batch; a larger micro-batch is split
 # Room for a record batch's overhead in addition to the micro-batch: headers of batch and record, with a margin.
 BATCH_BYTES = 100_000
 # Shares of the bytes that the local Kafka may keep.
@@ -65,7 +66,7 @@ def exposures(settings: Settings) -> TopicPlan:
 def microbatches(settings: Settings) -> TopicPlan:
     """The training log. It outlives the oldest version that can be rolled back to, because training resumes there."""
     hours = max(settings.kafka.retention_h, settings.registry.base_keep_d * 24)
-    largest = {"max.message.bytes": str(settings.stream.max_record_bytes + BATCH_BYTES)}
+    largest = {"max.message.bytes": str(RECORD_BYTES + BATCH_BYTES)}
     return _planned(settings, settings.kafka.microbatches_topic, _kept_for(hours) | largest)
 
 
@@ -74,7 +75,7 @@ def bounds(settings: Settings) -> dict[str, dict[str, str]]:
 
     The broker compresses the clicks, whose text is repetitive; micro-batches are compressed already.
     """
-    largest = 2 * (settings.stream.max_record_bytes + BATCH_BYTES)
+    largest = 2 * (RECORD_BYTES + BATCH_BYTES)
     limits = {
         plan.name: _kept_below(int(shares.kept_bytes(settings, shares.KAFKA) * share / plan.partitions), least)
         for plan, share, least in (

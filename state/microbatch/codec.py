@@ -260,7 +260,7 @@ def split(header: Header, columns: Columns, max_record_bytes: int, max_rows: int
             return [value]
         raise MicroBatchError(
             f"a micro-batch of {rows} rows takes {len(value)} bytes, more than the {max_record_bytes} of a record",
-            "raise stream.max_record_bytes, and max.message.bytes of the topic",
+            "configure fewer or shorter features.sequence, attributes or context fields",
         )
     parts = []
     for part_header, part_columns in _halves(header, columns, middle):

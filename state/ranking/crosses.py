@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.attributes.values import tables_of
-from state.compiled import compiled
+from state.compiled import compiled, read_only
 from state.compiled.mixing import mix
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
@@ -106,7 +106,7 @@ def _half_octave(weight: int) -> int:
     return 2 * shift + (weight >> shift)
 
 
-@compiled("u2[:, ::1], i4[::1], i8, u8[:, ::1]", "const(u2[:, ::1]), i4[::1], i8, u8[:, ::1]")
+@compiled("const(u2[:, ::1]), i4[::1], i8, u8[:, ::1]")
 def _answers(features: U16, places: I32, first: int, values: U64) -> None:
     """Writes the answers into the columns of `values` from `first` on; `places` are the feature columns to read."""
     for i in range(features.shape[0]):
@@ -217,7 +217,7 @@ class Crosses:
         for columns in (rows.context, rows.user_attributes, rows.item_attributes):
             values[:, at : at + columns.shape[1]] = columns
             at += columns.shape[1]
-        _answers(np.ascontiguousarray(rows.features), self._places, at, values)
+        _answers(read_only(rows.features), self._places, at, values)
         found = np.empty((count, len(self)), np.uint64)
         _cross(values, self._pairs, self._salts, found)
         return found

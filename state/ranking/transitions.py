@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from state.compiled import compiled, inlined, layout
+from state.compiled import compiled, inlined, layout, read_only
 from state.compiled.mixing import mix
 
 U64 = NDArray[np.uint64]
@@ -159,10 +159,7 @@ def _find_all(ids: U64, among: U64, found: I32) -> None:
                 found[k] = j if ids[k] == among[j] else found[k]
 
 
-@compiled(
-    "i4[::1], i4[::1], Lists, const(u8[:, ::1]), u8[::1], Succession",
-    "i4[::1], i4[::1], Lists, u8[:, ::1], u8[::1], Succession",
-)
+@compiled("i4[::1], i4[::1], Lists, const(u8[:, ::1]), u8[::1], Succession")
 def _succeed(at: I32, rows: I32, lists: Lists, recent_categories: U64, popular: U64, found: Succession) -> None:
     # For each list: the index of each follower among the popular categories.
     ranks = np.empty((rows.shape[0], FOLLOWERS), np.int32)
@@ -218,7 +215,7 @@ def succession(at: I32, lists: Lists, recent_categories: U64, popular: U64, rows
     )
     if rows is None:
         rows = np.arange(len(lists.ids), dtype=np.int32)
-    _succeed(at, rows, lists, np.ascontiguousarray(recent_categories), popular, found)
+    _succeed(at, rows, lists, read_only(recent_categories), popular, found)
     return found
 
 

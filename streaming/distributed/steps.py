@@ -48,7 +48,7 @@ RESUME = "springtide stream --runner RUNNER --savepoint_path=PATH"
 """How a stopped job is resumed; `springtide flink status` shows the savepoint or checkpoint."""
 
 REFRESH_S = 1.0
-BUNDLE_BATCHES = 5  # batches of `stream.batch_events` that a source collects at most
+BUNDLE_BATCHES = 5  # batches of `stream.cut_rows` that a source collects at most
 LEAST_S = 0.01  # for a source that is read after the moment of its bundle is over
 logger = logging.getLogger(__name__)
 
@@ -261,7 +261,7 @@ class Partitions:
         if aligned is None:
             self._resting.wait(moment_s)
         else:
-            aligned.begin(BUNDLE_BATCHES * self._settings.stream.batch_events)
+            aligned.begin(BUNDLE_BATCHES * self._settings.stream.cut_rows)
             while not aligned.is_done and (rest_s := ends_s - time.monotonic()) > 0:
                 # With an end of reading, the last batch may reach beyond it.
                 batches += [

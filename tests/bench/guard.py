@@ -1,6 +1,6 @@
 """The guard of updates against poison in clean traffic: how soon, how much was answered from before, and how often for nothing.
 
-    python -m tests.bench.guard [--only week|shoppers|taobao|kuairand] [--rows N] [--guard.window_rows N ...]
+    python -m tests.bench.guard [--only week|shoppers|taobao|kuairand] [--rows N] [--guard.window_s S ...]
 
 week: synthetic shoppers over seven days, whose tastes drift and who hardly click at night. shoppers: the default
 ones of `springtide up`, at 200 clicks a second. taobao, kuairand: what is recorded, nine and six days.

@@ -26,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,7 @@ from state.registry.log_line import WHOLE
 from tests.bench.quality import analysis
 from tests.bench.recorded import KUAIRAND_SETTINGS, Recorded, micro_batches, read_clicks, read_impressions
 from tests.bench.report import Figure, Stages, report
+from trainer.engine import private_step
 from trainer.engine.adam import EPSILON
 from trainer.engine.making import trainer_of
 from trainer.engine.private_step import PrivateTrainer
@@ -207,13 +209,14 @@ def measured(data: str, flags: Sequence[str], asked: argparse.Namespace, stages:
     recorded = read_clicks() if data == "taobao" else read_impressions(off)
     rows = min(asked.rows, recorded.users.size // PRIVATE_ROWS * PRIVATE_ROWS)
     preprocessing = analysis(recorded, FeatureSpec.from_settings(off), off, 16) if data == "taobao" else None
-    private = ["--trainer.rows_per_update", "0", "--privacy.period_s", "1e9", "--privacy.periods", "1"]
+    private = ["--trainer.rows_per_update", "0", "--privacy.periods", "1"]
     runs = {
         "off": off,
         "off, tensorflow, whole records": load([*base, "--trainer.engine", "tensorflow", *private, *flags], {}),
     }
     figures = {}
-    with tempfile.TemporaryDirectory(prefix="springtide-privacy-") as folder:
+    one_period = mock.patch.object(private_step, "PERIOD_MS", 10**12)
+    with one_period, tempfile.TemporaryDirectory(prefix="springtide-privacy-") as folder:
         for unit in asked.units:
             for epsilon in asked.epsilons:
                 own = ["--paths.state", folder, "--privacy.unit", unit, "--privacy.epsilon", str(epsilon)]

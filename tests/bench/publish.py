@@ -46,9 +46,7 @@ def main(rows: int) -> None:
     base = Settings()
     spec = FeatureSpec()
     trainer = Trainer(
-        dataclasses.replace(
-            base, trainer=dataclasses.replace(base.trainer, device="cpu", capacity=rows + 2, max_rows=2 * rows)
-        ),
+        dataclasses.replace(base, trainer=dataclasses.replace(base.trainer, device="cpu", max_rows=2 * rows)),
         spec,
     )
     table = trainer.tables["user"]

@@ -28,6 +28,7 @@ from evaluation.run import preprocessing_for
 from state.config.loading import load
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
+from streaming.preprocessing import SAMPLE_ROWS
 from tests.bench.recorded import (
     KUAIRAND_SETTINGS,
     STEP_ROWS,
@@ -51,7 +52,7 @@ SHOPPERS_CLICKS = 240 * STEP_ROWS
 
 def analysis(recorded: Recorded, spec: FeatureSpec, settings: Settings, steps: int | None = None) -> Preprocessing:
     """What the bootstrap makes of a log before anything is trained: the preprocessing, analysed over its beginning."""
-    rows = settings.bootstrap.sample_rows if steps is None else min(settings.bootstrap.sample_rows, steps * STEP_ROWS)
+    rows = SAMPLE_ROWS if steps is None else min(SAMPLE_ROWS, steps * STEP_ROWS)
     batches = islice(micro_batches(recorded, spec, settings.events.action_weights), -(-rows // STEP_ROWS))
     return preprocessing_for((batch.features for batch in batches), settings)
 

@@ -29,9 +29,10 @@ from state.config.loading import load
 from state.config.settings import Settings
 from state.events.identity import context_id, context_text
 from state.features.mask import Mask
-from state.features.spec import EVENT, LABELLED, POSITIVE, FeatureSpec, vectorise
+from state.features.spec import EVENT, LABELLED, POSITIVE, FeatureSpec
 from state.microbatch.batch import Header, MicroBatch
 from state.positions import Range, Source
+from tests.vectors import vectorise
 
 ROOT = Path(__file__).resolve().parents[2]
 CLICKS = ROOT / "../shared/data/taobao/UserBehavior.csv"

@@ -111,9 +111,7 @@ def made(users: int, rows: int, threads: int) -> tuple[Trainer, list[MicroBatch]
     trainer = Trainer(
         dataclasses.replace(
             base,
-            trainer=dataclasses.replace(
-                base.trainer, device="cpu", capacity=users + 2, max_rows=2 * users, threads=threads
-            ),
+            trainer=dataclasses.replace(base.trainer, device="cpu", max_rows=2 * users, threads=threads),
         ),
         SPEC,
     )

@@ -15,13 +15,14 @@ from state.events.identity import Salt
 from state.events.parser import EventBatch, Parser
 from state.features.arrays import WORDS, Rings, words
 from state.features.kernel import update_rows
-from state.features.spec import EVENT, Events, FeatureSpec, Mask, vectorise
+from state.features.spec import EVENT, Events, FeatureSpec, Mask
 from state.history.appends import Appends
 from state.history.store import HistoryStore
 from state.log import PartitionBatch
 from state.positions import Range, Source
 from streaming.profile import Profiler
 from tests.bench.report import Figure, report
+from tests.vectors import vectorise
 
 BASE_MS = 1_700_000_000_000
 SOURCE = Source("ab" * 16, 0)

@@ -22,6 +22,7 @@ from tests.trainer.batches import SPEC, micro_batch
 from tests.trainer.engine.test_step import digests, learned, restored
 from tests.trainer.engine.test_step import settings as trainer_settings
 from tests.trainer.model.test_attributes import WANTED, with_attributes
+from trainer.engine import guard
 from trainer.engine.adam import FastSlots
 from trainer.engine.build import engine_name
 from trainer.engine.engine import Measured
@@ -40,12 +41,17 @@ The compiled engine is as far from itself where its first weights are scaled by 
 """
 
 
+@pytest.fixture(autouse=True)
+def _no_step_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the guard sees a threshold between two roundings, two ways part for good."""
+    monkeypatch.setattr(guard, "FACTOR", 1e9)
+
+
 @functools.cache
 def trainer(engine: str, kind: str) -> Trainer:
     """Tracing takes seconds, so that each is made once and cleared."""
     base = trainer_settings()
-    # No step is skipped: where the guard sees a threshold between two roundings, two ways part for good.
-    own = dataclasses.replace(base.trainer, engine=engine, guard_factor=1e9)
+    own = dataclasses.replace(base.trainer, engine=engine)
     base = dataclasses.replace(base, model=SMALL, trainer=own)
     if kind == "dropout":
         base = dataclasses.replace(base, model=dataclasses.replace(SMALL, dropout=0.3))
@@ -242,7 +248,7 @@ CONFIGURED = {path.parent.name: path for path in EXAMPLES.glob("*/springtide.tom
 def settings_of(name: str) -> Settings:
     """The example's model, trained in small tables; without the preprocessing that only a bootstrap can analyse."""
     own = load(["--config", str(CONFIGURED[name])] if name in CONFIGURED else [], env={})
-    trainer = dataclasses.replace(own.trainer, capacity=4096, admit_after=1, device="cpu")
+    trainer = dataclasses.replace(own.trainer, admit_after=1, device="cpu")
     model = dataclasses.replace(own.model, preprocessing=Settings().model.preprocessing)
     return dataclasses.replace(own, trainer=trainer, model=model)
 

@@ -39,7 +39,7 @@ def learn_items(table: ItemListTable, rows: Rows, number: int) -> None:
 
 MADE: dict[type[IdTable], tuple[Callable[[int, int, int], Any], Callable[[Any, Rows, int], None]]] = {
     Table: (
-        lambda capacity, admit_after, most: Table("user", 4, capacity, admit_after=admit_after, max_rows=most),
+        lambda capacity, admit_after, most: Table("user", 4, capacity, 1e-6, admit_after, 0.05, most),
         learn_weights,
     ),
     CountTable: (

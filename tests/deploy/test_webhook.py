@@ -62,16 +62,16 @@ def operator(tmp_path: Path) -> Operator:
 
 @pytest.fixture
 def settings(operator: Operator) -> Settings:
-    return load(["--paths.state", str(operator.state), "--webhook.port", str(free_port())], env={})
+    return load(["--paths.state", str(operator.state), "--up.metrics_port", str(free_port() - 3)], env={})
 
 
 @pytest.fixture
 def url(settings: Settings) -> Iterator[str]:
-    bound, server = listen("127.0.0.1", settings.webhook.port), webhook.server_of(settings, lambda: NOW_MS)
+    bound, server = listen("127.0.0.1", settings.up.webhook_port), webhook.server_of(settings, lambda: NOW_MS)
     thread = Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
     until(lambda: server.started, "the webhook does not start")
-    yield f"http://127.0.0.1:{settings.webhook.port}{webhook.PATH}"
+    yield f"http://127.0.0.1:{settings.up.webhook_port}{webhook.PATH}"
     server.should_exit = True
     thread.join()
 
@@ -171,7 +171,7 @@ def test_nothing_but_a_post_at_its_place_changes_something(operator: Operator, s
 
 
 def test_a_body_without_end_is_refused_before_it_comes(operator: Operator, settings: Settings, url: str) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", settings.webhook.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", settings.up.webhook_port, timeout=10)
     headers = {"content-length": str(webhook.MOST_BYTES + 1), "authorization": f"Bearer {token_of(settings)}"}
     connection.request("POST", webhook.PATH, headers=headers)
     assert connection.getresponse().status == 413

@@ -148,7 +148,6 @@ def pods(tmp_path: Path, kafka_settings: KafkaFactory) -> Iterator[Pods]:
         "SPRINGTIDE_KAFKA_DEAD_LETTERS_TOPIC": kafka.dead_letters_topic,
         "SPRINGTIDE_KAFKA_MICROBATCHES_TOPIC": kafka.microbatches_topic,
         "SPRINGTIDE_KAFKA_GROUP": kafka.group,
-        "SPRINGTIDE_BOOTSTRAP_TIMEOUT_S": "5",
         "SPRINGTIDE_KAFKA_REPLICATION": "1",
         "SPRINGTIDE_KAFKA_MIN_INSYNC_REPLICAS": "1",
         "SPRINGTIDE_METRICS_HOSTS": "",
@@ -192,7 +191,7 @@ def test_every_container_comes_up_without_root_on_a_read_only_tree_and_ends_when
         return all(pods.get(box, "livenessProbe") == 200 for box in LASTING)
 
     until(all_up, lambda: "\n".join(f"{box.name}: {pods.log(box.name)[-2000:]}" for box in LASTING), 300.0)
-    until(lambda: all(pods.ended(box.name) is not None for box in FIRST), "the init containers end", 120.0)
+    until(lambda: all(pods.ended(box.name) is not None for box in FIRST), "the init containers end", 240.0)
     # Without clicks there is nothing to analyse: Kubernetes starts the bootstrap again, and the trainer behind it waits.
     assert {box.name: pods.ended(box.name) for box in FIRST} == {"bootstrap": 1, "kernels": 0, "rebuild-history": 0}
     assert "bootstrap.min_rows" in pods.log("bootstrap")

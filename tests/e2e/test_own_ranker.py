@@ -30,12 +30,10 @@ from tests.e2e.watching import Watching, beside
 EXAMPLES = ROOT / "deploy" / "examples"
 TOML = EXAMPLES / "din" / "springtide.toml"
 FLOOD = 240.0
-"""Clicks a second of one user, beside 300 of all others."""
+"""Clicks a second of one user, beside 1,000 of all others."""
 WATCHED: Mapping[str, object] = {
-    "shoppers.rate": 300,
+    "shoppers.rate": 1000,
     "guard.window_s": 1,
-    "guard.window_rows": 200,
-    "guard.warm_up": 10,
 }
 """Windows of a second, so that there are soon enough of them to compare with."""
 

@@ -29,7 +29,6 @@ HORIZONS = Horizons(
     topics_d=4,
     round_h=8,
     max_rows=600,
-    max_crosses=4000,
     looked_at_d=3,
     load_bytes=1000,
 )
@@ -51,7 +50,7 @@ def test_every_table_store_topic_and_the_process_are_flat_after_their_horizon(ye
 
 @pytest.mark.nightly
 def test_the_flood_reaches_the_caps_and_leaves_nothing_behind(year: Year) -> None:
-    for name, most in (("user", HORIZONS.max_rows), ("item", HORIZONS.max_rows), ("cross", HORIZONS.max_crosses)):
+    for name, most in (("user", HORIZONS.max_rows), ("item", HORIZONS.max_rows), ("cross", 4 * HORIZONS.max_rows)):
         rows = [day[f"table.{name}.rows"] for day in year.days]
         assert max(rows[: PLAN.flood_day]) < 0.7 * most
         assert 0.85 * most < max(rows) <= most

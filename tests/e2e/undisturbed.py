@@ -50,11 +50,11 @@ def stream_settings(settings: Settings, folder: Path) -> Settings:
 
 
 def trainer_settings(settings: Settings, folder: Path) -> Settings:
-    """Settings of a second trainer: the same log, a registry of its own, another pace and layout."""
+    """Settings of a second trainer: the same log, a registry of its own, another pace."""
     return replace(
         settings,
         paths=replace(settings.paths, state=str(folder), registry="", salt_file=str(settings.salt_path)),
-        trainer=replace(settings.trainer, publish_s=2.0, capacity=1024, base_every_s=3600.0, metrics_port=0),
+        trainer=replace(settings.trainer, publish_s=2.0, base_every_s=3600.0, metrics_port=0),
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from deploy.startup import prometheus
 from deploy.watch import scrape
@@ -76,9 +77,10 @@ def beside(settings: Settings, directory: Path) -> Iterator[Watching]:
     own = replace(
         settings,
         paths=replace(settings.paths, state=str(directory)),
-        up=replace(settings.up, prometheus_port=free_port(), prometheus_interval_s=FAST_S),
+        up=replace(settings.up, prometheus_port=free_port()),
     )
-    prometheus.write_configuration(own)
+    with mock.patch.object(prometheus, "INTERVAL_S", FAST_S):
+        prometheus.write_configuration(own)
     with (directory / "prometheus.log").open("wb") as log:
         process = subprocess.Popen(
             prometheus.plan(own, str(program)).command,

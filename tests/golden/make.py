@@ -336,8 +336,8 @@ CATEGORIES = 16
 COMPACT = {"cleanup.policy": "compact", "retention.ms": "-1"}
 
 SMALL = {
-    "model.dim": 8, "model.hidden": "16,8", "model.popular": 4, "trainer.capacity": 64, "trainer.device": "cpu",
-    "stream.cut_rows": 80, "stream.cut_ms": 1000, "stream.batch_events": 40,
+    "model.dim": 8, "model.hidden": "16,8", "model.popular": 4, "trainer.device": "cpu",
+    "stream.cut_rows": 80, "stream.cut_ms": 1000,
     "stream.metrics_port": 0, "bootstrap.min_rows": 200, "shoppers.users": 60,
 }  # fmt: skip
 

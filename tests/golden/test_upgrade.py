@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from state.config.settings import Settings
 from state.events.identity import load_salt
 from state.features.mask import Mask
-from state.features.spec import FeatureSpec, vectorise
+from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
 from state.layout import HISTORIES
 from state.metrics import TrainerMetrics
@@ -31,6 +31,7 @@ from tests.golden.learning import new_trainer
 from tests.golden.measures import MAP_BYTES
 from tests.memory_log import MemoryLog
 from tests.trainer.logs import account_in, append, run_to_end
+from tests.vectors import vectorise
 from trainer import upgrade
 from trainer.engine.step import Trainer
 from trainer.learner import Learner, Surroundings

@@ -43,7 +43,7 @@ def until(condition: Callable[[], object], what: str, deadline_s: float = DEADLI
 
 def settings_for(kafka: Kafka, state: Path, salt: Path, **stream: Any) -> Settings:
     """Settings with small batches, so that a few hundred clicks take many commits."""
-    small = replace(Stream(cut_ms=20, cut_rows=60, batch_events=25, metrics_port=0), **stream)
+    small = replace(Stream(cut_ms=20, cut_rows=25, metrics_port=0), **stream)
     return Settings(kafka=kafka, paths=Paths(state=str(state), salt_file=str(salt)), stream=small)
 
 

@@ -227,7 +227,7 @@ def write_recording(folder: Path) -> Path:
 
 def flags_of(folder: Path) -> list[str]:
     own = {"paths.state": folder / "state", "events.label": "bought", "events.context": "device"}
-    own |= {"bootstrap.sample_rows": ROWS, "stream.batch_events": 64}
+    own |= {"stream.cut_rows": 64}
     return [f"--{name}={value}" for name, value in own.items()]
 
 
@@ -244,15 +244,15 @@ def bootstrap(*argv: object) -> list[str]:
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Settings, str]:
     """A finished run of the command: its folder, settings and what it said."""
     folder = tmp_path_factory.mktemp("bootstrap")
-    said = bootstrap(write_recording(folder), *flags_of(folder), "--examples", folder / "examples")
+    said = bootstrap(write_recording(folder), *flags_of(folder), "--rows", ROWS, "--examples", folder / "examples")
     return folder, load(flags_of(folder), env={}), "\n".join(said)
 
 
-def computed(folder: Path, settings: Settings) -> list[Rows]:
+def computed(folder: Path, settings: Settings, most: int = ROWS) -> list[Rows]:
     """The rows of the recording, by the stream's code and without Beam."""
     recording = Recording(find([str(folder / "clicks.csv")]))
     salt = load_salt(settings.salt_path)
-    with open_sample(settings, salt, lambda: 1_800_000_000.0, lambda _: None) as sample:
+    with open_sample(settings, salt, lambda: 1_800_000_000.0, lambda _: None, most) as sample:
         steps = ParseEvents(sample), ComputeWindows(sample)
         batches = of_recording(sample.context, recording, "memory")
         return [rows for one in batches for events in steps[0].process(one) for rows in steps[1].process(events)]
@@ -290,7 +290,7 @@ def test_one_late_row_costs_the_sample_itself_only(tmp_path: Path) -> None:
     (tmp_path / "clicks.csv").write_text("\n".join([*lines, f"u1,i1,c1,view,{BEGIN_S + 60 * 86_400},,", ""]))
     settings, said = load(flags_of(tmp_path), env={}), list[str]()
     salt = load_salt(settings.salt_path)
-    with open_sample(settings, salt, lambda: 1_800_000_000.0, said.append) as sample:
+    with open_sample(settings, salt, lambda: 1_800_000_000.0, said.append, ROWS) as sample:
         parse, compute = ParseEvents(sample), ComputeWindows(sample)
         for batch in of_recording(sample.context, Recording(find([str(tmp_path / "clicks.csv")])), "memory"):
             for events in parse.process(batch):
@@ -391,7 +391,7 @@ def test_wrong_use_is_refused_before_anything_is_read(argv: list[str]) -> None:
 
 def test_an_exact_number_of_rows_is_taken_in_order_of_time(tmp_path: Path) -> None:
     write_recording(tmp_path)
-    settings = load([*flags_of(tmp_path), "--bootstrap.sample_rows=100"], env={})
-    at_ms = np.concatenate([rows.batch.at_ms for rows in computed(tmp_path, settings)])
+    settings = load(flags_of(tmp_path), env={})
+    at_ms = np.concatenate([rows.batch.at_ms for rows in computed(tmp_path, settings, 100)])
     # The row of an unknown action is the first of all, and no click.
     assert at_ms.tolist() == [(BEGIN_S + number * 60) * 1000 for number in range(100)]

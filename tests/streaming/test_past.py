@@ -116,7 +116,7 @@ def test_each_row_is_that_of_the_stream_to_the_last_bit_and_learned_once_on_one_
     masks: bool,
 ) -> None:
     folder = tmp_path_factory.mktemp("past")
-    wanted = settings_of(folder, masks=masks)
+    wanted = settings_of(folder, cut_rows=40, masks=masks)
     salt, mask = load_salt(wanted.salt_path), mask_one_user(wanted) if masks else Mask.NONE
     topic, join = written(log, partitions, wanted), known_attributes(folder / "attributes", wanted, salt)
     live = local_form(folder / "live", wanted, topic, join, mask, batch_events)
@@ -143,7 +143,7 @@ def a_day(users: int = 5) -> list[Click]:
 
 def plain(folder: Path) -> Settings:
     """A shop without attributes, and a control."""
-    found = replace(settings_of(folder), attributes=Attributes())
+    found = replace(settings_of(folder, cut_rows=40), attributes=Attributes())
     found.registry_dir.mkdir(parents=True)
     Controls(found.registry_dir).propose(start(actor="trainer", reason="first start", now_ms=0))
     load_salt(found.salt_path)

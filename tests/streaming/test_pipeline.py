@@ -200,7 +200,7 @@ RATES = (8, 5, 2, 1)  # of the partitions
 @pytest.mark.nightly
 def test_four_partitions_with_a_backlog_come_out_in_order(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
     """A click a second over all; each partition lies in one fetch, and would come whole before the next one."""
-    settings = settings_for(kafka_settings(), tmp_path / "state", tmp_path / "salt", batch_events=BATCH)
+    settings = settings_for(kafka_settings(), tmp_path / "state", tmp_path / "salt", cut_rows=BATCH)
     kafka, chance = settings.kafka, np.random.default_rng(7)
     of_click = np.repeat(np.arange(4), RATES)[chance.integers(0, sum(RATES), CLICKS)].tolist()
     with Topics(kafka) as topics, following(kafka, kafka.microbatches_topic) as log:

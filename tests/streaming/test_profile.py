@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 
 from state.events.parser import EventBatch
 from state.features.arrays import Vector
-from state.features.spec import EVENT, Events, FeatureSpec, Mask, vectorise
+from state.features.spec import EVENT, Events, FeatureSpec, Mask
 from state.history.appends import events_of
 from state.history.store import HistoryStore
 from streaming.profile import ABSENT, Profiler, SlotTable
 from streaming.rows import Rows
 from tests.disks import crash as kill
 from tests.streaming import pieces
+from tests.vectors import vectorise
 
 SPEC = FeatureSpec(windows_s=(60, 600, 7200), half_lives_s=(30, 900), history=16, recent_categories=5, sequence=7)
 BASE_MS = 1_700_000_000_000

@@ -35,7 +35,7 @@ def clicked(clicks: int) -> MemoryLog:
 
 def reading(store: HistoryStore, log: MemoryLog) -> StreamContext:
     return context_of(
-        settings=Settings(stream=Stream(batch_events=4)),
+        settings=Settings(stream=Stream(cut_rows=4)),
         store=store,
         reader=log.reader(CLICKS),
         topic_id=ZERO.topic_id,

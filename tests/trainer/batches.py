@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import numpy.typing as npt
 
+from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import Header, MicroBatch
 from state.positions import Range, Source
+from trainer.engine import build
+from trainer.engine.step import Trainer
 
 SPEC = FeatureSpec()
 SOURCE = Source("ab" * 16, 1)
 START_MS = 1_700_000_000_000
+
+
+def with_tables(settings: Settings, capacity: int, crosses_of_a_row: int = build.CROSSES_OF_A_ROW) -> Trainer:
+    """A trainer in its first state, whose tables begin with `capacity` rows."""
+    sizes = {"CAPACITY": capacity, "CROSSES_OF_A_ROW": crosses_of_a_row}
+    with mock.patch.multiple(build, **sizes):
+        return Trainer(settings, SPEC)
 
 
 def spread(numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:

@@ -15,7 +15,7 @@ TOPIC = "ab" * 16
 SPEC = FeatureSpec()
 SALT = "0123456789abcdef"
 START_MS = 1_790_000_000_000
-SMALL = ("--model.dim", "8", "--model.hidden", "16,8", "--model.popular", "4", "--trainer.capacity", "64")
+SMALL = ("--model.dim", "8", "--model.hidden", "16,8", "--model.popular", "4")
 
 
 def small_settings(*flags: str) -> Settings:

@@ -253,9 +253,11 @@ def test_an_operators_compactor_waits_until_the_trainers_own_is_done_and_says_wh
     second = publish(registry, trainer, first, created_at_ms=10**15)
     at_work = DirectoryLock(registry.path, layout.COMPACTOR_LOCK).acquire()
     monkeypatch.setattr(compactor.time, "sleep", lambda _: at_work.release())
-    monkeypatch.setattr(compactor, "LOAD_BYTES", 1000)
+    settings = small_settings("--paths.state", str(tmp_path))
+    tiers = replace(compactor.tiers_of(settings), load_bytes=1000)
+    monkeypatch.setattr(compactor, "tiers_of", lambda _: tiers)
     with caplog.at_level(logging.INFO):
-        compactor.run_after_others(small_settings("--paths.state", str(tmp_path)))
+        compactor.run_after_others(settings)
     assert "waiting for it" in caplog.text and f"base of version {second}" in caplog.text
     assert registry.bases()[-1] == second
 

@@ -18,12 +18,19 @@ from state.registry.sync import DurableSender, RecentSender
 from tests.state.registry.hosts import CopyHost, away
 from tests.trainer.clicks import TOPIC, microbatch
 from tests.trainer.logs import append, bits_of, kill, learner, run_to_end, settle, started, without, written
+from trainer import holding
 from trainer.learner import Learner
 
-GUARD = (
-    *("--guard.window_s", "1", "--guard.window_rows", "40"),
-    *("--guard.users", "5", "--guard.warm_up", "6"),
-)  # fmt: skip
+GUARD = ("--guard.window_s", "1")
+
+
+@pytest.fixture(autouse=True)
+def _small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holding, "WINDOW_ROWS", 40)
+    monkeypatch.setattr(holding, "WARM_UP", 6)
+    monkeypatch.setattr(holding, "USERS", 5)
+
+
 CLEAN = [microbatch(number) for number in range(30)]
 FLOOD = range(12, 16)
 

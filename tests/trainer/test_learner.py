@@ -30,6 +30,7 @@ from tests.trainer.logs import (
     without,
     written,
 )
+from trainer.engine import guard
 from trainer.learner import Learner
 
 RECORDS = [microbatch(number) for number in range(24)]
@@ -114,12 +115,16 @@ def test_a_rollback_between_two_records_leaves_the_rest_of_the_poll(
 
 @pytest.mark.parametrize("command", ["release", "resume"])
 def test_a_held_trainer_says_what_to_do_and_is_not_held_again_once_it_is_released(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, command: Literal["release", "resume"]
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    command: Literal["release", "resume"],
 ) -> None:
+    monkeypatch.setattr(guard, "PATIENCE", 3)
     registry = started(tmp_path)
     bad = [with_weight(value, np.inf) for value in RECORDS[4:8]]
     log = written([*RECORDS[:4], *bad, *RECORDS[8:12]])
-    running = learner(registry, log, "--trainer.guard_patience", "3")
+    running = learner(registry, log)
     run_to_end(running)
     # A version that passed may still be on its way.
     settle(running)
@@ -134,7 +139,7 @@ def test_a_held_trainer_says_what_to_do_and_is_not_held_again_once_it_is_release
     assert running.place.next == at == 13
     running.close()
     assert registry.versions() == before, "no version has a trainer that is held"
-    running = learner(registry, log, "--trainer.guard_patience", "3")
+    running = learner(registry, log)
     assert running.tick(0.0) == 0, "a restart does not let it go"
 
     for change in (pin, follow):
@@ -153,7 +158,7 @@ def test_a_held_trainer_says_what_to_do_and_is_not_held_again_once_it_is_release
         registry.remove("delta", number)
     for number in registry.recents():
         registry.remove("recent", number)
-    again = learner(Registry(tmp_path), log, "--trainer.guard_patience", "3")
+    again = learner(Registry(tmp_path), log)
     assert again.place.next < 13, "before the place where training was held"
     for _ in range(100):
         again.tick(0.0)

@@ -36,6 +36,7 @@ from tests.trainer.logs import (
 )
 from tests.trainer.test_learner import POISON
 from trainer import compactor, verify
+from trainer.engine import build, guard
 from trainer.verify import Comparison
 from trainer.versions import checkpoint, content
 
@@ -61,14 +62,15 @@ def rolled_back(to: int, mask: Mask) -> Callable[[Control], Control]:
     return lambda control: roll_back(control, to, mask, actor="ann", reason="poison", now_ms=5)
 
 
-def test_every_version_is_recomputed_whatever_happened_before(tmp_path: Path) -> None:
+def test_every_version_is_recomputed_whatever_happened_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registry, log = started_with_spec(tmp_path), written(RECORDS[:6])
     running = learner(registry, log)
     run_to_end(running)
     # Killed, and rows written again by a stream that was killed too.
     kill(running)
     append(log, [RECORDS[5], *RECORDS[6:9]])
-    running = learner(registry, log, "--trainer.capacity", "1024")
+    monkeypatch.setattr(build, "CAPACITY", 1024)
+    running = learner(registry, log)
     to = publish_all(running)
     compactor.compact(registry)
     append(log, RECORDS[9:14])
@@ -103,24 +105,25 @@ def test_every_version_is_recomputed_whatever_happened_before(tmp_path: Path) ->
         asked(registry, log, newest + 1)
 
 
-def test_a_released_trainer_is_recomputed(tmp_path: Path) -> None:
-    registry, patient = started_with_spec(tmp_path), ("--trainer.guard_patience", "3")
+def test_a_released_trainer_is_recomputed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "PATIENCE", 3)
+    registry = started_with_spec(tmp_path)
     bad = [with_weight(value, np.inf) for value in RECORDS[4:8]]
     log = written([*RECORDS[:4], *bad, *RECORDS[8:12]])
-    running = learner(registry, log, *patient)
+    running = learner(registry, log)
     run_to_end(running)
     assert trainer_of(running).guard.held
     running.close()
     held = registry.newest(1) or 0
     registry.change(lambda now: release(now, actor="ann", reason="fine", now_ms=6))
-    running = learner(registry, log, *patient)
+    running = learner(registry, log)
     while running.place.next < 24:
         running.tick(0.0)
     run_to_end(running)
     running.close()
-    trainer = fresh(*patient)
+    trainer = fresh()
     for version in (held, registry.newest(1) or 0):
-        found = verify.verify(small_settings(*patient), registry, version, 1, lambda: trainer, log)
+        found = verify.verify(small_settings(), registry, version, 1, lambda: trainer, log)
         assert found.outcome == "equal", found.text()
     assert found.steps == 12
 

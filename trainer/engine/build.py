@@ -38,6 +38,15 @@ TRANSITION = "transition"
 TRANSITION_CAPACITY = 1024
 """Initial lists: as many as there are categories, 800 bytes each."""
 
+CAPACITY = 65_536
+"""Initial rows of a table, which grows as needed."""
+
+CROSSES_OF_A_ROW = 4
+"""`trainer.max_rows` allows this many crosses for each row."""
+
+PRIVATE_LEARNING_RATE = 20.0
+"""With a privacy budget, the learning rate of the dense weights in multiples of `model.dense_learning_rate`."""
+
 ROWS_OF_A_LIST = 8
 """`trainer.max_rows` allows one list for this many rows, because a list takes more memory."""
 
@@ -81,7 +90,7 @@ def optimizer_of(ranker: Ranker, settings: Settings, engine: str) -> Adam | Host
     kind, weights = choice
     return kind(
         weights,
-        settings.privacy.learning_rate if private else settings.model.dense_learning_rate,
+        settings.model.dense_learning_rate * (PRIVATE_LEARNING_RATE if private else 1.0),
         {} if private else ranker.learning_rates,
         ranker.fast_weights,
         1.0 if private else HYPERPARAMETERS.fast_learning_rate,
@@ -99,7 +108,7 @@ def tables_of(ranker: Ranker, settings: Settings, device: str | None) -> dict[st
             device,
             name,
             ranker.tables.get(name, model.dim),
-            trainer.capacity,
+            CAPACITY,
             INITIAL_ACCUMULATOR,
             1 if name in admitted_at_once else trainer.admit_after,
             ranker.initial_ranges.get(name, HYPERPARAMETERS.first_row),
@@ -107,7 +116,7 @@ def tables_of(ranker: Ranker, settings: Settings, device: str | None) -> dict[st
         )
 
     # The weight and the marginal logit of a new cross are 0.
-    cross = table_of(device, CROSS, WIDTH, trainer.capacity, 0.0, trainer.admit_after, 0.0, trainer.max_crosses)
+    cross = table_of(device, CROSS, WIDTH, CAPACITY, 0.0, trainer.admit_after, 0.0, CROSSES_OF_A_ROW * trainer.max_rows)
     return {**{name: table(name) for name in EMBEDDINGS}, CROSS: cross, **{name: table(name) for name in tables}}
 
 

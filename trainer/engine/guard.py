@@ -7,8 +7,8 @@ The guard skips an update of n rows if its loss or gradient is not finite, or if
 - The expected norm of the gradient is at most n times that of one row. The norm of one row is the running norm per
   square root of rows, divided by 1 - exp(-running loss). Rows that the model predicts well have hardly any gradient.
 
-The limit is `factor` times the expectation, plus 1 / sqrt(n) times that. If an update is skipped for its size, the
-running values rise as if it had been at the limit. So a lasting change is accepted after a few updates. `patience`
+The limit is `FACTOR` times the expectation, plus 1 / sqrt(n) times that. If an update is skipped for its size, the
+running values rise as if it had been at the limit. So a lasting change is accepted after a few updates. `PATIENCE`
 consecutive skips hold training.
 """
 
@@ -22,6 +22,12 @@ from trainer.model.hyperparameters import HYPERPARAMETERS
 
 WARM_UP = HYPERPARAMETERS.guard_warm_up
 """Accepted updates before the first comparison."""
+
+FACTOR = HYPERPARAMETERS.guard_factor
+"""Multiple of the expected loss or gradient above which an update is skipped."""
+
+PATIENCE = HYPERPARAMETERS.guard_patience
+"""Consecutive skipped updates after which training is held."""
 
 MEMORY = HYPERPARAMETERS.guard_memory
 """Weight of the newest update in the running values."""
@@ -65,9 +71,7 @@ class GuardState:
         return max(self.loss, math.log(candidates)), self.norm / unknown
 
 
-def judge(
-    state: GuardState, loss: float, norm: float, rows: int, candidates: int, factor: float, patience: int
-) -> tuple[Verdict, GuardState]:
+def judge(state: GuardState, loss: float, norm: float, rows: int, candidates: int) -> tuple[Verdict, GuardState]:
     """Judges one update and returns the verdict and the new state. HOLD is a skip after which no update may follow.
 
     Args:
@@ -76,30 +80,29 @@ def judge(
         norm: Norm of the gradient of the summed loss.
         rows: Rows of the update; 0 if there is nothing to learn and to judge.
         candidates: Candidates of a row.
-        factor: How many times the expectation is too much.
-        patience: Consecutive skips at which training is held.
 
-    >>> verdict, state = judge(GuardState(), 2.0, 1.0, 1, 64, factor=8.0, patience=2)
+    >>> verdict, state = judge(GuardState(), 2.0, 1.0, 1, 64)
     >>> verdict.value, state.accepted
     ('accept', 1)
-    >>> verdict, state = judge(state, math.nan, 1.0, 1, 64, factor=8.0, patience=2)
-    >>> judge(state, 0.0, 0.0, 0, 64, factor=8.0, patience=2) == (Verdict.ACCEPT, state)
+    >>> judge(state, math.nan, 1.0, 1, 64)[0].value
+    'skip'
+    >>> judge(state, 0.0, 0.0, 0, 64) == (Verdict.ACCEPT, state)
     True
-    >>> verdict.value, judge(state, math.nan, 1.0, 1, 64, factor=8.0, patience=2)[0].value
-    ('skip', 'hold')
+    >>> judge(replace(state, skipped=PATIENCE - 1), math.nan, 1.0, 1, 64)[0].value
+    'hold'
     """
     if not rows:
         return Verdict.ACCEPT, state
     scaled = norm / math.sqrt(rows)
     finite = math.isfinite(loss) and math.isfinite(scaled)
     usual_loss, usual_norm = state.expected(candidates)
-    most = factor * (1.0 + 1.0 / math.sqrt(rows))
+    most = FACTOR * (1.0 + 1.0 / math.sqrt(rows))
     too_large = loss > most * usual_loss or norm > rows * most * usual_norm
     if not finite or (too_large and state.accepted >= WARM_UP):
         skipped = state.skipped + 1
-        state = replace(state, skipped=skipped, held=state.held or skipped >= patience)
+        state = replace(state, skipped=skipped, held=state.held or skipped >= PATIENCE)
         if finite:
-            state = _moved(state, min(loss, factor * usual_loss), min(scaled, factor * usual_norm), MEMORY)
+            state = _moved(state, min(loss, FACTOR * usual_loss), min(scaled, FACTOR * usual_norm), MEMORY)
         return (Verdict.HOLD if state.held else Verdict.SKIP), state
     # The first updates are averaged evenly, so that none of them dominates for long.
     share = max(MEMORY, 1.0 / (state.accepted + 1))

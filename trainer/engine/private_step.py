@@ -102,6 +102,10 @@ class PrivateUpdate:
     noise: str
 
 
+PERIOD_MS = 86_400_000
+"""Log time of a period, in which a user takes part in at most `privacy.updates` updates."""
+
+
 class PrivateLearning:
     """The differential privacy mechanism of one trainer: participation, clipping and noise.
 
@@ -116,7 +120,7 @@ class PrivateLearning:
         self._by_user = wanted.unit == "user"
         self.updates = wanted.updates if self._by_user else 1
         self.noise = noise_for(wanted.epsilon, wanted.delta, self.updates * wanted.periods)
-        self.allowance = Participation(wanted.updates, int(1000 * wanted.period_s))
+        self.allowance = Participation(wanted.updates, PERIOD_MS)
         self.history, self._noise, self._clip = History(key), Noise(key), wanted.clip / HYPERPARAMETERS.loss_scale
         self.deviation = self.noise * self._clip
         # Each loss has a share of the bound, so that the loss with the longer gradients does not displace the other.

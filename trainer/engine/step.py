@@ -367,14 +367,13 @@ class Trainer:
         return self._judge_and_apply(batch, record, self.engine.measure(record))
 
     def _judge_and_apply(self, batch: MicroBatch, record: Record, measured: Measured) -> Update:
-        counters, settings, scores = self.counters, self.settings.trainer, measured.scores
+        counters, scores = self.counters, measured.scores
         targets, pairs = record.targets.slot >= 0, record.targets
         losses, norm = scores.interest_loss[targets], math.sqrt(measured.squared_norm)
         loss = float(losses.mean()) if losses.size else 0.0
         taught = bool(losses.size) or bool(pairs.label_weight.any()) or bool(pairs.negative_weight.any())
         rows = self._teaching(len(batch), taught)
-        judging = norm, rows, candidates_of(scores), settings.guard_factor, settings.guard_patience
-        verdict, self.guard = judge(self.guard, self._judged(loss), *judging)
+        verdict, self.guard = judge(self.guard, self._judged(loss), norm, rows, candidates_of(scores))
         if verdict is Verdict.ACCEPT:
             if rows:
                 self.engine.apply(measured)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from state.compiled import compiled
+from state.compiled import compiled, read_only
 from state.compiled.mixing import mix
 from trainer.tables.index import I32, U64
 
@@ -50,10 +50,7 @@ def _partners(topics: U64, partitions: U64, offsets: I64, partners: I64) -> None
         partners[i] = (i + 1 + step) % rows
 
 
-@compiled(
-    "const(u8[::1]), const(u8[:, ::1]), u8[::1], u8[:, ::1], i8[::1], i4[::1], f4[:, ::1], u8[::1]",
-    "u8[::1], u8[:, ::1], u8[::1], u8[:, ::1], i8[::1], i4[::1], f4[:, ::1], u8[::1]",
-)
+@compiled("const(u8[::1]), const(u8[:, ::1]), u8[::1], u8[:, ::1], i8[::1], i4[::1], f4[:, ::1], u8[::1]")
 def _compete(
     category: U64,
     recent_categories: U64,
@@ -137,9 +134,7 @@ def candidates(category: U64, recent_categories: U64, popular: U64, successors: 
     """
     rows = category.size
     filled = Candidates(np.empty(rows, np.int32), np.empty((rows, popular.size), np.float32), np.empty(rows, np.uint64))
-    _compete(
-        np.ascontiguousarray(category), np.ascontiguousarray(recent_categories), popular, successors, partner, *filled
-    )
+    _compete(read_only(category), read_only(recent_categories), popular, successors, partner, *filled)
     return filled
 
 

@@ -56,6 +56,8 @@ class Hyperparameters:
         share_precision: Prior precision of what is added to an initial share.
         guard_warm_up: Accepted steps before the guard compares.
         guard_memory: Weight of the newest accepted step in the guard's running values.
+        guard_factor: Multiple of the expected loss or gradient above which the guard skips an update.
+        guard_patience: Consecutive skipped updates after which training is held.
     """
 
     latest: int = 3
@@ -139,6 +141,8 @@ class Hyperparameters:
     share_precision: float = 30.0
     guard_warm_up: int = 20
     guard_memory: float = 0.05
+    guard_factor: float = 8.0
+    guard_patience: int = 20
 
     def texts(self) -> dict[str, str]:
         """Every number as JSON by name, for a version's manifest."""

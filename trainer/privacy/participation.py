@@ -26,7 +26,7 @@ class Participation:
     """
 
     def __init__(self, updates: int, period_ms: int) -> None:
-        self._updates, self._period_ms = updates, period_ms
+        self._updates, self.period_ms = updates, period_ms
         self.clear()
 
     def clear(self) -> None:
@@ -41,7 +41,7 @@ class Participation:
 
     def begin(self, log_ms: int) -> None:
         """Sets the log time to `log_ms`. A new period resets all counts."""
-        if (period := log_ms // self._period_ms) > self._period:
+        if (period := log_ms // self.period_ms) > self._period:
             self._period = period
             self._used[:] = 0
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from state.compiled import compiled
+from state.compiled import compiled, read_only
 from state.compiled.mixing import mix
 from trainer.tables.changes import ChangeList, Changes
 from trainer.tables.index import F32, I32, U64, Places, grown
@@ -56,7 +56,7 @@ def sightings(ids: U64, at_ms: I64) -> Sightings:
     return Sightings(ordered[starts], counts.astype(np.int32), newest)
 
 
-@compiled("i4[::1], const(i8[::1]), i8[::1]", "i4[::1], i8[::1], i8[::1]")
+@compiled("i4[::1], const(i8[::1]), i8[::1]")
 def see(rows: I32, at_ms: I64, last_seen_ms: I64) -> None:
     """Raises the last-seen time of each of `[n]` rows to the newest of its log times, in ms."""
     for i in range(rows.shape[0]):
@@ -260,7 +260,7 @@ class IdTable(ABC):
             if admitted.size:
                 self._begin(admitted, self._place(admitted))
                 rows[unknown] = self.find(ids[unknown])
-        see(rows, np.ascontiguousarray(at_ms), self._last_seen_ms)
+        see(rows, read_only(at_ms), self._last_seen_ms)
         self._last_seen_ms[MISSING] = 0
         self.touch(rows)
         return rows

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from state.compiled import compiled
+from state.compiled import compiled, read_only
 from state.compiled.mixing import mix
 
 U64 = npt.NDArray[np.uint64]
@@ -42,7 +42,7 @@ def _insert(keys: U64, rows: I32, ids: U64, values: I32) -> int:
     return fresh
 
 
-@compiled("u8[::1], i4[::1], const(u8[::1]), i4[::1]", "u8[::1], i4[::1], u8[::1], i4[::1]")
+@compiled("u8[::1], i4[::1], const(u8[::1]), i4[::1]")
 def _find(keys: U64, rows: I32, ids: U64, found_rows: I32) -> None:
     # An empty slot has key 0 and row 0, so id 0 ("none") finds MISSING.
     for i in range(ids.shape[0]):
@@ -100,7 +100,7 @@ class IdIndex:
     def find(self, ids: U64) -> I32:
         """The row of each id, `[n]` int32; MISSING (0) for an unknown one."""
         rows = np.empty(ids.size, np.int32)
-        _find(self._keys, self._rows, np.ascontiguousarray(ids), rows)
+        _find(self._keys, self._rows, read_only(ids), rows)
         return rows
 
     def insert(self, ids: U64, rows: I32) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from trainer.tables.id_table import NO_CAP, IdTable
+from trainer.tables.id_table import IdTable
 from trainer.tables.index import F32, I32, U64, hashed_uniform
 
 INITIAL_ACCUMULATOR = 1e-6
@@ -35,11 +35,11 @@ class Table(IdTable):
         self,
         name: str,
         dim: int,
-        capacity: int = 65536,
-        initial_accumulator: float = INITIAL_ACCUMULATOR,
-        admit_after: int = 1,
-        initial_range: float = 0.05,
-        max_rows: int = NO_CAP,
+        capacity: int,
+        initial_accumulator: float,
+        admit_after: int,
+        initial_range: float,
+        max_rows: int,
     ) -> None:
         super().__init__(name, dim, capacity, admit_after, max_rows)
         self._initial_accumulator = np.float32(initial_accumulator)

@@ -31,8 +31,7 @@ from trainer.versions import content
 
 # Settings of [trainer] in addition to all of [model].
 _DECIDING = (
-    "admit_after", "max_rows", "max_crosses", "expire_s", "guard_factor", "guard_patience",
-    "rows_per_update",
+    "admit_after", "max_rows", "expire_s", "rows_per_update",
 )  # fmt: skip
 # CPU features that affect the order of floating-point sums.
 _INSTRUCTIONS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "asimd", "sve")

@@ -48,9 +48,11 @@ class Host:
         require: Raises NotHeld if this host does not hold a user, by pseudonym; None if it holds all users.
         kernels: The kernels that this process compiles; None if answers do not wait for them.
         warm: Whether answers of each kind have been computed once to warm up.
+        others_compile: Whether a worker on the same port still compiles its kernels, and cannot answer.
     """
 
     COLD = "the first answers are being prepared"
+    OTHERS = "another worker of this host compiles its kernels"
 
     def __init__(
         self,
@@ -67,6 +69,7 @@ class Host:
         self.require: Callable[[int], None] | None = None if self.shares.is_all else self._require
         self.kernels: Kernels | None = None
         self.warm = True
+        self.others_compile: Callable[[], bool] = lambda: False
         self._rows: RowStore | None = None
         self._histories: HistoryStore | None = None
         self._attributes: AttributeStore | None = None
@@ -138,7 +141,9 @@ class Host:
             missing["program"] = str(error)
         if max_age_s := self.serving.max_age_s:
             missing = self._currency.older_than(max_age_s, self._now_ms()) | missing
-        return missing or ({} if self.warm else {"program": self.COLD})
+        if not missing and not self.warm:
+            return {"program": self.COLD}
+        return missing or ({"program": self.OTHERS} if self.others_compile() else {})
 
     def degraded(self) -> dict[str, str]:
         """Returns a message for each part (histories, version) that is more than `DEGRADED_S` behind."""

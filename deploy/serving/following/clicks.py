@@ -42,6 +42,7 @@ SALT_EXTRA = "salt"
 POSITION_EXTRA = "microbatches"
 RECORDS_AT_ONCE = 8  # between two polls of control and two rounds of maintenance
 EVERY_MS = 1000
+ITEMS_KEEP_D = 90  # of log time; an item or a name that no click has mentioned for longer is evicted
 MAX_ITEMS = 1_000_000  # whose category is stored, and of names; those not seen for longest are evicted first
 _log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class Upkeep:
 
     def begin(self) -> None:
         """Restarts from the store's content, after a rollback or a refused commit."""
-        self._remembered = Remembered(self._store, self._kept.items_keep_d, MAX_ITEMS)
+        self._remembered = Remembered(self._store, ITEMS_KEEP_D, MAX_ITEMS)
         self._feed = ItemFeed(self._store)
         self._sweeper = Sweeper(
             self._store, self._reach_ms, self._kept.max_users, elapsed=lambda: self._now_ms() / 1000

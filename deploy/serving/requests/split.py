@@ -38,6 +38,7 @@ from state.experiments.exposure import ARMS, LIVE, TRIAL, Arm, Exposure, arm_of,
 from state.process.said_once import SaidOnce
 
 POLL_S = 0.25
+PATIENCE = 10  # the experiment has this part of `serving.timeout_s` to answer; then the live version answers
 _log = logging.getLogger(__name__)
 
 
@@ -49,13 +50,12 @@ class Split:
         settings: Settings,
         salt: Salt,
         now_ms: Callable[[], int],
-        clock_s: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._salt, self._now_ms, self._clock_s = salt, now_ms, clock_s
+        self._salt, self._now_ms = salt, now_ms
         self._experiments = Experiments(settings)
         self._spool = ExposureSpool(settings.serving_dir / layout.EXPOSURES, now_ms, _log.warning)
         self._address = settings.rollout.address
-        self._forwarder = Forwarder(settings.rollout.timeout_s)
+        self._forwarder = Forwarder(settings.serving.timeout_s / PATIENCE)
         self._rolled_out: Experiment | None = None
         self._polled_s = float("-inf")
         self._warn_once = SaidOnce(_log.warning)
@@ -67,7 +67,7 @@ class Split:
         experiment = self._open_rollout()
         if experiment is None or request.endpoint.name not in (*ROUTES, MANY):
             return await request.endpoint.answer(request)
-        at_ms, began_s = self._now_ms(), self._clock_s()
+        at_ms, began_s = self._now_ms(), time.perf_counter()
         body = b"" if request.scope["method"] == "GET" else await request.body()
         request = request._replace(receive=whole(body))
         if request.endpoint.name == MANY:
@@ -144,7 +144,7 @@ class Split:
         self._spool.write(b"\n".join(map(encode, stored)))
 
     def _took_us(self, began_s: float) -> int:
-        return round(1e6 * (self._clock_s() - began_s))
+        return round(1e6 * (time.perf_counter() - began_s))
 
     def close(self) -> None:
         """Closes the file of exposures."""
@@ -152,7 +152,7 @@ class Split:
 
     def _open_rollout(self) -> Experiment | None:
         """Returns the experiment with an open rollout, at most `POLL_S` old; the last known one if it cannot be read."""
-        now_s = self._clock_s()
+        now_s = time.perf_counter()
         if now_s - self._polled_s >= POLL_S:
             self._polled_s = now_s
             try:

@@ -38,7 +38,6 @@ HORIZONS = Horizons(
     topics_d=7,
     round_h=6,
     max_rows=2500,
-    max_crosses=25_000,
     looked_at_d=28,
     popular_d=24,
 )

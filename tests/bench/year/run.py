@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
 
+from deploy.serving.following import clicks as following
 from state.config.loading import load
 from state.config.settings import Settings
 from tests.bench.year import sizes
@@ -32,7 +34,7 @@ class Horizons:
         late_d: How late a click may come.
         topics_d: How long topics keep their records.
         round_h: Hours of clicks that are taken together, a version each time.
-        max_rows, max_crosses: Caps of tables.
+        max_rows: Cap of tables.
         looked_at_d: Days whose mean is compared.
         popular_d: After how many days a category is no longer counted among the popular ones, whose counts are halved
             each day; 0: not looked at.
@@ -45,7 +47,6 @@ class Horizons:
     topics_d: int
     round_h: int
     max_rows: int
-    max_crosses: int
     looked_at_d: int
     popular_d: int = 0
     load_bytes: int = LOAD_BYTES
@@ -82,14 +83,14 @@ def settings_of(state: Path, horizons: Horizons) -> Settings:
     day_s, h = 86_400, horizons
     flags: dict[str, object] = {
         "paths.state": state,
-        "model.dim": 16, "model.hidden": "64,32", "trainer.device": "cpu", "trainer.capacity": 256,
-        "trainer.max_rows": h.max_rows, "trainer.max_crosses": h.max_crosses, "trainer.expire_s": h.rows_d * day_s,
+        "model.dim": 16, "model.hidden": "64,32", "trainer.device": "cpu",
+        "trainer.max_rows": h.max_rows, "trainer.expire_s": h.rows_d * day_s,
         "trainer.publish_s": 3600,
         "features.windows_s": f"3600,{day_s},{h.window_d * day_s}", "features.history": 64,
         "features.recent_categories": 8,
         "events.label": "liked", "events.max_age_s": h.late_d * day_s,
         "kafka.retention_h": h.topics_d * 24, "registry.delta_keep_s": day_s, "registry.base_keep_d": h.topics_d,
-        "serving.keep_s": day_s, "history.items_keep_d": h.rows_d, "stream.metrics_port": 0,
+        "serving.keep_s": day_s, "stream.metrics_port": 0,
         "stream.cache_users": 1000,
         # The flood is to be lived through, and is what the guard is there to hold.
         "guard.mode": "off",
@@ -110,7 +111,8 @@ def live(
     """
     found, town = Year(), Town(plan, START_MS)
     rounds = 24 // horizons.round_h
-    with Chain(settings_of(state, horizons), START_MS, horizons.load_bytes) as chain:
+    kept = mock.patch.object(following, "ITEMS_KEEP_D", horizons.rows_d)
+    with kept, Chain(settings_of(state, horizons), START_MS, horizons.load_bytes) as chain:
         for day in range(plan.days):
             flood = town.flood(day) if day == plan.flood_day else []
             for number in range(rounds):

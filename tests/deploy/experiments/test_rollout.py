@@ -58,11 +58,11 @@ class ServedHost:
         salt.chmod(0o600)
         values = {
             "paths.state": self.state, "paths.salt_file": salt, "serving.port": self.port, "serving.grpc_port": 0,
-            "serving.metrics_port": 0, "serving.drain_s": 0, "serving.max_queue_ms": 60_000, "serving.timeout_s": 60,
+            "serving.metrics_port": 0, "serving.drain_s": 0, "serving.max_queue_ms": 60_000, "serving.timeout_s": 600,
             "kafka.bootstrap_servers": kafka.bootstrap_servers, "kafka.microbatches_topic": kafka.microbatches_topic,
             "kafka.exposures_topic": kafka.exposures_topic,
             # Processes share a machine with whatever else it does; latencies are judged in tests/state/experiments.
-            "rollout.slower_ms": 60_000, "rollout.timeout_s": 60, **more,
+            "rollout.slower_ms": 60_000, **more,
         }  # fmt: skip
         self.flags = [f"--{name}={value}" for name, value in values.items()]
         self.registry = Registry(self.state / "registry")

@@ -132,13 +132,11 @@ def test_it_listens_on_loopback_alone() -> None:
 
 
 def test_sizes_are_those_of_the_settings() -> None:
-    told = read(FlinkSettings(heap_mb=400, state_backend="rocksdb"))
-    assert told["state.backend.type"] == "rocksdb"
+    told = read(FlinkSettings(heap_mb=400))
+    assert told["state.backend.type"] == "hashmap"
     heaps = [told[f"taskmanager.memory.{part}.heap.size"] for part in ("framework", "task")]
     assert sum(int(str(size).removesuffix("m")) for size in heaps) == 400
-    # RocksDB takes its memory out of what is managed, which nobody else needs.
-    assert told["taskmanager.memory.managed.size"] != "0m"
-    assert read(FlinkSettings())["taskmanager.memory.managed.size"] == "0m"
+    assert told["taskmanager.memory.managed.size"] == "0m"
 
 
 def test_each_process_has_a_place_of_its_own_for_what_it_leaves_behind() -> None:

@@ -23,7 +23,7 @@ from prometheus_client import CollectorRegistry
 from deploy.serving.following.versions import VersionFollower
 from state.config.settings import Settings
 from state.events.identity import Salt, public_id, user_id
-from state.features.spec import FeatureSpec, Mask, vectorise
+from state.features.spec import FeatureSpec, Mask
 from state.history.appends import Appends
 from state.history.store import HistoryStore
 from state.layout import HISTORIES, ROWS
@@ -44,6 +44,7 @@ from tests.deploy.serving.stocked import (
     model_inputs,
     row_of,
 )
+from tests.vectors import vectorise
 
 USERS = ["ann", "bob", "nobody"]
 """With a row and clicks, with clicks, with neither."""

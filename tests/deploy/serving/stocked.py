@@ -14,11 +14,12 @@ from deploy.serving.answers.predictor import Stores as HostStores
 from state.attributes.store import AttributeStore
 from state.config.settings import Settings
 from state.events.identity import Salt, public_id, user_id
-from state.features.spec import EVENT, FeatureSpec, Mask, vectorise
+from state.features.spec import EVENT, FeatureSpec, Mask
 from state.history.store import HistoryStore
 from state.positions import Source
 from state.registry.manifest import Kind, LogRange, Manifest
 from state.rows.store import RowStore
+from tests.vectors import vectorise
 
 NOW_MS = 1_800_000_000_000
 SOURCE = Source("ab" * 16, 0)

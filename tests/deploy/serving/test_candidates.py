@@ -15,7 +15,7 @@ from springtide_client.answers import Profile
 from state.events.identity import public_id, user_id
 from state.features.erased import MaskedUsers
 from state.features.mask import Mask
-from state.features.spec import EVENT, LABELLED, POSITIVE, FeatureSpec, vectorise
+from state.features.spec import EVENT, LABELLED, POSITIVE, FeatureSpec
 from state.history.appends import Appends
 from state.layout import PROGRAMS
 from state.microbatch.batch import MicroBatch
@@ -23,6 +23,7 @@ from state.ranking.interest_scores import key_of_item
 from state.ranking.transitions import SUCCESSORS
 from tests.deploy.serving.stocked import NOW_MS, SALT, Lowered, Stores, clicks, digest_of, manifest, predictor
 from tests.trainer.batches import micro_batch, spread
+from tests.vectors import vectorise
 
 SPEC = FeatureSpec()
 CATEGORIES = 40

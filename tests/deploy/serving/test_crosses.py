@@ -10,9 +10,10 @@ import pytest
 from deploy.serving.answers.query import Query as Q
 from state.events.identity import Salt, context_id, public_id, user_id
 from state.features.mask import Mask
-from state.features.spec import FeatureSpec, vectorise
+from state.features.spec import FeatureSpec
 from state.ranking.crosses import Crosses, Values
 from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Stores, digest_of, manifest, predictor, tensors
+from tests.vectors import vectorise
 
 SPEC = FeatureSpec()
 

@@ -15,8 +15,9 @@ from deploy.serving.requests.http import encode
 from springtide_client.answers import Profile
 from state.churn import ChurnInputs, ChurnWeights, Horizon, tensors_of
 from state.features.mask import Mask
-from state.features.spec import EVENT, FeatureSpec, vectorise
+from state.features.spec import EVENT, FeatureSpec
 from tests.deploy.serving.stocked import NOW_MS, SOURCE, Stores, digest_of, manifest, predictor, tensors
+from tests.vectors import vectorise
 
 SPEC = FeatureSpec()
 HOUR_MS, DAY_MS = 3_600_000, 86_400_000

@@ -15,7 +15,7 @@ from state.attributes.values import tables_of
 from state.config.sections import Attributes
 from state.config.settings import Settings
 from state.events.identity import context_id, public_id, user_id
-from state.features.spec import FeatureSpec, Mask, vectorise
+from state.features.spec import FeatureSpec, Mask
 from state.layout import ATTRIBUTES, PROGRAMS
 from state.ranking import transitions
 from state.ranking.transitions import Lists, record, succession
@@ -23,6 +23,7 @@ from state.rows.tables import SERVED_IDS
 from tests.conformance.test_own_tables import NARROW, WIDTH, LookingUp
 from tests.deploy.serving.stocked import NOW_MS, SALT, Lowered, Stores, digest_of, manifest, small
 from tests.deploy.serving.stocked import predictor as predictor_of
+from tests.vectors import vectorise
 from trainer.versions.program import build
 
 SPEC = replace(FeatureSpec(), sequence=3)

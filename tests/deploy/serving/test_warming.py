@@ -129,3 +129,17 @@ def test_questions_wait_for_no_compiler(stores: Stores) -> None:
 
     asyncio.run(asyncio.wait_for(warmed(), 120.0))
     host.close()
+
+
+def test_no_worker_is_ready_while_another_one_on_its_port_compiles(stores: Stores) -> None:
+    stores.close()
+    host = Host(stores.settings, Salt(SALT_KEY), now_ms=lambda: NOW_MS)
+    compiled = [False, False]
+    host.others_compile = lambda: not all(compiled)
+    warming = Warming(host, Kernels(CollectorRegistry(), logging.getLogger()), lambda: compiled.__setitem__(0, True))
+    warming.prepare()
+    assert compiled[0] and host.warm
+    assert host.missing() == {"program": Host.OTHERS}
+    compiled[1] = True
+    assert host.missing() == {}
+    host.close()

@@ -49,7 +49,7 @@ def test_it_has_the_token_and_the_scheme_that_a_worker_asks_for(tmp_path: Path) 
     assert worker["authorization"] == {"credentials_file": str(settings.tokens_dir / "operate")}
 
 
-@pytest.mark.parametrize("flags", [(), ("--up.prometheus_interval_s", "0.5", "--serving.tokens", "on")])
+@pytest.mark.parametrize("flags", [(), ("--serving.tokens", "on")])
 def test_prometheus_takes_what_is_written(tmp_path: Path, flags: tuple[str, ...]) -> None:
     settings = settings_of(tmp_path, *flags)
     settings.tokens_dir.mkdir(parents=True)

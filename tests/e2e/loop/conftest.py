@@ -39,12 +39,10 @@ LAST = (
 LOOKED_AT: Mapping[str, object] = {
     "validation.window_s": 10,
     "validation.min_rows": 100,
-    "up.prometheus_interval_s": 2,
     "segments.expressions": "collectors=view.count_7d >= 3 and purchase.count_7d == 0 and interest['stamps'] > 0.01,"
     "asked=churn >= 0 and interest['stamps'] > 0.01",
     # What tests do to this loop would be held, and rightly: the guard only looks on.
-    "guard.window_s": 30,
-    "guard.warm_up": 100,
+    "guard.window_s": 600,
     # Whether a user clicks in the next 4.3 s is known while tests run.
     "churn.days": 0.00005,
 }
@@ -73,7 +71,7 @@ def one_loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
     ports = free_ports(("console", "trial"))
     placed = {"console.port": ports["console"], "rollout.address": f"http://127.0.0.1:{ports['trial']}"}
     # The first questions of a host that has just begun take longer than others, beside all else that runs here.
-    own = {**SHORT, **JOINED, **LOOKED_AT, **placed, "rollout.timeout_s": 60}
+    own = {**SHORT, **JOINED, **LOOKED_AT, **placed, "serving.timeout_s": 100}
     made = Loop(tmp_path_factory.mktemp("e2e"), own, ("--prometheus",) if watched else ())
     made.start()
     yield made

@@ -18,11 +18,12 @@ from state.compiled.preparing import Kernels
 from state.features.erased import MaskedUsers
 from state.features.kernel import many_rows
 from state.features.mask import Mask
-from state.features.spec import EVENT, FeatureSpec, vectorise, vectorise_many
+from state.features.spec import EVENT, FeatureSpec, vectorise_many
 from state.history.appends import Appends
 from state.history.store import HistoryStore
 from state.kernels import modules
 from streaming.profile import Profiler
+from tests.vectors import vectorise
 
 ROOT = Path(__file__).parents[3]
 NAMES = "springtide_kernels_total", "springtide_kernels_ready"

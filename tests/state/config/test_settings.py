@@ -30,14 +30,14 @@ def test_without_a_source_every_setting_has_its_default(tmp_path: Path, monkeypa
 
 
 def test_flags_win_over_variables_and_variables_over_the_file(tmp_path: Path) -> None:
-    path = write(tmp_path, "[stream]\ncut_ms = 1\ncut_rows = 1\nbatch_events = 1\n")
-    env = {"SPRINGTIDE_STREAM_CUT_ROWS": "2", "SPRINGTIDE_STREAM_BATCH_EVENTS": "2"}
-    settings = load(["--stream.batch_events", "3"], env=env, path=path)
-    assert (settings.stream.cut_ms, settings.stream.cut_rows, settings.stream.batch_events) == (1, 2, 3)
+    path = write(tmp_path, "[stream]\ncut_ms = 1\ncut_rows = 1\ncache_users = 1\n")
+    env = {"SPRINGTIDE_STREAM_CUT_ROWS": "2", "SPRINGTIDE_STREAM_CACHE_USERS": "2"}
+    settings = load(["--stream.cache_users", "3"], env=env, path=path)
+    assert (settings.stream.cut_ms, settings.stream.cut_rows, settings.stream.cache_users) == (1, 2, 3)
     assert settings.origins == {
         "stream.cut_ms": f"{path}:2",
         "stream.cut_rows": "variable SPRINGTIDE_STREAM_CUT_ROWS",
-        "stream.batch_events": "flag --stream.batch_events",
+        "stream.cache_users": "flag --stream.cache_users",
     }
 
 
@@ -265,7 +265,7 @@ def test_the_bounds_themselves_are_possible(known: KnownSetting, tmp_path: Path)
         ("[stream]\nshard = 1\n", 2, "stream.shard was removed in 0.2.0: one stream reads all partitions"),
         ("[trainer]\npartition = 3\n", 2, "trainer.partition was removed in 0.2.0: the training log has one partition"),
         ("[stream]\nshards = 4\n", 2, "stream.shards was removed in 0.2.0: one stream reads all partitions"),
-        ("[stream]\nmax_record_bytes = 100_000_000\n", 2, "at most"),
+        ("[stream]\ncut_rows = 100_000_000\n", 2, "at most"),
         ("[kafka]\nclicks_topic = ''\n", 2, "no name of a topic"),
         ("[kafka]\nclicks_topic = 'my clicks'\n", 2, "no name of a topic"),
         ("[kafka]\nmicrobatches_topic = '..'\n", 2, "no name of a topic"),

@@ -6,8 +6,9 @@ import numpy as np
 
 from state.features.erased import EVERYTHING, Erased, MaskedUsers
 from state.features.mask import ClickColumns, Mask
-from state.features.spec import EVENT, FeatureSpec, vectorise
+from state.features.spec import EVENT, FeatureSpec
 from state.positions import Range, Source
+from tests.vectors import vectorise
 
 OLD, NOW = Source("0000002a" + "0" * 24, 3), Source("0000002b" + "0" * 24, 0)
 RANGES = (Range(NOW, 90, 110, absent=20), Range(OLD, 0, 9, absent=9))

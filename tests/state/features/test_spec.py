@@ -20,8 +20,9 @@ from state.events.identity import public_id
 from state.features.arrays import quantise, recency_step
 from state.features.erased import MaskedUsers
 from state.features.mask import ClickColumns, Named
-from state.features.spec import EVENT, Events, FeatureSpec, Mask, vectorise, vectorise_many
+from state.features.spec import EVENT, Events, FeatureSpec, Mask, vectorise_many
 from state.positions import Range, Source
+from tests.vectors import vectorise
 
 SPEC = FeatureSpec(windows_s=(60, 600, 7200), half_lives_s=(30, 900), history=32, recent_categories=6, sequence=7)
 BASE_MS = 1_700_000_000_000

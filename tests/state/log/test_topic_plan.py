@@ -51,8 +51,9 @@ def test_the_topics_of_the_local_kafka_stay_within_its_share(gigabytes: str) -> 
     assert max(most.values()) == most[topic_plan.microbatches(settings).name] > 0.5 * kept or gigabytes == "2000"
 
 
-def test_a_record_of_the_largest_size_fits_a_segment_however_small_the_budget() -> None:
-    bounds = topic_plan.bounds(settings_of("--storage.budget_gb", "0.5", "--stream.max_record_bytes", "15000000"))
+def test_a_record_of_the_largest_size_fits_a_segment_however_small_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topic_plan, "RECORD_BYTES", 15_000_000)
+    bounds = topic_plan.bounds(settings_of("--storage.budget_gb", "0.5"))
     assert {name: int(one["segment.bytes"]) >= 16 << 20 for name, one in bounds.items()} == dict.fromkeys(bounds, True)
     assert all(int(one["retention.bytes"]) >= int(one["segment.bytes"]) for one in bounds.values())
 
@@ -88,15 +89,14 @@ def test_attributes_are_kept_by_key_and_only_configured_ones_are_planned() -> No
 
 def test_the_largest_micro_batch_fits_its_topic(kafka_settings: KafkaFactory) -> None:
     kafka = kafka_settings()
-    flags = ("--kafka.microbatches_topic", kafka.microbatches_topic, "--stream.max_record_bytes", "5000000")
-    planned = topic_plan.microbatches(settings_of(*flags))
+    planned = topic_plan.microbatches(settings_of("--kafka.microbatches_topic", kafka.microbatches_topic))
     with Topics(kafka) as topics, Writer(kafka, kafka.microbatches_topic) as writer:
         topics.ensure(*planned)
         with writer.transaction():
-            writer.send(planned.name, 0, None, bytes(5_000_000))
+            writer.send(planned.name, 0, None, bytes(topic_plan.RECORD_BYTES))
         with Reader(kafka, planned.name) as reader:
             (batch,) = next_batches(reader)
-    assert [len(value or b"") for value in batch.values] == [5_000_000]
+    assert [len(value or b"") for value in batch.values] == [topic_plan.RECORD_BYTES]
 
 
 def test_replicas_are_planned_and_what_a_lost_broker_would_cost_is_said(kafka_settings: KafkaFactory) -> None:

@@ -79,9 +79,7 @@ clicks = st.lists(
 """Logs of 20 to 60 clicks."""
 
 
-def settings_of(
-    folder: Path, buckets: int = 1, sources: int = 1, batch_events: int = 2, masks: bool = False
-) -> Settings:
+def settings_of(folder: Path, buckets: int = 1, sources: int = 1, cut_rows: int = 2, masks: bool = False) -> Settings:
     """Settings of a shop whose labels come later and whose users and items have attributes."""
     return Settings(
         paths=Paths(
@@ -93,12 +91,11 @@ def settings_of(
         attributes=ATTRIBUTES,
         features=Features(windows_s=(60, 600, 7200), half_lives_s=(30, 900), history=16, recent_categories=5),
         stream=Stream(
-            cut_rows=40,
             cache_users=8,
             buckets=buckets,
             sources=sources,
             cut_ms=2,
-            batch_events=batch_events,
+            cut_rows=cut_rows,
             metrics_port=0,
         ),
     )

@@ -32,7 +32,7 @@ def shop(kafka_settings: KafkaFactory, tmp_path: Path) -> Settings:
     tell(kafka, crm, ("user-2", {"age": "65+"}), ("user-3", {"age": "65+"}), ("user-3", None))
     tell(kafka, goods, ("item-3", {"brand": "acme"}), ("item-4", b"[]"))
     send(kafka, [click(number) for number in range(200)], partition=lambda number: number % 17 % 2)
-    small = {"buckets": 4, "batch_events": 10, "cut_ms": 50, "sources": 2}
+    small = {"buckets": 4, "cut_rows": 10, "cut_ms": 50, "sources": 2}
     return replace(settings_for(kafka, tmp_path / "state", tmp_path / "salt", **small), attributes=wanted)
 
 

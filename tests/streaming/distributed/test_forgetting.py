@@ -49,7 +49,7 @@ class Shop:
     """A job in memory that has read clicks of twelve users in two partitions; impressions of each wait."""
 
     def __init__(self, folder: Path) -> None:
-        settings = settings_of(folder, BUCKETS, sources=2, batch_events=200, masks=True)
+        settings = settings_of(folder, BUCKETS, sources=2, cut_rows=200, masks=True)
         self.settings = replace(settings, attributes=Attributes())
         salt = load_salt(self.settings.salt_path)
         self.user = user_id(salt, f"user-{ERASED}")
@@ -156,7 +156,7 @@ def shop(kafka_settings: KafkaFactory, tmp_path: Path) -> Settings:
     with Topics(kafka) as topics:
         topics.ensure(kafka.clicks_topic, PARTITIONS, FOREVER)
     settings = settings_for(
-        kafka, tmp_path / "state", tmp_path / "salt", buckets=BUCKETS, batch_events=10, cut_ms=50, sources=2
+        kafka, tmp_path / "state", tmp_path / "salt", buckets=BUCKETS, cut_rows=10, cut_ms=50, sources=2
     )
     send_clicks(settings, 0, 600)
     return replace(settings, paths=replace(settings.paths, registry=str(tmp_path / "registry")))

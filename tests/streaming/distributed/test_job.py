@@ -80,7 +80,7 @@ def shop(kafka_settings: KafkaFactory, tmp_path: Path) -> Settings:
     clicks = [*(click(number) for number in range(600)), *BAD]
     # Each user in one partition.
     send(kafka, clicks, partition=lambda number: number % 17 % 2)
-    small = {"buckets": 4, "batch_events": 10, "cut_ms": 50, "sources": 2, "metrics_port": free_port()}
+    small = {"buckets": 4, "cut_rows": 10, "cut_ms": 50, "sources": 2, "metrics_port": free_port()}
     return settings_for(kafka, tmp_path / "state", tmp_path / "salt", **small)
 
 
@@ -181,7 +181,7 @@ def reading(settings: Settings, number: int, log: MemoryLog, begin: SourceReadin
 
 
 def test_where_the_line_turned_off_a_job_that_is_ahead_stops_and_an_older_savepoint_goes_on(tmp_path: Path) -> None:
-    settings = settings_of(tmp_path, buckets=2, batch_events=1, masks=True)
+    settings = settings_of(tmp_path, buckets=2, cut_rows=1, masks=True)
     load_salt(settings.salt_path)
     settings.registry_dir.mkdir()
     log = written([Click(0, 0, one, one) for one in range(12)], 1, settings)

@@ -30,7 +30,7 @@ from tests.streaming.distributed.test_job import values_in
 from tests.streaming.streams import BEGIN_MS, FOREVER, click, send, settings_for, until
 
 BUCKETS = 4
-SMALL = {"buckets": BUCKETS, "batch_events": 10, "cut_ms": 50}
+SMALL = {"buckets": BUCKETS, "cut_rows": 10, "cut_ms": 50}
 
 
 class Shop:

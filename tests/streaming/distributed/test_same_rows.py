@@ -56,8 +56,8 @@ class Shop:
         self.log: MemoryLog = written(log, partitions, settings)
         self.join: Join = known_attributes(folder / "attributes", settings, self.salt)
 
-    def settings(self, buckets: int = 1, sources: int = 1, batch_events: int = 1) -> Settings:
-        return settings_of(self.folder, buckets, sources, batch_events, self.masks)
+    def settings(self, buckets: int = 1, sources: int = 1, cut_rows: int = 1) -> Settings:
+        return settings_of(self.folder, buckets, sources, cut_rows, self.masks)
 
     def local(self, batch_events: int) -> Outcome:
         return local_form(self.folder / "local", self.settings(), self.log, self.join, self.mask, batch_events)

@@ -8,7 +8,7 @@ import numpy as np
 
 from state.microbatch.batch import MicroBatch
 from state.ranking.crosses import FIRST_SHARES, Crosses, Values, logits_of
-from tests.trainer.batches import SPEC, micro_batch, spread
+from tests.trainer.batches import SPEC, micro_batch, spread, with_tables
 from tests.trainer.engine.test_step import learned, settings
 from tests.trainer.model.test_attributes import WANTED, with_attributes
 from trainer.engine.crosses import crosses, first_precision
@@ -21,10 +21,10 @@ NAMES = Crosses(SPEC, ("tab",), ("age", "city"), ("brand", "price"))
 PRECISION = first_precision(NAMES.kinds)
 
 
-def fresh(capacity: int = 4096, **trainer: float) -> Trainer:
-    base = settings(capacity, **trainer)
+def fresh(capacity: int = 4096, crosses_of_a_row: int = 4, **trainer: float) -> Trainer:
+    base = settings(**trainer)
     events = dataclasses.replace(base.events, context=("tab",), label="clicked")
-    return Trainer(dataclasses.replace(base, attributes=WANTED, events=events), SPEC)
+    return with_tables(dataclasses.replace(base, attributes=WANTED, events=events), capacity, crosses_of_a_row)
 
 
 def impressions(rows: int = 64, first: int = 0, labelled: float = 1.0) -> MicroBatch:

@@ -14,11 +14,11 @@ from trainer.engine.step import Trainer
 from trainer.verify import first_difference
 from trainer.versions import checkpoint, content
 
-ROWS, CROSSES, STEPS, HOUR_MS = 96, 1000, 8, 3_600_000
+ROWS, CROSSES_OF_A_ROW, STEPS, HOUR_MS = 96, 10, 8, 3_600_000
 
 
-def small(capacity: int, max_rows: int = ROWS, max_crosses: int = CROSSES, admit_after: int = 1) -> Trainer:
-    return fresh(capacity, admit_after=admit_after, max_rows=max_rows, max_crosses=max_crosses, expire_s=4 * 3600)
+def small(capacity: int, max_rows: int = ROWS, admit_after: int = 1) -> Trainer:
+    return fresh(capacity, CROSSES_OF_A_ROW, admit_after=admit_after, max_rows=max_rows, expire_s=4 * 3600)
 
 
 def log() -> list[MicroBatch]:
@@ -32,7 +32,7 @@ def log() -> list[MicroBatch]:
 
 @pytest.mark.parametrize("admit_after", [1, 2])
 def test_no_table_is_ever_above_its_cap_nor_what_waits(admit_after: int) -> None:
-    trainer = small(64, ROWS, CROSSES, admit_after)
+    trainer = small(64, ROWS, admit_after)
     left = dict.fromkeys(trainer.tables, 0)
     for batch in log()[:4]:
         trainer.step(batch)
@@ -43,16 +43,16 @@ def test_no_table_is_ever_above_its_cap_nor_what_waits(admit_after: int) -> None
             left[name] += changes.removed.size if admit_after == 1 else np.count_nonzero(changes.pending_counts == 0)
     # Nothing is old enough to expire: all of these were evicted, of rows or of what waits.
     assert left["user"] > 30 and left["item"] > 30 and left["cross"] > 400
-    assert trainer.tables["cross"].max_rows == CROSSES and trainer.tables["category"].max_rows == ROWS
+    assert trainer.tables["cross"].max_rows == CROSSES_OF_A_ROW * ROWS and trainer.tables["category"].max_rows == ROWS
 
 
 @pytest.mark.parametrize("admit_after", [1, 2])
 def test_the_bits_are_those_of_another_layout_and_of_a_restart_with_full_tables(admit_after: int) -> None:
     batches = log()
-    whole = digests(learned(batches, small(64, ROWS, CROSSES, admit_after)))
-    assert digests(learned(batches, small(4096, ROWS, CROSSES, admit_after))) == whole
-    half = checkpoint.full(learned(batches[:5], small(64, ROWS, CROSSES, admit_after)))
-    again = small(4096, ROWS, CROSSES, admit_after)
+    whole = digests(learned(batches, small(64, ROWS, admit_after)))
+    assert digests(learned(batches, small(4096, ROWS, admit_after))) == whole
+    half = checkpoint.full(learned(batches[:5], small(64, ROWS, admit_after)))
+    again = small(4096, ROWS, admit_after)
     checkpoint.load(again, content.decode(content.encode(half).values()))
     assert digests(learned(batches[5:], again)) == whole
 
@@ -70,11 +70,11 @@ def test_merged_versions_are_the_state_with_its_tombstones() -> None:
 
 def test_a_cap_that_is_not_reached_changes_no_bit() -> None:
     batches = log()
-    wide = learned(batches, small(64, 100_000, 100_000))
+    wide = learned(batches, small(64, 100_000))
     whole = digests(wide)
     most = {name: len(table) for name, table in wide.tables.items()}
     assert max(most.values()) < 50_000
-    assert digests(learned(batches, small(64, 50_000, 50_000))) == whole
+    assert digests(learned(batches, small(64, 50_000))) == whole
     assert digests(learned(batches, small(64))) != whole
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import pytest
 
+from trainer.engine import guard
 from trainer.engine.guard import WARM_UP, GuardState, Verdict, judge
 
 CANDIDATES = 64
@@ -13,7 +15,8 @@ UNKNOWN = math.log(CANDIDATES)
 
 
 def judged(state: GuardState, loss: float, norm: float, rows: int, patience: int = 3) -> tuple[Verdict, GuardState]:
-    return judge(state, loss, norm, rows, CANDIDATES, factor=8.0, patience=patience)
+    with mock.patch.object(guard, "PATIENCE", patience):
+        return judge(state, loss, norm, rows, CANDIDATES)
 
 
 def settled() -> GuardState:

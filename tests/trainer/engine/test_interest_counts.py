@@ -23,7 +23,7 @@ ROWS, CATEGORIES = 128, 60
 
 def settings(interests: str = "counts") -> Settings:
     made = Settings()
-    return replace(made, trainer=replace(made.trainer, device="cpu", capacity=128, interests=interests))
+    return replace(made, trainer=replace(made.trainer, device="cpu", interests=interests))
 
 
 def batches(records: int, size: int = ROWS, seed: int = 5) -> Iterator[MicroBatch]:

@@ -31,7 +31,7 @@ def batches() -> list[MicroBatch]:
 
 @pytest.mark.parametrize("labelled", [False, True])
 def test_a_step_compiles_no_kernel(labelled: bool) -> None:
-    trainer = Trainer(settings(capacity=128), SPEC)
+    trainer = Trainer(settings(), SPEC)
     Kernels(CollectorRegistry(), logging.getLogger()).prepare()
     FIRST_CALLS.clear()
     for batch in batches():

@@ -41,9 +41,7 @@ def used_bytes() -> int:
 
 def test_nothing_is_kept_for_each_number_of_rows() -> None:
     settings = Settings()
-    trainer = Trainer(
-        dataclasses.replace(settings, trainer=dataclasses.replace(settings.trainer, device="cpu", capacity=1024)), SPEC
-    )
+    trainer = Trainer(dataclasses.replace(settings, trainer=dataclasses.replace(settings.trainer, device="cpu")), SPEC)
 
     def step(rows: int) -> None:
         # The same rows each time: all ids have their place.

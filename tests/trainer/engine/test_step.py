@@ -15,7 +15,7 @@ import pytest
 from state.config.settings import Settings
 from state.errors import SettingsError, TrainingHeld
 from state.microbatch.batch import MicroBatch
-from tests.trainer.batches import SPEC, micro_batch, spread
+from tests.trainer.batches import SPEC, micro_batch, spread, with_tables
 from trainer.device import pick
 from trainer.engine.guard import Verdict
 from trainer.engine.record import _targets
@@ -26,18 +26,18 @@ from trainer.publications import ProbedRanker
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def settings(capacity: int = 4096, admit_after: int = 1, **trainer: float) -> Settings:
+def settings(admit_after: int = 1, **trainer: float) -> Settings:
     base = Settings()
     return dataclasses.replace(
         base,
-        trainer=dataclasses.replace(base.trainer, device="cpu", capacity=capacity, admit_after=admit_after, **trainer),
+        trainer=dataclasses.replace(base.trainer, device="cpu", admit_after=admit_after, **trainer),
     )
 
 
 def fresh(capacity: int = 4096, admit_after: int = 1, context: tuple[str, ...] = (), **trainer: float) -> Trainer:
     """A trainer in its first state."""
-    base = settings(capacity, admit_after, **trainer)
-    return Trainer(dataclasses.replace(base, events=dataclasses.replace(base.events, context=context)), SPEC)
+    base = settings(admit_after, **trainer)
+    return with_tables(dataclasses.replace(base, events=dataclasses.replace(base.events, context=context)), capacity)
 
 
 def digests(trainer: Trainer) -> dict[str, str]:

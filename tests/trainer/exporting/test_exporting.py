@@ -184,7 +184,7 @@ def test_the_command_exports_what_answers_use(
 ) -> None:
     monkeypatch.setattr("os.nice", lambda _: 0)
     away = ["--kafka.bootstrap_servers", "127.0.0.1:1", "--kafka.request_timeout_s", "0.3"]
-    flags = [*SMALL, "--paths.state", str(stocked.state), "--export.directory", str(tmp_path), *away]
+    flags = [*SMALL, "--paths.state", str(stocked.state), *away]
     newest = stocked.of.version.version
     assert command.main(flags) == 0
     told = capfd.readouterr().out

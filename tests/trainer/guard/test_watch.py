@@ -14,7 +14,7 @@ from trainer.guard.rules import NAMES
 from trainer.guard.window import BUCKETS, StepFigures, WindowStart
 from trainer.holding import Judgement, Standing, WindowWatch
 
-LIMITS = GuardSettings(window_s=10.0, window_rows=500, users=20, warm_up=30)
+LIMITS = GuardSettings(window_s=10.0)
 ROWS, STEP_MS = 100, 1000
 TOPIC = "ab" * 16
 Change = Callable[[StepFigures], StepFigures]

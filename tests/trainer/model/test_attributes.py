@@ -12,7 +12,7 @@ from state.config.fields import fields_of
 from state.config.sections import Attributes
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode, encode
-from tests.trainer.batches import SPEC, micro_batch
+from tests.trainer.batches import micro_batch, with_tables
 from tests.trainer.engine.test_step import digests, learned, settings
 from trainer.engine.step import Trainer
 from trainer.measures.breakdown import SliceMeasures
@@ -28,7 +28,7 @@ AGES, BRANDS = ("18-24", "25-34", "65+"), ("acme", "apex", "zeta", "omni", "nova
 
 
 def fresh(capacity: int = 4096, wanted: Attributes = WANTED) -> Trainer:
-    return Trainer(dataclasses.replace(settings(capacity), attributes=wanted), SPEC)
+    return with_tables(dataclasses.replace(settings(), attributes=wanted), capacity)
 
 
 def with_attributes(batch: MicroBatch, seed: int = 0) -> MicroBatch:

@@ -21,7 +21,7 @@ from trainer.privacy.history import NoisePlace
 KEY = "ab" * 32
 BUDGET = (
     *("--events.label", "clicked", "--privacy.epsilon", "8", "--privacy.updates", "6"),
-    *("--privacy.period_s", "600", "--privacy.periods", "2"),
+    *("--privacy.periods", "2"),
 )  # fmt: skip
 CONTEXT = ("--events.context", "tab")
 """What `labelled` has of context."""

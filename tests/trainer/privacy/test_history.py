@@ -38,10 +38,10 @@ def told(some: Sequence[Record], history: History | None = None) -> list[tuple[s
 
 
 SETTINGS = (
-    ("privacy.clip", "2"), ("privacy.learning_rate", "0.05"), ("privacy.epsilon", "4"), ("privacy.delta", "1e-5"),
-    ("privacy.updates", "5"), ("privacy.period_s", "700"), ("privacy.periods", "3"), ("privacy.unit", "example"),
+    ("privacy.clip", "2"), ("model.dense_learning_rate", "0.05"), ("privacy.epsilon", "4"), ("privacy.delta", "1e-5"),
+    ("privacy.updates", "5"), ("privacy.periods", "3"), ("privacy.unit", "example"),
     ("model.learning_rate", "0.03"), ("model.dropout", "0.3"), ("trainer.rows_per_update", "7"),
-    ("trainer.guard_factor", "9"), ("trainer.guard_patience", "5"), ("trainer.max_rows", "5000"),
+    ("trainer.max_rows", "5000"),
     ("trainer.expire_s", "7000"), ("events.context", "tab"),
 )  # fmt: skip
 MASKS = {

@@ -133,7 +133,7 @@ def differ(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
 def test_records_that_are_learned_again_with_other_settings_get_other_noise_and_are_charged_again(
     tmp_path: Path,
 ) -> None:
-    path, flags = tmp_path / "state", ("--trainer.guard_factor", "9")
+    path, flags = tmp_path / "state", ("--trainer.max_rows", "5000")
     registry, log = started(settings(path).registry_dir), written(RECORDS[:6])
     first, weights, _ = crashed(registry, log, path)
     same, again, _ = crashed(registry, log, path)

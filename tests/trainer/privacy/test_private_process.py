@@ -25,10 +25,10 @@ from tests.trainer.logs import write_transform
 from tests.trainer.privacy.batches import at, settings
 from trainer import verify
 
-RECORDS = [microbatch(number) for number in range(10)]
+RECORDS = [microbatch(number, step_ms=21_600_000) for number in range(10)]
 DEADLINE_S = 900.0
-LEARNED = 7
-"""Of the first two periods, which the budget is for: 2.5 minutes of log time each, the first ones 200 s into a period."""
+LEARNED = 6
+"""Of the first two periods, which the budget is for: six hours of log time each, the first ones 14 hours into a period."""
 
 
 @pytest.fixture

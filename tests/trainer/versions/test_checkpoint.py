@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from state.errors import CorruptVersion, SpecMismatch
 from state.registry.model_fit import environment_differences
 from state.registry.registry import TRAINING, Registry
+from tests.trainer.batches import with_tables
 from tests.trainer.clicks import SPEC, batches, small_settings
 from tests.trainer.logs import publish, started
 from trainer.engine.step import Trainer
@@ -51,7 +52,7 @@ def test_a_restored_trainer_goes_on_with_the_same_bits_in_another_layout(registr
             digests[version] = checkpoint.digest(ours)
     assert any(len(checkpoint.tensors_of(registry, registry.manifest(number))["user.removed"]) for number in digests)
 
-    theirs = made("--trainer.capacity", "1024")
+    theirs = with_tables(small_settings(*FLAGS), 1024)
     for number, expected in digests.items():
         checkpoint.restore(registry, number, theirs, SPEC.digest)
         assert checkpoint.digest(theirs) == expected, f"version {number}"

@@ -6,6 +6,7 @@ bits. Compiled loops wait for the blocks of other threads by counters in shared 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
@@ -44,22 +45,34 @@ class Threads:
     def run(self, *stages: Sequence[Work]) -> None:
         """Calls the works of each stage as `work(thread)`, in turn, on all threads in parallel.
 
-        A stage begins once all threads have ended the one before it. Returns when all calls have returned.
+        A stage begins once all threads have ended the one before it. Returns when all calls have returned. After a
+        failed call no thread begins another stage.
 
         Raises:
             Exception: What the first failed call raised.
         """
-        ended = np.zeros(len(stages), np.int64)
+        ended, failed = np.zeros(len(stages), np.int64), threading.Event()
 
         def part(thread: int) -> None:
-            for number, stage in enumerate(stages):
-                if number:
-                    meet(ended, number - 1, self.count)
-                for work in stage:
-                    work(thread)
+            try:
+                for number, stage in enumerate(stages):
+                    if number:
+                        meet(ended, number - 1, self.count)
+                    if failed.is_set():
+                        return
+                    for work in stage:
+                        work(thread)
+            except BaseException:
+                failed.set()
+                # Lets the threads go that wait for this one.
+                ended[:] = self.count
+                raise
 
         futures = [self._pool.submit(part, thread) for thread in range(1, self.count)] if self._pool else []
-        part(0)
+        try:
+            part(0)
+        finally:
+            wait(futures)
         for other in futures:
             other.result()
 
