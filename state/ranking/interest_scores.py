@@ -63,9 +63,11 @@ _ITEMS = np.uint64(0x5BF03635C1E3A1D7)
 _SCALE = np.float32(1000.0)
 _LISTED = ENTRIES[NEXT_CATEGORY]
 COUNTED = LISTS_OF_EVERYTHING * _LISTED
-_PLACES, _MARKS = 16 * COUNTED, 512
+_PLACES, _MARKS = 16 * COUNTED, 4096
 """Powers of two."""
-_LAST_MARK = np.uint64(_MARKS - 1)
+FIRST_HIT = 1 + COUNTED
+"""The column of `Workspace.logs` from which on it has the features of `hits`."""
+_LAST_PLACE, _LAST_MARK = np.uint64(_PLACES - 1), np.uint64(_MARKS - 1)
 _PAUSE = np.uint16(86)
 """30 minutes, in eight steps an octave of 1.024 s."""
 
@@ -87,48 +89,65 @@ def key_of_item(item: np.uint64) -> np.uint64:
     return mix(item ^ _ITEMS) if item != np.uint64(0) else np.uint64(0)
 
 
-@compiled("const(u2[:, ::1]), const(u2[:, :, ::1]), i8[::1], i8, f4[:, ::1]")
-def _phi(features: U16, category_windows: U16, recency: I64, latest: int, phi: F32) -> None:
+@layout("i8[::1], i8")
+class ColumnInputs(NamedTuple):
+    """The features that phi is computed from.
+
+    Attributes:
+        recency: `[A]` int64, columns of the features: the time since the last event of each action.
+        latest: The window of a category that counts the latest 5 events.
+    """
+
+    recency: I64
+    latest: int
+
+
+@compiled("const(u2[:, ::1]), const(u2[:, :, ::1]), ColumnInputs, f4[:, ::1]")
+def write_phi(features: U16, category_windows: U16, inputs: ColumnInputs, phi: F32) -> None:
+    """Writes phi of n users, `[n, COLUMNS]` float32, from `[n, D]` and `[n, L, F]` uint16."""
     for i in range(phi.shape[0]):
         pause = True
-        for column in recency:
+        for column in inputs.recency:
             pause = pause and features[i, column] >= _PAUSE
-        same = category_windows[i, 0, latest]
+        same = category_windows[i, 0, inputs.latest]
         phi[i, 0], phi[i, 1] = np.float32(1.0), np.float32(pause)
         phi[i, 2], phi[i, 3] = np.float32(same >= 2), np.float32(same >= 4)
 
 
 class Columns:
-    """Computes phi from the features of a spec."""
+    """Computes phi from the features of a spec.
+
+    Attributes:
+        inputs: For kernels that call `write_phi`.
+    """
 
     def __init__(self, spec: FeatureSpec) -> None:
-        self._recency = np.array([spec.names.index(f"{action}.recency") for action in spec.actions])
-        self._latest = spec.window_names.index("of_latest_5")
+        recency = np.array([spec.names.index(f"{action}.recency") for action in spec.actions])
+        self.inputs = ColumnInputs(recency, spec.window_names.index("of_latest_5"))
 
     def phi(self, features: U16, category_windows: U16) -> F32:
         """Phi of n users, `[n, COLUMNS]` float32, from `[n, D]` and `[n, L, F]` uint16."""
         phi = np.empty((len(features), COLUMNS), np.float32)
-        _phi(read_only(features), read_only(category_windows), self._recency, self._latest, phi)
+        write_phi(read_only(features), read_only(category_windows), self.inputs, phi)
         return phi
 
 
 @layout(
-    "i2[::1], u8[::1], f4[:, ::1], u8[::1], u8[::1], i2[::1], f4[:, ::1], f4[::1], f4[:, ::1], i4[:, ::1], i4[::1], f4[::1], f4[::1], "
+    "i2[::1], u8[::1], f4[:, ::1], u8[::1], i2[::1], f4[:, ::1], f4[::1], f4[:, ::1], i4[:, ::1], i4[::1], f4[::1], f4[::1], "
     "i8[::1]"
 )
 class Workspace(NamedTuple):
     """The features of the M candidate slots of one user; reused for each user.
 
     Attributes:
-        places: `[_PLACES]` int16, an open-addressing index of the categories in the lists over all clicks: 1 + number.
-        counted: `[COUNTED]` uint64, these categories.
-        logs: `[LIVES_READ, COUNTED + READ * E]` float32, their features, then those of `hits`.
-        looked_up: `[M]` uint64, the category of each slot whose features by all clicks are in `features`.
+        places: `[_PLACES]` int16, an open-addressing index of the categories in the lists over all clicks, numbered from 1.
+        counted: `[1 + COUNTED]` uint64, these categories.
+        logs: `[LIVES_READ, 1 + COUNTED + READ * E]` float32: 0, the features of these categories, those of `hits`.
         candidates: `[M]` uint64, 0 in a slot without a candidate.
-        marks: `[_MARKS]` int16, 1 + the last slot with such low bits of its category; 0 for none.
+        marks: `[_MARKS]` int16, 1 + a slot with such low bits of its category; zeros after `gather`.
         features: `[5, M]` float32: s, the features by all clicks, 1 and log(1 + slot) / 3 in the user's own slots.
         scores: `[M]` float32, s'.
-        values: `[LIVES_READ, COUNTED]` float32, 1 + 1000 share.
+        values: `[LIVES_READ, 1 + COUNTED]` float32, 1 + 1000 share.
         bits: `values` viewed as int32.
         hits: `[READ * E]` int32, slots of the candidates in the lists of the user.
         factors: `[FEATURES]` float32, w phi.
@@ -139,7 +158,6 @@ class Workspace(NamedTuple):
     places: I16
     counted: U64
     logs: F32
-    looked_up: U64
     candidates: U64
     marks: I16
     features: F32
@@ -154,13 +172,12 @@ class Workspace(NamedTuple):
     @classmethod
     def empty(cls, candidates: int, own: int) -> Workspace:
         """A new workspace for M slots, the first of which are for the user's own categories."""
-        features, values = np.zeros((5, candidates), np.float32), np.ones((LIVES_READ, COUNTED), np.float32)
+        features, values = np.zeros((5, candidates), np.float32), np.ones((LIVES_READ, 1 + COUNTED), np.float32)
         features[3, :own], features[4, :own] = 1.0, np.log1p(np.arange(own)) / 3
         return cls(
             np.zeros(_PLACES, np.int16),
-            np.zeros(COUNTED, np.uint64),
-            np.zeros((LIVES_READ, COUNTED + READ * _LISTED), np.float32),
-            np.zeros(candidates, np.uint64),
+            np.zeros(1 + COUNTED, np.uint64),
+            np.zeros((LIVES_READ, FIRST_HIT + READ * _LISTED), np.float32),
             np.zeros(candidates, np.uint64),
             np.zeros(_MARKS, np.int16),
             features,
@@ -183,10 +200,9 @@ def _decays(lists: ItemLists, row: int, at_s: int, factors: F32) -> None:
 @part_of_sums
 def _place(category: np.uint64, work: Workspace) -> np.uint64:
     """The place of a category in the index, or the empty one where it belongs."""
-    last = np.uint64(_PLACES - 1)
-    at = category & last
-    while work.places[at] != 0 and work.counted[work.places[at] - 1] != category:
-        at = (at + np.uint64(1)) & last
+    at = category & _LAST_PLACE
+    while work.places[at] != 0 and work.counted[work.places[at]] != category:
+        at = (at + np.uint64(1)) & _LAST_PLACE
     return at
 
 
@@ -202,9 +218,7 @@ def gather_everything(lists: ItemLists, rows: I32, at_s: int, work: Workspace) -
     """
     work.at_s[0] = at_s
     work.places[:] = 0
-    work.looked_up[:] = np.uint64(0)
-    work.features[1:3] = np.float32(0.0)
-    totals, count = work.factors, 0
+    totals, count = work.factors, 1
     for h in range(LIVES_READ):
         totals[h] = np.float32(0.5)
     for row in rows:
@@ -215,23 +229,55 @@ def gather_everything(lists: ItemLists, rows: I32, at_s: int, work: Workspace) -
             category = lists.ids[row, k]
             if category == np.uint64(0):
                 break
-            work.places[_place(category, work)] = count + 1
+            work.places[_place(category, work)] = count
             work.counted[count] = category
             for h in range(LIVES_READ):
                 work.values[h, count] = lists.counts[row, h, k] * work.decays[h]
             count += 1
     for h in range(LIVES_READ):
-        for k in range(count):
+        work.values[h, 0] = np.float32(1.0)
+        for k in range(1, count):
             work.values[h, k] = np.float32(1.0) + work.values[h, k] * (_SCALE / totals[h])
     logarithms(work.values, work.bits, work.logs, count, 0)
 
 
 @part_of_sums
 def take_candidate(j: int, category: np.uint64, logit: np.float32, work: Workspace) -> None:
-    """Sets a slot: the category, and the model's logit, `MASKED` in a slot without a candidate."""
+    """Sets a slot: the category, its features by all clicks, and the model's logit, `MASKED` in a slot without a candidate."""
     there = logit > _THERE
-    work.candidates[j] = category if there else np.uint64(0)
+    category = category if there else np.uint64(0)
+    work.candidates[j] = category
     work.features[0, j] = logit if there else np.float32(0.0)
+    work.marks[category & _LAST_MARK] = j + 1
+    _take_all_clicks(j, category, work)
+
+
+@part_of_sums
+def _take_all_clicks(j: int, category: np.uint64, work: Workspace) -> None:
+    """Writes a slot's features by all clicks. It has few branches, because categories are random."""
+    number = work.places[category & _LAST_PLACE]
+    if (number != 0) & (work.counted[number] != category):
+        number = work.places[_place(category, work)]
+    for h in range(LIVES_READ):
+        work.features[1 + h, j] = work.logs[h, number]
+
+
+@part_of_sums
+def place_popular(first: int, popular: U64, work: Workspace) -> None:
+    """Computes the features by all clicks of the popular categories once, for `take_popular`; `first` is their first slot."""
+    for j in range(popular.shape[0]):
+        _take_all_clicks(first + j, popular[j], work)
+
+
+@part_of_sums
+def take_popular(first: int, popular: U64, logits: F32, i: int, work: Workspace) -> None:
+    """Sets the slots of the popular categories, with the logits of row i, before `take_candidate` sets the other slots."""
+    for j in range(popular.shape[0]):
+        there = logits[i, j] > _THERE
+        work.candidates[first + j] = popular[j] if there else np.uint64(0)
+        work.features[0, first + j] = logits[i, j] if there else np.float32(0.0)
+    for j in range(popular.shape[0]):
+        work.marks[popular[j] & _LAST_MARK] = first + j + 1
 
 
 @part_of_sums
@@ -248,15 +294,6 @@ def gather(lists: ItemLists, rows: I32, at_s: int, i: int, work: Workspace) -> t
     Returns:
         The number of `hits` in the first list, and in both.
     """
-    work.marks[:] = 0
-    for j in range(work.candidates.shape[0]):
-        category = work.candidates[j]
-        work.marks[category & _LAST_MARK] = j + 1
-        if category != work.looked_up[j] and category != np.uint64(0):
-            work.looked_up[j] = category
-            number = work.places[_place(category, work)] - 1
-            for h in range(LIVES_READ):
-                work.features[1 + h, j] = work.logs[h, number] if number >= 0 else np.float32(0.0)
     first, count = 0, 0
     for source in range(READ):
         row = rows[i, source]
@@ -269,22 +306,27 @@ def gather(lists: ItemLists, rows: I32, at_s: int, i: int, work: Workspace) -> t
                 if category == np.uint64(0):
                     break
                 slot = np.int64(work.marks[category & _LAST_MARK]) - 1
-                while slot >= 0 and work.candidates[slot] != category:
-                    slot -= 1
-                if slot >= 0:
-                    for h in range(LIVES_READ):
-                        work.values[h, count] = np.float32(1.0) + lists.counts[row, h, k] * work.decays[h]
-                    work.hits[count] = slot
-                    count += 1
+                if slot >= 0 and work.candidates[slot] != category:
+                    # Another slot may have the same low bits.
+                    slot = work.candidates.shape[0] - 1
+                    while slot >= 0 and work.candidates[slot] != category:
+                        slot -= 1
+                # Overwritten by the next one if this is no candidate.
+                work.hits[count] = slot
+                for h in range(LIVES_READ):
+                    work.values[h, count] = np.float32(1.0) + lists.counts[row, h, k] * work.decays[h]
+                count += int(slot >= 0)
         if source == 0:
             first = count
+    for category in work.candidates:
+        work.marks[category & _LAST_MARK] = 0
     return first, count
 
 
 @part_of_sums
 def score(weights: F64, phi: F32, i: int, hits: tuple[int, int], work: Workspace) -> None:
     """Writes the logits s' of user i to `scores`, after `gather`, which returned `hits`; `phi`: `[n, COLUMNS]` float32."""
-    logarithms(work.values, work.bits, work.logs, hits[1], COUNTED)
+    logarithms(work.values, work.bits, work.logs, hits[1], FIRST_HIT)
     factors, features, scores = work.factors, work.features, work.scores
     for a in range(FEATURES):
         total = 0.0
@@ -302,7 +344,7 @@ def score(weights: F64, phi: F32, i: int, hits: tuple[int, int], work: Workspace
     for k in range(hits[1]):
         first = 1 + LIVES_READ if k < hits[0] else 1 + 2 * LIVES_READ
         for h in range(LIVES_READ):
-            scores[work.hits[k]] += factors[first + h] * work.logs[h, COUNTED + k]
+            scores[work.hits[k]] += factors[first + h] * work.logs[h, FIRST_HIT + k]
     for j in range(scores.shape[0]):
         scores[j] = scores[j] if work.candidates[j] != np.uint64(0) else MASKED
 

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from state.compiled import compiled, layout
+from state.compiled import compiled, inlined, layout
 from state.compiled.mixing import mix
 from state.compiled.prefetch import prefetch
 
@@ -114,13 +114,13 @@ def width(entries: int) -> int:
     return entries * (4 + LIVES) + 2 * LIVES + 2
 
 
-@compiled
+@inlined
 def _kept(value: float) -> np.float32:
     """A value as float32; 0 for one that is too small, because arithmetic with subnormal numbers is slow."""
     return np.float32(value) if value > _LEAST else np.float32(0.0)
 
 
-@compiled
+@inlined
 def decays(elapsed_s: int) -> tuple[np.float32, np.float32, np.float32]:
     """The factors by which counts of `HALF_LIVES_S` decay in a time of 0 seconds or more."""
     # One power of two is enough, because the half-lives are 1, 8 and 72 times the shortest one.
@@ -133,7 +133,7 @@ def decays(elapsed_s: int) -> tuple[np.float32, np.float32, np.float32]:
     return _kept(fourth * fourth), _kept(middle), _kept(longest)
 
 
-@compiled
+@inlined
 def _decay(row: int, lists: ItemLists, at_s: int) -> None:
     """Decays a list to a time; a time before the list's changes nothing."""
     elapsed_s = at_s - lists.at_s[row]
@@ -155,21 +155,21 @@ def _decay(row: int, lists: ItemLists, at_s: int) -> None:
         lists.known[row, h] = _kept(lists.known[row, h] * kept)
 
 
-@compiled
+@inlined
 def prefetch_list(row: int, lists: ItemLists) -> None:
     """Prefetches a list that is soon read or counts a click, because lists are accessed at random."""
     for k in range(0, lists.ids.shape[1], _LINE_BYTES // 8):
-        prefetch(lists.ids[row], k)
+        prefetch(lists.ids, (row, k))
     for k in range(0, lists.ages.shape[1], _LINE_BYTES // 4):
-        prefetch(lists.ages[row], k)
+        prefetch(lists.ages, (row, k))
         for h in range(LIVES):
-            prefetch(lists.counts[row, h], k)
+            prefetch(lists.counts, (row, h, k))
     prefetch(lists.totals, row)
     prefetch(lists.known, row)
     prefetch(lists.at_s, row)
 
 
-@compiled
+@inlined
 def count_click(row: int, item: np.uint64, at_s: int, lists: ItemLists) -> None:
     """Counts a click of an item in a list.
 
@@ -209,7 +209,7 @@ def count_click(row: int, item: np.uint64, at_s: int, lists: ItemLists) -> None:
         lists.counts[row, h, least] += np.float32(1.0)
 
 
-@compiled
+@inlined
 def count_visit(row: int, item: np.uint64, at_s: int, lists: ItemLists) -> None:
     """Counts a click of a user's own item, and moves it to the front; a full list loses its last item."""
     _decay(row, lists, at_s)

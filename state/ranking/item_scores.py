@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from state.compiled import compiled, layout
+from state.compiled import compiled, inlined, layout
 from state.compiled.logarithms import logarithms
 from state.compiled.mixing import mix
 from state.ranking.item_lists import LISTS_OF_EVERYTHING, LIVES, ItemLists, decays
@@ -152,40 +152,23 @@ class Reads(NamedTuple):
     weights: F32
 
 
-@compiled
-def _find(item: np.uint64, count: int, work: Workspace) -> int:
-    """The index of a candidate, which is added if it is new; -1 if there is no space."""
-    mask = np.uint64(work.slots.shape[0] - 1)
-    slot = mix(item) & mask
-    while work.slots[slot] != 0:
-        at = work.slots[slot] - 1
-        if work.items[at] == item:
-            return int(at)
-        slot = (slot + np.uint64(1)) & mask
-    if count >= work.items.shape[0]:
-        return -1
-    work.slots[slot] = count + 1
-    work.taken[count] = slot
-    work.items[count] = item
-    work.own[count] = 0
-    return count
-
-
-@compiled
+@inlined
 def _add_everything(lists: ItemLists, row: int, scales: F32, at_s: int, first: int, work: Workspace) -> int:
     """Adds the items of a list of everything, of which no other such list has any.
 
     scales: `[2, H]`, whose products with counts are shares of `everything` and of `interests`.
     first: The number of candidates. Returns their number afterwards.
     """
-    mask, count = np.uint64(work.slots.shape[0] - 1), first
-    for item in lists.ids[row]:
+    ids, slots, items, taken, own = lists.ids, work.slots, work.items, work.taken, work.own
+    mask, count = np.uint64(slots.shape[0] - 1), first
+    for k in range(ids.shape[1]):
+        item = ids[row, k]
         if item == np.uint64(0):
             break
         slot = mix(item) & mask
-        while work.slots[slot] != 0:
+        while slots[slot] != 0:
             slot = (slot + np.uint64(1)) & mask
-        work.slots[slot], work.taken[count], work.items[count], work.own[count] = count + 1, slot, item, 0
+        slots[slot], taken[count], items[count], own[count] = count + 1, slot, item, 0
         count += 1
     for h in range(LIVES):
         shares = work.features[EVERYTHING_AT * LIVES + h, first:count]
@@ -199,44 +182,53 @@ def _add_everything(lists: ItemLists, row: int, scales: F32, at_s: int, first: i
     return count
 
 
-@compiled
+@inlined
 def _add(
-    lists: ItemLists, row: int, source: int, scale: F32, at_s: int, counts: tuple[int, int], work: Workspace
+    lists: ItemLists, reads: Reads, scale: F32, at_s: int, counts: tuple[int, int], work: Workspace
 ) -> tuple[int, int]:
-    """Adds the items of a list, whose counts times `scale`, `[H]`, are shares.
+    """Adds the items of lists, but not of those of everything. Their decayed counts times `scale`, `[H]`, are shares.
 
     `counts`, the number of candidates and of entries, is returned as it is afterwards.
     """
+    # Named before the loops, because `work.slots` in them would change a reference count.
+    ids, clicks, ages, totals, times_s = lists.ids, lists.counts, lists.ages, lists.totals, lists.at_s
+    slots, items, taken, own, features = work.slots, work.items, work.taken, work.own, work.features
+    entry_items, entry_sources = work.entries, work.sources
+    mask = np.uint64(slots.shape[0] - 1)
     count, entries = counts
-    elapsed_s = np.float32(max(0, at_s - lists.at_s[row]))
-    for k in range(lists.ids.shape[1]):
-        item = lists.ids[row, k]
-        if item == np.uint64(0) or entries == work.entries.shape[0]:
-            break
-        at = _find(item, count, work)
-        if at < 0:
+    for r in range(reads.rows.shape[0]):
+        row, source = reads.rows[r], reads.sources[r]
+        if row == 0 or source == EVERYTHING_AT:
             continue
-        if at == count:
-            count += 1
-        for h in range(LIVES):
-            work.features[source * LIVES + h, at] += lists.counts[row, h, k] * scale[h]
-        work.features[AGE_AT, at] = max(work.features[AGE_AT, at], lists.ages[row, k] + elapsed_s)
-        if source != INTERESTS_AT:
-            work.entries[entries], work.sources[entries] = at, source
-            entries += 1
-        if source == OWN_AT:
-            work.own[at] = k + 1
+        elapsed_s = max(0, at_s - times_s[row])
+        for h, kept in enumerate(decays(elapsed_s)):
+            scale[h] = reads.weights[r] * kept / (totals[row, h] * kept + np.float32(0.5))
+        for k in range(ids.shape[1]):
+            item = ids[row, k]
+            if item == np.uint64(0) or entries == entry_items.shape[0]:
+                break
+            slot = mix(item) & mask
+            while slots[slot] != 0 and items[slots[slot] - 1] != item:
+                slot = (slot + np.uint64(1)) & mask
+            at = np.int64(slots[slot]) - 1
+            if at < 0:
+                if count == items.shape[0]:
+                    continue
+                at = np.int64(count)
+                slots[slot], taken[count], items[count], own[count] = count + 1, slot, item, 0
+                count += 1
+            for h in range(LIVES):
+                features[source * LIVES + h, at] += clicks[row, h, k] * scale[h]
+            features[AGE_AT, at] = max(features[AGE_AT, at], ages[row, k] + np.float32(elapsed_s))
+            if source != INTERESTS_AT:
+                entry_items[entries], entry_sources[entries] = at, source
+                entries += 1
+            if source == OWN_AT:
+                own[at] = k + 1
     return count, entries
 
 
-@compiled
-def _scale(lists: ItemLists, row: int, at_s: int, weight: float, scale: F32) -> None:
-    """Writes the factors of `_add` for a list that is its source's only one, or has a weight."""
-    for h, kept in enumerate(decays(max(0, at_s - lists.at_s[row]))):
-        scale[h] = np.float32(weight) * kept / (lists.totals[row, h] * kept + np.float32(0.5))
-
-
-@compiled
+@inlined
 def _compute(listed: int, count: int, entries: int, work: Workspace) -> None:
     """Replaces shares and ages by their features.
 
@@ -314,19 +306,13 @@ def gather(
                 scales[0, h] = kept / everything[h]
                 scales[1, h] = scales[0, h] * other
             listed = _add_everything(clicked, row, scales, at_s, listed, work)
-    counts = (listed, 0)
-    for k in range(reads.rows.shape[0]):
-        if reads.sources[k] != EVERYTHING_AT and reads.rows[k] != 0:
-            _scale(clicked, reads.rows[k], at_s, reads.weights[k], scale)
-            counts = _add(clicked, reads.rows[k], reads.sources[k], scale, at_s, counts, work)
-    for k in range(2):
-        if after[k] != 0:
-            _scale(followed, after[k], at_s, 1.0, scale)
-            counts = _add(followed, after[k], NEWEST_AT + k, scale, at_s, counts, work)
+    counts = _add(clicked, reads, scale, at_s, (listed, 0), work)
+    rows, sources, weights = np.empty(3, np.int32), np.empty(3, np.int32), np.ones(3, np.float32)
+    rows[0], rows[1], rows[2] = after[0], after[1], user
+    sources[0], sources[1], sources[2] = NEWEST_AT, SECOND_AT, OWN_AT
+    counts = _add(followed, Reads(rows[:2], sources[:2], weights[:2]), scale, at_s, counts, work)
     first_own = counts[1]
-    if user != 0:
-        _scale(visited, user, at_s, 1.0, scale)
-        counts = _add(visited, user, OWN_AT, scale, at_s, counts, work)
+    counts = _add(visited, Reads(rows[2:], sources[2:], weights[2:]), scale, at_s, counts, work)
     # 2. Features.
     _compute(listed, counts[0], counts[1], work)
     clicks, repeats, gap_s, evidence = 0.0, 0.0, 0, 0.0

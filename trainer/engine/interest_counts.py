@@ -24,8 +24,8 @@ from state.microbatch.batch import MicroBatch
 from state.ranking import interest_scores
 from state.ranking.interest_scores import (
     COLUMNS,
-    COUNTED,
     FEATURES,
+    FIRST_HIT,
     FIRST_OWN,
     LIVES_READ,
     READ,
@@ -36,8 +36,10 @@ from state.ranking.interest_scores import (
     gather,
     gather_everything,
     key_of_item,
+    place_popular,
     score,
     take_candidate,
+    take_popular,
 )
 from state.ranking.item_lists import (
     EVERYTHING,
@@ -286,16 +288,17 @@ def _teach(
     for k in range(hits[1]):
         a = 1 + LIVES_READ if k < hits[0] else 1 + 2 * LIVES_READ
         for h in range(LIVES_READ):
-            differences[a + h] += shares[work.hits[k]] * work.logs[h, COUNTED + k]
+            differences[a + h] += shares[work.hits[k]] * work.logs[h, FIRST_HIT + k]
     for j in range(2):
         differences[FIRST_OWN + j] = shares[j] * features[3, j]
     differences[FIRST_OWN + 2], differences[FIRST_OWN + 3] = own, rank
     weights, squares = learned
-    for a in range(FEATURES):
-        for p in range(COLUMNS):
-            gradient = np.float64(differences[a] * phi[i, p])
-            squares[a, p] += gradient * gradient
-            weights[a, p] += RATE * gradient / np.sqrt(squares[a, p] + 1e-3)
+    for p in range(COLUMNS):
+        if phi[i, p] != np.float32(0.0):
+            for a in range(FEATURES):
+                gradient = np.float64(differences[a] * phi[i, p])
+                squares[a, p] += gradient * gradient
+                weights[a, p] += RATE * gradient / np.sqrt(squares[a, p] + 1e-3)
 
 
 @compiled(
@@ -328,10 +331,10 @@ def _learn_and_count(
                 prefetch_list(rows[i + _AHEAD, source], lists)
         if i % ROWS_BETWEEN == 0:
             gather_everything(lists, everything, at_s[i], work)
+            place_popular(own, popular, work)
+        take_popular(own, popular, logits.popular, i, work)
         for j in range(own):
             take_candidate(j, recent[i, j], logits.recent[i, j], work)
-        for j in range(ranks):
-            take_candidate(own + j, popular[j], logits.popular[i, j], work)
         for j in range(successor.shape[1]):
             take_candidate(own + ranks + j, successor[i, j], logits.successor[i, j], work)
         hits = gather(lists, rows, at_s[i], i, work)

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from state.compiled import compiled, layout, part_of_sums
-from state.compiled.mixing import mix, mixed
+from state.compiled import compiled, inlined, layout, part_of_sums
+from state.compiled.mixing import mix
 from state.config.settings import Settings
 from state.microbatch.batch import MicroBatch
 from state.ranking import item_scores
@@ -179,9 +179,8 @@ class ItemRanking(OnlineRegression):
         newest = np.zeros((2, len(own)), np.uint64)
         _newest(at, item, visited.held.ids[lists, :2], newest)
         every = np.uint64(min(FIRST_EVERY << min(self.learned // HALVED_AFTER, 8), EVERY))
-        drawn = mixed(user ^ mixed(at_ms.astype(np.uint64)))
-        scheduled = drawn % every == 0
-        teaching = scheduled | (newest[0] == 0) & (drawn % np.maximum(every // np.uint64(NEW_USERS), 1) == 0)
+        teaching = np.empty(len(own), np.bool_)
+        scheduled = _draw(user, at_ms, newest[0], every, teaching)
         taught = np.flatnonzero(teaching)
         after = followed.observe(newest[0], at_ms)
         counted = np.concatenate([EVERYTHING, keys.reshape(-1)])
@@ -191,8 +190,10 @@ class ItemRanking(OnlineRegression):
         if sum(table.evict() for table in self.tables.values()):
             own, after, found = visited.find(user), followed.find(newest[0]), clicked.find(counted)
         everything = found[: len(EVERYTHING)].copy()
-        of_parts = np.split(teaching, np.cumsum([rows.size for _, rows in seen])[:-1])
-        candidates = [part.candidates(rows[its]) for (part, rows), its in zip(seen, of_parts, strict=True)]
+        candidates, first = [], 0
+        for part, rows in seen:
+            candidates.append(part.candidates(rows[teaching[first : first + rows.size]]))
+            first += rows.size
         logits, ids = (np.concatenate(column) for column in zip(*candidates, strict=True))
         likely, shares = item_scores.likeliest(logits, ids)
         every_list = EVERYTHING[None].repeat(taught.size, 0)
@@ -220,7 +221,7 @@ class ItemRanking(OnlineRegression):
             self._work,
         )
         # The additional rows of new users do not advance the schedule.
-        self.learned += learned * int(scheduled.sum()) // max(taught.size, 1)
+        self.learned += learned * scheduled // max(taught.size, 1)
 
 
 @compiled("i4[::1], u8[::1], u8[:, ::1], u8[:, ::1]")
@@ -237,7 +238,24 @@ def _newest(own: I32, item: U64, latest: U64, newest: U64) -> None:
                 latest[user, 0], latest[user, 1] = item[i], latest[user, 0]
 
 
-@compiled
+@compiled("u8[::1], i8[::1], u8[::1], u8, bool[::1]")
+def _draw(user: U64, at_ms: I64, newest: U64, every: np.uint64, teaching: Flags) -> int:
+    """Flags the rows that train the weights: one in `every`, a power of two, and more of users without clicks.
+
+    Returns how many would be flagged without those additional ones.
+    """
+    more = max(every // np.uint64(NEW_USERS), np.uint64(1))
+    count = 0
+    for i in range(user.shape[0]):
+        drawn = mix(user[i] ^ mix(np.uint64(at_ms[i])))
+        scheduled = drawn & (every - np.uint64(1)) == np.uint64(0)
+        is_new = newest[i] == np.uint64(0)
+        teaching[i] = scheduled or (is_new and drawn & (more - np.uint64(1)) == np.uint64(0))
+        count += int(scheduled)
+    return count
+
+
+@inlined
 def _lists(lists: ItemLists, row: int, item: np.uint64) -> bool:
     """Whether a list has an item; list 0 is empty."""
     found = False
@@ -246,7 +264,7 @@ def _lists(lists: ItemLists, row: int, item: np.uint64) -> bool:
     return found
 
 
-@compiled
+@inlined
 def _is_candidate(
     item: np.uint64, reads: Reads, after: I32, user: int, clicked: ItemLists, followed: ItemLists, visited: ItemLists
 ) -> bool:

@@ -14,20 +14,24 @@ from state.features.arrays import Vector
 from state.features.mask import Mask
 from state.features.spec import LABELLED, POSITIVE, Events
 from state.ranking.interest_scores import (
+    COLUMNS,
     MASKED,
     READ,
+    ColumnInputs,
     Workspace,
     gather,
     gather_everything,
     key_of_item,
     score,
     take_candidate,
+    write_phi,
 )
 from state.ranking.item_lists import EVERYTHING, LISTS_OF_EVERYTHING, ItemLists
 
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
 F32 = NDArray[np.float32]
+U16 = NDArray[np.uint16]
 I32 = NDArray[np.int32]
 F64 = NDArray[np.float64]
 _LABEL = LABELLED | POSITIVE
@@ -111,7 +115,9 @@ def correction_of(
         recent,
         version.popular,
         successors,
-        version.features.interest_columns.phi(vectors.features, vectors.category_windows),
+        vectors.features,
+        vectors.category_windows,
+        version.features.interest_columns.inputs,
         weights,
         *correction,
         version.interest_work,
@@ -120,8 +126,8 @@ def correction_of(
 
 
 @compiled(
-    "ItemLists, i4[::1], i8[::1], u8[:, ::1], u8[::1], u8[:, ::1], f4[:, ::1], f8[:, ::1], f4[:, ::1], f4[:, ::1], "
-    "Workspace"
+    "ItemLists, i4[::1], i8[::1], u8[:, ::1], u8[::1], u8[:, ::1], u2[:, ::1], u2[:, :, ::1], ColumnInputs, "
+    "f8[:, ::1], f4[:, ::1], f4[:, ::1], Workspace"
 )
 def _correct(
     lists: ItemLists,
@@ -130,7 +136,9 @@ def _correct(
     recent: U64,
     popular: U64,
     successors: U64,
-    phi: F32,
+    features: U16,
+    category_windows: U16,
+    inputs: ColumnInputs,
     weights: F64,
     factor: F32,
     offset: F32,
@@ -139,6 +147,8 @@ def _correct(
     """`indices`: the lists of no key, over all clicks, of the n newest categories, of the n newest items."""
     count, slots, ranks = recent.shape[0], recent.shape[1], popular.shape[0]
     everything, rows = indices[1 : 1 + LISTS_OF_EVERYTHING], np.empty((count, READ), np.int32)
+    phi = np.empty((count, COLUMNS), np.float32)
+    write_phi(features, category_windows, inputs, phi)
     for i in range(count):
         at_s = at_ms[i] // 1000
         # The lists of a version do not change, and `work` is the version's.

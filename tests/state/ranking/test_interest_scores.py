@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from state.compiled import compiled
 from state.ranking.interest_scores import COLUMNS, FEATURES, MASKED, READ, Workspace, correct, first_weights
 from state.ranking.item_lists import HALF_LIVES_S, ItemLists, count_click
 
@@ -14,11 +15,17 @@ EVERYTHING, ROWS = np.array([1, 2, 0, 0, 0, 0, 0, 0], np.int32), np.array([[3, 4
 AT_S = 100_000
 
 
+@compiled("i8, u8[::1], i8[::1], ItemLists")
+def count_clicks(row: int, categories: np.ndarray, at_s: np.ndarray, lists: ItemLists) -> None:
+    for k in range(categories.shape[0]):
+        count_click(row, categories[k], at_s[k], lists)
+
+
 def lists() -> ItemLists:
     made = ItemLists.empty(5, 16)
     for row, categories in ((1, [5, 5, 7]), (2, [11, 12]), (3, [7, 9, 9]), (4, [11])):
-        for number, category in enumerate(categories):
-            count_click(row, np.uint64(category), AT_S - 9_000 + 2_000 * number, made)
+        at_s = AT_S - 9_000 + 2_000 * np.arange(len(categories))
+        count_clicks(row, np.array(categories, np.uint64), at_s, made)
     return made
 
 
