@@ -400,7 +400,7 @@ class TrainerSettings:
         "counts",
         choices=("counts", "model"),
         help="What interests come from: the model, corrected by decayed counts of the categories clicked next, which takes "
-        "6 % more of a step and 0.05 ms of an answer; or the model alone.",
+        "10 % more of a step and 0.05 ms of an answer; or the model alone.",
     )
     publish_s: float = setting(
         0.1,
