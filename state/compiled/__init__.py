@@ -48,8 +48,10 @@ _njit: Any = numba.njit
 """Typed as Any: Numba's own types lack the options of wrappers."""
 _runtime: Any = runtime
 _REGROUPED = {"reassoc", "contract", "nsz"}
-_NO_WRAPPERS = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-"""For a part that only kernels call. With wrappers, it would be compiled three times: alone and in each wrapper."""
+_PART = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": True, "_nrt": False}
+"""For a part that only kernels call. With wrappers, it would be compiled three times: alone and in each wrapper. Without
+`_nrt`, it does not count references of the arrays in its arguments: for two pairs of a step, counting took four times
+as long as computing."""
 
 
 @overload
@@ -73,9 +75,9 @@ def compiled(kernel: Any, /, *signatures: str) -> Any:
 
 
 def inlined(part: Kernel) -> Kernel:
-    """Inlines a function into each `compiled` kernel that calls it: passing many arrays costs about 50 ns per call."""
+    """Inlines a function into each `compiled` kernel that calls it. It must not allocate arrays."""
     _STAMPS[part] = _stamp_of(part)
-    return cast(Kernel, _njit(nogil=True, error_model="numpy", forceinline=True, **_NO_WRAPPERS)(part))
+    return cast(Kernel, _njit(nogil=True, error_model="numpy", **_PART)(part))
 
 
 @overload
@@ -96,15 +98,23 @@ def compiled_sums(kernel: Any, /, *signatures: str) -> Any:
 
 
 def part_of_sums(part: Kernel) -> Kernel:
-    """Inlines a function into each `compiled_sums` kernel that calls it.
+    """Inlines a function into each `compiled_sums` kernel that calls it. It must not allocate arrays or call `np.dot`.
 
     If it were called by name, the grouping of its sums would depend on the order of compilation. Its machine code would
     then differ between the process that compiled the kernel and one that loaded the kernel from the cache.
     """
+    return _part_of_sums(part, allocates=False)
+
+
+def allocating_part_of_sums(part: Kernel) -> Kernel:
+    """Like `part_of_sums`, for a part that allocates arrays, calls `np.dot`, or calls a part that does."""
+    return _part_of_sums(part, allocates=True)
+
+
+def _part_of_sums(part: Kernel, allocates: bool) -> Kernel:
     _STAMPS[part] = _stamp_of(part)
-    return cast(
-        Kernel, _njit(fastmath=_REGROUPED, forceinline=True, nogil=True, error_model="numpy", **_NO_WRAPPERS)(part)
-    )
+    options = _PART | {"_nrt": allocates}
+    return cast(Kernel, _njit(fastmath=_REGROUPED, nogil=True, error_model="numpy", **options)(part))
 
 
 def layout(types: str) -> Callable[[Class], Class]:

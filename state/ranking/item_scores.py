@@ -252,8 +252,10 @@ def _compute(listed: int, count: int, entries: int, work: Workspace) -> None:
     logarithms(values[:LIVES], bits[:LIVES], logs[:LIVES], end + entries, 0)
     logarithms(values[LIVES:], bits[LIVES:], logs[LIVES:], count, 0)
     for h in range(LIVES):
-        features[INTERESTS_AT * LIVES + h, :count] = logs[h, :count]
-        features[EVERYTHING_AT * LIVES + h, :listed] = logs[h, count:end]
+        for i in range(count):
+            features[INTERESTS_AT * LIVES + h, i] = logs[h, i]
+        for i in range(listed):
+            features[EVERYTHING_AT * LIVES + h, i] = logs[h, count + i]
         # An item may have several entries of a source. All have the features of their sum.
         for e in range(entries):
             features[work.sources[e] * LIVES + h, work.entries[e]] = logs[h, end + e]

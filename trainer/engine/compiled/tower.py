@@ -29,7 +29,7 @@ import scipy
 import scipy.linalg.cython_blas  # loads the BLAS of compiled loops
 from threadpoolctl import threadpool_info
 
-from state.compiled import compiled_sums, layout, part_of_sums
+from state.compiled import allocating_part_of_sums, compiled_sums, layout, part_of_sums
 from trainer.engine.compiled.arrays import F32, I32, I64
 from trainer.engine.compiled.threads import Threads, Work, advance, wait_for
 from trainer.model.default_ranker import DefaultRanker
@@ -393,7 +393,7 @@ def _input(
                 x[b, columns + 2 * dim + d] *= share
 
 
-@part_of_sums
+@allocating_part_of_sums
 def _layers(begin: int, end: int, first: int, x: F32, layers: Layers, hidden: tuple[F32, ...]) -> None:
     """Layers `first` and on of rows `begin` to `end`; `x` is the input of layer `first`."""
     for i in range(first, len(layers.kernels)):
@@ -405,7 +405,7 @@ def _layers(begin: int, end: int, first: int, x: F32, layers: Layers, hidden: tu
                 out[b, d] = max(out[b, d] + bias[d], _ZERO)
 
 
-@part_of_sums
+@allocating_part_of_sums
 def _score(
     begin: int,
     end: int,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from state.compiled import part_of_sums
+from state.compiled import allocating_part_of_sums, part_of_sums
 from trainer.engine.compiled.arrays import F32, Facts, FastWeights, Workspace
 from trainer.model.default_ranker import NET_HIDDEN, NEXT_HIDDEN
 
@@ -31,12 +31,12 @@ def user_hidden_of(begin: int, end: int, user_features: F32, weights: FastWeight
 
 
 @part_of_sums
-def window_net(begin: int, end: int, facts: Facts, weights: FastWeights, logarithms: F32, workspace: Workspace) -> None:
-    """Computes the logits without embeddings of the categories of rows `begin` to `end`, concatenated.
-
-    Adds the newest category's windows to `user_hidden`, which is complete afterwards.
-    """
-    firsts, newest, windows, hidden, window_logits, user_hidden = workspace[:6]
+def _scaled_windows(
+    begin: int, end: int, facts: Facts, weights: FastWeights, logarithms: F32, workspace: Workspace
+) -> int:
+    """Scales the windows, and completes `user_hidden`; returns the number of categories."""
+    firsts, newest, windows = workspace.firsts, workspace.newest, workspace.windows
+    window_logits, user_hidden = workspace.window_logits, workspace.user_hidden
     recent_categories, width, user_columns = facts.windows.shape[1], facts.log_scale.shape[0], facts.windows.shape[2]
     count = 0
     for b in range(begin, end):
@@ -62,8 +62,14 @@ def window_net(begin: int, end: int, facts: Facts, weights: FastWeights, logarit
             for k in range(NET_HIDDEN):
                 user_hidden[row, k] += x * weights.net_0[width + f, k]
     firsts[end - begin] = count
-    np.dot(windows[:count], weights.net_0[:width], hidden[:count])
-    for row in range(end - begin):
+    return count
+
+
+@part_of_sums
+def _window_logits(rows: int, weights: FastWeights, workspace: Workspace) -> None:
+    firsts, windows, hidden = workspace.firsts, workspace.windows, workspace.hidden
+    window_logits, user_hidden, width = workspace.window_logits, workspace.user_hidden, windows.shape[1]
+    for row in range(rows):
         for m in range(firsts[row], firsts[row + 1]):
             total = _ZERO
             for f in range(width):
@@ -75,24 +81,26 @@ def window_net(begin: int, end: int, facts: Facts, weights: FastWeights, logarit
             window_logits[m] += total
 
 
-@part_of_sums
-def window_net_gradients(
-    begin: int,
-    end: int,
-    facts: Facts,
-    user_features: F32,
-    weights: FastWeights,
-    workspace: Workspace,
-    fast_gradient: FastWeights,
-) -> None:
-    """Backward pass of `window_net` and `user_hidden_of`. Overwrites `hidden`.
+@allocating_part_of_sums
+def window_net(begin: int, end: int, facts: Facts, weights: FastWeights, logarithms: F32, workspace: Workspace) -> None:
+    """Computes the logits without embeddings of the categories of rows `begin` to `end`, concatenated.
 
-    The other net's part of `user_gradient` has to be filled before.
+    Adds the newest category's windows to `user_hidden`, which is complete afterwards.
     """
-    firsts, newest, windows, hidden = workspace[:4]
+    windows, hidden, width = workspace.windows, workspace.hidden, workspace.windows.shape[1]
+    count = _scaled_windows(begin, end, facts, weights, logarithms, workspace)
+    np.dot(windows[:count], weights.net_0[:width], hidden[:count])
+    _window_logits(end - begin, weights, workspace)
+
+
+@part_of_sums
+def _hidden_gradients(
+    begin: int, end: int, facts: Facts, weights: FastWeights, workspace: Workspace, fast_gradient: FastWeights
+) -> None:
+    """The derivatives by the hidden units, in `hidden`, and by all weights but `net_0`'s first part and `user`."""
+    firsts, newest, windows, hidden = workspace.firsts, workspace.newest, workspace.windows, workspace.hidden
     gradient, user_gradient = workspace.window_gradient, workspace.user_gradient
     recent_categories, width, rows = facts.recent_mask.shape[1], windows.shape[1], end - begin
-    count = firsts[rows]
     for row in range(rows):
         for k in range(NET_HIDDEN):
             user_gradient[row, k] = _ZERO
@@ -117,11 +125,30 @@ def window_net_gradients(
             x = newest[row, f]
             for k in range(NET_HIDDEN):
                 fast_gradient.net_0[width + f, k] += x * user_gradient[row, k]
-    np.dot(windows[:count].T, hidden[:count], workspace.net_gradient)
-    for f in range(width):
+
+
+@allocating_part_of_sums
+def window_net_gradients(
+    begin: int,
+    end: int,
+    facts: Facts,
+    user_features: F32,
+    weights: FastWeights,
+    workspace: Workspace,
+    fast_gradient: FastWeights,
+) -> None:
+    """Backward pass of `window_net` and `user_hidden_of`. Overwrites `hidden`.
+
+    The other net's part of `user_gradient` has to be filled before.
+    """
+    windows, user_gradient, rows = workspace.windows, workspace.user_gradient, end - begin
+    _hidden_gradients(begin, end, facts, weights, workspace, fast_gradient)
+    count = workspace.firsts[rows]
+    np.dot(windows[:count].T, workspace.hidden[:count], workspace.net_gradient)
+    np.dot(user_features[begin:end].T, user_gradient[:rows], workspace.features_gradient)
+    for f in range(windows.shape[1]):
         for k in range(NET_HIDDEN):
             fast_gradient.net_0[f, k] += workspace.net_gradient[f, k]
-    np.dot(user_features[begin:end].T, user_gradient[:rows], workspace.features_gradient)
     for d in range(user_features.shape[1]):
         for k in range(USER_HIDDEN):
             fast_gradient.user[d, k] += workspace.features_gradient[d, k]
