@@ -30,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from state.compiled import compiled, layout
+from state.compiled import compiled, inlined, layout
 from state.events.parser import EventBatch
 from state.history.waiting import CLOCKS, decode_clocks
 from state.microbatch.batch import TOLERANCE_MS, MicroBatch
@@ -129,7 +129,7 @@ def crowd(quorum: Quorum, key: int) -> tuple[int | None, int]:
     return (int(times[(len(times) - 1) // 2]) if len(times) else None), int(quorum.marks[key, _LATE])
 
 
-@compiled
+@inlined
 def _take(quorum: Quorum, key: int, user: int, at_ms: int, read_ms: int) -> None:
     turn = quorum.marks[key, _TURNS]
     slot = oldest = 0
@@ -152,7 +152,7 @@ def _take(quorum: Quorum, key: int, user: int, at_ms: int, read_ms: int) -> None
     quorum.votes[key, slot, _TURN] = turn
 
 
-@compiled
+@inlined
 def _sorted(quorum: Quorum, key: int, now_ms: int, times: I64) -> int:
     """Writes the quorum's times, advanced to `now_ms`, to `times` in ascending order; returns their number."""
     count = 0
@@ -171,7 +171,7 @@ def _sorted(quorum: Quorum, key: int, now_ms: int, times: I64) -> int:
     return count
 
 
-@compiled
+@inlined
 def _is_late(quorum: Quorum, key: int, user: int, at_ms: int) -> bool:
     """Whether a late click must not affect the clock; after `PATIENCE` turns of late clicks, the state is reset."""
     mark = quorum.marks[key]
@@ -189,7 +189,7 @@ def _is_late(quorum: Quorum, key: int, user: int, at_ms: int) -> bool:
     return False
 
 
-@compiled
+@inlined
 def _settle(quorum: Quorum, key: int, times: I64) -> int:
     # 1.
     count = _sorted(quorum, key, 0, times)
@@ -227,7 +227,7 @@ def _hear(quorum: Quorum, key: I64, user: I64, at_ms: I64, read_ms: int, clock_m
         _settle(quorum, ALL, times)
 
 
-@compiled
+@inlined
 def _with_wall_clock(times: I64, count: int, now_ms: int) -> int:
     """The lower median of `count` ascending times and the wall clock."""
     if count == 0:
@@ -238,7 +238,7 @@ def _with_wall_clock(times: I64, count: int, now_ms: int) -> int:
     return min(now_ms, int(times[middle]))
 
 
-@compiled
+@inlined
 def _limit(crowd: int, count: int, now_ms: int) -> int:
     if crowd > now_ms:
         return crowd if count >= AGREEING else now_ms

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.accounts import StreamAccount
-from state.compiled import compiled, layout
+from state.compiled import compiled, inlined, layout
 from state.compiled.mixing import mixed
 from state.config.settings import Settings
 from state.errors import CorruptStore
@@ -167,13 +167,13 @@ def enter(queue: Queue, waiting: WaitingImpressions) -> Queue:
     return queue
 
 
-@compiled
+@inlined
 def share_number(partition: int, user: int) -> int:
     """The number of the share in which a user's impressions of a partition wait."""
     return partition * SHARES + int(np.int64(np.uint64(user) % np.uint64(SHARES)))
 
 
-@compiled
+@inlined
 def begin(queue: Queue, offset: int, at_ms: int, begun_ms: int, pair: int, user: int, share: int) -> None:
     """Adds an impression as the newest of its share."""
     queue.sizes[_FREE] -= 1
@@ -204,7 +204,7 @@ def begin(queue: Queue, offset: int, at_ms: int, begun_ms: int, pair: int, user:
     queue.waiting[share] += 1
 
 
-@compiled
+@inlined
 def close(queue: Queue, slot: int) -> None:
     """Removes the impression in a slot."""
     share = queue.share[slot]
@@ -368,7 +368,7 @@ def attribute(queue: Queue, arrived: Arrived, segments: Segments, limits: Limits
     return queue, Attributed._make([result.kind, *(column[:count] for column in result[1:])])
 
 
-@compiled
+@inlined
 def _resolve(queue: Queue, slot: int, known: int, position: Position, result: Attributed, count: int) -> int:
     """Ends the wait of the impression in a slot; returns the number of labels so far."""
     result.by[count] = position.by
@@ -381,7 +381,7 @@ def _resolve(queue: Queue, slot: int, known: int, position: Position, result: At
     return count + 1
 
 
-@compiled
+@inlined
 def _impression_of(queue: Queue, arrived: Arrived, n: int, share: int, wait_ms: int) -> int:
     """The slot of the waiting impression that outcome n labels; `NONE` if there is none."""
     time, over_ms = arrived.at_ms[n], arrived.clock_ms[n] - wait_ms
@@ -395,7 +395,7 @@ def _impression_of(queue: Queue, arrived: Arrived, n: int, share: int, wait_ms: 
     return int(slot)
 
 
-@compiled
+@inlined
 def _expire(
     queue: Queue, share: int, over_ms: int, user: np.uint64, position: Position, result: Attributed, count: int
 ) -> int:

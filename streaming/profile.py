@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from state.compiled import compiled
+from state.compiled import compiled, inlined
 from state.events.parser import EventBatch
 from state.features.arrays import WORDS, Rings, Vector, words
 from state.features.kernel import update_rows
@@ -67,7 +67,7 @@ def _keys(users: NDArray[np.uint64]) -> I64:
     return np.require(users, requirements=("C", "W")).view(np.int64)
 
 
-@compiled
+@inlined
 def _place(table: I64, user: int) -> int:
     """The position of a user, or the one where the user would be stored."""
     mask = np.uint64(len(table) - 1)

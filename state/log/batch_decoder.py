@@ -14,7 +14,7 @@ import kafka.codec as codecs
 import numpy as np
 import numpy.typing as npt
 
-from state.compiled import compiled
+from state.compiled import compiled, inlined
 from state.errors import LogError
 from state.log.records import I64, Chunk
 
@@ -65,7 +65,7 @@ _DECOMPRESS: dict[int, tuple[str, Callable[[], bool], Callable[[bytes], bytes]]]
 }
 
 
-@compiled
+@inlined
 def _varint(data: npt.NDArray[np.uint8], at: int, end: int) -> tuple[int, int]:
     """Decodes the zigzag varint at `at`: its value and the index after it; (0, -1) if it is incomplete."""
     value = np.uint64(0)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from kafka import KafkaAdminClient
 from kafka.protocol.producer import ProduceRequest
 
-from state.compiled import compiled
+from state.compiled import compiled, inlined
 from state.config.sections import Kafka
 from state.errors import UnknownTopic
 from state.log.batch_decoder import CRC_FROM, HEADER, LENGTH_ENDS, MAGIC, NO_PRODUCER, BatchHeader
@@ -25,7 +25,7 @@ from state.log.topics import RETRY_S, Topics
 RETRIES = 40
 
 
-@compiled
+@inlined
 def _put_varint(out: npt.NDArray[np.uint8], at: int, value: int) -> int:
     remaining = np.uint64((value << 1) ^ (value >> 63))
     while remaining >= np.uint64(0x80):
@@ -36,7 +36,7 @@ def _put_varint(out: npt.NDArray[np.uint8], at: int, value: int) -> int:
     return at + 1
 
 
-@compiled
+@inlined
 def _varint_size(value: int) -> int:
     remaining = np.uint64((value << 1) ^ (value >> 63))
     size = 1

@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.attributes.values import tables_of
-from state.compiled import compiled, read_only
+from state.compiled import compiled, inlined, read_only
 from state.compiled.mixing import mix
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
@@ -88,7 +88,7 @@ class Values(NamedTuple):
     features: U16
 
 
-@compiled
+@inlined
 def _band(count: int) -> int:
     """The band of a count: counts below 16 unchanged, then four bands per octave."""
     shift = 0
@@ -97,7 +97,7 @@ def _band(count: int) -> int:
     return count if shift == 0 else 16 + 8 * shift + ((count >> shift) - 8)
 
 
-@compiled
+@inlined
 def _half_octave(weight: int) -> int:
     """The band of a weight: two bands per octave."""
     shift = 0

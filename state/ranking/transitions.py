@@ -81,7 +81,7 @@ class Succession(NamedTuple):
     successors: U16
 
 
-@compiled
+@inlined
 def _count(counts: I32, ids: U64, category: np.uint64) -> None:
     """Counts one transition to `category` in one list and keeps the counts in descending order.
 
@@ -142,7 +142,7 @@ def record(at: I32, followers: U64, lists: Lists) -> Flags:
     return halved
 
 
-@compiled
+@inlined
 def _say(count: int, total: int, out: U16) -> None:
     out[0] = min(count, _MOST_COUNT)
     out[1] = count * 256 // (1 + total)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from state.compiled import compiled, read_only
+from state.compiled import compiled, inlined, read_only
 from state.compiled.mixing import mix
 
 U64 = npt.NDArray[np.uint64]
@@ -19,7 +19,7 @@ F32 = npt.NDArray[np.float32]
 _FILL = 0.7
 
 
-@compiled
+@inlined
 def _slot_of(keys: U64, key: np.uint64) -> np.int64:
     """The slot that holds `key`, or the empty slot where it would be inserted."""
     mask = np.uint64(keys.shape[0] - 1)

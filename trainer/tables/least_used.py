@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from state.compiled import compiled
+from state.compiled import compiled, inlined
 from trainer.tables.index import F32, I32, U64
 
 I64 = npt.NDArray[np.int64]
@@ -26,7 +26,7 @@ ROOM, MOST_AT_ONCE = 8, 131_072
 _BUCKETS = 1 << 16
 
 
-@compiled
+@inlined
 def _rank(last_seen_ms: int, bits: int) -> int:
     """`bits` are those of a float32. Only its exponent counts, as the number of doublings: rounding has no effect."""
     return last_seen_ms + DOUBLING_MS * max(((bits >> 23) & 255) - 127, LEAST)

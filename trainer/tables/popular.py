@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from state.compiled import compiled
+from state.compiled import compiled, inlined
 from trainer.tables.id_table import NO_CAP
 from trainer.tables.index import I32, IdIndex
 from trainer.tables.least_used import ROOM, excess, least_used
@@ -39,7 +39,7 @@ def decayed(counts: I64, times: int, kept: int = DECAY) -> I64:
     return counts
 
 
-@compiled
+@inlined
 def _before(index: int, other: int, ids: U64, counts: I64) -> bool:
     """Whether a category ranks first: by the larger count, on a tie by the smaller id."""
     return bool(counts[index] > counts[other] or (counts[index] == counts[other] and ids[index] < ids[other]))

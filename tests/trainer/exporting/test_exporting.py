@@ -180,18 +180,18 @@ def test_only_chosen_rows_are_aboard(stocked: Stocked, tmp_path: Path) -> None:
 
 
 def test_the_command_exports_what_answers_use(
-    stocked: Stocked, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    stocked: Stocked, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.nice", lambda _: 0)
     away = ["--kafka.bootstrap_servers", "127.0.0.1:1", "--kafka.request_timeout_s", "0.3"]
     flags = [*SMALL, "--paths.state", str(stocked.state), *away]
-    newest = stocked.of.version.version
+    newest, exports = stocked.of.version.version, stocked.state / "exports"
     assert command.main(flags) == 0
     told = capfd.readouterr().out
-    assert f"saved model  {tmp_path / str(newest)}, " in told and "256 synthetic examples" in told
-    assert [path.name for path in sorted(tmp_path.iterdir())] == [str(newest), "lock"]
+    assert f"saved model  {exports / str(newest)}, " in told and "256 synthetic examples" in told
+    assert [path.name for path in sorted(exports.iterdir())] == [str(newest), "lock"]
     assert command.main(flags) == 0
-    assert f"{tmp_path / str(newest)} exists and was left as it is; to write it again" in capfd.readouterr().out
+    assert f"{exports / str(newest)} exists and was left as it is; to write it again" in capfd.readouterr().out
     assert command.main([*flags, "--quantize", "int8"]) == 2
     assert "--tflite" in capfd.readouterr().err
 
