@@ -46,6 +46,11 @@ def said(flags: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[dict[str
     return document, capsys.readouterr().out
 
 
+@pytest.fixture(autouse=True)
+def _short_periods() -> None:
+    """Replaces that of the other tests: the trainer's process has periods of a day, so its version is verified with them."""
+
+
 @pytest.mark.nightly
 def test_a_killed_trainer_spends_nothing_twice_holds_at_the_end_of_its_budget_and_answers_go_on(
     kafka_settings: KafkaFactory, tmp_path: Path, stack: ExitStack, capsys: pytest.CaptureFixture[str]
