@@ -29,7 +29,7 @@ from tests.e2e.watching import Watching, beside
 
 EXAMPLES = ROOT / "deploy" / "examples"
 TOML = EXAMPLES / "din" / "springtide.toml"
-FLOOD = 240.0
+FLOOD = 800.0
 """Clicks a second of one user, beside 1,000 of all others."""
 WATCHED: Mapping[str, object] = {
     "shoppers.rate": 1000,
@@ -90,7 +90,7 @@ def version(loop: Loop) -> dict[str, Any]:
 @pytest.mark.nightly
 def test_a_flood_is_held_and_the_rollback_that_status_prints_heals(loop: Loop, watching: Watching) -> None:
     until(
-        lambda: (loop.metrics("trainer").value("springtide_trainer_guard_windows") or 0) >= 12,
+        lambda: (loop.metrics("trainer").value("springtide_trainer_guard_windows") or 0) >= 32,
         "the guard has too few windows to compare with",
     )
     registry, begin, epoch = Registry(loop.settings.registry_dir), loop.ends(), version(loop)["epoch"]
