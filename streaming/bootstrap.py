@@ -190,7 +190,7 @@ class Sample(JobContext):
 def open_sample(
     settings: Settings, salt: Salt, clock: Callable[[], float], say: Say, rows: int = SAMPLE_ROWS
 ) -> Iterator[Handle[Sample]]:
-    """Yields a new sample of at most `rows` clicks, whose store is deleted after the block."""
+    """Yields a new sample of at most `rows` clicks; its store is deleted after the block."""
     with tempfile.TemporaryDirectory(prefix="springtide-bootstrap-") as folder:
         store = HistoryStore(Path(folder), settings.features.history)
         try:

@@ -129,7 +129,7 @@ class Encoding:
     @classmethod
     def of(cls, stream: Stream, spec: str, salt: str, mask_generation: int = 0, log_epoch: int = 1) -> Encoding:
         """The encoding of a stream with these settings."""
-        return cls(spec, salt, stream.cut_rows, RECORD_BYTES, mask_generation, log_epoch)
+        return cls(spec, salt, stream.cut_rows, mask_generation=mask_generation, log_epoch=log_epoch)
 
 
 def encode_cut(cut: Cut, encoding: Encoding) -> list[bytes]:

@@ -399,7 +399,7 @@ def _impression_of(queue: Queue, arrived: Arrived, n: int, share: int, wait_ms: 
 def _expire(
     queue: Queue, share: int, over_ms: int, user: np.uint64, position: Position, result: Attributed, count: int
 ) -> int:
-    """Expires the oldest impressions of a share whose wait is over, up to the first of another user than `user`."""
+    """Expires the oldest impressions of a share that have waited long enough, up to the first of another user than `user`."""
     for _ in range(MOST_EXPIRED):
         slot = queue.first[share, 0]
         if slot == NONE or queue.begun_ms[slot] >= over_ms or (user != ANY_USER and queue.user[slot] != user):

@@ -321,6 +321,7 @@ def _histories_to_rebuild(settings: Settings, branch: LogLine, version: Manifest
     from state.history.rewind import Since
     from state.history.rewinding import branch_of
     from state.history.store import HistoryStore
+    from state.microbatch.codec import decode_events
 
     users = None
     for path in layout.streams(settings.state_dir):
@@ -331,7 +332,7 @@ def _histories_to_rebuild(settings: Settings, branch: LogLine, version: Manifest
         try:
             since = Since(version.marks, store.positions())
             with view.reader(version.log.next) as log:
-                for _, batch in branch_records(log, version.log.next, view.end, branch):
+                for _, batch in branch_records(log, version.log.next, view.end, branch, decode_events):
                     since.take(batch)
             users = (users or 0) + len(store.lacking(since, version.marks))
             if branch_of(store) != branch:

@@ -108,7 +108,7 @@ class Workers:
     """Starts and supervises a host's workers; `run` returns after `stop`.
 
     `counters` is the directory of their counters, which is emptied. `target` names what a worker's process calls:
-    (number, socket, event, flags of all workers whose kernels are ready, parent's arguments).
+    (number, socket, event, a flag for the kernels of each worker, parent's arguments).
     """
 
     def __init__(

@@ -48,10 +48,6 @@ _njit: Any = numba.njit
 """Typed as Any: Numba's own types lack the options of wrappers."""
 _runtime: Any = runtime
 _REGROUPED = {"reassoc", "contract", "nsz"}
-_PART = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": True, "_nrt": False}
-"""For a part that only kernels call. With wrappers, it would be compiled three times: alone and in each wrapper. Without
-`_nrt`, it does not count references of the arrays in its arguments: for two pairs of a step, counting took four times
-as long as computing."""
 
 
 @overload
@@ -76,8 +72,7 @@ def compiled(kernel: Any, /, *signatures: str) -> Any:
 
 def inlined(part: Kernel) -> Kernel:
     """Inlines a function into each `compiled` kernel that calls it. It must not allocate arrays."""
-    _STAMPS[part] = _stamp_of(part)
-    return cast(Kernel, _njit(nogil=True, error_model="numpy", **_PART)(part))
+    return _part(part, _nrt=False)
 
 
 @overload
@@ -103,18 +98,30 @@ def part_of_sums(part: Kernel) -> Kernel:
     If it were called by name, the grouping of its sums would depend on the order of compilation. Its machine code would
     then differ between the process that compiled the kernel and one that loaded the kernel from the cache.
     """
-    return _part_of_sums(part, allocates=False)
+    return _part(part, _nrt=False, fastmath=_REGROUPED)
 
 
 def allocating_part_of_sums(part: Kernel) -> Kernel:
     """Like `part_of_sums`, for a part that allocates arrays, calls `np.dot`, or calls a part that does."""
-    return _part_of_sums(part, allocates=True)
+    return _part(part, fastmath=_REGROUPED)
 
 
-def _part_of_sums(part: Kernel, allocates: bool) -> Kernel:
+def _part(part: Kernel, **options: Any) -> Kernel:
+    """A part that only kernels call. With wrappers, it would be compiled three times: alone and in each wrapper.
+
+    Without `_nrt`, it does not count references of the arrays in its arguments: for two pairs of a step, counting took
+    four times as long as computing.
+    """
     _STAMPS[part] = _stamp_of(part)
-    options = _PART | {"_nrt": allocates}
-    return cast(Kernel, _njit(fastmath=_REGROUPED, nogil=True, error_model="numpy", **options)(part))
+    inline = _njit(
+        nogil=True,
+        error_model="numpy",
+        forceinline=True,
+        no_cpython_wrapper=True,
+        no_cfunc_wrapper=True,
+        **options,
+    )
+    return cast(Kernel, inline(part))
 
 
 def layout(types: str) -> Callable[[Class], Class]:

@@ -14,7 +14,7 @@ def _prefetching(_context: Any, array: Any, index: Any) -> Any:
     """Prefetches the cache line of an element for writing; the element must exist. It changes no data.
 
     index: Its index, or a tuple of the first indices of several; the others are 0. `prefetch(array[row], k)` would create
-    a view, whose reference count costs more than the prefetch.
+    a view, and counting its references costs more than the prefetch.
     """
     given = types.UniTuple(types.intp, len(index)) if isinstance(index, types.BaseTuple) else types.intp
 

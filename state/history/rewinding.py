@@ -25,6 +25,7 @@ from state.history.store import HistoryStore
 from state.history.waiting import Changes, Extra, WaitingRows, key_of, place_of
 from state.log import Reader
 from state.log.topic_plan import TRAINING_PARTITION
+from state.microbatch.codec import decode_events
 from state.positions import Source
 from state.process import killpoints
 from state.registry.log_line import WHOLE, LogLine, from_json, parting, to_json
@@ -129,7 +130,7 @@ def rewind(
         end = log.end
         if end is None:
             end = reader.position(TRAINING_PARTITION) + reader.lag()[TRAINING_PARTITION]
-        for _, batch in branch_records(reader, branch_point.offset, end, branch):
+        for _, batch in branch_records(reader, branch_point.offset, end, branch, decode_events):
             since.take(batch)
         # 3.
         clocks = since.sources if timed else ()

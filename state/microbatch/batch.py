@@ -68,8 +68,9 @@ Columns = Mapping[str, NDArray[Any]]
 
 
 def absent_column(name: str, rows: int) -> NDArray[Any]:
-    """The content of a column that is missing: zeros, or `[rows, 0]` for attributes and sequences."""
-    return np.zeros(rows, DTYPES[name]) if name in SCALARS else np.empty((rows, 0), DTYPES[name])
+    """The content of a column that is missing: zeros, or lists of no numbers."""
+    shape = (rows, 0, 0) if name == "category_windows" else (rows, 0)
+    return np.zeros(rows, DTYPES[name]) if name in SCALARS else np.empty(shape, DTYPES[name])
 
 
 class Kind(enum.IntEnum):

@@ -107,7 +107,7 @@ def decode(value: bytes, names: tuple[str, ...] = ALL) -> MicroBatch:
         has_sequences = document["format"] == WITH_SEQUENCES
         columns = {name: _column(batch, name, document) for name in names if has_sequences or name not in SEQUENCES}
     rows = len(columns["user"])
-    columns |= {name: _undecoded(name, rows) for name in NAMES if name not in names}
+    columns |= {name: absent_column(name, rows) for name in NAMES if name not in names}
     _check(header, columns, names)
     return MicroBatch(header, **columns)
 
@@ -122,11 +122,6 @@ def _reading(names: tuple[str, ...]) -> pa.ipc.IpcReadOptions:
 def decode_events(value: bytes) -> MicroBatch:
     """Decodes what the rows of a micro-batch say of their events. Their features take nine tenths of the time."""
     return decode(value, EVENTS)
-
-
-def _undecoded(name: str, rows: int) -> NDArray[Any]:
-    width = (0, 0) if name == "category_windows" else (0,)
-    return absent_column(name, rows) if name in SCALARS else np.empty((rows, *width), DTYPES[name])
 
 
 def _array(values: NDArray[Any]) -> pa.Array:

@@ -274,10 +274,10 @@ def take_popular(first: int, popular: U64, logits: F32, i: int, work: Workspace)
     """Sets the slots of the popular categories, with the logits of row i, before `take_candidate` sets the other slots."""
     for j in range(popular.shape[0]):
         there = logits[i, j] > _THERE
-        work.candidates[first + j] = popular[j] if there else np.uint64(0)
+        category = popular[j] if there else np.uint64(0)
+        work.candidates[first + j] = category
         work.features[0, first + j] = logits[i, j] if there else np.float32(0.0)
-    for j in range(popular.shape[0]):
-        work.marks[popular[j] & _LAST_MARK] = first + j + 1
+        work.marks[category & _LAST_MARK] = first + j + 1
 
 
 @part_of_sums

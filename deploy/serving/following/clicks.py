@@ -282,7 +282,10 @@ class HistoryFollower:
         names: dict[int, str] = {}
         newest_ms = 0
         for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
-            batch_read = self._decode(value, Source(batch.topic_id, batch.partition), offset)
+            compares = self._parity.is_due
+            batch_read = self._decode(
+                value, Source(batch.topic_id, batch.partition), offset, decode if compares else decode_events
+            )
             if batch_read is None or not counts(self._line, batch_read.header.log_epoch, offset):
                 continue
             keep, after = trim(batch_read, marks)
@@ -296,7 +299,8 @@ class HistoryFollower:
             ranges.extend(parts)
             events.append(events_of(new_events, new_events.header.ranges))
             users.append(new_events.user)
-            self._parity.compare(new_events, (batch.partition, offset), users, events)
+            if compares:
+                self._parity.compare(new_events, (batch.partition, offset), users, events)
             newest_ms = max(newest_ms, int(log_times(new_events).max(initial=0)))
             if batch_read.header.clocks and self.newest_ms > batch_read.header.created_ms + DAY_MS:
                 # With release 0.1.0, one click could set the clock years ahead.
@@ -313,10 +317,12 @@ class HistoryFollower:
         self.newest_ms = max(self.newest_ms, newest_ms)
         self._marks = marks
 
-    def _decode(self, value: bytes | None, log: Source, offset: int) -> MicroBatch | None:
+    def _decode(
+        self, value: bytes | None, log: Source, offset: int, read: Callable[[bytes], MicroBatch]
+    ) -> MicroBatch | None:
         """Returns the micro-batch, or None for a record that is not one, which does not stop serving."""
         try:
-            decoded = (decode if self._parity.is_due else decode_events)(value or b"")
+            decoded = read(value or b"")
         except MicroBatchError as error:
             self._metrics.unreadable_microbatches.inc()
             _log.error("record %d of partition %d is left out: %s", offset, log.partition, error)

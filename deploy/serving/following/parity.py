@@ -109,19 +109,17 @@ class Parity:
 
     @property
     def is_due(self) -> bool:
-        """Whether a row of the next record will be compared; its features are needed then."""
+        """Whether a row of the next record is to be compared, which needs its features."""
         return not 0 <= self._now_ms() - self._compared_ms < EVERY_MS
 
     def compare(
         self, rows: MicroBatch, position: tuple[int, int], users: Sequence[NDArray[np.uint64]], events: Sequence[Events]
     ) -> None:
-        """Compares one row of a record if a comparison is due.
+        """Compares one row of a record.
 
         `position` is the record's partition and offset in the training log. `users` and `events` are the parts of the
         pending commit; the last part belongs to `rows`, which has one row per event.
         """
-        if not self.is_due or rows.features.shape[1] == 0:
-            return
         held_rows = np.flatnonzero(self._store.shares.has(rows.user))
         if not len(held_rows):
             return
