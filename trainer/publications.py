@@ -29,12 +29,33 @@ from trainer.versions import checkpoint
 from trainer.versions.content import Array
 from trainer.versions.publisher import Publisher, Saving
 
-LATE_PACES = 5
-"""The most intervals between two versions where learning is late, or steps leave little time."""
+LATE_PACES, CATCH_UP_PACES = 5, 20
+"""The most times `trainer.publish_s` between two versions: under load, and while a backlog is caught up."""
+
+CATCH_UP_SHARE = 0.2
+"""Seconds between two versions for each second that learning is late."""
 
 FULL_S = 1.0
 """Least seconds between recent versions that carry a probe and changed item lists. Both cost the trainer and each host
 several ms, and most lists that change in one version change in the next one too."""
+
+
+def interval_s(publish_s: float, late_s: float, idle: float) -> float:
+    """Seconds between two versions. Each one costs the trainer and every serving host time.
+
+    Args:
+        publish_s: The setting.
+        late_s: How long the newest learned records waited in the log, if others still wait.
+        idle: Share of the time that steps leave.
+
+    >>> [interval_s(0.1, late_s, idle=0.9) for late_s in (0.0, 0.3, 2.0, 6.0, 3600.0)]
+    [0.1111111111111111, 0.3, 0.5, 1.2000000000000002, 2.0]
+    >>> interval_s(0.1, late_s=0.0, idle=0.0)
+    0.5
+    """
+    loaded_s = publish_s / max(idle, 1.0 / LATE_PACES)
+    late_intervals = min(late_s, LATE_PACES * publish_s), min(CATCH_UP_SHARE * late_s, CATCH_UP_PACES * publish_s)
+    return max(loaded_s, *late_intervals)
 
 
 class ProbedRanker:
@@ -107,9 +128,7 @@ class Publications:
     def due(self, position: TrainingPlace, control: Control, late_s: float = 0.0, steps_s: float = 0.0) -> bool:
         """Whether a version, or a durable one, is due now.
 
-        Each version costs the trainer and every serving host time. If learning is late by `late_s`, versions are
-        therefore that far apart, up to `LATE_PACES` times the usual interval. The interval also grows as steps leave
-        less time: `steps_s` is what they took since the last version.
+        Learning is late by `late_s`; steps took `steps_s` since the last version.
         """
         if (
             not (position.changed or position.unsaved)
@@ -121,8 +140,7 @@ class Publications:
         now_s = self._elapsed()
         since_s = now_s - self._last_s
         idle = 1.0 - steps_s / since_s if since_s > steps_s else 0.0
-        pace_s = self._pace_s / max(idle, 1.0 / LATE_PACES)
-        pace_s = max(pace_s, min(late_s, LATE_PACES * self._pace_s))
+        pace_s = interval_s(self._pace_s, late_s, idle)
         return since_s >= pace_s and (position.changed or now_s - self._saved_s >= self._durable_s)
 
     def settle(self, wait: bool = False) -> Manifest | None:
