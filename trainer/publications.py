@@ -48,8 +48,8 @@ def interval_s(publish_s: float, late_s: float, idle: float) -> float:
         late_s: How long the newest learned records waited in the log, if others still wait.
         idle: Share of the time that steps leave.
 
-    >>> [interval_s(0.1, late_s, idle=0.9) for late_s in (0.0, 0.3, 2.0, 6.0, 3600.0)]
-    [0.1111111111111111, 0.3, 0.5, 1.2000000000000002, 2.0]
+    >>> [round(interval_s(0.1, late_s, idle=0.9), 2) for late_s in (0.0, 0.3, 2.0, 6.0, 3600.0)]
+    [0.11, 0.3, 0.5, 1.2, 2.0]
     >>> interval_s(0.1, late_s=0.0, idle=0.0)
     0.5
     """
