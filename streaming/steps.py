@@ -116,6 +116,8 @@ class UpdateProfiles(Step[StreamContext]):
 logger = logging.getLogger(__name__)
 
 UPKEEP_S = 1.0
+BUSY_INTERVALS = 5
+"""At the end of the log, the interval of polls in multiples of the time that the steps of the last one took."""
 LATEST_RECORDS = 15
 
 
@@ -269,8 +271,10 @@ class ReadClicks(Step[StreamContext]):
             begun_s = time.perf_counter()
             # All downstream steps run before the generator continues.
             yield batches
-            context.metrics.busy_seconds.inc(time.perf_counter() - begun_s)
+            busy_s = time.perf_counter() - begun_s
+            context.metrics.busy_seconds.inc(busy_s)
             if 0 < sum(map(len, batches)) < stream.cut_rows:
                 # At the end of the log a poll returns with the next click. A poll and its steps cost the same for one
-                # click as for fifty, so this waits for more clicks to arrive.
-                context.stopping.wait(max(0.0, POLL_S - (time.perf_counter() - polled_s)))
+                # click as for fifty, so this waits for more clicks to arrive, and longer where steps take long.
+                interval_s = min(max(POLL_S, BUSY_INTERVALS * busy_s), stream.cut_ms / 2000)
+                context.stopping.wait(max(0.0, interval_s - (time.perf_counter() - polled_s)))
