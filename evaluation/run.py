@@ -33,8 +33,9 @@ from streaming.preprocessing import SAMPLE_ROWS, analysed, load_preprocessing
 from trainer.device import prepare
 from trainer.engine.making import trainer_of
 from trainer.engine.step import Trainer
-from trainer.model.preprocessing import Preprocessing
-from trainer.versions.program import build, preprocessing_of
+from trainer.model.analysed import Preprocessing
+from trainer.model.preprocessing import preprocessing_of
+from trainer.versions.lowering import build
 
 LINE_EVERY_S = 10.0
 BAR = 20
@@ -176,7 +177,7 @@ def open_host(
     """Returns a serving host for the versions of a trainer."""
     store = None if attributes is None else attributes.store
     with quiet_stderr():
-        return ServingHost(settings, spec, SALT, build(trainer.model), store)
+        return ServingHost(settings, spec, SALT, build(trainer.ranker()), store)
 
 
 def progress_line(done: int, total: int, took_s: float) -> str:

@@ -14,6 +14,7 @@ from state.config.settings import Settings
 from state.errors import SettingsError
 from state.features.spec import FeatureSpec
 from state.process.part import OPTIONS_READ, run_check
+from state.registry.registry import Registry
 
 
 def is_own(model: ModelSettings) -> bool:
@@ -36,9 +37,8 @@ def check_model(settings: Settings, spec: FeatureSpec, transform: Path | None) -
     """Like `check_own`, behind the graph in `transform`. Options have to be read, and the model to fit the current version."""
     # Not at the top: TensorFlow reads its log level when it is loaded, and `run_check` sets it before.
     from trainer import device
+    from trainer.model.preprocessing import preprocessing_of
     from trainer.model_checks import check_own
-    from trainer.versions.carrying import require_settings_fit
-    from trainer.versions.program import preprocessing_of
 
     # Threads have to be fixed before TensorFlow's first operation, and loading the graph is one.
     device.prepare(settings.trainer.device, settings.trainer.threads)
@@ -51,6 +51,29 @@ def check_model(settings: Settings, spec: FeatureSpec, transform: Path | None) -
         require_options_read(model, model.asked.keys())
     require_settings_fit(settings, spec)
     return result
+
+
+def require_settings_fit(settings: Settings, spec: FeatureSpec) -> None:
+    """Like `require_ranker_fits`, for the ranker of the settings; does nothing if nothing was trained.
+
+    Raises:
+        ModelMismatch: See `require_ranker_fits`.
+        SettingsError: There is no such ranker.
+        RegistryError: The registry cannot be read.
+    """
+    if not settings.registry_dir.is_dir():
+        return
+    registry = Registry(settings.registry_dir)
+    if (
+        registry.control() is not None
+        and (name := registry.specs.bootstrapped(spec.digest, settings.model)) is not None
+    ):
+        from trainer.engine.graphs import ranker_of
+        from trainer.model.preprocessing import preprocessing_of
+        from trainer.versions.carrying import require_ranker_fits
+
+        preprocessing = preprocessing_of(registry.specs.transform(name))
+        require_ranker_fits(registry, settings, spec, ranker_of(settings, spec, preprocessing))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

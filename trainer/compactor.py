@@ -95,6 +95,8 @@ def _garbage(registry: Registry, keep_ms: int, now_ms: int, in_use: frozenset[st
         newest = max(every, key=_age_of, default=None)
         old = [path for path in _older(registry.path / folder, keep_ms, now_ms) if path != newest]
         garbage += [path for path in old if path.name.removesuffix(".tflite") not in used | in_use]
+    prepared = _older(registry.path / layout.PREPARED, keep_ms, now_ms)
+    garbage += [path for path in prepared if not (registry.path / layout.SPECS / path.name).exists()]
     if shared:
         return garbage
     garbage += [

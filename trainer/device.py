@@ -1,4 +1,4 @@
-"""Chooses the trainer's device, and makes TensorFlow deterministic on it."""
+"""Makes TensorFlow deterministic on the trainer's device."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from functools import partial
 
 import tensorflow as tf
 
-from state.errors import SettingsError
 from state.metrics import TrainerMetrics
+from trainer.placement import device_of
 
 LOG = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ def prepare(device: str = "auto", threads: int = 1) -> str:
     Call it before anything else of TensorFlow: threads cannot be changed once an operation has run. A second call with the
     same values does nothing.
     """
-    chosen = pick(device, [gpu.name for gpu in tf.config.list_physical_devices("GPU")])
+    chosen = device_of(device)
     try:
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(threads)
@@ -49,19 +49,3 @@ def show(device: str, metrics: TrainerMetrics) -> None:
 
     for kind in ("current", "peak"):
         metrics.device_memory_bytes.labels(kind).set_function(partial(held_bytes, kind))
-
-
-def pick(device: str, gpus: list[str]) -> str:
-    """The device to use, given the GPUs that exist.
-
-    >>> pick("auto", []), pick("auto", ["/physical_device:GPU:0"]), pick("cpu", ["/physical_device:GPU:0"])
-    ('/CPU:0', '/GPU:0', '/CPU:0')
-
-    Raises:
-        SettingsError: `device` is `gpu` and there is none.
-    """
-    if device == "gpu" and not gpus:
-        raise SettingsError(
-            "trainer.device is gpu, but TensorFlow finds no GPU here", "set it to auto or cpu, or check the driver"
-        )
-    return "/GPU:0" if gpus and device in ("auto", "gpu") else "/CPU:0"

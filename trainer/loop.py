@@ -1,8 +1,9 @@
 """The trainer's process: `python -m trainer.loop [--section.name VALUE ...]`.
 
-1. Claims the registry. A second trainer waits here as a standby, with TensorFlow, its kernels and the model loaded.
+1. Claims the registry. A second trainer waits here as a standby, with its kernels and the model loaded.
 2. Checks a custom tower, then waits until the bootstrap has analysed the feature spec of the settings.
-3. Builds the trainer and lowers its program, checked against the model. If the newest version no longer fits this
+3. Builds the trainer and lowers its program, checked against the model. A trainer of the default model that continues
+   in the environment of the newest version uses its program again, and never loads TensorFlow. If the newest version no longer fits this
    release's model, an epoch begins from the parts that fit. If the settings differ, the trainer refuses to start.
 4. Creates control generation 1 if there is no control.
 5. Enters control's epoch: from its newest version, else from its base, else from scratch or with the past clicks of an
@@ -76,7 +77,8 @@ if TYPE_CHECKING:
 HURRY_S = 30.0
 
 STANDBY = "standing by"
-IMPORTS = "loading TensorFlow"
+MODULES = "loading modules"
+TENSORFLOW = "loading TensorFlow"
 KERNELS = "compiling kernels"
 WORKERS = "waiting for workers"
 BOOTSTRAP = "waiting for the bootstrap"
@@ -85,7 +87,7 @@ PROGRAM = "lowering the program"
 VERSION = "loading the version"
 CATCHING_UP = "catching up"
 LEARNING = "learning"
-PHASES = (STANDBY, IMPORTS, KERNELS, WORKERS, BOOTSTRAP, MODEL, PROGRAM, VERSION, CATCHING_UP, LEARNING)
+PHASES = (STANDBY, MODULES, TENSORFLOW, KERNELS, WORKERS, BOOTSTRAP, MODEL, PROGRAM, VERSION, CATCHING_UP, LEARNING)
 
 LOG_S = 5.0
 WAIT_S = 0.02
@@ -200,7 +202,7 @@ class Phases:
     """The phase of a trainer's start, as a gauge and in the log: a slow restart shows its cause.
 
     Attributes:
-        loaded: The phase that follows loading TensorFlow and compiling kernels.
+        loaded: The phase that follows loading modules and compiling kernels.
     """
 
     def __init__(self, metrics: TrainerMetrics) -> None:
@@ -261,16 +263,22 @@ def unused_kernels(settings: Settings) -> list[str]:
     return unused if settings.churn.days else [*unused, "trainer.churn.learning"]
 
 
-def _import_model(kernels: Kernels, phases: Phases, stopping: threading.Event) -> None:
-    phases.enter(IMPORTS)
+def _import_model(settings: Settings, kernels: Kernels, phases: Phases, stopping: threading.Event) -> None:
+    phases.enter(MODULES)
     began_s, began_cpu_s = time.monotonic(), time.process_time()
     with quiet_stderr():
         importlib.import_module("trainer.learner")
-        importlib.import_module("trainer.versions.program")
+        from trainer.versions.starting import starts_without_graph
+
+        is_light = starts_without_graph(settings, Registry(settings.registry_dir))
+        if not is_light:
+            phases.enter(TENSORFLOW)
+            importlib.import_module("trainer.versions.lowering")
     logger.info(
-        "TensorFlow loaded in %.1f s, %.1f s of processor time",
+        "modules loaded in %.1f s, %.1f s of processor time, %s TensorFlow",
         time.monotonic() - began_s,
         time.process_time() - began_cpu_s,
+        "without" if is_light else "with",
     )
     phases.enter(KERNELS)
     kernels.prepare(stopping.is_set)
@@ -297,11 +305,10 @@ def prepare(
 ) -> Learner:
     """Lowers the trainer's program, and enters control's epoch; learns past clicks first if that is requested."""
     with quiet_stderr():
-        from trainer import device
         from trainer.learner import Learner
         from trainer.publications import ServedModel
         from trainer.versions import checkpoint
-        from trainer.versions.program import program_of
+        from trainer.versions.starting import program_of
 
         # 3.
         spec = FeatureSpec.from_settings(settings)
@@ -311,9 +318,12 @@ def prepare(
         # The environment does not show changes of custom code.
         version = None if is_own(settings.model) else version_to_go_on_from(registry)
         environment = checkpoint.environment(settings, trainer.device, trainer.engine.name)
-        program = program_of(registry, version, spec.digest, environment, trainer.model)
+        program = program_of(registry, version, spec.digest, environment, trainer)
     logger.info("program %s ready on %s", program[:12], trainer.device)
-    device.show(trainer.device, metrics)
+    if "GPU" in trainer.device:
+        from trainer import device
+
+        device.show(trainer.device, metrics)
     # 4.
     control = registry.control()
     if control is None:
@@ -405,12 +415,12 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
     def model(group: Group | None) -> Trainer:
         # Not at the top: TensorFlow reads its log level when it is loaded, and `main` sets it before.
         with quiet_stderr():
-            from trainer.versions.program import bootstrapped_trainer
+            from trainer.versions.starting import bootstrapped_trainer
 
             return bootstrapped_trainer(settings, Registry(settings.registry_dir).specs, group)
 
     def load() -> None:
-        _import_model(kernels, phases, stopping)
+        _import_model(settings, kernels, phases, stopping)
         specs, spec = Registry(settings.registry_dir).specs, FeatureSpec.from_settings(settings)
         alone = settings.trainer.workers == 1 and not is_own(settings.model)
         if phases.loaded == STANDBY and alone and specs.bootstrapped(spec.digest, settings.model):
@@ -446,13 +456,13 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
             if not imports.is_alive():
                 phases.enter(BOOTSTRAP)
         registry = Registry(settings.registry_dir, claim)
-        # Check this before loading TensorFlow: some settings alone show that the newest version cannot be loaded.
+        # Check this before the imports: some settings alone show that the newest version cannot be loaded.
         require_same_model(settings)
         _sweep(registry)
         if ownership.took_over and registry.control() is not None:
             who, reason = f"trainer:{getpass.getuser()}", "the former trainer did not renew its claim"
             registry.change(lambda now: transitions.take_over(now, actor=who, reason=reason, now_ms=wall_ms()))
-        # 2. TensorFlow's import and the kernels take seconds: they overlap with the bootstrap.
+        # 2. Imports and the kernels take seconds: they overlap with the bootstrap.
         if imports.ident is None:
             imports.start()
         children: Sequence[subprocess.Popen[bytes]] = ()

@@ -26,12 +26,16 @@ from state.features.spec import FeatureSpec
 from state.lowering import ROWS_TOLERANCE, TOLERANCE, difference
 from state.process.user_code import error_line
 from state.rows.tables import CODES, TAKEN, is_name
-from trainer.engine.build import EMBEDDINGS, ranker_of
+from trainer.engine.build import EMBEDDINGS
+from trainer.engine.graphs import ranker_of
+from trainer.model.analysed import Preprocessing
 from trainer.model.inputs import INPUTS, SEQUENCES, own_rows
-from trainer.model.preprocessing import Preprocessing
-from trainer.model.ranker import Ranker, Targets
+from trainer.model.preprocessing import graph_of
+from trainer.model.ranker import Ranker
+from trainer.model.targets import Targets
 from trainer.model.tower import load_builder, named, width_in
-from trainer.versions.program import build, sample
+from trainer.versions.lowering import build
+from trainer.versions.program import sample
 
 ROWS, ALONE = 32, 4
 SEEDS = ((0, 0), (3, 5))
@@ -50,7 +54,9 @@ def check_own(settings: Settings, spec: FeatureSpec, preprocessing: Preprocessin
     """
     if settings.model.ranker == ModelSettings().ranker:
         label = f"model.tower {settings.model.tower!r}"
-        described, own = _check_tower(settings.model, width_in(settings.model, spec, preprocessing), label)
+        described, own = _check_tower(
+            settings.model, width_in(settings.model, spec, graph_of(preprocessing, spec.names)), label
+        )
         ranker = ranker_of(settings, spec, preprocessing)
     else:
         label = f"model.ranker {settings.model.ranker!r}"

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow as tf
+import numpy.typing as npt
 
 from state import probe
 from state.config.settings import Settings
@@ -23,11 +23,13 @@ from trainer.engine.step import Trainer
 from trainer.holding import UpdateGuard
 from trainer.measures import breakdown
 from trainer.measures.breakdown import SliceMeasures
-from trainer.model.ranker import Ranker
+from trainer.model.model import Model
 from trainer.place import TrainingPlace
 from trainer.versions import checkpoint
 from trainer.versions.content import Array
 from trainer.versions.publisher import Publisher, Saving
+
+F32 = npt.NDArray[np.float32]
 
 LATE_PACES, CATCH_UP_PACES = 5, 20
 """The most times `trainer.publish_s` between two versions: under load, and while a backlog is caught up."""
@@ -62,21 +64,18 @@ class ProbedRanker:
     """Answers a version's probe with the current weights; serving compares its answers with these (`state/probe.py`).
 
     Only the step thread may call it.
+
+    Args:
+        model: The ranker.
+        predict: Its outputs with the current weights: of the engine that learns them, not of serving's program.
     """
 
-    def __init__(self, ranker: Ranker) -> None:
-        # On the CPU, because serving runs there and an accelerator may round differently.
-        with tf.device("/CPU:0"):
-            shapes = {name: tuple(spec.shape) for name, spec in ranker.specs().items()}
-            inputs = {name: tf.constant(value) for name, value in probe.inputs(shapes).items()}
-        self._ranker, self._predict = ranker, tf.function(lambda: ranker.predict(inputs), autograph=False)
+    def __init__(self, model: Model, predict: Callable[[Mapping[str, F32]], Mapping[str, Any]]) -> None:
+        self._inputs, self._predict = probe.inputs(model.shapes()), predict
 
     def answers(self) -> dict[str, Array]:
         """The tensors `probe.<output>` of a version with these weights."""
-        with tf.device("/CPU:0"):
-            self._ranker.sync_variables()
-            outputs = self._predict()
-        return {f"{probe.PREFIX}{name}": np.array(value.numpy()) for name, value in outputs.items()}
+        return {f"{probe.PREFIX}{name}": np.array(value) for name, value in self._predict(self._inputs).items()}
 
 
 class ServedModel(NamedTuple):
@@ -113,7 +112,7 @@ class Publications:
         self._publisher, self._model, self._trainer = publisher, model, trainer
         self._topic = settings.kafka.microbatches_topic
         self._metrics, self._pace_s, self._clock, self._elapsed = metrics, settings.trainer.publish_s, clock, elapsed
-        self._durable_s, self._probed = settings.registry.durable_s, ProbedRanker(trainer.model)
+        self._durable_s, self._probed = settings.registry.durable_s, ProbedRanker(trainer.model, trainer.engine.predict)
         self._last_s = self._saved_s = self._full_s = float("-inf")
 
     @property

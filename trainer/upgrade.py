@@ -98,14 +98,12 @@ def planning(
 ) -> tuple[Carrying, list[str]]:
     """Plans what the settings' model carries over from a version; also returns the plan as text."""
     with quiet_stderr():
-        from trainer import device
         from trainer.engine.making import trainer_of
-        from trainer.versions.program import preprocessing_of
+        from trainer.versions.starting import bootstrapped
 
-        device.prepare(settings.trainer.device, settings.trainer.threads)
         name = registry.specs.bootstrapped(spec.digest, settings.model)
         # Without an analysis: the default preprocessing has the same width as logarithms.
-        preprocessing = None if name is None else preprocessing_of(registry.specs.transform(name))
+        preprocessing = None if name is None else bootstrapped(settings, registry.specs)
         trainer = trainer_of(settings, spec, preprocessing)
     planned = planned_for(registry, version, trainer)
     lines = [f"from version {version.version}, epoch {version.epoch}:"]

@@ -400,16 +400,17 @@ def run(
     workers = ExitStack()
 
     def make_trainer() -> Trainer:
-        # TensorFlow is loaded only once the version is known to exist.
+        # The trainer is imported only once the version is known to exist.
         addresses, _ = workers.enter_context(workers_of(settings))
         with quiet_stderr():
-            from trainer import device
-            from trainer.group import Group, await_others
-            from trainer.versions.program import bootstrapped_trainer
+            from trainer.versions.starting import bootstrapped_trainer
 
-            device.prepare(settings.trainer.device, settings.trainer.threads)
             group = None
             if addresses:
+                from trainer import device
+                from trainer.group import Group, await_others
+
+                device.prepare(settings.trainer.device, settings.trainer.threads)
                 await_others(addresses, 0, lambda missing: None)
                 group = Group(addresses, 0)
                 begin(group, settings)

@@ -178,8 +178,8 @@ def _follow(settings: Settings, addresses: Sequence[str], index: int, collected:
         from trainer.engine.divided_step import DividedTrainer
         from trainer.engine.step import Trainer
         from trainer.group import Group, await_others
+        from trainer.model.preprocessing import preprocessing_of
         from trainer.versions import checkpoint
-        from trainer.versions.program import preprocessing_of
     kernels.prepare(lambda: False)
     device.prepare(settings.trainer.device, settings.trainer.threads)
     say = SaidOnce(logger.info)

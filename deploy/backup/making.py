@@ -48,8 +48,15 @@ from state.registry.registry import DURABLE, MANIFEST, Registry
 SALT_OF = "salt"  # an extra of the stream's histories
 NEXT_TO_HISTORIES = (layout.WRITER, layout.LEADERS)
 TRIES = 100
-_LEFT_ALONE = (*DURABLE, layout.RECENT, layout.TEMPORARY, layout.ERASURES, layout.SNAPSHOTS)
-"""Folders that are not copied as files. What processes report about their own copies is not part of the state, and
+_LEFT_ALONE = (
+    *DURABLE,
+    layout.RECENT,
+    layout.TEMPORARY,
+    layout.ERASURES,
+    layout.SNAPSHOTS,
+    layout.PREPARED,
+)
+"""Folders that are not copied as files. What processes report about their own copies, and caches, are not part of the state;
 histories are copied from their stores."""
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,15 +21,17 @@ from state.registry import sealed
 from state.registry.directory import Directory, file_bytes, usable
 
 SPEC = "spec.json"
+_SEAL_BYTES = 32
 
 
 class Specs:
     """The programs and feature specs of one registry directory."""
 
     def __init__(self, directory: Directory) -> None:
-        directory.ensure(layout.PROGRAMS, layout.SPECS)
+        directory.ensure(layout.PROGRAMS, layout.SPECS, layout.PREPARED)
         self._directory = directory
         self._programs, self._specs = directory.path / layout.PROGRAMS, directory.path / layout.SPECS
+        self._prepared = directory.path / layout.PREPARED
 
     def add_program(self, program: bytes) -> str:
         """Stores a program; returns its SHA-256, which is its name. Replaces a damaged copy.
@@ -150,6 +154,34 @@ class Specs:
                     f"{path} is missing or fails its digest", f"move {folder} away and run `springtide bootstrap`"
                 )
         return folder / "transform"
+
+    def prepared(self, name: str, environment: Mapping[str, str]) -> memoryview | None:
+        """What `keep_prepared` stored for a bootstrap in an equal environment, writable.
+
+        None if there is nothing, or it is damaged, or it is of another environment or bootstrap.
+        """
+        try:
+            content = bytearray((self._prepared / name).read_bytes())
+        except OSError:
+            return None
+        seal, data = bytes(content[:_SEAL_BYTES]), memoryview(content)[_SEAL_BYTES:]
+        return data if seal == self._seal(name, environment, data) else None
+
+    def keep_prepared(self, name: str, environment: Mapping[str, str], data: bytes) -> None:
+        """Stores what follows from a bootstrap and an environment alone, in place of what was stored for the bootstrap.
+
+        It is not part of a backup or of a shared registry, because it can be computed again.
+
+        Raises:
+            UnusableRegistry: The disk refused.
+        """
+        with usable(f"keep what follows from feature spec {name[:12]}"):
+            self._directory.replace(self._prepared / name, self._seal(name, environment, data) + data)
+
+    def _seal(self, name: str, environment: Mapping[str, str], data: bytes | memoryview) -> bytes:
+        """SHA-256 over a bootstrap's files, an environment and what follows from them."""
+        sealed_by = json.dumps([self.spec(name)["files"], dict(environment)], sort_keys=True).encode()
+        return hashlib.sha256(hashlib.sha256(sealed_by).digest() + hashlib.sha256(data).digest()).digest()
 
 
 def fits(document: Mapping[str, Any], model: Model) -> bool:

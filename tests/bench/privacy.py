@@ -48,7 +48,7 @@ from trainer.engine.making import trainer_of
 from trainer.engine.private_step import PrivateTrainer
 from trainer.engine.record import Recorder
 from trainer.engine.step import Trainer
-from trainer.model.preprocessing import Preprocessing
+from trainer.model.analysed import Preprocessing
 from trainer.privacy.history import NoisePlace
 
 F32 = npt.NDArray[np.float32]

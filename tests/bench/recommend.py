@@ -38,7 +38,7 @@ from tests.bench.recorded import SOURCE, STEP_ROWS, micro_batches, read_clicks
 from tests.bench.report import Figure, Stages, report
 from trainer.engine.step import Trainer
 from trainer.versions import checkpoint
-from trainer.versions.program import build
+from trainer.versions.lowering import build
 
 SHOWN = 20
 USUAL = WantedItems(SHOWN)
@@ -84,7 +84,7 @@ def trained_host(settings: Settings, spec: FeatureSpec, steps: int, asked: int) 
     STAGES.say("the model")
     recorded = read_clicks()
     trainer = Trainer(settings, spec, analysis(recorded, spec, settings, steps))
-    host = Bench(settings, spec, SALT, build(trainer.model))
+    host = Bench(settings, spec, SALT, build(trainer.ranker()))
     plan = Plan(every=max(1, steps * STEP_ROWS // asked) if asked else 0)
     validation = ProgressiveValidation(settings, trainer, host, plan)
     batches = micro_batches(recorded, spec, settings.events.action_weights)

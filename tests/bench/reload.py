@@ -59,7 +59,7 @@ def ask_twice(port: int, rate: float, steady_over: Event, ended: Event, found: A
 def lines_of(settings: Settings) -> list[Line]:
     """The default network, and another graph of other features."""
     from trainer.model.default_ranker import DefaultRanker
-    from trainer.versions.program import build
+    from trainer.versions.lowering import build
 
     spec, made = FeatureSpec(), []
     other = replace(spec, recent_categories=spec.recent_categories - 2)

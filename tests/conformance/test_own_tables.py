@@ -21,7 +21,8 @@ from state.rows.tables import SERVED_IDS, UNSERVED, tables_in
 from tests.conformance.kept import sweep
 from tests.conformance.test_engines import CONFIGURED, batches, settings_of
 from tests.trainer.logs import publish, started
-from trainer.engine.build import grown_by, ranker_of
+from trainer.engine.build import grown_by
+from trainer.engine.graphs import ranker_of
 from trainer.engine.step import Trainer
 from trainer.model import losses
 from trainer.model.inputs import IDS, own_rows, pick, sizes

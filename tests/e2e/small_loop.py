@@ -45,7 +45,7 @@ from tests.memory_log import MemoryLog
 from tests.trainer.clicks import small_settings
 from tests.trainer.logs import ABOUT, account_in, bits_of, fresh, kill, learner, settle
 from trainer.engine.step import Trainer
-from trainer.versions.program import build
+from trainer.versions.lowering import build
 
 BATCH = 20
 TOPIC_IDS = ("ab" * 16, "cd" * 16, "ef" * 16)

@@ -17,8 +17,8 @@ from tests.golden.archive import Document, Topic
 from trainer import device
 from trainer.engine.step import Trainer
 from trainer.intake import RecordFilter
+from trainer.model.preprocessing import preprocessing_of
 from trainer.versions import checkpoint, content
-from trainer.versions.program import preprocessing_of
 
 STEPS_ON = 4
 STEPS_FROM_NOTHING = 8

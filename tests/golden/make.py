@@ -71,7 +71,7 @@ from trainer import compactor, device
 from trainer.learner import Learner, Surroundings
 from trainer.publications import ServedModel
 from trainer.versions import checkpoint
-from trainer.versions.program import build
+from trainer.versions.lowering import build
 
 EVERY = 3  # records of a version
 SALT = "golden salt of made-up shoppers"
@@ -256,7 +256,7 @@ class Training:
     def __init__(self, settings: Settings, registry: Registry, now_ms: int) -> None:
         self._settings, self.registry, self._now_ms = settings, registry, now_ms
         self.trainer = new_trainer(settings, registry)
-        self._program = registry.specs.add_program(build(self.trainer.model))
+        self._program = registry.specs.add_program(build(self.trainer.ranker()))
         self._spec = FeatureSpec.from_settings(settings).digest
         if registry.control() is None:
             registry.propose(start(actor="golden", reason="first start", now_ms=now_ms))

@@ -186,6 +186,10 @@ def test_a_pin_loads_no_compiler() -> None:
     assert not tops_after("deploy.cli", "deploy.operate.rollback") & {"tensorflow", "numba", "llvmlite"}
 
 
+def test_the_trainer_loads_tensorflow_only_where_a_graph_is_needed() -> None:
+    assert not tops_after("trainer.loop", "trainer.learner", "trainer.versions.starting") & HEAVY
+
+
 def test_a_worker_loads_no_kafka() -> None:
     tops = tops_after("deploy.serving.rest")
     assert "lmdb" in tops and "kafka" not in tops

@@ -123,7 +123,7 @@ def test_one_that_up_started_waits_for_the_topic_and_the_first_clicks_become_con
     assert {*counted} == {feature.name for feature in baseline.schema.feature}
     assert not validate(baseline.statistics, baseline.schema, baseline.statistics).anomaly_info
 
-    from trainer.versions.program import preprocessing_of
+    from trainer.model.preprocessing import preprocessing_of
 
     transform = preprocessing_of(registry.specs.transform(spec.digest))
     with open_sample(settings, load_salt(settings.salt_path), lambda: 0.0, silent) as sample:
@@ -169,7 +169,7 @@ def test_a_constant_column_stays_finite(tmp_path: Path) -> None:
     features[:, 2] = 7
     analysed([features], preprocessing_fn, tmp_path)
 
-    from trainer.versions.program import preprocessing_of
+    from trainer.model.preprocessing import preprocessing_of
 
     scaled = preprocessing_of(tmp_path)(
         np.vstack([features, np.full((1, 6), 65535, np.uint16)]).astype(np.float32)

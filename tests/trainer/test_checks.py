@@ -25,11 +25,11 @@ from tests.trainer.clicks import SPEC, batches, small_settings
 from tests.trainer.logs import fresh, write_transform
 from trainer import loop
 from trainer.checks import check_model
-from trainer.engine.build import engine_name
+from trainer.engine.graphs import engine_name
 from trainer.engine.step import Trainer
 from trainer.model.inputs import Input, own_rows, pick
 from trainer.model_checks import check_own
-from trainer.versions.program import build as build_program
+from trainer.versions.lowering import build as build_program
 
 EXAMPLE = "deploy.examples.own_model.tower:build"
 
@@ -165,7 +165,7 @@ def test_a_custom_tower_trains_and_its_program_gives_the_same_answers() -> None:
     after = trainer.model.weights()
     for name in ("kernel_0", "cross_in", "cross_hidden", "cross_out", "kernel_1", "kernel_2", "bias_0"):
         assert (before[f"tower.{name}"] != after[f"tower.{name}"]).any(), f"{name} was not trained"
-    build_program(trainer.model)
+    build_program(trainer.ranker())
 
 
 def test_the_trainer_refuses_it_before_any_wait(tmp_path: Path) -> None:
@@ -355,7 +355,7 @@ def test_the_examples_learn_what_comes_next(name: str) -> None:
     settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dim=8, hidden=(8,), popular=4))
     spec = FeatureSpec.from_settings(settings)
     trainer = Trainer(settings, spec)
-    assert trainer.engine.name == engine_name(trainer.settings, trainer.model, trainer.device) == "tensorflow"
+    assert trainer.engine.name == engine_name(trainer.settings, trainer.ranker(), trainer.device) == "tensorflow"
     made = micro_batch(96)
     drawn = np.random.default_rng(5)
     events = {key: drawn.integers(1, 5, (96, spec.sequence)).astype(kind) for key, kind in SEQUENCES.items()}

@@ -80,7 +80,7 @@ def trainer(stack: ExitStack, settings: Settings, log: Path, kill_at: str = "") 
 
 
 def is_warm_standby(part: Part, settings: Settings) -> bool:
-    """Whether a trainer shows on /metrics that it stands by with TensorFlow loaded."""
+    """Whether a trainer shows on /metrics that it stands by with its modules and kernels loaded."""
     assert part.end() is None, part.said()
     metrics = scrape.scrape_one(settings, "trainer")
     phase = metrics.value("springtide_trainer_phase", phase="standing by")

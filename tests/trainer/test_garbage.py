@@ -55,6 +55,15 @@ def test_programs_and_specs_go_that_no_kept_version_names(registry: Registry) ->
     assert registry.specs.program(programs["named"]) == b"named"
 
 
+def test_what_was_prepared_goes_with_its_spec(registry: Registry) -> None:
+    for spec in ("kept", "gone"):
+        registry.specs.add_spec(spec, {}, lambda folder: (folder / "transform").mkdir())
+        registry.specs.keep_prepared(spec, {}, b"table")
+        aged(registry.path / "prepared" / spec, 90)
+    (registry.path / "specs" / "gone").rename(registry.path / "tmp" / "gone")
+    assert collect(registry, KEEP_MS, NOW_MS) == ["prepared/gone"]
+
+
 def test_the_program_that_a_trainer_just_took_up_stays(registry: Registry) -> None:
     old = registry.specs.add_program(b"old")
     aged(registry.path / "programs" / f"{old}.tflite", 90)

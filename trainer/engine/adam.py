@@ -1,13 +1,12 @@
-"""Adam for the dense weights, and averaged Adam for the fast weights, which change within a record."""
+"""Adam for the dense weights in host arrays, and averaged Adam for the fast weights, which change within a record."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import tensorflow as tf
 
 from state.compiled import compiled_sums, layout, part_of_sums
 from state.errors import SettingsError
@@ -116,102 +115,24 @@ def _mean(before: F32, after: F32, kept: float) -> npt.NDArray[np.float64]:
     return (after - kept * before.astype(np.float64)) / (1.0 - kept)
 
 
-_SLOTS = FastSlots._fields[1:]
+SLOTS = FastSlots._fields[1:]
 """The slots of the fast weights. The weights themselves are among the dense weights."""
 
 
-class Adam:
-    """Adam (Kingma and Ba 2015) over named dense weights in TensorFlow variables.
-
-    Args:
-        rates: Factors of the step size by prefix of a name. The longest matching prefix counts; otherwise 1.
-        fast_weights: Names, in this order, of the weights that change within a record. `apply` assigns them.
-
-    Attributes:
-        fast: The slots of the fast weights; its field `weights` is not read.
-        fast_rate: Step size of the fast weights.
-        epsilon: Added to the root of the mean squared derivative. Read at the first step.
-    """
-
-    def __init__(
-        self,
-        weights: Mapping[str, Any],
-        learning_rate: float,
-        rates: Mapping[str, float] | None = None,
-        fast_weights: Sequence[str] = (),
-        fast_rate: float = 0.0,
-    ) -> None:
-        self._weights = dict(weights)
-        self.fast = FastSlots.of(
-            np.concatenate([weights[name].numpy().reshape(-1) for name in fast_weights] or [np.zeros(0, np.float32)])
-        )
-        self.fast_rate, self._fast = learning_rate * fast_rate, {name: weights[name] for name in fast_weights}
-        self._rates = step_sizes(weights, learning_rate, rates)
-        slow_weights = {name: weight for name, weight in weights.items() if name not in fast_weights}
-        self._first = {name: tf.Variable(tf.zeros_like(w), trainable=False) for name, w in slow_weights.items()}
-        self._second = {name: tf.Variable(tf.zeros_like(w), trainable=False) for name, w in slow_weights.items()}
-        self._powers = tf.Variable(np.array([BETA_1, BETA_2]), trainable=False)
-        self.epsilon = EPSILON
-
-    def apply(self, gradients: Sequence[Any], moved: Any) -> None:
-        """One step, inside a tf.function. Gradients of fast weights are not read; `moved` are the new ones, `[m]`."""
-        sizes = np.array([int(np.prod(weight.shape)) for weight in self._fast.values()], np.int32)
-        parts = tf.split(moved, sizes) if sizes.size else ()
-        for weight, part in zip(self._fast.values(), parts, strict=True):
-            weight.assign(tf.reshape(part, weight.shape))
-        powers = self._powers.read_value()
-        for (name, weight), gradient in zip(self._weights.items(), gradients, strict=True):
-            if name in self._fast:
-                continue
-            tf.raw_ops.ResourceApplyAdam(
-                var=weight.handle,
-                m=self._first[name].handle,
-                v=self._second[name].handle,
-                beta1_power=powers[0],
-                beta2_power=powers[1],
-                lr=self._rates[name],
-                beta1=BETA_1,
-                beta2=BETA_2,
-                epsilon=self.epsilon,
-                grad=gradient,
-                use_locking=True,
-            )
-        self._powers.assign(powers * np.array([BETA_1, BETA_2]))
-
-    def slots(self) -> dict[str, F32]:
-        """A host copy of the state by name: `<weight>.m`, `<weight>.v`, `powers` of both betas, and `moving.<slot>`."""
-        slots = {f"{name}.m": slot for name, slot in self._first.items()}
-        slots |= {f"{name}.v": slot for name, slot in self._second.items()}
-        state = {name: np.array(slot.numpy()) for name, slot in (slots | {"powers": self._powers}).items()}
-        return state | {f"moving.{name}": getattr(self.fast, name) for name in _SLOTS}
-
-    def set_slots(self, slots: Mapping[str, F32]) -> None:
-        """Restores the whole state.
-
-        Raises:
-            SettingsError: A slot is missing or has another shape: the version is of another model.
-        """
-        try:
-            self.fast = moving_slots(slots, self.fast)
-            for name in self._first:
-                self._first[name].assign(slots[f"{name}.m"])
-                self._second[name].assign(slots[f"{name}.v"])
-            self._powers.assign(slots["powers"])
-        except (KeyError, ValueError) as error:
-            raise misfit(error) from error
-
-
 class HostAdam:
-    """Adam over named dense weights in host arrays. Not thread-safe.
+    """Adam (Kingma and Ba 2015) over named dense weights in host arrays. Not thread-safe.
 
     Args:
-        weights, learning_rate, rates, fast_weights, fast_rate: See `Adam`; weights are initial values, float32.
+        weights: Initial values by name, float32.
+        rates: Factors of the step size by prefix of a name. The longest matching prefix counts; otherwise 1.
+        fast_weights: Names, in this order, of the weights that change within a record.
 
     Attributes:
         weights: Every weight by name, in the order of the argument: views of two flat arrays, changed in place.
         gradient: `[m]` float32, derivatives by the weights that are not fast, read by `apply`.
         gradients: Views of it by name.
-        fast, fast_rate: See `Adam`.
+        fast: The slots of the fast weights; its field `weights` is not read.
+        fast_rate: Step size of the fast weights.
     """
 
     def __init__(
@@ -247,14 +168,16 @@ class HostAdam:
         self.fast = fast
 
     def slots(self) -> dict[str, F32]:
-        """See `Adam`."""
+        """A host copy of the state by name: `<weight>.m`, `<weight>.v`, `powers` of both betas, and `moving.<slot>`."""
         copies = {f"{name}.{kind}": view.copy() for kind, views in self._slots.items() for name, view in views.items()}
-        return (
-            copies | {"powers": self._powers.copy()} | {f"moving.{name}": getattr(self.fast, name) for name in _SLOTS}
-        )
+        return copies | {"powers": self._powers.copy()} | {f"moving.{name}": getattr(self.fast, name) for name in SLOTS}
 
     def set_slots(self, slots: Mapping[str, F32]) -> None:
-        """See `Adam`."""
+        """Restores the whole state.
+
+        Raises:
+            SettingsError: A slot is missing or has another shape: the version is of another model.
+        """
         try:
             self.fast = moving_slots(slots, self.fast)
             for kind, views in self._slots.items():
@@ -311,9 +234,9 @@ def moving_slots(slots: Mapping[str, F32], like: FastSlots) -> FastSlots:
         KeyError: A slot is missing.
         ValueError: A slot has another shape than in `like`.
     """
-    moving = [np.array(slots[f"moving.{name}"]) for name in _SLOTS]
+    moving = [np.array(slots[f"moving.{name}"]) for name in SLOTS]
     if moving[0].shape != like.fast.shape:
-        raise ValueError(f"moving.{_SLOTS[0]} of shape {moving[0].shape}")
+        raise ValueError(f"moving.{SLOTS[0]} of shape {moving[0].shape}")
     return FastSlots(np.zeros_like(moving[0]), *moving)
 
 

@@ -38,9 +38,9 @@ from trainer.engine.record import Record
 from trainer.engine.report import Report, Update
 from trainer.engine.step import LoadVersion, Taking, Trainer, WorkerLoad
 from trainer.group import TIMEOUT_S, Group
+from trainer.model.analysed import Analysed, Preprocessing
 from trainer.model.hyperparameters import HYPERPARAMETERS
-from trainer.model.preprocessing import Preprocessing
-from trainer.model.ranker import Ranker
+from trainer.model.model import Model
 from trainer.privacy.history import NoisePlace
 from trainer.tables.changes import Changes
 from trainer.tables.id_table import I64, MISSING
@@ -68,7 +68,7 @@ class DividedTrainer(Trainer):
     """
 
     def __init__(
-        self, settings: Settings, spec: FeatureSpec, preprocessing: Preprocessing | None, group: Group
+        self, settings: Settings, spec: FeatureSpec, preprocessing: Preprocessing | Analysed | None, group: Group
     ) -> None:
         if settings.privacy.epsilon:
             raise SettingsError("trainer.workers is above 1 with privacy.epsilon", "unset one of them")
@@ -296,13 +296,13 @@ class Exchange:
         """The load of each worker."""
         return [WorkerLoad(float(part["load"][0]), int(part["load"][1])) for part in self._parts]
 
-    def scores(self, ranker: Ranker) -> tuple[Scores, npt.NDArray[np.bool_]]:
+    def scores(self, model: Model) -> tuple[Scores, npt.NDArray[np.bool_]]:
         """The scores of all rows, and whether each row's user had no row before, `[B]` bool."""
         rows = np.empty((len(self.owners), self._shapes["scores"][1]), np.float32)
         for worker, part in enumerate(self._parts):
             is_workers = self.owners == worker
             rows[is_workers] = part["scores"][: np.count_nonzero(is_workers)]
-        sizes = np.cumsum([*(int(ranker.sizes[letter] or 0) for letter in "LPS"), 1, 1, 1, 2])
+        sizes = np.cumsum([*(int(model.sizes[letter] or 0) for letter in "LPS"), 1, 1, 1, 2])
         recent, popular, successor, loss, rank, is_new, pairs, losses = np.split(rows, sizes, axis=1)
         scores = Scores(
             recent_logits=np.ascontiguousarray(recent),

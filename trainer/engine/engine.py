@@ -107,3 +107,9 @@ class Engine(Protocol):
 
     def with_gradient(self, measured: Measured, gradient: Gradient) -> Measured:
         """The measured update with another gradient, by the rows of `measured.rows`. Replaces the engine's own."""
+
+    def predict(self, inputs: Mapping[str, F32]) -> dict[str, F32]:
+        """The outputs of `Ranker.predict` with the present weights, for inputs of serving by name; changes nothing.
+
+        Counts among the inputs are whole numbers.
+        """

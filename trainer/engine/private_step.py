@@ -21,15 +21,15 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch
-from trainer.engine.adam import Adam
 from trainer.engine.build import labelled
 from trainer.engine.engine import F32, Measured
+from trainer.engine.graph_adam import Adam
 from trainer.engine.private_engine import LOSSES, Normal, PrivateEngine
 from trainer.engine.record import Record
 from trainer.engine.report import Report, Update
 from trainer.engine.step import Trainer
+from trainer.model.analysed import Analysed, Preprocessing
 from trainer.model.hyperparameters import HYPERPARAMETERS
-from trainer.model.preprocessing import Preprocessing
 from trainer.privacy.accounting import COUNT_NOISE, noise_for
 from trainer.privacy.history import History, NoisePlace, own_key
 from trainer.privacy.participation import Participation
@@ -188,7 +188,9 @@ class PrivateTrainer(Trainer):
         SettingsError: The key of the noise is missing.
     """
 
-    def __init__(self, settings: Settings, spec: FeatureSpec, preprocessing: Preprocessing | None = None) -> None:
+    def __init__(
+        self, settings: Settings, spec: FeatureSpec, preprocessing: Preprocessing | Analysed | None = None
+    ) -> None:
         self.private = PrivateLearning(settings, own_key(settings))
         super().__init__(settings, spec, preprocessing)
         assert isinstance(self.optimizer, Adam)

@@ -17,8 +17,7 @@ from state.ranking.crosses import Crosses, Values
 from trainer.model.attributes import Columns
 from trainer.model.candidates import candidates, partners, seed_of
 from trainer.model.hyperparameters import HYPERPARAMETERS
-from trainer.model.losses import NEGATIVE_SHIFT
-from trainer.model.ranker import Targets
+from trainer.model.targets import NEGATIVE_SHIFT, Targets
 from trainer.privacy.participation import LearnedCrosses
 from trainer.tables.count_table import CountTable
 from trainer.tables.index import I32, U64

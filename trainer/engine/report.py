@@ -25,7 +25,7 @@ from trainer.measures.progressive import Progressive
 from trainer.measures.slices import Scored, Slices
 from trainer.measures.step_scores import Judged, ScoredPairs, StepScores
 from trainer.model.attributes import Columns
-from trainer.model.ranker import MASKED
+from trainer.model.targets import MASKED
 from trainer.tables.id_table import MISSING
 from trainer.tables.index import I32, U64
 

@@ -26,11 +26,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import tensorflow as tf
 
 from state.config.settings import Settings
 from state.errors import TrainingHeld
@@ -39,35 +38,29 @@ from state.microbatch.batch import MicroBatch
 from state.ranking.crosses import Crosses
 from state.ranking.item_lists import NEXT_CATEGORY, VISITED
 from trainer.churn.learning import ChurnLearner
-from trainer.device import prepare
-from trainer.engine.build import (
-    EMBEDDINGS,
-    TRANSITION,
-    Growth,
-    engine_name,
-    engine_of,
-    optimizer_of,
-    ranker_of,
-    tables_of,
-    transitions_of,
-)
+from trainer.engine.build import EMBEDDINGS, TRANSITION, Growth, tables_of, transitions_of
 from trainer.engine.engine import CROSS, F32, Measured
 from trainer.engine.guard import GuardState, Verdict, judge
 from trainer.engine.interest_counts import InterestCounts
 from trainer.engine.item_ranking import ItemRanking
+from trainer.engine.parts import parts_of
 from trainer.engine.record import Record, Recorder, parts
 from trainer.engine.report import Measures, Report, Update, candidates_of
 from trainer.measures.evaluation import Evaluation
 from trainer.measures.predictions import CategoryPrediction, of_came_next
 from trainer.measures.slices import Slices
+from trainer.model.analysed import Analysed, Preprocessing
 from trainer.model.attributes import Columns
-from trainer.model.preprocessing import Preprocessing
+from trainer.placement import device_of
 from trainer.privacy.history import NoisePlace
 from trainer.tables.changes import Changes
 from trainer.tables.id_table import MISSING, IdTable
 from trainer.tables.index import U64
 from trainer.tables.item_lists import ItemListTable
 from trainer.tables.popular import HOUR_MS, Popular
+
+if TYPE_CHECKING:
+    from trainer.model.ranker import Ranker
 
 Taking = Literal["take_served", "take_changes", "state"]
 LoadVersion = Callable[["Trainer", int], object]
@@ -134,17 +127,15 @@ class Trainer:
         self,
         settings: Settings,
         spec: FeatureSpec,
-        preprocessing: Preprocessing | None = None,
+        preprocessing: Preprocessing | Analysed | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.settings = settings
-        self.device = prepare(settings.trainer.device, settings.trainer.threads)
+        self.device = device_of(settings.trainer.device)
         self._clock = clock
-        with tf.device(self.device):
-            self.model = ranker_of(settings, spec, preprocessing)
-            engine = engine_name(settings, self.model, self.device)
-            self.optimizer = optimizer_of(self.model, settings, engine)
-        learned = tables_of(self.model, settings, None if engine == "compiled" else self.device)
+        parts = self._parts = parts_of(settings, spec, preprocessing, self.device)
+        self.model, self.optimizer = parts.model, parts.optimizer
+        learned = tables_of(self.model, settings, parts.device)
         self.transitions = transitions_of(settings)
         self._growth = Growth(self.model, learned)
         self.tables: dict[str, IdTable] = {**learned, self.transitions.name: self.transitions}
@@ -161,7 +152,7 @@ class Trainer:
         self.crosses = Crosses(spec, settings.events.context, users, items)
         dropped = settings.model.hidden[0] if any(input_.name == "tower_kept" for input_ in self.model.inputs) else 0
         self._recorder = Recorder(settings, self.crosses, self._columns, dropped)
-        self.engine = engine_of(self.model, self.optimizer, learned, self.crosses, self._columns, settings, self.device)
+        self.engine = parts.engine(learned, self.crosses, self._columns)
 
     def clear(self) -> None:
         """Resets to the state of a new trainer, to begin an epoch or before a base is loaded."""
@@ -173,6 +164,10 @@ class Trainer:
             if part is not None:
                 part.clear()
         self._begin()
+
+    def ranker(self) -> Ranker:
+        """The ranker's graph with the present weights, to lower or to export it. Loads TensorFlow."""
+        return self._parts.ranker()
 
     def _begin(self) -> None:
         self.popular = Popular(self.settings.model.popular, self.settings.trainer.max_rows)

@@ -19,15 +19,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from trainer.engine.adam import Adam, FastSlots
+from trainer.engine.adam import FastSlots
 from trainer.engine.compiled.threads import Threads
 from trainer.engine.crosses import CrossLearner
-from trainer.engine.engine import CROSS, I32, I64, Gradient, Measured, Scores
+from trainer.engine.engine import CROSS, F32, I32, I64, Gradient, Measured, Scores
+from trainer.engine.graph_adam import Adam
 from trainer.engine.record import Record
 from trainer.model import losses
 from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.model.inputs import Input
-from trainer.model.ranker import Ranker, Targets
+from trainer.model.ranker import Ranker
+from trainer.model.targets import Targets
 from trainer.tables.table import Table
 
 Tensor = Any
@@ -227,6 +229,7 @@ class TensorflowEngine:
         fast = tf.TensorSpec([None], tf.float32)
         self._apply = tf.function(self._apply_graph, [rows, dense, sparse, fast], autograph=False)
         self._trace: Any = None
+        self._predict = tf.function(ranker.predict, autograph=False)
 
     def measure(self, record: Record, move: bool = True, own: I64 | None = None) -> Measured:
         """See `Engine`."""
@@ -286,6 +289,13 @@ class TensorflowEngine:
                 fast=tuple(tf.constant(slot) for slot in gradient.fast),
             )
         return replace(measured, found=tensors)
+
+    def predict(self, inputs: Mapping[str, F32]) -> dict[str, F32]:
+        """See `Engine`."""
+        # On the CPU, because serving runs there and an accelerator may round differently.
+        with tf.device("/CPU:0"):
+            outputs = self._predict({name: tf.constant(value) for name, value in inputs.items()})
+        return {name: np.array(value.numpy()) for name, value in outputs.items()}
 
     def _traced(self, inputs: Mapping[str, Any]) -> Any:
         if self._trace is None:

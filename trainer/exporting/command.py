@@ -134,7 +134,7 @@ def run(settings: Settings, args: argparse.Namespace) -> None:
         from trainer.exporting import exporting, saved_model
         from trainer.exporting.device_file import read_users
         from trainer.exporting.saved_model import KnownAnswers
-        from trainer.versions.program import preprocessing_of
+        from trainer.model.preprocessing import preprocessing_of
 
         chosen = read_users(args.users, users) if users is not None and args.tflite else []
         # The trainer runs at the same time and owns the GPU.

@@ -30,6 +30,7 @@ from state.lowering import Quantize, lower_saved_model
 from trainer.engine.step import Trainer
 from trainer.exporting.saved_model import RAW, raw_signature
 from trainer.model.inputs import Input
+from trainer.model.model import Model
 from trainer.model.ranker import Ranker
 from trainer.tables.table import Table
 
@@ -64,11 +65,11 @@ class ChosenRows(NamedTuple):
         return np.where(self.ids[order][positions] == ids, order[positions] + 1, 0).astype(np.int32)
 
 
-def placed(ranker: Ranker) -> list[Input]:
+def placed(model: Model) -> list[Input]:
     """The ranker's inputs that become indices: those that are the row of one id for each row of the batch."""
     return [
         input_
-        for input_ in ranker.inputs
+        for input_ in model.inputs
         if input_.table and not input_.training and not input_.mean and input_.shape[0] == "B"
     ]
 

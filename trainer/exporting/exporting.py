@@ -36,6 +36,7 @@ from trainer.exporting.device_file import choose
 from trainer.exporting.saved_model import KnownAnswers
 from trainer.model.attributes import Columns
 from trainer.model.inputs import Input
+from trainer.model.ranker import Ranker
 from trainer.replay import SegmentReader
 from trainer.tables.table import Table
 from trainer.versions import checkpoint
@@ -158,10 +159,12 @@ class Compared(NamedTuple):
 
     Attributes:
         trainer: Restored to the version.
+        ranker: Its ranker.
         ids: The sample's ids by name; None for made-up rows.
     """
 
     trainer: Trainer
+    ranker: Ranker
     version: Manifest
     program: Program
     inputs: Mapping[str, F32]
@@ -171,8 +174,8 @@ class Compared(NamedTuple):
     @property
     def kept(self) -> dict[str, F32]:
         """The inputs that all rows share, by name."""
-        rows = self.trainer.model.specs()
-        return {name: value for name, value in self.inputs.items() if rows[name].shape[0] is not None}
+        shapes = self.trainer.model.shapes()
+        return {name: value for name, value in self.inputs.items() if shapes[name][0] is not None}
 
 
 def load(registry: Registry, number: int, trainer: Trainer, spec: str, log: Log) -> Compared:
@@ -185,9 +188,11 @@ def load(registry: Registry, number: int, trainer: Trainer, spec: str, log: Log)
     batches = latest(log, version)
     if batches:
         ids, inputs = _replayed(trainer, batches)
-        return Compared(trainer, version, program, inputs, ids, f"{len(ids['user'])} examples of the training log")
+        of = f"{len(ids['user'])} examples of the training log"
+        return Compared(trainer, trainer.ranker(), version, program, inputs, ids, of)
     inputs = sample(trainer.model, ROWS)
-    return Compared(trainer, version, program, inputs, None, f"{ROWS} synthetic examples: the training log has none")
+    of = f"{ROWS} synthetic examples: the training log has none"
+    return Compared(trainer, trainer.ranker(), version, program, inputs, None, of)
 
 
 def export_saved_model(compared: Compared, folder: Path, say: Say, known: KnownAnswers | None = None) -> Path:
@@ -196,7 +201,7 @@ def export_saved_model(compared: Compared, folder: Path, say: Say, known: KnownA
     Raises:
         ProgramError: Its outputs differ from serving's; it is not stored.
     """
-    writing = saved_model.write(folder, compared.version.version, compared.trainer.model, compared.kept, known)
+    writing = saved_model.write(folder, compared.version.version, compared.ranker, compared.kept, known)
     exported = saved_model.Exported(writing)
     agreed = agreement(exported.predict(compared.inputs), compared.program.predict(compared.inputs))
     if agreed.outputs > TOLERANCE:
@@ -220,7 +225,7 @@ def export_device_file(
     compared: Compared, path: Path, users: Sequence[int], most_rows: int, quantize: Quantize, say: Say
 ) -> None:
     """Writes a file for a device, with the rows of `users` and at most `most_rows` of any other table, by one rename."""
-    ranker, version = compared.trainer.model, compared.version
+    ranker, version = compared.ranker, compared.version
     rows = choose(compared.trainer, users, most_rows)
     lowered = device_file.lower(ranker, rows, compared.kept, quantize, f"version {version.version}")
     manifest = {

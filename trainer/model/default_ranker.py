@@ -33,30 +33,14 @@ import tensorflow as tf
 from state.config.sections import Model as ModelSettings
 from state.features.spec import FeatureSpec
 from state.ranking.transitions import COLUMNS
-from trainer.model.first_values import fixed, popular_prior, query_kernel, recency_prior, successor_prior, uniform
+from trainer.model.analysed import Preprocessing
+from trainer.model.default_model import NET_HIDDEN, NEXT_HIDDEN, DefaultModel
 from trainer.model.hyperparameters import HYPERPARAMETERS
-from trainer.model.inputs import INPUTS, sizes
 from trainer.model.losses import log_losses
-from trainer.model.preprocessing import Logarithms, Preprocessing, Tensor, WindowScaling
-from trainer.model.ranker import MASKED, Ranker, Targets
+from trainer.model.preprocessing import WindowScaling, graph_of
+from trainer.model.ranker import Ranker
+from trainer.model.targets import MASKED, Targets, Tensor
 from trainer.model.tower import DenseTower, load_builder, named, width_in
-
-NET_HIDDEN, NEXT_HIDDEN = HYPERPARAMETERS.net_hidden, HYPERPARAMETERS.next_hidden
-
-FAST_WEIGHTS = (
-    "interest.user_kernel",
-    "interest.linear",
-    "interest.bias",
-    "interest.kernel_0",
-    "interest.kernel_1",
-    "interest.position",
-    "interest.next",
-    "interest.next_0",
-    "interest.next_1",
-    "interest.successor",
-    "interest.other",
-)
-"""The weights that change within a record, in the order in which a version stores their slots."""
 
 
 class Encoded(NamedTuple):
@@ -93,50 +77,28 @@ class DefaultRanker(Ranker):
         labelled: bool = False,
     ) -> None:
         super().__init__(name="model")
-        numbers, dim, width = HYPERPARAMETERS, settings.dim, settings.hidden[-1]
-        names = (*spec.window_names, *COLUMNS)
         self.settings = settings
-        self.tables = dict.fromkeys(("user", "item", "category", "context"), dim)
-        self.sizes = sizes(settings, spec)
-        self.preprocessing = preprocessing if preprocessing is not None else Logarithms(spec.names)
-        self.window_scaling = WindowScaling(names)
+        self.preprocessing = graph_of(preprocessing, spec.names)
         into_tower = width_in(settings, spec, self.preprocessing)
-        prepared = into_tower - 3 * dim
-        # A custom preprocessing need not keep a column for each feature.
-        of_user = sum(not name.startswith("label.") for name in spec.names)
-        self.user_width = of_user if prepared == len(spec.names) else prepared
         self.tower = load_builder(settings.tower)(into_tower, settings)
-        self.inputs = tuple(input_ for input_ in INPUTS if input_.name != "tower_kept" or self.drops)
-        self.learning_rates = numbers.labelled_learning_rates if labelled else numbers.learning_rates
-        self.fast_weights = FAST_WEIGHTS
-        self.fast_learning_rates = {"interest.user_kernel": numbers.user_lr_scale}
-        query, engagement = (0.0, 0.0) if labelled else (numbers.first_query, numbers.first_engagement)
-        weights = [
-            fixed("query.kernel", query_kernel(width, dim, query)),
-            uniform("query.bias", (2 * dim + 1,), 0.0),
-            fixed("interest.linear", recency_prior(names)),
-            uniform("interest.position", (spec.recent_categories,), 0.0),
-            uniform("interest.user_kernel", (self.user_width, NET_HIDDEN + NEXT_HIDDEN), numbers.first_user_kernel),
-            uniform("interest.kernel_0", (2 * len(names), NET_HIDDEN), numbers.first_net),
-            uniform("interest.bias", (NET_HIDDEN + NEXT_HIDDEN,), 0.0),
-            uniform("interest.kernel_1", (NET_HIDDEN,), 0.0),
-            uniform("interest.next", (2, len(COLUMNS)), 0.0),
-            uniform("interest.next_0", (len(COLUMNS), NEXT_HIDDEN), numbers.first_net),
-            uniform("interest.next_1", (NEXT_HIDDEN,), 0.0),
-            fixed("interest.successor", successor_prior()),
-            fixed("interest.popular", popular_prior(settings.popular)),
-            fixed("interest.other", [numbers.first_other]),
-            fixed("engagement.prior", [0.0, 0.0, 0.0] if labelled else numbers.first_prior),
-            uniform("engagement.item", (dim,), engagement),
-            uniform("engagement.category", (dim,), engagement),
-        ]
-        of_tower = {f"tower.{name}": weight for name, weight in named(self.tower).items()}
-        self.dense: dict[str, Any] = of_tower | {weight.name.removesuffix(":0"): weight for weight in weights}
-
-    @property
-    def drops(self) -> bool:
-        """Whether the tower's dropout is an input, `tower_kept`; a custom tower draws its own."""
-        return type(self.tower) is DenseTower and self.settings.dropout > 0.0
+        of_tower = named(self.tower)
+        model = DefaultModel(
+            settings,
+            spec,
+            into_tower - 3 * settings.dim,
+            labelled,
+            {name: weight.numpy() for name, weight in of_tower.items()},
+            type(self.tower) is DenseTower,
+        )
+        self.window_scaling = WindowScaling(model.window_names)
+        self.tables, self.sizes, self.inputs = model.tables, model.sizes, model.inputs
+        self.user_width, self.drops = model.user_width, model.drops
+        self.learning_rates, self.fast_weights = model.learning_rates, model.fast_weights
+        self.fast_learning_rates = model.fast_learning_rates
+        self.dense: dict[str, Any] = {
+            name: of_tower[name.removeprefix("tower.")] if name.startswith("tower.") else tf.Variable(first, name=name)
+            for name, first in model.dense.items()
+        }
 
     def encode(self, inputs: Mapping[str, Tensor], training: bool, seed: Tensor) -> Encoded:
         """See `Ranker`; without context fields `context_row` may be omitted."""

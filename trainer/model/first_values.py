@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
 
 import numpy as np
 import numpy.typing as npt
-import tensorflow as tf
 
 from state.ranking.transitions import SUCCESSORS
 from trainer.model.hyperparameters import HYPERPARAMETERS
@@ -15,16 +14,25 @@ from trainer.tables.index import hashed_uniform
 F32 = npt.NDArray[np.float32]
 
 
-def uniform(name: str, shape: tuple[int, ...], reach: float) -> Any:
-    """A variable with initial values uniform in plus and minus `reach`, by a hash of its name."""
+def uniform(name: str, shape: tuple[int, ...], reach: float) -> F32:
+    """Initial values of the weight `name`: uniform in plus and minus `reach`, by a hash of its name."""
     numbers = np.arange(1, shape[0] + 1, dtype=np.uint64)
     first = hashed_uniform(numbers, int(np.prod(shape[1:])), name) * np.float32(reach)
-    return tf.Variable(first.reshape(shape), name=name)
+    return first.reshape(shape)
 
 
-def fixed(name: str, values: Any) -> Any:
-    """A variable with the initial `values`, as float32."""
-    return tf.Variable(np.asarray(values, np.float32), name=name)
+def dense_layers(width_in: int, hidden: tuple[int, ...]) -> dict[str, F32]:
+    """Initial weights of dense layers behind an input of width `width_in`: `bias_<i>` of all layers, then `kernel_<i>`.
+
+    The order, that of the variables of a `tf.Module`, decides the bits of the gradient's norm.
+    """
+    widths = (width_in, *hidden)
+    biases = {f"bias_{number}": uniform(f"bias_{number}", (width,), 0.0) for number, width in enumerate(hidden)}
+    kernels = {
+        f"kernel_{number}": uniform(f"kernel_{number}", (before, width), (6.0 / (before + width)) ** 0.5)
+        for number, (before, width) in enumerate(itertools.pairwise(widths))
+    }
+    return biases | kernels
 
 
 def recency_prior(window_names: tuple[str, ...]) -> F32:

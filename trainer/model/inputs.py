@@ -11,9 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import tensorflow as tf
 
 from state.config.sections import Model as ModelSettings
 from state.errors import ProgramError
@@ -153,9 +150,12 @@ def sizes(settings: ModelSettings, spec: FeatureSpec) -> dict[str, int | None]:
     }
 
 
-def specs(inputs: tuple[Input, ...], sizes: Mapping[str, int | None], tables: Mapping[str, int]) -> dict[str, Any]:
-    """The `tf.TensorSpec` of each input by name; `tables` has the width of the rows of each table."""
+def shapes(
+    inputs: tuple[Input, ...], sizes: Mapping[str, int | None], tables: Mapping[str, int], training: bool = False
+) -> dict[str, tuple[int | None, ...]]:
+    """The shape of each input of serving, or of training, by name; `tables` has the width of the rows of each table."""
     return {
-        input_.name: tf.TensorSpec([tables[input_.table] if letter == "E" else sizes[letter] for letter in input_.shape], tf.float32, input_.name)
+        input_.name: tuple(tables[input_.table] if letter == "E" else sizes[letter] for letter in input_.shape)
         for input_ in inputs
-    }  # fmt: skip
+        if training or not input_.training
+    }

@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import tensorflow as tf
 
-from trainer.model.hyperparameters import HYPERPARAMETERS
-from trainer.model.preprocessing import Tensor
-from trainer.model.ranker import Targets
-
-NEGATIVE_SHIFT = float(np.log((1.0 - HYPERPARAMETERS.assumed_click_rate) / HYPERPARAMETERS.assumed_click_rate))
-"""Added in training to each engagement logit of a log without impressions. One negative is drawn for each click, which
-alone would mean even odds. The shift log((1 - r) / r) corrects this for the click rate r (King and Zeng 2001)."""
+from trainer.model.targets import Targets, Tensor
 
 
 def interest_logits(scores: Mapping[str, Tensor]) -> Tensor:

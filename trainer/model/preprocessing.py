@@ -1,34 +1,28 @@
-"""Scales raw integers for a neural network: logarithms, and windows that are centred by their kind."""
+"""Preprocessing as TensorFlow operations: the scalings, and the graph that the bootstrap analysed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
-from trainer.model.hyperparameters import HYPERPARAMETERS
+from trainer.model.analysed import Analysed, Preprocessing
+from trainer.model.scaling import feature_scaling, window_scaling
+from trainer.model.targets import Tensor
 
-Tensor = Any
-"""A `tf.Tensor`; TensorFlow ships no types."""
-
-Preprocessing = Callable[[Tensor], Tensor]
-"""`[B, D]` float32 raw integers to `[B, D']` float32. The setting `model.preprocessing` makes it from the bootstrap's
-analysis."""
+F32 = npt.NDArray[np.float32]
+U16 = npt.NDArray[np.uint16]
 
 
 class Logarithms:
-    """The preprocessing without an analysis of past clicks: `[n, k]` raw integers to about [0, 2].
-
-    Counts become log(1 + x) / 4. A recency is a logarithm already (eight steps
-    an octave, 255 for never) and is only scaled.
-    """
+    """The preprocessing without an analysis of past clicks: `[n, k]` raw integers to about [0, 2]; see `feature_scaling`."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
-        recency = np.array(["recency" in name or name.startswith("gap.") for name in names])
-        self.scale = np.where(recency, 1 / 128, 0.0).astype(np.float32)
-        self.log_scale = np.where(recency, 0.0, 1 / 4).astype(np.float32)
+        self.log_scale, self.scale, _ = feature_scaling(names)
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[n, k]` float32 to `[n, k]` float32."""
@@ -36,16 +30,47 @@ class Logarithms:
 
 
 class WindowScaling:
-    """Scales the windows of categories, `[n, F]` raw integers to about [-2, 4]: log(1 + x), centred by their kind.
-
-    The kinds differ more than the categories of one user do.
-    """
+    """Scales the windows of categories, `[n, F]` raw integers to about [-2, 4]; see `window_scaling`."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
-        by_kind = HYPERPARAMETERS.window_scaling
-        rows = [by_kind[next((kind for kind in by_kind if name.startswith(kind)), "")] for name in names]
-        self.log_scale, self.scale, self.shift = np.array(rows, np.float32).T.copy()
+        self.log_scale, self.scale, self.shift = window_scaling(names)
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[n, F]` float32 to `[n, F]` float32."""
         return tf.math.log(x + 1.0) * self.log_scale + x * self.scale + self.shift
+
+
+def preprocessing_of(transform: Path) -> Preprocessing:
+    """The preprocessing that the bootstrap analysed, `[B, D]` to `[B, D']` float32.
+
+    TensorFlow Transform wrote a plain SavedModel, so neither it nor Beam is needed here.
+    """
+    loaded = tf.saved_model.load(str(transform / "transform_fn"))
+
+    class Graph(tf.Module):
+        """Holds the loaded graph, so that a saved model includes its constants."""
+
+        def __init__(self) -> None:
+            super().__init__(name="preprocessing")
+            self.graph = loaded
+
+        def __call__(self, x: Any) -> Any:
+            """`[B, D]` float32 raw integers to `[B, D']` float32."""
+            return self.graph.transform_fn({"features": x})["features"]
+
+    return Graph()
+
+
+def graph_of(preprocessing: Preprocessing | Analysed | None, names: tuple[str, ...]) -> Preprocessing:
+    """The preprocessing of features `names` as TensorFlow operations; None takes logarithms."""
+    if preprocessing is None:
+        return Logarithms(names)
+    return preprocessing_of(preprocessing.transform) if isinstance(preprocessing, Analysed) else preprocessing
+
+
+def compiled_graph(preprocessing: Preprocessing, features: int) -> Callable[[U16], F32]:
+    """A preprocessing of so many features as a function of host arrays: `[B, D]` uint16 to `[B, D']` float32."""
+    signature = [tf.TensorSpec([None, features], tf.uint16)]
+    graph = tf.function(lambda raw: preprocessing(tf.cast(raw, tf.float32)), signature, autograph=False)
+    concrete = graph.get_concrete_function()
+    return lambda raw: np.ascontiguousarray(concrete(tf.constant(raw)).numpy(), np.float32)

@@ -3,42 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import tensorflow as tf
 
-from state.errors import SettingsError
-from trainer.model.inputs import Input, specs
-from trainer.model.preprocessing import Tensor
+from trainer.model.inputs import Input, shapes
+from trainer.model.model import F32, require_shapes
+from trainer.model.targets import MASKED, Targets, Tensor
 
-F32 = npt.NDArray[np.float32]
-
-MASKED = -1e9
-"""The logit of a masked candidate."""
-
-
-class Targets(NamedTuple):
-    """The training targets of B rows.
-
-    Attributes:
-        slot: `[B]` int32, the candidate that was clicked, in the order of the logits; -1 for none.
-        weight: `[B]` float32, factor of a row's interest loss, 0 without a target.
-        label: `[B]` float32, whether the user engaged with the row's own item.
-        label_shift: `[B]` float32, added to its logit before the loss.
-        label_weight: `[B]` float32, factor of its loss; 0 leaves it out.
-        negative_shift: `[B]` float32, added to the logit of the drawn negative, whose label is 0.
-        negative_weight: `[B]` float32, factor of its loss; 0 leaves it out.
-    """
-
-    slot: Tensor
-    weight: Tensor
-    label: Tensor
-    label_shift: Tensor
-    label_weight: Tensor
-    negative_shift: Tensor
-    negative_weight: Tensor
+# Custom rankers import these from here.
+__all__ = ["MASKED", "Ranker", "Targets"]
 
 
 class Ranker(tf.Module):
@@ -69,7 +44,6 @@ class Ranker(tf.Module):
     learning_rates: Mapping[str, float] = {}
     fast_weights: tuple[str, ...] = ()
     fast_learning_rates: Mapping[str, float] = {}
-    _arrays: Mapping[str, F32] | None = None
 
     def encode(self, inputs: Mapping[str, Tensor], training: bool, seed: Tensor) -> Any:
         """Encodes the user and the context, once for a record; all scores share the result.
@@ -118,29 +92,16 @@ class Ranker(tf.Module):
         query = self.item_query(encoded)
         return self.score(encoded, inputs) | ({} if query is None else {"item_query": query})
 
+    def shapes(self, training: bool = False) -> dict[str, tuple[int | None, ...]]:
+        """The shape of each input of serving, or of training, by name."""
+        return shapes(self.inputs, self.sizes, self.tables, training)
+
     def specs(self, training: bool = False) -> dict[str, Any]:
         """The `tf.TensorSpec` of each input of serving, or of training, by name."""
-        return specs(
-            tuple(input_ for input_ in self.inputs if training or not input_.training), self.sizes, self.tables
-        )
-
-    def hold(self, arrays: Mapping[str, F32]) -> None:
-        """Hands the weights over to an engine, which trains `arrays` (by name) in place.
-
-        `weights` reads these arrays and `set_weights` also sets them. The variables are stale until `sync_variables`.
-        """
-        # Bypasses tf.Module, which would track the mapping and save it with the model.
-        object.__setattr__(self, "_arrays", arrays)
-
-    def sync_variables(self) -> None:
-        """Copies the weights from an engine's arrays to the variables. Call it before a graph of the ranker runs."""
-        for name, array in (self._arrays or {}).items():
-            self.dense[name].assign(array)
+        return {name: tf.TensorSpec(shape, tf.float32, name) for name, shape in self.shapes(training).items()}
 
     def weights(self) -> dict[str, F32]:
         """A host copy of every dense weight by name."""
-        if self._arrays is not None:
-            return {name: array.copy() for name, array in self._arrays.items()}
         return {name: np.array(variable.numpy()) for name, variable in self.dense.items()}
 
     def set_weights(self, weights: Mapping[str, F32]) -> None:
@@ -149,13 +110,6 @@ class Ranker(tf.Module):
         Raises:
             SettingsError: A weight is missing or has another shape: the version is of another model.
         """
+        require_shapes(self.dense, weights)
         for name, variable in self.dense.items():
-            if name not in weights or weights[name].shape != tuple(variable.shape):
-                present = f"shape {weights[name].shape}" if name in weights else "none"
-                raise SettingsError(
-                    f"dense weight {name}: expected shape {tuple(variable.shape)}, the version has {present}",
-                    "put the [model] settings back, or go on from it: `springtide upgrade --reason TEXT`",
-                )
             variable.assign(weights[name])
-            if self._arrays is not None:
-                self._arrays[name][...] = weights[name]

@@ -12,8 +12,9 @@ from state.errors import SettingsError
 from state.features.spec import FeatureSpec
 from state.process.user_code import load_named
 from state.registry.model_fit import FORMER_TOWERS
-from trainer.model.first_values import uniform
-from trainer.model.preprocessing import Logarithms, Preprocessing, Tensor
+from trainer.model.analysed import Preprocessing
+from trainer.model.first_values import dense_layers
+from trainer.model.targets import Tensor
 
 
 class Tower(Protocol):
@@ -33,12 +34,9 @@ class DenseTower(tf.Module):
     def __init__(self, width_in: int, hidden: tuple[int, ...], dropout: float) -> None:
         super().__init__(name="tower")
         self._dropout = dropout
-        self.kernels = []
-        self.biases = []
-        for number, width in enumerate(hidden):
-            self.kernels.append(uniform(f"kernel_{number}", (width_in, width), (6.0 / (width_in + width)) ** 0.5))
-            self.biases.append(uniform(f"bias_{number}", (width,), 0.0))
-            width_in = width
+        first = {name: tf.Variable(values, name=name) for name, values in dense_layers(width_in, hidden).items()}
+        self.kernels = [first[f"kernel_{number}"] for number in range(len(hidden))]
+        self.biases = [first[f"bias_{number}"] for number in range(len(hidden))]
 
     def __call__(self, x: Tensor, training: bool, seed: Tensor) -> Tensor:
         """See `Tower`."""
@@ -93,10 +91,9 @@ def build(width_in: int, settings: ModelSettings) -> Tower:
     return tower
 
 
-def width_in(settings: ModelSettings, spec: FeatureSpec, preprocessing: Preprocessing | None) -> int:
+def width_in(settings: ModelSettings, spec: FeatureSpec, preprocessing: Preprocessing) -> int:
     """Width of the tower's input: prepared features, and rows of the user, mean latest category and mean context."""
-    prepared = preprocessing if preprocessing is not None else Logarithms(spec.names)
-    return int(prepared(tf.zeros([1, len(spec.names)])).shape[-1]) + 3 * settings.dim
+    return int(preprocessing(tf.zeros([1, len(spec.names)])).shape[-1]) + 3 * settings.dim
 
 
 def load_builder(path: str) -> Callable[[int, ModelSettings], Tower]:

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from state import layout
-from state.config.sections import Model
+from state.config.sections import Model as ModelSettings
 from state.config.settings import Settings
 from state.errors import UnknownVersion
 from state.features.spec import FeatureSpec
@@ -19,12 +19,11 @@ from state.registry.manifest import LogRange, Manifest
 from state.registry.model_fit import differences, pending, require_fit, version_to_go_on_from
 from state.registry.registry import Registry
 from state.rows.tables import OPTIONAL, tables_in
-from trainer.engine.build import EMBEDDINGS, ranker_of
+from trainer.engine.build import EMBEDDINGS
 from trainer.engine.step import Trainer
-from trainer.model.ranker import Ranker
+from trainer.model.model import Model
 from trainer.versions import checkpoint, content
 from trainer.versions.content import COLUMNS, PENDING, QUALITY, Array, Tensors
-from trainer.versions.program import preprocessing_of
 
 _POWERS = "slots.powers"
 _MOVING = "slots.moving."
@@ -329,40 +328,21 @@ def nothing_learned(trainer: Trainer, description: Mapping[str, Any]) -> dict[st
         return checkpoint.full(trainer)
 
 
-def require_ranker_fits(registry: Registry, settings: Settings, spec: FeatureSpec, ranker: Ranker) -> None:
+def require_ranker_fits(registry: Registry, settings: Settings, spec: FeatureSpec, model: Model) -> None:
     """Refuses a ranker whose weights or rows differ from the current version, unless an upgrade was requested.
 
     Raises:
         ModelMismatch: It names what differs and the command to run.
     """
-    widths = dict.fromkeys(EMBEDDINGS, settings.model.dim) | dict(ranker.tables)
-    dense = {name: tuple(variable.shape) for name, variable in ranker.dense.items()}
+    widths = dict.fromkeys(EMBEDDINGS, settings.model.dim) | dict(model.tables)
+    dense = {name: tuple(variable.shape) for name, variable in model.dense.items()}
     require_fit(registry, settings, spec, dense, widths, OPTIONAL)
 
 
 def is_of_release(registry: Registry, settings: Settings, spec: FeatureSpec) -> bool:
     """Whether only this release's own code can differ from the current version: no custom code, same settings."""
-    model, default = settings.model, Model()
+    model, default = settings.model, ModelSettings()
     if (model.ranker, model.tower, model.preprocessing) != (default.ranker, default.tower, default.preprocessing):
         return False
     version = version_to_go_on_from(registry)
     return version is not None and not differences(registry, version, settings, spec)
-
-
-def require_settings_fit(settings: Settings, spec: FeatureSpec) -> None:
-    """Like `require_ranker_fits`, for the ranker of the settings; does nothing if nothing was trained.
-
-    Raises:
-        ModelMismatch: See `require_ranker_fits`.
-        SettingsError: There is no such ranker.
-        RegistryError: The registry cannot be read.
-    """
-    if not settings.registry_dir.is_dir():
-        return
-    registry = Registry(settings.registry_dir)
-    if (
-        registry.control() is not None
-        and (name := registry.specs.bootstrapped(spec.digest, settings.model)) is not None
-    ):
-        preprocessing = preprocessing_of(registry.specs.transform(name))
-        require_ranker_fits(registry, settings, spec, ranker_of(settings, spec, preprocessing))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from state.churn import CODE as CHURN_CODE
 from state.config.settings import Settings
@@ -149,6 +148,30 @@ def environment(settings: Settings, device: str, engine: str = "compiled") -> di
 
     `device` has the variables.
     """
+    graph = tensorflow_environment()
+    return {
+        "tensorflow": graph["tensorflow"],
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "machine": graph["machine"],
+        "instructions": graph["instructions"],
+        "device": device,
+        # The compiled engine has the same bits for any number of threads.
+        "threads": "any" if engine == "compiled" else str(settings.trainer.threads),
+        "onednn": graph["onednn"],
+        "scipy": metadata.version("scipy"),
+        "numba": metadata.version("numba"),
+        "llvmlite": metadata.version("llvmlite"),
+        "engine": engine,
+        **({"workers": str(settings.trainer.workers)} if settings.trainer.workers > 1 else {}),
+        "model_code": str(MODEL_CODE),
+        **{f"hyperparameters.{name}": text for name, text in HYPERPARAMETERS.texts().items()},
+        **deciding(settings),
+    }
+
+
+def tensorflow_environment() -> dict[str, str]:
+    """What the bits of a TensorFlow operation on a CPU depend on besides its inputs and threads."""
     flags: set[str] = set()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -158,23 +181,10 @@ def environment(settings: Settings, device: str, engine: str = "compiled") -> di
                 flags.update(value.split())
                 break
     return {
-        "tensorflow": tf.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
+        "tensorflow": metadata.version("tensorflow"),
         "machine": platform.machine(),
         "instructions": " ".join(name for name in _INSTRUCTIONS if name in flags),
-        "device": device,
-        # The compiled engine has the same bits for any number of threads.
-        "threads": "any" if engine == "compiled" else str(settings.trainer.threads),
         "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "default"),
-        "scipy": metadata.version("scipy"),
-        "numba": metadata.version("numba"),
-        "llvmlite": metadata.version("llvmlite"),
-        "engine": engine,
-        **({"workers": str(settings.trainer.workers)} if settings.trainer.workers > 1 else {}),
-        "model_code": str(MODEL_CODE),
-        **{f"hyperparameters.{name}": text for name, text in HYPERPARAMETERS.texts().items()},
-        **deciding(settings),
     }
 
 

@@ -101,7 +101,7 @@ def _fill_histories(settings: Settings, ids: Ids, events: int, now_ms: int, rng:
 
 def _fill_rows(settings: Settings, ids: Ids, now_ms: int, rng: np.random.Generator) -> tuple[Manifest, Any]:
     from trainer.model.default_ranker import DefaultRanker
-    from trainer.versions.program import build
+    from trainer.versions.lowering import build
 
     spec, folder = FeatureSpec.from_settings(settings), settings.serving_dir
     model = DefaultRanker(settings.model, spec)

@@ -34,7 +34,7 @@ from trainer.engine.step import Trainer
 from trainer.learner import Learner, Surroundings
 from trainer.publications import ServedModel
 from trainer.versions import checkpoint
-from trainer.versions.program import build
+from trainer.versions.lowering import build
 
 PARTITIONS = 4
 MAP_BYTES = 1 << 32
@@ -151,7 +151,7 @@ class Chain:
         self.registry = Registry(settings.registry_dir)
         self.registry.propose(start(actor="bench", reason="a year", now_ms=self.clock.now_ms()))
         self.trainer = Trainer(settings, context.spec)
-        self._program = build(self.trainer.model)
+        self._program = build(self.trainer.ranker())
         self.learner = self._learner(context)
         self._closing.callback(self.learner.close)
         self.serving = Serving(settings, self.log, self.clock)

@@ -35,7 +35,7 @@ from tests.deploy.serving.stocked import (
 def lowered_once() -> Lowered:
     """Takes some seconds; the fixture is also one of each folder that imports it."""
     from trainer.model.default_ranker import DefaultRanker
-    from trainer.versions.program import build
+    from trainer.versions.lowering import build
 
     settings, spec = small(Settings()), FeatureSpec()
     model = DefaultRanker(settings.model, spec)

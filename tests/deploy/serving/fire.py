@@ -76,7 +76,7 @@ class Line:
         from trainer.publications import ProbedRanker
 
         self.weights = self.model.weights()
-        self._probed = ProbedRanker(self.model)
+        self._probed = ProbedRanker(self.model, self.model.predict)
 
     def probe(self) -> dict[str, Any]:
         """With the model's weights of now."""

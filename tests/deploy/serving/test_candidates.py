@@ -48,7 +48,7 @@ def taught() -> Taught:
     from tests.deploy.serving.stocked import small
     from trainer.engine.step import Trainer
     from trainer.versions import checkpoint
-    from trainer.versions.program import build
+    from trainer.versions.lowering import build
 
     settings = small(Settings())
     trainer = Trainer(dataclasses.replace(settings, trainer=dataclasses.replace(settings.trainer, device="cpu")), SPEC)
@@ -64,7 +64,8 @@ def taught() -> Taught:
     trainer.step(dataclasses.replace(own, user=own.user + np.uint64(999), offset=own.offset + 100))
     after = micro_batch(len(USERS), first=2200, categories=CATEGORIES, at_ms=AT_MS)
     trainer.step(dataclasses.replace(after, user=own.user + np.uint64(999)))
-    lowered = Lowered(build(trainer.model), trainer.model.weights(), trainer.model)
+    ranker = trainer.ranker()
+    lowered = Lowered(build(ranker), ranker.weights(), ranker)
     return Taught(trainer, checkpoint.full(trainer), lowered)
 
 

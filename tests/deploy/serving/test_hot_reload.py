@@ -29,7 +29,7 @@ MOST_GROWTH_BYTES = 16 << 20
 def lines(lowered: Lowered) -> list[Line]:
     """The model of the other tests, and another ranker of other features."""
     from deploy.examples.two_tower.ranker import TwoTower
-    from trainer.versions.program import build
+    from trainer.versions.lowering import build
 
     settings = small(Settings())
     spec = replace(FeatureSpec(), recent_categories=FeatureSpec().recent_categories - 2, sequence=4)

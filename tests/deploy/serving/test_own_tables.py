@@ -24,7 +24,7 @@ from tests.conformance.test_own_tables import NARROW, WIDTH, LookingUp
 from tests.deploy.serving.stocked import NOW_MS, SALT, Lowered, Stores, digest_of, manifest, small
 from tests.deploy.serving.stocked import predictor as predictor_of
 from tests.vectors import vectorise
-from trainer.versions.program import build
+from trainer.versions.lowering import build
 
 SPEC = replace(FeatureSpec(), sequence=3)
 ATTRIBUTES_OF = Attributes("crm", "goods", ("age", "city"), ("brand",))

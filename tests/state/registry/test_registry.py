@@ -243,6 +243,29 @@ def test_a_program_and_a_spec_are_checked_when_read(registry: Registry) -> None:
         registry.specs.transform("abc")
 
 
+def test_what_was_prepared_is_read_in_its_environment_alone_and_undamaged(registry: Registry) -> None:
+    environment = {"tensorflow": "2.21.0", "machine": "x86_64"}
+
+    def read(**changes: str) -> bytes | None:
+        data = registry.specs.prepared("abc", environment | changes)
+        return None if data is None else bytes(data)
+
+    for text in ("first", "second"):
+        spec = registry.path / "specs" / "abc"
+        if spec.exists():
+            shutil.rmtree(spec)
+            assert read() is None, "it is of another bootstrap"
+        registry.specs.add_spec("abc", {}, lambda folder, text=text: (folder / "graph").write_text(text))
+        registry.specs.keep_prepared("abc", environment, text.encode())
+        assert read() == text.encode() and read(tensorflow="2.22.0") is None
+    path = registry.path / "prepared" / "abc"
+    for damaged in (path.read_bytes()[:-1] + b"?", b"", b"short"):
+        path.write_bytes(damaged)
+        assert read() is None
+    path.unlink()
+    assert read() is None
+
+
 def test_a_sweep_removes_the_files_of_the_dead_alone(registry: Registry) -> None:
     alive = registry.directory.temporary("version")
     alive.mkdir()

@@ -11,8 +11,8 @@ import tensorflow as tf
 from state.config.sections import Model
 from state.features.spec import FeatureSpec
 from streaming.preprocessing import analysed, preprocessing_fn
-from trainer.engine.compiled.engine import prepared_by
-from trainer.versions.program import preprocessing_of
+from trainer.engine.graphs import prepared_by
+from trainer.model.preprocessing import preprocessing_of
 
 DEFAULT = Model().preprocessing
 WIDTH = len(FeatureSpec().names)

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from state.config.settings import Settings
 from state.errors import SettingsError, TrainingHeld
 from state.microbatch.batch import MicroBatch
 from tests.trainer.batches import SPEC, micro_batch, spread, with_tables
-from trainer.device import pick
+from trainer import placement
 from trainer.engine.guard import Verdict
 from trainer.engine.record import _targets
 from trainer.engine.step import Trainer
@@ -258,7 +259,14 @@ def test_candidates_agree_with_a_plain_definition() -> None:
 
 def test_missing_gpu_is_named() -> None:
     with pytest.raises(SettingsError, match=r"trainer\.device is gpu"):
-        pick("gpu", [])
+        placement.pick("gpu", [])
+
+
+def test_the_gpus_are_those_that_tensorflow_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert placement.gpus() == [gpu.name for gpu in tf.config.list_physical_devices("GPU")]
+    # Where a driver may be, TensorFlow is asked.
+    monkeypatch.setattr(placement, "CUDA", None)
+    assert placement.may_have_gpu()
 
 
 def nameless(batch: MicroBatch, rows: slice = slice(None)) -> MicroBatch:
@@ -300,11 +308,11 @@ def test_a_click_of_a_probe_user_is_measured_by_nobody_and_no_half_of_a_pair() -
 
 def test_a_probe_is_answered_with_the_weights_that_steps_learned() -> None:
     trainer, other = fresh(), Trainer(settings(), SPEC)
-    probed = ProbedRanker(trainer.model)
+    probed = ProbedRanker(trainer.model, trainer.engine.predict)
     before = probed.answers()
     learned(log(), trainer)
     after = probed.answers()
     other.model.set_weights(trainer.model.weights())
-    expected = ProbedRanker(other.model).answers()
+    expected = ProbedRanker(other.model, other.engine.predict).answers()
     assert {name for name, value in after.items() if (value != expected[name]).any()} == set()
     assert any((value != before[name]).any() for name, value in after.items())

@@ -27,7 +27,9 @@ from trainer.engine.step import Trainer
 from trainer.exporting import command, device_file, exporting, saved_model
 from trainer.exporting.device_file import choose, read_users
 from trainer.exporting.exporting import agreement
-from trainer.versions.program import Program, build, preprocessing_of
+from trainer.model.preprocessing import preprocessing_of
+from trainer.versions.lowering import build
+from trainer.versions.program import Program
 
 SALT = Salt(b"a salt of the tests only")
 
@@ -50,7 +52,7 @@ def stocked(tmp_path_factory: pytest.TempPathFactory) -> Stocked:
     log = written([microbatch(number, salt=SALT.fingerprint) for number in range(12)])
     about = ABOUT | {"salt": SALT.fingerprint}
     running = learner(
-        registry, log, trainer=trainer, program=registry.specs.add_program(build(trainer.model)), about=about
+        registry, log, trainer=trainer, program=registry.specs.add_program(build(trainer.ranker())), about=about
     )
     run_to_end(running)
     running.close()
@@ -70,7 +72,7 @@ def test_the_sample_is_of_rows_that_the_version_learned(stocked: Stocked) -> Non
     of = stocked.of
     assert of.ids is not None and of.of == "256 examples of the training log"
     assert all(len(value) == 256 for name, value in of.inputs.items() if name not in of.kept)
-    assert set(of.inputs) == set(of.trainer.model.specs()) and list(of.kept) == ["popular_rows"]
+    assert set(of.inputs) == set(of.trainer.model.shapes()) and list(of.kept) == ["popular_rows"]
     rows = of.trainer.tables["user"].state()
     place = int(np.searchsorted(rows.ids, of.ids["user"][5]))
     np.testing.assert_array_equal(of.inputs["user_row"][5], rows.rows[place])
@@ -125,7 +127,7 @@ def test_what_is_being_written_has_no_number_and_only_the_newest_stay(stocked: S
         (tmp_path / str(number)).mkdir()
     (tmp_path / ".writing-11").mkdir()
     (tmp_path / ".writing-11" / "rest of a killed one").touch()
-    writing = saved_model.write(tmp_path, 11, of.trainer.model, of.kept)
+    writing = saved_model.write(tmp_path, 11, of.ranker, of.kept)
     assert not writing.name.isdigit() and "rest of a killed one" not in {one.name for one in writing.iterdir()}
     assert saved_model.publish(writing, 11) == tmp_path / "11" and not writing.exists()
     assert saved_model.keep_newest(tmp_path, 2) == [9, 2]
@@ -149,7 +151,7 @@ def test_a_devices_file_has_rows_by_place_and_says_how_far_it_is_off(stocked: St
             f"{quantize}; rows: " in told and f"{len(users)} of user" in told and "user of 100% of the examples" in told
         )
         sizes[quantize], rows = path.stat().st_size, choose(of.trainer, users, 1000)
-        asked = device_file.device_inputs(of.trainer.model, rows, of.ids, of.inputs, list(of.kept))
+        asked = device_file.device_inputs(of.ranker, rows, of.ids, of.inputs, list(of.kept))
         found = Program(path.read_bytes(), device_file.DEVICE).predict(asked)
         apart[quantize] = agreement(found, of.program.predict(of.inputs))
     assert sizes["int8"] < sizes["float16"] < sizes["none"]

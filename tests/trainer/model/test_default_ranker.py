@@ -11,9 +11,11 @@ from state.errors import SettingsError
 from state.ranking.transitions import SUCCESSORS
 from state.registry.model_fit import FORMER_TOWERS
 from tests.trainer.batches import SPEC
+from trainer.model.default_model import DefaultModel
 from trainer.model.default_ranker import DefaultRanker
 from trainer.model.first_values import recency_prior
-from trainer.model.inputs import INPUTS, sizes, specs
+from trainer.model.inputs import INPUTS, sizes
+from trainer.model.inputs import shapes as shapes_of
 from trainer.model.ranker import MASKED
 from trainer.model.tower import DenseTower, build, dropped, load_builder
 
@@ -24,10 +26,8 @@ TABLES = ("user", "item", "category", "context")
 
 def shapes(rows: int) -> dict[str, list[int]]:
     """Of the inputs of serving, by the table of inputs."""
-    found = specs(
-        tuple(one for one in INPUTS if not one.training), sizes(MODEL, SPEC), dict.fromkeys(TABLES, MODEL.dim)
-    )
-    return {name: [rows if size is None else size for size in spec.shape] for name, spec in found.items()}
+    found = shapes_of(INPUTS, sizes(MODEL, SPEC), dict.fromkeys(TABLES, MODEL.dim))
+    return {name: [rows if size is None else size for size in shape] for name, shape in found.items()}
 
 
 def inputs(rows: int = ROWS) -> dict[str, np.ndarray]:
@@ -48,6 +48,18 @@ def model() -> DefaultRanker:
         {name: value + rng.normal(0, 0.1, value.shape).astype(np.float32) for name, value in trained.weights().items()}
     )
     return trained
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_the_model_without_a_graph_begins_with_the_weights_of_the_ranker_in_their_order(labelled: bool) -> None:
+    ranker = DefaultRanker(MODEL, SPEC, labelled=labelled)
+    host = DefaultModel(MODEL, SPEC, len(SPEC.names), labelled)
+    assert list(host.dense) == list(ranker.dense)
+    for name, weight in host.weights().items():
+        np.testing.assert_array_equal(weight, ranker.dense[name].numpy())
+    for name in ("tables", "inputs", "sizes", "initial_ranges", "learning_rates", "fast_weights", "user_width"):
+        assert getattr(host, name) == getattr(ranker, name), name
+    assert host.shapes(training=True) == ranker.shapes(training=True)
 
 
 def test_shapes_and_masks(model: DefaultRanker) -> None:

@@ -16,9 +16,10 @@ from state.registry.model_fit import require_same_model
 from state.registry.registry import SERVING, Registry
 from tests.trainer.clicks import SALT, SPEC, batches, small_settings
 from tests.trainer.logs import publish, started, write_transform
+from trainer.checks import require_settings_fit
 from trainer.engine.step import Trainer
 from trainer.versions import checkpoint
-from trainer.versions.carrying import require_ranker_fits, require_settings_fit
+from trainer.versions.carrying import require_ranker_fits
 
 HIDDEN, DIM = ("--model.hidden", "24,8"), ("--model.dim", "16")
 OWN_TOWER = ("--model.tower", "deploy.examples.own_model.tower:build")

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from state.config.loading import load
 from state.config.sections import Model as ModelSettings
 from state.errors import ProgramError
 from state.features.spec import FeatureSpec
 from state.registry.control import start
 from state.registry.manifest import Draft, LogRange, Manifest
 from state.registry.registry import Registry
+from trainer.engine.step import Trainer
 from trainer.model.default_ranker import DefaultRanker
-from trainer.versions.program import Program, build, check_parity, lower, preprocessing_of, program_of, sample
+from trainer.model.preprocessing import preprocessing_of
+from trainer.versions.lowering import answers, build, lower
+from trainer.versions.program import Program, check_parity, sample
+from trainer.versions.starting import program_of
 
 SMALL = ModelSettings(dim=8, hidden=(16, 8), popular=4)
+FLAGS = ("--model.dim", "8", "--model.hidden", "16,8", "--model.popular", "4")
 ENVIRONMENT = {"tensorflow": "2.21.0"}
 
 
 @pytest.fixture(scope="module")
 def model() -> DefaultRanker:
     return DefaultRanker(SMALL, FeatureSpec())
+
+
+def parity(content: bytes, model: DefaultRanker) -> float:
+    return check_parity(content, model.weights(), partial(answers, model), sample(model), "the test's model")
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +71,7 @@ def test_lowering_leaves_the_weights_and_gives_the_same_bytes_again(lowered: byt
 def test_a_parity_failure_is_an_error(model: DefaultRanker, lowered: bytes) -> None:
     other = DefaultRanker(SMALL, FeatureSpec(), preprocessing=lambda x: tf.sqrt(x))
     with pytest.raises(ProgramError, match="differs from the model's"):
-        check_parity(lowered, other, sample(model))
+        parity(lowered, other)
 
 
 def test_a_saved_transform_is_part_of_the_program(tmp_path: Path) -> None:
@@ -75,7 +86,7 @@ def test_a_saved_transform_is_part_of_the_program(tmp_path: Path) -> None:
 
     tf.saved_model.save(Transform(), str(tmp_path / "transform_fn"))
     model = DefaultRanker(SMALL, FeatureSpec(), preprocessing_of(tmp_path))
-    assert check_parity(lower(model), model, sample(model)) < 1e-5
+    assert parity(lower(model), model) < 1e-5
 
 
 def test_the_program_of_the_newest_version_is_used_again_only_if_it_computes_the_models_outputs(
@@ -89,9 +100,11 @@ def test_the_program_of_the_newest_version_is_used_again_only_if_it_computes_the
         return registry.publish(draft, {})
 
     registry.propose(start(actor="anna", reason="a test", now_ms=1))
-    made = program_of(registry, version(registry.specs.add_program(other)), "spec", ENVIRONMENT, model)
-    check_parity(registry.specs.program(made), model, sample(model))
+    trainer = Trainer(load([*FLAGS, "--trainer.device", "cpu"], env={}), FeatureSpec())
+    assert trainer.engine.name == "compiled"
+    made = program_of(registry, version(registry.specs.add_program(other)), "spec", ENVIRONMENT, trainer)
+    parity(registry.specs.program(made), model)
     # A comment at the end makes the bytes differ from what lowering gives.
     marked = registry.specs.add_program(registry.specs.program(made) + b"older")
-    assert program_of(registry, version(marked), "spec", ENVIRONMENT, model) == marked
-    assert program_of(registry, version(marked), "spec", {"tensorflow": "other"}, model) == made
+    assert program_of(registry, version(marked), "spec", ENVIRONMENT, trainer) == marked
+    assert program_of(registry, version(marked), "spec", {"tensorflow": "other"}, trainer) == made

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from state.compiled import layout
-from trainer.model.default_ranker import NET_HIDDEN, NEXT_HIDDEN
+from trainer.model.default_model import NET_HIDDEN, NEXT_HIDDEN
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]

@@ -9,38 +9,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-import tensorflow as tf
 from threadpoolctl import threadpool_limits
 
-from state.compiled import compiled, compiled_sums, read_only
-from state.config.sections import Model as ModelSettings
+from state.compiled import compiled_sums, read_only
 from trainer.engine.adam import HostAdam
 from trainer.engine.compiled.arrays import (
     F32,
     FAST,
     FROM_HEADS,
     I32,
-    U16,
     Facts,
     FastWeights,
     Gradients,
     HeadInputs,
 )
 from trainer.engine.compiled.heads import Heads
+from trainer.engine.compiled.preparing import Prepare
 from trainer.engine.compiled.threads import Threads
 from trainer.engine.compiled.tower import Embedded, Passed, Tower, scatter_rows
-from trainer.engine.compiled.window_net import LOGARITHMS
 from trainer.engine.crosses import CrossLearner
 from trainer.engine.engine import CROSS, I64, Gradient, Measured
 from trainer.engine.record import Record
 from trainer.model.attributes import combine
-from trainer.model.default_ranker import DefaultRanker
+from trainer.model.default_model import DefaultModel
 from trainer.model.hyperparameters import HYPERPARAMETERS
-from trainer.model.preprocessing import Logarithms, Preprocessing
 from trainer.tables.table import Table
 
 EPSILON = np.float32(HYPERPARAMETERS.epsilon)
@@ -58,8 +54,9 @@ class CompiledEngine:
     """See `trainer/engine/engine.py`.
 
     Args:
-        ranker: The default ranker, with a dense tower.
+        model: The default ranker, with a dense tower.
         optimizer: The optimizer of its dense weights.
+        prepare: The preprocessing.
         tables: The tables of embedding rows, by name.
         crosses: Scores and learns crosses.
         attributes: A, the number of attributes of an item.
@@ -70,8 +67,9 @@ class CompiledEngine:
 
     def __init__(
         self,
-        ranker: DefaultRanker,
+        model: DefaultModel,
         optimizer: HostAdam,
+        prepare: Prepare,
         tables: Mapping[str, Table],
         crosses: CrossLearner,
         attributes: int,
@@ -79,11 +77,10 @@ class CompiledEngine:
     ) -> None:
         # Without this, BLAS would divide each product among its own threads.
         threadpool_limits(1, "blas")
-        self._ranker, self._optimizer, self._tables = ranker, optimizer, tables
-        self._crosses, self._attributes = crosses, attributes
-        ranker.hold(optimizer.weights)
-        self._tower = Tower(ranker, optimizer.weights, optimizer.gradients, threads)
-        self._prepare = prepared_by(ranker.preprocessing, ranker.sizes["D"] or 0, ranker.settings.preprocessing)
+        self._model, self._optimizer, self._prepare = model, optimizer, prepare
+        self._tables, self._crosses, self._attributes = tables, crosses, attributes
+        model.hold(optimizer.weights)
+        self._tower = Tower(model, optimizer.weights, optimizer.gradients, threads)
         self._heads, self.threads = Heads(), threads
         self._weights = {name: optimizer.weights[weight] for weight, name in FROM_HEADS.items()}
 
@@ -107,11 +104,11 @@ class CompiledEngine:
         passed, forward = self._tower.forward(
             self._prepare(record.values["features"]), embedded, record.values["tower_kept"]
         )
-        inputs = self._inputs(passed, distinct, crossed.logits, at)
+        inputs = self._inputs(passed, distinct["category"], self._items(distinct, at), crossed.logits)
         slots = self._optimizer.fast if move else None
         facts = self._facts(record, at)
         scores, gradients, fast, heads = self._heads.prepare(
-            facts, inputs, slots, self._optimizer.fast_rate, self._ranker.drops
+            facts, inputs, slots, self._optimizer.fast_rate, self._model.drops
         )
         by_rows, by_popular_rows, by_layers, by_weights = self._tower.backward(
             passed, gradients.queries, gradients.popular_logits
@@ -143,7 +140,7 @@ class CompiledEngine:
             at = measured.rows[name][1:]
             # The missing row is never trained.
             if at.size:
-                adagrad(table.rows, table.accum, at, gradient.sparse[name][1:], self._ranker.settings.learning_rate)
+                adagrad(table.rows, table.accum, at, gradient.sparse[name][1:], self._model.settings.learning_rate)
         if measured.crossed is not None:
             self._crosses.apply(measured.rows[CROSS], measured.crossed)
         self._optimizer.apply(gradient.fast)
@@ -162,6 +159,65 @@ class CompiledEngine:
         for name, array in self._optimizer.gradients.items():
             array[...] = gradient.dense[name]
         return replace(measured, found=gradient)
+
+    def predict(self, inputs: Mapping[str, F32]) -> dict[str, F32]:
+        """See `Engine`."""
+        count, dim = len(inputs["features"]), self._model.settings.dim
+        names = ("recent_rows", "successor_rows", "popular_rows", "category_row")
+        category, at = _distinct([inputs[name] for name in names])
+        own, none = np.arange(1, count + 1, dtype=np.int32), np.zeros(count, np.int32)
+        embedded = Embedded(
+            user=_behind_missing(inputs["user_row"]),
+            user_at=own,
+            category=category,
+            latest_at=np.ascontiguousarray(at[0][:, : HYPERPARAMETERS.latest]),
+            popular_at=at[2],
+            context=_behind_missing(inputs["context_row"]),
+            context_at=own[:, None],
+        )
+        hidden = self._model.settings.hidden[0]
+        prepared = self._prepare(inputs["features"].astype(np.uint16))
+        passed, forward = self._tower.forward(prepared, embedded, np.ones((count, hidden), np.float32))
+        zeros, scaling = np.zeros(2 * count, np.float32), self._model.window_scaling
+        facts = Facts(
+            windows=read_only(inputs["category_windows"].astype(np.uint16)),
+            recent_next=inputs["recent_next"].astype(np.uint16),
+            log_scale=scaling.log_scale,
+            scale=scaling.scale,
+            shift=scaling.shift,
+            recent_mask=inputs["recent_mask"],
+            popular_mask=inputs["popular_mask"],
+            successor_mask=inputs["successor_mask"],
+            other_mask=zeros[:count],
+            popular_next=inputs["popular_next"].astype(np.uint16),
+            successor_next=inputs["successor_next"].astype(np.uint16),
+            recent_at=at[0],
+            successor_at=at[1],
+            other_at=none,
+            pair_category_at=np.concatenate([at[3], none]),
+            pair_item_at=np.concatenate([own, none]),
+            target=none - np.int32(1),
+            weight=zeros[:count],
+            engaged=zeros,
+            engaged_shift=zeros,
+            engaged_weight=zeros,
+        )
+        of_heads = self._inputs(passed, category, _behind_missing(inputs["item_row"]), inputs["cross"])
+        scores, _, _, heads = self._heads.prepare(facts, of_heads, None, 0.0, False)
+
+        def score(thread: int) -> None:
+            if thread == 0:
+                heads(passed.progress, self._tower.block)
+
+        self.threads.run((forward, score))
+        return {
+            "recent_logits": scores.recent_logits,
+            "popular_logits": scores.popular_logits,
+            "successor_logits": scores.successor_logits,
+            "engagement_logit": scores.engagement[:count],
+            "vector": passed.plain[-1].copy(),
+            "item_query": passed.plain_queries[:, dim : 2 * dim] + self._weights["item_bias"],
+        }
 
     def _rows(self, record: Record) -> tuple[dict[str, I32], dict[str, I32]]:
         """Returns the distinct rows of each table, and, by the name of the ids, the index of each id's row among them.
@@ -189,7 +245,7 @@ class CompiledEngine:
         return rows, at | {name: at[name].reshape(record.ids[name].shape) for name in shaped}
 
     def _facts(self, record: Record, at: Mapping[str, I32]) -> Facts:
-        values, targets, scaling = record.values, record.targets, self._ranker.window_scaling
+        values, targets, scaling = record.values, record.targets, self._model.window_scaling
         return Facts(
             windows=read_only(values["category_windows"]),
             recent_next=values["recent_next"],
@@ -214,7 +270,7 @@ class CompiledEngine:
             engaged_weight=np.concatenate([targets.label_weight, targets.negative_weight]),
         )
 
-    def _inputs(self, passed: Passed, distinct: Mapping[str, F32], crossed: F32, at: Mapping[str, I32]) -> HeadInputs:
+    def _inputs(self, passed: Passed, category: F32, item: F32, crossed: F32) -> HeadInputs:
         weights = self._weights
         return HeadInputs(
             plain_queries=passed.plain_queries,
@@ -222,8 +278,8 @@ class CompiledEngine:
             plain_popular=passed.plain_popular,
             popular_logits=passed.popular,
             user_features=passed.user_features,
-            category=distinct["category"],
-            item=self._items(distinct, at),
+            category=category,
+            item=item,
             prior=weights["prior"],
             item_bias=weights["item_bias"],
             category_bias=weights["category_bias"],
@@ -235,7 +291,7 @@ class CompiledEngine:
         """The rows of items that pairs name; with attributes the item's own plus the mean of theirs."""
         if not self._attributes:
             return distinct["item"]
-        rows = distinct["context"][at["item_attributes"]].reshape(-1, self._attributes, self._ranker.settings.dim)
+        rows = distinct["context"][at["item_attributes"]].reshape(-1, self._attributes, self._model.settings.dim)
         items: F32 = distinct["item"][at["combined_item"]] + rows.mean(1)
         return items
 
@@ -251,55 +307,22 @@ class CompiledEngine:
         return sparse
 
 
-def prepared_by(preprocessing: Preprocessing, features: int, name: str) -> Callable[[U16], F32]:
-    """Compiles a preprocessing: `[B, D]` uint16 features to `[B, D']` float32.
-
-    `Logarithms` and the default preprocessing transform each feature independently, and a feature has 65,536 values. So
-    all values are computed once, which is faster than a call of TensorFlow's graph in each update.
-
-    Args:
-        preprocessing: `[B, D]` float32 raw integers to `[B, D']` float32.
-        features: D.
-        name: The setting `model.preprocessing`.
-    """
-    values = np.arange(1 << 16, dtype=np.uint16)[:, None]
-    if isinstance(preprocessing, Logarithms):
-        return _by_table(
-            LOGARITHMS[:, None] * preprocessing.log_scale + values.astype(np.float32) * preprocessing.scale
-        )
-    signature = [tf.TensorSpec([None, features], tf.uint16)]
-    graph = tf.function(lambda raw: preprocessing(tf.cast(raw, tf.float32)), signature, autograph=False)
-    concrete = graph.get_concrete_function()
-
-    def by_tensorflow(raw: U16) -> F32:
-        return np.ascontiguousarray(concrete(tf.constant(raw)).numpy(), np.float32)
-
-    if name != ModelSettings().preprocessing:
-        return by_tensorflow
-    table = by_tensorflow(np.repeat(values, features, 1))
-    by_table = _by_table(table)
-    # The settings may name a different function from the one that the bootstrap analysed.
-    sample = np.random.default_rng(0).geometric(1e-3, (256, features)).astype(np.uint16)
-    same = table.shape[1] == features and np.allclose(by_table(sample), by_tensorflow(sample), 1e-5, 1e-5)
-    return by_table if same else by_tensorflow
+def _behind_missing(rows: F32) -> F32:
+    """`[n, dim]` behind the missing row, which is zero."""
+    return np.concatenate([np.zeros_like(rows[:1]), rows])
 
 
-def _by_table(table: F32) -> Callable[[U16], F32]:
-    """Looks up features in `[65536, D]` float32, the value of each feature for each raw integer."""
-
-    def look_up(raw: U16) -> F32:
-        features = np.empty(raw.shape, np.float32)
-        _look_up(read_only(raw), table, features)
-        return features
-
-    return look_up
-
-
-@compiled("const(u2[:, ::1]), f4[:, ::1], f4[:, ::1]")
-def _look_up(raw: U16, table: F32, out: F32) -> None:
-    for b in range(raw.shape[0]):
-        for d in range(raw.shape[1]):
-            out[b, d] = table[raw[b, d], d]
+def _distinct(parts: Sequence[F32]) -> tuple[F32, list[I32]]:
+    """The distinct rows of `[..., dim]`, the missing row first, and the index of each row among them, `[...]` int32."""
+    dim = parts[0].shape[-1]
+    rows = np.concatenate([np.zeros((1, dim), np.float32), *(part.reshape(-1, dim) for part in parts)])
+    distinct, at = np.unique(rows, axis=0, return_inverse=True)
+    order = np.arange(len(distinct), dtype=np.int32)
+    # The missing row changes places with the first one.
+    missing = at.reshape(-1)[0]
+    order[[0, missing]] = order[[missing, 0]]
+    indices = np.split(order[at.reshape(-1)[1:]], np.cumsum([part.size // dim for part in parts])[:-1])
+    return distinct[order], [index.reshape(part.shape[:-1]) for index, part in zip(indices, parts, strict=True)]
 
 
 @compiled_sums("f4[:, ::1], f4[:, ::1], i4[::1], f4[:, ::1], f4, f4")

@@ -32,7 +32,7 @@ from threadpoolctl import threadpool_info
 from state.compiled import allocating_part_of_sums, compiled_sums, layout, part_of_sums
 from trainer.engine.compiled.arrays import F32, I32, I64
 from trainer.engine.compiled.threads import Threads, Work, advance, wait_for
-from trainer.model.default_ranker import DefaultRanker
+from trainer.model.default_model import DefaultModel
 from trainer.model.hyperparameters import HYPERPARAMETERS
 
 SMALL = 1_000_000
@@ -191,24 +191,24 @@ class Tower:
         block: Rows of a block.
 
     Args:
-        ranker: The default ranker, with a dense tower.
+        model: The default ranker, with a dense tower.
         weights: Dense weights by name.
         gradients: Receive their derivatives, by name.
         threads: The threads that share its blocks.
     """
 
     def __init__(
-        self, ranker: DefaultRanker, weights: Mapping[str, F32], gradients: Mapping[str, F32], threads: Threads
+        self, model: DefaultModel, weights: Mapping[str, F32], gradients: Mapping[str, F32], threads: Threads
     ) -> None:
         self._threads = threads
-        layers = range(len(ranker.settings.hidden))
+        layers = range(len(model.settings.hidden))
         self._kernels = tuple(weights[f"tower.kernel_{layer}"] for layer in layers)
         self._biases = tuple(weights[f"tower.bias_{layer}"] for layer in layers)
         self._query, self._query_bias = weights["query.kernel"], weights["query.bias"]
-        self._popular_bias, self._user_width = weights["interest.popular"], ranker.user_width
-        self._gradients, self._drops = gradients, ranker.drops
+        self._popular_bias, self._user_width = weights["interest.popular"], model.user_width
+        self._gradients, self._drops = gradients, model.drops
         self.block = rows_of_block(max(kernel.size for kernel in (*self._kernels, self._query)))
-        self._dim, self._buffers = ranker.settings.dim, dict[str, F32]()
+        self._dim, self._buffers = model.settings.dim, dict[str, F32]()
 
     def forward(self, prepared: F32, embedded: Embedded, kept: F32) -> tuple[Passed, Work]:
         """Scores B rows without changing anything, once all threads have done the work, or the counter of a block is 1.

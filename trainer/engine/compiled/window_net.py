@@ -6,7 +6,7 @@ import numpy as np
 
 from state.compiled import allocating_part_of_sums, part_of_sums
 from trainer.engine.compiled.arrays import F32, Facts, FastWeights, Workspace
-from trainer.model.default_ranker import NET_HIDDEN, NEXT_HIDDEN
+from trainer.model.default_model import NET_HIDDEN, NEXT_HIDDEN
 
 USER_HIDDEN = NET_HIDDEN + NEXT_HIDDEN
 
@@ -28,6 +28,15 @@ def user_hidden_of(begin: int, end: int, user_features: F32, weights: FastWeight
             x = user_features[b, d]
             for k in range(USER_HIDDEN):
                 hidden[row, k] += x * weights.user[d, k]
+
+
+@part_of_sums
+def _scale_newest(b: int, row: int, facts: Facts, logarithms: F32, newest: F32) -> None:
+    """Scales the windows of the first slot, which has no category."""
+    user_columns = facts.windows.shape[2]
+    for f in range(facts.log_scale.shape[0]):
+        window = facts.windows[b, 0, f] if f < user_columns else facts.recent_next[b, 0, f - user_columns]
+        newest[row, f] = logarithms[window] * facts.log_scale[f] + np.float32(window) * facts.scale[f] + facts.shift[f]
 
 
 @part_of_sums
@@ -55,9 +64,13 @@ def _scaled_windows(
                 scaled = logarithms[window] * facts.log_scale[f] + np.float32(window) * facts.scale[f]
                 windows[count, f] = scaled + facts.shift[f]
             count += 1
-        # Categories fill the first slots without gaps.
+        # Records fill the first slots without gaps; only probes have a category without a newest one.
+        if count > firsts[row] and facts.recent_mask[b, 0] == _ZERO:
+            _scale_newest(b, row, facts, logarithms, newest)
+        else:
+            for f in range(width):
+                newest[row, f] = windows[firsts[row], f] if count > firsts[row] else _ZERO
         for f in range(width):
-            newest[row, f] = windows[firsts[row], f] if count > firsts[row] else _ZERO
             x = newest[row, f]
             for k in range(NET_HIDDEN):
                 user_hidden[row, k] += x * weights.net_0[width + f, k]

@@ -1,0 +1,100 @@
+"""Chooses the engine, and with it the ranker, the optimizer and the device of the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+from state.config.sections import Model as ModelSettings
+from state.config.settings import Settings
+from state.features.spec import FeatureSpec
+from state.ranking.crosses import Crosses
+from state.registry.model_fit import FORMER_TOWERS
+from trainer.engine.adam import FastSlots
+from trainer.engine.build import labelled
+from trainer.engine.compiled.parts import CompiledParts
+from trainer.engine.compiled.preparing import prepared_on_host
+from trainer.engine.engine import F32, Engine
+from trainer.model.analysed import Analysed, Preprocessing
+from trainer.model.attributes import Columns
+from trainer.model.default_model import DefaultModel
+from trainer.model.model import Model
+from trainer.tables.table import Table
+
+if TYPE_CHECKING:
+    from trainer.model.ranker import Ranker
+
+
+class Optimizer(Protocol):
+    """The optimizer of the dense weights; see `HostAdam`."""
+
+    fast: FastSlots
+    fast_rate: float
+
+    def slots(self) -> dict[str, F32]:
+        """A host copy of the state by name."""
+
+    def set_slots(self, slots: Mapping[str, F32]) -> None:
+        """Restores the whole state."""
+
+
+class Parts(Protocol):
+    """What a trainer learns with.
+
+    Attributes:
+        device: The TensorFlow device of embedding rows; None: they are host arrays.
+    """
+
+    @property
+    def model(self) -> Model:
+        """The ranker to train."""
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """Of its dense weights."""
+
+    @property
+    def device(self) -> str | None:
+        """The TensorFlow device of embedding rows; None: they are host arrays."""
+
+    def engine(self, tables: Mapping[str, Table], crosses: Crosses, columns: Columns) -> Engine:
+        """Builds the engine, over the tables of embedding rows and crosses."""
+
+    def ranker(self) -> Ranker:
+        """The ranker's graph with the present weights, to lower or to export it. Loads TensorFlow."""
+
+
+def learns_without_graph(settings: Settings, device: str) -> bool:
+    """Whether the settings alone show that the compiled engine computes the model, so that TensorFlow is not needed."""
+    model, default = settings.model, ModelSettings()
+    return (
+        settings.trainer.engine != "tensorflow"
+        and settings.privacy.epsilon == 0
+        and "CPU" in device.upper()
+        and model.tower in (default.tower, *FORMER_TOWERS)
+        and (model.ranker, model.preprocessing) == (default.ranker, default.preprocessing)
+    )
+
+
+def parts_of(
+    settings: Settings, spec: FeatureSpec, preprocessing: Preprocessing | Analysed | None, device: str
+) -> Parts:
+    """The parts that the settings describe. TensorFlow is loaded only if they need a graph."""
+
+    def make_ranker() -> Ranker:
+        from trainer.device import prepare
+        from trainer.engine.graphs import ranker_of
+
+        prepare(settings.trainer.device, settings.trainer.threads)
+        return ranker_of(settings, spec, preprocessing)
+
+    if learns_without_graph(settings, device):
+        prepare_features = prepared_on_host(preprocessing, spec.names)
+        if prepare_features is not None:
+            model = DefaultModel(settings.model, spec, len(spec.names), labelled(settings))
+            return CompiledParts(settings, model, prepare_features, make_ranker)
+    from trainer.device import prepare
+    from trainer.engine import graphs
+
+    prepare(settings.trainer.device, settings.trainer.threads)
+    return graphs.parts_of(settings, spec, preprocessing, device)
