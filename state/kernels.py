@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from state.compiled.preparing import Kernels
 from state.process import log_lines
-from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
+from state.process.quiet_stderr import own_stderr, quiet_stderr
 
 USED = (
     "state.features.kernel", "state.log.batch_decoder", "state.ranking.crosses", "state.ranking.item_scores",
@@ -24,7 +24,7 @@ USED = (
 """The modules with kernels that serving and the stream use."""
 ALL = "--all"
 MOST_PROCESSES = 4
-"""Maximum number of processes of `--all`. Each imports TensorFlow; the largest kernel takes a quarter of all time."""
+"""Maximum number of processes of `--all`: the largest kernel takes a quarter of all time."""
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("state", "streaming", "trainer", "deploy", "evaluation")
 DECLARES = re.compile(r"^@compiled(_sums)?\(", re.MULTILINE)
@@ -48,7 +48,6 @@ def modules() -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prepares the kernels of the modules in `argv`, of all with `--all`, or of `USED`; returns the exit code."""
     log_lines.begin("kernels", own_stderr())
-    quiet_tensorflow(os.environ)
     words = list(sys.argv[1:] if argv is None else argv)
     children = []
     if ALL in words:
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
             for _ in range(1, min(MOST_PROCESSES, os.cpu_count() or 1))
         ]
-    # Some modules import TensorFlow.
+    # Some packages write while they are imported.
     with quiet_stderr():
         for module in words or USED:
             importlib.import_module(module)

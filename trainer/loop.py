@@ -2,9 +2,9 @@
 
 1. Claims the registry. A second trainer waits here as a standby, with its kernels and the model loaded.
 2. Checks a custom tower, then waits until the bootstrap has analysed the feature spec of the settings.
-3. Builds the trainer and lowers its program, checked against the model. A trainer of the default model that continues
-   in the environment of the newest version uses its program again, and never loads TensorFlow. If the newest version no longer fits this
-   release's model, an epoch begins from the parts that fit. If the settings differ, the trainer refuses to start.
+3. Builds the trainer and lowers its program, checked against the model. In the environment of the newest version its
+   program is used again, and the default model needs no TensorFlow. If the newest version no longer fits this release's
+   model, an epoch begins from the parts that fit. If the settings differ, the trainer refuses to start.
 4. Creates control generation 1 if there is no control.
 5. Enters control's epoch: from its newest version, else from its base, else from scratch or with the past clicks of an
    experiment. If the training log was truncated to before that version, the trainer rewinds first (`recover`).

@@ -39,11 +39,7 @@ class Optimizer(Protocol):
 
 
 class Parts(Protocol):
-    """What a trainer learns with.
-
-    Attributes:
-        device: The TensorFlow device of embedding rows; None: they are host arrays.
-    """
+    """What a trainer learns with."""
 
     @property
     def model(self) -> Model:

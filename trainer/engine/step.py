@@ -133,9 +133,9 @@ class Trainer:
         self.settings = settings
         self.device = device_of(settings.trainer.device)
         self._clock = clock
-        parts = self._parts = parts_of(settings, spec, preprocessing, self.device)
-        self.model, self.optimizer = parts.model, parts.optimizer
-        learned = tables_of(self.model, settings, parts.device)
+        self._parts = parts_of(settings, spec, preprocessing, self.device)
+        self.model, self.optimizer = self._parts.model, self._parts.optimizer
+        learned = tables_of(self.model, settings, self._parts.device)
         self.transitions = transitions_of(settings)
         self._growth = Growth(self.model, learned)
         self.tables: dict[str, IdTable] = {**learned, self.transitions.name: self.transitions}
@@ -152,7 +152,7 @@ class Trainer:
         self.crosses = Crosses(spec, settings.events.context, users, items)
         dropped = settings.model.hidden[0] if any(input_.name == "tower_kept" for input_ in self.model.inputs) else 0
         self._recorder = Recorder(settings, self.crosses, self._columns, dropped)
-        self.engine = parts.engine(learned, self.crosses, self._columns)
+        self.engine = self._parts.engine(learned, self.crosses, self._columns)
 
     def clear(self) -> None:
         """Resets to the state of a new trainer, to begin an epoch or before a base is loaded."""

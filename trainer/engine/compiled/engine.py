@@ -9,7 +9,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -163,15 +164,14 @@ class CompiledEngine:
     def predict(self, inputs: Mapping[str, F32]) -> dict[str, F32]:
         """See `Engine`."""
         count, dim = len(inputs["features"]), self._model.settings.dim
-        names = ("recent_rows", "successor_rows", "popular_rows", "category_row")
-        category, at = _distinct([inputs[name] for name in names])
+        category, at = _category_rows(inputs)
         own, none = np.arange(1, count + 1, dtype=np.int32), np.zeros(count, np.int32)
         embedded = Embedded(
             user=_behind_missing(inputs["user_row"]),
             user_at=own,
             category=category,
-            latest_at=np.ascontiguousarray(at[0][:, : HYPERPARAMETERS.latest]),
-            popular_at=at[2],
+            latest_at=np.ascontiguousarray(at["recent"][:, : HYPERPARAMETERS.latest]),
+            popular_at=at["popular"],
             context=_behind_missing(inputs["context_row"]),
             context_at=own[:, None],
         )
@@ -191,10 +191,10 @@ class CompiledEngine:
             other_mask=zeros[:count],
             popular_next=inputs["popular_next"].astype(np.uint16),
             successor_next=inputs["successor_next"].astype(np.uint16),
-            recent_at=at[0],
-            successor_at=at[1],
+            recent_at=at["recent"],
+            successor_at=at["successor"],
             other_at=none,
-            pair_category_at=np.concatenate([at[3], none]),
+            pair_category_at=np.concatenate([at["own"], none]),
             pair_item_at=np.concatenate([own, none]),
             target=none - np.int32(1),
             weight=zeros[:count],
@@ -312,17 +312,24 @@ def _behind_missing(rows: F32) -> F32:
     return np.concatenate([np.zeros_like(rows[:1]), rows])
 
 
-def _distinct(parts: Sequence[F32]) -> tuple[F32, list[I32]]:
-    """The distinct rows of `[..., dim]`, the missing row first, and the index of each row among them, `[...]` int32."""
-    dim = parts[0].shape[-1]
-    rows = np.concatenate([np.zeros((1, dim), np.float32), *(part.reshape(-1, dim) for part in parts)])
-    distinct, at = np.unique(rows, axis=0, return_inverse=True)
-    order = np.arange(len(distinct), dtype=np.int32)
-    # The missing row changes places with the first one.
-    missing = at.reshape(-1)[0]
-    order[[0, missing]] = order[[missing, 0]]
-    indices = np.split(order[at.reshape(-1)[1:]], np.cumsum([part.size // dim for part in parts])[:-1])
-    return distinct[order], [index.reshape(part.shape[:-1]) for index, part in zip(indices, parts, strict=True)]
+def _category_rows(inputs: Mapping[str, F32]) -> tuple[F32, dict[str, I32]]:
+    """The category rows of a ranker's inputs, the missing row first, and the index of each use: recent, successor, popular, own.
+
+    The heads know a category by its index, so a row's own category has the index of the recent category with an equal row.
+    """
+    own, recent = inputs["category_row"], inputs["recent_rows"]
+    parts = {"recent": recent, "successor": inputs["successor_rows"], "popular": inputs["popular_rows"], "own": own}
+    rows = _behind_missing(np.concatenate([part.reshape(-1, own.shape[1]) for part in parts.values()]))
+    ends = np.cumsum([1, *(part.size // own.shape[1] for part in parts.values())], dtype=np.int32)
+    at = {
+        name: np.arange(begin, end, dtype=np.int32).reshape(part.shape[:-1])
+        for (name, part), (begin, end) in zip(parts.items(), itertools.pairwise(ends.tolist()), strict=True)
+    }
+    same = (recent == own[:, None]).all(2) & (inputs["recent_mask"] != 0.0)
+    equal = np.take_along_axis(at["recent"], same.argmax(1)[:, None], 1)[:, 0]
+    known = np.where(same.any(1), equal, at["own"])
+    at["own"] = np.where(own.any(1), known, np.int32(0)).astype(np.int32)
+    return rows, at
 
 
 @compiled_sums("f4[:, ::1], f4[:, ::1], i4[::1], f4[:, ::1], f4, f4")

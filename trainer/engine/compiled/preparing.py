@@ -19,13 +19,17 @@ VALUES = np.arange(1 << 16, dtype=np.uint16)[:, None]
 
 
 def prepared_on_host(preprocessing: Preprocessing | Analysed | None, names: tuple[str, ...]) -> Prepare | None:
-    """The default preprocessing of the features `names`, where its table is known; None: `preprocessing` takes logarithms.
+    """The preprocessing of the features `names` by a table, if no graph is needed to make it.
 
     Logarithms and the default preprocessing transform each feature independently, and a feature has 65,536 values. So
     all values are computed once, which is faster than a call of a graph in each update.
 
+    Args:
+        preprocessing: None takes logarithms.
+        names: The D features.
+
     Returns:
-        None if the table has to be computed by the graph.
+        None if only the graph of `preprocessing` knows the values.
     """
     if preprocessing is None:
         log_scale, scale, _ = feature_scaling(names)
