@@ -238,7 +238,7 @@ class TrainerMetrics(Metrics):
         "1 while this process stands by, because another trainer has the registry; 0 for the trainer that learns."
     )
     phase = gauge(
-        "1 for the current phase of the trainer, 0 for the others. In order: standing by, loading modules, loading TensorFlow (only if a graph is needed), compiling kernels, waiting for workers, waiting for the bootstrap, building the model, lowering the program, loading the version, catching up, learning.",
+        "1 for the current phase of the trainer, 0 for the others. In order: standing by, loading modules, loading TensorFlow, compiling kernels, waiting for workers, waiting for the bootstrap, building the model, lowering the program, loading the version, catching up, learning.",
         "phase",
     )
     caught_up = gauge("1 once this epoch has read the training log to its end.")
