@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from state import probe
 from state.config.settings import Settings
@@ -23,13 +22,11 @@ from trainer.engine.step import Trainer
 from trainer.holding import UpdateGuard
 from trainer.measures import breakdown
 from trainer.measures.breakdown import SliceMeasures
-from trainer.model.model import Model
+from trainer.model.model import F32, Model
 from trainer.place import TrainingPlace
 from trainer.versions import checkpoint
 from trainer.versions.content import Array
 from trainer.versions.publisher import Publisher, Saving
-
-F32 = npt.NDArray[np.float32]
 
 LATE_PACES, CATCH_UP_PACES = 5, 20
 """The most times `trainer.publish_s` between two versions: under load, and while a backlog is caught up."""
