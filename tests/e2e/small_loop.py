@@ -110,7 +110,7 @@ class Stream:
 @functools.cache
 def lowered() -> bytes:
     """The program of the model that all trainers here have: each version's probe is asked on it."""
-    return build(fresh().model)
+    return build(fresh().ranker())
 
 
 class Training:
