@@ -11,6 +11,8 @@ decayed clicks of item i in list k, divided by all decayed clicks of that list, 
                | 1 / (1 + clicks)
     p(i)       softmax of s over the candidates
 
+There are two w: one for all candidates, and one for candidates that are new to the user, learned from clicks on such items.
+
 A source with several lists, such as the categories of a user's interests, has the sum of their weighted shares. The
 probability of all other categories is multiplied by the share in the lists of all clicks. The
 trainer learns w from the clicked items, and serving ranks by s. Both use `gather` and `score`.
@@ -56,7 +58,11 @@ MOST = 2048
 """The maximum number of candidates of a user."""
 
 WEIGHTS = "recommend.weights"
-"""The tensor of w in a version, `[FEATURES, COLUMNS]` float64."""
+"""The tensor of both w in a version, `[KINDS, FEATURES, COLUMNS]` float64."""
+
+KINDS = 2
+ALL, UNSEEN = range(KINDS)
+"""The w for all candidates, and the w for candidates that are new to the user."""
 
 _SLOTS = 2 * MOST
 _ENTRIES = 2 * MOST
@@ -69,13 +75,13 @@ _SCALE = np.float32(1e5)
 def first_weights() -> F64:
     """The weights before any click is learned: each share counts the same, and for new users those of all clicks.
 
-    >>> first_weights().shape, float(first_weights()[:SHARES, 0].sum().round(2))
-    ((28, 5), 3.15)
+    >>> first_weights().shape, float(first_weights()[ALL, :SHARES, 0].sum().round(2))
+    ((2, 28, 5), 3.15)
     """
-    weights = np.zeros((FEATURES, COLUMNS))
-    weights[:SHARES, 0] = 0.15
-    weights[LIVES * EVERYTHING_AT : LIVES * (EVERYTHING_AT + 1), -1] = 0.3
-    weights[LIVES * INTERESTS_AT : LIVES * (INTERESTS_AT + 1), -1] = -0.1
+    weights = np.zeros((KINDS, FEATURES, COLUMNS))
+    weights[:, :SHARES, 0] = 0.15
+    weights[:, LIVES * EVERYTHING_AT : LIVES * (EVERYTHING_AT + 1), -1] = 0.3
+    weights[:, LIVES * INTERESTS_AT : LIVES * (INTERESTS_AT + 1), -1] = -0.1
     return weights
 
 
@@ -343,7 +349,7 @@ def gather(
 
 @compiled("f8[:, ::1], f4[::1], i8, Workspace")
 def score(weights: F64, phi: F32, count: int, work: Workspace) -> None:
-    """Writes the scores of the first `count` candidates."""
+    """Writes the scores of the first `count` candidates; `weights` is `[FEATURES, COLUMNS]`."""
     work.scores[:count] = np.float32(0.0)
     for a in range(FEATURES):
         total = 0.0

@@ -11,7 +11,7 @@ It processes the rows of accepted updates in order, record by record:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,10 +33,13 @@ from state.ranking.item_lists import (
     prefetch_list,
 )
 from state.ranking.item_scores import (
+    ALL,
     COLUMNS,
     FEATURES,
     INTERESTS_AT,
+    KINDS,
     MOST,
+    UNSEEN,
     WEIGHTS,
     Reads,
     Workspace,
@@ -46,7 +49,7 @@ from state.ranking.item_scores import (
 )
 from trainer.engine.compiled.rows import exponentials, highest_of
 from trainer.engine.engine import Scores
-from trainer.engine.online_regression import OnlineRegression
+from trainer.engine.online_regression import LEAST_ROWS, OnlineRegression
 from trainer.tables.index import F32, I32, U64
 from trainer.tables.item_lists import ItemListTable
 
@@ -66,21 +69,23 @@ KEPT = 1.0 - 1.0 / 20_000
 """The curvature of earlier rows is multiplied by this for each row that trains the weights."""
 DAMPING, FIRST_ROWS = 30.0, 100.0
 """What is added to the diagonals of the curvature, and the number of rows that it stands for."""
+_EXCLUDED = np.float32(-1e30)
+"""The score of an item that has no share."""
 AHEAD = 3
 """The lists of a row are prefetched this many rows before it is counted."""
 
 
-@layout("f8[:, ::1], f8[:, ::1], f8[:, ::1], f8[::1]")
+@layout("f8[:, :, ::1], f8[:, :, ::1], f8[:, :, ::1], f8[::1]")
 class Learned(NamedTuple):
-    """The weights of the item score and their curvature.
+    """The weights of the item score, of each kind, and their curvature.
 
     For the gradient d phi' of a row, the step is rows (features + DAMPING)^-1 d phi' (columns + DAMPING)^-1.
 
     Attributes:
-        weights: `[FEATURES, COLUMNS]` float64.
-        features: `[FEATURES, FEATURES]` float64, the lower triangle of the decayed sum of d d'.
-        columns: `[COLUMNS, COLUMNS]` float64, likewise of phi phi'.
-        rows: `[1]` float64, their decayed number.
+        weights: `[KINDS, FEATURES, COLUMNS]` float64.
+        features: `[KINDS, FEATURES, FEATURES]` float64, the lower triangles of the decayed sums of d d'.
+        columns: `[KINDS, COLUMNS, COLUMNS]` float64, likewise of phi phi'.
+        rows: `[KINDS]` float64, their decayed number.
     """
 
     weights: F64
@@ -91,8 +96,8 @@ class Learned(NamedTuple):
     @classmethod
     def first(cls) -> Learned:
         """Before any row is learned."""
-        curvature = np.zeros((FEATURES, FEATURES)), np.zeros((COLUMNS, COLUMNS))
-        return cls(item_scores.first_weights(), *curvature, np.full(1, FIRST_ROWS))
+        curvature = np.zeros((KINDS, FEATURES, FEATURES)), np.zeros((KINDS, COLUMNS, COLUMNS))
+        return cls(item_scores.first_weights(), *curvature, np.full(KINDS, FIRST_ROWS))
 
 
 class _Seen(NamedTuple):
@@ -149,6 +154,13 @@ class ItemRanking(OnlineRegression):
         """See `OnlineRegression`; also forgets clicks that are not counted yet."""
         super().clear()
         self._seen = list[_Seen]()
+
+    def served(self) -> dict[str, npt.NDArray[Any]]:
+        """See `OnlineRegression`; until enough rows taught the weights for new items, those for all items take their place."""
+        tensors = super().served()
+        if tensors and self._values["rows"][UNSEEN] < FIRST_ROWS + LEAST_ROWS - 1:
+            tensors[WEIGHTS][UNSEEN] = tensors[WEIGHTS][ALL]
+        return tensors
 
     def see(self, batch: MicroBatch, scores: Scores, successors: U64, popular: U64) -> None:
         """Takes the rows of an accepted update; `count` learns from them and counts them.
@@ -322,14 +334,23 @@ def _add_outer(matrix: F64, vector: F64) -> None:
 
 
 @part_of_sums
-def _learn(item: np.uint64, count: int, phi: F32, learned: Learned, work: Workspace, scratch: Scratch) -> bool:
-    """One step of softmax regression towards the clicked item; False if the item is not a candidate."""
+def _learn(
+    kind: int, item: np.uint64, count: int, phi: F32, learned: Learned, work: Workspace, scratch: Scratch
+) -> bool:
+    """One step of softmax regression towards the clicked item; False if the item is not a candidate.
+
+    For `UNSEEN`, the user's own items have a share of 0, and the clicked item must be none of them.
+    """
     target = -1
     for i in range(count):
         if work.items[i] == item:
             target = i
     if target < 0:
         return False
+    if kind == UNSEEN:
+        for i in range(count):
+            if work.own[i] != 0:
+                work.scores[i] = _EXCLUDED
     scores, shares, bits = work.scores[:count], scratch.shares, scratch.bits
     scale = bits.view(np.float32)
     total = exponentials(scores, highest_of(scores), shares[:count], bits[:count], scale[:count])
@@ -341,14 +362,14 @@ def _learn(item: np.uint64, count: int, phi: F32, learned: Learned, work: Worksp
         gradient[a] = work.features[a, target] - expected / total
     for c in range(COLUMNS):
         columns[c] = phi[c]
-    _add_outer(learned.features, gradient)
-    _add_outer(learned.columns, columns)
-    learned.rows[0] = KEPT * learned.rows[0] + 1.0
-    _solve(learned.features, gradient, scratch.factor)
-    _solve(learned.columns, columns, scratch.factor)
+    _add_outer(learned.features[kind], gradient)
+    _add_outer(learned.columns[kind], columns)
+    learned.rows[kind] = KEPT * learned.rows[kind] + 1.0
+    _solve(learned.features[kind], gradient, scratch.factor)
+    _solve(learned.columns[kind], columns, scratch.factor)
     for a in range(FEATURES):
         for c in range(COLUMNS):
-            learned.weights[a, c] += learned.rows[0] * gradient[a] * columns[c]
+            learned.weights[kind, a, c] += learned.rows[kind] * gradient[a] * columns[c]
     return True
 
 
@@ -394,8 +415,13 @@ def _learn_and_count(
                     prefetch_list(row, clicked)
             if _is_candidate(item[i], reads, after, own[i], clicked, followed, visited):
                 count = gather(clicked, followed, visited, reads, after, own[i], at_s[i], phi, work)
-                score(learned.weights, phi, count, work)
-                taught_rows += _learn(item[i], count, phi, learned, work, scratch)
+                # Repeats teach only the weights for all candidates.
+                kinds = UNSEEN if _lists(visited, own[i], item[i]) else KINDS
+                is_taught = False
+                for kind in range(kinds):
+                    score(learned.weights[kind], phi, count, work)
+                    is_taught = _learn(kind, item[i], count, phi, learned, work, scratch)
+                taught_rows += is_taught
                 clear(count, work)
         count_click(everything[(mix(item[i]) % np.uint64(LISTS_OF_EVERYTHING))], item[i], at_s[i], clicked)
         for k in range(keys.shape[1]):

@@ -43,7 +43,7 @@ from state.errors import BadRequest
 from state.events.identity import public_id
 from state.features.arrays import Vector
 from state.features.spec import LABELLED, POSITIVE, Events, FeatureSpec
-from state.ranking.item_scores import Workspace
+from state.ranking.item_scores import ALL, UNSEEN, Workspace
 
 MOST_CANDIDATES = 2 * PAIRS
 FEW = 4
@@ -303,7 +303,8 @@ def recommend(
         events = predictor.events_by(question, prepared.mask)
         if prepared.version.item_weights is not None:
             category = None if wanted.category is None else public_id(wanted.category)
-            order = scored(prepared, outputs, clicks_in(events, impressions), category, sources.work)
+            kind = UNSEEN if wanted.exclude_seen else ALL
+            order = scored(prepared, outputs, clicks_in(events, impressions), category, kind, sources.work)
             if wanted.exclude_seen:
                 order = order[~np.isin(sources.work.items[order], events["item"])]
             chosen = _chosen(predictor, order, sources.work, wanted)

@@ -43,12 +43,17 @@ _REASONS: dict[str, Reason] = {
 
 
 def scored(
-    prepared: Prepared, outputs: Mapping[str, F32], clicks: Events, category: int | None, work: Workspace
+    prepared: Prepared,
+    outputs: Mapping[str, F32],
+    clicks: Events,
+    category: int | None,
+    kind: int,
+    work: Workspace,
 ) -> NDArray[np.intp]:
     """Scores the candidates of the only query of `prepared`, whose version must have item weights.
 
     Returns their indices in `work`, best first. `clicks` are the user's, newest first. `category` is the only one to take
-    items from; None for all.
+    items from; None for all. `kind` is `ALL`, or `UNSEEN` if only items that are new to the user are wanted.
     """
     version, question = prepared.version, prepared.asked[0]
     assert version.item_weights is not None
@@ -66,7 +71,7 @@ def scored(
     count = gather(
         clicked, followed, visited, reads, after, int(visited.ids[1, 0] != 0), question.at_ms // 1000, phi, work
     )
-    score(version.item_weights, phi, count, work)
+    score(version.item_weights[kind], phi, count, work)
     clear(count, work)
     order = np.argsort(-work.scores[:count], kind="stable")
     if category is not None:

@@ -297,7 +297,7 @@ class LoadedVersion:
         cross_shares: `[C, 2]` float32, the scale of weights and margins of crosses; `[0, 2]` if the version has none:
             it has learned no label, or its release has no crosses or other crosses.
         churn: The version's churn weights; None if it learned nothing about churn.
-        item_weights: `[FEATURES, COLUMNS]` float64, the weights of the item score; None if the version has none, or those of
+        item_weights: `[KINDS, FEATURES, COLUMNS]` float64, the weights of the item score; None if the version has none, or those of
             a release with other features.
         interest_weights: Likewise of the correction of interests.
         interest_work: The workspace of that correction.

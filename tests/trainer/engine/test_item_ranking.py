@@ -13,7 +13,17 @@ from state.features.spec import EVENT, FeatureSpec
 from state.microbatch.batch import MicroBatch
 from state.ranking import item_scores
 from state.ranking.item_lists import CLICKED, EVERYTHING, FOLLOWED, LIVES, VISITED
-from state.ranking.item_scores import COLUMNS, EVERYTHING_AT, INTERESTS_AT, Reads, Workspace, sources_of
+from state.ranking.item_scores import (
+    ALL,
+    COLUMNS,
+    EVERYTHING_AT,
+    INTERESTS_AT,
+    UNSEEN,
+    WEIGHTS,
+    Reads,
+    Workspace,
+    sources_of,
+)
 from tests.bench.recorded import SOURCE, micro_batches, plain
 from trainer.engine.engine import Scores
 from trainer.engine.item_ranking import ItemRanking
@@ -141,7 +151,7 @@ def own_is_best(ranking: ItemRanking) -> float:
         after = followed.find(visited.held.ids[row, :2].copy())
         held = (lists.held, followed.held, visited.held)
         found = item_scores.gather(*held, reads, after, row, at_s, phi, work)
-        item_scores.score(ranking.state()["weights"], phi, found, work)
+        item_scores.score(ranking.state()["weights"][ALL], phi, found, work)
         item_scores.clear(found, work)
         shares.append(work.own[np.argmax(work.scores[:found])] > 0)
     return float(np.mean(shares))
@@ -152,6 +162,39 @@ def test_the_share_of_repeats_is_learned(repeats: float, least: float, most: flo
     ranking = learned(repeats, 24 * ROWS)
     assert ranking.served()
     assert least <= own_is_best(ranking) <= most
+
+
+def repeated(ranking: ItemRanking, rows: int = 6 * ROWS) -> Iterator[MicroBatch]:
+    """Users who each click their newest item over and over."""
+    users = 1 + np.arange(rows, dtype=np.uint64) % np.uint64(59)
+    visited = ranking.tables[VISITED]
+    events = np.zeros(rows, EVENT)
+    events["at_ms"] = int(visited.held.at_s.max(initial=1_800_000_000)) * 1000 + 1000 * np.arange(1, rows + 1)
+    events["offset"], events["topic"] = 1_000_000 + np.arange(rows), SOURCE.topic
+    newest = visited.held.ids[visited.find(users), 0]
+    events["item"] = np.where(newest == 0, users + np.uint64(1_000_000), newest)
+    events["category"] = CATEGORIES[events["item"] % 8]
+    yield from micro_batches(plain(users, events), FeatureSpec(), (1.0,) * 4, ROWS)
+
+
+def test_repeats_teach_nothing_about_new_items() -> None:
+    ranking = learned(0.3)
+    before = ranking.state()["weights"]
+    assert (before[ALL] != before[UNSEEN]).any()
+    for batch in repeated(ranking):
+        count(ranking, batch)
+    after = ranking.state()["weights"]
+    np.testing.assert_array_equal(after[UNSEEN], before[UNSEEN])
+    assert (after[ALL] != before[ALL]).any()
+
+
+def test_a_log_of_repeats_alone_serves_the_weights_for_all_items() -> None:
+    ranking = ItemRanking(Settings())
+    for batch in repeated(ranking):
+        count(ranking, batch)
+    served = ranking.served()[WEIGHTS]
+    np.testing.assert_array_equal(served[UNSEEN], served[ALL])
+    assert (ranking.state()["weights"][UNSEEN] != served[UNSEEN]).any()
 
 
 def test_an_item_outside_of_the_likeliest_categories_has_the_rest_of_their_probability() -> None:
