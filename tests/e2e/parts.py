@@ -68,9 +68,22 @@ class End:
 
 
 class Part:
-    """One process, now or never."""
+    """One process, now or never.
 
-    def __init__(self, name: str, settings: Settings, log: Path, kill_at: str = "", words: Sequence[str] = ()) -> None:
+    Args:
+        start: How it starts: `subprocess.Popen`, or `forked.Popen`, after its imports.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: Settings,
+        log: Path,
+        kill_at: str = "",
+        words: Sequence[str] = (),
+        *,
+        start: type[subprocess.Popen[bytes]] = subprocess.Popen,
+    ) -> None:
         self.name, self.kill_at, self.log = name, kill_at, log
         environment = {key: value for key, value in os.environ.items() if not key.startswith("SPRINGTIDE_")}
         environment |= settings.environment() | {"PYTHONUNBUFFERED": "1"}
@@ -81,7 +94,7 @@ class Part:
         self._shot = False
         self.started_s = time.monotonic()
         with log.open("ab") as output:
-            self.process = subprocess.Popen(
+            self.process = start(
                 [sys.executable, "-m", MODULES[name], *words],
                 cwd=ROOT,
                 env=environment,

@@ -20,6 +20,7 @@ from state.process.ports import free_port
 from state.process.wall_clock import wall_ms
 from state.registry.registry import Registry
 from state.registry.sync import CATALOG, read_catalog
+from tests import forked
 from tests.conftest import KafkaFactory
 from tests.e2e.parts import Part
 from tests.e2e.running import until
@@ -74,7 +75,7 @@ class Registered:
 
 def trainer(stack: ExitStack, settings: Settings, log: Path, kill_at: str = "") -> tuple[Part, Settings]:
     own = replace(settings, trainer=replace(settings.trainer, metrics_port=free_port()))
-    part = Part("trainer", own, log, kill_at)
+    part = Part("trainer", own, log, kill_at, start=forked.Popen)
     stack.callback(part.kill)
     return part, own
 
