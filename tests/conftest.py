@@ -5,14 +5,10 @@ from __future__ import annotations
 import gc
 import itertools
 import os
-import shlex
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from execnet import XSpec
 from hypothesis import HealthCheck
 from hypothesis import settings as property_tests
 from xdist.scheduler import LoadScopeScheduling
@@ -29,7 +25,6 @@ TOGETHER = ("tests/e2e/loop/", "tests/laws/")
 """The tests of the running loop, so that it is started once, and the laws, so that sources are parsed once."""
 FIRST = ("tests/e2e/loop/", "tests/e2e/", "tests/streaming/", "tests/conformance/", "tests/trainer/", "tests/deploy/")
 """Folders by the time that one of their files takes."""
-WORKER = Path(__file__).with_name("worker.py")
 KAFKA = pytest.StashKey[OneKafka]()
 FORKS = pytest.StashKey[forked.Server]()
 # A busy machine makes slow examples of all of them.
@@ -69,21 +64,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_setupnodes(config: pytest.Config, specs: Sequence[XSpec]) -> None:
-    """Has test processes forked from one that has collected their tests."""
-    config.stash[KAFKA], config.stash[FORKS] = OneKafka(), forked.Server(config.invocation_params.args)
-    config.add_cleanup(config.stash[KAFKA].stop)
-    config.add_cleanup(config.stash[FORKS].stop)
-    starts = shlex.join([sys.executable, str(WORKER), config.stash[FORKS].address])
-    for spec in specs:
-        spec.python = starts
-
-
-@pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: WorkerController) -> None:
     """Tells each test process where it can ask for the broker, and for processes."""
-    stash = node.config.stash
-    node.workerinput["kafka"], node.workerinput["forks"] = stash[KAFKA].address, stash[FORKS].address
+    config = node.config
+    if KAFKA not in config.stash:
+        config.stash[KAFKA], config.stash[FORKS] = OneKafka(), forked.Server()
+        config.add_cleanup(config.stash[KAFKA].stop)
+        config.add_cleanup(config.stash[FORKS].stop)
+    node.workerinput["kafka"], node.workerinput["forks"] = config.stash[KAFKA].address, config.stash[FORKS].address
 
 
 def pytest_configure(config: pytest.Config) -> None:

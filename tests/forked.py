@@ -4,11 +4,7 @@
 environment, arguments, directory and files, runs the module's `main` and ends as any other. Use `subprocess` where a
 test is about imports, or sets what Python or Numba read when they start.
 
-Test processes start so too (`tests/worker.py`), after the server has collected their tests: the imports of all tests
-and of the product take most of a collection.
-
-1. The first use starts the server, `python -m tests.forked ADDRESS [ARGUMENT ...]`; test processes of one run share it.
-   With arguments of pytest it collects those tests first.
+1. The first use starts the server, `python -m tests.forked ADDRESS`; test processes of one run share it.
 2. A connection sends one command with its three files. The server imports the module, forks and sends the process id.
 3. The child leaves the server's loop, takes the files and runs `main`. At its end the server sends the status.
 4. A connection that closes earlier, such as that of a test process that ends, kills its child.
@@ -31,7 +27,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +41,16 @@ KILLPOINTS = "state.process.killpoints"
 class Server:
     """The process that forks.
 
-    Args:
-        arguments: With which pytest collects tests in the server before it forks; without any it collects none.
-
     Attributes:
         address: What `use` takes in other test processes.
     """
 
-    def __init__(self, arguments: Sequence[str] = ()) -> None:
+    def __init__(self) -> None:
         self._directory = Path(tempfile.mkdtemp(prefix="springtide-tests-forks-"))
         self.address = str(self._directory / "server")
         # It ends when this end of the pipe is closed, however this process ends.
         reading, self._alive = os.pipe()
-        command = [sys.executable, "-m", "tests.forked", self.address, *arguments]
+        command = [sys.executable, "-m", "tests.forked", self.address]
         self._process = subprocess.Popen(command, cwd=ROOT, stdin=reading, start_new_session=True)
         os.close(reading)
 
@@ -259,25 +251,9 @@ class Forking:
                 os.kill(pid, signal.SIGKILL)
 
 
-def collect(arguments: Sequence[str]) -> None:
-    """Imports tests and what they import. Test processes report what cannot be imported, because they try again."""
-    # Other users of this module need to start soon.
-    import pytest
-
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        # Without test processes of its own.
-        pytest.main([*arguments, "-n", "0", "--collect-only"])
-    # A collection in a child would copy all pages.
-    gc.collect()
-    gc.freeze()
-
-
-def main(address: str, *arguments: str) -> object:
+def main(address: str) -> object:
     """The server, and in its children the module's `main`."""
-    server = Forking(address)
-    if arguments:
-        collect(arguments)
-    request = server.run()
+    request = Forking(address).run()
     if request is None:
         return 0
     os.chdir(request["cwd"])
@@ -294,4 +270,4 @@ def main(address: str, *arguments: str) -> object:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))  # type: ignore[arg-type]
+    sys.exit(main(sys.argv[1]))  # type: ignore[arg-type]
