@@ -61,7 +61,7 @@ def ranker(name: str) -> Ranker:
     return ranker_of(settings, FeatureSpec.from_settings(settings), None)
 
 
-NAMES = [EVERY, *(name for name in sorted(CONFIGURED) if grown_by(ranker(name)))]
+NAMES = [EVERY, "din"]
 
 
 @pytest.fixture
@@ -89,8 +89,8 @@ def served(store: RowStore, version: int, table: str, ids: list[int]) -> dict[in
         return {one: row.tobytes() for one, row, there in zip(ids, rows, known, strict=True) if there}
 
 
-def test_an_example_has_tables_of_its_own() -> None:
-    assert len(NAMES) > 1
+def test_the_examples_with_tables_of_their_own_are_tested() -> None:
+    assert [name for name in sorted(CONFIGURED) if grown_by(ranker(name))] == NAMES[1:]
 
 
 @pytest.mark.parametrize("name", NAMES)
