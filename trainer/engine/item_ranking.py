@@ -415,12 +415,12 @@ def _learn_and_count(
                     prefetch_list(row, clicked)
             if _is_candidate(item[i], reads, after, own[i], clicked, followed, visited):
                 count = gather(clicked, followed, visited, reads, after, own[i], at_s[i], phi, work)
-                # Repeats teach only the weights for all candidates.
-                kinds = UNSEEN if _lists(visited, own[i], item[i]) else KINDS
-                is_taught = False
-                for kind in range(kinds):
-                    score(learned.weights[kind], phi, count, work)
-                    is_taught = _learn(kind, item[i], count, phi, learned, work, scratch)
+                score(learned.weights[ALL], phi, count, work)
+                is_taught = _learn(ALL, item[i], count, phi, learned, work, scratch)
+                # Repeats teach nothing about new items.
+                if is_taught and not _lists(visited, own[i], item[i]):
+                    score(learned.weights[UNSEEN], phi, count, work)
+                    _learn(UNSEEN, item[i], count, phi, learned, work, scratch)
                 taught_rows += is_taught
                 clear(count, work)
         count_click(everything[(mix(item[i]) % np.uint64(LISTS_OF_EVERYTHING))], item[i], at_s[i], clicked)
