@@ -30,7 +30,7 @@ from tests.e2e.watching import Watching, beside
 EXAMPLES = ROOT / "deploy" / "examples"
 TOML = EXAMPLES / "din" / "springtide.toml"
 FLOOD = 320.0
-"""Clicks a second of one user, beside 400 of all others: a rate that the example's ranker learns on two cores."""
+"""Clicks a second of one user, next to 400 of all others: a rate that the example's ranker learns on two cores."""
 WATCHED: Mapping[str, object] = {
     "shoppers.rate": 400,
     "guard.window_s": 1,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -38,6 +39,7 @@ from trainer.engine.record import Record
 from trainer.model.attributes import combine
 from trainer.model.default_model import DefaultModel
 from trainer.model.hyperparameters import HYPERPARAMETERS
+from trainer.model.targets import Targets
 from trainer.tables.table import Table
 
 EPSILON = np.float32(HYPERPARAMETERS.epsilon)
@@ -49,6 +51,9 @@ _USES = {
     "context": ("context",),
 }
 """The ids of each table. Their order decides in which order rows first occur, and with it the bits of the gradient's norm."""
+
+_WINDOWS = ("category_windows", "recent_next", "popular_next", "successor_next")
+"""The inputs that are integers."""
 
 
 class CompiledEngine:
@@ -107,7 +112,7 @@ class CompiledEngine:
         )
         inputs = self._inputs(passed, distinct["category"], self._items(distinct, at), crossed.logits)
         slots = self._optimizer.fast if move else None
-        facts = self._facts(record, at)
+        facts = self._facts(record.values, record.targets, at)
         scores, gradients, fast, heads = self._heads.prepare(
             facts, inputs, slots, self._optimizer.fast_rate, self._model.drops
         )
@@ -178,29 +183,14 @@ class CompiledEngine:
         hidden = self._model.settings.hidden[0]
         prepared = self._prepare(inputs["features"].astype(np.uint16))
         passed, forward = self._tower.forward(prepared, embedded, np.ones((count, hidden), np.float32))
-        zeros, scaling = np.zeros(2 * count, np.float32), self._model.window_scaling
-        facts = Facts(
-            windows=read_only(inputs["category_windows"].astype(np.uint16)),
-            recent_next=inputs["recent_next"].astype(np.uint16),
-            log_scale=scaling.log_scale,
-            scale=scaling.scale,
-            shift=scaling.shift,
-            recent_mask=inputs["recent_mask"],
-            popular_mask=inputs["popular_mask"],
-            successor_mask=inputs["successor_mask"],
-            other_mask=zeros[:count],
-            popular_next=inputs["popular_next"].astype(np.uint16),
-            successor_next=inputs["successor_next"].astype(np.uint16),
-            recent_at=at["recent"],
-            successor_at=at["successor"],
-            other_at=none,
-            pair_category_at=np.concatenate([at["own"], none]),
-            pair_item_at=np.concatenate([own, none]),
-            target=none - np.int32(1),
-            weight=zeros[:count],
-            engaged=zeros,
-            engaged_shift=zeros,
-            engaged_weight=zeros,
+        zeros = np.zeros(count, np.float32)
+        windows = {name: inputs[name].astype(np.uint16) for name in _WINDOWS}
+        pairs = {"category": at["own"], "negative_category": none, "item": own, "negative_item": none}
+        # No row has a target, nor a category besides its candidates.
+        facts = self._facts(
+            {**inputs, **windows, "other_mask": zeros},
+            Targets(none - np.int32(1), *[zeros] * 6),
+            {**at, **pairs, "other": none},
         )
         of_heads = self._inputs(passed, category, _behind_missing(inputs["item_row"]), inputs["cross"])
         scores, _, _, heads = self._heads.prepare(facts, of_heads, None, 0.0, False)
@@ -244,8 +234,8 @@ class CompiledEngine:
         shaped = ("recent", "successor")
         return rows, at | {name: at[name].reshape(record.ids[name].shape) for name in shaped}
 
-    def _facts(self, record: Record, at: Mapping[str, I32]) -> Facts:
-        values, targets, scaling = record.values, record.targets, self._model.window_scaling
+    def _facts(self, values: Mapping[str, Any], targets: Targets, at: Mapping[str, I32]) -> Facts:
+        scaling = self._model.window_scaling
         return Facts(
             windows=read_only(values["category_windows"]),
             recent_next=values["recent_next"],
@@ -265,7 +255,7 @@ class CompiledEngine:
             pair_item_at=np.concatenate([at["item"], at["negative_item"]]),
             target=targets.slot,
             weight=targets.weight,
-            engaged=np.concatenate([targets.label, np.zeros(len(record), np.float32)]),
+            engaged=np.concatenate([targets.label, np.zeros_like(targets.label)]),
             engaged_shift=np.concatenate([targets.label_shift, targets.negative_shift]),
             engaged_weight=np.concatenate([targets.label_weight, targets.negative_weight]),
         )
