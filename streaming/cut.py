@@ -26,8 +26,14 @@ class Cut:
     created_ms: int
 
 
+EARLY_MS = 25
+"""How much before `cut_ms` a cut may come: half of the time between two polls, so that the nearest poll decides."""
+
+
 class Cutter:
     """Collects batches until there are enough rows, or the first one has waited long enough.
+
+    The first batch has waited since the call before it, because its clicks may have arrived right after that poll.
 
     Args:
         cut_rows: Target number of rows of a cut; a single larger batch is a separate cut.
@@ -36,10 +42,11 @@ class Cutter:
 
     def __init__(self, cut_rows: int, cut_ms: int) -> None:
         self._cut_rows = cut_rows
-        self._cut_ms = cut_ms
+        self._due_ms = cut_ms - min(EARLY_MS, cut_ms / 4)
         self._pieces: list[Rows] = []
         self._rows = 0
         self._since_ms = 0
+        self._added_ms: int | None = None
 
     def add(self, rows: Rows, now_ms: int) -> list[Cut]:
         """Adds a batch, which may be empty, and returns the cuts that are due at `now_ms`, oldest first.
@@ -53,11 +60,12 @@ class Cutter:
             due.extend(self.flush(now_ms))
         if rows.batch.ranges:
             if not self._pieces:
-                self._since_ms = now_ms
+                self._since_ms = now_ms if self._added_ms is None else self._added_ms
             self._pieces.append(rows)
             self._rows += count
+        self._added_ms = now_ms
         # Otherwise a wall clock that was set back would hold the rows until it catches up.
-        waited = not 0 <= now_ms - self._since_ms < self._cut_ms
+        waited = not 0 <= now_ms - self._since_ms < self._due_ms
         if self._pieces and (self._rows >= self._cut_rows or waited):
             due.extend(self.flush(now_ms))
         return due

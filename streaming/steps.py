@@ -26,7 +26,7 @@ from streaming.alignment import AlignedReader
 from streaming.context import JobContext, StreamContext
 from streaming.rows import Rows
 
-POLL_S = 0.02  # how long a poll waits for clicks; also the interval of polls at the end of the log
+POLL_S = 0.05  # how long a poll waits for clicks; also the longest interval of polls at the end of the log
 
 Context = TypeVar("Context", covariant=True)
 Owned = TypeVar("Owned")
@@ -116,8 +116,6 @@ class UpdateProfiles(Step[StreamContext]):
 logger = logging.getLogger(__name__)
 
 UPKEEP_S = 1.0
-BUSY_INTERVALS = 5
-"""At the end of the log, the interval of polls in multiples of the time that the steps of the last one took."""
 LATEST_RECORDS = 15
 
 
@@ -275,6 +273,6 @@ class ReadClicks(Step[StreamContext]):
             context.metrics.busy_seconds.inc(busy_s)
             if 0 < sum(map(len, batches)) < stream.cut_rows:
                 # At the end of the log a poll returns with the next click. A poll and its steps cost the same for one
-                # click as for fifty, so this waits for more clicks to arrive, and longer where steps take long.
-                interval_s = min(max(POLL_S, BUSY_INTERVALS * busy_s), stream.cut_ms / 2000)
+                # click as for fifty, so this waits for more clicks. The second of two polls ends a micro-batch.
+                interval_s = min(POLL_S, stream.cut_ms / 2000)
                 context.stopping.wait(max(0.0, interval_s - (time.perf_counter() - polled_s)))

@@ -34,6 +34,8 @@ LATE_PACES, CATCH_UP_PACES = 5, 20
 CATCH_UP_SHARE = 0.2
 """Seconds between two versions for each second that learning is late."""
 
+MOST_SLACK = 0.5
+
 FULL_S = 1.0
 """Least seconds between recent versions that carry a probe and changed item lists. Both cost the trainer and each host
 several ms, and most lists that change in one version change in the next one too."""
@@ -55,6 +57,39 @@ def interval_s(publish_s: float, late_s: float, idle: float) -> float:
     loaded_s = publish_s / max(idle, 1.0 / LATE_PACES)
     late_intervals = min(late_s, LATE_PACES * publish_s), min(CATCH_UP_SHARE * late_s, CATCH_UP_PACES * publish_s)
     return max(loaded_s, *late_intervals)
+
+
+class Pace:
+    """Decides when the next version is due; `interval_s` tells how far apart versions are on average.
+
+    A version is to follow right after its record, and records come at intervals of their own. So a late version brings
+    the next one forward, by at most `MOST_SLACK` intervals.
+
+    Args:
+        publish_s: The setting.
+        now_s: When the epoch begins; the first version is due an interval later.
+
+    >>> pace = Pace(0.1, now_s=0.0)
+    >>> [pace.is_due(now_s) for now_s in (0.09, 0.14)]
+    [False, True]
+    >>> pace.published(0.14); [pace.is_due(now_s) for now_s in (0.19, 0.2)]
+    [False, True]
+    """
+
+    def __init__(self, publish_s: float, now_s: float) -> None:
+        self._publish_s, self._last_s, self._counted_s, self._interval_s = publish_s, now_s, now_s, publish_s
+
+    def is_due(self, now_s: float, late_s: float = 0.0, steps_s: float = 0.0) -> bool:
+        """Whether a version is due; learning is late by `late_s`, and steps took `steps_s` since the last version."""
+        since_s = now_s - self._last_s
+        idle = 1.0 - steps_s / since_s if since_s > steps_s else 0.0
+        self._interval_s = interval_s(self._publish_s, late_s, idle)
+        return now_s - self._counted_s >= self._interval_s
+
+    def published(self, now_s: float) -> None:
+        """Records a version of `now_s`."""
+        self._last_s = now_s
+        self._counted_s = max(self._counted_s + self._interval_s, now_s - MOST_SLACK * self._interval_s)
 
 
 class ProbedRanker:
@@ -108,9 +143,10 @@ class Publications:
         self._updates = updates
         self._publisher, self._model, self._trainer = publisher, model, trainer
         self._topic = settings.kafka.microbatches_topic
-        self._metrics, self._pace_s, self._clock, self._elapsed = metrics, settings.trainer.publish_s, clock, elapsed
+        self._metrics, self._publish_s, self._clock, self._elapsed = metrics, settings.trainer.publish_s, clock, elapsed
         self._durable_s, self._probed = settings.registry.durable_s, ProbedRanker(trainer.model, trainer.engine.predict)
-        self._last_s = self._saved_s = self._full_s = float("-inf")
+        self._pace = Pace(self._publish_s, elapsed())
+        self._saved_s = self._full_s = float("-inf")
 
     @property
     def busy(self) -> bool:
@@ -119,7 +155,7 @@ class Publications:
 
     def begin(self) -> None:
         """Begins an epoch, or continues after a start: the first version is due a pace later, and durable."""
-        self._last_s, self._saved_s = self._elapsed(), float("-inf")
+        self._pace, self._saved_s = Pace(self._publish_s, self._elapsed()), float("-inf")
 
     def due(self, position: TrainingPlace, control: Control, late_s: float = 0.0, steps_s: float = 0.0) -> bool:
         """Whether a version, or a durable one, is due now.
@@ -134,10 +170,8 @@ class Publications:
         ):
             return False
         now_s = self._elapsed()
-        since_s = now_s - self._last_s
-        idle = 1.0 - steps_s / since_s if since_s > steps_s else 0.0
-        pace_s = interval_s(self._pace_s, late_s, idle)
-        return since_s >= pace_s and (position.changed or now_s - self._saved_s >= self._durable_s)
+        has_content = position.changed or now_s - self._saved_s >= self._durable_s
+        return self._pace.is_due(now_s, late_s, steps_s) and has_content
 
     def settle(self, wait: bool = False) -> Manifest | None:
         """The version that has been published since the last call; see `Publisher.settle`.
@@ -177,9 +211,10 @@ class Publications:
             saving = Saving(since, checkpoint.changes(self._trainer) | probe | self._updates.kept())
         self._metrics.publish_stall_seconds.observe(time.perf_counter() - began)
         self._publisher.offer(draft, served, saving)
-        self._last_s = self._elapsed()
+        published_s = self._elapsed()
+        self._pace.published(published_s)
         if durable:
-            self._saved_s = self._last_s
+            self._saved_s = published_s
         gauges.show_version(draft.metrics, self._trainer.tables, self._metrics)
         gauges.show_quality(draft.metrics, self._metrics)
         gauges.show_churn(draft.metrics, self._metrics)

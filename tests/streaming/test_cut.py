@@ -29,9 +29,18 @@ def rows_of(cuts: Sequence[Cut]) -> list[int]:
 def test_a_cut_waits_for_rows_or_time() -> None:
     cutter = Cutter(cut_rows=10, cut_ms=100)
     assert cutter.add(piece((ZERO, 0, 4)), 1000) == []
-    assert cutter.add(piece((ZERO, 4, 4)), 1099) == []
-    assert rows_of(cutter.add(piece(), 1100)) == [8]
+    assert cutter.add(piece((ZERO, 4, 4)), 1074) == []
+    assert rows_of(cutter.add(piece(), 1075)) == [8]
     assert cutter.add(piece(), 9999) == []
+
+
+def test_rows_have_waited_since_the_poll_before_theirs() -> None:
+    cutter = Cutter(cut_rows=10, cut_ms=100)
+    assert cutter.add(piece(), 1000) == []
+    assert cutter.add(piece((ZERO, 0, 4)), 1050) == []
+    assert rows_of(cutter.add(piece((ZERO, 4, 4)), 1100)) == [8]
+    assert cutter.add(piece((ZERO, 8, 1)), 1150) == []
+    assert rows_of(cutter.add(piece((ZERO, 9, 1)), 1200)) == [2]
 
 
 def test_a_wall_clock_set_back_holds_no_rows() -> None:
