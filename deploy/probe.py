@@ -23,11 +23,10 @@ from typing import Any, NamedTuple
 import httpx
 import numpy as np
 
-from deploy.command_line import run_command
-from deploy.operate.options import SETTINGS_HELP, output
+from deploy.command_line import SETTINGS_HELP, output, run_command
 from deploy.replaying.sender import Outbox, Piece
 from deploy.serving.requests.access import READ, are_wanted, tokens_in
-from deploy.watch.address import serving_address
+from deploy.watch.scrape import serving_address
 from springtide_client import Client, ClientError, Profile, Refused, Retries
 from state.config.loading import load
 from state.config.settings import Settings

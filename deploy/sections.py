@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from deploy.experiments import status as experiments
+from deploy.formats import seconds, shown
 from deploy.operate.log_view import horizon_here, horizon_text
 from deploy.operate.versions import open_registry
 from deploy.watch import accounts, scrape
 from deploy.watch.figures import segments_behind
-from deploy.watch.messages import seconds, shown
 from deploy.watch.scrape import SEGMENTS, Scrape
 from state import layout
 from state.config.settings import Settings

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, TextIO
 import msgspec
 
 from deploy.attributes import add_sides, files_of
-from deploy.operate.options import SETTINGS_HELP
-from deploy.operate.times import parse_time
+from deploy.command_line import SETTINGS_HELP
+from deploy.formats import parse_time
 from deploy.replaying.news import NewsReaders
 from deploy.replaying.shoppers import ShopperCrowd
 from state.config.loading import load
@@ -130,9 +130,8 @@ def run(options: argparse.Namespace, flags: Sequence[str], errors: TextIO) -> st
             raise SettingsError(f"{path}: there is no directory {path.absolute().parent}", "create it")
     # TensorFlow and Beam are loaded only after the command line is checked.
     with quiet_stderr():
-        from evaluation.chart import svg
         from evaluation.recording import RecordLimits
-        from evaluation.report import as_text
+        from evaluation.report import as_text, svg
         from evaluation.run import Wanted, evaluate
     limits = RecordLimits(options.record_rows, options.record_s)
     events = read(options, settings, limits, errors)

@@ -17,7 +17,7 @@ from deploy.serving.answers.predictor import Predictor, Stores
 from deploy.serving.answers.query import Query, WantedItems
 from deploy.serving.answers.queue import finished
 from deploy.serving.following.clicks import Upkeep
-from deploy.serving.version_files import program_path
+from deploy.serving.host_files import program_path
 from springtide_client.answers import Recommendations
 from state.attributes.store import AttributeStore
 from state.config.settings import Settings

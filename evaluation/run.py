@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploy.attributes import AttributeFiles
-from deploy.operate.times import iso
+from deploy.formats import iso
 from evaluation import report
 from evaluation.host import ServingHost
 from evaluation.progressive import Plan, ProgressiveValidation, clicks_of

@@ -15,8 +15,8 @@ import msgspec
 
 from deploy.backup import location, making, restoring
 from deploy.backup.location import Backup, Objects
+from deploy.formats import age, iso
 from deploy.operate.control import Say
-from deploy.operate.times import age, iso
 from deploy.operate.versions import table
 from state.config.settings import Settings
 from state.errors import DamagedBackup

@@ -13,7 +13,7 @@ import threading
 
 from prometheus_client import CollectorRegistry
 
-from deploy.children.supervisor import ProcessPlan, Supervisor
+from deploy.supervisor import ProcessPlan, Supervisor
 from state.config.settings import Settings
 from state.config.sources import span_ms
 from state.errors import SpringtideError

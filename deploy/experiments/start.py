@@ -11,8 +11,8 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from deploy.formats import iso
 from deploy.operate.control import current
-from deploy.operate.times import iso
 from deploy.operate.versions import open_registry
 from state import layout
 from state.config.loading import load

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from deploy.operate.times import age, iso
+from deploy.formats import age, iso
 from state import layout
 from state.config.settings import Settings
 from state.config.sources import span_ms

@@ -12,9 +12,8 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from deploy.children.ending import last_line
-from deploy.children.supervisor import ProcessPlan, Supervisor, environment_of, log_bytes
-from deploy.flink import jars
+from deploy.java_jars import FLINK
+from deploy.supervisor import ProcessPlan, Supervisor, environment_of, last_line, log_bytes
 from state.config.sections import FlinkSettings
 from state.config.settings import Settings
 from state.errors import FlinkFailed, reason_of
@@ -166,7 +165,7 @@ def run(settings: Settings, jar: Path, say: Say, signals: Signals) -> None:
     supervisor = _supervisor(settings, directory, say)
     try:
         # 2.
-        for plan in process_plans(settings.flink, directory, jar, jars.flink().java()):
+        for plan in process_plans(settings.flink, directory, jar, FLINK.java()):
             supervisor.start(plan)
         # 3.
         if _wait_until_up(settings, manager, supervisor, signals.stop):

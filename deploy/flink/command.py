@@ -16,13 +16,13 @@ from typing import Any
 
 import psutil
 
-from deploy.children.ending import has_ended
-from deploy.command_line import run_command
-from deploy.flink import cluster, jars
+from deploy.command_line import output, run_command
+from deploy.flink import cluster
 from deploy.flink.cluster import CHECKPOINTS, LOGS, SAVEPOINTS, ports
-from deploy.operate.options import output
+from deploy.formats import seconds
+from deploy.java_jars import merged_jar
 from deploy.startup.checks import require_disk
-from deploy.watch.messages import seconds
+from deploy.supervisor import has_ended
 from deploy.watch.panel import lines
 from state import layout
 from state.config.loading import load
@@ -78,7 +78,7 @@ def up(settings: Settings) -> None:
     with DirectoryLock(settings.flink_dir):
         require_ports(ports(settings.flink))
         # Until the signal handlers are installed, Ctrl-C aborts the download of jars at once.
-        jar = jars.merged_jar(say)
+        jar = merged_jar(say)
         cluster.run(settings, jar, say, Signals())
 
 

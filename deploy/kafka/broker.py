@@ -17,8 +17,8 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from deploy.children.ending import end
-from deploy.kafka.jars import KAFKA
+from deploy.java_jars import KAFKA
+from deploy.supervisor import end
 from state.errors import KafkaFailed, reason_of
 from state.process.ending import die_with
 from state.process.ports import HOST, Port, free_port, listens, require_ports

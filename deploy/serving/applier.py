@@ -18,13 +18,12 @@ import msgspec
 import pyarrow as pa
 from prometheus_client import CollectorRegistry
 
-from deploy.serving import notes
-from deploy.serving.exposures import make_room, settled
+from deploy.serving import host_files
 from deploy.serving.following.clicks import HistoryFollower
 from deploy.serving.following.erasing import HostErasures
 from deploy.serving.following.snapshots import SnapshotTaker, load_if_behind
 from deploy.serving.following.versions import VersionFollower
-from deploy.serving.notes import Currency
+from deploy.serving.host_files import Currency, make_room, settled
 from state.attributes.follower import AttributeFollower, keep_following
 from state.attributes.store import AttributeStore
 from state.attributes.values import tables_of
@@ -394,7 +393,7 @@ class Applier:
                 more = self._rows.step()
                 room.found(VERSIONS)
                 if not more and looked_ms:
-                    self._currency.note(notes.VERSIONS, looked_ms)
+                    self._currency.note(host_files.VERSIONS, looked_ms)
             except (StoreFull, RegistryError, OSError) as error:
                 if is_full(error):
                     room.refused(error, VERSIONS)
@@ -504,7 +503,7 @@ class Applier:
             check.asked(now_ms, {partition: end for partition, (_, end) in ends.items()})
         at_ms = check.reached(self.clicks.positions)
         if at_ms is not None:
-            self._currency.note(notes.CLICKS, at_ms)
+            self._currency.note(host_files.CLICKS, at_ms)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -30,7 +30,7 @@ import numpy as np
 import psutil
 
 from deploy.kafka.broker import Broker
-from deploy.serving.notes import CLICKS, Currency
+from deploy.serving.host_files import CLICKS, Currency
 from state.config.settings import Settings
 from state.events.identity import load_salt, user_id
 from state.history import snapshots

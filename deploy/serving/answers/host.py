@@ -13,7 +13,7 @@ from deploy.serving.answers.predictor import Predictor, Stores
 from deploy.serving.answers.query import Query
 from deploy.serving.answers.queue import Batcher, Profiles, QueueLimits, StepQueue
 from deploy.serving.answers.segments import HostSegments
-from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA, REFUSED_NOTE, Currency, refused_versions
+from deploy.serving.host_files import CAUGHT_UP_EXTRA, CLOCK_EXTRA, REFUSED_NOTE, Currency, refused_versions
 from springtide_client.answers import About, Profile
 from state.attributes.store import AttributeStore
 from state.attributes.values import tables_of

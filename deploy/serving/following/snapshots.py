@@ -15,7 +15,7 @@ from deploy.serving.following.clicks import SALT_EXTRA, position_of
 from deploy.serving.following.erasing import name_of
 from deploy.serving.following.parity import WHOLE_EXTRA
 from deploy.serving.following.remembered import is_remembered
-from deploy.serving.notes import CAUGHT_UP_EXTRA
+from deploy.serving.host_files import CAUGHT_UP_EXTRA
 from state.config.settings import Settings
 from state.errors import CorruptStore, StoreFull, UnusablePlace
 from state.history import snapshots

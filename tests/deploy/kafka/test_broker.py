@@ -15,10 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from deploy.java_jars import Product, locked
+from deploy.java_jars import KAFKA, Product, locked
 from deploy.kafka import broker as broker_module
 from deploy.kafka.broker import Broker
-from deploy.kafka.jars import KAFKA
 from state.errors import KafkaFailed, PortTaken
 from state.process.ports import free_port
 from tests.one_kafka import Running
