@@ -48,9 +48,9 @@
     │   │   ├── past-*/          histories of past clicks, while it learns them   streaming/past.py
     │   │   └── losses/          losses of rows, while an experiment runs, also in the live registry
     │   │                        state/experiments/comparison.py
-    │   └── host/                its own serving, while its rollout runs   deploy/experiments/host.py
+    │   └── host/                its own serving, while its rollout runs   deploy/experiments/processes.py
     ├── replay/<key>/            lock, journal                    deploy/replaying/recording.py
-    ├── kafka/                   broker.lock, data                deploy/kafka/broker.py
+    ├── kafka/                   broker.lock, data                deploy/local_kafka.py
     ├── prometheus/              prometheus.yml, data             deploy/startup/prometheus.py
     ├── flink/                   lock, conf, checkpoints, savepoints, logs     deploy/flink/processes.py
     └── logs/                    one file per process             deploy/supervisor.py

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from state.disk import files as durable
+from state.disk.files import HOST
 from state.errors import CorruptVersion, RegistryError, SpecMismatch
 from state.features.spec import Events, FeatureSpec
 from state.history.store import HistoryStore
@@ -46,6 +47,15 @@ ITEM = "item:"
 """Prefix of the extra with an item's category, 8 bytes big-endian, and its name, if any."""
 
 DAY_MS = 86_400_000
+
+
+def name_of(folder: Path, part: str = "serving") -> str:
+    """Returns the name under which a host reports; it contains the host name and a digest of the path.
+
+    >>> name_of(Path("/srv/state/serving")).startswith(f"serving-{HOST}-")
+    True
+    """
+    return f"{part}-{HOST}-{hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:8]}"
 
 
 def refused_versions(note: bytes | None) -> dict[int, str]:

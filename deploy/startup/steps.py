@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from deploy.experiments.processes import EXPERIMENTS, RETRAIN, ROLLOUT_HOST
 from deploy.experiments.status import ExperimentCollector
-from deploy.kafka.broker import Broker
+from deploy.local_kafka import Broker
 from deploy.startup import hints, model_checks, prometheus
 from deploy.startup.checks import LEAST_FREE_BYTES, require_directory, require_disk
 from deploy.supervisor import HEALTHY_S, Backoff, ProcessPlan, Supervisor, shortened

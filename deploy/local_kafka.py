@@ -51,7 +51,7 @@ def properties(port: int, controller_port: int, data_dir: Path, retention_h: flo
 
 QUOTED_LINES = 5
 
-_HERE = Path(__file__).parent
+_HERE = Path(__file__).with_name("kafka")
 FULL_BYTES = 1 << 20
 LEAST_FREE_BYTES = 64 * 1024 * 1024
 STARTED = "Kafka Server started"
