@@ -139,7 +139,7 @@ def run(options: argparse.Namespace, flags: Sequence[str], errors: TextIO) -> st
     # The format of the clicks is not that of the attributes.
     of_sides = argparse.Namespace(**{**vars(options), "columns": "", "format": "", "delimiter": ""})
     attribute_files = files_of(of_sides, settings) if options.users or options.items else []
-    evaluation = evaluate(settings, events, wanted, limits, errors, stop_on_signals(), attribute_files)
+    evaluation = evaluate(settings, events, wanted, errors, stop_on_signals(), attribute_files)
     document = msgspec.json.format(msgspec.json.encode(evaluation), indent=2).decode()
     if options.json is not None:
         options.json.write_text(document + "\n")

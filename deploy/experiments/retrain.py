@@ -16,8 +16,7 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from deploy.experiments.commands import promote
-from deploy.experiments.start import start
+from deploy.experiments.commands import promote, start
 from deploy.experiments.status import held_by_guard
 from deploy.formats import age
 from state import layout

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry
 
-from deploy.experiments.start import copied_control, flags_of
+from deploy.experiments.commands import copied_control, flags_of
 from deploy.supervisor import ProcessPlan, Supervisor
 from state import layout
 from state.config.settings import Settings

@@ -21,7 +21,7 @@ import httpx
 import numpy as np
 import psutil
 
-from deploy.flink.cluster import end_jobs, url
+from deploy.flink.command import end_jobs, url
 from deploy.local_kafka import Broker
 from state.config.sections import Kafka, Paths, Stream
 from state.config.settings import Settings

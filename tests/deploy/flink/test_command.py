@@ -18,7 +18,7 @@ import yaml
 
 from deploy import java_jars
 from deploy.flink import command
-from deploy.flink.cluster import EMPTIED, FIXED, configuration, ports, process_plans
+from deploy.flink.command import EMPTIED, FIXED, configuration, ports, process_plans
 from deploy.java_jars import FLINK, SERVICES, Product, merge, merged_jar
 from state.config.sections import FlinkSettings
 from state.disk.lock import DirectoryLock
