@@ -421,13 +421,12 @@ PROCESSES = {
         "Write attributes from files (CSV, JSON lines, Parquet) to their topics: --users FILE... --items FILE...",
     ),
 }
-_CONTROL = ("pin", "follow", "label", "unmask")
+_CONTROL = ("pin", "follow", "label", "unmask", "hold", "release", "pause", "resume")
 OPERATIONS = {
     "config": "deploy.cli:config",
     "check-model": "deploy.cli:check_model",
     "versions": "deploy.operate.versions:versions",
-    **{name: f"deploy.operate.control:{name}" for name in _CONTROL},
-    **dict.fromkeys(("hold", "release", "pause", "resume"), "deploy.operate.control:switch"),
+    **dict.fromkeys(_CONTROL, "deploy.operate.control:change"),
     "history": "deploy.operate.control:history",
     "masks": "deploy.operate.control:masks",
     "rollback": "deploy.operate.rollback:rollback",
@@ -450,23 +449,10 @@ def operation(name: str) -> Command:
     return command
 
 
-OWN_HELP = (
-    "up",
-    "train-worker",
-    "flink",
-    "status",
-    "probe",
-    "verify",
-    "replay",
-    "evaluate",
-    "attributes",
-    "bootstrap",
-    "rebuild-history",
-    "upgrade",
-    "export",
-    "capacity",
-    "segments",
-)  # their modules have options of their own and explain them
+OWN_HELP = [
+    name for name in PROCESSES if name not in ("stream", "train", "serve", "console", "validate", "webhook", "compact")
+]
+"""Commands whose modules have options of their own and explain them."""
 
 
 def run_command(program: str, work: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from deploy.formats import age, iso
@@ -19,6 +19,9 @@ from state.registry.controls import Part
 from state.registry.registry import Registry
 
 Say = Callable[[str], None]
+Who = dict[str, Any]
+"""Actor, reason and time of a change."""
+Changed = tuple[Control, str]
 
 
 def current(registry: Registry, if_generation: int | None = None) -> Control:
@@ -40,12 +43,22 @@ def current(registry: Registry, if_generation: int | None = None) -> Control:
     return control
 
 
-def put(registry: Registry, old: Control, new: Control, result: str, args: argparse.Namespace, say: Say) -> None:
-    """Creates the generation `new` if it differs from `old`, and reports the result.
+def control_document(control: Control) -> dict[str, Any]:
+    """Returns a control generation as JSON values; a mask's users are counted, not listed."""
+    document: dict[str, Any] = json.loads(encode(control))
+    return {**document, "mask": mask_document(control.mask)}
+
+
+def change(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
+    """Changes control by one of `CHANGES`: creates a generation if something changes, and reports the result.
 
     Raises:
         ControlConflict: Another client changed control in the meantime.
     """
+    registry = open_registry(settings)
+    old = current(registry, args.if_generation)
+    who = {"actor": actor(), "reason": args.reason, "now_ms": now_ms}
+    new, result = CHANGES[args.command](registry, old, args, who)
     changed = new is not old
     if changed:
         registry.propose(new)
@@ -57,70 +70,41 @@ def put(registry: Registry, old: Control, new: Control, result: str, args: argpa
         say(f"generation {old.generation}: already in this state; nothing was changed")
 
 
-def control_document(control: Control) -> dict[str, Any]:
-    """Returns a control generation as JSON values; a mask's users are counted, not listed."""
-    document: dict[str, Any] = json.loads(encode(control))
-    return {**document, "mask": mask_document(control.mask)}
-
-
-def pin(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Pins serving to one version; training continues."""
-    registry = open_registry(settings)
+def _pin(registry: Registry, old: Control, args: argparse.Namespace, who: Who) -> Changed:
     registry.chain(args.version)
-    old = current(registry, args.if_generation)
-    new = transitions.pin(old, args.version, **_who(args, now_ms))
-    put(registry, old, new, f"answers stay at version {args.version}", args, say)
+    return transitions.pin(old, args.version, **who), f"answers stay at version {args.version}"
 
 
-def label(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Sets a label on a version, or removes the label."""
+def _label(registry: Registry, old: Control, args: argparse.Namespace, who: Who) -> Changed:
     if (args.version is None) != args.remove:
         raise SettingsError("a label needs either a version or --remove", "see `springtide label --help`")
-    registry = open_registry(settings)
     if args.version is not None:
         registry.chain(args.version)
-    old = current(registry, args.if_generation)
-    new = transitions.label(old, args.name, args.version, **_who(args, now_ms))
     result = f"the label {args.name} is removed" if args.remove else f"{args.name} is version {args.version}"
-    put(registry, old, new, result, args, say)
+    return transitions.label(old, args.name, args.version, **who), result
 
 
-def follow(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Makes serving follow the newest version again."""
-    registry = open_registry(settings)
-    old = current(registry, args.if_generation)
-    new = transitions.follow(old, **_who(args, now_ms))
-    put(registry, old, new, f"answers follow the newest version of epoch {old.epoch}", args, say)
+def _follow(registry: Registry, old: Control, args: argparse.Namespace, who: Who) -> Changed:
+    return transitions.follow(old, **who), f"answers follow the newest version of epoch {old.epoch}"
 
 
-def switch(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
+def _switch(registry: Registry, old: Control, args: argparse.Namespace, who: Who) -> Changed:
     """Holds or releases publishing, pauses or resumes training; release and resume also clear a hold of the guard."""
-    registry = open_registry(settings)
-    old = current(registry, args.if_generation)
     transition, on, result = SWITCHES[args.command]
-    if old.held is not None and args.command in ("release", "resume"):
-        new = transitions.release(old, action=args.command, **_who(args, now_ms))
-        result = f"the update held for {old.held.rule} is accepted: {result}, and these records are not held again"
-    else:
-        new = transition(old, on, **_who(args, now_ms))
-    put(registry, old, new, result, args, say)
+    if old.held is None or args.command not in ("release", "resume"):
+        return transition(old, on, **who), result
+    result = f"the update held for {old.held.rule} is accepted: {result}, and these records are not held again"
+    return transitions.release(old, action=args.command, **who), result
 
 
-def unmask(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Lifts masks, and reports how the masked clicks come back."""
-    registry = open_registry(settings)
-    old = current(registry, args.if_generation)
-    new = transitions.unmask(old, args.masks, **_who(args, now_ms))
+def _unmask(registry: Registry, old: Control, args: argparse.Namespace, who: Who) -> Changed:
+    """Lifts masks, and describes how the masked clicks come back."""
+    new = transitions.unmask(old, args.masks, **who)
     base = "V" if new.base is None else new.base
-    result = (
+    return new, (
         f"{', '.join(map(str, args.masks))} lifted; new clicks count again; excluded clicks are learned at the next exact "
         f"rollback: `springtide rollback --to {base} --mode exact --reason TEXT`"
     )
-    put(registry, old, new, result, args, say)
-
-
-def _who(args: argparse.Namespace, now_ms: int) -> dict[str, Any]:
-    return {"actor": actor(), "reason": args.reason, "now_ms": now_ms}
 
 
 SWITCHES = {
@@ -133,6 +117,14 @@ SWITCHES = {
     "pause": (transitions.train, False, "the trainer reads no records until `springtide resume`; answers continue"),
     "resume": (transitions.train, True, "the trainer reads records again"),
 }
+CHANGES: Mapping[str, Callable[[Registry, Control, argparse.Namespace, Who], Changed]] = {
+    "pin": _pin,
+    "label": _label,
+    "follow": _follow,
+    "unmask": _unmask,
+    **dict.fromkeys(SWITCHES, _switch),
+}
+"""By command, what returns the next generation, the same one if nothing changes, and the result in words."""
 
 
 PARTS: tuple[Part, ...] = ("planned", "answered", "learned")
