@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     command = RefusingParser(
         prog="springtide up",
         description="Run the whole loop on this machine until Ctrl-C: Kafka, stream, trainer, serving and synthetic shoppers. A "
-        "second run resumes where the last one stopped.",
+        "second run resumes where the last one stopped. A local Kafka implies --accept-cut-back.",
         epilog=SETTINGS_HELP,
         allow_abbrev=False,
     )
