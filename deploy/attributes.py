@@ -14,8 +14,7 @@ from typing import TextIO
 import numpy as np
 import orjson
 
-from deploy.command_line import run_command
-from deploy.operate.options import SETTINGS_HELP
+from deploy.command_line import SETTINGS_HELP, run_command
 from deploy.replaying.sender import LARGEST_VALUE, Outbox, Piece, Progress, rows_within
 from state.attributes.values import SIDES, AttributeTable, id_of, tables_of
 from state.config.loading import load

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from deploy.command_line import RefusingParser, run_command
-from deploy.operate.options import output
-from deploy.watch.messages import seconds
+from deploy.command_line import RefusingParser, output, run_command
+from deploy.formats import seconds
 from state.config.loading import load
 from state.config.settings import Settings
 from state.config.sources import split_settings

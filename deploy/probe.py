@@ -23,11 +23,10 @@ from typing import Any, NamedTuple
 import httpx
 import numpy as np
 
-from deploy.command_line import run_command
-from deploy.operate.options import SETTINGS_HELP, output
+from deploy.command_line import SETTINGS_HELP, output, run_command
 from deploy.replaying.sender import Outbox, Piece
 from deploy.serving.requests.access import READ, are_wanted, tokens_in
-from deploy.watch.address import serving_address
+from deploy.watch.scrape import serving_address
 from springtide_client import Client, ClientError, Profile, Refused, Retries
 from state.config.loading import load
 from state.config.settings import Settings
@@ -133,25 +132,31 @@ def click_of(user: str, at_ms: int, settings: Settings) -> bytes:
     return json.dumps(fields).encode()
 
 
-class Stopwatch:
-    """Sends clicks and times them. Not thread-safe.
+class ProbedLoop(NamedTuple):
+    """The loop as a probe reaches it.
 
-    Args:
+    Attributes:
         send: Sends a click of a user and returns its position once it is acknowledged.
         ask: Requests a profile with features and sources, of a user at a time.
     """
 
+    send: Callable[[str, bytes], Sent]
+    ask: Callable[[str, int], Profile]
+
+
+class Stopwatch:
+    """Sends clicks through a loop and times them. Not thread-safe."""
+
     def __init__(
         self,
         settings: Settings,
-        send: Callable[[str, bytes], Sent],
-        ask: Callable[[str, int], Profile],
+        loop: ProbedLoop,
         now_ms: Callable[[], int],
         clock: Callable[[], float],
         sleep: Callable[[float], object],
         stopped: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._settings, self._send, self._ask = settings, send, ask
+        self._settings, self._loop = settings, loop
         self._now_ms, self._clock, self._sleep, self._stopped = now_ms, clock, sleep, stopped
         self._feature = f"{action_of(settings)}.recency"
 
@@ -165,13 +170,13 @@ class Stopwatch:
         click = click_of(user, at_ms, self._settings)
         # 1.
         try:
-            before = self._recency(self._ask(user, at_ms))
+            before = self._recency(self._loop.ask(user, at_ms))
         except ClientError as error:
             return _unanswered(Passage(), error)
         # 2.
         begun_s = self._clock()
         try:
-            sent = self._send(user, click)
+            sent = self._loop.send(user, click)
         except LogError as error:
             return Passage(reason="kafka", problem=f"the click could not be sent: {error}")
         # 3.
@@ -184,7 +189,7 @@ class Stopwatch:
         while True:
             asked_s = self._clock() - begun_s
             try:
-                answer = self._ask(user, at_ms)
+                answer = self._loop.ask(user, at_ms)
             except ClientError as error:
                 if asked_s > TIMEOUT_S or self._stopped():
                     return _unanswered(passage, error)
@@ -264,7 +269,8 @@ class Probe:
                 ((partition, after),) = outbox.send(piece).items()
                 return Sent(f"{topic_id}:{partition}", after - 1)
 
-            watch = Stopwatch(self._settings, send, ask, wall_ms, time.monotonic, self._stop.wait, self._stop.is_set)
+            loop, stop = ProbedLoop(send, ask), self._stop
+            watch = Stopwatch(self._settings, loop, wall_ms, time.monotonic, stop.wait, stop.is_set)
             return watch.time(probe_user(self._number))
 
     def _client(self) -> Client:

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from deploy.command_line import run_command
-from deploy.operate.options import SETTINGS_HELP
+from deploy.command_line import SETTINGS_HELP, run_command
 from deploy.replaying.clock import MAX, parse_speed
 from deploy.replaying.recording import (
     NAMED_LINES,

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from deploy.experiments import status as experiments
+from deploy.formats import decimal, seconds, shown
 from deploy.operate.log_view import horizon_here, horizon_text
 from deploy.operate.versions import open_registry
 from deploy.watch import accounts, scrape
 from deploy.watch.figures import segments_behind
-from deploy.watch.messages import seconds, shown
 from deploy.watch.scrape import SEGMENTS, Scrape
 from state import layout
 from state.config.settings import Settings
@@ -537,11 +537,11 @@ def quality_text(section: Mapping[str, Any]) -> Text:
     parts = [
         f"{'more' if above else 'LESS'} often right than the best baseline: top 1 {_percent(every['top1'])} against "
         f"{_percent(simple[best])} for {BASELINES[best]}",
-        f"top 5 {_percent(every['top5'])}, MRR {_number(every['mrr'])}, log loss {_number(every['log_loss'])} "
+        f"top 5 {_percent(every['top5'])}, MRR {decimal(every['mrr'])}, log loss {decimal(every['log_loss'])} "
         f"({change}), missed {_percent(every['missed'])}",
     ]
     parts += [
-        f"{users} users: top 1 {_percent(measured['top1'])}, top 5 {_percent(measured['top5'])}, log loss {_number(measured['log_loss'])}"
+        f"{users} users: top 1 {_percent(measured['top1'])}, top 5 {_percent(measured['top5'])}, log loss {decimal(measured['log_loss'])}"
         for users, measured in model.items()
         if users != "all" and measured["top1"] is not None
     ]
@@ -637,10 +637,6 @@ def segments_text(section: Mapping[str, Any]) -> Text:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 TEXTS: Mapping[str, tuple[str, Callable[[Any], Text]]] = {

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from deploy.children.ending import how
+from deploy.supervisor import how
 from state.config.loading import load
 from state.errors import ProcessFailed, SpringtideError
 from state.process.ending import die_with

@@ -11,16 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from deploy import sections
-from deploy.command_line import run_command
+from deploy.command_line import output, run_command
+from deploy.formats import seconds
 from deploy.operate.control import current
-from deploy.operate.options import output
 from deploy.operate.versions import open_registry
 from deploy.startup.hints import addresses
 from deploy.watch import scrape
-from deploy.watch.address import serving_address
-from deploy.watch.messages import seconds
 from deploy.watch.panel import Screen, lines, live_line, panel
-from deploy.watch.scrape import Scrape
+from deploy.watch.scrape import Scrape, serving_address
 from deploy.watch.snapshot import Poller, Snapshot
 from state.config.loading import load
 from state.config.settings import Settings

@@ -16,12 +16,11 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from deploy.formats import iso
 from deploy.operate.branch import ServingBranch, described
 from deploy.operate.control import current
-from deploy.operate.times import iso
 from deploy.operate.versions import open_registry
 from deploy.serving.requests.access import OPERATE, Access, Tokens, make_missing
-from deploy.serving.requests.connections import ConnectionLimits
 from deploy.serving.requests.http import (
     LAST,
     Endpoint,
@@ -36,7 +35,7 @@ from deploy.serving.requests.http import (
     failure,
     header,
 )
-from deploy.serving.requests.server import DrainingServer, listen
+from deploy.serving.requests.server import ConnectionLimits, DrainingServer, listen
 from state.config.settings import Settings
 from state.errors import BadRequest, SpringtideError, UnknownVersion
 from state.process.part import run_part

@@ -9,17 +9,68 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import markdown
 import yaml
+from prometheus_client import CollectorRegistry
 
 from deploy import capacity, cli
 from deploy.command_line import OWN_HELP, PROCESSES, parser
-from deploy.watch import metrics_table
+from state import metrics
 from state.events.dead_letters import Reason
+
+OFFERED = {
+    metrics.KernelMetrics: "Each process that uses compiled kernels: stream, trainer, applier, worker, validation, segments.",
+    metrics.StreamMetrics: "The stream, on `stream.metrics_port`.",
+    metrics.TrainerMetrics: "The trainer, on `trainer.metrics_port`.",
+    metrics.ApplierMetrics: "The applier of a serving host, on `serving.metrics_port`.",
+    metrics.WorkerMetrics: "A worker of a serving host, on `serving.port`; each of several workers exports the sums of all.",
+    metrics.ValidationMetrics: "The validation process, on `up.metrics_port` + 2.",
+    metrics.SegmentMetrics: "`springtide segments run`, on `up.metrics_port` + 4.",
+    metrics.SupervisorMetrics: "`springtide up`, on `up.metrics_port`.",
+    metrics.ConsoleMetrics: "The console, on `console.port`.",
+    metrics.ProbeMetrics: "`springtide probe --continuously`, on `up.metrics_port` + 1.",
+    metrics.TrialMetrics: "`springtide up`, on `up.metrics_port`, or the process that runs experiments without it, on `up.metrics_port` + 5, while an experiment runs.",
+    metrics.RolloutMetrics: "`springtide up`, on `up.metrics_port`, during a rollout.",
+    metrics.RetrainMetrics: "`springtide up`, on `up.metrics_port`, if `retrain.every` is set.",
+    metrics.StorageMetrics: "Each process that stores data on disk.",
+    metrics.SharedMetrics: "The trainer, its workers on other machines and the applier, if `paths.shared_registry` is set.",
+    metrics.BuildMetrics: "Each process.",
+}
+"""By metrics class, which process exports them, and on which port."""
+
+
+def metrics_page() -> str:
+    """Returns the page about all metrics."""
+    lines = [
+        "# Metrics",
+        "",
+        "Generated from `state/metrics.py`. The series of a counter ends in "
+        "`_total`; a histogram has `_bucket`, `_sum` and `_count`. No label contains an id, and label values are bounded.",
+    ]
+    for process in (*metrics.PROCESSES, *metrics.OF_EACH_PROCESS):
+        description = OFFERED[process]
+        lines += ["", f"## {process.__name__.removesuffix('Metrics')}", "", description, "", *_metric_rows(process)]
+    lines += ["", "## Any process", "", "Each process, under the standard names of Prometheus clients.", ""]
+    lines += ["| name | description |", "|---|---|"]
+    lines += [f"| `{name}` | {description} |" for name, description in metrics.OF_ANY_PROCESS.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _metric_rows(process: type[metrics.Metrics]) -> Sequence[str]:
+    registry = CollectorRegistry()
+    instance = process(registry)
+    labels = {metric._name: metric._labelnames for metric in vars(instance).values() if hasattr(metric, "_labelnames")}
+    lines = ["| name | kind | labels | description |", "|---|---|---|---|"]
+    for family in registry.collect():
+        named = ", ".join(f"`{label}`" for label in labels[family.name])
+        description = family.documentation.replace("|", "\\|")
+        lines.append(f"| `{family.name}` | {family.type} | {named} | {description} |")
+    return lines
+
 
 ROOT = Path(__file__).parents[1]
 SEVERITIES = {
@@ -161,7 +212,7 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "docs/operate/capacity.md": lambda: capacity.page() + "\n",
     "docs/reference/commands.md": commands,
     "docs/reference/dead-letters.md": dead_letters,
-    "docs/reference/metrics.md": metrics_table.as_markdown,
+    "docs/reference/metrics.md": metrics_page,
     "docs/reference/settings.md": lambda: cli.as_markdown() + "\n",
 }
 """By file, the function that returns its text."""

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, TextIO
 import msgspec
 
 from deploy.attributes import add_sides, files_of
-from deploy.operate.options import SETTINGS_HELP
-from deploy.operate.times import parse_time
+from deploy.command_line import SETTINGS_HELP
+from deploy.formats import parse_time
 from deploy.replaying.news import NewsReaders
 from deploy.replaying.shoppers import ShopperCrowd
 from state.config.loading import load
@@ -130,9 +130,8 @@ def run(options: argparse.Namespace, flags: Sequence[str], errors: TextIO) -> st
             raise SettingsError(f"{path}: there is no directory {path.absolute().parent}", "create it")
     # TensorFlow and Beam are loaded only after the command line is checked.
     with quiet_stderr():
-        from evaluation.chart import svg
         from evaluation.recording import RecordLimits
-        from evaluation.report import as_text
+        from evaluation.report import as_text, svg
         from evaluation.run import Wanted, evaluate
     limits = RecordLimits(options.record_rows, options.record_s)
     events = read(options, settings, limits, errors)
@@ -140,7 +139,7 @@ def run(options: argparse.Namespace, flags: Sequence[str], errors: TextIO) -> st
     # The format of the clicks is not that of the attributes.
     of_sides = argparse.Namespace(**{**vars(options), "columns": "", "format": "", "delimiter": ""})
     attribute_files = files_of(of_sides, settings) if options.users or options.items else []
-    evaluation = evaluate(settings, events, wanted, limits, errors, stop_on_signals(), attribute_files)
+    evaluation = evaluate(settings, events, wanted, errors, stop_on_signals(), attribute_files)
     document = msgspec.json.format(msgspec.json.encode(evaluation), indent=2).decode()
     if options.json is not None:
         options.json.write_text(document + "\n")

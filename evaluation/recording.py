@@ -80,6 +80,7 @@ class RecordedEvents:
 
     source: str
     topic_id: str
+    limits: RecordLimits
     batches: list[EventBatch] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
     contexts: dict[int, tuple[str, str]] = field(default_factory=dict)
@@ -122,7 +123,7 @@ def read_files(
         SpringtideError: A file is cut or damaged.
     """
     names = ", ".join(str(file.path) for file in recording.files)
-    events, parser = RecordedEvents(names, topic_of(recording)), Parser(settings.events, SALT)
+    events, parser = RecordedEvents(names, topic_of(recording), limits), Parser(settings.events, SALT)
     decode = load_decoder(settings.events)
     for batches in recorded_batches(settings.events, recording, sort, wall_ms() / 1000, say, limits.size):
         events.add(parser.parse(batches))
@@ -140,7 +141,7 @@ def synthetic(
     settings: Settings, name: str, click: Callable[[int], Clicks], clicks: int, limits: RecordLimits
 ) -> RecordedEvents:
     """Generates the events of synthetic users; `click` returns the next n clicks, and `name` describes them."""
-    events, parser = RecordedEvents(name, SYNTHETIC_TOPIC), Parser(settings.events, SALT)
+    events, parser = RecordedEvents(name, SYNTHETIC_TOPIC, limits), Parser(settings.events, SALT)
     encoded = encode(click(clicks), settings.events)
     first = 0
     while first < clicks:

@@ -15,11 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploy.attributes import AttributeFiles
-from deploy.operate.times import iso
+from deploy.formats import iso
 from evaluation import report
-from evaluation.host import ServingHost
-from evaluation.progressive import Plan, ProgressiveValidation, clicks_of
-from evaluation.recording import SALT, KnownFields, RecordedEvents, RecordLimits, micro_batches, open_attributes
+from evaluation.progressive import Plan, ProgressiveValidation, ServingHost, clicks_of
+from evaluation.recording import SALT, KnownFields, RecordedEvents, micro_batches, open_attributes
 from evaluation.report import Evaluation
 from state.config.settings import Settings
 from state.errors import SettingsError
@@ -97,15 +96,13 @@ def evaluate(
     settings: Settings,
     events: RecordedEvents,
     wanted: Wanted,
-    limits: RecordLimits,
     progress_to: TextIO,
     stopped: threading.Event,
     attributes: Sequence[AttributeFiles] = (),
 ) -> Evaluation:
     """Evaluates a recording; nothing is written to the directories of `settings`.
 
-    `limits` are the record limits with which the recording was read. `stopped` ends the pass early; the result then
-    covers the events up to that point.
+    `stopped` ends the pass early; the result then covers the events up to that point.
 
     Raises:
         SettingsError: Nothing can be evaluated.
@@ -144,7 +141,7 @@ def evaluate(
         done, took_s = learn_all(validation, batches, len(events), progress, stopped)
     if done <= begin:
         raise SettingsError(f"stopped after {done:,} events, before the first evaluated one", "let it run on")
-    return result(settings, events, (begin, done), plan, limits, validation, took_s)
+    return result(settings, events, (begin, done), plan, validation, took_s)
 
 
 def learn_all(
@@ -196,7 +193,6 @@ def result(
     events: RecordedEvents,
     part: tuple[int, int],
     plan: Plan,
-    limits: RecordLimits,
     validation: ProgressiveValidation,
     took_s: float,
 ) -> Evaluation:
@@ -228,8 +224,8 @@ def result(
         options={
             "every": plan.every,
             "seed": plan.seed,
-            "record_rows": limits.rows,
-            "record_s": limits.span_s,
+            "record_rows": events.limits.rows,
+            "record_s": events.limits.span_s,
             "ranker": settings.model.ranker or "default",
             "settings": {name: str(settings.value(name)) for name in settings.origins if name.startswith(DECIDING)},
         },

@@ -36,8 +36,8 @@
     │   ├── histories attributes/   as for the stream
     │   ├── segments/            members of segments              state/segments/members.py
     │   ├── lookalikes/          the newest list for each segment state/segments/lookalikes.py
-    │   ├── current.version, current.histories   times only       deploy/serving/notes.py
-    │   ├── exposures/           exposures that workers have not sent to Kafka yet   deploy/serving/exposures.py
+    │   ├── current.version, current.histories   times only       deploy/serving/host_files.py
+    │   ├── exposures/           exposures that workers have not sent to Kafka yet   deploy/serving/host_files.py
     │   ├── counters/            counters of workers that share a port     deploy/serving/rest.py
     │   └── programs/            the programs of applied versions
     ├── exports/<version>/       SavedModels                      trainer/exporting/saved_model.py
@@ -48,12 +48,12 @@
     │   │   ├── past-*/          histories of past clicks, while it learns them   streaming/past.py
     │   │   └── losses/          losses of rows, while an experiment runs, also in the live registry
     │   │                        state/experiments/comparison.py
-    │   └── host/                its own serving, while its rollout runs   deploy/experiments/host.py
+    │   └── host/                its own serving, while its rollout runs   deploy/experiments/processes.py
     ├── replay/<key>/            lock, journal                    deploy/replaying/recording.py
-    ├── kafka/                   broker.lock, data                deploy/kafka/broker.py
+    ├── kafka/                   broker.lock, data                deploy/local_kafka.py
     ├── prometheus/              prometheus.yml, data             deploy/startup/prometheus.py
     ├── flink/                   lock, conf, checkpoints, savepoints, logs     deploy/flink/processes.py
-    └── logs/                    one file per process             deploy/children/supervisor.py
+    └── logs/                    one file per process             deploy/supervisor.py
 
 A store's directory holds `data.mdb`, `lock.mdb` and `mark.json`.
 """

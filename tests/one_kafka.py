@@ -9,7 +9,7 @@ from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from typing import NamedTuple
 
-from deploy.kafka.broker import Broker
+from deploy.local_kafka import Broker
 from state.process.ports import free_port
 
 

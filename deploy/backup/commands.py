@@ -15,8 +15,8 @@ import msgspec
 
 from deploy.backup import location, making, restoring
 from deploy.backup.location import Backup, Objects
+from deploy.formats import age, iso
 from deploy.operate.control import Say
-from deploy.operate.times import age, iso
 from deploy.operate.versions import table
 from state.config.settings import Settings
 from state.errors import DamagedBackup
@@ -71,7 +71,7 @@ def restore(settings: Settings, args: argparse.Namespace, now_ms: int, say: Say)
     spec = FeatureSpec.from_settings(settings).digest
     by = restoring.By(actor(), now_ms)
     erasures, unknown = _later_erasures(store, backup, args.erasures_from)
-    restored = restoring.restore(settings, store, backup, by, progress, erasures, args.kafka_lost)
+    restored = restoring.restore(settings, store, backup, by, progress, restoring.Since(erasures, args.kafka_lost))
     lines = [
         f"restored backup {backup.id} of {iso(backup.created_at_ms)}, {age((now_ms - backup.created_at_ms) / 1000)} old: "
         f"{described(backup)}, histories of {restored.users:,} users; {size(backup.bytes)} in {progress.took_s:.1f} s",

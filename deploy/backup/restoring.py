@@ -96,6 +96,18 @@ class By(NamedTuple):
     now_ms: int
 
 
+class Since(NamedTuple):
+    """What happened after a backup.
+
+    Attributes:
+        erased: Erasures that are still known elsewhere; those that the backup lacks are applied again.
+        kafka_lost: Whether the topics are lost too, so that the trainer continues in another log.
+    """
+
+    erased: Erased = Erased.NOBODY
+    kafka_lost: bool = False
+
+
 class Restored(NamedTuple):
     """The result of a restore.
 
@@ -121,8 +133,7 @@ def restore(
     backup: Backup,
     by: By,
     progress: Callable[[int], None],
-    erased: Erased = Erased.NOBODY,
-    kafka_lost: bool = False,
+    since: Since,
 ) -> Restored:
     """Restores a backup; durable when this returns.
 
@@ -132,8 +143,7 @@ def restore(
         backup: The backup.
         by: Who restores, and when.
         progress: Called repeatedly with the number of bytes written.
-        erased: Erasures that are still known elsewhere; those that the backup lacks are applied again.
-        kafka_lost: Whether the topics are lost too, so that the trainer continues in another log.
+        since: What happened after the backup.
 
     Raises:
         BackupError: State exists already, the disk cannot be written, or the erasures are of another system.
@@ -141,7 +151,7 @@ def restore(
         MissingSalt, SaltMismatch: The salt of its users is missing, or differs.
         LockHeld: The system runs.
     """
-    state, registry_dir = settings.state_dir, settings.registry_dir
+    state, registry_dir, kafka_lost = settings.state_dir, settings.registry_dir, since.kafka_lost
     # 1. Before taking the locks, because their files would remain after a refusal.
     _require_restorable(settings, backup)
     with DirectoryLock(state), DirectoryLock(registry_dir, layout.TRAINER_LOCK):
@@ -158,7 +168,7 @@ def restore(
                 registry.chain(backup.version)
             # 4.
             first = _reserve_numbers(registry, backup, by.now_ms)
-            repeated = _missing(_erasures_of(registry.generations), erased)
+            repeated = _missing(_erasures_of(registry.generations), since.erased)
             _repeat(registry, repeated, backup.id, by.actor, by.now_ms)
             version, generation = _record(registry, backup, positions, by, kafka_lost)
             shutil.rmtree(registry.path / layout.TEMPORARY)

@@ -11,8 +11,8 @@ from typing import BinaryIO
 
 from deploy.serving.following.parity import WHOLE_EXTRA
 from deploy.serving.following.remembered import KINDS
-from deploy.serving.item_feed import EXTRAS as FEED_EXTRAS
-from deploy.serving.notes import CLOCK_EXTRA, SEEN
+from deploy.serving.host_files import CLOCK_EXTRA, SEEN
+from deploy.serving.host_files import EXTRAS as FEED_EXTRAS
 from state.history.appends import Appends
 from state.history.snapshots import SHARED_EXTRAS
 from state.history.store import HistoryStore

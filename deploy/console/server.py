@@ -22,7 +22,6 @@ from prometheus_client import CollectorRegistry
 from deploy.console.steering import CommandRunner, Steering, status_of
 from deploy.console.watching import LoopWatch
 from deploy.serving.requests.access import OPEN, OPERATE, READ, Access, Tokens, are_wanted, make_missing
-from deploy.serving.requests.connections import ConnectionLimits
 from deploy.serving.requests.http import (
     LAST,
     METHODS,
@@ -39,10 +38,10 @@ from deploy.serving.requests.http import (
     failure,
     header,
 )
-from deploy.serving.requests.server import DrainingServer, listen
+from deploy.serving.requests.server import ConnectionLimits, DrainingServer, listen
 from deploy.serving.requests.worker_metrics import rendered
 from deploy.watch import scrape
-from deploy.watch.address import address, serving_address
+from deploy.watch.scrape import address, serving_address
 from state.config.settings import Settings
 from state.errors import BadRequest, Forbidden, NotReady, SettingsError, SpringtideError, WorkerFailed
 from state.metrics import ConsoleMetrics, add_process

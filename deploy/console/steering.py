@@ -17,10 +17,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 import msgspec
 
 from deploy.command_line import operation, parser
+from deploy.formats import parse_time, parse_times
 from deploy.operate import control, masking
 from deploy.operate.branch import ServingBranch
 from deploy.operate.control import SWITCHES
-from deploy.operate.times import parse_time, parse_times
 from deploy.operate.versions import open_registry
 from deploy.serving.requests.access import OPERATE
 from deploy.serving.requests.http import Endpoint, Request, Response, encode

@@ -1,21 +1,29 @@
 """The processes of experiments, as `springtide up` starts them: only while there is work.
 
 `python -m deploy.experiments.processes` starts them without `springtide up`, as in the trainer's Kubernetes pod; metrics
-are on `up.metrics_port` + 5.
+are on `up.metrics_port` + 5. With the argument `host` it is one of them: it answers users until a rollout is over.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import re
+import shutil
 import sys
 import threading
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
 
 from prometheus_client import CollectorRegistry
 
-from deploy.children.supervisor import ProcessPlan, Supervisor
+from deploy import serve
+from deploy.supervisor import ProcessPlan, Supervisor
+from state import layout
 from state.config.settings import Settings
 from state.config.sources import span_ms
+from state.disk import memory_place
 from state.errors import SpringtideError
 from state.experiments.experiment import Experiments
 from state.metrics import SupervisorMetrics, served
@@ -24,6 +32,8 @@ from state.process.part import run_part
 from state.process.wall_clock import wall_ms
 
 EXPERIMENTS, RETRAIN, ROLLOUT_HOST = "experiments", "retrain", "rollout-host"
+HOST = "host"
+"""The argument of the host's process, and the name of its state directory."""
 STOP_S = 30.0
 POLL_S = 0.2
 _LOOPBACK = re.compile(r"http://(127\.0\.0\.1|localhost|\[::1\]):\d{1,5}")
@@ -56,7 +66,7 @@ def plans(settings: Settings) -> list[ProcessPlan]:
     if every_ms:
         processes.append(ProcessPlan(RETRAIN, _command("retrain"), wanted=retrain_wanted))
     if is_local(settings.rollout.address):
-        processes.append(ProcessPlan(ROLLOUT_HOST, _command("host"), STOP_S, wanted=host_wanted))
+        processes.append(ProcessPlan(ROLLOUT_HOST, (*_command("processes"), HOST), STOP_S, wanted=host_wanted))
     return processes
 
 
@@ -105,15 +115,80 @@ def run(settings: Settings, registry: CollectorRegistry, stop: threading.Event) 
         supervisor.stop_all()
 
 
+def flags_of(settings: Settings, name: str) -> list[str]:
+    """Returns the settings that differ for the experiment's host, as flags that override the loop's settings.
+
+    >>> from state.config.loading import load
+    >>> flags_of(load(["--rollout.address=http://127.0.0.1:8601"], {}, "/dev/null"), "wider")[:2]
+    ['--paths.state=.springtide/experiments/wider/host', '--paths.registry=.springtide/experiments/wider/registry']
+    """
+    experiments, address = Experiments(settings), urlsplit(settings.rollout.address)
+    settings_of_host = {
+        "paths.state": experiments.folder(name) / HOST,
+        "paths.registry": experiments.registry(name),
+        "paths.shared_registry": "",
+        "paths.salt_file": settings.salt_path,
+        "serving.tokens_dir": settings.tokens_dir,
+        "serving.host": address.hostname,
+        "serving.port": address.port,
+        "serving.grpc_port": 0,
+        "serving.metrics_port": 0,
+        # Only workers of this machine connect to it.
+        "serving.tls_cert": "",
+        "serving.tls_key": "",
+        "rollout.address": "",
+        "history.snapshot_every_s": 0,
+    }
+    return [f"--{name}={value}" for name, value in settings_of_host.items()]
+
+
+def answer(settings: Settings, stopping: Callable[[], bool]) -> None:
+    """Answers for the experiment until its rollout is over, or `stopping` returns True.
+
+    Raises:
+        ProcessFailed: Applier or worker ended by itself.
+        RegistryError: The experiments cannot be read.
+    """
+    experiments = Experiments(settings)
+    name = hosted(experiments)
+    if name is None:
+        return
+
+    def is_over() -> bool:
+        return hosted(experiments) != name
+
+    logger.info("answering for experiment %s at %s", name, settings.rollout.address)
+    stop_s = serve.STOP_S + settings.serving.drain_s
+    serve.run(serve.commands(flags_of(settings, name)), os.environ, lambda: stopping() or is_over(), stop_s)
+    if is_over():
+        remove(experiments.folder(name) / HOST)
+
+
+def remove(folder: Path) -> None:
+    """Removes the host's state; stores in memory are removed first.
+
+    Raises:
+        OSError: The operating system reported an error.
+    """
+    for store in (layout.ROWS, layout.HISTORIES):
+        if (link := folder / layout.SERVING / store).is_symlink():
+            memory_place.forget(link)
+    if folder.is_dir():
+        shutil.rmtree(folder)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Runs the processes with the settings of `argv` until a signal; returns the exit code."""
+    """Runs the processes with the settings of `argv` until a signal, or the one for users; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
     stop = stop_on_signals()
 
     def work(settings: Settings) -> None:
         with served(settings.up.experiments_port, settings.metrics.host) as registry:
             run(settings, registry, stop)
 
-    return run_part("experiments", work, argv, logger)
+    if words[:1] == [HOST]:
+        return run_part(ROLLOUT_HOST, lambda settings: answer(settings, stop.is_set), words[1:], logger)
+    return run_part("experiments", work, words, logger)
 
 
 if __name__ == "__main__":

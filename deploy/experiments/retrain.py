@@ -16,10 +16,9 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from deploy.experiments.commands import promote
-from deploy.experiments.start import start
+from deploy.experiments.commands import promote, start
 from deploy.experiments.status import held_by_guard
-from deploy.operate.times import age
+from deploy.formats import age
 from state import layout
 from state.config.sections import RetrainSettings
 from state.config.settings import Settings

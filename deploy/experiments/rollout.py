@@ -21,8 +21,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from deploy.formats import age
 from deploy.operate.control import Say
-from deploy.operate.times import age
 from state import http, layout
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock

@@ -25,8 +25,8 @@ from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry
 
-from deploy.children.supervisor import ProcessPlan, Supervisor
-from deploy.experiments.start import copied_control, flags_of
+from deploy.experiments.commands import copied_control, flags_of
+from deploy.supervisor import ProcessPlan, Supervisor
 from state import layout
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock

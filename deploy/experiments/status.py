@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from deploy.operate.times import age, iso
+from deploy.formats import age, decimal, iso
 from state import layout
 from state.config.settings import Settings
 from state.config.sources import span_ms
@@ -178,12 +178,13 @@ def as_text(experiment: Mapping[str, Any]) -> tuple[str, str]:
     if figures is None or not figures.rows:
         return [*words, "waits"][0], "; ".join([*sentences, "no example was scored by both yet"])
     sentences.append(
-        f"log loss {_nats(figures.trial_log_loss)} against {_nats(figures.live_log_loss)} of the live trainer on "
+        f"log loss {decimal(figures.trial_log_loss)} against {decimal(figures.live_log_loss)} of the live trainer on "
         f"the same {figures.rows:,} examples"
     )
     sure = f": at most {100 * figures.alpha:g} % of equal experiments are reported as different"
     sentences.append(f"difference {figures.difference_text}{'' if figures.low is None else sure}")
-    return [*words, _verdict(figures)][0], "; ".join(sentences)
+    verdict = "BETTER" if figures.verdict == "better" else figures.verdict
+    return [*words, verdict][0], "; ".join(sentences)
 
 
 def _rollout_sentences(experiment: Mapping[str, Any]) -> list[str]:
@@ -206,14 +207,6 @@ def _rollout_sentences(experiment: Mapping[str, Any]) -> list[str]:
 
 def _figures(experiment: Mapping[str, Any]) -> ComparisonFigures | None:
     return None if experiment["compared"] is None else msgspec.convert(experiment["compared"], ComparisonFigures)
-
-
-def _verdict(figures: ComparisonFigures) -> str:
-    return "BETTER" if figures.verdict == "better" else figures.verdict
-
-
-def _nats(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 def retrain_status(settings: Settings, now_ms: int) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ import grpc
 from apache_beam.portability.api import beam_fn_api_pb2, beam_fn_api_pb2_grpc
 from apache_beam.utils import thread_pool_executor
 
-from deploy.children.ending import end
+from deploy.supervisor import end
 from state.process import log_lines
 from state.process.private_files import keep_private
 

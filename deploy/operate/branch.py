@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from safetensors import SafetensorError
 
+from deploy.formats import iso
 from deploy.operate.log_view import LogView, first_hit
-from deploy.operate.times import iso
 from state.errors import CorruptVersion, SettingsError, UnfitVersion, UnknownVersion
 from state.features.erased import MaskedUsers
 from state.registry.control import Control, MaskEntry, joined

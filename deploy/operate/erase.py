@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace as changed
 
+from deploy.formats import iso
 from deploy.operate import log_view
 from deploy.operate.control import Say, current
 from deploy.operate.masking import ids_in, pseudonyms
-from deploy.operate.times import iso
 from deploy.operate.versions import open_registry, table
 from state import layout
 from state.attributes.values import id_of

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deploy.formats import iso
 from deploy.operate.branch import ServingBranch
 from deploy.operate.control import Say, current
 from deploy.operate.log_view import LogView, records, view_of
-from deploy.operate.times import iso
 from deploy.operate.versions import open_registry, table
 from state.config.settings import Settings
 from state.config.sources import UNITS_MS

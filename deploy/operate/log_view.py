@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy.operate.times import age
+from deploy.formats import age
 from state import layout
 from state.config.settings import Settings
 from state.errors import CorruptVersion, LogError, SpringtideError, UnfitVersion, UnknownVersion

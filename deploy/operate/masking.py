@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from deploy.operate.times import iso, parse_times
+from deploy.formats import iso, parse_times
 from state.config.settings import Settings
 from state.config.sources import UNITS_MS
 from state.errors import SaltMismatch, SettingsError

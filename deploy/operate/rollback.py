@@ -22,11 +22,11 @@ from typing import Any
 
 import msgspec
 
+from deploy.formats import age, parse_time
 from deploy.operate.branch import ServingBranch, Target, choose
 from deploy.operate.control import Say, control_document, current
 from deploy.operate.log_view import Counted, Counting, LogView, records, view_of
 from deploy.operate.masking import describe, mask_document, mask_of, require_positions
-from deploy.operate.times import age, parse_time
 from deploy.operate.versions import open_registry, served_version, versions_here
 from deploy.watch.scrape import scrape_one
 from state import layout

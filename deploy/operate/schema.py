@@ -14,8 +14,8 @@ from tensorflow_metadata.proto.v0.anomalies_pb2 import Anomalies, AnomalyInfo
 from tensorflow_metadata.proto.v0.schema_pb2 import Schema
 from tensorflow_metadata.proto.v0.statistics_pb2 import FeatureNameStatistics
 
+from deploy.formats import iso
 from deploy.operate.control import Say, current
-from deploy.operate.times import iso
 from deploy.operate.versions import open_registry, table
 from deploy.validation.windows import KeptWindow, KeptWindows
 from state.config.settings import Settings

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy.operate.times import age
+from deploy.formats import age
 from state import layout
 from state.config.settings import Settings
 from state.errors import CorruptVersion, RegistryError, StoreError, UnknownVersion

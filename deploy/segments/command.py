@@ -13,8 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from deploy.command_line import RefusingParser, run_command
-from deploy.operate.options import SETTINGS_HELP, output, positive
+from deploy.command_line import SETTINGS_HELP, RefusingParser, output, positive, run_command
 from deploy.operate.versions import table
 from deploy.segments import process
 from deploy.segments.judging import open_host, open_segments

@@ -38,8 +38,7 @@ from deploy.segments.lookalikes import LookalikeLists
 from deploy.serving.answers.host import Host
 from deploy.serving.answers.predictor import Predictor
 from deploy.serving.following.clicks import position_of
-from deploy.serving.following.erasing import name_of
-from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
+from deploy.serving.host_files import CONTROL_NOTE, MASK_NOTE, name_of
 from state.compiled.preparing import Kernels
 from state.config.settings import Settings
 from state.disk.files import HOST

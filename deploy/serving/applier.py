@@ -18,19 +18,18 @@ import msgspec
 import pyarrow as pa
 from prometheus_client import CollectorRegistry
 
-from deploy.serving import notes
-from deploy.serving.exposures import make_room, settled
+from deploy.serving import host_files
 from deploy.serving.following.clicks import HistoryFollower
-from deploy.serving.following.erasing import HostErasures
 from deploy.serving.following.snapshots import SnapshotTaker, load_if_behind
 from deploy.serving.following.versions import VersionFollower
-from deploy.serving.notes import Currency
+from deploy.serving.host_files import Currency, make_room, name_of, settled
 from state.attributes.follower import AttributeFollower, keep_following
 from state.attributes.store import AttributeStore
 from state.attributes.values import tables_of
 from state.compiled.preparing import Kernels
 from state.config.settings import Settings
 from state.disk import memory_place as place
+from state.disk.files import HOST
 from state.disk.lmdb_store import MAP_BYTES, PAGES_MS
 from state.disk.lock import DirectoryLock
 from state.errors import (
@@ -42,15 +41,17 @@ from state.errors import (
     UnusablePlace,
 )
 from state.events.identity import fingerprint_at, load_salt
+from state.features.erased import Erased
 from state.features.spec import KERNELS as FEATURE_KERNELS
 from state.features.spec import FeatureSpec
 from state.history.actions import ACTIONS, numbered
 from state.history.appends import Appends
-from state.history.store import open_or_replace
+from state.history.store import ForgottenUsers, HistoryStore, open_or_replace
 from state.layout import ATTRIBUTES, EXPOSURES, ROWS
 from state.log import KERNELS, Log, Reader, Topics, Writer
 from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import ApplierMetrics, served
+from state.process import killpoints
 from state.process.ending import stop_on_signals
 from state.process.garbage import Holes, freeze_objects
 from state.process.part import run_part
@@ -58,6 +59,7 @@ from state.process.said_once import SaidOnce
 from state.process.wall_clock import wall_ms
 from state.registry.control import Control
 from state.registry.controls import ControlPoll
+from state.registry.erasing import ErasureReport, report
 from state.registry.log_line import WHOLE, LogLine
 from state.registry.sharing import copying, reached_ms
 from state.registry.specs import SpecActions
@@ -75,6 +77,63 @@ RETRY_S = 1.0
 FETCH_S = 0.5
 VERSIONS, CLICKS = "taking versions into the rows", "taking clicks into the histories"
 _log = logging.getLogger(__name__)
+
+
+class HostErasures:
+    """Applies erasures to the histories of one host. Used by the thread that writes the histories.
+
+    `rows` returns the number of the erasure up to which the row store is done.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        registry: Path,
+        histories: HistoryStore,
+        rows: Callable[[], int],
+        now_ms: Callable[[], int],
+    ) -> None:
+        self._folder, self._registry, self._histories = folder, registry, histories
+        self._rows, self._now_ms = rows, now_ms
+        self._done, self._reported = histories.forgotten, ErasureReport("", "", "", -1, -1)
+        self._warn_once = SaidOnce(_log.warning)
+
+    def apply(self, erased: Erased, may_compact: bool = True) -> bool:
+        """Erases newly erased users, and reports the progress if it has changed; returns whether users were erased.
+
+        It is cheap if there is nothing to do. With `may_compact` False, because a view of the histories is open, they
+        are not compacted yet.
+
+        Raises:
+            StoreFull: Nothing was changed.
+        """
+        is_new = self._done.through < erased.last
+        if is_new:
+            self._done = self._histories.forget(erased)
+            killpoints.reach("follow.forgotten")
+            _log.info("erasure %d: users are forgotten in the histories", erased.last)
+        due_ms = self._done.due_ms()
+        if may_compact and due_ms is not None and self._now_ms() >= due_ms:
+            try:
+                self._done = self._histories.compact_if_due(self._now_ms())
+                self._warn_once.clear()
+            except StoreFull as full:
+                self._warn_once(f"free pages keep bytes of erased users: {full}")
+        self._report(self._done)
+        return is_new
+
+    def _report(self, forgotten: ForgottenUsers) -> None:
+        through = min(forgotten.through, self._rows())
+        if (through, forgotten.pages) == (self._reported.through, self._reported.pages):
+            return
+        name, pages = name_of(self._folder), min(forgotten.pages, through)
+        progress = ErasureReport(name, HOST, str(self._folder), through, pages, 0, self._now_ms())
+        try:
+            report(self._registry, progress)
+        except OSError as error:
+            self._warn_once(f"the progress of erasures cannot be reported in {self._registry}: {error}")
+            return
+        self._reported = progress
 
 
 class HostRows:
@@ -394,7 +453,7 @@ class Applier:
                 more = self._rows.step()
                 room.found(VERSIONS)
                 if not more and looked_ms:
-                    self._currency.note(notes.VERSIONS, looked_ms)
+                    self._currency.note(host_files.VERSIONS, looked_ms)
             except (StoreFull, RegistryError, OSError) as error:
                 if is_full(error):
                     room.refused(error, VERSIONS)
@@ -504,7 +563,7 @@ class Applier:
             check.asked(now_ms, {partition: end for partition, (_, end) in ends.items()})
         at_ms = check.reached(self.clicks.positions)
         if at_ms is not None:
-            self._currency.note(notes.CLICKS, at_ms)
+            self._currency.note(host_files.CLICKS, at_ms)
 
 
 def main(argv: list[str] | None = None) -> int:

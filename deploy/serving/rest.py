@@ -26,7 +26,6 @@ from typing import Any
 import psutil
 from prometheus_client import CollectorRegistry, values
 
-from deploy.children.ending import Backoff, how
 from deploy.serving.answers.explaining import explain
 from deploy.serving.answers.host import Answers, Host
 from deploy.serving.answers.items import rank, recommend, similar
@@ -35,7 +34,6 @@ from deploy.serving.answers.query import NOBODY, NamedItem, Query, WantedItems
 from deploy.serving.answers.queue import finished
 from deploy.serving.answers.tensor_model import TensorModel
 from deploy.serving.requests.access import Access, Tokens, are_wanted, is_loopback, make_missing
-from deploy.serving.requests.connections import ConnectionLimits
 from deploy.serving.requests.endpoints import (
     health_endpoints,
     host_endpoints,
@@ -60,10 +58,11 @@ from deploy.serving.requests.http import (
 )
 from deploy.serving.requests.openapi import document_endpoints
 from deploy.serving.requests.routing import Router
-from deploy.serving.requests.server import DrainingServer, listen
+from deploy.serving.requests.server import ConnectionLimits, DrainingServer, listen
 from deploy.serving.requests.split import Split
 from deploy.serving.requests.tensorflow_serving import model_endpoints, model_services
 from deploy.serving.requests.worker_metrics import RequestCounts, of_all_workers
+from deploy.supervisor import Backoff, how
 from state.compiled.preparing import Kernels
 from state.config.loading import load
 from state.config.settings import Settings

@@ -9,7 +9,7 @@ from pathlib import Path
 from deploy.serving.requests.access import OPERATE, READ
 from deploy.startup import prometheus
 from deploy.watch import scrape
-from deploy.watch.address import address
+from deploy.watch.scrape import address
 from state.config.loading import FILE
 from state.config.settings import Settings, as_text
 

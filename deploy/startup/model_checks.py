@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from state import layout
@@ -87,29 +86,6 @@ def run(module: str, settings: Settings, *words: str) -> str:
     lines = [line.strip() for line in child.stderr.splitlines() if line.strip()]
     message = lines[-1].removeprefix("springtide: ") if lines else f"{module} ended with {child.returncode} in silence"
     raise (SettingsError if child.returncode == WRONG_USE else ProgramError)(message)
-
-
-def take_upgrade(words: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Removes `--upgrade` from a command line; returns its reason (None if it is absent) and the rest.
-
-    The rest keeps `--reason TEXT`, because it can also be the reason of an accepted loss.
-
-    >>> take_upgrade(["--upgrade", "--reason", "wider rows", "--model.dim", "64"])
-    ('wider rows', ['--reason', 'wider rows', '--model.dim', '64'])
-    >>> take_upgrade(["--model.dim", "64"])
-    (None, ['--model.dim', '64'])
-
-    Raises:
-        SettingsError: There is no reason.
-    """
-    if "--upgrade" not in words:
-        return None, list(words)
-    words_left = [word for word in words if word != "--upgrade"]
-    reasons = [after for word, after in itertools.pairwise(words_left) if word == "--reason"]
-    reasons += [word.removeprefix("--reason=") for word in words_left if word.startswith("--reason=")]
-    if not reasons or not reasons[0].strip():
-        raise SettingsError("--upgrade needs --reason TEXT, which is recorded in the history")
-    return reasons[0], words_left
 
 
 def upgrade_or_refuse(settings: Settings, reason: str | None, say: Callable[[str], None]) -> None:

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from deploy.children.supervisor import ProcessPlan
+from deploy.supervisor import ProcessPlan
 from deploy.watch import scrape
-from deploy.watch.address import Address
+from deploy.watch.scrape import Address
 from state.config.settings import Settings
 from state.errors import SettingsError
 

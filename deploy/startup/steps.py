@@ -12,17 +12,16 @@ from typing import TypeVar
 
 from prometheus_client import CollectorRegistry
 
-from deploy.children.ending import HEALTHY_S, Backoff, shortened
-from deploy.children.supervisor import ProcessPlan, Supervisor
 from deploy.experiments.processes import EXPERIMENTS, RETRAIN, ROLLOUT_HOST
 from deploy.experiments.status import ExperimentCollector
-from deploy.kafka.broker import Broker
+from deploy.local_kafka import Broker
 from deploy.startup import hints, model_checks, prometheus
 from deploy.startup.checks import LEAST_FREE_BYTES, require_directory, require_disk
+from deploy.supervisor import HEALTHY_S, Backoff, ProcessPlan, Supervisor, shortened
 from deploy.watch import scrape
-from deploy.watch.address import serving_address
 from deploy.watch.figures import starting
 from deploy.watch.panel import Screen, live_line, panel
+from deploy.watch.scrape import serving_address
 from deploy.watch.snapshot import Poller
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock

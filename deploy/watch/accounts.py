@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from deploy.formats import shown
 from deploy.watch import scrape
-from deploy.watch.messages import shown
 from state import layout
 from state.accounts import BrokerAccount, StreamAccount, TrainerAccount, check_accounts
 from state.config.settings import Settings

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from deploy.watch.messages import shown
+from deploy.formats import shown
 from deploy.watch.scrape import SEGMENTS, UP, Scrape
 from state.metrics import ANSWERING_ROUTES
 from state.storage import shares

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TextIO
 
+from deploy.formats import decimal, duration, far, rate, seconds, shown
 from deploy.watch.figures import SPREADS, ClocksOff, Figures, Spread
-from deploy.watch.messages import decimal, duration, far, rate, seconds, shown
 from deploy.watch.snapshot import Snapshot
 
 EVERY_S = 1.0

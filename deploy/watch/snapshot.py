@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
 
+from deploy.formats import far, rate, seconds, shown
 from deploy.watch import scrape
 from deploy.watch.figures import FEW_RECORDS, FORMING, SPREAD_S, STALE_S, STANDS_BY, Figures, Watch
-from deploy.watch.messages import far, rate, seconds, shown
 from deploy.watch.scrape import Scrape
 from state.config.settings import Settings
 from state.process.wall_clock import wall_ms

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deploy.kafka.broker import Broker
+from deploy.local_kafka import Broker
 from evaluation.measures import area_under_curve
 from evaluation.run import preprocessing_for
 from state.config.loading import load

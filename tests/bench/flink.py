@@ -21,8 +21,8 @@ import httpx
 import numpy as np
 import psutil
 
-from deploy.flink.cluster import end_jobs, url
-from deploy.kafka.broker import Broker
+from deploy.flink.command import end_jobs, url
+from deploy.local_kafka import Broker
 from state.config.sections import Kafka, Paths, Stream
 from state.config.settings import Settings
 from state.errors import FlinkFailed

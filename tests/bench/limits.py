@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.kafka.broker import Broker
+from deploy.local_kafka import Broker
 from state.config.sections import Kafka
 from state.log import Topics
 from state.log.bulk import BulkWriter

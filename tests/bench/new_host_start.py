@@ -29,8 +29,8 @@ from typing import Any
 import numpy as np
 import psutil
 
-from deploy.kafka.broker import Broker
-from deploy.serving.notes import CLICKS, Currency
+from deploy.local_kafka import Broker
+from deploy.serving.host_files import CLICKS, Currency
 from state.config.settings import Settings
 from state.events.identity import load_salt, user_id
 from state.history import snapshots

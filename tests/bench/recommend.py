@@ -23,10 +23,9 @@ import numpy as np
 from deploy.serving.answers.items import SIMILAR_CANDIDATES, Recommendations, SimilarItems, rank, similar
 from deploy.serving.answers.query import Cap, NamedItem, Query, WantedItems
 from deploy.serving.answers.queue import finished
-from deploy.serving.item_feed import MOST_ITEMS
-from evaluation.host import ServingHost
+from deploy.serving.host_files import MOST_ITEMS
 from evaluation.measures import OURS
-from evaluation.progressive import Plan, ProgressiveValidation
+from evaluation.progressive import Plan, ProgressiveValidation, ServingHost
 from evaluation.recording import SALT
 from evaluation.report import recommendation_tables
 from state.config.settings import Settings

@@ -27,7 +27,7 @@ import httpx
 import numpy as np
 import psutil
 
-from deploy.kafka.broker import Broker
+from deploy.local_kafka import Broker
 from state.config.sections import Kafka, Paths, Stream
 from state.config.settings import Settings
 from state.log import Reader, Topics, partition_of

@@ -109,8 +109,11 @@ def test_an_accepted_gap_names_its_topic_and_reaches_stream_and_trainer_only(
 ) -> None:
     assert up.main(["--accept-gap", "0:5-9", "--reason", "old clicks"]) == 2
     assert "write TOPIC_ID:PARTITION:A-B" in capsys.readouterr().err
-    accepted, rest = up.take_accepted(["--accept-gap", "abababab:0:5-9", "--reason", "old clicks", "--kafka.port", "9"])
+    args, rest = up.parser().parse_known_args(
+        ["--accept-gap", "abababab:0:5-9", "--reason", "old clicks", "--kafka.port", "9"]
+    )
     assert rest == ["--kafka.port", "9"]
+    accepted = up.AcceptedLosses.of(args)
     assert told(accepted) == {"stream": tuple(accepted.stream), "trainer": tuple(accepted.stream)}
 
 
@@ -119,8 +122,8 @@ def test_a_record_to_leave_out_reaches_the_trainer_only(capsys: pytest.CaptureFi
     assert "--skip-record needs --reason TEXT" in capsys.readouterr().err
     assert up.main(["--skip-record", "seven", "--reason", "odd"]) == 2
     assert "--skip-record seven: write the record's OFFSET" in capsys.readouterr().err
-    accepted, _ = up.take_accepted(["--skip-record", "7", "--skip-record", "9-12", "--reason", "a test wrote them"])
     words = ("--skip-record", "7", "--skip-record", "9-12", "--reason", "a test wrote them")
+    accepted = up.AcceptedLosses.of(up.parser().parse_args(words))
     assert told(accepted) == {"trainer": words}
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from deploy import webhook
-from deploy.operate.times import iso
+from deploy.formats import iso
 from deploy.serving.requests.server import listen
 from state.config.loading import load
 from state.config.settings import Settings

@@ -34,7 +34,7 @@ from pathlib import Path
 import psutil
 
 from deploy.watch import scrape
-from deploy.watch.address import serving_address
+from deploy.watch.scrape import serving_address
 from state import errors
 from state.accounts import StreamAccount
 from state.attributes.values import tables_of

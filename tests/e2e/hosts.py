@@ -16,7 +16,7 @@ from typing import Any
 
 from deploy.operate.versions import rows_here
 from deploy.watch import scrape
-from deploy.watch.address import serving_address
+from deploy.watch.scrape import serving_address
 from state.config.loading import load
 from state.config.settings import Settings
 from state.process.ending import die_with

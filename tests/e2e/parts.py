@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.children.ending import last_line
-from deploy.kafka.broker import Broker
+from deploy.local_kafka import Broker
+from deploy.supervisor import last_line
 from state.config.settings import Settings
 from state.process import killpoints
 from state.process.ending import die_with

@@ -21,7 +21,7 @@ import psutil
 from deploy import cli, status
 from deploy.command_line import PROCESSES
 from deploy.watch import scrape
-from deploy.watch.address import serving_address
+from deploy.watch.scrape import serving_address
 from state.config.loading import load
 from state.config.settings import Settings
 from state.log import Topics, Writer

@@ -13,7 +13,7 @@ import pytest
 
 from deploy.backup import location
 from deploy.backup.making import Scope, make
-from deploy.backup.restoring import By, Restored, restore
+from deploy.backup.restoring import By, Restored, Since, restore
 from deploy.serving.answers.host import Host
 from state.errors import BackupError
 from state.events.identity import load_salt
@@ -53,7 +53,7 @@ def bring_back(loop: SmallLoop, backups: Path, kafka_lost: bool = False) -> Rest
         location.read_backup(place),
         By("ann", NOW_MS + 60_000),
         lambda more: None,
-        kafka_lost=kafka_lost,
+        Since(kafka_lost=kafka_lost),
     )
     loop.registry = Registry(loop.settings.registry_dir)
     return done

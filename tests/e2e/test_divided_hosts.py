@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from deploy.serving.requests.grpc_server import message
-from deploy.watch.address import serving_address
+from deploy.watch.scrape import serving_address
 from springtide_client import Client, ClientError
 from state.process.ports import free_port
 from tests.disks import forget_memory

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.experiments.start import first_control
+from deploy.experiments.commands import first_control
 from state.config.sections import RetrainSettings
 from state.errors import RegistryError
 from state.events.identity import load_salt

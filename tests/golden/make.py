@@ -36,7 +36,7 @@ import numpy as np
 from kafka import KafkaConsumer, TopicPartition
 from prometheus_client import CollectorRegistry
 
-from deploy.kafka.broker import Broker, free_port
+from deploy.local_kafka import Broker, free_port
 from deploy.replaying.shoppers import Population, ShopperCrowd
 from deploy.serving.answers.host import CAUGHT_UP_EXTRA
 from deploy.serving.applier import FETCH_S, Applier

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
-from deploy.children.supervisor import MALLOC
 from deploy.command_line import PROCESSES
 from deploy.console.server import Reading
 from deploy.serving.requests.access import OPEN, OPERATE, READ
 from deploy.serving.requests.endpoints import health_endpoints
+from deploy.supervisor import MALLOC
 from deploy.watch import scrape
 from state.config.settings import Settings
 from tests.laws.test_commands_documented import check

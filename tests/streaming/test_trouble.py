@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy.kafka.broker import Broker
+from deploy.local_kafka import Broker
 from state.accounts import StreamAccount, check_accounts
 from state.config.loading import load
 from state.config.settings import Settings

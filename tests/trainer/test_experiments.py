@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from deploy.experiments.commands import experiment
+from deploy.experiments.commands import copied_control, experiment
 from deploy.experiments.shadow import is_taken_over
-from deploy.experiments.start import copied_control
 from deploy.operate.erase import of_experiments
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock

@@ -14,7 +14,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy.serving.item_feed import SLOTS, clicked_at, entries_in
+from deploy.serving.host_files import SLOTS, clicked_at, entries_in
 from state.history.store import HistoryStore
 from state.ranking.item_scores import Workspace
 from state.rows.reader import RowReader, Served

@@ -19,7 +19,7 @@ from deploy.serving.answers.version import (
     VersionLoader,
     VersionRows,
 )
-from deploy.serving.notes import CLOCK_EXTRA, CONTROL_NOTE, MASK_NOTE, EventClock
+from deploy.serving.host_files import CLOCK_EXTRA, CONTROL_NOTE, MASK_NOTE, EventClock
 from springtide_client.answers import Clock, Engagement, Interest, Profile, Version
 from state.attributes.store import AttributeStore, ids_in, texts_in
 from state.attributes.values import SIDES, AttributeTable, tables_of

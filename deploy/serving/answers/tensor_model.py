@@ -18,7 +18,7 @@ from deploy.serving.answers.program import batch_of
 from deploy.serving.answers.query import LATEST_MS, Query
 from deploy.serving.answers.queue import MOST_AT_ONCE, StepQueue
 from deploy.serving.answers.version import LoadedVersion, named
-from deploy.serving.notes import CONTROL_NOTE
+from deploy.serving.host_files import CONTROL_NOTE
 from springtide_client.answers import Profile
 from state.errors import BadRequest, NotReady
 from state.metrics import WorkerMetrics

@@ -13,8 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploy.serving.answers.program import LoadedProgram
-from deploy.serving.notes import REFUSED_NOTE, item_extra, item_parts, name_extra, refused_versions
-from deploy.serving.version_files import read_program, read_spec
+from deploy.serving.host_files import (
+    REFUSED_NOTE,
+    item_extra,
+    item_parts,
+    name_extra,
+    read_program,
+    read_spec,
+    refused_versions,
+)
 from state.churn import STORED, ChurnWeights, weights_in
 from state.config.settings import Settings
 from state.errors import BadRequest, NotReady, SaltMismatch, SpecMismatch

@@ -12,8 +12,7 @@ import numpy as np
 
 from deploy.serving.following.parity import Parity
 from deploy.serving.following.remembered import Remembered
-from deploy.serving.item_feed import ItemFeed
-from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA, DAY_MS, SEEN, item_extra, item_value
+from deploy.serving.host_files import CAUGHT_UP_EXTRA, CLOCK_EXTRA, DAY_MS, SEEN, ItemFeed, item_extra, item_value
 from state.config.sections import HistorySettings
 from state.config.settings import Settings
 from state.errors import MicroBatchError, SaltMismatch, StoreFull, TruncatedLog

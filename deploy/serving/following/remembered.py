@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from deploy.serving.notes import DAY_MS, SEEN, item_extra, item_value, name_extra
+from deploy.serving.host_files import DAY_MS, SEEN, item_extra, item_value, name_extra
 from state.features.spec import Events
 from state.history.appends import Appends
 from state.history.store import HistoryStore

@@ -12,8 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE, REFUSED_NOTE, refused_versions
-from deploy.serving.version_files import VersionFiles, read_program
+from deploy.serving.host_files import (
+    CONTROL_NOTE,
+    MASK_NOTE,
+    REFUSED_NOTE,
+    VersionFiles,
+    read_program,
+    refused_versions,
+)
 from state import probe
 from state.config.settings import Settings
 from state.disk.lmdb_store import PAGES_MS

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import httpx
 
 from deploy.serving.answers.host import Host
-from deploy.serving.following.erasing import name_of
+from deploy.serving.host_files import name_of
 from deploy.serving.requests.forwarding import (
     MANY,
     ROUTES,

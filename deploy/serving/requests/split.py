@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 import httpx
 import msgspec
 
-from deploy.serving.exposures import ExposureSpool
+from deploy.serving.host_files import ExposureSpool
 from deploy.serving.requests.forwarding import (
     MANY,
     ROUTES,

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy.serving.notes import item_extra, item_value
+from deploy.serving.host_files import item_extra, item_value
 from state.config.settings import Settings
 from state.events.identity import load_salt, public_id, user_id
 from state.features.spec import EVENT, FeatureSpec

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from deploy.backup import serving_start
-from deploy.serving.notes import CLOCK_EXTRA, item_extra, item_value, name_extra
+from deploy.serving.host_files import CLOCK_EXTRA, item_extra, item_value, name_extra
 from state.events.identity import load_salt
 from state.features.spec import EVENT
 from state.history.appends import Appends

@@ -12,8 +12,7 @@ import pytest
 
 from deploy.console.server import Console, RequestGuard, access_of, open_to_read
 from deploy.serving.requests.access import OPERATE, READ, tokens_in
-from deploy.serving.requests.connections import ConnectionLimits
-from deploy.serving.requests.server import DrainingServer, listen
+from deploy.serving.requests.server import ConnectionLimits, DrainingServer, listen
 from state.config.loading import load
 from state.config.settings import Settings
 from state.process.ports import free_port

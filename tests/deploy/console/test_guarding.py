@@ -17,7 +17,7 @@ from deploy.console import server
 from deploy.serving.requests.access import OPERATE, READ, tokens_in
 from deploy.startup import prometheus
 from deploy.watch import scrape
-from deploy.watch.address import console_address
+from deploy.watch.scrape import console_address
 from state import metrics
 from state.config.loading import load
 from state.process.ports import free_port

@@ -10,7 +10,7 @@ import pytest
 
 from deploy.experiments.rollout import HOLD_MS, RolloutDriver
 from deploy.serving.applier import ExposureForwarder
-from deploy.serving.exposures import FILE_MS, SETTLED_MS, ExposureSpool, make_room
+from deploy.serving.host_files import FILE_MS, SETTLED_MS, ExposureSpool, make_room
 from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import UnknownTopic

@@ -11,8 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from deploy.experiments import status
-from deploy.experiments.host import remove
-from deploy.experiments.processes import EXPERIMENTS, ROLLOUT_HOST, plans
+from deploy.experiments.processes import EXPERIMENTS, ROLLOUT_HOST, plans, remove
 from deploy.watch.scrape import Scrape, parsed
 from state import layout
 from state.config.loading import load

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -16,9 +17,9 @@ import pytest
 import yaml
 
 from deploy import java_jars
-from deploy.flink import command, jars
-from deploy.flink.cluster import EMPTIED, FIXED, configuration, ports, process_plans
-from deploy.flink.jars import SERVICES, merge
+from deploy.flink import command
+from deploy.flink.command import EMPTIED, FIXED, configuration, ports, process_plans
+from deploy.java_jars import FLINK, SERVICES, Product, merge, merged_jar
 from state.config.sections import FlinkSettings
 from state.disk.lock import DirectoryLock
 from state.errors import FlinkFailed
@@ -167,7 +168,7 @@ def jar(path: Path, files: dict[str, str]) -> Path:
 
 
 @pytest.fixture
-def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Product:
     """A lock file with two jars that are there."""
     found = {
         "org.a:one:1": jar(tmp_path / "one.jar", {"a/One.class": "1", f"{SERVICES}a.Store": "a.One\n"}),
@@ -176,12 +177,12 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(java_jars, "_repository", lambda: found.__getitem__)
     lock = tmp_path / "jars.lock"
     java_jars.write(lock, {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in found.items()})
-    return lock
+    return replace(FLINK, lock=lock)
 
 
 def test_the_lock_file_has_what_a_cluster_is_made_of() -> None:
-    locked = java_jars.locked(jars.LOCK)
-    assert set(jars.CONSISTS_OF) <= set(locked)
+    locked = java_jars.locked(FLINK.lock)
+    assert set(java_jars.CONSISTS_OF) <= set(locked)
     assert [digest for digest in locked.values() if not re.fullmatch(r"[0-9a-f]{64}", digest)] == []
     for part in ("flink-runtime", "flink-streaming-java", "flink-rpc-akka-loader", "beam-runners-java-job-service"):
         assert any(name.split(":")[1] == part for name in locked), part
@@ -202,20 +203,20 @@ def test_services_of_all_jars_are_found_and_the_first_of_two_files_counts(tmp_pa
         assert merged.read(f"{SERVICES}a.Store") == b"a.One\na.Two\n"
 
 
-def test_it_is_merged_once_and_again_where_it_is_damaged(repository: Path, tmp_path: Path) -> None:
+def test_it_is_merged_once_and_again_where_it_is_damaged(repository: Product, tmp_path: Path) -> None:
     said: list[str] = []
-    made = jars.merged_jar(said.append, tmp_path / "cache", repository)
+    made = merged_jar(said.append, tmp_path / "cache", repository)
     whole = made.read_bytes()
     assert len(said) == 1 and "merging 2 jars" in said[0]
-    assert jars.merged_jar(said.append, tmp_path / "cache", repository) == made
+    assert merged_jar(said.append, tmp_path / "cache", repository) == made
     assert len(said) == 1
     made.write_bytes(whole[:-1])
-    assert jars.merged_jar(said.append, tmp_path / "cache", repository).read_bytes() == whole
+    assert merged_jar(said.append, tmp_path / "cache", repository).read_bytes() == whole
     assert len(said) == 2
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".jar", ".sha256"]
 
 
-def test_without_room_for_the_merged_one_the_error_says_where(repository: Path, tmp_path: Path) -> None:
+def test_without_room_for_the_merged_one_the_error_says_where(repository: Product, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("no directory")
     with pytest.raises(FlinkFailed, match=r"cannot be merged .*access rights of .*cache"):
-        jars.merged_jar(print, tmp_path / "cache", repository)
+        merged_jar(print, tmp_path / "cache", repository)

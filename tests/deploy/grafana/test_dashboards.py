@@ -14,15 +14,16 @@ from grafana_foundation_sdk.cog import plugins
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import dashboard, units
 
-from deploy.grafana.__main__ import DATASOURCE_UID, FOLDER, load, queries, render
+from deploy.grafana.__main__ import FOLDER, load, render
 from tests import runbook
+from tests.dashboards import queries
 from tests.promql import misused
 from tests.rules import ALERTS
 
 GRAFANA = Path(__file__).parents[3] / "deploy" / "grafana"
 SOURCE = load()
 DOCUMENTS: dict[str, dict[str, Any]] = {path.name: json.loads(path.read_text()) for path in FOLDER.glob("*.json")}
-PANELS = [panel for made in SOURCE.dashboards for panel in made.panels()]
+PANELS = [panel for made in SOURCE.dashboards for row in made.rows for panel in row.panels]
 UNITS = {value for name, value in vars(units).items() if name[0].isupper()}
 ANCHORS = {section.anchor for section in runbook.SECTIONS.values()}
 
@@ -43,7 +44,7 @@ def missing(written: Any, read: Any, path: str = "") -> list[str]:
 
 
 def test_each_file_is_what_the_source_renders() -> None:
-    rendered = {made.file: render(made, SOURCE.annotations) for made in SOURCE.dashboards}
+    rendered = {made.file: render(made, SOURCE) for made in SOURCE.dashboards}
     assert {path.name: path.read_text() for path in FOLDER.glob("*.json")} == rendered, "python -m deploy.grafana"
     uids = [made.uid for made in SOURCE.dashboards]
     assert len(set(uids)) == len(uids)
@@ -74,7 +75,8 @@ def test_provisioning_has_the_datasource_and_its_scrape_interval() -> None:
     (provider,) = yaml.safe_load((GRAFANA / "provisioning/dashboards/springtide.yml").read_text())["providers"]
     scrape = yaml.safe_load((GRAFANA.parent / "prometheus/prometheus.yml").read_text())["global"]["scrape_interval"]
     assert provider["type"] == "file" and provider["options"]["path"] == "${SPRINGTIDE_DASHBOARDS}"
-    assert (source["type"], source["uid"]) == ("prometheus", DATASOURCE_UID)
+    (first,) = SOURCE.common["templating"]["list"]
+    assert (source["type"], source["uid"]) == ("prometheus", first["current"]["value"])
     assert source["jsonData"]["timeInterval"] == scrape, "rates cover four scrapes"
 
 
@@ -114,7 +116,7 @@ def test_a_panel_has_a_known_unit_full_sentences_and_a_section_of_the_runbook() 
         assert set(panel.dashed) <= panel.queries.keys(), panel.title
         assert bool(panel.states) == (panel.kind == "state-timeline"), panel.title
     for made in SOURCE.dashboards:
-        titles = [panel.title for panel in made.panels()]
+        titles = [panel.title for row in made.rows for panel in row.panels]
         assert len(set(titles)) == len(titles), made.title
 
 

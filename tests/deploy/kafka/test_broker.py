@@ -15,10 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from deploy.java_jars import Product, locked
-from deploy.kafka import broker as broker_module
-from deploy.kafka.broker import Broker
-from deploy.kafka.jars import KAFKA
+from deploy import local_kafka as broker_module
+from deploy.java_jars import KAFKA, Product, locked
+from deploy.local_kafka import Broker
 from state.errors import KafkaFailed, PortTaken
 from state.process.ports import free_port
 from tests.one_kafka import Running
@@ -74,7 +73,7 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypa
 
 CHILD = """
 import sys
-from deploy.kafka.broker import Broker
+from deploy.local_kafka import Broker
 broker = Broker(sys.argv[1], int(sys.argv[2]), heap_mb=192).start()
 print(broker.pid, flush=True)
 sys.stdin.read()

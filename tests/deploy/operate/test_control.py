@@ -7,7 +7,8 @@ import shlex
 
 import pytest
 
-from deploy.operate import masking, times
+from deploy import formats
+from deploy.operate import masking
 from deploy.sections import held_text, held_update
 from state.config.loading import load
 from state.errors import CorruptVersion, SettingsError, UnfitMask, UnfitVersion, UnknownVersion
@@ -166,13 +167,13 @@ def test_release_and_resume_let_go_what_is_held(operator: Operator) -> None:
 @pytest.mark.parametrize("text", ["yesterday", "", "-5", "-5y", "12:00"])
 def test_a_time_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(SettingsError, match="ISO 8601"):
-        times.parse_time(text, NOW_MS)
+        formats.parse_time(text, NOW_MS)
 
 
 @pytest.mark.parametrize("text", ["now", "now..10m", "5..5"])
 def test_a_range_of_times_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(SettingsError, match="--skip-time"):
-        times.parse_times(text, NOW_MS)
+        formats.parse_times(text, NOW_MS)
 
 
 def test_a_place_needs_one_clear_topic() -> None:

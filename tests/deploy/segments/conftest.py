@@ -18,7 +18,7 @@ from deploy.segments.process import SegmentKeeper
 from deploy.serving.answers.predictor import Predictor
 from deploy.serving.answers.predictor import Stores as HostStores
 from deploy.serving.following.clicks import HistoryFollower
-from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
+from deploy.serving.host_files import CONTROL_NOTE, MASK_NOTE
 from state.config.sections import SegmentSettings
 from state.config.settings import Settings
 from state.events.identity import Salt, public_id, user_id

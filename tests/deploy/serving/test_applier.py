@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors.numpy import save
 
-from deploy.serving.notes import VERSIONS
+from deploy.serving.host_files import VERSIONS
 from state.disk.files import exchange
 from state.layout import CURRENT, ROWS
 from state.registry.control import start

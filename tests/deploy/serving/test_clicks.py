@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from deploy.serving.following.clicks import HistoryFollower
-from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA
+from deploy.serving.host_files import CAUGHT_UP_EXTRA, CLOCK_EXTRA
 from state.config.sections import Events as EventSettings
 from state.config.sections import Paths
 from state.config.settings import Settings

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deploy.serving.applier import LogCheck
-from deploy.serving.notes import CLICKS, NOTE_MS, VERSIONS, Currency
+from deploy.serving.host_files import CLICKS, NOTE_MS, VERSIONS, Currency
 from state.layout import CURRENT
 from tests.deploy.serving.http_api.test_app import app_of, ask
 from tests.deploy.serving.stocked import NOW_MS, Stores

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from deploy.serving.following.erasing import HostErasures
+from deploy.serving.applier import HostErasures
 from state.features.erased import Erased, MaskedUsers
 from state.features.spec import FeatureSpec
 from state.layout import ROWS

@@ -19,7 +19,7 @@ from safetensors.numpy import save
 
 from deploy.serving.answers.tensor_model import labels_of
 from deploy.serving.following.versions import VersionFollower
-from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
+from deploy.serving.host_files import CONTROL_NOTE, MASK_NOTE
 from state.config.sections import Paths, ServingSettings
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec, Mask

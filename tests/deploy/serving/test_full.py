@@ -13,7 +13,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from deploy.serving.applier import CLICKS, Applier
-from deploy.serving.notes import item_extra
+from deploy.serving.host_files import item_extra
 from state.config.sections import Attributes
 from state.config.settings import Settings
 from state.events.identity import Salt

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploy.serving.notes import CLOCK_EXTRA, item_extra
+from deploy.serving.host_files import CLOCK_EXTRA, item_extra
 from state.features.mask import ClickColumns, Mask
 from state.microbatch.codec import decode, encode
 from state.process import killpoints

@@ -13,9 +13,8 @@ import pytest
 from deploy.serving.answers.predictor import Predictor
 from deploy.serving.answers.program import LoadedProgram
 from deploy.serving.answers.query import Query
-from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
+from deploy.serving.host_files import CONTROL_NOTE, MASK_NOTE, VersionFiles, read_program
 from deploy.serving.requests.http import encode
-from deploy.serving.version_files import VersionFiles, read_program
 from springtide_client.answers import Profile
 from state.errors import CorruptVersion, NotReady, ProgramError, SaltMismatch, SpecMismatch
 from state.events.identity import public_id, user_id

@@ -11,7 +11,7 @@ import pytest
 from deploy.serving.answers.version import Catalogue
 from deploy.serving.following import remembered
 from deploy.serving.following.remembered import Remembered
-from deploy.serving.notes import DAY_MS, SEEN, item_extra, name_extra
+from deploy.serving.host_files import DAY_MS, SEEN, item_extra, name_extra
 from state.features.spec import EVENT, Events
 from state.history.appends import Appends
 from state.history.store import HistoryStore

@@ -23,8 +23,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from deploy.serving.answers.host import Host
-from deploy.serving.requests.connections import ConnectionLimits
-from deploy.serving.requests.server import DrainingServer
+from deploy.serving.requests.server import ConnectionLimits, DrainingServer
 from deploy.serving.rest import COUNTER_BYTES, KINDS, App, make_counters
 from deploy.watch import scrape
 from state.events.identity import Salt

@@ -19,7 +19,7 @@ from deploy.sections import history_snapshots
 from deploy.serving.following.clicks import HistoryFollower
 from deploy.serving.following.parity import WHOLE_EXTRA
 from deploy.serving.following.snapshots import SnapshotTaker, load_if_behind
-from deploy.serving.notes import CAUGHT_UP_EXTRA, name_extra
+from deploy.serving.host_files import CAUGHT_UP_EXTRA, name_extra
 from state.config.sections import HistorySettings, Kafka, Paths, StorageSettings
 from state.config.settings import Settings
 from state.events.identity import fingerprint_at

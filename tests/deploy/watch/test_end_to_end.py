@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from deploy import probe
-from deploy.probe import NEVER, Passage, Sent, Stopwatch, action_of, click_of
+from deploy.probe import NEVER, Passage, ProbedLoop, Sent, Stopwatch, action_of, click_of
 from deploy.startup.steps import ports, process_plans
 from springtide_client import ClientError, Profile, Refused, Unreachable, Version
 from state.config.sections import Events, LabelSettings, ProbeSettings
@@ -67,7 +67,8 @@ class Loop:
         self.now_s += wait_s
 
     def time(self, settings: Settings = SETTINGS) -> Passage:
-        watch = Stopwatch(settings, self.send, self.ask, lambda: 1_000, lambda: self.now_s, self.sleep)
+        loop = ProbedLoop(self.send, self.ask)
+        watch = Stopwatch(settings, loop, lambda: 1_000, lambda: self.now_s, self.sleep)
         return watch.time(USER)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.flink.cluster import end_jobs
+from deploy.flink.command import end_jobs
 from state.config.settings import Settings
 from state.flink import JobManager, url
 from state.log import Topics

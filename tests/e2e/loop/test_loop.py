@@ -13,7 +13,7 @@ import grpc
 
 from deploy.serving.requests.grpc_server import message
 from deploy.watch import accounts
-from deploy.watch.address import serving_address
+from deploy.watch.scrape import serving_address
 from state.attributes.values import tables_of
 from state.events.identity import load_salt, public_id, user_id
 from state.log import Reader, Topics, Writer

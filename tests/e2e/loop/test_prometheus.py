@@ -10,12 +10,13 @@ import time
 import promql_parser as promql
 import pytest
 
-from deploy.grafana.__main__ import load, queries
+from deploy.grafana.__main__ import load
 from deploy.watch import scrape
 from state import metrics
 from state.log import Writer
 from state.process.wall_clock import wall_ms
 from tests import rules
+from tests.dashboards import queries
 from tests.e2e.running import Loop, until
 from tests.e2e.watching import Watching
 from tests.promql import selectors

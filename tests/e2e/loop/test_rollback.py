@@ -7,7 +7,7 @@ import time
 import psutil
 import pytest
 
-from deploy.watch.address import serving_address
+from deploy.watch.scrape import serving_address
 from tests.e2e.client import Client
 from tests.e2e.running import Loop, until
 

@@ -17,7 +17,7 @@ import pytest
 from playwright.sync_api import Browser, expect
 
 from deploy.experiments import status as experiments
-from deploy.watch.address import serving_address
+from deploy.watch.scrape import serving_address
 from state.experiments.experiment import Experiments, Schedule
 from state.experiments.exposure import LIVE, TRIAL
 from state.experiments.past import read_past

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from deploy.kafka.broker import Broker
+from deploy.local_kafka import Broker
 from state.config.sections import Kafka
 from state.log import Topics
 from tests.conftest import KafkaFactory

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from deploy.kafka import broker as java
-from deploy.kafka.broker import properties
-from deploy.kafka.jars import KAFKA
+from deploy import local_kafka as java
+from deploy.java_jars import KAFKA
+from deploy.local_kafka import properties
 from state.config.sections import Kafka
 from state.errors import LogError, UnreachableBroker
 from state.log import Reader, Topics, Writer, client_options

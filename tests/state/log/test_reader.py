@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from deploy.kafka.broker import Broker
+from deploy.local_kafka import Broker
 from state.config.sections import Kafka
 from state.errors import TruncatedLog, UnknownTopic, UnreachableBroker
 from state.log import Log, Reader, Topics, Writer, client_options

@@ -12,7 +12,7 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 from uvicorn.server import ServerState
 
-from deploy.serving.requests.connections import BoundedConnection, ConnectionLimits
+from deploy.serving.requests.server import BoundedConnection, ConnectionLimits
 from state.metrics import WorkerMetrics
 
 LIMITS = ConnectionLimits(head_bytes=2000, timeout_s=10.0, connections=100)

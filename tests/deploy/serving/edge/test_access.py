@@ -24,7 +24,7 @@ from deploy.serving.requests.access import (
     tokens_in,
 )
 from deploy.watch import scrape
-from deploy.watch.address import serving_address
+from deploy.watch.scrape import serving_address
 from state.config.sections import ServingSettings
 from state.config.settings import Settings
 from state.errors import Forbidden, SettingsError, Unauthorized

@@ -11,8 +11,8 @@ from typing import Any, cast
 import pytest
 import uvloop
 
-from deploy.serving.requests.connections import BoundedConnection
 from deploy.serving.requests.http import Response, answer
+from deploy.serving.requests.server import BoundedConnection
 from tests.deploy.serving.edge.listening import LIMITS, Listening, listening, read
 
 GET = b"GET /%d HTTP/1.1\r\nhost: a\r\n\r\n"

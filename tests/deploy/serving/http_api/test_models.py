@@ -12,7 +12,7 @@ import pytest
 
 from deploy.serving.answers.program import LoadedProgram
 from deploy.serving.answers.tensor_model import MOST_ROWS
-from deploy.serving.notes import CONTROL_NOTE
+from deploy.serving.host_files import CONTROL_NOTE
 from deploy.serving.rest import App
 from tests.deploy.serving.http_api.test_app import app_of, ask
 from tests.deploy.serving.stocked import NOW_MS, Stores, digest_of, manifest, tensors

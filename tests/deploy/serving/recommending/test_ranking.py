@@ -12,7 +12,7 @@ from deploy.serving.answers.items import UserPairs, over_caps, rank
 from deploy.serving.answers.predictor import Predictor
 from deploy.serving.answers.query import Cap, NamedItem, Query
 from deploy.serving.answers.queue import finished
-from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
+from deploy.serving.host_files import CONTROL_NOTE, MASK_NOTE
 from springtide_client.answers import LeftOutItem
 from state.attributes.store import AttributeStore
 from state.events.identity import Salt, public_id, user_id

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy.serving import item_feed
+from deploy.serving import host_files
 from deploy.serving.answers import item_index as module
 from deploy.serving.answers.item_index import ClickedItems
 from deploy.serving.following.remembered import Remembered
-from deploy.serving.item_feed import ItemFeed
+from deploy.serving.host_files import ItemFeed
 from state.features.spec import EVENT, Events
 from state.history.appends import Appends
 from state.history.store import HistoryStore
@@ -67,7 +67,7 @@ def test_items_are_ordered_by_their_clicks_and_later_ones_count_more(store: Hist
 def test_a_worker_that_starts_later_knows_what_users_clicked_last(
     store: HistoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(item_feed, "SLOTS", 2)
+    monkeypatch.setattr(host_files, "SLOTS", 2)
     monkeypatch.setattr(module, "SLOTS", 2)
     kept = Remembered(store, 90, 100)
     for item in range(1, 6):
@@ -99,6 +99,6 @@ def test_a_store_begun_anew_is_followed_from_its_beginning(store: HistoryStore, 
     for _ in range(3):
         take(kept, store, NOW_MS, (1, 7))
     settled(clicked)
-    store.commit(Appends.none(), (), {item_feed.FEED: None})
+    store.commit(Appends.none(), (), {host_files.FEED: None})
     take(Remembered(store, 90, 100), store, NOW_MS, (5, 7))
     assert 5 in settled(clicked).best(7, 10)

@@ -15,9 +15,8 @@ import psutil
 import pytest
 from prometheus_client import CollectorRegistry
 
-from deploy.children import supervisor as supervising
-from deploy.children.ending import last_line
-from deploy.children.supervisor import LogFile, LogPump, ProcessPlan, Supervisor
+from deploy import supervisor as supervising
+from deploy.supervisor import LogFile, LogPump, ProcessPlan, Supervisor, last_line
 from state.config.loading import load
 from state.errors import ProcessFailed
 from state.metrics import SupervisorMetrics
@@ -202,7 +201,7 @@ def test_processes_are_told_how_to_keep_memory_unless_the_caller_says_otherwise(
 def test_children_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     code = f"""
 import os, pathlib, sys, time
-from deploy.children.supervisor import ProcessPlan, Supervisor
+from deploy.supervisor import ProcessPlan, Supervisor
 from prometheus_client import CollectorRegistry
 from state.metrics import SupervisorMetrics
 supervisor = Supervisor(pathlib.Path({str(tmp_path)!r}), os.environ, print, SupervisorMetrics(CollectorRegistry()))

@@ -17,8 +17,8 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from deploy.children.ending import end
-from deploy.kafka.jars import KAFKA
+from deploy.java_jars import KAFKA
+from deploy.supervisor import end
 from state.errors import KafkaFailed, reason_of
 from state.process.ending import die_with
 from state.process.ports import HOST, Port, free_port, listens, require_ports
@@ -51,7 +51,7 @@ def properties(port: int, controller_port: int, data_dir: Path, retention_h: flo
 
 QUOTED_LINES = 5
 
-_HERE = Path(__file__).parent
+_HERE = Path(__file__).with_name("kafka")
 FULL_BYTES = 1 << 20
 LEAST_FREE_BYTES = 64 * 1024 * 1024
 STARTED = "Kafka Server started"

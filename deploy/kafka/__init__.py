@@ -1,1 +1,0 @@
-"""Apache Kafka on one machine: a real broker without a JDK, Maven or Docker."""
