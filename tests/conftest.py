@@ -21,8 +21,8 @@ from tests.one_kafka import OneKafka, Running, ask
 
 KafkaFactory = Callable[..., Kafka]
 
-TOGETHER = ("tests/e2e/loop/", "tests/laws/")
-"""The tests of the running loop, so that it is started once, and the laws, so that sources are parsed once."""
+TOGETHER = ("tests/e2e/loop/", "tests/laws/", "tests/trainer/privacy/")
+"""Tests that share what is made once in a process: the running loop, parsed sources, and a trainer whose tracing takes seconds."""
 FIRST = ("tests/e2e/loop/", "tests/e2e/", "tests/streaming/", "tests/conformance/", "tests/trainer/", "tests/deploy/")
 """Folders by the time that one of their files takes."""
 KAFKA = pytest.StashKey[OneKafka]()
