@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-from tensorflow_transform.tf_metadata.schema_utils import schema_as_feature_spec
 
 from state.config.loading import load
 from state.config.sections import Model
@@ -328,6 +327,8 @@ def test_a_label_that_came_later_is_in_the_example_of_its_impression_and_one_wit
 
 
 def test_the_schema_beside_them_describes_every_feature(made: tuple[Path, Settings, str]) -> None:
+    from tensorflow_transform.tf_metadata.schema_utils import schema_as_feature_spec
+
     folder, settings, _ = made
     described = schema(FeatureSpec.from_settings(settings), 1)
     assert (folder / "examples" / "schema.pbtxt").read_text() == str(described)
