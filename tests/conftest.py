@@ -21,12 +21,14 @@ from tests.one_kafka import OneKafka, Running, ask
 
 KafkaFactory = Callable[..., Kafka]
 
-TOGETHER = ("tests/e2e/loop/", "tests/laws/")
-"""The tests of the running loop, so that it is started once, and the laws, so that sources are parsed once."""
-FIRST = ("tests/e2e/loop/", "tests/e2e/", "tests/streaming/", "tests/conformance/", "tests/trainer/", "tests/deploy/")
+LOOP = "tests/e2e/loop/"
+TOGETHER = (LOOP, "tests/laws/", "tests/trainer/privacy/")
+"""Tests that share what is made once in a process: the running loop, parsed sources, and a trainer whose tracing takes seconds."""
+FIRST = (LOOP, "tests/e2e/", "tests/streaming/", "tests/conformance/", "tests/trainer/", "tests/deploy/")
 """Folders by the time that one of their files takes."""
 KAFKA = pytest.StashKey[OneKafka]()
 FORKS = pytest.StashKey[forked.Server]()
+YIELDS = pytest.StashKey[bool]()
 # A busy machine makes slow examples of all of them.
 for profile, examples in (("quick", 40), ("thorough", 300)):
     property_tests.register_profile(
@@ -79,6 +81,15 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         forked.use(config.workerinput["forks"])
     config.add_cleanup(forked.stop)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Lets all test processes but that of the running loop yield to it: it costs half a core for as long as it runs."""
+    config = item.config
+    if hasattr(config, "workerinput") and YIELDS not in config.stash:
+        config.stash[YIELDS] = group(item.nodeid) != LOOP
+        if config.stash[YIELDS]:
+            os.nice(5)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -7,6 +7,7 @@ An event is five 64-bit words, the bytes of `EVENT`: time, category, item, offse
 from __future__ import annotations
 
 import decimal
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,7 +53,7 @@ def recency_step(age: int) -> int:
     return min(8 * shift + (age >> shift), NEVER - 1)
 
 
-def ages_of_steps(longest_ms: int) -> list[int]:
+def ages_of_steps(longest_ms: int) -> tuple[int, ...]:
     """The minimum age of each step of the quantiser, in units, up to the step of `longest_ms`.
 
     >>> ages = ages_of_steps(604_800_000)
@@ -60,17 +61,19 @@ def ages_of_steps(longest_ms: int) -> list[int]:
     (905, True)
     """
     steps = quantise(longest_ms >> 10) + 1
-    return [q if q < EXACT else (q % 64 + 64) << (q // 64 - 1) for q in range(steps)]
+    return tuple(q if q < EXACT else (q % 64 + 64) << (q // 64 - 1) for q in range(steps))
 
 
-def decay_column(half_life_s: int, ages: list[int]) -> list[int]:
+@functools.lru_cache(maxsize=64)
+def decay_column(half_life_s: int, ages: tuple[int, ...]) -> tuple[int, ...]:
     """65536 * 2^(-age / half life) for ages in units of 1.024 s.
 
-    Decimal arithmetic is correctly rounded everywhere; a platform's exp2 is not.
+    Decimal arithmetic is correctly rounded everywhere; a platform's exp2 is not. It takes some 15 ms, so specs that
+    share a half-life share the result.
     """
     with decimal.localcontext(decimal.Context(prec=34)):
         rate = -decimal.Decimal(2).ln() * 1024 / (1000 * half_life_s)
-        return [int((65536 * (rate * age).exp()).to_integral_value()) for age in ages]
+        return tuple(int((65536 * (rate * age).exp()).to_integral_value()) for age in ages)
 
 
 class Tables(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import re
 import shlex
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ DOCUMENTS = sorted(
     path for path in ROOT.rglob("*.md") if not any(part[0] == "." for part in path.relative_to(ROOT).parts)
 )
 REFUSED = "springtide: "
+whole_parser = functools.cache(parser)
+"""The parser of the command line; it takes some 20 ms to build."""
 
 
 class Shown(NamedTuple):
@@ -55,7 +58,7 @@ def shown(program: str) -> Iterator[Shown]:
 def check(words: list[str]) -> None:
     """Refuses a line as `springtide` would, before anything starts."""
     flags, rest = split_settings(words)
-    asked, unknown = parser().parse_known_args(with_times(rest))
+    asked, unknown = whole_parser().parse_known_args(with_times(rest))
     if asked.command in OWN_HELP:
         options = set(re.findall(r"--?[a-z][a-z-]*", own_helps()[asked.command]))
         unknown = [word for word in unknown if word.startswith("-") and word.partition("=")[0] not in options]
@@ -95,7 +98,7 @@ def test_every_make_target_shown_is_there() -> None:
 
 
 def test_every_command_named_in_a_sentence_is_there() -> None:
-    known = {name for action in parser()._actions for name in (action.choices or ()) if action.dest == "command"}
+    known = {name for action in whole_parser()._actions for name in (action.choices or ()) if action.dest == "command"}
     named = [
         (name(path), command)
         for path in DOCUMENTS
@@ -153,7 +156,7 @@ UNITS = {"_ms": {"ms"}, "_s": {"s"}, "_h": {"h"}, "_d": {"d"}, "_bytes": {"bytes
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:
-    (found,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
+    (found,) = (action for action in whole_parser()._actions if isinstance(action, argparse._SubParsersAction))
     return dict(found.choices)
 
 

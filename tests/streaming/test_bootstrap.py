@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-from tensorflow_transform.tf_metadata.schema_utils import schema_as_feature_spec
 
 from state.config.loading import load
 from state.config.sections import Model
@@ -35,6 +34,7 @@ from streaming.preprocessing import CLIP, analysed, preprocessing_fn
 from streaming.rows import Rows
 from streaming.steps import Handle, ParseEvents
 from tests.conftest import KafkaFactory
+from tests.trainer.logs import write_transform
 
 START_MS = 1_790_000_000_000
 
@@ -312,15 +312,23 @@ def test_a_label_that_came_later_is_in_the_example_of_its_impression_and_one_wit
         "--labels.wait_s=120",
         f"--paths.state={tmp_path / 'state'}",
     ]
+    # As if an earlier run had analysed the clicks, which takes seconds.
+    settings = load(own, env={})
+    document = {"salt": load_salt(settings.salt_path).fingerprint}
+    Registry(settings.registry_dir).specs.add_spec(
+        FeatureSpec.from_settings(settings).digest, document, write_transform
+    )
     said = bootstrap(tmp_path / "clicks.csv", *own, "--examples", tmp_path / "examples")
     assert said[-1].endswith("; 1 impressions still waited for their label when the clicks ended")
     found = read_back(tmp_path)
     assert (found["offset"].tolist(), found["label"].tolist()) == ([0, 1], [1.0, 0.0])
-    visible = FeatureSpec.from_settings(load(own, env={})).names.index("events.visible")
+    visible = FeatureSpec.from_settings(settings).names.index("events.visible")
     assert found["features"][:, visible].tolist() == [0, 1]
 
 
 def test_the_schema_beside_them_describes_every_feature(made: tuple[Path, Settings, str]) -> None:
+    from tensorflow_transform.tf_metadata.schema_utils import schema_as_feature_spec
+
     folder, settings, _ = made
     described = schema(FeatureSpec.from_settings(settings), 1)
     assert (folder / "examples" / "schema.pbtxt").read_text() == str(described)

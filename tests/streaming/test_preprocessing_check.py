@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-import tensorflow_transform as tft
 
 from state.config.loading import load
 from state.config.sections import Model
@@ -25,6 +24,8 @@ Inputs = Mapping[str, Any]
 
 
 def buckets(inputs: Inputs) -> dict[str, Any]:
+    import tensorflow_transform as tft
+
     x = inputs["features"]
     quantiles = tft.quantiles(x, 4, 0.01, reduce_instance_dims=False)
     over = tf.cast(tf.expand_dims(x, 2) >= tf.expand_dims(quantiles, 0), tf.float32)
@@ -32,6 +33,8 @@ def buckets(inputs: Inputs) -> dict[str, Any]:
 
 
 def bucketized(inputs: Inputs) -> dict[str, Any]:
+    import tensorflow_transform as tft
+
     return {"features": tf.cast(tft.bucketize(inputs["features"][:, :1], 4), tf.float32)}
 
 
@@ -48,6 +51,8 @@ def over_the_batch(inputs: Inputs) -> dict[str, Any]:
 
 
 def compared_with_logarithms(inputs: Inputs) -> dict[str, Any]:
+    import tensorflow_transform as tft
+
     x = tf.math.log1p(inputs["features"])
     return {"features": tf.cast(x >= tft.quantiles(x, 8, 0.01, reduce_instance_dims=False)[:, 5], tf.float32)}
 

@@ -103,12 +103,12 @@ class Line:
 
 
 def test_versions_are_thinned_after_an_hour_and_again_after_a_day() -> None:
-    """Ten days of a version each two minutes, thinned each ten minutes as the trainer has it done."""
+    """Ten days of a version each five minutes, thinned each twenty minutes."""
     line, version, last = Line(), 1, ((1, 1),)
     tiers = replace(TIERS, load_bytes=5_000)
     end = 10 * DAY_MS
-    for now in range(0, end + 1, 600_000):
-        for at in range(now - 600_000 + 120_000, now + 1, 120_000):
+    for now in range(0, end + 1, 1_200_000):
+        for at in range(now - 1_200_000 + 300_000, now + 1, 300_000):
             if at >= 0:
                 version += 1
                 last = extend(last, version - 1, version)
@@ -118,7 +118,7 @@ def test_versions_are_thinned_after_an_hour_and_again_after_a_day() -> None:
             line.bases[version] = manifest(version, version - 1, now, last)
         line.thin(tiers, now)
     ages = sorted(end - one.created_at_ms for one in {**line.bases, **line.deltas}.values())
-    for longest, spacing in ((HOUR_MS, 120_000), (DAY_MS, 720_000), (7 * DAY_MS, HOUR_MS + 120_000)):
+    for longest, spacing in ((HOUR_MS, 300_000), (DAY_MS, 900_000), (7 * DAY_MS, HOUR_MS + 300_000)):
         within = [age for age in ages if age <= longest]
         assert max(after - before for before, after in pairwise(within)) <= spacing
     assert len([age for age in ages if HOUR_MS < age <= DAY_MS]) < 24 * 7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,6 +14,7 @@ from state import probe
 from state.log import Log
 from state.process.ports import free_port
 from state.registry.registry import Registry
+from tests import forked
 from tests.conftest import KafkaFactory
 from tests.e2e.parts import Part
 from tests.e2e.running import until
@@ -49,10 +51,10 @@ def test_a_second_start_learns_and_publishes_without_tensorflow(kafka_settings: 
 
     with ExitStack() as stack:
 
-        def trained(name: str, count: int) -> Part:
+        def trained(name: str, count: int, start: type[subprocess.Popen[bytes]]) -> Part:
             """A trainer that is given the records up to `count`, and has published what it learned of them."""
             learned, began_s = steps(), time.monotonic()
-            part = Part("trainer", settings, tmp_path / f"{name}.log")
+            part = Part("trainer", settings, tmp_path / f"{name}.log", start=start)
             stack.callback(part.kill)
             with log.writer(topic) as writer:
                 for value in RECORDS[learned:count]:
@@ -64,10 +66,10 @@ def test_a_second_start_learns_and_publishes_without_tensorflow(kafka_settings: 
             print(f"{name}: {took}, {psutil.Process(part.pid).memory_info().rss >> 20} MiB")
             return part
 
-        first = trained("first", 12)
+        first = trained("first", 12, forked.Popen)
         assert has_tensorflow(first) and "with TensorFlow" in first.said()
         assert first.stop() == 0
-        second = trained("second", 24)
+        second = trained("second", 24, subprocess.Popen)
         assert not has_tensorflow(second) and "without TensorFlow" in second.said(), second.said()
         assert second.stop() == 0
     manifests = [registry.manifest(number) for number in registry.versions()]

@@ -18,7 +18,7 @@ from state.registry.model_fit import former_specs, require_same_model
 from state.registry.registry import Registry
 from tests.memory_log import MemoryLog
 from tests.trainer.clicks import SPEC, microbatch, small_settings
-from tests.trainer.logs import ABOUT, account_in, append, learner, run_to_end, started, write_transform, written
+from tests.trainer.logs import ABOUT, account_in, append, learner, run_to_end, settle, started, write_transform, written
 from trainer import upgrade
 from trainer.engine.step import Trainer
 from trainer.learner import Learner
@@ -194,6 +194,7 @@ def test_learning_anew_starts_from_scratch_and_serving_waits_until_it_has_caught
     run_to_end(ours)
     while ours._publications.busy or ours.place.changed:
         ours.tick(0.0)
+        settle(ours)
     ours.tick(0.0)
     ours.close()
     assert trainers["hidden"].counters.steps == 6

@@ -12,8 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-import dp_accounting
-
 from state.registry.privacy_ledger import PrivacyPeriod
 
 COUNT_NOISE = 4.0
@@ -29,6 +27,9 @@ def epsilon_of(noise: float, delta: float) -> float:
     >>> round(epsilon_of(3.73, 1e-5), 3), epsilon_of(math.inf, 1e-5)
     (1.0, 0.0)
     """
+    # It loads SciPy's statistics, which takes a second and which a trainer without a budget does not need.
+    import dp_accounting
+
     return float(dp_accounting.get_epsilon_gaussian(noise, delta))
 
 
@@ -53,4 +54,6 @@ def noise_for(epsilon: float, delta: float, updates: int) -> float:
     >>> round(noise_for(1.0, 1e-5, 1), 2), round(noise_for(1.0, 1e-5, 16), 2)
     (3.85, 15.38)
     """
+    import dp_accounting
+
     return float(dp_accounting.get_sigma_gaussian(epsilon, delta)) * math.sqrt(updates * _OF_ONE)

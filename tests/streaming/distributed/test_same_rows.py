@@ -147,7 +147,8 @@ def outcome(shop: Shop, engine: Engine) -> Outcome:
     batch_events=st.integers(1, 20),
     masks=st.booleans(),
 )
-@settings(max_examples=20, deadline=None)
+# An example takes half a second.
+@settings(max_examples=settings().max_examples // 4, deadline=None)
 def test_however_it_is_divided_and_taken_back_the_rows_are_those_of_the_local_form(
     tmp_path_factory: pytest.TempPathFactory,
     log: list[Click],

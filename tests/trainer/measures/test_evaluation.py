@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from evaluation import measures
 from state.features.spec import FeatureSpec
-from tests.bench.quality import train, train_impressions
+from tests.bench.quality import train
 from tests.bench.recorded import CLICKS, KUAIRAND, kuairand_settings, micro_batches, read_impressions
 from trainer.engine.step import Trainer
 from trainer.measures.breakdown import DECILES
@@ -64,31 +66,36 @@ def test_recent_measures_forget_and_totals_do_not() -> None:
 
 pytestmark = pytest.mark.skipif(not KUAIRAND.exists(), reason="needs KuaiRand-Pure at ../shared/data/kuairand")
 
-STEPS = 8
+STEPS, JUDGED_STEPS = 20, 8
 LEARNED = 2 * 1024
 """Rows that are learned from before probabilities are held against shares."""
 
 F64 = npt.NDArray[np.float64]
 
 
+class Impressions(NamedTuple):
+    """Impressions that were learned from in one pass, `[n]` each: whether they were clicked, and the probability before."""
+
+    clicked: npt.NDArray[np.bool_]
+    predicted: F64
+
+
 @pytest.fixture(scope="module")
-def scored() -> tuple[F64, F64]:
-    """`[n]` float64 each: labels of impressions, and their probabilities before they were learned from."""
+def impressions() -> Impressions:
     settings = kuairand_settings()
     spec, recorded = FeatureSpec.from_settings(settings), read_impressions(settings)
     trainer = Trainer(settings, spec)
     batches = islice(micro_batches(recorded, spec, settings.events.action_weights), STEPS)
-    reports = [trainer.step(batch) for batch in batches]
-    pairs = [judged.pairs for report in reports for judged in report.judged]
-    labels = np.concatenate([part.positive.astype(np.float64) for part in pairs])
-    return labels[LEARNED:], np.concatenate([part.predicted for part in pairs])[LEARNED:]
+    pairs = [judged.pairs for batch in batches for judged in trainer.step(batch).judged]
+    return Impressions(*(np.concatenate([getattr(part, name) for part in pairs]) for name in ("positive", "predicted")))
 
 
 @pytest.mark.parametrize("decile", range(DECILES))
-def test_a_probability_is_the_share_of_those_who_engage(scored: tuple[F64, F64], decile: int) -> None:
+def test_a_probability_is_the_share_of_those_who_engage(impressions: Impressions, decile: int) -> None:
     """What a bid is multiplied with: in each tenth of the impressions by probability, within 0.05 beyond what chance allows
     at three deviations."""
-    label, predicted = scored
+    judged = slice(LEARNED, JUDGED_STEPS * 1024)
+    label, predicted = impressions.clicked[judged], impressions.predicted[judged]
     tenth = np.array_split(np.argsort(predicted, kind="stable"), DECILES)[decile]
     share = float(predicted[tenth].mean())
     chance = 3 * float(np.sqrt(share * (1 - share) / len(tenth)))
@@ -109,8 +116,8 @@ def test_one_pass_beats_the_previous_category_within_forty_steps() -> None:
     assert found["log_loss"] == pytest.approx(found["total.log_loss"], abs=1e-6)
 
 
-@pytest.mark.skipif(not KUAIRAND.exists(), reason="needs KuaiRand-Pure at ../shared/data/kuairand")
-def test_one_pass_over_impressions_predicts_clicks_within_twenty_steps() -> None:
-    found = train_impressions(steps=20)
-    assert found["auc"] > 0.68
-    assert found["log_loss"] < 0.63
+def test_one_pass_over_impressions_predicts_clicks_within_twenty_steps(impressions: Impressions) -> None:
+    clicked, predicted = impressions.clicked, impressions.predicted
+    assert len(clicked) == STEPS * 1024
+    assert measures.area_under_curve(impressions.predicted, clicked).value > 0.68
+    assert -np.log(np.where(clicked, predicted, 1.0 - predicted)).mean() < 0.63

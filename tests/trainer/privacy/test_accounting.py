@@ -1,4 +1,7 @@
-"""The privacy accountant, and the noise that it accounts for."""
+"""The privacy accountant, and the noise that it accounts for.
+
+SciPy's statistics are imported where they are used: the import takes a second of each test process.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,8 @@ import math
 import stat
 from pathlib import Path
 
-import dp_accounting
 import numpy as np
 import pytest
-from dp_accounting.pld import PLDAccountant
-from dp_accounting.rdp import RdpAccountant
-from scipy import optimize, stats
-from scipy.stats import norm
 
 from state.config.loading import load
 from state.errors import SettingsError
@@ -25,6 +23,9 @@ from trainer.privacy.history import own_key
 def exact(noise: float, delta: float) -> float:
     """Epsilon of normal noise in closed form (Balle and Wang 2018, theorem 8)."""
 
+    from scipy import optimize
+    from scipy.stats import norm
+
     def over(epsilon: float) -> float:
         a, b = 1 / (2 * noise), epsilon * noise
         return float(norm.cdf(a - b) - math.exp(epsilon + norm.logcdf(-a - b))) - delta
@@ -32,8 +33,10 @@ def exact(noise: float, delta: float) -> float:
     return float(optimize.brentq(over, 0.0, 200.0, xtol=1e-10))
 
 
-def one_by_one(periods: list[PrivacyPeriod]) -> dp_accounting.DpEvent:
+def one_by_one(periods: list[PrivacyPeriod]) -> object:
     """Each update of each period, gradient and counts, as an event of its own."""
+    import dp_accounting
+
     return dp_accounting.ComposedDpEvent(
         [
             dp_accounting.SelfComposedDpEvent(dp_accounting.GaussianDpEvent(noise), one.updates)
@@ -51,6 +54,9 @@ def test_one_update_costs_what_the_closed_form_says(noise: float, delta: float) 
 
 def test_updates_with_different_noise_cost_the_same_together_as_one_by_one() -> None:
     periods = [PrivacyPeriod(1, 0, 8, 6.0), PrivacyPeriod(1, 1, 8, 6.0), PrivacyPeriod(2, 1, 3, 11.0)]
+    from dp_accounting.pld import PLDAccountant
+    from dp_accounting.rdp import RdpAccountant
+
     found = spent(periods, 1e-6)
     pld, rdp = PLDAccountant(value_discretization_interval=2e-3), RdpAccountant()
     for accountant in (pld, rdp):
@@ -90,6 +96,8 @@ def test_the_noise_is_normal_in_mean_variance_tails_and_shape(seed: int) -> None
     found = Noise(bytes([seed] * 32)).normal("a name", COUNT)
     assert abs(found.mean()) < 5 / np.sqrt(COUNT)
     assert abs(found.var() - 1.0) < 5 * np.sqrt(2 / COUNT)
+    from scipy import stats
+
     assert stats.kstest(found, "norm").pvalue > 1e-4
     assert 4.0 < np.abs(found).max() < 8.6
     # The two of a pair have nothing to do with each other, nor have their squares.

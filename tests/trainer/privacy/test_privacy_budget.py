@@ -13,6 +13,7 @@ from state.errors import RegistryError, SettingsError
 from state.features.erased import MaskedUsers
 from state.features.mask import Mask
 from state.log import Log
+from state.microbatch.codec import decode, encode
 from state.registry import privacy_ledger
 from state.registry.control import erase, roll_back
 from state.registry.directory import Directory
@@ -20,18 +21,25 @@ from state.registry.privacy_ledger import PrivacyLedger
 from state.registry.registry import Registry
 from tests.trainer.clicks import microbatch
 from tests.trainer.logs import LOG, append, bits_of, kill, learner, started, trainer_of, with_weight, written
-from tests.trainer.privacy.batches import at, settings, shared
+from tests.trainer.privacy.batches import CONTEXT, at, settings, shared
 from trainer.learner import Learner
 
-RECORDS = [microbatch(number) for number in range(14)]
+
+def with_context(number: int) -> bytes:
+    """Record `number` with a column of context, so that the trainer of the other tests, which is traced, learns it."""
+    batch = decode(microbatch(number))
+    return encode(batch.header, batch.columns | {"context": np.zeros((len(batch), len(CONTEXT) // 2), np.uint64)})
+
+
+RECORDS = [with_context(number) for number in range(14)]
 """Four in a period: 2.5 minutes of log time each."""
 
 
 def run(registry: Registry, log: Log, path: Path, *flags: str) -> Learner:
     """A learner at the end of the log, or where the budget ended."""
-    made = shared()
+    made = shared(*CONTEXT)
     made.clear()
-    running = learner(registry, log, *at(path), *flags, trainer=made)
+    running = learner(registry, log, *at(path), *CONTEXT, *flags, trainer=made)
     while not (running.caught_up or running._budget.held):
         running.tick(0.0)
     return running
