@@ -38,7 +38,8 @@ MOST_SLACK = 0.5
 
 FULL_S = 1.0
 """Least seconds between recent versions that carry a probe and changed item lists. Both cost the trainer and each host
-several ms, and most lists that change in one version change in the next one too."""
+several ms, and most lists that change in one version change in the next one too. Their measures are also shown as
+metrics, of which a scrape reads the newest ones only."""
 
 
 def interval_s(publish_s: float, late_s: float, idle: float) -> float:
@@ -215,9 +216,10 @@ class Publications:
         self._pace.published(published_s)
         if durable:
             self._saved_s = published_s
-        gauges.show_version(draft.metrics, self._trainer.tables, self._metrics)
-        gauges.show_quality(draft.metrics, self._metrics)
-        gauges.show_churn(draft.metrics, self._metrics)
+        if is_full:
+            gauges.show_version(draft.metrics, self._trainer.tables, self._metrics)
+            gauges.show_quality(draft.metrics, self._metrics)
+            gauges.show_churn(draft.metrics, self._metrics)
         if durable:
             gauges.show_slices(slices, self._metrics)
         return position.handed_over(durable)

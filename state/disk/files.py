@@ -6,6 +6,7 @@ The order is always: temporary file, fsync, rename, fsync of the directory.
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 import socket
@@ -125,7 +126,12 @@ def exchange(first: Path, second: Path) -> None:
 
 def owner_mark() -> str:
     """Host, pid and start time of this process, for names of temporary files; cleanup detects dead owners by it."""
-    return f"{HOST}@{os.getpid()}@{psutil.Process().create_time():.2f}"
+    return _mark_of(os.getpid())
+
+
+@functools.cache
+def _mark_of(pid: int) -> str:
+    return f"{HOST}@{pid}@{psutil.Process(pid).create_time():.2f}"
 
 
 def is_dead(mark: str) -> bool:

@@ -55,8 +55,8 @@ _FOLDERS: dict[Kind, str] = {
 }
 _CACHED = 64
 """Number of manifests kept in memory, about 33 kB each: the most recently used. Reading one again takes 0.1 ms."""
-# A directory that changes again within one tick of the file system's clock keeps its modification time.
-_TICK_NS = 100_000_000
+# A directory that changes again within one tick of the file system's clock, at most 10 ms, keeps its modification time.
+_TICK_NS = 20_000_000
 
 _log = logging.getLogger(__name__)
 
@@ -88,6 +88,7 @@ class Numbers:
         self._changed_ns = -1
         self._last = 0
         self._parents: dict[int, int | None] = {}
+        self._parsed: dict[str, tuple[int, int | None] | None] = {}
 
     def good(self) -> tuple[int, ...]:
         """The complete versions, ascending."""
@@ -114,19 +115,29 @@ class Numbers:
                 changed_ns = self.path.stat().st_mtime_ns
                 if changed_ns == self._changed_ns:
                     return
+                now_ns = time.time_ns()
                 names = os.listdir(self.path)  # noqa: PTH208 - thousands of names, polled
             except FileNotFoundError:
-                self._parents, self._changed_ns = {}, -1
+                self._parents, self._parsed, self._changed_ns = {}, {}, -1
                 return
-        parents: dict[int, int | None] = {}
+        self._changed_ns = changed_ns if now_ns - changed_ns > _TICK_NS else -1
+        known = self._parsed
+        if known.keys() == {*names}:
+            return
         # In this order the name with the oldest parent is the first of its version.
-        for name in sorted(names):
-            number, _, parent = name.partition("-")
-            if number.isdecimal() and (parent.isdecimal() or not parent):
-                parents.setdefault(int(number), int(parent) if parent else None)
+        self._parsed = {name: known[name] if name in known else self._parse(name) for name in sorted(names)}
+        parents: dict[int, int | None] = {}
+        for entry in self._parsed.values():
+            if entry is not None:
+                parents.setdefault(*entry)
         self._parents = parents
-        self._last = max((self._last, *(int(name.partition(".")[0].partition("-")[0]) for name in names)))
-        self._changed_ns = changed_ns if time.time_ns() - changed_ns > _TICK_NS else -1
+
+    def _parse(self, name: str) -> tuple[int, int | None] | None:
+        """The version and the parent in the name of an entry; None if the entry is no complete version."""
+        number, _, parent = name.partition("-")
+        self._last = max(self._last, int(number.partition(".")[0]))
+        is_version = number.isdecimal() and (parent.isdecimal() or not parent)
+        return (int(number), int(parent) if parent else None) if is_version else None
 
 
 class Registry:

@@ -13,10 +13,10 @@ import lmdb
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load as load_tensors
 
 from state.errors import UnknownVersion
 from state.registry.manifest import Manifest, Visible, extend, sees
+from state.registry.tensor_files import load
 from state.rows.tables import CODES, TOP, VERSION_BYTES, row_prefix, u64, version_of
 
 
@@ -236,7 +236,7 @@ class RowReader:
 
     def dense(self, version: int) -> dict[str, NDArray[Any]]:
         """The dense tensors of an applied version, by name without `dense.`, with those of churn and of item scores."""
-        return load_tensors(required(self._transaction, version, self._databases["dense"]))
+        return load(required(self._transaction, version, self._databases["dense"]))
 
     def popular(self, version: int) -> NDArray[np.uint64]:
         """`[P]` uint64: the popular categories of an applied version, most popular first."""

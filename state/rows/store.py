@@ -29,13 +29,12 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lmdb
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
 
 from state.churn import PREFIX as CHURN
 from state.churn import STORED
@@ -44,6 +43,7 @@ from state.errors import StoreError, UnknownVersion
 from state.features.erased import Erased
 from state.process import killpoints
 from state.registry.manifest import Manifest, Visible, sees
+from state.registry.tensor_files import load, save
 from state.rows.reader import Databases, LastServed, RowReader, Served, required, stored
 from state.rows.tables import (
     CODES,
@@ -71,6 +71,8 @@ if TYPE_CHECKING:
 ROWS_AT_ONCE = 1000
 ROWS_IN_TRANSACTION = 100
 """Rows checked per transaction. LMDB keeps memory for the pages of its largest transaction, and few rows share a page."""
+ENTRIES_IN_TRANSACTION = 1000
+"""Entries deleted by their keys per transaction. They are ordered, so that several of them share a page."""
 ROUNDS = 25
 """Rounds of at least ROWS_AT_ONCE rows in which all pending rows are checked, so that they do not accumulate."""
 LANE_ROWS_AT_ONCE = 20 * ROWS_AT_ONCE  # rows that are deleted without a read cost less
@@ -87,17 +89,6 @@ WRITTEN_AT_ONCE = 250
 """Rows of a version per transaction; with 1,000 it is no faster."""
 
 
-def rows_of(parts: Sequence[Changes], at_least: int = 1) -> Changes:
-    """The rows that are in at least `at_least` of the parts, each once, by table and id."""
-    tables, ids = np.concatenate([np.empty((2, 0), np.uint64), *parts], axis=1)
-    columns = [np.empty((2, 0), np.uint64)]
-    for table in np.unique(tables):
-        table_ids, counts = np.unique(ids[tables == table], return_counts=True)
-        table_ids = table_ids[counts >= at_least]
-        columns.append(np.stack((np.full(len(table_ids), table, np.uint64), table_ids)))
-    return np.concatenate(columns, axis=1)
-
-
 def with_users(tensors: Tensors, shares: UserShares) -> dict[str, NDArray[Any]]:
     """The tensors of a version, with only those rows of table `user` that belong to users of `shares`."""
     selected = dict(tensors)
@@ -111,34 +102,52 @@ def with_users(tensors: Tensors, shares: UserShares) -> dict[str, NDArray[Any]]:
 class Entries(NamedTuple):
     """The rows of one version: keys, values, `[2, k]` uint64 table and id of each, and the row width of each table."""
 
-    pairs: list[tuple[bytes, bytes]]
+    keys: list[bytes]
+    values: list[bytes]
     changes: NDArray[np.uint64]
     dims: dict[str, int]
+
+    def put(self, cursor: lmdb.Cursor, first: int, end: int | None = None) -> None:
+        """Writes the rows from `first` to before `end`."""
+        # Without a list of pairs, which would cost collections of garbage.
+        cursor.putmulti(zip(self.keys[first:end], self.values[first:end], strict=True))
 
 
 def entries_of(tensors: Mapping[str, NDArray[Any]], lane: int, version: int) -> Entries:
     """The entries of a version's rows, and empty entries for the rows that it removed."""
-    pairs, dims = list[tuple[bytes, bytes]](), dict[str, int]()
+    keys, values, dims = list[bytes](), list[bytes](), dict[str, int]()
     changes = [np.empty((2, 0), np.uint64)]
     for name in tables_in(tensors):
         ids = np.asarray(tensors.get(f"{name}.ids", ()), np.uint64)
         removed = np.asarray(tensors.get(f"{name}.removed", ()), np.uint64)
-        values: list[bytes] = []
+        if not len(ids) + len(removed):
+            continue
         if len(ids):
             rows = np.ascontiguousarray(tensors[f"{name}.rows"], "<f4")
             dims[name] = rows.shape[1]
-            order = np.argsort(ids, kind="stable")
-            ids, values = ids[order], pieces(rows[order].tobytes(), 4 * rows.shape[1])
+            if (ids[1:] < ids[:-1]).any():
+                order = np.argsort(ids, kind="stable")
+                ids, rows = ids[order], rows[order]
+            values += pieces(rows.tobytes(), 4 * rows.shape[1])
+        values += [b""] * len(removed)
         every = np.concatenate((ids, removed))
-        keys = row_keys(lane, CODES[name], every, version)
-        pairs += zip(pieces(keys.tobytes(), keys.shape[1]), [*values, *[b""] * len(removed)], strict=True)
+        table_keys = row_keys(lane, CODES[name], every, version)
+        keys += pieces(table_keys.tobytes(), table_keys.shape[1])
         changes.append(np.stack((np.full(len(every), CODES[name], np.uint64), every)))
-    return Entries(pairs, np.concatenate(changes, axis=1), dims)
+    return Entries(keys, values, np.concatenate(changes, axis=1), dims)
 
 
 def pieces(text: bytes, size: int) -> list[bytes]:
     """`text` in pieces of `size` bytes."""
     return [text[at : at + size] for at in range(0, len(text), size)]
+
+
+def entry_keys(lane: int, rows: Changes, versions: U64) -> Iterator[bytes]:
+    """The keys of the entries of `[2, k]` rows, ordered by table, that `[k]` versions wrote."""
+    tables, starts = np.unique(rows[0], return_index=True)
+    for table, part in zip(tables.tolist(), itertools.pairwise((*starts.tolist(), rows.shape[1])), strict=True):
+        keys = row_keys(lane, table, rows[1, slice(*part)], versions[slice(*part)])
+        yield from pieces(keys.tobytes(), keys.shape[1])
 
 
 def undo_interrupted(transaction: lmdb.Transaction, databases: Databases) -> None:
@@ -174,10 +183,10 @@ def put_dense(
     popular = tensors.get("popular")
     if parent is not None:
         # Weights of a model that an upgrade replaced are not kept.
-        dense = dense or load_tensors(required(transaction, parent, databases["dense"]))
+        dense = dense or load(required(transaction, parent, databases["dense"]))
         if popular is None:
             popular = np.frombuffer(required(transaction, parent, databases["popular"]), "<u8")
-    transaction.put(u64(version), save_tensors(dense), db=databases["dense"])
+    transaction.put(u64(version), save(dense), db=databases["dense"])
     listed = np.asarray(() if popular is None else popular, "<u8")
     transaction.put(u64(version), listed.tobytes(), db=databases["popular"])
 
@@ -276,12 +285,66 @@ class RowsToSweep(NamedTuple):
         after: If not 0, the versions from `after + 1` to `newest` are on one branch, and only the newest of a row's
             entries from them is read.
         newest: No entry of a later version has to be checked.
+        unread: `[k]` uint64, the version of the entry of each row that no version reads; None if that is unknown.
     """
 
     lane: int
     rows: Changes
     after: int = 0
     newest: int = TOP
+    unread: U64 | None = None
+
+    def split(self, count: int) -> tuple[RowsToSweep, RowsToSweep]:
+        """The first `count` rows, and the others."""
+        parts = (slice(count), slice(count, None))
+        first, others = (
+            self._replace(rows=self.rows[:, part], unread=None if self.unread is None else self.unread[part])
+            for part in parts
+        )
+        return first, others
+
+
+class Writers(NamedTuple):
+    """Rows and the version that wrote each: `[2, k]` uint64, and `[k]` uint64 with 0 for an unknown version."""
+
+    rows: Changes
+    versions: U64
+
+    def to_sweep(self, lane: int, after: int, newest: int) -> list[RowsToSweep]:
+        """These entries of versions from `after + 1` to `newest`, which no version reads."""
+        is_known = self.versions > 0
+        return [
+            RowsToSweep(lane, self.rows[:, is_known], after, newest, self.versions[is_known]),
+            RowsToSweep(lane, self.rows[:, ~is_known], after, newest),
+        ]
+
+
+@dataclass
+class Dropped:
+    """Dropped versions, the rows to sweep, and the versions that wrote the rows of their heirs, by heir."""
+
+    versions: Collection[int]
+    to_sweep: list[RowsToSweep] = field(default_factory=list)
+    writers: dict[int, U64] = field(default_factory=dict)
+
+
+def newest_writers(parts: Sequence[Writers]) -> tuple[Writers, Writers]:
+    """Divides what successive versions wrote, oldest first: the last entry of each row, and those that these supersede.
+
+    Both are ordered by table and id.
+
+    >>> parts = [Writers(np.array([[1, 1], rows], np.uint64), np.full(2, version, np.uint64))
+    ...          for version, rows in ((4, [7, 8]), (5, [7, 9]))]
+    >>> [[*zip(part.rows[1].tolist(), part.versions.tolist())] for part in newest_writers(parts)]
+    [[(7, 5), (8, 4), (9, 5)], [(7, 4)]]
+    """
+    rows = np.concatenate([part.rows for part in parts], axis=1)
+    versions = np.concatenate([part.versions for part in parts])
+    # It is stable, so that entries of a row stay in the order of the versions.
+    order = np.lexsort((rows[1], rows[0]))
+    rows, versions = rows[:, order], versions[order]
+    is_last = np.append((rows[:, 1:] != rows[:, :-1]).any(axis=0), np.ones(min(1, len(versions)), np.bool_))
+    return Writers(rows[:, is_last], versions[is_last]), Writers(rows[:, ~is_last], versions[~is_last])
 
 
 def delete_superseded(cursor: lmdb.Cursor, prefix: bytes, after: int, newest: int) -> None:
@@ -333,6 +396,8 @@ class RowStore(LmdbStore):
         # The rows to check, and whether a lane without versions may have rows.
         self._to_sweep: deque[RowsToSweep] = deque()
         self._has_dead_lanes = True
+        # The versions that wrote the rows of `changes`, by version; those of an earlier process are unknown.
+        self._writers: dict[int, U64] = {}
 
     @contextmanager
     def reader(self) -> Iterator[RowReader]:
@@ -406,18 +471,18 @@ class RowStore(LmdbStore):
                 )
             lane = self._free_lane(transaction) if parent is None else parent.lane
             entries = entries_of(tensors, lane, version)
-            pairs, early = entries.pairs, max(0, len(entries.pairs) - 1) // WRITTEN_AT_ONCE * WRITTEN_AT_ONCE
+            early = max(0, len(entries.keys) - 1) // WRITTEN_AT_ONCE * WRITTEN_AT_ONCE
             if early:
                 transaction.put(BEGUN, u64(version) + u64(lane) + entries.changes.tobytes(), db=self._meta)
         # 2.
         for begin in range(0, early, WRITTEN_AT_ONCE):
             with self._write() as transaction:
-                transaction.cursor(self._rows).putmulti(pairs[begin : begin + WRITTEN_AT_ONCE])
+                entries.put(transaction.cursor(self._rows), begin, begin + WRITTEN_AT_ONCE)
             killpoints.reach("rows.begun")
         # 3.
         with self._write() as transaction:
-            to_sweep = self._drop(transaction, self._visible_by_lane(transaction), {version}) if is_applied else []
-            transaction.cursor(self._rows).putmulti(pairs[early:])
+            dropped = self._drop(transaction, self._visible_by_lane(transaction), {version}) if is_applied else None
+            entries.put(transaction.cursor(self._rows), early)
             transaction.delete(BEGUN, db=self._meta)
             transaction.put(u64(version), entries.changes.tobytes(), db=self._changes)
             put_dense(transaction, self._databases, version, tensors, None if parent is None else parent.version)
@@ -426,10 +491,18 @@ class RowStore(LmdbStore):
             transaction.put(u64(version), record.to_json(), db=self._versions)
             if follow or version == self._served(transaction):
                 self._point(version, transaction)
+            is_newest = not transaction.cursor(self._versions).set_range(u64(version + 1))
+        if dropped is not None:
+            self._remember(dropped)
+        if is_newest:
+            self._writers[version] = np.broadcast_to(np.uint64(version), len(entries.keys))
+        else:
+            # Later versions may now read its entries in place of those that their lists of changes name.
+            self._writers.clear()
         # A version that was dropped before reads older entries than the next one.
         self._to_sweep = deque(
-            sweep._replace(after=0, newest=TOP) if sweep.after < version <= sweep.newest else sweep
-            for sweep in (*self._to_sweep, *to_sweep)
+            RowsToSweep(sweep.lane, sweep.rows) if sweep.after < version <= sweep.newest else sweep
+            for sweep in self._to_sweep
         )
         return True
 
@@ -486,10 +559,10 @@ class RowStore(LmdbStore):
         """
         with self._write() as transaction:
             lanes = self._visible_by_lane(transaction)
-            dropped = {*itertools.chain(*lanes.values())} & {*versions} - {self._served(transaction)}
-            to_sweep = self._drop(transaction, lanes, dropped)
-        self._to_sweep += to_sweep
-        return len(dropped)
+            leaving = {*itertools.chain(*lanes.values())} & {*versions} - {self._served(transaction)}
+            dropped = self._drop(transaction, lanes, leaving)
+        self._remember(dropped)
+        return len(leaving)
 
     def _records(self, transaction: lmdb.Transaction) -> list[Served]:
         return [Served.parse(record) for _, record in transaction.cursor(self._versions)]
@@ -503,60 +576,67 @@ class RowStore(LmdbStore):
 
     def _drop(
         self, transaction: lmdb.Transaction, lanes: Mapping[int, Mapping[int, Visible]], versions: Collection[int]
-    ) -> list[RowsToSweep]:
-        """Deletes versions, except their rows; returns the rows to sweep once the transaction is committed."""
-        to_sweep: list[RowsToSweep] = []
+    ) -> Dropped:
+        """Deletes versions, except their rows; `_remember` takes the result once the transaction is committed."""
+        done = Dropped(versions)
         for lane, in_lane in lanes.items():
             dropped = [version for version in in_lane if version in versions]
             retained = {version: visible for version, visible in in_lane.items() if version not in versions}
             if not retained:
                 self._has_dead_lanes = True
             elif dropped:
-                to_sweep += self._inherit(transaction, lane, dropped, retained)
+                self._inherit(transaction, lane, dropped, retained, done)
         for version in versions:
             for name in ("versions", "dense", "popular", "changes"):
                 transaction.delete(u64(version), db=self._databases[name])
-        return to_sweep
+        return done
+
+    def _remember(self, dropped: Dropped) -> None:
+        self._to_sweep += (sweep for sweep in dropped.to_sweep if sweep.rows.shape[1])
+        for version in dropped.versions:
+            self._writers.pop(version, None)
+        self._writers |= dropped.writers
 
     def _inherit(
-        self, transaction: lmdb.Transaction, lane: int, dropped: Sequence[int], retained: Mapping[int, Visible]
-    ) -> list[RowsToSweep]:
+        self,
+        transaction: lmdb.Transaction,
+        lane: int,
+        dropped: Sequence[int],
+        retained: Mapping[int, Visible],
+        done: Dropped,
+    ) -> None:
         """Adds the changes of a lane's dropped versions, ascending, to those of the next retained versions, the heirs.
 
-        Returns the rows to sweep. If the retained versions are on one branch, neither the version before the dropped
-        ones nor versions after the heir read entries between the two.
+        Adds the rows to sweep to `done`. If the retained versions are on one branch, neither the version before the
+        dropped ones nor versions after the heir read entries between the two.
         """
-        to_sweep: list[RowsToSweep] = []
         is_one_branch = len(branches_of(retained)) == 1
         for heir, group in itertools.groupby(
             dropped, lambda version: min((later for later in retained if later > version), default=None)
         ):
             versions = [*group]
             previous = max((earlier for earlier in retained if earlier < versions[0]), default=0)
-            changes = [self._changes_of(transaction, version) for version in versions]
-            if heir is None:
-                rows = rows_of(changes)
+            if is_one_branch and heir is not None and not previous:
+                # The heir becomes the oldest version of the branch. It reads all rows of the first dropped version
+                # that no later version wrote.
+                del versions[0]
+            parts = [self._written_by(transaction, version) for version in (*versions, *([heir] if heir else ()))]
+            read, superseded = newest_writers(parts)
+            if heir is not None:
+                transaction.put(u64(heir), read.rows.tobytes(), db=self._changes)
+                done.writers[heir] = read.versions
+            if not is_one_branch:
+                done.to_sweep.append(RowsToSweep(lane, read.rows))
+            elif heir is None or not previous:
+                done.to_sweep.append(RowsToSweep(lane, read.rows, previous, TOP if heir is None else heir))
             else:
-                if is_one_branch and not previous:
-                    # The heir becomes the oldest version of the branch. It reads all rows of the first dropped version
-                    # that no later version wrote.
-                    del changes[0]
-                changes.append(self._changes_of(transaction, heir))
-                rows = rows_of(changes)
-                transaction.put(u64(heir), rows.tobytes(), db=self._changes)
-                if is_one_branch and previous:
-                    # If a row was written once since the previous version, the heir reads that entry, and the previous
-                    # version reads an older one.
-                    rows = rows_of(changes, at_least=2)
-            if rows.shape[1]:
-                sweep = RowsToSweep(lane, rows)
-                if is_one_branch:
-                    sweep = sweep._replace(after=previous, newest=TOP if heir is None else heir)
-                to_sweep.append(sweep)
-        return to_sweep
+                # If a row was written once since the previous version, the heir reads that entry, and the previous
+                # version reads an older one.
+                done.to_sweep += superseded.to_sweep(lane, previous, heir)
 
-    def _changes_of(self, transaction: lmdb.Transaction, version: int) -> Changes:
-        return np.frombuffer(required(transaction, version, self._changes), np.uint64).reshape(2, -1)
+    def _written_by(self, transaction: lmdb.Transaction, version: int) -> Writers:
+        rows = np.frombuffer(required(transaction, version, self._changes), np.uint64).reshape(2, -1)
+        return Writers(rows, self._writers.get(version, np.zeros(rows.shape[1], np.uint64)))
 
     def tidy(self, at_most: int | None = None) -> bool:
         """Checks at most `at_most` rows of dropped versions, and deletes unread entries; returns whether rows remain.
@@ -567,35 +647,40 @@ class RowStore(LmdbStore):
             return False
         if at_most is None:
             at_most = max(ROWS_AT_ONCE, sum(sweep.rows.shape[1] for sweep in self._to_sweep) // ROUNDS)
-        with self._env.begin() as transaction:
-            lanes = self._visible_by_lane(transaction)
-        retained = {lane: branches_of(versions) for lane, versions in lanes.items()}
+        retained: dict[int, list[Branch]] = {}
+        if self._has_dead_lanes or any(sweep.after == 0 for sweep in self._to_sweep):
+            with self._env.begin() as transaction:
+                lanes = self._visible_by_lane(transaction)
+            retained = {lane: branches_of(versions) for lane, versions in lanes.items()}
         while at_most > 0 and self._to_sweep:
-            at_most -= self._sweep(retained, min(at_most, ROWS_IN_TRANSACTION))
+            most = ROWS_IN_TRANSACTION if self._to_sweep[0].unread is None else ENTRIES_IN_TRANSACTION
+            at_most -= self._sweep(retained, min(at_most, most))
         if at_most > 0 and self._has_dead_lanes and not self._to_sweep:
             self._delete_dead_lanes(retained)
         return bool(self._to_sweep) or self._has_dead_lanes
 
     def _sweep(self, retained: Mapping[int, Sequence[Branch]], at_most: int) -> int:
-        sweep = self._to_sweep[0]
-        rows, remaining = sweep.rows[:, :at_most], sweep.rows[:, at_most:]
+        sweep, remaining = self._to_sweep[0].split(at_most)
         branches, floor = retained.get(sweep.lane, ()), 0
         with self._write() as transaction:
-            cursor = transaction.cursor(self._rows)
-            for table, identity in rows.T.tolist():
-                prefix = row_prefix(sweep.lane, table, identity)
-                if sweep.after:
-                    delete_superseded(cursor, prefix, sweep.after, sweep.newest)
-                else:
-                    floor = max(floor, delete_unread(cursor, prefix, sweep.newest, branches))
-            floors = self._floors(transaction)
-            if floor > floors.get(str(sweep.lane), 0):
+            if sweep.unread is not None:
+                for key in entry_keys(sweep.lane, sweep.rows, sweep.unread):
+                    transaction.delete(key, db=self._rows)
+            else:
+                cursor = transaction.cursor(self._rows)
+                for table, identity in sweep.rows.T.tolist():
+                    prefix = row_prefix(sweep.lane, table, identity)
+                    if sweep.after:
+                        delete_superseded(cursor, prefix, sweep.after, sweep.newest)
+                    else:
+                        floor = max(floor, delete_unread(cursor, prefix, sweep.newest, branches))
+            if floor and floor > (floors := self._floors(transaction)).get(str(sweep.lane), 0):
                 self._put_floors(transaction, {**floors, str(sweep.lane): floor})
-        if remaining.shape[1]:
-            self._to_sweep[0] = sweep._replace(rows=remaining)
+        if remaining.rows.shape[1]:
+            self._to_sweep[0] = remaining
         else:
             self._to_sweep.popleft()
-        return int(rows.shape[1])
+        return int(sweep.rows.shape[1])
 
     def _delete_dead_lanes(self, retained: Mapping[int, Sequence[Branch]]) -> None:
         empty, at_most = set(range(LANES)) - {*retained}, LANE_ROWS_AT_ONCE
@@ -648,6 +733,7 @@ class RowStore(LmdbStore):
         is_erased = np.isin(written[1], ids)
         if is_erased.any():
             transaction.put(u64(version), written[:, ~is_erased].tobytes(), db=self._changes)
+            self._writers.pop(version, None)
 
     def erased(self) -> int:
         """The id of the last erasure that is fully applied."""

@@ -135,8 +135,10 @@ def lane_of(key: bytes) -> int:
     return key[0] >> 3
 
 
-def row_keys(lane: int, table: int, ids: NDArray[np.uint64], version: int) -> NDArray[np.uint8]:
-    """The stored keys of `[k]` uint64 ids at `version`, `[k, 17]` uint8; `[k, 21]` for a ranker's own table.
+def row_keys(lane: int, table: int, ids: NDArray[np.uint64], version: int | NDArray[np.uint64]) -> NDArray[np.uint8]:
+    """The stored keys of `[k]` uint64 ids at `version`, one or `[k]` uint64.
+
+    They are `[k, 17]` uint8; `[k, 21]` for a ranker's own table.
 
     >>> row_keys(1, 2, np.array([258], np.uint64), 1).tobytes().hex()
     '0a0000000000000102fffffffffffffffe'
@@ -145,5 +147,6 @@ def row_keys(lane: int, table: int, ids: NDArray[np.uint64], version: int) -> ND
     keys = np.empty((len(ids), len(start) + VERSION_BYTES), np.uint8)
     keys[:, : len(start)] = np.frombuffer(start, np.uint8)
     keys[:, len(start) - 8 : len(start)] = ids.astype(">u8").view(np.uint8).reshape(-1, 8)
-    keys[:, len(start) :] = np.frombuffer(u64(TOP - version), np.uint8)
+    inverted = ~np.asarray(version, np.uint64).reshape(-1, 1)
+    keys[:, len(start) :] = inverted.astype(">u8").view(np.uint8)
     return keys

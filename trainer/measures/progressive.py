@@ -32,6 +32,7 @@ Flags = npt.NDArray[np.bool_]
 MEASURES = {"log_loss": "log_loss", "mrr": "reciprocal_rank", "top1": "top1", "top5": "top5", "missed": "missed"}
 """Metric names in manifests, and the entry of SUMS of which each is the mean."""
 
+_MEANS = [(measure, SUMS.index(sum_name)) for measure, sum_name in MEASURES.items()]
 _ROWS, _LOG_LOSS, _TOP1, _OFFERED, _MISSED = (
     SUMS.index(name) for name in ("rows", "log_loss", "top1", "offered", "missed")
 )
@@ -89,14 +90,13 @@ class Progressive:
         """
         values: dict[str, float] = {}
         for when, prefix in ((1, ""), (0, "total.")):
+            # As lists, because each version has these values, and single elements of an array are slow.
+            sums_of = self._sums[when].tolist()
             for predictor, name in enumerate(PREDICTORS):
                 for users, kind in enumerate(USERS):
-                    sums, where = self._sums[when, predictor, users], where_of(name, kind)
+                    sums, where = sums_of[predictor][users], prefix + where_of(name, kind)
                     if sums[_ROWS] >= SOME:
-                        values |= {
-                            f"{prefix}{where}{measure}": float(sums[SUMS.index(sum_name)] / sums[_ROWS])
-                            for measure, sum_name in MEASURES.items()
-                        }
+                        values |= {f"{where}{measure}": sums[at] / sums[_ROWS] for measure, at in _MEANS}
             values |= {f"{prefix}lift.{name}": value for name, value in lift(self._sums[when, :, 0]).items()}
             rows, skipped = self._rows[when].tolist()
             if rows >= SOME:

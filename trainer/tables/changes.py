@@ -41,6 +41,8 @@ class ListedIds:
 
     def distinct(self) -> U64:
         """Each id once, ascending."""
+        if not self._parts:
+            return np.empty(0, np.uint64)
         # Sorting is ten times as fast as NumPy's `unique`, which hashes.
         ids: U64 = np.sort(np.concatenate([np.zeros(1, np.uint64), *self._parts]))
         distinct: U64 = ids[1:][ids[1:] != ids[:-1]]

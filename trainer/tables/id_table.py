@@ -396,6 +396,8 @@ class IdTable(ABC):
 
     def _gone(self, since: ChangeList) -> U64:
         removed = since.removed.distinct()
+        if not removed.size:
+            return removed
         absent: U64 = removed[self.find(removed) == MISSING]
         return absent
 

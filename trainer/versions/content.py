@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import save
 
 from state.churn import PREFIX as CHURN
 from state.features.erased import MaskedUsers
@@ -63,7 +62,7 @@ def encode(tensors: Tensors) -> dict[str, bytes]:
 
 def encode_served(tensors: Tensors) -> dict[str, bytes]:
     """The file of a recent version, of the tensors that serving needs."""
-    return {SERVING: save({name: np.asarray(tensor, order="C") for name, tensor in sorted(tensors.items())})}
+    return {SERVING: tensor_files.save(tensors)}
 
 
 def decode(files: Iterable[bytes]) -> dict[str, Array]:

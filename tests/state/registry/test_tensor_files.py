@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 
 from state.registry import tensor_files
 
-TYPES = (np.float32, np.float64, np.uint64, np.int64, np.int32, np.uint8, np.uint16)
+TYPES = (np.float32, np.float64, np.uint64, np.int64, np.int32, np.uint8, np.uint16, np.bool_)
 SHAPES = arrays.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=40)
 
 
@@ -28,6 +28,29 @@ def test_what_is_packed_comes_back_bit_for_bit(tensors: dict[str, npt.NDArray[An
         assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
         assert found[name].tobytes() == tensor.tobytes()
     assert tensor_files.pack(dict(reversed(tensors.items()))) == data
+
+
+@given(
+    st.dictionaries(st.text("abc.", min_size=1), st.sampled_from(TYPES).flatmap(lambda t: arrays.arrays(t, SHAPES))),
+    st.sampled_from([None, {"packed": '{"a": 1}'}]),
+)
+def test_a_file_has_the_bytes_of_the_library_and_both_read_it(
+    tensors: dict[str, npt.NDArray[Any]], metadata: dict[str, str] | None
+) -> None:
+    data = save(tensors, metadata)
+    assert tensor_files.save(dict(reversed(tensors.items())), metadata) == data
+    for found in (load(data), tensor_files.load(data)):
+        assert found.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+            assert found[name].tobytes() == tensor.tobytes()
+            assert found[name].flags.aligned and found[name].flags.writeable
+
+
+@pytest.mark.parametrize("data", [b"", bytes(16), b"\x02\0\0\0\0\0\0\0[]", save({"a": np.arange(9)})[:-1]])
+def test_other_data_is_refused(data: bytes) -> None:
+    with pytest.raises(ValueError):
+        tensor_files.unpack(data)
 
 
 @pytest.fixture

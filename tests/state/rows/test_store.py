@@ -115,6 +115,7 @@ OPERATIONS = st.lists(
         st.tuples(st.just("rebuild"), st.integers(0, 40), st.integers(0, 5)),
         st.tuples(st.just("reapply"), st.none(), st.none()),
         st.tuples(st.just("base"), st.none(), st.none()),
+        st.tuples(st.just("compact"), st.none(), st.none()),
     ),
     max_size=30,
 )
@@ -165,6 +166,9 @@ def test_any_history_reads_as_its_replay(operations: list[tuple[str, Any, Any]])
                     # Some at any place, and what they leave not to its end.
                     store.drop({here[one % len(here)] for one in first} - {head})
                     store.tidy(second)
+                case "compact":
+                    # As after a restart, who wrote what is listed is unknown, and what is left to delete is forgotten.
+                    store.compact()
                 case "base":
                     store.apply(
                         manifest(head, 0, "base"), tensors(truth[head]), now_ms=clock, follow=True, replace=True
