@@ -24,9 +24,6 @@ from tests.streaming.distributed.shop import rows_of
 from tests.streaming.distributed.test_job import ends_of, of_local_form, turn, values_in
 from tests.streaming.streams import FOREVER, click, send, settings_for
 
-# A cluster takes a minute and a gigabyte. tests/deploy/flink tests the command, what processes are told, status and the
-# pool of workers; tests/streaming/distributed runs the job on Beam's own runner.
-pytestmark = pytest.mark.nightly
 CLICKS = 300
 
 
@@ -87,6 +84,7 @@ def shop(kafka_settings: KafkaFactory, tmp_path: Path) -> Settings:
     return settings
 
 
+@pytest.mark.nightly
 def test_on_flink_the_rows_are_those_of_the_local_form(flink: LocalFlink, shop: Settings, tmp_path: Path) -> None:
     sent = more_clicks(shop, 0)
     log = tmp_path / "job.log"
@@ -101,6 +99,7 @@ def test_on_flink_the_rows_are_those_of_the_local_form(flink: LocalFlink, shop: 
         assert following.wait(60) == 0, log.read_text()
 
 
+@pytest.mark.nightly
 def test_kills_of_each_process_savepoints_and_an_exact_rollback_leave_the_rows_of_the_local_form(
     flink: LocalFlink, shop: Settings, tmp_path: Path
 ) -> None:
