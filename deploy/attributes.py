@@ -22,7 +22,7 @@ from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.errors import DecodeError, SettingsError
 from state.log import Topics, topic_plan
-from state.process.ending import stop_on_signals
+from state.process.part import stop_on_signals
 from state.process.wall_clock import wall_ms
 from state.recordings.files import Recording, add_format_arguments, find
 from state.recordings.rows import RecordedRows, shown_reasons

@@ -14,7 +14,7 @@ from typing import NoReturn
 from state.config.settings import Settings
 from state.config.sources import span_ms
 from state.errors import SettingsError, SpringtideError, of_disk
-from state.process.ending import while_read
+from state.process.part import while_read
 
 Add = Callable[..., argparse.ArgumentParser]
 """Adds a command with its name, help and description."""

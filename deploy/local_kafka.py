@@ -20,7 +20,7 @@ from pathlib import Path
 from deploy.java_jars import KAFKA
 from deploy.supervisor import end
 from state.errors import KafkaFailed, reason_of
-from state.process.ending import die_with
+from state.process.part import die_with
 from state.process.ports import HOST, Port, free_port, listens, require_ports
 
 

@@ -35,8 +35,8 @@ from state.events.identity import SLOTS, probe_user
 from state.log import Topics
 from state.metrics import ProbeMetrics, served
 from state.process import log_lines
-from state.process.ending import stop_on_signals
-from state.process.said_once import SaidOnce
+from state.process.log_lines import SaidOnce
+from state.process.part import stop_on_signals
 from state.process.wall_clock import wall_ms
 
 POLL_S = 0.02

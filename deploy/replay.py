@@ -33,7 +33,7 @@ from state.config.sources import split_settings
 from state.disk.lock import DirectoryLock
 from state.errors import LogError, SettingsError
 from state.log import Topics, topic_plan
-from state.process.ending import stop_on_signals
+from state.process.part import stop_on_signals
 from state.process.wall_clock import wall_ms
 from state.recordings.crowd import as_utc
 from state.recordings.files import add_file_arguments, as_settings, chosen, digest

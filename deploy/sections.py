@@ -27,7 +27,7 @@ from state.registry.control import HeldUpdate
 from state.registry.privacy_ledger import PrivacyLedger
 from state.segments.expression import texts_of
 from state.storage import shares
-from state.storage.measuring import free_bytes, used_bytes
+from state.storage.shares import free_bytes, used_bytes
 from state.user_shares import UserShares
 
 LONGEST_WAIT_S = 3.0

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from deploy.supervisor import how
 from state.config.loading import load
 from state.errors import ProcessFailed, SpringtideError
-from state.process.ending import die_with
+from state.process.part import die_with
 from state.process.private_files import keep_private
 
 STOP_S = 10.0

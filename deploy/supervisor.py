@@ -26,7 +26,7 @@ from state.errors import (
     reason_of,
 )
 from state.metrics import SupervisorMetrics
-from state.process.ending import die_with
+from state.process.part import die_with
 from state.process.user_code import for_children
 from state.storage.shares import LOGS, kept_bytes
 

@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from deploy.startup.steps import Startup
         from deploy.watch.panel import Screen
         from state.config.loading import load
-        from state.process.ending import Signals
+        from state.process.part import Signals
         from state.process.private_files import keep_private
         from state.segments.expression import segments_of
 

@@ -24,9 +24,7 @@ from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.errors import SettingsError
 from state.process import log_lines
-from state.process.ending import stop_on_signals, while_read
-from state.process.part import run_command
-from state.process.quiet_stderr import quiet_stderr
+from state.process.part import quiet_stderr, run_command, stop_on_signals, while_read
 from state.process.wall_clock import wall_ms
 from state.recordings.files import add_file_arguments, as_settings, chosen
 

@@ -60,8 +60,7 @@ from trainer.engine.report import Report
 from trainer.engine.step import Trainer
 from trainer.measures.evaluation import fade
 from trainer.measures.predictions import CategoryPrediction
-from trainer.measures.progressive import miss_shares, row_sums
-from trainer.measures.step_scores import SUMS, no_sums
+from trainer.measures.progressive import SUMS, miss_shares, no_sums, row_sums
 from trainer.versions import checkpoint
 
 KEPT_VERSIONS = 2

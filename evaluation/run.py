@@ -25,16 +25,16 @@ from state.errors import SettingsError
 from state.events.parser import EventBatch
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch, happened
+from state.process.part import quiet_stderr
 from state.process.progress_line import ProgressLine, bar
-from state.process.quiet_stderr import quiet_stderr
 from state.recordings.rows import shown_reasons
 from streaming.preprocessing import SAMPLE_ROWS, analysed, load_preprocessing
 from trainer.device import prepare
-from trainer.engine.making import trainer_of
 from trainer.engine.step import Trainer
-from trainer.model.analysed import Preprocessing
+from trainer.model.model import Preprocessing
 from trainer.model.preprocessing import preprocessing_of
 from trainer.versions.lowering import build
+from trainer.versions.starting import trainer_of
 
 LINE_EVERY_S = 10.0
 BAR = 20

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from state.compiled.preparing import Kernels
 from state.process import log_lines
-from state.process.quiet_stderr import own_stderr, quiet_stderr
+from state.process.part import own_stderr, quiet_stderr
 
 USED = (
     "state.features.kernel", "state.log.batch_decoder", "state.ranking.crosses", "state.ranking.item_scores",

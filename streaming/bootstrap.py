@@ -53,8 +53,7 @@ from state.log import Reader
 from state.microbatch.batch import Kind, trained
 from state.microbatch.examples import FORMAT, PREFIX, SCHEMA, SPEC, SUFFIXES, schema
 from state.microbatch.examples import record_batch as example_batch
-from state.process.part import Work, run_process
-from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
+from state.process.part import Work, own_stderr, quiet_stderr, quiet_tensorflow, run_process
 from state.recordings.files import Recording, add_file_arguments, as_settings, chosen
 from state.recordings.rows import shown_reasons
 from state.registry.model_fit import require_same_salt

@@ -45,8 +45,7 @@ from state.positions import Gap
 from state.process import killpoints
 from state.process.wall_clock import wall_ms
 from state.registry.sharing import copying
-from state.storage.measuring import offer
-from state.storage.shares import STREAM, map_bytes
+from state.storage.shares import STREAM, map_bytes, offer
 from state.storage.waiting import Room
 from streaming import accounts, control
 from streaming.accounts import Leaders

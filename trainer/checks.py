@@ -15,6 +15,7 @@ from state.errors import SettingsError
 from state.features.spec import FeatureSpec
 from state.process.part import OPTIONS_READ, run_check
 from state.registry.registry import Registry
+from trainer import device
 
 
 def is_own(model: ModelSettings) -> bool:
@@ -36,7 +37,6 @@ def require_options_read(model: ModelSettings, read: Collection[str]) -> None:
 def check_model(settings: Settings, spec: FeatureSpec, transform: Path | None) -> str:
     """Like `check_own`, behind the graph in `transform`. Options have to be read, and the model to fit the current version."""
     # Not at the top: TensorFlow reads its log level when it is loaded, and `run_check` sets it before.
-    from trainer import device
     from trainer.model.preprocessing import preprocessing_of
     from trainer.model_checks import check_own
 

@@ -35,8 +35,8 @@ from state.file_store import FileStore
 from state.history import snapshots
 from state.history.snapshots import HistorySnapshot
 from state.process import killpoints
-from state.process.background import run_in_background
 from state.process.part import run_part
+from state.process.resources import run_in_background
 from state.process.wall_clock import wall_ms
 from state.ranking.crosses import Crosses, crosses_of
 from state.registry.control import named
@@ -44,8 +44,7 @@ from state.registry.directory import usable
 from state.registry.erasing import ErasureReport, report, reports
 from state.registry.manifest import Manifest, entries, sees
 from state.registry.registry import SERVING, TRAINING, Registry
-from state.storage.measuring import used_bytes
-from state.storage.shares import REGISTRY, kept_bytes
+from state.storage.shares import REGISTRY, kept_bytes, used_bytes
 from trainer.versions import content
 from trainer.versions.content import CrossedIds, without, without_tombstones
 

@@ -11,10 +11,9 @@ from trainer.engine.guard import Verdict
 from trainer.engine.report import Report
 from trainer.engine.step import WorkerLoad
 from trainer.intake import Intake
-from trainer.measures.breakdown import GAPS, SliceMeasures, gap
 from trainer.measures.predictions import PREDICTORS
-from trainer.measures.progressive import where_of
-from trainer.measures.step_scores import USERS
+from trainer.measures.progressive import USERS, where_of
+from trainer.measures.slices import GAPS, SliceMeasures, gap
 from trainer.tables.id_table import IdTable
 
 MOST_DIMENSIONS, MOST_SLICES = 8, 16

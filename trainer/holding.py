@@ -23,16 +23,32 @@ from state.errors import UnusableRegistry
 from state.metrics import TrainerMetrics
 from state.microbatch.batch import MicroBatch
 from state.positions import Source
-from state.process.said_once import SaidOnce
+from state.process.log_lines import SaidOnce
 from state.registry.control import Control, HeldUpdate, SuspectClicks, hold
 from state.registry.registry import Registry
 from trainer import gauges
 from trainer.engine.guard import Verdict
 from trainer.engine.report import Report
-from trainer.guard.rules import LIMIT, NAMES, RULES, SLICE, SUSPECT, Rule, deviation, summed, usual
+from trainer.guard.rules import (
+    BUCKETS,
+    CROWDS,
+    F64,
+    LIMIT,
+    NAMES,
+    RULES,
+    SLICE,
+    SUSPECT,
+    OpenWindow,
+    Rule,
+    StepFigures,
+    WindowStart,
+    crowds_of,
+    deviation,
+    summed,
+    usual,
+)
 from trainer.guard.slice_watch import OffSlice, SliceWatch, SliceWords, named
-from trainer.guard.window import BUCKETS, CROWDS, F64, OpenWindow, StepFigures, WindowStart, crowds_of
-from trainer.measures.breakdown import LOSSES
+from trainer.measures.slices import LOSSES
 from trainer.place import TrainingPlace, newest_before
 from trainer.versions.content import GUARDED
 

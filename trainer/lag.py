@@ -16,7 +16,7 @@ from state.errors import LogError
 from state.log import Log, Topics
 from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import TrainerMetrics
-from state.process.said_once import SaidOnce
+from state.process.log_lines import SaidOnce
 
 POLL_S = 1.0
 logger = logging.getLogger(__name__)

@@ -28,7 +28,7 @@ from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import TrainerMetrics
 from state.positions import Gap, Source
 from state.process import killpoints
-from state.process.said_once import SaidOnce
+from state.process.log_lines import SaidOnce
 from state.registry.control import Control, follow
 from state.registry.log_line import onward
 from state.registry.model_fit import former_specs
@@ -43,7 +43,7 @@ from trainer.engine.report import Report
 from trainer.engine.step import Trainer
 from trainer.holding import UpdateGuard
 from trainer.intake import BAD, LogRecord, RecordFilter, former, records_of
-from trainer.measures.step_scores import SUMS
+from trainer.measures.progressive import SUMS
 from trainer.place import TrainingPlace
 from trainer.privacy_budget import PrivacyBudget
 from trainer.publications import Publications, ServedModel

@@ -49,11 +49,9 @@ from state.log import Log
 from state.log.accepted_gaps import Consent, in_words, take_options
 from state.metrics import TrainerMetrics, serve
 from state.process.actor import actor
-from state.process.ending import stop_on_signals
-from state.process.garbage import Holes, freeze_objects
-from state.process.part import Work, run_process
-from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
-from state.process.said_once import SaidOnce
+from state.process.log_lines import SaidOnce
+from state.process.part import Work, own_stderr, quiet_stderr, quiet_tensorflow, run_process, stop_on_signals
+from state.process.resources import Holes, freeze_objects
 from state.process.wall_clock import wall_ms
 from state.registry import control as transitions
 from state.registry.claim import LEASE_S, claiming
@@ -61,9 +59,9 @@ from state.registry.control import Control, start
 from state.registry.model_fit import require_same_model, version_to_go_on_from
 from state.registry.registry import Registry
 from state.registry.sharing import owning
-from state.storage.measuring import offer
-from state.storage.shares import REGISTRY
+from state.storage.shares import REGISTRY, offer
 from state.storage.waiting import Room, is_full
+from trainer import device
 from trainer.checks import is_own
 from trainer.lag import Taken, TrainingLag
 from trainer.place import newest_before
@@ -287,7 +285,6 @@ def _import_model(settings: Settings, kernels: Kernels, phases: Phases, stopping
 def _check_own(settings: Settings) -> None:
     """Checks a custom ranker or tower; the preprocessing's width is not known yet, and both take any."""
     with quiet_stderr():
-        from trainer import device
         from trainer.model_checks import check_own
 
         device.prepare(settings.trainer.device, settings.trainer.threads)
@@ -320,10 +317,7 @@ def prepare(
         environment = checkpoint.environment(settings, trainer.device, trainer.engine.name)
         program = program_of(registry, version, spec.digest, environment, trainer)
     logger.info("program %s ready on %s", program[:12], trainer.device)
-    if "GPU" in trainer.device:
-        from trainer import device
-
-        device.show(trainer.device, metrics)
+    device.show(trainer.device, metrics)
     # 4.
     control = registry.control()
     if control is None:
@@ -377,7 +371,6 @@ def _join(
     imports.join()
     phases.enter(WORKERS)
     with quiet_stderr():
-        from trainer import device
         from trainer.group import Group, await_others
 
         device.prepare(settings.trainer.device, settings.trainer.threads)

@@ -28,11 +28,10 @@ from state.process.user_code import error_line
 from state.rows.tables import CODES, TAKEN, is_name
 from trainer.engine.build import EMBEDDINGS
 from trainer.engine.graphs import ranker_of
-from trainer.model.analysed import Preprocessing
 from trainer.model.inputs import INPUTS, SEQUENCES, own_rows
+from trainer.model.model import Preprocessing, Targets
 from trainer.model.preprocessing import graph_of
 from trainer.model.ranker import Ranker
-from trainer.model.targets import Targets
 from trainer.model.tower import load_builder, named, width_in
 from trainer.versions.lowering import build
 from trainer.versions.program import sample

@@ -20,8 +20,8 @@ from state.registry.registry import MOST_BETWEEN
 from trainer import gauges
 from trainer.engine.step import Trainer
 from trainer.holding import UpdateGuard
-from trainer.measures import breakdown
-from trainer.measures.breakdown import SliceMeasures
+from trainer.measures import slices as sliced
+from trainer.measures.slices import SliceMeasures
 from trainer.model.model import F32, Model
 from trainer.place import TrainingPlace
 from trainer.versions import checkpoint
@@ -281,7 +281,7 @@ class Publications:
             mask_generation=control.mask.generation,
             metrics=trainer.measures.evaluation.values()
             | trainer.measures.progressive.values()
-            | dict(breakdown.values(slices))
+            | dict(sliced.values(slices))
             | ({} if trainer.churn is None else trainer.churn.values())
             | {f"account.{name}": float(value) for name, value in account.items()}
             | {TOLD_MS: float(position.told_ms)},

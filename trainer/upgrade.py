@@ -25,10 +25,8 @@ from state.errors import RegistryError, SettingsError
 from state.features.spec import FeatureSpec
 from state.process import log_lines
 from state.process.actor import actor
-from state.process.ending import while_read
-from state.process.part import run_command
+from state.process.part import quiet_stderr, run_command, while_read
 from state.process.private_files import keep_private
-from state.process.quiet_stderr import quiet_stderr
 from state.process.wall_clock import wall_ms
 from state.registry.control import Control, Decision
 from state.registry.manifest import Manifest
@@ -98,13 +96,11 @@ def planning(
 ) -> tuple[Carrying, list[str]]:
     """Plans what the settings' model carries over from a version; also returns the plan as text."""
     with quiet_stderr():
-        from trainer.engine.making import trainer_of
-        from trainer.versions.starting import bootstrapped
+        from trainer.versions.starting import analysed, trainer_of
 
         name = registry.specs.bootstrapped(spec.digest, settings.model)
         # Without an analysis: the default preprocessing has the same width as logarithms.
-        preprocessing = None if name is None else bootstrapped(settings, registry.specs)
-        trainer = trainer_of(settings, spec, preprocessing)
+        trainer = trainer_of(settings, spec, None if name is None else analysed(registry.specs, name))
     planned = planned_for(registry, version, trainer)
     lines = [f"from version {version.version}, epoch {version.epoch}:"]
     lines += [f"  {subject} {text}" for subject, text in differences(registry, version, settings, spec).items()]

@@ -35,16 +35,15 @@ from state.log import Log, Reader
 from state.log.accepted_gaps import Journal
 from state.log.follow import Position, open_topic
 from state.process import log_lines
-from state.process.background import run_in_background
-from state.process.ending import while_read
-from state.process.part import run_command
-from state.process.quiet_stderr import quiet_stderr
+from state.process.part import quiet_stderr, run_command, while_read
+from state.process.resources import run_in_background
 from state.registry.control import Control
 from state.registry.manifest import Manifest, sees
 from state.registry.model_fit import environment_differences, first_after, former_specs
 from state.registry.registry import Registry
 from state.registry.segments import base_of, segments_of
 from state.rows.tables import tables_in
+from trainer import device
 from trainer.replay import ACCOUNT, Replay, SegmentReader
 from trainer.versions.content import ADDED, BESIDE, COLUMNS, PENDING, ROWS, Array, Tensors
 from trainer.worker import begin, workers_of
@@ -407,7 +406,6 @@ def run(
 
             group = None
             if addresses:
-                from trainer import device
                 from trainer.group import Group, await_others
 
                 device.prepare(settings.trainer.device, settings.trainer.threads)

@@ -30,14 +30,13 @@ from state.errors import SettingsError, WorkerLost
 from state.features.spec import FeatureSpec
 from state.log import KERNELS as LOG_KERNELS
 from state.metrics import build, serve
-from state.process.ending import die_with
-from state.process.part import Work, run_process
+from state.process.log_lines import SaidOnce
+from state.process.part import Work, die_with, own_stderr, quiet_stderr, quiet_tensorflow, run_process
 from state.process.ports import HOST, free_ports
-from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
-from state.process.said_once import SaidOnce
 from state.registry.model_fit import environment_differences
 from state.registry.registry import Registry
 from state.registry.sharing import copying
+from trainer import device
 
 if TYPE_CHECKING:
     from trainer.group import Group
@@ -86,7 +85,6 @@ def begin(group: Group, settings: Settings) -> None:
         SettingsError: This worker differs from the leader.
         WorkerLost: Another worker differs, ended or does not answer.
     """
-    from trainer import device
     from trainer.versions import checkpoint
 
     place = device.prepare(settings.trainer.device, settings.trainer.threads)
@@ -174,7 +172,6 @@ def _follow(settings: Settings, addresses: Sequence[str], index: int, collected:
     # 1.
     kernels = Kernels(collected, logger, [], [LOG_KERNELS])
     with quiet_stderr():
-        from trainer import device
         from trainer.engine.divided_step import DividedTrainer
         from trainer.engine.step import Trainer
         from trainer.group import Group, await_others

@@ -14,7 +14,7 @@ from deploy import sections, status
 from deploy.watch.figures import Figures, Spread
 from deploy.watch.snapshot import Poller, Problem, Snapshot
 from state.config.settings import Settings
-from state.process.said_once import SaidOnce
+from state.process.log_lines import SaidOnce
 
 EVERY_S = 5.0
 KEEP_S = 3600.0

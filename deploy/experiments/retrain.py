@@ -28,9 +28,8 @@ from state.errors import CorruptStore, LockHeld, SpringtideError, UnusableRegist
 from state.experiments.comparison import ComparisonFigures, read_figures
 from state.experiments.experiment import By, Experiment, Experiments, Outcome, Schedule
 from state.process import killpoints
-from state.process.ending import stop_on_signals
-from state.process.part import run_part
-from state.process.said_once import SaidOnce
+from state.process.log_lines import SaidOnce
+from state.process.part import run_part, stop_on_signals
 from state.process.wall_clock import wall_ms
 from state.registry.registry import Registry
 

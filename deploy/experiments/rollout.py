@@ -37,8 +37,8 @@ from state.log.topic_plan import TRAINING_PARTITION
 from state.microbatch.batch import MicroBatch, trained, trim
 from state.microbatch.codec import decode
 from state.positions import Source
-from state.process.ending import stop_on_signals
-from state.process.said_once import SaidOnce
+from state.process.log_lines import SaidOnce
+from state.process.part import stop_on_signals
 from state.process.wall_clock import wall_ms
 
 KEEP_MS = 2000

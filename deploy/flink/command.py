@@ -34,7 +34,7 @@ from state.disk.lock import DirectoryLock
 from state.errors import FlinkFailed, LockHeld, SettingsError, reason_of
 from state.flink import Job, JobManager, Overview, url
 from state.metrics import SupervisorMetrics
-from state.process.ending import Signals
+from state.process.part import Signals
 from state.process.ports import Port, free_port, listens, require_ports
 from state.process.private_files import keep_private
 from state.process.user_code import for_children

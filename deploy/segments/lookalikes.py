@@ -28,8 +28,7 @@ from deploy.serving.answers.queue import MOST_AT_ONCE
 from state.config.settings import Settings
 from state.disk import files as durable
 from state.layout import LOOKALIKES
-from state.process.ending import die_with
-from state.process.part import run_part
+from state.process.part import die_with, run_part
 from state.process.user_code import for_children
 from state.process.wall_clock import wall_ms
 from state.segments.expression import segments_of

@@ -54,11 +54,9 @@ from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import SegmentMetrics, served
 from state.microbatch.codec import decode
 from state.process import killpoints
-from state.process.background import run_in_background
-from state.process.ending import stop_on_signals
-from state.process.garbage import freeze_objects
-from state.process.part import run_part
-from state.process.said_once import SaidOnce
+from state.process.log_lines import SaidOnce
+from state.process.part import run_part, stop_on_signals
+from state.process.resources import freeze_objects, run_in_background
 from state.process.wall_clock import wall_ms
 from state.registry.erasing import ErasureReport, report
 from state.segments.expression import segments_of

@@ -52,10 +52,9 @@ from state.log import KERNELS, Log, Reader, Topics, Writer
 from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import ApplierMetrics, served
 from state.process import killpoints
-from state.process.ending import stop_on_signals
-from state.process.garbage import Holes, freeze_objects
-from state.process.part import run_part
-from state.process.said_once import SaidOnce
+from state.process.log_lines import SaidOnce
+from state.process.part import run_part, stop_on_signals
+from state.process.resources import Holes, freeze_objects
 from state.process.wall_clock import wall_ms
 from state.registry.control import Control
 from state.registry.controls import ControlPoll
@@ -65,8 +64,7 @@ from state.registry.sharing import copying, reached_ms
 from state.registry.specs import SpecActions
 from state.rows.reader import Served
 from state.rows.store import RowStore
-from state.storage.measuring import offer
-from state.storage.shares import SERVING, map_bytes
+from state.storage.shares import SERVING, map_bytes, offer
 from state.storage.waiting import Room, is_full
 
 POLL_S = 0.02

@@ -26,7 +26,7 @@ from state.errors import CorruptVersion, RegistryError, SpecMismatch
 from state.features.spec import Events, FeatureSpec
 from state.history.store import HistoryStore
 from state.layout import CURRENT
-from state.process.said_once import SaidOnce
+from state.process.log_lines import SaidOnce
 from state.registry.registry import Registry
 
 CONTROL_NOTE = "control"

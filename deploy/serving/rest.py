@@ -72,9 +72,8 @@ from state.features.spec import KERNELS as FEATURE_KERNELS
 from state.layout import WORKER_COUNTERS
 from state.metrics import WorkerMetrics, add_process, say_build
 from state.process import log_lines
-from state.process.ending import reported
-from state.process.garbage import freeze_objects
-from state.process.part import Work, run_process
+from state.process.part import Work, reported, run_process
+from state.process.resources import freeze_objects
 from state.process.wall_clock import wall_ms
 from state.registry.hosts import RoutingTable
 

@@ -27,11 +27,9 @@ from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import ValidationMetrics, served
 from state.microbatch.batch import ATTRIBUTES, SCALARS, MicroBatch
 from state.microbatch.codec import decode
-from state.process.background import run_in_background
-from state.process.ending import stop_on_signals
-from state.process.garbage import freeze_objects
-from state.process.part import run_part
-from state.process.said_once import SaidOnce
+from state.process.log_lines import SaidOnce
+from state.process.part import run_part, stop_on_signals
+from state.process.resources import freeze_objects, run_in_background
 from state.registry.directory import Directory
 from state.registry.specs import Specs
 from state.statistics.anomalies import validate

@@ -18,7 +18,7 @@ from state.log import Log, PartitionBatch
 from state.log.follow import Follower, Opening, Position
 from state.positions import Source
 from state.process import killpoints
-from state.process.said_once import SaidOnce
+from state.process.log_lines import SaidOnce
 from state.storage.waiting import Room
 
 RECORDS = 5000

@@ -167,6 +167,33 @@ class Lines(logging.StreamHandler[TextIO]):
             super().emit(logging.LogRecord(name, level, "", 0, form, (count, event), None))
 
 
+class SaidOnce:
+    """Logs lines, but skips one that equals the previous line, so that a waiting loop does not fill the log.
+
+    `log` takes a format string and its argument.
+
+    >>> say = SaidOnce(lambda form, line: print(form % line))
+    >>> for line in ("waiting", "waiting", "there"):
+    ...     say(line)
+    waiting
+    there
+    """
+
+    def __init__(self, log: Callable[[str, str], object]) -> None:
+        self._log = log
+        self._last = ""
+
+    def __call__(self, line: str) -> None:
+        """Logs the line if it differs from the last one."""
+        if line != self._last:
+            self._last = line
+            self._log("%s", line)
+
+    def clear(self) -> None:
+        """Allows the same line to be logged again."""
+        self._last = ""
+
+
 def begin(part: str, stream: TextIO | None = None, level: int = logging.INFO) -> None:
     """Starts logging to standard error, or `stream`, as text until `follow` is called. Keeps existing handlers."""
     root = logging.getLogger()

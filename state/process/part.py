@@ -1,25 +1,44 @@
-"""Entry points: of a process (private files, log lines under its name, settings, exit code), and of a check."""
+"""Start and end of a process: private files, log lines under its name, settings, signals, exit code.
+
+It also filters the startup chatter of native libraries out of standard error.
+"""
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import logging
 import os
+import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TextIO
 
 from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import SpringtideError, of_disk
 from state.process import log_lines
-from state.process.ending import reported
 from state.process.private_files import keep_private
-from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 
 Work = Callable[[], int | None]
 Check = Callable[[Settings, Path | None], str]
+
+_PR_SET_PDEATHSIG = 1
+
+_TALK = re.compile(
+    rb"WARNING: All log messages before absl::InitializeLog"
+    rb"|[IWE]\d{4} \d\d:\d\d:\d\d\.\d+ |[IWE]0000 00:00:\d+\.\d+ "
+    rb"|INFO: Created TensorFlow Lite"
+    rb"|To enable the following instructions:"
+    # The LiteRT converter prints these in addition to its exception, which contains all of it.
+    rb"|loc\(.*error: |error: failed while converting|Some ops |(Custom|TF Select) ops: |Details:|\ttf\.\w+\(|\s*$"
+)
+_TURN = threading.Lock()
 
 OPTIONS_READ = "options_read.json"
 """File next to a kept graph with the names of the `model.options` that the preprocessing read."""
@@ -108,3 +127,111 @@ def run_check(argv: Sequence[str] | None, option: str, check: Check) -> int:
         return error.exit_code
     print(result)
     return 0
+
+
+def stop_on_signals() -> threading.Event:
+    """Returns an event that SIGTERM and SIGINT set from now on; call it in the main thread."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
+class Signals:
+    """Counts SIGINT, SIGTERM and SIGHUP: the first asks to stop, the second to stop at once."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._take)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+
+    def stop(self) -> bool:
+        """Returns whether to stop."""
+        return self.count > 0
+
+    def hurry(self) -> bool:
+        """Returns whether to stop at once."""
+        return self.count > 1
+
+
+def die_with(parent: int, signal_number: signal.Signals = signal.SIGKILL) -> Callable[[], None]:
+    """Returns a function that binds a child to its parent; the child calls it between fork and exec, or later.
+
+    The kernel then ends the child with the signal `signal_number` when the parent's thread that started it ends.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def arrange() -> None:
+        if libc is not None:
+            libc.prctl(_PR_SET_PDEATHSIG, signal_number)
+            # The parent may have ended before prctl was called.
+            if os.getppid() != parent:
+                os._exit(1)
+
+    return arrange
+
+
+def reported(work: Callable[[], int | None], logger: logging.Logger) -> int:
+    """Runs a process's work; returns its exit code, and logs an error that ends it in one line with its class."""
+    try:
+        return work() or 0
+    except (SpringtideError, OSError) as problem:
+        error = of_disk(problem)
+        logger.error("%s: %s", type(error).__name__, error)
+        return error.exit_code
+
+
+def while_read(main: Callable[[], int]) -> int:
+    """Runs a command that prints to standard output; returns its exit code, or 0 if the reader closed the pipe.
+
+    `head`, for example, closes the pipe after ten lines.
+    """
+    try:
+        code = main()
+        # Flushes here, where a broken pipe can be caught, rather than at Python's exit.
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes again at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+def is_talk(line: bytes) -> bool:
+    """Whether a line is chatter."""
+    return _TALK.match(line) is not None
+
+
+def quiet_tensorflow(environment: MutableMapping[str, str]) -> None:
+    """Lowers TensorFlow's log level and hides a missing GPU driver. Call it before TensorFlow is loaded."""
+    environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if not any(Path("/dev").glob("nvidia[0-9]*")):
+        environment.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+
+
+def own_stderr() -> TextIO:
+    """The current standard error as a stream that `quiet_stderr` does not hold back, for the process's own log."""
+    return os.fdopen(os.dup(2), "w", buffering=1)
+
+
+@contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """Buffers the process's output to standard error inside the block, then writes all of it except the chatter."""
+    sys.stderr.flush()
+    # The descriptor belongs to the whole process, so threads take turns. A memory file works even on a full disk.
+    with _TURN, os.fdopen(os.memfd_create("stderr"), "w+b") as buffer:
+        descriptor = os.dup(2)
+        os.dup2(buffer.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(descriptor, 2)
+            buffer.seek(0)
+            for line in buffer:
+                if not is_talk(line):
+                    os.write(descriptor, line)
+            os.close(descriptor)

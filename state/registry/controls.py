@@ -14,7 +14,7 @@ from state.disk import files as durable
 from state.errors import ControlConflict, CorruptVersion, RegistryError, UnfitMask
 from state.features.erased import Erased, Erasure, MaskedUsers
 from state.process import killpoints
-from state.process.said_once import SaidOnce
+from state.process.log_lines import SaidOnce
 from state.registry import control as documents
 from state.registry import sealed
 from state.registry.control import Control

@@ -35,7 +35,7 @@ from state.errors import LockHeld, RegistryError, SettingsError, UnusablePlace
 from state.file_store import CountedStore, FileStore, open_store
 from state.metrics import SharedMetrics
 from state.process import killpoints
-from state.process.said_once import SaidOnce
+from state.process.log_lines import SaidOnce
 from state.process.wall_clock import wall_ms
 from state.registry import sync
 from state.registry.claim import RENEW_S, Claim, Silence, StandbyFile

@@ -18,8 +18,7 @@ from tensorflow_metadata.proto.v0.statistics_pb2 import (
     Histogram,
 )
 
-from state.statistics.collecting import ACTION, DELAY, FEATURES, ITEM, LABEL, Categorical, Statistics
-from state.statistics.numeric import Numeric, median
+from state.statistics.collecting import ACTION, DELAY, FEATURES, ITEM, LABEL, Categorical, Numeric, Statistics, median
 
 MOST_VALUES = 2000
 MOST_ITEMS = 100

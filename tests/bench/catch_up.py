@@ -47,7 +47,7 @@ from tests.bench.report import Figure, Stages, report
 from tests.bench.stream import passed, start, stop
 from tests.reading import append_encoded
 from trainer.engine.step import Trainer
-from trainer.model.analysed import Preprocessing
+from trainer.model.model import Preprocessing
 
 STEPS = (256, 512, 1024, 2048)
 WITHIN = ">= -0.5"

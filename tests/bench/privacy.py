@@ -44,12 +44,12 @@ from tests.bench.recorded import KUAIRAND_SETTINGS, Recorded, micro_batches, rea
 from tests.bench.report import Figure, Stages, report
 from trainer.engine import private_step
 from trainer.engine.adam import EPSILON
-from trainer.engine.making import trainer_of
 from trainer.engine.private_step import PrivateTrainer
 from trainer.engine.record import Recorder
 from trainer.engine.step import Trainer
-from trainer.model.analysed import Preprocessing
+from trainer.model.model import Preprocessing
 from trainer.privacy.history import NoisePlace
+from trainer.versions.starting import trainer_of
 
 F32 = npt.NDArray[np.float32]
 

@@ -33,7 +33,7 @@ def main(rows: int) -> None:
     from state.config.settings import Settings
     from state.features.spec import FeatureSpec
     from state.metrics import TrainerMetrics
-    from state.process.quiet_stderr import quiet_stderr
+    from state.process.part import quiet_stderr
     from state.registry.control import start
     from state.registry.manifest import Draft, LogRange
     from state.registry.registry import Registry

@@ -42,7 +42,7 @@ from tests.bench.recorded import (
 from tests.bench.report import Figure, report
 from trainer.engine.report import Report
 from trainer.engine.step import Trainer
-from trainer.model.analysed import Preprocessing
+from trainer.model.model import Preprocessing
 from trainer.versions import checkpoint
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "deploy" / "examples"

@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 
 import trainer.tables
 from state.ranking.item_lists import count_visits
-from trainer.tables.count_table import CountTable
 from trainer.tables.id_table import NO_CAP, IdTable
-from trainer.tables.item_lists import ItemListTable
 from trainer.tables.least_used import DOUBLING_MS
+from trainer.tables.lists import CountTable, ItemListTable
 from trainer.tables.table import Table
 
 Rows = np.ndarray[Any, Any]

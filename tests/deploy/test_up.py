@@ -15,7 +15,7 @@ from deploy.startup.steps import STOP_ORDER, ports, process_plans
 from state.config.loading import load
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
-from state.process.ending import Signals
+from state.process.part import Signals
 from state.process.ports import free_port
 
 PORTS = (

@@ -18,7 +18,7 @@ from deploy.local_kafka import Broker
 from deploy.supervisor import last_line
 from state.config.settings import Settings
 from state.process import killpoints
-from state.process.ending import die_with
+from state.process.part import die_with
 from tests.e2e.running import ROOT
 
 MODULES: Mapping[str, str] = {

@@ -22,7 +22,7 @@ from tests.golden.archive import EXPECTED, HERE, SETTINGS_OF_0_1_0, read_topic, 
 from tests.golden.learning import learn_on, new_trainer
 from tests.golden.measures import MAP_BYTES, differences, measure, without_digests
 from trainer.tables.changes import Changes
-from trainer.tables.count_table import CountTable
+from trainer.tables.lists import CountTable
 from trainer.versions import checkpoint, content
 
 CLOSE = 1e-5

@@ -13,8 +13,8 @@ from state.ranking.crosses import WIDTH
 from trainer.engine.engine import CROSS
 from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.model.model import Model
-from trainer.tables.count_table import CountTable
 from trainer.tables.index import U64
+from trainer.tables.lists import CountTable
 from trainer.tables.table import INITIAL_ACCUMULATOR, Table
 
 Kind = TypeVar("Kind")

@@ -38,9 +38,8 @@ from trainer.engine.record import Record
 from trainer.engine.report import Report, Update
 from trainer.engine.step import LoadVersion, Taking, Trainer, WorkerLoad
 from trainer.group import TIMEOUT_S, Group
-from trainer.model.analysed import Analysed, Preprocessing
 from trainer.model.hyperparameters import HYPERPARAMETERS
-from trainer.model.model import Model
+from trainer.model.model import Analysed, Model, Preprocessing
 from trainer.privacy.history import NoisePlace
 from trainer.tables.changes import Changes
 from trainer.tables.id_table import I64, MISSING

@@ -14,20 +14,17 @@ from state.features.spec import FeatureSpec
 from state.process.user_code import error_line, load_named
 from state.ranking.crosses import Crosses
 from trainer.engine.build import labelled, optimizer_of
-from trainer.engine.compiled.parts import CompiledParts
-from trainer.engine.compiled.preparing import VALUES, Prepare, by_table, prepared_on_host
+from trainer.engine.compiled.preparing import VALUES, Prepare, by_table
 from trainer.engine.crosses import CrossLearner, first_precision
 from trainer.engine.engine import CROSS, Engine
-from trainer.engine.graph_adam import Adam
 from trainer.engine.private_engine import PrivateEngine, ReleasedCrosses
-from trainer.engine.tensorflow_engine import TensorflowEngine
-from trainer.model.analysed import Analysed, Preprocessing, StoredTable
+from trainer.engine.tensorflow_engine import Adam, TensorflowEngine
 from trainer.model.attributes import Columns
-from trainer.model.default_model import DefaultModel
 from trainer.model.default_ranker import DefaultRanker
+from trainer.model.model import Analysed, Preprocessing, StoredTable
 from trainer.model.preprocessing import compiled_graph, graph_of
 from trainer.model.ranker import Ranker
-from trainer.model.tower import DenseTower, named
+from trainer.model.tower import DenseTower
 from trainer.privacy.participation import LearnedCrosses
 from trainer.tables.table import Table
 
@@ -79,25 +76,6 @@ def engine_name(settings: Settings, ranker: Ranker, device: str) -> str:
     if wanted == "auto":
         return "compiled" if able else "tensorflow"
     return wanted
-
-
-def parts_of(
-    settings: Settings, spec: FeatureSpec, preprocessing: Preprocessing | Analysed | None, device: str
-) -> GraphParts | CompiledParts:
-    """The parts of a trainer whose settings need the ranker's graph, if only to know what it computes."""
-    with tf.device(device):
-        ranker = ranker_of(settings, spec, preprocessing)
-    if engine_name(settings, ranker, device) == "tensorflow":
-        return GraphParts(settings, ranker, device)
-    assert isinstance(ranker, DefaultRanker)
-    stored = preprocessing.table if isinstance(preprocessing, Analysed) else None
-    prepare = prepared_on_host(preprocessing, spec.names) or prepared_by(
-        ranker.preprocessing, len(spec.names), settings.model.preprocessing, stored
-    )
-    width = prepare(np.zeros((1, len(spec.names)), np.uint16)).shape[1]
-    tower = {name: weight.numpy() for name, weight in named(ranker.tower).items()}
-    model = DefaultModel(settings.model, spec, width, labelled(settings), tower)
-    return CompiledParts(settings, model, prepare, lambda: ranker)
 
 
 def prepared_by(

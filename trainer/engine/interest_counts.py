@@ -56,7 +56,7 @@ from trainer.engine.online_regression import LEAST_ROWS, OnlineRegression
 from trainer.engine.record import Record
 from trainer.engine.report import Update
 from trainer.tables.index import F32, I32, U64
-from trainer.tables.item_lists import ItemListTable
+from trainer.tables.lists import ItemListTable
 
 I64 = npt.NDArray[np.int64]
 F64 = npt.NDArray[np.float64]

@@ -51,7 +51,7 @@ from trainer.engine.compiled.rows import exponentials, highest_of
 from trainer.engine.engine import Scores
 from trainer.engine.online_regression import LEAST_ROWS, OnlineRegression
 from trainer.tables.index import F32, I32, U64
-from trainer.tables.item_lists import ItemListTable
+from trainer.tables.lists import ItemListTable
 
 I64 = npt.NDArray[np.int64]
 F64 = npt.NDArray[np.float64]

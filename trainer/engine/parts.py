@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
 
 from state.config.sections import Model as ModelSettings
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.ranking.crosses import Crosses
 from state.registry.model_fit import FORMER_TOWERS
-from trainer.engine.adam import FastSlots
-from trainer.engine.build import labelled
-from trainer.engine.compiled.parts import CompiledParts
-from trainer.engine.compiled.preparing import prepared_on_host
-from trainer.engine.engine import F32, Engine
-from trainer.model.analysed import Analysed, Preprocessing
+from trainer.device import prepare
+from trainer.engine.adam import FastSlots, HostAdam
+from trainer.engine.build import labelled, optimizer_of
+from trainer.engine.compiled.engine import CompiledEngine
+from trainer.engine.compiled.preparing import Prepare, prepared_on_host
+from trainer.engine.compiled.threads import Threads
+from trainer.engine.crosses import CrossLearner, first_precision
+from trainer.engine.engine import CROSS, F32, Engine
 from trainer.model.attributes import Columns
 from trainer.model.default_model import DefaultModel
-from trainer.model.model import Model
+from trainer.model.model import Analysed, Model, Preprocessing
 from trainer.tables.table import Table
 
 if TYPE_CHECKING:
@@ -60,6 +64,37 @@ class Parts(Protocol):
         """The ranker's graph with the present weights, to lower or to export it. Loads TensorFlow."""
 
 
+class CompiledParts:
+    """See `Parts`; of the compiled engine.
+
+    Args:
+        prepare: The preprocessing.
+        make_ranker: Builds the ranker's graph, with any weights.
+    """
+
+    device = None
+
+    def __init__(
+        self, settings: Settings, model: DefaultModel, prepare: Prepare, make_ranker: Callable[[], Ranker]
+    ) -> None:
+        self._settings, self.model = settings, model
+        self._prepare, self._make_ranker = prepare, make_ranker
+        self.optimizer = optimizer_of(HostAdam, model.weights(), model, settings)
+
+    def engine(self, tables: Mapping[str, Table], crosses: Crosses, columns: Columns) -> Engine:
+        """See `Parts`."""
+        learner = CrossLearner(tables[CROSS], first_precision(crosses.kinds))
+        embeddings = {name: table for name, table in tables.items() if name != CROSS}
+        threads, attributes = Threads(self._settings.trainer.threads), len(columns.items.names)
+        return CompiledEngine(self.model, self.optimizer, self._prepare, embeddings, learner, attributes, threads)
+
+    def ranker(self) -> Ranker:
+        """See `Parts`."""
+        ranker = self._make_ranker()
+        ranker.set_weights(self.model.weights())
+        return ranker
+
+
 def learns_without_graph(settings: Settings, device: str) -> bool:
     """Whether the settings alone show that the compiled engine computes the model, so that TensorFlow is not needed."""
     model, default = settings.model, ModelSettings()
@@ -78,7 +113,6 @@ def parts_of(
     """The parts that the settings describe. TensorFlow is loaded only if they need a graph."""
 
     def make_ranker() -> Ranker:
-        from trainer.device import prepare
         from trainer.engine.graphs import ranker_of
 
         prepare(settings.trainer.device, settings.trainer.threads)
@@ -89,8 +123,23 @@ def parts_of(
         if prepare_features is not None:
             model = DefaultModel(settings.model, spec, len(spec.names), labelled(settings))
             return CompiledParts(settings, model, prepare_features, make_ranker)
-    from trainer.device import prepare
+    import tensorflow as tf
+
     from trainer.engine import graphs
+    from trainer.model.tower import named
 
     prepare(settings.trainer.device, settings.trainer.threads)
-    return graphs.parts_of(settings, spec, preprocessing, device)
+    with tf.device(device):
+        ranker = graphs.ranker_of(settings, spec, preprocessing)
+    if graphs.engine_name(settings, ranker, device) == "tensorflow":
+        return graphs.GraphParts(settings, ranker, device)
+    prepare_features = prepared_on_host(preprocessing, spec.names) or graphs.prepared_by(
+        ranker.preprocessing,
+        len(spec.names),
+        settings.model.preprocessing,
+        preprocessing.table if isinstance(preprocessing, Analysed) else None,
+    )
+    width = prepare_features(np.zeros((1, len(spec.names)), np.uint16)).shape[1]
+    tower = {name: weight.numpy() for name, weight in named(ranker.tower).items()}
+    model = DefaultModel(settings.model, spec, width, labelled(settings), tower)
+    return CompiledParts(settings, model, prepare_features, lambda: ranker)

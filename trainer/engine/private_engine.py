@@ -18,11 +18,10 @@ import tensorflow as tf
 from state.ranking.crosses import FIRST_SHARES
 from trainer.engine.crosses import Crossed, CrossLearner, crosses
 from trainer.engine.engine import F32, I32, I64, Measured
-from trainer.engine.graph_adam import Adam
 from trainer.engine.record import Record
-from trainer.engine.tensorflow_engine import TensorflowEngine, TensorsFound, place_of
+from trainer.engine.tensorflow_engine import Adam, TensorflowEngine, TensorsFound, place_of
+from trainer.model.model import Targets
 from trainer.model.ranker import Ranker
-from trainer.model.targets import Targets
 from trainer.tables.table import Table
 
 Tensor = Any

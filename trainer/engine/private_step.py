@@ -23,13 +23,13 @@ from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch
 from trainer.engine.build import labelled
 from trainer.engine.engine import F32, Measured
-from trainer.engine.graph_adam import Adam
 from trainer.engine.private_engine import LOSSES, Normal, PrivateEngine
 from trainer.engine.record import Record
 from trainer.engine.report import Report, Update
 from trainer.engine.step import Trainer
-from trainer.model.analysed import Analysed, Preprocessing
+from trainer.engine.tensorflow_engine import Adam
 from trainer.model.hyperparameters import HYPERPARAMETERS
+from trainer.model.model import Analysed, Preprocessing
 from trainer.privacy.accounting import COUNT_NOISE, noise_for
 from trainer.privacy.history import History, NoisePlace, own_key
 from trainer.privacy.participation import Participation

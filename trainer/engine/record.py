@@ -17,10 +17,10 @@ from state.ranking.crosses import Crosses, Values
 from trainer.model.attributes import Columns
 from trainer.model.candidates import candidates, partners, seed_of
 from trainer.model.hyperparameters import HYPERPARAMETERS
-from trainer.model.targets import NEGATIVE_SHIFT, Targets
+from trainer.model.model import NEGATIVE_SHIFT, Targets
 from trainer.privacy.participation import LearnedCrosses
-from trainer.tables.count_table import CountTable
 from trainer.tables.index import I32, U64
+from trainer.tables.lists import CountTable
 
 F32 = npt.NDArray[np.float32]
 

@@ -18,14 +18,12 @@ from trainer.engine.compiled.rows import exponentials, highest_of
 from trainer.engine.engine import F32, Scores
 from trainer.engine.guard import Verdict
 from trainer.engine.record import Record, joined_records
-from trainer.measures.breakdown import Breakdown, SliceMeasures, shown_of
 from trainer.measures.evaluation import Evaluation
 from trainer.measures.predictions import NONE, CategoryPrediction, of_popular, of_previous
-from trainer.measures.progressive import Progressive
-from trainer.measures.slices import Scored, Slices
-from trainer.measures.step_scores import Judged, ScoredPairs, StepScores
+from trainer.measures.progressive import Judged, Progressive, ScoredPairs, StepScores
+from trainer.measures.slices import Breakdown, Scored, SliceMeasures, Slices, shown_of
 from trainer.model.attributes import Columns
-from trainer.model.targets import MASKED
+from trainer.model.model import MASKED
 from trainer.tables.id_table import MISSING
 from trainer.tables.index import I32, U64
 

@@ -38,6 +38,7 @@ from state.microbatch.batch import MicroBatch
 from state.ranking.crosses import Crosses
 from state.ranking.item_lists import NEXT_CATEGORY, VISITED
 from trainer.churn.learning import ChurnLearner
+from trainer.device import device_of
 from trainer.engine.build import EMBEDDINGS, TRANSITION, Growth, tables_of, transitions_of
 from trainer.engine.engine import CROSS, F32, Measured
 from trainer.engine.guard import GuardState, Verdict, judge
@@ -49,14 +50,13 @@ from trainer.engine.report import Measures, Report, Update, candidates_of
 from trainer.measures.evaluation import Evaluation
 from trainer.measures.predictions import CategoryPrediction, of_came_next
 from trainer.measures.slices import Slices
-from trainer.model.analysed import Analysed, Preprocessing
 from trainer.model.attributes import Columns
-from trainer.placement import device_of
+from trainer.model.model import Analysed, Preprocessing
 from trainer.privacy.history import NoisePlace
 from trainer.tables.changes import Changes
 from trainer.tables.id_table import MISSING, IdTable
 from trainer.tables.index import U64
-from trainer.tables.item_lists import ItemListTable
+from trainer.tables.lists import ItemListTable
 from trainer.tables.popular import HOUR_MS, Popular
 
 if TYPE_CHECKING:

@@ -21,12 +21,11 @@ from state.features.spec import FeatureSpec
 from state.layout import VERSIONS
 from state.log import Log
 from state.process import log_lines
-from state.process.background import run_in_background
-from state.process.ending import while_read
-from state.process.part import run_command
+from state.process.part import quiet_stderr, run_command, while_read
 from state.process.private_files import keep_private
-from state.process.quiet_stderr import quiet_stderr
+from state.process.resources import run_in_background
 from state.registry.registry import Registry
+from trainer import device
 
 MOST_ROWS = 10_000
 KEPT = 3
@@ -129,7 +128,6 @@ def run(settings: Settings, args: argparse.Namespace) -> None:
     users = None if args.users is None else load_salt(settings.salt_path, create=False)
     answers = None if args.users is None or args.tflite else answers_of(settings, number, args.users, args.items)
     with quiet_stderr():
-        from trainer import device
         from trainer.engine.step import Trainer
         from trainer.exporting import exporting, saved_model
         from trainer.exporting.device_file import read_users

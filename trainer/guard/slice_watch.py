@@ -19,8 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import convert
 
-from trainer.guard.rules import MOST, NORMAL, SLACK, SLICE
-from trainer.guard.window import FEWEST_OF_A_KIND, WindowStart
+from trainer.guard.rules import FEWEST_OF_A_KIND, MOST, NORMAL, SLACK, SLICE, WindowStart
 from trainer.measures.intervals import widened
 
 F32 = npt.NDArray[np.float32]

@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from state.compiled import compiled
 from state.ranking.transitions import FOLLOWERS
-from trainer.tables.count_table import CountTable
 from trainer.tables.index import I32, U64
+from trainer.tables.lists import CountTable
 from trainer.tables.popular import Popular
 
 F64 = npt.NDArray[np.float64]

@@ -33,13 +33,12 @@ import tensorflow as tf
 from state.config.sections import Model as ModelSettings
 from state.features.spec import FeatureSpec
 from state.ranking.transitions import COLUMNS
-from trainer.model.analysed import Preprocessing
 from trainer.model.default_model import NET_HIDDEN, NEXT_HIDDEN, DefaultModel
 from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.model.losses import log_losses
+from trainer.model.model import MASKED, Preprocessing, Targets, Tensor
 from trainer.model.preprocessing import WindowScaling, graph_of
 from trainer.model.ranker import Ranker
-from trainer.model.targets import MASKED, Targets, Tensor
 from trainer.model.tower import DenseTower, load_builder, named, width_in
 
 

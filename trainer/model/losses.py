@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import tensorflow as tf
 
-from trainer.model.targets import Targets, Tensor
+from trainer.model.model import Targets, Tensor
 
 
 def interest_logits(scores: Mapping[str, Tensor]) -> Tensor:

@@ -10,9 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from trainer.model.analysed import Analysed, Preprocessing
-from trainer.model.scaling import feature_scaling, window_scaling
-from trainer.model.targets import Tensor
+from trainer.model.default_model import feature_scaling, window_scaling
+from trainer.model.model import Analysed, Preprocessing, Tensor
 
 F32 = npt.NDArray[np.float32]
 U16 = npt.NDArray[np.uint16]

@@ -9,8 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.model.inputs import Input, shapes
-from trainer.model.model import F32, require_shapes
-from trainer.model.targets import MASKED, Targets, Tensor
+from trainer.model.model import F32, MASKED, Targets, Tensor, require_shapes
 
 # Custom rankers import these from here.
 __all__ = ["MASKED", "Ranker", "Targets"]

@@ -12,9 +12,8 @@ from state.errors import SettingsError
 from state.features.spec import FeatureSpec
 from state.process.user_code import load_named
 from state.registry.model_fit import FORMER_TOWERS
-from trainer.model.analysed import Preprocessing
-from trainer.model.first_values import dense_layers
-from trainer.model.targets import Tensor
+from trainer.model.default_model import dense_layers
+from trainer.model.model import Preprocessing, Tensor
 
 
 class Tower(Protocol):

@@ -1,6 +1,6 @@
-"""What a trainer of a registry starts with: the preprocessing of the bootstrap, and the program of the newest version.
+"""Builds the trainer that the settings describe, with the bootstrap's preprocessing and the newest version's program.
 
-A trainer that continues in the environment of the newest version finds both without TensorFlow.
+A trainer of a registry that continues in the environment of the newest version finds both without TensorFlow.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from state.registry.manifest import Manifest
 from state.registry.model_fit import version_to_go_on_from
 from state.registry.registry import Registry
 from state.registry.specs import Specs
-from trainer.engine.making import trainer_of
+from trainer.device import device_of
 from trainer.engine.parts import learns_without_graph
 from trainer.engine.step import Trainer
-from trainer.model.analysed import F32, Analysed
-from trainer.placement import device_of
+from trainer.model.model import F32, Analysed, Preprocessing
 from trainer.versions import checkpoint
 from trainer.versions.program import check_parity, sample
 
@@ -52,16 +51,40 @@ class PreparedTable:
             logger.warning("the next start loads TensorFlow again: %s", error)
 
 
-def bootstrapped(settings: Settings, specs: Specs) -> Analysed:
-    """The preprocessing that the bootstrap of the settings' feature spec analysed.
+def analysed(specs: Specs, name: str) -> Analysed:
+    """The preprocessing of the bootstrap that has this name, see `Specs.bootstrapped`.
 
     Raises:
         SpecMismatch: There was no such bootstrap.
         CorruptVersion: A file of it is missing or fails its digest.
     """
-    spec = FeatureSpec.from_settings(settings)
-    name = specs.bootstrapped(spec.digest, settings.model) or spec.digest
     return Analysed(specs.transform(name), PreparedTable(specs, name))
+
+
+def bootstrapped(settings: Settings, specs: Specs) -> Analysed:
+    """See `analysed`; of the bootstrap of the settings' feature spec."""
+    spec = FeatureSpec.from_settings(settings)
+    return analysed(specs, specs.bootstrapped(spec.digest, settings.model) or spec.digest)
+
+
+def trainer_of(
+    settings: Settings,
+    spec: FeatureSpec,
+    preprocessing: Preprocessing | Analysed | None = None,
+    group: Group | None = None,
+) -> Trainer:
+    """An untrained trainer, which shares the training with the workers of `group`. With a privacy budget it is private."""
+    if group is not None:
+        # Imported here, because workers are connected by TensorFlow.
+        from trainer.engine.divided_step import DividedTrainer
+
+        return DividedTrainer(settings, spec, preprocessing, group)
+    if not settings.privacy.epsilon:
+        return Trainer(settings, spec, preprocessing)
+    # Imported here, because the privacy accountant takes a second to load.
+    from trainer.engine.private_step import PrivateTrainer
+
+    return PrivateTrainer(settings, spec, preprocessing)
 
 
 def bootstrapped_trainer(settings: Settings, specs: Specs, group: Group | None) -> Trainer:

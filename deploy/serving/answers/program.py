@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from state.errors import ProgramError
 from state.lowering import argument
-from state.process.quiet_stderr import quiet_stderr
+from state.process.part import quiet_stderr
 
 BATCHES = (1, 4, 16)
 PAIRS = 256

@@ -17,7 +17,7 @@ from state.history.store import HistoryStore
 from state.metrics import ApplierMetrics
 from state.microbatch.batch import MicroBatch
 from state.positions import Range, Source
-from state.process.said_once import SaidOnce
+from state.process.log_lines import SaidOnce
 
 WHOLE_EXTRA = "whole"
 EVERY_MS = 1000

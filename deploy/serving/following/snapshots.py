@@ -26,7 +26,7 @@ from state.history.store import HistoryStore
 from state.log import Log
 from state.log.follow import Position
 from state.metrics import ApplierMetrics
-from state.process.said_once import SaidOnce
+from state.process.log_lines import SaidOnce
 from state.registry.log_line import LogLine
 
 FULL_INTERVALS = 30

@@ -28,7 +28,7 @@ from state.features.erased import Erased
 from state.layout import PROGRAMS
 from state.metrics import ApplierMetrics
 from state.process import killpoints
-from state.process.said_once import SaidOnce
+from state.process.log_lines import SaidOnce
 from state.ranking.crosses import crosses_of
 from state.registry.control import Control, named
 from state.registry.manifest import Manifest, sees

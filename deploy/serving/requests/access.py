@@ -15,8 +15,8 @@ from pathlib import Path
 
 from state.config.settings import Settings
 from state.errors import Forbidden, SettingsError, Unauthorized
+from state.process.log_lines import SaidOnce
 from state.process.private_files import make_key, others_may
-from state.process.said_once import SaidOnce
 
 OPEN, READ, OPERATE = "", "read", "operate"
 """The level that needs no token, and the two roles; `operate` includes `read`."""

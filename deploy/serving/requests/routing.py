@@ -36,7 +36,7 @@ from state.disk.files import HOST
 from state.errors import NotHeld, NotReady
 from state.events.identity import Salt, pseudonyms
 from state.metrics import WorkerMetrics
-from state.process.said_once import SaidOnce
+from state.process.log_lines import SaidOnce
 from state.registry import hosts
 from state.registry.hosts import GONE_S, RENEW_S, HostEntry, RoutingTable
 from state.user_shares import SHARES, UserShares

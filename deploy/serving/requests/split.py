@@ -35,7 +35,7 @@ from state.errors import BadRequest, RegistryError, SpringtideError
 from state.events.identity import Salt, user_id
 from state.experiments.experiment import Experiment, Experiments
 from state.experiments.exposure import ARMS, LIVE, TRIAL, Arm, Exposure, arm_of, encode, position_of
-from state.process.said_once import SaidOnce
+from state.process.log_lines import SaidOnce
 
 POLL_S = 0.25
 PATIENCE = 10  # the experiment has this part of `serving.timeout_s` to answer; then the live version answers

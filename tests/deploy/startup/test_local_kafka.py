@@ -16,8 +16,7 @@ from state.config.loading import load
 from state.errors import KafkaFailed
 from state.metrics import StorageMetrics, SupervisorMetrics
 from state.process.ports import free_port, listens
-from state.storage.measuring import offer
-from state.storage.shares import KAFKA
+from state.storage.shares import KAFKA, offer
 from tests.disks import small_disk
 from tests.e2e.running import until
 from tests.one_kafka import Running, broker_like

@@ -13,7 +13,7 @@ from deploy.watch.figures import full_parts
 from deploy.watch.scrape import Scrape, parsed
 from state.config.loading import load
 from state.metrics import StorageMetrics, TrainerMetrics
-from state.storage import measuring, shares
+from state.storage import shares
 from state.storage.waiting import Room
 from tests import promql
 from tests.rules import ALERTS
@@ -21,7 +21,7 @@ from tests.trainer.batches import micro_batch
 from tests.trainer.logs import fresh
 from trainer import gauges
 from trainer.measures.predictions import BASELINES
-from trainer.measures.step_scores import USERS
+from trainer.measures.progressive import USERS
 
 NEAR, FULL = ALERTS["SpringtideStorageNearLimit"]["expr"], ALERTS["SpringtideStorageFull"]["expr"]
 BUDGET = 500_000_000
@@ -32,12 +32,12 @@ def scraped(tmp_path: Path, used: dict[str, float]) -> Scrape:
     settings = load(["--paths.state", str(tmp_path), "--storage.budget_gb", str(BUDGET / 1e9)], env={})
     (tmp_path / "stream-0" / "histories").mkdir(parents=True)
     collected = CollectorRegistry()
-    metrics = measuring.offer(collected, settings, used)
+    metrics = shares.offer(collected, settings, used)
     for part, share in used.items():
         folder = shares.folders(settings, part)[0]
         folder.mkdir(exist_ok=True)
         (folder / "file").write_bytes(bytes(4096))
-        assert measuring.used_bytes([folder]) == 4096
+        assert shares.used_bytes([folder]) == 4096
         # As if that file were so large: a test need not write half a gigabyte.
         metrics.limit_bytes.labels(part).set(4096 / share)
     return Scrape(parsed(generate_latest(collected).decode()))
@@ -91,7 +91,7 @@ def test_status_measures_what_is_here_and_says_nothing_where_nothing_is(tmp_path
     assert found is not None
     assert found["parts"] == {"logs": {"used_bytes": 8192, "limit_bytes": 50_000_000}}
     assert (found["used_bytes"], found["budget_bytes"]) == (8192, 1_000_000_000)
-    assert found["free_bytes"] == pytest.approx(measuring.free_bytes(tmp_path), rel=0.05)
+    assert found["free_bytes"] == pytest.approx(shares.free_bytes(tmp_path), rel=0.05)
 
 
 def test_status_says_what_the_trainer_measured() -> None:

@@ -16,7 +16,7 @@ import psutil
 
 from state.config.loading import load
 from state.config.settings import Settings
-from state.process.ending import die_with
+from state.process.part import die_with
 from tests.e2e.parts import quiet_ports
 from tests.e2e.running import ROOT, until
 

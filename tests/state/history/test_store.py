@@ -27,8 +27,7 @@ from state.history.appends import Appends
 from state.history.store import HistoryStore, open_history_store, open_or_replace
 from state.layout import DATA, HISTORIES
 from state.positions import Range, Source
-from state.storage.measuring import used_bytes
-from state.storage.shares import SERVING, STREAM, store_bytes
+from state.storage.shares import SERVING, STREAM, store_bytes, used_bytes
 from streaming import histories
 from tests.disks import Disk, crash
 from tests.state.disk.held_histories import MIB, commit, told

@@ -13,8 +13,8 @@ import pytest
 
 from state.config.sections import LogSettings
 from state.process.log_lines import Lines, event_of
+from state.process.part import own_stderr, quiet_stderr, quiet_tensorflow
 from state.process.progress_line import CLEAR, TERMINAL_EVERY_S, ProgressLine
-from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 
 
 class Said:

@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from state.microbatch.batch import Kind
-from state.statistics.collecting import BUCKETS, Categorical, Statistics
-from state.statistics.numeric import SHARES, WHOLE, Numeric, median
+from state.statistics.collecting import BUCKETS, SHARES, WHOLE, Categorical, Numeric, Statistics, median
 from state.statistics.protos import as_list, by_name, common, dataset, frequencies, of_bytes
 from tests.state.statistics.made_rows import ATTRIBUTES, CATEGORIES, CONTEXT, NAMES, columns, statistics
 

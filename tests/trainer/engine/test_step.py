@@ -17,7 +17,7 @@ from state.config.settings import Settings
 from state.errors import SettingsError, TrainingHeld
 from state.microbatch.batch import MicroBatch
 from tests.trainer.batches import SPEC, micro_batch, spread, with_tables
-from trainer import placement
+from trainer import device as devices
 from trainer.engine.guard import Verdict
 from trainer.engine.record import _targets
 from trainer.engine.step import Trainer
@@ -259,14 +259,14 @@ def test_candidates_agree_with_a_plain_definition() -> None:
 
 def test_missing_gpu_is_named() -> None:
     with pytest.raises(SettingsError, match=r"trainer\.device is gpu"):
-        placement.pick("gpu", [])
+        devices.pick("gpu", [])
 
 
 def test_the_gpus_are_those_that_tensorflow_finds(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert placement.gpus() == [gpu.name for gpu in tf.config.list_physical_devices("GPU")]
+    assert devices.gpus() == [gpu.name for gpu in tf.config.list_physical_devices("GPU")]
     # Where a driver may be, TensorFlow is asked.
-    monkeypatch.setattr(placement, "CUDA", None)
-    assert placement.may_have_gpu()
+    monkeypatch.setattr(devices, "CUDA", None)
+    assert devices.may_have_gpu()
 
 
 def nameless(batch: MicroBatch, rows: slice = slice(None)) -> MicroBatch:

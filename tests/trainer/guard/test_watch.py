@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from state.config.sections import GuardSettings
-from trainer.guard.rules import NAMES
-from trainer.guard.window import BUCKETS, StepFigures, WindowStart
+from trainer.guard.rules import BUCKETS, NAMES, StepFigures, WindowStart
 from trainer.holding import Judgement, Standing, WindowWatch
 
 LIMITS = GuardSettings(window_s=10.0)

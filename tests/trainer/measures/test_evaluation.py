@@ -14,8 +14,8 @@ from state.features.spec import FeatureSpec
 from tests.bench.quality import train
 from tests.bench.recorded import CLICKS, KUAIRAND, kuairand_settings, micro_batches, read_impressions
 from trainer.engine.step import Trainer
-from trainer.measures.breakdown import DECILES
 from trainer.measures.evaluation import Evaluation, area_under_curve
+from trainer.measures.slices import DECILES
 
 
 def updated(evaluation: Evaluation, rng: np.random.Generator, rows: int) -> dict[str, np.ndarray]:

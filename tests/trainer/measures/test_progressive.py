@@ -20,10 +20,9 @@ from trainer.engine.record import Record
 from trainer.engine.report import judged
 from trainer.measures.evaluation import HALF_LIFE_ROWS
 from trainer.measures.predictions import BASELINES, KEPT, LISTED, PREDICTORS, SPAN_MS, of_came_next
-from trainer.measures.progressive import Progressive
-from trainer.measures.step_scores import SUMS, USERS
+from trainer.measures.progressive import SUMS, USERS, Progressive
 from trainer.model.ranker import MASKED, Targets
-from trainer.tables.count_table import CountTable
+from trainer.tables.lists import CountTable
 from trainer.versions import checkpoint, content
 
 RECENT, POPULAR = 3, 4

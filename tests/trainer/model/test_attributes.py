@@ -15,8 +15,7 @@ from state.microbatch.codec import decode, encode
 from tests.trainer.batches import micro_batch, with_tables
 from tests.trainer.engine.test_step import digests, learned, settings
 from trainer.engine.step import Trainer
-from trainer.measures.breakdown import SliceMeasures
-from trainer.measures.slices import FIRST, Slices
+from trainer.measures.slices import FIRST, SliceMeasures, Slices
 from trainer.model.attributes import Columns, combine
 
 WANTED = Attributes("crm", "goods", ("age", "city"), ("brand", "price:10|50"), slices=("age", "brand"), slice_values=4)

@@ -11,9 +11,8 @@ from state.errors import SettingsError
 from state.ranking.transitions import SUCCESSORS
 from state.registry.model_fit import FORMER_TOWERS
 from tests.trainer.batches import SPEC
-from trainer.model.default_model import DefaultModel
+from trainer.model.default_model import DefaultModel, recency_prior
 from trainer.model.default_ranker import DefaultRanker
-from trainer.model.first_values import recency_prior
 from trainer.model.inputs import INPUTS, sizes
 from trainer.model.inputs import shapes as shapes_of
 from trainer.model.ranker import MASKED

@@ -39,7 +39,7 @@ from trainer.engine.record import Record
 from trainer.model.attributes import combine
 from trainer.model.default_model import DefaultModel
 from trainer.model.hyperparameters import HYPERPARAMETERS
-from trainer.model.targets import Targets
+from trainer.model.model import Targets
 from trainer.tables.table import Table
 
 EPSILON = np.float32(HYPERPARAMETERS.epsilon)

@@ -26,11 +26,11 @@ from trainer.engine.compiled.threads import advance, wait_for
 from trainer.engine.compiled.tower import FIRST, HEADS
 from trainer.engine.compiled.window_net import LOGARITHMS, user_hidden_of, window_net, window_net_gradients
 from trainer.engine.engine import Scores
-from trainer.model import targets
 from trainer.model.default_model import NET_HIDDEN, NEXT_HIDDEN
 from trainer.model.hyperparameters import HYPERPARAMETERS
+from trainer.model.model import MASKED as MASKED_LOGIT
 
-MASKED = np.float32(targets.MASKED)
+MASKED = np.float32(MASKED_LOGIT)
 """The logit of a masked candidate."""
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)

@@ -9,8 +9,8 @@ import numpy as np
 from state.compiled import compiled, read_only
 from trainer.engine.compiled.arrays import F32, U16
 from trainer.engine.compiled.window_net import LOGARITHMS
-from trainer.model.analysed import Analysed, Preprocessing
-from trainer.model.scaling import feature_scaling
+from trainer.model.default_model import feature_scaling
+from trainer.model.model import Analysed, Preprocessing
 
 Prepare = Callable[[U16], F32]
 

@@ -10,9 +10,9 @@ from evaluation.measures import area_under_curve
 from state.metrics import TrainerMetrics
 from trainer import gauges
 from trainer.measures import intervals
-from trainer.measures.breakdown import DECILES, Breakdown, SliceMeasures, gap, values
 from trainer.measures.evaluation import HALF_LIFE_ROWS
-from trainer.measures.step_scores import SUMS, Judged, ScoredPairs, StepScores, no_sums
+from trainer.measures.progressive import SUMS, Judged, ScoredPairs, StepScores, no_sums
+from trainer.measures.slices import DECILES, Breakdown, SliceMeasures, gap, values
 
 SHOWN = {"action": ("view", "buy"), "brand": ("a", "b", "c")}
 NOTHING = StepScores(no_sums(), 0, 0, 0.0, 0.0)

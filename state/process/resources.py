@@ -1,13 +1,30 @@
-"""Limits the memory of a long-running process: excludes old objects from garbage collection, and trims the heap."""
+"""Limits what a process takes from the machine: its priority on a busy one, and the memory of a long-running process."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
-EVERY_S = 10.0
+NICENESS = 10
+TRIM_EVERY_S = 10.0
+
+
+def run_in_background() -> None:
+    """Lets this process run after the stream, the trainer and serving: raises its niceness.
+
+    If it leads a session, the niceness of the session is raised too.
+
+    Linux weighs sessions before processes where `kernel.sched_autogroup_enabled` is set.
+    """
+    niceness = os.nice(NICENESS)
+    if os.getsid(0) == os.getpid():
+        with suppress(OSError):
+            Path("/proc/self/autogroup").write_text(str(niceness))
 
 
 def freeze_objects() -> None:
@@ -31,7 +48,7 @@ class Holes:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._next_s = clock() + EVERY_S
+        self._next_s = clock() + TRIM_EVERY_S
         # Only glibc has malloc_trim.
         self._trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
@@ -39,4 +56,4 @@ class Holes:
         """Trims the heap if ten seconds have passed."""
         if self._trim is not None and (now_s := self._clock()) >= self._next_s:
             self._trim(0)
-            self._next_s = now_s + EVERY_S
+            self._next_s = now_s + TRIM_EVERY_S

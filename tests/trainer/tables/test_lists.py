@@ -10,8 +10,8 @@ import pytest
 
 from state.compiled.mixing import mixed
 from state.ranking.transitions import FOLLOWERS, MOST, WIDTH, unpack
-from trainer.tables.count_table import CountTable
 from trainer.tables.index import hashed_uniform
+from trainer.tables.lists import CountTable
 
 CLICKS = 3000
 

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from state.config.loading import load
 from state.config.settings import Settings, known_settings
-from state.storage import measuring, shares
+from state.storage import shares
 
 
 def du(path: Path) -> int:
@@ -30,18 +30,18 @@ def test_files_of_all_depths_count_with_their_blocks_and_a_hole_does_not(tmp_pat
         sparse.truncate(1 << 30)
     (tmp_path / "elsewhere").symlink_to("/usr")
     (tmp_path / "gone").symlink_to("never")
-    assert measuring.used_bytes([tmp_path]) == du(tmp_path / "a") == 4 * 4096
-    assert measuring.used_bytes([tmp_path / "a" / "b", tmp_path / "never"]) == 3 * 4096
+    assert shares.used_bytes([tmp_path]) == du(tmp_path / "a") == 4 * 4096
+    assert shares.used_bytes([tmp_path / "a" / "b", tmp_path / "never"]) == 3 * 4096
 
 
 def test_a_part_is_measured_again_only_after_some_seconds(tmp_path: Path) -> None:
     now_s = 0.0
-    use = measuring.PartUse([tmp_path], clock=lambda: now_s)
+    use = shares.PartUse([tmp_path], clock=lambda: now_s)
     assert use() == 0
     (tmp_path / "file").write_bytes(bytes(4096))
-    now_s = measuring.FRESH_S - 0.1
+    now_s = shares.FRESH_S - 0.1
     assert use() == 0
-    now_s = measuring.FRESH_S
+    now_s = shares.FRESH_S
     assert use() == du(tmp_path) > 0
 
 
@@ -52,7 +52,7 @@ def test_used_and_limit_are_offered_for_the_parts_that_a_process_owns(tmp_path: 
     folder.mkdir(parents=True)
     (folder / "data.mdb").write_bytes(bytes(8192))
     collected = CollectorRegistry()
-    measuring.offer(collected, settings, [shares.STREAM, shares.LOGS])
+    shares.offer(collected, settings, [shares.STREAM, shares.LOGS])
 
     def sample(name: str, part: str) -> float | None:
         return collected.get_sample_value(f"springtide_storage_{name}", {"part": part})
