@@ -124,7 +124,7 @@ class CompiledEngine:
             if thread == 0:
                 heads(passed.progress, self._tower.block)
 
-        self.threads.run((forward, learn, by_layers), (by_weights,))
+        self.threads.run((forward, learn, by_layers), (by_weights,), progress=passed.progress)
         sparse = self._sparse(distinct, at, gradients)
         into = sparse["user"], sparse["category"], sparse["context"]
         scatter_rows(embedded, by_rows, gradients.queries, by_popular_rows, *into)
@@ -199,7 +199,7 @@ class CompiledEngine:
             if thread == 0:
                 heads(passed.progress, self._tower.block)
 
-        self.threads.run((forward, score))
+        self.threads.run((forward, score), progress=passed.progress)
         return {
             "recent_logits": scores.recent_logits,
             "popular_logits": scores.popular_logits,

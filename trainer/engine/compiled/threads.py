@@ -28,6 +28,9 @@ _SPINS = 2000
 
 _PAUSE_US = 20
 
+_RELEASED = 1 << 62
+"""A counter that no thread waits to exceed."""
+
 _sleep: Any = types.ExternalFunction("usleep", types.int32(types.uint32))
 
 
@@ -42,11 +45,15 @@ class Threads:
         self.count = count
         self._pool = ThreadPoolExecutor(count - 1, "step") if count > 1 else None
 
-    def run(self, *stages: Sequence[Work]) -> None:
+    def run(self, *stages: Sequence[Work], progress: I64 | None = None) -> None:
         """Calls the works of each stage as `work(thread)`, in turn, on all threads in parallel.
 
         A stage begins once all threads have ended the one before it. Returns when all calls have returned. After a
-        failed call no thread begins another stage.
+        failed call no thread begins another stage, and none waits for `progress` any longer.
+
+        Args:
+            stages: The works of each stage.
+            progress: The counters by which works of a stage wait for each other.
 
         Raises:
             Exception: What the first failed call raised.
@@ -64,8 +71,10 @@ class Threads:
                         work(thread)
             except BaseException:
                 failed.set()
-                # Lets the threads go that wait for this one.
+                # Releases the threads that wait for this one.
                 ended[:] = self.count
+                if progress is not None:
+                    progress[:] = _RELEASED
                 raise
 
         futures = [self._pool.submit(part, thread) for thread in range(1, self.count)] if self._pool else []
