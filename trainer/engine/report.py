@@ -79,14 +79,14 @@ def of_model(scores: Scores, slot: I32) -> CategoryPrediction:
     bits = np.empty(width, np.int32)
     recent, popular = np.ascontiguousarray(scores.recent_logits), np.ascontiguousarray(scores.popular_logits)
     successor = np.ascontiguousarray(scores.successor_logits)
-    _model(recent, popular, successor, np.ascontiguousarray(slot), rows, bits, bits.view(np.float32), *prediction)
+    _model(recent, popular, successor, np.ascontiguousarray(slot), rows, bits, bits.view(np.float32), prediction)
     if not (finite := np.isfinite(prediction.log_share)).all():
         # Without finite logits there is no best candidate.
         prediction.rank[~finite], prediction.log_share[~finite], prediction.candidates[~finite] = NONE, 0.0, 0
     return prediction
 
 
-@compiled_sums("f4[:, ::1], f4[:, ::1], f4[:, ::1], i4[::1], i8[::1], i4[::1], f4[::1], i4[::1], f8[::1], i4[::1]")
+@compiled_sums("f4[:, ::1], f4[:, ::1], f4[:, ::1], i4[::1], i8[::1], i4[::1], f4[::1], CategoryPrediction")
 def _model(
     recent: F32,
     popular: F32,
@@ -95,10 +95,9 @@ def _model(
     at: npt.NDArray[np.int64],
     bits: I32,
     scale: F32,
-    rank: I32,
-    log_share: F64,
-    candidates: I32,
+    prediction: CategoryPrediction,
 ) -> None:
+    rank, log_share, candidates = prediction
     slots, ranks, last = recent.shape[1], popular.shape[1], successor.shape[1]
     logits, shares = np.empty(slots + ranks + last, np.float32), np.empty(slots + ranks + last, np.float32)
     for i in range(at.shape[0]):

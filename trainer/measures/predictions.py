@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from state.compiled import compiled
+from state.compiled import compiled, layout
 from state.ranking.transitions import FOLLOWERS
 from trainer.tables.index import I32, U64
 from trainer.tables.lists import CountTable
@@ -40,6 +40,7 @@ SPAN_MS, KEPT = 300_000, 61_858
 """Every SPAN_MS (five minutes of log time) a count decays by KEPT / 65536 = 2 ** (-1 / 12): half after an hour."""
 
 
+@layout("i4[::1], f8[::1], i4[::1]")
 class CategoryPrediction(NamedTuple):
     """The prediction of one predictor for t rows.
 

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from state.compiled import compiled
 from trainer.measures.evaluation import SOME, fade
 from trainer.measures.predictions import BASELINES, PREDICTORS, CategoryPrediction, hourly_popular
-from trainer.tables.index import I32, U64
+from trainer.tables.index import U64
 
 F64 = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
@@ -233,15 +233,14 @@ def row_sums(prediction: CategoryPrediction, known: Flags, miss: F64, categories
     0.033333
     """
     rows = np.zeros((known.size, len(SUMS)))
-    _judge(prediction.rank, prediction.log_share, prediction.candidates, known, miss, categories, rows, sums)
+    _judge(prediction, known, miss, categories, rows, sums)
     return rows
 
 
-@compiled("i4[::1], f8[::1], i4[::1], bool[::1], f8[::1], i8, f8[:, ::1], f8[:, ::1]")
-def _judge(
-    rank: I32, log_share: F64, candidates: I32, known: Flags, miss: F64, categories: int, rows: F64, sums: F64
-) -> None:
+@compiled("CategoryPrediction, bool[::1], f8[::1], i8, f8[:, ::1], f8[:, ::1]")
+def _judge(prediction: CategoryPrediction, known: Flags, miss: F64, categories: int, rows: F64, sums: F64) -> None:
     """Adds the rows to `sums`; the columns are in the order of SUMS."""
+    rank, log_share, candidates = prediction
     for i in range(rank.shape[0]):
         kind = 1 if known[i] else 0
         hit, log_others = rank[i] >= 0, np.log(float(max(categories - candidates[i], 0)) + 1.0)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from state.compiled import compiled, read_only
+from state.compiled import compiled, layout, read_only
 from state.compiled.mixing import mix
 from trainer.tables.index import I32, U64
 
@@ -24,6 +24,7 @@ F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
 
 
+@layout("i4[::1], f4[:, ::1], u8[::1]")
 class Candidates(NamedTuple):
     """The interest slots of a batch.
 
@@ -50,17 +51,11 @@ def _partners(topics: U64, partitions: U64, offsets: I64, partners: I64) -> None
         partners[i] = (i + 1 + step) % rows
 
 
-@compiled("const(u8[::1]), const(u8[:, ::1]), u8[::1], u8[:, ::1], i8[::1], i4[::1], f4[:, ::1], u8[::1]")
+@compiled("const(u8[::1]), const(u8[:, ::1]), u8[::1], u8[:, ::1], i8[::1], Candidates")
 def _compete(
-    category: U64,
-    recent_categories: U64,
-    popular: U64,
-    successors: U64,
-    partners: I64,
-    target: I32,
-    popular_mask: F32,
-    other: U64,
+    category: U64, recent_categories: U64, popular: U64, successors: U64, partners: I64, filled: Candidates
 ) -> None:
+    target, popular_mask, other = filled
     slots, ranks, last = recent_categories.shape[1], popular.shape[0], successors.shape[1]
     for i in range(category.shape[0]):
         own, foreign = category[i], category[partners[i]]
@@ -134,7 +129,7 @@ def candidates(category: U64, recent_categories: U64, popular: U64, successors: 
     """
     rows = category.size
     filled = Candidates(np.empty(rows, np.int32), np.empty((rows, popular.size), np.float32), np.empty(rows, np.uint64))
-    _compete(read_only(category), read_only(recent_categories), popular, successors, partner, *filled)
+    _compete(read_only(category), read_only(recent_categories), popular, successors, partner, filled)
     return filled
 
 
